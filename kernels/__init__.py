@@ -1,0 +1,1 @@
+"""Triton kernels of linfast, installed as ``linfast.kernels``: one file an op, none yet."""

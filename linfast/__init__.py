@@ -1,0 +1,69 @@
+"""linfast: fast Linearizers, f(x) = g_y^{-1}(A g_x(x)), and coupling flows for PyTorch."""
+
+from . import ops
+from ._version import __version__
+from .flows import (
+    MLP,
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    Bijection,
+    ConvNet,
+    Flow,
+    Householder,
+    Inverse,
+    Mix,
+    Permute,
+    Squeeze,
+    coupling_flow,
+    image_flow,
+)
+from .io import load, save
+from .linearizer import Linearizer
+from .operators import (
+    Dense,
+    DepthwiseConv,
+    Diagonal,
+    LatentOperator,
+    LowRank,
+    Projection,
+    TimeLowRank,
+)
+from .sampling import collapse, generator, invert, sample
+from .scale_maps import ScaleMap
+from .space import InducedSpace
+
+__all__ = [
+    "MLP",
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Bijection",
+    "ConvNet",
+    "Dense",
+    "DepthwiseConv",
+    "Diagonal",
+    "Flow",
+    "Householder",
+    "InducedSpace",
+    "Inverse",
+    "LatentOperator",
+    "Linearizer",
+    "LowRank",
+    "Mix",
+    "Permute",
+    "Projection",
+    "ScaleMap",
+    "Squeeze",
+    "TimeLowRank",
+    "__version__",
+    "collapse",
+    "coupling_flow",
+    "generator",
+    "image_flow",
+    "invert",
+    "load",
+    "ops",
+    "sample",
+    "save",
+]

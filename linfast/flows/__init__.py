@@ -1,0 +1,30 @@
+"""Invertible networks g: bijections, couplings and the flows built of them."""
+
+from .actnorm import ActNorm
+from .bijection import Bijection, Conditioned, Inverse, same_space
+from .builders import coupling_flow, image_flow
+from .conditioners import MLP, ConvNet, SinusoidalEmbedding
+from .couplings import AdditiveCoupling, AffineCoupling
+from .flow import Flow
+from .mix import Householder, Mix, Permute
+from .squeeze import Squeeze
+
+__all__ = [
+    "MLP",
+    "ActNorm",
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Bijection",
+    "Conditioned",
+    "ConvNet",
+    "Flow",
+    "Householder",
+    "Inverse",
+    "Mix",
+    "Permute",
+    "SinusoidalEmbedding",
+    "Squeeze",
+    "coupling_flow",
+    "image_flow",
+    "same_space",
+]

@@ -1,0 +1,104 @@
+"""ActNorm: a learned affine map a channel, started from the first batch's statistics.
+
+    y = (x + bias) exp(log_scale),   x = y exp(-log_scale) - bias
+    log|det| = (positions a channel) * sum(log_scale)
+
+x [B, C, ...]; bias and log_scale [C]. Source: Glow (arXiv 1807.03039), in the
+Linearizer paper's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .bijection import Bijection, constant_log_det, position_count
+
+__all__ = ["ActNorm"]
+
+
+class ActNorm(Bijection):
+    """y = (x + bias) exp(log_scale), with bias = -mean and log_scale = -log(std) of the first batch.
+
+    The first forward (or ``initialize``) sets the parameters; the flag that it
+    happened is the buffer ``initialized``, so a loaded model is not initialised
+    again. Under torch.distributed the statistics are those of all processes' rows.
+    An inverse before that is the identity.
+
+    Args:
+        features: C.
+        min_std: smallest standard deviation divided by. A channel that is nearly
+            constant in the first batch would otherwise amplify everything unlike it.
+
+    Raises:
+        ValueError: a first batch with fewer than two values a channel, or non-finite ones.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, features: int, min_std: float = 1e-2) -> None:
+        super().__init__()
+        self.features = features
+        self.min_std = min_std
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.log_scale = nn.Parameter(torch.zeros(features))
+        self.register_buffer("initialized", torch.tensor(False))
+        # Mirrors the buffer, so that forward branches on a Python bool: no sync, no graph break.
+        self._is_initialized = False
+        self.register_load_state_dict_post_hook(_read_flag)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set bias and log_scale from x [B, C, ...] so that its image has mean 0 and variance 1."""
+        self._check("x", x, self.features)
+        mean, std = _statistics(x)
+        if not torch.compiler.is_compiling() and not bool(torch.isfinite(std).all()):
+            raise ValueError("ActNorm: x of the first batch has non-finite values")
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(-std.clamp(min=self.min_std).log())
+        self.initialized.fill_(True)
+        self._is_initialized = True
+
+    def _transform(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self._is_initialized and not inverse and x.shape[0] > 0:
+            self.initialize(x)
+        per_channel = (1, -1) + (1,) * (x.ndim - 2)
+        bias, log_scale = self.bias.view(per_channel), self.log_scale.view(per_channel)
+        y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()
+        if not log_det:
+            return y.to(x.dtype), None
+        total = self.log_scale.sum() * position_count(x)
+        return y.to(x.dtype), constant_log_det(x, -total if inverse else total)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}"
+
+
+def _read_flag(module: nn.Module, _incompatible: object) -> None:
+    assert isinstance(module, ActNorm)
+    module._is_initialized = bool(module.initialized)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C] over batch and positions, of every process's rows together."""
+    wide = x.detach().transpose(0, 1).flatten(1).double()
+    count = torch.tensor(float(wide.shape[1]), dtype=wide.dtype, device=wide.device)
+    total = torch.cat((wide.sum(1), count[None]))
+    _all_reduce(total)
+    if not torch.compiler.is_compiling() and total[-1] < 2:
+        raise ValueError(f"ActNorm: the first batch needs two values a channel; got x {tuple(x.shape)}")
+    mean = total[:-1] / total[-1]
+    squares = (wide - mean[:, None]).square().sum(1)
+    _all_reduce(squares)
+    return mean.to(x.dtype), (squares / (total[-1] - 1)).sqrt().to(x.dtype)
+
+
+def _all_reduce(value: Tensor) -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(value)

@@ -1,0 +1,181 @@
+"""Bijection: what every invertible layer is, and two wrappers around one.
+
+A bijection g maps x [B, C, ...] to z of as many elements a sample, and has
+
+    forward(x, **context) -> z             forward_and_log_det(x, **context) -> (z, log_det [B])
+    inverse(z, **context) -> x             inverse_and_log_det(z, **context) -> (x, log_det [B])
+
+with log_det the log|det| of the Jacobian of what was computed. A layer supplies
+one method, ``_transform``; the four public ones come from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Bijection", "Conditioned", "Inverse", "position_count", "same_space"]
+
+
+class Bijection(nn.Module):
+    """Base class. Subclasses set ``features`` and supply ``_transform``.
+
+    Attributes:
+        features: channels (dim 1) of x; None where any number will do.
+        features_out: channels of z.
+        shape: sample shape of x without the batch, where known.
+    """
+
+    features: int | None = None
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def features_out(self) -> int | None:
+        return self.features
+
+    def _transform(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(g(x) or g^{-1}(x), log|det| of that where asked for and None elsewhere)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, **context: Any) -> Tensor:
+        """z = g(x)."""
+        self._check("x", x, self.features)
+        return self._transform(x, context, inverse=False, log_det=False)[0]
+
+    def inverse(self, z: Tensor, **context: Any) -> Tensor:
+        """x = g^{-1}(z)."""
+        self._check("z", z, self.features_out)
+        return self._transform(z, context, inverse=True, log_det=False)[0]
+
+    def forward_and_log_det(self, x: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
+        """(g(x), log|det dg/dx| [B])."""
+        self._check("x", x, self.features)
+        return _both(self._transform(x, context, inverse=False, log_det=True))
+
+    def inverse_and_log_det(self, z: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
+        """(g^{-1}(z), log|det dg^{-1}/dz| [B])."""
+        self._check("z", z, self.features_out)
+        return _both(self._transform(z, context, inverse=True, log_det=True))
+
+    def at(self, **context: Any) -> Conditioned:
+        """This bijection with its context fixed: g.at(t=1.0)(x) is g(x, t=1.0)."""
+        return Conditioned(self, context)
+
+    def _check(self, name: str, x: Tensor, features: int | None) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+        kind = type(self).__name__
+        if x.ndim < 2:
+            raise ValueError(f"{kind}: {name} must be [B, C, ...]; got {tuple(x.shape)}")
+        if features is not None and x.shape[1] != features:
+            raise ValueError(f"{kind}: {name} must have {features} features (dim 1); got {tuple(x.shape)}")
+        if not torch.compiler.is_compiling():
+            check_like(kind, name, x, next(self.parameters(), None))
+
+
+def check_like(kind: str, name: str, x: Tensor, parameter: Tensor | None) -> None:
+    """Raise unless x is floating point and has the parameters' device and, outside autocast, dtype."""
+    if not x.is_floating_point():
+        raise ValueError(f"{kind}: {name} must be floating point; got {x.dtype}")
+    if parameter is None:
+        return
+    if x.device != parameter.device:
+        raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
+    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}")
+
+
+def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    y, log_det = result
+    assert log_det is not None
+    return y, log_det
+
+
+def position_count(x: Tensor) -> int:
+    """Positions a channel has: 1 for [B, C], H W for [B, C, H, W]."""
+    return x.shape[2:].numel()
+
+
+def constant_log_det(x: Tensor, value: Tensor | float = 0.0) -> Tensor:
+    """The same log|det| for every sample, [B], at least fp32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        return value.to(dtype).expand(x.shape[0])
+    return torch.full((x.shape[0],), value, dtype=dtype, device=x.device)
+
+
+class Conditioned(Bijection):
+    """A bijection with part of its context fixed. Two of one bijection in equal contexts are one space."""
+
+    def __init__(self, bijection: Bijection, context: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.bijection = bijection
+        self._numbers = {key: value for key, value in context.items() if not isinstance(value, Tensor)}
+        self._tensor_keys = tuple(key for key in context if key not in self._numbers)
+        for key in self._tensor_keys:
+            self.register_buffer(f"context_{key}", context[key])
+        self.features = bijection.features
+        self.shape = bijection.shape
+
+    @property
+    def context(self) -> dict[str, Any]:
+        """What is fixed: numbers, and tensors that move and are saved with the module."""
+        return {**self._numbers, **{key: getattr(self, f"context_{key}") for key in self._tensor_keys}}
+
+    @property
+    def features_out(self) -> int | None:
+        return self.bijection.features_out
+
+    def _transform(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return run(self.bijection, x, {**self.context, **context}, inverse, log_det)
+
+
+class Inverse(Bijection):
+    """The inverse bijection: forward is the given one's inverse. Parameters are shared."""
+
+    def __init__(self, bijection: Bijection) -> None:
+        super().__init__()
+        self.bijection = bijection
+        self.features = bijection.features_out
+
+    @property
+    def features_out(self) -> int | None:
+        return self.bijection.features
+
+    def _transform(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return run(self.bijection, x, context, not inverse, log_det)
+
+
+def run(
+    bijection: Bijection, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Call the one of the four public methods that is meant; forward through __call__, so that hooks run."""
+    if log_det:
+        method = bijection.inverse_and_log_det if inverse else bijection.forward_and_log_det
+        return method(x, **context)
+    return (bijection.inverse if inverse else bijection)(x, **context), None
+
+
+def same_space(g: nn.Module, h: nn.Module) -> bool:
+    """Whether g and h induce the same vector space: one object, in the same context."""
+    if isinstance(g, Conditioned) and isinstance(h, Conditioned):
+        return same_space(g.bijection, h.bijection) and _same_context(g.context, h.context)
+    return g is h
+
+
+def _same_context(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    if a.keys() != b.keys():
+        return False
+    return all(
+        a[key] is b[key] if isinstance(a[key], Tensor) or isinstance(b[key], Tensor) else a[key] == b[key]
+        for key in a
+    )

@@ -1,0 +1,160 @@
+"""coupling_flow and image_flow: stacks of couplings with sound defaults.
+
+Defaults: couplings that move the first and the second half in turn; smooth
+log-scales with |log_s| < c = min(2, 4 / depth), so that the log-scales of a whole
+stack stay within +-2 a half whatever the weights; no data-dependent initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ..ops.affine_coupling import HALVES, split_sizes
+from ..scale_maps import ScaleMap
+from .actnorm import ActNorm
+from .bijection import Bijection, Inverse
+from .conditioners import MLP, ConvNet
+from .couplings import AdditiveCoupling, AffineCoupling
+from .flow import Flow
+from .mix import Householder, Mix, Permute
+from .squeeze import Squeeze
+
+__all__ = ["coupling_flow", "default_bound", "image_flow"]
+
+_MIXES: dict[str, Callable[[int], Bijection]] = {
+    "lu": lambda features: Mix(features, "lu"),
+    "free": lambda features: Mix(features, "free"),
+    "householder": Householder,
+    "permute": Permute,
+}
+
+
+def default_bound(depth: int) -> float:
+    """c = min(2, 4 / depth), the largest |log scale| a layer of a default flow of this depth."""
+    return min(2.0, 4.0 / depth)
+
+
+def coupling_flow(
+    features: int,
+    depth: int = 8,
+    hidden: Sequence[int] = (128, 128),
+    activation: str = "silu",
+    *,
+    coupling: str = "affine",
+    scale_map: ScaleMap | str | None = None,
+    order: str = "shift_first",
+    actnorm: bool = False,
+    mix: str | None = None,
+    time_features: int = 0,
+    context_features: int = 0,
+) -> Flow:
+    """A flow on vectors [B, features]: ``depth`` couplings with MLP conditioners.
+
+    Args:
+        features: D, at least 2; an odd D splits unequally.
+        depth: number of couplings.
+        hidden, activation: of the conditioner MLPs.
+        coupling: "affine" or "additive".
+        scale_map: of affine couplings; by default smooth with c = min(2, 4 / depth).
+        order: "shift_first" (x + t) e^s, or "scale_first" x e^s + t.
+        actnorm: put an ActNorm before each coupling.
+        mix: put a channel mix after each coupling: "lu", "free", "householder" or "permute".
+        time_features, context_features: inputs of the conditioners for ``t`` and ``context``.
+
+    Raises:
+        ValueError: an option that is not listed here, depth < 1 or features < 2.
+    """
+
+    def conditioner(n_in: int, n_out: int) -> nn.Module:
+        return MLP(
+            n_in,
+            n_out,
+            hidden,
+            activation,
+            time_features=time_features,
+            context_features=context_features,
+        )
+
+    layers = _stack(features, depth, conditioner, coupling, scale_map, order, actnorm, mix, mix_every=1)
+    return Flow(layers, features=features, shape=(features,))
+
+
+def image_flow(
+    channels: int,
+    resolution: int | tuple[int, int],
+    depth: int = 4,
+    width: int = 16,
+    activation: str = "silu",
+    *,
+    coupling: str = "affine",
+    scale_map: ScaleMap | str | None = None,
+    order: str = "shift_first",
+    actnorm: bool = False,
+    mix: str | None = "lu",
+    time_features: int = 0,
+) -> Flow:
+    """A flow on images [B, C, H, W]: couplings with convolutional conditioners, a 1x1 mix after each pair.
+
+    An odd C is squeezed 2 x 2 first and unsqueezed last, so that z has x's shape.
+
+    Args:
+        channels: C.
+        resolution: H = W, or (H, W); even where C is odd.
+        depth: number of couplings.
+        width: hidden channels of the conditioners.
+        coupling, scale_map, order, actnorm, mix, time_features: as in ``coupling_flow``.
+
+    Raises:
+        ValueError: an odd C at an odd resolution, or an option that is not listed.
+    """
+    height, wide = (resolution, resolution) if isinstance(resolution, int) else resolution
+    squeeze = channels % 2 == 1
+    if squeeze and (height % 2 or wide % 2):
+        raise ValueError(f"resolution must be even for an odd number of channels; got {(height, wide)}")
+    features = 4 * channels if squeeze else channels
+
+    def conditioner(n_in: int, n_out: int) -> nn.Module:
+        return ConvNet(n_in, n_out, width, activation, time_features)
+
+    layers = _stack(features, depth, conditioner, coupling, scale_map, order, actnorm, mix, mix_every=2)
+    if squeeze:
+        layers = [Squeeze(channels), *layers, Inverse(Squeeze(channels))]
+    return Flow(layers, features=channels, shape=(channels, height, wide))
+
+
+def _stack(
+    features: int,
+    depth: int,
+    conditioner: Callable[[int, int], nn.Module],
+    coupling: str,
+    scale_map: ScaleMap | str | None,
+    order: str,
+    actnorm: bool,
+    mix: str | None,
+    mix_every: int,
+) -> list[Bijection]:
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1; got {depth}")
+    if features < 2:
+        raise ValueError(f"features must be at least 2; got {features}")
+    if coupling not in ("affine", "additive"):
+        raise ValueError(f"coupling must be 'affine' or 'additive'; got {coupling!r}")
+    if mix is not None and mix not in _MIXES:
+        raise ValueError(f"mix must be None or one of {', '.join(_MIXES)}; got {mix!r}")
+    if scale_map is None:
+        scale_map = ScaleMap("smooth", bound=default_bound(depth))
+    layers: list[Bijection] = []
+    for i in range(depth):
+        moves = HALVES[i % 2]
+        moved, kept = split_sizes(features) if moves == "first" else split_sizes(features)[::-1]
+        if actnorm:
+            layers.append(ActNorm(features))
+        if coupling == "affine":
+            layers.append(AffineCoupling(conditioner(kept, 2 * moved), features, moves, scale_map, order))
+        else:
+            layers.append(AdditiveCoupling(conditioner(kept, moved), features, moves))
+        if mix is not None and (i + 1) % mix_every == 0:
+            layers.append(_MIXES[mix](features))
+    return layers

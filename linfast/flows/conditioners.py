@@ -1,0 +1,187 @@
+"""Conditioners: ordinary networks that give a coupling its shift and raw scale.
+
+    MLP      [B, n_in] (+ embedded time, + context) -> [B, n_out]
+    ConvNet  [B, C_in, H, W] (+ time) -> [B, C_out, H, W]
+
+The last layer starts at zero, so a new coupling is the identity and a new
+Linearizer is its operator A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_function"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+}
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation of this name: relu, silu, tanh or gelu (exact)."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+    return ACTIVATIONS[name]
+
+
+class SinusoidalEmbedding(nn.Module):
+    """t [B] -> [sin(t w_k) | cos(t w_k)] [B, features], w_k from 1 down to 1 / max_period, geometric.
+
+    Args:
+        features: even, at least 4.
+        max_period: 2 pi times this is the longest period; t is multiplied by ``scale`` first.
+    """
+
+    def __init__(self, features: int, max_period: float = 10000.0, scale: float = 1.0) -> None:
+        super().__init__()
+        if features < 4 or features % 2:
+            raise ValueError(f"features must be even and at least 4; got {features}")
+        self.features = features
+        self.max_period = max_period
+        self.scale = scale
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.features // 2
+        k = torch.arange(half, device=t.device, dtype=t.dtype)
+        angles = (self.scale * t)[:, None] * torch.exp(k * (-math.log(self.max_period) / (half - 1)))
+        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def embed_time(
+    embedding: SinusoidalEmbedding | None, t: float | Tensor | None, like: Tensor, name: str
+) -> Tensor | None:
+    """[B, features] of a number, a 0-d or a [B] tensor; raises where t and the embedding do not match."""
+    if embedding is None or t is None:
+        if embedding is None and t is None:
+            return None
+        what = "was built without time_features" if embedding is None else "needs t="
+        raise ValueError(f"{name} {what}; got t={t!r}")
+    times = torch.as_tensor(t, dtype=like.dtype, device=like.device)
+    if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != like.shape[0]):
+        raise ValueError(
+            f"t must be a number, 0-d or [{like.shape[0]}] for x {tuple(like.shape)}; got {tuple(times.shape)}"
+        )
+    return embedding(times.expand(like.shape[0]))
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between: [B, n_in] -> [B, n_out].
+
+    Args:
+        n_in, n_out: features in and out.
+        hidden: widths of the hidden layers; empty for one linear layer.
+        activation: relu, silu, tanh or gelu.
+        bias: whether the linear layers have one.
+        time_features: size of a sinusoidal embedding of ``t``, joined to the input; 0 for none.
+        context_features: size of a ``context`` [B, n] joined to the input; 0 for none.
+        zero_last: start the last layer at zero.
+
+    Raises:
+        ValueError: unknown activation; t or context given to, or missing from, a
+            network that has no, or has, an input for it.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        hidden: Sequence[int] = (128, 128),
+        activation: str = "silu",
+        bias: bool = True,
+        time_features: int = 0,
+        context_features: int = 0,
+        zero_last: bool = True,
+    ) -> None:
+        super().__init__()
+        activation_function(activation)
+        self.n_in, self.n_out, self.hidden = n_in, n_out, tuple(hidden)
+        self.activation, self.bias, self.zero_last = activation, bias, zero_last
+        self.time_features, self.context_features = time_features, context_features
+        self.embedding = SinusoidalEmbedding(time_features) if time_features else None
+        widths = (n_in + time_features + context_features, *self.hidden, n_out)
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
+        if zero_last:
+            _zero(self.layers[-1])
+
+    def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """The network's output [B, n_out] for x [B, n_in]."""
+        h = torch.cat(self._inputs(x, t, context), dim=-1) if self._has_context else self._inputs(x, t, context)[0]
+        activate = ACTIVATIONS[self.activation]
+        for layer in self.layers[:-1]:
+            h = activate(layer(h))
+        return self.layers[-1](h)
+
+    @property
+    def _has_context(self) -> bool:
+        return bool(self.time_features or self.context_features)
+
+    def _inputs(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> list[Tensor]:
+        if x.shape[-1] != self.n_in or x.ndim != 2:
+            raise ValueError(f"MLP: x must be [B, {self.n_in}]; got {tuple(x.shape)}")
+        if (context is None) != (self.context_features == 0):
+            raise ValueError(f"MLP has context_features={self.context_features}; got context={context!r}")
+        if context is not None and context.shape != (x.shape[0], self.context_features):
+            raise ValueError(f"context must be [{x.shape[0]}, {self.context_features}]; got {tuple(context.shape)}")
+        time = embed_time(self.embedding, t, x, "MLP")
+        return [part for part in (x, time, context) if part is not None]
+
+
+class ConvNet(nn.Module):
+    """3x3, 1x1 and 3x3 convolutions with an activation between: [B, C_in, H, W] -> [B, C_out, H, W].
+
+    Args:
+        channels_in, channels_out: C_in and C_out.
+        width: channels of the two hidden layers.
+        activation: relu, silu, tanh or gelu.
+        time_features: size of a sinusoidal embedding of ``t``, which shifts the first
+            hidden layer; 0 for none.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        width: int = 64,
+        activation: str = "silu",
+        time_features: int = 0,
+    ) -> None:
+        super().__init__()
+        activation_function(activation)
+        self.channels_in, self.channels_out, self.width = channels_in, channels_out, width
+        self.activation, self.time_features = activation, time_features
+        self.layers = nn.ModuleList(
+            (
+                nn.Conv2d(channels_in, width, 3, padding=1),
+                nn.Conv2d(width, width, 1),
+                nn.Conv2d(width, channels_out, 3, padding=1),
+            )
+        )
+        self.embedding = SinusoidalEmbedding(time_features) if time_features else None
+        self.time_shift = nn.Linear(time_features, width) if time_features else None
+        _zero(self.layers[-1])
+
+    def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
+        """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
+        if x.ndim != 4 or x.shape[1] != self.channels_in:
+            raise ValueError(f"ConvNet: x must be [B, {self.channels_in}, H, W]; got {tuple(x.shape)}")
+        activate = ACTIVATIONS[self.activation]
+        h = self.layers[0](x)
+        time = embed_time(self.embedding, t, x, "ConvNet")
+        if time is not None and self.time_shift is not None:
+            h = h + self.time_shift(time)[:, :, None, None]
+        return self.layers[2](activate(self.layers[1](activate(h))))
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

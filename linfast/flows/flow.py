@@ -1,0 +1,69 @@
+"""Flow: bijections one after another, z = g_n(... g_2(g_1(x))), log-dets added."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .bijection import Bijection, constant_log_det, run
+
+__all__ = ["Flow"]
+
+
+class Flow(Bijection):
+    """z = g_n(... g_1(x)); log|det| = sum of the parts'.
+
+    Args:
+        bijections: g_1 to g_n, applied in this order. An empty list is the identity.
+        features: channels of x; by default the first layer's that states them.
+        shape: sample shape of x where it is fixed, such as (C, H, W).
+
+    Context keywords (``t=``, ``context=``) go to every layer; the ones without a
+    conditioner ignore them.
+
+    Raises:
+        TypeError: a part is not a Bijection.
+        ValueError: neighbours whose feature counts differ.
+    """
+
+    def __init__(
+        self,
+        bijections: Iterable[Bijection],
+        features: int | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.bijections = nn.ModuleList(bijections)
+        self.shape = None if shape is None else tuple(shape)
+        self.features, self._features_out = _chain(self.bijections, features)
+
+    @property
+    def features_out(self) -> int | None:
+        return self._features_out
+
+    def _transform(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        total = constant_log_det(x) if log_det else None
+        for bijection in reversed(self.bijections) if inverse else self.bijections:
+            x, part = run(bijection, x, context, inverse, log_det)  # type: ignore[arg-type]
+            total = part if total is None else total + part
+        return x, total
+
+
+def _chain(bijections: Iterable[nn.Module], features: int | None) -> tuple[int | None, int | None]:
+    """Features in and out of the chain; raises where two neighbours disagree."""
+    first = current = features
+    for i, bijection in enumerate(bijections):
+        if not isinstance(bijection, Bijection):
+            raise TypeError(f"bijections[{i}] must be a Bijection; got {type(bijection).__name__}")
+        if None not in (current, bijection.features) and current != bijection.features:
+            raise ValueError(
+                f"bijections[{i}] ({type(bijection).__name__}) takes {bijection.features} features "
+                f"and is given {current}"
+            )
+        first = bijection.features if first is None else first
+        current = current if bijection.features_out is None else bijection.features_out
+    return first, current

@@ -1,0 +1,43 @@
+"""Squeeze: space to depth, [B, C, H, W] -> [B, 4 C, H / 2, W / 2]; a permutation of pixels, log|det| = 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .bijection import Bijection, constant_log_det
+
+__all__ = ["Squeeze"]
+
+
+class Squeeze(Bijection):
+    """Each 2 x 2 patch of a channel becomes four channels, in the order (c, row, column).
+
+    Args:
+        features: C of x.
+
+    Raises:
+        ValueError: x is not [B, C, H, W] with even H and W.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+
+    @property
+    def features_out(self) -> int | None:
+        return None if self.features is None else 4 * self.features
+
+    def _transform(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if x.ndim != 4 or (not inverse and (x.shape[2] % 2 or x.shape[3] % 2)):
+            raise ValueError(f"Squeeze: x must be [B, C, H, W] with even H and W; got {tuple(x.shape)}")
+        y = F.pixel_shuffle(x, 2) if inverse else F.pixel_unshuffle(x, 2)
+        return y, constant_log_det(x) if log_det else None
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}"

@@ -1,0 +1,172 @@
+"""Linearizer: f(x) = g_y^{-1}(A g_x(x)), a network that is a linear map between two vector spaces.
+
+Source: Berman, Hallak, Shocher, "Who Said Neural Networks Aren't Linear?", arXiv
+2510.08570. g_x induces a vector space on the x side and g_y one on the y side (see
+``InducedSpace``); between them f is exactly linear, so its algebra is A's:
+
+    (h @ f)(x) = h(f(x))          core  A_h A_f       needs h.g_x = f.g_y
+    f + h, 2 * f                  core  A_f + A_h     needs both g equal
+    f ** n                        core  A^n           needs g_x = g_y
+    f.T, f.pinv(), f.inverse      core  A^T, A^+, A^{-1}, with g_x and g_y exchanged
+    f.svd()                       singular vectors of A pulled back through g
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .flows.bijection import same_space
+from .operators.base import LatentOperator
+from .space import InducedSpace, decode_latents
+from .svd import LinearizerSVD
+
+__all__ = ["Linearizer"]
+
+
+class Linearizer(nn.Module):
+    """f(x) = g_y^{-1}(A g_x(x)), batches x [B, *shape_x] to [B, *shape_y].
+
+    Latents are flat [B, n] to A; image latents are flattened on the way in and
+    restored on the way out.
+
+    Args:
+        g_x: a Bijection (or any module with forward and inverse) on the x side.
+        A: a LatentOperator, g_x's latents to g_y's.
+        g_y: a Bijection on the y side; None shares g_x.
+
+    ``f(x, t=t)`` takes a time-dependent A at time t, a number, a 0-d or a [B] tensor;
+    ``f.at(t)`` fixes it. Other keywords go to g_x and g_y (``context=``); to give the
+    two sides different ones, fix them: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``.
+
+    Raises:
+        TypeError: A is not a LatentOperator.
+        ValueError: a g whose known size is not A's; x with a wrong feature count, dtype or device.
+    """
+
+    def __init__(self, g_x: nn.Module, A: LatentOperator, g_y: nn.Module | None = None) -> None:
+        super().__init__()
+        g_y = g_x if g_y is None else g_y
+        if not isinstance(A, LatentOperator):
+            raise TypeError(f"A must be a LatentOperator, such as linfast.Dense(n); got {type(A).__name__}")
+        for name, g, n in (("g_x", g_x, A.n_in), ("g_y", g_y, A.n_out)):
+            shape = getattr(g, "shape", None)
+            if shape is not None and torch.Size(shape).numel() != n:
+                raise ValueError(
+                    f"{name} has latents of shape {tuple(shape)} and A is {A.n_out} x {A.n_in} (n_out x n_in)"
+                )
+        self.g_x = g_x
+        self.A = A
+        self.g_y = g_y
+
+    def forward(self, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
+        """f(x) = g_y^{-1}(A g_x(x))."""
+        self._check_time(t)
+        return self.gy_inverse(self.A(self.gx(x, **context), t=t), **context)
+
+    def inverse(self, y: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
+        """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse: see ``pinv``."""
+        self._check_time(t)
+        return self.gx_inverse(self.A_inverse(self.gy(y, **context), t=t), **context)
+
+    def gx(self, x: Tensor, **context: Any) -> Tensor:
+        """z = g_x(x)."""
+        return self.g_x(x, **context)
+
+    def gy(self, y: Tensor, **context: Any) -> Tensor:
+        """z = g_y(y)."""
+        return self.g_y(y, **context)
+
+    def gx_inverse(self, z: Tensor, **context: Any) -> Tensor:
+        """x = g_x^{-1}(z); flat latents are given g_x's shape."""
+        return decode_latents(self.g_x, z, context)
+
+    def gy_inverse(self, z: Tensor, **context: Any) -> Tensor:
+        """y = g_y^{-1}(z); flat latents are given g_y's shape."""
+        return decode_latents(self.g_y, z, context)
+
+    def A_inverse(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
+        """A^{-1} z."""
+        return (self.A if t is None else self.A.at(t)).inverse()(z)
+
+    def at(self, t: float | Tensor) -> Linearizer:
+        """f with its operator at time t."""
+        return Linearizer(self.g_x, self.A.at(t), self.g_y)
+
+    @property
+    def space_x(self) -> InducedSpace:
+        """The vector space that g_x induces on inputs."""
+        return InducedSpace(self.g_x)
+
+    @property
+    def space_y(self) -> InducedSpace:
+        """The vector space that g_y induces on outputs."""
+        return InducedSpace(self.g_y)
+
+    # The algebra.
+
+    def __matmul__(self, other: Linearizer) -> Linearizer:
+        """h @ f = h after f."""
+        other = _linearizer(other, "@")
+        if not same_space(self.g_x, other.g_y):
+            raise ValueError(
+                "h @ f needs h.g_x and f.g_y to be the same object in the same context: "
+                "f's outputs and h's inputs lie in different vector spaces"
+            )
+        return Linearizer(other.g_x, self.A @ other.A, self.g_y)
+
+    def __add__(self, other: Linearizer) -> Linearizer:
+        """(f + h)(x) = f(x) (+) h(x), the addition of the y side's space."""
+        other = _linearizer(other, "+")
+        for name in ("g_x", "g_y"):
+            if not same_space(getattr(self, name), getattr(other, name)):
+                raise ValueError(f"f + h needs both to have the same {name} (one object, in one context)")
+        return Linearizer(self.g_x, self.A + other.A, self.g_y)
+
+    def __sub__(self, other: Linearizer) -> Linearizer:
+        return self + (-_linearizer(other, "-"))
+
+    def __mul__(self, factor: float | Tensor) -> Linearizer:
+        return Linearizer(self.g_x, factor * self.A, self.g_y)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> Linearizer:
+        return Linearizer(self.g_x, self.A / divisor, self.g_y)
+
+    def __neg__(self) -> Linearizer:
+        return Linearizer(self.g_x, -self.A, self.g_y)
+
+    def __pow__(self, n: int) -> Linearizer:
+        """f ** n, n applications in one; n < 0 applies the inverse."""
+        if not same_space(self.g_x, self.g_y):
+            raise ValueError("f ** n needs g_x and g_y to be the same object in the same context")
+        return Linearizer(self.g_x, self.A**n, self.g_y)
+
+    @property
+    def T(self) -> Linearizer:
+        """The adjoint: <f(x), y>_y = <x, f.T(y)>_x. A live view."""
+        return Linearizer(self.g_y, self.A.T, self.g_x)
+
+    def pinv(self, rtol: float | None = None) -> Linearizer:
+        """The Moore-Penrose pseudo-inverse between the induced spaces; rtol as for operators."""
+        return Linearizer(self.g_y, self.A.pinv(rtol), self.g_x)
+
+    def svd(self) -> LinearizerSVD:
+        """Singular values, and singular vectors in data space (see LinearizerSVD)."""
+        self._check_time(None)
+        return LinearizerSVD(self.g_x, self.A.svd(), self.g_y)
+
+    def _check_time(self, t: float | Tensor | None) -> None:
+        if t is None and self.A.time_dependent:
+            raise ValueError("A depends on time: pass t=, or use f.at(t)")
+
+
+def _linearizer(value: object, symbol: str) -> Linearizer:
+    if not isinstance(value, Linearizer):
+        raise TypeError(
+            f"h {symbol} f needs two Linearizers; got {type(value).__name__}; to apply f to data call f(x)"
+        )
+    return value

@@ -1,0 +1,386 @@
+"""LatentOperator: the linear map A of f = g_y^{-1} A g_x, and the algebra of such maps.
+
+Column-vector maths on batches of row vectors: A(z) = z @ A.mT for z [B, n_in].
+
+Two kinds of operator:
+
+    Leaf   holds numbers: Dense, Diagonal, LowRank, DepthwiseConv, BlockDiagonal.
+    Lazy   holds operators: A.T, A @ B, A + B, c * A. A live view of its parts.
+
+``closed()`` turns any operator into the Leaf it equals now. inverse, pinv, svd,
+eig, ** and norm are asked of that Leaf: differentiable snapshots, in the cheapest
+structure that holds them. Leaves say what they are closed under by ``_plus`` and
+``_times``; where neither operand knows a closed form, the result is dense.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..flows.bijection import check_like
+from .spectral import SVD, Eig, cutoff
+
+if TYPE_CHECKING:
+    from .dense import Dense
+
+__all__ = ["LatentOperator", "Lazy", "Leaf", "Product", "Scaled", "Sum", "Transposed", "hold"]
+
+
+class LatentOperator(nn.Module):
+    """A linear map from n_in to n_out latent coordinates.
+
+    Called as ``A(z)`` with z [B, n_in], or [B, ...] of n_in elements a sample, whose
+    shape is kept where n_out = n_in. ``A(z, t=t)`` is ``A.at(t)(z)``.
+    """
+
+    n_out: int
+    n_in: int
+
+    # What a kind of operator supplies.
+
+    def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        """A z, or A^T z, for rows z [B, n]."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """The matrix, [n_out, n_in] or [B, n_out, n_in]."""
+        raise NotImplementedError
+
+    def closed(self) -> Leaf:
+        """The structured operator this equals now: a differentiable snapshot."""
+        raise NotImplementedError
+
+    @property
+    def time_dependent(self) -> bool:
+        """Whether it needs a time before it can be applied."""
+        return False
+
+    def at(self, t: float | Tensor) -> LatentOperator:
+        """The operator at time t: a number, a 0-d tensor, or [B] for one a sample."""
+        return self
+
+    # What every operator has.
+
+    def forward(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
+        """A z for each row of z; at time t where A depends on one."""
+        if t is not None:
+            return self.at(t)(z)
+        return self._apply_checked(z)
+
+    def _apply_checked(self, z: Tensor) -> Tensor:
+        kind = type(self).__name__
+        if self.time_dependent:
+            raise ValueError(f"{kind} depends on time: pass t=, or use A.at(t)")
+        if z.ndim < 2 or z.shape[1:].numel() != self.n_in:
+            raise ValueError(f"{kind}: z must be [B, {self.n_in}]; got {tuple(z.shape)}")
+        if not torch.compiler.is_compiling():
+            check_like(kind, "z", z, next(_tensors(self), None))
+        y = self._product(z.flatten(1), transpose=False)
+        return y.reshape(z.shape) if self.n_out == self.n_in else y
+
+    @property
+    def T(self) -> LatentOperator:
+        """The transpose, a live view."""
+        return Transposed(self)
+
+    def __matmul__(self, other: LatentOperator) -> LatentOperator:
+        return Product(self, _operator(other, "@"))
+
+    def __add__(self, other: LatentOperator) -> LatentOperator:
+        return Sum(self, _operator(other, "+"))
+
+    def __sub__(self, other: LatentOperator) -> LatentOperator:
+        return Sum(self, Scaled(-1.0, _operator(other, "-")))
+
+    def __mul__(self, factor: float | Tensor) -> LatentOperator:
+        return Scaled(factor, self)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float | Tensor) -> LatentOperator:
+        return Scaled(1.0 / divisor, self)
+
+    def __neg__(self) -> LatentOperator:
+        return Scaled(-1.0, self)
+
+    def __pow__(self, n: int) -> LatentOperator:
+        """A^n, a snapshot; n < 0 is the inverse's power."""
+        if not isinstance(n, int):
+            raise TypeError(f"the exponent must be an integer; got {n!r}")
+        self._check_square("**")
+        base = self.inverse() if n < 0 else self
+        return base.closed()._power(abs(n))
+
+    def inverse(self) -> LatentOperator:
+        """A^{-1}, a snapshot. Raises ValueError for a singular or a rectangular A."""
+        self._check_square("inverse()")
+        return self.closed()._inverse()
+
+    def pinv(self, rtol: float | None = None) -> LatentOperator:
+        """The Moore-Penrose pseudo-inverse A^+, a snapshot.
+
+        Singular values up to rtol times the largest count as zero; by default rtol is
+        max(n_out, n_in) times the dtype's epsilon.
+        """
+        return self.closed()._pinv(rtol)
+
+    def svd(self) -> SVD:
+        """U, S, Vh with A = U diag(S) Vh + rest (I - U U^T); rest is 0 but for LowRank with alpha."""
+        return self.closed()._svd()
+
+    def eig(self) -> Eig:
+        """Eigenvalues and right eigenvectors, complex; ``.rest`` is the eigenvalue of the others."""
+        self._check_square("eig()")
+        return self.closed()._eig()
+
+    def norm(self, ord: float | str = 2) -> Tensor:
+        """Norm from the singular values: 2 (largest; the Lipschitz constant), "fro" or "nuc"."""
+        _, S, Vh = svd = self.svd()
+        others = Vh.shape[-1] - S.shape[-1]
+        rest = torch.as_tensor(svd.rest, dtype=S.dtype, device=S.device).abs()
+        if ord == 2:
+            largest = S.amax(-1) if S.shape[-1] else torch.zeros_like(rest)
+            return torch.maximum(largest, rest) if others else largest
+        if ord == "fro":
+            return (S.square().sum(-1) + others * rest.square()).sqrt()
+        if ord == "nuc":
+            return S.sum(-1) + others * rest
+        raise ValueError(f"ord must be 2, 'fro' or 'nuc'; got {ord!r}")
+
+    def rank(self, rtol: float | None = None) -> Tensor:
+        """Number of singular values above rtol times the largest (rtol as in ``pinv``)."""
+        _, S, Vh = svd = self.svd()
+        others = Vh.shape[-1] - S.shape[-1]
+        rest = torch.as_tensor(svd.rest, dtype=S.dtype, device=S.device).abs()
+        limit = self.norm(2) * cutoff(S, max(self.n_out, self.n_in), rtol)
+        return (limit[..., None] < S).sum(-1) + others * (limit < rest)
+
+    def _check_square(self, what: str) -> None:
+        if self.n_out != self.n_in:
+            raise ValueError(f"{what} needs a square A; this one is {self.n_out} x {self.n_in}; use pinv()")
+
+    def extra_repr(self) -> str:
+        return f"{self.n_out} x {self.n_in}"
+
+
+class Leaf(LatentOperator):
+    """An operator that holds its numbers. Supplies the snapshot algebra; by default through Dense."""
+
+    @property
+    def batched(self) -> bool:
+        """Whether it holds one operator a sample."""
+        return False
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether its product with any operator keeps its structure."""
+        return False
+
+    def closed(self) -> Leaf:
+        return self
+
+    def _dense(self) -> Dense:
+        from .dense import Dense
+
+        return Dense.of(self.to_dense())
+
+    def _transposed(self) -> Leaf:
+        raise NotImplementedError
+
+    def _scaled(self, factor: float | Tensor) -> Leaf:
+        raise NotImplementedError
+
+    def _plus(self, other: Leaf) -> Leaf | None:
+        """self + other in closed form, or None."""
+        return None
+
+    def _times(self, other: Leaf) -> Leaf | None:
+        """self @ other in closed form, or None."""
+        return None
+
+    def _power(self, n: int) -> LatentOperator:
+        return self._dense()._power(n)
+
+    def _inverse(self) -> LatentOperator:
+        return self._dense()._inverse()
+
+    def _pinv(self, rtol: float | None) -> LatentOperator:
+        return self._dense()._pinv(rtol)
+
+    def _svd(self) -> SVD:
+        return self._dense()._svd()
+
+    def _eig(self) -> Eig:
+        return self._dense()._eig()
+
+
+class Lazy(LatentOperator):
+    """An operator made of others. Its parts stay live; ``closed`` takes the snapshot."""
+
+    def parts(self) -> tuple[LatentOperator, ...]:
+        raise NotImplementedError
+
+    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
+        raise NotImplementedError
+
+    @property
+    def time_dependent(self) -> bool:
+        return any(part.time_dependent for part in self.parts())
+
+    def at(self, t: float | Tensor) -> LatentOperator:
+        return self._rebuild(*(part.at(t) for part in self.parts())) if self.time_dependent else self
+
+
+class Transposed(Lazy):
+    """A^T."""
+
+    def __init__(self, operator: LatentOperator) -> None:
+        super().__init__()
+        self.operator = operator
+        self.n_out, self.n_in = operator.n_in, operator.n_out
+
+    def parts(self) -> tuple[LatentOperator, ...]:
+        return (self.operator,)
+
+    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
+        return Transposed(*parts)
+
+    @property
+    def T(self) -> LatentOperator:
+        return self.operator
+
+    def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        return self.operator._product(z, not transpose)
+
+    def to_dense(self) -> Tensor:
+        return self.operator.to_dense().mT
+
+    def closed(self) -> Leaf:
+        return self.operator.closed()._transposed()
+
+
+class Scaled(Lazy):
+    """factor * A, the factor a number or a 0-d tensor."""
+
+    def __init__(self, factor: float | Tensor, operator: LatentOperator) -> None:
+        super().__init__()
+        if not isinstance(factor, (int, float, Tensor)) or (isinstance(factor, Tensor) and factor.ndim):
+            raise TypeError(f"an operator is scaled by a number or a 0-d tensor; got {factor!r}")
+        hold(self, "factor", factor)
+        self.operator = operator
+        self.n_out, self.n_in = operator.n_out, operator.n_in
+
+    def parts(self) -> tuple[LatentOperator, ...]:
+        return (self.operator,)
+
+    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
+        return Scaled(self.factor, *parts)
+
+    def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        return self.factor * self.operator._product(z, transpose)
+
+    def to_dense(self) -> Tensor:
+        return self.factor * self.operator.to_dense()
+
+    def closed(self) -> Leaf:
+        return self.operator.closed()._scaled(self.factor)
+
+
+class Sum(Lazy):
+    """A + B."""
+
+    def __init__(self, left: LatentOperator, right: LatentOperator) -> None:
+        super().__init__()
+        if (left.n_out, left.n_in) != (right.n_out, right.n_in):
+            raise ValueError(f"cannot add {_size(left)} and {_size(right)} operators")
+        self.left, self.right = left, right
+        self.n_out, self.n_in = left.n_out, left.n_in
+
+    def parts(self) -> tuple[LatentOperator, ...]:
+        return (self.left, self.right)
+
+    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
+        return Sum(*parts)
+
+    def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        return self.left._product(z, transpose) + self.right._product(z, transpose)
+
+    def to_dense(self) -> Tensor:
+        return self.left.to_dense() + self.right.to_dense()
+
+    def closed(self) -> Leaf:
+        left, right = self.left.closed(), self.right.closed()
+        result = left._plus(right)
+        result = right._plus(left) if result is None else result
+        return left._dense()._plus(right) if result is None else result
+
+
+class Product(Lazy):
+    """A @ B: B first, then A."""
+
+    def __init__(self, left: LatentOperator, right: LatentOperator) -> None:
+        super().__init__()
+        if left.n_in != right.n_out:
+            raise ValueError(f"cannot multiply {_size(left)} by {_size(right)} operators")
+        self.left, self.right = left, right
+        self.n_out, self.n_in = left.n_out, right.n_in
+
+    def parts(self) -> tuple[LatentOperator, ...]:
+        return (self.left, self.right)
+
+    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
+        return Product(*parts)
+
+    def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        first, second = (self.left, self.right) if transpose else (self.right, self.left)
+        return second._product(first._product(z, transpose), transpose)
+
+    def to_dense(self) -> Tensor:
+        return self.left.to_dense() @ self.right.to_dense()
+
+    def _closed_form(self) -> Leaf | None:
+        left, right = self.left.closed(), self.right.closed()
+        if right.absorbs or (result := left._times(right)) is None:
+            transposed = right._transposed()._times(left._transposed())
+            result = None if transposed is None else transposed._transposed()
+        return result
+
+    def closed(self) -> Leaf:
+        result = self._closed_form()
+        return self.left.closed()._dense()._times(self.right.closed()) if result is None else result
+
+    def inverse(self) -> LatentOperator:
+        """(A B)^{-1}: of the closed form where there is one, else B^{-1} A^{-1}, kept apart."""
+        self._check_square("inverse()")
+        result = self._closed_form()
+        if result is None and self.left.n_in == self.left.n_out:
+            return Product(self.right.inverse(), self.left.inverse())
+        return self.closed()._inverse()
+
+
+def hold(module: nn.Module, name: str, value: Any) -> None:
+    """Keep a Parameter as one (trained), a tensor as a buffer (saved, moved), anything else as it is."""
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    elif isinstance(value, Tensor):
+        module.register_buffer(name, value)
+    else:
+        setattr(module, name, value)
+
+
+def _tensors(module: nn.Module) -> Any:
+    yield from module.parameters()
+    yield from (buffer for buffer in module.buffers() if buffer.is_floating_point())
+
+
+def _operator(value: object, symbol: str) -> LatentOperator:
+    if not isinstance(value, LatentOperator):
+        raise TypeError(f"A {symbol} B needs two operators; got {type(value).__name__}; to apply A call A(z)")
+    return value
+
+
+def _size(operator: LatentOperator) -> str:
+    return f"{operator.n_out} x {operator.n_in}"

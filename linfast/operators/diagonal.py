@@ -1,0 +1,126 @@
+"""Diagonal: A z = diagonal * z. Projection: a diagonal of learned zeros and ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .base import LatentOperator, Leaf, hold
+from .spectral import SVD, Eig, cutoff, pseudo_inverse_values
+
+__all__ = ["Diagonal", "Projection"]
+
+
+class Diagonal(Leaf):
+    """A z = diagonal * z; by default a trained diagonal that starts at one.
+
+    Args:
+        n: size.
+        diagonal: [n], or one a sample [B, n]; a Parameter is trained, any other tensor
+            is a constant. ``Diagonal.of(diagonal)`` reads n off it.
+    """
+
+    diagonal: Tensor
+
+    def __init__(self, n: int, diagonal: Tensor | None = None) -> None:
+        super().__init__()
+        self.n = self.n_out = self.n_in = n
+        diagonal = nn.Parameter(torch.ones(n)) if diagonal is None else diagonal
+        if diagonal.ndim not in (1, 2) or diagonal.shape[-1] != n:
+            raise ValueError(f"diagonal must be [{n}] or [B, {n}]; got {tuple(diagonal.shape)}")
+        hold(self, "diagonal", diagonal)
+
+    @classmethod
+    def of(cls, diagonal: Tensor) -> Diagonal:
+        """The operator of this diagonal."""
+        return cls(diagonal.shape[-1], diagonal)
+
+    @property
+    def batched(self) -> bool:
+        return self.diagonal.ndim == 2
+
+    def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        return z * self.diagonal
+
+    def to_dense(self) -> Tensor:
+        return torch.diag_embed(self.diagonal)
+
+    def _transposed(self) -> Leaf:
+        return self
+
+    def _scaled(self, factor: float | Tensor) -> Leaf:
+        return Diagonal.of(factor * self.diagonal)
+
+    def _plus(self, other: Leaf) -> Leaf | None:
+        return Diagonal.of(self.diagonal + other.diagonal) if isinstance(other, Diagonal) else None
+
+    def _times(self, other: Leaf) -> Leaf | None:
+        return Diagonal.of(self.diagonal * other.diagonal) if isinstance(other, Diagonal) else None
+
+    def _power(self, n: int) -> Leaf:
+        return Diagonal.of(self.diagonal**n)
+
+    def _inverse(self) -> Leaf:
+        size = self.diagonal.detach().abs()
+        limit = torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True) if self.n else size
+        if not torch.compiler.is_compiling() and not bool((limit < size).all()):
+            raise ValueError(
+                f"A (diagonal [{self.n}]) is singular to working precision: it has no inverse; use pinv()"
+            )
+        return Diagonal.of(self.diagonal.reciprocal())
+
+    def _pinv(self, rtol: float | None) -> Leaf:
+        size = self.diagonal.abs()
+        limit = cutoff(size, self.n, rtol) * size.amax(-1, keepdim=True) if self.n else size
+        return Diagonal.of(self.diagonal.sign() * pseudo_inverse_values(size, limit))
+
+    def _svd(self) -> SVD:
+        S, order = self.diagonal.abs().sort(dim=-1, descending=True)
+        eye = torch.eye(self.n, dtype=S.dtype, device=S.device)
+        Vh = eye[order]
+        negative = self.diagonal.gather(-1, order) < 0
+        return SVD(torch.where(negative[..., None, :], -Vh.mT, Vh.mT), S, Vh)
+
+    def _eig(self) -> Eig:
+        complex_dtype = torch.promote_types(self.diagonal.dtype, torch.complex64)
+        eye = torch.eye(self.n, dtype=complex_dtype, device=self.diagonal.device)
+        return Eig(self.diagonal.to(complex_dtype), eye.expand(*self.diagonal.shape, self.n))
+
+
+class Projection(LatentOperator):
+    """A = diag(round(sigmoid(logits))): keeps some coordinates and drops the others; A A = A exactly.
+
+    The gradient of the logits is the sigmoid's (straight-through). Source: the linear
+    idempotent generative network of arXiv 2510.08570, whose basis is absorbed in g.
+
+    Args:
+        n: size.
+        rank: how many coordinates start kept; None for half.
+    """
+
+    _config_names = {"rank": "initial_rank"}
+
+    def __init__(self, n: int, rank: int | None = None) -> None:
+        super().__init__()
+        kept = n // 2 if rank is None else rank
+        if not 0 <= kept <= n:
+            raise ValueError(f"rank must be between 0 and n = {n}; got {rank}")
+        self.n = self.n_out = self.n_in = n
+        self.initial_rank = kept
+        logits = torch.ones(n)
+        logits[kept:] = -1.0
+        self.logits = nn.Parameter(logits)
+
+    def mask(self) -> Tensor:
+        """[n] of exact zeros and ones; its gradient is that of sigmoid(logits)."""
+        soft = self.logits.sigmoid()
+        return soft.detach().round() + (soft - soft.detach())
+
+    def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        return z * self.mask()
+
+    def to_dense(self) -> Tensor:
+        return torch.diag(self.mask())
+
+    def closed(self) -> Leaf:
+        return Diagonal.of(self.mask())

@@ -1,0 +1,90 @@
+"""Results of svd and eig, and the small shared pieces of spectral arithmetic.
+
+A structured operator acts on all but a few dimensions as one number. Its svd and
+eig then hold only the few, and the number is ``rest``:
+
+    svd:  A = U diag(S) Vh + rest (I - U U^H),   U [n, k], S [k], Vh [k, n]
+    eig:  A v_i = w_i v_i for i < k, and the other n - k eigenvalues are ``rest``
+
+For a matrix without such structure rest is 0 and the formulas are the usual ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["SVD", "Eig", "cutoff", "inverse_or_raise", "pseudo_inverse_values"]
+
+
+class _SVDFields(NamedTuple):
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+
+class SVD(_SVDFields):
+    """U [..., n_out, k], S [..., k] descending, Vh [..., k, n_in], and ``rest``.
+
+    Unpacks as ``U, S, Vh``. A = U diag(S) Vh + rest (I - U U^H); the n - k singular
+    values not in S are all |rest|.
+    """
+
+    rest: float | Tensor
+
+    def __new__(cls, U: Tensor, S: Tensor, Vh: Tensor, rest: float | Tensor = 0.0) -> SVD:
+        self = super().__new__(cls, U, S, Vh)
+        self.rest = rest
+        return self
+
+    def to_dense(self) -> Tensor:
+        """U diag(S) Vh + rest (I - U U^H) [..., n_out, n_in]."""
+        dense = (self.U * self.S[..., None, :]) @ self.Vh
+        if isinstance(self.rest, float) and self.rest == 0.0:
+            return dense
+        eye = torch.eye(dense.shape[-1], dtype=dense.dtype, device=dense.device)
+        return dense + self.rest * (eye - self.U @ self.U.mH)
+
+
+class _EigFields(NamedTuple):
+    values: Tensor
+    vectors: Tensor
+
+
+class Eig(_EigFields):
+    """values [..., k] and vectors [..., n, k], both complex; ``rest`` is the eigenvalue of the other n - k."""
+
+    rest: float | Tensor | None
+
+    def __new__(cls, values: Tensor, vectors: Tensor, rest: float | Tensor | None = None) -> Eig:
+        self = super().__new__(cls, values, vectors)
+        self.rest = rest
+        return self
+
+
+def cutoff(S: Tensor, n: int, rtol: float | None) -> float:
+    """Relative size below which a singular value counts as zero: rtol, or n times the dtype's epsilon."""
+    return n * torch.finfo(S.dtype).eps if rtol is None else rtol
+
+
+def pseudo_inverse_values(S: Tensor, limit: Tensor) -> Tensor:
+    """1 / S where S > limit, else 0."""
+    keep = limit < S
+    return torch.where(keep, torch.where(keep, S, torch.ones_like(S)).reciprocal(), torch.zeros_like(S))
+
+
+def inverse_or_raise(matrix: Tensor, what: str) -> Tensor:
+    """matrix^{-1} [..., n, n]; a ValueError that names pinv where it is singular to working precision."""
+    inverse, info = torch.linalg.inv_ex(matrix)
+    if torch.compiler.is_compiling() or matrix.numel() == 0:
+        return inverse
+    condition = torch.linalg.matrix_norm(matrix.detach(), 1) * torch.linalg.matrix_norm(inverse.detach(), 1)
+    if bool(info.any()) or not bool((condition < 1.0 / torch.finfo(matrix.dtype).eps).all()):
+        shape = tuple(matrix.shape)
+        raise ValueError(
+            f"{what} {shape} is singular to working precision (condition number "
+            f"{float(condition.max()):.1e}): it has no inverse; use pinv()"
+        )
+    return inverse

@@ -1,0 +1,70 @@
+"""TimeLowRank: A_t = alpha I + U(t) V(t)^T with U and V generated from an embedded time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..flows.conditioners import MLP, SinusoidalEmbedding
+from .base import LatentOperator
+from .low_rank import LowRank
+
+__all__ = ["TimeLowRank"]
+
+
+class TimeLowRank(LatentOperator):
+    """A_t = alpha I + U(t) V(t)^T on z [B, n]; U(t), V(t) [n, r] come from two MLPs.
+
+    ``A_t.at(t)`` is a LowRank operator for a number, a 0-d or a [B] tensor; ``A_t(z, t=t)``
+    applies it. Source: the one-step generator of arXiv 2510.08570.
+
+    Args:
+        n: size.
+        rank: r.
+        alpha: weight of the identity, a constant.
+        time_features: size of the sinusoidal embedding of t.
+        hidden: width of the generators' two hidden layers.
+    """
+
+    _config_names = {"rank": "rank_bound"}
+
+    def __init__(self, n: int, rank: int, alpha: float = 0.0, time_features: int = 64, hidden: int = 256) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1; got {rank}")
+        self.n = self.n_out = self.n_in = n
+        self.rank_bound = rank
+        self.alpha = float(alpha)
+        self.time_features, self.hidden = time_features, hidden
+        self.embedding = SinusoidalEmbedding(time_features)
+        self.u_net = self._generator()
+        self.v_net = self._generator()
+
+    def _generator(self) -> MLP:
+        net = MLP(self.time_features, self.n * self.rank_bound, (self.hidden, self.hidden), "gelu", zero_last=False)
+        # U V^T z is of z's size when the entries of U and V have variance 1 / sqrt(n r).
+        nn.init.normal_(net.layers[-1].bias, std=(self.n * self.rank_bound) ** -0.25)  # type: ignore[arg-type]
+        return net
+
+    @property
+    def time_dependent(self) -> bool:
+        return True
+
+    def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """U and V, each [K, n, r], at the times t [K]."""
+        if t.ndim != 1:
+            raise ValueError(f"t must be [K]; got {tuple(t.shape)}")
+        like = self.u_net.layers[0].weight
+        embedded = self.embedding(t.to(dtype=like.dtype, device=like.device))
+        shape = (t.shape[0], self.n, self.rank_bound)
+        return self.u_net(embedded).reshape(shape), self.v_net(embedded).reshape(shape)
+
+    def at(self, t: float | Tensor) -> LowRank:
+        times = torch.as_tensor(t)
+        if times.ndim > 1:
+            raise ValueError(f"t must be a number, 0-d or [B]; got {tuple(times.shape)}")
+        U, V = self.factors(times.reshape(-1))
+        return LowRank(self.alpha, U, V) if times.ndim else LowRank(self.alpha, U[0], V[0])
+
+    def extra_repr(self) -> str:
+        return f"{self.n} x {self.n}, rank={self.rank_bound}"

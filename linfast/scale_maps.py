@@ -1,0 +1,167 @@
+"""Scale maps: how an affine coupling turns its conditioner's raw output r into a log-scale.
+
+    scale = exp(log_scale(r)),  elementwise, any shape
+
+    kind       log_scale(r)                        range               used by
+    exp        r                                   unbounded           RealNVP, normflows
+    clamp      min(max(r, -c), c)                  [-c, c]             the Linearizer paper (c = 5)
+    smooth     r / (1 + |r| / c)                   (-c, c)             linfast's default, zuko (c = ln 1000)
+    tanh       c tanh(r)                           (-c, c)             FrEIA
+    arctan     c (2 / pi) atan(r)                  (-c, c)             FrEIA's GLOW
+    sigmoid    log(sigmoid(r + 2) + floor)         (log floor, ~0]     normflows, nflows (floor = 1e-3)
+    softplus   log(min(softplus(r) + floor, c))    [log floor, log c]  glasflow (floor = 1e-3, c = 3)
+
+The log-determinant of a coupling is the sum of these values, so each map is
+stated in log space. Round trips of deep stacks stay accurate only while the
+summed log-scales stay moderate: that is what the bound c is for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["SCALE_MAP_KINDS", "ScaleMap"]
+
+_TWO_OVER_PI = 2.0 / math.pi
+_SIGMOID_SHIFT = 2.0
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One map: the id kernels know it by, log-scale, its derivative in r, its inverse, default c and floor."""
+
+    constexpr_id: int
+    log_scale: Callable[[Tensor, float, float], Tensor]
+    derivative: Callable[[Tensor, float, float], Tensor]
+    inverse: Callable[[Tensor, float, float], Tensor]
+    bound: float = math.inf
+    floor: float = 0.0
+
+
+def _sigmoid_log_scale(r: Tensor, c: float, floor: float) -> Tensor:
+    if floor == 0.0:
+        return F.logsigmoid(r + _SIGMOID_SHIFT)
+    return torch.log(torch.sigmoid(r + _SIGMOID_SHIFT) + floor)
+
+
+def _sigmoid_derivative(r: Tensor, c: float, floor: float) -> Tensor:
+    s = torch.sigmoid(r + _SIGMOID_SHIFT)
+    return torch.sigmoid(-r - _SIGMOID_SHIFT) if floor == 0.0 else s * (1 - s) / (s + floor)
+
+
+def _softplus_derivative(r: Tensor, c: float, floor: float) -> Tensor:
+    value = F.softplus(r) + floor
+    return torch.where(value <= c, torch.sigmoid(r) / value, torch.zeros_like(r))
+
+
+_KINDS: dict[str, _Kind] = {
+    "exp": _Kind(
+        0,
+        lambda r, c, floor: r,
+        lambda r, c, floor: torch.ones_like(r),
+        lambda s, c, floor: s,
+    ),
+    "clamp": _Kind(
+        1,
+        lambda r, c, floor: r.clamp(-c, c),
+        lambda r, c, floor: (r.abs() <= c).to(r.dtype),
+        lambda s, c, floor: s,
+        bound=5.0,
+    ),
+    "smooth": _Kind(
+        2,
+        lambda r, c, floor: r / (1 + r.abs() / c),
+        lambda r, c, floor: (1 + r.abs() / c).pow(-2),
+        lambda s, c, floor: s / (1 - s.abs() / c),
+        bound=0.5,
+    ),
+    "tanh": _Kind(
+        3,
+        lambda r, c, floor: c * torch.tanh(r),
+        lambda r, c, floor: c * (1 - torch.tanh(r).square()),
+        lambda s, c, floor: torch.atanh(s / c),
+        bound=2.0,
+    ),
+    "arctan": _Kind(
+        4,
+        lambda r, c, floor: c * _TWO_OVER_PI * torch.atan(r),
+        lambda r, c, floor: c * _TWO_OVER_PI / (1 + r.square()),
+        lambda s, c, floor: torch.tan(s / (c * _TWO_OVER_PI)),
+        bound=2.0,
+    ),
+    "sigmoid": _Kind(
+        5,
+        _sigmoid_log_scale,
+        _sigmoid_derivative,
+        lambda s, c, floor: torch.logit(torch.exp(s) - floor) - _SIGMOID_SHIFT,
+    ),
+    "softplus": _Kind(
+        6,
+        lambda r, c, floor: torch.log((F.softplus(r) + floor).clamp(max=c)),
+        _softplus_derivative,
+        lambda s, c, floor: torch.log(torch.expm1(torch.exp(s) - floor)),
+        bound=3.0,
+        floor=1e-3,
+    ),
+}
+
+SCALE_MAP_KINDS: tuple[str, ...] = tuple(_KINDS)
+
+
+@dataclass(frozen=True)
+class ScaleMap:
+    """A scale map by name, with its bound c and floor (the table above states each).
+
+    Args:
+        kind: one of ``SCALE_MAP_KINDS``.
+        bound: c, the largest |log scale| (softplus: the largest scale); positive.
+            By default clamp 5, smooth 0.5, tanh 2, arctan 2, softplus 3.
+        floor: the smallest scale of sigmoid (by default 0) and softplus (1e-3).
+
+    Raises:
+        ValueError: unknown kind, bound <= 0 or floor < 0.
+    """
+
+    kind: str = "smooth"
+    bound: float | None = None
+    floor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind must be one of {', '.join(_KINDS)}; got {self.kind!r}")
+        if self.bound is not None and not self.bound > 0:
+            raise ValueError(f"bound must be positive; got {self.bound}")
+        if self.floor is not None and self.floor < 0:
+            raise ValueError(f"floor must not be negative; got {self.floor}")
+
+    @property
+    def constexpr_id(self) -> int:
+        """The number the kernels know this map by."""
+        return _KINDS[self.kind].constexpr_id
+
+    @property
+    def constants(self) -> tuple[float, float]:
+        """(c, floor), defaults filled in."""
+        kind = _KINDS[self.kind]
+        return (
+            kind.bound if self.bound is None else self.bound,
+            kind.floor if self.floor is None else self.floor,
+        )
+
+    def log_scale(self, raw: Tensor) -> Tensor:
+        """log s(raw), elementwise, in raw's dtype."""
+        return _KINDS[self.kind].log_scale(raw, *self.constants)
+
+    def derivative(self, raw: Tensor) -> Tensor:
+        """d log s / d raw, elementwise."""
+        return _KINDS[self.kind].derivative(raw, *self.constants)
+
+    def inverse(self, log_scale: Tensor) -> Tensor:
+        """The raw value whose log-scale this is; inside the map's open range only."""
+        return _KINDS[self.kind].inverse(log_scale, *self.constants)

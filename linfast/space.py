@@ -1,0 +1,116 @@
+"""InducedSpace: the vector space that an invertible g induces on its inputs.
+
+    u (+) v = g^{-1}(g(u) + g(v))      a (.) v = g^{-1}(a g(v))      <u, v> = g(u)^T g(v)
+
+It is a Hilbert space with zero g^{-1}(0). Source: arXiv 2510.08570. Vectors are
+batches [B, ...]; keywords go to g as context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["InducedSpace", "decode_latents"]
+
+
+def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
+    """g^{-1}(z), with flat latents [B, n] given g's sample shape where it has one."""
+    shape = getattr(g, "shape", None)
+    if shape is not None and z.ndim == 2 and len(shape) > 1:
+        z = z.reshape(z.shape[0], *shape)
+    return g.inverse(z, **context)  # type: ignore[operator]
+
+
+class InducedSpace:
+    """Vector-space operations through g.
+
+    Args:
+        g: a Bijection, or any module with forward and inverse.
+        context: keywords that every call passes to g.
+    """
+
+    def __init__(self, g: nn.Module, **context: Any) -> None:
+        self.g = g
+        self.context = context
+
+    def add(self, u: Tensor, v: Tensor) -> Tensor:
+        """u (+) v = g^{-1}(g(u) + g(v)), row by row. A batch of one is broadcast."""
+        return self._decode(self._encode(u) + self._encode(v))
+
+    def scale(self, a: float | Tensor, v: Tensor) -> Tensor:
+        """a (.) v = g^{-1}(a g(v)); a is a number, 0-d, or one a row [B]."""
+        return self._decode(_per_row(a, v) * self._encode(v))
+
+    def neg(self, v: Tensor) -> Tensor:
+        """The additive inverse g^{-1}(-g(v))."""
+        return self._decode(-self._encode(v))
+
+    def zero(self, like: Tensor) -> Tensor:
+        """The zero vector g^{-1}(0), once for each row of ``like``."""
+        return self._decode(torch.zeros_like(self._encode(like)))
+
+    def combine(self, weights: Tensor, vectors: Tensor) -> Tensor:
+        """g^{-1}(sum_k weights[m, k] g(vectors[k])): combinations of K vectors.
+
+        Args:
+            weights: [M, K], or [K] for one combination.
+            vectors: [K, ...].
+
+        Returns:
+            [M, ...]; [1, ...] for weights [K].
+        """
+        if weights.ndim not in (1, 2) or weights.shape[-1] != vectors.shape[0]:
+            raise ValueError(
+                f"weights must be [K] or [M, K] for {vectors.shape[0]} vectors; got {tuple(weights.shape)}"
+            )
+        z = self._encode(vectors)
+        combined = weights.to(z.dtype).reshape(-1, z.shape[0]) @ z.flatten(1)
+        return self._decode(combined.reshape(-1, *z.shape[1:]))
+
+    def interpolate(self, u: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
+        """(1 - t) (.) u (+) t (.) v, row by row; t is a number, 0-d, or one a row [B]."""
+        t = _per_row(t, u)
+        return self._decode((1 - t) * self._encode(u) + t * self._encode(v))
+
+    def mean(self, xs: Tensor) -> Tensor:
+        """The mean g^{-1}(1/B sum_b g(x_b)) of a batch, as a batch of one."""
+        return self._decode(self._encode(xs).mean(dim=0, keepdim=True))
+
+    def inner(self, u: Tensor, v: Tensor) -> Tensor:
+        """<u, v> = g(u)^T g(v), row by row, [B]."""
+        return (self._encode(u).flatten(1) * self._encode(v).flatten(1)).sum(-1)
+
+    def norm(self, v: Tensor) -> Tensor:
+        """|v| = |g(v)|, row by row, [B]."""
+        return self._encode(v).flatten(1).norm(dim=-1)
+
+    def distance(self, u: Tensor, v: Tensor) -> Tensor:
+        """|g(u) - g(v)|, row by row, [B]."""
+        return (self._encode(u) - self._encode(v)).flatten(1).norm(dim=-1)
+
+    def project(self, v: Tensor, basis: Tensor) -> Tensor:
+        """The nearest points to v [B, ...] in the span of basis [K, ...]; the basis may be dependent."""
+        z, spanning = self._encode(v), self._encode(basis).flatten(1)
+        _, S, Vh = torch.linalg.svd(spanning, full_matrices=False)
+        keep = S.amax() * max(spanning.shape) * torch.finfo(S.dtype).eps < S
+        directions = Vh * keep[:, None]
+        return self._decode(((z.flatten(1) @ directions.mT) @ directions).reshape(z.shape))
+
+    def _encode(self, x: Tensor) -> Tensor:
+        return self.g(x, **self.context)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return decode_latents(self.g, z, self.context)
+
+
+def _per_row(a: float | Tensor, v: Tensor) -> float | Tensor:
+    """A [B] tensor shaped to scale rows of v."""
+    if not isinstance(a, Tensor) or a.ndim == 0:
+        return a
+    if a.shape != v.shape[:1]:
+        raise ValueError(f"a factor a row must be [{v.shape[0]}]; got {tuple(a.shape)}")
+    return a.reshape(-1, *(1,) * (v.ndim - 1))

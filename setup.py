@@ -1,0 +1,20 @@
+"""Packages of linfast. kernels/ and bench/ are installed inside it: a top-level package
+called ``kernels`` would shadow the one that transformers uses."""
+
+from setuptools import find_packages, setup
+
+_MAPPED = {"linfast.kernels": "kernels", "linfast.bench": "bench"}
+
+
+def _packages() -> list[str]:
+    names = ["linfast", *(f"linfast.{name}" for name in find_packages("linfast"))]
+    for package, folder in _MAPPED.items():
+        names += [package, *(f"{package}.{name}" for name in find_packages(folder))]
+    return names
+
+
+setup(
+    packages=_packages(),
+    package_dir={"linfast": "linfast", **_MAPPED},
+    package_data={"linfast": ["py.typed"]},
+)
