@@ -134,11 +134,7 @@ def _describe(value: Any, seen: dict[int, int]) -> Any:
     if isinstance(value, nn.Module):
         return _describe_module(value, seen)
     if isinstance(value, Tensor):
-        return {
-            "tensor": list(value.shape),
-            "dtype": str(value.dtype).removeprefix("torch."),
-            "parameter": isinstance(value, nn.Parameter),
-        }
+        return _describe_tensor(value)
     if isinstance(value, ScaleMap):
         return {"scale_map": asdict(value)}
     if isinstance(value, (tuple, list)):
@@ -148,6 +144,16 @@ def _describe(value: Any, seen: dict[int, int]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"cannot save an argument of type {type(value).__name__}")
+
+
+def _describe_tensor(value: Tensor) -> dict[str, Any]:
+    """Shape and dtype, which the constructor may check; of integers, which it may use, the values too."""
+    described = {
+        "tensor": list(value.shape),
+        "dtype": str(value.dtype).removeprefix("torch."),
+        "parameter": isinstance(value, nn.Parameter),
+    }
+    return described if value.is_floating_point() else {**described, "values": value.tolist()}
 
 
 def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
@@ -183,7 +189,10 @@ def _build_module(node: dict[str, Any], built: list[nn.Module]) -> nn.Module:
 
 
 def _build_tensor(node: dict[str, Any], built: list[nn.Module]) -> Tensor:
-    value = torch.zeros(node["tensor"], dtype=getattr(torch, node["dtype"]))
+    dtype = getattr(torch, node["dtype"])
+    if "values" in node:
+        return torch.tensor(node["values"], dtype=dtype).reshape(node["tensor"])
+    value = torch.zeros(node["tensor"], dtype=dtype)
     return nn.Parameter(value) if node["parameter"] else value
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .bijection import Bijection, constant_log_det
@@ -36,8 +35,17 @@ class Squeeze(Bijection):
     ) -> tuple[Tensor, Tensor | None]:
         if x.ndim != 4 or (not inverse and (x.shape[2] % 2 or x.shape[3] % 2)):
             raise ValueError(f"Squeeze: x must be [B, C, H, W] with even H and W; got {tuple(x.shape)}")
-        y = F.pixel_shuffle(x, 2) if inverse else F.pixel_unshuffle(x, 2)
-        return y, constant_log_det(x) if log_det else None
+        return _unsqueeze(x) if inverse else _squeeze(x), constant_log_det(x) if log_det else None
 
     def extra_repr(self) -> str:
         return f"features={self.features}"
+
+
+def _squeeze(x: Tensor) -> Tensor:
+    B, C, H, W = x.shape  # not pixel_unshuffle: it refuses an empty batch
+    return x.reshape(B, C, H // 2, 2, W // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(B, 4 * C, H // 2, W // 2)
+
+
+def _unsqueeze(z: Tensor) -> Tensor:
+    B, C, H, W = z.shape
+    return z.reshape(B, C // 4, 2, 2, H, W).permute(0, 1, 4, 2, 5, 3).reshape(B, C // 4, 2 * H, 2 * W)

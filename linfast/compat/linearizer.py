@@ -1,0 +1,156 @@
+"""The import surface of github.com/assafshocher/Linearizer: G, Linearizer, LinearModule.
+
+Code written against that repository runs after changing one import,
+
+    from linearizer import G, LinearModule, Linearizer                    # before
+    from linfast.compat.linearizer import G, LinearModule, Linearizer     # after
+
+and checkpoints of its state_dict load: the keys start with ``net_gx``, ``net_gy`` and
+``linear_network``. A checkpoint that is a pickle of a whole module, or code that is not
+to be edited at all, finds these classes under the old name once that is set:
+
+    import linfast.compat.linearizer
+    sys.modules["linearizer"] = linfast.compat.linearizer
+
+New code is better served by ``linfast.Linearizer``, whose A is an operator with an algebra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..flows.bijection import Bijection
+from ..operators.base import LatentOperator
+from ..space import decode_latents
+
+__all__ = ["G", "LinearModule", "Linearizer"]
+
+
+class G(nn.Module):
+    """An invertible network on images of ``in_ch`` channels, ``image_resolution`` pixels square.
+
+    Subclasses define ``forward(x, **kwargs)`` and ``inverse(z, **kwargs)``.
+
+    Attributes:
+        dim: in_ch * image_resolution ** 2, the number of latent coordinates.
+    """
+
+    def __init__(self, in_ch: int, image_resolution: int) -> None:
+        super().__init__()
+        self.dim = in_ch * image_resolution**2
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """z = g(x)."""
+        raise _not_overridden(self, G, "forward")
+
+    def inverse(self, z: Tensor, **kwargs: Any) -> Tensor:
+        """x = g^{-1}(z)."""
+        raise _not_overridden(self, G, "inverse")
+
+
+class LinearModule(nn.Module):
+    """A linear map of latents. Subclasses define ``forward(x, **kwargs)``; ``inverse(z, **kwargs)`` is optional."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """A x."""
+        raise _not_overridden(self, LinearModule, "forward")
+
+    def inverse(self, z: Tensor, **kwargs: Any) -> Tensor:
+        """A^{-1} z; only ``Linearizer.inverse`` and ``A_inverse`` ask for it."""
+        raise _not_overridden(self, LinearModule, "inverse")
+
+
+class Linearizer(nn.Module):
+    """f(x) = g_y^{-1}(A g_x(x)), with inverse f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)).
+
+    ``forward`` and ``inverse`` go through the methods gx, gy, gx_inverse, gy_inverse, A
+    and A_inverse, each of which is given every keyword argument and may be overridden,
+    for instance to call one shared network in two modes.
+
+    Args:
+        gx: a G, or any module with forward and inverse.
+        linear_network: a LinearModule, or any module.
+        gy: like gx; None shares gx.
+
+    linfast's own parts fit too, and take keywords as in ``linfast.Linearizer``: a
+    LatentOperator takes ``t`` only, a Bijection everything but ``t``. Fix the time of a
+    time-conditioned one: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``. They have no ``dim``
+    and no ``get_lin_t``: the sampling steps in one are ``linfast.collapse(f.linear_network)``.
+
+    Raises:
+        NotImplementedError: a forward or inverse is asked for that a part does not define.
+    """
+
+    def __init__(self, gx: nn.Module, linear_network: nn.Module, gy: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net_gx = gx
+        self.net_gy = gx if gy is None else gy
+        self.linear_network = linear_network
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """f(x) = g_y^{-1}(A g_x(x))."""
+        return self.gy_inverse(self.A(self.gx(x, **kwargs), **kwargs), **kwargs)
+
+    def inverse(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y))."""
+        return self.gx_inverse(self.A_inverse(self.gy(y, **kwargs), **kwargs), **kwargs)
+
+    def gx(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Latents of x, g_x(x)."""
+        return _encode(self.net_gx, x, kwargs)
+
+    def gy(self, y: Tensor, **kwargs: Any) -> Tensor:
+        """Latents of y, g_y(y)."""
+        return _encode(self.net_gy, y, kwargs)
+
+    def gx_inverse(self, g_x: Tensor, **kwargs: Any) -> Tensor:
+        """The x with these latents."""
+        return _decode("net_gx", self.net_gx, g_x, kwargs)
+
+    def gy_inverse(self, g_y: Tensor, **kwargs: Any) -> Tensor:
+        """The y with these latents."""
+        return _decode("net_gy", self.net_gy, g_y, kwargs)
+
+    def A(self, g_x: Tensor, **kwargs: Any) -> Tensor:
+        """A g_x."""
+        if isinstance(self.linear_network, LatentOperator):
+            return self.linear_network(g_x, t=kwargs.get("t"))
+        return self.linear_network(g_x, **kwargs)
+
+    def A_inverse(self, g_y: Tensor, **kwargs: Any) -> Tensor:
+        """A^{-1} g_y."""
+        if isinstance(self.linear_network, LatentOperator):
+            t = kwargs.get("t")
+            return (self.linear_network if t is None else self.linear_network.at(t)).inverse()(g_y)
+        return _inverse_of("linear_network", self.linear_network)(g_y, **kwargs)
+
+
+def _encode(g: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    return g(x, **_bijection_context(kwargs)) if isinstance(g, Bijection) else g(x, **kwargs)
+
+
+def _decode(name: str, g: nn.Module, z: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    if isinstance(g, Bijection):
+        return decode_latents(g, z, _bijection_context(kwargs))
+    return _inverse_of(name, g)(z, **kwargs)
+
+
+def _bijection_context(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords a Bijection is given: t is the operator's."""
+    return {key: value for key, value in kwargs.items() if key != "t"}
+
+
+def _inverse_of(name: str, module: nn.Module) -> Callable[..., Tensor]:
+    inverse = getattr(module, "inverse", None)
+    if inverse is None:
+        raise NotImplementedError(f"{name} is a {type(module).__name__}, which has no inverse method")
+    return inverse
+
+
+def _not_overridden(module: nn.Module, base: type, method: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{base.__name__}.{method} is left to subclasses; {type(module).__name__} does not override it"
+    )

@@ -1,0 +1,63 @@
+"""Wrong input to flows: a clear error that names the argument, before any work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import linfast as lf
+
+
+def _coupling(features: int = 4) -> lf.AffineCoupling:
+    return lf.AffineCoupling(lf.MLP(2, 4, (8,)), features)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: _coupling()(torch.randn(3, 5)), ValueError, r"x must have 4 features.*\(3, 5\)"),
+        (lambda: _coupling().inverse(torch.randn(3, 5)), ValueError, r"z must have 4 features"),
+        (lambda: _coupling()(torch.randn(4)), ValueError, r"x must be \[B, C"),
+        (lambda: _coupling()(torch.randn(3, 4).double()), ValueError, "float64.*float32"),
+        (lambda: _coupling()(torch.ones(3, 4, dtype=torch.long)), ValueError, "floating point.*int64"),
+        (lambda: _coupling()(torch.randn(3, 4, device="meta")), ValueError, "meta.*cpu"),
+        (lambda: _coupling()([1.0]), TypeError, "x must be a tensor; got list"),
+        (lambda: _coupling()(torch.randn(3, 4), t=0.5), ValueError, "without time_features"),
+        (lambda: _coupling(1), ValueError, "features must be at least 2; got 1"),
+        (lambda: lf.AffineCoupling(nn.Linear(2, 3), 4)(torch.randn(3, 4)), ValueError, r"\(3, 4\).*\(3, 3\)"),
+        (lambda: lf.AffineCoupling(nn.Linear(2, 4), 4, "both"), ValueError, "moves.*'both'"),
+        (lambda: lf.AffineCoupling(nn.Linear(2, 4), 4, order="x"), ValueError, "order.*'x'"),
+        (lambda: lf.AffineCoupling(nn.Linear(2, 4), 4, layout="x"), ValueError, "layout.*'x'"),
+        (lambda: lf.ScaleMap("cube"), ValueError, "kind.*'cube'"),
+        (lambda: lf.ScaleMap("tanh", bound=0.0), ValueError, "bound must be positive"),
+        (lambda: lf.Flow([lf.Mix(4), lf.Mix(5)]), ValueError, r"bijections\[1\].*5.*4"),
+        (lambda: lf.Flow([nn.Linear(4, 4)]), TypeError, r"bijections\[0\].*Linear"),
+        (lambda: lf.Squeeze(1)(torch.randn(1, 1, 3, 4)), ValueError, r"even.*\(1, 1, 3, 4\)"),
+        (lambda: lf.Permute(3, torch.tensor([0, 1, 1])), ValueError, "0 to 2 once"),
+        (lambda: lf.Mix(3, "qr"), ValueError, "kind.*'qr'"),
+        (lambda: lf.Householder(3, 0), ValueError, "count"),
+        (lambda: lf.MLP(3, 4, activation="swish"), ValueError, "activation.*'swish'"),
+        (lambda: lf.coupling_flow(1), ValueError, "features"),
+        (lambda: lf.coupling_flow(4, depth=0), ValueError, "depth"),
+        (lambda: lf.coupling_flow(4, coupling="spline"), ValueError, "coupling.*'spline'"),
+        (lambda: lf.coupling_flow(4, mix="x"), ValueError, "mix.*'x'"),
+        (lambda: lf.image_flow(1, 5), ValueError, "resolution must be even"),
+        (lambda: lf.ActNorm(3)(torch.randn(1, 3)), ValueError, "two values"),
+        (lambda: lf.ActNorm(3)(torch.full((4, 3), float("nan"))), ValueError, "non-finite"),
+        (lambda: lf.coupling_flow(4, time_features=8)(torch.randn(2, 4)), ValueError, "needs t="),
+        (
+            lambda: lf.coupling_flow(4, time_features=8)(torch.randn(2, 4), t=torch.ones(3)),
+            ValueError,
+            r"t must be.*\(3,\)",
+        ),
+        (
+            lambda: lf.coupling_flow(4, context_features=3)(torch.randn(2, 4), context=torch.ones(2, 4)),
+            ValueError,
+            r"context must be \[2, 3\]",
+        ),
+    ],
+)
+def test_clear_errors(call, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call()

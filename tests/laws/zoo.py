@@ -1,0 +1,86 @@
+"""Every bijection that the laws are held to, and the helpers the law tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import linfast as lf
+from linfast.flows import Bijection
+from linfast.scale_maps import SCALE_MAP_KINDS
+
+
+def perturb(module: nn.Module, std: float = 0.05, seed: int = 0) -> nn.Module:
+    """Add std * randn to every parameter: default initialisations are full of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(std * noise.to(parameter.dtype))
+    return module
+
+
+def relative(value: Tensor, truth: Tensor) -> float:
+    """|value - truth| / |truth|, in float64."""
+    value, truth = value.detach().double(), truth.detach().double()
+    return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def _affine(features: int, moves: str = "first", **options: object) -> Bijection:
+    first, second = (features + 1) // 2, features // 2
+    moved, kept = (first, second) if moves == "first" else (second, first)
+    return lf.AffineCoupling(lf.MLP(kept, 2 * moved, (16,)), features, moves, **options)  # type: ignore[arg-type]
+
+
+def _initialised(bijection: Bijection, x: Tensor) -> Bijection:
+    bijection(x)
+    return bijection
+
+
+Make = Callable[[], Bijection]
+
+# name -> (make, sample shape)
+VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
+    **{f"affine-{kind}": (lambda kind=kind: _affine(6, scale_map=kind), (6,)) for kind in SCALE_MAP_KINDS},
+    "affine-scale-first": (lambda: _affine(6, order="scale_first"), (6,)),
+    "affine-interleaved": (lambda: _affine(6, layout="interleaved"), (6,)),
+    "affine-second": (lambda: _affine(6, "second"), (6,)),
+    "affine-odd-first": (lambda: _affine(7), (7,)),
+    "affine-odd-second": (lambda: _affine(7, "second"), (7,)),
+    "affine-two": (lambda: _affine(2), (2,)),
+    "additive": (lambda: lf.AdditiveCoupling(lf.MLP(3, 4, (16,)), 7), (7,)),
+    "actnorm": (lambda: _initialised(lf.ActNorm(6), 2 + 3 * torch.randn(64, 6)), (6,)),
+    "mix-lu": (lambda: lf.Mix(6), (6,)),
+    "mix-free": (lambda: lf.Mix(6, "free"), (6,)),
+    "mix-one": (lambda: lf.Mix(1), (1,)),
+    "householder": (lambda: lf.Householder(6), (6,)),
+    "permute": (lambda: lf.Permute(6), (6,)),
+    "permute-reverse": (lambda: lf.Permute(5, "reverse"), (5,)),
+    "identity": (lambda: lf.Flow([], features=4), (4,)),
+    "inverse": (lambda: lf.Inverse(lf.coupling_flow(6, 2, (16,), mix="lu")), (6,)),
+    "flow-mixed": (lambda: lf.coupling_flow(6, 3, (16,), mix="lu"), (6,)),
+    "flow-additive": (lambda: lf.coupling_flow(6, 4, (16,), coupling="additive", mix="householder"), (6,)),
+    "flow-permute": (lambda: lf.coupling_flow(5, 4, (16,), "tanh", mix="permute"), (5,)),
+    "flow-timed": (lambda: lf.coupling_flow(6, 2, (16,), time_features=8).at(t=0.7), (6,)),
+}
+IMAGES: dict[str, tuple[Make, tuple[int, ...]]] = {
+    "image-affine": (lambda: lf.AffineCoupling(lf.ConvNet(1, 4, 8), 3), (3, 4, 2)),
+    "image-actnorm": (lambda: _initialised(lf.ActNorm(3), 2 + 3 * torch.randn(16, 3, 4, 2)), (3, 4, 2)),
+    "image-mix": (lambda: lf.Mix(3), (3, 4, 2)),
+    "image-mix-free": (lambda: lf.Mix(3, "free"), (3, 4, 2)),
+    "image-householder": (lambda: lf.Householder(3, 2), (3, 4, 2)),
+    "image-permute": (lambda: lf.Permute(3), (3, 4, 2)),
+    "squeeze": (lambda: lf.Squeeze(2), (2, 4, 2)),
+    "image-flow-one-channel": (lambda: lf.image_flow(1, 4, 2, 8), (1, 4, 4)),
+    "image-flow-even": (lambda: lf.image_flow(2, (3, 5), 4, 8), (2, 3, 5)),
+    "image-flow-timed": (lambda: lf.image_flow(2, 4, 2, 8, time_features=8).at(t=0.3), (2, 4, 4)),
+}
+BIJECTIONS = {**VECTORS, **IMAGES}
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[Bijection, tuple[int, ...]]:
+    """The named bijection, perturbed, in this dtype, and its sample shape."""
+    make, shape = BIJECTIONS[name]
+    return perturb(make()).to(dtype), shape  # type: ignore[return-value]

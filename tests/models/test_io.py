@@ -1,0 +1,171 @@
+"""save and load: the same function again, no code from the file, and clear refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import linfast as lf
+from linfast.io import register
+from tests.laws.zoo import BIJECTIONS, build, perturb
+
+SCALED = 2.0
+
+
+def _operators() -> dict[str, lf.LatentOperator]:
+    dense, low = lf.Dense(4), lf.LowRank(0.5, nn.Parameter(torch.randn(4, 2)), torch.randn(4, 2))
+    return {
+        "dense": lf.Dense(3, 4),
+        "dense-of": lf.Dense.of(torch.randn(5, 4)),
+        "diagonal": lf.Diagonal(4),
+        "low-rank": low,
+        "low-rank-alpha-tensor": lf.LowRank(torch.tensor(0.5), torch.randn(4, 2), torch.randn(4, 2)),
+        "projection": lf.Projection(4, 1),
+        "depthwise": lf.DepthwiseConv(1, (3, 2), (2, 2)),
+        "sum-product-transpose-scaled": (dense @ low).T + SCALED * dense,
+        "inverse": dense.inverse(),
+        "float64": lf.Dense(4).double(),
+    }
+
+
+@pytest.mark.parametrize("name", _operators())
+def test_operators_come_back(name: str, tmp_path) -> None:
+    A = perturb(_operators()[name])
+    lf.save(A, tmp_path / "A.safetensors")
+    B = lf.load(tmp_path / "A.safetensors")
+    z = torch.randn(3, A.n_in, dtype=next(t.dtype for t in A.state_dict().values()))
+    torch.testing.assert_close(A(z), B(z), rtol=1e-6, atol=1e-6)
+    assert [n for n, _ in A.named_parameters()] == [n for n, _ in B.named_parameters()]
+    assert type(A) is type(B)
+
+
+@pytest.mark.parametrize("name", BIJECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bijections_come_back(name: str, dtype: torch.dtype, tmp_path) -> None:
+    g, shape = build(name, dtype)
+    lf.save(g, tmp_path / "g.safetensors")
+    h = lf.load(tmp_path / "g.safetensors")
+    x = torch.randn(3, *shape, dtype=dtype)
+    for got, expected in zip(h.forward_and_log_det(x), g.forward_and_log_det(x), strict=True):
+        assert torch.equal(got, expected)
+    assert g.state_dict().keys() == h.state_dict().keys()
+
+
+def test_a_linearizer_keeps_what_it_shares(tmp_path) -> None:
+    g = perturb(lf.coupling_flow(6, 2, (8,), time_features=8))
+    f = lf.Linearizer(g.at(t=1.0), lf.TimeLowRank(6, 2), g.at(t=0.0))
+    lf.save(f, tmp_path / "f.safetensors")
+    h = lf.load(tmp_path / "f.safetensors")
+    x = torch.randn(3, 6)
+    assert torch.equal(h(x, t=0.3), f(x, t=0.3))
+    assert h.g_x.bijection is h.g_y.bijection
+    shared = lf.Linearizer(g.at(t=1.0), lf.Dense(6))
+    lf.save(shared, tmp_path / "shared.safetensors")
+    again = lf.load(tmp_path / "shared.safetensors")
+    assert again.g_x is again.g_y
+    assert torch.equal((again @ again)(x), (shared @ shared)(x))
+
+
+def test_tensor_context_is_saved(tmp_path) -> None:
+    g = perturb(lf.coupling_flow(4, 2, (8,), context_features=3)).at(context=torch.randn(2, 3))
+    lf.save(g, tmp_path / "g.safetensors")
+    x = torch.randn(2, 4)
+    assert torch.equal(lf.load(tmp_path / "g.safetensors")(x), g(x))
+
+
+def test_loading_leaves_the_random_state_alone(tmp_path) -> None:
+    lf.save(lf.Dense(3), tmp_path / "A.safetensors")
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    lf.load(tmp_path / "A.safetensors")
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_foreign_classes_are_refused_until_registered(tmp_path) -> None:
+    class Halve(nn.Module):
+        def __init__(self, n: int) -> None:
+            super().__init__()
+            self.n = n
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((x, x), 1) / 2
+
+    g = lf.AffineCoupling(Halve(2), 4)
+    with pytest.raises(TypeError, match=r"Halve.*register"):
+        lf.save(g, tmp_path / "g.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    register(Halve)
+    lf.save(g, tmp_path / "g.safetensors")
+    x = torch.randn(3, 4)
+    assert torch.equal(lf.load(tmp_path / "g.safetensors")(x), g(x))
+
+
+def test_nan_weights_are_refused(tmp_path) -> None:
+    A = lf.Dense(2)
+    with torch.no_grad():
+        A.weight[0, 0] = float("nan")
+    lf.save(A, tmp_path / "A.safetensors")
+    with pytest.raises(ValueError, match=r"weight \(2, 2\) has NaN"):
+        lf.load(tmp_path / "A.safetensors")
+
+
+def _rewrite(path, change) -> None:
+    """Change a saved file's tensors and header."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["linfast"])
+    tensors = load_file(path)
+    change(tensors, header)
+    save_file(tensors, path, metadata={"linfast": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda t, h: t.pop("weight"), "missing tensors.*weight"),
+        (lambda t, h: t.update(other=torch.zeros(1)), "left over.*other"),
+        (lambda t, h: t.update(weight=torch.zeros(3, 3)), r"weight is \(3, 3\), expected \(2, 2\)"),
+        (lambda t, h: h["architecture"].update({"class": "os.system"}), "unknown class 'os.system'"),
+        (lambda t, h: h.update(format="linfast-99"), "linfast-99"),
+        (lambda t, h: h["architecture"]["arguments"].update(n_out={"run": "x"}), "unknown entry"),
+    ],
+)
+def test_damaged_files_are_refused(change, match: str, tmp_path) -> None:
+    path = tmp_path / "A.safetensors"
+    lf.save(lf.Dense(2), path)
+    _rewrite(path, change)
+    with pytest.raises(ValueError, match=match):
+        lf.load(path)
+
+
+def test_files_that_are_not_ours(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing"):
+        lf.load(tmp_path / "missing")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        lf.load(tmp_path / "text")
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain")
+    with pytest.raises(ValueError, match="not a linfast file"):
+        lf.load(tmp_path / "plain")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "A.safetensors"
+    A = lf.Dense(2)
+    lf.save(A, path)
+    before = path.read_bytes()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        lf.save(lf.Dense(2), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

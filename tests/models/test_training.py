@@ -1,0 +1,64 @@
+"""The one-step loss: its four terms by their formulas, and that it can be minimised."""
+
+from __future__ import annotations
+
+import torch
+
+import linfast as lf
+from linfast.training import one_step_loss
+from tests.laws.zoo import perturb
+
+
+def _model(n: int = 6) -> lf.Linearizer:
+    g = perturb(lf.coupling_flow(n, 2, (16,), time_features=8))
+    return lf.Linearizer(g.at(t=1.0), lf.TimeLowRank(n, 3), g.at(t=0.0))
+
+
+def test_terms_are_their_formulas() -> None:
+    f, x_1, x_0 = _model(), torch.randn(5, 6), torch.randn(5, 6)
+    torch.manual_seed(3)
+    loss = one_step_loss(f, x_1, x_0, latent_noise=0.2)
+    torch.manual_seed(3)
+    t = torch.rand(5)
+    z_1, z_0 = f.gx(x_1), f.gy(x_0)
+    predicted = f.A((1 - t[:, None]) * z_0 + t[:, None] * z_1, t=t)
+    noised_1 = z_1 + 0.2 * torch.randn_like(z_1)
+    noised_0 = z_0 + 0.2 * torch.randn_like(z_0)
+    torch.testing.assert_close(loss.latent, (predicted - z_1).square().mean())
+    torch.testing.assert_close(loss.data, (f.gx_inverse(noised_1) - x_1).square().mean())
+    torch.testing.assert_close(loss.noise, (f.gy_inverse(noised_0) - x_0).square().mean())
+    torch.testing.assert_close(loss.prediction, (f.gx_inverse(predicted) - x_1).square().mean())
+    torch.testing.assert_close(loss.total, loss.latent + loss.data + loss.noise + loss.prediction)
+
+
+def test_another_distance_is_used_for_data_and_prediction() -> None:
+    f, x = _model(), torch.randn(5, 6)
+    calls = []
+
+    def distance(decoded: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        calls.append(target is x)
+        return decoded.sum() * 0 + 7
+
+    loss = one_step_loss(f, x, distance=distance)
+    assert calls == [True, True]
+    assert float(loss.data.detach()) == float(loss.prediction.detach()) == 7
+
+
+def test_training_lowers_it() -> None:
+    f = _model()
+    x = torch.randn(64, 1) * torch.ones(6) + 0.1 * torch.randn(64, 6)
+    optimizer = torch.optim.Adam(f.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = one_step_loss(f, x, latent_noise=0.05).total
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_images_are_weighted_a_sample() -> None:
+    g = perturb(lf.image_flow(1, 4, 2, 8))
+    f = lf.Linearizer(g, lf.TimeLowRank(16, 2))
+    assert one_step_loss(f, torch.randn(3, 1, 4, 4)).total.ndim == 0

@@ -1,0 +1,50 @@
+"""Importing linfast: no driver, no Triton, little time."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+
+_NO_TRITON = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ImportError("triton is not installed")
+sys.meta_path.insert(0, Refuse())
+import linfast
+assert "triton" not in sys.modules
+import torch
+assert not torch.cuda.is_initialized()
+f = linfast.Linearizer(linfast.coupling_flow(4, 2, (8,)), linfast.Dense(4))
+print(tuple(f(torch.randn(2, 4)).shape))
+"""
+
+_TIMED = """
+import time, torch
+start = time.perf_counter()
+import linfast
+print(time.perf_counter() - start)
+"""
+
+
+def _run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_and_use_without_triton() -> None:
+    assert _run(_NO_TRITON) == "(2, 4)"
+
+
+def test_import_adds_little_to_torch() -> None:
+    assert statistics.median(float(_run(_TIMED)) for _ in range(3)) < 0.3
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    import linfast
+
+    for name in linfast.__all__:
+        assert getattr(linfast, name).__doc__, name
