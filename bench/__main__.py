@@ -1,0 +1,5 @@
+"""``python -m linfast.bench``."""
+
+from .run import main
+
+raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""The check before the clock: relative L2 error against float64, allowed by the reference's own.
+
+For each output o of a call, with truth t in float64,
+
+    error(o) = |o - t|_2 / |t|_2          (|o|_2 where t is zero)
+    allowed  = 2 * (the eager reference's largest error over the inputs) + eps(dtype)
+
+A provider is refused unless every output of every input is within its allowance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Outputs", "Standard", "Verdict", "as_tuple", "judge", "set_standard"]
+
+Outputs = Tensor | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The error nearest to (or furthest past) its allowance, and why the provider is refused, if it is."""
+
+    error: float | None
+    allowed: float | None
+    refused: str | None
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What is right: ``truth[i]``, the float64 outputs for input i, and ``allowed``, one error an output."""
+
+    truth: Sequence[tuple[Tensor, ...]]
+    allowed: Sequence[float]
+
+    def verdict(self, index: int, outputs: tuple[Tensor, ...]) -> Verdict:
+        """The verdict on a call's outputs for input ``index``."""
+        truths = self.truth[index]
+        if _shapes(outputs) != _shapes(truths):
+            return Verdict(None, None, f"outputs of shapes {_shapes(outputs)}, where {_shapes(truths)} is right")
+        verdicts = map(_verdict, map(_relative_error, outputs, truths), self.allowed)
+        return max(verdicts, key=_share)
+
+
+def set_standard(
+    truth: Callable[..., Outputs], reference: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]]
+) -> Standard:
+    """The float64 outputs for every input, and what the reference's own error allows.
+
+    Raises:
+        ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
+    """
+    truths = [as_tuple(truth(*map(_double, arguments))) for arguments in inputs]
+    references = [as_tuple(reference(*arguments)) for arguments in inputs]
+    if _shapes(references[0]) != _shapes(truths[0]):
+        raise ValueError(f"reference outputs are {_shapes(references[0])}, the truth's {_shapes(truths[0])}")
+    if any(output.dtype != torch.float64 for output in truths[0]):
+        raise ValueError(f"the truth must be in float64; got {[output.dtype for output in truths[0]]}")
+    allowed = []
+    for j, output in enumerate(references[0]):
+        errors = [_relative_error(r[j], t[j]) for r, t in zip(references, truths, strict=True)]
+        allowed.append(2 * max(errors) + torch.finfo(output.dtype).eps)
+    return Standard(truths, allowed)
+
+
+def judge(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], standard: Standard) -> Verdict:
+    """Run a provider on every input and judge what it returns; raising or writing to its inputs is wrong."""
+    verdicts = []
+    for index, arguments in enumerate(inputs):
+        given = [argument.clone() for argument in arguments]
+        try:
+            outputs = as_tuple(call(*given))
+        except Exception as error:  # a provider that fails is a line in the table, not the end of the run
+            return Verdict(None, None, f"it raised {type(error).__name__}: {_first_line(error)}")
+        if not all(map(torch.equal, given, arguments)):
+            return Verdict(None, None, "it writes to its inputs")
+        verdicts.append(standard.verdict(index, outputs))
+        if verdicts[-1].refused is not None:
+            break
+    return max(verdicts, key=_share)
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    """One tensor or several as a tuple, cut from the graph."""
+    return tuple(o.detach() for o in ((outputs,) if isinstance(outputs, Tensor) else outputs))
+
+
+def _verdict(error: float, allowed: float) -> Verdict:
+    within = error <= allowed  # False where either is NaN
+    return Verdict(error, allowed, None if within else f"error {error:.2g}, allowed {allowed:.2g}")
+
+
+def _share(verdict: Verdict) -> tuple[bool, float]:
+    """Refused above accepted, then by the share of the allowance that the error takes."""
+    share = 0.0 if verdict.error is None or verdict.allowed is None else verdict.error / verdict.allowed
+    return verdict.refused is not None, share
+
+
+def _relative_error(value: Tensor, truth: Tensor) -> float:
+    scale = float(truth.norm())
+    return float((value.to(truth) - truth).norm()) / (scale or 1.0)
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tensors]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,178 @@
+"""Cases, providers, and one measurement: check against float64, then time interleaved.
+
+A ``Case`` is a named list of sizes and a ``build`` that turns one size into a
+``Problem``: inputs, the float64 truth, the eager reference and the ``Provider``s to
+compare. ``measure`` checks every provider and refuses the wrong ones, times the rest
+in turn (A B A B ...), measures their peak memory, and gives one ``Result`` each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .check import Outputs, Standard, Verdict, judge, set_standard
+from .memory import peak_bytes
+from .timing import Timing, time_interleaved
+
+__all__ = ["Case", "Options", "Problem", "Provider", "Result", "Size", "measure"]
+
+Size = Mapping[str, int | str]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a problem's outputs: ``call(*inputs)`` gives a tensor or a sequence of them."""
+
+    name: str
+    call: Callable[..., Outputs]
+    baseline: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One size of a case.
+
+    Args:
+        inputs: argument tuples, all alike in shape and dtype; calls rotate through them.
+            A count that shares no factor with the number of providers gives each
+            provider every one.
+        truth: the outputs in float64; it gets the inputs with floating tensors in float64.
+        reference: the eager computation in the inputs' dtype. Its own error against the
+            truth sets what every provider is allowed.
+        providers: what to compare; exactly one is the baseline.
+
+    Raises:
+        ValueError: no inputs, two providers of one name, or not exactly one baseline.
+    """
+
+    inputs: Sequence[tuple[Tensor, ...]]
+    truth: Callable[..., Outputs]
+    reference: Callable[..., Outputs]
+    providers: Sequence[Provider]
+
+    def __post_init__(self) -> None:
+        names = [provider.name for provider in self.providers]
+        if not self.inputs:
+            raise ValueError("a problem needs at least one tuple of inputs")
+        if len(set(names)) < len(names):
+            raise ValueError(f"providers of one problem need different names; got {names}")
+        if sum(provider.baseline for provider in self.providers) != 1:
+            raise ValueError(f"exactly one provider must be the baseline; got {names}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the problem runs."""
+        return self.inputs[0][0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that is measured."""
+        return self.inputs[0][0].dtype
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a front end asks of every case: the device, and whether to add torch.compile'd providers."""
+
+    device: torch.device
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark: its sizes, the few of ``--quick``, and ``build(size, options)``."""
+
+    name: str
+    sizes: Sequence[Size]
+    quick: Sequence[Size]
+    build: Callable[[Size, Options], Problem]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one provider did at one size.
+
+    ``error`` and ``allowed`` are relative L2 errors against float64 (see ``check.judge``).
+    A refused provider has the reason in ``refused`` and no timings. ``p20_ms``, ``p50_ms``,
+    ``p80_ms``: quantiles of one call in milliseconds over ``rounds`` calls. ``ratio``:
+    median over the rounds of this provider's time divided by the baseline's in the same
+    round, below 1 is faster than the baseline; None where the baseline was refused.
+    ``peak_bytes``: see ``memory.peak_bytes``.
+    """
+
+    case: str
+    size: Size
+    provider: str
+    baseline: bool
+    dtype: str
+    error: float | None
+    allowed: float | None
+    refused: str | None = None
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    ratio: float | None = None
+    rounds: int = 0
+    peak_bytes: int | None = None
+
+
+def measure(case: Case, size: Size, options: Options, budget: float = 1.0) -> list[Result]:
+    """One Result a provider at one size, in the problem's order.
+
+    Args:
+        budget: seconds of timing for each provider that passes its check.
+    """
+    problem = case.build(size, options)
+    standard = set_standard(problem.truth, problem.reference, problem.inputs)
+    verdicts = {p.name: judge(p.call, problem.inputs, standard) for p in problem.providers}
+    passed = {p.name: p for p in problem.providers if verdicts[p.name].refused is None}
+    calls = {name: provider.call for name, provider in passed.items()}
+    timings = time_interleaved(calls, problem.inputs, problem.device, budget * len(calls))
+    verdicts |= {name: _judge_timed(verdicts[name], timing, standard) for name, timing in timings.items()}
+    right = {name: timing for name, timing in timings.items() if verdicts[name].refused is None}
+    base = next((right.get(p.name) for p in problem.providers if p.baseline), None)
+    results = []
+    for provider in problem.providers:
+        result = _untimed(case, size, problem, provider, verdicts[provider.name])
+        if result.refused is None:
+            peak = peak_bytes(provider.call, problem.inputs[0], problem.device)
+            result = _timed(result, timings[provider.name], base, peak)
+        results.append(result)
+    return results
+
+
+def _judge_timed(before: Verdict, timing: Timing, standard: Standard) -> Verdict:
+    """The check again, on what the last timed call returned: it is what was timed."""
+    after = standard.verdict(timing.last_input, timing.last_outputs)
+    return before if after.refused is None else replace(after, refused=f"when timed, {after.refused}")
+
+
+def _untimed(case: Case, size: Size, problem: Problem, provider: Provider, verdict: Verdict) -> Result:
+    return Result(
+        case=case.name,
+        size=size,
+        provider=provider.name,
+        baseline=provider.baseline,
+        dtype=str(problem.dtype).removeprefix("torch."),
+        error=verdict.error,
+        allowed=verdict.allowed,
+        refused=verdict.refused,
+    )
+
+
+def _timed(result: Result, timing: Timing, base: Timing | None, peak: int) -> Result:
+    p20, p50, p80 = (float(q) for q in np.percentile(timing.ms, (20, 50, 80)))
+    return replace(
+        result,
+        p20_ms=p20,
+        p50_ms=p50,
+        p80_ms=p80,
+        ratio=None if base is None else float(np.median(np.divide(timing.ms, base.ms))),
+        rounds=len(timing.ms),
+        peak_bytes=peak,
+    )

@@ -1,0 +1,156 @@
+"""The benchmark harness: it refuses wrong providers, interleaves, sees what is slow and what is large."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+from linfast.bench import timing
+from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
+from linfast.bench.memory import peak_bytes
+from linfast.bench.report import table
+from torch import Tensor
+
+from .toy import CPU, Call, run, softplus
+
+# The check.
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda x: softplus(x) * (1 + 1e-5), "error 1e-05, allowed"),
+        (lambda x: softplus(x) * math.nan, "error nan"),
+        (lambda x: softplus(x.bfloat16()).float(), "error 0.00"),
+        (lambda x: softplus(x)[:-1], "shapes [(31, 8)], where [(32, 8)] is right"),
+        (lambda x: (softplus(x), x), "shapes"),
+        (lambda x: x @ x, "it raised RuntimeError: mat1 and mat2"),
+        (lambda x: softplus(x.add_(1e-9)) + 0 * x.zero_(), "it writes to its inputs"),
+    ],
+    ids=["scaled", "nan", "bfloat16", "short", "two outputs", "raises", "writes"],
+)
+def test_a_wrong_provider_is_refused_and_not_timed(wrong: Call, reason: str) -> None:
+    calls = []
+    result = run(wrong=lambda x: (calls.append(1), wrong(x))[1])["wrong"]
+    assert result.refused is not None
+    assert reason in result.refused
+    assert result.p50_ms is None
+    assert result.peak_bytes is None
+    assert len(calls) <= 3, "called again after the check"
+    assert "refused: " in table([result], {})
+
+
+def test_a_right_provider_passes_and_the_reference_sets_its_allowance() -> None:
+    results = run(other=lambda x: torch.nn.functional.softplus(x))
+    eager, other = results["eager"], results["other"]
+    eps = torch.finfo(torch.float32).eps
+    assert eager.refused is None
+    assert other.refused is None
+    assert 0 < other.error < other.allowed < 10 * eps
+    assert eager.allowed == pytest.approx(2 * eager.error + eps)
+
+
+def test_one_wrong_output_of_two_is_refused() -> None:
+    def build(size: Size, options: Options) -> Problem:
+        providers = [
+            Provider("eager", lambda x: (x.exp(), x.sin()), baseline=True),
+            Provider("wrong", lambda x: (x.exp(), x.cos())),
+        ]
+        return Problem([(torch.randn(9),)], providers[0].call, providers[0].call, providers)
+
+    eager, wrong = measure(Case("two", [], [], build), {}, Options(CPU, False), 0.01)
+    assert eager.refused is None
+    assert wrong.refused is not None
+
+
+def test_a_provider_that_turns_wrong_while_timed_is_refused() -> None:
+    outputs: list[Tensor] = []
+
+    def stale(x: Tensor) -> Tensor:
+        outputs.append(softplus(x))
+        return outputs[-1] if len(outputs) <= 3 else outputs[-2]
+
+    result = run(stale=stale)["stale"]
+    assert result.refused is not None
+    assert result.refused.startswith("when timed, error")
+    assert result.p50_ms is None
+
+
+def test_a_wrong_baseline_leaves_no_ratio() -> None:
+    def build(size: Size, options: Options) -> Problem:
+        providers = [Provider("base", torch.exp, baseline=True), Provider("right", softplus)]
+        return Problem([(torch.randn(9),)], softplus, softplus, providers)
+
+    base, right = measure(Case("base", [], [], build), {}, Options(CPU, False), 0.01)
+    assert base.refused is not None
+    assert right.p50_ms is not None
+    assert right.ratio is None
+
+
+def test_a_truth_that_is_not_float64_is_an_error() -> None:
+    def build(size: Size, options: Options) -> Problem:
+        provider = Provider("eager", softplus, baseline=True)
+        return Problem([(torch.ones(3),)], lambda x: softplus(x.float()), softplus, [provider])
+
+    with pytest.raises(ValueError, match="truth must be in float64"):
+        measure(Case("single", [], [], build), {}, Options(CPU, False))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names", "message"),
+    [
+        ([], ["a"], "at least one tuple"),
+        ([(torch.ones(1),)], ["a", "a"], "different names"),
+        ([(torch.ones(1),)], ["b"], "exactly one provider"),
+    ],
+)
+def test_a_malformed_problem_is_an_error(inputs: list, names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Problem(inputs, softplus, softplus, [Provider(n, softplus, baseline=n == "a") for n in names])
+
+
+# The clock.
+
+
+def test_providers_take_turns_and_inputs_rotate() -> None:
+    log: list[tuple[str, int]] = []
+    inputs = [(torch.tensor(float(i)),) for i in range(3)]
+    calls = {name: lambda x, name=name: log.append((name, int(x))) or x for name in "AB"}
+    timings = timing.time_interleaved(calls, inputs, CPU, budget=0.0)
+    rounds = timing.WARMUP_ROUNDS + timing.MIN_ROUNDS
+    assert "".join(name for name, _ in log) == "AB" * rounds
+    assert [i for _, i in log] == [turn % 3 for turn in range(2 * rounds)]
+    assert {i for name, i in log if name == "A"} == {0, 1, 2}
+    assert [len(t.ms) for t in timings.values()] == [timing.MIN_ROUNDS] * 2
+
+
+def test_a_larger_budget_gives_more_rounds() -> None:
+    few, many = run(budget=1e-9)["eager"], run(budget=0.05)["eager"]
+    assert few.rounds == timing.MIN_ROUNDS
+    assert few.rounds < many.rounds <= timing.MAX_ROUNDS
+
+
+def test_a_slow_provider_shows_a_larger_median() -> None:
+    results = run(slow=lambda x: (time.sleep(0.004), softplus(x))[1])
+    eager, slow = results["eager"], results["slow"]
+    assert eager.ratio == 1.0
+    assert slow.p50_ms >= 4.0
+    assert slow.p50_ms > 2 * eager.p50_ms
+    assert slow.ratio > 2
+    assert slow.p20_ms <= slow.p50_ms <= slow.p80_ms
+
+
+# Memory.
+
+
+def test_the_peak_of_a_call_counts_its_temporary_and_not_its_inputs() -> None:
+    mib = 2**20
+    x = torch.ones(mib // 4)
+    one = peak_bytes(lambda x: x.repeat(8).sum(), (x,), CPU)
+    two_in_turn = peak_bytes(lambda x: x.repeat(8).sum() + x.repeat(8).sum(), (x,), CPU)
+    two_at_once = peak_bytes(lambda x: (x.repeat(8) + x.repeat(8)).sum(), (x,), CPU)
+    assert 8 * mib <= one < 9 * mib
+    assert 8 * mib <= two_in_turn < 9 * mib
+    assert 24 * mib <= two_at_once < 25 * mib

@@ -1,0 +1,28 @@
+"""A toy benchmark: softplus written out, and whatever is to be compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from linfast.bench.harness import Case, Options, Problem, Provider, Result, Size, measure
+from torch import Tensor
+
+CPU = torch.device("cpu")
+Call = Callable[[Tensor], Tensor]
+
+
+def softplus(x: Tensor) -> Tensor:
+    return (1 + x.exp()).log()
+
+
+def run(budget: float = 0.01, **calls: Call) -> dict[str, Result]:
+    """Measure softplus and these other providers; results by provider."""
+
+    def build(size: Size, options: Options) -> Problem:
+        providers = [Provider("eager", softplus, baseline=True), *(Provider(n, c) for n, c in calls.items())]
+        xs = [(torch.randn(int(size["batch"]), 8),) for _ in range(3)]
+        return Problem(xs, truth=softplus, reference=softplus, providers=providers)
+
+    results = measure(Case("softplus", [], [], build), {"batch": 32}, Options(CPU, False), budget)
+    return {result.provider: result for result in results}
