@@ -68,8 +68,8 @@ class Linearizer(nn.Module):
 
     def inverse(self, y: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse: see ``pinv``."""
-        self._check_time(t)
-        return self.gx_inverse(self.A_inverse(self.gy(y, **context), t=t), **context)
+        A_inverse = self._inverse_operator(t)
+        return self.gx_inverse(A_inverse(self.gy(y, **context)), **context)
 
     def gx(self, x: Tensor, **context: Any) -> Tensor:
         """z = g_x(x)."""
@@ -89,7 +89,11 @@ class Linearizer(nn.Module):
 
     def A_inverse(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
         """A^{-1} z."""
-        return (self.A if t is None else self.A.at(t)).inverse()(z)
+        return self._inverse_operator(t)(z)
+
+    def _inverse_operator(self, t: float | Tensor | None) -> LatentOperator:
+        self._check_time(t)
+        return (self.A if t is None else self.A.at(t)).inverse()
 
     def at(self, t: float | Tensor) -> Linearizer:
         """f with its operator at time t."""
@@ -129,11 +133,11 @@ class Linearizer(nn.Module):
         return self + (-_linearizer(other, "-"))
 
     def __mul__(self, factor: float | Tensor) -> Linearizer:
-        return Linearizer(self.g_x, factor * self.A, self.g_y)
+        return Linearizer(self.g_x, self.A * factor, self.g_y)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float | Tensor) -> Linearizer:
+    def __truediv__(self, divisor: float) -> Linearizer:
         return Linearizer(self.g_x, self.A / divisor, self.g_y)
 
     def __neg__(self) -> Linearizer:
@@ -157,7 +161,10 @@ class Linearizer(nn.Module):
     def svd(self) -> LinearizerSVD:
         """Singular values, and singular vectors in data space (see LinearizerSVD)."""
         self._check_time(None)
-        return LinearizerSVD(self.g_x, self.A.svd(), self.g_y)
+        svd = self.A.svd()
+        if svd.S.ndim != 1:
+            raise ValueError("f.svd() is of one operator and A holds one a sample: fix a single time, f.at(0.5)")
+        return LinearizerSVD(self.g_x, svd, self.g_y)
 
     def _check_time(self, t: float | Tensor | None) -> None:
         if t is None and self.A.time_dependent:

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .operators.spectral import cutoff
+
 __all__ = ["InducedSpace", "decode_latents"]
 
 
 def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
-    """g^{-1}(z), with flat latents [B, n] given g's sample shape where it has one."""
+    """g^{-1}(z), with latents given g's sample shape where it has one, which its own latents keep."""
     shape = getattr(g, "shape", None)
-    if shape is not None and z.ndim == 2 and len(shape) > 1:
+    features_out = getattr(g, "features_out", None)
+    if shape is not None and z.shape[1:].numel() == torch.Size(shape).numel() and features_out in (None, shape[0]):
         z = z.reshape(z.shape[0], *shape)
     return g.inverse(z, **context)  # type: ignore[operator]
 
@@ -43,7 +46,8 @@ class InducedSpace:
 
     def scale(self, a: float | Tensor, v: Tensor) -> Tensor:
         """a (.) v = g^{-1}(a g(v)); a is a number, 0-d, or one a row [B]."""
-        return self._decode(_per_row(a, v) * self._encode(v))
+        z = self._encode(v)
+        return self._decode(_per_row(a, z) * z)
 
     def neg(self, v: Tensor) -> Tensor:
         """The additive inverse g^{-1}(-g(v))."""
@@ -68,16 +72,22 @@ class InducedSpace:
                 f"weights must be [K] or [M, K] for {vectors.shape[0]} vectors; got {tuple(weights.shape)}"
             )
         z = self._encode(vectors)
-        combined = weights.to(z.dtype).reshape(-1, z.shape[0]) @ z.flatten(1)
+        combined = torch.atleast_2d(weights.to(z.dtype)) @ z.flatten(1)
         return self._decode(combined.reshape(-1, *z.shape[1:]))
 
     def interpolate(self, u: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-        """(1 - t) (.) u (+) t (.) v, row by row; t is a number, 0-d, or one a row [B]."""
-        t = _per_row(t, u)
-        return self._decode((1 - t) * self._encode(u) + t * self._encode(v))
+        """(1 - t) (.) u (+) t (.) v, row by row; t is a number, 0-d, or one a row [B].
+
+        A batch of one is broadcast.
+        """
+        start, end = torch.broadcast_tensors(self._encode(u), self._encode(v))
+        t = _per_row(t, start)
+        return self._decode((1 - t) * start + t * end)
 
     def mean(self, xs: Tensor) -> Tensor:
         """The mean g^{-1}(1/B sum_b g(x_b)) of a batch, as a batch of one."""
+        if xs.shape[0] == 0:
+            raise ValueError(f"the mean of no vectors is not defined; got {tuple(xs.shape)}")
         return self._decode(self._encode(xs).mean(dim=0, keepdim=True))
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
@@ -96,7 +106,7 @@ class InducedSpace:
         """The nearest points to v [B, ...] in the span of basis [K, ...]; the basis may be dependent."""
         z, spanning = self._encode(v), self._encode(basis).flatten(1)
         _, S, Vh = torch.linalg.svd(spanning, full_matrices=False)
-        keep = S.amax() * max(spanning.shape) * torch.finfo(S.dtype).eps < S
+        keep = S[:1] * cutoff(S, max(spanning.shape), None) < S
         directions = Vh * keep[:, None]
         return self._decode(((z.flatten(1) @ directions.mT) @ directions).reshape(z.shape))
 
@@ -107,10 +117,10 @@ class InducedSpace:
         return decode_latents(self.g, z, self.context)
 
 
-def _per_row(a: float | Tensor, v: Tensor) -> float | Tensor:
-    """A [B] tensor shaped to scale rows of v."""
+def _per_row(a: float | Tensor, z: Tensor) -> float | Tensor:
+    """A [B] tensor shaped to scale rows of z, in z's dtype."""
     if not isinstance(a, Tensor) or a.ndim == 0:
         return a
-    if a.shape != v.shape[:1]:
-        raise ValueError(f"a factor a row must be [{v.shape[0]}]; got {tuple(a.shape)}")
-    return a.reshape(-1, *(1,) * (v.ndim - 1))
+    if a.shape != z.shape[:1]:
+        raise ValueError(f"a factor a row must be [{z.shape[0]}]; got {tuple(a.shape)}")
+    return a.to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))

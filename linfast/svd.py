@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from .operators.base import LatentOperator
@@ -55,7 +56,7 @@ class LinearizerSVD:
         """f rebuilt from its decomposition; with ``rank``, the nearest f of that rank in the induced spaces.
 
         Raises:
-            ValueError: a rank larger than the values kept, where the others are not zero.
+            ValueError: a negative rank; one that would keep some of the values that equal ``rest``, not all.
         """
         from .linearizer import Linearizer
 
@@ -64,14 +65,15 @@ class LinearizerSVD:
     def _operator(self, rank: int | None) -> LatentOperator:
         U, S, Vh = self.operator
         rest = self.operator.rest
-        if not (isinstance(rest, float) and rest == 0.0):
-            if rank is None:  # rest (I - U U^T) + U diag(S) Vh
-                return (LowRank(rest, -rest * U, U) + LowRank(0.0, U * S, Vh.mT)).closed()
-            size = abs(float(rest))
-            if rank > S.shape[-1] or bool((S[:rank] < size).any()):
-                raise ValueError(
-                    f"rank {rank} would keep some of the singular values that all equal {size:.3g} and have "
-                    "no preferred vectors"
-                )
-        k = S.shape[-1] if rank is None else rank
-        return LowRank(0.0, U[:, :k] * S[:k], Vh[:k].mT)
+        if rank is None:  # U diag(S) Vh + rest (I - U U^T)
+            only = isinstance(rest, float) and rest == 0.0
+            return LowRank(rest, U, Vh.mT * S if only else Vh.mT * S - rest * U)
+        size = float(torch.as_tensor(rest, dtype=S.dtype).detach().abs())
+        if rank < 0:
+            raise ValueError(f"rank must not be negative; got {rank}")
+        if size and (rank > S.shape[-1] or bool((S[:rank] < size).any())):
+            raise ValueError(
+                f"rank {rank} would keep some of the singular values that all equal {size:.3g} and have "
+                "no preferred vectors"
+            )
+        return LowRank(0.0, U[:, :rank] * S[:rank], Vh[:rank].mT)

@@ -29,7 +29,8 @@ def dist(tmp_path_factory) -> Path:
 
 
 def test_wheel_has_the_package_and_no_stray_top_level(dist: Path) -> None:
-    names = zipfile.ZipFile(next(dist.glob("*.whl"))).namelist()
+    with zipfile.ZipFile(next(dist.glob("*.whl"))) as archive:
+        names = archive.namelist()
     for name in ("py.typed", "kernels/__init__.py", "bench/run.py", "bench/cases/__init__.py", "demo/run.py"):
         assert f"linfast/{name}" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"linfast"}
@@ -37,7 +38,8 @@ def test_wheel_has_the_package_and_no_stray_top_level(dist: Path) -> None:
 
 
 def test_sdist_can_be_built_from(dist: Path) -> None:
-    names = {name.partition("/")[2] for name in tarfile.open(next(dist.glob("*.tar.gz"))).getnames()}
+    with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels/__init__.py"} <= names
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from ..linearizer import Linearizer
 from ..sampling import generator, sample
 
 __all__ = ["Measured", "measure"]
+
+_Result = TypeVar("_Result")
 
 _STEPS = 100
 _INTERPOLATION_STEPS = 10
@@ -72,7 +75,7 @@ def superposition_error(f: Linearizer, u: Tensor, v: Tensor, a: float = 0.7, b: 
     return float((mixed - apart).norm() / mixed.norm())
 
 
-def _timed(call: Callable[[], object]) -> tuple[object, float]:
+def _timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
     start = time.perf_counter()
     result = call()
     if torch.cuda.is_available():

@@ -49,7 +49,7 @@ class Flow(Bijection):
         total = constant_log_det(x) if log_det else None
         for bijection in reversed(self.bijections) if inverse else self.bijections:
             x, part = run(bijection, x, context, inverse, log_det)  # type: ignore[arg-type]
-            total = part if total is None else total + part
+            total = total + part if total is not None and part is not None else None
         return x, total
 
 

@@ -8,20 +8,22 @@ Two kinds of operator:
     Lazy   holds operators: A.T, A @ B, A + B, c * A. A live view of its parts.
 
 ``closed()`` turns any operator into the Leaf it equals now. inverse, pinv, svd,
-eig, ** and norm are asked of that Leaf: differentiable snapshots, in the cheapest
-structure that holds them. Leaves say what they are closed under by ``_plus`` and
-``_times``; where neither operand knows a closed form, the result is dense.
+eig, ** and norm are asked of that Leaf and computed anew: differentiable snapshots,
+in the cheapest structure that holds them. Leaves say what they are closed under by
+``_plus`` and ``_times``; where neither operand knows a closed form, the result is dense.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..flows.bijection import check_like
-from .spectral import SVD, Eig, cutoff
+from .spectral import SVD, Eig, cutoff, largest
 
 if TYPE_CHECKING:
     from .dense import Dense
@@ -50,7 +52,7 @@ class LatentOperator(nn.Module):
         raise NotImplementedError
 
     def closed(self) -> Leaf:
-        """The structured operator this equals now: a differentiable snapshot."""
+        """The structured operator this equals now, differentiable; it may share this one's tensors."""
         raise NotImplementedError
 
     @property
@@ -100,7 +102,9 @@ class LatentOperator(nn.Module):
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float | Tensor) -> LatentOperator:
+    def __truediv__(self, divisor: float) -> LatentOperator:
+        if not isinstance(divisor, (int, float)):  # 1 / tensor, taken now, would not be a live view
+            raise TypeError(f"an operator is divided by a number; got {divisor!r}; scale it: (1 / a) * A")
         return Scaled(1.0 / divisor, self)
 
     def __neg__(self) -> LatentOperator:
@@ -138,25 +142,26 @@ class LatentOperator(nn.Module):
 
     def norm(self, ord: float | str = 2) -> Tensor:
         """Norm from the singular values: 2 (largest; the Lipschitz constant), "fro" or "nuc"."""
-        _, S, Vh = svd = self.svd()
-        others = Vh.shape[-1] - S.shape[-1]
-        rest = torch.as_tensor(svd.rest, dtype=S.dtype, device=S.device).abs()
+        if ord not in (2, "fro", "nuc"):
+            raise ValueError(f"ord must be 2, 'fro' or 'nuc'; got {ord!r}")
+        S, rest, others = self._singular_values()
         if ord == 2:
-            largest = S.amax(-1) if S.shape[-1] else torch.zeros_like(rest)
-            return torch.maximum(largest, rest) if others else largest
+            return largest(S, rest)
         if ord == "fro":
-            return (S.square().sum(-1) + others * rest.square()).sqrt()
-        if ord == "nuc":
-            return S.sum(-1) + others * rest
-        raise ValueError(f"ord must be 2, 'fro' or 'nuc'; got {ord!r}")
+            return torch.hypot(torch.linalg.vector_norm(S, dim=-1), others**0.5 * rest)
+        return S.sum(-1) + others * rest
 
     def rank(self, rtol: float | None = None) -> Tensor:
         """Number of singular values above rtol times the largest (rtol as in ``pinv``)."""
-        _, S, Vh = svd = self.svd()
-        others = Vh.shape[-1] - S.shape[-1]
-        rest = torch.as_tensor(svd.rest, dtype=S.dtype, device=S.device).abs()
-        limit = self.norm(2) * cutoff(S, max(self.n_out, self.n_in), rtol)
+        S, rest, others = self._singular_values()
+        limit = largest(S, rest) * cutoff(S, max(self.n_out, self.n_in), rtol)
         return (limit[..., None] < S).sum(-1) + others * (limit < rest)
+
+    def _singular_values(self) -> tuple[Tensor, Tensor, int]:
+        """S [..., k], and the one value [] that the ``others`` singular values have; 0 where there are none."""
+        S, rest = self.closed()._values()
+        others = min(self.n_out, self.n_in) - S.shape[-1]
+        return S, torch.as_tensor(rest if others else 0.0, dtype=S.dtype, device=S.device).abs(), others
 
     def _check_square(self, what: str) -> None:
         if self.n_out != self.n_in:
@@ -213,6 +218,11 @@ class Leaf(LatentOperator):
     def _svd(self) -> SVD:
         return self._dense()._svd()
 
+    def _values(self) -> tuple[Tensor, float | Tensor]:
+        """S and rest of ``_svd``, where they cost less without the vectors."""
+        svd = self._svd()
+        return svd.S, svd.rest
+
     def _eig(self) -> Eig:
         return self._dense()._eig()
 
@@ -236,6 +246,8 @@ class Lazy(LatentOperator):
 
 class Transposed(Lazy):
     """A^T."""
+
+    operator: LatentOperator
 
     def __init__(self, operator: LatentOperator) -> None:
         super().__init__()
@@ -264,6 +276,9 @@ class Transposed(Lazy):
 
 class Scaled(Lazy):
     """factor * A, the factor a number or a 0-d tensor."""
+
+    factor: float | Tensor
+    operator: LatentOperator
 
     def __init__(self, factor: float | Tensor, operator: LatentOperator) -> None:
         super().__init__()
@@ -328,6 +343,10 @@ class Product(Lazy):
         self.left, self.right = left, right
         self.n_out, self.n_in = left.n_out, right.n_in
 
+    @property
+    def T(self) -> LatentOperator:
+        return Product(self.right.T, self.left.T)
+
     def parts(self) -> tuple[LatentOperator, ...]:
         return (self.left, self.right)
 
@@ -371,9 +390,11 @@ def hold(module: nn.Module, name: str, value: Any) -> None:
         setattr(module, name, value)
 
 
-def _tensors(module: nn.Module) -> Any:
-    yield from module.parameters()
-    yield from (buffer for buffer in module.buffers() if buffer.is_floating_point())
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The floating-point tensors whose dtype and device inputs must have; a 0-d factor fits any."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.ndim and tensor.is_floating_point():
+            yield tensor
 
 
 def _operator(value: object, symbol: str) -> LatentOperator:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Leaf, hold
+from .diagonal import Diagonal
 from .spectral import SVD, Eig, inverse_or_raise
 
 __all__ = ["BlockDiagonal"]
@@ -25,7 +26,7 @@ class BlockDiagonal(Leaf):
 
     def _product(self, z: Tensor, transpose: bool) -> Tensor:
         blocks = self.blocks.mT if transpose else self.blocks
-        per_block = z.reshape(z.shape[0], blocks.shape[0], -1)
+        per_block = z.reshape(z.shape[0], *blocks.shape[:2])
         return torch.einsum("cij,bcj->bci", blocks, per_block).reshape(z.shape)
 
     def to_dense(self) -> Tensor:
@@ -38,10 +39,12 @@ class BlockDiagonal(Leaf):
         return BlockDiagonal(factor * self.blocks)
 
     def _plus(self, other: Leaf) -> Leaf | None:
-        return BlockDiagonal(self.blocks + other.blocks) if self._matches(other) else None  # type: ignore[operator]
+        blocks = self._blocks_of(other)
+        return None if blocks is None else BlockDiagonal(self.blocks + blocks)
 
     def _times(self, other: Leaf) -> Leaf | None:
-        return BlockDiagonal(self.blocks @ other.blocks) if self._matches(other) else None  # type: ignore[operator]
+        blocks = self._blocks_of(other)
+        return None if blocks is None else BlockDiagonal(self.blocks @ blocks)
 
     def _power(self, n: int) -> Leaf:
         return BlockDiagonal(torch.linalg.matrix_power(self.blocks, n))
@@ -60,9 +63,17 @@ class BlockDiagonal(Leaf):
         S, order = S.flatten().sort(descending=True)
         return SVD(torch.block_diag(*U)[:, order], S, torch.block_diag(*Vh)[order])
 
+    def _values(self) -> tuple[Tensor, float | Tensor]:
+        return torch.linalg.svdvals(self.blocks).flatten().sort(descending=True).values, 0.0
+
     def _eig(self) -> Eig:
         values, vectors = torch.linalg.eig(self.blocks)
         return Eig(values.flatten(), torch.block_diag(*vectors))
 
-    def _matches(self, other: Leaf) -> bool:
-        return isinstance(other, BlockDiagonal) and other.blocks.shape == self.blocks.shape
+    def _blocks_of(self, other: Leaf) -> Tensor | None:
+        """The other operator in blocks of this one's size; None where it has no such blocks."""
+        if isinstance(other, BlockDiagonal) and other.blocks.shape == self.blocks.shape:
+            return other.blocks
+        if isinstance(other, Diagonal) and not other.batched and other.n == self.n_in:
+            return torch.diag_embed(other.diagonal.reshape(self.blocks.shape[:2]))
+        return None

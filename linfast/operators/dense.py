@@ -41,7 +41,7 @@ class Dense(Leaf):
         """The operator of this matrix."""
         if weight.ndim < 2:
             raise ValueError(f"weight must be [n_out, n_in] or [B, n_out, n_in]; got {tuple(weight.shape)}")
-        return cls(*weight.shape[-2:], weight)
+        return cls(weight.shape[-2], weight.shape[-1], weight)
 
     @property
     def batched(self) -> bool:
@@ -82,6 +82,9 @@ class Dense(Leaf):
 
     def _svd(self) -> SVD:
         return SVD(*torch.linalg.svd(self.weight, full_matrices=False))
+
+    def _values(self) -> tuple[Tensor, float | Tensor]:
+        return torch.linalg.svdvals(self.weight), 0.0
 
     def _eig(self) -> Eig:
         return Eig(*torch.linalg.eig(self.weight))

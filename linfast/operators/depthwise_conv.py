@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..ops.depthwise_conv import depthwise_conv
 from .base import Leaf, hold
 from .block_diagonal import BlockDiagonal
+from .diagonal import Diagonal
 from .spectral import SVD, Eig
 
 __all__ = ["DepthwiseConv"]
@@ -40,8 +41,8 @@ class DepthwiseConv(Leaf):
         weight: Tensor | None = None,
     ) -> None:
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        self.channels, self.kernel_size, self.size = channels, kernel, tuple(size)
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else (kernel_size[0], kernel_size[1])
+        self.channels, self.kernel_size, self.size = channels, kernel, (size[0], size[1])
         self.n_out = self.n_in = channels * size[0] * size[1]
         if weight is None:
             start = torch.randn(channels, *kernel) * (0.1 / (kernel[0] * kernel[1]))
@@ -72,7 +73,7 @@ class DepthwiseConv(Leaf):
         return self._blocks().to_dense()
 
     def _with(self, weight: Tensor) -> DepthwiseConv:
-        return DepthwiseConv(self.channels, tuple(weight.shape[-2:]), self.size, weight)
+        return DepthwiseConv(self.channels, (weight.shape[-2], weight.shape[-1]), self.size, weight)
 
     def _transposed(self) -> Leaf:
         """Flipped kernel; an even k gains a row and a column of zeros, as its padding is not symmetric."""
@@ -84,16 +85,18 @@ class DepthwiseConv(Leaf):
         return self._with(factor * self.weight)
 
     def _plus(self, other: Leaf) -> Leaf | None:
-        if isinstance(other, DepthwiseConv) and other.size == self.size and other.channels == self.channels:
-            if other.kernel_size == self.kernel_size:
+        if not isinstance(other, (DepthwiseConv, BlockDiagonal, Diagonal)):
+            return None
+        if isinstance(other, DepthwiseConv):
+            if (other.size, other.weight.shape[-3:]) == (self.size, self.weight.shape[-3:]):
                 return self._with(self.weight + other.weight)
-            return self._blocks()._plus(other._blocks())
-        return self._blocks()._plus(other) if isinstance(other, BlockDiagonal) else None
+            other = other._blocks()
+        return self._blocks()._plus(other)
 
     def _times(self, other: Leaf) -> Leaf | None:
-        if isinstance(other, DepthwiseConv):
-            return self._blocks()._times(other._blocks())
-        return self._blocks()._times(other) if isinstance(other, BlockDiagonal) else None
+        if not isinstance(other, (DepthwiseConv, BlockDiagonal, Diagonal)):
+            return None
+        return self._blocks()._times(other._blocks() if isinstance(other, DepthwiseConv) else other)
 
     def _power(self, n: int) -> Leaf:
         return self._blocks()._power(n)
@@ -106,6 +109,9 @@ class DepthwiseConv(Leaf):
 
     def _svd(self) -> SVD:
         return self._blocks()._svd()
+
+    def _values(self) -> tuple[Tensor, float | Tensor]:
+        return self._blocks()._values()
 
     def _eig(self) -> Eig:
         return self._blocks()._eig()

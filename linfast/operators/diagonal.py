@@ -40,6 +40,8 @@ class Diagonal(Leaf):
         return self.diagonal.ndim == 2
 
     def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        if self.batched and len(self.diagonal) != len(z):
+            raise ValueError(f"A has {len(self.diagonal)} diagonals for {len(z)} rows of z")
         return z * self.diagonal
 
     def to_dense(self) -> Tensor:
@@ -80,6 +82,9 @@ class Diagonal(Leaf):
         Vh = eye[order]
         negative = self.diagonal.gather(-1, order) < 0
         return SVD(torch.where(negative[..., None, :], -Vh.mT, Vh.mT), S, Vh)
+
+    def _values(self) -> tuple[Tensor, float | Tensor]:
+        return self.diagonal.abs().sort(dim=-1, descending=True).values, 0.0
 
     def _eig(self) -> Eig:
         complex_dtype = torch.promote_types(self.diagonal.dtype, torch.complex64)

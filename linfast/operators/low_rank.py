@@ -2,12 +2,16 @@
 
 With S = V^T U [r, r], and Q an orthonormal basis of span[U V] (k <= 2 r columns):
 
-    product   (a I + U V^T)(b I + P Q^T) = ab I + [b U | a P + U (V^T P)] [V | Q]^T
+    product   (a I + U V^T)(b I + P Q^T) = ab I + [b U | a P + U (V^T P)] [V | Q]^T;  U (B^T V)^T for a = 0
     power     A^m = a_m I + U M_m V^T,  a_{p+q} = a_p a_q,  M_{p+q} = a_p M_q + a_q M_p + M_p S M_q
     inverse   1/alpha I - 1/alpha U (alpha I + S)^{-1} V^T                       (Woodbury)
     svd       alpha (I - Q Q^T) + Q (alpha I + Q^T U V^T Q) Q^T: the core's svd, rest = alpha
     pinv      1/alpha I + Q (core^+ - 1/alpha I) Q^T;  for alpha = 0 from two thin QRs
-    eig       alpha + eig(S), vectors U X; the other n - r eigenvalues are alpha
+    eig       of alpha I + R V^T Q for U = Q R, vectors Q X; the other n - r eigenvalues are alpha
+
+alpha the number 0 makes A = U V^T, which may be rectangular and stays of its rank in
+products. The gradients of svd, eig and pinv go through the QR of U, V or [U V], whose
+columns must be independent for them.
 """
 
 from __future__ import annotations
@@ -17,8 +21,7 @@ from torch import Tensor
 
 from ..ops.low_rank import low_rank
 from .base import Leaf, hold
-from .diagonal import Diagonal
-from .spectral import SVD, Eig, cutoff, inverse_or_raise, pseudo_inverse_values
+from .spectral import SVD, Eig, cutoff, inverse_or_raise, largest, raise_if_singular
 
 __all__ = ["LowRank"]
 
@@ -37,6 +40,7 @@ class LowRank(Leaf):
         ValueError: shapes or dtypes of U and V that do not fit together.
     """
 
+    alpha: float | Tensor
     U: Tensor
     V: Tensor
 
@@ -48,6 +52,8 @@ class LowRank(Leaf):
             )
         if U.dtype != V.dtype:
             raise ValueError(f"U and V must have one dtype; got {U.dtype} and {V.dtype}")
+        if isinstance(alpha, Tensor) and alpha.ndim:
+            raise ValueError(f"alpha must be a number or a 0-d tensor; got shape {tuple(alpha.shape)}")
         self.n_out, self.n_in = U.shape[-2], V.shape[-2]
         if self.n_out != self.n_in and not (isinstance(alpha, (int, float)) and alpha == 0):
             raise ValueError(f"alpha must be 0 for a {self.n_out} x {self.n_in} operator; got {alpha}")
@@ -61,8 +67,8 @@ class LowRank(Leaf):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether alpha is zero: A = U V^T."""
-        return float(self.alpha) == 0.0
+        """Whether A = U V^T: alpha is the number 0. A tensor counts as one that may be trained away from it."""
+        return isinstance(self.alpha, (int, float)) and self.alpha == 0
 
     @property
     def absorbs(self) -> bool:
@@ -78,16 +84,23 @@ class LowRank(Leaf):
         return low_rank(z, U, V, self.alpha)
 
     def to_dense(self) -> Tensor:
-        dense = self.U @ self.V.mT
-        if self.n_out != self.n_in:
-            return dense
-        return dense + self.alpha * torch.eye(self.n_in, dtype=dense.dtype, device=dense.device)
+        return self._plus_identity(self.U @ self.V.mT)
+
+    def _plus_identity(self, square: Tensor) -> Tensor:
+        """square + alpha I."""
+        if self._is_plain:
+            return square
+        return square + self.alpha * torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
+
+    def _alpha_size(self) -> Tensor:
+        """|alpha|, a constant."""
+        return torch.as_tensor(self.alpha, dtype=self.U.dtype, device=self.U.device).detach().abs()
 
     def _transposed(self) -> Leaf:
         return LowRank(self.alpha, self.V, self.U)
 
     def _scaled(self, factor: float | Tensor) -> Leaf:
-        return LowRank(factor * self.alpha, factor * self.U, self.V)
+        return LowRank(0.0 if self._is_plain else factor * self.alpha, factor * self.U, self.V)
 
     def _plus(self, other: Leaf) -> Leaf | None:
         if not isinstance(other, LowRank) or self.batched != other.batched:
@@ -95,17 +108,29 @@ class LowRank(Leaf):
         return LowRank(self.alpha + other.alpha, torch.cat((self.U, other.U), -1), torch.cat((self.V, other.V), -1))
 
     def _times(self, other: Leaf) -> Leaf | None:
+        if isinstance(other, LowRank) and self.batched == other.batched:
+            return self._times_low_rank(other)
         if self.absorbs and not other.batched:  # U (V^T B) = U (B^T V)^T
             return LowRank(0.0, self.U, other._product(self.V.mT, transpose=True).mT)
-        if not isinstance(other, LowRank) or self.batched != other.batched:
-            return None
-        P = self.alpha * other.U + self.U @ (self.V.mT @ other.U)
+        return None
+
+    def _times_low_rank(self, other: LowRank) -> LowRank:
+        smaller = self.U.shape[-1] <= other.U.shape[-1]
+        if self._is_plain and (smaller or not other._is_plain):
+            return LowRank(0.0, self.U, other._on_columns(self.V, transpose=True))
+        P = self._on_columns(other.U)
+        if other._is_plain:
+            return LowRank(0.0, P, other.V)
         U = torch.cat((other.alpha * self.U, P), -1)
         return LowRank(self.alpha * other.alpha, U, torch.cat((self.V, other.V), -1))
 
+    def _on_columns(self, columns: Tensor, transpose: bool = False) -> Tensor:
+        """A, or A^T, times columns [..., n, k]."""
+        U, V = (self.V, self.U) if transpose else (self.U, self.V)
+        result = U @ (V.mT @ columns)
+        return result if self._is_plain else self.alpha * columns + result
+
     def _power(self, n: int) -> Leaf:
-        if n == 0:
-            return Diagonal.of(torch.ones(self.n_in, dtype=self.U.dtype, device=self.U.device))
         S = self.V.mT @ self.U
         eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
         # (a, M) stands for a I + U M V^T; binary powers.
@@ -116,31 +141,41 @@ class LowRank(Leaf):
                 result = _multiply(result, square, S)
             n >>= 1
             square = _multiply(square, square, S) if n else square
-        return LowRank(result[0], self.U @ result[1], self.V)
+        return LowRank(result[0], self.U @ result[1], self.V.clone())
 
     def _inverse(self) -> Leaf:
-        if self._is_plain:
-            if self.U.shape[-1] < self.n_in:
-                raise ValueError(
-                    f"A = U V^T has rank at most {self.U.shape[-1]} of {self.n_in}: it is singular and has no "
-                    "inverse; use pinv()"
-                )
+        rank = self.U.shape[-1]
+        if rank >= self.n_in:  # alpha need not be an eigenvalue: dividing by it could lose everything
             return self._dense()._inverse()
-        S = self.V.mT @ self.U
-        core = self.alpha * torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) + S
-        U = self.U @ inverse_or_raise(core, "alpha I + V^T U")
-        return LowRank(1.0 / self.alpha, U / -self.alpha, self.V)
+        if self._is_plain:
+            raise ValueError(
+                f"A = U V^T has rank at most {rank} of {self.n_in}: it is singular and has no inverse; use pinv()"
+            )
+        U = self.U @ inverse_or_raise(self._plus_identity(self.V.mT @ self.U), "alpha I + V^T U")
+        inverse = LowRank(1.0 / self.alpha, U / -self.alpha, self.V.clone())
+        if not torch.compiler.is_compiling():
+            raise_if_singular(self._size() * inverse._size(), f"A = alpha I + U V^T [{self.n_out}, {self.n_in}]")
+        return inverse
+
+    def _size(self) -> Tensor:
+        """|alpha| + |U V^T|_F [...], which bounds the norm of A."""
+        U, V = self.U.detach(), self.V.detach()
+        product = ((U.mT @ U) * (V.mT @ V)).sum((-2, -1)).clamp(min=0.0).sqrt()
+        return product + self._alpha_size()
 
     def _pinv(self, rtol: float | None) -> Leaf:
         if self._is_wide:
             return self._dense()._pinv(rtol)
         left, core, right = self._thin()
-        X, S, Yh = torch.linalg.svd(core)
-        largest = S.amax(-1, keepdim=True).clamp(min=abs(float(self.alpha)))
-        limit = cutoff(S, max(self.n_out, self.n_in), rtol) * largest
-        core_pinv = (Yh.mT * pseudo_inverse_values(S, limit)[..., None, :]) @ X.mT
-        if abs(float(self.alpha)) <= float(limit.max()):
+        S = torch.linalg.svdvals(core.detach())
+        alpha = self._alpha_size()
+        limit = cutoff(S, max(self.n_out, self.n_in), rtol) * largest(S, alpha)
+        core_pinv = torch.linalg.pinv(core, atol=limit, rtol=torch.zeros_like(limit))
+        vanishes = alpha <= limit
+        if bool(vanishes.all()):
             return LowRank(0.0, right @ core_pinv, left)
+        if bool(vanishes.any()):  # in some samples only
+            return self._dense()._pinv(rtol)
         eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
         return LowRank(1.0 / self.alpha, right @ (core_pinv - eye / self.alpha), left)
 
@@ -149,13 +184,18 @@ class LowRank(Leaf):
             return self._dense()._svd()
         left, core, right = self._thin()
         X, S, Yh = torch.linalg.svd(core)
-        return SVD(left @ X, S, Yh @ right.mT, rest=0.0 if self._is_plain else self.alpha)
+        return SVD(left @ X, S, Yh @ right.mT, rest=self._rest())
 
     def _eig(self) -> Eig:
-        if self._is_plain or self._is_wide:
+        if self._is_wide:
             return self._dense()._eig()
-        values, X = torch.linalg.eig(self.V.mT @ self.U)
-        return Eig(values + self.alpha, self.U.to(X.dtype) @ X, rest=self.alpha)
+        Q, R = torch.linalg.qr(self.U)  # span U is invariant: A Q = Q core
+        values, X = torch.linalg.eig(self._plus_identity(R @ (self.V.mT @ Q)))
+        return Eig(values, Q.to(X.dtype) @ X, rest=self._rest())
+
+    def _rest(self) -> float | Tensor:
+        """The value of A off its factors, apart from the live alpha."""
+        return self.alpha.clone() if isinstance(self.alpha, Tensor) else float(self.alpha)
 
     def _thin(self) -> tuple[Tensor, Tensor, Tensor]:
         """Orthonormal L, R and a small core with A = L core R^T, plus alpha off span L = span R."""
@@ -164,8 +204,7 @@ class LowRank(Leaf):
             Qv, Rv = torch.linalg.qr(self.V)
             return Qu, Ru @ Rv.mT, Qv
         Q = torch.linalg.qr(torch.cat((self.U, self.V), -1)).Q
-        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-        return Q, self.alpha * eye + (Q.mT @ self.U) @ (self.V.mT @ Q), Q
+        return Q, self._plus_identity((Q.mT @ self.U) @ (self.V.mT @ Q)), Q
 
 
 def _multiply(

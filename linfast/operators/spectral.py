@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SVD", "Eig", "cutoff", "inverse_or_raise", "pseudo_inverse_values"]
+__all__ = ["SVD", "Eig", "cutoff", "inverse_or_raise", "largest", "pseudo_inverse_values", "raise_if_singular"]
 
 
 class _SVDFields(NamedTuple):
@@ -69,6 +69,11 @@ def cutoff(S: Tensor, n: int, rtol: float | None) -> float:
     return n * torch.finfo(S.dtype).eps if rtol is None else rtol
 
 
+def largest(S: Tensor, rest: Tensor) -> Tensor:
+    """The largest singular value [...] of S [..., k], k possibly 0, and the size of the rest."""
+    return torch.maximum(S.amax(-1) if S.shape[-1] else S.sum(-1), rest)
+
+
 def pseudo_inverse_values(S: Tensor, limit: Tensor) -> Tensor:
     """1 / S where S > limit, else 0."""
     keep = limit < S
@@ -81,10 +86,14 @@ def inverse_or_raise(matrix: Tensor, what: str) -> Tensor:
     if torch.compiler.is_compiling() or matrix.numel() == 0:
         return inverse
     condition = torch.linalg.matrix_norm(matrix.detach(), 1) * torch.linalg.matrix_norm(inverse.detach(), 1)
-    if bool(info.any()) or not bool((condition < 1.0 / torch.finfo(matrix.dtype).eps).all()):
-        shape = tuple(matrix.shape)
-        raise ValueError(
-            f"{what} {shape} is singular to working precision (condition number "
-            f"{float(condition.max()):.1e}): it has no inverse; use pinv()"
-        )
+    raise_if_singular(condition.masked_fill(info != 0, torch.inf), f"{what} {tuple(matrix.shape)}")
     return inverse
+
+
+def raise_if_singular(condition: Tensor, what: str) -> None:
+    """A ValueError that names pinv unless every condition number is below 1 / epsilon."""
+    if not bool((condition < 1.0 / torch.finfo(condition.dtype).eps).all()):
+        raise ValueError(
+            f"{what} is singular to working precision (condition number {float(condition.max()):.1e}): "
+            "it has no inverse; use pinv()"
+        )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flows.conditioners import MLP, SinusoidalEmbedding
-from .base import LatentOperator
+from .base import LatentOperator, Leaf
 from .low_rank import LowRank
 
 __all__ = ["TimeLowRank"]
@@ -50,17 +50,27 @@ class TimeLowRank(LatentOperator):
     def time_dependent(self) -> bool:
         return True
 
+    def to_dense(self) -> Tensor:
+        return self.closed().to_dense()
+
+    def closed(self) -> Leaf:
+        raise ValueError("TimeLowRank depends on time: its algebra is that of A.at(t)")
+
+    @property
+    def _like(self) -> Tensor:
+        return next(self.u_net.parameters())
+
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """U and V, each [K, n, r], at the times t [K]."""
         if t.ndim != 1:
             raise ValueError(f"t must be [K]; got {tuple(t.shape)}")
-        like = self.u_net.layers[0].weight
-        embedded = self.embedding(t.to(dtype=like.dtype, device=like.device))
+        embedded = self.embedding(t.to(self._like))
         shape = (t.shape[0], self.n, self.rank_bound)
         return self.u_net(embedded).reshape(shape), self.v_net(embedded).reshape(shape)
 
     def at(self, t: float | Tensor) -> LowRank:
-        times = torch.as_tensor(t)
+        like = self._like
+        times = t if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device)
         if times.ndim > 1:
             raise ValueError(f"t must be a number, 0-d or [B]; got {tuple(times.shape)}")
         U, V = self.factors(times.reshape(-1))

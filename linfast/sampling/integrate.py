@@ -58,7 +58,8 @@ def integrate(
     """
     scheme, h = tableau(method, steps), 1.0 / steps
     for i in range(steps - 1):
-        t, slopes = i * h, []
+        t = i * h
+        slopes: list[Tensor] = []
         for row, c in zip(scheme.a, scheme.c, strict=True):
             stage = _advance(z, slopes, row, h)
             time = t + c * h

@@ -10,6 +10,8 @@ itself a Linearizer, with core B: Linearizer(f.g_y, B, f.g_x).
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,19 @@ def generator(f: Linearizer, steps: int = 100, method: str = "rk4") -> Linearize
     return Linearizer(f.g_y, collapse(f.A, steps, method), f.g_x)
 
 
+@overload
+def sample(
+    f: Linearizer,
+    noise: Tensor,
+    steps: int = ...,
+    method: str = ...,
+    one_step: bool = ...,
+    return_path: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sample(
+    f: Linearizer, noise: Tensor, steps: int = ..., method: str = ..., *, one_step: bool, return_path: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
 def sample(
     f: Linearizer,
     noise: Tensor,

@@ -24,9 +24,7 @@ def test_affine_coupling_is_its_formula(kind: str, order: str, layout: str, move
     params = torch.cat((shift, raw), 1) if layout == "halves" else torch.stack((shift, raw), 2).flatten(1, 2)
     log_s = scale_map.log_scale(raw)
     expected = (moved + shift) * log_s.exp() if order == "shift_first" else moved * log_s.exp() + shift
-    y, log_det = ops.affine_coupling(
-        x, params, scale_map, order=order, layout=layout, moves=moves, log_det=True
-    )
+    y, log_det = ops.affine_coupling(x, params, scale_map, order=order, layout=layout, moves=moves, log_det=True)
     whole = (expected, x[:, 3:]) if moves == "first" else (x[:, :3], expected)
     torch.testing.assert_close(y, torch.cat(whole, 1))
     torch.testing.assert_close(log_det, log_s.sum((1, 2)))
