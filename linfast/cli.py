@@ -46,10 +46,10 @@ def _demo(options: argparse.Namespace) -> int:
     missing = [name for name in ("sklearn", "matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"needs {', '.join(missing)}: pip install 'linfast[demo]'")
-    from .demo import DemoSettings, run
+    from .demo import DemoSettings, run_demo
 
     names = ("data", "out", "seed", "device", "quick")
-    run(DemoSettings(**{name: getattr(options, name) for name in names}))
+    run_demo(DemoSettings(**{name: getattr(options, name) for name in names}))
     return 0
 
 

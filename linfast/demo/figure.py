@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .measure import Measured
 
 __all__ = ["save_figure"]
 
-_COLUMNS = 10
+_COLUMNS = 12
+_GAP = -0.4
 
 
 def save_figure(measured: Measured, side: int, path: Path) -> None:
@@ -24,7 +26,7 @@ def save_figure(measured: Measured, side: int, path: Path) -> None:
         ("real digits, inverted to\nnoise and sampled back", measured.reconstructed),
         ("between two real digits,\nin the induced space", measured.interpolation),
     )
-    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots(len(rows), 1)
     for axis, (label, images) in zip(axes, rows, strict=True):
         axis.imshow(_strip(images[:_COLUMNS], side), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
@@ -35,5 +37,6 @@ def save_figure(measured: Measured, side: int, path: Path) -> None:
 
 
 def _strip(images: Tensor, side: int) -> object:
-    """[n, side^2] side by side, [side, n side]."""
-    return images.reshape(-1, side, side).permute(1, 0, 2).reshape(side, -1).cpu().numpy()
+    """[n, side^2] side by side with a grey column between, [side, n (side + 1) - 1]."""
+    columns = F.pad(images.reshape(-1, side, side), (0, 1), value=_GAP)
+    return columns.permute(1, 0, 2).reshape(side, -1)[:, :-1].cpu().numpy()

@@ -18,7 +18,7 @@ __all__ = ["Measured", "measure"]
 _Result = TypeVar("_Result")
 
 _STEPS = 100
-_INTERPOLATION_STEPS = 10
+_INTERPOLATION_STEPS = 12
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .figure import save_figure
 from .measure import Measured, measure
 from .train import build, train
 
-__all__ = ["DemoSettings", "run"]
+__all__ = ["DemoSettings", "run_demo"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ _FULL = _Size(depth=6, hidden=192, rank=16, iterations=2000)
 _QUICK = _Size(depth=4, hidden=64, rank=8, iterations=150)
 
 
-def run(settings: DemoSettings, progress: bool = True) -> Measured:
+def run_demo(settings: DemoSettings, progress: bool = True) -> Measured:
     """Train, measure, write ``figure.png`` and ``model.safetensors`` to ``settings.out``, print the table.
 
     Raises:

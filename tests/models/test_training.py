@@ -29,6 +29,17 @@ def test_terms_are_their_formulas() -> None:
     torch.testing.assert_close(loss.noise, (f.gy_inverse(noised_0) - x_0).square().mean())
     torch.testing.assert_close(loss.prediction, (f.gx_inverse(predicted) - x_1).square().mean())
     torch.testing.assert_close(loss.total, loss.latent + loss.data + loss.noise + loss.prediction)
+    assert float(loss.likelihood) == 0
+
+
+def test_likelihood_is_that_of_a_standard_normal() -> None:
+    f, x = _model(), torch.randn(5, 6)
+    loss = one_step_loss(f, x, likelihood=0.3)
+    z, log_det = f.g_x.forward_and_log_det(x)
+    constant = 3 * torch.log(torch.tensor(2 * torch.pi))
+    log_p = torch.distributions.Normal(0, 1).log_prob(z).sum(1) + log_det
+    torch.testing.assert_close(loss.likelihood, 0.3 * (-log_p - constant).mean() / 6)
+    assert float((loss.total - loss.likelihood - sum(loss[:4])).detach().abs()) < 1e-6
 
 
 def test_another_distance_is_used_for_data_and_prediction() -> None:
