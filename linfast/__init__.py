@@ -2,6 +2,7 @@
 
 from . import ops
 from ._version import __version__
+from .backend import backend
 from .flows import (
     MLP,
     ActNorm,
@@ -57,6 +58,7 @@ __all__ = [
     "Squeeze",
     "TimeLowRank",
     "__version__",
+    "backend",
     "collapse",
     "coupling_flow",
     "generator",

@@ -9,14 +9,21 @@ output params giving a shift t and a raw value r, log_s = scale_map(r):
 
 Shapes: x [B, C, ...], params [B, 2 C_moved, ...], y like x, log_det [B].
 An odd C splits unequally: the first half has ceil(C / 2) channels.
+
+On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
+kernel each way (linfast.kernels.affine_coupling), whose backward keeps y and not x.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..scale_maps import ScaleMap
+from ..backend import uses_triton
+from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
+from .register import RawOp, define_op
 
 __all__ = ["HALVES", "LAYOUTS", "ORDERS", "affine_coupling", "split_sizes"]
 
@@ -59,6 +66,30 @@ def affine_coupling(
         ValueError: an unknown option, or params whose shape does not fit x.
     """
     _check(x, params, order, layout, moves)
+    if uses_triton(x, params):
+        bound, floor = scale_map.constants
+        y, total = _affine_coupling(
+            x, params, scale_map.constexpr_id, bound, floor,
+            order == "scale_first", layout == "interleaved", moves == "second", inverse, log_det,
+        )  # fmt: skip
+        return y, total if log_det else None
+    return affine_coupling_reference(
+        x, params, scale_map, order=order, layout=layout, moves=moves, inverse=inverse, log_det=log_det
+    )
+
+
+def affine_coupling_reference(
+    x: Tensor,
+    params: Tensor,
+    scale_map: ScaleMap,
+    *,
+    order: str,
+    layout: str,
+    moves: str,
+    inverse: bool,
+    log_det: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``affine_coupling`` in plain torch."""
     first, second = x.split(split_sizes(x.shape[1]), dim=1)
     moved = first if moves == "first" else second
     out, log_s = _couple(moved, params, scale_map, order, layout, inverse)
@@ -73,12 +104,8 @@ def _couple(
     moved: Tensor, params: Tensor, scale_map: ScaleMap, order: str, layout: str, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     compute = torch.promote_types(moved.dtype, torch.float32)
-    if layout == "halves":
-        shift, raw = params.chunk(2, dim=1)
-    else:
-        shift, raw = params[:, 0::2], params[:, 1::2]
-    shift, log_s = shift.to(compute), scale_map.log_scale(raw.to(compute))
-    value = moved.to(compute)
+    shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
+    value, log_s = moved.to(compute), scale_map.log_scale(raw)
     if not inverse:
         out = (value + shift) * log_s.exp() if order == "shift_first" else value * log_s.exp() + shift
     elif order == "shift_first":
@@ -86,6 +113,93 @@ def _couple(
     else:
         out = (value - shift) * (-log_s).exp()
     return out.to(moved.dtype), log_s
+
+
+def _shift_and_raw(params: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    if layout == "interleaved":
+        return params[:, 0::2], params[:, 1::2]
+    shift, raw = params.chunk(2, dim=1)
+    return shift, raw
+
+
+def affine_coupling_backward_reference(
+    y: Tensor,
+    params: Tensor,
+    grad: Tensor | None,
+    grad_log_det: Tensor | None,
+    *constants: Any,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dparams) from the output; the formulas are in linfast.kernels.affine_coupling."""
+    scale_map, order, layout, moves, inverse = _options(*constants[:-1])
+    compute = torch.promote_types(y.dtype, torch.float32)
+    grad = torch.zeros_like(y) if grad is None else grad
+    sizes, index = split_sizes(y.shape[1]), HALVES.index(moves)
+    out, g = (tensor.split(sizes, dim=1)[index].to(compute) for tensor in (y, grad))
+    shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
+    h = 0.0 if grad_log_det is None else grad_log_det.reshape(-1, *(1,) * (y.ndim - 1))
+    dvalue, dshift, dlog_s = _couple_backward(out, shift, scale_map.log_scale(raw), g, h, order, inverse)
+    draw = dlog_s * scale_map.derivative(raw)
+    kept = grad.split(sizes, dim=1)[1 - index]
+    halves = (dvalue.to(y.dtype), kept) if moves == "first" else (kept, dvalue.to(y.dtype))
+    joined = torch.cat((dshift, draw), 1) if layout == "halves" else torch.stack((dshift, draw), 2).flatten(1, 2)
+    return torch.cat(halves, dim=1), joined.to(params.dtype)
+
+
+def _couple_backward(
+    out: Tensor, shift: Tensor, log_s: Tensor, g: Tensor, h: Tensor | float, order: str, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d value, d shift, d log_s)."""
+    dvalue = g * (-log_s if inverse else log_s).exp()
+    if order == "shift_first":
+        return (dvalue, -g, -g * (out + shift) - h) if inverse else (dvalue, dvalue, g * out + h)
+    return (dvalue, -dvalue, -g * out - h) if inverse else (dvalue, g, g * (out - shift) + h)
+
+
+def _options(
+    kind: int, bound: float, floor: float, scale_first: bool, interleaved: bool, moves_second: bool, inverse: bool
+) -> tuple[ScaleMap, str, str, str, bool]:
+    """The public function's options from the raw op's constants."""
+    scale_map = ScaleMap(SCALE_MAP_KINDS[kind], bound, floor)
+    return scale_map, ORDERS[scale_first], LAYOUTS[interleaved], HALVES[moves_second], inverse
+
+
+def _raw_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+    scale_map, order, layout, moves, inverse = _options(*constants[:-1])
+    y, log_det = affine_coupling_reference(
+        x, params, scale_map, order=order, layout=layout, moves=moves, inverse=inverse, log_det=constants[-1]
+    )
+    return y, x.new_empty(0, dtype=torch.float32) if log_det is None else log_det
+
+
+def _fake(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
+
+
+def _fake_backward(y: Tensor, params: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), torch.empty_like(params)
+
+
+_CONSTANTS = (
+    "int kind, float bound, float floor, bool scale_first, bool interleaved, bool moves_second, "
+    "bool inverse, bool log_det"
+)
+_affine_coupling = define_op(
+    RawOp(
+        f"affine_coupling(Tensor x, Tensor params, {_CONSTANTS}) -> (Tensor, Tensor)",
+        _fake,
+        _raw_reference,
+        "affine_coupling:launch_affine_coupling",
+    ),
+    RawOp(
+        "affine_coupling_backward(Tensor y, Tensor params, Tensor? grad, Tensor? grad_log_det, "
+        f"{_CONSTANTS}) -> (Tensor, Tensor)",
+        _fake_backward,
+        affine_coupling_backward_reference,
+        "affine_coupling:launch_affine_coupling_backward",
+    ),
+    saves=lambda inputs, outputs: (outputs[0], inputs[1]),
+    n_tensors=2,
+)
 
 
 def _check(x: Tensor, params: Tensor, order: str, layout: str, moves: str) -> None:

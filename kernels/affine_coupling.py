@@ -1,0 +1,281 @@
+"""Affine coupling on [batch, channel, position]: one pass over x and the parameters, one output.
+
+With the moved half m of x, the kept half k, shift t and raw r, l = scale_map(r):
+
+    forward   y = (m + t) e^l   or  m e^l + t        inverse   y = m e^-l - t   or  (m - t) e^-l
+    log|det| = +sum(l), -sum(l)
+
+Gradients, from the output y and never the input (shift first / scale first), with
+g = dL/dy and h = dL/d log|det|:
+
+    forward   dm = g e^l     dt = dm / g       dl =  g y + h       /  g (y - t) + h
+    inverse   dm = g e^-l    dt = -g / -dm     dl = -g (y + t) - h / -g y - h
+    dr = dl * dl/dr,  dk = g
+
+so x need not be saved. Bytes, forward: x and y once, params (as many elements as twice
+the moved half) once: 4 (C + C + 2 C_m) P a sample in fp32, and 4 B for the log-det.
+Backward: y's and g's moved halves, g's kept half, params in; dx, dparams out.
+
+A program takes a tile of rows (batch, outer) by columns (inner) of both halves (see
+``launch.Walk``). log|det| is summed within a tile and then over a row's tiles by torch:
+no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Tile, ceil_div, device_guard, needs_int64, positions, walk
+from .math import couple, couple_backward, log_scale, log_scale_derivative
+
+__all__ = ["TILES", "choose_tile", "launch_affine_coupling", "launch_affine_coupling_backward"]
+
+# (widest row in elements, tile). 1024 elements over 128 threads are 8 a thread: two 16-byte
+# loads of each tensor in flight, and 32 registers forward, 44 backward on sm_90 (2048 elements:
+# 56 and 72, half the warps resident).
+TILES: tuple[tuple[int, Tile], ...] = (
+    (16, Tile(rows=64, columns=16, num_warps=4)),  # narrow vectors: many samples a tile
+    (64, Tile(rows=16, columns=64, num_warps=4)),  # D = 128 and below
+    (256, Tile(rows=4, columns=256, num_warps=4)),
+    (1 << 62, Tile(rows=1, columns=1024, num_warps=4)),  # images, wide vectors: one long run
+)
+
+
+def choose_tile(inner: int) -> Tile:
+    """The table's tile for rows of this many elements."""
+    return next(tile for widest, tile in TILES if inner <= widest)
+
+
+@triton.jit
+def _tile(n_rows, n_outer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT64: tl.constexpr):
+    """Row numbers, batch, outer index and column of a program's tile, each broadcastable."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if INT64:
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        column = column.to(tl.int64)
+    batch = row // n_outer
+    return row, batch[:, None], (row - batch * n_outer)[:, None], column[None, :]
+
+
+@triton.jit
+def _affine_coupling_kernel(
+    moved_ptr,
+    kept_ptr,
+    shift_ptr,
+    raw_ptr,
+    y_moved_ptr,
+    y_kept_ptr,
+    partial_ptr,
+    n_rows,
+    n_outer,
+    outer_moved,
+    inner_moved,
+    outer_kept,
+    inner_kept,
+    stride_xb,
+    stride_xo,
+    stride_xi,
+    stride_pb,
+    stride_po,
+    stride_pi,
+    stride_yb,
+    stride_yo,
+    stride_yi,
+    bound,
+    floor,
+    KIND: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    INVERSE: tl.constexpr,
+    LOG_DET: tl.constexpr,
+    INT64: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row, b, o, i = _tile(n_rows, n_outer, ROWS, COLUMNS, INT64)
+    inside = row[:, None] < n_rows
+    kept = inside & (o < outer_kept) & (i < inner_kept)
+    x_at = b * stride_xb + o * stride_xo + i * stride_xi
+    y_at = b * stride_yb + o * stride_yo + i * stride_yi
+    tl.store(y_kept_ptr + y_at, tl.load(kept_ptr + x_at, mask=kept), mask=kept)
+
+    moves = inside & (o < outer_moved) & (i < inner_moved)
+    p_at = b * stride_pb + o * stride_po + i * stride_pi
+    value = tl.load(moved_ptr + x_at, mask=moves, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + p_at, mask=moves, other=0.0).to(tl.float32)
+    raw = tl.load(raw_ptr + p_at, mask=moves, other=0.0).to(tl.float32)
+    log_s = log_scale(raw, bound, floor, KIND)
+    y = couple(value, shift, log_s, SCALE_FIRST, INVERSE)
+    tl.store(y_moved_ptr + y_at, y.to(y_moved_ptr.dtype.element_ty), mask=moves)
+    if LOG_DET:
+        total = tl.sum(tl.where(moves, log_s, 0.0), 1)
+        at = row * tl.num_programs(1) + tl.program_id(1)
+        tl.store(partial_ptr + at, -total if INVERSE else total, mask=row < n_rows)
+
+
+@triton.jit
+def _affine_coupling_backward_kernel(
+    y_ptr,
+    shift_ptr,
+    raw_ptr,
+    grad_moved_ptr,
+    grad_kept_ptr,
+    grad_log_det_ptr,
+    dx_moved_ptr,
+    dx_kept_ptr,
+    dshift_ptr,
+    draw_ptr,
+    n_rows,
+    n_outer,
+    outer_moved,
+    inner_moved,
+    outer_kept,
+    inner_kept,
+    stride_yb,
+    stride_yo,
+    stride_yi,
+    stride_pb,
+    stride_po,
+    stride_pi,
+    stride_gb,
+    stride_go,
+    stride_gi,
+    stride_xb,
+    stride_xo,
+    stride_xi,
+    stride_qb,
+    stride_qo,
+    stride_qi,
+    stride_hb,
+    bound,
+    floor,
+    KIND: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    INVERSE: tl.constexpr,
+    LOG_DET: tl.constexpr,
+    INT64: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row, b, o, i = _tile(n_rows, n_outer, ROWS, COLUMNS, INT64)
+    inside = row[:, None] < n_rows
+    kept = inside & (o < outer_kept) & (i < inner_kept)
+    g_at = b * stride_gb + o * stride_go + i * stride_gi
+    x_at = b * stride_xb + o * stride_xo + i * stride_xi
+    tl.store(dx_kept_ptr + x_at, tl.load(grad_kept_ptr + g_at, mask=kept), mask=kept)
+
+    moves = inside & (o < outer_moved) & (i < inner_moved)
+    p_at = b * stride_pb + o * stride_po + i * stride_pi
+    y_at = b * stride_yb + o * stride_yo + i * stride_yi
+    q_at = b * stride_qb + o * stride_qo + i * stride_qi
+    y = tl.load(y_ptr + y_at, mask=moves, other=0.0).to(tl.float32)
+    shift = tl.load(shift_ptr + p_at, mask=moves, other=0.0).to(tl.float32)
+    raw = tl.load(raw_ptr + p_at, mask=moves, other=0.0).to(tl.float32)
+    grad = tl.load(grad_moved_ptr + g_at, mask=moves, other=0.0).to(tl.float32)
+    if LOG_DET:
+        grad_log_det = tl.load(grad_log_det_ptr + b * stride_hb, mask=inside, other=0.0).to(tl.float32)
+    else:
+        grad_log_det = 0.0
+    log_s = log_scale(raw, bound, floor, KIND)
+    dx, dshift, dlog_s = couple_backward(y, shift, log_s, grad, grad_log_det, SCALE_FIRST, INVERSE)
+    draw = dlog_s * log_scale_derivative(raw, bound, floor, KIND)
+    tl.store(dx_moved_ptr + x_at, dx.to(dx_moved_ptr.dtype.element_ty), mask=moves)
+    tl.store(dshift_ptr + q_at, dshift.to(dshift_ptr.dtype.element_ty), mask=moves)
+    tl.store(draw_ptr + q_at, draw.to(draw_ptr.dtype.element_ty), mask=moves)
+
+
+def _halves(x: Tensor, moves_second: bool) -> tuple[Tensor, Tensor]:
+    """(moved, kept) views of [B, C, P]."""
+    first = (x.shape[1] + 1) // 2
+    halves = (x[:, :first], x[:, first:])
+    return halves[::-1] if moves_second else halves
+
+
+def _shift_and_raw(params: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of [B, 2 C, P]."""
+    if interleaved:
+        return params[:, 0::2], params[:, 1::2]
+    return params[:, : params.shape[1] // 2], params[:, params.shape[1] // 2 :]
+
+
+def launch_affine_coupling(
+    x: Tensor,
+    params: Tensor,
+    kind: int,
+    bound: float,
+    floor: float,
+    scale_first: bool,
+    interleaved: bool,
+    moves_second: bool,
+    inverse: bool,
+    log_det: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y like x, log_det [B] fp32; [0] where not asked for)."""
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y, x.new_zeros(x.shape[0] if log_det else 0, dtype=torch.float32)
+    moved, kept = _halves(positions(x), moves_second)
+    y_moved, y_kept = _halves(positions(y), moves_second)
+    shift, raw = _shift_and_raw(positions(params), interleaved)
+    path = walk(moved, kept, shift, y_moved, y_kept)
+    (outer_m, inner_m), (outer_k, inner_k) = path.sizes(moved), path.sizes(kept)
+    n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
+    n_rows, tile = x.shape[0] * n_outer, choose_tile(inner)
+    n_columns = ceil_div(inner, tile.columns)
+    partial = x.new_empty((x.shape[0], n_outer * n_columns) if log_det else (0,), dtype=torch.float32)
+    with device_guard(x):
+        _affine_coupling_kernel[(ceil_div(n_rows, tile.rows), n_columns)](
+            moved, kept, shift, raw, y_moved, y_kept, partial,
+            n_rows, n_outer, outer_m, inner_m, outer_k, inner_k,
+            *path.strides(moved), *path.strides(shift), *path.strides(y_moved), bound, floor,
+            KIND=kind, SCALE_FIRST=scale_first, INVERSE=inverse, LOG_DET=log_det,
+            INT64=needs_int64(x, y, params), ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
+        )  # fmt: skip
+    if not log_det:
+        return y, partial
+    return y, partial[:, 0] if partial.shape[1] == 1 else partial.sum(1)
+
+
+def launch_affine_coupling_backward(
+    y: Tensor,
+    params: Tensor,
+    grad: Tensor | None,
+    grad_log_det: Tensor | None,
+    kind: int,
+    bound: float,
+    floor: float,
+    scale_first: bool,
+    interleaved: bool,
+    moves_second: bool,
+    inverse: bool,
+    log_det: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx like y, dparams like params). A gradient that is None is zero."""
+    dx, dparams = torch.empty_like(y), torch.empty_like(params)
+    if y.numel() == 0:
+        return dx, dparams
+    grad = y.new_zeros(()).expand_as(y) if grad is None else grad
+    y_moved, _ = _halves(positions(y), moves_second)
+    grad_moved, grad_kept = _halves(positions(grad), moves_second)
+    dx_moved, dx_kept = _halves(positions(dx), moves_second)
+    shift, raw = _shift_and_raw(positions(params), interleaved)
+    dshift, draw = _shift_and_raw(positions(dparams), interleaved)
+    path = walk(y_moved, grad_moved, grad_kept, shift, dshift, dx_moved, dx_kept)
+    (outer_m, inner_m), (outer_k, inner_k) = path.sizes(grad_moved), path.sizes(grad_kept)
+    n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
+    n_rows, tile = y.shape[0] * n_outer, choose_tile(inner)
+    h = grad if grad_log_det is None else grad_log_det
+    with device_guard(y):
+        _affine_coupling_backward_kernel[(ceil_div(n_rows, tile.rows), ceil_div(inner, tile.columns))](
+            y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw,
+            n_rows, n_outer, outer_m, inner_m, outer_k, inner_k,
+            *path.strides(y_moved), *path.strides(shift), *path.strides(grad_moved), *path.strides(dx_moved),
+            *path.strides(dshift), h.stride(0), bound, floor,
+            KIND=kind, SCALE_FIRST=scale_first, INVERSE=inverse, LOG_DET=grad_log_det is not None,
+            INT64=needs_int64(y, params, grad, dx, dparams), ROWS=tile.rows, COLUMNS=tile.columns,
+            num_warps=tile.num_warps,
+        )  # fmt: skip
+    return dx, dparams

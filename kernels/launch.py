@@ -1,0 +1,96 @@
+"""What every launcher shares: views, tiles, offsets, the device guard.
+
+An op sees a tensor as [batch, channel, position] with three strides: a vector has one
+position, NCHW and channels_last differ in strides only. Importing this module, or any
+kernel, asks nothing of a driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Tile", "Walk", "ceil_div", "device_guard", "needs_int64", "positions", "power_of_two", "walk"]
+
+_INT32_ELEMENTS = 2**31
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A two-dimensional tile: rows by columns, both powers of two, and its warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How an elementwise kernel walks [batch, channel, position]: rows of (batch, outer), columns inner.
+
+    ``outer`` and ``inner`` are the dimensions (1 channel, 2 position) walked as such, or
+    None and a merged pair: then a sample is one run of channels times positions.
+    """
+
+    outer: int | None
+    inner: int
+
+    def sizes(self, view: Tensor) -> tuple[int, int]:
+        """(outer, inner) extents of a view."""
+        if self.outer is None:
+            return 1, view.shape[1] * view.shape[2]
+        return view.shape[self.outer], view.shape[self.inner]
+
+    def strides(self, view: Tensor) -> tuple[int, int, int]:
+        """(batch, outer, inner) strides of a view, in elements."""
+        outer = 0 if self.outer is None else view.stride(self.outer)
+        return view.stride(0), outer, view.stride(self.inner)
+
+
+def walk(*views: Tensor) -> Walk:
+    """The walk that reads these views in the longest runs; the first one's layout decides ties."""
+    if all(_merges(view) for view in views):
+        return Walk(None, 2 if views[0].shape[2] > 1 else 1)
+    channels_innermost = views[0].stride(1) < views[0].stride(2) or views[0].shape[2] == 1
+    return Walk(2, 1) if channels_innermost else Walk(1, 2)
+
+
+def _merges(view: Tensor) -> bool:
+    """Whether channels times positions are one run with one stride."""
+    _, channels, count = view.shape
+    return channels <= 1 or count <= 1 or view.stride(1) == count * view.stride(2)
+
+
+def positions(x: Tensor) -> Tensor:
+    """x [B, C, ...] as [B, C, P]; a copy only where the positions' strides cannot be merged."""
+    return x[:, :, None] if x.ndim == 2 else x.flatten(2)
+
+
+def needs_int64(*tensors: Tensor) -> bool:
+    """Whether an element of one of them lies 2^31 or more elements from its first."""
+    return any(_extent(tensor) >= _INT32_ELEMENTS for tensor in tensors)
+
+
+def _extent(tensor: Tensor) -> int:
+    return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@contextlib.contextmanager
+def device_guard(x: Tensor) -> Iterator[None]:
+    """Launch on x's GPU, not on the current one; nothing on a CPU."""
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        yield

@@ -1,0 +1,80 @@
+"""Which implementation the ops run: "auto", "triton" or "reference".
+
+    auto       Triton on a GPU that Triton runs on, the plain torch reference elsewhere
+    triton     Triton, or an error that says why not
+    reference  plain torch
+
+Set for a block with ``with linfast.backend("reference"):``, for a process with the
+environment variable LINFAST_BACKEND. It is a plain global, read once a call by the op's
+public function: a ContextVar would break torch.compile(fullgraph=True), and a CUDA
+backward runs on another thread. float64 always runs the reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["backend", "interpreting", "uses_triton"]
+
+_CHOICES = ("auto", "triton", "reference")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(_CHOICES)}; got {name!r}")
+    return name
+
+
+_choice = _checked(os.environ.get("LINFAST_BACKEND", "auto"), "LINFAST_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block on this backend: "auto", "triton" or "reference".
+
+    Raises:
+        ValueError: another name.
+    """
+    global _choice
+    before, _choice = _choice, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def uses_triton(*tensors: Tensor) -> bool:
+    """Whether an op on these tensors runs its kernel.
+
+    Raises:
+        RuntimeError: "triton" was asked for and cannot run on these tensors.
+    """
+    if _choice == "reference":
+        return False
+    on_gpu = tensors[0].is_cuda
+    supported = all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
+    if _choice == "auto":
+        return on_gpu and supported and _HAS_TRITON
+    if not supported:
+        return False
+    if not _HAS_TRITON:
+        raise RuntimeError("backend 'triton' was asked for and triton is not installed")
+    if not on_gpu and not interpreting():
+        raise RuntimeError(
+            f"backend 'triton' was asked for on {tensors[0].device}; set TRITON_INTERPRET=1 before "
+            "starting Python to interpret the kernels there"
+        )
+    return True
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter was asked for: kernels then run on CPU tensors, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

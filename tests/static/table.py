@@ -1,0 +1,95 @@
+"""The kept table of what every configuration compiles to, and bringing it up to date."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.static.cases import TARGETS, StaticCase, all_cases
+
+PATH = Path(__file__).parent / "table.tsv"
+READINGS = ("registers", "spills", "shared", "instructions", "mufu", "wide_loads", "matrix", "async_copies")
+COLUMNS = ("kernel", "config", "target", *READINGS, "digest")
+_ROOT = Path(__file__).parent.parent.parent
+
+Row = dict[str, str]
+Key = tuple[str, str, str]
+
+
+def triton_version() -> str:
+    """The installed version; Triton is not imported."""
+    from importlib.metadata import version
+
+    return version("triton")
+
+
+def kept() -> dict[Key, Row]:
+    """The table as committed."""
+    if not PATH.exists():
+        return {}
+    with PATH.open(newline="") as file:
+        return {(r["kernel"], r["config"], r["target"]): r for r in csv.DictReader(file, delimiter="\t")}
+
+
+def compiled(numbers: Iterable[int], target: str) -> dict[Key, Row]:
+    """Rows of these cases, compiled now for one target in a process of its own."""
+    numbers, cases = list(numbers), all_cases()
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.static.worker", target],
+        input=json.dumps(numbers), capture_output=True, text=True, cwd=_ROOT, env=environment, timeout=1200,
+    )  # fmt: skip
+    rows = {}
+    for line in done.stdout.splitlines():
+        reading = json.loads(line)
+        row = _row(cases[reading["number"]], target, reading)
+        rows[row["kernel"], row["config"], target] = row
+    if done.returncode or len(rows) < len(numbers):
+        stopped = cases[numbers[len(rows)]] if len(rows) < len(numbers) else cases[numbers[-1]]
+        raise RuntimeError(f"{target}: {stopped.kernel} {stopped.config} did not compile:\n{done.stderr[-2000:]}")
+    return rows
+
+
+def _row(case: StaticCase, target: str, reading: dict[str, int]) -> Row:
+    numbers = {name: str(reading[name]) for name in READINGS}
+    digest = case.digest(target, triton_version())
+    return {"kernel": case.kernel, "config": case.config, "target": target, **numbers, "digest": digest}
+
+
+def stale(target: str, table: dict[Key, Row]) -> list[int]:
+    """Numbers of the cases whose source, configuration or compiler has changed since the kept row."""
+    return [
+        number
+        for number, case in enumerate(all_cases())
+        if table.get((case.kernel, case.config, target), {}).get("digest") != case.digest(target, triton_version())
+    ]
+
+
+def refreshed() -> dict[Key, Row]:
+    """The table with stale rows compiled again and rows of cases that are gone left out."""
+    table = kept()
+    for target in TARGETS:
+        numbers = stale(target, table)
+        table.update(compiled(numbers, target) if numbers else {})
+    order = [(case.kernel, case.config, target) for case in all_cases() for target in TARGETS]
+    return {key: table[key] for key in order}
+
+
+def write(table: dict[Key, Row]) -> None:
+    """Keep this table."""
+    with PATH.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())
+
+
+def text(table: dict[Key, Row]) -> str:
+    """The table in aligned columns."""
+    rows = [COLUMNS, *(tuple(row[column] for column in COLUMNS) for row in table.values())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
