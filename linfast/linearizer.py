@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .flows.bijection import same_space
 from .operators.base import LatentOperator
-from .space import InducedSpace, decode_latents
+from .space import InducedSpace, check_invertible, decode_latents
 from .svd import LinearizerSVD
 
 __all__ = ["Linearizer"]
@@ -42,7 +42,7 @@ class Linearizer(nn.Module):
     two sides different ones, fix them: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``.
 
     Raises:
-        TypeError: A is not a LatentOperator.
+        TypeError: A is not a LatentOperator; a g that is no module with an inverse.
         ValueError: a g whose known size is not A's; x with a wrong feature count, dtype or device.
     """
 
@@ -52,6 +52,7 @@ class Linearizer(nn.Module):
         if not isinstance(A, LatentOperator):
             raise TypeError(f"A must be a LatentOperator, such as linfast.Dense(n); got {type(A).__name__}")
         for name, g, n in (("g_x", g_x, A.n_in), ("g_y", g_y, A.n_out)):
+            check_invertible(name, g)
             shape = getattr(g, "shape", None)
             if shape is not None and torch.Size(shape).numel() != n:
                 raise ValueError(

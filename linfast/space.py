@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from .operators.spectral import cutoff
 
-__all__ = ["InducedSpace", "decode_latents"]
+__all__ = ["InducedSpace", "check_invertible", "decode_latents"]
+
+
+def check_invertible(name: str, g: object) -> None:
+    """Raise unless g can be called and has an inverse."""
+    if not callable(g) or not callable(getattr(g, "inverse", None)):
+        raise TypeError(f"{name} must be a Bijection, or have forward and inverse; got {type(g).__name__}")
 
 
 def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
@@ -37,6 +43,7 @@ class InducedSpace:
     """
 
     def __init__(self, g: nn.Module, **context: Any) -> None:
+        check_invertible("g", g)
         self.g = g
         self.context = context
 
