@@ -60,7 +60,15 @@ class Linearizer(nn.Module):
                 )
         self.g_x = g_x
         self.A = A
-        self.g_y = g_y
+        # Registered only where it is another module: under two names one module's state would be
+        # in state_dict twice, and torch.func.functional_call would leave its arguments behind in it.
+        self._modules["g_y"] = None if g_y is g_x else g_y
+
+    @property
+    def g_y(self) -> nn.Module:
+        """The network on the y side; g_x itself where it is shared."""
+        separate = self._modules["g_y"]
+        return self.g_x if separate is None else separate
 
     def forward(self, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f(x) = g_y^{-1}(A g_x(x))."""

@@ -8,7 +8,7 @@ batches [B, ...]; keywords go to g as context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class InducedSpace:
         """The zero vector g^{-1}(0), once for each row of ``like``."""
         return self._decode(torch.zeros_like(self._encode(like)))
 
-    def combine(self, weights: Tensor, vectors: Tensor) -> Tensor:
+    def combine(self, weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
         """g^{-1}(sum_k weights[m, k] g(vectors[k])): combinations of K vectors.
 
         Args:
@@ -74,6 +74,7 @@ class InducedSpace:
         Returns:
             [M, ...]; [1, ...] for weights [K].
         """
+        weights = torch.as_tensor(weights, device=vectors.device)
         if weights.ndim not in (1, 2) or weights.shape[-1] != vectors.shape[0]:
             raise ValueError(
                 f"weights must be [K] or [M, K] for {vectors.shape[0]} vectors; got {tuple(weights.shape)}"

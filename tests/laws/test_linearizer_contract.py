@@ -241,3 +241,18 @@ def test_compiles_whole_with_inductor_and_a_time() -> None:
     f, x = _short(zoo.timed(1.0, n=6)), zoo.batch(6, torch.float64)
     t = torch.tensor(0.3, dtype=torch.float64)
     assert relative(torch.compile(f, fullgraph=True)(x, t=t), f(x, t=t)) <= 1e-14
+
+
+def test_a_shared_g_is_registered_once_and_survives_functional_call() -> None:
+    f = lf.Linearizer(lf.coupling_flow(4, 2, (8,)), lf.Dense(4))
+    assert f.g_y is f.g_x
+    assert len(f.state_dict()) == len(list(f.parameters()))
+    x = torch.randn(3, 4)
+    before = f(x)
+    zeroed = {name: torch.zeros_like(value) for name, value in f.named_parameters()}
+    torch.func.functional_call(f, zeroed, (x,))
+    torch.testing.assert_close(f(x), before)
+    assert all(isinstance(value, torch.nn.Parameter) for value in f.g_x.parameters())
+    separate = lf.Linearizer(f.g_x, f.A, lf.coupling_flow(4, 2, (8,)))
+    assert separate.g_y is not separate.g_x
+    assert any(name.startswith("g_y.") for name in separate.state_dict())
