@@ -43,7 +43,7 @@ def _coupling(features: int = 4) -> lf.AffineCoupling:
         (lambda: lf.AffineCoupling(nn.Linear(2, 4), 4, scale_map=5), TypeError, "scale_map.*int"),
         (lambda: lf.DepthwiseConv(1, 3, 4), ValueError, "size must be two positive integers; got 4"),
         (lambda: lf.DepthwiseConv(1, 0, (4, 4)), ValueError, "kernel_size"),
-        (lambda: lf.TimeLowRank(4, 2).factors(0.5), ValueError, r"t must be a tensor \[K\]; got 0.5"),
+        (lambda: lf.TimeLowRank(4, 2).factors(0.5), ValueError, r"t must be \[K\]; got 0.5"),
         (lambda: lf.coupling_flow(4, depth=0), ValueError, "depth"),
         (lambda: lf.coupling_flow(4, coupling="spline"), ValueError, "coupling.*'spline'"),
         (lambda: lf.coupling_flow(4, mix="x"), ValueError, "mix.*'x'"),
