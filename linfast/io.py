@@ -62,6 +62,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import save_file
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module; got {type(model).__name__}")
     described: dict[int, int] = {}
     architecture = _describe(model, described)
     tensors, aliases = _unique(model.state_dict())
@@ -89,9 +91,12 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{path}: {key} {tuple(value.shape)} has NaN or infinite values")
-    with torch.random.fork_rng(devices=[]):
-        model = _build(header["architecture"], [])
-    tensors.update({alias: tensors[key] for alias, key in header["aliases"].items()})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = _build_module(header["architecture"], [])
+        tensors.update({alias: tensors[key] for alias, key in header["aliases"].items()})
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: the architecture cannot be built ({error!r})") from error
     _fill(model, tensors, str(path))
     return model.to(device)
 
@@ -103,13 +108,21 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("linfast", "{}"))
+            header = _header(path, (file.metadata() or {}).get("linfast", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a linfast file of format {_FORMAT!r}; got {header.get('format')!r}")
     return tensors, header
+
+
+def _header(path: Path, text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its linfast header is not JSON ({error})") from error
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not a linfast file of format {_FORMAT!r}; its header is {text[:60]}")
+    return header
 
 
 def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

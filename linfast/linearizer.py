@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .flows.bijection import same_space
 from .operators.base import LatentOperator
-from .space import InducedSpace, decode_latents
+from .space import InducedSpace, check_invertible, decode_latents
 from .svd import LinearizerSVD
 
 __all__ = ["Linearizer"]
@@ -42,7 +42,7 @@ class Linearizer(nn.Module):
     two sides different ones, fix them: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``.
 
     Raises:
-        TypeError: A is not a LatentOperator.
+        TypeError: A is not a LatentOperator; a g that is no module with an inverse.
         ValueError: a g whose known size is not A's; x with a wrong feature count, dtype or device.
     """
 
@@ -52,6 +52,7 @@ class Linearizer(nn.Module):
         if not isinstance(A, LatentOperator):
             raise TypeError(f"A must be a LatentOperator, such as linfast.Dense(n); got {type(A).__name__}")
         for name, g, n in (("g_x", g_x, A.n_in), ("g_y", g_y, A.n_out)):
+            check_invertible(name, g)
             shape = getattr(g, "shape", None)
             if shape is not None and torch.Size(shape).numel() != n:
                 raise ValueError(
@@ -59,7 +60,15 @@ class Linearizer(nn.Module):
                 )
         self.g_x = g_x
         self.A = A
-        self.g_y = g_y
+        # Registered only where it is another module: under two names one module's state would be
+        # in state_dict twice, and torch.func.functional_call would leave its arguments behind in it.
+        self._modules["g_y"] = None if g_y is g_x else g_y
+
+    @property
+    def g_y(self) -> nn.Module:
+        """The network on the y side; g_x itself where it is shared."""
+        separate = self._modules["g_y"]
+        return self.g_x if separate is None else separate
 
     def forward(self, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f(x) = g_y^{-1}(A g_x(x))."""

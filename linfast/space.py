@@ -8,7 +8,7 @@ batches [B, ...]; keywords go to g as context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from .operators.spectral import cutoff
 
-__all__ = ["InducedSpace", "decode_latents"]
+__all__ = ["InducedSpace", "check_invertible", "decode_latents"]
+
+
+def check_invertible(name: str, g: object) -> None:
+    """Raise unless g can be called and has an inverse."""
+    if not callable(g) or not callable(getattr(g, "inverse", None)):
+        raise TypeError(f"{name} must be a Bijection, or have forward and inverse; got {type(g).__name__}")
 
 
 def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
@@ -37,6 +43,7 @@ class InducedSpace:
     """
 
     def __init__(self, g: nn.Module, **context: Any) -> None:
+        check_invertible("g", g)
         self.g = g
         self.context = context
 
@@ -57,7 +64,7 @@ class InducedSpace:
         """The zero vector g^{-1}(0), once for each row of ``like``."""
         return self._decode(torch.zeros_like(self._encode(like)))
 
-    def combine(self, weights: Tensor, vectors: Tensor) -> Tensor:
+    def combine(self, weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
         """g^{-1}(sum_k weights[m, k] g(vectors[k])): combinations of K vectors.
 
         Args:
@@ -67,6 +74,7 @@ class InducedSpace:
         Returns:
             [M, ...]; [1, ...] for weights [K].
         """
+        weights = torch.as_tensor(weights, device=vectors.device)
         if weights.ndim not in (1, 2) or weights.shape[-1] != vectors.shape[0]:
             raise ValueError(
                 f"weights must be [K] or [M, K] for {vectors.shape[0]} vectors; got {tuple(weights.shape)}"

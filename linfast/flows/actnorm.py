@@ -27,7 +27,8 @@ class ActNorm(Bijection):
     The first forward (or ``initialize``) sets the parameters; the flag that it
     happened is the buffer ``initialized``, so a loaded model is not initialised
     again. Under torch.distributed the statistics are those of all processes' rows.
-    An inverse before that is the identity.
+    An inverse before that is the identity. torch.func.functional_call cannot initialise it:
+    call it, or ``initialize``, once before.
 
     Args:
         features: C.
@@ -66,7 +67,7 @@ class ActNorm(Bijection):
     def _transform(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if not self._is_initialized and not inverse and x.shape[0] > 0:
+        if not self._is_initialized and not inverse and (x.shape[0] > 0 or _is_distributed()):
             self.initialize(x)
         per_channel = (1, -1) + (1,) * (x.ndim - 2)
         bias, log_scale = self.bias.view(per_channel), self.log_scale.view(per_channel)
@@ -100,5 +101,9 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _all_reduce(value: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized():
+    if _is_distributed():
         dist.all_reduce(value)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

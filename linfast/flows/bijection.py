@@ -122,6 +122,9 @@ class Conditioned(Bijection):
         self.features = bijection.features
         self.shape = bijection.shape
 
+    def at(self, **context: Any) -> Conditioned:
+        return Conditioned(self.bijection, {**self.context, **context})
+
     @property
     def context(self) -> dict[str, Any]:
         """What is fixed: numbers, and tensors that move and are saved with the module."""
@@ -173,9 +176,10 @@ def same_space(g: nn.Module, h: nn.Module) -> bool:
 
 
 def _same_context(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    if a.keys() != b.keys():
-        return False
-    return all(
-        a[key] is b[key] if isinstance(a[key], Tensor) or isinstance(b[key], Tensor) else a[key] == b[key]
-        for key in a
-    )
+    return a.keys() == b.keys() and all(_same_value(a[key], b[key]) for key in a)
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):  # copying or moving a module makes two of one
+        return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

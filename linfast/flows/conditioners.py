@@ -104,6 +104,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         activation_function(activation)
+        if not isinstance(hidden, Sequence):
+            raise TypeError(f"hidden must be a sequence of widths, such as (128, 128); got {hidden!r}")
         self.n_in, self.n_out, self.hidden = n_in, n_out, tuple(hidden)
         self.activation, self.bias, self.zero_last = activation, bias, zero_last
         self.time_features, self.context_features = time_features, context_features

@@ -59,7 +59,8 @@ class AffineCoupling(_Coupling):
 
     Args:
         conditioner: any module mapping the kept half [B, C_kept, ...] to
-            [B, 2 C_moved, ...]; context keywords are passed on to it.
+            [B, 2 C_moved, ...]; context keywords are passed on to it. It must be a
+            function: with dropout the inverse is one in eval mode only.
         features: C, at least 2.
         moves: which half moves, "first" or "second".
         scale_map: a ScaleMap or a kind's name; by default smooth with |log_s| < 0.5.
@@ -87,6 +88,8 @@ class AffineCoupling(_Coupling):
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
         self.scale_map = ScaleMap(scale_map) if isinstance(scale_map, str) else scale_map
+        if not isinstance(self.scale_map, ScaleMap):
+            raise TypeError(f"scale_map must be a ScaleMap or its kind; got {type(scale_map).__name__}")
         self.order = order
         self.layout = layout
 

@@ -8,7 +8,7 @@
     Permute      y[:, i] = x[:, permutation[i]], log|det| = 0
 
 x [B, C, ...]. The C x C matrix and its inverse are formed in the graph at every
-call. Source: Glow (arXiv 1807.03039).
+call, in fp32 or wider and outside autocast. Source: Glow (arXiv 1807.03039).
 """
 
 from __future__ import annotations
@@ -19,17 +19,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import outside_autocast
 from ..ops.channel_mix import channel_mix
 from .bijection import Bijection, constant_log_det, position_count
 
 __all__ = ["Householder", "Mix", "Permute"]
 
 
+def _wide(parameter: Tensor) -> Tensor:
+    """In fp32 or wider: solves have no half-precision routines."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
 class _LinearMix(Bijection):
     """y = W x with W, W^{-1} and log|det W| from the subclass."""
 
-    def _weight(self, inverse: bool) -> Tensor:
+    def _wide_weight(self, inverse: bool) -> Tensor:
+        """W or W^{-1}, in fp32 or wider."""
         raise NotImplementedError
+
+    @outside_autocast
+    def _weight(self, inverse: bool) -> Tensor:
+        return self._wide_weight(inverse).to(next(self.parameters()).dtype)
 
     def _log_abs_det(self) -> Tensor | float:
         return 0.0
@@ -75,11 +86,13 @@ class Mix(_LinearMix):
         self.upper = nn.Parameter(torch.zeros(features, features))
         self.log_diagonal = nn.Parameter(torch.zeros(features))
 
-    def _weight(self, inverse: bool) -> Tensor:
+    def _wide_weight(self, inverse: bool) -> Tensor:
         if self.kind == "free":
-            return torch.linalg.inv(self.weight) if inverse else self.weight
-        eye = torch.eye(self.lower.shape[0], dtype=self.lower.dtype, device=self.lower.device)
-        L, U = self.lower.tril(-1) + eye, self.upper.triu(1) + torch.diag(self.log_diagonal.exp())
+            weight = _wide(self.weight)
+            return torch.linalg.inv(weight) if inverse else weight
+        lower, upper, log_diagonal = _wide(self.lower), _wide(self.upper), _wide(self.log_diagonal)
+        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        L, U = lower.tril(-1) + eye, upper.triu(1) + torch.diag(log_diagonal.exp())
         if not inverse:
             return (L @ U)[self.permutation]
         half = torch.linalg.solve_triangular(L, eye[:, self.permutation], upper=False, unitriangular=True)
@@ -87,8 +100,8 @@ class Mix(_LinearMix):
 
     def _log_abs_det(self) -> Tensor:
         if self.kind == "free":
-            return torch.linalg.slogdet(self.weight).logabsdet
-        return self.log_diagonal.sum()
+            return torch.linalg.slogdet(_wide(self.weight)).logabsdet
+        return _wide(self.log_diagonal).sum()
 
     def extra_repr(self) -> str:
         return f"features={self.features}, kind={self.kind!r}"
@@ -110,9 +123,10 @@ class Householder(_LinearMix):
         self.count = count
         self.vectors = nn.Parameter(torch.randn(count, features))
 
-    def _weight(self, inverse: bool) -> Tensor:
-        Q = torch.eye(self.vectors.shape[1], dtype=self.vectors.dtype, device=self.vectors.device)
-        for v in self.vectors.unbind(0):
+    def _wide_weight(self, inverse: bool) -> Tensor:
+        vectors = _wide(self.vectors)
+        Q = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+        for v in vectors.unbind(0):
             Q = Q - (2.0 / v.square().sum()) * torch.outer(Q @ v, v)
         return Q.mT if inverse else Q
 

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..autocast import outside_autocast
 from ..flows.bijection import check_like
 from .spectral import SVD, Eig, cutoff, largest
 
 if TYPE_CHECKING:
     from .dense import Dense
 
-__all__ = ["LatentOperator", "Lazy", "Leaf", "Product", "Scaled", "Sum", "Transposed", "hold"]
+__all__ = ["LatentOperator", "Lazy", "Leaf", "Product", "Scaled", "Sum", "Transposed", "check_size", "hold"]
 
 
 class LatentOperator(nn.Module):
@@ -79,7 +80,8 @@ class LatentOperator(nn.Module):
         if z.ndim < 2 or z.shape[1:].numel() != self.n_in:
             raise ValueError(f"{kind}: z must be [B, {self.n_in}]; got {tuple(z.shape)}")
         if not torch.compiler.is_compiling():
-            check_like(kind, "z", z, next(_tensors(self), None))
+            for tensor in _tensors(self):
+                check_like(kind, "z", z, tensor)
         y = self._product(z.flatten(1), transpose=False)
         return y.reshape(z.shape) if self.n_out == self.n_in else y
 
@@ -110,6 +112,7 @@ class LatentOperator(nn.Module):
     def __neg__(self) -> LatentOperator:
         return Scaled(-1.0, self)
 
+    @outside_autocast
     def __pow__(self, n: int) -> LatentOperator:
         """A^n, a snapshot; n < 0 is the inverse's power."""
         if not isinstance(n, int):
@@ -118,11 +121,13 @@ class LatentOperator(nn.Module):
         base = self.inverse() if n < 0 else self
         return base.closed()._power(abs(n))
 
+    @outside_autocast
     def inverse(self) -> LatentOperator:
         """A^{-1}, a snapshot. Raises ValueError for a singular or a rectangular A."""
         self._check_square("inverse()")
         return self.closed()._inverse()
 
+    @outside_autocast
     def pinv(self, rtol: float | None = None) -> LatentOperator:
         """The Moore-Penrose pseudo-inverse A^+, a snapshot.
 
@@ -131,10 +136,12 @@ class LatentOperator(nn.Module):
         """
         return self.closed()._pinv(rtol)
 
+    @outside_autocast
     def svd(self) -> SVD:
         """U, S, Vh with A = U diag(S) Vh + rest (I - U U^T); rest is 0 but for LowRank with alpha."""
         return self.closed()._svd()
 
+    @outside_autocast
     def eig(self) -> Eig:
         """Eigenvalues and right eigenvectors, complex; ``.rest`` is the eigenvalue of the others."""
         self._check_square("eig()")
@@ -157,6 +164,7 @@ class LatentOperator(nn.Module):
         limit = largest(S, rest) * cutoff(S, max(self.n_out, self.n_in), rtol)
         return (limit[..., None] < S).sum(-1) + others * (limit < rest)
 
+    @outside_autocast
     def _singular_values(self) -> tuple[Tensor, Tensor, int]:
         """S [..., k], and the one value [] that the ``others`` singular values have; 0 where there are none."""
         S, rest = self.closed()._values()
@@ -357,6 +365,7 @@ class Product(Lazy):
         first, second = (self.left, self.right) if transpose else (self.right, self.left)
         return second._product(first._product(z, transpose), transpose)
 
+    @outside_autocast
     def to_dense(self) -> Tensor:
         return self.left.to_dense() @ self.right.to_dense()
 
@@ -371,6 +380,7 @@ class Product(Lazy):
         result = self._closed_form()
         return self.left.closed()._dense()._times(self.right.closed()) if result is None else result
 
+    @outside_autocast
     def inverse(self) -> LatentOperator:
         """(A B)^{-1}: of the closed form where there is one, else B^{-1} A^{-1}, kept apart."""
         self._check_square("inverse()")
@@ -381,13 +391,25 @@ class Product(Lazy):
 
 
 def hold(module: nn.Module, name: str, value: Any) -> None:
-    """Keep a Parameter as one (trained), a tensor as a buffer (saved, moved), anything else as it is."""
+    """Keep a Parameter as one (trained), a tensor as a buffer (saved, moved), a number as it is."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        raise ValueError(f"{type(module).__name__}: {name} must be floating point; got {value.dtype}")
     if isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
     elif isinstance(value, Tensor):
         module.register_buffer(name, value)
-    else:
+    elif isinstance(value, (int, float)):
         setattr(module, name, value)
+    else:
+        raise TypeError(f"{type(module).__name__}: {name} must be a tensor or a number; got {type(value).__name__}")
+
+
+def check_size(kind: str, name: str, n: object) -> None:
+    """Raise unless n is a size; a tensor given in its place belongs in ``of``."""
+    if isinstance(n, Tensor):
+        raise TypeError(f"{kind}: {name} is a size; {kind}.of(...) takes the tensor; got shape {tuple(n.shape)}")
+    if not isinstance(n, int) or n < 0:
+        raise ValueError(f"{kind}: {name} must be a non-negative integer; got {n!r}")
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.latent_matmul import latent_matmul
-from .base import Leaf, hold
+from .base import Leaf, check_size, hold
 from .spectral import SVD, Eig, inverse_or_raise
 
 __all__ = ["Dense"]
@@ -26,7 +26,10 @@ class Dense(Leaf):
 
     def __init__(self, n_out: int, n_in: int | None = None, weight: Tensor | None = None) -> None:
         super().__init__()
-        self.n_out, self.n_in = n_out, n_out if n_in is None else n_in
+        n_in = n_out if n_in is None else n_in
+        check_size("Dense", "n_out", n_out)
+        check_size("Dense", "n_in", n_in)
+        self.n_out, self.n_in = n_out, n_in
         if weight is None:
             weight = nn.Parameter(nn.init.orthogonal_(torch.empty(self.n_out, self.n_in)))
         if weight.ndim not in (2, 3) or weight.shape[-2:] != (self.n_out, self.n_in):

@@ -41,8 +41,8 @@ class DepthwiseConv(Leaf):
         weight: Tensor | None = None,
     ) -> None:
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else (kernel_size[0], kernel_size[1])
-        self.channels, self.kernel_size, self.size = channels, kernel, (size[0], size[1])
+        kernel = _pair("kernel_size", (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size)
+        self.channels, self.kernel_size, self.size = channels, kernel, _pair("size", size)
         self.n_out = self.n_in = channels * size[0] * size[1]
         if weight is None:
             start = torch.randn(channels, *kernel) * (0.1 / (kernel[0] * kernel[1]))
@@ -115,3 +115,9 @@ class DepthwiseConv(Leaf):
 
     def _eig(self) -> Eig:
         return self._blocks()._eig()
+
+
+def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or min(value) < 1:
+        raise ValueError(f"{name} must be two positive integers; got {value!r}")
+    return value[0], value[1]

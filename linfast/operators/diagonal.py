@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .base import LatentOperator, Leaf, hold
+from .base import LatentOperator, Leaf, check_size, hold
 from .spectral import SVD, Eig, cutoff, pseudo_inverse_values
 
 __all__ = ["Diagonal", "Projection"]
@@ -24,6 +24,7 @@ class Diagonal(Leaf):
 
     def __init__(self, n: int, diagonal: Tensor | None = None) -> None:
         super().__init__()
+        check_size("Diagonal", "n", n)
         self.n = self.n_out = self.n_in = n
         diagonal = nn.Parameter(torch.ones(n)) if diagonal is None else diagonal
         if diagonal.ndim not in (1, 2) or diagonal.shape[-1] != n:

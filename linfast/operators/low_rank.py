@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..autocast import outside_autocast
 from ..ops.low_rank import low_rank
 from .base import Leaf, hold
 from .spectral import SVD, Eig, cutoff, inverse_or_raise, largest, raise_if_singular
@@ -46,6 +47,12 @@ class LowRank(Leaf):
 
     def __init__(self, alpha: float | Tensor, U: Tensor, V: Tensor) -> None:
         super().__init__()
+        for name, factor in (("U", U), ("V", V)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"LowRank: {name} must be a tensor; got {type(factor).__name__}")
+        hold(self, "alpha", alpha)
+        hold(self, "U", U)
+        hold(self, "V", V)
         if U.ndim not in (2, 3) or U.ndim != V.ndim or U.shape[-1] != V.shape[-1] or U.shape[:-2] != V.shape[:-2]:
             raise ValueError(
                 f"U and V must be [n, r], or both [B, n, r]; got {tuple(U.shape)} and {tuple(V.shape)}"
@@ -57,9 +64,6 @@ class LowRank(Leaf):
         self.n_out, self.n_in = U.shape[-2], V.shape[-2]
         if self.n_out != self.n_in and not (isinstance(alpha, (int, float)) and alpha == 0):
             raise ValueError(f"alpha must be 0 for a {self.n_out} x {self.n_in} operator; got {alpha}")
-        hold(self, "alpha", alpha)
-        hold(self, "U", U)
-        hold(self, "V", V)
 
     @property
     def batched(self) -> bool:
@@ -83,6 +87,7 @@ class LowRank(Leaf):
         U, V = (self.V, self.U) if transpose else (self.U, self.V)
         return low_rank(z, U, V, self.alpha)
 
+    @outside_autocast
     def to_dense(self) -> Tensor:
         return self._plus_identity(self.U @ self.V.mT)
 
@@ -164,15 +169,15 @@ class LowRank(Leaf):
         return product + self._alpha_size()
 
     def _pinv(self, rtol: float | None) -> Leaf:
-        if self._is_wide:
-            return self._dense()._pinv(rtol)
+        if self._is_wide or (torch.compiler.is_compiling() and not self._is_plain):
+            return self._dense()._pinv(rtol)  # which branch below is taken depends on the numbers
         left, core, right = self._thin()
         S = torch.linalg.svdvals(core.detach())
         alpha = self._alpha_size()
         limit = cutoff(S, max(self.n_out, self.n_in), rtol) * largest(S, alpha)
         core_pinv = torch.linalg.pinv(core, atol=limit, rtol=torch.zeros_like(limit))
         vanishes = alpha <= limit
-        if bool(vanishes.all()):
+        if self._is_plain or bool(vanishes.all()):
             return LowRank(0.0, right @ core_pinv, left)
         if bool(vanishes.any()):  # in some samples only
             return self._dense()._pinv(rtol)

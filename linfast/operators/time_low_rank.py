@@ -62,11 +62,12 @@ class TimeLowRank(LatentOperator):
 
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """U and V, each [K, n, r], at the times t [K]."""
-        if t.ndim != 1:
-            raise ValueError(f"t must be [K]; got {tuple(t.shape)}")
+        if not isinstance(t, Tensor) or t.ndim != 1:
+            raise ValueError(f"t must be [K]; got {tuple(t.shape) if isinstance(t, Tensor) else t!r}")
         embedded = self.embedding(t.to(self._like))
         shape = (t.shape[0], self.n, self.rank_bound)
-        return self.u_net(embedded).reshape(shape), self.v_net(embedded).reshape(shape)
+        U, V = self.u_net(embedded), self.v_net(embedded)  # rounded by autocast, kept in the parameters' dtype
+        return U.to(self._like.dtype).reshape(shape), V.to(self._like.dtype).reshape(shape)
 
     def at(self, t: float | Tensor) -> LowRank:
         like = self._like

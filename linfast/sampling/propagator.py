@@ -8,6 +8,8 @@ gives what the steps give. Cost: (stages) (steps) products of A_t with an n x n 
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -28,7 +30,7 @@ def collapse(A_t: LatentOperator, steps: int = 100, method: str = "rk4") -> Late
         method: "euler" or "rk4".
 
     Raises:
-        ValueError: A_t does not depend on time, an unknown method, or steps < 2.
+        ValueError: A_t does not depend on time or is not square, an unknown method, or steps < 2.
     """
     check_time_dependent(A_t)
     tableau(method, steps)
@@ -36,7 +38,7 @@ def collapse(A_t: LatentOperator, steps: int = 100, method: str = "rk4") -> Late
     wide = {name: value.double() for name, value in _floating_state(A_t).items()}
 
     def apply(z: Tensor, t: float) -> Tensor:
-        return functional_call(A_t, wide, (z, t))
+        return functional_call(A_t, wide, (z, t), tie_weights=False)
 
     columns = integrate(apply, torch.eye(A_t.n_in, dtype=torch.float64, device=like.device), steps, method)
     return Dense.of(columns.mT.to(like.dtype).contiguous())
@@ -46,8 +48,16 @@ def check_time_dependent(A_t: object) -> None:
     """Raise unless this is an operator that depends on time."""
     if not isinstance(A_t, LatentOperator) or not A_t.time_dependent:
         raise ValueError(f"A_t must be a time-dependent operator, such as TimeLowRank; got {type(A_t).__name__}")
+    if A_t.n_out != A_t.n_in:
+        raise ValueError(f"A_t must be square: it maps latents to latents; got {A_t.n_out} x {A_t.n_in}")
 
 
 def _floating_state(module: torch.nn.Module) -> dict[str, Tensor]:
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: value for name, value in state.items() if value.is_floating_point()}
+    """Each tensor under one name for each module that owns it: given a shared module's second name,
+    functional_call would leave its copies behind."""
+    return {
+        f"{prefix}.{name}" if prefix else name: value
+        for prefix, owner in module.named_modules()
+        for name, value in chain(owner.named_parameters(recurse=False), owner.named_buffers(recurse=False))
+        if value.is_floating_point()
+    }

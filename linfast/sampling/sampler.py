@@ -10,11 +10,13 @@ itself a Linearizer, with core B: Linearizer(f.g_y, B, f.g_x).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from ..autocast import outside_autocast
 from ..linearizer import Linearizer
 from .integrate import integrate
 from .propagator import check_time_dependent, collapse
@@ -68,9 +70,9 @@ def sample(
     with torch.no_grad():
         if one_step:
             return generator(f, steps, method)(noise)
-        z = f.gy(noise)
+        z = f.gy(noise).to(noise.dtype)
         path = [z]
-        z = integrate(lambda z, t: f.A(z, t=t), z, steps, method, path.append if return_path else None)
+        z = _step_by_step(f, z, steps, method, path.append if return_path else None)
         y = f.gx_inverse(z)
         return (y, torch.stack([f.gx_inverse(z) for z in path])) if return_path else y
 
@@ -83,6 +85,14 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4") -> T
     """
     with torch.no_grad():
         return generator(f, steps, method).inverse(y)
+
+
+@outside_autocast
+def _step_by_step(
+    f: Linearizer, z: Tensor, steps: int, method: str, on_step: Callable[[Tensor], None] | None
+) -> Tensor:
+    """In z's dtype: a hundred small increments are lost in bf16."""
+    return integrate(lambda z, t: f.A(z, t=t), z, steps, method, on_step)
 
 
 def _check(f: Linearizer) -> None:

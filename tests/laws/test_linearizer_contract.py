@@ -92,6 +92,21 @@ def test_one_object_in_one_context_is_one_space() -> None:
             clash()
 
 
+def test_a_tensor_context_is_one_space_after_a_copy_too() -> None:
+    g, t = timed_g(), torch.tensor(1.0, dtype=torch.float64)
+    f = lf.Linearizer(g.at(t=t), zoo.dense(6, 6), g.at(t=t)).float()
+    assert (f**2)(torch.randn(3, 6)).shape == (3, 6)
+    with pytest.raises(ValueError, match="same"):
+        lf.Linearizer(g.at(t=t), zoo.dense(6, 6), g.at(t=t + 1)) ** 2
+
+
+def test_fixing_a_context_in_two_goes_is_one_space() -> None:
+    g = flow(6, torch.float64, time_features=8, context_features=2, **SMALL)
+    context = torch.ones(3, 2, dtype=torch.float64)
+    f = lf.Linearizer(g.at(t=1.0).at(context=context), zoo.dense(6, 6), g.at(t=1.0, context=context))
+    assert (f**2)(torch.randn(3, 6, dtype=torch.float64)).shape == (3, 6)
+
+
 def test_equal_weights_are_not_one_space() -> None:
     f, h = (lf.Linearizer(vector(6), zoo.dense(6, 6)) for _ in range(2))
     with pytest.raises(ValueError, match=r"h @ f needs h.g_x and f.g_y to be the same object"):
@@ -191,6 +206,10 @@ def test_parts_that_do_not_fit_say_so() -> None:
         lf.Linearizer(vector(6), lf.Dense(7, 6))
     with pytest.raises(TypeError, match="A must be a LatentOperator"):
         lf.Linearizer(vector(6), nn.Linear(6, 6))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="g_y must be a Bijection, or have forward and inverse; got Linear"):
+        lf.Linearizer(vector(6), lf.Dense(6), nn.Linear(6, 6))
+    with pytest.raises(TypeError, match="g must be a Bijection"):
+        lf.InducedSpace(nn.Linear(6, 6))
 
 
 # torch.compile.
@@ -214,9 +233,26 @@ def test_compiles_whole(name: str) -> None:
     assert relative(torch.compile(f, fullgraph=True, backend="aot_eager")(x), y) <= 1e-14
     inverse = torch.compile(f.inverse, fullgraph=True, backend="aot_eager")
     assert relative(inverse(y), f.inverse(y)) <= 1e-14
+    pinv = torch.compile(lambda y: f.pinv()(y), fullgraph=True, backend="aot_eager")
+    assert relative(pinv(y), f.pinv()(y)) <= 1e-12
 
 
 def test_compiles_whole_with_inductor_and_a_time() -> None:
     f, x = _short(zoo.timed(1.0, n=6)), zoo.batch(6, torch.float64)
     t = torch.tensor(0.3, dtype=torch.float64)
     assert relative(torch.compile(f, fullgraph=True)(x, t=t), f(x, t=t)) <= 1e-14
+
+
+def test_a_shared_g_is_registered_once_and_survives_functional_call() -> None:
+    f = lf.Linearizer(lf.coupling_flow(4, 2, (8,)), lf.Dense(4))
+    assert f.g_y is f.g_x
+    assert len(f.state_dict()) == len(list(f.parameters()))
+    x = torch.randn(3, 4)
+    before = f(x)
+    zeroed = {name: torch.zeros_like(value) for name, value in f.named_parameters()}
+    torch.func.functional_call(f, zeroed, (x,))
+    torch.testing.assert_close(f(x), before)
+    assert all(isinstance(value, torch.nn.Parameter) for value in f.g_x.parameters())
+    separate = lf.Linearizer(f.g_x, f.A, lf.coupling_flow(4, 2, (8,)))
+    assert separate.g_y is not separate.g_x
+    assert any(name.startswith("g_y.") for name in separate.state_dict())

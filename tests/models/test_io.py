@@ -133,6 +133,10 @@ def _rewrite(path, change) -> None:
         (lambda t, h: t.update(weight=torch.zeros(3, 3)), r"weight is \(3, 3\), expected \(2, 2\)"),
         (lambda t, h: h["architecture"].update({"class": "os.system"}), "unknown class 'os.system'"),
         (lambda t, h: h.update(format="linfast-99"), "linfast-99"),
+        (lambda t, h: h.pop("architecture"), "cannot be built.*architecture"),
+        (lambda t, h: h.update(architecture=[1]), "cannot be built"),
+        (lambda t, h: h["architecture"]["arguments"].update(bogus=1), "cannot be built.*bogus"),
+        (lambda t, h: h["aliases"].update(weight="nowhere"), "cannot be built.*nowhere"),
         (lambda t, h: h["architecture"]["arguments"].update(n_out={"run": "x"}), "unknown entry"),
     ],
 )
@@ -153,6 +157,11 @@ def test_files_that_are_not_ours(tmp_path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "plain")
     with pytest.raises(ValueError, match="not a linfast file"):
         lf.load(tmp_path / "plain")
+    save_file({"a": torch.zeros(1)}, tmp_path / "json", metadata={"linfast": "{"})
+    with pytest.raises(ValueError, match="header is not JSON"):
+        lf.load(tmp_path / "json")
+    with pytest.raises(TypeError, match="model must be a module; got dict"):
+        lf.save({}, tmp_path / "dict")  # type: ignore[arg-type]
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch) -> None:

@@ -98,6 +98,13 @@ def test_return_path_ends_in_the_sample() -> None:
     assert relative(path[0], f.gx_inverse(f.gy(noise))) < 1e-12
 
 
+def test_collapse_leaves_an_operator_that_holds_one_part_twice_as_it_was() -> None:
+    A = lf.TimeLowRank(4, 1)
+    before = dict(A.named_parameters())
+    lf.collapse(A + A.T, 5)
+    assert all(value is before[name] for name, value in A.named_parameters())
+
+
 def test_images_are_sampled_in_their_own_shape() -> None:
     g = perturb(lf.image_flow(1, 4, 2, 8))
     f = lf.Linearizer(g, lf.TimeLowRank(16, 2))
@@ -116,6 +123,7 @@ def test_images_are_sampled_in_their_own_shape() -> None:
         (lambda f, x: lf.sample(f, x, return_path=True), ValueError, "one_step=False"),
         (lambda f, x: lf.sample(lf.Linearizer(f.g_x, lf.Dense(8)), x), ValueError, "time-dependent.*Dense"),
         (lambda f, x: lf.collapse(lf.Dense(8)), ValueError, "time-dependent"),
+        (lambda f, x: lf.collapse(lf.Dense(3, 8) @ f.A), ValueError, "must be square.*3 x 8"),
         (lambda f, x: lf.sample(f.A, x), TypeError, "f must be a Linearizer"),
         (lambda f, x: f(x), ValueError, "depends on time"),
     ],
