@@ -1,1 +1,1 @@
-"""Triton kernels of linfast, installed as ``linfast.kernels``: one file an op, none yet."""
+"""Triton kernels of linfast, installed as ``linfast.kernels``: one file an op. None has run on a GPU yet."""

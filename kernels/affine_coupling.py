@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile, ceil_div, device_guard, needs_int64, positions, walk
+from .launch import Tile, ceil_div, device_guard, like, needs_int64, positions, walk
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 
 __all__ = ["TILES", "choose_tile", "launch_affine_coupling", "launch_affine_coupling_backward"]
@@ -214,7 +214,7 @@ def launch_affine_coupling(
     log_det: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y like x, log_det [B] fp32; [0] where not asked for)."""
-    y = torch.empty_like(x)
+    y = like(x)
     if x.numel() == 0:
         return y, x.new_zeros(x.shape[0] if log_det else 0, dtype=torch.float32)
     moved, kept = _halves(positions(x), moves_second)
@@ -254,7 +254,7 @@ def launch_affine_coupling_backward(
     log_det: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx like y, dparams like params). A gradient that is None is zero."""
-    dx, dparams = torch.empty_like(y), torch.empty_like(params)
+    dx, dparams = like(y), like(params)
     if y.numel() == 0:
         return dx, dparams
     grad = y.new_zeros(()).expand_as(y) if grad is None else grad

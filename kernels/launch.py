@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Tile", "Walk", "ceil_div", "device_guard", "needs_int64", "positions", "power_of_two", "walk"]
+__all__ = ["Tile", "Walk", "ceil_div", "device_guard", "like", "needs_int64", "positions", "power_of_two", "walk"]
 
 _INT32_ELEMENTS = 2**31
 
@@ -68,6 +68,11 @@ def _merges(view: Tensor) -> bool:
 def positions(x: Tensor) -> Tensor:
     """x [B, C, ...] as [B, C, P]; a copy only where the positions' strides cannot be merged."""
     return x[:, :, None] if x.ndim == 2 else x.flatten(2)
+
+
+def like(x: Tensor) -> Tensor:
+    """Empty, with x's shape and order of channels and positions; the positions are one run."""
+    return torch.empty_like(positions(x)).view(x.shape)
 
 
 def needs_int64(*tensors: Tensor) -> bool:

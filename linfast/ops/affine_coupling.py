@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..kernels.launch import like
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .register import RawOp, define_op
 
@@ -172,11 +173,11 @@ def _raw_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, 
 
 
 def _fake(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
+    return like(x), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
 
 
 def _fake_backward(y: Tensor, params: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y), torch.empty_like(params)
+    return like(y), like(params)
 
 
 _CONSTANTS = (
@@ -212,6 +213,8 @@ def _check(x: Tensor, params: Tensor, order: str, layout: str, moves: str) -> No
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
     if x.ndim < 2 or x.shape[1] < 2:
         raise ValueError(f"x must be [B, C, ...] with C >= 2; got {tuple(x.shape)}")
+    if params.device != x.device:
+        raise ValueError(f"params is on {params.device} and x on {x.device}")
     channels = split_sizes(x.shape[1])[HALVES.index(moves)]
     expected = (x.shape[0], 2 * channels, *x.shape[2:])
     if params.shape != expected:

@@ -1,6 +1,15 @@
-"""Channel mix: y[b, o, p] = sum_c W[o, c] x[b, c, p], one C x C matrix over every position.
+"""Channel mix: y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o], one matrix over every position.
 
-Shapes: x [B, C, ...], weight [C_out, C], y [B, C_out, ...]. A vector has one position.
+Shapes: x [B, C, ...], weight [O, C], bias [O], y [B, O, ...] of x's dtype, sums in fp32 or
+wider. The inverse of a square W is the same op with W^-1 and -W^-1 bias.
+
+    x                              path
+    [B, C]                         F.linear: one cuBLAS product; sums follow torch's matmul settings
+    [B, C, ...] on a CPU, float64  torch.matmul, which Inductor can fuse
+    [B, C, ...] on a GPU           linfast.kernels.channel_mix, any strides, exact fp32: unrolled
+                                   multiply-adds for C, O < 16 along runs of positions, else tl.dot
+
+The backward keeps x and W; dW and dbias are sums of fixed parts, the same bits every time.
 """
 
 from __future__ import annotations
@@ -9,24 +18,129 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["channel_mix"]
+from ..backend import uses_triton
+from .register import RawOp, define_op
+
+__all__ = ["channel_mix", "fold_actnorm", "unfold_actnorm"]
 
 
-def channel_mix(x: Tensor, weight: Tensor) -> Tensor:
-    """y[b, o, p] = sum_c weight[o, c] x[b, c, p].
+def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y[b, o, p] = sum_c weight[o, c] x[b, c, p] + bias[o].
 
     Args:
         x: [B, C, ...].
-        weight: [C_out, C].
+        weight: [O, C], any strides.
+        bias: [O], or None for 0.
+
+    Under autocast x, weight and bias are cast as torch.matmul casts them.
 
     Raises:
-        ValueError: weight is not a matrix whose columns match x's channels.
+        ValueError: weight is not a matrix whose columns match x's channels, or bias not [O].
     """
+    _check(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if x.ndim > 2 and uses_triton(x, weight):
+        return _channel_mix(x, weight, None if bias is None else bias.to(weight.dtype))
+    return channel_mix_reference(x, weight, bias)
+
+
+def fold_actnorm(weight: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(W', b') with W' x + b' = W ((x + bias) exp(log_scale)): an ActNorm and the mix after it.
+
+    W' = W diag(e^s), b' = W' bias, in the graph, so that gradients reach all three.
+    weight [O, C], bias and log_scale [C].
+    """
+    folded = weight * log_scale.exp()
+    return folded, folded @ bias
+
+
+def unfold_actnorm(inverse_weight: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(V, d) with V y + d = (W^-1 y) exp(-log_scale) - bias: the inverse of ``fold_actnorm``'s pair.
+
+    V = diag(e^-s) W^-1 = W'^-1 and d = -V b' = -bias. inverse_weight is W^-1 [C, C].
+    """
+    return (-log_scale).exp()[:, None] * inverse_weight, -bias
+
+
+def channel_mix_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``channel_mix`` in plain torch."""
+    compute = torch.promote_types(x.dtype, weight.dtype)
+    bias = None if bias is None else bias.to(compute)
+    if x.ndim == 2:
+        return F.linear(x.to(compute), weight.to(compute), bias).to(x.dtype)
+    out = torch.matmul(weight.to(compute), x.to(compute).flatten(2))
+    out = out if bias is None else out + bias[:, None]
+    return out.reshape(x.shape[0], weight.shape[0], *x.shape[2:]).to(x.dtype)
+
+
+def channel_mix_backward_reference(
+    x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); [0] for those that are not needed."""
+    dx = _laid_out(channel_mix_reference(grad, weight.t(), None), x) if needs[0] else x.new_empty(0)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    g, values = (tensor.to(compute).flatten(2) for tensor in (grad, x))
+    dweight = torch.einsum("bop,bcp->oc", g, values) if needs[1] else x.new_empty(0)
+    dbias = g.sum((0, 2)) if needs[2] else x.new_empty(0)
+    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def _like(x: Tensor, channels: int) -> Tensor:
+    """Fresh [B, channels, ...]; the layout is linfast.kernels.channel_mix.like's."""
+    if x.stride(1) == 1 and x.stride(-1) != 1:
+        return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
+    return x.new_empty((x.shape[0], channels, *x.shape[2:]))
+
+
+def _laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """y in the strides of ``_like``; differentiable."""
+    if x.stride(1) == 1 and x.stride(-1) != 1:
+        return y.movedim(1, -1).contiguous().movedim(-1, 1)
+    return y.contiguous()
+
+
+def _raw_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _laid_out(channel_mix_reference(x, weight, bias), x)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _like(x, weight.shape[0])
+
+
+def _fake_backward(x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _like(x, x.shape[1]) if needs[0] else x.new_empty(0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape[0] if needs[2] else 0),
+    )
+
+
+_channel_mix = define_op(
+    RawOp(
+        "channel_mix(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+        _fake,
+        _raw_reference,
+        "channel_mix:launch_channel_mix",
+    ),
+    RawOp(
+        "channel_mix_backward(Tensor x, Tensor weight, Tensor grad, bool[] needs) -> (Tensor, Tensor, Tensor)",
+        _fake_backward,
+        channel_mix_backward_reference,
+        "channel_mix:launch_channel_mix_backward",
+    ),
+    saves=lambda inputs, _: (inputs[0], inputs[1]),
+    n_tensors=3,
+)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.ndim != 2 or x.ndim < 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x must be [B, C, ...] and weight [C_out, C]; got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
         )
-    if x.ndim == 2:
-        return F.linear(x, weight)
-    out = torch.matmul(weight, x.flatten(2))
-    return out.reshape(x.shape[0], weight.shape[0], *x.shape[2:])
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias must be [{weight.shape[0]}] for weight {tuple(weight.shape)}; got {tuple(bias.shape)}"
+        )

@@ -6,12 +6,21 @@ Its transpose is the same sum with the kernel flipped and the two paddings swapp
 which matters for even k, where they differ.
 
 Shapes: x [B, C, H, W], weight [C, kh, kw] or [B, C, kh, kw], y like x.
+
+On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
+kernel forward and two backward (linfast.kernels.depthwise_conv), which keep x and weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..backend import uses_triton
+from .register import RawOp, define_op
 
 __all__ = ["depthwise_conv"]
 
@@ -28,18 +37,80 @@ def depthwise_conv(x: Tensor, weight: Tensor, *, transpose: bool = False) -> Ten
         ValueError: shapes that do not fit together.
     """
     _check(x, weight)
+    if uses_triton(x, weight):
+        return _depthwise_conv(x, weight, transpose)
+    return depthwise_conv_reference(x, weight, transpose)
+
+
+def depthwise_conv_reference(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+    """``depthwise_conv`` in plain torch, in fp32 or wider; y has x's dtype."""
     if x.numel() == 0:
-        return x.clone()
-    left_h, left_w = (weight.shape[-2] - 1) // 2, (weight.shape[-1] - 1) // 2
-    right_h, right_w = weight.shape[-2] - 1 - left_h, weight.shape[-1] - 1 - left_w
+        return x * weight.sum().to(x.dtype)
+    compute = torch.promote_types(x.dtype, torch.float32)
     if transpose:
         weight = weight.flip((-2, -1))
-        left_h, right_h, left_w, right_w = right_h, left_h, right_w, left_w
     groups = x.shape[1] if weight.ndim == 3 else x.shape[0] * x.shape[1]
-    padded = F.pad(x, (left_w, right_w, left_h, right_h))
-    rows = padded.reshape(-1, groups, *padded.shape[-2:])
-    kernels = weight.reshape(groups, 1, *weight.shape[-2:])
-    return F.conv2d(rows, kernels, groups=groups).reshape(x.shape)
+    rows = _padded(x.to(compute), weight, transpose).reshape(
+        -1, groups, x.shape[2] + weight.shape[-2] - 1, x.shape[3] + weight.shape[-1] - 1
+    )
+    kernels = weight.to(compute).reshape(groups, 1, *weight.shape[-2:])
+    return F.conv2d(rows, kernels, groups=groups).reshape(x.shape).to(x.dtype)
+
+
+def _padded(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+    """x with zeros around it, as the taps reach."""
+    padding = []
+    for k in (weight.shape[-1], weight.shape[-2]):
+        left = (k - 1) // 2
+        padding += [k - 1 - left, left] if transpose else [left, k - 1 - left]
+    return F.pad(x, padding)
+
+
+def depthwise_conv_backward_reference(
+    x: Tensor, weight: Tensor, grad: Tensor, transpose: bool, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dx and dweight; the formulas are in linfast.kernels.depthwise_conv."""
+    dx, dweight = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if needs[0]:
+        dx = depthwise_conv_reference(grad, weight, not transpose)
+    if needs[1]:
+        compute = torch.promote_types(x.dtype, torch.float32)
+        padded, g = _padded(x.to(compute), weight, transpose), grad.to(compute)
+        (kh, kw), (height, width) = weight.shape[-2:], x.shape[-2:]
+        taps = [(padded[..., u : u + height, v : v + width] * g).sum((2, 3)) for u in range(kh) for v in range(kw)]
+        sums = torch.stack(taps[::-1] if transpose else taps, 2).reshape(*x.shape[:2], kh, kw)
+        dweight = (sums if weight.ndim == 4 else sums.sum(0)).to(weight.dtype)
+    return dx, dweight
+
+
+def _fake(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, transpose: bool, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x) if needs[0] else dx, weight.new_empty(weight.shape) if needs[1] else dweight
+
+
+_depthwise_conv = define_op(
+    RawOp(
+        "depthwise_conv(Tensor x, Tensor weight, bool transpose) -> Tensor",
+        _fake,
+        depthwise_conv_reference,
+        "depthwise_conv:launch_depthwise_conv",
+    ),
+    RawOp(
+        "depthwise_conv_backward(Tensor x, Tensor weight, Tensor grad, bool transpose, bool[] needs) "
+        "-> (Tensor, Tensor)",
+        _fake_backward,
+        depthwise_conv_backward_reference,
+        "depthwise_conv:launch_depthwise_conv_backward",
+    ),
+    saves=lambda inputs, outputs: (inputs[0], inputs[1]),
+    n_tensors=2,
+)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -1,6 +1,20 @@
-"""Latent product: y_b = A_b z_b for column vectors kept as rows, y = z @ A.mT.
+"""Latent product: y_b = A_b z_b for column vectors kept as rows, y = z @ A.mT; optionally + alpha z + bias.
 
-Shapes: z [B, n_in], A [n_out, n_in] shared or [B, n_out, n_in] one a sample, y [B, n_out].
+Shapes: z [B, n_in], A [n_out, n_in] shared, [B, n_out, n_in] one a sample, or with
+index [B] a bank [K, n_out, n_in] of which row b picks A[index[b]]; y [B, n_out].
+
+| A                | runs                                                                              |
+|------------------|-----------------------------------------------------------------------------------|
+| one              | F.linear: cuBLAS or MKL, which no kernel beats                                    |
+| one a sample     | bmm: reading A once is all the time there is                                      |
+| a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
+|                  | on a CPU, for float64 and mixed dtypes, rows sorted by operator, one product each |
+
+alpha the number and bias are added inside the bank's kernel; alpha a tensor outside, in
+plain torch: reading it on the host would wait for the GPU.
+
+On a CPU a bank is one op too: how many rows pick an operator depends on the data, which
+would break torch.compile(fullgraph=True).
 """
 
 from __future__ import annotations
@@ -9,25 +23,170 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import interpreting, uses_triton
+from .register import RawOp, define_op
+
 __all__ = ["latent_matmul"]
 
 
-def latent_matmul(z: Tensor, A: Tensor) -> Tensor:
-    """y_b = A_b z_b.
+def latent_matmul(
+    z: Tensor,
+    A: Tensor,
+    index: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y_b = A_b z_b + alpha z_b + bias, with A_b = A, A[b] or A[index[b]].
 
     Args:
         z: [B, n_in].
-        A: [n_out, n_in], or [B, n_out, n_in] for one operator a sample.
+        A: [n_out, n_in]; [B, n_out, n_in] for one operator a sample; [K, n_out, n_in] with ``index``.
+        index: [B] int64, the operator of each row. On a GPU it is not read by the host: a row
+            whose index is not in [0, K) comes out NaN, and adds nothing to A's gradient.
+        alpha: a number or a 0-d tensor; n_out = n_in unless it is the number 0.
+        bias: [n_out].
+
+    Sums are kept in fp32 or wider; y has z's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together; on a CPU, an index outside [0, K).
     """
+    _check(z, A, index, alpha, bias)
+    number = 0.0 if isinstance(alpha, Tensor) else float(alpha)
+    if index is None:
+        y = F.linear(z, A, bias) if A.ndim == 2 else torch.einsum("bn,bmn->bm", z, A)
+        y = _add(y, z, bias if A.ndim == 3 else None, number)
+    elif _is_one_op(z, A, bias):
+        y = _bank(z, A, index, bias, number)
+    else:
+        y = bank_reference(z, A, index, bias, number)
+    return alpha * z + y if isinstance(alpha, Tensor) else y
+
+
+def _is_one_op(z: Tensor, A: Tensor, bias: Tensor | None) -> bool:
+    """Whether a bank's product is the raw op: where its kernel runs, and on a CPU its reference."""
+    if z.dtype != A.dtype or (bias is not None and bias.dtype != z.dtype):
+        return False
+    return uses_triton(z, A) or (z.device.type == "cpu" and not interpreting())
+
+
+def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+    """``latent_matmul`` of a bank in plain torch: one product an operator, A read in place."""
+    if z.shape[0] == 0:
+        return _add(z @ A.sum(0).mT, z, bias, alpha)  # no rows; still a function of all of them
+    if _is_batched(index):
+        y = z.new_zeros(z.shape[0], A.shape[1])
+        for picked, operator in _picks(index, A):
+            y = y + torch.where(picked, z @ operator.mT, 0)
+        return _add(y, z, bias, alpha)
+    order, counts = _sorted_rows(index, A.shape[0])
+    pieces = zip(z.index_select(0, order).split(counts), A.unbind(0), strict=True)
+    y = torch.cat([piece @ operator.mT for piece, operator in pieces if len(piece)])
+    return _add(y.index_select(0, order.argsort()), z, bias, alpha)
+
+
+def _sorted_rows(index: Tensor, n_operators: int) -> tuple[Tensor, list[int]]:
+    """(rows sorted by operator, rows of each operator)."""
+    low, high = map(int, index.aminmax())
+    if low < 0 or high >= n_operators:
+        raise ValueError(f"index must be in [0, {n_operators}), the number of operators; got {low} to {high}")
+    return index.argsort(stable=True), index.bincount(minlength=n_operators).tolist()
+
+
+def _is_batched(index: Tensor) -> bool:
+    """Whether vmap runs over the index: then nothing may depend on its values but by torch.where."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(index):
+        if functorch.is_batchedtensor(index):
+            return True
+        index = functorch.get_unwrapped(index)
+    return False
+
+
+def _picks(index: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(the rows that pick it as a mask [B, 1], A_k) for every operator."""
+    return [((index == k)[:, None], operator) for k, operator in enumerate(A.unbind(0))]
+
+
+def _add(y: Tensor, z: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+    y = y if alpha == 0 else y + alpha * z
+    return y if bias is None else y + bias
+
+
+def bank_backward_reference(
+    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dz, dA, nothing for the index, dbias); the formulas are in linfast.kernels.latent_matmul."""
+    grad = z.new_zeros(z.shape[0], A.shape[1]) if grad is None else grad
+    dz, dA, nothing, dbias = (z.new_empty(0) for _ in range(4))
+    if needs[0]:
+        dz = bank_reference(grad, A.mT, index, None, alpha)
+    if needs[1]:
+        dA = _operators_gradient(z, A, index, grad)
+    if needs[3]:
+        dbias = grad.sum(0)
+    return dz, dA, nothing, dbias
+
+
+def _operators_gradient(z: Tensor, A: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    if z.shape[0] == 0 or A.shape[0] == 0:
+        return torch.zeros_like(A, memory_format=torch.contiguous_format)
+    if _is_batched(index):
+        return torch.stack([torch.where(picked, grad, 0).mT @ z for picked, _ in _picks(index, A)])
+    order, counts = _sorted_rows(index, A.shape[0])
+    pairs = zip(*(x.index_select(0, order).split(counts) for x in (grad, z)), strict=True)
+    return torch.stack([g.mT @ rows for g, rows in pairs])
+
+
+def _fake(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+    return z.new_empty(z.shape[0], A.shape[1])
+
+
+def _fake_backward(
+    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = zip((z.shape, A.shape, (0,), A.shape[1:2]), needs, strict=True)
+    dz, dA, nothing, dbias = (z.new_empty(shape if need else (0,)) for shape, need in shapes)
+    return dz, dA, nothing, dbias
+
+
+_bank = define_op(
+    RawOp(
+        "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha) -> Tensor",
+        _fake,
+        bank_reference,
+        "latent_matmul:launch_latent_matmul",
+    ),
+    RawOp(
+        "latent_matmul_backward(Tensor z, Tensor A, Tensor index, Tensor? grad, float alpha, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        _fake_backward,
+        bank_backward_reference,
+        "latent_matmul:launch_latent_matmul_backward",
+    ),
+    saves=lambda inputs, outputs: tuple(inputs[:3]),
+    n_tensors=4,
+)
+
+
+def _check(z: Tensor, A: Tensor, index: Tensor | None, alpha: float | Tensor, bias: Tensor | None) -> None:
     if z.ndim != 2 or A.ndim not in (2, 3) or A.shape[-1] != z.shape[1]:
         raise ValueError(
             f"z must be [B, n_in] and A [..., n_out, n_in]; got z {tuple(z.shape)} and A {tuple(A.shape)}"
         )
-    if A.ndim == 2:
-        return F.linear(z, A)
-    if A.shape[0] != z.shape[0]:
+    if index is not None:
+        if A.ndim != 3:
+            raise ValueError(f"A must be a bank [K, n_out, n_in] when an index is given; got {tuple(A.shape)}")
+        if index.shape != z.shape[:1] or index.dtype != torch.int64:
+            raise ValueError(
+                f"index must be [{z.shape[0]}] int64 for z {tuple(z.shape)}; "
+                f"got {tuple(index.shape)} {str(index.dtype).removeprefix('torch.')}"
+            )
+    elif A.ndim == 3 and A.shape[0] != z.shape[0]:
         raise ValueError(f"A has {A.shape[0]} operators for {z.shape[0]} rows of z")
-    return torch.einsum("bn,bmn->bm", z, A)
+    plain = isinstance(alpha, (int, float)) and alpha == 0
+    if not plain and A.shape[-2] != A.shape[-1]:
+        raise ValueError(f"alpha must be 0 unless A is square; got A {tuple(A.shape)}")
+    if bias is not None and bias.shape != A.shape[-2:-1]:
+        raise ValueError(f"bias must be [{A.shape[-2]}] for A {tuple(A.shape)}; got {tuple(bias.shape)}")

@@ -2,12 +2,25 @@
 
 Shapes: x [B, N], U and V [N, r] shared or [B, N, r] one pair a sample, y [B, N].
 With alpha = 0 U and V may have different N: U [M, r], V [N, r], y [B, M].
+
+| U, V                       | runs                                                                        |
+|----------------------------|-----------------------------------------------------------------------------|
+| both shared by the batch   | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel does better         |
+| one or both, one a sample  | on a GPU linfast.kernels.low_rank, fused; a shared factor's gradient by mm  |
+| on a CPU, float64, mixed dtypes | plain torch, the same order of products                                |
+
+alpha the number is added inside the kernel. alpha a tensor is added outside, in plain torch:
+reading it on the host would wait for the GPU, its gradient sum(g x) is one reduction that
+Inductor fuses, and the pass over x and y is 3 / (2 r + 2) of the factors' traffic.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ..backend import uses_triton
+from .register import RawOp, define_op
 
 __all__ = ["low_rank"]
 
@@ -21,22 +34,111 @@ def low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor = 0.0) -> Te
         V: [N, r] or [B, N, r].
         alpha: a number or a 0-d tensor.
 
+    Sums are kept in fp32 or wider; y has x's dtype.
+
     Raises:
         ValueError: shapes that do not fit together.
     """
-    _check(x, U, V)
-    projected = x @ V if V.ndim == 2 else torch.einsum("bn,bnr->br", x, V)
-    y = projected @ U.mT if U.ndim == 2 else torch.einsum("br,bnr->bn", projected, U)
-    if isinstance(alpha, (int, float)) and alpha == 0:
-        return y
-    if U.shape[-2] != V.shape[-2]:
-        raise ValueError(
-            f"alpha must be 0 when U and V have different N; got U {tuple(U.shape)}, V {tuple(V.shape)}"
-        )
-    return alpha * x + y
+    _check(x, U, V, alpha)
+    number = 0.0 if isinstance(alpha, Tensor) else float(alpha)
+    shared = U.ndim == V.ndim == 2
+    if not shared and x.dtype == U.dtype == V.dtype and uses_triton(x, U, V):
+        y, _ = _low_rank(x, U, V, number)
+    else:
+        y = low_rank_reference(x, U, V, number)
+    return alpha * x + y if isinstance(alpha, Tensor) else y
 
 
-def _check(x: Tensor, U: Tensor, V: Tensor) -> None:
+def low_rank_reference(x: Tensor, U: Tensor, V: Tensor, alpha: float = 0.0) -> Tensor:
+    """``low_rank`` in plain torch."""
+    y = _expand(_project(x, V), U)
+    return y if alpha == 0 else alpha * x + y
+
+
+def _project(x: Tensor, V: Tensor) -> Tensor:
+    """V^T x, [B, r]."""
+    return x @ V if V.ndim == 2 else torch.einsum("bn,bnr->br", x, V)
+
+
+def _expand(t: Tensor, U: Tensor) -> Tensor:
+    """U t, [B, M]."""
+    return t @ U.mT if U.ndim == 2 else torch.einsum("br,bnr->bn", t, U)
+
+
+def _outer(g: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """g t^T a sample, or its sum over the batch for a factor that is shared."""
+    return g.mT @ t if like.ndim == 2 else g[:, :, None] * t[:, None, :]
+
+
+def low_rank_backward_reference(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    t: Tensor,
+    grad: Tensor | None,
+    grad_t: Tensor | None,
+    alpha: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dU, dV); the formulas are in linfast.kernels.low_rank."""
+    grad = x.new_zeros(x.shape[0], U.shape[-2]) if grad is None else grad
+    t = t.to(x.dtype)
+    s = _project(grad, U)
+    s = s if grad_t is None else s + grad_t.to(s.dtype)
+    unwanted = x.new_empty(0)
+    dx = _expand(s, V) if needs[0] else unwanted
+    return (
+        dx + alpha * grad if needs[0] and alpha != 0 else dx,
+        _outer(grad, t, U) if needs[1] else unwanted.clone(),
+        _outer(x, s, V) if needs[2] else unwanted.clone(),
+    )
+
+
+def _raw_reference(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    t = _project(x, V)
+    y = _expand(t, U)
+    return (y if alpha == 0 else alpha * x + y), t.to(torch.promote_types(t.dtype, torch.float32), copy=True)
+
+
+def _fake(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    compute = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[0], U.shape[-2]), x.new_empty(x.shape[0], V.shape[-1], dtype=compute)
+
+
+def _fake_backward(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    t: Tensor,
+    grad: Tensor | None,
+    grad_t: Tensor | None,
+    alpha: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dU, dV = (z.new_empty(z.shape if need else (0,)) for z, need in zip((x, U, V), needs, strict=True))
+    return dx, dU, dV
+
+
+_low_rank = define_op(
+    RawOp(
+        "low_rank(Tensor x, Tensor U, Tensor V, float alpha) -> (Tensor, Tensor)",
+        _fake,
+        _raw_reference,
+        "low_rank:launch_low_rank",
+    ),
+    RawOp(
+        "low_rank_backward(Tensor x, Tensor U, Tensor V, Tensor t, Tensor? grad, Tensor? grad_t, "
+        "float alpha, bool[] needs) -> (Tensor, Tensor, Tensor)",
+        _fake_backward,
+        low_rank_backward_reference,
+        "low_rank:launch_low_rank_backward",
+    ),
+    saves=lambda inputs, outputs: (*inputs[:3], outputs[1]),
+    n_tensors=3,
+)
+
+
+def _check(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor) -> None:
     if x.ndim != 2:
         raise ValueError(f"x must be [B, N]; got {tuple(x.shape)}")
     for name, factor in (("U", U), ("V", V)):
@@ -48,3 +150,8 @@ def _check(x: Tensor, U: Tensor, V: Tensor) -> None:
         raise ValueError(f"V must have N = {x.shape[1]} rows for x {tuple(x.shape)}; got {tuple(V.shape)}")
     if U.shape[-1] != V.shape[-1]:
         raise ValueError(f"U and V must have the same rank r; got U {tuple(U.shape)}, V {tuple(V.shape)}")
+    plain = isinstance(alpha, (int, float)) and alpha == 0
+    if not plain and U.shape[-2] != V.shape[-2]:
+        raise ValueError(
+            f"alpha must be 0 when U and V have different N; got U {tuple(U.shape)}, V {tuple(V.shape)}"
+        )

@@ -118,6 +118,7 @@ def test_channel_mix_and_latent_matmul() -> None:
     ("call", "match"),
     [
         (lambda: ops.affine_coupling(_rand(2, 4), _rand(2, 3), ScaleMap()), r"params must be \(2, 4\)"),
+        (lambda: ops.affine_coupling(_rand(2, 4), _rand(2, 4).to("meta"), ScaleMap()), "params is on meta"),
         (lambda: ops.affine_coupling(_rand(2, 1), _rand(2, 2), ScaleMap()), r"C >= 2.*\(2, 1\)"),
         (lambda: ops.low_rank(_rand(2, 4), _rand(4, 2), _rand(5, 2)), r"V must have N = 4"),
         (lambda: ops.low_rank(_rand(2, 4), _rand(4, 2), _rand(4, 3)), "same rank"),

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.static.cases import TARGETS, StaticCase, all_cases
@@ -73,9 +74,14 @@ def stale(target: str, table: dict[Key, Row]) -> list[int]:
 def refreshed() -> dict[Key, Row]:
     """The table with stale rows compiled again and rows of cases that are gone left out."""
     table = kept()
-    for target in TARGETS:
+
+    def compile_stale(target: str) -> dict[Key, Row]:
         numbers = stale(target, table)
-        table.update(compiled(numbers, target) if numbers else {})
+        return compiled(numbers, target) if numbers else {}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for rows in list(pool.map(compile_stale, TARGETS)):
+            table.update(rows)
     order = [(case.kernel, case.config, target) for case in all_cases() for target in TARGETS]
     return {key: table[key] for key in order}
 

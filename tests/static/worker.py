@@ -59,7 +59,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "spills": stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/", sass)),
         "mufu": len(re.findall(r"\bMUFU\b", sass)),
-        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\.(?:\w+\.)*128\b", sass)),
         "matrix": len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", sass)),
         "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass)),
     }

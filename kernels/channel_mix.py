@@ -1,0 +1,284 @@
+"""Channel mix on [batch, channel, position]: one matrix over every position, x read once, y written once.
+
+    y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o]
+    dx[b, c, p] = sum_o W[o, c] dy[b, o, p]        the same kernel on W's transpose
+    dW[o, c] = sum_{b, p} dy[b, o, p] x[b, c, p],  dbias[o] = sum_{b, p} dy[b, o, p]
+
+The inverse is the same map with W^-1 and -W^-1 bias, so there is no second kernel. The
+backward keeps x, for dW, and W. Bytes, forward and dx: x and y once, W from the cache;
+dW: x and dy once, and the partials, 4 O C bytes a split.
+
+Batch and positions are one axis of columns n = b P + p; where every view merges them
+(channels_last, one sample, one position) the division by P is compiled out. Few channels
+along runs of positions: a vector a channel, multiply-adds with W's elements as scalars.
+More channels, or channels innermost: tl.dot over chunks of channels, always [O, C] @ [C, N]:
+the compiler orders each load along the run it finds. fp32 products are "ieee", so exact;
+half-precision products run on the matrix units with fp32 sums.
+
+dW splits the columns into at most SPLITS parts, each a partial product that torch sums:
+no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ceil_div, device_guard, needs_int64, positions
+
+__all__ = ["DOTS", "SPLITS", "UNROLLED", "WEIGHTS", "launch_channel_mix", "launch_channel_mix_backward", "like"]
+
+
+@dataclass(frozen=True)
+class MixTile:
+    """A program's outputs (channels; of dW: by as many inputs), columns, channels a chunk, and warps."""
+
+    outputs: int
+    columns: int
+    depth: int
+    num_warps: int
+
+
+# (widest C or O, tile). Four columns a thread is one 16-byte load a channel; all channels of
+# x are held at once, so more columns only where channels are few.
+UNROLLED: tuple[tuple[int, MixTile], ...] = (
+    (4, MixTile(outputs=4, columns=1024, depth=4, num_warps=4)),  # 32 values a thread
+    (15, MixTile(outputs=16, columns=512, depth=16, num_warps=4)),  # up to 60 values a thread
+)
+
+# (widest O, tile). All outputs in one program, so that x is read once; chunks of 16 channels,
+# the least a dot takes, because an fp32 dot holds a chunk of both operands in registers.
+DOTS: tuple[tuple[int, MixTile], ...] = (
+    (16, MixTile(outputs=16, columns=128, depth=16, num_warps=4)),
+    (32, MixTile(outputs=32, columns=64, depth=16, num_warps=4)),  # 128 columns spill on sm_90
+    (64, MixTile(outputs=64, columns=64, depth=16, num_warps=4)),
+    (1 << 62, MixTile(outputs=128, columns=64, depth=16, num_warps=8)),  # wider: more programs
+)
+
+# (widest of O and C, tile); a chunk is of columns here, and a square of outputs by inputs.
+WEIGHTS: tuple[tuple[int, MixTile], ...] = (
+    (16, MixTile(outputs=16, columns=64, depth=64, num_warps=4)),
+    (32, MixTile(outputs=32, columns=32, depth=32, num_warps=4)),
+    (1 << 62, MixTile(outputs=64, columns=32, depth=32, num_warps=4)),
+)
+SPLITS = 512  # about four programs a multiprocessor; the partials of C = 128 are then 32 MB
+_CHUNKS_A_SPLIT = 8  # fewer chunks would write more partials than they read
+
+
+def _tile_for(width: int, table: tuple[tuple[int, MixTile], ...]) -> MixTile:
+    return next(tile for widest, tile in table if width <= widest)
+
+
+@triton.jit
+def _offsets(n, n_positions, stride_b, stride_p, MERGED: tl.constexpr):
+    """Offsets of columns n = b P + p."""
+    if MERGED:
+        at = n * stride_p
+    else:
+        b = n // n_positions
+        at = b * stride_b + (n - b * n_positions) * stride_p
+    return at
+
+
+@triton.jit
+def _operand(value, HALF: tl.constexpr):
+    """What a dot takes: half-precision pairs as they are, anything else in fp32."""
+    if HALF:
+        result = value
+    else:
+        result = value.to(tl.float32)
+    return result
+
+
+@triton.jit
+def _channel_mix_unrolled_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, n_columns, n_positions, stride_xb, stride_xc, stride_xp, stride_wo,
+    stride_wc, stride_bo, stride_yb, stride_yc, stride_yp,
+    N_IN: tl.constexpr, N_OUT: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    if INT64:
+        n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = n < n_columns
+    x_at = x_ptr + _offsets(n, n_positions, stride_xb, stride_xp, MERGED)
+    y_at = y_ptr + _offsets(n, n_positions, stride_yb, stride_yp, MERGED)
+    x = ()
+    for _ in tl.static_range(N_IN):
+        x = x + (tl.load(x_at, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        x_at += stride_xc
+    for o in tl.static_range(N_OUT):
+        y = tl.zeros((COLUMNS,), tl.float32)
+        for c in tl.static_range(N_IN):
+            y += tl.load(weight_ptr + o * stride_wo + c * stride_wc).to(tl.float32) * x[c]
+        if BIAS:
+            y += tl.load(bias_ptr + o * stride_bo).to(tl.float32)
+        tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+        y_at += stride_yc
+
+
+@triton.jit
+def _channel_mix_dot_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, n_in, n_out, n_columns, n_positions, stride_xb, stride_xc, stride_xp,
+    stride_wo, stride_wc, stride_bo, stride_yb, stride_yc, stride_yp,
+    HALF: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr, OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    k = tl.arange(0, DEPTH)
+    if INT64:
+        n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        o, k = o.to(tl.int64), k.to(tl.int64)
+    inside = (n < n_columns)[None, :]
+    x_at = _offsets(n, n_positions, stride_xb, stride_xp, MERGED)[None, :]
+    y_at = _offsets(n, n_positions, stride_yb, stride_yp, MERGED)[None, :]
+    total = tl.zeros((OUTPUTS, COLUMNS), tl.float32)
+    for first in range(0, n_in, DEPTH):
+        c = first + k
+        there = c < n_in
+        w_at = o[:, None] * stride_wo + c[None, :] * stride_wc
+        w = tl.load(weight_ptr + w_at, mask=(o < n_out)[:, None] & there[None, :], other=0.0)
+        x = tl.load(x_ptr + x_at + c[:, None] * stride_xc, mask=there[:, None] & inside, other=0.0)
+        total = tl.dot(_operand(w, HALF), _operand(x, HALF), total, input_precision="ieee")
+    if BIAS:
+        total += tl.load(bias_ptr + o * stride_bo, mask=o < n_out, other=0.0).to(tl.float32)[:, None]
+    mask = (o < n_out)[:, None] & inside
+    tl.store(y_ptr + y_at + o[:, None] * stride_yc, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _channel_mix_weight_kernel(
+    x_ptr, grad_ptr, dweight_ptr, dbias_ptr, n_in, n_out, n_columns, n_positions, n_chunks, stride_xb,
+    stride_xc, stride_xp, stride_gb, stride_gc, stride_gp,
+    HALF: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr,
+    OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0)
+    o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    c = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
+    if INT64:
+        split, o, c = split.to(tl.int64), o.to(tl.int64), c.to(tl.int64)
+    dweight = tl.zeros((OUTPUTS, OUTPUTS), tl.float32)
+    dbias = tl.zeros((OUTPUTS,), tl.float32)
+    for chunk in range(0, n_chunks):
+        n = (split * n_chunks + chunk) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = n < n_columns
+        g_at = _offsets(n, n_positions, stride_gb, stride_gp, MERGED)[None, :] + o[:, None] * stride_gc
+        g = tl.load(grad_ptr + g_at, mask=(o < n_out)[:, None] & inside[None, :], other=0.0)
+        if WEIGHT:
+            x_at = _offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None] + c[None, :] * stride_xc
+            x = tl.load(x_ptr + x_at, mask=inside[:, None] & (c < n_in)[None, :], other=0.0)
+            dweight = tl.dot(_operand(g, HALF), _operand(x, HALF), dweight, input_precision="ieee")
+        if BIAS:
+            dbias += tl.sum(g.to(tl.float32), 1)
+    if WEIGHT:
+        at = (split * n_out + o[:, None]) * n_in + c[None, :]
+        tl.store(dweight_ptr + at, dweight, mask=(o < n_out)[:, None] & (c < n_in)[None, :])
+    if BIAS:
+        mask = (o < n_out) & (tl.program_id(2) == 0)
+        tl.store(dbias_ptr + split * n_out + o, dbias, mask=mask)
+
+
+def like(x: Tensor, channels: int) -> Tensor:
+    """Fresh [B, channels, ...] of x's dtype: channels innermost where they are in x, else contiguous."""
+    if x.stride(1) == 1 and x.stride(-1) != 1:
+        return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
+    return x.new_empty((x.shape[0], channels, *x.shape[2:]))
+
+
+def _merged(*views: Tensor) -> bool:
+    """Whether batch and positions are one run with one stride in each of these."""
+    batch, _, count = views[0].shape
+    return batch == 1 or count == 1 or all(view.stride(0) == count * view.stride(2) for view in views)
+
+
+def _column_stride(view: Tensor) -> tuple[int, int, int]:
+    """(batch, channel, position) strides; of a vector, its batch stride for its position's."""
+    return view.stride(0), view.stride(1), view.stride(0 if view.shape[2] == 1 else 2)
+
+
+def launch_channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y [B, O, ...]."""
+    y = like(x, weight.shape[0])
+    if y.numel() == 0:
+        return y
+    _mix(positions(x), weight, bias, positions(y))
+    return y
+
+
+def _mix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """y = W x + bias on [B, C, P] views."""
+    n_out, n_in = weight.shape
+    n_columns = x.shape[0] * x.shape[2]
+    int64 = needs_int64(x, y, weight) or n_columns >= 2**31 - 2**16
+    bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))
+    strides = (
+        *_column_stride(x), weight.stride(0), weight.stride(1), stride_bo, *_column_stride(y)
+    )  # fmt: skip
+    shared = {"BIAS": bias is not None, "MERGED": _merged(x, y), "INT64": int64}
+    channels_innermost = x.stride(1) < _column_stride(x)[2]
+    with device_guard(x):
+        if max(n_in, n_out) < 16 and not channels_innermost:
+            tile = _tile_for(max(n_in, n_out), UNROLLED)
+            _channel_mix_unrolled_kernel[(ceil_div(n_columns, tile.columns),)](
+                x, weight, bias_or_x, y, n_columns, x.shape[2], *strides,
+                N_IN=n_in, N_OUT=n_out, COLUMNS=tile.columns, num_warps=tile.num_warps, **shared,
+            )  # fmt: skip
+            return
+        tile = _tile_for(n_out, DOTS)
+        _channel_mix_dot_kernel[(ceil_div(n_columns, tile.columns), ceil_div(n_out, tile.outputs))](
+            x, weight, bias_or_x, y, n_in, n_out, n_columns, x.shape[2], *strides,
+            HALF=_half(x, weight), OUTPUTS=tile.outputs, COLUMNS=tile.columns, DEPTH=tile.depth,
+            num_warps=tile.num_warps, **shared,
+        )  # fmt: skip
+
+
+def _half(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.dtype != torch.float32
+
+
+def launch_channel_mix_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); [0] for those that are not needed."""
+    dx = like(x, x.shape[1]) if needs[0] else x.new_empty(0)
+    if needs[0] and dx.numel():
+        _mix(positions(grad), weight.t(), None, positions(dx))
+    dweight = weight.new_empty(weight.shape if needs[1] else 0)
+    dbias = weight.new_empty(weight.shape[0] if needs[2] else 0)
+    if needs[1] or needs[2]:
+        partial, partial_bias = _weight_partials(positions(x), positions(grad), needs[1], needs[2])
+        if needs[1]:
+            dweight = partial.sum(0).to(weight.dtype)
+        if needs[2]:
+            dbias = partial_bias.sum(0).to(weight.dtype)
+    return dx, dweight, dbias
+
+
+def _weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: bool) -> tuple[Tensor, Tensor]:
+    """fp32 partials [splits, O, C] of dW and [splits, O] of dbias; zeros where there are no columns."""
+    n_in, n_out, n_columns = x.shape[1], grad.shape[1], x.shape[0] * x.shape[2]
+    tile = _tile_for(max(n_in, n_out), WEIGHTS)
+    chunks = ceil_div(n_columns, tile.columns)
+    n_chunks = max(_CHUNKS_A_SPLIT, ceil_div(chunks, SPLITS))
+    splits = ceil_div(chunks, n_chunks)
+    dweight = x.new_empty((splits, n_out, n_in) if needs_weight else (0,), dtype=torch.float32)
+    dbias = x.new_empty((splits, n_out) if needs_bias else (0,), dtype=torch.float32)
+    if splits == 0:
+        return dweight, dbias
+    int64 = needs_int64(x, grad) or n_columns >= 2**31 - 2**20
+    with device_guard(x):
+        _channel_mix_weight_kernel[
+            (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
+        ](
+            x, grad, dweight, dbias, n_in, n_out, n_columns, x.shape[2], n_chunks,
+            *_column_stride(x), *_column_stride(grad),
+            HALF=_half(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, MERGED=_merged(x, grad), INT64=int64,
+            OUTPUTS=tile.outputs, COLUMNS=tile.columns, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return dweight, dbias

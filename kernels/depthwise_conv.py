@@ -1,0 +1,181 @@
+"""Depthwise "same" correlation of [B, C, H, W] with a kh x kw kernel a channel, shared or one a sample.
+
+With l = (k - 1) // 2 in each direction, and zeros outside:
+
+    y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w]
+
+The transpose flips the taps and swaps the paddings, l for k - 1 - l:
+
+    z[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i - u + l_h, j - v + l_w]
+
+Gradients: dx is the transpose applied to g, and, with + for the correlation and - for its transpose,
+
+    dw[b, c, u, v] = sum_{i, j} g[b, c, i, j] x[b, c, i +- (u - l_h), j +- (v - l_w)]
+
+which is summed over b where the kernel is shared. x and w are saved. Bytes: x in, y out, 8 C H W a
+sample in fp32; the k^2 reads of x a program makes are of one tile and its rim, in the L1.
+
+A program takes a tile of one channel of one sample: tile pixels of a row are consecutive threads', or,
+where channels are innermost, a run of channels is. The weight gradient's program walks the tiles of
+its channels for one tap row and writes one number a tap and channel: no atomics, the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Tile, ceil_div, device_guard, needs_int64, power_of_two
+
+__all__ = ["TILES", "choose_tile", "launch_depthwise_conv", "launch_depthwise_conv_backward"]
+
+# (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 a thread:
+# the taps' loads of a row overlap, and 8 accumulators leave the registers free.
+TILES: dict[bool, Tile] = {
+    False: Tile(rows=1, columns=1024, num_warps=4),  # NCHW: pixels of one channel
+    True: Tile(rows=32, columns=32, num_warps=4),  # channels_last: 32 channels are one 128-byte line
+}
+
+
+def choose_tile(channels: int, pixels: int, channels_inner: bool) -> Tile:
+    """The tile for images of this many channels and pixels."""
+    tile = TILES[channels_inner]
+    rows = min(tile.rows, power_of_two(channels))
+    return Tile(rows, min(tile.columns, max(power_of_two(pixels), 16)), tile.num_warps)
+
+
+@triton.jit
+def _channels(n_blocks, n_channels, CHANNELS: tl.constexpr, INT64: tl.constexpr):
+    """Sample, and the channels [CHANNELS, 1] of grid axis 0."""
+    program = tl.program_id(0)
+    b = program // n_blocks
+    c = ((program - b * n_blocks) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
+    if INT64:
+        b = b.to(tl.int64)
+        c = c.to(tl.int64)
+    return b, c
+
+
+@triton.jit
+def _pixels(start, width, PIXELS: tl.constexpr, INT64: tl.constexpr):
+    """Row and column [1, PIXELS] of a run of pixels."""
+    p = (start + tl.arange(0, PIXELS))[None, :]
+    i = p // width
+    j = p - i * width
+    if INT64:
+        i = i.to(tl.int64)
+        j = j.to(tl.int64)
+    return i, j
+
+
+@triton.jit
+def _depthwise_conv_kernel(
+    x_ptr, weight_ptr, y_ptr, n_blocks, n_channels, height, width, kh,
+    stride_xb, stride_xc, stride_xh, stride_xw, stride_yb, stride_yc, stride_yh, stride_yw,
+    stride_wb, stride_wc, stride_wu, stride_wv,
+    KW: tl.constexpr, TRANSPOSE: tl.constexpr, INT64: tl.constexpr,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    b, c = _channels(n_blocks, n_channels, CHANNELS, INT64)
+    i, j = _pixels(tl.program_id(1) * PIXELS, width, PIXELS, INT64)
+    inside = (c < n_channels) & (i < height)
+    sign = -1 if TRANSPOSE else 1
+    acc = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    for u in range(0, kh):  # a run-time bound: unrolled, 7 x 7 spills on gfx942
+        for v in tl.static_range(0, KW):
+            row = i + sign * (u - (kh - 1) // 2)
+            column = j + sign * (v - (KW - 1) // 2)
+            there = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            x_at = b * stride_xb + c * stride_xc + row * stride_xh + column * stride_xw
+            w_at = b * stride_wb + c * stride_wc + u * stride_wu + v * stride_wv
+            weight = tl.load(weight_ptr + w_at, mask=c < n_channels, other=0.0).to(tl.float32)
+            acc += weight * tl.load(x_ptr + x_at, mask=there, other=0.0).to(tl.float32)
+    y_at = b * stride_yb + c * stride_yc + i * stride_yh + j * stride_yw
+    tl.store(y_ptr + y_at, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _depthwise_conv_weight_kernel(
+    x_ptr, grad_ptr, partial_ptr, n_blocks, n_channels, height, width,
+    stride_xb, stride_xc, stride_xh, stride_xw, stride_gb, stride_gc, stride_gh, stride_gw,
+    KH: tl.constexpr, KW: tl.constexpr, TRANSPOSE: tl.constexpr, INT64: tl.constexpr,
+    CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    b, c = _channels(n_blocks, n_channels, CHANNELS, INT64)
+    u = tl.program_id(1) // KW
+    v = tl.program_id(1) - u * KW
+    sign = -1 if TRANSPOSE else 1
+    acc = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    for start in range(0, height * width, PIXELS):
+        i, j = _pixels(start, width, PIXELS, INT64)
+        inside = (c < n_channels) & (i < height)
+        row = i + sign * (u - (KH - 1) // 2)
+        column = j + sign * (v - (KW - 1) // 2)
+        there = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        x_at = b * stride_xb + c * stride_xc + row * stride_xh + column * stride_xw
+        g_at = b * stride_gb + c * stride_gc + i * stride_gh + j * stride_gw
+        x = tl.load(x_ptr + x_at, mask=there, other=0.0).to(tl.float32)
+        acc += x * tl.load(grad_ptr + g_at, mask=there, other=0.0).to(tl.float32)
+    at = (b * n_channels + c) * (KH * KW) + tl.program_id(1)
+    tl.store(partial_ptr + at, tl.sum(acc, 1)[:, None], mask=c < n_channels)
+
+
+def _weight_strides(weight: Tensor) -> tuple[int, ...]:
+    """(sample, channel, row, column); a shared kernel repeats over samples."""
+    return (0, *weight.stride()) if weight.ndim == 3 else weight.stride()
+
+
+def _apply(x: Tensor, weight: Tensor, y: Tensor, transpose: bool) -> None:
+    batch, channels, height, width = x.shape
+    kh, kw = weight.shape[-2:]
+    tile = choose_tile(channels, height * width, y.stride(1) < y.stride(3))
+    n_blocks = ceil_div(channels, tile.rows)
+    with device_guard(x):
+        _depthwise_conv_kernel[(batch * n_blocks, ceil_div(height * width, tile.columns))](
+            x, weight, y, n_blocks, channels, height, width, kh,
+            *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
+            INT64=needs_int64(x, weight, y), CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
+        )  # fmt: skip
+
+
+def launch_depthwise_conv(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
+    """y like x."""
+    y = torch.empty_like(x)
+    if x.numel() > 0:
+        _apply(x, weight, y, transpose)
+    return y
+
+
+def launch_depthwise_conv_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, transpose: bool, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dx like x and dweight like weight, or [0] where not needed."""
+    dx, dweight = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if needs[0]:
+        dx = torch.empty_like(x)
+        if x.numel() > 0:
+            _apply(grad, weight, dx, not transpose)
+    if needs[1]:
+        dweight = _weight_gradient(x, weight, grad, transpose)
+    return dx, dweight
+
+
+def _weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, transpose: bool) -> Tensor:
+    batch, channels, height, width = x.shape
+    kh, kw = weight.shape[-2:]
+    if x.numel() == 0:
+        return weight.new_zeros(weight.shape)
+    partial = x.new_empty((batch, channels, kh, kw), dtype=torch.float32)
+    tile = choose_tile(channels, height * width, x.stride(1) < x.stride(3))
+    n_blocks = ceil_div(channels, tile.rows)
+    with device_guard(x):
+        _depthwise_conv_weight_kernel[(batch * n_blocks, kh * kw)](
+            x, grad, partial, n_blocks, channels, height, width, *x.stride(), *grad.stride(),
+            KH=kh, KW=kw, TRANSPOSE=transpose, INT64=needs_int64(x, grad),
+            CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return (partial if weight.ndim == 4 else partial.sum(0)).to(weight.dtype)

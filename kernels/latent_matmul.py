@@ -1,0 +1,247 @@
+"""Latent product with a bank of K operators of which each row picks one: a grouped product.
+
+z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and g = dL/dy:
+
+    y_b = A_k z_b + alpha z_b + bias       dz_b = A_k^T g_b + alpha g_b
+    dA_k = sum over b with index[b] = k of g_b z_b^T        dbias = sum_b g_b
+
+dz is the same product with A transposed (a view) and no bias. Nothing but the inputs is saved.
+
+The rows are sorted by operator (stable, on the device, nothing read by the host), and cut
+into tiles of one operator each: at most B / rows + K of them, the grid; a program finds its
+tile in the running sum of tiles per operator. It gathers its rows of z through the order and reads
+A_k in place: A is never gathered to [B, n_out, n_in]. dA takes one program per operator and
+tile of it, which adds up that operator's rows in their order: no atomics, the same bits every time.
+
+Bytes: z, y and the order once a tile column; each A_k once a row tile, so about
+K n_out n_in + 2 B n elements where the rows of an operator fit one tile.
+
+fp32 products are exact fp32 (input_precision "ieee", FFMA); fp16 and bf16 run on the matrix
+units with fp32 sums. An index outside [0, K) gives that row NaN and adds to no dA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ceil_div, device_guard, needs_int64
+
+__all__ = [
+    "GRADIENT_TILE", "TILES", "BankTile", "choose_tile", "launch_latent_matmul", "launch_latent_matmul_backward",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BankTile:
+    """Rows of z by columns of y, ``inner`` summed a step; the warps."""
+
+    rows: int
+    columns: int
+    inner: int
+    num_warps: int
+
+
+# (largest mean rows an operator, tile).
+TILES: tuple[tuple[int, BankTile], ...] = (
+    (16, BankTile(rows=16, columns=64, inner=64, num_warps=4)),  # bound by reading A: no wasted rows
+    (1 << 62, BankTile(rows=64, columns=64, inner=32, num_warps=4)),  # one wgmma of 64 rows; 32 sums a thread
+)
+# dA: n_out by n_in, ``inner`` rows of the batch a step.
+GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=4)
+
+
+def choose_tile(batch: int, n_operators: int) -> BankTile:
+    """The table's tile for this many rows an operator on average."""
+    return next(tile for most, tile in TILES if ceil_div(batch, max(n_operators, 1)) <= most)
+
+
+@triton.jit
+def _bank_kernel(
+    z_ptr,
+    a_ptr,
+    bias_ptr,
+    y_ptr,
+    order_ptr,
+    start_ptr,
+    last_tile_ptr,
+    operator_ptr,
+    n_operators,
+    n_out,
+    n_in,
+    alpha,
+    stride_zb,
+    stride_zn,
+    stride_ak,
+    stride_am,
+    stride_an,
+    stride_yb,
+    stride_bias,
+    ADD_Z: tl.constexpr,
+    BIAS: tl.constexpr,
+    INT64: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """One tile of one operator's rows by COLUMNS of y; grid (tiles, column tiles)."""
+    operator = tl.load(operator_ptr + tl.program_id(0))
+    if operator > n_operators:  # past the last tile
+        return
+    begin, end = tl.load(start_ptr + operator), tl.load(start_ptr + operator + 1)
+    last_tile = tl.load(last_tile_ptr + operator)
+    n_tiles = (end - begin + ROWS - 1) // ROWS
+    position = begin + (tl.program_id(0) - (last_tile - n_tiles)) * ROWS + tl.arange(0, ROWS)
+    inside = (position < end)[:, None]
+    b = tl.load(order_ptr + position, mask=position < end, other=0)[:, None]
+    m = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inner = tl.arange(0, INNER)
+    if INT64:
+        m = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+        inner = inner.to(tl.int64)
+    wanted = (m < n_out)[None, :]
+    a_ptr += tl.minimum(operator, n_operators - 1) * stride_ak
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, n_in, INNER):
+        n = first + inner
+        z = tl.load(z_ptr + b * stride_zb + n[None, :] * stride_zn, mask=inside & (n < n_in)[None, :], other=0.0)
+        at = n[:, None] * stride_an + m[None, :] * stride_am
+        a = tl.load(a_ptr + at, mask=(n < n_in)[:, None] & wanted, other=0.0)
+        total = tl.dot(z, a, total, input_precision="ieee")
+    if ADD_Z:
+        z = tl.load(z_ptr + b * stride_zb + m[None, :] * stride_zn, mask=inside & wanted, other=0.0)
+        total += alpha * z.to(tl.float32)
+    if BIAS:
+        total += tl.load(bias_ptr + m * stride_bias, mask=m < n_out, other=0.0).to(tl.float32)[None, :]
+    total = tl.where(operator == n_operators, float("nan"), total)  # an index outside the bank
+    tl.store(y_ptr + b * stride_yb + m[None, :], total.to(y_ptr.dtype.element_ty), mask=inside & wanted)
+
+
+@triton.jit
+def _bank_gradient_kernel(
+    z_ptr,
+    grad_ptr,
+    da_ptr,
+    order_ptr,
+    start_ptr,
+    n_out,
+    n_in,
+    stride_zb,
+    stride_zn,
+    stride_gb,
+    stride_gn,
+    INT64: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """dA[k, ROWS of n_out, COLUMNS of n_in], contiguous; grid (K, row tiles, column tiles)."""
+    k = tl.program_id(0).to(tl.int64)
+    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    if INT64:
+        m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        n = n.to(tl.int64)
+    begin, end = tl.load(start_ptr + k), tl.load(start_ptr + k + 1)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, (end - begin).to(tl.int32), INNER):
+        position = begin + first + tl.arange(0, INNER)
+        inside = position < end
+        b = tl.load(order_ptr + position, mask=inside, other=0)
+        at = b[None, :] * stride_gb + m[:, None] * stride_gn
+        grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
+        at = b[:, None] * stride_zb + n[None, :] * stride_zn
+        z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
+        total = tl.dot(grad, z, total, input_precision="ieee")
+    at = k * n_out * n_in + m[:, None] * n_in + n[None, :]
+    wanted = (m < n_out)[:, None] & (n < n_in)[None, :]
+    tl.store(da_ptr + at, total.to(da_ptr.dtype.element_ty), mask=wanted)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows sorted by operator, all on the device; those with an index outside the bank come last, as K."""
+
+    order: Tensor  # [B] the rows
+    start: Tensor  # [K + 2] where each operator's begin
+
+    @classmethod
+    def sort(cls, index: Tensor, n_operators: int) -> _Rows:
+        _check_index(index, n_operators)
+        key = torch.where((index < 0) | (index >= n_operators), n_operators, index)
+        key, order = key.sort(stable=True)
+        return cls(order, torch.searchsorted(key, torch.arange(n_operators + 2, device=index.device)))
+
+    def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
+        """(the number of tiles up to and including each operator's, each tile's operator; K + 1 past the last)."""
+        batch, groups = self.order.shape[0], self.start.shape[0] - 1
+        last = ((self.start.diff() + (rows - 1)) // rows).cumsum(0)
+        tiles = torch.arange(batch // rows + min(groups, batch), device=last.device)
+        return last, torch.searchsorted(last, tiles, right=True)
+
+
+def _check_index(index: Tensor, n_operators: int) -> None:
+    """On a CPU only: a GPU's index is not read by the host."""
+    if index.is_cuda or index.numel() == 0:
+        return
+    low, high = map(int, index.aminmax())
+    if low < 0 or high >= n_operators:
+        raise ValueError(f"index must be in [0, {n_operators}), the number of operators; got {low} to {high}")
+
+
+def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: float) -> Tensor:
+    """y [B, n_out], contiguous."""
+    (batch, n_in), (n_operators, n_out) = z.shape, A.shape[:2]
+    y = z.new_empty((batch, n_out))
+    if n_operators == 0:
+        return y.fill_(float("nan"))
+    tile = choose_tile(batch, n_operators)
+    last_tile, operator = rows.tiles(tile.rows)
+    with device_guard(z):
+        _bank_kernel[(operator.shape[0], ceil_div(n_out, tile.columns))](
+            z, A, z if bias is None else bias, y, rows.order, rows.start, last_tile, operator,
+            n_operators, n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0),
+            1 if bias is None else bias.stride(0),
+            ADD_Z=alpha != 0.0, BIAS=bias is not None, INT64=needs_int64(z[0], A[0]),
+            ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return y
+
+
+def launch_latent_matmul(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+    """y [B, n_out]."""
+    if z.shape[0] == 0 or A.shape[1] == 0:
+        return z.new_empty((z.shape[0], A.shape[1]))
+    return _product(z, A, _Rows.sort(index, A.shape[0]), bias, alpha)
+
+
+def launch_latent_matmul_backward(
+    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dz, dA, nothing for the index, dbias), contiguous; empty where not needed. No gradient is zero."""
+    nothing = z.new_empty(0)
+    grad = z.new_zeros(()).expand(z.shape[0], A.shape[1]) if grad is None else grad
+    dbias = grad.sum(0) if needs[3] else z.new_empty(0)
+    if z.numel() == 0 or grad.numel() == 0 or A.shape[0] == 0:
+        dz, dA = (x.new_zeros(x.shape if need else (0,)) for x, need in zip((z, A), needs, strict=False))
+        return dz, dA, nothing, dbias
+    rows = _Rows.sort(index, A.shape[0])
+    dz = _product(grad, A.mT, rows, None, alpha) if needs[0] else z.new_empty(0)
+    dA = _gradient(z, A, rows, grad) if needs[1] else A.new_empty(0)
+    return dz, dA, nothing, dbias
+
+
+def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor) -> Tensor:
+    (n_operators, n_out, n_in), tile = A.shape, GRADIENT_TILE
+    dA = A.new_empty(A.shape)
+    with device_guard(z):
+        _bank_gradient_kernel[(n_operators, ceil_div(n_out, tile.rows), ceil_div(n_in, tile.columns))](
+            z, grad, dA, rows.order, rows.start, n_out, n_in, *z.stride(), *grad.stride(),
+            INT64=needs_int64(z[0], grad[0], dA[0]),
+            ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return dA

@@ -1,0 +1,319 @@
+"""Low-rank product y = alpha x + U (V^T x), one pair of factors a sample (or one of the two shared).
+
+x [B, N], V [B, N, r], U [B, M, r], y [B, M]; M = N unless alpha is 0. With t = V^T x [B, r],
+g = dL/dy, h = dL/dt (zero unless t itself is differentiated) and s = U^T g + h [B, r]:
+
+    y = alpha x + U t       dx = alpha g + V s       dU = g t^T       dV = x s^T
+
+so t is all that is saved besides the inputs. Bytes in fp32, a sample: forward x, V and U once and
+y: 4 (N + N r + M r + M), and x again where alpha is not 0; backward U, g and V, x, g again in;
+dx, dU, dV out.
+
+A reduction over N is split: a program sums its split's tiles in fp32 and writes one partial
+[r], and the programs that read t add the partials in a fixed order: no atomics, the same
+bits every time. The splits depend on N and r only: a sample's bits do not depend on the batch.
+
+Two kernels make both directions, ``_project_kernel`` for V^T x and U^T g, and a second pass:
+``_expand_kernel`` for y, ``_low_rank_backward_kernel`` for all three gradients at once.
+A shared factor is read with batch stride 0, from the L2; its gradient is one torch.mm
+over the batch, g^T t or x^T s, never [B, N, r]. Both shared does not come here: see linfast.ops.low_rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ceil_div, device_guard, needs_int64, power_of_two
+
+__all__ = ["MAX_SPLITS", "TILES", "LowRankTile", "choose_tile", "launch_low_rank", "launch_low_rank_backward"]
+
+
+@dataclass(frozen=True)
+class LowRankTile:
+    """Rows of a factor by columns of it (both powers of two), and the warps."""
+
+    rows: int
+    ranks: int
+    num_warps: int
+
+
+# (largest rank, tile). 2048 elements over 128 threads are 16 a thread: four 16-byte loads in
+# flight and no spill in the backward, which holds four tiles; a higher rank is a loop over 64.
+TILES: tuple[tuple[int, LowRankTile], ...] = (
+    (4, LowRankTile(rows=512, ranks=4, num_warps=4)),
+    (8, LowRankTile(rows=256, ranks=8, num_warps=4)),
+    (16, LowRankTile(rows=128, ranks=16, num_warps=4)),
+    (32, LowRankTile(rows=64, ranks=32, num_warps=4)),
+    (1 << 62, LowRankTile(rows=32, ranks=64, num_warps=4)),
+)
+# Enough programs at batch 2 and N = 12288, few enough that adding the partials up costs nothing.
+MAX_SPLITS = 32
+
+
+def choose_tile(rank: int) -> LowRankTile:
+    """The table's tile for this rank."""
+    return next(tile for widest, tile in TILES if rank <= widest)
+
+
+@triton.jit
+def _factor_at(n, r, stride_n, stride_r, RANK: tl.constexpr, DENSE: tl.constexpr):
+    """Offsets [rows, ranks] within a factor; DENSE rows are RANK apart, known to the compiler (16-byte loads)."""
+    if DENSE:
+        at = n[:, None] * RANK + r[None, :]
+    else:
+        at = n[:, None] * stride_n + r[None, :] * stride_r
+    return at
+
+
+@triton.jit
+def _add_partials(
+    partial_ptr, b, r, n_splits, n_batch_splits, RANK: tl.constexpr, SPLITS: tl.constexpr, RANKS: tl.constexpr
+):
+    """[ranks]: the sum over splits of partial [B, splits, RANK]."""
+    s = tl.arange(0, SPLITS)
+    at = (b * n_batch_splits + s)[:, None] * RANK + r[None, :]
+    return tl.sum(tl.load(partial_ptr + at, mask=(s < n_splits)[:, None] & (r < RANK)[None, :], other=0.0), 0)
+
+
+@triton.jit
+def _project_kernel(
+    x_ptr,
+    factor_ptr,
+    partial_ptr,
+    n_features,
+    n_batch_splits,
+    split_rows,
+    stride_xb,
+    stride_xn,
+    stride_fb,
+    stride_fn,
+    stride_fr,
+    RANK: tl.constexpr,
+    DENSE: tl.constexpr,
+    INT64: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """partial[b, split] = the sum over the split's n of factor[b, n] x[b, n]; grid (B, splits, rank blocks)."""
+    b = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * split_rows
+    rows = tl.arange(0, ROWS)
+    r = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    if INT64:
+        rows = rows.to(tl.int64)
+        r = r.to(tl.int64)
+    x_ptr += b * stride_xb
+    factor_ptr += b * stride_fb
+    last = tl.minimum(first + split_rows, n_features)
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    for start in range(first, last, ROWS):
+        n = start + rows
+        inside = n < last
+        at = _factor_at(n, r, stride_fn, stride_fr, RANK, DENSE)
+        factor = tl.load(factor_ptr + at, mask=inside[:, None] & (r < RANK)[None, :], other=0.0)
+        value = tl.load(x_ptr + n * stride_xn, mask=inside, other=0.0)
+        total += factor.to(tl.float32) * value.to(tl.float32)[:, None]
+    at = (b * n_batch_splits + tl.program_id(1)) * RANK + r
+    tl.store(partial_ptr + at, tl.sum(total, 0), mask=r < RANK)
+
+
+@triton.jit
+def _expand_kernel(
+    x_ptr,
+    u_ptr,
+    partial_ptr,
+    y_ptr,
+    t_ptr,
+    n_features,
+    n_splits,
+    alpha,
+    stride_xb,
+    stride_xn,
+    stride_ub,
+    stride_un,
+    stride_ur,
+    stride_yb,
+    stride_yn,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ADD_X: tl.constexpr,
+    DENSE: tl.constexpr,
+    INT64: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """y[b] = alpha x[b] + U[b] t[b], and t itself from the first tile; grid (B, tiles)."""
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    if INT64:
+        n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = n < n_features
+    y = tl.zeros((ROWS,), tl.float32)
+    for start in tl.static_range(0, RANK, RANKS):
+        r = start + tl.arange(0, RANKS)
+        t = _add_partials(partial_ptr, b, r, n_splits, n_splits, RANK, SPLITS, RANKS)
+        tl.store(t_ptr + b * RANK + r, t, mask=(r < RANK) & (tl.program_id(1) == 0))
+        at = _factor_at(n, r, stride_un, stride_ur, RANK, DENSE)
+        u = tl.load(u_ptr + b * stride_ub + at, mask=inside[:, None] & (r < RANK)[None, :], other=0.0)
+        y += tl.sum(u.to(tl.float32) * t[None, :], 1)
+    if ADD_X:
+        y += alpha * tl.load(x_ptr + b * stride_xb + n * stride_xn, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + b * stride_yb + n * stride_yn, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _low_rank_backward_kernel(
+    x_ptr,
+    v_ptr,
+    t_ptr,
+    partial_ptr,
+    grad_ptr,
+    dx_ptr,
+    du_ptr,
+    dv_ptr,
+    n_in,
+    n_out,
+    n_splits,
+    alpha,
+    stride_xb,
+    stride_xn,
+    stride_vb,
+    stride_vn,
+    stride_vr,
+    stride_tb,
+    stride_tr,
+    stride_gb,
+    stride_gn,
+    RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ADD_X: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_U: tl.constexpr,
+    NEED_V: tl.constexpr,
+    DENSE: tl.constexpr,
+    INT64: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """dx, dU, dV, all contiguous, of which those needed; grid (B, tiles of the longer of x and y)."""
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    if INT64:
+        n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    of_x, of_y = n < n_in, n < n_out
+    grad = tl.load(grad_ptr + b * stride_gb + n * stride_gn, mask=of_y, other=0.0).to(tl.float32)
+    if NEED_V:
+        x = tl.load(x_ptr + b * stride_xb + n * stride_xn, mask=of_x, other=0.0).to(tl.float32)
+    if NEED_X:
+        dx = tl.zeros((ROWS,), tl.float32)
+        if ADD_X:
+            dx = alpha * grad
+    for start in tl.static_range(0, RANK, RANKS):
+        r = start + tl.arange(0, RANKS)
+        columns = (r < RANK)[None, :]
+        out = n[:, None] * RANK + r[None, :]
+        if NEED_X or NEED_V:
+            s = _add_partials(partial_ptr, b, r, n_splits, n_splits, RANK, SPLITS, RANKS)
+        if NEED_X:
+            at = _factor_at(n, r, stride_vn, stride_vr, RANK, DENSE)
+            v = tl.load(v_ptr + b * stride_vb + at, mask=of_x[:, None] & columns, other=0.0)
+            dx += tl.sum(v.to(tl.float32) * s[None, :], 1)
+        if NEED_U:
+            t = tl.load(t_ptr + b * stride_tb + r * stride_tr, mask=r < RANK, other=0.0)
+            du = (grad[:, None] * t[None, :]).to(du_ptr.dtype.element_ty)
+            tl.store(du_ptr + b * n_out * RANK + out, du, mask=of_y[:, None] & columns)
+        if NEED_V:
+            dv = (x[:, None] * s[None, :]).to(dv_ptr.dtype.element_ty)
+            tl.store(dv_ptr + b * n_in * RANK + out, dv, mask=of_x[:, None] & columns)
+    if NEED_X:
+        tl.store(dx_ptr + b * n_in + n, dx.to(dx_ptr.dtype.element_ty), mask=of_x)
+
+
+def _per_sample(factor: Tensor, batch: int) -> tuple[Tensor, bool]:
+    """(the factor as [B, N, r], shared ones with stride 0; whether its rows are r apart)."""
+    factor = factor if factor.ndim == 3 else factor.expand(batch, *factor.shape)
+    rank = factor.shape[2]
+    return factor, factor.stride(1) == rank and (factor.stride(2) == 1 or rank == 1)
+
+
+def _project(x: Tensor, factor: Tensor, extra: Tensor | None = None) -> Tensor:
+    """Partials [B, splits, r] fp32 of factor^T x, and ``extra`` [B, r] as one more of them."""
+    (batch, n_features), rank = x.shape, factor.shape[-1]
+    tile, (factor, dense) = choose_tile(rank), _per_sample(factor, batch)
+    split_rows = tile.rows * max(1, ceil_div(ceil_div(n_features, tile.rows), MAX_SPLITS))
+    splits = ceil_div(n_features, split_rows)
+    total = splits + (extra is not None)
+    partial = x.new_empty((batch, total, rank), dtype=torch.float32)
+    with device_guard(x):
+        _project_kernel[(batch, splits, ceil_div(rank, tile.ranks))](
+            x, factor, partial, n_features, total, split_rows, *x.stride(), *factor.stride(),
+            RANK=rank, DENSE=dense, INT64=needs_int64(x[0], factor[0]),
+            ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
+        )  # fmt: skip
+    if extra is not None:
+        partial[:, splits] = extra
+    return partial
+
+
+def launch_low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """(y [B, M], t = V^T x [B, r] in fp32)."""
+    batch, n_out, rank = x.shape[0], U.shape[-2], V.shape[-1]
+    y = x.new_empty((batch, n_out))
+    t = x.new_empty((batch, rank), dtype=torch.float32)
+    if y.numel() == 0 or x.shape[1] == 0 or rank == 0:
+        return y.copy_(alpha * x) if alpha else y.zero_(), t.zero_()
+    tile, (factor, dense), partial = choose_tile(rank), _per_sample(U, batch), _project(x, V)
+    with device_guard(x):
+        _expand_kernel[(batch, ceil_div(n_out, tile.rows))](
+            x, factor, partial, y, t, n_out, partial.shape[1], alpha, *x.stride(), *factor.stride(), *y.stride(),
+            RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0, DENSE=dense,
+            INT64=needs_int64(x[0], factor[0]), ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return y, t
+
+
+def launch_low_rank_backward(
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    t: Tensor,
+    grad: Tensor | None,
+    grad_t: Tensor | None,
+    alpha: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dU, dV), contiguous; empty where not needed. A gradient that is None is zero."""
+    need_x, need_u, need_v = needs
+    (batch, n_in), n_out, rank = x.shape, U.shape[-2], V.shape[-1]
+    dx, dU, dV = (z.new_empty(z.shape if need else (0,)) for z, need in zip((x, U, V), needs, strict=True))
+    grad = x.new_zeros(()).expand(batch, n_out) if grad is None else grad
+    if x.numel() == 0 or grad.numel() == 0 or rank == 0:
+        return dx.copy_(alpha * grad) if need_x and alpha else dx.zero_(), dU.zero_(), dV.zero_()
+    if need_x or need_v:
+        partial = _project(grad, U, grad_t)
+    else:
+        partial = t[:, None]
+    if need_u and U.ndim == 2:
+        torch.mm(grad.mT, t.to(grad.dtype), out=dU)
+        need_u = False
+    if need_v and V.ndim == 2:
+        torch.mm(x.mT, partial.sum(1).to(x.dtype), out=dV)
+        need_v = False
+    if not (need_x or need_u or need_v):
+        return dx, dU, dV
+    tile, (factor, dense) = choose_tile(rank), _per_sample(V, batch)
+    with device_guard(x):
+        _low_rank_backward_kernel[(batch, ceil_div(max(n_in, n_out), tile.rows))](
+            x, factor, t, partial, grad, dx, dU, dV, n_in, n_out, partial.shape[1], alpha,
+            *x.stride(), *factor.stride(), *t.stride(), *grad.stride(),
+            RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0,
+            NEED_X=need_x, NEED_U=need_u, NEED_V=need_v, DENSE=dense,
+            INT64=needs_int64(x[0], factor[0], grad[0]) or max(n_in, n_out) * rank >= 2**31,
+            ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
+        )  # fmt: skip
+    return dx, dU, dV

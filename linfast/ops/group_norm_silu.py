@@ -1,0 +1,207 @@
+"""GroupNorm followed by SiLU, with a time embedding's scale and shift between them.
+
+    h = (x - mean) / sqrt(var + eps)           over each group of C / groups channels of a sample
+    u = (h weight + bias) (1 + scale) + shift
+    y = u sigmoid(u)
+
+Shapes: x [B, C, ...], weight and bias [C], scale and shift [B, C], y like x. The order of
+scale and shift is that of ADM (Dhariwal and Nichol, 2021) and EDM (Karras et al., 2022).
+
+On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
+kernel each way (linfast.kernels.group_norm_silu), whose backward keeps x, the means and
+the standard deviations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import uses_triton
+from ..kernels.launch import like
+from .register import RawOp, define_op
+
+__all__ = ["group_norm_silu"]
+
+
+def group_norm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: bool = True,
+) -> Tensor:
+    """y = silu(group_norm(x) (1 + scale) + shift).
+
+    Args:
+        x: [B, C, ...].
+        groups: how many groups the channels fall into; divides C.
+        weight, bias: [C], the affine map of the normalisation; None is 1 and 0.
+        scale, shift: [B, C], of a time embedding; None is 0.
+        eps: added to the variance.
+        activation: False leaves the SiLU out.
+
+    Computed in fp32 or wider; y has x's dtype.
+
+    Raises:
+        ValueError: groups that do not divide C, or a parameter whose shape does not fit x.
+    """
+    _check(x, groups, weight, bias, scale, shift)
+    parameters = (weight, bias, scale, shift)
+    if uses_triton(x, *(t for t in parameters if t is not None)):
+        y, _, _ = _group_norm_silu(x, *parameters, groups, eps, activation)
+        return y
+    return group_norm_silu_reference(x, *parameters, groups, eps, activation)
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: bool,
+) -> Tensor:
+    """``group_norm_silu`` in plain torch."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    if weight is None and bias is not None:  # of this torch's group_norm has no gradient
+        weight = torch.ones_like(bias)
+    w, b = (None if t is None else t.to(compute) for t in (weight, bias))
+    # Not F.group_norm, which refuses one value a group; its variance is 0.
+    out = torch.group_norm(x.to(compute), groups, w, b, eps)
+    if scale is not None:
+        out = out * (1 + _per_channel(scale, x, compute))
+    if shift is not None:
+        out = out + _per_channel(shift, x, compute)
+    return (F.silu(out) if activation else out).to(x.dtype)
+
+
+def _per_channel(parameter: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
+    """[C] or [B, C] in the compute dtype, to broadcast against x."""
+    return parameter.to(compute).reshape(*parameter.shape, *(1,) * (x.ndim - 2))
+
+
+def _raw_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = group_norm_silu_reference(x, weight, bias, scale, shift, groups, eps, activation)
+    _, mean, rstd = _normalised(x, groups, eps)
+    return y, mean.flatten(1).float(), rstd.flatten(1).float()
+
+
+def _normalised(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """h [B, groups, C / groups, P], and mean and rstd [B, groups, 1, 1]."""
+    shape = (x.shape[0], groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+    grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(shape)
+    mean = grouped.mean((2, 3), keepdim=True)
+    centred = grouped - mean
+    rstd = (centred.square().mean((2, 3), keepdim=True) + eps).rsqrt()
+    return centred * rstd, mean, rstd
+
+
+def group_norm_silu_backward_reference(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_rstd: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """dx, dweight, dbias, dscale, dshift; the formulas are in linfast.kernels.group_norm_silu.
+
+    mean and rstd are computed from x again, so that this is differentiable in x.
+    """
+    compute = torch.promote_types(x.dtype, torch.float32)
+    h, _, rstd = _normalised(x, groups, eps)
+
+    def channels(tensor: Tensor | None, otherwise: float) -> Tensor:
+        tensor = x.new_full(x.shape[1:2], otherwise) if tensor is None else tensor
+        return tensor.to(compute).reshape(*tensor.shape[:-1], *h.shape[1:3], 1)
+
+    w, b, gain, t = channels(weight, 1.0), channels(bias, 0.0), 1 + channels(scale, 0.0), channels(shift, 0.0)
+    d = (torch.zeros_like(x) if grad is None else grad).to(compute).reshape(h.shape)
+    if activation:
+        u = (h * w + b) * gain + t
+        s = torch.sigmoid(u)
+        d = d * (s * (1 + u * (1 - s)))
+    s1, s2 = d.sum(3, keepdim=True), (d * h).sum(3, keepdim=True)
+    dh = d * (w * gain)
+    dx = rstd * (dh - dh.mean((2, 3), keepdim=True) - h * (dh * h).mean((2, 3), keepdim=True))
+    values = (dx, (gain * s2).sum(0), (gain * s1).sum(0), w * s2 + b * s1, s1)
+    return tuple(
+        value.reshape(tensor.shape).to(tensor.dtype)
+        if need and tensor is not None
+        else x.new_empty(0, dtype=torch.float32)
+        for value, tensor, need in zip(values, (x, weight, bias, scale, shift), needs, strict=True)
+    )
+
+
+def _fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    groups = rest[4]
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))  # type: ignore[arg-type]
+    return like(x), mean, rstd
+
+
+def _fake_backward(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    needs: Sequence[bool] = rest[-1]  # type: ignore[assignment]
+    parameters = (
+        t.new_empty(t.shape) if isinstance(t, Tensor) and need else x.new_empty(0, dtype=torch.float32)
+        for t, need in zip(rest[:4], needs[1:], strict=True)
+    )
+    return (like(x) if needs[0] else x.new_empty(0, dtype=torch.float32), *parameters)
+
+
+_TENSORS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
+_CONSTANTS = "int groups, float eps, bool activation"
+_group_norm_silu = define_op(
+    RawOp(
+        f"group_norm_silu({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
+        _fake,
+        _raw_reference,
+        "group_norm_silu:launch_group_norm_silu",
+    ),
+    RawOp(
+        f"group_norm_silu_backward({_TENSORS}, Tensor mean, Tensor rstd, Tensor? grad, Tensor? grad_mean, "
+        f"Tensor? grad_rstd, {_CONSTANTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_backward,
+        group_norm_silu_backward_reference,
+        "group_norm_silu:launch_group_norm_silu_backward",
+    ),
+    saves=lambda inputs, outputs: (*inputs[:5], *outputs[1:]),
+    n_tensors=5,
+)
+
+
+def _check(x: Tensor, groups: int, *parameters: Tensor | None) -> None:
+    if x.ndim < 2:
+        raise ValueError(f"x must be [B, C, ...]; got {tuple(x.shape)}")
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups must divide the {x.shape[1]} channels of x {tuple(x.shape)}; got {groups}")
+    names, shapes = ("weight", "bias", "scale", "shift"), (x.shape[1:2],) * 2 + (x.shape[:2],) * 2
+    for name, tensor, shape in zip(names, parameters, shapes, strict=True):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)} for x {tuple(x.shape)}; got {tuple(tensor.shape)}")

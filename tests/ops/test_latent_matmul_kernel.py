@@ -1,0 +1,286 @@
+"""The bank's grouped product against float64: sizes, indices, layouts, alpha and bias; and the plain cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linfast.bench.memory import peak_bytes
+from torch import Tensor
+
+import linfast as lf
+from linfast.ops import latent_matmul
+from tests.ops.budget import DEVICE, assert_within_budget, hostile
+
+# (B, K, n_out, n_in): one of everything, more operators than rows, both tiles, more rows and columns than one.
+SIZES = [(1, 1, 1, 1), (9, 3, 7, 5), (3, 11, 5, 7), (200, 3, 70, 33), (130, 1, 33, 70), (40, 2, 66, 66)]
+
+
+def _inputs(
+    size: tuple[int, int, int, int], dtype: torch.dtype = torch.float32, bias: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """(index, [z, A, bias])."""
+    batch, n_operators, n_out, n_in = size
+    index = torch.randint(n_operators, (batch,), device=DEVICE)
+    shapes = [(batch, n_in), (n_operators, n_out, n_in), *([(n_out,)] if bias else [])]
+    return index, [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
+
+
+def _outputs_and_gradients(index: Tensor, alpha: float = 0.0):
+    """(y, dz, dA, dbias) for a fixed random cotangent."""
+
+    def call(z: Tensor, A: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        y = latent_matmul(z, A, index, alpha=alpha, bias=bias)
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        return (y, *torch.autograd.grad(y, [z, A] if bias is None else [z, A, bias], cotangent))
+
+    return call
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_size(size: tuple[int, int, int, int], bias: bool) -> None:
+    index, inputs = _inputs(size, bias=bias)
+    assert_within_budget(_outputs_and_gradients(index), inputs)
+    if size[2] == size[3]:
+        assert_within_budget(_outputs_and_gradients(index, -1.3), inputs)
+
+
+@pytest.mark.parametrize("picks", [[2] * 70, [0, 3] * 40, [3, 2, 1, 0], [1]])
+def test_operators_without_rows_and_with_many(picks: list[int]) -> None:
+    _, inputs = _inputs((len(picks), 4, 6, 6))
+    assert_within_budget(_outputs_and_gradients(torch.tensor(picks, device=DEVICE), 0.5), inputs)
+
+
+@pytest.mark.parametrize("size", [(0, 3, 5, 5), (4, 3, 0, 5), (4, 3, 5, 0), (0, 0, 5, 5)])
+def test_empty_sizes(size: tuple[int, int, int, int]) -> None:
+    index = torch.zeros(size[0], dtype=torch.int64, device=DEVICE)
+    _, inputs = _inputs((size[0], max(size[1], 1), *size[2:]))
+    inputs[1] = inputs[1].detach()[: size[1]].requires_grad_()
+    assert_within_budget(_outputs_and_gradients(index), inputs)
+
+
+def test_half_precision_sums_in_fp32() -> None:
+    index, inputs = _inputs((90, 2, 70, 70), torch.float16)
+    with lf.backend("triton"):
+        assert latent_matmul(*inputs[:2], index).dtype == torch.float16
+    assert_within_budget(_outputs_and_gradients(index, 0.5), inputs)
+
+
+def test_strides_of_inputs_and_of_the_incoming_gradient() -> None:
+    index, tensors = _inputs((6, 3, 8, 8))
+    bias, cotangent = torch.randn(16, device=DEVICE)[::2].requires_grad_(), torch.randn(6, 8, device=DEVICE)
+    for name in hostile(cotangent):
+        strided = [*(hostile(t.detach())[name].requires_grad_() for t in tensors[:2]), bias]
+
+        def call(z: Tensor, A: Tensor, bias: Tensor, name: str = name) -> tuple[Tensor, ...]:
+            y = latent_matmul(z, A, index.repeat_interleave(2)[::2], alpha=0.7, bias=bias)
+            return (y, *torch.autograd.grad(y, (z, A, bias), hostile(cotangent.to(y.dtype))[name]))
+
+        assert_within_budget(call, strided)
+
+
+@pytest.mark.parametrize("only", [0, 1, 2])
+def test_each_gradient_alone(only: int) -> None:
+    index, inputs = _inputs((9, 3, 5, 5))
+    inputs = [t.detach().requires_grad_(i == only) for i, t in enumerate(inputs)]
+
+    def call(z: Tensor, A: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y = latent_matmul(z, A, index, alpha=0.3, bias=bias)
+        return torch.autograd.grad(y.square().sum(), (z, A, bias)[only])
+
+    assert_within_budget(call, inputs)
+
+
+def test_gradients_that_are_not_needed_are_not_computed() -> None:
+    index, (z, A, _) = _inputs((9, 3, 5, 5))
+    run = torch.ops.linfast.latent_matmul_backward.default
+    with torch.no_grad():
+        got = run(z, A, index, z, 0.0, [False, True, False, False])
+    assert [tuple(g.shape) for g in got] == [(0,), (3, 5, 5), (0,), (0,)]
+
+
+@pytest.mark.parametrize("kind", ["one", "one a sample", "bank"])
+def test_alpha_as_a_tensor_has_a_gradient(kind: str) -> None:
+    index, (z, A, bias) = _inputs((3, 3, 5, 5))
+    A = (A[0] if kind == "one" else A).detach().requires_grad_()
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        z, A, bias, alpha = inputs
+        y = latent_matmul(z, A, index if kind == "bank" else None, alpha=alpha, bias=bias)
+        return (y, *torch.autograd.grad(y.square().sum(), inputs))
+
+    assert_within_budget(call, [z, A, bias, torch.tensor(1.3, device=DEVICE, requires_grad=True)])
+
+
+def test_a_bank_is_the_operator_each_row_picks() -> None:
+    index, (z, A, bias) = _inputs((40, 3, 7, 7))
+    rows = torch.stack([A[k] @ row + 0.5 * row + bias for k, row in zip(index.tolist(), z, strict=True)])
+    for name in ("triton", "reference"):
+        with lf.backend(name):
+            torch.testing.assert_close(latent_matmul(z, A, index, alpha=0.5, bias=bias), rows)
+            torch.testing.assert_close(latent_matmul(z, A[index], alpha=0.5, bias=bias), rows)
+            same = [latent_matmul(z, A[0], i, alpha=0.5, bias=bias) for i in (None,)]
+            torch.testing.assert_close(same[0], latent_matmul(z, A[:1], index * 0, alpha=0.5, bias=bias))
+
+
+def test_second_derivatives_are_the_references() -> None:
+    index, inputs = _inputs((6, 3, 4, 4))
+
+    def call(z: Tensor, A: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        y = latent_matmul(z, A, index, alpha=0.4, bias=bias)
+        first = torch.autograd.grad(y.pow(3).sum(), (z, A, bias), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (z, A, bias))
+
+    assert_within_budget(call, inputs)
+
+
+def test_the_same_bits_twice_and_with_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    import linfast.kernels.latent_matmul as kernels
+
+    index, inputs = _inputs((100, 3, 66, 66))
+    call = _outputs_and_gradients(index, 0.5)
+    with lf.backend("triton"):
+        first, second = call(*inputs), call(*inputs)
+        monkeypatch.setattr(kernels, "needs_int64", lambda *_: True)
+        wide = call(*inputs)
+    for a, b, c in zip(first, second, wide, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_an_index_outside_the_bank(monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+    import linfast.kernels.latent_matmul as kernels
+
+    index, (z, A, _) = _inputs((5, 3, 4, 4))
+    index[2] = wrong
+    for name in ("triton", "reference") if DEVICE == "cpu" else ():
+        with lf.backend(name), pytest.raises(ValueError, match=r"index must be in \[0, 3\)"):
+            latent_matmul(z, A, index)
+    monkeypatch.setattr(kernels, "_check_index", lambda *_: None)  # as on a GPU
+    with lf.backend("triton"):
+        y = latent_matmul(z, A, index)
+        dz, dA = torch.autograd.grad(y.sum(), (z, A))
+    assert y.isnan().any(1).tolist() == dz.isnan().any(1).tolist() == [False, False, True, False, False]
+    assert not dA.isnan().any()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_opcheck(bias: bool, alpha: float) -> None:
+    index, inputs = _inputs((7, 3, 5, 5))
+    z, A, b = (t.detach() for t in inputs)
+    torch.library.opcheck(torch.ops.linfast.latent_matmul.default, (z, A, index, b if bias else None, alpha))
+    backward = torch.ops.linfast.latent_matmul_backward.default
+    for i in (0, 1, 3, None):
+        needs = [i in (None, j) and j != 2 for j in range(4)]
+        torch.library.opcheck(backward, (z, A, index, torch.randn_like(z), alpha, needs))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the plain path's memory")
+@pytest.mark.parametrize("one_op", [False, True])
+def test_a_bank_is_never_gathered(monkeypatch: pytest.MonkeyPatch, one_op: bool) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0" if one_op else "1")
+    index, inputs = _inputs((512, 3, 64, 64), bias=False)
+
+    def call(z: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(latent_matmul(z, A, index).sum(), (z, A))
+
+    assert peak_bytes(call, tuple(inputs), torch.device("cpu")) < 512 * 64 * 64  # a quarter of A[index]
+
+
+def test_it_compiles_whole_and_runs_the_kernels() -> None:
+    index, inputs = _inputs((7, 3, 5, 5))
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(z: Tensor, A: Tensor, bias: Tensor) -> Tensor:
+        return latent_matmul(z, A, index, alpha=0.5, bias=bias).square().sum()
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    with lf.backend("triton"):
+        compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+        expected = torch.autograd.grad(loss(*inputs), inputs)
+    torch.testing.assert_close(got, expected)
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert called.count("linfast.latent_matmul.default") == 1
+    assert called.count("linfast.latent_matmul_backward.default") == 1
+
+
+def test_functional_transforms() -> None:
+    index, inputs = _inputs((3, 2, 4, 4))
+    z, A, bias = (t.detach() for t in inputs)
+
+    def loss(z: Tensor, A: Tensor, index: Tensor = index) -> Tensor:
+        return latent_matmul(z, A, index, alpha=0.5, bias=bias).square().sum()
+
+    def transforms() -> list[Tensor]:
+        jacobian = torch.func.jacrev(lambda z: latent_matmul(z, A, index))
+        return [*torch.func.grad(loss, argnums=(0, 1))(z, A), jacobian(z)]
+
+    with lf.backend("reference"):
+        expected = transforms()
+    with lf.backend("triton"):
+        got = transforms()
+        rows = torch.func.vmap(lambda z, i: torch.func.grad(loss)(z[None], A, i[None])[0])(z, index)
+        banks = torch.func.vmap(lambda z, i: torch.func.grad(loss, argnums=1)(z[None], A, i[None]))(z, index)
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(lambda z: loss(z, A), (z,), (z,))
+    torch.testing.assert_close(rows, expected[0])
+    torch.testing.assert_close(banks.sum(0), expected[1])
+    for value, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, right)
+
+
+def test_what_launches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str):
+        raise AssertionError(path)
+
+    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    index, inputs = _inputs((3, 3, 4, 4))
+    z, A, bias = (t.detach() for t in inputs)
+    with lf.backend("triton"):
+        latent_matmul(z.double(), A.double(), index, bias=bias.double())
+        latent_matmul(z, A)
+        latent_matmul(z, A[0], bias=bias)
+        with pytest.raises(AssertionError, match="latent_matmul:launch"):
+            latent_matmul(z, A, index)
+    with lf.backend("reference"):
+        latent_matmul(z, A, index)
+
+
+def test_without_the_interpreter_a_cpu_bank_is_one_op_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    index, inputs = _inputs((7, 3, 5, 5), torch.float64)
+    inputs = [t.detach().cpu().requires_grad_() for t in inputs]
+    index = index.cpu()
+
+    def call(*inputs: Tensor) -> Tensor:
+        return latent_matmul(*inputs[:2], index, alpha=0.5, bias=inputs[2])
+
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index": torch.zeros(4, dtype=torch.int64)}, r"index must be \[3\] int64 .* got \(4,\) int64"),
+        ({"index": torch.zeros(3, dtype=torch.int32)}, r"got \(3,\) int32"),
+        ({"A": torch.zeros(5, 4)}, r"A must be a bank .* got \(5, 4\)"),
+        ({"alpha": 1.0}, r"alpha must be 0 unless A is square; got A \(2, 5, 4\)"),
+        ({"bias": torch.zeros(4)}, r"bias must be \[5\] .* got \(4,\)"),
+        ({"z": torch.zeros(3, 5)}, r"z must be \[B, n_in\]"),
+        ({"index": None}, "A has 2 operators for 3 rows of z"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_clear_errors(change: dict[str, Tensor], message: str) -> None:
+    arguments = {"z": torch.zeros(3, 4), "A": torch.zeros(2, 5, 4), "index": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(ValueError, match=message):
+        latent_matmul(**{**arguments, **change})

@@ -1,0 +1,248 @@
+"""The low-rank product's kernels against float64: shared and per-sample factors, ranks, layouts and strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linfast.bench.memory import peak_bytes
+from torch import Tensor
+
+import linfast as lf
+from linfast.ops import low_rank
+from tests.ops.budget import DEVICE, assert_within_budget, hostile
+
+# (B, N, M, r): odd sizes, one element, a rank past one tile, more rows than one tile and than all splits.
+SIZES = [
+    (3, 7, 7, 3),
+    (1, 1, 1, 1),
+    (2, 300, 300, 8),
+    (2, 9, 33, 5),
+    (2, 33, 9, 70),
+    (1, 5000, 40, 64),
+    (4, 600, 600, 4),
+]
+KINDS = ["both", "shared U", "shared V"]
+
+
+def _inputs(
+    size: tuple[int, int, int, int], kind: str = "both", dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    batch, n_in, n_out, rank = size
+    U, V = torch.randn(batch, n_out, rank), torch.randn(batch, n_in, rank)
+    shapes = (torch.randn(batch, n_in), U[0] if kind == "shared U" else U, V[0] if kind == "shared V" else V)
+    return [t.to(DEVICE, dtype).clone().requires_grad_() for t in shapes]
+
+
+def _outputs_and_gradients(alpha: float = 0.0):
+    """(y, dx, dU, dV) for a fixed random cotangent."""
+
+    def call(x: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
+        y = low_rank(x, U, V, alpha)
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        return (y, *torch.autograd.grad(y, (x, U, V), cotangent))
+
+    return call
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_size_and_sharing(size: tuple[int, int, int, int], kind: str) -> None:
+    assert_within_budget(_outputs_and_gradients(), _inputs(size, kind))
+    if size[1] == size[2]:
+        assert_within_budget(_outputs_and_gradients(-1.3), _inputs(size, kind))
+
+
+@pytest.mark.parametrize(
+    "size", [(0, 5, 5, 2), (2, 5, 5, 0), (0, 5, 5, 0), (2, 0, 0, 3), (2, 0, 4, 3), (2, 4, 0, 3)]
+)
+@pytest.mark.parametrize("kind", ["both", "shared U"])
+def test_empty_sizes(size: tuple[int, int, int, int], kind: str) -> None:
+    if size[0] == 0 and kind != "both":
+        size = (1, *size[1:])
+    for alpha in (0.0, 1.5) if size[1] == size[2] else (0.0,):
+        assert_within_budget(_outputs_and_gradients(alpha), _inputs(size, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_sums_in_fp32(kind: str) -> None:
+    x, U, V = _inputs((3, 600, 600, 8), kind, torch.float16)
+    with lf.backend("triton"):
+        assert low_rank(x, U, V).dtype == torch.float16
+    assert_within_budget(_outputs_and_gradients(0.5), [x, U, V])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strides_of_inputs_and_of_the_incoming_gradient(kind: str) -> None:
+    tensors = [t.detach() for t in _inputs((5, 6, 6, 4), kind)]
+    cotangent = torch.randn(5, 6).to(DEVICE)
+    for name in hostile(cotangent):
+        strided = [hostile(t)[name].requires_grad_() for t in tensors]
+
+        def call(x: Tensor, U: Tensor, V: Tensor, name: str = name) -> tuple[Tensor, ...]:
+            y = low_rank(x, U, V, 0.7)
+            gradient = hostile(cotangent.to(y.dtype))[name]
+            return (y, *torch.autograd.grad(y, (x, U, V), gradient))
+
+        assert_within_budget(call, strided)
+
+
+def test_transposed_factors_and_ones_that_keep_only_the_rank_dense() -> None:
+    x, U, V = (t.detach() for t in _inputs((3, 40, 40, 4)))
+    wide = torch.full((3, 40, 9), float("nan"), device=DEVICE)
+    wide[..., 2:6] = U
+    transposed = V.mT.contiguous().mT
+    assert_within_budget(_outputs_and_gradients(), [t.requires_grad_() for t in (x, wide[..., 2:6], transposed)])
+
+
+@pytest.mark.parametrize("only", [0, 1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_gradient_alone(only: int, kind: str) -> None:
+    inputs = [t.detach().requires_grad_(i == only) for i, t in enumerate(_inputs((3, 20, 20, 3), kind))]
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(low_rank(*inputs, 0.3).square().sum(), inputs[only])
+
+    assert_within_budget(call, inputs)
+
+
+def test_gradients_that_are_not_needed_are_not_computed() -> None:
+    x, U, V = (t.detach() for t in _inputs((3, 20, 20, 3)))
+    t = torch.einsum("bn,bnr->br", x, V)
+    run = torch.ops.linfast.low_rank_backward.default
+    assert [tuple(g.shape) for g in run(x, U, V, t, x, None, 0.0, [False, True, False])] == [(0,), (3, 20, 3), (0,)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_of_the_projection_is_added(kind: str) -> None:
+    from linfast.ops.low_rank import low_rank_backward_reference
+
+    x, U, V = (t.detach() for t in _inputs((3, 20, 20, 3), kind))
+    t, grad_t = torch.randn(2, 3, 3, device=DEVICE)
+    for grad in (None, torch.randn_like(x)):
+        arguments = (x, U, V, t, grad, grad_t, 0.5, [True, True, True])
+        for got, expected in zip(
+            torch.ops.linfast.low_rank_backward(*arguments), low_rank_backward_reference(*arguments), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alpha_as_a_tensor_has_a_gradient(kind: str) -> None:
+    def call(x: Tensor, U: Tensor, V: Tensor, alpha: Tensor) -> tuple[Tensor, ...]:
+        y = low_rank(x, U, V, alpha)
+        return (y, *torch.autograd.grad(y.square().sum(), (x, U, V, alpha)))
+
+    alpha = torch.tensor(1.3, device=DEVICE, requires_grad=True)
+    assert_within_budget(call, [*_inputs((3, 20, 20, 3), kind), alpha])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_are_the_references(kind: str) -> None:
+    def call(x: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
+        y = low_rank(x, U, V, 0.4)
+        first = torch.autograd.grad(y.pow(3).sum(), (x, U, V), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, U, V))
+
+    assert_within_budget(call, _inputs((2, 5, 5, 2), kind))
+
+
+def test_the_same_bits_twice_and_in_any_batch() -> None:
+    call, inputs = _outputs_and_gradients(0.5), _inputs((3, 700, 700, 8))
+    with lf.backend("triton"):
+        first, second = call(*inputs), call(*inputs)
+        with torch.no_grad():
+            alone = low_rank(*(t[1:2] for t in inputs), 0.5)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(alone[0], first[0][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int64_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    import linfast.kernels.low_rank as kernels
+
+    call, inputs = _outputs_and_gradients(0.5), _inputs((3, 300, 300, 5), kind)
+    with lf.backend("triton"):
+        narrow = call(*inputs)
+        monkeypatch.setattr(kernels, "needs_int64", lambda *_: True)
+        wide = call(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_opcheck(kind: str, alpha: float) -> None:
+    x, U, V = (t.detach() for t in _inputs((3, 7, 7, 2), kind))
+    torch.library.opcheck(torch.ops.linfast.low_rank.default, (x, U, V, alpha))
+    t, grad = torch.randn(3, 2, device=DEVICE), torch.randn_like(x)
+    backward = torch.ops.linfast.low_rank_backward.default
+    for grads in ((grad, None), (None, t), (grad, t)):
+        for needs in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
+            torch.library.opcheck(backward, (x, U, V, t, *grads, alpha, needs))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the plain path's memory")
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_matrix_of_n_by_n_is_made(kind: str) -> None:
+    inputs = [t.detach() for t in _inputs((2, 2048, 2048, 2), kind)]
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        inputs = tuple(t.detach().requires_grad_() for t in inputs)
+        return torch.autograd.grad(low_rank(*inputs, 0.5).sum(), inputs)
+
+    assert peak_bytes(call, tuple(inputs), torch.device("cpu")) < 2048 * 2048  # a quarter of one fp32 matrix
+
+
+def test_it_compiles_whole_and_runs_the_kernels() -> None:
+    inputs, graphs = _inputs((3, 12, 12, 2)), []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        return low_rank(x, U, V, 0.5).square().sum()
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    with lf.backend("triton"):
+        compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+        expected = torch.autograd.grad(loss(*inputs), inputs)
+    torch.testing.assert_close(got, expected)
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert called.count("linfast.low_rank.default") == 1
+    assert called.count("linfast.low_rank_backward.default") == 1
+
+
+def test_functional_transforms() -> None:
+    x, U, V = (t.detach() for t in _inputs((3, 4, 4, 2)))
+
+    def loss(x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+        return low_rank(x, U, V, 0.5).square().sum()
+
+    def transforms() -> list[Tensor]:
+        one_row = torch.func.vmap(lambda *a: torch.func.grad(loss)(*(t[None] for t in a))[0])
+        jacobian = torch.func.jacrev(lambda x: low_rank(x, U, V))
+        return [*torch.func.grad(loss, argnums=(1, 2))(x, U, V), one_row(x, U, V), jacobian(x)]
+
+    with lf.backend("triton"):
+        got = transforms()
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(lambda x: loss(x, U, V), (x,), (x,))
+    for value, expected in zip(got, transforms(), strict=True):
+        torch.testing.assert_close(value, expected)
+
+
+def test_what_launches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str):
+        raise AssertionError(path)
+
+    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    x, U, V = (t.detach() for t in _inputs((3, 4, 4, 2)))
+    with lf.backend("triton"):
+        low_rank(x.double(), U.double(), V.double())
+        low_rank(x, U[0], V[0])
+        with pytest.raises(AssertionError, match="low_rank:launch"):
+            low_rank(x, U, V)
+    with lf.backend("reference"):
+        low_rank(x, U, V)
