@@ -48,6 +48,14 @@ def test_loading_an_uninitialised_one_asks_for_data_again() -> None:
     assert float(g.bias.detach().mean()) < -4
 
 
+def test_no_rows_initialise_nothing() -> None:
+    g = lf.ActNorm(3)
+    assert g(torch.empty(0, 3)).shape == (0, 3)
+    assert not bool(g.initialized)
+    g(5 + torch.randn(16, 3))
+    assert bool(g.initialized)
+
+
 def test_inverse_before_data_is_the_identity() -> None:
     z = torch.randn(4, 3)
     g = lf.ActNorm(3)
