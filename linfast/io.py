@@ -46,7 +46,7 @@ for _cls in (
     flows.Flow, flows.Householder, flows.Inverse, flows.MLP, flows.Mix, flows.Permute, flows.Squeeze,
     operators.BlockDiagonal, operators.Dense, operators.DepthwiseConv, operators.Diagonal,
     operators.LowRank, operators.Projection, operators.TimeLowRank,
-    operators.base.Product, operators.base.Scaled, operators.base.Sum, operators.base.Transposed,
+    operators.lazy.Product, operators.lazy.Scaled, operators.lazy.Sum, operators.lazy.Transposed,
     Linearizer,
 ):  # fmt: skip
     register(_cls)

@@ -5,7 +5,7 @@ Column-vector maths on batches of row vectors: A(z) = z @ A.mT for z [B, n_in].
 Two kinds of operator:
 
     Leaf   holds numbers: Dense, Diagonal, LowRank, DepthwiseConv, BlockDiagonal.
-    Lazy   holds operators: A.T, A @ B, A + B, c * A. A live view of its parts.
+    Lazy   holds operators: A.T, A @ B, A + B, c * A (lazy.py). A live view of its parts.
 
 ``closed()`` turns any operator into the Leaf it equals now. inverse, pinv, svd,
 eig, ** and norm are asked of that Leaf and computed anew: differentiable snapshots,
@@ -29,7 +29,7 @@ from .spectral import SVD, Eig, cutoff, largest
 if TYPE_CHECKING:
     from .dense import Dense
 
-__all__ = ["LatentOperator", "Lazy", "Leaf", "Product", "Scaled", "Sum", "Transposed", "check_size", "hold"]
+__all__ = ["LatentOperator", "Leaf", "check_size", "hold"]
 
 
 class LatentOperator(nn.Module):
@@ -88,29 +88,29 @@ class LatentOperator(nn.Module):
     @property
     def T(self) -> LatentOperator:
         """The transpose, a live view."""
-        return Transposed(self)
+        return lazy.Transposed(self)
 
     def __matmul__(self, other: LatentOperator) -> LatentOperator:
-        return Product(self, _operator(other, "@"))
+        return lazy.Product(self, _operator(other, "@"))
 
     def __add__(self, other: LatentOperator) -> LatentOperator:
-        return Sum(self, _operator(other, "+"))
+        return lazy.Sum(self, _operator(other, "+"))
 
     def __sub__(self, other: LatentOperator) -> LatentOperator:
-        return Sum(self, Scaled(-1.0, _operator(other, "-")))
+        return lazy.Sum(self, lazy.Scaled(-1.0, _operator(other, "-")))
 
     def __mul__(self, factor: float | Tensor) -> LatentOperator:
-        return Scaled(factor, self)
+        return lazy.Scaled(factor, self)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> LatentOperator:
         if not isinstance(divisor, (int, float)):  # 1 / tensor, taken now, would not be a live view
             raise TypeError(f"an operator is divided by a number; got {divisor!r}; scale it: (1 / a) * A")
-        return Scaled(1.0 / divisor, self)
+        return lazy.Scaled(1.0 / divisor, self)
 
     def __neg__(self) -> LatentOperator:
-        return Scaled(-1.0, self)
+        return lazy.Scaled(-1.0, self)
 
     @outside_autocast
     def __pow__(self, n: int) -> LatentOperator:
@@ -235,161 +235,6 @@ class Leaf(LatentOperator):
         return self._dense()._eig()
 
 
-class Lazy(LatentOperator):
-    """An operator made of others. Its parts stay live; ``closed`` takes the snapshot."""
-
-    def parts(self) -> tuple[LatentOperator, ...]:
-        raise NotImplementedError
-
-    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
-        raise NotImplementedError
-
-    @property
-    def time_dependent(self) -> bool:
-        return any(part.time_dependent for part in self.parts())
-
-    def at(self, t: float | Tensor) -> LatentOperator:
-        return self._rebuild(*(part.at(t) for part in self.parts())) if self.time_dependent else self
-
-
-class Transposed(Lazy):
-    """A^T."""
-
-    operator: LatentOperator
-
-    def __init__(self, operator: LatentOperator) -> None:
-        super().__init__()
-        self.operator = operator
-        self.n_out, self.n_in = operator.n_in, operator.n_out
-
-    def parts(self) -> tuple[LatentOperator, ...]:
-        return (self.operator,)
-
-    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
-        return Transposed(*parts)
-
-    @property
-    def T(self) -> LatentOperator:
-        return self.operator
-
-    def _product(self, z: Tensor, transpose: bool) -> Tensor:
-        return self.operator._product(z, not transpose)
-
-    def to_dense(self) -> Tensor:
-        return self.operator.to_dense().mT
-
-    def closed(self) -> Leaf:
-        return self.operator.closed()._transposed()
-
-
-class Scaled(Lazy):
-    """factor * A, the factor a number or a 0-d tensor."""
-
-    factor: float | Tensor
-    operator: LatentOperator
-
-    def __init__(self, factor: float | Tensor, operator: LatentOperator) -> None:
-        super().__init__()
-        if not isinstance(factor, (int, float, Tensor)) or (isinstance(factor, Tensor) and factor.ndim):
-            raise TypeError(f"an operator is scaled by a number or a 0-d tensor; got {factor!r}")
-        hold(self, "factor", factor)
-        self.operator = operator
-        self.n_out, self.n_in = operator.n_out, operator.n_in
-
-    def parts(self) -> tuple[LatentOperator, ...]:
-        return (self.operator,)
-
-    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
-        return Scaled(self.factor, *parts)
-
-    def _product(self, z: Tensor, transpose: bool) -> Tensor:
-        return self.factor * self.operator._product(z, transpose)
-
-    def to_dense(self) -> Tensor:
-        return self.factor * self.operator.to_dense()
-
-    def closed(self) -> Leaf:
-        return self.operator.closed()._scaled(self.factor)
-
-
-class Sum(Lazy):
-    """A + B."""
-
-    def __init__(self, left: LatentOperator, right: LatentOperator) -> None:
-        super().__init__()
-        if (left.n_out, left.n_in) != (right.n_out, right.n_in):
-            raise ValueError(f"cannot add {_size(left)} and {_size(right)} operators")
-        self.left, self.right = left, right
-        self.n_out, self.n_in = left.n_out, left.n_in
-
-    def parts(self) -> tuple[LatentOperator, ...]:
-        return (self.left, self.right)
-
-    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
-        return Sum(*parts)
-
-    def _product(self, z: Tensor, transpose: bool) -> Tensor:
-        return self.left._product(z, transpose) + self.right._product(z, transpose)
-
-    def to_dense(self) -> Tensor:
-        return self.left.to_dense() + self.right.to_dense()
-
-    def closed(self) -> Leaf:
-        left, right = self.left.closed(), self.right.closed()
-        result = left._plus(right)
-        result = right._plus(left) if result is None else result
-        return left._dense()._plus(right) if result is None else result
-
-
-class Product(Lazy):
-    """A @ B: B first, then A."""
-
-    def __init__(self, left: LatentOperator, right: LatentOperator) -> None:
-        super().__init__()
-        if left.n_in != right.n_out:
-            raise ValueError(f"cannot multiply {_size(left)} by {_size(right)} operators")
-        self.left, self.right = left, right
-        self.n_out, self.n_in = left.n_out, right.n_in
-
-    @property
-    def T(self) -> LatentOperator:
-        return Product(self.right.T, self.left.T)
-
-    def parts(self) -> tuple[LatentOperator, ...]:
-        return (self.left, self.right)
-
-    def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
-        return Product(*parts)
-
-    def _product(self, z: Tensor, transpose: bool) -> Tensor:
-        first, second = (self.left, self.right) if transpose else (self.right, self.left)
-        return second._product(first._product(z, transpose), transpose)
-
-    @outside_autocast
-    def to_dense(self) -> Tensor:
-        return self.left.to_dense() @ self.right.to_dense()
-
-    def _closed_form(self) -> Leaf | None:
-        left, right = self.left.closed(), self.right.closed()
-        if right.absorbs or (result := left._times(right)) is None:
-            transposed = right._transposed()._times(left._transposed())
-            result = None if transposed is None else transposed._transposed()
-        return result
-
-    def closed(self) -> Leaf:
-        result = self._closed_form()
-        return self.left.closed()._dense()._times(self.right.closed()) if result is None else result
-
-    @outside_autocast
-    def inverse(self) -> LatentOperator:
-        """(A B)^{-1}: of the closed form where there is one, else B^{-1} A^{-1}, kept apart."""
-        self._check_square("inverse()")
-        result = self._closed_form()
-        if result is None and self.left.n_in == self.left.n_out:
-            return Product(self.right.inverse(), self.left.inverse())
-        return self.closed()._inverse()
-
-
 def hold(module: nn.Module, name: str, value: Any) -> None:
     """Keep a Parameter as one (trained), a tensor as a buffer (saved, moved), a number as it is."""
     if isinstance(value, Tensor) and not value.is_floating_point():
@@ -425,5 +270,4 @@ def _operator(value: object, symbol: str) -> LatentOperator:
     return value
 
 
-def _size(operator: LatentOperator) -> str:
-    return f"{operator.n_out} x {operator.n_in}"
+from . import lazy  # noqa: E402  # its classes are subclasses of those above
