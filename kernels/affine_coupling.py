@@ -28,10 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile, ceil_div, device_guard, like, needs_int64, positions, walk
+from .launch import Tile, Walk, ceil_div, device_guard, like, needs_int64, positions, walk
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 
-__all__ = ["TILES", "choose_tile", "launch_affine_coupling", "launch_affine_coupling_backward"]
+__all__ = [
+    "TILES",
+    "choose_tile",
+    "halves",
+    "launch_affine_coupling",
+    "launch_affine_coupling_backward",
+    "load_coupled",
+    "shift_and_raw",
+]
 
 # (widest row in elements, tile). 1024 elements over 128 threads are 8 a thread: two 16-byte
 # loads of each tensor in flight, and 32 registers forward, 44 backward on sm_90 (2048 elements:
@@ -59,6 +67,19 @@ def _tile(n_rows, n_outer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT64: tl.
         column = column.to(tl.int64)
     batch = row // n_outer
     return row, batch[:, None], (row - batch * n_outer)[:, None], column[None, :]
+
+
+@triton.jit
+def load_coupled(
+    value_at, shift_at, raw_at, mask, bound, floor,
+    KIND: tl.constexpr, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr,
+):  # fmt: skip
+    """(the moved half after the coupling, shift, raw, log_s) in fp32; meaningless outside the mask, but finite."""
+    value = tl.load(value_at, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(shift_at, mask=mask, other=0.0).to(tl.float32)
+    raw = tl.load(raw_at, mask=mask, other=0.0).to(tl.float32)
+    log_s = log_scale(raw, bound, floor, KIND)
+    return couple(value, shift, log_s, SCALE_FIRST, INVERSE), shift, raw, log_s
 
 
 @triton.jit
@@ -104,11 +125,9 @@ def _affine_coupling_kernel(
 
     moves = inside & (o < outer_moved) & (i < inner_moved)
     p_at = b * stride_pb + o * stride_po + i * stride_pi
-    value = tl.load(moved_ptr + x_at, mask=moves, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + p_at, mask=moves, other=0.0).to(tl.float32)
-    raw = tl.load(raw_ptr + p_at, mask=moves, other=0.0).to(tl.float32)
-    log_s = log_scale(raw, bound, floor, KIND)
-    y = couple(value, shift, log_s, SCALE_FIRST, INVERSE)
+    y, _, _, log_s = load_coupled(
+        moved_ptr + x_at, shift_ptr + p_at, raw_ptr + p_at, moves, bound, floor, KIND, SCALE_FIRST, INVERSE
+    )
     tl.store(y_moved_ptr + y_at, y.to(y_moved_ptr.dtype.element_ty), mask=moves)
     if LOG_DET:
         total = tl.sum(tl.where(moves, log_s, 0.0), 1)
@@ -187,18 +206,27 @@ def _affine_coupling_backward_kernel(
     tl.store(draw_ptr + q_at, draw.to(draw_ptr.dtype.element_ty), mask=moves)
 
 
-def _halves(x: Tensor, moves_second: bool) -> tuple[Tensor, Tensor]:
-    """(moved, kept) views of [B, C, P]."""
+def halves(x: Tensor, moves_second: bool) -> tuple[Tensor, Tensor]:
+    """(moved, kept) views along dim 1."""
     first = (x.shape[1] + 1) // 2
-    halves = (x[:, :first], x[:, first:])
-    return halves[::-1] if moves_second else halves
+    parts = (x[:, :first], x[:, first:])
+    return parts[::-1] if moves_second else parts
 
 
-def _shift_and_raw(params: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def shift_and_raw(params: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Views of [B, 2 C, P]."""
     if interleaved:
         return params[:, 0::2], params[:, 1::2]
     return params[:, : params.shape[1] // 2], params[:, params.shape[1] // 2 :]
+
+
+def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...], tuple[int, int], Tile]:
+    """((n_rows, n_outer, outer and inner extents of each half), grid, tile)."""
+    (outer_m, inner_m), (outer_k, inner_k) = path.sizes(moved), path.sizes(kept)
+    n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
+    n_rows, tile = moved.shape[0] * n_outer, choose_tile(inner)
+    sizes = (n_rows, n_outer, outer_m, inner_m, outer_k, inner_k)
+    return sizes, (ceil_div(n_rows, tile.rows), ceil_div(inner, tile.columns)), tile
 
 
 def launch_affine_coupling(
@@ -217,19 +245,15 @@ def launch_affine_coupling(
     y = like(x)
     if x.numel() == 0:
         return y, x.new_zeros(x.shape[0] if log_det else 0, dtype=torch.float32)
-    moved, kept = _halves(positions(x), moves_second)
-    y_moved, y_kept = _halves(positions(y), moves_second)
-    shift, raw = _shift_and_raw(positions(params), interleaved)
+    moved, kept = halves(positions(x), moves_second)
+    y_moved, y_kept = halves(positions(y), moves_second)
+    shift, raw = shift_and_raw(positions(params), interleaved)
     path = walk(moved, kept, shift, y_moved, y_kept)
-    (outer_m, inner_m), (outer_k, inner_k) = path.sizes(moved), path.sizes(kept)
-    n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
-    n_rows, tile = x.shape[0] * n_outer, choose_tile(inner)
-    n_columns = ceil_div(inner, tile.columns)
-    partial = x.new_empty((x.shape[0], n_outer * n_columns) if log_det else (0,), dtype=torch.float32)
+    sizes, grid, tile = _row_grid(path, moved, kept)
+    partial = x.new_empty((x.shape[0], sizes[1] * grid[1]) if log_det else (0,), dtype=torch.float32)
     with device_guard(x):
-        _affine_coupling_kernel[(ceil_div(n_rows, tile.rows), n_columns)](
-            moved, kept, shift, raw, y_moved, y_kept, partial,
-            n_rows, n_outer, outer_m, inner_m, outer_k, inner_k,
+        _affine_coupling_kernel[grid](
+            moved, kept, shift, raw, y_moved, y_kept, partial, *sizes,
             *path.strides(moved), *path.strides(shift), *path.strides(y_moved), bound, floor,
             KIND=kind, SCALE_FIRST=scale_first, INVERSE=inverse, LOG_DET=log_det,
             INT64=needs_int64(x, y, params), ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
@@ -258,20 +282,17 @@ def launch_affine_coupling_backward(
     if y.numel() == 0:
         return dx, dparams
     grad = y.new_zeros(()).expand_as(y) if grad is None else grad
-    y_moved, _ = _halves(positions(y), moves_second)
-    grad_moved, grad_kept = _halves(positions(grad), moves_second)
-    dx_moved, dx_kept = _halves(positions(dx), moves_second)
-    shift, raw = _shift_and_raw(positions(params), interleaved)
-    dshift, draw = _shift_and_raw(positions(dparams), interleaved)
+    y_moved, _ = halves(positions(y), moves_second)
+    grad_moved, grad_kept = halves(positions(grad), moves_second)
+    dx_moved, dx_kept = halves(positions(dx), moves_second)
+    shift, raw = shift_and_raw(positions(params), interleaved)
+    dshift, draw = shift_and_raw(positions(dparams), interleaved)
     path = walk(y_moved, grad_moved, grad_kept, shift, dshift, dx_moved, dx_kept)
-    (outer_m, inner_m), (outer_k, inner_k) = path.sizes(grad_moved), path.sizes(grad_kept)
-    n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
-    n_rows, tile = y.shape[0] * n_outer, choose_tile(inner)
+    sizes, grid, tile = _row_grid(path, grad_moved, grad_kept)
     h = grad if grad_log_det is None else grad_log_det
     with device_guard(y):
-        _affine_coupling_backward_kernel[(ceil_div(n_rows, tile.rows), ceil_div(inner, tile.columns))](
-            y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw,
-            n_rows, n_outer, outer_m, inner_m, outer_k, inner_k,
+        _affine_coupling_backward_kernel[grid](
+            y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw, *sizes,
             *path.strides(y_moved), *path.strides(shift), *path.strides(grad_moved), *path.strides(dx_moved),
             *path.strides(dshift), h.stride(0), bound, floor,
             KIND=kind, SCALE_FIRST=scale_first, INVERSE=inverse, LOG_DET=grad_log_det is not None,

@@ -30,7 +30,27 @@ from torch import Tensor
 
 from .launch import ceil_div, device_guard, needs_int64, positions
 
-__all__ = ["DOTS", "SPLITS", "UNROLLED", "WEIGHTS", "launch_channel_mix", "launch_channel_mix_backward", "like"]
+__all__ = [
+    "DOTS",
+    "SPLITS",
+    "UNROLLED",
+    "WEIGHTS",
+    "MixTile",
+    "column_numbers",
+    "column_offsets",
+    "column_strides",
+    "dot_chunk",
+    "half_precision",
+    "launch_channel_mix",
+    "launch_channel_mix_backward",
+    "like",
+    "load_channels",
+    "merged",
+    "store_products",
+    "tile_for",
+    "weight_partials",
+    "weighted_sum",
+]
 
 
 @dataclass(frozen=True)
@@ -69,12 +89,22 @@ SPLITS = 512  # about four programs a multiprocessor; the partials of C = 128 ar
 _CHUNKS_A_SPLIT = 8  # fewer chunks would write more partials than they read
 
 
-def _tile_for(width: int, table: tuple[tuple[int, MixTile], ...]) -> MixTile:
+def tile_for(width: int, table: tuple[tuple[int, MixTile], ...]) -> MixTile:
     return next(tile for widest, tile in table if width <= widest)
 
 
 @triton.jit
-def _offsets(n, n_positions, stride_b, stride_p, MERGED: tl.constexpr):
+def column_numbers(COLUMNS: tl.constexpr, INT64: tl.constexpr):
+    """The columns n = b P + p of a program."""
+    if INT64:
+        n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    else:
+        n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    return n
+
+
+@triton.jit
+def column_offsets(n, n_positions, stride_b, stride_p, MERGED: tl.constexpr):
     """Offsets of columns n = b P + p."""
     if MERGED:
         at = n * stride_p
@@ -95,30 +125,61 @@ def _operand(value, HALF: tl.constexpr):
 
 
 @triton.jit
+def dot_chunk(total, weight_ptr, o, c, n_out, n_in, stride_wo, stride_wc, x, HALF: tl.constexpr):
+    """total [O, N] + W[o, c] x [c, N] for one chunk of input channels c."""
+    mask = (o < n_out)[:, None] & (c < n_in)[None, :]
+    w = tl.load(weight_ptr + (o[:, None] * stride_wo + c[None, :] * stride_wc), mask=mask, other=0.0)
+    return tl.dot(_operand(w, HALF), _operand(x, HALF), total, input_precision="ieee")
+
+
+@triton.jit
+def store_products(
+    y_at, stride_yc, x, weight_ptr, stride_wo, stride_wc, bias_ptr, stride_bo, inside,
+    N_IN: tl.constexpr, N_OUT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """y[o] = sum_c W[o, c] x[c] + bias[o], x a tuple of vectors."""
+    for o in tl.static_range(N_OUT):
+        y = weighted_sum(x, weight_ptr + o * stride_wo, stride_wc, N_IN)
+        if BIAS:
+            y += tl.load(bias_ptr + o * stride_bo).to(tl.float32)
+        tl.store(y_at, y.to(y_at.dtype.element_ty), mask=inside)
+        y_at += stride_yc
+
+
+@triton.jit
+def weighted_sum(x, weight_ptr, stride, COUNT: tl.constexpr):
+    """sum_c weight[c] x[c], x a tuple of vectors."""
+    total = tl.zeros_like(x[0])
+    for c in tl.static_range(COUNT):
+        total += tl.load(weight_ptr + c * stride).to(tl.float32) * x[c]
+    return total
+
+
+@triton.jit
+def load_channels(at, stride, inside, COUNT: tl.constexpr):
+    """A tuple of COUNT fp32 vectors, ``stride`` apart."""
+    x = ()
+    for _ in tl.static_range(COUNT):
+        x = x + (tl.load(at, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+        at += stride
+    return x
+
+
+@triton.jit
 def _channel_mix_unrolled_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, n_columns, n_positions, stride_xb, stride_xc, stride_xp, stride_wo,
     stride_wc, stride_bo, stride_yb, stride_yc, stride_yp,
     N_IN: tl.constexpr, N_OUT: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    if INT64:
-        n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    n = column_numbers(COLUMNS, INT64)
     inside = n < n_columns
-    x_at = x_ptr + _offsets(n, n_positions, stride_xb, stride_xp, MERGED)
-    y_at = y_ptr + _offsets(n, n_positions, stride_yb, stride_yp, MERGED)
-    x = ()
-    for _ in tl.static_range(N_IN):
-        x = x + (tl.load(x_at, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-        x_at += stride_xc
-    for o in tl.static_range(N_OUT):
-        y = tl.zeros((COLUMNS,), tl.float32)
-        for c in tl.static_range(N_IN):
-            y += tl.load(weight_ptr + o * stride_wo + c * stride_wc).to(tl.float32) * x[c]
-        if BIAS:
-            y += tl.load(bias_ptr + o * stride_bo).to(tl.float32)
-        tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
-        y_at += stride_yc
+    x_at = x_ptr + column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)
+    y_at = y_ptr + column_offsets(n, n_positions, stride_yb, stride_yp, MERGED)
+    x = load_channels(x_at, stride_xc, inside, N_IN)
+    store_products(
+        y_at, stride_yc, x, weight_ptr, stride_wo, stride_wc, bias_ptr, stride_bo, inside, N_IN, N_OUT, BIAS
+    )  # fmt: skip
 
 
 @triton.jit
@@ -128,23 +189,19 @@ def _channel_mix_dot_kernel(
     HALF: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr, OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    n = column_numbers(COLUMNS, INT64)
     o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, DEPTH)
     if INT64:
-        n = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
         o, k = o.to(tl.int64), k.to(tl.int64)
     inside = (n < n_columns)[None, :]
-    x_at = _offsets(n, n_positions, stride_xb, stride_xp, MERGED)[None, :]
-    y_at = _offsets(n, n_positions, stride_yb, stride_yp, MERGED)[None, :]
+    x_at = column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[None, :]
+    y_at = column_offsets(n, n_positions, stride_yb, stride_yp, MERGED)[None, :]
     total = tl.zeros((OUTPUTS, COLUMNS), tl.float32)
     for first in range(0, n_in, DEPTH):
         c = first + k
-        there = c < n_in
-        w_at = o[:, None] * stride_wo + c[None, :] * stride_wc
-        w = tl.load(weight_ptr + w_at, mask=(o < n_out)[:, None] & there[None, :], other=0.0)
-        x = tl.load(x_ptr + x_at + c[:, None] * stride_xc, mask=there[:, None] & inside, other=0.0)
-        total = tl.dot(_operand(w, HALF), _operand(x, HALF), total, input_precision="ieee")
+        x = tl.load(x_ptr + x_at + c[:, None] * stride_xc, mask=(c < n_in)[:, None] & inside, other=0.0)
+        total = dot_chunk(total, weight_ptr, o, c, n_out, n_in, stride_wo, stride_wc, x, HALF)
     if BIAS:
         total += tl.load(bias_ptr + o * stride_bo, mask=o < n_out, other=0.0).to(tl.float32)[:, None]
     mask = (o < n_out)[:, None] & inside
@@ -168,10 +225,10 @@ def _channel_mix_weight_kernel(
     for chunk in range(0, n_chunks):
         n = (split * n_chunks + chunk) * COLUMNS + tl.arange(0, COLUMNS)
         inside = n < n_columns
-        g_at = _offsets(n, n_positions, stride_gb, stride_gp, MERGED)[None, :] + o[:, None] * stride_gc
+        g_at = column_offsets(n, n_positions, stride_gb, stride_gp, MERGED)[None, :] + o[:, None] * stride_gc
         g = tl.load(grad_ptr + g_at, mask=(o < n_out)[:, None] & inside[None, :], other=0.0)
         if WEIGHT:
-            x_at = _offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None] + c[None, :] * stride_xc
+            x_at = column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None] + c[None, :] * stride_xc
             x = tl.load(x_ptr + x_at, mask=inside[:, None] & (c < n_in)[None, :], other=0.0)
             dweight = tl.dot(_operand(g, HALF), _operand(x, HALF), dweight, input_precision="ieee")
         if BIAS:
@@ -191,13 +248,13 @@ def like(x: Tensor, channels: int) -> Tensor:
     return x.new_empty((x.shape[0], channels, *x.shape[2:]))
 
 
-def _merged(*views: Tensor) -> bool:
+def merged(*views: Tensor) -> bool:
     """Whether batch and positions are one run with one stride in each of these."""
     batch, _, count = views[0].shape
     return batch == 1 or count == 1 or all(view.stride(0) == count * view.stride(2) for view in views)
 
 
-def _column_stride(view: Tensor) -> tuple[int, int, int]:
+def column_strides(view: Tensor) -> tuple[int, int, int]:
     """(batch, channel, position) strides; of a vector, its batch stride for its position's."""
     return view.stride(0), view.stride(1), view.stride(0 if view.shape[2] == 1 else 2)
 
@@ -218,27 +275,27 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     int64 = needs_int64(x, y, weight) or n_columns >= 2**31 - 2**16
     bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))
     strides = (
-        *_column_stride(x), weight.stride(0), weight.stride(1), stride_bo, *_column_stride(y)
+        *column_strides(x), weight.stride(0), weight.stride(1), stride_bo, *column_strides(y)
     )  # fmt: skip
-    shared = {"BIAS": bias is not None, "MERGED": _merged(x, y), "INT64": int64}
-    channels_innermost = x.stride(1) < _column_stride(x)[2]
+    shared = {"BIAS": bias is not None, "MERGED": merged(x, y), "INT64": int64}
+    channels_innermost = x.stride(1) < column_strides(x)[2]
     with device_guard(x):
         if max(n_in, n_out) < 16 and not channels_innermost:
-            tile = _tile_for(max(n_in, n_out), UNROLLED)
+            tile = tile_for(max(n_in, n_out), UNROLLED)
             _channel_mix_unrolled_kernel[(ceil_div(n_columns, tile.columns),)](
                 x, weight, bias_or_x, y, n_columns, x.shape[2], *strides,
                 N_IN=n_in, N_OUT=n_out, COLUMNS=tile.columns, num_warps=tile.num_warps, **shared,
             )  # fmt: skip
             return
-        tile = _tile_for(n_out, DOTS)
+        tile = tile_for(n_out, DOTS)
         _channel_mix_dot_kernel[(ceil_div(n_columns, tile.columns), ceil_div(n_out, tile.outputs))](
             x, weight, bias_or_x, y, n_in, n_out, n_columns, x.shape[2], *strides,
-            HALF=_half(x, weight), OUTPUTS=tile.outputs, COLUMNS=tile.columns, DEPTH=tile.depth,
+            HALF=half_precision(x, weight), OUTPUTS=tile.outputs, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.num_warps, **shared,
         )  # fmt: skip
 
 
-def _half(a: Tensor, b: Tensor) -> bool:
+def half_precision(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.dtype != torch.float32
 
 
@@ -252,7 +309,7 @@ def launch_channel_mix_backward(
     dweight = weight.new_empty(weight.shape if needs[1] else 0)
     dbias = weight.new_empty(weight.shape[0] if needs[2] else 0)
     if needs[1] or needs[2]:
-        partial, partial_bias = _weight_partials(positions(x), positions(grad), needs[1], needs[2])
+        partial, partial_bias = weight_partials(positions(x), positions(grad), needs[1], needs[2])
         if needs[1]:
             dweight = partial.sum(0).to(weight.dtype)
         if needs[2]:
@@ -260,10 +317,10 @@ def launch_channel_mix_backward(
     return dx, dweight, dbias
 
 
-def _weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: bool) -> tuple[Tensor, Tensor]:
+def weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: bool) -> tuple[Tensor, Tensor]:
     """fp32 partials [splits, O, C] of dW and [splits, O] of dbias; zeros where there are no columns."""
     n_in, n_out, n_columns = x.shape[1], grad.shape[1], x.shape[0] * x.shape[2]
-    tile = _tile_for(max(n_in, n_out), WEIGHTS)
+    tile = tile_for(max(n_in, n_out), WEIGHTS)
     chunks = ceil_div(n_columns, tile.columns)
     n_chunks = max(_CHUNKS_A_SPLIT, ceil_div(chunks, SPLITS))
     splits = ceil_div(chunks, n_chunks)
@@ -277,8 +334,8 @@ def _weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: bo
             (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
         ](
             x, grad, dweight, dbias, n_in, n_out, n_columns, x.shape[2], n_chunks,
-            *_column_stride(x), *_column_stride(grad),
-            HALF=_half(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, MERGED=_merged(x, grad), INT64=int64,
+            *column_strides(x), *column_strides(grad),
+            HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, MERGED=merged(x, grad), INT64=int64,
             OUTPUTS=tile.outputs, COLUMNS=tile.columns, num_warps=tile.num_warps,
         )  # fmt: skip
     return dweight, dbias

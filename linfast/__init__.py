@@ -19,6 +19,7 @@ from .flows import (
     coupling_flow,
     image_flow,
 )
+from .freeze import freeze
 from .io import load, save
 from .linearizer import Linearizer
 from .operators import (
@@ -61,6 +62,7 @@ __all__ = [
     "backend",
     "collapse",
     "coupling_flow",
+    "freeze",
     "generator",
     "image_flow",
     "invert",

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .bijection import Bijection, constant_log_det, position_count
+from .bijection import ChannelLinear, constant_log_det, position_count, wide
 
 __all__ = ["ActNorm"]
 
 
-class ActNorm(Bijection):
+class ActNorm(ChannelLinear):
     """y = (x + bias) exp(log_scale), with bias = -mean and log_scale = -log(std) of the first batch.
 
     The first forward (or ``initialize``) sets the parameters; the flag that it
@@ -74,8 +74,19 @@ class ActNorm(Bijection):
         y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()
         if not log_det:
             return y.to(x.dtype), None
-        total = self.log_scale.sum() * position_count(x)
+        total = self.log_abs_det() * position_count(x)
         return y.to(x.dtype), constant_log_det(x, -total if inverse else total)
+
+    def after(self, weight: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        shift, log_scale = wide(self.bias), wide(self.log_scale)
+        if inverse:
+            scale = (-log_scale).exp()
+            return scale[:, None] * weight, scale * bias - shift
+        scale = log_scale.exp()
+        return scale[:, None] * weight, scale * (bias + shift)
+
+    def log_abs_det(self) -> Tensor:
+        return self.log_scale.sum()
 
     def extra_repr(self) -> str:
         return f"features={self.features}"

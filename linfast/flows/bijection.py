@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Bijection", "Conditioned", "Inverse", "position_count", "same_space"]
+__all__ = ["Bijection", "ChannelLinear", "Conditioned", "Inverse", "position_count", "same_space", "wide"]
 
 
 class Bijection(nn.Module):
@@ -94,6 +94,23 @@ def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
     y, log_det = result
     assert log_det is not None
     return y, log_det
+
+
+class ChannelLinear(Bijection):
+    """A bijection that is one affine map of the channels, the same at every position."""
+
+    def after(self, weight: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """(W', b') of this layer, or its inverse, after y = weight x + bias: [C, C] and [C], fp32 or wider."""
+        raise NotImplementedError
+
+    def log_abs_det(self) -> Tensor | float:
+        """log|det| of the forward map's C x C matrix."""
+        return 0.0
+
+
+def wide(parameter: Tensor) -> Tensor:
+    """In fp32 or wider: solves have no half-precision routines."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def position_count(x: Tensor) -> int:

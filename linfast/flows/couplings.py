@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
+from ..ops.coupling_mix import coupling_mix
 from ..scale_maps import ScaleMap
 from .bijection import Bijection, constant_log_det
 
@@ -97,16 +98,26 @@ class AffineCoupling(_Coupling):
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
         params = self._condition(x, context, 2 * self._moved_channels)
-        return affine_coupling(
-            x,
-            params,
-            self.scale_map,
-            order=self.order,
-            layout=self.layout,
-            moves=self.moves,
-            inverse=inverse,
-            log_det=log_det,
+        return affine_coupling(x, params, self.scale_map, inverse=inverse, log_det=log_det, **self._options)
+
+    def transform_then_mix(
+        self,
+        x: Tensor,
+        context: Mapping[str, Any],
+        inverse: bool,
+        log_det: bool,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(weight u + bias over channels, log|det| of u), with u what ``_transform`` returns."""
+        params = self._condition(x, context, 2 * self._moved_channels)
+        return coupling_mix(
+            x, params, self.scale_map, weight, bias, inverse=inverse, log_det=log_det, **self._options
         )
+
+    @property
+    def _options(self) -> dict[str, str]:
+        return {"order": self.order, "layout": self.layout, "moves": self.moves}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale_map={self.scale_map}, order={self.order!r}"

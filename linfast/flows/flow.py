@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .bijection import Bijection, constant_log_det, run
+from .bijection import Bijection, constant_log_det
+from .fusion import segments
 
 __all__ = ["Flow"]
 
@@ -47,8 +48,8 @@ class Flow(Bijection):
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
         total = constant_log_det(x) if log_det else None
-        for bijection in reversed(self.bijections) if inverse else self.bijections:
-            x, part = run(bijection, x, context, inverse, log_det)  # type: ignore[arg-type]
+        for segment in segments(self.bijections, inverse):
+            x, part = segment(x, context, inverse, log_det)
             total = total + part if total is not None and part is not None else None
         return x, total
 

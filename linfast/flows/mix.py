@@ -20,18 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
+from ..freeze import derived
 from ..ops.channel_mix import channel_mix
-from .bijection import Bijection, constant_log_det, position_count
+from .bijection import ChannelLinear, constant_log_det, position_count, wide
 
 __all__ = ["Householder", "Mix", "Permute"]
 
 
-def _wide(parameter: Tensor) -> Tensor:
-    """In fp32 or wider: solves have no half-precision routines."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-class _LinearMix(Bijection):
+class _LinearMix(ChannelLinear):
     """y = W x with W, W^{-1} and log|det W| from the subclass."""
 
     def _wide_weight(self, inverse: bool) -> Tensor:
@@ -40,10 +36,12 @@ class _LinearMix(Bijection):
 
     @outside_autocast
     def _weight(self, inverse: bool) -> Tensor:
-        return self._wide_weight(inverse).to(next(self.parameters()).dtype)
+        dtype = next(self.parameters()).dtype
+        return derived(self, inverse, lambda: self._wide_weight(inverse).to(dtype))
 
-    def _log_abs_det(self) -> Tensor | float:
-        return 0.0
+    def after(self, weight: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        matrix = self._wide_weight(inverse)
+        return matrix @ weight, matrix @ bias
 
     def _transform(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
@@ -51,7 +49,7 @@ class _LinearMix(Bijection):
         y = channel_mix(x, self._weight(inverse))
         if not log_det:
             return y, None
-        total = self._log_abs_det() * position_count(x)
+        total = self.log_abs_det() * position_count(x)
         return y, constant_log_det(x, -total if inverse else total)
 
     def extra_repr(self) -> str:
@@ -88,9 +86,9 @@ class Mix(_LinearMix):
 
     def _wide_weight(self, inverse: bool) -> Tensor:
         if self.kind == "free":
-            weight = _wide(self.weight)
+            weight = wide(self.weight)
             return torch.linalg.inv(weight) if inverse else weight
-        lower, upper, log_diagonal = _wide(self.lower), _wide(self.upper), _wide(self.log_diagonal)
+        lower, upper, log_diagonal = wide(self.lower), wide(self.upper), wide(self.log_diagonal)
         eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
         L, U = lower.tril(-1) + eye, upper.triu(1) + torch.diag(log_diagonal.exp())
         if not inverse:
@@ -98,10 +96,10 @@ class Mix(_LinearMix):
         half = torch.linalg.solve_triangular(L, eye[:, self.permutation], upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(U, half, upper=True)
 
-    def _log_abs_det(self) -> Tensor:
+    def log_abs_det(self) -> Tensor:
         if self.kind == "free":
-            return torch.linalg.slogdet(_wide(self.weight)).logabsdet
-        return _wide(self.log_diagonal).sum()
+            return derived(self, "log_abs_det", lambda: torch.linalg.slogdet(wide(self.weight)).logabsdet)
+        return wide(self.log_diagonal).sum()
 
     def extra_repr(self) -> str:
         return f"features={self.features}, kind={self.kind!r}"
@@ -124,7 +122,7 @@ class Householder(_LinearMix):
         self.vectors = nn.Parameter(torch.randn(count, features))
 
     def _wide_weight(self, inverse: bool) -> Tensor:
-        vectors = _wide(self.vectors)
+        vectors = wide(self.vectors)
         Q = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
         for v in vectors.unbind(0):
             Q = Q - (2.0 / v.square().sum()) * torch.outer(Q @ v, v)
@@ -134,7 +132,7 @@ class Householder(_LinearMix):
         return f"features={self.features}, count={self.count}"
 
 
-class Permute(Bijection):
+class Permute(ChannelLinear):
     """y[:, i] = x[:, permutation[i]]; log|det| = 0.
 
     Args:
@@ -165,8 +163,14 @@ class Permute(Bijection):
     def _transform(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
-        order = self.permutation.argsort() if inverse else self.permutation
-        return x.index_select(1, order), constant_log_det(x) if log_det else None
+        return x.index_select(1, self._order(inverse)), constant_log_det(x) if log_det else None
+
+    def _order(self, inverse: bool) -> Tensor:
+        return self.permutation.argsort() if inverse else self.permutation
+
+    def after(self, weight: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        order = self._order(inverse)
+        return weight[order], bias[order]
 
     def extra_repr(self) -> str:
         return f"features={self.features}"

@@ -26,7 +26,19 @@ from ..kernels.launch import like
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .register import RawOp, define_op
 
-__all__ = ["HALVES", "LAYOUTS", "ORDERS", "affine_coupling", "split_sizes"]
+__all__ = [
+    "COUPLING_SCHEMA",
+    "HALVES",
+    "LAYOUTS",
+    "ORDERS",
+    "affine_coupling",
+    "affine_coupling_backward_reference",
+    "affine_coupling_reference",
+    "check_coupling",
+    "coupling_constants",
+    "raw_coupling_reference",
+    "split_sizes",
+]
 
 ORDERS = ("shift_first", "scale_first")
 LAYOUTS = ("halves", "interleaved")
@@ -66,13 +78,11 @@ def affine_coupling(
     Raises:
         ValueError: an unknown option, or params whose shape does not fit x.
     """
-    _check(x, params, order, layout, moves)
+    check_coupling(x, params, order, layout, moves)
     if uses_triton(x, params):
-        bound, floor = scale_map.constants
         y, total = _affine_coupling(
-            x, params, scale_map.constexpr_id, bound, floor,
-            order == "scale_first", layout == "interleaved", moves == "second", inverse, log_det,
-        )  # fmt: skip
+            x, params, *coupling_constants(scale_map, order, layout, moves, inverse, log_det)
+        )
         return y, total if log_det else None
     return affine_coupling_reference(
         x, params, scale_map, order=order, layout=layout, moves=moves, inverse=inverse, log_det=log_det
@@ -156,6 +166,14 @@ def _couple_backward(
     return (dvalue, -dvalue, -g * out - h) if inverse else (dvalue, g, g * (out - shift) + h)
 
 
+def coupling_constants(
+    scale_map: ScaleMap, order: str, layout: str, moves: str, inverse: bool, log_det: bool
+) -> tuple[int | float | bool, ...]:
+    """The raw ops' constants, in the order of ``COUPLING_SCHEMA``, from the public functions' options."""
+    flags = (order == "scale_first", layout == "interleaved", moves == "second", inverse, log_det)
+    return (scale_map.constexpr_id, *scale_map.constants, *flags)
+
+
 def _options(
     kind: int, bound: float, floor: float, scale_first: bool, interleaved: bool, moves_second: bool, inverse: bool
 ) -> tuple[ScaleMap, str, str, str, bool]:
@@ -164,7 +182,8 @@ def _options(
     return scale_map, ORDERS[scale_first], LAYOUTS[interleaved], HALVES[moves_second], inverse
 
 
-def _raw_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+def raw_coupling_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
+    """(y, log_det; [0] where not asked for) from the raw ops' constants."""
     scale_map, order, layout, moves, inverse = _options(*constants[:-1])
     y, log_det = affine_coupling_reference(
         x, params, scale_map, order=order, layout=layout, moves=moves, inverse=inverse, log_det=constants[-1]
@@ -180,20 +199,20 @@ def _fake_backward(y: Tensor, params: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     return like(y), like(params)
 
 
-_CONSTANTS = (
+COUPLING_SCHEMA = (
     "int kind, float bound, float floor, bool scale_first, bool interleaved, bool moves_second, "
     "bool inverse, bool log_det"
 )
 _affine_coupling = define_op(
     RawOp(
-        f"affine_coupling(Tensor x, Tensor params, {_CONSTANTS}) -> (Tensor, Tensor)",
+        f"affine_coupling(Tensor x, Tensor params, {COUPLING_SCHEMA}) -> (Tensor, Tensor)",
         _fake,
-        _raw_reference,
+        raw_coupling_reference,
         "affine_coupling:launch_affine_coupling",
     ),
     RawOp(
         "affine_coupling_backward(Tensor y, Tensor params, Tensor? grad, Tensor? grad_log_det, "
-        f"{_CONSTANTS}) -> (Tensor, Tensor)",
+        f"{COUPLING_SCHEMA}) -> (Tensor, Tensor)",
         _fake_backward,
         affine_coupling_backward_reference,
         "affine_coupling:launch_affine_coupling_backward",
@@ -203,7 +222,7 @@ _affine_coupling = define_op(
 )
 
 
-def _check(x: Tensor, params: Tensor, order: str, layout: str, moves: str) -> None:
+def check_coupling(x: Tensor, params: Tensor, order: str, layout: str, moves: str) -> None:
     for name, value, allowed in (
         ("order", order, ORDERS),
         ("layout", layout, LAYOUTS),

@@ -19,9 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..kernels.launch import positions
 from .register import RawOp, define_op
 
-__all__ = ["channel_mix", "fold_actnorm", "unfold_actnorm"]
+__all__ = [
+    "channel_mix",
+    "channel_mix_backward_reference",
+    "channel_mix_reference",
+    "check_mix",
+    "fold_actnorm",
+    "laid_out",
+    "mixed_like",
+    "unfold_actnorm",
+]
 
 
 def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,7 +47,7 @@ def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Raises:
         ValueError: weight is not a matrix whose columns match x's channels, or bias not [O].
     """
-    _check(x, weight, bias)
+    check_mix(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -79,39 +89,39 @@ def channel_mix_backward_reference(
     x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias); [0] for those that are not needed."""
-    dx = _laid_out(channel_mix_reference(grad, weight.t(), None), x) if needs[0] else x.new_empty(0)
+    dx = laid_out(channel_mix_reference(grad, weight.t(), None), x) if needs[0] else x.new_empty(0)
     compute = torch.promote_types(x.dtype, torch.float32)
-    g, values = (tensor.to(compute).flatten(2) for tensor in (grad, x))
+    g, values = (positions(tensor.to(compute)) for tensor in (grad, x))
     dweight = torch.einsum("bop,bcp->oc", g, values) if needs[1] else x.new_empty(0)
     dbias = g.sum((0, 2)) if needs[2] else x.new_empty(0)
     return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
-def _like(x: Tensor, channels: int) -> Tensor:
+def mixed_like(x: Tensor, channels: int) -> Tensor:
     """Fresh [B, channels, ...]; the layout is linfast.kernels.channel_mix.like's."""
     if x.stride(1) == 1 and x.stride(-1) != 1:
         return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
     return x.new_empty((x.shape[0], channels, *x.shape[2:]))
 
 
-def _laid_out(y: Tensor, x: Tensor) -> Tensor:
-    """y in the strides of ``_like``; differentiable."""
+def laid_out(y: Tensor, x: Tensor) -> Tensor:
+    """y in the strides of ``mixed_like``; differentiable."""
     if x.stride(1) == 1 and x.stride(-1) != 1:
         return y.movedim(1, -1).contiguous().movedim(-1, 1)
     return y.contiguous()
 
 
 def _raw_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _laid_out(channel_mix_reference(x, weight, bias), x)
+    return laid_out(channel_mix_reference(x, weight, bias), x)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _like(x, weight.shape[0])
+    return mixed_like(x, weight.shape[0])
 
 
 def _fake_backward(x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        _like(x, x.shape[1]) if needs[0] else x.new_empty(0),
+        mixed_like(x, x.shape[1]) if needs[0] else x.new_empty(0),
         weight.new_empty(weight.shape if needs[1] else 0),
         weight.new_empty(weight.shape[0] if needs[2] else 0),
     )
@@ -135,7 +145,7 @@ _channel_mix = define_op(
 )
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.ndim != 2 or x.ndim < 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x must be [B, C, ...] and weight [C_out, C]; got x {tuple(x.shape)} and weight {tuple(weight.shape)}"

@@ -1,0 +1,130 @@
+"""Which layers of a flow run as one: channel-linear layers fold into one map, and a coupling takes it along.
+
+    y = W_n(... W_1 x + b_1 ...) + b_n = W x + b         Mix, Householder, ActNorm and Permute in a row
+    y = W u + b,  u the coupling of x or its inverse     an AffineCoupling and the row after it
+
+in the order that is run, so that an inverse folds the layers' inverses. W and b are formed in the
+graph at every call (or once inside ``linfast.freeze``), in fp32 or wider and outside autocast; log|det| is
+the sum of the parts'. A row without a Mix or Householder runs layer by layer: a scaling or a
+permutation costs less as itself than as a product. So does one layer alone, a layer with hooks, with
+parametrizations or of a subclass, whose own code must run, and an ActNorm that is not initialised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..autocast import outside_autocast
+from ..freeze import derived
+from ..ops.channel_mix import channel_mix
+from .actnorm import ActNorm
+from .bijection import Bijection, constant_log_det, position_count, run
+from .couplings import AffineCoupling
+from .mix import Householder, Mix, Permute
+
+__all__ = ["segments"]
+
+Segment = Callable[[Tensor, Mapping[str, Any], bool, bool], tuple[Tensor, Tensor | None]]
+"""(x, context, inverse, log_det) -> (y, log_det [B] or None)."""
+
+_PRODUCTS = (Mix, Householder)
+
+
+def segments(bijections: nn.ModuleList, inverse: bool) -> list[Segment]:
+    """What to run one after another for g_n(... g_1(x)), or for the inverse of it."""
+    layers: list[Any] = list(reversed(bijections) if inverse else bijections)
+    if nn.modules.module._has_any_global_hook():
+        return [_Single(layer) for layer in layers]
+    result: list[Segment] = []
+    while layers:
+        coupling = layers[0] if _is_plain(layers[0], (AffineCoupling,)) else None
+        row = _leading_row(layers[1:] if coupling else layers)
+        if row and (coupling or len(row) > 1):
+            result.append(_Folded(bijections, coupling, row))
+            layers = layers[len(row) + (coupling is not None) :]
+        else:
+            result.append(_Single(layers[0]))
+            layers = layers[1:]
+    return result
+
+
+def _leading_row(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
+    """The channel-linear layers in front; none where none of them is a product."""
+    count = next((i for i, layer in enumerate(layers) if not _is_linear(layer)), len(layers))
+    row = tuple(layers[:count])
+    return row if any(isinstance(layer, _PRODUCTS) for layer in row) else ()
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return _is_plain(layer, (*_PRODUCTS, Permute)) or (_is_plain(layer, (ActNorm,)) and layer._is_initialized)
+
+
+def _is_plain(layer: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether nothing but the class's own code would run; parametrizations make a class of their own."""
+    hooks = (
+        *(layer._forward_hooks, layer._forward_pre_hooks),
+        *(layer._backward_hooks, layer._backward_pre_hooks),
+    )
+    return type(layer) in kinds and not any(len(h) for h in hooks) and "forward" not in vars(layer)
+
+
+@dataclass(frozen=True)
+class _Single:
+    """One layer as it is."""
+
+    layer: Bijection
+
+    def __call__(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return run(self.layer, x, context, inverse, log_det)
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """A row of channel-linear layers as one map, after a coupling where there is one.
+
+    Args:
+        owner: the module that holds all of them; what is derived is kept under its name.
+    """
+
+    owner: nn.Module
+    coupling: AffineCoupling | None
+    row: tuple[Any, ...]
+
+    def __call__(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        name = "z" if inverse else "x"
+        layers = self.row if self.coupling is None else (self.coupling, *self.row)
+        for layer in layers:
+            layer._check(name, x, layer.features)
+        weight, bias = derived(self.owner, (inverse, self.row), lambda: _fold(self.owner, self.row, inverse))
+        if self.coupling is None:
+            y, total = channel_mix(x, weight, bias), None
+        else:
+            y, total = self.coupling.transform_then_mix(x, context, inverse, log_det, weight, bias)
+        if not log_det:
+            return y, None
+        of_row = sum(layer.log_abs_det() for layer in self.row) * position_count(x)
+        part = constant_log_det(x, -of_row if inverse else of_row)
+        return y, part if total is None else total + part
+
+
+@outside_autocast
+def _fold(owner: nn.Module, row: Sequence[Any], inverse: bool) -> tuple[Tensor, Tensor | None]:
+    """(W [C, C], b [C] or None for 0) of the row, in the order given, in the parameters' dtype."""
+    like = next(chain.from_iterable(layer.parameters() for layer in row))
+    wide = torch.promote_types(like.dtype, torch.float32)
+    weight = torch.eye(row[0].features, dtype=wide, device=like.device)
+    bias = torch.zeros(row[0].features, dtype=wide, device=like.device)
+    for layer in row:
+        weight, bias = layer.after(weight, bias, inverse)
+    shifts = any(isinstance(layer, ActNorm) for layer in row)
+    return weight.to(like.dtype), bias.to(like.dtype) if shifts else None

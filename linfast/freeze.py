@@ -1,0 +1,77 @@
+"""freeze: weights derived from weights (inverses, folded maps) are kept while a model's weights are promised still.
+
+Outside a freeze they are computed at every call, in the graph: no key can tell whether a weight
+has changed (writes through ``.data`` and fused optimisers leave its ``_version`` as it was).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+__all__ = ["derived", "freeze"]
+
+_Value = TypeVar("_Value")
+
+
+class _Frozen:
+    """The modules of one ``freeze`` and what was derived from them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = set(model.modules())
+        self.values: dict[tuple[nn.Module, Hashable], Any] = {}
+
+
+# A plain global, read once a derived weight; outermost first, so that a nested freeze adds nothing.
+_active: list[_Frozen] = []
+
+
+@contextlib.contextmanager
+def freeze(model: nn.Module) -> Iterator[None]:
+    """Inside the block, each derived weight of ``model`` is computed at most once.
+
+    The caller promises that inside the block no parameter or buffer of ``model`` changes or
+    moves, and no layer is put in or taken out. What a gradient is wanted of is computed at every
+    call all the same: gradients stay right, and only ``torch.no_grad()`` or parameters that do not
+    require a gradient are faster. So is what torch.compile, torch.export or a torch.func transform
+    traces. Blocks nest; everything kept is let go at the end, also after an exception.
+
+    Raises:
+        TypeError: model is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    frozen = _Frozen(model)
+    _active.append(frozen)
+    try:
+        yield
+    finally:
+        _active.remove(frozen)
+
+
+def derived(module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> _Value:
+    """``compute()``, kept under ``key`` while ``module`` is frozen; outside autograd where it is kept.
+
+    ``compute`` depends on nothing but ``key`` and the parameters and buffers of ``module``, its
+    children's among them.
+    """
+    if torch.compiler.is_compiling() or not _active:
+        return compute()
+    frozen = next((f for f in _active if module in f.modules), None)
+    if frozen is None or _traced(module):
+        return compute()
+    if (module, key) not in frozen.values:
+        with torch.inference_mode(False), torch.no_grad():
+            frozen.values[module, key] = compute()
+    return frozen.values[module, key]
+
+
+def _traced(module: nn.Module) -> bool:
+    """Whether a gradient flows to the module's parameters, or a torch.func transform runs."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # its tensors must not outlive it
+        return True
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())

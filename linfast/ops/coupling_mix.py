@@ -1,0 +1,163 @@
+"""Coupling and channel mix in one: an affine coupling either way, then an affine map over channels.
+
+    u = affine_coupling(x, params),  y[b, o, p] = sum_c W[o, c] u[b, c, p] + bias[o]
+
+Forward that is a coupling, the mix after it and, folded into W and bias, the next ActNorm;
+backward the inverse coupling and the inverses of the linear layers before it. log|det| is the
+coupling's alone. Shapes: x [B, C, ...], params [B, 2 C_moved, ...], weight [O, C], bias [O],
+y [B, O, ...] of x's dtype, log_det [B].
+
+    path
+    one launch    on a GPU where C, O <= 128: x and params read once, y written once
+    two ops       vectors [B, C] with C or O > 64, whose product is cuBLAS's: past about 20
+                  multiply-adds a byte the product and not the memory is what takes the time;
+                  C or O > 128; under autocast an x not yet of autocast's dtype
+    plain torch   on a CPU and for float64
+
+The backward keeps x, params and W, and makes u again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import uses_triton
+from ..kernels.launch import like
+from ..scale_maps import ScaleMap
+from .affine_coupling import (
+    COUPLING_SCHEMA,
+    affine_coupling,
+    affine_coupling_backward_reference,
+    affine_coupling_reference,
+    check_coupling,
+    coupling_constants,
+    raw_coupling_reference,
+)
+from .channel_mix import (
+    channel_mix,
+    channel_mix_backward_reference,
+    channel_mix_reference,
+    check_mix,
+    laid_out,
+    mixed_like,
+)
+from .register import RawOp, define_op
+
+__all__ = ["coupling_mix"]
+
+_WIDEST = 128  # all outputs in one program
+_WIDEST_VECTOR = 64  # 64 wide: 8192 multiply-adds on 768 bytes a row
+
+
+def coupling_mix(
+    x: Tensor,
+    params: Tensor,
+    scale_map: ScaleMap,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: str = "shift_first",
+    layout: str = "halves",
+    moves: str = "first",
+    inverse: bool = False,
+    log_det: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y = W u + bias over channels, u = affine_coupling(x, params) or its inverse.
+
+    Args:
+        x: [B, C, ...], C >= 2.
+        params, scale_map, order, layout, moves: as in ``affine_coupling``.
+        weight: [O, C], any strides.
+        bias: [O], or None for 0.
+        inverse: undo the coupling instead of doing it; weight and bias are used as they are.
+        log_det: also return log|det| of the coupling, [B], at least fp32; W's is not in it.
+
+    Raises:
+        ValueError: an unknown option, or shapes that do not fit.
+    """
+    check_coupling(x, params, order, layout, moves)
+    check_mix(x, weight, bias)
+    options: dict[str, Any] = {
+        "order": order, "layout": layout, "moves": moves, "inverse": inverse, "log_det": log_det
+    }  # fmt: skip
+    if not uses_triton(x, params, weight):
+        u, total = affine_coupling_reference(x, params, scale_map, **options)
+        return channel_mix(u, weight, bias), total
+    if not _fuses(x, weight):
+        u, total = affine_coupling(x, params, scale_map, **options)
+        return channel_mix(u, weight, bias), total
+    weight = weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight
+    bias = None if bias is None else bias.to(weight.dtype)
+    y, total = _coupling_mix(x, params, weight, bias, *coupling_constants(scale_map, **options))
+    return y, total if log_det else None
+
+
+def _fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether the one launch is the path for these; see the module's table."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+        return False
+    return min(weight.shape) > 0 and max(weight.shape) <= (_WIDEST if x.ndim > 2 else _WIDEST_VECTOR)
+
+
+def _raw_reference(
+    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any
+) -> tuple[Tensor, Tensor]:
+    u, log_det = raw_coupling_reference(x, params, *constants)
+    return laid_out(channel_mix_reference(u, weight, bias), x), log_det
+
+
+def coupling_mix_backward_reference(
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    grad: Tensor | None,
+    grad_log_det: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dparams, dweight, dbias); [0] for those that are not needed."""
+    *constants, needs = rest
+    u, _ = raw_coupling_reference(x, params, *constants)
+    if grad is None:
+        grad = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
+    du, dweight, dbias = channel_mix_backward_reference(u, weight, grad, [True, *needs[2:]])
+    dx, dparams = affine_coupling_backward_reference(u, params, du, grad_log_det, *constants)
+    dx = laid_out(dx, x) if needs[0] else x.new_empty(0)
+    return dx, dparams if needs[1] else params.new_empty(0), dweight, dbias
+
+
+def _fake(x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> tuple[Tensor, Tensor]:
+    return mixed_like(x, weight.shape[0]), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
+
+
+def _fake_backward(x: Tensor, params: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-1]
+    return (
+        mixed_like(x, x.shape[1]) if needs[0] else x.new_empty(0),
+        like(params) if needs[1] else params.new_empty(0),
+        weight.new_empty(weight.shape if needs[2] else 0),
+        weight.new_empty(weight.shape[0] if needs[3] else 0),
+    )
+
+
+_coupling_mix = define_op(
+    RawOp(
+        f"coupling_mix(Tensor x, Tensor params, Tensor weight, Tensor? bias, {COUPLING_SCHEMA}) "
+        "-> (Tensor, Tensor)",
+        _fake,
+        _raw_reference,
+        "coupling_mix:launch_coupling_mix",
+    ),
+    RawOp(
+        "coupling_mix_backward(Tensor x, Tensor params, Tensor weight, Tensor? grad, Tensor? grad_log_det, "
+        f"{COUPLING_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
+        _fake_backward,
+        coupling_mix_backward_reference,
+        "coupling_mix:launch_coupling_mix_backward",
+    ),
+    saves=lambda inputs, _: (inputs[0], inputs[1], inputs[2]),
+    n_tensors=4,
+)
