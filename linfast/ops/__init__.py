@@ -3,17 +3,22 @@
 from .affine_coupling import affine_coupling
 from .channel_mix import channel_mix
 from .coupling_mix import coupling_mix
+from .coupling_stack import AffineMap, CouplingLayer, coupling_stack, mlp_coupling
 from .depthwise_conv import depthwise_conv
 from .group_norm_silu import group_norm_silu
 from .latent_matmul import latent_matmul
 from .low_rank import low_rank
 
 __all__ = [
+    "AffineMap",
+    "CouplingLayer",
     "affine_coupling",
     "channel_mix",
     "coupling_mix",
+    "coupling_stack",
     "depthwise_conv",
     "group_norm_silu",
     "latent_matmul",
     "low_rank",
+    "mlp_coupling",
 ]

@@ -35,6 +35,8 @@ __all__ = [
     "affine_coupling_backward_reference",
     "affine_coupling_reference",
     "check_coupling",
+    "couple",
+    "couple_backward",
     "coupling_constants",
     "raw_coupling_reference",
     "split_sizes",
@@ -117,13 +119,16 @@ def _couple(
     compute = torch.promote_types(moved.dtype, torch.float32)
     shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
     value, log_s = moved.to(compute), scale_map.log_scale(raw)
+    return couple(value, shift, log_s, order, inverse).to(moved.dtype), log_s
+
+
+def couple(value: Tensor, shift: Tensor, log_s: Tensor, order: str, inverse: bool) -> Tensor:
+    """The coupling or its inverse on the moved half."""
     if not inverse:
-        out = (value + shift) * log_s.exp() if order == "shift_first" else value * log_s.exp() + shift
-    elif order == "shift_first":
-        out = value * (-log_s).exp() - shift
-    else:
-        out = (value - shift) * (-log_s).exp()
-    return out.to(moved.dtype), log_s
+        return (value + shift) * log_s.exp() if order == "shift_first" else value * log_s.exp() + shift
+    if order == "shift_first":
+        return value * (-log_s).exp() - shift
+    return (value - shift) * (-log_s).exp()
 
 
 def _shift_and_raw(params: Tensor, layout: str) -> tuple[Tensor, Tensor]:
@@ -148,7 +153,7 @@ def affine_coupling_backward_reference(
     out, g = (tensor.split(sizes, dim=1)[index].to(compute) for tensor in (y, grad))
     shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
     h = 0.0 if grad_log_det is None else grad_log_det.reshape(-1, *(1,) * (y.ndim - 1))
-    dvalue, dshift, dlog_s = _couple_backward(out, shift, scale_map.log_scale(raw), g, h, order, inverse)
+    dvalue, dshift, dlog_s = couple_backward(out, shift, scale_map.log_scale(raw), g, h, order, inverse)
     draw = dlog_s * scale_map.derivative(raw)
     kept = grad.split(sizes, dim=1)[1 - index]
     halves = (dvalue.to(y.dtype), kept) if moves == "first" else (kept, dvalue.to(y.dtype))
@@ -156,10 +161,10 @@ def affine_coupling_backward_reference(
     return torch.cat(halves, dim=1), joined.to(params.dtype)
 
 
-def _couple_backward(
+def couple_backward(
     out: Tensor, shift: Tensor, log_s: Tensor, g: Tensor, h: Tensor | float, order: str, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d value, d shift, d log_s)."""
+    """(d value, d shift, d log_s) from the output; g = dL/dy, h = dL/d log_det."""
     dvalue = g * (-log_s if inverse else log_s).exp()
     if order == "shift_first":
         return (dvalue, -g, -g * (out + shift) - h) if inverse else (dvalue, dvalue, g * out + h)

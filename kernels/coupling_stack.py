@@ -1,0 +1,348 @@
+"""A stack of affine couplings with MLP conditioners, and a whole Linearizer, in one launch.
+
+With halves (a, b) of x, the moved half m and the kept half k alternating by layer, and an
+affine map (W, c) after a layer where there is one:
+
+    forward, layer l = 0 .. L - 1      (t, r) = MLP_l(k)   m <- couple(m, t, log_s(r))   x <- W_l x + c_l
+    inverse, layer l = L - 1 .. 0      x <- V_l x + d_l   (t, r) = MLP_l(k)   m <- uncouple(m, t, log_s(r))
+
+where (V, d), the inverse map, is what an inverse stack was packed with. log|det| of the
+couplings is +-sum(log_s), fp32; that of the maps does not depend on x and is added outside.
+Shapes: x [B, D], y [B, D] of x's dtype; weights as kernels/stack_layout.py lays them out.
+
+A program holds ROWS rows of x as two fp32 halves from the first layer to the last. One
+iteration is one layer and picks the half that moves by parity: swapping the halves instead
+makes a loop-carried distance of two, which costs the asynchronous loads of the weights.
+Forward and inverse walk the same body, so shift and log-scale are the same bits in both.
+
+Bytes: x once in, y once out, log_det; the weights once a program, from L2. A Linearizer is
+the body twice with A between: y = g_y^-1(A g_x(x)), x read once and y written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ceil_div, device_guard
+from .math import couple, log_scale
+from .mlp import conditioner, product, split
+from .stack_configs import config_for, target_of
+from .stack_layout import StackLayout
+
+__all__ = ["launch_coupling_stack"]
+
+
+@triton.jit
+def _apply_map(
+    a,
+    b,
+    operands_ptr,
+    part_stride,
+    values_ptr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    DENSE: tl.constexpr,
+    BIAS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """[a | b] -> W [a | b] + c: a matrix from its parts, or a diagonal; values_ptr is the map in fp32, then c."""
+    i = tl.arange(0, HALF)
+    if DENSE:
+        WIDTH: tl.constexpr = 2 * HALF
+        dtype: tl.constexpr = operands_ptr.dtype.element_ty
+        bias_ptr = values_ptr + WIDTH * WIDTH
+        a0, a1, a2 = split(a, dtype, PARTS)
+        b0, b1, b2 = split(b, dtype, PARTS)
+        w = operands_ptr + i[None, :] * WIDTH + i[:, None]
+        zero = tl.zeros((ROWS, HALF), tl.float32)
+        first = product(a0, a1, a2, w, part_stride, zero, PARTS)
+        first = product(b0, b1, b2, w + HALF, part_stride, first, PARTS)
+        w += HALF * WIDTH
+        second = product(a0, a1, a2, w, part_stride, zero, PARTS)
+        second = product(b0, b1, b2, w + HALF, part_stride, second, PARTS)
+    else:
+        bias_ptr = values_ptr + 2 * HALF
+        first = a * tl.load(values_ptr + i)[None, :]
+        second = b * tl.load(values_ptr + HALF + i)[None, :]
+    if BIAS:
+        first += tl.load(bias_ptr + i)[None, :]
+        second += tl.load(bias_ptr + HALF + i)[None, :]
+    return first, second
+
+
+@triton.jit
+def _run_layers(
+    a,
+    b,
+    weights_ptr,
+    operands_ptr,
+    map_operands_ptr,
+    n_layers,
+    part_stride,
+    row_stride,
+    map_part_stride,
+    n_first,
+    n_second,
+    bound,
+    floor,
+    N_LINEAR: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    MOVES_SECOND: tl.constexpr,
+    INVERSE: tl.constexpr,
+    LOG_DET: tl.constexpr,
+    MAPS: tl.constexpr,
+    HEAD: tl.constexpr,
+    MATRIX_SIZE: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    MAP_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    MAP_PARTS: tl.constexpr,
+    LAYER_STAGES: tl.constexpr,
+    CHUNK_STAGES: tl.constexpr,
+):
+    """(a, b, log_det) after every layer; see the top of this file."""
+    MAP_SIZE: tl.constexpr = 4 * HALF * HALF
+    DENSE: tl.constexpr = MAPS == 2
+    log_det = tl.zeros((ROWS,), tl.float32)
+    if HEAD and not INVERSE:
+        a, b = _apply_map(
+            a, b, map_operands_ptr, map_part_stride, weights_ptr + MAP_OFFSET, ROWS, HALF, DENSE, True, MAP_PARTS
+        )
+    for i in tl.range(0, n_layers, num_stages=LAYER_STAGES):
+        if INVERSE:
+            layer = n_layers - 1 - i
+        else:
+            layer = i
+        row = layer + HEAD
+        row_ptr = weights_ptr + row * ROW_SIZE
+        if MAPS and INVERSE:
+            a, b = _apply_map(
+                a, b, map_operands_ptr + row * MAP_SIZE, map_part_stride, row_ptr + MAP_OFFSET,
+                ROWS, HALF, DENSE, True, MAP_PARTS,
+            )  # fmt: skip
+        moves_first = (layer + MOVES_SECOND) % 2 == 0
+        kept = tl.where(moves_first, b, a)
+        moved = tl.where(moves_first, a, b)
+        shift, raw = conditioner(
+            kept, operands_ptr + row * row_stride, part_stride, row_ptr + MATRIX_SIZE,
+            N_LINEAR, ROWS, HALF, HIDDEN, CHUNK, CHUNK_STAGES, PARTS, ACTIVATION, FORM,
+        )  # fmt: skip
+        log_s = log_scale(raw, bound, floor, KIND)
+        if LOG_DET:
+            inside = tl.arange(0, HALF) < tl.where(moves_first, n_first, n_second)
+            log_det += tl.sum(tl.where(inside[None, :], log_s, 0.0), 1)
+        moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE)
+        a = tl.where(moves_first, moved, kept)
+        b = tl.where(moves_first, kept, moved)
+        if MAPS and not INVERSE:
+            a, b = _apply_map(
+                a, b, map_operands_ptr + row * MAP_SIZE, map_part_stride, row_ptr + MAP_OFFSET,
+                ROWS, HALF, DENSE, True, MAP_PARTS,
+            )  # fmt: skip
+    if HEAD and INVERSE:
+        a, b = _apply_map(
+            a, b, map_operands_ptr, map_part_stride, weights_ptr + MAP_OFFSET, ROWS, HALF, DENSE, True, MAP_PARTS
+        )
+    if INVERSE:
+        log_det = -log_det
+    return a, b, log_det
+
+
+@triton.jit
+def _halves_at(
+    x_ptr,
+    n_batch,
+    n_first,
+    n_second,
+    stride_b,
+    stride_d,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """(pointers, mask) of a program's tile of the first half, and of the second."""
+    start = tl.program_id(0).to(tl.int64) * ROWS
+    r = tl.arange(0, ROWS)
+    i = tl.arange(0, HALF)
+    inside = (r < n_batch - start)[:, None]
+    if INT64:
+        i = i.to(tl.int64)
+    x_ptr += start * stride_b
+    first = x_ptr + r[:, None] * stride_b + i[None, :] * stride_d
+    second = x_ptr + r[:, None] * stride_b + (n_first + i)[None, :] * stride_d
+    return first, inside & (i < n_first)[None, :], second, inside & (i < n_second)[None, :]
+
+
+@triton.jit
+def _load_halves(
+    x_ptr,
+    n_batch,
+    n_first,
+    n_second,
+    stride_b,
+    stride_d,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    first, first_inside, second, second_inside = _halves_at(
+        x_ptr, n_batch, n_first, n_second, stride_b, stride_d, ROWS, HALF, INT64
+    )
+    a = tl.load(first, mask=first_inside, other=0.0).to(tl.float32)
+    b = tl.load(second, mask=second_inside, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store_halves(
+    y_ptr,
+    a,
+    b,
+    n_batch,
+    n_first,
+    n_second,
+    stride_b,
+    stride_d,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    first, first_inside, second, second_inside = _halves_at(
+        y_ptr, n_batch, n_first, n_second, stride_b, stride_d, ROWS, HALF, INT64
+    )
+    tl.store(first, a.to(y_ptr.dtype.element_ty), mask=first_inside)
+    tl.store(second, b.to(y_ptr.dtype.element_ty), mask=second_inside)
+
+
+@triton.jit
+def _coupling_stack_kernel(
+    x_ptr,
+    y_ptr,
+    log_det_ptr,
+    weights_ptr,
+    operands_ptr,
+    map_operands_ptr,
+    n_batch,
+    n_first,
+    n_second,
+    n_layers,
+    part_stride,
+    row_stride,
+    map_part_stride,
+    stride_xb,
+    stride_xd,
+    stride_yb,
+    bound,
+    floor,
+    N_LINEAR: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    MOVES_SECOND: tl.constexpr,
+    INVERSE: tl.constexpr,
+    LOG_DET: tl.constexpr,
+    MAPS: tl.constexpr,
+    HEAD: tl.constexpr,
+    MATRIX_SIZE: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    MAP_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    MAP_PARTS: tl.constexpr,
+    LAYER_STAGES: tl.constexpr,
+    CHUNK_STAGES: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    a, b = _load_halves(x_ptr, n_batch, n_first, n_second, stride_xb, stride_xd, ROWS, HALF, INT64)
+    a, b, log_det = _run_layers(
+        a, b, weights_ptr, operands_ptr, map_operands_ptr, n_layers, part_stride, row_stride, map_part_stride,
+        n_first, n_second, bound, floor,
+        N_LINEAR, ACTIVATION, FORM, KIND, SCALE_FIRST, MOVES_SECOND, INVERSE, LOG_DET, MAPS, HEAD,
+        MATRIX_SIZE, ROW_SIZE, MAP_OFFSET, ROWS, HALF, HIDDEN, CHUNK, PARTS, MAP_PARTS, LAYER_STAGES, CHUNK_STAGES,
+    )  # fmt: skip
+    _store_halves(y_ptr, a, b, n_batch, n_first, n_second, stride_yb, 1, ROWS, HALF, INT64)
+    if LOG_DET:
+        start = tl.program_id(0).to(tl.int64) * ROWS
+        r = tl.arange(0, ROWS)
+        tl.store(log_det_ptr + start + r, log_det, mask=r < n_batch - start)
+
+
+def _constants(
+    x: Tensor, layout: StackLayout, operands: Tensor, map_operands: Tensor, precision: str
+) -> dict[str, int | bool]:
+    """The constexpr values that sizes, precision and device decide, and num_warps."""
+    target = target_of(x)
+    config = config_for(layout.features, layout.hidden, layout.n_linear, precision, target)
+    if config is None:
+        raise ValueError(f"no one-launch stack for {layout} in precision {precision!r} on {target}")
+    return {
+        "N_LINEAR": layout.n_linear, "FORM": _activation_form(x, precision), "MAPS": layout.maps,
+        "HEAD": int(layout.head), "MATRIX_SIZE": layout.matrix_size, "ROW_SIZE": layout.row_size,
+        "MAP_OFFSET": layout.map_offset, "ROWS": config.rows, "HALF": layout.half, "HIDDEN": layout.hidden,
+        "CHUNK": min(config.chunk or layout.hidden, layout.hidden), "PARTS": operands.shape[0],
+        "MAP_PARTS": map_operands.shape[0], "LAYER_STAGES": config.layer_stages,
+        "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
+    }  # fmt: skip
+
+
+def _activation_form(x: Tensor, precision: str) -> int:
+    """EXACT, FAST or PTX of kernels/mlp.py."""
+    if precision in ("exact", "high"):
+        return 0
+    return 2 if x.is_cuda and torch.version.hip is None else 1
+
+
+def _reaches_past_int32(x: Tensor, rows: int) -> bool:
+    """Whether an offset within a tile of this many rows does."""
+    return rows * x.stride(0) + x.shape[1] * x.stride(1) >= 2**31
+
+
+def launch_coupling_stack(
+    x: Tensor,
+    weights: Tensor,
+    operands: Tensor,
+    map_operands: Tensor,
+    n_linear: int,
+    hidden: int,
+    maps: int,
+    head: bool,
+    activation: int,
+    kind: int,
+    bound: float,
+    floor: float,
+    scale_first: bool,
+    moves_second: bool,
+    inverse: bool,
+    log_det: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """(y [B, D] contiguous, log_det [B] fp32 of the couplings; [0] where not asked for)."""
+    y = x.new_empty(x.shape)
+    total = x.new_empty(x.shape[0] if log_det else 0, dtype=torch.float32)
+    if x.shape[0] == 0:
+        return y, total
+    layout = StackLayout(x.shape[1], n_linear, hidden, maps, head)
+    constants = _constants(x, layout, operands, map_operands, precision)
+    rows = constants["ROWS"]
+    with device_guard(x):
+        _coupling_stack_kernel[(ceil_div(x.shape[0], rows),)](
+            x, y, total, weights, operands, map_operands, x.shape[0], *layout.sizes, layout.n_layers(weights),
+            operands.stride(0), operands.stride(1), map_operands.stride(0), x.stride(0), x.stride(1), y.stride(0),
+            bound, floor, ACTIVATION=activation, KIND=kind, SCALE_FIRST=scale_first, MOVES_SECOND=int(moves_second),
+            INVERSE=inverse, LOG_DET=log_det, INT64=_reaches_past_int32(x, rows), **constants,
+        )  # fmt: skip
+    return y, total

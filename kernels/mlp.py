@@ -1,0 +1,208 @@
+"""A conditioner MLP on a tile of rows, as @triton.jit helpers: products by precision mode, activations.
+
+A product x W^T takes its operands in ``PARTS`` parts of W's element type, each the rounding
+of what the parts before it leave over, and sums in fp32 the products of parts that matter:
+
+    PARTS  element  products                                        mode   relative error
+    1      fp32     tf32                                            tf32   2^-11
+    1      bf16     x0 w0                                           fast   2^-9
+    2      bf16     x0 w0, x0 w1, x1 w0                             high   2^-17
+    3      bf16     those, x1 w1, x0 w2, x2 w0                      exact  2^-24
+
+W is split beforehand (linfast.ops.stack_weights), so that its parts go from memory to the
+matrix units untouched; the smallest products are added first.
+
+Activations have three forms: EXACT; FAST, in one or two special-function instructions, and
+PTX, NVIDIA's tanh.approx (2^-11 relative), one. FAST and PTX err by less than tf32 does.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .math import LOG2E, tanh
+
+__all__ = ["activate", "conditioner", "product", "split"]
+
+# The ids of linfast.ops.coupling_stack.ACTIVATION_IDS, which tests hold equal.
+RELU = tl.constexpr(0)
+SILU = tl.constexpr(1)
+TANH = tl.constexpr(2)
+GELU = tl.constexpr(3)
+
+EXACT = tl.constexpr(0)
+FAST = tl.constexpr(1)
+PTX = tl.constexpr(2)
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def _tanh_fast(x, FORM: tl.constexpr):
+    if FORM == PTX:
+        result = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    return result
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr, FORM: tl.constexpr):
+    """The activation of x, fp32.
+
+    SiLU's exp2(-x log2 e) loses |x| roundings, but of a term that is small where |x| is
+    large. Fast GELU is x (1 + tanh u(x)) / 2, u an odd polynomial near atanh(erf(x / sqrt 2)):
+    within 2.6e-5 of the exact one, where the common two-term u is within 4.8e-4.
+    """
+    if ACTIVATION == RELU:
+        result = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == SILU:
+        if FORM == PTX:
+            half = 0.5 * x
+            result = half + half * _tanh_fast(half, FORM)
+        else:
+            result = x / (1.0 + tl.exp2(x * -LOG2E))
+    elif ACTIVATION == TANH:
+        if FORM == EXACT:
+            result = tanh(x)
+        else:
+            result = _tanh_fast(x, FORM)
+    else:
+        if FORM == EXACT:
+            result = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
+        else:
+            z = tl.minimum(x * x, 36.0)  # past |x| = 6 tanh u is 1
+            u = x * (0.7975078840993945 + z * (0.037005646112491755 - z * 0.00035151679542278315))
+            half = 0.5 * x
+            result = half + half * _tanh_fast(u, FORM)
+    return result
+
+
+@triton.jit
+def split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
+    """x in PARTS parts of this type; parts that are not asked for repeat the first."""
+    x0 = x.to(dtype)
+    x1 = x0
+    x2 = x0
+    if PARTS > 1:
+        rest = x - x0.to(tl.float32)
+        x1 = rest.to(dtype)
+        if PARTS > 2:
+            x2 = (rest - x1.to(tl.float32)).to(dtype)
+    return x0, x1, x2
+
+
+@triton.jit
+def product(x0, x1, x2, w, part_stride, total, PARTS: tl.constexpr):
+    """total + x W^T, fp32: x [R, K] in parts, w pointers [K, N] to W's first part."""
+    w0 = tl.load(w)
+    if PARTS == 1:
+        if w0.dtype == tl.float32:
+            total = tl.dot(x0, w0, total, input_precision="tf32")
+        else:
+            total = tl.dot(x0, w0, total)
+    else:
+        w1 = tl.load(w + part_stride)
+        if PARTS == 3:
+            w2 = tl.load(w + 2 * part_stride)
+            total = tl.dot(x0, w2, total)
+            total = tl.dot(x2, w0, total)
+            total = tl.dot(x1, w1, total)
+        total = tl.dot(x0, w1, total)
+        total = tl.dot(x1, w0, total)
+        total = tl.dot(x0, w0, total)
+    return total
+
+
+@triton.jit
+def _linear(
+    x, w_ptr, part_stride, b_ptr, ROWS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr
+):
+    """x W^T + b: W [N, K]."""
+    n = tl.arange(0, N)
+    k = tl.arange(0, K)
+    x0, x1, x2 = split(x, w_ptr.dtype.element_ty, PARTS)
+    total = tl.zeros((ROWS, N), tl.float32) + tl.load(b_ptr + n)[None, :]
+    return product(x0, x1, x2, w_ptr + n[None, :] * K + k[:, None], part_stride, total, PARTS)
+
+
+@triton.jit
+def _linear_pair(
+    x,
+    w_ptr,
+    part_stride,
+    b_ptr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """activation(x V^T + a) W^T + b, CHUNK columns of what lies between at a time: V [HIDDEN, K], W [N, HIDDEN]."""
+    n = tl.arange(0, N)
+    k = tl.arange(0, K)
+    c = tl.arange(0, CHUNK)
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    x0, x1, x2 = split(x, dtype, PARTS)
+    total = tl.zeros((ROWS, N), tl.float32) + tl.load(b_ptr + HIDDEN + n)[None, :]
+    second_ptr = w_ptr + HIDDEN * K
+    for first in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
+        h = tl.zeros((ROWS, CHUNK), tl.float32) + tl.load(b_ptr + first + c)[None, :]
+        h = product(x0, x1, x2, w_ptr + (first + c)[None, :] * K + k[:, None], part_stride, h, PARTS)
+        h0, h1, h2 = split(activate(h, ACTIVATION, FORM), dtype, PARTS)
+        total = product(
+            h0, h1, h2, second_ptr + n[None, :] * HIDDEN + (first + c)[:, None], part_stride, total, PARTS
+        )
+    return total
+
+
+@triton.jit
+def conditioner(
+    x,
+    w_ptr,
+    part_stride,
+    b_ptr,
+    N_LINEAR: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """(shift, raw) [ROWS, HALF] of x [ROWS, HALF]: an MLP of 1 to 4 linear layers.
+
+    Matrices in turn at w_ptr, biases in turn at b_ptr; the last layer's rows are (shift_i, raw_i)
+    in turn, so that its one product splits into both. An odd first layer stands alone, the
+    others go in pairs: a layer's whole output is held as operands only between pairs.
+    """
+    OUT: tl.constexpr = 2 * HALF
+    if N_LINEAR == 1:
+        out = _linear(x, w_ptr, part_stride, b_ptr, ROWS, HALF, OUT, PARTS)
+    elif N_LINEAR == 2:
+        out = _linear_pair(
+            x, w_ptr, part_stride, b_ptr, ROWS, HALF, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
+        )
+    else:
+        h = _linear_pair(
+            x, w_ptr, part_stride, b_ptr, ROWS, HALF, HIDDEN, HIDDEN, CHUNK, STAGES, PARTS, ACTIVATION, FORM
+        )
+        h = activate(h, ACTIVATION, FORM)
+        w_ptr += HIDDEN * HALF + HIDDEN * HIDDEN
+        b_ptr += 2 * HIDDEN
+        if N_LINEAR == 3:
+            out = _linear(h, w_ptr, part_stride, b_ptr, ROWS, HIDDEN, OUT, PARTS)
+        else:
+            out = _linear_pair(
+                h, w_ptr, part_stride, b_ptr, ROWS, HIDDEN, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
+            )
+    return tl.split(tl.reshape(out, (ROWS, HALF, 2)))

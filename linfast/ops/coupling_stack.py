@@ -1,0 +1,313 @@
+"""A stack of affine couplings with MLP conditioners, and maps between them, as one op.
+
+With x = [first | second], the moved half m alternating from layer to layer, the kept half k:
+
+    (t, r) = MLP_l(k)    m <- (m + t) exp(log_s(r))  or  m exp(log_s(r)) + t    x <- W_l x + c_l
+    log|det| = sum over layers of sum(log_s) + log|det W_l|
+
+and the inverse. Shapes: x [B, D], y [B, D], log_det [B]; an odd D splits into ceil and floor.
+
+| runs      | where                                                                                 |
+|-----------|---------------------------------------------------------------------------------------|
+| reference | a CPU, float64: plain torch layer by layer, which Inductor can fuse                   |
+| stack     | a GPU, sizes that fit on chip: one launch, linfast.kernels.coupling_stack             |
+| library   | a GPU, larger sizes: torch's products (their precision is torch's setting; bf16 in    |
+|           | "fast"), each layer's coupling one kernel                                             |
+
+Backward keeps x and the weights, and recomputes: the kernel's own passes come layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import uses_triton
+from ..kernels.stack_configs import stack_path, target_of
+from ..precision import half_dtype, resolve_precision
+from ..scale_maps import ScaleMap
+from .activations import ACTIVATION_NAMES, ACTIVATIONS
+from .affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
+from .register import RawOp, define_op
+from .stack_reference import StackOptions, stack_backward, stack_forward
+from .stack_weights import AffineMap, CouplingLayer, PackedStack, pack_stack, widest
+
+__all__ = ["AffineMap", "CouplingLayer", "coupling_stack", "mlp_coupling", "path_of"]
+
+
+def coupling_stack(
+    x: Tensor,
+    layers: Sequence[CouplingLayer],
+    *,
+    activation: str,
+    scale_map: ScaleMap,
+    order: str = "shift_first",
+    moves: str = "first",
+    inverse: bool = False,
+    log_det: bool = False,
+    precision: str | None = None,
+    head: AffineMap | None = None,
+    packed: PackedStack | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The layers on x, first to last, or their inverse on x, last to first.
+
+    Args:
+        x: [B, D], D >= 2, any strides.
+        layers: at least one; all conditioners have as many linear layers.
+        activation: relu, silu, tanh or gelu (exact; within tf32's error in "tf32" and "fast").
+        scale_map: turns the conditioners' raw outputs into log-scales.
+        order: "shift_first" (m + t) e^s or "scale_first" m e^s + t.
+        moves: the half that layer 0 moves; layer 1 moves the other, and so on.
+        inverse: undo the layers.
+        log_det: also return log|det| of what was done, [B], at least fp32.
+        precision: "exact", "high", "tf32", "fast"; None as torch is set (``resolve_precision``).
+        head: a map before the first layer.
+        packed: ``pack_stack`` of these layers, where their weights are promised still; no
+            gradient reaches the layers then.
+
+    State, shift, scale and sums are fp32 or wider throughout; y has x's dtype.
+
+    Raises:
+        ValueError: an unknown option, or a shape that does not fit, with the shape.
+    """
+    _check(x, layers, activation, order, moves, head)
+    precision = resolve_precision(x, precision)
+    options = {"activation": activation, "scale_map": scale_map, "order": order, "moves": moves, "inverse": inverse}
+    if path_of(x, layers, precision) == "stack":
+        y, total = _run_packed(x, layers, packed, head, log_det, precision, **options)
+    else:
+        y, total = _by_layers(x, layers, head, log_det, precision, **options)
+    if total is None:
+        return y, None
+    for entry in _all_maps(layers, head):
+        total = total - entry.log_abs_det() if inverse else total + entry.log_abs_det()
+    return y, total
+
+
+def mlp_coupling(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    activation: str,
+    scale_map: ScaleMap,
+    order: str = "shift_first",
+    layout: str = "halves",
+    moves: str = "first",
+    inverse: bool = False,
+    log_det: bool = False,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One coupling with its MLP conditioner: ``coupling_stack`` of one layer."""
+    return coupling_stack(
+        x, [CouplingLayer(weights, biases, layout)], activation=activation, scale_map=scale_map, order=order,
+        moves=moves, inverse=inverse, log_det=log_det, precision=precision,
+    )  # fmt: skip
+
+
+def path_of(x: Tensor, layers: Sequence[CouplingLayer], precision: str) -> str:
+    """ "reference", "stack" or "library": what ``coupling_stack`` runs for these, in a resolved precision."""
+    if not uses_triton(x, *layers[0].weights):
+        return "reference"
+    return stack_path(x.shape[1], widest(layers), len(layers[0].weights), precision, target_of(x))
+
+
+def _all_maps(layers: Sequence[CouplingLayer], head: AffineMap | None) -> list[AffineMap]:
+    return [entry for entry in (head, *(layer.map for layer in layers)) if entry is not None]
+
+
+def _run_packed(
+    x: Tensor,
+    layers: Sequence[CouplingLayer],
+    packed: PackedStack | None,
+    head: AffineMap | None,
+    log_det: bool,
+    precision: str,
+    *,
+    activation: str,
+    scale_map: ScaleMap,
+    order: str,
+    moves: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One launch."""
+    if packed is None:
+        packed = pack_stack(
+            layers, x.shape[1], inverse=inverse, precision=precision, dtype=half_dtype(x), head=head
+        )
+    bound, floor = scale_map.constants
+    layout = packed.layout
+    y, total = _coupling_stack(
+        x, packed.weights, packed.operands, packed.map_operands, layout.n_linear, layout.hidden, layout.maps,
+        layout.head, ACTIVATION_NAMES.index(activation), scale_map.constexpr_id, bound, floor,
+        order == "scale_first", moves == "second", inverse, log_det, precision,
+    )  # fmt: skip
+    return y, total if log_det else None
+
+
+def _by_layers(
+    x: Tensor,
+    layers: Sequence[CouplingLayer],
+    head: AffineMap | None,
+    log_det: bool,
+    precision: str,
+    *,
+    activation: str,
+    scale_map: ScaleMap,
+    order: str,
+    moves: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Layer by layer in plain torch; the couplings are affine_coupling's kernel on a GPU."""
+    total: Tensor | None = None
+    if head is not None and not inverse:
+        x = _apply_map(x, head, inverse)
+    for i in reversed(range(len(layers))) if inverse else range(len(layers)):
+        layer, moved = layers[i], (HALVES.index(moves) + i) % 2
+        if layer.map is not None and inverse:
+            x = _apply_map(x, layer.map, inverse)
+        kept = x.split(split_sizes(x.shape[1]), dim=1)[1 - moved]
+        params = _condition(kept, layer, ACTIVATIONS[activation], precision)
+        x, part = affine_coupling(
+            x, params, scale_map, order=order, layout=layer.layout, moves=HALVES[moved], inverse=inverse,
+            log_det=log_det,
+        )  # fmt: skip
+        if part is not None:
+            total = part if total is None else total + part
+        if layer.map is not None and not inverse:
+            x = _apply_map(x, layer.map, inverse)
+    if head is not None and inverse:
+        x = _apply_map(x, head, inverse)
+    return x, total
+
+
+def _condition(h: Tensor, layer: CouplingLayer, activate: Any, precision: str) -> Tensor:
+    for i, (weight, bias) in enumerate(zip(layer.weights, layer.biases, strict=True)):
+        h = _linear(activate(h) if i else h, weight, bias, precision)
+    return h
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
+    """x W^T + b; "fast" rounds the operands, on a GPU as a product of that type."""
+    if precision != "fast" or x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    half = half_dtype(x)
+    if x.is_cuda:
+        return F.linear(x.to(half), weight.to(half), None if bias is None else bias.to(half))
+    return F.linear(x.to(half).to(x.dtype), weight.to(half).to(weight.dtype), bias)
+
+
+def _apply_map(x: Tensor, entry: AffineMap, inverse: bool) -> Tensor:
+    """The map or its inverse, outside autocast: W and W^-1 rounded separately are no longer inverses."""
+    weight, bias = entry.inverted() if inverse else (entry.weight, entry.bias)
+    if weight.ndim == 1:
+        return (x * weight if bias is None else x * weight + bias).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+
+def _raw_forward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:
+    y, total = stack_forward(x, weights, operands, StackOptions.of(x.shape[1], *constants))
+    return y, x.new_empty(0, dtype=torch.float32) if total is None else total
+
+
+def _raw_backward(
+    x: Tensor,
+    weights: Tensor,
+    operands: Tensor,
+    map_operands: Tensor,
+    grad: Tensor | None,
+    grad_log_det: Tensor | None,
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = StackOptions.of(x.shape[1], *constants[:-1])
+    dx, dweights = stack_backward(x, weights, operands, grad, grad_log_det, options)
+    return dx, dweights, operands.new_empty(0), map_operands.new_empty(0)
+
+
+def _fake(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:
+    log_det = constants[-2]
+    return x.new_empty(x.shape), x.new_empty(x.shape[0] if log_det else 0, dtype=torch.float32)
+
+
+def _fake_backward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *rest: Any) -> Any:
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), operands.new_empty(0), map_operands.new_empty(0)
+
+
+_TENSORS = "Tensor x, Tensor weights, Tensor operands, Tensor map_operands"
+_CONSTANTS = (
+    "int n_linear, int hidden, int maps, bool head, int activation, int kind, float bound, float floor, "
+    "bool scale_first, bool moves_second, bool inverse, bool log_det, str precision"
+)
+_coupling_stack = define_op(
+    RawOp(
+        f"coupling_stack({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor)",
+        _fake,
+        _raw_forward,
+        "coupling_stack:launch_coupling_stack",
+    ),
+    RawOp(
+        f"coupling_stack_backward({_TENSORS}, Tensor? grad, Tensor? grad_log_det, {_CONSTANTS}, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        _fake_backward,
+        _raw_backward,
+        "coupling_stack_backward:launch_coupling_stack_backward",
+    ),
+    saves=lambda inputs, _: tuple(inputs[:4]),
+    n_tensors=4,
+)
+
+
+def _check(
+    x: Tensor,
+    layers: Sequence[CouplingLayer],
+    activation: str,
+    order: str,
+    moves: str,
+    head: AffineMap | None,
+) -> None:
+    for name, value, allowed in (
+        ("activation", activation, ACTIVATION_NAMES),
+        ("order", order, ORDERS),
+        ("moves", moves, HALVES),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    if x.ndim != 2 or x.shape[1] < 2:
+        raise ValueError(f"x must be [B, D] with D >= 2; got {tuple(x.shape)}")
+    if not layers:
+        raise ValueError("layers must hold at least one CouplingLayer")
+    sizes, first = split_sizes(x.shape[1]), HALVES.index(moves)
+    for i, layer in enumerate(layers):
+        moved = (first + i) % 2
+        _check_layer(f"layer {i}", layer, len(layers[0].weights), sizes[1 - moved], 2 * sizes[moved], x)
+    for entry in _all_maps(layers, head):
+        D = x.shape[1]
+        if entry.weight.shape not in ((D,), (D, D)) or (entry.bias is not None and entry.bias.shape != (D,)):
+            shapes = tuple(entry.weight.shape), None if entry.bias is None else tuple(entry.bias.shape)
+            raise ValueError(f"a map must have weight [{D}] or [{D}, {D}] and bias [{D}] or None; got {shapes}")
+
+
+def _check_layer(name: str, layer: CouplingLayer, n_linear: int, n_in: int, n_out: int, x: Tensor) -> None:
+    if layer.layout not in LAYOUTS:
+        raise ValueError(f"{name}: layout must be one of {', '.join(LAYOUTS)}; got {layer.layout!r}")
+    if not 1 <= len(layer.weights) <= 4 or len(layer.weights) != n_linear or len(layer.biases) != n_linear:
+        raise ValueError(
+            f"{name}: must have as many weights and biases as layer 0 has weights, 1 to 4; "
+            f"got {len(layer.weights)} and {len(layer.biases)} for {n_linear}"
+        )
+    width = n_in
+    for weight, bias in zip(layer.weights, layer.biases, strict=True):
+        if weight.ndim != 2 or weight.shape[1] != width:
+            raise ValueError(f"{name}: a weight must be [out, {width}]; got {tuple(weight.shape)}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}: a bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
+        if weight.device != x.device:
+            raise ValueError(f"{name}: a weight is on {weight.device} and x on {x.device}")
+        width = weight.shape[0]
+    if width != n_out:
+        raise ValueError(f"{name}: the last weight must have {n_out} rows for x {tuple(x.shape)}; got {width}")

@@ -1,0 +1,72 @@
+"""Precision of the products inside fused kernels: how operands are rounded; sums are fp32 always.
+
+    mode    operands                                  relative error of a product
+    exact   fp32, as three bf16 parts, six products   2^-24: fp32 accuracy
+    high    fp32, as two bf16 parts, three products   2^-17
+    tf32    tf32                                      2^-11
+    fast    bf16 (fp16 where the input or autocast is) 2^-9
+
+By default torch's own settings choose, read at every call:
+
+    bf16 or fp16 input, or autocast to one   fast
+    float32_matmul_precision "highest"       exact
+    "high"                                   tf32 where torch.backends.cuda.matmul allows it, else high
+    "medium"                                 fast
+
+so that tf32 is on only where it was asked for: torch's default is "highest".
+float64 is computed in float64 whatever the mode.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backend import interpreting
+
+__all__ = ["PRECISIONS", "half_dtype", "resolve_precision"]
+
+PRECISIONS = ("exact", "high", "tf32", "fast")
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def resolve_precision(x: Tensor, requested: str | None = None) -> str:
+    """The mode for an op on x: the one requested, else the table's above.
+
+    Raises:
+        ValueError: a mode of another name.
+    """
+    if requested is not None:
+        if requested not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or None; got {requested!r}")
+        return requested
+    if x.dtype == torch.float64:
+        return "exact"
+    if x.dtype in _HALF_DTYPES or _autocast_dtype(x) in _HALF_DTYPES:
+        return "fast"
+    return _float32_mode()
+
+
+def half_dtype(x: Tensor) -> torch.dtype:
+    """What "fast" rounds operands to, and parts are made of: bf16, or fp16 where x or autocast is.
+
+    Triton's interpreter computes on bf16's raw bits: there fp16 stands in.
+    """
+    fp16 = torch.float16 in (x.dtype, _autocast_dtype(x)) or interpreting()
+    return torch.float16 if fp16 else torch.bfloat16
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@torch.compiler.assume_constant_result
+def _float32_mode() -> str:
+    """The mode of torch's matmul settings; Dynamo guards on them, so that a change recompiles."""
+    allowed = torch.backends.cuda.matmul.fp32_precision
+    try:
+        setting = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through both of torch's interfaces, which disagree: the newer one holds
+        setting = "high" if allowed == "tf32" else "highest"
+    return {"highest": "exact", "high": "tf32" if allowed == "tf32" else "high", "medium": "fast"}[setting]
