@@ -30,13 +30,13 @@ from .launch import ceil_div, device_guard
 from .math import couple, log_scale
 from .mlp import conditioner, product, split
 from .stack_configs import config_for, target_of
-from .stack_layout import StackLayout
+from .stack_layout import N_PARTS, StackLayout, map_parts
 
 __all__ = ["launch_coupling_stack"]
 
 
 @triton.jit
-def _apply_map(
+def apply_map(
     a,
     b,
     operands_ptr,
@@ -74,7 +74,7 @@ def _apply_map(
 
 
 @triton.jit
-def _run_layers(
+def run_layers(
     a,
     b,
     weights_ptr,
@@ -115,7 +115,7 @@ def _run_layers(
     DENSE: tl.constexpr = MAPS == 2
     log_det = tl.zeros((ROWS,), tl.float32)
     if HEAD and not INVERSE:
-        a, b = _apply_map(
+        a, b = apply_map(
             a, b, map_operands_ptr, map_part_stride, weights_ptr + MAP_OFFSET, ROWS, HALF, DENSE, True, MAP_PARTS
         )
     for i in tl.range(0, n_layers, num_stages=LAYER_STAGES):
@@ -126,7 +126,7 @@ def _run_layers(
         row = layer + HEAD
         row_ptr = weights_ptr + row * ROW_SIZE
         if MAPS and INVERSE:
-            a, b = _apply_map(
+            a, b = apply_map(
                 a, b, map_operands_ptr + row * MAP_SIZE, map_part_stride, row_ptr + MAP_OFFSET,
                 ROWS, HALF, DENSE, True, MAP_PARTS,
             )  # fmt: skip
@@ -145,12 +145,12 @@ def _run_layers(
         a = tl.where(moves_first, moved, kept)
         b = tl.where(moves_first, kept, moved)
         if MAPS and not INVERSE:
-            a, b = _apply_map(
+            a, b = apply_map(
                 a, b, map_operands_ptr + row * MAP_SIZE, map_part_stride, row_ptr + MAP_OFFSET,
                 ROWS, HALF, DENSE, True, MAP_PARTS,
             )  # fmt: skip
     if HEAD and INVERSE:
-        a, b = _apply_map(
+        a, b = apply_map(
             a, b, map_operands_ptr, map_part_stride, weights_ptr + MAP_OFFSET, ROWS, HALF, DENSE, True, MAP_PARTS
         )
     if INVERSE:
@@ -184,7 +184,7 @@ def _halves_at(
 
 
 @triton.jit
-def _load_halves(
+def load_halves(
     x_ptr,
     n_batch,
     n_first,
@@ -204,7 +204,7 @@ def _load_halves(
 
 
 @triton.jit
-def _store_halves(
+def store_halves(
     y_ptr,
     a,
     b,
@@ -267,46 +267,43 @@ def _coupling_stack_kernel(
     CHUNK_STAGES: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    a, b = _load_halves(x_ptr, n_batch, n_first, n_second, stride_xb, stride_xd, ROWS, HALF, INT64)
-    a, b, log_det = _run_layers(
+    a, b = load_halves(x_ptr, n_batch, n_first, n_second, stride_xb, stride_xd, ROWS, HALF, INT64)
+    a, b, log_det = run_layers(
         a, b, weights_ptr, operands_ptr, map_operands_ptr, n_layers, part_stride, row_stride, map_part_stride,
         n_first, n_second, bound, floor,
         N_LINEAR, ACTIVATION, FORM, KIND, SCALE_FIRST, MOVES_SECOND, INVERSE, LOG_DET, MAPS, HEAD,
         MATRIX_SIZE, ROW_SIZE, MAP_OFFSET, ROWS, HALF, HIDDEN, CHUNK, PARTS, MAP_PARTS, LAYER_STAGES, CHUNK_STAGES,
     )  # fmt: skip
-    _store_halves(y_ptr, a, b, n_batch, n_first, n_second, stride_yb, 1, ROWS, HALF, INT64)
+    store_halves(y_ptr, a, b, n_batch, n_first, n_second, stride_yb, 1, ROWS, HALF, INT64)
     if LOG_DET:
         start = tl.program_id(0).to(tl.int64) * ROWS
         r = tl.arange(0, ROWS)
         tl.store(log_det_ptr + start + r, log_det, mask=r < n_batch - start)
 
 
-def _constants(
-    x: Tensor, layout: StackLayout, operands: Tensor, map_operands: Tensor, precision: str
-) -> dict[str, int | bool]:
+def tile_constants(x: Tensor, layout: StackLayout, precision: str) -> dict[str, int]:
     """The constexpr values that sizes, precision and device decide, and num_warps."""
     target = target_of(x)
     config = config_for(layout.features, layout.hidden, layout.n_linear, precision, target)
     if config is None:
         raise ValueError(f"no one-launch stack for {layout} in precision {precision!r} on {target}")
     return {
-        "N_LINEAR": layout.n_linear, "FORM": _activation_form(x, precision), "MAPS": layout.maps,
-        "HEAD": int(layout.head), "MATRIX_SIZE": layout.matrix_size, "ROW_SIZE": layout.row_size,
-        "MAP_OFFSET": layout.map_offset, "ROWS": config.rows, "HALF": layout.half, "HIDDEN": layout.hidden,
-        "CHUNK": min(config.chunk or layout.hidden, layout.hidden), "PARTS": operands.shape[0],
-        "MAP_PARTS": map_operands.shape[0], "LAYER_STAGES": config.layer_stages,
+        "N_LINEAR": layout.n_linear, "MATRIX_SIZE": layout.matrix_size, "MAP_OFFSET": layout.map_offset,
+        "ROWS": config.rows, "HALF": layout.half, "HIDDEN": layout.hidden,
+        "CHUNK": min(config.chunk or layout.hidden, layout.hidden), "PARTS": N_PARTS[precision],
+        "MAP_PARTS": map_parts(precision), "LAYER_STAGES": config.layer_stages,
         "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
     }  # fmt: skip
 
 
-def _activation_form(x: Tensor, precision: str) -> int:
+def activation_form(x: Tensor, precision: str) -> int:
     """EXACT, FAST or PTX of kernels/mlp.py."""
     if precision in ("exact", "high"):
         return 0
     return 2 if x.is_cuda and torch.version.hip is None else 1
 
 
-def _reaches_past_int32(x: Tensor, rows: int) -> bool:
+def reaches_past_int32(x: Tensor, rows: int) -> bool:
     """Whether an offset within a tile of this many rows does."""
     return rows * x.stride(0) + x.shape[1] * x.stride(1) >= 2**31
 
@@ -336,13 +333,13 @@ def launch_coupling_stack(
     if x.shape[0] == 0:
         return y, total
     layout = StackLayout(x.shape[1], n_linear, hidden, maps, head)
-    constants = _constants(x, layout, operands, map_operands, precision)
-    rows = constants["ROWS"]
+    tile = tile_constants(x, layout, precision)
     with device_guard(x):
-        _coupling_stack_kernel[(ceil_div(x.shape[0], rows),)](
+        _coupling_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
             x, y, total, weights, operands, map_operands, x.shape[0], *layout.sizes, layout.n_layers(weights),
             operands.stride(0), operands.stride(1), map_operands.stride(0), x.stride(0), x.stride(1), y.stride(0),
-            bound, floor, ACTIVATION=activation, KIND=kind, SCALE_FIRST=scale_first, MOVES_SECOND=int(moves_second),
-            INVERSE=inverse, LOG_DET=log_det, INT64=_reaches_past_int32(x, rows), **constants,
+            bound, floor, ACTIVATION=activation, FORM=activation_form(x, precision), KIND=kind, SCALE_FIRST=scale_first, MOVES_SECOND=int(moves_second),
+            INVERSE=inverse, LOG_DET=log_det, MAPS=maps, HEAD=int(head), ROW_SIZE=layout.row_size,
+            INT64=reaches_past_int32(x, tile["ROWS"]), **tile,
         )  # fmt: skip
     return y, total

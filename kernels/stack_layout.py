@@ -17,13 +17,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .launch import power_of_two
 
-__all__ = ["DENSE", "DIAGONAL", "NO_MAPS", "StackLayout", "padded_half", "padded_hidden"]
+__all__ = ["DENSE", "DIAGONAL", "NO_MAPS", "N_PARTS", "StackLayout", "map_parts", "padded_half", "padded_hidden"]
 
 NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
+
+# In how many parts a mode's products take their operands.
+N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
+
+
+def map_parts(precision: str) -> int:
+    """Parts of a dense map's operands: two at least, since a map moves the state itself."""
+    return max(N_PARTS[precision], 2)
 
 
 def padded_half(features: int) -> int:
@@ -89,6 +98,16 @@ class StackLayout:
     @property
     def row_size(self) -> int:
         return self.map_offset + (torch.Size(self.map_shape).numel() + 2 * self.half if self.maps else 0)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, 2 P]: zeros after each half."""
+        halves = x.split(self.sizes, dim=1)
+        return torch.cat([F.pad(half, (0, self.half - half.shape[1])) for half in halves], dim=1)
+
+    def unpad(self, z: Tensor) -> Tensor:
+        """[B, 2 P] -> [B, D]."""
+        halves = z.split(self.half, dim=1)
+        return torch.cat([half[:, :size] for half, size in zip(halves, self.sizes, strict=True)], dim=1)
 
     def n_layers(self, weights: Tensor) -> int:
         """L of weights [rows, row_size]."""

@@ -61,7 +61,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-@torch.compiler.assume_constant_result
 def _float32_mode() -> str:
     """The mode of torch's matmul settings; Dynamo guards on them, so that a change recompiles."""
     allowed = torch.backends.cuda.matmul.fp32_precision
@@ -70,3 +69,7 @@ def _float32_mode() -> str:
     except RuntimeError:  # set through both of torch's interfaces, which disagree: the newer one holds
         setting = "high" if allowed == "tf32" else "highest"
     return {"highest": "exact", "high": "tf32" if allowed == "tf32" else "high", "medium": "fast"}[setting]
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+_float32_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -36,7 +36,15 @@ from .register import RawOp, define_op
 from .stack_reference import StackOptions, stack_backward, stack_forward
 from .stack_weights import AffineMap, CouplingLayer, PackedStack, pack_stack, widest
 
-__all__ = ["AffineMap", "CouplingLayer", "coupling_stack", "mlp_coupling", "path_of"]
+__all__ = [
+    "AffineMap",
+    "CouplingLayer",
+    "coupling_stack",
+    "mlp_coupling",
+    "path_of",
+    "raw_backward",
+    "raw_forward",
+]
 
 
 def coupling_stack(
@@ -210,12 +218,12 @@ def _apply_map(x: Tensor, entry: AffineMap, inverse: bool) -> Tensor:
         return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
-def _raw_forward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:
+def raw_forward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:
     y, total = stack_forward(x, weights, operands, StackOptions.of(x.shape[1], *constants))
     return y, x.new_empty(0, dtype=torch.float32) if total is None else total
 
 
-def _raw_backward(
+def raw_backward(
     x: Tensor,
     weights: Tensor,
     operands: Tensor,
@@ -247,14 +255,14 @@ _coupling_stack = define_op(
     RawOp(
         f"coupling_stack({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor)",
         _fake,
-        _raw_forward,
+        raw_forward,
         "coupling_stack:launch_coupling_stack",
     ),
     RawOp(
         f"coupling_stack_backward({_TENSORS}, Tensor? grad, Tensor? grad_log_det, {_CONSTANTS}, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
-        _raw_backward,
+        raw_backward,
         "coupling_stack_backward:launch_coupling_stack_backward",
     ),
     saves=lambda inputs, _: tuple(inputs[:4]),

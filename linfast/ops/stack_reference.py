@@ -94,7 +94,7 @@ def stack_forward(
     x: Tensor, weights: Tensor, operands: Tensor, options: StackOptions
 ) -> tuple[Tensor, Tensor | None]:
     """(y of x's dtype, log_det [B] of the couplings or None)."""
-    z = _padded_halves(x, weights.dtype, options.layout)
+    z = options.layout.pad(x.to(weights.dtype))
     total = z.new_zeros(z.shape[0]) if options.log_det else None
     for step, index in options.steps(weights):
         if step == "map":
@@ -105,7 +105,7 @@ def stack_forward(
             total = total + log_s[:, : options.moved_size(index)].sum(1)
     if total is not None and options.inverse:
         total = -total
-    return _unpadded(z, options.layout).to(x.dtype), total
+    return options.layout.unpad(z).to(x.dtype), total
 
 
 def stack_backward(
@@ -118,14 +118,14 @@ def stack_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx of x's dtype, dweights); the formulas are at the top of this file."""
     layout, steps = options.layout, options.steps(weights)
-    z, inputs = _padded_halves(x, weights.dtype, layout), []
+    z, inputs = layout.pad(x.to(weights.dtype)), []
     for step, index in steps:
         inputs.append(z)
         if step == "map":
             z = _apply_map(z, weights[index], options)
         else:
             z = _couple(z, weights, operands.dtype, index, options)[0]
-    g = torch.zeros_like(z) if grad is None else _padded_halves(grad, weights.dtype, layout)
+    g = torch.zeros_like(z) if grad is None else layout.pad(grad.to(weights.dtype))
     conditioners: dict[int, Tensor] = {}
     maps: dict[int, Tensor] = {}
     for (step, index), z in zip(steps[::-1], inputs[::-1], strict=True):
@@ -140,17 +140,7 @@ def stack_backward(
         for row in range(weights.shape[0])
     ]
     dweights = torch.stack(rows) if rows else torch.zeros_like(weights)
-    return _unpadded(g, layout).to(x.dtype), dweights
-
-
-def _padded_halves(x: Tensor, dtype: torch.dtype, layout: StackLayout) -> Tensor:
-    halves = x.to(dtype).split(layout.sizes, dim=1)
-    return torch.cat([F.pad(half, (0, layout.half - half.shape[1])) for half in halves], dim=1)
-
-
-def _unpadded(z: Tensor, layout: StackLayout) -> Tensor:
-    halves = z.split(layout.half, dim=1)
-    return torch.cat([half[:, :size] for half, size in zip(halves, layout.sizes, strict=True)], dim=1)
+    return layout.unpad(g).to(x.dtype), dweights
 
 
 def _apply_map(z: Tensor, row: Tensor, options: StackOptions) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.stack_layout import DENSE, DIAGONAL, NO_MAPS, StackLayout, padded_hidden
+from ..kernels.stack_layout import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
 
 __all__ = [
     "AffineMap",
@@ -31,8 +31,6 @@ __all__ = [
     "stack_layout",
     "widest",
 ]
-
-N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
 
 
 class AffineMap(NamedTuple):
@@ -146,11 +144,11 @@ def pack_stack(
         maps = [head, *(layer.map for layer in layers)] if head is not None else [layer.map for layer in layers]
         weights = torch.cat((weights, _maps(maps, layout, inverse, weights)), dim=1)
     held = weights.detach()
-    matrices, n_parts = held[:, : layout.matrix_size], N_PARTS[precision]
-    operands = matrices[None] if precision == "tf32" else _parts(matrices, n_parts, dtype)
+    matrices = held[:, : layout.matrix_size]
+    operands = matrices[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
     if layout.maps == DENSE:
         size = 4 * layout.half**2
-        map_operands = _parts(held[:, layout.map_offset : layout.map_offset + size], max(n_parts, 2), dtype)
+        map_operands = _parts(held[:, layout.map_offset : layout.map_offset + size], map_parts(precision), dtype)
     else:
         map_operands = held.new_empty(0, dtype=dtype)
     return PackedStack(weights, operands, map_operands, layout)
@@ -165,7 +163,7 @@ def pack_map(weight: Tensor, *, precision: str, dtype: torch.dtype) -> PackedMap
     values = values.flatten()
     if weight.ndim == 1:
         return PackedMap(values, values.new_empty(0, dtype=dtype))
-    return PackedMap(values, _parts(values.detach(), max(N_PARTS[precision], 2), dtype))
+    return PackedMap(values, _parts(values.detach(), map_parts(precision), dtype))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

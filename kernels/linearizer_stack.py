@@ -1,0 +1,150 @@
+"""A whole Linearizer of coupling stacks in one launch: y = g_y^-1(A g_x(x)), x [B, D] and y [B, D].
+
+Three steps on one tile of rows that never leaves the chip: g_x's layers forward, A (a matrix
+in parts, or a diagonal), g_y's layers in reverse. The layers are kernels/coupling_stack.py's body,
+called twice; the two stacks may be the same tensors. Bytes: x once in, y once out; the weights of
+both stacks and A once a program, from L2.
+
+Gradient, with z = g_x(x), w = A z and v = g_y^-1's vector-Jacobian product at w: dA = v^T z, and
+dx = g_x's at x of A^T v. z and w are recomputed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .coupling_stack import (
+    activation_form,
+    apply_map,
+    launch_coupling_stack,
+    load_halves,
+    reaches_past_int32,
+    run_layers,
+    store_halves,
+    tile_constants,
+)
+from .coupling_stack_backward import launch_coupling_stack_backward
+from .launch import ceil_div, device_guard
+from .linearizer_chain import LinearizerConstants, linearizer_backward
+from .stack_layout import StackLayout
+
+__all__ = ["launch_linearizer_stack", "launch_linearizer_stack_backward"]
+
+
+@triton.jit
+def _linearizer_stack_kernel(
+    x_ptr,
+    y_ptr,
+    weights_x_ptr,
+    operands_x_ptr,
+    map_operands_x_ptr,
+    core_ptr,
+    core_operands_ptr,
+    weights_y_ptr,
+    operands_y_ptr,
+    map_operands_y_ptr,
+    n_batch,
+    n_first,
+    n_second,
+    n_layers_x,
+    n_layers_y,
+    part_stride_x,
+    row_stride_x,
+    map_part_stride_x,
+    core_part_stride,
+    part_stride_y,
+    row_stride_y,
+    map_part_stride_y,
+    stride_xb,
+    stride_xd,
+    stride_yb,
+    bound_x,
+    floor_x,
+    bound_y,
+    floor_y,
+    N_LINEAR: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    MOVES_SECOND_X: tl.constexpr,
+    MOVES_SECOND_Y: tl.constexpr,
+    MAPS_X: tl.constexpr,
+    HEAD_X: tl.constexpr,
+    MAPS_Y: tl.constexpr,
+    HEAD_Y: tl.constexpr,
+    DENSE: tl.constexpr,
+    MATRIX_SIZE: tl.constexpr,
+    MAP_OFFSET: tl.constexpr,
+    ROW_SIZE_X: tl.constexpr,
+    ROW_SIZE_Y: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    MAP_PARTS: tl.constexpr,
+    LAYER_STAGES: tl.constexpr,
+    CHUNK_STAGES: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    a, b = load_halves(x_ptr, n_batch, n_first, n_second, stride_xb, stride_xd, ROWS, HALF, INT64)
+    a, b, _ = run_layers(
+        a, b, weights_x_ptr, operands_x_ptr, map_operands_x_ptr, n_layers_x, part_stride_x, row_stride_x,
+        map_part_stride_x, n_first, n_second, bound_x, floor_x,
+        N_LINEAR, ACTIVATION, FORM, KIND, SCALE_FIRST, MOVES_SECOND_X, False, False, MAPS_X, HEAD_X,
+        MATRIX_SIZE, ROW_SIZE_X, MAP_OFFSET, ROWS, HALF, HIDDEN, CHUNK, PARTS, MAP_PARTS, LAYER_STAGES, CHUNK_STAGES,
+    )  # fmt: skip
+    a, b = apply_map(a, b, core_operands_ptr, core_part_stride, core_ptr, ROWS, HALF, DENSE, False, MAP_PARTS)
+    a, b, _ = run_layers(
+        a, b, weights_y_ptr, operands_y_ptr, map_operands_y_ptr, n_layers_y, part_stride_y, row_stride_y,
+        map_part_stride_y, n_first, n_second, bound_y, floor_y,
+        N_LINEAR, ACTIVATION, FORM, KIND, SCALE_FIRST, MOVES_SECOND_Y, True, False, MAPS_Y, HEAD_Y,
+        MATRIX_SIZE, ROW_SIZE_Y, MAP_OFFSET, ROWS, HALF, HIDDEN, CHUNK, PARTS, MAP_PARTS, LAYER_STAGES, CHUNK_STAGES,
+    )  # fmt: skip
+    store_halves(y_ptr, a, b, n_batch, n_first, n_second, stride_yb, 1, ROWS, HALF, INT64)
+
+
+def launch_linearizer_stack(
+    x: Tensor,
+    weights_x: Tensor,
+    operands_x: Tensor,
+    map_operands_x: Tensor,
+    core: Tensor,
+    core_operands: Tensor,
+    weights_y: Tensor,
+    operands_y: Tensor,
+    map_operands_y: Tensor,
+    *constants: Any,
+) -> Tensor:
+    """y [B, D], contiguous."""
+    y = x.new_empty(x.shape)
+    if x.shape[0] == 0:
+        return y
+    c = LinearizerConstants(*constants)
+    layout_x = StackLayout(x.shape[1], c.n_linear, c.hidden, c.maps_x, c.head_x)
+    layout_y = StackLayout(x.shape[1], c.n_linear, c.hidden, c.maps_y, c.head_y)
+    tile = tile_constants(x, layout_x, c.precision)
+    with device_guard(x):
+        _linearizer_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
+            x, y, weights_x, operands_x, map_operands_x, core, core_operands, weights_y, operands_y, map_operands_y,
+            x.shape[0], *layout_x.sizes, layout_x.n_layers(weights_x), layout_y.n_layers(weights_y),
+            operands_x.stride(0), operands_x.stride(1), map_operands_x.stride(0), core_operands.stride(0),
+            operands_y.stride(0), operands_y.stride(1), map_operands_y.stride(0),
+            x.stride(0), x.stride(1), y.stride(0), c.bound_x, c.floor_x, c.bound_y, c.floor_y,
+            ACTIVATION=c.activation, FORM=activation_form(x, c.precision), KIND=c.kind, SCALE_FIRST=c.scale_first,
+            MOVES_SECOND_X=int(c.moves_second_x), MOVES_SECOND_Y=int(c.moves_second_y),
+            MAPS_X=c.maps_x, HEAD_X=int(c.head_x), MAPS_Y=c.maps_y, HEAD_Y=int(c.head_y),
+            DENSE=core_operands.numel() > 0, ROW_SIZE_X=layout_x.row_size, ROW_SIZE_Y=layout_y.row_size,
+            INT64=reaches_past_int32(x, tile["ROWS"]), **tile,
+        )  # fmt: skip
+    return y
+
+
+def launch_linearizer_stack_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """(dx, dweights_x, -, -, dcore, -, dweights_y, -, -); operands have no gradient."""
+    return linearizer_backward(launch_coupling_stack, launch_coupling_stack_backward, *arguments)
