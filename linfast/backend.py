@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["backend", "interpreting", "uses_triton"]
+__all__ = ["backend", "interpreting", "uses_triton", "why_reference"]
 
 _CHOICES = ("auto", "triton", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -73,6 +73,17 @@ def uses_triton(*tensors: Tensor) -> bool:
             "starting Python to interpret the kernels there"
         )
     return True
+
+
+def why_reference(x: Tensor) -> str | None:
+    """Why ops on x run in plain torch; None where they run their kernels."""
+    if uses_triton(x):
+        return None
+    if _choice == "reference":
+        return "the backend is 'reference'"
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"x is {x.dtype}"
+    return "triton is not installed" if x.is_cuda else f"x is on {x.device}"
 
 
 def interpreting() -> bool:

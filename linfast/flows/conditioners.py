@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ..autocast import outside_autocast
 from ..ops.activations import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_function"]
@@ -116,6 +117,17 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             h = activate(layer(h))
         return self.layers[-1](h)
+
+    @outside_autocast
+    def folded(self, t: float | Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """(weights, biases) of the linear layers on x alone, the time t, one for all samples, in the first bias."""
+        weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
+        if self.embedding is not None:
+            first = weights[0]
+            time = embed_time(self.embedding, t, first[:1], "MLP")[0]
+            shift = first[:, self.n_in :] @ time
+            weights[0], biases[0] = first[:, : self.n_in], shift if biases[0] is None else biases[0] + shift
+        return weights, biases
 
     @property
     def _has_context(self) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .bijection import Bijection, constant_log_det
 from .fusion import segments
+from .stack import FlowStack, find_stack, run_stack
 
 __all__ = ["Flow"]
 
@@ -47,6 +48,9 @@ class Flow(Bijection):
     def _transform(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
+        stack = find_stack(self.bijections, x, context)
+        if isinstance(stack, FlowStack):
+            return run_stack(stack, x, inverse, log_det)
         total = constant_log_det(x) if log_det else None
         for segment in segments(self.bijections, inverse):
             x, part = segment(x, context, inverse, log_det)

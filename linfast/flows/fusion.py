@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from .bijection import Bijection, constant_log_det, position_count, run
 from .couplings import AffineCoupling
 from .mix import Householder, Mix, Permute
 
-__all__ = ["segments"]
+__all__ = ["Folded", "Single", "fold", "is_linear", "is_plain", "segments"]
 
 Segment = Callable[[Tensor, Mapping[str, Any], bool, bool], tuple[Tensor, Tensor | None]]
 """(x, context, inverse, log_det) -> (y, log_det [B] or None)."""
@@ -40,32 +39,32 @@ def segments(bijections: nn.ModuleList, inverse: bool) -> list[Segment]:
     """What to run one after another for g_n(... g_1(x)), or for the inverse of it."""
     layers: list[Any] = list(reversed(bijections) if inverse else bijections)
     if nn.modules.module._has_any_global_hook():
-        return [_Single(layer) for layer in layers]
+        return [Single(layer) for layer in layers]
     result: list[Segment] = []
     while layers:
-        coupling = layers[0] if _is_plain(layers[0], (AffineCoupling,)) else None
+        coupling = layers[0] if is_plain(layers[0], (AffineCoupling,)) else None
         row = _leading_row(layers[1:] if coupling else layers)
         if row and (coupling or len(row) > 1):
-            result.append(_Folded(bijections, coupling, row))
+            result.append(Folded(bijections, coupling, row))
             layers = layers[len(row) + (coupling is not None) :]
         else:
-            result.append(_Single(layers[0]))
+            result.append(Single(layers[0]))
             layers = layers[1:]
     return result
 
 
 def _leading_row(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
     """The channel-linear layers in front; none where none of them is a product."""
-    count = next((i for i, layer in enumerate(layers) if not _is_linear(layer)), len(layers))
+    count = next((i for i, layer in enumerate(layers) if not is_linear(layer)), len(layers))
     row = tuple(layers[:count])
     return row if any(isinstance(layer, _PRODUCTS) for layer in row) else ()
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    return _is_plain(layer, (*_PRODUCTS, Permute)) or (_is_plain(layer, (ActNorm,)) and layer._is_initialized)
+def is_linear(layer: nn.Module) -> bool:
+    return is_plain(layer, (*_PRODUCTS, Permute)) or (is_plain(layer, (ActNorm,)) and layer._is_initialized)
 
 
-def _is_plain(layer: nn.Module, kinds: tuple[type, ...]) -> bool:
+def is_plain(layer: nn.Module, kinds: tuple[type, ...]) -> bool:
     """Whether nothing but the class's own code would run; parametrizations make a class of their own."""
     hooks = (
         *(layer._forward_hooks, layer._forward_pre_hooks),
@@ -75,7 +74,7 @@ def _is_plain(layer: nn.Module, kinds: tuple[type, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Single:
+class Single:
     """One layer as it is."""
 
     layer: Bijection
@@ -87,7 +86,7 @@ class _Single:
 
 
 @dataclass(frozen=True)
-class _Folded:
+class Folded:
     """A row of channel-linear layers as one map, after a coupling where there is one.
 
     Args:
@@ -105,7 +104,7 @@ class _Folded:
         layers = self.row if self.coupling is None else (self.coupling, *self.row)
         for layer in layers:
             layer._check(name, x, layer.features)
-        weight, bias = derived(self.owner, (inverse, self.row), lambda: _fold(self.owner, self.row, inverse))
+        weight, bias = derived(self.owner, (inverse, self.row), lambda: fold(self.owner, self.row, inverse))
         if self.coupling is None:
             y, total = channel_mix(x, weight, bias), None
         else:
@@ -118,9 +117,9 @@ class _Folded:
 
 
 @outside_autocast
-def _fold(owner: nn.Module, row: Sequence[Any], inverse: bool) -> tuple[Tensor, Tensor | None]:
+def fold(owner: nn.Module, row: Sequence[Any], inverse: bool) -> tuple[Tensor, Tensor | None]:
     """(W [C, C], b [C] or None for 0) of the row, in the order given, in the parameters' dtype."""
-    like = next(chain.from_iterable(layer.parameters() for layer in row))
+    like = next(owner.parameters())
     wide = torch.promote_types(like.dtype, torch.float32)
     weight = torch.eye(row[0].features, dtype=wide, device=like.device)
     bias = torch.zeros(row[0].features, dtype=wide, device=like.device)

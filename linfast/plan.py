@@ -1,0 +1,154 @@
+"""What runs for a model and an input: the op, tile and precision of each part, and why, as data.
+
+``plan`` asks the functions that choose at every call; it computes and launches nothing of the model but A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from .backend import why_reference
+from .flows.actnorm import ActNorm
+from .flows.bijection import Bijection, Conditioned
+from .flows.conditioners import MLP
+from .flows.couplings import AffineCoupling
+from .flows.flow import Flow
+from .flows.fusion import Folded, segments
+from .flows.mix import Householder, Mix
+from .flows.stack import FlowStack, find_stack
+from .kernels.stack_configs import config_for, target_of
+from .linearizer import Linearizer
+from .one_launch import OneLaunch, find_one_launch
+from .operators.base import LatentOperator
+from .precision import resolve_precision
+
+__all__ = ["Choice", "Plan", "explain", "plan"]
+
+_TORCH = "torch"
+_OPERATOR_OPS = {"LowRank": "low_rank", "TimeLowRank": "low_rank", "DepthwiseConv": "depthwise_conv"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one part runs.
+
+    Args:
+        part: its name in the model.
+        runs: the op, or torch.
+        tile: rows a program and its warps, where a table of ours fixes them.
+        precision: of its products (linfast.precision), where it has a mode.
+        why: the reason.
+    """
+
+    part: str
+    runs: str
+    tile: str = ""
+    precision: str = ""
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choices in the order they run; prints as a table."""
+
+    choices: tuple[Choice, ...]
+
+    def __str__(self) -> str:
+        rows = [tuple(field.name for field in fields(Choice)), *map(astuple, self.choices)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Plan:
+    """How ``model(x, t=t, **context)`` runs, for a Linearizer or a Bijection.
+
+    Raises:
+        TypeError: another model.
+        ValueError: t, where A needs one.
+    """
+    if isinstance(model, Linearizer):
+        return Plan(tuple(_linearizer(model, x, t, context)))
+    if isinstance(model, Bijection):
+        return Plan(tuple(_bijection("g", model, x, context if t is None else {**context, "t": t}, False)))
+    raise TypeError(f"model must be a Linearizer or a Bijection; got {type(model).__name__}")
+
+
+def explain(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Plan:
+    """Print and return ``plan``."""
+    result = plan(model, x, t, **context)
+    print(result)
+    return result
+
+
+def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Iterator[Choice]:
+    f._check_time(t)
+    launch = find_one_launch(f, x, t, context)
+    if isinstance(launch, OneLaunch):
+        yield _launch("f", "linearizer_stack", launch.stack, x, "g_x, A and the inverse of g_y in one launch")
+        return
+    yield Choice("f", "part by part", why=f"not one launch: {launch}")
+    yield from _bijection("g_x", f.g_x, x, context, False)
+    yield _operator(f.A, x)
+    yield from _bijection("g_y", f.g_y, x, context, True)
+
+
+def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], inverse: bool) -> Iterator[Choice]:
+    while isinstance(g, Conditioned):
+        g, context = g.bijection, {**g.context, **context}
+    if not isinstance(g, Flow):
+        yield _layer(part, g, x)
+        return
+    stack = find_stack(g.bijections, x, context)
+    if isinstance(stack, FlowStack):
+        yield _launch(part, "coupling_stack", stack, x, f"{len(stack.couplings)} couplings in one launch")
+        return
+    yield Choice(part, "layer by layer", why=f"not one launch: {stack}")
+    names = {id(layer): f"{part}.{i}" for i, layer in enumerate(g.bijections)}
+    for segment in segments(g.bijections, x, inverse):
+        if isinstance(segment, Folded):
+            yield _folded(segment, names, x)
+        else:
+            yield _layer(names[id(segment.layer)], segment.layer, x)
+
+
+def _launch(part: str, op: str, stack: FlowStack, x: Tensor, why: str) -> Choice:
+    precision, target = resolve_precision(x), target_of(x)
+    config = config_for(stack.features, stack.hidden, stack.n_linear, precision, target)
+    assert config is not None
+    size = f"D = {stack.features}, H = {stack.hidden} fit on {target}"
+    return Choice(part, op, f"{config.rows} rows, {config.num_warps} warps", precision, f"{why}: {size}")
+
+
+def _folded(segment: Folded, names: Mapping[int, str], x: Tensor) -> Choice:
+    layers = segment.row if segment.coupling is None else (segment.coupling, *segment.row)
+    op = "channel_mix" if segment.coupling is None else f"{_conditioner(segment.coupling)}, coupling_mix"
+    return Choice(" + ".join(names[id(layer)] for layer in layers), op, why="folded into one map")
+
+
+def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
+    kind, reason = type(layer).__name__, why_reference(x)
+    if reason is not None:
+        return Choice(part, _TORCH, why=f"{kind}: {reason}")
+    if isinstance(layer, AffineCoupling):
+        return Choice(part, f"{_conditioner(layer)}, affine_coupling", why=kind)
+    if isinstance(layer, (Mix, Householder)) and x.ndim > 2:
+        return Choice(part, "channel_mix", why=kind)
+    why = "not initialised" if isinstance(layer, ActNorm) and not layer._is_initialized else "one pass over x or less"
+    return Choice(part, _TORCH, why=f"{kind}: {why}")
+
+
+def _conditioner(coupling: AffineCoupling) -> str:
+    return "torch products" if isinstance(coupling.conditioner, MLP) else type(coupling.conditioner).__name__
+
+
+def _operator(A: LatentOperator, x: Tensor) -> Choice:
+    kind = type(A).__name__
+    op = _OPERATOR_OPS.get(kind)
+    reason = why_reference(x)
+    if op is None or reason is not None:
+        return Choice("A", _TORCH, why=f"{kind}: {reason or 'torch has the best product for it'}")
+    return Choice("A", op, why=kind)
