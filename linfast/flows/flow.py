@@ -48,7 +48,7 @@ class Flow(Bijection):
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
         total = constant_log_det(x) if log_det else None
-        for segment in segments(self.bijections, inverse):
+        for segment in segments(self.bijections, x, inverse):
             x, part = segment(x, context, inverse, log_det)
             total = total + part if total is not None and part is not None else None
         return x, total
