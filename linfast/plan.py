@@ -137,7 +137,9 @@ def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
         return Choice(part, f"{_conditioner(layer)}, affine_coupling", why=kind)
     if isinstance(layer, (Mix, Householder)) and x.ndim > 2:
         return Choice(part, "channel_mix", why=kind)
-    why = "not initialised" if isinstance(layer, ActNorm) and not layer._is_initialized else "one pass over x or less"
+    why = (
+        "not initialised" if isinstance(layer, ActNorm) and not layer._is_initialized else "one pass over x or less"
+    )
     return Choice(part, _TORCH, why=f"{kind}: {why}")
 
 

@@ -77,13 +77,15 @@ class ActNorm(ChannelLinear):
         total = self.log_abs_det() * position_count(x)
         return y.to(x.dtype), constant_log_det(x, -total if inverse else total)
 
-    def after(self, weight: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        shift, log_scale = wide(self.bias), wide(self.log_scale)
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
+        own, log_scale = wide(self.bias), wide(self.log_scale)
         if inverse:
             scale = (-log_scale).exp()
-            return scale[:, None] * weight, scale * bias - shift
-        scale = log_scale.exp()
-        return scale[:, None] * weight, scale * (bias + shift)
+            bias = -own if bias is None else scale * bias - own
+        else:
+            scale = log_scale.exp()
+            bias = scale * (own if bias is None else bias + own)
+        return scale[:, None] * weight, bias
 
     def log_abs_det(self) -> Tensor:
         return self.log_scale.sum()

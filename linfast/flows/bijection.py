@@ -99,8 +99,11 @@ def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
 class ChannelLinear(Bijection):
     """A bijection that is one affine map of the channels, the same at every position."""
 
-    def after(self, weight: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(W', b') of this layer, or its inverse, after y = weight x + bias: [C, C] and [C], fp32 or wider."""
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
+        """(W', b') of this layer, or its inverse, after y = weight x + bias; fp32 or wider.
+
+        weight [C, C]; bias [C], None for 0.
+        """
         raise NotImplementedError
 
     def log_abs_det(self) -> Tensor | float:

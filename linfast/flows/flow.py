@@ -52,7 +52,7 @@ class Flow(Bijection):
         if isinstance(stack, FlowStack):
             return run_stack(stack, x, inverse, log_det)
         total = constant_log_det(x) if log_det else None
-        for segment in segments(self.bijections, inverse):
+        for segment in segments(self.bijections, x, inverse):
             x, part = segment(x, context, inverse, log_det)
             total = total + part if total is not None and part is not None else None
         return x, total

@@ -8,6 +8,10 @@ graph at every call (or once inside ``linfast.freeze``), in fp32 or wider and ou
 the sum of the parts'. A row without a Mix or Householder runs layer by layer: a scaling or a
 permutation costs less as itself than as a product. So does one layer alone, a layer with hooks, with
 parametrizations or of a subclass, whose own code must run, and an ActNorm that is not initialised.
+
+Only where the ops run their kernels. In plain torch on a CPU nothing is saved by one op for two, and
+folding costs what it saves: interleaved runs of an image flow 4 x 32 x 32, batch 16, and of a vector
+flow 64, batch 1024, stood at 0.90 to 1.07 of layer by layer, noise included.
 """
 
 from __future__ import annotations
@@ -20,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
+from ..backend import uses_triton
 from ..freeze import derived
 from ..ops.channel_mix import channel_mix
 from .actnorm import ActNorm
-from .bijection import Bijection, constant_log_det, position_count, run
+from .bijection import Bijection, constant_log_det, position_count, run, wide
 from .couplings import AffineCoupling
 from .mix import Householder, Mix, Permute
 
@@ -35,10 +40,10 @@ Segment = Callable[[Tensor, Mapping[str, Any], bool, bool], tuple[Tensor, Tensor
 _PRODUCTS = (Mix, Householder)
 
 
-def segments(bijections: nn.ModuleList, inverse: bool) -> list[Segment]:
+def segments(bijections: nn.ModuleList, x: Tensor, inverse: bool) -> list[Segment]:
     """What to run one after another for g_n(... g_1(x)), or for the inverse of it."""
     layers: list[Any] = list(reversed(bijections) if inverse else bijections)
-    if nn.modules.module._has_any_global_hook():
+    if not uses_triton(x) or nn.modules.module._has_any_global_hook():
         return [Single(layer) for layer in layers]
     result: list[Segment] = []
     while layers:
@@ -120,10 +125,7 @@ class Folded:
 def fold(owner: nn.Module, row: Sequence[Any], inverse: bool) -> tuple[Tensor, Tensor | None]:
     """(W [C, C], b [C] or None for 0) of the row, in the order given, in the parameters' dtype."""
     like = next(owner.parameters())
-    wide = torch.promote_types(like.dtype, torch.float32)
-    weight = torch.eye(row[0].features, dtype=wide, device=like.device)
-    bias = torch.zeros(row[0].features, dtype=wide, device=like.device)
+    weight, bias = torch.eye(row[0].features, dtype=wide(like).dtype, device=like.device), None
     for layer in row:
         weight, bias = layer.after(weight, bias, inverse)
-    shifts = any(isinstance(layer, ActNorm) for layer in row)
-    return weight.to(like.dtype), bias.to(like.dtype) if shifts else None
+    return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)

@@ -39,9 +39,9 @@ class _LinearMix(ChannelLinear):
         dtype = next(self.parameters()).dtype
         return derived(self, inverse, lambda: self._wide_weight(inverse).to(dtype))
 
-    def after(self, weight: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
         matrix = self._wide_weight(inverse)
-        return matrix @ weight, matrix @ bias
+        return matrix @ weight, None if bias is None else matrix @ bias
 
     def _transform(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
@@ -168,9 +168,9 @@ class Permute(ChannelLinear):
     def _order(self, inverse: bool) -> Tensor:
         return self.permutation.argsort() if inverse else self.permutation
 
-    def after(self, weight: Tensor, bias: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
         order = self._order(inverse)
-        return weight[order], bias[order]
+        return weight[order], None if bias is None else bias[order]
 
     def extra_repr(self) -> str:
         return f"features={self.features}"

@@ -80,9 +80,7 @@ class FlowStack:
             for c, row in zip(self.couplings, self.rows, strict=True)
         ]
         head = self._map(self.head, inverse, log_det)
-        return CouplingStack(
-            layers, first.conditioner.activation, first.scale_map, first.order, first.moves, head
-        )
+        return CouplingStack(layers, first.conditioner.activation, first.scale_map, first.order, first.moves, head)
 
     def _map(self, row: tuple[Any, ...], inverse: bool, log_det: bool) -> AffineMap | None:
         if not row:
@@ -166,7 +164,11 @@ def _why_not(coupling: Any, context: Mapping[str, Any]) -> str | None:
     if len(mlp.layers) > _MAX_LINEAR:
         return f"its conditioner has {len(mlp.layers)} linear layers; at most {_MAX_LINEAR} run in one launch"
     constant = isinstance(t, (int, float)) or (isinstance(t, Tensor) and t.ndim == 0)
-    if mlp.context_features or context.get("context") is not None or not (constant if mlp.time_features else t is None):
+    if (
+        mlp.context_features
+        or context.get("context") is not None
+        or not (constant if mlp.time_features else t is None)
+    ):
         return "its conditioner has an input of its own for each sample"
     return None
 

@@ -152,6 +152,7 @@ def affine_coupling_backward_reference(
     sizes, index = split_sizes(y.shape[1]), HALVES.index(moves)
     out, g = (tensor.split(sizes, dim=1)[index].to(compute) for tensor in (y, grad))
     shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
+    grad_log_det = grad_log_det if constants[-1] else None  # torch.compile makes a [0] where there is no log_det
     h = 0.0 if grad_log_det is None else grad_log_det.reshape(-1, *(1,) * (y.ndim - 1))
     dvalue, dshift, dlog_s = couple_backward(out, shift, scale_map.log_scale(raw), g, h, order, inverse)
     draw = dlog_s * scale_map.derivative(raw)

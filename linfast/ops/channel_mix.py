@@ -27,10 +27,8 @@ __all__ = [
     "channel_mix_backward_reference",
     "channel_mix_reference",
     "check_mix",
-    "fold_actnorm",
     "laid_out",
     "mixed_like",
-    "unfold_actnorm",
 ]
 
 
@@ -54,24 +52,6 @@ def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if x.ndim > 2 and uses_triton(x, weight):
         return _channel_mix(x, weight, None if bias is None else bias.to(weight.dtype))
     return channel_mix_reference(x, weight, bias)
-
-
-def fold_actnorm(weight: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(W', b') with W' x + b' = W ((x + bias) exp(log_scale)): an ActNorm and the mix after it.
-
-    W' = W diag(e^s), b' = W' bias, in the graph, so that gradients reach all three.
-    weight [O, C], bias and log_scale [C].
-    """
-    folded = weight * log_scale.exp()
-    return folded, folded @ bias
-
-
-def unfold_actnorm(inverse_weight: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(V, d) with V y + d = (W^-1 y) exp(-log_scale) - bias: the inverse of ``fold_actnorm``'s pair.
-
-    V = diag(e^-s) W^-1 = W'^-1 and d = -V b' = -bias. inverse_weight is W^-1 [C, C].
-    """
-    return (-log_scale).exp()[:, None] * inverse_weight, -bias
 
 
 def channel_mix_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,11 +7,12 @@ import time
 
 import pytest
 import torch
+from torch import Tensor
+
 from linfast.bench import timing
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
 from linfast.bench.memory import peak_bytes
 from linfast.bench.report import table
-from torch import Tensor
 
 from .toy import CPU, Call, run, softplus
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+
 from linfast.bench.cases import CASES
 from linfast.bench.environment import describe
 from linfast.bench.harness import Case, Options, Problem, Provider, Size

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from linfast.bench.harness import Case, Options, Problem, Provider, Result, Size, measure
 from torch import Tensor
+
+from linfast.bench.harness import Case, Options, Problem, Provider, Result, Size, measure
 
 CPU = torch.device("cpu")
 Call = Callable[[Tensor], Tensor]

@@ -202,6 +202,21 @@ def test_flows_compile_whole_and_run_the_kernels() -> None:
     assert called.count("linfast.affine_coupling_backward.default") == 2
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_compiled_gradients_without_a_log_det(inverse: bool) -> None:
+    x, params = _inputs((5, 6))
+
+    def loss(x: Tensor, params: Tensor) -> Tensor:
+        return affine_coupling(x, params, ScaleMap(), inverse=inverse)[0].pow(3).sum()
+
+    with lf.backend("triton"):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        got = torch.autograd.grad(compiled(x, params), (x, params))
+        expected = torch.autograd.grad(loss(x, params), (x, params))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_functional_transforms() -> None:
     x, params = (t.detach() for t in _inputs((3, 4)))
 

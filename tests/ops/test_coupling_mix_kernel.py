@@ -253,6 +253,26 @@ def test_opcheck(bias: bool, shape: tuple[int, ...], last: bool) -> None:
         torch.library.opcheck(backward, (x, params, weight, grad, h, *constants, needs))
 
 
+@pytest.mark.parametrize("log_det", [False, True])
+@pytest.mark.parametrize("channels", [4, 17])
+def test_compiles_whole_and_runs_the_kernels(log_det: bool, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _inputs((2, channels, 3, 2))
+
+    def loss(*tensors: Tensor) -> Tensor:
+        x, params, *rest = tensors
+        y, total = coupling_mix(x, params, ScaleMap(), *rest, log_det=log_det)
+        return y.pow(3).sum() + (total.sum() if total is not None else 0.0)
+
+    with lf.backend("triton"):
+        expected = torch.autograd.grad(loss(*inputs), inputs)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        seen = _launches(monkeypatch)
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+    assert seen == ["launch_coupling_mix", "launch_coupling_mix_backward"]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_functional_transforms() -> None:
     x, params, weight, bias = (t.detach() for t in _inputs((2, 3, 2, 2)))
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from linfast.kernels.channel_mix import MixTile
 from linfast.kernels.coupling_mix import BACKWARD_DOTS, DOTS, UNROLLED
-
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.static.cases import StaticCase
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from linfast.kernels.depthwise_conv import choose_tile
-
 from tests.static.cases import StaticCase
 
 _POINTERS = {
