@@ -31,6 +31,7 @@ from .operators import (
     Projection,
     TimeLowRank,
 )
+from .plan import explain, plan
 from .sampling import collapse, generator, invert, sample
 from .scale_maps import ScaleMap
 from .space import InducedSpace
@@ -62,12 +63,14 @@ __all__ = [
     "backend",
     "collapse",
     "coupling_flow",
+    "explain",
     "freeze",
     "generator",
     "image_flow",
     "invert",
     "load",
     "ops",
+    "plan",
     "sample",
     "save",
 ]

@@ -29,7 +29,7 @@ from .ops.linearizer_stack import (
 )
 from .precision import resolve_precision
 
-__all__ = ["OneLaunch", "find_one_launch"]
+__all__ = ["OneLaunch", "find_one_launch", "unwrap"]
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ class OneLaunch:
         return linearizer_stack(x, self.g_x, self.core, self.g_y, precision=self.precision, packed=packed)
 
 
-def find_one_launch(
-    f: nn.Module, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]
-) -> OneLaunch | str:
+def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> OneLaunch | str:
     """f(x) of a Linearizer f as one launch, or why it is none."""
     stack_x = _stack("g_x", f.g_x, x, context)
     stack_y = stack_x if f.g_y is f.g_x else _stack("g_y", f.g_y, x, context)
@@ -85,9 +83,15 @@ def find_one_launch(
     return OneLaunch(f, stack_x, g_x, core, g_y, precision, key)
 
 
-def _stack(name: str, g: nn.Module, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
+def unwrap(g: Any, context: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """What g.at(...) was taken of, and the context it then has."""
     while is_plain(g, (Conditioned,)):
         g, context = g.bijection, {**g.context, **context}
+    return g, context
+
+
+def _stack(name: str, g: Any, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
+    g, context = unwrap(g, context)
     found = find_stack(g.bijections, x, context) if is_plain(g, (Flow,)) else f"{type(g).__name__} is no plain Flow"
     return f"{name}: {found}" if isinstance(found, str) else found
 

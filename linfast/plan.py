@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from .backend import why_reference
 from .flows.actnorm import ActNorm
-from .flows.bijection import Bijection, Conditioned
+from .flows.bijection import Bijection
 from .flows.conditioners import MLP
 from .flows.couplings import AffineCoupling
 from .flows.flow import Flow
-from .flows.fusion import Folded, segments
+from .flows.fusion import Folded, Single, segments
 from .flows.mix import Householder, Mix
 from .flows.stack import FlowStack, find_stack
 from .kernels.stack_configs import config_for, target_of
 from .linearizer import Linearizer
-from .one_launch import OneLaunch, find_one_launch
+from .one_launch import OneLaunch, find_one_launch, unwrap
 from .operators.base import LatentOperator
 from .precision import resolve_precision
 
@@ -90,16 +90,17 @@ def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Map
     if isinstance(launch, OneLaunch):
         yield _launch("f", "linearizer_stack", launch.stack, x, "g_x, A and the inverse of g_y in one launch")
         return
-    yield Choice("f", "part by part", why=f"not one launch: {launch}")
+    if why_reference(x) is None:
+        yield Choice("f", "part by part", why=f"not one launch: {launch}")
     yield from _bijection("g_x", f.g_x, x, context, False)
     yield _operator(f.A, x)
     yield from _bijection("g_y", f.g_y, x, context, True)
 
 
 def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], inverse: bool) -> Iterator[Choice]:
-    while isinstance(g, Conditioned):
-        g, context = g.bijection, {**g.context, **context}
-    if not isinstance(g, Flow):
+    g, context = unwrap(g, context)
+    reason = why_reference(x)
+    if reason is not None or not isinstance(g, Flow):
         yield _layer(part, g, x)
         return
     stack = find_stack(g.bijections, x, context)
@@ -109,10 +110,10 @@ def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], i
     yield Choice(part, "layer by layer", why=f"not one launch: {stack}")
     names = {id(layer): f"{part}.{i}" for i, layer in enumerate(g.bijections)}
     for segment in segments(g.bijections, x, inverse):
-        if isinstance(segment, Folded):
-            yield _folded(segment, names, x)
-        else:
+        if isinstance(segment, Single):
             yield _layer(names[id(segment.layer)], segment.layer, x)
+        else:
+            yield _folded(segment, names)
 
 
 def _launch(part: str, op: str, stack: FlowStack, x: Tensor, why: str) -> Choice:
@@ -123,7 +124,7 @@ def _launch(part: str, op: str, stack: FlowStack, x: Tensor, why: str) -> Choice
     return Choice(part, op, f"{config.rows} rows, {config.num_warps} warps", precision, f"{why}: {size}")
 
 
-def _folded(segment: Folded, names: Mapping[int, str], x: Tensor) -> Choice:
+def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:
     layers = segment.row if segment.coupling is None else (segment.coupling, *segment.row)
     op = "channel_mix" if segment.coupling is None else f"{_conditioner(segment.coupling)}, coupling_mix"
     return Choice(" + ".join(names[id(layer)] for layer in layers), op, why="folded into one map")
@@ -135,12 +136,11 @@ def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
         return Choice(part, _TORCH, why=f"{kind}: {reason}")
     if isinstance(layer, AffineCoupling):
         return Choice(part, f"{_conditioner(layer)}, affine_coupling", why=kind)
-    if isinstance(layer, (Mix, Householder)) and x.ndim > 2:
-        return Choice(part, "channel_mix", why=kind)
-    why = (
-        "not initialised" if isinstance(layer, ActNorm) and not layer._is_initialized else "one pass over x or less"
-    )
-    return Choice(part, _TORCH, why=f"{kind}: {why}")
+    if isinstance(layer, (Mix, Householder)):
+        return Choice(part, "channel_mix" if x.ndim > 2 else _TORCH, why=kind)
+    if isinstance(layer, ActNorm) and not layer._is_initialized:
+        return Choice(part, _TORCH, why=f"{kind}: not initialised")
+    return Choice(part, _TORCH, why=kind)
 
 
 def _conditioner(coupling: AffineCoupling) -> str:

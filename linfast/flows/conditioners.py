@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,12 +122,13 @@ class MLP(nn.Module):
     @outside_autocast
     def folded(self, t: float | Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
         """(weights, biases) of the linear layers on x alone, the time t, one for all samples, in the first bias."""
-        weights, biases = [layer.weight for layer in self.layers], [layer.bias for layer in self.layers]
-        if self.embedding is not None:
-            first = weights[0]
-            time = embed_time(self.embedding, t, first[:1], "MLP")[0]
-            shift = first[:, self.n_in :] @ time
-            weights[0], biases[0] = first[:, : self.n_in], shift if biases[0] is None else biases[0] + shift
+        layers: list[Any] = list(self.layers)
+        weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+        time = embed_time(self.embedding, t, weights[0][:1], "MLP")
+        if time is not None:
+            shift = weights[0][:, self.n_in :] @ time[0]
+            weights[0] = weights[0][:, : self.n_in]
+            biases[0] = shift if biases[0] is None else biases[0] + shift
         return weights, biases
 
     @property

@@ -16,7 +16,7 @@ flow 64, batch 1024, stood at 0.90 to 1.07 of layer by layer, noise included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,18 +34,15 @@ from .mix import Householder, Mix, Permute
 
 __all__ = ["Folded", "Single", "fold", "is_linear", "is_plain", "segments"]
 
-Segment = Callable[[Tensor, Mapping[str, Any], bool, bool], tuple[Tensor, Tensor | None]]
-"""(x, context, inverse, log_det) -> (y, log_det [B] or None)."""
-
 _PRODUCTS = (Mix, Householder)
 
 
-def segments(bijections: nn.ModuleList, x: Tensor, inverse: bool) -> list[Segment]:
+def segments(bijections: nn.ModuleList, x: Tensor, inverse: bool) -> list[Single | Folded]:
     """What to run one after another for g_n(... g_1(x)), or for the inverse of it."""
     layers: list[Any] = list(reversed(bijections) if inverse else bijections)
     if not uses_triton(x) or nn.modules.module._has_any_global_hook():
         return [Single(layer) for layer in layers]
-    result: list[Segment] = []
+    result: list[Single | Folded] = []
     while layers:
         coupling = layers[0] if is_plain(layers[0], (AffineCoupling,)) else None
         row = _leading_row(layers[1:] if coupling else layers)
@@ -65,11 +62,11 @@ def _leading_row(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
     return row if any(isinstance(layer, _PRODUCTS) for layer in row) else ()
 
 
-def is_linear(layer: nn.Module) -> bool:
+def is_linear(layer: Any) -> bool:
     return is_plain(layer, (*_PRODUCTS, Permute)) or (is_plain(layer, (ActNorm,)) and layer._is_initialized)
 
 
-def is_plain(layer: nn.Module, kinds: tuple[type, ...]) -> bool:
+def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
     """Whether nothing but the class's own code would run; parametrizations make a class of their own."""
     hooks = (
         *(layer._forward_hooks, layer._forward_pre_hooks),

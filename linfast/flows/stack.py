@@ -76,8 +76,9 @@ class FlowStack:
         """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-dets where asked for."""
         first = self.couplings[0]
         layers = [
-            CouplingLayer(*c.conditioner.folded(self.context.get("t")), c.layout, self._map(row, inverse, log_det))
-            for c, row in zip(self.couplings, self.rows, strict=True)
+            CouplingLayer(weights, biases, coupling.layout, self._map(row, inverse, log_det))
+            for coupling, row in zip(self.couplings, self.rows, strict=True)
+            for weights, biases in [coupling.conditioner.folded(self.context.get("t"))]
         ]
         head = self._map(self.head, inverse, log_det)
         return CouplingStack(layers, first.conditioner.activation, first.scale_map, first.order, first.moves, head)
@@ -155,7 +156,8 @@ def _why_not(coupling: Any, context: Mapping[str, Any]) -> str | None:
     """Why this is no affine coupling whose MLP has, in this context, no input but the kept half."""
     kind = type(coupling).__name__
     if not is_plain(coupling, (AffineCoupling,)):
-        return f"{kind} has hooks" if type(coupling) is AffineCoupling else f"{kind} is not an AffineCoupling"
+        what = {AffineCoupling: "has hooks", ActNorm: "is not initialised or has hooks"}
+        return f"{kind} {what.get(type(coupling), 'is not an AffineCoupling')}"
     mlp, t = coupling.conditioner, context.get("t")
     if not is_plain(mlp, (MLP,)) or not all(is_plain(layer, (nn.Linear,)) for layer in mlp.layers):
         return f"its conditioner, {type(mlp).__name__}, is not a plain MLP"
