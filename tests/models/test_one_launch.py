@@ -1,0 +1,227 @@
+"""Flows and Linearizers run as one launch where they are coupling stacks, with the reference's results."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import linfast as lf
+from linfast.flows.stack import FlowStack, find_stack
+from linfast.one_launch import OneLaunch, find_one_launch
+from tests.laws.zoo import perturb
+from tests.ops.budget import DEVICE, assert_within_budget
+
+D, B = 7, 70
+
+
+def _flow(depth: int = 3, **options: object) -> lf.Flow:
+    # Weights near 1: the fp16 that stands in for bf16 in the interpreter's products has few digits far below.
+    flow = perturb(lf.coupling_flow(D, depth, **{"hidden": (16, 16), **options}), 0.15)  # type: ignore[arg-type]
+    if options.get("actnorm"):
+        flow(2 + 3 * torch.randn(64, D), **({"t": 0.3} if "time_features" in options else {}))
+    return flow.to(DEVICE)
+
+
+FLOWS = {
+    "plain": {},
+    "one layer": {"depth": 1},
+    "unequal widths": {"hidden": (16, 24)},
+    "linear conditioner": {"hidden": ()},
+    "scale first": {"order": "scale_first", "scale_map": "tanh", "activation": "tanh"},
+    "actnorm": {"actnorm": True},
+    "actnorm, lu": {"actnorm": True, "mix": "lu"},
+    "free": {"mix": "free"},
+    "householder": {"mix": "householder"},
+    "permute": {"mix": "permute"},
+    "time": {"time_features": 8},
+}
+
+
+def _within_budget(model: nn.Module, call: Callable[[nn.Module, Tensor], Sequence[Tensor]], x: Tensor) -> None:
+    models = {x.dtype: model, torch.float64: copy.deepcopy(model).double()}
+    assert_within_budget(lambda x: call(models[x.dtype], x), [x])
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss, wanted, allow_unused=True)
+    joined = [g.flatten() for g in found if g is not None]
+    return [torch.cat(joined)]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_flow_runs_as_one_stack(name: str) -> None:
+    options, x = FLOWS[name], torch.randn(B, D, device=DEVICE)
+    flow, context = _flow(**options), {"t": 0.3} if "time_features" in options else {}  # type: ignore[arg-type]
+    with lf.backend("triton"):
+        assert isinstance(find_stack(flow.bijections, x, context), FlowStack)  # type: ignore[arg-type]
+
+    def both_ways(g: lf.Flow, x: Tensor) -> list[Tensor]:
+        z, log_det = g.forward_and_log_det(x, **context)
+        back, back_log_det = g.inverse_and_log_det(z, **context)
+        return [z, log_det, back_log_det, *_gradients(g, z.sin().sum() + log_det.sum() + back.square().sum())]
+
+    _within_budget(flow, both_ways, x)  # type: ignore[arg-type]
+
+
+def _linearizers() -> dict[str, tuple[lf.Linearizer, float | None]]:
+    g, h, timed = _flow(mix="lu"), _flow(2), _flow(2, time_features=8)
+    return {
+        "dense": (lf.Linearizer(g, lf.Dense(D)), None),
+        "two networks": (lf.Linearizer(g, lf.Diagonal(D), h), None),
+        "shared, no maps": (lf.Linearizer(h, lf.LowRank(0.5, torch.randn(D, 2), torch.randn(D, 2))), None),
+        "projection": (lf.Linearizer(h, lf.Projection(D)), None),
+        "algebra": (((f := lf.Linearizer(g, lf.Dense(D))) @ f).T, None),
+        "times": (lf.Linearizer(timed.at(t=1.0), lf.TimeLowRank(D, 2, hidden=16), timed.at(t=0.0)), 0.4),
+    }
+
+
+@pytest.mark.parametrize("name", ["dense", "two networks", "shared, no maps", "projection", "algebra", "times"])
+def test_linearizer_runs_as_one_launch(name: str) -> None:
+    f, t = _linearizers()[name]
+    f, x = f.to(DEVICE), torch.randn(B, D, device=DEVICE)
+    with lf.backend("triton"):
+        assert isinstance(find_one_launch(f, x, t, {}), OneLaunch)
+
+    def call(f: nn.Module, x: Tensor) -> list[Tensor]:
+        y = f(x, t=t)
+        return [y, *_gradients(f, y.sin().sum())]
+
+    _within_budget(f, call, x)
+
+
+def _subclassed(flow: lf.Flow) -> None:
+    class Own(lf.AffineCoupling):
+        pass
+
+    flow.bijections[1].__class__ = Own
+
+
+def _hooked(flow: lf.Flow) -> None:
+    flow.bijections[0].conditioner.layers[1].register_forward_hook(lambda *_: None)  # type: ignore[union-attr, index]
+
+
+def _parametrized(flow: lf.Flow) -> None:
+    nn.utils.parametrizations.weight_norm(flow.bijections[0].conditioner.layers[0])  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("change", [_subclassed, _hooked, _parametrized])
+def test_what_runs_code_of_its_own_is_left_to_run_it(change: Callable[[lf.Flow], None]) -> None:
+    flow, x = _flow(), torch.randn(B, D, device=DEVICE)
+    change(flow)
+    with lf.backend("triton"):
+        assert isinstance(find_stack(flow.bijections, x, {}), str)  # type: ignore[arg-type]
+        y = flow(x)
+    assert torch.allclose(y, flow(x), atol=1e-5)
+
+
+def test_hook_of_a_conditioner_runs() -> None:
+    flow, seen = _flow(), []
+    flow.bijections[1].conditioner.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr]
+    with lf.backend("triton"):
+        flow(torch.randn(3, D, device=DEVICE))
+    assert seen == [1]
+
+
+def test_per_sample_time_runs_layer_by_layer() -> None:
+    flow, x, t = _flow(time_features=8), torch.randn(B, D, device=DEVICE), torch.rand(B, device=DEVICE)
+    with lf.backend("triton"):
+        assert "input of its own" in str(find_stack(flow.bijections, x, {"t": t}))  # type: ignore[arg-type]
+        y = flow(x, t=t)
+    assert torch.allclose(y, flow(x, t=t), atol=1e-5)
+
+
+def test_operator_a_sample_runs_part_by_part() -> None:
+    f, t = lf.Linearizer(_flow(1), lf.TimeLowRank(D, 2, hidden=16).to(DEVICE)), torch.rand(3, device=DEVICE)
+    x = torch.randn(3, D, device=DEVICE)
+    with lf.backend("triton"):
+        assert find_one_launch(f, x, t, {}) == "A: one operator a sample"
+        y = f(x, t=t)
+    assert torch.allclose(y, f(x, t=t), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda: torch.randn(3, D + 1, device=DEVICE), "must have 7 features"),
+        (lambda: torch.randn(3, D, device=DEVICE).half(), "float16"),
+    ],
+)
+def test_bad_input_is_answered_as_without_kernels(bad: Callable[[], Tensor], message: str) -> None:
+    f = lf.Linearizer(_flow(), lf.Dense(D).to(DEVICE))
+    with lf.backend("triton"), pytest.raises(ValueError, match=message):
+        f(bad())
+
+
+def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from linfast.flows import stack
+
+    flow, x, packs = _flow(), torch.randn(3, D, device=DEVICE), []
+    pack = stack.pack_stack
+    monkeypatch.setattr(stack, "pack_stack", lambda *a, **k: packs.append(1) or pack(*a, **k))
+    with lf.backend("triton"), torch.no_grad(), lf.freeze(flow):
+        first, second = flow(x), flow(x)
+        flow.inverse(x)
+    assert torch.equal(first, second)
+    assert len(packs) == 2
+    with lf.backend("triton"), lf.freeze(flow):
+        flow(x).sum().backward()
+    assert flow.bijections[0].conditioner.layers[0].weight.grad is not None  # type: ignore[union-attr, index]
+
+
+def test_training_with_every_way_to_write_a_weight_follows_the_reference() -> None:
+    """50 steps of AdamW(fused=True), writes through .data and load_state_dict: packed weights are never stale."""
+
+    def losses(backend: str) -> list[float]:
+        torch.manual_seed(0)
+        f = lf.Linearizer(_flow(2, hidden=(16,)), lf.Dense(D).to(DEVICE))
+        optimizer = torch.optim.AdamW(f.parameters(), lr=3e-3, fused=True)
+        kept, found = None, []
+        for step in range(50):
+            x = torch.randn(16, D, device=DEVICE)
+            with lf.backend(backend):
+                loss = (f(x) - x.flip(1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step == 10:
+                kept = copy.deepcopy(f.state_dict())
+            if step == 20:
+                f.g_x.bijections[0].conditioner.layers[0].weight.data.mul_(0.5)  # type: ignore[union-attr, index]
+            if step == 30:
+                f.load_state_dict(kept)
+            found.append(loss.item())
+        return found
+
+    kernel, plain = torch.tensor(losses("triton")), torch.tensor(losses("reference"))
+    assert plain[-1] < plain[0]
+    assert ((kernel - plain).abs() <= 1e-5 * plain).all()
+
+
+def test_plan_says_what_runs() -> None:
+    x = torch.randn(B, D, device=DEVICE)
+    f = lf.Linearizer(_flow(), lf.Dense(D).to(DEVICE))
+    with lf.backend("triton"):
+        (whole,) = lf.plan(f, x).choices
+        assert (whole.part, whole.runs, whole.precision) == ("f", "linearizer_stack", "exact")
+        assert "32 rows" in whole.tile
+        parts = {
+            choice.part: choice.runs
+            for choice in lf.plan(_flow(mix="lu", context_features=3), x, context=x[:, :3]).choices
+        }
+        assert parts["g.0 + g.1"] == "torch products, coupling_mix"
+    with lf.backend("reference"):
+        assert {choice.runs for choice in lf.plan(f, x).choices} == {"torch"}
+        assert "the backend is 'reference'" in str(lf.plan(f, x))
+    with pytest.raises(TypeError, match="model must be a Linearizer or a Bijection; got Dense"):
+        lf.plan(lf.Dense(3), x)
+
+
+def test_explain_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    g = _flow()
+    lf.explain(g, torch.randn(3, D, device=DEVICE, dtype=torch.float64))
+    assert "x is torch.float64" in capsys.readouterr().out
