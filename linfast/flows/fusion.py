@@ -67,7 +67,9 @@ def _leading_row(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return _is_plain(layer, (*_PRODUCTS, Permute)) or (_is_plain(layer, (ActNorm,)) and layer._is_initialized)
+    if isinstance(layer, ActNorm) and not layer._is_initialized:
+        return False
+    return _is_plain(layer, (*_PRODUCTS, Permute, ActNorm))
 
 
 def _is_plain(layer: nn.Module, kinds: tuple[type, ...]) -> bool:
