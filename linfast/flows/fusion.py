@@ -63,7 +63,9 @@ def _leading_row(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 
 def is_linear(layer: Any) -> bool:
-    return is_plain(layer, (*_PRODUCTS, Permute)) or (is_plain(layer, (ActNorm,)) and layer._is_initialized)
+    if isinstance(layer, ActNorm) and not layer._is_initialized:
+        return False
+    return is_plain(layer, (*_PRODUCTS, Permute, ActNorm))
 
 
 def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:

@@ -40,7 +40,19 @@ def test_every_width_and_layout(n_in: int, n_out: int, last: bool, bias: bool) -
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 4, 3, 3), (2, 4, 0, 3), (3, 6, 1, 1), (2, 3, 40, 31), (2, 17, 40, 31), (1, 5, 9), (2, 4, 2, 3, 5)]
+    "shape",
+    [
+        (3, 6, 5, 7),
+        (9, 7, 1),
+        (1, 2, 1),
+        (0, 4, 3, 3),
+        (2, 4, 0, 3),
+        (3, 6, 1, 1),
+        (2, 3, 40, 31),
+        (2, 17, 40, 31),
+        (1, 5, 9),
+        (2, 4, 2, 3, 5),
+    ],
 )
 def test_every_shape(shape: tuple[int, ...]) -> None:
     assert_within_budget(_outputs_and_gradients, _inputs(shape))

@@ -12,7 +12,7 @@ import linfast as lf
 from linfast.ops import depthwise_conv
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
 
-SHAPES = [(2, 2, 5, 7), (2, 3, 1, 1), (1, 2, 40, 31), (0, 4, 3, 3), (1, 3, 1, 9), (1, 1, 1, 50)]
+SHAPES = [(2, 2, 5, 7), (3, 6, 5, 7), (2, 3, 1, 1), (1, 2, 40, 31), (0, 4, 3, 3), (1, 3, 1, 9), (1, 1, 1, 50)]
 SIZES = [(1, 1), (3, 3), (2, 2), (4, 1), (1, 9)]
 
 Call = Callable[..., tuple[Tensor, ...]]

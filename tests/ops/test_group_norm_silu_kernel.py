@@ -14,6 +14,9 @@ from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
 
 SHAPES = [
     ((3, 8, 5, 7), (1, 2, 8)),
+    ((3, 6, 5, 7), (3,)),
+    ((9, 7), (7,)),
+    ((1, 2), (1,)),
     ((2, 24, 40, 31), (1, 8, 24)),  # more positions than one tile takes
     ((2, 3, 1, 1), (1, 3)),
     ((1, 2, 1, 1), (2,)),  # one value a group

@@ -14,6 +14,8 @@ from tests.ops.budget import DEVICE, assert_within_budget, hostile
 # (B, N, M, r): odd sizes, one element, a rank past one tile, more rows than one tile and than all splits.
 SIZES = [
     (3, 7, 7, 3),
+    (9, 7, 7, 2),
+    (1, 2, 2, 1),
     (1, 1, 1, 1),
     (2, 300, 300, 8),
     (2, 9, 33, 5),

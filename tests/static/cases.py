@@ -21,7 +21,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 class StaticCase:
     """One compilation: a kernel of ``linfast.kernels.<op>``, argument types and constexpr values.
 
-    ``uses`` are the other kernel files whose helpers it calls.
+    ``uses`` are the other kernel files whose helpers it calls. ``matrix_units``: its products are
+    meant to run on them, so the machine code must have such instructions.
     """
 
     op: str
@@ -32,6 +33,7 @@ class StaticCase:
     num_warps: int
     aligned: tuple[str, ...] = field(default=())
     uses: tuple[str, ...] = field(default=())
+    matrix_units: bool = False
 
     def digest(self, target: str, triton_version: str) -> str:
         """Changes when the source, the case, the target or Triton does."""

@@ -80,4 +80,5 @@ def _case(
         constexprs=constexprs,
         num_warps=tile.num_warps,
         aligned=tuple(n for n, kind in signature.items() if kind != "constexpr" and n not in unaligned),
+        matrix_units=dtype != "fp32" and "unrolled" not in kernel,
     )

@@ -101,4 +101,5 @@ def _case(
         num_warps=tile.num_warps,
         aligned=tuple(n for n, type_ in signature.items() if type_ != "constexpr" and n not in unaligned),
         uses=("affine_coupling", "channel_mix"),
+        matrix_units=not channels and dtype != "fp32",
     )

@@ -54,4 +54,5 @@ def _case(
             for name, kind in signature.items()
             if kind.startswith("*") or name.startswith("stride") or name in ("n_out", "n_in")
         ),
+        matrix_units=dtype != "fp32",
     )

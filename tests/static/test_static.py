@@ -40,6 +40,13 @@ def test_long_contiguous_rows_are_read_sixteen_bytes_at_a_time(
     assert narrow == []
 
 
+def test_products_meant_for_matrix_units_run_on_them(target_rows: tuple[str, list[Row], list[Row]]) -> None:
+    meant = {(case.kernel, case.config) for case in all_cases() if case.matrix_units}
+    rows = [row for row in target_rows[1] if (row["kernel"], row["config"]) in meant]
+    assert len(rows) == len(meant) > 0
+    assert [row for row in rows if not int(row["matrix"])] == []
+
+
 def test_kept_table_is_what_compiles_today(target_rows: tuple[str, list[Row], list[Row]]) -> None:
     table = kept()
     for row in target_rows[2]:
