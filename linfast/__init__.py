@@ -28,6 +28,7 @@ from .operators import (
     LatentOperator,
     LowRank,
     Projection,
+    TimeDiagonal,
     TimeLowRank,
 )
 from .sampling import collapse, generator, invert, sample
@@ -56,6 +57,7 @@ __all__ = [
     "Projection",
     "ScaleMap",
     "Squeeze",
+    "TimeDiagonal",
     "TimeLowRank",
     "__version__",
     "backend",

@@ -45,7 +45,8 @@ for _cls in (
     flows.ActNorm, flows.AdditiveCoupling, flows.AffineCoupling, flows.Conditioned, flows.ConvNet,
     flows.Flow, flows.Householder, flows.Inverse, flows.MLP, flows.Mix, flows.Permute, flows.Squeeze,
     operators.BlockDiagonal, operators.Dense, operators.DepthwiseConv, operators.Diagonal,
-    operators.LowRank, operators.Projection, operators.TimeLowRank,
+    operators.LowRank, operators.Projection, operators.TimeDiagonal,
+    operators.TimeLowRank,
     operators.base.Product, operators.base.Scaled, operators.base.Sum, operators.base.Transposed,
     Linearizer,
 ):  # fmt: skip
