@@ -31,7 +31,7 @@ from .operators import (
     TimeDiagonal,
     TimeLowRank,
 )
-from .sampling import collapse, generator, invert, sample
+from .sampling import collapse, generator, invert, sample, sample_stream
 from .scale_maps import ScaleMap
 from .space import InducedSpace
 
@@ -69,5 +69,6 @@ __all__ = [
     "load",
     "ops",
     "sample",
+    "sample_stream",
     "save",
 ]

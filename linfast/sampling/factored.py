@@ -31,7 +31,7 @@ __all__ = ["Factors", "Piece", "fold_dense", "fold_factored", "multiply_pairs", 
 # The widest U C V^T that the tree makes. On a CPU 128 columns are enough for products with N-long
 # sides to run at full speed, and the tree's own O(width^3) stays below them; on a GPU launches
 # cost more than arithmetic, and a wide tree has log2 of the launches.
-_TREE_WIDTH = {"cpu": 128, "cuda": 1024}
+_TREE_WIDTH = {"cpu": 256, "cuda": 1024}
 
 
 @dataclass(frozen=True)

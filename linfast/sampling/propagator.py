@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from .integrate import Schedule, integrate, schedule
 from .recompress import range_within, weighted_columns
 
 __all__ = ["collapse"]
+
+_Result = TypeVar("_Result")
 
 # Sides N and R are multiplied in float64 where that takes at most this many operations, some
 # 30 ms on one CPU core, and in the parameters' dtype beyond. float64 leaves one rounding of the
@@ -168,10 +171,10 @@ class _Bound(nn.Module):
         return self.method(*args)
 
 
-def _call_in(dtype: torch.dtype, module: nn.Module, method: Callable[..., Tensor], *args: object):  # noqa: ANN202
+def _call_in(dtype: torch.dtype, module: nn.Module, method: Callable[..., _Result], *args: object) -> _Result:
     """method(*args) with the module's floating tensors in another dtype; gradients reach the module."""
     state = {f"module.{name}": value.to(dtype) for name, value in _floating_state(module).items()}
-    return functional_call(_Bound(module, method), state, args, tie_weights=False)
+    return functional_call(_Bound(module, method), state, args, tie_weights=False)  # type: ignore[return-value]
 
 
 def _floating_state(module: nn.Module) -> dict[str, Tensor]:

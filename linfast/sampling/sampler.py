@@ -31,7 +31,7 @@ __all__ = ["at_work", "generator", "invert", "sample"]
 
 @contextmanager
 def at_work(model: nn.Module) -> Iterator[None]:
-    """What every sampler runs in: no gradients."""
+    """What every sampler does its work in: no gradients. ``model`` keeps its weights meanwhile."""
     with torch.no_grad():
         yield
 
