@@ -69,7 +69,7 @@ class NpyFile:
 
     def write(self, start: int, rows: Tensor) -> None:
         """Rows from row ``start``; they count when committed."""
-        data = memoryview(np.ascontiguousarray(rows.numpy())).cast("B")
+        data = np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8).data
         try:
             self.file.seek(self.data_start + start * self.row_bytes)
             while data:
@@ -101,9 +101,7 @@ class NpyFile:
         if done == 0:
             self._create()
         elif not exists:
-            raise ValueError(
-                f"{self.record_path} records {done} rows and {self.path} is missing: remove the record"
-            )
+            raise ValueError(f"{self.path} is missing and {self.record_path} records {done} rows: remove it")
         else:
             self._check_file()
         return done
@@ -116,11 +114,9 @@ class NpyFile:
             done, identity = int(record["done"]), dict(record["run"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.record_path} is not a record of a run ({error!r})") from error
-        keys = [key for key in (*identity, *self.identity) if identity.get(key) != self.identity.get(key)]
-        if keys:
-            differ = "; ".join(
-                f"{k}: {identity.get(k)!r}, now {self.identity.get(k)!r}" for k in dict.fromkeys(keys)
-            )
+        pairs = {key: (identity.get(key), self.identity.get(key)) for key in (*identity, *self.identity)}
+        differ = "; ".join(f"{key}: {then!r}, now {now!r}" for key, (then, now) in pairs.items() if then != now)
+        if differ:
             raise ValueError(f"{self.path} is of another run ({differ}): choose another file, or remove both")
         return done
 

@@ -106,10 +106,10 @@ def _factors(A: TimeLowRank | TimeDiagonal, plan: Schedule, like: Tensor) -> Fac
     if isinstance(A, TimeDiagonal):
         U, V, w = _call_in(dtype, A, lambda t: (A.U, A.V, A.weights(t)), times)
         return Factors(A.alpha, U.mT, V.mT, w[stages.to(w.device)], shift=0, width=A.rank_bound)
-    U, V = (t.mT.reshape(-1, n) for t in _call_in(dtype, A, A.factors, times))
+    rows = [factor.mT.reshape(-1, n) for factor in _call_in(dtype, A, A.factors, times)]
     picks = torch.eye(len(scheme.nodes), dtype=torch.float64, device=like.device)[list(scheme.node_of)]
     weights = picks.repeat_interleave(A.rank_bound, dim=1).expand(plan.count, -1, -1)
-    return Factors(A.alpha, U, V, weights, shift=scheme.stride * A.rank_bound, width=weights.shape[-1])
+    return Factors(A.alpha, rows[0], rows[1], weights, shift=scheme.stride * A.rank_bound, width=weights.shape[-1])
 
 
 def _step_unit_vectors(A_t: LatentOperator, plan: Schedule) -> Tensor:
@@ -174,7 +174,7 @@ class _Bound(nn.Module):
 def _call_in(dtype: torch.dtype, module: nn.Module, method: Callable[..., _Result], *args: object) -> _Result:
     """method(*args) with the module's floating tensors in another dtype; gradients reach the module."""
     state = {f"module.{name}": value.to(dtype) for name, value in _floating_state(module).items()}
-    return functional_call(_Bound(module, method), state, args, tie_weights=False)  # type: ignore[return-value]
+    return functional_call(_Bound(module, method), state, args, tie_weights=False)
 
 
 def _floating_state(module: nn.Module) -> dict[str, Tensor]:

@@ -75,6 +75,8 @@ def sample_stream(
     for name, value in (("count", count), ("batch_size", batch_size), ("block_size", block_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0; got {seed!r}")
     source = _Source.of(f, seed, block_size, noise_shape, (steps, method, stop))
     workers = Workers.current()
     if out is None:
@@ -94,8 +96,8 @@ def sample_stream(
 
 
 class _Sink(Protocol):
-    done: int
-
+    @property
+    def done(self) -> int: ...
     def write(self, start: int, rows: Tensor) -> None: ...
     def commit(self, done: int) -> None: ...
 
@@ -177,7 +179,8 @@ class _Array:
         return cls(out)
 
     def write(self, start: int, rows: Tensor) -> None:
-        self.out[start : start + len(rows)] = rows.numpy() if isinstance(self.out, np.ndarray) else rows
+        out = torch.from_numpy(self.out) if isinstance(self.out, np.ndarray) else self.out
+        out[start : start + len(rows)] = rows
 
     def commit(self, done: int) -> None:
         """Nothing outlives the process."""
