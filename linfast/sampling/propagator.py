@@ -32,7 +32,7 @@ from .factored import Factors, fold_dense, fold_factored, multiply_pairs, step_p
 from .integrate import Schedule, integrate, schedule
 from .recompress import range_within, weighted_columns
 
-__all__ = ["collapse"]
+__all__ = ["check_time_dependent", "collapse", "collapse_inverse"]
 
 _Result = TypeVar("_Result")
 
@@ -69,10 +69,25 @@ def collapse(
     plan = schedule(method, steps, stop)
     like = next(A_t.parameters())
     _check_tol(tol, like.dtype)
+    return _collapse(A_t, plan, tol, like)
+
+
+def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
+    """B^{-1}, found in float64 (by Woodbury where B is low-rank) and kept in A_t's dtype.
+
+    In float32 the inverse of alpha I + P Q^T, alpha = 1 / steps, would lose what it divides by alpha.
+    """
+    check_time_dependent(A_t)
+    like = next(A_t.parameters())
+    return _collapse(A_t, plan, None, like.double()).inverse().to(like.dtype)
+
+
+def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tensor) -> Leaf:
+    """B on the device and in the dtype of ``like``."""
     with torch.autocast(like.device.type, enabled=False):
         if not isinstance(A_t, (TimeLowRank, TimeDiagonal)):
             return _finish(_step_unit_vectors(A_t, plan), 0.0, tol, like)
-        factors = _factors(A_t, plan, like)
+        factors = _factors(A_t, plan)
         pieces = multiply_pairs(factors, *step_pieces(factors, plan))
         if 2 * factors.U.shape[0] < A_t.n_in:
             beta, Q = fold_factored(factors, pieces)
@@ -94,9 +109,9 @@ def _check_tol(tol: float | None, dtype: torch.dtype) -> None:
         raise ValueError(f"tol must be below 1 and at least {torch.finfo(dtype).eps:.1e}, {dtype}'s eps; got {tol}")
 
 
-def _factors(A: TimeLowRank | TimeDiagonal, plan: Schedule, like: Tensor) -> Factors:
+def _factors(A: TimeLowRank | TimeDiagonal, plan: Schedule) -> Factors:
     """All factors from one call of the generator, as rows [R, N]."""
-    scheme, n = plan.scheme, A.n_in
+    scheme, n, like = plan.scheme, A.n_in, next(A.parameters())
     fixed = isinstance(A, TimeDiagonal)
     columns = A.rank_bound * (1 if fixed else len(plan.times))
     flops = 4.0 * n * columns * min(n, columns)

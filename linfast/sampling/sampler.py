@@ -24,7 +24,7 @@ from ..operators.low_rank import LowRank
 from ..operators.time_diagonal import TimeDiagonal
 from ..operators.time_low_rank import TimeLowRank
 from .integrate import Schedule, integrate, schedule
-from .propagator import check_time_dependent, collapse
+from .propagator import check_time_dependent, collapse, collapse_inverse
 
 __all__ = ["at_work", "generator", "invert", "sample"]
 
@@ -107,8 +107,10 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop
     Raises:
         ValueError: as for ``collapse``; B without an inverse.
     """
+    _check(f)
+    plan = schedule(method, steps, stop)
     with at_work(f):
-        return generator(f, steps, method, stop).inverse(y)
+        return Linearizer(f.g_x, collapse_inverse(f.A, plan), f.g_y)(y)
 
 
 @outside_autocast
