@@ -73,13 +73,13 @@ def collapse(
 
 
 def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
-    """B^{-1}, found in float64 (by Woodbury where B is low-rank) and kept in A_t's dtype.
+    """B^{-1} in float64, by Woodbury where B is low-rank.
 
-    In float32 the inverse of alpha I + P Q^T, alpha = 1 / steps, would lose what it divides by alpha.
+    Rounded to float32 its entries, the size of steps and more, would cost as many digits of the noise.
     """
     check_time_dependent(A_t)
     like = next(A_t.parameters())
-    return _collapse(A_t, plan, None, like.double()).inverse().to(like.dtype)
+    return _collapse(A_t, plan, None, like.double()).inverse()
 
 
 def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tensor) -> Leaf:

@@ -102,7 +102,7 @@ def sample(
 
 
 def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop: float | None = None) -> Tensor:
-    """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)), B^{-1} exact.
+    """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)), B^{-1} exact and in float64.
 
     Raises:
         ValueError: as for ``collapse``; B without an inverse.
@@ -110,7 +110,8 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop
     _check(f)
     plan = schedule(method, steps, stop)
     with at_work(f):
-        return Linearizer(f.g_x, collapse_inverse(f.A, plan), f.g_y)(y)
+        z = f.gx(y)
+        return f.gy_inverse(collapse_inverse(f.A, plan)(z.double()).to(z.dtype))
 
 
 @outside_autocast
