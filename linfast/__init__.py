@@ -29,10 +29,11 @@ from .operators import (
     LatentOperator,
     LowRank,
     Projection,
+    TimeDiagonal,
     TimeLowRank,
 )
 from .plan import explain, plan
-from .sampling import collapse, generator, invert, sample
+from .sampling import collapse, generator, invert, sample, sample_stream
 from .scale_maps import ScaleMap
 from .space import InducedSpace
 
@@ -58,6 +59,7 @@ __all__ = [
     "Projection",
     "ScaleMap",
     "Squeeze",
+    "TimeDiagonal",
     "TimeLowRank",
     "__version__",
     "backend",
@@ -72,5 +74,6 @@ __all__ = [
     "ops",
     "plan",
     "sample",
+    "sample_stream",
     "save",
 ]

@@ -1,4 +1,4 @@
-"""The ``linfast`` command: demo, bench and info."""
+"""The ``linfast`` command: demo, sample, bench and info."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .sampling.command import add_sample
+
     parser = argparse.ArgumentParser(prog="linfast", description="Fast Linearizers and coupling flows.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="train a small Linearizer on digits and look at it")
@@ -37,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     demo.set_defaults(call=_demo)
+    add_sample(commands)
     commands.add_parser("bench", help="run the benchmarks (see linfast bench --help)")
     commands.add_parser("info", help="versions and devices").set_defaults(call=_info)
     return parser

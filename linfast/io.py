@@ -45,7 +45,7 @@ for _cls in (
     flows.ActNorm, flows.AdditiveCoupling, flows.AffineCoupling, flows.Conditioned, flows.ConvNet,
     flows.Flow, flows.Householder, flows.Inverse, flows.MLP, flows.Mix, flows.Permute, flows.Squeeze,
     operators.BlockDiagonal, operators.Dense, operators.DepthwiseConv, operators.Diagonal,
-    operators.LowRank, operators.Projection, operators.TimeLowRank,
+    operators.LowRank, operators.Projection, operators.TimeDiagonal, operators.TimeLowRank,
     operators.lazy.Product, operators.lazy.Scaled, operators.lazy.Sum, operators.lazy.Transposed,
     Linearizer,
 ):  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..device import usable_device
 from ..io import save
 from .data import load_images
 from .figure import save_figure
@@ -47,7 +48,7 @@ def run_demo(settings: DemoSettings, progress: bool = True) -> Measured:
     Raises:
         ValueError, FileNotFoundError: unusable data or an unusable device, before any work.
     """
-    images = load_images(settings.data).to(_device(settings.device))
+    images = load_images(settings.data).to(usable_device(settings.device))
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     size = _QUICK if settings.quick else _FULL
@@ -63,15 +64,6 @@ def run_demo(settings: DemoSettings, progress: bool = True) -> Measured:
     print(_table(rows))
     print(f"figure: {out / 'figure.png'}\nmodel:  {out / 'model.safetensors'}")
     return measured
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}") from error
-    return device
 
 
 def _table(rows: tuple[tuple[str, str, float | None], ...]) -> str:

@@ -7,6 +7,7 @@ from .depthwise_conv import DepthwiseConv
 from .diagonal import Diagonal, Projection
 from .low_rank import LowRank
 from .spectral import SVD, Eig
+from .time_diagonal import TimeDiagonal
 from .time_low_rank import TimeLowRank
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "LatentOperator",
     "LowRank",
     "Projection",
+    "TimeDiagonal",
     "TimeLowRank",
 ]

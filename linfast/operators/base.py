@@ -41,6 +41,7 @@ class LatentOperator(nn.Module):
 
     n_out: int
     n_in: int
+    truncation_error: float = 0.0  # relative, of a recompression: see linfast.collapse(tol=)
 
     # What a kind of operator supplies.
 

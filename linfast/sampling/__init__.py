@@ -1,6 +1,7 @@
-"""Sampling with a time-dependent Linearizer: step by step, in one step, and back."""
+"""Sampling with a time-dependent Linearizer: step by step, in one step, back, and at scale."""
 
 from .propagator import collapse
 from .sampler import generator, invert, sample
+from .stream import sample_stream
 
-__all__ = ["collapse", "generator", "invert", "sample"]
+__all__ = ["collapse", "generator", "invert", "sample", "sample_stream"]

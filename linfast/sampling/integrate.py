@@ -1,31 +1,59 @@
 """Explicit Runge-Kutta on the latent flow dz/dt = (A_t z - z) / (1 - t).
 
-A_t predicts the endpoint z_1, so v = (A_t z - z) / (1 - t). ``steps`` n means n - 1
-steps of size h = 1 / n from t = 0: the last reaches t = 1 - 1 / n, and nothing is
-evaluated at t = 1 (the stop rule of arXiv 2510.08570 and of its repository).
+A_t predicts the endpoint z_1, so v = (A_t z - z) / (1 - t). Where the steps end:
+
+    stop=None   steps - 1 steps of size 1 / steps: the last reaches t = 1 - 1 / steps
+                (the stop rule of arXiv 2510.08570 and of its repository)
+    stop=T      ``steps`` steps of size T / steps, from 0 to T, 0 < T <= 1
+
+At t = 1 the quotient is 0 / 0 on trajectories that end where A_1 says, and has no limit
+on any other; what a stage would see there depends on the stage before it. So T = 1 is for
+methods that look at no stage time of 1: euler, whose last step is A_{1 - h} z, and midpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
-__all__ = ["METHODS", "Tableau", "integrate", "tableau"]
+__all__ = ["METHODS", "Schedule", "Tableau", "integrate", "schedule"]
 
 
 @dataclass(frozen=True)
 class Tableau:
-    """A Butcher tableau: k_i = v(z + h sum_j a_ij k_j, t + c_i h), z' = z + h sum_i b_i k_i."""
+    """A Butcher tableau: k_i = v(z + h sum_j a_ij k_j, t + c_i h), z' = z + h sum_i b_i k_i.
+
+    Step i looks at times number i stride + node of the steps' distinct times: rk4's stages 2
+    and 3 share one, and its last is the next step's first.
+    """
 
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     c: tuple[float, ...]
 
+    @cached_property
+    def nodes(self) -> tuple[float, ...]:
+        """The distinct c, ascending."""
+        return tuple(sorted(set(self.c)))
+
+    @cached_property
+    def node_of(self) -> tuple[int, ...]:
+        """Which node each stage looks at."""
+        return tuple(self.nodes.index(c) for c in self.c)
+
+    @property
+    def stride(self) -> int:
+        """Distinct times from one step's first to the next step's."""
+        return len(self.nodes) - (1.0 in self.nodes)
+
 
 METHODS: dict[str, Tableau] = {
     "euler": Tableau(a=((),), b=(1.0,), c=(0.0,)),
+    "midpoint": Tableau(a=((), (0.5,)), b=(0.0, 1.0), c=(0.0, 0.5)),
+    "heun": Tableau(a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0)),
     "rk4": Tableau(
         a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
         b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
@@ -34,37 +62,64 @@ METHODS: dict[str, Tableau] = {
 }
 
 
-def tableau(method: str, steps: int) -> Tableau:
-    """The tableau of this method; ValueError for an unknown one or fewer than two steps."""
+@dataclass(frozen=True)
+class Schedule:
+    """``count`` steps of size h of a method from t = 0."""
+
+    scheme: Tableau
+    count: int
+    h: float
+
+    @cached_property
+    def times(self) -> tuple[float, ...]:
+        """The distinct times that the stages look at, ascending."""
+        first = [(i + c) * self.h for i in range(self.count) for c in self.scheme.nodes[: self.scheme.stride]]
+        last = [(self.count - 1 + c) * self.h for c in self.scheme.nodes[self.scheme.stride :]]
+        return tuple(first + last)
+
+    def index(self, step: int, stage: int) -> int:
+        """Which of ``times`` a stage looks at."""
+        return step * self.scheme.stride + self.scheme.node_of[stage]
+
+
+def schedule(method: str, steps: int, stop: float | None = None) -> Schedule:
+    """The steps; ValueError for an unknown method, fewer than two steps, or a stop out of its reach."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if steps < 2:
         raise ValueError(f"steps must be at least 2; got {steps}")
-    return METHODS[method]
+    scheme = METHODS[method]
+    if stop is None:
+        return Schedule(scheme, steps - 1, 1.0 / steps)
+    if not 0 < stop <= 1:
+        raise ValueError(f"stop must be None, or a time in (0, 1]; got {stop}")
+    if stop == 1 and 1.0 in scheme.c:
+        raise ValueError(
+            f"{method} looks at t = 1, where (A_t z - z) / (1 - t) has no limit: "
+            "use euler or midpoint for stop=1, or a stop below 1"
+        )
+    return Schedule(scheme, steps, stop / steps)
 
 
 def integrate(
-    apply: Callable[[Tensor, float], Tensor],
+    apply: Callable[[Tensor, int], Tensor],
     z: Tensor,
-    steps: int,
-    method: str,
+    plan: Schedule,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """z [B, n] after steps - 1 steps of the latent flow.
+    """z [B, n] after the steps of the latent flow.
 
     Args:
-        apply: (z, t) -> A_t z.
+        apply: (z, k) -> A_t z at t = plan.times[k].
         on_step: called with z after each step.
     """
-    scheme, h = tableau(method, steps), 1.0 / steps
-    for i in range(steps - 1):
-        t = i * h
+    for i in range(plan.count):
         slopes: list[Tensor] = []
-        for row, c in zip(scheme.a, scheme.c, strict=True):
-            stage = _advance(z, slopes, row, h)
-            time = t + c * h
-            slopes.append((apply(stage, time) - stage) / (1.0 - time))
-        z = _advance(z, slopes, scheme.b, h)
+        for stage, row in enumerate(plan.scheme.a):
+            k = plan.index(i, stage)
+            inner = _advance(z, slopes, row, plan.h)
+            slopes.append((apply(inner, k) - inner) / (1.0 - plan.times[k]))
+        z = _advance(z, slopes, plan.scheme.b, plan.h)
         if on_step is not None:
             on_step(z)
     return z

@@ -10,24 +10,38 @@ itself a Linearizer, with core B: Linearizer(f.g_y, B, f.g_x).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..autocast import outside_autocast
 from ..linearizer import Linearizer
-from .integrate import integrate
-from .propagator import check_time_dependent, collapse
+from ..operators.base import LatentOperator, Lazy
+from ..operators.low_rank import LowRank
+from ..operators.time_diagonal import TimeDiagonal
+from ..operators.time_low_rank import TimeLowRank
+from .integrate import Schedule, integrate, schedule
+from .propagator import check_time_dependent, collapse, collapse_inverse
 
-__all__ = ["generator", "invert", "sample"]
+__all__ = ["at_work", "generator", "invert", "sample"]
 
 
-def generator(f: Linearizer, steps: int = 100, method: str = "rk4") -> Linearizer:
-    """The one-step generator, noise to data: a Linearizer whose core is ``collapse(f.A)``."""
+@contextmanager
+def at_work(model: nn.Module) -> Iterator[None]:
+    """What every sampler does its work in: no gradients. ``model`` keeps its weights meanwhile."""
+    with torch.no_grad():
+        yield
+
+
+def generator(
+    f: Linearizer, steps: int = 100, method: str = "rk4", stop: float | None = None, tol: float | None = None
+) -> Linearizer:
+    """The one-step generator, noise to data: a Linearizer whose core is ``collapse(f.A, ...)``."""
     _check(f)
-    return Linearizer(f.g_y, collapse(f.A, steps, method), f.g_x)
+    return Linearizer(f.g_y, collapse(f.A, steps, method, stop, tol), f.g_x)
 
 
 @overload
@@ -38,10 +52,18 @@ def sample(
     method: str = ...,
     one_step: bool = ...,
     return_path: Literal[False] = ...,
+    stop: float | None = ...,
 ) -> Tensor: ...
 @overload
 def sample(
-    f: Linearizer, noise: Tensor, steps: int = ..., method: str = ..., *, one_step: bool, return_path: Literal[True]
+    f: Linearizer,
+    noise: Tensor,
+    steps: int = ...,
+    method: str = ...,
+    *,
+    one_step: bool,
+    return_path: Literal[True],
+    stop: float | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 def sample(
     f: Linearizer,
@@ -50,49 +72,65 @@ def sample(
     method: str = "rk4",
     one_step: bool = True,
     return_path: bool = False,
+    stop: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Data from noise: one product with the collapsed operator, or the steps one by one.
 
     Args:
         f: a Linearizer with a time-dependent A, data on the x side, noise on the y side.
         noise: [B, ...], usually standard normal.
-        steps: n; n - 1 steps of size 1 / n.
-        method: "euler" or "rk4".
+        steps, method, stop: as for ``collapse``.
         one_step: collapse the steps first. To sample often, keep ``generator(f)``.
-        return_path: also return the path in data space, [steps, B, ...]; needs one_step=False.
+        return_path: also return the path in data space, [1 + number of steps, B, ...], from
+            the noise's latents to the sample; needs one_step=False.
 
     Raises:
         ValueError: as for ``collapse``; return_path with one_step.
     """
     _check(f)
+    plan = schedule(method, steps, stop)
     if return_path and one_step:
         raise ValueError("return_path needs one_step=False: one step has no path")
-    with torch.no_grad():
+    with at_work(f):
         if one_step:
-            return generator(f, steps, method)(noise)
+            return generator(f, steps, method, stop)(noise)
         z = f.gy(noise).to(noise.dtype)
         path = [z]
-        z = _step_by_step(f, z, steps, method, path.append if return_path else None)
+        z = _step_by_step(f, z, plan, path.append if return_path else None)
         y = f.gx_inverse(z)
         return (y, torch.stack([f.gx_inverse(z) for z in path])) if return_path else y
 
 
-def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4") -> Tensor:
-    """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)).
+def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop: float | None = None) -> Tensor:
+    """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)), B^{-1} exact and in float64.
 
     Raises:
         ValueError: as for ``collapse``; B without an inverse.
     """
-    with torch.no_grad():
-        return generator(f, steps, method).inverse(y)
+    _check(f)
+    plan = schedule(method, steps, stop)
+    with at_work(f):
+        z = f.gx(y)
+        return f.gy_inverse(collapse_inverse(f.A, plan)(z.double()).to(z.dtype))
 
 
 @outside_autocast
-def _step_by_step(
-    f: Linearizer, z: Tensor, steps: int, method: str, on_step: Callable[[Tensor], None] | None
-) -> Tensor:
+def _step_by_step(f: Linearizer, z: Tensor, plan: Schedule, on_step: Callable[[Tensor], None] | None) -> Tensor:
     """In z's dtype: a hundred small increments are lost in bf16."""
-    return integrate(lambda z, t: f.A(z, t=t), z, steps, method, on_step)
+    at = _at_each(f.A, plan.times)
+    return integrate(lambda z, k: at(k)(z), z, plan, on_step)
+
+
+def _at_each(A: LatentOperator, times: tuple[float, ...]) -> Callable[[int], LatentOperator]:
+    """k -> A at times[k], every generator of factors called once for all times."""
+    if isinstance(A, (TimeLowRank, TimeDiagonal)):
+        like, alpha = next(A.parameters()), A.alpha
+        U, V = A.factors(torch.tensor(times, dtype=like.dtype, device=like.device))
+        return lambda k: LowRank(alpha, U[k], V[k])
+    if isinstance(A, Lazy) and A.time_dependent:
+        parts = [_at_each(part, times) for part in A.parts()]
+        return lambda k: A._rebuild(*(part(k) for part in parts))
+    return lambda k: A.at(times[k])
 
 
 def _check(f: Linearizer) -> None:

@@ -31,6 +31,25 @@ def test_a_number_a_tensor_and_a_batch_agree(dtype: torch.dtype, alpha: float) -
             assert relative(A_t.at(given)(z[i : i + 1]), together[i : i + 1]) <= zoo.bound(A_t, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fixed_factors_have_weights_that_depend_on_time(dtype: torch.dtype) -> None:
+    A_t, z = perturb(lf.TimeDiagonal(N, RANK, 0.7, time_features=8, hidden=16)).to(dtype), zoo.batch(N, dtype)
+    times = torch.linspace(0.05, 0.95, zoo.BATCH, dtype=dtype)
+    weights, together = A_t.weights(times), A_t(z, t=times)
+    assert float((weights[0] - weights[-1]).detach().abs().max()) > 1e-3
+    for i, t in enumerate(times):
+        dense = 0.7 * torch.eye(N, dtype=dtype) + A_t.U @ torch.diag(weights[i]) @ A_t.V.mT
+        for given in (float(t), t, t[None]):
+            assert relative(A_t(z[i : i + 1], t=given), z[i : i + 1] @ dense.mT) <= zoo.bound(A_t, dtype)
+        assert relative(together[i : i + 1], z[i : i + 1] @ dense.mT) <= zoo.bound(A_t, dtype)
+    for ask in (lambda: A_t(z), A_t.inverse, lambda: A_t.to_dense()):
+        with pytest.raises(ValueError, match="TimeDiagonal depends on time"):
+            ask()
+    for bad, match in ((torch.ones(2, 2), r"0-d or \[B\]"), (torch.ones(()), r"t must be \[K\]")):
+        with pytest.raises(ValueError, match=match):
+            A_t.at(bad) if bad.ndim else A_t.weights(bad)
+
+
 def test_a_number_keeps_float64() -> None:
     A_t, z = _timed(), zoo.batch(N, torch.float64)
     assert torch.equal(A_t.at(0.1)(z), A_t.at(torch.tensor(0.1, dtype=torch.float64))(z))

@@ -1,0 +1,72 @@
+"""All sampling steps in one operator: by the factors, and by products of N x N matrices."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+import linfast as lf
+from linfast.operators import LatentOperator
+
+from ..harness import Case, Options, Problem, Provider, Size
+
+__all__ = ["CASE", "rk4_step", "step_by_step"]
+
+N_INPUTS = 3  # a prime other than the number of providers: each gets every input
+
+
+def build(size: Size, options: Options) -> Problem:
+    """B by RK4 and B z, for standard normal z.
+
+    "dense" forms the matrix of each step, exactly, and makes one N x N product a step: as many as
+    the reference repository, whose formula needs no product to form it and is not exact.
+    """
+    batch, n, rank, steps = (int(size[key]) for key in ("batch", "N", "r", "steps"))
+    torch.manual_seed(0)
+    A = lf.TimeLowRank(n, rank).to(options.device).requires_grad_(False)
+    wide = deepcopy(A).double()
+    return Problem(
+        inputs=[(torch.randn(batch, n).to(options.device),) for _ in range(N_INPUTS)],
+        truth=lambda z: step_by_step(wide, z, steps),
+        reference=lambda z: z @ dense_collapse(A, steps),
+        providers=[
+            Provider("dense", lambda z: z @ dense_collapse(A, steps), baseline=True),
+            Provider("factored", lambda z: lf.collapse(A, steps)(z)),
+        ],
+    )
+
+
+def step_by_step(A: LatentOperator, z: Tensor, steps: int) -> Tensor:
+    """z [B, N] after RK4 with the paper's stop rule, stage by stage."""
+    for i in range(steps - 1):
+        z = rk4_step(A, z, i / steps, 1.0 / steps)
+    return z
+
+
+def rk4_step(A: LatentOperator, z: Tensor, t: float, h: float) -> Tensor:
+    """One step of size h from time t."""
+
+    def v(z: Tensor, t: float) -> Tensor:
+        return (A(z, t=t) - z) / (1 - t)
+
+    k1 = v(z, t)
+    k2 = v(z + h / 2 * k1, t + h / 2)
+    k3 = v(z + h / 2 * k2, t + h / 2)
+    return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + v(z + h * k3, t + h))
+
+
+def dense_collapse(A: LatentOperator, steps: int) -> Tensor:
+    """B^T [N, N]: a step of the unit vectors is that step's matrix."""
+    eye = torch.eye(A.n_in, device=next(A.parameters()).device)
+    B = eye
+    for i in range(steps - 1):
+        B = B @ rk4_step(A, eye, i / steps, 1.0 / steps)
+    return B
+
+
+# Not under --quick: its dense collapse takes seconds. N = 12288 is in bench/collapse_scale.py.
+SIZES: list[Size] = [{"N": 1024, "batch": 16, "r": 8, "steps": 100}]
+QUICK: list[Size] = [{"N": 128, "batch": 16, "r": 8, "steps": 20}]
+CASE = Case("collapse", sizes=SIZES, quick=QUICK, build=build)

@@ -1,0 +1,153 @@
+"""The steps' product for A_t = alpha I + U_t V_t^T, in factored form.
+
+Every stage of a step, and so every product of steps, is a I + U C V^T with U, V the factors
+at the times it looks at: only the r x r products V_i^T U_j enter C. Three parts:
+
+    steps   one step each, all at once: with W the diagonal that picks a stage's factors,
+            A_k (a I + U H V^T) = alpha a I + U (alpha H + W (a I + S H)) V^T,   S = V^T U
+    tree    neighbours are multiplied pairwise, all pairs at once, log2(count) times:
+            (b I + U' D V'^T)(a I + U C V^T) = ab I + b U C V^T + a U' D V'^T + U' D (V'^T U) C V^T
+    fold    what is left of them, in order, into B = beta I + U Q^T, or into a dense B
+
+C is float64 whatever the parameters are: its products are small. A time that two steps share is
+in U and V once: rk4's U has (2 count + 1) r columns. Fixed factors, A_t = alpha I +
+U diag(w_t) V^T, are the same with W = diag(w_t) and all windows alike, and C stays r x r.
+
+The product of two windows with N-long sides, V'^T U, is the only work that grows with N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .integrate import Schedule
+
+__all__ = ["Factors", "Piece", "fold_dense", "fold_factored", "multiply_pairs", "step_pieces"]
+
+# The widest U C V^T that the tree makes. On a CPU 128 columns are enough for products with N-long
+# sides to run at full speed, and the tree's own O(width^3) stays below them; on a GPU launches
+# cost more than arithmetic, and a wide tree has log2 of the launches.
+_TREE_WIDTH = {"cpu": 256, "cuda": 1024}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A_t = alpha I + U_t diag(w_t) V_t^T at the distinct times of a schedule.
+
+    Rows of U and V [R, N] are the factors' columns. ``shift`` rows lie between the first of one
+    step and of the next, and ``width`` rows belong to one step: with fixed factors shift is 0.
+    ``weights`` [count, stages, width] are the diagonals W.
+    """
+
+    alpha: float
+    U: Tensor
+    V: Tensor
+    weights: Tensor
+    shift: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """scale I + U C V^T over rows start ... start + width of the factors; C [width, width] in float64."""
+
+    start: int
+    scale: float
+    C: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.start + self.C.shape[-1]
+
+
+def step_pieces(factors: Factors, plan: Schedule) -> tuple[Tensor, Tensor]:
+    """(scale [count], C [count, width, width]) of every step, float64."""
+    windows = _windows(factors.V, factors, 0, 1, plan.count, factors.width)
+    S = (windows @ _windows(factors.U, factors, 0, 1, plan.count, factors.width).mT).double()
+    one = S.new_ones(plan.count, 1, 1)
+    eye, zero = torch.eye(factors.width, dtype=S.dtype, device=S.device), torch.zeros_like(S)
+    slopes: list[tuple[Tensor, Tensor]] = []
+    for stage, row in enumerate(plan.scheme.a):
+        a, H = _combine(one, zero, slopes, row, plan.h)
+        W = factors.weights[:, stage, :, None].to(S)
+        rate = _rates(plan, stage, S)
+        slopes.append((rate * (factors.alpha - 1) * a, rate * ((factors.alpha - 1) * H + W * (a * eye + S @ H))))
+    scale, C = _combine(one, zero, slopes, plan.scheme.b, plan.h)
+    return scale[:, 0, 0], C
+
+
+def _rates(plan: Schedule, stage: int, like: Tensor) -> Tensor:
+    """1 / (1 - t) of a stage in every step, [count, 1, 1]."""
+    rates = [1.0 / (1.0 - plan.times[plan.index(i, stage)]) for i in range(plan.count)]
+    return torch.tensor(rates, dtype=like.dtype, device=like.device)[:, None, None]
+
+
+def _combine(
+    a: Tensor, H: Tensor, slopes: list[tuple[Tensor, Tensor]], weights: tuple[float, ...], h: float
+) -> tuple[Tensor, Tensor]:
+    for weight, (slope_a, slope_H) in zip(weights, slopes, strict=True):
+        if weight:
+            a, H = a + h * weight * slope_a, H + h * weight * slope_H
+    return a, H
+
+
+def multiply_pairs(factors: Factors, scale: Tensor, C: Tensor, limit: int | None = None) -> list[Piece]:
+    """The steps' product as few pieces, in order of time: neighbours multiplied while no wider than ``limit``."""
+    limit = _TREE_WIDTH.get(C.device.type, 1024) if limit is None else limit
+    done: list[tuple[int, Tensor, Tensor]] = []  # (start, scale, C) of those without a neighbour
+    span = 1  # steps in one piece
+    while (count := C.shape[0]) > 1 and C.shape[-1] + span * factors.shift <= limit:
+        width, shift, pairs = C.shape[-1], span * factors.shift, count // 2
+        if count % 2:
+            done.insert(0, ((count - 1) * shift, scale[-1], C[-1]))
+        later = _windows(factors.V, factors, span, 2 * span, pairs, width)
+        earlier = _windows(factors.U, factors, 0, 2 * span, pairs, width)
+        a, b = scale[0 : 2 * pairs : 2], scale[1 : 2 * pairs : 2]
+        first, second = C[0 : 2 * pairs : 2], C[1 : 2 * pairs : 2]
+        both = second @ (later @ earlier.mT).double() @ first
+        C = (
+            F.pad(b[:, None, None] * first, (0, shift, 0, shift))
+            + F.pad(a[:, None, None] * second, (shift, 0, shift, 0))
+            + F.pad(both, (0, shift, shift, 0))
+        )
+        scale, span = a * b, 2 * span
+    done = [(i * span * factors.shift, scale[i], C[i]) for i in range(C.shape[0])] + done
+    scales = torch.stack([a for _, a, _ in done]).tolist()  # in one transfer
+    return [Piece(start, a, C) for (start, _, C), a in zip(done, scales, strict=True)]
+
+
+def _windows(rows: Tensor, factors: Factors, first: int, every: int, count: int, width: int) -> Tensor:
+    """[count, width, N]: the rows from those of step ``first``, of ``every``-th step after it."""
+    if factors.shift == 0:
+        return rows.expand(count, -1, -1)
+    return rows[first * factors.shift :].unfold(0, width, every * factors.shift)[:count].mT
+
+
+def fold_factored(factors: Factors, pieces: list[Piece]) -> tuple[float, Tensor]:
+    """(beta, Q [R, N]) with the product of the pieces = beta I + U^T Q for rows U, Q."""
+    U, V = factors.U, factors.V
+    beta = pieces[0].scale
+    Q = pieces[0].C.to(V.dtype) @ V[: pieces[0].end]
+    for piece in pieces[1:]:
+        known, new = Q.shape[0], V[piece.start : piece.end]
+        inner = (new @ U[:known].mT) @ Q + beta * new
+        added = piece.C.to(V.dtype) @ inner
+        overlap = known - piece.start
+        Q = piece.scale * Q
+        Q = torch.cat((Q[: piece.start], Q[piece.start :] + added[:overlap], added[overlap:]))
+        beta *= piece.scale
+    return beta, Q
+
+
+def fold_dense(factors: Factors, pieces: list[Piece]) -> Tensor:
+    """The product of the pieces, [N, N]."""
+    U, V = factors.U, factors.V
+    B = torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
+    for piece in pieces:
+        rows = slice(piece.start, piece.end)
+        B = piece.scale * B + U[rows].mT @ (piece.C.to(V.dtype) @ (V[rows] @ B))
+    return B

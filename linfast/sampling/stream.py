@@ -1,0 +1,229 @@
+"""sample_stream: any number of samples in bounded memory, the same whoever computes them.
+
+Rows come in blocks of fixed size. Block b's noise is drawn by a generator of its own, seeded from
+(seed, b), and one call of the model computes the whole block: a row does not depend on the batch
+size, on the count, on where an interrupted run stopped, or on how many processes share the work.
+It does depend on the kind of device and, in its last bits, on the number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..linearizer import Linearizer
+from .npy_file import NpyFile, fingerprint
+from .pipeline import make_pipeline
+from .sampler import at_work, generator
+from .workers import Workers
+
+__all__ = ["sample_stream"]
+
+_BLOCK = 1024  # rows: wide enough for products at full speed, and 50 MB at the paper's largest size
+
+
+def sample_stream(
+    f: nn.Module,
+    count: int,
+    batch_size: int = 4096,
+    out: np.ndarray | Tensor | str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    *,
+    steps: int = 100,
+    method: str = "rk4",
+    stop: float | None = None,
+    noise_shape: tuple[int, ...] | None = None,
+    block_size: int = _BLOCK,
+    progress: bool | None = None,
+    cuda_graph: bool = True,
+) -> Any:
+    """``count`` samples from standard normal noise.
+
+    Args:
+        f: a Linearizer with a time-dependent A, sampled in one step; or any module that maps
+            noise [B, *noise_shape] to samples, such as ``generator(f, tol=1e-6)``.
+        count: samples.
+        batch_size: samples of an iterator's batch; between two commits of a file, whole blocks.
+        out: an array or a tensor [count, ...] to fill; the path of a .npy file; or None for an
+            iterator of batches. A file keeps its record beside it, in ``out`` + ".json", and an
+            interrupted run that is started again goes on where its last commit was.
+        seed: of the noise.
+        steps, method, stop: as for ``collapse``, where f is time-dependent.
+        noise_shape: a sample of the noise; known for a Linearizer.
+        block_size: rows of a block; other blocks are other samples.
+        progress: whether to show a bar (needs tqdm); by default on a terminal.
+        cuda_graph: on a GPU, capture the model once and replay it.
+
+    Under torch.distributed the blocks are shared out: a file, seen by all processes, is the one
+    that a single process writes; an iterator yields this process's share.
+
+    Returns:
+        The iterator; ``out``; or the file's rows as a read-only memory map.
+
+    Raises:
+        ValueError: sizes below 1, an array that does not fit, a file of another run, an f without
+            known noise.
+        FileExistsError: ``out`` exists and has no record.
+        OSError: no room. Rows already committed are kept.
+    """
+    for name, value in (("count", count), ("batch_size", batch_size), ("block_size", block_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed must be a whole number of at least 0; got {seed!r}")
+    source = _Source.of(f, seed, block_size, noise_shape, (steps, method, stop))
+    workers = Workers.current()
+    if out is None:
+        return _batches(source, count, batch_size, workers, progress, cuda_graph)
+    sample = source.probe()
+    if isinstance(out, (np.ndarray, Tensor)):
+        sink: _Sink = _Array.of(out, count, sample, workers)
+        _run(source, sink, count, batch_size, workers, progress, cuda_graph)
+        return out
+    identity = {
+        "count": count, "shape": list(sample.shape), "dtype": str(sample.numpy().dtype), "seed": seed,
+        **source.identity, "block_size": block_size, "device": source.device.type, "weights": fingerprint(f),
+    }  # fmt: skip
+    with NpyFile(os.fspath(out), identity, workers) as file:
+        _run(source, file, count, batch_size, workers, progress, cuda_graph)
+    return np.load(out, mmap_mode="r")
+
+
+class _Sink(Protocol):
+    @property
+    def done(self) -> int: ...
+    def write(self, start: int, rows: Tensor) -> None: ...
+    def commit(self, done: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Noise by the block, and the model that turns it into samples."""
+
+    model: nn.Module
+    seed: int
+    block: int
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        f: nn.Module,
+        seed: int,
+        block: int,
+        shape: tuple[int, ...] | None,
+        how: tuple[int, str, float | None],
+    ) -> _Source:
+        if not isinstance(f, nn.Module):
+            raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
+        identity: dict[str, Any] = {}
+        like = next((p for p in f.parameters() if p.is_floating_point()), torch.empty(0))
+        if isinstance(f, Linearizer):
+            noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)
+            shape = tuple(getattr(noise_side, "shape", None) or (n,)) if shape is None else shape
+            if f.A.time_dependent:
+                identity = dict(zip(("steps", "method", "stop"), how, strict=True))
+                with at_work(f):
+                    f = generator(f, *how)
+        if shape is None:
+            raise ValueError(f"noise_shape must be given for a {type(f).__name__}: its noise has no known shape")
+        return cls(f, seed, block, tuple(shape), like.device, like.dtype, {**identity, "noise_shape": list(shape)})
+
+    def noise(self, index: int) -> Tensor:
+        """Block ``index``, [block, *shape]."""
+        state = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)
+        random = torch.Generator(self.device).manual_seed(int(state[0] >> np.uint64(1)))
+        return torch.randn(self.block, *self.shape, generator=random, device=self.device, dtype=self.dtype)
+
+    def probe(self) -> Tensor:
+        """One sample, for its shape and dtype, on the CPU."""
+        with at_work(self.model):
+            return _for_numpy(self.model(self.noise(0)))[0].cpu()
+
+    def samples(self, blocks: Iterator[int], cuda_graph: bool) -> Iterator[Tensor]:
+        """The blocks' samples in order, on the CPU; each is valid until the next is asked for."""
+        pipeline = make_pipeline(lambda noise: _for_numpy(self.model(noise)), self.noise(0), cuda_graph)
+        return pipeline.run(map(self.noise, blocks))
+
+
+def _for_numpy(samples: Tensor) -> Tensor:
+    """numpy has no bfloat16."""
+    return samples.float() if samples.dtype == torch.bfloat16 else samples
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array or a tensor in memory."""
+
+    out: np.ndarray | Tensor
+    done: int = 0
+
+    @classmethod
+    def of(cls, out: np.ndarray | Tensor, count: int, sample: Tensor, workers: Workers) -> _Array:
+        if workers.count > 1:
+            raise ValueError("out must be a path or None under torch.distributed: processes share no array")
+        want = sample.numpy().dtype if isinstance(out, np.ndarray) else sample.dtype
+        if tuple(out.shape) != (count, *sample.shape) or out.dtype != want:
+            raise ValueError(
+                f"out must be {(count, *sample.shape)} of {want}; got {tuple(out.shape)} of {out.dtype}"
+            )
+        return cls(out)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        out = torch.from_numpy(self.out) if isinstance(self.out, np.ndarray) else self.out
+        out[start : start + len(rows)] = rows
+
+    def commit(self, done: int) -> None:
+        """Nothing outlives the process."""
+
+
+def _run(
+    source: _Source,
+    sink: _Sink,
+    count: int,
+    batch_size: int,
+    workers: Workers,
+    progress: bool | None,
+    cuda_graph: bool,
+) -> None:
+    """Write this worker's rows from where the sink is, committing with the others after every round."""
+    rounds = list(workers.rounds(sink.done, count, batch_size, source.block))
+    with at_work(source.model), workers.bar(count, sink.done, progress) as bar:
+        samples = source.samples((b for blocks, _ in rounds for b in blocks), cuda_graph)
+        for blocks, end in rounds:
+            for b in blocks:
+                start = b * source.block
+                sink.write(start, next(samples)[: count - start])
+            sink.commit(end)
+            bar(end)
+
+
+def _batches(
+    source: _Source, count: int, batch_size: int, workers: Workers, progress: bool | None, cuda_graph: bool
+) -> Iterator[Tensor]:
+    """This worker's rows, ``batch_size`` at a time."""
+    rounds = list(workers.rounds(0, count, batch_size, source.block))
+    with at_work(source.model):
+        samples = source.samples((b for blocks, _ in rounds for b in blocks), cuda_graph)
+    waiting: Tensor | None = None
+    with workers.bar(count, 0, progress) as bar:
+        for blocks, end in rounds:
+            for b in blocks:
+                with at_work(source.model):  # not held over a yield: the caller's gradients are its own
+                    rows = next(samples)[: count - b * source.block]
+                    waiting = rows.clone() if waiting is None else torch.cat((waiting, rows))
+                while len(waiting) >= batch_size:
+                    yield waiting[:batch_size].clone()
+                    waiting = waiting[batch_size:]
+            bar(end)
+        if waiting is not None and len(waiting):
+            yield waiting

@@ -1,0 +1,306 @@
+"""sample_stream: the same rows for every batch size, sink, interruption and number of processes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import linfast as lf
+from linfast.cli import main
+from linfast.sampling import npy_file, stream
+from linfast.sampling.sampler import generator
+from tests.laws.zoo import perturb
+
+N = 6
+
+
+def _model() -> lf.Linearizer:
+    g = perturb(lf.coupling_flow(N, 2, (8,), time_features=4))
+    A = perturb(lf.TimeLowRank(N, 2, time_features=4, hidden=4))
+    return lf.Linearizer(g.at(t=1.0), A, g.at(t=0.0))
+
+
+def _rows(f: torch.nn.Module, count: int = 100, batch_size: int = 30, **options: object) -> np.ndarray:
+    return np.concatenate(list(lf.sample_stream(f, count, batch_size, **{"steps": 5, "block_size": 16, **options})))
+
+
+def _stream(f: torch.nn.Module, out: object, count: int = 100, batch_size: int = 30, **options: object) -> object:
+    return lf.sample_stream(f, count, batch_size, out, **{"steps": 5, "block_size": 16, **options})
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 30, 1000])
+def test_the_same_rows_for_every_batch_size_and_sink(batch_size: int, tmp_path: Path) -> None:
+    f = _model()
+    rows = _rows(f)
+    assert rows.shape == (100, N)
+    assert len(np.unique(rows, axis=0)) == 100
+    batches = list(lf.sample_stream(f, 100, batch_size, steps=5, block_size=16))
+    assert [len(b) for b in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    assert np.array_equal(np.concatenate(batches), rows)
+    array, tensor = np.zeros((100, N), np.float32), torch.zeros(100, N)
+    assert _stream(f, array, batch_size=batch_size) is array
+    assert _stream(f, tensor, batch_size=batch_size) is tensor
+    file = _stream(f, tmp_path / "x.npy", batch_size=batch_size)
+    assert isinstance(file, np.memmap)
+    for filled in (array, tensor.numpy(), file, np.load(tmp_path / "x.npy")):
+        assert np.array_equal(filled, rows)
+
+
+def test_rows_are_samples_of_a_seed() -> None:
+    f = _model()
+    rows = _rows(f, 5000, block_size=512)
+    assert np.array_equal(_rows(f, 700, block_size=512), rows[:700])  # a shorter run is a prefix
+    assert not np.array_equal(_rows(f, 700, block_size=512, seed=1), rows[:700])
+    noise = np.concatenate(list(lf.sample_stream(torch.nn.Identity(), 20000, 3000, noise_shape=(2,))))
+    assert np.abs(noise.mean(0)).max() < 0.03
+    assert np.abs(np.cov(noise.T) - np.eye(2)).max() < 0.05
+    # Each row is what the one-step generator makes of that row's noise.
+    given = torch.cat(list(lf.sample_stream(torch.nn.Identity(), 100, 100, noise_shape=(N,), block_size=512)))
+    torch.testing.assert_close(torch.from_numpy(rows[:100]), lf.sample(f, given, 5), rtol=1e-4, atol=1e-5)
+
+
+def test_what_f_may_be() -> None:
+    f = _model()
+    assert np.array_equal(_rows(generator(f, 5)), _rows(f))
+    image = lf.Linearizer(perturb(lf.image_flow(1, 4, 2, 8)), lf.TimeLowRank(16, 2))
+    assert next(lf.sample_stream(image, 3, steps=5, block_size=2)).shape == (3, 1, 4, 4)
+    assert _rows(image.bfloat16(), 3).dtype == np.float32  # which numpy lacks
+    with pytest.raises(ValueError, match="noise_shape must be given for a Tanh"):
+        lf.sample_stream(torch.nn.Tanh(), 3)
+
+
+def test_gradients_stay_as_the_caller_has_them() -> None:
+    for batch in lf.sample_stream(_model(), 40, 10, steps=5, block_size=16):
+        assert torch.is_grad_enabled()
+        assert not batch.requires_grad
+
+
+# Files: resuming, refusing, running out of room.
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _stop_after(monkeypatch, blocks: int) -> None:
+    """Let this many blocks be written, then stop as an interruption would: between a write and its commit."""
+    write, written = npy_file.NpyFile.write, []
+
+    def counted(self, start, rows):
+        if len(written) == blocks:
+            raise _Stopped
+        written.append(start)
+        write(self, start, rows)
+
+    monkeypatch.setattr(npy_file.NpyFile, "write", counted)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 3, 6])
+def test_an_interrupted_file_is_gone_on_with(blocks: int, tmp_path: Path, monkeypatch) -> None:
+    f, path = _model(), tmp_path / "x.npy"
+    with monkeypatch.context() as patch:
+        _stop_after(patch, blocks)
+        with pytest.raises(_Stopped):
+            _stream(f, path)
+    done = json.loads((tmp_path / "x.npy.json").read_text())["done"]
+    assert done == blocks // 2 * 32  # batches of 30 are two blocks of 16
+    assert np.load(path).shape == (100, N)
+    assert np.array_equal(np.load(path)[:done], _rows(f)[:done])
+    computed = []
+    noise = stream._Source.noise
+    monkeypatch.setattr(stream._Source, "noise", lambda self, i: computed.append(i) or noise(self, i))
+    assert np.array_equal(_stream(f, path, batch_size=50), _rows(f, 100))
+    left = [
+        i for i in computed[: computed.index(6) + 1] if i
+    ]  # without the example, block 0, which gives the shape
+    assert left == list(range(max(done // 16, 1), 7))
+
+
+def test_a_finished_file_is_left_alone(tmp_path: Path) -> None:
+    f, path = _model(), tmp_path / "x.npy"
+    _stream(f, path)
+    before = path.stat().st_mtime_ns
+    assert np.array_equal(_stream(f, path), _rows(f))
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"seed": 1}, "another run.*seed: 0, now 1"),
+        ({"steps": 6}, "steps: 5, now 6"),
+        ({"method": "euler"}, "method: 'rk4', now 'euler'"),
+        ({"stop": 0.5}, "stop: None, now 0.5"),
+        ({"count": 101}, "count: 100, now 101"),
+        ({"block_size": 8}, "block_size: 16, now 8"),
+    ],
+)
+def test_a_file_of_another_run_is_refused(change: dict[str, object], match: str, tmp_path: Path) -> None:
+    f, path = _model(), tmp_path / "x.npy"
+    _stream(f, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=match):
+        _stream(f, path, **change)
+    with torch.no_grad():
+        next(f.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match="weights"):
+        _stream(f, path)
+    assert path.read_bytes() == before
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    f, path, record = _model(), tmp_path / "x.npy", tmp_path / "x.npy.json"
+    path.write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="has no record"):
+        _stream(f, path)
+    assert path.read_bytes() == b"mine"
+    path.unlink()
+    _stream(f, path)
+    whole, text = path.read_bytes(), record.read_text()
+    for data, match in (
+        (whole[:-4], "does not match its record"),
+        (b"x" * 300, "is not the .npy file"),
+        (None, "missing"),
+    ):
+        path.unlink() if data is None else path.write_bytes(data)
+        with pytest.raises(ValueError, match=match):
+            _stream(f, path)
+    path.write_bytes(whole)
+    for broken in (text[:20], "[]", "{}"):
+        record.write_text(broken)
+        with pytest.raises(ValueError, match="is not a record of a run"):
+            _stream(f, path)
+
+
+def test_no_room_from_the_start_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"cannot create .*x.npy \(No space left"):
+        _stream(_model(), tmp_path / "x.npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path: Path, monkeypatch) -> None:
+    f, path = _model(), tmp_path / "x.npy"
+
+    class Full:
+        """A raw file that takes 1000 bytes more, and then only part of what it is given."""
+
+        def __init__(self, file) -> None:
+            self.file, self.room = file, 1000
+
+        def __getattr__(self, name: str):
+            return getattr(self.file, name)
+
+        def write(self, data) -> int:
+            if not self.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            taken = self.file.write(data[: self.room])
+            self.room -= taken
+            return taken
+
+    with monkeypatch.context() as patch:
+        enter = npy_file.NpyFile.__enter__
+        patch.setattr(
+            npy_file.NpyFile, "__enter__", lambda self: setattr(self, "file", Full(self.file)) or enter(self)
+        )
+        with pytest.raises(
+            OSError, match=r"cannot write .*No space left.*first 32 rows of 100 are valid"
+        ) as raised:
+            _stream(f, path)
+    assert raised.value.errno == errno.ENOSPC
+    assert np.array_equal(np.load(path)[:32], _rows(f)[:32])
+    assert np.array_equal(_stream(f, path), _rows(f))
+
+
+# Processes: killed, and several.
+
+
+def _command(f: Path, out: Path, count: int) -> list[str]:
+    return ["sample", "--checkpoint", str(f), "--count", str(count), "--out", str(out), "--steps", "5"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    lf.save(_model(), tmp_path / "f.safetensors")
+    return tmp_path / "f.safetensors"
+
+
+def _start(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", "linfast.cli", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_killed_command_is_gone_on_with(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    count, path, record = 400_000, tmp_path / "x.npy", tmp_path / "x.npy.json"
+    process = _start(_command(checkpoint, path, count))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (record.exists() and json.loads(record.read_text())["done"] > 0):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = json.loads(record.read_text())["done"]
+    assert 0 < done < count
+    assert main(_command(checkpoint, path, count)) == 0
+    assert capsys.readouterr().out.endswith(f"x.npy: float32 ({count}, {N})\n")
+    whole = np.zeros((count, N), np.float32)
+    lf.sample_stream(lf.load(checkpoint), count, out=whole, steps=5)
+    assert np.array_equal(np.load(path), whole)
+
+
+def test_two_processes_write_the_file_of_one(checkpoint: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.npy", tmp_path / "two.npy"
+    assert main(_command(checkpoint, one, 9000)) == 0
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    process = _start([*_command(checkpoint, two, 9000), "--batch-size", "1000"], launcher)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("two.npy: float32") == 1
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_command_reports_errors_in_one_line(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    for arguments, match in (
+        (_command(tmp_path / "none", tmp_path / "x.npy", 3), "none: no such file"),
+        (_command(checkpoint, tmp_path / "x.npy", 0), "count must be a whole number of at least 1; got 0"),
+        ([*_command(checkpoint, tmp_path / "x.npy", 3), "--steps", "1"], "steps must be at least 2"),
+        ([*_command(checkpoint, tmp_path / "x.npy", 3), "--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (_command(checkpoint, checkpoint, 3), "exists and has no record"),
+    ):
+        assert main(arguments) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("linfast sample: ")
+        assert match in err
+        assert err.count("\n") == 1
+    assert not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda f: _stream(f, None, batch_size=0), ValueError, "batch_size must be.*got 0"),
+        (lambda f: _stream(f, None, block_size=2.5), ValueError, "block_size must be.*got 2.5"),
+        (lambda f: _stream(f, None, seed=-1), ValueError, "seed must be.*got -1"),
+        (lambda f: _stream(f, torch.zeros(99, N)), ValueError, r"out must be \(100, 6\).*got \(99, 6\)"),
+        (lambda f: _stream(f, np.zeros((100, N))), ValueError, "of float32; got.*float64"),
+        (lambda f: _stream(f, None, method="rk5"), ValueError, "'rk5'"),
+        (lambda f: _stream("f", None), TypeError, "f must be a Linearizer or a module.*str"),
+    ],
+)
+def test_bad_calls(call, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        call(_model())
