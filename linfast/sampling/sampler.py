@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..autocast import outside_autocast
 from ..linearizer import Linearizer
-from ..operators.base import LatentOperator, Lazy
+from ..operators.base import LatentOperator
+from ..operators.lazy import Lazy
 from ..operators.low_rank import LowRank
 from ..operators.time_diagonal import TimeDiagonal
 from ..operators.time_low_rank import TimeLowRank
