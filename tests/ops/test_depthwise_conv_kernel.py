@@ -58,6 +58,15 @@ def test_half_precision_accumulates_in_fp32(dtype: torch.dtype) -> None:
         assert_within_budget(_output_and_gradients(transpose), _inputs((1, 2, 40, 31), (2, 3), dtype=dtype))
 
 
+def test_half_precision_products_are_not_rounded() -> None:
+    near = 1 + 2**-10
+    x = torch.tensor([near, 1.0], device=DEVICE).half().view(1, 1, 1, 2)
+    weight = torch.tensor([near, -near], device=DEVICE).half().view(1, 1, 2)
+    with lf.backend("triton"):
+        y = depthwise_conv(x, weight)
+    assert float(y[0, 0, 0, 0]) == near * 2**-10  # from rounded products 2**-10
+
+
 def test_bfloat16_images_with_fp32_kernels() -> None:
     x, weight = _inputs((2, 2, 5, 6), (3, 2))
     x = x.detach().bfloat16().requires_grad_()
