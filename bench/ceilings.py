@@ -1,0 +1,45 @@
+"""What this machine can do: a large copy and a large matrix product, timed here and now.
+
+    copy_bytes_per_s      bytes read plus bytes written by one copy of a tensor far past the cache
+    matmul_<dtype>_per_s  operations of an n x n x n product, 2 n^3, with torch's settings as found
+
+A kernel's bytes (or operations) a second over these is its share of the ceiling. Inputs
+that fit in the cache can pass 100% of a copy that does not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["ceilings"]
+
+_COPY_BYTES = {"cpu": 2**27, "cuda": 2**31}
+_MATMUL = {"cpu": {"float32": 1024}, "cuda": {"float32": 8192, "bfloat16": 8192}}
+_REPEATS = 7
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """The rates above; medians of seven, after one untimed call."""
+    generator = torch.Generator(device).manual_seed(0)
+    source = torch.randn(_COPY_BYTES[device.type] // 4, generator=generator, device=device)
+    target = torch.empty_like(source)
+    rates = {"copy_bytes_per_s": 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)}
+    del source, target
+    for name, n in _MATMUL[device.type].items():
+        a, b = torch.randn(2, n, n, generator=generator, device=device).to(getattr(torch, name))
+        rates[f"matmul_{name}_per_s"] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+    return rates
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[_REPEATS // 2]
