@@ -23,15 +23,21 @@ _REPEATS = 7
 
 def ceilings(device: torch.device) -> dict[str, float]:
     """The rates above; medians of seven, after one untimed call."""
-    generator = torch.Generator(device).manual_seed(0)
-    source = torch.randn(_COPY_BYTES[device.type] // 4, generator=generator, device=device)
+    rates = {"copy_bytes_per_s": _copy_rate(device)}
+    return rates | {
+        f"matmul_{name}_per_s": _matmul_rate(device, name, n) for name, n in _MATMUL[device.type].items()
+    }
+
+
+def _copy_rate(device: torch.device) -> float:
+    source = torch.randn(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    rates = {"copy_bytes_per_s": 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)}
-    del source, target
-    for name, n in _MATMUL[device.type].items():
-        a, b = torch.randn(2, n, n, generator=generator, device=device).to(getattr(torch, name))
-        rates[f"matmul_{name}_per_s"] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
-    return rates
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def _matmul_rate(device: torch.device, dtype: str, n: int) -> float:
+    a, b = torch.randn(2, n, n, device=device).to(getattr(torch, dtype))
+    return 2 * n**3 / _seconds(lambda: a @ b, device)
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:

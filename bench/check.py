@@ -72,9 +72,7 @@ def set_standard(
     return Standard(truths, allowed)
 
 
-def own_standard(
-    truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], allowed: float
-) -> Standard:
+def own_standard(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], allowed: float) -> Standard:
     """The standard of a provider with outputs of its own: its float64 outputs, one allowance for all."""
     truths = [as_tuple(truth(*map(_double, arguments))) for arguments in inputs]
     return Standard(truths, [allowed] * len(truths[0]))

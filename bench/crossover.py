@@ -29,7 +29,9 @@ class Crossover:
     def __str__(self) -> str:
         fixed = " ".join(f"{key}={value}" for key, value in self.base)
         largest = f"{self.ratio:.2f}x its time at {self.values[-1]}"
-        where = f"from {self.axis} = {self.at} on" if self.at is not None else f"not by {self.axis} = {self.values[-1]}"
+        where = (
+            f"from {self.axis} = {self.at} on" if self.at is not None else f"not by {self.axis} = {self.values[-1]}"
+        )
         return f"{self.case} ({fixed}): {self.provider} beats {self.baseline} {where}; {largest}"
 
 

@@ -124,8 +124,8 @@ class Case:
 class Result:
     """What one provider did at one size.
 
-    ``against`` is the baseline's name. ``error`` and ``allowed`` are relative L2 errors against float64 (see ``check.judge``).
-    A refused provider has the reason in ``refused`` and no timings. ``first_s``: seconds of
+    ``against``: the baseline's name. ``error`` and ``allowed`` are relative L2 errors against float64
+    (see ``check.judge``). A refused provider has the reason in ``refused`` and no timings. ``first_s``: seconds of
     the first call, compilation included. ``p20_ms``, ``p50_ms``, ``p80_ms``: quantiles of one
     call in milliseconds over ``rounds`` rounds. ``ratio``: median over the rounds of this
     provider's time divided by the baseline's in the same round, below 1 is faster than the

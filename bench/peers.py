@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ Peer = tuple[nn.Module, Run, Run]
 def _mlp(n_in: int, n_out: int, hidden: tuple[int, ...]) -> nn.Sequential:
     widths = (n_in, *hidden)
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.SiLU()]
     return nn.Sequential(*layers, nn.Linear(widths[-1], n_out))
 

@@ -17,9 +17,9 @@ _COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x base", "peak MiB", "copy %", "matmu
 _LAUNCHED = "launched ms"
 LEGEND = (
     "x base: time over the baseline's, below 1 is faster. peak MiB: memory of one call above weights and inputs.\n"
-    "copy %, matmul %: the fewest bytes and operations of the call over its time, as a share of a copy and a matrix\n"
-    "product timed in this run; * where the inputs fit in 64 MiB of cache. first s: the first call, compilation\n"
-    "included. error: relative to float64."
+    "copy %, matmul %: the fewest bytes and operations of the call over its time, as a share of a copy and a\n"
+    "matrix product timed in this run; * where the inputs fit in 64 MiB of cache. first s: the first call,\n"
+    "compilation included. error: relative to float64."
 )
 CPU_NOTE = (
     "On a CPU linfast runs its eager reference: 'eager' is linfast, 'torch.compile' compiled linfast; "

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_compare(args)
         if args.profile is not None:
-            from .profile import run_profile
+            from .trace import run_profile
 
             return run_profile(args)
         return _run(args)

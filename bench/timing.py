@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -87,13 +88,16 @@ def _host_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing
 
 def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
     """Replays of the captured calls, or, where capture fails, calls from the host."""
-    launched = [_between_events(lambda: call(*inputs[i % len(inputs)]))[0] for i in range(LAUNCHED_CALLS)]
-    timing.launched_ms = sorted(launched)[LAUNCHED_CALLS // 2]
+
+    def launched(index: int) -> tuple[float, Outputs]:
+        return _between_events(lambda: call(*inputs[index]))
+
+    timing.launched_ms = median(launched(turn % len(inputs))[0] for turn in range(LAUNCHED_CALLS))
     try:
         graph, outputs = _capture(call, inputs)
     except Exception:
         torch.cuda.synchronize()
-        return lambda index: _between_events(lambda: call(*inputs[index]))
+        return launched
     timing.captured = True
     return lambda index: (_between_events(graph.replay)[0] / len(inputs), outputs[index])
 

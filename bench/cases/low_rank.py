@@ -29,9 +29,7 @@ def build(size: Size, options: Options) -> Problem:
     rivals = providers(low_rank, options, call)
     if batch * n * n <= _MOST_MATERIALISED:
         rivals = [Provider("materialised", call(_materialised), baseline=True), *map(_as_rival, rivals)]
-    return Problem(
-        inputs=drawn, truth=_in_order, reference=_in_order, providers=rivals, cost=_cost(drawn[0], rank)
-    )
+    return Problem(inputs=drawn, truth=_in_order, reference=_in_order, providers=rivals, cost=_cost(drawn[0], rank))
 
 
 def _as_rival(provider: Provider) -> Provider:

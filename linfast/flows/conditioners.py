@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..profiling import annotate
+
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_function"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -115,6 +117,7 @@ class MLP(nn.Module):
         if zero_last:
             _zero(self.layers[-1])
 
+    @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, n_out] for x [B, n_in]."""
         h = torch.cat(self._inputs(x, t, context), dim=-1) if self._has_context else self._inputs(x, t, context)[0]
@@ -172,6 +175,7 @@ class ConvNet(nn.Module):
         self.time_shift = nn.Linear(time_features, width) if time_features else None
         _zero(self.layers[-1])
 
+    @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
         if x.ndim != 4 or x.shape[1] != self.channels_in:

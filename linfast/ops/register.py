@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backend import interpreting
+from ..profiling import in_range
 
 __all__ = ["RAW_OPS", "RawOp", "define_op"]
 
@@ -52,8 +53,8 @@ class RawOp:
         """Register it as torch.ops.linfast.<name> and return that."""
         RAW_OPS[self.name] = self
         _LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, self._on_gpu, "CUDA")
-        _LIBRARY.impl(self.name, self._on_cpu, "CPU")
+        _LIBRARY.impl(self.name, in_range(self.name, self._on_gpu), "CUDA")
+        _LIBRARY.impl(self.name, in_range(self.name, self._on_cpu), "CPU")
         torch.library.register_fake(f"linfast::{self.name}", self.fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
 

@@ -16,11 +16,13 @@ from torch.func import functional_call
 
 from ..operators.base import LatentOperator
 from ..operators.dense import Dense
+from ..profiling import annotate
 from .integrate import integrate, tableau
 
 __all__ = ["collapse"]
 
 
+@annotate
 def collapse(A_t: LatentOperator, steps: int = 100, method: str = "rk4") -> LatentOperator:
     """B with B z = the sampler's z after ``steps`` - 1 steps; differentiable in A_t's parameters.
 

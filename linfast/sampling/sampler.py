@@ -18,12 +18,14 @@ from torch import Tensor
 
 from ..autocast import outside_autocast
 from ..linearizer import Linearizer
+from ..profiling import annotate
 from .integrate import integrate
 from .propagator import check_time_dependent, collapse
 
 __all__ = ["generator", "invert", "sample"]
 
 
+@annotate
 def generator(f: Linearizer, steps: int = 100, method: str = "rk4") -> Linearizer:
     """The one-step generator, noise to data: a Linearizer whose core is ``collapse(f.A)``."""
     _check(f)
@@ -43,6 +45,7 @@ def sample(
 def sample(
     f: Linearizer, noise: Tensor, steps: int = ..., method: str = ..., *, one_step: bool, return_path: Literal[True]
 ) -> tuple[Tensor, Tensor]: ...
+@annotate
 def sample(
     f: Linearizer,
     noise: Tensor,
@@ -77,6 +80,7 @@ def sample(
         return (y, torch.stack([f.gx_inverse(z) for z in path])) if return_path else y
 
 
+@annotate
 def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4") -> Tensor:
     """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)).
 
