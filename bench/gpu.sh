@@ -5,8 +5,9 @@
 #   environment.txt  device, clocks before and after, versions
 #   tests.log        the kernels' tests (tests/ops) on the GPU, against float64
 #   sanitizer.log    compute-sanitizer memcheck and racecheck on one small run of every op
-#   check.log        every provider against float64 at the benchmarks' sizes; fills the compile caches
-#   bench.log, results.jsonl   the benchmarks, one process a case
+#   bench.log        every provider against float64 at the benchmarks' sizes, which fills the compile
+#                    caches; then the benchmarks, one process a case
+#   results.jsonl    their results
 #   trace.json.gz, kernels.txt a profile
 #   summary.txt      what happened, and the short table
 #
@@ -69,7 +70,7 @@ tests() {
     [ "$device" = cpu ] || options=(--maxfail=25 $("$python" -c 'import xdist; print("-n 6")' 2>/dev/null))
     local paths=(tests/ops)
     [ "$device" = cuda ] || paths=(tests/ops/test_low_rank_kernel.py -k "half_precision or opcheck")
-    "$python" -m pytest -q -p no:cacheprovider --tb=short "${options[@]}" "${paths[@]}" -rfE
+    "$python" -m pytest -p no:cacheprovider --tb=short "${options[@]}" "${paths[@]}" -rfE
 }
 
 sanitize() { # without torch's caching allocator, which would hide reads past a tensor's end
@@ -92,7 +93,7 @@ profile() {
 }
 
 : >"$out/summary.txt"
-for log in environment.txt tests.log sanitizer.log check.log bench.log results.jsonl; do : >"$out/$log"; done
+for log in environment.txt tests.log sanitizer.log bench.log results.jsonl; do : >"$out/$log"; done
 sizes=(--sizes gpu)
 [ "$device" = cuda ] || sizes=(--sizes tiny --no-compile --budget 0.02)
 export -f describe install tests sanitize bench profile
@@ -111,16 +112,16 @@ run install 60 environment.txt install
 run environment 30 environment.txt describe
 cases=$("$python" -c 'from linfast.bench.cases import CASES; print(*CASES)')
 
-run tests 200 tests.log tests &
-run memcheck 200 sanitizer.log sanitize memcheck &
-run racecheck 200 sanitizer.log sanitize racecheck &
+run tests 230 tests.log tests &
+run memcheck 230 sanitizer.log sanitize memcheck &
+run racecheck 230 sanitizer.log sanitize racecheck &
 if [ "$device" = cuda ]; then
-    for name in $cases; do run "check $name" 200 check.log bench "$name" --check & done
+    for name in $cases; do run "check $name" 230 bench.log bench "$name" --check & done
 fi
 wait
 
 for name in $cases; do
-    run "bench $name" 60 bench.log bench "$name" --json "$work/$name.jsonl"
+    run "bench $name" 75 bench.log bench "$name" --json "$work/$name.jsonl"
     cat "$work/$name.jsonl" >>"$out/results.jsonl" 2>/dev/null
 done
 run profile 60 bench.log profile

@@ -20,7 +20,7 @@ from .check import Outputs, Standard, Verdict, judge, own_standard, set_standard
 from .memory import peak_bytes
 from .timing import Timing, time_interleaved
 
-__all__ = ["SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "check", "measure"]
+__all__ = ["SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "check", "judged", "measure"]
 
 Size = Mapping[str, int | str]
 SCALES = ("tiny", "quick", "gpu", "full")
@@ -160,9 +160,14 @@ class Result:
 def check(case: Case, size: Size, options: Options) -> list[Result]:
     """One Result a provider at one size with its verdict, and nothing timed but the first call."""
     problem = case.build(size, options)
+    verdicts = judged(problem)
+    return [_untimed(case, size, problem, p, verdicts[p.name]) for p in problem.providers]
+
+
+def judged(problem: Problem) -> dict[str, Verdict]:
+    """Every provider's verdict."""
     standards = _standards(problem)
-    verdicts = [judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers]
-    return [_untimed(case, size, problem, *pair) for pair in zip(problem.providers, verdicts, strict=True)]
+    return {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
 
 
 def measure(case: Case, size: Size, options: Options, budget: float = 1.0) -> list[Result]:

@@ -46,26 +46,29 @@ def time_interleaved(
     calls: Mapping[str, Call],
     inputs: Sequence[tuple[Tensor, ...]],
     device: torch.device,
-    budget: float,
+    budget: float = 0.0,
+    rounds: int | None = None,
 ) -> dict[str, Timing]:
-    """Time every call once a round, for ``budget`` seconds in all and 5 to 2000 rounds.
+    """Time every call once a round, for ``budget`` seconds in all and 5 to 2000 rounds, or ``rounds`` rounds.
 
     The inputs rotate from call to call, not from round to round: a provider does not
     find in cache what the one before it has just read. Two untimed rounds come first.
     """
     timings = {name: Timing() for name in calls}
     make = _cuda_round if device.type == "cuda" else _host_round
-    rounds = {name: make(call, inputs, timings[name]) for name, call in calls.items()}
+    runs = {name: make(call, inputs, timings[name]) for name, call in calls.items()}
     turn = 0
     for _ in range(WARMUP_ROUNDS):
-        for run in rounds.values():
+        for run in runs.values():
             run(turn % len(inputs))
             turn += 1
     deadline = time.perf_counter() + budget
     for round_ in range(MAX_ROUNDS):
-        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
+        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline and rounds is None:
             break
-        for name, run in rounds.items():
+        if round_ == rounds:
+            break
+        for name, run in runs.items():
             index = turn % len(inputs)
             ms, outputs = run(index)
             timings[name].ms.append(ms)

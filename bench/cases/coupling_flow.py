@@ -104,9 +104,8 @@ CASE = Case(
             {**_BASE, "direction": INVERSE, "batch": 512},
         ],
         "gpu": [
-            *sweep(_BASE, batch=(1024, 65536, 2**20)),
-            {**_BASE, "direction": INVERSE, "batch": 65536},
-            *sweep({**_BASE, "direction": TRAIN}, batch=(1024, 65536)),
+            *sweep(_BASE, batch=(1024, 2**18)),
+            *sweep({**_BASE, "batch": 2**16}, direction=(INVERSE, TRAIN)),
         ],
         "full": [
             size
