@@ -20,7 +20,19 @@ from .check import Outputs, Standard, Verdict, judge, own_standard, set_standard
 from .memory import peak_bytes
 from .timing import Timing, time_interleaved
 
-__all__ = ["SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "check", "judged", "measure"]
+__all__ = [
+    "SCALES",
+    "Case",
+    "Cost",
+    "Options",
+    "Problem",
+    "Provider",
+    "Result",
+    "Size",
+    "check",
+    "judged",
+    "measure",
+]
 
 Size = Mapping[str, int | str]
 SCALES = ("tiny", "quick", "gpu", "full")

@@ -69,7 +69,8 @@ def _time(result: Result | None) -> str:
 
 def _size(result: Result) -> str:
     return " ".join(
-        _WORDS.get(value, value) if isinstance(value, str) else f"{key}{value}" for key, value in result.size.items()
+        _WORDS.get(value, value) if isinstance(value, str) else f"{key}{value}"
+        for key, value in result.size.items()
     )
 
 

@@ -63,7 +63,7 @@ CASE = Case(
     build,
     sizes={
         "tiny": [{"direction": BACKWARD, "D": 6, "depth": 2, "hidden": 8, "batch": 4}],
-        "quick": sweep({**_BASE, "batch": 256}, direction=_DIRECTIONS),
+        "quick": sweep({**_BASE, "batch": 256}, direction=("inverse", BACKWARD)),
         "gpu": [
             *sweep({**_BASE, "batch": 65536}, direction=_DIRECTIONS),
             *sweep({**_BASE, "batch": 1024}, direction=(FORWARD,)),
