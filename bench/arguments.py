@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = result.add_argument
     add("--quick", action="store_const", const="quick", dest="sizes", help="few sizes, a short budget, plots")
-    add("--sizes", choices=SCALES, default="full", help="which sizes of each case (default: full, the sweeps)")
+    add("--sizes", choices=SCALES, help="which sizes of each case (default: full, the sweeps)")
     add("--case", action="append", choices=sorted(CASES), help="only this case; may be repeated")
     add("--batch", nargs="+", type=_positive_int, metavar="B", help="these batch sizes only")
     add(
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "--profile", metavar="DIR", help="write a Chrome trace and a per-kernel summary a case to DIR; time nothing"
     )
     add("--compare", metavar="BASE", help="time this checkout and the commit BASE in turn; say what moved")
+    result.set_defaults(sizes="full")
     return result
 
 

@@ -111,7 +111,11 @@ def _build(sides: Sequence[_Side], name: str, size: Any, args: argparse.Namespac
     """The providers that both sides have and that are right, and why the others are left out."""
     request = {"build": [name, dict(size)], "compile": args.compile, "device": str(args.device)}
     answers = [side.ask(request) for side in sides]
-    missing = [f"{name}: not on both sides: {a['missing']}" for a in answers if "missing" in a]
+    missing = [
+        f"{name}: not on both sides, {where}: {answer['missing']}"
+        for where, answer in zip(("here", "at base"), answers, strict=True)
+        if "missing" in answer
+    ]
     if missing:
         return [], missing
     refused = [

@@ -11,7 +11,7 @@ from .environment import Environment
 from .harness import Result
 from .report import aligned, number, parse, shares
 
-__all__ = ["summary"]
+__all__ = ["short_table", "summary"]
 
 _PROVIDERS = ("eager", "torch.compile", "linfast", "linfast compiled")
 _WORDS = {"forward+backward": "f+b", "training step": "train", "float32": "fp32", "bfloat16": "bf16"}
@@ -28,7 +28,7 @@ def summary(folder: Path) -> str:
     path = folder / "results.jsonl"
     parsed = parse(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
     refused = [f"refused: {r.case} {_size(r)} {r.provider}: {r.refused}" for r, _ in parsed if r.refused]
-    return "\n".join([*found, *refused, "", *([_table(parsed)] if parsed else ["no results"])])
+    return "\n".join([*found, *refused, "", *([short_table(parsed)] if parsed else ["no results"])])
 
 
 def _matching(path: Path, pattern: str) -> list[str]:
@@ -36,7 +36,8 @@ def _matching(path: Path, pattern: str) -> list[str]:
     return [line[:160] for line in lines if re.search(pattern, line)]
 
 
-def _table(parsed: Sequence[tuple[Result, Environment]]) -> str:
+def short_table(parsed: Sequence[tuple[Result, Environment]]) -> str:
+    """A line a size: the median of each provider, and what share of the ceilings linfast's best reaches."""
     groups: dict[tuple[object, ...], list[tuple[Result, Environment]]] = {}
     for result, environment in parsed:
         groups.setdefault((result.case, *result.size.items()), []).append((result, environment))

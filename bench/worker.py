@@ -38,11 +38,10 @@ def main() -> int:
 def _build(request: dict[str, Any]) -> tuple[Problem | None, dict[str, Any]]:
     name, size = request["build"]
     try:
-        case = CASES[name]
-    except ImportError as error:  # this version of linfast has no such op
-        return None, {"missing": str(error)}
-    problem = case.build(size, Options(torch.device(request["device"]), request["compile"]))
-    verdicts = judged(problem)
+        problem = CASES[name].build(size, Options(torch.device(request["device"]), request["compile"]))
+        verdicts = judged(problem)
+    except Exception as error:  # this version of linfast has no such op, or another signature
+        return None, {"missing": f"{type(error).__name__}: {error}"}
     refused = {name: verdict.refused for name, verdict in verdicts.items() if verdict.refused is not None}
     return problem, {"providers": [name for name in verdicts if name not in refused], "refused": refused}
 
