@@ -138,9 +138,9 @@ def _panels(results: Sequence[Result], axis: str) -> Iterator[Panel]:
         if axis in result.size:
             rest = tuple((key, value) for key, value in result.size.items() if key != axis)
             groups.setdefault((result.case, *rest), []).append(result)
-    for (case, *rest), along in groups.items():
+    for (case, *fixed), along in groups.items():
         if len({result.size[axis] for result in along}) > 1:
-            yield f"{case}\n{_brief(rest)}", along
+            yield f"{case}\n{_brief(fixed)}", along
 
 
 def _brief(rest: Sequence[object]) -> str:

@@ -2,8 +2,10 @@
 
 It reads one JSON request a line and answers each with one line:
 
-    {"build": [case, size], "compile": bool, "device": str}   {"providers": [...], "refused": {...}} or {"missing": why}
-    {"time": provider, "calls": n}                            {"ms": [n times]}
+    {"build": [case, size], "compile": bool, "device": str}
+        {"providers": [...], "refused": {...}}, or {"missing": why}
+    {"time": provider, "calls": n}
+        {"ms": [n times]}
 """
 
 from __future__ import annotations

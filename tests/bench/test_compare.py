@@ -17,8 +17,17 @@ import linfast
 
 SOURCE = Path(linfast.__file__).resolve().parent
 ROOT = SOURCE.parent
-SLOW = "\n_fast = affine_coupling\n\n\ndef affine_coupling(x, *rest, **options):\n    import time\n\n    time.sleep(0.002)\n"
-SLOW += "    return _fast(x, *rest, **options)\n"
+SLOW = """
+
+_fast = affine_coupling
+
+
+def affine_coupling(*arguments, **options):
+    import time
+
+    time.sleep(0.002)
+    return _fast(*arguments, **options)
+"""
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from linfast.bench.report import json_line
 from linfast.bench.run import main
 from linfast.bench.summary import summary
 
-from .toy import run
 from .test_run import TINY
+from .toy import run
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"device": "here", "copy_bytes_per_s": 1e10, "matmul_float32_per_s": 1e11, "date": "2026-01-01"}
@@ -131,3 +131,50 @@ def test_gpu_sh_dry_runs(tmp_path: Path) -> None:
     last = done.stdout.splitlines()[-1]
     assert last.startswith("linearizer")
     assert len(done.stdout) < 12000
+
+
+# The README's figures, and pytest bench.
+
+
+def test_the_readme_is_written_between_its_marks_and_only_there(tmp_path: Path) -> None:
+    from linfast.bench.readme import main as readme
+
+    (tmp_path / "bench/results").mkdir(parents=True)
+    lines = [json_line(result, ENVIRONMENT) for result in _results()]
+    (tmp_path / "bench/results/here.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "README.md"
+    path.write_text("before\n<!-- bench:here -->\nold\n<!-- /bench -->\nafter\n")
+    root = ["--root", str(tmp_path)]
+    assert readme([*root, "--check"]) == 1
+    assert readme(root) == 0
+    text = path.read_text()
+    assert text.startswith("before\n<!-- bench:here -->\n```\ndevice here")
+    assert text.endswith("<!-- /bench -->\nafter\n")
+    assert "old" not in text
+    assert len([line for line in text.splitlines() if line.startswith("coupling_flow")]) == 3
+    for name in ("throughput", "roofline", "memory"):
+        assert f"docs/bench/here/{name}.png" in text
+        assert (tmp_path / f"docs/bench/here/{name}.png").exists()
+    assert readme([*root, "--check"]) == 0
+
+
+def test_pytest_bench_times_every_provider_and_fails_a_wrong_one(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    code = """
+import sys, torch, pytest
+import linfast.ops.low_rank as module
+from linfast.bench.cases import low_rank
+if "wrong" in sys.argv:
+    low_rank._materialised = lambda x, U, V: 1.001 * torch.bmm(x[:, None], torch.bmm(V, U.mT))[:, 0]
+sys.exit(pytest.main(["bench", "-k", "low_rank", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1", "-rfp"]))
+"""
+    for argument, status in (("right", 0), ("wrong", 1)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, argument],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, done.stdout
+        assert ("1 failed, 1 passed" if status else "2 passed") in done.stdout

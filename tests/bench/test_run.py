@@ -147,7 +147,7 @@ def test_all_directions_are_timed() -> None:
     for name in ("linearizer", "coupling_flow"):
         sizes = [size for scale in ("gpu", "full") for size in CASES[name].sizes[scale]]
         assert len({size["direction"] for size in sizes}) == 3
-    assert {b for b in (size["batch"] for size in CASES["coupling_flow"].sizes["full"])} >= {2**6, 2**22}
+    assert {size["batch"] for size in CASES["coupling_flow"].sizes["full"]} >= {2**6, 2**22}
 
 
 def test_providers_on_a_cpu_and_on_a_gpu() -> None:
