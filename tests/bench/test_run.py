@@ -81,7 +81,7 @@ def _along_batch(ratios: dict[int, float], provider: str = "ours") -> list:
         ({64: 0.5, 128: 1.1, 256: 0.6}, 256),
         ({64: 0.5, 128: 0.9}, 64),
         ({64: 0.5, 128: 0.99}, None),
-        ({256: 0.5, 64: 2.0}, 256),
+        ({256: 0.5, 64: 2.0, 128: 1.2}, 256),
     ],
 )
 def test_the_crossover_is_where_it_wins_from_there_on(ratios: dict[int, float], at: int | None) -> None:
