@@ -10,24 +10,29 @@ A provider is refused unless every output of every input is within its allowance
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["Outputs", "Standard", "Verdict", "as_tuple", "judge", "set_standard"]
+__all__ = ["Outputs", "Standard", "Verdict", "as_tuple", "judge", "own_standard", "set_standard"]
 
 Outputs = Tensor | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The error nearest to (or furthest past) its allowance, and why the provider is refused, if it is."""
+    """The error nearest to (or furthest past) its allowance, and why the provider is refused, if it is.
+
+    ``first_s``: seconds of the first call, which compiles what is to be compiled.
+    """
 
     error: float | None
     allowed: float | None
     refused: str | None
+    first_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,21 +72,32 @@ def set_standard(
     return Standard(truths, allowed)
 
 
+def own_standard(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], allowed: float) -> Standard:
+    """The standard of a provider with outputs of its own: its float64 outputs, one allowance for all."""
+    truths = [as_tuple(truth(*map(_double, arguments))) for arguments in inputs]
+    return Standard(truths, [allowed] * len(truths[0]))
+
+
 def judge(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], standard: Standard) -> Verdict:
     """Run a provider on every input and judge what it returns; raising or writing to its inputs is wrong."""
-    verdicts = []
+    verdicts: list[Verdict] = []
+    first_s = None
     for index, arguments in enumerate(inputs):
         given = [argument.clone() for argument in arguments]
+        start = time.perf_counter()
         try:
             outputs = as_tuple(call(*given))
         except Exception as error:  # a provider that fails is a line in the table, not the end of the run
             return Verdict(None, None, f"it raised {type(error).__name__}: {_first_line(error)}")
+        if first_s is None:
+            _wait(arguments[0])
+            first_s = time.perf_counter() - start
         if not all(map(torch.equal, given, arguments)):
             return Verdict(None, None, "it writes to its inputs")
         verdicts.append(standard.verdict(index, outputs))
         if verdicts[-1].refused is not None:
             break
-    return max(verdicts, key=_share)
+    return replace(max(verdicts, key=_share), first_s=first_s)
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
@@ -103,6 +119,12 @@ def _share(verdict: Verdict) -> tuple[bool, float]:
 def _relative_error(value: Tensor, truth: Tensor) -> float:
     scale = float(truth.norm())
     return float((value.to(truth) - truth).norm()) / (scale or 1.0)
+
+
+def _wait(tensor: Tensor) -> None:
+    """Until the device has done what it was given."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def _double(tensor: Tensor) -> Tensor:

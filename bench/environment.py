@@ -6,10 +6,13 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+import linfast
 
 __all__ = ["Environment", "describe"]
 
@@ -22,6 +25,7 @@ def describe(device: torch.device) -> Environment:
 
     ``load`` is the machine's one-minute load average before the run (None on Windows):
     near or above the number of cores, times say little, most of all with several threads.
+    ``clocks`` are as found, never set: SM and memory of a GPU, or the mean of the cores, in MHz.
     ``commit`` ends in "-dirty" where the checkout has uncommitted changes, and is None
     where linfast does not run from a checkout.
     """
@@ -34,17 +38,31 @@ def describe(device: torch.device) -> Environment:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "commit": _commit(Path(__file__).resolve().parent.parent),
+        "clocks": _clocks(device),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _commit(Path(linfast.__file__).resolve().parent.parent),
     }
 
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    models = _cpuinfo("model name")
     return models[0] if models else platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> list[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
+
+
+def _clocks(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        query = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+        return _output("nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={query}", "--format=csv,noheader")
+    mhz = [float(value) for value in _cpuinfo("cpu MHz")]
+    return f"{sum(mhz) / len(mhz):.0f} MHz" if mhz else None
 
 
 def _version(package: str) -> str | None:
@@ -63,8 +81,12 @@ def _commit(checkout: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    return _output("git", "-C", str(folder), *arguments)
+
+
+def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

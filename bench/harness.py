@@ -1,9 +1,10 @@
 """Cases, providers, and one measurement: check against float64, then time interleaved.
 
-A ``Case`` is a named list of sizes and a ``build`` that turns one size into a
-``Problem``: inputs, the float64 truth, the eager reference and the ``Provider``s to
-compare. ``measure`` checks every provider and refuses the wrong ones, times the rest
-in turn (A B A B ...), measures their peak memory, and gives one ``Result`` each.
+A ``Case`` is a name, lists of sizes and a ``build`` that turns one size into a
+``Problem``: inputs, the float64 truth, the eager reference, the ``Provider``s to compare
+and the least that any of them must do. ``measure`` checks every provider and refuses the
+wrong ones, times the rest in turn (A B A B ...), measures their peak memory, and gives one
+``Result`` each.
 """
 
 from __future__ import annotations
@@ -15,22 +16,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .check import Outputs, Standard, Verdict, judge, set_standard
+from .check import Outputs, Standard, Verdict, judge, own_standard, set_standard
 from .memory import peak_bytes
 from .timing import Timing, time_interleaved
 
-__all__ = ["Case", "Options", "Problem", "Provider", "Result", "Size", "measure"]
+__all__ = [
+    "SCALES",
+    "Case",
+    "Cost",
+    "Options",
+    "Problem",
+    "Provider",
+    "Result",
+    "Size",
+    "check",
+    "judged",
+    "measure",
+]
 
 Size = Mapping[str, int | str]
+SCALES = ("tiny", "quick", "gpu", "full")
+PEER_FACTOR = 16  # another scale map and other initial weights round differently; tf32 or bf16 stay outside
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute a problem's outputs: ``call(*inputs)`` gives a tensor or a sequence of them."""
+    """One way to compute a problem's outputs: ``call(*inputs)`` gives a tensor or a sequence of them.
+
+    ``truth``: another library's model has other weights, so other outputs; then these are its
+    own in float64, and it is allowed ``PEER_FACTOR`` times the reference's largest allowance.
+    """
 
     name: str
     call: Callable[..., Outputs]
     baseline: bool = False
+    truth: Callable[..., Outputs] | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that a correct program does in one call.
+
+    Args:
+        bytes: every input and weight read once from memory, every output written once.
+        operations: a multiply-add is two.
+    """
+
+    bytes: int
+    operations: int
 
 
 @dataclass(frozen=True)
@@ -45,6 +78,7 @@ class Problem:
         reference: the eager computation in the inputs' dtype. Its own error against the
             truth sets what every provider is allowed.
         providers: what to compare; exactly one is the baseline.
+        cost: what the shares of the machine's ceilings are counted from.
 
     Raises:
         ValueError: no inputs, two providers of one name, or not exactly one baseline.
@@ -54,6 +88,7 @@ class Problem:
     truth: Callable[..., Outputs]
     reference: Callable[..., Outputs]
     providers: Sequence[Provider]
+    cost: Cost
 
     def __post_init__(self) -> None:
         names = [provider.name for provider in self.providers]
@@ -85,40 +120,66 @@ class Options:
 
 @dataclass(frozen=True)
 class Case:
-    """A benchmark: its sizes, the few of ``--quick``, and ``build(size, options)``."""
+    """A benchmark: ``build(size, options)``, and its sizes at each scale.
+
+    Args:
+        sizes: "tiny" (a check that it runs, seconds), "quick" (two CPU cores, under half a
+            minute), "gpu" (what bench/gpu.sh times) and "full" (sweeps, smallest first).
+    """
 
     name: str
-    sizes: Sequence[Size]
-    quick: Sequence[Size]
     build: Callable[[Size, Options], Problem]
+    sizes: Mapping[str, Sequence[Size]]
 
 
 @dataclass(frozen=True)
 class Result:
     """What one provider did at one size.
 
-    ``error`` and ``allowed`` are relative L2 errors against float64 (see ``check.judge``).
-    A refused provider has the reason in ``refused`` and no timings. ``p20_ms``, ``p50_ms``,
-    ``p80_ms``: quantiles of one call in milliseconds over ``rounds`` calls. ``ratio``:
-    median over the rounds of this provider's time divided by the baseline's in the same
-    round, below 1 is faster than the baseline; None where the baseline was refused.
-    ``peak_bytes``: see ``memory.peak_bytes``.
+    ``against``: the baseline's name. ``error`` and ``allowed`` are relative L2 errors against float64
+    (see ``check.judge``). A refused provider has the reason in ``refused`` and no timings. ``first_s``: seconds of
+    the first call, compilation included. ``p20_ms``, ``p50_ms``, ``p80_ms``: quantiles of one
+    call in milliseconds over ``rounds`` rounds. ``ratio``: median over the rounds of this
+    provider's time divided by the baseline's in the same round, below 1 is faster than the
+    baseline; None where the baseline was refused. ``captured``, ``launched_ms``: see
+    ``timing.Timing``. ``peak_bytes``: see ``memory.peak_bytes``. ``bytes``, ``operations``:
+    the problem's ``Cost``. ``input_bytes``: of all the inputs that calls rotate through.
     """
 
     case: str
     size: Size
     provider: str
     baseline: bool
+    against: str
     dtype: str
     error: float | None
     allowed: float | None
     refused: str | None = None
+    first_s: float | None = None
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
     ratio: float | None = None
     rounds: int = 0
+    captured: bool = False
+    launched_ms: float | None = None
     peak_bytes: int | None = None
+    bytes: int = 0
+    operations: int = 0
+    input_bytes: int = 0
+
+
+def check(case: Case, size: Size, options: Options) -> list[Result]:
+    """One Result a provider at one size with its verdict, and nothing timed but the first call."""
+    problem = case.build(size, options)
+    verdicts = judged(problem)
+    return [_untimed(case, size, problem, p, verdicts[p.name]) for p in problem.providers]
+
+
+def judged(problem: Problem) -> dict[str, Verdict]:
+    """Every provider's verdict."""
+    standards = _standards(problem)
+    return {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
 
 
 def measure(case: Case, size: Size, options: Options, budget: float = 1.0) -> list[Result]:
@@ -128,12 +189,12 @@ def measure(case: Case, size: Size, options: Options, budget: float = 1.0) -> li
         budget: seconds of timing for each provider that passes its check.
     """
     problem = case.build(size, options)
-    standard = set_standard(problem.truth, problem.reference, problem.inputs)
-    verdicts = {p.name: judge(p.call, problem.inputs, standard) for p in problem.providers}
+    standards = _standards(problem)
+    verdicts = {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
     passed = {p.name: p for p in problem.providers if verdicts[p.name].refused is None}
     calls = {name: provider.call for name, provider in passed.items()}
     timings = time_interleaved(calls, problem.inputs, problem.device, budget * len(calls))
-    verdicts |= {name: _judge_timed(verdicts[name], timing, standard) for name, timing in timings.items()}
+    verdicts |= {name: _judge_timed(verdicts[name], timing, standards[name]) for name, timing in timings.items()}
     right = {name: timing for name, timing in timings.items() if verdicts[name].refused is None}
     base = next((right.get(p.name) for p in problem.providers if p.baseline), None)
     results = []
@@ -146,10 +207,22 @@ def measure(case: Case, size: Size, options: Options, budget: float = 1.0) -> li
     return results
 
 
+def _standards(problem: Problem) -> dict[str, Standard]:
+    """What each provider is held to."""
+    shared = set_standard(problem.truth, problem.reference, problem.inputs)
+    allowed = PEER_FACTOR * max(shared.allowed)
+    return {
+        p.name: shared if p.truth is None else own_standard(p.truth, problem.inputs, allowed)
+        for p in problem.providers
+    }
+
+
 def _judge_timed(before: Verdict, timing: Timing, standard: Standard) -> Verdict:
     """The check again, on what the last timed call returned: it is what was timed."""
     after = standard.verdict(timing.last_input, timing.last_outputs)
-    return before if after.refused is None else replace(after, refused=f"when timed, {after.refused}")
+    if after.refused is None:
+        return before
+    return replace(after, refused=f"when timed, {after.refused}", first_s=before.first_s)
 
 
 def _untimed(case: Case, size: Size, problem: Problem, provider: Provider, verdict: Verdict) -> Result:
@@ -158,10 +231,15 @@ def _untimed(case: Case, size: Size, problem: Problem, provider: Provider, verdi
         size=size,
         provider=provider.name,
         baseline=provider.baseline,
+        against=next(p.name for p in problem.providers if p.baseline),
         dtype=str(problem.dtype).removeprefix("torch."),
         error=verdict.error,
         allowed=verdict.allowed,
         refused=verdict.refused,
+        first_s=verdict.first_s,
+        bytes=problem.cost.bytes,
+        operations=problem.cost.operations,
+        input_bytes=sum(tensor.nbytes for arguments in problem.inputs for tensor in arguments),
     )
 
 
@@ -172,7 +250,13 @@ def _timed(result: Result, timing: Timing, base: Timing | None, peak: int) -> Re
         p20_ms=p20,
         p50_ms=p50,
         p80_ms=p80,
-        ratio=None if base is None else float(np.median(np.divide(timing.ms, base.ms))),
+        ratio=None if base is None else _ratio(timing, base),
         rounds=len(timing.ms),
+        captured=timing.captured,
+        launched_ms=timing.launched_ms,
         peak_bytes=peak,
     )
+
+
+def _ratio(timing: Timing, base: Timing) -> float:
+    return float(np.median(np.divide(timing.ms, base.ms)))

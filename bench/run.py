@@ -3,44 +3,96 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
+from .arguments import UsageError, parser
 from .cases import CASES
-from .environment import describe
-from .harness import Case, Options, Size, measure
+from .ceilings import ceilings
+from .environment import Environment, describe
+from .harness import Options, Result, check, measure
+from .plan import sizes, too_large
 from .report import json_line, table
 
 __all__ = ["main"]
+
+_BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
+_PLOTS = "linfast-bench"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases that ``argv`` asks for and print the table.
 
-    Returns 0, or 1 where a provider was refused. Bad arguments exit with 2 and a message.
+    Returns 0, or 1 where a provider was refused or, with --compare, something got slower.
+    Bad arguments exit with 2 and a message.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
+    arguments = parser()
+    args = arguments.parse_args(argv)
+    args.case = list(dict.fromkeys(args.case or CASES))
+    args.budget = args.budget or _BUDGETS[args.sizes]
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its start and stop
-    budget = args.budget or (0.2 if args.quick else 1.0)
-    options = Options(args.device, args.compile)
-    environment = describe(args.device)
     try:
-        _append(args.json, [], mode="w")
-    except OSError as error:
-        parser.error(f"cannot write {args.json}: {error.strerror}")
-    results = []
-    for case in [CASES[name] for name in dict.fromkeys(args.case or CASES)]:
-        for size in _sizes(case, args.quick, args.batch):
-            print(f"measuring {case.name}", *size.values(), file=sys.stderr, flush=True)
-            measured = measure(case, size, options, budget)
-            results += measured
-            _append(args.json, [json_line(result, environment) for result in measured])
+        if args.compare is not None:
+            from .compare import run_compare
+
+            return run_compare(args)
+        if args.profile is not None:
+            from .trace import run_profile
+
+            return run_profile(args)
+        return _run(args)
+    except (OSError, UsageError) as error:
+        arguments.error(_message(error))
+
+
+def _run(args: argparse.Namespace) -> int:
+    plots = _plots(args)
+    _append(args.json, [], mode="w")
+    environment = {**describe(args.device), **({} if args.check else ceilings(args.device))}
+    results = _measure_all(args, environment)
     print(table(results, environment))
+    if plots is not None:
+        from .plots import draw
+
+        for path in draw(results, environment, plots):
+            print(f"wrote {path}")
     return int(any(result.refused is not None for result in results))
+
+
+def _plots(args: argparse.Namespace) -> str | None:
+    """The folder to draw into, made."""
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    if args.plots is not None and not has_matplotlib:
+        raise UsageError("--plots needs matplotlib: pip install 'linfast[demo]'")
+    folder: str | None = args.plots
+    if folder is None and args.sizes == "quick" and has_matplotlib and not args.check:
+        folder = _PLOTS
+    if folder is not None:
+        os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Result]:
+    options = Options(args.device, args.compile)
+    results: list[Result] = []
+    for name in args.case:
+        case, measured = CASES[name], list[Result]()
+        for size in sizes(case, args.sizes, args.batch):
+            reason = too_large(size, measured, args.limit, args.device)
+            what = " ".join([name, *map(str, size.values())])
+            print(f"leaving out {what}: {reason}" if reason else f"measuring {what}", file=sys.stderr, flush=True)
+            if reason is None:
+                new = check(case, size, options) if args.check else measure(case, size, options, args.budget)
+                if args.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                measured += new
+                _append(args.json, [json_line(result, environment) for result in new])
+        results += measured
+    return results
 
 
 def _append(path: str | None, lines: Sequence[str], mode: str = "a") -> None:
@@ -49,62 +101,7 @@ def _append(path: str | None, lines: Sequence[str], mode: str = "a") -> None:
             file.writelines(f"{line}\n" for line in lines)
 
 
-def _sizes(case: Case, quick: bool, batches: Sequence[int] | None) -> list[Size]:
-    """The case's sizes, with the asked batches in place of its own."""
-    sizes = case.quick if quick else case.sizes
-    if batches is None:
-        return list(sizes)
-    asked = [{**size, "batch": batch} for size in sizes for batch in batches]
-    return list({tuple(size.items()): size for size in asked}.values())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="linfast bench",
-        description="Check every provider against float64, then time them in turn.",
-        epilog="x base: time over the baseline's, below 1 is faster. "
-        "peak MiB: memory of one call above weights and inputs. Exit status 1: a provider was refused.",
-    )
-    parser.add_argument("--quick", action="store_true", help="few sizes, a short budget")
-    parser.add_argument("--case", action="append", choices=sorted(CASES), help="only this case; may be repeated")
-    parser.add_argument("--batch", nargs="+", type=_positive_int, metavar="B", help="these batch sizes only")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the eager model")
-    parser.add_argument("--json", metavar="FILE", help="write one JSON line a result to FILE")
-    parser.add_argument("--device", type=_device, default=_default_device(), help="such as cpu, cuda, cuda:1")
-    parser.add_argument(
-        "--budget", type=_seconds, metavar="SECONDS", help="timing a provider and size (1.0, quick 0.2)"
-    )
-    return parser
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"not a device: {text!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda; got {text!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} is not on this machine")
-    return device
-
-
-def _positive_int(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a positive number of seconds; got {text!r}")
-    return value
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot write {error.filename}: {error.strerror}"
+    return str(error)

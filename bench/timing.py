@@ -1,11 +1,17 @@
-"""Timing in turn: A B A B ..., so that what disturbs the machine disturbs every provider."""
+"""Timing in turn: A B A B ..., so that what disturbs the machine disturbs every provider.
+
+On a CPU a round is one call of each provider, by the wall clock. On a GPU a round is one
+replay of a CUDA graph a provider, which holds one call for every input: no launch gaps, and
+between two calls on one input all the others pass through the cache. A provider that cannot
+be captured (it reads a value on the host, say) is timed call by call from the host, and says so.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -16,58 +22,109 @@ __all__ = ["Timing", "time_interleaved"]
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
+LAUNCHED_CALLS = 11  # for the median of calls launched from Python
+
+Call = Callable[..., Outputs]
 
 
 @dataclass
 class Timing:
-    """Milliseconds of each timed call, and what the last one returned for input ``last_input``."""
+    """Milliseconds a call of each round, and what the last one returned for input ``last_input``.
+
+    ``captured``: whether a CUDA graph was timed. ``launched_ms``: then, the median of a few
+    calls launched one by one from Python, from an idle device to an idle device.
+    """
 
     ms: list[float] = field(default_factory=list)
     last_outputs: tuple[Tensor, ...] = ()
     last_input: int = 0
+    captured: bool = False
+    launched_ms: float | None = None
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[..., Outputs]],
+    calls: Mapping[str, Call],
     inputs: Sequence[tuple[Tensor, ...]],
     device: torch.device,
-    budget: float,
+    budget: float = 0.0,
+    rounds: int | None = None,
 ) -> dict[str, Timing]:
-    """Time every call once a round, for ``budget`` seconds in all and 5 to 2000 rounds.
+    """Time every call once a round, for ``budget`` seconds in all and 5 to 2000 rounds, or ``rounds`` rounds.
 
     The inputs rotate from call to call, not from round to round: a provider does not
     find in cache what the one before it has just read. Two untimed rounds come first.
     """
-    clock = _cuda_ms if device.type == "cuda" else _host_ms
     timings = {name: Timing() for name in calls}
-    turns = cycle(range(len(inputs)))
+    make = _cuda_round if device.type == "cuda" else _host_round
+    runs = {name: make(call, inputs, timings[name]) for name, call in calls.items()}
+    turn = 0
     for _ in range(WARMUP_ROUNDS):
-        for call in calls.values():
-            clock(call, inputs[next(turns)])
+        for run in runs.values():
+            run(turn % len(inputs))
+            turn += 1
     deadline = time.perf_counter() + budget
     for round_ in range(MAX_ROUNDS):
-        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
+        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline and rounds is None:
             break
-        for name, call in calls.items():
-            index = next(turns)
-            ms, outputs = clock(call, inputs[index])
+        if round_ == rounds:
+            break
+        for name, run in runs.items():
+            index = turn % len(inputs)
+            ms, outputs = run(index)
             timings[name].ms.append(ms)
             timings[name].last_input, timings[name].last_outputs = index, as_tuple(outputs)
+            turn += 1
     return timings
 
 
-def _host_ms(call: Callable[..., Outputs], arguments: tuple[Tensor, ...]) -> tuple[float, Outputs]:
-    start = time.perf_counter()
-    outputs = call(*arguments)
-    return 1e3 * (time.perf_counter() - start), outputs
+Round = Callable[[int], tuple[float, Outputs]]
 
 
-def _cuda_ms(call: Callable[..., Outputs], arguments: tuple[Tensor, ...]) -> tuple[float, Outputs]:
+def _host_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
+    def run(index: int) -> tuple[float, Outputs]:
+        start = time.perf_counter()
+        outputs = call(*inputs[index])
+        return 1e3 * (time.perf_counter() - start), outputs
+
+    return run
+
+
+def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
+    """Replays of the captured calls, or, where capture fails, calls from the host."""
+
+    def launched(index: int) -> tuple[float, Outputs]:
+        return _between_events(lambda: call(*inputs[index]))
+
+    timing.launched_ms = median(launched(turn % len(inputs))[0] for turn in range(LAUNCHED_CALLS))
+    try:
+        graph, outputs = _capture(call, inputs)
+    except Exception:
+        torch.cuda.synchronize()
+        return launched
+    timing.captured = True
+    return lambda index: (_between_events(graph.replay)[0] / len(inputs), outputs[index])
+
+
+def _capture(
+    call: Call, inputs: Sequence[tuple[Tensor, ...]]
+) -> tuple[torch.cuda.CUDAGraph, list[tuple[Tensor, ...]]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(*inputs[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [as_tuple(call(*arguments)) for arguments in inputs]
+    return graph, outputs
+
+
+def _between_events(action: Callable[[], Outputs | None]) -> tuple[float, Outputs]:
     """From an event before the first launch to one after the last, on the current stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    outputs = call(*arguments)
+    outputs = action()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end), outputs
+    return start.elapsed_time(end), () if outputs is None else outputs

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .flows.bijection import same_space
 from .one_launch import OneLaunch, find_one_launch
 from .operators.base import LatentOperator
+from .profiling import annotate
 from .space import InducedSpace, check_invertible, decode_latents
 from .svd import LinearizerSVD
 
@@ -71,6 +72,7 @@ class Linearizer(nn.Module):
         separate = self._modules["g_y"]
         return self.g_x if separate is None else separate
 
+    @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f(x) = g_y^{-1}(A g_x(x))."""
         self._check_time(t)
@@ -79,23 +81,28 @@ class Linearizer(nn.Module):
             return launch.run(x)
         return self.gy_inverse(self.A(self.gx(x, **context), t=t), **context)
 
+    @annotate
     def inverse(self, y: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse: see ``pinv``."""
         A_inverse = self._inverse_operator(t)
         return self.gx_inverse(A_inverse(self.gy(y, **context)), **context)
 
+    @annotate
     def gx(self, x: Tensor, **context: Any) -> Tensor:
         """z = g_x(x)."""
         return self.g_x(x, **context)
 
+    @annotate
     def gy(self, y: Tensor, **context: Any) -> Tensor:
         """z = g_y(y)."""
         return self.g_y(y, **context)
 
+    @annotate
     def gx_inverse(self, z: Tensor, **context: Any) -> Tensor:
         """x = g_x^{-1}(z); flat latents are given g_x's shape."""
         return decode_latents(self.g_x, z, context)
 
+    @annotate
     def gy_inverse(self, z: Tensor, **context: Any) -> Tensor:
         """y = g_y^{-1}(z); flat latents are given g_y's shape."""
         return decode_latents(self.g_y, z, context)

@@ -10,7 +10,8 @@ from torch import Tensor
 import linfast as lf
 from linfast.operators import LatentOperator
 
-from ..harness import Case, Options, Problem, Provider, Size
+from ..harness import Case, Cost, Options, Problem, Provider, Size
+from .common import sweep
 
 __all__ = ["CASE", "rk4_step", "step_by_step"]
 
@@ -35,7 +36,14 @@ def build(size: Size, options: Options) -> Problem:
             Provider("dense", lambda z: z @ dense_collapse(A, steps), baseline=True),
             Provider("factored", lambda z: lf.collapse(A, steps)(z)),
         ],
+        cost=_cost(batch, n, rank, steps),
     )
+
+
+def _cost(batch: int, n: int, rank: int, steps: int) -> Cost:
+    """All times' factors once and their Gram matrix; z in and out, by the factors of B."""
+    width = (2 * steps - 1) * rank
+    return Cost(8 * (n * width + batch * n), 2 * n * width * width + 4 * batch * n * width)
 
 
 def step_by_step(A: LatentOperator, z: Tensor, steps: int) -> Tensor:
@@ -66,7 +74,15 @@ def dense_collapse(A: LatentOperator, steps: int) -> Tensor:
     return B
 
 
-# Not under --quick: its dense collapse takes seconds. N = 12288 is in bench/collapse_scale.py.
-SIZES: list[Size] = [{"N": 1024, "batch": 16, "r": 8, "steps": 100}]
-QUICK: list[Size] = [{"N": 128, "batch": 16, "r": 8, "steps": 20}]
-CASE = Case("collapse", sizes=SIZES, quick=QUICK, build=build)
+# N = 12288 is in bench/collapse_scale.py: its dense collapse takes minutes.
+_BASE: Size = {"N": 1024, "batch": 16, "r": 8, "steps": 100}
+CASE = Case(
+    "collapse",
+    build,
+    sizes={
+        "tiny": [{"N": 16, "batch": 2, "r": 2, "steps": 4}],
+        "quick": [{"N": 128, "batch": 16, "r": 8, "steps": 20}],
+        "gpu": [_BASE, {**_BASE, "N": 4096}],
+        "full": sweep(_BASE, N=(256, 1024), r=(1, 8), steps=(10, 100)),
+    },
+)

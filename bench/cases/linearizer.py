@@ -1,4 +1,4 @@
-"""A Linearizer on vectors: f(x) = g^{-1}(A g(x)) with D = 64, 8 couplings, hidden (128, 128), a dense A."""
+"""A Linearizer on vectors: f(x) = g^{-1}(A g(x)), MLP couplings with two hidden layers, a dense A."""
 
 from __future__ import annotations
 
@@ -10,73 +10,74 @@ from torch import Tensor
 
 import linfast as lf
 
-from ..harness import Case, Options, Problem, Provider, Size
+from ..harness import Case, Cost, Options, Problem, Size
+from .common import BACKWARD, FORWARD, Call, Source, inputs, perturb, providers, run, sweep
+from .coupling_flow import flow_cost
 
 __all__ = ["CASE"]
 
-FEATURES, DEPTH, HIDDEN = 64, 8, (128, 128)
-N_INPUTS = 5  # a prime: every provider gets every input, whatever their number
-
-Map = Callable[[Tensor], Tensor]
-Run = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-
 
 def build(size: Size, options: Options) -> Problem:
-    """The eager Linearizer, and torch.compile of it where asked, at ``size``'s direction and batch.
-
-    Default weights plus 0.05 randn (default conditioners end in zeros, which is no
-    work to get wrong), standard normal inputs and cotangents; the same numbers every run.
-    """
-    direction, batch = str(size["direction"]), int(size["batch"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = _model().to(options.device)
-        pairs = [torch.randn(2, batch, FEATURES).to(options.device) for _ in range(N_INPUTS)]
-    eager = _run(model, direction)
-    providers = [Provider("eager", eager, baseline=True)]
-    if options.compile:
-        torch.compiler.reset()  # else the recompile limit, counted over all sizes, falls back to eager
-        providers.append(Provider("compiled", _run(model, direction, compiled=True)))
+    """y of standard normal inputs, or with the backward (y, dx, *dweights)."""
+    direction, batch, n = str(size["direction"]), int(size["batch"]), int(size["D"])
+    model = _model(size).to(options.device)
+    source, exact = Source(options, size), copy.deepcopy(model).double()
+    count = 2 if direction == BACKWARD else 1
     return Problem(
-        inputs=[(x, v) for x, v in pairs],
-        truth=_run(copy.deepcopy(model).double(), direction),
-        reference=eager,
-        providers=providers,
+        inputs=inputs(lambda: tuple(source.normal(count, batch, n)), options),
+        truth=_call(exact, direction)(_function(exact, direction)),
+        reference=_call(model, direction)(_function(model, direction)),
+        providers=providers(_function(model, direction), options, _call(model, direction)),
+        cost=_cost(size),
     )
 
 
-def _model() -> lf.Linearizer:
-    model = lf.Linearizer(lf.coupling_flow(FEATURES, DEPTH, HIDDEN), lf.Dense(FEATURES))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+def _call(model: lf.Linearizer, direction: str) -> Callable[..., Call]:
+    return run(BACKWARD if direction == BACKWARD else FORWARD, list(model.parameters()))
+
+
+def _function(model: lf.Linearizer, direction: str) -> Callable[..., Tensor]:
+    return model.inverse if direction == "inverse" else model.forward
+
+
+def _model(size: Size) -> lf.Linearizer:
+    n, hidden = int(size["D"]), (int(size["hidden"]),) * 2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = lf.Linearizer(lf.coupling_flow(n, int(size["depth"]), hidden), lf.Dense(n))
+        perturb(model)
     return model
 
 
-def _run(model: lf.Linearizer, direction: str, compiled: bool = False) -> Run:
-    """(x, v) -> (y,), or with the backward (y, dx, *dweights) for the cotangent v of y."""
-    function: Map = model.inverse if direction == "inverse" else model.forward
-    if compiled:
-        function = torch.compile(function, dynamic=False)
-    if direction == "forward+backward":
-        return lambda x, v: _forward_backward(function, list(model.parameters()), x, v)
-    return lambda x, v: _no_grad(function, x)
+def _cost(size: Size) -> Cost:
+    """g, A and g^{-1}, each with its weights; x and y once."""
+    one = flow_cost(size)
+    n, passes = int(size["D"]), 3 if size["direction"] == BACKWARD else 1
+    return Cost(one.bytes + passes * 4 * n * n, 2 * one.operations + passes * 2 * int(size["batch"]) * n * n)
 
 
-def _no_grad(function: Map, x: Tensor) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (function(x),)
-
-
-def _forward_backward(function: Map, weights: list[torch.nn.Parameter], x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    x = x.detach().requires_grad_()
-    y = function(x)
-    return (y.detach(), *torch.autograd.grad(y, [x, *weights], v))
-
-
-def _grid(batches: tuple[int, ...]) -> list[Size]:
-    directions = ("forward", "inverse", "forward+backward")
-    return [{"direction": direction, "batch": batch} for direction in directions for batch in batches]
-
-
-CASE = Case("linearizer", sizes=_grid((64, 1024, 8192)), quick=_grid((64, 1024)), build=build)
+_BASE: Size = {"direction": FORWARD, "D": 64, "depth": 8, "hidden": 128, "batch": 1024}
+_DIRECTIONS = (FORWARD, "inverse", BACKWARD)
+CASE = Case(
+    "linearizer",
+    build,
+    sizes={
+        "tiny": [{"direction": BACKWARD, "D": 6, "depth": 2, "hidden": 8, "batch": 4}],
+        "quick": sweep({**_BASE, "batch": 256}, direction=("inverse", BACKWARD)),
+        "gpu": [
+            *sweep({**_BASE, "batch": 65536}, direction=_DIRECTIONS),
+            *sweep({**_BASE, "batch": 1024}, direction=(FORWARD,)),
+        ],
+        "full": [
+            size
+            for direction in _DIRECTIONS
+            for size in sweep(
+                {**_BASE, "direction": direction},
+                batch=[2**k for k in range(6, 23, 2)],
+                depth=(2, 8, 32),
+                hidden=(32, 128, 512),
+                D=(8, 64, 256),
+            )
+        ],
+    },
+)

@@ -2,61 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from linfast.ops import low_rank
 
-from ..harness import Case, Options, Problem, Provider, Size
+from ..harness import Case, Cost, Options, Problem, Provider, Size
+from .common import BACKWARD, Source, cost, inputs, providers, run, sweep
 
 __all__ = ["CASE"]
 
-N_INPUTS = 3  # a prime other than the number of providers: each gets every input
-
-Outputs = tuple[Tensor, ...]
-
 
 def build(size: Size, options: Options) -> Problem:
-    """Forward and backward of y = x V U^T, as (y, dx, dU, dV), for standard normal numbers.
+    """Forward and backward of y = x V U^T, as (y, dx, dU, dV).
 
-    "materialised" is the arithmetic of the reference repository's LoRA layer: A = V U^T [B, N, N], y = x A.
+    "materialised" is the arithmetic of the reference repository's LoRA layer: A = V U^T [B, N, N],
+    y = x A; it is the baseline where its matrices fit.
     """
+    source = Source(options, size)
     batch, n, rank = (int(size[key]) for key in ("batch", "N", "r"))
     shapes = ((batch, n), (batch, n, rank), (batch, n, rank), (batch, n))
-    generator = torch.Generator().manual_seed(0)
-    return Problem(
-        inputs=[
-            tuple(torch.randn(shape, generator=generator).to(options.device) for shape in shapes)
-            for _ in range(N_INPUTS)
-        ],
-        truth=_in_order,
-        reference=_in_order,
-        providers=[Provider("materialised", _materialised, baseline=True), Provider("low_rank", _low_rank)],
-    )
+    call = run(BACKWARD)
+    drawn = inputs(lambda: tuple(source.normal(*shape) for shape in shapes), options)
+    rivals = providers(low_rank, options, call)
+    if batch * n * n <= _MOST_MATERIALISED:
+        rivals = [Provider("materialised", call(_materialised), baseline=True), *map(_as_rival, rivals)]
+    return Problem(inputs=drawn, truth=_in_order, reference=_in_order, providers=rivals, cost=_cost(drawn[0], rank))
 
 
-def _materialised(x: Tensor, U: Tensor, V: Tensor, v: Tensor) -> Outputs:
-    x, U, V = (t.detach().requires_grad_() for t in (x, U, V))
-    A = torch.bmm(V, U.mT)
-    return _with_gradients(torch.bmm(x[:, None], A)[:, 0], x, U, V, v)
+def _as_rival(provider: Provider) -> Provider:
+    return replace(provider, baseline=False)
 
 
-def _low_rank(x: Tensor, U: Tensor, V: Tensor, v: Tensor) -> Outputs:
-    x, U, V = (t.detach().requires_grad_() for t in (x, U, V))
-    return _with_gradients(low_rank(x, U, V), x, U, V, v)
+def _cost(arguments: tuple[Tensor, ...], rank: int) -> Cost:
+    return cost(BACKWARD, arguments[:3], [arguments[0]], 4 * arguments[0].numel() * rank)
 
 
-def _with_gradients(y: Tensor, x: Tensor, U: Tensor, V: Tensor, v: Tensor) -> Outputs:
-    return (y.detach(), *torch.autograd.grad(y, (x, U, V), v))
+def _materialised(x: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    return torch.bmm(x[:, None], torch.bmm(V, U.mT))[:, 0]
 
 
-def _in_order(x: Tensor, U: Tensor, V: Tensor, v: Tensor) -> Outputs:
+def _in_order(x: Tensor, U: Tensor, V: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """The four outputs by their formulas: no autograd, no op of ours."""
     t, s = torch.einsum("bn,bnr->br", x, V), torch.einsum("bn,bnr->br", v, U)
     y, dx = torch.einsum("br,bnr->bn", t, U), torch.einsum("br,bnr->bn", s, V)
     return y, dx, torch.einsum("bn,br->bnr", v, t), torch.einsum("bn,br->bnr", x, s)
 
 
-# Not under --quick: the matrices of the first size are 1 GiB, those of the second 1.1, and a call takes seconds.
-SIZES: list[Size] = [{"N": 1024, "batch": 256, "r": 8}, {"N": 12288, "batch": 2, "r": 8}]
-CASE = Case("low_rank", sizes=SIZES, quick=[], build=build)
+_MOST_MATERIALISED = 2**29  # elements of the B matrices: 2 GiB in fp32, a few times over
+_BASE: Size = {"N": 1024, "r": 8, "batch": 64}
+CASE = Case(
+    "low_rank",
+    build,
+    sizes={
+        "tiny": [{"N": 12, "r": 2, "batch": 3}],
+        "quick": [{"N": 512, "r": 8, "batch": 16}],
+        "gpu": [{"N": 1024, "r": 8, "batch": 256}, {"N": 12288, "r": 8, "batch": 128}],
+        "full": [
+            *sweep(_BASE, batch=(16, 64, 256, 1024, 4096), N=(256, 1024, 4096), r=(2, 8, 32, 64)),
+            {"N": 12288, "r": 8, "batch": 2},
+        ],
+    },
+)

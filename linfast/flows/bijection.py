@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..profiling import annotate
+
 __all__ = ["Bijection", "ChannelLinear", "Conditioned", "Inverse", "position_count", "same_space", "wide"]
 
 
@@ -42,21 +44,25 @@ class Bijection(nn.Module):
         """(g(x) or g^{-1}(x), log|det| of that where asked for and None elsewhere)."""
         raise NotImplementedError
 
+    @annotate
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """z = g(x)."""
         self._check("x", x, self.features)
         return self._transform(x, context, inverse=False, log_det=False)[0]
 
+    @annotate
     def inverse(self, z: Tensor, **context: Any) -> Tensor:
         """x = g^{-1}(z)."""
         self._check("z", z, self.features_out)
         return self._transform(z, context, inverse=True, log_det=False)[0]
 
+    @annotate
     def forward_and_log_det(self, x: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
         """(g(x), log|det dg/dx| [B])."""
         self._check("x", x, self.features)
         return _both(self._transform(x, context, inverse=False, log_det=True))
 
+    @annotate
     def inverse_and_log_det(self, z: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
         """(g^{-1}(z), log|det dg^{-1}/dz| [B])."""
         self._check("z", z, self.features_out)

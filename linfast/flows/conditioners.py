@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..autocast import outside_autocast
 from ..ops.activations import ACTIVATIONS
+from ..profiling import annotate
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_function"]
 
@@ -111,6 +112,7 @@ class MLP(nn.Module):
         if zero_last:
             _zero(self.layers[-1])
 
+    @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, n_out] for x [B, n_in]."""
         h = torch.cat(self._inputs(x, t, context), dim=-1) if self._has_context else self._inputs(x, t, context)[0]
@@ -180,6 +182,7 @@ class ConvNet(nn.Module):
         self.time_shift = nn.Linear(time_features, width) if time_features else None
         _zero(self.layers[-1])
 
+    @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
         if x.ndim != 4 or x.shape[1] != self.channels_in:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..autocast import outside_autocast
 from ..flows.bijection import check_like
+from ..profiling import annotate
 from .spectral import SVD, Eig, cutoff, largest
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class LatentOperator(nn.Module):
 
     # What every operator has.
 
+    @annotate
     def forward(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
         """A z for each row of z; at time t where A depends on one."""
         if t is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backend import interpreting
+from ..profiling import in_range
 
 __all__ = ["RAW_OPS", "RawOp", "define_op"]
 
@@ -52,8 +54,8 @@ class RawOp:
         """Register it as torch.ops.linfast.<name> and return that."""
         RAW_OPS[self.name] = self
         _LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, self._on_gpu, "CUDA")
-        _LIBRARY.impl(self.name, self._on_cpu, "CPU")
+        _LIBRARY.impl(self.name, in_range(self.name, self._on_gpu), "CUDA")
+        _LIBRARY.impl(self.name, in_range(self.name, self._on_cpu), "CPU")
         torch.library.register_fake(f"linfast::{self.name}", self.fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
 
@@ -111,8 +113,20 @@ def define_op(
             wanted = (r if need else None for r, need in zip(_as_tuple(results), needs, strict=True))
             return (*wanted, *(None for _ in ctx.constants))
 
+    _state_arity(Function.forward, forward.schema)
     Function.__name__ = Function.__qualname__ = f"linfast_{forward.name}"
     return Function.apply
+
+
+def _state_arity(function: Callable[..., Any], schema: str) -> None:
+    """Give ``function(*inputs)`` the schema's number of parameters.
+
+    Where no gradient is asked for, torch.compile calls ``forward`` itself, with a context before the
+    inputs unless the signature has exactly as many parameters as there are inputs.
+    """
+    names = [argument.name for argument in torch._C.parse_schema(f"linfast::{schema}").arguments]
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

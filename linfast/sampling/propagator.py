@@ -28,6 +28,7 @@ from ..operators.dense import Dense
 from ..operators.low_rank import LowRank
 from ..operators.time_diagonal import TimeDiagonal
 from ..operators.time_low_rank import TimeLowRank
+from ..profiling import annotate
 from .factored import Factors, fold_dense, fold_factored, multiply_pairs, step_pieces
 from .integrate import Schedule, integrate, schedule
 from .recompress import range_within, weighted_columns
@@ -42,6 +43,7 @@ _Result = TypeVar("_Result")
 _WIDE_FLOPS = 1e9
 
 
+@annotate
 def collapse(
     A_t: LatentOperator,
     steps: int = 100,

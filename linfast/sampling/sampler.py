@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
+from ..freeze import freeze
 from ..linearizer import Linearizer
 from ..operators.base import LatentOperator
 from ..operators.lazy import Lazy
 from ..operators.low_rank import LowRank
 from ..operators.time_diagonal import TimeDiagonal
 from ..operators.time_low_rank import TimeLowRank
+from ..profiling import annotate
 from .integrate import Schedule, integrate, schedule
 from .propagator import check_time_dependent, collapse, collapse_inverse
 
@@ -32,11 +34,12 @@ __all__ = ["at_work", "generator", "invert", "sample"]
 
 @contextmanager
 def at_work(model: nn.Module) -> Iterator[None]:
-    """What every sampler does its work in: no gradients. ``model`` keeps its weights meanwhile."""
-    with torch.no_grad():
+    """What every sampler does its work in: no gradients, derived weights once."""
+    with torch.no_grad(), freeze(model):
         yield
 
 
+@annotate
 def generator(
     f: Linearizer, steps: int = 100, method: str = "rk4", stop: float | None = None, tol: float | None = None
 ) -> Linearizer:
@@ -66,6 +69,7 @@ def sample(
     return_path: Literal[True],
     stop: float | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@annotate
 def sample(
     f: Linearizer,
     noise: Tensor,
@@ -102,6 +106,7 @@ def sample(
         return (y, torch.stack([f.gx_inverse(z) for z in path])) if return_path else y
 
 
+@annotate
 def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop: float | None = None) -> Tensor:
     """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)), B^{-1} exact and in float64.
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..linearizer import Linearizer
+from ..profiling import annotate
 
 __all__ = ["FlowMatchingLoss", "one_step_loss"]
 
@@ -44,6 +45,7 @@ class FlowMatchingLoss(NamedTuple):
         return self.latent + self.data + self.noise + self.prediction + self.likelihood
 
 
+@annotate
 def one_step_loss(
     f: Linearizer,
     x_1: Tensor,

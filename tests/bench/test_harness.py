@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from linfast.bench import timing
+from linfast.bench import harness, timing
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
 from linfast.bench.memory import peak_bytes
 from linfast.bench.report import table
 
-from .toy import CPU, Call, run, softplus
+from .toy import COST, CPU, Call, run, softplus
 
 # The check.
 
@@ -59,9 +59,9 @@ def test_one_wrong_output_of_two_is_refused() -> None:
             Provider("eager", lambda x: (x.exp(), x.sin()), baseline=True),
             Provider("wrong", lambda x: (x.exp(), x.cos())),
         ]
-        return Problem([(torch.randn(9),)], providers[0].call, providers[0].call, providers)
+        return Problem([(torch.randn(9),)], providers[0].call, providers[0].call, providers, COST)
 
-    eager, wrong = measure(Case("two", [], [], build), {}, Options(CPU, False), 0.01)
+    eager, wrong = measure(Case("two", build, {}), {}, Options(CPU, False), 0.01)
     assert eager.refused is None
     assert wrong.refused is not None
 
@@ -82,9 +82,9 @@ def test_a_provider_that_turns_wrong_while_timed_is_refused() -> None:
 def test_a_wrong_baseline_leaves_no_ratio() -> None:
     def build(size: Size, options: Options) -> Problem:
         providers = [Provider("base", torch.exp, baseline=True), Provider("right", softplus)]
-        return Problem([(torch.randn(9),)], softplus, softplus, providers)
+        return Problem([(torch.randn(9),)], softplus, softplus, providers, COST)
 
-    base, right = measure(Case("base", [], [], build), {}, Options(CPU, False), 0.01)
+    base, right = measure(Case("base", build, {}), {}, Options(CPU, False), 0.01)
     assert base.refused is not None
     assert right.p50_ms is not None
     assert right.ratio is None
@@ -93,10 +93,10 @@ def test_a_wrong_baseline_leaves_no_ratio() -> None:
 def test_a_truth_that_is_not_float64_is_an_error() -> None:
     def build(size: Size, options: Options) -> Problem:
         provider = Provider("eager", softplus, baseline=True)
-        return Problem([(torch.ones(3),)], lambda x: softplus(x.float()), softplus, [provider])
+        return Problem([(torch.ones(3),)], lambda x: softplus(x.float()), softplus, [provider], COST)
 
     with pytest.raises(ValueError, match="truth must be in float64"):
-        measure(Case("single", [], [], build), {}, Options(CPU, False))
+        measure(Case("single", build, {}), {}, Options(CPU, False))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,41 @@ def test_a_truth_that_is_not_float64_is_an_error() -> None:
 )
 def test_a_malformed_problem_is_an_error(inputs: list, names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Problem(inputs, softplus, softplus, [Provider(n, softplus, baseline=n == "a") for n in names])
+        Problem(inputs, softplus, softplus, [Provider(n, softplus, baseline=n == "a") for n in names], COST)
+
+
+def test_a_peer_is_held_to_its_own_float64() -> None:
+    """Another library computes another function; a wrong precision of it is still seen."""
+
+    def build(size: Size, options: Options) -> Problem:
+        providers = [
+            Provider("eager", softplus, baseline=True),
+            Provider("peer", lambda x: (x.exp(), x.cos()), truth=lambda x: (x.exp(), x.cos())),
+            Provider("rounded peer", lambda x: x.bfloat16().exp().float(), truth=torch.exp),
+        ]
+        return Problem([(torch.randn(99),)], softplus, softplus, providers, COST)
+
+    eager, peer, rounded = measure(Case("peers", build, {}), {}, Options(CPU, False), 0.01)
+    assert eager.refused is None
+    assert peer.refused is None
+    assert peer.allowed == harness.PEER_FACTOR * eager.allowed
+    assert rounded.refused is not None
+    assert rounded.p50_ms is None
+
+
+def test_a_check_times_nothing_but_the_first_call() -> None:
+    def build(size: Size, options: Options) -> Problem:
+        providers = [
+            Provider("eager", lambda x: (time.sleep(0.02), softplus(x))[1], baseline=True),
+            Provider("wrong", torch.exp),
+        ]
+        return Problem([(torch.randn(9),)], softplus, softplus, providers, COST)
+
+    eager, wrong = harness.check(Case("checked", build, {}), {}, Options(CPU, False))
+    assert eager.first_s > 0.02
+    assert eager.p50_ms is None
+    assert eager.refused is None
+    assert wrong.refused is not None
 
 
 # The clock.
@@ -131,6 +165,11 @@ def test_a_larger_budget_gives_more_rounds() -> None:
     few, many = run(budget=1e-9)["eager"], run(budget=0.05)["eager"]
     assert few.rounds == timing.MIN_ROUNDS
     assert few.rounds < many.rounds <= timing.MAX_ROUNDS
+
+
+def test_rounds_can_be_given() -> None:
+    timings = timing.time_interleaved({"A": torch.exp}, [(torch.ones(1),)], CPU, rounds=3)
+    assert len(timings["A"].ms) == 3
 
 
 def test_a_slow_provider_shows_a_larger_median() -> None:

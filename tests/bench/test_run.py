@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from linfast.bench.cases import CASES
+from linfast.bench.ceilings import ceilings
+from linfast.bench.crossover import crossovers
 from linfast.bench.environment import describe
-from linfast.bench.harness import Case, Options, Problem, Provider, Size
-from linfast.bench.report import json_line, table
+from linfast.bench.harness import SCALES, Case, Options, Problem, Provider, Size
+from linfast.bench.plan import too_large
+from linfast.bench.report import json_line, parse, shares, table
 from linfast.bench.run import main
 
-from .toy import CPU, run, softplus
+from .toy import COST, CPU, run, softplus
+
+TINY = ["--sizes", "tiny", "--no-compile", "--device", "cpu", "--budget", "0.01"]
 
 # Output.
 
@@ -42,48 +48,146 @@ def test_a_json_line_is_strict_where_the_error_is_not_finite() -> None:
 def test_the_table_is_aligned() -> None:
     lines = table(list(run(a_much_longer_name=softplus).values()), {"device": "here"}).splitlines()
     assert lines[0] == "device here"
-    header, *rows = lines[2:]
+    header, *rows = lines[2:5]
     assert len(rows) == 2
+    assert lines[5] == ""
     assert len({len(line) for line in (header, *rows)}) == 1
+
+
+def test_shares_are_of_the_ceilings() -> None:
+    result = replace(run()["eager"], p50_ms=2.0, bytes=1000, operations=4000)
+    assert shares(result, {"copy_bytes_per_s": 1e6, "matmul_float32_per_s": 1e7}) == (0.5, 0.2)
+    assert shares(result, {}) == (None, None)
+    line = table([result], {"copy_bytes_per_s": 1e6, "matmul_float32_per_s": 1e7}).splitlines()[3]
+    assert "50.0*  " in line
+    assert "20.0*  " in line
+
+
+def test_lines_are_read_back() -> None:
+    result = run()["eager"]
+    [(again, environment)] = parse([json_line(result, describe(CPU))])
+    assert again == result
+    assert environment["threads"] == 1
+
+
+def _along_batch(ratios: dict[int, float], provider: str = "ours") -> list:
+    base = replace(run()["eager"], provider=provider, baseline=False)
+    return [replace(base, size={"batch": b, "D": 4}, ratio=ratio) for b, ratio in ratios.items()]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "at"),
+    [
+        ({64: 1.4, 128: 0.9, 256: 0.5}, 128),
+        ({64: 0.5, 128: 1.1, 256: 0.6}, 256),
+        ({64: 0.5, 128: 0.9}, 64),
+        ({64: 0.5, 128: 0.99}, None),
+        ({256: 0.5, 64: 2.0, 128: 1.2}, 256),
+    ],
+)
+def test_the_crossover_is_where_it_wins_from_there_on(ratios: dict[int, float], at: int | None) -> None:
+    [found] = crossovers(_along_batch(ratios))
+    assert (found.axis, found.at, found.base) == ("batch", at, (("D", 4),))
+    assert ("not by" in str(found)) == (at is None)
+
+
+def test_one_size_has_no_crossover() -> None:
+    assert crossovers(_along_batch({64: 0.5})) == []
+
+
+def test_sizes_that_would_take_too_long_or_too_much_are_left_out() -> None:
+    slow = replace(run()["eager"], size={"direction": "forward", "batch": 64}, p50_ms=100.0, peak_bytes=2**20)
+    assert too_large({"direction": "forward", "batch": 128}, [slow], 20.0, CPU) is None
+    reason = too_large({"direction": "forward", "batch": 1024}, [slow], 20.0, CPU)
+    assert reason is not None
+    assert "over the limit of 20" in reason
+    assert too_large({"direction": "inverse", "batch": 1024}, [slow], 20.0, CPU) is None
+    assert too_large({"direction": "forward", "batch": 1}, [slow], 1e-3, CPU) is None
+    large = replace(slow, p50_ms=1e-9, peak_bytes=2**40)
+    assert "GiB" in (too_large({"direction": "forward", "batch": 1024}, [large], 20.0, CPU) or "")
+
+
+def test_the_ceilings_are_of_this_machine() -> None:
+    found = ceilings(CPU)
+    assert set(found) == {"copy_bytes_per_s", "matmul_float32_per_s"}
+    assert 1e8 < found["copy_bytes_per_s"] < 1e13
+    assert 1e8 < found["matmul_float32_per_s"] < 1e15
 
 
 # The command line.
 
 
-def test_quick_ends_quickly_and_prints_the_table(tmp_path, capsys) -> None:
+def test_every_case_runs_at_its_tiny_size(tmp_path, capsys) -> None:
     path = tmp_path / "results.jsonl"
-    start = time.perf_counter()
-    assert main(["--quick", "--device", "cpu", "--budget", "0.05", "--json", str(path)]) == 0
-    assert time.perf_counter() - start < 15
+    assert main([*TINY, "--json", str(path)]) == 0
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.startswith("linearizer ")]
-    sizes = [json.loads(line)["size"] for line in path.read_text().splitlines()]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert list(dict.fromkeys(record["case"] for record in records)) == list(CASES)
     assert "p50 ms" in out
-    assert len(rows) == len(sizes) == sum(len(case.quick) for case in CASES.values())
-    assert {size["direction"] for size in sizes} == {"forward", "inverse", "forward+backward"}
+    assert "neither is timed twice" in out
+    for record in records:
+        assert record["bytes"] > 0, record["case"]
+        assert record["operations"] > 0, record["case"]
+        assert record["p50_ms"] > 0, record["case"]
+        assert record["copy_bytes_per_s"] > 0
 
 
-def test_compiled_is_added_only_when_asked() -> None:
-    size = {"direction": "forward", "batch": 2}
-    names = [
-        [provider.name for provider in CASES["linearizer"].build(size, Options(CPU, asked)).providers]
-        for asked in (False, True)
-    ]
-    assert names == [["eager"], ["eager", "compiled"]]
+def test_every_size_of_every_scale_is_of_one_kind() -> None:
+    """What ``build`` reads from a size is in each of them; sizes of a scale differ from one another."""
+    for name, case in CASES.items():
+        assert case.name == name
+        assert set(case.sizes) == set(SCALES), name
+        keys = {tuple(sorted(size)) for sizes in case.sizes.values() for size in sizes}
+        assert len(keys) == 1, name
+        for scale, sizes in case.sizes.items():
+            assert sizes, (name, scale)
+            assert len({tuple(sorted(size.items())) for size in sizes}) == len(sizes), (name, scale)
+
+
+def test_all_directions_are_timed() -> None:
+    for name in ("linearizer", "coupling_flow"):
+        sizes = [size for scale in ("gpu", "full") for size in CASES[name].sizes[scale]]
+        assert len({size["direction"] for size in sizes}) == 3
+    assert {size["batch"] for size in CASES["coupling_flow"].sizes["full"]} >= {2**6, 2**22}
+
+
+def test_providers_on_a_cpu_and_on_a_gpu() -> None:
+    """On a CPU linfast is its eager reference, and is not timed under two names."""
+    from linfast.bench.cases.common import providers, run
+
+    def names(device: str, compile: bool) -> list[str]:
+        options = Options(torch.device(device), compile)
+        return [provider.name for provider in providers(torch.exp, options, run("forward"))]
+
+    assert names("cpu", False) == ["eager"]
+    assert names("cpu", True) == ["eager", "torch.compile"]
+    assert names("cuda", True) == ["eager", "torch.compile", "linfast", "linfast compiled"]
+
+
+def test_eager_runs_the_reference_and_linfast_the_kernels() -> None:
+    backend = importlib.import_module("linfast.backend")  # linfast.backend is the function
+    from linfast.bench.cases.common import providers, run
+
+    def choice(x: torch.Tensor) -> torch.Tensor:
+        return x + ("reference", "auto").index(backend._choice)
+
+    eager, ours = providers(choice, Options(torch.device("cuda"), False), run("forward"))
+    assert [float(p.call(torch.zeros(()))[0]) for p in (eager, ours)] == [0.0, 1.0]
 
 
 def test_batch_replaces_the_sizes_of_a_case(tmp_path) -> None:
     path = tmp_path / "results.jsonl"
-    assert main(["--case", "linearizer", "--batch", "3", "--budget", "0.01", "--json", str(path)]) == 0
-    assert [json.loads(line)["size"]["batch"] for line in path.read_text().splitlines()] == [3, 3, 3]
+    assert main([*TINY, "--case", "linearizer", "--batch", "3", "5", "--json", str(path)]) == 0
+    assert [json.loads(line)["size"]["batch"] for line in path.read_text().splitlines()] == [3, 5]
 
 
 def test_a_refused_provider_is_an_exit_status(monkeypatch, capsys) -> None:
     def build(size: Size, options: Options) -> Problem:
-        return Problem([(torch.ones(2),)], torch.exp, torch.exp, [Provider("wrong", torch.sin, baseline=True)])
+        providers = [Provider("wrong", torch.sin, baseline=True)]
+        return Problem([(torch.ones(2),)], torch.exp, torch.exp, providers, COST)
 
-    monkeypatch.setitem(CASES, "wrong", Case("wrong", [{}], [{}], build))
-    assert main(["--case", "wrong", "--device", "cpu"]) == 1
+    monkeypatch.setattr("linfast.bench.run.CASES", {"affine_coupling": Case("wrong", build, {"tiny": [{}]})})
+    assert main([*TINY, "--case", "affine_coupling"]) == 1
     assert "refused: error" in capsys.readouterr().out
 
 
@@ -96,6 +200,7 @@ def test_a_refused_provider_is_an_exit_status(monkeypatch, capsys) -> None:
         (["--budget", "-1"], "must be a positive number of seconds"),
         (["--device", "gpu"], "not a device: 'gpu'"),
         (["--device", "cuda:99"], "'cuda:99' is not on this machine"),
+        (["--compare", "nonsense", "--case", "low_rank"], "--compare: git worktree add: fatal: invalid reference"),
         (["--json", "/nowhere/at/all.jsonl"], "cannot write /nowhere/at/all.jsonl: No such file"),
     ],
 )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from linfast.bench.harness import Case, Cost, Options, Problem, Provider, Result, Size, measure
 from torch import Tensor
 
-from linfast.bench.harness import Case, Options, Problem, Provider, Result, Size, measure
 
 CPU = torch.device("cpu")
+COST = Cost(bytes=1000, operations=4000)
 Call = Callable[[Tensor], Tensor]
 
 
@@ -23,7 +24,7 @@ def run(budget: float = 0.01, **calls: Call) -> dict[str, Result]:
     def build(size: Size, options: Options) -> Problem:
         providers = [Provider("eager", softplus, baseline=True), *(Provider(n, c) for n, c in calls.items())]
         xs = [(torch.randn(int(size["batch"]), 8),) for _ in range(3)]
-        return Problem(xs, truth=softplus, reference=softplus, providers=providers)
+        return Problem(xs, truth=softplus, reference=softplus, providers=providers, cost=COST)
 
-    results = measure(Case("softplus", [], [], build), {"batch": 32}, Options(CPU, False), budget)
+    results = measure(Case("softplus", build, {}), {"batch": 32}, Options(CPU, False), budget)
     return {result.provider: result for result in results}

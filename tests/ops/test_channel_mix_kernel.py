@@ -9,7 +9,7 @@ from torch import Tensor
 import linfast as lf
 from linfast.flows import Mix
 from linfast.ops.channel_mix import channel_mix
-from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
+from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
 
 CHANNELS = [(2, 2), (3, 3), (5, 3), (12, 12), (15, 16), (16, 16), (33, 33), (128, 128), (7, 130), (1, 1)]
 
@@ -69,7 +69,7 @@ def test_more_columns_than_one_split(splits: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("n_in", [3, 20])
-@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.float16, torch.float32)])
+@pytest.mark.parametrize("dtypes", [(half, other) for half in HALF_DTYPES for other in (half, torch.float32)])
 def test_half_precision_sums_in_fp32(n_in: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x, weight, bias = _inputs((2, n_in, 5, 7))
     x = x.detach().to(dtypes[0]).requires_grad_()

@@ -9,7 +9,7 @@ from torch import Tensor
 import linfast as lf
 from linfast.bench.memory import peak_bytes
 from linfast.ops import latent_matmul
-from tests.ops.budget import DEVICE, assert_within_budget, hostile
+from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
 
 # (B, K, n_out, n_in): one of everything, more operators than rows, both tiles, more rows and columns than one.
 SIZES = [(1, 1, 1, 1), (9, 3, 7, 5), (3, 11, 5, 7), (200, 3, 70, 33), (130, 1, 33, 70), (40, 2, 66, 66)]
@@ -59,10 +59,11 @@ def test_empty_sizes(size: tuple[int, int, int, int]) -> None:
     assert_within_budget(_outputs_and_gradients(index), inputs)
 
 
-def test_half_precision_sums_in_fp32() -> None:
-    index, inputs = _inputs((90, 2, 70, 70), torch.float16)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_half_precision_sums_in_fp32(dtype: torch.dtype) -> None:
+    index, inputs = _inputs((90, 2, 70, 70), dtype)
     with lf.backend("triton"):
-        assert latent_matmul(*inputs[:2], index).dtype == torch.float16
+        assert latent_matmul(*inputs[:2], index).dtype == dtype
     assert_within_budget(_outputs_and_gradients(index, 0.5), inputs)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import linfast as lf
 from linfast.bench.memory import peak_bytes
 from linfast.ops import low_rank
-from tests.ops.budget import DEVICE, assert_within_budget, hostile
+from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
 
 # (B, N, M, r): odd sizes, one element, a rank past one tile, more rows than one tile and than all splits.
 SIZES = [
@@ -65,11 +65,12 @@ def test_empty_sizes(size: tuple[int, int, int, int], kind: str) -> None:
         assert_within_budget(_outputs_and_gradients(alpha), _inputs(size, kind))
 
 
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_sums_in_fp32(kind: str) -> None:
-    x, U, V = _inputs((3, 600, 600, 8), kind, torch.float16)
+def test_half_precision_sums_in_fp32(kind: str, dtype: torch.dtype) -> None:
+    x, U, V = _inputs((3, 600, 600, 8), kind, dtype)
     with lf.backend("triton"):
-        assert low_rank(x, U, V).dtype == torch.float16
+        assert low_rank(x, U, V).dtype == dtype
     assert_within_budget(_outputs_and_gradients(0.5), [x, U, V])
 
 

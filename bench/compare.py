@@ -1,0 +1,209 @@
+"""``linfast bench --compare BASE``: two commits in turn, and what moved beyond the noise.
+
+Both sides run this checkout's cases: one on linfast as it is here, uncommitted changes
+included, one on linfast as it was at BASE, in a git worktree. Each side is a process;
+they take turns, a burst of calls each, so that what disturbs the machine disturbs both.
+Pairs of neighbouring bursts give ratios here / BASE. Processes of one program differ too
+(memory layout, hash seeds), so this is done with three fresh pairs of processes, and a
+provider has moved only if each of the three says so: the 99% interval of its median ratio
+lies wholly above 1 + FLOOR, or wholly below 1 / (1 + FLOOR).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import comb
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import linfast
+
+from .arguments import UsageError
+from .cases import CASES
+from .plan import sizes
+from .report import aligned
+
+__all__ = ["Moved", "compare_trees", "interval", "run_compare", "verdict"]
+
+REPLICATES = 3
+PAIRS = 21  # of bursts, in each replicate; the 99% interval of the median is then the 5th to the 17th
+FLOOR = 0.05  # two builds of one program on a busy machine have differed by this much in every replicate
+CONFIDENCE = 0.99
+BURST_MS = 20.0  # of calls; a burst has at least one
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One provider at one size: here's time over BASE's, a median and its interval a replicate."""
+
+    case: str
+    size: dict[str, int | str]
+    provider: str
+    ratio: float
+    intervals: tuple[tuple[float, float], ...]
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.intervals)
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """The median's ``CONFIDENCE`` interval by order statistics: it assumes no distribution."""
+    ordered, n = sorted(ratios), len(ratios)
+    below, rank = 0.0, 0
+    while (below := below + comb(n, rank) / 2**n) <= (1 - CONFIDENCE) / 2:
+        rank += 1
+    return ordered[max(rank - 1, 0)], ordered[n - 1 - max(rank - 1, 0)]
+
+
+def verdict(intervals: Sequence[tuple[float, float]]) -> str:
+    """ "slower", "faster" or "no change"."""
+    if all(low > 1 + FLOOR for low, _ in intervals):
+        return "slower"
+    if all(high < 1 / (1 + FLOOR) for _, high in intervals):
+        return "faster"
+    return "no change"
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Compare this checkout with the commit ``args.compare``; 1 where something got slower."""
+    head = Path(linfast.__file__).resolve().parent.parent
+    with _worktree(head, args.compare) as base:
+        moved, notes = compare_trees(head, base, args)
+    header = ["case", "size", "provider", "here / base", "99% intervals", "verdict"]
+    print(aligned([header, *map(_row, moved)], 3))
+    print("\n".join(notes), end="\n" if notes else "")
+    changed = [m for m in moved if m.verdict != "no change"]
+    print(f"{len(changed)} of {len(moved)} moved beyond the noise" if changed else "no change beyond the noise")
+    return int(any(m.verdict == "slower" for m in moved))
+
+
+def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[list[Moved], list[str]]:
+    """What each provider's time did from the checkout ``base`` to ``head``, and what could not be compared."""
+    ratios: dict[tuple[str, str, str], list[list[float]]] = {}
+    notes: list[str] = []
+    for replicate in range(REPLICATES):
+        print(f"replicate {replicate + 1} of {REPLICATES}", file=sys.stderr, flush=True)
+        with _side(head) as here, _side(base) as there:
+            for name in args.case:
+                for size in sizes(CASES[name], args.sizes, args.batch):
+                    common, new = _build((here, there), name, size, args)
+                    notes += [note for note in new if note not in notes]
+                    for provider in common:
+                        key = (name, json.dumps(dict(size)), provider)
+                        ratios.setdefault(key, []).append(_ratios(here, there, provider, replicate % 2 == 1))
+    return [
+        Moved(name, json.loads(size), provider, median(map(median, runs)), tuple(map(interval, runs)))
+        for (name, size, provider), runs in ratios.items()
+    ], notes
+
+
+def _build(sides: Sequence[_Side], name: str, size: Any, args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The providers that both sides have and that are right, and why the others are left out."""
+    request = {"build": [name, dict(size)], "compile": args.compile, "device": str(args.device)}
+    answers = [side.ask(request) for side in sides]
+    missing = [
+        f"{name}: not on both sides, {where}: {answer['missing']}"
+        for where, answer in zip(("here", "at base"), answers, strict=True)
+        if "missing" in answer
+    ]
+    if missing:
+        return [], missing
+    refused = [
+        f"{name} {provider}: refused {where}: {why}"
+        for where, answer in zip(("here", "at base"), answers, strict=True)
+        for provider, why in answer["refused"].items()
+    ]
+    common = [provider for provider in answers[0]["providers"] if provider in answers[1]["providers"]]
+    return common, refused
+
+
+def _ratios(here: _Side, there: _Side, provider: str, reverse: bool) -> list[float]:
+    """here / there of every pair of bursts; who goes first alternates from pair to pair."""
+    warm = max(median(side.time(provider, 5)) for side in (here, there))
+    calls = max(1, min(500, round(BURST_MS / warm)))
+    ratios = []
+    for pair in range(PAIRS):
+        order = (here, there) if (pair % 2 == 0) != reverse else (there, here)
+        times = {id(side): median(side.time(provider, calls)) for side in order}
+        ratios.append(times[id(here)] / times[id(there)])
+    return ratios
+
+
+class _Side:
+    """A worker process on one tree."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise UsageError(f"a side of --compare ended with status {self.process.wait()}; its error is above")
+        return json.loads(line)
+
+    def time(self, provider: str, calls: int) -> list[float]:
+        times: list[float] = self.ask({"time": provider, "calls": calls})["ms"]
+        return times
+
+
+@contextlib.contextmanager
+def _side(tree: Path) -> Iterator[_Side]:
+    with tempfile.TemporaryDirectory() as folder:
+        _lay_out(tree, Path(folder))
+        environment = {**os.environ, "PYTHONPATH": folder}
+        command = [sys.executable, "-m", "linfast.bench.worker"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes) as process:  # type: ignore[call-overload]
+            try:
+                yield _Side(process)
+            finally:
+                process.kill()
+
+
+def _lay_out(tree: Path, folder: Path) -> None:
+    """An importable linfast: the tree's linfast and kernels, and the benchmarks of this checkout."""
+    package = folder / "linfast"
+    package.mkdir()
+    for path in (tree / "linfast").iterdir():
+        if path.name not in ("kernels", "bench", "__pycache__"):
+            (package / path.name).symlink_to(path)
+    (package / "kernels").symlink_to(tree / "kernels")
+    (package / "bench").symlink_to(Path(__file__).resolve().parent)
+
+
+@contextlib.contextmanager
+def _worktree(checkout: Path, revision: str) -> Iterator[Path]:
+    """A checkout of ``revision``, gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        _git(checkout, "worktree", "add", "--quiet", "--detach", str(base), revision)
+        try:
+            yield base
+        finally:
+            _git(checkout, "worktree", "remove", "--force", str(base))
+
+
+def _git(checkout: Path, *arguments: str) -> None:
+    done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(f"--compare: git {arguments[0]} {arguments[1]}: {done.stderr.strip()}")
+
+
+def _row(moved: Moved) -> list[str]:
+    size = " ".join(f"{key}={value}" for key, value in moved.size.items())
+    spans = " ".join(f"{low:.2f}-{high:.2f}" for low, high in moved.intervals)
+    return [moved.case, size, moved.provider, f"{moved.ratio:.3f}", spans, moved.verdict]

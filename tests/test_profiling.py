@@ -1,0 +1,160 @@
+"""Ranges: free when off, named when on, invisible to torch.compile."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+import linfast as lf
+from linfast import profiling
+from linfast.ops.low_rank import low_rank
+
+try:
+    import nvtx
+except ImportError:
+    nvtx = None
+
+
+def _model() -> lf.Linearizer:
+    return lf.Linearizer(lf.coupling_flow(4, 2, (8,)), lf.Dense(4))
+
+
+def _ranges(call) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {event.name for event in profile.events()}
+
+
+def test_a_disabled_range_costs_under_a_microsecond() -> None:
+    def plain(x: int, *, y: int = 0) -> int:
+        return x
+
+    def seconds(function) -> float:
+        """The best of many short runs: what other processes take is not the function's."""
+        best = float("inf")
+        for _ in range(200):
+            start = time.perf_counter()
+            for i in range(200):
+                function(i, y=1)
+            best = min(best, (time.perf_counter() - start) / 200)
+        return best
+
+    for ranged in (profiling.annotate(plain), profiling.in_range("plain", plain)):
+        assert seconds(ranged) - seconds(plain) < 1e-6
+
+
+def test_stages_are_named_while_on_and_only_then() -> None:
+    f, x = _model(), torch.randn(3, 4)
+    names = {
+        "Linearizer.forward",
+        "Linearizer.gx",
+        "Linearizer.gy_inverse",
+        "Flow.forward",
+        "Flow.inverse",
+        "AffineCoupling.forward",
+        "AffineCoupling.inverse",
+        "MLP.forward",
+        "Dense.forward",
+    }
+    with profiling.ranges():
+        assert names <= _ranges(lambda: f(x))
+        with profiling.ranges(False):
+            assert not names & _ranges(lambda: f(x))
+    assert not names & _ranges(lambda: f(x))
+
+
+def test_sampling_and_training_are_named() -> None:
+    from linfast.training import one_step_loss
+
+    f = lf.Linearizer(lf.coupling_flow(4, 1, (8,)), lf.TimeLowRank(4, rank=2))
+    noise = torch.randn(3, 4)
+
+    def call() -> None:
+        lf.sample(f, noise, steps=3)
+        lf.invert(f, noise, steps=3)
+        one_step_loss(f, noise).total.backward()
+
+    with profiling.ranges():
+        assert {"sample", "generator", "collapse", "invert", "one_step_loss"} <= _ranges(call)
+
+
+def test_launches_are_named_forward_and_backward() -> None:
+    x, U, V = (torch.randn(s, requires_grad=True) for s in ((2, 4), (2, 4, 2), (2, 4, 2)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, U, V = (t.detach().to(device).requires_grad_() for t in (x, U, V))
+
+    def call() -> None:
+        with lf.backend("triton"):
+            low_rank(x, U, V).sum().backward()
+
+    names = {"low_rank", "low_rank_backward"}
+    with profiling.ranges():
+        assert names <= _ranges(call)
+    assert not names & _ranges(call)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_torch_compile_sees_through(on: bool) -> None:
+    f, x = _model(), torch.randn(3, 4)
+    torch.compiler.reset()
+    with profiling.ranges(on):
+        compiled = torch.compile(f.forward, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), f(x))
+
+
+def test_ranges_reach_other_threads() -> None:
+    seen: list[bool] = []
+    with profiling.ranges():
+        thread = threading.Thread(target=lambda: seen.append(profiling._on))
+        thread.start()
+        thread.join()
+    assert seen == [True]
+
+
+def test_nvtx_gets_the_names_in_its_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    import contextlib
+
+    marks: list[tuple[str, str]] = []
+
+    def annotate(name: str, domain: str) -> contextlib.AbstractContextManager[None]:
+        marks.append((name, domain))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(profiling, "_nvtx", lambda: annotate)
+    with profiling.ranges():
+        _model()(torch.randn(3, 4))
+    assert ("Linearizer.forward", "linfast") in marks
+    assert {domain for _, domain in marks} == {"linfast"}
+
+
+@pytest.mark.skipif(nvtx is None, reason="without nvtx only torch.profiler's ranges are there")
+def test_the_nvtx_package_takes_them() -> None:
+    profiling._nvtx.cache_clear()
+    assert profiling._nvtx() is nvtx.annotate
+    with profiling.ranges():
+        _model()(torch.randn(3, 4))
+
+
+def test_without_nvtx_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "nvtx", None)
+    profiling._nvtx.cache_clear()
+    try:
+        assert profiling._nvtx() is None
+        with profiling.ranges():
+            _model()(torch.randn(3, 4))
+    finally:
+        profiling._nvtx.cache_clear()
+
+
+def test_signatures_and_docstrings_stay() -> None:
+    import inspect
+
+    assert "one product with the collapsed operator" in (lf.sample.__doc__ or "")
+    assert list(inspect.signature(lf.Linearizer.forward).parameters)[:3] == ["self", "x", "t"]
+    with pytest.raises(TypeError):
+        lf.sample()
+    assert isinstance(_model()(torch.randn(2, 4)), Tensor)
