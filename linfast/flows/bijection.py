@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .undo import Pull, undo
+
 __all__ = ["Bijection", "Conditioned", "Inverse", "position_count", "same_space"]
+
+
+_TRANSFORMS = {"_transform", "forward", "inverse", "forward_and_log_det", "inverse_and_log_det"}
 
 
 class Bijection(nn.Module):
@@ -41,6 +46,19 @@ class Bijection(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """(g(x) or g^{-1}(x), log|det| of that where asked for and None elsewhere)."""
         raise NotImplementedError
+
+    def _undo(self, y: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> tuple[Tensor, Pull]:
+        """x with y = _transform(x), and the pullback there. For layers that have a quicker way than this."""
+        return undo(
+            lambda x: run(self, x, context, inverse, log_det),
+            lambda y: run(self, y, context, not inverse, False)[0],
+            y,
+        )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_undo" not in vars(cls) and vars(cls).keys() & _TRANSFORMS:  # an inherited quicker way is another map's
+            cls._undo = Bijection._undo  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """z = g(x)."""
@@ -139,6 +157,9 @@ class Conditioned(Bijection):
     ) -> tuple[Tensor, Tensor | None]:
         return run(self.bijection, x, {**self.context, **context}, inverse, log_det)
 
+    def _undo(self, y: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> tuple[Tensor, Pull]:
+        return self.bijection._undo(y, {**self.context, **context}, inverse, log_det)
+
 
 class Inverse(Bijection):
     """The inverse bijection: forward is the given one's inverse. Parameters are shared."""
@@ -156,6 +177,9 @@ class Inverse(Bijection):
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
         return run(self.bijection, x, context, not inverse, log_det)
+
+    def _undo(self, y: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> tuple[Tensor, Pull]:
+        return self.bijection._undo(y, context, not inverse, log_det)
 
 
 def run(

@@ -9,7 +9,7 @@ x [B, C, ...]; the first half has ceil(C / 2) channels. Sources: NICE (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
 from ..scale_maps import ScaleMap
 from .bijection import Bijection, constant_log_det
+from .undo import Pull, gradients
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
@@ -34,6 +35,35 @@ class _Coupling(Bijection):
         self.conditioner = conditioner
         self.features = features
         self.moves = moves
+
+    def _params(self, x: Tensor, context: Mapping[str, Any]) -> Tensor:
+        """The conditioner's output, from the half of x that is kept."""
+        raise NotImplementedError
+
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
+        """The transform of x given that."""
+        raise NotImplementedError
+
+    def _transform(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._couple(x, self._params(x, context), inverse, log_det)
+
+    def _undo(self, y: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> tuple[Tensor, Pull]:
+        """By one evaluation of the conditioner, which sees the same half in y as in x."""
+        y = y.detach().requires_grad_()
+        with torch.enable_grad():
+            params = self._params(y, context)
+        with torch.no_grad():
+            x = self._couple(y, params, not inverse, False)[0].requires_grad_()
+        with torch.enable_grad():
+            outputs = self._couple(x, params, inverse, log_det)
+
+        def pull(grad: Tensor, grad_log_det: Tensor | None, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+            direct, by_params, *rest = gradients(outputs, (grad, grad_log_det), (x, y, *tensors))
+            return [direct if direct is None or by_params is None else direct + by_params, *rest]
+
+        return x, pull
 
     def _condition(self, x: Tensor, context: Mapping[str, Any], channels: int) -> Tensor:
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
@@ -93,10 +123,10 @@ class AffineCoupling(_Coupling):
         self.order = order
         self.layout = layout
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        params = self._condition(x, context, 2 * self._moved_channels)
+    def _params(self, x: Tensor, context: Mapping[str, Any]) -> Tensor:
+        return self._condition(x, context, 2 * self._moved_channels)
+
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
         return affine_coupling(
             x,
             params,
@@ -124,12 +154,12 @@ class AdditiveCoupling(_Coupling):
     def __init__(self, conditioner: nn.Module, features: int, moves: str = "first") -> None:
         super().__init__(conditioner, features, moves)
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _params(self, x: Tensor, context: Mapping[str, Any]) -> Tensor:
+        return self._condition(x, context, self._moved_channels)
+
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
-        shift = self._condition(x, context, self._moved_channels)
         moved = first if self.moves == "first" else second
-        out = (moved - shift if inverse else moved + shift).to(x.dtype)
+        out = (moved - params if inverse else moved + params).to(x.dtype)
         y = torch.cat((out, second) if self.moves == "first" else (first, out), dim=1)
         return y, constant_log_det(x) if log_det else None
