@@ -9,7 +9,7 @@ Linearizer paper's order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .bijection import Bijection, constant_log_det, position_count
-from .undo import Pull, undo
+from .undo import Cotangents, Undone, undo
 
 __all__ = ["ActNorm"]
 
@@ -72,9 +72,23 @@ class ActNorm(Bijection):
             self.initialize(x)
         return self._affine(x, inverse, log_det)
 
-    def _undo(self, y: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> tuple[Tensor, Pull]:
+    def _undo(
+        self,
+        y: Tensor,
+        cotangents: Cotangents,
+        tensors: Sequence[Tensor],
+        context: Mapping[str, Any],
+        inverse: bool,
+        log_det: bool,
+    ) -> Undone:
         """By the affine map alone: a replay initialises nothing."""
-        return undo(lambda x: self._affine(x, inverse, log_det), lambda y: self._affine(y, not inverse, False)[0], y)
+        return undo(
+            lambda x: self._affine(x, inverse, log_det),
+            lambda y: self._affine(y, not inverse, False)[0],
+            y,
+            cotangents,
+            tensors,
+        )
 
     def _affine(self, x: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
         per_channel = (1, -1) + (1,) * (x.ndim - 2)

@@ -11,13 +11,13 @@ one method, ``_transform``; the four public ones come from here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .undo import Pull, undo
+from .undo import Cotangents, Undone, undo
 
 __all__ = ["Bijection", "Conditioned", "Inverse", "position_count", "same_space"]
 
@@ -47,12 +47,22 @@ class Bijection(nn.Module):
         """(g(x) or g^{-1}(x), log|det| of that where asked for and None elsewhere)."""
         raise NotImplementedError
 
-    def _undo(self, y: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> tuple[Tensor, Pull]:
-        """x with y = _transform(x), and the pullback there. For layers that have a quicker way than this."""
+    def _undo(
+        self,
+        y: Tensor,
+        cotangents: Cotangents,
+        tensors: Sequence[Tensor],
+        context: Mapping[str, Any],
+        inverse: bool,
+        log_det: bool,
+    ) -> Undone:
+        """x with y = ``_transform(x)``, and that step's backward. For layers that have a quicker way than this."""
         return undo(
             lambda x: run(self, x, context, inverse, log_det),
             lambda y: run(self, y, context, not inverse, False)[0],
             y,
+            cotangents,
+            tensors,
         )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -157,8 +167,16 @@ class Conditioned(Bijection):
     ) -> tuple[Tensor, Tensor | None]:
         return run(self.bijection, x, {**self.context, **context}, inverse, log_det)
 
-    def _undo(self, y: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> tuple[Tensor, Pull]:
-        return self.bijection._undo(y, {**self.context, **context}, inverse, log_det)
+    def _undo(
+        self,
+        y: Tensor,
+        cotangents: Cotangents,
+        tensors: Sequence[Tensor],
+        context: Mapping[str, Any],
+        inverse: bool,
+        log_det: bool,
+    ) -> Undone:
+        return self.bijection._undo(y, cotangents, tensors, {**self.context, **context}, inverse, log_det)
 
 
 class Inverse(Bijection):
@@ -178,8 +196,16 @@ class Inverse(Bijection):
     ) -> tuple[Tensor, Tensor | None]:
         return run(self.bijection, x, context, not inverse, log_det)
 
-    def _undo(self, y: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> tuple[Tensor, Pull]:
-        return self.bijection._undo(y, context, not inverse, log_det)
+    def _undo(
+        self,
+        y: Tensor,
+        cotangents: Cotangents,
+        tensors: Sequence[Tensor],
+        context: Mapping[str, Any],
+        inverse: bool,
+        log_det: bool,
+    ) -> Undone:
+        return self.bijection._undo(y, cotangents, tensors, context, not inverse, log_det)
 
 
 def run(

@@ -1,7 +1,8 @@
 """How far rebuilt tensors have strayed from those they should be, without keeping those.
 
-Of a tensor X [B, D] a few random projections are kept, p = R (X^T c) [K], and |X|. R and c
-have entries of mean 0 and variance 1, so an error E moves each projection by about |E|, and
+Of a tensor X, as a matrix, a few random projections p = R (X c) [K] are kept, and |X|. R
+and c have entries of mean 0 and variance 1, so an error E moves each projection by about
+|E|, and
 
     drift = |p' - p| / (sqrt(K) |X|)
 
@@ -36,18 +37,23 @@ def drift_budget(x: Tensor) -> float:
 
 
 class Checksum:
-    """Maps tensors of x's batch and element counts to [K + 1]: K projections and the norm, in fp32 or wider."""
+    """K random projections of tensors with x's number of elements, in fp32 or wider."""
 
     def __init__(self, x: Tensor) -> None:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        columns = x.shape[1:].numel()
-        self._c = _noise(x.shape[0], x.device).to(dtype)
-        self._R = _noise(_PROJECTIONS * columns, x.device).to(dtype).reshape(_PROJECTIONS, columns)
+        self._dtype = torch.promote_types(x.dtype, torch.float32)
+        columns = x.shape[1] if x.ndim == 2 else x.shape[2:].numel()
+        rows = x.numel() // columns
+        self._c = _noise(columns, x.device).to(self._dtype)
+        self._R = _noise(_PROJECTIONS * rows, x.device).to(self._dtype).reshape(_PROJECTIONS, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """[K]"""
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.detach().to(self._c.dtype).reshape(x.shape[0], -1)
-            return torch.cat((self._R @ (self._c @ wide), torch.linalg.vector_norm(wide)[None]))
+            return self._R @ (x.detach().to(self._dtype).reshape(-1, len(self._c)) @ self._c)
+
+    def with_norm(self, x: Tensor) -> Tensor:
+        """[K + 1]: what ``drift`` compares the projections of a rebuilt x with."""
+        return torch.cat((self(x), torch.linalg.vector_norm(x, dtype=self._dtype)[None]))
 
 
 def _noise(n: int, device: torch.device) -> Tensor:
@@ -57,8 +63,8 @@ def _noise(n: int, device: torch.device) -> Tensor:
 
 
 def drift(rebuilt: Tensor, kept: Tensor) -> Tensor:
-    """[n] relative L2 errors by the checksums [n, K + 1] of n tensors; 0 where the kept one was not finite."""
-    moved = (rebuilt - kept)[:, :-1].norm(dim=1) / math.sqrt(_PROJECTIONS)
+    """[n] relative L2 errors of n tensors by their projections, [n, K] and [n, K + 1]; 0 where kept is not finite."""
+    moved = (rebuilt - kept[:, :-1]).norm(dim=1) / math.sqrt(_PROJECTIONS)
     relative = moved / kept[:, -1].clamp(min=torch.finfo(kept.dtype).tiny)
     return torch.where(kept.isfinite().all(dim=1), relative, 0.0)
 

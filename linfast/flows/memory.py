@@ -7,15 +7,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .bijection import Bijection, run
-from .reversible import Step
+from .reversible import Context, Step
+from .undo import Cotangents, Outputs, Undone
 
 __all__ = ["AUTO_BYTES", "MEMORY_MODES", "inverts", "steps_of", "stored_tensors"]
 
@@ -68,14 +68,12 @@ def steps_of(bijections: Sequence[Bijection], inverse: bool, log_det: bool) -> l
 def _step(place: str, bijection: Bijection, inverse: bool, log_det: bool) -> Step:
     # A layer's own undo need not call the layer: with hooks on it, it is inverted and run as a whole.
     hooked = bijection._forward_hooks or bijection._forward_pre_hooks or bijection._backward_hooks
-    undo = partial(Bijection._undo, bijection) if hooked else bijection._undo
+    undo_layer = partial(Bijection._undo, bijection) if hooked else bijection._undo
 
-    def forward(x: Tensor, context: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def forward(x: Tensor, context: Context) -> Outputs:
         return run(bijection, x, context, inverse, log_det)
 
-    return Step(
-        f"{place} ({type(bijection).__name__})",
-        bijection,
-        forward,
-        lambda y, context: undo(y, context, inverse, log_det),
-    )
+    def undo(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
+        return undo_layer(y, cotangents, tensors, context, inverse, log_det)
+
+    return Step(f"{place} ({type(bijection).__name__})", bijection, forward, undo)

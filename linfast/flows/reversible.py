@@ -3,7 +3,7 @@
 The forward keeps the input, the output and a checksum a step. The backward rebuilds each
 step's input from its output and takes the step's gradients there:
 
-    for step n to 1:   x, pull = undo(y);   dx, dparameters = pull(dy);   y, dy = x, dx
+    for step n to 1:   x, dx, dparameters = undo(y, dy);   y, dy = x, dx
 
 Steps get the random numbers, the autocast state and the backend that they had. Where a
 rebuilt input has strayed from its checksum, the backward is redone from the chain's input,
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .drift import Checksum, DriftGuard, capturing, drift, drift_budget
 from .replay import Replay
-from .undo import Outputs, Pull, gradients, undo
+from .undo import Cotangents, Outputs, Undone, gradients, undo
 
 __all__ = ["Step", "reversible"]
 
@@ -40,13 +40,13 @@ class Step:
         name: for messages.
         module: whose parameters and buffers it reads.
         forward: (x, context) -> (y, log_det [B] or None).
-        undo: (y, context) -> (x, the pullback of forward at x).
+        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors]).
     """
 
     name: str
     module: nn.Module
     forward: Callable[[Tensor, Context], Outputs]
-    undo: Callable[[Tensor, Context], tuple[Tensor, Pull]]
+    undo: Callable[[Tensor, Cotangents, Sequence[Tensor], Context], Undone]
 
     @classmethod
     def of(
@@ -58,8 +58,8 @@ class Step:
     ) -> Step:
         """A step of a forward and an inverse (y, context) -> x; its undo runs each once."""
 
-        def undo_step(y: Tensor, context: Context) -> tuple[Tensor, Pull]:
-            return undo(partial(forward, context=context), partial(inverse, context=context), y)
+        def undo_step(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
+            return undo(partial(forward, context=context), partial(inverse, context=context), y, cotangents, tensors)
 
         return cls(name, module, forward, undo_step)
 
@@ -151,7 +151,7 @@ class _Chain:
         def note(i: int, x: Tensor) -> None:
             if i:
                 self.replay.note_step()
-            rows.append(self.checksum(x))
+            rows.append(self.checksum.with_norm(x))
 
         with self.replay.autocast():
             outputs = run_steps(self.steps, x, self._context, note)
@@ -194,7 +194,7 @@ class _Backward:
         reached = (i for i, own in enumerate(chain.parameters_of) if self._wanted & {id(p) for p in own})
         self.first = 0 if self.needs_x or self._given else next(reached)
 
-    def run(self, x: Tensor, y: Tensor, cotangents: Outputs) -> tuple[Tensor | None, ...]:
+    def run(self, x: Tensor, y: Tensor, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
         chain = self.chain
         chain.check_parameters()
         with chain.replay.again(chain.parameters):
@@ -208,22 +208,19 @@ class _Backward:
                     grad = self._by_checkpoints(x.detach(), cotangents)
         return (grad if self.needs_x else None, *(self._sums.get(id(t)) for t in self.tensors))
 
-    def _by_inversion(self, y: Tensor, cotangents: Outputs) -> tuple[Tensor | None, Tensor]:
+    def _by_inversion(self, y: Tensor, cotangents: Cotangents) -> tuple[Tensor | None, Tensor]:
         """dx, and the checksums of the rebuilt inputs."""
         grad, grad_log_det = cotangents
         rows = []
         for i in reversed(range(self.first, len(self.chain.steps))):
             self.chain.replay.set_random(i)
-            y, pull = self.chain.steps[i].undo(y, self.context)
-            y = y.detach()
-            rows.append(self.chain.checksum(y))
             wanted = self._of([i])
-            grad, *rest = pull(grad, grad_log_det, wanted)
-            del pull  # a step's graph: one at a time
-            self._add(wanted, rest)
+            y, (grad, *found) = self.chain.steps[i].undo(y, (grad, grad_log_det), wanted, self.context)
+            self._add(wanted, found)
+            rows.append(self.chain.checksum(y))
         return grad, torch.stack(rows[::-1])
 
-    def _by_checkpoints(self, x: Tensor, cotangents: Outputs) -> Tensor | None:
+    def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor | None:
         """dx, from the chain's own input."""
         chain, n = self.chain, len(self.chain.steps)
         every = math.ceil(math.sqrt(n - self.first))
@@ -249,7 +246,7 @@ class _Backward:
             grad = self._segment(leaf, range(start, min(start + every, n)), (grad, grad_log_det))
         return grad
 
-    def _segment(self, x: Tensor, span: range, cotangents: Outputs) -> Tensor | None:
+    def _segment(self, x: Tensor, span: range, cotangents: Cotangents) -> Tensor | None:
         """dx of the steps in ``span``, stored."""
         steps = [self.chain.steps[i] for i in span]
         with torch.enable_grad():

@@ -1,8 +1,4 @@
-"""Undoing one invertible step: its input rebuilt from its output, and the pullback there.
-
-With y, log_det = step(x), a pullback takes the gradients of y and of log_det to those of
-x and of any tensors that the step was computed from.
-"""
+"""Undoing one invertible step y, log_det = step(x): x from y, and the step's backward there."""
 
 from __future__ import annotations
 
@@ -11,22 +7,31 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Outputs", "Pull", "gradients", "undo"]
+__all__ = ["Cotangents", "Outputs", "Undone", "gradients", "undo"]
 
 Outputs = tuple[Tensor, Tensor | None]
-"""(y, log_det [B] or None), or their gradients."""
+"""(y, log_det [B] or None)."""
 
-Pull = Callable[[Tensor, Tensor | None, Sequence[Tensor]], list[Tensor | None]]
-"""(grad of y, grad of log_det or None, tensors) -> [grad of x, *grads of the tensors]; None where unreached."""
+Cotangents = tuple[Tensor, Tensor | None]
+"""The gradients of y and log_det."""
+
+Undone = tuple[Tensor, list[Tensor | None]]
+"""x, and the gradients of x and of the tensors asked for; None for one that is not reached."""
 
 
-def undo(forward: Callable[[Tensor], Outputs], inverse: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Pull]:
-    """x = inverse(y), and the pullback of forward at x: one evaluation of each."""
+def undo(
+    forward: Callable[[Tensor], Outputs],
+    inverse: Callable[[Tensor], Tensor],
+    y: Tensor,
+    cotangents: Cotangents,
+    tensors: Sequence[Tensor],
+) -> Undone:
+    """By one evaluation of each: x = inverse(y), then forward(x) under autograd."""
     with torch.no_grad():
         x = inverse(y).detach().requires_grad_()
     with torch.enable_grad():
         outputs = forward(x)
-    return x, lambda grad, grad_log_det, tensors: gradients(outputs, (grad, grad_log_det), (x, *tensors))
+    return x.detach(), gradients(outputs, cotangents, (x, *tensors))
 
 
 def gradients(

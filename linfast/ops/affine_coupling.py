@@ -26,7 +26,7 @@ from ..kernels.launch import like
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .register import RawOp, define_op
 
-__all__ = ["HALVES", "LAYOUTS", "ORDERS", "affine_coupling", "split_sizes"]
+__all__ = ["HALVES", "LAYOUTS", "ORDERS", "affine_coupling", "affine_coupling_undo", "split_sizes"]
 
 ORDERS = ("shift_first", "scale_first")
 LAYOUTS = ("halves", "interleaved")
@@ -121,6 +121,37 @@ def _shift_and_raw(params: Tensor, layout: str) -> tuple[Tensor, Tensor]:
         return params[:, 0::2], params[:, 1::2]
     shift, raw = params.chunk(2, dim=1)
     return shift, raw
+
+
+@torch.no_grad()
+def affine_coupling_undo(
+    y: Tensor,
+    params: Tensor,
+    grad: Tensor,
+    grad_log_det: Tensor | None,
+    scale_map: ScaleMap,
+    *,
+    order: str,
+    layout: str,
+    moves: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, dx, dparams) where y, log_det = affine_coupling(x, params, ..., inverse=inverse).
+
+    The backward from the output alone, for training that keeps no x: grad and grad_log_det
+    are the gradients of y and log_det, dx (fresh memory) and dparams those of x and params.
+    """
+    options = {"order": order, "layout": layout, "moves": moves}
+    x, _ = affine_coupling(y, params, scale_map, inverse=not inverse, **options)
+    backward = torch.ops.linfast.affine_coupling_backward if uses_triton(y, params) else (
+        affine_coupling_backward_reference
+    )
+    bound, floor = scale_map.constants
+    dx, dparams = backward(
+        y, params, grad, grad_log_det, scale_map.constexpr_id, bound, floor,
+        order == "scale_first", layout == "interleaved", moves == "second", inverse, grad_log_det is not None,
+    )  # fmt: skip
+    return x, dx, dparams
 
 
 def affine_coupling_backward_reference(
