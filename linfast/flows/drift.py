@@ -48,8 +48,8 @@ class Checksum:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[K]"""
-        with torch.autocast(x.device.type, enabled=False):
-            return self._R @ (x.detach().to(self._dtype).reshape(-1, len(self._c)) @ self._c)
+        projections = x.detach().to(self._dtype).reshape(-1, len(self._c)) @ self._c
+        return self._R @ projections
 
     def with_norm(self, x: Tensor) -> Tensor:
         """[K + 1]: what ``drift`` compares the projections of a rebuilt x with."""

@@ -107,13 +107,16 @@ def _couple(
     compute = torch.promote_types(moved.dtype, torch.float32)
     shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
     value, log_s = moved.to(compute), scale_map.log_scale(raw)
+    return couple(value, shift, log_s, order, inverse).to(moved.dtype), log_s
+
+
+def couple(value: Tensor, shift: Tensor, log_s: Tensor, order: str, inverse: bool) -> Tensor:
+    """The coupling or its inverse on the moved half."""
     if not inverse:
-        out = (value + shift) * log_s.exp() if order == "shift_first" else value * log_s.exp() + shift
-    elif order == "shift_first":
-        out = value * (-log_s).exp() - shift
-    else:
-        out = (value - shift) * (-log_s).exp()
-    return out.to(moved.dtype), log_s
+        return (value + shift) * log_s.exp() if order == "shift_first" else value * log_s.exp() + shift
+    if order == "shift_first":
+        return value * (-log_s).exp() - shift
+    return (value - shift) * (-log_s).exp()
 
 
 def _shift_and_raw(params: Tensor, layout: str) -> tuple[Tensor, Tensor]:
@@ -141,17 +144,15 @@ def affine_coupling_undo(
     The backward from the output alone, for training that keeps no x: grad and grad_log_det
     are the gradients of y and log_det, dx (fresh memory) and dparams those of x and params.
     """
-    options = {"order": order, "layout": layout, "moves": moves}
-    x, _ = affine_coupling(y, params, scale_map, inverse=not inverse, **options)
-    backward = torch.ops.linfast.affine_coupling_backward if uses_triton(y, params) else (
-        affine_coupling_backward_reference
-    )
     bound, floor = scale_map.constants
-    dx, dparams = backward(
-        y, params, grad, grad_log_det, scale_map.constexpr_id, bound, floor,
+    constants = (
+        scale_map.constexpr_id, bound, floor,
         order == "scale_first", layout == "interleaved", moves == "second", inverse, grad_log_det is not None,
     )  # fmt: skip
-    return x, dx, dparams
+    if not uses_triton(y, params):
+        return _undo_reference(y, params, grad, grad_log_det, *constants)
+    x, _ = affine_coupling(y, params, scale_map, order=order, layout=layout, moves=moves, inverse=not inverse)
+    return x, *torch.ops.linfast.affine_coupling_backward(y, params, grad, grad_log_det, *constants)
 
 
 def affine_coupling_backward_reference(
@@ -162,19 +163,33 @@ def affine_coupling_backward_reference(
     *constants: Any,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dparams) from the output; the formulas are in linfast.kernels.affine_coupling."""
+    _, dx, dparams = _undo_reference(y, params, grad, grad_log_det, *constants)
+    return dx, dparams
+
+
+def _undo_reference(
+    y: Tensor,
+    params: Tensor,
+    grad: Tensor | None,
+    grad_log_det: Tensor | None,
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, dx, dparams) from the output."""
     scale_map, order, layout, moves, inverse = _options(*constants[:-1])
     compute = torch.promote_types(y.dtype, torch.float32)
     grad = torch.zeros_like(y) if grad is None else grad
     sizes, index = split_sizes(y.shape[1]), HALVES.index(moves)
-    out, g = (tensor.split(sizes, dim=1)[index].to(compute) for tensor in (y, grad))
+    halves, grads = (list(tensor.split(sizes, dim=1)) for tensor in (y, grad))
+    out, g = halves[index].to(compute), grads[index].to(compute)
     shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
+    log_s = scale_map.log_scale(raw)
     h = 0.0 if grad_log_det is None else grad_log_det.reshape(-1, *(1,) * (y.ndim - 1))
-    dvalue, dshift, dlog_s = _couple_backward(out, shift, scale_map.log_scale(raw), g, h, order, inverse)
+    halves[index] = couple(out, shift, log_s, order, not inverse).to(y.dtype)
+    dvalue, dshift, dlog_s = _couple_backward(out, shift, log_s, g, h, order, inverse)
+    grads[index] = dvalue.to(y.dtype)
     draw = dlog_s * scale_map.derivative(raw)
-    kept = grad.split(sizes, dim=1)[1 - index]
-    halves = (dvalue.to(y.dtype), kept) if moves == "first" else (kept, dvalue.to(y.dtype))
     joined = torch.cat((dshift, draw), 1) if layout == "halves" else torch.stack((dshift, draw), 2).flatten(1, 2)
-    return torch.cat(halves, dim=1), joined.to(params.dtype)
+    return torch.cat(halves, dim=1), torch.cat(grads, dim=1), joined.to(params.dtype)
 
 
 def _couple_backward(
