@@ -10,9 +10,27 @@ from torch import Tensor
 
 from ..backend import backend, chosen_backend
 
-__all__ = ["Replay"]
+__all__ = ["Generators", "Replay"]
 
-_States = tuple[bytes, ...]
+RandomState = tuple[bytes, ...]
+
+
+class Generators:
+    """The random number generators of the CPU and of the CUDA devices among these; CUDA's not under capture."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        cuda = sorted((device for device in devices if device.type == "cuda"), key=str)
+        self._cuda = [] if cuda and torch.cuda.is_current_stream_capturing() else cuda
+
+    def state(self) -> RandomState:
+        states = (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda))
+        return tuple(state.numpy().tobytes() for state in states)
+
+    def set(self, state: RandomState) -> None:
+        cpu, *others = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in state)
+        torch.set_rng_state(cpu)
+        for device, other in zip(self._cuda, others, strict=True):
+            torch.cuda.set_rng_state(other, device)
 
 
 class Replay:
@@ -20,35 +38,34 @@ class Replay:
 
     Args:
         inputs: the chain's tensors; random numbers are kept of the CPU and of their CUDA devices.
-        buffers: of the steps. Those that the first run has written to are left as they
-            were by a replay: no running statistic is updated twice.
+        buffers: of the steps, by module. A module that writes to one in the first run has
+            them all put back after a replay: no running statistic is updated twice.
     """
 
-    def __init__(self, inputs: Iterable[Tensor], buffers: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Iterable[Tensor], buffers: Sequence[Sequence[Tensor]]) -> None:
         devices = {tensor.device for tensor in inputs}
-        self._cuda = sorted((d for d in devices if d.type == "cuda"), key=str)
-        if self._cuda and torch.cuda.is_current_stream_capturing():
-            self._cuda = []  # a generator cannot be read then
+        self._generators = Generators(devices)
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in sorted({"cpu", *(device.type for device in devices)})
         ]
         self._backend = chosen_backend()
-        self._before = self._random_states()
-        self._random: list[_States | None] = []
-        self._versions = [(buffer, buffer._version) for buffer in buffers]
+        self._before = self._generators.state()
+        self._random: list[RandomState | None] = []
+        self._buffers = [(group, [buffer._version for buffer in group]) for group in buffers]
         self._written: list[Tensor] = []
 
     def note_step(self) -> None:
-        """The next step has run: keep the state before it if it drew random numbers."""
-        after = self._random_states()
+        """A step has run: keep the state before it if it drew random numbers."""
+        after = self._generators.state()
         self._random.append(None if after == self._before else self._before)
         self._before = after
 
     def note_end(self) -> None:
         """All steps have run."""
-        self._written = [buffer for buffer, version in self._versions if buffer._version != version]
-        self._versions.clear()
+        for group, versions in self._buffers:
+            if versions != [buffer._version for buffer in group]:
+                self._written.extend(group)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -67,24 +84,14 @@ class Replay:
             stack.enter_context(_silenced(parameters))
             stack.enter_context(_unwritten(self._written))
             if any(state is not None for state in self._random):
-                stack.callback(self._set_random_states, self._random_states())
+                stack.callback(self._generators.set, self._generators.state())
             yield
 
     def set_random(self, i: int) -> None:
         """Before step i runs again: its random numbers will be those of its first run."""
-        states = self._random[i]
-        if states is not None:
-            self._set_random_states(states)
-
-    def _random_states(self) -> _States:
-        states = (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda))
-        return tuple(state.numpy().tobytes() for state in states)
-
-    def _set_random_states(self, states: _States) -> None:
-        cpu, *others = (torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states)
-        torch.set_rng_state(cpu)
-        for device, state in zip(self._cuda, others, strict=True):
-            torch.cuda.set_rng_state(state, device)
+        state = self._random[i]
+        if state is not None:
+            self._generators.set(state)
 
 
 @contextmanager

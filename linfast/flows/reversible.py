@@ -132,7 +132,7 @@ class _Chain:
         owned = [_owned(step.module) for step in steps]
         self.parameters_of = [parameters for parameters, _ in owned]
         self.parameters = list({id(p): p for parameters in self.parameters_of for p in parameters}.values())
-        self._buffers = [buffer for _, buffers in owned for buffer in buffers]
+        self._buffers = [group for _, buffers in owned for group in buffers]
         self._leaves, self._spec = tree_flatten(dict(context))
         self.given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
 
@@ -270,12 +270,12 @@ class _Backward:
                 self._sums[id(tensor)] = grad if before is None else before + grad
 
 
-def _owned(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """(its parameters and the buffers that need gradients, all its buffers)."""
+def _owned(module: nn.Module) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """(its parameters and the buffers that need gradients, all its buffers by submodule)."""
     parts = list(module.modules())
     parameters = [p for part in parts for p in part._parameters.values() if p is not None]
-    buffers = [b for part in parts for b in part._buffers.values() if b is not None]
-    return parameters + [b for b in buffers if b.requires_grad], buffers
+    buffers = [[b for b in part._buffers.values() if b is not None] for part in parts if part._buffers]
+    return parameters + [b for group in buffers for b in group if b.requires_grad], buffers
 
 
 def _drops(module: nn.Module) -> bool:

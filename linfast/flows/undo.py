@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .replay import Generators
+
 __all__ = ["Cotangents", "Outputs", "Undone", "gradients", "undo"]
 
 Outputs = tuple[Tensor, Tensor | None]
@@ -26,9 +28,12 @@ def undo(
     cotangents: Cotangents,
     tensors: Sequence[Tensor],
 ) -> Undone:
-    """By one evaluation of each: x = inverse(y), then forward(x) under autograd."""
+    """By one evaluation of each: x = inverse(y), then forward(x) under autograd, with the same random numbers."""
+    generators = Generators([y.device])
+    state = generators.state()
     with torch.no_grad():
         x = inverse(y).detach().requires_grad_()
+    generators.set(state)
     with torch.enable_grad():
         outputs = forward(x)
     return x.detach(), gradients(outputs, cotangents, (x, *tensors))
