@@ -141,7 +141,8 @@ class AffineCoupling(_Coupling):
     def _uncouple(
         self, y: Tensor, params: Tensor, cotangents: Cotangents, inverse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return affine_coupling_undo(y, params, *cotangents, self.scale_map, inverse=inverse, **self._options)
+        grad, grad_log_det = cotangents
+        return affine_coupling_undo(y, params, grad, grad_log_det, self.scale_map, inverse=inverse, **self._options)
 
     @property
     def _options(self) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """What a flow's backward keeps: ``memory="store" | "invert" | "auto"``, by one rule.
 
-    store    autograd's graph: every activation, growing with depth
-    invert   input and output; activations are rebuilt by inverting (see ``reversible``)
-    auto     store while that is small, invert where it is not
+store    autograd's graph: every activation, growing with depth
+invert   input and output; activations are rebuilt by inverting (see ``reversible``)
+auto     store while that is small, invert where it is not
 """
 
 from __future__ import annotations

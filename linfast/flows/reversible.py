@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ class Step:
         """A step of a forward and an inverse (y, context) -> x; its undo runs each once."""
 
         def undo_step(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
-            return undo(partial(forward, context=context), partial(inverse, context=context), y, cotangents, tensors)
+            return undo(lambda x: forward(x, context), lambda y: inverse(y, context), y, cotangents, tensors)
 
         return cls(name, module, forward, undo_step)
 
@@ -198,6 +197,7 @@ class _Backward:
         chain = self.chain
         chain.check_parameters()
         with chain.replay.again(chain.parameters):
+            grad: Tensor | None
             if self.again:
                 grad = self._segment(x, range(len(chain.steps)), cotangents)
             else:
@@ -208,19 +208,21 @@ class _Backward:
                     grad = self._by_checkpoints(x.detach(), cotangents)
         return (grad if self.needs_x else None, *(self._sums.get(id(t)) for t in self.tensors))
 
-    def _by_inversion(self, y: Tensor, cotangents: Cotangents) -> tuple[Tensor | None, Tensor]:
+    def _by_inversion(self, y: Tensor, cotangents: Cotangents) -> tuple[Tensor, Tensor]:
         """dx, and the checksums of the rebuilt inputs."""
+        grad: Tensor | None
         grad, grad_log_det = cotangents
         rows = []
         for i in reversed(range(self.first, len(self.chain.steps))):
             self.chain.replay.set_random(i)
             wanted = self._of([i])
             y, (grad, *found) = self.chain.steps[i].undo(y, (grad, grad_log_det), wanted, self.context)
+            assert grad is not None  # an invertible map reaches its input
             self._add(wanted, found)
             rows.append(self.chain.checksum(y))
         return grad, torch.stack(rows[::-1])
 
-    def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor | None:
+    def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor:
         """dx, from the chain's own input."""
         chain, n = self.chain, len(self.chain.steps)
         every = math.ceil(math.sqrt(n - self.first))
@@ -243,7 +245,9 @@ class _Backward:
         grad, grad_log_det = cotangents
         for start in sorted(starts, reverse=True):
             leaf = starts.pop(start).requires_grad_()
-            grad = self._segment(leaf, range(start, min(start + every, n)), (grad, grad_log_det))
+            found = self._segment(leaf, range(start, min(start + every, n)), (grad, grad_log_det))
+            assert found is not None
+            grad = found
         return grad
 
     def _segment(self, x: Tensor, span: range, cotangents: Cotangents) -> Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 import linfast as lf
 from linfast.flows import memory
-from linfast.flows.drift import DRIFT_BUDGETS, Checksum, drift
+from linfast.flows.drift import Checksum, drift
 from linfast.flows.reversible import Step, reversible
 from tests.laws.zoo import BIJECTIONS, build, perturb, relative
 
@@ -331,6 +330,10 @@ def test_checksums_see_drift(shape: tuple[int, ...], size: float) -> None:
     checksum = Checksum(x)
     kept = checksum.with_norm(x)[None]
     assert float(drift(checksum(x.clone())[None], kept)) == 0
-    for error in (torch.randn(shape), torch.ones(shape), torch.randn(shape) * (torch.arange(shape[0]) == 1).reshape(-1, *[1] * (len(shape) - 1))):
+    for error in (
+        torch.randn(shape),
+        torch.ones(shape),
+        torch.randn(shape) * (torch.arange(shape[0]) == 1).reshape(-1, *[1] * (len(shape) - 1)),
+    ):
         error = size * error * x.norm() / error.norm()
         assert size / 8 < float(drift(checksum(x + error)[None], kept)) < 4 * size
