@@ -116,7 +116,7 @@ def test_a_fixed_context_that_needs_a_gradient_gets_one() -> None:
 
 def test_shared_layers_add_their_gradients() -> None:
     layer = perturb(lf.AffineCoupling(lf.MLP(3, 6, (8,)), 6)).double()
-    g = lf.Flow([layer, lf.Permute(6, "reverse"), layer, lf.Inverse(layer)])
+    g = lf.Flow([layer, lf.Permute(6, "reverse"), layer, lf.Permute(6, "reverse"), lf.Inverse(layer)])
     x = torch.randn(5, 6, dtype=torch.float64)
     assert same(gradients(g, x, mode="invert"), gradients(g, x))
 
