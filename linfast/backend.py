@@ -20,7 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["backend", "interpreting", "uses_triton", "why_reference"]
+__all__ = ["backend", "chosen_backend", "interpreting", "uses_triton", "why_reference"]
 
 _CHOICES = ("auto", "triton", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,6 +49,11 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _choice = before
+
+
+def chosen_backend() -> str:
+    """The choice in force: what a backward that runs a forward again has to restore."""
+    return _choice
 
 
 def uses_triton(*tensors: Tensor) -> bool:

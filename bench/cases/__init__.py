@@ -21,6 +21,7 @@ _NAMES = (
     "coupling_flow",
     "linearizer",
     "collapse",
+    "reversible",
 )
 
 

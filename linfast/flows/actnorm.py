@@ -9,7 +9,7 @@ Linearizer paper's order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
+from .undo import Cotangents, Undone, undo
 
 __all__ = ["ActNorm"]
 
@@ -69,6 +70,27 @@ class ActNorm(ChannelLinear):
     ) -> tuple[Tensor, Tensor | None]:
         if not self._is_initialized and not inverse and (x.shape[0] > 0 or _is_distributed()):
             self.initialize(x)
+        return self._affine(x, inverse, log_det)
+
+    def _undo(
+        self,
+        y: Tensor,
+        cotangents: Cotangents,
+        tensors: Sequence[Tensor],
+        context: Mapping[str, Any],
+        inverse: bool,
+        log_det: bool,
+    ) -> Undone:
+        """By the affine map alone: a replay initialises nothing."""
+        return undo(
+            lambda x: self._affine(x, inverse, log_det),
+            lambda y: self._affine(y, not inverse, False)[0],
+            y,
+            cotangents,
+            tensors,
+        )
+
+    def _affine(self, x: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
         per_channel = (1, -1) + (1,) * (x.ndim - 2)
         bias, log_scale = self.bias.view(per_channel), self.log_scale.view(per_channel)
         y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()

@@ -49,6 +49,7 @@ def coupling_flow(
     mix: str | None = None,
     time_features: int = 0,
     context_features: int = 0,
+    memory: str = "auto",
 ) -> Flow:
     """A flow on vectors [B, features]: ``depth`` couplings with MLP conditioners.
 
@@ -62,6 +63,7 @@ def coupling_flow(
         actnorm: put an ActNorm before each coupling.
         mix: put a channel mix after each coupling: "lu", "free", "householder" or "permute".
         time_features, context_features: inputs of the conditioners for ``t`` and ``context``.
+        memory: what the backward keeps: "store", "invert" or "auto" (see ``Flow``).
 
     Raises:
         ValueError: an option that is not listed here, depth < 1 or features < 2.
@@ -78,7 +80,7 @@ def coupling_flow(
         )
 
     layers = _stack(features, depth, conditioner, coupling, scale_map, order, actnorm, mix, mix_every=1)
-    return Flow(layers, features=features, shape=(features,))
+    return Flow(layers, features=features, shape=(features,), memory=memory)
 
 
 def image_flow(
@@ -94,6 +96,7 @@ def image_flow(
     actnorm: bool = False,
     mix: str | None = "lu",
     time_features: int = 0,
+    memory: str = "auto",
 ) -> Flow:
     """A flow on images [B, C, H, W]: couplings with convolutional conditioners, a 1x1 mix after each pair.
 
@@ -104,7 +107,7 @@ def image_flow(
         resolution: H = W, or (H, W); even where C is odd.
         depth: number of couplings.
         width: hidden channels of the conditioners.
-        coupling, scale_map, order, actnorm, mix, time_features: as in ``coupling_flow``.
+        coupling, scale_map, order, actnorm, mix, time_features, memory: as in ``coupling_flow``.
 
     Raises:
         ValueError: an odd C at an odd resolution, or an option that is not listed.
@@ -121,7 +124,7 @@ def image_flow(
     layers = _stack(features, depth, conditioner, coupling, scale_map, order, actnorm, mix, mix_every=2)
     if squeeze:
         layers = [Squeeze(channels), *layers, Inverse(Squeeze(channels))]
-    return Flow(layers, features=channels, shape=(channels, height, wide))
+    return Flow(layers, features=channels, shape=(channels, height, wide), memory=memory)
 
 
 def _stack(

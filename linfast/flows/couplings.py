@@ -9,22 +9,25 @@ x [B, C, ...]; the first half has ceil(C / 2) channels. Sources: NICE (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
+from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, affine_coupling_undo, split_sizes
 from ..ops.coupling_mix import coupling_mix
 from ..scale_maps import ScaleMap
 from .bijection import Bijection, constant_log_det
+from .undo import Cotangents, Undone, gradients
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
 
 class _Coupling(Bijection):
     """Shared by both couplings: which half moves, and calling the conditioner on the other."""
+
+    _outputs: int  # of the conditioner, for each channel that moves
 
     def __init__(self, conditioner: nn.Module, features: int, moves: str) -> None:
         super().__init__()
@@ -36,13 +39,50 @@ class _Coupling(Bijection):
         self.features = features
         self.moves = moves
 
-    def _condition(self, x: Tensor, context: Mapping[str, Any], channels: int) -> Tensor:
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
+        """The transform of x given the conditioner's output."""
+        raise NotImplementedError
+
+    def _transform(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._couple(x, self._condition(self._kept(x), context), inverse, log_det)
+
+    def _uncouple(
+        self, y: Tensor, params: Tensor, cotangents: Cotangents, inverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, dx, dparams) with y = ``_couple(x)``, from the gradients of what that returns; dx is fresh memory."""
+        raise NotImplementedError
+
+    def _undo(
+        self,
+        y: Tensor,
+        cotangents: Cotangents,
+        tensors: Sequence[Tensor],
+        context: Mapping[str, Any],
+        inverse: bool,
+        log_det: bool,
+    ) -> Undone:
+        """By one evaluation of the conditioner, which sees the same half in y as in x."""
+        kept = self._kept(y).detach().requires_grad_()
+        with torch.enable_grad():
+            params = self._condition(kept, context)
+        x, grad, grad_params = self._uncouple(y, params.detach(), cotangents, inverse)
+        grad_kept, *rest = gradients((params, None), (grad_params, None), (kept, *tensors))
+        if grad_kept is not None:
+            self._kept(grad).add_(grad_kept)
+        return x, [grad, *rest]
+
+    def _kept(self, x: Tensor) -> Tensor:
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
-        params = self.conditioner(second if self.moves == "first" else first, **context)
-        expected = (x.shape[0], channels, *x.shape[2:])
+        return second if self.moves == "first" else first
+
+    def _condition(self, kept: Tensor, context: Mapping[str, Any]) -> Tensor:
+        params = self.conditioner(kept, **context)
+        expected = (kept.shape[0], self._outputs * self._moved_channels, *kept.shape[2:])
         if params.shape != expected:
             raise ValueError(
-                f"{type(self).__name__}: conditioner must return {expected} for x {tuple(x.shape)} "
+                f"{type(self).__name__}: conditioner must return {expected} for a kept half {tuple(kept.shape)} "
                 f"with moves={self.moves!r}; got {tuple(params.shape)}"
             )
         return params
@@ -74,6 +114,8 @@ class AffineCoupling(_Coupling):
             output does not fit.
     """
 
+    _outputs = 2
+
     def __init__(
         self,
         conditioner: nn.Module,
@@ -94,11 +136,14 @@ class AffineCoupling(_Coupling):
         self.order = order
         self.layout = layout
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        params = self._condition(x, context, 2 * self._moved_channels)
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
         return affine_coupling(x, params, self.scale_map, inverse=inverse, log_det=log_det, **self._options)
+
+    def _uncouple(
+        self, y: Tensor, params: Tensor, cotangents: Cotangents, inverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, grad_log_det = cotangents
+        return affine_coupling_undo(y, params, grad, grad_log_det, self.scale_map, inverse=inverse, **self._options)
 
     def transform_then_mix(
         self,
@@ -110,7 +155,7 @@ class AffineCoupling(_Coupling):
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """(weight u + bias over channels, log|det| of u), with u what ``_transform`` returns."""
-        params = self._condition(x, context, 2 * self._moved_channels)
+        params = self._condition(self._kept(x), context)
         return coupling_mix(
             x, params, self.scale_map, weight, bias, inverse=inverse, log_det=log_det, **self._options
         )
@@ -132,15 +177,21 @@ class AdditiveCoupling(_Coupling):
         moves: which half moves, "first" or "second".
     """
 
+    _outputs = 1
+
     def __init__(self, conditioner: nn.Module, features: int, moves: str = "first") -> None:
         super().__init__(conditioner, features, moves)
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
-        shift = self._condition(x, context, self._moved_channels)
         moved = first if self.moves == "first" else second
-        out = (moved - shift if inverse else moved + shift).to(x.dtype)
+        out = (moved - params if inverse else moved + params).to(x.dtype)
         y = torch.cat((out, second) if self.moves == "first" else (first, out), dim=1)
         return y, constant_log_det(x) if log_det else None
+
+    def _uncouple(
+        self, y: Tensor, params: Tensor, cotangents: Cotangents, inverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, _ = cotangents
+        moved = grad.split(split_sizes(grad.shape[1]), dim=1)[HALVES.index(self.moves)]
+        return self._couple(y, params, not inverse, False)[0], grad.clone(), -moved if inverse else moved

@@ -8,7 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bijection import Bijection, constant_log_det
+from .drift import DriftGuard
 from .fusion import segments
+from .memory import check_memory, inverts, steps_of, stored_tensors
+from .reversible import reversible
 from .stack import FlowStack, find_stack, run_stack
 
 __all__ = ["Flow"]
@@ -21,13 +24,17 @@ class Flow(Bijection):
         bijections: g_1 to g_n, applied in this order. An empty list is the identity.
         features: channels of x; by default the first layer's that states them.
         shape: sample shape of x where it is fixed, such as (C, H, W).
+        memory: what the backward keeps. "store": every activation. "invert": x and z, and
+            activations are rebuilt by inverting, which costs time and not depth in memory
+            (``linfast.flows.reversible`` says when not). "auto": "invert" where storing
+            would take more than a GiB.
 
     Context keywords (``t=``, ``context=``) go to every layer; the ones without a
     conditioner ignore them.
 
     Raises:
         TypeError: a part is not a Bijection.
-        ValueError: neighbours whose feature counts differ.
+        ValueError: neighbours whose feature counts differ; an unknown ``memory``.
     """
 
     def __init__(
@@ -35,11 +42,15 @@ class Flow(Bijection):
         bijections: Iterable[Bijection],
         features: int | None = None,
         shape: Sequence[int] | None = None,
+        memory: str = "auto",
     ) -> None:
         super().__init__()
+        self.memory = check_memory(memory)
         self.bijections = nn.ModuleList(bijections)
         self.shape = None if shape is None else tuple(shape)
         self.features, self._features_out = _chain(self.bijections, features)
+        self._stored = stored_tensors(self.bijections)
+        self._guard = DriftGuard()
 
     @property
     def features_out(self) -> int | None:
@@ -51,6 +62,8 @@ class Flow(Bijection):
         stack = find_stack(self.bijections, x, context)
         if isinstance(stack, FlowStack):
             return run_stack(stack, x, inverse, log_det)
+        if len(self.bijections) and inverts(self.memory, x, self._stored):
+            return reversible(steps_of(self.bijections, inverse, log_det), x, context, self._guard)  # type: ignore[arg-type]
         total = constant_log_det(x) if log_det else None
         for segment in segments(self.bijections, x, inverse):
             x, part = segment(x, context, inverse, log_det)

@@ -34,6 +34,7 @@ __all__ = [
     "affine_coupling",
     "affine_coupling_backward_reference",
     "affine_coupling_reference",
+    "affine_coupling_undo",
     "check_coupling",
     "couple",
     "couple_backward",
@@ -138,6 +139,31 @@ def _shift_and_raw(params: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     return shift, raw
 
 
+@torch.no_grad()
+def affine_coupling_undo(
+    y: Tensor,
+    params: Tensor,
+    grad: Tensor,
+    grad_log_det: Tensor | None,
+    scale_map: ScaleMap,
+    *,
+    order: str,
+    layout: str,
+    moves: str,
+    inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, dx, dparams) where y, log_det = affine_coupling(x, params, ..., inverse=inverse).
+
+    The backward from the output alone, for training that keeps no x: grad and grad_log_det
+    are the gradients of y and log_det, dx (fresh memory) and dparams those of x and params.
+    """
+    constants = coupling_constants(scale_map, order, layout, moves, inverse, grad_log_det is not None)
+    if not uses_triton(y, params):
+        return _undo_reference(y, params, grad, grad_log_det, *constants)
+    x, _ = affine_coupling(y, params, scale_map, order=order, layout=layout, moves=moves, inverse=not inverse)
+    return x, *torch.ops.linfast.affine_coupling_backward(y, params, grad, grad_log_det, *constants)
+
+
 def affine_coupling_backward_reference(
     y: Tensor,
     params: Tensor,
@@ -146,20 +172,34 @@ def affine_coupling_backward_reference(
     *constants: Any,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dparams) from the output; the formulas are in linfast.kernels.affine_coupling."""
+    _, dx, dparams = _undo_reference(y, params, grad, grad_log_det, *constants)
+    return dx, dparams
+
+
+def _undo_reference(
+    y: Tensor,
+    params: Tensor,
+    grad: Tensor | None,
+    grad_log_det: Tensor | None,
+    *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, dx, dparams) from the output."""
     scale_map, order, layout, moves, inverse = _options(*constants[:-1])
     compute = torch.promote_types(y.dtype, torch.float32)
     grad = torch.zeros_like(y) if grad is None else grad
     sizes, index = split_sizes(y.shape[1]), HALVES.index(moves)
-    out, g = (tensor.split(sizes, dim=1)[index].to(compute) for tensor in (y, grad))
+    halves, grads = (list(tensor.split(sizes, dim=1)) for tensor in (y, grad))
+    out, g = halves[index].to(compute), grads[index].to(compute)
     shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
+    log_s = scale_map.log_scale(raw)
     grad_log_det = grad_log_det if constants[-1] else None  # torch.compile makes a [0] where there is no log_det
     h = 0.0 if grad_log_det is None else grad_log_det.reshape(-1, *(1,) * (y.ndim - 1))
-    dvalue, dshift, dlog_s = couple_backward(out, shift, scale_map.log_scale(raw), g, h, order, inverse)
+    halves[index] = couple(out, shift, log_s, order, not inverse).to(y.dtype)
+    dvalue, dshift, dlog_s = couple_backward(out, shift, log_s, g, h, order, inverse)
+    grads[index] = dvalue.to(y.dtype)
     draw = dlog_s * scale_map.derivative(raw)
-    kept = grad.split(sizes, dim=1)[1 - index]
-    halves = (dvalue.to(y.dtype), kept) if moves == "first" else (kept, dvalue.to(y.dtype))
     joined = torch.cat((dshift, draw), 1) if layout == "halves" else torch.stack((dshift, draw), 2).flatten(1, 2)
-    return torch.cat(halves, dim=1), joined.to(params.dtype)
+    return torch.cat(halves, dim=1), torch.cat(grads, dim=1), joined.to(params.dtype)
 
 
 def couple_backward(
