@@ -196,7 +196,7 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path: Path, monkeypatch)
     f, path = _model(), tmp_path / "x.npy"
 
     class Full:
-        """A raw file that takes 1000 bytes more, and then only part of what it is given."""
+        """A raw file that takes 100 bytes at a time, and 1000 in all."""
 
         def __init__(self, file) -> None:
             self.file, self.room = file, 1000
@@ -207,7 +207,7 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path: Path, monkeypatch)
         def write(self, data) -> int:
             if not self.room:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            taken = self.file.write(data[: self.room])
+            taken = self.file.write(data[: min(100, self.room)])
             self.room -= taken
             return taken
 
