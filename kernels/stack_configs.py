@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .stack_layout import padded_half, padded_hidden
 
-__all__ = ["CONFIGS", "StackConfig", "StackEntry", "config_for", "stack_path", "target_of"]
+__all__ = ["CONFIGS", "StackConfig", "StackEntry", "config_for", "mode_on", "stack_path", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -50,25 +50,42 @@ class StackEntry:
     config: StackConfig
 
 
-# All weights of a layer in shared memory, the next layer's on their way.
-_WHOLE = StackConfig(rows=64, num_warps=4, chunk=0, layer_stages=2, chunk_stages=1)
-# Half the accumulators a thread, for two warpgroups on one wgmma of 64 rows.
+# A layer's weights whole in shared memory (57 KB in bf16 at D = 64, H = 128), the next layer's on
+# their way while it runs; 128 rows halve the weights' traffic from L2.
+_WHOLE = StackConfig(rows=128, num_warps=8, chunk=0, layer_stages=2, chunk_stages=1)
+# Chunks of 32 hidden columns: 64 sums a thread at H = 256, which is where wgmma stops spilling.
 _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
+# fp32 operands are twice as long: at chunks of 32 columns and H = 256 two registers spill.
 _WIDE_16 = StackConfig(rows=64, num_warps=8, chunk=16, layer_stages=1, chunk_stages=2)
-_TF32 = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
-# 32 rows: mma.sync in place of wgmma, a quarter of the registers for operands in parts.
+# As _WIDE, with half the weights' traffic: at H = 128 a thread has registers to spare for 128 rows.
+_TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
+# Operands in parts are 2 to 3 times as long: 32 rows, which on sm_90 and sm_100 means mma.sync.
+# With 64 rows wgmma spills 16 to 136 bytes, and sm_100's tensor memory overflows (768 columns of 512).
 _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
+# Four warps of 64 threads have 512 registers each.
+_CDNA = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
+
+_SMALL = (64, 128, 4)
+_MEDIUM = (128, 256, 4)
 
 # Tried in order.
 CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
-    ("sm_90", "fast"): (StackEntry(64, 128, 4, _WHOLE), StackEntry(128, 256, 4, _WIDE)),
-    ("sm_90", "tf32"): (StackEntry(64, 128, 4, _TF32), StackEntry(128, 256, 3, _WIDE_16)),
-    ("sm_90", "high"): (StackEntry(64, 128, 4, _NARROW),),
+    ("sm_80", "fast"): (StackEntry(*_SMALL, _WIDE), StackEntry(*_MEDIUM, _WIDE)),
+    ("sm_80", "tf32"): (StackEntry(*_SMALL, _WIDE), StackEntry(128, 256, 3, _NARROW)),
+    ("sm_80", "high"): (StackEntry(*_SMALL, _NARROW),),
+    ("sm_80", "exact"): (StackEntry(64, 128, 3, _NARROW),),
+    ("sm_90", "fast"): (StackEntry(*_SMALL, _WHOLE), StackEntry(*_MEDIUM, _WIDE)),
+    ("sm_90", "tf32"): (StackEntry(*_SMALL, _TALL), StackEntry(128, 256, 3, _WIDE_16)),
+    ("sm_90", "high"): (StackEntry(*_SMALL, _NARROW),),
     ("sm_90", "exact"): (StackEntry(64, 128, 3, _NARROW),),
+    ("sm_100", "fast"): (StackEntry(*_SMALL, _WHOLE),),
+    ("sm_100", "tf32"): (StackEntry(*_SMALL, _WIDE),),
+    ("sm_100", "high"): (StackEntry(*_SMALL, _NARROW),),
+    ("sm_100", "exact"): (StackEntry(64, 128, 3, _NARROW),),
+    ("gfx942", "fast"): (StackEntry(*_SMALL, _CDNA), StackEntry(128, 256, 3, _CDNA)),
+    ("gfx942", "high"): (StackEntry(*_SMALL, _CDNA),),
+    ("gfx942", "exact"): (StackEntry(64, 128, 3, _CDNA),),
 }
-# CDNA3's matrix units have no tf32 that Triton gives: more than was asked for, then.
-for _key in [key for key in CONFIGS if key[1] == "high" and key[0] == "gfx942"]:
-    CONFIGS["gfx942", "tf32"] = CONFIGS[_key]
 
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
@@ -78,19 +95,32 @@ def target_of(x: Tensor) -> str | None:
 
     The interpreter has no target: it runs sm_90's tiles.
     """
-    if not x.is_cuda:
+    return _target(x.device.type, x.device.index)
+
+
+def _target(kind: str, index: int | None) -> str | None:
+    if kind != "cuda":
         return "sm_90"
     if torch.version.hip is not None:
-        name = torch.cuda.get_device_properties(x.device).gcnArchName
+        name = torch.cuda.get_device_properties(index).gcnArchName
         return "gfx942" if name.startswith("gfx942") else None
-    return _TARGETS.get(torch.cuda.get_device_capability(x.device))
+    return _TARGETS.get(torch.cuda.get_device_capability(index))
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+_target._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def mode_on(target: str | None, precision: str) -> str:
+    """The mode that runs: where the matrix units have no tf32, more than was asked for."""
+    return "high" if precision == "tf32" and target == "gfx942" else precision
 
 
 def config_for(D: int, H: int, n_linear: int, precision: str, target: str | None) -> StackConfig | None:
-    """The tile of a one-launch stack; None where there is none."""
+    """The tile of a one-launch stack; None where there is none. H is the widest hidden layer."""
     half, hidden = padded_half(D), padded_hidden(H)
     for entry in CONFIGS.get((target or "", precision), ()):
-        if 2 * half <= max(entry.features, 32) and hidden <= entry.hidden and n_linear <= entry.n_linear:
+        if 2 * half <= entry.features and hidden <= entry.hidden and n_linear <= entry.n_linear:
             return entry.config
     return None
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
-from ..kernels.stack_configs import stack_path, target_of
+from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap
 from .activations import ACTIVATION_NAMES, ACTIVATIONS
@@ -83,7 +83,7 @@ def coupling_stack(
         ValueError: an unknown option, or a shape that does not fit, with the shape.
     """
     _check(x, layers, activation, order, moves, head)
-    precision = resolve_precision(x, precision)
+    precision = mode_on(target_of(x), resolve_precision(x, precision))
     options = {"activation": activation, "scale_map": scale_map, "order": order, "moves": moves, "inverse": inverse}
     if path_of(x, layers, precision) == "stack":
         y, total = _run_packed(x, layers, packed, head, log_det, precision, **options)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.linearizer_chain import LinearizerConstants, apply_core, linearizer_backward
+from ..kernels.stack_configs import mode_on, target_of
 from ..kernels.stack_layout import padded_hidden
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap
@@ -69,7 +70,7 @@ def linearizer_stack(
     """
     if A.ndim not in (1, 2) or A.shape[-1] != x.shape[-1]:
         raise ValueError(f"A must be [D_y, D] or [D] for x {tuple(x.shape)}; got {tuple(A.shape)}")
-    precision = resolve_precision(x, precision)
+    precision = mode_on(target_of(x), resolve_precision(x, precision))
     if linearizer_path_of(x, g_x, A, g_y, precision) != "stack":
         return _one_after_another(x, g_x, A, g_y, precision)
     if packed is None:
