@@ -132,7 +132,7 @@ def plain_stack(
 
 
 def rounding(precision: str) -> Callable[[Tensor], Tensor]:
-    """What a mode does to an operand where the tests run: the interpreter leaves tf32 in fp32, fp16 stands for bf16."""
+    """What a mode does to an operand here: the interpreter leaves tf32 in fp32, and fp16 stands for bf16."""
     if precision == "tf32":
         return _tf32 if DEVICE == "cuda" else lambda t: t
     half = torch.bfloat16 if DEVICE == "cuda" else torch.float16

@@ -19,7 +19,10 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 @dataclass(frozen=True)
 class StaticCase:
-    """One compilation: a kernel of ``linfast.kernels.<op>``, argument types and constexpr values."""
+    """One compilation: a kernel of ``linfast.kernels.<op>``, argument types and constexpr values.
+
+    ``helpers`` are the other files of kernels/ that it is made of, ``targets`` those that it ships for.
+    """
 
     op: str
     kernel: str
@@ -28,10 +31,12 @@ class StaticCase:
     constexprs: dict[str, Any]
     num_warps: int
     aligned: tuple[str, ...] = field(default=())
+    helpers: tuple[str, ...] = ()
+    targets: tuple[str, ...] = TARGETS
 
     def digest(self, target: str, triton_version: str) -> str:
         """Changes when the source, the case, the target or Triton does."""
-        sources = [(_KERNELS / name).read_bytes() for name in (f"{self.op}.py", *_SHARED_SOURCES)]
+        sources = [(_KERNELS / name).read_bytes() for name in (f"{self.op}.py", *_SHARED_SOURCES, *self.helpers)]
         text = json.dumps([self.signature, self.constexprs, self.num_warps, self.aligned, target, triton_version])
         return hashlib.sha256(b"\0".join([*sources, text.encode()])).hexdigest()[:12]
 
