@@ -283,10 +283,12 @@ def _coupling_stack_kernel(
         tl.store(log_det_ptr + start + r, log_det, mask=r < n_batch - start)
 
 
-def tile_constants(x: Tensor, layout: StackLayout, precision: str, maps: int) -> dict[str, int]:
+def tile_constants(
+    x: Tensor, layout: StackLayout, precision: str, maps: int, linearizer: bool = False
+) -> dict[str, int]:
     """The constexpr values that sizes, precision and device decide, and num_warps."""
     target = target_of(x)
-    config = config_for(layout.features, layout.hidden, layout.n_linear, precision, target, maps)
+    config = config_for(layout.features, layout.hidden, layout.n_linear, precision, target, maps, linearizer)
     if config is None:
         raise ValueError(f"no one-launch stack for {layout} in precision {precision!r} on {target}")
     return {

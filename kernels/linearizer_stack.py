@@ -130,7 +130,7 @@ def launch_linearizer_stack(
     c = LinearizerConstants(*constants)
     layout_x = StackLayout(x.shape[1], c.n_linear, c.hidden, c.maps_x, c.head_x)
     layout_y = StackLayout(x.shape[1], c.n_linear, c.hidden, c.maps_y, c.head_y)
-    tile = tile_constants(x, layout_x, c.precision, max(c.maps_x, c.maps_y))
+    tile = tile_constants(x, layout_x, c.precision, max(c.maps_x, c.maps_y), linearizer=True)
     with device_guard(x):
         _linearizer_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
             x, y, weights_x, operands_x, map_operands_x, core, core_operands, weights_y, operands_y, map_operands_y,

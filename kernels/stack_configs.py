@@ -42,13 +42,17 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class StackEntry:
-    """A tile, and the largest D, padded hidden width, number of linear layers and kind of maps it is for."""
+    """A tile, and the largest D, padded hidden width, number of linear layers and kind of maps it is for.
+
+    ``linearizer`` says whether a whole Linearizer of such stacks fits one program too.
+    """
 
     features: int
     hidden: int
     n_linear: int
     maps: int
     config: StackConfig
+    linearizer: bool = True
 
 
 # A layer's weights whole in shared memory (57 KB in bf16 at D = 64, H = 128), the next layer's on
@@ -87,22 +91,25 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_90", "tf32"): (
         StackEntry(64, 128, 3, DIAGONAL, _TALL),
         StackEntry(64, 128, 4, DENSE, _WIDE),
-        StackEntry(128, 256, 3, NO_MAPS, _WIDE_16),
+        StackEntry(128, 256, 3, NO_MAPS, _WIDE_16, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
     ("sm_90", "high"): (StackEntry(64, 128, 4, DENSE, _NARROW),),
     ("sm_90", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
     ("sm_100", "fast"): (
         StackEntry(64, 128, 4, DIAGONAL, _WHOLE),
-        StackEntry(64, 128, 4, DENSE, _WIDE),
+        StackEntry(64, 128, 4, DENSE, _WIDE, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
-    ("sm_100", "tf32"): (StackEntry(64, 128, 3, DENSE, _WIDE), StackEntry(128, 256, 4, DENSE, _NARROW)),
+    ("sm_100", "tf32"): (
+        StackEntry(64, 128, 3, DENSE, _WIDE, linearizer=False),
+        StackEntry(128, 256, 4, DENSE, _NARROW),
+    ),
     ("sm_100", "high"): (StackEntry(64, 128, 4, DENSE, _NARROW),),
     ("sm_100", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
     ("gfx942", "fast"): (StackEntry(64, 128, 4, DENSE, _CDNA), StackEntry(128, 256, 3, DIAGONAL, _CDNA)),
     ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA),),
-    ("gfx942", "exact"): (StackEntry(64, 128, 3, DENSE, _CDNA),),
+    ("gfx942", "exact"): (StackEntry(64, 128, 3, DIAGONAL, _CDNA),),  # with dense maps it spills
 }
 
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
@@ -135,20 +142,35 @@ def mode_on(target: str | None, precision: str) -> str:
 
 
 def config_for(
-    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS
+    D: int,
+    H: int,
+    n_linear: int,
+    precision: str,
+    target: str | None,
+    maps: int = NO_MAPS,
+    linearizer: bool = False,
 ) -> StackConfig | None:
     """The tile of a one-launch stack; None where there is none.
 
-    H is the widest hidden layer, maps the densest kind of map between layers.
+    H is the widest hidden layer, maps the densest kind of map between layers; with
+    ``linearizer`` the tile of two such stacks and A in one launch.
     """
     width, hidden = 2 * padded_half(D), padded_hidden(H)
     for entry in CONFIGS.get((target or "", precision), ()):
-        fits = width <= entry.features and hidden <= entry.hidden
-        if fits and n_linear <= entry.n_linear and maps <= entry.maps:
+        fits = width <= entry.features and hidden <= entry.hidden and n_linear <= entry.n_linear
+        if fits and maps <= entry.maps and (entry.linearizer or not linearizer):
             return entry.config
     return None
 
 
-def stack_path(D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS) -> str:
+def stack_path(
+    D: int,
+    H: int,
+    n_linear: int,
+    precision: str,
+    target: str | None,
+    maps: int = NO_MAPS,
+    linearizer: bool = False,
+) -> str:
     """ "stack" or "library": see the top of this file; arguments as ``config_for``."""
-    return "library" if config_for(D, H, n_linear, precision, target, maps) is None else "stack"
+    return "library" if config_for(D, H, n_linear, precision, target, maps, linearizer) is None else "stack"

@@ -112,7 +112,8 @@ def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingSt
     if not (same and one_tile and uses_triton(x, A, *weights)):
         return "layers"
     layout, maps = layouts[0], max(layout.maps for layout in layouts)
-    path = stack_path(layout.features, layout.hidden, layout.n_linear, precision, target_of(x), maps)
+    sizes = (layout.features, layout.hidden, layout.n_linear)
+    path = stack_path(*sizes, precision, target_of(x), maps, linearizer=True)
     return "stack" if path == "stack" else "layers"
 
 

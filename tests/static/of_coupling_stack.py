@@ -28,7 +28,7 @@ def cases() -> list[StaticCase]:
     return [
         *(_stack(*key, inverse=False, n_linear=min(3, key[2].n_linear), maps=NO_MAPS) for key in entries),
         *(_stack(*key, inverse=True, n_linear=key[2].n_linear, maps=key[2].maps) for key in entries),
-        *(_linearizer(*key) for key in entries),
+        *(_linearizer(*key) for key in entries if key[2].linearizer),
         *(
             _stack(*key, inverse=False, n_linear=3, maps=NO_MAPS, activation=name)
             for key in shown
