@@ -56,13 +56,15 @@ def apply_map(
         bias_ptr = values_ptr + WIDTH * WIDTH
         a0, a1, a2 = split(a, dtype, PARTS)
         b0, b1, b2 = split(b, dtype, PARTS)
-        w = operands_ptr + i[None, :] * WIDTH + i[:, None]
-        zero = tl.zeros((ROWS, HALF), tl.float32)
-        first = product(a0, a1, a2, w, part_stride, zero, PARTS)
-        first = product(b0, b1, b2, w + HALF, part_stride, first, PARTS)
-        w += HALF * WIDTH
-        second = product(a0, a1, a2, w, part_stride, zero, PARTS)
-        second = product(b0, b1, b2, w + HALF, part_stride, second, PARTS)
+        first = a
+        second = b
+        # A loop, so that one half's products are done before the other's weights take registers.
+        for half in tl.range(0, 2, num_stages=1):
+            w = operands_ptr + (half * HALF + i)[None, :] * WIDTH + i[:, None]
+            out = product(a0, a1, a2, w, part_stride, tl.zeros((ROWS, HALF), tl.float32), PARTS)
+            out = product(b0, b1, b2, w + HALF, part_stride, out, PARTS)
+            first = tl.where(half == 0, out, first)
+            second = tl.where(half == 1, out, second)
     else:
         bias_ptr = values_ptr + 2 * HALF
         first = a * tl.load(values_ptr + i)[None, :]
@@ -281,10 +283,12 @@ def _coupling_stack_kernel(
         tl.store(log_det_ptr + start + r, log_det, mask=r < n_batch - start)
 
 
-def tile_constants(x: Tensor, layout: StackLayout, precision: str) -> dict[str, int]:
+def tile_constants(
+    x: Tensor, layout: StackLayout, precision: str, maps: int, linearizer: bool = False
+) -> dict[str, int]:
     """The constexpr values that sizes, precision and device decide, and num_warps."""
     target = target_of(x)
-    config = config_for(layout.features, layout.hidden, layout.n_linear, precision, target)
+    config = config_for(layout.features, layout.hidden, layout.n_linear, precision, target, maps, linearizer)
     if config is None:
         raise ValueError(f"no one-launch stack for {layout} in precision {precision!r} on {target}")
     return {
@@ -333,13 +337,14 @@ def launch_coupling_stack(
     if x.shape[0] == 0:
         return y, total
     layout = StackLayout(x.shape[1], n_linear, hidden, maps, head)
-    tile = tile_constants(x, layout, precision)
+    tile = tile_constants(x, layout, precision, maps)
     with device_guard(x):
         _coupling_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
             x, y, total, weights, operands, map_operands, x.shape[0], *layout.sizes, layout.n_layers(weights),
             operands.stride(0), operands.stride(1), map_operands.stride(0), x.stride(0), x.stride(1), y.stride(0),
-            bound, floor, ACTIVATION=activation, FORM=activation_form(x, precision), KIND=kind, SCALE_FIRST=scale_first, MOVES_SECOND=int(moves_second),
-            INVERSE=inverse, LOG_DET=log_det, MAPS=maps, HEAD=int(head), ROW_SIZE=layout.row_size,
+            bound, floor, ACTIVATION=activation, FORM=activation_form(x, precision), KIND=kind,
+            SCALE_FIRST=scale_first, MOVES_SECOND=int(moves_second), INVERSE=inverse, LOG_DET=log_det,
+            MAPS=maps, HEAD=int(head), ROW_SIZE=layout.row_size,
             INT64=reaches_past_int32(x, tile["ROWS"]), **tile,
         )  # fmt: skip
     return y, total

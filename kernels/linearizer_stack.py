@@ -97,14 +97,16 @@ def _linearizer_stack_kernel(
         a, b, weights_x_ptr, operands_x_ptr, map_operands_x_ptr, n_layers_x, part_stride_x, row_stride_x,
         map_part_stride_x, n_first, n_second, bound_x, floor_x,
         N_LINEAR, ACTIVATION, FORM, KIND, SCALE_FIRST, MOVES_SECOND_X, False, False, MAPS_X, HEAD_X,
-        MATRIX_SIZE, ROW_SIZE_X, MAP_OFFSET, ROWS, HALF, HIDDEN, CHUNK, PARTS, MAP_PARTS, LAYER_STAGES, CHUNK_STAGES,
+        MATRIX_SIZE, ROW_SIZE_X, MAP_OFFSET, ROWS, HALF, HIDDEN, CHUNK, PARTS, MAP_PARTS,
+        LAYER_STAGES, CHUNK_STAGES,
     )  # fmt: skip
     a, b = apply_map(a, b, core_operands_ptr, core_part_stride, core_ptr, ROWS, HALF, DENSE, False, MAP_PARTS)
     a, b, _ = run_layers(
         a, b, weights_y_ptr, operands_y_ptr, map_operands_y_ptr, n_layers_y, part_stride_y, row_stride_y,
         map_part_stride_y, n_first, n_second, bound_y, floor_y,
         N_LINEAR, ACTIVATION, FORM, KIND, SCALE_FIRST, MOVES_SECOND_Y, True, False, MAPS_Y, HEAD_Y,
-        MATRIX_SIZE, ROW_SIZE_Y, MAP_OFFSET, ROWS, HALF, HIDDEN, CHUNK, PARTS, MAP_PARTS, LAYER_STAGES, CHUNK_STAGES,
+        MATRIX_SIZE, ROW_SIZE_Y, MAP_OFFSET, ROWS, HALF, HIDDEN, CHUNK, PARTS, MAP_PARTS,
+        LAYER_STAGES, CHUNK_STAGES,
     )  # fmt: skip
     store_halves(y_ptr, a, b, n_batch, n_first, n_second, stride_yb, 1, ROWS, HALF, INT64)
 
@@ -128,7 +130,7 @@ def launch_linearizer_stack(
     c = LinearizerConstants(*constants)
     layout_x = StackLayout(x.shape[1], c.n_linear, c.hidden, c.maps_x, c.head_x)
     layout_y = StackLayout(x.shape[1], c.n_linear, c.hidden, c.maps_y, c.head_y)
-    tile = tile_constants(x, layout_x, c.precision)
+    tile = tile_constants(x, layout_x, c.precision, max(c.maps_x, c.maps_y), linearizer=True)
     with device_guard(x):
         _linearizer_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
             x, y, weights_x, operands_x, map_operands_x, core, core_operands, weights_y, operands_y, map_operands_y,

@@ -13,7 +13,9 @@ By default torch's own settings choose, read at every call:
     "high"                                   tf32 where torch.backends.cuda.matmul allows it, else high
     "medium"                                 fast
 
-so that tf32 is on only where it was asked for: torch's default is "highest".
+so that tf32 is on only where it was asked for: torch's default is "highest". Dynamo guards on
+whether tf32 is allowed and not on "high" against "medium": a graph compiled under one of those
+two keeps its mode under the other.
 float64 is computed in float64 whatever the mode.
 """
 
@@ -62,7 +64,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _float32_mode() -> str:
-    """The mode of torch's matmul settings; Dynamo guards on them, so that a change recompiles."""
+    """The mode of torch's matmul settings; see above for what compiled code sees."""
     allowed = torch.backends.cuda.matmul.fp32_precision
     try:
         setting = torch.get_float32_matmul_precision()

@@ -7,11 +7,13 @@ from .coupling_stack import AffineMap, CouplingLayer, coupling_stack, mlp_coupli
 from .depthwise_conv import depthwise_conv
 from .group_norm_silu import group_norm_silu
 from .latent_matmul import latent_matmul
+from .linearizer_stack import CouplingStack, linearizer_stack
 from .low_rank import low_rank
 
 __all__ = [
     "AffineMap",
     "CouplingLayer",
+    "CouplingStack",
     "affine_coupling",
     "channel_mix",
     "coupling_mix",
@@ -19,6 +21,7 @@ __all__ = [
     "depthwise_conv",
     "group_norm_silu",
     "latent_matmul",
+    "linearizer_stack",
     "low_rank",
     "mlp_coupling",
 ]

@@ -27,18 +27,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
-from ..kernels.stack_configs import stack_path, target_of
+from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap
 from .activations import ACTIVATION_NAMES, ACTIVATIONS
 from .affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
 from .register import RawOp, define_op
 from .stack_reference import StackOptions, stack_backward, stack_forward
-from .stack_weights import AffineMap, CouplingLayer, PackedStack, pack_stack, widest
+from .stack_weights import AffineMap, CouplingLayer, PackedStack, pack_stack, stack_layout
 
 __all__ = [
     "AffineMap",
     "CouplingLayer",
+    "check",
     "coupling_stack",
     "mlp_coupling",
     "path_of",
@@ -82,10 +83,10 @@ def coupling_stack(
     Raises:
         ValueError: an unknown option, or a shape that does not fit, with the shape.
     """
-    _check(x, layers, activation, order, moves, head)
-    precision = resolve_precision(x, precision)
+    check(x, layers, activation, order, moves, head)
+    precision = mode_on(target_of(x), resolve_precision(x, precision))
     options = {"activation": activation, "scale_map": scale_map, "order": order, "moves": moves, "inverse": inverse}
-    if path_of(x, layers, precision) == "stack":
+    if path_of(x, layers, precision, head) == "stack":
         y, total = _run_packed(x, layers, packed, head, log_det, precision, **options)
     else:
         y, total = _by_layers(x, layers, head, log_det, precision, **options)
@@ -117,11 +118,12 @@ def mlp_coupling(
     )  # fmt: skip
 
 
-def path_of(x: Tensor, layers: Sequence[CouplingLayer], precision: str) -> str:
+def path_of(x: Tensor, layers: Sequence[CouplingLayer], precision: str, head: AffineMap | None = None) -> str:
     """ "reference", "stack" or "library": what ``coupling_stack`` runs for these, in a resolved precision."""
     if not uses_triton(x, *layers[0].weights):
         return "reference"
-    return stack_path(x.shape[1], widest(layers), len(layers[0].weights), precision, target_of(x))
+    layout = stack_layout(layers, x.shape[1], head)
+    return stack_path(layout.features, layout.hidden, layout.n_linear, precision, target_of(x), layout.maps)
 
 
 def _all_maps(layers: Sequence[CouplingLayer], head: AffineMap | None) -> list[AffineMap]:
@@ -270,7 +272,7 @@ _coupling_stack = define_op(
 )
 
 
-def _check(
+def check(
     x: Tensor,
     layers: Sequence[CouplingLayer],
     activation: str,
@@ -278,6 +280,7 @@ def _check(
     moves: str,
     head: AffineMap | None,
 ) -> None:
+    """ValueError where an option is unknown or a shape does not fit."""
     for name, value, allowed in (
         ("activation", activation, ACTIVATION_NAMES),
         ("order", order, ORDERS),

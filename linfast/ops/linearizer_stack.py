@@ -13,14 +13,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import uses_triton
 from ..kernels.linearizer_chain import LinearizerConstants, apply_core, linearizer_backward
-from ..kernels.stack_layout import padded_hidden
+from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap
 from .activations import ACTIVATION_NAMES
-from .coupling_stack import coupling_stack, path_of, raw_backward, raw_forward
+from .coupling_stack import check, coupling_stack, raw_backward, raw_forward
 from .register import RawOp, define_op
-from .stack_weights import AffineMap, CouplingLayer, PackedMap, PackedStack, pack_map, pack_stack, widest
+from .stack_weights import AffineMap, CouplingLayer, PackedMap, PackedStack, pack_map, pack_stack, stack_layout
 
 __all__ = ["CouplingStack", "PackedLinearizer", "linearizer_path_of", "linearizer_stack", "pack_linearizer"]
 
@@ -69,7 +70,9 @@ def linearizer_stack(
     """
     if A.ndim not in (1, 2) or A.shape[-1] != x.shape[-1]:
         raise ValueError(f"A must be [D_y, D] or [D] for x {tuple(x.shape)}; got {tuple(A.shape)}")
-    precision = resolve_precision(x, precision)
+    for g, width in ((g_x, x), (g_y, x.new_empty(0, A.shape[0]))):
+        check(width, g.layers, g.activation, g.order, g.moves, g.head)
+    precision = mode_on(target_of(x), resolve_precision(x, precision))
     if linearizer_path_of(x, g_x, A, g_y, precision) != "stack":
         return _one_after_another(x, g_x, A, g_y, precision)
     if packed is None:
@@ -78,7 +81,8 @@ def linearizer_stack(
     constants = LinearizerConstants(
         layout_x.n_linear, layout_x.hidden, layout_x.maps, layout_x.head, layout_y.maps, layout_y.head,
         ACTIVATION_NAMES.index(g_x.activation), g_x.scale_map.constexpr_id, *g_x.scale_map.constants,
-        *g_y.scale_map.constants, g_x.order == "scale_first", g_x.moves == "second", g_y.moves == "second", precision,
+        *g_y.scale_map.constants, g_x.order == "scale_first", g_x.moves == "second", g_y.moves == "second",
+        precision,
     )  # fmt: skip
     return _linearizer_stack(
         x, packed.g_x.weights, packed.g_x.operands, packed.g_x.map_operands, packed.A.values, packed.A.operands,
@@ -101,10 +105,16 @@ def pack_linearizer(
 
 def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> str:
     """ "stack" for one launch; else "layers": the three parts one after another, each on its own path."""
-    paths = {path_of(x, g.layers, precision) for g in (g_x, g_y)}
+    layouts = [stack_layout(g.layers, x.shape[1], g.head) for g in (g_x, g_y)]
     same = (g_x.activation, g_x.scale_map.kind, g_x.order) == (g_y.activation, g_y.scale_map.kind, g_y.order)
-    shapes = {(len(g.layers[0].weights), padded_hidden(widest(g.layers))) for g in (g_x, g_y)}
-    return "stack" if paths == {"stack"} and same and len(shapes) == 1 and A.shape[0] == x.shape[1] else "layers"
+    one_tile = len({(layout.n_linear, layout.hidden) for layout in layouts}) == 1 and A.shape[0] == x.shape[1]
+    weights = [weight for g in (g_x, g_y) for weight in g.layers[0].weights]
+    if not (same and one_tile and uses_triton(x, A, *weights)):
+        return "layers"
+    layout, maps = layouts[0], max(layout.maps for layout in layouts)
+    sizes = (layout.features, layout.hidden, layout.n_linear)
+    path = stack_path(*sizes, precision, target_of(x), maps, linearizer=True)
+    return "stack" if path == "stack" else "layers"
 
 
 def _one_after_another(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> Tensor:

@@ -21,8 +21,8 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 class StaticCase:
     """One compilation: a kernel of ``linfast.kernels.<op>``, argument types and constexpr values.
 
-    ``uses`` are the other kernel files whose helpers it calls. ``matrix_units``: its products are
-    meant to run on them, so the machine code must have such instructions.
+    ``uses`` are the other kernel files that it is made of, ``targets`` those that it ships for.
+    ``matrix_units``: its products are meant to run on them, so the machine code must have such instructions.
     """
 
     op: str
@@ -33,6 +33,7 @@ class StaticCase:
     num_warps: int
     aligned: tuple[str, ...] = field(default=())
     uses: tuple[str, ...] = field(default=())
+    targets: tuple[str, ...] = TARGETS
     matrix_units: bool = False
 
     def digest(self, target: str, triton_version: str) -> str:

@@ -68,7 +68,8 @@ def stale(target: str, table: dict[Key, Row]) -> list[int]:
     return [
         number
         for number, case in enumerate(all_cases())
-        if table.get((case.kernel, case.config, target), {}).get("digest") != case.digest(target, triton_version())
+        if target in case.targets
+        and table.get((case.kernel, case.config, target), {}).get("digest") != case.digest(target, triton_version())
     ]
 
 
@@ -85,7 +86,7 @@ def refreshed() -> dict[Key, Row]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for rows in list(pool.map(compile_stale, TARGETS)):
             table.update(rows)
-    order = [(case.kernel, case.config, target) for case in all_cases() for target in TARGETS]
+    order = [(case.kernel, case.config, target) for case in all_cases() for target in case.targets]
     return {key: table[key] for key in order}
 
 

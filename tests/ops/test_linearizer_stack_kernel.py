@@ -1,0 +1,210 @@
+"""The one-launch Linearizer against float64, and against its three parts one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import linfast as lf
+from linfast.ops import AffineMap, CouplingStack, linearizer_stack
+from linfast.ops.linearizer_stack import linearizer_path_of, pack_linearizer
+from linfast.precision import PRECISIONS
+from linfast.scale_maps import ScaleMap
+from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
+from tests.ops.stacks import NAMES, doubled, leaves, plain_stack, random_layers, random_map, rebuilt, rounding
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def _network(D: int, depth: int = 2, hidden=(16, 16), moves: str = "first", maps: str = "none") -> CouplingStack:
+    head = random_map(D, maps)
+    layers = random_layers(D, hidden, depth, moves=moves, maps=maps)
+    return CouplingStack(layers, "silu", ScaleMap(bound=1 / depth), moves=moves, head=head)
+
+
+def _operator(D: int, diagonal: bool = False) -> Tensor:
+    return (torch.randn(D) if diagonal else torch.randn(D, D) / D**0.5).to(DEVICE)
+
+
+def _x(batch: int, D: int) -> Tensor:
+    return torch.randn(batch, D).to(DEVICE)
+
+
+def _plain(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> Tensor:
+    def run(x: Tensor, g: CouplingStack, inverse: bool) -> Tensor:
+        return plain_stack(
+            x, g.layers, g.activation, g.scale_map, order=g.order, moves=g.moves, inverse=inverse, head=g.head,
+            rounded=rounding(precision) if x.dtype == torch.float32 else lambda t: t,
+        )[0]  # fmt: skip
+
+    z = run(x, g_x, False)
+    return run(z * A if A.ndim == 1 else z @ A.mT, g_y, True)
+
+
+def _wide(g: CouplingStack) -> CouplingStack:
+    layers, head = doubled(g.layers, g.head)
+    return dataclasses.replace(g, layers=layers, head=head)
+
+
+def _assert_accurate(
+    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str = "exact"
+) -> None:
+    with lf.backend("triton"), torch.no_grad():
+        assert linearizer_path_of(x, g_x, A, g_y, precision) == "stack"
+        y = linearizer_stack(x, g_x, A, g_y, precision=precision)
+    plain = _plain(x, g_x, A, g_y, precision)
+    truth = _plain(x.double(), _wide(g_x), A.double(), _wide(g_y), "exact")
+    allowed = 2 * error(plain, truth) + EPS
+    assert error(y, truth) <= allowed, f"{error(y, truth):.2e} > {allowed:.2e}"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_every_mode_and_kind_of_operator(precision: str, diagonal: bool) -> None:
+    _assert_accurate(_x(40, 7), _network(7), _operator(7, diagonal), _network(7, 3, moves="second"), precision)
+
+
+@pytest.mark.parametrize("maps_x", NAMES)
+@pytest.mark.parametrize("maps_y", NAMES)
+def test_maps_on_either_side(maps_x: str, maps_y: str) -> None:
+    _assert_accurate(_x(9, 6), _network(6, maps=maps_x), _operator(6), _network(6, 1, maps=maps_y))
+
+
+@pytest.mark.parametrize("D", [2, 5, 33])
+@pytest.mark.parametrize("batch", [0, 1, 70])
+def test_every_size_and_batch(D: int, batch: int) -> None:
+    _assert_accurate(_x(batch, D), _network(D, hidden=(16,)), _operator(D), _network(D, hidden=(9,)))
+
+
+@pytest.mark.parametrize("maps", NAMES)
+def test_one_network_on_both_sides(maps: str) -> None:
+    g = _network(6, maps=maps)
+    _assert_accurate(_x(20, 6), g, _operator(6), g)
+
+
+def test_the_identity_as_operator_gives_x_back() -> None:
+    x, g = _x(20, 6), _network(6, 4)
+    with lf.backend("triton"):
+        y = linearizer_stack(x, g, torch.ones(6, device=DEVICE), g, precision="fast")
+    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)  # the same shift and scale both ways, even rounded
+
+
+def test_strides_of_x() -> None:
+    x, g, A = _x(9, 6), _network(6), _operator(6)
+    for strided in hostile(x).values():
+        _assert_accurate(strided, g, A, g)
+
+
+def test_packed_weights_give_the_same_bits() -> None:
+    x, g_x, g_y, A = _x(9, 6), _network(6), _network(6, maps="dense"), _operator(6)
+    packed = pack_linearizer(x, g_x, A, g_y, "exact")
+    with lf.backend("triton"):
+        y = linearizer_stack(x, g_x, A, g_y, precision="exact")
+        assert torch.equal(y, linearizer_stack(x, g_x, A, g_y, precision="exact", packed=packed))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: CouplingStack(random_layers(6, (16, 16), 1), "relu", ScaleMap()),
+        lambda: CouplingStack(random_layers(6, (40, 16), 1), "silu", ScaleMap()),
+        lambda: CouplingStack(random_layers(6, (16,), 1), "silu", ScaleMap("tanh")),
+        lambda: CouplingStack(random_layers(4, (16, 16), 1), "silu", ScaleMap()),
+    ],
+)
+def test_networks_that_share_no_tile_run_one_after_another(other) -> None:
+    x, g_x, g_y = _x(20, 6), _network(6), other()
+    A = _operator(6)[: 4 if g_y.layers[0].weights[0].shape[1] == 2 else 6]
+    with lf.backend("triton"):
+        assert linearizer_path_of(x, g_x, A, g_y, "exact") == "layers"
+        y = linearizer_stack(x, g_x, A, g_y, precision="exact")
+    truth = _plain(x.double(), _wide(g_x), A.double(), _wide(g_y), "exact")
+    assert error(y, truth) <= 2 * error(_plain(x, g_x, A, g_y, "exact"), truth) + EPS
+
+
+def _call(g_x: CouplingStack, g_y: CouplingStack):
+    """(y, a gradient for every input that wants one); tensors: x, A, g_x's, g_y's."""
+    n = len(leaves(g_x.layers, g_x.head))
+
+    def filled(g: CouplingStack, tensors) -> CouplingStack:
+        layers, head = rebuilt(g.layers, tensors, g.head)
+        return dataclasses.replace(g, layers=layers, head=head)
+
+    def call(x: Tensor, A: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        y = linearizer_stack(x, filled(g_x, tensors[:n]), A, filled(g_y, tensors[n:]), precision="exact")
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        return (y, *torch.autograd.grad(y, [t for t in (x, A, *tensors) if t.requires_grad], cotangent))
+
+    return call
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("maps", NAMES)
+def test_gradients(diagonal: bool, maps: str) -> None:
+    g_x, g_y = _network(7, maps=maps), _network(7, 3, moves="second")
+    inputs = [_x(20, 7), _operator(7, diagonal), *leaves(g_x.layers, g_x.head), *leaves(g_y.layers, g_y.head)]
+    assert_within_budget(_call(g_x, g_y), [t.requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("only", range(10))
+def test_each_gradient_alone(only: int) -> None:
+    g_x, g_y = (_network(6, 1, hidden=(16,)) for _ in range(2))
+    inputs = [_x(60, 6), _operator(6), *leaves(g_x.layers), *leaves(g_y.layers)]
+    assert len(inputs) == 10
+    assert_within_budget(_call(g_x, g_y), [t.detach().requires_grad_(i == only) for i, t in enumerate(inputs)])
+
+
+def test_second_derivatives_are_the_references() -> None:
+    x, A, g = _x(5, 4).requires_grad_(), _operator(4).requires_grad_(), _network(4, hidden=(8,))
+
+    def second() -> tuple[Tensor, ...]:
+        y = linearizer_stack(x, g, A, g, precision="exact")
+        first = torch.autograd.grad(y.pow(3).sum(), (x, A), create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), (x, A))
+
+    with lf.backend("triton"):
+        got = second()
+    with lf.backend("reference"):
+        expected = second()
+    for value, plain in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("maps", ["none", "dense"])
+def test_opcheck(maps: str) -> None:
+    x, A, g_x, g_y = _x(5, 6), _operator(6), _network(6, maps=maps), _network(6)
+    packed = pack_linearizer(x, g_x, A, g_y, "high")
+    stacks = [(p.weights, p.operands, p.map_operands) for p in (packed.g_x, packed.g_y)]
+    tensors = (x, *stacks[0], *packed.A, *stacks[1])
+    layout = packed.g_x.layout
+    constants = (3, 16, layout.maps, layout.head, 0, False, 1, 2, 0.5, 0.0, 0.5, 0.0, False, False, False, "high")
+    torch.library.opcheck(torch.ops.linfast.linearizer_stack.default, (*tensors, *constants))
+    backward = torch.ops.linfast.linearizer_stack_backward.default
+    needs = [True, True, False, False, True, False, True, False, False]
+    torch.library.opcheck(backward, (*tensors, torch.randn_like(x), *constants, needs))
+
+
+def test_compiles_whole_and_transforms() -> None:
+    x, A, g = _x(5, 6).requires_grad_(), _operator(6), _network(6, maps="dense")
+
+    def loss(x: Tensor) -> Tensor:
+        return linearizer_stack(x, g, A, g).square().sum()
+
+    with lf.backend("triton"):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        expected = torch.autograd.grad(loss(x), x)[0]
+        torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
+        torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+
+
+def test_what_does_not_fit_is_named() -> None:
+    x, g = _x(2, 6), _network(6, 1)
+    with pytest.raises(ValueError, match=r"A must be \[D_y, D\].*\(2, 6\).*\(6, 5\)"):
+        linearizer_stack(x, g, torch.zeros(6, 5), g)
+    with pytest.raises(ValueError, match="a weight must be"):
+        linearizer_stack(x, g, torch.zeros(4, 6, device=DEVICE), g)
+    with pytest.raises(ValueError, match=r"a map must have weight \[6\]"):
+        linearizer_stack(x, dataclasses.replace(g, head=AffineMap(torch.zeros(5, device=DEVICE))), _operator(6), g)

@@ -1,0 +1,80 @@
+"""Which precision mode torch's settings choose, and which path a size takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from linfast.kernels.stack_configs import CONFIGS, config_for, mode_on, stack_path
+from linfast.kernels.stack_layout import DIAGONAL
+from linfast.precision import PRECISIONS, half_dtype, resolve_precision
+
+
+@pytest.fixture(autouse=True)
+def _torch_settings():
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(("setting", "mode"), [("highest", "exact"), ("high", "tf32"), ("medium", "fast")])
+def test_torchs_matmul_precision_chooses(setting: str, mode: str) -> None:
+    torch.set_float32_matmul_precision(setting)
+    assert resolve_precision(torch.zeros(1)) == mode
+    assert resolve_precision(torch.zeros(1).double()) == "exact"
+    assert resolve_precision(torch.zeros(1), "high") == "high"
+
+
+def test_tf32_is_never_on_silently() -> None:
+    assert resolve_precision(torch.zeros(1)) == "exact"
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert resolve_precision(torch.zeros(1)) == "high"
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_tf32 = False  # now torch's two interfaces disagree
+    assert resolve_precision(torch.zeros(1)) == "exact"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_input_or_autocast_is_fast(dtype: torch.dtype) -> None:
+    assert resolve_precision(torch.zeros(1, dtype=dtype)) == "fast"
+    with torch.autocast("cpu", dtype):
+        assert resolve_precision(torch.zeros(1)) == "fast"
+        assert resolve_precision(torch.zeros(1), "exact") == "exact"
+        assert half_dtype(torch.zeros(1)) == torch.float16  # the interpreter's stand-in
+
+
+def test_an_unknown_mode_is_named() -> None:
+    with pytest.raises(ValueError, match="precision must be one of exact, high, tf32, fast or None; got 'bf16'"):
+        resolve_precision(torch.zeros(1), "bf16")
+
+
+def test_compiled_code_follows_the_setting() -> None:
+    def mode_as_number(x: torch.Tensor) -> torch.Tensor:
+        return x + PRECISIONS.index(resolve_precision(x))
+
+    compiled = torch.compile(mode_as_number, fullgraph=True, backend="eager")
+    for setting in ("highest", "high", "highest"):
+        torch.set_float32_matmul_precision(setting)
+        assert torch.equal(compiled(torch.zeros(1)), mode_as_number(torch.zeros(1)))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_one_launch_on_sm_90(precision: str) -> None:
+    assert stack_path(64, 128, 3, precision, "sm_90") == "stack"
+    assert stack_path(2, 8, 1, precision, "sm_90") == "stack"
+    assert stack_path(63, 100, 2, precision, "sm_90", DIAGONAL) == "stack"
+    wide = "stack" if precision in ("fast", "tf32") else "library"
+    assert stack_path(128, 256, 3, precision, "sm_90") == wide
+    assert stack_path(130, 256, 3, precision, "sm_90") == "library"
+    assert stack_path(1024, 1024, 3, precision, "sm_90") == "library"
+    assert stack_path(64, 128, 3, precision, None) == "library"
+
+
+def test_every_target_has_every_mode_it_can_run() -> None:
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        for precision in PRECISIONS:
+            assert config_for(64, 128, 3, mode_on(target, precision), target, DIAGONAL) is not None
+    assert mode_on("gfx942", "tf32") == "high"
+    assert mode_on("sm_90", "tf32") == "tf32"
+    assert ("gfx942", "tf32") not in CONFIGS
