@@ -28,7 +28,7 @@ def launch_coupling_stack_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweights, nothing, nothing): operands are rounded copies, which no gradient reaches."""
     # Here and not above: ops import kernels. It goes with the torch formulas.
-    from ..ops.stack_reference import StackOptions, stack_backward
+    from linfast.ops.stack_reference import StackOptions, stack_backward
 
     options = StackOptions.of(x.shape[1], *constants[:-1])
     dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights)

@@ -85,7 +85,13 @@ def coupling_stack(
     """
     check(x, layers, activation, order, moves, head)
     precision = mode_on(target_of(x), resolve_precision(x, precision))
-    options = {"activation": activation, "scale_map": scale_map, "order": order, "moves": moves, "inverse": inverse}
+    options: dict[str, Any] = {
+        "activation": activation,
+        "scale_map": scale_map,
+        "order": order,
+        "moves": moves,
+        "inverse": inverse,
+    }
     if path_of(x, layers, precision, head) == "stack":
         y, total = _run_packed(x, layers, packed, head, log_det, precision, **options)
     else:
