@@ -7,12 +7,11 @@ import time
 
 import pytest
 import torch
-from torch import Tensor
-
 from linfast.bench import harness, timing
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
 from linfast.bench.memory import peak_bytes
 from linfast.bench.report import table
+from torch import Tensor
 
 from .toy import COST, CPU, Call, run, softplus
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from linfast.bench.cases import CASES
 from linfast.bench.ceilings import ceilings
 from linfast.bench.crossover import crossovers

@@ -8,7 +8,6 @@ import torch
 from linfast.bench.harness import Case, Cost, Options, Problem, Provider, Result, Size, measure
 from torch import Tensor
 
-
 CPU = torch.device("cpu")
 COST = Cost(bytes=1000, operations=4000)
 Call = Callable[[Tensor], Tensor]

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from linfast.kernels.stack_layout import N_PARTS
 from torch import Tensor
 
-from linfast.kernels.stack_layout import N_PARTS
 from linfast.ops import AffineMap, CouplingLayer
 from linfast.ops.activations import ACTIVATIONS
 from linfast.ops.affine_coupling import couple, split_sizes

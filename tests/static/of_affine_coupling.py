@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from linfast.kernels.affine_coupling import TILES
+
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.static.cases import StaticCase
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from linfast.kernels.channel_mix import DOTS, UNROLLED, WEIGHTS, MixTile
+
 from tests.static.cases import StaticCase
 
 _FP32_POINTERS = ("dweight", "dbias")

@@ -1,4 +1,4 @@
-"""Static cases of coupling_mix: every tile of every kernel, both layouts and directions, fp32 and half precision."""
+"""Static cases of coupling_mix: every tile of every kernel, layouts and directions, fp32 and half precision."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from linfast.kernels.channel_mix import MixTile
 from linfast.kernels.coupling_mix import BACKWARD_DOTS, DOTS, UNROLLED
+
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.static.cases import StaticCase
 
@@ -34,7 +35,8 @@ def cases() -> list[StaticCase]:
     return [
         *(case for kernel, table in ((unrolled, UNROLLED), (backward_unrolled, UNROLLED))
           for case in _of_unrolled(kernel, table)),
-        *(case for kernel, table in ((dot, DOTS), (backward_dot, BACKWARD_DOTS)) for case in _of_dot(kernel, table)),
+        *(case for kernel, table in ((dot, DOTS), (backward_dot, BACKWARD_DOTS))
+          for case in _of_dot(kernel, table)),
         *(_case(dot, last, kind=kind, scale_first=True) for kind in SCALE_MAP_KINDS),
         *(_case(backward_dot, BACKWARD_DOTS[-1][1], kind=kind, scale_first=True) for kind in SCALE_MAP_KINDS),
         _case(backward_dot, BACKWARD_DOTS[-1][1], keep_u=False),

@@ -11,8 +11,8 @@ from typing import Any
 
 from linfast.kernels.stack_configs import CONFIGS, StackEntry
 from linfast.kernels.stack_layout import N_PARTS, NO_MAPS, StackLayout, map_parts
-from linfast.ops.activations import ACTIVATION_NAMES
 
+from linfast.ops.activations import ACTIVATION_NAMES
 from tests.static.cases import StaticCase
 
 _USES = ("mlp", "coupling_stack", "stack_layout")

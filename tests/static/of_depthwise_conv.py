@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from linfast.kernels.depthwise_conv import choose_tile
+
 from tests.static.cases import StaticCase
 
 _POINTERS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from linfast.kernels.group_norm_silu import choose_tile, choose_tile_backward
+
 from tests.static.cases import StaticCase
 
 _POINTERS = {

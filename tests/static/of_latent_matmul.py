@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from linfast.kernels.latent_matmul import GRADIENT_TILE, TILES, BankTile
+
 from tests.static.cases import StaticCase
 
 _DTYPES = ("fp32", "fp16", "bf16")

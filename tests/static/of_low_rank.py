@@ -6,6 +6,7 @@ from typing import Any
 
 from linfast.kernels.launch import power_of_two
 from linfast.kernels.low_rank import MAX_SPLITS, TILES, choose_tile
+
 from tests.static.cases import StaticCase
 
 _ARGUMENTS = {

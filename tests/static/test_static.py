@@ -41,7 +41,9 @@ def test_long_contiguous_rows_are_read_sixteen_bytes_at_a_time(
 
 
 def test_products_meant_for_matrix_units_run_on_them(target_rows: tuple[str, list[Row], list[Row]]) -> None:
-    meant = {(case.kernel, case.config) for case in all_cases() if case.matrix_units and target_rows[0] in case.targets}
+    meant = {
+        (case.kernel, case.config) for case in all_cases() if case.matrix_units and target_rows[0] in case.targets
+    }
     rows = [row for row in target_rows[1] if (row["kernel"], row["config"]) in meant]
     assert len(rows) == len(meant) > 0
     assert [row for row in rows if not int(row["matrix"])] == []
