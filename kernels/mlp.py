@@ -12,8 +12,8 @@ of what the parts before it leave over, and sums in fp32 the products of parts t
 W is split beforehand (linfast.ops.stack_weights), so that its parts go from memory to the
 matrix units untouched; the smallest products are added first.
 
-Activations have three forms: EXACT; FAST, in one or two special-function instructions, and
-PTX, NVIDIA's tanh.approx (2^-11 relative), one. FAST and PTX err by less than tf32 does.
+Activations have three forms: EXACT; FAST and PTX, the same formulas in tanh, which PTX takes
+from NVIDIA's tanh.approx (2^-11 relative, one special-function instruction), FAST from exp2 (two). FAST and PTX err by less than tf32 does.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ def activate(x, ACTIVATION: tl.constexpr, FORM: tl.constexpr):
     if ACTIVATION == RELU:
         result = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == SILU:
-        if FORM == PTX:
+        if FORM == EXACT:
+            result = x / (1.0 + tl.exp2(x * -LOG2E))
+        else:
             half = 0.5 * x
             result = half + half * _tanh_fast(half, FORM)
-        else:
-            result = x / (1.0 + tl.exp2(x * -LOG2E))
     elif ACTIVATION == TANH:
         if FORM == EXACT:
             result = tanh(x)

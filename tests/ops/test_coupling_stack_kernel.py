@@ -198,6 +198,15 @@ def test_packed_weights_give_the_same_bits_and_take_no_gradient() -> None:
         assert torch.equal(y, _run(x, layers, inverse=inverse, packed=packed)[0])
 
 
+def test_parts_of_weights_add_up_to_them() -> None:
+    layers = random_layers(7, (20, 16), 2)
+    for precision, bits in (("fast", 8), ("high", 16), ("exact", 24)):
+        packed = pack_stack(layers, 7, inverse=False, precision=precision, dtype=torch.bfloat16)
+        matrices = packed.weights[:, : packed.layout.matrix_size].double()
+        left = (packed.operands.double().sum(0) - matrices).abs()
+        assert bool((left <= 2.0**-bits * matrices.abs()).all())
+
+
 def _outputs_and_gradients(layers, head=None, **options):
     """(y, log_det, a gradient for x and every weight) for fixed random cotangents."""
 
