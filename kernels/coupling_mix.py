@@ -36,7 +36,6 @@ from torch import Tensor
 
 from .affine_coupling import halves, launch_affine_coupling, load_coupled, shift_and_raw
 from .channel_mix import (
-    DOTS,
     UNROLLED,
     MixTile,
     column_numbers,
@@ -63,7 +62,13 @@ __all__ = [
     "launch_coupling_mix_backward",
 ]
 
-# UNROLLED and the forward's DOTS are channel_mix's: u is held as x is there.
+# UNROLLED is channel_mix's: u is held as x is there. So are these, but for the warps of 64 outputs.
+DOTS: tuple[tuple[int, MixTile], ...] = (
+    (16, MixTile(outputs=16, columns=128, depth=16, num_warps=4)),
+    (32, MixTile(outputs=32, columns=64, depth=16, num_warps=4)),
+    (64, MixTile(outputs=64, columns=64, depth=16, num_warps=8)),  # 4: spills on sm_100, channels innermost
+    (1 << 62, MixTile(outputs=128, columns=64, depth=16, num_warps=8)),
+)
 
 # (widest half of C, tile): a half's outputs; both halves are summed at once, so that g is read once.
 BACKWARD_DOTS: tuple[tuple[int, MixTile], ...] = (

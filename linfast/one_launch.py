@@ -16,7 +16,7 @@ from .autocast import outside_autocast
 from .flows.bijection import Conditioned
 from .flows.flow import Flow
 from .flows.fusion import is_plain
-from .flows.stack import FlowStack, find_stack
+from .flows.stack import FlowStack, find_stack, mode_for
 from .freeze import derived
 from .operators.base import LatentOperator
 from .operators.diagonal import Diagonal
@@ -27,7 +27,6 @@ from .ops.linearizer_stack import (
     linearizer_stack,
     pack_linearizer,
 )
-from .precision import resolve_precision
 
 __all__ = ["OneLaunch", "find_one_launch", "unwrap"]
 
@@ -73,7 +72,7 @@ def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mappin
         return core
     for g in (f.g_x, f.g_y):
         g._check("x", x, g.features)
-    precision, shared = resolve_precision(x), stack_y is stack_x
+    precision, shared = mode_for(x), stack_y is stack_x
     g_x = stack_x.weights(inverse=shared)
     g_y = g_x if shared else stack_y.weights(inverse=True)
     if linearizer_path_of(x, g_x, core, g_y, precision) != "stack":

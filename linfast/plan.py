@@ -19,12 +19,11 @@ from .flows.couplings import AffineCoupling
 from .flows.flow import Flow
 from .flows.fusion import Folded, Single, segments
 from .flows.mix import Householder, Mix
-from .flows.stack import FlowStack, find_stack
-from .kernels.stack_configs import config_for, target_of
+from .flows.stack import FlowStack, find_stack, mode_for
+from .kernels.stack_configs import target_of
 from .linearizer import Linearizer
 from .one_launch import OneLaunch, find_one_launch, unwrap
 from .operators.base import LatentOperator
-from .precision import resolve_precision
 
 __all__ = ["Choice", "Plan", "explain", "plan"]
 
@@ -117,11 +116,10 @@ def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], i
 
 
 def _launch(part: str, op: str, stack: FlowStack, x: Tensor, why: str) -> Choice:
-    precision, target = resolve_precision(x), target_of(x)
-    config = config_for(stack.features, stack.hidden, stack.n_linear, precision, target)
+    config = stack.config(x, linearizer=op == "linearizer_stack")
     assert config is not None
-    size = f"D = {stack.features}, H = {stack.hidden} fit on {target}"
-    return Choice(part, op, f"{config.rows} rows, {config.num_warps} warps", precision, f"{why}: {size}")
+    size = f"D = {stack.features}, H = {stack.hidden} fit on {target_of(x)}"
+    return Choice(part, op, f"{config.rows} rows, {config.num_warps} warps", mode_for(x), f"{why}: {size}")
 
 
 def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..backend import uses_triton, why_reference
 from ..freeze import derived
-from ..kernels.stack_configs import stack_path, target_of
+from ..kernels.stack_configs import StackConfig, config_for, mode_on, target_of
+from ..kernels.stack_layout import DENSE, DIAGONAL, NO_MAPS
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import coupling_stack
 from ..ops.linearizer_stack import CouplingStack
@@ -30,7 +31,7 @@ from .conditioners import MLP
 from .couplings import AffineCoupling
 from .fusion import fold, is_linear, is_plain
 
-__all__ = ["FlowStack", "find_stack", "run_stack", "stack_of"]
+__all__ = ["FlowStack", "find_stack", "mode_for", "run_stack", "stack_of"]
 
 _MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
 _WHOLE_WEIGHTS = (torch.Tensor, nn.Parameter)
@@ -68,9 +69,18 @@ class FlowStack:
         """Linear layers of a conditioner."""
         return len(self.couplings[0].conditioner.layers)
 
-    def path(self, x: Tensor) -> str:
-        """ "stack" for one launch, else "library" (see linfast.kernels.stack_configs)."""
-        return stack_path(self.features, self.hidden, self.n_linear, resolve_precision(x), target_of(x))
+    @property
+    def maps(self) -> int:
+        """The densest kind of map between its layers (linfast.kernels.stack_layout)."""
+        linear = [layer for row in (self.head, *self.rows) for layer in row]
+        if not linear:
+            return NO_MAPS
+        return DIAGONAL if all(type(layer) is ActNorm for layer in linear) else DENSE
+
+    def config(self, x: Tensor, linearizer: bool = False) -> StackConfig | None:
+        """The tile of its launch, or of a Linearizer's, for x's device and mode; None where there is none."""
+        sizes = self.features, self.hidden, self.n_linear
+        return config_for(*sizes, mode_for(x), target_of(x), self.maps, linearizer)
 
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
         """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-dets where asked for."""
@@ -96,7 +106,7 @@ class FlowStack:
         """What derived weights are kept under; None where the context is no constant."""
         if any(isinstance(value, Tensor) for value in self.context.values()):
             return None
-        return (*what, *sorted(self.context.items()), resolve_precision(x), half_dtype(x))
+        return (*what, *sorted(self.context.items()), mode_for(x), half_dtype(x))
 
 
 def find_stack(bijections: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
@@ -104,9 +114,14 @@ def find_stack(bijections: nn.ModuleList, x: Tensor, context: Mapping[str, Any])
     if x.ndim != 2 or not uses_triton(x):
         return why_reference(x) or f"x is {tuple(x.shape)}, no vectors"
     stack = stack_of(bijections, context)
-    if isinstance(stack, str) or stack.path(x) == "stack":
+    if isinstance(stack, str) or stack.config(x) is not None:
         return stack
-    return f"D = {stack.features}, H = {stack.hidden} in {resolve_precision(x)!r} fit no tile on {target_of(x)}"
+    return f"D = {stack.features}, H = {stack.hidden} in {mode_for(x)!r} fit no tile on {target_of(x)}"
+
+
+def mode_for(x: Tensor) -> str:
+    """The precision that products on x run in, as torch's settings and x's device have it."""
+    return mode_on(target_of(x), resolve_precision(x))
 
 
 def stack_of(bijections: nn.ModuleList, context: Mapping[str, Any]) -> FlowStack | str:
@@ -131,7 +146,7 @@ def stack_of(bijections: nn.ModuleList, context: Mapping[str, Any]) -> FlowStack
 
 def run_stack(stack: FlowStack, x: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
     """(y, log|det| [B] or None) of the stack, or of its inverse, in one launch."""
-    g, precision = stack.weights(inverse, log_det), resolve_precision(x)
+    g, precision = stack.weights(inverse, log_det), mode_for(x)
 
     def pack() -> PackedStack:
         return pack_stack(
