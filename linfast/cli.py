@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    missing = [name for name in ("sklearn", "matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"needs {', '.join(missing)}: pip install 'linfast[demo]'")
     from .demo import DemoSettings, run_demo

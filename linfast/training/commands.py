@@ -23,24 +23,26 @@ def add_train_command(commands: Any) -> None:
 
 def _add_one_step(applications: Any) -> None:
     parser = applications.add_parser("one-step", help="flow matching that samples in one step")
-    parser.add_argument("--data", metavar="FILE.npz", help="x: uint8 [N, side, side]; default: scikit-learn's digits")
-    parser.add_argument("--resolution", type=int, help="side to average down or pad to (default: at most 16)")
+    _add_grey_images(parser)
     parser.add_argument("--flow", choices=("mlp", "conv"), default="mlp")
     parser.add_argument("--depth", type=int, default=6, help="couplings (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=192, help="conditioners' width (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="of A_t (default: %(default)s)")
-    parser.add_argument("--time-hidden", type=int, default=256, help="width of A_t's generator (default: %(default)s)")
+    parser.add_argument(
+        "--time-hidden", type=int, default=256, help="width of A_t's generator (default: %(default)s)"
+    )
     parser.add_argument("--separate", action="store_true", help="a flow a side, not one with a time input")
     parser.add_argument("--latent-noise", type=float, default=0.1)
-    parser.add_argument("--likelihood", type=float, default=0.5, help="weight of a term of ours; 0: the paper's loss")
+    parser.add_argument(
+        "--likelihood", type=float, default=0.5, help="weight of a term of ours; 0: the paper's loss"
+    )
     _add_training(parser, steps=2000, batch=128)
     parser.set_defaults(call=_one_step)
 
 
 def _add_ign(applications: Any) -> None:
     parser = applications.add_parser("ign", help="the linear idempotent generative network")
-    parser.add_argument("--data", metavar="FILE.npz", help="x: uint8 [N, side, side]; default: scikit-learn's digits")
-    parser.add_argument("--resolution", type=int, help="side to average down or pad to (default: at most 16)")
+    _add_grey_images(parser)
     parser.add_argument("--depth", type=int, default=6, help="couplings (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=256, help="conditioners' width (default: %(default)s)")
     parser.add_argument("--coupling", choices=("additive", "affine"), default="additive")
@@ -50,10 +52,21 @@ def _add_ign(applications: Any) -> None:
     parser.add_argument("--isometry", type=float, default=1e-3, help="weight (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.5, help="of corrupted images (default: %(default)s)")
     parser.add_argument(
-        "--denoising", type=float, nargs="+", default=[0.0], help="weights of a term of ours, each trained; 0: the paper"
+        "--denoising",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="weights of a term of ours, each trained; 0: the paper",
     )
     _add_training(parser, steps=3000, batch=256, learning_rate=1e-3)
     parser.set_defaults(call=_ign)
+
+
+def _add_grey_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", metavar="FILE.npz", help="x: uint8 [N, side, side] (default: scikit-learn's digits)"
+    )
+    parser.add_argument("--resolution", type=int, help="side to average down or pad to (default: at most 16)")
 
 
 def _add_style(applications: Any) -> None:

@@ -64,9 +64,10 @@ class GeneratedDepthwise(nn.Module):
     def __getitem__(self, k: int) -> DepthwiseConv:
         if not 0 <= k < self.count:
             raise IndexError(f"style {k} of {self.count}")
-        index = torch.full((1,), k, dtype=self.net.layers[0].weight.dtype, device=self.net.layers[0].weight.device)
+        like = next(self.net.parameters())
+        index = torch.full((1,), k, dtype=like.dtype, device=like.device)
         square = (self.channels, self.kernel_size, self.kernel_size)
-        weight = self.net(self.embedding(index)).to(index.dtype).reshape(square)
+        weight = self.net(self.embedding(index)).to(like.dtype).reshape(square)
         middle = (self.kernel_size - 1) // 2
         impulse = torch.zeros_like(weight)
         impulse[:, middle, middle] = 1.0

@@ -125,7 +125,8 @@ def measure_ign(
     for label, x in inputs.items():
         once = f(x)
         twice = f(once)
-        rows.append((f"|f(f(x)) - f(x)| / |f(x)|, {label}", f"{float((twice - once).norm() / once.norm()):.1e}", None))
+        error = float((twice - once).norm() / once.norm())
+        rows.append((f"|f(f(x)) - f(x)| / |f(x)|, {label}", f"{error:.1e}", None))
         strips.append((f"f of {label}", once))
     x, noisy = list(inputs.values())[:2]
     pca = principal_projection(training, rank)

@@ -125,12 +125,17 @@ def measure_one_step(f: Linearizer, images: Tensor, seed: int) -> tuple[list[Row
     one, one_s = timed(lambda: one_step(noise))
     found, inversion_s = timed(lambda: one_step.inverse(real))
     again = one_step(found)
-    error, superposition_s = timed(lambda: superposition_error(one_step, noise[: _COUNT // 2], noise[_COUNT // 2 :]))
+    u, v = noise.chunk(2)
+    error, superposition_s = timed(lambda: superposition_error(one_step, u, v))
     rows: list[Row] = [
         (f"{_STEPS}-step sampling of {_COUNT}", "", many_s),
         ("collapsing the steps, once", "", collapse_s),
         (f"one-step sampling of {_COUNT}", f"{psnr(one, many):.1f} dB PSNR to {_STEPS}-step", one_s),
-        (f"inversion of {len(real)} held-out digits", f"{psnr(again, real):.1f} dB PSNR after sampling", inversion_s),
+        (
+            f"inversion of {len(real)} held-out digits",
+            f"{psnr(again, real):.1f} dB PSNR after sampling",
+            inversion_s,
+        ),
         ("superposition in the induced spaces", f"{error:.1e} relative error", superposition_s),
     ]
     strips = [
@@ -138,7 +143,7 @@ def measure_one_step(f: Linearizer, images: Tensor, seed: int) -> tuple[list[Row
         (f"sampled in {_STEPS} steps", many),
         ("sampled in one step\nfrom the same noise", one),
         ("held-out digits, inverted to\nnoise and sampled back", again),
-        *((("between two held-out digits,\nin the induced space"), _path(f, *real[i : i + 2])) for i in (0, 2)),
+        *(("between two held-out digits,\nin the induced space", _path(f, *real[i : i + 2])) for i in (0, 2)),
     ]
     return rows, [(label, part[:_COLUMNS]) for label, part in strips]
 

@@ -56,7 +56,7 @@ def build_style(model: StyleModel, names: list[str]) -> ModularStyle:
 
 
 def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
-    """Train, measure, write ``figure.png``, ``strips.png`` and ``model.safetensors`` to ``run.out``, print the table.
+    """Train, measure, write figures and ``model.safetensors`` to ``run.out``, print the table.
 
     Returns:
         The trained styles; None in all processes but the first.
@@ -83,7 +83,8 @@ def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
     styles = trainer.model.cpu()
     assert isinstance(styles, ModularStyle)
     rows, figure, strips = measure_style(styles, content, targets)
-    save_strips([("content, and its\nstyles to learn", torch.cat((content, targets))), *figure], run.folder / "figure.png")
+    figure.insert(0, ("content, and its\nstyles to learn", torch.cat((content, targets))))
+    save_strips(figure, run.folder / "figure.png")
     save_strips(strips, run.folder / "strips.png")
     save(styles, run.folder / "model.safetensors")
     print(table((trained_row, *rows)))
@@ -102,7 +103,7 @@ def measure_style(styles: ModularStyle, content: Tensor, targets: Tensor) -> tup
         (f"{name} against its target", f"{psnr(outputs[name], target):.2f} dB PSNR", None)
         for name, target in zip(styles.names, targets[:, None], strict=True)
     ]
-    again = styles.g.inverse(styles.g(content))  # type: ignore[operator]
+    again = styles.g.inverse(styles.g(content))
     rows.append(("content through g and back", f"{psnr(again, content):.1f} dB PSNR", None))
     strips, exact = [], True
     for first, second in combinations(styles.names, 2):
