@@ -50,6 +50,9 @@ def _add_ign(applications: Any) -> None:
     parser.add_argument("--start-rank", type=int, help="latents kept at the start (default: all)")
     parser.add_argument("--rank", type=float, default=0.1, help="weight of rank / N (default: %(default)s)")
     parser.add_argument("--isometry", type=float, default=1e-3, help="weight (default: %(default)s)")
+    parser.add_argument(
+        "--settle", type=float, default=0.5, help="share of steps that change P (default: %(default)s)"
+    )
     parser.add_argument("--noise", type=float, default=0.5, help="of corrupted images (default: %(default)s)")
     parser.add_argument(
         "--denoising",
@@ -63,9 +66,7 @@ def _add_ign(applications: Any) -> None:
 
 
 def _add_grey_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", metavar="FILE.npz", help="x: uint8 [N, side, side] (default: scikit-learn's digits)"
-    )
+    parser.add_argument("--data", metavar="FILE.npz", help="x: uint8 [N, side, side] (default: 8 x 8 digits)")
     parser.add_argument("--resolution", type=int, help="side to average down or pad to (default: at most 16)")
 
 

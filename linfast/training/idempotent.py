@@ -86,19 +86,29 @@ def idempotent_loss(
 class IdempotentGeneration(Objective):
     """``idempotent_loss`` on a set of data.
 
+    A kept coordinate's logit feels the rank term only (what it carries, g reproduces), and
+    a dropped one's the reconstruction's pull: near the threshold they alternate. So the
+    projection stops changing after a share of the steps, and g goes on with it as it is.
+
     Args:
         f: as in ``idempotent_loss``.
         data: [N, ...], on f's device; rows are drawn with replacement.
+        settle: the share of the steps after which the logits' gradient is zero.
         options: keywords of ``idempotent_loss``.
     """
 
     model: Linearizer
 
-    def __init__(self, f: Linearizer, data: Tensor, **options: float) -> None:
+    def __init__(self, f: Linearizer, data: Tensor, *, settle: float = 0.5, **options: float) -> None:
         super().__init__()
         self.model = f
         self.data = data
-        self.options = options
+        self.settle, self.options = settle, options
+        self._settled = False
+        f.A.logits.register_hook(lambda gradient: gradient * (not self._settled))  # type: ignore[operator]
+
+    def begin_step(self, progress: float) -> None:
+        self._settled = progress >= self.settle
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
         x = draw_rows(self.data, rng, batch)

@@ -19,6 +19,9 @@ class Objective(nn.Module):
 
     model: nn.Module
 
+    def begin_step(self, progress: float) -> None:
+        """Called before each step with the share of the steps done, in [0, 1); for what changes in training."""
+
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
         """One step's data and random numbers for the whole batch, each [batch, ...], from ``rng`` alone."""
         raise NotImplementedError

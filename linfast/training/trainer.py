@@ -170,6 +170,7 @@ class Trainer:
     def _one_step(self, compute: nn.Module) -> Tensor:
         """One optimiser step; this process's terms and the gradient norm, [terms + 1] in fp64."""
         settings, device = self.settings, self._device
+        self.objective.begin_step(self.step / settings.steps)
         rng = torch.Generator(device).manual_seed(_seed(settings.seed, self.step))
         drawn = {name: value[self.rows] for name, value in self.objective.draw(rng, settings.batch).items()}
         torch.manual_seed(_seed(settings.seed, self.step, rank_and_size()[0] + 1))  # dropout and its like

@@ -22,6 +22,7 @@ __all__ = ["IdempotentModel", "build_ign", "fit_latent_gaussian", "run_ign"]
 
 _COLUMNS = 12
 _COUNT = 500
+_START = 0.05  # logits start at +-0.05: Adam reaches the threshold within a hundred steps
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class IdempotentModel:
         mix: channel mix after each coupling, as in ``coupling_flow``; None for none.
         start_rank: latent coordinates kept at the start; None for all.
         rank, isometry, noise: of ``idempotent_loss``.
+        settle: share of the steps after which the projection stays.
     """
 
     resolution: int | None = None
@@ -46,13 +48,17 @@ class IdempotentModel:
     rank: float = 0.1
     isometry: float = 1e-3
     noise: float = 0.5
+    settle: float = 0.5
 
 
 def build_ign(model: IdempotentModel, features: int) -> Linearizer:
     """f = g^{-1} P g on vectors [B, features]."""
     hidden = (model.hidden, model.hidden)
     g = coupling_flow(features, model.depth, hidden, coupling=model.coupling, mix=model.mix)
-    return Linearizer(g, Projection(features, features if model.start_rank is None else model.start_rank))
+    P = Projection(features, features if model.start_rank is None else model.start_rank)
+    with torch.no_grad():
+        P.logits.mul_(_START)
+    return Linearizer(g, P)
 
 
 def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,)) -> list[Linearizer] | None:
@@ -81,7 +87,7 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
 
         def build(device: torch.device, weight: float = weight) -> IdempotentGeneration:
             f = build_ign(model, side**2).to(device)
-            options = {name: getattr(model, name) for name in ("rank", "isometry", "noise")}
+            options = {name: getattr(model, name) for name in ("rank", "isometry", "noise", "settle")}
             return IdempotentGeneration(f, training.to(device), denoising=weight, **options)
 
         trained = train(one, build)
