@@ -80,7 +80,7 @@ class ModularStyle(nn.Module):
 
     Args:
         g: a Bijection on images.
-        operators: a GeneratedDepthwise, or an nn.ModuleList of LatentOperators; one a name.
+        operators: a GeneratedDepthwise, or LatentOperators; one a name.
         names: of the styles.
 
     Raises:
@@ -88,11 +88,16 @@ class ModularStyle(nn.Module):
         KeyError: from the methods, a name that is not a style's.
     """
 
-    def __init__(self, g: Bijection, operators: GeneratedDepthwise | nn.ModuleList, names: Sequence[str]) -> None:
+    operators: GeneratedDepthwise | nn.ModuleList
+
+    def __init__(
+        self, g: Bijection, operators: GeneratedDepthwise | Sequence[LatentOperator], names: Sequence[str]
+    ) -> None:
         super().__init__()
         if len(names) != len(operators) or len(set(names)) != len(names):
             raise ValueError(f"names must be {len(operators)} different ones, one an operator; got {list(names)}")
-        self.g, self.operators, self.names = g, operators, tuple(names)
+        self.g, self.names = g, tuple(names)
+        self.operators = operators if isinstance(operators, GeneratedDepthwise) else nn.ModuleList(operators)
 
     def operator(self, name: str) -> LatentOperator:
         """A_k of this style."""

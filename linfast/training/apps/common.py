@@ -55,9 +55,11 @@ def usable_device(name: str) -> torch.device:
 
 
 def held_out(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images to train on, and the last tenth of them, at most 1000, to measure on."""
-    count = min(_HELD_OUT, len(images) // 10)
-    return images[:-count], images[-count:]
+    """Images to train on, and every tenth of them, at most 1000 evenly spread, to measure on: files may be sorted."""
+    every = max(10, len(images) // _HELD_OUT)
+    held = torch.zeros(len(images), dtype=torch.bool)
+    held[every - 1 :: every] = True
+    return images[~held], images[held]
 
 
 def train(run: Run, build: Callable[[torch.device], Objective]) -> tuple[Trainer, Row] | None:

@@ -115,9 +115,9 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
 def _inputs(held: Tensor, seed: int, noise: float) -> dict[str, Tensor]:
     """Held-out images, the same with noise, and noise alone, each [n, D]."""
     rng = torch.Generator().manual_seed(seed)
-    x = held[:_COUNT]
+    x = held[torch.randperm(len(held), generator=rng)[:_COUNT]]
     e, pure = (torch.randn(x.shape, generator=rng) for _ in range(2))
-    return {"held-out digits": x, f"with noise {noise:g}": x + noise * e, "noise alone": pure}
+    return {"held-out digits": x, f"digits with noise {noise:g}": x + noise * e, "noise alone": pure}
 
 
 @torch.no_grad()

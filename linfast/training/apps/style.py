@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...flows import image_flow
 from ...io import save
@@ -50,7 +50,7 @@ def build_style(model: StyleModel, names: list[str]) -> ModularStyle:
     if model.operators == "generated":
         return ModularStyle(g, GeneratedDepthwise(len(names), 3, model.kernel_size, size), names)
     if model.operators == "free":
-        kernels = nn.ModuleList(DepthwiseConv(3, model.kernel_size, size) for _ in names)
+        kernels = [DepthwiseConv(3, model.kernel_size, size) for _ in names]
         return ModularStyle(g, kernels, names)
     raise ValueError(f"operators must be 'generated' or 'free'; got {model.operators!r}")
 
