@@ -143,7 +143,7 @@ def test_nan_stops_with_step_and_term_and_keeps_the_checkpoint(tmp_path: Path, o
 
 
 def test_nan_before_any_checkpoint_says_no_more(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteLoss, match="^step 0: other is nan$"):
+    with pytest.raises(NonFiniteLoss, match=r"^step 0: other is nan$"):
         _run(Breaking(at=0), TrainSettings(steps=3, batch=8), checkpoint=tmp_path / "c.pt")
     assert not list(tmp_path.iterdir())
 

@@ -55,7 +55,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def held_out(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images to train on, and every tenth of them, at most 1000 evenly spread, to measure on: files may be sorted."""
+    """Images to train on, and every tenth, or some 1000 evenly spread, to measure on: files may be sorted."""
     every = max(10, len(images) // _HELD_OUT)
     held = torch.zeros(len(images), dtype=torch.bool)
     held[every - 1 :: every] = True
