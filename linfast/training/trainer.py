@@ -73,6 +73,8 @@ class TrainSettings:
         for name in ("warmup", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative; got {self.seed}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16'; got {self.precision!r}")
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import linfast as lf
-from linfast.cli import main
+from linfast.cli import _parser, main
 from linfast.training import ModularStyle
 
+_DOCS = Path(__file__).parent.parent.parent / "docs"
 _SMALL = ["--steps", "4", "--batch", "8", "--depth", "2"]
 
 
@@ -92,6 +93,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
         ("one-step", ("--resolution", "5"), "cannot average 8 pixels down to 5"),
         ("one-step", ("--device", "cuda:99"), "cuda:99"),
         ("one-step", ("--learning-rate", "-1"), "learning_rate must be positive"),
+        ("one-step", ("--resume",), "no checkpoint to resume from"),
         ("ign", ("--start-rank", "65"), "rank must be between"),
         ("style", ("--data", str(tmp_path / "empty")), "no folder with PNG"),
     ):
@@ -107,3 +109,15 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
 def test_a_loss_that_blows_up_is_one_line(tmp_path: Path, capsys) -> None:
     assert _train("one-step", tmp_path, "--likelihood", "inf") == 2
     assert "step 0: likelihood is" in capsys.readouterr().err
+
+
+def test_the_pages_commands_are_understood_and_their_pictures_are_there() -> None:
+    for name in ("one_step_training", "ign", "style"):
+        text = (_DOCS / f"{name}.md").read_text()
+        commands = re.findall(r"^linfast (train .*)$", text.replace("\\\n", ""), re.MULTILINE)
+        assert commands
+        for command in commands:
+            assert _parser().parse_args(command.split()).command == "train"
+        pictures = re.findall(r"!\[.*?\]\((.*?)\)", text, re.DOTALL)
+        assert pictures
+        assert all((_DOCS / picture).stat().st_size < 300_000 for picture in pictures)

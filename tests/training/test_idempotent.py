@@ -7,7 +7,7 @@ import torch
 
 import linfast as lf
 from linfast.training import Trainer, TrainSettings, idempotent_loss
-from linfast.training.apps.ign import fit_latent_gaussian, principal_projection
+from linfast.training.apps.ign import latent_gaussian, principal_projection
 from tests.laws.zoo import perturb
 
 from .toys import idempotent
@@ -87,7 +87,7 @@ def test_principal_projection_is_the_best_of_its_rank() -> None:
 
 def test_latent_gaussian_has_the_latents_moments() -> None:
     f, x = _model(), torch.randn(300, 6) * 2 + 1
-    sample = fit_latent_gaussian(f, x)
+    sample = latent_gaussian(f, x)
     z, expected = f.gx(sample(20_000, seed=0)), f.A(f.gx(x))
     torch.testing.assert_close(z.mean(0), expected.mean(0), atol=0.1, rtol=0)
     torch.testing.assert_close(z.T.cov(), expected.T.cov(), atol=0.3, rtol=0.05)

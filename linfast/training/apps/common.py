@@ -71,9 +71,9 @@ def train(run: Run, build: Callable[[torch.device], Objective]) -> tuple[Trainer
     with process_group(usable_device(run.device)) as device:
         torch.manual_seed(run.train.seed)
         trainer = Trainer(build(device), run.train, run.folder / "checkpoint.pt")
-        run.folder.mkdir(parents=True, exist_ok=True)
         if run.resume:
             trainer.resume()
+        run.folder.mkdir(parents=True, exist_ok=True)
         _, seconds = timed(lambda: trainer.run(run.progress))
         if rank_and_size()[0]:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..idempotent import IdempotentGeneration
 from .common import Run, held_out, train
 from .report import Row, psnr, save_strips, table
 
-__all__ = ["IdempotentModel", "build_ign", "fit_latent_gaussian", "run_ign"]
+__all__ = ["IdempotentModel", "build_ign", "latent_gaussian", "principal_projection", "run_ign"]
 
 _COLUMNS = 12
 _COUNT = 500
@@ -140,41 +140,36 @@ def measure_ign(
         ("f(x) against x", f"{psnr(f(x), x):.2f} dB; PCA of that rank {psnr(pca(x), x):.2f} dB", None),
         ("f(x + noise) against x", f"{psnr(f(noisy), x):.2f} dB; PCA {psnr(pca(noisy), x):.2f} dB", None),
     ]
-    sample = fit_latent_gaussian(f, training[:10_000])
+    sample = latent_gaussian(f, training[:10_000])
     strips.append(("Gaussian on f's\nactive latents: ours", sample(_COLUMNS, seed)))
     return rows, strips
 
 
-class principal_projection:
-    """x to its projection on the mean and the first ``rank`` principal directions of data [N, D]."""
-
-    def __init__(self, data: Tensor, rank: int) -> None:
-        wide = data.double()
-        self.mean = wide.mean(0)
-        centred = wide - self.mean
-        self.directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, data.shape[1] - rank :]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        centred = x.double() - self.mean
-        return (self.mean + centred @ self.directions @ self.directions.mT).to(x.dtype)
+def principal_projection(data: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
+    """PCA: x to its projection on the mean and the first ``rank`` principal directions of data [N, D]."""
+    mean = data.double().mean(0)
+    centred = data.double() - mean
+    directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, data.shape[1] - rank :]
+    return lambda x: (mean + (x.double() - mean) @ directions @ directions.mT).to(x.dtype)
 
 
-class fit_latent_gaussian:
+def latent_gaussian(f: Linearizer, data: Tensor) -> Callable[[int, int], Tensor]:
     """Samples g^{-1}(z), z from the Gaussian of the data's kept latents P g(x); ours, not the paper's.
 
     Args:
         f: a Linearizer around a Projection.
         data: [N, D].
+
+    Returns:
+        (count, seed) -> [count, D].
     """
+    z = f.A(f.gx(data)).double()
+    mean = z.mean(0)
+    variances, directions = torch.linalg.eigh((z - mean).mT.cov(correction=0))
+    factor = directions * variances.clamp_min(0).sqrt()
 
-    def __init__(self, f: Linearizer, data: Tensor) -> None:
-        self.f = f
-        z = f.A(f.gx(data)).double()
-        self.mean = z.mean(0)
-        values, self.directions = torch.linalg.eigh((z - self.mean).mT.cov(correction=0))
-        self.scales = values.clamp_min(0).sqrt()
+    def sample(count: int, seed: int) -> Tensor:
+        e = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return f.gx_inverse((mean + e @ factor.mT).to(data.dtype))
 
-    def __call__(self, count: int, seed: int) -> Tensor:
-        e = torch.randn(count, len(self.mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        z = self.mean + (e * self.scales) @ self.directions.mT
-        return self.f.gx_inverse(z.to(next(self.f.parameters()).dtype))
+    return sample
