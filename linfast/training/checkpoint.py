@@ -17,6 +17,7 @@ _FORMAT = "linfast-training-1"
 
 def write_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write a training's state: tensors, numbers, strings and containers of them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         torch.save({"format": _FORMAT, **state}, partial)
 

@@ -99,8 +99,9 @@ class Trainer:
             gradient's norm before clipping.
     """
 
-    def __init__(self, objective: Objective, settings: TrainSettings, checkpoint: Path | None = None) -> None:
-        self.objective, self.settings, self.checkpoint = objective, settings, checkpoint
+    def __init__(self, objective: Objective, settings: TrainSettings, checkpoint: str | Path | None = None) -> None:
+        self.objective, self.settings = objective, settings
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.rows = rows_of_this_process(settings.batch)
         self.optimizer = torch.optim.Adam(objective.model.parameters(), settings.learning_rate)
         average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None

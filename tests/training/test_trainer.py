@@ -58,7 +58,14 @@ def test_seed_decides_the_run() -> None:
     losses = [_run(one_step(), TrainSettings(steps=2, batch=8, seed=seed)).history["latent"] for seed in (0, 0, 1)]
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[0], losses[2])
-    assert losses[0][0] != losses[0][1]
+
+
+def test_every_step_draws_anew() -> None:
+    objective, seen = Breaking(), []
+    objective.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]["x"]))
+    _run(objective, TrainSettings(steps=3, batch=8))
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
 
 
 def test_the_callers_random_state_is_left_alone() -> None:
