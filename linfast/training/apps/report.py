@@ -15,8 +15,7 @@ __all__ = ["Row", "psnr", "save_strips", "table", "timed"]
 
 Row = tuple[str, str, float | None]  # what was done, the value found, the seconds it took
 _Result = TypeVar("_Result")
-_GAP = -0.4  # grey between images
-_ROW_INCHES, _WIDTH_INCHES = 0.85, 10.0
+_WIDTH_INCHES, _IMAGES_INCHES, _LABEL_INCHES = 10.0, 8.2, 0.12  # of a figure; of a row's images; between rows
 
 
 def timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
@@ -47,19 +46,23 @@ def save_strips(strips: Sequence[tuple[str, Tensor]], path: Path, dpi: int = 120
     """One PNG, one row a strip: its label, then its images [n, C, H, W] in [-1, 1] side by side."""
     from matplotlib.figure import Figure
 
-    height = max(_WIDTH_INCHES * 0.8 * images.shape[-2] / (len(images) * images.shape[-1]) for _, images in strips)
-    figure = Figure(figsize=(_WIDTH_INCHES, len(strips) * max(_ROW_INCHES, height) + 0.2), layout="constrained")
+    columns = max(len(images) for _, images in strips)
+    height, width = strips[0][1].shape[-2:]
+    row = _IMAGES_INCHES * height / (columns * width) + _LABEL_INCHES
+    figure = Figure(figsize=(_WIDTH_INCHES, len(strips) * row), layout="constrained")
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, strips, strict=True):
-        axis.imshow(_side_by_side(images), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(_side_by_side(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.savefig(path, dpi=dpi)
+        axis.set_frame_on(False)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight")
 
 
-def _side_by_side(images: Tensor) -> object:
-    """[n, C, H, W] in [-1, 1] as one picture [H, n (W + 1) - 1, C] in [0, 1]."""
-    columns = F.pad(images.detach().float().cpu().clamp(-1, 1), (0, 1), value=_GAP)
-    picture = columns.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1]
+def _side_by_side(images: Tensor, columns: int) -> object:
+    """[n, C, H, W] in [-1, 1] as one picture [H, columns (W + 1) - 1, C] in [0, 1], white where there is none."""
+    separated = F.pad(images.detach().float().cpu().clamp(-1, 1), (0, 1), value=1.0)
+    filled = F.pad(separated, (0, 0, 0, 0, 0, 0, 0, columns - len(images)), value=1.0)
+    picture = filled.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1]
     return ((picture + 1) / 2).squeeze(-1).numpy()

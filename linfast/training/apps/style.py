@@ -115,10 +115,9 @@ def measure_style(styles: ModularStyle, content: Tensor, targets: Tensor) -> tup
     chained = [(names, styles.compose(*names)) for names in zip(styles.names, styles.names[1:], strict=False)]
     error = max(_chaining_error(styles, names, f, content) for names, f in chained)
     rows.append(("composed operators against styles in turn", f"{error:.1e} relative error", None))
-    figure = [("learned styles", torch.cat((again, *outputs.values())))]
+    figure = [("content through g and\nback; learned styles", torch.cat((again, *outputs.values())))]
     if chained:
-        label = "composed:\n" + "\n".join(" then ".join(names) for names, _ in chained)
-        figure.append((label, torch.cat([f(content) for _, f in chained])))
+        figure.append(("composed: each style,\nthen the next one", torch.cat([f(content) for _, f in chained])))
     return rows, figure, strips
 
 
