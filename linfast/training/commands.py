@@ -44,14 +44,14 @@ def _add_ign(applications: Any) -> None:
     parser = applications.add_parser("ign", help="the linear idempotent generative network")
     _add_grey_images(parser)
     parser.add_argument("--depth", type=int, default=6, help="couplings (default: %(default)s)")
-    parser.add_argument("--hidden", type=int, default=256, help="conditioners' width (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, default=192, help="conditioners' width (default: %(default)s)")
     parser.add_argument("--coupling", choices=("additive", "affine"), default="additive")
     parser.add_argument("--mix", choices=("lu", "free", "householder", "permute"), help="after each coupling")
     parser.add_argument("--start-rank", type=int, help="latents kept at the start (default: all)")
-    parser.add_argument("--rank", type=float, default=0.1, help="weight of rank / N (default: %(default)s)")
+    parser.add_argument("--rank", type=float, default=0.3, help="weight of rank / N (default: %(default)s)")
     parser.add_argument("--isometry", type=float, default=1e-3, help="weight (default: %(default)s)")
     parser.add_argument(
-        "--settle", type=float, default=0.5, help="share of steps that change P (default: %(default)s)"
+        "--settle", type=float, default=0.3, help="share of steps that change P (default: %(default)s)"
     )
     parser.add_argument("--noise", type=float, default=0.5, help="of corrupted images (default: %(default)s)")
     parser.add_argument(
@@ -61,7 +61,7 @@ def _add_ign(applications: Any) -> None:
         default=[0.0],
         help="weights of a term of ours, each trained; 0: the paper",
     )
-    _add_training(parser, steps=3000, batch=256, learning_rate=1e-3)
+    _add_training(parser, steps=2500, batch=128, learning_rate=3e-3)
     parser.set_defaults(call=_ign)
 
 

@@ -41,14 +41,14 @@ class IdempotentModel:
 
     resolution: int | None = None
     depth: int = 6
-    hidden: int = 256
+    hidden: int = 192
     coupling: str = "additive"
     mix: str | None = None
     start_rank: int | None = None
-    rank: float = 0.1
+    rank: float = 0.3
     isometry: float = 1e-3
     noise: float = 0.5
-    settle: float = 0.5
+    settle: float = 0.3
 
 
 def build_ign(model: IdempotentModel, features: int) -> Linearizer:
