@@ -1,4 +1,4 @@
-"""The ``linfast`` command: demo, sample, bench and info."""
+"""The ``linfast`` command: demo, train, sample, bench and info."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+
+from .training.commands import add_train_command
 
 __all__ = ["main"]
 
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.call(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"linfast {options.command}: {error}", file=sys.stderr)
         return 2
 
@@ -40,13 +42,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     demo.set_defaults(call=_demo)
     add_sample(commands)
+    add_train_command(commands)
     commands.add_parser("bench", help="run the benchmarks (see linfast bench --help)")
     commands.add_parser("info", help="versions and devices").set_defaults(call=_info)
     return parser
 
 
 def _demo(options: argparse.Namespace) -> int:
-    missing = [name for name in ("sklearn", "matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"needs {', '.join(missing)}: pip install 'linfast[demo]'")
     from .demo import DemoSettings, run_demo

@@ -12,7 +12,8 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,11 +69,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     architecture = _describe(model, described)
     tensors, aliases = _unique(model.state_dict())
     header = {"linfast": json.dumps({"format": _FORMAT, "architecture": architecture, "aliases": aliases})}
-    path = Path(path)
+    with written_whole(Path(path)) as partial:
+        save_file(tensors, partial, metadata=header)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[str]:
+    """The name of a file to write, which takes the place of ``path`` where nothing was raised."""
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     os.close(handle)
     try:
-        save_file(tensors, partial, metadata=header)
+        yield partial
         os.replace(partial, path)
     except BaseException:
         os.unlink(partial)

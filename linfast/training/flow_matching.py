@@ -18,7 +18,7 @@ term by the variance of z_1: the scale then explodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..linearizer import Linearizer
 from ..profiling import annotate
+from .objective import Objective, draw_rows, normal_like
 
-__all__ = ["FlowMatchingLoss", "one_step_loss"]
+__all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]
 
 
 class FlowMatchingLoss(NamedTuple):
@@ -54,6 +55,9 @@ def one_step_loss(
     latent_noise: float = 0.3,
     distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
     likelihood: float = 0.0,
+    t: Tensor | None = None,
+    e_1: Tensor | None = None,
+    e_0: Tensor | None = None,
 ) -> FlowMatchingLoss:
     """The terms of one-step flow matching for a batch of data.
 
@@ -64,25 +68,78 @@ def one_step_loss(
         latent_noise: s, the standard deviation added to latents before decoding.
         distance: D(decoded, x_1) -> 0-d.
         likelihood: w; needs a g_x with log-determinants. Dequantise the data first.
+        t: times [B] in [0, 1); drawn uniform where left out.
+        e_1, e_0: the noise e of the two reconstructions, like their latents; drawn
+            standard normal where left out.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     z_1, nll = _encode(f, x_1, likelihood)
     z_0 = f.gy(x_0)
-    t = torch.rand(x_1.shape[0], dtype=x_1.dtype, device=x_1.device)
+    t = torch.rand(x_1.shape[0], dtype=x_1.dtype, device=x_1.device) if t is None else t
     weight = t.reshape(-1, *(1,) * (z_1.ndim - 1))
     predicted = f.A((1 - weight) * z_0 + weight * z_1, t=t)
 
-    def noised(z: Tensor) -> Tensor:
-        return z + latent_noise * torch.randn_like(z)
+    def noised(z: Tensor, e: Tensor | None) -> Tensor:
+        return z + latent_noise * (torch.randn_like(z) if e is None else e)
 
-    reconstructed, decoded = f.gx_inverse(torch.cat((noised(z_1), predicted))).chunk(2)
+    reconstructed, decoded = f.gx_inverse(torch.cat((noised(z_1, e_1), predicted))).chunk(2)
     return FlowMatchingLoss(
         latent=F.mse_loss(predicted, z_1),
         data=distance(reconstructed, x_1),
-        noise=F.mse_loss(f.gy_inverse(noised(z_0)), x_0),
+        noise=F.mse_loss(f.gy_inverse(noised(z_0, e_0)), x_0),
         prediction=distance(decoded, x_1),
         likelihood=nll,
     )
+
+
+class OneStepFlowMatching(Objective):
+    """``one_step_loss`` on a set of data.
+
+    Args:
+        f: as in ``one_step_loss``.
+        data: [N, ...], on f's device; rows are drawn with replacement.
+        latent_noise, distance, likelihood: as in ``one_step_loss``.
+        dequantise: width of the uniform noise added to data.
+    """
+
+    model: Linearizer
+
+    def __init__(
+        self,
+        f: Linearizer,
+        data: Tensor,
+        *,
+        latent_noise: float = 0.3,
+        distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+        likelihood: float = 0.0,
+        dequantise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model = f
+        self.data = data
+        self.dequantise = dequantise
+        self.latent_noise, self.distance, self.likelihood = latent_noise, distance, likelihood
+
+    def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
+        x_1 = draw_rows(self.data, rng, batch)
+        uniform = torch.rand(x_1.shape, generator=rng, dtype=x_1.dtype, device=x_1.device)
+        return {
+            "x_1": x_1 + self.dequantise * (uniform - 0.5),
+            "t": torch.rand(batch, generator=rng, dtype=x_1.dtype, device=x_1.device),
+            **{name: normal_like(x_1, rng) for name in ("x_0", "e_1", "e_0")},
+        }
+
+    def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        terms = one_step_loss(
+            self.model,
+            **drawn,
+            latent_noise=self.latent_noise,
+            distance=self.distance,
+            likelihood=self.likelihood,
+        )._asdict()
+        if not self.likelihood:
+            del terms["likelihood"]
+        return terms
 
 
 def _encode(f: Linearizer, x: Tensor, likelihood: float) -> tuple[Tensor, Tensor]:

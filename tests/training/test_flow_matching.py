@@ -8,6 +8,8 @@ import linfast as lf
 from linfast.training import one_step_loss
 from tests.laws.zoo import perturb
 
+from .toys import one_step
+
 
 def _model(n: int = 6) -> lf.Linearizer:
     g = perturb(lf.coupling_flow(n, 2, (16,), time_features=8))
@@ -73,3 +75,25 @@ def test_images_are_weighted_a_sample() -> None:
     g = perturb(lf.image_flow(1, 4, 2, 8))
     f = lf.Linearizer(g, lf.TimeLowRank(16, 2))
     assert one_step_loss(f, torch.randn(3, 1, 4, 4)).total.ndim == 0
+
+
+def test_objective_draws_everything_from_its_generator() -> None:
+    objective = one_step()
+    drawn = [objective.draw(torch.Generator().manual_seed(seed), 8) for seed in (0, 0, 1)]
+    for name, value in drawn[0].items():
+        assert value.shape[0] == 8
+        assert torch.equal(value, drawn[1][name])
+        assert not torch.equal(value, drawn[2][name])
+    first, second = (objective(draw) for draw in drawn[:2])
+    assert first == second
+    difference = (drawn[0]["x_1"][:, None] - objective.data).abs().amax(-1).amin(-1)
+    assert 0 < float(difference.max()) <= 0.05
+    assert 0 <= float(drawn[0]["t"].min()) <= float(drawn[0]["t"].max()) < 1
+
+
+def test_objective_has_the_papers_terms_and_ours_only_when_asked() -> None:
+    objective = one_step()
+    drawn = objective.draw(torch.Generator().manual_seed(0), 8)
+    assert list(objective(drawn)) == ["latent", "data", "noise", "prediction", "likelihood"]
+    objective.likelihood = 0.0
+    assert list(objective(drawn)) == ["latent", "data", "noise", "prediction"]

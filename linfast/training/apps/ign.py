@@ -1,0 +1,175 @@
+"""``linfast train ign``: the linear idempotent generative network on grey images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...flows import coupling_flow
+from ...io import save
+from ...linearizer import Linearizer
+from ...operators import Projection
+from ..data import load_images
+from ..idempotent import IdempotentGeneration
+from .common import Run, held_out, train
+from .report import Row, psnr, save_strips, table
+
+__all__ = ["IdempotentModel", "build_ign", "latent_gaussian", "principal_projection", "run_ign"]
+
+_COLUMNS = 12
+_COUNT = 500
+_START = 0.05  # logits start at +-0.05: Adam reaches the threshold within a hundred steps
+
+
+@dataclass(frozen=True)
+class IdempotentModel:
+    """The model and its loss.
+
+    Attributes:
+        resolution: side of the images; None for the file's, averaged down to at most 16.
+        depth, hidden: couplings, and their conditioners' width.
+        coupling: "additive" or "affine" (bounded log-scales).
+        mix: channel mix after each coupling, as in ``coupling_flow``; None for none.
+        start_rank: latent coordinates kept at the start; None for all.
+        rank, isometry, noise: of ``idempotent_loss``.
+        settle: share of the steps after which the projection stays.
+    """
+
+    resolution: int | None = None
+    depth: int = 6
+    hidden: int = 192
+    coupling: str = "additive"
+    mix: str | None = None
+    start_rank: int | None = None
+    rank: float = 0.3
+    isometry: float = 1e-3
+    noise: float = 0.5
+    settle: float = 0.3
+
+
+def build_ign(model: IdempotentModel, features: int) -> Linearizer:
+    """f = g^{-1} P g on vectors [B, features]."""
+    hidden = (model.hidden, model.hidden)
+    g = coupling_flow(features, model.depth, hidden, coupling=model.coupling, mix=model.mix)
+    P = Projection(features, features if model.start_rank is None else model.start_rank)
+    with torch.no_grad():
+        P.logits.mul_(_START)
+    return Linearizer(g, P)
+
+
+def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,)) -> list[Linearizer] | None:
+    """Train once a weight of the denoising term; figure, models and table go to ``run.out``.
+
+    Args:
+        denoising: weights of the term that is ours; 0 is the paper's loss. Each one's
+            model and checkpoint go to a folder ``denoising-WEIGHT``.
+
+    Returns:
+        The trained networks; None in all processes but the first.
+
+    Raises:
+        ValueError, FileNotFoundError: unusable data, device or options, before any work.
+        NonFiniteLoss: as for ``Trainer.run``.
+    """
+    images = load_images(run.data, model.resolution)
+    side = images.shape[-1]
+    training, held = held_out(images.flatten(1))
+    looked_at = _inputs(held, run.train.seed, model.noise)
+    strips = [(label, x) for label, x in looked_at.items()]
+    rows: list[Row] = []
+    networks = []
+    for weight in denoising:
+        one = replace(run, out=str(Path(run.out) / f"denoising-{weight:g}"))
+
+        def build(device: torch.device, weight: float = weight) -> IdempotentGeneration:
+            f = build_ign(model, side**2).to(device)
+            options = {name: getattr(model, name) for name in ("rank", "isometry", "noise", "settle")}
+            return IdempotentGeneration(f, training.to(device), denoising=weight, **options)
+
+        trained = train(one, build)
+        if trained is None:
+            continue
+        trainer, trained_row = trained
+        f = trainer.model.cpu()
+        assert isinstance(f, Linearizer)
+        name = f"denoising {weight:g}"
+        found, drawn = measure_ign(f, training, looked_at, run.train.seed)
+        rows += [(f"{name}: {what}", value, seconds) for what, value, seconds in (trained_row, *found)]
+        strips += [(f"{label}\n({name})", x) for label, x in drawn]
+        save(f, one.folder / "model.safetensors")
+        networks.append(f)
+    if not networks:
+        return None
+    square = (-1, 1, side, side)
+    path = run.folder / "figure.png"
+    save_strips([(label, x[:_COLUMNS].reshape(square)) for label, x in strips], path)
+    print(table(rows))
+    print(f"figure: {path}\nmodels: {run.folder}/denoising-*/model.safetensors")
+    return networks
+
+
+def _inputs(held: Tensor, seed: int, noise: float) -> dict[str, Tensor]:
+    """Held-out images, the same with noise, and noise alone, each [n, D]."""
+    rng = torch.Generator().manual_seed(seed)
+    x = held[torch.randperm(len(held), generator=rng)[:_COUNT]]
+    e, pure = (torch.randn(x.shape, generator=rng) for _ in range(2))
+    return {"held-out digits": x, f"digits with noise {noise:g}": x + noise * e, "noise alone": pure}
+
+
+@torch.no_grad()
+def measure_ign(
+    f: Linearizer, training: Tensor, inputs: dict[str, Tensor], seed: int
+) -> tuple[list[Row], list[tuple[str, Tensor]]]:
+    """Rows and strips: idempotency on each input, rank, reconstruction against PCA, a Gaussian's samples."""
+    rank = int(f.A.rank())
+    rows: list[Row] = [("rank of P", f"{rank} of {f.A.n_in}", None)]
+    strips = []
+    for label, x in inputs.items():
+        once = f(x)
+        twice = f(once)
+        error = float((twice - once).norm() / once.norm())
+        rows.append((f"|f(f(x)) - f(x)| / |f(x)|, {label}", f"{error:.1e}", None))
+        strips.append((f"f of {label}", once))
+    x, noisy = list(inputs.values())[:2]
+    pca = principal_projection(training, rank)
+    rows += [
+        ("f(x) against x", f"{psnr(f(x), x):.2f} dB; PCA of that rank {psnr(pca(x), x):.2f} dB", None),
+        ("f(x + noise) against x", f"{psnr(f(noisy), x):.2f} dB; PCA {psnr(pca(noisy), x):.2f} dB", None),
+    ]
+    sample = latent_gaussian(f, training[:10_000])
+    strips.append(("Gaussian on f's\nactive latents: ours", sample(_COLUMNS, seed)))
+    return rows, strips
+
+
+def principal_projection(data: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
+    """PCA: x to its projection on the mean and the first ``rank`` principal directions of data [N, D]."""
+    mean = data.double().mean(0)
+    centred = data.double() - mean
+    directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, data.shape[1] - rank :]
+    return lambda x: (mean + (x.double() - mean) @ directions @ directions.mT).to(x.dtype)
+
+
+def latent_gaussian(f: Linearizer, data: Tensor) -> Callable[[int, int], Tensor]:
+    """Samples g^{-1}(z), z from the Gaussian of the data's kept latents P g(x); ours, not the paper's.
+
+    Args:
+        f: a Linearizer around a Projection.
+        data: [N, D].
+
+    Returns:
+        (count, seed) -> [count, D].
+    """
+    z = f.A(f.gx(data)).double()
+    mean = z.mean(0)
+    variances, directions = torch.linalg.eigh((z - mean).mT.cov(correction=0))
+    factor = directions * variances.clamp_min(0).sqrt()
+
+    def sample(count: int, seed: int) -> Tensor:
+        e = torch.randn(count, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return f.gx_inverse((mean + e @ factor.mT).to(data.dtype))
+
+    return sample

@@ -1,0 +1,161 @@
+"""``linfast train one-step``: flow matching whose sampling collapses into one step.
+
+One flow g serves both sides, told them apart by a time input (1 for data, 0 for noise),
+or each side has its own; between them a time-dependent low-rank A_t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...flows import Flow, coupling_flow, image_flow
+from ...io import save
+from ...linearizer import Linearizer
+from ...operators import TimeLowRank
+from ...sampling import generator, sample
+from ..data import load_images
+from ..flow_matching import OneStepFlowMatching
+from .common import Run, held_out, train
+from .report import Row, psnr, save_strips, table, timed
+
+__all__ = ["OneStepModel", "build_one_step", "run_one_step"]
+
+_STEPS = 100
+_COUNT = 64
+_COLUMNS = 12
+_PIXEL_STEP = 2 / 16  # width of the dequantisation: a grey level of 17, or the noise of four averaged pixels
+
+
+@dataclass(frozen=True)
+class OneStepModel:
+    """The model and its loss.
+
+    Attributes:
+        resolution: side of the images; None for the file's, averaged down to at most 16.
+        flow: "mlp" (vectors) or "conv" (images).
+        depth, hidden: couplings, and their conditioners' width.
+        rank, time_hidden: A_t's rank, and the width of the networks that generate it.
+        separate: a flow a side in place of one with a time input.
+        latent_noise, likelihood: of ``one_step_loss``; the likelihood term is ours.
+    """
+
+    resolution: int | None = None
+    flow: str = "mlp"
+    depth: int = 6
+    hidden: int = 192
+    rank: int = 16
+    time_hidden: int = 256
+    separate: bool = False
+    latent_noise: float = 0.1
+    likelihood: float = 0.5
+
+
+def build_one_step(model: OneStepModel, resolution: int) -> Linearizer:
+    """f = g(., t=0)^{-1} A_t g(., t=1), or g_y^{-1} A_t g_x, on grey images of this resolution."""
+
+    def flow(time_features: int) -> Flow:
+        if model.flow == "mlp":
+            hidden = (model.hidden, model.hidden)
+            return coupling_flow(resolution**2, model.depth, hidden, time_features=time_features)
+        return image_flow(1, resolution, model.depth, model.hidden, time_features=time_features)
+
+    if model.flow not in ("mlp", "conv"):
+        raise ValueError(f"flow must be 'mlp' or 'conv'; got {model.flow!r}")
+    A_t = TimeLowRank(resolution**2, model.rank, hidden=model.time_hidden)
+    if model.separate:
+        return Linearizer(flow(0), A_t, flow(0))
+    g = flow(16)
+    return Linearizer(g.at(t=1.0), A_t, g.at(t=0.0))
+
+
+def run_one_step(run: Run, model: OneStepModel) -> Linearizer | None:
+    """Train, measure, write ``figure.png`` and ``model.safetensors`` to ``run.out``, print the table.
+
+    Returns:
+        The trained f; None in all processes but the first.
+
+    Raises:
+        ValueError, FileNotFoundError: unusable data, device or options, before any work.
+        NonFiniteLoss: as for ``Trainer.run``.
+    """
+    images = load_images(run.data, model.resolution)
+    resolution = images.shape[-1]
+    training, held = held_out(images if model.flow == "conv" else images.flatten(1))
+
+    def build(device: torch.device) -> OneStepFlowMatching:
+        return OneStepFlowMatching(
+            build_one_step(model, resolution).to(device),
+            training.to(device),
+            latent_noise=model.latent_noise,
+            likelihood=model.likelihood,
+            dequantise=_PIXEL_STEP,
+        )
+
+    trained = train(run, build)
+    if trained is None:
+        return None
+    trainer, trained_row = trained
+    f = trainer.model
+    assert isinstance(f, Linearizer)
+    rows, strips = measure_one_step(f, held, run.train.seed)
+    square = (-1, 1, resolution, resolution)
+    save_strips([(label, images.reshape(square)) for label, images in strips], run.folder / "figure.png")
+    save(f, run.folder / "model.safetensors")
+    print(table((trained_row, *rows)))
+    print(f"figure: {run.folder / 'figure.png'}\nmodel:  {run.folder / 'model.safetensors'}")
+    return f
+
+
+@torch.no_grad()
+def measure_one_step(f: Linearizer, images: Tensor, seed: int) -> tuple[list[Row], list[tuple[str, Tensor]]]:
+    """Rows and strips: sampling many-step and one-step, inversion, superposition, interpolation.
+
+    Args:
+        images: [N, ...] that f was not trained on, in f's shape.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    f_like = next(f.parameters())
+    real = images[torch.randperm(len(images), generator=rng)[:_COUNT]].to(f_like)
+    noise = torch.randn(_COUNT, *real.shape[1:], generator=rng).to(real)
+    many, many_s = timed(lambda: sample(f, noise, steps=_STEPS, one_step=False))
+    one_step, collapse_s = timed(lambda: generator(f, steps=_STEPS))
+    one, one_s = timed(lambda: one_step(noise))
+    found, inversion_s = timed(lambda: one_step.inverse(real))
+    again = one_step(found)
+    u, v = noise.chunk(2)
+    error, superposition_s = timed(lambda: superposition_error(one_step, u, v))
+    rows: list[Row] = [
+        (f"{_STEPS}-step sampling of {_COUNT}", "", many_s),
+        ("collapsing the steps, once", "", collapse_s),
+        (f"one-step sampling of {_COUNT}", f"{psnr(one, many):.1f} dB PSNR to {_STEPS}-step", one_s),
+        (
+            f"inversion of {len(real)} held-out digits",
+            f"{psnr(again, real):.1f} dB PSNR after sampling",
+            inversion_s,
+        ),
+        ("superposition in the induced spaces", f"{error:.1e} relative error", superposition_s),
+    ]
+    strips = [
+        ("held-out digits", real),
+        (f"sampled in {_STEPS} steps", many),
+        ("sampled in one step\nfrom the same noise", one),
+        ("held-out digits, inverted to\nnoise and sampled back", again),
+        *(("between two held-out digits,\nin the induced space", _path(f, *real[i : i + 2])) for i in (0, 2)),
+    ]
+    return rows, [(label, part[:_COLUMNS]) for label, part in strips]
+
+
+def _path(f: Linearizer, start: Tensor, end: Tensor) -> Tensor:
+    alpha = torch.linspace(0, 1, _COLUMNS).to(start)
+    return f.space_x.interpolate(start.expand(_COLUMNS, *start.shape), end.expand(_COLUMNS, *end.shape), alpha)
+
+
+def superposition_error(f: Linearizer, u: Tensor, v: Tensor, a: float = 0.7, b: float = -0.4) -> float:
+    """|f(a u (+) b v) - (a f(u) (+) b f(v))| / |f(a u (+) b v)|, sums and multiples of the induced spaces."""
+    x, y = f.space_x, f.space_y
+    mixed = f(x.add(x.scale(a, u), x.scale(b, v)))
+    apart = y.add(y.scale(a, f(u)), y.scale(b, f(v)))
+    return float((mixed - apart).norm() / mixed.norm())

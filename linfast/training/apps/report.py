@@ -1,0 +1,68 @@
+"""What every application ends with: a table, a figure of image strips, and the numbers in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Row", "psnr", "save_strips", "table", "timed"]
+
+Row = tuple[str, str, float | None]  # what was done, the value found, the seconds it took
+_Result = TypeVar("_Result")
+_WIDTH_INCHES, _IMAGES_INCHES, _LABEL_INCHES = 10.0, 8.2, 0.12  # of a figure; of a row's images; between rows
+
+
+def timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
+    """The result and the seconds it took."""
+    start = time.perf_counter()
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images whose range is [-1, 1]."""
+    return float(-10 * torch.log10(((image - reference) / 2).square().mean()))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows in aligned columns."""
+    wide = max(len(what) for what, _, _ in rows)
+    middle = max(len(value) for _, value, _ in rows)
+    lines = [f"{'':{wide}}  {'':{middle}}  {'seconds':>9}"]
+    for what, value, seconds in rows:
+        lines.append(f"{what:{wide}}  {value:{middle}}  {'' if seconds is None else f'{seconds:9.4f}'}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def save_strips(strips: Sequence[tuple[str, Tensor]], path: Path, dpi: int = 120) -> None:
+    """One PNG, one row a strip: its label, then its images [n, C, H, W] in [-1, 1] side by side."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(images) for _, images in strips)
+    height, width = strips[0][1].shape[-2:]
+    row = _IMAGES_INCHES * height / (columns * width) + _LABEL_INCHES
+    figure = Figure(figsize=(_WIDTH_INCHES, len(strips) * row), layout="constrained")
+    axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
+    for axis, (label, images) in zip(axes, strips, strict=True):
+        axis.imshow(_side_by_side(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight")
+
+
+def _side_by_side(images: Tensor, columns: int) -> object:
+    """[n, C, H, W] in [-1, 1] as one picture [H, columns (W + 1) - 1, C] in [0, 1], white where there is none."""
+    separated = F.pad(images.detach().float().cpu().clamp(-1, 1), (0, 1), value=1.0)
+    filled = F.pad(separated, (0, 0, 0, 0, 0, 0, 0, columns - len(images)), value=1.0)
+    picture = filled.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1]
+    return ((picture + 1) / 2).squeeze(-1).numpy()

@@ -1,0 +1,87 @@
+"""Images for training: square grey ones from an .npz file, and aligned colour pictures from a folder."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["load_images", "load_pictures"]
+
+_LARGEST_DEFAULT = 16
+
+
+def load_images(path: str | Path | None = None, resolution: int | None = None) -> Tensor:
+    """Grey images [N, 1, resolution, resolution] in [-1, 1].
+
+    Args:
+        path: an .npz file with ``x``, uint8 [N, side, side]; by default scikit-learn's
+            digits, 1797 images of 8 x 8.
+        resolution: side wanted. A smaller one divides the file's and averages; a larger
+            one pads evenly with -1. By default the file's, averaged down by a whole
+            factor to at most 16.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file without such an ``x``, or a resolution that cannot be had.
+    """
+    if path is None:
+        from sklearn.datasets import load_digits
+
+        images = torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
+    else:
+        images = torch.from_numpy(_read(Path(path))).float()[:, None] / 127.5 - 1
+    return _resized(images, resolution, str(path or "digits"))
+
+
+def _resized(images: Tensor, resolution: int | None, name: str) -> Tensor:
+    side = images.shape[-1]
+    if resolution is not None and resolution >= side:
+        before = (resolution - side) // 2
+        after = resolution - side - before
+        return F.pad(images, (before, after, before, after), value=-1.0)
+    factor = -(-side // (resolution or _LARGEST_DEFAULT))
+    if side % factor or (resolution and side != factor * resolution):
+        raise ValueError(f"{name}: cannot average {side} pixels down to {resolution or side / factor:g}")
+    return F.avg_pool2d(images, factor)
+
+
+def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:
+    """The folder's PNG pictures by name, each [3, resolution, resolution] in [-1, 1], resized with antialiasing.
+
+    Raises:
+        FileNotFoundError: no such folder, or no PNG in it.
+        ValueError: a file that is not a picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    paths = sorted(Path(folder).glob("*.png"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no folder with PNG pictures")
+    pictures = {}
+    for path in paths:
+        try:
+            picture = Image.open(path).convert("RGB")
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{path}: not a picture ({error})") from error
+        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        size = (resolution, resolution)
+        pictures[path.stem] = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return pictures
+
+
+def _read(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            x = archive["x"]
+    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected an .npz file with an array x ({error})") from error
+    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1] != x.shape[2] or len(x) < 100:
+        raise ValueError(f"{path}: x must be uint8 [N, side, side] with N >= 100; got {x.dtype} {tuple(x.shape)}")
+    return x

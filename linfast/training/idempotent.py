@@ -1,0 +1,121 @@
+"""The linear idempotent generative network: a Linearizer around a learned Projection.
+
+f = g^{-1} P g with P = diag(round(sigmoid(logits))), so P P = P and f(f(x)) = f(x) for
+every x, on the data or off it, whatever was learned. Losses, N the size of a sample:
+
+    reconstruction   D(f(x), x)                                   data stay where they are
+    rank             w_r rank(P) / N                              straight-through gradient
+    isometry         w_i mean_b | |g(x) - g(0)|^2 - |x|^2 | / N
+    denoising        w_d D(f(x + s e), x), e standard normal      ours, not the paper's; off by default
+
+Source: arXiv 2510.08570, which trains without noise. In a linear g the rank term keeps
+a direction while the variance along it is above w_r. In floating point f(f(x)) = f(x)
+holds as far as g inverts: use additive or bounded couplings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..linearizer import Linearizer
+from ..operators import Projection
+from .objective import Objective, draw_rows, normal_like
+
+__all__ = ["IdempotentGeneration", "IdempotentLoss", "idempotent_loss"]
+
+
+class IdempotentLoss(NamedTuple):
+    """The weighted terms, each 0-d, and their sum."""
+
+    reconstruction: Tensor
+    rank: Tensor
+    isometry: Tensor
+    denoising: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.reconstruction + self.rank + self.isometry + self.denoising
+
+
+def idempotent_loss(
+    f: Linearizer,
+    x: Tensor,
+    *,
+    rank: float = 0.1,
+    isometry: float = 1e-3,
+    denoising: float = 0.0,
+    noise: float = 0.5,
+    e: Tensor | None = None,
+    distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+) -> IdempotentLoss:
+    """The terms for a batch of data x [B, ...].
+
+    Args:
+        f: a Linearizer around a Projection, with one g.
+        rank, isometry, denoising: w_r, w_i, w_d.
+        noise: s, the standard deviation of the noise to be projected away.
+        e: noise like x; drawn standard normal where left out.
+        distance: D(output, x) -> 0-d.
+
+    Raises:
+        TypeError: A is not a Projection.
+    """
+    if not isinstance(f.A, Projection):
+        raise TypeError(f"f.A must be a Projection; got {type(f.A).__name__}")
+    mask = f.A.mask()
+    z, zero = f.gx(torch.cat((x, torch.zeros_like(x[:1])))).split((len(x), 1))
+    latents = [z]
+    if denoising:
+        e = torch.randn_like(x) if e is None else e
+        latents.append(f.gx(x + noise * e))
+    stays, *denoised = f.gy_inverse(f.A(torch.cat(latents))).chunk(len(latents))
+    stretch = (z - zero).flatten(1).square().sum(1) - x.flatten(1).square().sum(1)
+    return IdempotentLoss(
+        reconstruction=distance(stays, x),
+        rank=rank * mask.mean(),
+        isometry=isometry * stretch.abs().mean() / mask.numel(),
+        denoising=denoising * distance(denoised[0], x) if denoised else x.new_zeros(()),
+    )
+
+
+class IdempotentGeneration(Objective):
+    """``idempotent_loss`` on a set of data.
+
+    A kept coordinate's logit feels the rank term only (what it carries, g reproduces), and
+    a dropped one's the reconstruction's pull: near the threshold they alternate. So the
+    projection stops changing after a share of the steps, and g goes on with it as it is.
+
+    Args:
+        f: as in ``idempotent_loss``.
+        data: [N, ...], on f's device; rows are drawn with replacement.
+        settle: the share of the steps after which the logits' gradient is zero.
+        options: keywords of ``idempotent_loss``.
+    """
+
+    model: Linearizer
+
+    def __init__(self, f: Linearizer, data: Tensor, *, settle: float = 0.5, **options: float) -> None:
+        super().__init__()
+        self.model = f
+        self.data = data
+        self.settle, self.options = settle, options
+        self._settled = False
+        f.A.logits.register_hook(lambda gradient: gradient * (not self._settled))  # type: ignore[operator]
+
+    def begin_step(self, progress: float) -> None:
+        self._settled = progress >= self.settle
+
+    def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
+        x = draw_rows(self.data, rng, batch)
+        return {"x": x, "e": normal_like(x, rng)}
+
+    def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        terms = idempotent_loss(self.model, **drawn, **self.options)._asdict()  # type: ignore[arg-type]
+        if not self.options.get("denoising"):
+            del terms["denoising"]
+        return terms
