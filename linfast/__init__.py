@@ -2,6 +2,7 @@
 
 from . import ops
 from ._version import __version__
+from .accelerate import accelerate, register_adapter, restore
 from .backend import backend
 from .flows import (
     MLP,
@@ -58,6 +59,7 @@ __all__ = [
     "Squeeze",
     "TimeLowRank",
     "__version__",
+    "accelerate",
     "backend",
     "collapse",
     "coupling_flow",
@@ -66,6 +68,8 @@ __all__ = [
     "invert",
     "load",
     "ops",
+    "register_adapter",
+    "restore",
     "sample",
     "save",
 ]
