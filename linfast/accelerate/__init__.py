@@ -9,13 +9,14 @@
 Every other file is one library: its formulas, how an instance is recognised, what runs instead.
 """
 
-from . import freia, memcnn, nflows, normflows, zuko
+from . import freia, memcnn, nflows, normflows, reference, reference_sampling, reference_unet, zuko
 from .adapter import add
 from .mlp import MLP, find_mlp
 from .plain import register_adapter
 from .report import Report, Row
 from .run import DEFECTS, accelerate, restore
 
+add(*reference.ADAPTERS, *reference_unet.ADAPTERS, reference_sampling.ADAPTER)
 add(normflows.ADAPTER, *nflows.ADAPTERS, *freia.ADAPTERS, zuko.ADAPTER, *memcnn.ADAPTERS)
 
 __all__ = ["DEFECTS", "MLP", "Report", "Row", "accelerate", "find_mlp", "register_adapter", "restore"]

@@ -66,6 +66,7 @@ class Adapter:
         where: the module that defines the class; None: any, as for a class that people copy
             into their own repositories. ``recognises`` then has to tell it from its namesakes.
         name: the class's qualified name.
+        float64: whether the original runs in float64.
         cls: the class itself, where it is at hand.
         methods: name -> function(instance, ...), what the swapped class runs.
         plan: (instance, options) -> Plan; raises Unfit with the reason.
@@ -74,7 +75,10 @@ class Adapter:
         assumes: methods that ``methods`` stand in for without replacing them.
         recognises: whether an instance has the attributes of the class that is meant.
         inner: modules that the replaced methods pass by; one with a hook keeps the original running.
-        conditioners: modules to report on and to compile.
+        conditioners: modules to report on and to compile; the check gets them without their weights.
+        hollow: more modules whose weights the check does not need.
+        compiles: more modules to compile.
+        settle: called after the swap and after a state_dict was loaded.
         tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
     """
 
@@ -88,7 +92,11 @@ class Adapter:
     recognises: Callable[[Any], bool] = lambda instance: True
     inner: Callable[[Any], Iterable[nn.Module]] = _nothing
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
+    hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
+    compiles: Callable[[Any], Iterable[nn.Module]] = _nothing
+    settle: Callable[[Any], None] = lambda instance: None
     tolerance: float = 1e-10
+    float64: bool = True
     cls: type | None = None
 
     @property

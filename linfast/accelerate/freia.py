@@ -129,7 +129,9 @@ def _plan_all_in_one(block: Any, options: Options) -> Plan:
         raise Unfit("its permutation is learned: a full matrix")
     matrix = block.w_perm.flatten(1)
     ones = (matrix == 1).sum(0), (matrix == 1).sum(1), (matrix != 0).sum(1)
-    if not all(bool((count == 1).all()) for count in ones) or not torch.equal(block.w_perm_inv.flatten(1), matrix.T):
+    if not all(bool((count == 1).all()) for count in ones) or not torch.equal(
+        block.w_perm_inv.flatten(1), matrix.T
+    ):
         raise Unfit("its permutation is soft: a full matrix")
     return Plan("permutation by index")
 

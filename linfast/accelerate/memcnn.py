@@ -88,8 +88,6 @@ def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
     return [run(draw(*shape)) for run in (block.forward, block.inverse) for shape in ((3, 6), (2, 6, 2, 3))]
 
 
-
-
 def _nets(block: Any) -> tuple[nn.Module, ...]:
     return tuple(side.f if _is_affine(block) and hasattr(side, "f") else side for side in (block.Fm, block.Gm))
 
@@ -105,7 +103,6 @@ def _adapter(where: str, name: str, run: Callable[..., Tensor]) -> Adapter:
         },
         plan=_plan,
         probe=_probe,
-
         conditioners=_nets,
     )
 

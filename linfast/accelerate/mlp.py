@@ -100,5 +100,3 @@ def _activation(part: nn.Module) -> tuple[str, tuple[float | str, ...]] | None:
     if isinstance(part, nn.Softplus) and name:
         return name, (float(part.beta), float(part.threshold))
     return None if name is None else (name, ())
-
-

@@ -44,7 +44,9 @@ def _tail(transform: Any) -> Tail:
     points = torch.linspace(-12, 12, 97, dtype=torch.float64)
     try:
         values = activation(points)
-        known = (name for name, function in _KNOWN.items() if torch.allclose(function(points), values, 1e-13, 1e-15))
+        known = (
+            name for name, function in _KNOWN.items() if torch.allclose(function(points), values, 1e-13, 1e-15)
+        )
     except Exception as error:
         raise Unfit(f"its scale_activation raised {type(error).__name__}: {error}") from error
     return Tail(activation, "halves", next(known, None), gives="scale")

@@ -1,7 +1,7 @@
 """register_adapter: affine couplings of a class of your own.
 
-    forward(x, *context) splits x along dim 1, has params from the kept half and moves the other;
-    inverse undoes it. Both give y, or (y, log_det [B]).
+forward(x, *context) splits x along dim 1, has params from the kept half and moves the other;
+inverse undoes it. Both give y, or (y, log_det [B]).
 """
 
 from __future__ import annotations

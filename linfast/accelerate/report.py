@@ -55,7 +55,9 @@ class Report:
             return "accelerate: no module of a known library was found; lf.register_adapter adds a class of yours"
         lines = [_HEADER, *_grouped(self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
-        rendered = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+        rendered = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+        ]
         rendered.insert(1, "  ".join("-" * width for width in widths))
         total = f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"
         return "\n".join(line.rstrip() for line in (*rendered, total))

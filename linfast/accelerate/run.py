@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .identity import changed_method, is_hooked, is_sharded
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
-from .verify import difference
+from .verify import difference, kind_of
 
 __all__ = ["DEFECTS", "accelerate", "restore"]
 
@@ -63,9 +63,10 @@ def accelerate(
     options = Options(memory, frozenset(keep_defects), cuda_graph)
     rows: list[Row] = []
     passed_by: set[int] = set()
+    checked: dict[Hashable, float] = {}
     try:
         for path, instance in _objects(model):
-            row = None if id(instance) in passed_by else _try_to_swap(path, instance, options)
+            row = None if id(instance) in passed_by else _try_to_swap(path, instance, options, checked)
             if row is not None:
                 rows.append(row)
             if row is not None and row.swapped:
@@ -104,7 +105,9 @@ def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, kee
     if precision not in (None, "exact"):
         raise ValueError(f"precision must be None or 'exact': the ops have no other yet; got {precision!r}")
     if memory != "store":
-        raise ValueError(f"memory must be 'store': rebuilding inputs in the backward is not available yet; got {memory!r}")
+        raise ValueError(
+            f"memory must be 'store': rebuilding inputs in the backward is not available yet; got {memory!r}"
+        )
     unknown = sorted(set(keep_defects) - set(DEFECTS))
     if isinstance(keep_defects, str) or unknown:
         raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
@@ -123,8 +126,8 @@ def _objects(model: Any) -> Iterator[tuple[str, Any]]:
             yield from value.named_modules(prefix=name)
 
 
-def _try_to_swap(path: str, instance: Any, options: Options) -> Row | None:
-    """Swap it if it fits; None for a module of no known class."""
+def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hashable, float]) -> Row | None:
+    """Swap it if it fits; None for a module of no known class. ``checked``: the errors seen, by kind."""
     adapter = adapter_for(instance)
     if adapter is None:
         parent = parent_adapter(instance)
@@ -135,11 +138,14 @@ def _try_to_swap(path: str, instance: Any, options: Options) -> Row | None:
     try:
         _check_unchanged(instance, adapter)
         plan = adapter.plan(instance, options)
-        error = difference(instance, adapter, plan)
+        kind = kind_of(instance, adapter, plan)
+        if kind not in checked:
+            checked[kind] = difference(instance, adapter, plan)
     except Unfit as reason:
         return Row(path, adapter.title, None, str(reason), _describe(instance, adapter))
     swap(instance, adapter, plan)
-    return Row(path, adapter.title, plan.runs, plan.note, _describe(instance, adapter), error)
+    adapter.settle(instance)
+    return Row(path, adapter.title, plan.runs, plan.note, _describe(instance, adapter), checked[kind])
 
 
 def _check_unchanged(instance: Any, adapter: Adapter) -> None:
@@ -166,7 +172,9 @@ def _compile(model: Any) -> None:
     """torch.compile each conditioner on its own: blocks of one kind share the compiled code."""
     for _, instance in list(_objects(model)):
         if isinstance(instance, Swapped):
-            for module in instance._linfast_adapter.conditioners(instance):
-                if module._compiled_call_impl is None:
+            adapter = instance._linfast_adapter
+            for module in (*adapter.conditioners(instance), *adapter.compiles(instance)):
+                apart = any(isinstance(m, Swapped) for m in module.modules() if m is not module)
+                if module._compiled_call_impl is None and not apart:  # else its parts are compiled
                     module.compile()
                     _COMPILED.add(module)

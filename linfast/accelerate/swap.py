@@ -48,6 +48,7 @@ class Swapped:
         super()._load_from_state_dict(*arguments, **named)  # type: ignore[misc]
         try:
             vars(self)[PLAN] = self._linfast_adapter.plan(self, plan_of(self).options)
+            self._linfast_adapter.settle(self)
         except Unfit:
             swap_back(self)
 
@@ -91,5 +92,3 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
         return run(self, *arguments, **named)
 
     return method
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .adapter import Adapter, Plan, Unfit
 from .identity import PLAN, original_class
 from .swap import swap
 
-__all__ = ["difference"]
+__all__ = ["difference", "kind_of"]
 
 _SEED = 20260101
 # Relative L2 of the outputs and gradients of one layer: some hundred roundings.
@@ -35,7 +35,7 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
         raise Unfit("it is on the meta device: nothing to compare")
     own = torch.float32 if like is None else like.dtype
     worst = 0.0
-    for dtype in dict.fromkeys((torch.float64, own)):
+    for dtype in dict.fromkeys((torch.float64, own) if adapter.float64 else (own,)):
         allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0))
         error = _difference(instance, adapter, plan, dtype, device)
         if not error <= allowed:
@@ -44,9 +44,28 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     return worst
 
 
+def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:
+    """Equal for two instances that run the same code on tensors of the same shapes: one check serves both."""
+    modules = dict(instance.named_modules()) if isinstance(instance, nn.Module) else {}
+    parts = tuple((path, original_class(m), _settings(m)) for path, m in modules.items())
+    tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
+    return adapter, parts, tensors, plan.runs, plan.options, id(instance) if not modules else None
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """What its own attributes hold, but for tensors, modules and torch's bookkeeping; others by identity."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value if isinstance(value, plain) else id(value))
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, plain) or callable(value)
+    )
+
+
 def _difference(instance: Any, adapter: Adapter, plan: Plan, dtype: torch.dtype, device: torch.device) -> float:
-    before = _run(bare_copy(instance, dtype), adapter, dtype, device)
-    copied = bare_copy(instance, dtype)
+    hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
+    before = _run(bare_copy(instance, dtype, hollow), adapter, dtype, device)
+    copied = bare_copy(instance, dtype, hollow)
     swap(copied, adapter, adapter.plan(copied, plan.options))
     after = _run(copied, adapter, dtype, device)
     if len(before) != len(after):
@@ -69,13 +88,22 @@ def _run(instance: Any, adapter: Adapter, dtype: torch.dtype, device: torch.devi
         torch.manual_seed(_SEED)
         try:
             outputs = list(adapter.probe(instance, draw))
-            total = sum((o.double() * torch.sin(torch.arange(o.numel(), device=device)).view(o.shape)).sum() for o in outputs)
-            parameters = [p for p in _tensors(instance) if p.requires_grad]
-            gradients = torch.autograd.grad(total, inputs + parameters, allow_unused=True)
+            total = sum(
+                ((o.double() * _weights(o)).sum() for o in outputs),
+                start=torch.zeros((), dtype=torch.float64, device=device),
+            )
+            wanted = inputs + [p for p in _tensors(instance) if p.requires_grad]
+            differentiable = total.requires_grad  # a sampler is not
+            gradients = torch.autograd.grad(total, wanted, allow_unused=True) if differentiable else ()
         except Exception as error:
             what = "the original" if PLAN not in vars(instance) else "what would replace it"
             raise Unfit(f"{what} raised {type(error).__name__} on a random input: {str(error)[:80]}") from error
     return [o.detach() for o in outputs] + [torch.zeros(()) if g is None else g for g in gradients]
+
+
+def _weights(output: Tensor) -> Tensor:
+    """Fixed numbers of the output's shape, no two alike."""
+    return torch.arange(output.numel(), device=output.device, dtype=torch.float64).sin().view(output.shape)
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
@@ -86,25 +114,41 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def _tensors(instance: Any) -> Sequence[Tensor]:
-    modules = [instance] if isinstance(instance, nn.Module) else [v for v in vars(instance).values() if isinstance(v, nn.Module)]
+    modules = (
+        [instance]
+        if isinstance(instance, nn.Module)
+        else [v for v in vars(instance).values() if isinstance(v, nn.Module)]
+    )
     return [t for m in modules for t in itertools.chain(m.parameters(), m.buffers())]
 
 
-def bare_copy(instance: Any, dtype: torch.dtype) -> Any:
-    """A copy of the original class without hooks, of detached tensors of this dtype, that may be changed."""
+def bare_copy(instance: Any, dtype: torch.dtype, hollow: Collection[int] = ()) -> Any:
+    """A copy of the original class, without hooks, with tensors of its own in this dtype.
+
+    Args:
+        hollow: ids of modules that are copied without parameters, buffers and modules.
+    """
     copied = object.__new__(original_class(instance))
     vars(copied).update({key: value for key, value in vars(instance).items() if key != PLAN})
     if not isinstance(instance, nn.Module):
-        vars(copied).update({k: bare_copy(v, dtype) for k, v in vars(instance).items() if isinstance(v, nn.Module)})
+        modules = {k: v for k, v in vars(instance).items() if isinstance(v, nn.Module)}
+        vars(copied).update({k: bare_copy(v, dtype, hollow) for k, v in modules.items()})
         return copied
     for name, value in vars(nn.Module()).items():
         if "hook" in name:
             vars(copied)[name] = value
-    copied._modules = {k: None if m is None else bare_copy(m, dtype) for k, m in instance._modules.items()}
-    copied._parameters = {k: None if p is None else nn.Parameter(_cast(p, dtype), p.requires_grad) for k, p in instance._parameters.items()}
-    copied._buffers = {k: None if b is None else _cast(b, dtype).clone() for k, b in instance._buffers.items()}
+    if id(instance) in hollow:
+        copied._modules, copied._parameters, copied._buffers = {}, {}, {}
+        return copied
+    copied._modules = {k: None if m is None else bare_copy(m, dtype, hollow) for k, m in instance._modules.items()}
+    copied._parameters = {
+        k: None if p is None else nn.Parameter(_cast(p, dtype), p.requires_grad)
+        for k, p in instance._parameters.items()
+    }
+    copied._buffers = {k: None if b is None else _cast(b, dtype) for k, b in instance._buffers.items()}
     return copied
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+    """A copy: what is done to it in place, such as an initialisation, is not done to the original."""
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

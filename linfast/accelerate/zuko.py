@@ -41,7 +41,10 @@ def _plan(lazy: Any, options: Options) -> Plan:
     mask = lazy.mask.tolist()
     kept, moved = ([i for i, passes in enumerate(mask) if passes == which] for which in (True, False))
     split, scale_map = split_of(kept, moved), ScaleMap("smooth", bound)
-    return Plan(f"affine coupling, smooth, mask {split.kind}", layout=(split, Tail(scale_map.log_scale, "interleaved", scale_map)))
+    return Plan(
+        f"affine coupling, smooth, mask {split.kind}",
+        layout=(split, Tail(scale_map.log_scale, "interleaved", scale_map)),
+    )
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
@@ -130,7 +133,9 @@ def _probe(lazy: Any, draw: Draw) -> Sequence[Tensor]:
 
 class _LastDim(Stub):
     def forward(self, x: Tensor, *context: Any, **named: Any) -> Tensor:
-        return super().forward(x.movedim(-1, 1) if x.ndim > 1 else x[None]).movedim(1, -1).reshape(*x.shape[:-1], -1)
+        return (
+            super().forward(x.movedim(-1, 1) if x.ndim > 1 else x[None]).movedim(1, -1).reshape(*x.shape[:-1], -1)
+        )
 
 
 ADAPTER = Adapter(
