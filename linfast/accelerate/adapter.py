@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .identity import find_class, original_class
 
-__all__ = ["ADAPTERS", "Adapter", "Options", "Plan", "Stub", "Unfit", "add", "adapter_for", "parent_adapter"]
+__all__ = ["ADAPTERS", "Adapter", "Options", "Plan", "Stub", "Unfit", "adapter_for", "add", "parent_adapter"]
 
 
 class Unfit(Exception):

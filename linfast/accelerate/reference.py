@@ -169,10 +169,10 @@ class _OfTime(nn.Module):
 
     def __init__(self, n: int, draw: Draw) -> None:
         super().__init__()
-        self._linear = {"w": draw(n), "b": draw(n)}
+        self.weight, self.bias = (nn.Parameter(draw(n).detach()) for _ in range(2))
 
     def forward(self, t: Tensor) -> Tensor:
-        return torch.tanh(t.to(self._linear["w"])[:, None] * self._linear["w"] + self._linear["b"])
+        return torch.tanh(t.to(self.weight)[:, None] * self.weight + self.bias)
 
 
 def shrink_lora(layer: Any, draw: Draw, n: int) -> None:

@@ -80,7 +80,7 @@ def accelerate(
 
 
 def restore(model: Any) -> None:
-    """Undo ``accelerate``: every module runs its library's own code again. Parameters and buffers keep their values.
+    """Undo ``accelerate``: every module runs its library's own code again, on the values it has now.
 
     Raises:
         ValueError: a swapped module was given another class since, as by a parametrization.

@@ -13,7 +13,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-
 from .adapter import Adapter, Plan, Unfit
 from .identity import PLAN, is_hooked
 
@@ -70,7 +69,7 @@ def swap_back(instance: Any) -> None:
     del vars(instance)[PLAN]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def swapped_class(adapter: Adapter, original: type) -> type:
     """The class that derives from the original and runs the adapter's methods."""
     body: dict[str, Any] = {name: _method(name, run, adapter, original) for name, run in adapter.methods.items()}

@@ -25,6 +25,9 @@ __all__ = ["Split", "Tail", "couple", "couple_both", "split_of", "sum_scales"]
 Params = Tensor | tuple[Tensor, Tensor]
 
 
+_EVERY_OTHER = slice(0, None, 2), slice(1, None, 2)
+
+
 @dataclass(frozen=True)
 class Split:
     """Which features pass and which are moved.
@@ -41,10 +44,8 @@ class Split:
 
     def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(kept, moved) of x [B, C, ...], as views; not for "gather"."""
-        if self.kind == "halves":
-            parts = x[:, : self.first], x[:, self.first :]
-        else:
-            parts = x[:, 0::2], x[:, 1::2]
+        cuts = (slice(self.first), slice(self.first, None)) if self.kind == "halves" else _EVERY_OTHER
+        parts = x[:, cuts[0]], x[:, cuts[1]]
         return parts if self.moves == "second" else (parts[1], parts[0])
 
     def put(self, kept: Tensor, moved: Tensor) -> Tensor:

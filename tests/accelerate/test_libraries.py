@@ -1,0 +1,120 @@
+"""Every supported kind of module of every library's real release: the same numbers before and after."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+import linfast as lf
+
+from .zoo import KINDS, inputs, make
+
+SEEDS = range(2)
+# The reference's attention casts to float32: some 1e-8 of the outputs, more of the gradients.
+FLOAT64 = {"reference": 1e-7}
+
+
+def outputs(kind, model, dtype, seed=0):
+    """What both directions give, and the gradients of a fixed sum of it."""
+    x, c = inputs(kind, dtype, seed)
+    values = kind.run(model, x, c)
+    total = sum((v.double() * torch.arange(v.numel()).cos().view_as(v)).sum() for v in values)
+    wanted = [x, c, *(p for p in model.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    flat = torch.cat([g.double().flatten() for g in gradients if g is not None])
+    return [v.detach().double() for v in values] + [flat]
+
+
+def assert_close(actual, expected, tolerance):
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        error = (a - b).norm() / b.norm().clamp(min=1e-30) if b.norm() > 0 else a.norm()
+        assert error <= tolerance, f"output {i} of {len(expected)}: {error:.1e}"
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
+    kind = KINDS[name]
+    model = make(kind, seed)
+    before = outputs(kind, model, torch.float32, seed)
+    exact = outputs(kind, copy.deepcopy(model).double(), torch.float64, seed)
+    report = lf.accelerate(model)
+    assert (len(report.swapped), len(report.left)) == (kind.swapped, 0), str(report)
+    after = outputs(kind, model, torch.float32, seed)
+    for a, b, truth in zip(after, before, exact, strict=True):
+        own = (b - truth).norm() / truth.norm().clamp(min=1e-30)
+        assert_close([a], [b], max(2e-6, 2 * own))
+    assert_close(outputs(kind, model.double(), torch.float64, seed), exact, FLOAT64.get(kind.library, 1e-12))
+    lf.restore(model.float())
+    assert_same(outputs(kind, model, torch.float32, seed), before)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_model_stays_itself(name):
+    kind = KINDS[name]
+    model = make(kind, 0)
+    classes = [type(m) for m in model.modules()]
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = [set(vars(m)) for m in model.modules()]
+    generator = torch.get_rng_state()
+    lf.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [type(m) for m in model.modules()] != classes
+    assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
+    assert [repr(type(m)) for m in model.modules()] == [repr(c) for c in classes]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    assert_same(model.state_dict().values(), state.values())
+    lf.restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_deep_copies_stay_swapped_and_apart(name):
+    kind = KINDS[name]
+    model = make(kind, 0)
+    lf.accelerate(model)
+    copied = copy.deepcopy(model)
+    assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+    assert not {id(p) for p in copied.parameters()} & {id(p) for p in model.parameters()}
+    expected = outputs(kind, model, torch.float32)
+    assert_same(outputs(kind, copied, torch.float32), expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert_same(outputs(kind, copied, torch.float32), expected)
+    lf.restore(model)
+    assert_same(outputs(kind, copied, torch.float32), expected)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_state_dicts_and_whole_modules_load(name):
+    kind = KINDS[name]
+    model, other = make(kind, 0), make(kind, 1)
+    lf.accelerate(model)
+    lf.accelerate(other)
+    expected = outputs(kind, model, torch.float32)
+    other.load_state_dict(model.state_dict())
+    assert_close(outputs(kind, other, torch.float32), expected, 1e-6)  # loaded masks may be cut otherwise
+    if kind.library == "FrEIA":
+        return  # holds lambdas: its own modules do not pickle
+    stream = io.BytesIO()
+    if kind.library == "glasflow":
+        return
+    torch.save(model, stream)
+    assert b"linfast" not in stream.getvalue()
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    lf.restore(model)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+    assert_same(outputs(kind, loaded, torch.float32), outputs(kind, model, torch.float32))
