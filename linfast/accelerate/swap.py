@@ -8,6 +8,7 @@ original class, without its plan. A deep copy stays swapped; a shallow copy is t
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import types
 from collections.abc import Callable
@@ -29,6 +30,8 @@ class Swapped:
         """As an instance of the original class."""
         build, arguments, state, *rest = super().__reduce_ex__(protocol)
         arguments = tuple(self._linfast_original if a is type(self) else a for a in arguments)
+        if build is copyreg.__newobj__:  # type: ignore[attr-defined]  # whose class the pickler compares with ours
+            build, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]
         if isinstance(state, dict):
             state = {key: value for key, value in state.items() if key != PLAN}
         return (build, arguments, state, *rest)

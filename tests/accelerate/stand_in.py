@@ -78,7 +78,9 @@ class UNetBlock(nn.Module):
         x = self.skip_scale * (h + (x if self.skip is None else self.skip(x)))
         if self.num_heads:
             q, k, v = self.qkv(self.norm2(x)).reshape(len(x), x.shape[1], 3, -1).unbind(2)
-            weights = torch.softmax(q.float().mT @ k.float() / math.sqrt(x.shape[1]), -1).to(q.dtype)
+            weights = torch.softmax(
+                q.mT @ k / math.sqrt(x.shape[1]), -1
+            )  # in float32 whatever x is, in the original
             x = self.skip_scale * (x + self.proj((v @ weights.mT).view_as(x)))
         return x
 

@@ -70,6 +70,17 @@ def conv(n_in: int, n_out: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(n_in, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, n_out, 1))
 
 
+class ConvNet(nn.Module):
+    """Takes a context, as nflows' nets do, and leaves it."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = conv(n_in, n_out)
+
+    def forward(self, x, context=None):
+        return self.net(x)
+
+
 # normflows
 
 
@@ -126,16 +137,8 @@ def _nflows(name: str, masks: str):
 def _nflows_image():
     nflows = require("nflows.transforms")
 
-    class Net(nn.Module):
-        def __init__(self, n_in, n_out):
-            super().__init__()
-            self.net = conv(n_in, n_out)
-
-        def forward(self, x, context=None):
-            return self.net(x)
-
     return nflows.CompositeTransform(
-        [nflows.AffineCouplingTransform(mask, Net) for mask in ([1, -1] * 2, [0, 1, 1, 0])]
+        [nflows.AffineCouplingTransform(mask, ConvNet) for mask in ([1, -1] * 2, [0, 1, 1, 0])]
     )
 
 
