@@ -50,7 +50,7 @@ def _affine(block: Any, x: Tensor, inverse: bool) -> Tensor:
     first = (x.shape[1] + 1) // 2
     if block._linfast_plan.layout:
         params_of: Sequence[Callable[[Tensor], Params]] = (block.Fm.f, block.Gm.f)
-        return couple_both(x, first, params_of, _SIGMOID, inverse)[0]
+        return couple_both(x, first, params_of, _SIGMOID, inverse, log_det=False)[0]
 
     def of(adapter: nn.Module) -> Callable[[Tensor], Params]:
         def params(kept: Tensor) -> Params:
@@ -59,7 +59,7 @@ def _affine(block: Any, x: Tensor, inverse: bool) -> Tensor:
 
         return params
 
-    return couple_both(x, first, (of(block.Fm), of(block.Gm)), _PAIR, inverse)[0]
+    return couple_both(x, first, (of(block.Fm), of(block.Gm)), _PAIR, inverse, log_det=False)[0]
 
 
 def _additive(block: Any, x: Tensor, inverse: bool) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from .tail import Tail, couple, split_of, sum_scales
+from .tail import Tail, couple, split_of
 
 __all__ = ["ADAPTERS"]
 
@@ -80,8 +80,8 @@ def _transform(transform: Any, x: Tensor, context: Any, inverse: bool) -> tuple[
     if tail is None:
         out, log_det = moved - params if inverse else moved + params, x.new_zeros(x.shape[0])
     else:
-        out, log_scale = tail.apply(moved, params, inverse)
-        log_det = sum_scales(log_scale, inverse)
+        out, forward_log_det = tail.apply(moved, params, inverse)
+        log_det = -forward_log_det() if inverse else forward_log_det()
     if split.kind != "gather":
         return split.put(kept, out), log_det
     y = x.index_copy(1, transform.transform_features, out.to(x.dtype))

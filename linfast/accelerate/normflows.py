@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from ..ops.affine_coupling import split_sizes
@@ -24,10 +24,15 @@ from .tail import Split, Tail, couple
 
 __all__ = ["ADAPTER"]
 
+
+def _sigmoid(raw: Tensor) -> Tensor:
+    return torch.sigmoid(raw + 2)
+
+
 _TAILS = {
     "exp": Tail(lambda s: s, "interleaved", ScaleMap("exp")),
-    "sigmoid": Tail(lambda s: F.softplus(-2 - s), "interleaved"),
-    "sigmoid_inv": Tail(lambda s: F.logsigmoid(s + 2), "interleaved", ScaleMap("sigmoid")),
+    "sigmoid": Tail(_sigmoid, "interleaved", gives="reciprocal"),
+    "sigmoid_inv": Tail(_sigmoid, "interleaved", ScaleMap("sigmoid"), gives="scale"),
 }
 _MOVES = {"channel": "second", "channel_inv": "first"}
 

@@ -20,7 +20,7 @@ from ..backend import uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
 from ..scale_maps import ScaleMap
 
-__all__ = ["Split", "Tail", "couple", "couple_both", "split_of", "sum_scales"]
+__all__ = ["Split", "Tail", "couple", "couple_both", "split_of"]
 
 Params = Tensor | tuple[Tensor, Tensor]
 
@@ -77,11 +77,11 @@ class Tail:
     """How parameters give a shift and a scale.
 
     Args:
-        map: raw -> log-scale or scale, the library's own formula.
+        map: of the raw parameters, the library's own formula.
         layout: of params along dim 1: "halves" [shift | raw], "raw_first" [raw | shift], "interleaved";
             "pair": params is (shift, raw).
         scale_map: the map for the kernels; None where they have no such map.
-        gives: what ``map`` gives, "log_scale" or "scale".
+        gives: what ``map`` gives, "log_scale", "scale" or "reciprocal", 1 / scale.
     """
 
     map: Callable[[Tensor], Tensor]
@@ -97,16 +97,24 @@ class Tail:
         first, second = params[:, :moved], params[:, moved:]
         return (first, second) if self.layout == "halves" else (second, first)
 
-    def apply(self, moved: Tensor, params: Params, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(out, log_scale) in plain torch."""
+    def apply(self, moved: Tensor, params: Params, inverse: bool) -> tuple[Tensor, Callable[[], Tensor]]:
+        """(out, () -> log|det| [B] of the forward) in plain torch."""
         shift, raw = self.shift_and_raw(params, moved.shape[1])
+        value = self.map(raw)
         if self.gives == "scale":
-            scale = self.map(raw)
-            return (moved - shift) / scale if inverse else torch.addcmul(shift, moved, scale), scale.log()
-        log_scale = self.map(raw)
+            return (moved - shift) / value if inverse else torch.addcmul(shift, moved, value), lambda: _total(
+                value.log()
+            )
+        if self.gives == "reciprocal":
+            out = (moved - shift) * value if inverse else torch.addcdiv(shift, moved, value)
+            return out, lambda: -_total(value.log())
         if inverse:
-            return (moved - shift) * (-log_scale).exp(), log_scale
-        return torch.addcmul(shift, moved, log_scale.exp()), log_scale
+            return (moved - shift) * (-value).exp(), lambda: _total(value)
+        return torch.addcmul(shift, moved, value.exp()), lambda: _total(value)
+
+
+def _total(log_scale: Tensor) -> Tensor:
+    return log_scale.sum(tuple(range(1, log_scale.ndim)))
 
 
 def couple(x: Tensor, params: Params, split: Split, tail: Tail, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -115,15 +123,22 @@ def couple(x: Tensor, params: Params, split: Split, tail: Tail, inverse: bool) -
     For splits that ``take`` and ``put`` know.
     """
     if _fits_kernel(x, split, tail):
-        return _couple_by_kernel(x, params, split, tail, inverse)
+        y, total = _couple_by_kernel(x, params, split, tail, inverse, log_det=True)
+        assert total is not None
+        return y, total
     kept, moved = split.take(x)
-    out, log_scale = tail.apply(moved, params, inverse)
-    return split.put(kept, out), sum_scales(log_scale, inverse)
+    out, log_det = tail.apply(moved, params, inverse)
+    return split.put(kept, out), -log_det() if inverse else log_det()
 
 
 def couple_both(
-    x: Tensor, first: int, params_of: Sequence[Callable[[Tensor], Params]], tail: Tail, inverse: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    first: int,
+    params_of: Sequence[Callable[[Tensor], Params]],
+    tail: Tail,
+    inverse: bool,
+    log_det: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """(y, log_det [B]) of a two-sided coupling: the first ``first`` channels move, then the others.
 
     Args:
@@ -131,24 +146,22 @@ def couple_both(
     """
     order = (1, 0) if inverse else (0, 1)
     splits = Split("halves", "first", first), Split("halves", "second", first)
-    log_dets: list[Tensor] = []
+    total: Tensor | None = None
     if all(_fits_kernel(x, split, tail) for split in splits):
         for moves in order:
             kept, _ = splits[moves].take(x)
-            x, log_det = _couple_by_kernel(x, params_of[moves](kept), splits[moves], tail, inverse)
-            log_dets.append(log_det)
-        return x, log_dets[0] + log_dets[1]
+            x, part = _couple_by_kernel(x, params_of[moves](kept), splits[moves], tail, inverse, log_det)
+            total = part if total is None else total + part
+        return x, total
     parts = [x[:, :first], x[:, first:]]
     for moves in order:
-        parts[moves], log_scale = tail.apply(parts[moves], params_of[moves](parts[1 - moves]), inverse)
-        log_dets.append(sum_scales(log_scale, inverse))
-    return torch.cat(parts, 1), log_dets[0] + log_dets[1]
-
-
-def sum_scales(log_scale: Tensor, inverse: bool) -> Tensor:
-    """log|det| [B] of the forward, or of the inverse."""
-    total = log_scale.sum(tuple(range(1, log_scale.ndim)))
-    return -total if inverse else total
+        parts[moves], forward_log_det = tail.apply(parts[moves], params_of[moves](parts[1 - moves]), inverse)
+        if log_det:
+            part = forward_log_det()
+            total = part if total is None else total + part
+    if inverse and total is not None:
+        total = -total
+    return torch.cat(parts, 1), total
 
 
 def _fits_kernel(x: Tensor, split: Split, tail: Tail) -> bool:
@@ -159,7 +172,9 @@ def _fits_kernel(x: Tensor, split: Split, tail: Tail) -> bool:
     return split.kind == "alternate" and x.ndim == 2 and x.shape[1] % 2 == 0
 
 
-def _couple_by_kernel(x: Tensor, params: Params, split: Split, tail: Tail, inverse: bool) -> tuple[Tensor, Tensor]:
+def _couple_by_kernel(
+    x: Tensor, params: Params, split: Split, tail: Tail, inverse: bool, log_det: bool
+) -> tuple[Tensor, Tensor | None]:
     assert tail.scale_map is not None
     layout, view = tail.layout, x
     if isinstance(params, tuple) or layout == "raw_first":
@@ -169,7 +184,7 @@ def _couple_by_kernel(x: Tensor, params: Params, split: Split, tail: Tail, inver
         view = x.unflatten(1, (-1, 2)).mT
         params = params.unflatten(1, (2, -1)) if layout == "halves" else params.unflatten(1, (-1, 2)).mT
         layout = "halves"
-    y, log_det = affine_coupling(
+    y, total = affine_coupling(
         view,
         params,
         tail.scale_map,
@@ -177,7 +192,6 @@ def _couple_by_kernel(x: Tensor, params: Params, split: Split, tail: Tail, inver
         layout=layout,
         moves=split.moves,
         inverse=inverse,
-        log_det=True,
+        log_det=log_det,
     )
-    assert log_det is not None
-    return (y.mT.flatten(1) if split.kind == "alternate" else y), log_det.to(x.dtype)
+    return (y.mT.flatten(1) if split.kind == "alternate" else y), None if total is None else total.to(x.dtype)

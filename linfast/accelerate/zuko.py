@@ -22,7 +22,7 @@ from torch.distributions.transforms import _InverseTransform
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from .identity import find_class
-from .tail import Tail, couple, split_of, sum_scales
+from .tail import Tail, couple, split_of
 
 __all__ = ["ADAPTER"]
 
@@ -99,8 +99,8 @@ def _transform_class() -> type:
         def _run_gathered(self, rows: Tensor, batch: Size, tail: Tail, inverse: bool) -> tuple[Tensor, Tensor]:
             idx_b = self.idx_b
             params = self._params(rows[:, self.idx_a], batch)
-            out, log_scale = tail.apply(rows[:, idx_b], params, inverse)
-            return rows.index_copy(1, idx_b, out.to(rows.dtype)), sum_scales(log_scale, inverse)
+            out, log_det = tail.apply(rows[:, idx_b], params, inverse)
+            return rows.index_copy(1, idx_b, out.to(rows.dtype)), -log_det() if inverse else log_det()
 
         def _params(self, kept: Tensor, batch: Size) -> Tensor:
             """[rows, 2 n] of kept [rows, n]; c is [..., n_c], broadcast to the batch."""
