@@ -8,7 +8,7 @@ are given the instance and use its own attributes, live, at every call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,7 @@ class Unfit(Exception):
 class Options:
     """What ``accelerate`` was asked for."""
 
-    memory: str = "store"
     keep_defects: frozenset[str] = frozenset()
-    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Plan:
         runs: for the report.
         note: for the report; a defect of the original that was fixed or kept.
         layout: what the replaced methods need to know and would otherwise compute at every call.
-        options: what ``accelerate`` was asked for.
+        options: what ``accelerate`` was asked for; the adapter puts them in.
     """
 
     runs: str
@@ -102,6 +100,10 @@ class Adapter:
     @property
     def title(self) -> str:
         return f"{self.library} {self.name}"
+
+    def plan_for(self, instance: Any, options: Options) -> Plan:
+        """The plan, with the options it was made for."""
+        return replace(self.plan(instance, options), options=options)
 
     def matches(self, cls: type) -> bool:
         """Whether this is the class the adapter is for."""

@@ -50,7 +50,7 @@ def _tail(block: Any, layout: str) -> Tail:
     return Tail(lambda raw: block.clamp * block.f_clamp(raw), layout, block._linfast_plan.layout)
 
 
-def _forward_glow(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Tensor]:
+def _forward_glow(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Any]:
     def given(subnet: nn.Module) -> Callable[[Tensor], Params]:
         return lambda kept: subnet(_with_condition(block, kept, c))
 
@@ -59,7 +59,7 @@ def _forward_glow(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool 
     return (y,), log_det
 
 
-def _forward_rnvp(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Tensor]:
+def _forward_rnvp(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Any]:
     def given(raw: nn.Module, shift: nn.Module) -> Callable[[Tensor], Params]:
         def params(kept: Tensor) -> Params:
             condition = _with_condition(block, kept, c)
@@ -75,8 +75,11 @@ def _forward_rnvp(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool 
 
 def _forward_one_sided(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Tensor]:
     split = Split("halves", "second", block.split_len1)
-    params = block.subnet(_with_condition(block, split.take(x[0])[0], c))
-    y, log_det = couple(x[0], params, split, _tail(block, "raw_first"), rev)
+
+    def params_of(kept: Tensor) -> Params:
+        return block.subnet(_with_condition(block, kept, c))
+
+    y, log_det = couple(x[0], params_of, split, _tail(block, "raw_first"), rev)
     return (y,), log_det
 
 
@@ -137,9 +140,9 @@ def _plan_all_in_one(block: Any, options: Options) -> Plan:
 
 
 def _permute(block: Any, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:
-    if block.GIN:
-        scale, log_det = 1.0, 0.0
-    else:
+    scale: Any = 1.0
+    log_det: Any = 0.0
+    if not block.GIN:
         scale = block.global_scale_activation(block.global_scale)
         log_det = scale.log().sum()
     if rev:

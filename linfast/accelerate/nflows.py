@@ -70,13 +70,13 @@ def _transform(transform: Any, x: Tensor, context: Any, inverse: bool) -> tuple[
     if x.shape[1] != transform.features:
         raise ValueError(f"Expected features = {transform.features}, got {x.shape[1]}.")
     split, tail = transform._linfast_plan.layout
+    if split.kind != "gather" and tail is not None:
+        return couple(x, lambda kept: transform.transform_net(kept, context), split, tail, inverse)
     if split.kind == "gather":
         kept, moved = x[:, transform.identity_features], x[:, transform.transform_features]
     else:
         kept, moved = split.take(x)
     params = transform.transform_net(kept, context)
-    if split.kind != "gather" and tail is not None:
-        return couple(x, params, split, tail, inverse)
     if tail is None:
         out, log_det = moved - params if inverse else moved + params, x.new_zeros(x.shape[0])
     else:

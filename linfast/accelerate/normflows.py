@@ -59,11 +59,11 @@ def _plan(block: Any, options: Options) -> Plan:
 def _transform(block: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     coupling = block.flows[1]
     split = Split("halves", _MOVES[block.flows[0].mode], split_sizes(z.shape[1])[0])
-    kept, moved = split.take(z)
-    params = coupling.param_map(kept)
     if not coupling.scale:
-        return split.put(kept, moved - params if inverse else moved + params), z.new_zeros(z.shape[0])
-    return couple(z, params, split, _TAILS[coupling.scale_map], inverse)
+        kept, moved = split.take(z)
+        shift = coupling.param_map(kept)
+        return split.put(kept, moved - shift if inverse else moved + shift), z.new_zeros(z.shape[0])
+    return couple(z, coupling.param_map, split, _TAILS[coupling.scale_map], inverse)
 
 
 def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:

@@ -45,7 +45,7 @@ def _plan_actnorm(norm: Any, options: Options) -> Plan:
         note = "kept: it throws loaded values away at its first batch"
     else:
         note = "fixed: it had loaded values and would have thrown them away at its first batch" if loaded else ""
-    return Plan("one multiply-add", note, options=options)
+    return Plan("one multiply-add", note)
 
 
 def _settle_actnorm(norm: Any) -> None:
@@ -196,7 +196,7 @@ def _adapter(name: str, recognises: Callable[[Any], bool], **what: Any) -> Adapt
 
 
 def _constant(runs: str) -> Callable[[Any, Options], Plan]:
-    return lambda instance, options: Plan(runs, options=options)
+    return lambda instance, options: Plan(runs)
 
 
 ADAPTERS = (

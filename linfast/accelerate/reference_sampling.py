@@ -49,7 +49,7 @@ def _plan(matcher: Any, options: Options) -> Plan:
         return Plan(
             "factored collapse for euler", "kept: the one step of rk is not its many steps", options=options
         )
-    return Plan("factored collapse", "fixed: the one step of rk is its many steps", options=options)
+    return Plan("factored collapse", "fixed: the one step of rk is its many steps")
 
 
 def _operator(matcher: Any, method: str, T: int) -> LatentOperator | None:
@@ -88,7 +88,7 @@ class _Linearizer(nn.Module):
         super().__init__()
         self.linear_network = layer
         self.net_gy = nn.Module()
-        self.net_gy.dim = 6
+        vars(self.net_gy)["dim"] = 6
 
     def gy(self, x: Tensor) -> Tensor:
         return x.tanh()

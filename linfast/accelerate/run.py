@@ -49,9 +49,9 @@ def accelerate(
         model: an nn.Module, or an object of a known class that holds one, such as the
             reference repository's FlowMatcher.
         precision: None or "exact": float32 accuracy.
-        memory: "store": the backward keeps what it needs.
+        memory: "store", the only one yet: the backward keeps what it needs.
         compile: compile the conditioners with torch.compile, each kind of block once.
-        cuda_graph: replay a one-step sampler as one CUDA graph.
+        cuda_graph: False, the only one yet.
         keep_defects: which of ``DEFECTS`` to leave as they are.
 
     Raises:
@@ -60,7 +60,7 @@ def accelerate(
     """
     _check(model, precision, memory, cuda_graph, keep_defects)
     restore(model)
-    options = Options(memory, frozenset(keep_defects), cuda_graph)
+    options = Options(frozenset(keep_defects))
     rows: list[Row] = []
     passed_by: set[int] = set()
     checked: dict[Hashable, float] = {}
@@ -111,8 +111,9 @@ def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, kee
     unknown = sorted(set(keep_defects) - set(DEFECTS))
     if isinstance(keep_defects, str) or unknown:
         raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
-    if cuda_graph and not torch.cuda.is_available():
-        raise ValueError("cuda_graph=True needs a CUDA device; none is available")
+    if cuda_graph:
+        found = "capturing a sampler is not available yet" if torch.cuda.is_available() else "none is available"
+        raise ValueError(f"cuda_graph=True needs a CUDA device: {found}")
 
 
 def _objects(model: Any) -> Iterator[tuple[str, Any]]:
@@ -137,7 +138,7 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
         return Row(path, name, None, f"derived from {parent.title}: its maths may differ; see lf.register_adapter")
     try:
         _check_unchanged(instance, adapter)
-        plan = adapter.plan(instance, options)
+        plan = adapter.plan_for(instance, options)
         kind = kind_of(instance, adapter, plan)
         if kind not in checked:
             checked[kind] = difference(instance, adapter, plan)

@@ -28,7 +28,8 @@ class Swapped:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As an instance of the original class."""
-        build, arguments, state, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        build, arguments, state, *rest = reduced
         arguments = tuple(self._linfast_original if a is type(self) else a for a in arguments)
         if build is copyreg.__newobj__:  # type: ignore[attr-defined]  # whose class the pickler compares with ours
             build, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]
@@ -42,14 +43,14 @@ class Swapped:
         memo[id(self)] = copied
         state = copy.deepcopy(state, memo)
         copied.__setstate__(state) if hasattr(copied, "__setstate__") else copied.__dict__.update(state)
-        swap(copied, self._linfast_adapter, self._linfast_adapter.plan(copied, plan_of(self).options))
+        swap(copied, self._linfast_adapter, self._linfast_adapter.plan_for(copied, plan_of(self).options))
         return copied
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
         """Then plan anew: a loaded buffer may hold another mask."""
         super()._load_from_state_dict(*arguments, **named)  # type: ignore[misc]
         try:
-            vars(self)[PLAN] = self._linfast_adapter.plan(self, plan_of(self).options)
+            vars(self)[PLAN] = self._linfast_adapter.plan_for(self, plan_of(self).options)
             self._linfast_adapter.settle(self)
         except Unfit:
             swap_back(self)
@@ -61,7 +62,8 @@ def plan_of(instance: Any) -> Plan:
 
 def swap(instance: Any, adapter: Adapter, plan: Plan) -> None:
     """Make this object, of the adapter's class, run the adapter's methods."""
-    cls = swapped_class(adapter, type(instance))
+    original: Any = type(instance)
+    cls = swapped_class(adapter, original)
     vars(instance)[PLAN] = plan
     instance.__class__ = cls
 

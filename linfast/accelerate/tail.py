@@ -106,7 +106,7 @@ class Tail:
                 value.log()
             )
         if self.gives == "reciprocal":
-            out = (moved - shift) * value if inverse else torch.addcdiv(shift, moved, value)
+            out = (moved - shift) * value if inverse else (moved / value).add_(shift)
             return out, lambda: -_total(value.log())
         if inverse:
             return (moved - shift) * (-value).exp(), lambda: _total(value)
@@ -117,17 +117,18 @@ def _total(log_scale: Tensor) -> Tensor:
     return log_scale.sum(tuple(range(1, log_scale.ndim)))
 
 
-def couple(x: Tensor, params: Params, split: Split, tail: Tail, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(y, log_det [B]) of x [B, C, ...] with the conditioner's params for the moved features.
+def couple(
+    x: Tensor, params_of: Callable[[Tensor], Params], split: Split, tail: Tail, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, log_det [B]) of x [B, C, ...], for splits that ``take`` and ``put`` know.
 
-    For splits that ``take`` and ``put`` know.
+    Args:
+        params_of: the conditioner, of the kept features.
     """
     if _fits_kernel(x, split, tail):
-        y, total = _couple_by_kernel(x, params, split, tail, inverse, log_det=True)
-        assert total is not None
-        return y, total
+        return _couple_by_kernel(x, params_of, split, tail, inverse)
     kept, moved = split.take(x)
-    out, log_det = tail.apply(moved, params, inverse)
+    out, log_det = tail.apply(moved, params_of(kept), inverse)
     return split.put(kept, out), -log_det() if inverse else log_det()
 
 
@@ -146,22 +147,18 @@ def couple_both(
     """
     order = (1, 0) if inverse else (0, 1)
     splits = Split("halves", "first", first), Split("halves", "second", first)
-    total: Tensor | None = None
     if all(_fits_kernel(x, split, tail) for split in splits):
-        for moves in order:
-            kept, _ = splits[moves].take(x)
-            x, part = _couple_by_kernel(x, params_of[moves](kept), splits[moves], tail, inverse, log_det)
-            total = part if total is None else total + part
-        return x, total
-    parts = [x[:, :first], x[:, first:]]
+        x, one = _couple_by_kernel(x, params_of[order[0]], splits[order[0]], tail, inverse)
+        x, two = _couple_by_kernel(x, params_of[order[1]], splits[order[1]], tail, inverse)
+        return x, one + two
+    parts, totals = [x[:, :first], x[:, first:]], []
     for moves in order:
-        parts[moves], forward_log_det = tail.apply(parts[moves], params_of[moves](parts[1 - moves]), inverse)
-        if log_det:
-            part = forward_log_det()
-            total = part if total is None else total + part
-    if inverse and total is not None:
-        total = -total
-    return torch.cat(parts, 1), total
+        parts[moves], total = tail.apply(parts[moves], params_of[moves](parts[1 - moves]), inverse)
+        totals.append(total)
+    if not log_det:
+        return torch.cat(parts, 1), None
+    log_dets = totals[0]() + totals[1]()
+    return torch.cat(parts, 1), -log_dets if inverse else log_dets
 
 
 def _fits_kernel(x: Tensor, split: Split, tail: Tail) -> bool:
@@ -173,18 +170,20 @@ def _fits_kernel(x: Tensor, split: Split, tail: Tail) -> bool:
 
 
 def _couple_by_kernel(
-    x: Tensor, params: Params, split: Split, tail: Tail, inverse: bool, log_det: bool
-) -> tuple[Tensor, Tensor | None]:
+    x: Tensor, params_of: Callable[[Tensor], Params], split: Split, tail: Tail, inverse: bool
+) -> tuple[Tensor, Tensor]:
     assert tail.scale_map is not None
-    layout, view = tail.layout, x
-    if isinstance(params, tuple) or layout == "raw_first":
-        moved = split.take(x)[1].shape[1]
-        params, layout = torch.cat(tail.shift_and_raw(params, moved), 1), "halves"
+    kept, moved = split.take(x)
+    given, layout, view = params_of(kept), tail.layout, x
+    if isinstance(given, tuple) or layout == "raw_first":
+        params, layout = torch.cat(tail.shift_and_raw(given, moved.shape[1]), 1), "halves"
+    else:
+        params = given
     if split.kind == "alternate":  # [B, D] as two channels of D / 2 positions
         view = x.unflatten(1, (-1, 2)).mT
         params = params.unflatten(1, (2, -1)) if layout == "halves" else params.unflatten(1, (-1, 2)).mT
         layout = "halves"
-    y, total = affine_coupling(
+    y, log_det = affine_coupling(
         view,
         params,
         tail.scale_map,
@@ -192,6 +191,7 @@ def _couple_by_kernel(
         layout=layout,
         moves=split.moves,
         inverse=inverse,
-        log_det=log_det,
+        log_det=True,
     )
-    return (y.mT.flatten(1) if split.kind == "alternate" else y), None if total is None else total.to(x.dtype)
+    assert log_det is not None
+    return (y.mT.flatten(1) if split.kind == "alternate" else y), log_det.to(x.dtype)

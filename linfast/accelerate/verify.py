@@ -66,7 +66,7 @@ def _difference(instance: Any, adapter: Adapter, plan: Plan, dtype: torch.dtype,
     hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
     before = _run(bare_copy(instance, dtype, hollow), adapter, dtype, device)
     copied = bare_copy(instance, dtype, hollow)
-    swap(copied, adapter, adapter.plan(copied, plan.options))
+    swap(copied, adapter, adapter.plan_for(copied, plan.options))
     after = _run(copied, adapter, dtype, device)
     if len(before) != len(after):
         raise Unfit(f"it returns {len(after)} tensors, the original {len(before)}")
@@ -128,7 +128,7 @@ def bare_copy(instance: Any, dtype: torch.dtype, hollow: Collection[int] = ()) -
     Args:
         hollow: ids of modules that are copied without parameters, buffers and modules.
     """
-    copied = object.__new__(original_class(instance))
+    copied: Any = object.__new__(original_class(instance))
     vars(copied).update({key: value for key, value in vars(instance).items() if key != PLAN})
     if not isinstance(instance, nn.Module):
         modules = {k: v for k, v in vars(instance).items() if isinstance(v, nn.Module)}

@@ -30,7 +30,8 @@ _SLOPE = 1e-3
 
 
 def _plan(lazy: Any, options: Options) -> Plan:
-    univariate, named = lazy.univariate, {}
+    univariate: Any = lazy.univariate
+    named: dict[str, Any] = {}
     if isinstance(univariate, functools.partial) and not univariate.args:
         univariate, named = univariate.func, dict(univariate.keywords)
     if univariate is not find_class("zuko.transforms", "MonotonicAffineTransform") or set(named) - {"slope"}:
@@ -93,7 +94,7 @@ def _transform_class() -> type:
             if split.kind == "gather":
                 y, log_det = self._run_gathered(rows, x.shape[:-1], tail, inverse)
             else:
-                y, log_det = couple(rows, self._params(split.take(rows)[0], x.shape[:-1]), split, tail, inverse)
+                y, log_det = couple(rows, lambda kept: self._params(kept, x.shape[:-1]), split, tail, inverse)
             return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
         def _run_gathered(self, rows: Tensor, batch: Size, tail: Tail, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,20 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
     assert_same(outputs(kind, model, torch.float32, seed), before)
 
 
+KERNELS = [name for name in KINDS if name != "reference"]  # its U-Nets take minutes in the interpreter
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernels_give_the_same(name):
+    """Through Triton's interpreter: the views of x and of the parameters that the op is given."""
+    kind = KINDS[name]
+    model = make(kind, 0)
+    before = outputs(kind, model, torch.float32)
+    lf.accelerate(model)
+    with lf.backend("triton"):
+        assert_close(outputs(kind, model, torch.float32), before, 1e-5)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_the_model_stays_itself(name):
     kind = KINDS[name]

@@ -14,9 +14,9 @@ from . import stand_in
 from .test_libraries import relative
 
 
-def _model(seed=0, train=True):
-    torch.manual_seed(seed)
-    return stand_in.build().train(train)
+def _model(train=True, depth=1):
+    torch.manual_seed(0)
+    return stand_in.build(depth).train(train)
 
 
 def _losses(accelerated: bool, train: bool, steps: int = 20):
@@ -25,8 +25,8 @@ def _losses(accelerated: bool, train: bool, steps: int = 20):
     if accelerated:
         assert not lf.accelerate(matcher).left
     torch.manual_seed(1)
-    images = torch.rand(steps, 8, 1, 8, 8)
-    optimizer, losses = torch.optim.SGD(matcher.linearizer.parameters(), 1e-3), []
+    images = torch.rand(steps, 3, 1, 8, 8)
+    optimizer, losses = torch.optim.SGD(matcher.linearizer.parameters(), 1e-2), []
     for x in images:
         loss = matcher.training_losses(x)
         optimizer.zero_grad()
@@ -40,11 +40,11 @@ def _losses(accelerated: bool, train: bool, steps: int = 20):
 def test_twenty_training_steps_have_the_same_losses(train):
     before = _losses(False, train)
     torch.testing.assert_close(_losses(True, train), before, rtol=1e-5, atol=0)
-    assert before[-1] < 0.9 * before[0]
+    assert before[-5:].mean() < 0.97 * before[:5].mean()  # it learns
 
 
 def _sampler(keep=()):
-    model = _model(train=False)
+    model = _model(train=False, depth=2)
     with torch.no_grad():
         model.gx(torch.randn(16, 1, 8, 8))
     matcher = stand_in.FlowMatcher(model)
@@ -195,3 +195,14 @@ def test_the_style_kernel_is_a_depthwise_convolution():
     expected = layer(x, t=t)
     assert lf.accelerate(layer).rows[0].runs == "depthwise convolution"
     torch.testing.assert_close(layer(x, t=t), expected)
+
+
+def test_a_block_runs_on_the_kernels():
+    torch.manual_seed(0)
+    block = stand_in.InvUnetBlock(4).eval()
+    x, t = torch.randn(2, 4, 4, 4), torch.rand(2)
+    expected = block(x, t)
+    assert not lf.accelerate(block).left
+    with lf.backend("triton"):
+        assert relative(block(x, t), expected) < 2e-6
+        assert relative(block.inverse(expected, t), x) < 1e-5
