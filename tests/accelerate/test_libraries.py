@@ -10,7 +10,7 @@ import torch
 
 import linfast as lf
 
-from .zoo import KINDS, inputs, make
+from .zoo import KINDS, inputs, make, require
 
 SEEDS = range(2)
 
@@ -135,3 +135,19 @@ def test_state_dicts_and_whole_modules_load(name):
     lf.restore(model)
     assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
     assert_same(outputs(kind, loaded, torch.float32), outputs(kind, model, torch.float32))
+
+
+@pytest.mark.parametrize("masks", [("halves", "alternate"), ("alternate", "gather"), ("gather", "halves")], ids=str)
+def test_masks_that_a_state_dict_brings_are_followed(masks):
+    transforms, nets = require("nflows.transforms"), require("nflows.nn.nets")
+    features = {"halves": [1, 1, 1, 0, 0, 0], "alternate": [1, 0, 1, 0, 1, 0], "gather": [1, 0, 0, 1, 1, 0]}
+
+    def coupling(mask):
+        return transforms.AffineCouplingTransform(features[mask], lambda i, o: nets.ResidualNet(i, o, 8))
+
+    model, other = (coupling(mask) for mask in masks)
+    assert masks[0] in lf.accelerate(model).rows[0].runs
+    model.load_state_dict(other.state_dict())
+    x = torch.randn(4, 6)
+    for actual, expected in zip((*model(x), *model.inverse(x)), (*other(x), *other.inverse(x)), strict=True):
+        torch.testing.assert_close(actual, expected)

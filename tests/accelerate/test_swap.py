@@ -194,6 +194,15 @@ def test_a_hook_on_a_module_that_would_be_passed_by_keeps_the_original():
     assert len(seen) == 1
 
 
+def test_no_hook_fires_in_the_check():
+    block, seen = stand_in.UNetBlock(8, 8, 4), []
+    block.affine.register_forward_hook(lambda module, args, out: seen.append(out))
+    assert lf.accelerate(block).rows[0].swapped
+    assert seen == []
+    block(torch.randn(2, 8, 4, 4), torch.randn(2, 4))
+    assert len(seen) == 1
+
+
 def test_a_hook_put_there_later_fires_too():
     block, seen = _reference_block(), []
     x, t = torch.randn(2, 4, 4, 4), torch.rand(2)
