@@ -372,3 +372,7 @@ class _Own(nn.Linear):
 )
 def test_what_is_no_mlp_is_not_taken_for_one(module):
     assert find_mlp(module) is None
+
+
+def test_a_namesake_of_a_copied_class_is_not_taken_for_it():
+    assert lf.accelerate(nn.Sequential(nn.Conv2d(2, 2, 1), nn.GroupNorm(2, 2))).rows == ()
