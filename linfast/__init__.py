@@ -2,6 +2,7 @@
 
 from . import ops
 from ._version import __version__
+from .accelerate import accelerate, register_adapter, restore
 from .backend import backend
 from .flows import (
     MLP,
@@ -62,6 +63,7 @@ __all__ = [
     "TimeDiagonal",
     "TimeLowRank",
     "__version__",
+    "accelerate",
     "backend",
     "collapse",
     "coupling_flow",
@@ -73,6 +75,8 @@ __all__ = [
     "load",
     "ops",
     "plan",
+    "register_adapter",
+    "restore",
     "sample",
     "sample_stream",
     "save",

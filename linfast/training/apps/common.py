@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...device import usable_device
 from ..distributed import process_group, rank_and_size
 from ..objective import Objective
 from ..trainer import Trainer, TrainSettings

@@ -1,0 +1,156 @@
+"""What an adapter says about one class of one library, and the list of all adapters.
+
+An adapter names a class, says which of its methods are replaced by which functions, how to
+tell that an instance fits, and how to compare the two. It imports no library: the functions
+are given the instance and use its own attributes, live, at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .identity import find_class, original_class
+
+__all__ = ["ADAPTERS", "Adapter", "Options", "Plan", "Stub", "Unfit", "adapter_for", "add", "parent_adapter"]
+
+
+class Unfit(Exception):
+    """Why an instance of a recognised class is left alone."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``accelerate`` was asked for."""
+
+    keep_defects: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one instance runs; made anew for a deep copy and after a state_dict was loaded.
+
+    Args:
+        runs: for the report.
+        note: for the report; a defect of the original that was fixed or kept.
+        layout: what the replaced methods need to know and would otherwise compute at every call.
+        options: what ``accelerate`` was asked for; the adapter puts them in.
+    """
+
+    runs: str
+    note: str = ""
+    layout: Any = None
+    options: Options = Options()
+
+
+Draw = Callable[..., Tensor]
+"""draw(*shape): standard normal, seeded, of the check's dtype and device; an input whose gradient is compared."""
+
+
+def _nothing(instance: Any) -> tuple[nn.Module, ...]:
+    return ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """How one class is recognised and what replaces its methods.
+
+    Args:
+        library: its name, for the report.
+        where: the module that defines the class; None: any, as for a class that people copy
+            into their own repositories. ``recognises`` then has to tell it from its namesakes.
+        name: the class's qualified name.
+        float64: whether the original runs in float64.
+        cls: the class itself, where it is at hand.
+        methods: name -> function(instance, ...), what the swapped class runs.
+        plan: (instance, options) -> Plan; raises Unfit with the reason.
+        probe: (copy, draw) -> outputs. Runs the methods on drawn inputs. It may replace the
+            copy's conditioners by stubs: the copy's dictionaries are its own.
+        assumes: methods that ``methods`` stand in for without replacing them.
+        recognises: whether an instance has the attributes of the class that is meant.
+        inner: modules that the replaced methods pass by; one with a hook keeps the original running.
+        conditioners: modules to report on and to compile; the check gets them without their weights.
+        hollow: more modules whose weights the check does not need.
+        compiles: more modules to compile.
+        settle: called after the swap and after a state_dict was loaded.
+        tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
+    """
+
+    library: str
+    where: str | None
+    name: str
+    methods: Mapping[str, Callable[..., Any]]
+    plan: Callable[[Any, Options], Plan]
+    probe: Callable[[Any, Draw], Sequence[Tensor]]
+    assumes: tuple[str, ...] = ()
+    recognises: Callable[[Any], bool] = lambda instance: True
+    inner: Callable[[Any], Iterable[nn.Module]] = _nothing
+    conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
+    hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
+    compiles: Callable[[Any], Iterable[nn.Module]] = _nothing
+    settle: Callable[[Any], None] = lambda instance: None
+    tolerance: float = 1e-10
+    float64: bool = True
+    cls: type | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.library} {self.name}"
+
+    def plan_for(self, instance: Any, options: Options) -> Plan:
+        """The plan, with the options it was made for."""
+        return replace(self.plan(instance, options), options=options)
+
+    def matches(self, cls: type) -> bool:
+        """Whether this is the class the adapter is for."""
+        if self.cls is not None:
+            return cls is self.cls
+        if self.where is None:
+            return cls.__qualname__ == self.name
+        return cls is find_class(self.where, self.name)
+
+
+ADAPTERS: list[Adapter] = []
+"""All of them; the first that fits is taken."""
+
+
+def add(*adapters: Adapter) -> None:
+    """Put adapters on the list, newest first."""
+    ADAPTERS[:0] = adapters
+
+
+def adapter_for(instance: object) -> Adapter | None:
+    """The adapter for exactly this instance's class."""
+    cls = original_class(instance)
+    return next((a for a in ADAPTERS if a.matches(cls) and a.recognises(instance)), None)
+
+
+def parent_adapter(instance: object) -> Adapter | None:
+    """The adapter of a class that this instance's class derives from."""
+    parents = original_class(instance).__mro__[1:]
+    return next((a for cls in parents for a in ADAPTERS if a.where is not None and a.matches(cls)), None)
+
+
+@dataclass(eq=False)
+class _Weight:
+    value: Tensor = field(repr=False)
+
+
+class Stub(nn.Module):
+    """A smooth function of each position's channels, y = 1.5 tanh(W x), in a conditioner's place.
+
+    A check with it does not depend on what the conditioner costs, draws or remembers.
+    Arguments after x, where they are tensors, move y by their mean.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, draw: Draw) -> None:
+        super().__init__()
+        self._weight = _Weight(draw(channels_out, channels_in))  # no parameter: the check draws it
+
+    def forward(self, x: Tensor, *context: Any, **named: Any) -> Tensor:
+        y = 1.5 * torch.einsum("oc,bc...->bo...", self._weight.value, x).tanh()  # whose output may be written to
+        return sum((c.to(y).mean() for c in (*context, *named.values()) if isinstance(c, Tensor)), start=y)

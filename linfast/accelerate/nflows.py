@@ -1,0 +1,136 @@
+"""nflows and its fork in glasflow: affine and additive coupling transforms.
+
+    forward, data to noise   y = m scale + t,  m where the mask is > 0
+    scale = sigmoid(s + 2) + 1e-3 (nflows), or scale_activation(s) (glasflow)
+    params [t | s] of the kept features; (x, context) -> (y, log_det [B])
+
+An alternating mask, both libraries' default, is a pair of slices here, not a gather and a scatter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..scale_maps import ScaleMap
+from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from .tail import Tail, couple, split_of
+
+__all__ = ["ADAPTERS"]
+
+_FLOOR = 1e-3
+
+
+def _sigmoid(raw: Tensor) -> Tensor:
+    return torch.sigmoid(raw + 2) + _FLOOR
+
+
+_NFLOWS = Tail(_sigmoid, "halves", ScaleMap("sigmoid", floor=_FLOOR), gives="scale")
+_KNOWN = {
+    ScaleMap("sigmoid", floor=_FLOOR): _sigmoid,
+    ScaleMap("softplus", bound=3.0, floor=_FLOOR): lambda raw: (F.softplus(raw) + _FLOOR).clamp(0, 3),
+}
+
+
+def _tail(transform: Any) -> Tail:
+    """Of glasflow the instance's own function, which is recognised by its values: it is often a lambda."""
+    activation = getattr(transform, "scale_activation", None)
+    if activation is None:
+        return _NFLOWS
+    points = torch.linspace(-12, 12, 97, dtype=torch.float64)
+    try:
+        values = activation(points)
+        known = (
+            name for name, function in _KNOWN.items() if torch.allclose(function(points), values, 1e-13, 1e-15)
+        )
+    except Exception as error:
+        raise Unfit(f"its scale_activation raised {type(error).__name__}: {error}") from error
+    return Tail(activation, "halves", next(known, None), gives="scale")
+
+
+def _plan(transform: Any, options: Options) -> Plan:
+    if transform.unconditional_transform is not None:
+        raise Unfit("it has an unconditional transform for the kept features")
+    split = split_of(transform.identity_features.tolist(), transform.transform_features.tolist())
+    additive = transform._transform_dim_multiplier() == 1
+    if additive:
+        return Plan(f"additive coupling, mask {split.kind}", layout=(split, None))
+    tail = _tail(transform)
+    kind = tail.scale_map.kind if tail.scale_map is not None else "own scale_activation"
+    return Plan(f"affine coupling, {kind}, mask {split.kind}", layout=(split, tail))
+
+
+def _transform(transform: Any, x: Tensor, context: Any, inverse: bool) -> tuple[Tensor, Tensor]:
+    if x.dim() not in (2, 4):
+        raise ValueError(f"Inputs must be a 2D or a 4D tensor; got {tuple(x.shape)}")
+    if x.shape[1] != transform.features:
+        raise ValueError(f"Expected features = {transform.features}, got {x.shape[1]}.")
+    split, tail = transform._linfast_plan.layout
+    if split.kind != "gather" and tail is not None:
+        return couple(x, lambda kept: transform.transform_net(kept, context), split, tail, inverse)
+    if split.kind == "gather":
+        kept, moved = x[:, transform.identity_features], x[:, transform.transform_features]
+    else:
+        kept, moved = split.take(x)
+    params = transform.transform_net(kept, context)
+    if tail is None:
+        out, log_det = moved - params if inverse else moved + params, x.new_zeros(x.shape[0])
+    else:
+        out, forward_log_det = tail.apply(moved, params, inverse)
+        log_det = -forward_log_det() if inverse else forward_log_det()
+    if split.kind != "gather":
+        return split.put(kept, out), log_det
+    y = x.index_copy(1, transform.transform_features, out.to(x.dtype))
+    return y, log_det
+
+
+def _probe(transform: Any, draw: Draw) -> Sequence[Tensor]:
+    outputs: list[Tensor] = []
+    width = transform.num_transform_features * transform._transform_dim_multiplier()
+    transform._modules["transform_net"] = Stub(transform.num_identity_features, width, draw)
+    for shape in ((3, transform.features), (2, transform.features, 2, 3)):
+        outputs += [*transform.forward(draw(*shape)), *transform.inverse(draw(*shape), context=draw(2))]
+    return outputs
+
+
+def _forward(transform: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    return _transform(transform, inputs, context, inverse=False)
+
+
+def _inverse(transform: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
+    return _transform(transform, inputs, context, inverse=True)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {"forward": _forward, "inverse": _inverse}
+_ASSUMES = (
+    "_transform_dim_multiplier",
+    "_scale_and_shift",
+    "_coupling_transform_forward",
+    "_coupling_transform_inverse",
+)
+
+
+def _adapter(library: str, where: str, name: str) -> Adapter:
+    return Adapter(
+        library=library,
+        where=where,
+        name=name,
+        methods=_METHODS,
+        plan=_plan,
+        probe=_probe,
+        assumes=_ASSUMES,
+        conditioners=lambda transform: (transform.transform_net,),
+    )
+
+
+ADAPTERS = (
+    _adapter("nflows", "nflows.transforms.coupling", "AffineCouplingTransform"),
+    _adapter("nflows", "nflows.transforms.coupling", "AdditiveCouplingTransform"),
+    _adapter("glasflow", "glasflow.nflows.transforms.coupling", "AffineCouplingTransform"),
+    _adapter("glasflow", "glasflow.nflows.transforms.coupling", "AdditiveCouplingTransform"),
+    _adapter("glasflow", "glasflow.transforms.coupling", "AffineCouplingTransform"),
+)

@@ -1,0 +1,107 @@
+"""register_adapter: affine couplings of a class of your own.
+
+forward(x, *context) splits x along dim 1, has params from the kept half and moves the other;
+inverse undoes it. Both give y, or (y, log_det [B]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
+from ..scale_maps import ScaleMap
+from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add
+
+__all__ = ["register_adapter"]
+
+
+def register_adapter(
+    cls: type[nn.Module],
+    *,
+    conditioner: str,
+    scale_map: ScaleMap | Callable[[Any], ScaleMap],
+    order: str = "shift_first",
+    layout: str = "halves",
+    moves: str = "first",
+    log_det: bool = False,
+    inverse: str = "inverse",
+    features: str | None = None,
+) -> None:
+    """Teach ``accelerate`` a coupling class: exactly this class, not what derives from it.
+
+    What is said here is checked: an instance is swapped only if both directions and their
+    gradients agree with its own on a random input.
+
+    Args:
+        cls: forward(x, *context) and the inverse take x [B, C, ...], C split in ceil(C / 2) and
+            floor(C / 2) channels, and pass the context on to the conditioner.
+        conditioner: name of the attribute that maps the kept half to params [B, 2 C_moved, ...].
+        scale_map: of params' raw half; a function of the instance where instances differ.
+        order: "shift_first" (m + t) e^s or "scale_first" m e^s + t.
+        layout: of params: "halves" [shift | raw] or "interleaved".
+        moves: which half moves, "first" or "second".
+        log_det: whether both directions return (y, log_det) and not y.
+        inverse: name of the inverse method.
+        features: name of the attribute that holds C; None where any C will do.
+
+    Raises:
+        TypeError: cls is not a class of modules.
+        ValueError: an unknown option.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a subclass of nn.Module; got {cls!r}")
+    for option, value, allowed in (("order", order, ORDERS), ("layout", layout, LAYOUTS), ("moves", moves, HALVES)):
+        if value not in allowed:
+            raise ValueError(f"{option} must be one of {', '.join(allowed)}; got {value!r}")
+    if not callable(getattr(cls, inverse, None)):
+        raise ValueError(f"inverse must name a method of {cls.__name__}; got {inverse!r}")
+
+    def plan(module: Any, options: Options) -> Plan:
+        if not isinstance(getattr(module, conditioner, None), nn.Module):
+            raise Unfit(f"its {conditioner} is not a module")
+        found = scale_map if isinstance(scale_map, ScaleMap) else scale_map(module)
+        return Plan(f"affine coupling, {found.kind}", layout=found)
+
+    def run(module: Any, x: Tensor, context: Sequence[Any], undo: bool) -> Any:
+        first, second = x.split(split_sizes(x.shape[1]), 1)
+        params = getattr(module, conditioner)(second if moves == "first" else first, *context)
+        y, total = affine_coupling(
+            x,
+            params,
+            module._linfast_plan.layout,
+            order=order,
+            layout=layout,
+            moves=moves,
+            inverse=undo,
+            log_det=log_det,
+        )
+        return (y, total) if log_det else y
+
+    def probe(module: Any, draw: Draw) -> Sequence[Tensor]:
+        outputs: list[Tensor] = []
+        channels = 5 if features is None else getattr(module, features)
+        kept, moved = split_sizes(channels)[:: -1 if moves == "first" else 1]
+        module._modules[conditioner] = Stub(kept, 2 * moved, draw)
+        for method in (module.forward, getattr(module, inverse)):
+            y = method(draw(3, channels))
+            outputs += y if isinstance(y, tuple) else (y,)
+        return outputs
+
+    add(
+        Adapter(
+            library=cls.__module__.partition(".")[0],
+            where=cls.__module__,
+            cls=cls,
+            name=cls.__qualname__,
+            methods={
+                "forward": lambda module, x, *context: run(module, x, context, False),
+                inverse: lambda module, y, *context: run(module, y, context, True),
+            },
+            plan=plan,
+            probe=probe,
+            conditioners=lambda module: (getattr(module, conditioner),),
+        )
+    )

@@ -1,0 +1,75 @@
+"""What accelerate did to each module, as data that prints as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Report", "Row"]
+
+_HEADER = ("module", "was", "runs", "why not, or notes")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One module.
+
+    Args:
+        path: its name in the model; "" is the model itself.
+        was: library and class.
+        runs: what runs now, or None where the module was left alone.
+        note: why it was left alone, or what else is to be known.
+        conditioner: of a coupling: "MLP 32-128-128-64 relu" where it is recognised as one.
+        error: largest relative L2 difference from the original seen in the check.
+    """
+
+    path: str
+    was: str
+    runs: str | None
+    note: str = ""
+    conditioner: str = ""
+    error: float | None = None
+
+    @property
+    def swapped(self) -> bool:
+        return self.runs is not None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of one call of ``accelerate``, in the model's order."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def swapped(self) -> tuple[Row, ...]:
+        """The modules that run on linfast's ops now."""
+        return tuple(row for row in self.rows if row.swapped)
+
+    @property
+    def left(self) -> tuple[Row, ...]:
+        """The recognised modules that were left alone."""
+        return tuple(row for row in self.rows if not row.swapped)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "accelerate: no module of a known library was found; lf.register_adapter adds a class of yours"
+        lines = [_HEADER, *_grouped(self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+        rendered = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+        ]
+        rendered.insert(1, "  ".join("-" * width for width in widths))
+        total = f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"
+        return "\n".join(line.rstrip() for line in (*rendered, total))
+
+
+def _grouped(rows: tuple[Row, ...]) -> list[tuple[str, str, str, str]]:
+    """One line for all modules that share everything but the path."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        runs = ", ".join(part for part in (row.runs or "as before", row.conditioner) if part)
+        groups.setdefault((row.was, runs, row.note), []).append(row.path or "(model)")
+    return [
+        (paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more", *what)
+        for what, paths in groups.items()
+    ]

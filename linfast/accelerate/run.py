@@ -1,0 +1,181 @@
+"""accelerate and restore: walking a model, swapping what is recognised, and reporting."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, Options, Unfit, adapter_for, parent_adapter
+from .identity import changed_method, is_hooked, is_sharded
+from .mlp import find_mlp
+from .report import Report, Row
+from .swap import Swapped, swap, swap_back
+from .verify import difference, kind_of
+
+__all__ = ["DEFECTS", "accelerate", "restore"]
+
+DEFECTS = ("actnorm_reinit", "rk_collapse")
+"""Known defects of the originals, fixed unless ``keep_defects`` names them.
+
+actnorm_reinit  The reference's ActNorm remembers in a plain bool that it was initialised: one
+                that is loaded from a state_dict throws the loaded values away at its first batch.
+rk_collapse     The reference builds the Runge-Kutta sampling matrix with k3 = k2 and without
+                composing the stages: its one step is not its many steps.
+"""
+
+
+def accelerate(
+    model: Any,
+    precision: str | None = None,
+    memory: str = "store",
+    compile: bool = False,
+    cuda_graph: bool = False,
+    keep_defects: Collection[str] = (),
+) -> Report:
+    """Make the modules of known libraries in ``model`` run on linfast's ops, in place.
+
+    The model stays the same object with the same parameters, state_dict keys, hooks and classes
+    for isinstance, and pickles as what it was (a deep copy stays accelerated, ``copy.copy`` gives
+    the original class). Each module is swapped only after its outputs, inverse and gradients on a
+    small random input agree with the original's; a class that is derived from a known one, a
+    patched method, a hook on a module that would be passed by: it is left alone, and the report
+    says why. Accelerating again starts from the original.
+
+    Args:
+        model: an nn.Module, or an object of a known class that holds one, such as the
+            reference repository's FlowMatcher.
+        precision: None or "exact": float32 accuracy.
+        memory: "store", the only one yet: the backward keeps what it needs.
+        compile: compile the conditioners with torch.compile, each kind of block once.
+        cuda_graph: False, the only one yet.
+        keep_defects: which of ``DEFECTS`` to leave as they are.
+
+    Raises:
+        TypeError: a model of another kind.
+        ValueError: an option that does not exist or cannot be had here.
+    """
+    _check(model, precision, memory, cuda_graph, keep_defects)
+    restore(model)
+    options = Options(frozenset(keep_defects))
+    rows: list[Row] = []
+    passed_by: set[int] = set()
+    checked: dict[Hashable, float] = {}
+    try:
+        for path, instance in _objects(model):
+            row = None if id(instance) in passed_by else _try_to_swap(path, instance, options, checked)
+            if row is not None:
+                rows.append(row)
+            if row is not None and row.swapped:
+                passed_by |= {id(module) for module in instance._linfast_adapter.inner(instance)}
+    except BaseException:
+        restore(model)
+        raise
+    if compile:
+        _compile(model)
+    return Report(tuple(rows))
+
+
+def restore(model: Any) -> None:
+    """Undo ``accelerate``: every module runs its library's own code again, on the values it has now.
+
+    Raises:
+        ValueError: a swapped module was given another class since, as by a parametrization.
+    """
+    for _, instance in list(_objects(model)):
+        if isinstance(instance, nn.Module) and instance in _COMPILED:
+            instance._compiled_call_impl = None
+            _COMPILED.discard(instance)
+        if isinstance(instance, Swapped):
+            if "_linfast_original" not in vars(type(instance)):
+                raise ValueError(f"{type(instance).__name__} was derived from after accelerate; undo that first")
+            swap_back(instance)
+
+
+_COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""The conditioners that ``accelerate`` compiled and the caller had not."""
+
+
+def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
+    if not isinstance(model, nn.Module) and adapter_for(model) is None:
+        raise TypeError(f"model must be an nn.Module or an object of a known class; got {type(model).__name__}")
+    if precision not in (None, "exact"):
+        raise ValueError(f"precision must be None or 'exact': the ops have no other yet; got {precision!r}")
+    if memory != "store":
+        raise ValueError(
+            f"memory must be 'store': rebuilding inputs in the backward is not available yet; got {memory!r}"
+        )
+    unknown = sorted(set(keep_defects) - set(DEFECTS))
+    if isinstance(keep_defects, str) or unknown:
+        raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
+    if cuda_graph:
+        found = "capturing a sampler is not available yet" if torch.cuda.is_available() else "none is available"
+        raise ValueError(f"cuda_graph=True needs a CUDA device: {found}")
+
+
+def _objects(model: Any) -> Iterator[tuple[str, Any]]:
+    """(path, object) of the model, if it is no module, and of every module in it."""
+    if isinstance(model, nn.Module):
+        yield from model.named_modules()
+        return
+    yield "", model
+    for name, value in vars(model).items():
+        if isinstance(value, nn.Module):
+            yield from value.named_modules(prefix=name)
+
+
+def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hashable, float]) -> Row | None:
+    """Swap it if it fits; None for a module of no known class. ``checked``: the errors seen, by kind."""
+    adapter = adapter_for(instance)
+    if adapter is None:
+        parent = parent_adapter(instance)
+        if parent is None:
+            return None
+        name = type(instance).__name__
+        return Row(path, name, None, f"derived from {parent.title}: its maths may differ; see lf.register_adapter")
+    try:
+        _check_unchanged(instance, adapter)
+        plan = adapter.plan_for(instance, options)
+        kind = kind_of(instance, adapter, plan)
+        if kind not in checked:
+            checked[kind] = difference(instance, adapter, plan)
+    except Unfit as reason:
+        return Row(path, adapter.title, None, str(reason), _describe(instance, adapter))
+    swap(instance, adapter, plan)
+    adapter.settle(instance)
+    return Row(path, adapter.title, plan.runs, plan.note, _describe(instance, adapter), checked[kind])
+
+
+def _check_unchanged(instance: Any, adapter: Adapter) -> None:
+    """Raise Unfit where this is no longer what its library made."""
+    changed = changed_method(instance, (*adapter.methods, *adapter.assumes))
+    if changed is not None:
+        raise Unfit(f"its {changed} was replaced: not the library's own")
+    if not isinstance(instance, nn.Module):
+        return
+    inner = tuple(adapter.inner(instance))
+    if any(is_hooked(module) for module in inner):
+        raise Unfit("a module inside has a hook or a parametrization, which would be passed by")
+    if any(is_sharded(module) for module in (instance, *inner)):
+        raise Unfit("its parameters are sharded or of another tensor class")
+
+
+def _describe(instance: Any, adapter: Adapter) -> str:
+    """What its conditioners are, where they are MLPs."""
+    found = [find_mlp(module) for module in adapter.conditioners(instance)]
+    return " and ".join(dict.fromkeys(str(mlp) for mlp in found if mlp is not None))
+
+
+def _compile(model: Any) -> None:
+    """torch.compile each conditioner on its own: blocks of one kind share the compiled code."""
+    for _, instance in list(_objects(model)):
+        if isinstance(instance, Swapped):
+            adapter = instance._linfast_adapter
+            for module in (*adapter.conditioners(instance), *adapter.compiles(instance)):
+                apart = any(isinstance(m, Swapped) for m in module.modules() if m is not module)
+                if module._compiled_call_impl is None and not apart:  # else its parts are compiled
+                    module.compile()
+                    _COMPILED.add(module)

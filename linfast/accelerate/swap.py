@@ -1,0 +1,98 @@
+"""Swapping an object's class for one that runs an adapter's methods, and back.
+
+The swapped class derives from the original, so that isinstance, parameters, buffers, hooks
+and state_dict keys are what they were; the object is the same object. It pickles as its
+original class, without its plan. A deep copy stays swapped; a shallow copy is the original.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+from .adapter import Adapter, Plan, Unfit
+from .identity import PLAN, is_hooked
+
+__all__ = ["Swapped", "plan_of", "swap", "swap_back", "swapped_class"]
+
+
+class Swapped:
+    """Mixed into every swapped class."""
+
+    _linfast_original: type
+    _linfast_adapter: Adapter
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As an instance of the original class."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        build, arguments, state, *rest = reduced
+        arguments = tuple(self._linfast_original if a is type(self) else a for a in arguments)
+        if build is copyreg.__newobj__:  # type: ignore[attr-defined]  # whose class the pickler compares with ours
+            build, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]
+        if isinstance(state, dict):
+            state = {key: value for key, value in state.items() if key != PLAN}
+        return (build, arguments, state, *rest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        build, arguments, state, *_ = self.__reduce_ex__(4)
+        copied = build(*copy.deepcopy(arguments, memo))
+        memo[id(self)] = copied
+        state = copy.deepcopy(state, memo)
+        copied.__setstate__(state) if hasattr(copied, "__setstate__") else copied.__dict__.update(state)
+        swap(copied, self._linfast_adapter, self._linfast_adapter.plan_for(copied, plan_of(self).options))
+        return copied
+
+    def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
+        """Then plan anew: a loaded buffer may hold another mask."""
+        super()._load_from_state_dict(*arguments, **named)  # type: ignore[misc]
+        try:
+            vars(self)[PLAN] = self._linfast_adapter.plan_for(self, plan_of(self).options)
+            self._linfast_adapter.settle(self)
+        except Unfit:
+            swap_back(self)
+
+
+def plan_of(instance: Any) -> Plan:
+    return vars(instance)[PLAN]
+
+
+def swap(instance: Any, adapter: Adapter, plan: Plan) -> None:
+    """Make this object, of the adapter's class, run the adapter's methods."""
+    original: Any = type(instance)
+    cls = swapped_class(adapter, original)
+    vars(instance)[PLAN] = plan
+    instance.__class__ = cls
+
+
+def swap_back(instance: Any) -> None:
+    """Make this object what it was."""
+    instance.__class__ = instance._linfast_original
+    del vars(instance)[PLAN]
+
+
+@functools.cache
+def swapped_class(adapter: Adapter, original: type) -> type:
+    """The class that derives from the original and runs the adapter's methods."""
+    body: dict[str, Any] = {name: _method(name, run, adapter, original) for name, run in adapter.methods.items()}
+    body |= {"_linfast_original": original, "_linfast_adapter": adapter}
+    body |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    bases = (Swapped, original)
+    return types.new_class(original.__name__, bases, exec_body=lambda namespace: namespace.update(body))
+
+
+def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
+    """``run``, or the original where a hook on a module that ``run`` would pass by has to fire."""
+    before = getattr(original, name)
+
+    @functools.wraps(before)
+    def method(self: Any, *arguments: Any, **named: Any) -> Any:
+        for module in adapter.inner(self):
+            if is_hooked(module):
+                return before(self, *arguments, **named)
+        return run(self, *arguments, **named)
+
+    return method

@@ -1,0 +1,154 @@
+"""Comparing what would run with the original, on bare copies and random inputs, before anything is swapped."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Plan, Unfit
+from .identity import PLAN, original_class
+from .swap import swap
+
+__all__ = ["difference", "kind_of"]
+
+_SEED = 20260101
+# Relative L2 of the outputs and gradients of one layer: some hundred roundings.
+_TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
+    """Largest relative L2 difference, in float64 and in the instance's own dtype on its own device.
+
+    Neither the instance nor torch's random state is touched: copies without hooks are run, which
+    share no buffer with it.
+
+    Raises:
+        Unfit: it is larger than allowed, or one of the two raised.
+    """
+    like = next((t for t in _tensors(instance) if t.is_floating_point()), None)
+    device = torch.device("cpu") if like is None else like.device
+    if device.type == "meta":
+        raise Unfit("it is on the meta device: nothing to compare")
+    own = torch.float32 if like is None else like.dtype
+    worst = 0.0
+    for dtype in dict.fromkeys((torch.float64, own) if adapter.float64 else (own,)):
+        allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0))
+        error = _difference(instance, adapter, plan, dtype, device)
+        if not error <= allowed:
+            raise Unfit(f"it differs from the original by {error:.1e} in {str(dtype)[6:]} on a random input")
+        worst = error if dtype == own else worst
+    return worst
+
+
+def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:
+    """Equal for two instances that run the same code on tensors of the same shapes: one check serves both."""
+    modules = dict(instance.named_modules()) if isinstance(instance, nn.Module) else {}
+    parts = tuple((path, original_class(m), _settings(m)) for path, m in modules.items())
+    tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
+    return adapter, parts, tensors, plan.runs, plan.options, id(instance) if not modules else None
+
+
+def _settings(module: nn.Module) -> Hashable:
+    """What its own attributes hold, but for tensors, modules and torch's bookkeeping; others by identity."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value if isinstance(value, plain) else id(value))
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, plain) or callable(value)
+    )
+
+
+def _difference(instance: Any, adapter: Adapter, plan: Plan, dtype: torch.dtype, device: torch.device) -> float:
+    hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
+    before = _run(bare_copy(instance, dtype, hollow), adapter, dtype, device)
+    copied = bare_copy(instance, dtype, hollow)
+    swap(copied, adapter, adapter.plan_for(copied, plan.options))
+    after = _run(copied, adapter, dtype, device)
+    if len(before) != len(after):
+        raise Unfit(f"it returns {len(after)} tensors, the original {len(before)}")
+    return max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
+
+
+def _run(instance: Any, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The probe's outputs and the gradients of a random sum of them."""
+    inputs: list[Tensor] = []
+    generator = torch.Generator().manual_seed(_SEED)
+
+    def draw(*shape: int) -> Tensor:
+        value = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        inputs.append(value.requires_grad_())
+        return value
+
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        torch.manual_seed(_SEED)
+        try:
+            outputs = list(adapter.probe(instance, draw))
+            total = sum(
+                ((o.double() * _weights(o)).sum() for o in outputs),
+                start=torch.zeros((), dtype=torch.float64, device=device),
+            )
+            wanted = inputs + [p for p in _tensors(instance) if p.requires_grad]
+            differentiable = total.requires_grad  # a sampler is not
+            gradients = torch.autograd.grad(total, wanted, allow_unused=True) if differentiable else ()
+        except Exception as error:
+            what = "the original" if PLAN not in vars(instance) else "what would replace it"
+            raise Unfit(f"{what} raised {type(error).__name__} on a random input: {str(error)[:80]}") from error
+    return [o.detach() for o in outputs] + [torch.zeros(()) if g is None else g for g in gradients]
+
+
+def _weights(output: Tensor) -> Tensor:
+    """Fixed numbers of the output's shape, no two alike."""
+    return torch.arange(output.numel(), device=output.device, dtype=torch.float64).sin().view(output.shape)
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    error, size = (actual.double() - expected.double()).norm(), expected.double().norm()
+    return float(error / size) if size > 0 else float(error)
+
+
+def _tensors(instance: Any) -> Sequence[Tensor]:
+    modules = (
+        [instance]
+        if isinstance(instance, nn.Module)
+        else [v for v in vars(instance).values() if isinstance(v, nn.Module)]
+    )
+    return [t for m in modules for t in itertools.chain(m.parameters(), m.buffers())]
+
+
+def bare_copy(instance: Any, dtype: torch.dtype, hollow: Collection[int] = ()) -> Any:
+    """A copy of the original class, without hooks, with tensors of its own in this dtype.
+
+    Args:
+        hollow: ids of modules that are copied without parameters, buffers and modules.
+    """
+    copied: Any = object.__new__(original_class(instance))
+    vars(copied).update({key: value for key, value in vars(instance).items() if key != PLAN})
+    if not isinstance(instance, nn.Module):
+        modules = {k: v for k, v in vars(instance).items() if isinstance(v, nn.Module)}
+        vars(copied).update({k: bare_copy(v, dtype, hollow) for k, v in modules.items()})
+        return copied
+    for name, value in vars(nn.Module()).items():
+        if "hook" in name:
+            vars(copied)[name] = value
+    if id(instance) in hollow:
+        copied._modules, copied._parameters, copied._buffers = {}, {}, {}
+        return copied
+    copied._modules = {k: None if m is None else bare_copy(m, dtype, hollow) for k, m in instance._modules.items()}
+    copied._parameters = {
+        k: None if p is None else nn.Parameter(_cast(p, dtype), p.requires_grad)
+        for k, p in instance._parameters.items()
+    }
+    copied._buffers = {k: None if b is None else _cast(b, dtype) for k, b in instance._buffers.items()}
+    return copied
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy: what is done to it in place, such as an initialisation, is not done to the original."""
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)

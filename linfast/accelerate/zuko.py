@@ -1,0 +1,151 @@
+"""zuko: GeneralCouplingTransform with the affine univariate transform, and so NICE and RealNVP.
+
+    y = m e^s + t,  s = raw / (1 + |raw / ln slope|),  m where the mask is False
+    params (t, raw) of (kept, c), interleaved; t(c) -> a Transform on x [..., D]
+
+The transform it gives has one pass of the conditioner for value and log-determinant, both ways
+(the original's inverse with log-determinant runs it twice), and slices for a regular mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Transform
+from torch.distributions.transforms import _InverseTransform
+
+from ..scale_maps import ScaleMap
+from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from .identity import find_class
+from .tail import Tail, couple, split_of
+
+__all__ = ["ADAPTER"]
+
+_SLOPE = 1e-3
+
+
+def _plan(lazy: Any, options: Options) -> Plan:
+    univariate: Any = lazy.univariate
+    named: dict[str, Any] = {}
+    if isinstance(univariate, functools.partial) and not univariate.args:
+        univariate, named = univariate.func, dict(univariate.keywords)
+    if univariate is not find_class("zuko.transforms", "MonotonicAffineTransform") or set(named) - {"slope"}:
+        raise Unfit(f"univariate {getattr(univariate, '__name__', univariate)}: only the affine one")
+    if tuple(map(tuple, lazy.shapes)) != ((), ()):
+        raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale a feature")
+    bound = abs(math.log(named.get("slope", _SLOPE)))
+    mask = lazy.mask.tolist()
+    kept, moved = ([i for i, passes in enumerate(mask) if passes == which] for which in (True, False))
+    split, scale_map = split_of(kept, moved), ScaleMap("smooth", bound)
+    return Plan(
+        f"affine coupling, smooth, mask {split.kind}",
+        layout=(split, Tail(scale_map.log_scale, "interleaved", scale_map)),
+    )
+
+
+def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
+    return _transform_class()(lazy, c)
+
+
+@functools.cache
+def _transform_class() -> type:
+    """The fused transform, a zuko CouplingTransform; made when zuko is there."""
+    base = find_class("zuko.transforms", "CouplingTransform")
+    assert base is not None
+
+    class CouplingTransform(base):  # type: ignore[misc,valid-type]
+        """y and log|det| in one pass, and the same for the inverse."""
+
+        def __init__(self, lazy: Any, c: Tensor | None) -> None:
+            Transform.__init__(self)
+            self._lazy, self._c = lazy, c
+            self.meta = functools.partial(lazy.meta, c)
+
+        @property
+        def idx_a(self) -> Tensor:
+            return self._lazy.mask.nonzero().squeeze(-1)
+
+        @property
+        def idx_b(self) -> Tensor:
+            return (~self._lazy.mask).nonzero().squeeze(-1)
+
+        @property
+        def inv(self) -> Transform:
+            return _Inverse(self)
+
+        def _call(self, x: Tensor) -> Tensor:
+            return self.run(x, inverse=False)[0]
+
+        def _inverse(self, y: Tensor) -> Tensor:
+            return self.run(y, inverse=True)[0]
+
+        def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.run(x, inverse=False)
+
+        def run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+            """(y, log|det|) of x [..., D], or of the inverse."""
+            split, tail = self._lazy._linfast_plan.layout
+            rows = x.reshape(-1, x.shape[-1])
+            if split.kind == "gather":
+                y, log_det = self._run_gathered(rows, x.shape[:-1], tail, inverse)
+            else:
+                y, log_det = couple(rows, lambda kept: self._params(kept, x.shape[:-1]), split, tail, inverse)
+            return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
+
+        def _run_gathered(self, rows: Tensor, batch: Size, tail: Tail, inverse: bool) -> tuple[Tensor, Tensor]:
+            idx_b = self.idx_b
+            params = self._params(rows[:, self.idx_a], batch)
+            out, log_det = tail.apply(rows[:, idx_b], params, inverse)
+            return rows.index_copy(1, idx_b, out.to(rows.dtype)), -log_det() if inverse else log_det()
+
+        def _params(self, kept: Tensor, batch: Size) -> Tensor:
+            """[rows, 2 n] of kept [rows, n]; c is [..., n_c], broadcast to the batch."""
+            kept = kept.reshape(*batch, -1)
+            if self._c is not None:
+                kept = torch.cat((kept, self._c.expand(*batch, -1)), -1)
+            return self._lazy.hyper(kept).reshape(batch.numel(), -1)
+
+    return CouplingTransform
+
+
+class _Inverse(_InverseTransform):
+    """The inverse, whose value and log-determinant take one pass too."""
+
+    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._inv.run(y, inverse=True)  # type: ignore[union-attr]
+
+
+def _probe(lazy: Any, draw: Draw) -> Sequence[Tensor]:
+    kept, features = int(lazy.mask.sum()), lazy.mask.numel()
+    extra = lazy.hyper.in_features - kept
+    outputs: list[Tensor] = []
+    lazy._modules["hyper"] = _LastDim(kept + extra, 2 * (features - kept), draw)
+    for batch in ((3,), (2, 3)):
+        c = draw(*batch[-1:], extra) if extra else None
+        outputs += [*lazy.forward(c).call_and_ladj(draw(*batch, features))]
+        outputs += [*lazy.forward(c).inv.call_and_ladj(draw(*batch, features))]
+    return outputs
+
+
+class _LastDim(Stub):
+    def forward(self, x: Tensor, *context: Any, **named: Any) -> Tensor:
+        return (
+            super().forward(x.movedim(-1, 1) if x.ndim > 1 else x[None]).movedim(1, -1).reshape(*x.shape[:-1], -1)
+        )
+
+
+ADAPTER = Adapter(
+    library="zuko",
+    where="zuko.flows.coupling",
+    name="GeneralCouplingTransform",
+    methods={"forward": _forward},
+    plan=_plan,
+    probe=_probe,
+    assumes=("meta",),
+    conditioners=lambda lazy: (lazy.hyper,),
+)

@@ -1,0 +1,153 @@
+"""Every supported kind of module of every library's real release: the same numbers before and after."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+import linfast as lf
+
+from .zoo import KINDS, inputs, make, require
+
+SEEDS = range(2)
+
+
+def outputs(kind, model, dtype, seed=0):
+    """What both directions give, and the gradients of a fixed sum of it."""
+    x, c = inputs(kind, dtype, seed)
+    values = kind.run(model, x, c)
+    total = sum((v.double() * torch.arange(v.numel()).cos().view_as(v)).sum() for v in values)
+    wanted = [x, c, *(p for p in model.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    flat = torch.cat([g.double().flatten() for g in gradients if g is not None])
+    return [v.detach().double() for v in values] + [flat]
+
+
+def relative(actual, expected):
+    """Relative L2 difference; absolute where nothing is expected."""
+    error, size = (actual - expected).norm(), expected.norm()
+    return float(error / size if size > 0 else error)
+
+
+def assert_close(actual, expected, tolerance):
+    errors = [relative(a, b) for a, b in zip(actual, expected, strict=True)]
+    assert max(errors) <= tolerance, errors
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", KINDS)
+def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
+    kind = KINDS[name]
+    model = make(kind, seed)
+    before = outputs(kind, model, torch.float32, seed)
+    exact = outputs(kind, copy.deepcopy(model).double(), torch.float64, seed)
+    report = lf.accelerate(model)
+    assert (len(report.swapped), len(report.left)) == (kind.swapped, 0), str(report)
+    after = outputs(kind, model, torch.float32, seed)
+    for a, b, truth in zip(after, before, exact, strict=True):
+        own = relative(b, truth)
+        assert relative(a, b) <= 2e-6 or relative(a, truth) <= 2 * own, f"{relative(a, b):.1e}, its own {own:.1e}"
+    assert_close(outputs(kind, model.double(), torch.float64, seed), exact, 1e-12)
+    lf.restore(model.float())
+    assert_same(outputs(kind, model, torch.float32, seed), before)
+
+
+KERNELS = [name for name in KINDS if name != "reference"]  # its U-Nets take minutes in the interpreter
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernels_give_the_same(name):
+    """Through Triton's interpreter: the views of x and of the parameters that the op is given."""
+    kind = KINDS[name]
+    model = make(kind, 0)
+    before = outputs(kind, model, torch.float32)
+    lf.accelerate(model)
+    with lf.backend("triton"):
+        assert_close(outputs(kind, model, torch.float32), before, 1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_model_stays_itself(name):
+    kind = KINDS[name]
+    model = make(kind, 0)
+    classes = [type(m) for m in model.modules()]
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = [set(vars(m)) for m in model.modules()]
+    generator = torch.get_rng_state()
+    lf.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert [type(m) for m in model.modules()] != classes
+    assert all(isinstance(m, c) for m, c in zip(model.modules(), classes, strict=True))
+    assert [repr(type(m)) for m in model.modules()] == [repr(c) for c in classes]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    assert_same(model.state_dict().values(), state.values())
+    lf.restore(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(vars(m)) for m in model.modules()] == attributes
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_deep_copies_stay_swapped_and_apart(name):
+    kind = KINDS[name]
+    model = make(kind, 0)
+    lf.accelerate(model)
+    copied = copy.deepcopy(model)
+    assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+    assert not {id(p) for p in copied.parameters()} & {id(p) for p in model.parameters()}
+    expected = outputs(kind, model, torch.float32)
+    assert_same(outputs(kind, copied, torch.float32), expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert_same(outputs(kind, copied, torch.float32), expected)
+    lf.restore(model)
+    assert_same(outputs(kind, copied, torch.float32), expected)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_state_dicts_and_whole_modules_load(name):
+    kind = KINDS[name]
+    model, other = make(kind, 0), make(kind, 1)
+    lf.accelerate(model)
+    lf.accelerate(other)
+    expected = outputs(kind, model, torch.float32)
+    other.load_state_dict(model.state_dict())
+    assert_close(outputs(kind, other, torch.float32), expected, 1e-6)  # loaded masks may be cut otherwise
+    if kind.library == "FrEIA":
+        return  # holds lambdas: its own modules do not pickle
+    stream = io.BytesIO()
+    if kind.library == "glasflow":
+        return
+    torch.save(model, stream)
+    assert b"linfast" not in stream.getvalue()
+    stream.seek(0)
+    loaded = torch.load(stream, weights_only=False)
+    lf.restore(model)
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in model.modules()]
+    assert_same(outputs(kind, loaded, torch.float32), outputs(kind, model, torch.float32))
+
+
+@pytest.mark.parametrize("masks", [("halves", "alternate"), ("alternate", "gather"), ("gather", "halves")], ids=str)
+def test_masks_that_a_state_dict_brings_are_followed(masks):
+    transforms, nets = require("nflows.transforms"), require("nflows.nn.nets")
+    features = {"halves": [1, 1, 1, 0, 0, 0], "alternate": [1, 0, 1, 0, 1, 0], "gather": [1, 0, 0, 1, 1, 0]}
+
+    def coupling(mask):
+        return transforms.AffineCouplingTransform(features[mask], lambda i, o: nets.ResidualNet(i, o, 8))
+
+    model, other = (coupling(mask) for mask in masks)
+    assert masks[0] in lf.accelerate(model).rows[0].runs
+    model.load_state_dict(other.state_dict())
+    x = torch.randn(4, 6)
+    for actual, expected in zip((*model(x), *model.inverse(x)), (*other(x), *other.inverse(x)), strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -1,0 +1,208 @@
+"""The reference repository's training and sampling on an accelerated model; its defects, fixed and kept."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import linfast as lf
+
+from . import stand_in
+from .test_libraries import relative
+
+
+def _model(train=True, depth=1):
+    torch.manual_seed(0)
+    return stand_in.build(depth).train(train)
+
+
+def _losses(accelerated: bool, train: bool, steps: int = 20):
+    """Of training steps on fixed images, from one seed."""
+    matcher = stand_in.FlowMatcher(_model(train=train))
+    if accelerated:
+        assert not lf.accelerate(matcher).left
+    torch.manual_seed(1)
+    images = torch.rand(steps, 3, 1, 8, 8)
+    optimizer, losses = torch.optim.SGD(matcher.linearizer.parameters(), 1e-2), []
+    for x in images:
+        loss = matcher.training_losses(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).double()
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["dropout", "no dropout"])
+def test_twenty_training_steps_have_the_same_losses(train):
+    before = _losses(False, train)
+    torch.testing.assert_close(_losses(True, train), before, rtol=1e-5, atol=0)
+    assert before[-5:].mean() < 0.97 * before[:5].mean()  # it learns
+
+
+def _sampler(keep=()):
+    model = _model(train=False, depth=2)
+    with torch.no_grad():
+        model.gx(torch.randn(16, 1, 8, 8))
+    matcher = stand_in.FlowMatcher(model)
+    original = copy.deepcopy(matcher)
+    report = lf.accelerate(matcher, keep_defects=keep)
+    return matcher, original, report
+
+
+@pytest.mark.parametrize("method", ["euler", "rk"])
+def test_one_step_is_all_steps(method):
+    matcher, original, report = _sampler()
+    x = torch.randn(3, 1, 8, 8)
+    steps = original.sample(x, "cpu", 12, method)
+    assert relative(matcher.sample(x, "cpu", 12, method), steps) < 2e-6
+    assert relative(matcher.sample_one_step(x, "cpu", method, 12), steps) < 5e-6
+    B = matcher.get_sampling_terms("cpu", 12, method)
+    assert B.is_contiguous()
+    assert relative(matcher.sample_one_step(x, "cpu", method, 12, B=B), steps) < 5e-6
+    theirs = original.sample_one_step(x, "cpu", method, 12)
+    assert (relative(theirs, steps) < 5e-6) == (method == "euler")
+    assert report.rows[0].note == "fixed: the one step of rk is its many steps"
+
+
+def test_the_collapse_can_be_kept_as_it_was():
+    matcher, original, report = _sampler(keep=["rk_collapse"])
+    x = torch.randn(3, 1, 8, 8)
+    for method in ("rk", "euler"):
+        B = original.get_sampling_terms("cpu", 12, method)
+        assert relative(matcher.get_sampling_terms("cpu", 12, method), B) < 2e-6
+        theirs = original.sample_one_step(x, "cpu", method, 12)
+        assert relative(matcher.sample_one_step(x, "cpu", method, 12), theirs) < 1e-5
+    assert report.rows[0].note.startswith("kept:")
+
+
+def test_a_matcher_is_restored_whole():
+    matcher, original, _ = _sampler()
+    lf.restore(matcher)
+    assert type(matcher) is stand_in.FlowMatcher
+    assert vars(matcher).keys() == vars(original).keys()
+    kinds = [type(m) for m in original.linearizer.modules()]
+    assert [type(m) for m in matcher.linearizer.modules()] == kinds
+
+
+def test_a_matcher_of_another_linear_network_is_left_alone():
+    model = _model()
+    model.linear_network = nn.Identity()
+    report = lf.accelerate(stand_in.FlowMatcher(model))
+    assert "its linear network is a Identity" in report.left[0].note
+
+
+def _loaded(accelerate_first: bool, keep=()):
+    """An ActNorm that was initialised, saved, and loaded into a fresh one; what the fresh one gives."""
+    source = stand_in.ActNorm2d(3)
+    first, other = 3 + 2 * torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
+    source(first)
+    fresh = stand_in.ActNorm2d(3)
+    if accelerate_first:
+        report = lf.accelerate(fresh, keep_defects=keep)
+    fresh.load_state_dict(source.state_dict())
+    if not accelerate_first:
+        report = lf.accelerate(fresh, keep_defects=keep)
+    return report.rows[0], fresh(other), source(other), source.inverse(other), fresh.inverse(other)
+
+
+@pytest.mark.parametrize("accelerate_first", [True, False])
+def test_a_loaded_actnorm_is_not_initialised_again(accelerate_first):
+    row, actual, expected, inverse, actual_inverse = _loaded(accelerate_first)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual_inverse, inverse)
+    assert row.note.startswith("fixed:") is not accelerate_first
+
+
+@pytest.mark.parametrize("accelerate_first", [True, False])
+def test_a_loaded_actnorm_can_be_kept_as_it_was(accelerate_first):
+    row, actual, expected, _, _ = _loaded(accelerate_first, keep=["actnorm_reinit"])
+    assert not torch.allclose(actual, expected)
+    torch.testing.assert_close(actual.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    assert row.note.startswith("kept:")
+
+
+def test_a_fresh_actnorm_is_initialised_by_its_first_batch():
+    fresh, other = stand_in.ActNorm2d(3), stand_in.ActNorm2d(3)
+    lf.accelerate(fresh)
+    fresh.load_state_dict(other.state_dict())
+    x = 3 + 2 * torch.randn(8, 3, 4, 4)
+    torch.testing.assert_close(fresh(x), other(x))
+    assert fresh.initialized
+
+
+def test_one_time_for_the_batch_is_embedded_once():
+    model, seen = _model(train=False), []
+    lf.accelerate(model)
+    model.net_gx.g.blocks[0].F.cond.net.map_noise.register_forward_hook(
+        lambda m, args, out: seen.append(len(args[0]))
+    )
+    model.gx(torch.randn(5, 1, 8, 8))
+    model.net_gx.g(torch.randn(5, 1, 8, 8), torch.linspace(0, 1, 5))
+    assert seen == [1, 5]
+
+
+def test_an_unknown_mode_is_an_error_still():
+    model = _model()
+    lf.accelerate(model)
+    with pytest.raises(NotImplementedError):
+        model.net_gx(torch.randn(2, 1, 8, 8), mode="gz")
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_unet_blocks_of_both_kinds(adaptive, dtype):
+    torch.manual_seed(0)
+    block = stand_in.UNetBlock(8, 16, 4, attention=True, adaptive=adaptive, down=True).to(dtype)
+    x, emb = torch.randn(3, 8, 6, 6, dtype=dtype), torch.randn(3, 4, dtype=dtype)
+    torch.manual_seed(1)
+    expected = block(x, emb)
+    assert lf.accelerate(block).rows[0].swapped
+    torch.manual_seed(1)  # the same dropout
+    tolerance = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+    assert relative(block(x, emb), expected) < tolerance
+
+
+def test_group_norm_and_silu_differentiate_twice():
+    from linfast.accelerate.norm_silu import norm_silu
+
+    norm = stand_in.GroupNorm(8).double()
+    x = torch.randn(2, 8, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w, b: norm_silu(x, _with(norm, w, b)), (x, norm.weight, norm.bias))
+    assert torch.autograd.gradgradcheck(
+        lambda x, w, b: norm_silu(x, _with(norm, w, b)), (x, norm.weight, norm.bias)
+    )
+
+
+class _with:
+    def __init__(self, norm, weight, bias):
+        self.num_groups, self.eps, self.weight, self.bias = norm.num_groups, norm.eps, weight, bias
+
+
+def test_an_unusual_resampling_filter_is_left_alone():
+    conv = stand_in.Conv2d(4, 4, 3, down=True)
+    conv.resample_filter[0, 0, 0, 0] = 0.5
+    assert "a resampling filter other than [1, 1]" in lf.accelerate(conv).left[0].note
+
+
+def test_the_style_kernel_is_a_depthwise_convolution():
+    torch.manual_seed(0)
+    layer = stand_in.LinearKernel()
+    x, t = torch.randn(2, 3, 9, 8), torch.rand(2)
+    expected = layer(x, t=t)
+    assert lf.accelerate(layer).rows[0].runs == "depthwise convolution"
+    torch.testing.assert_close(layer(x, t=t), expected)
+
+
+def test_a_block_runs_on_the_kernels():
+    torch.manual_seed(0)
+    block = stand_in.InvUnetBlock(4).eval()
+    x, t = torch.randn(2, 4, 4, 4), torch.rand(2)
+    expected = block(x, t)
+    assert not lf.accelerate(block).left
+    with lf.backend("triton"):
+        assert relative(block(x, t), expected) < 2e-6
+        assert relative(block.inverse(expected, t), x) < 1e-5

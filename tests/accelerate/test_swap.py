@@ -1,0 +1,378 @@
+"""What is swapped and what is left alone, and why; hooks, reports, adapters of one's own. No library is needed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import linfast as lf
+from linfast.accelerate import adapter as adapters
+from linfast.accelerate import find_mlp, plain, run
+
+from . import stand_in
+
+
+class Coupling(nn.Module):
+    """y = (x1 e^tanh(s) + t, x2), of (t, s) interleaved."""
+
+    def __init__(self, features=6):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(features // 2, 8), nn.ReLU(), nn.Linear(8, features))
+
+    def params(self, kept):
+        p = self.net(kept)
+        return p[:, 0::2], p[:, 1::2].tanh()
+
+    def forward(self, x):
+        x1, x2 = x.chunk(2, 1)
+        shift, log_s = self.params(x2)
+        return torch.cat((x1 * log_s.exp() + shift, x2), 1), log_s.sum(1)
+
+    def inverse(self, y):
+        y1, x2 = y.chunk(2, 1)
+        shift, log_s = self.params(x2)
+        return torch.cat(((y1 - shift) * (-log_s).exp(), x2), 1), -log_s.sum(1)
+
+
+class Derived(Coupling):
+    def forward(self, x):
+        y, log_det = super().forward(x)
+        return y + 1, log_det
+
+
+RIGHT = {
+    "conditioner": "net",
+    "scale_map": lf.ScaleMap("tanh", 1.0),
+    "order": "scale_first",
+    "layout": "interleaved",
+    "log_det": True,
+}
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """register(cls, **changes): an adapter for the test's duration."""
+    monkeypatch.setattr(adapters, "ADAPTERS", adapters.ADAPTERS)
+    before = list(adapters.ADAPTERS)
+
+    def register(cls=Coupling, **changes):
+        lf.register_adapter(cls, **{"features": None, **RIGHT, **changes})
+
+    yield register
+    adapters.ADAPTERS[:] = before
+
+
+class Even(Coupling):
+    pass
+
+
+def _values(model, x):
+    return [*model(x), *model.inverse(x)]
+
+
+def test_a_registered_class_runs_on_the_op(registered, monkeypatch):
+    registered()
+    model, x = Coupling(), torch.randn(4, 6)
+    expected = _values(model, x)
+    report = lf.accelerate(model)
+    assert [(row.runs, row.conditioner) for row in report.rows] == [("affine coupling, tanh", "MLP 3-8-6 relu")]
+    assert report.rows[0].error < 1e-6
+    for a, b in zip(_values(model, x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    seen = []
+    monkeypatch.setattr(plain, "affine_coupling", lambda *a, **k: seen.append(k) or (None, None))
+    model(x), model.inverse(x)
+    assert [call["inverse"] for call in seen] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scale_map": lf.ScaleMap("tanh", 1.0001)},
+        {"order": "shift_first"},
+        {"layout": "halves"},
+        {"moves": "second"},
+        {"log_det": False},
+    ],
+    ids=str,
+)
+def test_what_disagrees_with_the_original_stays_as_it_was(registered, wrong):
+    registered(**wrong)
+    model = Coupling()
+    report = lf.accelerate(model)
+    assert type(model) is Coupling
+    assert report.swapped == ()
+    assert "the original" in report.left[0].note or "what would replace it raised" in report.left[0].note
+
+
+def test_wrong_gradients_are_seen(registered):
+    class Detached(Coupling):
+        def params(self, kept):
+            return super().params(kept.detach())
+
+    registered(Detached)
+    model = Detached()
+    assert "differs from the original" in lf.accelerate(model).left[0].note
+
+
+def test_bad_registrations_are_named():
+    with pytest.raises(TypeError, match=r"cls must be a subclass of nn\.Module; got 3"):
+        lf.register_adapter(3, **RIGHT)
+    with pytest.raises(ValueError, match="order must be one of shift_first, scale_first; got 'up'"):
+        lf.register_adapter(Coupling, **{**RIGHT, "order": "up"})
+    with pytest.raises(ValueError, match="inverse must name a method of Coupling; got 'back'"):
+        lf.register_adapter(Coupling, inverse="back", **RIGHT)
+
+
+def _patched_instance(model):
+    model.forward = lambda x: (x, x.sum(1))
+
+
+def _patched_class(model):
+    cls = type(model)
+    before = cls.forward
+    cls.forward = functools.wraps(before)(lambda self, x: before(self, 2 * x))
+
+
+@pytest.mark.parametrize("patch", [_patched_instance, _patched_class])
+def test_a_patched_method_is_left_alone(registered, patch):
+    class Mine(Coupling):
+        def forward(self, x):
+            return super().forward(x)
+
+    registered(Mine)
+    model = Mine()
+    patch(model)
+    x = torch.randn(2, 6)
+    expected = model(x)
+    report = lf.accelerate(model)
+    assert report.left[0].note == "its forward was replaced: not the library's own"
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_a_derived_class_is_left_alone(registered):
+    registered()
+    report = lf.accelerate(nn.Sequential(Derived(), Coupling()))
+    assert [(row.path, row.swapped) for row in report.rows] == [("0", False), ("1", True)]
+    assert "derived from tests Coupling" in report.left[0].note
+    assert "register_adapter" in report.left[0].note
+
+
+def test_hooks_of_the_module_fire(registered):
+    registered()
+    model, x, seen = Coupling(), torch.randn(2, 6), []
+    model.register_forward_hook(lambda module, args, out: seen.append("module"))
+    model.net.register_forward_hook(lambda module, args, out: seen.append("conditioner"))
+    report = lf.accelerate(model)
+    assert report.swapped
+    assert seen == []  # the check ran on copies without hooks
+    assert report.rows[0].conditioner == ""
+    model(x)
+    assert seen == ["conditioner", "module"]
+
+
+def _reference_block():
+    torch.manual_seed(0)
+    block = stand_in.InvUnetBlock(4).eval()
+    with torch.no_grad():
+        block(torch.randn(8, 4, 4, 4), torch.rand(8))
+    return block
+
+
+def test_a_hook_on_a_module_that_would_be_passed_by_keeps_the_original():
+    block, seen = _reference_block(), []
+    block.F.register_forward_hook(lambda module, args, out: seen.append(out))
+    report = lf.accelerate(block)
+    assert "has a hook or a parametrization, which would be passed by" in report.left[0].note
+    assert type(block) is stand_in.InvUnetBlock
+    block(torch.randn(2, 4, 4, 4), torch.rand(2))
+    assert len(seen) == 1
+
+
+def test_no_hook_fires_in_the_check():
+    block, seen = stand_in.UNetBlock(8, 8, 4), []
+    block.affine.register_forward_hook(lambda module, args, out: seen.append(out))
+    assert lf.accelerate(block).rows[0].swapped
+    assert seen == []
+    block(torch.randn(2, 8, 4, 4), torch.randn(2, 4))
+    assert len(seen) == 1
+
+
+def test_a_hook_put_there_later_fires_too():
+    block, seen = _reference_block(), []
+    x, t = torch.randn(2, 4, 4, 4), torch.rand(2)
+    assert lf.accelerate(block).rows[0].swapped
+    expected = block(x, t)
+    handle = block.F.register_forward_hook(lambda module, args, out: seen.append(out))
+    torch.testing.assert_close(block(x, t), expected)
+    assert len(seen) == 1
+    handle.remove()
+    block(x, t)
+    assert len(seen) == 1
+
+
+def test_a_parametrized_inner_module_keeps_the_original():
+    block = _reference_block()
+    unet = block.F.cond.net.enc["block"]
+    nn.utils.parametrizations.weight_norm(unet.conv0)
+    notes = {row.path: row.note for row in lf.accelerate(block).left}
+    assert "which would be passed by" in notes["F.cond.net.enc.block"]
+
+
+def test_nothing_is_touched_by_the_check():
+    block = _reference_block()
+    norm = stand_in.ActNorm2d(4)
+    state = copy.deepcopy(block.state_dict())
+    lf.accelerate(nn.ModuleList([block, norm]))
+    for key, value in block.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+    assert not norm.initialized
+    assert not norm.bias.any()
+    assert all(p.grad is None for p in block.parameters())
+
+
+def test_restore_and_accelerate_again(registered):
+    registered()
+    model = nn.Sequential(Coupling(), Coupling())
+    first, second = lf.accelerate(model), lf.accelerate(model)
+    assert [row.path for row in first.rows] == [row.path for row in second.rows] == ["0", "1"]
+    assert all(type(m).__mro__[2] is Coupling for m in model)
+    lf.restore(model)
+    lf.restore(model)
+    assert all(type(m) is Coupling for m in model)
+
+
+def test_an_error_on_the_way_swaps_nothing(registered, monkeypatch):
+    registered()
+    model = nn.Sequential(Coupling(), Coupling(8))
+    calls = []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 0.0
+
+    monkeypatch.setattr(run, "difference", broken)
+    with pytest.raises(KeyboardInterrupt):
+        lf.accelerate(model)
+    assert len(calls) == 2
+    assert all(type(m) is Coupling for m in model)
+
+
+def test_copies_and_pickles(registered):
+    registered()
+    model = Coupling()
+    lf.accelerate(model)
+    assert type(copy.deepcopy(model)) is type(model)
+    assert type(copy.copy(model)) is Coupling
+    for protocol in (2, pickle.HIGHEST_PROTOCOL):
+        text = pickle.dumps(model, protocol)
+        assert b"linfast" not in text
+        loaded = pickle.loads(text)
+        assert type(loaded) is Coupling
+        assert set(vars(loaded)) == set(vars(Coupling()))
+    assert list(model.state_dict()) == list(Coupling().state_dict())
+
+
+def test_safetensors_take_it(registered, tmp_path):
+    from safetensors.torch import load_model, save_model
+
+    registered()
+    model, other, x = Coupling(), Coupling(), torch.randn(2, 6)
+    lf.accelerate(model)
+    lf.accelerate(other)
+    save_model(model, tmp_path / "m.safetensors")
+    load_model(other, tmp_path / "m.safetensors")
+    torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+
+
+def test_bad_options_are_named():
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module or an object of a known class; got int"):
+        lf.accelerate(3)
+    with pytest.raises(ValueError, match=r"precision must be None or 'exact'.* got 'tf32'"):
+        lf.accelerate(model, precision="tf32")
+    with pytest.raises(ValueError, match=r"memory must be 'store'.* got 'invert'"):
+        lf.accelerate(model, memory="invert")
+    with pytest.raises(ValueError, match="keep_defects must be a collection of actnorm_reinit, rk_collapse; got"):
+        lf.accelerate(model, keep_defects=["rk"])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA device"):
+            lf.accelerate(model, cuda_graph=True)
+
+
+def test_the_report_prints_as_a_table(registered):
+    registered()
+    text = str(lf.accelerate(nn.Sequential(Coupling(), Coupling(), Derived())))
+    lines = text.splitlines()
+    assert lines[0].split("  ")[0] == "module"
+    assert lines[2].startswith("0 and 1 more  tests Coupling  affine coupling, tanh, MLP 3-8-6 relu")
+    assert lines[3].startswith("2 ")
+    assert lines[-1] == "2 of 3 recognised modules swapped"
+    assert "no module of a known library" in str(lf.accelerate(nn.Linear(2, 2)))
+
+
+def test_compiling_marks_conditioners_only_and_is_undone(registered):
+    registered()
+    model = Coupling()
+    lf.accelerate(model, compile=True)
+    assert model.net._compiled_call_impl is not None
+    assert model._compiled_call_impl is None
+    lf.restore(model)
+    assert model.net._compiled_call_impl is None
+    model.net.compile()
+    lf.accelerate(model, compile=True)
+    lf.restore(model)
+    assert model.net._compiled_call_impl is not None  # the caller's
+
+
+def test_mlps_are_recognised():
+    act = {"relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+    for name, activation in act.items():
+        mlp = find_mlp(nn.Sequential(nn.Linear(3, 8), activation, nn.Linear(8, 4, bias=False)))
+        assert (mlp.sizes, mlp.activation, str(mlp)) == ((3, 8, 4), name, f"MLP 3-8-4 {name}")
+        assert mlp.layers[1][1] is None
+    layer = nn.Linear(3, 3)
+    assert find_mlp(nn.Sequential(layer)).layers == ((layer.weight, layer.bias),)
+    nested = nn.Sequential(nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2)), nn.Linear(8, 4))
+    assert (find_mlp(nested).activation, find_mlp(nested).constants) == ("leaky_relu", (0.2,))
+
+
+def _hooked():
+    module = nn.Sequential(nn.Linear(3, 3))
+    module[0].register_forward_hook(lambda *a: None)
+    return module
+
+
+class _Own(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Linear(3, 3),
+        nn.Sequential(),
+        nn.Sequential(nn.Linear(3, 3), nn.ReLU()),
+        nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)),
+        nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Linear(3, 3)),
+        nn.Sequential(_Own(3, 3)),
+        nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))),
+        _hooked(),
+        "no module",
+    ],
+    ids=lambda m: str(m).replace("\n", "")[:40],
+)
+def test_what_is_no_mlp_is_not_taken_for_one(module):
+    assert find_mlp(module) is None
+
+
+def test_a_namesake_of_a_copied_class_is_not_taken_for_it():
+    assert lf.accelerate(nn.Sequential(nn.Conv2d(2, 2, 1), nn.GroupNorm(2, 2))).rows == ()

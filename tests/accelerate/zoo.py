@@ -1,0 +1,300 @@
+"""Small random models of each library's real release, and how to run each both ways.
+
+A model whose library cannot be imported is skipped, visibly, and fails where ``LINFAST_REQUIRE_PEERS`` is set.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from . import stand_in
+
+FEATURES, CONTEXT, BATCH = 6, 3, 5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """build() -> model; run(model, x, c) -> outputs of both directions; how many modules are to be swapped."""
+
+    library: str
+    build: Callable[[], nn.Module]
+    run: Callable[[nn.Module, Tensor, Tensor], list[Tensor]]
+    swapped: int
+    shape: tuple[int, ...] = (FEATURES,)
+    context: tuple[int, ...] = (CONTEXT,)
+
+
+def require(library: str):
+    """The library, or a skip that says which."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(library)
+    except ImportError as error:
+        if os.environ.get("LINFAST_REQUIRE_PEERS"):
+            raise
+        pytest.skip(f"{library} is not installed: {error}")
+
+
+def make(kind: Kind, seed: int) -> nn.Module:
+    """A model of this kind with every weight moved, in float32."""
+    torch.manual_seed(seed)
+    model = kind.build()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "log_S" not in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(kind: Kind, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (BATCH, *kind.shape), (BATCH, *kind.context)
+    x, c = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return x.requires_grad_(), c.requires_grad_()
+
+
+def net(n_in: int, n_out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(n_in, 16), nn.SiLU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, n_out))
+
+
+def conv(n_in: int, n_out: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(n_in, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, n_out, 1))
+
+
+class ConvNet(nn.Module):
+    """Takes a context, as nflows' nets do, and leaves it."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = conv(n_in, n_out)
+
+    def forward(self, x, context=None):
+        return self.net(x)
+
+
+# normflows
+
+
+def _normflows(scale_map: str = "exp", split: str = "channel", scale: bool = True):
+    def build():
+        nf = require("normflows")
+        half = FEATURES // 2
+        flows = []
+        for _ in range(3):
+            mlp = nf.nets.MLP([half, 16, 16, half * (2 if scale else 1)], init_zeros=False)
+            flows += [nf.flows.AffineCouplingBlock(mlp, scale, scale_map, split), nf.flows.Permute(FEATURES)]
+        return nf.NormalizingFlow(nf.distributions.DiagGaussian(FEATURES), flows)
+
+    return build
+
+
+def _glow():
+    nf = require("normflows")
+    flows = [nf.flows.GlowBlock(4, 8, init_zeros=False) for _ in range(2)]
+    flow = nf.NormalizingFlow(nf.distributions.DiagGaussian((4, 2, 3)), flows)
+    flow.forward_and_log_det(torch.randn(16, 4, 2, 3))  # initialises ActNorm
+    return flow
+
+
+def _run_normflows(model, x, c):
+    return [*model.forward_and_log_det(x), *model.inverse_and_log_det(x)]
+
+
+# nflows and glasflow
+
+
+def _masks(kind: str) -> list[list[int]]:
+    if kind == "alternate":
+        return [[1, -1] * 3, [-1, 1] * 3]
+    if kind == "halves":
+        return [[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1]]
+    return [[1, 0, 0, 1, 1, 0], [0, 1, 1, 1, 1, 0]]
+
+
+def _nflows(name: str, masks: str):
+    def build():
+        nflows = require("nflows.transforms")
+        nets = require("nflows.nn.nets")
+
+        def resnet(n_in, n_out):
+            return nets.ResidualNet(n_in, n_out, hidden_features=16, context_features=CONTEXT)
+
+        transform = getattr(nflows, name)
+        return nflows.CompositeTransform([transform(mask, resnet) for mask in _masks(masks)])
+
+    return build
+
+
+def _nflows_image():
+    nflows = require("nflows.transforms")
+
+    return nflows.CompositeTransform(
+        [nflows.AffineCouplingTransform(mask, ConvNet) for mask in ([1, -1] * 2, [0, 1, 1, 0])]
+    )
+
+
+def _run_nflows(model, x, c):
+    return [*model(x, c), *model.inverse(x, c)]
+
+
+def _glasflow(activation: str, **options):
+    def build():
+        flow = require("glasflow").RealNVP(
+            FEATURES,
+            3,
+            n_conditional_inputs=CONTEXT,
+            n_neurons=16,
+            **options,
+            **({"scale_activation": activation} if activation else {}),
+        )
+        return flow.eval()
+
+    return build
+
+
+def _run_glasflow(model, x, c):
+    return [*model.forward(x, conditional=c), *model.inverse(x, conditional=c)]
+
+
+# FrEIA
+
+
+def _freia(name: str, shape: tuple[int, ...] = (FEATURES,), context: int = 0, **options):
+    def build():
+        frames, modules = require("FrEIA.framework"), require("FrEIA.modules")
+        inn = frames.SequenceINN(*shape)
+        subnet = net if len(shape) == 1 else conv
+        for _ in range(2):
+            condition = {"cond": 0, "cond_shape": (context, *shape[1:])} if context else {}
+            inn.append(getattr(modules, name), subnet_constructor=subnet, **condition, **options)
+        return inn
+
+    return build
+
+
+def _run_freia(model, x, c):
+    condition = [c] if model.conditions and model.conditions[0] is not None else None
+    return [*model(x, c=condition), *model(x, c=condition, rev=True)]
+
+
+# zuko
+
+
+def _zuko(context: int = CONTEXT, **options):
+    def build():
+        return require("zuko").flows.RealNVP(FEATURES, context, transforms=3, hidden_features=(16, 16), **options)
+
+    return build
+
+
+def _run_zuko(model, x, c):
+    conditioned = c if model.transform.transforms[0].hyper.in_features > FEATURES // 2 + 1 else None
+    transform = model(conditioned).transform
+    back = transform.inv.call_and_ladj(x)
+    return [
+        *transform.call_and_ladj(x),
+        *back,
+        transform(x),
+        transform.inv(x),
+        transform.log_abs_det_jacobian(x, x),
+    ]
+
+
+# memcnn
+
+
+def _memcnn(name: str, adapter: str | None = None, wrapped: bool = False):
+    def build():
+        memcnn = require("memcnn")
+        width = FEATURES if adapter == "AffineAdapterSigmoid" else FEATURES // 2
+        options = {} if adapter is None else {"adapter": getattr(memcnn, adapter)}
+        couplings = [
+            getattr(memcnn, name)(net(FEATURES // 2, width), net(FEATURES // 2, width), **options) for _ in range(2)
+        ]
+        return nn.Sequential(
+            *(memcnn.InvertibleModuleWrapper(c, keep_input=True, keep_input_inverse=True) for c in couplings)
+            if wrapped
+            else couplings
+        )
+
+    return build
+
+
+def _run_memcnn(model, x, c):
+    y, back = x, x
+    for layer in model:
+        y = layer(y)
+    for layer in reversed(model):
+        back = layer.inverse(back)
+    return [y, back]
+
+
+# The reference repository's classes, from the stand-in
+
+
+def _reference():
+    model = stand_in.build()
+    with torch.no_grad():
+        model.gx(torch.randn(16, 1, 8, 8))  # initialises ActNorm
+    return model.eval()
+
+
+def _run_reference(model, x, c):
+    t = c[:, 0].sigmoid()
+    z = model.gx(x)
+    return [z, model.gy_inverse(x), model(x, t=t), model.linear_network.get_lin_t(t)]
+
+
+KINDS = {
+    **{
+        f"normflows {scale_map} {split}": Kind("normflows", _normflows(scale_map, split), _run_normflows, 3)
+        for scale_map in ("exp", "sigmoid", "sigmoid_inv")
+        for split in ("channel", "channel_inv")
+    },
+    "normflows additive": Kind("normflows", _normflows(scale=False), _run_normflows, 3),
+    "normflows glow": Kind("normflows", _glow, _run_normflows, 2, shape=(4, 2, 3)),
+    **{
+        f"nflows {kind} {masks}": Kind("nflows", _nflows(f"{kind}CouplingTransform", masks), _run_nflows, 2)
+        for kind in ("Affine", "Additive")
+        for masks in ("alternate", "halves", "gather")
+    },
+    "nflows image": Kind("nflows", _nflows_image, _run_nflows, 2, shape=(4, 2, 3)),
+    "glasflow": Kind("glasflow", _glasflow(""), _run_glasflow, 3),
+    "glasflow log2 lu": Kind("glasflow", _glasflow("log2", linear_transform="lu"), _run_glasflow, 3),
+    "glasflow additive": Kind("glasflow", _glasflow("", volume_preserving=True), _run_glasflow, 3),
+    **{
+        f"FrEIA {name} {clamp}": Kind("FrEIA", _freia(name, clamp_activation=clamp), _run_freia, 2)
+        for name, clamp in (
+            ("GLOWCouplingBlock", "ATAN"),
+            ("GLOWCouplingBlock", "SIGMOID"),
+            ("RNVPCouplingBlock", "TANH"),
+            ("AffineCouplingOneSided", "ATAN"),
+        )
+    },
+    "FrEIA GLOW image": Kind(
+        "FrEIA", _freia("GLOWCouplingBlock", (5, 2, 2), 2), _run_freia, 2, shape=(5, 2, 2), context=(2, 2, 2)
+    ),
+    "FrEIA all in one": Kind("FrEIA", _freia("AllInOneBlock"), _run_freia, 2),
+    "FrEIA all in one image": Kind(
+        "FrEIA",
+        _freia("AllInOneBlock", (5, 2, 2), 0, reverse_permutation=True, gin_block=True),
+        _run_freia,
+        2,
+        shape=(5, 2, 2),
+    ),
+    "zuko": Kind("zuko", _zuko(), _run_zuko, 3),
+    "zuko random masks": Kind("zuko", _zuko(0, randmask=True), _run_zuko, 3),
+    "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2),
+    "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2),
+    "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2),
+    "reference": Kind("reference", _reference, _run_reference, 36, shape=(1, 8, 8)),
+}
