@@ -16,6 +16,7 @@ from .flows import (
     Mix,
     Permute,
     Squeeze,
+    UNet,
     coupling_flow,
     image_flow,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "ScaleMap",
     "Squeeze",
     "TimeLowRank",
+    "UNet",
     "__version__",
     "backend",
     "collapse",

@@ -44,6 +44,7 @@ def register(cls: _Class) -> _Class:
 for _cls in (
     flows.ActNorm, flows.AdditiveCoupling, flows.AffineCoupling, flows.Conditioned, flows.ConvNet,
     flows.Flow, flows.Householder, flows.Inverse, flows.MLP, flows.Mix, flows.Permute, flows.Squeeze,
+    flows.UNet,
     operators.BlockDiagonal, operators.Dense, operators.DepthwiseConv, operators.Diagonal,
     operators.LowRank, operators.Projection, operators.TimeLowRank,
     operators.lazy.Product, operators.lazy.Scaled, operators.lazy.Sum, operators.lazy.Transposed,
