@@ -132,7 +132,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         rows = self.qkv(pixels(self.norm(x, activation=False)))
-        q, k, v = rows.view(B, H * W, 3, 1, C).permute(2, 0, 3, 1, 4)
+        q, k, v = rows.view(B, 1, H * W, 3 * C).chunk(3, dim=-1)
         a = F.scaled_dot_product_attention(q, k, v).reshape(B * H * W, C)
         return torch.add(as_image(self.out(a), x), x, alpha=SKIP_SCALE)
 
