@@ -3,6 +3,7 @@
 from . import ops
 from ._version import __version__
 from .backend import backend
+from .compat.from_reference import from_reference
 from .flows import (
     MLP,
     ActNorm,
@@ -29,6 +30,7 @@ from .operators import (
     LatentOperator,
     LowRank,
     Projection,
+    TimeDepthwiseConv,
     TimeLowRank,
 )
 from .sampling import collapse, generator, invert, sample
@@ -57,12 +59,14 @@ __all__ = [
     "Projection",
     "ScaleMap",
     "Squeeze",
+    "TimeDepthwiseConv",
     "TimeLowRank",
     "UNet",
     "__version__",
     "backend",
     "collapse",
     "coupling_flow",
+    "from_reference",
     "generator",
     "image_flow",
     "invert",

@@ -46,7 +46,7 @@ for _cls in (
     flows.Flow, flows.Householder, flows.Inverse, flows.MLP, flows.Mix, flows.Permute, flows.Squeeze,
     flows.UNet,
     operators.BlockDiagonal, operators.Dense, operators.DepthwiseConv, operators.Diagonal,
-    operators.LowRank, operators.Projection, operators.TimeLowRank,
+    operators.LowRank, operators.Projection, operators.TimeDepthwiseConv, operators.TimeLowRank,
     operators.lazy.Product, operators.lazy.Scaled, operators.lazy.Sum, operators.lazy.Transposed,
     Linearizer,
 ):  # fmt: skip

@@ -7,6 +7,7 @@ imported, and the model is left as it is.
     InverseUnet                             Flow: Squeeze, blocks, Squeeze inverted
     InvUnetBlock                            ActNorm, two AffineCouplings with UNets, Mix
     TimeDependentLoRALinearLayer            TimeLowRank
+    LinearKernel                            TimeDepthwiseConv
 
 What is folded: both biases that reach one convolution's output into one, the block's factor
 1 / sqrt(2) into the weights, and the order of attention's q, k and v channels.
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flows import ActNorm, AffineCoupling, Bijection, Flow, Inverse, Mix, Squeeze, UNet
+from ..flows import ActNorm, AffineCoupling, Bijection, Flow, Inverse, Mix, Squeeze
 from ..flows.conditioners import MLP
 from ..linearizer import Linearizer
-from ..operators import TimeLowRank
+from ..operators import TimeDepthwiseConv, TimeLowRank
 from ..operators.base import LatentOperator
 from ..scale_maps import ScaleMap
 from .unet_weights import unet_from_reference
@@ -54,7 +55,8 @@ def from_reference(linearizer: nn.Module) -> Linearizer:
     net_gx, net_gy = linearizer.net_gx, linearizer.net_gy
     g_x = _flow("net_gx", net_gx)
     g_y = g_x if net_gy is net_gx else _flow("net_gy", net_gy)
-    result = Linearizer(g_x.at(t=_GX_TIME), _operator(linearizer.linear_network), g_y.at(t=_GY_TIME))
+    A = _operator(linearizer.linear_network, g_x.shape)
+    result = Linearizer(g_x.at(t=_GX_TIME), A, g_y.at(t=_GY_TIME))
     return result.to(next(linearizer.parameters())).train(linearizer.training)
 
 
@@ -94,9 +96,18 @@ def _coupling(coupling: Any, features: int, moves: str) -> AffineCoupling:
     return AffineCoupling(unet_from_reference(net), features, moves, ScaleMap("clamp", float(coupling.clamp)))
 
 
-def _operator(module: Any) -> LatentOperator:
-    if not _is_a(module, "TimeDependentLoRALinearLayer"):
-        raise TypeError(f"linear_network must be a TimeDependentLoRALinearLayer; got {type(module).__name__}")
+def _operator(module: Any, shape: tuple[int, ...]) -> LatentOperator:
+    if _is_a(module, "TimeDependentLoRALinearLayer"):
+        return _low_rank(module)
+    if _is_a(module, "LinearKernel"):
+        return _depthwise(module, shape)
+    raise TypeError(
+        "linear_network must be a TimeDependentLoRALinearLayer or a LinearKernel; "
+        f"got {type(module).__name__}"
+    )
+
+
+def _low_rank(module: Any) -> TimeLowRank:
     first = module.lin1[1]
     A = TimeLowRank(
         module.out_features, module.lora_features, time_features=first.in_features, hidden=first.out_features
@@ -106,10 +117,22 @@ def _operator(module: Any) -> LatentOperator:
     return A
 
 
+def _depthwise(module: Any, shape: tuple[int, ...]) -> TimeDepthwiseConv:
+    linears = _linears(module.lin1)
+    channels, height, width = shape
+    hidden = [layer.out_features for layer in linears[:-1]]
+    A = TimeDepthwiseConv(channels, module.k, (height, width), linears[0].in_features, hidden)
+    _copy_layers(A.net, module.lin1)
+    return A
+
+
 def _copy_layers(target: MLP, source: nn.Module) -> None:
-    linears = [layer for layer in source.children() if isinstance(layer, nn.Linear)]
-    for mine, theirs in zip(target.layers, linears, strict=True):
+    for mine, theirs in zip(target.layers, _linears(source), strict=True):
         mine.load_state_dict(theirs.state_dict())
+
+
+def _linears(source: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in source.children() if isinstance(layer, nn.Linear)]
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

@@ -64,9 +64,9 @@ def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) ->
             return None
         what = "needs t=" if timed else "was built without time_features"
         raise ValueError(f"{name} {what}; got t={t!r}")
-    if not isinstance(t, Tensor):
+    if isinstance(t, (int, float)):  # on a GPU as_tensor would wait for a copy
         return torch.full((1,), t, dtype=like.dtype, device=like.device)
-    times = t.to(like)
+    times = torch.as_tensor(t, dtype=like.dtype, device=like.device)
     if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != like.shape[0]):
         raise ValueError(
             f"t must be a number, 0-d or [{like.shape[0]}] for x {tuple(like.shape)}; got {tuple(times.shape)}"

@@ -7,6 +7,7 @@ from .depthwise_conv import DepthwiseConv
 from .diagonal import Diagonal, Projection
 from .low_rank import LowRank
 from .spectral import SVD, Eig
+from .time_depthwise_conv import TimeDepthwiseConv
 from .time_low_rank import TimeLowRank
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "LatentOperator",
     "LowRank",
     "Projection",
+    "TimeDepthwiseConv",
     "TimeLowRank",
 ]
