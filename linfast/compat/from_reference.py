@@ -56,8 +56,7 @@ def from_reference(linearizer: nn.Module) -> Linearizer:
     g_x = _flow("net_gx", net_gx)
     g_y = g_x if net_gy is net_gx else _flow("net_gy", net_gy)
     A = _operator(linearizer.linear_network, g_x.shape)
-    result = Linearizer(g_x.at(t=_GX_TIME), A, g_y.at(t=_GY_TIME))
-    return result.to(next(linearizer.parameters())).train(linearizer.training)
+    return Linearizer(g_x.at(t=_GX_TIME), A, g_y.at(t=_GY_TIME)).train(linearizer.training)
 
 
 def _flow(name: str, network: Any) -> Flow:
@@ -74,14 +73,14 @@ def _flow(name: str, network: Any) -> Flow:
 
 def _block(block: Any) -> list[Bijection]:
     features = block.mix.W.shape[0]
-    mix = Mix(features, "free")
+    mix = Mix(features, "free").to(block.mix.W)
     _copy(mix.weight, block.mix.W)
     couplings = [_coupling(block.F, features, "first"), _coupling(block.G, features, "second")]
     return [*([] if block.actnorm is None else [_actnorm(block.actnorm)]), *couplings, mix]
 
 
 def _actnorm(actnorm: Any) -> ActNorm:
-    result = ActNorm(actnorm.bias.numel())
+    result = ActNorm(actnorm.bias.numel()).to(actnorm.bias)
     _copy(result.bias, actnorm.bias.flatten())
     _copy(result.log_scale, actnorm.log_scale.flatten())
     trained = bool(actnorm.initialized) or any(bool(p.count_nonzero()) for p in actnorm.parameters())
@@ -111,7 +110,7 @@ def _low_rank(module: Any) -> TimeLowRank:
     first = module.lin1[1]
     A = TimeLowRank(
         module.out_features, module.lora_features, time_features=first.in_features, hidden=first.out_features
-    )
+    ).to(first.weight)
     _copy_layers(A.u_net, module.lin2)  # rows times A1 A2^T are columns under A2 A1^T
     _copy_layers(A.v_net, module.lin1)
     return A
@@ -122,6 +121,7 @@ def _depthwise(module: Any, shape: tuple[int, ...]) -> TimeDepthwiseConv:
     channels, height, width = shape
     hidden = [layer.out_features for layer in linears[:-1]]
     A = TimeDepthwiseConv(channels, module.k, (height, width), linears[0].in_features, hidden)
+    A.to(linears[0].weight)
     _copy_layers(A.net, module.lin1)
     return A
 

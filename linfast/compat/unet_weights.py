@@ -23,7 +23,7 @@ def unet_from_reference(net: Any) -> UNet:
     decoder = [block for block in net.dec.values() if hasattr(block, "norm0")]
     stem, head = next(iter(net.enc.values())), list(net.dec.values())[-1]
     _check_options(net, [*encoder, *decoder])
-    result = _architecture(net, stem, head, encoder)
+    result = _architecture(net, stem, head, encoder).to(stem.weight)
     if [_shape(b) for b in (*encoder, *decoder)] != [_own_shape(b) for b in (*result.encoder, *result.decoder)]:
         raise ValueError("the SongUNet's blocks are not those of a UNet of its levels, widths and attention")
     with torch.no_grad():

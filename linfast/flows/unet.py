@@ -38,7 +38,8 @@ class UNet(nn.Module):
     """[B, C_in, H, W] (+ time) -> [B, C_out, H, W].
 
     A t that is a number or 0-d is folded into the biases of the convolutions; a t [B] costs one
-    addition a block more.
+    addition a block more. Second derivatives exist only under
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``: fused attention has none.
 
     Args:
         channels_in, channels_out: C_in and C_out.

@@ -44,7 +44,7 @@ def norm(channels: int) -> _GroupNorm:
     """Groups of four channels, at most 32 groups."""
     groups = min(_MAX_GROUPS, channels // _GROUP_CHANNELS)
     if groups == 0 or channels % groups:
-        raise ValueError(f"a width must be a multiple of 4, and above 128 of 32; got {channels} channels")
+        raise ValueError(f"{channels} channels do not fall into {groups} groups: make the width a multiple of 4")
     return _GroupNorm(groups, channels, eps=_EPS)
 
 
@@ -110,12 +110,9 @@ class ResidualBlock(nn.Module):
         """h + s P R(x); P, which holds s, before R where R repeats pixels."""
         if self.skip is None:
             return torch.add(h, x, alpha=SKIP_SCALE)
-        weight = self.skip.weight.mT
         if self.resample == "up":
-            B, C, H, W = h.shape
-            rows = (pixels(x) @ weight).view(B, H // 2, 1, W // 2, 1, C)
-            return (h.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C) + rows).view(B, H, W, C).permute(0, 3, 1, 2)
-        return as_image(torch.addmm(pixels(h), pixels(_resampled(x, self.resample)), weight), h)
+            return h + _doubled(as_image(self.skip(pixels(x)), x))
+        return as_image(torch.addmm(pixels(h), pixels(_resampled(x, self.resample)), self.skip.weight.mT), h)
 
 
 class Attention(nn.Module):
@@ -145,13 +142,20 @@ def pixels(x: Tensor) -> Tensor:
 def as_image(rows: Tensor, like: Tensor) -> Tensor:
     """[B H W, C] as [B, C, H, W], channels_last, with B, H and W of ``like``."""
     B, _, H, W = like.shape
-    return rows.view(B, H, W, -1).permute(0, 3, 1, 2)
+    return rows.view(B, H, W, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 def _resampled(x: Tensor, resample: str | None) -> Tensor:
     if resample is None:
         return x
-    return F.avg_pool2d(x, 2) if resample == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return F.avg_pool2d(x, 2) if resample == "down" else _doubled(x)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """Each pixel four times. Not interpolate: its gradient is made by atomics on a GPU."""
+    B, C, H, W = x.shape
+    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
+    return rows.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
 
 
 def _start(layer: nn.Conv2d | nn.Linear, gain: float) -> None:
