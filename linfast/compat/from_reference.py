@@ -95,14 +95,13 @@ def _coupling(coupling: Any, features: int, moves: str) -> AffineCoupling:
     return AffineCoupling(unet_from_reference(net), features, moves, ScaleMap("clamp", float(coupling.clamp)))
 
 
-def _operator(module: Any, shape: tuple[int, ...]) -> LatentOperator:
+def _operator(module: Any, shape: Any) -> LatentOperator:
     if _is_a(module, "TimeDependentLoRALinearLayer"):
         return _low_rank(module)
     if _is_a(module, "LinearKernel"):
         return _depthwise(module, shape)
     raise TypeError(
-        "linear_network must be a TimeDependentLoRALinearLayer or a LinearKernel; "
-        f"got {type(module).__name__}"
+        f"linear_network must be a TimeDependentLoRALinearLayer or a LinearKernel; got {type(module).__name__}"
     )
 
 
@@ -116,7 +115,7 @@ def _low_rank(module: Any) -> TimeLowRank:
     return A
 
 
-def _depthwise(module: Any, shape: tuple[int, ...]) -> TimeDepthwiseConv:
+def _depthwise(module: Any, shape: Any) -> TimeDepthwiseConv:
     linears = _linears(module.lin1)
     channels, height, width = shape
     hidden = [layer.out_features for layer in linears[:-1]]

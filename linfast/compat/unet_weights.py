@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..flows.unet import UNet
 from ..flows.unet_blocks import SKIP_SCALE, Attention, ResidualBlock
@@ -116,7 +116,7 @@ def _copy_attention(mine: Attention, theirs: Any) -> None:
     _copy(mine.out, SKIP_SCALE * theirs.proj.weight.flatten(1), SKIP_SCALE * theirs.proj.bias)
 
 
-def _copy_time(mine: nn.Sequential, net: Any, blocks: list[Any]) -> None:
+def _copy_time(mine: Any, net: Any, blocks: list[Any]) -> None:
     _, first, _, second, _, shifts = mine
     _copy(first, *_weights(net.map_layer0))
     _copy(second, *_weights(net.map_layer1))

@@ -90,7 +90,7 @@ class UNet(nn.Module):
         self.head = conv3x3(decoder[-1].channels_out, channels_out, zero=True)
         self._shift_sizes = [block.channels_out for block in (*encoder, *decoder)]
         self.time = _time_network(time_features, 4 * width, sum(self._shift_sizes)) if time_features else None
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _topology(self) -> tuple[list[_Block], list[_Block]]:
         levels = [

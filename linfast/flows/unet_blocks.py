@@ -35,9 +35,7 @@ class _GroupNorm(nn.GroupNorm):
     """silu(group_norm(x)), or without the SiLU."""
 
     def forward(self, x: Tensor, activation: bool = True) -> Tensor:
-        return group_norm_silu(
-            x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=activation
-        )
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=activation)
 
 
 def norm(channels: int) -> _GroupNorm:

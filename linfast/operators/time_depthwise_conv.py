@@ -46,7 +46,7 @@ class TimeDepthwiseConv(LatentOperator):
         self.embedding = SinusoidalEmbedding(time_features)
         self.net = MLP(time_features, channels * kernel_size**2, self.hidden, "gelu", zero_last=False)
         with torch.no_grad():
-            impulse = self.net.layers[-1].bias.view(channels, kernel_size, kernel_size)  # type: ignore[operator, union-attr]
+            impulse = self.net.layers[-1].bias.view(channels, kernel_size, kernel_size)  # type: ignore[operator]
             impulse[:, (kernel_size - 1) // 2, (kernel_size - 1) // 2] += 1.0
 
     @property

@@ -96,7 +96,15 @@ class PositionalEmbedding(nn.Module):
 
 class SongUNet(nn.Module):
     def __init__(
-        self, in_channels, out_channels, res, width=16, channel_mult=(1, 1), num_blocks=2, attention=(16,), dropout=0.1
+        self,
+        in_channels,
+        out_channels,
+        res,
+        width=16,
+        channel_mult=(1, 1),
+        num_blocks=2,
+        attention=(16,),
+        dropout=0.1,
     ):
         super().__init__()
         emb = 4 * width
@@ -203,7 +211,8 @@ class InvUnetBlock(nn.Module):
     def __init__(self, channels, res, clamp, actnorm, **options):
         super().__init__()
         self.F, self.G = (
-            AffineCoupling(SongUNetWrapper(SongUNet(channels // 2, channels, res, **options)), clamp) for _ in range(2)
+            AffineCoupling(SongUNetWrapper(SongUNet(channels // 2, channels, res, **options)), clamp)
+            for _ in range(2)
         )
         self.mix, self.actnorm = Inv1x1Conv(channels), ActNorm2d(channels) if actnorm else None
 
@@ -233,7 +242,9 @@ class InvUnet(nn.Module):
         super().__init__()
         self.squeeze = Squeeze2x2() if channels % 2 else None
         channels, res = (4 * channels, res // 2) if channels % 2 else (channels, res)
-        self.blocks = nn.ModuleList(InvUnetBlock(channels, res, clamp, actnorm, **options) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            InvUnetBlock(channels, res, clamp, actnorm, **options) for _ in range(num_layers)
+        )
 
     def forward(self, x, t):
         x = x if self.squeeze is None else self.squeeze(x)

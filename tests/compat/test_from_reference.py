@@ -187,7 +187,7 @@ def test_other_parts_are_named() -> None:
     f = _model(1, 8, **SMALL)
     with pytest.raises(TypeError, match="net_gx, net_gy and linear_network; net_gx is missing"):
         lf.from_reference(nn.Identity())
-    with pytest.raises(TypeError, match="linear_network must be .* got Linear"):
+    with pytest.raises(TypeError, match=r"linear_network must be .* got Linear"):
         lf.from_reference(reference.OneStepLinearizer(f.net_gx, nn.Linear(2, 2)))
     with pytest.raises(TypeError, match="net_gx must be an InverseUnet; got Identity"):
         lf.from_reference(reference.OneStepLinearizer(nn.Identity(), f.linear_network))

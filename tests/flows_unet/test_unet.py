@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import linfast as lf
@@ -152,7 +152,7 @@ def test_first_and_second_derivatives() -> None:
     assert torch.autograd.gradcheck(unet, (x,))
     with sdpa_kernel(SDPBackend.MATH):
         assert torch.autograd.gradgradcheck(unet, (x,))
-    grad, = torch.autograd.grad(unet(x).sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(unet(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="not implemented"):
         grad.sum().backward()
 
@@ -180,7 +180,9 @@ def test_autocast_stays_near_fp32() -> None:
 
 def test_bad_input_is_named() -> None:
     unet, x = _unet(), _x()
-    with pytest.raises(ValueError, match=r"x must be \[B, 2, H, W\] with H and W multiples of 2; got \(3, 2, 4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"x must be \[B, 2, H, W\] with H and W multiples of 2; got \(3, 2, 4, 3\)"
+    ):
         unet(x[..., :3], t=0.0)
     with pytest.raises(ValueError, match=r"got \(3, 1, 4, 4\)"):
         unet(x[:, :1], t=0.0)
