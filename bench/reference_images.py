@@ -13,6 +13,7 @@ one launch or more. linfast's group_norm and silu are two here and one on a GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -30,6 +31,7 @@ CONFIGS = {"mnist": (1, 32), "celeba": (3, 64)}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128
 _LAST = {"conv1": 0.5, "proj": 0.5}
 _LAST_CONV = 0.3
+_NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "promote_types")
 
 
 def reference_model(path: str, channels: int, side: int) -> nn.Module:
@@ -82,7 +84,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh")):
+        if not func.is_view and not name.startswith(_NO_LAUNCH):
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -127,22 +129,21 @@ def main() -> None:
     compare(f, h, torch.randn(2, channels, side, side), torch.rand(2))
 
     for batch in arguments.batch:
-        x = torch.randn(batch, channels, side, side)
-        with torch.no_grad():
-            z = f.gx(x)
-            runs = {
-                "forward": [lambda m=m: m.gx(x) for m in (f, h)],
-                "inverse": [lambda m=m: m.gx_inverse(z) for m in (f, h)],
-            }
-            for name, pair in runs.items():
-                _print(name, batch, pair, arguments.repeats)
-            if batch == arguments.batch[0]:
-                for label, run in zip(("reference", "linfast"), runs["forward"], strict=True):
-                    counts = operations(run)
-                    print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common(14))}")
-        f.train(), h.train()
-        _print("training step", batch, [lambda m=m: step(m, x) for m in (f, h)], arguments.repeats)
-        f.eval(), h.eval()
+        _measure(f, h, torch.randn(batch, channels, side, side), arguments.repeats)
+    with torch.no_grad():
+        for label, model in (("reference", f), ("linfast", h)):
+            counts = operations(functools.partial(model.gx, torch.randn(2, channels, side, side)))
+            print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common(14))}")
+
+
+def _measure(f: nn.Module, h: nn.Module, x: Tensor, repeats: int) -> None:
+    with torch.no_grad():
+        z = f.gx(x)
+        _print("forward", len(x), [lambda m=m: m.gx(x) for m in (f, h)], repeats)
+        _print("inverse", len(x), [lambda m=m: m.gx_inverse(z) for m in (f, h)], repeats)
+    f.train(), h.train()
+    _print("training step", len(x), [lambda m=m: step(m, x) for m in (f, h)], repeats)
+    f.eval(), h.eval()
 
 
 def _print(name: str, batch: int, pair: Sequence[Callable[[], Any]], repeats: int) -> None:
