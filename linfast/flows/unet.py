@@ -132,7 +132,7 @@ class UNet(nn.Module):
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
         self._check(x)
         shifts = self._shifts(x, t)
-        x = self.stem(x).contiguous(memory_format=torch.channels_last)
+        x = self.stem(x)
         outputs = [x]
         for block, shift in zip(self.encoder, shifts, strict=False):
             x = block(x, shift)

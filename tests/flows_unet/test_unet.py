@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import linfast as lf
 from linfast.compat.unet_weights import unet_from_reference
+from linfast.flows.unet_blocks import ResidualBlock
 from tests.compat.image_stand_in import SongUNet
 from tests.laws.zoo import perturb, relative
 from tests.ops.budget import hostile
@@ -84,6 +85,21 @@ def test_strides_of_x_do_not_matter_and_y_is_channels_last() -> None:
         got = unet(laid_out, t=0.3)
         assert relative(got, expected) <= 1e-13, name
         assert got.is_contiguous(memory_format=torch.channels_last), name
+
+
+def test_activations_and_weights_are_channels_last(tmp_path) -> None:
+    unet, seen = lf.UNet(1, 2, 4, width=8, blocks=1), []
+    lf.save(unet, tmp_path / "unet.safetensors")
+    for network in (unet, lf.load(tmp_path / "unet.safetensors")):
+        for module in network.modules():
+            if isinstance(module, (ResidualBlock, torch.nn.Conv2d)):
+                module.register_forward_hook(lambda module, given, y: seen.append((*given, y)))
+        network(torch.randn(2, 1, 4, 4))
+        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.ndim == 4)
+    given = [value for values in seen for value in values if isinstance(value, Tensor) and value.ndim == 4]
+    inner = [value for value in given if value.shape[1] >= 8]
+    assert len(inner) > 20
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in inner)
 
 
 def test_ways_to_give_a_time() -> None:
