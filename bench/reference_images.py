@@ -4,7 +4,8 @@
 
 PATH is a checkout of github.com/assafshocher/Linearizer, which is imported and not changed. First the
 outputs and the input's gradient are compared (truth: the reference in float64), then operations are counted,
-then both are timed in turns in one process on one thread.
+then both are timed in turns in one process on one thread. The float64 runs leave the allocator with larger
+thresholds, so that fewer pages fault later: that favours the reference, whose attention weights are large.
 
 Operations: what reaches a backend below autograd, without views and allocations; on a GPU each would be
 one launch or more. linfast's group_norm and silu are two here and one on a GPU.

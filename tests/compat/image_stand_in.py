@@ -143,7 +143,8 @@ class SongUNet(nn.Module):
         stem, *blocks = self.enc.values()
         outputs = [x := stem(x)]
         for block in blocks:
-            outputs.append(x := block(x, emb))
+            x = block(x, emb)
+            outputs.append(x)
         *blocks, norm, head = self.dec.values()
         for block in blocks:
             x = block(torch.cat((x, outputs.pop()), 1) if block.in_channels > x.shape[1] else x, emb)

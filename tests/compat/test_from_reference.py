@@ -106,6 +106,7 @@ def test_loaded_actnorms_are_not_initialised_again() -> None:
         assert relative(loaded.gx(x), f.gx(x)) > 0.1  # the original is
 
     new = lf.from_reference(reference.OneStepLinearizer(reference.InverseUnet(1, 1, 8, **SMALL), f.linear_network))
+    assert not new.g_x.bijection.bijections[1].initialized
     z = new.eval().gx(x)
     assert bool(new.g_x.bijection.bijections[1].initialized)
     assert torch.isfinite(z).all()
@@ -134,6 +135,7 @@ def test_style_model() -> None:
     for name, value in _results(f, x, t).items():
         assert relative(_results(h, x, t)[name], value) <= 1e-12, name
     assert isinstance(h.at(2.0).A, lf.DepthwiseConv)
+    assert relative(h(x, t=2.0)[1], h(x, t=t)[1]) <= 1e-12
 
 
 def test_the_result_is_saved_samples_and_is_one_flat_flow(tmp_path) -> None:
