@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
@@ -35,7 +35,7 @@ _LAST_CONV = 0.3
 _NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "promote_types")
 
 
-def reference_model(path: str, channels: int, side: int) -> nn.Module:
+def reference_model(path: str, channels: int, side: int) -> Any:
     """Its Linearizer with ActNorms initialised and no weight near zero: as built, the last ones are 1e-5."""
     sys.path.insert(0, path)
     from common.song__unet import creat_song_unet  # type: ignore[import-not-found]
@@ -55,10 +55,10 @@ def reference_model(path: str, channels: int, side: int) -> nn.Module:
     return f.eval()
 
 
-def compare(f: nn.Module, h: nn.Module, x: Tensor, t: Tensor) -> None:
+def compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
     """Relative L2 distance of every output from the reference's in float64, ours and its own."""
 
-    def results(model: nn.Module, *given: Tensor) -> dict[str, Tensor]:
+    def results(model: Any, *given: Tensor) -> dict[str, Tensor]:
         x, t = given
         model.zero_grad()
         x = x.clone().requires_grad_()
@@ -109,7 +109,7 @@ def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[f
     return [(statistics.median(w for w, _ in times), statistics.median(c for _, c in times)) for times in taken]
 
 
-def step(model: nn.Module, x: Tensor) -> None:
+def step(model: Any, x: Tensor) -> None:
     """One backward pass of a loss on g's latents."""
     model.zero_grad(set_to_none=True)
     model.gx(x).square().mean().backward()
@@ -137,13 +137,13 @@ def main() -> None:
             print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common(14))}")
 
 
-def _measure(f: nn.Module, h: nn.Module, x: Tensor, repeats: int) -> None:
+def _measure(f: Any, h: Any, x: Tensor, repeats: int) -> None:
     with torch.no_grad():
         z = f.gx(x)
-        _print("forward", len(x), [lambda m=m: m.gx(x) for m in (f, h)], repeats)
-        _print("inverse", len(x), [lambda m=m: m.gx_inverse(z) for m in (f, h)], repeats)
+        _print("forward", len(x), [functools.partial(m.gx, x) for m in (f, h)], repeats)
+        _print("inverse", len(x), [functools.partial(m.gx_inverse, z) for m in (f, h)], repeats)
     f.train(), h.train()
-    _print("training step", len(x), [lambda m=m: step(m, x) for m in (f, h)], repeats)
+    _print("training step", len(x), [functools.partial(step, m, x) for m in (f, h)], repeats)
     f.eval(), h.eval()
 
 
