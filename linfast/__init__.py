@@ -4,6 +4,7 @@ from . import ops
 from ._version import __version__
 from .accelerate import accelerate, register_adapter, restore
 from .backend import backend
+from .compat.from_reference import from_reference
 from .flows import (
     MLP,
     ActNorm,
@@ -17,6 +18,7 @@ from .flows import (
     Mix,
     Permute,
     Squeeze,
+    UNet,
     coupling_flow,
     image_flow,
 )
@@ -31,6 +33,7 @@ from .operators import (
     LowRank,
     Projection,
     TimeDiagonal,
+    TimeDepthwiseConv,
     TimeLowRank,
 )
 from .plan import explain, plan
@@ -61,7 +64,9 @@ __all__ = [
     "ScaleMap",
     "Squeeze",
     "TimeDiagonal",
+    "TimeDepthwiseConv",
     "TimeLowRank",
+    "UNet",
     "__version__",
     "accelerate",
     "backend",
@@ -69,6 +74,7 @@ __all__ = [
     "coupling_flow",
     "explain",
     "freeze",
+    "from_reference",
     "generator",
     "image_flow",
     "invert",

@@ -45,8 +45,10 @@ def register(cls: _Class) -> _Class:
 for _cls in (
     flows.ActNorm, flows.AdditiveCoupling, flows.AffineCoupling, flows.Conditioned, flows.ConvNet,
     flows.Flow, flows.Householder, flows.Inverse, flows.MLP, flows.Mix, flows.Permute, flows.Squeeze,
+    flows.UNet,
     operators.BlockDiagonal, operators.Dense, operators.DepthwiseConv, operators.Diagonal,
-    operators.LowRank, operators.Projection, operators.TimeDiagonal, operators.TimeLowRank,
+    operators.LowRank, operators.Projection, operators.TimeDepthwiseConv, operators.TimeDiagonal,
+    operators.TimeLowRank,
     operators.lazy.Product, operators.lazy.Scaled, operators.lazy.Sum, operators.lazy.Transposed,
     Linearizer,
 ):  # fmt: skip

@@ -8,6 +8,7 @@ from .couplings import AdditiveCoupling, AffineCoupling
 from .flow import Flow
 from .mix import Householder, Mix, Permute
 from .squeeze import Squeeze
+from .unet import UNet
 
 __all__ = [
     "MLP",
@@ -24,6 +25,7 @@ __all__ = [
     "Permute",
     "SinusoidalEmbedding",
     "Squeeze",
+    "UNet",
     "coupling_flow",
     "image_flow",
     "same_space",

@@ -54,21 +54,29 @@ class SinusoidalEmbedding(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
-def embed_time(
-    embedding: SinusoidalEmbedding | None, t: float | Tensor | None, like: Tensor, name: str
-) -> Tensor | None:
-    """[B, features] of a number, a 0-d or a [B] tensor; raises where t and the embedding do not match."""
-    if embedding is None or t is None:
-        if embedding is None and t is None:
+def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) -> Tensor | None:
+    """t [1] of a number or a 0-d tensor, [B] of a [B] one; raises where t is not what ``timed`` says."""
+    if not timed or t is None:
+        if not timed and t is None:
             return None
-        what = "was built without time_features" if embedding is None else "needs t="
+        what = "needs t=" if timed else "was built without time_features"
         raise ValueError(f"{name} {what}; got t={t!r}")
+    if isinstance(t, (int, float)):  # on a GPU as_tensor would wait for a copy
+        return torch.full((1,), t, dtype=like.dtype, device=like.device)
     times = torch.as_tensor(t, dtype=like.dtype, device=like.device)
     if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != like.shape[0]):
         raise ValueError(
             f"t must be a number, 0-d or [{like.shape[0]}] for x {tuple(like.shape)}; got {tuple(times.shape)}"
         )
-    return embedding(times.expand(like.shape[0]))
+    return times.reshape(-1)
+
+
+def embed_time(
+    embedding: SinusoidalEmbedding | None, t: float | Tensor | None, like: Tensor, name: str
+) -> Tensor | None:
+    """[B, features] of a number, a 0-d or a [B] tensor; raises where t and the embedding do not match."""
+    times = time_rows(t, like, embedding is not None, name)
+    return None if embedding is None or times is None else embedding(times.expand(like.shape[0]))
 
 
 class MLP(nn.Module):

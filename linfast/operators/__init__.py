@@ -8,6 +8,7 @@ from .diagonal import Diagonal, Projection
 from .low_rank import LowRank
 from .spectral import SVD, Eig
 from .time_diagonal import TimeDiagonal
+from .time_depthwise_conv import TimeDepthwiseConv
 from .time_low_rank import TimeLowRank
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "LowRank",
     "Projection",
     "TimeDiagonal",
+    "TimeDepthwiseConv",
     "TimeLowRank",
 ]

@@ -1,0 +1,143 @@
+"""from_reference: a model of the reference repository as a linfast Linearizer, weights and all.
+
+The model is read by the names and attributes of its classes; nothing of the repository is
+imported, and the model is left as it is.
+
+    OneStepLinearizer, StyleLinearizer      Linearizer(g.at(t=1.0), A, g.at(t=0.0))
+    InverseUnet                             Flow: Squeeze, blocks, Squeeze inverted
+    InvUnetBlock                            ActNorm, two AffineCouplings with UNets, Mix
+    TimeDependentLoRALinearLayer            TimeLowRank
+    LinearKernel                            TimeDepthwiseConv
+
+What is folded: both biases that reach one convolution's output into one, the block's factor
+1 / sqrt(2) into the weights, and the order of attention's q, k and v channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..flows import ActNorm, AffineCoupling, Bijection, Flow, Inverse, Mix, Squeeze
+from ..flows.conditioners import MLP
+from ..linearizer import Linearizer
+from ..operators import TimeDepthwiseConv, TimeLowRank
+from ..operators.base import LatentOperator
+from ..scale_maps import ScaleMap
+from .unet_weights import unet_from_reference
+
+__all__ = ["from_reference"]
+
+_GX_TIME, _GY_TIME = 1.0, 0.0
+
+
+def from_reference(linearizer: nn.Module) -> Linearizer:
+    """The linfast model with the weights of a reference image model: f(x, t=t) gives the same output.
+
+    The weights are copied, in the model's dtype and on its device; ActNorms that were trained
+    but do not say so (loading a checkpoint loses the reference's flag) count as initialised.
+    UNets draw dropout masks as the reference does (see ``UNet.nchw_dropout``).
+
+    Args:
+        linearizer: has ``net_gx``, ``net_gy`` and ``linear_network``, as the repository's
+            OneStepLinearizer has.
+
+    Raises:
+        TypeError: a part that is not one of the classes above.
+        ValueError: a part built with an option that linfast has no counterpart for.
+    """
+    for name in ("net_gx", "net_gy", "linear_network"):
+        if not isinstance(getattr(linearizer, name, None), nn.Module):
+            raise TypeError(f"linearizer must have net_gx, net_gy and linear_network; {name} is missing")
+    net_gx, net_gy = linearizer.net_gx, linearizer.net_gy
+    g_x = _flow("net_gx", net_gx)
+    g_y = g_x if net_gy is net_gx else _flow("net_gy", net_gy)
+    A = _operator(linearizer.linear_network, g_x.shape)
+    return Linearizer(g_x.at(t=_GX_TIME), A, g_y.at(t=_GY_TIME)).train(linearizer.training)
+
+
+def _flow(name: str, network: Any) -> Flow:
+    if not _is_a(network, "InverseUnet") or not _is_a(getattr(network, "g", None), "InvUnet"):
+        raise TypeError(f"{name} must be an InverseUnet; got {type(network).__name__}")
+    blocks, squeezed = network.g.blocks, network.g.squeeze is not None
+    layers = [layer for block in blocks for layer in _block(block)]
+    channels = blocks[0].mix.W.shape[0] // (4 if squeezed else 1)
+    if squeezed:
+        layers = [Squeeze(channels), *layers, Inverse(Squeeze(channels))]
+    side = math.isqrt(network.dim // channels)
+    return Flow(layers, features=channels, shape=(channels, side, side))
+
+
+def _block(block: Any) -> list[Bijection]:
+    features = block.mix.W.shape[0]
+    mix = Mix(features, "free").to(block.mix.W)
+    _copy(mix.weight, block.mix.W)
+    couplings = [_coupling(block.F, features, "first"), _coupling(block.G, features, "second")]
+    return [*([] if block.actnorm is None else [_actnorm(block.actnorm)]), *couplings, mix]
+
+
+def _actnorm(actnorm: Any) -> ActNorm:
+    result = ActNorm(actnorm.bias.numel()).to(actnorm.bias)
+    _copy(result.bias, actnorm.bias.flatten())
+    _copy(result.log_scale, actnorm.log_scale.flatten())
+    trained = bool(actnorm.initialized) or any(bool(p.count_nonzero()) for p in actnorm.parameters())
+    result.load_state_dict({**result.state_dict(), "initialized": torch.tensor(trained)})
+    return result
+
+
+def _coupling(coupling: Any, features: int, moves: str) -> AffineCoupling:
+    net = getattr(coupling.cond, "net", None)
+    if not _is_a(net, "SongUNet"):
+        raise TypeError(f"a coupling's conditioner must wrap a SongUNet; got {type(net).__name__}")
+    return AffineCoupling(unet_from_reference(net), features, moves, ScaleMap("clamp", float(coupling.clamp)))
+
+
+def _operator(module: Any, shape: Any) -> LatentOperator:
+    if _is_a(module, "TimeDependentLoRALinearLayer"):
+        return _low_rank(module)
+    if _is_a(module, "LinearKernel"):
+        return _depthwise(module, shape)
+    raise TypeError(
+        f"linear_network must be a TimeDependentLoRALinearLayer or a LinearKernel; got {type(module).__name__}"
+    )
+
+
+def _low_rank(module: Any) -> TimeLowRank:
+    first = module.lin1[1]
+    A = TimeLowRank(
+        module.out_features, module.lora_features, time_features=first.in_features, hidden=first.out_features
+    ).to(first.weight)
+    _copy_layers(A.u_net, module.lin2)  # rows times A1 A2^T are columns under A2 A1^T
+    _copy_layers(A.v_net, module.lin1)
+    return A
+
+
+def _depthwise(module: Any, shape: Any) -> TimeDepthwiseConv:
+    linears = _linears(module.lin1)
+    channels, height, width = shape
+    hidden = [layer.out_features for layer in linears[:-1]]
+    A = TimeDepthwiseConv(channels, module.k, (height, width), linears[0].in_features, hidden)
+    A.to(linears[0].weight)
+    _copy_layers(A.net, module.lin1)
+    return A
+
+
+def _copy_layers(target: MLP, source: nn.Module) -> None:
+    for mine, theirs in zip(target.layers, _linears(source), strict=True):
+        mine.load_state_dict(theirs.state_dict())
+
+
+def _linears(source: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in source.children() if isinstance(layer, nn.Linear)]
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(source)
+
+
+def _is_a(module: object, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(module).__mro__)

@@ -1,0 +1,168 @@
+"""UNet: a convolutional conditioner that sees the whole image, with a time embedding.
+
+Encoder, from the finest level to the coarsest: a 3 x 3 convolution to ``width`` channels, or a
+block that halves the image; then ``blocks`` residual blocks. Decoder, back up: two blocks at the
+coarsest level (the first with attention), or one that doubles the image; then ``blocks`` + 1, each
+reading the encoder's matching output beside its input. Last, group norm, SiLU and a 3 x 3
+convolution that starts at zero.
+
+Source: the DDPM++ network of EDM (Karras et al., arXiv 2206.00364); with the defaults, the
+conditioners of the Linearizer paper's image models (arXiv 2510.08570).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .conditioners import SinusoidalEmbedding, time_rows
+from .unet_blocks import ResidualBlock, conv3x3, norm
+
+__all__ = ["UNet"]
+
+
+class _Block(NamedTuple):
+    """One residual block of the topology; ``joins``: it reads an encoder output beside its input."""
+
+    channels_in: int
+    channels_out: int
+    resample: str | None
+    attention: bool
+    joins: bool = False
+
+
+class UNet(nn.Module):
+    """[B, C_in, H, W] (+ time) -> [B, C_out, H, W].
+
+    A t that is a number or 0-d is folded into the biases of the convolutions; a t [B] costs one
+    addition a block more. Second derivatives exist only under
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``: fused attention has none.
+
+    Args:
+        channels_in, channels_out: C_in and C_out.
+        resolution: H = W of the images it is meant for: decides which levels have attention.
+        width: channels at the first level; a multiple of 4.
+        channel_mult: channels of each level, in units of ``width``.
+        blocks: residual blocks a level.
+        attention_resolutions: levels of these resolutions have self-attention.
+        dropout: probability; in training only.
+        time_features: size of the sinusoidal embedding of ``t``; 0 for none.
+        nchw_dropout: draw dropout masks in the order of contiguous NCHW images, as a network
+            without channels_last does: the same seed then gives the same training. Slower.
+
+    Raises:
+        ValueError: a width that does not divide into groups; x that is not [B, C_in, H, W] or
+            cannot be halved often enough; t given to a network without time, or missing.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        resolution: int,
+        width: int = 16,
+        channel_mult: Sequence[int] = (1, 1),
+        blocks: int = 2,
+        attention_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        time_features: int = 0,
+        nchw_dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        self.channels_in, self.channels_out, self.resolution = channels_in, channels_out, resolution
+        self.width, self.channel_mult, self.blocks = width, tuple(channel_mult), blocks
+        self.attention_resolutions = tuple(attention_resolutions)
+        self.dropout, self.time_features, self.nchw_dropout = dropout, time_features, nchw_dropout
+        if not self.channel_mult or blocks < 1:
+            raise ValueError(f"a UNet needs a level and a block; got channel_mult={channel_mult}, blocks={blocks}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+
+        encoder, decoder = self._topology()
+        self.stem = conv3x3(channels_in, width)
+        self.encoder = nn.ModuleList(self._block(block) for block in encoder)
+        self.decoder = nn.ModuleList(self._block(block) for block in decoder)
+        self._joins = tuple(block.joins for block in decoder)
+        self.norm = norm(decoder[-1].channels_out)
+        self.head = conv3x3(decoder[-1].channels_out, channels_out, zero=True)
+        self._shift_sizes = [block.channels_out for block in (*encoder, *decoder)]
+        self.time = _time_network(time_features, 4 * width, sum(self._shift_sizes)) if time_features else None
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _topology(self) -> tuple[list[_Block], list[_Block]]:
+        levels = [
+            (self.width * multiple, self.resolution >> level in self.attention_resolutions)
+            for level, multiple in enumerate(self.channel_mult)
+        ]
+        current = self.width
+        encoder, outputs = [], [current]
+        for level, (channels, attends) in enumerate(levels):
+            if level:
+                encoder.append(_Block(current, current, "down", False))
+                outputs.append(current)
+            for _ in range(self.blocks):
+                encoder.append(_Block(current, channels, None, attends))
+                outputs.append(current := channels)
+
+        decoder = [_Block(current, current, None, True), _Block(current, current, None, False)]
+        for level, (channels, attends) in reversed(list(enumerate(levels))):
+            if level < len(levels) - 1:
+                decoder.append(_Block(current, current, "up", False))
+            for i in range(self.blocks + 1):
+                last = i == self.blocks
+                decoder.append(_Block(current + outputs.pop(), channels, None, attends and last, joins=True))
+                current = channels
+        return encoder, decoder
+
+    def _block(self, block: _Block) -> ResidualBlock:
+        return ResidualBlock(
+            block.channels_in,
+            block.channels_out,
+            block.resample,
+            block.attention,
+            self.dropout,
+            self.nchw_dropout,
+            bias=not self.time_features,
+        )
+
+    def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
+        """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
+        self._check(x)
+        shifts = self._shifts(x, t)
+        x = self.stem(x)
+        outputs = [x]
+        for block, shift in zip(self.encoder, shifts, strict=False):
+            x = block(x, shift)
+            outputs.append(x)
+        for block, joins, shift in zip(self.decoder, self._joins, shifts[len(self.encoder) :], strict=True):
+            x = block(torch.cat((x, outputs.pop()), dim=1) if joins else x, shift)
+        return self.head(self.norm(x))
+
+    def _shifts(self, x: Tensor, t: float | Tensor | None) -> Sequence[Tensor | None]:
+        """For each block, the bias of its first convolution, [C] or [B, C]; None where it has its own."""
+        times = time_rows(t, x, self.time is not None, "UNet")
+        if self.time is None or times is None:
+            return [None] * len(self._shift_sizes)
+        rows = self.time(times)
+        per_sample = isinstance(t, Tensor) and t.ndim == 1
+        return (rows if per_sample else rows[0]).split(self._shift_sizes, dim=-1)
+
+    def _check(self, x: Tensor) -> None:
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if x.ndim != 4 or x.shape[1] != self.channels_in or x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(
+                f"UNet: x must be [B, {self.channels_in}, H, W] with H and W multiples of {factor}; "
+                f"got {tuple(x.shape)}"
+            )
+
+
+def _time_network(features: int, hidden: int, n_out: int) -> nn.Sequential:
+    """t [K] -> the biases of all blocks [K, n_out]."""
+    layers = [nn.Linear(features, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, n_out)]
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return nn.Sequential(SinusoidalEmbedding(features), layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])

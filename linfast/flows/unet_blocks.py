@@ -1,0 +1,162 @@
+"""The parts of a UNet: residual blocks with normalisation, resampling, dropout and self-attention.
+
+With s = 1 / sqrt(2), which keeps the variance of a sum of two,
+
+    block      y = s P R(x) + conv1(drop(silu(norm1(conv0(R(silu(norm0(x)))) + shift))))
+    attention  y = s x + W_o softmax(q k^T / sqrt(C)) v,   (q, k, v) = W_qkv norm(x)
+
+x [B, C, H, W]; R averages 2 x 2 pixels, repeats each, or is the identity; P is a 1 x 1
+convolution where C changes or R resamples, else the identity; shift [C] or [B, C] carries
+the time and the bias of conv0. conv1, P and W_o hold EDM's factor s in their weights, and
+conv1's bias that of P: a block ends in one addition. Activations are kept in
+channels_last, in which a 1 x 1 convolution is a matrix product on [B H W, C].
+
+Source: the DDPM++ network of EDM (Karras et al., arXiv 2206.00364).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.group_norm_silu import group_norm_silu
+
+__all__ = ["SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "norm"]
+
+SKIP_SCALE = math.sqrt(0.5)
+_EPS = 1e-6
+_GROUP_CHANNELS, _MAX_GROUPS = 4, 32
+
+
+class _GroupNorm(nn.GroupNorm):
+    """silu(group_norm(x)), or without the SiLU."""
+
+    def forward(self, x: Tensor, activation: bool = True) -> Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=activation)
+
+
+def norm(channels: int) -> _GroupNorm:
+    """Groups of four channels, at most 32 groups."""
+    groups = min(_MAX_GROUPS, channels // _GROUP_CHANNELS)
+    if groups == 0 or channels % groups:
+        raise ValueError(f"{channels} channels do not fall into {groups} groups: make the width a multiple of 4")
+    return _GroupNorm(groups, channels, eps=_EPS)
+
+
+def conv3x3(channels_in: int, channels_out: int, bias: bool = True, zero: bool = False) -> nn.Conv2d:
+    """A zero-padded 3 x 3 convolution: Xavier weights, or zeros; bias 0."""
+    conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
+    _start(conv, 0.0 if zero else 1.0)
+    return conv
+
+
+class ResidualBlock(nn.Module):
+    """The block above, followed by attention where asked for.
+
+    Args:
+        channels_in, channels_out: C of x and y.
+        resample: "down" halves H and W, "up" doubles them, None keeps them.
+        attention: whether self-attention follows.
+        dropout: probability that conv1 reads a zero in training.
+        nchw_dropout: see UNet.
+        bias: whether conv0 has a bias of its own; without, ``shift`` has to carry it.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        resample: str | None = None,
+        attention: bool = False,
+        dropout: float = 0.0,
+        nchw_dropout: bool = False,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.resample, self.dropout, self.nchw_dropout = resample, dropout, nchw_dropout
+        self.norm0 = norm(channels_in)
+        self.conv0 = conv3x3(channels_in, channels_out, bias=bias)
+        self.norm1 = norm(channels_out)
+        self.conv1 = conv3x3(channels_out, channels_out, zero=True)
+        self.skip: nn.Linear | None = None
+        if resample or channels_in != channels_out:
+            self.skip = nn.Linear(channels_in, channels_out, bias=False)
+            _start(self.skip, SKIP_SCALE)
+        self.attention = Attention(channels_out) if attention else None
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        h = _resampled(self.norm0(x), self.resample)
+        if shift is None or shift.ndim == 1:
+            h = F.conv2d(h, self.conv0.weight, self.conv0.bias if shift is None else shift, padding=1)
+        else:
+            h = F.conv2d(h, self.conv0.weight, padding=1) + shift[:, :, None, None]
+        h = self.conv1(self._drop(self.norm1(h)))
+        y = self._plus_skip(h, x)
+        return y if self.attention is None else self.attention(y)
+
+    def _drop(self, h: Tensor) -> Tensor:
+        if not self.training or self.dropout == 0.0:
+            return h
+        if not self.nchw_dropout:
+            return F.dropout(h, self.dropout)
+        return h * F.dropout(torch.ones(h.shape, dtype=h.dtype, device=h.device), self.dropout)
+
+    def _plus_skip(self, h: Tensor, x: Tensor) -> Tensor:
+        """h + s P R(x); P, which holds s, before R where R repeats pixels."""
+        if self.skip is None:
+            return torch.add(h, x, alpha=SKIP_SCALE)
+        if self.resample == "up":
+            return h + _doubled(as_image(self.skip(pixels(x)), x))
+        return as_image(torch.addmm(pixels(h), pixels(_resampled(x, self.resample)), self.skip.weight.mT), h)
+
+
+class Attention(nn.Module):
+    """y = s x + W_o softmax(q k^T / sqrt(C)) v over the pixels of x [B, C, H, W], one head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        _start(self.qkv, math.sqrt(0.2))
+        _start(self.out, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        rows = self.qkv(pixels(self.norm(x, activation=False)))
+        q, k, v = rows.view(B, 1, H * W, 3 * C).chunk(3, dim=-1)
+        a = F.scaled_dot_product_attention(q, k, v).reshape(B * H * W, C)
+        return torch.add(as_image(self.out(a), x), x, alpha=SKIP_SCALE)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] as [B H W, C]: a view in channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def as_image(rows: Tensor, like: Tensor) -> Tensor:
+    """[B H W, C] as [B, C, H, W], channels_last, with B, H and W of ``like``."""
+    B, _, H, W = like.shape
+    return rows.view(B, H, W, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _resampled(x: Tensor, resample: str | None) -> Tensor:
+    if resample is None:
+        return x
+    return F.avg_pool2d(x, 2) if resample == "down" else _doubled(x)
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """Each pixel four times. Not interpolate: its gradient is made by atomics on a GPU."""
+    B, C, H, W = x.shape
+    rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
+    return rows.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+
+
+def _start(layer: nn.Conv2d | nn.Linear, gain: float) -> None:
+    nn.init.xavier_uniform_(layer.weight, gain) if gain else nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
