@@ -13,7 +13,8 @@ W is split beforehand (linfast.ops.stack_weights), so that its parts go from mem
 matrix units untouched; the smallest products are added first.
 
 Activations have three forms: EXACT; FAST and PTX, the same formulas in tanh, which PTX takes
-from NVIDIA's tanh.approx (2^-11 relative, one special-function instruction), FAST from exp2 (two). FAST and PTX err by less than tf32 does.
+from NVIDIA's tanh.approx (2^-11 relative, one special-function instruction) and FAST from exp2
+(two). FAST and PTX err by less than tf32 does.
 """
 
 from __future__ import annotations

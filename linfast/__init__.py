@@ -32,8 +32,8 @@ from .operators import (
     LatentOperator,
     LowRank,
     Projection,
-    TimeDiagonal,
     TimeDepthwiseConv,
+    TimeDiagonal,
     TimeLowRank,
 )
 from .plan import explain, plan
@@ -63,8 +63,8 @@ __all__ = [
     "Projection",
     "ScaleMap",
     "Squeeze",
-    "TimeDiagonal",
     "TimeDepthwiseConv",
+    "TimeDiagonal",
     "TimeLowRank",
     "UNet",
     "__version__",

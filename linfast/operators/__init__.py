@@ -7,8 +7,8 @@ from .depthwise_conv import DepthwiseConv
 from .diagonal import Diagonal, Projection
 from .low_rank import LowRank
 from .spectral import SVD, Eig
-from .time_diagonal import TimeDiagonal
 from .time_depthwise_conv import TimeDepthwiseConv
+from .time_diagonal import TimeDiagonal
 from .time_low_rank import TimeLowRank
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "LatentOperator",
     "LowRank",
     "Projection",
-    "TimeDiagonal",
     "TimeDepthwiseConv",
+    "TimeDiagonal",
     "TimeLowRank",
 ]
