@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..freeze import derived
 from .conditioners import SinusoidalEmbedding, time_rows
 from .unet_blocks import ResidualBlock, conv3x3, norm
 
@@ -146,7 +147,8 @@ class UNet(nn.Module):
         times = time_rows(t, x, self.time is not None, "UNet")
         if self.time is None or times is None:
             return [None] * len(self._shift_sizes)
-        rows = self.time(times)
+        key = ("shifts", t, torch.is_autocast_enabled(x.device.type))
+        rows = self.time(times) if isinstance(t, Tensor) else derived(self, key, lambda: self.time(times))
         per_sample = isinstance(t, Tensor) and t.ndim == 1
         return (rows if per_sample else rows[0]).split(self._shift_sizes, dim=-1)
 
