@@ -1,0 +1,154 @@
+"""Random coupling stacks for tests, and the plain mathematics that kernels are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linfast.kernels.stack_layout import N_PARTS
+from linfast.ops import AffineMap, CouplingLayer
+from linfast.ops.activations import ACTIVATIONS
+from linfast.ops.affine_coupling import couple, split_sizes
+from linfast.scale_maps import ScaleMap
+from tests.ops.budget import DEVICE
+
+NAMES = ("none", "diagonal", "dense")
+
+
+def random_layers(
+    D: int,
+    hidden: Sequence[int],
+    depth: int,
+    *,
+    moves: str = "first",
+    maps: str = "none",
+    layout: str = "halves",
+    bias: bool = True,
+) -> list[CouplingLayer]:
+    """fp32 layers whose activations stay near unit variance."""
+    sizes = split_sizes(D)
+    layers = []
+    for i in range(depth):
+        moved = (i + (moves == "second")) % 2
+        widths = (sizes[1 - moved], *hidden, 2 * sizes[moved])
+        weights = [torch.randn(b, a) / a**0.5 for a, b in pairwise(widths)]
+        weights[-1] *= 0.5  # unbounded scale maps would leave one row to decide every error
+        biases = [0.2 * torch.randn(len(w)) if bias else None for w in weights]
+        layers.append(CouplingLayer(weights, biases, layout, random_map(D, maps)))
+    return [_on_device(layer) for layer in layers]
+
+
+def random_map(D: int, kind: str) -> AffineMap | None:
+    """Well conditioned; None for "none"."""
+    if kind == "none":
+        return None
+    weight = torch.eye(D) + 0.3 * torch.randn(D, D) / D**0.5 if kind == "dense" else 1 + 0.2 * torch.rand(D)
+    return AffineMap(weight.to(DEVICE), 0.2 * torch.randn(D).to(DEVICE))
+
+
+def _on_device(layer: CouplingLayer) -> CouplingLayer:
+    biases = [None if b is None else b.to(DEVICE) for b in layer.biases]
+    return layer._replace(weights=[w.to(DEVICE) for w in layer.weights], biases=biases)
+
+
+def leaves(layers: Sequence[CouplingLayer], head: AffineMap | None = None) -> list[Tensor]:
+    """Every tensor, in the order that ``rebuilt`` takes them."""
+    maps = [entry for entry in (head, *(layer.map for layer in layers)) if entry is not None]
+    mlps = [t for layer in layers for t in (*layer.weights, *layer.biases) if t is not None]
+    return [*mlps, *(t for entry in maps for t in entry if t is not None)]
+
+
+def rebuilt(
+    layers: Sequence[CouplingLayer], tensors: Sequence[Tensor], head: AffineMap | None = None
+) -> tuple[list[CouplingLayer], AffineMap | None]:
+    """These layers and head with other tensors in their places."""
+    it = iter(tensors)
+    new = [
+        layer._replace(
+            weights=[next(it) for _ in layer.weights],
+            biases=[None if b is None else next(it) for b in layer.biases],
+        )
+        for layer in layers
+    ]
+
+    def fill(entry: AffineMap | None) -> AffineMap | None:
+        return None if entry is None else AffineMap(*(None if t is None else next(it) for t in entry))
+
+    new_head = fill(head)
+    return [layer._replace(map=fill(layer.map)) for layer in new], new_head
+
+
+def doubled(layers: Sequence[CouplingLayer], head: AffineMap | None = None):
+    """The same in float64."""
+    return rebuilt(layers, [t.detach().double() for t in leaves(layers, head)], head)
+
+
+def plain_stack(
+    x: Tensor,
+    layers: Sequence[CouplingLayer],
+    activation: str,
+    scale_map: ScaleMap,
+    *,
+    order: str = "shift_first",
+    moves: str = "first",
+    inverse: bool = False,
+    head: AffineMap | None = None,
+    rounded: Callable[[Tensor], Tensor] = lambda t: t,
+) -> tuple[Tensor, Tensor]:
+    """(y, log_det) written out from the formulas; ``rounded`` is applied to the conditioners' operands."""
+    halves, total = list(x.split(split_sizes(x.shape[1]), dim=1)), x.new_zeros(x.shape[0])
+
+    def apply(entry: AffineMap | None) -> None:
+        nonlocal halves, total
+        if entry is None:
+            return
+        z, W = torch.cat(halves, 1), torch.diag(entry.weight) if entry.weight.ndim == 1 else entry.weight
+        z = torch.linalg.solve(W, (z - entry.bias).mT).mT if inverse else z @ W.mT + entry.bias
+        halves = list(z.split(split_sizes(x.shape[1]), dim=1))
+        total = total + (-1 if inverse else 1) * torch.linalg.slogdet(W).logabsdet
+
+    if not inverse:
+        apply(head)
+    for i in reversed(range(len(layers))) if inverse else range(len(layers)):
+        layer, m = layers[i], (i + (moves == "second")) % 2
+        if inverse:
+            apply(layer.map)
+        h = halves[1 - m]
+        for k, (weight, bias) in enumerate(zip(layer.weights, layer.biases, strict=True)):
+            h = F.linear(rounded(ACTIVATIONS[activation](h) if k else h), rounded(weight), bias)
+        shift, raw = h.chunk(2, 1) if layer.layout == "halves" else (h[:, ::2], h[:, 1::2])
+        log_s = scale_map.log_scale(raw)
+        halves[m] = couple(halves[m], shift, log_s, order, inverse)
+        total = total + (-1 if inverse else 1) * log_s.sum(1)
+        if not inverse:
+            apply(layer.map)
+    if inverse:
+        apply(head)
+    return torch.cat(halves, 1), total
+
+
+def rounding(precision: str) -> Callable[[Tensor], Tensor]:
+    """What a mode does to an operand; where Triton is interpreted fp16 stands for bf16.
+
+    tf32 is rounded there too, though the interpreter leaves it alone: fast activations are held to its error.
+    """
+    if precision == "tf32":
+        return _tf32
+    half = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+
+    def sum_of_parts(t: Tensor) -> Tensor:
+        total = torch.zeros_like(t)
+        for _ in range(N_PARTS[precision]):
+            total = total + (t - total).to(half).to(t.dtype)
+        return total
+
+    return sum_of_parts
+
+
+def _tf32(t: Tensor) -> Tensor:
+    """fp32 with ten bits after the point, to nearest."""
+    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
