@@ -1,4 +1,4 @@
-"""The coupling stack's gradient: a few rows at a time, recomputed from x, layer by layer from the last to the first.
+"""The coupling stack's gradient: a run of rows at a time, recomputed from x, layer by layer from the last.
 
 Steps, in the order the stack runs them, are maps z' = M z + c and couplings. For each run of rows
 
@@ -13,19 +13,13 @@ Steps, in the order the stack runs them, are maps z' = M z + c and couplings. Fo
 
 B1 and B2 are one launch a linear layer, a program a tile of its rows and columns
 (kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner
-is stored for W anyhow. Activations are the exact ones in every mode. Shapes: z, g [R, 2 P] fp32, contiguous, both halves padded with zeros,
-which stay zeros; h_i [R, H] fp32, in "fast" its 16-bit type; act'_i, d_i fp32, so that db sums what
-was not rounded. As operands in "fast", gradients are bf16 even where x is fp16, whose range ends
-at 6e-8.
-
-Bytes: R (8 P (steps + 2) + (n - 1) H (4 + w) + 8 P) of scratch with w = 2 in "fast" and 4 else; a run of
-R rows is as long as SCRATCH_BYTES allow, so that it does not grow with B; W's partial sums besides.
-Each is written once and read twice at most.
+is stored for W anyhow. Activations are the exact ones in every mode. Shapes: z, g [R, 2 P] fp32,
+contiguous, both halves padded with zeros, which stay zeros; the scratch is kernels/stack_pass.py's.
+Each number of it is written once and read twice at most.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,16 +31,11 @@ from .coupling_stack import launch_coupling_stack
 from .launch import ceil_div, device_guard
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 from .mlp import EXACT, activate, activation_derivative
-from .row_products import ADD, MULTIPLY, Mode, launch_linear, launch_outer, n_splits, rows_product, tile_for
-from .stack_layout import DENSE, N_PARTS, NO_MAPS, StackLayout, map_parts
+from .row_products import ADD, MULTIPLY, launch_linear, launch_outer, rows_product, tile_for
+from .stack_layout import DENSE, NO_MAPS, StackLayout
+from .stack_pass import Scratch, StackPass
 
-__all__ = ["ROWS_AT_A_TIME", "launch_coupling_stack_backward"]
-
-# One step's scratch, 1.8 KB a row in "fast" at D = 64, H = 128, n = 3, stays in an L2 of 40 MB or more.
-ROWS_AT_A_TIME = 16384
-# What a run of rows may take: a deep stack's inputs of steps, 256 B each at D = 64, shorten it.
-SCRATCH_BYTES = 2**27
-_FEWEST_ROWS = 1024
+__all__ = ["launch_coupling_stack_backward"]
 
 
 @triton.jit
@@ -137,107 +126,7 @@ def _coupling_kernel(
     tl.store(d_ptr + r[:, None] * stride_d + n[None, :], d, mask=inside)
 
 
-@dataclass(frozen=True)
-class _Stack:
-    """The op's weights and constants; ``layout`` is of the padded rows [R, 2 P]."""
-
-    weights: Tensor
-    operands: Tensor
-    layout: StackLayout
-    sizes: tuple[int, int]
-    activation: int
-    kind: int
-    bound: float
-    floor: float
-    scale_first: bool
-    moves_second: bool
-    inverse: bool
-    precision: str
-    on_gpu: bool
-
-    @property
-    def steps(self) -> list[tuple[int | None, int]]:
-        """(layer, or None for a map; row of the weights), in the order they run."""
-        head, maps = int(self.layout.head), self.layout.maps
-        steps: list[tuple[int | None, int]] = [(None, 0)] if head else []
-        for layer in range(self.layout.n_layers(self.weights)):
-            steps += [(layer, layer + head), *([(None, layer + head)] if maps else [])]
-        return steps[::-1] if self.inverse else steps
-
-    def moves_first(self, layer: int) -> bool:
-        return (layer + self.moves_second) % 2 == 0
-
-    def halves(self, z: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """(kept, moved) of z [R, 2 P]: views."""
-        first, second = z.split(self.layout.half, dim=1)
-        return (second, first) if self.moves_first(layer) else (first, second)
-
-    def matrices(self, row: int) -> list[Tensor]:
-        """The conditioner's, [out, in]: rounded where there is one part, which is what the forward multiplied."""
-        shapes = self.layout.matrix_shapes
-        held = self.operands[0, row] if N_PARTS[self.precision] == 1 else self.weights[row, : self.layout.matrix_size]
-        return [m.view(shape) for m, shape in zip(held.split([a * b for a, b in shapes]), shapes, strict=True)]
-
-    @property
-    def offsets(self) -> list[tuple[int, int]]:
-        """Where a row of the weights has each linear layer's matrix, and its bias."""
-        places, at, bias_at = [], 0, self.layout.matrix_size
-        for n_out, n_in in self.layout.matrix_shapes:
-            places.append((at, bias_at))
-            at, bias_at = at + n_out * n_in, bias_at + n_out
-        return places
-
-    @property
-    def part_dtype(self) -> torch.dtype:
-        """bf16, for its range; under Triton's interpreter, which computes on bf16's bits, fp32 stands in."""
-        return torch.bfloat16 if self.on_gpu else torch.float32
-
-    @property
-    def forward_mode(self) -> Mode:
-        fast_or_tf32 = N_PARTS[self.precision] == 1
-        return Mode(N_PARTS[self.precision], self.operands.dtype if fast_or_tf32 else self.part_dtype)
-
-    @property
-    def gradient_mode(self) -> Mode:
-        return Mode(N_PARTS[self.precision], torch.float32 if self.precision == "tf32" else self.part_dtype)
-
-    @property
-    def map_mode(self) -> Mode:
-        return Mode(map_parts(self.precision), self.part_dtype)
-
-    @property
-    def hidden_dtype(self) -> torch.dtype:
-        return self.operands.dtype if self.precision == "fast" else torch.float32
-
-    def rows_at_a_time(self) -> int:
-        """As many rows as SCRATCH_BYTES hold; the formula at the top of this file."""
-        layout = self.layout
-        hidden = (layout.n_linear - 1) * layout.hidden * (4 + self.hidden_dtype.itemsize)
-        bytes_a_row = 4 * layout.features * (len(self.steps) + 2) + hidden + 4 * layout.features
-        return min(ROWS_AT_A_TIME, max(_FEWEST_ROWS, SCRATCH_BYTES // bytes_a_row))
-
-
-@dataclass
-class _Scratch:
-    """One layer's: h_i and act'_i (then d_i) of its hidden layers, d of its output, partial sums of a row of weights."""
-
-    h: list[Tensor]
-    slopes: list[Tensor]
-    d: Tensor
-    partials: Tensor
-
-    @classmethod
-    def of(cls, z: Tensor, stack: _Stack) -> _Scratch:
-        rows, (*hidden, n_out) = z.shape[0], stack.layout.widths[1:]
-        return cls(
-            [z.new_empty(rows, n, dtype=stack.hidden_dtype) for n in hidden],
-            [z.new_empty(rows, n) for n in hidden],
-            z.new_empty(rows, n_out),
-            z.new_empty(n_splits(rows), stack.layout.row_size),
-        )
-
-
-def _inputs(stack: _Stack, z: Tensor) -> list[Tensor]:
+def _inputs(stack: StackPass, z: Tensor) -> list[Tensor]:
     """S: what goes into each step, [R, 2 P]."""
     layout, inputs, steps = stack.layout, [z], stack.steps
     for layer, row in steps[:-1]:
@@ -253,7 +142,7 @@ def _inputs(stack: _Stack, z: Tensor) -> list[Tensor]:
     return inputs
 
 
-def _apply_map(stack: _Stack, z: Tensor, row: int) -> Tensor:
+def _apply_map(stack: StackPass, z: Tensor, row: int) -> Tensor:
     _, _, matrix, bias = stack.layout.unpack(stack.weights[row])
     if stack.layout.maps != DENSE:
         return torch.addcmul(bias, z, matrix)
@@ -262,25 +151,35 @@ def _apply_map(stack: _Stack, z: Tensor, row: int) -> Tensor:
     return out
 
 
-def _map_backward(stack: _Stack, z: Tensor, g: Tensor, row: int, dweights: Tensor | None, scratch: _Scratch) -> Tensor:
-    """g before the map; the map's gradient is added to its row of dweights."""
-    layout = stack.layout
-    _, _, matrix, bias = layout.unpack(stack.weights[row])
-    at = slice(layout.map_offset, None)
-    if layout.maps != DENSE:
-        if dweights is not None:
-            dweights[row, at] += torch.cat(((g * z).sum(0), g.sum(0)))
+def _map_backward(
+    stack: StackPass,
+    z: Tensor,
+    g: Tensor,
+    row: int,
+    dweights: Tensor | None,
+    needs_before: bool,
+    scratch: Scratch,
+) -> Tensor:
+    """g before the map, g itself where that is not needed; the map's gradient is added to its row of dweights."""
+    at = stack.layout.map_offset
+    _, _, matrix, _ = stack.layout.unpack(stack.weights[row])
+    dense = stack.layout.maps == DENSE
+    if dweights is not None and dense:
+        launch_outer(g, z, scratch.partials, at, at + matrix.numel(), stack.map_mode)
+        dweights[row, at:] += scratch.partials[:, at:].sum(0)
+    elif dweights is not None:
+        dweights[row, at:] += torch.cat(((g * z).sum(0), g.sum(0)))
+    if not needs_before:
+        return g
+    if not dense:
         return g * matrix
-    if dweights is not None:
-        launch_outer(g, z, scratch.partials, layout.map_offset, layout.map_offset + matrix.numel(), stack.map_mode)
-        dweights[row, at] += scratch.partials[:, at].sum(0)
     before = torch.empty_like(g)
     launch_linear(g, matrix, before, stack.map_mode)
     return before
 
 
 def _recompute(
-    stack: _Stack, z: Tensor, g: Tensor, grad_log_det: Tensor | None, layer: int, row: int, scratch: _Scratch
+    stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, layer: int, row: int, scratch: Scratch
 ) -> None:
     """B1: the conditioner's h and act', d of its output, and d moved in g's moved half."""
     (kept, moved), (_, grad) = stack.halves(z, layer), stack.halves(g, layer)
@@ -305,14 +204,14 @@ def _recompute(
 
 
 def _coupling_backward(
-    stack: _Stack,
+    stack: StackPass,
     z: Tensor,
     g: Tensor,
     layer: int,
     row: int,
     dweights: Tensor | None,
     needs_kept: bool,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> None:
     """B2 and W after B1: g's kept half, and the conditioner's row of dweights."""
     mode, d = stack.gradient_mode, scratch.d
@@ -332,14 +231,14 @@ def _coupling_backward(
 
 
 def _run_of_rows(
-    stack: _Stack, z: Tensor, g: Tensor, grad_log_det: Tensor | None, dweights: Tensor | None, needs_x: bool
+    stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, dweights: Tensor | None, needs_x: bool
 ) -> Tensor:
     """dL/dz [R, 2 P]; g is overwritten. Where it is not needed, what only it needs is left out."""
-    scratch = _Scratch.of(z, stack)
+    scratch = Scratch.of(z, stack)
     inputs = _inputs(stack, z)
     for i, (layer, row) in reversed(list(enumerate(stack.steps))):
         if layer is None:
-            g = _map_backward(stack, inputs[i], g, row, dweights, scratch)
+            g = _map_backward(stack, inputs[i], g, row, dweights, needs_x or i > 0, scratch)
         else:
             _recompute(stack, inputs[i], g, grad_log_det, layer, row, scratch)
             _coupling_backward(stack, inputs[i], g, layer, row, dweights, needs_x or i > 0, scratch)
@@ -359,12 +258,8 @@ def launch_coupling_stack_backward(
 
     What is not needed holds anything.
     """
-    n_linear, hidden, maps, head, *options, _, precision, (needs_x, needs_weights, _, _) = constants
-    rows = StackLayout(x.shape[1], n_linear, hidden, maps, head)
-    stack = _Stack(
-        weights, operands, StackLayout(2 * rows.half, n_linear, hidden, maps, head), rows.sizes, *options, precision,
-        x.is_cuda,
-    )  # fmt: skip
+    stack, (needs_x, needs_weights, _, _) = StackPass.of(x, weights, operands, constants[:-1]), constants[-1]
+    rows = StackLayout(x.shape[1], *constants[:4])
     dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights)
     step = stack.rows_at_a_time()
     with device_guard(x):

@@ -215,7 +215,9 @@ def tile_for(n_inner: int, n_columns: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def launch_linear(x: Tensor, w: Tensor, out: Tensor, mode: Mode, bias: Tensor | None = None, combine: int = SET) -> None:
+def launch_linear(
+    x: Tensor, w: Tensor, out: Tensor, mode: Mode, bias: Tensor | None = None, combine: int = SET
+) -> None:
     """out <- x w + bias, or out + that, or out times that.
 
     x [B, K] and out [B, N] fp32 in rows without gaps between columns; w [K, N] in any strides.
@@ -228,13 +230,13 @@ def launch_linear(x: Tensor, w: Tensor, out: Tensor, mode: Mode, bias: Tensor | 
 
 
 def launch_outer(d: Tensor, x: Tensor, partials: Tensor, at: int, bias_at: int, mode: Mode) -> None:
-    """partials[s, at:] <- d^T x, row by row, and partials[s, bias_at:] <- d's column sums, of the s-th run of rows."""
+    """Of the s-th run of rows, partials[s, at:] <- d^T x, row by row; partials[s, bias_at:] <- d's column sums."""
     tile = tile_for(TILE.depth, x.shape[1]) | {"ROWS": min(TILE.rows, d.shape[1])}
     rows_a_split = ceil_div(ceil_div(x.shape[0], partials.shape[0]), TILE.depth) * TILE.depth
     grid = d.shape[1] // tile["ROWS"], x.shape[1] // tile["COLUMNS"], partials.shape[0]
     _outer_kernel[grid](
-        d, x, partials[:, at:], partials[:, bias_at:], x.shape[0], rows_a_split, x.shape[1], d.stride(0), x.stride(0),
-        partials.stride(0), **mode.constexprs, **tile,
+        d, x, partials[:, at:], partials[:, bias_at:], x.shape[0], rows_a_split, x.shape[1], d.stride(0),
+        x.stride(0), partials.stride(0), **mode.constexprs, **tile,
     )  # fmt: skip
 
 

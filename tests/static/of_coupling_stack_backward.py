@@ -14,7 +14,12 @@ from tests.static.cases import StaticCase
 
 _FP32, _BF16 = 0, 2
 # A mode's parts and their type, and what a hidden layer is kept in.
-_MODES = {"fast": (1, _BF16, "bf16"), "tf32": (1, _FP32, "fp32"), "high": (2, _BF16, "fp32"), "exact": (3, _BF16, "fp32")}
+_MODES = {
+    "fast": (1, _BF16, "bf16"),
+    "tf32": (1, _FP32, "fp32"),
+    "high": (2, _BF16, "fp32"),
+    "exact": (3, _BF16, "fp32"),
+}
 _COUPLING_STRIDES = ("stride_moved", "stride_grad", "stride_d")
 
 
@@ -51,7 +56,8 @@ def _coupling(mode: str, kind: str = "smooth") -> StaticCase:
     fp32 = ("bias", "moved", "grad", "grad_log_det", "d")
     signature = {f"{name}_ptr": "*fp32" for name in fp32} | dict.fromkeys(("n_moved", *_COUPLING_STRIDES), "i32")
     constexprs = {
-        "stride_log_det": 1, "KIND": ScaleMap(kind).constexpr_id, "SCALE_FIRST": False, "INVERSE": False, "LOG_DET": True
+        "stride_log_det": 1, "KIND": ScaleMap(kind).constexpr_id, "SCALE_FIRST": False, "INVERSE": False,
+        "LOG_DET": True,
     }  # fmt: skip
     signature |= {"bound": "fp32", "floor": "fp32"}
     return _product("coupling_stack_backward", "_coupling_kernel", mode, kind, signature, constexprs, kept=False)
@@ -77,7 +83,7 @@ def _product(
     transposed: bool = False,
     width: int = 64,
 ) -> StaticCase:
-    """x W, W [K, N] the transpose of a matrix that is kept, or with ``transposed`` that matrix; x fp32 where ``kept``."""
+    """x W with W [K, N] a matrix's transpose, or with ``transposed`` the matrix; x is fp32 where ``kept``."""
     operand = "bf16" if mode == "fast" else "fp32"
     signature = {"x_ptr": "*fp32" if kept else f"*{operand}", "w_ptr": f"*{operand}"} | signature
     one, other = ("stride_wn", "stride_wk") if transposed else ("stride_wk", "stride_wn")
@@ -86,10 +92,17 @@ def _product(
 
 
 def _outer(mode: str, width: int = 64) -> StaticCase:
-    signature = {"d_ptr": "*fp32", "x_ptr": f"*{_MODES[mode][2]}", "partial_ptr": "*fp32", "partial_bias_ptr": "*fp32"}
+    signature = {
+        "d_ptr": "*fp32",
+        "x_ptr": f"*{_MODES[mode][2]}",
+        "partial_ptr": "*fp32",
+        "partial_bias_ptr": "*fp32",
+    }
     sizes = ("n_rows", "rows_a_split", "n_columns", "stride_d", "stride_x", "stride_split")
     tile = tile_for(TILE.depth, width) | {"ROWS": width}
-    return _case("row_products", "_outer_kernel", mode, f"{width}", signature | dict.fromkeys(sizes, "i32"), {}, tile)
+    return _case(
+        "row_products", "_outer_kernel", mode, f"{width}", signature | dict.fromkeys(sizes, "i32"), {}, tile
+    )
 
 
 def _case(
@@ -113,6 +126,6 @@ def _case(
         constexprs=constexprs,
         num_warps=num_warps,
         aligned=tuple(n for n in signature if n not in unaligned),
-        uses=("row_products", "mlp", "stack_layout"),
+        uses=("row_products", "mlp"),
         matrix_units=True,
     )
