@@ -7,6 +7,7 @@ so that products in parts are held to float64 here on their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -54,6 +55,19 @@ def test_products_of_rows(name: str, combine: int, transposed: bool) -> None:
     expected = {SET: exact, ADD: exact + wide, MULTIPLY: exact * wide}[combine]
     assert error(out[:, 128:], expected) <= allowed
     assert torch.equal(out[:, :128], before[:, :128])
+
+
+def test_three_parts_keep_every_bit_of_fp32() -> None:
+    bits = round(-math.log2(torch.finfo(HALF).eps)) + 1
+    # In parts (1, 2^-(bits+1), 2^-(2 bits+1)) and, a tie to even, (1, 2^-bits): each product of parts matters.
+    long, tie = 1 + 2.0 ** -(bits + 1) + 2.0 ** -(2 * bits + 1), 1 + 2.0**-bits
+    x = torch.zeros(3, 16, device=DEVICE)
+    x[:, 0] = x.new_tensor([long, 1, tie])
+    w = torch.zeros(16, 16, device=DEVICE)
+    w[0, :3] = w.new_tensor([1, long, tie])
+    out = x.new_empty(3, 16)
+    launch_linear(x, w, out, Mode(3, HALF))
+    assert torch.equal(out[[0, 1, 2], [0, 1, 2]], x.new_tensor([long, long, tie * tie]))
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -169,10 +183,11 @@ def test_one_output_alone(cotangents: tuple[bool, bool]) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_runs_of_rows_and_splits_add_up(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("maps", ["diagonal", "dense"])
+def test_runs_of_rows_and_splits_add_up(precision: str, maps: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack_pass, "ROWS_AT_A_TIME", 96)
     monkeypatch.setattr(row_products, "ROWS_A_SPLIT", 40)
-    layers = random_layers(6, (16,), 2, maps="dense")
+    layers = random_layers(6, (16,), 2, maps=maps)
     call = _gradients(layers, precision=precision)
     assert_within_budget(call, [t.requires_grad_() for t in (_randn(150, 6), *leaves(layers))])
 
