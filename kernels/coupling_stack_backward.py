@@ -1,7 +1,21 @@
-"""The coupling stack's gradient on a GPU.
+"""The coupling stack's gradient: a run of rows at a time, recomputed from x, layer by layer from the last.
 
-For now the plain torch formulas of linfast.ops.stack_reference, a run of rows at a time so
-that what one run keeps stays small; its products are cuBLAS. Nothing is saved but x.
+Steps, in the order the stack runs them, are maps z' = M z + c and couplings. For each run of rows
+
+    S   every step's input, from x and not by inverting y, so that nothing drifts: the forward's own
+        kernel one layer at a time; a dense map is one product
+    B1  of a coupling, from its input z = [k | m] and g = dL/dz' (h_0 = k, p_i = h_{i-1} W_i^T + b_i):
+        h_i = act(p_i) and act'(p_i) to scratch; in the last product's epilogue (shift, raw) = p_n,
+        (dm, dshift, dlog_s) as kernels/math.py has them, d_n = (dshift_j, dlog_s_j log_s'(raw_j)) in turn;
+        dm takes the place of g's moved half
+    B2  d_i = (d_{i+1} W_{i+1}) act'(p_i), in act's place, down to g's kept half += d_1 W_1
+    W   dW_i = d_i^T h_{i-1}, db_i = sum_b d_i; of a map dM = g^T z, dc = sum_b g, and g <- g M
+
+B1 and B2 are one launch a linear layer, a program a tile of its rows and columns
+(kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner
+is stored for W anyhow. Activations are the exact ones in every mode. Shapes: z, g [R, 2 P] fp32,
+contiguous, both halves padded with zeros, which stay zeros; the scratch is kernels/stack_pass.py's.
+Each number of it is written once and read twice at most.
 """
 
 from __future__ import annotations
@@ -9,12 +23,226 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-__all__ = ["ROWS_AT_A_TIME", "launch_coupling_stack_backward"]
+from .coupling_stack import launch_coupling_stack
+from .launch import ceil_div, device_guard
+from .math import couple, couple_backward, log_scale, log_scale_derivative
+from .mlp import EXACT, activate, activation_derivative
+from .row_products import ADD, MULTIPLY, launch_linear, launch_outer, rows_product, tile_for
+from .stack_layout import DENSE, NO_MAPS, StackLayout
+from .stack_pass import Scratch, StackPass
 
-# At D = 64, H = 128 a run keeps about 2 KB a row and layer: 256 MB at depth 8.
-ROWS_AT_A_TIME = 16384
+__all__ = ["launch_coupling_stack_backward"]
+
+
+@triton.jit
+def _hidden_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    h_ptr,
+    slope_ptr,
+    n_rows,
+    n_inner,
+    stride_x,
+    stride_wk,
+    stride_wn,
+    stride_h,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """h = act(x W + b), and act' there."""
+    p, r, n = rows_product(
+        x_ptr, w_ptr, n_rows, n_inner, stride_x, stride_wk, stride_wn, ROWS, COLUMNS, DEPTH, STAGES, PARTS, TYPE
+    )
+    p += tl.load(bias_ptr + n)[None, :]
+    at = r[:, None] * stride_h + n[None, :]
+    inside = (r < n_rows)[:, None]
+    tl.store(h_ptr + at, activate(p, ACTIVATION, EXACT).to(h_ptr.dtype.element_ty), mask=inside)
+    tl.store(slope_ptr + at, activation_derivative(p, ACTIVATION), mask=inside)
+
+
+@triton.jit
+def _coupling_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    moved_ptr,
+    grad_ptr,
+    grad_log_det_ptr,
+    d_ptr,
+    n_rows,
+    n_inner,
+    n_moved,
+    stride_x,
+    stride_wk,
+    stride_wn,
+    stride_moved,
+    stride_grad,
+    stride_log_det,
+    stride_d,
+    bound,
+    floor,
+    KIND: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    INVERSE: tl.constexpr,
+    LOG_DET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """(shift, raw) = x W + b, the coupling and its gradient: grad <- d moved, and d (shift, raw)."""
+    FEATURES: tl.constexpr = COLUMNS // 2
+    out, r, n = rows_product(
+        x_ptr, w_ptr, n_rows, n_inner, stride_x, stride_wk, stride_wn, ROWS, COLUMNS, DEPTH, STAGES, PARTS, TYPE
+    )
+    out += tl.load(bias_ptr + n)[None, :]
+    shift, raw = tl.split(tl.reshape(out, (ROWS, FEATURES, 2)))
+    i = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    inside = (r < n_rows)[:, None]
+    grad_ptr += r[:, None] * stride_grad + i[None, :]
+    value = tl.load(moved_ptr + r[:, None] * stride_moved + i[None, :], mask=inside, other=0.0)
+    grad = tl.load(grad_ptr, mask=inside, other=0.0)
+    log_s = log_scale(raw, bound, floor, KIND)
+    out = couple(value, shift, log_s, SCALE_FIRST, INVERSE)
+    grad_log_det = 0.0
+    if LOG_DET:
+        of_row = tl.load(grad_log_det_ptr + r * stride_log_det, mask=r < n_rows, other=0.0).to(tl.float32)
+        grad_log_det = tl.where((i < n_moved)[None, :], of_row[:, None], 0.0)
+    d_value, d_shift, d_log_s = couple_backward(out, shift, log_s, grad, grad_log_det, SCALE_FIRST, INVERSE)
+    d = tl.interleave(d_shift, d_log_s * log_scale_derivative(raw, bound, floor, KIND))
+    tl.store(grad_ptr, d_value, mask=inside)
+    tl.store(d_ptr + r[:, None] * stride_d + n[None, :], d, mask=inside)
+
+
+def _inputs(stack: StackPass, z: Tensor) -> list[Tensor]:
+    """S: what goes into each step, [R, 2 P]."""
+    layout, inputs, steps = stack.layout, [z], stack.steps
+    for layer, row in steps[:-1]:
+        if layer is None:
+            z = _apply_map(stack, z, row)
+        else:
+            z, _ = launch_coupling_stack(
+                z, stack.weights[row : row + 1], stack.operands[:, row : row + 1], stack.operands, layout.n_linear,
+                layout.hidden, NO_MAPS, False, stack.activation, stack.kind, stack.bound, stack.floor,
+                stack.scale_first, not stack.moves_first(layer), stack.inverse, False, stack.precision,
+            )  # fmt: skip
+        inputs.append(z)
+    return inputs
+
+
+def _apply_map(stack: StackPass, z: Tensor, row: int) -> Tensor:
+    _, _, matrix, bias = stack.layout.unpack(stack.weights[row])
+    if stack.layout.maps != DENSE:
+        return torch.addcmul(bias, z, matrix)
+    out = torch.empty_like(z)
+    launch_linear(z, matrix.mT, out, stack.map_mode, bias)
+    return out
+
+
+def _map_backward(
+    stack: StackPass,
+    z: Tensor,
+    g: Tensor,
+    row: int,
+    dweights: Tensor | None,
+    needs_before: bool,
+    scratch: Scratch,
+) -> Tensor:
+    """g before the map, g itself where that is not needed; the map's gradient is added to its row of dweights."""
+    at = stack.layout.map_offset
+    _, _, matrix, _ = stack.layout.unpack(stack.weights[row])
+    dense = stack.layout.maps == DENSE
+    if dweights is not None and dense:
+        launch_outer(g, z, scratch.partials, at, at + matrix.numel(), stack.map_mode)
+        dweights[row, at:] += scratch.partials[:, at:].sum(0)
+    elif dweights is not None:
+        dweights[row, at:] += torch.cat(((g * z).sum(0), g.sum(0)))
+    if not needs_before:
+        return g
+    if not dense:
+        return g * matrix
+    before = torch.empty_like(g)
+    launch_linear(g, matrix, before, stack.map_mode)
+    return before
+
+
+def _recompute(
+    stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, layer: int, row: int, scratch: Scratch
+) -> None:
+    """B1: the conditioner's h and act', d of its output, and d moved in g's moved half."""
+    (kept, moved), (_, grad) = stack.halves(z, layer), stack.halves(g, layer)
+    _, biases, _, _ = stack.layout.unpack(stack.weights[row])
+    *hidden, last = stack.matrices(row)
+    x, mode = kept, stack.forward_mode.constexprs
+    for w, bias, h, slope in zip(hidden, biases, scratch.h, scratch.slopes, strict=False):
+        tile = tile_for(w.shape[1], w.shape[0])
+        _hidden_kernel[(ceil_div(z.shape[0], tile["ROWS"]), w.shape[0] // tile["COLUMNS"])](
+            x, w, bias, h, slope, z.shape[0], w.shape[1], x.stride(0), 1, w.stride(0), h.stride(0),
+            ACTIVATION=stack.activation, **mode, **tile,
+        )  # fmt: skip
+        x = h
+    tile, d = tile_for(last.shape[1], last.shape[0]), scratch.d
+    gradients = grad if grad_log_det is None else grad_log_det
+    _coupling_kernel[(ceil_div(z.shape[0], tile["ROWS"]), last.shape[0] // tile["COLUMNS"])](
+        x, last, biases[-1], moved, grad, gradients, d, z.shape[0], last.shape[1],
+        stack.sizes[0 if stack.moves_first(layer) else 1], x.stride(0), 1, last.stride(0), moved.stride(0),
+        grad.stride(0), gradients.stride(0), d.stride(0), stack.bound, stack.floor, KIND=stack.kind,
+        SCALE_FIRST=stack.scale_first, INVERSE=stack.inverse, LOG_DET=grad_log_det is not None, **mode, **tile,
+    )  # fmt: skip
+
+
+def _coupling_backward(
+    stack: StackPass,
+    z: Tensor,
+    g: Tensor,
+    layer: int,
+    row: int,
+    dweights: Tensor | None,
+    needs_kept: bool,
+    scratch: Scratch,
+) -> None:
+    """B2 and W after B1: g's kept half, and the conditioner's row of dweights."""
+    mode, d = stack.gradient_mode, scratch.d
+    kept, g_kept = stack.halves(z, layer)[0], stack.halves(g, layer)[0]
+    inputs, matrices = [kept, *scratch.h], stack.matrices(row)
+    for i in reversed(range(len(matrices))):
+        if dweights is not None:
+            launch_outer(d, inputs[i], scratch.partials, *stack.offsets[i], mode)
+        if i:
+            launch_linear(d, matrices[i], scratch.slopes[i - 1], mode, combine=MULTIPLY)
+            d = scratch.slopes[i - 1]
+        elif needs_kept:
+            launch_linear(d, matrices[i], g_kept, mode, combine=ADD)
+    if dweights is not None:
+        at = slice(0, stack.layout.map_offset)
+        dweights[row, at] += scratch.partials[:, at].sum(0)
+
+
+def _run_of_rows(
+    stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, dweights: Tensor | None, needs_x: bool
+) -> Tensor:
+    """dL/dz [R, 2 P]; g is overwritten. Where it is not needed, what only it needs is left out."""
+    scratch = Scratch.of(z, stack)
+    inputs = _inputs(stack, z)
+    for i, (layer, row) in reversed(list(enumerate(stack.steps))):
+        if layer is None:
+            g = _map_backward(stack, inputs[i], g, row, dweights, needs_x or i > 0, scratch)
+        else:
+            _recompute(stack, inputs[i], g, grad_log_det, layer, row, scratch)
+            _coupling_backward(stack, inputs[i], g, layer, row, dweights, needs_x or i > 0, scratch)
+    return g
 
 
 def launch_coupling_stack_backward(
@@ -26,17 +254,19 @@ def launch_coupling_stack_backward(
     grad_log_det: Tensor | None,
     *constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweights, nothing, nothing): operands are rounded copies, which no gradient reaches."""
-    # Here and not above: ops import kernels. It goes with the torch formulas.
-    from linfast.ops.stack_reference import StackOptions, stack_backward
+    """(dx, dweights, nothing, nothing): operands are rounded copies, which no gradient reaches.
 
-    options = StackOptions.of(x.shape[1], *constants[:-1])
+    What is not needed holds anything.
+    """
+    stack, (needs_x, needs_weights, _, _) = StackPass.of(x, weights, operands, constants[:-1]), constants[-1]
+    rows = StackLayout(x.shape[1], *constants[:4])
     dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights)
-    for start in range(0, x.shape[0], ROWS_AT_A_TIME):
-        run = slice(start, start + ROWS_AT_A_TIME)
-        dx[run], part = stack_backward(
-            x[run], weights, operands, None if grad is None else grad[run],
-            None if grad_log_det is None else grad_log_det[run], options,
-        )  # fmt: skip
-        dweights += part
+    step = stack.rows_at_a_time()
+    with device_guard(x):
+        for start in range(0, x.shape[0], step):
+            run = slice(start, start + step)
+            z = rows.pad(x[run].to(weights.dtype))
+            g = torch.zeros_like(z) if grad is None else rows.pad(grad[run].to(weights.dtype))
+            log_det = None if grad_log_det is None else grad_log_det[run]
+            dx[run] = rows.unpad(_run_of_rows(stack, z, g, log_det, dweights if needs_weights else None, needs_x))
     return dx, dweights, operands.new_empty(0), map_operands.new_empty(0)

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from .math import LOG2E, tanh
 
-__all__ = ["activate", "conditioner", "product", "split"]
+__all__ = ["activate", "activation_derivative", "conditioner", "product", "split"]
 
 # The ids of linfast.ops.coupling_stack.ACTIVATION_IDS, which tests hold equal.
 RELU = tl.constexpr(0)
@@ -37,6 +37,7 @@ FAST = tl.constexpr(1)
 PTX = tl.constexpr(2)
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
+SQRT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
@@ -79,6 +80,22 @@ def activate(x, ACTIVATION: tl.constexpr, FORM: tl.constexpr):
             u = x * (0.7975078840993945 + z * (0.037005646112491755 - z * 0.00035151679542278315))
             half = 0.5 * x
             result = half + half * _tanh_fast(u, FORM)
+    return result
+
+
+@triton.jit
+def activation_derivative(x, ACTIVATION: tl.constexpr):
+    """d activation / dx, fp32: of the exact activation, whichever form ran."""
+    if ACTIVATION == RELU:
+        result = tl.where(x > 0.0, 1.0, 0.0)
+    elif ACTIVATION == SILU:
+        s = 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+        result = s * (1.0 + x * (1.0 - s))
+    elif ACTIVATION == TANH:
+        t = tanh(x)
+        result = 1.0 - t * t
+    else:
+        result = 0.5 * (1.0 + tl.erf(x * SQRT_HALF)) + x * SQRT_HALF_OVER_PI * tl.exp2(x * x * (-0.5 * LOG2E))
     return result
 
 

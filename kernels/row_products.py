@@ -1,0 +1,245 @@
+"""Products with a tall matrix of rows, in the modes of kernels/mlp.py, fp32 sums: what gradients are made of.
+
+    rows_product  x W        x [B, K], W [K, N] in any order    a program: ROWS rows by COLUMNS columns
+    outer         d^T x      d [B, M], x [B, N]                 a program: such a tile of [M, N], one split of B
+
+Both take fp32 operands apart into parts themselves: an operand of a gradient is not known before
+it, and its range (a loss divided by the batch) is bf16's, not fp16's. d^T x is a sum over B in
+SPLITS equal runs, each into a buffer of its own, added up in one fixed order: no atomics, the same
+bits every time. Each run sums d's columns besides, which is the bias's gradient.
+
+Bytes: x N / COLUMNS times and W B / ROWS times, both from L2; d^T x reads d N / COLUMNS times and
+x M / ROWS times and writes SPLITS M N.
+
+A tile is 64 by 64 with 32 deep steps: 16 sums a thread of 256, three parts of each operand and the
+next step's loads, whatever K, N and the mode are. With 128 threads d^T x in bf16 spills on sm_100.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ceil_div
+from .mlp import split
+
+__all__ = [
+    "ADD",
+    "MULTIPLY",
+    "SET",
+    "TILE",
+    "Mode",
+    "launch_linear",
+    "launch_outer",
+    "n_splits",
+    "rows_product",
+    "tile_for",
+]
+
+# What a number's type is to a kernel.
+FP32 = tl.constexpr(0)
+FP16 = tl.constexpr(1)
+BF16 = tl.constexpr(2)
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# What becomes of what lies where the product goes.
+SET, ADD, MULTIPLY = 0, 1, 2
+_ADD = tl.constexpr(ADD)
+_MULTIPLY = tl.constexpr(MULTIPLY)
+
+
+@dataclass(frozen=True)
+class ProductTile:
+    """Rows and columns a program, the depth of a step, how far its loads run ahead, warps."""
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    num_warps: int
+
+
+TILE = ProductTile(rows=64, columns=64, depth=32, stages=2, num_warps=8)
+
+# Rows a split of d^T x sums at least, and splits at most: 32 of them fill a GPU's processors
+# with the four tiles of [128, 128], and cost 4 MB of partial sums at D = 64, H = 128.
+ROWS_A_SPLIT = 512
+MAX_SPLITS = 32
+
+
+@dataclass(frozen=True)
+class Mode:
+    """Parts and the type of the parts of a product's operands."""
+
+    parts: int
+    dtype: torch.dtype
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        return {"PARTS": self.parts, "TYPE": TYPES[self.dtype]}
+
+
+@triton.jit
+def _dot(x, w, total, PARTS: tl.constexpr, TYPE: tl.constexpr):
+    """total + x w, the smallest products first; a single part may be fp32, and is tf32 then."""
+    if TYPE == FP32:
+        total = tl.dot(x.to(tl.float32), w.to(tl.float32), total, input_precision="tf32")
+    else:
+        if TYPE == FP16:
+            x0, x1, x2 = split(x, tl.float16, PARTS)
+            w0, w1, w2 = split(w, tl.float16, PARTS)
+        else:
+            x0, x1, x2 = split(x, tl.bfloat16, PARTS)
+            w0, w1, w2 = split(w, tl.bfloat16, PARTS)
+        if PARTS == 3:
+            total = tl.dot(x0, w2, total)
+            total = tl.dot(x2, w0, total)
+            total = tl.dot(x1, w1, total)
+        if PARTS > 1:
+            total = tl.dot(x0, w1, total)
+            total = tl.dot(x1, w0, total)
+        total = tl.dot(x0, w0, total)
+    return total
+
+
+@triton.jit
+def rows_product(
+    x_ptr,
+    w_ptr,
+    n_rows,
+    n_inner,
+    stride_x,
+    stride_wk,
+    stride_wn,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    """(x W, rows, columns) of this program's tile; x's rows past n_rows are zeros."""
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, DEPTH)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(0, n_inner, DEPTH, num_stages=STAGES):
+        x = tl.load(x_ptr + r[:, None] * stride_x + (first + k)[None, :], mask=(r < n_rows)[:, None], other=0.0)
+        w = tl.load(w_ptr + (first + k)[:, None] * stride_wk + n[None, :] * stride_wn)
+        total = _dot(x, w, total, PARTS, TYPE)
+    return total, r, n
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    n_rows,
+    n_inner,
+    stride_x,
+    stride_wk,
+    stride_wn,
+    stride_out,
+    BIAS: tl.constexpr,
+    COMBINE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    total, r, n = rows_product(
+        x_ptr, w_ptr, n_rows, n_inner, stride_x, stride_wk, stride_wn, ROWS, COLUMNS, DEPTH, STAGES, PARTS, TYPE
+    )
+    if BIAS:
+        total += tl.load(bias_ptr + n)[None, :]
+    at = out_ptr + r[:, None] * stride_out + n[None, :]
+    inside = (r < n_rows)[:, None]
+    if COMBINE == _ADD:
+        total += tl.load(at, mask=inside, other=0.0)
+    elif COMBINE == _MULTIPLY:
+        total *= tl.load(at, mask=inside, other=0.0)
+    tl.store(at, total, mask=inside)
+
+
+@triton.jit
+def _outer_kernel(
+    d_ptr,
+    x_ptr,
+    partial_ptr,
+    partial_bias_ptr,
+    n_rows,
+    rows_a_split,
+    n_columns,
+    stride_d,
+    stride_x,
+    stride_split,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    TYPE: tl.constexpr,
+):
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    start = tl.program_id(2) * rows_a_split
+    k = tl.arange(0, DEPTH)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sums = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(0, rows_a_split, DEPTH, num_stages=STAGES):
+        row = start + first + k
+        inside = (row < n_rows)[:, None]
+        d = tl.load(d_ptr + row[:, None] * stride_d + m[None, :], mask=inside, other=0.0)
+        x = tl.load(x_ptr + row[:, None] * stride_x + n[None, :], mask=inside, other=0.0)
+        total = _dot(tl.trans(d), x, total, PARTS, TYPE)
+        sums += tl.sum(d, 0)
+    partial_ptr += tl.program_id(2) * stride_split
+    tl.store(partial_ptr + m[:, None] * n_columns + n[None, :], total)
+    if tl.program_id(1) == 0:
+        tl.store(partial_bias_ptr + tl.program_id(2) * stride_split + m, sums)
+
+
+def tile_for(n_inner: int, n_columns: int) -> dict[str, int]:
+    """TILE for x W with W [n_inner, n_columns], powers of two of at least 16."""
+    return {
+        "ROWS": TILE.rows, "COLUMNS": min(TILE.columns, n_columns), "DEPTH": min(TILE.depth, n_inner),
+        "STAGES": TILE.stages, "num_warps": TILE.num_warps,
+    }  # fmt: skip
+
+
+def launch_linear(
+    x: Tensor, w: Tensor, out: Tensor, mode: Mode, bias: Tensor | None = None, combine: int = SET
+) -> None:
+    """out <- x w + bias, or out + that, or out times that.
+
+    x [B, K] and out [B, N] fp32 in rows without gaps between columns; w [K, N] in any strides.
+    """
+    tile = tile_for(*w.shape)
+    _linear_kernel[(ceil_div(x.shape[0], tile["ROWS"]), w.shape[1] // tile["COLUMNS"])](
+        x, w, out if bias is None else bias, out, x.shape[0], w.shape[0], x.stride(0), *w.stride(), out.stride(0),
+        BIAS=bias is not None, COMBINE=combine, **mode.constexprs, **tile,
+    )  # fmt: skip
+
+
+def launch_outer(d: Tensor, x: Tensor, partials: Tensor, at: int, bias_at: int, mode: Mode) -> None:
+    """Of the s-th run of rows, partials[s, at:] <- d^T x, row by row; partials[s, bias_at:] <- d's column sums."""
+    tile = tile_for(TILE.depth, x.shape[1]) | {"ROWS": min(TILE.rows, d.shape[1])}
+    rows_a_split = ceil_div(ceil_div(x.shape[0], partials.shape[0]), TILE.depth) * TILE.depth
+    grid = d.shape[1] // tile["ROWS"], x.shape[1] // tile["COLUMNS"], partials.shape[0]
+    _outer_kernel[grid](
+        d, x, partials[:, at:], partials[:, bias_at:], x.shape[0], rows_a_split, x.shape[1], d.stride(0),
+        x.stride(0), partials.stride(0), **mode.constexprs, **tile,
+    )  # fmt: skip
+
+
+def n_splits(n_rows: int) -> int:
+    """Into how many runs d^T x over this many rows is cut."""
+    return min(MAX_SPLITS, ceil_div(n_rows, ROWS_A_SPLIT))

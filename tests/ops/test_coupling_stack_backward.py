@@ -1,0 +1,276 @@
+"""The coupling stack's gradient kernels against float64: products, B1, B2, weights, runs of rows, what is needed.
+
+Gradients of the public op over activations, scale maps, sizes and layouts are in
+test_coupling_stack_kernel.py; under the interpreter gradient products are fp32 in every mode,
+so that products in parts are held to float64 here on their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import linfast as lf
+from linfast.kernels import coupling_stack_backward as backward
+from linfast.kernels import row_products, stack_pass
+from linfast.kernels.row_products import ADD, MULTIPLY, SET, Mode, launch_linear, launch_outer, n_splits
+from linfast.kernels.stack_pass import Scratch, StackPass
+from linfast.ops import CouplingLayer, coupling_stack
+from linfast.ops.activations import ACTIVATION_NAMES, ACTIVATIONS, derivative
+from linfast.ops.coupling_stack import raw_backward
+from linfast.ops.stack_weights import PackedStack, pack_stack
+from linfast.precision import PRECISIONS, half_dtype
+from linfast.scale_maps import ScaleMap
+from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
+from tests.ops.stacks import NAMES, leaves, random_layers, random_map, rebuilt
+
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+# Relative error of a product of operands of about 1; fp32's is tf32's on a GPU.
+MODES = {
+    "fp32": (Mode(1, torch.float32), 1e-3 if DEVICE == "cuda" else 5e-7),
+    "1 part": (Mode(1, HALF), 4e-3 if DEVICE == "cuda" else 5e-4),
+    "2 parts": (Mode(2, HALF), 2e-5 if DEVICE == "cuda" else 2e-6),
+    "3 parts": (Mode(3, HALF), 5e-7),
+}
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape).to(DEVICE)
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("combine", [SET, ADD, MULTIPLY])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_of_rows(name: str, combine: int, transposed: bool) -> None:
+    mode, allowed = MODES[name]
+    x, w, bias, before = _randn(70, 64), _randn(64, 128), _randn(128), _randn(70, 256)
+    w = w.mT.contiguous().mT if transposed else w
+    out = before.clone()
+    launch_linear(x, w, out[:, 128:], mode, bias, combine)
+    exact, wide = x.double() @ w.double() + bias.double(), before[:, 128:].double()
+    expected = {SET: exact, ADD: exact + wide, MULTIPLY: exact * wide}[combine]
+    assert error(out[:, 128:], expected) <= allowed
+    assert torch.equal(out[:, :128], before[:, :128])
+
+
+def test_three_parts_keep_every_bit_of_fp32() -> None:
+    bits = round(-math.log2(torch.finfo(HALF).eps)) + 1
+    # In parts (1, 2^-(bits+1), 2^-(2 bits+1)) and, a tie to even, (1, 2^-bits): each product of parts matters.
+    long, tie = 1 + 2.0 ** -(bits + 1) + 2.0 ** -(2 * bits + 1), 1 + 2.0**-bits
+    x = torch.zeros(3, 16, device=DEVICE)
+    x[:, 0] = x.new_tensor([long, 1, tie])
+    w = torch.zeros(16, 16, device=DEVICE)
+    w[0, :3] = w.new_tensor([1, long, tie])
+    out = x.new_empty(3, 16)
+    launch_linear(x, w, out, Mode(3, HALF))
+    assert torch.equal(out[[0, 1, 2], [0, 1, 2]], x.new_tensor([long, long, tie * tie]))
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize(("rows", "splits"), [(1, 1), (70, 1), (70, 2), (200, 4), (33, 3)])
+def test_sums_over_rows(name: str, rows: int, splits: int) -> None:
+    mode, allowed = MODES[name]
+    d, x = _randn(rows, 32), _randn(rows, 128)
+    partials = x.new_full((splits, 16 * 64 + 32 * 128 + 32), float("nan"))
+    launch_outer(d, x[:, 16:80], partials, 32, 32 + 32 * 64, mode)
+    total = partials.double().sum(0)
+    assert error(total[32 : 32 + 32 * 64], (d.double().mT @ x[:, 16:80].double()).flatten()) <= allowed
+    assert error(total[32 + 32 * 64 : 64 + 32 * 64], d.double().sum(0)) <= 5e-7
+    assert total[:32].isnan().all()
+    assert total[64 + 32 * 64 :].isnan().all()
+
+
+def test_splits_grow_with_the_rows_up_to_a_limit() -> None:
+    assert [n_splits(n) for n in (1, 512, 513, 10**6)] == [1, 1, 2, row_products.MAX_SPLITS]
+
+
+def _packed(layers: Sequence[CouplingLayer], D: int, precision: str, **options) -> PackedStack:
+    options = {"inverse": False, "head": None, **options}
+    return pack_stack(layers, D, precision=precision, dtype=half_dtype(_randn(1)), **options)
+
+
+def _stack(packed: PackedStack, D: int, activation: int = 1) -> StackPass:
+    """Two linear layers or three, scale map "smooth", forward, in tf32."""
+    layout = packed.layout
+    sizes = (layout.n_linear, layout.hidden, layout.maps, layout.head)
+    constants = (*sizes, activation, 2, 0.5, 0.0, False, False, False, True, "tf32")
+    return StackPass.of(_randn(1, D), packed.weights, packed.operands, constants)
+
+
+@pytest.mark.parametrize("activation", ACTIVATION_NAMES)
+def test_B1_and_B2_on_their_own(activation: str) -> None:
+    layer = random_layers(7, (16, 16), 1)
+    packed = _packed(layer, 7, "tf32")
+    stack, layout = _stack(packed, 7, ACTIVATION_NAMES.index(activation)), packed.layout
+    z, g, grad_log_det = layout.pad(_randn(40, 7)), layout.pad(_randn(40, 7)), _randn(40)
+    scratch, got = Scratch.of(z, stack), g.clone()
+    backward._recompute(stack, z, got, grad_log_det, 0, 0, scratch)
+
+    w, b, _, _ = layout.unpack(packed.weights[0].double())
+    kept, moved = z.double()[:, 16:], z.double()[:, :16].requires_grad_()
+    p1 = kept @ w[0].mT + b[0]
+    p2 = ACTIVATIONS[activation](p1) @ w[1].mT + b[1]
+    d3 = (ACTIVATIONS[activation](p2) @ w[2].mT + b[2]).requires_grad_()
+    shift, raw = d3.unflatten(1, (-1, 2)).unbind(2)
+    log_s = ScaleMap().log_scale(raw)
+    loss = ((moved + shift) * log_s.exp() * g.double()[:, :16]).sum()
+    loss = loss + (grad_log_det.double()[:, None] * log_s[:, :4]).sum()
+    dmoved, d3 = torch.autograd.grad(loss, (moved, d3))
+    for value, exact in (
+        (scratch.h[0], ACTIVATIONS[activation](p1)),
+        (scratch.h[1], ACTIVATIONS[activation](p2)),
+        (scratch.slopes[0], derivative(activation, p1)),
+        (scratch.slopes[1], derivative(activation, p2)),
+        (scratch.d, d3),
+        (got[:, :16], dmoved),
+    ):
+        assert error(value, exact) <= (2e-3 if DEVICE == "cuda" else 1e-6)
+    assert torch.equal(got[:, 16:], g[:, 16:])
+
+    dweights = torch.zeros_like(packed.weights)
+    backward._coupling_backward(stack, z, got, 0, 0, dweights, True, scratch)
+    d2 = d3 @ w[2] * derivative(activation, p2)
+    d1 = d2 @ w[1] * derivative(activation, p1)
+    for value, exact in (
+        (scratch.slopes[1], d2),
+        (scratch.slopes[0], d1),
+        (got[:, 16:], g.double()[:, 16:] + d1 @ w[0]),
+        (dweights[0, : 16 * 16], (d1.mT @ kept).flatten()),
+        (dweights[0, layout.matrix_size : layout.matrix_size + 16], d1.sum(0)),
+    ):
+        assert error(value, exact) <= (2e-3 if DEVICE == "cuda" else 1e-6)
+
+
+def _gradients(layers, head=None, cotangents=(True, True), **options) -> Callable[..., tuple[Tensor, ...]]:
+    """A gradient of y and log_det, or of one of them, for fixed random cotangents."""
+
+    def call(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        built, new_head = rebuilt(layers, tensors, head)
+        settings = {"activation": "silu", "scale_map": ScaleMap(), "precision": "exact", **options}
+        outputs = coupling_stack(x, built, log_det=True, head=new_head, **settings)
+        rng = torch.Generator().manual_seed(1)
+        given = [torch.randn(t.shape, generator=rng).to(t) for t in outputs]
+        outputs, given = zip(
+            *[(o, c) for o, c, on in zip(outputs, given, cotangents, strict=True) if on], strict=True
+        )
+        wanted = [t for t in (x, *tensors) if t.requires_grad]
+        return torch.autograd.grad(outputs, wanted, given, materialize_grads=True)
+
+    return call
+
+
+@pytest.mark.parametrize("maps", NAMES)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("n_linear", [1, 2, 3, 4])
+def test_every_direction_depth_and_kind_of_map(maps: str, inverse: bool, n_linear: int) -> None:
+    moves = "second" if n_linear % 2 else "first"
+    layers, head = random_layers(7, (16,) * (n_linear - 1), 2, maps=maps, moves=moves), random_map(7, maps)
+    call = _gradients(
+        layers, head, inverse=inverse, moves=moves, order="scale_first" if n_linear > 2 else "shift_first"
+    )
+    assert_within_budget(call, [t.requires_grad_() for t in (_randn(20, 7), *leaves(layers, head))])
+
+
+@pytest.mark.parametrize("cotangents", [(True, False), (False, True)])
+def test_one_output_alone(cotangents: tuple[bool, bool]) -> None:
+    layers = random_layers(7, (16,), 2, maps="dense")
+    call = _gradients(layers, cotangents=cotangents)
+    assert_within_budget(call, [t.requires_grad_() for t in (_randn(9, 7), *leaves(layers))])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("maps", ["diagonal", "dense"])
+def test_runs_of_rows_and_splits_add_up(precision: str, maps: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack_pass, "ROWS_AT_A_TIME", 96)
+    monkeypatch.setattr(row_products, "ROWS_A_SPLIT", 40)
+    layers = random_layers(6, (16,), 2, maps=maps)
+    call = _gradients(layers, precision=precision)
+    assert_within_budget(call, [t.requires_grad_() for t in (_randn(150, 6), *leaves(layers))])
+
+
+def _launch(x: Tensor, packed: PackedStack, grad: Tensor | None, grad_log_det: Tensor | None, needs, **options):
+    layout, maps = packed.layout, packed.layout.maps
+    constants = (layout.n_linear, layout.hidden, maps, layout.head, 1, 2, 0.5, 0.0, False, False)
+    arguments = (x, packed.weights, packed.operands, packed.map_operands, grad, grad_log_det, *constants)
+    rest = (options.get("inverse", False), True, options.get("precision", "tf32"), [*needs, False, False])
+    reference = raw_backward(*(t.double() if torch.is_tensor(t) else t for t in arguments), *rest)
+    return backward.launch_coupling_stack_backward(*arguments, *rest)[:2], reference[:2]
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("maps", NAMES)
+def test_what_is_not_needed_changes_nothing_else(inverse: bool, maps: str) -> None:
+    packed = _packed(random_layers(6, (16,), 2, maps=maps), 6, "tf32", inverse=inverse)
+    x, grad, h = _randn(20, 6), _randn(20, 6), _randn(20)
+    (dx, dweights), (exact_dx, exact_dweights) = _launch(x, packed, grad, h, (True, True), inverse=inverse)
+    (dx_alone, zeros), _ = _launch(x, packed, grad, h, (True, False), inverse=inverse)
+    (_, dweights_alone), _ = _launch(x, packed, grad, h, (False, True), inverse=inverse)
+    assert torch.equal(dx, dx_alone)
+    assert torch.equal(dweights, dweights_alone)
+    assert not zeros.any()
+    for value, exact in ((dx, exact_dx), (dweights, exact_dweights)):
+        assert error(value, exact) <= (5e-3 if DEVICE == "cuda" else 1e-6)
+    # Gradients of what is padding stay zero, bit by bit.
+    assert not dweights[exact_dweights == 0].any()
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_few_rows(batch: int) -> None:
+    packed = _packed(random_layers(6, (16,), 1), 6, "tf32")
+    got, expected = _launch(_randn(batch, 6), packed, _randn(batch, 6), _randn(batch), (True, True))
+    for value, exact in zip(got, expected, strict=True):
+        assert value.shape == exact.shape
+        assert error(value, exact) <= (5e-3 if DEVICE == "cuda" else 1e-6)
+
+
+def test_strides_of_every_incoming_gradient() -> None:
+    packed = _packed(random_layers(7, (16,), 1), 7, "tf32")
+    x, grad, h = _randn(9, 7), _randn(9, 7), _randn(9)
+    for name, strided in hostile(grad).items():
+        for log_det in (h[:, None].expand(9, 2)[:, 0], torch.stack((h, h), 1)[:, 1], h[:1].expand(9)):
+            got, expected = _launch(hostile(x)[name], packed, strided, log_det, (True, True))
+            for value, exact in zip(got, expected, strict=True):
+                assert error(value, exact) <= (5e-3 if DEVICE == "cuda" else 1e-6), name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_same_input_gives_the_same_bits(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_products, "ROWS_A_SPLIT", 40)
+    packed = _packed(random_layers(6, (16, 16), 2, maps="dense"), 6, precision)
+    x, grad, h = _randn(100, 6), _randn(100, 6), _randn(100)
+    (first, _), (second, _) = (_launch(x, packed, grad, h, (True, True), precision=precision) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_scratch_does_not_grow_with_the_batch() -> None:
+    deep = _packed(random_layers(64, (128, 128), 64), 64, "tf32")
+    shallow = _packed(random_layers(64, (128, 128), 4), 64, "tf32")
+    assert _stack(shallow, 64).rows_at_a_time() == stack_pass.ROWS_AT_A_TIME
+    rows = _stack(deep, 64).rows_at_a_time()
+    assert stack_pass._FEWEST_ROWS < rows < stack_pass.ROWS_AT_A_TIME
+    assert rows * 64 * 4 * 64 < stack_pass.SCRATCH_BYTES
+
+
+def test_half_precision_gradients_are_those_of_the_state_in_fp32() -> None:
+    packed = _packed(random_layers(6, (16,), 2), 6, "tf32")
+    x, grad = _randn(20, 6).half(), _randn(20, 6).half()
+    (dx, dweights), _ = _launch(x, packed, grad, None, (True, True))
+    (wide, wide_dweights), _ = _launch(x.float(), packed, grad.float(), None, (True, True))
+    assert dx.dtype == torch.float16
+    assert torch.equal(dx, wide.half())
+    assert torch.equal(dweights, wide_dweights)
+
+
+def test_runs_kernels_and_not_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr("linfast.ops.stack_reference.stack_backward", refuse)
+    layers, x = random_layers(6, (16,), 1), _randn(9, 6).requires_grad_()
+    with lf.backend("triton"):
+        y, _ = coupling_stack(x, layers, activation="silu", scale_map=ScaleMap(), precision="exact")
+        torch.autograd.grad(y.sum(), x)
