@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -93,10 +94,13 @@ def linearizer_stack(
 def pack_linearizer(
     x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str
 ) -> PackedLinearizer:
-    """Both stacks and A for inputs such as x; a stack without maps that is both g_x and g_y is packed once."""
+    """Both stacks and A for inputs such as x; a stack without maps that is both g_x and g_y is packed once.
+
+    Not so under torch.compile: Dynamo takes no function that is given one tensor twice.
+    """
     D, dtype = x.shape[1], half_dtype(x)
     packed_x = pack_stack(g_x.layers, D, inverse=False, precision=precision, dtype=dtype, head=g_x.head)
-    if g_y is g_x and not packed_x.layout.maps:
+    if g_y is g_x and not packed_x.layout.maps and not torch.compiler.is_compiling():
         packed_y = packed_x
     else:
         packed_y = pack_stack(g_y.layers, D, inverse=True, precision=precision, dtype=dtype, head=g_y.head)

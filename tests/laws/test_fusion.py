@@ -68,7 +68,7 @@ def _count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def spy(*arguments: object) -> list[object]:
         result = real(*arguments)  # type: ignore[arg-type]
-        seen.extend(len(s.row) + (s.coupling is not None) if isinstance(s, fusion._Folded) else 1 for s in result)
+        seen.extend(len(s.row) + (s.coupling is not None) if isinstance(s, fusion.Folded) else 1 for s in result)
         return result  # type: ignore[return-value]
 
     monkeypatch.setattr("linfast.flows.flow.segments", spy)
@@ -235,8 +235,8 @@ def test_weights_are_folded_outside_autocast(monkeypatch: pytest.MonkeyPatch) ->
     row = (_actnorm(), perturb(lf.Mix(4)), _actnorm())
     owner = nn.ModuleList(row)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = fusion._fold(owner, row, True)
-    for a, b in zip(narrow, fusion._fold(owner, row, True), strict=True):
+        narrow = fusion.fold(owner, row, True)
+    for a, b in zip(narrow, fusion.fold(owner, row, True), strict=True):
         assert torch.equal(a, b)  # type: ignore[arg-type]
 
 

@@ -177,8 +177,12 @@ def test_opcheck(inverse: bool, log_det: bool) -> None:
 
 
 def test_flows_compile_whole_and_run_the_kernels() -> None:
-    g = lf.coupling_flow(6, 2, (8,)).to(DEVICE)
-    torch.nn.init.normal_(g.bijections[1].conditioner.layers[-1].weight)
+    # No lf.MLP for a conditioner: with one the flow is a coupling_stack.
+    conditioners = (
+        torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6)) for _ in "ab"
+    )
+    halves = ("first", "second")
+    g = lf.Flow([lf.AffineCoupling(c, 6, half) for c, half in zip(conditioners, halves, strict=True)]).to(DEVICE)
     x = torch.randn(5, 6, device=DEVICE, requires_grad=True)
     graphs = []
 
