@@ -145,10 +145,11 @@ class UNet(nn.Module):
     def _shifts(self, x: Tensor, t: float | Tensor | None) -> Sequence[Tensor | None]:
         """For each block, the bias of its first convolution, [C] or [B, C]; None where it has its own."""
         times = time_rows(t, x, self.time is not None, "UNet")
-        if self.time is None or times is None:
+        network = self.time
+        if network is None or times is None:
             return [None] * len(self._shift_sizes)
         key = ("shifts", t, torch.is_autocast_enabled(x.device.type))
-        rows = self.time(times) if isinstance(t, Tensor) else derived(self, key, lambda: self.time(times))
+        rows = network(times) if isinstance(t, Tensor) else derived(self, key, lambda: network(times))
         per_sample = isinstance(t, Tensor) and t.ndim == 1
         return (rows if per_sample else rows[0]).split(self._shift_sizes, dim=-1)
 

@@ -201,7 +201,8 @@ def _coupling_backward(
     _, log_s, out, run = _couple(z, weights, half, layer, options)
     dkept, dout = options.halves(g, layer)
     # Columns of padding gain a gradient from log_det, which meets only weights of padding.
-    h = 0.0 if grad_log_det is None else grad_log_det[:, None].to(g.dtype)
+    inside = torch.arange(options.layout.half, device=z.device) < options.moved_size(layer)
+    h = 0.0 if grad_log_det is None else grad_log_det[:, None].to(g.dtype) * inside
     dmoved, dshift, dlog_s = couple_backward(out, run.shift, log_s, dout, h, options.order, options.inverse)
     d = torch.stack((dshift, dlog_s * options.scale_map.derivative(run.raw)), dim=2).flatten(1)
     dmatrices, dbiases = [], []

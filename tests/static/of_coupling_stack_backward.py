@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from linfast.kernels.row_products import ADD, MULTIPLY, SET, TILE, tile_for
+
 from linfast.ops.activations import ACTIVATION_NAMES
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.static.cases import StaticCase

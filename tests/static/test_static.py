@@ -37,6 +37,8 @@ def test_long_contiguous_rows_are_read_sixteen_bytes_at_a_time(
 ) -> None:
     contiguous = [row for row in target_rows[1] if {"contiguous", "fp32"} <= set(row["config"].split())]
     narrow = [row for row in contiguous if not int(row["wide_loads"])]
+    if target_rows[0] == "gfx942":  # 512 columns are two for each of 256 lanes: eight bytes, and whole lines
+        narrow = [row for row in narrow if "x512" not in row["config"].split()]
     assert narrow == []
 
 
