@@ -18,6 +18,10 @@ __all__ = ["draw"]
 # One look a provider in every plot: a colour that colour-blind readers tell apart (Okabe and Ito), and a marker.
 _LOOKS = {
     "eager": ("#000000", "o"),
+    "store": ("#000000", "o"),
+    "invert": ("#D55E00", "^"),
+    "dense": ("#000000", "o"),
+    "factored": ("#D55E00", "^"),
     "torch.compile": ("#0072B2", "s"),
     "linfast": ("#D55E00", "^"),
     "linfast compiled": ("#E69F00", "v"),
