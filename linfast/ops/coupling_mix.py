@@ -156,7 +156,7 @@ _coupling_mix = define_op(
         f"{COUPLING_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
         coupling_mix_backward_reference,
-        "coupling_mix:launch_coupling_mix_backward",
+        "coupling_mix_backward:launch_coupling_mix_backward",
     ),
     saves=lambda inputs, _: (inputs[0], inputs[1], inputs[2]),
     n_tensors=4,

@@ -130,7 +130,7 @@ def test_each_tensor_in_a_layout_of_its_own() -> None:
 @pytest.mark.parametrize("output", [0, 1])
 def test_each_gradient_alone(only: int, n_in: int, output: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import linfast.kernels.channel_mix as mix_kernels
-    import linfast.kernels.coupling_mix as kernels
+    import linfast.kernels.coupling_mix_backward as kernels
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         x, params, *rest = tensors
@@ -190,14 +190,14 @@ def test_int64_offsets_and_a_second_run_give_the_same_bits(
 
 
 def test_int64_is_chosen_where_an_offset_needs_it() -> None:
-    from linfast.kernels.coupling_mix import _needs_int64
+    from linfast.kernels.coupling_mix import columns_need_int64
 
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")
 
-    assert not _needs_int64(2**20, meta(2**10, 2, 2**10), meta(2, 2))
-    assert _needs_int64(2**20, meta(2**10, 2, 2**10), meta(2**11, 2, 2**19 + 1))
-    assert _needs_int64(2**31 - 1, meta(1).expand(1, 2, 2**31 - 1))  # a tile past the last column overflows
+    assert not columns_need_int64(2**20, meta(2**10, 2, 2**10), meta(2, 2))
+    assert columns_need_int64(2**20, meta(2**10, 2, 2**10), meta(2**11, 2, 2**19 + 1))
+    assert columns_need_int64(2**31 - 1, meta(1).expand(1, 2, 2**31 - 1))  # a tile past the last column overflows
 
 
 def test_log_det_is_the_couplings_and_its_groups_lie_in_one_sample() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from linfast.kernels.channel_mix import MixTile
-from linfast.kernels.coupling_mix import BACKWARD_DOTS, DOTS, UNROLLED
+from linfast.kernels.coupling_mix import DOTS, UNROLLED
+from linfast.kernels.coupling_mix_backward import BACKWARD_DOTS
 
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.static.cases import StaticCase
@@ -95,13 +96,13 @@ def _case(
     words += ["scale first" if scale_first else "shift first", *([] if keep_u else ["dx only"]), dtype]
     unaligned = ("stride_wo", "bound", "floor") if channels else ("bound", "floor")
     return StaticCase(
-        op="coupling_mix",
+        op="coupling_mix_backward" if backward else "coupling_mix",
         kernel=kernel,
         config=" ".join(words),
         signature=signature,
         constexprs=constexprs,
         num_warps=tile.num_warps,
         aligned=tuple(n for n, type_ in signature.items() if type_ != "constexpr" and n not in unaligned),
-        uses=("affine_coupling", "channel_mix"),
+        uses=("affine_coupling", "channel_mix", *(("coupling_mix",) if backward else ())),
         matrix_units=not channels and dtype != "fp32",
     )

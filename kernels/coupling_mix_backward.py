@@ -1,0 +1,246 @@
+"""Gradients of coupling_mix, y = W u + bias of the coupled u; u comes again from x and is never kept.
+
+With g = dL/dy and h = dL/d log|det|:
+
+    du = W^T g,  dk = du on the kept half,  (dm, dt, dr) from (u, t, l, du, h) as in affine_coupling
+    dW[o, c] = sum_{b, p} g[b, o, p] u[b, c, p],   dbias[o] = sum_{b, p} g[b, o, p]
+
+Elements a position, with C channels in and out and C / 2 moved (C of params):
+
+    g, moved x, params in; dx, dparams out                     4.5 C  one after the other 9.5 C
+       dW      + kept x in, u out; channel_mix's kernel on g, u: 3.5 C
+
+A second kernel that made u again for dW would move 3 C in place of those 3.5 C and be a near
+copy of channel_mix's. Where only dW is asked for, u is affine_coupling's launch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .affine_coupling import halves, launch_affine_coupling, load_coupled, shift_and_raw
+from .channel_mix import (
+    UNROLLED,
+    MixTile,
+    column_numbers,
+    column_offsets,
+    column_strides,
+    dot_chunk,
+    half_precision,
+    launch_channel_mix_backward,
+    load_channels,
+    merged,
+    tile_for,
+    weighted_sum,
+)
+from .channel_mix import like as mixed_like
+from .coupling_mix import columns_need_int64, unrolls
+from .launch import ceil_div, device_guard, like, positions
+from .math import couple_backward, log_scale_derivative
+
+__all__ = ["BACKWARD_DOTS", "UNROLLED", "launch_coupling_mix_backward"]
+
+# (widest half of C, tile): a half's outputs; both halves are summed at once, so that g is read once.
+BACKWARD_DOTS: tuple[tuple[int, MixTile], ...] = (
+    (16, MixTile(outputs=16, columns=64, depth=16, num_warps=4)),
+    (32, MixTile(outputs=32, columns=64, depth=16, num_warps=4)),
+    (64, MixTile(outputs=64, columns=64, depth=16, num_warps=8)),
+)
+
+
+@triton.jit
+def _store_moved(
+    u, shift, raw, log_s, du, h, dx_at, dshift_at, draw_at, u_at, mask, bound, floor,
+    KIND: tl.constexpr, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, KEEP_U: tl.constexpr,
+):  # fmt: skip
+    """dx, dshift and draw of the moved half, and u where dW needs it."""
+    dx, dshift, dlog_s = couple_backward(u, shift, log_s, du, h, SCALE_FIRST, INVERSE)
+    draw = dlog_s * log_scale_derivative(raw, bound, floor, KIND)
+    tl.store(dx_at, dx.to(dx_at.dtype.element_ty), mask=mask)
+    tl.store(dshift_at, dshift.to(dshift_at.dtype.element_ty), mask=mask)
+    tl.store(draw_at, draw.to(draw_at.dtype.element_ty), mask=mask)
+    if KEEP_U:
+        tl.store(u_at, u.to(u_at.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _column_log_det_gradient(h_ptr, n, n_positions, stride_hb, inside, LOG_DET: tl.constexpr):
+    """h of each column's sample, 0 where there is none."""
+    if LOG_DET:
+        h = tl.load(h_ptr + (n // n_positions) * stride_hb, mask=inside, other=0.0).to(tl.float32)
+    else:
+        h = tl.zeros(n.shape, tl.float32)
+    return h
+
+
+@triton.jit
+def _coupling_mix_backward_unrolled_kernel(
+    x_ptr, shift_ptr, raw_ptr, weight_ptr, grad_ptr, h_ptr, dx_ptr, dshift_ptr, draw_ptr, u_ptr, n_columns,
+    n_positions, stride_xb, stride_xc, stride_xp, stride_pb, stride_pc, stride_pp, stride_wo, stride_wc, stride_gb,
+    stride_gc, stride_gp, stride_hb, stride_db, stride_dc, stride_dp, stride_qb, stride_qc, stride_qp, bound, floor,
+    N_IN: tl.constexpr, N_OUT: tl.constexpr, MOVES_SECOND: tl.constexpr, KIND: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, LOG_DET: tl.constexpr, KEEP_U: tl.constexpr,
+    MERGED: tl.constexpr, INT64: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    n = column_numbers(COLUMNS, INT64)
+    inside = n < n_columns
+    x_at = x_ptr + column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)
+    p_at = column_offsets(n, n_positions, stride_pb, stride_pp, MERGED)
+    q_at = column_offsets(n, n_positions, stride_qb, stride_qp, MERGED)
+    d_at = column_offsets(n, n_positions, stride_db, stride_dp, MERGED)
+    g_at = grad_ptr + column_offsets(n, n_positions, stride_gb, stride_gp, MERGED)
+    h = _column_log_det_gradient(h_ptr, n, n_positions, stride_hb, inside, LOG_DET)
+    g = load_channels(g_at, stride_gc, inside, N_OUT)
+    for c in tl.static_range(N_IN):
+        du = weighted_sum(g, weight_ptr + c * stride_wc, stride_wo, N_OUT)
+        if (c >= (N_IN + 1) // 2) == MOVES_SECOND:
+            u, shift, raw, log_s = load_coupled(
+                x_at, shift_ptr + p_at, raw_ptr + p_at, inside, bound, floor, KIND, SCALE_FIRST, INVERSE
+            )
+            _store_moved(
+                u, shift, raw, log_s, du, h, dx_ptr + d_at, dshift_ptr + q_at, draw_ptr + q_at, u_ptr + d_at,
+                inside, bound, floor, KIND, SCALE_FIRST, INVERSE, KEEP_U,
+            )  # fmt: skip
+            p_at += stride_pc
+            q_at += stride_qc
+        else:
+            tl.store(dx_ptr + d_at, du.to(dx_ptr.dtype.element_ty), mask=inside)
+            if KEEP_U:
+                tl.store(u_ptr + d_at, tl.load(x_at, mask=inside), mask=inside)
+        x_at += stride_xc
+        d_at += stride_dc
+
+
+@triton.jit
+def _coupling_mix_backward_dot_kernel(
+    moved_ptr, kept_ptr, shift_ptr, raw_ptr, weight_moved_ptr, weight_kept_ptr, grad_ptr, h_ptr, dx_moved_ptr,
+    dx_kept_ptr, dshift_ptr, draw_ptr, u_moved_ptr, u_kept_ptr, n_moved, n_kept, n_out, n_columns, n_positions,
+    stride_xb, stride_xc, stride_xp, stride_pb, stride_pc, stride_pp, stride_wo, stride_wc, stride_gb, stride_gc,
+    stride_gp, stride_hb, stride_db, stride_dc, stride_dp, stride_qb, stride_qc, stride_qp, bound, floor,
+    KIND: tl.constexpr, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, LOG_DET: tl.constexpr,
+    KEEP_U: tl.constexpr, HALF: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr, OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    n = column_numbers(COLUMNS, INT64)
+    c = tl.arange(0, OUTPUTS)
+    k = tl.arange(0, DEPTH)
+    if INT64:
+        c, k = c.to(tl.int64), k.to(tl.int64)
+    inside = (n < n_columns)[None, :]
+    g_at = column_offsets(n, n_positions, stride_gb, stride_gp, MERGED)[None, :]
+    du_moved = tl.zeros((OUTPUTS, COLUMNS), tl.float32)
+    du_kept = tl.zeros((OUTPUTS, COLUMNS), tl.float32)
+    for first in range(0, n_out, DEPTH):
+        o = first + k
+        g = tl.load(grad_ptr + g_at + o[:, None] * stride_gc, mask=(o < n_out)[:, None] & inside, other=0.0)
+        du_moved = dot_chunk(du_moved, weight_moved_ptr, c, o, n_moved, n_out, stride_wc, stride_wo, g, HALF)
+        du_kept = dot_chunk(du_kept, weight_kept_ptr, c, o, n_kept, n_out, stride_wc, stride_wo, g, HALF)
+
+    x_at = column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[None, :] + c[:, None] * stride_xc
+    d_at = column_offsets(n, n_positions, stride_db, stride_dp, MERGED)[None, :] + c[:, None] * stride_dc
+    kept = (c < n_kept)[:, None] & inside
+    tl.store(dx_kept_ptr + d_at, du_kept.to(dx_kept_ptr.dtype.element_ty), mask=kept)
+    if KEEP_U:
+        tl.store(u_kept_ptr + d_at, tl.load(kept_ptr + x_at, mask=kept), mask=kept)
+
+    p_at = column_offsets(n, n_positions, stride_pb, stride_pp, MERGED)[None, :] + c[:, None] * stride_pc
+    q_at = column_offsets(n, n_positions, stride_qb, stride_qp, MERGED)[None, :] + c[:, None] * stride_qc
+    moves = (c < n_moved)[:, None] & inside
+    h = _column_log_det_gradient(h_ptr, n[None, :], n_positions, stride_hb, inside, LOG_DET)
+    u, shift, raw, log_s = load_coupled(
+        moved_ptr + x_at, shift_ptr + p_at, raw_ptr + p_at, moves, bound, floor, KIND, SCALE_FIRST, INVERSE
+    )
+    _store_moved(
+        u, shift, raw, log_s, du_moved, h, dx_moved_ptr + d_at, dshift_ptr + q_at, draw_ptr + q_at,
+        u_moved_ptr + d_at, moves, bound, floor, KIND, SCALE_FIRST, INVERSE, KEEP_U,
+    )  # fmt: skip
+
+
+def launch_coupling_mix_backward(
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    grad: Tensor | None,
+    grad_log_det: Tensor | None,
+    kind: int,
+    bound: float,
+    floor: float,
+    scale_first: bool,
+    interleaved: bool,
+    moves_second: bool,
+    inverse: bool,
+    log_det: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dparams, dweight, dbias); [0] for those that are not needed. A gradient that is None is zero."""
+    needs_inputs, (needs_weight, needs_bias) = needs[0] or needs[1], needs[2:]
+    if grad is None:
+        grad = x.new_zeros(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
+    constants = (kind, bound, floor, scale_first, interleaved, moves_second, inverse)
+    grad_log_det = grad_log_det if log_det else None  # torch.compile makes a [0] where there is no log_det
+    dx = mixed_like(x, x.shape[1]) if needs_inputs else x.new_empty(0)
+    dparams = like(params) if needs_inputs else params.new_empty(0)
+    u = x
+    if needs_inputs and x.numel():
+        u = mixed_like(x, x.shape[1]) if needs_weight else dx
+        _backward(x, params, weight, grad, grad_log_det, dx, dparams, u, *constants)
+    elif needs_weight:
+        u, _ = launch_affine_coupling(x, params, *constants, False)
+    _, dweight, dbias = launch_channel_mix_backward(u, weight, grad, [False, needs_weight, needs_bias])
+    return dx if needs[0] else x.new_empty(0), dparams if needs[1] else params.new_empty(0), dweight, dbias
+
+
+def _backward(
+    x: Tensor,
+    params: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    grad_log_det: Tensor | None,
+    dx: Tensor,
+    dparams: Tensor,
+    u: Tensor,
+    kind: int,
+    bound: float,
+    floor: float,
+    scale_first: bool,
+    interleaved: bool,
+    moves_second: bool,
+    inverse: bool,
+) -> None:
+    """dx, dparams and, unless it is dx itself, u in dx's strides."""
+    x_view, g_view, d_view, u_view = (positions(t) for t in (x, grad, dx, u))
+    shift, raw = shift_and_raw(positions(params), interleaved)
+    dshift, draw = shift_and_raw(positions(dparams), interleaved)
+    n_out, n_in = weight.shape
+    n_columns = x.shape[0] * x_view.shape[2]
+    unrolled = unrolls(x_view, n_out)
+    tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for((n_in + 1) // 2, BACKWARD_DOTS)
+    h = grad if grad_log_det is None else grad_log_det
+    sizes = (n_columns, x_view.shape[2])
+    strides = (
+        *column_strides(x_view), *column_strides(shift), *weight.stride(), *column_strides(g_view), h.stride(0),
+        *column_strides(d_view), *column_strides(dshift),
+    )  # fmt: skip
+    constants = {
+        "KIND": kind, "SCALE_FIRST": scale_first, "INVERSE": inverse, "LOG_DET": grad_log_det is not None,
+        "KEEP_U": u is not dx, "MERGED": merged(x_view, shift, g_view, d_view, dshift),
+        "INT64": columns_need_int64(n_columns, x, params, weight, grad, dx, dparams), "COLUMNS": tile.columns,
+        "num_warps": tile.num_warps,
+    }  # fmt: skip
+    grid = (ceil_div(n_columns, tile.columns),)
+    with device_guard(x):
+        if unrolled:
+            _coupling_mix_backward_unrolled_kernel[grid](
+                x_view, shift, raw, weight, g_view, h, d_view, dshift, draw, u_view, *sizes, *strides, bound, floor,
+                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=moves_second, **constants,
+            )  # fmt: skip
+            return
+        views = [halves(view, moves_second) for view in (x_view, weight, d_view, u_view)]
+        (moved, kept), (weight_moved, weight_kept), (dx_moved, dx_kept), (u_moved, u_kept) = views
+        _coupling_mix_backward_dot_kernel[grid](
+            moved, kept, shift, raw, weight_moved, weight_kept, g_view, h, dx_moved, dx_kept, dshift, draw,
+            u_moved, u_kept, moved.shape[1], kept.shape[1], n_out, *sizes, *strides, bound, floor,
+            HALF=half_precision(grad, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **constants,
+        )  # fmt: skip
