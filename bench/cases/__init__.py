@@ -14,6 +14,8 @@ __all__ = ["CASES"]
 _NAMES = (
     "affine_coupling",
     "channel_mix",
+    "coupling_mix",
+    "coupling_stack",
     "low_rank",
     "latent_matmul",
     "depthwise_conv",

@@ -11,10 +11,10 @@ from linfast.scale_maps import ScaleMap
 from ..harness import Case, Options, Problem, Size
 from .common import BACKWARD, FORWARD, Source, cost, inputs, providers, run, sweep
 
-__all__ = ["CASE"]
+__all__ = ["CASE", "OPERATIONS"]
 
 _MAP = ScaleMap("smooth")
-_OPERATIONS = 8  # an element that moves: the map 3, exp 1, (x + t) e^s 2, its sum into log_det 1, a negation 1
+OPERATIONS = 8  # an element that moves: the map 3, exp 1, (x + t) e^s 2, its sum into log_det 1, a negation 1
 
 
 def _couple(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def build(size: Size, options: Options) -> Problem:
         truth=call(_couple),
         reference=call(_couple),
         providers=providers(_couple, options, call),
-        cost=cost(direction, drawn[0][:2], [torch.Size(shape)], _OPERATIONS * drawn[0][0].numel() // 2),
+        cost=cost(direction, drawn[0][:2], [torch.Size(shape)], OPERATIONS * drawn[0][0].numel() // 2),
     )
 
 
