@@ -65,10 +65,12 @@ def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mappin
     """f(x) of a Linearizer f as one launch, or why it is none."""
     stack_x = _stack("g_x", f.g_x, x, context)
     stack_y = stack_x if f.g_y is f.g_x else _stack("g_y", f.g_y, x, context)
-    if isinstance(stack_x, str) or isinstance(stack_y, str):
-        return stack_x if isinstance(stack_x, str) else str(stack_y)
+    if not isinstance(stack_x, FlowStack):
+        return stack_x
+    if not isinstance(stack_y, FlowStack):
+        return stack_y
     core = _core(f.A, t)
-    if isinstance(core, str):
+    if not isinstance(core, Tensor):
         return core
     for g in (f.g_x, f.g_y):
         g._check("x", x, g.features)
@@ -92,7 +94,7 @@ def unwrap(g: Any, context: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
 def _stack(name: str, g: Any, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
     g, context = unwrap(g, context)
     found = find_stack(g.bijections, x, context) if is_plain(g, (Flow,)) else f"{type(g).__name__} is no plain Flow"
-    return f"{name}: {found}" if isinstance(found, str) else found
+    return found if isinstance(found, FlowStack) else f"{name}: {found}"
 
 
 @outside_autocast

@@ -63,6 +63,8 @@ def annotate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         with _range(owner + function.__name__):
             return function(*args, **kwargs)
 
+    # Code of its own: torch.compile counts recompilations by code object, and all would share one limit.
+    annotated.__code__ = annotated.__code__.replace(co_name=function.__qualname__)
     return annotated
 
 

@@ -106,6 +106,14 @@ def test_torch_compile_sees_through(on: bool) -> None:
         torch.testing.assert_close(compiled(x), f(x))
 
 
+def test_each_annotated_function_has_a_recompile_limit_of_its_own() -> None:
+    torch.compiler.reset()
+    for i in range(torch._dynamo.config.recompile_limit + 2):
+        scaled = profiling.annotate(lambda x, i=i: x * i)
+        compiled = torch.compile(scaled, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(torch.ones(2)), torch.full((2,), float(i)))
+
+
 def test_ranges_reach_other_threads() -> None:
     seen: list[bool] = []
     with profiling.ranges():

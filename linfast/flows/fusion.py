@@ -77,7 +77,7 @@ def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
     return type(layer) in kinds and not any(len(h) for h in hooks) and "forward" not in vars(layer)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # Dynamo of torch 2.11 hashes what is called before its fields are there
 class Single:
     """One layer as it is."""
 
@@ -89,7 +89,7 @@ class Single:
         return run(self.layer, x, context, inverse, log_det)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Folded:
     """A row of channel-linear layers as one map, after a coupling where there is one.
 

@@ -112,9 +112,10 @@ class FlowStack:
 def find_stack(bijections: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
     """These layers as one launch for x, or why not: they are no stack, or x's size or device has no launch."""
     if x.ndim != 2 or not uses_triton(x):
-        return why_reference(x) or f"x is {tuple(x.shape)}, no vectors"
+        # No shape in the reason: Dynamo of torch 2.11 cannot follow a tuple that was formatted.
+        return why_reference(x) or f"x has {x.ndim} dimensions: no vectors"
     stack = stack_of(bijections, context)
-    if isinstance(stack, str) or stack.config(x) is not None:
+    if not isinstance(stack, FlowStack) or stack.config(x) is not None:
         return stack
     return f"D = {stack.features}, H = {stack.hidden} in {mode_for(x)!r} fit no tile on {target_of(x)}"
 
