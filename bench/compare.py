@@ -26,11 +26,11 @@ from statistics import median
 from typing import Any
 
 import linfast
+from linfast.tables import aligned
 
 from .arguments import UsageError
 from .cases import CASES
 from .plan import sizes
-from .report import aligned
 
 __all__ = ["Moved", "compare_trees", "interval", "run_compare", "verdict"]
 

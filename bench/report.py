@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 
+from linfast.tables import aligned
+
 from .crossover import crossovers
 from .environment import Environment
 from .harness import Result
 
-__all__ = ["aligned", "json_line", "parse", "shares", "table"]
+__all__ = ["json_line", "parse", "shares", "table"]
 
 _COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x base", "peak MiB", "copy %", "matmul %", "first s", "error")
 _LAUNCHED = "launched ms"
@@ -72,18 +74,6 @@ def table(results: Sequence[Result], environment: Environment) -> str:
     lines = [str(crossover) for crossover in crossovers(results)]
     notes = GPU_NOTE if any(r.launched_ms is not None for r in results) else CPU_NOTE
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), f"{LEGEND}\n{notes}"])
-
-
-def aligned(lines: Sequence[Sequence[str]], numeric: int) -> str:
-    """Columns of equal width, right-aligned from the ``numeric``-th on; a column without a heading is not."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if j >= numeric and lines[0][j] else cell.ljust(width)
-            for j, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def _of_case(results: Sequence[Result], environment: Environment) -> str:

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from linfast.tables import aligned
+
 from .environment import Environment
 from .harness import Result
-from .report import aligned, number, parse, shares
+from .report import number, parse, shares
 
 __all__ = ["short_table", "summary"]
 

@@ -16,11 +16,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from linfast import profiling
+from linfast.tables import aligned
 
 from .cases import CASES
 from .harness import Case, Options, Problem, Provider, Size
 from .plan import sizes
-from .report import aligned, number
+from .report import number
 
 __all__ = ["run_profile"]
 

@@ -24,6 +24,7 @@ from .kernels.stack_configs import target_of
 from .linearizer import Linearizer
 from .one_launch import OneLaunch, find_one_launch, unwrap
 from .operators.base import LatentOperator
+from .tables import aligned
 
 __all__ = ["Choice", "Plan", "explain", "plan"]
 
@@ -58,8 +59,7 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [tuple(field.name for field in fields(Choice)), *map(astuple, self.choices)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+        return aligned(rows)
 
 
 def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Plan:

@@ -64,7 +64,8 @@ def annotate(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
 
     # Code of its own: torch.compile counts recompilations by code object, and all would share one limit.
-    annotated.__code__ = annotated.__code__.replace(co_name=function.__qualname__)
+    code = annotated.__code__.replace(co_name=function.__qualname__)  # type: ignore[attr-defined]
+    annotated.__code__ = code  # type: ignore[attr-defined]
     return annotated
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from linfast.tables import aligned
 from tests.static.cases import TARGETS, StaticCase, all_cases
 
 PATH = Path(__file__).parent / "table.tsv"
@@ -28,6 +30,11 @@ def triton_version() -> str:
     from importlib.metadata import version
 
     return version("triton")
+
+
+def pinned_version() -> str:
+    """The version that the kept table was made with: constraints.txt's."""
+    return re.search(r"^triton==(\S+)", (_ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 
 
 def kept() -> dict[Key, Row]:
@@ -101,5 +108,4 @@ def write(table: dict[Key, Row]) -> None:
 def text(table: dict[Key, Row]) -> str:
     """The table in aligned columns."""
     rows = [COLUMNS, *(tuple(row[column] for column in COLUMNS) for row in table.values())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows)

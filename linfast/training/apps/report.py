@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...tables import aligned
+
 __all__ = ["Row", "psnr", "save_strips", "table", "timed"]
 
 Row = tuple[str, str, float | None]  # what was done, the value found, the seconds it took
@@ -34,12 +36,8 @@ def psnr(image: Tensor, reference: Tensor) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows in aligned columns."""
-    wide = max(len(what) for what, _, _ in rows)
-    middle = max(len(value) for _, value, _ in rows)
-    lines = [f"{'':{wide}}  {'':{middle}}  {'seconds':>9}"]
-    for what, value, seconds in rows:
-        lines.append(f"{what:{wide}}  {value:{middle}}  {'' if seconds is None else f'{seconds:9.4f}'}")
-    return "\n".join(line.rstrip() for line in lines)
+    lines = [(what, value, "" if seconds is None else f"{seconds:.4f}") for what, value, seconds in rows]
+    return aligned([("", "", "seconds"), *lines], numeric=2)
 
 
 def save_strips(strips: Sequence[tuple[str, Tensor]], path: Path, dpi: int = 120) -> None:

@@ -1,0 +1,28 @@
+"""Rows of text as a table in aligned columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["aligned"]
+
+
+def aligned(rows: Sequence[Sequence[str]], numeric: int | None = None, rule: bool = False) -> str:
+    """The rows, the first of which holds the headings, in columns of equal width.
+
+    Args:
+        numeric: the first column that is right-aligned, where it has a heading; None for none.
+        rule: dashes below the headings.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [numeric is not None and j >= numeric and bool(heading) for j, heading in enumerate(rows[0])]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+    if rule:
+        lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
