@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 
@@ -63,15 +65,42 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
 KERNELS = [name for name in KINDS if name != "reference"]  # its U-Nets take minutes in the interpreter
 
 
+class Launches(TorchDispatchMode):
+    """Counts linfast's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "linfast":
+            self.counts[function._schema.name.removeprefix("linfast::")] += 1
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_give_the_same(name):
-    """Through Triton's interpreter: the views of x and of the parameters that the op is given."""
+    """Through Triton's interpreter: the views of x and of the parameters that the ops are given."""
     kind = KINDS[name]
     model = make(kind, 0)
     before = outputs(kind, model, torch.float32)
-    lf.accelerate(model)
-    with lf.backend("triton"):
+    report = lf.accelerate(model)
+    with lf.backend("triton"), Launches() as launches:
         assert_close(outputs(kind, model, torch.float32), before, 1e-5)
+    assert launches.counts["coupling_stack"] == kind.whole, launches.counts
+    assert any("whole layer" in row.runs for row in report.swapped) == bool(kind.whole), str(report)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if KINDS[name].whole])
+def test_the_check_covers_the_whole_layer(name):
+    """Where kernels run, accelerate compares the one launch too, and gradients of the conditioner's own weights."""
+    kind = KINDS[name]
+    model = make(kind, 0)
+    with lf.backend("triton"), Launches() as launches:
+        report = lf.accelerate(model)
+    assert launches.counts["coupling_stack"] >= 2, launches.counts
+    assert launches.counts["coupling_stack_backward"] >= 2, launches.counts
+    assert not report.left, str(report)
 
 
 @pytest.mark.parametrize("name", KINDS)
