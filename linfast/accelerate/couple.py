@@ -28,9 +28,9 @@ def couple(x: Tensor, side: Side, inverse: bool) -> tuple[Tensor, Tensor]:
     kernel = _kernel(x, side)
     if kernel is not None:
         return kernel(x, inverse)
-    kept, moved = side.take(x)
+    kept, moved = side.split.take(x)
     out, log_det = side.tail.apply(moved, side.run(kept), inverse)
-    return side.put(x, kept, out), -log_det() if inverse else log_det()
+    return side.split.put(x, kept, out), -log_det() if inverse else log_det()
 
 
 def couple_both(
@@ -47,7 +47,7 @@ def couple_both(
         x, one = kernels[order[0]](x, inverse)  # type: ignore[misc]
         x, two = kernels[order[1]](x, inverse)  # type: ignore[misc]
         return x, one + two
-    second, first = sides[0].take(x)
+    second, first = sides[0].split.take(x)
     parts, totals = [first, second], []
     for moves in order:
         side = sides[moves]
@@ -99,7 +99,7 @@ def _has_tail_kernel(side: Side, features: int | None) -> bool:
 def _by_tail(side: Side, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     tail, alternate, view = side.tail, side.split.kind == "alternate", x
     assert tail.scale_map is not None
-    kept, moved = side.take(x)
+    kept, moved = side.split.take(x)
     given, layout, undo = side.run(kept), tail.layout, tail.gives == "reciprocal"
     if isinstance(given, tuple) or layout == "raw_first" or undo:
         shift, raw = tail.shift_and_raw(given, moved.shape[1])

@@ -56,7 +56,9 @@ def _tail(transform: Any) -> Tail:
 def _plan(transform: Any, options: Options) -> Plan:
     if transform.unconditional_transform is not None:
         raise Unfit("it has an unconditional transform for the kept features")
-    split = split_of(transform.identity_features.tolist(), transform.transform_features.tolist())
+    passes = torch.ones(transform.features, dtype=torch.bool, device=transform.transform_features.device)
+    passes[transform.transform_features] = False
+    split = split_of(passes)
     additive = transform._transform_dim_multiplier() == 1
     if additive:
         what, tail = "additive coupling", ADDITIVE
@@ -77,7 +79,6 @@ def _side(transform: Any, layout: tuple[Split, Tail], context: Any) -> Side:
         lambda kept: net(kept.contiguous(), context),  # which the library gives it so
         transform,
         (net,) if context is None else (),
-        indices=(transform.identity_features, transform.transform_features) if split.kind == "gather" else None,
     )
 
 

@@ -31,27 +31,23 @@ _TAIL = Tail(lambda raw: raw, "pair", ScaleMap("exp"))
 def _plan(flow: Any, options: Options) -> Plan:
     if flow.b.ndim != 2:
         raise Unfit(f"its mask is {list(flow.b.shape[1:])}: only vectors")
-    mask = flow.b[0].tolist()
-    if set(mask) != {0.0, 1.0}:
+    if set(flow.b[0].tolist()) != {0.0, 1.0}:
         raise Unfit("its mask is not zeros and ones, of each at least one")
     if not isinstance(flow.t, nn.Module):
         raise Unfit("it has no translation")
-    split = split_of(*([i for i, b in enumerate(mask) if b == which] for which in (1, 0)))
+    split = split_of(flow.b[0] == 1)
     what = "affine coupling, exp" if isinstance(flow.s, nn.Module) else "additive coupling"
     return Plan(described(f"{what}, mask {split.kind}", [_side(flow, split)]), layout=split)
 
 
 def _side(flow: Any, split: Split) -> Side:
-    indices = None
-    if split.kind == "gather":
-        indices = flow.b[0].nonzero().squeeze(1), (flow.b[0] == 0).nonzero().squeeze(1)
     nets = (flow.t, flow.s) if isinstance(flow.s, nn.Module) else (flow.t,)
 
     def run(kept: Tensor) -> Any:
         given = tuple(_run(flow, net, kept, side) for net in nets[::-1])  # s first, as the library does
         return given[::-1] if len(given) == 2 else given[0]
 
-    side = Side(split, _TAIL if len(nets) == 2 else ADDITIVE, run, flow, nets, indices=indices, full=True)
+    side = Side(split, _TAIL if len(nets) == 2 else ADDITIVE, run, flow, nets, full=True)
     return side
 
 
@@ -59,13 +55,14 @@ def _run(flow: Any, net: nn.Module, kept: Tensor, side: Side) -> Tensor:
     """What the net gives for the moved features."""
     mlp = find_mlp(net)
     if mlp is None:
-        features = flow.b.shape[1]
-        zeros = kept.new_zeros(kept.shape[0], features - kept.shape[1])
-        if side.indices is None:
-            full = side.split.put(kept, zeros)
-        else:
-            full = kept.new_zeros(kept.shape[0], features).index_copy(1, side.indices[0], kept)
-        out = side.take(net(full))[1]
+        zeros = kept.new_zeros(kept.shape[0], flow.b.shape[1])
+        at = side.split.indices
+        full = (
+            side.split.put(zeros, kept, side.split.take(zeros)[1])
+            if at is None
+            else zeros.index_copy(1, at[0].to(kept.device), kept)
+        )
+        out = side.split.take(net(full))[1]
     else:
         first, *rest = narrowed(mlp, side)
         out = F.linear(kept, *first)

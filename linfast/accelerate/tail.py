@@ -8,8 +8,8 @@ masks do not need. couple.py says what runs where.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -33,20 +33,26 @@ class Split:
         moves: "first" or "second": whether the run, or the even-numbered features, that come first are moved.
         first: "halves": length of the first run; None is half of the features, rounded up.
         features: how many there are, where that is known beforehand.
+        indices: "gather": the kept and the moved features.
     """
 
     kind: str
     moves: str = "second"
     first: int | None = None
     features: int | None = None
+    indices: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
 
     def sizes(self, features: int) -> tuple[int, int]:
-        """How many of so many features (are kept, move); not for "gather"."""
+        """How many of so many features (are kept, move)."""
+        if self.indices is not None:
+            return len(self.indices[0]), len(self.indices[1])
         first = (features + 1) // 2 if self.first is None else self.first
         return (first, features - first) if self.moves == "second" else (features - first, first)
 
     def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(kept, moved) of x [B, C, ...], as views; not for "gather"."""
+        """(kept, moved) of x [B, C, ...]; views but for "gather"."""
+        if self.indices is not None:
+            return x[:, self.indices[0].to(x.device)], x[:, self.indices[1].to(x.device)]
         if self.kind == "halves":
             first = (x.shape[1] + 1) // 2 if self.first is None else self.first
             parts = x[:, :first], x[:, first:]
@@ -54,8 +60,10 @@ class Split:
             parts = x[:, _EVERY_OTHER[0]], x[:, _EVERY_OTHER[1]]
         return parts if self.moves == "second" else (parts[1], parts[0])
 
-    def put(self, kept: Tensor, moved: Tensor) -> Tensor:
-        """The x of which these are the parts."""
+    def put(self, x: Tensor, kept: Tensor, moved: Tensor) -> Tensor:
+        """x with other features moved; the kept ones are its own."""
+        if self.indices is not None:
+            return x.index_copy(1, self.indices[1].to(x.device), moved.to(x.dtype))
         parts = (kept, moved) if self.moves == "second" else (moved, kept)
         if self.kind == "halves":
             return torch.cat(parts, 1)
@@ -66,16 +74,17 @@ class Split:
         return joined
 
 
-def split_of(kept: Sequence[int], moved: Sequence[int]) -> Split:
-    """The Split with these feature indices."""
+def split_of(passes: Tensor) -> Split:
+    """The Split of which these features, a bool each, are kept."""
+    kept, moved = ([i for i, kept in enumerate(passes.tolist()) if kept == which] for which in (True, False))
     n = len(kept) + len(moved)
     for moves, first, second in (("second", kept, moved), ("first", moved, kept)):
-        first, second = list(first), list(second)
         if first == list(range(len(first))) and second == list(range(len(first), n)):
             return Split("halves", moves, len(first), n)
         if first == list(range(0, n, 2)) and second == list(range(1, n, 2)):
             return Split("alternate", moves, features=n)
-    return Split("gather")
+    indices = passes.nonzero().squeeze(1), passes.logical_not().nonzero().squeeze(1)
+    return Split("gather", features=n, indices=indices)
 
 
 def _same(raw: Tensor) -> Tensor:
@@ -148,7 +157,6 @@ class Side:
         nets: the modules that ``run`` runs on the kept features alone: one, or for "pair" the shift's
             and the raw value's, which may be the same. Empty where there is more to ``run``.
         factor: what ``run`` multiplies the nets' output by.
-        indices: of a split of kind "gather": the kept and the moved features.
         full: whether the nets take and give all features: those that move as zeros, those that stay for nothing.
     """
 
@@ -158,23 +166,4 @@ class Side:
     owner: nn.Module
     nets: tuple[nn.Module, ...] = ()
     factor: float = 1.0
-    indices: tuple[Tensor, Tensor] | None = None
     full: bool = False
-
-    def sizes(self, features: int) -> tuple[int, int]:
-        """How many of so many features (are kept, move)."""
-        if self.indices is None:
-            return self.split.sizes(features)
-        return len(self.indices[0]), len(self.indices[1])
-
-    def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(kept, moved) of x [B, C, ...]."""
-        if self.indices is None:
-            return self.split.take(x)
-        return x[:, self.indices[0]], x[:, self.indices[1]]
-
-    def put(self, x: Tensor, kept: Tensor, moved: Tensor) -> Tensor:
-        """x with its parts replaced by these; the kept part is x's own."""
-        if self.indices is None:
-            return self.split.put(kept, moved)
-        return x.index_copy(1, self.indices[1], moved.to(x.dtype))

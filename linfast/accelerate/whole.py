@@ -88,7 +88,7 @@ def _features(mlps: tuple[MLP, ...], side: Side) -> int | None:
     double = 1 if side.tail.layout in ("pair", "shift") else 2
     if n_out % double or (side.full and n_in != n_out):
         return None
-    kept, moved = side.sizes(n_in) if side.full else (n_in, n_out // double)
+    kept, moved = side.split.sizes(n_in) if side.full else (n_in, n_out // double)
     first, second = (kept, moved) if _moves(side, kept, moved) == "second" else (moved, kept)
     fits = moved > 0 and first - second in (0, 1) and side.split.first in (None, first)
     return kept + moved if fits else None
@@ -96,7 +96,7 @@ def _features(mlps: tuple[MLP, ...], side: Side) -> int | None:
 
 def _moves(side: Side, kept: int, moved: int) -> str:
     """The half that moves in the op's order of the features; gathered ones come as two halves best do."""
-    return side.split.moves if side.indices is None else "second" if kept >= moved else "first"
+    return side.split.moves if side.split.indices is None else "second" if kept >= moved else "first"
 
 
 def _has_tile(mlps: tuple[MLP, ...], side: Side, like: Tensor) -> bool:
@@ -120,7 +120,7 @@ def _run(mlps: tuple[MLP, ...], side: Side, x: Tensor, inverse: bool) -> tuple[T
     key = ("whole layer", side.nets, precision, half_dtype(x))
     layer, packed = derived(side.owner, key, pack)
     undo = tail.gives == "reciprocal"
-    kept, moved = side.take(x)
+    kept, moved = side.split.take(x)
     moves = _moves(side, kept.shape[1], moved.shape[1])
     apart = side.split.kind != "halves"
     y, log_det = coupling_stack(
@@ -138,7 +138,7 @@ def _run(mlps: tuple[MLP, ...], side: Side, x: Tensor, inverse: bool) -> tuple[T
     assert log_det is not None
     if apart:
         first, second = y.split(split_sizes(x.shape[1]), 1)
-        y = side.put(x, first, second) if moves == "second" else side.put(x, second, first)
+        y = side.split.put(x, first, second) if moves == "second" else side.split.put(x, second, first)
     return y, log_det.to(x.dtype)
 
 
@@ -189,7 +189,7 @@ def narrowed(mlp: MLP, side: Side) -> Layers:
     """Without the columns of what is zero and the rows of what is not looked at."""
     layers = list(mlp.layers)
     weight, bias = layers[0]
-    layers[0] = side.take(weight)[0], bias
+    layers[0] = side.split.take(weight)[0], bias
     weight, bias = layers[-1]
-    layers[-1] = side.take(weight.mT)[1].mT, None if bias is None else side.take(bias[None])[1][0]
+    layers[-1] = side.split.take(weight.mT)[1].mT, None if bias is None else side.split.take(bias[None])[1][0]
     return layers

@@ -40,9 +40,7 @@ def _plan(lazy: Any, options: Options) -> Plan:
     if tuple(map(tuple, lazy.shapes)) != ((), ()):
         raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale a feature")
     bound = abs(math.log(named.get("slope", _SLOPE)))
-    mask = lazy.mask.tolist()
-    kept, moved = ([i for i, passes in enumerate(mask) if passes == which] for which in (True, False))
-    split, scale_map = split_of(kept, moved), ScaleMap("smooth", bound)
+    split, scale_map = split_of(lazy.mask), ScaleMap("smooth", bound)
     layout = split, Tail(scale_map.log_scale, "interleaved", scale_map)
     return Plan(
         described(f"affine coupling, smooth, mask {split.kind}", [_side(lazy, layout, lazy.hyper, (lazy.hyper,))]),
@@ -54,10 +52,7 @@ def _side(
     lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor], nets: tuple[nn.Module, ...]
 ) -> Side:
     split, tail = layout
-    indices = None
-    if split.kind == "gather":
-        indices = lazy.mask.nonzero().squeeze(-1), (~lazy.mask).nonzero().squeeze(-1)
-    return Side(split, tail, run, lazy, nets, indices=indices)
+    return Side(split, tail, run, lazy, nets)
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
