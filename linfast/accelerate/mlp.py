@@ -110,8 +110,8 @@ def _parts(module: object) -> list[Any] | None:
     ):
         if _is(kind, where, "MLP"):
             return _nflows_parts(module, getattr(module, activation))
-    child = _passed_to(module)
-    return None if child is None else _parts(child)
+    name = _passes_on_to(kind)
+    return None if name is None else _parts(module._modules.get(name))
 
 
 def _nflows_parts(module: Any, activation: Any) -> list[Any] | None:
@@ -132,12 +132,12 @@ def _only_passes_on(self: Any, x: Any) -> Any:
     return self.net(x)
 
 
-def _passed_to(module: nn.Module) -> nn.Module | None:
-    """The child c of a module whose forward is ``return self.c(x)``, x its first argument: by its code."""
-    code = type(module).forward.__code__
-    if code.co_code != _only_passes_on.__code__.co_code or len(code.co_names) != 1:
-        return None
-    return module._modules.get(code.co_names[0])
+def _passes_on_to(kind: Any) -> str | None:
+    """c, of a class whose forward is ``return self.c(x)``, x its first argument: by its code."""
+    code = kind.forward.__code__
+    return (
+        code.co_names[0] if code.co_code == _only_passes_on.__code__.co_code and len(code.co_names) == 1 else None
+    )
 
 
 def _is(kind: type, where: str, name: str) -> bool:
@@ -160,6 +160,11 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether calling it is its class's forward and nothing else."""
     own = module.__dict__
     return "forward" not in own and not any(own[name] for name in HOOKS)
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+_passes_on_to._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_own_forward._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _layer(part: Any) -> tuple[Tensor, Tensor | None] | None:

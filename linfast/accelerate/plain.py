@@ -92,7 +92,7 @@ def register_adapter(
             inverse=undo,
             log_det=log_det,
         )
-        return (y, total) if log_det else y
+        return y if total is None else (y, total.to(x.dtype))
 
     def probe(module: Any, draw: Draw) -> Sequence[Tensor]:
         channels = 5 if features is None else getattr(module, features)

@@ -21,7 +21,17 @@ __all__ = ["ADDITIVE", "Params", "Side", "Split", "Tail", "split_of"]
 Params = Tensor | tuple[Tensor, Tensor]
 
 
-_EVERY_OTHER = slice(0, None, 2), slice(1, None, 2)
+# Views by one op, whose backward is one pass: each slice would have a backward of its own over all of x.
+def _halves(x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    one, two = x.split((first, x.shape[1] - first), 1)
+    return one, two
+
+
+def _every_other(x: Tensor) -> tuple[Tensor, Tensor]:
+    if x.shape[1] % 2:
+        return x[:, 0::2], x[:, 1::2]
+    one, two = x.unflatten(1, (-1, 2)).unbind(2)
+    return one, two
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,8 @@ class Split:
         """(kept, moved) of x [B, C, ...]; views but for "gather"."""
         if self.indices is not None:
             return x[:, self.indices[0].to(x.device)], x[:, self.indices[1].to(x.device)]
-        if self.kind == "halves":
-            first = (x.shape[1] + 1) // 2 if self.first is None else self.first
-            parts = x[:, :first], x[:, first:]
-        else:
-            parts = x[:, _EVERY_OTHER[0]], x[:, _EVERY_OTHER[1]]
+        first = (x.shape[1] + 1) // 2 if self.first is None else self.first
+        parts = _halves(x, first) if self.kind == "halves" else _every_other(x)
         return parts if self.moves == "second" else (parts[1], parts[0])
 
     def put(self, x: Tensor, kept: Tensor, moved: Tensor) -> Tensor:
@@ -115,8 +122,8 @@ class Tail:
         if isinstance(params, tuple):
             return params
         if self.layout == "interleaved":
-            return params[:, 0::2], params[:, 1::2]
-        first, second = params[:, :moved], params[:, moved:]
+            return _every_other(params)
+        first, second = _halves(params, moved)
         return (first, second) if self.layout == "halves" else (second, first)
 
     def apply(self, moved: Tensor, params: Params, inverse: bool) -> tuple[Tensor, Callable[[], Tensor]]:

@@ -52,11 +52,17 @@ def make(kind: Kind, seed: int) -> nn.Module:
     """A model of this kind with every weight moved, in float32."""
     torch.manual_seed(seed)
     model = kind.build()
+    redraw(model, model.state_dict(), seed)
+    return model
+
+
+def redraw(model: nn.Module, start: dict[str, Tensor], seed: int) -> None:
+    """Give every weight a value near that which ``start`` has."""
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "log_S" not in name:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+                parameter.copy_(start[name] + 0.05 * torch.randn_like(parameter))
 
 
 def inputs(kind: Kind, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
