@@ -284,3 +284,15 @@ def test_values_that_are_not_finite_are_nan_in_a_masked_flow(value, residual):
     for a, b in zip([*model(x), *model.inverse(x)], expected, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
     assert expected[0][:, 1].isnan().all()
+
+
+def test_a_context_that_the_net_refuses_is_refused():
+    coupling, nets = require("glasflow.transforms.coupling"), require("glasflow.nets.mlp")
+    models = (
+        (Coupling(net=mlp(3, 6)), TypeError),
+        (coupling.AffineCouplingTransform([1, 0] * 3, lambda i, o: nets.MLP(i, o, [8])), ValueError),
+    )
+    for model, error in models:
+        assert lf.accelerate(model).swapped
+        with lf.backend("triton"), pytest.raises(error):
+            model(torch.randn(4, 6), torch.randn(4, 2))
