@@ -1,15 +1,27 @@
 """accelerate: make the modules of existing models run on linfast's ops, in place.
 
     identity.py  who a module is, and whether anyone changed it       mlp.py     recognising MLPs
-    adapter.py   what an adapter says; the list of them               tail.py    the affine tail
-    swap.py      changing an object's class, and back                 plain.py   register_adapter
-    verify.py    comparing with the original first                    report.py  the report
-    run.py       accelerate and restore
+    adapter.py   what an adapter says; the list of them               tail.py    a coupling in plain torch
+    swap.py      changing an object's class, and back                 whole.py   a coupling in one launch
+    verify.py    comparing with the original first                    couple.py  which of these runs
+    run.py       accelerate and restore                               plain.py   register_adapter
+    report.py    the report
 
 Every other file is one library: its formulas, how an instance is recognised, what runs instead.
 """
 
-from . import freia, memcnn, nflows, normflows, reference, reference_sampling, reference_unet, zuko
+from . import (
+    freia,
+    freia_all_in_one,
+    memcnn,
+    nflows,
+    normflows,
+    normflows_masked,
+    reference,
+    reference_sampling,
+    reference_unet,
+    zuko,
+)
 from .adapter import add
 from .mlp import MLP, find_mlp
 from .plain import register_adapter
@@ -17,6 +29,14 @@ from .report import Report, Row
 from .run import DEFECTS, accelerate, restore
 
 add(*reference.ADAPTERS, *reference_unet.ADAPTERS, reference_sampling.ADAPTER)
-add(normflows.ADAPTER, *nflows.ADAPTERS, *freia.ADAPTERS, zuko.ADAPTER, *memcnn.ADAPTERS)
+add(
+    normflows.ADAPTER,
+    normflows_masked.ADAPTER,
+    *nflows.ADAPTERS,
+    *freia.ADAPTERS,
+    freia_all_in_one.ADAPTER,
+    zuko.ADAPTER,
+    *memcnn.ADAPTERS,
+)
 
 __all__ = ["DEFECTS", "MLP", "Report", "Row", "accelerate", "find_mlp", "register_adapter", "restore"]

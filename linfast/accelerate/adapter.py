@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .identity import find_class, original_class
+from .tail import Side
 
 __all__ = ["ADAPTERS", "Adapter", "Options", "Plan", "Stub", "Unfit", "adapter_for", "add", "parent_adapter"]
 
@@ -76,6 +77,8 @@ class Adapter:
         conditioners: modules to report on and to compile; the check gets them without their weights.
         hollow: more modules whose weights the check does not need.
         compiles: more modules to compile.
+        sides: (instance, layout) -> the sides of a coupling, which the check needs where they run whole.
+        vectors: (copy, draw, features) -> outputs, both ways on vectors, with its own conditioners.
         settle: called after the swap and after a state_dict was loaded.
         tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
     """
@@ -92,6 +95,8 @@ class Adapter:
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
     hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
     compiles: Callable[[Any], Iterable[nn.Module]] = _nothing
+    sides: Callable[[Any, Any], Sequence[Side]] = lambda instance, layout: ()
+    vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = lambda instance, draw, features: ()
     settle: Callable[[Any], None] = lambda instance: None
     tolerance: float = 1e-10
     float64: bool = True

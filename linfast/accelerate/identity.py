@@ -12,12 +12,21 @@ from types import FunctionType
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["PLAN", "changed_method", "defined_as", "find_class", "is_hooked", "is_sharded", "original_class"]
+__all__ = [
+    "HOOKS",
+    "PLAN",
+    "changed_method",
+    "defined_as",
+    "find_class",
+    "is_hooked",
+    "is_sharded",
+    "original_class",
+]
 
 PLAN = "_linfast_plan"
 """The attribute of a swapped object that holds its Plan."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def original_class(module: object) -> type:
@@ -40,7 +49,7 @@ def defined_as(module: object, where: str, name: str) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
-    return any(getattr(module, name) for name in _HOOKS) or parametrize.is_parametrized(module)
+    return any(getattr(module, name) for name in HOOKS) or parametrize.is_parametrized(module)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ memcnn's wrapper, which keeps no input, stays: it runs these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from .couple import couple_both, described
 from .identity import changed_method, defined_as
-from .tail import Params, Tail, couple_both
+from .tail import ADDITIVE, Params, Side, Split, Tail
 
 __all__ = ["ADAPTERS"]
 
 _WHERE = "memcnn.models.affine"
 _SIGMOID = Tail(lambda raw: torch.sigmoid(raw + 2), "interleaved", ScaleMap("sigmoid"), gives="scale")
+_NAIVE = Tail(lambda raw: raw, "pair", ScaleMap("exp"))
 _PAIR = Tail(lambda scale: scale, "pair", gives="scale")
 
 
@@ -31,44 +33,49 @@ def _plan(block: Any, options: Options) -> Plan:
         raise Unfit("a deprecated implementation that rebuilds its input")
     if block.split_dim != 1:
         raise Unfit(f"split_dim {block.split_dim}: only 1")
-    if not _is_affine(block):
-        return Plan("additive coupling")
-    known = all(_is_sigmoid(adapter) for adapter in (block.Fm, block.Gm))
-    return Plan(f"affine coupling, {'sigmoid' if known else 'own scale'}", layout=known)
+    sides = _sides(block)
+    what = f"affine coupling, {_kind(block)}" if _is_affine(block) else "additive coupling"
+    return Plan(described(what, sides))
 
 
 def _is_affine(block: Any) -> bool:
     return defined_as(block, _WHERE, "AffineCoupling")
 
 
-def _is_sigmoid(adapter: Any) -> bool:
-    """Whether this is the sigmoid adapter, whose parameters are its module's outputs."""
-    return defined_as(adapter, _WHERE, "AffineAdapterSigmoid") and changed_method(adapter, ("forward",)) is None
+def _is(adapter: Any, name: str) -> bool:
+    """Whether this is the adapter of this name, whose parameters are its module's outputs."""
+    return defined_as(adapter, _WHERE, name) and changed_method(adapter, ("forward",)) is None
 
 
-def _affine(block: Any, x: Tensor, inverse: bool) -> Tensor:
-    first = (x.shape[1] + 1) // 2
-    if block._linfast_plan.layout:
-        params_of: Sequence[Callable[[Tensor], Params]] = (block.Fm.f, block.Gm.f)
-        return couple_both(x, first, params_of, _SIGMOID, inverse, log_det=False)[0]
+def _kind(block: Any) -> str:
+    kinds = {"sigmoid": "AffineAdapterSigmoid", "exp": "AffineAdapterNaive"}
+    return next((k for k, name in kinds.items() if all(_is(a, name) for a in (block.Fm, block.Gm))), "own scale")
 
-    def of(adapter: nn.Module) -> Callable[[Tensor], Params]:
+
+def _sides(block: Any) -> tuple[Side, Side]:
+    """What moves the first half, by Fm, and the second, by Gm."""
+
+    def side(adapter: Any, moves: str) -> Side:
+        split = Split("halves", moves)
+        if not _is_affine(block):
+            return Side(split, ADDITIVE, lambda kept: adapter.forward(kept.contiguous()), block, (adapter,))
+        if kind == "sigmoid":
+            return Side(split, _SIGMOID, lambda kept: adapter.f(kept.contiguous()), block, (adapter.f,))
+        if kind == "exp":
+            return Side(split, _NAIVE, lambda kept: (adapter.f(kept.contiguous()),) * 2, block, (adapter.f,) * 2)
+
         def params(kept: Tensor) -> Params:
             scale, shift = adapter.forward(kept.contiguous())
             return shift, scale
 
-        return params
+        return Side(split, _PAIR, params, block)
 
-    return couple_both(x, first, (of(block.Fm), of(block.Gm)), _PAIR, inverse, log_det=False)[0]
+    kind = _kind(block)
+    return side(block.Fm, "first"), side(block.Gm, "second")
 
 
-def _additive(block: Any, x: Tensor, inverse: bool) -> Tensor:
-    x1, x2 = x.chunk(2, 1)
-    if inverse:
-        x2 = x2 - block.Gm.forward(x1.contiguous())
-        return torch.cat((x1 - block.Fm.forward(x2), x2), 1)
-    x1 = x1 + block.Fm.forward(x2.contiguous())
-    return torch.cat((x1, x2 + block.Gm.forward(x1)), 1)
+def _run(block: Any, x: Tensor, inverse: bool) -> Tensor:
+    return couple_both(x, _sides(block), inverse, log_det=False)[0]
 
 
 class _Pair(Stub):
@@ -81,7 +88,7 @@ def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
     double = 1 + _is_affine(block)
     for side in ("Fm", "Gm"):
         if _is_affine(block) and block._modules[side].__class__.__name__.startswith("AffineAdapter"):
-            width = 6 if _is_sigmoid(block._modules[side]) else 3
+            width = 6 if _is(block._modules[side], "AffineAdapterSigmoid") else 3
             block._modules[side]._modules["f"] = Stub(3, width, draw)
         else:
             block._modules[side] = (_Pair if _is_affine(block) else Stub)(3, 3 * double, draw)
@@ -92,22 +99,24 @@ def _nets(block: Any) -> tuple[nn.Module, ...]:
     return tuple(side.f if _is_affine(block) and hasattr(side, "f") else side for side in (block.Fm, block.Gm))
 
 
-def _adapter(where: str, name: str, run: Callable[..., Tensor]) -> Adapter:
+def _adapter(where: str, name: str) -> Adapter:
     return Adapter(
         library="memcnn",
         where=where,
         name=name,
         methods={
-            "forward": lambda block, x: run(block, x, inverse=False),
-            "inverse": lambda block, y: run(block, y, inverse=True),
+            "forward": lambda block, x: _run(block, x, inverse=False),
+            "inverse": lambda block, y: _run(block, y, inverse=True),
         },
         plan=_plan,
         probe=_probe,
         conditioners=_nets,
+        sides=lambda block, layout: _sides(block),
+        vectors=lambda block, draw, features: (block.forward(draw(3, features)), block.inverse(draw(3, features))),
     )
 
 
 ADAPTERS = (
-    _adapter(_WHERE, "AffineCoupling", _affine),
-    _adapter("memcnn.models.additive", "AdditiveCoupling", _additive),
+    _adapter(_WHERE, "AffineCoupling"),
+    _adapter("memcnn.models.additive", "AdditiveCoupling"),
 )

@@ -1,12 +1,21 @@
-"""Recognising a conditioner as an MLP: linear layers with one activation between them."""
+"""Recognising a conditioner as an MLP: linear layers with one activation between them.
+
+It is looked for again at every call that would pass the modules by, so it is quick: by exact
+class and by a glance at each module's own dictionary. A parametrization changes the class.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .identity import defined_as, is_hooked, original_class
+from .identity import HOOKS, find_class
 
 __all__ = ["MLP", "find_mlp"]
 
@@ -21,9 +30,18 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.LeakyReLU: "leaky_relu",
     nn.Softplus: "softplus",
 }
+_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.silu: "silu",
+    torch.tanh: "tanh",
+    torch.sigmoid: "sigmoid",
+}
+
+Part = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MLP:
     """y = W_n a(... a(W_1 x + b_1) ...) + b_n.
 
@@ -31,11 +49,13 @@ class MLP:
         layers: (W_i [out, in], b_i [out] or None), the parameters themselves.
         activation: a's name.
         constants: a's own numbers: the slope of leaky_relu, alpha of elu, approximate of gelu.
+        parts: what runs in turn: linear layers and activations.
     """
 
     layers: tuple[tuple[Tensor, Tensor | None], ...]
     activation: str
     constants: tuple[float | str, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -47,56 +67,133 @@ class MLP:
 
 
 def find_mlp(module: object) -> MLP | None:
-    """The MLP that this module is, or None: nn.Sequential, zuko.nn.MLP and normflows.nets.MLP are looked into.
+    """The MLP that this module is, or None.
 
-    Hooks, parametrizations, dropout, stacked layers, two kinds of activation or one after
-    the last layer make it None: it is then something else than its weights say.
+    Looked into are nn.Sequential, the MLPs of zuko, normflows, nflows and glasflow, and a module
+    whose forward is nothing but ``return self.net(x)``, as nflows' users write to take a context.
+    Hooks, parametrizations, patched methods, dropout, stacked layers, two kinds of activation or
+    one after the last layer make it None: it is then something else than its weights say.
     """
     parts = _parts(module)
-    if parts is None or len(parts) % 2 == 0 or any(is_hooked(part) for part in parts):
+    if parts is None or len(parts) % 2 == 0:
         return None
     layers, activations = [_layer(part) for part in parts[::2]], {_activation(part) for part in parts[1::2]}
     if any(layer is None for layer in layers) or None in activations or len(activations) > 1:
         return None
     name, constants = activations.pop() if activations else ("none", ())  # type: ignore[misc]
-    return MLP(tuple(layer for layer in layers if layer is not None), name, constants)
+    return MLP(tuple(layer for layer in layers if layer is not None), name, constants, tuple(parts))
 
 
-def _parts(module: object) -> list[nn.Module] | None:
-    """The modules it runs in turn."""
-    if not isinstance(module, nn.Module) or is_hooked(module):
+def _parts(module: object) -> list[Any] | None:
+    """The modules and functions it runs in turn."""
+    kind: Any = type(module)
+    if not isinstance(module, nn.Module) or not _is_plain(module):
         return None
-    if defined_as(module, "normflows.nets.mlp", "MLP"):
-        return _parts(module.net)
-    if original_class(module) is nn.Sequential or defined_as(module, "zuko.nn", "MLP"):
-        parts: list[nn.Module] = []
-        for child in module.children():
-            nested = _parts(child) if original_class(child) is nn.Sequential else [child]
+    if kind is nn.Sequential or (_is(kind, "zuko.nn", "MLP") and kind.forward is nn.Sequential.forward):
+        if not _is_own_forward(nn.Sequential):
+            return None
+        parts: list[Any] = []
+        for child in module._modules.values():
+            nested = _parts(child) if type(child) is nn.Sequential else [child]
             if nested is None:
                 return None
             parts += nested
         return parts
-    return None
-
-
-def _layer(part: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    if original_class(part) is not nn.Linear and not defined_as(part, "zuko.nn", "Linear"):
+    if not _is_own_forward(kind):
         return None
-    weight, bias = part.weight, part.bias
+    if _is(kind, "normflows.nets.mlp", "MLP"):
+        return _parts(module._modules.get("net"))
+    for where, activation in (
+        ("nflows.nn.nets.mlp", "_activation"),
+        ("glasflow.nflows.nn.nets.mlp", "_activation"),
+        ("glasflow.nets.mlp", "_activation_fn"),
+    ):
+        if _is(kind, where, "MLP"):
+            return _nflows_parts(module, getattr(module, activation))
+    name = _passes_on_to(kind)
+    return None if name is None else _parts(module._modules.get(name))
+
+
+def _nflows_parts(module: Any, activation: Any) -> list[Any] | None:
+    """Of the MLP that nflows and glasflow have: linear layers by name, the activation a function."""
+    if "_output_layer" not in module._modules:  # a check's copy, without its modules
+        return None
+    dropouts = getattr(module, "_dropout_layers", ())
+    vectors = len(module._in_shape if hasattr(module, "_in_shape") else module._input_shape) == 1
+    if module._activate_output or not vectors or any(dropout.p for dropout in dropouts):
+        return None
+    parts = [module._input_layer]
+    for layer in (*module._hidden_layers, module._output_layer):
+        parts += [activation, layer]
+    return parts
+
+
+def _only_passes_on(self: Any, x: Any) -> Any:
+    return self.net(x)
+
+
+def _passes_on_to(kind: Any) -> str | None:
+    """c, of a class whose forward is ``return self.c(x)``, x its first argument: by its code."""
+    code = kind.forward.__code__
+    return (
+        code.co_names[0] if code.co_code == _only_passes_on.__code__.co_code and len(code.co_names) == 1 else None
+    )
+
+
+def _is(kind: type, where: str, name: str) -> bool:
+    """Whether this is the class of this name of this imported module."""
+    return kind.__name__ == name and kind is find_class(where, name)
+
+
+def _is_own_forward(kind: Any) -> bool:
+    """Whether the class's forward is the function it was written with, as far as can be seen."""
+    forward = kind.forward
+    return (
+        isinstance(forward, FunctionType)
+        and forward.__qualname__ == f"{kind.__qualname__}.forward"
+        and forward.__module__ == kind.__module__
+        and "__wrapped__" not in vars(forward)
+    )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling it is its class's forward and nothing else."""
+    own = module.__dict__
+    return "forward" not in own and not any(own[name] for name in HOOKS)
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+_passes_on_to._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_own_forward._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _layer(part: Any) -> tuple[Tensor, Tensor | None] | None:
+    kind = type(part)
+    if (
+        not (kind is nn.Linear or _is(kind, "zuko.nn", "Linear"))
+        or not _is_plain(part)
+        or not _is_own_forward(kind)
+    ):
+        return None
+    weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
     return weight, bias if isinstance(bias, Tensor) else None
 
 
-def _activation(part: nn.Module) -> tuple[str, tuple[float | str, ...]] | None:
-    kind = original_class(part)
-    name = _ACTIVATIONS.get(kind)
-    if isinstance(part, nn.LeakyReLU) and name:
+def _activation(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
+    if not isinstance(part, nn.Module):
+        function = _FUNCTIONS.get(part) if callable(part) else None
+        return None if function is None else (function, ())
+    name = _ACTIVATIONS.get(type(part))
+    if name is None or not _is_plain(part) or not _is_own_forward(type(part)):
+        return None
+    if isinstance(part, nn.LeakyReLU):
         return ("relu", ()) if part.negative_slope == 0 else (name, (float(part.negative_slope),))
-    if isinstance(part, nn.ELU) and name:
+    if isinstance(part, nn.ELU):
         return name, (float(part.alpha),)
-    if isinstance(part, nn.GELU) and name:
+    if isinstance(part, nn.GELU):
         return name, (part.approximate,)
-    if isinstance(part, nn.Softplus) and name:
+    if isinstance(part, nn.Softplus):
         return name, (float(part.beta), float(part.threshold))
-    return None if name is None else (name, ())
+    return name, ()

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from .tail import Tail, couple, split_of
+from .couple import couple, described
+from .tail import ADDITIVE, Side, Split, Tail, split_of
 
 __all__ = ["ADAPTERS"]
 
@@ -55,13 +56,30 @@ def _tail(transform: Any) -> Tail:
 def _plan(transform: Any, options: Options) -> Plan:
     if transform.unconditional_transform is not None:
         raise Unfit("it has an unconditional transform for the kept features")
-    split = split_of(transform.identity_features.tolist(), transform.transform_features.tolist())
+    passes = torch.ones(transform.features, dtype=torch.bool, device=transform.transform_features.device)
+    passes[transform.transform_features] = False
+    split = split_of(passes)
     additive = transform._transform_dim_multiplier() == 1
     if additive:
-        return Plan(f"additive coupling, mask {split.kind}", layout=(split, None))
-    tail = _tail(transform)
-    kind = tail.scale_map.kind if tail.scale_map is not None else "own scale_activation"
-    return Plan(f"affine coupling, {kind}, mask {split.kind}", layout=(split, tail))
+        what, tail = "additive coupling", ADDITIVE
+    else:
+        tail = _tail(transform)
+        kind = tail.scale_map.kind if tail.scale_map is not None else "own scale_activation"
+        what = f"affine coupling, {kind}"
+    side = _side(transform, (split, tail), None)
+    return Plan(described(f"{what}, mask {split.kind}", [side]), layout=(split, tail))
+
+
+def _side(transform: Any, layout: tuple[Split, Tail], context: Any) -> Side:
+    split, tail = layout
+    net = transform.transform_net
+    return Side(
+        split,
+        tail,
+        lambda kept: net(kept.contiguous(), context),  # which the library gives it so
+        transform,
+        (net,) if context is None else (),
+    )
 
 
 def _transform(transform: Any, x: Tensor, context: Any, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -69,23 +87,7 @@ def _transform(transform: Any, x: Tensor, context: Any, inverse: bool) -> tuple[
         raise ValueError(f"Inputs must be a 2D or a 4D tensor; got {tuple(x.shape)}")
     if x.shape[1] != transform.features:
         raise ValueError(f"Expected features = {transform.features}, got {x.shape[1]}.")
-    split, tail = transform._linfast_plan.layout
-    if split.kind != "gather" and tail is not None:
-        return couple(x, lambda kept: transform.transform_net(kept, context), split, tail, inverse)
-    if split.kind == "gather":
-        kept, moved = x[:, transform.identity_features], x[:, transform.transform_features]
-    else:
-        kept, moved = split.take(x)
-    params = transform.transform_net(kept, context)
-    if tail is None:
-        out, log_det = moved - params if inverse else moved + params, x.new_zeros(x.shape[0])
-    else:
-        out, forward_log_det = tail.apply(moved, params, inverse)
-        log_det = -forward_log_det() if inverse else forward_log_det()
-    if split.kind != "gather":
-        return split.put(kept, out), log_det
-    y = x.index_copy(1, transform.transform_features, out.to(x.dtype))
-    return y, log_det
+    return couple(x, _side(transform, transform._linfast_plan.layout, context), inverse)
 
 
 def _probe(transform: Any, draw: Draw) -> Sequence[Tensor]:
@@ -124,6 +126,11 @@ def _adapter(library: str, where: str, name: str) -> Adapter:
         probe=_probe,
         assumes=_ASSUMES,
         conditioners=lambda transform: (transform.transform_net,),
+        sides=lambda transform, layout: (_side(transform, layout, None),),
+        vectors=lambda transform, draw, features: (
+            *transform.forward(draw(3, features)),
+            *transform.inverse(draw(3, features)),
+        ),
     )
 
 

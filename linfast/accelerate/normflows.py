@@ -19,8 +19,9 @@ from torch import Tensor
 from ..ops.affine_coupling import split_sizes
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from .couple import couple, described
 from .identity import changed_method, defined_as
-from .tail import Split, Tail, couple
+from .tail import ADDITIVE, Side, Split, Tail
 
 __all__ = ["ADAPTER"]
 
@@ -31,7 +32,7 @@ def _sigmoid(raw: Tensor) -> Tensor:
 
 _TAILS = {
     "exp": Tail(lambda s: s, "interleaved", ScaleMap("exp")),
-    "sigmoid": Tail(_sigmoid, "interleaved", gives="reciprocal"),
+    "sigmoid": Tail(_sigmoid, "interleaved", ScaleMap("sigmoid"), gives="reciprocal"),
     "sigmoid_inv": Tail(_sigmoid, "interleaved", ScaleMap("sigmoid"), gives="scale"),
 }
 _MOVES = {"channel": "second", "channel_inv": "first"}
@@ -53,17 +54,19 @@ def _plan(block: Any, options: Options) -> Plan:
         raise Unfit(f"split mode {split.mode!r}: only {', '.join(_MOVES)}")
     if coupling.scale and coupling.scale_map not in _TAILS:
         raise Unfit(f"scale map {coupling.scale_map!r}")
-    return Plan(f"affine coupling, {coupling.scale_map}" if coupling.scale else "additive coupling")
+    what = f"affine coupling, {coupling.scale_map}" if coupling.scale else "additive coupling"
+    return Plan(described(what, [_side(block)]))
 
 
-def _transform(block: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def _side(block: Any) -> Side:
     coupling = block.flows[1]
-    split = Split("halves", _MOVES[block.flows[0].mode], split_sizes(z.shape[1])[0])
-    if not coupling.scale:
-        kept, moved = split.take(z)
-        shift = coupling.param_map(kept)
-        return split.put(kept, moved - shift if inverse else moved + shift), z.new_zeros(z.shape[0])
-    return couple(z, coupling.param_map, split, _TAILS[coupling.scale_map], inverse)
+    return Side(
+        Split("halves", _MOVES[block.flows[0].mode]),
+        _TAILS[coupling.scale_map] if coupling.scale else ADDITIVE,
+        coupling.param_map,
+        block,
+        (coupling.param_map,),
+    )
 
 
 def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
@@ -82,11 +85,13 @@ ADAPTER = Adapter(
     where="normflows.flows.affine.coupling",
     name="AffineCouplingBlock",
     methods={
-        "forward": lambda block, z: _transform(block, z, inverse=False),
-        "inverse": lambda block, z: _transform(block, z, inverse=True),
+        "forward": lambda block, z: couple(z, _side(block), inverse=False),
+        "inverse": lambda block, z: couple(z, _side(block), inverse=True),
     },
     plan=_plan,
     probe=_probe,
     inner=lambda block: tuple(block.flows),
     conditioners=lambda block: (block.flows[1].param_map,),
+    sides=lambda block, layout: (_side(block),),
+    vectors=lambda block, draw, features: (*block.forward(draw(3, features)), *block.inverse(draw(3, features))),
 )

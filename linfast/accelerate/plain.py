@@ -11,9 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..backend import uses_triton
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add
+from .couple import described
+from .tail import Side, Split, Tail
+from .whole import whole_layer
 
 __all__ = ["register_adapter"]
 
@@ -63,9 +67,19 @@ def register_adapter(
         if not isinstance(getattr(module, conditioner, None), nn.Module):
             raise Unfit(f"its {conditioner} is not a module")
         found = scale_map if isinstance(scale_map, ScaleMap) else scale_map(module)
-        return Plan(f"affine coupling, {found.kind}", layout=found)
+        return Plan(described(f"affine coupling, {found.kind}", [side(module, found)]), layout=found)
+
+    def side(module: Any, found: ScaleMap) -> Side:
+        net = getattr(module, conditioner)
+        tail = Tail(found.log_scale, layout, found, order=order)
+        return Side(Split("halves", moves), tail, net, module, (net,))
 
     def run(module: Any, x: Tensor, context: Sequence[Any], undo: bool) -> Any:
+        if not context and uses_triton(x):
+            whole = whole_layer(x, side(module, module._linfast_plan.layout))
+            if whole is not None:
+                z, log_dets = whole(x, undo)
+                return (z, log_dets) if log_det else z
         first, second = x.split(split_sizes(x.shape[1]), 1)
         params = getattr(module, conditioner)(second if moves == "first" else first, *context)
         y, total = affine_coupling(
@@ -78,17 +92,17 @@ def register_adapter(
             inverse=undo,
             log_det=log_det,
         )
-        return (y, total) if log_det else y
+        return y if total is None else (y, total.to(x.dtype))
 
     def probe(module: Any, draw: Draw) -> Sequence[Tensor]:
-        outputs: list[Tensor] = []
         channels = 5 if features is None else getattr(module, features)
         kept, moved = split_sizes(channels)[:: -1 if moves == "first" else 1]
         module._modules[conditioner] = Stub(kept, 2 * moved, draw)
-        for method in (module.forward, getattr(module, inverse)):
-            y = method(draw(3, channels))
-            outputs += y if isinstance(y, tuple) else (y,)
-        return outputs
+        return both_ways(module, draw(3, channels), draw(3, channels))
+
+    def both_ways(module: Any, x: Tensor, y: Tensor) -> Sequence[Tensor]:
+        outputs = module.forward(x), getattr(module, inverse)(y)
+        return [t for given in outputs for t in (given if isinstance(given, tuple) else (given,))]
 
     add(
         Adapter(
@@ -103,5 +117,7 @@ def register_adapter(
             plan=plan,
             probe=probe,
             conditioners=lambda module: (getattr(module, conditioner),),
+            sides=lambda module, found: (side(module, found),),
+            vectors=lambda module, draw, features: both_ways(module, draw(3, features), draw(3, features)),
         )
     )

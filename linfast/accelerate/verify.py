@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Plan, Unfit
+from ..precision import resolve_precision
+from .adapter import Adapter, Draw, Plan, Unfit
 from .identity import PLAN, original_class
 from .swap import swap
+from .whole import whole_here
 
 __all__ = ["difference", "kind_of"]
+
+Probe = Callable[[Any, Draw], Sequence[Tensor]]
 
 _SEED = 20260101
 # Relative L2 of the outputs and gradients of one layer: some hundred roundings.
 _TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Of a layer whose products are in such a mode, whatever the original's are in.
+_OF_MODES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fast": 1e-1}
 
 
 def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
@@ -34,14 +40,31 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     if device.type == "meta":
         raise Unfit("it is on the meta device: nothing to compare")
     own = torch.float32 if like is None else like.dtype
+    hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
     worst = 0.0
     for dtype in dict.fromkeys((torch.float64, own) if adapter.float64 else (own,)):
         allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0))
-        error = _difference(instance, adapter, plan, dtype, device)
+        error = _difference(instance, adapter, plan, dtype, device, adapter.probe, hollow)
         if not error <= allowed:
             raise Unfit(f"it differs from the original by {error:.1e} in {str(dtype)[6:]} on a random input")
         worst = error if dtype == own else worst
-    return worst
+    return max(worst, _difference_whole(instance, adapter, plan, like, device))
+
+
+def _difference_whole(
+    instance: Any, adapter: Adapter, plan: Plan, like: Tensor | None, device: torch.device
+) -> float:
+    """The same of the layer in one launch, with its own conditioners; 0 where it does not run so here."""
+    features = None if like is None else whole_here(adapter.sides(instance, plan.layout), like)
+    if like is None or features is None:
+        return 0.0
+    error = _difference(
+        instance, adapter, plan, like.dtype, device, lambda copy, draw: adapter.vectors(copy, draw, features), ()
+    )
+    allowed = max(_TOLERANCES[like.dtype], _OF_MODES[resolve_precision(like)])
+    if not error <= allowed:
+        raise Unfit(f"the layer in one launch differs from the original by {error:.1e} on a random input")
+    return error
 
 
 def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:
@@ -62,18 +85,25 @@ def _settings(module: nn.Module) -> Hashable:
     )
 
 
-def _difference(instance: Any, adapter: Adapter, plan: Plan, dtype: torch.dtype, device: torch.device) -> float:
-    hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
-    before = _run(bare_copy(instance, dtype, hollow), adapter, dtype, device)
+def _difference(
+    instance: Any,
+    adapter: Adapter,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: torch.device,
+    probe: Probe,
+    hollow: Collection[int],
+) -> float:
+    before = _run(bare_copy(instance, dtype, hollow), probe, dtype, device)
     copied = bare_copy(instance, dtype, hollow)
     swap(copied, adapter, adapter.plan_for(copied, plan.options))
-    after = _run(copied, adapter, dtype, device)
+    after = _run(copied, probe, dtype, device)
     if len(before) != len(after):
         raise Unfit(f"it returns {len(after)} tensors, the original {len(before)}")
     return max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
 
 
-def _run(instance: Any, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _run(instance: Any, probe: Probe, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """The probe's outputs and the gradients of a random sum of them."""
     inputs: list[Tensor] = []
     generator = torch.Generator().manual_seed(_SEED)
@@ -87,7 +117,7 @@ def _run(instance: Any, adapter: Adapter, dtype: torch.dtype, device: torch.devi
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         torch.manual_seed(_SEED)
         try:
-            outputs = list(adapter.probe(instance, draw))
+            outputs = list(probe(instance, draw))
             total = sum(
                 ((o.double() * _weights(o)).sum() for o in outputs),
                 start=torch.zeros((), dtype=torch.float64, device=device),

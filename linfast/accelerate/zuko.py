@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from .couple import couple, described
 from .identity import find_class
-from .tail import Tail, couple, split_of
+from .tail import Side, Split, Tail, split_of
 
 __all__ = ["ADAPTER"]
 
@@ -39,13 +40,19 @@ def _plan(lazy: Any, options: Options) -> Plan:
     if tuple(map(tuple, lazy.shapes)) != ((), ()):
         raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale a feature")
     bound = abs(math.log(named.get("slope", _SLOPE)))
-    mask = lazy.mask.tolist()
-    kept, moved = ([i for i, passes in enumerate(mask) if passes == which] for which in (True, False))
-    split, scale_map = split_of(kept, moved), ScaleMap("smooth", bound)
+    split, scale_map = split_of(lazy.mask), ScaleMap("smooth", bound)
+    layout = split, Tail(scale_map.log_scale, "interleaved", scale_map)
     return Plan(
-        f"affine coupling, smooth, mask {split.kind}",
-        layout=(split, Tail(scale_map.log_scale, "interleaved", scale_map)),
+        described(f"affine coupling, smooth, mask {split.kind}", [_side(lazy, layout, lazy.hyper, (lazy.hyper,))]),
+        layout=layout,
     )
+
+
+def _side(
+    lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor], nets: tuple[nn.Module, ...]
+) -> Side:
+    split, tail = layout
+    return Side(split, tail, run, lazy, nets)
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
@@ -89,19 +96,12 @@ def _transform_class() -> type:
 
         def run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
             """(y, log|det|) of x [..., D], or of the inverse."""
-            split, tail = self._lazy._linfast_plan.layout
-            rows = x.reshape(-1, x.shape[-1])
-            if split.kind == "gather":
-                y, log_det = self._run_gathered(rows, x.shape[:-1], tail, inverse)
-            else:
-                y, log_det = couple(rows, lambda kept: self._params(kept, x.shape[:-1]), split, tail, inverse)
+            nets = (self._lazy.hyper,) if self._c is None else ()
+            side = _side(
+                self._lazy, self._lazy._linfast_plan.layout, lambda kept: self._params(kept, x.shape[:-1]), nets
+            )
+            y, log_det = couple(x.reshape(-1, x.shape[-1]), side, inverse)
             return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
-
-        def _run_gathered(self, rows: Tensor, batch: Size, tail: Tail, inverse: bool) -> tuple[Tensor, Tensor]:
-            idx_b = self.idx_b
-            params = self._params(rows[:, self.idx_a], batch)
-            out, log_det = tail.apply(rows[:, idx_b], params, inverse)
-            return rows.index_copy(1, idx_b, out.to(rows.dtype)), -log_det() if inverse else log_det()
 
         def _params(self, kept: Tensor, batch: Size) -> Tensor:
             """[rows, 2 n] of kept [rows, n]; c is [..., n_c], broadcast to the batch."""
@@ -148,4 +148,9 @@ ADAPTER = Adapter(
     probe=_probe,
     assumes=("meta",),
     conditioners=lambda lazy: (lazy.hyper,),
+    sides=lambda lazy, layout: (_side(lazy, layout, lazy.hyper, (lazy.hyper,)),),
+    vectors=lambda lazy, draw, features: (
+        *lazy.forward(None).call_and_ladj(draw(3, features)),
+        *lazy.forward(None).inv.call_and_ladj(draw(3, features)),
+    ),
 )

@@ -171,10 +171,10 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _stacked(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """[L, *shape], zeros after each tensor's own extent; one copy where the shapes agree."""
+    """[L, *shape], zeros after each tensor's own extent; one copy where the shapes agree, a view of a lone one."""
     if len({tensor.shape for tensor in tensors}) > 1:
         tensors = [_padded(tensor, shape) for tensor in tensors]
-    stacked = torch.stack(tensors)
+    stacked = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
     return _padded(stacked, (len(tensors), *shape)).to(_wide(stacked))
 
 
@@ -236,8 +236,8 @@ def _maps(maps: Sequence[AffineMap | None], layout: StackLayout, inverse: bool, 
 
 def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """[count, *shape]: the rounding of the tensor, then of what is left over."""
-    parts, rest = [], tensor
-    for _ in range(count):
-        parts.append(rest.to(dtype))
+    parts, rest = [tensor.to(dtype)], tensor
+    for _ in range(count - 1):
         rest = rest - parts[-1].to(rest.dtype)
-    return torch.stack(parts)
+        parts.append(rest.to(dtype))
+    return torch.stack(parts) if count > 1 else parts[0][None]

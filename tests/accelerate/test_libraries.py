@@ -10,9 +10,14 @@ import torch
 
 import linfast as lf
 
-from .zoo import KINDS, inputs, make, require
+from .launches import Launches
+from .zoo import KINDS, inputs, make, redraw, require
 
-SEEDS = range(2)
+FRESH = range(2)
+"""Seeds of models built anew, masks and permutations with them; ``test_twenty_draws_of_the_weights`` has the rest.
+
+The reference's stand-in has these only: it takes a second a model, and test_reference.py holds its training.
+"""
 
 
 def outputs(kind, model, dtype, seed=0):
@@ -42,22 +47,49 @@ def assert_same(actual, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+def assert_as_accurate(actual, expected, truth):
+    """Within 2e-6 of the original, or, where that is further from float64 itself, within twice its own error."""
+    for a, b, exact in zip(actual, expected, truth, strict=True):
+        own = relative(b, exact)
+        assert relative(a, b) <= 2e-6 or relative(a, exact) <= 2 * own, f"{relative(a, b):.1e}, its own {own:.1e}"
+
+
+@pytest.mark.parametrize("seed", FRESH)
 @pytest.mark.parametrize("name", KINDS)
 def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
+    """By one model, before, accelerated, in float64 and restored."""
     kind = KINDS[name]
     model = make(kind, seed)
     before = outputs(kind, model, torch.float32, seed)
     exact = outputs(kind, copy.deepcopy(model).double(), torch.float64, seed)
     report = lf.accelerate(model)
     assert (len(report.swapped), len(report.left)) == (kind.swapped, 0), str(report)
-    after = outputs(kind, model, torch.float32, seed)
-    for a, b, truth in zip(after, before, exact, strict=True):
-        own = relative(b, truth)
-        assert relative(a, b) <= 2e-6 or relative(a, truth) <= 2 * own, f"{relative(a, b):.1e}, its own {own:.1e}"
+    assert_as_accurate(outputs(kind, model, torch.float32, seed), before, exact)
     assert_close(outputs(kind, model.double(), torch.float64, seed), exact, 1e-12)
     lf.restore(model.float())
     assert_same(outputs(kind, model, torch.float32, seed), before)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "reference"])
+def test_twenty_draws_of_the_weights(name):
+    """Two models of one structure: the accelerated one is loaded from the other, copied and cast; in both modes."""
+    kind = KINDS[name]
+    model = make(kind, 0)
+    start = copy.deepcopy(model.state_dict())
+    fast = copy.deepcopy(model)
+    lf.accelerate(fast)
+    for seed in range(20):
+        redraw(model, start, seed)
+        fast.load_state_dict(model.state_dict())
+        for each in (model, fast):
+            each.train(seed % 2 == 0)
+        expected, exact = (
+            outputs(kind, model, torch.float32, seed),
+            outputs(kind, copy.deepcopy(model).double(), torch.float64, seed),
+        )
+        assert_as_accurate(outputs(kind, fast, torch.float32, seed), expected, exact)
+        assert_close(outputs(kind, copy.deepcopy(fast).double(), torch.float64, seed), exact, 1e-12)
+    assert [type(m) for m in fast.modules()] != [type(m) for m in model.modules()]
 
 
 KERNELS = [name for name in KINDS if name != "reference"]  # its U-Nets take minutes in the interpreter
@@ -65,13 +97,27 @@ KERNELS = [name for name in KINDS if name != "reference"]  # its U-Nets take min
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_give_the_same(name):
-    """Through Triton's interpreter: the views of x and of the parameters that the op is given."""
+    """Through Triton's interpreter: the views of x and of the parameters that the ops are given."""
     kind = KINDS[name]
     model = make(kind, 0)
     before = outputs(kind, model, torch.float32)
-    lf.accelerate(model)
-    with lf.backend("triton"):
+    report = lf.accelerate(model)
+    with lf.backend("triton"), Launches() as launches:
         assert_close(outputs(kind, model, torch.float32), before, 1e-5)
+    assert launches.counts["coupling_stack"] == kind.whole, launches.counts
+    assert any("whole layer" in row.runs for row in report.swapped) == bool(kind.whole), str(report)
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if KINDS[name].whole])
+def test_the_check_covers_the_whole_layer(name):
+    """Where kernels run, accelerate compares the one launch too, and gradients of the conditioner's own weights."""
+    kind = KINDS[name]
+    model = make(kind, 0)
+    with lf.backend("triton"), Launches() as launches:
+        report = lf.accelerate(model)
+    assert launches.counts["coupling_stack"] >= 2, launches.counts
+    assert launches.counts["coupling_stack_backward"] >= 2, launches.counts
+    assert not report.left, str(report)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -22,7 +22,10 @@ FEATURES, CONTEXT, BATCH = 6, 3, 5
 
 @dataclass(frozen=True)
 class Kind:
-    """build() -> model; run(model, x, c) -> outputs of both directions; how many modules are to be swapped."""
+    """build() -> model; run(model, x, c) -> outputs of both directions; how many modules are to be swapped.
+
+    whole: how many couplings of a run are one launch with their conditioner, where kernels run.
+    """
 
     library: str
     build: Callable[[], nn.Module]
@@ -30,6 +33,7 @@ class Kind:
     swapped: int
     shape: tuple[int, ...] = (FEATURES,)
     context: tuple[int, ...] = (CONTEXT,)
+    whole: int = 0
 
 
 def require(library: str):
@@ -48,11 +52,17 @@ def make(kind: Kind, seed: int) -> nn.Module:
     """A model of this kind with every weight moved, in float32."""
     torch.manual_seed(seed)
     model = kind.build()
+    redraw(model, model.state_dict(), seed)
+    return model
+
+
+def redraw(model: nn.Module, start: dict[str, Tensor], seed: int) -> None:
+    """Give every weight a value near that which ``start`` has."""
+    torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "log_S" not in name:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+                parameter.copy_(start[name] + 0.05 * torch.randn_like(parameter))
 
 
 def inputs(kind: Kind, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -105,6 +115,43 @@ def _glow():
     return flow
 
 
+def _normflows_masked(masks: str, activation: type[nn.Module] = nn.ReLU, scale: bool = True):
+    def build():
+        nf = require("normflows")
+
+        def mlp():
+            layers = nn.Linear(FEATURES, 16), activation(), nn.Linear(16, 16), activation(), nn.Linear(16, FEATURES)
+            return nn.Sequential(*layers)
+
+        flows = [
+            nf.flows.MaskedAffineFlow(torch.tensor(mask).gt(0).float(), mlp(), mlp() if scale else None)
+            for mask in _masks(masks)
+        ]
+        return nf.NormalizingFlow(nf.distributions.DiagGaussian(FEATURES), flows)
+
+    return build
+
+
+class Residual(nn.Module):
+    """No MLP."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.net = net(features, features)
+
+    def forward(self, x):
+        return x + self.net(x)
+
+
+def _normflows_masked_residual():
+    nf = require("normflows")
+    flows = [
+        nf.flows.MaskedAffineFlow(torch.tensor(mask).gt(0).float(), Residual(FEATURES), Residual(FEATURES))
+        for mask in (*_masks("alternate"), *_masks("gather"))
+    ]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(FEATURES), flows)
+
+
 def _run_normflows(model, x, c):
     return [*model.forward_and_log_det(x), *model.inverse_and_log_det(x)]
 
@@ -132,6 +179,41 @@ def _nflows(name: str, masks: str):
         return nflows.CompositeTransform([transform(mask, resnet) for mask in _masks(masks)])
 
     return build
+
+
+class PassesOn(nn.Module):
+    """Takes a context, as nflows' nets do, and leaves it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, context=None):
+        return self.inner(x)
+
+
+def _nflows_mlp(name: str, masks: str):
+    def build():
+        nflows, nets = require("nflows.transforms"), require("nflows.nn.nets")
+
+        def mlp(n_in, n_out):
+            return PassesOn(nets.MLP([n_in], [n_out], [16, 16], activation=torch.tanh))
+
+        return nflows.CompositeTransform([getattr(nflows, name)(mask, mlp) for mask in _masks(masks)])
+
+    return build
+
+
+def _glasflow_mlp():
+    transforms, coupling = require("glasflow.nflows.transforms"), require("glasflow.transforms.coupling")
+    mlp = require("glasflow.nets.mlp").MLP
+    return transforms.CompositeTransform(
+        [coupling.AffineCouplingTransform(mask, lambda i, o: mlp(i, o, [16])) for mask in _masks("alternate")]
+    )
+
+
+def _run_nflows_alone(model, x, c):
+    return [*model(x), *model.inverse(x)]
 
 
 def _nflows_image():
@@ -183,15 +265,17 @@ def _freia(name: str, shape: tuple[int, ...] = (FEATURES,), context: int = 0, **
 
 def _run_freia(model, x, c):
     condition = [c] if model.conditions and model.conditions[0] is not None else None
-    return [*model(x, c=condition), *model(x, c=condition, rev=True)]
+    values = (*model(x, c=condition), *model(x, c=condition, rev=True))
+    return [v if isinstance(v, Tensor) else x.new_tensor(v) for v in values]  # a log-det may be a float
 
 
 # zuko
 
 
-def _zuko(context: int = CONTEXT, **options):
+def _zuko(context: int = CONTEXT, name: str = "RealNVP", **options):
     def build():
-        return require("zuko").flows.RealNVP(FEATURES, context, transforms=3, hidden_features=(16, 16), **options)
+        flow = getattr(require("zuko").flows, name)
+        return flow(FEATURES, context, transforms=3, hidden_features=(16, 16), **options)
 
     return build
 
@@ -254,36 +338,63 @@ def _run_reference(model, x, c):
     return [z, model.gy_inverse(x), model(x, t=t), model.linear_network.get_lin_t(t)]
 
 
+# Couplings of a run both ways; of the other masks the second's parts are not halves.
+UNCONDITIONED = {"alternate": 4, "halves": 2, "gather": 2}
+
 KINDS = {
     **{
-        f"normflows {scale_map} {split}": Kind("normflows", _normflows(scale_map, split), _run_normflows, 3)
+        f"normflows {scale_map} {split}": Kind(
+            "normflows", _normflows(scale_map, split), _run_normflows, 3, whole=6
+        )
         for scale_map in ("exp", "sigmoid", "sigmoid_inv")
         for split in ("channel", "channel_inv")
     },
-    "normflows additive": Kind("normflows", _normflows(scale=False), _run_normflows, 3),
+    "normflows additive": Kind("normflows", _normflows(scale=False), _run_normflows, 3, whole=6),
+    **{
+        f"normflows masked {masks}": Kind("normflows", _normflows_masked(masks), _run_normflows, 2, whole=whole)
+        for masks, whole in UNCONDITIONED.items()
+    },
+    "normflows masked without scale": Kind(
+        "normflows", _normflows_masked("alternate", scale=False), _run_normflows, 2, whole=4
+    ),
+    "normflows masked softplus": Kind("normflows", _normflows_masked("gather", nn.Softplus), _run_normflows, 2),
+    "normflows masked residual": Kind("normflows", _normflows_masked_residual, _run_normflows, 4),
     "normflows glow": Kind("normflows", _glow, _run_normflows, 2, shape=(4, 2, 3)),
     **{
         f"nflows {kind} {masks}": Kind("nflows", _nflows(f"{kind}CouplingTransform", masks), _run_nflows, 2)
         for kind in ("Affine", "Additive")
         for masks in ("alternate", "halves", "gather")
     },
+    **{
+        f"nflows {kind} MLP {masks}": Kind(
+            "nflows", _nflows_mlp(f"{kind}CouplingTransform", masks), _run_nflows_alone, 2, whole=whole
+        )
+        for kind in ("Affine", "Additive")
+        for masks, whole in UNCONDITIONED.items()
+    },
     "nflows image": Kind("nflows", _nflows_image, _run_nflows, 2, shape=(4, 2, 3)),
     "glasflow": Kind("glasflow", _glasflow(""), _run_glasflow, 3),
     "glasflow log2 lu": Kind("glasflow", _glasflow("log2", linear_transform="lu"), _run_glasflow, 3),
+    "glasflow MLP": Kind("glasflow", _glasflow_mlp, _run_nflows_alone, 2, whole=4),
     "glasflow additive": Kind("glasflow", _glasflow("", volume_preserving=True), _run_glasflow, 3),
     **{
-        f"FrEIA {name} {clamp}": Kind("FrEIA", _freia(name, clamp_activation=clamp), _run_freia, 2)
-        for name, clamp in (
-            ("GLOWCouplingBlock", "ATAN"),
-            ("GLOWCouplingBlock", "SIGMOID"),
-            ("RNVPCouplingBlock", "TANH"),
-            ("AffineCouplingOneSided", "ATAN"),
+        f"FrEIA {name} {clamp}": Kind("FrEIA", _freia(name, clamp_activation=clamp), _run_freia, 2, whole=whole)
+        for name, clamp, whole in (
+            ("GLOWCouplingBlock", "ATAN", 8),
+            ("GLOWCouplingBlock", "SIGMOID", 0),
+            ("RNVPCouplingBlock", "TANH", 8),
+            ("AffineCouplingOneSided", "ATAN", 4),
         )
     },
+    "FrEIA NICE": Kind("FrEIA", _freia("NICECouplingBlock"), _run_freia, 2, whole=8),
+    "FrEIA NICE image": Kind(
+        "FrEIA", _freia("NICECouplingBlock", (5, 2, 2), 2), _run_freia, 2, shape=(5, 2, 2), context=(2, 2, 2)
+    ),
     "FrEIA GLOW image": Kind(
         "FrEIA", _freia("GLOWCouplingBlock", (5, 2, 2), 2), _run_freia, 2, shape=(5, 2, 2), context=(2, 2, 2)
     ),
-    "FrEIA all in one": Kind("FrEIA", _freia("AllInOneBlock"), _run_freia, 2),
+    "FrEIA all in one": Kind("FrEIA", _freia("AllInOneBlock"), _run_freia, 2, whole=4),
+    "FrEIA all in one conditional": Kind("FrEIA", _freia("AllInOneBlock", context=CONTEXT), _run_freia, 2),
     "FrEIA all in one image": Kind(
         "FrEIA",
         _freia("AllInOneBlock", (5, 2, 2), 0, reverse_permutation=True, gin_block=True),
@@ -292,9 +403,11 @@ KINDS = {
         shape=(5, 2, 2),
     ),
     "zuko": Kind("zuko", _zuko(), _run_zuko, 3),
-    "zuko random masks": Kind("zuko", _zuko(0, randmask=True), _run_zuko, 3),
-    "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2),
-    "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2),
-    "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2),
+    "zuko alone": Kind("zuko", _zuko(0), _run_zuko, 3, whole=15),
+    "zuko NICE": Kind("zuko", _zuko(0, "NICE"), _run_zuko, 3, whole=15),
+    "zuko random masks": Kind("zuko", _zuko(0, randmask=True), _run_zuko, 3, whole=15),
+    "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2, whole=8),
+    "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2, whole=8),
+    "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2, whole=8),
     "reference": Kind("reference", _reference, _run_reference, 36, shape=(1, 8, 8)),
 }

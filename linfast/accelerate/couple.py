@@ -1,0 +1,124 @@
+"""What runs a coupling: on a GPU the whole layer in one launch or its tail in one, elsewhere plain torch.
+
+whole layer  an MLP conditioner that ``ops.coupling_stack`` has a tile for, on vectors: whole.py
+tail         ``ops.affine_coupling``: split, map, product, sum and concatenation in one kernel
+plain torch  tail.py: on a CPU, in float64, and where the kernels do not have the library's map or split
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..backend import uses_triton
+from ..ops.affine_coupling import affine_coupling, split_sizes
+from .tail import Side
+from .whole import fits_whole, whole_layer
+
+__all__ = ["couple", "couple_both", "described"]
+
+Kernel = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
+
+
+def couple(x: Tensor, side: Side, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(y, log_det [B]) of x [B, C, ...]."""
+    kernel = _kernel(x, side)
+    if kernel is not None:
+        return kernel(x, inverse)
+    kept, moved = side.split.take(x)
+    out, log_det = side.tail.apply(moved, side.run(kept), inverse)
+    return side.split.put(x, kept, out), -log_det() if inverse else log_det()
+
+
+def couple_both(
+    x: Tensor, sides: Sequence[Side], inverse: bool, log_det: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """(y, log_det [B]) of a two-sided coupling: the first run of channels moves, then the others.
+
+    Args:
+        sides: that which moves the first run, and that which moves the second.
+    """
+    order = (1, 0) if inverse else (0, 1)
+    kernels = [_kernel(x, side) for side in sides]
+    if all(kernels):
+        x, one = kernels[order[0]](x, inverse)  # type: ignore[misc]
+        x, two = kernels[order[1]](x, inverse)  # type: ignore[misc]
+        return x, one + two
+    second, first = sides[0].split.take(x)
+    parts, totals = [first, second], []
+    for moves in order:
+        side = sides[moves]
+        parts[moves], total = side.tail.apply(parts[moves], side.run(parts[1 - moves]), inverse)
+        totals.append(total)
+    if not log_det:
+        return torch.cat(parts, 1), None
+    log_dets = totals[0]() + totals[1]()
+    return torch.cat(parts, 1), -log_dets if inverse else log_dets
+
+
+def described(what: str, sides: Sequence[Side]) -> str:
+    """``what``, and which of the three runs, for the report; of modules on a CPU also what a GPU would run."""
+    like = next((p for side in sides for p in side.owner.parameters() if p.is_floating_point()), torch.empty(0))
+    fused = " and ".join(dict.fromkeys(_best(side, like) for side in sides))
+    if like.is_cuda or fused == "plain torch":
+        return f"{what} ({fused})"
+    return f"{what} (on a GPU: {fused}; here: plain torch)"
+
+
+def _best(side: Side, like: Tensor) -> str:
+    """What a GPU runs for this side."""
+    if fits_whole(side, like):
+        return "whole layer"
+    return "tail" if _has_tail_kernel(side, side.split.features) else "plain torch"
+
+
+def _kernel(x: Tensor, side: Side) -> Kernel | None:
+    """What runs in place of plain torch on x."""
+    if side.tail.scale_map is None or not uses_triton(x):
+        return None
+    whole = whole_layer(x, side)
+    if whole is not None:
+        return whole
+    fits = _has_tail_kernel(side, x.shape[1]) and (side.split.kind == "halves" or x.ndim == 2)
+    return functools.partial(_by_tail, side) if fits else None
+
+
+def _has_tail_kernel(side: Side, features: int | None) -> bool:
+    """Whether the kernel has this tail and split; features None: unknown."""
+    split = side.split
+    if side.tail.scale_map is None or side.tail.layout == "shift" or split.kind == "gather":
+        return False
+    if split.kind == "alternate":
+        return features is None or features % 2 == 0
+    return split.first is None or features is None or split.first == split_sizes(features)[0]
+
+
+def _by_tail(side: Side, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    tail, alternate, view = side.tail, side.split.kind == "alternate", x
+    assert tail.scale_map is not None
+    kept, moved = side.split.take(x)
+    given, layout, undo = side.run(kept), tail.layout, tail.gives == "reciprocal"
+    if isinstance(given, tuple) or layout == "raw_first" or undo:
+        shift, raw = tail.shift_and_raw(given, moved.shape[1])
+        params, layout = torch.cat((-shift if undo else shift, raw), 1), "halves"
+    else:
+        params = given
+    if alternate:  # [B, D] as two channels of D / 2 positions
+        view = x.unflatten(1, (-1, 2)).mT
+        params = params.unflatten(1, (2, -1)) if layout == "halves" else params.unflatten(1, (-1, 2)).mT
+        layout = "halves"
+    y, log_det = affine_coupling(
+        view,
+        params,
+        tail.scale_map,
+        order="shift_first" if undo else "scale_first",  # m / s + t undoes (m - t) s
+        layout=layout,
+        moves=side.split.moves,
+        inverse=inverse != undo,
+        log_det=True,
+    )
+    assert log_det is not None
+    return (y.mT.flatten(1) if alternate else y), log_det.to(x.dtype)

@@ -1,0 +1,53 @@
+"""What accelerate may cost on a CPU, in elements written by torch's ops: no clock, so no noise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from linfast.bench.library_models import LIBRARIES
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import linfast as lf
+
+ROWS, FEATURES, DEPTH, HIDDEN = 256, 64, 4, (128, 128)
+MOST = 1.02
+
+
+class Written(TorchDispatchMode):
+    """Elements of the results that are no views."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not any(name in function.__name__ for name in ("detach", "empty")):
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            self.elements += sum(r.numel() for r in results if isinstance(r, torch.Tensor))
+        return result
+
+
+def written(run, model, x, train):
+    with Written() as mode, torch.set_grad_enabled(train):
+        outputs = run(model, x)
+        if train:
+            sum(o.square().mean() for o in outputs).backward()
+    model.zero_grad()
+    return mode.elements
+
+
+@pytest.mark.parametrize("direction", ["forward", "inverse", "training"])
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_no_more_is_written_than_by_the_original(name, direction):
+    try:
+        model, forward, inverse = LIBRARIES[name](FEATURES, DEPTH, HIDDEN)
+    except ImportError as error:
+        pytest.skip(f"{name}: {error}")
+    fast, x = copy.deepcopy(model), torch.randn(ROWS, FEATURES)
+    assert not lf.accelerate(fast).left
+    run, train = inverse if direction == "inverse" else forward, direction == "training"
+    before, after = (written(run, each, x, train) for each in (model, fast))
+    assert after <= MOST * before, f"{after / before:.3f}"
