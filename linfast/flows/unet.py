@@ -101,7 +101,7 @@ class UNet(nn.Module):
             moved = fn(parameter)
             return moved.contiguous(memory_format=_layout(moved.is_cpu)) if moved.ndim == 4 else moved
 
-        return super()._apply(laid_out, recurse)  # type: ignore[no-any-return]
+        return super()._apply(laid_out, recurse)
 
     def _topology(self) -> tuple[list[_Block], list[_Block]]:
         levels = [

@@ -195,6 +195,21 @@ def test_as_a_conditioner_the_flow_inverts_and_knows_its_log_det() -> None:
     assert abs(torch.linalg.slogdet(jacobian).logabsdet - log_det[0]) <= 1e-10
 
 
+def test_image_flow_builds_unets() -> None:
+    options = {"channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (8,), "dropout": 0.3}
+    g = lf.image_flow(3, 16, 3, 8, conditioner="unet", unet_options=options, time_features=8)
+    unets = [layer.conditioner for layer in g.bijections if isinstance(layer, lf.AffineCoupling)]
+    assert len(unets) == 3
+    for unet in unets:
+        assert isinstance(unet, lf.UNet)
+        assert (unet.channels_in, unet.channels_out, unet.resolution, unet.width) == (6, 12, 8, 8)  # squeezed
+        assert {name: getattr(unet, name) for name in options} == options
+        assert unet.time_features == 8
+    even = lf.image_flow(2, (4, 8), 1, conditioner="unet").bijections[0].conditioner
+    assert (even.channels_in, even.channels_out, even.resolution, even.width) == (1, 2, 4, 16)
+    assert (even.dropout, even.time_features, even.blocks) == (0.1, 0, 2)
+
+
 def test_first_and_second_derivatives() -> None:
     unet, x = _unet(time_features=0, dropout=0.0), _x(1, 2, 2, 2).requires_grad_()
     assert torch.autograd.gradcheck(unet, (x,))
