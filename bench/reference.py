@@ -59,7 +59,12 @@ def step_bytes(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: T
     """Bytes of tensors at the peak of a ``step``, the weights' gradients among them and the weights not."""
     for parameter in parameters:
         parameter.grad = None
-    return peak_bytes(lambda x: (step(g, parameters, x), x)[1:], (x,), x.device)
+
+    def call(x: Tensor) -> Tensor:
+        step(g, parameters, x)
+        return x
+
+    return peak_bytes(call, (x,), x.device)
 
 
 class _Operations(TorchDispatchMode):

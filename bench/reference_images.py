@@ -85,7 +85,8 @@ def _ratios(name: str, x: Tensor, runs: dict[str, Callable[[Tensor], Any]], repe
 
 def memory(f: Any, h: Any, x: Tensor) -> None:
     """Of a training step of g: the reference's, ours with its weights, and ``image_flow``'s own."""
-    own = lf.image_flow(*x.shape[1:3], depth=_DEPTH, conditioner="unet", time_features=16, actnorm=True, mix="free")
+    channels, side = x.shape[1:3]
+    own = lf.image_flow(channels, side, _DEPTH, conditioner="unet", time_features=16, actnorm=True, mix="free")
     own(x, t=1.0)
     f.train(), h.train()
     flows = {"from_reference": (h.g_x.bijection, h.gx), "image_flow": (own, own.at(t=1.0))}
