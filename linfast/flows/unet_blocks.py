@@ -141,9 +141,9 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         h = self.norm(x, activation=False)
         if in_nchw(x):
-            a = self._attended(self.qkv(h.flatten(2).mT))[:, 0]
-            weight = self.out.weight.expand(B, C, C)
-            y = torch.baddbmm(x.flatten(2), weight, a.mT, beta=SKIP_SCALE).add_(self.out.bias[:, None])
+            qkv, out = self.qkv.weight.mT.expand(B, C, 3 * C), self.out.weight.expand(B, C, C)
+            a = self._attended(torch.baddbmm(self.qkv.bias, h.flatten(2).mT, qkv))[:, 0]
+            y = torch.baddbmm(x.flatten(2), out, a.mT, beta=SKIP_SCALE).add_(self.out.bias[:, None])
             return y.view(x.shape)
         a = self._attended(self.qkv(pixels(h)).view(B, H * W, 3 * C)).reshape(B * H * W, C)
         return torch.add(as_image(self.out(a), x), x, alpha=SKIP_SCALE)
