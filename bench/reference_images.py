@@ -1,58 +1,39 @@
 """linfast's image Linearizer beside the reference repository's, with the same weights, on the CPU.
 
     python -m linfast.bench.reference_images PATH --config mnist --batch 16 64
+    python -m linfast.bench.reference_images PATH --what times     # in a fresh process: see below
+    python -m linfast.bench.reference_images PATH --what launches
 
-PATH is a checkout of github.com/assafshocher/Linearizer, which is imported and not changed. First the
-outputs and the input's gradient are compared (truth: the reference in float64), then operations are counted,
-then both are timed in turns in one process on one thread. The float64 runs leave the allocator with larger
-thresholds, so that fewer pages fault later: that favours the reference, whose attention weights are large.
+PATH is a checkout of github.com/assafshocher/Linearizer, which is imported and not changed.
 
-Operations: what reaches a backend below autograd, without views and allocations; on a GPU each would be
-one launch or more. linfast's group_norm and silu are two here and one on a GPU.
+compare     errors of the outputs and of the input's gradient; truth: the reference in float64
+times       forward, inverse and a training step of g, in turns in one process on one thread. After
+            ``compare`` the allocator has larger thresholds, so that fewer pages fault: that favours the
+            reference, whose attention weights are large.
+memory      tensors alive at the peak of a training step of g, at the first batch size
+operations  what reaches a backend below autograd, without views and allocations: on a GPU each is one
+            launch or more
+launches    the same where the ops run their kernels, as on a GPU, and how many Triton launches are among
+            it: the kernels are interpreted at batch 1, which takes a minute. "frozen": inside lf.freeze
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import statistics
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 
-CONFIGS = {"mnist": (1, 32), "celeba": (3, 64)}
-LAYERS, RANK, TIME_FEATURES = 2, 8, 128
-_LAST = {"conv1": 0.5, "proj": 0.5}
-_LAST_CONV = 0.3
-_NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "promote_types")
+from .reference import CONFIGS, interleaved, launches, operations, reference_model, step, step_bytes
 
-
-def reference_model(path: str, channels: int, side: int) -> Any:
-    """Its Linearizer with ActNorms initialised and no weight near zero: as built, the last ones are 1e-5."""
-    sys.path.insert(0, path)
-    from common.song__unet import creat_song_unet  # type: ignore[import-not-found]
-    from one_step.modules.invertable_network import InverseUnet  # type: ignore[import-not-found]
-    from one_step.modules.linear_network import TimeDependentLoRALinearLayer  # type: ignore[import-not-found]
-    from one_step.modules.one_step_linearizer import OneStepLinearizer  # type: ignore[import-not-found]
-
-    g = InverseUnet(LAYERS, channels, side, creat_song_unet)
-    f = OneStepLinearizer(g, TimeDependentLoRALinearLayer(channels * side**2, RANK, TIME_FEATURES))
-    with torch.no_grad():
-        for name, module in f.named_modules():
-            last = name.rpartition(".")[2]
-            scale = _LAST_CONV if last.endswith("aux_conv") else _LAST.get(last)
-            if scale is not None:
-                module.weight.normal_(std=scale / module.weight[0].numel() ** 0.5)
-        f.gx(torch.randn(4, channels, side, side))
-    return f.eval()
+_PARTS = ("compare", "times", "memory", "operations", "launches")
+_DEPTH = 8  # couplings of the reference's g
 
 
 def compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
@@ -66,7 +47,7 @@ def compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
         out["gy_inverse"] = model.gy_inverse(x)
         sum(value.square().mean() for value in out.values()).backward()
         assert x.grad is not None
-        return {**out, "gradient of x": x.grad}
+        return {**{name: value.detach() for name, value in out.items()}, "gradient of x": x.grad}
 
     ours, own = results(h, x, t), results(f, x, t)
     truth = results(f.double(), x.double(), t.double())
@@ -76,84 +57,106 @@ def compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
         print(f"{name:14s} linfast {errors[0]:.1e}   reference in fp32 {errors[1]:.1e}")
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the operations that reach a backend, views and allocations left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(_NO_LAUNCH):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], object]) -> Counter[str]:
-    """What ``run`` would launch, by name."""
-    with _Operations() as mode:
-        run()
-    return mode.counts
-
-
-def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
-    """Median (wall, CPU) seconds of each, run in turns."""
-    taken: list[list[tuple[float, float]]] = [[] for _ in runs]
-    for i in range(repeats + 1):
-        for run, times in zip(runs, taken, strict=True):
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            if i:
-                times.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return [(statistics.median(w for w, _ in times), statistics.median(c for _, c in times)) for times in taken]
-
-
-def step(model: Any, x: Tensor) -> None:
-    """One backward pass of a loss on g's latents."""
-    model.zero_grad(set_to_none=True)
-    model.gx(x).square().mean().backward()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path")
-    parser.add_argument("--config", choices=CONFIGS, default="mnist")
-    parser.add_argument("--batch", type=int, nargs="*", default=[16, 64])
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    channels, side = CONFIGS[arguments.config]
-    f = reference_model(arguments.path, channels, side)
-    h = lf.from_reference(f)
-    compare(f, h, torch.randn(2, channels, side, side), torch.rand(2))
-
-    for batch in arguments.batch:
-        _measure(f, h, torch.randn(batch, channels, side, side), arguments.repeats)
-    with torch.no_grad():
-        for label, model in (("reference", f), ("linfast", h)):
-            counts = operations(functools.partial(model.gx, torch.randn(2, channels, side, side)))
-            print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common(14))}")
-
-
-def _measure(f: Any, h: Any, x: Tensor, repeats: int) -> None:
+def times(f: Any, h: Any, x: Tensor, repeats: int) -> None:
+    """Of g's forward, inverse and training step; the last with activations stored, and inverted."""
     with torch.no_grad():
         z = f.gx(x)
-        _print("forward", len(x), [functools.partial(m.gx, x) for m in (f, h)], repeats)
-        _print("inverse", len(x), [functools.partial(m.gx_inverse, z) for m in (f, h)], repeats)
+        _ratios("forward", x, {"reference": f.gx, "linfast": h.gx}, repeats)
+        _ratios("inverse", z, {"reference": f.gx_inverse, "linfast": h.gx_inverse}, repeats)
     f.train(), h.train()
-    _print("training step", len(x), [functools.partial(step, m, x) for m in (f, h)], repeats)
+
+    def linfast(memory: str, x: Tensor) -> None:
+        h.g_x.bijection.memory = memory
+        step(h.gx, list(h.parameters()), x)
+
+    runs = {f"linfast, {memory}": functools.partial(linfast, memory) for memory in ("store", "invert")}
+    _ratios("training step", x, {"reference": lambda x: step(f.gx, list(f.parameters()), x), **runs}, repeats)
     f.eval(), h.eval()
 
 
-def _print(name: str, batch: int, pair: Sequence[Callable[[], Any]], repeats: int) -> None:
-    (wall, cpu), (own_wall, own_cpu) = interleaved(pair, repeats)
-    print(
-        f"{name}, batch {batch}: reference {wall * 1e3:.0f} ms, linfast {own_wall * 1e3:.0f} ms, "
-        f"ratio {wall / own_wall:.2f} (CPU time {cpu / own_cpu:.2f})",
-        flush=True,
+def _ratios(name: str, x: Tensor, runs: dict[str, Callable[[Tensor], Any]], repeats: int) -> None:
+    (wall, cpu), *others = interleaved([functools.partial(run, x) for run in runs.values()], repeats)
+    ours = ", ".join(
+        f"{label} {own_wall * 1e3:.0f} ms, ratio {wall / own_wall:.2f} (CPU time {cpu / own_cpu:.2f})"
+        for label, (own_wall, own_cpu) in zip(list(runs)[1:], others, strict=True)
     )
+    print(f"{name}, batch {len(x)}: reference {wall * 1e3:.0f} ms, {ours}", flush=True)
+
+
+def memory(f: Any, h: Any, x: Tensor) -> None:
+    """Of a training step of g: the reference's, ours with its weights, and ``image_flow``'s own."""
+    channels, side = x.shape[1:3]
+    own = lf.image_flow(channels, side, _DEPTH, conditioner="unet", time_features=16, actnorm=True, mix="free")
+    own(x, t=1.0)
+    f.train(), h.train()
+    flows = {"from_reference": (h.g_x.bijection, h.gx), "image_flow": (own, own.at(t=1.0))}
+    full = _mega("reference", step_bytes(f.gx, list(f.parameters()), x), x)
+    for label, (flow, g) in flows.items():
+        for mode in ("store", "invert"):
+            flow.memory = mode
+            _mega(f"{label}, {mode}", step_bytes(g, list(flow.parameters()), x), x, full)
+    print(f"of it, the weights' gradients: {sum(p.nbytes for p in own.parameters()) / 1e6:.1f} MB (image_flow)")
+    f.eval(), h.eval()
+
+
+def _mega(label: str, size: int, x: Tensor, full: int = 0) -> int:
+    share = f", {size / full:.3f} of the reference" if full else ""
+    print(f"peak of a training step, batch {len(x)}, {label}: {size / 1e6:.1f} MB{share}", flush=True)
+    return size
+
+
+def count_operations(f: Any, h: Any, x: Tensor) -> None:
+    """Of g forward."""
+    with torch.no_grad():
+        for label, g in (("reference", f.gx), ("linfast", h.gx)):
+            counts = operations(functools.partial(g, x))
+            print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common(14))}")
+
+
+def count_launches(h: Any, x: Tensor) -> None:
+    """Of g forward, outside ``freeze`` and inside, when what is derived from weights is there."""
+    run = functools.partial(h.gx, x)
+    with torch.no_grad():
+        _print_launches("linfast on a GPU", launches(run))
+        with lf.freeze(h):
+            launches(run)
+            _print_launches("the same, frozen", launches(run))
+
+
+def _print_launches(label: str, found: tuple[Counter[str], Counter[str]]) -> None:
+    counts, kernels = found
+    print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common())}")
+    print(f"    Triton launches among them: {kernels.total()}  {dict(kernels)}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path")
+    parser.add_argument("--config", choices=CONFIGS, default="mnist")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--what", choices=_PARTS, nargs="+", default=list(_PARTS[:4]))
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    channels, side = CONFIGS[options.config]
+    f = reference_model(options.path, channels, side)
+    h = lf.from_reference(f)
+
+    def draw(batch: int) -> Tensor:
+        return torch.randn(batch, channels, side, side)
+
+    if "compare" in options.what:
+        compare(f, h, draw(2), torch.rand(2))
+    if "times" in options.what:
+        for batch in options.batch:
+            times(f, h, draw(batch), options.repeats)
+    if "memory" in options.what:
+        memory(f, h, draw(options.batch[0]))
+    if "operations" in options.what:
+        count_operations(f, h, draw(2))
+    if "launches" in options.what:
+        count_launches(h, draw(1))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ __all__ = ["from_reference"]
 _GX_TIME, _GY_TIME = 1.0, 0.0
 
 
-def from_reference(linearizer: nn.Module) -> Linearizer:
+def from_reference(linearizer: nn.Module, memory: str = "auto") -> Linearizer:
     """The linfast model with the weights of a reference image model: f(x, t=t) gives the same output.
 
     The weights are copied, in the model's dtype and on its device; ActNorms that were trained
@@ -44,22 +44,23 @@ def from_reference(linearizer: nn.Module) -> Linearizer:
     Args:
         linearizer: has ``net_gx``, ``net_gy`` and ``linear_network``, as the repository's
             OneStepLinearizer has.
+        memory: what g's backward keeps: "store", "invert" or "auto" (see ``Flow``).
 
     Raises:
         TypeError: a part that is not one of the classes above.
-        ValueError: a part built with an option that linfast has no counterpart for.
+        ValueError: a part built with an option that linfast has no counterpart for; an unknown ``memory``.
     """
     for name in ("net_gx", "net_gy", "linear_network"):
         if not isinstance(getattr(linearizer, name, None), nn.Module):
             raise TypeError(f"linearizer must have net_gx, net_gy and linear_network; {name} is missing")
     net_gx, net_gy = linearizer.net_gx, linearizer.net_gy
-    g_x = _flow("net_gx", net_gx)
-    g_y = g_x if net_gy is net_gx else _flow("net_gy", net_gy)
+    g_x = _flow("net_gx", net_gx, memory)
+    g_y = g_x if net_gy is net_gx else _flow("net_gy", net_gy, memory)
     A = _operator(linearizer.linear_network, g_x.shape)
     return Linearizer(g_x.at(t=_GX_TIME), A, g_y.at(t=_GY_TIME)).train(linearizer.training)
 
 
-def _flow(name: str, network: Any) -> Flow:
+def _flow(name: str, network: Any, memory: str) -> Flow:
     if not _is_a(network, "InverseUnet") or not _is_a(getattr(network, "g", None), "InvUnet"):
         raise TypeError(f"{name} must be an InverseUnet; got {type(network).__name__}")
     blocks, squeezed = network.g.blocks, network.g.squeeze is not None
@@ -68,7 +69,7 @@ def _flow(name: str, network: Any) -> Flow:
     if squeezed:
         layers = [Squeeze(channels), *layers, Inverse(Squeeze(channels))]
     side = math.isqrt(network.dim // channels)
-    return Flow(layers, features=channels, shape=(channels, side, side))
+    return Flow(layers, features=channels, shape=(channels, side, side), memory=memory)
 
 
 def _block(block: Any) -> list[Bijection]:

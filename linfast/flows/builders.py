@@ -7,7 +7,8 @@ stack stay within +-2 a half whatever the weights; no data-dependent initialisat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +21,7 @@ from .couplings import AdditiveCoupling, AffineCoupling
 from .flow import Flow
 from .mix import Householder, Mix, Permute
 from .squeeze import Squeeze
+from .unet import UNet
 
 __all__ = ["coupling_flow", "default_bound", "image_flow"]
 
@@ -90,6 +92,8 @@ def image_flow(
     width: int = 16,
     activation: str = "silu",
     *,
+    conditioner: str = "conv",
+    unet_options: Mapping[str, Any] | None = None,
     coupling: str = "affine",
     scale_map: ScaleMap | str | None = None,
     order: str = "shift_first",
@@ -100,31 +104,72 @@ def image_flow(
 ) -> Flow:
     """A flow on images [B, C, H, W]: couplings with convolutional conditioners, a 1x1 mix after each pair.
 
-    An odd C is squeezed 2 x 2 first and unsqueezed last, so that z has x's shape.
+    An odd C is squeezed 2 x 2 first and unsqueezed last, so that z has x's shape. The g of the
+    paper's MNIST model is ``image_flow(1, 32, depth=8, conditioner="unet", time_features=16)``,
+    but for its ActNorms and its hard clamp of the log-scales.
 
     Args:
         channels: C.
         resolution: H = W, or (H, W); even where C is odd.
         depth: number of couplings.
         width: hidden channels of the conditioners.
+        activation: of "conv" conditioners; a UNet has SiLU.
+        conditioner: "conv", three convolutions (``ConvNet``), or "unet", which sees the whole
+            image (``UNet``). Dropout, 0.1 by default in a UNet, draws another mask at every
+            call in training: ``eval()`` a flow before inverting what it gave.
+        unet_options: more arguments of ``UNet``: channel_mult, blocks, attention_resolutions
+            (counted after the squeeze), dropout, nchw_dropout.
         coupling, scale_map, order, actnorm, mix, time_features, memory: as in ``coupling_flow``.
 
     Raises:
-        ValueError: an odd C at an odd resolution, or an option that is not listed.
+        ValueError: an odd C at an odd resolution, a resolution that the UNet cannot halve often
+            enough, or an option that is not listed.
     """
     height, wide = (resolution, resolution) if isinstance(resolution, int) else resolution
     squeeze = channels % 2 == 1
     if squeeze and (height % 2 or wide % 2):
         raise ValueError(f"resolution must be even for an odd number of channels; got {(height, wide)}")
     features = 4 * channels if squeeze else channels
-
-    def conditioner(n_in: int, n_out: int) -> nn.Module:
-        return ConvNet(n_in, n_out, width, activation, time_features)
-
-    layers = _stack(features, depth, conditioner, coupling, scale_map, order, actnorm, mix, mix_every=2)
+    seen = (height // 2, wide // 2) if squeeze else (height, wide)
+    make = _image_conditioner(conditioner, seen, width, activation, time_features, unet_options)
+    layers = _stack(features, depth, make, coupling, scale_map, order, actnorm, mix, mix_every=2)
     if squeeze:
         layers = [Squeeze(channels), *layers, Inverse(Squeeze(channels))]
     return Flow(layers, features=channels, shape=(channels, height, wide), memory=memory)
+
+
+_UNET_OPTIONS = ("channel_mult", "blocks", "attention_resolutions", "dropout", "nchw_dropout")
+
+
+def _image_conditioner(
+    kind: str,
+    resolution: tuple[int, int],
+    width: int,
+    activation: str,
+    time_features: int,
+    unet_options: Mapping[str, Any] | None,
+) -> Callable[[int, int], nn.Module]:
+    """(channels in, channels out) -> a conditioner of images of this resolution."""
+    if kind not in ("conv", "unet"):
+        raise ValueError(f"conditioner must be 'conv' or 'unet'; got {kind!r}")
+    if kind == "conv":
+        if unet_options is not None:
+            raise ValueError(f"unet_options need conditioner='unet'; got {dict(unet_options)}")
+        return lambda n_in, n_out: ConvNet(n_in, n_out, width, activation, time_features)
+    if activation != "silu":
+        raise ValueError(f"a UNet has activation 'silu'; got {activation!r}")
+    options = dict(unet_options or {})
+    if unknown := [name for name in options if name not in _UNET_OPTIONS]:
+        raise ValueError(f"unet_options may be {', '.join(_UNET_OPTIONS)}; got {unknown}")
+
+    def unet(n_in: int, n_out: int) -> nn.Module:
+        network = UNet(n_in, n_out, resolution[0], width, time_features=time_features, **options)
+        factor = 2 ** (len(network.channel_mult) - 1)
+        if any(side % factor for side in resolution):
+            raise ValueError(f"a UNet sees {resolution} pixels: they must be multiples of {factor}")
+        return network
+
+    return unet
 
 
 def _stack(

@@ -12,7 +12,7 @@ conditioners of the Linearizer paper's image models (arXiv 2510.08570).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..freeze import derived
 from .conditioners import SinusoidalEmbedding, time_rows
-from .unet_blocks import ResidualBlock, conv3x3, norm
+from .unet_blocks import ResidualBlock, conv3x3, in_nchw, norm
 
 __all__ = ["UNet"]
 
@@ -52,7 +52,8 @@ class UNet(nn.Module):
         dropout: probability; in training only.
         time_features: size of the sinusoidal embedding of ``t``; 0 for none.
         nchw_dropout: draw dropout masks in the order of contiguous NCHW images, as a network
-            without channels_last does: the same seed then gives the same training. Slower.
+            without channels_last does: the same seed then gives the same training. Slower on
+            a GPU; on a CPU always so.
 
     Raises:
         ValueError: a width that does not divide into groups; x that is not [B, C_in, H, W] or
@@ -91,7 +92,16 @@ class UNet(nn.Module):
         self.head = conv3x3(decoder[-1].channels_out, channels_out, zero=True)
         self._shift_sizes = [block.channels_out for block in (*encoder, *decoder)]
         self.time = _time_network(time_features, 4 * width, sum(self._shift_sizes)) if time_features else None
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._apply(lambda parameter: parameter)  # lays the weights out
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UNet:
+        """Weights that move are laid out for where they go: as activations are."""
+
+        def laid_out(parameter: Tensor) -> Tensor:
+            moved = fn(parameter)
+            return moved.contiguous(memory_format=_layout(moved.is_cpu)) if moved.ndim == 4 else moved
+
+        return super()._apply(laid_out, recurse)
 
     def _topology(self) -> tuple[list[_Block], list[_Block]]:
         levels = [
@@ -133,7 +143,7 @@ class UNet(nn.Module):
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
         self._check(x)
         shifts = self._shifts(x, t)
-        x = self.stem(x)
+        x = self.stem(x.contiguous(memory_format=_layout(in_nchw(x))))
         outputs = [x]
         for block, shift in zip(self.encoder, shifts, strict=False):
             x = block(x, shift)
@@ -160,6 +170,10 @@ class UNet(nn.Module):
                 f"UNet: x must be [B, {self.channels_in}, H, W] with H and W multiples of {factor}; "
                 f"got {tuple(x.shape)}"
             )
+
+
+def _layout(nchw: bool) -> torch.memory_format:
+    return torch.contiguous_format if nchw else torch.channels_last
 
 
 def _time_network(features: int, hidden: int, n_out: int) -> nn.Sequential:

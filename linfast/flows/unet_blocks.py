@@ -8,8 +8,10 @@ With s = 1 / sqrt(2), which keeps the variance of a sum of two,
 x [B, C, H, W]; R averages 2 x 2 pixels, repeats each, or is the identity; P is a 1 x 1
 convolution where C changes or R resamples, else the identity; shift [C] or [B, C] carries
 the time and the bias of conv0. conv1, P and W_o hold EDM's factor s in their weights, and
-conv1's bias that of P: a block ends in one addition. Activations are kept in
-channels_last, in which a 1 x 1 convolution is a matrix product on [B H W, C].
+conv1's bias that of P: a block ends in one addition.
+
+Activations are kept in channels_last, in which a 1 x 1 convolution is a matrix product on
+[B H W, C]; on a CPU in NCHW (see ``in_nchw``), in which it is one a sample.
 
 Source: the DDPM++ network of EDM (Karras et al., arXiv 2206.00364).
 """
@@ -22,13 +24,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backend import uses_triton
 from ..ops.group_norm_silu import group_norm_silu
 
-__all__ = ["SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "norm"]
+__all__ = ["SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "in_nchw", "norm"]
 
 SKIP_SCALE = math.sqrt(0.5)
 _EPS = 1e-6
 _GROUP_CHANNELS, _MAX_GROUPS = 4, 32
+
+
+def in_nchw(x: Tensor) -> bool:
+    """Whether a UNet keeps its activations in NCHW: in plain torch on a CPU.
+
+    torch's group norm there takes 3 to 4 times as long in channels_last with groups of four
+    channels, more than oneDNN's convolutions and the 1 x 1 products gain by it: measured, a g
+    of the paper's MNIST model runs 7 to 15% faster, and a training step 3 to 10%.
+    """
+    return x.device.type == "cpu" and not uses_triton(x)
 
 
 class _GroupNorm(nn.GroupNorm):
@@ -100,7 +113,7 @@ class ResidualBlock(nn.Module):
     def _drop(self, h: Tensor) -> Tensor:
         if not self.training or self.dropout == 0.0:
             return h
-        if not self.nchw_dropout:
+        if not self.nchw_dropout or in_nchw(h):
             return F.dropout(h, self.dropout)
         return h * F.dropout(torch.ones(h.shape, dtype=h.dtype, device=h.device), self.dropout)
 
@@ -109,8 +122,8 @@ class ResidualBlock(nn.Module):
         if self.skip is None:
             return torch.add(h, x, alpha=SKIP_SCALE)
         if self.resample == "up":
-            return h + _doubled(as_image(self.skip(pixels(x)), x))
-        return as_image(torch.addmm(pixels(h), pixels(_resampled(x, self.resample)), self.skip.weight.mT), h)
+            return h + _doubled(_mixed(x, self.skip.weight))
+        return _mixed(_resampled(x, self.resample), self.skip.weight, plus=h)
 
 
 class Attention(nn.Module):
@@ -126,10 +139,29 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        rows = self.qkv(pixels(self.norm(x, activation=False)))
-        q, k, v = rows.view(B, 1, H * W, 3 * C).chunk(3, dim=-1)
-        a = F.scaled_dot_product_attention(q, k, v).reshape(B * H * W, C)
+        h = self.norm(x, activation=False)
+        if in_nchw(x):
+            qkv, out = self.qkv.weight.mT.expand(B, C, 3 * C), self.out.weight.expand(B, C, C)
+            a = self._attended(torch.baddbmm(self.qkv.bias, h.flatten(2).mT, qkv))[:, 0]
+            y = torch.baddbmm(x.flatten(2), out, a.mT, beta=SKIP_SCALE).add_(self.out.bias[:, None])
+            return y.view(x.shape)
+        a = self._attended(self.qkv(pixels(h)).view(B, H * W, 3 * C)).reshape(B * H * W, C)
         return torch.add(as_image(self.out(a), x), x, alpha=SKIP_SCALE)
+
+    def _attended(self, rows: Tensor) -> Tensor:
+        """[B, 1, H W, C] of q, k and v side by side [B, H W, 3 C]."""
+        q, k, v = rows.unsqueeze(1).chunk(3, dim=-1)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def _mixed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
+    """weight [C_out, C] times the channels of x, and ``plus``."""
+    if not in_nchw(x):
+        rows = pixels(x)
+        return as_image(rows @ weight.mT if plus is None else torch.addmm(pixels(plus), rows, weight.mT), x)
+    weight = weight.expand(x.shape[0], *weight.shape)
+    y = weight @ x.flatten(2) if plus is None else torch.baddbmm(plus.flatten(2), weight, x.flatten(2))
+    return y.unflatten(2, x.shape[2:])
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -146,11 +178,23 @@ def as_image(rows: Tensor, like: Tensor) -> Tensor:
 def _resampled(x: Tensor, resample: str | None) -> Tensor:
     if resample is None:
         return x
-    return F.avg_pool2d(x, 2) if resample == "down" else _doubled(x)
+    return _doubled(x) if resample == "up" else _halved(x)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """The means of 2 x 2 pixels. On a CPU whole rows first, a fifth of avg_pool2d's time."""
+    if not in_nchw(x):
+        return F.avg_pool2d(x, 2)
+    upper, lower = x.unflatten(2, (-1, 2)).unbind(3)
+    left, right = (upper + lower).unflatten(3, (-1, 2)).unbind(4)
+    return (left + right) * 0.25
 
 
 def _doubled(x: Tensor) -> Tensor:
-    """Each pixel four times. Not interpolate: its gradient is made by atomics on a GPU."""
+    """Each pixel four times. Not interpolate: its gradient is made by atomics on a GPU, and slower on a CPU."""
+    if in_nchw(x):
+        wide = torch.stack((x, x), dim=4).flatten(3)
+        return torch.stack((wide, wide), dim=3).flatten(2, 3)
     B, C, H, W = x.shape
     rows = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(B, H, 2, W, 2, C)
     return rows.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)

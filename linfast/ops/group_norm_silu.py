@@ -82,7 +82,7 @@ def group_norm_silu_reference(
         out = out * (1 + _per_channel(scale, x, compute))
     if shift is not None:
         out = out + _per_channel(shift, x, compute)
-    return (F.silu(out) if activation else out).to(x.dtype)
+    return (F.silu(out, inplace=not torch.is_grad_enabled()) if activation else out).to(x.dtype)
 
 
 def _per_channel(parameter: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:

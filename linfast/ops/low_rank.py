@@ -16,6 +16,8 @@ Inductor fuses, and the pass over x and y is 3 / (2 r + 2) of the factors' traff
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from ..backend import uses_triton
 from .register import RawOp, define_op
 
 __all__ = ["low_rank"]
+
+_SHORTEST_PART = 256  # of a sum over N
 
 
 def low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor = 0.0) -> Tensor:
@@ -57,12 +61,33 @@ def low_rank_reference(x: Tensor, U: Tensor, V: Tensor, alpha: float = 0.0) -> T
 
 def _project(x: Tensor, V: Tensor) -> Tensor:
     """V^T x, [B, r]."""
-    return x @ V if V.ndim == 2 else torch.einsum("bn,bnr->br", x, V)
+    if V.ndim == 2:
+        return x @ V
+    parts = _parts(V)
+    if parts == 1:
+        return torch.einsum("bn,bnr->br", x, V)
+    return torch.einsum("bkn,bknr->bkr", x.unflatten(1, (parts, -1)), V.unflatten(1, (parts, -1))).sum(1)
 
 
 def _expand(t: Tensor, U: Tensor) -> Tensor:
     """U t, [B, M]."""
-    return t @ U.mT if U.ndim == 2 else torch.einsum("br,bnr->bn", t, U)
+    if U.ndim == 2:
+        return t @ U.mT
+    parts = _parts(U)
+    if parts == 1:
+        return torch.einsum("br,bnr->bn", t, U)
+    rows = t.unsqueeze(1).expand(-1, parts, -1)
+    return torch.einsum("bkr,bknr->bkn", rows, U.unflatten(1, (parts, -1))).flatten(1)
+
+
+def _parts(factor: Tensor) -> int:
+    """In how many parts a sum over N is taken, here and in autograd's backward.
+
+    A batched product adds one element after the other: at N = 12288 its error is 2e-6, in parts of 384
+    3e-7, for the same time forward and a quarter more with backward. Half precision would round the parts.
+    """
+    longest = factor.shape[1] // _SHORTEST_PART if factor.element_size() >= 4 else 0
+    return math.gcd(factor.shape[1], 1 << (longest.bit_length() - 1)) if longest > 1 else 1
 
 
 def _outer(g: Tensor, t: Tensor, like: Tensor) -> Tensor:

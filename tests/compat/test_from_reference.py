@@ -83,6 +83,29 @@ def test_gradients_and_training_with_the_same_seed() -> None:
         assert relative(mine.grad.flatten(), theirs.grad.flatten()) <= 1e-9
 
 
+def _numel(kept: Tensor) -> int:
+    """Parameters are there anyway."""
+    return 0 if kept.is_leaf and kept.requires_grad else kept.numel()
+
+
+def test_training_by_inversion_with_the_same_seed() -> None:
+    f, x, found, kept = _model(1, 8, **SMALL).double().train(), torch.randn(2, 1, 8, 8).double(), [], []
+    for memory in ("store", "invert"):
+        h, sizes = lf.from_reference(f, memory=memory), []
+        assert h.g_x.bijection.memory == h.g_y.bijection.memory == memory
+        torch.manual_seed(5)
+        given = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(_numel(t)) or t, lambda t: t):
+            loss = h.gx(given).square().mean()
+        loss.backward()
+        found.append(torch.cat([t.grad.flatten() for t in (given, *h.g_x.parameters())]))
+        kept.append(sum(sizes))
+    assert relative(found[1], found[0]) <= 1e-10
+    assert kept[1] < kept[0] / 4
+    with pytest.raises(ValueError, match="memory must be one of store, invert, auto; got 'no'"):
+        lf.from_reference(f, memory="no")
+
+
 def test_the_model_is_left_as_it_is_and_shares_nothing() -> None:
     f = _model(1, 8, **SMALL)
     before = copy.deepcopy(f.state_dict())

@@ -78,28 +78,60 @@ def test_every_parameter_has_the_gradient_of_the_plain_form() -> None:
     assert relative(shifts.weight.grad[-8:], block.affine.weight.grad) <= 1e-11
 
 
-def test_strides_of_x_do_not_matter_and_y_is_channels_last() -> None:
+def test_strides_of_x_do_not_matter_and_y_is_nchw_on_a_cpu() -> None:
     unet, x = _unet().eval(), _x()
     for name, laid_out in hostile(x).items():
         expected = unet(x[:1].expand(x.shape).contiguous() if name == "expanded" else x, t=0.3)
         got = unet(laid_out, t=0.3)
         assert relative(got, expected) <= 1e-13, name
-        assert got.is_contiguous(memory_format=torch.channels_last), name
+        assert got.is_contiguous(), name
 
 
-def test_activations_and_weights_are_channels_last(tmp_path) -> None:
-    unet, seen = lf.UNet(1, 2, 4, width=8, blocks=1), []
-    lf.save(unet, tmp_path / "unet.safetensors")
-    for network in (unet, lf.load(tmp_path / "unet.safetensors")):
-        for module in network.modules():
-            if isinstance(module, (ResidualBlock, torch.nn.Conv2d)):
-                module.register_forward_hook(lambda module, given, y: seen.append((*given, y)))
-        network(torch.randn(2, 1, 4, 4))
-        assert all(p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.ndim == 4)
+def _keep_in_nchw(nchw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, or as on a GPU."""
+    for module in ("unet", "unet_blocks"):
+        monkeypatch.setattr(f"linfast.flows.{module}.in_nchw", lambda x: nchw)
+
+
+@pytest.mark.parametrize("nchw", [True, False])
+def test_activations_stay_in_one_layout(nchw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, seen = lf.UNet(2, 2, 4, width=8, blocks=1), []
+    for module in unet.modules():
+        if isinstance(module, (ResidualBlock, torch.nn.Conv2d)):
+            module.register_forward_hook(lambda module, given, y: seen.append((*given, y)))
+    if not nchw:
+        _keep_in_nchw(False, monkeypatch)
+    unet(torch.randn(2, 2, 4, 4))
     given = [value for values in seen for value in values if isinstance(value, Tensor) and value.ndim == 4]
     inner = [value for value in given if value.shape[1] >= 8]
     assert len(inner) > 20
-    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in inner)
+    layout = torch.contiguous_format if nchw else torch.channels_last
+    assert all(value.is_contiguous(memory_format=layout) for value in inner)
+
+
+def test_weights_are_laid_out_for_their_device(tmp_path) -> None:
+    unet = lf.UNet(1, 2, 4, width=8, blocks=1)
+    lf.save(unet, tmp_path / "unet.safetensors")
+    for network in (unet, lf.load(tmp_path / "unet.safetensors"), unet.to(memory_format=torch.channels_last)):
+        kernels = [p for p in network.parameters() if p.ndim == 4]
+        assert all(kernel.is_contiguous() for kernel in kernels)
+    for network in (unet.to("meta"), torch.nn.Sequential(lf.UNet(1, 2, 4)).to("meta")):
+        kernels = [p for p in network.parameters() if p.ndim == 4]
+        assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_both_layouts_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, side = unet_from_reference(_plain(name)).double().train(), TOPOLOGIES[name]["res"]
+    x, t, results = _x(2, 2, side, side).requires_grad_(), _x(2), []
+    for nchw in (True, False):
+        _keep_in_nchw(nchw, monkeypatch)
+        torch.manual_seed(3)
+        y = unet(x, t)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, *unet.parameters()))])
+    assert not results[1][0].is_contiguous()
+    for value, truth in zip(results[1], results[0], strict=True):
+        assert relative(value, truth) <= 1e-11
 
 
 def test_ways_to_give_a_time() -> None:
@@ -161,6 +193,21 @@ def test_as_a_conditioner_the_flow_inverts_and_knows_its_log_det() -> None:
     assert relative(g.inverse(z, t=0.4), x) <= 1e-12
     jacobian = torch.func.jacrev(lambda v: g(v.view(1, 4, 4, 4), t=0.4).flatten())(x[0].flatten())
     assert abs(torch.linalg.slogdet(jacobian).logabsdet - log_det[0]) <= 1e-10
+
+
+def test_image_flow_builds_unets() -> None:
+    options = {"channel_mult": (1, 2), "blocks": 1, "attention_resolutions": (8,), "dropout": 0.3}
+    g = lf.image_flow(3, 16, 3, 8, conditioner="unet", unet_options=options, time_features=8)
+    unets = [layer.conditioner for layer in g.bijections if isinstance(layer, lf.AffineCoupling)]
+    assert len(unets) == 3
+    for unet in unets:
+        assert isinstance(unet, lf.UNet)
+        assert (unet.channels_in, unet.channels_out, unet.resolution, unet.width) == (6, 12, 8, 8)  # squeezed
+        assert {name: getattr(unet, name) for name in options} == options
+        assert unet.time_features == 8
+    even = lf.image_flow(2, (4, 8), 1, conditioner="unet").bijections[0].conditioner
+    assert (even.channels_in, even.channels_out, even.resolution, even.width) == (1, 2, 4, 16)
+    assert (even.dropout, even.time_features, even.blocks) == (0.1, 0, 2)
 
 
 def test_first_and_second_derivatives() -> None:

@@ -13,6 +13,10 @@ def _coupling(features: int = 4) -> lf.AffineCoupling:
     return lf.AffineCoupling(lf.MLP(2, 4, (8,)), features)
 
 
+def _unet_flow(channels: int, resolution: int | tuple[int, int], **options: object) -> lf.Flow:
+    return lf.image_flow(channels, resolution, conditioner="unet", unet_options=options)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
@@ -48,6 +52,16 @@ def _coupling(features: int = 4) -> lf.AffineCoupling:
         (lambda: lf.coupling_flow(4, coupling="spline"), ValueError, "coupling.*'spline'"),
         (lambda: lf.coupling_flow(4, mix="x"), ValueError, "mix.*'x'"),
         (lambda: lf.image_flow(1, 5), ValueError, "resolution must be even"),
+        (
+            lambda: lf.image_flow(2, 4, conditioner="mlp"),
+            ValueError,
+            "conditioner must be 'conv' or 'unet'; got 'mlp'",
+        ),
+        (lambda: _unet_flow(1, 6), ValueError, r"a UNet sees \(3, 3\) pixels: they must be multiples of 2"),
+        (lambda: _unet_flow(2, (4, 6), channel_mult=(1, 1, 1)), ValueError, r"\(4, 6\) .* multiples of 4"),
+        (lambda: _unet_flow(2, 4, width=4), ValueError, r"unet_options may be channel_mult.*got \['width'\]"),
+        (lambda: lf.image_flow(2, 4, unet_options={}), ValueError, "need conditioner='unet'"),
+        (lambda: lf.image_flow(2, 4, activation="relu", conditioner="unet"), ValueError, "'silu'; got 'relu'"),
         (lambda: lf.ActNorm(3)(torch.randn(1, 3)), ValueError, "two values"),
         (lambda: lf.ActNorm(3)(torch.full((4, 3), float("nan"))), ValueError, "non-finite"),
         (lambda: lf.coupling_flow(4, time_features=8)(torch.randn(2, 4)), ValueError, "needs t="),

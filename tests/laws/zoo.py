@@ -39,6 +39,12 @@ def _initialised(bijection: Bijection, x: Tensor) -> Bijection:
     return bijection
 
 
+def _unet_flow(channels: int, **options: object) -> lf.Flow:
+    unet = {"blocks": 1, "attention_resolutions": (4,), "dropout": 0.0}
+    side = 8 if channels == 1 else 4
+    return lf.image_flow(channels, side, width=4, conditioner="unet", unet_options=unet, **options)  # type: ignore[arg-type]
+
+
 Make = Callable[[], Bijection]
 
 # name -> (make, sample shape)
@@ -75,6 +81,8 @@ IMAGES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "squeeze": (lambda: lf.Squeeze(2), (2, 4, 2)),
     "image-flow-one-channel": (lambda: lf.image_flow(1, 4, 2, 8), (1, 4, 4)),
     "image-flow-even": (lambda: lf.image_flow(2, (3, 5), 4, 8), (2, 3, 5)),
+    "image-flow-unet": (lambda: _unet_flow(2, depth=3), (2, 4, 4)),
+    "image-flow-unet-timed": (lambda: _unet_flow(1, depth=2, time_features=8).at(t=0.3), (1, 8, 8)),
     "image-flow-timed": (lambda: lf.image_flow(2, 4, 2, 8, time_features=8).at(t=0.3), (2, 4, 4)),
 }
 BIJECTIONS = {**VECTORS, **IMAGES}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from linfast.bench.memory import peak_bytes
@@ -9,7 +11,7 @@ from torch import Tensor
 
 import linfast as lf
 from linfast.ops import low_rank
-from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
+from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
 
 # (B, N, M, r): odd sizes, one element, a rank past one tile, more rows than one tile and than all splits.
 SIZES = [
@@ -193,6 +195,26 @@ def test_no_matrix_of_n_by_n_is_made(kind: str) -> None:
         return torch.autograd.grad(low_rank(*inputs, 0.5).sum(), inputs)
 
     assert peak_bytes(call, tuple(inputs), torch.device("cpu")) < 2048 * 2048  # a quarter of one fp32 matrix
+
+
+@pytest.mark.parametrize("n", [12288, 1000, 12289])
+def test_long_sums_of_the_plain_form_are_taken_in_parts(n: int) -> None:
+    """Forward and backward, where N has a power of two to part it by."""
+    inputs = [torch.randn(4, n), torch.randn(4, n, 3), torch.randn(4, n, 3)]
+
+    def errors(product: Callable[..., Tensor]) -> Tensor:
+        def results(dtype: torch.dtype) -> list[Tensor]:
+            x, U, V = (t.to(dtype).requires_grad_() for t in inputs)
+            y = product(x, U, V)
+            return [y, *torch.autograd.grad(y, (x, U, V), inputs[0].flip(1).to(dtype))]
+
+        return torch.tensor(
+            [error(*pair) for pair in zip(results(torch.float32), results(torch.float64), strict=True)]
+        )
+
+    in_parts = errors(low_rank)
+    one_after_the_other = errors(lambda x, U, V: (U @ (V.mT @ x.unsqueeze(2))).squeeze(2))
+    assert bool((in_parts <= (0.6 if n == 12288 else 1.3) * one_after_the_other).all())
 
 
 def test_it_compiles_whole_and_runs_the_kernels() -> None:
