@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flows.drift import DriftGuard
+from .graph import Graphs
 from .identity import find_class, original_class
 
 __all__ = ["ADAPTERS", "Adapter", "Options", "Plan", "Stub", "Unfit", "adapter_for", "add", "parent_adapter"]
@@ -28,6 +30,9 @@ class Options:
     """What ``accelerate`` was asked for."""
 
     keep_defects: frozenset[str] = frozenset()
+    memory: str = "store"
+    precision: str | None = None
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,19 @@ class Plan:
         runs: for the report.
         note: for the report; a defect of the original that was fixed or kept.
         layout: what the replaced methods need to know and would otherwise compute at every call.
+        takes_precision: whether what runs has products of its own, which follow ``options.precision``.
         options: what ``accelerate`` was asked for; the adapter puts them in.
+        guard: of what the instance rebuilds in a backward.
+        graphs: the CUDA graphs captured of the instance's methods.
     """
 
     runs: str
     note: str = ""
     layout: Any = None
+    takes_precision: bool = False
     options: Options = Options()
+    guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
+    graphs: Graphs = field(default_factory=Graphs, compare=False)
 
 
 Draw = Callable[..., Tensor]
@@ -76,6 +87,10 @@ class Adapter:
         conditioners: modules to report on and to compile; the check gets them without their weights.
         hollow: more modules whose weights the check does not need.
         compiles: more modules to compile.
+        chain: whether the class runs other modules one after another, so that there is a reason to
+            swap it only where ``options`` ask for what is done to a whole chain.
+        captures: methods that a CUDA graph may hold.
+        stored: of a coupling, why its activations are stored where no chain rebuilds them.
         settle: called after the swap and after a state_dict was loaded.
         tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
     """
@@ -92,6 +107,9 @@ class Adapter:
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
     hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
     compiles: Callable[[Any], Iterable[nn.Module]] = _nothing
+    chain: bool = False
+    captures: tuple[str, ...] = ()
+    stored: str = ""
     settle: Callable[[Any], None] = lambda instance: None
     tolerance: float = 1e-10
     float64: bool = True
@@ -100,6 +118,10 @@ class Adapter:
     @property
     def title(self) -> str:
         return f"{self.library} {self.name}"
+
+    def wanted(self, options: Options) -> bool:
+        """Whether these options give a reason to swap the class."""
+        return not self.chain or options.memory != "store" or (options.cuda_graph and bool(self.captures))
 
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options it was made for."""
@@ -135,22 +157,18 @@ def parent_adapter(instance: object) -> Adapter | None:
     return next((a for cls in parents for a in ADAPTERS if a.where is not None and a.matches(cls)), None)
 
 
-@dataclass(eq=False)
-class _Weight:
-    value: Tensor = field(repr=False)
-
-
 class Stub(nn.Module):
-    """A smooth function of each position's channels, y = 1.5 tanh(W x), in a conditioner's place.
+    """A smooth function of each position's channels, y = size tanh(W x), in a conditioner's place.
 
     A check with it does not depend on what the conditioner costs, draws or remembers.
     Arguments after x, where they are tensors, move y by their mean.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, draw: Draw) -> None:
+    def __init__(self, channels_in: int, channels_out: int, draw: Draw, size: float = 1.5) -> None:
         super().__init__()
-        self._weight = _Weight(draw(channels_out, channels_in))  # no parameter: the check draws it
+        self.size = size
+        self.weight = nn.Parameter(draw(channels_out, channels_in).detach())
 
     def forward(self, x: Tensor, *context: Any, **named: Any) -> Tensor:
-        y = 1.5 * torch.einsum("oc,bc...->bo...", self._weight.value, x).tanh()  # whose output may be written to
+        y = self.size * torch.einsum("oc,bc...->bo...", self.weight, x).tanh()  # whose output may be written to
         return sum((c.to(y).mean() for c in (*context, *named.values()) if isinstance(c, Tensor)), start=y)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Collection, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..flows.drift import DriftWarning
 from .adapter import Adapter, Plan, Unfit
 from .identity import PLAN, original_class
 from .swap import swap
@@ -18,6 +20,7 @@ __all__ = ["difference", "kind_of"]
 _SEED = 20260101
 # Relative L2 of the outputs and gradients of one layer: some hundred roundings.
 _TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_CHAIN = 10  # a chain is many layers, and its rebuilt inputs are as far off again
 
 
 def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
@@ -36,7 +39,7 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     own = torch.float32 if like is None else like.dtype
     worst = 0.0
     for dtype in dict.fromkeys((torch.float64, own) if adapter.float64 else (own,)):
-        allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0))
+        allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * (_CHAIN if adapter.chain else 1))
         error = _difference(instance, adapter, plan, dtype, device)
         if not error <= allowed:
             raise Unfit(f"it differs from the original by {error:.1e} in {str(dtype)[6:]} on a random input")
@@ -84,7 +87,13 @@ def _run(instance: Any, adapter: Adapter, dtype: torch.dtype, device: torch.devi
         return value
 
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with (
+        torch.random.fork_rng(devices),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error", DriftWarning)  # what strays here had better be stored
         torch.manual_seed(_SEED)
         try:
             outputs = list(adapter.probe(instance, draw))

@@ -296,5 +296,5 @@ KINDS = {
     "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2),
     "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2),
     "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2),
-    "reference": Kind("reference", _reference, _run_reference, 36, shape=(1, 8, 8)),
+    "reference": Kind("reference", _reference, _run_reference, 48, shape=(1, 8, 8)),
 }
