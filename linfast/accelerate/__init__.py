@@ -10,8 +10,19 @@
 Every other file is one library: its formulas, how an instance is recognised, what runs instead.
 """
 
-from . import freia, memcnn, nflows, normflows, reference, reference_g, reference_sampling, reference_song
-from . import reference_unet, zuko
+from . import (
+    chains,
+    freia,
+    memcnn,
+    nflows,
+    normflows,
+    reference,
+    reference_g,
+    reference_sampling,
+    reference_song,
+    reference_unet,
+    zuko,
+)
 from .adapter import add
 from .mlp import MLP, find_mlp
 from .plain import register_adapter
@@ -21,5 +32,6 @@ from .run import DEFECTS, accelerate, restore
 add(*reference.ADAPTERS, *reference_g.ADAPTERS, reference_sampling.ADAPTER)
 add(*reference_unet.ADAPTERS, *reference_song.ADAPTERS)
 add(normflows.ADAPTER, *nflows.ADAPTERS, *freia.ADAPTERS, zuko.ADAPTER, *memcnn.ADAPTERS)
+add(*chains.ADAPTERS)
 
 __all__ = ["DEFECTS", "MLP", "Report", "Row", "accelerate", "find_mlp", "register_adapter", "restore"]

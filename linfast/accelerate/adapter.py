@@ -90,7 +90,7 @@ class Adapter:
         chain: whether the class runs other modules one after another, so that there is a reason to
             swap it only where ``options`` ask for what is done to a whole chain.
         captures: methods that a CUDA graph may hold.
-        stored: of a coupling, why its activations are stored where no chain rebuilds them.
+        stored: why a coupling that is in no chain stores its activations; "" for one that rebuilds its own.
         settle: called after the swap and after a state_dict was loaded.
         tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
     """
@@ -109,7 +109,7 @@ class Adapter:
     compiles: Callable[[Any], Iterable[nn.Module]] = _nothing
     chain: bool = False
     captures: tuple[str, ...] = ()
-    stored: str = ""
+    stored: str = "it is in no chain of a known class"
     settle: Callable[[Any], None] = lambda instance: None
     tolerance: float = 1e-10
     float64: bool = True

@@ -104,6 +104,7 @@ def _adapter(where: str, name: str, run: Callable[..., Tensor]) -> Adapter:
         plan=_plan,
         probe=_probe,
         conditioners=_nets,
+        stored="memcnn's InvertibleModuleWrapper rebuilds inputs itself",
     )
 
 

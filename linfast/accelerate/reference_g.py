@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..flows.undo import Outputs
 from ..ops.affine_coupling import affine_coupling
@@ -130,7 +129,7 @@ def _run_chain(chain: Any, x: Tensor, t: Any, method: str) -> Tensor:
 
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
     size = 1 / len(chain.blocks)  # of a deep chain of large scales no inverse is exact
-    channels = [_stub_conditioners(block, draw, size) for block in chain.blocks][0]
+    channels, *_ = (_stub_conditioners(block, draw, size) for block in chain.blocks)
     shape = (2, channels // 4 if chain.use_squeeze else channels, 4, 6)
     return [chain.forward(draw(*shape), draw(2)), chain.inverse(draw(*shape), draw(2))]
 
@@ -174,6 +173,7 @@ ADAPTERS = (
         probe=_probe_block,
         inner=lambda block: (block.F, block.G),
         conditioners=lambda block: (block.F.cond, block.G.cond),
+        stored="",
     ),
     reference_adapter(
         "InvUnet",

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -142,11 +141,16 @@ def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
     return [block.forward(draw(2, *x), draw(2, emb)), block.forward(draw(2, *x), draw(1, emb))]
 
 
+_ATTRIBUTES = ("norm0", "conv0", "affine", "norm1", "conv1", "skip")
+_ATTRIBUTES += ("skip_scale", "adaptive_scale", "num_heads", "dropout")
+
 ADAPTERS = (
-    reference_adapter("Conv2d", has("resample_filter"), methods={"forward": _conv}, plan=_plan_conv, probe=_probe_conv),
+    reference_adapter(
+        "Conv2d", has("resample_filter"), methods={"forward": _conv}, plan=_plan_conv, probe=_probe_conv
+    ),
     reference_adapter(
         "UNetBlock",
-        has(*"norm0 conv0 affine norm1 conv1 skip skip_scale adaptive_scale num_heads dropout".split()),
+        has(*_ATTRIBUTES),
         methods={"forward": _block},
         plan=_plan_block,
         probe=_probe_block,

@@ -75,18 +75,17 @@ def accelerate(
     checked: dict[Hashable, float] = {}
     try:
         for path, instance in _objects(model):
-            row = None if id(instance) in passed_by else _try_to_swap(path, instance, options, checked)
+            if id(instance) in passed_by or (id(instance) in rebuilt and _is_chain(instance)):
+                continue
+            row = _try_to_swap(path, instance, options, checked)
             if row is None:
                 continue
-            if row.swapped:
-                adapter = instance._linfast_adapter
-                inner = {id(module) for module in adapter.inner(instance)}
-                if adapter.chain:
-                    rebuilt |= inner
-                else:
-                    passed_by |= inner
-                if memory == "invert" and adapter.stored and id(instance) not in rebuilt:
-                    row = _with_note(row, f"stored: {adapter.stored}")
+            if row.swapped and _is_chain(instance):
+                rebuilt |= {id(module) for module in instance.modules()}
+            elif row.swapped:
+                passed_by |= {id(module) for module in instance._linfast_adapter.inner(instance)}
+            if row.swapped and memory == "invert" and id(instance) not in rebuilt:
+                row = _with_note(row, _why_stored(instance))
             rows.append(row)
     except BaseException:
         restore(model)
@@ -168,8 +167,18 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
     return Row(path, adapter.title, plan.runs, plan.note, what, checked[kind], plan.takes_precision)
 
 
+def _is_chain(instance: Any) -> bool:
+    adapter = adapter_for(instance)
+    return adapter is not None and adapter.chain
+
+
+def _why_stored(instance: Any) -> str:
+    adapter: Adapter = instance._linfast_adapter
+    return f"stored: {adapter.stored}" if adapter.stored and adapter.conditioners(instance) else ""
+
+
 def _with_note(row: Row, note: str) -> Row:
-    return replace(row, note=f"{row.note}; {note}" if row.note else note)
+    return replace(row, note="; ".join(part for part in (row.note, note) if part))
 
 
 def _check_unchanged(instance: Any, adapter: Adapter) -> None:

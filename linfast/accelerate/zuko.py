@@ -148,4 +148,5 @@ ADAPTER = Adapter(
     probe=_probe,
     assumes=("meta",),
     conditioners=lambda lazy: (lazy.hyper,),
+    stored="zuko makes a new Transform, not a module, at every call",
 )
