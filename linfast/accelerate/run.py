@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Unfit, adapter_for, parent_adapter
+from .compiled import compile_conditioners, uncompile
 from .identity import changed_method, is_hooked, is_sharded
 from .mlp import find_mlp
 from .report import Report, Row
@@ -91,7 +91,9 @@ def accelerate(
         restore(model)
         raise
     if compile:
-        _compile(model)
+        for _, instance in list(_objects(model)):
+            if isinstance(instance, Swapped):
+                compile_conditioners(instance)
     return Report(tuple(rows), precision)
 
 
@@ -102,9 +104,8 @@ def restore(model: Any) -> None:
         ValueError: a swapped module was given another class since, as by a parametrization.
     """
     for _, instance in list(_objects(model)):
-        if isinstance(instance, nn.Module) and instance in _COMPILED:
-            instance._compiled_call_impl = None
-            _COMPILED.discard(instance)
+        if isinstance(instance, nn.Module):
+            uncompile(instance)
         if isinstance(instance, Swapped):
             if "_linfast_original" not in vars(type(instance)):
                 raise ValueError(f"{type(instance).__name__} was derived from after accelerate; undo that first")
@@ -112,9 +113,6 @@ def restore(model: Any) -> None:
 
 
 _MEMORY = ("store", "invert")
-
-_COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The conditioners that ``accelerate`` compiled and the caller had not."""
 
 
 def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
@@ -199,15 +197,3 @@ def _describe(instance: Any, adapter: Adapter) -> str:
     """What its conditioners are, where they are MLPs."""
     found = [find_mlp(module) for module in adapter.conditioners(instance)]
     return " and ".join(dict.fromkeys(str(mlp) for mlp in found if mlp is not None))
-
-
-def _compile(model: Any) -> None:
-    """torch.compile each conditioner on its own: blocks of one kind share the compiled code."""
-    for _, instance in list(_objects(model)):
-        if isinstance(instance, Swapped):
-            adapter = instance._linfast_adapter
-            for module in (*adapter.conditioners(instance), *adapter.compiles(instance)):
-                apart = any(isinstance(m, Swapped) for m in module.modules() if m is not module)
-                if module._compiled_call_impl is None and not apart:  # else its parts are compiled
-                    module.compile()
-                    _COMPILED.add(module)

@@ -15,7 +15,7 @@ from .adapter import Adapter, Plan, Unfit
 from .identity import PLAN, original_class
 from .swap import swap
 
-__all__ = ["difference", "kind_of"]
+__all__ = ["code_of", "difference", "kind_of"]
 
 _SEED = 20260101
 # Relative L2 of the outputs and gradients of one layer: some hundred roundings.
@@ -49,10 +49,15 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
 
 def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:
     """Equal for two instances that run the same code on tensors of the same shapes: one check serves both."""
+    own = id(instance) if not isinstance(instance, nn.Module) else None
+    return adapter, code_of(instance), plan.runs, plan.options, own
+
+
+def code_of(instance: Any) -> Hashable:
+    """What decides which code an instance runs, and on tensors of which shapes; its own may move, and its mode."""
     modules = dict(instance.named_modules()) if isinstance(instance, nn.Module) else {}
     parts = tuple((path, original_class(m), _settings(m)) for path, m in modules.items())
-    tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
-    return adapter, parts, tensors, plan.runs, plan.options, id(instance) if not modules else None
+    return parts, tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
 
 
 def _settings(module: nn.Module) -> Hashable:
