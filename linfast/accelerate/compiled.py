@@ -11,6 +11,7 @@ What it fails on all the same runs uncompiled, with one warning.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Hashable
@@ -56,8 +57,7 @@ class _Region:
         shapes = [a.shape[1:] for a in (*arguments, *named.values()) if isinstance(a, Tensor)]
         mode = torch.is_grad_enabled(), module.training, *shapes
         if mode not in self._calls:
-            own = _call.__code__.replace()  # another code object of the same code
-            self._calls[mode] = torch.compile(FunctionType(own, globals(), _call.__name__))
+            self._calls[mode] = torch.compile(_own_call())
         try:
             return self._calls[mode](module, *arguments, **named)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -69,6 +69,15 @@ class _Region:
 
 def _call(module: nn.Module, *arguments: Any, **named: Any) -> Any:
     return module._call_impl(*arguments, **named)
+
+
+def _own_call() -> Callable[..., Any]:
+    """Another ``_call``: the object holds what is compiled, the name what Dynamo has learned of sizes."""
+    name = f"{_call.__name__}_{next(_numbers)}"
+    return FunctionType(_call.__code__.replace(co_name=name), globals(), name)
+
+
+_numbers = itertools.count()
 
 
 @functools.cache
