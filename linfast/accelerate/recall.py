@@ -44,21 +44,20 @@ def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
 class _Recalling(nn.Module):
     def __init__(self, conditioner: nn.Module, tensors: Sequence[Tensor]) -> None:
         super().__init__()
-        vars(self).update(conditioner=conditioner)  # no child: whose mode and hooks are its own
+        self._conditioner = (conditioner,)  # no child of this one
         self.tensors = tensors
-        self.params: Tensor | None = None
+        self.params: Any = None
 
     def forward(self, kept: Tensor, *context: Any, **named: Any) -> Tensor:
         if self.params is None:
             self.kept = kept.detach().requires_grad_()
             with torch.enable_grad():
-                self.params = self.conditioner(self.kept, *context, **named)
+                self.params = self._conditioner[0](self.kept, *context, **named)
             return self.params.detach().clone()  # libraries write to it
         return _Recall.apply(self, kept, *self.tensors)
 
     def gradients(self, grad: Tensor) -> list[Tensor | None]:
         """Of kept and of the tensors; once."""
-        assert self.params is not None
         found = gradients((self.params, None), (grad, None), (self.kept, *self.tensors))
         del self.params, self.kept
         return found
@@ -67,7 +66,6 @@ class _Recalling(nn.Module):
 class _Recall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recalling: _Recalling, kept: Tensor, *tensors: Tensor) -> Tensor:
-        assert recalling.params is not None
         ctx.recalling = recalling
         return recalling.params.detach().clone()
 

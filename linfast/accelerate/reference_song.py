@@ -89,7 +89,8 @@ def _is_block(layer: nn.Module) -> bool:
 
 
 def _probe_net(net: Any, draw: Draw) -> Sequence[Tensor]:
-    *layers, _, last = (*net.enc.values(), *net.dec.values())
+    layers = [*net.enc.values(), *net.dec.values()]
+    last = layers[-1]
     move_off_zero(draw, last, *(conv for block in layers if _is_block(block) for conv in last_convs(block)))
     side = 2 ** sum(name.endswith("_down") for name in net.enc)
     x = (2, next(iter(net.enc.values())).in_channels, 2 * side, side)

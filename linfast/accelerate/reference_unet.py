@@ -141,8 +141,8 @@ def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
     return [block.forward(draw(2, *x), draw(2, emb)), block.forward(draw(2, *x), draw(1, emb))]
 
 
-_ATTRIBUTES = ("norm0", "conv0", "affine", "norm1", "conv1", "skip")
-_ATTRIBUTES += ("skip_scale", "adaptive_scale", "num_heads", "dropout")
+_LAYERS = ("norm0", "conv0", "affine", "norm1", "conv1", "skip")
+_SETTINGS = ("skip_scale", "adaptive_scale", "num_heads", "dropout")
 
 ADAPTERS = (
     reference_adapter(
@@ -150,7 +150,7 @@ ADAPTERS = (
     ),
     reference_adapter(
         "UNetBlock",
-        has(*_ATTRIBUTES),
+        has(*_LAYERS, *_SETTINGS),
         methods={"forward": _block},
         plan=_plan_block,
         probe=_probe_block,

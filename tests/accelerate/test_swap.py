@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import pickle
 
@@ -376,3 +377,28 @@ def test_what_is_no_mlp_is_not_taken_for_one(module):
 
 def test_a_namesake_of_a_copied_class_is_not_taken_for_it():
     assert lf.accelerate(nn.Sequential(nn.Conv2d(2, 2, 1), nn.GroupNorm(2, 2))).rows == ()
+
+
+def test_the_report_says_what_a_precision_reaches(registered):
+    registered()
+    report = lf.accelerate(nn.Sequential(Coupling(), Coupling()), precision="fast")
+    assert report.precision == "fast"
+    assert str(report).splitlines()[-1].startswith("precision 'fast' reaches 0 of them; the products of the others")
+    assert "precision" not in str(lf.accelerate(Coupling()))
+
+
+def test_a_plan_knows_the_options_and_rows_that_take_a_precision_are_counted(registered, monkeypatch):
+    registered()
+    adapter = adapters.ADAPTERS[0]
+    seen = []
+
+    def plan(module, options):
+        seen.append(options)
+        return dataclasses.replace(adapter.plan(module, options), takes_precision=True)
+
+    monkeypatch.setattr(adapters, "ADAPTERS", [dataclasses.replace(adapter, plan=plan), *adapters.ADAPTERS[1:]])
+    model = Coupling()
+    report = lf.accelerate(model, precision="high", memory="invert")
+    assert "precision 'high' reaches 1 of them" in str(report)
+    assert {(o.precision, o.memory) for o in seen} == {("high", "invert")}
+    assert model._linfast_plan.options.precision == "high"
