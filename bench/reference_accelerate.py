@@ -4,8 +4,9 @@
 
 PATH is a checkout of github.com/assafshocher/Linearizer, which is imported and not changed. In turn:
 
-    training step   of the model as built: its FlowMatcher's loss with MSE for LPIPS, whose weights are not at hand, backward and Adam;
-                    median time and peak bytes of tensors: the original, memory="store", memory="invert"
+    training step   of the model as built: its FlowMatcher's loss with MSE for LPIPS, whose weights are not at
+                    hand, backward and Adam; median time and peak bytes of tensors: the original, memory="store"
+                    and memory="invert"
     losses          of 20 such steps of the model as built, against the original's; with weights far from zero they
                     part by rounding alone: the original's own, started 6e-8 off, are 7e-4 off after 8 steps
     one step        its sample_one_step(method="rk", T=100) at batch 16, collapse included: time, and the distance
