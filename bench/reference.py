@@ -19,7 +19,17 @@ import linfast as lf
 
 from .memory import peak_bytes
 
-__all__ = ["CONFIGS", "interleaved", "launches", "operations", "reference_model", "step", "step_bytes"]
+__all__ = [
+    "CONFIGS",
+    "RANK",
+    "TIME_FEATURES",
+    "interleaved",
+    "launches",
+    "operations",
+    "reference_model",
+    "step",
+    "step_bytes",
+]
 
 CONFIGS = {"mnist": (1, 32), "celeba": (3, 64)}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
@@ -28,8 +38,8 @@ _LAST_CONV = 0.3
 _NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "promote_types")
 
 
-def reference_model(path: str, channels: int, side: int) -> Any:
-    """Its Linearizer with ActNorms initialised and no weight near zero: as built, the last ones are 1e-5."""
+def reference_model(path: str, channels: int, side: int, as_built: bool = False) -> Any:
+    """Its Linearizer with ActNorms initialised and no weight near zero: ``as_built``, the last ones are 1e-5."""
     sys.path.insert(0, path)
     from common.song__unet import creat_song_unet  # type: ignore[import-not-found]
     from one_step.modules.invertable_network import InverseUnet  # type: ignore[import-not-found]
@@ -42,7 +52,7 @@ def reference_model(path: str, channels: int, side: int) -> Any:
         for name, module in f.named_modules():
             last = name.rpartition(".")[2]
             scale = _LAST_CONV if last.endswith("aux_conv") else _LAST.get(last)
-            if scale is not None:
+            if scale is not None and not as_built:
                 module.weight.normal_(std=scale / module.weight[0].numel() ** 0.5)
         f.gx(torch.randn(4, channels, side, side))
     return f.eval()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["derived", "freeze"]
+__all__ = ["derived", "freeze", "is_kept", "thawed"]
 
 _Value = TypeVar("_Value")
 
@@ -53,21 +53,42 @@ def freeze(model: nn.Module) -> Iterator[None]:
         _active.remove(frozen)
 
 
+@contextlib.contextmanager
+def thawed() -> Iterator[None]:
+    """Inside the block nothing is frozen: for what is to see weights that change after the block."""
+    kept = _active[:]
+    _active.clear()
+    try:
+        yield
+    finally:
+        _active[:] = kept
+
+
 def derived(module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> _Value:
     """``compute()``, kept under ``key`` while ``module`` is frozen; outside autograd where it is kept.
 
     ``compute`` depends on nothing but ``key`` and the parameters and buffers of ``module``, its
     children's among them.
     """
-    if torch.compiler.is_compiling() or not _active:
-        return compute()
-    frozen = next((f for f in _active if module in f.modules), None)
-    if frozen is None or _traced(module):
+    frozen = _frozen(module)
+    if frozen is None:
         return compute()
     if (module, key) not in frozen.values:
         with torch.inference_mode(False), torch.no_grad():
             frozen.values[module, key] = compute()
     return frozen.values[module, key]
+
+
+def is_kept(module: nn.Module) -> bool:
+    """Whether ``derived`` would keep what is computed for this module now."""
+    return _frozen(module) is not None
+
+
+def _frozen(module: nn.Module) -> _Frozen | None:
+    if torch.compiler.is_compiling() or not _active:
+        return None
+    frozen = next((f for f in _active if module in f.modules), None)
+    return None if frozen is None or _traced(module) else frozen
 
 
 def _traced(module: nn.Module) -> bool:

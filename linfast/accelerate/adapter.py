@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..flows.drift import DriftGuard
+from .graph import Graphs
 from .identity import find_class, original_class
 from .tail import Side
 
@@ -29,6 +31,9 @@ class Options:
     """What ``accelerate`` was asked for."""
 
     keep_defects: frozenset[str] = frozenset()
+    memory: str = "store"
+    precision: str | None = None
+    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,19 @@ class Plan:
         runs: for the report.
         note: for the report; a defect of the original that was fixed or kept.
         layout: what the replaced methods need to know and would otherwise compute at every call.
+        takes_precision: whether what runs has products of its own, which follow ``options.precision``.
         options: what ``accelerate`` was asked for; the adapter puts them in.
+        guard: of what the instance rebuilds in a backward.
+        graphs: the CUDA graphs captured of the instance's methods.
     """
 
     runs: str
     note: str = ""
     layout: Any = None
+    takes_precision: bool = False
     options: Options = Options()
+    guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
+    graphs: Graphs = field(default_factory=Graphs, compare=False)
 
 
 Draw = Callable[..., Tensor]
@@ -79,6 +90,10 @@ class Adapter:
         compiles: more modules to compile.
         sides: (instance, layout) -> the sides of a coupling, which the check needs where they run whole.
         vectors: (copy, draw, features) -> outputs, both ways on vectors, with its own conditioners.
+        chain: whether the class runs other modules one after another, so that there is a reason to
+            swap it only where ``options`` ask for what is done to a whole chain.
+        captures: methods that a CUDA graph may hold.
+        stored: why a coupling that is in no chain stores its activations; "" for one that rebuilds its own.
         settle: called after the swap and after a state_dict was loaded.
         tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
     """
@@ -97,6 +112,9 @@ class Adapter:
     compiles: Callable[[Any], Iterable[nn.Module]] = _nothing
     sides: Callable[[Any, Any], Sequence[Side]] = lambda instance, layout: ()
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = lambda instance, draw, features: ()
+    chain: bool = False
+    captures: tuple[str, ...] = ()
+    stored: str = "it is in no chain of a known class"
     settle: Callable[[Any], None] = lambda instance: None
     tolerance: float = 1e-10
     float64: bool = True
@@ -105,6 +123,10 @@ class Adapter:
     @property
     def title(self) -> str:
         return f"{self.library} {self.name}"
+
+    def wanted(self, options: Options) -> bool:
+        """Whether these options give a reason to swap the class."""
+        return not self.chain or options.memory != "store" or (options.cuda_graph and bool(self.captures))
 
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options it was made for."""
@@ -140,22 +162,18 @@ def parent_adapter(instance: object) -> Adapter | None:
     return next((a for cls in parents for a in ADAPTERS if a.where is not None and a.matches(cls)), None)
 
 
-@dataclass(eq=False)
-class _Weight:
-    value: Tensor = field(repr=False)
-
-
 class Stub(nn.Module):
-    """A smooth function of each position's channels, y = 1.5 tanh(W x), in a conditioner's place.
+    """A smooth function of each position's channels, y = size tanh(W x), in a conditioner's place.
 
     A check with it does not depend on what the conditioner costs, draws or remembers.
     Arguments after x, where they are tensors, move y by their mean.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, draw: Draw) -> None:
+    def __init__(self, channels_in: int, channels_out: int, draw: Draw, size: float = 1.5) -> None:
         super().__init__()
-        self._weight = _Weight(draw(channels_out, channels_in))  # no parameter: the check draws it
+        self.size = size
+        self.weight = nn.Parameter(draw(channels_out, channels_in).detach())
 
     def forward(self, x: Tensor, *context: Any, **named: Any) -> Tensor:
-        y = 1.5 * torch.einsum("oc,bc...->bo...", self._weight.value, x).tanh()  # whose output may be written to
+        y = self.size * torch.einsum("oc,bc...->bo...", self.weight, x).tanh()  # whose output may be written to
         return sum((c.to(y).mean() for c in (*context, *named.values()) if isinstance(c, Tensor)), start=y)

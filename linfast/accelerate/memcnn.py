@@ -113,6 +113,7 @@ def _adapter(where: str, name: str) -> Adapter:
         conditioners=_nets,
         sides=lambda block, layout: _sides(block),
         vectors=lambda block, draw, features: (block.forward(draw(3, features)), block.inverse(draw(3, features))),
+        stored="memcnn's InvertibleModuleWrapper rebuilds inputs itself",
     )
 
 

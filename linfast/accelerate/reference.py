@@ -1,8 +1,7 @@
-"""The reference Linearizer repository (github.com/assafshocher/Linearizer): g, and the linear networks.
+"""The reference Linearizer repository (github.com/assafshocher/Linearizer): layers of g, and the linear networks.
 
-    block     ActNorm, then y1 = (x1 + t) e^s with (t, s) = F(x2), y2 likewise of G(y1), then y = W (y1 | y2)
     ActNorm   (x + bias) e^log_scale
-    g         mode "gx" runs the blocks at time 1, "gy" at time 0
+    1x1       y = W x over channels
     LoRA      x -> x A1(t) A2(t)^T a sample, never through an N x N matrix here
     kernel    a depthwise kernel a sample, generated from t
 
@@ -18,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.affine_coupling import affine_coupling
+from ..flows.drift import capturing
+from ..freeze import derived
 from ..ops.channel_mix import channel_mix
 from ..ops.depthwise_conv import depthwise_conv
 from ..ops.low_rank import low_rank
-from ..scale_maps import ScaleMap
-from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from .identity import changed_method
+from .adapter import Adapter, Draw, Options, Plan
 
-__all__ = ["ADAPTERS", "LIBRARY", "has", "shrink_lora"]
+__all__ = ["ADAPTERS", "LIBRARY", "constant_plan", "has", "reference_adapter", "shrink_lora"]
 
 LIBRARY = "reference"
 
@@ -79,80 +77,18 @@ def _probe_actnorm(norm: Any, draw: Draw) -> Sequence[Tensor]:
 # Invertible 1x1
 
 
+def _mix_inverse(mix: Any, y: Tensor) -> Tensor:
+    def inverse() -> Tensor:
+        if capturing(mix.W):  # inv tells the host whether W is singular
+            return torch.linalg.inv_ex(mix.W).inverse
+        return torch.linalg.inv(mix.W)
+
+    return channel_mix(y, derived(mix, "inverse", inverse))
+
+
 def _probe_mix(mix: Any, draw: Draw) -> Sequence[Tensor]:
     shape = (3, len(mix.W), 2, 3)
     return [mix.forward(draw(*shape)), mix.inverse(draw(*shape))]
-
-
-# Block
-
-
-def _plan_block(block: Any, options: Options) -> Plan:
-    for coupling in (block.F, block.G):
-        name = type(coupling).__name__
-        if name != "AffineCoupling" or not has("cond", "clamp")(coupling):
-            raise Unfit(f"its couplings are {name}, not the repository's AffineCoupling")
-        changed = changed_method(coupling, ("forward", "inverse", "_shift_log_scale"))
-        if changed is not None:
-            raise Unfit(f"the {changed} of its AffineCoupling was replaced")
-    return Plan("two affine couplings, clamp")
-
-
-def _block(block: Any, X: Tensor, t: Any) -> Tensor:
-    x = X if block.actnorm is None else block.actnorm(X)
-    x = _couple(block.F, x, t, "first", inverse=False)
-    return block.mix(_couple(block.G, x, t, "second", inverse=False))
-
-
-def _block_inverse(block: Any, Y: Tensor, t: Any) -> Tensor:
-    y = _couple(block.G, block.mix.inverse(Y), t, "second", inverse=True)
-    x = _couple(block.F, y, t, "first", inverse=True)
-    return x if block.actnorm is None else block.actnorm.inverse(x)
-
-
-def _couple(coupling: Any, x: Tensor, t: Any, moves: str, inverse: bool) -> Tensor:
-    first, second = x.chunk(2, 1)
-    params = coupling.cond(second if moves == "first" else first, t)
-    return affine_coupling(x, params, ScaleMap("clamp", coupling.clamp), moves=moves, inverse=inverse)[0]
-
-
-def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
-    half = len(block.mix.W) // 2
-    for coupling in (block.F, block.G):
-        coupling._modules["cond"] = Stub(half, 2 * half, draw)
-    shape = (3, 2 * half, 2, 3)
-    return [block.forward(draw(*shape), draw(3)), block.inverse(draw(*shape), draw(3))]
-
-
-# g
-
-
-_TIMES = {"gx": 1.0, "gy": 0.0}
-
-
-def _g(g: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    return g.g(x, _time(x, kwargs["mode"]))
-
-
-def _g_inverse(g: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    return g.g.inverse(x, _time(x, kwargs["mode"]))
-
-
-def _time(x: Tensor, mode: str) -> Tensor:
-    """[B], one number expanded: conditioners that see this embed it once."""
-    if mode not in _TIMES:
-        raise NotImplementedError(f"No such mode exists: {mode}")
-    return torch.full((1,), _TIMES[mode], device=x.device).expand(x.shape[0])
-
-
-class _Invertible(Stub):
-    def inverse(self, x: Tensor, t: Tensor) -> Tensor:
-        return self(x, t) + t.mean()
-
-
-def _probe_g(g: Any, draw: Draw) -> Sequence[Tensor]:
-    g._modules["g"] = _Invertible(2, 2, draw)
-    return [run(draw(3, 2, 2, 3), mode=mode) for run in (g.forward, g.inverse) for mode in _TIMES]
 
 
 # Linear networks
@@ -191,16 +127,16 @@ def _probe_kernel(layer: Any, draw: Draw) -> Sequence[Tensor]:
     return [layer.forward(draw(2, 3, 6, 7), t=draw(2))]
 
 
-def _adapter(name: str, recognises: Callable[[Any], bool], **what: Any) -> Adapter:
+def reference_adapter(name: str, recognises: Callable[[Any], bool], **what: Any) -> Adapter:
     return Adapter(library=LIBRARY, where=None, name=name, recognises=recognises, **what)
 
 
-def _constant(runs: str) -> Callable[[Any, Options], Plan]:
+def constant_plan(runs: str) -> Callable[[Any, Options], Plan]:
     return lambda instance, options: Plan(runs)
 
 
 ADAPTERS = (
-    _adapter(
+    reference_adapter(
         "ActNorm2d",
         has("bias", "log_scale", "initialized", "_init"),
         methods={"forward": _actnorm, "inverse": _actnorm_inverse},
@@ -208,46 +144,26 @@ ADAPTERS = (
         probe=_probe_actnorm,
         settle=_settle_actnorm,
     ),
-    _adapter(
+    reference_adapter(
         "Inv1x1Conv",
         has("W"),
-        methods={
-            "forward": lambda mix, x: channel_mix(x, mix.W),
-            "inverse": lambda mix, y: channel_mix(y, torch.linalg.inv(mix.W)),
-        },
-        plan=_constant("channel mix"),
+        methods={"forward": lambda mix, x: channel_mix(x, mix.W), "inverse": _mix_inverse},
+        plan=constant_plan("channel mix"),
         probe=_probe_mix,
     ),
-    _adapter(
-        "InvUnetBlock",
-        has("F", "G", "mix", "actnorm"),
-        methods={"forward": _block, "inverse": _block_inverse},
-        plan=_plan_block,
-        probe=_probe_block,
-        inner=lambda block: (block.F, block.G),
-        conditioners=lambda block: (block.F.cond, block.G.cond),
-    ),
-    _adapter(
-        "InverseUnet",
-        has("g", "dim"),
-        methods={"forward": _g, "inverse": _g_inverse},
-        plan=_constant("one time for the batch"),
-        probe=_probe_g,
-        hollow=lambda g: (g.g,),
-    ),
-    _adapter(
+    reference_adapter(
         "TimeDependentLoRALinearLayer",
         has("lin1", "lin2", "out_features", "lora_features", "get_lin_t"),
         methods={"forward": _lora},
-        plan=_constant("low-rank product"),
+        plan=constant_plan("low-rank product"),
         probe=_probe_lora,
         hollow=lambda layer: (layer.lin1, layer.lin2),
     ),
-    _adapter(
+    reference_adapter(
         "LinearKernel",
         has("lin1", "k", "get_matrix"),
         methods={"forward": lambda layer, x, **kwargs: depthwise_conv(x, layer.get_matrix(kwargs["t"]))},
-        plan=_constant("depthwise convolution"),
+        plan=constant_plan("depthwise convolution"),
         probe=_probe_kernel,
         hollow=lambda layer: (layer.lin1,),
         assumes=("get_matrix",),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..operators.base import LatentOperator
 from ..operators.time_low_rank import TimeLowRank
 from ..sampling.propagator import collapse
+from ..sampling.sampler import at_work
 from .adapter import Adapter, Draw, Options, Plan, Unfit
 from .identity import changed_method
 from .reference import LIBRARY, has, shrink_lora
@@ -77,7 +78,7 @@ def _sample(
         return matcher._linfast_original.sample_one_step(matcher, x, device, sampling_method, T, B)
     f = matcher.linearizer
     f.eval()
-    with torch.no_grad():
+    with at_work(f):
         return f.gx_inverse(operator(f.gy(x)))
 
 

@@ -7,7 +7,7 @@ What is different from the original:
 attention by scaled_dot_product_attention, which keeps no N x N weights; GroupNorm and SiLU in one op, or on
 a CPU computed again in the backward and not kept; biases inside the convolutions, and a time that is the same
 for the whole batch embedded once and added to the bias; resampling with the filter [1, 1] as mean and
-nearest-neighbour. Dropout draws the same masks.
+nearest-neighbour. Dropout draws the same masks. What is around the blocks is in ``reference_song``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapter import Adapter, Draw, Options, Plan, Unfit
-from .identity import original_class
+from .adapter import Draw, Options, Plan, Unfit
 from .norm_silu import norm_silu
-from .reference import LIBRARY, has
+from .reference import has, reference_adapter
 
-__all__ = ["ADAPTERS"]
+__all__ = ["ADAPTERS", "AFFINE", "last_convs", "move_off_zero"]
+
+AFFINE = "_linfast_affine"
+"""Attribute of an embedding: every block's ``affine`` of it, where that was computed once for many calls."""
 
 
 # Convolution with resampling
@@ -90,7 +91,8 @@ def _inner(block: Any) -> tuple[nn.Module, ...]:
 
 
 def _block(block: Any, x: Tensor, emb: Tensor) -> Tensor:
-    params = block.affine(emb).to(x.dtype)
+    ready = getattr(emb, AFFINE, None)
+    params = (block.affine(emb) if ready is None else ready[block]).to(x.dtype)
     h = norm_silu(x, block.norm0)
     if block.adaptive_scale:
         scale, shift = params.chunk(2, 1)
@@ -99,7 +101,9 @@ def _block(block: Any, x: Tensor, emb: Tensor) -> Tensor:
         shared = params.shape[0] == 1
         h = _convolve(block.conv0, h, params[0] if shared else None)
         h = norm_silu(h if shared else h + params[:, :, None, None], block.norm1)
-    h = _convolve(block.conv1, F.dropout(h, p=block.dropout, training=block.training), None)
+    if block.training and block.dropout:  # the mask follows the order in memory, which without gradients may differ
+        h = F.dropout(h.contiguous(), p=block.dropout)
+    h = _convolve(block.conv1, h, None)
     skip = x if block.skip is None else _convolve(block.skip, x, None)
     x = h.add_(skip).mul_(block.skip_scale)
     if block.num_heads:
@@ -120,83 +124,38 @@ def _attend(block: Any, x: Tensor) -> Tensor:
     return _convolve(block.proj, a.transpose(2, 3).reshape(x.shape), None)
 
 
-def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
-    # Fresh blocks end in weights of 1e-5, which would hide what comes before them.
-    for conv in (block.conv1, *((block.proj,) if block.num_heads else ())):
+def last_convs(block: Any) -> tuple[nn.Module, ...]:
+    return (block.conv1, block.proj) if block.num_heads else (block.conv1,)
+
+
+def move_off_zero(draw: Draw, *convs: Any) -> None:
+    """Fresh networks end in weights of 1e-5, which would hide what comes before them."""
+    for conv in convs:
         conv.weight = nn.Parameter(0.3 * draw(*conv.weight.shape).detach())
+
+
+def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
+    move_off_zero(draw, *last_convs(block))
     emb = block.affine.in_features
     x = (block.in_channels, 4, 4)
     return [block.forward(draw(2, *x), draw(2, emb)), block.forward(draw(2, *x), draw(1, emb))]
 
 
-# The whole U-Net
-
-
-def _plan_wrapper(wrapper: Any, options: Options) -> Plan:
-    if original_class(wrapper.net).__qualname__ != "SongUNet":
-        raise Unfit(f"its net is a {type(wrapper.net).__name__}, not the repository's SongUNet")
-    if any(
-        name in wrapper.net._modules and wrapper.net._modules[name] is not None
-        for name in ("map_label", "map_augment")
-    ):
-        raise Unfit("its net embeds labels")
-    return Plan("a time of the whole batch embedded once")
-
-
-def _wrapper(wrapper: Any, x: Tensor, t: Tensor | None) -> Tensor:
-    if t is None:
-        t = torch.zeros(1, device=x.device).expand(x.shape[0])
-    same = t.ndim == 1 and t.shape[0] > 1 and t.stride(0) == 0
-    return wrapper.net(x, t[:1] if same else t, None)
-
-
-class _Net(nn.Module):
-    """x (1 + t) of t [B] or [1], in the U-Net's place."""
-
-    def forward(self, x: Tensor, t: Tensor, label: None) -> Tensor:
-        return x * (1 + t.to(x)).reshape(-1, 1, 1, 1)
-
-
-def _probe_wrapper(wrapper: Any, draw: Draw) -> Sequence[Tensor]:
-    wrapper._modules["net"] = _Net()
-    x = (3, 2, 2, 2)
-    times = (None, draw(3), draw(1).expand(3))
-    return [wrapper.forward(draw(*x), t) for t in times]
-
-
-def _adapter(name: str, *attributes: str, **what: Any) -> Adapter:
-    return Adapter(library=LIBRARY, where=None, name=name, recognises=has(*attributes), **what)
-
+_LAYERS = ("norm0", "conv0", "affine", "norm1", "conv1", "skip")
+_SETTINGS = ("skip_scale", "adaptive_scale", "num_heads", "dropout")
 
 ADAPTERS = (
-    _adapter("Conv2d", "resample_filter", methods={"forward": _conv}, plan=_plan_conv, probe=_probe_conv),
-    _adapter(
+    reference_adapter(
+        "Conv2d", has("resample_filter"), methods={"forward": _conv}, plan=_plan_conv, probe=_probe_conv
+    ),
+    reference_adapter(
         "UNetBlock",
-        *(
-            "norm0",
-            "conv0",
-            "affine",
-            "norm1",
-            "conv1",
-            "skip",
-            "skip_scale",
-            "adaptive_scale",
-            "num_heads",
-            "dropout",
-        ),
+        has(*_LAYERS, *_SETTINGS),
         methods={"forward": _block},
         plan=_plan_block,
         probe=_probe_block,
         inner=_inner,
         compiles=lambda block: (block,),
         tolerance=1e-6,  # the original's attention drops to float32
-    ),
-    _adapter(
-        "SongUNetWrapper",
-        "net",
-        methods={"forward": _wrapper},
-        plan=_plan_wrapper,
-        probe=_probe_wrapper,
-        hollow=lambda wrapper: (wrapper.net,),
     ),
 )

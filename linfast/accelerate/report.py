@@ -20,6 +20,7 @@ class Row:
         note: why it was left alone, or what else is to be known.
         conditioner: of a coupling: "MLP 32-128-128-64 relu" where it is recognised as one.
         error: largest relative L2 difference from the original seen in the check.
+        takes_precision: whether it has products that run in the precision asked for.
     """
 
     path: str
@@ -28,6 +29,7 @@ class Row:
     note: str = ""
     conditioner: str = ""
     error: float | None = None
+    takes_precision: bool = False
 
     @property
     def swapped(self) -> bool:
@@ -36,9 +38,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one call of ``accelerate``, in the model's order."""
+    """The rows of one call of ``accelerate``, in the model's order, and the precision it was asked for."""
 
     rows: tuple[Row, ...]
+    precision: str | None = None
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -60,7 +63,14 @@ class Report:
         ]
         rendered.insert(1, "  ".join("-" * width for width in widths))
         total = f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"
-        return "\n".join(line.rstrip() for line in (*rendered, total))
+        return "\n".join(line.rstrip() for line in (*rendered, total, *self._of_precision()))
+
+    def _of_precision(self) -> list[str]:
+        if self.precision is None:
+            return []
+        reached = sum(row.takes_precision for row in self.swapped)
+        rest = "the products of the others are torch's, in its own settings, or none"
+        return [f"precision {self.precision!r} reaches {reached} of them; {rest}"]
 
 
 def _grouped(rows: tuple[Row, ...]) -> list[tuple[str, str, str, str]]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Hashable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Unfit, adapter_for, parent_adapter
+from .compiled import compile_conditioners, uncompile
 from .identity import changed_method, is_hooked, is_sharded
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
 from .verify import difference, kind_of
+from .whole import fits_whole
 
 __all__ = ["DEFECTS", "accelerate", "restore"]
 
@@ -48,10 +51,16 @@ def accelerate(
     Args:
         model: an nn.Module, or an object of a known class that holds one, such as the
             reference repository's FlowMatcher.
-        precision: None or "exact": float32 accuracy.
-        memory: "store", the only one yet: the backward keeps what it needs.
+        precision: of the fused kernels' products: "exact", "high", "tf32" or "fast" (linfast.precision);
+            None follows torch's settings. The report says what it reaches: products that are torch's
+            follow torch's own settings.
+        memory: "store": the backward keeps what it needs. "invert": a chain of invertible steps (the
+            reference's g, nflows' CompositeTransform, normflows' NormalizingFlow, FrEIA's SequenceINN)
+            keeps its input and output, and its activations are rebuilt in the backward
+            (linfast.flows.reversible). A chain with a step that is not known to be invertible stores.
         compile: compile the conditioners with torch.compile, each kind of block once.
-        cuda_graph: False, the only one yet.
+        cuda_graph: capture what g and the chains compute without gradients in eval mode, as a sampler
+            calls them, in CUDA graphs (linfast.accelerate.graph).
         keep_defects: which of ``DEFECTS`` to leave as they are.
 
     Raises:
@@ -60,23 +69,33 @@ def accelerate(
     """
     _check(model, precision, memory, cuda_graph, keep_defects)
     restore(model)
-    options = Options(frozenset(keep_defects))
+    options = Options(frozenset(keep_defects), memory, precision, cuda_graph)
     rows: list[Row] = []
     passed_by: set[int] = set()
+    rebuilt: set[int] = set()
     checked: dict[Hashable, float] = {}
     try:
         for path, instance in _objects(model):
-            row = None if id(instance) in passed_by else _try_to_swap(path, instance, options, checked)
-            if row is not None:
-                rows.append(row)
-            if row is not None and row.swapped:
+            if id(instance) in passed_by or (id(instance) in rebuilt and _is_chain(instance)):
+                continue
+            row = _try_to_swap(path, instance, options, checked)
+            if row is None:
+                continue
+            if row.swapped and _is_chain(instance):
+                rebuilt |= {id(module) for module in instance.modules()}
+            elif row.swapped:
                 passed_by |= {id(module) for module in instance._linfast_adapter.inner(instance)}
+            if row.swapped and memory == "invert" and id(instance) not in rebuilt:
+                row = _with_note(row, _why_stored(instance))
+            rows.append(row)
     except BaseException:
         restore(model)
         raise
     if compile:
-        _compile(model)
-    return Report(tuple(rows))
+        for _, instance in list(_objects(model)):
+            if isinstance(instance, Swapped):
+                compile_conditioners(instance)
+    return Report(tuple(rows), precision)
 
 
 def restore(model: Any) -> None:
@@ -86,34 +105,29 @@ def restore(model: Any) -> None:
         ValueError: a swapped module was given another class since, as by a parametrization.
     """
     for _, instance in list(_objects(model)):
-        if isinstance(instance, nn.Module) and instance in _COMPILED:
-            instance._compiled_call_impl = None
-            _COMPILED.discard(instance)
+        if isinstance(instance, nn.Module):
+            uncompile(instance)
         if isinstance(instance, Swapped):
             if "_linfast_original" not in vars(type(instance)):
                 raise ValueError(f"{type(instance).__name__} was derived from after accelerate; undo that first")
             swap_back(instance)
 
 
-_COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""The conditioners that ``accelerate`` compiled and the caller had not."""
+_MEMORY = ("store", "invert")
 
 
 def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
     if not isinstance(model, nn.Module) and adapter_for(model) is None:
         raise TypeError(f"model must be an nn.Module or an object of a known class; got {type(model).__name__}")
-    if precision not in (None, "exact"):
-        raise ValueError(f"precision must be None or 'exact': the ops have no other yet; got {precision!r}")
-    if memory != "store":
-        raise ValueError(
-            f"memory must be 'store': rebuilding inputs in the backward is not available yet; got {memory!r}"
-        )
+    if precision not in (None, *PRECISIONS):
+        raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if memory not in _MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(_MEMORY)}; got {memory!r}")
     unknown = sorted(set(keep_defects) - set(DEFECTS))
     if isinstance(keep_defects, str) or unknown:
         raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
-    if cuda_graph:
-        found = "capturing a sampler is not available yet" if torch.cuda.is_available() else "none is available"
-        raise ValueError(f"cuda_graph=True needs a CUDA device: {found}")
+    if cuda_graph and not torch.cuda.is_available():
+        raise ValueError("cuda_graph=True needs a CUDA device: none is available")
 
 
 def _objects(model: Any) -> Iterator[tuple[str, Any]]:
@@ -132,10 +146,12 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
     adapter = adapter_for(instance)
     if adapter is None:
         parent = parent_adapter(instance)
-        if parent is None:
+        if parent is None or not parent.wanted(options):
             return None
         name = type(instance).__name__
         return Row(path, name, None, f"derived from {parent.title}: its maths may differ; see lf.register_adapter")
+    if not adapter.wanted(options):
+        return None
     try:
         _check_unchanged(instance, adapter)
         plan = adapter.plan_for(instance, options)
@@ -146,7 +162,30 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
         return Row(path, adapter.title, None, str(reason), _describe(instance, adapter))
     swap(instance, adapter, plan)
     adapter.settle(instance)
-    return Row(path, adapter.title, plan.runs, plan.note, _describe(instance, adapter), checked[kind])
+    what = _describe(instance, adapter)
+    takes_precision = plan.takes_precision or _runs_whole(instance, adapter, plan)
+    return Row(path, adapter.title, plan.runs, plan.note, what, checked[kind], takes_precision)
+
+
+def _runs_whole(instance: Any, adapter: Adapter, plan: Plan) -> bool:
+    """Whether a GPU would run a side of it in one launch, whose products take a precision."""
+    sides = adapter.sides(instance, plan.layout)
+    like = next((p for p in instance.parameters() if p.is_floating_point()), None) if sides else None
+    return like is not None and any(fits_whole(side, like) for side in sides)
+
+
+def _is_chain(instance: Any) -> bool:
+    adapter = adapter_for(instance)
+    return adapter is not None and adapter.chain
+
+
+def _why_stored(instance: Any) -> str:
+    adapter: Adapter = instance._linfast_adapter
+    return f"stored: {adapter.stored}" if adapter.stored and adapter.conditioners(instance) else ""
+
+
+def _with_note(row: Row, note: str) -> Row:
+    return replace(row, note="; ".join(part for part in (row.note, note) if part))
 
 
 def _check_unchanged(instance: Any, adapter: Adapter) -> None:
@@ -167,15 +206,3 @@ def _describe(instance: Any, adapter: Adapter) -> str:
     """What its conditioners are, where they are MLPs."""
     found = [find_mlp(module) for module in adapter.conditioners(instance)]
     return " and ".join(dict.fromkeys(str(mlp) for mlp in found if mlp is not None))
-
-
-def _compile(model: Any) -> None:
-    """torch.compile each conditioner on its own: blocks of one kind share the compiled code."""
-    for _, instance in list(_objects(model)):
-        if isinstance(instance, Swapped):
-            adapter = instance._linfast_adapter
-            for module in (*adapter.conditioners(instance), *adapter.compiles(instance)):
-                apart = any(isinstance(m, Swapped) for m in module.modules() if m is not module)
-                if module._compiled_call_impl is None and not apart:  # else its parts are compiled
-                    module.compile()
-                    _COMPILED.add(module)

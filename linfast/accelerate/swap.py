@@ -87,12 +87,15 @@ def swapped_class(adapter: Adapter, original: type) -> type:
 def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
     """``run``, or the original where a hook on a module that ``run`` would pass by has to fire."""
     before = getattr(original, name)
+    captures = name in adapter.captures
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
         for module in adapter.inner(self):
             if is_hooked(module):
                 return before(self, *arguments, **named)
+        if captures and plan_of(self).options.cuda_graph:
+            return plan_of(self).graphs.run(run, self, arguments, named)
         return run(self, *arguments, **named)
 
     return method

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..flows.drift import DriftWarning
 from ..precision import resolve_precision
 from .adapter import Adapter, Draw, Plan, Unfit
 from .identity import PLAN, original_class
 from .swap import swap
 from .whole import whole_here
 
-__all__ = ["difference", "kind_of"]
+__all__ = ["code_of", "difference", "kind_of"]
 
 Probe = Callable[[Any, Draw], Sequence[Tensor]]
 
@@ -24,6 +26,7 @@ _SEED = 20260101
 _TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Of a layer whose products are in such a mode, whatever the original's are in.
 _OF_MODES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fast": 1e-1}
+_CHAIN = 10  # a chain is many layers, and its rebuilt inputs are as far off again
 
 
 def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
@@ -43,7 +46,7 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
     worst = 0.0
     for dtype in dict.fromkeys((torch.float64, own) if adapter.float64 else (own,)):
-        allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0))
+        allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * (_CHAIN if adapter.chain else 1))
         error = _difference(instance, adapter, plan, dtype, device, adapter.probe, hollow)
         if not error <= allowed:
             raise Unfit(f"it differs from the original by {error:.1e} in {str(dtype)[6:]} on a random input")
@@ -61,7 +64,7 @@ def _difference_whole(
     error = _difference(
         instance, adapter, plan, like.dtype, device, lambda copy, draw: adapter.vectors(copy, draw, features), ()
     )
-    allowed = max(_TOLERANCES[like.dtype], _OF_MODES[resolve_precision(like)])
+    allowed = max(_TOLERANCES[like.dtype], _OF_MODES[resolve_precision(like, plan.options.precision)])
     if not error <= allowed:
         raise Unfit(f"the layer in one launch differs from the original by {error:.1e} on a random input")
     return error
@@ -69,10 +72,15 @@ def _difference_whole(
 
 def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:
     """Equal for two instances that run the same code on tensors of the same shapes: one check serves both."""
+    own = id(instance) if not isinstance(instance, nn.Module) else None
+    return adapter, code_of(instance), plan.runs, plan.options, own
+
+
+def code_of(instance: Any) -> Hashable:
+    """What decides which code an instance runs, and on tensors of which shapes; its own may move, and its mode."""
     modules = dict(instance.named_modules()) if isinstance(instance, nn.Module) else {}
     parts = tuple((path, original_class(m), _settings(m)) for path, m in modules.items())
-    tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
-    return adapter, parts, tensors, plan.runs, plan.options, id(instance) if not modules else None
+    return parts, tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
 
 
 def _settings(module: nn.Module) -> Hashable:
@@ -114,7 +122,13 @@ def _run(instance: Any, probe: Probe, dtype: torch.dtype, device: torch.device) 
         return value
 
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with (
+        torch.random.fork_rng(devices),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error", DriftWarning)  # what strays here had better be stored
         torch.manual_seed(_SEED)
         try:
             outputs = list(probe(instance, draw))

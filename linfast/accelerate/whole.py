@@ -24,6 +24,7 @@ from ..ops.affine_coupling import LAYOUTS, split_sizes
 from ..ops.coupling_stack import coupling_stack
 from ..ops.stack_weights import CouplingLayer, PackedStack, pack_stack
 from ..precision import half_dtype, resolve_precision
+from .identity import PLAN
 from .mlp import MLP, find_mlp
 from .tail import Side
 
@@ -104,13 +105,20 @@ def _has_tile(mlps: tuple[MLP, ...], side: Side, like: Tensor) -> bool:
     together = 1 if len(set(map(id, side.nets))) == 1 else len(mlps)
     hidden = together * max((1, *(width for mlp in mlps for width in mlp.sizes[1:-1])))
     features, n_linear = _features(mlps, side), len(mlps[0].layers)
-    target = target_of(like)
-    mode = mode_on(target, resolve_precision(like))
-    return features is not None and stack_path(features, hidden, n_linear, mode, target) == "stack"
+    return (
+        features is not None
+        and stack_path(features, hidden, n_linear, _mode(side, like), target_of(like)) == "stack"
+    )
+
+
+def _mode(side: Side, like: Tensor) -> str:
+    """The precision that accelerate was asked for, else as torch is set; as it is where a plan is only being made."""
+    plan = vars(side.owner).get(PLAN)
+    return mode_on(target_of(like), resolve_precision(like, None if plan is None else plan.options.precision))
 
 
 def _run(mlps: tuple[MLP, ...], side: Side, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    precision, tail = mode_on(target_of(x), resolve_precision(x)), side.tail
+    precision, tail = _mode(side, x), side.tail
     assert tail.scale_map is not None
 
     def pack() -> tuple[CouplingLayer, PackedStack]:

@@ -153,4 +153,5 @@ ADAPTER = Adapter(
         *lazy.forward(None).call_and_ladj(draw(3, features)),
         *lazy.forward(None).inv.call_and_ladj(draw(3, features)),
     ),
+    stored="zuko makes a new Transform, not a module, at every call",
 )

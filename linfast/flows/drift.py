@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DRIFT_BUDGETS", "Checksum", "DriftGuard", "capturing", "drift", "drift_budget"]
+__all__ = ["DRIFT_BUDGETS", "Checksum", "DriftGuard", "DriftWarning", "capturing", "drift", "drift_budget"]
 
 # Measured on stacks of 8 to 64 couplings: a drift of d adds about d / 2 to the gradients' relative error.
 DRIFT_BUDGETS: dict[torch.dtype, float] = {
@@ -68,6 +68,10 @@ def drift(rebuilt: Tensor, kept: Tensor) -> Tensor:
     moved = (rebuilt - kept[:, :-1]).norm(dim=1) / math.sqrt(_PROJECTIONS)
     relative = moved / kept[:, -1].clamp(min=torch.finfo(kept.dtype).tiny)
     return torch.where(kept.isfinite().all(dim=1), relative, 0.0)
+
+
+class DriftWarning(RuntimeWarning):
+    """Rebuilt activations strayed."""
 
 
 class DriftGuard:
@@ -128,7 +132,7 @@ class DriftGuard:
     def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warnings.warn(message, DriftWarning, stacklevel=2)
 
 
 def capturing(x: Tensor) -> bool:

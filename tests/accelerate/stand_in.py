@@ -15,7 +15,10 @@ from tests.compat.stand_in import G, Linearizer, LinearModule
 
 
 class Linear(nn.Linear):
-    """A namesake of the repository's; its maths is torch's."""
+    """A namesake of the repository's, in x's dtype."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class GroupNorm(nn.Module):
@@ -92,29 +95,39 @@ class SongUNet(nn.Module):
         super().__init__()
         self.map_label = self.map_augment = None
         self.map_noise = SinusoidalPosEmb(width)
-        self.map_layer0 = Linear(width, 4 * width)
+        self.map_layer0, self.map_layer1 = Linear(width, 4 * width), Linear(4 * width, 4 * width)
         self.enc = nn.ModuleDict(
             {
-                "conv": Conv2d(channels_in, width, 3),
-                "block": UNetBlock(width, width, 4 * width, attention=True),
-                "down": UNetBlock(width, width, 4 * width, down=True),
+                "4x4_conv": Conv2d(channels_in, width, 3),
+                "4x4_block0": UNetBlock(width, width, 4 * width, attention=True),
+                "2x2_down": UNetBlock(width, width, 4 * width, down=True),
             }
         )
         self.dec = nn.ModuleDict(
             {
-                "up": UNetBlock(width, width, 4 * width, up=True),
-                "block": UNetBlock(2 * width, width, 4 * width),
-                "aux_norm": GroupNorm(width),
-                "aux_conv": Conv2d(width, channels_out, 3),
+                "2x2_block0": UNetBlock(2 * width, width, 4 * width),
+                "4x4_up": UNetBlock(width, width, 4 * width, up=True),
+                "4x4_block0": UNetBlock(2 * width, width, 4 * width),
+                "4x4_block1": UNetBlock(2 * width, width, 4 * width),
+                "4x4_aux_norm": GroupNorm(width),
+                "4x4_aux_conv": Conv2d(width, channels_out, 3),
             }
         )
+        with torch.no_grad():  # scales near one
+            for parameter in self.dec["4x4_aux_conv"].parameters():
+                parameter.mul_(0.3)
 
     def forward(self, x, noise_labels, class_labels):
-        emb = F.silu(self.map_layer0(self.map_noise(noise_labels).to(x.dtype)))
-        skip = self.enc["block"](self.enc["conv"](x), emb)
-        h = self.dec["up"](self.enc["down"](skip, emb), emb)
-        h = self.dec["block"](torch.cat((h, skip), 1), emb)
-        return 0.3 * self.dec["aux_conv"](F.silu(self.dec["aux_norm"](h)))
+        sin, cos = self.map_noise(noise_labels).to(torch.promote_types(x.dtype, torch.float32)).chunk(2, 1)
+        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(torch.cat((cos, sin), 1)))))
+        conv, block, down = self.enc.values()
+        first = conv(x)
+        second = block(first, emb)
+        third = down(second, emb)
+        low, up, high, last, norm, conv = self.dec.values()
+        h = up(low(torch.cat((third, third), 1), emb), emb)
+        h = last(torch.cat((high(torch.cat((h, second), 1), emb), first), 1), emb)
+        return conv(F.silu(norm(h)))
 
 
 class SongUNetWrapper(nn.Module):
@@ -179,6 +192,14 @@ class Inv1x1Conv(nn.Module):
         return torch.einsum("oc,bchw->bohw", torch.linalg.inv(self.W), y)
 
 
+class Squeeze2x2(nn.Module):
+    def forward(self, x):
+        return F.pixel_unshuffle(x, 2)
+
+    def inverse(self, y):
+        return F.pixel_shuffle(y, 2)
+
+
 class InvUnetBlock(nn.Module):
     def __init__(self, C):
         super().__init__()
@@ -199,19 +220,20 @@ class InvUnetBlock(nn.Module):
 class InvUnet(nn.Module):
     def __init__(self, depth, channels):
         super().__init__()
+        self.use_squeeze, self.squeeze = True, Squeeze2x2()
         self.blocks = nn.ModuleList(InvUnetBlock(4 * channels) for _ in range(depth))
 
     def forward(self, X, t):
-        X = F.pixel_unshuffle(X, 2)
+        X = self.squeeze(X)
         for block in self.blocks:
             X = block(X, t)
-        return F.pixel_shuffle(X, 2)
+        return self.squeeze.inverse(X)
 
     def inverse(self, Y, t):
-        Y = F.pixel_unshuffle(Y, 2)
+        Y = self.squeeze(Y)
         for block in reversed(self.blocks):
             Y = block.inverse(Y, t)
-        return F.pixel_shuffle(Y, 2)
+        return self.squeeze.inverse(Y)
 
 
 class InverseUnet(G):

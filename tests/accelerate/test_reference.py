@@ -206,3 +206,69 @@ def test_a_block_runs_on_the_kernels():
     with lf.backend("triton"):
         assert relative(block(x, t), expected) < 2e-6
         assert relative(block.inverse(expected, t), x) < 1e-5
+
+
+def _frozen_model():
+    model = _model(train=False)
+    with torch.no_grad():
+        model.gx(torch.randn(16, 1, 8, 8))
+    original = copy.deepcopy(model)
+    assert not lf.accelerate(model).left
+    return model, original
+
+
+def test_known_times_and_inverse_mixes_are_computed_once_inside_freeze(monkeypatch):
+    model, original = _frozen_model()
+    block = model.net_gx.g.blocks[0]
+    net, calls, inverses, inv = block.F.cond.net, [], [], torch.linalg.inv
+    net.map_layer0.register_forward_hook(lambda *a: calls.append("embedding"))
+    net.enc["4x4_block0"].affine.register_forward_hook(lambda *a: calls.append("affine"))
+    monkeypatch.setattr(torch.linalg, "inv", lambda W: inverses.append(W) or inv(W))
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad(), lf.freeze(model):
+        for _ in range(2):
+            for method in ("gx", "gy", "gx_inverse"):
+                assert relative(getattr(model, method)(x), getattr(original, method)(x)) < 2e-6
+    assert sorted(calls) == 2 * ["affine"] + 2 * ["embedding"]  # at 0 and at 1
+    assert len([W for W in inverses if W is block.mix.W]) == 1
+
+
+def test_nothing_is_kept_outside_of_freeze_or_of_gradients():
+    model, original = _frozen_model()
+    x, calls = torch.randn(2, 1, 8, 8), []
+    model.net_gx.g.blocks[0].F.cond.net.map_layer0.register_forward_hook(lambda *a: calls.append("embedding"))
+    with lf.freeze(model):
+        model.gx(x).square().sum().backward()
+    original.gx(x).square().sum().backward()
+    for own, theirs in zip(model.parameters(), original.parameters(), strict=True):
+        assert (own.grad is None) == (theirs.grad is None)
+    embedding = [m.net_gx.g.blocks[0].F.cond.net.map_layer0.weight.grad for m in (model, original)]
+    assert relative(*embedding) < 1e-4
+    calls.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            for m in (model, original):
+                for parameter in m.parameters():
+                    parameter.data.mul_(1.1)
+            assert relative(model.gx_inverse(x), original.gx_inverse(x)) < 2e-6
+    assert len(calls) == 2
+
+
+def test_freezing_a_part_keeps_nothing_of_another():
+    """A U-Net block that is frozen alone is given an embedding whose weights may change."""
+    model, original = _frozen_model()
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad(), lf.freeze(model.net_gx.g.blocks[0].F.cond.net.enc):
+        for _ in range(2):
+            for m in (model, original):
+                m.net_gx.g.blocks[0].F.cond.net.map_layer0.weight.data.mul_(1.5)
+            assert relative(model.gx(x), original.gx(x)) < 2e-6
+
+
+def test_autocast_keeps_an_embedding_of_its_own():
+    model, original = _frozen_model()
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad(), lf.freeze(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative(model.gx(x), original.gx(x)) < 2e-2
+        assert relative(model.gx(x), original.gx(x)) < 2e-6

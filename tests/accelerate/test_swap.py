@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import pickle
 
@@ -220,10 +221,10 @@ def test_a_hook_put_there_later_fires_too():
 
 def test_a_parametrized_inner_module_keeps_the_original():
     block = _reference_block()
-    unet = block.F.cond.net.enc["block"]
+    unet = block.F.cond.net.enc["4x4_block0"]
     nn.utils.parametrizations.weight_norm(unet.conv0)
     notes = {row.path: row.note for row in lf.accelerate(block).left}
-    assert "which would be passed by" in notes["F.cond.net.enc.block"]
+    assert "which would be passed by" in notes["F.cond.net.enc.4x4_block0"]
 
 
 def test_nothing_is_touched_by_the_check():
@@ -298,10 +299,10 @@ def test_bad_options_are_named():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module or an object of a known class; got int"):
         lf.accelerate(3)
-    with pytest.raises(ValueError, match=r"precision must be None or 'exact'.* got 'tf32'"):
-        lf.accelerate(model, precision="tf32")
-    with pytest.raises(ValueError, match=r"memory must be 'store'.* got 'invert'"):
-        lf.accelerate(model, memory="invert")
+    with pytest.raises(ValueError, match="precision must be None or one of exact, high, tf32, fast; got 'bf16'"):
+        lf.accelerate(model, precision="bf16")
+    with pytest.raises(ValueError, match="memory must be one of store, invert; got 'auto'"):
+        lf.accelerate(model, memory="auto")
     with pytest.raises(ValueError, match="keep_defects must be a collection of actnorm_reinit, rk_collapse; got"):
         lf.accelerate(model, keep_defects=["rk"])
     if not torch.cuda.is_available():
@@ -379,3 +380,28 @@ def test_what_is_no_mlp_is_not_taken_for_one(module):
 
 def test_a_namesake_of_a_copied_class_is_not_taken_for_it():
     assert lf.accelerate(nn.Sequential(nn.Conv2d(2, 2, 1), nn.GroupNorm(2, 2))).rows == ()
+
+
+def test_the_report_says_what_a_precision_reaches(registered):
+    registered()
+    report = lf.accelerate(nn.Sequential(Coupling(), Coupling()), precision="fast")
+    assert report.precision == "fast"
+    assert str(report).splitlines()[-1].startswith("precision 'fast' reaches 0 of them; the products of the others")
+    assert "precision" not in str(lf.accelerate(Coupling()))
+
+
+def test_a_plan_knows_the_options_and_rows_that_take_a_precision_are_counted(registered, monkeypatch):
+    registered()
+    adapter = adapters.ADAPTERS[0]
+    seen = []
+
+    def plan(module, options):
+        seen.append(options)
+        return dataclasses.replace(adapter.plan(module, options), takes_precision=True)
+
+    monkeypatch.setattr(adapters, "ADAPTERS", [dataclasses.replace(adapter, plan=plan), *adapters.ADAPTERS[1:]])
+    model = Coupling()
+    report = lf.accelerate(model, precision="high", memory="invert")
+    assert "precision 'high' reaches 1 of them" in str(report)
+    assert {(o.precision, o.memory) for o in seen} == {("high", "invert")}
+    assert model._linfast_plan.options.precision == "high"

@@ -409,5 +409,5 @@ KINDS = {
     "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2, whole=8),
     "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2, whole=8),
     "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2, whole=8),
-    "reference": Kind("reference", _reference, _run_reference, 36, shape=(1, 8, 8)),
+    "reference": Kind("reference", _reference, _run_reference, 48, shape=(1, 8, 8)),
 }

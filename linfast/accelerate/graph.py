@@ -1,0 +1,154 @@
+"""cuda_graph=True: a method's work captured once for each kind of input, and replayed.
+
+A graph is captured of a call without gradients, in eval mode, on CUDA tensors, by the shapes, strides and
+dtypes of the tensors given, the other arguments, autocast, backend and precision. Its inputs are copied in,
+its outputs copied out. It reads the parameters where they lie: values written in place are seen, also through
+weights derived from them, which are computed in the graph even inside ``linfast.freeze``; where a parameter or
+buffer is replaced, a graph is captured anew. Everything else runs as it would without graphs: calls that need
+gradients, train mode, other devices, under torch.compile or torch.func, inside a capture of the caller's own,
+and work that cannot be captured, of which a warning is given once. A change to anything but tensors, such as
+a step put into a chain, is not seen: accelerate again.
+
+Not run on a GPU so far: on a CPU its bookkeeping is tested with a stand-in for the capture.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from ..backend import chosen_backend
+from ..freeze import thawed
+from ..precision import resolve_precision
+
+__all__ = ["Graphs", "capturable", "capture"]
+
+_WARM_UP = 3  # calls before a capture: lazy initialisation and autotuning do not belong into it
+_MOST = 8  # graphs an instance holds: each keeps its activations; the oldest goes first
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, the tensors it reads and writes, and where it found the parameters."""
+
+    replay: Callable[[], None]
+    given: Sequence[Tensor]
+    result: Any
+    found: Hashable
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        for static, tensor in zip(self.given, tensors, strict=True):
+            static.copy_(tensor)
+        self.replay()
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.result)
+
+
+class Graphs:
+    """One instance's. A copy of the instance captures its own."""
+
+    def __init__(self) -> None:
+        self._captured: dict[Hashable, _Captured] = {}
+        self._failed: set[Hashable] = set()
+
+    def run(self, method: Callable[..., Any], instance: nn.Module, arguments: Any, named: Any) -> Any:
+        """method(instance, *arguments, **named), replayed where it can be."""
+        leaves, spec = tree_flatten((arguments, named))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        key = _key(method, leaves, spec, tensors) if tensors and _fits(instance, tensors) else None
+        if key is None or key in self._failed:
+            return method(instance, *arguments, **named)
+
+        def work(given: Sequence[Tensor]) -> Any:
+            fresh = iter(given)
+            arguments, named = tree_unflatten(
+                [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
+            )
+            return method(instance, *arguments, **named)
+
+        captured = self._captured.get(key)
+        if captured is None or captured.found != _lies(instance):
+            self._captured.pop(key, None)
+            try:
+                captured = _capture(work, tensors, instance)
+            except RuntimeError as error:
+                self._failed.add(key)
+                warnings.warn(
+                    f"{type(instance).__name__} runs without a CUDA graph: {error}", RuntimeWarning, stacklevel=3
+                )
+                return method(instance, *arguments, **named)
+            while len(self._captured) >= _MOST:
+                del self._captured[next(iter(self._captured))]
+            self._captured[key] = captured
+        return captured(tensors)
+
+
+def capture(work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """(replay, what ``work`` returned: written again by every replay)."""
+    with torch.cuda.device(device):
+        here, warm, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        warm.wait_stream(here)
+        with torch.cuda.stream(warm):
+            for _ in range(_WARM_UP):
+                work()
+        here.wait_stream(warm)
+        with torch.cuda.graph(graph):
+            result = work()
+    return graph.replay, result
+
+
+def capturable(tensor: Tensor) -> bool:
+    """Whether work on this tensor can go into a graph now."""
+    return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _capture(work: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor], instance: nn.Module) -> _Captured:
+    kind = tensors[0].device.type
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # whose tensors a later call could not write to
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(thawed())
+        if torch.is_autocast_enabled(kind):  # its cache would hold today's weights
+            stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
+        given = [tensor.clone() for tensor in tensors]
+        replay, result = capture(lambda: work(given), given[0].device)
+    return _Captured(replay, given, result, _lies(instance))
+
+
+def _fits(instance: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    here = all(capturable(t) and t.device == tensors[0].device for t in tensors)
+    return here and not any(module.training for module in instance.modules())
+
+
+def _key(
+    method: Callable[..., Any], leaves: Sequence[Any], spec: Any, tensors: Sequence[Tensor]
+) -> Hashable | None:
+    """What calls that one graph serves have in common; None where an argument cannot be part of a key."""
+    others = tuple(_Given if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+    kind = tensors[0].device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    key = (method, spec, others, kinds, autocast, chosen_backend(), resolve_precision(tensors[0]))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+class _Given:
+    """A tensor's place among the arguments."""
+
+
+def _lies(instance: nn.Module) -> Hashable:
+    """Where the instance's parameters and buffers lie."""
+    own = (t for m in instance.modules() for group in (m._parameters, m._buffers) for t in group.values())
+    return tuple((t.data_ptr(), t.dtype, t.shape, t.stride()) for t in own if t is not None)

@@ -1,0 +1,105 @@
+"""memory="invert": chains of other libraries' steps, rebuilt in the backward by ``flows.reversible``.
+
+A chain is a list of ``Part``s. A part that is a coupling names its conditioners, each of which is then
+evaluated once in the backward; of any other part the inverse and the forward run once each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..flows.memory import inverts
+from ..flows.reversible import Step, reversible
+from ..flows.undo import Cotangents, Outputs, Undone, undo
+from .adapter import Unfit, adapter_for
+from .identity import changed_method, original_class
+from .recall import recalling
+
+__all__ = ["Part", "check_parts", "conditioners_of", "inverting", "is_known", "per_sample", "run_inverting"]
+
+Context = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step of a chain.
+
+    Args:
+        name: for messages.
+        module: whose parameters it reads.
+        run: (module, x, context, inverse) -> (y, log_det [B] or None).
+        conditioners: of a coupling.
+    """
+
+    name: str
+    module: nn.Module
+    run: Callable[[Any, Tensor, Context, bool], Outputs]
+    conditioners: tuple[nn.Module, ...] = ()
+
+    def step(self, inverse: bool) -> Step:
+        def forward(x: Tensor, context: Context) -> Outputs:
+            return self.run(self.module, x, context, inverse)
+
+        return Step(self.name, self.module, forward, partial(self._undo, inverse))
+
+    def _undo(
+        self, inverse: bool, y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context
+    ) -> Undone:
+        module = recalling(self.module, self.conditioners, tensors) if self.conditioners else self.module
+        return undo(
+            lambda x: self.run(module, x, context, inverse),
+            lambda y: self.run(module, y, context, not inverse)[0],
+            y,
+            cotangents,
+            tensors,
+        )
+
+
+def inverting(instance: Any, x: Tensor) -> bool:
+    """Whether this call of a swapped instance's method is to keep no activations."""
+    return inverts(instance._linfast_plan.options.memory, x, 0.0)
+
+
+def run_inverting(instance: Any, parts: Sequence[Part], x: Tensor, context: Context, inverse: bool) -> Outputs:
+    """(y, log_det) of the parts in turn, or of the inverse of that."""
+    steps = [part.step(inverse) for part in parts]
+    return reversible(steps[::-1] if inverse else steps, x, context, instance._linfast_plan.guard)
+
+
+def conditioners_of(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Of a coupling that has an adapter."""
+    adapter = adapter_for(module)
+    return () if adapter is None else tuple(adapter.conditioners(module))
+
+
+def is_known(module: nn.Module, library: str, names: Sequence[str], methods: Sequence[str]) -> bool:
+    """Whether it is one of the library's classes with these names, as the library made it."""
+    cls = original_class(module)
+    found = cls.__module__.startswith(f"{library}.") and cls.__qualname__ in names
+    return found and changed_method(module, methods) is None
+
+
+def check_parts(parts: Sequence[Part]) -> None:
+    """Raise Unfit where the parts cannot be undone one by one, or there is nothing to gain."""
+    if not any(part.conditioners for part in parts):
+        raise Unfit("stored: no coupling of it is known")
+    for part in parts:
+        if len(part.conditioners) > 1 and any(_drops(module) for c in part.conditioners for module in c.modules()):
+            raise Unfit(f"stored: the conditioners of its {part.name} drop out, and are undone in another order")
+
+
+def _drops(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def per_sample(log_det: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[B], from what libraries return: a number, one for all samples, or [B]."""
+    if not isinstance(log_det, Tensor):
+        return torch.full((x.shape[0],), log_det, dtype=dtype or x.dtype, device=x.device)
+    return log_det.expand(x.shape[0]).to(dtype or log_det.dtype)

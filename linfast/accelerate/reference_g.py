@@ -1,0 +1,197 @@
+"""The reference Linearizer repository's g.
+
+    block   ActNorm, then y1 = (x1 + t) e^s with (t, s) = F(x2), y2 likewise of G(y1), then y = W (y1 | y2)
+    chain   an odd channel count squeezed 2 x 2, the blocks, and back
+    g       mode "gx" runs the chain at time 1, "gy" at time 0
+
+With memory="invert" a chain, or a block on its own, is rebuilt in the backward: each of ActNorm, the two
+couplings and the 1x1 is one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..flows.undo import Outputs
+from ..ops.affine_coupling import affine_coupling
+from ..scale_maps import ScaleMap
+from .adapter import Draw, Options, Plan, Stub, Unfit
+from .constant_time import constant_time
+from .identity import changed_method, original_class
+from .invert import Part, inverting, run_inverting
+from .reference import constant_plan, has, reference_adapter
+
+__all__ = ["ADAPTERS"]
+
+
+# Block
+
+
+def _plan_block(block: Any, options: Options) -> Plan:
+    _check_block(block)
+    return Plan("two affine couplings, clamp")
+
+
+def _check_block(block: Any) -> None:
+    for coupling in (block.F, block.G):
+        name = type(coupling).__name__
+        if name != "AffineCoupling" or not has("cond", "clamp")(coupling):
+            raise Unfit(f"its couplings are {name}, not the repository's AffineCoupling")
+        changed = changed_method(coupling, ("forward", "inverse", "_shift_log_scale"))
+        if changed is not None:
+            raise Unfit(f"the {changed} of its AffineCoupling was replaced")
+
+
+def _block(block: Any, X: Tensor, t: Any) -> Tensor:
+    if inverting(block, X):
+        return run_inverting(block, _block_parts(block), X, {"t": t}, inverse=False)[0]
+    x = X if block.actnorm is None else block.actnorm(X)
+    x = _couple(block.F, x, t, "first", inverse=False)
+    return block.mix(_couple(block.G, x, t, "second", inverse=False))
+
+
+def _block_inverse(block: Any, Y: Tensor, t: Any) -> Tensor:
+    if inverting(block, Y):
+        return run_inverting(block, _block_parts(block), Y, {"t": t}, inverse=True)[0]
+    y = _couple(block.G, block.mix.inverse(Y), t, "second", inverse=True)
+    x = _couple(block.F, y, t, "first", inverse=True)
+    return x if block.actnorm is None else block.actnorm.inverse(x)
+
+
+def _couple(coupling: Any, x: Tensor, t: Any, moves: str, inverse: bool) -> Tensor:
+    first, second = x.chunk(2, 1)
+    params = coupling.cond(second if moves == "first" else first, t)
+    return affine_coupling(x, params, ScaleMap("clamp", coupling.clamp), moves=moves, inverse=inverse)[0]
+
+
+def _block_parts(block: Any, where: str = "") -> list[Part]:
+    parts = [] if block.actnorm is None else [Part(f"{where}actnorm", block.actnorm, _run_layer)]
+    for name, moves in (("F", "first"), ("G", "second")):
+        coupling = getattr(block, name)
+        parts.append(Part(where + name, coupling, partial(_run_coupling, moves), (coupling.cond,)))
+    return [*parts, Part(f"{where}mix", block.mix, _run_layer)]
+
+
+def _run_layer(layer: Any, x: Tensor, context: Mapping[str, Any], inverse: bool) -> Outputs:
+    return (layer.inverse(x) if inverse else layer(x)), None
+
+
+def _run_coupling(moves: str, coupling: Any, x: Tensor, context: Mapping[str, Any], inverse: bool) -> Outputs:
+    return _couple(coupling, x, context["t"], moves, inverse), None
+
+
+def _stub_conditioners(block: Any, draw: Draw, size: float = 1.5) -> int:
+    """Stubs in place of a copy's conditioners; its channels."""
+    half = len(block.mix.W) // 2
+    for coupling in (block.F, block.G):
+        coupling._modules["cond"] = Stub(half, 2 * half, draw, size)
+    return 2 * half
+
+
+def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
+    shape = (3, _stub_conditioners(block, draw), 2, 3)
+    return [block.forward(draw(*shape), draw(3)), block.inverse(draw(*shape), draw(3))]
+
+
+# The chain of blocks
+
+
+def _plan_chain(chain: Any, options: Options) -> Plan:
+    if chain.use_squeeze and changed_method(chain.squeeze, ("forward", "inverse")) is not None:
+        raise Unfit("stored: its squeeze was replaced")
+    for block in chain.blocks:
+        if original_class(block).__qualname__ != "InvUnetBlock" or changed_method(block, ("forward", "inverse")):
+            raise Unfit(f"stored: its {type(block).__name__} is not the repository's InvUnetBlock")
+        _check_block(block)
+    return Plan(f"{len(chain.blocks)} blocks, rebuilt in the backward")
+
+
+def _chain(chain: Any, X: Tensor, t: Any) -> Tensor:
+    return _run_chain(chain, X, t, "forward")
+
+
+def _chain_inverse(chain: Any, Y: Tensor, t: Any) -> Tensor:
+    return _run_chain(chain, Y, t, "inverse")
+
+
+def _run_chain(chain: Any, x: Tensor, t: Any, method: str) -> Tensor:
+    if not inverting(chain, x):
+        return getattr(chain._linfast_original, method)(chain, x, t)
+    x = chain.squeeze(x) if chain.use_squeeze else x
+    parts = [part for i, block in enumerate(chain.blocks) for part in _block_parts(block, f"blocks[{i}].")]
+    y, _ = run_inverting(chain, parts, x, {"t": t}, method == "inverse")
+    return chain.squeeze.inverse(y) if chain.use_squeeze else y
+
+
+def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
+    size = 1 / len(chain.blocks)  # of a deep chain of large scales no inverse is exact
+    channels, *_ = (_stub_conditioners(block, draw, size) for block in chain.blocks)
+    shape = (2, channels // 4 if chain.use_squeeze else channels, 4, 6)
+    return [chain.forward(draw(*shape), draw(2)), chain.inverse(draw(*shape), draw(2))]
+
+
+# g
+
+
+_TIMES = {"gx": 1.0, "gy": 0.0}
+
+
+def _g(g: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    return g.g(x, _time(x, kwargs["mode"]))
+
+
+def _g_inverse(g: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    return g.g.inverse(x, _time(x, kwargs["mode"]))
+
+
+def _time(x: Tensor, mode: str) -> Tensor:
+    if mode not in _TIMES:
+        raise NotImplementedError(f"No such mode exists: {mode}")
+    return constant_time(_TIMES[mode], x)
+
+
+class _Invertible(Stub):
+    def inverse(self, x: Tensor, t: Tensor) -> Tensor:
+        return self(x, t) + t.mean()
+
+
+def _probe_g(g: Any, draw: Draw) -> Sequence[Tensor]:
+    g._modules["g"] = _Invertible(2, 2, draw)
+    return [run(draw(3, 2, 2, 3), mode=mode) for run in (g.forward, g.inverse) for mode in _TIMES]
+
+
+ADAPTERS = (
+    reference_adapter(
+        "InvUnetBlock",
+        has("F", "G", "mix", "actnorm"),
+        methods={"forward": _block, "inverse": _block_inverse},
+        plan=_plan_block,
+        probe=_probe_block,
+        inner=lambda block: (block.F, block.G),
+        conditioners=lambda block: (block.F.cond, block.G.cond),
+        stored="",
+    ),
+    reference_adapter(
+        "InvUnet",
+        has("blocks", "squeeze", "use_squeeze"),
+        chain=True,
+        methods={"forward": _chain, "inverse": _chain_inverse},
+        plan=_plan_chain,
+        probe=_probe_chain,
+        inner=lambda chain: (*chain.blocks, *(m for block in chain.blocks for m in (block.F, block.G))),
+        hollow=lambda chain: tuple(m.cond for block in chain.blocks for m in (block.F, block.G)),
+    ),
+    reference_adapter(
+        "InverseUnet",
+        has("g", "dim"),
+        methods={"forward": _g, "inverse": _g_inverse},
+        plan=constant_plan("one time for the batch"),
+        probe=_probe_g,
+        hollow=lambda g: (g.g,),
+        captures=("forward", "inverse"),
+    ),
+)
