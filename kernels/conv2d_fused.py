@@ -3,7 +3,7 @@
 With m, r of each group of channels, l = k // 2 and zeros around a (not around x):
 
     a[b, c, i, j] = silu((x - m) r w_c + b_c)                    or without the SiLU, or x itself
-    y[b, o, i, j] = sum_{c, u, v} W[o, c, u, v] a[b, c, i + u - l, j + v - l] + bias[o or b, o] + alpha z[b, o, i, j]
+    y[b, o, i, j] = sum_{c, u, v} W[o, c, u, v] a[b, c, i + u - l, j + v - l] + bias[(b,) o] + alpha z[b, o, i, j]
 
 A program makes ROWS positions of one sample by COLUMNS output channels. It walks C in steps of DEPTH and in
 each the k^2 taps: [ROWS, DEPTH] of a, made from x as it is loaded, times [DEPTH, COLUMNS] of W, in the modes of
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv2d_configs import choose_tile, image_like, n_row_tiles, padded_group, tile_rows_of
+from .conv2d_configs import ConvTile, choose_tile, image_like, n_row_tiles, padded_group, tile_rows_of
 from .group_statistics import group_moments, grouped_channels, launch_group_statistics, store_group_tiles
 from .launch import ceil_div, device_guard, needs_int64
 from .mlp import activate
@@ -32,7 +32,7 @@ from .row_products import Mode, dot
 
 __all__ = [
     *("SILU_FORMS", "activated", "apply_conv", "launch_conv2d_fused", "mode_of"),
-    *("norm_of_channels", "positions_of", "silu_form"),
+    *("norm_of_channels", "positions_of", "silu_form", "warps_of"),
 ]
 
 _SILU = tl.constexpr(1)
@@ -81,7 +81,7 @@ def activated(at, inside, mean, gain, shift, NORM: tl.constexpr, FORM: tl.conste
 @triton.jit
 def _conv2d_fused_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, residual_ptr, tiles_ptr, y_ptr, mean_ptr,
-    rstd_ptr, next_ptr, n_in, n_out, height, width, n_row_tiles, groups, n_tiles, tile_rows, next_groups,
+    rstd_ptr, next_ptr, n_in, n_out, height, width, n_row_tiles, groups, n_tiles, tile_rows, next_groups, n_taps,
     stride_xb, stride_xc, stride_xh, stride_xw, stride_rb, stride_rc, stride_rh, stride_rw,
     stride_yb, stride_yc, stride_yh, stride_yw, stride_wo, stride_wc, stride_wu, stride_wv,
     stride_bb, stride_bo, eps, alpha, KERNEL: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
@@ -116,7 +116,7 @@ def _conv2d_fused_kernel(
         x_at = x_ptr + b * stride_xb + (c * stride_xc)[None, :]
         w_at = weight_ptr + (c * stride_wc)[:, None] + (o * stride_wo)[None, :]
         w_inside = (c < n_in)[:, None] & real[None, :]
-        for tap in tl.range(0, KERNEL * KERNEL, num_stages=STAGES):
+        for tap in tl.range(0, n_taps, num_stages=STAGES):  # a run-time bound: unrolled, it spills
             u = tap // KERNEL
             v = tap - u * KERNEL
             row = i + u - KERNEL // 2
@@ -152,6 +152,10 @@ def mode_of(precision: str, dtype: torch.dtype, part_dtype: torch.dtype) -> Mode
     return Mode(_PARTS[precision], torch.float32 if precision == "tf32" else part_dtype)
 
 
+def warps_of(tile: ConvTile, mode: Mode) -> int:
+    return tile.num_warps if mode.parts == 1 else tile.split_warps
+
+
 def silu_form(x: Tensor, precision: str, activation: bool) -> int:
     """The prologue's: -1 for none."""
     return SILU_FORMS[precision][not (x.is_cuda and torch.version.hip is None)] if activation else -1
@@ -182,7 +186,7 @@ def apply_conv(
     if transpose:
         first_tap, strides = weight[:, :, -1:, -1:], (wc, wo, -wu, -wv)
     (height, width), n_in, n_out = x.shape[2:], x.shape[1], y.shape[1]
-    tile = choose_tile(n_in, n_out, height * width)
+    tile = choose_tile(n_out, height * width)
     row_tiles = ceil_div(height * width, tile.rows)
     tiles, mean, rstd = moments
     n_tiles, groups = (1, 1) if tiles is None else tiles.shape[1:3]
@@ -196,10 +200,10 @@ def apply_conv(
         _conv2d_fused_kernel[(x.shape[0] * row_tiles, column_blocks)](
             x, first_tap, bias, norm_weight, norm_bias, residual, tiles, y, mean, rstd, next_tiles,
             n_in, n_out, height, width, row_tiles, groups, n_tiles, tile_rows_of(n_tiles, height * width),
-            next_groups, *x.stride(), *(y if residual is None else residual).stride(), *y.stride(),
-            *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], **mode.constexprs, FORM=form,
-            PER_GROUP=per_group, PADDED=padded, INT64=needs_int64(*given), ROWS=tile.rows, COLUMNS=tile.columns,
-            DEPTH=tile.depth, STAGES=tile.stages, num_warps=tile.num_warps,
+            next_groups, weight.shape[2] ** 2, *x.stride(), *(y if residual is None else residual).stride(),
+            *y.stride(), *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], **mode.constexprs,
+            FORM=form, PER_GROUP=per_group, PADDED=padded, INT64=needs_int64(*given), ROWS=tile.rows,
+            COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages, num_warps=warps_of(tile, mode),
         )  # fmt: skip
 
 
@@ -226,11 +230,11 @@ def launch_conv2d_fused(
     part_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
-    batch, n_in, n_out = x.shape[0], x.shape[1], weight.shape[0]
+    batch, n_out = x.shape[0], weight.shape[0]
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
     y = image_like(x, n_out, dtype)
     mean, rstd = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
-    n_tiles = n_row_tiles(n_in, n_out, x.shape[2] * x.shape[3])
+    n_tiles = n_row_tiles(n_out, x.shape[2] * x.shape[3])
     next_tiles = x.new_empty((batch, n_tiles, next_groups, 2), dtype=torch.float32)
     if x.numel() == 0 or n_out == 0:
         return y, mean, rstd, next_tiles
@@ -238,7 +242,8 @@ def launch_conv2d_fused(
         tiles = launch_group_statistics(x, groups)
     apply_conv(
         x, weight, y, mode_of(precision, weight.dtype, part_dtype), bias=bias, norm=(norm_weight, norm_bias),
-        moments=(tiles, mean, rstd) if groups else (None, None, None), eps=eps, form=silu_form(x, precision, activation),
-        residual=residual, alpha=alpha, next_tiles=next_tiles if next_groups else None,
+        moments=(tiles, mean, rstd) if groups else (None, None, None), eps=eps,
+        form=silu_form(x, precision, activation), residual=residual, alpha=alpha,
+        next_tiles=next_tiles if next_groups else None,
     )  # fmt: skip
     return y, mean, rstd, next_tiles

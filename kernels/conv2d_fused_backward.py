@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv2d_configs import choose_weight_tile, weight_splits
-from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form
+from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form, warps_of
 from .group_norm_silu import launch_group_norm_silu_backward
 from .launch import ceil_div, device_guard, like, needs_int64
 from .row_products import Mode, dot
@@ -102,9 +102,8 @@ def launch_conv2d_fused_backward(
 
     mean, rstd and y's tiles are functions of x and y that carry no gradient of their own.
     """
-    none = x.new_empty(0, dtype=torch.float32)
     mode = mode_of(precision, weight.dtype, part_dtype)
-    dx, dnorm_weight, dnorm_bias = none, none, none
+    dx, dweight, dbias, dnorm_weight, dnorm_bias = None, None, None, None, None
     if needs[0] or needs[3] or needs[4]:
         dx = like(x)
         if x.numel() and weight.shape[0]:
@@ -116,16 +115,15 @@ def launch_conv2d_fused_backward(
                 x, norm_weight, norm_bias, None, None, mean, rstd, dx, None, None, groups, eps, activation,
                 [needs[0], needs[3], needs[4], False, False],
             )  # fmt: skip
-    dweight = none
     if needs[1]:
         moments = (mean, rstd) if groups else (None, None)
         form = silu_form(x, precision, activation)
         dweight = _weight_gradient(x, weight, grad, (norm_weight, norm_bias), moments, groups, form, mode)
-    dbias = none
     if needs[2] and bias is not None:
         dbias = grad.sum((0, 2, 3) if bias.ndim == 1 else (2, 3), dtype=torch.float32).to(bias.dtype)
-    dresidual = grad * alpha if needs[5] else none
-    return dx, dweight, dbias, dnorm_weight, dnorm_bias, dresidual, none.clone()
+    dresidual = grad * alpha if needs[5] else None
+    gradients = (dx, dweight, dbias, dnorm_weight, dnorm_bias, dresidual, None)
+    return tuple(x.new_empty(0, dtype=torch.float32) if d is None else d for d in gradients)
 
 
 def _weight_gradient(
@@ -153,6 +151,6 @@ def _weight_gradient(
             x, grad, norm_weight, norm_bias, *moments, partial, n_in, n_out, height, width, row_tiles,
             batch * row_tiles, steps, max(groups, 1), *x.stride(), *grad.stride(), KERNEL=k, **mode.constexprs,
             FORM=form, INT64=needs_int64(x, grad, partial), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            STAGES=tile.stages, num_warps=tile.num_warps,
+            STAGES=tile.stages, num_warps=warps_of(tile, mode),
         )  # fmt: skip
     return dweight.copy_(partial.sum(0).permute(2, 3, 0, 1))

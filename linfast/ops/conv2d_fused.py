@@ -3,8 +3,8 @@
     a = silu(group_norm(x) norm_weight + norm_bias)      without the SiLU, or x, where so asked
     y = conv(a, weight, padding k // 2) + bias + alpha residual
 
-Shapes: x [B, C_in, H, W], weight [C_out, C_in, k, k] with k odd, bias [C_out] or [B, C_out], norm_weight and norm_bias
-[C_in], residual and y [B, C_out, H, W]. The zeros of the padding are a's, not x's. y's dtype is
+Shapes: x [B, C_in, H, W], weight [C_out, C_in, k, k] with k odd, bias [C_out] or [B, C_out], norm_weight and
+norm_bias [C_in], residual and y [B, C_out, H, W]. The zeros of the padding are a's, not x's. y's dtype is
 weight's, or residual's where that is wider.
 
     where                                     what runs
@@ -145,16 +145,16 @@ def conv2d_fused_reference(
     mean, rstd = (x.new_empty((x.shape[0], 0), dtype=torch.float32) for _ in range(2))
     if groups:
         a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, groups, eps, activation)
-        variance, mean = torch.var_mean(x.float().reshape(x.shape[0], groups, -1), 2, correction=0)
+        variance, mean = torch.var_mean(x.float().unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
         rstd = (variance + eps).rsqrt()
     y = _convolved(a.to(weight.dtype), weight, bias, residual, alpha)
-    return laid_out(y, x), mean, rstd, _tiles(y, x.shape[1], next_groups)
+    return laid_out(y, x), mean, rstd, _tiles(y, next_groups)
 
 
-def _tiles(y: Tensor, n_in: int, groups: int) -> Tensor:
+def _tiles(y: Tensor, groups: int) -> Tensor:
     """(mean, sum of centred squares) [B, tiles, groups, 2] of kernels/group_statistics.py."""
     batch, n_out, height, width = y.shape
-    tiles = n_row_tiles(n_in, n_out, height * width)
+    tiles = n_row_tiles(n_out, height * width)
     if groups == 0:
         return y.new_empty((batch, tiles, 0, 2), dtype=torch.float32)
     rows = tile_rows_of(tiles, height * width)
@@ -186,7 +186,6 @@ def conv2d_fused_backward_reference(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     """dx, dweight, dbias, dw, db, dresidual, nothing; the formulas are in linfast.kernels.conv2d_fused_backward."""
-    none = x.new_empty(0, dtype=torch.float32)
     a, padding = x, [weight.shape[2] // 2] * 2
     if groups:
         a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, groups, eps, activation)
@@ -202,11 +201,11 @@ def conv2d_fused_backward_reference(
         )[:3]  # fmt: skip
     dx, dnorm_weight, dnorm_bias = gradients
     compute = torch.promote_types(grad.dtype, torch.float32)
-    dbias = none
+    dbias = None
     if needs[2] and bias is not None:
         dbias = grad.to(compute).sum((0, 2, 3) if bias.ndim == 1 else (2, 3)).to(bias.dtype)
-    results = (dx, dweight, dbias, dnorm_weight, dnorm_bias, grad * alpha if needs[5] else none, none.clone())
-    return tuple(none.clone() if r is None else r for r in results)
+    results = (dx, dweight, dbias, dnorm_weight, dnorm_bias, grad * alpha if needs[5] else None, None)
+    return tuple(x.new_empty(0, dtype=torch.float32) if r is None else r for r in results)
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
@@ -215,7 +214,7 @@ def _fake(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
     assert isinstance(next_groups, int)
     dtype = torch.promote_types(weight.dtype, residual.dtype) if isinstance(residual, Tensor) else weight.dtype
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
-    tiles = n_row_tiles(x.shape[1], weight.shape[0], x.shape[2] * x.shape[3])
+    tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
     sums = x.new_empty((x.shape[0], tiles, next_groups, 2), dtype=torch.float32)
     return image_like(x, weight.shape[0], dtype), mean, rstd, sums
 
@@ -238,7 +237,8 @@ _CONSTANTS = (
 )
 _conv2d_fused = define_op(
     RawOp(
-        f"conv2d_fused({_TENSORS}, Tensor? residual, Tensor? tiles, {_CONSTANTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"conv2d_fused({_TENSORS}, Tensor? residual, Tensor? tiles, {_CONSTANTS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
         _fake,
         conv2d_fused_reference,
         "conv2d_fused:launch_conv2d_fused",
@@ -292,8 +292,8 @@ def _check(
         statistics.ndim != 4 or statistics.shape[::2] != (batch, groups) or statistics.dtype != torch.float32
     ):
         raise ValueError(
-            f"statistics must be those of x {tuple(x.shape)} in {groups} groups, fp32 [{batch}, tiles, {groups}, 2]; "
-            f"got {statistics.dtype} {tuple(statistics.shape)}"
+            f"statistics must be those of x {tuple(x.shape)} in {groups} groups, "
+            f"fp32 [{batch}, tiles, {groups}, 2]; got {statistics.dtype} {tuple(statistics.shape)}"
         )
     if residual is not None and residual.shape != (batch, n_out, height, width):
         raise ValueError(f"residual must be {(batch, n_out, height, width)}; got {tuple(residual.shape)}")

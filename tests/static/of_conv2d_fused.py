@@ -6,8 +6,10 @@ them. Transposed: none of these, as the backward has it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from linfast.kernels.conv2d_configs import TILES, WEIGHT_TILES, ConvTile
 from linfast.kernels.row_products import TYPES
 
@@ -20,11 +22,10 @@ _CONV_POINTERS = (
 _OPTIONAL = _CONV_POINTERS[2:7] + _CONV_POINTERS[8:]
 _CONV_SIZES = (
     *("n_in", "n_out", "height", "width", "n_row_tiles", "groups", "n_tiles", "tile_rows", "next_groups"),
-    *("stride_bb",),
+    *("stride_bb", "n_taps"),
 )
 _WEIGHT_POINTERS = ("x", "grad", "norm_weight", "norm_bias", "mean", "rstd", "partial")
 _WEIGHT_SIZES = ("n_in", "n_out", "height", "width", "n_row_tiles", "n_steps", "steps_a_split", "groups")
-_NO_TF32 = ("gfx942",)
 # mode: (type of x and weight, parts, their type, form of SiLU on NVIDIA)
 _MODES = {
     "tf32": ("fp32", 1, "float32", 2),
@@ -34,25 +35,38 @@ _MODES = {
     "bf16": ("bf16", 1, "bfloat16", 2),
     "fp16": ("fp16", 1, "float16", 2),
 }
+_NVIDIA, _AMD = TARGETS[:3], TARGETS[3:]
+_SPLIT = ("high", "exact")
 _WIDTHS = (16, 32, 64, 128)
 
 
 def cases() -> list[StaticCase]:
     """The shipped configurations."""
-    tiles = [tile for _, tile in TILES]
-    weight_tiles = list(zip((16, 32, 64), (tile for _, tile in WEIGHT_TILES), strict=True))
-    small = ConvTile(16, tiles[0].columns, tiles[0].depth, tiles[0].stages, tiles[0].num_warps)
+    return [case for targets in (_NVIDIA, _AMD) for case in _of_targets(targets)]
+
+
+def _of_targets(targets: tuple[str, ...]) -> list[StaticCase]:
+    tiles = list(zip(_WIDTHS, (tile for _, tile in TILES), strict=True))
+    weight_tiles = list(zip(_WIDTHS, (tile for _, tile in WEIGHT_TILES), strict=False))
+    narrow, wide = tiles[0][1], tiles[1][1]
+    modes = [mode for mode in _MODES if targets == _NVIDIA or mode != "tf32"]
     built = [
-        *(_conv(tile, width, mode) for width, tile in zip(_WIDTHS, tiles, strict=True) for mode in _MODES),
-        *(_conv(tile, width, mode, transpose=True) for width, tile in zip(_WIDTHS, tiles, strict=True)
-          for mode in ("tf32", "bf16")),
-        *(_conv(tiles[0], 16, mode, last=False) for mode in ("tf32", "bf16")),
-        *(_conv(tiles[2], 64, mode, kernel=1) for mode in ("tf32", "bf16")),
-        _conv(small, 16, "tf32"),
-        *(_weight(tile, width, mode) for width, tile in weight_tiles for mode in _MODES if mode != "fp16"),
+        *(_conv(tile, width, mode) for width, tile in tiles for mode in modes),
+        *(_conv(tile, width, mode, transpose=True) for width, tile in tiles for mode in (modes[0], "bf16")),
+        *(_conv(narrow, 16, mode, last=False) for mode in ("tf32", "bf16") if targets == _NVIDIA),
+        *(_conv(wide, 32, mode, kernel=1) for mode in (modes[0], "bf16")),
+        _conv(replace(narrow, rows=16), 16, modes[0]),
+        *(_weight(tile, width, mode) for width, tile in weight_tiles for mode in modes),
         *(_statistics(width, dtype) for width in (16, 128) for dtype in ("fp32", "bf16")),
-    ]  # fmt: skip
-    return built
+    ]
+    return [replace(case, targets=targets, constexprs=_portable(case.constexprs, targets)) for case in built]
+
+
+def _portable(constexprs: dict[str, Any], targets: tuple[str, ...]) -> dict[str, Any]:
+    """SiLU in NVIDIA's own instruction on NVIDIA only."""
+    if targets == _NVIDIA or "FORM" not in constexprs:
+        return constexprs
+    return constexprs | {"FORM": min(constexprs["FORM"], 1)}
 
 
 def _view(letter: str, last: bool) -> dict[str, int | None]:
@@ -71,6 +85,7 @@ def _conv(
     constexprs: dict[str, Any] = {name: value for name, value in strides.items() if value is not None}
     constexprs |= {f"{name}_ptr": None for name in _OPTIONAL} if transpose else {}
     constexprs |= _product(kernel, parts, part_dtype, -1 if transpose else form, tile)
+    constexprs |= {"n_taps": 1} if kernel == 1 else {}
     constexprs |= {"PER_GROUP": 1, "PADDED": 1} if transpose else {"PER_GROUP": 4, "PADDED": 4}
     sizes = dict.fromkeys(_CONV_SIZES, "i32") | {"eps": "fp32", "alpha": "fp32"}
     words = ["transposed" if transpose else "forward", f"{kernel}x{kernel}", f"C={width}"]
@@ -88,26 +103,24 @@ def _weight(tile: ConvTile, width: int, mode: str) -> StaticCase:
     sizes = dict.fromkeys(_WEIGHT_SIZES, "i32")
     words = ["3x3", f"C={width}", "channels_last", mode]
     return _case(
-        "conv2d_fused_backward", "_conv2d_weight_kernel", words, _WEIGHT_POINTERS, dtype, sizes, strides, constexprs,
-        tile, mode, True,
+        "conv2d_fused_backward", "_conv2d_weight_kernel", words, _WEIGHT_POINTERS, dtype, sizes, strides,
+        constexprs, tile, mode, True,
     )  # fmt: skip
 
 
 def _statistics(width: int, dtype: str) -> StaticCase:
     strides = _view("x", True)
-    tile = ConvTile(8192 // width, width, 0, 0, 8)
+    tile = ConvTile(8192 // width, width, 0, 0, 8, 8)
     constexprs: dict[str, Any] = {"stride_xc": 1, "INT64": False, "PER_GROUP": 4, "PADDED": 4}
     constexprs |= {"ROWS": tile.rows, "COLUMNS": tile.columns}
     sizes = dict.fromkeys(("n_groups", "n_positions", "width", "n_row_tiles"), "i32")
     return _case(
-        "group_statistics", "_group_statistics_kernel", [f"C={width}", "channels_last", dtype], ("x", "tiles"), dtype,
-        sizes, strides, constexprs, tile, "", True,
+        "group_statistics", "_group_statistics_kernel", [f"C={width}", "channels_last", dtype], ("x", "tiles"),
+        dtype, sizes, strides, constexprs, tile, "", True,
     )  # fmt: skip
 
 
 def _product(kernel: int, parts: int, part_dtype: str, form: int, tile: ConvTile) -> dict[str, Any]:
-    import torch
-
     constexprs = {"KERNEL": kernel, "PARTS": parts, "TYPE": TYPES[getattr(torch, part_dtype)], "FORM": form}
     constexprs |= {"INT64": False, "ROWS": tile.rows, "COLUMNS": tile.columns}
     return constexprs | {"DEPTH": tile.depth, "STAGES": tile.stages}
@@ -128,7 +141,17 @@ def _case(
 ) -> StaticCase:
     signature = {f"{name}_ptr": f"*{'fp32' if name in _FP32 else dtype}" for name in pointers}
     signature |= sizes | dict.fromkeys(strides, "i32") | dict.fromkeys(constexprs, "constexpr")
-    odd = ("groups", "n_tiles", "next_groups", "n_row_tiles", "n_steps", "steps_a_split", "n_groups", "height")
+    odd = (
+        "groups",
+        "n_groups",
+        "next_groups",
+        "n_tiles",
+        "n_row_tiles",
+        "n_steps",
+        "steps_a_split",
+        "height",
+        "n_taps",
+    )
     # Of torch's own layout of a weight only the channels' strides differ from one, by 9 and 9 C.
     odd += () if last else ("stride_wc", "stride_wu")
     extents = f"{tile.rows}x{tile.columns}" + (f"x{tile.depth}" if tile.depth else "")
@@ -138,11 +161,10 @@ def _case(
         config=" ".join((extents, *words)),
         signature=signature,
         constexprs=constexprs,
-        num_warps=tile.num_warps,
+        num_warps=tile.num_warps if mode not in _SPLIT else tile.split_warps,
         aligned=tuple(
             n for n, type_ in signature.items() if n not in odd and (type_ == "i32" or type_.startswith("*"))
         ),
         uses=("group_statistics", "mlp", "row_products", *(("conv2d_fused",) if "backward" in op else ())),
-        targets=tuple(t for t in TARGETS if mode != "tf32" or t not in _NO_TF32),
         matrix_units=bool(mode),
     )
