@@ -42,8 +42,8 @@ class _GroupNorm(nn.GroupNorm):
 
     def then(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None]:
         """The convolution of forward(x): see ``conv2d_fused``."""
-        norm = {"groups": self.num_groups, "norm_weight": self.weight, "norm_bias": self.bias, "eps": self.eps}
-        return conv2d_fused(x, weight, bias, **norm, **options)
+        parameters: dict[str, Any] = {"norm_weight": self.weight, "norm_bias": self.bias}
+        return conv2d_fused(x, weight, bias, groups=self.num_groups, eps=self.eps, **parameters, **options)
 
 
 def norm(channels: int) -> _GroupNorm:
@@ -119,7 +119,7 @@ class ResidualBlock(nn.Module):
             h = _resampled(self.norm0(x), self.resample)
             h, statistics = conv2d_fused(h, self.conv0.weight, bias, next_groups=next_groups)
         residual, alpha = (x, SKIP_SCALE) if self.skip is None else (self._skipped(x), 1.0)
-        last = {"residual": residual, "alpha": alpha}
+        last: dict[str, Any] = {"residual": residual, "alpha": alpha}
         if drops:
             return conv2d_fused(self._drop(self.norm1(h)), self.conv1.weight, self.conv1.bias, **last)[0]
         return self.norm1.then(h, self.conv1.weight, self.conv1.bias, statistics=statistics, **last)[0]

@@ -102,7 +102,7 @@ def _mode(x: Tensor, weight: Tensor, requested: str | None) -> str:
 
 
 def _tf32_convolutions() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 # What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
@@ -193,7 +193,7 @@ def conv2d_fused_backward_reference(
         grad.to(weight.dtype), a.to(weight.dtype), weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1,
         [needs[0] or needs[3] or needs[4], needs[1], False],
     )  # fmt: skip
-    gradients = (da, None, None)
+    gradients: tuple[Tensor | None, ...] = (da, None, None)
     if groups and da is not None:
         gradients = group_norm_silu_backward_reference(
             x, norm_weight, norm_bias, None, None, mean, rstd, da, None, None, groups, eps, activation,
@@ -223,6 +223,7 @@ def _fake_backward(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ..
     needs, grad, alpha = rest[-1], rest[5], rest[12]
     assert isinstance(needs, Sequence)
     assert isinstance(grad, Tensor)
+    assert isinstance(alpha, float | int)
     none = x.new_empty(0, dtype=torch.float32)
     parameters = (
         torch.empty_like(t) if isinstance(t, Tensor) and need else none.clone()
