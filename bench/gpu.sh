@@ -26,7 +26,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 SECONDS=0
 TOTAL=525 # seconds for everything before the summary
-OPS=(affine_coupling channel_mix coupling_mix coupling_stack low_rank latent_matmul depthwise_conv group_norm_silu)
+OPS=(affine_coupling channel_mix coupling_mix coupling_stack low_rank latent_matmul depthwise_conv group_norm_silu conv2d_fused)
 
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=4
 device=cpu

@@ -33,6 +33,7 @@ __all__ = [
     "SET",
     "TILE",
     "Mode",
+    "dot",
     "launch_linear",
     "launch_outer",
     "n_splits",
@@ -84,7 +85,7 @@ class Mode:
 
 
 @triton.jit
-def _dot(x, w, total, PARTS: tl.constexpr, TYPE: tl.constexpr):
+def dot(x, w, total, PARTS: tl.constexpr, TYPE: tl.constexpr):
     """total + x w, the smallest products first; a single part may be fp32, and is tf32 then."""
     if TYPE == FP32:
         total = tl.dot(x.to(tl.float32), w.to(tl.float32), total, input_precision="tf32")
@@ -130,7 +131,7 @@ def rows_product(
     for first in tl.range(0, n_inner, DEPTH, num_stages=STAGES):
         x = tl.load(x_ptr + r[:, None] * stride_x + (first + k)[None, :], mask=(r < n_rows)[:, None], other=0.0)
         w = tl.load(w_ptr + (first + k)[:, None] * stride_wk + n[None, :] * stride_wn)
-        total = _dot(x, w, total, PARTS, TYPE)
+        total = dot(x, w, total, PARTS, TYPE)
     return total, r, n
 
 
@@ -199,7 +200,7 @@ def _outer_kernel(
         inside = (row < n_rows)[:, None]
         d = tl.load(d_ptr + row[:, None] * stride_d + m[None, :], mask=inside, other=0.0)
         x = tl.load(x_ptr + row[:, None] * stride_x + n[None, :], mask=inside, other=0.0)
-        total = _dot(tl.trans(d), x, total, PARTS, TYPE)
+        total = dot(tl.trans(d), x, total, PARTS, TYPE)
         sums += tl.sum(d, 0)
     partial_ptr += tl.program_id(2) * stride_split
     tl.store(partial_ptr + m[:, None] * n_columns + n[None, :], total)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 _NO_TRITON = """
 import sys
+from pathlib import Path
 sys.modules["triton"] = None  # as if it were not installed: neither found nor importable
 import linfast
 import torch
@@ -35,8 +38,11 @@ print(time.process_time() - start)
 """
 
 
-def _run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def _run(code: str, **environment: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -51,8 +57,10 @@ def test_import_does_not_import_triton() -> None:
     assert _run(_NO_IMPORT) == "False"
 
 
-def test_import_adds_little_to_torch() -> None:
-    assert statistics.median(float(_run(_TIMED)) for _ in range(3)) < 0.3
+def test_import_adds_little_to_torch(tmp_path: Path) -> None:
+    """From the second import on, as for everybody: the first compiles the sources."""
+    _, *again = (float(_run(_TIMED, PYTHONPYCACHEPREFIX=str(tmp_path))) for _ in range(4))
+    assert statistics.median(again) < 0.2
 
 
 def test_every_public_name_is_there_and_documented() -> None:

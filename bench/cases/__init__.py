@@ -20,6 +20,7 @@ _NAMES = (
     "latent_matmul",
     "depthwise_conv",
     "group_norm_silu",
+    "conv2d_fused",
     "coupling_flow",
     "linearizer",
     "collapse",

@@ -220,6 +220,7 @@ _FREIA = (
     "PermuteRandom",
     "Reshape",
 )
+_KEEP_VOLUME = ("NICECouplingBlock", "PermuteRandom")  # whose log-determinant is the number 0
 
 
 def _freia_parts(chain: Any) -> list[Part]:
@@ -242,7 +243,8 @@ def _sequence(chain: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bo
     if not inverting(chain, x):
         return chain._linfast_original.forward(chain, x_or_z, c, rev, jac)
     y, log_det = run_inverting(chain, _freia_parts(chain), x, {"c": c if c is None else list(c)}, rev)
-    return (y,) if chain.force_tuple_output else y, log_det
+    keeps_volume = all(is_known(block, "FrEIA", _KEEP_VOLUME, ("forward",)) for block in chain.module_list)
+    return (y,) if chain.force_tuple_output else y, 0.0 if keeps_volume else log_det
 
 
 def _probe_sequence(chain: Any, draw: Draw) -> Sequence[Tensor]:
@@ -254,7 +256,7 @@ def _probe_sequence(chain: Any, draw: Draw) -> Sequence[Tensor]:
     for rev, shape in ((False, chain.shapes[0]), (True, chain.shapes[-1])):
         c = [draw(2, *used.get(i, (1,))) for i in range(max(used, default=-1) + 1)]
         y, log_det = chain.forward(draw(2, *shape), c, rev=rev)
-        outputs += [*(y if isinstance(y, tuple) else (y,)), log_det]
+        outputs += [*(y if isinstance(y, tuple) else (y,)), torch.as_tensor(log_det)]
     return outputs
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..precision import PRECISIONS
-from .adapter import Adapter, Options, Unfit, adapter_for, parent_adapter
+from .adapter import Adapter, Options, Plan, Unfit, adapter_for, parent_adapter
 from .compiled import compile_conditioners, uncompile
 from .identity import changed_method, is_hooked, is_sharded
 from .mlp import find_mlp

@@ -112,7 +112,7 @@ def _has_tile(mlps: tuple[MLP, ...], side: Side, like: Tensor) -> bool:
 
 
 def _mode(side: Side, like: Tensor) -> str:
-    """The precision that accelerate was asked for, else as torch is set; as it is where a plan is only being made."""
+    """The precision that accelerate was asked for, else, and while a plan is only being made, as torch is set."""
     plan = vars(side.owner).get(PLAN)
     return mode_on(target_of(like), resolve_precision(like, None if plan is None else plan.options.precision))
 

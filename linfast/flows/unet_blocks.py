@@ -19,13 +19,16 @@ Source: the DDPM++ network of EDM (Karras et al., arXiv 2206.00364).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backend import uses_triton
+from ..ops.conv2d_fused import conv2d_fused
 from ..ops.group_norm_silu import group_norm_silu
+from .fusion import is_plain
 
 __all__ = ["SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "in_nchw", "norm"]
 
@@ -49,6 +52,11 @@ class _GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, activation: bool = True) -> Tensor:
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=activation)
+
+    def then(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """The convolution of forward(x): see ``conv2d_fused``."""
+        parameters: dict[str, Any] = {"norm_weight": self.weight, "norm_bias": self.bias}
+        return conv2d_fused(x, weight, bias, groups=self.num_groups, eps=self.eps, **parameters, **options)
 
 
 def norm(channels: int) -> _GroupNorm:
@@ -101,6 +109,10 @@ class ResidualBlock(nn.Module):
         self.attention = Attention(channels_out) if attention else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        passed_by = (self.norm0, self.norm1, self.conv1)
+        if uses_triton(x) and all(is_plain(layer, (type(layer),)) for layer in passed_by):
+            y = self._fused(x, shift)
+            return y if self.attention is None else self.attention(y)
         h = _resampled(self.norm0(x), self.resample)
         if shift is None or shift.ndim == 1:
             h = F.conv2d(h, self.conv0.weight, self.conv0.bias if shift is None else shift, padding=1)
@@ -109,6 +121,22 @@ class ResidualBlock(nn.Module):
         h = self.conv1(self._drop(self.norm1(h)))
         y = self._plus_skip(h, x)
         return y if self.attention is None else self.attention(y)
+
+    def _fused(self, x: Tensor, shift: Tensor | None) -> Tensor:
+        """y before attention, as two ``conv2d_fused``; the first hands the second its norm's statistics."""
+        bias = self.conv0.bias if shift is None else shift
+        drops = self.training and self.dropout > 0.0
+        next_groups = 0 if drops else self.norm1.num_groups
+        if self.resample is None:
+            h, statistics = self.norm0.then(x, self.conv0.weight, bias, next_groups=next_groups)
+        else:
+            h = _resampled(self.norm0(x), self.resample)
+            h, statistics = conv2d_fused(h, self.conv0.weight, bias, next_groups=next_groups)
+        residual, alpha = (x, SKIP_SCALE) if self.skip is None else (self._skipped(x), 1.0)
+        last: dict[str, Any] = {"residual": residual, "alpha": alpha}
+        if drops:
+            return conv2d_fused(self._drop(self.norm1(h)), self.conv1.weight, self.conv1.bias, **last)[0]
+        return self.norm1.then(h, self.conv1.weight, self.conv1.bias, statistics=statistics, **last)[0]
 
     def _drop(self, h: Tensor) -> Tensor:
         if not self.training or self.dropout == 0.0:
@@ -122,8 +150,15 @@ class ResidualBlock(nn.Module):
         if self.skip is None:
             return torch.add(h, x, alpha=SKIP_SCALE)
         if self.resample == "up":
-            return h + _doubled(_mixed(x, self.skip.weight))
+            return h + self._skipped(x)
         return _mixed(_resampled(x, self.resample), self.skip.weight, plus=h)
+
+    def _skipped(self, x: Tensor) -> Tensor:
+        """s P R(x) where P is a matrix."""
+        assert self.skip is not None
+        if self.resample == "up":
+            return _doubled(_mixed(x, self.skip.weight))
+        return _mixed(_resampled(x, self.resample), self.skip.weight)
 
 
 class Attention(nn.Module):

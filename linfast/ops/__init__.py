@@ -2,6 +2,7 @@
 
 from .affine_coupling import affine_coupling
 from .channel_mix import channel_mix
+from .conv2d_fused import conv2d_fused
 from .coupling_mix import coupling_mix
 from .coupling_stack import AffineMap, CouplingLayer, coupling_stack, mlp_coupling
 from .depthwise_conv import depthwise_conv
@@ -16,6 +17,7 @@ __all__ = [
     "CouplingStack",
     "affine_coupling",
     "channel_mix",
+    "conv2d_fused",
     "coupling_mix",
     "coupling_stack",
     "depthwise_conv",

@@ -51,7 +51,8 @@ def test_chains_give_what_they_gave(name):
     for a, b, truth in zip(after, before, exact, strict=True):
         assert relative(a, truth) <= max(2e-6, 20 * relative(b, truth))
     for a, truth in zip(outputs(kind, model.double(), torch.float64), exact, strict=True):
-        assert relative(a, truth) <= (1e-7 if kind.library == "normflows" else 1e-12)  # its log_dets are in float32
+        # normflows adds its log_dets up in float32: a rounding a flow.
+        assert relative(a, truth) <= (len(report.rows) * 2**-24 if kind.library == "normflows" else 1e-12)
     lf.restore(model.float())
     for a, b in zip(outputs(kind, model, torch.float32), before, strict=True):
         assert torch.equal(a, b)

@@ -114,6 +114,30 @@ def test_channel_mix_and_latent_matmul() -> None:
     torch.testing.assert_close(ops.latent_matmul(z, batch), torch.stack([batch[b] @ z[b] for b in range(4)]))
 
 
+@pytest.mark.parametrize(("groups", "activation"), [(0, True), (2, True), (3, False)])
+def test_conv2d_fused_is_its_formula(groups: int, activation: bool) -> None:
+    """Taps written out, the padding's zeros after the activation."""
+    x, weight, bias, residual = _rand(2, 6, 4, 5), _rand(3, 6, 3, 3), _rand(2, 3), _rand(2, 3, 4, 5)
+    scale, offset = (_rand(6), _rand(6)) if groups else (None, None)
+    y, _ = ops.conv2d_fused(
+        x, weight, bias, groups=groups, norm_weight=scale, norm_bias=offset, activation=activation,
+        residual=residual, alpha=-0.5,
+    )  # fmt: skip
+    a = x
+    if groups:
+        rows = x.reshape(2, groups, -1)
+        rows = (rows - rows.mean(2, keepdim=True)) / (rows.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+        a = rows.view_as(x) * scale[:, None, None] + offset[:, None, None]
+        a = a * torch.sigmoid(a) if activation else a
+    padded = torch.nn.functional.pad(a, (1, 1, 1, 1))
+    taps = (
+        torch.einsum("oc,bchw->bohw", weight[:, :, u, v], padded[:, :, u : u + 4, v : v + 5])
+        for u in range(3)
+        for v in range(3)
+    )
+    torch.testing.assert_close(y, sum(taps) + bias[:, :, None, None] - 0.5 * residual)
+
+
 @pytest.mark.parametrize(
     ("call", "match"),
     [
@@ -130,6 +154,7 @@ def test_channel_mix_and_latent_matmul() -> None:
         (lambda: ops.depthwise_conv(_rand(2, 3, 4), _rand(3, 2, 2)), r"x must be.*\(2, 3, 4\)"),
         (lambda: ops.depthwise_conv(_rand(2, 3, 4, 4), _rand(2, 2, 2)), r"weight must be.*\(2, 2, 2\)"),
         (lambda: ops.channel_mix(_rand(2, 3), _rand(3, 4)), r"\(2, 3\).*\(3, 4\)"),
+        (lambda: ops.conv2d_fused(_rand(2, 3, 4, 4), _rand(5, 2, 3, 3)), r"\(2, 3, 4, 4\).*\(5, 2, 3, 3\)"),
     ],
 )
 def test_shapes_that_do_not_fit(call, match: str) -> None:

@@ -1,0 +1,147 @@
+"""Tiles of conv2d_fused, and where it runs instead of torch's convolution. No Triton here: the op asks too.
+
+Who runs what, predicted: no GPU was at hand, and nothing here is a timing. Per output position, with C channels in
+and out and e bytes a number, a residual block's two norms, two convolutions, shift and skip move 13 C e bytes as
+torch's kernels (norm 2 each, conv 2 each, shift 2, sum 3) and 6 C e fused (statistics 1, conv 2 each, skip 1;
+the second norm's statistics come with the first convolution's output). Each product C x C x 9 is done either way.
+
+    C = 16, tf32: 4.6 kFLOP a convolution, 12 ps at 400 TFLOP/s; 448 bytes saved a block: 67 ps a convolution at
+                  3.35 TB/s. The prologue runs once a tap: 9 x 16 tanh.approx, 39 ps at 16 a cycle
+                  of each of 132 SMs, 1.755 GHz.
+    C = 64, tf32: 74 kFLOP, 184 ps; 268 ps saved; prologue 155 ps beside the products, on other units.
+    C = 128, tf32: 295 kFLOP, 740 ps at full rate, of which cuDNN may reach twice the share that gathered tiles do:
+                  more than the 535 ps saved.
+
+So ours up to 64 channels, cuDNN above. The modes of several bf16 products cost 3 or 6 of these, two special
+functions a SiLU and the splitting of every operand at every tap, against cuDNN's fp32 on the ordinary units:
+ours up to 32. Below 8 channels most of a tile's least depth, 16, is padding. Without a norm in front only the
+epilogue is fused: the same limits. Of gfx942's two sides nothing is known: torch there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .launch import ceil_div, power_of_two
+
+__all__ = [
+    "NARROWEST",
+    "TILES",
+    "WEIGHT_TILES",
+    "WIDEST",
+    "WIDEST_1X1",
+    "ConvTile",
+    "choose_tile",
+    "choose_weight_tile",
+    "handed_over",
+    "image_like",
+    "n_row_tiles",
+    "padded_group",
+    "runs_fused",
+    "tile_rows_of",
+    "weight_splits",
+]
+
+
+@dataclass(frozen=True)
+class ConvTile:
+    """Positions by output channels of a program, input channels a step, how far loads run ahead, warps.
+
+    ``split_warps``: warps where operands are taken in parts. Of the weight gradient, ``columns`` output by
+    ``depth`` input channels, ``rows`` positions a step.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    num_warps: int
+    split_warps: int
+
+
+# (widest C_out, tile). All of C_out in one program up to 128, so that a is made k^2 times and no more; 64
+# positions are the least of Hopper's matrix instructions, and small batches of 16 x 16 images still fill the
+# processors. Depth 16, because with 32, or with 128 positions, one target or another spills.
+TILES: tuple[tuple[int, ConvTile], ...] = (
+    (16, ConvTile(rows=64, columns=16, depth=16, stages=2, num_warps=4, split_warps=4)),
+    (32, ConvTile(rows=64, columns=32, depth=16, stages=2, num_warps=4, split_warps=4)),
+    (64, ConvTile(rows=64, columns=64, depth=16, stages=2, num_warps=8, split_warps=4)),
+    (
+        1 << 62,
+        ConvTile(rows=64, columns=128, depth=16, stages=2, num_warps=8, split_warps=8),
+    ),
+)
+
+# (widest of C_in and C_out, tile) of the weight gradient: 32 steps of two 16-bit dots, or of four of tf32.
+WEIGHT_TILES: tuple[tuple[int, ConvTile], ...] = (
+    (16, ConvTile(rows=64, columns=16, depth=16, stages=2, num_warps=4, split_warps=4)),
+    (32, ConvTile(rows=32, columns=32, depth=32, stages=2, num_warps=4, split_warps=4)),  # 64 rows spill on sm_100
+    (1 << 62, ConvTile(rows=32, columns=64, depth=64, stages=2, num_warps=8, split_warps=8)),
+)
+_SPLITS = 128  # a split has nine taps: 1152 programs, and 4.7 MB of partial sums at C = 32
+_STEPS_A_SPLIT = 8  # fewer would write more partial sums than they read
+
+# The widest of C_in and C_out that runs fused, by precision, and the narrowest: the docstring's arithmetic.
+WIDEST = {"tf32": 64, "fast": 64, "high": 32, "exact": 32}
+WIDEST_1X1 = 32  # 64 spill on sm_80
+NARROWEST = 8
+_TARGETS = ("sm_80", "sm_90", "sm_100")
+
+
+def runs_fused(n_in: int, n_out: int, kernel: int, precision: str, target: str | None) -> bool:
+    """Whether ours is predicted to beat torch's convolution and the kernels around it."""
+    widest = {1: WIDEST_1X1, 3: WIDEST[precision]}.get(kernel, 0)
+    return min(n_in, n_out) >= NARROWEST and max(n_in, n_out) <= widest and target in _TARGETS
+
+
+def choose_tile(n_out: int, n_positions: int) -> ConvTile:
+    """The tile of images of so many positions."""
+    tile = next(tile for widest, tile in TILES if n_out <= widest)
+    return replace(tile, rows=_rows(tile, n_positions))
+
+
+def choose_weight_tile(n_in: int, n_out: int, n_positions: int) -> ConvTile:
+    """The weight gradient's."""
+    tile = next(tile for widest, tile in WEIGHT_TILES if max(n_in, n_out) <= widest)
+    return replace(tile, rows=_rows(tile, n_positions))
+
+
+def _rows(tile: ConvTile, n_positions: int) -> int:
+    """The tile's, or as many as the image takes; 16 are a dot's least."""
+    return min(tile.rows, max(power_of_two(n_positions), 16))
+
+
+def weight_splits(n_steps: int) -> tuple[int, int]:
+    """(splits, steps of each) of the weight gradient's sum over so many tiles of positions."""
+    steps = max(_STEPS_A_SPLIT, ceil_div(n_steps, _SPLITS))
+    return ceil_div(n_steps, steps), steps
+
+
+def padded_group(n_channels: int, groups: int) -> int:
+    """Columns that a group takes in a tile that is summed group by group; 0 groups are none: 1."""
+    return power_of_two(n_channels // groups) if groups else 1
+
+
+def handed_over(n_out: int, groups: int) -> bool:
+    """Whether the convolution's programs hold all channels of y's groups, so that they can sum them."""
+    return power_of_two(groups) * padded_group(n_out, groups) <= next(t for w, t in TILES if n_out <= w).columns
+
+
+def n_row_tiles(n_out: int, n_positions: int) -> int:
+    """Tiles of positions a sample."""
+    return ceil_div(n_positions, choose_tile(n_out, n_positions).rows)
+
+
+def image_like(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Fresh [B, channels, H, W]: channels innermost where they are in x, else contiguous."""
+    if x.stride(1) == 1 and x.stride(3) != 1:
+        return x.new_empty((x.shape[0], *x.shape[2:], channels), dtype=dtype).movedim(-1, 1)
+    return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype)
+
+
+def tile_rows_of(n_tiles: int, n_positions: int) -> int:
+    """The rows, a power of two, of tiles of which so many hold so many positions; any that holds them, of one."""
+    return power_of_two(ceil_div(n_positions, n_tiles))

@@ -1,0 +1,156 @@
+"""Gradients of conv2d_fused. With g = dL/dy and a made from x again (kernels/conv2d_fused.py):
+
+    da[b, c, i, j] = sum_{o, u, v} W[o, c, u, v] g[b, o, i - u + l, j - v + l]   that kernel, transposed
+    dW[o, c, u, v] = sum_{b, i, j} g[b, o, i, j] a[b, c, i + u - l, j + v - l]
+    dx, dw, db     through the norm and SiLU from da: kernels/group_norm_silu.py's backward
+    dbias = sum g over positions, and over samples where bias is shared          dz = alpha g
+
+x, W, w, b and the [B, groups] means and standard deviations are saved; neither a nor y is.
+
+dW is a sum over the tiles of positions of all samples, in SPLITS equal runs, each written apart and added up in one
+order: no atomics, the same bits. A program takes one tap of one run: [ROWS, C_out] of g, [ROWS, C_in] of a,
+their product over ROWS. Bytes: x and g nine times, from the L2 mostly: the taps of a run follow one another
+in the grid; SPLITS k^2 C_in C_out partial sums, written and read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .conv2d_configs import choose_weight_tile, weight_splits
+from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form, warps_of
+from .group_norm_silu import launch_group_norm_silu_backward
+from .launch import ceil_div, device_guard, like, needs_int64
+from .row_products import Mode, dot
+
+__all__ = ["launch_conv2d_fused_backward"]
+
+
+@triton.jit
+def _conv2d_weight_kernel(
+    x_ptr, grad_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, partial_ptr, n_in, n_out, height, width,
+    n_row_tiles, n_steps, steps_a_split, groups, stride_xb, stride_xc, stride_xh, stride_xw,
+    stride_gb, stride_gc, stride_gh, stride_gw, KERNEL: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
+    FORM: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    NORM: tl.constexpr = mean_ptr is not None
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    split = tl.program_id(0) // TAPS
+    tap = tl.program_id(0) - split * TAPS
+    u = tap // KERNEL
+    v = tap - u * KERNEL
+    o = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(2) * DEPTH + tl.arange(0, DEPTH)
+    if INT64:
+        o, c = o.to(tl.int64), c.to(tl.int64)
+    total = tl.zeros((COLUMNS, DEPTH), tl.float32)
+    for step in tl.range(0, steps_a_split, num_stages=STAGES):
+        program = split * steps_a_split + step
+        b = program // n_row_tiles
+        i, j = positions_of(program - b * n_row_tiles, width, ROWS, INT64)
+        if INT64:
+            b = b.to(tl.int64)
+        real = (i < height) & (program < n_steps)
+        g_at = b * stride_gb + (i * stride_gh + j * stride_gw)[:, None] + (o * stride_gc)[None, :]
+        g = tl.load(grad_ptr + g_at, mask=real[:, None] & (o < n_out)[None, :], other=0.0)
+        mean = tl.zeros((DEPTH,), tl.float32)
+        gain, shift = mean, mean
+        if NORM:
+            there = (c < n_in) & (program < n_steps)
+            of_group = b * groups + c // (n_in // groups)
+            mean = tl.load(mean_ptr + of_group, mask=there, other=0.0)
+            rstd = tl.load(rstd_ptr + of_group, mask=there, other=0.0)
+            mean, gain, shift = norm_of_channels(norm_weight_ptr, norm_bias_ptr, mean, rstd, c, there)
+        row = i + u - KERNEL // 2
+        column = j + v - KERNEL // 2
+        real = real & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        x_at = b * stride_xb + (row * stride_xh + column * stride_xw)[:, None] + (c * stride_xc)[None, :]
+        a = activated(x_ptr + x_at, real[:, None] & (c < n_in)[None, :], mean, gain, shift, NORM, FORM)
+        total = dot(tl.trans(g), a, total, PARTS, TYPE)
+    at = tl.program_id(0) * n_out * n_in + o[:, None] * n_in + c[None, :]
+    tl.store(partial_ptr + at, total, mask=(o < n_out)[:, None] & (c < n_in)[None, :])
+
+
+def launch_conv2d_fused_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    grad_rstd: Tensor | None,
+    grad_tiles: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: bool,
+    alpha: float,
+    next_groups: int,
+    precision: str,
+    part_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """dx, dweight, dbias, dw, db, dresidual and nothing for the tiles, each like its tensor or [0].
+
+    mean, rstd and y's tiles are functions of x and y that carry no gradient of their own.
+    """
+    mode = mode_of(precision, weight.dtype, part_dtype)
+    dx, dweight, dbias, dnorm_weight, dnorm_bias = None, None, None, None, None
+    if needs[0] or needs[3] or needs[4]:
+        dx = like(x)
+        if x.numel() and weight.shape[0]:
+            apply_conv(grad, weight, dx, mode, transpose=True)
+        else:
+            dx.zero_()
+        if groups:
+            dx, dnorm_weight, dnorm_bias, _, _ = launch_group_norm_silu_backward(
+                x, norm_weight, norm_bias, None, None, mean, rstd, dx, None, None, groups, eps, activation,
+                [needs[0], needs[3], needs[4], False, False],
+            )  # fmt: skip
+    if needs[1]:
+        moments = (mean, rstd) if groups else (None, None)
+        form = silu_form(x, precision, activation)
+        dweight = _weight_gradient(x, weight, grad, (norm_weight, norm_bias), moments, groups, form, mode)
+    if needs[2] and bias is not None:
+        dbias = grad.sum((0, 2, 3) if bias.ndim == 1 else (2, 3), dtype=torch.float32).to(bias.dtype)
+    dresidual = grad * alpha if needs[5] else None
+    gradients = (dx, dweight, dbias, dnorm_weight, dnorm_bias, dresidual, None)
+    return tuple(x.new_empty(0, dtype=torch.float32) if d is None else d for d in gradients)
+
+
+def _weight_gradient(
+    x: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    norm: Sequence[Tensor | None],
+    moments: Sequence[Tensor | None],
+    groups: int,
+    form: int,
+    mode: Mode,
+) -> Tensor:
+    """dW in weight's layout."""
+    (batch, n_in, height, width), (n_out, _, k, _) = x.shape, weight.shape
+    dweight = torch.empty_like(weight)
+    if x.numel() == 0 or n_out == 0:
+        return dweight.zero_()
+    tile = choose_weight_tile(n_in, n_out, height * width)
+    row_tiles = ceil_div(height * width, tile.rows)
+    splits, steps = weight_splits(batch * row_tiles)
+    partial = x.new_empty((splits, k, k, n_out, n_in), dtype=torch.float32)
+    norm_weight, norm_bias = (t if t is None else t.contiguous() for t in norm)
+    with device_guard(x):
+        _conv2d_weight_kernel[(splits * k * k, ceil_div(n_out, tile.columns), ceil_div(n_in, tile.depth))](
+            x, grad, norm_weight, norm_bias, *moments, partial, n_in, n_out, height, width, row_tiles,
+            batch * row_tiles, steps, max(groups, 1), *x.stride(), *grad.stride(), KERNEL=k, **mode.constexprs,
+            FORM=form, INT64=needs_int64(x, grad, partial), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+            STAGES=tile.stages, num_warps=warps_of(tile, mode),
+        )  # fmt: skip
+    return dweight.copy_(partial.sum(0).permute(2, 3, 0, 1))

@@ -1,0 +1,300 @@
+"""A convolution with the group norm and SiLU before it and the bias and residual after it.
+
+    a = silu(group_norm(x) norm_weight + norm_bias)      without the SiLU, or x, where so asked
+    y = conv(a, weight, padding k // 2) + bias + alpha residual
+
+Shapes: x [B, C_in, H, W], weight [C_out, C_in, k, k] with k odd, bias [C_out] or [B, C_out], norm_weight and
+norm_bias [C_in], residual and y [B, C_out, H, W]. The zeros of the padding are a's, not x's. y's dtype is
+weight's, or residual's where that is wider.
+
+    where                                     what runs
+    CPU, float64                              plain torch, which Inductor can fuse
+    GPU, C_in and C_out as in conv2d_configs  linfast.kernels.conv2d_fused: one kernel, and one for x's
+                                              statistics where they are not given
+    GPU, else                                 group_norm_silu and torch's convolution
+
+Backend "triton" runs the kernel at any size. The backward keeps x, the parameters and the [B, groups]
+means and standard deviations, and makes a again; dweight is a sum of fixed parts, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import chosen_backend, uses_triton
+from ..kernels.conv2d_configs import handed_over, image_like, n_row_tiles, runs_fused, tile_rows_of
+from ..kernels.launch import like
+from ..kernels.stack_configs import mode_on, target_of
+from ..precision import half_dtype, resolve_precision
+from .channel_mix import laid_out
+from .group_norm_silu import group_norm_silu, group_norm_silu_backward_reference, group_norm_silu_reference
+from .register import RawOp, define_op
+
+__all__ = ["conv2d_fused"]
+
+
+def conv2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: bool = True,
+    statistics: Tensor | None = None,
+    residual: Tensor | None = None,
+    alpha: float = 1.0,
+    next_groups: int = 0,
+    precision: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, y's statistics).
+
+    Args:
+        x: [B, C_in, H, W], any strides; channels_last is the fast one.
+        weight: [C_out, C_in, k, k], k odd.
+        bias: [C_out], or [B, C_out] for one a sample.
+        groups: of the norm before the convolution; 0 for none, and then no SiLU.
+        norm_weight, norm_bias: [C_in], the norm's affine map; None is 1 and 0.
+        eps: added to the norm's variance.
+        activation: False leaves the SiLU out.
+        statistics: x's, in as many groups, as the call that made x returned them; None: computed here.
+        residual: [B, C_out, H, W], added alpha times.
+        next_groups: groups of the norm that will read y; 0 for none.
+        precision: of the kernel's products, "exact", "high", "tf32" or "fast"; None as torch is set: "tf32" where
+            torch.backends.cudnn.conv.fp32_precision lets convolutions (by default it does), else as
+            for other products (linfast.precision).
+
+    Gradients flow through x alone, not through its statistics apart, which are a function of it. y's are
+    None where next_groups is 0, where torch's convolution ran, and for groups that the kernel
+    does not sum; give them on as they are.
+
+    Raises:
+        ValueError: shapes or groups that do not fit; a precision of another name.
+        TypeError: x and weight of different dtypes outside autocast.
+    """
+    _check(x, weight, bias, groups, norm_weight, norm_bias, statistics, residual, next_groups)
+    given = [t for t in (weight, bias, norm_weight, norm_bias, residual) if t is not None]
+    mode = _mode(x, weight, precision)
+    if not (uses_triton(x, *given) and _fused(x, weight, mode)):
+        a = group_norm_silu(x, groups, norm_weight, norm_bias, eps=eps, activation=activation) if groups else x
+        return _convolved(a, weight, bias, residual, alpha), None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        x = x if groups else x.to(dtype)
+    sums = next_groups if next_groups and handed_over(weight.shape[0], next_groups) else 0
+    tensors = (x, weight, bias, norm_weight, norm_bias, residual, statistics if groups else None)
+    y, _, _, tiles = _conv2d_fused(*tensors, groups, eps, activation, alpha, sums, mode, half_dtype(weight))
+    return y, tiles.detach() if sums else None
+
+
+def _mode(x: Tensor, weight: Tensor, requested: str | None) -> str:
+    mode = resolve_precision(x, requested)
+    if requested is None and mode != "fast" and _tf32_convolutions():
+        mode = "tf32"
+    return mode_on(target_of(x), mode)
+
+
+def _tf32_convolutions() -> bool:
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+_tf32_convolutions._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _fused(x: Tensor, weight: Tensor, mode: str) -> bool:
+    """Whether the table, or the user, has the kernel run."""
+    n_out, n_in, k, _ = weight.shape
+    return chosen_backend() == "triton" or runs_fused(n_in, n_out, k, mode, target_of(x))
+
+
+def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, alpha: float) -> Tensor:
+    """The convolution and the sum in plain torch."""
+    per_sample = bias is not None and bias.ndim == 2
+    y = F.conv2d(a, weight, None if per_sample else bias, padding=weight.shape[2] // 2)
+    if bias is not None and per_sample:
+        y = y + bias[:, :, None, None]
+    return y if residual is None else torch.add(y, residual, alpha=alpha)
+
+
+def conv2d_fused_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    tiles: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: bool,
+    alpha: float,
+    next_groups: int,
+    precision: str,
+    part_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The raw op in plain torch: (y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
+    a = x
+    mean, rstd = (x.new_empty((x.shape[0], 0), dtype=torch.float32) for _ in range(2))
+    if groups:
+        a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, groups, eps, activation)
+        variance, mean = torch.var_mean(x.float().unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
+        rstd = (variance + eps).rsqrt()
+    y = _convolved(a.to(weight.dtype), weight, bias, residual, alpha)
+    return laid_out(y, x), mean, rstd, _tiles(y, next_groups)
+
+
+def _tiles(y: Tensor, groups: int) -> Tensor:
+    """(mean, sum of centred squares) [B, tiles, groups, 2] of kernels/group_statistics.py."""
+    batch, n_out, height, width = y.shape
+    tiles = n_row_tiles(n_out, height * width)
+    if groups == 0:
+        return y.new_empty((batch, tiles, 0, 2), dtype=torch.float32)
+    rows = tile_rows_of(tiles, height * width)
+    parts = y.float().reshape(batch, groups, n_out // groups, height * width).split(rows, dim=3)
+    means = torch.stack([part.mean((2, 3)) for part in parts], 1)
+    squares = [(part - part.mean((2, 3), keepdim=True)).square().sum((2, 3)) for part in parts]
+    return torch.stack((means, torch.stack(squares, 1)), 3)
+
+
+def conv2d_fused_backward_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    grad: Tensor,
+    grad_mean: Tensor | None,
+    grad_rstd: Tensor | None,
+    grad_tiles: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: bool,
+    alpha: float,
+    next_groups: int,
+    precision: str,
+    part_dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """dx, dweight, dbias, dw, db, dresidual, nothing; the formulas are in linfast.kernels.conv2d_fused_backward."""
+    a, padding = x, [weight.shape[2] // 2] * 2
+    if groups:
+        a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, groups, eps, activation)
+    da, dweight, _ = torch.ops.aten.convolution_backward(
+        grad.to(weight.dtype), a.to(weight.dtype), weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1,
+        [needs[0] or needs[3] or needs[4], needs[1], False],
+    )  # fmt: skip
+    gradients: tuple[Tensor | None, ...] = (da, None, None)
+    if groups and da is not None:
+        gradients = group_norm_silu_backward_reference(
+            x, norm_weight, norm_bias, None, None, mean, rstd, da, None, None, groups, eps, activation,
+            [needs[0], needs[3], needs[4], False, False],
+        )[:3]  # fmt: skip
+    dx, dnorm_weight, dnorm_bias = gradients
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    dbias = None
+    if needs[2] and bias is not None:
+        dbias = grad.to(compute).sum((0, 2, 3) if bias.ndim == 1 else (2, 3)).to(bias.dtype)
+    results = (dx, dweight, dbias, dnorm_weight, dnorm_bias, grad * alpha if needs[5] else None, None)
+    return tuple(x.new_empty(0, dtype=torch.float32) if r is None else r for r in results)
+
+
+def _fake(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    residual, groups, next_groups = rest[3], rest[5], rest[9]
+    assert isinstance(groups, int)
+    assert isinstance(next_groups, int)
+    dtype = torch.promote_types(weight.dtype, residual.dtype) if isinstance(residual, Tensor) else weight.dtype
+    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
+    sums = x.new_empty((x.shape[0], tiles, next_groups, 2), dtype=torch.float32)
+    return image_like(x, weight.shape[0], dtype), mean, rstd, sums
+
+
+def _fake_backward(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    needs, grad, alpha = rest[-1], rest[5], rest[12]
+    assert isinstance(needs, Sequence)
+    assert isinstance(grad, Tensor)
+    assert isinstance(alpha, float | int)
+    none = x.new_empty(0, dtype=torch.float32)
+    parameters = (
+        torch.empty_like(t) if isinstance(t, Tensor) and need else none.clone()
+        for t, need in zip((weight, *rest[:3]), needs[1:5], strict=True)
+    )
+    return like(x) if needs[0] else none, *parameters, grad * alpha if needs[5] else none.clone(), none.clone()
+
+
+_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
+_CONSTANTS = (
+    "int groups, float eps, bool activation, float alpha, int next_groups, str precision, ScalarType part_dtype"
+)
+_conv2d_fused = define_op(
+    RawOp(
+        f"conv2d_fused({_TENSORS}, Tensor? residual, Tensor? tiles, {_CONSTANTS}) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
+        _fake,
+        conv2d_fused_reference,
+        "conv2d_fused:launch_conv2d_fused",
+    ),
+    RawOp(
+        f"conv2d_fused_backward({_TENSORS}, Tensor mean, Tensor rstd, Tensor grad, Tensor? grad_mean, "
+        f"Tensor? grad_rstd, Tensor? grad_tiles, {_CONSTANTS}, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _fake_backward,
+        conv2d_fused_backward_reference,
+        "conv2d_fused_backward:launch_conv2d_fused_backward",
+    ),
+    saves=lambda inputs, outputs: (*inputs[:5], *outputs[1:3]),
+    n_tensors=7,
+)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    statistics: Tensor | None,
+    residual: Tensor | None,
+    next_groups: int,
+) -> None:
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            "x must be [B, C_in, H, W] and weight [C_out, C_in, k, k]; "
+            f"got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        )
+    (batch, n_in, height, width), (n_out, _, k, k_width) = x.shape, weight.shape
+    if k != k_width or k % 2 == 0:
+        raise ValueError(f"weight must be [C_out, C_in, k, k] with k odd; got {tuple(weight.shape)}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x and weight must have one dtype; got x {x.dtype} and weight {weight.dtype}")
+    if bias is not None and bias.shape not in ((n_out,), (batch, n_out)):
+        raise ValueError(f"bias must be [{n_out}] or [{batch}, {n_out}]; got {tuple(bias.shape)}")
+    for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if parameter is not None and (not groups or parameter.shape != (n_in,)):
+            raise ValueError(
+                f"{name} must be ({n_in},) for x {tuple(x.shape)}, with groups; "
+                f"got {tuple(parameter.shape)} with groups={groups}"
+            )
+    for name, value, channels in (("groups", groups, n_in), ("next_groups", next_groups, n_out)):
+        if value < 0 or (value and channels % value):
+            raise ValueError(f"{name} must be 0 or divide {channels} channels; got {value}")
+    if statistics is not None and (
+        statistics.ndim != 4 or statistics.shape[::2] != (batch, groups) or statistics.dtype != torch.float32
+    ):
+        raise ValueError(
+            f"statistics must be those of x {tuple(x.shape)} in {groups} groups, "
+            f"fp32 [{batch}, tiles, {groups}, 2]; got {statistics.dtype} {tuple(statistics.shape)}"
+        )
+    if residual is not None and residual.shape != (batch, n_out, height, width):
+        raise ValueError(f"residual must be {(batch, n_out, height, width)}; got {tuple(residual.shape)}")

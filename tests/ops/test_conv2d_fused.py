@@ -1,0 +1,168 @@
+"""conv2d_fused as an op: its formula, registration, compilation, transforms, second derivatives, bad input."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+import linfast as lf
+from linfast.ops import conv2d_fused
+from tests.ops.budget import DEVICE, assert_within_budget
+
+_PART = torch.float16
+
+
+def _inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """x, weight, bias, norm_weight, norm_bias, residual."""
+    shapes = ((2, 4, 2, 3), (6, 4, 3, 3), (6,), (4,), (4,), (2, 6, 2, 3))
+    return [torch.randn(s, device=DEVICE, dtype=dtype) for s in shapes]
+
+
+def _y(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, residual: Tensor) -> Tensor:
+    norm = {"groups": 2, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    return conv2d_fused(x, weight, bias, **norm, residual=residual, alpha=0.7, next_groups=3)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("present", [True, False])
+def test_opcheck(layout: torch.memory_format, present: bool) -> None:
+    x, weight, *rest = _inputs()
+    x, rest = x.contiguous(memory_format=layout), rest if present else [None] * 4
+    constants = (2 if present else 0, 1e-5, True, 0.7, 3 if present else 0, "exact", _PART)
+    torch.library.opcheck(torch.ops.linfast.conv2d_fused.default, (x, weight, *rest, None, *constants))
+    _, mean, rstd, _ = torch.ops.linfast.conv2d_fused(x, weight, *rest, None, *constants)
+    grad = torch.randn(2, 6, 2, 3, device=DEVICE)
+    for needs in ([True] * 6, [False, True] * 3, [True] + [False] * 5, [False, False, False, True, False, False]):
+        given = [True, True, *(t is not None for t in rest)]
+        wanted = [*(a and b for a, b in zip(needs, given, strict=True)), False]
+        saved = (x, weight, *rest[:3], mean, rstd, grad, None, None, None)
+        torch.library.opcheck(torch.ops.linfast.conv2d_fused_backward.default, (*saved, *constants, wanted))
+
+
+def test_compiles_whole_and_runs_the_kernels() -> None:
+    from torch._dynamo.backends.common import aot_autograd
+
+    inputs, graphs = [t.requires_grad_() for t in _inputs()], []
+
+    def keep(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return _y(*tensors).square().sum()
+
+    with lf.backend("triton"):
+        compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+        expected = torch.autograd.grad(loss(*inputs), inputs)
+    for value, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, truth)
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert called.count("linfast.conv2d_fused.default") == 1
+    assert called.count("linfast.conv2d_fused_backward.default") == 1
+
+
+def test_functional_transforms() -> None:
+    x, *rest, residual = _inputs()
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return _y(*tensors).square().sum()
+
+    def one_row(x: Tensor, residual: Tensor) -> Tensor:
+        return torch.func.grad(loss)(x[None], *rest, residual[None])[0]
+
+    def transforms() -> list[Tensor]:
+        gradients = torch.func.grad(loss, argnums=tuple(range(6)))(x, *rest, residual)
+        return [*gradients, torch.func.vmap(one_row)(x, residual)]
+
+    with lf.backend("triton"):
+        got = transforms()
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(lambda x: loss(x, *rest, residual), (x,), (x,))
+    for value, expected in zip(got, transforms(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivatives_are_the_references() -> None:
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(_y(*tensors).pow(3).sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+
+    assert_within_budget(call, [t.requires_grad_() for t in _inputs()])
+
+
+def test_float64_the_reference_backend_and_the_cpu_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str):
+        raise AssertionError(path)
+
+    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    with lf.backend("triton"):
+        _y(*_inputs(torch.float64))
+        with pytest.raises(AssertionError, match="conv2d_fused:launch"):
+            _y(*_inputs())
+    with lf.backend("reference"):
+        _y(*_inputs())
+    if DEVICE == "cpu":
+        _y(*_inputs())
+
+
+def test_autocast_gives_its_dtype_and_keeps_a_wider_residuals() -> None:
+    x, weight, bias, *_, residual = _inputs()
+    dtype = torch.float16 if DEVICE == "cpu" else torch.bfloat16
+    with lf.backend("triton"), torch.autocast(DEVICE, dtype):
+        y, _ = conv2d_fused(x, weight, bias, groups=2)
+        summed, _ = conv2d_fused(x, weight, bias, groups=2, residual=residual)
+    assert y.dtype == dtype
+    assert summed.dtype == torch.float32
+    torch.testing.assert_close(
+        summed, conv2d_fused(x, weight, bias, groups=2, residual=residual)[0], rtol=0, atol=2e-2
+    )
+
+
+def test_the_mode_is_that_of_torchs_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    module = importlib.import_module("linfast.ops.conv2d_fused")  # the package's name is the function
+    monkeypatch.setattr(module, "runs_fused", lambda *given: bool(modes.append(given[3])))
+    monkeypatch.setattr(module, "uses_triton", lambda *_: True)
+    x, weight, *_ = _inputs()
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            torch.backends.cudnn.conv.fp32_precision = setting
+            conv2d_fused(x, weight)
+            conv2d_fused(x, weight, precision="high")
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    assert modes == ["tf32", "high", "exact", "high"]
+
+
+def _bad(**changes: object):
+    given = dict(zip(("x", "weight", "bias", "norm_weight", "norm_bias", "residual"), _inputs(), strict=True))
+    given |= {"groups": 2, **changes}
+    return conv2d_fused(given.pop("x"), given.pop("weight"), given.pop("bias"), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "match"),
+    [
+        ({"x": torch.randn(2, 4, 3)}, ValueError, r"x must be \[B, C_in, H, W\].*\(2, 4, 3\)"),
+        ({"weight": torch.randn(6, 5, 3, 3)}, ValueError, r"weight \(6, 5, 3, 3\)"),
+        ({"weight": torch.randn(6, 4, 3, 1)}, ValueError, r"k odd; got \(6, 4, 3, 1\)"),
+        ({"weight": torch.randn(6, 4, 2, 2)}, ValueError, r"k odd; got \(6, 4, 2, 2\)"),
+        ({"weight": torch.randn(6, 4, 3, 3).double()}, TypeError, "torch.float32 and weight torch.float64"),
+        ({"bias": torch.randn(1, 6)}, ValueError, r"bias must be \[6\] or \[2, 6\]; got \(1, 6\)"),
+        ({"norm_weight": torch.randn(5)}, ValueError, r"norm_weight must be \(4,\).*got \(5,\)"),
+        ({"groups": 0}, ValueError, r"norm_weight must be .* with groups=0"),
+        ({"groups": 3}, ValueError, "groups must be 0 or divide 4 channels; got 3"),
+        ({"next_groups": 4}, ValueError, "next_groups must be 0 or divide 6 channels; got 4"),
+        ({"statistics": torch.randn(2, 1, 3, 2)}, ValueError, r"statistics must be .*float32 \(2, 1, 3, 2\)"),
+        ({"residual": torch.randn(2, 6, 3, 2)}, ValueError, r"residual must be \(2, 6, 2, 3\); got \(2, 6, 3, 2\)"),
+        ({"precision": "half"}, ValueError, "precision must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_input(changes: dict[str, object], kind: type[Exception], match: str) -> None:
+    with pytest.raises(kind, match=match):
+        _bad(**changes)
