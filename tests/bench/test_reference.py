@@ -10,6 +10,7 @@ import torch
 from linfast.bench.reference import interleaved, launches, operations, step, step_bytes
 
 import linfast as lf
+from linfast.flows.unet_blocks import ResidualBlock
 
 
 def test_operations_are_those_that_compute() -> None:
@@ -25,8 +26,10 @@ def test_launches_run_the_kernels_and_count_them() -> None:
     with torch.no_grad():
         found, kernels = launches(lambda: unet(x))
         plain = operations(lambda: unet(x))
+    blocks = sum(isinstance(module, ResidualBlock) for module in unet.modules())
     norms = sum(isinstance(module, torch.nn.GroupNorm) for module in unet.modules())
-    assert found["group_norm_silu"] == kernels["_group_norm_silu_kernel"] == norms > 5
+    assert found["conv2d_fused"] == kernels["_conv2d_fused_kernel"] == 2 * blocks > 5
+    assert found["group_norm_silu"] == kernels["_group_norm_silu_kernel"] == norms - 2 * blocks > 0
     assert "native_group_norm" not in found
     assert "group_norm_silu" not in plain  # the backend is as it was
 
