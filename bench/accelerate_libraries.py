@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
+from linfast.tables import aligned
 
 from .arguments import _default_device, _device
 from .environment import describe
 from .library_models import LIBRARIES, Run
-from .report import aligned
 
 __all__ = ["main", "measure"]
 
