@@ -17,7 +17,6 @@ import copy
 import functools
 import gc
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -32,6 +31,7 @@ from linfast.tables import aligned
 from .arguments import _default_device, _device
 from .environment import describe
 from .library_models import LIBRARIES, Run
+from .timing import in_turns
 
 __all__ = ["main", "measure"]
 
@@ -43,7 +43,7 @@ SPREAD = 0.05
 HEADER = ("library", "direction", "original", "accelerated", "compiled", "ratio", "by CPU time", "compiled's")
 
 Call = Callable[[], object]
-Times = list[tuple[float, float]]
+Times = Sequence[tuple[float, float]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,7 +104,7 @@ def measure(name: str, batch: int, rounds: int, compiles: bool, device: torch.de
                 calls["compiled"] = _compiled(run, model, x, train)
             except Exception as error:
                 breaks = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:90]
-        times = _interleaved(calls, rounds, device)
+        times = in_turns(calls, rounds, functools.partial(_finish, device))
         records.append({**size, "direction": direction, "errors": errors, "breaks": breaks, **_summary(times)})
     return records
 
@@ -159,20 +159,6 @@ def _errors(run: Run, model: nn.Module, fast: nn.Module, x: Tensor) -> tuple[flo
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30)) if actual.any() else 0.0
-
-
-def _interleaved(calls: Mapping[str, Call], rounds: int, device: torch.device) -> dict[str, Times]:
-    """(wall, CPU) seconds of each call in each round, after one round that is not counted."""
-    times: dict[str, Times] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            _finish(device)
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            _finish(device)
-            if round_:
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return times
 
 
 def _finish(device: torch.device) -> None:

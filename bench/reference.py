@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linfast as lf
 
 from .memory import peak_bytes
+from .timing import in_turns
 
 __all__ = [
     "CONFIGS",
@@ -118,11 +118,7 @@ def launches(run: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
 
 def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
     """Median (wall, CPU) seconds of each, run in turns."""
-    taken: list[list[tuple[float, float]]] = [[] for _ in runs]
-    for i in range(repeats + 1):
-        for run, times in zip(runs, taken, strict=True):
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            if i:
-                times.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return [(statistics.median(w for w, _ in times), statistics.median(c for _, c in times)) for times in taken]
+    taken = in_turns(dict(enumerate(runs)), repeats)
+    return [
+        (statistics.median(w for w, _ in times), statistics.median(c for _, c in times)) for times in taken.values()
+    ]

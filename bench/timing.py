@@ -9,22 +9,24 @@ be captured (it reads a value on the host, say) is timed call by call from the h
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .check import Outputs, as_tuple
 
-__all__ = ["Timing", "time_interleaved"]
+__all__ = ["Timing", "in_turns", "time_interleaved"]
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
 LAUNCHED_CALLS = 11  # for the median of calls launched from Python
 
 Call = Callable[..., Outputs]
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 @dataclass
@@ -40,6 +42,25 @@ class Timing:
     last_input: int = 0
     captured: bool = False
     launched_ms: float | None = None
+
+
+def in_turns(
+    calls: Mapping[_Name, Callable[[], object]], rounds: int, finish: Callable[[], None] = lambda: None
+) -> dict[_Name, list[tuple[float, float]]]:
+    """(wall, CPU) seconds of each call in each round, after one round that is not counted.
+
+    For calls of a second and more; ``finish`` waits for what a call has started.
+    """
+    times: dict[_Name, list[tuple[float, float]]] = {name: [] for name in calls}
+    for round_ in range(rounds + 1):
+        for name, call in calls.items():
+            finish()
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            finish()
+            if round_:
+                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return times
 
 
 def time_interleaved(

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..backend import chosen_backend
+from ..cuda_graph import capture
 from ..freeze import thawed
 from ..precision import resolve_precision
 
-__all__ = ["Graphs", "capturable", "capture"]
+__all__ = ["Graphs", "capturable"]
 
-_WARM_UP = 3  # calls before a capture: lazy initialisation and autotuning do not belong into it
 _MOST = 8  # graphs an instance holds: each keeps its activations; the oldest goes first
 
 
@@ -87,20 +87,6 @@ class Graphs:
                 del self._captured[next(iter(self._captured))]
             self._captured[key] = captured
         return captured(tensors)
-
-
-def capture(work: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """(replay, what ``work`` returned: written again by every replay)."""
-    with torch.cuda.device(device):
-        here, warm, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        warm.wait_stream(here)
-        with torch.cuda.stream(warm):
-            for _ in range(_WARM_UP):
-                work()
-        here.wait_stream(warm)
-        with torch.cuda.graph(graph):
-            result = work()
-    return graph.replay, result
 
 
 def capturable(tensor: Tensor) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..tables import aligned
+
 __all__ = ["Report", "Row"]
 
 _HEADER = ("module", "was", "runs", "why not, or notes")
@@ -57,13 +59,8 @@ class Report:
         if not self.rows:
             return "accelerate: no module of a known library was found; lf.register_adapter adds a class of yours"
         lines = [_HEADER, *_grouped(self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
-        rendered = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
-        ]
-        rendered.insert(1, "  ".join("-" * width for width in widths))
         total = f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"
-        return "\n".join(line.rstrip() for line in (*rendered, total, *self._of_precision()))
+        return "\n".join((aligned(lines, rule=True), total, *self._of_precision()))
 
     def _of_precision(self) -> list[str]:
         if self.precision is None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cuda_graph import capture
+
 __all__ = ["Pipeline", "make_pipeline"]
 
 Model = Callable[[Tensor], Tensor]
@@ -60,19 +62,12 @@ class CudaPipeline(Pipeline):
         self.host = [torch.empty(like.shape, dtype=like.dtype, pin_memory=True) for _ in range(self.depth)]
 
     def _capture(self, example: Tensor) -> None:
-        model, given, graph = self.model, example.clone(), torch.cuda.CUDAGraph()
-        warm = torch.cuda.Stream(example.device)
-        warm.wait_stream(self.compute)
-        with torch.cuda.stream(warm):
-            for _ in range(3):  # lazy initialisation and autotuning are not captured
-                model(given)
-        self.compute.wait_stream(warm)
-        with torch.cuda.graph(graph):
-            result = model(given)
+        model, given = self.model, example.clone()
+        run, result = capture(lambda: model(given), example.device)
 
         def replay(noise: Tensor) -> Tensor:
             given.copy_(noise)
-            graph.replay()
+            run()
             return result
 
         self.model = replay

@@ -364,3 +364,16 @@ class FlowMatcher:
 def build(depth=2, channels=1, size=8, rank=2):
     g = InverseUnet(depth, channels, size)
     return OneStepLinearizer(gx=g, linear_network=TimeDependentLoRALinearLayer(channels * size**2, rank))
+
+
+def train(matcher, optimizer, steps):
+    """The losses [steps] of training on fixed images, from one seed."""
+    torch.manual_seed(1)
+    losses = []
+    for x in torch.rand(steps, 3, 1, 8, 8):
+        loss = matcher.training_losses(x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).double()

@@ -64,16 +64,7 @@ def _losses(memory, train):
     matcher = stand_in.FlowMatcher(stand_in.build(1).train(train))
     if memory:
         assert not lf.accelerate(matcher, memory=memory).left
-    torch.manual_seed(1)
-    images = torch.rand(20, 3, 1, 8, 8)
-    optimizer, losses = torch.optim.Adam(matcher.linearizer.parameters(), 1e-4), []
-    for x in images:
-        loss = matcher.training_losses(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).double()
+    return stand_in.train(matcher, torch.optim.Adam(matcher.linearizer.parameters(), 1e-4), 20)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["dropout", "no dropout"])

@@ -24,16 +24,7 @@ def _losses(accelerated: bool, train: bool, steps: int = 20):
     matcher = stand_in.FlowMatcher(_model(train=train))
     if accelerated:
         assert not lf.accelerate(matcher).left
-    torch.manual_seed(1)
-    images = torch.rand(steps, 3, 1, 8, 8)
-    optimizer, losses = torch.optim.SGD(matcher.linearizer.parameters(), 1e-2), []
-    for x in images:
-        loss = matcher.training_losses(x)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).double()
+    return stand_in.train(matcher, torch.optim.SGD(matcher.linearizer.parameters(), 1e-2), steps)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["dropout", "no dropout"])

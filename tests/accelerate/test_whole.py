@@ -12,6 +12,7 @@ import linfast as lf
 from linfast.accelerate import adapter as adapters
 from linfast.accelerate import find_mlp, whole
 from linfast.ops import register
+from linfast.ops.coupling_stack import coupling_stack
 
 from .launches import Launches
 from .zoo import require
@@ -98,6 +99,21 @@ def test_strided_rows():
 
 def test_half_precision():
     assert_taken(Coupling().half(), torch.randn(4, 6).half(), 2, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("precision", [None, "exact", "fast"])
+def test_the_precision_asked_for_reaches_the_launch(precision, monkeypatch):
+    model, seen = Coupling(), []
+    lf.accelerate(model, precision=precision)
+
+    def record(*arguments, **options):
+        seen.append(options["precision"])
+        return coupling_stack(*arguments, **options)
+
+    monkeypatch.setattr(whole, "coupling_stack", record)
+    with lf.backend("triton"):
+        model(torch.randn(4, 6))
+    assert seen == [precision or "exact"]
 
 
 class WithContext(nn.Module):
