@@ -36,8 +36,7 @@ class _PassesOn(nn.Module):
         self.net = mlp(n_in, n_out, hidden)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        y: Tensor = self.net(x)
-        return y
+        return self.net(x)
 
 
 def _normflows(scale_map: str) -> Maker:

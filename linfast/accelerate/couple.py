@@ -2,21 +2,24 @@
 
 whole layer  an MLP conditioner that ``ops.coupling_stack`` has a tile for, on vectors: whole.py
 tail         ``ops.affine_coupling``: split, map, product, sum and concatenation in one kernel
-plain torch  tail.py: on a CPU, in float64, and where the kernels do not have the library's map or split
+plain torch  tail.py: on a CPU, in float64, and where the kernels do not have the library's map or split;
+             with MLP conditioners on a CPU so many rows at a time as a cache holds: rows.py
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backend import uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
+from ..rows import Work, by_rows, rows_at_once
 from .tail import Side
-from .whole import fits_whole, whole_layer
+from .whole import fits_whole, whole_layer, widest
 
 __all__ = ["couple", "couple_both", "described"]
 
@@ -28,9 +31,13 @@ def couple(x: Tensor, side: Side, inverse: bool) -> tuple[Tensor, Tensor]:
     kernel = _kernel(x, side)
     if kernel is not None:
         return kernel(x, inverse)
-    kept, moved = side.split.take(x)
-    out, log_det = side.tail.apply(moved, side.run(kept), inverse)
-    return side.split.put(x, kept, out), -log_det() if inverse else log_det()
+
+    def plainly(x: Tensor) -> tuple[Tensor, Tensor]:
+        kept, moved = side.split.take(x)
+        out, log_det = side.tail.apply(moved, side.run(kept), inverse)
+        return side.split.put(x, kept, out), -log_det() if inverse else log_det()
+
+    return _in_cache(plainly, x, (side,))
 
 
 def couple_both(
@@ -47,16 +54,26 @@ def couple_both(
         x, one = kernels[order[0]](x, inverse)  # type: ignore[misc]
         x, two = kernels[order[1]](x, inverse)  # type: ignore[misc]
         return x, one + two
-    second, first = sides[0].split.take(x)
-    parts, totals = [first, second], []
-    for moves in order:
-        side = sides[moves]
-        parts[moves], total = side.tail.apply(parts[moves], side.run(parts[1 - moves]), inverse)
-        totals.append(total)
-    if not log_det:
-        return torch.cat(parts, 1), None
-    log_dets = totals[0]() + totals[1]()
-    return torch.cat(parts, 1), -log_dets if inverse else log_dets
+
+    def plainly(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        second, first = sides[0].split.take(x)
+        parts, totals = [first, second], []
+        for moves in order:
+            side = sides[moves]
+            parts[moves], total = side.tail.apply(parts[moves], side.run(parts[1 - moves]), inverse)
+            totals.append(total)
+        if not log_det:
+            return torch.cat(parts, 1), None
+        log_dets = totals[0]() + totals[1]()
+        return torch.cat(parts, 1), -log_dets if inverse else log_dets
+
+    return _in_cache(plainly, x, sides)
+
+
+def _in_cache(work: Work, x: Tensor, sides: Sequence[Side]) -> tuple[Tensor, Any]:
+    """``work`` on x, by rows where the conditioners are MLPs, which see each row alone, and x has many."""
+    rows = rows_at_once(x, lambda: [widest(side) for side in sides])
+    return work(x) if rows is None else by_rows(work, x, rows)
 
 
 def described(what: str, sides: Sequence[Side]) -> str:

@@ -28,7 +28,7 @@ from .identity import PLAN
 from .mlp import MLP, find_mlp
 from .tail import Side
 
-__all__ = ["fits_whole", "narrowed", "whole_here", "whole_layer"]
+__all__ = ["fits_whole", "narrowed", "whole_here", "whole_layer", "widest"]
 
 _MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
 _WHOLE_WEIGHTS = (Tensor, nn.Parameter)
@@ -64,6 +64,14 @@ def fits_whole(side: Side, like: Tensor) -> int | None:
         return None
     features = _features(mlps, side)
     return features if features is not None and _has_tile(mlps, side, like) else None
+
+
+def widest(side: Side) -> int | None:
+    """Values of the nets' widest layer, where they are MLPs of any kind; else None."""
+    if not side.nets or nn.modules.module._has_any_global_hook():
+        return None
+    mlps = [find_mlp(net) for net in side.nets]
+    return None if None in mlps else max(width for mlp in mlps if mlp is not None for width in mlp.sizes)
 
 
 def _mlps(side: Side) -> tuple[MLP, ...] | None:

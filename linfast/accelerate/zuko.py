@@ -104,7 +104,8 @@ def _transform_class() -> type:
             return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
         def _params(self, kept: Tensor, batch: Size) -> Tensor:
-            """[rows, 2 n] of kept [rows, n]; c is [..., n_c], broadcast to the batch."""
+            """[rows, 2 n] of kept [rows, n]; c is [..., n_c], broadcast to the batch. Few rows: of an MLP alone."""
+            batch = batch if len(kept) == batch.numel() else kept.shape[:1]
             kept = kept.reshape(*batch, -1)
             if self._c is not None:
                 kept = torch.cat((kept, self._c.expand(*batch, -1)), -1)

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..rows import by_rows, rows_at_once
 from .bijection import Bijection, constant_log_det
 from .drift import DriftGuard
 from .fusion import segments
 from .memory import check_memory, inverts, steps_of, stored_tensors
 from .reversible import reversible
-from .stack import FlowStack, find_stack, run_stack
+from .stack import FlowStack, find_stack, run_stack, widths
 
 __all__ = ["Flow"]
 
@@ -62,8 +63,21 @@ class Flow(Bijection):
         stack = find_stack(self.bijections, x, context)
         if isinstance(stack, FlowStack):
             return run_stack(stack, x, inverse, log_det)
-        if len(self.bijections) and inverts(self.memory, x, self._stored):
-            return reversible(steps_of(self.bijections, inverse, log_det), x, context, self._guard)  # type: ignore[arg-type]
+        by_inverting = len(self.bijections) > 0 and inverts(self.memory, x, self._stored)
+        run = self._reversibly if by_inverting else self._one_by_one
+        rows = rows_at_once(x, lambda: widths(self.bijections, context))
+        if rows is None:
+            return run(x, context, inverse, log_det)
+        return by_rows(lambda part: run(part, context, inverse, log_det), x, rows)
+
+    def _reversibly(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return reversible(steps_of(self.bijections, inverse, log_det), x, context, self._guard)  # type: ignore[arg-type]
+
+    def _one_by_one(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
+    ) -> tuple[Tensor, Tensor | None]:
         total = constant_log_det(x) if log_det else None
         for segment in segments(self.bijections, x, inverse):
             x, part = segment(x, context, inverse, log_det)

@@ -31,7 +31,7 @@ from .conditioners import MLP
 from .couplings import AffineCoupling
 from .fusion import fold, is_linear, is_plain
 
-__all__ = ["FlowStack", "find_stack", "mode_for", "run_stack", "stack_of"]
+__all__ = ["FlowStack", "find_stack", "mode_for", "run_stack", "stack_of", "widths"]
 
 _MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
 _WHOLE_WEIGHTS = (torch.Tensor, nn.Parameter)
@@ -143,6 +143,12 @@ def stack_of(bijections: nn.ModuleList, context: Mapping[str, Any]) -> FlowStack
         return "no couplings"
     stack = FlowStack(bijections, head, tuple(couplings), tuple(rows), context)
     return stack if _is_uniform(stack) else "its couplings differ in more than the half that moves, in turn"
+
+
+def widths(bijections: nn.ModuleList, context: Mapping[str, Any]) -> list[int | None]:
+    """How wide each layer is of a chain that takes rows one by one; [None] where that is not known."""
+    stack = stack_of(bijections, context)
+    return [stack.features, stack.hidden] if isinstance(stack, FlowStack) else [None]
 
 
 def run_stack(stack: FlowStack, x: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:

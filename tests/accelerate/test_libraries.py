@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import linfast as lf
+from linfast import rows
 
 from .launches import Launches
 from .zoo import KINDS, inputs, make, redraw, require
@@ -68,6 +69,17 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
     assert_close(outputs(kind, model.double(), torch.float64, seed), exact, 1e-12)
     lf.restore(model.float())
     assert_same(outputs(kind, model, torch.float32, seed), before)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "reference"])
+def test_one_row_at_a_time_gives_the_same(name, monkeypatch):
+    """What long batches on a CPU do."""
+    kind = KINDS[name]
+    model = make(kind, 0).double()
+    expected = outputs(kind, model, torch.float64)
+    lf.accelerate(model)
+    monkeypatch.setattr(rows, "_SIZES", rows._Sizes(bytes=1, fewest=1))
+    assert_close(outputs(kind, model, torch.float64), expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "reference"])
