@@ -29,7 +29,7 @@ class _Sizes:
     """What fits a core's cache (measured on an AMD EPYC, 1 MiB of L2 a core: docs/accelerate.md).
 
     Args:
-        bytes: of the widest layer's output, a thread; a half or twice that is within 5%.
+        bytes: of the widest layer's output, a thread; a half or twice that is within 8%.
         fewest: rows a thread; below it the products and torch's own cost of a call slow down.
     """
 
