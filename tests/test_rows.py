@@ -13,12 +13,12 @@ import linfast as lf
 from linfast import rows
 
 FEATURES, BATCH = 6, 517  # the last part is shorter
+FEW = rows._Sizes(bytes=64 * 16 * 8, fewest=8)  # 64 rows at a time of layers 16 wide in fp64
 
 
 @pytest.fixture
 def few_at_once(monkeypatch):
-    """64 rows at a time of layers 16 wide in fp64."""
-    monkeypatch.setattr(rows, "_SIZES", rows._Sizes(bytes=64 * 16 * 8, fewest=8))
+    monkeypatch.setattr(rows, "_SIZES", FEW)
 
 
 class Longest(TorchDispatchMode):
@@ -62,7 +62,7 @@ def test_a_flow_by_rows_gives_what_it_gives_at_once(memory, direction, monkeypat
     g, x = flow(memory=memory), torch.randn(BATCH, FEATURES).double()
     assert longest(g, x) == BATCH
     expected = values(g, x, direction)
-    monkeypatch.setattr(rows, "_SIZES", rows._Sizes(bytes=64 * 16 * 8, fewest=8))
+    monkeypatch.setattr(rows, "_SIZES", FEW)
     assert longest(g, x) == 64
     for a, b in zip(values(g, x, direction), expected, strict=True):
         assert (a - b).norm() <= 1e-12 * b.norm()
@@ -108,12 +108,14 @@ def test_a_compiled_flow_is_one_graph_for_the_whole_batch(few_at_once):
     assert products == [9]  # 3 couplings of 3 linear layers
 
 
-class Halves(nn.Module):
-    """What the libraries' conditioners may be: an MLP, or one that mixes the batch."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_flow_is_one_graph_for_the_whole_batch(few_at_once):
+    traced = torch.jit.trace(flow().eval(), torch.randn(BATCH, FEATURES).double())
+    assert str(traced.inlined_graph).count("aten::linear") == 9
 
-    @staticmethod
-    def mlp(*between):
-        return nn.Sequential(nn.Linear(3, 16), nn.SiLU(), *between, nn.Linear(16, 6))
+
+def mlp(*between):
+    return nn.Sequential(nn.Linear(3, 16), nn.SiLU(), *between, nn.Linear(16, 6))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ class Halves(nn.Module):
 )  # fmt: skip
 def test_accelerated_couplings_by_rows(few_at_once, between, expected):
     normflows = pytest.importorskip("normflows")
-    model = normflows.flows.AffineCouplingBlock(Halves.mlp(*between)).double()
+    model = normflows.flows.AffineCouplingBlock(mlp(*between)).double()
     original, x = copy.deepcopy(model), torch.randn(BATCH, FEATURES).double()
     assert lf.accelerate(model).swapped
     assert longest(model, x) == expected
@@ -137,7 +139,7 @@ def test_accelerated_couplings_by_rows(few_at_once, between, expected):
 
 def test_both_sides_by_rows(few_at_once):
     memcnn = pytest.importorskip("memcnn")
-    block = memcnn.AffineCoupling(Halves.mlp(), Halves.mlp(), adapter=memcnn.AffineAdapterSigmoid).double()
+    block = memcnn.AffineCoupling(mlp(), mlp(), adapter=memcnn.AffineAdapterSigmoid).double()
     original, x = copy.deepcopy(block), torch.randn(BATCH, FEATURES).double()
     assert lf.accelerate(block).swapped
     assert longest(block, x) == 64
