@@ -1,4 +1,7 @@
-"""Settings of every test: one seed, NaN-filled fresh memory, one thread, interpreted kernels."""
+"""Settings of every test: the run's seed, NaN-filled fresh memory, interpreted kernels, and one thread.
+
+OMP_NUM_THREADS asks for another number of threads, LINFAST_TEST_SEED for another seed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import os
 import pytest
 import torch
 
+from tests.seeds import seeded
+
+_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 ON_GPU = torch.cuda.is_available()
 if ON_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else deterministic mode refuses cuBLAS
@@ -16,9 +22,9 @@ else:
 
 @pytest.fixture(autouse=True)
 def _reproducible_and_poisoned():
-    """A fixed seed, and NaN in fresh memory so that a read of it shows."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
+    """The seed, and NaN in fresh memory so that a read of it shows."""
+    torch.manual_seed(seeded(0))
+    torch.set_num_threads(_THREADS)
     # On a GPU a few of torch's own ops, which only references use, have no deterministic version.
     torch.use_deterministic_algorithms(True, warn_only=ON_GPU)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import linfast as lf
 from linfast.operators import BlockDiagonal, LatentOperator
+from tests.seeds import seeded
 
 BATCH = 4
 DTYPES = (torch.float64, torch.float32)
@@ -170,12 +171,12 @@ OPERATORS = {**LEAVES, **COMPOSITES}
 def build(name: str, dtype: torch.dtype = torch.float64) -> LatentOperator:
     """The named operator, the same numbers at each call, cast to this dtype."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.manual_seed(seeded(1))
         return OPERATORS[name].make().to(dtype)
 
 
 def batch(n: int, dtype: torch.dtype, seed: int = 7) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seeded(seed))
     return torch.randn(BATCH, n, generator=generator, dtype=torch.float64).to(dtype)
 
 

@@ -12,6 +12,7 @@ import linfast as lf
 from linfast.flows import fusion
 from tests.laws.zoo import perturb, relative
 from tests.ops.budget import DEVICE, assert_within_budget
+from tests.seeds import seeded
 
 
 def _coupling(features: int = 4, moves: str = "first", **options: object) -> lf.AffineCoupling:
@@ -196,7 +197,7 @@ def test_backward_hooks_and_global_hooks_run(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_actnorm_is_initialised_by_what_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(1)
+    torch.manual_seed(seeded(1))
     g = lf.coupling_flow(4, 3, (8,), actnorm=True, mix="lu")
     h = lf.coupling_flow(4, 3, (8,), actnorm=True, mix="lu")
     h.load_state_dict(g.state_dict())

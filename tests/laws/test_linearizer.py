@@ -10,6 +10,7 @@ import linfast as lf
 from tests.laws import operators_zoo as zoo
 from tests.laws.operators_zoo import DTYPES, OPERATORS
 from tests.laws.zoo import perturb, relative
+from tests.seeds import seeded
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 every_operator = pytest.mark.parametrize("name", OPERATORS)
@@ -17,7 +18,7 @@ SMALL = {"depth": 4, "hidden": (16,)}
 
 
 def flow(n: int, dtype: torch.dtype, seed: int = 0, **options: object) -> lf.Flow:
-    torch.manual_seed(seed)
+    torch.manual_seed(seeded(seed))
     return perturb(lf.coupling_flow(n, **options), seed=seed).to(dtype)  # type: ignore[arg-type, return-value]
 
 

@@ -12,10 +12,11 @@ import linfast as lf
 from tests.laws import operators_zoo as zoo
 from tests.laws.test_linearizer import SMALL, allowed, flow, superposition
 from tests.laws.zoo import perturb, relative
+from tests.seeds import seeded
 
 
 def image(channels: int, size: int, seed: int = 0) -> lf.Flow:
-    torch.manual_seed(seed)
+    torch.manual_seed(seeded(seed))
     return perturb(lf.image_flow(channels, size, depth=2, width=4), seed=seed).double()  # type: ignore[return-value]
 
 

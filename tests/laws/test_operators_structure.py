@@ -16,6 +16,7 @@ from linfast.operators import BlockDiagonal, LatentOperator
 from linfast.operators.lazy import Product, Scaled, Sum, Transposed
 from tests.laws import operators_zoo as zoo
 from tests.laws.zoo import relative
+from tests.seeds import seeded
 
 LARGE = 4096
 
@@ -36,7 +37,7 @@ class NothingAsLargeAs(TorchDispatchMode):
 
 
 def _large(alpha: float | Tensor, *batch: int, n_in: int = LARGE) -> lf.LowRank:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seeded(0))
     factors = [torch.randn(*batch, n, 3, generator=generator) / n**0.5 for n in (LARGE, n_in)]
     return lf.LowRank(alpha, *factors)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 import linfast as lf
 from tests.laws.operators_zoo import DTYPES
 from tests.laws.zoo import perturb, relative
+from tests.seeds import seeded
 
 SPACES = {
     "default": (lambda: lf.coupling_flow(64), (64,)),
@@ -24,7 +25,7 @@ LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}  # issue 2's bounds on linea
 def build(name: str, dtype: torch.dtype, count: int = 3) -> tuple[lf.InducedSpace, Tensor]:
     """The space, and ``count`` batches of vectors."""
     make, shape = SPACES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seeded(0))
     V = lf.InducedSpace(perturb(make()).to(dtype))
     return V, torch.randn(count, COUNT, *shape, dtype=dtype)
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 import linfast as lf
 from linfast.flows import Bijection
 from linfast.scale_maps import SCALE_MAP_KINDS
+from tests.seeds import seeded
 
 
 def perturb(module: nn.Module, std: float = 0.05, seed: int = 0) -> nn.Module:
     """Add std * randn to every parameter: default initialisations are full of zeros."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seeded(seed))
     with torch.no_grad():
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -10,6 +10,7 @@ import linfast as lf
 from linfast.flows import Mix
 from linfast.ops.channel_mix import channel_mix
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
+from tests.seeds import seeded
 
 CHANNELS = [(2, 2), (3, 3), (5, 3), (12, 12), (15, 16), (16, 16), (33, 33), (128, 128), (7, 130), (1, 1)]
 
@@ -25,7 +26,7 @@ def _inputs(
 def _outputs_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     """(y, dx, dweight, dbias) for a fixed random cotangent."""
     y = channel_mix(*tensors)
-    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
     return (y, *torch.autograd.grad(y, tensors, cotangent))
 
 

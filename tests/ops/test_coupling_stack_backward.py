@@ -27,6 +27,7 @@ from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import ScaleMap
 from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
 from tests.ops.stacks import NAMES, leaves, random_layers, random_map, rebuilt
+from tests.seeds import seeded
 
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 # Relative error of a product of operands of about 1; fp32's is tf32's on a GPU.
@@ -152,7 +153,7 @@ def _gradients(layers, head=None, cotangents=(True, True), **options) -> Callabl
         built, new_head = rebuilt(layers, tensors, head)
         settings = {"activation": "silu", "scale_map": ScaleMap(), "precision": "exact", **options}
         outputs = coupling_stack(x, built, log_det=True, head=new_head, **settings)
-        rng = torch.Generator().manual_seed(1)
+        rng = torch.Generator().manual_seed(seeded(1))
         given = [torch.randn(t.shape, generator=rng).to(t) for t in outputs]
         outputs, given = zip(
             *[(o, c) for o, c, on in zip(outputs, given, cotangents, strict=True) if on], strict=True

@@ -15,6 +15,7 @@ from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
 from tests.ops.stacks import NAMES, doubled, leaves, plain_stack, random_layers, random_map, rebuilt, rounding
+from tests.seeds import seeded
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -214,7 +215,7 @@ def _outputs_and_gradients(layers, head=None, **options):
         built, new_head = rebuilt(layers, tensors, head)
         settings = {"activation": "silu", "scale_map": ScaleMap(), "precision": "exact", **options}
         y, log_det = coupling_stack(x, built, log_det=True, head=new_head, **settings)
-        rng = torch.Generator().manual_seed(1)
+        rng = torch.Generator().manual_seed(seeded(1))
         cotangents = [torch.randn(t.shape, generator=rng).to(t) for t in (y, log_det)]
         wanted = [t for t in (x, *tensors) if t.requires_grad]
         return (y, log_det, *torch.autograd.grad((y, log_det), wanted, cotangents))

@@ -10,6 +10,7 @@ from torch import Tensor
 import linfast as lf
 from linfast.ops import latent_matmul
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
+from tests.seeds import seeded
 
 # (B, K, n_out, n_in): one of everything, more operators than rows, both tiles, more rows and columns than one.
 SIZES = [(1, 1, 1, 1), (9, 3, 7, 5), (3, 11, 5, 7), (200, 3, 70, 33), (130, 1, 33, 70), (40, 2, 66, 66)]
@@ -30,7 +31,7 @@ def _outputs_and_gradients(index: Tensor, alpha: float = 0.0):
 
     def call(z: Tensor, A: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         y = latent_matmul(z, A, index, alpha=alpha, bias=bias)
-        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
         return (y, *torch.autograd.grad(y, [z, A] if bias is None else [z, A, bias], cotangent))
 
     return call

@@ -15,6 +15,7 @@ from linfast.precision import PRECISIONS
 from linfast.scale_maps import ScaleMap
 from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
 from tests.ops.stacks import NAMES, doubled, leaves, plain_stack, random_layers, random_map, rebuilt, rounding
+from tests.seeds import seeded
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -135,7 +136,7 @@ def _call(g_x: CouplingStack, g_y: CouplingStack):
 
     def call(x: Tensor, A: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         y = linearizer_stack(x, filled(g_x, tensors[:n]), A, filled(g_y, tensors[n:]), precision="exact")
-        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
         return (y, *torch.autograd.grad(y, [t for t in (x, A, *tensors) if t.requires_grad], cotangent))
 
     return call
