@@ -1,11 +1,12 @@
-"""The check before the clock: relative L2 error against float64, allowed by the reference's own.
+"""The check before the clock: relative L2 error against float64, allowed by what rounding costs the reference.
 
 For each output o of a call, with truth t in float64,
 
     error(o) = |o - t|_2 / |t|_2          (|o|_2 where t is zero)
-    allowed  = 2 * (the eager reference's largest error over the inputs) + eps(dtype)
+    allowed  = of the eager reference's errors under the model of ``rounding``, over the inputs and its draws
 
-A provider is refused unless every output of every input is within its allowance.
+The reference runs in plain torch whatever the backend is: it is never the kernel under test. A provider
+is refused unless every output of every input is within its allowance.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from ..backend import backend
+from .rounding import DRAWS, Rounding, allowed_error, relative_error
 
 __all__ = ["Outputs", "Standard", "Verdict", "as_tuple", "judge", "own_standard", "set_standard"]
 
@@ -47,28 +51,30 @@ class Standard:
         truths = self.truth[index]
         if _shapes(outputs) != _shapes(truths):
             return Verdict(None, None, f"outputs of shapes {_shapes(outputs)}, where {_shapes(truths)} is right")
-        verdicts = map(_verdict, map(_relative_error, outputs, truths), self.allowed)
+        verdicts = map(_verdict, map(relative_error, outputs, truths), self.allowed)
         return max(verdicts, key=_share)
 
 
 def set_standard(
     truth: Callable[..., Outputs], reference: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]]
 ) -> Standard:
-    """The float64 outputs for every input, and what the reference's own error allows.
+    """The float64 outputs for every input, and what rounding the reference allows.
 
     Raises:
         ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
     """
     truths = [as_tuple(truth(*map(_double, arguments))) for arguments in inputs]
-    references = [as_tuple(reference(*arguments)) for arguments in inputs]
-    if _shapes(references[0]) != _shapes(truths[0]):
-        raise ValueError(f"reference outputs are {_shapes(references[0])}, the truth's {_shapes(truths[0])}")
     if any(output.dtype != torch.float64 for output in truths[0]):
         raise ValueError(f"the truth must be in float64; got {[output.dtype for output in truths[0]]}")
-    allowed = []
-    for j, output in enumerate(references[0]):
-        errors = [_relative_error(r[j], t[j]) for r, t in zip(references, truths, strict=True)]
-        allowed.append(2 * max(errors) + torch.finfo(output.dtype).eps)
+    errors = []
+    for draw in range(max(DRAWS, len(inputs))):
+        index = draw % len(inputs)
+        with backend("reference"), Rounding(draw):
+            outputs = as_tuple(reference(*inputs[index]))
+        if _shapes(outputs) != _shapes(truths[index]):
+            raise ValueError(f"reference outputs are {_shapes(outputs)}, the truth's {_shapes(truths[index])}")
+        errors.append([relative_error(o, t) for o, t in zip(outputs, truths[index], strict=True)])
+    allowed = [allowed_error(e, o.dtype) for e, o in zip(zip(*errors, strict=True), outputs, strict=True)]
     return Standard(truths, allowed)
 
 
@@ -114,11 +120,6 @@ def _share(verdict: Verdict) -> tuple[bool, float]:
     """Refused above accepted, then by the share of the allowance that the error takes."""
     share = 0.0 if verdict.error is None or verdict.allowed is None else verdict.error / verdict.allowed
     return verdict.refused is not None, share
-
-
-def _relative_error(value: Tensor, truth: Tensor) -> float:
-    scale = float(truth.norm())
-    return float((value.to(truth) - truth).norm()) / (scale or 1.0)
 
 
 def _wait(tensor: Tensor) -> None:

@@ -75,8 +75,8 @@ class Problem:
             A count that shares no factor with the number of providers gives each
             provider every one.
         truth: the outputs in float64; it gets the inputs with floating tensors in float64.
-        reference: the eager computation in the inputs' dtype. Its own error against the
-            truth sets what every provider is allowed.
+        reference: the eager computation in the inputs' dtype, in plain torch. What rounding may
+            cost it sets what every provider is allowed.
         providers: what to compare; exactly one is the baseline.
         cost: what the shares of the machine's ceilings are counted from.
 

@@ -5,12 +5,15 @@ OMP_NUM_THREADS asks for another number of threads, LINFAST_TEST_SEED for anothe
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
 import torch
 
-from tests.seeds import seeded
+pytest.register_assert_rewrite("tests.ops.budget", "tests.ops.stacks")
+
+from tests.seeds import seeded  # noqa: E402
 
 _THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 ON_GPU = torch.cuda.is_available()
@@ -18,6 +21,10 @@ if ON_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else deterministic mode refuses cuBLAS
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any import of one
+    from triton.runtime.interpreter import interpreter_builder
+
+    # Two thirds of the interpreter's time go to checks of integer overflow that it then throws away.
+    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(autouse=True)

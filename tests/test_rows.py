@@ -137,11 +137,15 @@ def test_accelerated_couplings_by_rows(few_at_once, between, expected):
             assert (a - b).norm() <= 1e-12 * b.norm()
 
 
-def test_both_sides_by_rows(few_at_once):
+@pytest.mark.parametrize(
+    ("between", "expected"), [((), 64), ((nn.Dropout(0.5),), BATCH)], ids=["MLPs", "one is not"]
+)
+def test_both_sides_by_rows(few_at_once, between, expected):
     memcnn = pytest.importorskip("memcnn")
-    block = memcnn.AffineCoupling(mlp(), mlp(), adapter=memcnn.AffineAdapterSigmoid).double()
+    block = memcnn.AffineCoupling(mlp(), mlp(*between), adapter=memcnn.AffineAdapterSigmoid).double()
     original, x = copy.deepcopy(block), torch.randn(BATCH, FEATURES).double()
     assert lf.accelerate(block).swapped
-    assert longest(block, x) == 64
+    assert longest(block, x) == expected
+    block.eval(), original.eval()
     for a, b in ((block(x), original(x)), (block.inverse(x), original.inverse(x))):
         assert (a - b).norm() <= 1e-12 * b.norm()

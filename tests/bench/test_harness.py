@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from linfast.bench.harness import Case, Options, Problem, Provider, Size, measur
 from linfast.bench.memory import peak_bytes
 from linfast.bench.report import table
 from torch import Tensor
+
+import linfast as lf
 
 from .toy import COST, CPU, Call, run, softplus
 
@@ -49,7 +53,20 @@ def test_a_right_provider_passes_and_the_reference_sets_its_allowance() -> None:
     assert eager.refused is None
     assert other.refused is None
     assert 0 < other.error < other.allowed < 10 * eps
-    assert eager.allowed == pytest.approx(2 * eager.error + eps)
+    assert eager.allowed == other.allowed
+
+
+def test_the_reference_is_plain_torch_where_the_provider_is_the_op_itself() -> None:
+    """A kernel that is wrong is not allowed its own error."""
+    op = partial(lf.ops.channel_mix, weight=torch.eye(4))
+
+    def build(size: Size, options: Options) -> Problem:
+        return Problem([(torch.randn(2, 4, 8),)], op, op, [Provider("op", op, baseline=True)], COST)
+
+    with lf.backend("triton"), mock.patch("linfast.ops.register._launcher", return_value=lambda x, *_: 0 * x):
+        (result,) = measure(Case("op", build, {}), {}, Options(CPU, False), 0.01)
+    assert result.refused is not None
+    assert result.refused.startswith("error 1,")
 
 
 def test_one_wrong_output_of_two_is_refused() -> None:

@@ -19,6 +19,12 @@ def test_first_batch_is_normalised() -> None:
         torch.testing.assert_close(per_channel.std(1), torch.ones(5), atol=1e-5, rtol=0)
 
 
+def test_a_mean_ten_thousand_times_the_spread_is_taken_off_first() -> None:
+    x = 1e4 + torch.randn(256, 3)
+    z = lf.ActNorm(3)(x)
+    torch.testing.assert_close(z.std(0), torch.ones(3), atol=1e-3, rtol=0)
+
+
 def test_second_batch_changes_nothing() -> None:
     g = lf.ActNorm(3)
     g(torch.randn(16, 3))

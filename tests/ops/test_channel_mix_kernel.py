@@ -9,7 +9,15 @@ from torch import Tensor
 import linfast as lf
 from linfast.flows import Mix
 from linfast.ops.channel_mix import channel_mix
-from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
+from tests.marks import long
+from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
+from tests.ops.checks import (
+    assert_compiles_whole,
+    assert_registered,
+    assert_same_bits,
+    assert_transforms,
+    second_derivatives,
+)
 from tests.seeds import seeded
 
 CHANNELS = [(2, 2), (3, 3), (5, 3), (12, 12), (15, 16), (16, 16), (33, 33), (128, 128), (7, 130), (1, 1)]
@@ -31,8 +39,7 @@ def _outputs_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), CHANNELS)
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("last", "bias"), [(False, True), (True, False), *long((False, False), (True, True))])
 def test_every_width_and_layout(n_in: int, n_out: int, last: bool, bias: bool) -> None:
     x, *rest = _inputs((2, n_in, 5, 7), n_out, bias)
     if last:
@@ -83,7 +90,7 @@ def test_half_precision_sums_in_fp32(n_in: int, dtypes: tuple[torch.dtype, torch
 
 @pytest.mark.parametrize("n_in", [5, 18])
 def test_strides_of_inputs_and_of_the_incoming_gradient(n_in: int) -> None:
-    x, weight, bias = (t.detach() for t in _inputs((3, n_in, 5, 4)))
+    x, weight, bias = (t.detach() for t in _inputs((2, n_in, 3, 4)))
     cotangent = torch.randn(x.shape).to(x)
     for name in hostile(x):
         for gradient_name in {name, "contiguous", "expanded"}:
@@ -127,18 +134,8 @@ def test_each_gradient_alone(only: int, n_in: int, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_second_derivatives_are_the_references(bias: bool) -> None:
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(channel_mix(*tensors).pow(3).sum(), tensors, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
-
-    inputs = _inputs((2, 3, 4, 5), 4, bias)
-    assert_within_budget(call, inputs)
-    with lf.backend("triton"):
-        got = call(*inputs)
-    for value, expected in zip(got, call(*inputs), strict=True):
-        assert (
-            error(value, expected) < 1e-4
-        )  # the budget's raw ops share the formula: wrong, both are, by order one
+    call = second_derivatives(lambda *tensors: channel_mix(*tensors).pow(3).sum())
+    assert_within_budget(call, _inputs((2, 3, 4, 5), 4, bias))
 
 
 @pytest.mark.parametrize("n_in", [4, 17])
@@ -150,13 +147,7 @@ def test_int64_offsets_and_a_second_run_give_the_same_bits(
 
     x, *rest = _inputs((3, n_in, 15, 17))
     inputs = [x.detach().to(memory_format=torch.channels_last).requires_grad_() if last else x, *rest]
-    with lf.backend("triton"):
-        narrow, again = _outputs_and_gradients(*inputs), _outputs_and_gradients(*inputs)
-        monkeypatch.setattr(kernels, "needs_int64", lambda *_: True)
-        wide = _outputs_and_gradients(*inputs)
-    for a, b, c in zip(narrow, again, wide, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    assert_same_bits(_outputs_and_gradients, inputs, monkeypatch, kernels)
 
 
 def test_nan_stays_in_its_column() -> None:
@@ -182,63 +173,43 @@ def test_a_mix_and_its_inverse_run_the_kernel(features: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(2, 4, 3, 3), (2, 18, 5, 1)])
 @pytest.mark.parametrize("last", [False, True])
-def test_opcheck(bias: bool, shape: tuple[int, ...], last: bool) -> None:
-    x, weight, *rest = (t.detach() for t in _inputs(shape, 6, bias))
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
-    torch.library.opcheck(torch.ops.linfast.channel_mix.default, (x, weight, *(rest or [None])))
-    grad = torch.randn(shape[0], 6, *shape[2:], device=DEVICE)
-    for needs in ([True, True, bias], [True, False, False], [False, True, False], [False, False, True]):
-        torch.library.opcheck(torch.ops.linfast.channel_mix_backward.default, (x, weight, grad, needs))
+def test_opcheck(bias: bool, last: bool) -> None:
+    forward, backward = [], []
+    for shape in ((2, 4, 3, 3), (2, 18, 5, 1)):
+        x, weight, *rest = (t.detach() for t in _inputs(shape, 6, bias))
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        forward.append((x, weight, *(rest or [None])))
+        grad = torch.randn(shape[0], 6, *shape[2:], device=DEVICE)
+        needs = ([True, True, bias], [True, False, False], [False, True, False], [False, False, True])
+        backward += [(x, weight, grad, needed) for needed in needs]
+    assert_registered(torch.ops.linfast.channel_mix.default, *forward)
+    assert_registered(torch.ops.linfast.channel_mix_backward.default, *backward)
 
 
 def test_flows_compile_whole_and_run_the_kernels() -> None:
-    g = lf.Flow([Mix(4), Mix(4, "free")]).to(DEVICE)
-    x = torch.randn(2, 4, 3, 5, device=DEVICE, requires_grad=True)
-    graphs = []
+    g = lf.Flow([Mix(4), Mix(4, "free")]).to(DEVICE)  # both are folded into one map
 
-    def keep(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(x: Tensor) -> Tensor:
+    def loss(x: Tensor, *_: Tensor) -> Tensor:
         z, log_det = g.forward_and_log_det(x)
         return z.pow(3).sum() - log_det.sum()
 
-    from torch._dynamo.backends.common import aot_autograd
-
-    wanted = [x, *g.parameters()]
-    with lf.backend("triton"):
-        compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-        got = torch.autograd.grad(compiled(x), wanted)
-        expected = torch.autograd.grad(loss(x), wanted)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert called.count("linfast.channel_mix.default") == 1  # both mixes are folded into one map
-    assert called.count("linfast.channel_mix_backward.default") == 1
+    x = torch.randn(2, 4, 3, 5, device=DEVICE, requires_grad=True)
+    assert_compiles_whole(loss, [x, *g.parameters()], "channel_mix")
 
 
 def test_functional_transforms() -> None:
-    x, weight, bias = (t.detach() for t in _inputs((2, 3, 2, 2)))
-
     def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return channel_mix(x, weight, bias).pow(3).sum()
 
-    def transforms() -> list[Tensor]:
+    def transforms(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
         one_row = torch.func.vmap(lambda x: torch.func.grad(loss)(x[None], weight, bias)[0])
         one_weight = torch.func.vmap(lambda w: torch.func.grad(loss, argnums=1)(x, w, bias))
         jacobian = torch.func.jacrev(lambda w: channel_mix(x, w, bias))
         gradients = torch.func.grad(loss, argnums=(0, 1, 2))(x, weight, bias)
         return [*gradients, one_row(x), one_weight(torch.stack((weight, 2 * weight))), jacobian(weight)]
 
-    with lf.backend("triton"):
-        got = transforms()
-        with pytest.raises(RuntimeError, match="jvp"):
-            torch.func.jvp(lambda x: loss(x, weight, bias), (x,), (x,))
-    for value, expected in zip(got, transforms(), strict=True):
-        torch.testing.assert_close(value, expected)
+    assert_transforms(transforms, loss, [t.detach() for t in _inputs((2, 3, 2, 2))])
 
 
 def test_autocast_casts_as_matmul_does() -> None:

@@ -11,6 +11,13 @@ from torch import Tensor
 import linfast as lf
 from linfast.ops import conv2d_fused
 from tests.ops.budget import DEVICE, assert_within_budget
+from tests.ops.checks import (
+    assert_compiles_whole,
+    assert_registered,
+    assert_transforms,
+    second_derivatives,
+    squared_sum,
+)
 
 _PART = torch.float16
 
@@ -26,71 +33,46 @@ def _y(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: 
     return conv2d_fused(x, weight, bias, **norm, residual=residual, alpha=0.7, next_groups=3)[0]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("present", [True, False])
+@pytest.mark.parametrize(
+    ("layout", "present"),
+    [(torch.contiguous_format, True), (torch.channels_last, True), (torch.channels_last, False)],
+)
 def test_opcheck(layout: torch.memory_format, present: bool) -> None:
     x, weight, *rest = _inputs()
     x, rest = x.contiguous(memory_format=layout), rest if present else [None] * 4
     constants = (2 if present else 0, 1e-5, True, 0.7, 3 if present else 0, "exact", _PART)
-    torch.library.opcheck(torch.ops.linfast.conv2d_fused.default, (x, weight, *rest, None, *constants))
+    assert_registered(torch.ops.linfast.conv2d_fused.default, (x, weight, *rest, None, *constants))
     _, mean, rstd, _ = torch.ops.linfast.conv2d_fused(x, weight, *rest, None, *constants)
     grad = torch.randn(2, 6, 2, 3, device=DEVICE)
+    saved, calls = (x, weight, *rest[:3], mean, rstd, grad, None, None, None), []
     for needs in ([True] * 6, [False, True] * 3, [True] + [False] * 5, [False, False, False, True, False, False]):
         given = [True, True, *(t is not None for t in rest)]
         wanted = [*(a and b for a, b in zip(needs, given, strict=True)), False]
-        saved = (x, weight, *rest[:3], mean, rstd, grad, None, None, None)
-        torch.library.opcheck(torch.ops.linfast.conv2d_fused_backward.default, (*saved, *constants, wanted))
+        calls.append((*saved, *constants, wanted))
+    assert_registered(torch.ops.linfast.conv2d_fused_backward.default, *calls)
 
 
 def test_compiles_whole_and_runs_the_kernels() -> None:
-    from torch._dynamo.backends.common import aot_autograd
-
-    inputs, graphs = [t.requires_grad_() for t in _inputs()], []
-
-    def keep(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(*tensors: Tensor) -> Tensor:
-        return _y(*tensors).square().sum()
-
-    with lf.backend("triton"):
-        compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-        got = torch.autograd.grad(compiled(*inputs), inputs)
-        expected = torch.autograd.grad(loss(*inputs), inputs)
-    for value, truth in zip(got, expected, strict=True):
-        torch.testing.assert_close(value, truth)
-    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert called.count("linfast.conv2d_fused.default") == 1
-    assert called.count("linfast.conv2d_fused_backward.default") == 1
+    assert_compiles_whole(squared_sum(_y), [t.requires_grad_() for t in _inputs()], "conv2d_fused")
 
 
 def test_functional_transforms() -> None:
-    x, *rest, residual = _inputs()
+    loss = squared_sum(_y)
 
-    def loss(*tensors: Tensor) -> Tensor:
-        return _y(*tensors).square().sum()
+    def transforms(x: Tensor, *others: Tensor) -> list[Tensor]:
+        *rest, residual = others
 
-    def one_row(x: Tensor, residual: Tensor) -> Tensor:
-        return torch.func.grad(loss)(x[None], *rest, residual[None])[0]
+        def one_row(x: Tensor, residual: Tensor) -> Tensor:
+            return torch.func.grad(loss)(x[None], *rest, residual[None])[0]
 
-    def transforms() -> list[Tensor]:
         gradients = torch.func.grad(loss, argnums=tuple(range(6)))(x, *rest, residual)
         return [*gradients, torch.func.vmap(one_row)(x, residual)]
 
-    with lf.backend("triton"):
-        got = transforms()
-        with pytest.raises(RuntimeError, match="jvp"):
-            torch.func.jvp(lambda x: loss(x, *rest, residual), (x,), (x,))
-    for value, expected in zip(got, transforms(), strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+    assert_transforms(transforms, loss, _inputs())
 
 
 def test_second_derivatives_are_the_references() -> None:
-    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(_y(*tensors).pow(3).sum(), tensors, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
-
+    call = second_derivatives(lambda *tensors: _y(*tensors).pow(3).sum())
     assert_within_budget(call, [t.requires_grad_() for t in _inputs()])
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from linfast.kernels.conv2d_configs import choose_tile, handed_over, runs_fused, tile_rows_of
+from linfast.kernels.conv2d_configs import choose_tile, handed_over, runs_fused, tile_rows_of, weight_splits
 from torch import Tensor
 
 import linfast as lf
 from linfast.ops import conv2d_fused
-from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
+from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within, assert_within_budget, error, hostile
+from tests.ops.checks import assert_same_bits
+from tests.ops.stacks import factors_of_every_part
 from tests.seeds import seeded
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
@@ -84,18 +86,29 @@ def test_half_precision_sums_in_fp32(dtype: torch.dtype) -> None:
     assert_within_budget(_call(groups=2, alpha=0.7), _inputs((2, 8, 5, 7), 8, 3, dtype))
 
 
-@pytest.mark.parametrize(
-    ("precision", "allowed"), [("exact", 2.0**-21), ("tf32", 2.0**-10), ("high", 2.0**-14), ("fast", 2.0**-8)]
-)
-def test_precision_modes(precision: str, allowed: float) -> None:
+@pytest.mark.parametrize("precision", ["exact", "tf32", "high", "fast"])
+def test_precision_modes(precision: str) -> None:
     """Operands rounded as the mode says; the interpreter does tf32 in fp32 and bf16's parts in fp16."""
     inputs, call = _inputs((2, 16, 4, 5), 8, 3), _call(groups=4, precision=precision)
     with lf.backend("triton"):
         got = call(*inputs)
     truth = call(*(t.detach().double().requires_grad_() for t in inputs))
-    for value, exact in zip(got, truth, strict=True):
-        assert error(value, exact) <= allowed
+    unit = {"exact": 2.0**-24, "tf32": 2.0**-11, "high": 2.0**-16, "fast": 2.0**-8}[precision]
+    assert_within(got, truth, [16 * unit] * len(got))
     assert precision == "tf32" or max(map(error, got, truth)) >= {"exact": 0, "high": 2e-8, "fast": 1e-5}[precision]
+
+
+def test_exact_products_keep_every_bit_of_fp32() -> None:
+    x, w = factors_of_every_part()
+    with lf.backend("triton"):
+        y, _ = conv2d_fused(x.reshape(1, 1, 1, 3), w.reshape(3, 1, 1, 1), precision="exact")
+    assert torch.equal(y[0, :, 0].diagonal(), x * w)
+
+
+def test_more_positions_than_one_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linfast.kernels.conv2d_configs._STEPS_A_SPLIT", 1)
+    assert weight_splits(3) == (3, 1)
+    assert_within_budget(_call(groups=2), _inputs((2, 4, 9, 17), 4, 3))
 
 
 def test_a_mean_a_thousand_times_the_spread_costs_only_the_inputs_own_digits() -> None:
@@ -208,15 +221,7 @@ def test_int64_offsets_and_a_second_run_give_the_same_bits(shape: tuple[int, ...
     import linfast.kernels.conv2d_fused_backward as backward
     import linfast.kernels.group_statistics as statistics
 
-    call, inputs = _call(groups=2), _inputs(shape, 12, 3)
-    with lf.backend("triton"):
-        narrow, again = call(*inputs), call(*inputs)
-        for module in (forward, backward, statistics):
-            monkeypatch.setattr(module, "needs_int64", lambda *_: True)
-        wide = call(*inputs)
-    for a, b, c in zip(narrow, again, wide, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    assert_same_bits(_call(groups=2), _inputs(shape, 12, 3), monkeypatch, forward, backward, statistics)
 
 
 def test_nan_stays_where_it_reaches() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import linfast as lf
 from linfast import ops
 from tests.laws.zoo import perturb
+from tests.marks import long
 from tests.ops.budget import DEVICE
 
 
@@ -104,8 +105,13 @@ def test_default_models_export(name: str, backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["Linearizer", "image Linearizer"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("Linearizer", "triton"),
+        *long(("Linearizer", "reference"), ("image Linearizer", "triton"), ("image Linearizer", "reference")),
+    ],
+)
 def test_default_linearizers_compile_without_a_graph_break(name: str, backend: str) -> None:
     f, x = _model(name)
     parameters = [p for p in f.parameters() if p.requires_grad]

@@ -10,6 +10,14 @@ from torch import Tensor
 import linfast as lf
 from linfast.ops import latent_matmul
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
+from tests.ops.checks import (
+    assert_compiles_whole,
+    assert_registered,
+    assert_same_bits,
+    assert_transforms,
+    second_derivatives,
+    squared_sum,
+)
 from tests.seeds import seeded
 
 # (B, K, n_out, n_in): one of everything, more operators than rows, both tiles, more rows and columns than one.
@@ -127,12 +135,7 @@ def test_a_bank_is_the_operator_each_row_picks() -> None:
 
 def test_second_derivatives_are_the_references() -> None:
     index, inputs = _inputs((6, 3, 4, 4))
-
-    def call(z: Tensor, A: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        y = latent_matmul(z, A, index, alpha=0.4, bias=bias)
-        first = torch.autograd.grad(y.pow(3).sum(), (z, A, bias), create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), (z, A, bias))
-
+    call = second_derivatives(lambda z, A, bias: latent_matmul(z, A, index, alpha=0.4, bias=bias).pow(3).sum())
     assert_within_budget(call, inputs)
 
 
@@ -140,14 +143,7 @@ def test_the_same_bits_twice_and_with_int64_offsets(monkeypatch: pytest.MonkeyPa
     import linfast.kernels.latent_matmul as kernels
 
     index, inputs = _inputs((100, 3, 66, 66))
-    call = _outputs_and_gradients(index, 0.5)
-    with lf.backend("triton"):
-        first, second = call(*inputs), call(*inputs)
-        monkeypatch.setattr(kernels, "needs_int64", lambda *_: True)
-        wide = call(*inputs)
-    for a, b, c in zip(first, second, wide, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    assert_same_bits(_outputs_and_gradients(index, 0.5), inputs, monkeypatch, kernels)
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])
@@ -172,11 +168,10 @@ def test_an_index_outside_the_bank(monkeypatch: pytest.MonkeyPatch, wrong: int) 
 def test_opcheck(bias: bool, alpha: float) -> None:
     index, inputs = _inputs((7, 3, 5, 5))
     z, A, b = (t.detach() for t in inputs)
-    torch.library.opcheck(torch.ops.linfast.latent_matmul.default, (z, A, index, b if bias else None, alpha))
-    backward = torch.ops.linfast.latent_matmul_backward.default
-    for i in (0, 1, 3, None):
-        needs = [i in (None, j) and j != 2 for j in range(4)]
-        torch.library.opcheck(backward, (z, A, index, torch.randn_like(z), alpha, needs))
+    assert_registered(torch.ops.linfast.latent_matmul.default, (z, A, index, b if bias else None, alpha))
+    needs = [[i in (None, j) and j != 2 for j in range(4)] for i in (None, 0, 1, 3)]
+    calls = [(z, A, index, torch.randn_like(z), alpha, needed) for needed in needs]
+    assert_registered(torch.ops.linfast.latent_matmul_backward.default, *calls)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the plain path's memory")
@@ -193,50 +188,26 @@ def test_a_bank_is_never_gathered(monkeypatch: pytest.MonkeyPatch, one_op: bool)
 
 def test_it_compiles_whole_and_runs_the_kernels() -> None:
     index, inputs = _inputs((7, 3, 5, 5))
-    graphs = []
-
-    def keep(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(z: Tensor, A: Tensor, bias: Tensor) -> Tensor:
-        return latent_matmul(z, A, index, alpha=0.5, bias=bias).square().sum()
-
-    from torch._dynamo.backends.common import aot_autograd
-
-    with lf.backend("triton"):
-        compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-        got = torch.autograd.grad(compiled(*inputs), inputs)
-        expected = torch.autograd.grad(loss(*inputs), inputs)
-    torch.testing.assert_close(got, expected)
-    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert called.count("linfast.latent_matmul.default") == 1
-    assert called.count("linfast.latent_matmul_backward.default") == 1
+    loss = squared_sum(lambda z, A, bias: latent_matmul(z, A, index, alpha=0.5, bias=bias))
+    assert_compiles_whole(loss, inputs, "latent_matmul")
 
 
 def test_functional_transforms() -> None:
     index, inputs = _inputs((3, 2, 4, 4))
-    z, A, bias = (t.detach() for t in inputs)
 
-    def loss(z: Tensor, A: Tensor, index: Tensor = index) -> Tensor:
+    def loss(z: Tensor, A: Tensor, bias: Tensor, index: Tensor = index) -> Tensor:
         return latent_matmul(z, A, index, alpha=0.5, bias=bias).square().sum()
 
-    def transforms() -> list[Tensor]:
-        jacobian = torch.func.jacrev(lambda z: latent_matmul(z, A, index))
-        return [*torch.func.grad(loss, argnums=(0, 1))(z, A), jacobian(z)]
+    def row_by_row(z: Tensor, A: Tensor, bias: Tensor, argument: int) -> Tensor:
+        gradient = torch.func.grad(loss, argnums=argument)
+        return torch.func.vmap(lambda z, i: gradient(z[None], A, bias, i[None]))(z, index)
 
-    with lf.backend("reference"):
-        expected = transforms()
-    with lf.backend("triton"):
-        got = transforms()
-        rows = torch.func.vmap(lambda z, i: torch.func.grad(loss)(z[None], A, i[None])[0])(z, index)
-        banks = torch.func.vmap(lambda z, i: torch.func.grad(loss, argnums=1)(z[None], A, i[None]))(z, index)
-        with pytest.raises(RuntimeError, match="jvp"):
-            torch.func.jvp(lambda z: loss(z, A), (z,), (z,))
-    torch.testing.assert_close(rows, expected[0])
-    torch.testing.assert_close(banks.sum(0), expected[1])
-    for value, right in zip(got, expected, strict=True):
-        torch.testing.assert_close(value, right)
+    def transforms(z: Tensor, A: Tensor, bias: Tensor) -> list[Tensor]:
+        jacobian = torch.func.jacrev(lambda z: latent_matmul(z, A, index))
+        gradients = torch.func.grad(loss, argnums=(0, 1))(z, A, bias)
+        return [*gradients, jacobian(z), *(row_by_row(z, A, bias, argument) for argument in (0, 1))]
+
+    assert_transforms(transforms, loss, [t.detach() for t in inputs])
 
 
 def test_what_launches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from linfast.bench.memory import peak_bytes
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast.ops import low_rank
-from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
+from tests.ops.budget import DEVICE, HALF_DTYPES, Outputs, assert_accurate, assert_within_budget, hostile
+from tests.ops.checks import (
+    assert_compiles_whole,
+    assert_registered,
+    assert_same_bits,
+    assert_transforms,
+    second_derivatives,
+    squared_sum,
+)
 from tests.seeds import seeded
 
 # (B, N, M, r): odd sizes, one element, a rank past one tile, more rows than one tile and than all splits.
@@ -119,17 +129,23 @@ def test_gradients_that_are_not_needed_are_not_computed() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gradient_of_the_projection_is_added(kind: str) -> None:
+@pytest.mark.parametrize("given", [False, True])
+def test_a_gradient_of_the_projection_is_added(kind: str, given: bool) -> None:
     from linfast.ops.low_rank import low_rank_backward_reference
 
     x, U, V = (t.detach() for t in _inputs((3, 20, 20, 3), kind))
-    t, grad_t = torch.randn(2, 3, 3, device=DEVICE)
-    for grad in (None, torch.randn_like(x)):
-        arguments = (x, U, V, t, grad, grad_t, 0.5, [True, True, True])
-        for got, expected in zip(
-            torch.ops.linfast.low_rank_backward(*arguments), low_rank_backward_reference(*arguments), strict=True
-        ):
-            torch.testing.assert_close(got, expected)
+    t, grad_t, grad = torch.randn(3, 3), torch.randn(3, 3), torch.randn(3, 20)
+    tensors = [x, U, V, *(t.to(DEVICE) for t in (t, grad_t, grad))]
+
+    def call(run: Callable[..., Outputs], dtype: torch.dtype) -> Outputs:
+        x, U, V, t, grad_t, grad = (t.to(dtype) for t in tensors)
+        return run(x, U, V, t, grad if given else None, grad_t, 0.5, [True, True, True])
+
+    assert_accurate(
+        call(torch.ops.linfast.low_rank_backward.default, torch.float32),
+        lambda: call(low_rank_backward_reference, torch.float32),
+        call(low_rank_backward_reference, torch.float64),
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,46 +160,34 @@ def test_alpha_as_a_tensor_has_a_gradient(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_second_derivatives_are_the_references(kind: str) -> None:
-    def call(x: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
-        y = low_rank(x, U, V, 0.4)
-        first = torch.autograd.grad(y.pow(3).sum(), (x, U, V), create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, U, V))
-
+    call = second_derivatives(lambda x, U, V: low_rank(x, U, V, 0.4).pow(3).sum())
     assert_within_budget(call, _inputs((2, 5, 5, 2), kind))
 
 
-def test_the_same_bits_twice_and_in_any_batch() -> None:
-    call, inputs = _outputs_and_gradients(0.5), _inputs((3, 700, 700, 8))
-    with lf.backend("triton"):
-        first, second = call(*inputs), call(*inputs)
-        with torch.no_grad():
-            alone = low_rank(*(t[1:2] for t in inputs), 0.5)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert torch.equal(alone[0], first[0][1])
+def test_the_same_bits_in_any_batch() -> None:
+    inputs = _inputs((3, 700, 700, 8))
+    with lf.backend("triton"), torch.no_grad():
+        together = low_rank(*inputs, 0.5)
+        alone = low_rank(*(t[1:2] for t in inputs), 0.5)
+    assert torch.equal(alone[0], together[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_int64_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_int64_offsets_and_a_second_run_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     import linfast.kernels.low_rank as kernels
 
-    call, inputs = _outputs_and_gradients(0.5), _inputs((3, 300, 300, 5), kind)
-    with lf.backend("triton"):
-        narrow = call(*inputs)
-        monkeypatch.setattr(kernels, "needs_int64", lambda *_: True)
-        wide = call(*inputs)
-    assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+    assert_same_bits(_outputs_and_gradients(0.5), _inputs((3, 300, 300, 5), kind), monkeypatch, kernels)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize(("kind", "alpha"), [("both", 0.5), ("shared U", 0.0), ("shared V", 0.5)])
 def test_opcheck(kind: str, alpha: float) -> None:
     x, U, V = (t.detach() for t in _inputs((3, 7, 7, 2), kind))
-    torch.library.opcheck(torch.ops.linfast.low_rank.default, (x, U, V, alpha))
+    assert_registered(torch.ops.linfast.low_rank.default, (x, U, V, alpha))
     t, grad = torch.randn(3, 2, device=DEVICE), torch.randn_like(x)
-    backward = torch.ops.linfast.low_rank_backward.default
-    for grads in ((grad, None), (None, t), (grad, t)):
-        for needs in ([True, True, True], [True, False, False], [False, True, False], [False, False, True]):
-            torch.library.opcheck(backward, (x, U, V, t, *grads, alpha, needs))
+    needs = ([True, True, True], [True, False, False], [False, True, False], [False, False, True])
+    grads = ((grad, None), (None, t), (grad, t))
+    calls = [(x, U, V, t, *given, alpha, needed) for given in grads for needed in needs]
+    assert_registered(torch.ops.linfast.low_rank_backward.default, *calls)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the plain path's memory")
@@ -198,65 +202,37 @@ def test_no_matrix_of_n_by_n_is_made(kind: str) -> None:
     assert peak_bytes(call, tuple(inputs), torch.device("cpu")) < 2048 * 2048  # a quarter of one fp32 matrix
 
 
-@pytest.mark.parametrize("n", [12288, 1000, 12289])
-def test_long_sums_of_the_plain_form_are_taken_in_parts(n: int) -> None:
+@pytest.mark.parametrize(("n", "longest"), [(12288, 384), (1000, 500), (12289, 12289)])
+def test_long_sums_of_the_plain_form_are_taken_in_parts(n: int, longest: int) -> None:
     """Forward and backward, where N has a power of two to part it by."""
-    inputs = [torch.randn(4, n), torch.randn(4, n, 3), torch.randn(4, n, 3)]
+    lengths = [1]
 
-    def errors(product: Callable[..., Tensor]) -> Tensor:
-        def results(dtype: torch.dtype) -> list[Tensor]:
-            x, U, V = (t.to(dtype).requires_grad_() for t in inputs)
-            y = product(x, U, V)
-            return [y, *torch.autograd.grad(y, (x, U, V), inputs[0].flip(1).to(dtype))]
+    class Lengths(TorchDispatchMode):
+        """Keeps how many terms each batched product sums, one after the other."""
 
-        return torch.tensor(
-            [error(*pair) for pair in zip(results(torch.float32), results(torch.float64), strict=True)]
-        )
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default:
+                lengths.append(args[0].shape[2])
+            return func(*args, **(kwargs or {}))
 
-    in_parts = errors(low_rank)
-    one_after_the_other = errors(lambda x, U, V: (U @ (V.mT @ x.unsqueeze(2))).squeeze(2))
-    assert bool((in_parts <= (0.6 if n == 12288 else 1.3) * one_after_the_other).all())
+    with Lengths():
+        _outputs_and_gradients()(*_inputs((4, n, n, 3)))
+    assert max(lengths) == longest
 
 
 def test_it_compiles_whole_and_runs_the_kernels() -> None:
-    inputs, graphs = _inputs((3, 12, 12, 2)), []
-
-    def keep(graph, _inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def loss(x: Tensor, U: Tensor, V: Tensor) -> Tensor:
-        return low_rank(x, U, V, 0.5).square().sum()
-
-    from torch._dynamo.backends.common import aot_autograd
-
-    with lf.backend("triton"):
-        compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
-        got = torch.autograd.grad(compiled(*inputs), inputs)
-        expected = torch.autograd.grad(loss(*inputs), inputs)
-    torch.testing.assert_close(got, expected)
-    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert called.count("linfast.low_rank.default") == 1
-    assert called.count("linfast.low_rank_backward.default") == 1
+    assert_compiles_whole(squared_sum(partial(low_rank, alpha=0.5)), _inputs((3, 12, 12, 2)), "low_rank")
 
 
 def test_functional_transforms() -> None:
-    x, U, V = (t.detach() for t in _inputs((3, 4, 4, 2)))
+    loss = squared_sum(partial(low_rank, alpha=0.5))
 
-    def loss(x: Tensor, U: Tensor, V: Tensor) -> Tensor:
-        return low_rank(x, U, V, 0.5).square().sum()
-
-    def transforms() -> list[Tensor]:
+    def transforms(x: Tensor, U: Tensor, V: Tensor) -> list[Tensor]:
         one_row = torch.func.vmap(lambda *a: torch.func.grad(loss)(*(t[None] for t in a))[0])
         jacobian = torch.func.jacrev(lambda x: low_rank(x, U, V))
         return [*torch.func.grad(loss, argnums=(1, 2))(x, U, V), one_row(x, U, V), jacobian(x)]
 
-    with lf.backend("triton"):
-        got = transforms()
-        with pytest.raises(RuntimeError, match="jvp"):
-            torch.func.jvp(lambda x: loss(x, U, V), (x,), (x,))
-    for value, expected in zip(got, transforms(), strict=True):
-        torch.testing.assert_close(value, expected)
+    assert_transforms(transforms, loss, [t.detach() for t in _inputs((3, 4, 4, 2))])
 
 
 def test_what_launches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,235 @@
+"""What rounding may cost a computation: a model of narrow arithmetic in which no machine's BLAS has a say.
+
+Under ``Rounding`` every operation of plain torch on fp32, fp16 or bf16 tensors, forward and
+backward, is done in float64, moved by what a floating-point unit may err by, and rounded to
+its dtype. With e = 2^-23 (sums and functions are fp32's in every dtype) and u uniform in
+(-1, 1), drawn anew for each element:
+
+    what fits its dtype exactly      stays: copies, views, masks, products with powers of two
+    + - * / sqrt                     y (1 + e u)
+    a sum of n terms t               y + e/2 sqrt(n) (u |t|_2 + u' y), |t|_2 = sqrt(sum of t^2): one after the
+                                     other in any order errs by less, in parts by much less
+    any other function f             f(x (1 + e/2 u)) (1 + e u): exp2(x log2 e) errs like that; where f mixes
+                                     elements (an inverse, a softmax) both are sqrt(n) times that
+
+One pass is one draw of the error; its size is the same on every machine. Several draws
+give the allowance of a kernel's error, in relative L2 against float64:
+
+    allowed = 2 rms(draws) + 3 (max(draws) - min(draws)), at least eps(dtype)
+
+so that an output of one number, whose error is often small by luck, is allowed more than
+one of thousands, whose error is nearly the same in every draw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "relative_error"]
+
+DRAWS = 6
+_EPS = torch.finfo(torch.float32).eps
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+_aten = torch.ops.aten
+# Linear in each argument: of squared arguments they give the sums of squared terms, of ones the counts.
+_SUMS = {
+    _aten.sum, _aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.mv, _aten.dot,
+    _aten.convolution, _aten.convolution_backward,
+}  # fmt: skip
+_ARITHMETIC = {
+    _aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.div, _aten.reciprocal, _aten.sqrt,
+    _aten.add_, _aten.sub_, _aten.mul_, _aten.div_, _aten.reciprocal_, _aten.sqrt_,
+}  # fmt: skip
+# Exact in any dtype, or rounded once by definition. Others that are exact are found to be so.
+_EXACT = {
+    _aten._to_copy, _aten.copy_, _aten.clone, _aten.cat, _aten.neg, _aten.where, _aten.flip, _aten.slice_backward,
+    _aten.new_zeros, _aten.zeros_like, _aten.ones_like, _aten.zero_, _aten.fill_,
+}  # fmt: skip
+
+
+def allowed_errors(
+    reference: Callable[[], Sequence[Tensor | None]], truth: Sequence[Tensor | None], draws: int = DRAWS
+) -> list[float]:
+    """The allowance of each output of ``reference``, by the formula above; 0 where it is None.
+
+    Args:
+        reference: plain torch on narrow tensors; called ``draws`` times.
+        truth: the same outputs in float64.
+    """
+    errors = []
+    for seed in range(draws):
+        with Rounding(seed):
+            outputs = reference()
+        errors.append([relative_error(o, t) for o, t in zip(outputs, truth, strict=True)])
+    pairs = zip(zip(*errors, strict=True), outputs, strict=True)
+    return [0.0 if output is None else allowed_error(e, output.dtype) for e, output in pairs]
+
+
+def allowed_error(errors: Sequence[float], dtype: torch.dtype) -> float:
+    """The allowance that these draws of one output's error give, by the formula above."""
+    rms = math.sqrt(sum(e * e for e in errors) / len(errors))
+    return max(2 * rms + 3 * (max(errors) - min(errors)), torch.finfo(dtype).eps)
+
+
+def relative_error(value: Tensor | None, truth: Tensor | None) -> float:
+    """|value - truth| / |truth| in float64, |value| where the truth is zero; 0 of None."""
+    if value is None or truth is None:
+        return 0.0
+    truth = truth.detach().double()
+    size = float(truth.norm())
+    return float((value.detach().to(truth) - truth).norm()) / (size or 1.0)
+
+
+class Rounding(TorchDispatchMode):
+    """Inside the block plain torch rounds as the model above says, drawn from ``seed``.
+
+    Without a seed nothing is moved: every operation is exact and its result rounded to nearest.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        super().__init__()
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _STEPS:
+            with self:
+                return _STEPS[func](*args, **kwargs)
+        as_it_is = func.is_view or func.overloadpacket in _EXACT or torch.Tag.nondeterministic_seeded in func.tags
+        if as_it_is or not any(t.dtype in _NARROW and not t.is_meta for t in _tensors((args, kwargs))):
+            return func(*args, **kwargs)
+        wide = _map(_widened, (args, kwargs))
+        outputs = func(*args, **kwargs)  # for its dtypes, and for what it writes in place
+        for output, value in zip(_leaves(outputs), self._moved(func, *wide, _leaves(outputs)), strict=True):
+            if isinstance(output, Tensor) and value is not None:
+                output.copy_(value)
+        return outputs
+
+    def _moved(self, func: Any, args: Any, kwargs: Any, narrow: list[Any]) -> list[Tensor | None]:
+        """What the operation gives in float64, each element moved as the model says; ``narrow`` are its outputs."""
+        exact = _run(func, args, kwargs)
+        if self._seed is None:
+            return exact
+        if func.overloadpacket in _SUMS:
+            squares = _run(func, *_map(_square, (args, kwargs)))
+            counts = _run(func, *_map(torch.ones_like, (args, kwargs)))
+            return list(map(self._moved_sum, exact, squares, counts))
+        fits = [None if t is None else _fits(t, like.dtype) for t, like in zip(exact, narrow, strict=True)]
+        if all(f is None or bool(f.all()) for f in fits):
+            return exact
+        if func.overloadpacket in _ARITHMETIC:
+            return [self._scaled(t, ~f * _EPS) for t, f in zip(exact, fits, strict=True)]
+        first = next(t for t in _tensors((args, kwargs)) if t.dtype == torch.float64)
+        size = _EPS if torch.Tag.pointwise in func.tags else _EPS * math.sqrt(max(first.shape[-1:], default=1))
+        moved = _run(func, *_map(lambda t: self._scaled(t, size / 2), (args, kwargs)))
+        return [self._scaled(t, size) for t in moved]
+
+    def _moved_sum(self, total: Tensor | None, squares: Tensor, count: Tensor) -> Tensor | None:
+        if total is None:
+            return None
+        size = _EPS / 2 * count.sqrt() * (count > 1)
+        return total + size * (self._uniform(total) * squares.sqrt() + self._uniform(total) * total)
+
+    def _scaled(self, t: Tensor, size: Tensor | float) -> Tensor:
+        return t * (1 + size * self._uniform(t)) if t.dtype == torch.float64 else t
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        assert self._seed is not None
+        if like.device not in self._generators:
+            self._generators[like.device] = torch.Generator(like.device).manual_seed(self._seed)
+        generator = self._generators[like.device]
+        return 2 * torch.rand(like.shape, generator=generator, dtype=torch.float64, device=like.device) - 1
+
+
+def _group_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """native_group_norm, step by step: torch's own loses digits where a group's values are close."""
+    grouped = x.reshape(N, group, C // group * HxW).float()
+    mean = grouped.sum(2) / grouped.shape[2]
+    apart = grouped - mean[..., None]
+    rstd = ((apart * apart).sum(2) / grouped.shape[2] + eps).rsqrt()
+    y = (apart * rstd[..., None]).reshape(N, C, HxW)
+    y = y if weight is None else y * weight[:, None]
+    y = y if bias is None else y + bias[:, None]
+    return y.reshape(x.shape).to(x.dtype), mean, rstd
+
+
+def _group_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None,
+    N: int, C: int, HxW: int, group: int, output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """native_group_norm_backward, step by step."""
+    grad = grad.reshape(N, C, HxW).float()
+    normal = (x.reshape(N, group, C // group * HxW).float() - mean[..., None]) * rstd[..., None]
+    d = (grad if weight is None else grad * weight[:, None]).reshape(normal.shape)
+    n = normal.shape[2]
+    dx = rstd[..., None] * (d - d.sum(2, keepdim=True) / n - normal * ((d * normal).sum(2, keepdim=True) / n))
+    narrow = x.dtype if weight is None else weight.dtype
+    return (
+        dx.reshape(x.shape).to(x.dtype),
+        (grad * normal.reshape(N, C, HxW)).sum((0, 2)).to(narrow) if output_mask[1] else None,
+        grad.sum((0, 2)).to(narrow) if output_mask[2] else None,
+    )
+
+
+def _mean(x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    total = x.sum(dim, keepdim, dtype=dtype)
+    return total / (x.numel() // max(total.numel(), 1))
+
+
+_STEPS: dict[Any, Callable[..., Any]] = {
+    _aten.native_group_norm.default: _group_norm,
+    _aten.native_group_norm_backward.default: _group_norm_backward,
+    _aten.mean.default: _mean,
+    _aten.mean.dim: _mean,
+}
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same structure with the function of every float tensor, and float64 where a narrow dtype is named."""
+    if isinstance(value, Tensor):
+        return function(value) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _map(function, item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(function, item) for item in value)
+    return torch.float64 if value in _NARROW else value
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list, dict)):
+        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
+    return [value]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The outputs for these arguments, which stay as they are."""
+    if func.overloadpacket.__name__.endswith("_"):  # in place
+        args, kwargs = _map(torch.clone, args), _map(torch.clone, kwargs)
+    return _leaves(func(*args, **kwargs))
+
+
+def _fits(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the value has no more digits than the dtype holds; True of a NaN."""
+    return (t.to(dtype).to(t.dtype) == t) | (t != t)
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.to(torch.float64, copy=True)
+
+
+def _square(t: Tensor) -> Tensor:
+    return t * t
