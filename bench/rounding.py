@@ -106,9 +106,10 @@ class Rounding(TorchDispatchMode):
         as_it_is = func.is_view or func.overloadpacket in _EXACT or torch.Tag.nondeterministic_seeded in func.tags
         if as_it_is or not any(t.dtype in _NARROW and not t.is_meta for t in _tensors((args, kwargs))):
             return func(*args, **kwargs)
-        wide = _map(_widened, (args, kwargs))
+        wide, wide_kwargs = _map(_widened, args), _map(_widened, kwargs)
         outputs = func(*args, **kwargs)  # for its dtypes, and for what it writes in place
-        for output, value in zip(_leaves(outputs), self._moved(func, *wide, _leaves(outputs)), strict=True):
+        values = self._moved(func, wide, wide_kwargs, _leaves(outputs))
+        for output, value in zip(_leaves(outputs), values, strict=True):
             if isinstance(output, Tensor) and value is not None:
                 output.copy_(value)
         return outputs
@@ -122,11 +123,12 @@ class Rounding(TorchDispatchMode):
             squares = _run(func, *_map(_square, (args, kwargs)))
             counts = _run(func, *_map(torch.ones_like, (args, kwargs)))
             return list(map(self._moved_sum, exact, squares, counts))
-        fits = [None if t is None else _fits(t, like.dtype) for t, like in zip(exact, narrow, strict=True)]
-        if all(f is None or bool(f.all()) for f in fits):
+        pairs = zip(exact, narrow, strict=True)
+        fits = [_fits(t, like.dtype) for t, like in pairs if isinstance(t, Tensor)]
+        if all(bool(f.all()) for f in fits):
             return exact
         if func.overloadpacket in _ARITHMETIC:
-            return [self._scaled(t, ~f * _EPS) for t, f in zip(exact, fits, strict=True)]
+            return [self._scaled(exact[0], ~fits[0] * _EPS)]
         first = next(t for t in _tensors((args, kwargs)) if t.dtype == torch.float64)
         size = _EPS if torch.Tag.pointwise in func.tags else _EPS * math.sqrt(max(first.shape[-1:], default=1))
         moved = _run(func, *_map(lambda t: self._scaled(t, size / 2), (args, kwargs)))
@@ -182,7 +184,7 @@ def _group_norm_backward(
 
 
 def _mean(x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
-    total = x.sum(dim, keepdim, dtype=dtype)
+    total = x.sum(list(dim) if dim is not None else None, keepdim, dtype=dtype)
     return total / (x.numel() // max(total.numel(), 1))
 
 
