@@ -4,6 +4,9 @@ The architecture is read off the modules themselves: every class keeps each argu
 of its constructor as an attribute of the same name (``_config_names`` renames one that
 would clash). What was constructed that way is constructed that way again, so a file
 can name only classes that linfast, or ``register``, knows: loading runs no foreign code.
+
+A tensor lies in memory as it did, a transposed matrix by its columns: a product of the
+same numbers in another order of memory is another product of the BLAS, and rounds otherwise.
 """
 
 from __future__ import annotations
@@ -58,7 +61,7 @@ for _cls in (
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a Linearizer, flow or operator to a safetensors file that ``load`` rebuilds.
 
-    The file appears whole or not at all.
+    On the same machine the loaded model computes the same bits. The file appears whole or not at all.
 
     Raises:
         TypeError: a part whose class or argument cannot be described (see ``register``).
@@ -70,9 +73,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     described: dict[int, int] = {}
     architecture = _describe(model, described)
     tensors, aliases = _unique(model.state_dict())
-    header = {"linfast": json.dumps({"format": _FORMAT, "architecture": architecture, "aliases": aliases})}
+    orders = {key: _order(value) for key, value in tensors.items() if not value.is_contiguous()}
+    header = {"format": _FORMAT, "architecture": architecture, "aliases": aliases, "orders": orders}
+    contiguous = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with written_whole(Path(path)) as partial:
-        save_file(tensors, partial, metadata=header)
+        save_file(contiguous, partial, metadata={"linfast": json.dumps(header)})
 
 
 @contextmanager
@@ -103,6 +108,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
     try:
         with torch.random.fork_rng(devices=[]):
             model = _build_module(header["architecture"], [])
+        for key, order in header.get("orders", {}).items():
+            tensors[key] = _laid_out(tensors[key], order)
         tensors.update({alias: tensors[key] for alias, key in header["aliases"].items()})
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path}: the architecture cannot be built ({error!r})") from error
@@ -145,8 +152,21 @@ def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
             aliases[key] = first[identity]
         else:
             first[identity] = key
-            tensors[key] = value.detach().clone(memory_format=torch.contiguous_format)
+            tensors[key] = value.detach()
     return tensors, aliases
+
+
+def _order(value: Tensor) -> list[int]:
+    """The dimensions as they lie in memory, the innermost last."""
+    return sorted(range(value.ndim), key=lambda d: -value.stride(d))
+
+
+def _laid_out(value: Tensor, order: list[int]) -> Tensor:
+    """The same tensor with its dimensions in this order in memory."""
+    if sorted(order) != list(range(value.ndim)):
+        raise IndexError(f"{order} is no order of the dimensions of {tuple(value.shape)}")
+    back = sorted(range(value.ndim), key=order.__getitem__)
+    return value.permute(order).contiguous().permute(back)
 
 
 def _describe(value: Any, seen: dict[int, int]) -> Any:
@@ -229,7 +249,7 @@ _NODES: dict[str, Callable[[dict[str, Any], list[nn.Module]], Any]] = {
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Check keys and shapes, then put the tensors in, in their own dtypes."""
+    """Check keys and shapes, then put the tensors in, in their own dtypes and orders of memory."""
     state = model.state_dict()
     missing, extra = state.keys() - tensors.keys(), tensors.keys() - state.keys()
     if missing or extra:
@@ -238,5 +258,5 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
         if value.shape != tensors[key].shape:
             raise ValueError(f"{path}: {key} is {tuple(tensors[key].shape)}, expected {tuple(value.shape)}")
     for key, value in model.state_dict(keep_vars=True).items():
-        value.data = value.data.to(tensors[key].dtype)
+        value.data = torch.empty_like(tensors[key], device=value.device)
     model.load_state_dict(dict(tensors))

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import linfast as lf
 from tests.laws.zoo import BIJECTIONS, build, perturb, relative
+from tests.marks import long
 
 EPS32 = torch.finfo(torch.float32).eps
 every = pytest.mark.parametrize("name", BIJECTIONS)
@@ -144,7 +145,7 @@ def test_hooks_of_inner_layers_run() -> None:
     assert seen == [1]
 
 
-@pytest.mark.parametrize("name", ["flow-mixed", "flow-timed", "image-flow-one-channel"])
+@pytest.mark.parametrize("name", ["flow-timed", *long("flow-mixed", "image-flow-one-channel")])
 def test_compiles_without_a_graph_break(name: str) -> None:
     g, shape = build(name, torch.float32)
     x = _input(shape, dtype=torch.float32)

@@ -10,6 +10,7 @@ import linfast as lf
 from linfast.flows import fusion
 from linfast.freeze import _active, derived
 from tests.laws.zoo import perturb
+from tests.marks import long
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def test_only_the_given_model_is_frozen(g: lf.Flow, computed: list[bool]) -> Non
         pass
 
 
-@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("fold", [True, *long(False)])
 def test_compiled_flows_are_right_inside_and_after(g: lf.Flow, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fusion, "uses_triton", lambda *_: fold)
     x = torch.randn(3, 4)

@@ -12,6 +12,7 @@ import linfast as lf
 from tests.laws import operators_zoo as zoo
 from tests.laws.test_linearizer import SMALL, allowed, flow, superposition
 from tests.laws.zoo import perturb, relative
+from tests.marks import long
 from tests.seeds import seeded
 
 
@@ -227,7 +228,7 @@ def _short(A: lf.LatentOperator) -> lf.Linearizer:
     return lf.Linearizer(flow(6, torch.float64, depth=1, hidden=(8,)), A)
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", ["low-rank", *long("conv", "nested")])
 def test_compiles_whole(name: str) -> None:
     f, x = _short(COMPILED[name]()), zoo.batch(6, torch.float64)
     y = f(x)
@@ -238,6 +239,7 @@ def test_compiles_whole(name: str) -> None:
     assert relative(pinv(y), f.pinv()(y)) <= 1e-12
 
 
+@pytest.mark.long
 def test_compiles_whole_with_inductor_and_a_time() -> None:
     f, x = _short(zoo.timed(1.0, n=6)), zoo.batch(6, torch.float64)
     t = torch.tensor(0.3, dtype=torch.float64)
