@@ -118,7 +118,7 @@ MUTANTS = (
         old="result = tl.where(raw > bound, bound, tl.where(raw < -bound, -bound, raw))",
         new="result = tl.where(raw < -bound, -bound, raw)",
         breaks="A raw value above the bound scales by more than the bound allows.",
-        tests=(_KERNEL,),
+        tests=(_MAPS,),
     ),
     Mutant(
         name="math: smooth's derivative lacks a square",
