@@ -1,0 +1,36 @@
+"""Mutants: the code broken one way at a time, to show what the tests see. Run ``python -m tests.mutants``."""
+
+from __future__ import annotations
+
+from . import (
+    accelerate,
+    flows,
+    images,
+    linear_ops,
+    mixes,
+    operators,
+    packing,
+    pointwise,
+    reversible,
+    sampling,
+    stacks,
+    training,
+)
+from .mutant import Mutant
+
+__all__ = ["MUTANTS"]
+
+MUTANTS: tuple[Mutant, ...] = (
+    *pointwise.MUTANTS,
+    *mixes.MUTANTS,
+    *stacks.MUTANTS,
+    *packing.MUTANTS,
+    *linear_ops.MUTANTS,
+    *images.MUTANTS,
+    *flows.MUTANTS,
+    *reversible.MUTANTS,
+    *operators.MUTANTS,
+    *sampling.MUTANTS,
+    *training.MUTANTS,
+    *accelerate.MUTANTS,
+)

@@ -1,0 +1,237 @@
+"""Mutants of group norm with SiLU, of its statistics from tiles, and of the fused convolution."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+__all__ = ["MUTANTS"]
+
+_NORM = "tests/ops/test_group_norm_silu_kernel.py"
+_CONV = "tests/ops/test_conv2d_fused_kernel.py"
+_FORMULAS = "tests/ops/test_ops.py"
+
+MUTANTS = (
+    Mutant(
+        name="group_norm_silu kernel: eps is left out",
+        file="kernels/group_norm_silu.py",
+        old="rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / n + eps))",
+        new="rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / n))",
+        breaks="A constant group is divided by 0, and any other is off by eps / 2 of its variance.",
+        tests=(f"{_NORM}::test_what_is_not_given_is_one_or_zero", f"{_NORM}::test_nan_and_constant_groups"),
+    ),
+    Mutant(
+        name="group_norm_silu kernel: the variance is E[x^2] - E[x]^2",
+        file="kernels/group_norm_silu.py",
+        old="squares = tl.sum(centred * centred)",
+        new="squares = tl.sum(x * x) - n * mean * mean",
+        breaks="The variance cancels where the mean is large against the spread.",
+        tests=(f"{_NORM}::test_a_mean_a_thousand_times_the_spread_costs_only_the_inputs_own_digits",),
+    ),
+    Mutant(
+        name="group_norm_silu kernel: a large group's variance is E[x^2] - E[x]^2",
+        file="kernels/group_norm_silu.py",
+        old="                total += centred * centred\n        squares = tl.sum(total)\n",
+        new="                total += x * x\n        squares = tl.sum(total) - n * mean * mean\n",
+        breaks="Of a group of more than one tile the variance cancels where the mean is large.",
+        tests=(
+            f"{_NORM}::test_a_mean_a_thousand_times_the_spread_costs_only_the_inputs_own_digits",
+            f"{_NORM}::test_every_shape_and_grouping",
+        ),
+    ),
+    Mutant(
+        name="group_norm_silu kernel: padding is added into the variance",
+        file="kernels/group_norm_silu.py",
+        old="centred = tl.where(inside, x - mean, 0.0)\n        squares",
+        new="centred = x - mean\n        squares",
+        breaks="The tile's elements past the group add the mean's square.",
+        tests=(f"{_NORM}::test_every_shape_and_grouping",),
+    ),
+    Mutant(
+        name="group_norm_silu kernel: the mean is kept in half precision",
+        file="kernels/group_norm_silu.py",
+        old="mean = tl.sum(x) / n",
+        new="mean = (tl.sum(x) / n).to(tl.float16).to(tl.float32)",
+        breaks="The mean has eleven bits where statistics are fp32.",
+        tests=(f"{_NORM}::test_every_shape_and_grouping",),
+    ),
+    Mutant(
+        name="group_norm_silu kernel: a large group's sum is kept in half precision between tiles",
+        file="kernels/group_norm_silu.py",
+        old="total += tl.load(x_ptr + c * stride_xc + p * stride_xp, mask=inside, other=0.0).to(tl.float32)",
+        new="total += tl.load(x_ptr + c * stride_xc + p * stride_xp, mask=inside, other=0.0).to(tl.float32)\n"
+        "                total = total.to(tl.float16).to(tl.float32)",
+        breaks="The sum of a group of more than one tile is rounded to fp16 at each.",
+        tests=(f"{_NORM}::test_every_shape_and_grouping",),
+    ),
+    Mutant(
+        name="group_norm_silu kernel: the embedding's scale lacks its 1",
+        file="kernels/group_norm_silu.py",
+        old="gain = 1.0 + tl.load(scale_ptr",
+        new="gain = tl.load(scale_ptr",
+        breaks="A scale of 0 gives the shift alone and not the normalised value.",
+        tests=(f"{_NORM}::test_what_is_not_given_is_one_or_zero",),
+    ),
+    Mutant(
+        name="group_norm_silu kernel: the embedding's stride is taken for 1",
+        file="kernels/group_norm_silu.py",
+        old="gain = 1.0 + tl.load(scale_ptr + c * stride_s,",
+        new="gain = 1.0 + tl.load(scale_ptr + c,",
+        breaks="A strided time embedding is read as if it were contiguous.",
+        tests=(f"{_NORM}::test_strides_of_inputs_and_of_the_incoming_gradient",),
+    ),
+    Mutant(
+        name="group_norm_silu backward: dx lacks the variance's share",
+        file="kernels/group_norm_silu.py",
+        old="dx = rstd * (d * a - all_d / n - h * (all_dh / n))",
+        new="dx = rstd * (d * a - all_d / n)",
+        breaks="The standard deviation counts as a constant in dx.",
+        tests=(f"{_NORM}::test_what_is_not_given_is_one_or_zero",),
+    ),
+    Mutant(
+        name="group_norm_silu backward: scale and shift are given each other's gradients",
+        file="kernels/group_norm_silu.py",
+        old="return dweight, dbias, dscale, dshift",
+        new="return dweight, dbias, dshift, dscale",
+        breaks="The time embedding's two halves learn what the other should.",
+        tests=(f"{_NORM}::test_what_is_not_given_is_one_or_zero",),
+    ),
+    Mutant(
+        name="group_norm_silu backward: dx is written over the saved input",
+        file="kernels/group_norm_silu.py",
+        old="dx = torch.empty_like(view) if needs[0] else",
+        new="dx = view.detach() if needs[0] else",
+        breaks="The backward destroys an x that the caller holds and a second backward would read.",
+        tests=(f"{_NORM}::test_every_shape_and_grouping",),
+    ),
+    Mutant(
+        name="group_norm_silu backward: a group's sums are kept in half precision",
+        file="kernels/group_norm_silu.py",
+        old="return tl.sum(channel_sum * a), tl.sum(channel_sum_h * a)",
+        new="all_d = tl.sum(channel_sum * a).to(tl.float16).to(tl.float32)\n"
+        "    return all_d, tl.sum(channel_sum_h * a).to(tl.float16).to(tl.float32)",
+        breaks="The two means that dx takes off have eleven bits.",
+        tests=(f"{_NORM}::test_every_shape_and_grouping",),
+    ),
+    Mutant(
+        name="group_norm_silu backward: the weight's gradient lacks the embedding's scale",
+        file="kernels/group_norm_silu.py",
+        old="dweight = (s2 * gain).sum(0)",
+        new="dweight = s2.sum(0)",
+        breaks="dw is right only where the time embedding's scale is 0.",
+        tests=(f"{_NORM}::test_each_gradient_alone",),
+    ),
+    Mutant(
+        name="group_norm_silu reference: the scale's gradient lacks the bias's share",
+        file="linfast/ops/group_norm_silu.py",
+        old="w * s2 + b * s1, s1)",
+        new="w * s2, s1)",
+        breaks="The plain backward drops b S1 from ds.",
+        tests=(f"{_NORM}::test_each_gradient_alone",),
+    ),
+    Mutant(
+        name="group statistics: a tile's share of the variance lacks its count",
+        file="kernels/group_statistics.py",
+        old="+ count[None, :] * off * off",
+        new="+ off * off",
+        breaks="The spread between tiles counts once and not once a value.",
+        tests=(f"{_CONV}::test_statistics_are_handed_over",),
+    ),
+    Mutant(
+        name="group statistics: a tile's squares are not centred",
+        file="kernels/group_statistics.py",
+        old="squares = tl.sum(tl.reshape(tl.sum(centred * centred, 0), (GROUPS, PADDED)), 1)",
+        new="raw = tl.where(inside, y, 0.0)\n"
+        "    squares = tl.sum(tl.reshape(tl.sum(raw * raw, 0), (GROUPS, PADDED)), 1) - n * mean * mean",
+        breaks="A tile's sum of squares cancels where the mean is large against the spread.",
+        tests=(f"{_CONV}::test_statistics_of_a_tensor",),
+    ),
+    Mutant(
+        name="group statistics: the moments' eps is left out",
+        file="kernels/group_statistics.py",
+        old="tl.div_rn(1.0, tl.sqrt_rn(squares / n + eps))",
+        new="tl.div_rn(1.0, tl.sqrt_rn(squares / n))",
+        breaks="The convolution's norm is off by eps / 2 of the variance.",
+        tests=(f"{_CONV}::test_what_is_not_given",),
+    ),
+    Mutant(
+        name="conv2d_fused kernel: the padding's zeros are x's and not the activation's",
+        file="kernels/conv2d_fused.py",
+        old="a = tl.where(inside, a, 0.0)",
+        new="a = tl.where(inside, a, a)",
+        breaks="Around the image lies what the norm and SiLU make of 0.",
+        tests=(f"{_CONV}::test_what_is_not_given",),
+    ),
+    Mutant(
+        name="conv2d_fused kernel: alpha is left out",
+        file="kernels/conv2d_fused.py",
+        old="total += alpha * tl.load(residual_ptr",
+        new="total += tl.load(residual_ptr",
+        breaks="The residual has weight 1 whatever alpha is.",
+        tests=(f"{_CONV}::test_what_is_not_given",),
+    ),
+    Mutant(
+        name="conv2d_fused kernel: the bias's stride is taken for 1",
+        file="kernels/conv2d_fused.py",
+        old="bias_ptr + b * stride_bb + o * stride_bo",
+        new="bias_ptr + b * stride_bb + o",
+        breaks="A strided bias is read as if it were contiguous.",
+        tests=(f"{_CONV}::test_strides_of_every_tensor_and_of_the_incoming_gradient",),
+    ),
+    Mutant(
+        name="conv2d_fused kernel: the transpose reads the taps forward",
+        file="kernels/conv2d_fused.py",
+        old="first_tap, strides = weight[:, :, -1:, -1:], (wc, wo, -wu, -wv)",
+        new="first_tap, strides = weight, (wc, wo, wu, wv)",
+        breaks="dx is of the unflipped kernel.",
+        tests=(f"{_CONV}::test_what_is_not_given",),
+    ),
+    Mutant(
+        name="conv2d_fused kernel: the output is rounded to half precision",
+        file="kernels/conv2d_fused.py",
+        old="y = total.to(y_ptr.dtype.element_ty)",
+        new="y = total.to(tl.float16).to(y_ptr.dtype.element_ty)",
+        breaks="An fp32 image comes out with eleven bits.",
+        tests=(f"{_CONV}::test_what_is_not_given",),
+    ),
+    Mutant(
+        name="conv2d_fused kernel: activations lose their last eight bits",
+        file="kernels/conv2d_fused.py",
+        old="a = tl.where(inside, a, 0.0)",
+        new="a = tl.where(inside, a, 0.0)\n"
+        "        a = (a.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)",
+        breaks="What the norm and SiLU give has the accuracy of two bf16 parts.",
+        tests=(f"{_CONV}::test_what_is_not_given",),
+    ),
+    Mutant(
+        name="conv2d_fused: exact mode has two parts",
+        file="kernels/conv2d_fused.py",
+        old='_PARTS = {"exact": 3,',
+        new='_PARTS = {"exact": 2,',
+        breaks="exact mode computes what high mode promises.",
+        tests=(f"{_CONV}::test_precision_modes",),
+    ),
+    Mutant(
+        name="conv2d_fused backward: the last split of dW is dropped",
+        file="kernels/conv2d_fused_backward.py",
+        old="dweight.copy_(partial.sum(0).permute(2, 3, 0, 1))",
+        new="dweight.copy_(partial[: max(1, len(partial) - 1)].sum(0).permute(2, 3, 0, 1))",
+        breaks="Where positions are summed in several runs, the last one's sum is left out.",
+        tests=(f"{_CONV}::test_every_shape",),
+    ),
+    Mutant(
+        name="conv2d_fused backward: alpha is left out of the residual's gradient",
+        file="kernels/conv2d_fused_backward.py",
+        old="dresidual = grad * alpha if needs[5] else None",
+        new="dresidual = grad if needs[5] else None",
+        breaks="The residual's gradient is g whatever alpha is.",
+        tests=(f"{_CONV}::test_what_is_not_given",),
+    ),
+    Mutant(
+        name="conv2d_fused reference: alpha is left out",
+        file="linfast/ops/conv2d_fused.py",
+        old="torch.add(y, residual, alpha=alpha)",
+        new="torch.add(y, residual)",
+        breaks="On a CPU the residual has weight 1 whatever alpha is.",
+        tests=(f"{_FORMULAS}::test_conv2d_fused_is_its_formula",),
+    ),
+)

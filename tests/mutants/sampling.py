@@ -1,0 +1,156 @@
+"""Mutants of sampling: integrators, the collapse, inversion, and streams that are gone on with."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+__all__ = ["MUTANTS"]
+
+_LAWS = "tests/laws/test_propagator.py"
+_SCHEMES = f"{_LAWS}::test_every_scheme_and_end_is_the_textbooks"
+_ONE_STEP = f"{_LAWS}::test_one_step_is_every_step"
+_MODELS = "tests/models/test_sampling.py"
+_STREAM = "tests/models/test_sampling_stream.py"
+
+MUTANTS = (
+    Mutant(
+        name="integrate: rk4 weighs its last stage like its middle ones",
+        file="linfast/sampling/integrate.py",
+        old="b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),",
+        new="b=(1 / 6, 1 / 3, 1 / 6, 1 / 3),",
+        breaks="Two of rk4's weights are swapped: still consistent, but of lower order.",
+        tests=(_SCHEMES,),
+    ),
+    Mutant(
+        name="integrate: rk4's outer weights have six digits",
+        file="linfast/sampling/integrate.py",
+        old="b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),",
+        new="b=(0.166667, 1 / 3, 1 / 3, 0.166667),",
+        breaks="A step is too long by a part in a million, in fp32 some ten roundings.",
+        tests=(_SCHEMES,),
+    ),
+    Mutant(
+        name="integrate: every stage looks at the step's first time",
+        file="linfast/sampling/integrate.py",
+        old="            k = plan.index(i, stage)\n",
+        new="            k = plan.index(i, 0)\n",
+        breaks="The multi-step sampler takes A_t at the wrong times.",
+        tests=(_ONE_STEP,),
+    ),
+    Mutant(
+        name="integrate: the steps are too long",
+        file="linfast/sampling/integrate.py",
+        old="return Schedule(scheme, steps - 1, 1.0 / steps)",
+        new="return Schedule(scheme, steps - 1, 1.0 / (steps - 1))",
+        breaks="The paper's rule ends at 1 - 1 / n; these steps reach 1.",
+        tests=(_SCHEMES, f"{_MODELS}::test_rk4_is_the_textbook_scheme_with_the_papers_stop_rule"),
+    ),
+    Mutant(
+        name="collapse: the identity's share lacks its -1",
+        file="linfast/sampling/factored.py",
+        old="slopes.append((rate * (factors.alpha - 1) * a,",
+        new="slopes.append((rate * factors.alpha * a,",
+        breaks="(A_t z - z) loses its second term on the identity.",
+        tests=(_ONE_STEP,),
+    ),
+    Mutant(
+        name="collapse: the product of two windows is transposed",
+        file="linfast/sampling/factored.py",
+        old="both = second @ (later @ earlier.mT).double() @ first",
+        new="both = second @ (later @ earlier.mT).double().mT @ first",
+        breaks="U^T V' stands for V'^T U between neighbours.",
+        tests=(f"{_LAWS}::test_the_tree_is_the_steps_in_order",),
+    ),
+    Mutant(
+        name="collapse: the small matrices are in single precision",
+        file="linfast/sampling/factored.py",
+        old="@ _windows(factors.U, factors, 0, 1, plan.count, factors.width).mT).double()",
+        new="@ _windows(factors.U, factors, 0, 1, plan.count, factors.width).mT).float()",
+        breaks="C is rounded to fp32 at every step and product.",
+        tests=(_ONE_STEP, f"{_LAWS}::test_float32_products_keep_100_db"),
+    ),
+    Mutant(
+        name="collapse: sides are multiplied in single precision",
+        file="linfast/sampling/propagator.py",
+        old="_WIDE_FLOPS = 1e9",
+        new="_WIDE_FLOPS = 0.0",
+        breaks="Small collapses lose the float64 that they can afford.",
+        tests=(f"{_MODELS}::test_inverting_in_float32_is_as_good_as_its_latents", _LAWS),
+    ),
+    Mutant(
+        name="collapse: folding forgets the identity of the pieces before",
+        file="linfast/sampling/factored.py",
+        old="inner = (new @ U[:known].mT) @ Q + beta * new",
+        new="inner = (new @ U[:known].mT) @ Q + new",
+        breaks="A piece is multiplied with I in place of beta I.",
+        tests=(f"{_LAWS}::test_the_tree_is_the_steps_in_order",),
+    ),
+    Mutant(
+        name="collapse: a tolerance is kept but for one column",
+        file="linfast/sampling/recompress.py",
+        old="k = int((lost > allowed).sum())",
+        new="k = max(0, int((lost > allowed).sum()) - 1)",
+        breaks="The recompressed operator is off by more than it was allowed.",
+        tests=(f"{_LAWS}::test_tol_is_kept_and_reported",),
+    ),
+    Mutant(
+        name="invert: B's inverse is rounded to single precision",
+        file="linfast/sampling/propagator.py",
+        old="return _collapse(A_t, plan, None, like.double()).inverse()",
+        new="return _collapse(A_t, plan, None, like).inverse().double()",
+        breaks="The inverse's entries cost as many digits of the noise as they are large.",
+        tests=(
+            f"{_LAWS}::test_the_inverse_is_exact",
+            f"{_MODELS}::test_inverting_in_float32_is_as_good_as_its_latents",
+        ),
+    ),
+    Mutant(
+        name="sample: data are decoded on the noise's side",
+        file="linfast/sampling/sampler.py",
+        old="        y = f.gx_inverse(z)\n",
+        new="        y = f.gy_inverse(z)\n",
+        breaks="The steps' result goes through g_y^-1.",
+        tests=(_MODELS,),
+    ),
+    Mutant(
+        name="stream: every block has the same noise",
+        file="linfast/sampling/stream.py",
+        old="np.random.SeedSequence([self.seed, index])",
+        new="np.random.SeedSequence([self.seed])",
+        breaks="The samples of one block repeat.",
+        tests=(f"{_STREAM}::test_the_same_rows_for_every_batch_size_and_sink",),
+    ),
+    Mutant(
+        name="stream: a resumed file starts a block late",
+        file="linfast/sampling/workers.py",
+        old="for first in range(-(-done // block), blocks, each * self.count):",
+        new="for first in range(-(-done // block) + (done > 0), blocks, each * self.count):",
+        breaks="The first block after an interruption stays zeros.",
+        tests=(f"{_STREAM}::test_an_interrupted_file_is_gone_on_with",),
+    ),
+    Mutant(
+        name="stream: rows are recorded before they are written",
+        file="linfast/sampling/stream.py",
+        old="                sink.write(start, next(samples)[: count - start])\n            sink.commit(end)",
+        new="                sink.commit(min(start + source.block, count))\n"
+        "                sink.write(start, next(samples)[: count - start])",
+        breaks="A run that is killed between the two leaves rows of zeros that count as done.",
+        tests=(_STREAM,),
+    ),
+    Mutant(
+        name="stream: a file of other weights is gone on with",
+        file="linfast/sampling/npy_file.py",
+        old='        digest.update(data.reshape(-1).view(uint8).numpy() if data.numel() else b"")\n',
+        new="",
+        breaks="The rows of two models end in one file.",
+        tests=(f"{_STREAM}::test_a_file_of_another_run_is_refused",),
+    ),
+    Mutant(
+        name="stream: a second process repeats the first one's blocks",
+        file="linfast/sampling/workers.py",
+        old="mine = first + self.rank * each",
+        new="mine = first",
+        breaks="Half of a shared file is never written.",
+        tests=(f"{_STREAM}::test_two_processes_write_the_file_of_one",),
+    ),
+)
