@@ -158,7 +158,7 @@ def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
 
 def _order(value: Tensor) -> list[int]:
     """The dimensions as they lie in memory, the innermost last."""
-    return sorted(range(value.ndim), key=lambda d: -value.stride(d))
+    return sorted(range(value.ndim), key=lambda d: -value.stride()[d])
 
 
 def _laid_out(value: Tensor, order: list[int]) -> Tensor:
