@@ -1,4 +1,4 @@
-"""Mutants of the training losses and the trainer, of saved models, precision's choice, work by rows and the benchmarks' check."""
+"""Mutants of training, saved models, precision's choice, work by rows and the benchmarks' check."""
 
 from __future__ import annotations
 
