@@ -5,7 +5,6 @@ OMP_NUM_THREADS asks for another number of threads, LINFAST_TEST_SEED for anothe
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import pytest
@@ -21,10 +20,9 @@ if ON_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else deterministic mode refuses cuBLAS
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before any import of one
-    from triton.runtime.interpreter import interpreter_builder
+    from tests import interpreter
 
-    # Two thirds of the interpreter's time go to checks of integer overflow that it then throws away.
-    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    interpreter.install()
 
 
 @pytest.fixture(autouse=True)

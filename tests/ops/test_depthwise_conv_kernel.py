@@ -56,7 +56,7 @@ def test_every_size(size: tuple[int, int], per_sample: bool, transpose: bool) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size", [(2, 3), *long((3, 3), (2, 2), (4, 1))])
+@pytest.mark.parametrize("size", [(2, 3), *long(((3, 3),), ((2, 2),), ((4, 1),))])
 @pytest.mark.parametrize(("per_sample", "transpose"), KINDS)
 def test_every_shape(shape: tuple[int, ...], size: tuple[int, int], per_sample: bool, transpose: bool) -> None:
     assert_within_budget(_output_and_gradients(transpose), _inputs(shape, size, per_sample))

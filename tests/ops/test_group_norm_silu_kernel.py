@@ -97,7 +97,7 @@ def test_a_mean_a_thousand_times_the_spread_costs_only_the_inputs_own_digits(sha
     assert_within_budget(_output_and_gradients(2), inputs)
 
 
-@pytest.mark.parametrize("shape", [(5, 8), (2, 6, 5, 4), *long((2, 4, 70, 62))])
+@pytest.mark.parametrize("shape", [(5, 8), (2, 6, 5, 4), *long(((2, 4, 70, 62),))])
 def test_strides_of_inputs_and_of_the_incoming_gradient(shape: tuple[int, ...]) -> None:
     inputs = [t.detach() for t in _inputs(shape)]
     cotangent = torch.randn(shape).to(inputs[0])
