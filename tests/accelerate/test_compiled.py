@@ -69,6 +69,23 @@ def test_kinds_do_not_displace_each_other(eager, strict):
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_sizes_of_a_block_are_compiled_twice_in_each_mode(eager, strict):
+    """The first as it is and all others as one."""
+    block = stand_in.UNetBlock(8, 8, 4)
+    original = copy.deepcopy(block).eval()
+    assert not lf.accelerate(block, compile=True).left
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for n in (4, 6, 3, 5):
+            x, emb = torch.randn(n, 8, 4, 4), torch.randn(n, 4)
+            block.train()(x, emb).square().sum().backward()
+            block.eval()(x, emb).square().sum().backward()
+            with torch.no_grad():
+                assert relative(block(x, emb), original(x, emb)) < 2e-6
+    assert _graphs() == 6
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_sizes_and_modes_stay_within_the_limit(eager, strict):
     torch.manual_seed(0)
     model = stand_in.build(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from linfast.flows.drift import DriftWarning
 
 from . import stand_in
 from .test_libraries import outputs, relative
-from .zoo import KINDS, make
+from .zoo import KINDS, TRAINED, make, reference, sweep
 
 CHAINS = [
     "reference",
@@ -25,6 +26,10 @@ CHAINS = [
     "glasflow log2 lu",
 ]
 CHAINS += [name for name in KINDS if name.startswith(("normflows", "FrEIA"))]
+
+
+# Two blocks: what the first is given is rebuilt from what the second was given.
+MODELS = {**KINDS, "reference": dataclasses.replace(KINDS["reference"], build=reference(2))}
 
 
 def _rebuilt(report):
@@ -38,9 +43,9 @@ def drift_is_an_error():
         yield
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize("name", sweep(CHAINS))
 def test_chains_give_what_they_gave(name):
-    kind = KINDS[name]
+    kind = MODELS[name]
     model = make(kind, 0)
     before = outputs(kind, model, torch.float32)
     exact = outputs(kind, copy.deepcopy(model).double(), torch.float64)
@@ -58,21 +63,21 @@ def test_chains_give_what_they_gave(name):
         assert torch.equal(a, b)
 
 
-def _losses(memory, train):
-    """Of 20 Adam steps of the reference's own training; None: the original."""
+def _losses(memory, train, steps):
+    """Of Adam steps of the reference's own training; None: the original."""
     torch.manual_seed(0)
     matcher = stand_in.FlowMatcher(stand_in.build(1).train(train))
     if memory:
         assert not lf.accelerate(matcher, memory=memory).left
-    return stand_in.train(matcher, torch.optim.Adam(matcher.linearizer.parameters(), 1e-4), 20)
+    return stand_in.train(matcher, torch.optim.Adam(matcher.linearizer.parameters(), 1e-4), steps)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["dropout", "no dropout"])
-def test_twenty_adam_steps_have_the_losses_of_the_stored_run(train):
+@pytest.mark.parametrize(("train", "steps"), TRAINED)
+def test_adam_steps_have_the_losses_of_the_stored_run(train, steps):
     """ActNorm is initialised by the first of them."""
-    inverted = _losses("invert", train)
-    torch.testing.assert_close(inverted, _losses("store", train), rtol=1e-5, atol=0)
-    torch.testing.assert_close(inverted, _losses(None, train), rtol=1e-5, atol=0)
+    inverted = _losses("invert", train, steps)
+    torch.testing.assert_close(inverted, _losses("store", train, steps), rtol=1e-5, atol=0)
+    torch.testing.assert_close(inverted, _losses(None, train, steps), rtol=1e-5, atol=0)
 
 
 def _kept_bytes(run):
@@ -91,7 +96,7 @@ def _kept_bytes(run):
 
 @pytest.mark.parametrize("name", ["reference", "nflows Affine alternate", "normflows exp channel"])
 def test_little_is_kept(name):
-    kind = KINDS[name]
+    kind = MODELS[name]
     model = make(kind, 0)
     x, c = torch.randn(64, *kind.shape), torch.rand(64, 3)
     if name == "reference":

@@ -12,13 +12,37 @@ import linfast as lf
 from linfast import rows
 
 from .launches import Launches
-from .zoo import KINDS, inputs, make, redraw, require
+from .zoo import KINDS, SOME, inputs, make, redraw, require, sweep
 
-FRESH = range(2)
-"""Seeds of models built anew, masks and permutations with them; ``test_twenty_draws_of_the_weights`` has the rest.
-
-The reference's stand-in has these only: it takes a second a model, and test_reference.py holds its training.
-"""
+LIBRARIES = [name for name in KINDS if name != "reference"]  # whose U-Nets take minutes in the interpreter
+# Of a new model these are others than the first one's; test_draws_of_the_weights has other weights.
+RANDOM_STRUCTURE = {"zuko random masks", "FrEIA all in one", "glasflow log2 lu"}
+# In the kernels' own launches: every layer that runs in parts, and each library's in one launch.
+LAUNCHED = {name for name in LIBRARIES if not KINDS[name].whole} | {
+    "normflows sigmoid channel_inv",
+    "normflows masked gather",
+    "nflows Additive MLP gather",
+    "FrEIA AffineCouplingOneSided ATAN",
+    "zuko random masks",
+    "memcnn additive",
+}
+# In the check's, which covers every way that nets become a layer of the op.
+CHECKED = {
+    "normflows sigmoid channel_inv",
+    "normflows sigmoid_inv channel",
+    "normflows additive",
+    "normflows masked gather",
+    "normflows masked without scale",
+    "nflows Additive MLP gather",
+    "glasflow MLP",
+    "FrEIA RNVPCouplingBlock TANH",
+    "FrEIA NICE",
+    "FrEIA all in one",
+    "zuko NICE",
+    "zuko random masks",
+    "memcnn naive",
+    "memcnn additive",
+}
 
 
 def outputs(kind, model, dtype, seed=0):
@@ -55,8 +79,13 @@ def assert_as_accurate(actual, expected, truth):
         assert relative(a, b) <= 2e-6 or relative(a, exact) <= 2 * own, f"{relative(a, b):.1e}, its own {own:.1e}"
 
 
-@pytest.mark.parametrize("seed", FRESH)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "seed"),
+    [
+        *((name, 0) for name in KINDS),
+        *(pytest.param(*param.values, 1, marks=param.marks) for param in sweep(KINDS, RANDOM_STRUCTURE)),
+    ],
+)
 def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
     """By one model, before, accelerated, in float64 and restored."""
     kind = KINDS[name]
@@ -71,7 +100,7 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
     assert_same(outputs(kind, model, torch.float32, seed), before)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "reference"])
+@pytest.mark.parametrize("name", sweep(LIBRARIES))
 def test_one_row_at_a_time_gives_the_same(name, monkeypatch):
     """What long batches on a CPU do."""
     kind = KINDS[name]
@@ -82,15 +111,21 @@ def test_one_row_at_a_time_gives_the_same(name, monkeypatch):
     assert_close(outputs(kind, model, torch.float64), expected, 1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "reference"])
-def test_twenty_draws_of_the_weights(name):
+@pytest.mark.parametrize(
+    ("name", "draws"),
+    [
+        *((name, 3) for name in LIBRARIES if name in SOME),
+        *(pytest.param(name, 12, marks=pytest.mark.long) for name in LIBRARIES),
+    ],
+)
+def test_draws_of_the_weights(name, draws):
     """Two models of one structure: the accelerated one is loaded from the other, copied and cast; in both modes."""
     kind = KINDS[name]
     model = make(kind, 0)
     start = copy.deepcopy(model.state_dict())
     fast = copy.deepcopy(model)
     lf.accelerate(fast)
-    for seed in range(20):
+    for seed in range(draws):
         redraw(model, start, seed)
         fast.load_state_dict(model.state_dict())
         for each in (model, fast):
@@ -104,10 +139,7 @@ def test_twenty_draws_of_the_weights(name):
     assert [type(m) for m in fast.modules()] != [type(m) for m in model.modules()]
 
 
-KERNELS = [name for name in KINDS if name != "reference"]  # its U-Nets take minutes in the interpreter
-
-
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", sweep(LIBRARIES, LAUNCHED))
 def test_the_kernels_give_the_same(name):
     """Through Triton's interpreter: the views of x and of the parameters that the ops are given."""
     kind = KINDS[name]
@@ -120,7 +152,7 @@ def test_the_kernels_give_the_same(name):
     assert any("whole layer" in row.runs for row in report.swapped) == bool(kind.whole), str(report)
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if KINDS[name].whole])
+@pytest.mark.parametrize("name", sweep((name for name in LIBRARIES if KINDS[name].whole), CHECKED))
 def test_the_check_covers_the_whole_layer(name):
     """Where kernels run, accelerate compares the one launch too, and gradients of the conditioner's own weights."""
     kind = KINDS[name]
@@ -132,7 +164,7 @@ def test_the_check_covers_the_whole_layer(name):
     assert not report.left, str(report)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", sweep(KINDS))
 def test_the_model_stays_itself(name):
     kind = KINDS[name]
     model = make(kind, 0)
@@ -154,7 +186,7 @@ def test_the_model_stays_itself(name):
     assert [set(vars(m)) for m in model.modules()] == attributes
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", sweep(KINDS))
 def test_deep_copies_stay_swapped_and_apart(name):
     kind = KINDS[name]
     model = make(kind, 0)
@@ -172,7 +204,7 @@ def test_deep_copies_stay_swapped_and_apart(name):
     assert_same(outputs(kind, copied, torch.float32), expected)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", sweep(KINDS))
 def test_state_dicts_and_whole_modules_load(name):
     kind = KINDS[name]
     model, other = make(kind, 0), make(kind, 1)

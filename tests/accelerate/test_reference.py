@@ -12,6 +12,7 @@ import linfast as lf
 
 from . import stand_in
 from .test_libraries import relative
+from .zoo import TRAINED
 
 
 def _model(train=True, depth=1):
@@ -19,7 +20,7 @@ def _model(train=True, depth=1):
     return stand_in.build(depth).train(train)
 
 
-def _losses(accelerated: bool, train: bool, steps: int = 20):
+def _losses(accelerated: bool, train: bool, steps: int):
     """Of training steps on fixed images, from one seed."""
     matcher = stand_in.FlowMatcher(_model(train=train))
     if accelerated:
@@ -27,11 +28,11 @@ def _losses(accelerated: bool, train: bool, steps: int = 20):
     return stand_in.train(matcher, torch.optim.SGD(matcher.linearizer.parameters(), 1e-2), steps)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["dropout", "no dropout"])
-def test_twenty_training_steps_have_the_same_losses(train):
-    before = _losses(False, train)
-    torch.testing.assert_close(_losses(True, train), before, rtol=1e-5, atol=0)
-    assert before[-5:].mean() < 0.97 * before[:5].mean()  # it learns
+@pytest.mark.parametrize(("train", "steps"), TRAINED)
+def test_training_steps_have_the_same_losses(train, steps):
+    before = _losses(False, train, steps)
+    torch.testing.assert_close(_losses(True, train, steps), before, rtol=1e-5, atol=0)
+    assert before[-(steps // 3) :].mean() < 0.97 * before[: steps // 3].mean()  # it learns
 
 
 def _sampler(keep=()):
@@ -196,7 +197,7 @@ def test_a_block_runs_on_the_kernels():
     assert not lf.accelerate(block).left
     with lf.backend("triton"):
         assert relative(block(x, t), expected) < 2e-6
-        assert relative(block.inverse(expected, t), x) < 1e-5
+        assert relative(block.inverse(expected[:1], t[:1]), x[:1]) < 1e-5
 
 
 def _frozen_model():

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from linfast.bench.arguments import parser
 from linfast.bench.plots import draw
 from linfast.bench.report import json_line
 from linfast.bench.run import main
@@ -81,6 +82,62 @@ def test_the_summary_is_short_and_says_what_failed(tmp_path: Path) -> None:
     assert summary(tmp_path / "nothing").strip() == "no results"
 
 
+STEPS = (
+    "install",
+    "environment",
+    "tests",
+    "memcheck",
+    "racecheck",
+    "bench low_rank",
+    "bench linearizer",
+    "profile",
+)
+# Stands in for Python: notes its arguments, and leaves what the script goes on with.
+NOTES = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >> "$CALLS"
+case "$*" in
+    *'import CASES'*) echo low_rank linearizer ;;
+    *linfast.bench.summary*) echo the table ;;
+esac
+while [ $# -gt 0 ]; do
+    [ "$1" != --json ] || echo '{}' > "$2"
+    [ "$1" != --profile ] || { mkdir -p "$2" && touch "$2/kernels.txt" "$2/coupling_flow.trace.json.gz"; }
+    shift
+done
+"""
+
+
+def _dry_run(script: Path, out: Path, **environment: str) -> tuple[str, dict[str, str]]:
+    """What the script printed, and its steps and how they ended."""
+    command = ["bash", str(script), str(out), "--dry"]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr
+    steps = dict(line.split(":", 1) for line in (out / "summary.txt").read_text().splitlines()[: len(STEPS)])
+    assert all(" ok," in how for how in steps.values()), done.stdout
+    return done.stdout, steps
+
+
+def test_gpu_sh_takes_its_steps_with_arguments_that_are_understood(tmp_path: Path) -> None:
+    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
+    python.write_text(NOTES)
+    python.chmod(0o755)
+    printed, steps = _dry_run(ROOT / "bench/gpu.sh", out, PYTHON=str(python), CALLS=str(calls))
+    assert set(steps) == set(STEPS)
+    assert printed.splitlines()[-1] == "the table"
+    assert (out / "results.jsonl").read_text() == "{}\n{}\n"
+    assert {"environment.txt", "tests.log", "sanitizer.log", "bench.log", "kernels.txt", "trace.json.gz"} <= {
+        path.name for path in out.iterdir()
+    }
+    noted = [line.split() for line in calls.read_text().splitlines()]
+    benches = [parser().parse_args(line[2:]) for line in noted if line[:2] == ["-m", "linfast.bench"]]
+    assert [args.case for args in benches if args.json] == [["low_rank"], ["linearizer"]]
+    assert [bool(args.profile) for args in benches] == [False, False, True]
+    [tests] = [line for line in noted if line[:2] == ["-m", "pytest"]]
+    [path] = [argument for argument in tests if argument.startswith("tests/")]
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.long
 def test_gpu_sh_dry_runs(tmp_path: Path) -> None:
     """Every step but the kernels' tests, which run here anyway and take the longest."""
     script = (ROOT / "bench/gpu.sh").read_text()
@@ -91,16 +148,10 @@ def test_gpu_sh_dry_runs(tmp_path: Path) -> None:
     copy = ROOT / "bench" / f"gpu_test_{os.getpid()}.sh"
     copy.write_text(quick.replace("cases=$(", "cases='low_rank linearizer' #"))
     try:
-        done = subprocess.run(
-            ["bash", str(copy), str(tmp_path / "out"), "--dry"],
-            env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=550,
-        )
+        printed, steps = _dry_run(copy, tmp_path / "out", PYTHON=sys.executable, OMP_NUM_THREADS="1")
     finally:
         copy.unlink()
-    assert done.returncode == 0, done.stderr
+    assert set(steps) == set(STEPS)
     out = {
         path.name: path.read_text(errors="replace") for path in (tmp_path / "out").iterdir() if path.suffix != ".gz"
     }
@@ -115,22 +166,9 @@ def test_gpu_sh_dry_runs(tmp_path: Path) -> None:
     }
     assert set(out) == expected
     assert (tmp_path / "out/trace.json.gz").stat().st_size < 2**24
-    steps = dict(line.split(":", 1) for line in out["summary.txt"].splitlines()[:8])
-    assert set(steps) == {
-        "install",
-        "environment",
-        "tests",
-        "memcheck",
-        "racecheck",
-        "bench low_rank",
-        "bench linearizer",
-        "profile",
-    }
-    assert all(" ok," in how for how in steps.values()), done.stdout
     assert [json.loads(line)["case"] for line in out["results.jsonl"].splitlines()][-1] == "linearizer"
-    last = done.stdout.splitlines()[-1]
-    assert last.startswith("linearizer")
-    assert len(done.stdout) < 12000
+    assert printed.splitlines()[-1].startswith("linearizer")
+    assert len(printed) < 12000
 
 
 # The README's figures, and pytest bench.
@@ -158,7 +196,11 @@ def test_the_readme_is_written_between_its_marks_and_only_there(tmp_path: Path) 
     assert readme([*root, "--check"]) == 0
 
 
-def test_pytest_bench_times_every_provider_and_fails_a_wrong_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("argument", "status", "says"),
+    [pytest.param("right", 0, "2 passed", marks=pytest.mark.long), ("wrong", 1, "1 failed, 1 passed")],
+)
+def test_pytest_bench_times_every_provider_and_fails_a_wrong_one(argument: str, status: int, says: str) -> None:
     pytest.importorskip("pytest_benchmark")
     code = """
 import sys, torch, pytest
@@ -168,13 +210,12 @@ if "wrong" in sys.argv:
     low_rank._materialised = lambda x, U, V: 1.001 * torch.bmm(x[:, None], torch.bmm(V, U.mT))[:, 0]
 sys.exit(pytest.main(["bench", "-k", "low_rank", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1", "-rfp"]))
 """
-    for argument, status in (("right", 0), ("wrong", 1)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, argument],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == status, done.stdout
-        assert ("1 failed, 1 passed" if status else "2 passed") in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code, argument],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout
+    assert says in done.stdout

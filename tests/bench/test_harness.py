@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from functools import partial
 from unittest import mock
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import linfast as lf
 
-from .toy import COST, CPU, Call, run, softplus
+from .toy import COST, CPU, Call, Clock, run, softplus
 
 # The check.
 
@@ -147,16 +146,16 @@ def test_a_peer_is_held_to_its_own_float64() -> None:
     assert rounded.p50_ms is None
 
 
-def test_a_check_times_nothing_but_the_first_call() -> None:
+def test_a_check_times_nothing_but_the_first_call(clock: Clock) -> None:
     def build(size: Size, options: Options) -> Problem:
         providers = [
-            Provider("eager", lambda x: (time.sleep(0.02), softplus(x))[1], baseline=True),
+            Provider("eager", clock.taking(softplus, (3.0, 1.0)), baseline=True),
             Provider("wrong", torch.exp),
         ]
         return Problem([(torch.randn(9),)], softplus, softplus, providers, COST)
 
     eager, wrong = harness.check(Case("checked", build, {}), {}, Options(CPU, False))
-    assert eager.first_s > 0.02
+    assert eager.first_s == 3.0
     assert eager.p50_ms is None
     assert eager.refused is None
     assert wrong.refused is not None
@@ -177,10 +176,14 @@ def test_providers_take_turns_and_inputs_rotate() -> None:
     assert [len(t.ms) for t in timings.values()] == [timing.MIN_ROUNDS] * 2
 
 
-def test_a_larger_budget_gives_more_rounds() -> None:
-    few, many = run(budget=1e-9)["eager"], run(budget=0.05)["eager"]
-    assert few.rounds == timing.MIN_ROUNDS
-    assert few.rounds < many.rounds <= timing.MAX_ROUNDS
+def test_a_larger_budget_gives_more_rounds(clock: Clock) -> None:
+    def rounds(budget: float) -> int:
+        call = clock.taking(softplus, [2**-10])
+        return len(timing.time_interleaved({"A": call}, [(torch.ones(1),)], CPU, budget)["A"].ms)
+
+    assert rounds(2**-20) == timing.MIN_ROUNDS
+    assert rounds(2**-3) == 2**7 + 1
+    assert rounds(2**10) == timing.MAX_ROUNDS
 
 
 def test_rounds_can_be_given() -> None:
@@ -188,14 +191,19 @@ def test_rounds_can_be_given() -> None:
     assert len(timings["A"].ms) == 3
 
 
-def test_a_slow_provider_shows_a_larger_median() -> None:
-    results = run(slow=lambda x: (time.sleep(0.004), softplus(x))[1])
-    eager, slow = results["eager"], results["slow"]
-    assert eager.ratio == 1.0
-    assert slow.p50_ms >= 4.0
-    assert slow.p50_ms > 2 * eager.p50_ms
-    assert slow.ratio > 2
-    assert slow.p20_ms <= slow.p50_ms <= slow.p80_ms
+def test_medians_and_ratios_are_of_the_times(clock: Clock) -> None:
+    def build(size: Size, options: Options) -> Problem:
+        providers = [
+            Provider("eager", clock.taking(softplus, [0.002]), baseline=True),
+            Provider("slow", clock.taking(softplus, (0.004, 0.005, 0.006, 0.007, 0.008))),
+        ]
+        return Problem([(torch.randn(9),)], softplus, softplus, providers, COST)
+
+    eager, slow = measure(Case("timed", build, {}), {}, Options(CPU, False), 1e-9)
+    assert (eager.rounds, slow.rounds) == (timing.MIN_ROUNDS,) * 2 == (5, 5)
+    assert (eager.p50_ms, eager.ratio) == (pytest.approx(2.0), 1.0)
+    assert (slow.p50_ms, slow.ratio) == (pytest.approx(6.0), pytest.approx(3.0))
+    assert 4.0 <= slow.p20_ms < slow.p50_ms < slow.p80_ms <= 8.0
 
 
 # Memory.

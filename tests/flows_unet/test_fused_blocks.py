@@ -30,8 +30,21 @@ def _block(name: str, dropout: float = 0.0) -> tuple[ResidualBlock, Tensor, Tens
     return block, x, torch.randn(2, n_out, device=DEVICE)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("rows", [True, False])
+@pytest.fixture
+def short_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight's gradient sums no more steps than the batch has: interpreted, an empty one costs as much."""
+    monkeypatch.setattr("linfast.kernels.conv2d_configs._STEPS_A_SPLIT", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        *((name, True) for name in BLOCKS),
+        ("wider", False),
+        *(pytest.param(name, False, marks=pytest.mark.long) for name in BLOCKS if name != "wider"),
+    ],
+)
+@pytest.mark.usefixtures("short_sums")
 def test_it_is_the_block_of_plain_torch(name: str, rows: bool) -> None:
     block, x, shift = _block(name)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 
 import numpy as np
@@ -10,16 +12,17 @@ import torch
 
 import linfast as lf
 from linfast.cli import main
+from linfast.demo import run
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> tuple[str, object]:
-    import contextlib
-    import io
-
+@pytest.fixture(scope="module", params=[10, pytest.param(1, marks=pytest.mark.long)])
+def quick(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, object]:
+    """What the quick demo printed and the folder it wrote; of its training steps a tenth, or all."""
     out = tmp_path_factory.mktemp("demo")
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    model, steps = run._QUICK
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(run, "_QUICK", (model, steps // request.param))
         assert main(["demo", "--quick", "--out", str(out)]) == 0
     return printed.getvalue(), out
 

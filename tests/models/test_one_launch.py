@@ -15,10 +15,10 @@ from linfast.one_launch import OneLaunch, find_one_launch
 from tests.laws.zoo import perturb
 from tests.ops.budget import DEVICE, assert_within_budget
 
-D, B = 7, 70
+D, B = 7, 40  # rows: a tile of 32, and a part of one
 
 
-def _flow(depth: int = 3, **options: object) -> lf.Flow:
+def _flow(depth: int = 2, **options: object) -> lf.Flow:
     # Weights near 1: the fp16 that stands in for bf16 in the interpreter's products has few digits far below.
     flow = perturb(lf.coupling_flow(D, depth, **{"hidden": (16, 16), **options}), 0.15)  # type: ignore[arg-type]
     if options.get("actnorm"):
@@ -27,7 +27,7 @@ def _flow(depth: int = 3, **options: object) -> lf.Flow:
 
 
 FLOWS = {
-    "plain": {},
+    "plain": {"depth": 3},
     "one layer": {"depth": 1},
     "unequal widths": {"hidden": (16, 24)},
     "linear conditioner": {"hidden": ()},
@@ -173,26 +173,27 @@ def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert flow.bijections[0].conditioner.layers[0].weight.grad is not None  # type: ignore[union-attr, index]
 
 
-def test_training_with_every_way_to_write_a_weight_follows_the_reference() -> None:
-    """50 steps of AdamW(fused=True), writes through .data and load_state_dict: packed weights are never stale."""
+@pytest.mark.parametrize("every", [2, pytest.param(10, marks=pytest.mark.long)])
+def test_training_with_every_way_to_write_a_weight_follows_the_reference(every: int) -> None:
+    """AdamW(fused=True), writes through .data and load_state_dict: packed weights are never stale."""
 
     def losses(backend: str) -> list[float]:
         torch.manual_seed(0)
-        f = lf.Linearizer(_flow(2, hidden=(16,)), lf.Dense(D).to(DEVICE))
-        optimizer = torch.optim.AdamW(f.parameters(), lr=3e-3, fused=True)
+        f = lf.Linearizer(_flow(hidden=(16,)), lf.Dense(D).to(DEVICE))
+        optimizer = torch.optim.AdamW(f.parameters(), lr=3e-2 / every, fused=True)
         kept, found = None, []
-        for step in range(50):
+        for step in range(5 * every):
             x = torch.randn(16, D, device=DEVICE)
             with lf.backend(backend):
                 loss = (f(x) - x.flip(1)).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step == 10:
+            if step == every:
                 kept = copy.deepcopy(f.state_dict())
-            if step == 20:
+            if step == 2 * every:
                 f.g_x.bijections[0].conditioner.layers[0].weight.data.mul_(0.5)  # type: ignore[union-attr, index]
-            if step == 30:
+            if step == 3 * every:
                 f.load_state_dict(kept)
             found.append(loss.item())
         return found

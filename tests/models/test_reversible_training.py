@@ -15,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import linfast as lf
 from linfast.flows import drift
+from linfast.training.distributed import process_group
 from tests.laws.test_reversible import Dropped, all_of, gradients
 from tests.laws.zoo import perturb, relative
+from tests.processes import results_of_two
 
 STEPS = 50
 
@@ -169,23 +171,13 @@ class _NegativeLogLikelihood(nn.Module):
         return (0.5 * z.square().sum(1) - log_det).mean()
 
 
-def _train_in_one_process(rank: int, path: str, results) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    results.put({mode: _losses(mode) for mode in ("store", "invert")})
-    torch.distributed.destroy_process_group()
+def _train_as_one_of_two() -> dict[str, list[float]]:
+    with process_group(torch.device("cpu")):
+        return {mode: _losses(mode) for mode in ("store", "invert")}
 
 
-def test_losses_of_two_processes_are_those_of_stored_training(tmp_path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (str(tmp_path / "store"), results)
-    processes = [context.Process(target=_train_in_one_process, args=(r, *arguments)) for r in (0, 1)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=300) for _ in processes]
-    for process in processes:
-        process.join()
+def test_losses_of_two_processes_are_those_of_stored_training() -> None:
+    found = results_of_two(_train_as_one_of_two)
     for losses in found:
         stored, inverted = (torch.tensor(losses[mode]) for mode in ("store", "invert"))
         assert stored[-10:].mean() < stored[:10].mean()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from linfast.cli import main
 from linfast.sampling import npy_file, stream
 from linfast.sampling.sampler import generator
 from tests.laws.zoo import perturb
+from tests.processes import CONTEXT, results_of_two
 
 N = 6
 
@@ -238,21 +240,15 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "f.safetensors"
 
 
-def _start(arguments: list[str], launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "-m", "linfast.cli", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
-
-
 def test_a_killed_command_is_gone_on_with(checkpoint: Path, tmp_path: Path, capsys) -> None:
     count, path, record = 400_000, tmp_path / "x.npy", tmp_path / "x.npy.json"
-    process = _start(_command(checkpoint, path, count))
+    process = CONTEXT.Process(target=main, args=(_command(checkpoint, path, count),))
+    process.start()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (record.exists() and json.loads(record.read_text())["done"] > 0):
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
     done = json.loads(record.read_text())["done"]
     assert 0 < done < count
     assert main(_command(checkpoint, path, count)) == 0
@@ -262,14 +258,35 @@ def test_a_killed_command_is_gone_on_with(checkpoint: Path, tmp_path: Path, caps
     assert np.array_equal(np.load(path), whole)
 
 
+def _printed(arguments: list[str]) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(arguments) == 0
+    return printed.getvalue()
+
+
 def test_two_processes_write_the_file_of_one(checkpoint: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one.npy", tmp_path / "two.npy"
     assert main(_command(checkpoint, one, 9000)) == 0
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    process = _start([*_command(checkpoint, two, 9000), "--batch-size", "1000"], launcher)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert out.count("two.npy: float32") == 1
+    printed = results_of_two(_printed, [*_command(checkpoint, two, 9000), "--batch-size", "1000"])
+    assert "".join(printed).count("two.npy: float32") == 1
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.long
+def test_torchrun_writes_the_file_of_one_process(checkpoint: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.npy", tmp_path / "two.npy"
+    assert main(_command(checkpoint, one, 9000)) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "linfast.cli", *_command(checkpoint, two, 9000), "--batch-size", "1000"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two.npy: float32") == 1
     assert one.read_bytes() == two.read_bytes()
 
 

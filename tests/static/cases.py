@@ -11,7 +11,7 @@ from typing import Any
 
 import linfast.kernels
 
-_KERNELS = Path(linfast.kernels.__file__).parent
+KERNELS = Path(linfast.kernels.__file__).parent
 _SHARED_SOURCES = ("launch.py", "math.py")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -36,10 +36,14 @@ class StaticCase:
     targets: tuple[str, ...] = TARGETS
     matrix_units: bool = False
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the kernel files that it is made of."""
+        return (f"{self.op}.py", *(f"{op}.py" for op in self.uses), *_SHARED_SOURCES)
+
     def digest(self, target: str, triton_version: str) -> str:
         """Changes when the source, the case, the target or Triton does."""
-        files = (f"{self.op}.py", *(f"{op}.py" for op in self.uses), *_SHARED_SOURCES)
-        sources = [(_KERNELS / name).read_bytes() for name in files]
+        sources = [(KERNELS / name).read_bytes() for name in self.files]
         text = json.dumps([self.signature, self.constexprs, self.num_warps, self.aligned, target, triton_version])
         return hashlib.sha256(b"\0".join([*sources, text.encode()])).hexdigest()[:12]
 

@@ -45,22 +45,22 @@ def kept() -> dict[Key, Row]:
         return {(r["kernel"], r["config"], r["target"]): r for r in csv.DictReader(file, delimiter="\t")}
 
 
-def compiled(numbers: Iterable[int], target: str) -> dict[Key, Row]:
-    """Rows of these cases, compiled now for one target in a process of its own."""
-    numbers, cases = list(numbers), all_cases()
+def compiled(wanted: Iterable[tuple[str, int]]) -> dict[Key, Row]:
+    """Rows of these (target, number of a case), compiled now in a process of its own."""
+    wanted, cases = list(wanted), all_cases()
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.static.worker", target],
-        input=json.dumps(numbers), capture_output=True, text=True, cwd=_ROOT, env=environment, timeout=1200,
+        [sys.executable, "-m", "tests.static.worker"],
+        input=json.dumps(wanted), capture_output=True, text=True, cwd=_ROOT, env=environment, timeout=1200,
     )  # fmt: skip
     rows = {}
-    for line in done.stdout.splitlines():
-        reading = json.loads(line)
-        row = _row(cases[reading["number"]], target, reading)
+    for line, (target, number) in zip(done.stdout.splitlines(), wanted, strict=False):
+        row = _row(cases[number], target, json.loads(line))
         rows[row["kernel"], row["config"], target] = row
-    if done.returncode or len(rows) < len(numbers):
-        stopped = cases[numbers[len(rows)]] if len(rows) < len(numbers) else cases[numbers[-1]]
-        raise RuntimeError(f"{target}: {stopped.kernel} {stopped.config} did not compile:\n{done.stderr[-2000:]}")
+    if done.returncode or len(rows) < len(wanted):
+        target, number = wanted[min(len(rows), len(wanted) - 1)]
+        stopped = f"{target}: {cases[number].kernel} {cases[number].config}"
+        raise RuntimeError(f"{stopped} did not compile:\n{done.stderr[-2000:]}")
     return rows
 
 
@@ -87,7 +87,7 @@ def refreshed() -> dict[Key, Row]:
     def compile_stale(target: str) -> dict[Key, Row]:
         numbers, rows = stale(target, table), {}
         for first in range(0, len(numbers), _BATCH):
-            rows |= compiled(numbers[first : first + _BATCH], target)
+            rows |= compiled((target, number) for number in numbers[first : first + _BATCH])
         return rows
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

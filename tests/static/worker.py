@@ -1,6 +1,6 @@
-"""Compile cases for one target and print what the machine code says, one JSON line each.
+"""Compile cases and print what the machine code says, one JSON line each.
 
-Run as ``python -m tests.static.worker TARGET`` with a JSON list of case numbers on stdin:
+Run as ``python -m tests.static.worker`` with a JSON list of [target, number of a case] on stdin:
 a process of its own, because a bad compilation may abort it, and without Triton's
 interpreter, which the tests of this process run under.
 """
@@ -86,9 +86,9 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    target, cases = sys.argv[1], all_cases()
-    for number in json.load(sys.stdin):
-        print(json.dumps({"number": number, **compile_case(cases[number], target)}), flush=True)
+    cases = all_cases()
+    for target, number in json.load(sys.stdin):
+        print(json.dumps(compile_case(cases[number], target)), flush=True)
 
 
 if __name__ == "__main__":

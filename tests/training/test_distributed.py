@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import pytest
 import torch
 
-from .distributed_script import train
+from linfast.training import Trainer, TrainSettings
+from linfast.training.distributed import process_group, rank_and_size
+from tests.processes import results_of_two
+from tests.training.toys import idempotent, one_step, style
 
-_ROOT = Path(__file__).parent.parent.parent
+SETTINGS = TrainSettings(steps=5, batch=8, ema=0.5)
+TOYS = {"one_step": lambda: one_step(actnorm=True), "idempotent": lambda: idempotent(denoising=1.0), "style": style}
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    done = subprocess.run(
-        [*command, "tests.training.distributed_script", str(tmp_path / "two.pt")],
-        cwd=_ROOT,
-        env={**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two, one = torch.load(tmp_path / "two.pt", weights_only=True), train()
+def _train() -> dict[str, dict[str, torch.Tensor]]:
+    """The losses of each toy."""
+    results = {}
+    for name, make in TOYS.items():
+        trainer = Trainer(make(), SETTINGS)
+        trainer.run(progress=False)
+        results[name] = trainer.history
+    return results
+
+
+def _train_as_one_of_two() -> dict[str, dict[str, torch.Tensor]]:
+    with process_group(torch.device("cpu")):
+        assert rank_and_size()[1] == 2
+        with pytest.raises(ValueError, match="multiple of the 2 processes"):
+            Trainer(one_step(), TrainSettings(steps=1, batch=3))
+        return _train()
+
+
+def test_two_processes_give_the_losses_of_one() -> None:
+    both, one = results_of_two(_train_as_one_of_two), _train()
     for name, expected in one.items():
         for key, value in expected.items():
-            torch.testing.assert_close(two[name][key], value, rtol=1e-5, atol=1e-5, msg=f"{name}: {key}")
+            for two in both:
+                torch.testing.assert_close(two[name][key], value, rtol=1e-5, atol=1e-5, msg=f"{name}: {key}")
