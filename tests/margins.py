@@ -3,6 +3,7 @@
 Loaded by tests.machines with ``-p tests.margins --margins FILE -o enable_assertion_pass_hook=true``. It sees
 
     assert error <= allowance         two plain numbers, the second at most 0.1: a bound on rounding
+                                      (a limit that is meant to be filled is written assert limit >= value)
     torch.testing.assert_close(a, b)  the largest |a - b| / (atol + rtol |b|)
 """
 
@@ -40,7 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_call(item: pytest.Item) -> Any:
     global _current
     _current = item.nodeid
-    with mock.patch("torch.testing.assert_close", _assert_close):
+    unread = mock.patch.object(Tensor, "__repr__", return_value="tensor")  # the hook prints what it compares
+    with mock.patch("torch.testing.assert_close", _assert_close), unread:
         return (yield)
 
 
