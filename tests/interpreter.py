@@ -1,18 +1,26 @@
-"""Triton's interpreter without work that changes nothing: three quarters of its time on our kernels.
+"""Triton's interpreter without work that changes nothing: six sevenths of its time on our kernels.
 
-It checks every sum and product of int32 for overflow and, unless debugging, throws the answer away; and it
-puts its own functions into triton.language again at every call of one @triton.jit function by another.
+It checks every sum and product of int32 for overflow and, unless debugging, throws the answer away; it puts its
+own functions into triton.language again at every call of one @triton.jit function by another; and it works out
+the same few types, shapes and dtypes for every value.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
+import triton.language as tl
+from triton.language import core
 from triton.runtime import interpreter
 
-_put_in = interpreter._patch_lang
-_done: set[int] = set()
+_put_in, _np_dtype_of, _make_block = interpreter._patch_lang, interpreter._get_np_dtype, core.block_type.__init__
+_done: set[Any] = set()  # in this launch: modules by id, and what of triton.language they see
+_builtins: dict[Any, list[tuple[str, Any]]] = {}
+_np_dtypes: dict[str, Any] = {}
+_blocks: dict[Any, tuple[Any, int, str]] = {}
+_shapes: dict[str, tuple[Any, Any]] = {}
 
 
 class _Scope:
@@ -31,12 +39,46 @@ def _once_a_launch(function: Any) -> _Scope | None:
     module = id(function.__globals__)
     if module in _done:
         return None
-    _done.add(module)
-    return _Scope(_put_in(function))
+    seen = frozenset(id(v) for v in function.__globals__.values() if v is tl or v is core)
+    known = seen in _done
+    _done.update((module, seen))
+    return None if known else _Scope(_put_in(function))
+
+
+def _patch_builtins(package: Any, builder: Any, scope: Any) -> None:
+    if package not in _builtins:
+        _builtins[package] = [(name, m) for name, m in inspect.getmembers(package) if core.is_builtin(m)]
+    for name, member in _builtins[package]:
+        interpreter._patch_attr(package, name, member, builder, scope)
+
+
+def _np_dtype(dtype: Any) -> Any:
+    if dtype.name not in _np_dtypes:
+        _np_dtypes[dtype.name] = _np_dtype_of(dtype)
+    return _np_dtypes[dtype.name]
+
+
+def _block(self: Any, element_ty: Any, shape: Any) -> None:
+    key = (element_ty.name, *(size.value if isinstance(size, core.constexpr) else size for size in shape))
+    if key not in _blocks:
+        _make_block(self, element_ty, shape)  # its checks, once
+        _blocks[key] = self.shape, self.numel, self.name
+    self.element_ty = element_ty
+    self.shape, self.numel, self.name = _blocks[key]
+
+
+def _tensor(self: Any, handle: Any, type: Any) -> None:
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    if type.name not in _shapes:
+        shape = [core.constexpr(size) for size in type.shape] if type.is_block() else []
+        _shapes[type.name] = core.tuple(shape), core.constexpr(type.numel if shape else 1)
+    self.shape, self.numel = _shapes[type.name]
 
 
 def install() -> None:
     """From here on; for the process."""
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    interpreter._patch_lang = _once_a_launch
+    interpreter._patch_lang, interpreter._patch_builtin = _once_a_launch, _patch_builtins
+    interpreter._get_np_dtype = _np_dtype
+    core.block_type.__init__, core.tensor.__init__ = _block, _tensor
