@@ -14,7 +14,7 @@ import linfast as lf
 from linfast.flows.drift import DriftWarning
 
 from . import stand_in
-from .test_libraries import outputs, relative
+from .test_libraries import assert_accurate, outputs, relative
 from .zoo import KINDS, TRAINED, make, reference, sweep
 
 CHAINS = [
@@ -52,9 +52,7 @@ def test_chains_give_what_they_gave(name):
     report = lf.accelerate(model, memory="invert")
     assert not report.left, str(report)
     assert len(_rebuilt(report)) == 1, str(report)
-    after = outputs(kind, model, torch.float32)
-    for a, b, truth in zip(after, before, exact, strict=True):
-        assert relative(a, truth) <= max(2e-6, 20 * relative(b, truth))
+    assert_accurate(outputs(kind, model, torch.float32), exact, units=256)
     for a, truth in zip(outputs(kind, model.double(), torch.float64), exact, strict=True):
         # normflows adds its log_dets up in float32: a rounding a flow.
         assert relative(a, truth) <= (len(report.rows) * 2**-24 if kind.library == "normflows" else 1e-12)
@@ -249,7 +247,7 @@ def test_autocast_is_replayed(dtype):
         with torch.autocast("cpu", dtype=dtype):
             grads.append(_grads(model, x))
     exact = _grads(lf.restore(model) or model.double(), x.double())
-    assert relative(grads[1], exact) <= 2 * relative(grads[0], exact) + 1e-3
+    assert max(relative(grad, exact) for grad in grads) <= 10 * 2**-9  # roundings of bf16
 
 
 def test_functional_call_no_grad_compile_and_copies():

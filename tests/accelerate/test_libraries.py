@@ -72,11 +72,12 @@ def assert_same(actual, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def assert_as_accurate(actual, expected, truth):
-    """Within 2e-6 of the original, or, where that is further from float64 itself, within twice its own error."""
-    for a, b, exact in zip(actual, expected, truth, strict=True):
-        own = relative(b, exact)
-        assert relative(a, b) <= 2e-6 or relative(a, exact) <= 2 * own, f"{relative(a, b):.1e}, its own {own:.1e}"
+def assert_accurate(actual, truth, units=128):
+    """Within so many roundings of float32; absolute below 1, for the log_dets of layers that keep volumes."""
+    errors = [
+        float((a - exact).norm() / exact.norm().clamp(min=1.0)) for a, exact in zip(actual, truth, strict=True)
+    ]
+    assert max(errors) <= units * 2**-24, errors
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
     exact = outputs(kind, copy.deepcopy(model).double(), torch.float64, seed)
     report = lf.accelerate(model)
     assert (len(report.swapped), len(report.left)) == (kind.swapped, 0), str(report)
-    assert_as_accurate(outputs(kind, model, torch.float32, seed), before, exact)
+    assert_accurate(outputs(kind, model, torch.float32, seed), exact)
     assert_close(outputs(kind, model.double(), torch.float64, seed), exact, 1e-12)
     lf.restore(model.float())
     assert_same(outputs(kind, model, torch.float32, seed), before)
@@ -130,11 +131,8 @@ def test_draws_of_the_weights(name, draws):
         fast.load_state_dict(model.state_dict())
         for each in (model, fast):
             each.train(seed % 2 == 0)
-        expected, exact = (
-            outputs(kind, model, torch.float32, seed),
-            outputs(kind, copy.deepcopy(model).double(), torch.float64, seed),
-        )
-        assert_as_accurate(outputs(kind, fast, torch.float32, seed), expected, exact)
+        exact = outputs(kind, copy.deepcopy(model).double(), torch.float64, seed)
+        assert_accurate(outputs(kind, fast, torch.float32, seed), exact)
         assert_close(outputs(kind, copy.deepcopy(fast).double(), torch.float64, seed), exact, 1e-12)
     assert [type(m) for m in fast.modules()] != [type(m) for m in model.modules()]
 

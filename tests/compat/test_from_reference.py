@@ -43,10 +43,10 @@ def test_mnist_and_celeba_configurations_in_fp32(channels: int, side: int, layer
     x, t = torch.randn(1, channels, side, side), torch.rand(1)
     with torch.no_grad():
         got = _results(lf.from_reference(f), x, t)
-        plain = _results(f, x, t)
         truth = _results(f.double(), x.double(), t.double())
     for name, value in truth.items():
-        assert relative(got[name], value) <= max(1e-5, 2 * relative(plain[name], value)), name
+        roundings = 512 if name in ("f", "A") else 64  # a drawn A may take most of its input away
+        assert relative(got[name], value) <= roundings * 2**-24, name
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import linfast as lf
+from tests.processes import results_of_two
 
 
 def test_first_batch_is_normalised() -> None:
@@ -86,28 +87,17 @@ def test_compiles_before_and_after_initialisation() -> None:
     torch.testing.assert_close(compiled(y), reference(y))
 
 
-def _statistics_of_one_process(rank: int, rows: int, path: str, results) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    x = torch.arange(24.0).reshape(8, 3).square()
-    g = lf.ActNorm(3)
-    g(x[rank * rows : rows + rank * 8])
-    results.put((rank, g.bias.tolist(), g.log_scale.tolist()))
+def _statistics_of_one_process(rows: int) -> list[torch.Tensor]:
+    torch.distributed.init_process_group("gloo")
+    rank, g = torch.distributed.get_rank(), lf.ActNorm(3)
+    g(torch.arange(24.0).reshape(8, 3).square()[rank * rows : rows + rank * 8])
     torch.distributed.destroy_process_group()
+    return [g.bias.detach(), g.log_scale.detach()]
 
 
 @pytest.mark.parametrize("rows", [3, 0])
-def test_statistics_are_those_of_all_processes(rows: int, tmp_path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (rows, str(tmp_path / "store"), results)
-    processes = [context.Process(target=_statistics_of_one_process, args=(r, *arguments)) for r in (0, 1)]
-    for process in processes:
-        process.start()
-    got = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join()
+def test_statistics_are_those_of_all_processes(rows: int) -> None:
     whole = lf.ActNorm(3)
     whole(torch.arange(24.0).reshape(8, 3).square())
-    for _, bias, log_scale in got:
-        torch.testing.assert_close(torch.tensor(bias), whole.bias.detach())
-        torch.testing.assert_close(torch.tensor(log_scale), whole.log_scale.detach())
+    for statistics in results_of_two(_statistics_of_one_process, rows):
+        torch.testing.assert_close(statistics, [whole.bias.detach(), whole.log_scale.detach()])

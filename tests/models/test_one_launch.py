@@ -13,6 +13,7 @@ import linfast as lf
 from linfast.flows.stack import FlowStack, find_stack
 from linfast.one_launch import OneLaunch, find_one_launch
 from tests.laws.zoo import perturb
+from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget
 
 D, B = 7, 40  # rows: a tile of 32, and a part of one
@@ -39,6 +40,7 @@ FLOWS = {
     "permute": {"mix": "permute"},
     "time": {"time_features": 8},
 }
+EVERY_PART = ("plain", "unequal widths", "scale first", "actnorm, lu", "time")
 
 
 def _within_budget(model: nn.Module, call: Callable[[nn.Module, Tensor], Sequence[Tensor]], x: Tensor) -> None:
@@ -53,7 +55,7 @@ def _gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     return [torch.cat(joined)]
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", [*EVERY_PART, *long(*(name for name in FLOWS if name not in EVERY_PART))])
 def test_flow_runs_as_one_stack(name: str) -> None:
     options, x = FLOWS[name], torch.randn(B, D, device=DEVICE)
     flow, context = _flow(**options), {"t": 0.3} if "time_features" in options else {}  # type: ignore[arg-type]

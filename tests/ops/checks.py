@@ -11,9 +11,12 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 import linfast as lf
+from tests.marks import long
 from tests.ops.budget import Call, Outputs, assert_within_budget
 
 Scalar = Callable[..., Tensor]
+# Which way, and which of shift and scale comes first.
+TURNS = [(False, "shift_first"), (True, "scale_first"), *long((True, "shift_first"), (False, "scale_first"))]
 
 
 def squared_sum(function: Callable[..., Tensor]) -> Scalar:

@@ -172,8 +172,7 @@ def test_a_mix_and_its_inverse_run_the_kernel(features: int, kind: str) -> None:
     torch.testing.assert_close(y, mix(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("bias", "last"), [(False, True), (True, False), *long((False, False), (True, True))])
 def test_opcheck(bias: bool, last: bool) -> None:
     forward, backward = [], []
     for shape in ((2, 4, 3, 3), (2, 18, 5, 1)):

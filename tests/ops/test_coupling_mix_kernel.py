@@ -14,7 +14,7 @@ from linfast.ops.affine_coupling import coupling_constants, split_sizes
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget, hostile
-from tests.ops.checks import assert_registered, assert_same_bits, assert_transforms, second_derivatives
+from tests.ops.checks import TURNS, assert_registered, assert_same_bits, assert_transforms, second_derivatives
 from tests.seeds import seeded
 
 # Odd sizes, one row, no rows, more columns than a tile, several positions that a power of two divides.
@@ -59,8 +59,7 @@ def _last(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", SCALE_MAP_KINDS)
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("order", ["shift_first", "scale_first"])
+@pytest.mark.parametrize(("inverse", "order"), TURNS)
 @pytest.mark.parametrize("channels", [5, *long(18)])
 def test_every_map_order_and_direction(kind: str, inverse: bool, order: str, channels: int) -> None:
     call = _outputs_and_gradients(ScaleMap(kind, floor=1e-3), inverse=inverse, order=order)
@@ -226,8 +225,7 @@ def test_nan_stays_in_its_column() -> None:
         assert log_det.isnan().tolist() == [True, False]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("bias", "last"), [(False, True), (True, False), *long((False, False), (True, True))])
 def test_opcheck(bias: bool, last: bool) -> None:
     forward, backward = [], []
     for shape in ((2, 18, 5, 1), (2, 4, 3, 3), (3, 5)):

@@ -63,7 +63,7 @@ def _output_and_gradients(groups: int, activation: bool = True, given: tuple[str
 
 
 @pytest.mark.parametrize(("shape", "groupings"), SHAPES)
-@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("activation", [True, *long(False)])
 def test_every_shape_and_grouping(shape: tuple[int, ...], groupings: tuple[int, ...], activation: bool) -> None:
     for groups in groupings:
         assert_within_budget(_output_and_gradients(groups, activation), _inputs(shape))
@@ -166,7 +166,7 @@ def test_nan_and_constant_groups() -> None:
     torch.testing.assert_close(y[1], torch.nn.functional.silu(u)[:, None, None].expand(4, 3, 3))
 
 
-@pytest.mark.parametrize("present", [NAMES[1:], ("weight", "bias"), ()])
+@pytest.mark.parametrize("present", [NAMES[1:], *long((("weight", "bias"),), ((),))])
 def test_opcheck(present: tuple[str, ...]) -> None:
     forward, backward = [], []
     for shape in ((2, 8, 3, 5), (3, 8)):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast.ops import low_rank
+from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, Outputs, assert_accurate, assert_within_budget, hostile
 from tests.ops.checks import (
     assert_compiles_whole,
@@ -179,7 +180,7 @@ def test_int64_offsets_and_a_second_run_give_the_same_bits(monkeypatch: pytest.M
     assert_same_bits(_outputs_and_gradients(0.5), _inputs((3, 300, 300, 5), kind), monkeypatch, kernels)
 
 
-@pytest.mark.parametrize(("kind", "alpha"), [("both", 0.5), ("shared U", 0.0), ("shared V", 0.5)])
+@pytest.mark.parametrize(("kind", "alpha"), [("both", 0.5), *long(("shared U", 0.0), ("shared V", 0.5))])
 def test_opcheck(kind: str, alpha: float) -> None:
     x, U, V = (t.detach() for t in _inputs((3, 7, 7, 2), kind))
     assert_registered(torch.ops.linfast.low_rank.default, (x, U, V, alpha))
