@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_call(item: pytest.Item) -> Any:
     global _current
     _current = item.nodeid
-    unread = mock.patch.object(Tensor, "__repr__", return_value="tensor")  # the hook prints what it compares
+    unread = mock.patch.object(Tensor, "__repr__", _unread)  # the hook prints what it compares
     with mock.patch("torch.testing.assert_close", _assert_close), unread:
         return (yield)
 
@@ -72,6 +72,10 @@ def _margin(a: Tensor, b: Tensor, options: dict[str, Any]) -> float:
     rtol, atol = options.get("rtol", defaults[0]), options.get("atol", defaults[1])
     gap, limit = (a.double() - b.double()).abs(), atol + rtol * b.double().abs()
     return float((gap / limit.clamp(min=1e-300)).nan_to_num(0.0, 0.0).max())
+
+
+def _unread(tensor: Tensor) -> str:
+    return "tensor"
 
 
 def _record(margin: float) -> None:

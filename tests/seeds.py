@@ -1,4 +1,4 @@
-"""The run's seed: LINFAST_TEST_SEED, 0 by default. tests/machines.sh runs others."""
+"""The run's seed: LINFAST_TEST_SEED, 0 by default. ``python -m tests.machines`` runs others."""
 
 from __future__ import annotations
 
