@@ -4,9 +4,9 @@
     python -m tests.machines --setting default --seeds 0 1
     python -m tests.machines --random                 one setting and one seed, as CI takes them
 
-Seed 0 runs every test, other seeds leave out those that compile, export or look at how an op is registered: they
-draw nothing. A run is red where a test fails; the matrix also where a test came nearer to its limit than 0.7 of it, for the
-next machine may be less kind (see ``tests.margins`` for what is measured).
+Seed 0 runs every test; other seeds leave out those that compile, export or look at how an op is registered, which
+draw nothing. A run is red where a test fails; the matrix also where a test came nearer to its limit than 0.7 of
+it, for the next machine may be less kind (see ``tests.margins`` for what is measured).
 """
 
 from __future__ import annotations

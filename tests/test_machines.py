@@ -21,12 +21,15 @@ def test_near():
 
 def test_red():
     assert 0.3 < 0.1 - SEED
+
+def test_compiles_whole():
+    assert SEED == 0
 """
 
 
 def test_a_run_measures_every_comparison_and_names_what_fails(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "test_two.py").write_text(_TESTS)
-    monkeypatch.setattr(machines, "_BYTECODE", "")  # torch's, which is there
+    monkeypatch.setattr(machines, "_BYTECODE", {})  # torch's, which is there
     monkeypatch.setattr(machines, "TESTS", (str(tmp_path / "test_two.py"), "-p", "no:xdist"))
     run = machines.run("default", 1)
     assert [name.partition(" ")[0].rpartition("::")[2] for name in run.failed] == ["test_red"]
