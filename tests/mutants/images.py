@@ -53,7 +53,7 @@ MUTANTS = (
         new="total += tl.load(x_ptr + c * stride_xc + p * stride_xp, mask=inside, other=0.0).to(tl.float32)\n"
         "                total = total.to(tl.float16).to(tl.float32)",
         breaks="The sum of a group of more than one tile is rounded to fp16 at each.",
-        tests=(f"{_NORM}::test_every_shape_and_grouping",),
+        tests=(f"{_NORM}::test_a_mean_a_thousand_times_the_spread_costs_only_the_inputs_own_digits",),
     ),
     Mutant(
         name="group_norm_silu backward: dx lacks the variance's share",
@@ -110,7 +110,7 @@ MUTANTS = (
         old='_PARTS = {"exact": 3,',
         new='_PARTS = {"exact": 2,',
         breaks="exact mode computes what high mode promises.",
-        tests=(f"{_CONV}::test_precision_modes",),
+        tests=(f"{_CONV}::test_exact_products_keep_every_bit_of_fp32",),
     ),
     Mutant(
         name="conv2d_fused backward: the last split of dW is dropped",
@@ -118,7 +118,7 @@ MUTANTS = (
         old="dweight.copy_(partial.sum(0).permute(2, 3, 0, 1))",
         new="dweight.copy_(partial[: max(1, len(partial) - 1)].sum(0).permute(2, 3, 0, 1))",
         breaks="Where positions are summed in several runs, the last one's sum is left out.",
-        tests=(f"{_CONV}::test_every_shape",),
+        tests=(f"{_CONV}::test_more_positions_than_one_split",),
     ),
     Mutant(
         name="conv2d_fused reference: alpha is left out",

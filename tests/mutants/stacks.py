@@ -66,7 +66,7 @@ MUTANTS = (
         old="total = tl.dot(x1, w1, total)",
         new="total = total",
         breaks="The smallest of exact mode's six products that fp32 accuracy needs is missing.",
-        tests=(f"{_FORWARD}::test_every_size_is_padded", f"{_FORWARD}::test_every_mode"),
+        tests=(f"{_FORWARD}::test_exact_products_keep_every_bit_of_fp32",),
     ),
     Mutant(
         name="mlp: silu's derivative has the wrong sign inside",
@@ -138,7 +138,7 @@ MUTANTS = (
         old='return Mode(N_PARTS[self.precision], torch.float32 if self.precision == "tf32" else self.part_dtype)',
         new='return Mode(1, torch.float32 if self.precision == "tf32" else self.part_dtype)',
         breaks="On a GPU exact mode's gradients have bf16's accuracy.",
-        tests=(f"{_FORWARD}::test_gradients", f"{_BACKWARD}::test_products_of_rows"),
+        tests=(f"{_BACKWARD}::test_products_have_the_parts_that_the_mode_promises",),
     ),
     Mutant(
         name="coupling_stack: an inverse adds its maps' log_det",
