@@ -10,6 +10,7 @@ import torch
 
 import linfast as lf
 from linfast import rows
+from tests.marks import long
 
 from .launches import Launches
 from .zoo import KINDS, SOME, inputs, make, redraw, require, sweep
@@ -116,7 +117,7 @@ def test_one_row_at_a_time_gives_the_same(name, monkeypatch):
     ("name", "draws"),
     [
         *((name, 3) for name in LIBRARIES if name in SOME),
-        *(pytest.param(name, 12, marks=pytest.mark.long) for name in LIBRARIES),
+        *long(*((name, 12) for name in LIBRARIES)),
     ],
 )
 def test_draws_of_the_weights(name, draws):

@@ -13,6 +13,7 @@ from linfast.accelerate import adapter as adapters
 from linfast.accelerate import find_mlp, whole
 from linfast.ops import register
 from linfast.ops.coupling_stack import coupling_stack
+from tests.marks import long
 
 from .launches import Launches
 from .zoo import require
@@ -81,7 +82,7 @@ def assert_taken(model, x, launches, *context, tolerance=1e-5):
     ("features", "depth"),
     [
         *((2, 1), (5, 2), (6, 3)),
-        *(pytest.param(f, d, marks=pytest.mark.long) for f in (2, 5, 6) for d in (1, 2, 3) if f // 2 != d),
+        *long(*((f, d) for f in (2, 5, 6) for d in (1, 2, 3) if f // 2 != d)),
     ],
 )
 def test_sizes(features, depth):

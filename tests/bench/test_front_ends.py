@@ -17,6 +17,8 @@ from linfast.bench.report import json_line
 from linfast.bench.run import main
 from linfast.bench.summary import summary
 
+from tests.marks import long
+
 from .test_run import TINY
 from .toy import run
 
@@ -198,7 +200,7 @@ def test_the_readme_is_written_between_its_marks_and_only_there(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("argument", "status", "says"),
-    [pytest.param("right", 0, "2 passed", marks=pytest.mark.long), ("wrong", 1, "1 failed, 1 passed")],
+    [*long(("right", 0, "2 passed")), ("wrong", 1, "1 failed, 1 passed")],
 )
 def test_pytest_bench_times_every_provider_and_fails_a_wrong_one(argument: str, status: int, says: str) -> None:
     pytest.importorskip("pytest_benchmark")

@@ -12,6 +12,7 @@ import linfast as lf
 from linfast.flows import Flow
 from tests.compat import image_stand_in as reference
 from tests.laws.zoo import relative
+from tests.marks import long
 
 SMALL = {"width": 4, "num_blocks": 1, "attention": (4,)}
 
@@ -35,9 +36,7 @@ def _results(f: nn.Module, x: Tensor, t: Tensor) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize(
-    ("channels", "side", "layers"), [(1, 32, 2), (3, 32, 1), pytest.param(3, 64, 2, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("channels", "side", "layers"), [(1, 32, 2), (3, 32, 1), *long((3, 64, 2))])
 def test_mnist_and_celeba_configurations_in_fp32(channels: int, side: int, layers: int) -> None:
     f = _model(channels, side, layers)
     x, t = torch.randn(1, channels, side, side), torch.rand(1)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linfast as lf
 from linfast.flows.unet_blocks import ResidualBlock
 from tests.laws.zoo import perturb
+from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget
 
 BLOCKS = {
@@ -41,7 +42,7 @@ def short_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         *((name, True) for name in BLOCKS),
         ("wider", False),
-        *(pytest.param(name, False, marks=pytest.mark.long) for name in BLOCKS if name != "wider"),
+        *long(*((name, False) for name in BLOCKS if name != "wider")),
     ],
 )
 @pytest.mark.usefixtures("short_sums")

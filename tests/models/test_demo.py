@@ -13,9 +13,10 @@ import torch
 import linfast as lf
 from linfast.cli import main
 from linfast.demo import run
+from tests.marks import long
 
 
-@pytest.fixture(scope="module", params=[10, pytest.param(1, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[10, *long(1)])
 def quick(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, object]:
     """What the quick demo printed and the folder it wrote; of its training steps a tenth, or all."""
     out = tmp_path_factory.mktemp("demo")

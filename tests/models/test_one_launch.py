@@ -175,7 +175,7 @@ def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert flow.bijections[0].conditioner.layers[0].weight.grad is not None  # type: ignore[union-attr, index]
 
 
-@pytest.mark.parametrize("every", [2, pytest.param(10, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [2, *long(10)])
 def test_training_with_every_way_to_write_a_weight_follows_the_reference(every: int) -> None:
     """AdamW(fused=True), writes through .data and load_state_dict: packed weights are never stale."""
 
