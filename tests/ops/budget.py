@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import torch
+import triton
 from linfast.bench.rounding import Rounding, allowed_errors
 from linfast.bench.rounding import relative_error as error
 from torch import Tensor
@@ -21,8 +22,10 @@ import linfast as lf
 from linfast.ops.register import RAW_OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter does bfloat16 arithmetic on raw bits: that dtype is for real GPUs.
-HALF_DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
+# Whether kernels run as machine code, a GPU's or tests.machine_code's, and not in Triton's interpreter.
+COMPILED = not triton.knobs.runtime.interpret
+# The interpreter does bfloat16 arithmetic on raw bits.
+HALF_DTYPES = (torch.float16, torch.bfloat16) if COMPILED else (torch.float16,)
 
 Outputs = Sequence[Tensor | None]
 Call = Callable[..., Outputs]

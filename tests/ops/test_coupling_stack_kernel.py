@@ -14,7 +14,7 @@ from linfast.ops.stack_weights import pack_stack
 from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
-from tests.ops.budget import DEVICE, assert_accurate, assert_within_budget, hostile
+from tests.ops.budget import DEVICE, HALF_DTYPES, assert_accurate, assert_within_budget, hostile
 from tests.ops.checks import TURNS, assert_registered, assert_transforms, second_derivatives
 from tests.ops.stacks import (
     NAMES,
@@ -150,7 +150,7 @@ def test_int64_is_chosen_where_a_tile_reaches_past_two_to_the_31() -> None:
     assert kernels.reaches_past_int32(torch.empty_strided((4, 64), (2**24, 1), device="meta"), 128)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_half_precision_keeps_the_state_in_fp32(dtype: torch.dtype) -> None:
     x, layers = _x(20, 6), random_layers(6, (16,), 8)
     y, log_det = _run(x.to(dtype), layers, precision="exact")
