@@ -14,7 +14,7 @@ from linfast.ops.linearizer_stack import linearizer_path_of, pack_linearizer
 from linfast.precision import PRECISIONS
 from linfast.scale_maps import ScaleMap
 from tests.marks import long
-from tests.ops.budget import DEVICE, assert_accurate, assert_within_budget, hostile
+from tests.ops.budget import DEVICE, assert_accurate, assert_within_budget, error, hostile
 from tests.ops.checks import assert_registered, second_derivatives
 from tests.ops.stacks import NAMES, doubled, leaves, plain_stack, random_layers, random_map, rebuilt, rounding
 from tests.seeds import seeded
@@ -60,6 +60,19 @@ def _assert_accurate(
         y = linearizer_stack(x, g_x, A, g_y, precision=precision)
     truth = _plain(x.double(), _wide(g_x), A.double(), _wide(g_y), "exact")
     assert_accurate([y], lambda: [_plain(x, g_x, A, g_y, precision)], [truth])
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("hidden", [(16, 16), (300,)])  # one launch, and one after another
+def test_half_inputs_meet_fp32_weights(backend: str, diagonal: bool, hidden: tuple[int, ...]) -> None:
+    x, A = _x(9, 6).half(), _operator(6, diagonal)
+    g_x, g_y = _network(6, hidden=hidden), _network(6, hidden=hidden)
+    with lf.backend(backend), torch.no_grad():
+        y = linearizer_stack(x, g_x, A, g_y)
+    truth = _plain(x.double(), _wide(g_x), A.double(), _wide(g_y), "exact")
+    assert y.dtype == torch.float16
+    assert error(y, truth) <= 8 * torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
