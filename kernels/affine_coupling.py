@@ -87,7 +87,7 @@ def load_coupled(
     return couple(value, shift, log_s, SCALE_FIRST, INVERSE), shift, raw, log_s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _affine_coupling_kernel(
     moved_ptr,
     kept_ptr,
@@ -139,7 +139,7 @@ def _affine_coupling_kernel(
         tl.store(partial_ptr + at, -total if INVERSE else total, mask=row < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _affine_coupling_backward_kernel(
     y_ptr,
     shift_ptr,
