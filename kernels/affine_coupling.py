@@ -59,7 +59,7 @@ def choose_tile(inner: int) -> Tile:
 
 @triton.jit
 def _tile(n_rows, n_outer, n_inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT64: tl.constexpr):
-    """Row numbers, batch, outer index and column of a program's tile, each broadcastable; where its partial sum goes.
+    """Row numbers, batch, outer index and column of a program's tile, each broadcastable; where its sum goes.
 
     Tiles are numbered on one axis, because a grid's others end at 65,535.
     """

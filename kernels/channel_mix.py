@@ -244,10 +244,10 @@ def _channel_mix_weight_kernel(
             g_at = column_offsets(n, n_positions, stride_gb, stride_gp, MERGED)[None, :] + o[:, None] * stride_gc
             g = tl.load(grad_ptr + g_at, mask=(o < n_out)[:, None] & inside[None, :], other=0.0)
             if WEIGHT:
-                x_at = (
-                    column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None] + c[None, :] * stride_xc
+                x_at = column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None]
+                x = tl.load(
+                    x_ptr + x_at + c[None, :] * stride_xc, mask=inside[:, None] & (c < n_in)[None, :], other=0.0
                 )
-                x = tl.load(x_ptr + x_at, mask=inside[:, None] & (c < n_in)[None, :], other=0.0)
                 run = tl.dot(_operand(g, HALF), _operand(x, HALF), run, input_precision="ieee")
             if BIAS:
                 dbias += tl.sum(g.to(tl.float32), 1)

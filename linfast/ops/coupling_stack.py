@@ -178,7 +178,7 @@ def _by_layers(
     moves: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Layer by layer in plain torch, in the wider of x's dtype and the weights'; couplings are affine_coupling's."""
+    """Layer by layer in plain torch, in the wider of x's dtype and the weights'; couplings run affine_coupling."""
     total: Tensor | None = None
     dtype, half = x.dtype, half_dtype(x) if precision == "fast" else None
     x = x.to(torch.promote_types(dtype, layers[0].weights[0].dtype))

@@ -1,7 +1,7 @@
 """What makes the launchers pass CPU tensors as a GPU would pass its own, and what runs the machine code.
 
-``../shared/tools/ptx`` runs the PTX that Triton compiles for a GPU on CPU tensors, with sanitizers. It is beside the
-checkout, or where LINFAST_PTX says; it is no part of the project, and nothing else needs it.
+``../shared/tools/ptx`` runs the PTX that Triton compiles for a GPU on CPU tensors, with sanitizers. It is beside
+the checkout, or where LINFAST_PTX says; it is no part of the project, and nothing else needs it.
 """
 
 from __future__ import annotations
