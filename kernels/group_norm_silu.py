@@ -103,7 +103,8 @@ def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_s, c, inside):
 @triton.jit
 def _group_norm_silu_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, n_groups, count,
-    stride_xb, stride_xc, stride_xp, stride_yb, stride_yc, stride_yp, stride_sb, stride_sc, eps, ACTIVATION: tl.constexpr,
+    stride_xb, stride_xc, stride_xp, stride_yb, stride_yc, stride_yp, stride_sb, stride_sc, eps,
+    ACTIVATION: tl.constexpr,
     ONE_TILE: tl.constexpr, INT64: tl.constexpr, PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):  # fmt: skip
