@@ -3,7 +3,7 @@
 Packing is plain torch in the graph, at every call, so that gradients reach the layers' own
 tensors; ``pack_stack`` is separate so that frozen weights are packed once. The layout of a row
 is linfast.kernels.stack_layout's. Beside the fp32 weights, which gradients are of, go the
-operands of the products, which they are not: rounded copies, in parts (linfast.kernels.mlp).
+operands of the products, which they are not: rounded copies, in parts or to tf32 (linfast.kernels.mlp).
 
 A map between layers moves the state itself, and W and W^-1 rounded separately are no longer
 inverses: its operands have two parts at least, whatever the mode (three in "exact").
@@ -145,7 +145,7 @@ def pack_stack(
         weights = torch.cat((weights, _maps(maps, layout, inverse, weights)), dim=1)
     held = weights.detach()
     matrices = held[:, : layout.matrix_size]
-    operands = matrices[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
+    operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
     if layout.maps == DENSE:
         size = 4 * layout.half**2
         map_operands = _parts(held[:, layout.map_offset : layout.map_offset + size], map_parts(precision), dtype)
@@ -232,6 +232,14 @@ def _maps(maps: Sequence[AffineMap | None], layout: StackLayout, inverse: bool, 
             weight = _pad_halves(weight, 1, layout)
         rows.append(torch.cat((_pad_halves(weight, 0, layout).flatten(), _pad_halves(bias, 0, layout))))
     return torch.stack(rows)
+
+
+def _tf32(tensor: Tensor) -> Tensor:
+    """To the nearest tf32, ties away from zero, in fp32; NaN and float64 as they are."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    nearest = (tensor.contiguous().view(torch.int32) + 0x1000) & -0x2000
+    return torch.where(tensor.isnan(), tensor, nearest.view(torch.float32))
 
 
 def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
