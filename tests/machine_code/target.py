@@ -35,12 +35,16 @@ def emulator(name: str) -> Any:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        RuntimeError: Triton was imported to interpret kernels.
     """
-    import triton
-
     place = folder()
     if place is None:
         raise FileNotFoundError("ptx is neither in ../shared/tools beside the checkout nor where LINFAST_PTX says")
+    os.environ.pop("TRITON_INTERPRET", None)  # Triton's own library is made for one or the other when it is imported
+    import triton
+
+    if not isinstance(triton.language.zeros, triton.JITFunction):
+        raise RuntimeError("Triton was imported to interpret kernels: run machine code in a Python of its own")
     triton.knobs.runtime.interpret = False
     os.environ["TRITON_INTERPRET"] = "1"  # what linfast.backend takes for "kernels run on CPU tensors"
     if str(place) not in sys.path:
