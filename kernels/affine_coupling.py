@@ -294,7 +294,6 @@ def launch_affine_coupling_backward(
     dshift, draw = shift_and_raw(positions(dparams), interleaved)
     path = walk(y_moved, grad_moved, grad_kept, shift, dshift, dx_moved, dx_kept)
     sizes, programs, _, tile = _row_grid(path, grad_moved, grad_kept)
-    grad_log_det = grad_log_det if log_det else None  # torch.compile makes a [0] where there is no log_det
     h = grad if grad_log_det is None else grad_log_det
     with device_guard(y):
         _affine_coupling_backward_kernel[(programs,)](

@@ -198,17 +198,14 @@ def test_opcheck(maps: str) -> None:
     assert_registered(backward, (*tensors, torch.randn_like(x), *constants, needs))
 
 
-def test_compiles_whole_and_transforms() -> None:
+def test_functional_gradient() -> None:
     x, A, g = _x(5, 6).requires_grad_(), _operator(6), _network(6, maps="dense")
 
     def loss(x: Tensor) -> Tensor:
         return linearizer_stack(x, g, A, g).square().sum()
 
     with lf.backend("triton"):
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        expected = torch.autograd.grad(loss(x), x)[0]
-        torch.testing.assert_close(torch.autograd.grad(compiled(x), x)[0], expected)
-        torch.testing.assert_close(torch.func.grad(loss)(x.detach()), expected)
+        torch.testing.assert_close(torch.func.grad(loss)(x.detach()), torch.autograd.grad(loss(x), x)[0])
 
 
 def test_what_does_not_fit_is_named() -> None:
