@@ -43,7 +43,9 @@ def _plain(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precisi
             rounded=rounding(precision) if x.dtype == torch.float32 else lambda t: t,
         )[0]  # fmt: skip
 
-    z = run(x, g_x, False)
+    z, of_map = run(x, g_x, False), rounding("exact" if precision == "exact" else "high")
+    if x.dtype == torch.float32 and A.ndim == 2:  # A's operands have two parts at least
+        z, A = of_map(z), of_map(A)
     return run(z * A if A.ndim == 1 else z @ A.mT, g_y, True)
 
 
