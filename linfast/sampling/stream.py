@@ -145,9 +145,9 @@ class _Source:
         return torch.randn(self.block, *self.shape, generator=random, device=self.device, dtype=self.dtype)
 
     def probe(self) -> Tensor:
-        """One sample, for its shape and dtype, on the CPU."""
+        """One sample on the CPU, of which nothing but shape and dtype is read."""
         with at_work(self.model):
-            return _for_numpy(self.model(self.noise(0)))[0].cpu()
+            return torch.empty_like(_for_numpy(self.model(self.noise(0)))[0], device="cpu")
 
     def samples(self, blocks: Iterator[int], cuda_graph: bool) -> Iterator[Tensor]:
         """The blocks' samples in order, on the CPU; each is valid until the next is asked for."""
