@@ -35,3 +35,11 @@ def _reproducible_and_poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A stand-in for torch.cuda."""
+    from tests import cuda_stand_in
+
+    return cuda_stand_in.install(monkeypatch)
