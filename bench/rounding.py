@@ -25,13 +25,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "relative_error"]
+from linfast.backend import plain_torch
+
+__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "drawn", "relative_error"]
+
+_Outputs = TypeVar("_Outputs")
 
 DRAWS = 6
 _EPS = torch.finfo(torch.float32).eps
@@ -65,11 +69,16 @@ def allowed_errors(
     """
     errors = []
     for seed in range(draws):
-        with Rounding(seed):
-            outputs = reference()
+        outputs = drawn(reference, seed)
         errors.append([relative_error(o, t) for o, t in zip(outputs, truth, strict=True)])
     pairs = zip(zip(*errors, strict=True), outputs, strict=True)
     return [0.0 if output is None else allowed_error(e, output.dtype) for e, output in pairs]
+
+
+def drawn(reference: Callable[[], _Outputs], seed: int) -> _Outputs:
+    """The outputs of ``reference`` with one draw of the error. A reference that runs a kernel is an error."""
+    with plain_torch(), Rounding(seed):
+        return reference()
 
 
 def allowed_error(errors: Sequence[float], dtype: torch.dtype) -> float:

@@ -43,3 +43,11 @@ def cuda(monkeypatch):
     from tests import cuda_stand_in
 
     return cuda_stand_in.install(monkeypatch)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A stand-in for a GPU on which "auto" runs kernels, right ones until the test makes them wrong."""
+    from tests import kernel_stand_in
+
+    return kernel_stand_in.install(monkeypatch)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import interpreting
+from ..backend import interpreting, refuse_kernel
 from ..profiling import in_range
 
 __all__ = ["RAW_OPS", "RawOp", "define_op"]
@@ -54,16 +54,17 @@ class RawOp:
         """Register it as torch.ops.linfast.<name> and return that."""
         RAW_OPS[self.name] = self
         _LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, in_range(self.name, self._on_gpu), "CUDA")
+        _LIBRARY.impl(self.name, in_range(self.name, self._launched), "CUDA")
         _LIBRARY.impl(self.name, in_range(self.name, self._on_cpu), "CPU")
         torch.library.register_fake(f"linfast::{self.name}", self.fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
 
-    def _on_gpu(self, *arguments: Any) -> Any:
+    def _launched(self, *arguments: Any) -> Any:
+        refuse_kernel(self.name)
         return _launcher(self.launch)(*arguments)
 
     def _on_cpu(self, *arguments: Any) -> Any:
-        return (_launcher(self.launch) if interpreting() else self.reference)(*arguments)
+        return (self._launched if interpreting() else self.reference)(*arguments)
 
 
 @functools.cache
