@@ -27,13 +27,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "operand_rounding", "relative_error"]
+from linfast.backend import plain_torch
+
+__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "drawn", "operand_rounding", "relative_error"]
+
+_Outputs = TypeVar("_Outputs")
 
 DRAWS = 6
 _EPS = torch.finfo(torch.float32).eps
@@ -78,8 +82,7 @@ def allowed_errors(
     """
     errors = []
     for seed in range(draws):
-        with Rounding(seed, operands):
-            outputs = reference()
+        outputs = drawn(reference, seed, operands)
         errors.append([relative_error(o, t) for o, t in zip(outputs, truth, strict=True)])
     pairs = zip(zip(*errors, strict=True), outputs, strict=True)
     return [0.0 if output is None else allowed_error(e, output.dtype) for e, output in pairs]
@@ -102,6 +105,14 @@ def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Call
 def _tf32(t: Tensor) -> Tensor:
     """fp32 with ten bits after the point, to nearest."""
     return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def drawn(
+    reference: Callable[[], _Outputs], seed: int, operands: Callable[[Tensor], Tensor] | None = None
+) -> _Outputs:
+    """The outputs of ``reference`` with one draw of the error. A reference that runs a kernel is an error."""
+    with plain_torch(), Rounding(seed, operands):
+        return reference()
 
 
 def allowed_error(errors: Sequence[float], dtype: torch.dtype) -> float:
