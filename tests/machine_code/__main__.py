@@ -42,9 +42,10 @@ def parser() -> argparse.ArgumentParser:
 def run_target(target: str, options: argparse.Namespace) -> int:
     """One target's variants in this process, a line each as it is done; the exit status."""
     launch, settings = emulator("launch"), emulator("numerics").settings
-    from tests.machine_code.cases import all_cases, uncovered, variants
+    from tests.machine_code.cases import all_cases
     from tests.machine_code.check import checked
     from tests.machine_code.kernels import entry_kernels
+    from tests.machine_code.variants import uncovered, variants
 
     settings.mma, settings.worst_approx = options.mma, options.worst
     start, results, cases = time.monotonic(), [], all_cases()
@@ -73,14 +74,14 @@ def run_targets(targets: Sequence[str], arguments: Sequence[str], write: bool) -
             subprocess.Popen([*command, "--target", target, "--results", str(file)])
             for target, file in zip(targets, files, strict=True)
         ]
-        failed = any([process.wait() for process in processes])
+        statuses = [process.wait() for process in processes]
         results = {t: json.loads(f.read_text()) if f.exists() else [] for t, f in zip(targets, files, strict=True)}
     from tests.machine_code.report import document, table
 
     print(table(results))
     if write:
         DOCUMENT.write_text(document(results, arguments))
-    return int(failed)
+    return int(any(statuses))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
