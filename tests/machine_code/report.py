@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,6 @@ def document(results: Results, arguments: Sequence[str]) -> str:
     """docs/machine_code.md."""
     about = describe(torch.device("cpu"))
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "numpy", "python"))
-    command = " ".join(("python -m tests.machine_code", *arguments, "--write"))
     failures = [
         "; ".join((f"- {target} {each['name']}: {each['margin']:.2f}", *map(_first_line, each["reports"])))
         for target, found in results.items()
@@ -54,7 +54,7 @@ Each op's PTX for sm_80 and sm_90, as Triton compiles it, run on a CPU against f
 unwritten memory and races. Entries are the largest error of an output or gradient over what rounding may cost it
 ([testing.md](testing.md)), by dtype of the input; above 1 it fails. A report of a sanitizer fails too.
 
-`{command}`
+`python -m tests.machine_code {shlex.join(arguments)}`
 
 Commit {about["commit"]}, {about["date"]}, {about["device"]}, {versions}.
 
