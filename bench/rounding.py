@@ -86,7 +86,7 @@ def allowed_errors(
 
 
 def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
-    """What a mode of linfast.precision does to an fp32 operand: to nearest tf32, or the sum of its parts in ``half``."""
+    """What a mode of linfast.precision makes of an fp32 operand: tf32, or the sum of its parts in ``half``."""
     if precision == "tf32":
         return _tf32
 

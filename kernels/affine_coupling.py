@@ -59,7 +59,7 @@ def choose_tile(inner: int) -> Tile:
 
 @triton.jit
 def _tile(n_rows, n_outer, n_inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT64: tl.constexpr):
-    """Row numbers, batch, outer index and column of a program's tile, each broadcastable; where its partial sum goes.
+    """Row numbers, batch, outer index and column of a program's tile, each broadcastable; where its sum goes.
 
     Tiles are numbered on one axis, because a grid's others end at 65,535.
     """
@@ -87,7 +87,7 @@ def load_coupled(
     return couple(value, shift, log_s, SCALE_FIRST, INVERSE), shift, raw, log_s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _affine_coupling_kernel(
     moved_ptr,
     kept_ptr,
@@ -139,7 +139,7 @@ def _affine_coupling_kernel(
         tl.store(partial_ptr + at, -total if INVERSE else total, mask=row < n_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _affine_coupling_backward_kernel(
     y_ptr,
     shift_ptr,
@@ -294,7 +294,6 @@ def launch_affine_coupling_backward(
     dshift, draw = shift_and_raw(positions(dparams), interleaved)
     path = walk(y_moved, grad_moved, grad_kept, shift, dshift, dx_moved, dx_kept)
     sizes, programs, _, tile = _row_grid(path, grad_moved, grad_kept)
-    grad_log_det = grad_log_det if log_det else None  # torch.compile makes a [0] where there is no log_det
     h = grad if grad_log_det is None else grad_log_det
     with device_guard(y):
         _affine_coupling_backward_kernel[(programs,)](

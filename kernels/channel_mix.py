@@ -40,6 +40,7 @@ __all__ = [
     "column_numbers",
     "column_offsets",
     "column_strides",
+    "count_columns",
     "dot_chunk",
     "half_precision",
     "launch_channel_mix",
@@ -93,6 +94,14 @@ _CHUNKS_A_SPLIT = 8  # fewer chunks would write more partials than they read
 
 def tile_for(width: int, table: tuple[tuple[int, MixTile], ...]) -> MixTile:
     return next(tile for widest, tile in table if width <= widest)
+
+
+@triton.jit
+def count_columns(n_batch, n_positions, INT64: tl.constexpr):
+    """B P, known to be a multiple of 16 where P is: so loads along positions stay wide, whatever B is."""
+    if INT64:
+        n_batch = n_batch.to(tl.int64)
+    return n_batch * n_positions
 
 
 @triton.jit
@@ -167,13 +176,14 @@ def load_channels(at, stride, inside, COUNT: tl.constexpr):
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch"])
 def _channel_mix_unrolled_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, n_columns, n_positions, stride_xb, stride_xc, stride_xp, stride_wo,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, n_batch, n_positions, stride_xb, stride_xc, stride_xp, stride_wo,
     stride_wc, stride_bo, stride_yb, stride_yc, stride_yp,
     N_IN: tl.constexpr, N_OUT: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    n_columns = count_columns(n_batch, n_positions, INT64)
     n = column_numbers(COLUMNS, INT64)
     inside = n < n_columns
     x_at = x_ptr + column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)
@@ -184,13 +194,14 @@ def _channel_mix_unrolled_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch"])
 def _channel_mix_dot_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, n_in, n_out, n_columns, n_positions, stride_xb, stride_xc, stride_xp,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, n_in, n_out, n_batch, n_positions, stride_xb, stride_xc, stride_xp,
     stride_wo, stride_wc, stride_bo, stride_yb, stride_yc, stride_yp,
     HALF: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr, OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    n_columns = count_columns(n_batch, n_positions, INT64)
     n = column_numbers(COLUMNS, INT64)
     o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     k = tl.arange(0, DEPTH)
@@ -210,13 +221,14 @@ def _channel_mix_dot_kernel(
     tl.store(y_ptr + y_at + o[:, None] * stride_yc, total.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch", "n_chunks"])
 def _channel_mix_weight_kernel(
-    x_ptr, grad_ptr, dweight_ptr, dbias_ptr, n_in, n_out, n_columns, n_positions, n_chunks, stride_xb,
+    x_ptr, grad_ptr, dweight_ptr, dbias_ptr, n_in, n_out, n_batch, n_positions, n_chunks, stride_xb,
     stride_xc, stride_xp, stride_gb, stride_gc, stride_gp,
     HALF: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr,
     OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    n_columns = count_columns(n_batch, n_positions, INT64)
     split = tl.program_id(0)
     o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     c = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -232,8 +244,10 @@ def _channel_mix_weight_kernel(
             g_at = column_offsets(n, n_positions, stride_gb, stride_gp, MERGED)[None, :] + o[:, None] * stride_gc
             g = tl.load(grad_ptr + g_at, mask=(o < n_out)[:, None] & inside[None, :], other=0.0)
             if WEIGHT:
-                x_at = column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None] + c[None, :] * stride_xc
-                x = tl.load(x_ptr + x_at, mask=inside[:, None] & (c < n_in)[None, :], other=0.0)
+                x_at = column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None]
+                x = tl.load(
+                    x_ptr + x_at + c[None, :] * stride_xc, mask=inside[:, None] & (c < n_in)[None, :], other=0.0
+                )
                 run = tl.dot(_operand(g, HALF), _operand(x, HALF), run, input_precision="ieee")
             if BIAS:
                 dbias += tl.sum(g.to(tl.float32), 1)
@@ -288,13 +302,13 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         if max(n_in, n_out) < 16 and not channels_innermost:
             tile = tile_for(max(n_in, n_out), UNROLLED)
             _channel_mix_unrolled_kernel[(ceil_div(n_columns, tile.columns),)](
-                x, weight, bias_or_x, y, n_columns, x.shape[2], *strides,
+                x, weight, bias_or_x, y, x.shape[0], x.shape[2], *strides,
                 N_IN=n_in, N_OUT=n_out, COLUMNS=tile.columns, num_warps=tile.num_warps, **shared,
             )  # fmt: skip
             return
         tile = tile_for(n_out, DOTS)
         _channel_mix_dot_kernel[(ceil_div(n_columns, tile.columns), ceil_div(n_out, tile.outputs))](
-            x, weight, bias_or_x, y, n_in, n_out, n_columns, x.shape[2], *strides,
+            x, weight, bias_or_x, y, n_in, n_out, x.shape[0], x.shape[2], *strides,
             HALF=half_precision(x, weight), OUTPUTS=tile.outputs, COLUMNS=tile.columns, DEPTH=tile.depth,
             num_warps=tile.num_warps, **shared,
         )  # fmt: skip
@@ -338,7 +352,7 @@ def weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: boo
         _channel_mix_weight_kernel[
             (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
         ](
-            x, grad, dweight, dbias, n_in, n_out, n_columns, x.shape[2], n_chunks,
+            x, grad, dweight, dbias, n_in, n_out, x.shape[0], x.shape[2], n_chunks,
             *column_strides(x), *column_strides(grad),
             HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, MERGED=merged(x, grad), INT64=int64,
             OUTPUTS=tile.outputs, COLUMNS=tile.columns, num_warps=tile.num_warps,

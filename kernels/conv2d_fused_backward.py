@@ -31,7 +31,7 @@ from .row_products import Mode, dot
 __all__ = ["launch_conv2d_fused_backward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_steps", "steps_a_split"])
 def _conv2d_weight_kernel(
     x_ptr, grad_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, rstd_ptr, partial_ptr, n_in, n_out, height, width,
     n_row_tiles, n_steps, steps_a_split, groups, stride_xb, stride_xc, stride_xh, stride_xw,

@@ -30,6 +30,7 @@ from .channel_mix import (
     column_numbers,
     column_offsets,
     column_strides,
+    count_columns,
     dot_chunk,
     half_precision,
     merged,
@@ -61,15 +62,16 @@ def _store_log_det(
     tl.store(partial_ptr + group, -total if INVERSE else total, mask=group * GROUP < n_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch"])
 def _coupling_mix_unrolled_kernel(
-    x_ptr, shift_ptr, raw_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, n_columns, n_positions, stride_xb,
+    x_ptr, shift_ptr, raw_ptr, weight_ptr, bias_ptr, y_ptr, partial_ptr, n_batch, n_positions, stride_xb,
     stride_xc, stride_xp, stride_pb, stride_pc, stride_pp, stride_wo, stride_wc, stride_bo, stride_yb, stride_yc,
     stride_yp, bound, floor,
     N_IN: tl.constexpr, N_OUT: tl.constexpr, MOVES_SECOND: tl.constexpr, KIND: tl.constexpr,
     SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, LOG_DET: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    n_columns = count_columns(n_batch, n_positions, INT64)
     n = column_numbers(COLUMNS, INT64)
     inside = n < n_columns
     x_at = x_ptr + column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)
@@ -95,15 +97,16 @@ def _coupling_mix_unrolled_kernel(
         _store_log_det(partial_ptr, tl.where(inside, total, 0.0), n_columns, INVERSE, GROUP, COLUMNS, INT64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch"])
 def _coupling_mix_dot_kernel(
     moved_ptr, kept_ptr, shift_ptr, raw_ptr, weight_moved_ptr, weight_kept_ptr, bias_ptr, y_ptr, partial_ptr,
-    n_moved, n_kept, n_out, n_columns, n_positions, stride_xb, stride_xc, stride_xp, stride_pb, stride_pc,
+    n_moved, n_kept, n_out, n_batch, n_positions, stride_xb, stride_xc, stride_xp, stride_pb, stride_pc,
     stride_pp, stride_wo, stride_wc, stride_bo, stride_yb, stride_yc, stride_yp, bound, floor,
     KIND: tl.constexpr, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, LOG_DET: tl.constexpr,
     GROUP: tl.constexpr, HALF: tl.constexpr, BIAS: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr,
     OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    n_columns = count_columns(n_batch, n_positions, INT64)
     n = column_numbers(COLUMNS, INT64)
     o = tl.arange(0, OUTPUTS)
     k = tl.arange(0, DEPTH)
@@ -177,7 +180,7 @@ def launch_coupling_mix(
     group = _group(n_positions, tile.columns)
     partial = x.new_empty((x.shape[0], n_positions // group) if log_det else (0,), dtype=torch.float32)
     bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))
-    sizes = (n_columns, n_positions)
+    sizes = (x.shape[0], n_positions)
     strides = (
         *column_strides(views), *column_strides(shift), *weight.stride(), stride_bo, *column_strides(y_view)
     )  # fmt: skip

@@ -27,6 +27,7 @@ from .channel_mix import (
     column_numbers,
     column_offsets,
     column_strides,
+    count_columns,
     dot_chunk,
     half_precision,
     launch_channel_mix_backward,
@@ -75,15 +76,16 @@ def _column_log_det_gradient(h_ptr, n, n_positions, stride_hb, inside, LOG_DET: 
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch"])
 def _coupling_mix_backward_unrolled_kernel(
-    x_ptr, shift_ptr, raw_ptr, weight_ptr, grad_ptr, h_ptr, dx_ptr, dshift_ptr, draw_ptr, u_ptr, n_columns,
+    x_ptr, shift_ptr, raw_ptr, weight_ptr, grad_ptr, h_ptr, dx_ptr, dshift_ptr, draw_ptr, u_ptr, n_batch,
     n_positions, stride_xb, stride_xc, stride_xp, stride_pb, stride_pc, stride_pp, stride_wo, stride_wc, stride_gb,
     stride_gc, stride_gp, stride_hb, stride_db, stride_dc, stride_dp, stride_qb, stride_qc, stride_qp, bound, floor,
     N_IN: tl.constexpr, N_OUT: tl.constexpr, MOVES_SECOND: tl.constexpr, KIND: tl.constexpr,
     SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, LOG_DET: tl.constexpr, KEEP_U: tl.constexpr,
     MERGED: tl.constexpr, INT64: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    n_columns = count_columns(n_batch, n_positions, INT64)
     n = column_numbers(COLUMNS, INT64)
     inside = n < n_columns
     x_at = x_ptr + column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)
@@ -113,16 +115,17 @@ def _coupling_mix_backward_unrolled_kernel(
         d_at += stride_dc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch"])
 def _coupling_mix_backward_dot_kernel(
     moved_ptr, kept_ptr, shift_ptr, raw_ptr, weight_moved_ptr, weight_kept_ptr, grad_ptr, h_ptr, dx_moved_ptr,
-    dx_kept_ptr, dshift_ptr, draw_ptr, u_moved_ptr, u_kept_ptr, n_moved, n_kept, n_out, n_columns, n_positions,
+    dx_kept_ptr, dshift_ptr, draw_ptr, u_moved_ptr, u_kept_ptr, n_moved, n_kept, n_out, n_batch, n_positions,
     stride_xb, stride_xc, stride_xp, stride_pb, stride_pc, stride_pp, stride_wo, stride_wc, stride_gb, stride_gc,
     stride_gp, stride_hb, stride_db, stride_dc, stride_dp, stride_qb, stride_qc, stride_qp, bound, floor,
     KIND: tl.constexpr, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, LOG_DET: tl.constexpr,
     KEEP_U: tl.constexpr, HALF: tl.constexpr, MERGED: tl.constexpr, INT64: tl.constexpr, OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
+    n_columns = count_columns(n_batch, n_positions, INT64)
     n = column_numbers(COLUMNS, INT64)
     c = tl.arange(0, OUTPUTS)
     k = tl.arange(0, DEPTH)
@@ -179,7 +182,6 @@ def launch_coupling_mix_backward(
     if grad is None:
         grad = x.new_zeros(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
     constants = (kind, bound, floor, scale_first, interleaved, moves_second, inverse)
-    grad_log_det = grad_log_det if log_det else None  # torch.compile makes a [0] where there is no log_det
     dx = mixed_like(x, x.shape[1]) if needs_inputs else x.new_empty(0)
     dparams = like(params) if needs_inputs else params.new_empty(0)
     u = x
@@ -218,7 +220,7 @@ def _backward(
     unrolled = unrolls(x_view, n_out)
     tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for((n_in + 1) // 2, BACKWARD_DOTS)
     h = grad if grad_log_det is None else grad_log_det
-    sizes = (n_columns, x_view.shape[2])
+    sizes = (x.shape[0], x_view.shape[2])
     strides = (
         *column_strides(x_view), *column_strides(shift), *weight.stride(), *column_strides(g_view), h.stride(0),
         *column_strides(d_view), *column_strides(dshift),

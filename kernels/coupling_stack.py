@@ -226,7 +226,7 @@ def store_halves(
     tl.store(second, b.to(y_ptr.dtype.element_ty), mask=second_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch", "n_layers"])
 def _coupling_stack_kernel(
     x_ptr,
     y_ptr,

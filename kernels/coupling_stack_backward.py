@@ -38,7 +38,7 @@ from .stack_pass import Scratch, StackPass
 __all__ = ["launch_coupling_stack_backward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _hidden_kernel(
     x_ptr,
     w_ptr,
@@ -70,7 +70,7 @@ def _hidden_kernel(
     tl.store(slope_ptr + at, activation_derivative(p, ACTIVATION), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _coupling_kernel(
     x_ptr,
     w_ptr,

@@ -102,8 +102,9 @@ def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_s, c, inside):
 
 @triton.jit
 def _group_norm_silu_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, n_groups, count, stride_xb, stride_xc,
-    stride_xp, stride_yb, stride_yc, stride_yp, stride_sb, stride_sc, eps, ACTIVATION: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, n_groups, count,
+    stride_xb, stride_xc, stride_xp, stride_yb, stride_yc, stride_yp, stride_sb, stride_sc, eps,
+    ACTIVATION: tl.constexpr,
     ONE_TILE: tl.constexpr, INT64: tl.constexpr, PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):  # fmt: skip
@@ -185,8 +186,8 @@ def _keep_sums(sum_ptr, sum_h_ptr, d, dh, a, c, inside, SUMS: tl.constexpr):
 @triton.jit
 def _group_norm_silu_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, grad_ptr, dx_ptr, sum_ptr, sum_h_ptr,
-    n_groups, count, stride_xb, stride_xc, stride_xp, stride_gb, stride_gc, stride_gp, stride_db, stride_dc, stride_dp,
-    stride_sb, stride_sc, ACTIVATION: tl.constexpr, ONE_TILE: tl.constexpr, SUMS: tl.constexpr,
+    n_groups, count, stride_xb, stride_xc, stride_xp, stride_gb, stride_gc, stride_gp, stride_db, stride_dc,
+    stride_dp, stride_sb, stride_sc, ACTIVATION: tl.constexpr, ONE_TILE: tl.constexpr, SUMS: tl.constexpr,
     INPUT: tl.constexpr, INT64: tl.constexpr, PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):  # fmt: skip

@@ -62,7 +62,7 @@ def choose_tile(batch: int, n_operators: int) -> BankTile:
     return next(tile for most, tile in TILES if ceil_div(batch, max(n_operators, 1)) <= most)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_operators"])
 def _bank_kernel(
     z_ptr,
     a_ptr,

@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 _INT32_ELEMENTS = 2**31
-# For kernels that store sums of products over lanes. In a fused a b + (another lane's product) a lane does not round
-# its own product but the other's, so that lanes differ in the last bit, and which of them is stored is not defined.
+# For kernels that store sums of products over lanes. In a fused a b + (another lane's product) a lane rounds the
+# other's product and not its own, so that lanes differ in the last bit, and which is stored is not defined.
 UNFUSED = {"enable_fp_fusion": False}
 
 

@@ -35,7 +35,7 @@ from .stack_layout import StackLayout
 __all__ = ["launch_linearizer_stack", "launch_linearizer_stack_backward"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_batch", "n_layers_x", "n_layers_y"])
 def _linearizer_stack_kernel(
     x_ptr,
     y_ptr,

@@ -277,7 +277,8 @@ def launch_low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tens
     n_tiles = ceil_div(n_out, tile.rows)
     with device_guard(x):
         _expand_kernel[(batch * n_tiles,)](
-            x, factor, partial, y, t, n_tiles, n_out, partial.shape[1], alpha, *x.stride(), *factor.stride(), *y.stride(),
+            x, factor, partial, y, t, n_tiles, n_out, partial.shape[1], alpha,
+            *x.stride(), *factor.stride(), *y.stride(),
             RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0, DENSE=dense,
             INT64=needs_int64(x[0], factor[0]), ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
             **UNFUSED,

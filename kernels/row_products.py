@@ -120,7 +120,7 @@ def rows_product(
     return total, r, n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _linear_kernel(
     x_ptr,
     w_ptr,
@@ -155,7 +155,7 @@ def _linear_kernel(
     tl.store(at, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "rows_a_split"])
 def _outer_kernel(
     d_ptr,
     x_ptr,

@@ -246,6 +246,13 @@ def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """[count, *shape]: the rounding of the tensor, then of what is left over."""
     parts, rest = [tensor.to(dtype)], tensor
     for _ in range(count - 1):
-        rest = rest - parts[-1].to(rest.dtype)
+        rest = rest - _with_its_bits(parts[-1]).to(rest.dtype)
         parts.append(rest.to(dtype))
     return torch.stack(parts) if count > 1 else parts[0][None]
+
+
+def _with_its_bits(part: Tensor) -> Tensor:
+    """The part as it is. Inductor leaves a cast down and up again out, and with it what the next part holds."""
+    if not torch.compiler.is_compiling():
+        return part
+    return part.view(torch.int16).bitwise_not().bitwise_not().view(part.dtype)

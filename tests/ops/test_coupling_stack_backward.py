@@ -45,7 +45,7 @@ from tests.seeds import seeded
 MODES = {
     "tf32": (Mode(1, torch.float32), 2.0**-11),
     "1 part": (Mode(1, HALF), torch.finfo(HALF).eps),
-    "2 parts": (Mode(2, HALF), 2e-5 if HALF == torch.bfloat16 else 2e-6),
+    "2 parts": (Mode(2, HALF), 2e-6 if torch.float16 == HALF else 2e-5),
     "3 parts": (Mode(3, HALF), 5e-7),
 }
 

@@ -1,0 +1,38 @@
+"""``python -m tests.static.batches``: how many variants of each kernel batches and depths of all sizes compile.
+
+Prints {call: {kernel: [variants of one batch at most, of all batches]}} for a GPU of one kind; a process of its
+own, as tests/static/record.py says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+from tests.static.calls import BATCHED, LAYERED
+from tests.static.record import recorded
+
+BATCHES = (1, 2, 31, 1000, 1024, 65_536)
+DEPTHS = (1, 2, 3, 16)
+_TARGET = "sm_90"
+
+
+def variants(call: Callable[[int], None], counts: Iterable[int]) -> dict[str, tuple[int, int]]:
+    """(variants of one count at most, of all counts) by kernel."""
+    one: dict[str, int] = defaultdict(int)
+    every: dict[str, set[str]] = defaultdict(set)
+    for count in counts:
+        of_count: dict[str, set[str]] = defaultdict(set)
+        for launch in recorded(lambda n=count: call(n), _TARGET):  # type: ignore[misc]
+            of_count[launch.kernel].add(launch.digest)
+        for kernel, digests in of_count.items():
+            one[kernel] = max(one[kernel], len(digests))
+            every[kernel] |= digests
+    return {kernel: (one[kernel], len(digests)) for kernel, digests in every.items()}
+
+
+if __name__ == "__main__":
+    found = {name: variants(call, BATCHES) for name, call in BATCHED.items()}
+    found |= {f"{name} by depth": variants(call, DEPTHS) for name, call in LAYERED.items()}
+    print(json.dumps(found))

@@ -1,0 +1,180 @@
+"""What the launchers pass to Triton on a GPU, caught without one: no kernel runs, and none is compiled.
+
+Triton's own launch path specialises the arguments of ``kernel[grid](...)`` for the target that a stand-in for its
+driver names, and hands types, attributes, constants and options to a stand-in for its compiler, which keeps them.
+Tensors lie on the CPU and say that they are on a GPU. ``python -m tests.static.record`` prints the launches of
+every call of tests/static/calls.py, one JSON object a line; a process of its own, because Triton's interpreter,
+which the tests run under, has no launch path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from linfast.kernels import stack_configs
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime import JITFunction, driver
+
+from linfast.ops import register
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+_devices = itertools.count()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compilation: what a launch makes of a kernel's arguments.
+
+    Args:
+        call: the name of the call that made it first; of several of one kernel, with their number.
+        target: of ``TARGETS``.
+        module, kernel: linfast.kernels.<module>.<kernel>.
+        signature: each argument's type; "constexpr" for those of ``constants``.
+        constants: values by argument.
+        attributes: what else is known of an argument, in Triton's words, such as tt.divisibility.
+        options: of the compiler, where they are not its defaults.
+        source: a digest of the kernel and of the functions and constants of linfast that it uses.
+    """
+
+    call: str
+    target: str
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    attributes: dict[str, Any]
+    options: dict[str, Any]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides what it compiles to, but Triton."""
+        text = json.dumps({**asdict(self), "call": ""}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class _Driver:
+    """What a launch asks of a driver."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target, self._device = target, next(_devices)  # Triton keeps what it compiled by device
+
+    def get_current_device(self) -> int:
+        return self._device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class _Compiled:
+    """What a launch asks of a compiled kernel; it does nothing."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+    def run(self, *_: Any) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def on(target: str, call: str = "") -> Iterator[list[Launch]]:
+    """Inside, tensors say that they are on such a GPU, and launches are kept in this list, each once."""
+    launches: list[Launch] = []
+
+    def compile(src: Any, target: GPUTarget, options: dict[str, Any], **_: Any) -> _Compiled:
+        launches.append(_launch(src, name, options, call, launches))
+        return _Compiled()
+
+    name, gpu = target, TARGETS[target]
+    hip = "6.4" if gpu.backend == "hip" else None
+    driver.set_active(_Driver(gpu))  # type: ignore[arg-type]
+    with (
+        mock.patch.object(triton.compiler, "compile", compile),
+        mock.patch.object(stack_configs, "_target", return_value=name),
+        # so that tensors on a CPU reach the launchers
+        mock.patch.object(register, "interpreting", return_value=True),
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.version, "hip", hip),
+    ):
+        yield launches
+
+
+def recorded(call: Callable[[], None], target: str, name: str = "") -> list[Launch]:
+    """The launches of a call, each once."""
+    with on(target, name) as launches:
+        call()
+    return launches
+
+
+def _launch(src: Any, target: str, options: dict[str, Any], call: str, before: list[Launch]) -> Launch:
+    names, kernel = src.fn.arg_names, src.fn.__name__
+    number = 1 + sum(launch.kernel == kernel for launch in before)
+    defaults = make_backend(TARGETS[target]).parse_options({}).__dict__
+    return Launch(
+        call=call if number == 1 else f"{call} ({number})",
+        target=target,
+        module=src.fn.__module__.removeprefix("linfast.kernels."),
+        kernel=kernel,
+        signature=dict(src.signature),
+        constants={names[i]: value for (i,), value in src.constants.items()},
+        attributes={names[i]: value for (i,), value in src.attrs.items() if value},
+        options={k: v for k, v in options.items() if v != defaults[k]},
+        source=hashlib.sha256(json.dumps(_sources(src.fn, {})).encode()).hexdigest()[:12],
+    )
+
+
+def _sources(function: JITFunction[Any], found: dict[str, str]) -> dict[str, str]:
+    """Text of the function and of the functions and constants of linfast that it names, and those of them."""
+    found[f"{function.__module__}.{function.__name__}"] = function.src
+    for name in sorted(set(re.findall(r"\w+", function.src))):
+        value = function.__globals__.get(name)
+        if isinstance(value, JITFunction) and value.__module__.startswith("linfast."):
+            if f"{value.__module__}.{value.__name__}" not in found:
+                _sources(value, found)
+        elif isinstance(value, tl.constexpr):
+            found[f"{function.__module__}.{name}"] = repr(value)
+    return found
+
+
+def main() -> None:
+    """Each launch once, under the name of the first call that makes it."""
+    from tests.static.calls import CALLS
+
+    seen: set[str] = set()
+    for call in CALLS:
+        for target in call.targets:
+            for launch in recorded(call.run, target, call.name):
+                if launch.digest not in seen:
+                    seen.add(launch.digest)
+                    print(json.dumps(asdict(launch)), file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
