@@ -96,7 +96,7 @@ def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tupl
             return allowed_errors(
                 lambda: _outputs(variant, call, _cast(variant, values), "exact"),
                 truth,
-                operands=_drawn_operands(variant.mode, half),
+                operands=operand_rounding(variant.mode, half) if variant.mode else None,
             )
 
         allowed = allowances(torch.bfloat16)
@@ -107,19 +107,6 @@ def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tupl
         if not exact.any():
             allowed[i] = torch.finfo(value.dtype).eps * size * variant.case.cancels
     return [relative_error(a, b) for a, b in zip(got, truth, strict=True)], allowed
-
-
-def _drawn_operands(mode: str, half: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """A mode's rounding of operands, on another grid at every call: its error is one draw, as the kernel's is."""
-    if mode in ("", "exact"):
-        return operand_rounding(mode, half) if mode else None
-    rounded, generator = operand_rounding(mode, half), torch.Generator().manual_seed(0)
-
-    def on_another_grid(t: Tensor) -> Tensor:
-        scale = 1 + torch.rand((), generator=generator)
-        return rounded(t * scale) / scale
-
-    return on_another_grid
 
 
 def _in_fp32(call: Callable[..., Any]) -> Callable[..., Any]:
