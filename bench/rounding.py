@@ -25,6 +25,7 @@ A mode whose products round their fp32 operands has its errors drawn with them r
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -89,17 +90,26 @@ def allowed_errors(
 
 
 def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
-    """What a mode of linfast.precision makes of an fp32 operand: tf32, or the sum of its parts in ``half``."""
-    if precision == "tf32":
-        return _tf32
+    """What a mode of linfast.precision makes of an fp32 operand: tf32, or the sum of its parts in ``half``.
 
-    def sum_of_parts(t: Tensor) -> Tensor:
-        total = torch.zeros_like(t)
-        for _ in range(_N_PARTS[precision]):
-            total = total + (t - total).to(half).to(t.dtype)
-        return total
+    Each call rounds on another grid (of t scaled, and scaled back): the same digits would go in every draw, and
+    leave no room for luck. Three parts hold all of fp32, and are left alone.
+    """
+    rounded = _tf32 if precision == "tf32" else functools.partial(_sum_of_parts, _N_PARTS[precision], half)
+    generator = torch.Generator().manual_seed(0)
 
-    return sum_of_parts
+    def on_another_grid(t: Tensor) -> Tensor:
+        scale = 1 + torch.rand((), generator=generator).to(t)
+        return rounded(t * scale) / scale
+
+    return rounded if precision == "exact" else on_another_grid
+
+
+def _sum_of_parts(n_parts: int, half: torch.dtype, t: Tensor) -> Tensor:
+    total = torch.zeros_like(t)
+    for _ in range(n_parts):
+        total = total + (t - total).to(half).to(t.dtype)
+    return total
 
 
 def _tf32(t: Tensor) -> Tensor:
