@@ -160,23 +160,16 @@ class Rounding(TorchDispatchMode):
         as_it_is = func.is_view or func.overloadpacket in _EXACT or torch.Tag.nondeterministic_seeded in func.tags
         if as_it_is or not any(t.dtype in _NARROW and not t.is_meta for t in _tensors((args, kwargs))):
             return func(*args, **kwargs)
+        if self._operands is not None and func.overloadpacket in _OPERANDS:
+            at, args = _OPERANDS[func.overloadpacket], list(args)
+            args[at] = [self._operands(t) if t.dtype == torch.float32 else t for t in args[at]]
         wide, wide_kwargs = _map(_widened, args), _map(_widened, kwargs)
-        if func.overloadpacket in _OPERANDS:
-            wide, at = list(wide), _OPERANDS[func.overloadpacket]
-            wide[at] = map(self._rounded_operand, wide[at], args[at])
         outputs = func(*args, **kwargs)  # for its dtypes, and for what it writes in place
         values = self._moved(func, wide, wide_kwargs, _leaves(outputs))
         for output, value in zip(_leaves(outputs), values, strict=True):
             if isinstance(output, Tensor) and value is not None:
                 output.copy_(value)
         return outputs
-
-    def _rounded_operand(self, wide: Tensor, narrow: Tensor) -> Tensor:
-        """The operand in float64, rounded as ``operands`` does, at a scale drawn anew: its error is a draw too."""
-        if self._operands is None or narrow.dtype != torch.float32:
-            return wide
-        scale = 1.0 if self._seed is None else 1.5 + self._uniform(wide.new_empty(())) / 2
-        return self._operands((wide * scale).float()).double() / scale
 
     def _moved(self, func: Any, args: Any, kwargs: Any, narrow: list[Any]) -> list[Tensor | None]:
         """What the operation gives in float64, each element moved as the model says; ``narrow`` are its outputs."""

@@ -84,7 +84,7 @@ def _products() -> Iterator[Case]:
         index = torch.randint(count, (batch,), generator=torch.Generator().manual_seed(batch))
 
         def pick(z: Tensor, A: Tensor, b: Tensor, index: Tensor = index) -> Outputs:
-            return [ops.latent_matmul(z, A, index, bias=b)]
+            return [ops.latent_matmul(z, A, index.to(z.device), bias=b)]
 
         inputs = _randn((batch, n_in), (count, n_out, n_in), (n_out,))
         yield Case("latent_matmul", f"{(batch, count, n_out, n_in)}", inputs, pick, smoke=batch == 40)

@@ -15,7 +15,7 @@ from torch import Tensor
 import linfast as lf
 from tests.machine_code.variants import DTYPES, Variant
 
-__all__ = ["Result", "checked", "outputs_and_gradients"]
+__all__ = ["Result", "checked", "exact", "outputs_and_gradients", "values_of"]
 
 _NOTHING = 2.0**-40  # a gradient this much smaller than the largest is zero, and float64's noise
 
@@ -61,7 +61,7 @@ def checked(variant: Variant, launch: Any) -> Result:
     try:
         with lf.backend("triton"), launch.poisoned():
             got = outputs_and_gradients(variant)
-        errors, allowed = _compared(variant, _values(variant), got)
+        errors, allowed = _compared(variant, values_of(variant), got)
     except Exception as error:  # a crash is a finding as well, and the rest still runs
         reports.append(f"{type(error).__name__}: {str(error)[:1000]}")
     reports += launch.STATISTICS.faults[faults:]
@@ -72,24 +72,31 @@ def checked(variant: Variant, launch: Any) -> Result:
     )
 
 
-def outputs_and_gradients(variant: Variant) -> list[Tensor]:
+def outputs_and_gradients(variant: Variant, values: Sequence[Tensor] | None = None) -> list[Tensor]:
     """What the op returns on the backend in force, and the gradients of its inputs for random cotangents."""
-    return _outputs(variant, variant.case.call, _cast(variant, _values(variant)))
+    return _outputs(variant, variant.case.call, _cast(variant, values_of(variant) if values is None else values))
 
 
-def _values(variant: Variant) -> list[Tensor]:
+def values_of(variant: Variant) -> list[Tensor]:
     """fp32, the same at every call."""
     torch.manual_seed(zlib.crc32(variant.case.label.encode()))
     return variant.case.inputs()
 
 
-def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Each error and its allowance."""
+def exact(variant: Variant, values: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """The same in float64, in plain torch, with zeros for what is only its noise; the norm of the largest."""
     call = _in_fp32(variant.case.call) if variant.case.x_alone else variant.case.call
     with lf.backend("reference"):
         truth = _outputs(variant, call, [_leaf(v.detach().double()) for v in _cast(variant, values)], "exact")
-        size = max(float(t.norm()) for t in truth)
-        truth = [t if float(t.norm()) > _NOTHING * size else torch.zeros_like(t) for t in truth]
+    size = max(float(t.norm()) for t in truth)
+    return [t if float(t.norm()) > _NOTHING * size else torch.zeros_like(t) for t in truth], size
+
+
+def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Each error and its allowance."""
+    call = _in_fp32(variant.case.call) if variant.case.x_alone else variant.case.call
+    truth, size = exact(variant, values)
+    with lf.backend("reference"):
         n_outputs = len(truth) - len(values)
 
         def allowances(half: torch.dtype) -> list[float]:
@@ -119,7 +126,7 @@ def _in_fp32(call: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _cast(variant: Variant, values: list[Tensor]) -> list[Tensor]:
+def _cast(variant: Variant, values: Sequence[Tensor]) -> list[Tensor]:
     dtype = DTYPES[variant.dtype]
     return [_leaf(v.to(torch.float32 if variant.case.x_alone and i else dtype)) for i, v in enumerate(values)]
 
@@ -133,6 +140,6 @@ def _outputs(variant: Variant, call: Callable[..., Any], inputs: list[Tensor], m
     options = variant.options | ({"precision": mode} if mode and variant.mode else {})
     outputs = [o for o in call(*inputs, **options) if o is not None]
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
     gradients = torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
     return [*(o.detach() for o in outputs), *gradients]
