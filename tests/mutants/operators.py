@@ -25,8 +25,8 @@ MUTANTS = (
     Mutant(
         name="LowRank: Woodbury's correction has the wrong sign",
         file="linfast/operators/low_rank.py",
-        old="U / -self.alpha",
-        new="U / self.alpha",
+        old="self.U @ core / -self.alpha",
+        new="self.U @ core / self.alpha",
         breaks="The inverse adds the correction in place of subtracting it.",
         tests=(f"{_SPECTRAL}::test_inverse_undoes",),
     ),
@@ -86,6 +86,22 @@ MUTANTS = (
             f"{_SPECTRAL}::test_inverse_of_a_singular_operator_names_pinv",
             f"{_SPECTRAL}::test_inverse_refuses_what_would_lose_every_digit",
         ),
+    ),
+    Mutant(
+        name="regular: weights that changed are not read again",
+        file="linfast/operators/regular.py",
+        old="return state is None or at not in seen or state != _state(operator)",
+        new="return state is None or at not in seen",
+        breaks="An operator that became singular gives NaN where it should say so.",
+        tests=("tests/test_host_reads.py::test_what_became_singular_raises_again",),
+    ),
+    Mutant(
+        name="register: a raw op runs in autocast",
+        file="linfast/ops/register.py",
+        old='return without_autocast("cpu", _launcher',
+        new='return (lambda _, run, *arguments: run(*arguments))("cpu", _launcher',
+        breaks="A backward inside an autocast block multiplies in bf16.",
+        tests=("tests/ops/test_every_op.py::test_no_part_of_an_op_is_in_autocast",),
     ),
     Mutant(
         name="Linearizer: the adjoint does not exchange its networks",
