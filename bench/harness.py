@@ -112,10 +112,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Options:
-    """What a front end asks of every case: the device, and whether to add torch.compile'd providers."""
+    """What a front end asks of every case: the device, and whether to add torch.compile'd providers.
+
+    ``kernels``: linfast is among the providers on every device, by its kernels or not at all: on a CPU in Triton's
+    interpreter, to be checked and never to be timed.
+    """
 
     device: torch.device
     compile: bool = False
+    kernels: bool = False
 
 
 @dataclass(frozen=True)

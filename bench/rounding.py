@@ -19,19 +19,26 @@ give the allowance of a kernel's error, in relative L2 against float64:
 
 so that an output of one number, whose error is often small by luck, is allowed more than
 one of thousands, whose error is nearly the same in every draw.
+
+A mode whose products round their fp32 operands has its errors drawn with them rounded: ``operand_rounding``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "relative_error"]
+from linfast.backend import plain_torch
+
+__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "drawn", "operand_rounding", "relative_error"]
+
+_Outputs = TypeVar("_Outputs")
 
 DRAWS = 6
 _EPS = torch.finfo(torch.float32).eps
@@ -47,6 +54,13 @@ _ARITHMETIC = {
     _aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.div, _aten.reciprocal, _aten.sqrt,
     _aten.add_, _aten.sub_, _aten.mul_, _aten.div_, _aten.reciprocal_, _aten.sqrt_,
 }  # fmt: skip
+# Which arguments of a matrix product a mode rounds.
+_OPERANDS = {
+    _aten.mm: slice(0, 2), _aten.bmm: slice(0, 2), _aten.addmm: slice(1, 3), _aten.baddbmm: slice(1, 3),
+    _aten.convolution: slice(0, 2), _aten.convolution_backward: slice(0, 3),
+}  # fmt: skip
+# What each mode of linfast.precision promises, not what the kernels say: a part too few must not widen its budget.
+_N_PARTS = {"exact": 3, "high": 2, "fast": 1}
 # Exact in any dtype, or rounded once by definition. Others that are exact are found to be so.
 _EXACT = {
     _aten._to_copy, _aten.copy_, _aten.clone, _aten.cat, _aten.neg, _aten.where, _aten.flip, _aten.slice_backward,
@@ -55,21 +69,60 @@ _EXACT = {
 
 
 def allowed_errors(
-    reference: Callable[[], Sequence[Tensor | None]], truth: Sequence[Tensor | None], draws: int = DRAWS
+    reference: Callable[[], Sequence[Tensor | None]],
+    truth: Sequence[Tensor | None],
+    draws: int = DRAWS,
+    operands: Callable[[Tensor], Tensor] | None = None,
 ) -> list[float]:
     """The allowance of each output of ``reference``, by the formula above; 0 where it is None.
 
     Args:
         reference: plain torch on narrow tensors; called ``draws`` times.
         truth: the same outputs in float64.
+        operands: what becomes of the fp32 operands of matrix products.
     """
     errors = []
     for seed in range(draws):
-        with Rounding(seed):
-            outputs = reference()
+        outputs = drawn(reference, seed, operands)
         errors.append([relative_error(o, t) for o, t in zip(outputs, truth, strict=True)])
     pairs = zip(zip(*errors, strict=True), outputs, strict=True)
     return [0.0 if output is None else allowed_error(e, output.dtype) for e, output in pairs]
+
+
+def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
+    """What a mode of linfast.precision makes of an fp32 operand: tf32, or the sum of its parts in ``half``.
+
+    Each call rounds on another grid (of t scaled, and scaled back): the same digits would go in every draw, and
+    leave no room for luck. Three parts hold all of fp32, and are left alone.
+    """
+    rounded = _tf32 if precision == "tf32" else functools.partial(_sum_of_parts, _N_PARTS[precision], half)
+    generator = torch.Generator().manual_seed(0)
+
+    def on_another_grid(t: Tensor) -> Tensor:
+        scale = 1 + torch.rand((), generator=generator).to(t)
+        return rounded(t * scale) / scale
+
+    return rounded if precision == "exact" else on_another_grid
+
+
+def _sum_of_parts(n_parts: int, half: torch.dtype, t: Tensor) -> Tensor:
+    total = torch.zeros_like(t)
+    for _ in range(n_parts):
+        total = total + (t - total).to(half).to(t.dtype)
+    return total
+
+
+def _tf32(t: Tensor) -> Tensor:
+    """fp32 with ten bits after the point, to nearest."""
+    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def drawn(
+    reference: Callable[[], _Outputs], seed: int, operands: Callable[[Tensor], Tensor] | None = None
+) -> _Outputs:
+    """The outputs of ``reference`` with one draw of the error. A reference that runs a kernel is an error."""
+    with plain_torch(), Rounding(seed, operands):
+        return reference()
 
 
 def allowed_error(errors: Sequence[float], dtype: torch.dtype) -> float:
@@ -90,12 +143,13 @@ def relative_error(value: Tensor | None, truth: Tensor | None) -> float:
 class Rounding(TorchDispatchMode):
     """Inside the block plain torch rounds as the model above says, drawn from ``seed``.
 
-    Without a seed nothing is moved: every operation is exact and its result rounded to nearest.
+    Without a seed nothing is moved: every operation is exact and its result rounded to nearest. ``operands`` is
+    applied to the fp32 operands of matrix products before.
     """
 
-    def __init__(self, seed: int | None = None) -> None:
+    def __init__(self, seed: int | None = None, operands: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self._seed = seed
+        self._seed, self._operands = seed, operands
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,6 +160,9 @@ class Rounding(TorchDispatchMode):
         as_it_is = func.is_view or func.overloadpacket in _EXACT or torch.Tag.nondeterministic_seeded in func.tags
         if as_it_is or not any(t.dtype in _NARROW and not t.is_meta for t in _tensors((args, kwargs))):
             return func(*args, **kwargs)
+        if self._operands is not None and func.overloadpacket in _OPERANDS:
+            at, args = _OPERANDS[func.overloadpacket], list(args)
+            args[at] = [self._operands(t) if t.dtype == torch.float32 else t for t in args[at]]
         wide, wide_kwargs = _map(_widened, args), _map(_widened, kwargs)
         outputs = func(*args, **kwargs)  # for its dtypes, and for what it writes in place
         values = self._moved(func, wide, wide_kwargs, _leaves(outputs))

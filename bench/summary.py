@@ -1,8 +1,7 @@
-"""``python -m linfast.bench.summary DIR``: what bench/gpu.sh found, short enough to read in one reply."""
+"""``python -m linfast.bench.summary FILE``: results as a short table, to be read in one reply of the machine."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,29 +12,10 @@ from .environment import Environment
 from .harness import Result
 from .report import number, parse, shares
 
-__all__ = ["short_table", "summary"]
+__all__ = ["short_table"]
 
 _PROVIDERS = ("eager", "torch.compile", "linfast", "linfast compiled")
 _WORDS = {"forward+backward": "f+b", "training step": "train", "float32": "fp32", "bfloat16": "bf16"}
-
-
-def summary(folder: Path) -> str:
-    """Tests and sanitizers in a line each; a line a size: p50 of each provider and the best one's share."""
-    found = [
-        *_matching(folder / "tests.log", r"\d+ (passed|failed|error)"),
-        *_matching(folder / "tests.log", r"^(FAILED|ERROR) ")[:20],
-        *_matching(folder / "sanitizer.log", r"ERROR SUMMARY|RACECHECK SUMMARY|not on this machine|device is not"),
-        *_matching(folder / "bench.log", r"^leaving out"),
-    ]
-    path = folder / "results.jsonl"
-    parsed = parse(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
-    refused = [f"refused: {r.case} {_size(r)} {r.provider}: {r.refused}" for r, _ in parsed if r.refused]
-    return "\n".join([*found, *refused, "", *([short_table(parsed)] if parsed else ["no results"])])
-
-
-def _matching(path: Path, pattern: str) -> list[str]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return [line[:160] for line in lines if re.search(pattern, line)]
 
 
 def short_table(parsed: Sequence[tuple[Result, Environment]]) -> str:
@@ -78,4 +58,5 @@ def _size(result: Result) -> str:
 
 
 if __name__ == "__main__":
-    print(summary(Path(sys.argv[1])))
+    results = parse(Path(sys.argv[1]).read_text(encoding="utf-8").splitlines())
+    print(short_table(results) if results else "no results")

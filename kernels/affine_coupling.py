@@ -58,15 +58,20 @@ def choose_tile(inner: int) -> Tile:
 
 
 @triton.jit
-def _tile(n_rows, n_outer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT64: tl.constexpr):
-    """Row numbers, batch, outer index and column of a program's tile, each broadcastable."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+def _tile(n_rows, n_outer, n_inner, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT64: tl.constexpr):
+    """Row numbers, batch, outer index and column of a program's tile, each broadcastable; where its sum goes.
+
+    Tiles are numbered on one axis, because a grid's others end at 65,535.
+    """
+    n_tiles = tl.cdiv(n_inner, COLUMNS)
+    block = tl.program_id(0) // n_tiles
+    tile = tl.program_id(0) - block * n_tiles
     if INT64:
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        column = column.to(tl.int64)
+        block, tile = block.to(tl.int64), tile.to(tl.int64)
+    row = block * ROWS + tl.arange(0, ROWS)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
     batch = row // n_outer
-    return row, batch[:, None], (row - batch * n_outer)[:, None], column[None, :]
+    return row, batch[:, None], (row - batch * n_outer)[:, None], column[None, :], row * n_tiles + tile
 
 
 @triton.jit
@@ -116,7 +121,7 @@ def _affine_coupling_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, b, o, i = _tile(n_rows, n_outer, ROWS, COLUMNS, INT64)
+    row, b, o, i, at = _tile(n_rows, n_outer, tl.maximum(inner_moved, inner_kept), ROWS, COLUMNS, INT64)
     inside = row[:, None] < n_rows
     kept = inside & (o < outer_kept) & (i < inner_kept)
     x_at = b * stride_xb + o * stride_xo + i * stride_xi
@@ -131,7 +136,6 @@ def _affine_coupling_kernel(
     tl.store(y_moved_ptr + y_at, y.to(y_moved_ptr.dtype.element_ty), mask=moves)
     if LOG_DET:
         total = tl.sum(tl.where(moves, log_s, 0.0), 1)
-        at = row * tl.num_programs(1) + tl.program_id(1)
         tl.store(partial_ptr + at, -total if INVERSE else total, mask=row < n_rows)
 
 
@@ -179,7 +183,7 @@ def _affine_coupling_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, b, o, i = _tile(n_rows, n_outer, ROWS, COLUMNS, INT64)
+    row, b, o, i, _ = _tile(n_rows, n_outer, tl.maximum(inner_moved, inner_kept), ROWS, COLUMNS, INT64)
     inside = row[:, None] < n_rows
     kept = inside & (o < outer_kept) & (i < inner_kept)
     g_at = b * stride_gb + o * stride_go + i * stride_gi
@@ -220,13 +224,14 @@ def shift_and_raw(params: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     return params[:, : params.shape[1] // 2], params[:, params.shape[1] // 2 :]
 
 
-def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...], tuple[int, int], Tile]:
-    """((n_rows, n_outer, outer and inner extents of each half), grid, tile)."""
+def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...], int, int, Tile]:
+    """((n_rows, n_outer, outer and inner extents of each half), programs, tiles of a row, tile)."""
     (outer_m, inner_m), (outer_k, inner_k) = path.sizes(moved), path.sizes(kept)
     n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
     n_rows, tile = moved.shape[0] * n_outer, choose_tile(inner)
     sizes = (n_rows, n_outer, outer_m, inner_m, outer_k, inner_k)
-    return sizes, (ceil_div(n_rows, tile.rows), ceil_div(inner, tile.columns)), tile
+    n_tiles = ceil_div(inner, tile.columns)
+    return sizes, ceil_div(n_rows, tile.rows) * n_tiles, n_tiles, tile
 
 
 def launch_affine_coupling(
@@ -249,10 +254,10 @@ def launch_affine_coupling(
     y_moved, y_kept = halves(positions(y), moves_second)
     shift, raw = shift_and_raw(positions(params), interleaved)
     path = walk(moved, kept, shift, y_moved, y_kept)
-    sizes, grid, tile = _row_grid(path, moved, kept)
-    partial = x.new_empty((x.shape[0], sizes[1] * grid[1]) if log_det else (0,), dtype=torch.float32)
+    sizes, programs, n_tiles, tile = _row_grid(path, moved, kept)
+    partial = x.new_empty((x.shape[0], sizes[1] * n_tiles) if log_det else (0,), dtype=torch.float32)
     with device_guard(x):
-        _affine_coupling_kernel[grid](
+        _affine_coupling_kernel[(programs,)](
             moved, kept, shift, raw, y_moved, y_kept, partial, *sizes,
             *path.strides(moved), *path.strides(shift), *path.strides(y_moved), bound, floor,
             KIND=kind, SCALE_FIRST=scale_first, INVERSE=inverse, LOG_DET=log_det,
@@ -288,11 +293,10 @@ def launch_affine_coupling_backward(
     shift, raw = shift_and_raw(positions(params), interleaved)
     dshift, draw = shift_and_raw(positions(dparams), interleaved)
     path = walk(y_moved, grad_moved, grad_kept, shift, dshift, dx_moved, dx_kept)
-    sizes, grid, tile = _row_grid(path, grad_moved, grad_kept)
-    grad_log_det = grad_log_det if log_det else None  # torch.compile makes a [0] where there is no log_det
+    sizes, programs, _, tile = _row_grid(path, grad_moved, grad_kept)
     h = grad if grad_log_det is None else grad_log_det
     with device_guard(y):
-        _affine_coupling_backward_kernel[grid](
+        _affine_coupling_backward_kernel[(programs,)](
             y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw, *sizes,
             *path.strides(y_moved), *path.strides(shift), *path.strides(grad_moved), *path.strides(dx_moved),
             *path.strides(dshift), h.stride(0), bound, floor,

@@ -16,7 +16,8 @@ the compiler orders each load along the run it finds. fp32 products are "ieee", 
 half-precision products run on the matrix units with fp32 sums.
 
 dW splits the columns into at most SPLITS parts, each a partial product that torch sums:
-no atomics, the same bits every time.
+no atomics, the same bits every time. An fp32 product is one chain of multiply-adds from the first term to the
+last, whose error grows with its length: a split adds up chains of RUN chunks.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ WEIGHTS: tuple[tuple[int, MixTile], ...] = (
     (32, MixTile(outputs=32, columns=32, depth=32, num_warps=4)),
     (1 << 62, MixTile(outputs=64, columns=32, depth=32, num_warps=4)),
 )
+RUN = tl.constexpr(8)
 SPLITS = 512  # about four programs a multiprocessor; the partials of C = 128 are then 32 MB
 _CHUNKS_A_SPLIT = 8  # fewer chunks would write more partials than they read
 
@@ -236,17 +238,22 @@ def _channel_mix_weight_kernel(
         split, o, c = split.to(tl.int64), o.to(tl.int64), c.to(tl.int64)
     dweight = tl.zeros((OUTPUTS, OUTPUTS), tl.float32)
     dbias = tl.zeros((OUTPUTS,), tl.float32)
-    for chunk in range(0, n_chunks):
-        n = (split * n_chunks + chunk) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = n < n_columns
-        g_at = column_offsets(n, n_positions, stride_gb, stride_gp, MERGED)[None, :] + o[:, None] * stride_gc
-        g = tl.load(grad_ptr + g_at, mask=(o < n_out)[:, None] & inside[None, :], other=0.0)
-        if WEIGHT:
-            x_at = column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None] + c[None, :] * stride_xc
-            x = tl.load(x_ptr + x_at, mask=inside[:, None] & (c < n_in)[None, :], other=0.0)
-            dweight = tl.dot(_operand(g, HALF), _operand(x, HALF), dweight, input_precision="ieee")
-        if BIAS:
-            dbias += tl.sum(g.to(tl.float32), 1)
+    for start in range(0, n_chunks, RUN):
+        run = tl.zeros((OUTPUTS, OUTPUTS), tl.float32)
+        for chunk in range(start, tl.minimum(start + RUN, n_chunks)):
+            n = (split * n_chunks + chunk) * COLUMNS + tl.arange(0, COLUMNS)
+            inside = n < n_columns
+            g_at = column_offsets(n, n_positions, stride_gb, stride_gp, MERGED)[None, :] + o[:, None] * stride_gc
+            g = tl.load(grad_ptr + g_at, mask=(o < n_out)[:, None] & inside[None, :], other=0.0)
+            if WEIGHT:
+                x_at = column_offsets(n, n_positions, stride_xb, stride_xp, MERGED)[:, None]
+                x = tl.load(
+                    x_ptr + x_at + c[None, :] * stride_xc, mask=inside[:, None] & (c < n_in)[None, :], other=0.0
+                )
+                run = tl.dot(_operand(g, HALF), _operand(x, HALF), run, input_precision="ieee")
+            if BIAS:
+                dbias += tl.sum(g.to(tl.float32), 1)
+        dweight += run
     if WEIGHT:
         at = (split * n_out + o[:, None]) * n_in + c[None, :]
         tl.store(dweight_ptr + at, dweight, mask=(o < n_out)[:, None] & (c < n_in)[None, :])

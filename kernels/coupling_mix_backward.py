@@ -182,7 +182,6 @@ def launch_coupling_mix_backward(
     if grad is None:
         grad = x.new_zeros(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
     constants = (kind, bound, floor, scale_first, interleaved, moves_second, inverse)
-    grad_log_det = grad_log_det if log_det else None  # torch.compile makes a [0] where there is no log_det
     dx = mixed_like(x, x.shape[1]) if needs_inputs else x.new_empty(0)
     dparams = like(params) if needs_inputs else params.new_empty(0)
     u = x

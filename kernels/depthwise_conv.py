@@ -49,9 +49,8 @@ def choose_tile(channels: int, pixels: int, channels_inner: bool) -> Tile:
 
 
 @triton.jit
-def _channels(n_blocks, n_channels, CHANNELS: tl.constexpr, INT64: tl.constexpr):
-    """Sample, and the channels [CHANNELS, 1] of grid axis 0."""
-    program = tl.program_id(0)
+def _channels(program, n_blocks, n_channels, CHANNELS: tl.constexpr, INT64: tl.constexpr):
+    """Sample, and the channels [CHANNELS, 1] of this block of channels."""
     b = program // n_blocks
     c = ((program - b * n_blocks) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
     if INT64:
@@ -80,8 +79,10 @@ def _depthwise_conv_kernel(
     KW: tl.constexpr, TRANSPOSE: tl.constexpr, INT64: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    b, c = _channels(n_blocks, n_channels, CHANNELS, INT64)
-    i, j = _pixels(tl.program_id(1) * PIXELS, width, PIXELS, INT64)
+    n_tiles = tl.cdiv(height * width, PIXELS)
+    block = tl.program_id(0) // n_tiles  # one axis, because a grid's others end at 65,535
+    b, c = _channels(block, n_blocks, n_channels, CHANNELS, INT64)
+    i, j = _pixels((tl.program_id(0) - block * n_tiles) * PIXELS, width, PIXELS, INT64)
     inside = (c < n_channels) & (i < height)
     sign = -1 if TRANSPOSE else 1
     acc = tl.zeros((CHANNELS, PIXELS), tl.float32)
@@ -105,7 +106,7 @@ def _depthwise_conv_weight_kernel(
     KH: tl.constexpr, KW: tl.constexpr, TRANSPOSE: tl.constexpr, INT64: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    b, c = _channels(n_blocks, n_channels, CHANNELS, INT64)
+    b, c = _channels(tl.program_id(0), n_blocks, n_channels, CHANNELS, INT64)
     u = tl.program_id(1) // KW
     v = tl.program_id(1) - u * KW
     sign = -1 if TRANSPOSE else 1
@@ -135,7 +136,7 @@ def _apply(x: Tensor, weight: Tensor, y: Tensor, transpose: bool) -> None:
     tile = choose_tile(channels, height * width, y.stride(1) < y.stride(3))
     n_blocks = ceil_div(channels, tile.rows)
     with device_guard(x):
-        _depthwise_conv_kernel[(batch * n_blocks, ceil_div(height * width, tile.columns))](
+        _depthwise_conv_kernel[(batch * n_blocks * ceil_div(height * width, tile.columns),)](
             x, weight, y, n_blocks, channels, height, width, kh,
             *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
             INT64=needs_int64(x, weight, y), CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile, device_guard, needs_int64, positions, power_of_two
+from .launch import UNFUSED, Tile, device_guard, needs_int64, positions, power_of_two
 from .math import sigmoid
 
 __all__ = [
@@ -102,13 +102,15 @@ def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, stride_s, c, inside):
 
 @triton.jit
 def _group_norm_silu_kernel(
-    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, count, stride_xb, stride_xc,
-    stride_xp, stride_yb, stride_yc, stride_yp, stride_sb, stride_sc, eps, ACTIVATION: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, y_ptr, mean_ptr, rstd_ptr, n_groups, count,
+    stride_xb, stride_xc, stride_xp, stride_yb, stride_yc, stride_yp, stride_sb, stride_sc, eps,
+    ACTIVATION: tl.constexpr,
     ONE_TILE: tl.constexpr, INT64: tl.constexpr, PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0)
-    first = tl.program_id(1) * PER_GROUP
+    at = tl.program_id(0)
+    b = at // n_groups
+    first = (at - b * n_groups) * PER_GROUP
     if INT64:
         b = b.to(tl.int64)
         first = first.to(tl.int64)
@@ -142,7 +144,6 @@ def _group_norm_silu_kernel(
                 total += centred * centred
         squares = tl.sum(total)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / n + eps))
-    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     tl.store(mean_ptr + at, mean)
     tl.store(rstd_ptr + at, rstd)
 
@@ -185,13 +186,14 @@ def _keep_sums(sum_ptr, sum_h_ptr, d, dh, a, c, inside, SUMS: tl.constexpr):
 @triton.jit
 def _group_norm_silu_backward_kernel(
     x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, grad_ptr, dx_ptr, sum_ptr, sum_h_ptr,
-    count, stride_xb, stride_xc, stride_xp, stride_gb, stride_gc, stride_gp, stride_db, stride_dc, stride_dp,
-    stride_sb, stride_sc, ACTIVATION: tl.constexpr, ONE_TILE: tl.constexpr, SUMS: tl.constexpr,
+    n_groups, count, stride_xb, stride_xc, stride_xp, stride_gb, stride_gc, stride_gp, stride_db, stride_dc,
+    stride_dp, stride_sb, stride_sc, ACTIVATION: tl.constexpr, ONE_TILE: tl.constexpr, SUMS: tl.constexpr,
     INPUT: tl.constexpr, INT64: tl.constexpr, PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(0)
-    first = tl.program_id(1) * PER_GROUP
+    at = tl.program_id(0)
+    b = at // n_groups
+    first = (at - b * n_groups) * PER_GROUP
     if INT64:
         b = b.to(tl.int64)
         first = first.to(tl.int64)
@@ -202,11 +204,10 @@ def _group_norm_silu_backward_kernel(
         scale_ptr += b * stride_sb
     if shift_ptr is not None:
         shift_ptr += b * stride_sb
-    group = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    sum_ptr += group * PER_GROUP
-    sum_h_ptr += group * PER_GROUP
-    mean = tl.load(mean_ptr + group)
-    rstd = tl.load(rstd_ptr + group)
+    sum_ptr += at * PER_GROUP
+    sum_h_ptr += at * PER_GROUP
+    mean = tl.load(mean_ptr + at)
+    rstd = tl.load(rstd_ptr + at)
     n = 1.0 * count * PER_GROUP
 
     if ONE_TILE:
@@ -297,10 +298,10 @@ def launch_group_norm_silu(
         return y.view(x.shape), mean, rstd
     parameters, strides = _parameters(weight, bias, scale, shift)
     with device_guard(x):
-        _group_norm_silu_kernel[(x.shape[0], groups)](
-            view, *parameters, y, mean, rstd, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
+        _group_norm_silu_kernel[(x.shape[0] * groups,)](
+            view, *parameters, y, mean, rstd, groups, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
             ACTIVATION=activation, INT64=needs_int64(view, y, *_given(parameters)),
-            **_shape(view, groups, choose_tile),
+            **_shape(view, groups, choose_tile), **UNFUSED,
         )  # fmt: skip
     return y.view(x.shape), mean, rstd
 
@@ -333,11 +334,12 @@ def launch_group_norm_silu_backward(
     if x.numel() > 0:
         parameters, strides = _parameters(weight, bias, scale, shift)
         with device_guard(x):
-            _group_norm_silu_backward_kernel[(x.shape[0], groups)](
-                view, *parameters, mean, rstd, g, dx, s1, s2, view.shape[2],
+            _group_norm_silu_backward_kernel[(x.shape[0] * groups,)](
+                view, *parameters, mean, rstd, g, dx, s1, s2, groups, view.shape[2],
                 *view.stride(), *g.stride(), *dx.stride(), *strides,
                 ACTIVATION=activation, SUMS=any(needs[1:]), INPUT=needs[0],
                 INT64=needs_int64(view, g, dx, *_given(parameters)), **_shape(view, groups, choose_tile_backward),
+                **UNFUSED,
             )  # fmt: skip
     gradients = _parameter_gradients(s1, s2, (weight, bias, scale, shift), needs)
     return (dx.view(x.shape) if needs[0] else dx.view(0), *gradients)

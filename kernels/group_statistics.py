@@ -50,8 +50,9 @@ def store_group_tiles(
     total = tl.sum(tl.where(inside, y, 0.0), 0)
     mean = tl.sum(tl.reshape(total, (GROUPS, PADDED)), 1) / n
     of_column = tl.reshape(tl.broadcast_to(mean[:, None], (GROUPS, PADDED)), (COLUMNS,))
-    centred = tl.where(inside, y - of_column[None, :], 0.0)
-    squares = tl.sum(tl.reshape(tl.sum(centred * centred, 0), (GROUPS, PADDED)), 1)
+    centred = y - of_column[None, :]
+    # The square is chosen and not fused with the sum: lanes that hold the same sum then hold the same bits of it.
+    squares = tl.sum(tl.reshape(tl.sum(tl.where(inside, centred * centred, 0.0), 0), (GROUPS, PADDED)), 1)
     group = first_group + tl.arange(0, GROUPS)
     to = tiles_ptr + (at * n_groups + group) * 2
     tl.store(to, mean, mask=group < n_groups)

@@ -11,7 +11,8 @@ The rows are sorted by operator (stable, on the device, nothing read by the host
 into tiles of one operator each: at most B / rows + K of them, the grid; a program finds its
 tile in the running sum of tiles per operator. It gathers its rows of z through the order and reads
 A_k in place: A is never gathered to [B, n_out, n_in]. dA takes one program per operator and
-tile of it, which adds up that operator's rows in their order: no atomics, the same bits every time.
+tile of it, which adds up that operator's rows in their order: no atomics, the same bits every time. RUN steps
+of rows are one chain of multiply-adds, whose error grows with its length.
 
 Bytes: z, y and the order once a tile column; each A_k once a row tile, so about
 K n_out n_in + 2 B n elements where the rows of an operator fit one tile.
@@ -53,6 +54,7 @@ TILES: tuple[tuple[int, BankTile], ...] = (
 )
 # dA: n_out by n_in, ``inner`` rows of the batch a step.
 GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=4)
+RUN = tl.constexpr(8)
 
 
 def choose_tile(batch: int, n_operators: int) -> BankTile:
@@ -148,15 +150,19 @@ def _bank_gradient_kernel(
         n = n.to(tl.int64)
     begin, end = tl.load(start_ptr + k), tl.load(start_ptr + k + 1)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(0, (end - begin).to(tl.int32), INNER):
-        position = begin + first + tl.arange(0, INNER)
-        inside = position < end
-        b = tl.load(order_ptr + position, mask=inside, other=0)
-        at = b[None, :] * stride_gb + m[:, None] * stride_gn
-        grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
-        at = b[:, None] * stride_zb + n[None, :] * stride_zn
-        z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
-        total = tl.dot(grad, z, total, input_precision="ieee")
+    n_rows = (end - begin).to(tl.int32)
+    for start in range(0, n_rows, RUN * INNER):
+        run = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(start, tl.minimum(start + RUN * INNER, n_rows), INNER):
+            position = begin + first + tl.arange(0, INNER)
+            inside = position < end
+            b = tl.load(order_ptr + position, mask=inside, other=0)
+            at = b[None, :] * stride_gb + m[:, None] * stride_gn
+            grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
+            at = b[:, None] * stride_zb + n[None, :] * stride_zn
+            z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
+            run = tl.dot(grad, z, run, input_precision="ieee")
+        total += run
     at = k * n_out * n_in + m[:, None] * n_in + n[None, :]
     wanted = (m < n_out)[:, None] & (n < n_in)[None, :]
     tl.store(da_ptr + at, total.to(da_ptr.dtype.element_ty), mask=wanted)

@@ -14,9 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Tile", "Walk", "ceil_div", "device_guard", "like", "needs_int64", "positions", "power_of_two", "walk"]
+__all__ = [
+    *("UNFUSED", "Tile", "Walk", "ceil_div", "device_guard", "like", "needs_int64", "positions", "power_of_two"),
+    "walk",
+]
 
 _INT32_ELEMENTS = 2**31
+# For kernels that store sums of products over lanes. In a fused a b + (another lane's product) a lane rounds the
+# other's product and not its own, so that lanes differ in the last bit, and which is stored is not defined.
+UNFUSED = {"enable_fp_fusion": False}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard, needs_int64, power_of_two
+from .launch import UNFUSED, ceil_div, device_guard, needs_int64, power_of_two
 
 __all__ = ["MAX_SPLITS", "TILES", "LowRankTile", "choose_tile", "launch_low_rank", "launch_low_rank_backward"]
 
@@ -68,6 +68,16 @@ def _factor_at(n, r, stride_n, stride_r, RANK: tl.constexpr, DENSE: tl.constexpr
     else:
         at = n[:, None] * stride_n + r[None, :] * stride_r
     return at
+
+
+@triton.jit
+def _tile_of_sample(n_tiles, ROWS: tl.constexpr, INT64: tl.constexpr):
+    """(sample, rows [ROWS], tile) of a program; one axis, because a grid's others end at 65,535."""
+    program = tl.program_id(0)
+    b = program // n_tiles
+    tile = program - b * n_tiles
+    n = (tile.to(tl.int64) if INT64 else tile) * ROWS + tl.arange(0, ROWS)
+    return b.to(tl.int64), n, tile
 
 
 @triton.jit
@@ -129,6 +139,7 @@ def _expand_kernel(
     partial_ptr,
     y_ptr,
     t_ptr,
+    n_tiles,
     n_features,
     n_splits,
     alpha,
@@ -147,17 +158,14 @@ def _expand_kernel(
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """y[b] = alpha x[b] + U[b] t[b], and t itself from the first tile; grid (B, tiles)."""
-    b = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    if INT64:
-        n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """y[b] = alpha x[b] + U[b] t[b], and t itself from the first tile; grid (B tiles)."""
+    b, n, tile = _tile_of_sample(n_tiles, ROWS, INT64)
     inside = n < n_features
     y = tl.zeros((ROWS,), tl.float32)
     for start in tl.static_range(0, RANK, RANKS):
         r = start + tl.arange(0, RANKS)
         t = _add_partials(partial_ptr, b, r, n_splits, n_splits, RANK, SPLITS, RANKS)
-        tl.store(t_ptr + b * RANK + r, t, mask=(r < RANK) & (tl.program_id(1) == 0))
+        tl.store(t_ptr + b * RANK + r, t, mask=(r < RANK) & (tile == 0))
         at = _factor_at(n, r, stride_un, stride_ur, RANK, DENSE)
         u = tl.load(u_ptr + b * stride_ub + at, mask=inside[:, None] & (r < RANK)[None, :], other=0.0)
         y += tl.sum(u.to(tl.float32) * t[None, :], 1)
@@ -176,6 +184,7 @@ def _low_rank_backward_kernel(
     dx_ptr,
     du_ptr,
     dv_ptr,
+    n_tiles,
     n_in,
     n_out,
     n_splits,
@@ -200,11 +209,8 @@ def _low_rank_backward_kernel(
     ROWS: tl.constexpr,
     RANKS: tl.constexpr,
 ):
-    """dx, dU, dV, all contiguous, of which those needed; grid (B, tiles of the longer of x and y)."""
-    b = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    if INT64:
-        n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """dx, dU, dV, all contiguous, of which those needed; grid (B tiles of the longer of x and y)."""
+    b, n, _ = _tile_of_sample(n_tiles, ROWS, INT64)
     of_x, of_y = n < n_in, n < n_out
     grad = tl.load(grad_ptr + b * stride_gb + n * stride_gn, mask=of_y, other=0.0).to(tl.float32)
     if NEED_V:
@@ -268,11 +274,14 @@ def launch_low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tens
     if y.numel() == 0 or x.shape[1] == 0 or rank == 0:
         return y.copy_(alpha * x) if alpha else y.zero_(), t.zero_()
     tile, (factor, dense), partial = choose_tile(rank), _per_sample(U, batch), _project(x, V)
+    n_tiles = ceil_div(n_out, tile.rows)
     with device_guard(x):
-        _expand_kernel[(batch, ceil_div(n_out, tile.rows))](
-            x, factor, partial, y, t, n_out, partial.shape[1], alpha, *x.stride(), *factor.stride(), *y.stride(),
+        _expand_kernel[(batch * n_tiles,)](
+            x, factor, partial, y, t, n_tiles, n_out, partial.shape[1], alpha,
+            *x.stride(), *factor.stride(), *y.stride(),
             RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0, DENSE=dense,
             INT64=needs_int64(x[0], factor[0]), ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
+            **UNFUSED,
         )  # fmt: skip
     return y, t
 
@@ -307,13 +316,14 @@ def launch_low_rank_backward(
     if not (need_x or need_u or need_v):
         return dx, dU, dV
     tile, (factor, dense) = choose_tile(rank), _per_sample(V, batch)
+    n_tiles = ceil_div(max(n_in, n_out), tile.rows)
     with device_guard(x):
-        _low_rank_backward_kernel[(batch, ceil_div(max(n_in, n_out), tile.rows))](
-            x, factor, t, partial, grad, dx, dU, dV, n_in, n_out, partial.shape[1], alpha,
+        _low_rank_backward_kernel[(batch * n_tiles,)](
+            x, factor, t, partial, grad, dx, dU, dV, n_tiles, n_in, n_out, partial.shape[1], alpha,
             *x.stride(), *factor.stride(), *t.stride(), *grad.stride(),
             RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0,
             NEED_X=need_x, NEED_U=need_u, NEED_V=need_v, DENSE=dense,
             INT64=needs_int64(x[0], factor[0], grad[0]) or max(n_in, n_out) * rank >= 2**31,
-            ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
+            ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps, **UNFUSED,
         )  # fmt: skip
     return dx, dU, dV

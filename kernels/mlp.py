@@ -10,7 +10,10 @@ of what the parts before it leave over, and sums in fp32 the products of parts t
     3      bf16     those, x1 w1, x0 w2, x2 w0                      exact  2^-24
 
 W is split beforehand (linfast.ops.stack_weights), so that its parts go from memory to the
-matrix units untouched; the smallest products are added first.
+matrix units untouched. The units drop the low 13 bits of an fp32 operand, which errs by twice a
+rounding and always towards zero: tf32 operands are rounded to nearest before, W's when it is packed.
+The units may truncate each partial sum as well: products of parts start from zero, the smallest
+first, and what they come to is added in fp32.
 
 Activations have three forms: EXACT; FAST and PTX, the same formulas in tanh, which PTX takes
 from NVIDIA's tanh.approx (2^-11 relative, one special-function instruction) and FAST from exp2
@@ -24,7 +27,7 @@ import triton.language as tl
 
 from .math import LOG2E, tanh
 
-__all__ = ["activate", "activation_derivative", "conditioner", "product", "split"]
+__all__ = ["activate", "activation_derivative", "conditioner", "dot_parts", "product", "split"]
 
 # The ids of linfast.ops.coupling_stack.ACTIVATION_IDS, which tests hold equal.
 RELU = tl.constexpr(0)
@@ -100,39 +103,65 @@ def activation_derivative(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _round_tf32(x):
+    """The nearest number of ten bits after the point, ties away from zero; NaN and infinities as they are."""
+    nearest = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)
+
+
+@triton.jit
+def _nearest(x, dtype: tl.constexpr):
+    """x in this type; in tf32 for fp32."""
+    if dtype == tl.float32:
+        result = _round_tf32(x.to(tl.float32))
+    else:
+        result = x.to(dtype)
+    return result
+
+
+@triton.jit
 def split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
-    """x in PARTS parts of this type; parts that are not asked for repeat the first."""
-    x0 = x.to(dtype)
+    """x in PARTS parts of this type, tf32 for fp32; parts that are not asked for repeat the first."""
+    x0 = _nearest(x, dtype)
     x1 = x0
     x2 = x0
     if PARTS > 1:
         rest = x - x0.to(tl.float32)
-        x1 = rest.to(dtype)
+        x1 = _nearest(rest, dtype)
         if PARTS > 2:
-            x2 = (rest - x1.to(tl.float32)).to(dtype)
+            x2 = _nearest(rest - x1.to(tl.float32), dtype)
     return x0, x1, x2
+
+
+@triton.jit
+def dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS: tl.constexpr):
+    """total + x w, both in parts."""
+    if PARTS == 1:
+        total = tl.dot(x0, w0, total, input_precision="tf32")
+    else:
+        if PARTS == 3:
+            out = tl.dot(x0, w2, input_precision="tf32")
+            out = tl.dot(x2, w0, out, input_precision="tf32")
+            out = tl.dot(x1, w1, out, input_precision="tf32")
+            out = tl.dot(x0, w1, out, input_precision="tf32")
+        else:
+            out = tl.dot(x0, w1, input_precision="tf32")
+        out = tl.dot(x1, w0, out, input_precision="tf32")
+        total += tl.dot(x0, w0, out, input_precision="tf32")
+    return total
 
 
 @triton.jit
 def product(x0, x1, x2, w, part_stride, total, PARTS: tl.constexpr):
     """total + x W^T, fp32: x [R, K] in parts, w pointers [K, N] to W's first part."""
     w0 = tl.load(w)
-    if PARTS == 1:
-        if w0.dtype == tl.float32:
-            total = tl.dot(x0, w0, total, input_precision="tf32")
-        else:
-            total = tl.dot(x0, w0, total)
-    else:
+    w1 = w0
+    w2 = w0
+    if PARTS > 1:
         w1 = tl.load(w + part_stride)
-        if PARTS == 3:
-            w2 = tl.load(w + 2 * part_stride)
-            total = tl.dot(x0, w2, total)
-            total = tl.dot(x2, w0, total)
-            total = tl.dot(x1, w1, total)
-        total = tl.dot(x0, w1, total)
-        total = tl.dot(x1, w0, total)
-        total = tl.dot(x0, w0, total)
-    return total
+    if PARTS > 2:
+        w2 = tl.load(w + 2 * part_stride)
+    return dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS)
 
 
 @triton.jit

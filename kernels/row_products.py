@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div
-from .mlp import split
+from .mlp import dot_parts, split
 
 __all__ = [
     "ADD",
@@ -44,7 +44,6 @@ __all__ = [
 # What a number's type is to a kernel.
 FP32 = tl.constexpr(0)
 FP16 = tl.constexpr(1)
-BF16 = tl.constexpr(2)
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # What becomes of what lies where the product goes.
@@ -86,25 +85,11 @@ class Mode:
 
 @triton.jit
 def dot(x, w, total, PARTS: tl.constexpr, TYPE: tl.constexpr):
-    """total + x w, the smallest products first; a single part may be fp32, and is tf32 then."""
-    if TYPE == FP32:
-        total = tl.dot(x.to(tl.float32), w.to(tl.float32), total, input_precision="tf32")
-    else:
-        if TYPE == FP16:
-            x0, x1, x2 = split(x, tl.float16, PARTS)
-            w0, w1, w2 = split(w, tl.float16, PARTS)
-        else:
-            x0, x1, x2 = split(x, tl.bfloat16, PARTS)
-            w0, w1, w2 = split(w, tl.bfloat16, PARTS)
-        if PARTS == 3:
-            total = tl.dot(x0, w2, total)
-            total = tl.dot(x2, w0, total)
-            total = tl.dot(x1, w1, total)
-        if PARTS > 1:
-            total = tl.dot(x0, w1, total)
-            total = tl.dot(x1, w0, total)
-        total = tl.dot(x0, w0, total)
-    return total
+    """total + x w in so many parts of this type, tf32 for fp32."""
+    dtype: tl.constexpr = tl.float32 if TYPE == FP32 else tl.float16 if TYPE == FP16 else tl.bfloat16
+    x0, x1, x2 = split(x, dtype, PARTS)
+    w0, w1, w2 = split(w, dtype, PARTS)
+    return dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS)
 
 
 @triton.jit

@@ -95,7 +95,7 @@ class StackPass:
 
     @property
     def part_dtype(self) -> torch.dtype:
-        """bf16, for its range; under Triton's interpreter, which computes on bf16's bits, fp32 stands in."""
+        """bf16, for its range; under Triton's interpreter, which computes on bf16's bits, tf32 stands in."""
         return torch.bfloat16 if self.on_gpu else torch.float32
 
     @property

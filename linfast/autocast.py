@@ -1,7 +1,8 @@
-"""Weights derived from weights (inverses, factors, decompositions) are computed outside autocast.
+"""What is computed outside autocast, which rounds the operands of a product: right for activations alone.
 
-Autocast rounds the operands of a product: right for activations, but W and a separately
-rounded W^{-1} are no longer inverses, and torch.linalg has no half-precision routines.
+Weights derived from weights (inverses, factors, decompositions): W and a separately rounded W^{-1} are no
+longer inverses, and torch.linalg has no half-precision routines. And what an op does inside, forward and
+backward: its public function has read autocast, and a backward's bits must not depend on where it is called.
 """
 
 from __future__ import annotations
@@ -13,9 +14,17 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["outside_autocast"]
+__all__ = ["outside_autocast", "without_autocast"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def without_autocast(device: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` with autocast off on devices of this type."""
+    if not torch.is_autocast_enabled(device):
+        return function(*args, **kwargs)
+    with torch.autocast(device, enabled=False):
+        return function(*args, **kwargs)
 
 
 def outside_autocast(method: _Method) -> _Method:
@@ -24,9 +33,8 @@ def outside_autocast(method: _Method) -> _Method:
     @functools.wraps(method)
     def run(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         tensor = next(chain(self.parameters(), self.buffers()), None)
-        if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+        if tensor is None:
             return method(self, *args, **kwargs)
-        with torch.autocast(tensor.device.type, enabled=False):
-            return method(self, *args, **kwargs)
+        return without_autocast(tensor.device.type, method, self, *args, **kwargs)
 
     return run  # type: ignore[return-value]

@@ -3,6 +3,8 @@
 It checks every sum and product of int32 for overflow and, unless debugging, throws the answer away; it puts its
 own functions into triton.language again at every call of one @triton.jit function by another; and it works out
 the same few types, shapes and dtypes for every value.
+
+And with what it leaves out: a tf32 product takes fp32 operands without their low 13 bits, as matrix units do.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ import dataclasses
 import inspect
 from typing import Any
 
+import numpy as np
 import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
 
 _put_in, _np_dtype_of, _make_block = interpreter._patch_lang, interpreter._get_np_dtype, core.block_type.__init__
+_exact_dot = interpreter.InterpreterBuilder.create_dot
 _done: set[Any] = set()  # in this launch: modules by id, and what of triton.language they see
 _builtins: dict[Any, list[tuple[str, Any]]] = {}
 _np_dtypes: dict[str, Any] = {}
@@ -75,9 +79,24 @@ def _tensor(self: Any, handle: Any, type: Any) -> None:
     self.shape, self.numel = _shapes[type.name]
 
 
+def _truncated(operand: Any) -> Any:
+    """The operand as matrix units read it in tf32."""
+    if operand.data.dtype != np.float32:
+        return operand
+    bits = np.ascontiguousarray(operand.data).view(np.int32) & -0x2000
+    return interpreter.TensorHandle(bits.view(np.float32), operand.dtype)
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
+    if input_precision == interpreter._ir.INPUT_PRECISION.TF32:
+        a, b = _truncated(a), _truncated(b)
+    return _exact_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+
 def install() -> None:
     """From here on; for the process."""
     builder = interpreter.interpreter_builder
+    interpreter.InterpreterBuilder.create_dot = _dot
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     interpreter._patch_lang, interpreter._patch_builtin = _once_a_launch, _patch_builtins
     interpreter._get_np_dtype = _np_dtype

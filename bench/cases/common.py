@@ -12,13 +12,26 @@ import torch
 from torch import Tensor
 
 import linfast as lf
+from linfast.backend import has_kernels
 
 from ..check import Outputs, as_tuple
 from ..harness import Cost, Options, Provider, Size
 
-__all__ = ["BACKWARD", "FORWARD", "Call", "Source", "cost", "inputs", "perturb", "providers", "run", "sweep"]
+__all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "INVERSE",
+    "Call",
+    "Source",
+    "cost",
+    "inputs",
+    "perturb",
+    "providers",
+    "run",
+    "sweep",
+]
 
-FORWARD, BACKWARD = "forward", "forward+backward"
+FORWARD, INVERSE, BACKWARD = "forward", "inverse", "forward+backward"
 Call = Callable[..., tuple[Tensor, ...]]
 
 
@@ -57,15 +70,15 @@ def inputs(make: Callable[[], tuple[Tensor, ...]], options: Options) -> list[tup
 
 
 def providers(function: Callable[..., Outputs], options: Options, call: Callable[..., Call]) -> list[Provider]:
-    """eager, torch.compile of it, and on a GPU linfast and compiled linfast, of ``call(function)``.
+    """eager, torch.compile of it, and where kernels run linfast and compiled linfast, of ``call(function)``.
 
     On a CPU the ops are their eager references: "eager" is linfast, and is not timed twice.
     """
-    backends = ["reference", "auto"] if options.device.type == "cuda" else ["reference"]
+    kernels = ["triton"] if options.kernels else ["auto"] if has_kernels(options.device) else []
     if options.compile:
         torch.compiler.reset()  # else the recompile limit, counted over all sizes, falls back to eager
     result = []
-    for backend in backends:
+    for backend in ["reference", *kernels]:
         names = ("eager", "torch.compile") if backend == "reference" else ("linfast", "linfast compiled")
         result.append(Provider(names[0], _under(backend, call(function)), baseline=names[0] == "eager"))
         if options.compile:
@@ -77,10 +90,10 @@ def providers(function: Callable[..., Outputs], options: Options, call: Callable
 def run(direction: str, weights: Sequence[Tensor] = ()) -> Callable[[Callable[..., Outputs]], Call]:
     """function -> what is timed.
 
-    forward            (*arguments) -> its outputs, without autograd
+    forward, inverse   (*arguments) -> its outputs, without autograd
     forward+backward   (*arguments, v) -> (y, gradients of <y, v> in the floating arguments and the weights)
     """
-    if direction == FORWARD:
+    if direction != BACKWARD:
         return lambda function: lambda *arguments: _no_grad(function, arguments)
     return lambda function: lambda *arguments: _with_gradients(function, weights, *arguments)
 

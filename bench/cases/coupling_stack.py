@@ -15,7 +15,7 @@ from linfast.ops.stack_weights import CouplingLayer
 from linfast.scale_maps import ScaleMap
 
 from ..harness import Case, Options, Problem, Size
-from .common import BACKWARD, FORWARD, Source, inputs, providers, run, sweep
+from .common import BACKWARD, FORWARD, INVERSE, Source, inputs, providers, run, sweep
 from .coupling_flow import flow_cost
 
 __all__ = ["CASE"]
@@ -31,13 +31,15 @@ def _shapes(size: Size) -> list[tuple[int, ...]]:
     return [shape for i in range(_N_LINEAR) for shape in ((widths[i + 1], widths[i]), (widths[i + 1],))]
 
 
-def _stack(x: Tensor, tensors: Sequence[Tensor], precision: str) -> tuple[Tensor, Tensor]:
+def _stack(x: Tensor, tensors: Sequence[Tensor], precision: str, inverse: bool) -> tuple[Tensor, Tensor]:
     step = 2 * _N_LINEAR
     layers = [
         CouplingLayer(tensors[i : i + step : 2], tensors[i + 1 : i + step : 2])
         for i in range(0, len(tensors), step)
     ]
-    y, log_det = coupling_stack(x, layers, activation="silu", scale_map=_MAP, log_det=True, precision=precision)
+    y, log_det = coupling_stack(
+        x, layers, activation="silu", scale_map=_MAP, inverse=inverse, log_det=True, precision=precision
+    )
     assert log_det is not None
     return y, log_det
 
@@ -53,10 +55,10 @@ def build(size: Size, options: Options) -> Problem:
         return (*drawn, source.normal(batch, n)) if direction == BACKWARD else drawn
 
     def function(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return _stack(x, tensors, str(size["precision"]))
+        return _stack(x, tensors, str(size["precision"]), direction == INVERSE)
 
     def exact(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return _stack(x, tensors, "exact")
+        return _stack(x, tensors, "exact", direction == INVERSE)
 
     call = run(direction)
     return Problem(
@@ -64,7 +66,7 @@ def build(size: Size, options: Options) -> Problem:
         truth=call(exact),
         reference=call(function),
         providers=providers(function, options, call),
-        cost=flow_cost({**size, "direction": FORWARD if direction == FORWARD else "training step"}),
+        cost=flow_cost({**size, "direction": "training step" if direction == BACKWARD else FORWARD}),
     )
 
 
@@ -80,7 +82,7 @@ CASE = Case(
         "gpu": [_BASE, *_GPU],
         "full": [
             size
-            for base in _GPU
+            for base in [*_GPU, {**_BASE, "direction": INVERSE}]
             for size in sweep(
                 base, batch=[2**k for k in range(6, 21, 2)], hidden=(32, 64, 128, 256), D=(8, 64, 128)
             )

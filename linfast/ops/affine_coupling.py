@@ -192,7 +192,6 @@ def _undo_reference(
     out, g = halves[index].to(compute), grads[index].to(compute)
     shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
     log_s = scale_map.log_scale(raw)
-    grad_log_det = grad_log_det if constants[-1] else None  # torch.compile makes a [0] where there is no log_det
     h = 0.0 if grad_log_det is None else grad_log_det.reshape(-1, *(1,) * (y.ndim - 1))
     halves[index] = couple(out, shift, log_s, order, not inverse).to(y.dtype)
     dvalue, dshift, dlog_s = couple_backward(out, shift, log_s, g, h, order, inverse)

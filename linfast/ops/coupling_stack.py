@@ -178,8 +178,10 @@ def _by_layers(
     moves: str,
     inverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Layer by layer in plain torch; the couplings are affine_coupling's kernel on a GPU."""
+    """Layer by layer in plain torch, in the wider of x's dtype and the weights'; couplings run affine_coupling."""
     total: Tensor | None = None
+    dtype, half = x.dtype, half_dtype(x) if precision == "fast" else None
+    x = x.to(torch.promote_types(dtype, layers[0].weights[0].dtype))
     if head is not None and not inverse:
         x = _apply_map(x, head, inverse)
     for i in reversed(range(len(layers))) if inverse else range(len(layers)):
@@ -187,7 +189,7 @@ def _by_layers(
         if layer.map is not None and inverse:
             x = _apply_map(x, layer.map, inverse)
         kept = x.split(split_sizes(x.shape[1]), dim=1)[1 - moved]
-        params = _condition(kept, layer, ACTIVATIONS[activation], precision)
+        params = _condition(kept, layer, ACTIVATIONS[activation], half)
         x, part = affine_coupling(
             x, params, scale_map, order=order, layout=layer.layout, moves=HALVES[moved], inverse=inverse,
             log_det=log_det,
@@ -198,20 +200,19 @@ def _by_layers(
             x = _apply_map(x, layer.map, inverse)
     if head is not None and inverse:
         x = _apply_map(x, head, inverse)
-    return x, total
+    return x.to(dtype), total
 
 
-def _condition(h: Tensor, layer: CouplingLayer, activate: Any, precision: str) -> Tensor:
+def _condition(h: Tensor, layer: CouplingLayer, activate: Any, half: torch.dtype | None) -> Tensor:
     for i, (weight, bias) in enumerate(zip(layer.weights, layer.biases, strict=True)):
-        h = _linear(activate(h) if i else h, weight, bias, precision)
+        h = _linear(activate(h) if i else h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype), half)
     return h
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: str) -> Tensor:
-    """x W^T + b; "fast" rounds the operands, on a GPU as a product of that type."""
-    if precision != "fast" or x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, half: torch.dtype | None) -> Tensor:
+    """x W^T + b; with operands rounded to ``half`` in "fast", on a GPU as a product of that type."""
+    if half is None or x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
-    half = half_dtype(x)
     if x.is_cuda:
         return F.linear(x.to(half), weight.to(half), None if bias is None else bias.to(half))
     return F.linear(x.to(half).to(x.dtype), weight.to(half).to(weight.dtype), bias)

@@ -122,8 +122,11 @@ def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingSt
 
 
 def _one_after_another(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> Tensor:
-    z = _run(x, g_x, False, precision)
-    return _run(z * A if A.ndim == 1 else F.linear(z, A), g_y, True, precision)
+    """A's product in the wider of A's dtype and x's: half inputs meet fp32 weights here as in the one launch."""
+    wide = torch.promote_types(x.dtype, A.dtype)
+    z, A = _run(x, g_x, False, precision).to(wide), A.to(wide)
+    w = z * A if A.ndim == 1 else F.linear(z, A)
+    return _run(w.to(x.dtype), g_y, True, precision)
 
 
 def _run(x: Tensor, g: CouplingStack, inverse: bool, precision: str) -> Tensor:

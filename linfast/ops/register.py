@@ -5,6 +5,10 @@ its first run: importing linfast imports no Triton) and a plain reference, which
 runs on a CPU unless Triton's interpreter is on. ``define_op`` puts a forward and a
 backward raw op into one autograd function that torch.compile, torch.func and opcheck see
 through. The backward of the backward runs the backward's reference, in plain torch.
+
+Two things hold for every op. Autocast is off inside it, forward and backward. And an output that was not
+asked for is a tensor of shape [0], of which the backward is given None, also where torch.compile, which
+hands over a gradient for every output, made up zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import interpreting
+from ..autocast import without_autocast
+from ..backend import interpreting, refuse_kernel
 from ..profiling import in_range
 
 __all__ = ["RAW_OPS", "RawOp", "define_op"]
@@ -36,7 +41,7 @@ class RawOp:
 
     Args:
         schema: "name(Tensor x, ..., float bound) -> (Tensor, Tensor)".
-        fake: the outputs' shapes, dtypes and strides, for the same arguments.
+        fake: the outputs' shapes, dtypes and strides, for the same arguments; [0] where one is not asked for.
         reference: the outputs in plain, differentiable torch; none aliases an input.
         launch: "module:function" inside linfast.kernels.
     """
@@ -59,11 +64,15 @@ class RawOp:
         torch.library.register_fake(f"linfast::{self.name}", self.fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
 
-    def _on_gpu(self, *arguments: Any) -> Any:
+    def _launched(self, *arguments: Any) -> Any:
+        refuse_kernel(self.name)
         return _launcher(self.launch)(*arguments)
 
+    def _on_gpu(self, *arguments: Any) -> Any:
+        return without_autocast("cuda", self._launched, *arguments)
+
     def _on_cpu(self, *arguments: Any) -> Any:
-        return (_launcher(self.launch) if interpreting() else self.reference)(*arguments)
+        return without_autocast("cpu", self._launched if interpreting() else self.reference, *arguments)
 
 
 @functools.cache
@@ -82,8 +91,8 @@ def define_op(
 
     Args:
         forward: takes the tensors, then the constants; returns a tuple of tensors.
-        backward: takes the saved tensors, a gradient for each output (None where there is
-            none), then the same constants, and, where its schema ends in ``bool[] needs``,
+        backward: takes the saved tensors, a gradient for each output (None where there is none, or
+            the output was not asked for), then the same constants, and, where its schema ends in ``bool[] needs``,
             which of the input tensors want a gradient; returns a gradient for each input
             tensor, of which those that are not wanted are not looked at.
         saves: (inputs, outputs) -> what the backward needs of them.
@@ -106,16 +115,24 @@ def define_op(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            # With create_graph the gradients are themselves differentiated: plain torch then.
-            compute = backward_reference if torch.is_grad_enabled() else run_backward
             needs = list(ctx.needs_input_grad[:n_tensors])
-            results = compute(*ctx.saved_tensors, *gradients, *ctx.constants, *([needs] if passes_needs else []))
+            given = (None if gradient is None or _is_absent(gradient) else gradient for gradient in gradients)
+            arguments = (*ctx.saved_tensors, *given, *ctx.constants, *([needs] if passes_needs else []))
+            if torch.is_grad_enabled():  # create_graph: the gradients are themselves differentiated, in plain torch
+                results = without_autocast(ctx.saved_tensors[0].device.type, backward_reference, *arguments)
+            else:
+                results = run_backward(*arguments)
             wanted = (r if need else None for r, need in zip(_as_tuple(results), needs, strict=True))
             return (*wanted, *(None for _ in ctx.constants))
 
     _state_arity(Function.forward, forward.schema)
     Function.__name__ = Function.__qualname__ = f"linfast_{forward.name}"
     return Function.apply
+
+
+def _is_absent(output: Tensor) -> bool:
+    """Whether this stands for an output that was not asked for."""
+    return output.ndim == 1 and output.shape[0] == 0
 
 
 def _state_arity(function: Callable[..., Any], schema: str) -> None:

@@ -3,7 +3,7 @@
 Packing is plain torch in the graph, at every call, so that gradients reach the layers' own
 tensors; ``pack_stack`` is separate so that frozen weights are packed once. The layout of a row
 is linfast.kernels.stack_layout's. Beside the fp32 weights, which gradients are of, go the
-operands of the products, which they are not: rounded copies, in parts (linfast.kernels.mlp).
+operands of the products, which they are not: rounded copies, in parts or to tf32 (linfast.kernels.mlp).
 
 A map between layers moves the state itself, and W and W^-1 rounded separately are no longer
 inverses: its operands have two parts at least, whatever the mode (three in "exact").
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.stack_layout import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
+from ..linalg import inverse_or_nan
 
 __all__ = [
     "AffineMap",
@@ -49,11 +50,11 @@ class AffineMap(NamedTuple):
     log_det: Tensor | None = None
 
     def inverted(self) -> tuple[Tensor, Tensor | None]:
-        """(V, d) with V y + d = W^-1 (y - c)."""
+        """(V, d) with V y + d = W^-1 (y - c); NaN where W is singular."""
         if self.weight.ndim == 1:
             V = self.weight.reciprocal() if self.inverse is None else self.inverse
             return V, None if self.bias is None else -V * self.bias
-        V = torch.linalg.inv(self.weight) if self.inverse is None else self.inverse
+        V = inverse_or_nan(self.weight) if self.inverse is None else self.inverse
         return V, None if self.bias is None else -(V @ self.bias)
 
     def log_abs_det(self) -> Tensor:
@@ -145,7 +146,7 @@ def pack_stack(
         weights = torch.cat((weights, _maps(maps, layout, inverse, weights)), dim=1)
     held = weights.detach()
     matrices = held[:, : layout.matrix_size]
-    operands = matrices[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
+    operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
     if layout.maps == DENSE:
         size = 4 * layout.half**2
         map_operands = _parts(held[:, layout.map_offset : layout.map_offset + size], map_parts(precision), dtype)
@@ -234,10 +235,25 @@ def _maps(maps: Sequence[AffineMap | None], layout: StackLayout, inverse: bool, 
     return torch.stack(rows)
 
 
+def _tf32(tensor: Tensor) -> Tensor:
+    """To the nearest tf32, ties away from zero, in fp32; NaN and float64 as they are."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    nearest = (tensor.contiguous().view(torch.int32) + 0x1000) & -0x2000
+    return torch.where(tensor.isnan(), tensor, nearest.view(torch.float32))
+
+
 def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """[count, *shape]: the rounding of the tensor, then of what is left over."""
     parts, rest = [tensor.to(dtype)], tensor
     for _ in range(count - 1):
-        rest = rest - parts[-1].to(rest.dtype)
+        rest = rest - _with_its_bits(parts[-1]).to(rest.dtype)
         parts.append(rest.to(dtype))
     return torch.stack(parts) if count > 1 else parts[0][None]
+
+
+def _with_its_bits(part: Tensor) -> Tensor:
+    """The part as it is. Inductor leaves a cast down and up again out, and with it what the next part holds."""
+    if not torch.compiler.is_compiling():
+        return part
+    return part.view(torch.int16).bitwise_not().bitwise_not().view(part.dtype)

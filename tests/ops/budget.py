@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from unittest import mock
 
 import torch
+import triton
 from linfast.bench.rounding import Rounding, allowed_errors
 from linfast.bench.rounding import relative_error as error
 from torch import Tensor
@@ -21,17 +22,22 @@ import linfast as lf
 from linfast.ops.register import RAW_OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter does bfloat16 arithmetic on raw bits: that dtype is for real GPUs.
-HALF_DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
+# Whether kernels run as machine code, a GPU's or tests.machine_code's, and not in Triton's interpreter.
+COMPILED = not triton.knobs.runtime.interpret
+# The interpreter does bfloat16 arithmetic on raw bits.
+HALF_DTYPES = (torch.float16, torch.bfloat16) if COMPILED else (torch.float16,)
 
 Outputs = Sequence[Tensor | None]
 Call = Callable[..., Outputs]
 
 
-def assert_within_budget(call: Call, inputs: Sequence[Tensor]) -> None:
+def assert_within_budget(
+    call: Call, inputs: Sequence[Tensor], operands: Callable[[Tensor], Tensor] | None = None
+) -> None:
     """The kernel's error, and that of the op's own plain form, are within the budget, output by output.
 
-    ``call(*inputs)`` runs under backend "triton", then "reference", then "reference" in float64.
+    ``call(*inputs)`` runs under backend "triton", then "reference", then "reference" in float64. ``operands``
+    is what the mode does to the operands of products, which the budget's reference is rounded with.
     """
     with lf.backend("triton"):
         got = call(*inputs)
@@ -41,7 +47,7 @@ def assert_within_budget(call: Call, inputs: Sequence[Tensor]) -> None:
         truth = call(*(x.detach().double().requires_grad_(x.requires_grad) for x in inputs))
         plain = call(*inputs)
         assert [_kind(o) for o in got] == [_kind(o) for o in plain]
-        allowed = allowed_errors(lambda: call(*inputs), truth)
+        allowed = allowed_errors(lambda: call(*inputs), truth, operands=operands)
     assert_within(own, truth, allowed, "the op's own plain form")
     assert_within(got, truth, allowed, "the kernel")
 

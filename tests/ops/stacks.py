@@ -8,18 +8,19 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from linfast.bench.rounding import operand_rounding
 from torch import Tensor
 
 from linfast.ops import AffineMap, CouplingLayer
 from linfast.ops.activations import ACTIVATIONS
 from linfast.ops.affine_coupling import couple, split_sizes
 from linfast.scale_maps import ScaleMap
-from tests.ops.budget import DEVICE
+from tests.ops.budget import COMPILED, DEVICE
 
 NAMES = ("none", "diagonal", "dense")
 # What each mode promises, not what the kernels say: a part too few must not widen its own budget.
 N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
-HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # of parts; the interpreter has no bf16 arithmetic
+HALF = torch.bfloat16 if COMPILED else torch.float16  # of parts; the interpreter has no bf16 arithmetic
 
 
 def random_layers(
@@ -135,25 +136,8 @@ def plain_stack(
 
 
 def rounding(precision: str) -> Callable[[Tensor], Tensor]:
-    """What a mode does to an operand; where Triton is interpreted fp16 stands for bf16.
-
-    tf32 is rounded there too, though the interpreter leaves it alone: fast activations are held to its error.
-    """
-    if precision == "tf32":
-        return _tf32
-
-    def sum_of_parts(t: Tensor) -> Tensor:
-        total = torch.zeros_like(t)
-        for _ in range(N_PARTS[precision]):
-            total = total + (t - total).to(HALF).to(t.dtype)
-        return total
-
-    return sum_of_parts
-
-
-def _tf32(t: Tensor) -> Tensor:
-    """fp32 with ten bits after the point, to nearest."""
-    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    """What a mode does to an operand; where Triton is interpreted fp16 stands for bf16."""
+    return operand_rounding(precision, HALF)
 
 
 def factors_of_every_part() -> tuple[Tensor, Tensor]:

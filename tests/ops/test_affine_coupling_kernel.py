@@ -191,21 +191,6 @@ def test_flows_compile_whole_and_run_the_kernels() -> None:
     assert_compiles_whole(loss, [x], "affine_coupling", launches=2)
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-def test_compiled_gradients_without_a_log_det(inverse: bool) -> None:
-    x, params = _inputs((5, 6))
-
-    def loss(x: Tensor, params: Tensor) -> Tensor:
-        return affine_coupling(x, params, ScaleMap(), inverse=inverse)[0].pow(3).sum()
-
-    with lf.backend("triton"):
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        got = torch.autograd.grad(compiled(x, params), (x, params))
-        expected = torch.autograd.grad(loss(x, params), (x, params))
-    for a, b in zip(got, expected, strict=True):
-        assert torch.equal(a, b)
-
-
 def test_functional_transforms() -> None:
     def loss(x: Tensor, params: Tensor) -> Tensor:
         y, log_det = affine_coupling(x, params, ScaleMap(), log_det=True)

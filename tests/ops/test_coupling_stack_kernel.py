@@ -14,7 +14,7 @@ from linfast.ops.stack_weights import pack_stack
 from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
-from tests.ops.budget import DEVICE, assert_accurate, assert_within_budget, hostile
+from tests.ops.budget import DEVICE, HALF_DTYPES, assert_accurate, assert_within_budget, hostile
 from tests.ops.checks import TURNS, assert_registered, assert_transforms, second_derivatives
 from tests.ops.stacks import (
     NAMES,
@@ -44,7 +44,8 @@ def _assert_accurate(x: Tensor, layers, precision: str = "exact", head: AffineMa
     wide, wide_head = doubled(layers, head)
     truth = plain_stack(x.double(), wide, head=wide_head, **options)
     assert [t.dtype for t in got] == [torch.float32] * 2
-    assert_accurate(got, lambda: plain_stack(x, layers, head=head, rounded=rounding(precision), **options), truth)
+    options |= {"head": head, "rounded": rounding(precision)}
+    assert_accurate(got, lambda: plain_stack(x, layers, **options), truth)
 
 
 def _x(batch: int, D: int) -> Tensor:
@@ -150,7 +151,7 @@ def test_int64_is_chosen_where_a_tile_reaches_past_two_to_the_31() -> None:
     assert kernels.reaches_past_int32(torch.empty_strided((4, 64), (2**24, 1), device="meta"), 128)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_half_precision_keeps_the_state_in_fp32(dtype: torch.dtype) -> None:
     x, layers = _x(20, 6), random_layers(6, (16,), 8)
     y, log_det = _run(x.to(dtype), layers, precision="exact")
@@ -270,7 +271,8 @@ def test_gradients_of_every_scale_map(kind: str, n_linear: int) -> None:
 def test_gradients_in_every_mode(precision: str) -> None:
     layers = random_layers(6, (16, 16), 3)
     call = _outputs_and_gradients(layers, precision=precision, activation="relu")
-    assert_within_budget(call, [t.requires_grad_() for t in (_x(20, 6), *leaves(layers))])
+    inputs = [t.requires_grad_() for t in (_x(20, 6), *leaves(layers))]
+    assert_within_budget(call, inputs, rounding(precision))
 
 
 @pytest.mark.parametrize("batch", [0, 150])
@@ -333,18 +335,6 @@ def test_opcheck(maps: str) -> None:
         backward.append((*tensors, *gradients, *constants, [True, True, False, False]))
     assert_registered(torch.ops.linfast.coupling_stack.default, *forward)
     assert_registered(torch.ops.linfast.coupling_stack_backward.default, *backward)
-
-
-def test_compiles_whole() -> None:
-    x, layers = _x(5, 7).requires_grad_(), random_layers(7, (16,), 2, maps="dense")
-
-    def loss(x: Tensor) -> Tensor:
-        y, log_det = coupling_stack(x, layers, activation="silu", scale_map=ScaleMap(), log_det=True)
-        return y.square().sum() - log_det.sum()
-
-    with lf.backend("triton"):
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
 
 
 def test_functional_transforms() -> None:

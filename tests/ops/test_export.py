@@ -1,8 +1,7 @@
-"""torch.export of every op and of the default models; compiled Linearizers: whole, and agreeing with eager."""
+"""torch.export of the default models."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -10,60 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast import ops
 from tests.laws.zoo import perturb
-from tests.marks import long
 from tests.ops.budget import DEVICE
-
-
-class _Op(nn.Module):
-    def __init__(self, call: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.call = call
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        return self.call(*tensors)
-
-
-def _coupled(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor | None]:
-    return ops.affine_coupling(x, params, lf.ScaleMap(), log_det=True)
-
-
-def _coupled_and_mixed(x: Tensor, params: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-    return ops.coupling_mix(x, params, lf.ScaleMap(), weight, bias, log_det=True)
-
-
-# name -> (call, shapes of its inputs); the bank of latent_matmul has an index beside.
-OPS: dict[str, tuple[Callable[..., object], list[tuple[int, ...]]]] = {
-    "affine_coupling": (_coupled, [(2, 4, 3, 2), (2, 4, 3, 2)]),
-    "channel_mix": (ops.channel_mix, [(2, 4, 3, 2), (5, 4), (5,)]),
-    "coupling_mix": (_coupled_and_mixed, [(2, 4, 3, 2), (2, 4, 3, 2), (4, 4), (4,)]),
-    "low_rank": (lambda x, U, V: ops.low_rank(x, U, V, 0.5), [(2, 6), (2, 6, 3), (2, 6, 3)]),
-    "latent_matmul": (
-        lambda z, A: ops.latent_matmul(z, A, index=torch.tensor([1, 0], device=z.device)),
-        [(2, 6), (3, 5, 6)],
-    ),
-    "depthwise_conv": (ops.depthwise_conv, [(2, 3, 5, 4), (2, 3, 3, 3)]),
-    "group_norm_silu": (lambda x, w, b: ops.group_norm_silu(x, 2, w, b), [(2, 4, 3, 2), (4,), (4,)]),
-}
-
-
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_every_op_exports(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call, shapes = OPS[name]
-    if backend == "reference":  # as in a process that does not interpret kernels: a bank is one op there too
-        for module in ("latent_matmul", "register"):
-            monkeypatch.setattr(sys.modules[f"linfast.ops.{module}"], "interpreting", lambda: False)
-    inputs = tuple(torch.randn(shape, device=DEVICE) for shape in shapes)
-    with lf.backend(backend), torch.no_grad():
-        expected = call(*inputs)
-        program = torch.export.export(_Op(call), inputs)  # type: ignore[arg-type]
-        got = program.module()(*inputs)
-    _assert_close(got, expected)
-    targets = {str(node.target) for node in program.graph.nodes}
-    is_one_op = backend == "triton" or name == "latent_matmul"
-    assert any(target.startswith(f"linfast.{name}") for target in targets) == is_one_op
 
 
 def _linearizer(image: bool) -> lf.Linearizer:
@@ -103,28 +50,6 @@ def test_default_models_export(name: str, backend: str) -> None:
         assert "coupling_mix" in targets or (
             "affine_coupling" in targets and name in ("coupling_flow", "Linearizer")
         )
-
-
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        ("Linearizer", "triton"),
-        *long(("Linearizer", "reference"), ("image Linearizer", "triton"), ("image Linearizer", "reference")),
-    ],
-)
-def test_default_linearizers_compile_without_a_graph_break(name: str, backend: str) -> None:
-    f, x = _model(name)
-    parameters = [p for p in f.parameters() if p.requires_grad]
-    with lf.backend(backend):
-        expected = f(x)
-        expected_gradients = torch.autograd.grad(expected.square().sum(), parameters)
-        for method in (f, f.inverse):
-            compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
-            _assert_close(compiled(x), method(x))
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-        gradients = torch.autograd.grad(compiled(x).square().sum(), parameters)
-    for a, b in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def _assert_close(got: object, expected: object) -> None:

@@ -3,8 +3,8 @@
 Triton's own launch path specialises the arguments of ``kernel[grid](...)`` for the target that a stand-in for its
 driver names, and hands types, attributes, constants and options to a stand-in for its compiler, which keeps them.
 Tensors lie on the CPU and say that they are on a GPU. ``python -m tests.static.record`` prints the launches of
-every case of tests/static/cases.py, or of the ops named on stdin, one JSON object a line; a process of its own, because Triton's interpreter,
-which the tests run under, has no launch path.
+every case of tests/static/cases.py, or of the ops named on stdin, one JSON object a line; a process of its own,
+because Triton's interpreter, which the tests run under, has no launch path.
 """
 
 from __future__ import annotations

@@ -1,0 +1,168 @@
+"""``bench/gpu.sh``: every stage until its limit, whatever the one before it came to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from .digest import digest, record
+from .report import Entry, Report
+from .runner import run_jobs
+from .stages import FILES, MOST_GIB, Given, Machine, Stage, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+LINKS = {ROOT / "linfast" / name: Path("..") / name for name in ("kernels", "bench")}
+MISSING = {
+    "torch": "nothing runs",
+    "numpy": "nothing runs",
+    "safetensors": "nothing runs",
+    "triton": "no kernel runs",
+    "pytest": "no tests",
+    "pytest_timeout": "no test has a limit of its own",
+    "xdist": "the tests run in one process",
+    **dict.fromkeys(("normflows", "nflows", "zuko", "FrEIA", "glasflow", "memcnn"), "not timed beside ours"),
+}
+
+
+class Call:
+    """One run of the stages. ``given`` is what the next stage is made from."""
+
+    def __init__(self, out: Path, dry: bool, work: Path) -> None:
+        self.report, self.dry = (
+            Report(out, [name for name in FILES if name not in ("summary.txt", "trace.json.gz")]),
+            dry,
+        )
+        self.given = Given(Machine(), {}, out, work)
+        self._written = 0.0
+
+    def run(self, stage: Stage) -> None:
+        """The stage until its limit; an error of this script costs the stage alone."""
+        entry = self.report.entries[stage.name] = Entry(self.report.seconds())
+        try:
+            entry.status = self._run(stage, entry)
+        except Exception as error:
+            entry.status = f"FAILED: {type(error).__name__}: {error}"
+        self.report.write()
+
+    def _run(self, stage: Stage, entry: Entry) -> str:
+        machine, report = self.given.machine, self.report
+        if problem := stage.problem(machine):
+            report.problem(problem)
+        at_once = machine.at_once(stage.most)
+        self.given = Given(machine, machine.share(at_once), self.given.out, self.given.work)
+        jobs = stage.jobs(self.given)
+        if not jobs:
+            return "nothing to do here"
+        seconds = stage.until - report.seconds()
+        failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry), self._tick)
+        took = f"{report.seconds() - entry.start:.0f} s"
+        if not failed:
+            return f"ok, {took}"
+        reasons = {why: [name for name in failed if failed[name] == why] for why in failed.values()}
+        told = [f"{why}: {', '.join(names)}" for why, names in reasons.items()]
+        return f"FAILED, {took} ({'; '.join(told)})"
+
+    def _take(self, stage: Stage, line: str, entry: Entry) -> None:
+        """A line of the stage's output: to its file, to the results or the table, and into the summary."""
+        with self.report.lock:
+            found = record(line) or {}
+            if "probe" in found:
+                self.given = Given(Machine(**found["probe"]), {}, self.given.out, self.given.work)
+            elif stage.name == "table":
+                self.report.tail += line
+            else:
+                self.report.append("results.jsonl" if "provider" in found else stage.log, line)
+                digest(stage.name, line, entry)
+
+    def _tick(self) -> None:
+        if self.report.seconds() - self._written > 1:
+            self._written = self.report.seconds()
+            self.report.write()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 once every stage had its turn; what went wrong in them is in the summary."""
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="See bench/gpu.sh and docs/gpu.md.")
+    parser.add_argument("out", type=Path, help="a folder for at most 8 files")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, at tiny sizes")
+    parser.add_argument("--compile", action="store_true", help="torch.compile's column of the flows alone")
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="STAGE,STAGE", help="these stages")
+    options = parser.parse_args(arguments)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot make {options.out}: {error.strerror}")
+    _settle_environment(options.dry)
+    made = [link for link in LINKS if not link.exists()]
+    work = Path(tempfile.mkdtemp(prefix="linfast-gpu-"))
+    call = Call(options.out, options.dry, work)
+    try:
+        for link in made:
+            link.symlink_to(LINKS[link])
+        _run_all(call, plan(options.compile), options.only)
+    finally:
+        for link in made:
+            link.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+    return 0
+
+
+def _settle_environment(dry: bool) -> None:
+    os.chdir(ROOT)
+    os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    if dry:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _run_all(call: Call, stages: Sequence[Stage], only: Sequence[str] | None) -> None:
+    report, names = call.report, [stage.name for stage in stages]
+    for name, costs in MISSING.items():
+        if find_spec(name) is None:
+            report.problem(f"missing: {name} ({costs})")
+    for name in only or ():
+        if name not in names:
+            report.problem(f"unknown stage: {name!r}; there are {', '.join(names)}")
+    call.run(stages[0])
+    report.title = _title(call)
+    for stage in stages[1:]:
+        if only is None or stage.name in only:
+            call.run(stage)
+    _keep_the_trace(call)
+    if report.tail and "bench" in report.entries:
+        report.entries["bench"].timings.clear()  # the table has them
+    report.close()
+
+
+def _title(call: Call) -> str:
+    """What it runs on; a card with less memory than it would take is a problem, said."""
+    machine = call.given.machine
+    if not machine.on_gpu:
+        return f"linfast, a dry run on the CPU ({'as asked' if call.dry else machine.name})"
+    if machine.gib < MOST_GIB:
+        processes = machine.at_once(14)
+        call.report.problem(
+            f"{machine.free_gib:.1f} of {machine.total_gib:.1f} GiB of the card are free: {machine.gib:.1f} are "
+            f"used, by at most {processes} processes; what needs more says out of memory"
+        )
+    if not machine.capped:
+        call.report.problem("torch holds no process to its share of the memory: 4 processes at once")
+    return f"linfast on {machine.name}"
+
+
+def _keep_the_trace(call: Call) -> None:
+    trace = call.given.work / "profile" / "coupling_flow.trace.json.gz"
+    if trace.exists():
+        try:
+            shutil.copy(trace, call.given.out / "trace.json.gz")
+        except OSError as error:
+            call.report.problem(f"cannot write trace.json.gz: {error.strerror}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""The stages of a call, in order: what each runs, how much at once, and by when it has ended."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
+
+from .runner import Job
+
+__all__ = ["FILES", "Given", "Machine", "Stage", "plan"]
+
+PYTHON = sys.executable
+TOTAL = 555  # seconds by which the last stage has ended; the call has 570
+MOST_GIB = 60.0  # of the card, all processes together
+_CONTEXT_GIB = 0.7  # of a process, beside what torch allocates
+_LEAST_GIB = 2.0  # that a process of the tests needs, its context included
+_AT_ONCE = 14  # processes: 16 cores, and each compiles
+
+# The tests that run kernels, graphs and pipelines, the ops' first.
+TESTS = (
+    "tests/ops",
+    "tests/models/test_one_launch.py",
+    "tests/flows_unet/test_fused_blocks.py",
+    "tests/laws/test_fusion.py",
+    "tests/accelerate/test_graph.py",
+    "tests/accelerate/test_whole.py",
+    "tests/models/test_sampling_stream.py",
+)
+DRY_SMOKE = ("op:coupling_stack", "op:low_rank", "case:linearizer", "models")
+DRY_TESTS = ("tests/ops/test_low_rank_kernel.py", "-k", "half_precision or opcheck")
+_LOOKED = r"\d+ right"
+TEST_SECONDS = 45
+FLOWS = ("coupling_flow", "linearizer")  # timed first: what the project is about
+PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
+SILENCE = 60  # seconds without a word after which a benchmark is taken for hung
+COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the first stage found out.
+
+    Args:
+        device: "cuda" or "cpu".
+        total_gib, free_gib: of the card; 0 without one.
+        capped: whether torch holds a process to its share of the memory.
+        ops, cases: what smoke and the benchmarks know, by name.
+        kernels: the functions that the sanitizer checks.
+    """
+
+    device: str = "cpu"
+    name: str = "no GPU"
+    total_gib: float = 0.0
+    free_gib: float = 0.0
+    capped: bool = False
+    ops: Sequence[str] = ()
+    cases: Sequence[str] = ()
+    kernels: Sequence[str] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is no dry run."""
+        return self.device == "cuda"
+
+    @property
+    def gib(self) -> float:
+        """What all processes together may take."""
+        return min(MOST_GIB, 0.9 * self.free_gib)
+
+    def at_once(self, most: int) -> int:
+        """How many processes may share the card, at most so many."""
+        if not self.on_gpu:
+            return min(most, 2)
+        return max(1, min(most if self.capped else 4, math.floor(self.gib / _LEAST_GIB)))
+
+    def share(self, processes: int) -> dict[str, str]:
+        """The environment that holds each of so many processes to its part of the memory."""
+        if not self.on_gpu or not self.capped:
+            return {}
+        fraction = max(self.gib / processes - _CONTEXT_GIB, 0.1) / self.total_gib
+        return {"PYTORCH_CUDA_ALLOC_CONF": f"per_process_memory_fraction:{fraction:.4f}"}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a stage's jobs are made from: ``share`` is the environment of each, ``work`` a folder that goes away."""
+
+    machine: Machine
+    share: Mapping[str, str]
+    out: Path
+    work: Path
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the call.
+
+    Args:
+        until: seconds since the call's start by which it has ended.
+        log: the file its output goes to.
+        jobs: what it runs.
+        most: processes at once.
+        problem: why it does less than it should here.
+    """
+
+    name: str
+    until: float
+    log: str
+    jobs: Callable[[Given], Sequence[Job]]
+    most: int = 1
+    problem: Callable[[Machine], str | None] = field(default=lambda machine: None)
+
+
+FILES = (
+    "summary.txt",
+    "environment.txt",
+    "smoke.jsonl",
+    "tests.log",
+    "memcheck.log",
+    "bench.log",
+    "results.jsonl",
+    "trace.json.gz",
+)  # as many as come back from the machine
+
+
+def plan(compile: bool) -> list[Stage]:
+    """The stages of a call, or of the second one that times torch.compile."""
+    environment = Stage(
+        "environment", 30, "environment.txt", lambda given: [Job("probe", _module("tests.gpu.probe"))]
+    )
+    table = Stage("table", 170 if compile else TOTAL, "bench.log", _table)
+    if compile:
+        return [environment, Stage("bench", 155, "bench.log", _compiled), table]
+    return [
+        environment,
+        Stage("smoke", 60, "smoke.jsonl", _smoke, _AT_ONCE),
+        Stage("tests", 220, "tests.log", _tests, _AT_ONCE, _without_xdist),
+        Stage("memcheck", 260, "memcheck.log", _memcheck, 8, _without_sanitizer),
+        Stage("bench", 480, "bench.log", _bench),
+        Stage("profile", 535, "bench.log", _profile, problem=_without_ncu),
+        table,
+    ]
+
+
+def _module(module: str, *arguments: str) -> list[str]:
+    return [PYTHON, "-m", module, *arguments]
+
+
+def _interpreted(machine: Machine) -> dict[str, str]:
+    return {} if machine.on_gpu else {"TRITON_INTERPRET": "1"}
+
+
+def _smoke(given: Given) -> list[Job]:
+    environment = {**given.share, **_interpreted(given.machine)}
+    names = [name for name in given.machine.ops if given.machine.on_gpu or name in DRY_SMOKE]
+    slowest_first = sorted(names, key=lambda name: ("stack" not in name, "linearizer" not in name))
+    return [Job(name, _module("tests.gpu.smoke", name), environment, done=_LOOKED) for name in slowest_first]
+
+
+def _tests(given: Given) -> list[Job]:
+    """One pytest: its processes share what is this stage's."""
+    processes = given.machine.at_once(_AT_ONCE)
+    options = ["-p", "tests.gpu.plugin", "--tb=no", "--no-header"]
+    if given.machine.on_gpu and find_spec("xdist"):
+        options += ["-n", str(processes), "--dist", "worksteal", "--max-worker-restart", "200"]
+    if find_spec("pytest_timeout"):  # "thread" ends a process that waits for a hung card; no signal reaches it
+        options += [
+            "--timeout",
+            str(TEST_SECONDS),
+            "--timeout-method",
+            "thread" if given.machine.on_gpu else "signal",
+        ]
+    paths = TESTS if given.machine.on_gpu else DRY_TESTS
+    return [Job("tests", _module("pytest", *options, *paths), given.share)]
+
+
+def _without_xdist(machine: Machine) -> str | None:
+    return (
+        None
+        if find_spec("xdist") or not machine.on_gpu
+        else "pytest-xdist is missing: the tests run in one process"
+    )
+
+
+def _memcheck(given: Given) -> list[Job]:
+    """Without torch's caching allocator, which would hide reads past a tensor's end."""
+    tool = which("compute-sanitizer")
+    if tool is None or not given.machine.on_gpu:
+        return []
+    command = [tool, "--tool", "memcheck", "--target-processes", "application-only", "--print-limit", "20"]
+    ours = [option for name in given.machine.kernels for option in ("--kernel-name", f"kernel_name={name}")]
+    command += ["--error-exitcode", "9", *ours, *_module("tests.gpu.smoke")]
+    ops = [name for name in given.machine.ops if name.startswith("op:")]
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [Job(f"memcheck {name}", [*command, name], uncached) for name in ops]
+
+
+def _without_sanitizer(machine: Machine) -> str | None:
+    return None if which("compute-sanitizer") else "compute-sanitizer is missing: no kernel's memory is checked"
+
+
+def _bench(given: Given) -> list[Job]:
+    """The flows beside the peers, the libraries, the streams, then single ops: in order of worth."""
+    ops = [case for case in given.machine.cases if case not in FLOWS]
+    libraries = [] if given.machine.on_gpu else ["--batch", "64", "--rounds", "1", "--only", "AffineCouplingBlock"]
+    libraries += ["--no-compile", "--json", "/dev/stdout"]
+    return [
+        _cases(given, "flows", FLOWS, "--no-compile", limit=100),
+        Job("libraries", _module("linfast.bench.accelerate_libraries", *libraries), given.share, limit=60),
+        Job("streams", _module("linfast.bench.streams"), given.share, limit=30),
+        _cases(given, "ops", ops, "--no-compile"),
+    ]
+
+
+def _compiled(given: Given) -> list[Job]:
+    return [_cases(given, "flows", FLOWS, "--compile")]
+
+
+def _cases(given: Given, name: str, cases: Sequence[str], *options: str, limit: float = math.inf) -> Job:
+    """The benchmark's last lines explain its columns: without them it broke off, whatever its exit status."""
+    sizes = ["--sizes", "gpu"] if given.machine.on_gpu else ["--sizes", "tiny", "--budget", "0.02"]
+    options = ("--device", given.machine.device, *sizes, "--json", "/dev/stdout", *options)
+    items = tuple(case for case in cases if case in given.machine.cases)
+    command = _module("linfast.bench", *options)
+    return Job(name, command, given.share, done="x base:", limit=limit, silence=SILENCE, items=items)
+
+
+def _profile(given: Given) -> list[Job]:
+    folder = given.work / "profile"
+    sizes = "gpu" if given.machine.on_gpu else "tiny"
+    bench = _module("linfast.bench", "--device", given.machine.device, "--no-compile", "--sizes", sizes)
+    jobs = [
+        Job("profile", [*bench, "--profile", str(folder), *(f"--case={case}" for case in PROFILED)], given.share)
+    ]
+    if (ncu := which("ncu")) and given.machine.on_gpu:
+        ours = f"regex:^({'|'.join(given.machine.kernels)})$"
+        counted = [
+            ncu,
+            "--set",
+            "detailed",
+            "--clock-control",
+            "none",
+            "--kernel-name",
+            ours,
+            "--launch-count",
+            "1",
+        ]
+        jobs += [
+            Job(f"ncu {case}", [*counted, *bench, "--check", f"--case={case}"], given.share) for case in COUNTED
+        ]
+    return jobs
+
+
+def _without_ncu(machine: Machine) -> str | None:
+    return None if which("ncu") else "ncu is missing: no kernel's counters are read"
+
+
+def _table(given: Given) -> list[Job]:
+    return [Job("table", _module("linfast.bench.summary", str(given.out / "results.jsonl")))]

@@ -1,0 +1,92 @@
+"""Whole models where they run otherwise on a card: a stream's captured pipeline, and accelerated models."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import torch
+from linfast.bench import accelerate_libraries
+from linfast.bench.cases.common import perturb
+from linfast.bench.check import Verdict
+from linfast.bench.rounding import relative_error
+from torch import Tensor, nn
+
+import linfast as lf
+from tests.accelerate import stand_in
+
+__all__ = ["models"]
+
+WITHIN = 1e-4  # relative L2 in float32, both sides at torch's full precision
+ROWS = 5000  # five blocks of a stream, the last one short
+SHOWN = (
+    "normflows AffineCouplingBlock exp",
+    "nflows AffineCouplingTransform",
+    "FrEIA AllInOneBlock",
+    "zuko RealNVP",
+)
+
+
+def models(device: torch.device) -> Iterator[tuple[str, Callable[[], Verdict]]]:
+    """A name and what gives its verdict."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    for whole in (True, False):
+        yield f"stream, {'one array' if whole else 'batches'}", lambda whole=whole: _stream(device, whole)
+    yield "accelerate, reference model", lambda: _reference(device)
+    for name in filter(_is_installed, SHOWN):
+        yield f"accelerate, {name}", lambda name=name: _library(name, device)
+
+
+def _stream(device: torch.device, whole: bool) -> Verdict:
+    """On a GPU both replay a CUDA graph; the other side calls the model block by block, in plain torch."""
+    torch.manual_seed(0)
+    f = lf.Linearizer(lf.coupling_flow(64, 4, (128, 128)), lf.TimeLowRank(64, 4)).to(device)
+    perturb(f)
+    with lf.backend("reference"):
+        expected = lf.sample_stream(f, ROWS, out=torch.empty(ROWS, 64), cuda_graph=False, progress=False)
+    got = torch.empty(ROWS, 64)
+    if whole:
+        lf.sample_stream(f, ROWS, out=got, progress=False)
+    else:
+        got = torch.cat([batch.cpu() for batch in lf.sample_stream(f, ROWS, 700, progress=False)])
+    return _verdict(got, expected)
+
+
+def _reference(device: torch.device) -> Verdict:
+    """The reference repository's image model, its calls captured where there are graphs."""
+    torch.manual_seed(0)
+    model = stand_in.build(1)
+    with torch.no_grad():
+        model.gx(torch.randn(8, 1, 8, 8))
+    model = model.eval().to(device)
+    fast = copy.deepcopy(model)
+    lf.accelerate(fast, cuda_graph=device.type == "cuda")
+    x = torch.randn(16, 1, 8, 8, device=device)
+    with torch.no_grad():
+        got = [_both(fast, part) for part in (x, x.flip(0))]  # the second one a replay
+        with lf.backend("reference"):
+            expected = [_both(model, part) for part in (x, x.flip(0))]
+    return _verdict(torch.cat(got), torch.cat(expected))
+
+
+def _both(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([model.gx(x).flatten(), model.gy_inverse(x).flatten()])
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name.split()[0]) is not None
+
+
+def _library(name: str, device: torch.device) -> Verdict:
+    for record in accelerate_libraries.measure(name, 256, 1, False, device):
+        if "wrong" in record:
+            return Verdict(record["wrong"][0], WITHIN, f"{record['direction']}: differs by {record['wrong']}")
+    return Verdict(None, WITHIN, None)
+
+
+def _verdict(got: Tensor, expected: Tensor) -> Verdict:
+    if got.shape != expected.shape:
+        return Verdict(None, WITHIN, f"outputs of shape {tuple(got.shape)}, where {tuple(expected.shape)} is right")
+    error = relative_error(got, expected)
+    return Verdict(error, WITHIN, None if error <= WITHIN else f"error {error:.2g}, allowed {WITHIN:.2g}")

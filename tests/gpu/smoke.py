@@ -1,0 +1,186 @@
+"""The first look at every kernel on a card: right or wrong, one line of JSON each, as it is known.
+
+    python -m tests.gpu.smoke op:coupling_stack      small, odd edges: each direction, mode and dtype, gradients
+    python -m tests.gpu.smoke case:coupling_stack    sizes that are timed (fewer rows): each direction and mode
+    python -m tests.gpu.smoke models                 streams and accelerated models, captured
+
+The truth is float64 in plain torch. What an error may be is fixed here, far above what rounding costs and far
+below what a wrong kernel does; the tests know the budgets. On a CPU the kernels are interpreted
+(TRITON_INTERPRET=1), at tiny sizes and without bf16. Exit status 1 where something was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from linfast.bench.cases import CASES
+from linfast.bench.check import Verdict, judge, own_standard
+from linfast.bench.harness import Case, Options, Size
+from linfast.bench.rounding import relative_error
+
+import linfast as lf
+from linfast.precision import PRECISIONS
+from tests.machine_code.cases import Variant, all_cases, variants
+from tests.machine_code.check import exact, outputs_and_gradients, values_of
+
+# Relative L2, by how operands are rounded: 2^-24, 2^-17, 2^-11 and 2^-9 are one rounding's.
+TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fp16": 1e-2, "fast": 5e-2, "bf16": 5e-2}
+MOST_ROWS = 2**14  # of a timed size: several processes share the card, and float64 takes its time
+ON_GPU = torch.cuda.is_available()
+_CASES = tuple(case for case in CASES if case not in ("collapse", "reversible"))  # no kernels of their own
+NAMES = (
+    *(f"op:{name}" for name in dict.fromkeys(case.op for case in all_cases())),
+    *(f"case:{c}" for c in _CASES),
+    "models",
+)
+
+Line = tuple[str, Callable[[], Verdict]]
+
+
+def small(op: str) -> Iterator[Line]:
+    """One size of the op, whole and with gradients."""
+    for variant in variants([case for case in all_cases() if case.op == op], smoke=True):
+        if ON_GPU or variant.dtype != "bf16":
+            yield variant.name, lambda variant=variant: _small(variant)
+
+
+def _small(variant: Variant) -> Verdict:
+    values = [value.to(_device()) for value in values_of(variant)]
+    allowed = TOLERANCES[variant.dtype if variant.dtype != "fp32" else variant.mode or "exact"]
+    if variant.dtype == "fp16" and variant.mode:  # products of gradients are bf16's
+        allowed = TOLERANCES["fast"]
+    with lf.backend("triton"):
+        got = outputs_and_gradients(variant, values)
+    truth, size = exact(variant, values)
+    if [o.shape for o in got] != [t.shape for t in truth]:
+        return Verdict(None, allowed, f"outputs of shapes {[tuple(o.shape) for o in got]}")
+    # A gradient that is zero is a difference of terms as large as these.
+    scales = [1.0 if t.any() else variant.case.cancels * size for t in truth]
+    errors = [relative_error(o, t) / scale for o, t, scale in zip(got, truth, scales, strict=True)]
+    worst = max(errors, key=lambda error: (error != error, error))
+    return Verdict(worst, allowed, None if worst <= allowed else f"error {worst:.2g}, allowed {allowed:.2g}")
+
+
+def timed(case: Case) -> Iterator[Line]:
+    """Each direction, dtype and mode of the case, at a size that is timed."""
+    for size in _sizes(case):
+        narrow, chosen = size.get("dtype", "float32") != "float32", "precision" in size
+        for mode in PRECISIONS if _has_modes(case.name) and not narrow and not chosen else ("",):
+            name = " ".join([case.name, *map(str, size.values()), mode]).strip()
+            yield name, lambda size=size, mode=mode: _timed(case, size, mode)
+
+
+def _has_modes(name: str) -> bool:
+    """Whether torch's settings choose how it rounds: an op with that parameter, or a model of such ops."""
+    return not hasattr(lf.ops, name) or "precision" in inspect.signature(getattr(lf.ops, name)).parameters
+
+
+def _sizes(case: Case) -> list[Size]:
+    """One of each direction, dtype and precision: the first of those that are timed, or made from it."""
+    base = dict(case.sizes["gpu" if ON_GPU else "tiny"][0])
+    base["batch"] = min(int(base["batch"]), MOST_ROWS)
+    every = [size for sizes in case.sizes.values() for size in sizes]
+    axes = {
+        key: dict.fromkeys(size[key] for size in every)
+        for key in ("direction", "dtype", "precision")
+        if key in base
+    }
+    if "precision" in axes:
+        axes["precision"] = dict.fromkeys(PRECISIONS)
+    if "dtype" in axes:
+        axes["dtype"] = dict.fromkeys(("float32", "bfloat16") if ON_GPU else ("float32", "float16"))
+    sizes: list[dict[str, Any]] = [base]
+    for key, values in axes.items():
+        sizes = [{**size, key: value} for size in sizes for value in values]
+    return list(sizes)
+
+
+def _timed(case: Case, size: Size, mode: str) -> Verdict:
+    problem = case.build(size, Options(_device(), kernels=True))
+    dtypes = {"bfloat16": "bf16", "float16": "fp16"}
+    allowed = TOLERANCES[dtypes.get(str(size.get("dtype")), mode or str(size.get("precision", "exact")))]
+    with lf.backend("reference"):
+        standard = own_standard(problem.truth, problem.inputs[:1], allowed)
+    ours = next(provider for provider in problem.providers if provider.name == "linfast")
+    with _matmul_settings(mode):
+        return judge(ours.call, problem.inputs[:1], standard)
+
+
+@contextlib.contextmanager
+def _matmul_settings(mode: str) -> Iterator[None]:
+    """torch's settings that choose the mode; see linfast.precision."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = convolution.fp32_precision
+    torch.set_float32_matmul_precision({"high": "high", "tf32": "high", "fast": "medium"}.get(mode, "highest"))
+    if mode == "high":
+        matmul.fp32_precision = "ieee"
+    convolution.fp32_precision = "tf32" if mode in ("tf32", "fast") else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        convolution.fp32_precision = before
+
+
+def lines(name: str) -> Iterator[Line]:
+    """What is to be looked at, by one of ``NAMES``."""
+    kind, _, what = name.partition(":")
+    if kind == "models":
+        from tests.gpu.models import models
+
+        return models(_device())
+    return small(what) if kind == "op" else timed(CASES[what])
+
+
+def look(name: str, call: Callable[[], Verdict]) -> bool:
+    """Print the verdict; whether it was right."""
+    start = time.perf_counter()
+    try:
+        verdict = call()
+    except Exception as error:  # one that fails is a line as well
+        verdict = Verdict(None, None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+    found = {"smoke": name, "error": verdict.error, "allowed": verdict.allowed, "wrong": verdict.refused}
+    seconds = round(time.perf_counter() - start, 2)
+    print(json.dumps({**{k: _finite(v) for k, v in found.items()}, "seconds": seconds}), flush=True)
+    return verdict.refused is None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.smoke", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("names", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    options = parser.parse_args(arguments)
+    if ON_GPU:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    else:
+        from tests import interpreter
+
+        interpreter.install()
+    # NaN in fresh memory: a kernel that leaves part of its output as it was is wrong.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    right = [look(name, call) for each in options.names for name, call in lines(each)]
+    print(f"{sum(right)} right, {len(right) - sum(right)} wrong", flush=True)
+    return int(not all(right))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

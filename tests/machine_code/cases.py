@@ -1,0 +1,189 @@
+"""What runs on machine code: of every op some sizes with odd edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from linfast import ops
+from linfast.ops import CouplingStack
+from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
+from tests.machine_code.variants import Case, Outputs
+from tests.ops.stacks import leaves, random_layers, rebuilt
+
+__all__ = ["all_cases"]
+
+
+def all_cases() -> list[Case]:
+    """Of every op."""
+    parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers)
+    return [case for part in parts for case in part()]
+
+
+def _randn(*shapes: tuple[int, ...]) -> Callable[[], list[Tensor]]:
+    return lambda: [torch.randn(shape) for shape in shapes]
+
+
+def _couplings() -> Iterator[Case]:
+    for i, kind in enumerate(SCALE_MAP_KINDS):
+        order = ("shift_first", "scale_first")[i % 2]
+        for shape in ((9, 7), (3, 6, 5, 7)):
+            moved = (shape[1] + 1) // 2
+
+            def couple(x: Tensor, p: Tensor, kind: str = kind, order: str = order, **options: bool) -> Outputs:
+                return ops.affine_coupling(x, p, ScaleMap(kind), order=order, log_det=True, **options)
+
+            inputs = _randn(shape, (shape[0], 2 * moved, *shape[2:]))
+            yield Case("affine_coupling", f"{shape} {kind} {order}", inputs, couple, smoke=kind == "smooth")
+    for channels in (5, 18):
+        shape, moved = (2, channels, 7, 4), (channels + 1) // 2
+
+        def couple_and_mix(x: Tensor, p: Tensor, W: Tensor, b: Tensor, **options: bool) -> Outputs:
+            return ops.coupling_mix(x, p, ScaleMap(), W, b, log_det=True, **options)
+
+        inputs = _randn(shape, (2, 2 * moved, 7, 4), (channels, channels), (channels,))
+        yield Case("coupling_mix", f"{shape}", inputs, couple_and_mix, smoke=True)
+
+
+def _mixes() -> Iterator[Case]:
+    for n_in, n_out in ((3, 3), (5, 3), (15, 16), (33, 33), (7, 130)):
+        for innermost in (False, True):
+
+            def mix(x: Tensor, W: Tensor, b: Tensor, innermost: bool = innermost) -> Outputs:
+                return [ops.channel_mix(x.contiguous(memory_format=torch.channels_last) if innermost else x, W, b)]
+
+            label = f"{n_in} -> {n_out} channels {'last' if innermost else 'first'}"
+            inputs = _randn((2, n_in, 5, 7), (n_out, n_in), (n_out,))
+            yield Case("channel_mix", label, inputs, mix, smoke=(n_in, innermost) in ((5, False), (33, True)))
+    for shape in ((3, 6, 5, 7), (1, 2, 40, 31)):
+        for size in ((3, 3), (1, 9)):
+            for transpose in (False, True):
+
+                def convolve(x: Tensor, w: Tensor, transpose: bool = transpose) -> Outputs:
+                    return [ops.depthwise_conv(x, w, transpose=transpose)]
+
+                label = f"{shape} {size}{' transposed' if transpose else ''}"
+                inputs = _randn(shape, (shape[1], *size))
+                yield Case("depthwise_conv", label, inputs, convolve, smoke=shape[0] == 3 and size == (3, 3))
+
+
+def _products() -> Iterator[Case]:
+    for batch, n_in, n_out, rank in ((3, 7, 7, 3), (2, 300, 300, 8), (2, 33, 9, 70)):
+        for shared in ("nothing", "U", "V"):
+
+            def expand(x: Tensor, U: Tensor, V: Tensor, square: bool = n_in == n_out) -> Outputs:
+                return [ops.low_rank(x, U, V, alpha=0.7 if square else 0.0)]
+
+            shapes = [(n,) if name == shared else (batch, n) for name, n in (("U", n_out), ("V", n_in))]
+            inputs = _randn((batch, n_in), *((*shape, rank) for shape in shapes))
+            label = f"{(batch, n_in, n_out, rank)} shares {shared}"
+            yield Case("low_rank", label, inputs, expand, smoke=n_in == 300 and shared == "nothing")
+    for batch, count, n_out, n_in in ((9, 3, 7, 5), (200, 3, 70, 33), (40, 2, 66, 66)):
+        index = torch.randint(count, (batch,), generator=torch.Generator().manual_seed(batch))
+
+        def pick(z: Tensor, A: Tensor, b: Tensor, index: Tensor = index) -> Outputs:
+            return [ops.latent_matmul(z, A, index.to(z.device), bias=b)]
+
+        inputs = _randn((batch, n_in), (count, n_out, n_in), (n_out,))
+        yield Case("latent_matmul", f"{(batch, count, n_out, n_in)}", inputs, pick, smoke=batch == 40)
+
+
+def _norms() -> Iterator[Case]:
+    for shape, groups in (((3, 8, 5, 7), 2), ((2, 24, 40, 31), 8), ((9, 7), 7), ((2, 5000), 1)):
+
+        def inputs(shape: tuple[int, ...] = shape) -> list[Tensor]:
+            x, w, b, scale, shift = _randn(shape, shape[1:2], shape[1:2], shape[:2], shape[:2])()
+            return [x + 2, w + 1, b, scale, shift]
+
+        def norm(x: Tensor, *parameters: Tensor, groups: int = groups) -> Outputs:
+            return [ops.group_norm_silu(x, groups, *parameters)]
+
+        # Of one element to a group y does not depend on x; its terms are 1 / sqrt(eps) times y's.
+        cancels = 1e-5**-0.5 if shape == (9, 7) else 1.0
+        yield Case("group_norm_silu", f"{shape} groups {groups}", inputs, norm, groups in (2, 7), cancels=cancels)
+
+
+def _convolutions() -> Iterator[Case]:
+    for shape, n_out, k, groups in (
+        ((2, 8, 5, 7), 8, 3, 2), ((2, 18, 3, 4), 20, 3, 6), ((2, 9, 4, 3), 33, 1, 9), ((1, 4, 3, 2), 3, 5, 2),
+    ):  # fmt: skip
+
+        def inputs(shape: tuple[int, ...] = shape, n_out: int = n_out, k: int = k) -> list[Tensor]:
+            batch, n_in, *size = shape
+            shapes = (shape, (n_out, n_in, k, k), (n_out,), (n_in,), (n_in,), (batch, n_out, *size))
+            x, weight, *rest = _randn(*shapes)()
+            return [x + 2, weight / (n_in * k * k) ** 0.5, *rest]
+
+        def convolve(
+            x: Tensor, W: Tensor, b: Tensor, nw: Tensor, nb: Tensor, r: Tensor, precision: str, groups: int = groups
+        ) -> Outputs:
+            norm = {"groups": groups, "norm_weight": nw, "norm_bias": nb}
+            return ops.conv2d_fused(x, W, b, **norm, residual=r, alpha=0.7, precision=precision)[:1]
+
+        yield Case("conv2d_fused", f"{shape} -> {n_out} k {k} groups {groups}", inputs, convolve, smoke=n_out == 20)
+
+    def twice(x: Tensor, V: Tensor, W: Tensor, precision: str) -> Outputs:
+        y, statistics = ops.conv2d_fused(x, V, next_groups=4, precision=precision)
+        return ops.conv2d_fused(y, W, groups=4, statistics=statistics, precision=precision)[:1]
+
+    inputs = _randn((2, 8, 5, 7), (8, 8, 3, 3), (8, 8, 3, 3))
+    yield Case("conv2d_fused", "two, the first sums groups for the second", inputs, twice, smoke=True)
+
+
+def _stacks() -> Iterator[Case]:
+    for batch, D, hidden, depth, maps, activation, kind in (
+        (5, 6, (16, 16), 3, "none", "silu", "smooth"),
+        (40, 10, (24, 16), 2, "dense", "gelu", "tanh"),
+        (70, 33, (40,), 2, "diagonal", "tanh", "sigmoid"),
+        (9, 7, (), 2, "none", "relu", "softplus"),
+        (20, 33, (128, 128), 1, "none", "silu", "smooth"),
+    ):
+
+        def inputs(batch=batch, D=D, hidden=hidden, depth=depth, maps=maps) -> list[Tensor]:
+            return [torch.randn(batch, D), *leaves(random_layers(D, hidden, depth, maps=maps))]
+
+        template = random_layers(D, hidden, depth, maps=maps)
+
+        def run(x, *tensors, template=template, activation=activation, kind=kind, **options) -> Outputs:
+            layers, _ = rebuilt(template, tensors)
+            options |= {"activation": activation, "scale_map": ScaleMap(kind), "log_det": True}
+            return ops.coupling_stack(x, layers, **options)
+
+        label = f"{(batch, D)} hidden {hidden} depth {depth} maps {maps} {activation} {kind}"
+        yield Case("coupling_stack", label, inputs, run, smoke=maps == "dense", x_alone=True)
+    layer = random_layers(7, (16, 16), 1)
+
+    def one(x: Tensor, *tensors: Tensor, **options) -> Outputs:
+        ((weights, biases, *_),), _ = rebuilt(layer, tensors)
+        options |= {"activation": "silu", "scale_map": ScaleMap(), "log_det": True}
+        return ops.mlp_coupling(x, weights, biases, **options)
+
+    def inputs_of_one() -> list[Tensor]:
+        return [torch.randn(20, 7), *leaves(random_layers(7, (16, 16), 1))]
+
+    yield Case("mlp_coupling", "(20, 7) hidden (16, 16)", inputs_of_one, one, smoke=True, x_alone=True)
+
+
+def _linearizers() -> Iterator[Case]:
+    for batch, D, maps, core in (
+        (40, 7, "none", "dense"), (70, 10, "dense", "diagonal"), (9, 6, "diagonal", "dense"),
+    ):  # fmt: skip
+        template = [random_layers(D, (16, 16), depth, maps=maps) for depth in (2, 3)]
+        first = len(leaves(template[0]))
+
+        def inputs(batch=batch, D=D, maps=maps, core=core) -> list[Tensor]:
+            A = torch.randn(D) if core == "diagonal" else torch.randn(D, D) / D**0.5
+            stacks = [leaves(random_layers(D, (16, 16), depth, maps=maps)) for depth in (2, 3)]
+            return [torch.randn(batch, D), A, *stacks[0], *stacks[1]]
+
+        def run(x, A, *tensors, template=template, first=first, precision) -> Outputs:
+            halves = (tensors[:first], tensors[first:])
+            (layers_x, _), (layers_y, _) = map(rebuilt, template, halves)
+            g_x = CouplingStack(layers_x, "silu", ScaleMap(bound=0.5))
+            g_y = CouplingStack(layers_y, "silu", ScaleMap(bound=0.3))
+            return [ops.linearizer_stack(x, g_x, A, g_y, precision=precision)]
+
+        label = f"{(batch, D)} maps {maps} A {core}"
+        yield Case("linearizer_stack", label, inputs, run, smoke=batch == 40, x_alone=True)

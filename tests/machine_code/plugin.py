@@ -1,0 +1,46 @@
+"""``python -m pytest -p tests.machine_code.plugin tests/ops/...``: kernel tests on machine code, not interpreted.
+
+PTX_CAPABILITY is 80 or 90, PTX_CACHE a folder for what was compiled; what the emulator reports fails the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.machine_code.target import as_on_gpu, emulator
+
+_launch = emulator("launch")
+_CAPABILITY = int(os.environ.get("PTX_CAPABILITY", "80"))
+_STACK = pytest.StashKey[contextlib.ExitStack]()
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    """After tests/conftest.py, before any test is imported."""
+    stack = session.config.stash[_STACK] = contextlib.ExitStack()
+    stack.enter_context(_launch.installed(capability=_CAPABILITY))
+    stack.enter_context(as_on_gpu(f"sm_{_CAPABILITY}"))
+    # A test that asks for no mode compares with a CPU's fp32 convolution; by torch's default a GPU's would be tf32.
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash.get(_STACK, contextlib.ExitStack()).close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Lanes that store other last bits of one value are a fault: which of them stays is not defined."""
+    before = _launch.STATISTICS.notes.copy()
+    yield
+    spoken = _launch.STATISTICS.notes - before
+    assert not spoken, "\n".join(spoken)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts = _launch.STATISTICS.launches.values()
+    terminalreporter.write_line(f"machine code, sm_{_CAPABILITY}: {sum(counts)} launches of {len(counts)} kernels")

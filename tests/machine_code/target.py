@@ -1,0 +1,89 @@
+"""What makes the launchers pass CPU tensors as a GPU would pass its own, and what runs the machine code.
+
+``../shared/tools/ptx`` runs the PTX that Triton compiles for a GPU on CPU tensors, with sanitizers. It is beside
+the checkout, or where LINFAST_PTX says; it is no part of the project, and nothing else needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+__all__ = ["CAPABILITIES", "as_on_gpu", "emulator", "folder"]
+
+CAPABILITIES = {"sm_80": 80, "sm_90": 90}
+_CHECKOUT = Path(__file__).parent.parent.parent
+
+
+def folder() -> Path | None:
+    """The folder that holds the package ``ptx``; None where there is none."""
+    given = os.environ.get("LINFAST_PTX")
+    places = [Path(given)] if given else [_CHECKOUT.parent / "shared" / "tools", Path("/work/shared/tools")]
+    return next((place for place in places if (place / "ptx" / "launch.py").exists()), None)
+
+
+def emulator(name: str) -> Any:
+    """A module of ``ptx``. Kernels of linfast that are imported from here on are compiled, not interpreted.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        RuntimeError: Triton was imported to interpret kernels.
+    """
+    place = folder()
+    if place is None:
+        raise FileNotFoundError("ptx is neither in ../shared/tools beside the checkout nor where LINFAST_PTX says")
+    # Triton's own functions are for the interpreter or for the compiler from when it is imported.
+    os.environ.pop("TRITON_INTERPRET", None)
+    import triton
+
+    if not isinstance(triton.language.zeros, triton.JITFunction):
+        raise RuntimeError("Triton was imported to interpret kernels: run machine code in a Python of its own")
+    triton.knobs.runtime.interpret = False
+    os.environ["TRITON_INTERPRET"] = "1"  # what linfast.backend takes for "kernels run on CPU tensors"
+    if str(place) not in sys.path:
+        sys.path.append(str(place))
+    return importlib.import_module(f"ptx.{name}")
+
+
+@contextlib.contextmanager
+def as_on_gpu(target: str) -> Iterator[None]:
+    """Inside the block launchers choose for CPU tensors what they choose for that GPU's."""
+    choices: dict[str, Any] = {
+        "linfast.precision.interpreting": lambda: False,
+        "linfast.kernels.stack_configs._target": _constant(target),
+        "linfast.kernels.stack_pass.StackPass.part_dtype": property(lambda self: torch.bfloat16),
+    }
+    for module in ("coupling_stack", "linearizer_stack"):
+        choices[f"linfast.kernels.{module}.activation_form"] = _activation_form
+    for module in ("conv2d_fused", "conv2d_fused_backward"):
+        choices[f"linfast.kernels.{module}.silu_form"] = _silu_form
+    with contextlib.ExitStack() as patches:
+        for name, value in choices.items():
+            patches.enter_context(mock.patch(name, value))
+        yield
+
+
+def _constant(target: str) -> Any:
+    def target_of(kind: str, index: int | None) -> str:
+        return target
+
+    target_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return target_of
+
+
+def _activation_form(x: torch.Tensor, precision: str) -> int:
+    return 0 if precision in ("exact", "high") else 2
+
+
+def _silu_form(x: torch.Tensor, precision: str, activation: bool) -> int:
+    from linfast.kernels.conv2d_fused import SILU_FORMS
+
+    return SILU_FORMS[precision][False] if activation else -1

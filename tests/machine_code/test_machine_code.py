@@ -1,0 +1,111 @@
+"""The runs on machine code leave nothing out, and fail where a kernel is wrong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton.runtime import interpreter
+
+import linfast as lf
+from linfast import ops
+from tests.machine_code import __main__ as command
+from tests.machine_code.cases import all_cases
+from tests.machine_code.check import outputs_and_gradients
+from tests.machine_code.kernels import SOURCES, entry_kernels
+from tests.machine_code.target import folder
+from tests.machine_code.variants import DTYPES, uncovered, variants
+from tests.ops.budget import COMPILED
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Where launchers ask what a CPU tensor cannot answer; all but the guard and the index's check are in as_on_gpu.
+ASKS_FOR_A_GPU = {
+    ("launch", "device_guard"), ("latent_matmul", "_check_index"), ("coupling_stack", "activation_form"),
+    ("conv2d_fused", "silu_form"), ("stack_pass", "of"), ("stack_pass", "part_dtype"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("smoke", [True, False])
+def test_every_op_is_run(smoke: bool) -> None:
+    assert not uncovered(all_cases(), smoke)
+
+
+def test_an_op_without_a_case_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "new_op", lambda x: x, raising=False)
+    monkeypatch.setattr(ops, "__all__", [*ops.__all__, "new_op"])
+    assert uncovered(all_cases(), smoke=True) == ["new_op"]
+
+
+def test_every_mode_direction_and_dtype_is_run() -> None:
+    found = {(v.case.op, v.dtype, v.mode, v.direction) for v in variants(all_cases(), smoke=False)}
+    assert {mode for op, _, mode, _ in found if op == "conv2d_fused"} == {"exact", "high", "tf32", "fast"}
+    assert {direction for op, _, _, direction in found if op == "coupling_mix"} == {"forward", "inverse"}
+    for op, _, mode, direction in found:
+        assert {d for o, d, m, way in found if (o, m, way) == (op, mode, direction)} == set(DTYPES)
+
+
+@pytest.mark.skipif(COMPILED, reason="records what the interpreter would launch")
+def test_the_short_run_launches_every_kernel_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are recorded and not made."""
+    launched: dict[str, set[str]] = {}
+    for variant in variants(all_cases(), smoke=True):
+
+        def record(launch, *_: object, dtype: str = variant.dtype, **__: object) -> None:
+            launched.setdefault(launch.fn.__name__, set()).add(dtype)
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)
+        with lf.backend("triton"):
+            outputs_and_gradients(variant)
+    assert launched == {name: set(DTYPES) for name in entry_kernels()}
+
+
+def test_launchers_ask_for_a_gpu_where_it_is_known() -> None:
+    """Another place would run on machine code as on a CPU, and not as on a GPU."""
+    found = set()
+    for path in SOURCES.glob("*.py"):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                attributes = {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
+                found |= {(path.stem, function.name)} if attributes & {"is_cuda", "on_gpu"} else set()
+    assert found == ASKS_FOR_A_GPU
+
+
+def test_without_the_emulator_the_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setenv("LINFAST_PTX", str(tmp_path))
+    assert command.main(["--smoke"]) == command.NOT_THERE
+    assert "was not run" in capsys.readouterr().out
+
+
+PLANTED = """
+import sys
+from tests.machine_code.target import emulator
+emulator("launch")
+from linfast.kernels.low_rank import _expand_kernel as kernel
+from tests.machine_code.__main__ import parser, run_target
+source, old, new = kernel.src, *sys.argv[1:]
+assert source.count(old) == 1
+kernel._unsafe_update_src(source.replace(old, new))
+only = "low_rank (2, 300, 300, 8) shares nothing fp32"
+sys.exit(run_target("sm_80", parser().parse_args(["--smoke", "--only", only])))
+"""
+_STORE = "y.to(y_ptr.dtype.element_ty), mask=inside)"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(folder() is None, reason="../shared/tools/ptx is not there")
+@pytest.mark.parametrize(
+    ("new", "status", "said"),
+    [
+        (_STORE, 0, "0 failed"),
+        (_STORE.replace("y.to", "(1.00001 * y).to"), 1, "FAIL"),
+        ("y.to(y_ptr.dtype.element_ty))", 1, "out of bounds"),
+    ],
+)
+def test_a_kernel_that_is_wrong_fails(new: str, status: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PLANTED, _STORE, new], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert said in done.stdout
