@@ -50,7 +50,8 @@ class BankTile:
 # (largest mean rows an operator, tile).
 TILES: tuple[tuple[int, BankTile], ...] = (
     (16, BankTile(rows=16, columns=64, inner=64, num_warps=4)),  # bound by reading A: no wasted rows
-    (1 << 62, BankTile(rows=64, columns=64, inner=32, num_warps=4)),  # one wgmma of 64 rows; 32 sums a thread
+    # wgmma's 64 rows. 16 sums a thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes and accesses).
+    (1 << 62, BankTile(rows=64, columns=64, inner=32, num_warps=8)),
 )
 # dA: n_out by n_in, ``inner`` rows of the batch a step.
 GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=4)

@@ -10,7 +10,6 @@ import torch
 from linfast.kernels.stack_layout import NO_MAPS
 from torch import Tensor
 
-import linfast as lf
 from linfast import ops
 from linfast.ops.linearizer_stack import CouplingStack, linearizer_stack
 from linfast.scale_maps import ScaleMap
@@ -126,12 +125,11 @@ def conv2d_fused(
     weight = tensor(channels, channels, kernel, kernel, dtype=dtype, last=last)
     bias, norm_weight, norm_bias = (tensor(channels, dtype=dtype) for _ in range(3))
     groups = channels // 4
-    with lf.backend("triton"):
-        y, _ = ops.conv2d_fused(
-            x, weight, bias, groups=groups, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual,
-            next_groups=groups, precision=precision,
-        )  # fmt: skip
-        both_ways(y, x, weight, bias, norm_weight, norm_bias, residual)
+    y, _ = ops.conv2d_fused(
+        x, weight, bias, groups=groups, norm_weight=norm_weight, norm_bias=norm_bias, residual=residual,
+        next_groups=groups, precision=precision,
+    )  # fmt: skip
+    both_ways(y, x, weight, bias, norm_weight, norm_bias, residual)
 
 
 def coupling_stack(

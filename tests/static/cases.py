@@ -91,7 +91,7 @@ def _depthwise_convs() -> Iterator[Case]:
     for k in (3, 9):
         for last in (False, True):
             call = partial(calls.depthwise_conv, channels=64, size=64, kernel=(k, k), last=last)
-            yield Case(f"{k}x{k} {'channels_last' if last else 'contiguous'} fp32", call)
+            yield Case(f"{k}x{k} {'channels_last' if last else 'NCHW'} fp32", call)
     yield Case("5x2 small fp32", partial(calls.depthwise_conv, channels=3, size=8, kernel=(5, 2)), targets=_TWO)
     call = partial(calls.depthwise_conv, channels=64, size=64, kernel=(3, 3), dtype="bf16")
     yield Case("3x3 bf16", call, targets=_TWO)

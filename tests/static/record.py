@@ -29,6 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime import JITFunction, driver
 
+import linfast as lf
 from linfast.ops import register
 
 TARGETS = {
@@ -118,6 +119,7 @@ def on(target: str, call: str = "") -> Iterator[list[Launch]]:
     with (
         mock.patch.object(triton.compiler, "compile", compile),
         mock.patch.object(stack_configs, "_target", return_value=name),
+        lf.backend("triton"),
         # so that tensors on a CPU reach the launchers
         mock.patch.object(register, "interpreting", return_value=True),
         mock.patch.object(torch.Tensor, "is_cuda", True),
@@ -147,7 +149,7 @@ def _launch(src: Any, target: str, options: dict[str, Any], call: str, before: l
         constants={names[i]: value for (i,), value in src.constants.items()},
         attributes={names[i]: value for (i,), value in src.attrs.items() if value},
         options={k: v for k, v in options.items() if v != defaults[k]},
-        source=_source(src.fn),
+        source=source_of(src.fn),
     )
 
 
@@ -157,7 +159,8 @@ def _default_options(target: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _source(kernel: JITFunction[Any]) -> str:
+def source_of(kernel: JITFunction[Any]) -> str:
+    """A digest of the kernel and of what it uses of linfast."""
     return hashlib.sha256(json.dumps(_sources(kernel, {})).encode()).hexdigest()[:12]
 
 

@@ -19,12 +19,6 @@ REGISTER_SLACK = 8
 COUNTED = ("mufu", "wide_loads", "matrix", "async_copies")
 
 
-@pytest.fixture(scope="module")
-def now() -> list[Launch]:
-    """What the launchers pass today."""
-    return table.launches()
-
-
 @pytest.fixture(scope="module", params=table.VERSIONS)
 def rows(request: pytest.FixtureRequest) -> tuple[str, list[Row]]:
     """(version of Triton, its table's rows)."""
@@ -50,7 +44,9 @@ def test_shared_memory_fits(rows: tuple[str, list[Row]]) -> None:
 
 
 def test_contiguous_runs_are_read_sixteen_bytes_at_a_time(rows: tuple[str, list[Row]]) -> None:
+    """Not on gfx942 the 512 columns of 15 channels: two for each of 256 lanes, eight bytes, and whole lines."""
     contiguous = [row for row in rows[1] if "contiguous" in row["call"]]
+    contiguous = [row for row in contiguous if row["target"] != "gfx942" or "C=15" not in row["call"]]
     assert contiguous
     assert [row for row in contiguous if not int(row["wide_loads"])] == []
 
@@ -65,7 +61,8 @@ def test_products_meant_for_matrix_units_run_on_them(now: list[Launch], rows: tu
 
 def test_stacks_load_weights_ahead(rows: tuple[str, list[Row]]) -> None:
     stacks = [row for row in rows[1] if row["kernel"] in ("_coupling_stack_kernel", "_linearizer_stack_kernel")]
-    stacks = [row for row in stacks if row["target"] != "gfx942"]  # whose loads go through registers
+    # gfx942's loads go through registers; 16 hidden units are one chunk.
+    stacks = [row for row in stacks if row["target"] != "gfx942" and "narrow" not in row["call"]]
     assert stacks
     assert [row for row in stacks if not int(row["async_copies"])] == []
 

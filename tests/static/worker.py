@@ -15,7 +15,7 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
-from tests.static.record import TARGETS, Launch
+from tests.static.record import TARGETS, Launch, source_of
 
 _MEMORY = 12 << 30  # address space; a compilation that runs away ends instead of the machine
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -24,6 +24,8 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def compile_launch(launch: Launch) -> dict[str, Any]:
     """Registers, spills, shared memory and instruction counts of one compiled kernel."""
     kernel = getattr(importlib.import_module(f"linfast.kernels.{launch.module}"), launch.kernel)
+    if source_of(kernel) != launch.source:
+        raise RuntimeError(f"{launch.kernel} is not the one that was recorded")
     at = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
