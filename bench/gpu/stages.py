@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from .runner import Job
 
 __all__ = ["FILES", "Given", "Machine", "Stage", "plan"]
 
-PYTHON = sys.executable
+PYTHON = os.environ.get("PYTHON", sys.executable)
 TOTAL = 555  # seconds by which the last stage has ended; the call has 570
 MOST_GIB = 60.0  # of the card, all processes together
 _CONTEXT_GIB = 0.7  # of a process, beside what torch allocates
@@ -165,7 +166,7 @@ def _smoke(given: Given) -> list[Job]:
 def _tests(given: Given) -> list[Job]:
     """One pytest: its processes share what is this stage's."""
     processes = given.machine.at_once(_AT_ONCE)
-    options = ["-p", "tests.gpu.plugin", "--tb=no", "--no-header"]
+    options = ["-p", "tests.gpu.plugin", "--tb=short", "--no-summary", "--no-header"]
     if given.machine.on_gpu and find_spec("xdist"):
         options += ["-n", str(processes), "--dist", "worksteal", "--max-worker-restart", "200"]
     if find_spec("pytest_timeout"):  # "thread" ends a process that waits for a hung card; no signal reaches it
