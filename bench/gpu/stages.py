@@ -32,7 +32,7 @@ TESTS = (
     "tests/accelerate/test_whole.py",
     "tests/models/test_sampling_stream.py",
 )
-DRY_SMOKE = ("op:coupling_stack", "op:low_rank", "case:linearizer", "models")
+DRY_SMOKE = ("op:low_rank", "case:coupling_stack", "models")
 DRY_TESTS = ("tests/ops/test_low_rank_kernel.py", "-k", "half_precision or opcheck")
 _LOOKED = r"\d+ right"
 TEST_SECONDS = 45

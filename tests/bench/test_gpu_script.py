@@ -1,4 +1,4 @@
-"""bench/gpu.sh: its stages, their limits, and what it leaves when it is killed, the disk is full or something missing.
+"""bench/gpu.sh: its stages, their limits, and what it leaves when it is killed or a disk is full.
 
 A stand-in for Python prints what the stages' processes would; the script itself runs as it is.
 """
@@ -34,7 +34,7 @@ case "$*" in
         echo '1 right, 1 wrong'; exit 1 ;;
     *"-m pytest "*) echo 'FAILED a.py::b - no'; echo 'COUNTS 7 passed, 1 failed, 2 skipped'; exit 1 ;;
     *bench.summary*) echo the table ;;
-    *linfast.bench\\ *)
+    *"linfast.bench "*--json*)
         echo 'measuring low_rank 8'; echo '{json.dumps(RESULT)}'
         case "$*" in *--case=linearizer*) exit 139 ;; esac
         echo 'x base: time' ;;
@@ -98,7 +98,24 @@ def test_every_stage_has_its_turn_and_its_line(started, tmp_path: Path) -> None:
     assert all((ROOT / argument).exists() for argument in tests if argument.startswith("tests/"))
 
 
-def test_the_tests_and_peers_of_a_real_call_exist() -> None:
+@pytest.mark.long
+def test_a_dry_run_of_the_cheap_stages(tmp_path: Path) -> None:
+    """With the processes it has on a card, not the stand-in."""
+    command = ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path), "--dry", "--only", "tests,bench,profile,table"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
+    assert done.returncode == 0, done.stderr
+    for stage in ("environment", "tests", "bench", "profile", "table"):
+        assert f"\n{stage}: ok" in done.stdout
+    assert "passed, 0 failed" in done.stdout
+    assert "refused" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("reversible")
+    assert len(done.stdout) < 12000  # what the machine's reply shows
+    assert 0 < (tmp_path / "trace.json.gz").stat().st_size < 2**24
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_the_tests_of_a_real_call_exist() -> None:
     given = Given(Machine("cuda", "a card", 79, 78, True, ["op:low_rank"], ["coupling_flow"]), {}, Path(), Path())
     [tests] = next(stage for stage in plan(compile=False) if stage.name == "tests").jobs(given)
     paths = [argument for argument in tests.command if argument.startswith("tests/")]
