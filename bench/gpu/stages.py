@@ -37,6 +37,7 @@ DRY_TESTS = ("tests/ops/test_low_rank_kernel.py", "-k", "half_precision or opche
 _LOOKED = r"\d+ right"
 TEST_SECONDS = 45
 FLOWS = ("coupling_flow", "linearizer")  # timed first: what the project is about
+NEXT = ("coupling_stack", "conv2d_fused")  # and of the single ops these
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
 SILENCE = 60  # seconds without a word after which a benchmark is taken for hung
 COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
@@ -207,7 +208,7 @@ def _without_sanitizer(machine: Machine) -> str | None:
 
 def _bench(given: Given) -> list[Job]:
     """The flows beside the peers, the libraries, the streams, then single ops: in order of worth."""
-    ops = [case for case in given.machine.cases if case not in FLOWS]
+    ops = [*NEXT, *(case for case in given.machine.cases if case not in (*FLOWS, *NEXT))]
     libraries = [] if given.machine.on_gpu else ["--batch", "64", "--rounds", "1", "--only", "AffineCouplingBlock"]
     libraries += ["--no-compile", "--json", "/dev/stdout"]
     return [
@@ -252,7 +253,8 @@ def _profile(given: Given) -> list[Job]:
             "1",
         ]
         jobs += [
-            Job(f"ncu {case}", [*counted, *bench, "--check", f"--case={case}"], given.share) for case in COUNTED
+            Job(f"ncu {case}", [*counted, *bench, "--check", f"--case={case}"], given.share, limit=20)
+            for case in COUNTED
         ]
     return jobs
 
