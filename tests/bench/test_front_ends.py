@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from linfast.bench.plots import draw
-from linfast.bench.report import json_line
+from linfast.bench.report import json_line, parse
 from linfast.bench.run import main
+from linfast.bench.summary import short_table
 
 from tests.marks import long
 
@@ -63,18 +64,10 @@ def test_a_profile_is_a_trace_with_ranges_and_a_summary(tmp_path: Path, capsys) 
 # The summary of a call on a GPU.
 
 
-def test_the_short_table_has_a_line_a_size(tmp_path: Path) -> None:
-    lines = [json_line(result, ENVIRONMENT) for result in _results()]
-    (tmp_path / "results.jsonl").write_text("\n".join(lines))
-    done = subprocess.run(
-        [sys.executable, "-m", "linfast.bench.summary", str(tmp_path / "results.jsonl")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1.000 never heard of" in done.stdout
-    assert len([line for line in done.stdout.splitlines() if line.startswith("coupling_flow")]) == 3
+def test_the_short_table_has_a_line_a_size() -> None:
+    text = short_table(parse(json_line(result, ENVIRONMENT) for result in _results()))
+    assert "1.000 never heard of" in text
+    assert len([line for line in text.splitlines() if line.startswith("coupling_flow")]) == 3
 
 
 # The README's figures, and pytest bench.
