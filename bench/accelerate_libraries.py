@@ -18,6 +18,7 @@ import functools
 import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
+from linfast.backend import plain_torch
+from linfast.precision import full_precision
 from linfast.tables import aligned
 
 from .arguments import _default_device, _device
@@ -146,10 +149,11 @@ def _loss(outputs: Sequence[Tensor]) -> Tensor:
 def _errors(run: Run, model: nn.Module, fast: nn.Module, x: Tensor) -> tuple[float, float]:
     """Largest relative L2 difference of an output, and that of the gradients together."""
     outputs, gradients = [], []
-    for each in (model, fast):
+    for each, backend in ((model, plain_torch()), (fast, nullcontext())):
         each.zero_grad(set_to_none=True)
-        values = run(each, x)
-        _loss(values).backward()
+        with full_precision(), backend:
+            values = run(each, x)
+            _loss(values).backward()
         outputs.append([value.detach() for value in values])
         gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
         each.zero_grad(set_to_none=True)

@@ -5,8 +5,9 @@ For each output o of a call, with truth t in float64,
     error(o) = |o - t|_2 / |t|_2          (|o|_2 where t is zero)
     allowed  = of the eager reference's errors under the model of ``rounding``, over the inputs and its draws
 
-The reference runs in plain torch whatever the backend is: it is never the kernel under test. A provider
-is refused unless every output of every input is within its allowance.
+Truth and reference run in plain torch whatever the backend is (``linfast.backend.plain_torch``): neither can be
+the kernel under test. A provider is refused unless every output of every input is within its allowance, and
+where that is 1 or more: zeros would pass.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-import linfast as lf
+from linfast.backend import plain_torch
 
-from .rounding import DRAWS, Rounding, allowed_error, relative_error
+from .rounding import DRAWS, allowed_error, drawn, relative_error
 
 __all__ = ["Outputs", "Standard", "Verdict", "as_tuple", "judge", "own_standard", "set_standard"]
 
@@ -64,14 +66,11 @@ def set_standard(
     Raises:
         ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
     """
-    truths = [as_tuple(truth(*map(_double, arguments))) for arguments in inputs]
-    if any(output.dtype != torch.float64 for output in truths[0]):
-        raise ValueError(f"the truth must be in float64; got {[output.dtype for output in truths[0]]}")
+    truths = _truths(truth, inputs)
     errors = []
     for draw in range(max(DRAWS, len(inputs))):
         index = draw % len(inputs)
-        with lf.backend("reference"), Rounding(draw):
-            outputs = as_tuple(reference(*inputs[index]))
+        outputs = as_tuple(drawn(partial(reference, *inputs[index]), draw))
         if _shapes(outputs) != _shapes(truths[index]):
             raise ValueError(f"reference outputs are {_shapes(outputs)}, the truth's {_shapes(truths[index])}")
         errors.append([relative_error(o, t) for o, t in zip(outputs, truths[index], strict=True)])
@@ -80,9 +79,21 @@ def set_standard(
 
 
 def own_standard(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], allowed: float) -> Standard:
-    """The standard of a provider with outputs of its own: its float64 outputs, one allowance for all."""
-    truths = [as_tuple(truth(*map(_double, arguments))) for arguments in inputs]
+    """The standard of a provider with outputs of its own: its float64 outputs, one allowance for all.
+
+    Raises:
+        ValueError: the truth is not in float64.
+    """
+    truths = _truths(truth, inputs)
     return Standard(truths, [allowed] * len(truths[0]))
+
+
+def _truths(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    with plain_torch():
+        truths = [as_tuple(truth(*map(_double, arguments))) for arguments in inputs]
+    if any(output.dtype != torch.float64 for output in truths[0]):
+        raise ValueError(f"the truth must be in float64; got {[output.dtype for output in truths[0]]}")
+    return truths
 
 
 def judge(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], standard: Standard) -> Verdict:
@@ -113,8 +124,9 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def _verdict(error: float, allowed: float) -> Verdict:
-    within = error <= allowed  # False where either is NaN
-    return Verdict(error, allowed, None if within else f"error {error:.2g}, allowed {allowed:.2g}")
+    within = error <= allowed < 1  # False where either is NaN
+    reason = f"error {error:.2g}, allowed {allowed:.2g}" + (": zeros would pass" if allowed >= 1 else "")
+    return Verdict(error, allowed, None if within else reason)
 
 
 def _share(verdict: Verdict) -> tuple[bool, float]:

@@ -25,15 +25,20 @@ A mode whose products round their fp32 operands has its errors drawn with them r
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "operand_rounding", "relative_error"]
+from linfast.backend import plain_torch
+
+__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "drawn", "operand_rounding", "relative_error"]
+
+_Outputs = TypeVar("_Outputs")
 
 DRAWS = 6
 _EPS = torch.finfo(torch.float32).eps
@@ -78,30 +83,46 @@ def allowed_errors(
     """
     errors = []
     for seed in range(draws):
-        with Rounding(seed, operands):
-            outputs = reference()
+        outputs = drawn(reference, seed, operands)
         errors.append([relative_error(o, t) for o, t in zip(outputs, truth, strict=True)])
     pairs = zip(zip(*errors, strict=True), outputs, strict=True)
     return [0.0 if output is None else allowed_error(e, output.dtype) for e, output in pairs]
 
 
 def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
-    """What a mode of linfast.precision makes of an fp32 operand: tf32, or the sum of its parts in ``half``."""
-    if precision == "tf32":
-        return _tf32
+    """What a mode of linfast.precision makes of an fp32 operand: tf32, or the sum of its parts in ``half``.
 
-    def sum_of_parts(t: Tensor) -> Tensor:
-        total = torch.zeros_like(t)
-        for _ in range(_N_PARTS[precision]):
-            total = total + (t - total).to(half).to(t.dtype)
-        return total
+    Each call rounds on another grid (of t scaled, and scaled back): the same digits would go in every draw, and
+    leave no room for luck. Three parts hold all of fp32, and are left alone.
+    """
+    rounded = _tf32 if precision == "tf32" else functools.partial(_sum_of_parts, _N_PARTS[precision], half)
+    generator = torch.Generator().manual_seed(0)
 
-    return sum_of_parts
+    def on_another_grid(t: Tensor) -> Tensor:
+        scale = 1 + torch.rand((), generator=generator).to(t)
+        return rounded(t * scale) / scale
+
+    return rounded if precision == "exact" else on_another_grid
+
+
+def _sum_of_parts(n_parts: int, half: torch.dtype, t: Tensor) -> Tensor:
+    total = torch.zeros_like(t)
+    for _ in range(n_parts):
+        total = total + (t - total).to(half).to(t.dtype)
+    return total
 
 
 def _tf32(t: Tensor) -> Tensor:
     """fp32 with ten bits after the point, to nearest."""
     return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def drawn(
+    reference: Callable[[], _Outputs], seed: int, operands: Callable[[Tensor], Tensor] | None = None
+) -> _Outputs:
+    """The outputs of ``reference`` with one draw of the error. A reference that runs a kernel is an error."""
+    with plain_torch(), Rounding(seed, operands):
+        return reference()
 
 
 def allowed_error(errors: Sequence[float], dtype: torch.dtype) -> float:

@@ -17,6 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from linfast.cuda_graph import CudaGraph
+
 from .check import Outputs, as_tuple
 
 __all__ = ["Timing", "in_turns", "time_interleaved"]
@@ -118,26 +120,12 @@ def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing
 
     timing.launched_ms = median(launched(turn % len(inputs))[0] for turn in range(LAUNCHED_CALLS))
     try:
-        graph, outputs = _capture(call, inputs)
+        graph = CudaGraph(lambda: [as_tuple(call(*arguments)) for arguments in inputs], (), inputs[0][0].device)
     except Exception:
         torch.cuda.synchronize()
         return launched
     timing.captured = True
-    return lambda index: (_between_events(graph.replay)[0] / len(inputs), outputs[index])
-
-
-def _capture(
-    call: Call, inputs: Sequence[tuple[Tensor, ...]]
-) -> tuple[torch.cuda.CUDAGraph, list[tuple[Tensor, ...]]]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call(*inputs[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [as_tuple(call(*arguments)) for arguments in inputs]
-    return graph, outputs
+    return lambda index: (_between_events(graph.replay)[0] / len(inputs), graph.result[index])
 
 
 def _between_events(action: Callable[[], Outputs | None]) -> tuple[float, Outputs]:

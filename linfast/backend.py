@@ -20,7 +20,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["backend", "chosen_backend", "interpreting", "uses_triton", "why_reference"]
+__all__ = [
+    "backend",
+    "chosen_backend",
+    "has_kernels",
+    "interpreting",
+    "plain_torch",
+    "refuse_kernel",
+    "uses_triton",
+    "why_reference",
+]
 
 _CHOICES = ("auto", "triton", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,13 +51,47 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: another name.
+        RuntimeError: a backend that runs kernels, inside ``plain_torch``.
     """
     global _choice
+    if _only_plain and _checked(name, "backend") != "reference":
+        raise RuntimeError(f"backend {name!r} was asked for by what others are compared with: it is plain torch")
     before, _choice = _choice, _checked(name, "backend")
     try:
         yield
     finally:
         _choice = before
+
+
+_only_plain = 0
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside the block everything is plain torch: the one place where what others are compared with comes from.
+
+    A kernel that would run all the same raises RuntimeError, and so does choosing a backend that runs them:
+    nothing is ever compared with itself.
+    """
+    global _only_plain
+    with backend("reference"):
+        _only_plain += 1
+        try:
+            yield
+        finally:
+            _only_plain -= 1
+
+
+def refuse_kernel(kernel: str) -> None:
+    """Called before every launch.
+
+    Raises:
+        RuntimeError: inside ``plain_torch``.
+    """
+    if _only_plain:
+        raise RuntimeError(
+            f"the kernel of {kernel} was launched by what others are compared with: it is plain torch"
+        )
 
 
 def chosen_backend() -> str:
@@ -67,7 +110,7 @@ def uses_triton(*tensors: Tensor) -> bool:
     on_gpu = tensors[0].is_cuda
     supported = all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
     if _choice == "auto":
-        return on_gpu and supported and _HAS_TRITON
+        return supported and has_kernels(tensors[0].device)
     if not supported:
         return False
     if not _HAS_TRITON:
@@ -78,6 +121,11 @@ def uses_triton(*tensors: Tensor) -> bool:
             "starting Python to interpret the kernels there"
         )
     return True
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether "auto" runs kernels on this device."""
+    return device.type == "cuda" and _HAS_TRITON
 
 
 def why_reference(x: Tensor) -> str | None:

@@ -1,10 +1,13 @@
-"""A device by its name, checked before any work."""
+"""A device by its name, checked before any work; and numbers of the host on a device, without waiting for it."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-__all__ = ["usable_device"]
+import torch
+from torch import Tensor
+
+__all__ = ["uploaded", "usable_device"]
 
 
 def usable_device(name: str) -> torch.device:
@@ -15,3 +18,9 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used: {error}") from error
     return device
+
+
+def uploaded(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """``values``, numbers of the host, on a device; a GPU is not waited for, as ``torch.tensor`` does."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -13,21 +13,30 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["derived", "freeze", "is_kept", "thawed"]
+__all__ = ["Frozen", "derived", "freeze", "is_kept", "thawed"]
 
 _Value = TypeVar("_Value")
 
 
-class _Frozen:
-    """The modules of one ``freeze`` and what was derived from them."""
+class Frozen:
+    """The modules of one promise and what was derived from them: as ``freeze`` while it is entered.
+
+    What was derived lives as long as this object, and serves the next time that it is entered.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = set(model.modules())
         self.values: dict[tuple[nn.Module, Hashable], Any] = {}
 
+    def __enter__(self) -> None:
+        _active.append(self)
+
+    def __exit__(self, *exception: object) -> None:
+        _active.remove(self)
+
 
 # A plain global, read once a derived weight; outermost first, so that a nested freeze adds nothing.
-_active: list[_Frozen] = []
+_active: list[Frozen] = []
 
 
 @contextlib.contextmanager
@@ -45,12 +54,8 @@ def freeze(model: nn.Module) -> Iterator[None]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    frozen = _Frozen(model)
-    _active.append(frozen)
-    try:
+    with Frozen(model):
         yield
-    finally:
-        _active.remove(frozen)
 
 
 @contextlib.contextmanager
@@ -84,7 +89,7 @@ def is_kept(module: nn.Module) -> bool:
     return _frozen(module) is not None
 
 
-def _frozen(module: nn.Module) -> _Frozen | None:
+def _frozen(module: nn.Module) -> Frozen | None:
     if torch.compiler.is_compiling() or not _active:
         return None
     frozen = next((f for f in _active if module in f.modules), None)

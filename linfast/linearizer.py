@@ -83,7 +83,7 @@ class Linearizer(nn.Module):
 
     @annotate
     def inverse(self, y: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
-        """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse: see ``pinv``."""
+        """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse (``A.inverse``): see ``pinv``."""
         A_inverse = self._inverse_operator(t)
         return self.gx_inverse(A_inverse(self.gy(y, **context)), **context)
 
@@ -113,7 +113,7 @@ class Linearizer(nn.Module):
 
     def _inverse_operator(self, t: float | Tensor | None) -> LatentOperator:
         self._check_time(t)
-        return (self.A if t is None else self.A.at(t)).inverse()
+        return self.A.inverse_at(t)
 
     def at(self, t: float | Tensor) -> Linearizer:
         """f with its operator at time t."""

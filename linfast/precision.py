@@ -21,12 +21,17 @@ float64 is computed in float64 whatever the mode.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .backend import interpreting
 
-__all__ = ["PRECISIONS", "half_dtype", "resolve_precision"]
+__all__ = ["PRECISIONS", "full_precision", "half_dtype", "resolve_precision"]
 
 PRECISIONS = ("exact", "high", "tf32", "fast")
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -47,6 +52,35 @@ def resolve_precision(x: Tensor, requested: str | None = None) -> str:
     if x.dtype in _HALF_DTYPES or _autocast_dtype(x) in _HALF_DTYPES:
         return "fast"
     return _float32_mode()
+
+
+_one_at_a_time = threading.RLock()
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside the block float32 products are float32's, torch's and ours: for comparing two computations.
+
+    torch's settings are the process's own: what other threads compute meanwhile is in full precision too, and
+    a second thread's block waits for the first one's end. They are put back at the end, also after an exception.
+    """
+    backends: Any = torch.backends  # whose stubs do not know of these settings
+    matmuls = (backends.cuda.matmul, backends.mkldnn.matmul)
+    others = (backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.conv, backends.mkldnn.rnn)
+    with _one_at_a_time, contextlib.ExitStack() as stack:
+        # The wide ones first: a narrow one that is "none" follows them, and goes on doing so.
+        before = {setting: setting.fp32_precision for setting in (backends, backends.cudnn, *matmuls, *others)}
+        for setting, value in before.items():
+            if setting.fp32_precision != "ieee":
+                stack.callback(setattr, setting, "fp32_precision", value)
+                setting.fp32_precision = "ieee"
+        older = torch.get_float32_matmul_precision()  # can be read: nothing contradicts it any more
+        if older != "highest":
+            for setting in matmuls:  # which the older interface writes to
+                stack.callback(setattr, setting, "fp32_precision", before[setting])
+            stack.callback(torch.set_float32_matmul_precision, older)
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 def half_dtype(x: Tensor) -> torch.dtype:

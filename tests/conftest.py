@@ -35,3 +35,19 @@ def _reproducible_and_poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A stand-in for torch.cuda."""
+    from tests import cuda_stand_in
+
+    return cuda_stand_in.install(monkeypatch)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A stand-in for a GPU on which "auto" runs kernels, right ones until the test makes them wrong."""
+    from tests import kernel_stand_in
+
+    return kernel_stand_in.install(monkeypatch)

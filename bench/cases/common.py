@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import linfast as lf
+from linfast.backend import has_kernels
 
 from ..check import Outputs, as_tuple
 from ..harness import Cost, Options, Provider, Size
@@ -69,11 +70,11 @@ def inputs(make: Callable[[], tuple[Tensor, ...]], options: Options) -> list[tup
 
 
 def providers(function: Callable[..., Outputs], options: Options, call: Callable[..., Call]) -> list[Provider]:
-    """eager, torch.compile of it, and on a GPU linfast and compiled linfast, of ``call(function)``.
+    """eager, torch.compile of it, and where kernels run linfast and compiled linfast, of ``call(function)``.
 
     On a CPU the ops are their eager references: "eager" is linfast, and is not timed twice.
     """
-    kernels = ["triton"] if options.kernels else ["auto"] if options.device.type == "cuda" else []
+    kernels = ["triton"] if options.kernels else ["auto"] if has_kernels(options.device) else []
     if options.compile:
         torch.compiler.reset()  # else the recompile limit, counted over all sizes, falls back to eager
     result = []

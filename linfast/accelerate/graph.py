@@ -15,18 +15,17 @@ Not run on a GPU so far: on a CPU its bookkeeping is tested with a stand-in for 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..backend import chosen_backend
-from ..cuda_graph import capture
-from ..freeze import thawed
+from ..cuda_graph import CudaGraph
 from ..precision import resolve_precision
 
 __all__ = ["Graphs", "capturable"]
@@ -36,18 +35,10 @@ _MOST = 8  # graphs an instance holds: each keeps its activations; the oldest go
 
 @dataclass(frozen=True)
 class _Captured:
-    """A graph, the tensors it reads and writes, and where it found the parameters."""
+    """A graph, and where it found the instance's parameters and buffers."""
 
-    replay: Callable[[], None]
-    given: Sequence[Tensor]
-    result: Any
+    graph: CudaGraph[Any]
     found: Hashable
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        for static, tensor in zip(self.given, tensors, strict=True):
-            static.copy_(tensor)
-        self.replay()
-        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.result)
 
 
 class Graphs:
@@ -61,22 +52,22 @@ class Graphs:
         """method(instance, *arguments, **named), replayed where it can be."""
         leaves, spec = tree_flatten((arguments, named))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        key = _key(method, leaves, spec, tensors) if tensors and _fits(instance, tensors) else None
+        others = tuple(_Given if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        key = _key(method, others, spec, tensors) if tensors and _fits(instance, tensors) else None
         if key is None or key in self._failed:
             return method(instance, *arguments, **named)
+        owner = weakref.ref(instance)  # it holds the graph, which holds the work
 
-        def work(given: Sequence[Tensor]) -> Any:
+        def work(*given: Tensor) -> Any:
             fresh = iter(given)
-            arguments, named = tree_unflatten(
-                [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec
-            )
-            return method(instance, *arguments, **named)
+            arguments, named = tree_unflatten([next(fresh) if leaf is _Given else leaf for leaf in others], spec)
+            return method(owner(), *arguments, **named)
 
         captured = self._captured.get(key)
         if captured is None or captured.found != _lies(instance):
             self._captured.pop(key, None)
             try:
-                captured = _capture(work, tensors, instance)
+                graph = CudaGraph(work, tensors, tensors[0].device, instance)
             except RuntimeError as error:
                 self._failed.add(key)
                 warnings.warn(
@@ -85,26 +76,13 @@ class Graphs:
                 return method(instance, *arguments, **named)
             while len(self._captured) >= _MOST:
                 del self._captured[next(iter(self._captured))]
-            self._captured[key] = captured
-        return captured(tensors)
+            captured = self._captured[key] = _Captured(graph, _lies(instance))
+        return captured.graph(*tensors)
 
 
 def capturable(tensor: Tensor) -> bool:
     """Whether work on this tensor can go into a graph now."""
     return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
-
-
-def _capture(work: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor], instance: nn.Module) -> _Captured:
-    kind = tensors[0].device.type
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # whose tensors a later call could not write to
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(thawed())
-        if torch.is_autocast_enabled(kind):  # its cache would hold today's weights
-            stack.enter_context(torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False))
-        given = [tensor.clone() for tensor in tensors]
-        replay, result = capture(lambda: work(given), given[0].device)
-    return _Captured(replay, given, result, _lies(instance))
 
 
 def _fits(instance: nn.Module, tensors: Sequence[Tensor]) -> bool:
@@ -115,10 +93,9 @@ def _fits(instance: nn.Module, tensors: Sequence[Tensor]) -> bool:
 
 
 def _key(
-    method: Callable[..., Any], leaves: Sequence[Any], spec: Any, tensors: Sequence[Tensor]
+    method: Callable[..., Any], others: Sequence[Any], spec: Any, tensors: Sequence[Tensor]
 ) -> Hashable | None:
     """What calls that one graph serves have in common; None where an argument cannot be part of a key."""
-    others = tuple(_Given if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
     kind = tensors[0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -56,11 +56,11 @@ def _run(flow: Any, net: nn.Module, kept: Tensor, side: Side) -> Tensor:
     mlp = find_mlp(net)
     if mlp is None:
         zeros = kept.new_zeros(kept.shape[0], flow.b.shape[1])
-        at = side.split.indices
+        split = side.split
         full = (
-            side.split.put(zeros, kept, side.split.take(zeros)[1])
-            if at is None
-            else zeros.index_copy(1, at[0].to(kept.device), kept)
+            split.put(zeros, kept, split.take(zeros)[1])
+            if split.indices is None
+            else zeros.index_copy(1, split.indices_on(kept.device)[0], kept)
         )
         out = side.split.take(net(full))[1]
     else:

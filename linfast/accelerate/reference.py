@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..flows.drift import capturing
 from ..freeze import derived
+from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
 from ..ops.depthwise_conv import depthwise_conv
 from ..ops.low_rank import low_rank
@@ -78,12 +78,7 @@ def _probe_actnorm(norm: Any, draw: Draw) -> Sequence[Tensor]:
 
 
 def _mix_inverse(mix: Any, y: Tensor) -> Tensor:
-    def inverse() -> Tensor:
-        if capturing(mix.W):  # inv tells the host whether W is singular
-            return torch.linalg.inv_ex(mix.W).inverse
-        return torch.linalg.inv(mix.W)
-
-    return channel_mix(y, derived(mix, "inverse", inverse))
+    return channel_mix(y, derived(mix, "inverse", lambda: inverse_or_nan(mix.W)))
 
 
 def _probe_mix(mix: Any, draw: Draw) -> Sequence[Tensor]:

@@ -51,6 +51,17 @@ class Split:
     first: int | None = None
     features: int | None = None
     indices: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
+    _elsewhere: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def indices_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``indices`` on a device, copied there once: a copy at every call would wait for the device."""
+        assert self.indices is not None
+        if self.indices[0].device == device:
+            return self.indices
+        if device not in self._elsewhere:
+            kept, moved = self.indices
+            self._elsewhere[device] = kept.to(device), moved.to(device)
+        return self._elsewhere[device]
 
     def sizes(self, features: int) -> tuple[int, int]:
         """How many of so many features (are kept, move)."""
@@ -62,7 +73,8 @@ class Split:
     def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(kept, moved) of x [B, C, ...]; views but for "gather"."""
         if self.indices is not None:
-            return x[:, self.indices[0].to(x.device)], x[:, self.indices[1].to(x.device)]
+            kept, moved = self.indices_on(x.device)
+            return x[:, kept], x[:, moved]
         first = (x.shape[1] + 1) // 2 if self.first is None else self.first
         parts = _halves(x, first) if self.kind == "halves" else _every_other(x)
         return parts if self.moves == "second" else (parts[1], parts[0])
@@ -70,7 +82,7 @@ class Split:
     def put(self, x: Tensor, kept: Tensor, moved: Tensor) -> Tensor:
         """x with other features moved; the kept ones are its own."""
         if self.indices is not None:
-            return x.index_copy(1, self.indices[1].to(x.device), moved.to(x.dtype))
+            return x.index_copy(1, self.indices_on(x.device)[1], moved.to(x.dtype))
         parts = (kept, moved) if self.moves == "second" else (moved, kept)
         if self.kind == "halves":
             return torch.cat(parts, 1)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backend import plain_torch
 from ..flows.drift import DriftWarning
-from ..precision import resolve_precision
+from ..precision import full_precision, resolve_precision
 from .adapter import Adapter, Draw, Plan, Unfit
 from .identity import PLAN, original_class
 from .swap import swap
@@ -29,11 +30,12 @@ _OF_MODES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fast": 1e-1}
 _CHAIN = 10  # a chain is many layers, and its rebuilt inputs are as far off again
 
 
+@full_precision()
 def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     """Largest relative L2 difference, in float64 and in the instance's own dtype on its own device.
 
     Neither the instance nor torch's random state is touched: copies without hooks are run, which
-    share no buffer with it.
+    share no buffer with it. Both compute float32 in full precision, the original in plain torch.
 
     Raises:
         Unfit: it is larger than allowed, or one of the two raised.
@@ -102,7 +104,8 @@ def _difference(
     probe: Probe,
     hollow: Collection[int],
 ) -> float:
-    before = _run(bare_copy(instance, dtype, hollow), probe, dtype, device)
+    with plain_torch():
+        before = _run(bare_copy(instance, dtype, hollow), probe, dtype, device)
     copied = bare_copy(instance, dtype, hollow)
     swap(copied, adapter, adapter.plan_for(copied, plan.options))
     after = _run(copied, probe, dtype, device)

@@ -123,8 +123,7 @@ class Linearizer(nn.Module):
     def A_inverse(self, g_y: Tensor, **kwargs: Any) -> Tensor:
         """A^{-1} g_y."""
         if isinstance(self.linear_network, LatentOperator):
-            t = kwargs.get("t")
-            return (self.linear_network if t is None else self.linear_network.at(t)).inverse()(g_y)
+            return self.linear_network.inverse_at(kwargs.get("t"))(g_y)
         return _inverse_of("linear_network", self.linear_network)(g_y, **kwargs)
 
 

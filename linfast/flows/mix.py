@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..autocast import outside_autocast
 from ..freeze import derived
+from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
 
@@ -65,7 +66,7 @@ class Mix(_LinearMix):
             random permutation P: with L = U = I noise on the factors does least harm (the
             factors of a rotation, Glow's start, turn 5% noise at C = 64 into a loss of
             seven digits over eight layers). "free" keeps W, started as a random rotation;
-            training may make it singular.
+            training may make it singular, and its inverse NaN.
     """
 
     permutation: Tensor
@@ -87,7 +88,7 @@ class Mix(_LinearMix):
     def _wide_weight(self, inverse: bool) -> Tensor:
         if self.kind == "free":
             weight = wide(self.weight)
-            return torch.linalg.inv(weight) if inverse else weight
+            return inverse_or_nan(weight) if inverse else weight
         lower, upper, log_diagonal = wide(self.lower), wide(self.upper), wide(self.log_diagonal)
         eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
         L, U = lower.tril(-1) + eye, upper.triu(1) + torch.diag(log_diagonal.exp())

@@ -15,7 +15,7 @@ in the cheapest structure that holds them. Leaves say what they are closed under
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 from ..autocast import outside_autocast
 from ..flows.bijection import check_like
+from ..freeze import derived
 from ..profiling import annotate
+from .regular import is_unread, mark_read
 from .spectral import SVD, Eig, cutoff, largest
 
 if TYPE_CHECKING:
@@ -124,11 +126,35 @@ class LatentOperator(nn.Module):
         base = self.inverse() if n < 0 else self
         return base.closed()._power(abs(n))
 
-    @outside_autocast
     def inverse(self) -> LatentOperator:
-        """A^{-1}, a snapshot. Raises ValueError for a singular or a rectangular A."""
+        """A^{-1}, a snapshot.
+
+        Whether A has one is read from the device at the first call for these weights (linfast.operators.regular).
+
+        Raises:
+            ValueError: A is rectangular, or singular where that is read; it is NaN where it is not.
+        """
+        return self._inverse_of(self, None)
+
+    def inverse_at(self, t: float | Tensor | None) -> LatentOperator:
+        """``A.at(t).inverse()``, read at the first call for these weights and a time that is a number."""
+        if t is None:
+            return derived(self, "inverse", self.inverse)
+        return self.at(t)._inverse_of(self, Tensor if isinstance(t, Tensor) else t)
+
+    @outside_autocast
+    def _inverse_of(self, owner: LatentOperator, at: Hashable) -> LatentOperator:
+        """A^{-1} of what ``owner`` is at a time, or makes of itself."""
         self._check_square("inverse()")
-        return self.closed()._inverse()
+        read = is_unread(owner, at)
+        inverse = self._inverted(read)
+        if read:
+            mark_read(owner, at)
+        return inverse
+
+    def _inverted(self, read: bool) -> LatentOperator:
+        """A^{-1}; ``read``: raise where there is none."""
+        return self.closed()._inverse(read)
 
     @outside_autocast
     def pinv(self, rtol: float | None = None) -> LatentOperator:
@@ -220,8 +246,8 @@ class Leaf(LatentOperator):
     def _power(self, n: int) -> LatentOperator:
         return self._dense()._power(n)
 
-    def _inverse(self) -> LatentOperator:
-        return self._dense()._inverse()
+    def _inverse(self, read: bool) -> LatentOperator:
+        return self._dense()._inverse(read)
 
     def _pinv(self, rtol: float | None) -> LatentOperator:
         return self._dense()._pinv(rtol)

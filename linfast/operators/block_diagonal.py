@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .base import Leaf, hold
 from .diagonal import Diagonal
-from .spectral import SVD, Eig, inverse_or_raise
+from .spectral import SVD, Eig, matrix_inverse
 
 __all__ = ["BlockDiagonal"]
 
@@ -49,8 +49,8 @@ class BlockDiagonal(Leaf):
     def _power(self, n: int) -> Leaf:
         return BlockDiagonal(torch.linalg.matrix_power(self.blocks, n))
 
-    def _inverse(self) -> Leaf:
-        return BlockDiagonal(inverse_or_raise(self.blocks, "blocks of A"))
+    def _inverse(self, read: bool) -> Leaf:
+        return BlockDiagonal(matrix_inverse(self.blocks, "blocks of A", read))
 
     def _pinv(self, rtol: float | None) -> Leaf:
         S = torch.linalg.svdvals(self.blocks.detach())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..ops.latent_matmul import latent_matmul
 from .base import Leaf, check_size, hold
-from .spectral import SVD, Eig, inverse_or_raise
+from .spectral import SVD, Eig, matrix_inverse
 
 __all__ = ["Dense"]
 
@@ -77,8 +77,8 @@ class Dense(Leaf):
     def _power(self, n: int) -> Leaf:
         return Dense.of(torch.linalg.matrix_power(self.weight, n))
 
-    def _inverse(self) -> Leaf:
-        return Dense.of(inverse_or_raise(self.weight, "A"))
+    def _inverse(self, read: bool) -> Leaf:
+        return Dense.of(matrix_inverse(self.weight, "A", read))
 
     def _pinv(self, rtol: float | None) -> Leaf:
         return Dense.of(torch.linalg.pinv(self.weight, rtol=rtol))

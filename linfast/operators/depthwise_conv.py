@@ -101,8 +101,8 @@ class DepthwiseConv(Leaf):
     def _power(self, n: int) -> Leaf:
         return self._blocks()._power(n)
 
-    def _inverse(self) -> Leaf:
-        return self._blocks()._inverse()
+    def _inverse(self, read: bool) -> Leaf:
+        return self._blocks()._inverse(read)
 
     def _pinv(self, rtol: float | None) -> Leaf:
         return self._blocks()._pinv(rtol)

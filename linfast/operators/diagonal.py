@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import LatentOperator, Leaf, check_size, hold
-from .spectral import SVD, Eig, cutoff, pseudo_inverse_values
+from .spectral import SVD, Eig, cutoff, pseudo_inverse_values, unless_singular
 
 __all__ = ["Diagonal", "Projection"]
 
@@ -63,14 +63,11 @@ class Diagonal(Leaf):
     def _power(self, n: int) -> Leaf:
         return Diagonal.of(self.diagonal**n)
 
-    def _inverse(self) -> Leaf:
+    def _inverse(self, read: bool) -> Leaf:
         size = self.diagonal.detach().abs()
-        limit = torch.finfo(size.dtype).eps * size.amax(-1, keepdim=True) if self.n else size
-        if not torch.compiler.is_compiling() and not bool((limit < size).all()):
-            raise ValueError(
-                f"A (diagonal [{self.n}]) is singular to working precision: it has no inverse; use pinv()"
-            )
-        return Diagonal.of(self.diagonal.reciprocal())
+        condition = size.amax(-1) / size.amin(-1) if self.n else size.sum(-1)
+        inverse = self.diagonal.reciprocal()
+        return Diagonal.of(unless_singular(inverse, condition, f"A (diagonal [{self.n}])", read))
 
     def _pinv(self, rtol: float | None) -> Leaf:
         size = self.diagonal.abs()

@@ -159,14 +159,12 @@ class Product(Lazy):
         result = self._closed_form()
         return self.left.closed()._dense()._times(self.right.closed()) if result is None else result
 
-    @outside_autocast
-    def inverse(self) -> LatentOperator:
+    def _inverted(self, read: bool) -> LatentOperator:
         """(A B)^{-1}: of the closed form where there is one, else B^{-1} A^{-1}, kept apart."""
-        self._check_square("inverse()")
         result = self._closed_form()
         if result is None and self.left.n_in == self.left.n_out:
-            return Product(self.right.inverse(), self.left.inverse())
-        return self.closed()._inverse()
+            return Product(self.right._inverted(read), self.left._inverted(read))
+        return self.closed()._inverse(read)
 
 
 def _size(operator: LatentOperator) -> str:

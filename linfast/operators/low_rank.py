@@ -22,7 +22,7 @@ from torch import Tensor
 from ..autocast import outside_autocast
 from ..ops.low_rank import low_rank
 from .base import Leaf, hold
-from .spectral import SVD, Eig, cutoff, inverse_or_raise, largest, raise_if_singular
+from .spectral import SVD, Eig, cutoff, largest, matrix_inverse, unless_singular
 
 __all__ = ["LowRank"]
 
@@ -148,19 +148,18 @@ class LowRank(Leaf):
             square = _multiply(square, square, S) if n else square
         return LowRank(result[0], self.U @ result[1], self.V.clone())
 
-    def _inverse(self) -> Leaf:
+    def _inverse(self, read: bool) -> Leaf:
         rank = self.U.shape[-1]
         if rank >= self.n_in:  # alpha need not be an eigenvalue: dividing by it could lose everything
-            return self._dense()._inverse()
+            return self._dense()._inverse(read)
         if self._is_plain:
             raise ValueError(
                 f"A = U V^T has rank at most {rank} of {self.n_in}: it is singular and has no inverse; use pinv()"
             )
-        U = self.U @ inverse_or_raise(self._plus_identity(self.V.mT @ self.U), "alpha I + V^T U")
-        inverse = LowRank(1.0 / self.alpha, U / -self.alpha, self.V.clone())
-        if not torch.compiler.is_compiling():
-            raise_if_singular(self._size() * inverse._size(), f"A = alpha I + U V^T [{self.n_out}, {self.n_in}]")
-        return inverse
+        core = matrix_inverse(self._plus_identity(self.V.mT @ self.U), "alpha I + V^T U", read)
+        alpha, U, V = 1.0 / self.alpha, self.U @ core / -self.alpha, self.V.clone()
+        what = f"A = alpha I + U V^T [{self.n_out}, {self.n_in}]"
+        return LowRank(alpha, unless_singular(U, self._size() * LowRank(alpha, U, V)._size(), what, read), V)
 
     def _size(self) -> Tensor:
         """|alpha| + |U V^T|_F [...], which bounds the norm of A."""

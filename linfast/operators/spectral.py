@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SVD", "Eig", "cutoff", "inverse_or_raise", "largest", "pseudo_inverse_values", "raise_if_singular"]
+__all__ = ["SVD", "Eig", "cutoff", "largest", "matrix_inverse", "pseudo_inverse_values", "unless_singular"]
 
 
 class _SVDFields(NamedTuple):
@@ -80,20 +80,26 @@ def pseudo_inverse_values(S: Tensor, limit: Tensor) -> Tensor:
     return torch.where(keep, torch.where(keep, S, torch.ones_like(S)).reciprocal(), torch.zeros_like(S))
 
 
-def inverse_or_raise(matrix: Tensor, what: str) -> Tensor:
-    """matrix^{-1} [..., n, n]; a ValueError that names pinv where it is singular to working precision."""
+def matrix_inverse(matrix: Tensor, what: str, read: bool) -> Tensor:
+    """matrix^{-1} [..., n, n] ``unless_singular``."""
     inverse, info = torch.linalg.inv_ex(matrix)
-    if torch.compiler.is_compiling() or matrix.numel() == 0:
+    if matrix.numel() == 0:
         return inverse
     condition = torch.linalg.matrix_norm(matrix.detach(), 1) * torch.linalg.matrix_norm(inverse.detach(), 1)
-    raise_if_singular(condition.masked_fill(info != 0, torch.inf), f"{what} {tuple(matrix.shape)}")
-    return inverse
+    condition = condition.masked_fill(info != 0, torch.inf)
+    return unless_singular(inverse, condition, f"{what} {tuple(matrix.shape)}", read)
 
 
-def raise_if_singular(condition: Tensor, what: str) -> None:
-    """A ValueError that names pinv unless every condition number is below 1 / epsilon."""
-    if not bool((condition < 1.0 / torch.finfo(condition.dtype).eps).all()):
+def unless_singular(inverse: Tensor, condition: Tensor, what: str, read: bool) -> Tensor:
+    """``inverse``, NaN unless the condition number [...] is below 1 / epsilon.
+
+    Raises:
+        ValueError: it is not, and ``read``: the host waits to see it. The message names pinv.
+    """
+    regular = condition < 1.0 / torch.finfo(condition.dtype).eps
+    if read and not bool(regular.all()):
         raise ValueError(
             f"{what} is singular to working precision (condition number {float(condition.max()):.1e}): "
             "it has no inverse; use pinv()"
         )
+    return torch.where(regular.reshape(*regular.shape, *(1,) * (inverse.ndim - regular.ndim)), inverse, torch.nan)

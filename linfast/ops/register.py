@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..backend import interpreting
+from ..backend import interpreting, refuse_kernel
 from ..profiling import in_range
 
 __all__ = ["RAW_OPS", "RawOp", "define_op"]
@@ -64,11 +64,15 @@ class RawOp:
         torch.library.register_fake(f"linfast::{self.name}", self.fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
 
+    def _launched(self, *arguments: Any) -> Any:
+        refuse_kernel(self.name)
+        return _launcher(self.launch)(*arguments)
+
     def _on_gpu(self, *arguments: Any) -> Any:
-        return without_autocast("cuda", _launcher(self.launch), *arguments)
+        return without_autocast("cuda", self._launched, *arguments)
 
     def _on_cpu(self, *arguments: Any) -> Any:
-        return without_autocast("cpu", _launcher(self.launch) if interpreting() else self.reference, *arguments)
+        return without_autocast("cpu", self._launched if interpreting() else self.reference, *arguments)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.stack_layout import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
+from ..linalg import inverse_or_nan
 
 __all__ = [
     "AffineMap",
@@ -49,11 +50,11 @@ class AffineMap(NamedTuple):
     log_det: Tensor | None = None
 
     def inverted(self) -> tuple[Tensor, Tensor | None]:
-        """(V, d) with V y + d = W^-1 (y - c)."""
+        """(V, d) with V y + d = W^-1 (y - c); NaN where W is singular."""
         if self.weight.ndim == 1:
             V = self.weight.reciprocal() if self.inverse is None else self.inverse
             return V, None if self.bias is None else -V * self.bias
-        V = torch.linalg.inv(self.weight) if self.inverse is None else self.inverse
+        V = inverse_or_nan(self.weight) if self.inverse is None else self.inverse
         return V, None if self.bias is None else -(V @ self.bias)
 
     def log_abs_det(self) -> Tensor:

@@ -9,7 +9,8 @@ at the times it looks at: only the r x r products V_i^T U_j enter C. Three parts
             (b I + U' D V'^T)(a I + U C V^T) = ab I + b U C V^T + a U' D V'^T + U' D (V'^T U) C V^T
     fold    what is left of them, in order, into B = beta I + U Q^T, or into a dense B
 
-C is float64 whatever the parameters are: its products are small. A time that two steps share is
+C is float64 whatever the parameters are: its products are small. What multiplies the identity depends on alpha
+and the schedule alone, and is worked out on the host: the device is not waited for. A time that two steps share is
 in U and V once: rk4's U has (2 count + 1) r columns. Fixed factors, A_t = alpha I +
 U diag(w_t) V^T, are the same with W = diag(w_t) and all windows alike, and C stays r x r.
 
@@ -19,11 +20,14 @@ The product of two windows with N-long sides, V'^T U, is the only work that grow
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import uploaded
 from .integrate import Schedule
 
 __all__ = ["Factors", "Piece", "fold_dense", "fold_factored", "multiply_pairs", "step_pieces"]
@@ -64,41 +68,41 @@ class Piece:
         return self.start + self.C.shape[-1]
 
 
-def step_pieces(factors: Factors, plan: Schedule) -> tuple[Tensor, Tensor]:
+def step_pieces(factors: Factors, plan: Schedule) -> tuple[np.ndarray, Tensor]:
     """(scale [count], C [count, width, width]) of every step, float64."""
     windows = _windows(factors.V, factors, 0, 1, plan.count, factors.width)
     S = (windows @ _windows(factors.U, factors, 0, 1, plan.count, factors.width).mT).double()
-    one = S.new_ones(plan.count, 1, 1)
+    one = np.ones((plan.count, 1, 1))
     eye, zero = torch.eye(factors.width, dtype=S.dtype, device=S.device), torch.zeros_like(S)
-    slopes: list[tuple[Tensor, Tensor]] = []
+    slopes: list[tuple[np.ndarray, Tensor]] = []
     for stage, row in enumerate(plan.scheme.a):
         a, H = _combine(one, zero, slopes, row, plan.h)
         W = factors.weights[:, stage, :, None].to(S)
-        rate = _rates(plan, stage, S)
-        slopes.append((rate * (factors.alpha - 1) * a, rate * ((factors.alpha - 1) * H + W * (a * eye + S @ H))))
+        rates = _rates(plan, stage)
+        rate, identity = uploaded(rates, S.device), uploaded(a, S.device) * eye
+        slopes.append((rates * (factors.alpha - 1) * a, rate * ((factors.alpha - 1) * H + W * (identity + S @ H))))
     scale, C = _combine(one, zero, slopes, plan.scheme.b, plan.h)
     return scale[:, 0, 0], C
 
 
-def _rates(plan: Schedule, stage: int, like: Tensor) -> Tensor:
+def _rates(plan: Schedule, stage: int) -> np.ndarray:
     """1 / (1 - t) of a stage in every step, [count, 1, 1]."""
-    rates = [1.0 / (1.0 - plan.times[plan.index(i, stage)]) for i in range(plan.count)]
-    return torch.tensor(rates, dtype=like.dtype, device=like.device)[:, None, None]
+    return np.array([1.0 / (1.0 - plan.times[plan.index(i, stage)]) for i in range(plan.count)])[:, None, None]
 
 
 def _combine(
-    a: Tensor, H: Tensor, slopes: list[tuple[Tensor, Tensor]], weights: tuple[float, ...], h: float
-) -> tuple[Tensor, Tensor]:
+    a: np.ndarray, H: Tensor, slopes: list[tuple[np.ndarray, Tensor]], weights: tuple[float, ...], h: float
+) -> tuple[np.ndarray, Tensor]:
     for weight, (slope_a, slope_H) in zip(weights, slopes, strict=True):
         if weight:
             a, H = a + h * weight * slope_a, H + h * weight * slope_H
     return a, H
 
 
-def multiply_pairs(factors: Factors, scale: Tensor, C: Tensor, limit: int | None = None) -> list[Piece]:
+def multiply_pairs(factors: Factors, scale: np.ndarray, C: Tensor, limit: int | None = None) -> list[Piece]:
     """The steps' product as few pieces, in order of time: neighbours multiplied while no wider than ``limit``."""
     limit = _TREE_WIDTH.get(C.device.type, 1024) if limit is None else limit
-    done: list[tuple[int, Tensor, Tensor]] = []  # (start, scale, C) of those without a neighbour
+    done: list[tuple[int, Any, Tensor]] = []  # (start, scale, C) of those without a neighbour
     span = 1  # steps in one piece
     while (count := C.shape[0]) > 1 and C.shape[-1] + span * factors.shift <= limit:
         width, shift, pairs = C.shape[-1], span * factors.shift, count // 2
@@ -110,14 +114,13 @@ def multiply_pairs(factors: Factors, scale: Tensor, C: Tensor, limit: int | None
         first, second = C[0 : 2 * pairs : 2], C[1 : 2 * pairs : 2]
         both = second @ (later @ earlier.mT).double() @ first
         C = (
-            F.pad(b[:, None, None] * first, (0, shift, 0, shift))
-            + F.pad(a[:, None, None] * second, (shift, 0, shift, 0))
+            F.pad(uploaded(b, C.device)[:, None, None] * first, (0, shift, 0, shift))
+            + F.pad(uploaded(a, C.device)[:, None, None] * second, (shift, 0, shift, 0))
             + F.pad(both, (0, shift, shift, 0))
         )
         scale, span = a * b, 2 * span
     done = [(i * span * factors.shift, scale[i], C[i]) for i in range(C.shape[0])] + done
-    scales = torch.stack([a for _, a, _ in done]).tolist()  # in one transfer
-    return [Piece(start, a, C) for (start, _, C), a in zip(done, scales, strict=True)]
+    return [Piece(start, float(a), C) for start, a, C in done]
 
 
 def _windows(rows: Tensor, factors: Factors, first: int, every: int, count: int, width: int) -> Tensor:

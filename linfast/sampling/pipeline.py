@@ -1,8 +1,8 @@
 """From blocks of noise on a device to blocks of samples on the CPU.
 
-On a CPU the model is called and that is all. On a GPU the model is captured once as a CUDA graph
-and replayed; its output goes to one of two staging tensors and from there, on a second stream,
-to one of two pinned buffers, so that the next block is computed while this one is copied and used.
+On a CPU the model is called and that is all. On a GPU the model is captured once as a CUDA graph and
+replayed; on a second stream its samples go to one of two pinned buffers, so that the next block is computed
+while this one is copied and used.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..cuda_graph import capture
+from ..cuda_graph import CudaGraph
 
 __all__ = ["Pipeline", "make_pipeline"]
 
-Model = Callable[[Tensor], Tensor]
+Work = Callable[[Tensor], Tensor]
 
 
 class Pipeline:
-    """Calls the model when a block is started: one block in flight."""
+    """Does the work when a block is started: one block in flight."""
 
     depth = 1
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, work: Work) -> None:
+        self.work = work
 
     def start(self, noise: Tensor) -> Any:
-        return self.model(noise)
+        return self.work(noise)
 
     def finish(self, started: Any) -> Tensor:
         return started
@@ -51,34 +51,26 @@ class CudaPipeline(Pipeline):
 
     depth = 2
 
-    def __init__(self, model: Model, example: Tensor, graph: bool) -> None:
-        super().__init__(model)
-        self.compute, self.copy = torch.cuda.current_stream(example.device), torch.cuda.Stream(example.device)
-        if graph:
-            self._capture(example)
+    def __init__(self, work: Work, example: Tensor, graph_of: nn.Module | None) -> None:
+        if graph_of is None:
+            super().__init__(lambda noise: work(noise).clone())
+        else:
+            super().__init__(CudaGraph(work, [example], example.device, graph_of, frozen=True))
+        self.copy = torch.cuda.Stream(example.device)
+        self.host: list[Tensor] = []
         self.turn = 0
-        like = self.model(example)
-        self.staged = [torch.empty_like(like) for _ in range(self.depth)]
-        self.host = [torch.empty(like.shape, dtype=like.dtype, pin_memory=True) for _ in range(self.depth)]
-
-    def _capture(self, example: Tensor) -> None:
-        model, given = self.model, example.clone()
-        run, result = capture(lambda: model(given), example.device)
-
-        def replay(noise: Tensor) -> Tensor:
-            given.copy_(noise)
-            run()
-            return result
-
-        self.model = replay
 
     def start(self, noise: Tensor) -> tuple[int, torch.cuda.Event]:
+        samples = self.work(noise)  # nobody else's: nothing writes over it while it is copied
+        if not self.host:
+            shape, dtype = samples.shape, samples.dtype
+            self.host = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(self.depth)]
         slot, self.turn = self.turn, (self.turn + 1) % self.depth
-        self.staged[slot].copy_(self.model(noise))
-        self.copy.wait_stream(self.compute)
+        self.copy.wait_stream(torch.cuda.current_stream(noise.device))
+        samples.record_stream(self.copy)
         copied = torch.cuda.Event()
         with torch.cuda.stream(self.copy):
-            self.host[slot].copy_(self.staged[slot], non_blocking=True)
+            self.host[slot].copy_(samples, non_blocking=True)
             copied.record()
         return slot, copied
 
@@ -88,6 +80,13 @@ class CudaPipeline(Pipeline):
         return self.host[slot]
 
 
-def make_pipeline(model: Model, example: Tensor, cuda_graph: bool) -> Pipeline:
-    """The pipeline of the example's device; ``example`` is a block of noise. No gradients are kept."""
-    return CudaPipeline(model, example, cuda_graph) if example.device.type == "cuda" else Pipeline(model)
+def make_pipeline(work: Work, example: Tensor, graph_of: nn.Module | None) -> Pipeline:
+    """The pipeline of the example's device.
+
+    Args:
+        work: from a block of noise to its samples. No gradients are kept.
+        example: a block of noise.
+        graph_of: the model that the work runs, where it is to be captured in a CUDA graph on a GPU; its
+            weights are then promised still for as long as the pipeline runs.
+    """
+    return CudaPipeline(work, example, graph_of) if example.device.type == "cuda" else Pipeline(work)

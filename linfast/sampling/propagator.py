@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..device import uploaded
 from ..operators.base import LatentOperator, Leaf
 from ..operators.dense import Dense
 from ..operators.low_rank import LowRank
@@ -81,7 +82,7 @@ def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
     """
     check_time_dependent(A_t)
     like = next(A_t.parameters())
-    return _collapse(A_t, plan, None, like.double()).inverse()
+    return _collapse(A_t, plan, None, like.double())._inverse_of(A_t, plan)
 
 
 def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tensor) -> Leaf:
@@ -118,13 +119,13 @@ def _factors(A: TimeLowRank | TimeDiagonal, plan: Schedule) -> Factors:
     columns = A.rank_bound * (1 if fixed else len(plan.times))
     flops = 4.0 * n * columns * min(n, columns)
     dtype = torch.float64 if flops <= _WIDE_FLOPS else like.dtype
-    times = torch.tensor(plan.times, dtype=torch.float64, device=like.device)
-    stages = torch.tensor([[plan.index(i, s) for s in range(len(scheme.c))] for i in range(plan.count)])
+    times = uploaded(plan.times, like.device, torch.float64)
+    stages = [[plan.index(i, s) for s in range(len(scheme.c))] for i in range(plan.count)]
     if isinstance(A, TimeDiagonal):
         U, V, w = _call_in(dtype, A, lambda t: (A.U, A.V, A.weights(t)), times)
-        return Factors(A.alpha, U.mT, V.mT, w[stages.to(w.device)], shift=0, width=A.rank_bound)
+        return Factors(A.alpha, U.mT, V.mT, w[uploaded(stages, w.device)], shift=0, width=A.rank_bound)
     rows = [factor.mT.reshape(-1, n) for factor in _call_in(dtype, A, A.factors, times)]
-    picks = torch.eye(len(scheme.nodes), dtype=torch.float64, device=like.device)[list(scheme.node_of)]
+    picks = uploaded(torch.eye(len(scheme.nodes), dtype=torch.float64)[list(scheme.node_of)], like.device)
     weights = picks.repeat_interleave(A.rank_bound, dim=1).expand(plan.count, -1, -1)
     return Factors(A.alpha, rows[0], rows[1], weights, shift=scheme.stride * A.rank_bound, width=weights.shape[-1])
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
+from ..device import uploaded
 from ..freeze import freeze
 from ..linearizer import Linearizer
 from ..operators.base import LatentOperator
@@ -131,7 +132,7 @@ def _at_each(A: LatentOperator, times: tuple[float, ...]) -> Callable[[int], Lat
     """k -> A at times[k], every generator of factors called once for all times."""
     if isinstance(A, (TimeLowRank, TimeDiagonal)):
         like, alpha = next(A.parameters()), A.alpha
-        U, V = A.factors(torch.tensor(times, dtype=like.dtype, device=like.device))
+        U, V = A.factors(uploaded(times, like.device, like.dtype))
         return lambda k: LowRank(alpha, U[k], V[k])
     if isinstance(A, Lazy) and A.time_dependent:
         parts = [_at_each(part, times) for part in A.parts()]

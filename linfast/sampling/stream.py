@@ -60,6 +60,7 @@ def sample_stream(
         progress: whether to show a bar (needs tqdm); by default on a terminal.
         cuda_graph: on a GPU, capture the model once and replay it.
 
+    f's weights are to stay as they are until the last sample: what is derived from them is computed once.
     Under torch.distributed the blocks are shared out: a file, seen by all processes, is the one
     that a single process writes; an iterator yields this process's share.
 
@@ -145,13 +146,14 @@ class _Source:
         return torch.randn(self.block, *self.shape, generator=random, device=self.device, dtype=self.dtype)
 
     def probe(self) -> Tensor:
-        """One sample, for its shape and dtype, on the CPU."""
+        """One sample on the CPU, of which nothing but shape and dtype is read."""
         with at_work(self.model):
-            return _for_numpy(self.model(self.noise(0)))[0].cpu()
+            return torch.empty_like(_for_numpy(self.model(self.noise(0)))[0], device="cpu")
 
     def samples(self, blocks: Iterator[int], cuda_graph: bool) -> Iterator[Tensor]:
         """The blocks' samples in order, on the CPU; each is valid until the next is asked for."""
-        pipeline = make_pipeline(lambda noise: _for_numpy(self.model(noise)), self.noise(0), cuda_graph)
+        graph_of = self.model if cuda_graph else None
+        pipeline = make_pipeline(lambda noise: _for_numpy(self.model(noise)), self.noise(0), graph_of)
         return pipeline.run(map(self.noise, blocks))
 
 

@@ -212,10 +212,10 @@ def _frozen_model():
 def test_known_times_and_inverse_mixes_are_computed_once_inside_freeze(monkeypatch):
     model, original = _frozen_model()
     block = model.net_gx.g.blocks[0]
-    net, calls, inverses, inv = block.F.cond.net, [], [], torch.linalg.inv
+    net, calls, inverses, inv = block.F.cond.net, [], [], torch.linalg.inv_ex
     net.map_layer0.register_forward_hook(lambda *a: calls.append("embedding"))
     net.enc["4x4_block0"].affine.register_forward_hook(lambda *a: calls.append("affine"))
-    monkeypatch.setattr(torch.linalg, "inv", lambda W: inverses.append(W) or inv(W))
+    monkeypatch.setattr(torch.linalg, "inv_ex", lambda W: inverses.append(W) or inv(W))
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad(), lf.freeze(model):
         for _ in range(2):

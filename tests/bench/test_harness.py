@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
-from linfast.bench import harness, timing
+from linfast.bench import check, harness, timing
+from linfast.bench.cases import CASES
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
 from linfast.bench.memory import peak_bytes
 from linfast.bench.report import table
 from torch import Tensor
 
 import linfast as lf
+from linfast.backend import plain_torch
+from tests.kernel_stand_in import FAULTS, Kernels
 
 from .toy import COST, CPU, Call, Clock, run, softplus
 
@@ -55,17 +57,58 @@ def test_a_right_provider_passes_and_the_reference_sets_its_allowance() -> None:
     assert eager.allowed == other.allowed
 
 
-def test_the_reference_is_plain_torch_where_the_provider_is_the_op_itself() -> None:
-    """A kernel that is wrong is not allowed its own error."""
-    op = partial(lf.ops.channel_mix, weight=torch.eye(4))
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_kernels_are_refused_where_auto_means_kernels(kernels: Kernels, name: str) -> None:
+    """As on a GPU: every provider that launches one, in every case; nothing is compared with itself."""
+    problem = CASES[name].build(CASES[name].sizes["tiny"][0], Options(CPU, False))
+    launching = set()
+    for provider in problem.providers:
+        before = kernels.launches
+        provider.call(*problem.inputs[0])
+        if kernels.launches > before:
+            launching.add(provider.name)
+    assert bool(launching) == (name != "collapse")  # whose products are torch's
+    assert {n for n, verdict in harness.judged(problem).items() if verdict.refused is not None} == set()
+    for fault in FAULTS.values():
+        kernels.fault = fault
+        refused = {n for n, verdict in harness.judged(problem).items() if verdict.refused is not None}
+        assert refused == launching
+
+
+def _asks_for_kernels(x: Tensor) -> Tensor:
+    with lf.backend("triton"):
+        return lf.ops.channel_mix(x, torch.eye(4, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("where", ["truth", "reference", "a peer's truth"])
+def test_what_others_are_compared_with_runs_no_kernel(where: str) -> None:
+    """Whatever backend it asks for itself."""
 
     def build(size: Size, options: Options) -> Problem:
-        return Problem([(torch.randn(2, 4, 8),)], op, op, [Provider("op", op, baseline=True)], COST)
+        right = partial(lf.ops.channel_mix, weight=torch.eye(4))
+        exact = partial(lf.ops.channel_mix, weight=torch.eye(4).double())
+        given = {"truth": exact, "reference": right, "a peer's truth": exact} | {where: _asks_for_kernels}
+        providers = [
+            Provider("op", right, baseline=True),
+            Provider("peer", right, truth=given["a peer's truth"]),
+        ]
+        return Problem([(torch.randn(2, 4, 8),)], given["truth"], given["reference"], providers, COST)
 
-    with lf.backend("triton"), mock.patch("linfast.ops.register._launcher", return_value=lambda x, *_: 0 * x):
-        (result,) = measure(Case("op", build, {}), {}, Options(CPU, False), 0.01)
-    assert result.refused is not None
-    assert result.refused.startswith("error 1,")
+    with pytest.raises(RuntimeError, match="backend 'triton' was asked for by what others are compared with"):
+        measure(Case("op", build, {}), {}, Options(CPU, False), 0.01)
+
+
+def test_a_kernel_launched_past_the_backend_is_seen(kernels: Kernels) -> None:
+    x, weight = torch.randn(2, 4, 8), torch.eye(4, requires_grad=True)
+    y = lf.ops.channel_mix(x, weight)
+    with plain_torch(), pytest.raises(RuntimeError, match="channel_mix_backward was launched by what others"):
+        y.sum().backward()
+    y.sum().backward()
+
+
+def test_an_allowance_that_zeros_would_fit_refuses() -> None:
+    standard = check.Standard([(torch.ones(3).double(),)], [2.0])
+    assert standard.verdict(0, (torch.zeros(3),)).refused == "error 1, allowed 2: zeros would pass"
 
 
 def test_one_wrong_output_of_two_is_refused() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from linfast.bench.rounding import Rounding, allowed_error, allowed_errors, relative_error
+from linfast.bench.rounding import Rounding, allowed_error, allowed_errors, operand_rounding, relative_error
 from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
@@ -133,3 +133,17 @@ def test_what_is_allowed(computed: Callable[[Tensor, Tensor], Tensor], right: bo
 
 def test_what_is_none_is_allowed_nothing() -> None:
     assert allowed_errors(lambda: [None, torch.ones(2)], [None, torch.ones(2).double()]) == [0.0, EPS]
+
+
+@pytest.mark.parametrize(("precision", "unit"), [("high", 2.0**-17), ("tf32", 2.0**-11), ("fast", 2.0**-8)])
+def test_operands_are_rounded_as_the_mode_says_and_anew_in_every_draw(precision: str, unit: float) -> None:
+    """A product of one number by another: nothing but its operands is rounded much."""
+    x, w = torch.randn(200, 1, generator=torch.Generator().manual_seed(0)), torch.full((1, 1), 1.2345678)
+    truth, errors = x.double() @ w.double(), []
+    operands = operand_rounding(precision)
+    for seed in range(4):
+        with Rounding(seed, operands):
+            errors.append((x @ w).double() / truth - 1)
+    for i, error in enumerate(errors):
+        assert unit / 8 < float(error.abs().max()) <= 2.1 * unit + 2.0**-23
+        assert all(not torch.equal(error, other) for other in errors[:i])

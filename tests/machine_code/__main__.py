@@ -35,16 +35,17 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--worst", action="store_true", help="approximate instructions at their documented bounds")
     options.add_argument("--mma", choices=("exact", "hardware"), default="exact", help="how tensor cores sum")
     options.add_argument("--write", action="store_true", help="keep the table in docs/machine_code.md")
-    options.add_argument("--results", type=Path, help="a JSON file for what one target came to")
+    options.add_argument("--results", type=Path, help="a JSON file for what the last --target came to")
     return options
 
 
 def run_target(target: str, options: argparse.Namespace) -> int:
     """One target's variants in this process, a line each as it is done; the exit status."""
     launch, settings = emulator("launch"), emulator("numerics").settings
-    from tests.machine_code.cases import all_cases, uncovered, variants
+    from tests.machine_code.cases import all_cases
     from tests.machine_code.check import checked
     from tests.machine_code.kernels import entry_kernels
+    from tests.machine_code.variants import uncovered, variants
 
     settings.mma, settings.worst_approx = options.mma, options.worst
     start, results, cases = time.monotonic(), [], all_cases()
@@ -65,7 +66,7 @@ def run_target(target: str, options: argparse.Namespace) -> int:
 
 
 def run_targets(targets: Sequence[str], arguments: Sequence[str], write: bool) -> int:
-    """A process a target, both at once; the exit status."""
+    """A process a target, all at once; the exit status."""
     with tempfile.TemporaryDirectory() as temporary:
         files = [Path(temporary, f"{target}.json") for target in targets]
         command = [sys.executable, "-m", "tests.machine_code", *arguments]
@@ -73,14 +74,14 @@ def run_targets(targets: Sequence[str], arguments: Sequence[str], write: bool) -
             subprocess.Popen([*command, "--target", target, "--results", str(file)])
             for target, file in zip(targets, files, strict=True)
         ]
-        failed = any([process.wait() for process in processes])
+        statuses = [process.wait() for process in processes]
         results = {t: json.loads(f.read_text()) if f.exists() else [] for t, f in zip(targets, files, strict=True)}
     from tests.machine_code.report import document, table
 
     print(table(results))
     if write:
         DOCUMENT.write_text(document(results, arguments))
-    return int(failed)
+    return int(any(statuses))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,18 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("machine code was not run: ptx is neither in ../shared/tools beside the checkout nor in LINFAST_PTX")
         return NOT_THERE
     if options.results:
-        return run_target(options.target[0], options)
-    return run_targets(options.target or list(CAPABILITIES), _without_targets(arguments), options.write)
-
-
-def _without_targets(arguments: Sequence[str]) -> list[str]:
-    """What each process is given: all but --target and --write."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not (skip or argument in ("--target", "--write") or argument.startswith("--target=")):
-            kept.append(argument)
-        skip = argument == "--target"
-    return kept
+        return run_target(options.target[-1], options)
+    return run_targets(options.target or list(CAPABILITIES), arguments, options.write)
 
 
 if __name__ == "__main__":

@@ -1,91 +1,19 @@
-"""What runs on machine code: of every op some sizes with odd edges, in each direction, mode and dtype it has.
-
-An op of linfast.ops is found by its name there, its modes and directions by its parameters, so that a new one without
-a case here is missed by ``uncovered`` and not by nobody.
-"""
+"""What runs on machine code: of every op some sizes with odd edges."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from linfast import ops
 from linfast.ops import CouplingStack
-from linfast.precision import PRECISIONS
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
+from tests.machine_code.variants import Case, Outputs
 from tests.ops.stacks import leaves, random_layers, rebuilt
 
-__all__ = ["DTYPES", "Case", "Variant", "all_cases", "uncovered", "variants"]
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-Outputs = Sequence[Tensor | None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An op at one size.
-
-    Args:
-        op: its name in linfast.ops.
-        label: what tells it from the op's other cases.
-        inputs: fresh random fp32 tensors, x first; all are differentiated.
-        call: (*inputs, and ``inverse`` and ``precision`` where the op has them) -> outputs.
-        smoke: whether it is in the short run.
-        x_alone: weights stay fp32 beside a half-precision x, and so does what lies between; else all are cast.
-        cancels: a gradient that is zero is a difference of terms that many times as large as the largest output.
-    """
-
-    op: str
-    label: str
-    inputs: Callable[[], list[Tensor]]
-    call: Callable[..., Outputs]
-    smoke: bool = False
-    x_alone: bool = False
-    cancels: float = 1.0
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A case in one dtype, mode and direction; the last two are "" where the op has none."""
-
-    case: Case
-    dtype: str
-    mode: str
-    direction: str
-
-    @property
-    def options(self) -> dict[str, object]:
-        options: dict[str, object] = {"precision": self.mode} if self.mode else {}
-        return options | ({"inverse": self.direction == "inverse"} if self.direction else {})
-
-    @property
-    def name(self) -> str:
-        return " ".join(filter(None, (self.case.op, self.case.label, self.dtype, self.mode, self.direction)))
-
-
-def _parameters(op: str) -> frozenset[str]:
-    return frozenset(inspect.signature(getattr(ops, op)).parameters)
-
-
-def variants(cases: Sequence[Case], smoke: bool) -> Iterator[Variant]:
-    """Every dtype, mode and direction of the cases; of the short run's only "fast" where x is 16 bits wide."""
-    for case in cases:
-        has = _parameters(case.op)
-        for dtype in DTYPES if case.smoke or not smoke else ():
-            modes = ("fast",) if smoke and dtype != "fp32" else PRECISIONS
-            for mode in modes if "precision" in has else ("",):
-                for direction in ("forward", "inverse") if "inverse" in has else ("",):
-                    yield Variant(case, dtype, mode, direction)
-
-
-def uncovered(cases: Sequence[Case], smoke: bool) -> list[str]:
-    """Functions of linfast.ops without a case."""
-    covered = {variant.case.op for variant in variants(cases, smoke)}
-    return [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name)) and name not in covered]
+__all__ = ["all_cases"]
 
 
 def all_cases() -> list[Case]:
@@ -220,10 +148,8 @@ def _stacks() -> Iterator[Case]:
 
         def run(x, *tensors, template=template, activation=activation, kind=kind, **options) -> Outputs:
             layers, _ = rebuilt(template, tensors)
-            scale_map = ScaleMap(kind)
-            return ops.coupling_stack(
-                x, layers, activation=activation, scale_map=scale_map, log_det=True, **options
-            )
+            options |= {"activation": activation, "scale_map": ScaleMap(kind), "log_det": True}
+            return ops.coupling_stack(x, layers, **options)
 
         label = f"{(batch, D)} hidden {hidden} depth {depth} maps {maps} {activation} {kind}"
         yield Case("coupling_stack", label, inputs, run, smoke=maps == "dense", x_alone=True)
@@ -231,7 +157,8 @@ def _stacks() -> Iterator[Case]:
 
     def one(x: Tensor, *tensors: Tensor, **options) -> Outputs:
         ((weights, biases, *_),), _ = rebuilt(layer, tensors)
-        return ops.mlp_coupling(x, weights, biases, activation="silu", scale_map=ScaleMap(), log_det=True, **options)
+        options |= {"activation": "silu", "scale_map": ScaleMap(), "log_det": True}
+        return ops.mlp_coupling(x, weights, biases, **options)
 
     def inputs_of_one() -> list[Tensor]:
         return [torch.randn(20, 7), *leaves(random_layers(7, (16, 16), 1))]
@@ -240,7 +167,9 @@ def _stacks() -> Iterator[Case]:
 
 
 def _linearizers() -> Iterator[Case]:
-    for batch, D, maps, core in ((40, 7, "none", "dense"), (70, 10, "dense", "diagonal"), (9, 6, "diagonal", "dense")):
+    for batch, D, maps, core in (
+        (40, 7, "none", "dense"), (70, 10, "dense", "diagonal"), (9, 6, "diagonal", "dense"),
+    ):  # fmt: skip
         template = [random_layers(D, (16, 16), depth, maps=maps) for depth in (2, 3)]
         first = len(leaves(template[0]))
 
@@ -251,8 +180,9 @@ def _linearizers() -> Iterator[Case]:
 
         def run(x, A, *tensors, template=template, first=first, precision) -> Outputs:
             halves = (tensors[:first], tensors[first:])
-            layers = [rebuilt(old, new)[0] for old, new in zip(template, halves, strict=True)]
-            g_x, g_y = (CouplingStack(ls, "silu", ScaleMap(bound=b)) for ls, b in zip(layers, (0.5, 0.3), strict=True))
+            (layers_x, _), (layers_y, _) = map(rebuilt, template, halves)
+            g_x = CouplingStack(layers_x, "silu", ScaleMap(bound=0.5))
+            g_y = CouplingStack(layers_y, "silu", ScaleMap(bound=0.3))
             return [ops.linearizer_stack(x, g_x, A, g_y, precision=precision)]
 
         label = f"{(batch, D)} maps {maps} A {core}"

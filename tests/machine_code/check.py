@@ -1,4 +1,4 @@
-"""One variant on machine code: outputs and gradients against float64, within what rounding may cost, and no report."""
+"""One variant on machine code: outputs and gradients against float64, within what rounding may cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from linfast.bench.rounding import allowed_errors, operand_rounding, relative_er
 from torch import Tensor
 
 import linfast as lf
-from tests.machine_code.cases import DTYPES, Variant
+from tests.machine_code.variants import DTYPES, Variant
 
 __all__ = ["Result", "checked", "exact", "outputs_and_gradients", "values_of"]
 
@@ -96,36 +96,24 @@ def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tupl
     """Each error and its allowance."""
     call = _in_fp32(variant.case.call) if variant.case.x_alone else variant.case.call
     truth, size = exact(variant, values)
-    with lf.backend("reference"):
-        n_outputs = len(truth) - len(values)
+    n_outputs = len(truth) - len(values)
 
-        def allowances(half: torch.dtype) -> list[float]:
-            return allowed_errors(
-                lambda: _outputs(variant, call, _cast(variant, values), "exact"),
-                truth,
-                operands=_drawn_operands(variant.mode, half),
-            )
+    def allowances(half: torch.dtype) -> list[float]:
+        return allowed_errors(
+            lambda: _outputs(variant, call, _cast(variant, values), "exact"),
+            truth,
+            operands=operand_rounding(variant.mode, half) if variant.mode else None,
+        )
 
-        allowed = allowances(torch.bfloat16)
-        if variant.dtype == "fp16" and variant.mode:  # products of gradients are bf16's even there
-            allowed = [*allowances(torch.float16)[:n_outputs], *allowed[n_outputs:]]
-    left = size * variant.case.cancels
-    allowed = [a if t.any() else torch.finfo(g.dtype).eps * left for a, t, g in zip(allowed, truth, got, strict=True)]
+    allowed = allowances(torch.bfloat16)
+    if variant.dtype == "fp16" and variant.mode:  # products of gradients are bf16's even there
+        allowed = [*allowances(torch.float16)[:n_outputs], *allowed[n_outputs:]]
     assert [t.shape for t in got] == [t.shape for t in truth]
+    left = size * variant.case.cancels
+    allowed = [
+        a if t.any() else torch.finfo(g.dtype).eps * left for a, t, g in zip(allowed, truth, got, strict=True)
+    ]
     return [relative_error(a, b) for a, b in zip(got, truth, strict=True)], allowed
-
-
-def _drawn_operands(mode: str, half: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """A mode's rounding of operands, on another grid at every call: its error is one draw, as the kernel's is."""
-    if mode in ("", "exact"):
-        return operand_rounding(mode, half) if mode else None
-    rounded, generator = operand_rounding(mode, half), torch.Generator().manual_seed(0)
-
-    def on_another_grid(t: Tensor) -> Tensor:
-        scale = 1 + torch.rand((), generator=generator)
-        return rounded(t * scale) / scale
-
-    return on_another_grid
 
 
 def _in_fp32(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,4 +141,5 @@ def _outputs(variant: Variant, call: Callable[..., Any], inputs: list[Tensor], m
     outputs = [o for o in call(*inputs, **options) if o is not None]
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)]
+    gradients = torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
+    return [*(o.detach() for o in outputs), *gradients]

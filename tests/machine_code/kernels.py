@@ -22,5 +22,7 @@ def entry_kernels() -> frozenset[str]:
 def _jit_functions() -> Iterator[ast.FunctionDef]:
     for path in SOURCES.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and "triton.jit" in map(ast.unparse, node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and any(
+                "triton.jit" in ast.unparse(d) for d in node.decorator_list
+            ):
                 yield node

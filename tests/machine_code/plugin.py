@@ -42,7 +42,5 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    counts = _launch.STATISTICS.launches
-    terminalreporter.write_line(
-        f"machine code, sm_{_CAPABILITY}: {sum(counts.values())} launches of {len(counts)} kernels"
-    )
+    counts = _launch.STATISTICS.launches.values()
+    terminalreporter.write_line(f"machine code, sm_{_CAPABILITY}: {sum(counts)} launches of {len(counts)} kernels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ _HEADINGS = ("op", "mode", "direction", "target", "variants", "fp32", "fp16", "b
 
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
-    """Of each op, mode, direction and target: the largest error over its allowance by dtype, and how many failed."""
+    """Of each op, mode, direction and target: the largest error over its allowance by dtype, how many failed."""
     groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
     for target, found in results.items():
         for each in found:
@@ -40,9 +41,8 @@ def document(results: Results, arguments: Sequence[str]) -> str:
     """docs/machine_code.md."""
     about = describe(torch.device("cpu"))
     versions = ", ".join(f"{name} {about[name]}" for name in ("torch", "triton", "numpy", "python"))
-    command = " ".join(("python -m tests.machine_code", *arguments, "--write"))
     failures = [
-        f"- {target} {each['name']}: {each['margin']:.2f}{''.join(f'; {r.splitlines()[0]}' for r in each['reports'])}"
+        "; ".join((f"- {target} {each['name']}: {each['margin']:.2f}", *map(_first_line, each["reports"])))
         for target, found in results.items()
         for each in found
         if each["margin"] > 1 or each["reports"]
@@ -54,11 +54,15 @@ Each op's PTX for sm_80 and sm_90, as Triton compiles it, run on a CPU against f
 unwritten memory and races. Entries are the largest error of an output or gradient over what rounding may cost it
 ([testing.md](testing.md)), by dtype of the input; above 1 it fails. A report of a sanitizer fails too.
 
-`{command}`
+`python -m tests.machine_code {shlex.join(arguments)}`
 
-Commit {about["commit"]}, {about["date"]}, {about["device"]}, {versions}; seconds of processor time do not matter here.
+Commit {about["commit"]}, {about["date"]}, {about["device"]}, {versions}.
 
 {chr(10).join(lines)}
 
 {chr(10).join(["Failed:", "", *failures]) if failures else "Nothing failed and nothing was reported."}
 """
+
+
+def _first_line(report: str) -> str:
+    return report.partition("\n")[0]

@@ -40,7 +40,8 @@ def emulator(name: str) -> Any:
     place = folder()
     if place is None:
         raise FileNotFoundError("ptx is neither in ../shared/tools beside the checkout nor where LINFAST_PTX says")
-    os.environ.pop("TRITON_INTERPRET", None)  # Triton's own library is made for one or the other when it is imported
+    # Triton's own functions are for the interpreter or for the compiler from when it is imported.
+    os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
     if not isinstance(triton.language.zeros, triton.JITFunction):
@@ -71,9 +72,11 @@ def as_on_gpu(target: str) -> Iterator[None]:
 
 
 def _constant(target: str) -> Any:
-    function: Any = lambda kind, index: target  # noqa: E731
-    function._dynamo_marked_constant = True
-    return function
+    def target_of(kind: str, index: int | None) -> str:
+        return target
+
+    target_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return target_of
 
 
 def _activation_form(x: torch.Tensor, precision: str) -> int:

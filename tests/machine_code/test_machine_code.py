@@ -13,10 +13,11 @@ from triton.runtime import interpreter
 import linfast as lf
 from linfast import ops
 from tests.machine_code import __main__ as command
-from tests.machine_code.cases import DTYPES, all_cases, uncovered, variants
+from tests.machine_code.cases import all_cases
 from tests.machine_code.check import outputs_and_gradients
 from tests.machine_code.kernels import SOURCES, entry_kernels
 from tests.machine_code.target import folder
+from tests.machine_code.variants import DTYPES, uncovered, variants
 from tests.ops.budget import COMPILED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -88,7 +89,8 @@ from tests.machine_code.__main__ import parser, run_target
 source, old, new = kernel.src, *sys.argv[1:]
 assert source.count(old) == 1
 kernel._unsafe_update_src(source.replace(old, new))
-sys.exit(run_target("sm_80", parser().parse_args(["--smoke", "--only", "low_rank (2, 300, 300, 8) shares nothing fp32"])))
+only = "low_rank (2, 300, 300, 8) shares nothing fp32"
+sys.exit(run_target("sm_80", parser().parse_args(["--smoke", "--only", only])))
 """
 _STORE = "y.to(y_ptr.dtype.element_ty), mask=inside)"
 

@@ -12,6 +12,8 @@ _KEPT = f"{_LIBRARIES}::test_outputs_log_dets_inverses_and_gradients_are_kept"
 _WHOLE = "tests/accelerate/test_whole.py"
 _INVERT = "tests/accelerate/test_invert.py"
 _GRAPH = "tests/accelerate/test_graph.py"
+_VERIFY = "tests/accelerate/test_verify.py"
+_CAPTURE = "tests/test_cuda_graph.py"
 
 MUTANTS = (
     Mutant(
@@ -91,9 +93,9 @@ MUTANTS = (
     ),
     Mutant(
         name="graph: the caller is given the graph's own output",
-        file="linfast/accelerate/graph.py",
-        old="return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.result)",
-        new="return self.result",
+        file="linfast/cuda_graph.py",
+        old="result = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.result)",
+        new="result = self.result",
         breaks="The next replay overwrites what the last call returned.",
         tests=(f"{_GRAPH}::test_outputs_are_the_callers",),
     ),
@@ -104,5 +106,53 @@ MUTANTS = (
         new="if captured is None:",
         breaks="A graph goes on reading a parameter that the model no longer has.",
         tests=(f"{_GRAPH}::test_weights_written_in_place_are_seen_and_replaced_ones_captured_anew",),
+    ),
+    Mutant(
+        name="graph: what a freeze around the capture keeps gets in",
+        file="linfast/cuda_graph.py",
+        old="stack.enter_context(thawed())",
+        new="pass",
+        breaks="The graph reads derived weights that the freeze lets go of.",
+        tests=(f"{_CAPTURE}::test_a_timed_provider_keeps_what_it_reads",),
+    ),
+    Mutant(
+        name="graph: autocast's casts of weights get in",
+        file="linfast/cuda_graph.py",
+        old="torch.set_autocast_cache_enabled(False)",
+        new="pass",
+        breaks="The graph reads casts that autocast lets go of.",
+        tests=(f"{_CAPTURE}::test_a_timed_provider_keeps_what_it_reads",),
+    ),
+    Mutant(
+        name="graph: weights that are replaced are not kept",
+        file="linfast/cuda_graph.py",
+        old="self._read = [tensor.detach() for tensor in read]",
+        new="self._read = []",
+        breaks="The graph reads a parameter that was freed.",
+        tests=(f"{_CAPTURE}::test_a_stream_keeps_what_it_reads",),
+    ),
+    Mutant(
+        name="graph: a call does not wait for one on another stream",
+        file="linfast/cuda_graph.py",
+        old="stream.wait_event(self._replayed)",
+        new="pass",
+        breaks="Two calls write to the same inputs at once.",
+        tests=(f"{_CAPTURE}::test_calls_on_several_streams_follow_one_another",),
+    ),
+    Mutant(
+        name="verify: the original may run the kernel under test",
+        file="linfast/accelerate/verify.py",
+        old="with plain_torch():",
+        new="if True:",
+        breaks="A wrong kernel is compared with itself.",
+        tests=(f"{_VERIFY}::test_a_wrong_kernel_is_left_alone_where_the_original_runs_it_too",),
+    ),
+    Mutant(
+        name="verify: torch's settings of products stay",
+        file="linfast/accelerate/verify.py",
+        old="@full_precision()\n",
+        new="",
+        breaks="tf32 convolutions differ by more than is allowed, and deep models are left alone.",
+        tests=(f"{_VERIFY}::test_both_sides_are_compared_in_full_precision",),
     ),
 )

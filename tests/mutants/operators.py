@@ -25,8 +25,8 @@ MUTANTS = (
     Mutant(
         name="LowRank: Woodbury's correction has the wrong sign",
         file="linfast/operators/low_rank.py",
-        old="U / -self.alpha",
-        new="U / self.alpha",
+        old="self.U @ core / -self.alpha",
+        new="self.U @ core / self.alpha",
         breaks="The inverse adds the correction in place of subtracting it.",
         tests=(f"{_SPECTRAL}::test_inverse_undoes",),
     ),
@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         name="lazy: a product's inverse keeps its order",
         file="linfast/operators/lazy.py",
-        old="return Product(self.right.inverse(), self.left.inverse())",
-        new="return Product(self.left.inverse(), self.right.inverse())",
+        old="return Product(self.right._inverted(read), self.left._inverted(read))",
+        new="return Product(self.left._inverted(read), self.right._inverted(read))",
         breaks="(A B)^-1 is A^-1 B^-1.",
         tests=(
             f"{_SPECTRAL}::test_inverse_undoes",
@@ -79,13 +79,29 @@ MUTANTS = (
     Mutant(
         name="spectral: what is singular is inverted without a word",
         file="linfast/operators/spectral.py",
-        old="if not bool((condition < 1.0 / torch.finfo(condition.dtype).eps).all()):",
+        old="if read and not bool(regular.all()):",
         new="if False:",
         breaks="An inverse that has lost every digit is returned.",
         tests=(
             f"{_SPECTRAL}::test_inverse_of_a_singular_operator_names_pinv",
             f"{_SPECTRAL}::test_inverse_refuses_what_would_lose_every_digit",
         ),
+    ),
+    Mutant(
+        name="regular: weights that changed are not read again",
+        file="linfast/operators/regular.py",
+        old="return state is None or at not in seen or state != _state(operator)",
+        new="return state is None or at not in seen",
+        breaks="An operator that became singular gives NaN where it should say so.",
+        tests=("tests/test_host_reads.py::test_what_became_singular_raises_again",),
+    ),
+    Mutant(
+        name="register: a raw op runs in autocast",
+        file="linfast/ops/register.py",
+        old='return without_autocast("cpu", _launcher',
+        new='return (lambda _, run, *arguments: run(*arguments))("cpu", _launcher',
+        breaks="A backward inside an autocast block multiplies in bf16.",
+        tests=("tests/ops/test_every_op.py::test_no_part_of_an_op_is_in_autocast",),
     ),
     Mutant(
         name="Linearizer: the adjoint does not exchange its networks",

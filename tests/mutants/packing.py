@@ -23,8 +23,8 @@ MUTANTS = (
     Mutant(
         name="packing: each part is what the one before it leaves of the whole weight",
         file="linfast/ops/stack_weights.py",
-        old="rest = rest - parts[-1].to(rest.dtype)",
-        new="rest = tensor - parts[-1].to(rest.dtype)",
+        old="rest = rest - _with_its_bits(parts[-1]).to(rest.dtype)",
+        new="rest = tensor - _with_its_bits(parts[-1]).to(rest.dtype)",
         breaks="The third of three parts is the weight itself again, less the second.",
         tests=(f"{_FORWARD}::test_parts_of_weights_add_up_to_them", f"{_FORWARD}::test_every_mode"),
     ),

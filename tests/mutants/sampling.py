@@ -62,6 +62,14 @@ MUTANTS = (
         tests=(_MODELS,),
     ),
     Mutant(
+        name="stream: the copy to the host does not wait for the samples",
+        file="linfast/sampling/pipeline.py",
+        old="self.copy.wait_stream(torch.cuda.current_stream(noise.device))",
+        new="pass",
+        breaks="A block is copied before it is computed.",
+        tests=("tests/test_cuda_graph.py::test_samples_are_copied_after_they_are_computed_whatever_the_stream",),
+    ),
+    Mutant(
         name="stream: every block has the same noise",
         file="linfast/sampling/stream.py",
         old="np.random.SeedSequence([self.seed, index])",

@@ -77,11 +77,11 @@ MUTANTS = (
     ),
     Mutant(
         name="bench check: the reference may be the kernel under test",
-        file="bench/check.py",
-        old='with lf.backend("reference"), Rounding(draw):',
-        new="with Rounding(draw):",
+        file="bench/rounding.py",
+        old="with plain_torch(), Rounding(seed):",
+        new="with Rounding(seed):",
         breaks="A kernel that returns zeros is allowed an error of one.",
-        tests=(f"{_HARNESS}::test_the_reference_is_plain_torch_where_the_provider_is_the_op_itself",),
+        tests=(f"{_HARNESS}::test_wrong_kernels_are_refused_where_auto_means_kernels",),
     ),
     Mutant(
         name="rounding: a sum of n terms is one operation",

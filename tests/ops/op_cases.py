@@ -194,6 +194,6 @@ def gradients_of(outputs: Outputs, wanted: Sequence[Tensor], again: bool = False
 
     The graph is kept; ``again``: one is made of the gradients too.
     """
-    given = [o for o in outputs if o is not None]
+    given = [o for o in outputs if o is not None and o.requires_grad]
     weights = [torch.arange(1, o.numel() + 1, device=o.device, dtype=o.dtype).cos().view(o.shape) for o in given]
     return torch.autograd.grad(given, wanted, weights, True, again, allow_unused=True)

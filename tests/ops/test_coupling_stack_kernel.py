@@ -44,7 +44,8 @@ def _assert_accurate(x: Tensor, layers, precision: str = "exact", head: AffineMa
     wide, wide_head = doubled(layers, head)
     truth = plain_stack(x.double(), wide, head=wide_head, **options)
     assert [t.dtype for t in got] == [torch.float32] * 2
-    assert_accurate(got, lambda: plain_stack(x, layers, head=head, rounded=rounding(precision), **options), truth)
+    options |= {"head": head, "rounded": rounding(precision)}
+    assert_accurate(got, lambda: plain_stack(x, layers, **options), truth)
 
 
 def _x(batch: int, D: int) -> Tensor:

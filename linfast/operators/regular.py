@@ -1,0 +1,54 @@
+"""Whether an operator has an inverse: read on the host once for each state of its weights.
+
+Reading it waits for the device and cannot be captured into a CUDA graph, so that later inverses go unread.
+Where there is none, they are NaN: a singular operator is seen in any case. An inverse of a time-dependent
+operator is read for each time that is a number, and for times in tensors once. Captured or compiled it is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from itertools import chain
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..flows.drift import capturing
+
+__all__ = ["is_unread", "mark_read"]
+
+_MOST = 1024  # times that are remembered of one operator
+
+# Of each operator the state of its weights, and for which times it was read.
+_read: WeakKeyDictionary[nn.Module, tuple[Hashable, set[Hashable]]] = WeakKeyDictionary()
+
+
+def is_unread(operator: nn.Module, at: Hashable) -> bool:
+    """Whether the host has to read if this operator, with its weights as they are, has an inverse ``at`` a time."""
+    if torch.compiler.is_compiling() or any(capturing(tensor) for tensor in _tensors(operator)):
+        return False
+    state, seen = _read.get(operator, (None, ()))
+    return state is None or at not in seen or state != _state(operator)
+
+
+def mark_read(operator: nn.Module, at: Hashable) -> None:
+    """It has one."""
+    state = _state(operator)
+    if state is None:
+        return
+    known, seen = _read.get(operator, (None, set()))
+    if known != state or len(seen) >= _MOST:
+        seen = set()
+    _read[operator] = state, {*seen, at}
+
+
+def _state(operator: nn.Module) -> Hashable:
+    """What changes with the weights, but for writes through ``.data`` and by fused optimisers; None: unknown."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # a transform's tensors have no memory
+        return None
+    return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in _tensors(operator))
+
+
+def _tensors(operator: nn.Module) -> chain[Tensor]:
+    return chain(operator.parameters(), operator.buffers())

@@ -1,0 +1,76 @@
+"""A model that was accelerated on one device and moved to another copies nothing there after its first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import linfast as lf
+
+MASK = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0])  # neither halves nor every other one
+
+
+def _nflows() -> nn.Module:
+    transforms = pytest.importorskip("nflows.transforms")
+    nets = pytest.importorskip("nflows.nn.nets")
+    return transforms.AffineCouplingTransform(MASK, lambda n_in, n_out: nets.ResidualNet(n_in, n_out, 8))
+
+
+def _normflows() -> nn.Module:
+    nf = pytest.importorskip("normflows")
+    return nf.flows.MaskedAffineFlow(MASK, nf.nets.MLP([7, 8, 7]), nn.Sequential(nn.Linear(7, 7), nn.Tanh()))
+
+
+def _zuko() -> nn.Module:
+    zuko = pytest.importorskip("zuko")
+    return zuko.flows.GeneralCouplingTransform(7, mask=MASK.bool(), hidden_features=(8,))
+
+
+def _inverted(model: Any, x: Tensor) -> None:
+    model(x)
+    model.inverse(x)
+
+
+def _called(model: Any, x: Tensor) -> None:
+    transform = model(None)
+    transform.call_and_ladj(x)
+    transform.inv.call_and_ladj(x)
+
+
+class _Copies(TorchDispatchMode):
+    """What goes from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        devices = {t.device for t in (*args, *outputs) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            self.seen.append(func.name())
+        return result
+
+
+@pytest.mark.parametrize(("make", "run"), [(_nflows, _inverted), (_normflows, _inverted), (_zuko, _called)])
+def test_a_moved_model_copies_nothing_at_its_second_call(
+    make: Callable[[], nn.Module], run: Callable[[Any, Tensor], None]
+) -> None:
+    model = make()
+    keys = list(model.state_dict())
+    report = lf.accelerate(model)
+    assert not report.left
+    assert "gather" in str(report)
+    assert list(model.state_dict()) == keys
+    model.to("meta")
+    x = torch.empty(3, 7, device="meta")
+    run(model, x)
+    with _Copies() as copies:
+        run(model, x)
+    assert copies.seen == []

@@ -1,0 +1,46 @@
+"""A stand-in for a GPU on which "auto" runs kernels: they return what a test makes of the right outputs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from linfast.ops.register import RAW_OPS
+
+FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "nan": lambda right: torch.full_like(right, torch.nan),
+    "another op's": lambda right: right.cos(),
+}
+
+
+class Kernels:
+    """``fault``: from the outputs of an op's plain form to its kernel's."""
+
+    def __init__(self) -> None:
+        self.fault: Callable[[Tensor], Tensor] = lambda right: right
+        self.launches = 0
+
+    def launcher(self, path: str) -> Callable[..., Any]:
+        op = next(op for op in RAW_OPS.values() if op.launch == path)
+
+        def launch(*arguments: Any) -> Any:
+            self.launches += 1
+            right = op.reference(*arguments)
+            return self.fault(right) if isinstance(right, Tensor) else type(right)(map(self.fault, right))
+
+        return launch
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """These kernels are what "auto" runs, on a CPU too, until the test ends."""
+    kernels = Kernels()
+    for module in ("linfast.backend", "linfast.bench.cases.common"):
+        monkeypatch.setattr(importlib.import_module(module), "has_kernels", lambda device: True)
+    monkeypatch.setattr(importlib.import_module("linfast.ops.register"), "_launcher", kernels.launcher)
+    return kernels

@@ -1,0 +1,85 @@
+"""A case of an op, and the dtypes, modes and directions it is run in.
+
+An op of linfast.ops is found by its name there, its modes and directions by its parameters: a new one without a
+case is missed by ``uncovered`` and not by nobody.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from linfast import ops
+from linfast.precision import PRECISIONS
+
+__all__ = ["DTYPES", "Case", "Outputs", "Variant", "uncovered", "variants"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Outputs = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one size.
+
+    Args:
+        op: its name in linfast.ops.
+        label: what tells it from the op's other cases.
+        inputs: fresh random fp32 tensors, x first; all are differentiated.
+        call: (*inputs, and ``inverse`` and ``precision`` where the op has them) -> outputs.
+        smoke: whether it is in the short run.
+        x_alone: weights stay fp32 beside a half-precision x, and so does what lies between; else all are cast.
+        cancels: a gradient that is zero is a difference of terms that many times as large as the largest output.
+    """
+
+    op: str
+    label: str
+    inputs: Callable[[], list[Tensor]]
+    call: Callable[..., Outputs]
+    smoke: bool = False
+    x_alone: bool = False
+    cancels: float = 1.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A case in one dtype, mode and direction; the last two are "" where the op has none."""
+
+    case: Case
+    dtype: str
+    mode: str
+    direction: str
+
+    @property
+    def options(self) -> dict[str, object]:
+        options: dict[str, object] = {"precision": self.mode} if self.mode else {}
+        return options | ({"inverse": self.direction == "inverse"} if self.direction else {})
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.case.op, self.case.label, self.dtype, self.mode, self.direction)))
+
+
+def _parameters(op: str) -> frozenset[str]:
+    return frozenset(inspect.signature(getattr(ops, op)).parameters)
+
+
+def variants(cases: Sequence[Case], smoke: bool) -> Iterator[Variant]:
+    """Every dtype, mode and direction of the cases; of the short run's only "fast" where x is 16 bits wide."""
+    for case in cases:
+        has = _parameters(case.op)
+        for dtype in DTYPES if case.smoke or not smoke else ():
+            modes = ("fast",) if smoke and dtype != "fp32" else PRECISIONS
+            for mode in modes if "precision" in has else ("",):
+                for direction in ("forward", "inverse") if "inverse" in has else ("",):
+                    yield Variant(case, dtype, mode, direction)
+
+
+def uncovered(cases: Sequence[Case], smoke: bool) -> list[str]:
+    """Functions of linfast.ops without a case."""
+    covered = {variant.case.op for variant in variants(cases, smoke)}
+    return [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name)) and name not in covered]
