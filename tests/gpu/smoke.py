@@ -30,8 +30,9 @@ from linfast.bench.rounding import relative_error
 
 import linfast as lf
 from linfast.precision import PRECISIONS
-from tests.machine_code.cases import Variant, all_cases, variants
+from tests.machine_code.cases import all_cases
 from tests.machine_code.check import exact, outputs_and_gradients, values_of
+from tests.machine_code.variants import Variant, variants
 
 # Relative L2, by how operands are rounded: 2^-24, 2^-17, 2^-11 and 2^-9 are one rounding's.
 TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fp16": 1e-2, "fast": 5e-2, "bf16": 5e-2}
@@ -109,8 +110,7 @@ def _timed(case: Case, size: Size, mode: str) -> Verdict:
     problem = case.build(size, Options(_device(), kernels=True))
     dtypes = {"bfloat16": "bf16", "float16": "fp16"}
     allowed = TOLERANCES[dtypes.get(str(size.get("dtype")), mode or str(size.get("precision", "exact")))]
-    with lf.backend("reference"):
-        standard = own_standard(problem.truth, problem.inputs[:1], allowed)
+    standard = own_standard(problem.truth, problem.inputs[:1], allowed)
     ours = next(provider for provider in problem.providers if provider.name == "linfast")
     with _matmul_settings(mode):
         return judge(ours.call, problem.inputs[:1], standard)
