@@ -80,16 +80,17 @@ def _coupling_mix_unrolled_kernel(
     total = tl.zeros((COLUMNS,), tl.float32)
     u = ()
     for c in tl.static_range(N_IN):
+        channel_at = x_at + c * stride_xc
         if (c >= (N_IN + 1) // 2) == MOVES_SECOND:
             moved, _, _, log_s = load_coupled(
-                x_at, shift_ptr + p_at, raw_ptr + p_at, inside, bound, floor, KIND, SCALE_FIRST, INVERSE
+                channel_at, shift_ptr + p_at, raw_ptr + p_at, inside, bound, floor, KIND, SCALE_FIRST, INVERSE
             )
             total += log_s
             p_at += stride_pc
             u = u + (moved,)  # type: ignore[assignment]  # noqa: RUF005
         else:
-            u = u + (tl.load(x_at, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
-        x_at += stride_xc
+            value = tl.load(channel_at, mask=inside, other=0.0)
+            u = u + (value.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     store_products(
         y_at, stride_yc, u, weight_ptr, stride_wo, stride_wc, bias_ptr, stride_bo, inside, N_IN, N_OUT, BIAS
     )  # fmt: skip

@@ -96,10 +96,11 @@ def _coupling_mix_backward_unrolled_kernel(
     h = _column_log_det_gradient(h_ptr, n, n_positions, stride_hb, inside, LOG_DET)
     g = load_channels(g_at, stride_gc, inside, N_OUT)
     for c in tl.static_range(N_IN):
+        channel_at = x_at + c * stride_xc
         du = weighted_sum(g, weight_ptr + c * stride_wc, stride_wo, N_OUT)
         if (c >= (N_IN + 1) // 2) == MOVES_SECOND:
             u, shift, raw, log_s = load_coupled(
-                x_at, shift_ptr + p_at, raw_ptr + p_at, inside, bound, floor, KIND, SCALE_FIRST, INVERSE
+                channel_at, shift_ptr + p_at, raw_ptr + p_at, inside, bound, floor, KIND, SCALE_FIRST, INVERSE
             )
             _store_moved(
                 u, shift, raw, log_s, du, h, dx_ptr + d_at, dshift_ptr + q_at, draw_ptr + q_at, u_ptr + d_at,
@@ -110,8 +111,7 @@ def _coupling_mix_backward_unrolled_kernel(
         else:
             tl.store(dx_ptr + d_at, du.to(dx_ptr.dtype.element_ty), mask=inside)
             if KEEP_U:
-                tl.store(u_ptr + d_at, tl.load(x_at, mask=inside), mask=inside)
-        x_at += stride_xc
+                tl.store(u_ptr + d_at, tl.load(channel_at, mask=inside), mask=inside)
         d_at += stride_dc
 
 

@@ -1,12 +1,8 @@
-"""The calls whose launches are compiled: public ops, forward and backward, at sizes that reach every tile.
-
-A call is a function of the batch, so that what depends on it can be seen. A target that is not named has all.
-"""
+"""Public ops, forward and backward, as functions of the batch: what is recorded, see tests/static/record.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,24 +16,8 @@ from linfast.ops.linearizer_stack import CouplingStack, linearizer_stack
 from linfast.scale_maps import ScaleMap
 from tests.ops.stacks import NAMES, random_layers, random_map
 
-ALL = ("sm_80", "sm_90", "sm_100", "gfx942")
-NVIDIA = ALL[:3]
-ONE = ("sm_90",)  # to compare variants of the arithmetic
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SMOOTH = ScaleMap("smooth")
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call by name, as a function of the batch; the batch it is compiled at, and the targets it ships for."""
-
-    name: str
-    function: Callable[[int], None]
-    targets: tuple[str, ...] = ALL
-    batch: int = 1000
-
-    def run(self) -> None:
-        self.function(self.batch)
 
 
 def tensor(*shape: int, dtype: str = "fp32", last: bool = False, grad: bool = True) -> Tensor:
@@ -54,6 +34,11 @@ def both_ways(outputs: Tensor | Sequence[Tensor | None], *inputs: Tensor | None)
     torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
 
 
+def _x_and_params(batch: int, channels: int, *shape: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """A coupling's: two parameters for each channel of the first half."""
+    return tensor(batch, channels, *shape, **options), tensor(batch, (channels + 1) // 2 * 2, *shape, **options)
+
+
 def affine_coupling(
     batch: int,
     shape: tuple[int, ...],
@@ -62,7 +47,7 @@ def affine_coupling(
     kind: str = "smooth",
     **options: Any,
 ) -> None:
-    x, params = (tensor(batch, *shape, dtype=dtype, last=last) for _ in range(2))
+    x, params = _x_and_params(batch, *shape, dtype=dtype, last=last)
     both_ways(ops.affine_coupling(x, params, ScaleMap(kind), log_det=True, **options), x, params)
 
 
@@ -80,13 +65,11 @@ def coupling_mix(
     last: bool = False,
     kind: str = "smooth",
     frozen: bool = False,
-    inverse: bool = False,
+    **options: Any,
 ) -> None:
-    x, params = (tensor(batch, channels, *shape, dtype=dtype, last=last) for _ in range(2))
+    x, params = _x_and_params(batch, channels, *shape, dtype=dtype, last=last)
     weight, bias = tensor(channels, channels, dtype=dtype, grad=not frozen), tensor(channels, dtype=dtype)
-    y = ops.coupling_mix(
-        x, params, ScaleMap(kind), weight, bias, order="scale_first", inverse=inverse, log_det=True
-    )  # fmt: skip
+    y = ops.coupling_mix(x, params, ScaleMap(kind), weight, bias, log_det=True, **options)
     both_ways(y, x, params, weight, None if frozen else bias)
 
 

@@ -1,54 +1,203 @@
-"""Every shipped configuration of every kernel, as the compiler sees it when launched."""
+"""The calls whose launches are compiled: every op at sizes that reach every tile of every table, in every mode.
+
+Half precision, odd sizes and strides are for the targets of _TWO alone; activations and scale maps are compared on
+one tile of one target.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import json
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import linfast.kernels
+from linfast.kernels.conv2d_configs import WIDEST
+from linfast.kernels.stack_configs import CONFIGS, StackEntry
+from linfast.kernels.stack_layout import DENSE, NO_MAPS
 
-KERNELS = Path(linfast.kernels.__file__).parent
-_SHARED_SOURCES = ("launch.py", "math.py")
+from linfast.ops.activations import ACTIVATION_NAMES
+from linfast.scale_maps import SCALE_MAP_KINDS
+from tests.ops.stacks import NAMES
+from tests.static import calls
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+_NVIDIA = TARGETS[:3]
+_TWO = ("sm_80", "sm_90")
+_ONE = ("sm_90",)
 
 
 @dataclass(frozen=True)
-class StaticCase:
-    """One compilation: a kernel of ``linfast.kernels.<op>``, argument types and constexpr values.
+class Case:
+    """A call by name: the batch it is compiled at, and the targets it ships for."""
 
-    ``uses`` are the other kernel files that it is made of, ``targets`` those that it ships for.
-    ``matrix_units``: its products are meant to run on them, so the machine code must have such instructions.
-    """
-
-    op: str
-    kernel: str
-    config: str
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    aligned: tuple[str, ...] = field(default=())
-    uses: tuple[str, ...] = field(default=())
+    name: str
+    function: partial[None]
+    batch: int = 8
     targets: tuple[str, ...] = TARGETS
-    matrix_units: bool = False
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """Names of the kernel files that it is made of."""
-        return (f"{self.op}.py", *(f"{op}.py" for op in self.uses), *_SHARED_SOURCES)
+    def op(self) -> str:
+        return self.function.func.__name__
 
-    def digest(self, target: str, triton_version: str) -> str:
-        """Changes when the source, the case, the target or Triton does."""
-        sources = [(KERNELS / name).read_bytes() for name in self.files]
-        text = json.dumps([self.signature, self.constexprs, self.num_warps, self.aligned, target, triton_version])
-        return hashlib.sha256(b"\0".join([*sources, text.encode()])).hexdigest()[:12]
+    def run(self) -> None:
+        self.function(self.batch)
 
 
-def all_cases() -> list[StaticCase]:
-    """The cases of every op: ``cases()`` of each module tests/static/of_<op>.py."""
-    modules = sorted(path.stem for path in Path(__file__).parent.glob("of_*.py"))
-    return [case for name in modules for case in importlib.import_module(f"tests.static.{name}").cases()]
+def all_cases() -> list[Case]:
+    """In the order of the table."""
+    makers = (
+        *(_affine_couplings, _channel_mixes, _coupling_mixes, _depthwise_convs, _group_norms, _latent_matmuls),
+        *(_low_ranks, _convs, _stacks, _linearizers, _gradients),
+    )
+    return [case for make in makers for case in make()]
+
+
+def _affine_couplings() -> Iterator[Case]:
+    for width in (16, 64, 256, 4096):
+        yield Case(f"x{width} contiguous fp32", partial(calls.affine_coupling, shape=(2 * width,)))
+    yield Case("x64 inverse fp32", partial(calls.affine_coupling, shape=(128,), inverse=True), targets=_TWO)
+    yield Case("x32 channels_last fp32", partial(calls.affine_coupling, shape=(64, 16, 16), last=True))
+    yield Case("x3 fp32", partial(calls.affine_coupling, shape=(5,)), targets=_TWO)
+    yield Case("x4096 bf16", partial(calls.affine_coupling, shape=(8192,), dtype="bf16"), targets=_TWO)
+    for kind in SCALE_MAP_KINDS:
+        call = partial(calls.affine_coupling, shape=(8192,), kind=kind, order="scale_first")
+        yield Case(f"x4096 {kind} scale first", call, targets=_ONE)
+
+
+def _channel_mixes() -> Iterator[Case]:
+    for channels in (4, 15, 16, 32, 64, 128):
+        image = {"channels": channels, "shape": (32, 32)}
+        yield Case(f"C={channels} contiguous fp32", partial(calls.channel_mix, **image))
+        if channels in (15, 64, 128):
+            yield Case(f"C={channels} bf16", partial(calls.channel_mix, **image, dtype="bf16"), targets=_TWO)
+    yield Case("C=64 channels_last fp32", partial(calls.channel_mix, channels=64, shape=(32, 32), last=True))
+
+
+def _coupling_mixes() -> Iterator[Case]:
+    for channels in (4, 15, 16, 32, 64, 128):
+        image = {"channels": channels, "shape": (32, 32)}
+        yield Case(f"C={channels} contiguous fp32", partial(calls.coupling_mix, **image))
+        if channels in (15, 64, 128):
+            yield Case(f"C={channels} bf16", partial(calls.coupling_mix, **image, dtype="bf16"), targets=_TWO)
+    call = partial(calls.coupling_mix, channels=64, shape=(32, 32), inverse=True)
+    yield Case("C=64 inverse fp32", call, targets=_TWO)
+    call = partial(calls.coupling_mix, channels=64, shape=(32, 32), last=True)
+    yield Case("C=64 channels_last fp32", call)
+    call = partial(calls.coupling_mix, channels=128, shape=(32, 32), frozen=True)
+    yield Case("C=128 no dW fp32", call, targets=_TWO)
+
+
+def _depthwise_convs() -> Iterator[Case]:
+    for k in (3, 9):
+        for last in (False, True):
+            call = partial(calls.depthwise_conv, channels=64, size=64, kernel=(k, k), last=last)
+            yield Case(f"{k}x{k} {'channels_last' if last else 'contiguous'} fp32", call)
+    yield Case("5x2 small fp32", partial(calls.depthwise_conv, channels=3, size=8, kernel=(5, 2)), targets=_TWO)
+    call = partial(calls.depthwise_conv, channels=64, size=64, kernel=(3, 3), dtype="bf16")
+    yield Case("3x3 bf16", call, targets=_TWO)
+
+
+def _group_norms() -> Iterator[Case]:
+    for per_group, size in ((16, 8), (4, 32), (16, 32), (16, 64)):
+        call = partial(calls.group_norm_silu, per_group=per_group, shape=(size, size))
+        yield Case(f"{per_group}x{size * size} contiguous fp32", call)
+    for size in (32, 64):
+        call = partial(calls.group_norm_silu, per_group=16, shape=(size, size), last=True)
+        yield Case(f"16x{size * size} channels_last fp32", call)
+    call = partial(calls.group_norm_silu, per_group=16, shape=(32, 32), dtype="bf16")
+    yield Case("16x1024 bf16", call, targets=_TWO)
+    yield Case("12x1240 fp32", partial(calls.group_norm_silu, per_group=12, shape=(31, 40)), targets=_TWO)
+    yield Case("64x1 fp32", partial(calls.group_norm_silu, per_group=64, shape=()), targets=_TWO)
+    call = partial(
+        calls.group_norm_silu, per_group=16, shape=(64, 64), affine=False, embedded=False, activation=False
+    )
+    yield Case("16x4096 plain fp32", call, targets=_TWO)
+
+
+def _latent_matmuls() -> Iterator[Case]:
+    for rows in (8, 100):  # of an operator
+        for dtype in ("fp32", "bf16"):
+            call = partial(calls.latent_matmul, n=64, operators=4, dtype=dtype)
+            yield Case(f"{rows} rows {'contiguous ' if dtype == 'fp32' else ''}{dtype}", call, 4 * rows)
+        yield Case(f"{rows} rows n=51 fp32", partial(calls.latent_matmul, n=51, operators=4), 4 * rows, _TWO)
+
+
+def _low_ranks() -> Iterator[Case]:
+    for rank in (4, 8, 16, 32, 64):
+        yield Case(f"r={rank} contiguous fp32", partial(calls.low_rank, n=1024, rank=rank))
+    yield Case("r=5 fp32", partial(calls.low_rank, n=1024, rank=5), targets=_TWO)
+    yield Case("r=8 transposed fp32", partial(calls.low_rank, n=1024, rank=8, dense=False), targets=_TWO)
+    yield Case("r=8 bf16", partial(calls.low_rank, n=1024, rank=8, dtype="bf16"), targets=_TWO)
+
+
+def _convs() -> Iterator[Case]:
+    """What ships by itself, and the widest tile, which only backend "triton" asks for."""
+    for channels in (16, 32, 64, 128):
+        for mode in [mode for mode, widest in WIDEST.items() if channels <= widest or mode == "tf32"]:
+            call = partial(calls.conv2d_fused, channels=channels, size=32, precision=mode)
+            yield Case(f"C={channels} {mode}", call, targets=_NVIDIA)
+    small = {"channels": 16, "precision": "tf32"}
+    yield Case("C=16 NCHW tf32", partial(calls.conv2d_fused, **small, size=32, last=False), targets=_TWO)
+    yield Case("C=16 4x4 tf32", partial(calls.conv2d_fused, **small, size=4), targets=_TWO)
+    call = partial(calls.conv2d_fused, channels=32, size=32, kernel=1, precision="tf32")
+    yield Case("C=32 1x1 tf32", call, targets=_TWO)
+    call = partial(calls.conv2d_fused, channels=64, size=32, precision="fast", dtype="bf16")
+    yield Case("C=64 bf16", call, targets=_TWO)
+
+
+def _entries() -> Iterator[tuple[str, str, StackEntry, str]]:
+    """(target, mode, entry, its sizes in words)."""
+    for (target, mode), entries in CONFIGS.items():
+        for entry in entries:
+            yield target, mode, entry, f"D={entry.features} H={entry.hidden} {mode}"
+
+
+def _stack(mode: str, entry: StackEntry, **options: Any) -> partial[None]:
+    return partial(
+        calls.coupling_stack,
+        features=entry.features,
+        hidden=entry.hidden,
+        precision=mode,
+        backward=False,
+        **options,
+    )
+
+
+def _stacks() -> Iterator[Case]:
+    """Each entry forward with three layers and no maps, the common flow, and inverse at the most it is for."""
+    for target, mode, entry, sizes in _entries():
+        n = min(3, entry.n_linear)
+        yield Case(f"{sizes} forward n={n}", _stack(mode, entry, n_linear=n), targets=(target,))
+        most = {"n_linear": entry.n_linear, "maps": entry.maps}
+        name = f"{sizes} inverse n={entry.n_linear} {NAMES[entry.maps]}"
+        yield Case(name, _stack(mode, entry, **most, inverse=True), targets=(target,))
+    for mode in ("fast", "exact"):
+        for name in ACTIVATION_NAMES:
+            call = _stack(mode, CONFIGS["sm_90", mode][0], n_linear=3, activation=name)
+            yield Case(f"D=64 H=128 {mode} {name}", call, targets=_ONE)
+
+
+def _linearizers() -> Iterator[Case]:
+    for target, mode, entry, sizes in _entries():
+        if entry.linearizer:
+            options = {"n_linear": min(3, entry.n_linear), "maps": entry.maps, "precision": mode, "backward": False}
+            call = partial(calls.linearizer, features=entry.features, hidden=entry.hidden, **options)
+            yield Case(f"{sizes} {NAMES[entry.maps]}", call, targets=(target,))
+
+
+def _gradients() -> Iterator[Case]:
+    """Of the coupling stack, at its widest and narrowest."""
+    for mode in ("fast", "tf32", "high", "exact"):
+        maps = NO_MAPS if mode == "exact" else DENSE
+        targets = tuple(target for target in TARGETS if (target, mode) in CONFIGS)
+        widest = partial(calls.coupling_stack, features=64, hidden=128, n_linear=3, precision=mode, maps=maps)
+        yield Case(f"gradient {mode}", widest, targets=targets)
+    exact = {"n_linear": 3, "precision": "exact"}
+    yield Case("gradient exact narrow", partial(calls.coupling_stack, features=6, hidden=16, **exact), targets=_TWO)
+    widest = partial(calls.coupling_stack, features=64, hidden=128, depth=1, **exact)
+    for name in ACTIVATION_NAMES:
+        call = partial(widest, activation=name)
+        yield Case(f"gradient {name}", call, targets=_ONE)
+    for kind in SCALE_MAP_KINDS:
+        call = partial(widest, kind=kind)
+        yield Case(f"gradient {kind} scale", call, targets=_ONE)

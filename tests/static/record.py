@@ -3,20 +3,21 @@
 Triton's own launch path specialises the arguments of ``kernel[grid](...)`` for the target that a stand-in for its
 driver names, and hands types, attributes, constants and options to a stand-in for its compiler, which keeps them.
 Tensors lie on the CPU and say that they are on a GPU. ``python -m tests.static.record`` prints the launches of
-every call of tests/static/calls.py, one JSON object a line; a process of its own, because Triton's interpreter,
-which the tests run under, has no launch path.
+every case of tests/static/cases.py, or of the ops named on stdin, one JSON object a line; a process of its own,
+because Triton's interpreter, which the tests run under, has no launch path.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -67,7 +68,7 @@ class Launch:
     @property
     def digest(self) -> str:
         """Of everything that decides what it compiles to, but Triton."""
-        text = json.dumps({**asdict(self), "call": ""}, sort_keys=True)
+        text = json.dumps({**vars(self), "call": ""}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -136,7 +137,7 @@ def recorded(call: Callable[[], None], target: str, name: str = "") -> list[Laun
 def _launch(src: Any, target: str, options: dict[str, Any], call: str, before: list[Launch]) -> Launch:
     names, kernel = src.fn.arg_names, src.fn.__name__
     number = 1 + sum(launch.kernel == kernel for launch in before)
-    defaults = make_backend(TARGETS[target]).parse_options({}).__dict__
+    defaults = _default_options(target)
     return Launch(
         call=call if number == 1 else f"{call} ({number})",
         target=target,
@@ -146,8 +147,18 @@ def _launch(src: Any, target: str, options: dict[str, Any], call: str, before: l
         constants={names[i]: value for (i,), value in src.constants.items()},
         attributes={names[i]: value for (i,), value in src.attrs.items() if value},
         options={k: v for k, v in options.items() if v != defaults[k]},
-        source=hashlib.sha256(json.dumps(_sources(src.fn, {})).encode()).hexdigest()[:12],
+        source=_source(src.fn),
     )
+
+
+@functools.cache
+def _default_options(target: str) -> dict[str, Any]:
+    return vars(make_backend(TARGETS[target]).parse_options({}))
+
+
+@functools.cache
+def _source(kernel: JITFunction[Any]) -> str:
+    return hashlib.sha256(json.dumps(_sources(kernel, {})).encode()).hexdigest()[:12]
 
 
 def _sources(function: JITFunction[Any], found: dict[str, str]) -> dict[str, str]:
@@ -163,18 +174,18 @@ def _sources(function: JITFunction[Any], found: dict[str, str]) -> dict[str, str
     return found
 
 
-def main() -> None:
-    """Each launch once, under the name of the first call that makes it."""
-    from tests.static.calls import CALLS
+def main(ops: list[str]) -> None:
+    """Each launch of these ops, or of all, once, under the name of the first call that makes it."""
+    from tests.static.cases import all_cases
 
     seen: set[str] = set()
-    for call in CALLS:
-        for target in call.targets:
-            for launch in recorded(call.run, target, call.name):
+    for case in [case for case in all_cases() if not ops or case.op in ops]:
+        for target in case.targets:
+            for launch in recorded(case.run, target, case.name):
                 if launch.digest not in seen:
                     seen.add(launch.digest)
-                    print(json.dumps(asdict(launch)), file=sys.stdout)
+                    print(json.dumps(vars(launch)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.stdin.read().split())

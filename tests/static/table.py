@@ -1,111 +1,118 @@
-"""The kept table of what every configuration compiles to, and bringing it up to date."""
+"""The kept tables of what every launch compiles to, one for each Triton, and bringing them up to date."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 
 from linfast.tables import aligned
-from tests.static.cases import TARGETS, StaticCase, all_cases
+from tests.static import child
+from tests.static.record import Launch
 
-PATH = Path(__file__).parent / "table.tsv"
+VERSIONS = ("3.7.1", "3.6.0")  # what constraints.txt pins, and what torch 2.11 brings
 READINGS = ("registers", "spills", "shared", "instructions", "mufu", "wide_loads", "matrix", "async_copies")
-COLUMNS = ("kernel", "config", "target", *READINGS, "digest")
-_BATCH = 32  # compilations a process, which has twenty minutes
-_ROOT = Path(__file__).parent.parent.parent
+COLUMNS = ("kernel", "call", "target", *READINGS, "digest")
+_AT_ONCE = 24  # compilations a process, which has twenty minutes
 
 Row = dict[str, str]
 Key = tuple[str, str, str]
+Table = dict[Key, Row]
 
 
-def triton_version() -> str:
-    """The installed version; Triton is not imported."""
-    from importlib.metadata import version
-
+def installed() -> str:
+    """The version of the installed Triton."""
     return version("triton")
 
 
-def pinned_version() -> str:
-    """The version that the kept table was made with: constraints.txt's."""
-    return re.search(r"^triton==(\S+)", (_ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]
+def launches(*ops: str, kernels: Path | None = None) -> list[Launch]:
+    """What the launchers pass today, of all ops or of these; ``kernels``: those of another folder."""
+    lines = child.run("tests.static.record", " ".join(ops), kernels=kernels).splitlines()
+    return [Launch(**json.loads(line)) for line in lines]
 
 
-def kept() -> dict[Key, Row]:
-    """The table as committed."""
-    if not PATH.exists():
+def key(launch: Launch) -> Key:
+    return launch.kernel, launch.call, launch.target
+
+
+def path(triton: str) -> Path:
+    return Path(__file__).parent / f"triton-{triton}.tsv"
+
+
+def kept(triton: str) -> Table:
+    """The table of this version as committed; empty where there is none."""
+    if not path(triton).exists():
         return {}
-    with PATH.open(newline="") as file:
-        return {(r["kernel"], r["config"], r["target"]): r for r in csv.DictReader(file, delimiter="\t")}
+    with path(triton).open(newline="") as file:
+        return {(r["kernel"], r["call"], r["target"]): r for r in csv.DictReader(file, delimiter="\t")}
 
 
-def compiled(wanted: Iterable[tuple[str, int]]) -> dict[Key, Row]:
-    """Rows of these (target, number of a case), compiled now in a process of its own."""
-    wanted, cases = list(wanted), all_cases()
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.static.worker"],
-        input=json.dumps(wanted), capture_output=True, text=True, cwd=_ROOT, env=environment, timeout=1200,
-    )  # fmt: skip
-    rows = {}
-    for line, (target, number) in zip(done.stdout.splitlines(), wanted, strict=False):
-        row = _row(cases[number], target, json.loads(line))
-        rows[row["kernel"], row["config"], target] = row
-    if done.returncode or len(rows) < len(wanted):
-        target, number = wanted[min(len(rows), len(wanted) - 1)]
-        stopped = f"{target}: {cases[number].kernel} {cases[number].config}"
-        raise RuntimeError(f"{stopped} did not compile:\n{done.stderr[-2000:]}")
-    return rows
+def stale(table: Table, now: Sequence[Launch]) -> list[Launch]:
+    """Those whose kernel or arguments are not those of the kept row."""
+    return [launch for launch in now if table.get(key(launch), {}).get("digest") != launch.digest]
 
 
-def _row(case: StaticCase, target: str, reading: dict[str, int]) -> Row:
-    numbers = {name: str(reading[name]) for name in READINGS}
-    digest = case.digest(target, triton_version())
-    return {"kernel": case.kernel, "config": case.config, "target": target, **numbers, "digest": digest}
+def compiled(wanted: Sequence[Launch], triton: str | None = None) -> Table:
+    """Rows of these, compiled now in a process of its own, by another Triton than the installed one if named."""
+    text = "".join(json.dumps(vars(launch)) + "\n" for launch in wanted)
+    try:
+        lines = child.run("tests.static.worker", text, first=_packages(triton)).splitlines()
+    except child.ChildFailed as failed:
+        stopped = wanted[len(failed.stdout.splitlines())]
+        raise RuntimeError(f"{key(stopped)} did not compile: {failed}") from failed
+    return {key(launch): _row(launch, json.loads(line)) for launch, line in zip(wanted, lines, strict=True)}
 
 
-def stale(target: str, table: dict[Key, Row]) -> list[int]:
-    """Numbers of the cases whose source, configuration or compiler has changed since the kept row."""
-    return [
-        number
-        for number, case in enumerate(all_cases())
-        if target in case.targets
-        and table.get((case.kernel, case.config, target), {}).get("digest") != case.digest(target, triton_version())
-    ]
+def _row(launch: Launch, reading: dict[str, int]) -> Row:
+    names = dict(zip(COLUMNS, key(launch), strict=False))
+    return {**names, **{name: str(reading[name]) for name in READINGS}, "digest": launch.digest}
 
 
-def refreshed() -> dict[Key, Row]:
-    """The table with stale rows compiled again and rows of cases that are gone left out."""
-    table = kept()
+@functools.cache
+def _packages(triton: str | None) -> Path | None:
+    """A folder with this version of Triton, put there if need be; None where it is the installed one."""
+    if triton in (None, installed()):
+        return None
+    folder = child.ROOT / "build" / f"triton-{triton}"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*pip, f"triton=={triton}"], check=True)
+    return folder
 
-    def compile_stale(target: str) -> dict[Key, Row]:
-        numbers, rows = stale(target, table), {}
-        for first in range(0, len(numbers), _BATCH):
-            rows |= compiled((target, number) for number in numbers[first : first + _BATCH])
-        return rows
 
+def refresh(triton: str, now: Sequence[Launch]) -> Table:
+    """Keep this version's table with stale rows compiled again and without rows of launches that are gone."""
+    table = kept(triton)
+    old = stale(table, now)
+    _packages(triton)
+    parts = [old[i : i + _AT_ONCE] for i in range(0, len(old), _AT_ONCE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for rows in list(pool.map(compile_stale, TARGETS)):
-            table.update(rows)
-    order = [(case.kernel, case.config, target) for case in all_cases() for target in case.targets]
-    return {key: table[key] for key in order}
+        running = [pool.submit(compiled, part, triton) for part in parts]
+        try:
+            for done in as_completed(running):
+                table |= done.result()
+                _write(triton, table)  # so that what is done is not lost
+        finally:
+            pool.shutdown(cancel_futures=True)
+    table = {key(launch): table[key(launch)] for launch in now}
+    _write(triton, table)
+    return table
 
 
-def write(table: dict[Key, Row]) -> None:
-    """Keep this table."""
-    with PATH.open("w", newline="") as file:
+def _write(triton: str, table: Table) -> None:
+    with path(triton).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(table.values())
 
 
-def text(table: dict[Key, Row]) -> str:
+def text(table: Table) -> str:
     """The table in aligned columns."""
-    rows = [COLUMNS, *(tuple(row[column] for column in COLUMNS) for row in table.values())]
-    return aligned(rows)
+    return aligned([COLUMNS, *(tuple(row[column] for column in COLUMNS) for row in table.values())])

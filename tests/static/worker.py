@@ -1,15 +1,11 @@
-"""Compile cases and print what the machine code says, one JSON line each.
-
-Run as ``python -m tests.static.worker`` with a JSON list of [target, number of a case] on stdin:
-a process of its own, because a bad compilation may abort it, and without Triton's
-interpreter, which the tests of this process run under.
-"""
+"""Compile the launches on stdin, one JSON object a line, and print what the machine code of each says, likewise."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -17,32 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tests.static.cases import StaticCase, all_cases
+from tests.static.record import TARGETS, Launch
 
-_TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+_MEMORY = 12 << 30  # address space; a compilation that runs away ends instead of the machine
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
 
 
-def compile_case(case: StaticCase, target: str) -> dict[str, Any]:
+def compile_launch(launch: Launch) -> dict[str, Any]:
     """Registers, spills, shared memory and instruction counts of one compiled kernel."""
-    kernel = getattr(importlib.import_module(f"linfast.kernels.{case.op}"), case.kernel)
-    names = list(kernel.arg_names)
+    kernel = getattr(importlib.import_module(f"linfast.kernels.{launch.module}"), launch.kernel)
+    at = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
-        signature={name: case.signature[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
-        attrs={(names.index(name),): _DIVISIBLE_BY_16 for name in case.aligned},
+        signature=launch.signature,
+        constexprs={at[name]: value for name, value in launch.constants.items()},
+        attrs={at[name]: value for name, value in launch.attributes.items()},
     )
-    compiled = triton.compile(source, target=_TARGETS[target], options={"num_warps": case.num_warps})
+    compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
     read = _read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amdgcn(compiled.asm["amdgcn"])
     return {**read, "shared": compiled.metadata.shared}
 
@@ -85,11 +74,7 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def main() -> None:
-    cases = all_cases()
-    for target, number in json.load(sys.stdin):
-        print(json.dumps(compile_case(cases[number], target)), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    for line in sys.stdin:
+        print(json.dumps(compile_launch(Launch(**json.loads(line)))), flush=True)

@@ -1,0 +1,192 @@
+"""Nothing that ships is missing from the recorded launches, and what does not fit its kernel is seen."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import linfast.kernels
+import pytest
+from linfast.kernels import (
+    affine_coupling,
+    channel_mix,
+    conv2d_configs,
+    coupling_mix,
+    coupling_mix_backward,
+    depthwise_conv,
+    group_norm_silu,
+    latent_matmul,
+    low_rank,
+    row_products,
+)
+from linfast.kernels.stack_configs import CONFIGS
+from linfast.kernels.stack_layout import N_PARTS
+
+from tests.marks import long
+from tests.static import table
+from tests.static.cases import TARGETS
+from tests.static.child import ChildFailed
+from tests.static.record import Launch
+
+_KERNELS = Path(linfast.kernels.__file__).parent
+_NVIDIA = TARGETS[:3]
+_OF_CONVOLUTIONS = (
+    "_conv2d_fused_kernel",
+    "_conv2d_weight_kernel",
+    "_group_statistics_kernel",
+)  # torch's on gfx942
+
+
+@pytest.fixture(scope="module")
+def now() -> list[Launch]:
+    """What the launchers pass today."""
+    return table.launches()
+
+
+def _of_mix(tile: channel_mix.MixTile) -> dict[str, int]:
+    return {"OUTPUTS": tile.outputs, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
+
+
+def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
+    """(targets, kernel, constants) of every entry of every table."""
+    for _, tile in affine_coupling.TILES:
+        for kernel in ("_affine_coupling_kernel", "_affine_coupling_backward_kernel"):
+            yield TARGETS, kernel, {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
+    for kernel, mixes in {
+        "_channel_mix_unrolled_kernel": channel_mix.UNROLLED,
+        "_channel_mix_dot_kernel": channel_mix.DOTS,
+        "_channel_mix_weight_kernel": channel_mix.WEIGHTS,
+        "_coupling_mix_unrolled_kernel": coupling_mix.UNROLLED,
+        "_coupling_mix_dot_kernel": coupling_mix.DOTS,
+        "_coupling_mix_backward_unrolled_kernel": coupling_mix_backward.UNROLLED,
+        "_coupling_mix_backward_dot_kernel": coupling_mix_backward.BACKWARD_DOTS,
+    }.items():
+        for _, mix in mixes:
+            unrolled = {"COLUMNS": mix.columns, "num_warps": mix.num_warps}
+            yield TARGETS, kernel, unrolled if "unrolled" in kernel else _of_mix(mix)
+    for tile in depthwise_conv.TILES.values():
+        for kernel in ("_depthwise_conv_kernel", "_depthwise_conv_weight_kernel"):
+            yield TARGETS, kernel, {"CHANNELS": tile.rows, "PIXELS": tile.columns, "num_warps": tile.num_warps}
+    for kernel, budgets in {
+        "_group_norm_silu_kernel": group_norm_silu.BUDGETS,
+        "_group_norm_silu_backward_kernel": group_norm_silu.BACKWARD_BUDGETS,
+    }.items():
+        for elements, num_warps in budgets:
+            yield TARGETS, kernel, {"CHANNELS x POSITIONS": elements, "num_warps": num_warps}
+    for kernel, banks in {
+        "_bank_kernel": [bank for _, bank in latent_matmul.TILES],
+        "_bank_gradient_kernel": [latent_matmul.GRADIENT_TILE],
+    }.items():
+        for bank in banks:
+            yield TARGETS, kernel, {"ROWS": bank.rows, "COLUMNS": bank.columns, "INNER": bank.inner}
+    for _, rank in low_rank.TILES:
+        for kernel in ("_project_kernel", "_expand_kernel", "_low_rank_backward_kernel"):
+            yield TARGETS, kernel, {"ROWS": rank.rows, "RANKS": rank.ranks, "num_warps": rank.num_warps}
+    for kernel, convs in {
+        "_conv2d_fused_kernel": conv2d_configs.TILES,
+        "_conv2d_weight_kernel": conv2d_configs.WEIGHT_TILES,
+    }.items():
+        for _, conv in convs:
+            size = {"ROWS": conv.rows, "COLUMNS": conv.columns, "DEPTH": conv.depth, "STAGES": conv.stages}
+            yield _NVIDIA, kernel, {**size, "num_warps": conv.num_warps}
+            if conv.split_warps != conv.num_warps and conv.columns <= conv2d_configs.WIDEST["exact"]:
+                yield _NVIDIA, kernel, {**size, "num_warps": conv.split_warps}
+    product = row_products.TILE
+    for kernel in ("_hidden_kernel", "_coupling_kernel", "_linear_kernel", "_outer_kernel"):
+        for parts in (1, 2, 3):
+            size = {"ROWS": product.rows, "COLUMNS": product.columns, "DEPTH": product.depth}
+            yield (
+                TARGETS,
+                kernel,
+                {**size, "STAGES": product.stages, "PARTS": parts, "num_warps": product.num_warps},
+            )
+    yield from _shipped_stacks()
+
+
+def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
+    for (target, mode), entries in CONFIGS.items():
+        for entry in entries:
+            config = entry.config
+            constants = {
+                "HALF": entry.features // 2, "HIDDEN": entry.hidden, "PARTS": N_PARTS[mode], "ROWS": config.rows,
+                "CHUNK": config.chunk or entry.hidden, "LAYER_STAGES": config.layer_stages,
+                "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
+            }  # fmt: skip
+            most = {"N_LINEAR": entry.n_linear, "MAPS": entry.maps}
+            yield (target,), "_coupling_stack_kernel", {**constants, **most}
+            if entry.linearizer:
+                yield (target,), "_linearizer_stack_kernel", {**constants, "MAPS_X": entry.maps}
+
+
+def _has(launch: Launch, constants: dict[str, Any]) -> bool:
+    known = {"num_warps": launch.options.get("num_warps", 4), **launch.constants}
+    if "CHANNELS x POSITIONS" in constants:
+        known["CHANNELS x POSITIONS"] = known["CHANNELS"] * known["POSITIONS"]
+    return all(known.get(name) == value for name, value in constants.items())
+
+
+def test_every_launched_kernel_is_recorded_for_every_target(now: list[Launch]) -> None:
+    sources = [path.read_text() for path in _KERNELS.glob("*.py")]
+    launched = {name for source in sources for name in re.findall(r"(_\w+_kernel)\[", source)}
+    assert len(launched) > 20
+    missing = {(name, target) for name in launched for target in TARGETS}
+    missing -= {(launch.kernel, launch.target) for launch in now}
+    assert missing == {(name, "gfx942") for name in _OF_CONVOLUTIONS}
+
+
+def test_every_entry_of_every_table_is_recorded_where_it_ships(now: list[Launch]) -> None:
+    missing = [
+        (target, kernel, constants)
+        for targets, kernel, constants in _shipped()
+        for target in targets
+        if not any((launch.target, launch.kernel) == (target, kernel) and _has(launch, constants) for launch in now)
+    ]
+    assert missing == []
+
+
+def _with(tmp_path: Path, old: str, new: str, file: str = "low_rank.py") -> Path:
+    """A copy of the kernels with another text in one file."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(_KERNELS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("RANK=rank, DENSE=dense,", "RANK=rank,", "missing .*'DENSE'"),
+        *long(
+            ("RANK=rank, DENSE=dense,", "RANKED=rank, DENSE=dense,", "RANK"),
+            ("n_features, total, split_rows,", "n_features, split_rows,", "missing|multiple values"),
+        ),
+    ],
+)
+def test_an_argument_that_does_not_fit_its_kernel_is_an_error(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(ChildFailed, match=message):
+        table.launches("low_rank", kernels=_with(tmp_path, old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(batch, total, rank), dtype=torch.float32)", "(batch, total, rank), dtype=torch.float16)"),
+        *long(
+            ("LowRankTile(rows=512, ranks=4", "LowRankTile(rows=256, ranks=4"),
+            ("total += factor.to", "total -= factor.to"),
+            ("n_features, total, split_rows, *x.stride(),", "n_features, total, split_rows, *x.stride()[::-1],"),
+        ),
+    ],
+)
+def test_another_type_tile_order_or_source_makes_a_table_stale(tmp_path: Path, old: str, new: str) -> None:
+    planted = table.launches("low_rank", kernels=_with(tmp_path, old, new))
+    for triton in table.VERSIONS:
+        assert table.stale(table.kept(triton), table.launches("low_rank")) == []
+        assert table.stale(table.kept(triton), planted) != []
