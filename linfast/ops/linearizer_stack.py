@@ -122,7 +122,7 @@ def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingSt
 
 
 def _one_after_another(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> Tensor:
-    """z and A z are as wide as A, as in the one launch; in "fast" x's half type is what products round to anyway."""
+    """z and A z are as wide as A, as in one launch; in "fast" x's half type is what products round to anyway."""
     wide = torch.promote_types(x.dtype, A.dtype)
     state, A = x.dtype if precision == "fast" else wide, A.to(wide)
     z = _run(x.to(state), g_x, False, precision).to(wide)
