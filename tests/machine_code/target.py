@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import numpy as np
 import torch
 
 __all__ = ["CAPABILITIES", "as_on_gpu", "emulator", "folder"]
@@ -28,8 +27,8 @@ _CHECKOUT = Path(__file__).parent.parent.parent
 def folder() -> Path | None:
     """The folder that holds the package ``ptx``; None where there is none."""
     given = os.environ.get("LINFAST_PTX")
-    places = [Path(given)] if given else [_CHECKOUT.parent / "shared" / "tools", Path("/work/shared/tools")]
-    return next((place for place in places if (place / "ptx" / "launch.py").exists()), None)
+    place = Path(given) if given else _CHECKOUT.parent / "shared" / "tools"
+    return place if (place / "ptx" / "launch.py").exists() else None
 
 
 def emulator(name: str) -> Any:
@@ -52,25 +51,7 @@ def emulator(name: str) -> Any:
     os.environ["TRITON_INTERPRET"] = "1"  # what linfast.backend takes for "kernels run on CPU tensors"
     if str(place) not in sys.path:
         sys.path.append(str(place))
-    module = importlib.import_module(f"ptx.{name}")
-    _take_halves_that_nobody_reads(importlib.import_module("ptx.emulator").Batch)
-    return module
-
-
-def _take_halves_that_nobody_reads(batch: Any) -> None:
-    """LLVM packs a register that nothing wrote into a half that nothing reads; the emulator stops at it.
-
-    In the head's map of the coupling stack on fp16 ``mov.b32 %r11, {%rs11, %rs12}`` stands before
-    ``mov.b32 {%rs28, _}, %r11``, and %rs12 nowhere else. Such a half is all ones here: NaN, if it were read.
-    """
-    array = batch.array
-    if not hasattr(array, "takes_none"):
-
-        def filled(self: Any, value: Any, dtype: Any) -> Any:
-            return array(self, np.iinfo(dtype).max if value is None else value, dtype)
-
-        filled.takes_none = True  # type: ignore[attr-defined]
-        batch.array = filled
+    return importlib.import_module(f"ptx.{name}")
 
 
 @contextlib.contextmanager
