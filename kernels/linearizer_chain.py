@@ -77,16 +77,17 @@ def linearizer_backward(
     """A gradient for each tensor; ``forward`` and ``backward`` are the stack's own, kernels or reference."""
     needs, c = constants[-1], LinearizerConstants(*constants[:-1])
     stack_x, stack_y = (weights_x, operands_x, map_operands_x), (weights_y, operands_y, map_operands_y)
-    layout = StackLayout(x.shape[1], 1, 1, 0, False)
+    layout, dtype = StackLayout(x.shape[1], 1, 1, 0, False), x.dtype
     width = 2 * layout.half
+    x, grad = x.to(core.dtype), grad.to(core.dtype)  # the one launch holds z and w in fp32, whatever x is
     z = forward(x, *stack_x, *c.of_x)[0]
     w = apply_core(z, core)
     dw, dweights_y, *none_y = backward(w, *stack_y, grad, None, *c.of_y, [True, needs[6], False, False])
-    padded_z, padded_dw = layout.pad(z.to(core.dtype)), layout.pad(dw.to(core.dtype))
+    padded_z, padded_dw = layout.pad(z), layout.pad(dw)
     if core.numel() == width:
         dcore, dz = (padded_dw * padded_z).sum(0), padded_dw * core
     else:
         dcore, dz = (padded_dw.mT @ padded_z).flatten(), padded_dw @ core.view(width, width)
-    dz = layout.unpad(dz).to(x.dtype)
+    dz = layout.unpad(dz)
     dx, dweights_x, *none_x = backward(x, *stack_x, dz, None, *c.of_x, [needs[0], needs[1], False, False])
-    return dx, dweights_x, *none_x, dcore, core_operands.new_empty(0), dweights_y, *none_y
+    return dx.to(dtype), dweights_x, *none_x, dcore, core_operands.new_empty(0), dweights_y, *none_y

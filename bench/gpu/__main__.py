@@ -56,9 +56,9 @@ class Call:
             report.problem(problem)
         at_once = machine.at_once(stage.most)
         self.given = Given(machine, machine.share(at_once), self.given.out, self.given.work)
-        jobs = stage.jobs(self.given)
+        jobs = stage.jobs(self.given) if machine.cases or stage.name == "environment" else []
         if not jobs:
-            return "nothing to do here"
+            return "nothing to do here" if machine.cases else "nothing to do: the environment is not known"
         seconds = stage.until - report.seconds()
         failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry), self._tick)
         took = f"{report.seconds() - entry.start:.0f} s"
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"cannot make {options.out}: {error.strerror}")
-    _settle_environment(options.dry)
+    _settle_environment(options.dry, options.compile)
     made = [link for link in LINKS if not link.exists()]
     work = Path(tempfile.mkdtemp(prefix="linfast-gpu-"))
     call = Call(options.out, options.dry, work)
@@ -113,9 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _settle_environment(dry: bool) -> None:
+def _settle_environment(dry: bool, compile: bool) -> None:
     os.chdir(ROOT)
-    os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    threads = "14" if compile else "4"  # of each process: with --compile there is one
+    os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": threads}
     if dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -134,8 +135,8 @@ def _run_all(call: Call, stages: Sequence[Stage], only: Sequence[str] | None) ->
         if only is None or stage.name in only:
             call.run(stage)
     _keep_the_trace(call)
-    if report.tail and "bench" in report.entries:
-        report.entries["bench"].timings.clear()  # the table has them
+    for entry in report.entries.values() if report.tail else ():
+        entry.timings.clear()  # the table has them
     report.close()
 
 

@@ -122,11 +122,12 @@ def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingSt
 
 
 def _one_after_another(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> Tensor:
-    """A's product in the wider of A's dtype and x's: half inputs meet fp32 weights here as in the one launch."""
+    """z and A z are as wide as A, as in one launch; in "fast" x's half type is what products round to anyway."""
     wide = torch.promote_types(x.dtype, A.dtype)
-    z, A = _run(x, g_x, False, precision).to(wide), A.to(wide)
+    state, A = x.dtype if precision == "fast" else wide, A.to(wide)
+    z = _run(x.to(state), g_x, False, precision).to(wide)
     w = z * A if A.ndim == 1 else F.linear(z, A)
-    return _run(w.to(x.dtype), g_y, True, precision)
+    return _run(w.to(state), g_y, True, precision).to(x.dtype)
 
 
 def _run(x: Tensor, g: CouplingStack, inverse: bool, precision: str) -> Tensor:
@@ -138,8 +139,8 @@ def _run(x: Tensor, g: CouplingStack, inverse: bool, precision: str) -> Tensor:
 
 def _raw_linearizer(x: Tensor, *rest: Any) -> Tensor:
     stack_x, core, stack_y, c = rest[:3], rest[3], rest[5:8], LinearizerConstants(*rest[8:])
-    z = raw_forward(x, *stack_x, *c.of_x)[0]
-    return raw_forward(apply_core(z, core), *stack_y, *c.of_y)[0]
+    z = raw_forward(x.to(core.dtype), *stack_x, *c.of_x)[0]  # z and w stay as wide as the weights
+    return raw_forward(apply_core(z, core), *stack_y, *c.of_y)[0].to(x.dtype)
 
 
 def _raw_linearizer_backward(*arguments: Any) -> tuple[Tensor, ...]:

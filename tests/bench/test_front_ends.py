@@ -1,4 +1,4 @@
-"""Plots, profiles, bench/gpu.sh and its summary, the README's figures, pytest bench."""
+"""Plots, profiles, the short table, the README's figures, pytest bench."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from linfast.bench.arguments import parser
 from linfast.bench.plots import draw
-from linfast.bench.report import json_line
+from linfast.bench.report import json_line, parse
 from linfast.bench.run import main
-from linfast.bench.summary import summary
+from linfast.bench.summary import short_table
 
 from tests.marks import long
 
@@ -62,115 +61,13 @@ def test_a_profile_is_a_trace_with_ranges_and_a_summary(tmp_path: Path, capsys) 
     assert text.strip() in capsys.readouterr().out
 
 
-# bench/gpu.sh.
+# The summary of a call on a GPU.
 
 
-def test_the_summary_is_short_and_says_what_failed(tmp_path: Path) -> None:
-    wrong = replace(run()["eager"], provider="linfast", refused="error 1, allowed 0", p50_ms=None)
-    lines = [json_line(result, ENVIRONMENT) for result in [*_results(), wrong]]
-    (tmp_path / "results.jsonl").write_text("\n".join(lines))
-    (tmp_path / "tests.log").write_text("FAILED tests/ops/test_x.py::y\n3 failed, 4 passed in 2s\n")
-    (tmp_path / "sanitizer.log").write_text("noise\n========= ERROR SUMMARY: 0 errors\n")
-    text = summary(tmp_path)
-    for expected in (
-        "FAILED tests/ops/test_x.py::y",
-        "3 failed, 4 passed",
-        "ERROR SUMMARY: 0 errors",
-        "refused: softplus batch32 linfast: error 1, allowed 0",
-        "1.000 never heard of",
-    ):
-        assert expected in text
+def test_the_short_table_has_a_line_a_size() -> None:
+    text = short_table(parse(json_line(result, ENVIRONMENT) for result in _results()))
+    assert "1.000 never heard of" in text
     assert len([line for line in text.splitlines() if line.startswith("coupling_flow")]) == 3
-    assert summary(tmp_path / "nothing").strip() == "no results"
-
-
-STEPS = (
-    "install",
-    "environment",
-    "tests",
-    "memcheck",
-    "racecheck",
-    "bench low_rank",
-    "bench linearizer",
-    "profile",
-)
-# Stands in for Python: notes its arguments, and leaves what the script goes on with.
-NOTES = """#!/usr/bin/env bash
-printf '%s\\n' "$*" >> "$CALLS"
-case "$*" in
-    *'import CASES'*) echo low_rank linearizer ;;
-    *linfast.bench.summary*) echo the table ;;
-esac
-while [ $# -gt 0 ]; do
-    [ "$1" != --json ] || echo '{}' > "$2"
-    [ "$1" != --profile ] || { mkdir -p "$2" && touch "$2/kernels.txt" "$2/coupling_flow.trace.json.gz"; }
-    shift
-done
-"""
-
-
-def _dry_run(script: Path, out: Path, **environment: str) -> tuple[str, dict[str, str]]:
-    """What the script printed, and its steps and how they ended."""
-    command = ["bash", str(script), str(out), "--dry"]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr
-    steps = dict(line.split(":", 1) for line in (out / "summary.txt").read_text().splitlines()[: len(STEPS)])
-    assert all(" ok," in how for how in steps.values()), done.stdout
-    return done.stdout, steps
-
-
-def test_gpu_sh_takes_its_steps_with_arguments_that_are_understood(tmp_path: Path) -> None:
-    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out"
-    python.write_text(NOTES)
-    python.chmod(0o755)
-    printed, steps = _dry_run(ROOT / "bench/gpu.sh", out, PYTHON=str(python), CALLS=str(calls))
-    assert set(steps) == set(STEPS)
-    assert printed.splitlines()[-1] == "the table"
-    assert (out / "results.jsonl").read_text() == "{}\n{}\n"
-    assert {"environment.txt", "tests.log", "sanitizer.log", "bench.log", "kernels.txt", "trace.json.gz"} <= {
-        path.name for path in out.iterdir()
-    }
-    noted = [line.split() for line in calls.read_text().splitlines()]
-    benches = [parser().parse_args(line[2:]) for line in noted if line[:2] == ["-m", "linfast.bench"]]
-    assert [args.case for args in benches if args.json] == [["low_rank"], ["linearizer"]]
-    assert [bool(args.profile) for args in benches] == [False, False, True]
-    [tests] = [line for line in noted if line[:2] == ["-m", "pytest"]]
-    [path] = [argument for argument in tests if argument.startswith("tests/")]
-    assert (ROOT / path).exists()
-
-
-@pytest.mark.long
-def test_gpu_sh_dry_runs(tmp_path: Path) -> None:
-    """Every step but the kernels' tests, which run here anyway and take the longest."""
-    script = (ROOT / "bench/gpu.sh").read_text()
-    quick = script.replace(
-        '(tests/ops/test_low_rank_kernel.py -k "half_precision or opcheck")', "(tests/test_import.py)"
-    )
-    assert quick != script
-    copy = ROOT / "bench" / f"gpu_test_{os.getpid()}.sh"
-    copy.write_text(quick.replace("cases=$(", "cases='low_rank linearizer' #"))
-    try:
-        printed, steps = _dry_run(copy, tmp_path / "out", PYTHON=sys.executable, OMP_NUM_THREADS="1")
-    finally:
-        copy.unlink()
-    assert set(steps) == set(STEPS)
-    out = {
-        path.name: path.read_text(errors="replace") for path in (tmp_path / "out").iterdir() if path.suffix != ".gz"
-    }
-    expected = {
-        "environment.txt",
-        "tests.log",
-        "sanitizer.log",
-        "bench.log",
-        "results.jsonl",
-        "kernels.txt",
-        "summary.txt",
-    }
-    assert set(out) == expected
-    assert (tmp_path / "out/trace.json.gz").stat().st_size < 2**24
-    assert [json.loads(line)["case"] for line in out["results.jsonl"].splitlines()][-1] == "linearizer"
-    assert printed.splitlines()[-1].startswith("linearizer")
-    assert len(printed) < 12000
 
 
 # The README's figures, and pytest bench.

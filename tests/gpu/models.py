@@ -14,6 +14,7 @@ from linfast.bench.rounding import relative_error
 from torch import Tensor, nn
 
 import linfast as lf
+from linfast.backend import plain_torch
 from tests.accelerate import stand_in
 
 __all__ = ["models"]
@@ -43,7 +44,7 @@ def _stream(device: torch.device, whole: bool) -> Verdict:
     torch.manual_seed(0)
     f = lf.Linearizer(lf.coupling_flow(64, 4, (128, 128)), lf.TimeLowRank(64, 4)).to(device)
     perturb(f)
-    with lf.backend("reference"):
+    with plain_torch():
         expected = lf.sample_stream(f, ROWS, out=torch.empty(ROWS, 64), cuda_graph=False, progress=False)
     got = torch.empty(ROWS, 64)
     if whole:
@@ -65,7 +66,7 @@ def _reference(device: torch.device) -> Verdict:
     x = torch.randn(16, 1, 8, 8, device=device)
     with torch.no_grad():
         got = [_both(fast, part) for part in (x, x.flip(0))]  # the second one a replay
-        with lf.backend("reference"):
+        with plain_torch():
             expected = [_both(model, part) for part in (x, x.flip(0))]
     return _verdict(torch.cat(got), torch.cat(expected))
 

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,12 +30,13 @@ from linfast.bench.rounding import relative_error
 
 import linfast as lf
 from linfast.precision import PRECISIONS
-from tests.machine_code.cases import Variant, all_cases, variants
+from tests.machine_code.cases import all_cases
 from tests.machine_code.check import exact, outputs_and_gradients, values_of
+from tests.machine_code.variants import Variant, variants
 
 # Relative L2, by how operands are rounded: 2^-24, 2^-17, 2^-11 and 2^-9 are one rounding's.
 TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fp16": 1e-2, "fast": 5e-2, "bf16": 5e-2}
-MOST_ROWS = 2**14  # of a timed size: several processes share the card, and float64 takes its time
+MOST_ROWS = 2**14  # or pixels of a timed size: several processes share the card, and float64 takes its time
 ON_GPU = torch.cuda.is_available()
 _CASES = tuple(case for case in CASES if case not in ("collapse", "reversible"))  # no kernels of their own
 NAMES = (
@@ -87,7 +89,7 @@ def _has_modes(name: str) -> bool:
 def _sizes(case: Case) -> list[Size]:
     """One of each direction, dtype and precision: the first of those that are timed, or made from it."""
     base = dict(case.sizes["gpu" if ON_GPU else "tiny"][0])
-    base["batch"] = min(int(base["batch"]), MOST_ROWS)
+    base["batch"] = max(1, min(int(base["batch"]), MOST_ROWS // int(base.get("side", 1)) ** 2))
     every = [size for sizes in case.sizes.values() for size in sizes]
     axes = {
         key: dict.fromkeys(size[key] for size in every)
@@ -108,8 +110,7 @@ def _timed(case: Case, size: Size, mode: str) -> Verdict:
     problem = case.build(size, Options(_device(), kernels=True))
     dtypes = {"bfloat16": "bf16", "float16": "fp16"}
     allowed = TOLERANCES[dtypes.get(str(size.get("dtype")), mode or str(size.get("precision", "exact")))]
-    with lf.backend("reference"):
-        standard = own_standard(problem.truth, problem.inputs[:1], allowed)
+    standard = own_standard(problem.truth, problem.inputs[:1], allowed)
     ours = next(provider for provider in problem.providers if provider.name == "linfast")
     with _matmul_settings(mode):
         return judge(ours.call, problem.inputs[:1], standard)
@@ -174,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tests import interpreter
 
         interpreter.install()
+    warnings.simplefilter("ignore")  # of plain torch's functions without a deterministic version
     # NaN in fresh memory: a kernel that leaves part of its output as it was is wrong.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

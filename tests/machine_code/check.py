@@ -13,6 +13,7 @@ from linfast.bench.rounding import allowed_errors, operand_rounding, relative_er
 from torch import Tensor
 
 import linfast as lf
+from linfast.backend import plain_torch
 from tests.machine_code.variants import DTYPES, Variant
 
 __all__ = ["Result", "checked", "exact", "outputs_and_gradients", "values_of"]
@@ -86,7 +87,7 @@ def values_of(variant: Variant) -> list[Tensor]:
 def exact(variant: Variant, values: Sequence[Tensor]) -> tuple[list[Tensor], float]:
     """The same in float64, in plain torch, with zeros for what is only its noise; the norm of the largest."""
     call = _in_fp32(variant.case.call) if variant.case.x_alone else variant.case.call
-    with lf.backend("reference"):
+    with plain_torch():
         truth = _outputs(variant, call, [_leaf(v.detach().double()) for v in _cast(variant, values)], "exact")
     size = max(float(t.norm()) for t in truth)
     return [t if float(t.norm()) > _NOTHING * size else torch.zeros_like(t) for t in truth], size

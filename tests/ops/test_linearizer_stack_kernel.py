@@ -84,6 +84,18 @@ def test_half_inputs_meet_fp32_weights(backend: str, diagonal: bool, hidden: tup
     assert error(y, truth) <= 8 * torch.finfo(torch.float16).eps
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_gradients_for_half_inputs_are_those_of_a_state_in_fp32(backend: str) -> None:
+    x, v, A, g = _x(40, 6).half(), _x(40, 6).half(), _operator(6).requires_grad_(), _network(6)
+
+    def gradient(x: Tensor, v: Tensor) -> Tensor:
+        with lf.backend(backend):
+            y = linearizer_stack(x, g, A, g, precision="exact")
+        return torch.autograd.grad(y, A, v)[0]
+
+    assert error(gradient(x, v), gradient(x.float(), v.float()).double()) <= 1e-6
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_every_mode_and_kind_of_operator(precision: str, diagonal: bool) -> None:

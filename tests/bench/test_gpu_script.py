@@ -1,0 +1,232 @@
+"""bench/gpu.sh: its stages, their limits, and what it leaves when it is killed or a disk is full.
+
+A stand-in for Python prints what the stages' processes would; the script itself runs as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from linfast.bench.arguments import parser
+from linfast.bench.gpu.report import Report
+from linfast.bench.gpu.runner import Job, run_jobs
+from linfast.bench.gpu.stages import MOST_GIB, TOTAL, Given, Machine, plan
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBE = {"ops": ["op:low_rank", "models"], "cases": ["coupling_flow", "linearizer", "low_rank"]}
+RESULT = {"case": "low_rank", "size": {"N": 8}, "provider": "eager", "refused": None, "p50_ms": 2.0}
+# Notes its arguments, and says what the script goes on with.
+STAND_IN = f"""#!/usr/bin/env bash
+case "$*" in "-m bench.gpu "*) exec {sys.executable} "$@" ;; esac
+printf '%s\\n' "$*" >> "$NOTES"
+case "$*" in
+    *tests.gpu.probe*) echo '{json.dumps({"probe": PROBE})}'; echo 'device: none' ;;
+    *tests.gpu.smoke*)
+        echo '{{"smoke": "one", "wrong": null}}'; echo '{{"smoke": "two", "wrong": "error 1, allowed 0"}}'
+        [ -z "${{HANGS:-}}" ] || sleep 60
+        echo '1 right, 1 wrong'; exit 1 ;;
+    *"-m pytest "*) echo 'FAILED a.py::b - no'; echo 'COUNTS 7 passed, 1 failed, 2 skipped'; exit 1 ;;
+    *bench.summary*) echo the table ;;
+    *"linfast.bench "*--json*)
+        echo 'measuring low_rank 8'; echo '{json.dumps(RESULT)}'
+        case "$*" in *--case=linearizer*) exit 139 ;; esac
+        echo 'x base: time' ;;
+esac
+"""
+
+
+@pytest.fixture
+def started(tmp_path: Path):
+    """Starts the script with the stand-in; kills what is left of it."""
+    python, notes, running = tmp_path / "python", tmp_path / "notes", list[subprocess.Popen]()
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen:
+        command = ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out"), *arguments]
+        environment = {**os.environ, "PYTHON": str(python), "NOTES": str(notes), **environment}
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def _ran(started, tmp_path: Path, *arguments: str) -> tuple[str, list[list[str]]]:
+    """The summary, which is also what was printed last, and the arguments of every process."""
+    process = started("--dry", *arguments)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    summary = (tmp_path / "out/summary.txt").read_text()
+    assert printed.endswith(summary)
+    return summary, [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
+
+
+def test_every_stage_has_its_turn_and_its_line(started, tmp_path: Path) -> None:
+    summary, noted = _ran(started, tmp_path)
+    for expected in (
+        "linfast, a dry run on the CPU (as asked)",
+        "smoke: ok",
+        "2 right, 2 wrong",
+        "wrong: two: error 1, allowed 0",
+        "tests: FAILED",
+        "7 passed, 1 failed, 2 skipped",
+        "FAILED a.py::b - no",
+        "memcheck: nothing to do here",
+        "bench: FAILED",
+        "status 139 at low_rank: flows",
+        "profile: ok",
+    ):
+        assert expected in summary
+    assert summary.endswith("the table\n")
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"summary.txt", "smoke.jsonl", "tests.log", "results.jsonl"} <= files
+    assert len(files) <= 8
+    assert [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()] == 2 * [RESULT]
+    benches = [parser().parse_args(line[2:]) for line in noted if line[:2] == ["-m", "linfast.bench"]]
+    assert [args.case for args in benches if args.json] == [["coupling_flow", "linearizer"], ["low_rank"]]
+    [tests] = [line for line in noted if line[:2] == ["-m", "pytest"]]
+    assert all((ROOT / argument).exists() for argument in tests if argument.startswith("tests/"))
+
+
+@pytest.mark.long
+def test_a_dry_run_of_the_cheap_stages(tmp_path: Path) -> None:
+    """With the processes it has on a card, not the stand-in."""
+    command = ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path), "--dry", "--only", "tests,bench,profile,table"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
+    assert done.returncode == 0, done.stderr
+    for stage in ("environment", "tests", "bench", "profile", "table"):
+        assert f"\n{stage}: ok" in done.stdout
+    assert "passed, 0 failed" in done.stdout
+    assert "refused" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("reversible")
+    assert len(done.stdout) < 12000  # what the machine's reply shows
+    assert 0 < (tmp_path / "trace.json.gz").stat().st_size < 2**24
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_the_tests_of_a_real_call_exist() -> None:
+    given = Given(Machine("cuda", "a card", 79, 78, True, ["op:low_rank"], ["coupling_flow"]), {}, Path(), Path())
+    [tests] = next(stage for stage in plan(compile=False) if stage.name == "tests").jobs(given)
+    paths = [argument for argument in tests.command if argument.startswith("tests/")]
+    assert len(paths) > 3
+    assert all((ROOT / path).exists() for path in paths)
+
+
+def test_an_unknown_stage_is_said_and_the_others_run(started, tmp_path: Path) -> None:
+    summary, noted = _ran(started, tmp_path, "--only", "smoke,tset")
+    assert "unknown stage: 'tset'; there are environment, smoke, tests, memcheck, bench, profile, table" in summary
+    assert "smoke: ok" in summary
+    assert "tests:" not in summary
+    assert not [line for line in noted if "pytest" in line]
+
+
+def test_killed_it_leaves_a_summary_and_no_process(started, tmp_path: Path) -> None:
+    process, out = started("--dry", HANGS="yes"), tmp_path / "out"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and "2 right, 2 wrong" not in _read(out / "summary.txt"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    summary = _read(out / "summary.txt")
+    assert "environment: ok" in summary
+    assert "smoke: running" in summary
+    assert "2 right, 2 wrong" in summary
+    assert len(_read(out / "smoke.jsonl").splitlines()) == 4
+    while time.monotonic() < deadline and _of_this_call(tmp_path):
+        time.sleep(0.05)
+    assert not _of_this_call(tmp_path)
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def _of_this_call(tmp_path: Path) -> list[str]:
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if str(tmp_path / "python") in line]
+
+
+def test_a_full_disk_is_said_and_the_rest_goes_on(started, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/tests.log").symlink_to("/dev/full")
+    summary, _ = _ran(started, tmp_path)
+    assert "cannot write tests.log: No space left on device" in summary
+    assert "7 passed, 1 failed, 2 skipped" in summary
+    assert summary.endswith("the table\n")
+
+
+def test_a_summary_that_cannot_be_written_is_printed(tmp_path: Path, capsys) -> None:
+    (tmp_path / "summary.txt").symlink_to("/dev/full")
+    report = Report(tmp_path, [])
+    report.title = "here"
+    report.close()
+    assert "cannot write summary.txt: No space left on device" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "file/out")]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cannot make" in done.stderr
+
+
+def _jobs(*scripts: str, **options) -> tuple[dict[str, str], list[str]]:
+    lines: list[str] = []
+    jobs = [Job(str(i), ["bash", "-c", script, "bash"], **options) for i, script in enumerate(scripts)]
+    failed = run_jobs(jobs, 2, 1.5, lambda line: lines.append(line.strip()), lambda: None)
+    return failed, lines
+
+
+def test_a_job_that_fails_or_hangs_costs_itself() -> None:
+    failed, lines = _jobs("echo a", "echo b; exit 3", "echo c; kill -SEGV $$", "echo d; sleep 60", "echo e")
+    assert failed == {"1": "status 3", "2": "killed by SIGSEGV", "3": "stopped at its limit"}
+    assert sorted(lines) == ["a", "b", "c", "d", "e"]
+
+
+def test_a_silent_job_is_stopped_before_the_stage_ends() -> None:
+    failed, _ = _jobs("echo a; sleep 60", silence=0.3)
+    assert failed == {"0": "stopped: silent for 0 s"}
+    failed, _ = _jobs("while true; do echo a; sleep 0.1; done", limit=0.3)
+    assert failed == {"0": "stopped at its limit"}
+
+
+def test_after_a_crash_the_items_that_are_left_are_run() -> None:
+    script = 'for each; do echo "measuring ${each#--case=} 8"; [ $each != --case=b ] || exit 1; done; echo done'
+    failed, lines = _jobs(script, items=("a", "b", "c"))
+    assert failed == {"0": "status 1 at b"}
+    assert lines == ["measuring a 8", "measuring b 8", "measuring c 8", "done"]
+
+
+def test_a_status_is_no_failure_of_a_job_that_came_to_its_end() -> None:
+    assert _jobs("echo 3 right; exit 1", done=r"\d+ right")[0] == {}
+
+
+@pytest.mark.parametrize("free", [139.0, 78.0, 20.0, 3.0, 0.5])
+def test_a_call_keeps_to_60_gib_of_the_card(free: float) -> None:
+    machine = Machine("cuda", "a card", total_gib=max(79.0, free), free_gib=free, capped=True)
+    assert 1 <= machine.at_once(14) <= 14
+    for most in (1, 8, 14):
+        processes = machine.at_once(most)
+        fraction = float(machine.share(processes)["PYTORCH_CUDA_ALLOC_CONF"].rpartition(":")[2])
+        used = processes * (0.7 + fraction * machine.total_gib)
+        assert used <= min(MOST_GIB, free) + 0.5 or processes == 1
+    assert machine.at_once(14) == (14 if free > 60 else max(1, int(0.9 * free / 2)))
+
+
+def test_a_call_ends_in_time() -> None:
+    for stages, most in ((plan(compile=False), TOTAL), (plan(compile=True), 170)):
+        ends = [stage.until for stage in stages]
+        assert ends == sorted(ends)
+        assert ends[-1] == most <= 570 - 15
