@@ -53,8 +53,8 @@ TILES: tuple[tuple[int, BankTile], ...] = (
     # wgmma's 64 rows. 16 sums a thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes and accesses).
     (1 << 62, BankTile(rows=64, columns=64, inner=32, num_warps=8)),
 )
-# dA: n_out by n_in, ``inner`` rows of the batch a step.
-GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=4)
+# dA: n_out by n_in, ``inner`` rows of the batch a step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
+GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=8)
 RUN = tl.constexpr(8)
 
 
