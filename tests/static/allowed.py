@@ -26,8 +26,8 @@ _FLAGSHIP = {
         ("sm_100", "_coupling_stack_kernel", "gradient fast", 46),
     ],
 }
-# At the limit of registers. Of 64 rows the next smaller tile has 32 and reads the weights twice as often; of 32 rows
-# there is none, and the way out, no one launch at all, costs more than a few words.
+# At the limit of registers. Below 64 rows comes a tile of 32, which reads the weights twice as often; below 32 none
+# does, and no one launch at all costs more than a few words.
 _FULL = {
     _NEW: [
         ("sm_80", "_linearizer_stack_kernel", "D=128 H=256 fast diagonal", 43),
