@@ -43,7 +43,7 @@ from .launch import ceil_div, device_guard, needs_int64, positions
 __all__ = ["DOTS", "UNROLLED", "columns_need_int64", "launch_coupling_mix", "unrolls"]
 
 # UNROLLED is channel_mix's: u is held as x is there. So are these, but for the columns beside 64 outputs.
-# In half precision ptxas serialises sm_90's wgmma at 64 outputs and more (C7515: two loops add to one sum). Left so:
+# In half precision ptxas serialises sm_90's wgmma at 64 outputs and more (C7515: two loops add to one sum). Left:
 # at C = 128 memory takes five times as long as the products (768 bytes, 33 kFLOP a column), by data-sheet rates.
 DOTS: tuple[tuple[int, MixTile], ...] = (
     (16, MixTile(outputs=16, columns=128, depth=16, num_warps=4)),
