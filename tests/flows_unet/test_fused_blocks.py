@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast.flows.unet_blocks import ResidualBlock
+from linfast.precision import full_precision
 from tests.laws.zoo import perturb
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget
@@ -29,6 +32,13 @@ def _block(name: str, dropout: float = 0.0) -> tuple[ResidualBlock, Tensor, Tens
     block.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(2, n_in, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last)
     return block, x, torch.randn(2, n_out, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def convolutions_in_full_precision() -> Iterator[None]:
+    """Torch's default for convolutions is tf32."""
+    with full_precision():
+        yield
 
 
 @pytest.fixture
