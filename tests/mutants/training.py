@@ -78,8 +78,8 @@ MUTANTS = (
     Mutant(
         name="bench check: the reference may be the kernel under test",
         file="bench/rounding.py",
-        old="with plain_torch(), Rounding(seed):",
-        new="with Rounding(seed):",
+        old="with plain_torch(), Rounding(seed, operands):",
+        new="with Rounding(seed, operands):",
         breaks="A kernel that returns zeros is allowed an error of one.",
         tests=(f"{_HARNESS}::test_wrong_kernels_are_refused_where_auto_means_kernels",),
     ),
