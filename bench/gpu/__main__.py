@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"cannot make {options.out}: {error.strerror}")
     _settle_environment(options.dry, options.compile)
-    made = [link for link in LINKS if not link.exists()]
+    made = _links_needed()
     work = Path(tempfile.mkdtemp(prefix="linfast-gpu-"))
     call = Call(options.out, options.dry, work)
     try:
@@ -111,6 +112,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             link.unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
     return 0
+
+
+def _links_needed() -> list[Path]:
+    """Those without which this checkout's linfast has no kernels and no benchmarks: none where it is installed."""
+    code = "import linfast.kernels as k, linfast.bench as b; print(*k.__path__, *b.__path__, sep='\\n')"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stdout.splitlines()
+    if [Path(path).resolve() for path in found] == [ROOT / name for name in ("kernels", "bench")]:
+        return []
+    return [link for link in LINKS if not link.exists()]
 
 
 def _settle_environment(dry: bool, compile: bool) -> None:
