@@ -44,7 +44,7 @@ def freeze(model: nn.Module) -> Iterator[None]:
     """Inside the block, each derived weight of ``model`` is computed at most once.
 
     The caller promises that inside the block no parameter or buffer of ``model`` changes or
-    moves, and no layer is put in or taken out. What a gradient is wanted of is computed at every
+    moves, and no layer or hook is put in or taken out. What a gradient is wanted of is computed at every
     call all the same: gradients stay right, and only ``torch.no_grad()`` or parameters that do not
     require a gradient are faster. So is what torch.compile, torch.export or a torch.func transform
     traces. Blocks nest; everything kept is let go at the end, also after an exception.
@@ -70,7 +70,7 @@ def thawed() -> Iterator[None]:
 
 
 def derived(module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> _Value:
-    """``compute()``, kept under ``key`` while ``module`` is frozen; outside autograd where it is kept.
+    """``compute()``; kept under ``key`` while ``module`` is frozen, unless it is None; outside autograd where kept.
 
     ``compute`` depends on nothing but ``key`` and the parameters and buffers of ``module``, its
     children's among them.
@@ -78,10 +78,11 @@ def derived(module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> 
     frozen = _frozen(module)
     if frozen is None:
         return compute()
-    if (module, key) not in frozen.values:
+    value = frozen.values.get((module, key))
+    if value is None:
         with torch.inference_mode(False), torch.no_grad():
-            frozen.values[module, key] = compute()
-    return frozen.values[module, key]
+            value = frozen.values[module, key] = compute()
+    return value
 
 
 def is_kept(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .flows.bijection import same_space
-from .one_launch import OneLaunch, find_one_launch
+from .one_launch import planned_launch
 from .operators.base import LatentOperator
 from .profiling import annotate
 from .space import InducedSpace, check_invertible, decode_latents
@@ -76,8 +76,8 @@ class Linearizer(nn.Module):
     def forward(self, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f(x) = g_y^{-1}(A g_x(x))."""
         self._check_time(t)
-        launch = find_one_launch(self, x, t, context) if type(self) is Linearizer else None
-        if isinstance(launch, OneLaunch):
+        launch = planned_launch(self, x, t, context) if type(self) is Linearizer else None
+        if launch is not None:
             return launch.run(x)
         return self.gy_inverse(self.A(self.gx(x, **context), t=t), **context)
 

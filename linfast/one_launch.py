@@ -16,7 +16,7 @@ from .autocast import outside_autocast
 from .flows.bijection import Conditioned
 from .flows.flow import Flow
 from .flows.fusion import is_plain
-from .flows.stack import FlowStack, find_stack, mode_for
+from .flows.stack import FlowStack, find_stack, kind_of, mode_for
 from .freeze import derived
 from .operators.base import LatentOperator
 from .operators.diagonal import Diagonal
@@ -28,7 +28,7 @@ from .ops.linearizer_stack import (
     pack_linearizer,
 )
 
-__all__ = ["OneLaunch", "find_one_launch", "unwrap"]
+__all__ = ["OneLaunch", "find_one_launch", "planned_launch", "unwrap"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,17 @@ def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mappin
     keys = (stack_x.key(x), stack_y.key(x), t)
     key = None if None in keys[:2] or isinstance(t, Tensor) else ("one launch", *keys)
     return OneLaunch(f, stack_x, g_x, core, g_y, precision, key)
+
+
+def planned_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> OneLaunch | None:
+    """f(x) as one launch, or None; while f is frozen, asked once for inputs of one kind."""
+
+    def find() -> OneLaunch | None:
+        found = find_one_launch(f, x, t, context)
+        return found if isinstance(found, OneLaunch) else None
+
+    key = None if isinstance(t, Tensor) else kind_of(x, context, "which path", t)
+    return find() if key is None else derived(f, key, find)
 
 
 def unwrap(g: Any, context: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from .drift import DriftGuard
 from .fusion import segments
 from .memory import check_memory, inverts, steps_of, stored_tensors
 from .reversible import reversible
-from .stack import FlowStack, find_stack, run_stack, widths
+from .stack import FlowStack, planned_stack, run_stack, widths
 
 __all__ = ["Flow"]
 
@@ -60,7 +60,7 @@ class Flow(Bijection):
     def _transform(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
-        stack = find_stack(self.bijections, x, context)
+        stack = planned_stack(self.bijections, x, context)
         if isinstance(stack, FlowStack):
             return run_stack(stack, x, inverse, log_det)
         by_inverting = len(self.bijections) > 0 and inverts(self.memory, x, self._stored)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend import uses_triton, why_reference
-from ..freeze import derived
+from ..backend import chosen_backend, uses_triton, why_reference
+from ..freeze import derived, is_kept
 from ..kernels.stack_configs import StackConfig, config_for, mode_on, target_of
 from ..kernels.stack_layout import DENSE, DIAGONAL, NO_MAPS
 from ..ops.affine_coupling import HALVES
@@ -31,7 +31,9 @@ from .conditioners import MLP
 from .couplings import AffineCoupling
 from .fusion import fold, is_linear, is_plain
 
-__all__ = ["FlowStack", "find_stack", "mode_for", "run_stack", "stack_of", "widths"]
+__all__ = [
+    *("FlowStack", "find_stack", "kind_of", "mode_for", "planned_stack", "run_stack", "stack_of", "widths"),
+]
 
 _MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
 _WHOLE_WEIGHTS = (torch.Tensor, nn.Parameter)
@@ -120,6 +122,26 @@ def find_stack(bijections: nn.ModuleList, x: Tensor, context: Mapping[str, Any])
     return f"D = {stack.features}, H = {stack.hidden} in {mode_for(x)!r} fit no tile on {target_of(x)}"
 
 
+def planned_stack(bijections: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
+    """``find_stack``; while the layers are frozen, asked once for inputs of one kind."""
+    key = kind_of(x, context, "which path")
+
+    def find() -> FlowStack | None:
+        found = find_stack(bijections, x, context)
+        return found if isinstance(found, FlowStack) else None
+
+    kept = None if key is None or not is_kept(bijections) else derived(bijections, key, find)
+    return find_stack(bijections, x, context) if kept is None else kept
+
+
+def kind_of(x: Tensor, context: Mapping[str, Any], *what: Hashable) -> Hashable | None:
+    """What the path of inputs such as x is kept under: all that it depends on beside the layers; None: not kept."""
+    if nn.modules.module._has_any_global_hook() or any(isinstance(value, Tensor) for value in context.values()):
+        return None
+    settings = (mode_for(x), half_dtype(x), chosen_backend())
+    return (*what, *sorted(context.items()), x.shape[1:], x.dtype, x.device, *settings)
+
+
 def mode_for(x: Tensor) -> str:
     """The precision that products on x run in, as torch's settings and x's device have it."""
     return mode_on(target_of(x), resolve_precision(x))
@@ -153,14 +175,18 @@ def widths(bijections: nn.ModuleList, context: Mapping[str, Any]) -> list[int | 
 
 def run_stack(stack: FlowStack, x: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
     """(y, log|det| [B] or None) of the stack, or of its inverse, in one launch."""
-    g, precision = stack.weights(inverse, log_det), mode_for(x)
+    precision, key = mode_for(x), stack.key(x, "stack", inverse)
+
+    def weights() -> CouplingStack:
+        return stack.weights(inverse, log_det)
+
+    g = weights() if key is None else derived(stack.owner, ("weights", log_det, key), weights)
 
     def pack() -> PackedStack:
         return pack_stack(
             g.layers, x.shape[1], inverse=inverse, precision=precision, dtype=half_dtype(x), head=g.head
         )
 
-    key = stack.key(x, "stack", inverse)
     return coupling_stack(
         x, g.layers, activation=g.activation, scale_map=g.scale_map, order=g.order, moves=g.moves, head=g.head,
         inverse=inverse, log_det=log_det, precision=precision,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import linfast as lf
-from linfast.flows import fusion
+from linfast.flows import fusion, stack
 from linfast.freeze import _active, derived
 from tests.laws.zoo import perturb
 from tests.marks import long
@@ -180,3 +180,25 @@ def test_derived_keeps_one_value_a_key() -> None:
         with lf.freeze(torch.nn.ModuleList([mix, other])):
             keys = [(mix, "a"), (mix, "b"), (other, "a"), (mix, "a"), (other, "a")]
             assert [derived(module, key, lambda: next(values)) for module, key in keys] == [2, 3, 4, 2, 4]
+
+
+def test_a_frozen_call_asks_once_for_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walking the layers takes most of a small call's time on the host; another mode is asked for anew."""
+    f = perturb(lf.Linearizer(lf.coupling_flow(6, 2, (8,)), lf.Dense(6)))
+    x, asked = torch.randn(3, 6), []
+    stack_of = stack.stack_of
+    monkeypatch.setattr(stack, "stack_of", lambda *given: (asked.append(1), stack_of(*given))[1])
+    with torch.no_grad(), lf.freeze(f):
+        with lf.backend("triton"):
+            first = f(x), f.g_x(x), f.g_x.inverse(x)
+            before = len(asked)
+            again = f(x), f.g_x(x), f.g_x.inverse(x)
+            assert len(asked) == before
+            with monkeypatch.context() as precision:
+                precision.setattr(stack, "resolve_precision", lambda x: "fast")
+                f(x)
+            assert len(asked) > before
+        with lf.backend("reference"):
+            plain = f(x)
+    assert all(map(torch.equal, first, again))
+    torch.testing.assert_close(plain, first[0], rtol=1e-4, atol=1e-5)
