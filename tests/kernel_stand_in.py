@@ -40,7 +40,9 @@ class Kernels:
 def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """These kernels are what "auto" runs, on a CPU too, until the test ends."""
     kernels = Kernels()
-    for module in ("linfast.backend", "linfast.bench.cases.common"):
-        monkeypatch.setattr(importlib.import_module(module), "has_kernels", lambda device: True)
+    # Both are imported before either is changed: the second takes the name from the first, and would keep it.
+    modules = [importlib.import_module(name) for name in ("linfast.backend", "linfast.bench.cases.common")]
+    for module in modules:
+        monkeypatch.setattr(module, "has_kernels", lambda device: True)
     monkeypatch.setattr(importlib.import_module("linfast.ops.register"), "_launcher", kernels.launcher)
     return kernels
