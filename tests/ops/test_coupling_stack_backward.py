@@ -43,7 +43,7 @@ from tests.seeds import seeded
 
 # Relative error of a product of operands of about 1.
 MODES = {
-    "tf32": (Mode(1, torch.float32), 2.0**-11),
+    "tf32": (Mode(1, torch.float32), 6e-4),  # two roundings of 2^-11 at most; operands that are cut come to 7.6e-4
     "1 part": (Mode(1, HALF), torch.finfo(HALF).eps),
     "2 parts": (Mode(2, HALF), 2e-6 if torch.float16 == HALF else 2e-5),
     "3 parts": (Mode(3, HALF), 5e-7),
