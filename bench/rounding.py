@@ -36,7 +36,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linfast.backend import plain_torch
 
-__all__ = ["DRAWS", "Rounding", "allowed_error", "allowed_errors", "drawn", "operand_rounding", "relative_error"]
+__all__ = [
+    *("DRAWS", "N_PARTS", "Rounding", "allowed_error", "allowed_errors", "drawn", "operand_rounding"),
+    "relative_error",
+]
 
 _Outputs = TypeVar("_Outputs")
 
@@ -60,7 +63,7 @@ _OPERANDS = {
     _aten.convolution: slice(0, 2), _aten.convolution_backward: slice(0, 3),
 }  # fmt: skip
 # What each mode of linfast.precision promises, not what the kernels say: a part too few must not widen its budget.
-_N_PARTS = {"exact": 3, "high": 2, "fast": 1}
+N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
 # Exact in any dtype, or rounded once by definition. Others that are exact are found to be so.
 _EXACT = {
     _aten._to_copy, _aten.copy_, _aten.clone, _aten.cat, _aten.neg, _aten.where, _aten.flip, _aten.slice_backward,
@@ -95,7 +98,7 @@ def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Call
     Each call rounds on another grid (of t scaled, and scaled back): the same digits would go in every draw, and
     leave no room for luck. Three parts hold all of fp32, and are left alone.
     """
-    rounded = _tf32 if precision == "tf32" else functools.partial(_sum_of_parts, _N_PARTS[precision], half)
+    rounded = _tf32 if precision == "tf32" else functools.partial(_sum_of_parts, N_PARTS[precision], half)
     generator = torch.Generator().manual_seed(0)
 
     def on_another_grid(t: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .flows.bijection import Conditioned
 from .flows.flow import Flow
 from .flows.fusion import is_plain
 from .flows.stack import FlowStack, find_stack, kind_of, mode_for
-from .freeze import derived
+from .freeze import derived, is_kept
 from .operators.base import LatentOperator
 from .operators.diagonal import Diagonal
 from .ops.linearizer_stack import (
@@ -91,7 +91,8 @@ def planned_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping
         found = find_one_launch(f, x, t, context)
         return found if isinstance(found, OneLaunch) else None
 
-    key = None if isinstance(t, Tensor) else kind_of(x, context, "which path", t)
+    asks_once = is_kept(f) and not isinstance(t, Tensor)
+    key = kind_of(x, context, "which path", t) if asks_once else None
     return find() if key is None else derived(f, key, find)
 
 

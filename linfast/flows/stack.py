@@ -124,13 +124,13 @@ def find_stack(bijections: nn.ModuleList, x: Tensor, context: Mapping[str, Any])
 
 def planned_stack(bijections: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
     """``find_stack``; while the layers are frozen, asked once for inputs of one kind."""
-    key = kind_of(x, context, "which path")
+    key = kind_of(x, context, "which path") if is_kept(bijections) else None
 
     def find() -> FlowStack | None:
         found = find_stack(bijections, x, context)
         return found if isinstance(found, FlowStack) else None
 
-    kept = None if key is None or not is_kept(bijections) else derived(bijections, key, find)
+    kept = None if key is None else derived(bijections, key, find)
     return find_stack(bijections, x, context) if kept is None else kept
 
 

@@ -18,8 +18,6 @@ from linfast.scale_maps import ScaleMap
 from tests.ops.budget import COMPILED, DEVICE
 
 NAMES = ("none", "diagonal", "dense")
-# What each mode promises, not what the kernels say: a part too few must not widen its own budget.
-N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
 HALF = torch.bfloat16 if COMPILED else torch.float16  # of parts; the interpreter has no bf16 arithmetic
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from linfast.bench.rounding import N_PARTS
 from linfast.kernels import coupling_stack_backward as backward
 from linfast.kernels import row_products, stack_pass
 from linfast.kernels.row_products import ADD, MULTIPLY, SET, Mode, launch_linear, launch_outer, n_splits
@@ -30,7 +31,6 @@ from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
 from tests.ops.stacks import (
     HALF,
-    N_PARTS,
     NAMES,
     factors_of_every_part,
     leaves,
