@@ -39,10 +39,15 @@ def _matmul() -> str:
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    with full_precision():  # puts back what the test leaves behind
-        for setting in SETTINGS.values():
-            setting.fp32_precision = "none"
-        yield
+    """All settings follow the widest; afterwards as they were, in both of torch's interfaces."""
+    before, older = _settings(), torch.get_float32_matmul_precision()
+    for setting in SETTINGS.values():
+        setting.fp32_precision = "none"
+    yield
+    torch.set_float32_matmul_precision(older)  # which writes to the matmuls' settings
+    for name, setting in SETTINGS.items():
+        setting.fp32_precision = before[name]
+    assert (_settings(), _matmul()) == (before, older)
 
 
 def _all_tf32():

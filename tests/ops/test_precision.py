@@ -12,9 +12,12 @@ from linfast.precision import PRECISIONS, half_dtype, resolve_precision
 
 @pytest.fixture(autouse=True)
 def _torch_settings():
+    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # which the older interface writes to
+    before = [setting.fp32_precision for setting in matmuls]
     yield
-    torch.backends.cuda.matmul.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
+    for setting, value in zip(matmuls, before, strict=True):
+        setting.fp32_precision = value
 
 
 @pytest.mark.parametrize(("setting", "mode"), [("highest", "exact"), ("high", "tf32"), ("medium", "fast")])
