@@ -35,10 +35,14 @@ class _LinearMix(ChannelLinear):
         """W or W^{-1}, in fp32 or wider."""
         raise NotImplementedError
 
+    @property
+    def _factor(self) -> Tensor:
+        """One of its parameters, whose dtype W has."""
+        raise NotImplementedError
+
     @outside_autocast
     def _weight(self, inverse: bool) -> Tensor:
-        dtype = next(self.parameters()).dtype
-        return derived(self, inverse, lambda: self._wide_weight(inverse).to(dtype))
+        return derived(self, inverse, lambda: self._wide_weight(inverse).to(self._factor.dtype))
 
     def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
         matrix = self._wide_weight(inverse)
@@ -97,6 +101,10 @@ class Mix(_LinearMix):
         half = torch.linalg.solve_triangular(L, eye[:, self.permutation], upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(U, half, upper=True)
 
+    @property
+    def _factor(self) -> Tensor:
+        return self.weight if self.kind == "free" else self.lower
+
     def log_abs_det(self) -> Tensor:
         if self.kind == "free":
             return derived(self, "log_abs_det", lambda: torch.linalg.slogdet(wide(self.weight)).logabsdet)
@@ -128,6 +136,10 @@ class Householder(_LinearMix):
         for v in vectors.unbind(0):
             Q = Q - (2.0 / v.square().sum()) * torch.outer(Q @ v, v)
         return Q.mT if inverse else Q
+
+    @property
+    def _factor(self) -> Tensor:
+        return self.vectors
 
     def extra_repr(self) -> str:
         return f"features={self.features}, count={self.count}"

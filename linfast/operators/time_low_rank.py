@@ -58,7 +58,7 @@ class TimeLowRank(LatentOperator):
 
     @property
     def _like(self) -> Tensor:
-        return next(self.u_net.parameters())
+        return self.u_net.layers[-1].weight
 
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """U and V, each [K, n, r], at the times t [K]."""

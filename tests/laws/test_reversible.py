@@ -179,7 +179,7 @@ def test_actnorm_is_initialised_by_a_forward_and_never_by_a_replay(method: str) 
     for mode in ("store", "invert"):
         g = copy.deepcopy(start)
         found[mode] = [*gradients(g, x, method, mode), *g.parameters()]
-        assert [layer._is_initialized for layer in g.bijections if isinstance(layer, lf.ActNorm)] == [
+        assert [bool(layer.initialized) for layer in g.bijections if isinstance(layer, lf.ActNorm)] == [
             method == METHODS[0]
         ] * 3
     assert same(found["invert"], found["store"], 1e-10)
