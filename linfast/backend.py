@@ -45,7 +45,7 @@ def _checked(name: str, source: str) -> str:
 
 
 class _State(threading.local):
-    """One thread's choice, and how many blocks of ``plain_torch`` it is in; set in each thread, which Dynamo guards."""
+    """One thread's choice, and how many blocks of ``plain_torch`` it is in: set in each, for Dynamo to guard."""
 
     of_process = _checked(os.environ.get("LINFAST_BACKEND", "auto"), "LINFAST_BACKEND")
 

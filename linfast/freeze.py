@@ -42,8 +42,8 @@ class _Thread(threading.local):
     thaws = 0
 
 
-# The process's, as the promise is; outermost first, so that a nested freeze adds nothing. Other threads write to it:
-# it is read by a copy.
+# The process's, as the promise is; outermost first, so that a nested freeze adds nothing. Other threads write to
+# it: it is read by a copy.
 _active: list[Frozen] = []
 _thread = _Thread()
 
@@ -56,7 +56,8 @@ def freeze(model: nn.Module) -> Iterator[None]:
     moves, and no layer or hook is put in or taken out; an ActNorm that waits for its first batch
     goes on waiting. What a gradient is wanted of is computed at every call all the same: gradients
     stay right, and only ``torch.no_grad()`` or parameters that do not require a gradient are faster.
-    So is what torch.compile, torch.export or a torch.func transform traces. Blocks nest; everything kept is let go at the end, also after an exception.
+    So is what torch.compile, torch.export or a torch.func transform traces. Blocks nest; everything
+    kept is let go at the end, also after an exception.
 
     Raises:
         TypeError: model is not a module.
@@ -99,7 +100,7 @@ def is_kept(module: nn.Module) -> bool:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether it was promised that the module's parameters and buffers stay as they are; traced code asks of any."""
+    """Whether the module's parameters and buffers were promised still; traced code asks it of any module."""
     if torch.compiler.is_compiling():
         return len(_active) > 0
     return any(module in frozen.modules for frozen in _active[:])

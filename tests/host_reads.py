@@ -86,7 +86,7 @@ def forbidden() -> Iterator[None]:
         for name in _METHODS:
             stack.enter_context(mock.patch.object(Tensor, name, _raising(name)))
         for place in ("flows.actnorm", "operators.regular"):
-            stack.enter_context(mock.patch(f"linfast.{place}.read_at_once", lambda tensor: False))
+            stack.enter_context(mock.patch(f"linfast.{place}.read_at_once", return_value=False))
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", _launched(GridExecutor.__call__)))
         stack.enter_context(_Forbidden())
         yield

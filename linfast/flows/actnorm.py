@@ -53,6 +53,7 @@ class ActNorm(ChannelLinear):
         self.bias = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
         self.register_buffer("initialized", torch.tensor(False))
+        self.register_load_state_dict_pre_hook(_mark_loaded)
         self._seen: tuple[Tensor, int] | None = None  # the buffer and its version, when it was last read to be set
 
     @torch.no_grad()
@@ -152,6 +153,12 @@ class ActNorm(ChannelLinear):
 
     def extra_repr(self) -> str:
         return f"features={self.features}"
+
+
+def _mark_loaded(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: object) -> None:
+    """Weights that are loaded without the flag (parameters alone, strict=False) are kept all the same."""
+    if f"{prefix}log_scale" in state and f"{prefix}initialized" not in state:
+        module.get_buffer("initialized").fill_(True)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

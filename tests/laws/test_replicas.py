@@ -1,4 +1,4 @@
-"""nn.DataParallel's replicas: modules without parameters, only tensors, made as torch.nn.parallel.replicate makes them."""
+"""nn.DataParallel's replicas: modules with tensors and no parameters, as torch.nn.parallel.replicate makes them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_operators(name: str) -> None:
 @pytest.mark.parametrize("make", [lf.TimeLowRank, lf.TimeDiagonal])
 def test_linearizers(make: type[lf.TimeLowRank]) -> None:
     A = make(6, 2, time_features=4, hidden=8).at(0.3)
-    f = perturb(lf.Linearizer(lf.coupling_flow(6, 2, (8,), mix="free"), 2.0 * A, lf.coupling_flow(6, 2, (8,), mix="lu")))
+    f = perturb(
+        lf.Linearizer(lf.coupling_flow(6, 2, (8,), mix="free"), 2.0 * A, lf.coupling_flow(6, 2, (8,), mix="lu"))
+    )
     _assert_replica_is_the_model(f, torch.randn(5, 6), "__call__")
 
 
