@@ -58,6 +58,7 @@ class Part:
             y,
             cotangents,
             tensors,
+            None if self.conditioners else self.module,
         )
 
 

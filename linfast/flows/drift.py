@@ -75,14 +75,14 @@ class DriftWarning(RuntimeWarning):
 
 
 class DriftGuard:
-    """Holds rebuilt tensors to a budget and warns once.
+    """Holds rebuilt tensors to a budget and warns once, as it does of a step that is stored.
 
     Nothing can be read while a CUDA graph is captured: a flag on the device then keeps the
     worst of every replay, and ``report`` reads it at the next eager call. Copies start afresh.
     """
 
     def __init__(self) -> None:
-        self._warned = False
+        self._warned = self._said = False
         self._flag: Tensor | None = None  # 1 + a step that strayed, or 0; made ahead of any capture
         self._captured = False
 
@@ -123,6 +123,18 @@ class DriftGuard:
                 f"in a captured CUDA graph, rebuilding activations strayed at {names[index]}; the gradients of "
                 "those replays are wrong. Capture with memory='store'."
             )
+
+    def stores(self, name: str, what: str, memory: str) -> None:
+        """Say once that a step is stored for what it reads, or raise where ``memory`` forbids that."""
+        reads = (
+            f"{name} reads {what} from outside its arguments, parameters and context, and the gradient that this "
+            "needs would be lost where activations are rebuilt"
+        )
+        if memory == "invert":
+            raise RuntimeError(f"{reads}: pass it as context, make it a parameter, or use memory='store'")
+        if not self._said:
+            self._said = True
+            warnings.warn(f"{reads}: it is stored, and so are the steps after it", RuntimeWarning, stacklevel=2)
 
     def _flag_on(self, device: torch.device) -> Tensor:
         if self._flag is None or self._flag.device != device:
