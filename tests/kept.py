@@ -22,7 +22,9 @@ def kept_bytes(run: Callable[[], Any]) -> int:
     kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Kept:
-        held = _Kept(tensor if isinstance(tensor, nn.Parameter) else tensor.detach())  # an output would hold its node
+        held = _Kept(
+            tensor if isinstance(tensor, nn.Parameter) else tensor.detach()
+        )  # an output would hold its node
         kept.add(held)
         return held
 

@@ -82,7 +82,8 @@ class DriftGuard:
     """
 
     def __init__(self) -> None:
-        self._warned = self._said = False
+        self._warned = False
+        self._said: set[str] = set()
         self._flag: Tensor | None = None  # 1 + a step that strayed, or 0; made ahead of any capture
         self._captured = False
 
@@ -132,9 +133,13 @@ class DriftGuard:
         )
         if memory == "invert":
             raise RuntimeError(f"{reads}: pass it as context, make it a parameter, or use memory='store'")
-        if not self._said:
-            self._said = True
-            warnings.warn(f"{reads}: it is stored, and so are the steps after it", RuntimeWarning, stacklevel=2)
+        self.say(f"{reads}: it is stored, and so are the steps after it")
+
+    def say(self, message: str) -> None:
+        """Warn of a chain that is stored, once for each message."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _flag_on(self, device: torch.device) -> Tensor:
         if self._flag is None or self._flag.device != device:

@@ -45,8 +45,8 @@ def undo(
 
 
 def gradients(
-    outputs: Outputs,
-    cotangents: tuple[Tensor | None, Tensor | None],
+    outputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     create_graph: bool = False,
 ) -> list[Tensor | None]:

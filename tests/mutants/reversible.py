@@ -12,7 +12,7 @@ _MODELS = "tests/models/test_reversible_training.py"
 MUTANTS = (
     Mutant(
         name="reversible: drift is never noticed",
-        file="linfast/flows/reversible.py",
+        file="linfast/flows/rebuild.py",
         old="if chain.guard.strayed(rebuilt,",
         new="if False and chain.guard.strayed(rebuilt,",
         breaks="Gradients of activations that strayed are returned without a word.",
@@ -20,7 +20,7 @@ MUTANTS = (
     ),
     Mutant(
         name="reversible: a shared layer's earlier gradient is overwritten",
-        file="linfast/flows/reversible.py",
+        file="linfast/flows/rebuild.py",
         old="self._sums[id(tensor)] = grad if before is None else before + grad",
         new="self._sums[id(tensor)] = grad",
         breaks="Of a layer that is used twice only one use counts.",
@@ -28,7 +28,7 @@ MUTANTS = (
     ),
     Mutant(
         name="reversible: changed parameters are not noticed",
-        file="linfast/flows/reversible.py",
+        file="linfast/flows/rebuild.py",
         old="        chain.check_parameters()\n",
         new="",
         breaks="A parameter that was replaced since the forward gives another one's gradient.",
