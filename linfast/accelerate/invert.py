@@ -74,7 +74,7 @@ def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) ->
         parts = find(instance)
         check_parts(parts)
     except Unfit as reason:
-        plan.guard.say(f"{type(instance).__name__} was changed after accelerate; {reason}")
+        plan.guard.say(str(reason), f"{type(instance).__name__} was changed after accelerate; {reason}")
         return None
     return parts
 

@@ -133,12 +133,12 @@ class DriftGuard:
         )
         if memory == "invert":
             raise RuntimeError(f"{reads}: pass it as context, make it a parameter, or use memory='store'")
-        self.say(f"{reads}: it is stored, and so are the steps after it")
+        self.say("reads from outside", f"{reads}: it is stored, and so are the steps after it")
 
-    def say(self, message: str) -> None:
-        """Warn of a chain that is stored, once for each message."""
-        if message not in self._said:
-            self._said.add(message)
+    def say(self, about: str, message: str) -> None:
+        """Warn of what is stored, once for each thing that it is about."""
+        if about not in self._said:
+            self._said.add(about)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _flag_on(self, device: torch.device) -> Tensor:
