@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .drift import Checksum, DriftGuard, capturing, drift_budget
@@ -55,7 +56,8 @@ def reversible(
     stores the chain after all.
 
     Plain autograd runs where nothing needs a gradient, where parameters are not
-    nn.Parameters (torch.func.functional_call), and where dropout is captured into a CUDA graph.
+    nn.Parameters (torch.func.functional_call) or have no shape yet (lazy modules), and where
+    dropout is captured into a CUDA graph.
 
     Args:
         steps: in the order they are applied; each gives a log_det, or none does.
@@ -128,7 +130,7 @@ class Chain:
 
     def must_store(self, x: Tensor) -> bool:
         """Whether a replay would not be the first run."""
-        swapped = any(not isinstance(p, nn.Parameter) for own in self.parameters_of for p in own)
+        swapped = any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
         return swapped or (capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules()))
 
     def run(self, anchor: Tensor, x: Tensor, memory: str) -> Outputs:
@@ -136,9 +138,8 @@ class Chain:
         self.guard.report(x, [step.name for step in self.steps])
         self.replay = Replay((x, *self.parameters, *self.given))
         self.checksum, self.budget = Checksum(x), drift_budget(x)
-        given = [
-            t.view_as(t) if t.requires_grad else t for t in self.given
-        ]  # the context, and not what is the same
+        # Under names of its own: what is read under another is not the context.
+        given = [t.view_as(t) if t.requires_grad else t for t in self.given]
         context = self.context_of(given)
         y, log_det, rows = x.detach(), None, []
         with self.replay.autocast():
@@ -149,14 +150,14 @@ class Chain:
                 own, since = self.parameters_of[i], now(x)
                 with self.replay.noting(step.module, own):
                     out, part = step.forward(start, context)
-                ends = (start, *given, *(t for t in own if not t.is_leaf))
-                what = read_from_outside((out, part), ends, own, since)
+                what = read_from_outside((out, part), (start, *given), own, since)
                 if what is not None:
                     self._end(rows)
                     self.guard.stores(step.name, what, memory)
                     y, rest = run_steps(self.steps[i + 1 :], out, context)
                     return y, summed(summed(total, part), rest)
                 y, log_det = out.detach(), summed(log_det, None if part is None else part.detach())
+                del start, total, out, part  # and the step's graph with them
         self._end(rows)
         return self._link(len(self.steps), y, log_det, anchor)
 
@@ -171,8 +172,8 @@ class Chain:
 
     def check_parameters(self) -> None:
         for step, before in zip(self.steps, self.parameters_of, strict=True):
-            now = _owned(step.module)
-            if len(now) != len(before) or any(p is not q for p, q in zip(now, before, strict=True)):
+            own = _owned(step.module)
+            if len(own) != len(before) or any(p is not q for p, q in zip(own, before, strict=True)):
                 raise RuntimeError(
                     f"{step.name}: a parameter was replaced between forward and backward "
                     "(torch.func.functional_call does that); use memory='store'"

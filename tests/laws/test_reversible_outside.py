@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import linfast as lf
 from linfast.flows import memory
-from tests.kept import kept_bytes
+from tests.kept import kept_and_most, kept_bytes
 from tests.laws.test_reversible import METHODS, same
 from tests.laws.zoo import perturb
 from tests.seeds import seeded
@@ -308,6 +308,15 @@ def test_steps_before_it_are_rebuilt_all_the_same() -> None:
     assert kept["auto"] < kept["store"] / 4
 
 
+def test_one_steps_graph_at_a_time_is_kept() -> None:
+    most = {}
+    for depth in (1, 8):
+        g, x = flow(lambda: None, depth), torch.randn(99, 6)
+        g.memory = "invert"
+        _, most[depth] = kept_and_most(lambda g=g, x=x: g(x))
+    assert most[8] < 1.5 * most[1]
+
+
 def test_a_context_may_be_made_of_anything() -> None:
     g = perturb(lf.coupling_flow(6, 3, (8,), time_features=4)).double()
     seen: list[bool] = []
@@ -323,6 +332,19 @@ def test_a_context_may_be_made_of_anything() -> None:
         assert len(seen) == (1 if mode == "store" else 2)
     assert same(found["auto"], found["store"])
     assert same(found["invert"], found["store"])
+
+
+def test_a_lazy_conditioner_gets_its_shapes_in_a_stored_call() -> None:
+    g = lf.Flow([lf.AffineCoupling(nn.LazyLinear(6), 6, moves) for moves in ("first", "second")], memory="invert")
+    x = torch.randn(9, 6)
+    for _ in range(2):
+        g.zero_grad()
+        g(x).square().sum().backward()
+    found = [p.grad.clone() for p in g.parameters()]
+    g.memory = "store"
+    g.zero_grad()
+    g(x).square().sum().backward()
+    assert same(found, [p.grad for p in g.parameters()], 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])

@@ -92,6 +92,14 @@ MUTANTS = (
         tests=(f"{_INVERT}::test_chains_give_what_they_gave",),
     ),
     Mutant(
+        name="recall: a net's calls are recalled in the order they were made",
+        file="linfast/accelerate/recall.py",
+        old="        if len(fitting) > 1:",
+        new="        if False:",
+        breaks="A net that both sides of a coupling share gives each the other's parameters.",
+        tests=("tests/accelerate/test_invert_changed.py::test_each_call_is_recalled_for_what_it_was_given",),
+    ),
+    Mutant(
         name="graph: the caller is given the graph's own output",
         file="linfast/cuda_graph.py",
         old="result = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.result)",

@@ -7,6 +7,7 @@ from .mutant import Mutant
 __all__ = ["MUTANTS"]
 
 _LAWS = "tests/laws/test_reversible.py"
+_OUTSIDE = "tests/laws/test_reversible_outside.py"
 _MODELS = "tests/models/test_reversible_training.py"
 
 MUTANTS = (
@@ -49,6 +50,38 @@ MUTANTS = (
         new="            stack.enter_context(backend",
         breaks="A forward under autocast is undone in fp32.",
         tests=(f"{_LAWS}::test_autocast_is_replayed",),
+    ),
+    Mutant(
+        name="replay: buffers are as the first run left them",
+        file="linfast/flows/replay.py",
+        old="        put_back(self._held[i])\n",
+        new="",
+        breaks="Spectral norm's power iteration goes on in the backward.",
+        tests=(f"{_OUTSIDE}::test_what_is_written_and_rewritten_is_as_it_was",),
+    ),
+    Mutant(
+        name="outside: leaves are not looked at",
+        file="linfast/flows/outside.py",
+        old="if id(node.variable) not in known:",
+        new="if False:",
+        breaks="A learned prompt gets no gradient.",
+        tests=(f"{_OUTSIDE}::test_auto_stores_what_reads_from_outside_and_says_so_once",),
+    ),
+    Mutant(
+        name="outside: what was computed before is not looked at",
+        file="linfast/flows/outside.py",
+        old="elif _number(node) < since:",
+        new="elif False:",
+        breaks="What a net reads of its own parameters from outside is differentiated twice.",
+        tests=(f"{_OUTSIDE}::test_auto_stores_what_reads_from_outside_and_says_so_once",),
+    ),
+    Mutant(
+        name="reversible: the next step runs while the last one's graph is kept",
+        file="linfast/flows/reversible.py",
+        old="                del start, total, out, part  # and the step's graph with them\n",
+        new="",
+        breaks="The forward keeps two steps' activations.",
+        tests=(f"{_OUTSIDE}::test_one_steps_graph_at_a_time_is_kept",),
     ),
     Mutant(
         name="memory: an inverse's steps are in the forward's order",
