@@ -57,7 +57,9 @@ def accelerate(
         memory: "store": the backward keeps what it needs. "invert": a chain of invertible steps (the
             reference's g, nflows' CompositeTransform, normflows' NormalizingFlow, FrEIA's SequenceINN)
             keeps its input and output, and its activations are rebuilt in the backward
-            (linfast.flows.reversible). A chain with a step that is not known to be invertible stores.
+            (linfast.flows.reversible). A chain with a step that is not known to be invertible stores, also
+            where the step was put in later, which is said once. A conditioner that reads a tensor from
+            outside its arguments that needs a gradient is an error at the call (RuntimeError).
         compile: compile the conditioners with torch.compile, each kind of block once.
         cuda_graph: capture what g and the chains compute without gradients in eval mode, as a sampler
             calls them, in CUDA graphs (linfast.accelerate.graph).

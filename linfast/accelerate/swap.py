@@ -7,9 +7,11 @@ original class, without its plan. A deep copy stays swapped; a shallow copy is t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -43,7 +45,8 @@ class Swapped:
         memo[id(self)] = copied
         state = copy.deepcopy(state, memo)
         copied.__setstate__(state) if hasattr(copied, "__setstate__") else copied.__dict__.update(state)
-        swap(copied, self._linfast_adapter, self._linfast_adapter.plan_for(copied, plan_of(self).options))
+        with contextlib.suppress(Unfit):  # one that was changed since is copied as the original
+            swap(copied, self._linfast_adapter, self._linfast_adapter.plan_for(copied, plan_of(self).options))
         return copied
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
@@ -88,14 +91,22 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
     """``run``, or the original where a hook on a module that ``run`` would pass by has to fire."""
     before = getattr(original, name)
     captures = name in adapter.captures
+    ours = dict(zip(_names(before), _names(run), strict=False))
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
         for module in adapter.inner(self):
             if is_hooked(module):
                 return before(self, *arguments, **named)
+        named = {ours.get(key, key): value for key, value in named.items()}
         if captures and plan_of(self).options.cuda_graph:
             return plan_of(self).graphs.run(run, self, arguments, named)
         return run(self, *arguments, **named)
 
     return method
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    """Of the arguments that may be given by place or by name."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
