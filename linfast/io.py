@@ -141,8 +141,7 @@ def _loaded(path: Path, device: torch.device) -> nn.Module:
             values = {key: _read(key, file.get_tensor(key), header, device) for key in stored}
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file ({error})") from error
-    _fill(blueprint.model, filled, values, header)
-    model = blueprint.model
+    _fill(model := blueprint.model, filled, values, header)
     _check_values(model)
     model.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # moves nothing: its hooks are run
     return model.to(device)
@@ -177,7 +176,7 @@ def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tupl
         raise ValueError(f"the architecture cannot be built ({error!r:.200})") from error
     if model is not None:
         check_rebuilt(model, blueprint.model)
-    filled = match(blueprint, shapes, header["aliases"])
+    filled = match(blueprint, shapes, header["aliases"], header["expanded"])
     paths = dict(blueprint.model.named_modules())
     parameters = {key: slot for key, slot in slots(blueprint.model).items() if slot.trained}
     for name, known in (("frozen", parameters), ("switched", paths)):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -83,14 +83,15 @@ def _check_plain(key: str, module: nn.Module, value: Tensor) -> None:
     kind = type(module).__name__
     if torch.nn.parameter.is_lazy(value):
         raise ValueError(f"{key} of a {kind} has not been initialised; call the model once first")
-    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.dtype not in _NAMES:
+    if (
+        type(value) not in (Tensor, nn.Parameter)
+        or value.layout != torch.strided
+        or value.dtype not in DTYPES.values()
+    ):
         what = f"{value.layout} tensor of {value.dtype}".removeprefix("torch.")
         raise TypeError(f"cannot save {key}, a {what} of a {kind}: files hold dense tensors of {', '.join(DTYPES)}")
     if value.is_meta:
         raise ValueError(f"{key} of a {kind} is on the meta device and has no values")
-
-
-_NAMES = set(DTYPES.values())
 
 
 def _check_apart(parameters: Mapping[str, Tensor]) -> None:
@@ -170,7 +171,10 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
 
 
 def match(
-    blueprint: Blueprint, stored: Mapping[str, tuple[list[int], str]], aliases: Mapping[str, str]
+    blueprint: Blueprint,
+    stored: Mapping[str, tuple[list[int], str]],
+    aliases: Mapping[str, str],
+    expanded: Collection[str],
 ) -> dict[str, str]:
     """For each slot of the model the tensor of the file that it is filled with.
 
@@ -178,6 +182,7 @@ def match(
         blueprint: of the model.
         stored: shape and dtype of each tensor of the file.
         aliases: other names of these tensors.
+        expanded: those that repeat what the file holds; none but the arguments of a constructor may.
 
     Raises:
         ValueError: tensors that are missing, left over, or of another shape or kind of dtype.
@@ -201,6 +206,8 @@ def match(
         (shape, dtype), built = stored[key], found[slot].tensor
         if tuple(shape) != tuple(built.shape):
             raise ValueError(f"{slot} is {tuple(shape)}, expected {tuple(built.shape)}")
+        if key in expanded and id(built) not in given:  # a module that lays out its own weights would repeat it
+            raise ValueError(f"{slot} repeats its numbers (an expanded tensor); make it contiguous")
         _check_kind(slot, dtype, built, id(built) in given)
     _check_one_dtype(blueprint, {slot: stored[key][1] for slot, key in filled.items()}, found, given)
     return filled

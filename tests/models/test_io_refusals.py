@@ -175,6 +175,7 @@ def test_what_save_never_writes_is_refused(
         ({"orders": {"diagonal": 0}}, "orders is"),
         ({"expanded": {"diagonal": [3]}}, "cannot be expanded"),
         ({"expanded": "diagonal"}, "expanded is"),
+        ({"expanded": {"diagonal": [2]}}, "repeats its numbers"),
         ({"frozen": ["other"]}, "frozen names 'other'"),
         ({"frozen": 1}, "frozen is"),
         ({"switched": ["part"]}, "switched names 'part'"),
@@ -213,6 +214,10 @@ def _first_layer(model: Any) -> nn.Linear:
 def _overlapping() -> lf.LatentOperator:
     numbers = torch.randn(10)
     return lf.Diagonal.of(nn.Parameter(numbers[:6])) @ lf.Diagonal.of(nn.Parameter(numbers[3:9]))
+
+
+def _repeated(n: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(1).expand(n))
 
 
 def _transposed() -> lf.LatentOperator:
@@ -293,6 +298,7 @@ _NAN = float("nan")
         (lambda: _constant(torch.ones(2).to_sparse()), "diagonal, a sparse_coo"),
         (lambda: _constant(torch.ones(2, dtype=torch.complex64)), "diagonal, .*complex64"),
         (lambda: _constant(torch.ones(2).to(torch.float8_e4m3fn)), "diagonal, .*float8"),
+        (lambda: _with(lambda m: setattr(_first_layer(m), "bias", _repeated(8))), "layers.0.bias repeats"),
         (_overlapping, "share memory"),
         (_transposed, "share memory"),
         (lambda: _deep(350), "more than 300 modules"),
