@@ -23,8 +23,8 @@ from .scale_maps import ScaleMap
 
 __all__ = [
     "DTYPES",
-    "check_depth",
     "checked_number",
+    "deeper",
     "describe",
     "is_described",
     "register",
@@ -38,7 +38,8 @@ DTYPES = {
         torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
     )
 }  # fmt: skip
-_MOST_DEPTH = 300  # registered modules inside one another: each takes a few of Python's 1000 frames
+# Of Python's 1000 frames an operator inside others takes 3 or fewer when called, another module 10 or fewer.
+_FRAMES, _OPERATOR_FRAMES, _MOST_FRAMES = 10, 3, 750
 _LARGEST = 2**63 - 1
 
 _Class = TypeVar("_Class", bound=type)
@@ -100,7 +101,7 @@ def _describe(value: Any, seen: dict[int, int], depth: int, name: str) -> Any:
     if isinstance(value, nn.ModuleList):
         return {"list": [_describe(item, seen, depth, name) for item in value]}
     if isinstance(value, nn.Module):
-        return _describe_module(value, seen, depth + 1)
+        return _describe_module(value, seen, depth)
     if isinstance(value, Tensor):
         return _describe_tensor(value)
     if isinstance(value, ScaleMap):
@@ -133,7 +134,7 @@ def _describe_module(module: nn.Module, seen: dict[int, int], depth: int) -> Any
     kind = type(module).__name__
     if not is_described(module):
         raise TypeError(f"cannot save a {kind}: register its class with linfast.io.register{_advice(module)}")
-    check_depth(depth)
+    depth = deeper(depth, type(module))
     rename: Mapping[str, str] = getattr(module, "_config_names", {})
     arguments = {}
     for name in _argument_names(type(module)):
@@ -165,7 +166,9 @@ def checked_number(value: Any, name: str) -> Any:
     return value
 
 
-def check_depth(depth: int) -> None:
-    """Raise where modules lie too deep inside one another to be called."""
-    if depth > _MOST_DEPTH:
-        raise ValueError(f"more than {_MOST_DEPTH} modules lie inside one another")
+def deeper(depth: int, cls: type) -> int:
+    """The depth inside a module of this class; ValueError where it could not be called any more."""
+    depth += _OPERATOR_FRAMES if issubclass(cls, operators.LatentOperator) else _FRAMES
+    if depth > _MOST_FRAMES:
+        raise ValueError("its modules lie too deep inside one another")
+    return depth

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .architecture import DTYPES, check_depth, checked_number, registered
+from .architecture import DTYPES, checked_number, deeper, registered
 from .scale_maps import ScaleMap
 
 __all__ = ["Blueprint", "build", "size_list"]
@@ -47,7 +47,7 @@ def build(architecture: Any, tensors: int) -> Blueprint:
     builder = _Builder()
     try:
         with torch.device("meta"), _CallLimit(_CALLS + _CALLS_PER_TENSOR * tensors):
-            model = builder.module(architecture, 1)
+            model = builder.module(architecture, 0)
     except _Refused as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # a constructor raises what it likes at arguments that it was never meant to see
@@ -108,11 +108,11 @@ class _Builder:
         self._so_far = [0]  # the same of the parts under construction, the innermost last
 
     def module(self, node: Any, depth: int) -> nn.Module:
-        check_depth(depth)
         name = _of_type(dict, node)["class"]
         cls = registered(name)
         if cls is None:
             raise _Refused(f"unknown class {name!r:.60}: register it with linfast.io.register first")
+        depth = deeper(depth, cls)
         self._so_far.append(1)
         arguments = {}
         for key in _of_type(dict, node["arguments"]):  # loops: a comprehension is a frame of Python's 1000 more
@@ -140,7 +140,7 @@ class _Builder:
         if not isinstance(node, dict):
             raise _Refused(f"unknown entry in the architecture: {name} is {node!r:.60}")
         if "class" in node:
-            return self.module(node, depth + 1)
+            return self.module(node, depth)
         if "same" in node:
             return self._same(node["same"])
         if "tensor" in node:
