@@ -11,13 +11,13 @@ from torch import Tensor, nn
 __all__ = ["read_at_once", "tensor_of", "uploaded", "usable_device"]
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str | torch.device) -> torch.device:
     """The device; ValueError where this machine cannot put a tensor on it."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}") from error
+        raise ValueError(f"device {str(name)!r} cannot be used: {error}") from error
     return device
 
 

@@ -25,7 +25,7 @@ from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
 
-__all__ = ["Householder", "Mix", "Permute"]
+__all__ = ["Householder", "Mix", "Permute", "check_permutation"]
 
 
 class _LinearMix(ChannelLinear):
@@ -168,8 +168,7 @@ class Permute(ChannelLinear):
             order = torch.arange(features - 1, -1, -1)
         else:
             order = torch.as_tensor(permutation, dtype=torch.long)
-            if order.shape != (features,) or not torch.equal(order.sort().values.cpu(), torch.arange(features)):
-                raise ValueError(f"permutation must hold 0 to {features - 1} once each; got {order.tolist()}")
+            check_permutation(order, features)
         self.features = features
         self.register_buffer("permutation", order)
 
@@ -187,3 +186,13 @@ class Permute(ChannelLinear):
 
     def extra_repr(self) -> str:
         return f"features={self.features}"
+
+
+def check_permutation(order: Tensor, features: int | None, name: str = "permutation") -> None:
+    """Raise unless the integers ``order`` are 0 to features - 1 once each; on the meta device, of that shape."""
+    right = order.shape == (features,)
+    if right and not order.is_meta:
+        right = torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
+    if not right:
+        got = f"shape {tuple(order.shape)}" if order.is_meta else order.tolist()
+        raise ValueError(f"{name} must hold 0 to {features} - 1 once each; got {got}")

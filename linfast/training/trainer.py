@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .checkpoint import read_checkpoint, write_checkpoint
+from .checkpoint import (
+    check_moments,
+    check_progress,
+    check_settings,
+    check_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
 from .distributed import mean_over_processes, rank_and_size, rows_of_this_process
 from .objective import Objective
 from .progress import Progress
@@ -146,25 +153,39 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not one, or of another model or other settings.
+            ValueError: it is not one, or damaged, or of another model or settings; nothing has changed then.
         """
         if self.checkpoint is None:
             raise FileNotFoundError("no checkpoint file was named to resume from")
-        state = read_checkpoint(self.checkpoint, self._device)
-        wanted = asdict(self.settings)
-        for name, value in state["settings"].items():
-            if wanted.get(name) != value:
-                raise ValueError(f"{self.checkpoint}: its training had {name}={value!r}; got {wanted.get(name)!r}")
+        state = read_checkpoint(self.checkpoint)
         try:
-            self.objective.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{self.checkpoint}: of another model ({error})") from error
-        self.optimizer.load_state_dict(state["optimizer"])
+            optimizer = self._checked(state)
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint}: {error}") from error
+        self.objective.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(optimizer)
         if self._averaged is not None:
             self._averaged.load_state_dict(state["averaged"])
         self.step = self._saved_step = state["step"]
         self._terms = tuple(state["terms"])
-        self._losses = list(state["losses"].unbind())
+        self._losses, self._unchecked = list(state["losses"].unbind()), []
+
+    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimiser's state in a checkpoint that this training can have written; ValueError of any other."""
+        check_settings(state["settings"], asdict(self.settings))
+        check_progress(state, self.settings.steps, _GRADIENT)
+        check_tensors("model", state["model"], self.objective.model.state_dict())
+        if (self._averaged is None) != (state["averaged"] is None):
+            raise ValueError(
+                f"its average must be {'none' if self._averaged is None else 'there'} with these settings"
+            )
+        if self._averaged is not None:
+            check_tensors("average", state["averaged"], self._averaged.state_dict())
+            if int(state["averaged"]["n_averaged"]) != state["step"]:
+                raise ValueError(
+                    f"its average must be of {state['step']} steps; got {state['averaged']['n_averaged']}"
+                )
+        return check_moments(state["optimizer"], self.optimizer, state["step"])
 
     @property
     def _device(self) -> torch.device:
