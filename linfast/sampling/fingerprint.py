@@ -1,7 +1,7 @@
 """What a model is, as a digest: equal for two models only if they give the same samples.
 
 A model that ``linfast.save`` can describe is known by what its file would hold: the description, with every
-argument of every constructor, and all tensors, with the buffers that no file holds. Any other is known by
+argument of every constructor, and all tensors; with the buffers that no file holds. Any other is known by
 everything that can be reached from it: attributes, hooks, functions and classes by their code and all that they
 refer to. Code of installed packages is known by its name. What has no contents that can be read (a lock, a
 handle of a C library) cannot be told from another, and the digest is refused.
@@ -60,7 +60,8 @@ def _described(model: nn.Module) -> list[Any] | None:
     except (TypeError, ValueError, AttributeError):
         return None
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    return [architecture, sorted(named, key=lambda pair: pair[0])]
+    classes = [(name, type(module)) for name, module in model.named_modules(remove_duplicate=False)]
+    return [architecture, sorted(named, key=lambda pair: pair[0]), classes]
 
 
 class _Digest:
@@ -93,6 +94,7 @@ def _parts(value: Any) -> Iterator[Any]:
     if isinstance(value, Tensor):
         yield from _tensor_parts(value)
     elif isinstance(value, nn.Module):
+        value = getattr(value, "_orig_mod", value)  # compiled or not
         yield from ("module", getattr(type(value), "_linfast_original", type(value)))  # accelerated or not
         for name in sorted(vars(value).keys() - _BOOKKEEPING):  # hooks are kept under numbers that count up
             part = vars(value)[name]
@@ -130,6 +132,8 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _tensor_parts(value: Tensor) -> Iterator[Any]:
+    if type(value) not in (Tensor, nn.Parameter) or value.layout != torch.strided or value.is_quantized:
+        raise TypeError(f"a {type(value).__name__} of layout {value.layout} and {value.dtype} in it cannot be read")
     try:
         data = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
         raw = memoryview(data.reshape(-1).view(torch.uint8).numpy().data if data.numel() else b"")
@@ -141,11 +145,11 @@ def _tensor_parts(value: Tensor) -> Iterator[Any]:
 def _function_parts(function: types.FunctionType) -> Iterator[Any]:
     """Its name; and its code and all that it refers to, but for what an installed package has under that name."""
     yield from ("function", function.__module__, function.__qualname__)
-    installed = _is_installed(function.__module__)
-    if installed and "<" not in function.__qualname__:
+    home = function.__globals__.get("__name__")
+    installed = _is_installed(home)
+    if installed and function.__module__ == home and "<" not in function.__qualname__:  # no decorator's, no closure
         return
-    yield from (function.__code__, function.__defaults__, function.__kwdefaults__)
-    yield function.__closure__
+    yield from (function.__code__, function.__defaults__, function.__kwdefaults__, function.__closure__)
     if not installed:
         yield from _reached(function.__globals__, set(_names(function.__code__)), [])
 

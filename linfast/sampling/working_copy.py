@@ -30,18 +30,37 @@ def working_copy(model: _Module, dtype: torch.dtype | None = None) -> _Module:
     """
     memo: dict[int, object] = {}
     for module in model.modules():
-        for tensor in _tensors(vars(module).values()):
+        for tensor in _tensors(list(vars(module).values())):
             memo[id(tensor)] = tensor
         for tensor in _tensors((*module._parameters.values(), *module._buffers.values())):
             memo[id(tensor)] = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
     try:
         copied = copy.deepcopy(model, memo)
-    except (TypeError, RuntimeError, AttributeError) as error:
+    except Exception as error:
         kind = type(model).__name__
         raise ValueError(f"samplers work on a copy of the {kind}, in eval mode: it has none ({error})") from error
     for module in copied.modules():
         module.training = False
+        for name, value in vars(module).items():
+            if isinstance(value, types.FunctionType) and value.__closure__:  # which deepcopy leaves as it is
+                vars(module)[name] = _rebound(value, memo)
     return copied
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, object]) -> types.FunctionType:
+    """The function with the copies in the place of the modules that its closure holds."""
+
+    def copied(cell: types.CellType) -> types.CellType:
+        value = None if cell == types.CellType() else cell.cell_contents
+        if isinstance(value, types.MethodType) and id(value.__self__) in memo:
+            return types.CellType(types.MethodType(value.__func__, memo[id(value.__self__)]))
+        return types.CellType(memo[id(value)]) if isinstance(value, nn.Module) and id(value) in memo else cell
+
+    cells = tuple(map(copied, function.__closure__ or ()))
+    name, defaults = function.__name__, function.__defaults__
+    rebound = types.FunctionType(function.__code__, function.__globals__, name, defaults, cells)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound
 
 
 def in_eval_mode(model: _Module) -> _Module:
@@ -66,6 +85,7 @@ def _reads_mode(cls: type) -> bool:
     if cls is nn.Module or cls.__module__.partition(".")[0] == "linfast":
         return False
     codes = [value.__code__ for value in vars(cls).values() if isinstance(value, types.FunctionType)]
+    codes += [inner for code in codes for inner in code.co_consts if isinstance(inner, types.CodeType)]
     return any("training" in code.co_names for code in codes)
 
 

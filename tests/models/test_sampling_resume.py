@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import json
 import os
 import pickle
@@ -54,7 +55,7 @@ def _fixed(A: lf.LatentOperator) -> lf.Linearizer:
 
 def _coupled(**how: str) -> lf.Linearizer:
     torch.manual_seed(0)
-    return lf.Linearizer(perturb(lf.coupling_flow(N, 2, (8,), **how)), lf.Dense(N))  # type: ignore[arg-type]
+    return lf.Linearizer(perturb(lf.coupling_flow(N, 2, (8,), **how)), lf.Dense(N))
 
 
 _SCALE = 2.0
@@ -62,6 +63,28 @@ _SCALE = 2.0
 
 def _scaled(x: Tensor) -> Tensor:
     return x * _SCALE
+
+
+@functools.wraps(torch.tanh)
+def _called_tanh(x: Tensor) -> Tensor:
+    return x * 3
+
+
+@torch.no_grad()
+def _decorated(x: Tensor) -> Tensor:
+    return x * _SCALE
+
+
+class DoubleLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _replaced() -> lf.Linearizer:
+    f = _linearizer()
+    layers = f.g_x.bijection.bijections[0].conditioner.layers
+    layers[0].__class__ = DoubleLinear
+    return f
 
 
 class Map(nn.Module):
@@ -101,7 +124,7 @@ def _hooked(by: float) -> lf.Linearizer:
 
 def _patched(by: float) -> nn.Module:
     module = nn.Identity()
-    module.forward = lambda x: x * by  # type: ignore[method-assign]
+    module.forward = lambda x: x * by
     return module
 
 
@@ -134,6 +157,8 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "an array": (lambda: Map(constant=np.ones(N, np.float32)), lambda: Map(constant=np.zeros(N, np.float32))),
     "a class made by a function": (lambda: _by_factory(2.0), lambda: _by_factory(3.0)),
     "a buffer that no file holds": (lambda: _with_buffer(2.0), lambda: _with_buffer(3.0)),
+    "another class inside": (_linearizer, _replaced),
+    "a function of another's name": (lambda: Map(torch.tanh), lambda: Map(_called_tanh)),
     "a patched forward": (lambda: _patched(2.0), lambda: _patched(3.0)),
     "torch's own constant": (lambda: nn.LeakyReLU(0.1), lambda: nn.LeakyReLU(0.2)),
     "the order of named parts": (lambda: _in_order("tanh", "exp"), lambda: _in_order("exp", "tanh")),
@@ -155,11 +180,14 @@ def test_the_file_of_another_model_is_refused(name: str, tmp_path: Path) -> None
 def test_what_a_function_refers_to_is_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.npy"
     _stream(Map(_scaled), path)
+    _stream(Map(_decorated), tmp_path / "decorated.npy")
     for target, name in ((_scaled.__globals__, "_SCALE"), (Map, "gain")):
         with monkeypatch.context() as patch:
             patch.setitem(target, name, 3.0) if isinstance(target, dict) else patch.setattr(target, name, 3.0)
             with pytest.raises(ValueError, match="is of another run"):
                 _stream(Map(_scaled), path)
+            with pytest.raises(ValueError, match="is of another run"):
+                _stream(Map(_decorated), tmp_path / "decorated.npy")
     assert np.array_equal(_stream(Map(_scaled), path), _rows(Map(_scaled)))
 
 
@@ -184,7 +212,7 @@ def test_the_file_of_the_same_model_is_gone_on_with(name: str, foreign: bool, tm
     path = tmp_path / "x.npy"
 
     def wrapped(f: nn.Module) -> nn.Module:
-        one = lf.generator(f, 3, "euler", tol=1e-6)  # type: ignore[arg-type]
+        one = lf.generator(f, 3, "euler", tol=1e-6)
         return nn.Sequential(one, Map()) if foreign else one
 
     rows = _stream(wrapped(_linearizer()), path)
@@ -307,7 +335,7 @@ def test_a_run_that_was_killed_while_it_made_its_file_is_started_again(written: 
     _damaged(tmp_path / "x.npy.json", done=0)
     path.write_bytes(bytes(whole if written is None else written))
     if written == 40:  # no state of ours
-        with pytest.raises(ValueError, match="is not the .npy file"):
+        with pytest.raises(ValueError, match=r"is not the \.npy file"):
             _stream(f, path)
         return
     assert np.array_equal(_stream(f, path), rows)
@@ -335,7 +363,7 @@ def test_what_is_no_file_is_neither_followed_nor_replaced(kind: str, name: str, 
     target.write_bytes(b"")
     NO_FILES[kind](target, tmp_path / name)
     before = sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir())
-    with pytest.raises(ValueError, match=f"{name} is a .*and no file"):
+    with pytest.raises(ValueError, match=rf"{name} is a .*and no file"):
         _stream(_linearizer(), tmp_path / "x.npy")
     assert sorted((p.name, p.lstat().st_mode) for p in tmp_path.iterdir()) == before
     assert target.read_bytes() == b""
@@ -410,7 +438,7 @@ def test_a_second_process_is_refused(killed: bool, tmp_path: Path) -> None:
     process.start()
     assert ready.wait(60)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises((BlockingIOError, ValueError), match="is being written by another run|of another run"):
+    with pytest.raises((BlockingIOError, ValueError), match=r"is being written by another run|of another run"):
         _stream(_linearizer(), path)
     with pytest.raises(BlockingIOError, match="is being written by another run"):
         npy_file.NpyFile(str(path), json.loads(before["x.npy.json"])["run"], npy_file.Workers())
