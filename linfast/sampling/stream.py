@@ -82,9 +82,9 @@ def sample_stream(
         OSError: no room. Rows already committed are kept.
     """
     for name, value in (("count", count), ("batch_size", batch_size), ("block_size", block_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+    if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0; got {seed!r}")
     source = _Source.of(f, seed, block_size, noise_shape, (steps, method, stop))
     workers = Workers.current()
@@ -153,12 +153,14 @@ class _Source:
             noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)
             shape = tuple(getattr(noise_side, "shape", None) or (n,)) if shape is None else shape
             if f.A.time_dependent:
-                identity = dict(zip(("steps", "method", "stop"), how, strict=True))
+                steps, method, stop = how
                 with at_work(f):
                     f = generator(f, *how)
+                identity = {"steps": int(steps), "method": method, "stop": None if stop is None else float(stop)}
         if shape is None:
             raise ValueError(f"noise_shape must be given for a {type(f).__name__}: its noise has no known shape")
-        return cls(f, seed, block, tuple(shape), like.device, like.dtype, {**identity, "noise_shape": list(shape)})
+        identity["noise_shape"] = [int(size) for size in shape]  # as JSON has them: numpy's are other objects
+        return cls(f, seed, block, tuple(shape), like.device, like.dtype, identity)
 
     def noise(self, index: int) -> Tensor:
         """Block ``index``, [block, *shape]."""

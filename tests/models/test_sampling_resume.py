@@ -232,6 +232,12 @@ def test_a_model_is_the_same_in_another_process() -> None:
     process.join()
 
 
+def test_the_same_numbers_of_another_kind_are_the_same_run(tmp_path: Path) -> None:
+    f, path = _linearizer(), tmp_path / "x.npy"
+    rows = _stream(f, path, steps=3, stop=1, noise_shape=(N,))
+    assert np.array_equal(_stream(f, path, steps=np.int64(3), stop=np.float32(1), noise_shape=[np.int64(N)]), rows)
+
+
 def test_what_cannot_be_told_from_another_model_is_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "x.npy"
     f = Map(constant=0.0)
