@@ -6,6 +6,8 @@ import argparse
 
 import torch
 
+from linfast.arguments import Parser
+
 from .cases import CASES
 from .harness import SCALES
 
@@ -21,9 +23,9 @@ class UsageError(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Every front end's options."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="linfast bench",
         description="Check every provider against float64, then time them in turn.",
         epilog=EPILOG,
