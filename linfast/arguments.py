@@ -1,4 +1,4 @@
-"""What all commands share: a parser whose errors are one line, and the rule for an earlier run's files."""
+"""What all commands share: a parser whose errors are one line, and the rules for files of other runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from typing import NoReturn
 
 from ._command import say
 
-__all__ = ["Parser", "add_earlier_files", "refuse_existing"]
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Parser", "add_earlier_files", "refuse_existing", "taken"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,3 +44,19 @@ def refuse_existing(
     for path in paths:
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists: {ways}")
+
+
+def taken(path: str | Path) -> int:
+    """A descriptor of an existing file or folder, locked by the operating system until it is closed.
+
+    Raises:
+        BlockingIOError: another run has locked it, to write there.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise BlockingIOError(f"{path}: another run writes there") from error
+    return descriptor

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_earlier_files, refuse_existing
+from ..arguments import add_earlier_files, refuse_existing, taken
 from ..device import usable_device
 from ..io import load
 from ..linearizer import Linearizer
@@ -89,9 +89,14 @@ def _record(out: Path) -> Path:
 
 
 def _remove(out: Path) -> None:
-    for path in (out, _record(out)):
-        with suppress(FileNotFoundError):
-            path.unlink()
+    """Remove the file, which no other run may be writing, and its record."""
+    with suppress(FileNotFoundError):
+        lock = taken(out)
+        try:
+            out.unlink()
+        finally:
+            os.close(lock)
+    _record(out).unlink(missing_ok=True)
 
 
 def _kept(options: argparse.Namespace) -> str:

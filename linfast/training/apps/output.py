@@ -9,12 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from ...arguments import refuse_existing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from ...arguments import refuse_existing, taken
 
 __all__ = ["CHECKPOINT", "Output"]
 
@@ -84,12 +79,7 @@ class Output:
         if self._lock is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(f"{self.folder}: another run writes there") from error
+        self._lock = taken(self.folder)
         self.refuse_existing()
         tempfile.TemporaryFile(dir=self.folder).close()
         for path in self.paths:
