@@ -44,6 +44,7 @@ def parser() -> Parser:
     )
     add("--json", metavar="FILE", help="write one JSON line a result to FILE")
     add("--plots", metavar="DIR", help="write plots to DIR (--quick: linfast-bench, if matplotlib is there)")
+    add("--overwrite", action="store_true", help="replace an earlier run's --json, --plots and --profile files")
     add("--device", type=_device, default=_default_device(), help="such as cpu, cuda, cuda:1")
     add("--budget", type=_seconds, metavar="SECONDS", help="timing a provider and size (1.0; quick, tiny 0.2)")
     add("--limit", type=_seconds, default=20.0, metavar="SECONDS", help="leave out sizes that would take longer")
