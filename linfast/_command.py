@@ -77,7 +77,7 @@ class Stops:
 
     def __init__(self, line: Callable[[], str]) -> None:
         self.line, self.number = line, 0
-        self._before: dict[int, Any] = {}
+        self._said, self._before = False, dict[int, Any]()
 
     def __enter__(self) -> Stops:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -96,13 +96,20 @@ class Stops:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.number:
+            self.say()
             os._exit(128 + number)
         self.number = number
         raise KeyboardInterrupt
 
+    def say(self) -> None:
+        """The line, once, by the first of torchrun's processes."""
+        if not self._said and os.environ.get("RANK", "0") == "0":
+            self._said = True
+            say(self.line())
+
     def _unraisable(self, unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            say(self.line())
+            self.say()
             os._exit(128 + (self.number or signal.SIGINT))
         self._hook(unraisable)
 

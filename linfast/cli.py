@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import signal
 import sys
@@ -47,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 141  # 128 and SIGPIPE's number, as of any program that a closed pipe ends
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) or stops.number:
-                if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
-                    say(interrupted())
+                stops.say()
                 return 128 + (stops.number or signal.SIGINT)
             if sys.flags.dev_mode:
                 raise

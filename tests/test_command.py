@@ -98,15 +98,17 @@ def test_help_into_a_closed_pipe_is_silent(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_a_second_signal_ends_at_once_and_an_error_after_the_first_is_the_interruption(monkeypatch) -> None:
+def test_a_second_signal_ends_at_once_and_says_so_once(monkeypatch, capsys) -> None:
     ended = []
     monkeypatch.setattr("os._exit", ended.append)
-    with _command.Stops(lambda: "line") as stops:
+    with _command.Stops(lambda: "kept") as stops:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):  # only because _exit came back
             signal.raise_signal(signal.SIGTERM)
         assert ended == [143]
+        stops.say()
+    assert capsys.readouterr().err == "kept\n"  # once
     assert stops.number == signal.SIGTERM
 
 

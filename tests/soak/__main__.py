@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0, help="after which no cycle begins (default: 30)")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the signals (default: the time)")
-    parser.add_argument("--kills", type=int, default=5, help="most a command (default: %(default)s)")
+    parser.add_argument("--kills", type=int, default=8, help="most a command (default: %(default)s)")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
     folder = Path(tempfile.mkdtemp(prefix="linfast-soak-"))
@@ -29,7 +29,8 @@ def main() -> int:
     try:
         while time.monotonic() < start + 60 * options.minutes:
             cycles += 1
-            print(f"cycle {cycles}, {(time.monotonic() - start) / 60:.1f} min: {soak.cycle(cycles)}", flush=True)
+            line = soak.cycle(cycles)
+            print(f"cycle {cycles}, {(time.monotonic() - start) / 60:.1f} min: {line}", flush=True)
     except Failed as error:
         print(f"FAILED in cycle {cycles} of seed {options.seed}: {error}")
         return 1

@@ -41,7 +41,7 @@ class Soak:
         done: how often each signal ended a process, and second writers were refused.
     """
 
-    def __init__(self, folder: Path, seed: int, kills: int = 5, count: int = 200_000) -> None:
+    def __init__(self, folder: Path, seed: int, kills: int = 8, count: int = 200_000) -> None:
         self.folder, self.kills, self.count = folder, kills, count
         self.random = random.Random(seed)
         self.done: Counter[str] = Counter()

@@ -140,11 +140,16 @@ def test_the_demo_does_not_replace_its_files(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "figure.png").read_text() == "mine"
 
 
-def test_overwriting_begins_with_nothing_of_the_earlier_run(tmp_path: Path, capsys) -> None:
+def test_overwriting_begins_with_nothing_of_the_earlier_run(tmp_path: Path, monkeypatch) -> None:
     assert _train("one-step", tmp_path, "--hidden", "8") == 0
     before = _files(tmp_path)
-    assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite", "--device", "nowhere") == 2
-    assert _files(tmp_path) == before
+    for wrong in (("--device", "nowhere"), ("--rank", "65"), ("--resolution", "5"), ("--data", "none.npz")):
+        assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite", *wrong) == 2
+        assert _files(tmp_path) == before
+    with lf.backend("triton"), monkeypatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite") == 1
+        assert _files(tmp_path) == before
     assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite", "--likelihood", "1e39") == 2
     assert not list(tmp_path.iterdir())  # no model that is not the checkpoint's
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...backend import uses_triton
 from ...device import usable_device
 from ...sampling.workers import Workers
 from ..distributed import process_group
@@ -97,6 +98,8 @@ def train(
         trainer = Trainer(build(device), run.train, checkpoint, about)
         if run.resume and checkpoint.exists():
             trainer.resume()
+        uses_triton(next(trainer.objective.model.parameters()))  # raises where a backend cannot run, as does draw
+        trainer.objective.draw(torch.Generator(device), run.train.batch)  # where the data do not fill a batch
         workers = Workers.current()
         workers.by_first(output.begin)
         _, seconds = timed(lambda: trainer.run(run.progress))

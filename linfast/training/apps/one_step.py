@@ -82,6 +82,8 @@ def build_one_step(model: OneStepModel, resolution: int) -> Linearizer:
             return coupling_flow(resolution**2, model.depth, hidden, time_features=time_features)
         return image_flow(1, resolution, model.depth, model.hidden, time_features=time_features)
 
+    if model.rank > resolution**2:
+        raise ValueError(f"rank must be at most the {resolution**2} pixels; got {model.rank}")
     A_t = TimeLowRank(resolution**2, model.rank, hidden=model.time_hidden)
     if model.separate:
         return Linearizer(flow(0), A_t, flow(0))
