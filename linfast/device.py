@@ -18,6 +18,8 @@ def usable_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r} cannot be used: {error}") from error
+    if device.type == "meta":
+        raise ValueError(f"device {str(name)!r} cannot be used: it holds no numbers")
     return device
 
 

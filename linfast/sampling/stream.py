@@ -62,7 +62,8 @@ def sample_stream(
         steps, method, stop: as for ``collapse``, where f is time-dependent.
         noise_shape: a sample of the noise; known for a Linearizer.
         block_size: rows of a block; other blocks are other samples.
-        progress: whether to show a bar (needs tqdm); by default on a terminal.
+        progress: whether to show how far it is: a bar on a terminal, where tqdm is installed, a line every
+            few seconds elsewhere; by default on a terminal.
         cuda_graph: on a GPU, capture the model once and replay it.
 
     f computes as in eval mode. Its weights are to stay as they are until the last sample: what is derived from
