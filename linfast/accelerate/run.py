@@ -16,7 +16,7 @@ from .identity import changed_method, is_hooked, is_sharded
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
-from .verify import difference, kind_of
+from .verify import check_values, difference, kind_of
 from .whole import fits_whole
 
 __all__ = ["DEFECTS", "accelerate", "restore"]
@@ -154,17 +154,20 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
         return Row(path, name, None, f"derived from {parent.title}: its maths may differ; see lf.register_adapter")
     if not adapter.wanted(options):
         return None
+    what = ""
     try:
+        check_values(instance)
+        what = _describe(instance, adapter)
         _check_unchanged(instance, adapter)
         plan = adapter.plan_for(instance, options)
         kind = kind_of(instance, adapter, plan)
         if kind not in checked:
             checked[kind] = difference(instance, adapter, plan)
     except Unfit as reason:
-        return Row(path, adapter.title, None, str(reason), _describe(instance, adapter))
+        return Row(path, adapter.title, None, str(reason), what)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return Row(path, adapter.title, None, f"it is not built as {adapter.title} is: {str(error)[:80]}", what)
     swap(instance, adapter, plan)
-    adapter.settle(instance)
-    what = _describe(instance, adapter)
     takes_precision = plan.takes_precision or _runs_whole(instance, adapter, plan)
     return Row(path, adapter.title, plan.runs, plan.note, what, checked[kind], takes_precision)
 

@@ -64,7 +64,7 @@ def check_settings(saved: Any, wanted: Mapping[str, Any]) -> None:
     if not isinstance(saved, dict) or saved.keys() != wanted.keys():
         raise ValueError(f"its settings must be {', '.join(wanted)}; got {_named(saved)}")
     for name, value in saved.items():
-        if not isinstance(value, (bool, int, float, str)) or wanted[name] != value:
+        if not isinstance(value, (bool, int, float, str, type(None))) or wanted[name] != value:
             raise ValueError(f"its training had {name}={value!r:.60}; got {wanted[name]!r}")
 
 
