@@ -20,16 +20,15 @@ import io
 import json
 import os
 import reprlib
-import stat
-import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..io import written_whole
+from .locked import check_regular, lock, opened, release, reserve, sync_folder
 from .workers import Workers
 
 __all__ = ["NpyFile"]
@@ -62,7 +61,7 @@ class NpyFile:
         self.may_be_foreign = False
         self.done = workers.by_first(self._open)
         if workers.rank > 0:
-            self.file = _opened(path, os.O_RDONLY if self.done == self.count else os.O_RDWR)
+            self.file = opened(path, os.O_RDONLY if self.done == self.count else os.O_RDWR)
 
     def __enter__(self) -> NpyFile:
         return self
@@ -70,7 +69,7 @@ class NpyFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _release(self.file)
+        release(self.file)
 
     def write(self, start: int, rows: Tensor) -> None:
         """Rows from row ``start``; they count when committed."""
@@ -105,7 +104,7 @@ class NpyFile:
     def _open(self) -> int:
         """Rows already done. Opens the file, to read where it is complete, else to write and locked."""
         for path in (self.path, self.record_path):
-            _check_regular(path)
+            check_regular(path)
         done = self._recorded()
         exists = os.path.exists(self.path)
         if done is None and exists and os.path.getsize(self.path) > 0:
@@ -113,18 +112,18 @@ class NpyFile:
         if done and not exists:
             raise ValueError(f"{self.path} is missing and {self.record_path} records {done} rows: remove it")
         if done == self.count:
-            self.file = _opened(self.path, os.O_RDONLY)
+            self.file = opened(self.path, os.O_RDONLY)
         else:
-            self.file = _opened(self.path, os.O_RDWR | os.O_CREAT)
+            self.file = opened(self.path, os.O_RDWR | os.O_CREAT)
         try:
             return self._checked() if done == self.count else self._locked()
         except BaseException:
-            _release(self.file)
+            release(self.file)
             raise
 
     def _locked(self) -> int:
         """Rows done now that no other run writes; the file is made where there is none."""
-        _lock(self.file, self.path)
+        lock(self.file, self.path)
         self._check_same()
         done = self._recorded()
         self.file.seek(0)
@@ -193,7 +192,7 @@ class NpyFile:
         """The record of nothing, then the file, its room reserved and its header last."""
         try:
             self._record(0)
-            _reserve(self.file, self.size)
+            reserve(self.file, self.size)
             self.file.seek(0)
             self.file.write(self.header)
         except OSError as error:
@@ -209,7 +208,7 @@ class NpyFile:
             json.dump({"done": done, "run": self.identity}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(os.path.dirname(self.record_path) or ".")
+        sync_folder(os.path.dirname(self.record_path) or ".")
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:
@@ -228,76 +227,3 @@ def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue()
-
-
-def _check_regular(path: str) -> None:
-    """ValueError where there is something that is no file: it is neither followed nor replaced."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(mode):
-        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-        raise ValueError(f"{path} is {kind} and no file: choose the name of a file")
-
-
-def _opened(path: str, flags: int) -> BinaryIO:
-    handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
-    return open(handle, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
-
-
-def _lock(file: BinaryIO, path: str) -> None:
-    """Lock it until ``_release`` or the process's end; BlockingIOError where it is locked."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(
-            error.errno, f"{path} is being written by another run: wait for its end, or choose another file"
-        ) from error
-    except OSError as error:
-        warnings.warn(
-            f"{path} cannot be locked ({error.strerror}): see to it that one run at a time writes to it",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-def _release(file: BinaryIO) -> None:
-    """Close it; a forked process that has it too keeps no lock."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_UN)
-    except (ImportError, OSError):
-        pass
-    file.close()
-
-
-def _sync_folder(path: str) -> None:
-    """Put the names in a folder on the disk, where the system can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
-
-
-def _reserve(file: BinaryIO, size: int) -> None:
-    """Give the file its size, and its room where the system can promise it."""
-    file.truncate(size)
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
