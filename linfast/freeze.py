@@ -37,9 +37,9 @@ class Frozen:
 
 
 class _Thread(threading.local):
-    """How many blocks of ``thawed`` this thread is in."""
+    """The promises that this thread passes by: those from before its block of ``thawed``."""
 
-    thaws = 0
+    thawed: tuple[Frozen, ...] = ()
 
 
 # The process's, as the promise is; outermost first, so that a nested freeze adds nothing. Other threads write to
@@ -70,12 +70,12 @@ def freeze(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def thawed() -> Iterator[None]:
-    """Inside the block nothing is kept in this thread: for what is to see weights that change after the block."""
-    _thread.thaws += 1
+    """In this thread the block is outside what was frozen before: what is made in it sees weights that change."""
+    before, _thread.thawed = _thread.thawed, tuple(_active)
     try:
         yield
     finally:
-        _thread.thaws -= 1
+        _thread.thawed = before
 
 
 def derived(module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> _Value:
@@ -107,9 +107,9 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def _frozen(module: nn.Module) -> Frozen | None:
-    if torch.compiler.is_compiling() or not _active or _thread.thaws:
+    if torch.compiler.is_compiling() or not _active:
         return None
-    frozen = next((f for f in _active[:] if module in f.modules), None)
+    frozen = next((f for f in _active[:] if module in f.modules and f not in _thread.thawed), None)
     return None if frozen is None or _traced(module) else frozen
 
 

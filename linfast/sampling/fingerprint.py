@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..io import _describe
+from ..architecture import describe
 
 __all__ = ["fingerprint"]
 
@@ -56,7 +56,7 @@ def _described(model: nn.Module) -> list[Any] | None:
         if any(own[hooks] for hooks in _HOOKS) or any(callable(getattr(type(module), name, None)) for name in own):
             return None  # a hook, or another method in the place of the class's
     try:
-        architecture = json.dumps(_describe(model, {}), sort_keys=True)
+        architecture = json.dumps(describe(model), sort_keys=True)
     except (TypeError, ValueError, AttributeError):
         return None
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
