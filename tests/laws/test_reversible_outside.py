@@ -185,6 +185,14 @@ def _shared_net() -> Model:
     return Model(lf.Flow([lf.AffineCoupling(net, 6, ("first", "second")[i % 2]) for i in range(4)]))
 
 
+def _hooked_layers() -> Model:
+    """They are undone as a whole, by their inverse and their forward."""
+    model = _normed(parametrizations.spectral_norm)()
+    for layer in model.g.bijections:
+        layer.register_forward_hook(lambda module, args, out: None)
+    return model
+
+
 def _leaves_a_penalty_behind() -> Model:
     left: list[Tensor] = []
 
@@ -199,6 +207,7 @@ def _leaves_a_penalty_behind() -> Model:
 REPEATS = {
     "spectral norm": _normed(parametrizations.spectral_norm),
     "spectral norm, by hooks": _normed(torch.nn.utils.spectral_norm),
+    "spectral norm, hooked layers": _hooked_layers,
     "weight norm": _normed(parametrizations.weight_norm),
     "one net in every step": _shared_net,
     "batch norm": lambda: Model(flow(lambda: nn.BatchNorm1d(16))),
