@@ -105,6 +105,8 @@ def check_moments(saved: Any, optimizer: torch.optim.Optimizer, step: int) -> di
     ):
         raise ValueError("its optimizer is of another model")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not entries and any(parameter.requires_grad for parameter in parameters):
+        raise ValueError("its optimizer has taken no steps")
     for index, entry in entries.items():
         if type(index) is not int or not 0 <= index < len(parameters):
             raise ValueError(f"its optimizer has a parameter {index!r:.60} of {len(parameters)}")
@@ -123,8 +125,8 @@ def check_moments(saved: Any, optimizer: torch.optim.Optimizer, step: int) -> di
     return {"state": entries, "param_groups": own["param_groups"]}
 
 
-def _numbers(groups: list[Any]) -> list[Any]:
-    return [group.get("params") if isinstance(group, dict) else None for group in groups]
+def _numbers(groups: list[Any]) -> str:
+    return repr([group.get("params") if isinstance(group, dict) else None for group in groups])
 
 
 def _named(value: Any) -> str:

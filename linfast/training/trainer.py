@@ -178,7 +178,7 @@ class Trainer:
         try:
             optimizer = self._checked(state)
         except ValueError as error:
-            raise ValueError(f"{self.checkpoint}: {error}") from error
+            raise ValueError(f"{self.checkpoint}: {' '.join(str(error).split())}") from error  # in one line
         self.objective.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(optimizer)
         if self._averaged is not None:
