@@ -19,7 +19,7 @@ from .workers import Workers
 
 __all__ = ["add_sample"]
 
-_LARGEST = 2**53  # of count, batch size and steps
+_LARGEST = {"count": 2**53, "batch_size": 2**53, "steps": 10**6}
 _REPLACES = "--overwrite replaces it"
 
 
@@ -52,10 +52,12 @@ def add_sample(commands: Any) -> None:
 def _sample(options: argparse.Namespace) -> int:
     from ..training.distributed import process_group
 
-    for name in ("count", "batch_size", "steps"):
-        if getattr(options, name) > _LARGEST:
-            raise ValueError(f"{name} must be at most {_LARGEST}; got {getattr(options, name)}")
+    for name, largest in _LARGEST.items():
+        if getattr(options, name) > largest:
+            raise ValueError(f"{name} must be at most {largest}; got {getattr(options, name)}")
     out = Path(options.out)
+    if out.exists() and not out.is_file():
+        raise ValueError(f"{out} exists and is no file: choose another --out")
     known = _record(out).exists()
     if os.path.lexists(out) and out.resolve() == Path(options.checkpoint).resolve():
         raise FileExistsError(f"{out} exists and has no record: it is the checkpoint; choose another --out")

@@ -21,7 +21,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "f.safetensors"
 
 
-def _sample(model: Path, out: Path, *more: str, count: int = 3000) -> int:
+def _sample(model: Path, out: Path | str, *more: str, count: int = 3000) -> int:
     fixed = ["--checkpoint", str(model), "--out", str(out), "--batch-size", "1024", "--steps", "3"]
     return main(["sample", *fixed, "--count", str(count), *more])
 
@@ -53,6 +53,11 @@ def test_files_are_replaced_by_leave_alone(model: Path, tmp_path: Path, capsys, 
         assert all(word in error for word in (f"{out} exists", "--resume", "--overwrite"))
         assert _sample(model, tmp_path / "none.npy", "--resume") == 2
         assert "none.npy.json: no record of a run to resume" in capsys.readouterr().err
+        for no_file in (tmp_path, "/dev/null"):
+            assert _sample(model, no_file, "--overwrite") == 2
+            assert f"{no_file} exists and is no file" in capsys.readouterr().err
+        assert _sample(model, out, "--steps", str(10**7)) == 2
+        assert "steps must be at most 1000000; got 10000000" in capsys.readouterr().err
         assert _sample(model, model, "--overwrite") == 2
         assert "it is the checkpoint" in capsys.readouterr().err
 

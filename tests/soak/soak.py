@@ -72,7 +72,7 @@ class Soak:
         if name not in self._whole:
             self._whole[name] = self._measured(job, name)
         whole, start, end = self._whole[name]
-        for _ in range(self.random.randint(1, self.kills)):
+        for _ in range(self.random.randint((self.kills + 1) // 2, self.kills)):
             early = self.random.random() < _EARLY
             number = self.random.choices(list(_SIGNALS), list(_SIGNALS.values()))[0]
             # Ctrl-C in Python's own first moments, before it runs anything of ours, is Python's to report.

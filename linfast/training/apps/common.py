@@ -66,9 +66,14 @@ class Run:
 
 
 def about(model: Any, data: Tensor, **more: object) -> dict[str, Any]:
-    """What makes a run besides its TrainSettings: the model's and the loss's settings, and the data's digest."""
+    """What makes a run besides its TrainSettings: the model's and the loss's settings, and the data's digest.
+
+    Numbers and strings, as checkpoints hold them.
+    """
     digest = hashlib.sha256(data.contiguous().numpy().data).hexdigest()
-    return {**asdict(model), "data": digest, **more}
+    settings = {**asdict(model), "data": digest, **more}
+    plain = (bool, int, float, str)
+    return {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}
 
 
 def held_out(images: Tensor) -> tuple[Tensor, Tensor]:
