@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import check_kind
+
 __all__ = ["uploaded", "usable_device"]
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str | torch.device) -> torch.device:
     """The device; ValueError where this machine cannot put a tensor on it."""
+    check_kind("device", name, (str, torch.device))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
