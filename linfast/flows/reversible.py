@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..checks import check_kind, check_tensor
 from .drift import Checksum, DriftGuard, capturing, drift, drift_budget
 from .replay import Replay
 from .undo import Cotangents, Outputs, Undone, gradients, undo
@@ -86,10 +88,22 @@ def reversible(
         RuntimeError: in the backward, where a parameter was replaced or the steps do not
             repeat themselves: parameters written to since, or random numbers not torch's.
     """
+    check_kind("steps", steps, Sequence)
+    for i, step in enumerate(steps):
+        check_kind(f"steps[{i}]", step, Step)
+    check_tensor("x", x)
     context = {} if context is None else context
+    check_kind("context", context, Mapping)
+    check_kind("guard", guard, (DriftGuard, NoneType))
     chain = _Chain(steps, context, DriftGuard() if guard is None else guard)
     inputs = (x, *chain.parameters, *chain.given)
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or chain.must_store(x):
+    nothing_to_rebuild = x.is_meta or not x.numel()
+    if (
+        nothing_to_rebuild
+        or not torch.is_grad_enabled()
+        or not any(t.requires_grad for t in inputs)
+        or chain.must_store(x)
+    ):
         return run_steps(steps, x, context)
     outputs = _Reversible.apply(chain, *inputs)
     return (outputs, None) if isinstance(outputs, Tensor) else outputs
