@@ -12,8 +12,10 @@ several processes compute what one computes with the whole batch.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..checks import check_choice, check_count, check_flag, check_kind, check_number
 from .checkpoint import read_checkpoint, write_checkpoint
 from .distributed import mean_over_processes, rank_and_size, rows_of_this_process
 from .objective import Objective
@@ -65,21 +68,17 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
+            check_number(name, getattr(self, name), 0.0, above=True)
         for name in ("warmup", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative; got {self.seed}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16'; got {self.precision!r}")
+            check_number(name, getattr(self, name), 0.0, 1.0, below=True)
+        check_count("seed", self.seed, 0, math.inf)
+        check_choice("precision", self.precision, ("fp32", "bf16"))
 
     def learning_rate_at(self, step: int) -> float:
         """Linear from 0 to the peak over the warm-up, then half a cosine to 0 after the last step."""
+        step = check_count("step", step, 0, self.steps)
         rise = self.warmup * self.steps
         if step < rise:
             return self.learning_rate * (step + 1) / (rise + 1)
@@ -100,6 +99,9 @@ class Trainer:
     """
 
     def __init__(self, objective: Objective, settings: TrainSettings, checkpoint: str | Path | None = None) -> None:
+        check_kind("objective", objective, Objective)
+        check_kind("settings", settings, TrainSettings)
+        check_kind("checkpoint", checkpoint, (str, os.PathLike, NoneType))
         self.objective, self.settings = objective, settings
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.rows = rows_of_this_process(settings.batch)
@@ -126,6 +128,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: a term or the gradient is NaN or infinite; the last checkpoint stays as it was.
         """
+        check_flag("progress", progress)
         rank, size = rank_and_size()
         compute = DistributedDataParallel(self.objective) if size > 1 else self.objective
         devices = [self._device] if self._device.type == "cuda" else []
