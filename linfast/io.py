@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from . import flows, operators
+from .checks import check_kind
+from .device import usable_device
 from .linearizer import Linearizer
 from .scale_maps import ScaleMap
 
@@ -40,6 +42,8 @@ def register(cls: _Class) -> _Class:
 
     Each constructor argument must be kept as an attribute of the same name.
     """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"cls must be a class of modules; got {cls!r:.60}")
     if _CLASSES.setdefault(cls.__name__, cls) is not cls:
         raise ValueError(f"a class named {cls.__name__!r} is registered already")
     return cls
@@ -70,6 +74,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module; got {type(model).__name__}")
+    check_kind("path", path, (str, os.PathLike))
     described: dict[int, int] = {}
     architecture = _describe(model, described)
     tensors, aliases = _unique(model.state_dict())
@@ -101,6 +106,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         ValueError: not a linfast file, an unknown class, tensors that are missing, left
             over or of the wrong shape, or weights that are NaN or infinite.
     """
+    check_kind("path", path, (str, os.PathLike))
+    device = usable_device(device)
     tensors, header = _read(Path(path))
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
