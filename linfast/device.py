@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_kind
+
 __all__ = ["read_at_once", "tensor_of", "uploaded", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
     """The device; ValueError where this machine cannot put a tensor on it."""
+    check_kind("device", name, (str, torch.device))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backend import why_reference
+from .checks import check_tensor
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
 from .flows.conditioners import MLP
@@ -69,6 +70,10 @@ def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context
         TypeError: another model.
         ValueError: t, where A needs one.
     """
+    check_tensor("x", x)
+    g = model.g_x if isinstance(model, Linearizer) else model
+    if isinstance(g, Bijection):
+        g._check("x", x, g.features)
     if isinstance(model, Linearizer):
         return Plan(tuple(_linearizer(model, x, t, context)))
     if isinstance(model, Bijection):

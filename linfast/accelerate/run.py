@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import check_choice, check_flag
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Plan, Unfit, adapter_for, parent_adapter
 from .compiled import compile_conditioners, uncompile
@@ -69,6 +70,7 @@ def accelerate(
         TypeError: a model of another kind.
         ValueError: an option that does not exist or cannot be had here.
     """
+    check_flag("compile", compile)
     _check(model, precision, memory, cuda_graph, keep_defects)
     restore(model)
     options = Options(frozenset(keep_defects), memory, precision, cuda_graph)
@@ -106,6 +108,7 @@ def restore(model: Any) -> None:
     Raises:
         ValueError: a swapped module was given another class since, as by a parametrization.
     """
+    _check_model(model)
     for _, instance in list(_objects(model)):
         if isinstance(instance, nn.Module):
             uncompile(instance)
@@ -118,15 +121,18 @@ def restore(model: Any) -> None:
 _MEMORY = ("store", "invert")
 
 
-def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module) and adapter_for(model) is None:
         raise TypeError(f"model must be an nn.Module or an object of a known class; got {type(model).__name__}")
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if memory not in _MEMORY:
-        raise ValueError(f"memory must be one of {', '.join(_MEMORY)}; got {memory!r}")
-    unknown = sorted(set(keep_defects) - set(DEFECTS))
-    if isinstance(keep_defects, str) or unknown:
+
+
+def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
+    _check_model(model)
+    if precision is not None:
+        check_choice("precision", precision, PRECISIONS)
+    check_choice("memory", memory, _MEMORY)
+    check_flag("cuda_graph", cuda_graph)
+    if not isinstance(keep_defects, (list, tuple, set, frozenset)) or any(d not in DEFECTS for d in keep_defects):
         raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
     if cuda_graph and not torch.cuda.is_available():
         raise ValueError("cuda_graph=True needs a CUDA device: none is available")

@@ -21,6 +21,7 @@ connected already:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..checks import check_kind, check_tensor
 from .drift import Checksum, DriftGuard, capturing, drift_budget
 from .outside import now, read_from_outside
 from .rebuild import Backward
@@ -71,10 +73,22 @@ def reversible(
             where a parameter was replaced or written to since, or the steps do not repeat themselves:
             random numbers not torch's.
     """
+    check_kind("steps", steps, Sequence)
+    for i, step in enumerate(steps):
+        check_kind(f"steps[{i}]", step, Step)
+    check_tensor("x", x)
     context = {} if context is None else context
+    check_kind("context", context, Mapping)
+    check_kind("guard", guard, (DriftGuard, NoneType))
     chain = Chain(steps, context, DriftGuard() if guard is None else guard)
     inputs = (x, *chain.parameters, *chain.given)
-    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or chain.must_store(x):
+    nothing_to_rebuild = x.is_meta or not x.numel()
+    if (
+        nothing_to_rebuild
+        or not torch.is_grad_enabled()
+        or not any(t.requires_grad for t in inputs)
+        or chain.must_store(x)
+    ):
         return run_steps(steps, x, context)
     return chain.run(_Anchor.apply(chain, *inputs), x, memory)
 

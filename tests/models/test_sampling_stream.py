@@ -293,7 +293,7 @@ def test_torchrun_writes_the_file_of_one_process(checkpoint: Path, tmp_path: Pat
 def test_the_command_reports_errors_in_one_line(checkpoint: Path, tmp_path: Path, capsys) -> None:
     for arguments, match in (
         (_command(tmp_path / "none", tmp_path / "x.npy", 3), "none: no such file"),
-        (_command(checkpoint, tmp_path / "x.npy", 0), "count must be a whole number of at least 1; got 0"),
+        (_command(checkpoint, tmp_path / "x.npy", 0), "count must be at least 1; got 0"),
         ([*_command(checkpoint, tmp_path / "x.npy", 3), "--steps", "1"], "steps must be at least 2"),
         ([*_command(checkpoint, tmp_path / "x.npy", 3), "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (_command(checkpoint, checkpoint, 3), "exists and has no record"),
