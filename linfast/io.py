@@ -27,7 +27,7 @@ from .rebuilt import check_rebuilt
 from .state import joined, laid_out, match, memory_order, narrowed, share_modules, shared_modules, slots, unique
 from .whole_file import written_whole
 
-__all__ = ["described", "load", "register", "save", "written_whole"]
+__all__ = ["load", "register", "save"]
 
 _Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _FORMAT = "linfast-1"

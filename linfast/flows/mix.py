@@ -194,7 +194,7 @@ def check_permutation(order: Tensor, features: int | None, name: str = "permutat
         right = torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
     if not right:
         got = f"shape {tuple(order.shape)}" if order.is_meta else order.tolist()
-        raise ValueError(f"{name} must hold 0 to {features} - 1 once each; got {got}")
+        raise ValueError(f"{name} must hold 0 to {features} - 1 once each, features of them; got {got}")
 
 
 def _integers(name: str, values: Any) -> Tensor:

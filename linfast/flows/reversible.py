@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..checks import check_kind, check_tensor
+from ..checks import check_choice, check_kind, check_tensor
 from .drift import Checksum, DriftGuard, capturing, drift_budget
 from .outside import now, read_from_outside
 from .rebuild import Backward
@@ -80,6 +80,7 @@ def reversible(
     context = {} if context is None else context
     check_kind("context", context, Mapping)
     check_kind("guard", guard, (DriftGuard, NoneType))
+    check_choice("memory", memory, ("invert", "auto"))
     chain = Chain(steps, context, DriftGuard() if guard is None else guard)
     inputs = (x, *chain.parameters, *chain.given)
     nothing_to_rebuild = x.is_meta or not x.numel()

@@ -109,7 +109,10 @@ FLOWS: dict[str, Good] = {
     ),
     "same_space": Good(lambda: (flows.same_space, {"g": flow(), "h": flow()})),
     "reversible": Good(
-        lambda: (reversible.reversible, {"steps": [step()], "x": x(3, 4), "context": {}, "guard": None}),
+        lambda: (
+            reversible.reversible,
+            {"steps": [step()], "x": x(3, 4), "context": {}, "guard": None, "memory": "auto"},
+        ),
         {"x": "b D"},
         "x",
     ),

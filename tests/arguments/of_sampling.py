@@ -148,7 +148,10 @@ SAMPLING: dict[str, Good] = {
         {"contents": "N C H W", "styled": "K N C H W"},
     ),
     "Trainer": Good(
-        lambda: (trained, {"objective": objective(), "settings": training.TrainSettings(1, 2), "checkpoint": None}),
+        lambda: (
+            trained,
+            {"objective": objective(), "settings": training.TrainSettings(1, 2), "checkpoint": None, "about": None},
+        ),
         allowed={"checkpoint": {"a string"}},
     ),
     "Trainer.run": Good(
