@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ class TimeDepthwiseConv(LatentOperator):
         raise ValueError("TimeDepthwiseConv depends on time: its algebra is that of A.at(t)")
 
     def at(self, t: float | Tensor) -> DepthwiseConv:
-        check_time(t, next(self.net.parameters()))
-        like = next(self.net.parameters())
+        like: Any = self.net.layers[-1].weight
+        check_time(t, like)
         times = t.to(like) if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device)
         shape = (*times.shape, self.channels, self.kernel_size, self.kernel_size)
         weight = self.net(self.embedding(times.reshape(-1))).to(like.dtype).reshape(shape)

@@ -148,23 +148,31 @@ SAMPLING: dict[str, Good] = {
         {"contents": "N C H W", "styled": "K N C H W"},
     ),
     "Trainer": Good(
-        lambda: (trained, {"objective": objective(), "settings": training.TrainSettings(1, 2), "checkpoint": None}),
+        lambda: (
+            trained,
+            {"objective": objective(), "settings": training.TrainSettings(1, 2), "checkpoint": None, "about": None},
+        ),
         allowed={"checkpoint": {"a string"}},
     ),
     "Trainer.run": Good(
         lambda: (training.Trainer(objective(), training.TrainSettings(1, 2)).run, {"progress": False})
     ),
-    "TrainSettings": made(
-        training.TrainSettings,
-        steps=2,
-        batch=2,
-        learning_rate=0.1,
-        warmup=0.1,
-        clip=1.0,
-        ema=0.1,
-        precision="fp32",
-        seed=0,
-        checkpoint_every=2,
+    "TrainSettings": Good(
+        lambda: (
+            training.TrainSettings,
+            {
+                "steps": 2,
+                "batch": 2,
+                "learning_rate": 0.1,
+                "warmup": 0.1,
+                "clip": 1.0,
+                "ema": 0.1,
+                "precision": "fp32",
+                "seed": 0,
+                "checkpoint_every": 2,
+            },
+        ),
+        allowed={n: {"it as a numpy integer"} for n in ("steps", "batch", "seed", "checkpoint_every")},  # a file's
     ),
     "TrainSettings.learning_rate_at": method(lambda: training.TrainSettings(4), "learning_rate_at", step=2),
 }
