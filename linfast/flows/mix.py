@@ -205,4 +205,5 @@ def check_permutation(order: Tensor, features: int | None, name: str = "permutat
         right = torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
     if not right:
         got = f"shape {tuple(order.shape)}" if order.is_meta else order.tolist()
-        raise ValueError(f"{name} must hold 0 to features - 1 = {features} - 1 once each; got {got}")
+        last = "n" if features is None else features - 1
+        raise ValueError(f"{name} must hold 0 to {last} once each for features = {features}; got {got}")
