@@ -54,7 +54,7 @@ class TimeDiagonal(LatentOperator):
     def weights(self, t: Tensor) -> Tensor:
         """w [K, r] at the times t [K]."""
         check_kind("t", t, Tensor)
-        check_time(t, next(self.parameters()))
+        check_time(t, self.U)
         if t.ndim != 1:
             raise ValueError(f"t must be [K]; got {tuple(t.shape)}")
         return self.w_net(self.embedding(t.to(self.U))).to(self.U.dtype)  # rounded by autocast
@@ -65,7 +65,7 @@ class TimeDiagonal(LatentOperator):
         return scaled, self.V.expand_as(scaled)
 
     def at(self, t: float | Tensor) -> LowRank:
-        check_time(t, next(self.parameters()))
+        check_time(t, self.U)
         times = t if isinstance(t, Tensor) else torch.full((), t, dtype=self.U.dtype, device=self.U.device)
         U, V = self.factors(times.reshape(-1))
         return LowRank(self.alpha, U, V) if times.ndim else LowRank(self.alpha, U[0], V[0])

@@ -65,7 +65,7 @@ class TimeLowRank(LatentOperator):
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """U and V, each [K, n, r], at the times t [K]."""
         check_kind("t", t, Tensor)
-        check_time(t, next(self.parameters()))
+        check_time(t, self._like)
         if t.ndim != 1:
             raise ValueError(f"t must be [K]; got {tuple(t.shape)}")
         embedded = self.embedding(t.to(self._like))
@@ -74,7 +74,7 @@ class TimeLowRank(LatentOperator):
         return U.to(self._like.dtype).reshape(shape), V.to(self._like.dtype).reshape(shape)
 
     def at(self, t: float | Tensor) -> LowRank:
-        check_time(t, next(self.parameters()))
+        check_time(t, self._like)
         like = self._like
         times = t if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device)
         U, V = self.factors(times.reshape(-1))
