@@ -100,10 +100,11 @@ def check_number(
     most: float = _LARGEST,
     above: bool = False,
     below: bool = False,
+    what: str = "a number",
 ) -> float:
     """A real number from ``least`` (or above it) to ``most`` (or below it), no NaN and no bool, as a float.
 
-    By default it is finite.
+    By default it is finite. ``what``: what else it may be, in words.
 
     Raises:
         TypeError: another type.
@@ -111,7 +112,7 @@ def check_number(
     """
     if type(value) is not float:
         if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number; got {_shown(value)}")
+            raise TypeError(f"{name} must be {what}; got {_shown(value)}")
         if isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
             raise ValueError(f"{name} is too large")
         value = float(value)
@@ -125,9 +126,7 @@ def check_number(
 def check_factor(name: str, value: Any, like: Tensor | None = None, of: str = "x") -> None:
     """Raise unless this is a number or a 0-d tensor that goes with ``like``, the argument named ``of``."""
     if not isinstance(value, Tensor):
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number or a 0-d tensor; got {_shown(value)}")
-        check_number(name, value)
+        check_number(name, value, what="a number or a 0-d tensor")
         return
     if value.ndim or not value.is_floating_point():
         raise ValueError(f"{name} must be a number or a 0-d tensor; got {value.dtype} {tuple(value.shape)}")

@@ -10,7 +10,7 @@ Linearizer is its operator A.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -41,9 +41,10 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
-def check_input(kind: str, x: Tensor, first: nn.Module) -> None:
+def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
     """Raise unless x is a tensor of the dtype and on the device of the network's first layer."""
     check_kind("x", x, Tensor)
+    first = next(iter(layers))
     # A parametrized layer is of another class, and to read its weight computes it.
     if type(first) in (nn.Linear, nn.Conv2d) and not torch.compiler.is_compiling():
         check_like(kind, "x", x, first.weight)  # type: ignore[arg-type]
@@ -178,7 +179,7 @@ class MLP(nn.Module):
         return bool(self.time_features or self.context_features)
 
     def _inputs(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> list[Tensor]:
-        check_input("MLP", x, self.layers[0])
+        check_input("MLP", x, self.layers)
         if x.ndim != 2 or x.shape[-1] != self.n_in:
             raise ValueError(f"MLP: x must be [B, {self.n_in}]; got {tuple(x.shape)}")
         if (context is None) != (self.context_features == 0):
@@ -232,7 +233,7 @@ class ConvNet(nn.Module):
     @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
-        check_input("ConvNet", x, self.layers[0])
+        check_input("ConvNet", x, self.layers)
         if x.ndim != 4 or x.shape[1] != self.channels_in or 0 in x.shape[2:]:
             raise ValueError(f"ConvNet: x must be [B, {self.channels_in}, H, W]; got {tuple(x.shape)}")
         activate = ACTIVATIONS[self.activation]

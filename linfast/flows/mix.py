@@ -187,6 +187,17 @@ class Permute(ChannelLinear):
         return f"features={self.features}"
 
 
+def _integers(name: str, values: Any) -> Tensor:
+    """A tensor, an array or a sequence of integers as an int64 tensor."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be integers; {error}") from error
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers; got {tensor.dtype}")
+    return tensor.long()
+
+
 def check_permutation(order: Tensor, features: int | None, name: str = "permutation") -> None:
     """Raise unless the integers ``order`` are 0 to features - 1 once each; on the meta device, of that shape."""
     right = order.shape == (features,)
@@ -194,15 +205,5 @@ def check_permutation(order: Tensor, features: int | None, name: str = "permutat
         right = torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
     if not right:
         got = f"shape {tuple(order.shape)}" if order.is_meta else order.tolist()
-        raise ValueError(f"{name} must hold 0 to {features} - 1 once each, features of them; got {got}")
-
-
-def _integers(name: str, values: Any) -> Tensor:
-    """A tensor, an array or a sequence of integers as an int64 tensor."""
-    try:
-        tensor = torch.as_tensor(values)
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"{name} must be integers; {error}") from error
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool or tensor.is_meta:
-        raise TypeError(f"{name} must be integers; got {tensor.dtype} on {tensor.device}")
-    return tensor.long()
+        last = "n" if features is None else features - 1
+        raise ValueError(f"{name} must hold 0 to {last} once each for features = {features}; got {got}")

@@ -83,13 +83,7 @@ def reversible(
     check_choice("memory", memory, ("invert", "auto"))
     chain = Chain(steps, context, DriftGuard() if guard is None else guard)
     inputs = (x, *chain.parameters, *chain.given)
-    nothing_to_rebuild = x.is_meta or not x.numel()
-    if (
-        nothing_to_rebuild
-        or not torch.is_grad_enabled()
-        or not any(t.requires_grad for t in inputs)
-        or chain.must_store(x)
-    ):
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or chain.must_store(x):
         return run_steps(steps, x, context)
     return chain.run(_Anchor.apply(chain, *inputs), x, memory)
 
@@ -146,7 +140,9 @@ class Chain:
     def must_store(self, x: Tensor) -> bool:
         """Whether a replay would not be the first run."""
         swapped = any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
-        return swapped or (capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules()))
+        nothing_to_rebuild = x.is_meta or not x.numel()
+        dropping = capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules())
+        return nothing_to_rebuild or swapped or dropping
 
     def run(self, anchor: Tensor, x: Tensor, memory: str) -> Outputs:
         """The first run: notes the state of each step and its input's checksum."""

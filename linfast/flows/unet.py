@@ -176,7 +176,7 @@ class UNet(nn.Module):
         return (rows if per_sample else rows[0]).split(self._shift_sizes, dim=-1)
 
     def _check(self, x: Tensor) -> None:
-        check_input("UNet", x, self.stem)
+        check_input("UNet", x, (self.stem,))
         factor = 2 ** (len(self.channel_mult) - 1)
         sides = x.shape[2:]
         if x.ndim != 4 or x.shape[1] != self.channels_in or any(side % factor or not side for side in sides):

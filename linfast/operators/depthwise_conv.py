@@ -57,7 +57,7 @@ class DepthwiseConv(Leaf):
         check_tensor("weight", weight)
         if weight.ndim not in (3, 4) or tuple(weight.shape[-3:]) != (channels, *kernel):
             raise ValueError(
-                f"weight must be [{channels}, {kernel[0]}, {kernel[1]}], of channels and kernel_size; "
+                f"weight must be [{channels}, {kernel[0]}, {kernel[1]}] for these channels and kernel_size; "
                 f"got {tuple(weight.shape)}"
             )
         hold(self, "weight", weight)

@@ -30,7 +30,7 @@ class Diagonal(Leaf):
         diagonal = nn.Parameter(torch.ones(n)) if diagonal is None else diagonal
         check_tensor("diagonal", diagonal)
         if diagonal.ndim not in (1, 2) or diagonal.shape[-1] != n:
-            raise ValueError(f"diagonal must be [n] or [B, n], n = {n}; got {tuple(diagonal.shape)}")
+            raise ValueError(f"diagonal must be [{n}] or [B, {n}], of size n; got {tuple(diagonal.shape)}")
         hold(self, "diagonal", diagonal)
 
     @classmethod

@@ -63,8 +63,8 @@ class LowRank(Leaf):
         self.n_out, self.n_in = U.shape[-2], V.shape[-2]
         if self.n_out != self.n_in and not (isinstance(alpha, (int, float)) and alpha == 0):
             raise ValueError(
-                f"alpha must be 0 for U {tuple(U.shape)} and V {tuple(V.shape)}, of a {self.n_out} x {self.n_in} "
-                f"operator; got {alpha}"
+                f"alpha must be 0 for a {self.n_out} x {self.n_in} operator; got {alpha}, U {tuple(U.shape)} and "
+                f"V {tuple(V.shape)}"
             )
 
     @property

@@ -93,7 +93,7 @@ FLOWS: dict[str, Good] = {
     "Permute": Good(
         lambda: (lf.Permute, {"features": 3, "permutation": torch.tensor([2, 0, 1])}),
         {"permutation": "C"},
-        allowed={"permutation": {"it as a list", "it as an array"}},
+        allowed={"permutation": {"it as a list", "it as an array", "it on the meta device"}},
     ),
     "Squeeze": made(lf.Squeeze, features=2),
     "coupling_flow": made(lf.coupling_flow, features=4, depth=2, hidden=(4,), context_features=0, **FLOW),

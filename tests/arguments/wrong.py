@@ -74,7 +74,8 @@ def wrong_values(name: str, good: Any, annotation: Any, dims: dict[str, str], al
     if isinstance(good, Tensor):
         yield from _of_tensor(name, good, dims, allowed)
     if isinstance(good, int) and not isinstance(good, bool):
-        yield Wrong("it as a numpy integer", np.int64(good), MUST_WORK)
+        label = "it as a numpy integer"
+        yield Wrong(label, np.int64(good), MAY if label in allowed else MUST_WORK)
         yield Wrong("it as a float", float(good), MAY if admitted(annotation, float) else MUST_RAISE)
     if isinstance(good, (tuple, list)) and good and not isinstance(good[0], (Tensor, str)):
         yield Wrong("it as a list", list(good), MUST_WORK)
