@@ -63,6 +63,8 @@ class Part:
 
 def inverting(instance: Any, x: Tensor) -> bool:
     """Whether this call of a swapped instance's method is to keep no activations."""
+    if x.is_meta or getattr(instance, "_is_replica", False):  # nn.DataParallel's, whose weights are no parameters
+        return False
     return inverts(instance._linfast_plan.options.memory, x, 0.0)
 
 
