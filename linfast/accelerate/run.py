@@ -45,8 +45,8 @@ def accelerate(
     for isinstance, and pickles as what it was (a deep copy stays accelerated, ``copy.copy`` gives
     the original class). Each module is swapped only after its outputs, inverse and gradients on a
     small random input agree with the original's; a class that is derived from a known one, a
-    patched method, a hook on a module that would be passed by: it is left alone, and the report
-    says why. Accelerating again starts from the original.
+    patched method, a hook on a module that would be passed by, a lazy module, one on the meta device:
+    it is left alone, and the report says why. Accelerating again starts from the original.
 
     Args:
         model: an nn.Module, or an object of a known class that holds one, such as the
