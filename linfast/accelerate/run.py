@@ -13,7 +13,7 @@ from ..checks import check_choice, check_flag
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Plan, Unfit, adapter_for, parent_adapter
 from .compiled import compile_conditioners, uncompile
-from .identity import changed_method, is_hooked, is_sharded
+from .identity import changed_method, is_hooked, is_sharded, original_class, other_arguments
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
@@ -46,8 +46,8 @@ def accelerate(
     for isinstance, and pickles as what it was (a deep copy stays accelerated, ``copy.copy`` gives
     the original class). Each module is swapped only after its outputs, inverse and gradients on a
     small random input agree with the original's; a class that is derived from a known one, a
-    patched method, a hook on a module that would be passed by: it is left alone, and the report
-    says why. Accelerating again starts from the original.
+    patched method, a hook on a module that would be passed by, a lazy module, one on the meta device:
+    it is left alone, and the report says why. Accelerating again starts from the original.
 
     Args:
         model: an nn.Module, or an object of a known class that holds one, such as the
@@ -202,8 +202,13 @@ def _with_note(row: Row, note: str) -> Row:
 def _check_unchanged(instance: Any, adapter: Adapter) -> None:
     """Raise Unfit where this is no longer what its library made."""
     changed = changed_method(instance, (*adapter.methods, *adapter.assumes))
+    cls = original_class(instance)
     if changed is not None:
-        raise Unfit(f"its {changed} was replaced: not the library's own")
+        what = "was replaced: not the library's own" if hasattr(cls, changed) else "is missing"
+        raise Unfit(f"its {changed} {what}")
+    for name, method in adapter.methods.items():
+        if other_arguments(getattr(cls, name), method):
+            raise Unfit(f"its {name} takes other arguments than {adapter.title}'s, or has other defaults")
     if not isinstance(instance, nn.Module):
         return
     inner = tuple(adapter.inner(instance))
