@@ -22,7 +22,7 @@ from linfast.backend import plain_torch
 __all__ = ["NO_BUDGET", "VISIBLE", "Finding", "Judge", "Truth", "listed", "moves_by", "truth_of"]
 
 Outputs = Sequence[Tensor | None]
-_QUICK = 8.0  # wobbles and roundings that need no budget
+_QUICK = 24.0  # wobbles and roundings that need no budget
 _WRONG = 500.0  # the same in float64, where there is no budget
 NO_BUDGET = 1e-12
 VISIBLE = 1e-15  # what float64 is moved by: half a unit would be rounded away
@@ -90,6 +90,7 @@ class Judge:
         got = listed(got)
         if len(got) != len(truth.exact):
             raise Finding(call, f"{len(got)} outputs where there should be {len(truth.exact)}")
+        draws: list[list[Any]] = []
         for i, (value, exact, wobble) in enumerate(zip(got, truth.exact, truth.wobble, strict=True)):
             if (value is None) != (exact is None):
                 raise Finding(call, f"output {i} is {value if value is None else 'there'}")
@@ -104,7 +105,8 @@ class Judge:
                 continue
             allowed = None
             if reference is not None and eps > NO_BUDGET:
-                error, allowed = _by_budget(value, exact, reference, i)
+                draws = draws or [listed(rounding.drawn(reference, seed)) for seed in range(_DRAWS)]
+                error, allowed = _by_budget(value, exact, [draw[i].detach() for draw in draws])
             if allowed is None or not error <= allowed:
                 limit = factor * (wobble + eps * size) if allowed is None else allowed
                 raise Finding(call, f"output {i} is off by {error:.3g}, allowed are {limit:.3g} (truth {size:.3g})")
@@ -157,9 +159,8 @@ def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:
     return float("inf") if bool(error.isnan()) else float(error), float(size)
 
 
-def _by_budget(value: Tensor, exact: Tensor, reference: Callable[[], Any], i: int) -> tuple[float, float]:
+def _by_budget(value: Tensor, exact: Tensor, draws: Sequence[Tensor]) -> tuple[float, float]:
     """(relative error, what is allowed), of the elements that the plain reference can hold."""
-    draws = [listed(rounding.drawn(reference, seed))[i].detach() for seed in range(_DRAWS)]
     held = torch.stack([draw.double().isfinite() for draw in draws]).all(0) & exact.isfinite()
     kept = exact.double()[held]
     errors = [rounding.relative_error(draw.double()[held], kept) for draw in draws]

@@ -6,9 +6,11 @@ before it. Before every check the recipe is written to a file, from which the pa
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -47,7 +49,7 @@ def module_of(kind: str) -> Any:
 def run_one(kind: str, recipe: dict[str, Any], judge: Judge | None = None) -> Judge:
     """Check one recipe; raises what it finds."""
     judge = judge or Judge()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         module_of(kind).check(judge, recipe)
