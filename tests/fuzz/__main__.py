@@ -16,6 +16,7 @@ from typing import Any
 
 from .worker import KINDS, run_one
 
+WORKER = [sys.executable, "-m", "tests.fuzz.worker"]
 _SLICE = 300.0  # seconds of one process: memory and compiled code of the libraries do not pile up
 _EVERY = 30.0  # seconds between two lines
 _MOST_FINDINGS = 20
@@ -50,7 +51,7 @@ class Campaign:
             if kinds == ["kernels"]:
                 environment["TRITON_INTERPRET"] = "1"
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fuzz.worker", json.dumps(options)],
+                [*WORKER, json.dumps(options)],
                 stdout=subprocess.PIPE, stderr=(Path(folder) / "errors").open("w"), env=environment, text=True,
             )  # fmt: skip
             assert process.stdout is not None

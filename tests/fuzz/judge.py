@@ -2,8 +2,9 @@
 
 The truth of an answer is computed in float64. Its wobble is how far the truth moves where every input and weight is
 moved by up to half a unit in the last place of the answer's dtype. What is within a few wobbles and roundings is
-accepted at once. Elsewhere ``linfast.bench.rounding`` draws what rounding may cost the plain reference in that dtype,
-and only what exceeds that as well is a finding. float64 answers have a fixed bound that only a wrong formula exceeds.
+accepted at once. In float32 ``linfast.bench.rounding`` draws what rounding may cost what is left, by how far the
+draws scatter, and only what exceeds that as well is a finding. In float64 and in half precision, whose rounding is the
+same in every draw, there is a fixed bound that only a wrong formula exceeds.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ __all__ = ["NO_BUDGET", "VISIBLE", "Finding", "Judge", "Truth", "listed", "moves
 Outputs = Sequence[Tensor | None]
 _QUICK = 24.0  # wobbles and roundings that need no budget
 _WRONG = 500.0  # the same in float64, where there is no budget
+_WRONG_HALF = 64.0  # and in float16 and bfloat16
 NO_BUDGET = 1e-12
 VISIBLE = 1e-15  # what float64 is moved by: half a unit would be rounded away
 _DRAWS = 16
@@ -100,11 +102,11 @@ class Judge:
                 raise Finding(call, f"output {i} has shape {tuple(value.shape)}, not {tuple(exact.shape)}")
             error, size = _error(value, exact)
             eps = torch.finfo(precision or value.dtype).eps
-            factor = _WRONG if eps < NO_BUDGET else _QUICK
+            factor = _WRONG if eps < NO_BUDGET else _QUICK if eps < 1e-6 else _WRONG_HALF
             if error <= factor * (wobble + eps * size) or wobble != wobble or wobble == float("inf"):
                 continue
             allowed = None
-            if reference is not None and eps > NO_BUDGET:
+            if reference is not None and factor == _QUICK:
                 draws = draws or [listed(rounding.drawn(reference, seed)) for seed in range(_DRAWS)]
                 error, allowed = _by_budget(value, exact, [draw[i].detach() for draw in draws])
             if allowed is None or not error <= allowed:
@@ -160,8 +162,15 @@ def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def _by_budget(value: Tensor, exact: Tensor, draws: Sequence[Tensor]) -> tuple[float, float]:
-    """(relative error, what is allowed), of the elements that the plain reference can hold."""
-    held = torch.stack([draw.double().isfinite() for draw in draws]).all(0) & exact.isfinite()
-    kept = exact.double()[held]
-    errors = [rounding.relative_error(draw.double()[held], kept) for draw in draws]
-    return rounding.relative_error(value.detach().double()[held], kept), rounding.allowed_error(errors, value.dtype)
+    """(error, what is allowed) in L2, of the elements that the plain reference can hold.
+
+    The draws' errors are taken from their own mean: the reference runs the formula that is on trial, and one that is
+    wrong would allow what it errs by.
+    """
+    values = torch.stack([draw.double() for draw in draws])
+    held = values.isfinite().all(0) & exact.isfinite()
+    kept, values = exact.double()[held], values[:, held]
+    size = float(kept.norm()) or 1.0
+    errors = [float((draw - values.mean(0)).norm()) / size for draw in values]
+    error = float((value.detach().double()[held] - kept).norm())
+    return error, size * rounding.allowed_error(errors, value.dtype)

@@ -1,16 +1,15 @@
-"""The ops' kernels in Triton's interpreter (TRITON_INTERPRET=1 from the start), forward and backward."""
+"""The ops' kernels, and flows and Linearizers on them, in Triton's interpreter (TRITON_INTERPRET=1 from the start), forward and backward."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from hypothesis import strategies as st
 
 import linfast as lf
 
-from . import ops
-from .drawing import laid_out, recipe
+from . import flows, linearizer, ops
+from .drawing import DTYPES, laid_out, recipe
 from .judge import Judge
 
 __all__ = ["RECIPES", "check"]
@@ -21,14 +20,21 @@ _FEWER = {
     "positions": st.sampled_from([(), (3,), (2, 3)]), "depth": st.integers(1, 2),
     "hidden": st.lists(st.integers(1, 9), max_size=2).map(tuple),
 }  # fmt: skip
-RECIPES = recipe(**_FEWER)
+_FLOW = flows.RECIPES.filter(lambda r: r["flow"]["make"] != "image_flow").map(
+    lambda r: {**r, "dtype": "float32", "batch": min(r["batch"], 3), "scale": 1.0}
+)
+_LINEARIZER = linearizer.RECIPES.map(lambda r: {**r, "dtype": "float32", "batch": min(r["batch"], 3)})
+RECIPES = st.one_of(recipe(**_FEWER), _FLOW, _LINEARIZER)
 
 
 def check(judge: Judge, r: dict[str, Any]) -> None:
-    dtype = {"float32": torch.float32, "float16": torch.float16}[r["dtype"]]
-    case = ops.make(r)
-    narrow = [t.to(dtype) for t in case.tensors]
-    narrow[0] = laid_out(narrow[0], r["layout"])
-    narrow = [t.detach().requires_grad_() for t in narrow]
     with lf.backend("triton"):
-        ops.held(judge, r, case, narrow, " kernel")
+        if "flow" in r:
+            return flows.check(judge, r)
+        if "g_x" in r:
+            return linearizer.check(judge, r)
+        dtype = DTYPES[r["dtype"]]
+        case = ops.make(r)
+        narrow = [t.to(dtype) for t in case.tensors]
+        narrow[0] = laid_out(narrow[0], r["layout"])
+        ops.held(judge, r, case, [t.detach().requires_grad_() for t in narrow], " kernel")

@@ -46,7 +46,7 @@ _FIELDS = {
     "inverse": st.booleans(), "flag": st.booleans(), "other": st.booleans(), "maps": st.sampled_from(["none", "dense", "diagonal"]),
     "hidden": st.lists(st.integers(1, 20), max_size=2).map(tuple), "depth": st.integers(1, 3),
     "activation": st.sampled_from(["silu", "relu", "tanh", "gelu"]), "kernel": st.sampled_from([1, 3]),
-    "layout": st.sampled_from(LAYOUTS), "seed": seeds, "dtype": st.sampled_from(["float64", "float32", "float32", "float16", "bfloat16"]),
+    "layout": st.sampled_from(LAYOUTS), "seed": seeds, "dtype": st.sampled_from(["float32", "float64", "float16", "bfloat16"]),
 }  # fmt: skip
 RECIPES = recipe(**_FIELDS)
 

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase
 
 from .judge import Finding, Judge
 
-__all__ = ["KINDS", "about", "module_of", "run_one", "work"]
+__all__ = ["KINDS", "about", "module_of", "recipes_of", "run_one", "work"]
 
 # name -> share of the time
 KINDS = {
@@ -54,6 +54,25 @@ def run_one(kind: str, recipe: dict[str, Any], judge: Judge | None = None) -> Ju
         torch.manual_seed(0)
         module_of(kind).check(judge, recipe)
     return judge
+
+
+def recipes_of(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
+    """What a round of so many draws would check."""
+    recipes: list[dict[str, Any]] = []
+
+    def keep(recipe: dict[str, Any]) -> None:
+        recipes.append(recipe)
+
+    quick = _settings(count, (Phase.generate,))
+    hypothesis.seed(seed)(quick(hypothesis.given(module_of(kind).RECIPES)(keep)))()
+    return recipes
+
+
+def _settings(count: int, phases: tuple[Phase, ...]) -> hypothesis.settings:
+    return hypothesis.settings(
+        max_examples=count, database=None, deadline=None, print_blob=False, phases=phases, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck), verbosity=hypothesis.Verbosity.quiet,
+    )  # fmt: skip
 
 
 def about(error: BaseException) -> str:
@@ -116,14 +135,9 @@ def _round(kind: str, seed: int, number: int, end: float, known: set[str], draw_
         finally:
             faulthandler.cancel_dump_traceback_later()
 
-    settings = hypothesis.settings(
-        max_examples=min(10 * 2**number, 60), database=None, deadline=None, print_blob=False,
-        phases=(Phase.generate, Phase.shrink), suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-        verbosity=hypothesis.Verbosity.quiet,
-    )  # fmt: skip
-    test = hypothesis.seed(int.from_bytes(digest[:8], "big"))(
-        settings(hypothesis.given(module_of(kind).RECIPES)(check))
-    )
+    settings = _settings(min(10 * 2**number, 60), (Phase.generate, Phase.shrink))
+    seeded = hypothesis.seed(int.from_bytes(digest[:8], "big"))
+    test = seeded(settings(hypothesis.given(module_of(kind).RECIPES)(check)))
     try:
         test()
     except (Exception, _Stop) as error:
@@ -137,7 +151,10 @@ def _round(kind: str, seed: int, number: int, end: float, known: set[str], draw_
 
 def main() -> None:
     options = json.loads(sys.argv[1])
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests import interpreter
+
+        interpreter.install()
     work(
         options["kinds"], options["seed"], options["first"], options["seconds"], options["calls"],
         Path(options["draw_file"]),
