@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 __all__ = [
-    *("DTYPES", "LAYOUTS", "drawn", "generator", "laid_out", "moved", "moved_model", "perturbed", "recipe"),
+    *("DTYPES", "LAYOUTS", "cotangent", "drawn", "generator", "laid_out", "moved", "moved_model", "perturbed", "recipe"),
     *("scratch", "seeds", "sizes", "times"),
 ]
 
@@ -60,6 +60,11 @@ def perturbed(model: nn.Module, seed: int, std: float) -> nn.Module:
             p.add_(std * torch.randn(p.shape, generator=random, dtype=torch.float64))
             p.copy_(p.float().double())
     return model
+
+
+def cotangent(value: Tensor) -> Tensor:
+    """Weights of a sum of it, which every dtype holds."""
+    return torch.arange(1, value.numel() + 1).double().cos().bfloat16().to(value.dtype).view(value.shape)
 
 
 def moved(x: Tensor, size: float, random: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from linfast.scale_maps import SCALE_MAP_KINDS
 from .drawing import (
     DTYPES,
     LAYOUTS,
+    cotangent,
     drawn,
     generator,
     laid_out,
@@ -79,6 +80,7 @@ RECIPES = recipe(
     layout=st.sampled_from(LAYOUTS),
     scale=st.sampled_from([1.0, 1.0, 1.0, 1e-5, 1e-20, 1e3, 1e20]),
     requires_grad=st.booleans(),
+    autocast=st.booleans(),
     time=times,
     seed=seeds,
 )
@@ -154,10 +156,9 @@ def with_gradients(run: Any, g: nn.Module, x: Tensor, inverse: bool, context: di
     x = x.detach().clone().requires_grad_()
     given = {k: v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in context.items()}
     y, log_det = run(g, x, inverse, given)
-    weights = [torch.arange(1, v.numel() + 1).double().cos().to(v.dtype).view(v.shape) for v in (y, log_det)]
     wanted = [x, *(v for v in given.values() if isinstance(v, Tensor)), *g.parameters()]
-    outputs = [(v, w) for v, w in zip((y, log_det), weights, strict=True) if v.requires_grad]
-    found = torch.autograd.grad([v for v, _ in outputs], wanted, [w for _, w in outputs], allow_unused=True)
+    outputs = [v for v in (y, log_det) if v.requires_grad]
+    found = torch.autograd.grad(outputs, wanted, [cotangent(v) for v in outputs], allow_unused=True)
     return [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)]
 
 
@@ -171,7 +172,7 @@ def check(judge: Judge, drawn_: dict[str, Any]) -> None:
     context = cast(context_of(made, batch, drawn_["time"], drawn_["seed"]), dtype)
     eps = torch.finfo(dtype).eps
 
-    def truths(run: Any, inverse: bool, x: Tensor) -> Any:
+    def truths(run: Any, inverse: bool, x: Tensor, eps: float = eps) -> Any:
         random = generator(5)
 
         def at(size: float) -> Any:
@@ -194,6 +195,12 @@ def check(judge: Judge, drawn_: dict[str, Any]) -> None:
         _rows(judge, g, value, inverse, context, truth, side)
         if drawn_["scale"] == 1.0 and batch:
             _gradients(judge, g, value, inverse, context, truths, side, dtype)
+        if drawn_["autocast"] and dtype == torch.float32 and drawn_["scale"] == 1.0:
+            rough = truths(plain_flow, inverse, value, torch.finfo(torch.bfloat16).eps)
+            with torch.autocast("cpu", torch.bfloat16):
+                got = ours(g, value, inverse, context)
+            judge.holds(f"autocast {side}, log_det", got[1].dtype == torch.float32, f"log_det is {got[1].dtype}")
+            judge.near(f"autocast {side}", got, rough, None, torch.bfloat16)
         if z is None:
             z = truth.exact[0].to(dtype)  # type: ignore[union-attr]
     judge.same("flow leaves its input", x.detach(), before)
@@ -220,10 +227,6 @@ def _outputs(
         for _ in range(2):
             judge.near(f"frozen {side}_and_log_det", both(), truth, both)
             judge.near(f"frozen {side}", alone(), only, alone)
-    if x.dtype == torch.float32:
-        with torch.autocast("cpu", torch.bfloat16):
-            got = both()
-            judge.holds("autocast log_det dtype", got[1].dtype == torch.float32, f"log_det is {got[1].dtype}")
 
 
 def _rows(

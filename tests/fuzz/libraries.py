@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import linfast as lf
 from linfast.backend import plain_torch
 
-from .drawing import DTYPES, drawn, generator, moved, moved_model, perturbed, recipe, seeds
+from .drawing import DTYPES, cotangent, drawn, generator, moved, moved_model, perturbed, recipe, seeds
 from .judge import Judge, Truth, moves_by
 
 __all__ = ["RECIPES", "check"]
@@ -188,7 +188,7 @@ def _asked(run: Run, model: nn.Module, x: Tensor, c: Tensor | None) -> tuple[lis
     x = x.detach().clone().requires_grad_()
     c = None if c is None else c.detach().clone().requires_grad_()
     values = run(model, x, c)
-    total = sum((v * torch.arange(1, v.numel() + 1).cos().to(v.dtype).view_as(v)).sum() for v in values)
+    total = sum((v * cotangent(v)).sum() for v in values)
     wanted = [x, *([] if c is None else [c]), *(p for p in model.parameters() if p.requires_grad)]
     found = torch.autograd.grad(total, wanted, allow_unused=True)  # type: ignore[arg-type]
     return [v.detach() for v in values], [

@@ -16,10 +16,9 @@ from torch import Tensor
 import linfast as lf
 from linfast import ops
 from linfast.scale_maps import SCALE_MAP_KINDS
-from tests.ops.op_cases import gradients_of
 from tests.ops.stacks import leaves, plain_stack, random_layers, random_map, rebuilt
 
-from .drawing import DTYPES, LAYOUTS, drawn, generator, laid_out, moved, recipe, seeds
+from .drawing import DTYPES, LAYOUTS, cotangent, drawn, generator, laid_out, moved, recipe, seeds
 from .judge import Judge, listed, truth_of
 from .plain import _log_scale
 
@@ -46,7 +45,7 @@ _FIELDS = {
     "inverse": st.booleans(), "flag": st.booleans(), "other": st.booleans(), "maps": st.sampled_from(["none", "dense", "diagonal"]),
     "hidden": st.lists(st.integers(1, 20), max_size=2).map(tuple), "depth": st.integers(1, 3),
     "activation": st.sampled_from(["silu", "relu", "tanh", "gelu"]), "kernel": st.sampled_from([1, 3]),
-    "layout": st.sampled_from(LAYOUTS), "seed": seeds, "dtype": st.sampled_from(["float32", "float64", "float16", "bfloat16"]),
+    "autocast": st.booleans(), "layout": st.sampled_from(LAYOUTS), "seed": seeds, "dtype": st.sampled_from(["float32", "float64", "float16", "bfloat16"]),
 }  # fmt: skip
 RECIPES = recipe(**_FIELDS)
 
@@ -285,34 +284,41 @@ def check(judge: Judge, r: dict[str, Any]) -> None:
     narrow[0] = laid_out(narrow[0], r["layout"])
     narrow = [t.detach().requires_grad_() for t in narrow]
     held(judge, r, case, narrow, "")
+    if r["autocast"] and dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            held(judge, r, case, narrow, " in autocast", torch.bfloat16)
     if r["batch"] > 2 and r["op"] not in ("latent_matmul",):
         _spoilt(judge, r, case, narrow)
 
 
-def held(judge: Judge, r: dict[str, Any], case: Case, narrow: list[Tensor], where: str) -> None:
-    """The call on these tensors, and its gradients, against the formula in float64."""
-    eps = torch.finfo(narrow[0].dtype).eps
+def held(
+    judge: Judge, r: dict[str, Any], case: Case, narrow: list[Tensor], where: str, precision: torch.dtype | None = None
+) -> None:
+    """The call on these tensors, and its gradients, against the formula in float64; ``precision`` as for ``near``."""
+    eps = torch.finfo(precision or narrow[0].dtype).eps
 
     def exact(size: float, gradients: bool) -> Any:
         random = generator(8)
         wide = [moved(t.detach().double(), size, random).requires_grad_() for t in narrow]
-        outputs = listed(case.formula(*wide))
-        return _filled(gradients_of(outputs, wide), wide) if gradients else outputs
+        with torch.autocast("cpu", enabled=False):
+            outputs = listed(case.formula(*wide))
+        return _gradients(outputs, wide) if gradients else outputs
 
     def call() -> Any:
         return listed(case.call(*narrow))
 
     def gradients() -> Any:
-        return _filled(gradients_of(call(), narrow), narrow)
+        return _gradients(call(), narrow)
 
-    judge.near(f"{r['op']}{where}", call(), truth_of(lambda size: exact(size, False), eps), call)
+    judge.near(f"{r['op']}{where}", call(), truth_of(lambda size: exact(size, False), eps), call, precision)
     if r["batch"]:
-        judge.near(
-            f"{r['op']}{where} backward", gradients(), truth_of(lambda size: exact(size, True), eps), gradients
-        )
+        truth = truth_of(lambda size: exact(size, True), eps)
+        judge.near(f"{r['op']}{where} backward", gradients(), truth, gradients, precision)
 
 
-def _filled(found: Any, wanted: list[Tensor]) -> list[Tensor]:
+def _gradients(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+    given = [o for o in outputs if o.requires_grad]
+    found = torch.autograd.grad(given, wanted, [cotangent(o) for o in given], allow_unused=True)
     return [torch.zeros_like(w) if f is None else f for f, w in zip(found, wanted, strict=True)]
 
 
