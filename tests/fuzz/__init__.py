@@ -1,4 +1,6 @@
-"""A fuzzer of the public functions: ``python -m tests.fuzz --minutes 30`` (or --seconds, --calls, --seed, --only KIND).
+"""A fuzzer of the public functions: ``python -m tests.fuzz --minutes 30``.
+
+--seconds or --calls say how long as well, --seed which draws, --only which kind.
 
 A kind is a module of this folder with ``RECIPES``, a hypothesis strategy of plain dictionaries, and
 ``check(judge, recipe)``, which builds what the recipe says, calls public functions and holds every answer to an
@@ -13,6 +15,7 @@ answer an oracle has accepted, or that was refused as it should be.
     worker.py      one process: rounds of one kind each     operators.py   operators and their algebra
     judge.py       what counts as right, counted calls      linearizer.py  f, its algebra, induced spaces
     drawing.py     strategies and tensors of recipes        sampling.py    collapse, sample, invert, streams
+    formulas.py    ops written out                          examples.py    what was found
     plain.py       flows written out from the formulas      ops.py         the ops in plain torch
     files.py       save and load                            kernels.py     the same in Triton's interpreter
     libraries.py   accelerate and restore                   arguments.py   arguments that are to be refused

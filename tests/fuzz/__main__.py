@@ -103,7 +103,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=None)
     parser.add_argument("--calls", type=float, default=float("inf"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", action="append", choices=sorted(KINDS), help="a kind; may be given more than once")
+    parser.add_argument(
+        "--only", action="append", choices=sorted(KINDS), help="a kind; may be given more than once"
+    )
     parser.add_argument("--try", dest="recipe", help="one recipe, as a finding's line has it")
     parser.add_argument("--names", action="store_true", help="also say the calls by name")
     return parser.parse_args()

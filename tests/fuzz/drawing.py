@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 __all__ = [
-    *("DTYPES", "LAYOUTS", "cotangent", "drawn", "generator", "laid_out", "moved", "moved_model", "perturbed", "recipe"),
+    *(
+        "DTYPES",
+        "LAYOUTS",
+        "cotangent",
+        "drawn",
+        "generator",
+        "laid_out",
+        "moved",
+        "moved_model",
+        "perturbed",
+        "recipe",
+    ),
     *("scratch", "seeds", "sizes", "times"),
 ]
 

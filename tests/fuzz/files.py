@@ -23,7 +23,8 @@ _WHAT = st.one_of(
     recipe(kind="operator", made=operators.OPERATORS),
 )
 RECIPES = recipe(
-    what=_WHAT, dtype=st.sampled_from(["float32", "float64", "float16", "bfloat16"]), frozen=st.booleans(), seed=seeds,
+    what=_WHAT, dtype=st.sampled_from(["float32", "float64", "float16", "bfloat16"]), frozen=st.booleans(),
+            seed=seeds,
     damage=st.sampled_from(["cut", "byte", "header", "longer", "empty"]), place=st.floats(0, 1, width=16),
 )  # fmt: skip
 BATCH = 3

@@ -151,7 +151,9 @@ def ours(g: Any, x: Tensor, inverse: bool, context: dict[str, Any]) -> tuple[Ten
     return (g.inverse_and_log_det if inverse else g.forward_and_log_det)(x, **context)
 
 
-def with_gradients(run: Any, g: nn.Module, x: Tensor, inverse: bool, context: dict[str, Any]) -> list[Tensor | None]:
+def with_gradients(
+    run: Any, g: nn.Module, x: Tensor, inverse: bool, context: dict[str, Any]
+) -> list[Tensor | None]:
     """The gradients of a weighted sum of y and log_det, by x, the context and the weights; None is zero."""
     x = x.detach().clone().requires_grad_()
     given = {k: v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in context.items()}
@@ -229,9 +231,7 @@ def _outputs(
             judge.near(f"frozen {side}", alone(), only, alone)
 
 
-def _rows(
-    judge: Judge, g: Any, x: Tensor, inverse: bool, context: dict[str, Any], truth: Any, side: str
-) -> None:
+def _rows(judge: Judge, g: Any, x: Tensor, inverse: bool, context: dict[str, Any], truth: Any, side: str) -> None:
     batch = len(x)
     for i in sorted({0, batch - 1} if batch > 1 else set()):
         row = slice(i, i + 1)

@@ -2,9 +2,9 @@
 
 The truth of an answer is computed in float64. Its wobble is how far the truth moves where every input and weight is
 moved by up to half a unit in the last place of the answer's dtype. What is within a few wobbles and roundings is
-accepted at once. In float32 ``linfast.bench.rounding`` draws what rounding may cost what is left, by how far the
-draws scatter, and only what exceeds that as well is a finding. In float64 and in half precision, whose rounding is the
-same in every draw, there is a fixed bound that only a wrong formula exceeds.
+accepted at once. In float32 ``linfast.bench.rounding`` draws what rounding may cost what is left, by how far
+the draws scatter, and only what exceeds that as well is a finding. In float64 and in half precision, whose
+rounding is the same in every draw, there is a fixed bound that only a wrong formula exceeds.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:
 def _by_budget(value: Tensor, exact: Tensor, draws: Sequence[Tensor]) -> tuple[float, float]:
     """(error, what is allowed) in L2, of the elements that the plain reference can hold.
 
-    The draws' errors are taken from their own mean: the reference runs the formula that is on trial, and one that is
-    wrong would allow what it errs by.
+    The draws' errors are taken from their own mean: the reference runs the formula that is on trial, and one
+    that is wrong would allow what it errs by.
     """
     values = torch.stack([draw.double() for draw in draws])
     held = values.isfinite().all(0) & exact.isfinite()

@@ -1,4 +1,7 @@
-"""The ops' kernels, and flows and Linearizers on them, in Triton's interpreter (TRITON_INTERPRET=1 from the start), forward and backward."""
+"""The ops' kernels, and flows and Linearizers on them, in Triton's interpreter, forward and backward.
+
+TRITON_INTERPRET=1 is read before anything else: these kinds have a process of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ import linfast as lf
 
 from . import flows, linearizer, ops
 from .drawing import DTYPES, laid_out, recipe
+from .formulas import make
 from .judge import Judge
 
 __all__ = ["RECIPES", "check"]
 
 _FEWER = {
-    **ops._FIELDS,
+    **ops.FIELDS,
     "channels": st.integers(2, 9), "dtype": st.sampled_from(["float32", "float32", "float16"]),
     "positions": st.sampled_from([(), (3,), (2, 3)]), "depth": st.integers(1, 2),
     "hidden": st.lists(st.integers(1, 9), max_size=2).map(tuple),
@@ -34,7 +38,7 @@ def check(judge: Judge, r: dict[str, Any]) -> None:
         if "g_x" in r:
             return linearizer.check(judge, r)
         dtype = DTYPES[r["dtype"]]
-        case = ops.make(r)
+        case = make(r)
         narrow = [t.to(dtype) for t in case.tensors]
         narrow[0] = laid_out(narrow[0], r["layout"])
         ops.held(judge, r, case, [t.detach().requires_grad_() for t in narrow], " kernel")

@@ -7,6 +7,7 @@ import copy
 import importlib
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ from .judge import Judge, Truth, moves_by
 __all__ = ["RECIPES", "check"]
 
 _KINDS = (
-    "normflows", "normflows masked", "nflows affine", "nflows additive", "nflows mlp", "glasflow", "zuko", "zuko nice",
+    "normflows", "normflows masked", "nflows affine", "nflows additive", "nflows mlp", "glasflow", "zuko",
+            "zuko nice",
     "FrEIA GLOWCouplingBlock", "FrEIA RNVPCouplingBlock", "FrEIA AffineCouplingOneSided", "FrEIA NICECouplingBlock",
     "FrEIA AllInOneBlock", "memcnn affine", "memcnn naive", "memcnn additive",
 )  # fmt: skip
 RECIPES = recipe(
     kind=st.sampled_from(_KINDS), features=st.integers(2, 20), depth=st.integers(1, 3), hidden=st.integers(1, 20),
-    layers=st.integers(0, 3), option=st.integers(0, 11), context=st.sampled_from([0, 0, 3]), mask=seeds, batch=st.sampled_from([1, 2, 5]),
+    layers=st.integers(0, 3), option=st.integers(0, 11), context=st.sampled_from([0, 0, 3]), mask=seeds,
+            batch=st.sampled_from([1, 2, 5]),
     dtype=st.sampled_from(["float32", "float64"]), memory=st.sampled_from(["store", "invert"]), train=st.booleans(),
     std=st.sampled_from([0.02, 0.1]), seed=seeds,
 )  # fmt: skip
@@ -45,7 +48,7 @@ def _net(r: dict[str, Any]) -> Callable[[int, int], nn.Module]:
 
     def net(n_in: int, n_out: int) -> nn.Module:
         widths = [n_in, *[r["hidden"]] * r["layers"]]
-        hidden = [m for a, b in zip(widths, widths[1:], strict=False) for m in (nn.Linear(a, b), activation())]
+        hidden = [m for a, b in pairwise(widths) for m in (nn.Linear(a, b), activation())]
         return nn.Sequential(*hidden, nn.Linear(widths[-1], n_out))
 
     return net
@@ -95,7 +98,9 @@ def _nflows(r: dict[str, Any], name: str) -> tuple[nn.Module, Run]:
     def net(n_in: int, n_out: int) -> nn.Module:
         if name == "mlp":
             return _PassesOn(nets.MLP([n_in], [n_out], [r["hidden"]] * (r["layers"] or 1), activation=torch.tanh))
-        return nets.ResidualNet(n_in, n_out, hidden_features=r["hidden"], context_features=context or None, num_blocks=1)
+        return nets.ResidualNet(
+            n_in, n_out, hidden_features=r["hidden"], context_features=context or None, num_blocks=1
+        )
 
     kind = transforms.AdditiveCouplingTransform if name == "additive" else transforms.AffineCouplingTransform
     model = transforms.CompositeTransform([kind(_mask(r, i, -1), net) for i in range(r["depth"])])
@@ -117,7 +122,11 @@ class _PassesOn(nn.Module):
 
 
 def _glasflow(r: dict[str, Any], name: str) -> tuple[nn.Module, Run]:
-    options = {"volume_preserving": True} if r["option"] == 0 else {"scale_activation": (None, "log2", "nflows")[r["option"] % 3]}
+    options = (
+        {"volume_preserving": True}
+        if r["option"] == 0
+        else {"scale_activation": (None, "log2", "nflows")[r["option"] % 3]}
+    )
     model = _library("glasflow").RealNVP(
         r["features"], r["depth"], n_conditional_inputs=r["context"] or None, n_neurons=r["hidden"],
         linear_transform=("permutation", "lu")[r["option"] % 2], **{k: v for k, v in options.items() if v},
@@ -149,7 +158,10 @@ def _freia(r: dict[str, Any], name: str) -> tuple[nn.Module, Run]:
     condition = {"cond": 0, "cond_shape": (r["context"],)} if r["context"] else {}
     options = {}
     if name in ("GLOWCouplingBlock", "RNVPCouplingBlock", "AffineCouplingOneSided"):
-        options = {"clamp_activation": ("ATAN", "SIGMOID", "TANH")[r["option"] % 3], "clamp": (2.0, 1.0)[r["option"] % 2]}
+        options = {
+            "clamp_activation": ("ATAN", "SIGMOID", "TANH")[r["option"] % 3],
+            "clamp": (2.0, 1.0)[r["option"] % 2],
+        }
     if name == "AllInOneBlock":
         options = {"gin_block": r["option"] % 3 == 0, "reverse_permutation": r["option"] % 2 == 0}
     for _ in range(r["depth"]):
@@ -218,7 +230,9 @@ def check(judge: Judge, r: dict[str, Any]) -> None:
     got = _asked(run, model, x, c)
     # each method that was asked is a call of an accelerated model
     judge.near(f"accelerated {kind}", got[0], outputs, lambda: _asked(run, model, x, c)[0])
-    judge.near(f"gradients, accelerated {kind}, memory={memory}", got[1], gradients, lambda: _asked(run, model, x, c)[1])
+    judge.near(
+        f"gradients, accelerated {kind}, memory={memory}", got[1], gradients, lambda: _asked(run, model, x, c)[1]
+    )
     copied = copy.deepcopy(model)
     judge.same(f"a copy of an accelerated {kind}", _asked(run, copied, x, c)[0], got[0])
     lf.restore(model)

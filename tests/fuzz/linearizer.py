@@ -21,8 +21,10 @@ __all__ = ["RECIPES", "check"]
 
 _FLOW = {
     "depth": st.integers(1, 3), "hidden": st.lists(st.integers(1, 9), max_size=2).map(tuple),
-    "activation": st.sampled_from(["silu", "relu", "tanh", "gelu"]), "coupling": st.sampled_from(["affine", "additive"]),
-    "scale_map": st.sampled_from([None, "tanh", "sigmoid"]), "order": st.sampled_from(["shift_first", "scale_first"]),
+    "activation": st.sampled_from(["silu", "relu", "tanh", "gelu"]), "coupling": st.sampled_from(["affine",
+            "additive"]),
+    "scale_map": st.sampled_from([None, "tanh", "sigmoid"]), "order": st.sampled_from(["shift_first",
+            "scale_first"]),
     "actnorm": st.booleans(), "mix": st.sampled_from([None, "lu", "free", "householder", "permute"]),
     "memory": st.sampled_from(["store", "invert"]), "std": st.sampled_from([0.05, 0.2]), "seed": seeds,
     "time_features": 0, "context_features": st.sampled_from([0, 0, 2]),
@@ -43,7 +45,11 @@ def _recipes(draw: Any) -> dict[str, Any]:
     A = draw(st.sampled_from(kinds))
     if A == "tree" and n > 33:
         A = "dense"
-    tree = draw(operators._tree(m, n, 2, False)) if A == "tree" else (A, m, n, draw(st.integers(1, 3)), False, draw(seeds))
+    tree = (
+        draw(operators._tree(m, n, 2, False))
+        if A == "tree"
+        else (A, m, n, draw(st.integers(1, 3)), False, draw(seeds))
+    )
     rest = recipe(
         dtype=st.sampled_from(["float32", "float64"]), batch=st.sampled_from([1, 2, 3, 5, 0]),
         layout=st.sampled_from(LAYOUTS[:5]), seed=seeds, t=st.sampled_from(["number", "0-d", "rows"]),
@@ -133,7 +139,9 @@ def check(judge: Judge, drawn_: dict[str, Any]) -> None:
             judge.near("frozen f(x)", f(x, **timed, **context), expected, lambda: f(x, **timed, **context))
     if batch > 1 and not (isinstance(t, Tensor) and t.ndim):
         one = {k: v[:1] for k, v in context.items()}
-        judge.near("f, one row", f(x[:1], **timed, **one), expected.rows(slice(0, 1)), lambda: f(x[:1], **timed, **one))
+        judge.near(
+            "f, one row", f(x[:1], **timed, **one), expected.rows(slice(0, 1)), lambda: f(x[:1], **timed, **one)
+        )
     fixed = f if t is None else f.at(t)
     near("f.T(y)", lambda: fixed.T(y, **context), lambda p: p.take(p.apply(p.M.mT, p.put(y, "y"))))
     near("(2 f)(x)", lambda: (2 * fixed)(x, **context), lambda p: p.take(p.apply(2 * p.M, p.put(x)), "y"))

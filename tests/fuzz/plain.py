@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import linfast as lf
 from linfast.flows import Conditioned
 
-__all__ = ["plain_flow"]
+__all__ = ["log_scale", "plain_flow"]
 
 _ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu}
 
@@ -49,7 +49,7 @@ def _coupling(g: Any, x: Tensor, inverse: bool, context: dict[str, Any]) -> tupl
         return torch.cat(halves, 1), x.new_zeros(len(x))
     n = halves[m].shape[1]
     shift, raw = (params[:, :n], params[:, n:]) if g.layout == "halves" else (params[:, ::2], params[:, 1::2])
-    log_s = _log_scale(g.scale_map, raw)
+    log_s = log_scale(g.scale_map, raw)
     if g.order == "shift_first":
         halves[m] = halves[m] * torch.exp(-log_s) - shift if inverse else (halves[m] + shift) * torch.exp(log_s)
     else:
@@ -58,7 +58,7 @@ def _coupling(g: Any, x: Tensor, inverse: bool, context: dict[str, Any]) -> tupl
     return torch.cat(halves, 1), -total if inverse else total
 
 
-def _log_scale(scale_map: lf.ScaleMap, r: Tensor) -> Tensor:
+def log_scale(scale_map: lf.ScaleMap, r: Tensor) -> Tensor:
     """The table of linfast.scale_maps."""
     c, floor = scale_map.constants
     if scale_map.kind == "exp":
@@ -114,10 +114,7 @@ def _channels(g: Any, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         W = (g.lower.tril(-1) + eye) @ (g.upper.triu(1) + torch.diag(g.log_diagonal.exp()))
         W = W[g.permutation]
     flat = x.flatten(2) if x.ndim > 2 else x[..., None]
-    if inverse:
-        y = torch.linalg.solve(W, flat - shift[:, None])
-    else:
-        y = W @ flat + shift[:, None]
+    y = torch.linalg.solve(W, flat - shift[:, None]) if inverse else W @ flat + shift[:, None]
     log_det = torch.linalg.slogdet(W).logabsdet * flat.shape[-1]
     return y.reshape(x.shape), (-log_det if inverse else log_det).expand(len(x))
 

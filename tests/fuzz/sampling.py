@@ -23,17 +23,21 @@ from .plain import plain_flow
 __all__ = ["RECIPES", "check"]
 
 _SMALL = recipe(
-    make="coupling_flow", features=2, depth=st.integers(1, 2), hidden=st.sampled_from([(), (5,)]), activation="silu",
+    make="coupling_flow", features=2, depth=st.integers(1, 2), hidden=st.sampled_from([(), (5,)]),
+            activation="silu",
     coupling="affine", scale_map=None, order="shift_first", actnorm=st.booleans(),
-    mix=st.sampled_from([None, "lu", "permute"]), memory="auto", std=0.1, seed=seeds, time_features=0, context_features=0,
+    mix=st.sampled_from([None, "lu", "permute"]), memory="auto", std=0.1, seed=seeds, time_features=0,
+            context_features=0,
 )  # fmt: skip
 RECIPES = recipe(
     g=_SMALL, features=st.sampled_from([2, 3, 5, 8, 16, 33]), shared=st.booleans(),
     core=st.sampled_from(["low rank", "diagonal", "conv", "sum", "product"]), rank=st.integers(1, 3),
-    alpha=st.sampled_from([0.0, 1.0]), steps=st.integers(2, 12), method=st.sampled_from(["euler", "midpoint", "heun", "rk4"]),
+    alpha=st.sampled_from([0.0, 1.0]), steps=st.integers(2, 12), method=st.sampled_from(["euler", "midpoint",
+            "heun", "rk4"]),
     stop=st.sampled_from([None, None, 0.5, 0.9, 1.0]), tol=st.sampled_from([None, None, 1e-3]),
     dtype=st.sampled_from(["float32", "float64"]), batch=st.sampled_from([1, 2, 3, 0]),
-    count=st.integers(1, 40), batch_size=st.integers(1, 40), block=st.integers(1, 17), stopped=st.integers(0, 6), seed=seeds,
+    count=st.integers(1, 40), batch_size=st.integers(1, 40), block=st.integers(1, 17), stopped=st.integers(0, 6),
+            seed=seeds,
 )  # fmt: skip
 
 # The tableaus, as the textbooks have them.
@@ -149,7 +153,9 @@ def _stream(judge: Judge, f: lf.Linearizer, r: dict[str, Any], how: dict[str, An
     out = torch.empty_like(whole)
     judge.same("sample_stream, tensor", lf.sample_stream(f, count, size, out=out, **options), whole)
     array = np.empty(whole.shape, whole.numpy().dtype)
-    judge.same("sample_stream, array", torch.from_numpy(lf.sample_stream(f, count, size, out=array, **options)), whole)
+    judge.same(
+        "sample_stream, array", torch.from_numpy(lf.sample_stream(f, count, size, out=array, **options)), whole
+    )
     with torch.no_grad():
         model = lf.generator(f, **how)
     with scratch() as folder:

@@ -70,7 +70,8 @@ def recipes_of(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
 
 def _settings(count: int, phases: tuple[Phase, ...]) -> hypothesis.settings:
     return hypothesis.settings(
-        max_examples=count, database=None, deadline=None, print_blob=False, phases=phases, report_multiple_bugs=False,
+        max_examples=count, database=None, deadline=None, print_blob=False, phases=phases,
+                report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck), verbosity=hypothesis.Verbosity.quiet,
     )  # fmt: skip
 
