@@ -75,7 +75,7 @@ BROKEN: dict[str, tuple[str, Patch, str]] = {
     "accelerate": ("libraries", after(lf, "accelerate", changes_a_weight), "accelerated"),
     "op": ("ops", after(lf.ops, "low_rank", lambda y, *_: y * 1.001), "low_rank"),
     "argument": ("arguments", lambda m: m.setattr(bijection.Bijection, "_check", lambda *_: None), "flow"),
-    "kernel": ("kernels", after(lf.ops, "channel_mix", lambda y, *_: y * 1.001), "channel_mix"),
+    "kernel": ("kernels", after(lf.ops, "low_rank", lambda y, *_: y * 1.001), "low_rank"),
 }  # fmt: skip
 
 
