@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 import linfast as lf
 from linfast.backend import plain_torch
+from linfast.sampling.npy_file import NpyFile
 
 from . import flows, operators
 from .drawing import DTYPES, drawn, generator, moved, moved_model, perturbed, recipe, scratch, seeds
@@ -125,18 +129,22 @@ def check(judge: Judge, r: dict[str, Any]) -> None:
     _stream(judge, f, r, how)
 
 
-class _Interrupted(nn.Module):
-    """The model, which raises at its ``last`` call."""
+class _Stopped(Exception):
+    """What ends a run between two commits."""
 
-    def __init__(self, model: nn.Module, last: int) -> None:
-        super().__init__()
-        self.model, self.left = model, last
 
-    def forward(self, noise: Tensor) -> Tensor:
-        self.left -= 1
-        if self.left < 0:
-            raise InterruptedError
-        return self.model(noise)
+@contextlib.contextmanager
+def _stopping_after(commits: int) -> Iterator[None]:
+    """Inside the block a file takes so many commits; the next raises. The exception ends here."""
+    commit, left = NpyFile.commit, itertools.count(commits, -1)
+
+    def until(self: NpyFile, done: int) -> None:
+        if next(left) <= 0:
+            raise _Stopped
+        commit(self, done)
+
+    with mock.patch.object(NpyFile, "commit", until), contextlib.suppress(_Stopped):
+        yield
 
 
 def _stream(judge: Judge, f: lf.Linearizer, r: dict[str, Any], how: dict[str, Any]) -> None:
@@ -161,13 +169,11 @@ def _stream(judge: Judge, f: lf.Linearizer, r: dict[str, Any], how: dict[str, An
     with scratch() as folder:
         path = Path(folder) / "a.npy"
         options = {"seed": r["seed"], "block_size": block, "progress": False, "noise_shape": (r["features"],)}
-        stopping = _Interrupted(model, 1 + r["stopped"])
-        with contextlib.suppress(InterruptedError):
-            lf.sample_stream(stopping, count, size, out=path, **options)
-        stopping.left = 10**9
-        rows = lf.sample_stream(stopping, count, size, out=path, **options)
+        with _stopping_after(r["stopped"]):
+            lf.sample_stream(model, count, size, out=path, **options)
+        rows = lf.sample_stream(model, count, size, out=path, **options)
         judge.same("sample_stream, resumed", torch.from_numpy(np.array(rows)), whole)
         with torch.no_grad():
             next(model.parameters()).add_(0.5)
         with judge.refuses("sample_stream, another model's file", "another run", "weights"):
-            lf.sample_stream(stopping, count, size, out=path, **options)
+            lf.sample_stream(model, count, size, out=path, **options)
