@@ -1,5 +1,7 @@
-"""``python -m linfast.bench``."""
+"""``python -m linfast.bench``: ``linfast bench``."""
 
-from .run import main
+import sys
 
-raise SystemExit(main())
+from linfast.cli import main
+
+raise SystemExit(main(["bench", *sys.argv[1:]]))

@@ -6,6 +6,8 @@ import argparse
 
 import torch
 
+from linfast.arguments import Parser
+
 from .cases import CASES
 from .harness import SCALES
 
@@ -21,9 +23,9 @@ class UsageError(Exception):
     """What was asked for cannot be done; the message says why."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Every front end's options."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="linfast bench",
         description="Check every provider against float64, then time them in turn.",
         epilog=EPILOG,
@@ -42,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--json", metavar="FILE", help="write one JSON line a result to FILE")
     add("--plots", metavar="DIR", help="write plots to DIR (--quick: linfast-bench, if matplotlib is there)")
+    add("--overwrite", action="store_true", help="replace an earlier run's --json, --plots and --profile files")
     add("--device", type=_device, default=_default_device(), help="such as cpu, cuda, cuda:1")
     add("--budget", type=_seconds, metavar="SECONDS", help="timing a provider and size (1.0; quick, tiny 0.2)")
     add("--limit", type=_seconds, default=20.0, metavar="SECONDS", help="leave out sizes that would take longer")

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from linfast.arguments import refuse_existing
+
 from .arguments import UsageError, parser
 from .cases import CASES
 from .ceilings import ceilings
@@ -40,17 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .compare import run_compare
 
             return run_compare(args)
+        plots = None if args.profile else _plots(args)
+        if not args.overwrite:
+            refuse_existing(_files(args, plots), "--overwrite replaces it")
         if args.profile is not None:
             from .trace import run_profile
 
             return run_profile(args)
-        return _run(args)
+        return _run(args, plots)
+    except BrokenPipeError:
+        raise
     except (OSError, UsageError) as error:
         arguments.error(_message(error))
 
 
-def _run(args: argparse.Namespace) -> int:
-    plots = _plots(args)
+def _run(args: argparse.Namespace, plots: str | None) -> int:
+    if plots is not None:
+        os.makedirs(plots, exist_ok=True)
     _append(args.json, [], mode="w")
     environment = {**describe(args.device), **({} if args.check else ceilings(args.device))}
     results = _measure_all(args, environment)
@@ -64,16 +72,24 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _plots(args: argparse.Namespace) -> str | None:
-    """The folder to draw into, made."""
+    """The folder to draw into."""
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     if args.plots is not None and not has_matplotlib:
         raise UsageError("--plots needs matplotlib: pip install 'linfast[demo]'")
     folder: str | None = args.plots
     if folder is None and args.sizes == "quick" and has_matplotlib and not args.check:
         folder = _PLOTS
-    if folder is not None:
-        os.makedirs(folder, exist_ok=True)
     return folder
+
+
+def _files(args: argparse.Namespace, plots: str | None) -> list[str]:
+    """What the run may write; devices such as /dev/stdout are no files."""
+    if args.profile is not None:
+        names = ["kernels.txt", *(f"{case}.trace.json.gz" for case in args.case)]
+        return [os.path.join(args.profile, name) for name in names]
+    drawn = [f"{name}.{suffix}" for name in ("throughput", "roofline", "memory") for suffix in ("png", "svg")]
+    files = [] if plots is None else [os.path.join(plots, name) for name in drawn]
+    return files if args.json is None or args.json.startswith("/dev/") else [args.json, *files]
 
 
 def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Result]:

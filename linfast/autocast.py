@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
+
+from .device import tensor_of
 
 __all__ = ["outside_autocast", "without_autocast"]
 
@@ -32,7 +33,7 @@ def outside_autocast(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tensor = next(chain(self.parameters(), self.buffers()), None)
+        tensor = tensor_of(self)
         if tensor is None:
             return method(self, *args, **kwargs)
         return without_autocast(tensor.device.type, method, self, *args, **kwargs)

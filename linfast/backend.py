@@ -5,9 +5,10 @@
     reference  plain torch
 
 Set for a block with ``with linfast.backend("reference"):``, for a process with the
-environment variable LINFAST_BACKEND. It is a plain global, read once a call by the op's
-public function: a ContextVar would break torch.compile(fullgraph=True), and a CUDA
-backward runs on another thread. float64 always runs the reference.
+environment variable LINFAST_BACKEND. A block is its own thread's, as torch.no_grad's is: a thread
+that is started inside it has the process's choice. It is read once per call by the op's public
+function, which decides for the backward too. Dynamo guards on a ``threading.local``, and cannot
+trace a ContextVar. float64 always runs the reference.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -42,7 +44,17 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_choice = _checked(os.environ.get("LINFAST_BACKEND", "auto"), "LINFAST_BACKEND")
+class _State(threading.local):
+    """One thread's choice, and how many blocks of ``plain_torch`` it is in: set in each, for Dynamo to guard."""
+
+    of_process = _checked(os.environ.get("LINFAST_BACKEND", "auto"), "LINFAST_BACKEND")
+
+    def __init__(self) -> None:
+        self.choice = self.of_process
+        self.only_plain = 0
+
+
+_state = _State()
 
 
 @contextlib.contextmanager
@@ -53,17 +65,13 @@ def backend(name: str) -> Iterator[None]:
         ValueError: another name.
         RuntimeError: a backend that runs kernels, inside ``plain_torch``.
     """
-    global _choice
-    if _only_plain and _checked(name, "backend") != "reference":
+    if _checked(name, "backend") != "reference" and _state.only_plain:
         raise RuntimeError(f"backend {name!r} was asked for by what others are compared with: it is plain torch")
-    before, _choice = _choice, _checked(name, "backend")
+    before, _state.choice = _state.choice, name
     try:
         yield
     finally:
-        _choice = before
-
-
-_only_plain = 0
+        _state.choice = before
 
 
 @contextlib.contextmanager
@@ -73,13 +81,12 @@ def plain_torch() -> Iterator[None]:
     A kernel that would run all the same raises RuntimeError, and so does choosing a backend that runs them:
     nothing is ever compared with itself.
     """
-    global _only_plain
     with backend("reference"):
-        _only_plain += 1
+        _state.only_plain += 1
         try:
             yield
         finally:
-            _only_plain -= 1
+            _state.only_plain -= 1
 
 
 def refuse_kernel(kernel: str) -> None:
@@ -88,7 +95,7 @@ def refuse_kernel(kernel: str) -> None:
     Raises:
         RuntimeError: inside ``plain_torch``.
     """
-    if _only_plain:
+    if _state.only_plain:
         raise RuntimeError(
             f"the kernel of {kernel} was launched by what others are compared with: it is plain torch"
         )
@@ -96,7 +103,7 @@ def refuse_kernel(kernel: str) -> None:
 
 def chosen_backend() -> str:
     """The choice in force: what a backward that runs a forward again has to restore."""
-    return _choice
+    return _state.choice
 
 
 def uses_triton(*tensors: Tensor) -> bool:
@@ -105,11 +112,11 @@ def uses_triton(*tensors: Tensor) -> bool:
     Raises:
         RuntimeError: "triton" was asked for and cannot run on these tensors.
     """
-    if _choice == "reference":
+    if _state.choice == "reference":
         return False
     on_gpu = tensors[0].is_cuda
     supported = all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
-    if _choice == "auto":
+    if _state.choice == "auto":
         return supported and has_kernels(tensors[0].device)
     if not supported:
         return False
@@ -132,7 +139,7 @@ def why_reference(x: Tensor) -> str | None:
     """Why ops on x run in plain torch; None where they run their kernels."""
     if uses_triton(x):
         return None
-    if _choice == "reference":
+    if _state.choice == "reference":
         return "the backend is 'reference'"
     if x.dtype not in _KERNEL_DTYPES:
         return f"x is {x.dtype}"

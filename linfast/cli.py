@@ -3,60 +3,80 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from .training.commands import add_train_command
+from ._command import Stops, flush_output, say, text_of
+from .arguments import Parser
+from .training.commands import add_demo_command, add_train_command
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; errors of use and of data are one line on stderr and exit status 2."""
+    """Run a command and return its exit status.
+
+    An error is one line on stderr and status 2, or 1 where linfast did not foresee it (``python -X dev`` shows
+    its traceback). SIGINT and SIGTERM end with a line that says what is kept, and status 130 and 143.
+
+    Raises:
+        SystemExit: wrong arguments, 2; --help, 0.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["bench"]:
-        from linfast.bench.run import main as bench
+    options = argparse.Namespace(command="")
 
-        return bench(arguments[1:])
-    options = _parser().parse_args(arguments)
-    try:
-        return options.call(options)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"linfast {options.command}: {error}", file=sys.stderr)
-        return 2
+    def interrupted() -> str:
+        return (
+            f"{_name(options)}: interrupted; {options.kept(options) if 'kept' in options else 'nothing was begun'}"
+        )
+
+    with Stops(interrupted) as stops:
+        try:
+            try:
+                if arguments[:1] == ["bench"]:
+                    return _bench(arguments[1:], options)
+                _parser().parse_args(arguments, options)
+                return options.call(options)
+            finally:
+                flush_output()
+        except BrokenPipeError:
+            return 141  # 128 and SIGPIPE's number, as of any program that a closed pipe ends
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) or stops.number:
+                stops.say()
+                return 128 + (stops.number or signal.SIGINT)
+            if sys.flags.dev_mode:
+                raise
+            say(f"{_name(options)}: error: {text_of(error)}")
+            return 2 if isinstance(error, (ValueError, OSError, FloatingPointError)) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _name(options: argparse.Namespace) -> str:
+    return f"linfast {options.command}".strip()
+
+
+def _parser() -> Parser:
     from .sampling.command import add_sample
 
-    parser = argparse.ArgumentParser(prog="linfast", description="Fast Linearizers and coupling flows.")
+    parser = Parser(prog="linfast", description="Fast Linearizers and coupling flows.")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="train a small Linearizer on digits and look at it")
-    demo.add_argument("--quick", action="store_true", help="a smaller model, under 20 seconds; digits stay blurred")
-    demo.add_argument("--data", metavar="FILE.npz", help="x: uint8 [N, side, side]; default: scikit-learn's digits")
-    demo.add_argument("--out", default="linfast-demo", help="folder to write to (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
-    demo.set_defaults(call=_demo)
+    add_demo_command(commands)
     add_sample(commands)
     add_train_command(commands)
     commands.add_parser("bench", help="run the benchmarks (see linfast bench --help)")
-    commands.add_parser("info", help="versions and devices").set_defaults(call=_info)
+    info = commands.add_parser("info", help="versions and devices")
+    info.set_defaults(call=_info, kept=lambda options: "it writes nothing")
     return parser
 
 
-def _demo(options: argparse.Namespace) -> int:
-    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"needs {', '.join(missing)}: pip install 'linfast[demo]'")
-    from .demo import DemoSettings, run_demo
+def _bench(arguments: list[str], options: argparse.Namespace) -> int:
+    options.command, options.kept = "bench", lambda options: "what it printed and wrote so far is whole"
+    from linfast.bench.run import main as bench
 
-    names = ("data", "out", "seed", "device", "quick")
-    run_demo(DemoSettings(**{name: getattr(options, name) for name in names}))
-    return 0
+    return bench(arguments)
 
 
 def _info(options: argparse.Namespace) -> int:

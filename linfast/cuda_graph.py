@@ -11,6 +11,7 @@ graph's own, and so are the derived weights that it computes once.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Generic, TypeVar
@@ -25,6 +26,7 @@ __all__ = ["CudaGraph"]
 
 _Result = TypeVar("_Result")
 _WARM_UP = 3  # calls before a capture: lazy initialisation and autotuning do not belong into it
+_one_capture = threading.RLock()  # at a time: they share the device's random generator
 
 
 class CudaGraph(Generic[_Result]):
@@ -57,7 +59,8 @@ class CudaGraph(Generic[_Result]):
         read = () if model is None else itertools.chain(model.parameters(), model.buffers())
         self._read = [tensor.detach() for tensor in read]
         self._replayed = torch.cuda.Event()
-        with torch.cuda.device(device), _nothing_borrowed(self._frozen):
+        self._one_call = threading.Lock()  # at a time: all use the same memory
+        with _one_capture, torch.cuda.device(device), _nothing_borrowed(self._frozen):
             self._given = [tensor.detach().clone() for tensor in given]
             here, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(here)
@@ -66,7 +69,8 @@ class CudaGraph(Generic[_Result]):
                     work(*self._given)
             here.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=side):
+            # What other threads do meanwhile is theirs, and allowed.
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 result = work(*self._given)
         self.result: _Result = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
         """What the last replay wrote; the next one writes over it."""
@@ -80,7 +84,7 @@ class CudaGraph(Generic[_Result]):
         kinds, captured = [_kind(tensor) for tensor in given], [_kind(tensor) for tensor in self._given]
         if kinds != captured:
             raise ValueError(f"a CUDA graph takes tensors as at its capture, {captured}; got {kinds}")
-        with torch.cuda.device(self._device), torch.no_grad():
+        with self._one_call, torch.cuda.device(self._device), torch.no_grad():
             stream = torch.cuda.current_stream()
             stream.wait_event(self._replayed)  # a call on another stream uses the same memory
             for static, tensor in zip(self._given, given, strict=True):

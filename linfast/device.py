@@ -1,22 +1,25 @@
-"""A device by its name, checked before any work; and numbers of the host on a device, without waiting for it."""
+"""A device by its name or a module's own, and numbers of the host on a device, without waiting for it."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["uploaded", "usable_device"]
+__all__ = ["read_at_once", "tensor_of", "uploaded", "usable_device"]
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str | torch.device) -> torch.device:
     """The device; ValueError where this machine cannot put a tensor on it."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {error}") from error
+        raise ValueError(f"device {str(name)!r} cannot be used: {error}") from error
+    if device.type == "meta":
+        raise ValueError(f"device {str(name)!r} cannot be used: it holds no numbers")
     return device
 
 
@@ -24,3 +27,17 @@ def uploaded(values: Any, device: torch.device, dtype: torch.dtype | None = None
     """``values``, numbers of the host, on a device; a GPU is not waited for, as ``torch.tensor`` does."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def read_at_once(tensor: Tensor) -> bool:
+    """Whether the host reads this tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def tensor_of(module: nn.Module) -> Tensor | None:
+    """One of the tensors that a module computes with, for their dtype and device.
+
+    The replicas of nn.DataParallel have no parameters: there these are plain attributes.
+    """
+    plain = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    return next(chain(module.parameters(), plain, module.buffers()), None)

@@ -7,13 +7,14 @@ has changed (writes through ``.data`` and fused optimisers leave its ``_version`
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["Frozen", "derived", "freeze", "is_kept", "thawed"]
+__all__ = ["Frozen", "derived", "freeze", "is_frozen", "is_kept", "thawed"]
 
 _Value = TypeVar("_Value")
 
@@ -35,8 +36,16 @@ class Frozen:
         _active.remove(self)
 
 
-# A plain global, read once a derived weight; outermost first, so that a nested freeze adds nothing.
+class _Thread(threading.local):
+    """The promises that this thread passes by: those from before its block of ``thawed``."""
+
+    thawed: tuple[Frozen, ...] = ()
+
+
+# The process's, as the promise is; outermost first, so that a nested freeze adds nothing. Other threads write to
+# it: it is read by a copy.
 _active: list[Frozen] = []
+_thread = _Thread()
 
 
 @contextlib.contextmanager
@@ -44,10 +53,11 @@ def freeze(model: nn.Module) -> Iterator[None]:
     """Inside the block, each derived weight of ``model`` is computed at most once.
 
     The caller promises that inside the block no parameter or buffer of ``model`` changes or
-    moves, and no layer or hook is put in or taken out. What a gradient is wanted of is computed at every
-    call all the same: gradients stay right, and only ``torch.no_grad()`` or parameters that do not
-    require a gradient are faster. So is what torch.compile, torch.export or a torch.func transform
-    traces. Blocks nest; everything kept is let go at the end, also after an exception.
+    moves, and no layer or hook is put in or taken out; an ActNorm that waits for its first batch
+    goes on waiting. What a gradient is wanted of is computed at every call all the same: gradients
+    stay right, and only ``torch.no_grad()`` or parameters that do not require a gradient are faster.
+    So is what torch.compile, torch.export or a torch.func transform traces. Blocks nest; everything
+    kept is let go at the end, also after an exception.
 
     Raises:
         TypeError: model is not a module.
@@ -60,13 +70,12 @@ def freeze(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def thawed() -> Iterator[None]:
-    """Inside the block nothing is frozen: for what is to see weights that change after the block."""
-    kept = _active[:]
-    _active.clear()
+    """In this thread the block is outside what was frozen before: what is made in it sees weights that change."""
+    before, _thread.thawed = _thread.thawed, tuple(_active)
     try:
         yield
     finally:
-        _active[:] = kept
+        _thread.thawed = before
 
 
 def derived(module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> _Value:
@@ -90,10 +99,17 @@ def is_kept(module: nn.Module) -> bool:
     return _frozen(module) is not None
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module's parameters and buffers were promised still; traced code asks it of any module."""
+    if torch.compiler.is_compiling():
+        return len(_active) > 0
+    return any(module in frozen.modules for frozen in _active[:])
+
+
 def _frozen(module: nn.Module) -> Frozen | None:
     if torch.compiler.is_compiling() or not _active:
         return None
-    frozen = next((f for f in _active if module in f.modules), None)
+    frozen = next((f for f in _active[:] if module in f.modules and f not in _thread.thawed), None)
     return None if frozen is None or _traced(module) else frozen
 
 

@@ -1,9 +1,7 @@
 """save and load: weights by safetensors, the architecture as JSON in its header, no pickle.
 
-The architecture is read off the modules themselves: every class keeps each argument
-of its constructor as an attribute of the same name (``_config_names`` renames one that
-would clash). What was constructed that way is constructed that way again, so a file
-can name only classes that linfast, or ``register``, knows: loading runs no foreign code.
+``architecture`` says how modules are described and ``blueprint`` how they are built again, on the meta
+device: a file's names, shapes and dtypes are compared before anything is read or computed.
 
 A tensor lies in memory as it did, a transposed matrix by its columns: a product of the
 same numbers in another order of memory is another product of the BLAS, and rounds otherwise.
@@ -11,86 +9,98 @@ same numbers in another order of memory is another product of the BLAS, and roun
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import flows, operators
-from .linearizer import Linearizer
-from .scale_maps import ScaleMap
+from .architecture import DTYPES, describe, register
+from .blueprint import Blueprint, build, size_list
+from .device import usable_device
+from .flows.mix import Mix, Permute, check_permutation
+from .rebuilt import check_rebuilt
+from .state import joined, laid_out, match, memory_order, narrowed, share_modules, shared_modules, slots, unique
+from .whole_file import written_whole
 
-__all__ = ["load", "register", "save"]
+__all__ = ["described", "load", "register", "save", "written_whole"]
 
+_Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _FORMAT = "linfast-1"
-_Class = TypeVar("_Class", bound=type)
-_CLASSES: dict[str, type] = {}
+_LARGEST_HEADER = 40_000_000  # characters; safetensors reads 100 MB, in which quotes are escaped
+_STORED = {
+    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
+}  # fmt: skip
 
 
-def register(cls: _Class) -> _Class:
-    """Class decorator: let ``save`` and ``load`` handle modules of this class.
+def described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file of this model holds: its header, which JSON can hold, and its tensors by name, each once.
 
-    Each constructor argument must be kept as an attribute of the same name.
+    Tensors are views of the model's; ``orders`` in the header says how they lie in memory.
+
+    Raises:
+        TypeError: a part whose class, argument or tensor cannot be described (see ``register``).
+        ValueError: a part without values, a number that is not finite, or parameters that overlap in memory.
     """
-    if _CLASSES.setdefault(cls.__name__, cls) is not cls:
-        raise ValueError(f"a class named {cls.__name__!r} is registered already")
-    return cls
-
-
-for _cls in (
-    flows.ActNorm, flows.AdditiveCoupling, flows.AffineCoupling, flows.Conditioned, flows.ConvNet,
-    flows.Flow, flows.Householder, flows.Inverse, flows.MLP, flows.Mix, flows.Permute, flows.Squeeze,
-    flows.UNet,
-    operators.BlockDiagonal, operators.Dense, operators.DepthwiseConv, operators.Diagonal,
-    operators.LowRank, operators.Projection, operators.TimeDepthwiseConv, operators.TimeDiagonal,
-    operators.TimeLowRank,
-    operators.lazy.Product, operators.lazy.Scaled, operators.lazy.Sum, operators.lazy.Transposed,
-    Linearizer,
-):  # fmt: skip
-    register(_cls)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module; got {type(model).__name__}")
+    architecture = describe(model)
+    found = slots(model)
+    tensors, aliases = unique(found)
+    parts = {key: narrowed(value) for key, value in tensors.items()}
+    modes = {path: module.training for path, module in model.named_modules()}
+    header = {
+        "format": _FORMAT,
+        "architecture": architecture,
+        "aliases": aliases,
+        "orders": {key: memory_order(value) for key, value in parts.items() if not value.is_contiguous()},
+        "expanded": {
+            key: list(tensors[key].shape) for key, part in parts.items() if part.shape != tensors[key].shape
+        },
+        "shared": shared_modules(model),
+        "frozen": [key for key, slot in found.items() if slot.trained and not slot.tensor.requires_grad],
+        "switched": [path for path, mode in modes.items() if mode != modes.get(_parent(path), True)],
+    }
+    return header, parts
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a Linearizer, flow or operator to a safetensors file that ``load`` rebuilds.
 
-    On the same machine the loaded model computes the same bits. The file appears whole or not at all.
+    On the same machine the loaded model computes the same bits. Kept are dtypes, order in memory, what is
+    shared, which parameters require a gradient, and train or eval mode of each module; a constant that is
+    a view of another tensor becomes a copy. The file appears whole or not at all.
 
     Raises:
-        TypeError: a part whose class or argument cannot be described (see ``register``).
+        TypeError: a part whose class or argument cannot be described (see ``register``); a part that was changed
+            since it was constructed, such as by pruning, parametrizations or hooks.
+        ValueError: what ``load`` would refuse: NaN or infinite values, modules that are not initialised.
     """
     from safetensors.torch import save_file
 
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module; got {type(model).__name__}")
-    described: dict[int, int] = {}
-    architecture = _describe(model, described)
-    tensors, aliases = _unique(model.state_dict())
-    orders = {key: _order(value) for key, value in tensors.items() if not value.is_contiguous()}
-    header = {"format": _FORMAT, "architecture": architecture, "aliases": aliases, "orders": orders}
-    contiguous = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    with written_whole(Path(path)) as partial:
-        save_file(contiguous, partial, metadata={"linfast": json.dumps(header)})
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[str]:
-    """The name of a file to write, which takes the place of ``path`` where nothing was raised."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
+    path = _checked_path(path)
     try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+        header, tensors = described(model)
+        text = json.dumps(header)
+        if len(text) > _LARGEST_HEADER:
+            raise ValueError(f"its description takes {len(text)} characters")
+        _planned(json.loads(text), {key: (list(v.shape), str(v.dtype)[6:]) for key, v in tensors.items()}, model)
+        _check_values(model)
+        for key, value in tensors.items():
+            _check_finite(key, value)
+    except RecursionError as error:
+        raise ValueError(
+            f"cannot save a {type(model).__name__}: its modules lie too deep inside one another"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"cannot save a {type(model).__name__}: {error}") from error
+    contiguous = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    with written_whole(path) as partial:
+        save_file(contiguous, partial, metadata={"linfast": text})
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
@@ -98,165 +108,143 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a linfast file, an unknown class, tensors that are missing, left
-            over or of the wrong shape, or weights that are NaN or infinite.
+        ValueError: not a linfast file, an unknown class or arguments that it does not take, tensors that are
+            missing, left over or of the wrong shape or dtype, weights that are NaN or infinite; a device that
+            cannot be used.
     """
-    tensors, header = _read(Path(path))
-    for key, value in tensors.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{path}: {key} {tuple(value.shape)} has NaN or infinite values")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = _build_module(header["architecture"], [])
-        for key, order in header.get("orders", {}).items():
-            tensors[key] = _laid_out(tensors[key], order)
-        tensors.update({alias: tensors[key] for alias, key in header["aliases"].items()})
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: the architecture cannot be built ({error!r})") from error
-    _fill(model, tensors, str(path))
-    return model.to(device)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
+    path, place = _checked_path(path), usable_device(device)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
+        return _loaded(path, place)
+    except RecursionError as error:
+        raise ValueError(f"{path}: its architecture is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _checked_path(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path must be a string or a path; got {type(path).__name__}")
+    return Path(path)
+
+
+def _loaded(path: Path, device: torch.device) -> nn.Module:
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(path, framework="pt") as file:
-            header = _header(path, (file.metadata() or {}).get("linfast", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            header = _header((file.metadata() or {}).get("linfast", "{}"))
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            stored = {key: (part.get_shape(), _stored_dtype(key, part.get_dtype())) for key, part in slices.items()}
+            blueprint, filled = _planned(header, stored)
+            values = {key: _read(key, file.get_tensor(key), header, device) for key in stored}
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from error
-    return tensors, header
+        raise ValueError(f"not a safetensors file ({error})") from error
+    _fill(model := blueprint.model, filled, values, header)
+    _check_values(model)
+    model.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # moves nothing: its hooks are run
+    return model.to(device)
 
 
-def _header(path: Path, text: str) -> dict[str, Any]:
+def _header(text: str) -> dict[str, Any]:
     try:
         header = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: its linfast header is not JSON ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"its linfast header is not JSON ({error})") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"{path}: not a linfast file of format {_FORMAT!r}; its header is {text[:60]}")
+        raise ValueError(f"not a linfast file of format {_FORMAT!r}; its header is {text[:60]}")
     return header
 
 
-def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """State with each tensor once, and which other keys are the same tensor."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for key, value in state.items():
-        identity = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if value.numel() and identity in first:
-            aliases[key] = first[identity]
-        else:
-            first[identity] = key
-            tensors[key] = value.detach()
-    return tensors, aliases
+def _stored_dtype(key: str, name: str) -> str:
+    if name not in _STORED:
+        raise ValueError(f"{key} is {name}; tensors are {', '.join(DTYPES)}")
+    return _STORED[name]
 
 
-def _order(value: Tensor) -> list[int]:
-    """The dimensions as they lie in memory, the innermost last."""
-    return sorted(range(value.ndim), key=lambda d: -value.stride()[d])
+def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tuple[Blueprint, dict[str, str]]:
+    """The model without numbers, and which tensor goes where; where ``model`` is to be saved, it must be alike."""
+    try:
+        _check_lists(header, stored)
+        shapes = {key: (_expanded(key, shape, header), dtype) for key, (shape, dtype) in stored.items()}
+        for key, order in header["orders"].items():
+            laid_out(torch.empty(stored[key][0], device="meta"), order)
+        blueprint = build(header["architecture"], len(stored) + len(header["aliases"]))
+        share_modules(blueprint.model, header["shared"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"the architecture cannot be built ({error!r:.200})") from error
+    if model is not None:
+        check_rebuilt(model, blueprint.model)
+    filled = match(blueprint, shapes, header["aliases"], header["expanded"])
+    paths = dict(blueprint.model.named_modules())
+    parameters = {key: slot for key, slot in slots(blueprint.model).items() if slot.trained}
+    for name, known in (("frozen", parameters), ("switched", paths)):
+        if unknown := [entry for entry in header.get(name, ()) if entry not in known]:
+            raise ValueError(f"{name} names {unknown[0]!r:.60}, which the model has not")
+    return blueprint, filled
 
 
-def _laid_out(value: Tensor, order: list[int]) -> Tensor:
-    """The same tensor with its dimensions in this order in memory."""
-    if sorted(order) != list(range(value.ndim)):
-        raise IndexError(f"{order} is no order of the dimensions of {tuple(value.shape)}")
-    back = sorted(range(value.ndim), key=order.__getitem__)
-    return value.permute(order).contiguous().permute(back)
+def _check_lists(header: dict[str, Any], stored: _Stored) -> None:
+    """Raise unless what a header says of names is of its types; what files of before lack is empty."""
+    for name, item in (("aliases", str), ("orders", list), ("expanded", list), ("shared", str)):
+        entries = header.setdefault(name, {})
+        if not isinstance(entries, dict) or not all(isinstance(entry, item) for entry in entries.values()):
+            raise TypeError(f"{name} is {entries!r:.60}")
+    for name in ("frozen", "switched"):
+        names = header.get(name, [])
+        if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
+            raise TypeError(f"{name} is {names!r:.60}")
+    for alias, key in header["aliases"].items():
+        if alias in stored or key not in stored:
+            raise KeyError(f"{alias}, an alias of {key}")
 
 
-def _describe(value: Any, seen: dict[int, int]) -> Any:
-    """JSON of a constructor argument; a module seen before becomes a reference to it."""
-    if isinstance(value, nn.ModuleList):
-        return {"list": [_describe(item, seen) for item in value]}
-    if isinstance(value, nn.Module):
-        return _describe_module(value, seen)
-    if isinstance(value, Tensor):
-        return _describe_tensor(value)
-    if isinstance(value, ScaleMap):
-        return {"scale_map": asdict(value)}
-    if isinstance(value, (tuple, list)):
-        return {"list": [_describe(item, seen) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": {str(key): _describe(item, seen) for key, item in value.items()}}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"cannot save an argument of type {type(value).__name__}")
+def _expanded(key: str, shape: list[int], header: dict[str, Any]) -> list[int]:
+    """The shape of a stored tensor in the model."""
+    wide = size_list(header["expanded"].get(key, shape))
+    if len(wide) != len(shape) or any(n not in (1, m) for n, m in zip(shape, wide, strict=True)):
+        raise IndexError(f"{key} is {tuple(shape)} and cannot be expanded to {tuple(wide)}")
+    return wide
 
 
-def _describe_tensor(value: Tensor) -> dict[str, Any]:
-    """Shape and dtype, which the constructor may check; of integers, which it may use, the values too."""
-    described = {
-        "tensor": list(value.shape),
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "parameter": isinstance(value, nn.Parameter),
-    }
-    return described if value.is_floating_point() else {**described, "values": value.tolist()}
+def _read(key: str, value: Tensor, header: dict[str, Any], device: torch.device) -> Tensor:
+    """A stored tensor in memory of its own, as it lay."""
+    _check_finite(key, value)
+    order = header["orders"].get(key, list(range(value.ndim)))
+    own = laid_out(value, order).clone().to(device)
+    return own.expand(_expanded(key, list(value.shape), header))
 
 
-def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
-    if id(module) in seen:
-        return {"same": seen[id(module)]}
-    cls = type(module)
-    if _CLASSES.get(cls.__name__) is not cls:
-        raise TypeError(f"cannot save a {cls.__name__}: register its class with linfast.io.register")
-    rename: Mapping[str, str] = getattr(module, "_config_names", {})
-    names = list(inspect.signature(cls.__init__).parameters)[1:]
-    arguments = {name: _describe(getattr(module, rename.get(name, name)), seen) for name in names}
-    seen[id(module)] = len(seen)
-    return {"class": cls.__name__, "arguments": arguments}
+def _check_finite(key: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{key} {tuple(value.shape)} has NaN or infinite values")
 
 
-def _build(node: Any, built: list[nn.Module]) -> Any:
-    """The object that ``_describe`` described; modules in the order they were described."""
-    if not isinstance(node, dict):
-        return node
-    for kind, make in _NODES.items():
-        if kind in node:
-            return make(node, built)
-    raise ValueError(f"unknown entry in the architecture: {sorted(node)}")
+def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Put the tensors in; those under several names are one object, or a parameter and buffers on its memory."""
+    parameters: dict[str, nn.Parameter] = {}
+    frozen, switched = set(header.get("frozen", ())), set(header.get("switched", ()))
+    for name, slot in slots(model).items():
+        key, value = filled[name], values[filled[name]]
+        if not slot.tensor.is_meta and not torch.equal(value.cpu(), slot.tensor):
+            raise ValueError(f"{name} is not what the architecture says it is")
+        if slot.trained and key not in parameters:
+            trains = name not in frozen if "frozen" in header else slot.tensor.requires_grad
+            parameters[key] = nn.Parameter(value, trains and value.is_floating_point())
+        slot.put(parameters[key] if slot.trained else value)
+    modes: dict[str | None, bool] = {None: True}
+    for path, module in model.named_modules() if "switched" in header else ():
+        modes[path] = module.training = modes[_parent(path)] != (path in switched)
 
 
-def _build_module(node: dict[str, Any], built: list[nn.Module]) -> nn.Module:
-    if node["class"] not in _CLASSES:
-        raise ValueError(f"unknown class {node['class']!r}: register it with linfast.io.register first")
-    arguments = {name: _build(value, built) for name, value in node["arguments"].items()}
-    module = _CLASSES[node["class"]](**arguments)
-    built.append(module)
-    return module
+def _parent(path: str) -> str | None:
+    return path.rpartition(".")[0] if path else None
 
 
-def _build_tensor(node: dict[str, Any], built: list[nn.Module]) -> Tensor:
-    dtype = getattr(torch, node["dtype"])
-    if "values" in node:
-        return torch.tensor(node["values"], dtype=dtype).reshape(node["tensor"])
-    value = torch.zeros(node["tensor"], dtype=dtype)
-    return nn.Parameter(value) if node["parameter"] else value
-
-
-_NODES: dict[str, Callable[[dict[str, Any], list[nn.Module]], Any]] = {
-    "class": _build_module,
-    "same": lambda node, built: built[node["same"]],
-    "list": lambda node, built: [_build(item, built) for item in node["list"]],
-    "dict": lambda node, built: {key: _build(item, built) for key, item in node["dict"].items()},
-    "tensor": _build_tensor,
-    "scale_map": lambda node, built: ScaleMap(**node["scale_map"]),
-}
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Check keys and shapes, then put the tensors in, in their own dtypes and orders of memory."""
-    state = model.state_dict()
-    missing, extra = state.keys() - tensors.keys(), tensors.keys() - state.keys()
-    if missing or extra:
-        raise ValueError(f"{path}: missing tensors {sorted(missing)}, left over {sorted(extra)}")
-    for key, value in state.items():
-        if value.shape != tensors[key].shape:
-            raise ValueError(f"{path}: {key} is {tuple(tensors[key].shape)}, expected {tuple(value.shape)}")
-    for key, value in model.state_dict(keep_vars=True).items():
-        value.data = torch.empty_like(tensors[key], device=value.device)
-    model.load_state_dict(dict(tensors))
+def _check_values(model: nn.Module) -> None:
+    """Raise where integers of a module are not what they must be."""
+    for path, module in model.named_modules():
+        order = getattr(module, "permutation", None)
+        if isinstance(module, (Mix, Permute)) and order is not None:
+            check_permutation(order, module.features, joined(path, "permutation"))

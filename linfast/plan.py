@@ -136,8 +136,8 @@ def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
         return Choice(part, f"{_conditioner(layer)}, affine_coupling", why=kind)
     if isinstance(layer, (Mix, Householder)):
         return Choice(part, "channel_mix" if x.ndim > 2 else _TORCH, why=kind)
-    if isinstance(layer, ActNorm) and not layer._is_initialized:
-        return Choice(part, _TORCH, why=f"{kind}: not initialised")
+    if isinstance(layer, ActNorm) and layer.waits_for_data():
+        return Choice(part, _TORCH, why=f"{kind}: waits for its first batch")
     return Choice(part, _TORCH, why=kind)
 
 

@@ -179,7 +179,9 @@ class Cuda:
             self.here = before
 
     @contextlib.contextmanager
-    def graph(self, graph: Graph, pool: object = None, stream: Stream | None = None) -> Iterator[None]:
+    def graph(
+        self, graph: Graph, pool: object = None, stream: Stream | None = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
         self.capturing = _Capture(graph)
         try:
             with self.stream(stream or Stream()), self.capturing:

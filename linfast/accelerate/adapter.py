@@ -38,7 +38,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one instance runs; made anew for a deep copy and after a state_dict was loaded.
+    """What one instance runs; made anew where a mask or the like that it was made from is another.
 
     Args:
         runs: for the report.
@@ -46,6 +46,7 @@ class Plan:
         layout: what the replaced methods need to know and would otherwise compute at every call.
         takes_precision: whether what runs has products of its own, which follow ``options.precision``.
         options: what ``accelerate`` was asked for; the adapter puts them in.
+        seen: what it was made from, by ``_untrained``; the adapter puts it in.
         guard: of what the instance rebuilds in a backward.
         graphs: the CUDA graphs captured of the instance's methods.
     """
@@ -55,8 +56,22 @@ class Plan:
     layout: Any = None
     takes_precision: bool = False
     options: Options = Options()
+    seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
     graphs: Graphs = field(default_factory=Graphs, compare=False)
+
+    def is_of(self, instance: Any) -> bool:
+        """Whether the masks and the like that it was made from are those that the instance has now."""
+        now = _untrained(instance)
+        same = (t is seen and writes == then for (t, writes), (seen, then) in zip(now, self.seen, strict=False))
+        return len(now) == len(self.seen) and all(same)
+
+
+def _untrained(instance: Any) -> tuple[tuple[Tensor, int], ...]:
+    """The instance's own buffers and untrained parameters, and how often each was written to."""
+    own = (*instance._buffers.values(), *instance._parameters.values()) if isinstance(instance, nn.Module) else ()
+    untrained = [t for t in own if t is not None and not t.requires_grad]
+    return tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
 
 
 Draw = Callable[..., Tensor]
@@ -94,7 +109,6 @@ class Adapter:
             swap it only where ``options`` ask for what is done to a whole chain.
         captures: methods that a CUDA graph may hold.
         stored: why a coupling that is in no chain stores its activations; "" for one that rebuilds its own.
-        settle: called after the swap and after a state_dict was loaded.
         tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
     """
 
@@ -115,7 +129,6 @@ class Adapter:
     chain: bool = False
     captures: tuple[str, ...] = ()
     stored: str = "it is in no chain of a known class"
-    settle: Callable[[Any], None] = lambda instance: None
     tolerance: float = 1e-10
     float64: bool = True
     cls: type | None = None
@@ -130,7 +143,7 @@ class Adapter:
 
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options it was made for."""
-        return replace(self.plan(instance, options), options=options)
+        return replace(self.plan(instance, options), options=options, seen=_untrained(instance))
 
     def matches(self, cls: type) -> bool:
         """Whether this is the class the adapter is for."""

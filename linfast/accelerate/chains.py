@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..flows.undo import Outputs
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
-from .identity import defined_as
-from .invert import Part, check_parts, inverting, is_known, per_sample, run_inverting
+from .identity import changed_method, defined_as
+from .invert import Part, check_parts, is_known, parts_to_invert, per_sample, run_inverting
 
 __all__ = ["ADAPTERS"]
 
@@ -40,7 +40,8 @@ def _part(name: str, module: nn.Module, known: bool, run: Callable[..., Outputs]
     """A step, or Unfit; ``nets``: conditioners of a coupling that has no adapter."""
     adapter = adapter_for(module)
     conditioners = tuple(nets) if adapter is None else tuple(adapter.conditioners(module))
-    if not (known or conditioners):
+    changed = None if adapter is None else changed_method(module, (*adapter.methods, *adapter.assumes))
+    if changed is not None or not (known or conditioners):
         raise Unfit(f"stored: its {type(module).__name__} is not known to be invertible")
     return Part(f"{name} ({type(module).__name__})", module, run, conditioners)
 
@@ -102,9 +103,10 @@ def _run_nflows(transform: Any, x: Tensor, context: Context, inverse: bool) -> O
 
 def _nflows(method: str) -> Callable[..., Any]:
     def run(chain: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Any]:
-        if not inverting(chain, inputs):
+        parts = parts_to_invert(chain, inputs, _nflows_parts)
+        if parts is None:
             return getattr(chain._linfast_original, method)(chain, inputs, context)
-        return run_inverting(chain, _nflows_parts(chain), inputs, {"context": context}, method == "inverse")
+        return run_inverting(chain, parts, inputs, {"context": context}, method == "inverse")
 
     return run
 
@@ -155,9 +157,11 @@ def _run_normflows(flow: Any, x: Tensor, context: Context, inverse: bool) -> Out
     return y, per_sample(log_det, x)
 
 
-def _through(chain: Any, x: Tensor, inverse: bool, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def _through(
+    chain: Any, parts: Sequence[Part], x: Tensor, inverse: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """(y, log_det), in ``dtype``: what the library adds it up in, torch's default where it does not say."""
-    y, log_det = run_inverting(chain, _normflows_parts(chain), x, {}, inverse)
+    y, log_det = run_inverting(chain, parts, x, {}, inverse)
     assert log_det is not None
     return y, log_det.to(torch.get_default_dtype() if dtype is None else dtype)
 
@@ -166,18 +170,19 @@ def _normflows(method: str, run: Callable[..., Any]) -> Callable[..., Any]:
     """``run`` where it is to invert, else the library's own."""
 
     def either(chain: Any, x: Tensor) -> Any:
-        return run(chain, x) if inverting(chain, x) else getattr(chain._linfast_original, method)(chain, x)
+        parts = parts_to_invert(chain, x, _normflows_parts)
+        return getattr(chain._linfast_original, method)(chain, x) if parts is None else run(chain, parts, x)
 
     return either
 
 
-def _log_prob(chain: Any, x: Tensor) -> Tensor:
-    z, log_det = _through(chain, x, True, x.dtype)
+def _log_prob(chain: Any, parts: Sequence[Part], x: Tensor) -> Tensor:
+    z, log_det = _through(chain, parts, x, True, x.dtype)
     return log_det + chain.q0.log_prob(z)
 
 
-def _forward_kld(chain: Any, x: Tensor) -> Tensor:
-    z, log_det = _through(chain, x, True)
+def _forward_kld(chain: Any, parts: Sequence[Part], x: Tensor) -> Tensor:
+    z, log_det = _through(chain, parts, x, True)
     return -torch.mean((log_det + chain.q0.log_prob(z)).to(log_det.dtype))
 
 
@@ -188,10 +193,10 @@ def _sample(chain: Any, num_samples: int = 1) -> tuple[Tensor, Tensor]:
 
 
 _NORMFLOWS_METHODS = {
-    "forward": lambda chain, z: _through(chain, z, False)[0],
-    "forward_and_log_det": lambda chain, z: _through(chain, z, False),
-    "inverse": lambda chain, x: _through(chain, x, True)[0],
-    "inverse_and_log_det": lambda chain, x: _through(chain, x, True),
+    "forward": lambda chain, parts, x: _through(chain, parts, x, False)[0],
+    "forward_and_log_det": lambda chain, parts, x: _through(chain, parts, x, False),
+    "inverse": lambda chain, parts, x: _through(chain, parts, x, True)[0],
+    "inverse_and_log_det": lambda chain, parts, x: _through(chain, parts, x, True),
     "log_prob": _log_prob,
     "forward_kld": _forward_kld,
 }
@@ -226,9 +231,12 @@ _KEEP_VOLUME = ("NICECouplingBlock", "PermuteRandom")  # whose log-determinant i
 def _freia_parts(chain: Any) -> list[Part]:
     return [
         _part(
-            f"module_list[{i}]", block, is_known(block, "FrEIA", _FREIA, ("forward",)), partial(_run_freia, where)
+            f"module_list[{i}]",
+            block,
+            is_known(block, "FrEIA", _FREIA, ("forward",)),
+            partial(_run_freia, chain.conditions[i]),
         )
-        for i, (block, where) in enumerate(zip(chain.module_list, chain.conditions, strict=True))
+        for i, block in enumerate(chain.module_list)
     ]
 
 
@@ -239,10 +247,11 @@ def _run_freia(condition: int | None, block: Any, x: Tensor, context: Context, i
 
 
 def _sequence(chain: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True) -> tuple[Any, Any]:
-    x = x_or_z if isinstance(x_or_z, Tensor) else x_or_z[0]
-    if not inverting(chain, x):
+    x = x_or_z[0] if isinstance(x_or_z, (list, tuple)) else x_or_z
+    parts = parts_to_invert(chain, x, _freia_parts)
+    if parts is None:
         return chain._linfast_original.forward(chain, x_or_z, c, rev, jac)
-    y, log_det = run_inverting(chain, _freia_parts(chain), x, {"c": c if c is None else list(c)}, rev)
+    y, log_det = run_inverting(chain, parts, x, {"c": c if c is None else list(c)}, rev)
     keeps_volume = all(is_known(block, "FrEIA", _KEEP_VOLUME, ("forward",)) for block in chain.module_list)
     return (y,) if chain.force_tuple_output else y, 0.0 if keeps_volume else log_det
 

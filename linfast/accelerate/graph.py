@@ -88,6 +88,8 @@ def capturable(tensor: Tensor) -> bool:
 def _fits(instance: nn.Module, tensors: Sequence[Tensor]) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
+    if getattr(instance, "_is_replica", False):  # nn.DataParallel's: its weights are others at every call
+        return False
     here = all(capturable(t) and t.device == tensors[0].device for t in tensors)
     return here and not any(module.training for module in instance.modules())
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..flows.memory import inverts
 from ..flows.reversible import Step, reversible
 from ..flows.undo import Cotangents, Outputs, Undone, undo
-from .adapter import Unfit, adapter_for
+from .adapter import Unfit
 from .identity import changed_method, original_class
 from .recall import recalling
 
-__all__ = ["Part", "check_parts", "conditioners_of", "inverting", "is_known", "per_sample", "run_inverting"]
+__all__ = ["Part", "check_parts", "is_known", "parts_to_invert", "per_sample", "run_inverting"]
 
 Context = Mapping[str, Any]
 
@@ -58,24 +58,31 @@ class Part:
             y,
             cotangents,
             tensors,
+            None if self.conditioners else self.module,
         )
 
 
-def inverting(instance: Any, x: Tensor) -> bool:
-    """Whether this call of a swapped instance's method is to keep no activations."""
-    return inverts(instance._linfast_plan.options.memory, x, 0.0)
+def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) -> list[Part] | None:
+    """The parts of a swapped instance that this call of its method is to rebuild; None: it stores.
+
+    They are found at every call: what was put in since ``accelerate``, and cannot be rebuilt, is said once.
+    """
+    plan = instance._linfast_plan
+    if not isinstance(x, Tensor) or not inverts(plan.options.memory, x, 0.0):
+        return None
+    try:
+        parts = find(instance)
+        check_parts(parts)
+    except Unfit as reason:
+        plan.guard.say(str(reason), f"{type(instance).__name__} was changed after accelerate; {reason}")
+        return None
+    return parts
 
 
 def run_inverting(instance: Any, parts: Sequence[Part], x: Tensor, context: Context, inverse: bool) -> Outputs:
     """(y, log_det) of the parts in turn, or of the inverse of that."""
     steps = [part.step(inverse) for part in parts]
     return reversible(steps[::-1] if inverse else steps, x, context, instance._linfast_plan.guard)
-
-
-def conditioners_of(module: nn.Module) -> tuple[nn.Module, ...]:
-    """Of a coupling that has an adapter."""
-    adapter = adapter_for(module)
-    return () if adapter is None else tuple(adapter.conditioners(module))
 
 
 def is_known(module: nn.Module, library: str, names: Sequence[str], methods: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..flows.memory import inverts
 from ..ops.group_norm_silu import group_norm_silu
 
 __all__ = ["norm_silu"]
@@ -25,15 +26,14 @@ def norm_silu(
     """silu(norm(x) (1 + scale) + shift) for a GroupNorm with num_groups, eps, weight [C] and bias [C]."""
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
     plain = scale is None and shift is None and activation and not uses_triton(x, weight, bias)
-    if plain and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _NormSiLU.apply(x, weight, bias, norm.num_groups, norm.eps)
+    if plain and inverts("invert", x, 0.0):
+        return _NormSiLU.apply(x.contiguous(), weight, bias, norm.num_groups, norm.eps)
     return group_norm_silu(x, norm.num_groups, weight, bias, scale, shift, norm.eps, activation)
 
 
 class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        x = x.contiguous()
         y, mean, rstd = _normalise(x, weight, bias, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.eps = groups, eps
@@ -44,8 +44,11 @@ class _NormSiLU(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         (grad,) = gradients
         if torch.is_grad_enabled():  # create_graph: through plain torch
+            given = x, weight, bias = [
+                t.view_as(t) for t in ctx.saved_tensors[:3]
+            ]  # whose history is not gone into
             y = F.silu(F.group_norm(x, ctx.groups, weight, bias, ctx.eps))
-            wanted = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if need]
+            wanted = [t for t, need in zip(given, ctx.needs_input_grad, strict=False) if need]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             return (*(next(found) if need else None for need in ctx.needs_input_grad[:3]), None, None)
         y, _, _ = _normalise(x, weight, bias, ctx.groups, ctx.eps)

@@ -5,15 +5,21 @@ f(x), which is run again for the gradients, is given the same parameters, and th
 
     x = f^{-1}(y)      params = c(kept), with a graph from kept' to params
     y = f(x)           params recalled: d kept += (d params / d kept')^T d params, and the same for the weights
+
+Of a conditioner that is called more than once, as one that both sides of a coupling share, each call of f(x) is
+given the parameters of the nearest kept half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..flows.undo import gradients
 
@@ -21,13 +27,15 @@ __all__ = ["recalling"]
 
 
 def recalling(module: nn.Module, conditioners: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Any:
-    """A view of ``module``, sharing all it has, whose conditioners are evaluated at their first call only.
+    """A view of ``module``, sharing all it has, whose conditioners' calls without a graph serve those with one.
 
     Args:
-        conditioners: inside ``module``: (kept, ...) -> params.
-        tensors: what else than the kept half the parameters may be differentiated by.
+        conditioners: inside ``module``: any arguments -> params, a tensor or several.
+        tensors: what else than the arguments the parameters may be gradients by.
     """
-    return _view(module, {id(c): _Recalling(c, tensors) for c in conditioners})
+    scripted = torch.jit.ScriptModule  # whose attributes are not its dictionary's: evaluated twice
+    replaced = {id(c): _recalling(c, _Calls(tensors)) for c in conditioners if not isinstance(c, scripted)}
+    return _view(module, replaced)
 
 
 def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
@@ -41,34 +49,109 @@ def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
     return view
 
 
-class _Recalling(nn.Module):
-    def __init__(self, conditioner: nn.Module, tensors: Sequence[Tensor]) -> None:
-        super().__init__()
-        self._conditioner = (conditioner,)  # no child of this one
+_CALLS = "_linfast_calls"
+
+
+def _recalling(conditioner: nn.Module, calls: _Calls) -> nn.Module:
+    """The conditioner under another class: all its attributes, and its calls through ``calls``."""
+    original: Any = type(conditioner)
+    view: nn.Module = object.__new__(_recalling_class(original))
+    vars(view).update(vars(conditioner), **{_CALLS: calls})
+    calls.conditioner = conditioner
+    return view
+
+
+@functools.cache
+def _recalling_class(original: type) -> Any:
+    """The class that derives from the conditioner's and whose calls, of it or of its forward, are recalled."""
+
+    def call(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls = vars(self)[_CALLS]
+        return calls.run(calls.conditioner, arguments, named)
+
+    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
+        calls = vars(self)[_CALLS]
+        return calls.run(calls.conditioner.forward, arguments, named)
+
+    body = {"__call__": call, "forward": forward, "__module__": original.__module__}
+    return type(original)(original.__name__, (original,), body)
+
+
+@dataclass
+class _Call:
+    """One evaluation: the floating-point tensors it was given, and what it returned, with a graph between."""
+
+    given: list[Tensor]
+    params: list[Tensor]
+    others: list[Any]
+    spec: TreeSpec
+
+
+class _Calls:
+    """The evaluations of one conditioner in one undo."""
+
+    conditioner: nn.Module
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
-        self.params: Any = None
+        self._made: list[_Call] = []
 
-    def forward(self, kept: Tensor, *context: Any, **named: Any) -> Tensor:
-        if self.params is None:
-            self.kept = kept.detach().requires_grad_()
-            with torch.enable_grad():
-                self.params = self._conditioner[0](self.kept, *context, **named)
-            return self.params.detach().clone()  # libraries write to it
-        return _Recall.apply(self, kept, *self.tensors)
+    def run(self, function: Callable[..., Any], arguments: Any, named: Any) -> Any:
+        leaves, spec = tree_flatten((arguments, named))
+        given = [leaf for leaf in leaves if _differentiable(leaf)]
+        if not torch.is_grad_enabled():
+            return self._make(function, leaves, spec)
+        call = self._nearest(given)
+        if call is None:
+            return function(*arguments, **named)
+        params = iter(_Recall.apply(call, self.tensors, *given, *self.tensors))
+        return tree_unflatten([next(params) if _differentiable(o) else o for o in call.others], call.spec)
 
-    def gradients(self, grad: Tensor) -> list[Tensor | None]:
-        """Of kept and of the tensors; once."""
-        found = gradients((self.params, None), (grad, None), (self.kept, *self.tensors))
-        del self.params, self.kept
-        return found
+    def _make(self, function: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> Any:
+        """Evaluate, with a graph, which is kept; what is returned has none."""
+        own = [leaf.detach().requires_grad_() if _differentiable(leaf) else leaf for leaf in leaves]
+        with torch.enable_grad():
+            arguments, named = tree_unflatten(own, spec)
+            outputs, spec = tree_flatten(function(*arguments, **named))
+        given = [leaf for leaf in own if _differentiable(leaf)]
+        self._made.append(_Call(given, [o for o in outputs if _differentiable(o)], outputs, spec))
+        return tree_map(_copied, tree_unflatten(outputs, spec))
+
+    def _nearest(self, given: list[Tensor]) -> _Call | None:
+        """The call that was given most nearly this, taken out; None: there is none of these shapes."""
+        shapes = [tensor.shape for tensor in given]
+        fitting = [call for call in self._made if [tensor.shape for tensor in call.given] == shapes]
+        if not fitting:
+            return None
+        call = fitting[0]
+        if len(fitting) > 1:  # reads the device; of a single one nothing is to be found out
+            call = min(fitting, key=lambda call: _distance(call.given, given))
+        self._made = [other for other in self._made if other is not call]
+        return call
+
+
+def _differentiable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf  # libraries write to it
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((x.detach() - y.detach()).abs().sum()) for x, y in zip(a, b, strict=True))
 
 
 class _Recall(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recalling: _Recalling, kept: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.recalling = recalling
-        return recalling.params.detach().clone()
+    def forward(ctx: Any, call: _Call, tensors: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.tensors = call, tensors
+        ctx.set_materialize_grads(False)
+        return tuple(_copied(param) for param in call.params)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.recalling.gradients(*grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call = ctx.call
+        found = gradients(call.params, grads, (*call.given, *ctx.tensors))
+        call.params, call.given, call.others = [], [], []  # once
+        return None, None, *found

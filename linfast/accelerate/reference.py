@@ -46,10 +46,11 @@ def _plan_actnorm(norm: Any, options: Options) -> Plan:
     return Plan("one multiply-add", note)
 
 
-def _settle_actnorm(norm: Any) -> None:
-    """Loaded values are not initialised over."""
-    if "actnorm_reinit" not in norm._linfast_plan.options.keep_defects and _holds_values(norm):
-        norm.initialized = True
+def _is_initialised(norm: Any) -> bool:
+    """Its own flag; values that were loaded, and which the flag does not know of, are not initialised over."""
+    if not norm.initialized and "actnorm_reinit" not in norm._linfast_plan.options.keep_defects:
+        norm.initialized = _holds_values(norm)
+    return bool(norm.initialized)
 
 
 def _holds_values(norm: Any) -> bool:
@@ -57,20 +58,21 @@ def _holds_values(norm: Any) -> bool:
 
 
 def _actnorm(norm: Any, x: Tensor) -> Tensor:
-    if not norm.initialized:
+    if not _is_initialised(norm):
         norm._init(x)
     scale = norm.log_scale.exp()
     return torch.addcmul(norm.bias * scale, x, scale)
 
 
 def _actnorm_inverse(norm: Any, y: Tensor) -> Tensor:
-    if not norm.initialized:
+    if not _is_initialised(norm):
         return y
     return torch.addcmul(-norm.bias, y, (-norm.log_scale).exp())
 
 
 def _probe_actnorm(norm: Any, draw: Draw) -> Sequence[Tensor]:
     shape = (3, norm.bias.shape[1], 2, 3)
+    norm.initialized = norm.initialized or _holds_values(norm)  # the defect is not compared
     return [norm.forward(draw(*shape)), norm.inverse(draw(*shape))]
 
 
@@ -137,7 +139,6 @@ ADAPTERS = (
         methods={"forward": _actnorm, "inverse": _actnorm_inverse},
         plan=_plan_actnorm,
         probe=_probe_actnorm,
-        settle=_settle_actnorm,
     ),
     reference_adapter(
         "Inv1x1Conv",

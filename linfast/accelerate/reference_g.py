@@ -22,7 +22,7 @@ from ..scale_maps import ScaleMap
 from .adapter import Draw, Options, Plan, Stub, Unfit
 from .constant_time import constant_time
 from .identity import changed_method, original_class
-from .invert import Part, inverting, run_inverting
+from .invert import Part, parts_to_invert, run_inverting
 from .reference import constant_plan, has, reference_adapter
 
 __all__ = ["ADAPTERS"]
@@ -47,16 +47,18 @@ def _check_block(block: Any) -> None:
 
 
 def _block(block: Any, X: Tensor, t: Any) -> Tensor:
-    if inverting(block, X):
-        return run_inverting(block, _block_parts(block), X, {"t": t}, inverse=False)[0]
+    parts = parts_to_invert(block, X, _block_parts)
+    if parts is not None:
+        return run_inverting(block, parts, X, {"t": t}, inverse=False)[0]
     x = X if block.actnorm is None else block.actnorm(X)
     x = _couple(block.F, x, t, "first", inverse=False)
     return block.mix(_couple(block.G, x, t, "second", inverse=False))
 
 
 def _block_inverse(block: Any, Y: Tensor, t: Any) -> Tensor:
-    if inverting(block, Y):
-        return run_inverting(block, _block_parts(block), Y, {"t": t}, inverse=True)[0]
+    parts = parts_to_invert(block, Y, _block_parts)
+    if parts is not None:
+        return run_inverting(block, parts, Y, {"t": t}, inverse=True)[0]
     y = _couple(block.G, block.mix.inverse(Y), t, "second", inverse=True)
     x = _couple(block.F, y, t, "first", inverse=True)
     return x if block.actnorm is None else block.actnorm.inverse(x)
@@ -101,13 +103,17 @@ def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
 
 
 def _plan_chain(chain: Any, options: Options) -> Plan:
+    _check_chain(chain)
+    return Plan(f"{len(chain.blocks)} blocks, rebuilt in the backward")
+
+
+def _check_chain(chain: Any) -> None:
     if chain.use_squeeze and changed_method(chain.squeeze, ("forward", "inverse")) is not None:
         raise Unfit("stored: its squeeze was replaced")
     for block in chain.blocks:
         if original_class(block).__qualname__ != "InvUnetBlock" or changed_method(block, ("forward", "inverse")):
             raise Unfit(f"stored: its {type(block).__name__} is not the repository's InvUnetBlock")
         _check_block(block)
-    return Plan(f"{len(chain.blocks)} blocks, rebuilt in the backward")
 
 
 def _chain(chain: Any, X: Tensor, t: Any) -> Tensor:
@@ -119,12 +125,17 @@ def _chain_inverse(chain: Any, Y: Tensor, t: Any) -> Tensor:
 
 
 def _run_chain(chain: Any, x: Tensor, t: Any, method: str) -> Tensor:
-    if not inverting(chain, x):
+    parts = parts_to_invert(chain, x, _chain_parts)
+    if parts is None:
         return getattr(chain._linfast_original, method)(chain, x, t)
     x = chain.squeeze(x) if chain.use_squeeze else x
-    parts = [part for i, block in enumerate(chain.blocks) for part in _block_parts(block, f"blocks[{i}].")]
     y, _ = run_inverting(chain, parts, x, {"t": t}, method == "inverse")
     return chain.squeeze.inverse(y) if chain.use_squeeze else y
+
+
+def _chain_parts(chain: Any) -> list[Part]:
+    _check_chain(chain)
+    return [part for i, block in enumerate(chain.blocks) for part in _block_parts(block, f"blocks[{i}].")]
 
 
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:

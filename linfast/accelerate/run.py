@@ -16,7 +16,7 @@ from .identity import changed_method, is_hooked, is_sharded
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
-from .verify import difference, kind_of
+from .verify import check_values, difference, kind_of
 from .whole import fits_whole
 
 __all__ = ["DEFECTS", "accelerate", "restore"]
@@ -57,7 +57,9 @@ def accelerate(
         memory: "store": the backward keeps what it needs. "invert": a chain of invertible steps (the
             reference's g, nflows' CompositeTransform, normflows' NormalizingFlow, FrEIA's SequenceINN)
             keeps its input and output, and its activations are rebuilt in the backward
-            (linfast.flows.reversible). A chain with a step that is not known to be invertible stores.
+            (linfast.flows.reversible). A chain with a step that is not known to be invertible stores, also
+            where the step was put in later, which is said once. A conditioner that reads a tensor from
+            outside its arguments that needs a gradient is an error at the call (RuntimeError).
         compile: compile the conditioners with torch.compile, each kind of block once.
         cuda_graph: capture what g and the chains compute without gradients in eval mode, as a sampler
             calls them, in CUDA graphs (linfast.accelerate.graph).
@@ -152,17 +154,20 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
         return Row(path, name, None, f"derived from {parent.title}: its maths may differ; see lf.register_adapter")
     if not adapter.wanted(options):
         return None
+    what = ""
     try:
+        check_values(instance)
+        what = _describe(instance, adapter)
         _check_unchanged(instance, adapter)
         plan = adapter.plan_for(instance, options)
         kind = kind_of(instance, adapter, plan)
         if kind not in checked:
             checked[kind] = difference(instance, adapter, plan)
     except Unfit as reason:
-        return Row(path, adapter.title, None, str(reason), _describe(instance, adapter))
+        return Row(path, adapter.title, None, str(reason), what)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        return Row(path, adapter.title, None, f"it is not built as {adapter.title} is: {str(error)[:80]}", what)
     swap(instance, adapter, plan)
-    adapter.settle(instance)
-    what = _describe(instance, adapter)
     takes_precision = plan.takes_precision or _runs_whole(instance, adapter, plan)
     return Row(path, adapter.title, plan.runs, plan.note, what, checked[kind], takes_precision)
 

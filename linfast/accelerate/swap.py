@@ -10,11 +10,17 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from ..flows.drift import DriftGuard
 from .adapter import Adapter, Plan, Unfit
+from .graph import Graphs
 from .identity import PLAN, is_hooked
 
 __all__ = ["Swapped", "plan_of", "swap", "swap_back", "swapped_class"]
@@ -43,17 +49,13 @@ class Swapped:
         memo[id(self)] = copied
         state = copy.deepcopy(state, memo)
         copied.__setstate__(state) if hasattr(copied, "__setstate__") else copied.__dict__.update(state)
-        swap(copied, self._linfast_adapter, self._linfast_adapter.plan_for(copied, plan_of(self).options))
+        swap(copied, self._linfast_adapter, replace(plan_of(self), guard=DriftGuard(), graphs=Graphs()))
+        renew_plan(copied)
         return copied
 
     def _load_from_state_dict(self, *arguments: Any, **named: Any) -> None:
-        """Then plan anew: a loaded buffer may hold another mask."""
         super()._load_from_state_dict(*arguments, **named)  # type: ignore[misc]
-        try:
-            vars(self)[PLAN] = self._linfast_adapter.plan_for(self, plan_of(self).options)
-            self._linfast_adapter.settle(self)
-        except Unfit:
-            swap_back(self)
+        renew_plan(self)
 
 
 def plan_of(instance: Any) -> Plan:
@@ -74,6 +76,19 @@ def swap_back(instance: Any) -> None:
     del vars(instance)[PLAN]
 
 
+def renew_plan(instance: Any) -> bool:
+    """Plan anew where a mask or the like was written to or replaced; whether the object is swapped still."""
+    if not plan_of(instance).is_of(instance):
+        try:
+            vars(instance)[PLAN] = instance._linfast_adapter.plan_for(instance, plan_of(instance).options)
+        except Unfit:
+            swap_back(instance)
+            return False
+        except RuntimeError:  # no values to be read: on the meta device, or under torch.func.vmap
+            pass
+    return True
+
+
 @functools.cache
 def swapped_class(adapter: Adapter, original: type) -> type:
     """The class that derives from the original and runs the adapter's methods."""
@@ -88,14 +103,24 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
     """``run``, or the original where a hook on a module that ``run`` would pass by has to fire."""
     before = getattr(original, name)
     captures = name in adapter.captures
+    ours = dict(zip(_names(before), _names(run), strict=False))
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
+        if not torch.compiler.is_compiling() and not renew_plan(self):
+            return before(self, *arguments, **named)
         for module in adapter.inner(self):
             if is_hooked(module):
                 return before(self, *arguments, **named)
+        named = {ours.get(key, key): value for key, value in named.items()}
         if captures and plan_of(self).options.cuda_graph:
             return plan_of(self).graphs.run(run, self, arguments, named)
         return run(self, *arguments, **named)
 
     return method
+
+
+def _names(function: Callable[..., Any]) -> list[str]:
+    """Of the arguments that may be given by place or by name."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]

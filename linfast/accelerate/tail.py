@@ -142,7 +142,9 @@ class Tail:
         """(out, () -> log|det| [B] of the forward) in plain torch."""
         if self.layout == "shift":
             assert isinstance(params, Tensor)
-            return moved - params if inverse else moved + params, lambda: moved.new_zeros(moved.shape[0])
+            out = moved - params if inverse else moved + params
+            # Not new_zeros, which torch.func.vmap makes one of each of its rows: libraries add to it in place.
+            return out, lambda: torch.zeros(moved.shape[0], dtype=moved.dtype, device=moved.device)
         shift, raw = self.shift_and_raw(params, moved.shape[1])
         value = self.map(raw)
         if self.gives == "scale":

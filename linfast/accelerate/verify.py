@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..backend import plain_torch
 from ..flows.drift import DriftWarning
@@ -18,7 +19,7 @@ from .identity import PLAN, original_class
 from .swap import swap
 from .whole import whole_here
 
-__all__ = ["code_of", "difference", "kind_of"]
+__all__ = ["check_values", "code_of", "difference", "kind_of"]
 
 Probe = Callable[[Any, Draw], Sequence[Tensor]]
 
@@ -28,6 +29,15 @@ _TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Of a layer whose products are in such a mode, whatever the original's are in.
 _OF_MODES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fast": 1e-1}
 _CHAIN = 10  # a chain is many layers, and its rebuilt inputs are as far off again
+
+
+def check_values(instance: Any) -> None:
+    """Raise Unfit where there is nothing to compare: of all tensors one without a shape, or without values."""
+    tensors = _tensors(instance)
+    if any(is_lazy(t) for t in tensors):
+        raise Unfit("it has lazy modules, which its first call makes: call it once, then accelerate")
+    if any(t.is_meta for t in tensors):
+        raise Unfit("it is on the meta device: there are no values to compare; accelerate it once it has some")
 
 
 @full_precision()
@@ -42,8 +52,6 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     """
     like = next((t for t in _tensors(instance) if t.is_floating_point()), None)
     device = torch.device("cpu") if like is None else like.device
-    if device.type == "meta":
-        raise Unfit("it is on the meta device: nothing to compare")
     own = torch.float32 if like is None else like.dtype
     hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
     worst = 0.0

@@ -85,6 +85,10 @@ def _transform_class() -> type:
         def inv(self) -> Transform:
             return _Inverse(self)
 
+        def __reduce__(self) -> Any:
+            """As the library's own, which a process without linfast can load."""
+            return base, (self.meta, self._lazy.mask)
+
         def _call(self, x: Tensor) -> Tensor:
             return self.run(x, inverse=False)[0]
 
@@ -105,17 +109,21 @@ def _transform_class() -> type:
 
         def _params(self, kept: Tensor, batch: Size) -> Tensor:
             """[rows, 2 n] of kept [rows, n]; c is [..., n_c], broadcast to the batch. Few rows: of an MLP alone."""
-            batch = batch if len(kept) == batch.numel() else kept.shape[:1]
-            kept = kept.reshape(*batch, -1)
+            if len(batch) != 1 and kept.shape[0] == math.prod(batch):
+                kept = kept.reshape(*batch, -1)
             if self._c is not None:
-                kept = torch.cat((kept, self._c.expand(*batch, -1)), -1)
-            return self._lazy.hyper(kept).reshape(batch.numel(), -1)
+                kept = torch.cat((kept, self._c.expand(*kept.shape[:-1], -1)), -1)
+            params = self._lazy.hyper(kept)
+            return params.reshape(-1, params.shape[-1])
 
     return CouplingTransform
 
 
 class _Inverse(_InverseTransform):
     """The inverse, whose value and log-determinant take one pass too."""
+
+    def __reduce__(self) -> Any:
+        return _InverseTransform, (self._inv,)
 
     def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._inv.run(y, inverse=True)  # type: ignore[union-attr]

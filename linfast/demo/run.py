@@ -21,6 +21,8 @@ class DemoSettings:
     seed: int = 0
     device: str = "cpu"
     quick: bool = False
+    resume: bool = False
+    overwrite: bool = False
 
 
 # Full: recognisable digits within 3 minutes on 2 cores. Quick: everything runs, in under 20 s.
@@ -33,7 +35,11 @@ def run_demo(settings: DemoSettings, progress: bool = True) -> Linearizer | None
 
     Raises:
         ValueError, FileNotFoundError: unusable data or an unusable device, before any work.
+        FileExistsError: an earlier run's files, and neither ``resume`` nor ``overwrite``.
     """
     model, steps = _QUICK if settings.quick else _FULL
     train = TrainSettings(steps=steps, seed=settings.seed)
-    return run_one_step(Run(train, settings.data, settings.out, settings.device, progress=progress), model)
+    run = Run(
+        train, settings.data, settings.out, settings.device, settings.resume, settings.overwrite, progress=progress
+    )
+    return run_one_step(run, model)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..device import read_at_once
+from ..freeze import is_frozen
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
 from .undo import Cotangents, Undone, undo
 
@@ -25,11 +27,11 @@ __all__ = ["ActNorm"]
 class ActNorm(ChannelLinear):
     """y = (x + bias) exp(log_scale), with bias = -mean and log_scale = -log(std) of the first batch.
 
-    The first forward (or ``initialize``) sets the parameters; the flag that it
-    happened is the buffer ``initialized``, so a loaded model is not initialised
-    again. Under torch.distributed the statistics are those of all processes' rows.
-    An inverse before that is the identity. torch.func.functional_call cannot initialise it:
-    call it, or ``initialize``, once before.
+    The first forward in training mode (or ``initialize``) sets the parameters. That it happened is
+    said by the buffer ``initialized`` alone, so a model that is loaded, copied or averaged is not
+    initialised again. Under torch.distributed the statistics are those of all processes' rows.
+    Before that, in eval mode and inside ``linfast.freeze`` or a sampler, it is the map that its
+    parameters say: new ones are the identity.
 
     Args:
         features: C.
@@ -37,7 +39,9 @@ class ActNorm(ChannelLinear):
             constant in the first batch would otherwise amplify everything unlike it.
 
     Raises:
-        ValueError: a first batch with fewer than two values a channel, or non-finite ones.
+        ValueError: a first batch with fewer than two values per channel, or non-finite ones.
+        RuntimeError: a first batch inside a torch.func transform, torch.func.functional_call or an
+            nn.DataParallel replica, where what it sets would be lost: call the model once before.
     """
 
     initialized: Tensor
@@ -49,26 +53,61 @@ class ActNorm(ChannelLinear):
         self.bias = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
         self.register_buffer("initialized", torch.tensor(False))
-        # Mirrors the buffer, so that forward branches on a Python bool: no sync, no graph break.
-        self._is_initialized = False
-        self.register_load_state_dict_post_hook(_read_flag)
+        self.register_load_state_dict_pre_hook(_mark_loaded)
+        self._seen: tuple[Tensor, int] | None = None  # the buffer and its version, when it was last read to be set
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set bias and log_scale from x [B, C, ...] so that its image has mean 0 and variance 1."""
         self._check("x", x, self.features)
         mean, std = _statistics(x)
-        if not torch.compiler.is_compiling() and not bool(torch.isfinite(std).all()):
+        bias, log_scale = -mean, -std.clamp(min=self.min_std).log()
+        if torch.compiler.is_compiling():  # whether the buffer is set is seen on the device: it was not read
+            bias = torch.where(self.initialized, self.bias, bias)
+            log_scale = torch.where(self.initialized, self.log_scale, log_scale)
+            self._seen = (self.initialized, -1)  # so that this graph serves once
+        elif not bool(torch.isfinite(std).all()):
             raise ValueError("ActNorm: x of the first batch has non-finite values")
-        self.bias.copy_(-mean)
-        self.log_scale.copy_(-std.clamp(min=self.min_std).log())
+        self.bias.copy_(bias)
+        self.log_scale.copy_(log_scale)
         self.initialized.fill_(True)
-        self._is_initialized = True
+
+    def waits_for_data(self) -> bool:
+        """Whether a forward now would set the parameters: in training mode, not frozen, not initialised."""
+        return self.training and not is_frozen(self) and not self._is_initialized()
+
+    def _is_initialized(self) -> bool:
+        """What the buffer says; where reading is waiting for a device, read again only once it was written to.
+
+        What is compiled reads nothing: unless it was read to be set before, ``initialize`` is traced.
+        """
+        if torch.compiler.is_compiling():
+            return self._seen is not None
+        flag = self.initialized
+        seen = self._seen is not None and self._seen[0] is flag and self._seen[1] == flag._version
+        if not seen or read_at_once(flag):
+            self._seen = (flag, flag._version) if bool(flag) else None
+        return self._seen is not None
+
+    def _check_is_kept(self) -> None:
+        """Raise where the parameters are another's for the length of a call."""
+        if torch.compiler.is_compiling():
+            return
+        if not isinstance(self.bias, nn.Parameter) or torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError(
+                "ActNorm: its first batch sets its parameters, and here that would be lost: "
+                "call the model once before, or load its weights"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy reads its own buffer."""
+        return {**self.__dict__, "_seen": None}
 
     def _transform(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if not self._is_initialized and not inverse and (x.shape[0] > 0 or _is_distributed()):
+        if not inverse and (x.shape[0] > 0 or _is_distributed()) and self.waits_for_data():
+            self._check_is_kept()
             self.initialize(x)
         return self._affine(x, inverse, log_det)
 
@@ -116,9 +155,10 @@ class ActNorm(ChannelLinear):
         return f"features={self.features}"
 
 
-def _read_flag(module: nn.Module, _incompatible: object) -> None:
-    assert isinstance(module, ActNorm)
-    module._is_initialized = bool(module.initialized)
+def _mark_loaded(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: object) -> None:
+    """Weights that are loaded without the flag (parameters alone, strict=False) are kept all the same."""
+    if f"{prefix}log_scale" in state and f"{prefix}initialized" not in state:
+        module.get_buffer("initialized").fill_(True)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,6 +64,7 @@ class Bijection(nn.Module):
             y,
             cotangents,
             tensors,
+            self,
         )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -75,7 +75,7 @@ class DriftWarning(RuntimeWarning):
 
 
 class DriftGuard:
-    """Holds rebuilt tensors to a budget and warns once.
+    """Holds rebuilt tensors to a budget and warns once, as it does of a step that is stored.
 
     Nothing can be read while a CUDA graph is captured: a flag on the device then keeps the
     worst of every replay, and ``report`` reads it at the next eager call. Copies start afresh.
@@ -83,6 +83,7 @@ class DriftGuard:
 
     def __init__(self) -> None:
         self._warned = False
+        self._said: set[str] = set()
         self._flag: Tensor | None = None  # 1 + a step that strayed, or 0; made ahead of any capture
         self._captured = False
 
@@ -123,6 +124,22 @@ class DriftGuard:
                 f"in a captured CUDA graph, rebuilding activations strayed at {names[index]}; the gradients of "
                 "those replays are wrong. Capture with memory='store'."
             )
+
+    def stores(self, name: str, what: str, memory: str) -> None:
+        """Say once that a step is stored for what it reads, or raise where ``memory`` forbids that."""
+        reads = (
+            f"{name} reads {what} from outside its arguments, parameters and context, and the gradient that this "
+            "needs would be lost where activations are rebuilt"
+        )
+        if memory == "invert":
+            raise RuntimeError(f"{reads}: pass it as context, make it a parameter, or use memory='store'")
+        self.say("reads from outside", f"{reads}: it is stored, and so are the steps after it")
+
+    def say(self, about: str, message: str) -> None:
+        """Warn of what is stored, once for each thing that it is about."""
+        if about not in self._said:
+            self._said.add(about)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
 
     def _flag_on(self, device: torch.device) -> Tensor:
         if self._flag is None or self._flag.device != device:

@@ -28,7 +28,8 @@ class Flow(Bijection):
         memory: what the backward keeps. "store": every activation. "invert": x and z, and
             activations are rebuilt by inverting, which costs time and not depth in memory
             (``linfast.flows.reversible`` says when not). "auto": "invert" where storing
-            would take more than a GiB.
+            would take more than a GiB. A layer that reads a tensor from outside (a closure's, a global's) that
+            needs a gradient is stored by "auto", which warns once, and refused by "invert" (RuntimeError).
 
     Context keywords (``t=``, ``context=``) go to every layer; the ones without a
     conditioner ignore them.
@@ -73,7 +74,8 @@ class Flow(Bijection):
     def _reversibly(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return reversible(steps_of(self.bijections, inverse, log_det), x, context, self._guard)  # type: ignore[arg-type]
+        steps = steps_of(self.bijections, inverse, log_det)  # type: ignore[arg-type]
+        return reversible(steps, x, context, self._guard, self.memory)
 
     def _one_by_one(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool

@@ -7,7 +7,7 @@ in the order that is run, so that an inverse folds the layers' inverses. W and b
 graph at every call (or once inside ``linfast.freeze``), in fp32 or wider and outside autocast; log|det| is
 the sum of the parts'. A row without a Mix or Householder runs layer by layer: a scaling or a
 permutation costs less as itself than as a product. So does one layer alone, a layer with hooks, with
-parametrizations or of a subclass, whose own code must run, and an ActNorm that is not initialised.
+parametrizations or of a subclass, whose own code must run, and an ActNorm that waits for its first batch.
 
 Only where the ops run their kernels. In plain torch on a CPU nothing is saved by one op for two, and
 folding costs what it saves: interleaved runs of an image flow 4 x 32 x 32, batch 16, and of a vector
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..autocast import outside_autocast
 from ..backend import uses_triton
+from ..device import tensor_of
 from ..freeze import derived
 from ..ops.channel_mix import channel_mix
 from .actnorm import ActNorm
@@ -63,7 +64,7 @@ def _leading_row(layers: Sequence[nn.Module]) -> tuple[Any, ...]:
 
 
 def is_linear(layer: Any) -> bool:
-    if isinstance(layer, ActNorm) and not layer._is_initialized:
+    if isinstance(layer, ActNorm) and layer.waits_for_data():
         return False
     return is_plain(layer, (*_PRODUCTS, Permute, ActNorm))
 
@@ -123,7 +124,8 @@ class Folded:
 @outside_autocast
 def fold(owner: nn.Module, row: Sequence[Any], inverse: bool) -> tuple[Tensor, Tensor | None]:
     """(W [C, C], b [C] or None for 0) of the row, in the order given, in the parameters' dtype."""
-    like = next(owner.parameters())
+    like = tensor_of(owner)
+    assert like is not None
     weight, bias = torch.eye(row[0].features, dtype=wide(like).dtype, device=like.device), None
     for layer in row:
         weight, bias = layer.after(weight, bias, inverse)

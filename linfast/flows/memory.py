@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .bijection import Bijection, run
-from .reversible import Context, Step
+from .drift import DRIFT_BUDGETS
+from .steps import Context, Step
 from .undo import Cotangents, Outputs, Undone
 
 __all__ = ["AUTO_BYTES", "MEMORY_MODES", "inverts", "steps_of", "stored_tensors"]
@@ -38,13 +39,14 @@ def inverts(memory: str, x: Tensor, stored: float) -> bool:
 
     "auto" inverts where the stored graph would take more than AUTO_BYTES. Every mode stores
     under torch.compile, whose partitioner decides by itself what to keep (Dynamo traces no
-    gradient inside a backward), under torch.func transforms and with forward-mode derivatives.
+    gradient inside a backward), under torch.func transforms, with forward-mode derivatives, and
+    what is not real floating point.
     """
     if memory == "store" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    return memory == "invert" or stored * x.numel() * x.element_size() > AUTO_BYTES
+    return x.dtype in DRIFT_BUDGETS and (memory == "invert" or stored * x.numel() * x.element_size() > AUTO_BYTES)
 
 
 def stored_tensors(bijections: Iterable[nn.Module]) -> float:

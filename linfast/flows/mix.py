@@ -25,7 +25,7 @@ from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
 
-__all__ = ["Householder", "Mix", "Permute"]
+__all__ = ["Householder", "Mix", "Permute", "check_permutation"]
 
 
 class _LinearMix(ChannelLinear):
@@ -35,10 +35,14 @@ class _LinearMix(ChannelLinear):
         """W or W^{-1}, in fp32 or wider."""
         raise NotImplementedError
 
+    @property
+    def _factor(self) -> Tensor:
+        """One of its parameters, whose dtype W has."""
+        raise NotImplementedError
+
     @outside_autocast
     def _weight(self, inverse: bool) -> Tensor:
-        dtype = next(self.parameters()).dtype
-        return derived(self, inverse, lambda: self._wide_weight(inverse).to(dtype))
+        return derived(self, inverse, lambda: self._wide_weight(inverse).to(self._factor.dtype))
 
     def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
         matrix = self._wide_weight(inverse)
@@ -97,6 +101,10 @@ class Mix(_LinearMix):
         half = torch.linalg.solve_triangular(L, eye[:, self.permutation], upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(U, half, upper=True)
 
+    @property
+    def _factor(self) -> Tensor:
+        return self.weight if self.kind == "free" else self.lower
+
     def log_abs_det(self) -> Tensor:
         if self.kind == "free":
             return derived(self, "log_abs_det", lambda: torch.linalg.slogdet(wide(self.weight)).logabsdet)
@@ -129,6 +137,10 @@ class Householder(_LinearMix):
             Q = Q - (2.0 / v.square().sum()) * torch.outer(Q @ v, v)
         return Q.mT if inverse else Q
 
+    @property
+    def _factor(self) -> Tensor:
+        return self.vectors
+
     def extra_repr(self) -> str:
         return f"features={self.features}, count={self.count}"
 
@@ -156,8 +168,7 @@ class Permute(ChannelLinear):
             order = torch.arange(features - 1, -1, -1)
         else:
             order = torch.as_tensor(permutation, dtype=torch.long)
-            if order.shape != (features,) or not torch.equal(order.sort().values.cpu(), torch.arange(features)):
-                raise ValueError(f"permutation must hold 0 to {features - 1} once each; got {order.tolist()}")
+            check_permutation(order, features)
         self.features = features
         self.register_buffer("permutation", order)
 
@@ -175,3 +186,13 @@ class Permute(ChannelLinear):
 
     def extra_repr(self) -> str:
         return f"features={self.features}"
+
+
+def check_permutation(order: Tensor, features: int | None, name: str = "permutation") -> None:
+    """Raise unless the integers ``order`` are 0 to features - 1 once each; on the meta device, of that shape."""
+    right = order.shape == (features,)
+    if right and not order.is_meta:
+        right = torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
+    if not right:
+        got = f"shape {tuple(order.shape)}" if order.is_meta else order.tolist()
+        raise ValueError(f"{name} must hold 0 to {features} - 1 once each; got {got}")

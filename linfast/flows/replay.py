@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backend import backend, chosen_backend
 
-__all__ = ["Generators", "Replay"]
+__all__ = ["Buffers", "Generators", "Replay", "put_back"]
 
 RandomState = tuple[bytes, ...]
 
@@ -33,16 +33,46 @@ class Generators:
             torch.cuda.set_rng_state(other, device)
 
 
+Values = list[tuple[Tensor, Tensor]]
+"""Buffers, and what each held."""
+
+
+class Buffers:
+    """What a module's buffers hold.
+
+    A submodule that has written to one of its buffers is taken to have written to them all: batch norm's count
+    shows it, and its statistics do not.
+    """
+
+    def __init__(self, module: nn.Module | None) -> None:
+        parts = () if module is None else module.modules()
+        groups = ([b for b in part._buffers.values() if b is not None] for part in parts if part._buffers)
+        self._groups = [[(b, b._version, b.detach().clone()) for b in group] for group in groups]
+
+    def written(self) -> Values:
+        """Those written to since, and what they held."""
+        changed = (group for group in self._groups if any(b._version != version for b, version, _ in group))
+        return [(b, value) for group in changed for b, _, value in group]
+
+
+def put_back(values: Values) -> None:
+    """Make the buffers hold these. Whoever reads them again has them as they were: it is no new version."""
+    for buffer, value in values:
+        buffer.data.copy_(value)
+
+
 class Replay:
     """The state that a chain of steps runs in, noted once and for each step.
 
+    A step that draws random numbers or writes to buffers (batch norm's statistics, the vectors of spectral norm's
+    power iteration) is run again from the state that it ran in first, and the buffers are put back afterwards:
+    nothing is updated twice. One that writes to parameters too initialises itself, and does that once.
+
     Args:
         inputs: the chain's tensors; random numbers are kept of the CPU and of their CUDA devices.
-        buffers: of the steps, by module. A module that writes to one in the first run has
-            them all put back after a replay: no running statistic is updated twice.
     """
 
-    def __init__(self, inputs: Iterable[Tensor], buffers: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, inputs: Iterable[Tensor]) -> None:
         devices = {tensor.device for tensor in inputs}
         self._generators = Generators(devices)
         self._autocast = [
@@ -52,20 +82,20 @@ class Replay:
         self._backend = chosen_backend()
         self._before = self._generators.state()
         self._random: list[RandomState | None] = []
-        self._buffers = [(group, [buffer._version for buffer in group]) for group in buffers]
+        self._held: list[Values] = []
         self._written: list[Tensor] = []
 
-    def note_step(self) -> None:
-        """A step has run: keep the state before it if it drew random numbers."""
+    @contextmanager
+    def noting(self, module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Around the first run of the next step: keeps the state before it, of what it changes."""
+        buffers, versions = Buffers(module), [p._version for p in parameters]
+        yield
         after = self._generators.state()
         self._random.append(None if after == self._before else self._before)
         self._before = after
-
-    def note_end(self) -> None:
-        """All steps have run."""
-        for group, versions in self._buffers:
-            if versions != [buffer._version for buffer in group]:
-                self._written.extend(group)
+        written = buffers.written()
+        self._written.extend(buffer for buffer, _ in written)
+        self._held.append(written if versions == [p._version for p in parameters] else [])
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -77,7 +107,7 @@ class Replay:
 
     @contextmanager
     def again(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """All of the state but the random numbers, which ``set_random`` sets; put back afterwards."""
+        """All of the state but each step's own, which ``rewind`` sets; put back afterwards."""
         with ExitStack() as stack:
             stack.enter_context(self.autocast())
             stack.enter_context(backend(self._backend))
@@ -87,11 +117,12 @@ class Replay:
                 stack.callback(self._generators.set, self._generators.state())
             yield
 
-    def set_random(self, i: int) -> None:
-        """Before step i runs again: its random numbers will be those of its first run."""
+    def rewind(self, i: int) -> None:
+        """Before step i runs again: its random numbers and buffers will be those of its first run."""
         state = self._random[i]
         if state is not None:
             self._generators.set(state)
+        put_back(self._held[i])
 
 
 @contextmanager
@@ -111,10 +142,8 @@ def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
 @contextmanager
 def _unwritten(buffers: Sequence[Tensor]) -> Iterator[None]:
     """Put back what these buffers hold now."""
-    kept = [buffer.clone() for buffer in buffers]
+    kept = [(buffer, buffer.detach().clone()) for buffer in buffers]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in zip(buffers, kept, strict=True):
-                buffer.copy_(before)
+        put_back(kept)

@@ -5,281 +5,198 @@ step's input from its output and takes the step's gradients there:
 
     for step n to 1:   x, dx, dparameters = undo(y, dy);   y, dy = x, dx
 
-Steps get the random numbers, the autocast state and the backend that they had. Where a
+Steps get the random numbers, the buffers, the autocast state and the backend that they had. Where a
 rebuilt input has strayed from its checksum, the backward is redone from the chain's input,
 with checkpoints every sqrt(n) steps. Sources: RevNet (arXiv 1707.04585), and 1604.06174
 for checkpoints.
+
+The forward runs each step with a graph, which shows what the step reads from elsewhere than its arguments
+(outside.py), and lets the graph go with the step. Where something would be lost, the graph stays, and is
+connected already:
+
+    anchor(x, parameters, context)       its backward returns the gradients of them all
+    step i runs on link_i(anchor)        x_i, whose backward notes its gradient; so does y's, link_n
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .drift import Checksum, DriftGuard, capturing, drift, drift_budget
+from .drift import Checksum, DriftGuard, capturing, drift_budget
+from .outside import now, read_from_outside
+from .rebuild import Backward
 from .replay import Replay
-from .undo import Cotangents, Outputs, Undone, gradients, undo
+from .steps import Context, Step, run_steps, summed
+from .undo import Cotangents, Outputs
 
-__all__ = ["Step", "reversible"]
-
-Context = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One invertible map of a chain.
-
-    Args:
-        name: for messages.
-        module: whose parameters and buffers it reads.
-        forward: (x, context) -> (y, log_det [B] or None).
-        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors]).
-    """
-
-    name: str
-    module: nn.Module
-    forward: Callable[[Tensor, Context], Outputs]
-    undo: Callable[[Tensor, Cotangents, Sequence[Tensor], Context], Undone]
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        module: nn.Module,
-        forward: Callable[[Tensor, Context], Outputs],
-        inverse: Callable[[Tensor, Context], Tensor],
-    ) -> Step:
-        """A step of a forward and an inverse (y, context) -> x; its undo runs each once."""
-
-        def undo_step(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
-            return undo(lambda x: forward(x, context), lambda y: inverse(y, context), y, cotangents, tensors)
-
-        return cls(name, module, forward, undo_step)
+__all__ = ["Context", "Step", "reversible"]
 
 
 def reversible(
-    steps: Sequence[Step], x: Tensor, context: Context | None = None, guard: DriftGuard | None = None
+    steps: Sequence[Step],
+    x: Tensor,
+    context: Context | None = None,
+    guard: DriftGuard | None = None,
+    memory: str = "invert",
 ) -> Outputs:
     """(y, log_det): the steps one after another, their log_dets added, undone in the backward.
 
-    Gradients reach x, the steps' parameters and the tensors in ``context``, not tensors that
-    a step gets at otherwise. Until the backward x, y and a few numbers a step are kept, and
-    of a step that draws random numbers the generators' state (5 KB for the CPU's). A
-    backward with create_graph stores the chain after all.
+    Gradients reach x, the steps' parameters and the tensors in ``context``. A step that gets at another tensor
+    that needs a gradient (a closure's, a global's, another step's parameter) cannot be rebuilt: with
+    memory="auto" it and those after it are stored, which is said once; with "invert" it is an error.
+
+    Until the backward x, y and a few numbers a step are kept, and of a step that draws random
+    numbers or writes to buffers what these were (5 KB of the CPU's generator). A backward with create_graph
+    stores the chain after all.
 
     Plain autograd runs where nothing needs a gradient, where parameters are not
-    nn.Parameters (torch.func.functional_call), and where dropout is captured into a CUDA graph.
+    nn.Parameters (torch.func.functional_call) or have no shape yet (lazy modules), and where
+    dropout is captured into a CUDA graph.
 
     Args:
         steps: in the order they are applied; each gives a log_det, or none does.
-        x: [B, ...].
+        x: [B, ...], floating point.
         context: passed to every step.
         guard: this chain's, where it is kept from call to call: it warns once.
+        memory: "invert" or "auto".
 
     Raises:
-        RuntimeError: in the backward, where a parameter was replaced or the steps do not
-            repeat themselves: parameters written to since, or random numbers not torch's.
+        RuntimeError: with "invert", for a step that reads what cannot be rebuilt. In the backward,
+            where a parameter was replaced or written to since, or the steps do not repeat themselves:
+            random numbers not torch's.
     """
     context = {} if context is None else context
-    chain = _Chain(steps, context, DriftGuard() if guard is None else guard)
+    chain = Chain(steps, context, DriftGuard() if guard is None else guard)
     inputs = (x, *chain.parameters, *chain.given)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or chain.must_store(x):
         return run_steps(steps, x, context)
-    outputs = _Reversible.apply(chain, *inputs)
-    return (outputs, None) if isinstance(outputs, Tensor) else outputs
+    return chain.run(_Anchor.apply(chain, *inputs), x, memory)
 
 
-def run_steps(
-    steps: Iterable[Step], x: Tensor, context: Context, before: Callable[[int, Tensor], None] | None = None
-) -> Outputs:
-    """The steps' last y and the sum of their log_dets; ``before(i, x)`` is called ahead of step i."""
-    total = None
-    for i, step in enumerate(steps):
-        if before is not None:
-            before(i, x)
-        x, part = step.forward(x, context)
-        total = part if total is None or part is None else total + part
-    return x, total
+class _Anchor(torch.autograd.Function):
+    """Stands for all that a chain is differentiated by; does what its links noted, after the last of them."""
 
-
-class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chain: _Chain, x: Tensor, *tensors: Tensor) -> Any:
-        y, log_det = chain.run(x)
+    def forward(ctx: Any, chain: Chain, x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.chain = chain
-        ctx.save_for_backward(x, y, *tensors)
-        return y if log_det is None else (y, log_det)
+        ctx.save_for_backward(x, *chain.given)  # parameters are not yet what they will be: a step may initialise
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        chain: Chain = ctx.chain
+        x, *given = ctx.saved_tensors  # raises where one was written to since
+        noted, chain.noted = chain.noted, {}
+        needs = ctx.needs_input_grad[1:]
+        found = [Backward(chain, count, given, needs).run(x, y, grads) for count, (y, grads) in noted.items()]
+        totals = found[0]
+        for more in found[1:]:
+            totals = tuple(summed(a, b) for a, b in zip(totals, more, strict=True))
+        return None, *totals
+
+
+class _Link(torch.autograd.Function):
+    """What ``count`` steps made, y and log_det, as a function of the anchor."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, count: int, made: list[Tensor], anchor: Tensor) -> Any:
+        ctx.chain, ctx.count = chain, count
+        ctx.save_for_backward(made[0])
+        return tuple(made) if len(made) > 1 else made[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        x, y, *tensors = ctx.saved_tensors  # raises where one was written to since
-        needs = ctx.needs_input_grad[1:]
-        return None, *_Backward(ctx.chain, tensors, needs).run(x, y, (grad, grad_log_det))
+        (y,) = ctx.saved_tensors
+        ctx.chain.noted[ctx.count] = (y, (grad, grad_log_det))
+        return None, None, None, grad.new_empty(0)
 
 
-class _Chain:
+class Chain:
     """One call's steps, what they read, and the state that they ran in."""
 
     def __init__(self, steps: Sequence[Step], context: Context, guard: DriftGuard) -> None:
         self.steps, self.guard, self._context = steps, guard, context
-        owned = [_owned(step.module) for step in steps]
-        self.parameters_of = [parameters for parameters, _ in owned]
+        self.parameters_of = [_owned(step.module) for step in steps]
         self.parameters = list({id(p): p for parameters in self.parameters_of for p in parameters}.values())
-        self._buffers = [group for _, buffers in owned for group in buffers]
         self._leaves, self._spec = tree_flatten(dict(context))
         self.given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self.noted: dict[int, tuple[Tensor, Cotangents]] = {}  # of a backward on its way: count -> y, its gradients
 
     def must_store(self, x: Tensor) -> bool:
         """Whether a replay would not be the first run."""
-        swapped = any(not isinstance(p, nn.Parameter) for own in self.parameters_of for p in own)
+        swapped = any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
         return swapped or (capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules()))
 
-    def run(self, x: Tensor) -> Outputs:
-        """The first run, without a graph: notes the state of each step and its input's checksum."""
+    def run(self, anchor: Tensor, x: Tensor, memory: str) -> Outputs:
+        """The first run: notes the state of each step and its input's checksum."""
         self.guard.report(x, [step.name for step in self.steps])
-        self.replay = Replay((x, *self.parameters, *self.given), self._buffers)
+        self.replay = Replay((x, *self.parameters, *self.given))
         self.checksum, self.budget = Checksum(x), drift_budget(x)
-        rows: list[Tensor] = []
-
-        def note(i: int, x: Tensor) -> None:
-            if i:
-                self.replay.note_step()
-            rows.append(self.checksum.with_norm(x))
-
+        # Under names of its own: what is read under another is not the context.
+        given = [t.view_as(t) if t.requires_grad else t for t in self.given]
+        context = self.context_of(given)
+        y, log_det, rows = x.detach(), None, []
         with self.replay.autocast():
-            outputs = run_steps(self.steps, x, self._context, note)
-        self.replay.note_step()
-        self.replay.note_end()
-        self.kept = torch.stack(rows)
-        return outputs
+            for i, step in enumerate(self.steps):
+                with torch.no_grad():
+                    rows.append(self.checksum.with_norm(y))
+                start, total = self._link(i, y, log_det, anchor) if i else (x.view_as(x), None)
+                own, since = self.parameters_of[i], now(x)
+                with self.replay.noting(step.module, own):
+                    out, part = step.forward(start, context)
+                what = read_from_outside((out, part), (start, *given), own, since)
+                if what is not None:
+                    self._end(rows)
+                    self.guard.stores(step.name, what, memory)
+                    y, rest = run_steps(self.steps[i + 1 :], out, context)
+                    return y, summed(summed(total, part), rest)
+                y, log_det = out.detach(), summed(log_det, None if part is None else part.detach())
+                del start, total, out, part  # and the step's graph with them
+        self._end(rows)
+        return self._link(len(self.steps), y, log_det, anchor)
+
+    def _link(self, count: int, y: Tensor, log_det: Tensor | None, anchor: Tensor) -> Outputs:
+        made = [t.detach() for t in (y, log_det) if t is not None]
+        linked = _Link.apply(self, count, made, anchor)
+        return (linked, None) if isinstance(linked, Tensor) else linked
+
+    def _end(self, rows: Sequence[Tensor]) -> None:
+        self.kept = torch.stack(tuple(rows))
+        self._versions = {id(p): p._version for p in self.parameters}
 
     def check_parameters(self) -> None:
         for step, before in zip(self.steps, self.parameters_of, strict=True):
-            now, _ = _owned(step.module)
-            if len(now) != len(before) or any(p is not q for p, q in zip(now, before, strict=True)):
+            own = _owned(step.module)
+            if len(own) != len(before) or any(p is not q for p, q in zip(own, before, strict=True)):
                 raise RuntimeError(
                     f"{step.name}: a parameter was replaced between forward and backward "
                     "(torch.func.functional_call does that); use memory='store'"
+                )
+            if any(p._version != self._versions[id(p)] for p in before):
+                raise RuntimeError(
+                    f"{step.name}: a parameter was modified by an inplace operation between forward and backward"
                 )
 
     def context_of(self, given: Sequence[Tensor]) -> Context:
         """The context with these tensors in place of those it came with."""
         tensors = iter(given)
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        return tree_unflatten(leaves, self._spec)
+        context: Mapping[str, Any] = tree_unflatten(leaves, self._spec)
+        return context
 
 
-class _Backward:
-    """One backward through a chain: (dx, *dtensors) for the chain's tensors, None where not needed."""
-
-    def __init__(self, chain: _Chain, tensors: Sequence[Tensor], needs: Sequence[bool]) -> None:
-        self.chain, self.needs_x = chain, needs[0]
-        self.again = torch.is_grad_enabled()  # create_graph: this backward is itself differentiated
-        n = len(chain.parameters)
-        given = tensors[n:]
-        if not self.again:
-            given = [t.detach().requires_grad_(need) for t, need in zip(given, needs[1 + n :], strict=True)]
-        self.context = chain.context_of(given)
-        self.tensors = (*chain.parameters, *given)
-        self._wanted = {id(t) for t, need in zip(self.tensors, needs[1:], strict=True) if need}
-        self._given = [t for t in given if id(t) in self._wanted]
-        self._sums: dict[int, Tensor] = {}
-        reached = (i for i, own in enumerate(chain.parameters_of) if self._wanted & {id(p) for p in own})
-        self.first = 0 if self.needs_x or self._given else next(reached)
-
-    def run(self, x: Tensor, y: Tensor, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
-        chain = self.chain
-        chain.check_parameters()
-        with chain.replay.again(chain.parameters):
-            grad: Tensor | None
-            if self.again:
-                grad = self._segment(x, range(len(chain.steps)), cotangents)
-            else:
-                grad, rebuilt = self._by_inversion(y.detach(), cotangents)
-                names = [step.name for step in chain.steps[self.first :]]
-                if chain.guard.strayed(rebuilt, chain.kept[self.first :], chain.budget, names):
-                    self._sums.clear()
-                    grad = self._by_checkpoints(x.detach(), cotangents)
-        return (grad if self.needs_x else None, *(self._sums.get(id(t)) for t in self.tensors))
-
-    def _by_inversion(self, y: Tensor, cotangents: Cotangents) -> tuple[Tensor, Tensor]:
-        """dx, and the checksums of the rebuilt inputs."""
-        grad: Tensor | None
-        grad, grad_log_det = cotangents
-        rows = []
-        for i in reversed(range(self.first, len(self.chain.steps))):
-            self.chain.replay.set_random(i)
-            wanted = self._of([i])
-            y, (grad, *found) = self.chain.steps[i].undo(y, (grad, grad_log_det), wanted, self.context)
-            assert grad is not None  # an invertible map reaches its input
-            self._add(wanted, found)
-            rows.append(self.chain.checksum(y))
-        return grad, torch.stack(rows[::-1])
-
-    def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor:
-        """dx, from the chain's own input."""
-        chain, n = self.chain, len(self.chain.steps)
-        every = math.ceil(math.sqrt(n - self.first))
-        starts: dict[int, Tensor] = {}
-        rows = []
-
-        def note(i: int, x: Tensor) -> None:
-            chain.replay.set_random(i)
-            rows.append(chain.checksum(x))
-            if i >= self.first and (i - self.first) % every == 0:
-                starts[i] = x
-
-        with torch.no_grad():
-            run_steps(chain.steps, x, self.context, note)
-        if bool((drift(torch.stack(rows), chain.kept) > chain.budget).any()):
-            raise RuntimeError(
-                "a chain's forward does not repeat itself: its parameters were written to since, or it "
-                "draws random numbers that are not torch's; use memory='store'"
-            )
-        grad, grad_log_det = cotangents
-        for start in sorted(starts, reverse=True):
-            leaf = starts.pop(start).requires_grad_()
-            found = self._segment(leaf, range(start, min(start + every, n)), (grad, grad_log_det))
-            assert found is not None
-            grad = found
-        return grad
-
-    def _segment(self, x: Tensor, span: range, cotangents: Cotangents) -> Tensor | None:
-        """dx of the steps in ``span``, stored."""
-        steps = [self.chain.steps[i] for i in span]
-        with torch.enable_grad():
-            outputs = run_steps(steps, x, self.context, lambda i, _: self.chain.replay.set_random(span[i]))
-        wanted = self._of(span)
-        inputs = [x, *wanted] if x.requires_grad else wanted
-        found = gradients(outputs, cotangents, inputs, create_graph=self.again)
-        grad = found.pop(0) if x.requires_grad else None
-        self._add(wanted, found)
-        return grad
-
-    def _of(self, span: Iterable[int]) -> list[Tensor]:
-        """What of the steps' parameters, and of the context, needs a gradient; each once."""
-        own = (p for i in span for p in self.chain.parameters_of[i])
-        return list({id(t): t for t in (*own, *self._given) if id(t) in self._wanted}.values())
-
-    def _add(self, tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
-        for tensor, grad in zip(tensors, found, strict=True):
-            if grad is not None:
-                before = self._sums.get(id(tensor))
-                self._sums[id(tensor)] = grad if before is None else before + grad
-
-
-def _owned(module: nn.Module) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """(its parameters and the buffers that need gradients, all its buffers by submodule)."""
+def _owned(module: nn.Module) -> list[Tensor]:
+    """Its parameters and the buffers that need gradients."""
     parts = list(module.modules())
     parameters = [p for part in parts for p in part._parameters.values() if p is not None]
-    buffers = [[b for b in part._buffers.values() if b is not None] for part in parts if part._buffers]
-    return parameters + [b for group in buffers for b in group if b.requires_grad], buffers
+    buffers = (b for part in parts for b in part._buffers.values() if b is not None)
+    return parameters + [b for b in buffers if b.requires_grad]
 
 
 def _drops(module: nn.Module) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .replay import Generators
+from .replay import Buffers, Generators, put_back
 
 __all__ = ["Cotangents", "Outputs", "Undone", "gradients", "undo"]
 
@@ -27,21 +27,26 @@ def undo(
     y: Tensor,
     cotangents: Cotangents,
     tensors: Sequence[Tensor],
+    module: nn.Module | None = None,
 ) -> Undone:
-    """By one evaluation of each: x = inverse(y), then forward(x) under autograd, with the same random numbers."""
-    generators = Generators([y.device])
+    """By one evaluation of each: x = inverse(y), then forward(x) under autograd, both from the same state.
+
+    That is of the random number generators, and of the buffers of ``module`` where it is given.
+    """
+    generators, buffers = Generators([y.device]), Buffers(module)
     state = generators.state()
     with torch.no_grad():
         x = inverse(y).detach().requires_grad_()
     generators.set(state)
+    put_back(buffers.written())
     with torch.enable_grad():
         outputs = forward(x)
     return x.detach(), gradients(outputs, cotangents, (x, *tensors))
 
 
 def gradients(
-    outputs: Outputs,
-    cotangents: tuple[Tensor | None, Tensor | None],
+    outputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     create_graph: bool = False,
 ) -> list[Tensor | None]:

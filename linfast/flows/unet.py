@@ -12,7 +12,7 @@ conditioners of the Linearizer paper's image models (arXiv 2510.08570).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -83,9 +83,13 @@ class UNet(nn.Module):
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1); got {dropout}")
 
-        encoder, decoder = self._topology()
         self.stem = conv3x3(channels_in, width)
-        self.encoder = nn.ModuleList(self._block(block) for block in encoder)
+        encoder: list[_Block] = []
+        self.encoder = nn.ModuleList()
+        for block in self._encoder_blocks():  # each is built before the next is thought of: blocks may be 10^9
+            encoder.append(block)
+            self.encoder.append(self._block(block))
+        decoder = self._decoder_blocks([width, *(block.channels_out for block in encoder)])
         self.decoder = nn.ModuleList(self._block(block) for block in decoder)
         self._joins = tuple(block.joins for block in decoder)
         self.norm = norm(decoder[-1].channels_out)
@@ -103,21 +107,25 @@ class UNet(nn.Module):
 
         return super()._apply(laid_out, recurse)
 
-    def _topology(self) -> tuple[list[_Block], list[_Block]]:
-        levels = [
+    def _levels(self) -> list[tuple[int, bool]]:
+        """(channels, whether it has attention) of each level."""
+        return [
             (self.width * multiple, self.resolution >> level in self.attention_resolutions)
             for level, multiple in enumerate(self.channel_mult)
         ]
-        current = self.width
-        encoder, outputs = [], [current]
-        for level, (channels, attends) in enumerate(levels):
-            if level:
-                encoder.append(_Block(current, current, "down", False))
-                outputs.append(current)
-            for _ in range(self.blocks):
-                encoder.append(_Block(current, channels, None, attends))
-                outputs.append(current := channels)
 
+    def _encoder_blocks(self) -> Iterator[_Block]:
+        current = self.width
+        for level, (channels, attends) in enumerate(self._levels()):
+            if level:
+                yield _Block(current, current, "down", False)
+            for _ in range(self.blocks):
+                yield _Block(current, channels, None, attends)
+                current = channels
+
+    def _decoder_blocks(self, outputs: list[int]) -> list[_Block]:
+        """Given the channels of each encoder output."""
+        current, levels = outputs[-1], self._levels()
         decoder = [_Block(current, current, None, True), _Block(current, current, None, False)]
         for level, (channels, attends) in reversed(list(enumerate(levels))):
             if level < len(levels) - 1:
@@ -126,7 +134,7 @@ class UNet(nn.Module):
                 last = i == self.blocks
                 decoder.append(_Block(current + outputs.pop(), channels, None, attends and last, joins=True))
                 current = channels
-        return encoder, decoder
+        return decoder
 
     def _block(self, block: _Block) -> ResidualBlock:
         return ResidualBlock(

@@ -1,6 +1,6 @@
-"""Whether an operator has an inverse: read on the host once for each state of its weights.
+"""Whether an operator has an inverse: read on the host, and from a device once for each state of its weights.
 
-Reading it waits for the device and cannot be captured into a CUDA graph, so that later inverses go unread.
+Reading it there waits for the device and cannot be captured into a CUDA graph, so that later inverses go unread.
 Where there is none, they are NaN: a singular operator is seen in any case. An inverse of a time-dependent
 operator is read for each time that is a number, and for times in tensors once. Captured or compiled it is not read.
 """
@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..device import read_at_once
 from ..flows.drift import capturing
 
 __all__ = ["is_unread", "mark_read"]
@@ -28,6 +29,8 @@ def is_unread(operator: nn.Module, at: Hashable) -> bool:
     """Whether the host has to read if this operator, with its weights as they are, has an inverse ``at`` a time."""
     if torch.compiler.is_compiling() or any(capturing(tensor) for tensor in _tensors(operator)):
         return False
+    if all(read_at_once(tensor) for tensor in _tensors(operator)):
+        return True
     state, seen = _read.get(operator, (None, ()))
     return state is None or at not in seen or state != _state(operator)
 

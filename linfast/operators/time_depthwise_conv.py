@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class TimeDepthwiseConv(LatentOperator):
         raise ValueError("TimeDepthwiseConv depends on time: its algebra is that of A.at(t)")
 
     def at(self, t: float | Tensor) -> DepthwiseConv:
-        like = next(self.net.parameters())
+        like: Any = self.net.layers[-1].weight
         times = t.to(like) if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device)
         if times.ndim > 1:
             raise ValueError(f"t must be a number, 0-d or [B]; got {tuple(times.shape)}")

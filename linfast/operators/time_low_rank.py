@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +60,8 @@ class TimeLowRank(LatentOperator):
 
     @property
     def _like(self) -> Tensor:
-        return next(self.u_net.parameters())
+        weight: Any = self.u_net.layers[-1].weight
+        return weight
 
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """U and V, each [K, n, r], at the times t [K]."""

@@ -77,7 +77,13 @@ def group_norm_silu_reference(
         weight = torch.ones_like(bias)
     w, b = (None if t is None else t.to(compute) for t in (weight, bias))
     # Not F.group_norm, which refuses one value a group; its variance is 0.
-    out = torch.group_norm(x.to(compute), groups, w, b, eps)
+    if w is None or x.device.type != "cpu" or x.is_contiguous() or not torch.is_grad_enabled():
+        out = torch.group_norm(x.to(compute), groups, w, b, eps)
+    else:
+        # The backward of torch 2.13's group norm writes through a null pointer in channels_last where the
+        # parameters' gradients are asked for and x's is not; autograd.grad may ask so whatever x requires.
+        out = torch.group_norm(x.to(compute), groups, None, None, eps) * _per_channel(w, x, compute)
+        out = out if b is None else out + _per_channel(b, x, compute)
     if scale is not None:
         out = out * (1 + _per_channel(scale, x, compute))
     if shift is not None:

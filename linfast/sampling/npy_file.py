@@ -5,6 +5,10 @@ are zeros. The record, ``path`` + ".json", says which run the file is of and how
 done. It is replaced, whole, only after the rows it counts are on the disk: a run that is killed
 loses at most the rows since its last commit, and computes them again.
 
+One run at a time writes: the file is locked by the operating system (flock) until the run ends or its process
+is gone; under torch.distributed by process 0, for all. Where Python has no ``fcntl`` (Windows) nothing is locked,
+and two runs at a time are the caller's to prevent. A file whose rows are all done is only read, and not locked.
+
 Rows are written by seek and write, not through a memory map: on a full disk a write fails with
 an error, a memory map with a signal.
 """
@@ -12,28 +16,25 @@ an error, a memory map with a signal.
 from __future__ import annotations
 
 import errno
-import hashlib
+import io
 import json
 import os
+import reprlib
+from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from torch import Tensor, nn, uint8
+from torch import Tensor
 
+from ..io import written_whole
+from .locked import check_regular, lock, opened, release, reserve, sync_folder
 from .workers import Workers
 
-__all__ = ["NpyFile", "fingerprint"]
+__all__ = ["NpyFile"]
 
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the model's structure and weights."""
-    digest = hashlib.sha256(repr(model).encode())
-    for name, value in sorted(model.state_dict().items()):
-        data = value.detach().cpu().contiguous()
-        digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
-        digest.update(data.reshape(-1).view(uint8).numpy() if data.numel() else b"")
-    return digest.hexdigest()
+_SHORT = reprlib.Repr()  # of what a damaged record holds
+_SHORT.maxstring = 300
 
 
 class NpyFile:
@@ -41,23 +42,26 @@ class NpyFile:
 
     Args:
         path: of the file; created, or gone on with.
-        identity: count, shape, dtype and what else makes the run: a file of another is refused.
+        identity: count, shape, dtype, block_size and what else makes the run: a file of another is refused.
 
     Raises:
-        ValueError: a file or record of another run, or damaged.
+        ValueError: a file or record of another run, or damaged; a link, a folder or another thing that is no file.
         FileExistsError: a file without a record.
+        BlockingIOError: another run is writing to it.
         OSError: no room.
     """
 
     def __init__(self, path: str, identity: dict[str, Any], workers: Workers) -> None:
         self.path, self.record_path = path, path + ".json"
         self.identity, self.workers = identity, workers
-        self.shape = (identity["count"], *identity["shape"])
-        self.dtype = np.dtype(identity["dtype"])
-        self.row_bytes = int(np.prod(identity["shape"], dtype=np.int64)) * self.dtype.itemsize
+        self.count = identity["count"]
+        self.row_bytes = int(np.prod(identity["shape"], dtype=np.int64)) * np.dtype(identity["dtype"]).itemsize
+        self.header = _header((self.count, *identity["shape"]), np.dtype(identity["dtype"]))
+        self.size = len(self.header) + self.count * self.row_bytes
+        self.may_be_foreign = False
         self.done = workers.by_first(self._open)
-        self.file: BinaryIO = open(path, "r+b", buffering=0)  # noqa: SIM115
-        self.data_start = _data_start(self.file)
+        if workers.rank > 0:
+            self.file = opened(path, os.O_RDONLY if self.done == self.count else os.O_RDWR)
 
     def __enter__(self) -> NpyFile:
         return self
@@ -65,15 +69,19 @@ class NpyFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
+        release(self.file)
 
     def write(self, start: int, rows: Tensor) -> None:
         """Rows from row ``start``; they count when committed."""
-        data = np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8).data
+        data = np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8)
+        position = len(self.header) + start * self.row_bytes
         try:
-            self.file.seek(self.data_start + start * self.row_bytes)
-            while data:
-                data = data[self.file.write(data) :]
+            if self.may_be_foreign:
+                self._check_place(position, data)
+            self.file.seek(position)
+            left = data.data
+            while left:
+                left = left[self.file.write(left) :]
         except OSError as error:
             raise self._explained(error) from error
 
@@ -83,101 +91,139 @@ class NpyFile:
             os.fsync(self.file.fileno())
             self.workers.wait()
             if self.workers.rank == 0:
+                self._check_same()
                 self._record(done)
         except OSError as error:
             raise self._explained(error) from error
-        self.done = done
+        self.done, self.may_be_foreign = done, False
 
     def _explained(self, error: OSError) -> OSError:
-        kept = f"its first {self.done} rows of {self.shape[0]} are valid; the same call goes on from there"
+        kept = f"its first {self.done} rows of {self.count} are valid; the same call goes on from there"
         return OSError(error.errno, f"cannot write {self.path} ({error.strerror}): {kept}")
 
     def _open(self) -> int:
-        """Rows already done; a new file where there is none."""
-        exists, known = os.path.exists(self.path), os.path.exists(self.record_path)
-        if exists and not known:
+        """Rows already done. Opens the file, to read where it is complete, else to write and locked."""
+        for path in (self.path, self.record_path):
+            check_regular(path)
+        done = self._recorded()
+        exists = os.path.exists(self.path)
+        if done is None and exists and os.path.getsize(self.path) > 0:
             raise FileExistsError(f"{self.path} exists and has no record {self.record_path}: move it or remove it")
-        done = self._recorded() if known else 0
-        if done == 0:
-            self._create()
-        elif not exists:
+        if done and not exists:
             raise ValueError(f"{self.path} is missing and {self.record_path} records {done} rows: remove it")
+        if done == self.count:
+            self.file = opened(self.path, os.O_RDONLY)
         else:
-            self._check_file()
+            self.file = opened(self.path, os.O_RDWR | os.O_CREAT)
+        try:
+            return self._checked() if done == self.count else self._locked()
+        except BaseException:
+            release(self.file)
+            raise
+
+    def _locked(self) -> int:
+        """Rows done now that no other run writes; the file is made where there is none."""
+        lock(self.file, self.path)
+        self._check_same()
+        done = self._recorded()
+        self.file.seek(0)
+        blank = not any(self.file.read(len(self.header))) and os.fstat(self.file.fileno()).st_size in (0, self.size)
+        if not done and blank:
+            return self._create()
+        self.may_be_foreign = not done
+        return self._checked()
+
+    def _checked(self) -> int:
+        """Rows done, of a file that is what its record says."""
+        done, size = self._recorded(), os.fstat(self.file.fileno()).st_size
+        if done is None:
+            raise FileExistsError(f"{self.path} has no record {self.record_path}: move it or remove it")
+        self.file.seek(0)
+        begins = self.file.read(len(self.header))
+        if begins[:6] != self.header[:6]:
+            raise ValueError(f"{self.path} is not the .npy file of its record")
+        if begins != self.header or size != self.size:
+            raise ValueError(
+                f"{self.path} does not match its record: {size} bytes that begin with {begins!r}, expected "
+                f"{self.size} that begin with {self.header!r}"
+            )
         return done
 
-    def _recorded(self) -> int:
-        """Rows done according to the record; raises unless it is of this run."""
+    def _check_same(self) -> None:
+        """OSError unless the open file is still the one of this name."""
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OSError(errno.ESTALE, "the file was moved, removed or replaced meanwhile")
+
+    def _check_place(self, position: int, data: np.ndarray) -> None:
+        """ValueError where there are rows that neither the record nor this run knows: they are not written over."""
+        self.file.seek(position)
+        there = np.frombuffer(self.file.read(len(data)), np.uint8)
+        if len(there) == len(data) and bool(((there != 0) & (there != data)).any()):
+            raise ValueError(
+                f"{self.path} holds rows of which {self.record_path} does not know and which are not this run's: "
+                "move it, or remove both"
+            )
+
+    def _recorded(self) -> int | None:
+        """Rows done according to the record, None without one; raises unless it is of this run."""
         try:
             with open(self.record_path, encoding="utf-8") as file:
                 record = json.load(file)
-            done, identity = int(record["done"]), dict(record["run"])
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(record, dict) or not isinstance(record.get("run"), dict) or "done" not in record:
+                raise ValueError("'done' or 'run' is missing")
+            differ = _differences(record["run"], self.identity)
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.record_path} is not a record of a run ({error!r})") from error
-        pairs = {key: (identity.get(key), self.identity.get(key)) for key in (*identity, *self.identity)}
-        differ = "; ".join(f"{key}: {then!r}, now {now!r}" for key, (then, now) in pairs.items() if then != now)
         if differ:
             raise ValueError(f"{self.path} is of another run ({differ}): choose another file, or remove both")
+        done, block = record["done"], self.identity["block_size"]
+        if type(done) is not int or not 0 <= done <= self.count or (done < self.count and done % block):
+            there = f"done is {_SHORT.repr(done)}, of {self.count} rows in blocks of {block}"
+            raise ValueError(f"{self.record_path} is not a record of a run ({there})")
         return done
 
-    def _check_file(self) -> None:
-        with open(self.path, "rb") as file:
-            try:
-                np.lib.format.read_magic(file)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-            except ValueError as error:
-                raise ValueError(f"{self.path} is not the .npy file of its record ({error})") from error
-            size = file.seek(0, os.SEEK_END)
-            whole = _data_start(file) + self.shape[0] * self.row_bytes
-        if (shape, fortran, dtype) != (self.shape, False, self.dtype) or size != whole:
-            raise ValueError(
-                f"{self.path} does not match its record: {dtype} {shape} in {size} bytes, "
-                f"expected {self.dtype} {self.shape} in {whole}"
-            )
-
-    def _create(self) -> None:
-        """The record of nothing, then the file, its room reserved."""
+    def _create(self) -> int:
+        """The record of nothing, then the file, its room reserved and its header last."""
         try:
             self._record(0)
-            with open(self.path, "wb") as file:
-                header = {
-                    "descr": np.lib.format.dtype_to_descr(self.dtype),
-                    "fortran_order": False,
-                    "shape": self.shape,
-                }
-                np.lib.format.write_array_header_1_0(file, header)
-                file.flush()
-                _reserve(file, file.tell() + self.shape[0] * self.row_bytes)
+            reserve(self.file, self.size)
+            self.file.seek(0)
+            self.file.write(self.header)
         except OSError as error:
             for path in (self.path, self.record_path):
                 if os.path.exists(path):
                     os.unlink(path)
             raise OSError(error.errno, f"cannot create {self.path} ({error.strerror})") from error
+        return 0
 
     def _record(self, done: int) -> None:
         """Replace the record as a whole."""
-        partial = self.record_path + ".partial"
-        with open(partial, "w", encoding="utf-8") as file:
+        with written_whole(Path(self.record_path)) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump({"done": done, "run": self.identity}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, self.record_path)
+        sync_folder(os.path.dirname(self.record_path) or ".")
 
 
-def _data_start(file: BinaryIO) -> int:
-    file.seek(0)
-    np.lib.format.read_magic(file)
-    np.lib.format.read_array_header_1_0(file)
-    return file.tell()
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What two runs differ in; numbers of another type are others."""
+    missing = "nothing"
+    pairs = {key: (then.get(key, missing), now.get(key, missing)) for key in (*then, *now)}
+    return "; ".join(
+        f"{key}: {_SHORT.repr(a)}, now {_SHORT.repr(b)}"
+        for key, (a, b) in pairs.items()
+        if json.dumps(a, sort_keys=True) != json.dumps(b, sort_keys=True)
+    )
 
 
-def _reserve(file: BinaryIO, size: int) -> None:
-    """Give the file its size, and its room where the system can promise it."""
-    file.truncate(size)
-    if not hasattr(os, "posix_fallocate"):
-        return
-    try:
-        os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    file = io.BytesIO()
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()

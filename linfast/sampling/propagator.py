@@ -15,13 +15,10 @@ B is LowRank where 2 R < N and Dense elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import chain
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from ..device import uploaded
 from ..operators.base import LatentOperator, Leaf
@@ -33,10 +30,9 @@ from ..profiling import annotate
 from .factored import Factors, fold_dense, fold_factored, multiply_pairs, step_pieces
 from .integrate import Schedule, integrate, schedule
 from .recompress import range_within, weighted_columns
+from .working_copy import working_copy
 
 __all__ = ["check_time_dependent", "collapse", "collapse_inverse"]
-
-_Result = TypeVar("_Result")
 
 # Sides N and R are multiplied in float64 where that takes at most this many operations, some
 # 30 ms on one CPU core, and in the parameters' dtype beyond. float64 leaves one rounding of the
@@ -54,6 +50,8 @@ def collapse(
 ) -> LatentOperator:
     """B with B z = the sampler's z after all steps; differentiable in A_t's parameters.
 
+    A_t is collapsed as it is in eval mode, on a copy: it is left as it was at any moment, whatever fails.
+
     Args:
         A_t: a time-dependent operator.
         steps: n; see ``stop``.
@@ -70,7 +68,7 @@ def collapse(
     """
     check_time_dependent(A_t)
     plan = schedule(method, steps, stop)
-    like = next(A_t.parameters())
+    like = _like(A_t)
     _check_tol(tol, like.dtype)
     return _collapse(A_t, plan, tol, like)
 
@@ -81,8 +79,7 @@ def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
     Rounded to float32 its entries, the size of steps and more, would cost as many digits of the noise.
     """
     check_time_dependent(A_t)
-    like = next(A_t.parameters())
-    return _collapse(A_t, plan, None, like.double())._inverse_of(A_t, plan)
+    return _collapse(A_t, plan, None, _like(A_t).double())._inverse_of(A_t, plan)
 
 
 def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tensor) -> Leaf:
@@ -107,6 +104,12 @@ def check_time_dependent(A_t: object) -> None:
         raise ValueError(f"A_t must be square: it maps latents to latents; got {A_t.n_out} x {A_t.n_in}")
 
 
+def _like(A: LatentOperator) -> Tensor:
+    """A tensor of the operator's device and dtype."""
+    own = chain(A.parameters(), A.buffers())
+    return next((tensor for tensor in own if tensor.is_floating_point()), torch.empty(0))
+
+
 def _check_tol(tol: float | None, dtype: torch.dtype) -> None:
     if tol is not None and not torch.finfo(dtype).eps <= tol < 1:
         raise ValueError(f"tol must be below 1 and at least {torch.finfo(dtype).eps:.1e}, {dtype}'s eps; got {tol}")
@@ -114,17 +117,18 @@ def _check_tol(tol: float | None, dtype: torch.dtype) -> None:
 
 def _factors(A: TimeLowRank | TimeDiagonal, plan: Schedule) -> Factors:
     """All factors from one call of the generator, as rows [R, N]."""
-    scheme, n, like = plan.scheme, A.n_in, next(A.parameters())
+    scheme, n, like = plan.scheme, A.n_in, _like(A)
     fixed = isinstance(A, TimeDiagonal)
     columns = A.rank_bound * (1 if fixed else len(plan.times))
     flops = 4.0 * n * columns * min(n, columns)
     dtype = torch.float64 if flops <= _WIDE_FLOPS else like.dtype
     times = uploaded(plan.times, like.device, torch.float64)
     stages = [[plan.index(i, s) for s in range(len(scheme.c))] for i in range(plan.count)]
+    A = working_copy(A, dtype)
     if isinstance(A, TimeDiagonal):
-        U, V, w = _call_in(dtype, A, lambda t: (A.U, A.V, A.weights(t)), times)
-        return Factors(A.alpha, U.mT, V.mT, w[uploaded(stages, w.device)], shift=0, width=A.rank_bound)
-    rows = [factor.mT.reshape(-1, n) for factor in _call_in(dtype, A, A.factors, times)]
+        weights = A.weights(times)[uploaded(stages, like.device)]
+        return Factors(A.alpha, A.U.mT, A.V.mT, weights, shift=0, width=A.rank_bound)
+    rows = [factor.mT.reshape(-1, n) for factor in A.factors(times)]
     picks = uploaded(torch.eye(len(scheme.nodes), dtype=torch.float64)[list(scheme.node_of)], like.device)
     weights = picks.repeat_interleave(A.rank_bound, dim=1).expand(plan.count, -1, -1)
     return Factors(A.alpha, rows[0], rows[1], weights, shift=scheme.stride * A.rank_bound, width=weights.shape[-1])
@@ -132,12 +136,9 @@ def _factors(A: TimeLowRank | TimeDiagonal, plan: Schedule) -> Factors:
 
 def _step_unit_vectors(A_t: LatentOperator, plan: Schedule) -> Tensor:
     """B [N, N], float64."""
-    eye = torch.eye(A_t.n_in, dtype=torch.float64, device=next(A_t.parameters()).device)
-
-    def apply(z: Tensor, k: int) -> Tensor:
-        return _call_in(torch.float64, A_t, A_t, z, plan.times[k])
-
-    return integrate(apply, eye, plan).mT
+    eye = torch.eye(A_t.n_in, dtype=torch.float64, device=_like(A_t).device)
+    wide = working_copy(A_t, torch.float64)
+    return integrate(lambda z, k: wide(z, plan.times[k]), eye, plan).mT
 
 
 def _finish_factored(beta: float, U: Tensor, Q: Tensor, tol: float | None, like: Tensor) -> Leaf:
@@ -149,8 +150,8 @@ def _finish_factored(beta: float, U: Tensor, Q: Tensor, tol: float | None, like:
             found = range_within(Y, tol * size, widest=U.shape[0] - 1)
         if found is not None:
             L = found[0].to(U.dtype)
-            return _truncated(LowRank(beta, L.to(like.dtype), (Q.mT @ (U @ L)).to(like.dtype)), found[1] / size)
-    return LowRank(beta, U.mT.to(like.dtype), Q.mT.to(like.dtype))
+            return _truncated(LowRank(beta, _plain(L, like), _plain(Q.mT @ (U @ L), like)), found[1] / size)
+    return LowRank(beta, _plain(U.mT, like), _plain(Q.mT, like))
 
 
 def _finish(B: Tensor, beta: float, tol: float | None, like: Tensor) -> Leaf:
@@ -162,9 +163,14 @@ def _finish(B: Tensor, beta: float, tol: float | None, like: Tensor) -> Leaf:
             found = range_within(A.double(), tol * size, widest=(len(B) - 1) // 2)
         if found is not None:
             L = found[0].to(B.dtype)
-            low_rank = LowRank(beta, L.to(like.dtype), (A.mT @ L).to(like.dtype))
-            return _truncated(low_rank, found[1] / size)
-    return Dense.of(B.to(like.dtype).contiguous())
+            return _truncated(LowRank(beta, _plain(L, like), _plain(A.mT @ L, like)), found[1] / size)
+    return Dense.of(_plain(B, like))
+
+
+def _plain(value: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of ``like``, in memory of its own and row by row: as its saved copy lies, to the last bit of
+    a product."""
+    return value.to(like.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _frobenius(beta: float, n: int, trace: Tensor, A: Tensor) -> float:
@@ -175,32 +181,3 @@ def _frobenius(beta: float, n: int, trace: Tensor, A: Tensor) -> float:
 def _truncated(operator: Leaf, error: float) -> Leaf:
     operator.truncation_error = error
     return operator
-
-
-class _Bound(nn.Module):
-    """A module whose forward is another module's method: functional_call calls forward only."""
-
-    def __init__(self, module: nn.Module, method: Callable[..., object]) -> None:
-        super().__init__()
-        self.module = module
-        self.method = method
-
-    def forward(self, *args: object) -> object:
-        return self.method(*args)
-
-
-def _call_in(dtype: torch.dtype, module: nn.Module, method: Callable[..., _Result], *args: object) -> _Result:
-    """method(*args) with the module's floating tensors in another dtype; gradients reach the module."""
-    state = {f"module.{name}": value.to(dtype) for name, value in _floating_state(module).items()}
-    return functional_call(_Bound(module, method), state, args, tie_weights=False)
-
-
-def _floating_state(module: nn.Module) -> dict[str, Tensor]:
-    """Each tensor under one name for each module that owns it: given a shared module's second name,
-    functional_call would leave its copies behind."""
-    return {
-        f"{prefix}.{name}" if prefix else name: value
-        for prefix, owner in module.named_modules()
-        for name, value in chain(owner.named_parameters(recurse=False), owner.named_buffers(recurse=False))
-        if value.is_floating_point()
-    }

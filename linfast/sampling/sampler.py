@@ -29,6 +29,7 @@ from ..operators.time_low_rank import TimeLowRank
 from ..profiling import annotate
 from .integrate import Schedule, integrate, schedule
 from .propagator import check_time_dependent, collapse, collapse_inverse
+from .working_copy import check_mode, in_eval_mode
 
 __all__ = ["at_work", "generator", "invert", "sample"]
 
@@ -44,9 +45,20 @@ def at_work(model: nn.Module) -> Iterator[None]:
 def generator(
     f: Linearizer, steps: int = 100, method: str = "rk4", stop: float | None = None, tol: float | None = None
 ) -> Linearizer:
-    """The one-step generator, noise to data: a Linearizer whose core is ``collapse(f.A, ...)``."""
+    """The one-step generator, noise to data: a Linearizer whose core is ``collapse(f.A, ...)``.
+
+    Its g_x and g_y are f's own. It is in train mode where f is.
+
+    Raises:
+        ValueError: as for ``collapse``; g_x or g_y with dropout, batch norm or the like in train mode.
+    """
     _check(f)
-    return Linearizer(f.g_y, collapse(f.A, steps, method, stop, tol), f.g_x)
+    for g in (f.g_x, f.g_y):
+        check_mode(g)
+    one = Linearizer(f.g_y, collapse(f.A, steps, method, stop, tol), f.g_x)
+    one.A.train(f.training)
+    one.training = f.training
+    return one
 
 
 @overload
@@ -80,7 +92,7 @@ def sample(
     return_path: bool = False,
     stop: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Data from noise: one product with the collapsed operator, or the steps one by one.
+    """Data from noise: one product with the collapsed operator, or the steps one by one; f as in eval mode.
 
     Args:
         f: a Linearizer with a time-dependent A, data on the x side, noise on the y side.
@@ -97,6 +109,7 @@ def sample(
     plan = schedule(method, steps, stop)
     if return_path and one_step:
         raise ValueError("return_path needs one_step=False: one step has no path")
+    f = in_eval_mode(f)
     with at_work(f):
         if one_step:
             return generator(f, steps, method, stop)(noise)
@@ -111,14 +124,17 @@ def sample(
 def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop: float | None = None) -> Tensor:
     """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)), B^{-1} exact and in float64.
 
+    f computes as in eval mode.
+
     Raises:
         ValueError: as for ``collapse``; B without an inverse.
     """
     _check(f)
     plan = schedule(method, steps, stop)
+    A, f = f.A, in_eval_mode(f)
     with at_work(f):
         z = f.gx(y)
-        return f.gy_inverse(collapse_inverse(f.A, plan)(z.double()).to(z.dtype))
+        return f.gy_inverse(collapse_inverse(A, plan)(z.double()).to(z.dtype))
 
 
 @outside_autocast

@@ -9,8 +9,10 @@ It does depend on the kind of device and, in its last bits, on the number of thr
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from ..linearizer import Linearizer
-from .npy_file import NpyFile, fingerprint
+from .fingerprint import fingerprint
+from .npy_file import NpyFile
 from .pipeline import make_pipeline
 from .sampler import at_work, generator
 from .workers import Workers
+from .working_copy import in_eval_mode
 
 __all__ = ["sample_stream"]
 
@@ -52,15 +56,19 @@ def sample_stream(
         batch_size: samples of an iterator's batch; between two commits of a file, whole blocks.
         out: an array or a tensor [count, ...] to fill; the path of a .npy file; or None for an
             iterator of batches. A file keeps its record beside it, in ``out`` + ".json", and an
-            interrupted run that is started again goes on where its last commit was.
+            interrupted run that is started again goes on where its last commit was. One run at a time
+            writes to it, where the system can lock files (not on Windows).
         seed: of the noise.
         steps, method, stop: as for ``collapse``, where f is time-dependent.
         noise_shape: a sample of the noise; known for a Linearizer.
         block_size: rows of a block; other blocks are other samples.
-        progress: whether to show a bar (needs tqdm); by default on a terminal.
+        progress: whether to show how far it is: a bar on a terminal, where tqdm is installed, a line every
+            few seconds elsewhere; by default on a terminal.
         cuda_graph: on a GPU, capture the model once and replay it.
 
-    f's weights are to stay as they are until the last sample: what is derived from them is computed once.
+    f computes as in eval mode. Its weights are to stay as they are until the last sample: what is derived from
+    them is computed once. A file is gone on with by the same model only: the same architecture, constants and
+    tensors, and of a module that ``save`` cannot describe the same code.
     Under torch.distributed the blocks are shared out: a file, seen by all processes, is the one
     that a single process writes; an iterator yields this process's share.
 
@@ -68,9 +76,10 @@ def sample_stream(
         The iterator; ``out``; or the file's rows as a read-only memory map.
 
     Raises:
-        ValueError: sizes below 1, an array that does not fit, a file of another run, an f without
-            known noise.
+        ValueError: sizes below 1, an array that does not fit, a file of another run or of a model that cannot be
+            told from another, a damaged record, an ``out`` that is a link or no file, an f without known noise.
         FileExistsError: ``out`` exists and has no record.
+        BlockingIOError: another run is writing to ``out``.
         OSError: no room. Rows already committed are kept.
     """
     for name, value in (("count", count), ("batch_size", batch_size), ("block_size", block_size)):
@@ -82,6 +91,7 @@ def sample_stream(
     workers = Workers.current()
     if out is None:
         return _batches(source, count, batch_size, workers, progress, cuda_graph)
+    model = "" if isinstance(out, (np.ndarray, Tensor)) else _identity_of(f)  # as it is before its first call
     sample = source.probe()
     if isinstance(out, (np.ndarray, Tensor)):
         sink: _Sink = _Array.of(out, count, sample, workers)
@@ -89,11 +99,21 @@ def sample_stream(
         return out
     identity = {
         "count": count, "shape": list(sample.shape), "dtype": str(sample.numpy().dtype), "seed": seed,
-        **source.identity, "block_size": block_size, "device": source.device.type, "weights": fingerprint(f),
+        **source.identity, "block_size": block_size, "device": source.device.type, "model and weights": model,
     }  # fmt: skip
-    with NpyFile(os.fspath(out), identity, workers) as file:
-        _run(source, file, count, batch_size, workers, progress, cuda_graph)
-    return np.load(out, mmap_mode="r")
+    path = os.fsdecode(out)
+    with NpyFile(path, identity, workers) as file:
+        if file.done < count:
+            _run(source, file, count, batch_size, workers, progress, cuda_graph)
+    return np.load(path, mmap_mode="r")
+
+
+def _identity_of(f: nn.Module) -> str:
+    """Its digest; no two are the same of what cannot be told from another model."""
+    try:
+        return fingerprint(f)
+    except TypeError as reason:
+        return f"{secrets.token_hex(8)}: cannot be told from another model, {reason}"
 
 
 class _Sink(Protocol):
@@ -127,17 +147,21 @@ class _Source:
         if not isinstance(f, nn.Module):
             raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
         identity: dict[str, Any] = {}
-        like = next((p for p in f.parameters() if p.is_floating_point()), torch.empty(0))
+        own = chain(f.parameters(), f.buffers())
+        like = next((tensor for tensor in own if tensor.is_floating_point()), torch.empty(0))
+        f = in_eval_mode(f)
         if isinstance(f, Linearizer):
             noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)
             shape = tuple(getattr(noise_side, "shape", None) or (n,)) if shape is None else shape
             if f.A.time_dependent:
-                identity = dict(zip(("steps", "method", "stop"), how, strict=True))
+                steps, method, stop = how
                 with at_work(f):
                     f = generator(f, *how)
+                identity = {"steps": int(steps), "method": method, "stop": None if stop is None else float(stop)}
         if shape is None:
             raise ValueError(f"noise_shape must be given for a {type(f).__name__}: its noise has no known shape")
-        return cls(f, seed, block, tuple(shape), like.device, like.dtype, {**identity, "noise_shape": list(shape)})
+        identity["noise_shape"] = [int(size) for size in shape]  # as JSON has them: numpy's are other objects
+        return cls(f, seed, block, tuple(shape), like.device, like.dtype, identity)
 
     def noise(self, index: int) -> Tensor:
         """Block ``index``, [block, *shape]."""

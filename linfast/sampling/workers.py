@@ -59,14 +59,10 @@ class Workers:
 
     @contextmanager
     def bar(self, total: int, done: int, show: bool | None) -> Iterator[Callable[[int], None]]:
-        """A function to call with the rows done so far; a bar on process 0, where asked for."""
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            if show:
-                raise ValueError("progress=True needs tqdm: pip install tqdm") from None
-            yield lambda rows: None
-            return
-        show = sys.stderr.isatty() if show is None else show
-        with tqdm(total=total, initial=done, unit="sample", disable=not show or self.rank > 0) as bar:
-            yield lambda rows: bar.update(rows - bar.n)
+        """A function to call with the rows done so far; it shows them on process 0, where asked for."""
+        from ..training.progress import Progress
+
+        on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        wanted = on_terminal if show is None else show
+        with Progress("sampling", done, total, "sample", wanted and self.rank == 0) as progress:
+            yield progress.show

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,10 @@ def load_images(path: str | Path | None = None, resolution: int | None = None) -
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file without such an ``x``, or a resolution that cannot be had.
+        ValueError: a damaged file or one without such an ``x``, or a resolution that cannot be had.
     """
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"resolution must be at least 1; got {resolution}")
     if path is None:
         from sklearn.datasets import load_digits
 
@@ -55,9 +56,9 @@ def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such folder, or no PNG in it.
-        ValueError: a file that is not a picture.
+        ValueError: a file that is not a picture, or a damaged one.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     paths = sorted(Path(folder).glob("*.png"))
     if not paths:
@@ -66,7 +67,7 @@ def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:
     for path in paths:
         try:
             picture = Image.open(path).convert("RGB")
-        except UnidentifiedImageError as error:
+        except Exception as error:  # damaged files raise what their decoder happens to: SyntaxError, OSError, ...
             raise ValueError(f"{path}: not a picture ({error})") from error
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         size = (resolution, resolution)
@@ -79,9 +80,9 @@ def _read(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            x = archive["x"]
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+            x = np.asarray(archive["x"])
+    except Exception as error:  # as damaged pictures: zlib's, zipfile's, numpy's and Python's own
         raise ValueError(f"{path}: expected an .npz file with an array x ({error})") from error
-    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1] != x.shape[2] or len(x) < 100:
-        raise ValueError(f"{path}: x must be uint8 [N, side, side] with N >= 100; got {x.dtype} {tuple(x.shape)}")
+    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1] != x.shape[2] or len(x) < 100 or not x.size:
+        raise ValueError(f"{path}: x must be uint8 [N, side, side], N >= 100; got {x.dtype} {tuple(x.shape)}")
     return x

@@ -14,19 +14,41 @@ __all__ = ["mean_over_processes", "process_group", "rank_and_size", "rows_of_thi
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
-    """torchrun's processes joined (gloo on a CPU, nccl on GPUs), and this one's device; alone, just the device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+def process_group(device: torch.device, backend: str | None = None) -> Iterator[torch.device]:
+    """torchrun's processes joined, and this one's device; alone, just the device.
+
+    Args:
+        backend: of torch.distributed; by default gloo on a CPU, nccl on GPUs.
+
+    Raises:
+        ValueError: WORLD_SIZE and what goes with it are not what torchrun sets.
+    """
+    size = _from_environment("WORLD_SIZE", 1, default=1)
+    if size == 1 or dist.is_initialized():
         yield device
         return
+    _from_environment("RANK", 0, size - 1)
+    _from_environment("MASTER_PORT", 0, 65535)
+    if "MASTER_ADDR" not in os.environ:
+        raise ValueError(f"MASTER_ADDR must be set where WORLD_SIZE is {size}, as torchrun does")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        last = torch.cuda.device_count() - 1
+        device = torch.device("cuda", _from_environment("LOCAL_RANK", 0, last))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _from_environment(name: str, low: int, high: int | None = None, default: int | None = None) -> int:
+    """The environment variable as a whole number from low to high."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be a whole number {wanted}, as torchrun sets it; got {text!r}")
+    return int(text)
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -12,6 +12,7 @@ several processes compute what one computes with the whole batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .checkpoint import read_checkpoint, write_checkpoint
+from .checkpoint import (
+    check_moments,
+    check_progress,
+    check_settings,
+    check_tensors,
+    read_checkpoint,
+    write_checkpoint,
+)
+from .checks import LARGEST, check_fields, one_of, real, whole
 from .distributed import mean_over_processes, rank_and_size, rows_of_this_process
 from .objective import Objective
 from .progress import Progress
@@ -35,6 +44,19 @@ _CHECK_EVERY = 20  # steps between looks at the losses: each look waits for the 
 
 class NonFiniteLoss(FloatingPointError):
     """A loss term or the gradient became NaN or infinite; the message names the step and the term."""
+
+
+_SETTINGS = {
+    "steps": whole(1, LARGEST["steps"]),
+    "batch": whole(1, LARGEST["rows"]),
+    "checkpoint_every": whole(1, LARGEST["steps"]),
+    "learning_rate": real(above=True),
+    "clip": real(above=True),
+    "warmup": real(1, below=True),
+    "ema": real(1, below=True),
+    "seed": whole(0, LARGEST["seed"]),
+    "precision": one_of("fp32", "bf16"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +73,9 @@ class TrainSettings:
         precision: "fp32" (the parameters' own dtype) or "bf16" (autocast).
         seed: of every random number drawn while training.
         checkpoint_every: steps between checkpoints.
+
+    Raises:
+        ValueError: a number out of its range, NaN or infinite, by its name.
     """
 
     steps: int
@@ -64,19 +89,7 @@ class TrainSettings:
     checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}")
-        for name in ("warmup", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1); got {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must not be negative; got {self.seed}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16'; got {self.precision!r}")
+        check_fields(self, _SETTINGS)
 
     def learning_rate_at(self, step: int) -> float:
         """Linear from 0 to the peak over the warm-up, then half a cosine to 0 after the last step."""
@@ -93,15 +106,24 @@ class Trainer:
         objective: on the device to train on.
         settings: how.
         checkpoint: file to keep the state in; None for no checkpoints.
+        about: what else makes the run (its data, the loss's weights), as numbers and strings by name: kept
+            with the settings, and a run that is resumed must have the same.
 
     Attributes:
         history: term -> [steps so far], each step's losses over the whole batch and the
             gradient's norm before clipping.
     """
 
-    def __init__(self, objective: Objective, settings: TrainSettings, checkpoint: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        settings: TrainSettings,
+        checkpoint: str | Path | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.objective, self.settings = objective, settings
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.about = dict(about or {})
         self.rows = rows_of_this_process(settings.batch)
         self.optimizer = torch.optim.Adam(objective.model.parameters(), settings.learning_rate)
         average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
@@ -129,16 +151,18 @@ class Trainer:
         rank, size = rank_and_size()
         compute = DistributedDataParallel(self.objective) if size > 1 else self.objective
         devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices), Progress(self.step, self.settings.steps, progress and not rank) as bar:
+        shown = Progress("training", self.step, self.settings.steps, "step", progress and not rank)
+        with torch.random.fork_rng(devices), shown:
             while self.step < self.settings.steps:
                 self._unchecked.append(self._one_step(compute))
                 self.step += 1
                 due = self.step == self.settings.steps or self.step % self.settings.checkpoint_every == 0
                 if due or self.step % _CHECK_EVERY == 0:
                     self._check()
-                    bar.show(self.step, float(self._losses[-1][:-1].sum()))
+                    shown.note = f"loss {float(self._losses[-1][:-1].sum()):.3f}"
                 if due:
                     self._save()
+                shown.show(self.step)
         return self.model
 
     def resume(self) -> None:
@@ -146,25 +170,42 @@ class Trainer:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not one, or of another model or other settings.
+            ValueError: it is not one, or damaged, or of another model or settings; nothing has changed then.
         """
         if self.checkpoint is None:
             raise FileNotFoundError("no checkpoint file was named to resume from")
-        state = read_checkpoint(self.checkpoint, self._device)
-        wanted = asdict(self.settings)
-        for name, value in state["settings"].items():
-            if wanted.get(name) != value:
-                raise ValueError(f"{self.checkpoint}: its training had {name}={value!r}; got {wanted.get(name)!r}")
+        state = read_checkpoint(self.checkpoint)
         try:
-            self.objective.model.load_state_dict(state["model"])
-        except RuntimeError as error:
-            raise ValueError(f"{self.checkpoint}: of another model ({error})") from error
-        self.optimizer.load_state_dict(state["optimizer"])
+            optimizer = self._checked(state)
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint}: {' '.join(str(error).split())}") from error  # in one line
+        self.objective.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(optimizer)
         if self._averaged is not None:
             self._averaged.load_state_dict(state["averaged"])
         self.step = self._saved_step = state["step"]
         self._terms = tuple(state["terms"])
-        self._losses = list(state["losses"].unbind())
+        self._losses, self._unchecked = list(state["losses"].unbind()), []
+
+    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimiser's state in a checkpoint that this training can have written; ValueError of any other."""
+        check_settings(state["settings"], self._all_settings())
+        check_progress(state, self.settings.steps, _GRADIENT)
+        check_tensors("model", state["model"], self.objective.model.state_dict())
+        if (self._averaged is None) != (state["averaged"] is None):
+            raise ValueError(
+                f"its average must be {'none' if self._averaged is None else 'there'} with these settings"
+            )
+        if self._averaged is not None:
+            check_tensors("average", state["averaged"], self._averaged.state_dict())
+            if int(state["averaged"]["n_averaged"]) != state["step"]:
+                raise ValueError(
+                    f"its average must be of {state['step']} steps; got {state['averaged']['n_averaged']}"
+                )
+        return check_moments(state["optimizer"], self.optimizer, state["step"])
+
+    def _all_settings(self) -> dict[str, Any]:
+        return {**asdict(self.settings), **self.about}
 
     @property
     def _device(self) -> torch.device:
@@ -209,7 +250,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "settings": asdict(self.settings),
+            "settings": self._all_settings(),
             "step": self.step,
             "model": self.objective.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

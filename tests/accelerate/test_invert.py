@@ -12,6 +12,7 @@ from torch import nn
 
 import linfast as lf
 from linfast.flows.drift import DriftWarning
+from tests.kept import kept_bytes
 
 from . import stand_in
 from .test_libraries import assert_accurate, outputs, relative
@@ -78,20 +79,6 @@ def test_adam_steps_have_the_losses_of_the_stored_run(train, steps):
     torch.testing.assert_close(inverted, _losses(None, train, steps), rtol=1e-5, atol=0)
 
 
-def _kept_bytes(run):
-    """Bytes that autograd keeps of one call, parameters left out."""
-    kept = {}
-
-    def pack(t):
-        if not isinstance(t, nn.Parameter):
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("name", ["reference", "nflows Affine alternate", "normflows exp channel"])
 def test_little_is_kept(name):
     kind = MODELS[name]
@@ -104,9 +91,9 @@ def test_little_is_kept(name):
     else:
         run = lambda: model.log_prob(x)  # noqa: E731
     lf.accelerate(model)
-    stored = _kept_bytes(run)
+    stored = kept_bytes(run)
     lf.accelerate(model, memory="invert")
-    assert _kept_bytes(run) < 0.25 * stored
+    assert kept_bytes(run) < 0.25 * stored
 
 
 def _chain(depth=3, n_in=3, dropout=0.0):
@@ -208,14 +195,14 @@ def test_a_flow_with_two_nets_of_its_own_is_known():
 def test_a_hook_on_a_step_keeps_the_original_running():
     model, seen, x = _chain(), [], torch.randn(4, 6)
     assert _rebuilt(lf.accelerate(model, memory="invert"))
-    kept = _kept_bytes(lambda: model.log_prob(x))
+    kept = kept_bytes(lambda: model.log_prob(x))
     handle = model.flows[0].register_forward_hook(lambda module, args, out: seen.append(module))
     expected = _grads(model, x)
-    assert _kept_bytes(lambda: model.log_prob(x)) > kept
+    assert kept_bytes(lambda: model.log_prob(x)) > kept
     model(x)
     assert len(seen) == 1
     handle.remove()
-    assert _kept_bytes(lambda: model.log_prob(x)) == kept
+    assert kept_bytes(lambda: model.log_prob(x)) == kept
     assert relative(_grads(model, x), expected) < 2e-6
 
 
@@ -235,7 +222,7 @@ def test_a_block_alone_inverts_itself():
         results.append(torch.cat([p.grad.flatten() for p in block.parameters()]))
         block.zero_grad()
     assert relative(*reversed(results)) < 2e-6
-    assert _kept_bytes(lambda: block(x, t)) < 4 * x.nbytes
+    assert kept_bytes(lambda: block(x, t)) < 4 * x.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
@@ -271,7 +258,7 @@ def test_functional_call_no_grad_compile_and_copies():
         assert relative(model.log_prob(x), expected) < 1e-6
     copied = copy.deepcopy(model)
     assert relative(_grads(copied, x), grads) < 2e-6
-    assert _kept_bytes(lambda: copied.log_prob(x)) == _kept_bytes(lambda: model.log_prob(x))
+    assert kept_bytes(lambda: copied.log_prob(x)) == kept_bytes(lambda: model.log_prob(x))
     assert copied._linfast_plan.guard is not model._linfast_plan.guard
     torch._dynamo.reset()
     compiled = torch.compile(model.log_prob, backend="eager")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -208,3 +209,25 @@ def test_bad_arguments_are_clear_errors(argv: list[str], message: str, capsys) -
         main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_earlier_runs_files_are_replaced_by_leave_alone(tmp_path, capsys, monkeypatch) -> None:
+    path, folder = tmp_path / "results.jsonl", tmp_path / "folder"
+    folder.mkdir()
+    small = [*TINY, "--case", "low_rank"]
+    for name in ("roofline.svg", "kernels.txt", "low_rank.trace.json.gz"):
+        (folder / name).write_text("earlier")
+    path.write_text("earlier")
+    with monkeypatch.context() as patch:
+        patch.setattr("linfast.bench.run._measure_all", None)  # before any work
+        patch.setattr("linfast.bench.trace._profile_case", None)
+        for options in (["--json", str(path)], ["--plots", str(folder)], ["--profile", str(folder)]):
+            with pytest.raises(SystemExit):
+                main([*small, *options])
+            error = capsys.readouterr().err
+            assert re.search(r"error: \S+ exists: --overwrite replaces it", error)
+            assert error.count("\n") == 1
+    assert {file.read_text() for file in (path, *folder.iterdir())} == {"earlier"}
+    assert main([*small, "--json", str(path), "--plots", str(folder), "--overwrite"]) == 0
+    assert json.loads(path.read_text().splitlines()[0])["case"] == "low_rank"
+    assert "earlier" not in (folder / "roofline.svg").read_text()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import linfast as lf
+from tests.host_reads import forbidden
 from tests.processes import results_of_two
 
 
@@ -55,6 +59,14 @@ def test_loading_an_uninitialised_one_asks_for_data_again() -> None:
     assert float(g.bias.detach().mean()) < -4
 
 
+def test_parameters_loaded_without_the_flag_are_kept() -> None:
+    g, again = lf.Flow([lf.ActNorm(3)]), lf.Flow([lf.ActNorm(3)])
+    g(2 + torch.randn(16, 3))
+    again.load_state_dict(dict(g.named_parameters()), strict=False)
+    x = 100 * torch.randn(16, 3)
+    assert torch.equal(again(x), g(x))
+
+
 def test_no_rows_initialise_nothing() -> None:
     g = lf.ActNorm(3)
     assert g(torch.empty(0, 3)).shape == (0, 3)
@@ -85,6 +97,112 @@ def test_compiles_before_and_after_initialisation() -> None:
     torch.testing.assert_close(compiled(x), reference(x))
     y = torch.randn(32, 4)
     torch.testing.assert_close(compiled(y), reference(y))
+
+
+def _copied(average: nn.Module, model: nn.Module) -> None:
+    """What other libraries' moving averages do: they write to ``.data``, of which no version tells."""
+    for mine, its in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mine.data.copy_(its.data)
+
+
+AVERAGES = {
+    "AveragedModel": lambda model: AveragedModel(model),
+    "AveragedModel, buffers too": lambda model: AveragedModel(
+        model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True
+    ),
+    "a copy written to": copy.deepcopy,
+}
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_made_before_the_first_batch_keeps_its_weights(name: str, mode: str) -> None:
+    g = lf.coupling_flow(3, 2, (8,), actnorm=True)
+    average = AVERAGES[name](g)
+    for _ in range(2):
+        g(3 * torch.randn(64, 3) + 2)
+        average.update_parameters(g) if isinstance(average, AveragedModel) else _copied(average, g)
+    before = copy.deepcopy(average.state_dict())
+    average.train(mode == "train")(100 * torch.randn(16, 3))
+    assert all(torch.equal(value, before[key]) for key, value in average.state_dict().items())
+
+
+def test_batch_norms_are_updated_by_torch_and_an_average_keeps_its_scales() -> None:
+    g = lf.Flow([lf.ActNorm(3)])
+    average = AveragedModel(g)
+    g(2 + torch.randn(64, 3))
+    average.update_parameters(g)
+    update_bn([100 * torch.randn(16, 3)], average)
+    assert torch.equal(average.module.bijections[0].bias, g.bijections[0].bias)
+
+
+@pytest.mark.parametrize("method", ["forward", "forward_and_log_det"])
+def test_it_starts_in_training_mode_alone(method: str) -> None:
+    g = lf.Flow([lf.ActNorm(3)])
+    x = 2 + 3 * torch.randn(64, 3)
+    call = getattr(g, method)
+    g.eval()
+    call(x)
+    g.train()
+    with lf.freeze(g):
+        call(x)
+    with lf.freeze(nn.Sequential(g)), torch.no_grad():
+        call(x)
+    norm = g.bijections[0]
+    assert not bool(norm.initialized)
+    assert not bool(norm.bias.any())
+    call(x)
+    assert bool(norm.initialized)
+    assert bool(norm.bias.all())
+
+
+def test_a_sampler_starts_nothing() -> None:
+    f = lf.Linearizer(lf.coupling_flow(4, 2, (8,), actnorm=True), lf.TimeLowRank(4, 1, time_features=4, hidden=4))
+    one_step = lf.generator(f, steps=3)
+    noise = 5 + torch.randn(8, 4)
+    lf.sample(f, noise, steps=3)
+    lf.sample(f, noise, steps=3, one_step=False)
+    lf.invert(f, noise, steps=3)
+    list(lf.sample_stream(f, 8, 4, steps=3, block_size=4))
+    list(lf.sample_stream(one_step, 8, 4, block_size=4))
+    assert not any(bool(module.initialized) for module in f.modules() if isinstance(module, lf.ActNorm))
+
+
+@pytest.mark.parametrize("write", [lambda flag: flag.fill_(False), lambda flag: flag.data.fill_(False)])
+def test_the_buffer_alone_says_whether_it_waits(write: Callable[[Tensor], Tensor]) -> None:
+    g = lf.ActNorm(3)
+    g(torch.randn(16, 3))
+    write(g.initialized)
+    g(5 + torch.randn(64, 3))
+    assert float(g.bias.detach().mean()) < -4
+
+
+def test_a_gpu_is_asked_once_and_again_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linfast.flows.actnorm.read_at_once", lambda tensor: False)
+    g, x = lf.ActNorm(3), 5 + torch.randn(64, 3)
+    g(x)
+    g(x)
+    with forbidden():
+        g(x)
+    g.load_state_dict(lf.ActNorm(3).state_dict())
+    g(x)
+    assert float(g.bias.detach().mean()) < -4
+    again = copy.deepcopy(g)
+    again.load_state_dict(lf.ActNorm(3).state_dict())
+    again(-x)
+    assert float(again.bias.detach().mean()) > 4
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_what_would_be_lost_is_refused(vmapped: bool) -> None:
+    g, x = lf.ActNorm(3), 2 + torch.randn(16, 3)
+    given = {name: value.detach().clone() for name, value in g.named_parameters()}
+    call = torch.func.vmap(g) if vmapped else lambda x: torch.func.functional_call(g, given, x)
+    with pytest.raises(RuntimeError, match=r"ActNorm: its first batch .* call the model once before"):
+        call(x[None] if vmapped else x)
+    assert not any(bool(value.any()) for value in given.values())
+    g(x)
+    assert torch.equal(torch.func.functional_call(g, dict(g.named_parameters()), (x,)), g(x))
 
 
 def _statistics_of_one_process(rows: int) -> list[torch.Tensor]:

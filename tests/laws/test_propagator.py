@@ -109,6 +109,20 @@ def test_factored_while_cheaper_and_shared_times_once(method: str, times: int) -
     assert isinstance(lf.collapse(lf.TimeLowRank(2 * width, 2), 7, method), lf.Dense)
 
 
+@pytest.mark.parametrize("kind", [lf.TimeLowRank, lf.TimeDiagonal])
+@pytest.mark.parametrize("n", [64, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tol", [None, 0.1])
+def test_what_is_collapsed_holds_tensors_of_its_own(
+    kind: type, n: int, dtype: torch.dtype, tol: float | None
+) -> None:
+    """Row by row in memory that nothing else is in: as their copy from a file lies."""
+    B = lf.collapse(kind(n, 1, time_features=4, hidden=4).to(dtype), 3, tol=tol)
+    for tensor in B.buffers():
+        assert tensor.stride() == torch.empty(tensor.shape).stride()
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def test_fixed_factors_keep_their_rank() -> None:
     B = lf.collapse(lf.TimeDiagonal(20, 3), 100)
     assert isinstance(B, lf.LowRank)

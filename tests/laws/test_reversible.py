@@ -13,6 +13,7 @@ import linfast as lf
 from linfast.flows import memory
 from linfast.flows.drift import Checksum, drift
 from linfast.flows.reversible import Step, reversible
+from tests.kept import kept_bytes
 from tests.laws.zoo import BIJECTIONS, build, perturb, relative
 from tests.seeds import seeded
 
@@ -179,7 +180,7 @@ def test_actnorm_is_initialised_by_a_forward_and_never_by_a_replay(method: str) 
     for mode in ("store", "invert"):
         g = copy.deepcopy(start)
         found[mode] = [*gradients(g, x, method, mode), *g.parameters()]
-        assert [layer._is_initialized for layer in g.bijections if isinstance(layer, lf.ActNorm)] == [
+        assert [bool(layer.initialized) for layer in g.bijections if isinstance(layer, lf.ActNorm)] == [
             method == METHODS[0]
         ] * 3
     assert same(found["invert"], found["store"], 1e-10)
@@ -278,23 +279,17 @@ def test_no_rows() -> None:
 
 def test_auto_inverts_what_is_too_large_to_store(monkeypatch: pytest.MonkeyPatch) -> None:
     g, x = lf.coupling_flow(64, 4), torch.randn(256, 64)
-    kept: list[Tensor] = []
 
-    def kept_bytes(mode: str) -> int:
-        kept.clear()
+    def kept(mode: str) -> int:
         g.memory = mode
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            g(x)
-        parameters = {p.data_ptr() for p in g.parameters()}
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-        return sum(size for pointer, size in storages.items() if pointer not in parameters)
+        return kept_bytes(lambda: g(x))
 
-    stored, inverted = kept_bytes("store"), kept_bytes("invert")
+    stored, inverted = kept("store"), kept("invert")
     assert 0.5 < memory.stored_tensors(g.bijections) * x.nbytes / stored < 2
     monkeypatch.setattr(memory, "AUTO_BYTES", 2 * stored)
-    assert kept_bytes("auto") == stored
+    assert kept("auto") == stored
     monkeypatch.setattr(memory, "AUTO_BYTES", stored // 2)
-    assert kept_bytes("auto") == inverted < stored / 8
+    assert kept("auto") == inverted < stored / 8
 
 
 def test_unknown_mode() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -67,6 +68,78 @@ def test_tensors_lie_in_memory_as_they_did(tmp_path) -> None:
         A = B
 
 
+def test_expanded_tensors_stay_expanded(tmp_path) -> None:
+    rows = lf.TimeDiagonal(6, 2, time_features=8, hidden=8).at(torch.tensor([0.1, 0.5, 0.9]))
+    trained = lf.Dense.of(nn.Parameter(torch.randn(1, 6).expand(6, 6)))
+    for A in (rows, trained, rows @ trained):
+        lf.save(A, tmp_path / "A.safetensors")
+        B = lf.load(tmp_path / "A.safetensors")
+        z = torch.randn(3, 6)
+        assert torch.equal(A(z), B(z))
+        assert [t.stride() for t in A.state_dict().values()] == [t.stride() for t in B.state_dict().values()]
+
+
+def test_modes_and_what_is_trained_come_back(tmp_path) -> None:
+    f = lf.image_flow(1, 8, 2, 4, conditioner="unet", unet_options={"blocks": 1, "dropout": 0.5})
+    perturb(f).eval()
+    f.bijections[1].requires_grad_(False)
+    lf.save(f, tmp_path / "f.safetensors")
+    g = lf.load(tmp_path / "f.safetensors")
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(g(x), f(x))
+    f.bijections[1].train()
+    lf.save(f, tmp_path / "f.safetensors")
+    g = lf.load(tmp_path / "f.safetensors")
+    assert [m.training for m in g.modules()] == [m.training for m in f.modules()]
+    assert [p.requires_grad for p in g.parameters()] == [p.requires_grad for p in f.parameters()]
+
+
+class _Tables(nn.Module):
+    """A buffer that state_dict() leaves out, one of integers, a frozen parameter of integers, and tied weights."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+        self.register_buffer("scale", torch.linspace(0, 1, n), persistent=False)
+        self.register_buffer("order", torch.arange(n))
+        self.count = nn.Parameter(torch.zeros((), dtype=torch.long), requires_grad=False)
+        self.first, self.second = nn.Linear(n, n), nn.Linear(n, n)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x) * self.scale)[:, self.order]
+
+
+def test_everything_that_a_module_keeps_comes_back(tmp_path) -> None:
+    register(_Tables)
+    f = _Tables(3)
+    f.second.weight = f.first.weight
+    f.scale.mul_(3)
+    f.order.copy_(torch.tensor([2, 0, 1]))
+    lf.save(f, tmp_path / "f.safetensors")
+    g = lf.load(tmp_path / "f.safetensors")
+    x = torch.randn(4, 3)
+    assert torch.equal(g(x), f(x))
+    assert g.second.weight is g.first.weight
+    assert g.state_dict().keys() == f.state_dict().keys()
+
+
+def test_tied_weights_and_layers_stay_tied(tmp_path) -> None:
+    one, other = lf.MLP(3, 6, (3, 3)), lf.MLP(3, 6, (3, 3))
+    other.layers[0] = one.layers[0]
+    for mine, theirs in zip(other.layers[1:], one.layers[1:], strict=True):
+        mine.weight = theirs.weight
+    g = perturb(lf.Flow([lf.AffineCoupling(one, 6), lf.AffineCoupling(other, 6, "second")]))
+    lf.save(g, tmp_path / "g.safetensors")
+    h = lf.load(tmp_path / "g.safetensors")
+    x = torch.randn(3, 6)
+    assert torch.equal(h(x), g(x))
+    first, second = (coupling.conditioner.layers for coupling in h.bijections)
+    assert first[0] is second[0]
+    assert first[1].weight is second[1].weight
+    assert first[2].weight is second[2].weight
+    assert len(list(h.parameters())) == len(list(g.parameters()))
+
+
 def test_a_linearizer_keeps_what_it_shares(tmp_path) -> None:
     g = perturb(lf.coupling_flow(6, 2, (8,), time_features=8))
     f = lf.Linearizer(g.at(t=1.0), lf.TimeLowRank(6, 2), g.at(t=0.0))
@@ -121,9 +194,14 @@ def test_nan_weights_are_refused(tmp_path) -> None:
     A = lf.Dense(2)
     with torch.no_grad():
         A.weight[0, 0] = float("nan")
-    lf.save(A, tmp_path / "A.safetensors")
+    path = tmp_path / "A.safetensors"
     with pytest.raises(ValueError, match=r"weight \(2, 2\) has NaN"):
-        lf.load(tmp_path / "A.safetensors")
+        lf.save(A, path)
+    assert not path.exists()
+    lf.save(lf.Dense(2), path)
+    _rewrite(path, lambda tensors, header: tensors["weight"].fill_(float("nan")))
+    with pytest.raises(ValueError, match=r"weight \(2, 2\) has NaN"):
+        lf.load(path)
 
 
 def _rewrite(path, change) -> None:
@@ -192,3 +270,55 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch) -> None:
         lf.save(lf.Dense(2), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_new_files_have_the_mode_of_any_new_file(umask: int, tmp_path) -> None:
+    before = os.umask(umask)
+    try:
+        lf.save(lf.Dense(2), tmp_path / "A.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "A.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o600, 0o664, 0o444])
+def test_a_replaced_file_keeps_its_mode(mode: int, tmp_path) -> None:
+    path = tmp_path / "A.safetensors"
+    path.touch()
+    path.chmod(mode)
+    lf.save(lf.Dense(2), path)
+    assert path.stat().st_mode & 0o777 == mode
+    lf.load(path)
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path) -> None:
+    (tmp_path / "real").mkdir()
+    link, target = tmp_path / "A.safetensors", tmp_path / "real" / "A.safetensors"
+    link.symlink_to(target)
+    for n in (2, 3):
+        lf.save(lf.Dense(n), link)
+        assert link.is_symlink()
+        assert lf.load(target).n_in == n
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder is not a file that could be replaced"):
+        lf.save(lf.Dense(2), tmp_path / "folder")
+    with pytest.raises(OSError, match="null is not a file"):
+        lf.save(lf.Dense(2), "/dev/null")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        lf.save(lf.Dense(2), tmp_path / "none" / "A.safetensors")
+    with pytest.raises(TypeError, match="path must be a string or a path; got int"):
+        lf.save(lf.Dense(2), 3)  # type: ignore[arg-type]
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch) -> None:
+    calls = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append("fsync") or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or replace(*names))
+    lf.save(lf.Dense(2), tmp_path / "A.safetensors")
+    assert calls[-2:] == ["fsync", "replace"]

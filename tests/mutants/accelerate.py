@@ -86,10 +86,18 @@ MUTANTS = (
     Mutant(
         name="recall: the kept half's gradient through the conditioner is lost",
         file="linfast/accelerate/recall.py",
-        old="return None, *ctx.recalling.gradients(*grads)",
-        new="return None, None, *ctx.recalling.gradients(*grads)[1:]",
+        old="return None, None, *found",
+        new="return None, None, None, *found[1:]",
         breaks="dx lacks what comes through the conditioner in a rebuilt chain.",
         tests=(f"{_INVERT}::test_chains_give_what_they_gave",),
+    ),
+    Mutant(
+        name="recall: a net's calls are recalled in the order they were made",
+        file="linfast/accelerate/recall.py",
+        old="        if len(fitting) > 1:",
+        new="        if False:",
+        breaks="A net that both sides of a coupling share gives each the other's parameters.",
+        tests=("tests/accelerate/test_invert_changed.py::test_each_call_is_recalled_for_what_it_was_given",),
     ),
     Mutant(
         name="graph: the caller is given the graph's own output",

@@ -7,12 +7,13 @@ from .mutant import Mutant
 __all__ = ["MUTANTS"]
 
 _LAWS = "tests/laws/test_reversible.py"
+_OUTSIDE = "tests/laws/test_reversible_outside.py"
 _MODELS = "tests/models/test_reversible_training.py"
 
 MUTANTS = (
     Mutant(
         name="reversible: drift is never noticed",
-        file="linfast/flows/reversible.py",
+        file="linfast/flows/rebuild.py",
         old="if chain.guard.strayed(rebuilt,",
         new="if False and chain.guard.strayed(rebuilt,",
         breaks="Gradients of activations that strayed are returned without a word.",
@@ -20,7 +21,7 @@ MUTANTS = (
     ),
     Mutant(
         name="reversible: a shared layer's earlier gradient is overwritten",
-        file="linfast/flows/reversible.py",
+        file="linfast/flows/rebuild.py",
         old="self._sums[id(tensor)] = grad if before is None else before + grad",
         new="self._sums[id(tensor)] = grad",
         breaks="Of a layer that is used twice only one use counts.",
@@ -28,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         name="reversible: changed parameters are not noticed",
-        file="linfast/flows/reversible.py",
+        file="linfast/flows/rebuild.py",
         old="        chain.check_parameters()\n",
         new="",
         breaks="A parameter that was replaced since the forward gives another one's gradient.",
@@ -49,6 +50,38 @@ MUTANTS = (
         new="            stack.enter_context(backend",
         breaks="A forward under autocast is undone in fp32.",
         tests=(f"{_LAWS}::test_autocast_is_replayed",),
+    ),
+    Mutant(
+        name="replay: buffers are as the first run left them",
+        file="linfast/flows/replay.py",
+        old="        put_back(self._held[i])\n",
+        new="",
+        breaks="Spectral norm's power iteration goes on in the backward.",
+        tests=(f"{_OUTSIDE}::test_what_is_written_and_rewritten_is_as_it_was",),
+    ),
+    Mutant(
+        name="outside: leaves are not looked at",
+        file="linfast/flows/outside.py",
+        old="if id(node.variable) not in known:",
+        new="if False:",
+        breaks="A learned prompt gets no gradient.",
+        tests=(f"{_OUTSIDE}::test_auto_stores_what_reads_from_outside_and_says_so_once",),
+    ),
+    Mutant(
+        name="outside: what was computed before is not looked at",
+        file="linfast/flows/outside.py",
+        old="elif _number(node) < since:",
+        new="elif False:",
+        breaks="What a net reads of its own parameters from outside is differentiated twice.",
+        tests=(f"{_OUTSIDE}::test_auto_stores_what_reads_from_outside_and_says_so_once",),
+    ),
+    Mutant(
+        name="reversible: the next step runs while the last one's graph is kept",
+        file="linfast/flows/reversible.py",
+        old="                del start, total, out, part  # and the step's graph with them\n",
+        new="",
+        breaks="The forward keeps two steps' activations.",
+        tests=(f"{_OUTSIDE}::test_one_steps_graph_at_a_time_is_kept",),
     ),
     Mutant(
         name="memory: an inverse's steps are in the forward's order",

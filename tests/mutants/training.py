@@ -34,7 +34,7 @@ MUTANTS = (
     Mutant(
         name="Trainer: a checkpoint lacks the moments of Adam",
         file="linfast/training/trainer.py",
-        old='        self.optimizer.load_state_dict(state["optimizer"])\n',
+        old="        self.optimizer.load_state_dict(optimizer)\n",
         new="",
         breaks="A resumed run starts Adam afresh.",
         tests=(f"{_TRAINER}::test_resumed_is_uninterrupted_bit_for_bit",),
@@ -61,15 +61,15 @@ MUTANTS = (
     ),
     Mutant(
         name="save: a failed save leaves half a file in the old one's place",
-        file="linfast/io.py",
-        old="        yield partial\n        os.replace(partial, path)\n",
-        new="        os.replace(partial, path)\n        yield str(path)\n",
+        file="linfast/whole_file.py",
+        old="        yield str(partial)\n",
+        new="        os.replace(partial, path)\n        yield str(path)\n        partial = path\n",
         breaks="The old model is gone before the new one is written.",
         tests=(f"{_IO}::test_a_failed_save_leaves_the_old_file",),
     ),
     Mutant(
         name="load: tensors are contiguous, however they lay",
-        file="linfast/io.py",
+        file="linfast/state.py",
         old="return value.permute(order).contiguous().permute(back)",
         new="return value",
         breaks="Another product of the BLAS runs after loading, and rounds otherwise.",

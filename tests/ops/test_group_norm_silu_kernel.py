@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -231,3 +232,27 @@ def test_errors_name_the_argument_and_the_shape() -> None:
             group_norm_silu(x, 2, **{name: torch.ones(1, 6)})
     with pytest.raises(ValueError, match=r"x must be \[B, C, \.\.\.\]; got \(6,\)"):
         group_norm_silu(x[0, :, 0, 0], 2)
+
+
+@pytest.mark.parametrize("op", ["group_norm_silu", "conv2d_fused"])
+@pytest.mark.parametrize("x_requires_grad", [False, True])
+def test_parameters_alone_have_gradients_in_channels_last(op: str, x_requires_grad: bool) -> None:
+    """torch's own group norm ends the process there, so this one is a process of its own."""
+
+    def gradients(x: Tensor, parameters: list[Tensor], kernel: Tensor) -> tuple[Tensor, ...]:
+        with lf.backend("reference"):
+            if op == "group_norm_silu":
+                y = group_norm_silu(x, 2, *parameters)
+            else:
+                y = lf.ops.conv2d_fused(x, kernel, groups=2, norm_weight=parameters[0], norm_bias=parameters[1])[0]
+            return torch.autograd.grad(y.square().sum(), parameters)
+
+    parameters = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    x, kernel = torch.randn(3, 4, 5, 6, dtype=torch.float64), torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    truth = gradients(x, parameters, kernel)
+    child = os.fork()
+    if child == 0:
+        given = x.contiguous(memory_format=torch.channels_last).requires_grad_(x_requires_grad)
+        found = gradients(given, parameters, kernel)
+        os._exit(0 if all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, truth, strict=True)) else 1)
+    assert os.waitpid(child, 0)[1] == 0

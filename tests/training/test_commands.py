@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 
 import linfast as lf
 from linfast.cli import _parser, main
-from linfast.training import ModularStyle
+from linfast.training import ModularStyle, Trainer
+from linfast.training.apps.output import CHECKPOINT, Output
 
 _DOCS = Path(__file__).parent.parent.parent / "docs"
 _SMALL = ["--steps", "4", "--batch", "8", "--depth", "2"]
@@ -85,6 +87,167 @@ def test_resume_goes_on_from_the_checkpoint(tmp_path: Path, capsys) -> None:
     assert "had seed=0; got 1" in capsys.readouterr().err
 
 
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _pictures(folder: Path) -> Path:
+    from PIL import Image
+
+    folder.mkdir()
+    for i, name in enumerate(("original", "warm", "cold")):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    return folder
+
+
+@pytest.mark.parametrize("application", ["one-step", "ign", "style"])
+def test_an_earlier_run_is_replaced_by_leave_alone(application: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    small = ("--hidden", "8") if application != "style" else ("--width", "4", "--resolution", "8", "--batch", "2")
+    if application == "style":
+        small += ("--data", str(_pictures(tmp_path / "pictures")))
+    out = tmp_path / "out"
+    assert _train(application, out, *small) == 0
+    before = _files(out)
+    assert {path.name for path in before} >= {"checkpoint.pt", "model.safetensors", "figure.png"}
+    with monkeypatch.context() as patch:
+        patch.setattr("linfast.training.apps.common.Trainer", None)  # before any work
+        capsys.readouterr()
+        for kept in before:  # one file of the earlier run is enough
+            for path in before.keys() - {kept}:
+                path.unlink()
+            assert _train(application, out, *small, "--seed", "1") == 2
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert all(word in error for word in (f"{kept} exists", "--resume", "--overwrite"))
+            for path, content in before.items():
+                path.write_bytes(content)
+        with pytest.raises(SystemExit):
+            _train(application, out, *small, "--resume", "--overwrite")
+        assert "not allowed with" in capsys.readouterr().err
+    assert _files(out) == before
+    (out / "notes.txt").write_text("mine")
+    assert _train(application, out, *small, "--seed", "1", "--overwrite") == 0
+    after = _files(out)
+    assert after.keys() == before.keys() | {out / "notes.txt"}
+    assert all(after[path] != content for path, content in before.items())
+
+
+def test_the_demo_does_not_replace_its_files(tmp_path: Path, capsys) -> None:
+    (tmp_path / "figure.png").write_text("mine")
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path}/figure.png exists: --resume" in capsys.readouterr().err
+    assert (tmp_path / "figure.png").read_text() == "mine"
+
+
+def test_overwriting_begins_with_nothing_of_the_earlier_run(tmp_path: Path, monkeypatch) -> None:
+    assert _train("one-step", tmp_path, "--hidden", "8") == 0
+    before = _files(tmp_path)
+    for wrong in (("--device", "nowhere"), ("--rank", "65"), ("--resolution", "5"), ("--data", "none.npz")):
+        assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite", *wrong) == 2
+        assert _files(tmp_path) == before
+    with lf.backend("triton"), monkeypatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite") == 1
+        assert _files(tmp_path) == before
+    assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite", "--likelihood", "1e39") == 2
+    assert not list(tmp_path.iterdir())  # no model that is not the checkpoint's
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (("--latent-noise", "0.2"), "had latent_noise=0.1; got 0.2"),
+        (("--likelihood", "0"), "had likelihood=0.5; got 0.0"),
+        (("--data", "DATA"), "had data="),
+        (("--steps", "5"), "had steps=4; got 5"),
+        (("--separate",), "had separate=False; got True"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, capsys, other, says: str) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((1797, 8, 8), np.uint8))
+    assert _train("one-step", tmp_path / "out", "--hidden", "8") == 0
+    before = _files(tmp_path / "out")
+    other = [str(tmp_path / "x.npz") if word == "DATA" else word for word in other]
+    assert _train("one-step", tmp_path / "out", "--hidden", "8", "--resume", *other) == 2
+    assert says in capsys.readouterr().err
+    assert _files(tmp_path / "out") == before
+
+
+def _interrupted_at(step: int, number: int, monkeypatch) -> None:
+    one_step = Trainer._one_step
+
+    def interrupted(self: Trainer, compute: torch.nn.Module) -> torch.Tensor:
+        if self.step == step:
+            signal.raise_signal(number)
+        return one_step(self, compute)
+
+    monkeypatch.setattr(Trainer, "_one_step", interrupted)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_is_one_line_that_says_how_to_go_on(
+    tmp_path: Path, capsys, monkeypatch, number: int, status: int
+) -> None:
+    small = ("--hidden", "8", "--checkpoint-every", "2")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert _train("ign", whole, *small, "--denoising", "0", "1") == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        _interrupted_at(1, number, patch)
+        assert _train("ign", out, *small, "--denoising", "0", "1") == status
+        assert (
+            capsys.readouterr().err
+            == "linfast train: interrupted; there is no checkpoint yet, so nothing is kept\n"
+        )
+    with monkeypatch.context() as patch:
+        _interrupted_at(3, number, patch)
+        assert _train("ign", out, *small, "--denoising", "0", "1") == status
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"kept in {out}/denoising-0/checkpoint.pt: the same command with --resume goes on" in error
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert _train("ign", out, *small, "--denoising", "0", "1", "--resume") == 0  # the second model had not begun
+    assert [p.relative_to(out) for p in sorted(_files(out))] == [
+        p.relative_to(whole) for p in sorted(_files(whole))
+    ]
+    for name in ("denoising-0/model.safetensors", "denoising-1/model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_one_run_writes_to_a_folder(tmp_path: Path) -> None:
+    with (
+        Output(tmp_path, [CHECKPOINT], False, False) as first,
+        Output(tmp_path, [CHECKPOINT], False, True) as second,
+    ):
+        first.begin()
+        (tmp_path / CHECKPOINT).write_text("first")
+        with pytest.raises(BlockingIOError, match="another run writes there"):
+            second.begin()
+        assert (tmp_path / CHECKPOINT).read_text() == "first"
+    with Output(tmp_path, [CHECKPOINT], True, False) as third:
+        (tmp_path / f"{CHECKPOINT}abc.partial").write_text("half")
+        third.begin()
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_what_is_written_meanwhile_is_refused_too(tmp_path: Path) -> None:
+    with Output(tmp_path, ["model.safetensors", CHECKPOINT], False, False) as output:
+        (tmp_path / CHECKPOINT).write_text("another run, begun and ended")
+        with pytest.raises(FileExistsError, match=CHECKPOINT):
+            output.begin()
+
+
+def test_a_model_without_its_checkpoint_is_not_resumed(tmp_path: Path) -> None:
+    names = [f"{folder}/{name}" for folder in "ab" for name in ("model.safetensors", CHECKPOINT)]
+    for name in (names[1], names[2]):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("")
+    with pytest.raises(FileExistsError, match=r"b/model.safetensors exists: of another run"):
+        Output(tmp_path, names, True, False)
+
+
 def test_a_mistake_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
@@ -95,7 +258,9 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
         ("one-step", ("--learning-rate", "-1"), "learning_rate must be positive"),
         ("one-step", ("--resume",), "no checkpoint to resume from"),
         ("ign", ("--start-rank", "65"), "rank must be between"),
+        ("ign", ("--denoising", "0.5", "0.5"), "denoising must be different weights"),
         ("style", ("--data", str(tmp_path / "empty")), "no folder with PNG"),
+        ("style", ("--data", str(out)), "out must not be the folder of the pictures"),
     ):
         assert _train(application, out, *arguments) == 2
         error = capsys.readouterr().err.strip()
@@ -107,7 +272,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
 
 
 def test_a_loss_that_blows_up_is_one_line(tmp_path: Path, capsys) -> None:
-    assert _train("one-step", tmp_path, "--likelihood", "inf") == 2
+    assert _train("one-step", tmp_path, "--likelihood", "1e39") == 2
     assert "step 0: likelihood is" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +72,51 @@ def test_pictures_are_read_by_name_and_resized(tmp_path: Path) -> None:
         load_pictures(tmp_path, 4)
     with pytest.raises(FileNotFoundError, match="no folder with PNG"):
         load_pictures(tmp_path / "none", 4)
+
+
+def _damaged(folder: Path) -> list[Path]:
+    """Files that are no .npz with pictures in it, each in another way."""
+    x = np.zeros((100, 4, 4), np.uint8)
+    np.savez_compressed(folder / "whole.npz", x=x)
+    np.savez(folder / "plain.npz", x=x)
+    np.save(folder / "array.npy", x)
+    np.savez(folder / "objects.npz", x=np.array([None, 1]))
+    np.savez(folder / "empty.npz", x=np.zeros((100, 0, 0), np.uint8))
+    np.savez(folder / "scalar.npz", x=np.uint8(3))
+    with zipfile.ZipFile(folder / "bytes.npz", "w") as archive:
+        archive.writestr("x", b"no array")
+    with zipfile.ZipFile(folder / "header.npz", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00\x06\x00{'a':(" + b"\0" * 10)
+    whole, plain = (folder / "whole.npz").read_bytes(), bytearray((folder / "plain.npz").read_bytes())
+    plain[300] ^= 1
+    (folder / "crc.npz").write_bytes(plain)
+    for cut in (0, 1, 40, len(whole) // 2, len(whole) - 1):
+        (folder / f"cut{cut}.npz").write_bytes(whole[:cut])
+    (folder / "deflate.npz").write_bytes(whole[:60] + b"\xff" * 8 + whole[68:])
+    return [path for path in folder.iterdir() if path.name not in ("whole.npz", "plain.npz")]
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    for path in _damaged(tmp_path):
+        with pytest.raises(ValueError, match=path.name):
+            load_images(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_images(tmp_path)
+    for resolution in (0, -1):
+        with pytest.raises(ValueError, match="resolution must be at least 1"):
+            load_images(None, resolution)
+
+
+def test_damaged_pictures_are_refused_by_name(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(tmp_path / "x.png")
+    whole = (tmp_path / "x.png").read_bytes()
+    for cut in (0, 5, 20, 40, len(whole) - 30):
+        (tmp_path / "x.png").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"x.png: not a picture"):
+            load_pictures(tmp_path, 4)
+    (tmp_path / "x.png").unlink()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match=r"folder.png: not a picture"):
+        load_pictures(tmp_path, 4)

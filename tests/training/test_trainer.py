@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from linfast.training import NonFiniteLoss, Trainer, TrainSettings
+from linfast.training.progress import Progress
 
 from .toys import Breaking, idempotent, one_step, style
 
@@ -178,7 +181,9 @@ def test_resume_refuses_what_would_be_another_run(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("steps", 0), ("batch", 0), ("checkpoint_every", 0), ("learning_rate", 0.0), ("learning_rate", math.nan),
-        ("clip", -1.0), ("warmup", 1.0), ("ema", 1.0), ("seed", -1), ("precision", "fp16"),
+        ("clip", -1.0), ("warmup", 1.0), ("ema", 1.0), ("seed", -1), ("precision", "fp16"), ("clip", math.inf),
+        ("steps", 2.0), ("steps", True), ("batch", 10**9), ("seed", 2**63), ("ema", "0.5"), ("warmup", None),
+        ("precision", None), ("checkpoint_every", math.nan),
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(name: str, value: object) -> None:
@@ -186,10 +191,39 @@ def test_bad_settings_are_named(name: str, value: object) -> None:
         TrainSettings(**{"steps": 1, name: value})
 
 
-def test_progress_needs_no_tqdm(monkeypatch, capsys) -> None:
-    trainer = Trainer(Breaking(), TrainSettings(steps=2, batch=8))
-    trainer.run(progress=True)
-    assert "2/2" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "tqdm", None)
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("tqdm", [True, False])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, tqdm: bool, terminal: bool) -> None:
+    shown = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", shown)
+    if not tqdm:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
     Trainer(Breaking(), TrainSettings(steps=2, batch=8)).run(progress=True)
-    assert capsys.readouterr().err == ""
+    assert "2/2" in shown.getvalue()
+    assert ("\r" in shown.getvalue()) == (tqdm and terminal)
+    if not (tqdm and terminal):
+        assert re.fullmatch(r"training: 2/2 steps, \d+ s, loss \d+\.\d{3}\n", shown.getvalue())
+    shown.truncate(0)
+    Trainer(Breaking(), TrainSettings(steps=2, batch=8)).run(progress=False)
+    assert shown.getvalue() == ""
+
+
+def test_lines_come_every_few_seconds(monkeypatch, capsys) -> None:
+    now = 0.0
+    monkeypatch.setattr("linfast.training.progress.time.monotonic", lambda: now)
+    with Progress("sampling", 0, 100, "sample") as progress:
+        for done in range(1, 101):
+            now += 0.25
+            progress.show(done)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        f"sampling: {done}/100 samples" for done in (20, 40, 60, 80, 100)
+    ]
+    monkeypatch.setattr("sys.stderr", None)
+    with Progress("sampling", 0, 1, "sample") as progress:
+        progress.show(1)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,9 +12,11 @@ from ...flows import coupling_flow
 from ...io import save
 from ...linearizer import Linearizer
 from ...operators import Projection
+from ..checks import LARGEST, check_fields, one_of, real, whole
 from ..data import load_images
 from ..idempotent import IdempotentGeneration
-from .common import Run, held_out, train
+from .common import Run, about, held_out, train
+from .output import CHECKPOINT
 from .report import Row, psnr, save_strips, table
 
 __all__ = ["IdempotentModel", "build_ign", "latent_gaussian", "principal_projection", "run_ign"]
@@ -23,6 +24,20 @@ __all__ = ["IdempotentModel", "build_ign", "latent_gaussian", "principal_project
 _COLUMNS = 12
 _COUNT = 500
 _START = 0.05  # logits start at +-0.05: Adam reaches the threshold within a hundred steps
+
+
+_SETTINGS = {
+    "resolution": whole(1, LARGEST["side"], optional=True),
+    "depth": whole(1, LARGEST["depth"]),
+    "hidden": whole(1, LARGEST["width"]),
+    "coupling": one_of("additive", "affine"),
+    "mix": one_of(None, "lu", "free", "householder", "permute"),
+    "start_rank": whole(1, LARGEST["side"] ** 2, optional=True),
+    "rank": real(),
+    "isometry": real(),
+    "noise": real(),
+    "settle": real(1),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,9 @@ class IdempotentModel:
         start_rank: latent coordinates kept at the start; None for all.
         rank, isometry, noise: of ``idempotent_loss``.
         settle: share of the steps after which the projection stays.
+
+    Raises:
+        ValueError: one that is out of its range, by its name.
     """
 
     resolution: int | None = None
@@ -49,6 +67,9 @@ class IdempotentModel:
     isometry: float = 1e-3
     noise: float = 0.5
     settle: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_fields(self, _SETTINGS)
 
 
 def build_ign(model: IdempotentModel, features: int) -> Linearizer:
@@ -73,43 +94,62 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
 
     Raises:
         ValueError, FileNotFoundError: unusable data, device or options, before any work.
+        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
         NonFiniteLoss: as for ``Trainer.run``.
     """
-    images = load_images(run.data, model.resolution)
-    side = images.shape[-1]
-    training, held = held_out(images.flatten(1))
-    looked_at = _inputs(held, run.train.seed, model.noise)
-    strips = [(label, x) for label, x in looked_at.items()]
-    rows: list[Row] = []
-    networks = []
+    folders = _folders(denoising)
+    files = [f"{folder}/{name}" for folder in folders.values() for name in ("model.safetensors", CHECKPOINT)]
+    with run.output("figure.png", *files) as output:
+        images = load_images(run.data, model.resolution)
+        side = images.shape[-1]
+        training, held = held_out(images.flatten(1))
+        looked_at = _inputs(held, run.train.seed, model.noise)
+        strips = [(label, x) for label, x in looked_at.items()]
+        rows: list[Row] = []
+        networks = []
+        for weight, folder in folders.items():
+
+            def build(device: torch.device, weight: float = weight) -> IdempotentGeneration:
+                f = build_ign(model, side**2).to(device)
+                options = {name: getattr(model, name) for name in ("rank", "isometry", "noise", "settle")}
+                return IdempotentGeneration(f, training.to(device), denoising=weight, **options)
+
+            settings = about(model, training, resolution=side, denoising=weight)
+            trained = train(run, output, build, settings, folder)
+            if trained is None:
+                continue
+            trainer, trained_row = trained
+            f = trainer.model.cpu()
+            assert isinstance(f, Linearizer)
+            save(f, run.folder / folder / "model.safetensors")
+            name = f"denoising {weight:g}"
+            found, drawn = measure_ign(f, training, looked_at, run.train.seed)
+            rows += [(f"{name}: {what}", value, seconds) for what, value, seconds in (trained_row, *found)]
+            strips += [(f"{label}\n({name})", x) for label, x in drawn]
+            networks.append(f)
+        if not networks:
+            return None
+        square = (-1, 1, side, side)
+        path = run.folder / "figure.png"
+        save_strips([(label, x[:_COLUMNS].reshape(square)) for label, x in strips], path)
+        print(table(rows))
+        print(f"figure: {path}\nmodels: {run.folder}/denoising-*/model.safetensors")
+        return networks
+
+
+def _folders(denoising: Sequence[float]) -> dict[float, str]:
+    """Each weight's folder.
+
+    Raises:
+        ValueError: a weight that is negative or not finite, or two of one folder's name.
+    """
     for weight in denoising:
-        one = replace(run, out=str(Path(run.out) / f"denoising-{weight:g}"))
-
-        def build(device: torch.device, weight: float = weight) -> IdempotentGeneration:
-            f = build_ign(model, side**2).to(device)
-            options = {name: getattr(model, name) for name in ("rank", "isometry", "noise", "settle")}
-            return IdempotentGeneration(f, training.to(device), denoising=weight, **options)
-
-        trained = train(one, build)
-        if trained is None:
-            continue
-        trainer, trained_row = trained
-        f = trainer.model.cpu()
-        assert isinstance(f, Linearizer)
-        name = f"denoising {weight:g}"
-        found, drawn = measure_ign(f, training, looked_at, run.train.seed)
-        rows += [(f"{name}: {what}", value, seconds) for what, value, seconds in (trained_row, *found)]
-        strips += [(f"{label}\n({name})", x) for label, x in drawn]
-        save(f, one.folder / "model.safetensors")
-        networks.append(f)
-    if not networks:
-        return None
-    square = (-1, 1, side, side)
-    path = run.folder / "figure.png"
-    save_strips([(label, x[:_COLUMNS].reshape(square)) for label, x in strips], path)
-    print(table(rows))
-    print(f"figure: {path}\nmodels: {run.folder}/denoising-*/model.safetensors")
-    return networks
+        if not real().holds(weight):
+            raise ValueError(f"denoising must be {real().words}; got {weight!r}")
+    folders = {weight: f"denoising-{weight:g}" for weight in denoising}
+    if not denoising or len(set(folders.values())) != len(denoising):
+        raise ValueError(f"denoising must be different weights, to six digits; got {list(denoising)}")
+    return folders
 
 
 def _inputs(held: Tensor, seed: int, noise: float) -> dict[str, Tensor]:

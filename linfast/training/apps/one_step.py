@@ -16,9 +16,11 @@ from ...io import save
 from ...linearizer import Linearizer
 from ...operators import TimeLowRank
 from ...sampling import generator, sample
+from ..checks import LARGEST, check_fields, one_of, real, whole
 from ..data import load_images
 from ..flow_matching import OneStepFlowMatching
-from .common import Run, held_out, train
+from .common import Run, about, held_out, train
+from .output import CHECKPOINT
 from .report import Row, psnr, save_strips, table, timed
 
 __all__ = ["OneStepModel", "build_one_step", "run_one_step"]
@@ -27,6 +29,18 @@ _STEPS = 100
 _COUNT = 64
 _COLUMNS = 12
 _PIXEL_STEP = 2 / 16  # width of the dequantisation: a grey level of 17, or the noise of four averaged pixels
+
+
+_SETTINGS = {
+    "resolution": whole(1, LARGEST["side"], optional=True),
+    "flow": one_of("mlp", "conv"),
+    "depth": whole(1, LARGEST["depth"]),
+    "hidden": whole(1, LARGEST["width"]),
+    "rank": whole(1, LARGEST["width"]),
+    "time_hidden": whole(1, LARGEST["width"]),
+    "latent_noise": real(),
+    "likelihood": real(),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,9 @@ class OneStepModel:
         rank, time_hidden: A_t's rank, and the width of the networks that generate it.
         separate: a flow a side in place of one with a time input.
         latent_noise, likelihood: of ``one_step_loss``; the likelihood term is ours.
+
+    Raises:
+        ValueError: one that is out of its range, by its name.
     """
 
     resolution: int | None = None
@@ -52,6 +69,9 @@ class OneStepModel:
     latent_noise: float = 0.1
     likelihood: float = 0.5
 
+    def __post_init__(self) -> None:
+        check_fields(self, _SETTINGS)
+
 
 def build_one_step(model: OneStepModel, resolution: int) -> Linearizer:
     """f = g(., t=0)^{-1} A_t g(., t=1), or g_y^{-1} A_t g_x, on grey images of this resolution."""
@@ -62,8 +82,8 @@ def build_one_step(model: OneStepModel, resolution: int) -> Linearizer:
             return coupling_flow(resolution**2, model.depth, hidden, time_features=time_features)
         return image_flow(1, resolution, model.depth, model.hidden, time_features=time_features)
 
-    if model.flow not in ("mlp", "conv"):
-        raise ValueError(f"flow must be 'mlp' or 'conv'; got {model.flow!r}")
+    if model.rank > resolution**2:
+        raise ValueError(f"rank must be at most the {resolution**2} pixels; got {model.rank}")
     A_t = TimeLowRank(resolution**2, model.rank, hidden=model.time_hidden)
     if model.separate:
         return Linearizer(flow(0), A_t, flow(0))
@@ -79,34 +99,36 @@ def run_one_step(run: Run, model: OneStepModel) -> Linearizer | None:
 
     Raises:
         ValueError, FileNotFoundError: unusable data, device or options, before any work.
+        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
         NonFiniteLoss: as for ``Trainer.run``.
     """
-    images = load_images(run.data, model.resolution)
-    resolution = images.shape[-1]
-    training, held = held_out(images if model.flow == "conv" else images.flatten(1))
+    with run.output("model.safetensors", "figure.png", CHECKPOINT) as output:
+        images = load_images(run.data, model.resolution)
+        resolution = images.shape[-1]
+        training, held = held_out(images if model.flow == "conv" else images.flatten(1))
 
-    def build(device: torch.device) -> OneStepFlowMatching:
-        return OneStepFlowMatching(
-            build_one_step(model, resolution).to(device),
-            training.to(device),
-            latent_noise=model.latent_noise,
-            likelihood=model.likelihood,
-            dequantise=_PIXEL_STEP,
-        )
+        def build(device: torch.device) -> OneStepFlowMatching:
+            return OneStepFlowMatching(
+                build_one_step(model, resolution).to(device),
+                training.to(device),
+                latent_noise=model.latent_noise,
+                likelihood=model.likelihood,
+                dequantise=_PIXEL_STEP,
+            )
 
-    trained = train(run, build)
-    if trained is None:
-        return None
-    trainer, trained_row = trained
-    f = trainer.model
-    assert isinstance(f, Linearizer)
-    rows, strips = measure_one_step(f, held, run.train.seed)
-    square = (-1, 1, resolution, resolution)
-    save_strips([(label, images.reshape(square)) for label, images in strips], run.folder / "figure.png")
-    save(f, run.folder / "model.safetensors")
-    print(table((trained_row, *rows)))
-    print(f"figure: {run.folder / 'figure.png'}\nmodel:  {run.folder / 'model.safetensors'}")
-    return f
+        trained = train(run, output, build, about(model, training, resolution=resolution))
+        if trained is None:
+            return None
+        trainer, trained_row = trained
+        f = trainer.model
+        assert isinstance(f, Linearizer)
+        save(f, run.folder / "model.safetensors")
+        rows, strips = measure_one_step(f, held, run.train.seed)
+        square = (-1, 1, resolution, resolution)
+        save_strips([(label, images.reshape(square)) for label, images in strips], run.folder / "figure.png")
+        print(table((trained_row, *rows)))
+        print(f"figure: {run.folder / 'figure.png'}\nmodel:  {run.folder / 'model.safetensors'}")
+        return f
 
 
 @torch.no_grad()

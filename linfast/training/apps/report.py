@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...io import written_whole
 from ...tables import aligned
 
 __all__ = ["Row", "psnr", "save_strips", "table", "timed"]
@@ -55,7 +56,8 @@ def save_strips(strips: Sequence[tuple[str, Tensor]], path: Path, dpi: int = 120
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_frame_on(False)
-    figure.savefig(path, dpi=dpi, bbox_inches="tight")
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight")
 
 
 def _side_by_side(images: Tensor, columns: int) -> object:

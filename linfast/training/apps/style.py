@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,14 +13,25 @@ from ...flows import image_flow
 from ...io import save
 from ...linearizer import Linearizer
 from ...operators import DepthwiseConv
+from ..checks import LARGEST, check_fields, one_of, whole
 from ..data import load_pictures
 from ..style_transfer import GeneratedDepthwise, ModularStyle, StyleTransfer
-from .common import Run, train
+from .common import Run, about, train
+from .output import CHECKPOINT
 from .report import Row, psnr, save_strips, table
 
 __all__ = ["StyleModel", "build_style", "run_style"]
 
 _STRIP = 7  # pictures in an interpolation
+
+
+_SETTINGS = {
+    "resolution": whole(2, LARGEST["side"]),
+    "depth": whole(1, LARGEST["depth"]),
+    "width": whole(1, LARGEST["width"]),
+    "operators": one_of("generated", "free"),
+    "kernel_size": whole(1, LARGEST["side"]),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,9 @@ class StyleModel:
         operators: "generated" (the paper's: one network makes every style's kernel) or
             "free" (a trained kernel a style).
         kernel_size: of the depthwise kernels.
+
+    Raises:
+        ValueError: one that is out of its range, by its name.
     """
 
     resolution: int = 128
@@ -42,6 +57,9 @@ class StyleModel:
     operators: str = "generated"
     kernel_size: int = 4
 
+    def __post_init__(self) -> None:
+        check_fields(self, _SETTINGS)
+
 
 def build_style(model: StyleModel, names: list[str]) -> ModularStyle:
     """The styles of these names, untrained."""
@@ -49,10 +67,7 @@ def build_style(model: StyleModel, names: list[str]) -> ModularStyle:
     g = image_flow(3, model.resolution, model.depth, model.width)
     if model.operators == "generated":
         return ModularStyle(g, GeneratedDepthwise(len(names), 3, model.kernel_size, size), names)
-    if model.operators == "free":
-        kernels = [DepthwiseConv(3, model.kernel_size, size) for _ in names]
-        return ModularStyle(g, kernels, names)
-    raise ValueError(f"operators must be 'generated' or 'free'; got {model.operators!r}")
+    return ModularStyle(g, [DepthwiseConv(3, model.kernel_size, size) for _ in names], names)
 
 
 def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
@@ -63,33 +78,41 @@ def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
 
     Raises:
         ValueError, FileNotFoundError: unusable pictures, device or options, before any work.
+        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
         NonFiniteLoss: as for ``Trainer.run``.
     """
     if run.data is None:
         raise ValueError("data must be a folder with a content picture and its styled versions")
-    pictures = load_pictures(run.data, model.resolution)
-    if model.content not in pictures or len(pictures) < 2:
-        raise ValueError(f"{run.data}: needs {model.content}.png and a styled version; got {', '.join(pictures)}")
-    content = pictures.pop(model.content)[None]
-    names, targets = list(pictures), torch.stack(list(pictures.values()))
+    if Path(run.data).resolve() == run.folder.resolve():
+        raise ValueError(f"out must not be the folder of the pictures: {run.out}")
+    with run.output("model.safetensors", "figure.png", "strips.png", CHECKPOINT) as output:
+        pictures = load_pictures(run.data, model.resolution)
+        if model.content not in pictures or len(pictures) < 2:
+            raise ValueError(
+                f"{run.data}: needs {model.content}.png and a styled version; got {', '.join(pictures)}"
+            )
+        data = about(model, torch.stack(list(pictures.values())), styles=list(pictures))
+        content = pictures.pop(model.content)[None]
+        names, targets = list(pictures), torch.stack(list(pictures.values()))
 
-    def build(device: torch.device) -> StyleTransfer:
-        return StyleTransfer(build_style(model, names).to(device), content.to(device), targets[:, None].to(device))
+        def build(device: torch.device) -> StyleTransfer:
+            styles = build_style(model, names).to(device)
+            return StyleTransfer(styles, content.to(device), targets[:, None].to(device))
 
-    trained = train(run, build)
-    if trained is None:
-        return None
-    trainer, trained_row = trained
-    styles = trainer.model.cpu()
-    assert isinstance(styles, ModularStyle)
-    rows, figure, strips = measure_style(styles, content, targets)
-    figure.insert(0, ("content, and its\nstyles to learn", torch.cat((content, targets))))
-    save_strips(figure, run.folder / "figure.png")
-    save_strips(strips, run.folder / "strips.png")
-    save(styles, run.folder / "model.safetensors")
-    print(table((trained_row, *rows)))
-    print(f"figures: {run.folder}/figure.png, strips.png\nmodel:   {run.folder / 'model.safetensors'}")
-    return styles
+        trained = train(run, output, build, data)
+        if trained is None:
+            return None
+        trainer, trained_row = trained
+        styles = trainer.model.cpu()
+        assert isinstance(styles, ModularStyle)
+        save(styles, run.folder / "model.safetensors")
+        rows, figure, strips = measure_style(styles, content, targets)
+        figure.insert(0, ("content, and its\nstyles to learn", torch.cat((content, targets))))
+        save_strips(figure, run.folder / "figure.png")
+        save_strips(strips, run.folder / "strips.png")
+        print(table((trained_row, *rows)))
+        print(f"figures: {run.folder}/figure.png, strips.png\nmodel:   {run.folder / 'model.safetensors'}")
+        return styles
 
 
 _Strips = list[tuple[str, Tensor]]

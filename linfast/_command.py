@@ -1,0 +1,147 @@
+"""How a ``linfast`` command ends: an interruption or an error is one line on stderr, a closed pipe is none.
+
+``linfast/__init__.py`` imports this module first: in a process that was started as the command, the imports
+after it may be interrupted, or fail for a wrong LINFAST_BACKEND, and end the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Stops", "flush_output", "say", "text_of"]
+
+_LONGEST = 2000  # characters of an error's line
+
+
+def say(text: str) -> None:
+    """One line on stderr; none where nobody reads it."""
+    if sys.stderr is None:
+        return
+    line = " ".join(text.split())
+    line = line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+    try:
+        print(line.encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says, without the punctuation of Python's; the class too where it was not foreseen."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, (ValueError, OSError, FloatingPointError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def flush_output() -> None:
+    """Flush stdout; where that fails the rest goes nowhere, so that Python's own end does not fail again.
+
+    Raises:
+        OSError: no room, or nobody reads it (BrokenPipeError).
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard(sys.stdout)
+        raise
+
+
+def _discard(stream: Any) -> None:
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Stops:
+    """In this block SIGINT (Ctrl-C) and SIGTERM raise KeyboardInterrupt, once.
+
+    A second signal ends the process at once, and so does a first one that comes where Python cannot raise
+    (a weak reference's callback, say) and would print a traceback and go on.
+
+    Args:
+        line: what to say then.
+
+    Attributes:
+        number: the signal's, 0 before it came.
+    """
+
+    def __init__(self, line: Callable[[], str]) -> None:
+        self.line, self.number = line, 0
+        self._said, self._before = False, dict[int, Any]()
+
+    def __enter__(self) -> Stops:
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as nohup and "&" set it
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sys.unraisablehook = self._hook
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if before is _stop_while_starting else before)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            self.say()
+            os._exit(128 + number)
+        self.number = number
+        raise KeyboardInterrupt
+
+    def say(self) -> None:
+        """The line, once, by the first of torchrun's processes."""
+        if not self._said and os.environ.get("RANK", "0") == "0":
+            self._said = True
+            say(self.line())
+
+    def _unraisable(self, unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            self.say()
+            os._exit(128 + (self.number or signal.SIGINT))
+        self._hook(unraisable)
+
+
+def _is_command() -> bool:
+    """Whether this process was started as ``linfast`` or ``python -m linfast...``."""
+    program = (getattr(sys, "argv", None) or [""])[0]
+    if program == "-m":  # as long as Python looks for the module
+        return any(part.removeprefix("-m").split(".")[0] == "linfast" for part in sys.orig_argv[1:])
+    return os.path.splitext(os.path.basename(program))[0] == "linfast"
+
+
+def _stop_while_starting(number: int, frame: FrameType | None) -> None:
+    say("linfast: interrupted while it started: nothing was begun")
+    os._exit(128 + number)
+
+
+def _fail_while_starting(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say(f"linfast: error: {text_of(error)}")
+
+
+def _prepare() -> None:
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # closed ones of the first three would be the next files' that are opened, and get what is printed
+    os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be what a terminal cannot show
+    if not sys.flags.dev_mode:
+        sys.excepthook = _fail_while_starting
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_while_starting)
+
+
+if _is_command():
+    _prepare()

@@ -1,0 +1,93 @@
+"""What samplers work on: a copy in eval mode of the caller's model, with the caller's tensors.
+
+The caller's own modules are never switched to eval mode or given other tensors, not even for a moment: another
+thread may be training them, or sampling from them, and whatever fails in between has nothing to put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["check_mode", "in_eval_mode", "working_copy"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def working_copy(model: _Module, dtype: torch.dtype | None = None) -> _Module:
+    """The model's structure copied and in eval mode, its tensors the model's own.
+
+    Args:
+        dtype: of the copy's floating-point tensors, where given; gradients reach the model's.
+
+    Raises:
+        ValueError: a part that cannot be copied, such as a lock.
+    """
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for tensor in _tensors(list(vars(module).values())):
+            memo[id(tensor)] = tensor
+        for tensor in _tensors((*module._parameters.values(), *module._buffers.values())):
+            memo[id(tensor)] = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        kind = type(model).__name__
+        raise ValueError(f"samplers work on a copy of the {kind}, in eval mode: it has none ({error})") from error
+    for module in copied.modules():
+        module.training = False
+        for name, value in vars(module).items():
+            if isinstance(value, types.FunctionType) and value.__closure__:  # which deepcopy leaves as it is
+                vars(module)[name] = _rebound(value, memo)
+    return copied
+
+
+def _rebound(function: types.FunctionType, memo: dict[int, object]) -> types.FunctionType:
+    """The function with the copies in the place of the modules that its closure holds."""
+
+    def copied(cell: types.CellType) -> types.CellType:
+        value = None if cell == types.CellType() else cell.cell_contents
+        if isinstance(value, types.MethodType) and id(value.__self__) in memo:
+            return types.CellType(types.MethodType(value.__func__, memo[id(value.__self__)]))
+        return types.CellType(memo[id(value)]) if isinstance(value, nn.Module) and id(value) in memo else cell
+
+    cells = tuple(map(copied, function.__closure__ or ()))
+    name, defaults = function.__name__, function.__defaults__
+    rebound = types.FunctionType(function.__code__, function.__globals__, name, defaults, cells)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound
+
+
+def in_eval_mode(model: _Module) -> _Module:
+    """The model itself where it is in eval mode with all its parts, else a ``working_copy``."""
+    return working_copy(model) if any(module.training for module in model.modules()) else model
+
+
+def check_mode(model: nn.Module) -> None:
+    """ValueError where a part is in train mode and computes something else there, such as dropout.
+
+    linfast's own layers do not: no call of theirs depends on the other rows of its batch.
+    """
+    for name, module in model.named_modules():
+        if module.training and any(map(_reads_mode, type(module).__mro__)):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) is in train mode, where rows may depend on chance or on each "
+                "other: call f.eval() first"
+            )
+
+
+def _reads_mode(cls: type) -> bool:
+    if cls is nn.Module or cls.__module__.partition(".")[0] == "linfast":
+        return False
+    codes = [value.__code__ for value in vars(cls).values() if isinstance(value, types.FunctionType)]
+    codes += [inner for code in codes for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    return any("training" in code.co_names for code in codes)
+
+
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
+    return (value for value in values if isinstance(value, Tensor))

@@ -1,0 +1,352 @@
+"""What load refuses before it computes anything, what save refuses before it writes, and files of before."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import resource
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import linfast as lf
+from linfast.io import register
+from linfast.operators.lazy import Transposed
+
+
+def _node(name: str, /, **arguments: Any) -> dict[str, Any]:
+    return {"class": name, "arguments": arguments}
+
+
+def _tensor(shape: list[int], dtype: str = "float32", **more: Any) -> dict[str, Any]:
+    return {"tensor": shape, "dtype": dtype, "parameter": True, **more}
+
+
+def _write(path: Path, architecture: Any, tensors: dict[str, torch.Tensor], **more: Any) -> None:
+    text = architecture if isinstance(architecture, str) else json.dumps(architecture)
+    rest = json.dumps({"format": "linfast-1", "aliases": {}, **more})
+    save_file(tensors, path, metadata={"linfast": f'{rest[:-1]}, "architecture": {text}}}'})
+
+
+def _twice_over(n: int) -> dict[str, Any]:
+    node = _node("Dense", n_out=2)
+    for i in range(n):
+        node = _node("Sum", left=node, right={"same": i})
+    return node
+
+
+def _nested(n: int) -> str:
+    return '{"class": "Transposed", "arguments": {"operator": ' * n + json.dumps(_node("Dense", n_out=2)) + "}}" * n
+
+
+@pytest.fixture
+def _little_memory() -> Iterator[None]:
+    """A few GiB more than are taken: what allocates before it looks is seen."""
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + (3 << 30), limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+_UNET = {"channels_in": 1, "channels_out": 2, "resolution": 8}
+
+
+@pytest.mark.usefixtures("_little_memory")
+@pytest.mark.parametrize(
+    ("architecture", "match"),
+    [
+        (_twice_over(40), "shares modules"),
+        (_node("Dense", n_out=10**7), r"weight is \(2, 2\), expected"),
+        (_node("Dense", n_out=10**30), "n_out must be an integer of 64 bits"),
+        (_node("Householder", features=2, count=10**9), "missing tensors"),
+        (_node("Permute", features=10**9, permutation=None), "missing tensors"),
+        (_node("Mix", features=40000, kind="free"), r"weight is \(2, 2\), expected"),
+        (_node("MLP", n_in=1, n_out=1, hidden={"list": [1] * 10**5}), "far more tensors"),
+        (_node("MLP", n_in=-5, n_out=3, hidden={"list": []}), "negative dimension -5"),
+        (_node("UNet", **_UNET, blocks=10**9), "far more tensors"),
+        (_node("Diagonal", n=10**12, diagonal=_tensor([10**12])), "missing tensors"),
+        (_node("DepthwiseConv", channels=10**6, kernel_size=10**3, size={"list": [1, 1]}), "expected"),
+        (_node("TimeDiagonal", n=10**8, rank=10**6), "missing tensors"),
+        (_nested(450), "lie too deep"),
+        (_nested(90).replace("Transposed", "Inverse").replace("operator", "bijection"), "lie too deep"),
+        (_nested(20000), "nested too deeply"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_a_file_does_not_hold_is_not_made(architecture: Any, match: str, tmp_path: Path) -> None:
+    _write(tmp_path / "f", architecture, {"weight": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=f"{tmp_path}/f: .*{match}"):
+        lf.load(tmp_path / "f")
+
+
+_LU = {"lower": torch.zeros(2, 2), "upper": torch.zeros(2, 2), "log_diagonal": torch.zeros(2)}
+_REVERSED, _ONES = _node("Permute", features=2, permutation="reverse"), torch.ones(2)
+_DIAGONAL = _node("Diagonal", n=2, diagonal=None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensors", "match"),
+    [
+        (_REVERSED, {"permutation": torch.tensor([0, 0])}, "permutation must hold"),
+        (_REVERSED, {"permutation": torch.tensor([0, 7])}, "permutation must hold"),
+        (_REVERSED, {"permutation": torch.tensor([0.5, 1.0])}, "permutation is float32, expected int64"),
+        (_REVERSED, {"permutation": torch.tensor([0, 1], dtype=torch.int32)}, "permutation is int32"),
+        (
+            _node("Mix", features=2, kind="lu"),
+            {"permutation": torch.tensor([1, 1]), **_LU},
+            "permutation must hold",
+        ),
+        (_node("Scaled", factor=float("nan"), operator=_DIAGONAL), {}, "Scaled: factor must be finite; got nan"),
+        ('{"class": "Diagonal", "arguments": {"n": 1e999}}', {}, "Diagonal: n must be finite; got inf"),
+        (
+            _node("LowRank", alpha=-float("inf"), U=_tensor([2, 1]), V=_tensor([2, 1])),
+            {"U": torch.ones(2, 1), "V": torch.ones(2, 1)},
+            "LowRank: alpha must be finite",
+        ),
+        (
+            _node("LowRank", alpha=0.5, U=_tensor([2, 1]), V=_tensor([2, 1])),
+            {"U": torch.ones(2, 1).double(), "V": torch.ones(2, 1)},
+            "U is float64, expected float32",
+        ),
+        (
+            _node("MLP", n_in=1, n_out=1, hidden={"list": []}),
+            {"layers.0.weight": torch.ones(1, 1).double(), "layers.0.bias": torch.ones(1)},
+            "layers.0.bias is float32 and layers.0.weight is float64",
+        ),
+        (_DIAGONAL, {"diagonal": torch.tensor([3, 1])}, "diagonal is int64, expected floating point"),
+        (_DIAGONAL, {"diagonal": torch.tensor([True, True])}, "diagonal is bool"),
+        (_DIAGONAL, {"diagonal": _ONES.to(torch.float8_e4m3fn)}, "diagonal is F8_E4M3"),
+        (_DIAGONAL, {"diagonal": _ONES.to(torch.complex64)}, "diagonal is C64"),
+        (_node("Diagonal", n=2, diagonal=_tensor([2], "qint8")), {"diagonal": _ONES}, "qint8"),
+        (_node("Diagonal", n=2, diagonal=_tensor([2], "int64")), {"diagonal": _ONES}, "floating point"),
+        (_node("Diagonal", n=2, diagonal=_tensor([-2])), {"diagonal": _ONES}, "list of sizes"),
+        (_node("Diagonal", n=2, diagonal=_tensor([True])), {"diagonal": _ONES}, "list of sizes"),
+        (_node("Diagonal", n=True), {"diagonal": torch.ones(1)}, "Diagonal: n must be int; got True"),
+        (_node("Diagonal", n=2.0), {"diagonal": _ONES}, "Diagonal: n must be int; got 2.0"),
+        (_node("Diagonal", n="2"), {"diagonal": _ONES}, "Diagonal: n must be int; got '2'"),
+        (_node("Diagonal"), {"diagonal": _ONES}, "missing 1 required"),
+        (_node("Inverse", bijection=_DIAGONAL), {}, "bijection must be .*Bijection; got a Diagonal"),
+        (_node("MLP", n_in=1, n_out=1, hidden={"list": [1.5]}), {}, r"hidden must be .*; got \[1.5\]"),
+        (
+            _node("AffineCoupling", conditioner=_node("MLP", n_in=1, n_out=2), features=2, scale_map=3),
+            {},
+            "scale_map",
+        ),
+        ({"same": 0}, {}, "cannot be built"),
+        (_node("Transposed", operator={"same": 0}), {}, "module 0, which was not built"),
+        (
+            _node("Permute", features=2, permutation=_tensor([3], "int64", parameter=False, values=[0, 1])),
+            {"permutation": torch.tensor([1, 0])},
+            "values of",
+        ),
+        (
+            _node("Permute", features=2, permutation=_tensor([2], "int64", parameter=False, values=[0.5, 1])),
+            {"permutation": torch.tensor([1, 0])},
+            "values of",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_save_never_writes_is_refused(
+    architecture: Any, tensors: dict[str, torch.Tensor], match: str, tmp_path: Path
+) -> None:
+    _write(tmp_path / "f", architecture, tensors)
+    with pytest.raises(ValueError, match=f"{tmp_path}/f: .*{match}"):
+        lf.load(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"aliases": {"a": "b", "b": "diagonal"}}, "an alias of b"),
+        ({"aliases": {"diagonal": "diagonal"}}, "an alias of diagonal"),
+        ({"aliases": [1]}, "aliases is"),
+        ({"aliases": {"other": "diagonal"}}, "left over.*other"),
+        ({"orders": {"diagonal": [True]}}, "list of sizes"),
+        ({"orders": {"diagonal": 0}}, "orders is"),
+        ({"expanded": {"diagonal": [3]}}, "cannot be expanded"),
+        ({"expanded": "diagonal"}, "expanded is"),
+        ({"expanded": {"diagonal": [2]}}, "repeats its numbers"),
+        ({"frozen": ["other"]}, "frozen names 'other'"),
+        ({"frozen": 1}, "frozen is"),
+        ({"switched": ["part"]}, "switched names 'part'"),
+        ({"shared": {"part": ""}}, "cannot be built"),
+    ],
+)
+def test_damaged_lists_are_refused(more: dict[str, Any], match: str, tmp_path: Path) -> None:
+    _write(tmp_path / "f", _DIAGONAL, {"diagonal": _ONES}, **more)
+    with pytest.raises(ValueError, match=match):
+        lf.load(tmp_path / "f")
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    lf.save(lf.coupling_flow(2, 1, (2,)), tmp_path / "f")
+    whole = (tmp_path / "f").read_bytes()
+    for size in range(0, len(whole), 7):
+        (tmp_path / "f").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            lf.load(tmp_path / "f")
+
+
+def _coupling() -> lf.AffineCoupling:
+    return lf.AffineCoupling(lf.MLP(3, 6, (8,)), 6)
+
+
+def _with(change: Callable[[Any], object], make: Callable[[], nn.Module] = _coupling) -> nn.Module:
+    model = make()
+    change(model)
+    return model
+
+
+def _first_layer(model: Any) -> nn.Linear:
+    return model.conditioner.layers[0]
+
+
+def _overlapping() -> lf.LatentOperator:
+    numbers = torch.randn(10)
+    return lf.Diagonal.of(nn.Parameter(numbers[:6])) @ lf.Diagonal.of(nn.Parameter(numbers[3:9]))
+
+
+def _repeated(n: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(1).expand(n))
+
+
+def _transposed() -> lf.LatentOperator:
+    A, B = lf.Dense(3), lf.Dense(3)
+    B.weight = nn.Parameter(A.weight.data.t())
+    return A @ B
+
+
+def _constant(value: torch.Tensor) -> lf.LatentOperator:
+    A = lf.Diagonal(2)
+    del A.diagonal
+    A.register_buffer("diagonal", value)
+    return A
+
+
+def _deep(n: int) -> lf.LatentOperator:
+    A: lf.LatentOperator = lf.Dense(2)
+    for _ in range(n):
+        A = Transposed(A)
+    return A
+
+
+def _doubled(n: int) -> lf.LatentOperator:
+    A: lf.LatentOperator = lf.Dense(2)
+    for _ in range(n):
+        A = A + A
+    return A
+
+
+class _MyDense(lf.Dense):
+    pass
+
+
+@register
+class _KeepsATensor(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.table = n, torch.arange(n)
+
+
+@register
+class _ReadsATensor(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.sum = n, int(torch.arange(n).sum())
+
+
+def _parametrize(module: nn.Module) -> None:
+    parametrize.register_parametrization(module, "weight", nn.Identity())
+
+
+_NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: _with(lambda m: _parametrize(_first_layer(m))), "layers.0 is a ParametrizedLinear"),
+        (lambda: _with(_parametrize, lambda: lf.Dense(2)), "remove its parametrizations"),
+        (lambda: _with(lambda m: nn.utils.parametrizations.spectral_norm(_first_layer(m))), "layers.0"),
+        (lambda: _with(lambda m: nn.utils.spectral_norm(_first_layer(m))), "layers.0.*SpectralNorm"),
+        (lambda: _with(lambda m: prune.l1_unstructured(_first_layer(m), "weight", amount=0.5)), "layers.0.*L1"),
+        (lambda: _with(lambda m: m.conditioner.register_forward_hook(lambda *_: None)), "MLP at conditioner.*hook"),
+        (lambda: _with(lambda m: setattr(m, "forward", m.inverse)), "forward of its own"),
+        (lambda: _with(lambda m: m.conditioner.layers.__setitem__(0, nn.LazyLinear(8))), "not been initialised"),
+        (lambda: _coupling().to("meta"), "meta device"),
+        (lambda: _with(lambda m: m.register_parameter("extra", nn.Parameter(_ONES))), "extra is a parameter"),
+        (lambda: _with(lambda m: m.register_buffer("extra", _ONES)), "extra is a buffer"),
+        (lambda: _with(lambda m: m.conditioner.layers.append(nn.Linear(6, 6))), "conditioner.layers.2"),
+        (lambda: _with(lambda m: m.conditioner.layers.__setitem__(0, nn.Identity())), "layers.0 is a Identity"),
+        (lambda: _with(lambda m: setattr(m.conditioner, "hidden", (9,))), "out_features is 8 and would be 9"),
+        (lambda: _with(lambda m: setattr(m.layers[1], "stride", 2), lambda: lf.ConvNet(2, 2, 4)), "layers.1.str"),
+        (lambda: _with(lambda m: m.permutation.zero_(), lambda: lf.Permute(3)), "permutation must hold"),
+        (lambda: _with(lambda m: _first_layer(m).double()), "layers.0.weight is float64"),
+        (lambda: _with(lambda m: _first_layer(m).bias.data.fill_(_NAN)), r"layers.0.bias \(8,\) has NaN"),
+        (lambda: _NAN * lf.Dense(2), "Scaled: factor must be finite; got nan"),
+        (lambda: lf.AffineCoupling(lf.MLP(3, 6), 6, scale_map=lf.ScaleMap("clamp", math.inf)), "scale_map must be"),
+        (lambda: _constant(torch.ones(2).to_sparse()), "diagonal, a sparse_coo"),
+        (lambda: _constant(torch.ones(2, dtype=torch.complex64)), "diagonal, .*complex64"),
+        (lambda: _constant(torch.ones(2).to(torch.float8_e4m3fn)), "diagonal, .*float8"),
+        (lambda: _with(lambda m: setattr(_first_layer(m), "bias", _repeated(8))), "layers.0.bias repeats"),
+        (_overlapping, "share memory"),
+        (_transposed, "share memory"),
+        (lambda: _deep(350), "lie too deep"),
+        (lambda: _doubled(40), "shares modules"),
+        (lambda: _MyDense(3), "_MyDense: register"),
+        (lambda: _KeepsATensor(3), "keeps 'table'"),
+        (lambda: _ReadsATensor(3), "_ReadsATensor cannot be constructed on the meta device"),
+    ],
+)  # fmt: skip
+def test_what_load_would_refuse_or_change_is_not_saved(make: Callable[[], nn.Module], match: str, tmp_path) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"(?s)cannot save.*{match}"):
+        lf.save(make(), tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+# A Linearizer on g.at(t=1.0) and g.at(t=0.5), whose A is the square of one Dense, as linfast saved it at first.
+_BEFORE = """
+eNqtVt1O2zAUzuUeA+U6i5JQCurFRsXEFZO4p1Uwid14c+LKdoCuisQj7BH2CHuCwiWPtWM7aVNSxhpWKXJ8/r7vnOPj9PmDY35LN45zrFCK
+FIpjd7R0GS0IksoducuJS7jIkZq4o4NJo/gYTlwPtkgkGVU4UaXA2gCsE4aktMYXtMBI0B9YNNazMseFkrXpLL7vOp3xIqWK8gKnu71u6DcA
+BIOu7znjd284NQJGpUnpajvCmBAgfcbLOWQ62x0rWTMUXQpfLy53exUxNYxDrSxiXhr4SO8ymqa4eEksmlYmDtC+RU2+E1dSVlqEG4pMcCVK
+rPeK5jgmGOlmGMVAS4GtwvdqSxFoBbSFx0BcNTEqg9e2M+xyfovr5AgV2lxLZYIYjnM0r2m/3H+nRVoTzjlXWU2Zl1Yc+YYDYZybIhYlYxaf
+i9TWFTwzSoD4BpShRV03KBpihldVTXfzlhma41eKmuOci4UNhErFdZhWsWqvlCbNq1lDP6gqazjudv5S8LRM1O7uM0xU1+ULLiR+7bi0T0hz
+eMzmDtNZtiYGIWwJr0AZTbVBqhY2c1NgpA4jizFHAsGc2/ISxCSusxGtgBJMzOGpdbN48R+GtIka/UOZA/+oqppCIwanHDdhx76h6m9KoGW6
+uGtRzdlfM9i8ST/wW8Prw3HCQgvb4eBS6uXbB7eZ4P1Rref+mOE7cg3fkWvYO9fGc3M5bA7DVuNhAuBuDaZVBbbbSv1JM0MBH7Tzw8j17OXg
+jmBmYGRc8+HjhEisJAgDLxzCPdGrKX+B6gKFQy8a9EF6O62jLlo08IY90ML98xoOvOOoD1Kvdh1H3skJtP3AcR4+w98Z/ZzC+yOsnxznANaH
+leP8BPkT7K9hvQbZ6aO10TL9/Ab5L+1T2z+trI2z+gNBjQQ0
+"""
+
+
+def test_files_of_before_come_back(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(zlib.decompress(base64.b64decode(_BEFORE)))
+    f = lf.load(tmp_path / "f")
+    assert f.g_x.bijection is f.g_y.bijection
+    assert f.A.left is f.A.right
+    assert f.A.left.weight.stride() == (1, 2)
+    assert f.training
+    assert all(parameter.requires_grad for parameter in f.parameters())
+    torch.testing.assert_close(f(torch.tensor([[0.5, -1.0]])), torch.tensor([[-0.373891354, -1.999999881]]))
+    lf.save(f, tmp_path / "again")
+    assert torch.equal(lf.load(tmp_path / "again")(torch.ones(3, 2)), f(torch.ones(3, 2)))
+
+
+def test_what_shared_memory_in_a_file_of_before_is_one_parameter(tmp_path: Path) -> None:
+    lf.save(lf.Dense(2) @ lf.Dense(2), tmp_path / "f")
+    with safe_open(tmp_path / "f", framework="pt") as file:
+        header = json.loads(file.metadata()["linfast"])
+    tensors = {"left.weight": load_file(tmp_path / "f")["left.weight"]}
+    _write(tmp_path / "f", header["architecture"], tensors, aliases={"right.weight": "left.weight"})
+    A = lf.load(tmp_path / "f")
+    assert A.left.weight is A.right.weight

@@ -1,0 +1,97 @@
+"""backend: one thread's choice is its own, whatever other threads do, and nothing of it is left afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import linfast as lf
+from linfast.backend import chosen_backend, plain_torch, refuse_kernel
+from linfast.freeze import derived, is_kept, thawed
+
+
+def _in_thread(function: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_blocks_that_overlap_in_two_threads_leave_nothing_behind() -> None:
+    before, seen = chosen_backend(), []
+    inside, entered, left = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with lf.backend("reference"):
+            inside.set()
+            assert entered.wait(60)
+            seen.append(chosen_backend())
+        left.set()
+
+    def second() -> None:
+        assert inside.wait(60)
+        with lf.backend("triton"):
+            entered.set()
+            assert left.wait(60)
+            seen.append(chosen_backend())
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+        assert [pool.submit(chosen_backend).result() for _ in range(4)] == [before] * 4
+    assert seen == ["reference", "triton"]
+    assert chosen_backend() == before
+
+
+def test_another_thread_has_the_process_choice() -> None:
+    before = _in_thread(chosen_backend)
+    with lf.backend("reference"):
+        assert chosen_backend() == "reference"
+        assert _in_thread(chosen_backend) == before
+
+
+def test_plain_torch_is_one_thread_s() -> None:
+    """What another thread runs meanwhile is no truth of anything, and launches kernels as it likes."""
+    with plain_torch():
+        _in_thread(lambda: refuse_kernel("low_rank"))
+        with pytest.raises(RuntimeError, match="low_rank"):
+            refuse_kernel("low_rank")
+
+
+def test_compiled_code_follows_the_choice_of_its_thread() -> None:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return x + (1 if chosen_backend() == "reference" else 2)
+
+    compiled, zero = torch.compile(call, fullgraph=True, backend="eager"), torch.zeros(())
+    with lf.backend("reference"):
+        inside = compiled(zero), _in_thread(lambda: compiled(zero))
+    with lf.backend("auto"):
+        outside = compiled(zero)
+    assert [int(value) for value in (*inside, outside)] == [1, 2, 2]
+
+
+def test_threads_that_freeze_and_thaw_one_model_do_not_undo_each_other() -> None:
+    g, frozen, thawing, done = lf.Mix(3), *(threading.Event() for _ in range(3))
+    kept: list[bool] = []
+
+    def thaws() -> None:
+        assert frozen.wait(60)
+        with thawed():
+            kept.append(is_kept(g))
+            thawing.set()
+            assert done.wait(60)
+        kept.append(is_kept(g))
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(thaws)
+        with lf.freeze(g):
+            frozen.set()
+            assert thawing.wait(60)
+            assert is_kept(g)
+            assert derived(g, "a number", lambda: 3) == derived(g, "a number", lambda: 4) == 3
+        done.set()
+        other.result()
+        assert not is_kept(g)
+    assert kept == [False, False]

@@ -1,0 +1,137 @@
+"""How the ``linfast`` command ends: interrupted while it starts, a pipe that nobody reads, a full disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from linfast import _command
+from linfast.cli import main
+
+_INTERRUPTED_IMPORT = """
+import signal, sys
+
+class Interrupt:
+    def find_spec(name, *_):
+        if name == "torch":
+            signal.raise_signal(signal.SIGINT)
+
+sys.argv = {argv!r}
+sys.meta_path.insert(0, Interrupt)
+import linfast
+"""
+
+
+def _python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], stderr=subprocess.PIPE, text=True, timeout=300, **options)
+
+
+@pytest.mark.parametrize("argv", [["/usr/bin/linfast", "info"], ["linfast.exe"]])
+def test_an_interruption_while_it_starts_is_one_line(argv: list[str]) -> None:
+    done = _python("-c", _INTERRUPTED_IMPORT.format(argv=argv))
+    assert done.returncode == 130
+    assert done.stderr == "linfast: interrupted while it started: nothing was begun\n"
+
+
+def test_an_import_by_others_is_left_alone() -> None:
+    done = _python("-c", _INTERRUPTED_IMPORT.format(argv=["other.py", "linfast"]))
+    assert "KeyboardInterrupt" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "started", "is_command"),
+    [
+        (["-m"], ["python", "-m", "linfast.cli", "info"], True),
+        (["-m"], ["python", "-mlinfast.cli"], True),
+        (["-m"], ["python", "-m", "linfastic.cli"], False),
+        (["-c"], ["python", "-c", "linfast.cli"], False),
+        (["/x/linfast"], ["python", "/x/linfast"], True),
+        ([], ["python"], False),
+    ],
+)
+def test_what_counts_as_the_command(argv, started, is_command: bool, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr("sys.orig_argv", started)
+    assert _command._is_command() == is_command
+
+
+def test_a_wrong_backend_is_one_line_to_the_command_and_an_error_to_python() -> None:
+    wrong = {"env": {**os.environ, "LINFAST_BACKEND": "nope"}}
+    done = _python("-m", "linfast.cli", "info", **wrong)
+    assert done.returncode in (1, 2)
+    assert done.stderr == "linfast: error: LINFAST_BACKEND must be one of auto, triton, reference; got 'nope'\n"
+    assert "ValueError: LINFAST_BACKEND must be one of" in _python("-c", "import linfast", **wrong).stderr
+
+
+def test_a_closed_pipe_is_silent_and_a_full_disk_is_one_line(capfd, monkeypatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    kept = os.dup(1)
+    try:
+        for descriptor, line, status in (
+            (writer, "", 141),
+            (os.open("/dev/full", os.O_WRONLY), "linfast info: error: [Errno 28] No space left on device\n", 2),
+        ):
+            os.dup2(descriptor, 1)
+            with monkeypatch.context() as patch, open(1, "w", closefd=False) as stdout:
+                patch.setattr("sys.stdout", stdout)
+                assert main(["info"]) == status
+                stdout.flush()  # as Python does at its end
+            os.dup2(kept, 1)
+            assert capfd.readouterr().err == line
+    finally:
+        os.close(kept)
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["info"]) == 0
+
+
+def test_help_into_a_closed_pipe_is_silent(monkeypatch, capsys) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr("sys.stdout", stdout)
+        assert main(["--help"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_second_signal_ends_at_once_and_says_so_once(monkeypatch, capsys) -> None:
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    with _command.Stops(lambda: "kept") as stops:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # only because _exit came back
+            signal.raise_signal(signal.SIGTERM)
+        assert ended == [143]
+        stops.say()
+    assert capsys.readouterr().err == "kept\n"  # once
+    assert stops.number == signal.SIGTERM
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_cannot_be_raised_ends_at_once(monkeypatch, capsys) -> None:
+    class Dying:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    ended = []
+    monkeypatch.setattr("os._exit", ended.append)
+    with _command.Stops(lambda: "interrupted; kept"):
+        dying = Dying()
+        del dying
+    assert ended == [130]
+    assert capsys.readouterr().err == "interrupted; kept\n"
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _command.Stops(lambda: "line") as stops:
+            signal.raise_signal(signal.SIGINT)
+        assert stops.number == 0
+    finally:
+        signal.signal(signal.SIGINT, before)

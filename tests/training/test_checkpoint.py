@@ -1,0 +1,153 @@
+"""Damaged checkpoints: each is refused in a sentence, and nothing of the trainer has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from linfast.training import Trainer, TrainSettings
+
+from .toys import Breaking
+
+_SETTINGS = TrainSettings(steps=4, batch=8, checkpoint_every=2, ema=0.5)
+_NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("checkpoint") / "c.pt"
+    Trainer(Breaking(), _SETTINGS, path).run(progress=False)
+    return path.read_bytes()
+
+
+def _everything(trainer: Trainer) -> list[Any]:
+    """What resuming changes, as values that compare."""
+    tensors = [*trainer.objective.state_dict().values(), *trainer.model.state_dict().values()]
+    moments = [value for entry in trainer.optimizer.state_dict()["state"].values() for value in entry.values()]
+    groups = str(trainer.optimizer.state_dict()["param_groups"])
+    return [*(t.tolist() for t in (*tensors, *moments)), groups, trainer.step, trainer._terms, len(trainer._losses)]
+
+
+def _refused(path: Path, match: str) -> None:
+    trainer = Trainer(Breaking(), _SETTINGS, path)
+    trainer.step = trainer._saved_step = 1
+    trainer._one_step(trainer.objective)
+    before = _everything(trainer)
+    with pytest.raises(ValueError, match=match) as raised:
+        trainer.resume()
+    message = str(raised.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert _everything(trainer) == before
+
+
+def test_every_truncation_is_refused(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    for size in [*range(0, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        _refused(path, "not a checkpoint")
+
+
+def test_a_changed_byte_of_a_tensor_is_refused(whole: bytes, tmp_path: Path) -> None:
+    weight = Trainer(Breaking(), _SETTINGS, tmp_path / "c.pt")
+    (tmp_path / "c.pt").write_bytes(whole)
+    weight.resume()
+    place = whole.index(weight.objective.model.weight.detach().numpy().tobytes())
+    (tmp_path / "c.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    _refused(tmp_path / "c.pt", "not a checkpoint, or a damaged one")
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    for content in (b"", b"hello\n", b"\x00" * 999, b"PK\x05\x06" + b"\x00" * 18):
+        path.write_bytes(content)
+        _refused(path, "not a checkpoint")
+    for state in ({}, [1], {"format": "linfast-training-1"}, torch.ones(2)):
+        torch.save(state, path)
+        _refused(path, "not a")
+
+
+def _set(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+
+    return change
+
+
+def _drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+
+    return change
+
+
+_LOSSES = torch.ones(4, 3, dtype=torch.float64)
+_DAMAGES = [
+    *[
+        (_drop(key), f"lacks {key}")
+        for key in ("settings", "step", "model", "optimizer", "averaged", "terms", "losses")
+    ],
+    *[
+        (_set(key, value=3), "must|of another model")
+        for key in ("settings", "model", "optimizer", "averaged", "terms")
+    ],
+    *[(_set("step", value=value), "step must be from 1 to 4") for value in (-1, 0, 5, 2.0, True, "4", None)],
+    (_set("step", value=3), r"losses must be \(3, 3\)"),
+    (_set("settings", "unknown", value=1), "settings must be"),
+    (_drop("settings", "clip"), "settings must be"),
+    (_set("settings", "clip", value=torch.ones(2, 2)), "had clip="),
+    (_set("settings", "clip", value=_NAN), "had clip=nan"),
+    (_set("model", "weight", value=torch.ones(2, 2)), r"model weight must be \(1, 3\)"),
+    (_set("model", "weight", value=torch.ones(1, 3).double()), "model weight must be"),
+    (_set("model", "weight", value=torch.full((1, 3), _NAN)), "model weight has NaN"),
+    (_set("model", "weight", value="1"), "model weight must be"),
+    (_set("model", "other", value=torch.ones(1)), "of another model"),
+    (_drop("model", "bias"), "of another model"),
+    (_set("averaged", value=None), "average must be there"),
+    (_drop("averaged", "module.bias"), "of another model"),
+    (_set("averaged", "module.bias", value=torch.ones(9)), "average module.bias must be"),
+    (_set("terms", value=["fit", "fit", "gradient norm"]), "terms must be"),
+    (_set("terms", value=["fit", "other"]), "terms must be"),
+    (_set("terms", value=["fit", 1, "gradient norm"]), "terms must be"),
+    (_set("losses", value=_LOSSES.float()), "losses must be"),
+    (_set("losses", value=_LOSSES * _NAN), "losses has NaN"),
+    (_set("losses", value=-_LOSSES), "negative gradient norm"),
+    (_set("losses", value=[1.0]), "losses must be"),
+    (_drop("optimizer", "state"), "optimizer is of another model"),
+    (_set("optimizer", "param_groups", value=[]), "optimizer is of another model"),
+    (_set("optimizer", "param_groups", 0, "params", value=[0]), "optimizer is of another model"),
+    (_set("optimizer", "param_groups", 0, "params", 1, value=torch.ones(2)), "optimizer is of another model"),
+    (_set("optimizer", "state", value={}), "optimizer has taken no steps"),
+    (_set("optimizer", "state", 7, value={}), "has a parameter 7 of 2"),
+    (_drop("optimizer", "state", 0, "exp_avg"), "must hold step, exp_avg"),
+    (_set("optimizer", "state", 0, "exp_avg", value=torch.ones(5)), "exp_avg of parameter 0 must be"),
+    (_set("optimizer", "state", 0, "exp_avg", value=torch.full((1, 3), _NAN)), "exp_avg of parameter 0 has NaN"),
+    (_set("optimizer", "state", 0, "exp_avg_sq", value=-torch.ones(1, 3)), "negative exp_avg_sq"),
+    *[(_set("optimizer", "state", 0, "step", value=torch.tensor(v)), "1 to 4 steps") for v in (-1.0, 9.0, _NAN)],
+    (_set("optimizer", "state", 0, "step", value=None), "1 to 4 steps"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(_DAMAGES)))
+def test_damaged_contents_are_refused_before_anything_changes(number: int, whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    path.write_bytes(whole)
+    change, match = _DAMAGES[number]
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    _refused(path, match)
+
+
+def test_a_checkpoint_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    Trainer(Breaking(), _SETTINGS, tmp_path / "c.pt").run(progress=False)
+    (tmp_path / "new").touch()
+    assert (tmp_path / "c.pt").stat().st_mode == (tmp_path / "new").stat().st_mode
