@@ -137,8 +137,10 @@ def _leaf(kind: str, n: int, n_in: int, rank: int, batch: tuple[int, ...], seed:
         A_t = lf.TimeDiagonal(n, min(max(rank, 1), n), 1.0, 4, 5)
     else:
         A_t = lf.TimeDepthwiseConv(channels, 2, (height, width), 4, (5,))
-    with torch.no_grad():  # whose tensors torch can copy
-        return perturbed(A_t, seed, 0.02).at(times)  # type: ignore[operator]
+    A = perturbed(A_t, seed, 0.02).at(times)  # type: ignore[operator]
+    for name, tensor in list(A.named_buffers()):
+        setattr(A, name, tensor.detach())  # torch does not copy modules whose tensors have a graph
+    return A  # type: ignore[no-any-return]
 
 
 def _parameter(value: Tensor, seed: int) -> Tensor:
