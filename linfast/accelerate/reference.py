@@ -81,7 +81,7 @@ def _probe_actnorm(norm: Any, draw: Draw) -> Sequence[Tensor]:
 
 
 def _mix_inverse(mix: Any, y: Tensor) -> Tensor:
-    return channel_mix(y, derived(mix, "inverse", lambda: inverse_or_nan(mix.W)))
+    return channel_mix(y, derived(mix, "inverse", lambda: inverse_or_nan(mix.W).to(mix.W.dtype)))
 
 
 def _probe_mix(mix: Any, draw: Draw) -> Sequence[Tensor]:

@@ -26,13 +26,14 @@ from ..autocast import outside_autocast
 from ..checks import check_count, check_factor, check_kind, check_like, check_number, check_time
 from ..freeze import derived
 from ..profiling import annotate
+from .half import cast, dtype_of, in_fp32
 from .regular import is_unread, mark_read
 from .spectral import SVD, Eig, cutoff, largest
 
 if TYPE_CHECKING:
     from .dense import Dense
 
-__all__ = ["LatentOperator", "Leaf", "check_size", "hold"]
+__all__ = ["LatentOperator", "Leaf", "check_size", "hold", "inverse_of"]
 
 
 class LatentOperator(nn.Module):
@@ -159,7 +160,7 @@ class LatentOperator(nn.Module):
 
     def _inverted(self, read: bool) -> LatentOperator:
         """A^{-1}; ``read``: raise where there is none."""
-        return self.closed()._inverse(read)
+        return inverse_of(self.closed(), read)
 
     @outside_autocast
     def pinv(self, rtol: float | None = None) -> LatentOperator:
@@ -169,18 +170,21 @@ class LatentOperator(nn.Module):
         max(n_out, n_in) times the dtype's epsilon.
         """
         check_rtol(rtol)
-        return self.closed()._pinv(rtol)
+        leaf = self.closed()
+        return cast(in_fp32(leaf)._pinv(_rtol(leaf, rtol)), dtype_of(leaf))
 
     @outside_autocast
     def svd(self) -> SVD:
         """U, S, Vh with A = U diag(S) Vh + rest (I - U U^T); rest is 0 but for LowRank with alpha."""
-        return self.closed()._svd()
+        leaf = self.closed()
+        svd, dtype = in_fp32(leaf)._svd(), dtype_of(leaf)
+        return SVD(svd.U.to(dtype), svd.S.to(dtype), svd.Vh.to(dtype), svd.rest)
 
     @outside_autocast
     def eig(self) -> Eig:
-        """Eigenvalues and right eigenvectors, complex; ``.rest`` is the eigenvalue of the others."""
+        """Eigenvalues and right eigenvectors, complex64 or wider; ``.rest`` is the eigenvalue of the others."""
         self._check_square("eig()")
-        return self.closed()._eig()
+        return in_fp32(self.closed())._eig()
 
     def norm(self, ord: float | str = 2) -> Tensor:
         """Norm from the singular values: 2 (largest; the Lipschitz constant), "fro" or "nuc"."""
@@ -197,13 +201,13 @@ class LatentOperator(nn.Module):
         """Number of singular values above rtol times the largest (rtol as in ``pinv``)."""
         check_rtol(rtol)
         S, rest, others = self._singular_values()
-        limit = largest(S, rest) * cutoff(S, max(self.n_out, self.n_in), rtol)
+        limit = largest(S, rest) * cutoff(S, max(self.n_out, self.n_in), _rtol(self, rtol))
         return (limit[..., None] < S).sum(-1) + others * (limit < rest)
 
     @outside_autocast
     def _singular_values(self) -> tuple[Tensor, Tensor, int]:
         """S [..., k], and the one value [] that the ``others`` singular values have; 0 where there are none."""
-        S, rest = self.closed()._values()
+        S, rest = in_fp32(self.closed())._values()
         others = min(self.n_out, self.n_in) - S.shape[-1]
         return S, torch.as_tensor(rest if others else 0.0, dtype=S.dtype, device=S.device).abs(), others
 
@@ -269,6 +273,18 @@ class Leaf(LatentOperator):
 
     def _eig(self) -> Eig:
         return self._dense()._eig()
+
+
+def inverse_of(leaf: Leaf, read: bool) -> LatentOperator:
+    """The leaf's inverse in its dtype; ``read``: raise where there is none."""
+    return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
+
+
+def _rtol(operator: LatentOperator, rtol: float | None) -> float:
+    """rtol; by default that of the operator's own dtype, whatever its decomposition is computed in."""
+    if rtol is not None:
+        return rtol
+    return max(operator.n_out, operator.n_in) * torch.finfo(dtype_of(operator)).eps
 
 
 def hold(module: nn.Module, name: str, value: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..autocast import outside_autocast
 from ..checks import check_factor, check_time
-from .base import LatentOperator, Leaf, hold
+from .base import LatentOperator, Leaf, hold, inverse_of
 
 __all__ = ["Lazy", "Product", "Scaled", "Sum", "Transposed"]
 
@@ -167,7 +167,7 @@ class Product(Lazy):
         result = self._closed_form()
         if result is None and self.left.n_in == self.left.n_out:
             return Product(self.right._inverted(read), self.left._inverted(read))
-        return self.closed()._inverse(read)
+        return inverse_of(self.closed() if result is None else result, read)
 
 
 def _size(operator: LatentOperator) -> str:

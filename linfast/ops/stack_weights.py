@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..kernels.stack_layout import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
 from ..linalg import inverse_or_nan
 
@@ -50,19 +51,25 @@ class AffineMap(NamedTuple):
     log_det: Tensor | None = None
 
     def inverted(self) -> tuple[Tensor, Tensor | None]:
-        """(V, d) with V y + d = W^-1 (y - c); NaN where W is singular."""
-        if self.weight.ndim == 1:
-            V = self.weight.reciprocal() if self.inverse is None else self.inverse
-            return V, None if self.bias is None else -V * self.bias
-        V = inverse_or_nan(self.weight) if self.inverse is None else self.inverse
-        return V, None if self.bias is None else -(V @ self.bias)
+        """(V, d) with V y + d = W^-1 (y - c), outside autocast; NaN where W is singular."""
+        return without_autocast(self.weight.device.type, self._inverted)
+
+    def _inverted(self) -> tuple[Tensor, Tensor | None]:
+        V = self.inverse
+        if V is None:
+            weight = self.weight.to(_wide(self.weight))
+            V = weight.reciprocal() if weight.ndim == 1 else inverse_or_nan(weight)
+        if self.bias is None:
+            return V, None
+        bias = self.bias.to(V.dtype)
+        return V, -V * bias if V.ndim == 1 else -(V @ bias)
 
     def log_abs_det(self) -> Tensor:
+        """log|det W|, in fp32 or wider."""
         if self.log_det is not None:
             return self.log_det
-        if self.weight.ndim == 1:
-            return self.weight.abs().log().sum()
-        return torch.linalg.slogdet(self.weight).logabsdet
+        weight = self.weight.to(_wide(self.weight))
+        return weight.abs().log().sum() if weight.ndim == 1 else torch.linalg.slogdet(weight).logabsdet
 
 
 class CouplingLayer(NamedTuple):
@@ -249,7 +256,8 @@ def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     for _ in range(count - 1):
         rest = rest - _with_its_bits(parts[-1]).to(rest.dtype)
         parts.append(rest.to(dtype))
-    return torch.stack(parts) if count > 1 else parts[0][None]
+    # torch.stack under autocast refuses a half type that is not autocast's.
+    return without_autocast(tensor.device.type, torch.stack, parts) if count > 1 else parts[0][None]
 
 
 def _with_its_bits(part: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ MUTANTS = (
     Mutant(
         name="packing: an inverse map's bias is not multiplied by the inverse",
         file="linfast/ops/stack_weights.py",
-        old="return V, None if self.bias is None else -(V @ self.bias)",
-        new="return V, None if self.bias is None else -self.bias",
+        old="return V, -V * bias if V.ndim == 1 else -(V @ bias)",
+        new="return V, -V * bias if V.ndim == 1 else -bias",
         breaks="W^-1 y - c stands for W^-1 (y - c).",
         tests=(_MAPS,),
     ),

@@ -1,0 +1,37 @@
+"""What the fuzzer has found: (kind, recipe) as it printed them, each mended since."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["EXAMPLES"]
+
+_STACK = {
+    "op": "coupling_stack", "batch": 1, "channels": 2, "out": 1, "positions": (), "rank": 0, "scale_map": "exp",
+    "order": "shift_first", "params": "halves", "moves": "first", "inverse": False, "flag": False, "other": False,
+    "maps": "dense", "hidden": (), "depth": 1, "activation": "silu", "kernel": 1, "layout": "contiguous", "seed": 0,
+    "dtype": "float16", "autocast": False,
+}  # fmt: skip
+_FLOW = {
+    "std": 0.05, "time_features": 0, "mix": "free", "context_features": 0, "hidden": (1, 9), "features": 4,
+    "order": "shift_first", "actnorm": False, "coupling": "affine", "depth": 4, "activation": "silu", "seed": 0,
+    "memory": "store", "make": "coupling_flow", "scale_map": None,
+}  # fmt: skip
+
+EXAMPLES: list[tuple[str, dict[str, Any]]] = [
+    # torch.linalg has no half precision: slogdet and the inverse of a stack's dense map.
+    ("ops", _STACK),
+    ("ops", {**_STACK, "inverse": True, "dtype": "bfloat16"}),
+    ("ops", {**_STACK, "op": "linearizer_stack", "channels": 6}),
+    ("kernels", {**_STACK, "inverse": True}),
+    # The inverse map's bias was rounded to bf16 by autocast, and did not fit its weight.
+    ("ops", {**_STACK, "inverse": True, "dtype": "float32", "autocast": True}),
+    # torch.stack refuses under autocast parts that are not of autocast's type.
+    (
+        "kernels",
+        {
+            "flow": _FLOW, "dtype": "float32", "batch": 1, "layout": "contiguous", "time": "number",
+            "requires_grad": False, "autocast": True, "seed": 0, "scale": 1.0,
+        },
+    ),
+]  # fmt: skip

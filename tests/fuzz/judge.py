@@ -1,0 +1,177 @@
+"""What counts as right, and the calls that were held to it.
+
+The truth of an answer is computed in float64. Its wobble is how far the truth moves where every input and weight is
+moved by up to half a unit in the last place of the answer's dtype. What is within a few wobbles and roundings is
+accepted at once. In float32 ``linfast.bench.rounding`` draws what rounding may cost what is left, by how far
+the draws scatter, and only what exceeds that as well is a finding. In float64 and in half precision, whose
+rounding is the same in every draw, there is a fixed bound that only a wrong formula exceeds.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from linfast.bench import rounding
+from torch import Tensor
+
+from linfast.backend import plain_torch
+
+__all__ = ["NO_BUDGET", "VISIBLE", "Finding", "Judge", "Truth", "listed", "moves_by", "truth_of"]
+
+Outputs = Sequence[Tensor | None]
+_QUICK = 24.0  # wobbles and roundings that need no budget
+_WRONG = 500.0  # the same in float64, where there is no budget
+_WRONG_HALF = 64.0  # and in float16 and bfloat16
+NO_BUDGET = 1e-12
+VISIBLE = 1e-15  # what float64 is moved by: half a unit would be rounded away
+_DRAWS = 16
+
+
+class Finding(AssertionError):
+    """An answer that is not right. ``about`` names the call and the oracle: two findings about the same are one."""
+
+    def __init__(self, about: str, what: str) -> None:
+        super().__init__(f"{about}: {what}")
+        self.about = about
+
+
+class Truth(NamedTuple):
+    """Outputs in float64, and how far each moves (L2)."""
+
+    exact: list[Tensor | None]
+    wobble: list[float]
+
+    @classmethod
+    def of(cls, exact: Any, moved: Sequence[Any]) -> Truth:
+        exact, others = listed(exact), [listed(m) for m in moved]
+        wobble = [
+            0.0 if t is None else max(float((other[i].double() - t).norm()) for other in others)
+            for i, t in enumerate(exact)
+        ]
+        return cls([None if t is None else t.detach() for t in exact], wobble)
+
+    def rows(self, index: slice) -> Truth:
+        return Truth([None if t is None else t[index] for t in self.exact], self.wobble)
+
+
+def truth_of(run: Callable[[float], Any], eps: float) -> Truth:
+    """``run(size)`` computes outputs in float64 with everything moved by ``size``, relative; 0 leaves it."""
+    with plain_torch():
+        return Truth.of(run(0.0), [run(moves_by(eps)) for _ in range(2)])
+
+
+def moves_by(eps: float) -> float:
+    """What the inputs of an answer in a dtype of this epsilon are moved by."""
+    return eps / 2 if eps > NO_BUDGET else VISIBLE
+
+
+def listed(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+
+
+class Judge:
+    """Holds answers to their oracles and counts them."""
+
+    def __init__(self) -> None:
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def near(
+        self,
+        call: str,
+        got: Any,
+        truth: Truth,
+        reference: Callable[[], Any] | None = None,
+        precision: torch.dtype | None = None,
+    ) -> None:
+        """``reference`` is the plain computation in the answer's dtype, which the budget is drawn with;
+        ``precision`` the dtype that its arithmetic has, where the answer's own says more."""
+        got = listed(got)
+        if len(got) != len(truth.exact):
+            raise Finding(call, f"{len(got)} outputs where there should be {len(truth.exact)}")
+        draws: list[list[Any]] = []
+        for i, (value, exact, wobble) in enumerate(zip(got, truth.exact, truth.wobble, strict=True)):
+            if (value is None) != (exact is None):
+                raise Finding(call, f"output {i} is {value if value is None else 'there'}")
+            if value is None or exact is None:
+                continue
+            if value.shape != exact.shape:
+                raise Finding(call, f"output {i} has shape {tuple(value.shape)}, not {tuple(exact.shape)}")
+            error, size = _error(value, exact)
+            eps = torch.finfo(precision or value.dtype).eps
+            factor = _WRONG if eps < NO_BUDGET else _QUICK if eps < 1e-6 else _WRONG_HALF
+            limit = factor * (wobble + eps * size)
+            if error <= limit or not limit < float("inf") or (error == float("inf") and limit > size):
+                continue  # no answer in this dtype has a digit, and one may overflow on its way
+            allowed = None
+            if reference is not None and factor == _QUICK:
+                draws = draws or [listed(rounding.drawn(reference, seed)) for seed in range(_DRAWS)]
+                error, allowed = _by_budget(value, exact, [draw[i].detach() for draw in draws])
+            if allowed is None or not error <= allowed:
+                limit = limit if allowed is None else allowed
+                raise Finding(call, f"output {i} is off by {error:.3g}, allowed are {limit:.3g} (truth {size:.3g})")
+        self.calls[call] += 1
+
+    def same(self, call: str, got: Any, expected: Any) -> None:
+        """The same bits; NaN is NaN."""
+        for i, (a, b) in enumerate(zip(listed(got), listed(expected), strict=True)):
+            if not isinstance(b, Tensor):
+                if a != b:
+                    raise Finding(call, f"{a!r} is not {b!r}")
+            elif a.dtype != b.dtype or a.shape != b.shape:
+                raise Finding(call, f"output {i} is {a.dtype} {tuple(a.shape)}, not {b.dtype} {tuple(b.shape)}")
+            elif not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a.nan_to_num(), b.nan_to_num()):
+                raise Finding(call, f"output {i} has other bits, by up to {float((a - b).abs().max()):.3g}")
+        self.calls[call] += 1
+
+    def holds(self, call: str, condition: bool, what: str = "does not hold") -> None:
+        if not condition:
+            raise Finding(call, what)
+        self.calls[call] += 1
+
+    @contextlib.contextmanager
+    def refuses(self, call: str, *names: str) -> Iterator[None]:
+        """A ValueError or TypeError of our own, whose message has one of these names in it."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            if names and not any(name in str(error) for name in names):
+                raise Finding(call, f"{type(error).__name__} names none of {names}: {_short(error)}") from error
+        except Exception as error:
+            raise Finding(call, f"raises {type(error).__name__}: {_short(error)}") from error
+        else:
+            raise Finding(call, "was not refused")
+        self.calls[call] += 1
+
+
+def _short(error: BaseException) -> str:
+    return str(error).split("\n")[0][:200]
+
+
+def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(L2 of the difference, L2 of the truth), where the truth and its square can be held by the dtype."""
+    most = torch.finfo(value.dtype).max / 4
+    exact = exact.detach().double()
+    held = exact.isfinite() & (exact.abs() < most)
+    wide = value.detach().double()
+    error = torch.where(held, wide - exact, 0.0).norm()
+    size = torch.where(held, exact, 0.0).norm()
+    return float("inf") if bool(error.isnan()) else float(error), float(size)
+
+
+def _by_budget(value: Tensor, exact: Tensor, draws: Sequence[Tensor]) -> tuple[float, float]:
+    """(error, what is allowed) in L2, of the elements that the plain reference can hold.
+
+    The draws' errors are taken from their own mean: the reference runs the formula that is on trial, and one
+    that is wrong would allow what it errs by.
+    """
+    values = torch.stack([draw.double() for draw in draws])
+    held = values.isfinite().all(0) & exact.isfinite()
+    kept, values = exact.double()[held], values[:, held]
+    size = float(kept.norm()) or 1.0
+    errors = [float((draw - values.mean(0)).norm()) / size for draw in values]
+    error = float((value.detach().double()[held] - kept).norm())
+    return error, size * rounding.allowed_error(errors, value.dtype)
