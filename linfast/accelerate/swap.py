@@ -43,12 +43,23 @@ class Swapped:
         return (build, arguments, state, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        build, arguments, state, *_ = self.__reduce_ex__(4)
+        cls, plan = type(self), replace(plan_of(self), guard=DriftGuard(), graphs=Graphs())
+        parametrized = "_linfast_original" not in vars(
+            cls
+        )  # since: a class derived from ours, which torch does not pickle
+        if parametrized:
+            build, arguments = object.__new__, (cls,)
+            state = {key: value for key, value in vars(self).items() if key != PLAN}
+        else:
+            build, arguments, state, *_ = self.__reduce_ex__(4)
         copied = build(*copy.deepcopy(arguments, memo))
         memo[id(self)] = copied
         state = copy.deepcopy(state, memo)
         copied.__setstate__(state) if hasattr(copied, "__setstate__") else copied.__dict__.update(state)
-        swap(copied, self._linfast_adapter, replace(plan_of(self), guard=DriftGuard(), graphs=Graphs()))
+        if parametrized:
+            vars(copied)[PLAN] = plan
+        else:
+            swap(copied, self._linfast_adapter, plan)
         renew_plan(copied)
         return copied
 

@@ -295,6 +295,18 @@ def test_arguments_by_keyword_and_methods_replaced_later():
     torch.testing.assert_close(block(x)[0], x)
 
 
+def test_a_layer_that_was_parametrized_later_is_copied():
+    mix, x = stand_in.Inv1x1Conv(3), torch.randn(2, 3, 4, 4)
+    lf.accelerate(mix)
+    nn.utils.parametrizations.orthogonal(mix, "W")
+    copied = copy.deepcopy(mix)
+    torch.testing.assert_close(copied(x), mix(x))
+    torch.testing.assert_close(copied.inverse(copied(x)), x)
+    nn.utils.parametrize.remove_parametrizations(mix, "W")
+    lf.restore(mix)
+    assert type(mix) is stand_in.Inv1x1Conv
+
+
 def test_second_derivatives_through_norm_and_silu():
     """A weight that is used twice: the history of x holds it too."""
     torch.manual_seed(0)
