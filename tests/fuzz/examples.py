@@ -26,7 +26,7 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("kernels", {**_STACK, "inverse": True}),
     # The inverse map's bias was rounded to bf16 by autocast, and did not fit its weight.
     ("ops", {**_STACK, "inverse": True, "dtype": "float32", "autocast": True}),
-    # torch.stack refuses under autocast parts that are not of autocast's type.
+    # What is packed was stacked under autocast.
     (
         "kernels",
         {

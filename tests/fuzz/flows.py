@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.backend import plain_torch
+from linfast.backend import interpreting, plain_torch
 from linfast.scale_maps import SCALE_MAP_KINDS
 
 from .drawing import (
@@ -198,11 +198,12 @@ def check(judge: Judge, drawn_: dict[str, Any]) -> None:
         if drawn_["scale"] == 1.0 and batch:
             _gradients(judge, g, value, inverse, context, truths, side, dtype)
         if drawn_["autocast"] and dtype == torch.float32 and drawn_["scale"] == 1.0:
-            rough = truths(plain_flow, inverse, value, torch.finfo(torch.bfloat16).eps)
-            with torch.autocast("cpu", torch.bfloat16):
+            half = torch.float16 if interpreting() else torch.bfloat16  # Triton's interpreter has no bf16
+            rough = truths(plain_flow, inverse, value, torch.finfo(half).eps)
+            with torch.autocast("cpu", half):
                 got = ours(g, value, inverse, context)
             judge.holds(f"autocast {side}, log_det", got[1].dtype == torch.float32, f"log_det is {got[1].dtype}")
-            judge.near(f"autocast {side}", got, rough, None, torch.bfloat16)
+            judge.near(f"autocast {side}", got, rough, None, half)
         if z is None:
             z = truth.exact[0].to(dtype)  # type: ignore[union-attr]
     judge.same("flow leaves its input", x.detach(), before)
@@ -267,7 +268,10 @@ def _gradients(
         for mode in ("store", "invert", "auto"):
             g.memory = mode
             with mock.patch("linfast.flows.memory.AUTO_BYTES", -1):
-                judge.near(f"gradients, memory={mode}, {side}", reference(), truth, reference)
+                got = reference()
+            g.memory = "store"  # a forward whose rounding is drawn does not repeat itself
+            room = 1.0 if mode == "store" else 4.0  # of the way back as well
+            judge.near(f"gradients, memory={mode}, {side}", got, truth, reference, room=room)
     finally:
         g.memory = memory
 

@@ -86,9 +86,10 @@ class Judge:
         truth: Truth,
         reference: Callable[[], Any] | None = None,
         precision: torch.dtype | None = None,
+        room: float = 1.0,
     ) -> None:
         """``reference`` is the plain computation in the answer's dtype, which the budget is drawn with;
-        ``precision`` the dtype that its arithmetic has, where the answer's own says more."""
+        ``precision`` the dtype that its arithmetic has, where the answer's own says more; ``room`` a factor of what is allowed."""
         got = listed(got)
         if len(got) != len(truth.exact):
             raise Finding(call, f"{len(got)} outputs where there should be {len(truth.exact)}")
@@ -103,13 +104,14 @@ class Judge:
             error, size = _error(value, exact)
             eps = torch.finfo(precision or value.dtype).eps
             factor = _WRONG if eps < NO_BUDGET else _QUICK if eps < 1e-6 else _WRONG_HALF
-            limit = factor * (wobble + eps * size)
+            limit = room * factor * (wobble + eps * size)
             if error <= limit or not limit < float("inf") or (error == float("inf") and limit > size):
                 continue  # no answer in this dtype has a digit, and one may overflow on its way
             allowed = None
             if reference is not None and factor == _QUICK:
                 draws = draws or [listed(rounding.drawn(reference, seed)) for seed in range(_DRAWS)]
                 error, allowed = _by_budget(value, exact, [draw[i].detach() for draw in draws])
+                allowed *= room
             if allowed is None or not error <= allowed:
                 limit = limit if allowed is None else allowed
                 raise Finding(call, f"output {i} is off by {error:.3g}, allowed are {limit:.3g} (truth {size:.3g})")

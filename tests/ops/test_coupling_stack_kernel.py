@@ -212,6 +212,16 @@ def test_packed_weights_give_the_same_bits_and_take_no_gradient() -> None:
         assert torch.equal(y, _run(x, layers, inverse=inverse, packed=packed)[0])
 
 
+def test_parts_are_packed_whatever_autocasts_type_is() -> None:
+    """torch.stack under autocast refuses a half type that is not autocast's."""
+    network = random_layers(6, (8,), 1, maps="dense")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        packed = pack_stack(network, 6, inverse=True, precision="high", dtype=torch.float16)
+    expected = pack_stack(network, 6, inverse=True, precision="high", dtype=torch.float16)
+    torch.testing.assert_close(packed.weights, expected.weights, rtol=0, atol=0)
+    torch.testing.assert_close(packed.map_operands, expected.map_operands, rtol=0, atol=0)
+
+
 def test_parts_of_weights_add_up_to_them() -> None:
     layers = random_layers(7, (20, 16), 2)
     for precision, bits in (("fast", 8), ("high", 16), ("exact", 24)):
