@@ -307,6 +307,19 @@ def test_a_layer_that_was_parametrized_later_is_copied():
     assert type(mix) is stand_in.Inv1x1Conv
 
 
+def test_forward_derivatives_of_a_block_with_attention():
+    block = stand_in.UNetBlock(8, 8, 4, attention=True).eval()
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
+
+    def derivatives():
+        return torch.func.jvp(lambda x: block(x, emb), (x,), (torch.ones_like(x),))
+
+    expected = derivatives()
+    assert lf.accelerate(block).rows[0].swapped
+    for actual, value in zip(derivatives(), expected, strict=True):
+        assert relative(actual, value) < 1e-4
+
+
 def test_second_derivatives_through_norm_and_silu():
     """A weight that is used twice: the history of x holds it too."""
     torch.manual_seed(0)
