@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import linfast as lf
+from linfast.blueprint import _CallLimit, _Refused
 from linfast.io import register
 from linfast.operators.lazy import Transposed
 
@@ -350,3 +351,11 @@ def test_what_shared_memory_in_a_file_of_before_is_one_parameter(tmp_path: Path)
     _write(tmp_path / "f", header["architecture"], tensors, aliases={"right.weight": "left.weight"})
     A = lf.load(tmp_path / "f")
     assert A.left.weight is A.right.weight
+
+
+def test_a_refusal_leaves_torch_as_it_was() -> None:
+    """Wherever in a constructor the limit is reached, the blocks that it is in (torch.no_grad's) end."""
+    for calls in range(40):
+        with pytest.raises(_Refused, match="far more tensors"), _CallLimit(calls):
+            lf.UNet(4, 8, resolution=8, width=4)
+        assert torch.is_grad_enabled()
