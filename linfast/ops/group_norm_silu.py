@@ -208,10 +208,10 @@ _group_norm_silu = define_op(
 
 def _check(x: Tensor, groups: int, *parameters: Tensor | None) -> None:
     check_tensor("x", x)
-    check_count("groups", groups, least=-(2**31))
+    check_count("groups", groups)
     if x.ndim < 2:
         raise ValueError(f"x must be [B, C, ...]; got {tuple(x.shape)}")
-    if groups < 1 or x.shape[1] % groups:
+    if x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x {tuple(x.shape)}; got {groups}")
     names, shapes = ("weight", "bias", "scale", "shift"), (x.shape[1:2],) * 2 + (x.shape[:2],) * 2
     for name, tensor, shape in zip(names, parameters, shapes, strict=True):
