@@ -295,7 +295,10 @@ _NAN = float("nan")
         (lambda: _with(lambda m: m.permutation.zero_(), lambda: lf.Permute(3)), "permutation must hold"),
         (lambda: _with(lambda m: _first_layer(m).double()), "layers.0.weight is float64"),
         (lambda: _with(lambda m: _first_layer(m).bias.data.fill_(_NAN)), r"layers.0.bias \(8,\) has NaN"),
-        (lambda: _with(lambda m: setattr(m, "factor", _NAN), lambda: 2.0 * lf.Dense(2)), "Scaled: factor must be finite; got nan"),
+        (
+            lambda: _with(lambda m: setattr(m, "factor", _NAN), lambda: 2.0 * lf.Dense(2)),
+            "Scaled: factor must be finite; got nan",
+        ),
         (lambda: lf.AffineCoupling(lf.MLP(3, 6), 6, scale_map=lf.ScaleMap("clamp", math.inf)), "scale_map must be"),
         (lambda: _constant(torch.ones(2).to_sparse()), "diagonal, a sparse_coo"),
         (lambda: _constant(torch.ones(2, dtype=torch.complex64)), "diagonal, .*complex64"),
