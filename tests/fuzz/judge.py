@@ -89,7 +89,8 @@ class Judge:
         room: float = 1.0,
     ) -> None:
         """``reference`` is the plain computation in the answer's dtype, which the budget is drawn with;
-        ``precision`` the dtype that its arithmetic has, where the answer's own says more; ``room`` a factor of what is allowed."""
+        ``precision`` the dtype that its arithmetic has, where the answer's own says more; ``room`` a factor of
+        what is allowed."""
         got = listed(got)
         if len(got) != len(truth.exact):
             raise Finding(call, f"{len(got)} outputs where there should be {len(truth.exact)}")
