@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_kind, check_number, check_time
+from ..device import tensor_of
 from ..flows.conditioners import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator, Leaf
 from .low_rank import LowRank
@@ -59,7 +58,8 @@ class TimeLowRank(LatentOperator):
 
     @property
     def _like(self) -> Tensor:
-        weight: Any = self.u_net.layers[-1].weight
+        weight = tensor_of(self.u_net)
+        assert weight is not None
         return weight
 
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
