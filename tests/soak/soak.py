@@ -77,7 +77,7 @@ class Soak:
             number = self.random.choices(list(_SIGNALS), list(_SIGNALS.values()))[0]
             # Ctrl-C in Python's own first moments, before it runs anything of ours, is Python's to report.
             after = self.random.uniform(1.0 if number == signal.SIGINT else 0.0, start) if early else None
-            self._signalled(job, number, after, end - start)
+            self._signalled(job, number, after, 2 * (end - start) / self.kills)  # most find the work unfinished
         with self._started(job) as process:
             self._expect(process.wait(_LONGEST), (0,), job)
         if found := differences(job, whole):
