@@ -22,6 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .checks import check_choice
+
 __all__ = [
     "backend",
     "chosen_backend",
@@ -39,8 +41,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _checked(name: str, source: str) -> str:
-    if name not in _CHOICES:
-        raise ValueError(f"{source} must be one of {', '.join(_CHOICES)}; got {name!r}")
+    check_choice(source, name, _CHOICES)
     return name
 
 

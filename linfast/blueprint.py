@@ -92,10 +92,12 @@ class _CallLimit(TorchFunctionMode):
         self.calls = calls
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls -= 1
-        if self.calls < 0:
-            raise _Refused("the architecture makes far more tensors than the file holds")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):  # not what puts a setting back, such as the end of torch.no_grad's block
+            self.calls -= 1
+            if self.calls < 0:
+                raise _Refused("the architecture makes far more tensors than the file holds")
+        return result
 
 
 class _Builder:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["read_at_once", "tensor_of", "uploaded", "usable_device"]
+from .checks import check_kind
+
+__all__ = ["read_at_once", "tensor_of", "tensors_of", "uploaded", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
     """The device; ValueError where this machine cannot put a tensor on it."""
+    check_kind("device", name, (str, torch.device))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -34,10 +38,12 @@ def read_at_once(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def tensor_of(module: nn.Module) -> Tensor | None:
-    """One of the tensors that a module computes with, for their dtype and device.
-
-    The replicas of nn.DataParallel have no parameters: there these are plain attributes.
-    """
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """What a module computes with, parameters first; in nn.DataParallel's replicas these are plain attributes."""
     plain = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
-    return next(chain(module.parameters(), plain, module.buffers()), None)
+    return chain(module.parameters(), plain, module.buffers())
+
+
+def tensor_of(module: nn.Module) -> Tensor | None:
+    """One of the tensors that a module computes with, for their dtype and device."""
+    return next(tensors_of(module), None)

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from .architecture import DTYPES, describe, register
 from .blueprint import Blueprint, build, size_list
+from .checks import check_kind
 from .device import usable_device
 from .flows.mix import Mix, Permute, check_permutation
 from .rebuilt import check_rebuilt
 from .state import joined, laid_out, match, memory_order, narrowed, share_modules, shared_modules, slots, unique
 from .whole_file import written_whole
 
-__all__ = ["described", "load", "register", "save", "written_whole"]
+__all__ = ["load", "register", "save"]
 
 _Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _FORMAT = "linfast-1"
@@ -46,8 +47,7 @@ def described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         TypeError: a part whose class, argument or tensor cannot be described (see ``register``).
         ValueError: a part without values, a number that is not finite, or parameters that overlap in memory.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module; got {type(model).__name__}")
+    check_kind("model", model)
     architecture = describe(model)
     found = slots(model)
     tensors, aliases = unique(found)
@@ -123,9 +123,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise ValueError(f"{path}: {error}") from error
 
 
-def _checked_path(path: object) -> Path:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path must be a string or a path; got {type(path).__name__}")
+def _checked_path(path: Any) -> Path:
+    check_kind("path", path, (str, os.PathLike))
     return Path(path)
 
 

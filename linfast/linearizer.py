@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_kind, check_time
 from .flows.bijection import same_space
 from .one_launch import planned_launch
 from .operators.base import LatentOperator
 from .profiling import annotate
-from .space import InducedSpace, check_invertible, decode_latents
+from .space import InducedSpace, check_invertible, decode_latents, encode
 from .svd import LinearizerSVD
 
 __all__ = ["Linearizer"]
@@ -75,7 +76,8 @@ class Linearizer(nn.Module):
     @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f(x) = g_y^{-1}(A g_x(x))."""
-        self._check_time(t)
+        check_kind("x", x, Tensor)
+        self._check_time(t, x)
         launch = planned_launch(self, x, t, context) if type(self) is Linearizer else None
         if launch is not None:
             return launch.run(x)
@@ -84,7 +86,8 @@ class Linearizer(nn.Module):
     @annotate
     def inverse(self, y: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse (``A.inverse``): see ``pinv``."""
-        A_inverse = self._inverse_operator(t)
+        check_kind("y", y, Tensor)
+        A_inverse = self._inverse_operator(t, y)
         return self.gx_inverse(A_inverse(self.gy(y, **context)), **context)
 
     @annotate
@@ -95,7 +98,7 @@ class Linearizer(nn.Module):
     @annotate
     def gy(self, y: Tensor, **context: Any) -> Tensor:
         """z = g_y(y)."""
-        return self.g_y(y, **context)
+        return encode("y", self.g_y, y, context)
 
     @annotate
     def gx_inverse(self, z: Tensor, **context: Any) -> Tensor:
@@ -109,14 +112,16 @@ class Linearizer(nn.Module):
 
     def A_inverse(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
         """A^{-1} z."""
-        return self._inverse_operator(t)(z)
+        check_kind("z", z, Tensor)
+        return self._inverse_operator(t, z)(z)
 
-    def _inverse_operator(self, t: float | Tensor | None) -> LatentOperator:
-        self._check_time(t)
+    def _inverse_operator(self, t: float | Tensor | None, x: Tensor) -> LatentOperator:
+        self._check_time(t, x)
         return self.A.inverse_at(t)
 
     def at(self, t: float | Tensor) -> Linearizer:
         """f with its operator at time t."""
+        check_time(t)
         return Linearizer(self.g_x, self.A.at(t), self.g_y)
 
     @property
@@ -186,8 +191,10 @@ class Linearizer(nn.Module):
             raise ValueError("f.svd() is of one operator and A holds one a sample: fix a single time, f.at(0.5)")
         return LinearizerSVD(self.g_x, svd, self.g_y)
 
-    def _check_time(self, t: float | Tensor | None) -> None:
-        if t is None and self.A.time_dependent:
+    def _check_time(self, t: float | Tensor | None, x: Tensor | None = None) -> None:
+        if t is not None:
+            check_time(t, x, None if x is None or x.ndim == 0 else x.shape[0])
+        elif self.A.time_dependent:
             raise ValueError("A depends on time: pass t=, or use f.at(t)")
 
 

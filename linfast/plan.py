@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backend import why_reference
+from .checks import check_tensor
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
 from .flows.conditioners import MLP
@@ -69,6 +70,12 @@ def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context
         TypeError: another model.
         ValueError: t, where A needs one.
     """
+    check_tensor("x", x)
+    g = model.g_x if isinstance(model, Linearizer) else model
+    if isinstance(g, Bijection):
+        n_dims = 0 if g.shape is None else 1 + len(g.shape)
+        if x.ndim < 2 or x.ndim != (n_dims or x.ndim) or x.shape[1] != (g.features or x.shape[1]):
+            raise ValueError(f"x must be [B, {g.features or 'C'}, ...] as the model takes it; got {tuple(x.shape)}")
     if isinstance(model, Linearizer):
         return Plan(tuple(_linearizer(model, x, t, context)))
     if isinstance(model, Bijection):

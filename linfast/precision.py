@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from .backend import interpreting
+from .checks import check_choice
 
 __all__ = ["PRECISIONS", "full_precision", "half_dtype", "resolve_precision"]
 
@@ -44,8 +45,7 @@ def resolve_precision(x: Tensor, requested: str | None = None) -> str:
         ValueError: a mode of another name.
     """
     if requested is not None:
-        if requested not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} or None; got {requested!r}")
+        check_choice("precision", requested, PRECISIONS)
         return requested
     if x.dtype == torch.float64:
         return "exact"

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_choice, check_number, check_tensor
+
 __all__ = ["SCALE_MAP_KINDS", "ScaleMap"]
 
 _TWO_OVER_PI = 2.0 / math.pi
@@ -133,12 +135,11 @@ class ScaleMap:
     floor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise ValueError(f"kind must be one of {', '.join(_KINDS)}; got {self.kind!r}")
-        if self.bound is not None and not self.bound > 0:
-            raise ValueError(f"bound must be positive; got {self.bound}")
-        if self.floor is not None and self.floor < 0:
-            raise ValueError(f"floor must not be negative; got {self.floor}")
+        check_choice("kind", self.kind, SCALE_MAP_KINDS)
+        if self.bound is not None:
+            check_number("bound", self.bound, 0.0, math.inf, above=True)
+        if self.floor is not None:
+            check_number("floor", self.floor, 0.0)
 
     @property
     def constexpr_id(self) -> int:
@@ -156,12 +157,15 @@ class ScaleMap:
 
     def log_scale(self, raw: Tensor) -> Tensor:
         """log s(raw), elementwise, in raw's dtype."""
+        check_tensor("raw", raw)
         return _KINDS[self.kind].log_scale(raw, *self.constants)
 
     def derivative(self, raw: Tensor) -> Tensor:
         """d log s / d raw, elementwise."""
+        check_tensor("raw", raw)
         return _KINDS[self.kind].derivative(raw, *self.constants)
 
     def inverse(self, log_scale: Tensor) -> Tensor:
         """The raw value whose log-scale this is; inside the map's open range only."""
+        check_tensor("log_scale", log_scale)
         return _KINDS[self.kind].inverse(log_scale, *self.constants)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_factor, check_kind, check_tensor, said_of
 from .operators.spectral import cutoff
 
-__all__ = ["InducedSpace", "check_invertible", "decode_latents"]
+__all__ = ["InducedSpace", "check_invertible", "decode_latents", "encode"]
 
 
 def check_invertible(name: str, g: object) -> None:
@@ -25,11 +26,22 @@ def check_invertible(name: str, g: object) -> None:
         raise TypeError(f"{name} must be a Bijection, or have forward and inverse; got {type(g).__name__}")
 
 
+def encode(name: str, g: nn.Module, x: Tensor, context: Mapping[str, Any]) -> Tensor:
+    """g(x); what g finds wrong with x is said of the argument ``name`` that the caller gave."""
+    return said_of(name, g, x, **context)
+
+
 def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
     """g^{-1}(z), with latents given g's sample shape where it has one, which its own latents keep."""
+    check_kind("z", z, Tensor)
     shape = getattr(g, "shape", None)
     features_out = getattr(g, "features_out", None)
-    if shape is not None and z.shape[1:].numel() == torch.Size(shape).numel() and features_out in (None, shape[0]):
+    if (
+        shape is not None
+        and z.ndim
+        and z.shape[1:].numel() == torch.Size(shape).numel()
+        and features_out in (None, shape[0])
+    ):
         z = z.reshape(z.shape[0], *shape)
     return g.inverse(z, **context)  # type: ignore[operator]
 
@@ -49,20 +61,21 @@ class InducedSpace:
 
     def add(self, u: Tensor, v: Tensor) -> Tensor:
         """u (+) v = g^{-1}(g(u) + g(v)), row by row. A batch of one is broadcast."""
-        return self._decode(self._encode(u) + self._encode(v))
+        z, w = self._encode_two(u, v)
+        return self._decode(z + w)
 
     def scale(self, a: float | Tensor, v: Tensor) -> Tensor:
         """a (.) v = g^{-1}(a g(v)); a is a number, 0-d, or one a row [B]."""
-        z = self._encode(v)
-        return self._decode(_per_row(a, z) * z)
+        z = self._encode("v", v)
+        return self._decode(_per_row("a", a, z) * z)
 
     def neg(self, v: Tensor) -> Tensor:
         """The additive inverse g^{-1}(-g(v))."""
-        return self._decode(-self._encode(v))
+        return self._decode(-self._encode("v", v))
 
     def zero(self, like: Tensor) -> Tensor:
         """The zero vector g^{-1}(0), once for each row of ``like``."""
-        return self._decode(torch.zeros_like(self._encode(like)))
+        return self._decode(torch.zeros_like(self._encode("like", like)))
 
     def combine(self, weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
         """g^{-1}(sum_k weights[m, k] g(vectors[k])): combinations of K vectors.
@@ -74,12 +87,14 @@ class InducedSpace:
         Returns:
             [M, ...]; [1, ...] for weights [K].
         """
-        weights = torch.as_tensor(weights, device=vectors.device)
-        if weights.ndim not in (1, 2) or weights.shape[-1] != vectors.shape[0]:
+        check_tensor("vectors", vectors)
+        weights = _weights(weights, vectors)
+        if not vectors.ndim or weights.ndim not in (1, 2) or weights.shape[-1] != vectors.shape[0]:
             raise ValueError(
-                f"weights must be [K] or [M, K] for {vectors.shape[0]} vectors; got {tuple(weights.shape)}"
+                f"weights must be [K] or [M, K] for vectors [K, ...], {tuple(vectors.shape)}; "
+                f"got {tuple(weights.shape)}"
             )
-        z = self._encode(vectors)
+        z = self._encode("vectors", vectors)
         combined = torch.atleast_2d(weights.to(z.dtype)) @ z.flatten(1)
         return self._decode(combined.reshape(-1, *z.shape[1:]))
 
@@ -88,47 +103,78 @@ class InducedSpace:
 
         A batch of one is broadcast.
         """
-        start, end = torch.broadcast_tensors(self._encode(u), self._encode(v))
-        t = _per_row(t, start)
+        start, end = torch.broadcast_tensors(*self._encode_two(u, v))
+        t = _per_row("t", t, start)
         return self._decode((1 - t) * start + t * end)
 
     def mean(self, xs: Tensor) -> Tensor:
         """The mean g^{-1}(1/B sum_b g(x_b)) of a batch, as a batch of one."""
-        if xs.shape[0] == 0:
-            raise ValueError(f"the mean of no vectors is not defined; got {tuple(xs.shape)}")
-        return self._decode(self._encode(xs).mean(dim=0, keepdim=True))
+        z = self._encode("xs", xs)
+        if z.shape[0] == 0:
+            raise ValueError(f"the mean of no vectors is not defined; got xs {tuple(xs.shape)}")
+        return self._decode(z.mean(dim=0, keepdim=True))
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
         """<u, v> = g(u)^T g(v), row by row, [B]."""
-        return (self._encode(u).flatten(1) * self._encode(v).flatten(1)).sum(-1)
+        z, w = self._encode_two(u, v)
+        return (z * w).flatten(1).sum(-1)
 
     def norm(self, v: Tensor) -> Tensor:
         """|v| = |g(v)|, row by row, [B]."""
-        return self._encode(v).flatten(1).norm(dim=-1)
+        return self._encode("v", v).flatten(1).norm(dim=-1)
 
     def distance(self, u: Tensor, v: Tensor) -> Tensor:
         """|g(u) - g(v)|, row by row, [B]."""
-        return (self._encode(u) - self._encode(v)).flatten(1).norm(dim=-1)
+        z, w = self._encode_two(u, v)
+        return (z - w).flatten(1).norm(dim=-1)
 
     def project(self, v: Tensor, basis: Tensor) -> Tensor:
         """The nearest points to v [B, ...] in the span of basis [K, ...]; the basis may be dependent."""
-        z, spanning = self._encode(v), self._encode(basis).flatten(1)
+        z, spanning = self._encode("v", v), self._encode("basis", basis).flatten(1)
         _, S, Vh = torch.linalg.svd(spanning, full_matrices=False)
         keep = S[:1] * cutoff(S, max(spanning.shape), None) < S
         directions = Vh * keep[:, None]
         return self._decode(((z.flatten(1) @ directions.mT) @ directions).reshape(z.shape))
 
-    def _encode(self, x: Tensor) -> Tensor:
-        return self.g(x, **self.context)
+    def _encode(self, name: str, x: Tensor) -> Tensor:
+        return encode(name, self.g, x, self.context)
+
+    def _encode_two(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """g(u) and g(v), of as many rows, or one."""
+        z, w = self._encode("u", u), self._encode("v", v)
+        if z.shape[1:] != w.shape[1:] or (z.shape[0] != w.shape[0] and 1 not in (z.shape[0], w.shape[0])):
+            raise ValueError(
+                "u and v must be as many vectors, or one, of one shape; "
+                f"got u {tuple(u.shape)} and v {tuple(v.shape)}"
+            )
+        return z, w
 
     def _decode(self, z: Tensor) -> Tensor:
         return decode_latents(self.g, z, self.context)
 
 
-def _per_row(a: float | Tensor, z: Tensor) -> float | Tensor:
+def _weights(weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
+    """The weights of a combination as a tensor."""
+    try:
+        weights = torch.as_tensor(weights, device=vectors.device)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # NotImplementedError: off the meta device
+        raise ValueError(f"weights must be numbers [K] or [M, K]; {error}") from error
+    if weights.is_complex() or weights.dtype == torch.bool:
+        raise ValueError(f"weights must be real numbers; got {weights.dtype}")
+    return weights
+
+
+def _per_row(name: str, a: float | Tensor, z: Tensor) -> float | Tensor:
     """A [B] tensor shaped to scale rows of z, in z's dtype."""
     if not isinstance(a, Tensor) or a.ndim == 0:
+        check_factor(name, a, z, "the vectors")
         return a
+    check_tensor(name, a, z, "the vectors")
     if a.shape != z.shape[:1]:
-        raise ValueError(f"a factor a row must be [{z.shape[0]}]; got {tuple(a.shape)}")
+        raise ValueError(f"{name} must be a number, 0-d or [{z.shape[0]}], one a row; got {tuple(a.shape)}")
     return a.to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .checks import check_count
 from .operators.base import LatentOperator
 from .operators.low_rank import LowRank
 from .operators.spectral import SVD
@@ -68,9 +69,8 @@ class LinearizerSVD:
         if rank is None:  # U diag(S) Vh + rest (I - U U^T)
             only = isinstance(rest, float) and rest == 0.0
             return LowRank(rest, U, Vh.mT * S if only else Vh.mT * S - rest * U)
+        rank = check_count("rank", rank, least=0)
         size = float(torch.as_tensor(rest, dtype=S.dtype).detach().abs())
-        if rank < 0:
-            raise ValueError(f"rank must not be negative; got {rank}")
         if size and (rank > S.shape[-1] or bool((S[:rank] < size).any())):
             raise ValueError(
                 f"rank {rank} would keep some of the singular values that all equal {size:.3g} and have "

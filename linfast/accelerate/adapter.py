@@ -46,7 +46,7 @@ class Plan:
         layout: what the replaced methods need to know and would otherwise compute at every call.
         takes_precision: whether what runs has products of its own, which follow ``options.precision``.
         options: what ``accelerate`` was asked for; the adapter puts them in.
-        seen: what it was made from, by ``_untrained``; the adapter puts it in.
+        seen: what it was made from, by ``Adapter.seen``; the adapter puts it in.
         guard: of what the instance rebuilds in a backward.
         graphs: the CUDA graphs captured of the instance's methods.
     """
@@ -59,19 +59,6 @@ class Plan:
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
     graphs: Graphs = field(default_factory=Graphs, compare=False)
-
-    def is_of(self, instance: Any) -> bool:
-        """Whether the masks and the like that it was made from are those that the instance has now."""
-        now = _untrained(instance)
-        same = (t is seen and writes == then for (t, writes), (seen, then) in zip(now, self.seen, strict=False))
-        return len(now) == len(self.seen) and all(same)
-
-
-def _untrained(instance: Any) -> tuple[tuple[Tensor, int], ...]:
-    """The instance's own buffers and untrained parameters, and how often each was written to."""
-    own = (*instance._buffers.values(), *instance._parameters.values()) if isinstance(instance, nn.Module) else ()
-    untrained = [t for t in own if t is not None and not t.requires_grad]
-    return tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
 
 
 Draw = Callable[..., Tensor]
@@ -143,7 +130,20 @@ class Adapter:
 
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options it was made for."""
-        return replace(self.plan(instance, options), options=options, seen=_untrained(instance))
+        return replace(self.plan(instance, options), options=options, seen=self.seen(instance))
+
+    def seen(self, instance: Any) -> tuple[tuple[Tensor, int], ...]:
+        """Masks and the like, its own and of modules passed by, and how often each was written to."""
+        modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
+        own = (t for m in modules for t in (*m._buffers.values(), *m._parameters.values()))
+        untrained = [t for t in own if t is not None and not t.requires_grad]
+        return tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
+
+    def holds(self, plan: Plan, instance: Any) -> bool:
+        """Whether these are still what the plan was made from."""
+        now = self.seen(instance)
+        same = (t is seen and writes == then for (t, writes), (seen, then) in zip(now, plan.seen, strict=False))
+        return len(now) == len(plan.seen) and all(same)
 
     def matches(self, cls: type) -> bool:
         """Whether this is the class the adapter is for."""

@@ -5,9 +5,12 @@ No library is imported: a class is looked up in ``sys.modules`` where an instanc
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FunctionType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -20,7 +23,10 @@ __all__ = [
     "find_class",
     "is_hooked",
     "is_sharded",
+    "keywords",
     "original_class",
+    "other_arguments",
+    "positional",
 ]
 
 PLAN = "_linfast_plan"
@@ -48,13 +54,45 @@ def defined_as(module: object, where: str, name: str) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return any(getattr(module, name) for name in HOOKS) or parametrize.is_parametrized(module)
+    """Whether calling the module does more than its class says: by hooks, or methods put on the instance."""
+    patched = "forward" in module.__dict__ or "inverse" in module.__dict__
+    return patched or any(getattr(module, name) for name in HOOKS) or parametrize.is_parametrized(module)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a parameter of its own is another kind of tensor, such as a DTensor."""
     return any(p is not None and type(p.data) is not Tensor for p in module._parameters.values())
+
+
+def positional(method: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what it takes in order, after the instance."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return tuple(p.name for p in itertools.takewhile(lambda p: p.kind is p.POSITIONAL_OR_KEYWORD, parameters))
+
+
+def keywords(method: Callable[..., Any]) -> frozenset[str] | None:
+    """The names that it takes by keyword; None: all."""
+    parameters = list(inspect.signature(method).parameters.values())
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def other_arguments(method: Callable[..., Any], run: Callable[..., Any]) -> bool:
+    """Whether a method takes what ``run``, which is to replace it, does not, or has other defaults."""
+    theirs, ours = ([*inspect.signature(f).parameters.values()][1:] for f in (method, run))
+    for parameter, mine in itertools.zip_longest(theirs, ours):
+        if mine is not None and mine.kind is mine.VAR_POSITIONAL:
+            return False
+        if parameter is None:
+            return bool(mine.default is mine.empty and mine.kind is not mine.VAR_KEYWORD)
+        if mine is None or parameter.kind is not mine.kind:
+            return True
+        if repr(parameter.default).replace("[]", "()") != repr(mine.default):
+            return True
+        if parameter.default is not parameter.empty and parameter.name != mine.name:
+            return True
+    return False
 
 
 def changed_method(instance: object, methods: Iterable[str]) -> str | None:
@@ -67,7 +105,7 @@ def changed_method(instance: object, methods: Iterable[str]) -> str | None:
     for name in methods:
         if name in vars(instance):
             return name
-        owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+        owner = next((base for base in cls.__mro__ if name in vars(base)), None)  # None: it has no such method
         function = vars(owner)[name] if owner is not None else None
         if owner is None or not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
             return name

@@ -68,7 +68,8 @@ def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) ->
     They are found at every call: what was put in since ``accelerate``, and cannot be rebuilt, is said once.
     """
     plan = instance._linfast_plan
-    if not isinstance(x, Tensor) or not inverts(plan.options.memory, x, 0.0):
+    is_replica = getattr(instance, "_is_replica", False)  # nn.DataParallel's, whose weights are no parameters
+    if not isinstance(x, Tensor) or x.is_meta or is_replica or not inverts(plan.options.memory, x, 0.0):
         return None
     try:
         parts = find(instance)

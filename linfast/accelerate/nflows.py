@@ -58,6 +58,8 @@ def _plan(transform: Any, options: Options) -> Plan:
         raise Unfit("it has an unconditional transform for the kept features")
     passes = torch.ones(transform.features, dtype=torch.bool, device=transform.transform_features.device)
     passes[transform.transform_features] = False
+    if not torch.equal(passes.nonzero().squeeze(1), transform.identity_features):
+        raise Unfit("its features are not in order")
     split = split_of(passes)
     additive = transform._transform_dim_multiplier() == 1
     if additive:

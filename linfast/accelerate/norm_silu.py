@@ -25,9 +25,11 @@ def norm_silu(
 ) -> Tensor:
     """silu(norm(x) (1 + scale) + shift) for a GroupNorm with num_groups, eps, weight [C] and bias [C]."""
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    plain = scale is None and shift is None and activation and not uses_triton(x, weight, bias)
-    if plain and inverts("invert", x, 0.0):
-        return _NormSiLU.apply(x.contiguous(), weight, bias, norm.num_groups, norm.eps)
+    plain = not uses_triton(x, weight, bias)
+    if plain:
+        x = x.contiguous()  # of others torch's group norm has no forward derivative
+    if plain and scale is None and shift is None and activation and inverts("invert", x, 0.0):
+        return _NormSiLU.apply(x, weight, bias, norm.num_groups, norm.eps)
     return group_norm_silu(x, norm.num_groups, weight, bias, scale, shift, norm.eps, activation)
 
 

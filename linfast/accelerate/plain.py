@@ -7,11 +7,13 @@ inverse undoes it. Both give y, or (y, log_det [B]).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..backend import uses_triton
+from ..checks import check_choice, check_flag, check_kind
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add
@@ -58,8 +60,13 @@ def register_adapter(
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a subclass of nn.Module; got {cls!r}")
     for option, value, allowed in (("order", order, ORDERS), ("layout", layout, LAYOUTS), ("moves", moves, HALVES)):
-        if value not in allowed:
-            raise ValueError(f"{option} must be one of {', '.join(allowed)}; got {value!r}")
+        check_choice(option, value, allowed)
+    check_kind("conditioner", conditioner, str)
+    if not isinstance(scale_map, ScaleMap) and not callable(scale_map):
+        raise TypeError(f"scale_map must be a ScaleMap or a function; got {type(scale_map).__name__}")
+    check_flag("log_det", log_det)
+    check_kind("inverse", inverse, str)
+    check_kind("features", features, (str, NoneType))
     if not callable(getattr(cls, inverse, None)):
         raise ValueError(f"inverse must name a method of {cls.__name__}; got {inverse!r}")
 

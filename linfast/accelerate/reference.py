@@ -38,7 +38,7 @@ def has(*names: str) -> Callable[[Any], bool]:
 
 
 def _plan_actnorm(norm: Any, options: Options) -> Plan:
-    loaded = not norm.initialized and _holds_values(norm)
+    loaded = norm.initialized is False and _holds_values(norm)
     if "actnorm_reinit" in options.keep_defects:
         note = "kept: it throws loaded values away at its first batch"
     else:
@@ -47,8 +47,8 @@ def _plan_actnorm(norm: Any, options: Options) -> Plan:
 
 
 def _is_initialised(norm: Any) -> bool:
-    """Its own flag; values that were loaded, and which the flag does not know of, are not initialised over."""
-    if not norm.initialized and "actnorm_reinit" not in norm._linfast_plan.options.keep_defects:
+    """Its own flag; values that were loaded, and which a plain bool does not know of, are not initialised over."""
+    if norm.initialized is False and "actnorm_reinit" not in norm._linfast_plan.options.keep_defects:
         norm.initialized = _holds_values(norm)
     return bool(norm.initialized)
 
@@ -72,7 +72,8 @@ def _actnorm_inverse(norm: Any, y: Tensor) -> Tensor:
 
 def _probe_actnorm(norm: Any, draw: Draw) -> Sequence[Tensor]:
     shape = (3, norm.bias.shape[1], 2, 3)
-    norm.initialized = norm.initialized or _holds_values(norm)  # the defect is not compared
+    if norm.initialized is False:
+        norm.initialized = _holds_values(norm)  # the defect is not compared
     return [norm.forward(draw(*shape)), norm.inverse(draw(*shape))]
 
 
@@ -154,6 +155,7 @@ ADAPTERS = (
         plan=constant_plan("low-rank product"),
         probe=_probe_lora,
         hollow=lambda layer: (layer.lin1, layer.lin2),
+        assumes=("get_lin_t",),
     ),
     reference_adapter(
         "LinearKernel",

@@ -13,11 +13,15 @@ nearest-neighbour. Dropout draws the same masks. What is around the blocks is in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..flows.memory import inverts
 from .adapter import Draw, Options, Plan, Unfit
 from .norm_silu import norm_silu
 from .reference import has, reference_adapter
@@ -120,7 +124,9 @@ def _attend(block: Any, x: Tensor) -> Tensor:
     qkv = _convolve(block.qkv, norm_silu(x, block.norm2, activation=False), None)
     shape = (x.shape[0], block.num_heads, x.shape[1] // block.num_heads, 3, -1)
     q, k, v = qkv.reshape(shape).permute(3, 0, 1, 4, 2).contiguous().unbind(0)
-    a = F.scaled_dot_product_attention(q, k, v)
+    plain = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not inverts("invert", x, 0.0)
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():  # the others have no forward derivatives
+        a = F.scaled_dot_product_attention(q, k, v)
     return _convolve(block.proj, a.transpose(2, 3).reshape(x.shape), None)
 
 

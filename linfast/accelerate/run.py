@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import check_choice, check_flag
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Plan, Unfit, adapter_for, parent_adapter
 from .compiled import compile_conditioners, uncompile
-from .identity import changed_method, is_hooked, is_sharded
+from .identity import changed_method, is_hooked, is_sharded, original_class, other_arguments
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
@@ -45,8 +46,8 @@ def accelerate(
     for isinstance, and pickles as what it was (a deep copy stays accelerated, ``copy.copy`` gives
     the original class). Each module is swapped only after its outputs, inverse and gradients on a
     small random input agree with the original's; a class that is derived from a known one, a
-    patched method, a hook on a module that would be passed by: it is left alone, and the report
-    says why. Accelerating again starts from the original.
+    patched method, a hook on a module that would be passed by, a lazy module, one on the meta device:
+    it is left alone, and the report says why. Accelerating again starts from the original.
 
     Args:
         model: an nn.Module, or an object of a known class that holds one, such as the
@@ -69,6 +70,7 @@ def accelerate(
         TypeError: a model of another kind.
         ValueError: an option that does not exist or cannot be had here.
     """
+    check_flag("compile", compile)
     _check(model, precision, memory, cuda_graph, keep_defects)
     restore(model)
     options = Options(frozenset(keep_defects), memory, precision, cuda_graph)
@@ -106,6 +108,7 @@ def restore(model: Any) -> None:
     Raises:
         ValueError: a swapped module was given another class since, as by a parametrization.
     """
+    _check_model(model)
     for _, instance in list(_objects(model)):
         if isinstance(instance, nn.Module):
             uncompile(instance)
@@ -118,15 +121,18 @@ def restore(model: Any) -> None:
 _MEMORY = ("store", "invert")
 
 
-def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
+def _check_model(model: Any) -> None:
     if not isinstance(model, nn.Module) and adapter_for(model) is None:
         raise TypeError(f"model must be an nn.Module or an object of a known class; got {type(model).__name__}")
-    if precision not in (None, *PRECISIONS):
-        raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if memory not in _MEMORY:
-        raise ValueError(f"memory must be one of {', '.join(_MEMORY)}; got {memory!r}")
-    unknown = sorted(set(keep_defects) - set(DEFECTS))
-    if isinstance(keep_defects, str) or unknown:
+
+
+def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
+    _check_model(model)
+    if precision is not None:
+        check_choice("precision", precision, PRECISIONS)
+    check_choice("memory", memory, _MEMORY)
+    check_flag("cuda_graph", cuda_graph)
+    if not isinstance(keep_defects, (list, tuple, set, frozenset)) or any(d not in DEFECTS for d in keep_defects):
         raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
     if cuda_graph and not torch.cuda.is_available():
         raise ValueError("cuda_graph=True needs a CUDA device: none is available")
@@ -196,8 +202,13 @@ def _with_note(row: Row, note: str) -> Row:
 def _check_unchanged(instance: Any, adapter: Adapter) -> None:
     """Raise Unfit where this is no longer what its library made."""
     changed = changed_method(instance, (*adapter.methods, *adapter.assumes))
+    cls = original_class(instance)
     if changed is not None:
-        raise Unfit(f"its {changed} was replaced: not the library's own")
+        what = "was replaced: not the library's own" if hasattr(cls, changed) else "is missing"
+        raise Unfit(f"its {changed} {what}")
+    for name, method in adapter.methods.items():
+        if other_arguments(getattr(cls, name), method):
+            raise Unfit(f"its {name} takes other arguments than {adapter.title}'s, or has other defaults")
     if not isinstance(instance, nn.Module):
         return
     inner = tuple(adapter.inner(instance))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
-import inspect
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +20,7 @@ import torch
 from ..flows.drift import DriftGuard
 from .adapter import Adapter, Plan, Unfit
 from .graph import Graphs
-from .identity import PLAN, is_hooked
+from .identity import PLAN, is_hooked, keywords, positional
 
 __all__ = ["Swapped", "plan_of", "swap", "swap_back", "swapped_class"]
 
@@ -44,12 +43,23 @@ class Swapped:
         return (build, arguments, state, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        build, arguments, state, *_ = self.__reduce_ex__(4)
+        cls, plan = type(self), replace(plan_of(self), guard=DriftGuard(), graphs=Graphs())
+        parametrized = "_linfast_original" not in vars(
+            cls
+        )  # since: a class derived from ours, which torch does not pickle
+        if parametrized:
+            build, arguments = object.__new__, (cls,)
+            state = {key: value for key, value in vars(self).items() if key != PLAN}
+        else:
+            build, arguments, state, *_ = self.__reduce_ex__(4)
         copied = build(*copy.deepcopy(arguments, memo))
         memo[id(self)] = copied
         state = copy.deepcopy(state, memo)
         copied.__setstate__(state) if hasattr(copied, "__setstate__") else copied.__dict__.update(state)
-        swap(copied, self._linfast_adapter, replace(plan_of(self), guard=DriftGuard(), graphs=Graphs()))
+        if parametrized:
+            vars(copied)[PLAN] = plan
+        else:
+            swap(copied, self._linfast_adapter, plan)
         renew_plan(copied)
         return copied
 
@@ -78,9 +88,10 @@ def swap_back(instance: Any) -> None:
 
 def renew_plan(instance: Any) -> bool:
     """Plan anew where a mask or the like was written to or replaced; whether the object is swapped still."""
-    if not plan_of(instance).is_of(instance):
+    adapter, plan = instance._linfast_adapter, plan_of(instance)
+    if not adapter.holds(plan, instance):
         try:
-            vars(instance)[PLAN] = instance._linfast_adapter.plan_for(instance, plan_of(instance).options)
+            vars(instance)[PLAN] = adapter.plan_for(instance, plan.options)
         except Unfit:
             swap_back(instance)
             return False
@@ -100,27 +111,30 @@ def swapped_class(adapter: Adapter, original: type) -> type:
 
 
 def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
-    """``run``, or the original where a hook on a module that ``run`` would pass by has to fire."""
+    """``run``, or the original where a hook or a patch that ``run`` would pass by is to be heeded."""
     before = getattr(original, name)
     captures = name in adapter.captures
-    ours = dict(zip(_names(before), _names(run), strict=False))
+    order, accepted = positional(before), keywords(run)
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
         if not torch.compiler.is_compiling() and not renew_plan(self):
             return before(self, *arguments, **named)
+        for assumed in adapter.assumes:
+            if assumed in self.__dict__:
+                return before(self, *arguments, **named)
+        for given in order[len(arguments) :]:  # ``run`` has other names for them
+            if given not in named:
+                break
+            arguments += (named.pop(given),)
+        for given in named:
+            if accepted is not None and given not in accepted:
+                return before(self, *arguments, **named)
         for module in adapter.inner(self):
             if is_hooked(module):
                 return before(self, *arguments, **named)
-        named = {ours.get(key, key): value for key, value in named.items()}
         if captures and plan_of(self).options.cuda_graph:
             return plan_of(self).graphs.run(run, self, arguments, named)
         return run(self, *arguments, **named)
 
     return method
-
-
-def _names(function: Callable[..., Any]) -> list[str]:
-    """Of the arguments that may be given by place or by name."""
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]

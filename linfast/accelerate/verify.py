@@ -55,12 +55,15 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     own = torch.float32 if like is None else like.dtype
     hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
     worst = 0.0
-    for dtype in dict.fromkeys((torch.float64, own) if adapter.float64 else (own,)):
+    # What a copied class does in the other mode is not known beforehand: it may drop out, say.
+    modes = (True, False) if adapter.where is None or adapter.cls is not None else (None,)
+    dtypes = dict.fromkeys((torch.float64, own) if adapter.float64 else (own,))
+    for dtype, training in itertools.product(dtypes, modes):
         allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * (_CHAIN if adapter.chain else 1))
-        error = _difference(instance, adapter, plan, dtype, device, adapter.probe, hollow)
+        error = _difference(instance, adapter, plan, dtype, device, adapter.probe, hollow, training)
         if not error <= allowed:
             raise Unfit(f"it differs from the original by {error:.1e} in {str(dtype)[6:]} on a random input")
-        worst = error if dtype == own else worst
+        worst = max(error, worst) if dtype == own else worst
     return max(worst, _difference_whole(instance, adapter, plan, like, device))
 
 
@@ -111,18 +114,21 @@ def _difference(
     device: torch.device,
     probe: Probe,
     hollow: Collection[int],
+    training: bool | None = None,
 ) -> float:
+    original, copied = (bare_copy(instance, dtype, hollow) for _ in range(2))
+    if training is not None and isinstance(instance, nn.Module):
+        original.train(training), copied.train(training)
     with plain_torch():
-        before = _run(bare_copy(instance, dtype, hollow), probe, dtype, device)
-    copied = bare_copy(instance, dtype, hollow)
+        before = _run(original, adapter, probe, dtype, device)
     swap(copied, adapter, adapter.plan_for(copied, plan.options))
-    after = _run(copied, probe, dtype, device)
+    after = _run(copied, adapter, probe, dtype, device)
     if len(before) != len(after):
         raise Unfit(f"it returns {len(after)} tensors, the original {len(before)}")
     return max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
 
 
-def _run(instance: Any, probe: Probe, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _run(instance: Any, adapter: Adapter, probe: Probe, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """The probe's outputs and the gradients of a random sum of them."""
     inputs: list[Tensor] = []
     generator = torch.Generator().manual_seed(_SEED)
@@ -150,7 +156,13 @@ def _run(instance: Any, probe: Probe, dtype: torch.dtype, device: torch.device) 
             wanted = inputs + [p for p in _tensors(instance) if p.requires_grad]
             differentiable = total.requires_grad  # a sampler is not
             gradients = torch.autograd.grad(total, wanted, allow_unused=True) if differentiable else ()
+        except Unfit:
+            raise
         except Exception as error:
+            if adapter.where is None:
+                raise Unfit(
+                    f"another class called {adapter.name}: it fails on what fits the repository's"
+                ) from error
             what = "the original" if PLAN not in vars(instance) else "what would replace it"
             raise Unfit(f"{what} raised {type(error).__name__} on a random input: {str(error)[:80]}") from error
     return [o.detach() for o in outputs] + [torch.zeros(()) if g is None else g for g in gradients]

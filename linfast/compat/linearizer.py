@@ -18,10 +18,12 @@ New code is better served by ``linfast.Linearizer``, whose A is an operator with
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import check_count, check_kind, said_of
 from ..flows.bijection import Bijection
 from ..operators.base import LatentOperator
 from ..space import decode_latents
@@ -40,7 +42,7 @@ class G(nn.Module):
 
     def __init__(self, in_ch: int, image_resolution: int) -> None:
         super().__init__()
-        self.dim = in_ch * image_resolution**2
+        self.dim = check_count("in_ch", in_ch) * check_count("image_resolution", image_resolution) ** 2
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """z = g(x)."""
@@ -86,6 +88,9 @@ class Linearizer(nn.Module):
 
     def __init__(self, gx: nn.Module, linear_network: nn.Module, gy: nn.Module | None = None) -> None:
         super().__init__()
+        check_kind("gx", gx)
+        check_kind("linear_network", linear_network)
+        check_kind("gy", gy, (nn.Module, NoneType))
         self.net_gx = gx
         self.net_gy = gx if gy is None else gy
         self.linear_network = linear_network
@@ -100,40 +105,40 @@ class Linearizer(nn.Module):
 
     def gx(self, x: Tensor, **kwargs: Any) -> Tensor:
         """Latents of x, g_x(x)."""
-        return _encode(self.net_gx, x, kwargs)
+        return _encode("x", self.net_gx, x, kwargs)
 
     def gy(self, y: Tensor, **kwargs: Any) -> Tensor:
         """Latents of y, g_y(y)."""
-        return _encode(self.net_gy, y, kwargs)
+        return _encode("y", self.net_gy, y, kwargs)
 
     def gx_inverse(self, g_x: Tensor, **kwargs: Any) -> Tensor:
         """The x with these latents."""
-        return _decode("net_gx", self.net_gx, g_x, kwargs)
+        return _decode("g_x", "net_gx", self.net_gx, g_x, kwargs)
 
     def gy_inverse(self, g_y: Tensor, **kwargs: Any) -> Tensor:
         """The y with these latents."""
-        return _decode("net_gy", self.net_gy, g_y, kwargs)
+        return _decode("g_y", "net_gy", self.net_gy, g_y, kwargs)
 
     def A(self, g_x: Tensor, **kwargs: Any) -> Tensor:
         """A g_x."""
         if isinstance(self.linear_network, LatentOperator):
-            return self.linear_network(g_x, t=kwargs.get("t"))
+            return said_of("g_x", self.linear_network, g_x, t=kwargs.get("t"))
         return self.linear_network(g_x, **kwargs)
 
     def A_inverse(self, g_y: Tensor, **kwargs: Any) -> Tensor:
         """A^{-1} g_y."""
         if isinstance(self.linear_network, LatentOperator):
-            return self.linear_network.inverse_at(kwargs.get("t"))(g_y)
+            return said_of("g_y", self.linear_network.inverse_at(kwargs.get("t")), g_y)
         return _inverse_of("linear_network", self.linear_network)(g_y, **kwargs)
 
 
-def _encode(g: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    return g(x, **_bijection_context(kwargs)) if isinstance(g, Bijection) else g(x, **kwargs)
+def _encode(argument: str, g: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    return said_of(argument, g, x, **_bijection_context(kwargs)) if isinstance(g, Bijection) else g(x, **kwargs)
 
 
-def _decode(name: str, g: nn.Module, z: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _decode(argument: str, name: str, g: nn.Module, z: Tensor, kwargs: dict[str, Any]) -> Tensor:
     if isinstance(g, Bijection):
-        return decode_latents(g, z, _bijection_context(kwargs))
+        return said_of(argument, lambda z: decode_latents(g, z, _bijection_context(kwargs)), z)
     return _inverse_of(name, g)(z, **kwargs)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import check_count, check_number
 from ..device import read_at_once
 from ..freeze import is_frozen
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
@@ -48,8 +49,8 @@ class ActNorm(ChannelLinear):
 
     def __init__(self, features: int, min_std: float = 1e-2) -> None:
         super().__init__()
-        self.features = features
-        self.min_std = min_std
+        self.features = features = check_count("features", features)
+        self.min_std = check_number("min_std", min_std, least=0.0, above=True)
         self.bias = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
         self.register_buffer("initialized", torch.tensor(False))

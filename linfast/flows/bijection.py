@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_kind, check_like
 from ..profiling import annotate
 from .undo import Cotangents, Undone, undo
 
@@ -108,20 +109,10 @@ class Bijection(nn.Module):
             raise ValueError(f"{kind}: {name} must be [B, C, ...]; got {tuple(x.shape)}")
         if features is not None and x.shape[1] != features:
             raise ValueError(f"{kind}: {name} must have {features} features (dim 1); got {tuple(x.shape)}")
+        if self.shape is not None and x.ndim != 1 + len(self.shape):
+            raise ValueError(f"{kind}: {name} must have {1 + len(self.shape)} dimensions; got {tuple(x.shape)}")
         if not torch.compiler.is_compiling():
             check_like(kind, name, x, next(self.parameters(), None))
-
-
-def check_like(kind: str, name: str, x: Tensor, parameter: Tensor | None) -> None:
-    """Raise unless x is floating point and has the parameters' device and, outside autocast, dtype."""
-    if not x.is_floating_point():
-        raise ValueError(f"{kind}: {name} must be floating point; got {x.dtype}")
-    if parameter is None:
-        return
-    if x.device != parameter.device:
-        raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
-    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}")
 
 
 def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -168,6 +159,8 @@ class Conditioned(Bijection):
 
     def __init__(self, bijection: Bijection, context: Mapping[str, Any]) -> None:
         super().__init__()
+        check_kind("bijection", bijection, Bijection)
+        check_kind("context", context, Mapping)
         self.bijection = bijection
         self._numbers = {key: value for key, value in context.items() if not isinstance(value, Tensor)}
         self._tensor_keys = tuple(key for key in context if key not in self._numbers)
@@ -210,6 +203,7 @@ class Inverse(Bijection):
 
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()
+        check_kind("bijection", bijection, Bijection)
         self.bijection = bijection
         self.features = bijection.features_out
 
@@ -246,6 +240,8 @@ def run(
 
 def same_space(g: nn.Module, h: nn.Module) -> bool:
     """Whether g and h induce the same vector space: one object, in the same context."""
+    check_kind("g", g)
+    check_kind("h", h)
     if isinstance(g, Conditioned) and isinstance(h, Conditioned):
         return same_space(g.bijection, h.bijection) and _same_context(g.context, h.context)
     return g is h

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ..ops.affine_coupling import HALVES, split_sizes
+from ..checks import check_choice, check_count, check_counts, check_flag, check_kind
+from ..ops.affine_coupling import HALVES, ORDERS, split_sizes
 from ..scale_maps import ScaleMap
 from .actnorm import ActNorm
 from .bijection import Bijection, Inverse
@@ -70,6 +71,7 @@ def coupling_flow(
     Raises:
         ValueError: an option that is not listed here, depth < 1 or features < 2.
     """
+    features = check_count("features", features, least=2)
 
     def conditioner(n_in: int, n_out: int) -> nn.Module:
         return MLP(
@@ -125,7 +127,12 @@ def image_flow(
         ValueError: an odd C at an odd resolution, a resolution that the UNet cannot halve often
             enough, or an option that is not listed.
     """
-    height, wide = (resolution, resolution) if isinstance(resolution, int) else resolution
+    channels = check_count("channels", channels)
+    many = isinstance(resolution, (tuple, list))
+    sides = (
+        check_counts("resolution", resolution, length=2) if many else (check_count("resolution", resolution),) * 2
+    )
+    height, wide = sides
     squeeze = channels % 2 == 1
     if squeeze and (height % 2 or wide % 2):
         raise ValueError(f"resolution must be even for an odd number of channels; got {(height, wide)}")
@@ -150,8 +157,9 @@ def _image_conditioner(
     unet_options: Mapping[str, Any] | None,
 ) -> Callable[[int, int], nn.Module]:
     """(channels in, channels out) -> a conditioner of images of this resolution."""
-    if kind not in ("conv", "unet"):
-        raise ValueError(f"conditioner must be 'conv' or 'unet'; got {kind!r}")
+    check_choice("conditioner", kind, ("conv", "unet"))
+    if unet_options is not None:
+        check_kind("unet_options", unet_options, Mapping)
     if kind == "conv":
         if unet_options is not None:
             raise ValueError(f"unet_options need conditioner='unet'; got {dict(unet_options)}")
@@ -183,14 +191,12 @@ def _stack(
     mix: str | None,
     mix_every: int,
 ) -> list[Bijection]:
-    if depth < 1:
-        raise ValueError(f"depth must be at least 1; got {depth}")
-    if features < 2:
-        raise ValueError(f"features must be at least 2; got {features}")
-    if coupling not in ("affine", "additive"):
-        raise ValueError(f"coupling must be 'affine' or 'additive'; got {coupling!r}")
-    if mix is not None and mix not in _MIXES:
-        raise ValueError(f"mix must be None or one of {', '.join(_MIXES)}; got {mix!r}")
+    depth = check_count("depth", depth)
+    check_choice("coupling", coupling, ("affine", "additive"))
+    check_choice("order", order, ORDERS)
+    check_flag("actnorm", actnorm)
+    if mix is not None:
+        check_choice("mix", mix, tuple(_MIXES))
     if scale_map is None:
         scale_map = ScaleMap("smooth", bound=default_bound(depth))
     layers: list[Bijection] = []

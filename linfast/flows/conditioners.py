@@ -10,7 +10,7 @@ Linearizer is its operator A.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
+from ..checks import (
+    check_choice,
+    check_count,
+    check_counts,
+    check_flag,
+    check_kind,
+    check_like,
+    check_number,
+    check_tensor,
+    check_time,
+)
 from ..ops.activations import ACTIVATIONS
 from ..profiling import annotate
 
@@ -26,9 +37,27 @@ __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_f
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """The activation of this name: relu, silu, tanh or gelu (exact)."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+    check_choice("activation", name, tuple(ACTIVATIONS))
     return ACTIVATIONS[name]
+
+
+def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
+    """Raise unless x is a tensor of the dtype and on the device of the network's first layer."""
+    check_kind("x", x, Tensor)
+    first = next(iter(layers))
+    # A parametrized layer is of another class, and to read its weight computes it.
+    if type(first) in (nn.Linear, nn.Conv2d) and not torch.compiler.is_compiling():
+        check_like(kind, "x", x, first.weight)  # type: ignore[arg-type]
+
+
+def check_time_features(features: int, least: int = 0) -> int:
+    """The size of an embedding of time, even and at least 4, as an int; 0 for none where ``least`` is 0."""
+    features = check_count("time_features", features, least)
+    if features and (features < 4 or features % 2):
+        raise ValueError(
+            f"time_features must be even and at least 4{' or 0' if least == 0 else ''}; got {features}"
+        )
+    return features
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -41,13 +70,16 @@ class SinusoidalEmbedding(nn.Module):
 
     def __init__(self, features: int, max_period: float = 10000.0, scale: float = 1.0) -> None:
         super().__init__()
-        if features < 4 or features % 2:
+        self.features = check_count("features", features, least=4)
+        if self.features % 2:
             raise ValueError(f"features must be even and at least 4; got {features}")
-        self.features = features
-        self.max_period = max_period
-        self.scale = scale
+        self.max_period = check_number("max_period", max_period, least=0.0, above=True)
+        self.scale = check_number("scale", scale)
 
     def forward(self, t: Tensor) -> Tensor:
+        check_tensor("t", t)
+        if t.ndim != 1:
+            raise ValueError(f"t must be [B]; got {tuple(t.shape)}")
         half = self.features // 2
         k = torch.arange(half, device=t.device, dtype=t.dtype)
         angles = (self.scale * t)[:, None] * torch.exp(k * (-math.log(self.max_period) / (half - 1)))
@@ -61,14 +93,10 @@ def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) ->
             return None
         what = "needs t=" if timed else "was built without time_features"
         raise ValueError(f"{name} {what}; got t={t!r}")
-    if isinstance(t, (int, float)):  # on a GPU as_tensor would wait for a copy
+    check_time(t, like, like.shape[0])
+    if not isinstance(t, Tensor):  # on a GPU as_tensor would wait for a copy
         return torch.full((1,), t, dtype=like.dtype, device=like.device)
-    times = torch.as_tensor(t, dtype=like.dtype, device=like.device)
-    if times.ndim > 1 or (times.ndim == 1 and times.shape[0] != like.shape[0]):
-        raise ValueError(
-            f"t must be a number, 0-d or [{like.shape[0]}] for x {tuple(like.shape)}; got {tuple(times.shape)}"
-        )
-    return times.reshape(-1)
+    return t.to(like).reshape(-1)
 
 
 def embed_time(
@@ -109,13 +137,18 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         activation_function(activation)
-        if not isinstance(hidden, Sequence):
-            raise TypeError(f"hidden must be a sequence of widths, such as (128, 128); got {hidden!r}")
-        self.n_in, self.n_out, self.hidden = n_in, n_out, tuple(hidden)
+        check_flag("bias", bias)
+        check_flag("zero_last", zero_last)
+        self.n_in, self.n_out, self.hidden = (
+            check_count("n_in", n_in),
+            check_count("n_out", n_out),
+            check_counts("hidden", hidden),
+        )
         self.activation, self.bias, self.zero_last = activation, bias, zero_last
-        self.time_features, self.context_features = time_features, context_features
+        self.time_features = time_features = check_time_features(time_features)
+        self.context_features = context_features = check_count("context_features", context_features, least=0)
         self.embedding = SinusoidalEmbedding(time_features) if time_features else None
-        widths = (n_in + time_features + context_features, *self.hidden, n_out)
+        widths = (self.n_in + time_features + context_features, *self.hidden, self.n_out)
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
         if zero_last:
             _zero(self.layers[-1])
@@ -146,12 +179,17 @@ class MLP(nn.Module):
         return bool(self.time_features or self.context_features)
 
     def _inputs(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> list[Tensor]:
-        if x.shape[-1] != self.n_in or x.ndim != 2:
+        check_input("MLP", x, self.layers)
+        if x.ndim != 2 or x.shape[-1] != self.n_in:
             raise ValueError(f"MLP: x must be [B, {self.n_in}]; got {tuple(x.shape)}")
         if (context is None) != (self.context_features == 0):
             raise ValueError(f"MLP has context_features={self.context_features}; got context={context!r}")
-        if context is not None and context.shape != (x.shape[0], self.context_features):
-            raise ValueError(f"context must be [{x.shape[0]}, {self.context_features}]; got {tuple(context.shape)}")
+        if context is not None:
+            check_kind("context", context, Tensor)
+            check_like("MLP", "context", context, x)
+            if context.shape != (x.shape[0], self.context_features):
+                wanted = f"[{x.shape[0]}, {self.context_features}]"
+                raise ValueError(f"context must be {wanted} for x {tuple(x.shape)}; got {tuple(context.shape)}")
         time = embed_time(self.embedding, t, x, "MLP")
         return [part for part in (x, time, context) if part is not None]
 
@@ -177,8 +215,10 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         activation_function(activation)
-        self.channels_in, self.channels_out, self.width = channels_in, channels_out, width
-        self.activation, self.time_features = activation, time_features
+        self.channels_in = channels_in = check_count("channels_in", channels_in)
+        self.channels_out = channels_out = check_count("channels_out", channels_out)
+        self.width = width = check_count("width", width)
+        self.activation, self.time_features = activation, check_time_features(time_features)
         self.layers = nn.ModuleList(
             (
                 nn.Conv2d(channels_in, width, 3, padding=1),
@@ -193,7 +233,8 @@ class ConvNet(nn.Module):
     @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
-        if x.ndim != 4 or x.shape[1] != self.channels_in:
+        check_input("ConvNet", x, self.layers)
+        if x.ndim != 4 or x.shape[1] != self.channels_in or 0 in x.shape[2:]:
             raise ValueError(f"ConvNet: x must be [B, {self.channels_in}, H, W]; got {tuple(x.shape)}")
         activate = ACTIVATIONS[self.activation]
         h = self.layers[0](x)

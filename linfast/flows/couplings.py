@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice, check_count, check_kind
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, affine_coupling_undo, split_sizes
 from ..ops.coupling_mix import coupling_mix
-from ..scale_maps import ScaleMap
+from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .bijection import Bijection, constant_log_det
 from .undo import Cotangents, Undone, gradients
 
@@ -31,12 +32,10 @@ class _Coupling(Bijection):
 
     def __init__(self, conditioner: nn.Module, features: int, moves: str) -> None:
         super().__init__()
-        if features < 2:
-            raise ValueError(f"features must be at least 2; got {features}")
-        if moves not in HALVES:
-            raise ValueError(f"moves must be one of {', '.join(HALVES)}; got {moves!r}")
+        check_kind("conditioner", conditioner)
+        check_choice("moves", moves, HALVES)
         self.conditioner = conditioner
-        self.features = features
+        self.features = check_count("features", features, least=2)
         self.moves = moves
 
     def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
@@ -126,13 +125,13 @@ class AffineCoupling(_Coupling):
         layout: str = "halves",
     ) -> None:
         super().__init__(conditioner, features, moves)
-        if order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
-        self.scale_map = ScaleMap(scale_map) if isinstance(scale_map, str) else scale_map
-        if not isinstance(self.scale_map, ScaleMap):
-            raise TypeError(f"scale_map must be a ScaleMap or its kind; got {type(scale_map).__name__}")
+        check_choice("order", order, ORDERS)
+        check_choice("layout", layout, LAYOUTS)
+        if isinstance(scale_map, str):
+            check_choice("scale_map", scale_map, SCALE_MAP_KINDS)
+            scale_map = ScaleMap(scale_map)
+        check_kind("scale_map", scale_map, ScaleMap, "a ScaleMap or its kind")
+        self.scale_map = scale_map
         self.order = order
         self.layout = layout
 

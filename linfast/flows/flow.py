@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import check_count, check_counts, check_kind
 from ..rows import by_rows, rows_at_once
 from .bijection import Bijection, constant_log_det
 from .drift import DriftGuard
@@ -48,9 +49,14 @@ class Flow(Bijection):
     ) -> None:
         super().__init__()
         self.memory = check_memory(memory)
+        check_kind("bijections", bijections, Iterable)
+        if isinstance(bijections, Tensor):
+            raise TypeError(f"bijections must be Bijections; got a tensor {tuple(bijections.shape)}")
+        bijections = tuple(bijections)
+        features = None if features is None else check_count("features", features)
+        self.features, self._features_out = _chain(bijections, features)
         self.bijections = nn.ModuleList(bijections)
-        self.shape = None if shape is None else tuple(shape)
-        self.features, self._features_out = _chain(self.bijections, features)
+        self.shape = None if shape is None else check_counts("shape", shape)
         self._stored = stored_tensors(self.bijections)
         self._guard = DriftGuard()
 
@@ -87,12 +93,11 @@ class Flow(Bijection):
         return x, total
 
 
-def _chain(bijections: Iterable[nn.Module], features: int | None) -> tuple[int | None, int | None]:
+def _chain(bijections: Iterable[Bijection], features: int | None) -> tuple[int | None, int | None]:
     """Features in and out of the chain; raises where two neighbours disagree."""
     first = current = features
     for i, bijection in enumerate(bijections):
-        if not isinstance(bijection, Bijection):
-            raise TypeError(f"bijections[{i}] must be a Bijection; got {type(bijection).__name__}")
+        check_kind(f"bijections[{i}]", bijection, Bijection)
         if None not in (current, bijection.features) and current != bijection.features:
             raise ValueError(
                 f"bijections[{i}] ({type(bijection).__name__}) takes {bijection.features} features "

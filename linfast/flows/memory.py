@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_choice
 from .bijection import Bijection, run
 from .drift import DRIFT_BUDGETS
 from .steps import Context, Step
@@ -29,8 +30,7 @@ AUTO_BYTES = 2**30
 
 def check_memory(memory: str) -> str:
     """memory, or ValueError."""
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be one of {', '.join(MEMORY_MODES)}; got {memory!r}")
+    check_choice("memory", memory, MEMORY_MODES)
     return memory
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
+from ..checks import check_choice, check_count
 from ..freeze import derived
 from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
@@ -77,9 +78,8 @@ class Mix(_LinearMix):
 
     def __init__(self, features: int, kind: str = "lu") -> None:
         super().__init__()
-        if kind not in ("lu", "free"):
-            raise ValueError(f"kind must be 'lu' or 'free'; got {kind!r}")
-        self.features = features
+        check_choice("kind", kind, ("lu", "free"))
+        self.features = features = check_count("features", features)
         self.kind = kind
         if kind == "free":
             self.weight = nn.Parameter(torch.linalg.qr(torch.randn(features, features)).Q.contiguous())
@@ -124,10 +124,8 @@ class Householder(_LinearMix):
 
     def __init__(self, features: int, count: int = 4) -> None:
         super().__init__()
-        if count < 1:
-            raise ValueError(f"count must be at least 1; got {count}")
-        self.features = features
-        self.count = count
+        self.features = features = check_count("features", features)
+        self.count = count = check_count("count", count)
         self.vectors = nn.Parameter(torch.randn(count, features))
 
     def _wide_weight(self, inverse: bool) -> Tensor:
@@ -160,6 +158,7 @@ class Permute(ChannelLinear):
 
     def __init__(self, features: int, permutation: Tensor | str | None = None) -> None:
         super().__init__()
+        features = check_count("features", features)
         if permutation is None:
             order = torch.randperm(features)
         elif isinstance(permutation, str):
@@ -167,7 +166,7 @@ class Permute(ChannelLinear):
                 raise ValueError(f"permutation must be a tensor, 'reverse' or None; got {permutation!r}")
             order = torch.arange(features - 1, -1, -1)
         else:
-            order = torch.as_tensor(permutation, dtype=torch.long)
+            order = _integers("permutation", permutation)
             check_permutation(order, features)
         self.features = features
         self.register_buffer("permutation", order)
@@ -188,6 +187,17 @@ class Permute(ChannelLinear):
         return f"features={self.features}"
 
 
+def _integers(name: str, values: Any) -> Tensor:
+    """A tensor, an array or a sequence of integers as an int64 tensor."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name} must be integers; {error}") from error
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers; got {tensor.dtype}")
+    return tensor.long()
+
+
 def check_permutation(order: Tensor, features: int | None, name: str = "permutation") -> None:
     """Raise unless the integers ``order`` are 0 to features - 1 once each; on the meta device, of that shape."""
     right = order.shape == (features,)
@@ -195,4 +205,5 @@ def check_permutation(order: Tensor, features: int | None, name: str = "permutat
         right = torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
     if not right:
         got = f"shape {tuple(order.shape)}" if order.is_meta else order.tolist()
-        raise ValueError(f"{name} must hold 0 to {features} - 1 once each; got {got}")
+        last = "n" if features is None else features - 1
+        raise ValueError(f"{name} must hold 0 to {last} once each for features = {features}; got {got}")

@@ -21,6 +21,7 @@ connected already:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..checks import check_choice, check_kind, check_tensor
 from .drift import Checksum, DriftGuard, capturing, drift_budget
 from .outside import now, read_from_outside
 from .rebuild import Backward
@@ -71,7 +73,14 @@ def reversible(
             where a parameter was replaced or written to since, or the steps do not repeat themselves:
             random numbers not torch's.
     """
+    check_kind("steps", steps, Sequence)
+    for i, step in enumerate(steps):
+        check_kind(f"steps[{i}]", step, Step)
+    check_tensor("x", x)
     context = {} if context is None else context
+    check_kind("context", context, Mapping)
+    check_kind("guard", guard, (DriftGuard, NoneType))
+    check_choice("memory", memory, ("invert", "auto"))
     chain = Chain(steps, context, DriftGuard() if guard is None else guard)
     inputs = (x, *chain.parameters, *chain.given)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or chain.must_store(x):
@@ -131,7 +140,9 @@ class Chain:
     def must_store(self, x: Tensor) -> bool:
         """Whether a replay would not be the first run."""
         swapped = any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
-        return swapped or (capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules()))
+        nothing_to_rebuild = x.is_meta or not x.numel()
+        dropping = capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules())
+        return nothing_to_rebuild or swapped or dropping
 
     def run(self, anchor: Tensor, x: Tensor, memory: str) -> Outputs:
         """The first run: notes the state of each step and its input's checksum."""

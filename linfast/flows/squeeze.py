@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..checks import check_count
 from .bijection import Bijection, constant_log_det
 
 __all__ = ["Squeeze"]
@@ -24,7 +25,7 @@ class Squeeze(Bijection):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.features = features
+        self.features = check_count("features", features)
 
     @property
     def features_out(self) -> int | None:

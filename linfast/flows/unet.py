@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_counts, check_flag, check_number
 from ..freeze import derived
-from .conditioners import SinusoidalEmbedding, time_rows
+from .conditioners import SinusoidalEmbedding, check_input, check_time_features, time_rows
 from .unet_blocks import ResidualBlock, conv3x3, in_nchw, norm
 
 __all__ = ["UNet"]
@@ -74,14 +75,17 @@ class UNet(nn.Module):
         nchw_dropout: bool = False,
     ) -> None:
         super().__init__()
-        self.channels_in, self.channels_out, self.resolution = channels_in, channels_out, resolution
-        self.width, self.channel_mult, self.blocks = width, tuple(channel_mult), blocks
-        self.attention_resolutions = tuple(attention_resolutions)
-        self.dropout, self.time_features, self.nchw_dropout = dropout, time_features, nchw_dropout
-        if not self.channel_mult or blocks < 1:
-            raise ValueError(f"a UNet needs a level and a block; got channel_mult={channel_mult}, blocks={blocks}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+        self.channels_in = channels_in = check_count("channels_in", channels_in)
+        self.channels_out = channels_out = check_count("channels_out", channels_out)
+        self.resolution = check_count("resolution", resolution)
+        self.width, self.blocks = (width := check_count("width", width)), check_count("blocks", blocks)
+        self.channel_mult = check_counts("channel_mult", channel_mult)
+        self.attention_resolutions = check_counts("attention_resolutions", attention_resolutions)
+        self.dropout = check_number("dropout", dropout, 0.0, 1.0, below=True)
+        self.time_features, self.nchw_dropout = check_time_features(time_features), nchw_dropout
+        check_flag("nchw_dropout", nchw_dropout)
+        if not self.channel_mult:
+            raise ValueError("channel_mult must hold a level; got none")
 
         self.stem = conv3x3(channels_in, width)
         encoder: list[_Block] = []
@@ -172,8 +176,10 @@ class UNet(nn.Module):
         return (rows if per_sample else rows[0]).split(self._shift_sizes, dim=-1)
 
     def _check(self, x: Tensor) -> None:
+        check_input("UNet", x, (self.stem,))
         factor = 2 ** (len(self.channel_mult) - 1)
-        if x.ndim != 4 or x.shape[1] != self.channels_in or x.shape[2] % factor or x.shape[3] % factor:
+        sides = x.shape[2:]
+        if x.ndim != 4 or x.shape[1] != self.channels_in or any(side % factor or not side for side in sides):
             raise ValueError(
                 f"UNet: x must be [B, {self.channels_in}, H, W] with H and W multiples of {factor}; "
                 f"got {tuple(x.shape)}"

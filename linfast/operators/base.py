@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
-from ..flows.bijection import check_like
+from ..checks import check_count, check_factor, check_kind, check_like, check_number, check_time
 from ..freeze import derived
 from ..profiling import annotate
 from .half import cast, dtype_of, in_fp32
@@ -68,6 +68,7 @@ class LatentOperator(nn.Module):
 
     def at(self, t: float | Tensor) -> LatentOperator:
         """The operator at time t: a number, a 0-d tensor, or [B] for one a sample."""
+        check_time(t)
         return self
 
     # What every operator has.
@@ -76,11 +77,14 @@ class LatentOperator(nn.Module):
     def forward(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
         """A z for each row of z; at time t where A depends on one."""
         if t is not None:
+            check_kind("z", z, Tensor)
+            check_time(t, z, z.shape[0] if z.ndim else None)
             return self.at(t)(z)
         return self._apply_checked(z)
 
     def _apply_checked(self, z: Tensor) -> Tensor:
         kind = type(self).__name__
+        check_kind("z", z, Tensor)
         if self.time_dependent:
             raise ValueError(f"{kind} depends on time: pass t=, or use A.at(t)")
         if z.ndim < 2 or z.shape[1:].numel() != self.n_in:
@@ -111,8 +115,10 @@ class LatentOperator(nn.Module):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> LatentOperator:
-        if not isinstance(divisor, (int, float)):  # 1 / tensor, taken now, would not be a live view
-            raise TypeError(f"an operator is divided by a number; got {divisor!r}; scale it: (1 / a) * A")
+        if isinstance(divisor, Tensor):  # 1 / tensor, taken now, would not be a live view
+            raise TypeError("an operator is divided by a number; got a tensor; scale it: (1 / a) * A")
+        if not check_number("divisor", divisor):
+            raise ValueError("divisor must not be 0: an operator is divided by a number")
         return lazy.Scaled(1.0 / divisor, self)
 
     def __neg__(self) -> LatentOperator:
@@ -121,8 +127,7 @@ class LatentOperator(nn.Module):
     @outside_autocast
     def __pow__(self, n: int) -> LatentOperator:
         """A^n, a snapshot; n < 0 is the inverse's power."""
-        if not isinstance(n, int):
-            raise TypeError(f"the exponent must be an integer; got {n!r}")
+        n = check_count("the exponent", n, least=-(2**31))
         self._check_square("**")
         base = self.inverse() if n < 0 else self
         return base.closed()._power(abs(n))
@@ -164,6 +169,7 @@ class LatentOperator(nn.Module):
         Singular values up to rtol times the largest count as zero; by default rtol is
         max(n_out, n_in) times the dtype's epsilon.
         """
+        check_rtol(rtol)
         leaf = self.closed()
         return cast(in_fp32(leaf)._pinv(_rtol(leaf, rtol)), dtype_of(leaf))
 
@@ -182,7 +188,7 @@ class LatentOperator(nn.Module):
 
     def norm(self, ord: float | str = 2) -> Tensor:
         """Norm from the singular values: 2 (largest; the Lipschitz constant), "fro" or "nuc"."""
-        if ord not in (2, "fro", "nuc"):
+        if isinstance(ord, bool) or not isinstance(ord, (int, float, str)) or ord not in (2, "fro", "nuc"):
             raise ValueError(f"ord must be 2, 'fro' or 'nuc'; got {ord!r}")
         S, rest, others = self._singular_values()
         if ord == 2:
@@ -193,6 +199,7 @@ class LatentOperator(nn.Module):
 
     def rank(self, rtol: float | None = None) -> Tensor:
         """Number of singular values above rtol times the largest (rtol as in ``pinv``)."""
+        check_rtol(rtol)
         S, rest, others = self._singular_values()
         limit = largest(S, rest) * cutoff(S, max(self.n_out, self.n_in), _rtol(self, rtol))
         return (limit[..., None] < S).sum(-1) + others * (limit < rest)
@@ -288,18 +295,22 @@ def hold(module: nn.Module, name: str, value: Any) -> None:
         module.register_parameter(name, value)
     elif isinstance(value, Tensor):
         module.register_buffer(name, value)
-    elif isinstance(value, (int, float)):
-        setattr(module, name, value)
     else:
-        raise TypeError(f"{type(module).__name__}: {name} must be a tensor or a number; got {type(value).__name__}")
+        check_factor(f"{type(module).__name__}: {name}", value)
+        setattr(module, name, value)
 
 
-def check_size(kind: str, name: str, n: object) -> None:
-    """Raise unless n is a size; a tensor given in its place belongs in ``of``."""
+def check_size(kind: str, name: str, n: object) -> int:
+    """n as an int; raises unless it is a size. A tensor given in its place belongs in ``of``."""
     if isinstance(n, Tensor):
         raise TypeError(f"{kind}: {name} is a size; {kind}.of(...) takes the tensor; got shape {tuple(n.shape)}")
-    if not isinstance(n, int) or n < 0:
-        raise ValueError(f"{kind}: {name} must be a non-negative integer; got {n!r}")
+    return check_count(f"{kind}: {name}", n, least=0)
+
+
+def check_rtol(rtol: float | None) -> None:
+    """Raise unless rtol is None or a number of at least 0."""
+    if rtol is not None:
+        check_number("rtol", rtol, least=0.0)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_tensor
 from .base import Leaf, hold
 from .diagonal import Diagonal
 from .spectral import SVD, Eig, matrix_inverse
@@ -19,6 +20,7 @@ class BlockDiagonal(Leaf):
 
     def __init__(self, blocks: Tensor) -> None:
         super().__init__()
+        check_tensor("blocks", blocks)
         if blocks.ndim != 3 or blocks.shape[-1] != blocks.shape[-2]:
             raise ValueError(f"blocks must be [C, m, m]; got {tuple(blocks.shape)}")
         self.n_out = self.n_in = blocks.shape[0] * blocks.shape[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_tensor
 from ..ops.latent_matmul import latent_matmul
 from .base import Leaf, check_size, hold
 from .spectral import SVD, Eig, matrix_inverse
@@ -26,12 +27,11 @@ class Dense(Leaf):
 
     def __init__(self, n_out: int, n_in: int | None = None, weight: Tensor | None = None) -> None:
         super().__init__()
-        n_in = n_out if n_in is None else n_in
-        check_size("Dense", "n_out", n_out)
-        check_size("Dense", "n_in", n_in)
-        self.n_out, self.n_in = n_out, n_in
+        self.n_out = check_size("Dense", "n_out", n_out)
+        self.n_in = self.n_out if n_in is None else check_size("Dense", "n_in", n_in)
         if weight is None:
             weight = nn.Parameter(nn.init.orthogonal_(torch.empty(self.n_out, self.n_in)))
+        check_tensor("weight", weight)
         if weight.ndim not in (2, 3) or weight.shape[-2:] != (self.n_out, self.n_in):
             raise ValueError(
                 f"weight must be [{self.n_out}, {self.n_in}] or one a sample [B, {self.n_out}, {self.n_in}]; "
@@ -42,6 +42,7 @@ class Dense(Leaf):
     @classmethod
     def of(cls, weight: Tensor) -> Dense:
         """The operator of this matrix."""
+        check_tensor("weight", weight)
         if weight.ndim < 2:
             raise ValueError(f"weight must be [n_out, n_in] or [B, n_out, n_in]; got {tuple(weight.shape)}")
         return cls(weight.shape[-2], weight.shape[-1], weight)

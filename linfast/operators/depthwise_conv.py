@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_count, check_counts, check_tensor
 from ..ops.depthwise_conv import depthwise_conv
 from .base import Leaf, hold
 from .block_diagonal import BlockDiagonal
@@ -41,15 +42,24 @@ class DepthwiseConv(Leaf):
         weight: Tensor | None = None,
     ) -> None:
         super().__init__()
-        kernel = _pair("kernel_size", (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size)
-        self.channels, self.kernel_size, self.size = channels, kernel, _pair("size", size)
-        self.n_out = self.n_in = channels * size[0] * size[1]
+        channels = check_count("channels", channels)
+        kernel = (
+            check_pair("kernel_size", kernel_size)
+            if isinstance(kernel_size, (tuple, list))
+            else (check_count("kernel_size", kernel_size),) * 2
+        )
+        self.channels, self.kernel_size, self.size = channels, kernel, check_pair("size", size)
+        self.n_out = self.n_in = channels * self.size[0] * self.size[1]
         if weight is None:
             start = torch.randn(channels, *kernel) * (0.1 / (kernel[0] * kernel[1]))
             start[:, (kernel[0] - 1) // 2, (kernel[1] - 1) // 2] += 1.0
             weight = nn.Parameter(start)
+        check_tensor("weight", weight)
         if weight.ndim not in (3, 4) or tuple(weight.shape[-3:]) != (channels, *kernel):
-            raise ValueError(f"weight must be [{channels}, {kernel[0]}, {kernel[1]}]; got {tuple(weight.shape)}")
+            raise ValueError(
+                f"weight must be [{channels}, {kernel[0]}, {kernel[1]}] for these channels and kernel_size; "
+                f"got {tuple(weight.shape)}"
+            )
         hold(self, "weight", weight)
 
     @property
@@ -117,7 +127,7 @@ class DepthwiseConv(Leaf):
         return self._blocks()._eig()
 
 
-def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or min(value) < 1:
-        raise ValueError(f"{name} must be two positive integers; got {value!r}")
-    return value[0], value[1]
+def check_pair(name: str, value: object) -> tuple[int, int]:
+    """(height, width) of positive integers; raises where it is anything else."""
+    height, width = check_counts(name, value, length=2)
+    return height, width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_tensor
 from .base import LatentOperator, Leaf, check_size, hold
 from .spectral import SVD, Eig, cutoff, pseudo_inverse_values, unless_singular
 
@@ -24,16 +25,20 @@ class Diagonal(Leaf):
 
     def __init__(self, n: int, diagonal: Tensor | None = None) -> None:
         super().__init__()
-        check_size("Diagonal", "n", n)
+        n = check_size("Diagonal", "n", n)
         self.n = self.n_out = self.n_in = n
         diagonal = nn.Parameter(torch.ones(n)) if diagonal is None else diagonal
+        check_tensor("diagonal", diagonal)
         if diagonal.ndim not in (1, 2) or diagonal.shape[-1] != n:
-            raise ValueError(f"diagonal must be [{n}] or [B, {n}]; got {tuple(diagonal.shape)}")
+            raise ValueError(f"diagonal must be [{n}] or [B, {n}], of size n; got {tuple(diagonal.shape)}")
         hold(self, "diagonal", diagonal)
 
     @classmethod
     def of(cls, diagonal: Tensor) -> Diagonal:
         """The operator of this diagonal."""
+        check_tensor("diagonal", diagonal)
+        if diagonal.ndim < 1:
+            raise ValueError("diagonal must be [n] or [B, n]; got ()")
         return cls(diagonal.shape[-1], diagonal)
 
     @property
@@ -105,7 +110,8 @@ class Projection(LatentOperator):
 
     def __init__(self, n: int, rank: int | None = None) -> None:
         super().__init__()
-        kept = n // 2 if rank is None else rank
+        n = check_size("Projection", "n", n)
+        kept = n // 2 if rank is None else check_count("rank", rank, least=0)
         if not 0 <= kept <= n:
             raise ValueError(f"rank must be between 0 and n = {n}; got {rank}")
         self.n = self.n_out = self.n_in = n

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..device import tensors_of
+
 __all__ = ["cast", "dtype_of", "in_fp32"]
 
 _Operator = TypeVar("_Operator", bound=nn.Module)
@@ -17,8 +19,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def dtype_of(operator: nn.Module) -> torch.dtype:
     """Of its first matrix or vector; a 0-d factor fits any."""
-    tensors = (*operator.parameters(), *operator.buffers())
-    return next((t.dtype for t in tensors if t.ndim and t.is_floating_point()), torch.get_default_dtype())
+    found = (t.dtype for t in tensors_of(operator) if t.ndim and t.is_floating_point())
+    return next(found, torch.get_default_dtype())
 
 
 def in_fp32(leaf: _Operator) -> _Operator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..autocast import outside_autocast
+from ..checks import check_factor, check_time
 from .base import LatentOperator, Leaf, hold, inverse_of
 
 __all__ = ["Lazy", "Product", "Scaled", "Sum", "Transposed"]
@@ -28,6 +29,7 @@ class Lazy(LatentOperator):
         return any(part.time_dependent for part in self.parts())
 
     def at(self, t: float | Tensor) -> LatentOperator:
+        check_time(t)
         return self._rebuild(*(part.at(t) for part in self.parts())) if self.time_dependent else self
 
 
@@ -69,8 +71,9 @@ class Scaled(Lazy):
 
     def __init__(self, factor: float | Tensor, operator: LatentOperator) -> None:
         super().__init__()
-        if not isinstance(factor, (int, float, Tensor)) or (isinstance(factor, Tensor) and factor.ndim):
-            raise TypeError(f"an operator is scaled by a number or a 0-d tensor; got {factor!r}")
+        if isinstance(factor, Tensor) and factor.ndim:
+            raise TypeError(f"an operator is scaled by a number or a 0-d tensor; got factor {tuple(factor.shape)}")
+        check_factor("factor", factor)
         hold(self, "factor", factor)
         self.operator = operator
         self.n_out, self.n_in = operator.n_out, operator.n_in

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import outside_autocast
+from ..checks import check_factor, check_tensor
 from ..ops.low_rank import low_rank
 from .base import Leaf, hold
 from .spectral import SVD, Eig, cutoff, largest, matrix_inverse, unless_singular
@@ -47,9 +48,9 @@ class LowRank(Leaf):
 
     def __init__(self, alpha: float | Tensor, U: Tensor, V: Tensor) -> None:
         super().__init__()
-        for name, factor in (("U", U), ("V", V)):
-            if not isinstance(factor, Tensor):
-                raise TypeError(f"LowRank: {name} must be a tensor; got {type(factor).__name__}")
+        check_tensor("LowRank: U", U)
+        check_tensor("LowRank: V", V, U, "U")
+        check_factor("LowRank: alpha", alpha, U, "U")
         hold(self, "alpha", alpha)
         hold(self, "U", U)
         hold(self, "V", V)
@@ -59,11 +60,12 @@ class LowRank(Leaf):
             )
         if U.dtype != V.dtype:
             raise ValueError(f"U and V must have one dtype; got {U.dtype} and {V.dtype}")
-        if isinstance(alpha, Tensor) and alpha.ndim:
-            raise ValueError(f"alpha must be a number or a 0-d tensor; got shape {tuple(alpha.shape)}")
         self.n_out, self.n_in = U.shape[-2], V.shape[-2]
         if self.n_out != self.n_in and not (isinstance(alpha, (int, float)) and alpha == 0):
-            raise ValueError(f"alpha must be 0 for a {self.n_out} x {self.n_in} operator; got {alpha}")
+            raise ValueError(
+                f"alpha must be 0 for a {self.n_out} x {self.n_in} operator; got {alpha}, U {tuple(U.shape)} and "
+                f"V {tuple(V.shape)}"
+            )
 
     @property
     def batched(self) -> bool:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..flows.conditioners import MLP, SinusoidalEmbedding
+from ..checks import check_count, check_counts, check_time
+from ..flows.conditioners import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator, Leaf
-from .depthwise_conv import DepthwiseConv
+from .depthwise_conv import DepthwiseConv, check_pair
 
 __all__ = ["TimeDepthwiseConv"]
 
@@ -39,11 +40,12 @@ class TimeDepthwiseConv(LatentOperator):
         hidden: Sequence[int] = (256, 256),
     ) -> None:
         super().__init__()
-        if kernel_size < 1:
-            raise ValueError(f"kernel_size must be at least 1; got {kernel_size}")
-        self.channels, self.kernel_size, self.size = channels, kernel_size, (size[0], size[1])
-        self.n_out = self.n_in = channels * size[0] * size[1]
-        self.time_features, self.hidden = time_features, tuple(hidden)
+        self.channels = channels = check_count("channels", channels)
+        self.kernel_size = kernel_size = check_count("kernel_size", kernel_size)
+        self.size = check_pair("size", size)
+        self.n_out = self.n_in = channels * self.size[0] * self.size[1]
+        self.time_features = check_time_features(time_features, least=4)
+        self.hidden = check_counts("hidden", hidden)
         self.embedding = SinusoidalEmbedding(time_features)
         self.net = MLP(time_features, channels * kernel_size**2, self.hidden, "gelu", zero_last=False)
         with torch.no_grad():
@@ -62,9 +64,8 @@ class TimeDepthwiseConv(LatentOperator):
 
     def at(self, t: float | Tensor) -> DepthwiseConv:
         like: Any = self.net.layers[-1].weight
+        check_time(t, like)
         times = t.to(like) if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device)
-        if times.ndim > 1:
-            raise ValueError(f"t must be a number, 0-d or [B]; got {tuple(times.shape)}")
         shape = (*times.shape, self.channels, self.kernel_size, self.kernel_size)
         weight = self.net(self.embedding(times.reshape(-1))).to(like.dtype).reshape(shape)
         return DepthwiseConv(self.channels, self.kernel_size, self.size, weight)

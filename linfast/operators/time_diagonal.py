@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..flows.conditioners import MLP, SinusoidalEmbedding
+from ..checks import check_count, check_kind, check_number, check_time
+from ..flows.conditioners import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator, Leaf
 from .low_rank import LowRank
 
@@ -30,12 +31,10 @@ class TimeDiagonal(LatentOperator):
 
     def __init__(self, n: int, rank: int, alpha: float = 1.0, time_features: int = 64, hidden: int = 256) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1; got {rank}")
-        self.n = self.n_out = self.n_in = n
-        self.rank_bound = rank
-        self.alpha = float(alpha)
-        self.time_features, self.hidden = time_features, hidden
+        self.n = self.n_out = self.n_in = n = check_count("n", n)
+        self.rank_bound = rank = check_count("rank", rank)
+        self.alpha = check_number("alpha", alpha)
+        self.time_features, self.hidden = check_time_features(time_features, least=4), check_count("hidden", hidden)
         self.embedding = SinusoidalEmbedding(time_features)
         # U diag(w) V^T z is of z's size at most for orthonormal columns and w of size 1.
         self.U = nn.Parameter(nn.init.orthogonal_(torch.empty(n, rank)))
@@ -54,8 +53,10 @@ class TimeDiagonal(LatentOperator):
 
     def weights(self, t: Tensor) -> Tensor:
         """w [K, r] at the times t [K]."""
-        if not isinstance(t, Tensor) or t.ndim != 1:
-            raise ValueError(f"t must be [K]; got {tuple(t.shape) if isinstance(t, Tensor) else t!r}")
+        check_kind("t", t, Tensor)
+        check_time(t, self.U)
+        if t.ndim != 1:
+            raise ValueError(f"t must be [K]; got {tuple(t.shape)}")
         return self.w_net(self.embedding(t.to(self.U))).to(self.U.dtype)  # rounded by autocast
 
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +65,8 @@ class TimeDiagonal(LatentOperator):
         return scaled, self.V.expand_as(scaled)
 
     def at(self, t: float | Tensor) -> LowRank:
+        check_time(t, self.U)
         times = t if isinstance(t, Tensor) else torch.full((), t, dtype=self.U.dtype, device=self.U.device)
-        if times.ndim > 1:
-            raise ValueError(f"t must be a number, 0-d or [B]; got {tuple(times.shape)}")
         U, V = self.factors(times.reshape(-1))
         return LowRank(self.alpha, U, V) if times.ndim else LowRank(self.alpha, U[0], V[0])
 

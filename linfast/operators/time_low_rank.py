@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..flows.conditioners import MLP, SinusoidalEmbedding
+from ..checks import check_count, check_kind, check_number, check_time
+from ..device import tensor_of
+from ..flows.conditioners import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator, Leaf
 from .low_rank import LowRank
 
@@ -32,12 +32,10 @@ class TimeLowRank(LatentOperator):
 
     def __init__(self, n: int, rank: int, alpha: float = 0.0, time_features: int = 64, hidden: int = 256) -> None:
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1; got {rank}")
-        self.n = self.n_out = self.n_in = n
-        self.rank_bound = rank
-        self.alpha = float(alpha)
-        self.time_features, self.hidden = time_features, hidden
+        self.n = self.n_out = self.n_in = n = check_count("n", n)
+        self.rank_bound = rank = check_count("rank", rank)
+        self.alpha = check_number("alpha", alpha)
+        self.time_features, self.hidden = check_time_features(time_features, least=4), check_count("hidden", hidden)
         self.embedding = SinusoidalEmbedding(time_features)
         self.u_net = self._generator()
         self.v_net = self._generator()
@@ -60,23 +58,25 @@ class TimeLowRank(LatentOperator):
 
     @property
     def _like(self) -> Tensor:
-        weight: Any = self.u_net.layers[-1].weight
+        weight = tensor_of(self.u_net)
+        assert weight is not None
         return weight
 
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """U and V, each [K, n, r], at the times t [K]."""
-        if not isinstance(t, Tensor) or t.ndim != 1:
-            raise ValueError(f"t must be [K]; got {tuple(t.shape) if isinstance(t, Tensor) else t!r}")
+        check_kind("t", t, Tensor)
+        check_time(t, self._like)
+        if t.ndim != 1:
+            raise ValueError(f"t must be [K]; got {tuple(t.shape)}")
         embedded = self.embedding(t.to(self._like))
         shape = (t.shape[0], self.n, self.rank_bound)
         U, V = self.u_net(embedded), self.v_net(embedded)  # rounded by autocast, kept in the parameters' dtype
         return U.to(self._like.dtype).reshape(shape), V.to(self._like.dtype).reshape(shape)
 
     def at(self, t: float | Tensor) -> LowRank:
+        check_time(t, self._like)
         like = self._like
         times = t if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device)
-        if times.ndim > 1:
-            raise ValueError(f"t must be a number, 0-d or [B]; got {tuple(times.shape)}")
         U, V = self.factors(times.reshape(-1))
         return LowRank(self.alpha, U, V) if times.ndim else LowRank(self.alpha, U[0], V[0])
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..kernels.launch import like
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .register import RawOp, define_op
@@ -79,9 +80,10 @@ def affine_coupling(
     Shift, scale and the sum are computed in fp32 or wider; y has x's dtype.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an unknown option, or params whose shape does not fit x.
     """
-    check_coupling(x, params, order, layout, moves)
+    check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
     if uses_triton(x, params):
         y, total = _affine_coupling(
             x, params, *coupling_constants(scale_map, order, layout, moves, inverse, log_det)
@@ -267,18 +269,26 @@ _affine_coupling = define_op(
 )
 
 
-def check_coupling(x: Tensor, params: Tensor, order: str, layout: str, moves: str) -> None:
-    for name, value, allowed in (
-        ("order", order, ORDERS),
-        ("layout", layout, LAYOUTS),
-        ("moves", moves, HALVES),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+def check_coupling(
+    x: Tensor,
+    params: Tensor,
+    scale_map: ScaleMap,
+    order: str,
+    layout: str,
+    moves: str,
+    inverse: bool,
+    log_det: bool,
+) -> None:
+    check_tensor("x", x)
+    check_tensor("params", params, x)
+    check_kind("scale_map", scale_map, ScaleMap)
+    check_choice("order", order, ORDERS)
+    check_choice("layout", layout, LAYOUTS)
+    check_choice("moves", moves, HALVES)
+    check_flag("inverse", inverse)
+    check_flag("log_det", log_det)
     if x.ndim < 2 or x.shape[1] < 2:
         raise ValueError(f"x must be [B, C, ...] with C >= 2; got {tuple(x.shape)}")
-    if params.device != x.device:
-        raise ValueError(f"params is on {params.device} and x on {x.device}")
     channels = split_sizes(x.shape[1])[HALVES.index(moves)]
     expected = (x.shape[0], 2 * channels, *x.shape[2:])
     if params.shape != expected:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..checks import check_tensor
 from ..kernels.launch import positions
 from .register import RawOp, define_op
 
@@ -43,6 +44,7 @@ def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     Under autocast x, weight and bias are cast as torch.matmul casts them.
 
     Raises:
+        TypeError: an argument that is no tensor.
         ValueError: weight is not a matrix whose columns match x's channels, or bias not [O].
     """
     check_mix(x, weight, bias)
@@ -126,6 +128,10 @@ _channel_mix = define_op(
 
 
 def check_mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight, x)
+    if bias is not None:
+        check_tensor("bias", bias, x)
     if weight.ndim != 2 or x.ndim < 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x must be [B, C, ...] and weight [C_out, C]; got x {tuple(x.shape)} and weight {tuple(weight.shape)}"

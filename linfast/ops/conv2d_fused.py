@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import chosen_backend, uses_triton
+from ..checks import check_count, check_flag, check_number, check_tensor
 from ..kernels.conv2d_configs import handed_over, image_like, n_row_tiles, runs_fused, tile_rows_of
 from ..kernels.launch import like
 from ..kernels.stack_configs import mode_on, target_of
@@ -78,6 +79,9 @@ def conv2d_fused(
         ValueError: shapes or groups that do not fit; a precision of another name.
         TypeError: x and weight of different dtypes outside autocast.
     """
+    check_number("eps", eps, 0.0)
+    check_flag("activation", activation)
+    check_number("alpha", alpha)
     _check(x, weight, bias, groups, norm_weight, norm_bias, statistics, residual, next_groups)
     given = [t for t in (weight, bias, norm_weight, norm_bias, residual) if t is not None]
     mode = _mode(x, weight, precision)
@@ -117,6 +121,7 @@ def _fused(x: Tensor, weight: Tensor, mode: str) -> bool:
 
 def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, alpha: float) -> Tensor:
     """The convolution and the sum in plain torch."""
+    bias = None if bias is None else bias.to(weight.dtype)
     per_sample = bias is not None and bias.ndim == 2
     y = F.conv2d(a, weight, None if per_sample else bias, padding=weight.shape[2] // 2)
     if bias is not None and per_sample:
@@ -268,6 +273,12 @@ def _check(
     residual: Tensor | None,
     next_groups: int,
 ) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight, x)
+    parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, tensor in {**parameters, "statistics": statistics, "residual": residual}.items():
+        if tensor is not None:
+            check_tensor(name, tensor, x)
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(
             "x must be [B, C_in, H, W] and weight [C_out, C_in, k, k]; "
@@ -279,16 +290,20 @@ def _check(
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"x and weight must have one dtype; got x {x.dtype} and weight {weight.dtype}")
     if bias is not None and bias.shape not in ((n_out,), (batch, n_out)):
-        raise ValueError(f"bias must be [{n_out}] or [{batch}, {n_out}]; got {tuple(bias.shape)}")
+        raise ValueError(
+            f"bias must be [{n_out}] or [{batch}, {n_out}] for weight {tuple(weight.shape)}; "
+            f"got {tuple(bias.shape)}"
+        )
+    for name, value, channels in (("groups", groups, n_in), ("next_groups", next_groups, n_out)):
+        check_count(name, value, 0)
+        if value and channels % value:
+            raise ValueError(f"{name} must be 0 or divide {channels} channels; got {value}")
     for name, parameter in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if parameter is not None and (not groups or parameter.shape != (n_in,)):
             raise ValueError(
                 f"{name} must be ({n_in},) for x {tuple(x.shape)}, with groups; "
                 f"got {tuple(parameter.shape)} with groups={groups}"
             )
-    for name, value, channels in (("groups", groups, n_in), ("next_groups", next_groups, n_out)):
-        if value < 0 or (value and channels % value):
-            raise ValueError(f"{name} must be 0 or divide {channels} channels; got {value}")
     if statistics is not None and (
         statistics.ndim != 4 or statistics.shape[::2] != (batch, groups) or statistics.dtype != torch.float32
     ):
@@ -297,4 +312,7 @@ def _check(
             f"fp32 [{batch}, tiles, {groups}, 2]; got {statistics.dtype} {tuple(statistics.shape)}"
         )
     if residual is not None and residual.shape != (batch, n_out, height, width):
-        raise ValueError(f"residual must be {(batch, n_out, height, width)}; got {tuple(residual.shape)}")
+        raise ValueError(
+            f"residual must be {(batch, n_out, height, width)} for x {tuple(x.shape)} and "
+            f"weight {tuple(weight.shape)}; got {tuple(residual.shape)}"
+        )

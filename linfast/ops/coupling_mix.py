@@ -76,9 +76,10 @@ def coupling_mix(
         log_det: also return log|det| of the coupling, [B], at least fp32; W's is not in it.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an unknown option, or shapes that do not fit.
     """
-    check_coupling(x, params, order, layout, moves)
+    check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
     check_mix(x, weight, bias)
     options: dict[str, Any] = {
         "order": order, "layout": layout, "moves": moves, "inverse": inverse, "log_det": log_det

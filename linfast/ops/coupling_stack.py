@@ -20,13 +20,15 @@ Backward keeps x and the weights, and recomputes: the kernel's own passes come l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backend import uses_triton
+from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap
@@ -46,6 +48,8 @@ __all__ = [
     "raw_backward",
     "raw_forward",
 ]
+
+_SEQUENCES = (list, tuple, Sequence, nn.ParameterList)
 
 
 def coupling_stack(
@@ -81,9 +85,12 @@ def coupling_stack(
     State, shift, scale and sums are fp32 or wider throughout; y has x's dtype.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: an unknown option, or a shape that does not fit, with the shape.
     """
-    check(x, layers, activation, order, moves, head)
+    check(x, layers, activation, scale_map, order, moves, head, packed)
+    check_flag("inverse", inverse)
+    check_flag("log_det", log_det)
     precision = mode_on(target_of(x), resolve_precision(x, precision))
     options: dict[str, Any] = {
         "activation": activation,
@@ -118,6 +125,9 @@ def mlp_coupling(
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One coupling with its MLP conditioner: ``coupling_stack`` of one layer."""
+    check_kind("weights", weights, _SEQUENCES, "a sequence of tensors")
+    check_kind("biases", biases, _SEQUENCES, "a sequence of tensors or None")
+    check_choice("layout", layout, LAYOUTS)
     return coupling_stack(
         x, [CouplingLayer(weights, biases, layout)], activation=activation, scale_map=scale_map, order=order,
         moves=moves, inverse=inverse, log_det=log_det, precision=precision,
@@ -283,18 +293,21 @@ def check(
     x: Tensor,
     layers: Sequence[CouplingLayer],
     activation: str,
+    scale_map: ScaleMap,
     order: str,
     moves: str,
     head: AffineMap | None,
+    packed: object = None,
 ) -> None:
-    """ValueError where an option is unknown or a shape does not fit."""
-    for name, value, allowed in (
-        ("activation", activation, ACTIVATION_NAMES),
-        ("order", order, ORDERS),
-        ("moves", moves, HALVES),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    """TypeError or ValueError where a type, an option or a shape does not fit."""
+    check_tensor("x", x)
+    check_kind("layers", layers, _SEQUENCES, "a sequence of CouplingLayers")
+    check_choice("activation", activation, ACTIVATION_NAMES)
+    check_kind("scale_map", scale_map, ScaleMap)
+    check_choice("order", order, ORDERS)
+    check_choice("moves", moves, HALVES)
+    check_kind("head", head, (AffineMap, NoneType))
+    check_kind("packed", packed, (PackedStack, NoneType))
     if x.ndim != 2 or x.shape[1] < 2:
         raise ValueError(f"x must be [B, D] with D >= 2; got {tuple(x.shape)}")
     if not layers:
@@ -302,30 +315,39 @@ def check(
     sizes, first = split_sizes(x.shape[1]), HALVES.index(moves)
     for i, layer in enumerate(layers):
         moved = (first + i) % 2
-        _check_layer(f"layer {i}", layer, len(layers[0].weights), sizes[1 - moved], 2 * sizes[moved], x)
-    for entry in _all_maps(layers, head):
+        check_kind(f"layers[{i}]", layer, CouplingLayer)
+        _check_layer(f"layers[{i}]", layer, len(layers[0].weights), sizes[1 - moved], 2 * sizes[moved], x)
+    for name, entry in (("head", head), *((f"layers[{i}].map", layer.map) for i, layer in enumerate(layers))):
+        if entry is None:
+            continue
         D = x.shape[1]
+        check_kind(name, entry, AffineMap)
+        check_tensor(f"{name}.weight", entry.weight, x)
+        if entry.bias is not None:
+            check_tensor(f"{name}.bias", entry.bias, x)
         if entry.weight.shape not in ((D,), (D, D)) or (entry.bias is not None and entry.bias.shape != (D,)):
             shapes = tuple(entry.weight.shape), None if entry.bias is None else tuple(entry.bias.shape)
-            raise ValueError(f"a map must have weight [{D}] or [{D}, {D}] and bias [{D}] or None; got {shapes}")
+            raise ValueError(f"{name} must have weight [{D}] or [{D}, {D}] and bias [{D}] or None; got {shapes}")
 
 
 def _check_layer(name: str, layer: CouplingLayer, n_linear: int, n_in: int, n_out: int, x: Tensor) -> None:
-    if layer.layout not in LAYOUTS:
-        raise ValueError(f"{name}: layout must be one of {', '.join(LAYOUTS)}; got {layer.layout!r}")
+    check_choice(f"{name}.layout", layer.layout, LAYOUTS)
+    for part in ("weights", "biases"):
+        check_kind(f"{name}.{part}", getattr(layer, part), _SEQUENCES, "a sequence of tensors")
     if not 1 <= len(layer.weights) <= 4 or len(layer.weights) != n_linear or len(layer.biases) != n_linear:
         raise ValueError(
-            f"{name}: must have as many weights and biases as layer 0 has weights, 1 to 4; "
+            f"{name} must have as many weights and biases as layer 0 has weights, 1 to 4; "
             f"got {len(layer.weights)} and {len(layer.biases)} for {n_linear}"
         )
     width = n_in
     for weight, bias in zip(layer.weights, layer.biases, strict=True):
+        check_tensor(f"{name}.weights", weight, x)
+        if bias is not None:
+            check_tensor(f"{name}.biases", bias, x)
         if weight.ndim != 2 or weight.shape[1] != width:
-            raise ValueError(f"{name}: a weight must be [out, {width}]; got {tuple(weight.shape)}")
+            raise ValueError(f"{name}.weights: each must be [out, {width}]; got {tuple(weight.shape)}")
         if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"{name}: a bias must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
-        if weight.device != x.device:
-            raise ValueError(f"{name}: a weight is on {weight.device} and x on {x.device}")
+            raise ValueError(f"{name}.biases: each must be [{weight.shape[0]}]; got {tuple(bias.shape)}")
         width = weight.shape[0]
     if width != n_out:
-        raise ValueError(f"{name}: the last weight must have {n_out} rows for x {tuple(x.shape)}; got {width}")
+        raise ValueError(f"{name}.weights: the last must have {n_out} rows for x {tuple(x.shape)}; got {width}")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..checks import check_flag, check_tensor
 from .register import RawOp, define_op
 
 __all__ = ["depthwise_conv"]
@@ -34,9 +35,10 @@ def depthwise_conv(x: Tensor, weight: Tensor, *, transpose: bool = False) -> Ten
         transpose: apply the transposed linear map.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes that do not fit together.
     """
-    _check(x, weight)
+    _check(x, weight, transpose)
     if uses_triton(x, weight):
         return _depthwise_conv(x, weight, transpose)
     return depthwise_conv_reference(x, weight, transpose)
@@ -113,11 +115,14 @@ _depthwise_conv = define_op(
 )
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, transpose: bool) -> None:
+    check_tensor("x", x)
+    check_tensor("weight", weight, x)
+    check_flag("transpose", transpose)
     if x.ndim != 4:
         raise ValueError(f"x must be [B, C, H, W]; got {tuple(x.shape)}")
     leading = tuple(weight.shape[:-2])
-    if weight.ndim not in (3, 4) or leading not in ((x.shape[1],), tuple(x.shape[:2])):
+    if weight.ndim not in (3, 4) or 0 in weight.shape[-2:] or leading not in ((x.shape[1],), tuple(x.shape[:2])):
         raise ValueError(
             f"weight must be [{x.shape[1]}, kh, kw] or [{x.shape[0]}, {x.shape[1]}, kh, kw] "
             f"for x {tuple(x.shape)}; got {tuple(weight.shape)}"

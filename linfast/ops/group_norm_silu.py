@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..checks import check_count, check_flag, check_number, check_tensor
 from ..kernels.launch import like
 from .register import RawOp, define_op
 
@@ -51,9 +52,12 @@ def group_norm_silu(
     Computed in fp32 or wider; y has x's dtype.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: groups that do not divide C, or a parameter whose shape does not fit x.
     """
     _check(x, groups, weight, bias, scale, shift)
+    check_number("eps", eps, 0.0)
+    check_flag("activation", activation)
     parameters = (weight, bias, scale, shift)
     if uses_triton(x, *(t for t in parameters if t is not None)):
         y, _, _ = _group_norm_silu(x, *parameters, groups, eps, activation)
@@ -203,11 +207,16 @@ _group_norm_silu = define_op(
 
 
 def _check(x: Tensor, groups: int, *parameters: Tensor | None) -> None:
+    check_tensor("x", x)
+    check_count("groups", groups)
     if x.ndim < 2:
         raise ValueError(f"x must be [B, C, ...]; got {tuple(x.shape)}")
-    if groups < 1 or x.shape[1] % groups:
+    if x.shape[1] % groups:
         raise ValueError(f"groups must divide the {x.shape[1]} channels of x {tuple(x.shape)}; got {groups}")
     names, shapes = ("weight", "bias", "scale", "shift"), (x.shape[1:2],) * 2 + (x.shape[:2],) * 2
     for name, tensor, shape in zip(names, parameters, shapes, strict=True):
-        if tensor is not None and tensor.shape != shape:
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, x)
+        if tensor.shape != shape:
             raise ValueError(f"{name} must be {tuple(shape)} for x {tuple(x.shape)}; got {tuple(tensor.shape)}")

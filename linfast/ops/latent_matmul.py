@@ -8,10 +8,10 @@ index [B] a bank [K, n_out, n_in] of which row b picks A[index[b]]; y [B, n_out]
 | one              | F.linear: cuBLAS or MKL, which no kernel beats                                    |
 | one a sample     | bmm: reading A once is all the time there is                                      |
 | a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
-|                  | on a CPU, for float64 and mixed dtypes, rows sorted by operator, one product each |
+|                  | on a CPU and for float64, rows sorted by operator, one product each               |
 
 alpha the number and bias are added inside the bank's kernel; alpha a tensor outside, in
-plain torch: reading it on the host would wait for the GPU.
+plain torch: reading it on the host would wait for the GPU. Mixed dtypes are computed in the widest.
 
 On a CPU a bank is one op too: how many rows pick an operator depends on the data, which
 would break torch.compile(fullgraph=True).
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import interpreting, uses_triton
+from ..checks import check_factor, check_kind, check_tensor
 from .register import RawOp, define_op
 
 __all__ = ["latent_matmul"]
@@ -50,24 +51,27 @@ def latent_matmul(
     Sums are kept in fp32 or wider; y has z's dtype.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes that do not fit together; on a CPU, an index outside [0, K).
     """
     _check(z, A, index, alpha, bias)
+    if z.dtype != A.dtype or (bias is not None and bias.dtype != z.dtype):
+        wide = torch.promote_types(z.dtype, A.dtype if bias is None else torch.promote_types(A.dtype, bias.dtype))
+        given = {"alpha": alpha, "bias": None if bias is None else bias.to(wide)}
+        return latent_matmul(z.to(wide), A.to(wide), index, **given).to(z.dtype)  # type: ignore[arg-type]
     number = 0.0 if isinstance(alpha, Tensor) else float(alpha)
     if index is None:
         y = F.linear(z, A, bias) if A.ndim == 2 else torch.einsum("bn,bmn->bm", z, A)
         y = _add(y, z, bias if A.ndim == 3 else None, number)
-    elif _is_one_op(z, A, bias):
+    elif _is_one_op(z, A):
         y = _bank(z, A, index, bias, number)
     else:
         y = bank_reference(z, A, index, bias, number)
     return alpha * z + y if isinstance(alpha, Tensor) else y
 
 
-def _is_one_op(z: Tensor, A: Tensor, bias: Tensor | None) -> bool:
+def _is_one_op(z: Tensor, A: Tensor) -> bool:
     """Whether a bank's product is the raw op: where its kernel runs, and on a CPU its reference."""
-    if z.dtype != A.dtype or (bias is not None and bias.dtype != z.dtype):
-        return False
     return uses_triton(z, A) or (z.device.type == "cpu" and not interpreting())
 
 
@@ -90,7 +94,7 @@ def _sorted_rows(index: Tensor, n_operators: int) -> tuple[Tensor, list[int]]:
     """(rows sorted by operator, rows of each operator)."""
     low, high = map(int, index.aminmax())
     if low < 0 or high >= n_operators:
-        raise ValueError(f"index must be in [0, {n_operators}), the number of operators; got {low} to {high}")
+        raise ValueError(f"index must be in [0, {n_operators}), the operators that A holds; got {low} to {high}")
     return index.argsort(stable=True), index.bincount(minlength=n_operators).tolist()
 
 
@@ -171,22 +175,30 @@ _bank = define_op(
 
 
 def _check(z: Tensor, A: Tensor, index: Tensor | None, alpha: float | Tensor, bias: Tensor | None) -> None:
+    check_tensor("z", z)
+    check_tensor("A", A, z, "z")
+    check_factor("alpha", alpha, z, "z")
     if z.ndim != 2 or A.ndim not in (2, 3) or A.shape[-1] != z.shape[1]:
         raise ValueError(
             f"z must be [B, n_in] and A [..., n_out, n_in]; got z {tuple(z.shape)} and A {tuple(A.shape)}"
         )
     if index is not None:
+        check_kind("index", index, Tensor)
         if A.ndim != 3:
             raise ValueError(f"A must be a bank [K, n_out, n_in] when an index is given; got {tuple(A.shape)}")
-        if index.shape != z.shape[:1] or index.dtype != torch.int64:
+        if index.shape != z.shape[:1] or index.dtype != torch.int64 or index.device != z.device:
             raise ValueError(
-                f"index must be [{z.shape[0]}] int64 for z {tuple(z.shape)}; "
-                f"got {tuple(index.shape)} {str(index.dtype).removeprefix('torch.')}"
+                f"index must be [{z.shape[0]}] int64 on {z.device} for z {tuple(z.shape)}; "
+                f"got {tuple(index.shape)} {str(index.dtype).removeprefix('torch.')} on {index.device}"
             )
     elif A.ndim == 3 and A.shape[0] != z.shape[0]:
-        raise ValueError(f"A has {A.shape[0]} operators for {z.shape[0]} rows of z")
+        raise ValueError(
+            f"A has {A.shape[0]} operators for {z.shape[0]} rows of z, and no index says which is whose"
+        )
     plain = isinstance(alpha, (int, float)) and alpha == 0
     if not plain and A.shape[-2] != A.shape[-1]:
         raise ValueError(f"alpha must be 0 unless A is square; got A {tuple(A.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias, z, "z")
     if bias is not None and bias.shape != A.shape[-2:-1]:
         raise ValueError(f"bias must be [{A.shape[-2]}] for A {tuple(A.shape)}; got {tuple(bias.shape)}")

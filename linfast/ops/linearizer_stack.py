@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..checks import check_kind, check_tensor
 from ..kernels.linearizer_chain import LinearizerConstants, apply_core, linearizer_backward
 from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..precision import half_dtype, resolve_precision
@@ -67,12 +69,22 @@ def linearizer_stack(
         packed: ``pack_linearizer`` of these, where the weights are promised still.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: A's shape does not fit x; and as ``coupling_stack``.
     """
-    if A.ndim not in (1, 2) or A.shape[-1] != x.shape[-1]:
-        raise ValueError(f"A must be [D_y, D] or [D] for x {tuple(x.shape)}; got {tuple(A.shape)}")
-    for g, width in ((g_x, x), (g_y, x.new_empty(0, A.shape[0]))):
-        check(width, g.layers, g.activation, g.order, g.moves, g.head)
+    check_tensor("x", x)
+    check_tensor("A", A, x)
+    check_kind("packed", packed, (PackedLinearizer, NoneType))
+    if A.ndim not in (1, 2) or x.ndim != 2 or A.shape[-1] != x.shape[-1] or A.shape[0] < 2:
+        raise ValueError(
+            f"A must be [D_y, D] or [D], D and D_y at least 2, for x {tuple(x.shape)}; got {tuple(A.shape)}"
+        )
+    for name, g, width in (("g_x", g_x, x), ("g_y", g_y, x.new_empty(0, A.shape[0]))):
+        check_kind(name, g, CouplingStack)
+        try:
+            check(width, g.layers, g.activation, g.scale_map, g.order, g.moves, g.head)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name} for A {tuple(A.shape)}: {error}") from None
     precision = mode_on(target_of(x), resolve_precision(x, precision))
     if linearizer_path_of(x, g_x, A, g_y, precision) != "stack":
         return _one_after_another(x, g_x, A, g_y, precision)

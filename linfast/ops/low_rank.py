@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backend import uses_triton
+from ..checks import check_factor, check_tensor
 from .register import RawOp, define_op
 
 __all__ = ["low_rank"]
@@ -41,6 +42,7 @@ def low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor = 0.0) -> Te
     Sums are kept in fp32 or wider; y has x's dtype.
 
     Raises:
+        TypeError: an argument of another type.
         ValueError: shapes that do not fit together.
     """
     _check(x, U, V, alpha)
@@ -55,6 +57,9 @@ def low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor = 0.0) -> Te
 
 def low_rank_reference(x: Tensor, U: Tensor, V: Tensor, alpha: float = 0.0) -> Tensor:
     """``low_rank`` in plain torch."""
+    if not x.dtype == U.dtype == V.dtype:
+        wide = torch.promote_types(torch.promote_types(x.dtype, U.dtype), V.dtype)
+        return low_rank_reference(x.to(wide), U.to(wide), V.to(wide), alpha).to(x.dtype)
     y = _expand(_project(x, V), U)
     return y if alpha == 0 else alpha * x + y
 
@@ -164,9 +169,12 @@ _low_rank = define_op(
 
 
 def _check(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor) -> None:
+    check_tensor("x", x)
+    check_factor("alpha", alpha, x)
     if x.ndim != 2:
         raise ValueError(f"x must be [B, N]; got {tuple(x.shape)}")
     for name, factor in (("U", U), ("V", V)):
+        check_tensor(name, factor, x)
         if factor.ndim not in (2, 3) or (factor.ndim == 3 and factor.shape[0] != x.shape[0]):
             raise ValueError(
                 f"{name} must be [N, r] or [{x.shape[0]}, N, r] for x {tuple(x.shape)}; got {tuple(factor.shape)}"

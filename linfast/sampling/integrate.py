@@ -19,6 +19,8 @@ from functools import cached_property
 
 from torch import Tensor
 
+from ..checks import check_choice, check_count, check_number
+
 __all__ = ["METHODS", "Schedule", "Tableau", "integrate", "schedule"]
 
 
@@ -84,15 +86,12 @@ class Schedule:
 
 def schedule(method: str, steps: int, stop: float | None = None) -> Schedule:
     """The steps; ValueError for an unknown method, fewer than two steps, or a stop out of its reach."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    if steps < 2:
-        raise ValueError(f"steps must be at least 2; got {steps}")
+    check_choice("method", method, tuple(METHODS))
+    steps = check_count("steps", steps, least=2)
     scheme = METHODS[method]
     if stop is None:
         return Schedule(scheme, steps - 1, 1.0 / steps)
-    if not 0 < stop <= 1:
-        raise ValueError(f"stop must be None, or a time in (0, 1]; got {stop}")
+    check_number("stop", stop, 0.0, 1.0, above=True)
     if stop == 1 and 1.0 in scheme.c:
         raise ValueError(
             f"{method} looks at t = 1, where (A_t z - z) / (1 - t) has no limit: "

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..io import written_whole
+from ..whole_file import written_whole
 from .locked import check_regular, lock, opened, release, reserve, sync_folder
 from .workers import Workers
 
@@ -206,8 +206,6 @@ class NpyFile:
         """Replace the record as a whole."""
         with written_whole(Path(self.record_path)) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump({"done": done, "run": self.identity}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
         sync_folder(os.path.dirname(self.record_path) or ".")
 
 

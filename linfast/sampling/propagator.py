@@ -20,6 +20,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from ..checks import check_number
 from ..device import uploaded
 from ..operators.base import LatentOperator, Leaf
 from ..operators.dense import Dense
@@ -96,12 +97,12 @@ def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tens
         return _finish(fold_dense(factors, pieces), beta, tol, like)
 
 
-def check_time_dependent(A_t: object) -> None:
+def check_time_dependent(A_t: object, name: str = "A_t") -> None:
     """Raise unless this is an operator that depends on time."""
     if not isinstance(A_t, LatentOperator) or not A_t.time_dependent:
-        raise ValueError(f"A_t must be a time-dependent operator, such as TimeLowRank; got {type(A_t).__name__}")
+        raise ValueError(f"{name} must be a time-dependent operator, such as TimeLowRank; got {type(A_t).__name__}")
     if A_t.n_out != A_t.n_in:
-        raise ValueError(f"A_t must be square: it maps latents to latents; got {A_t.n_out} x {A_t.n_in}")
+        raise ValueError(f"{name} must be square: it maps latents to latents; got {A_t.n_out} x {A_t.n_in}")
 
 
 def _like(A: LatentOperator) -> Tensor:
@@ -111,7 +112,7 @@ def _like(A: LatentOperator) -> Tensor:
 
 
 def _check_tol(tol: float | None, dtype: torch.dtype) -> None:
-    if tol is not None and not torch.finfo(dtype).eps <= tol < 1:
+    if tol is not None and not torch.finfo(dtype).eps <= check_number("tol", tol) < 1:
         raise ValueError(f"tol must be below 1 and at least {torch.finfo(dtype).eps:.1e}, {dtype}'s eps; got {tol}")
 
 

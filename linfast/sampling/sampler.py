@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
+from ..checks import check_flag, check_kind, said_of
 from ..device import uploaded
 from ..freeze import freeze
 from ..linearizer import Linearizer
@@ -107,13 +108,16 @@ def sample(
     """
     _check(f)
     plan = schedule(method, steps, stop)
+    check_kind("noise", noise, Tensor)
+    check_flag("one_step", one_step)
+    check_flag("return_path", return_path)
     if return_path and one_step:
         raise ValueError("return_path needs one_step=False: one step has no path")
     f = in_eval_mode(f)
     with at_work(f):
         if one_step:
-            return generator(f, steps, method, stop)(noise)
-        z = f.gy(noise).to(noise.dtype)
+            return said_of("noise", generator(f, steps, method, stop), noise)
+        z = said_of("noise", f.gy, noise).to(noise.dtype)
         path = [z]
         z = _step_by_step(f, z, plan, path.append if return_path else None)
         y = f.gx_inverse(z)
@@ -133,7 +137,7 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop
     plan = schedule(method, steps, stop)
     A, f = f.A, in_eval_mode(f)
     with at_work(f):
-        z = f.gx(y)
+        z = said_of("y", f.gx, y)
         return f.gy_inverse(collapse_inverse(A, plan)(z.double()).to(z.dtype))
 
 
@@ -157,6 +161,5 @@ def _at_each(A: LatentOperator, times: tuple[float, ...]) -> Callable[[int], Lat
 
 
 def _check(f: Linearizer) -> None:
-    if not isinstance(f, Linearizer):
-        raise TypeError(f"f must be a Linearizer; got {type(f).__name__}")
-    check_time_dependent(f.A)
+    check_kind("f", f, Linearizer)
+    check_time_dependent(f.A, "f.A")

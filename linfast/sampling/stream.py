@@ -8,17 +8,20 @@ It does depend on the kind of device and, in its last bits, on the number of thr
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from types import NoneType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_counts, check_flag, check_kind
 from ..linearizer import Linearizer
 from .fingerprint import fingerprint
 from .npy_file import NpyFile
@@ -82,11 +85,13 @@ def sample_stream(
         BlockingIOError: another run is writing to ``out``.
         OSError: no room. Rows already committed are kept.
     """
-    for name, value in (("count", count), ("batch_size", batch_size), ("block_size", block_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0; got {seed!r}")
+    count, batch_size = check_count("count", count, most=2**62), check_count("batch_size", batch_size)
+    block_size, seed = check_count("block_size", block_size), check_count("seed", seed, 0, most=math.inf)
+    noise_shape = None if noise_shape is None else check_counts("noise_shape", noise_shape)
+    check_kind("out", out, (NoneType, str, os.PathLike, np.ndarray, Tensor))
+    check_flag("cuda_graph", cuda_graph)
+    if progress is not None:
+        check_flag("progress", progress)
     source = _Source.of(f, seed, block_size, noise_shape, (steps, method, stop))
     workers = Workers.current()
     if out is None:
@@ -153,6 +158,8 @@ class _Source:
         if isinstance(f, Linearizer):
             noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)
             shape = tuple(getattr(noise_side, "shape", None) or (n,)) if shape is None else shape
+            if torch.Size(shape).numel() != n:
+                raise ValueError(f"noise_shape must be of {n} elements, as many as f has latents; got {shape}")
             if f.A.time_dependent:
                 steps, method, stop = how
                 with at_work(f):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..io import written_whole
+from ..whole_file import written_whole
 
 __all__ = [
     "check_moments",

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_function, check_kind, check_number, check_tensor, said_of
 from ..linearizer import Linearizer
 from ..profiling import annotate
-from .objective import Objective, draw_rows, normal_like
+from .objective import Objective, check_data, draw_rows, normal_like
 
 __all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]
 
@@ -72,9 +73,21 @@ def one_step_loss(
         e_1, e_0: the noise e of the two reconstructions, like their latents; drawn
             standard normal where left out.
     """
+    check_kind("f", f, Linearizer)
+    check_tensor("x_1", x_1)
+    _check_options(latent_noise, distance, likelihood)
+    for name, value in (("x_0", x_0), ("t", t), ("e_1", e_1), ("e_0", e_0)):
+        if value is not None:
+            check_tensor(name, value, x_1, "x_1", same_dtype=True)
+    for name, value, shape in (("x_0", x_0, x_1.shape), ("t", t, x_1.shape[:1])):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must be {tuple(shape)} for x_1 {tuple(x_1.shape)}; got {tuple(value.shape)}")
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     z_1, nll = _encode(f, x_1, likelihood)
-    z_0 = f.gy(x_0)
+    z_0 = said_of("x_0", f.gy, x_0)
+    for name, value, z in (("e_1", e_1, z_1), ("e_0", e_0, z_0)):
+        if value is not None and value.shape != z.shape:
+            raise ValueError(f"{name} must be {tuple(z.shape)}, as its latents; got {tuple(value.shape)}")
     t = torch.rand(x_1.shape[0], dtype=x_1.dtype, device=x_1.device) if t is None else t
     weight = t.reshape(-1, *(1,) * (z_1.ndim - 1))
     predicted = f.A((1 - weight) * z_0 + weight * z_1, t=t)
@@ -115,6 +128,10 @@ class OneStepFlowMatching(Objective):
         dequantise: float = 0.0,
     ) -> None:
         super().__init__()
+        check_kind("f", f, Linearizer)
+        check_data(data, f)
+        _check_options(latent_noise, distance, likelihood)
+        check_number("dequantise", dequantise, 0.0)
         self.model = f
         self.data = data
         self.dequantise = dequantise
@@ -142,10 +159,16 @@ class OneStepFlowMatching(Objective):
         return terms
 
 
+def _check_options(latent_noise: float, distance: object, likelihood: float) -> None:
+    check_number("latent_noise", latent_noise, 0.0)
+    check_function("distance", distance)
+    check_number("likelihood", likelihood, 0.0)
+
+
 def _encode(f: Linearizer, x: Tensor, likelihood: float) -> tuple[Tensor, Tensor]:
     """g_x(x), and the weighted negative log-likelihood a dimension."""
     if not likelihood:
-        return f.gx(x), x.new_zeros(())
-    z, log_det = f.g_x.forward_and_log_det(x)  # type: ignore[operator]
+        return said_of("x_1", f.gx, x), x.new_zeros(())
+    z, log_det = said_of("x_1", f.g_x.forward_and_log_det, x)  # type: ignore[arg-type]
     nll = 0.5 * z.flatten(1).square().sum(1) - log_det
     return z, likelihood * nll.mean() / z[0].numel()

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_function, check_kind, check_number, check_tensor
 from ..linearizer import Linearizer
 from ..operators import Projection
-from .objective import Objective, draw_rows, normal_like
+from .objective import Objective, check_data, draw_rows, normal_like
 
 __all__ = ["IdempotentGeneration", "IdempotentLoss", "idempotent_loss"]
 
@@ -65,9 +66,18 @@ def idempotent_loss(
     Raises:
         TypeError: A is not a Projection.
     """
-    if not isinstance(f.A, Projection):
-        raise TypeError(f"f.A must be a Projection; got {type(f.A).__name__}")
-    mask = f.A.mask()
+    A = _projection(f)
+    check_tensor("x", x)
+    for name, value in (("rank", rank), ("isometry", isometry), ("denoising", denoising), ("noise", noise)):
+        check_number(name, value, 0.0)
+    check_function("distance", distance)
+    if e is not None:
+        check_tensor("e", e, x, same_dtype=True)
+        if e.shape != x.shape:
+            raise ValueError(f"e must be {tuple(x.shape)}, as x; got {tuple(e.shape)}")
+    mask = A.mask()
+    if not len(x):
+        raise ValueError(f"x must have a row; got {tuple(x.shape)}")
     z, zero = f.gx(torch.cat((x, torch.zeros_like(x[:1])))).split((len(x), 1))
     latents = [z]
     if denoising:
@@ -81,6 +91,15 @@ def idempotent_loss(
         isometry=isometry * stretch.abs().mean() / mask.numel(),
         denoising=denoising * distance(denoised[0], x) if denoised else x.new_zeros(()),
     )
+
+
+def _projection(f: Linearizer) -> Projection:
+    """f's A; raises where f is no Linearizer around a Projection."""
+    check_kind("f", f, Linearizer)
+    A = f.A
+    check_kind("f.A", A, Projection)
+    assert isinstance(A, Projection)
+    return A
 
 
 class IdempotentGeneration(Objective):
@@ -101,11 +120,14 @@ class IdempotentGeneration(Objective):
 
     def __init__(self, f: Linearizer, data: Tensor, *, settle: float = 0.5, **options: float) -> None:
         super().__init__()
+        A = _projection(f)
+        check_data(data, f)
+        check_number("settle", settle, 0.0, 1.0)
         self.model = f
         self.data = data
         self.settle, self.options = settle, options
         self._settled = False
-        f.A.logits.register_hook(lambda gradient: gradient * (not self._settled))  # type: ignore[operator]
+        A.logits.register_hook(lambda gradient: gradient * (not self._settled))
 
     def begin_step(self, progress: float) -> None:
         self._settled = progress >= self.settle

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Objective", "draw_rows", "normal_like"]
+from ..checks import check_tensor
+
+__all__ = ["Objective", "check_data", "draw_rows", "normal_like"]
 
 
 class Objective(nn.Module):
@@ -29,6 +31,13 @@ class Objective(nn.Module):
     def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss terms, each 0-d and a mean over the rows drawn; their sum is minimised."""
         raise NotImplementedError
+
+
+def check_data(data: object, f: nn.Module) -> None:
+    """Raise unless these are data [N, ...] on f's device, of which rows can be drawn."""
+    check_tensor("data", data, next(f.parameters(), None), "f")
+    if not isinstance(data, Tensor) or data.ndim < 2 or not data.numel():
+        raise ValueError(f"data must be [N, ...], and not empty; got {tuple(data.shape)}")  # type: ignore[attr-defined]
 
 
 def draw_rows(data: Tensor, rng: torch.Generator, batch: int) -> Tensor:

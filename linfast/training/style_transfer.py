@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import check_count, check_function, check_kind, check_number, check_tensor
 from ..flows import MLP, Bijection
 from ..flows.conditioners import SinusoidalEmbedding
 from ..io import register
 from ..linearizer import Linearizer
 from ..operators import DepthwiseConv, LatentOperator
+from ..operators.depthwise_conv import check_pair
 from .objective import Objective
 
 __all__ = ["GeneratedDepthwise", "ModularStyle", "StyleTransfer"]
@@ -52,9 +54,9 @@ class GeneratedDepthwise(nn.Module):
         hidden: int = 128,
     ) -> None:
         super().__init__()
-        self.count, self.channels, self.kernel_size = count, channels, kernel_size
-        self.size = (size[0], size[1])
-        self.features, self.hidden = features, hidden
+        self.count, self.channels = check_count("count", count), check_count("channels", channels)
+        self.kernel_size, self.size = check_count("kernel_size", kernel_size), check_pair("size", size)
+        self.features, self.hidden = check_count("features", features, least=4), check_count("hidden", hidden)
         self.embedding = SinusoidalEmbedding(features)
         self.net = MLP(features, channels * kernel_size**2, (hidden, hidden), "gelu", zero_last=False)
 
@@ -94,15 +96,28 @@ class ModularStyle(nn.Module):
         self, g: Bijection, operators: GeneratedDepthwise | Sequence[LatentOperator], names: Sequence[str]
     ) -> None:
         super().__init__()
+        check_kind("g", g, Bijection)
+        check_kind("names", names, (list, tuple))
+        for i, name in enumerate(names):
+            check_kind(f"names[{i}]", name, str)
+        check_kind("operators", operators, (GeneratedDepthwise, nn.ModuleList, list, tuple))
+        for i in range(0 if isinstance(operators, GeneratedDepthwise) else len(operators)):
+            check_kind(f"operators[{i}]", operators[i], LatentOperator)
         if len(names) != len(operators) or len(set(names)) != len(names):
-            raise ValueError(f"names must be {len(operators)} different ones, one an operator; got {list(names)}")
+            raise ValueError(
+                f"names must be {len(operators)} different ones, one for each of operators; got {list(names)}"
+            )
         self.g, self.names = g, tuple(names)
         self.operators = operators if isinstance(operators, GeneratedDepthwise) else nn.ModuleList(operators)
 
     def operator(self, name: str) -> LatentOperator:
         """A_k of this style."""
+        return self._operator("name", name)
+
+    def _operator(self, argument: str, name: str) -> LatentOperator:
+        check_kind(argument, name, str)
         if name not in self.names:
-            raise KeyError(f"no style {name!r}; there are {', '.join(self.names)}")
+            raise KeyError(f"{argument}: no style {name!r}; there are {', '.join(self.names)}")
         return self.operators[self.names.index(name)]  # type: ignore[return-value]
 
     def style(self, name: str) -> Linearizer:
@@ -111,7 +126,8 @@ class ModularStyle(nn.Module):
 
     def interpolate(self, first: str, second: str, alpha: float) -> Linearizer:
         """g^{-1} (alpha A_first + (1 - alpha) A_second) g."""
-        return Linearizer(self.g, alpha * self.operator(first) + (1 - alpha) * self.operator(second))
+        alpha, A, B = check_number("alpha", alpha), self._operator("first", first), self._operator("second", second)
+        return Linearizer(self.g, alpha * A + (1 - alpha) * B)
 
     def compose(self, *names: str) -> Linearizer:
         """The styles one after another, the first one first."""
@@ -122,6 +138,15 @@ class ModularStyle(nn.Module):
 
     def decode(self, z: Tensor, style: Tensor) -> Tensor:
         """g^{-1}(A_k z), each row of latents z [B, C, H, W] by the style of its number k in ``style`` [B]."""
+        check_tensor("z", z)
+        check_kind("style", style, Tensor)
+        if style.dtype != torch.int64 or style.shape != z.shape[:1] or style.device != z.device:
+            raise ValueError(
+                f"style must be int64 [{z.shape[0] if z.ndim else ''}] on {z.device} for z {tuple(z.shape)}; "
+                f"got {style.dtype} {tuple(style.shape)} on {style.device}"
+            )
+        if len(style) and not 0 <= int(style.min()) <= int(style.max()) < len(self.names):
+            raise ValueError(f"style must hold numbers from 0 to {len(self.names) - 1}; got {style.tolist()}")
         order = style.argsort(stable=True)
         parts = z[order].split(style.bincount(minlength=len(self.names)).tolist())
         styled = torch.cat([self.operator(name)(part) for name, part in zip(self.names, parts, strict=True)])
@@ -151,10 +176,16 @@ class StyleTransfer(Objective):
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
     ) -> None:
         super().__init__()
+        check_kind("model", model, ModularStyle)
+        check_tensor("contents", contents, next(model.parameters(), None), "model")
+        check_tensor("styled", styled, contents, "contents")
+        check_function("distance", distance)
+        if contents.ndim != 4 or not contents.numel():
+            raise ValueError(f"contents must be [N, C, H, W], and not empty; got {tuple(contents.shape)}")
         if styled.shape != (len(model.names), *contents.shape):
             raise ValueError(
                 f"styled must be [{len(model.names)}, {', '.join(map(str, contents.shape))}]: "
-                f"each style of each content; got {tuple(styled.shape)}"
+                f"each style of each of contents; got {tuple(styled.shape)}"
             )
         self.model, self.contents, self.styled, self.distance = model, contents, styled, distance
 

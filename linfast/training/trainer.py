@@ -12,9 +12,11 @@ several processes compute what one computes with the whole batch.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..checks import check_count, check_flag, check_kind
 from .checkpoint import (
     check_moments,
     check_progress,
@@ -93,6 +96,7 @@ class TrainSettings:
 
     def learning_rate_at(self, step: int) -> float:
         """Linear from 0 to the peak over the warm-up, then half a cosine to 0 after the last step."""
+        step = check_count("step", step, 0, self.steps)
         rise = self.warmup * self.steps
         if step < rise:
             return self.learning_rate * (step + 1) / (rise + 1)
@@ -121,6 +125,10 @@ class Trainer:
         checkpoint: str | Path | None = None,
         about: Mapping[str, Any] | None = None,
     ) -> None:
+        check_kind("objective", objective, Objective)
+        check_kind("settings", settings, TrainSettings)
+        check_kind("checkpoint", checkpoint, (str, os.PathLike, NoneType))
+        check_kind("about", about, (Mapping, NoneType))
         self.objective, self.settings = objective, settings
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.about = dict(about or {})
@@ -148,6 +156,7 @@ class Trainer:
         Raises:
             NonFiniteLoss: a term or the gradient is NaN or infinite; the last checkpoint stays as it was.
         """
+        check_flag("progress", progress)
         rank, size = rank_and_size()
         compute = DistributedDataParallel(self.objective) if size > 1 else self.objective
         devices = [self._device] if self._device.type == "cuda" else []

@@ -299,7 +299,7 @@ def test_bad_options_are_named():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module or an object of a known class; got int"):
         lf.accelerate(3)
-    with pytest.raises(ValueError, match="precision must be None or one of exact, high, tf32, fast; got 'bf16'"):
+    with pytest.raises(ValueError, match="precision must be one of exact, high, tf32, fast; got 'bf16'"):
         lf.accelerate(model, precision="bf16")
     with pytest.raises(ValueError, match="memory must be one of store, invert; got 'auto'"):
         lf.accelerate(model, memory="auto")

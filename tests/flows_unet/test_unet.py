@@ -261,7 +261,7 @@ def test_bad_input_is_named() -> None:
         lf.UNet(2, 3, 4, width=18)
     with pytest.raises(ValueError, match="2 channels do not fall into 0 groups"):
         lf.UNet(2, 3, 4, width=2)
-    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\); got 1.0"):
+    with pytest.raises(ValueError, match=r"dropout must be .* below 1; got 1.0"):
         lf.UNet(2, 3, 4, dropout=1.0)
-    with pytest.raises(ValueError, match=r"a level and a block; got channel_mult=\(\)"):
+    with pytest.raises(ValueError, match="channel_mult must hold a level"):
         lf.UNet(2, 3, 4, channel_mult=())

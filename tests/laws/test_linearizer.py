@@ -197,7 +197,7 @@ def test_truncation_needs_preferred_vectors() -> None:
     assert int(f.svd().linearizer(2).A.rank()) == 2
     with pytest.raises(ValueError, match="rank 5 would keep some of the singular values that all equal 1 "):
         f.svd().linearizer(5)
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="rank must be at least 0; got -1"):
         f.svd().linearizer(-1)
 
 

@@ -211,14 +211,17 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "dtypes": (lambda: lf.LowRank(0.0, torch.ones(3, 1), torch.ones(3, 1).double()), "one dtype"),
     "dense": (lambda: lf.Dense(3, 4, torch.ones(4, 3)), r"\[3, 4\].*got \(4, 3\)"),
     "diagonal": (lambda: lf.Diagonal(3, torch.ones(4)), r"\[3\].*got \(4,\)"),
-    "conv": (lambda: lf.DepthwiseConv(2, 3, (4, 4), torch.ones(2, 3, 2)), r"\[2, 3, 3\]; got \(2, 3, 2\)"),
+    "conv": (
+        lambda: lf.DepthwiseConv(2, 3, (4, 4), torch.ones(2, 3, 2)),
+        r"\[2, 3, 3\] for these channels and kernel_size; got \(2, 3, 2\)",
+    ),
     "blocks": (lambda: BlockDiagonal(torch.ones(2, 3, 4)), r"\[C, m, m\]; got \(2, 3, 4\)"),
     "integers": (lambda: lf.Diagonal.of(torch.arange(3)), "diagonal must be floating point; got torch.int64"),
-    "size": (lambda: lf.Dense(-1), "n_out must be a non-negative integer; got -1"),
+    "size": (lambda: lf.Dense(-1), "n_out must be at least 0; got -1"),
     "dtypes of a product": (lambda: (lf.Dense(3) @ lf.Dense(3).double())(torch.ones(1, 3)), "z is torch.float32"),
     "devices of factors": (
-        lambda: lf.LowRank(0.0, torch.ones(3, 1), torch.ones(3, 1, device="meta"))(torch.ones(1, 3)),
-        "z is on cpu and the parameters are on meta",
+        lambda: lf.LowRank(0.0, torch.ones(3, 1), torch.ones(3, 1, device="meta")),
+        "V is on meta and U on cpu",
     ),
     "batch of diagonals": (lambda: lf.Diagonal(3, torch.ones(4, 3))(torch.ones(1, 3)), "4 diagonals for 1 rows"),
     "batch of factors": (lambda: low_rank(0.5, batch=B)(torch.ones(2, 12).double()), r"or \[2, N, r\] for x"),
@@ -235,8 +238,8 @@ def test_bad_input_says_so(what: str) -> None:
 WRONG_KIND: dict[str, tuple[Callable[[], object], str]] = {
     "matrix for a size": (lambda: lf.Dense(torch.ones(2, 2)), r"Dense.of\(...\) takes the tensor"),
     "diagonal for a size": (lambda: lf.Diagonal(torch.ones(2)), r"Diagonal.of\(...\) takes the tensor"),
-    "order": (lambda: lf.LowRank(torch.ones(3, 1), torch.ones(3, 1), 0.5), "V must be a tensor; got float"),
-    "alpha": (lambda: lf.LowRank("a", torch.ones(3, 1), torch.ones(3, 1)), "alpha.*got str"),
+    "order": (lambda: lf.LowRank(torch.ones(3, 1), torch.ones(3, 1), 0.5), "V must be a tensor; got 0.5"),
+    "alpha": (lambda: lf.LowRank("a", torch.ones(3, 1), torch.ones(3, 1)), "alpha.*got 'a'"),
 }
 
 

@@ -66,7 +66,7 @@ def test_a_factor_is_a_number_a_tensor_or_one_a_row(name: str) -> None:
     assert torch.equal(V.scale(torch.tensor(2.0), u), V.scale(2.0, u))
     between = torch.cat([V.interpolate(u[i : i + 1], v[i : i + 1], float(t)) for i, t in enumerate(factors)])
     assert relative(V.interpolate(u, v, factors), between) <= LIMIT[torch.float32]
-    with pytest.raises(ValueError, match=rf"a factor a row must be \[{COUNT}\]; got \(3,\)"):
+    with pytest.raises(ValueError, match=rf"a must be a number, 0-d or \[{COUNT}\], one a row; got \(3,\)"):
         V.scale(torch.ones(3), u)
 
 
@@ -163,5 +163,5 @@ def test_empty_batches(name: str) -> None:
     assert torch.equal(V.combine(torch.zeros(2, 0), empty), V.zero(u[:2]))
     with pytest.raises(ValueError, match="mean of no vectors"):
         V.mean(empty)
-    with pytest.raises(ValueError, match=r"\[K\] or \[M, K\] for 16 vectors; got \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\[K\] or \[M, K\] for vectors .*; got \(2, 3\)"):
         V.combine(torch.zeros(2, 3), u)

@@ -252,7 +252,7 @@ def test_files_that_are_not_ours(tmp_path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "json", metadata={"linfast": "{"})
     with pytest.raises(ValueError, match="header is not JSON"):
         lf.load(tmp_path / "json")
-    with pytest.raises(TypeError, match="model must be a module; got dict"):
+    with pytest.raises(TypeError, match="model must be a Module; got dict"):
         lf.save({}, tmp_path / "dict")  # type: ignore[arg-type]
 
 
@@ -311,7 +311,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path) -> None:
         lf.save(lf.Dense(2), "/dev/null")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         lf.save(lf.Dense(2), tmp_path / "none" / "A.safetensors")
-    with pytest.raises(TypeError, match="path must be a string or a path; got int"):
+    with pytest.raises(TypeError, match="path must be a str or a PathLike; got 3"):
         lf.save(lf.Dense(2), 3)  # type: ignore[arg-type]
 
 

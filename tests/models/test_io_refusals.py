@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import linfast as lf
+from linfast.blueprint import _CallLimit, _Refused
 from linfast.io import register
 from linfast.operators.lazy import Transposed
 
@@ -72,9 +73,9 @@ _UNET = {"channels_in": 1, "channels_out": 2, "resolution": 8}
         (_node("Permute", features=10**9, permutation=None), "missing tensors"),
         (_node("Mix", features=40000, kind="free"), r"weight is \(2, 2\), expected"),
         (_node("MLP", n_in=1, n_out=1, hidden={"list": [1] * 10**5}), "far more tensors"),
-        (_node("MLP", n_in=-5, n_out=3, hidden={"list": []}), "negative dimension -5"),
+        (_node("MLP", n_in=-5, n_out=3, hidden={"list": []}), "n_in must be at least 1; got -5"),
         (_node("UNet", **_UNET, blocks=10**9), "far more tensors"),
-        (_node("Diagonal", n=10**12, diagonal=_tensor([10**12])), "missing tensors"),
+        (_node("Diagonal", n=10**12, diagonal=_tensor([10**12])), "n is too large"),
         (_node("DepthwiseConv", channels=10**6, kernel_size=10**3, size={"list": [1, 1]}), "expected"),
         (_node("TimeDiagonal", n=10**8, rank=10**6), "missing tensors"),
         (_nested(450), "lie too deep"),
@@ -294,7 +295,10 @@ _NAN = float("nan")
         (lambda: _with(lambda m: m.permutation.zero_(), lambda: lf.Permute(3)), "permutation must hold"),
         (lambda: _with(lambda m: _first_layer(m).double()), "layers.0.weight is float64"),
         (lambda: _with(lambda m: _first_layer(m).bias.data.fill_(_NAN)), r"layers.0.bias \(8,\) has NaN"),
-        (lambda: _NAN * lf.Dense(2), "Scaled: factor must be finite; got nan"),
+        (
+            lambda: _with(lambda m: setattr(m, "factor", _NAN), lambda: 2.0 * lf.Dense(2)),
+            "Scaled: factor must be finite; got nan",
+        ),
         (lambda: lf.AffineCoupling(lf.MLP(3, 6), 6, scale_map=lf.ScaleMap("clamp", math.inf)), "scale_map must be"),
         (lambda: _constant(torch.ones(2).to_sparse()), "diagonal, a sparse_coo"),
         (lambda: _constant(torch.ones(2, dtype=torch.complex64)), "diagonal, .*complex64"),
@@ -350,3 +354,11 @@ def test_what_shared_memory_in_a_file_of_before_is_one_parameter(tmp_path: Path)
     _write(tmp_path / "f", header["architecture"], tensors, aliases={"right.weight": "left.weight"})
     A = lf.load(tmp_path / "f")
     assert A.left.weight is A.right.weight
+
+
+def test_a_refusal_leaves_torch_as_it_was() -> None:
+    """Wherever in a constructor the limit is reached, the blocks that it is in (torch.no_grad's) end."""
+    for calls in range(40):
+        with pytest.raises(_Refused, match="far more tensors"), _CallLimit(calls):
+            lf.UNet(4, 8, resolution=8, width=4)
+        assert torch.is_grad_enabled()

@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         name="freeze: W is kept under its inverse's name",
         file="linfast/flows/mix.py",
-        old="return derived(self, inverse, lambda: self._wide_weight(inverse).to(dtype))",
-        new='return derived(self, "weight", lambda: self._wide_weight(inverse).to(dtype))',
+        old="return derived(self, inverse, lambda: self._wide_weight(inverse).to(self._factor.dtype))",
+        new='return derived(self, "weight", lambda: self._wide_weight(inverse).to(self._factor.dtype))',
         breaks="Inside a freeze the direction that comes second uses the first one's matrix.",
         tests=(
             f"{_FREEZE}::test_derived_weights_are_computed_once",

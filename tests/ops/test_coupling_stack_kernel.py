@@ -398,13 +398,22 @@ def test_sizes_past_the_table_run_through_the_library(precision: str, inverse: b
         ({"precision": "double"}, "precision must be one of.*'double'"),
         ({"x": torch.zeros(3)}, r"x must be \[B, D\].*\(3,\)"),
         ({"layers": []}, "layers must hold at least one"),
-        ({"layers": random_layers(6, (8,), 1)}, r"layer 0: a weight must be \[out, 2\].*\(8, 3\)"),
-        ({"layers": [CouplingLayer([torch.zeros(3, 2)], [None])]}, "last weight must have 4 rows.*got 3"),
-        ({"layers": [CouplingLayer([torch.zeros(4, 2)], [torch.zeros(3)])]}, r"bias must be \[4\].*\(3,\)"),
+        ({"layers": random_layers(6, (8,), 1)}, r"layers\[0\].weights: each must be \[out, 2\].*\(8, 3\)"),
+        (
+            {"layers": [CouplingLayer([torch.zeros(3, 2)], [None])]},
+            r"layers\[0\].weights: the last must have 4 rows.*got 3",
+        ),
+        (
+            {"layers": [CouplingLayer([torch.zeros(4, 2)], [torch.zeros(3)])]},
+            r"layers\[0\].biases: each must be \[4\].*\(3,\)",
+        ),
         ({"layers": [CouplingLayer([torch.zeros(4, 2)], [])]}, "as many weights and biases.*1 and 0"),
         ({"layers": [CouplingLayer([torch.zeros(4, 2)], [None], "rows")]}, "layout must be one of.*'rows'"),
-        ({"layers": [CouplingLayer([torch.zeros(4, 2, device="meta")], [None])]}, "a weight is on meta"),
-        ({"head": AffineMap(torch.zeros(3))}, r"a map must have weight \[4\].*\(3,\)"),
+        (
+            {"layers": [CouplingLayer([torch.zeros(4, 2, device="meta")], [None])]},
+            r"layers\[0\].weights is on meta",
+        ),
+        ({"head": AffineMap(torch.zeros(3))}, r"head must have weight \[4\].*\(3,\)"),
     ],
 )
 def test_what_does_not_fit_is_named(change, match: str) -> None:

@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_named() -> None:
     x, g = _x(2, 6), _network(6, 1)
     with pytest.raises(ValueError, match=r"A must be \[D_y, D\].*\(2, 6\).*\(6, 5\)"):
         linearizer_stack(x, g, torch.zeros(6, 5), g)
-    with pytest.raises(ValueError, match="a weight must be"):
+    with pytest.raises(ValueError, match=r"g_y for A .*layers\[0\].weights: each must be"):
         linearizer_stack(x, g, torch.zeros(4, 6, device=DEVICE), g)
-    with pytest.raises(ValueError, match=r"a map must have weight \[6\]"):
+    with pytest.raises(ValueError, match=r"head must have weight \[6\]"):
         linearizer_stack(x, dataclasses.replace(g, head=AffineMap(torch.zeros(5, device=DEVICE))), _operator(6), g)

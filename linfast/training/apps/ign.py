@@ -31,7 +31,7 @@ _SETTINGS = {
     "depth": whole(1, LARGEST["depth"]),
     "hidden": whole(1, LARGEST["width"]),
     "coupling": one_of("additive", "affine"),
-    "mix": one_of(None, "lu", "free", "householder", "permute"),
+    "mix": one_of("lu", "free", "householder", "permute", optional=True),
     "start_rank": whole(1, LARGEST["side"] ** 2, optional=True),
     "rank": real(),
     "isometry": real(),
@@ -144,8 +144,7 @@ def _folders(denoising: Sequence[float]) -> dict[float, str]:
         ValueError: a weight that is negative or not finite, or two of one folder's name.
     """
     for weight in denoising:
-        if not real().holds(weight):
-            raise ValueError(f"denoising must be {real().words}; got {weight!r}")
+        real()("denoising", weight)
     folders = {weight: f"denoising-{weight:g}" for weight in denoising}
     if not denoising or len(set(folders.values())) != len(denoising):
         raise ValueError(f"denoising must be different weights, to six digits; got {list(denoising)}")

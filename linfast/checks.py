@@ -1,0 +1,208 @@
+"""What arguments may be, checked at the heads of functions: each error names the argument and what was given.
+
+The checks of tensors read what the host knows (type, dtype, device, number of dimensions), never a value, and
+trace under torch.compile.
+"""
+
+from __future__ import annotations
+
+import numbers
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_counts",
+    "check_factor",
+    "check_flag",
+    "check_function",
+    "check_kind",
+    "check_like",
+    "check_number",
+    "check_tensor",
+    "check_time",
+    "said_of",
+]
+
+_MOST = 2**31 - 1  # a size beyond it is a mistake
+_LARGEST = sys.float_info.max
+
+
+def check_tensor(name: str, x: object, like: Tensor | None = None, of: str = "x", same_dtype: bool = False) -> None:
+    """Raise unless x is a tensor of floating point, on the device of ``like``, the argument named ``of``.
+
+    Args:
+        same_dtype: whether it must have the dtype of ``like`` too.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another dtype or device.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {_shown(x)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point; got {x.dtype} {tuple(x.shape)}")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{name} is on {x.device} and {of} on {like.device}")
+    if same_dtype and like is not None and x.dtype != like.dtype:
+        raise ValueError(f"{name} is {x.dtype} and {of} {like.dtype}")
+
+
+def check_like(kind: str, name: str, x: Tensor, parameter: Tensor | None) -> None:
+    """Raise unless x is floating point and has the parameters' device and, outside autocast, dtype."""
+    if not x.is_floating_point():
+        raise ValueError(f"{kind}: {name} must be floating point; got {x.dtype}")
+    if parameter is None:
+        return
+    if x.device != parameter.device:
+        raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
+    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}")
+
+
+def check_count(name: str, n: Any, least: int = 1, most: float = _MOST) -> int:
+    """n, a whole number from ``least`` to ``most`` (numpy's integers too, no bool), as an int.
+
+    Raises:
+        TypeError: another type.
+        ValueError: out of range.
+    """
+    if type(n) is not int:
+        if isinstance(n, (bool, Tensor)) or not isinstance(n, numbers.Integral):
+            raise TypeError(f"{name} must be a whole number; got {_shown(n)}")
+        n = int(n)
+    if not least <= n <= most:
+        raise ValueError(f"{name} must be at least {least}; got {n}" if n < least else f"{name} is too large")
+    return n
+
+
+def check_counts(name: str, values: Any, least: int = 1, length: int | None = None) -> tuple[int, ...]:
+    """A sequence of whole numbers of at least ``least``, ``length`` of them where given, as a tuple."""
+    what = f"{length} whole numbers" if length is not None else "whole numbers"
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(
+            f"{name} must be a sequence of {what}, such as {(4,) * (length or 2)}; got {_shown(values)}"
+        )
+    if length is not None and len(values) != length:
+        raise ValueError(f"{name} must hold {what}; got {values!r}")
+    return tuple(check_count(f"each of {name}", value, least) for value in values)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    least: float = -_LARGEST,
+    most: float = _LARGEST,
+    above: bool = False,
+    below: bool = False,
+    what: str = "a number",
+) -> float:
+    """A real number from ``least`` (or above it) to ``most`` (or below it), no NaN and no bool, as a float.
+
+    By default it is finite. ``what``: what else it may be, in words.
+
+    Raises:
+        TypeError: another type.
+        ValueError: NaN, or out of range.
+    """
+    if type(value) is not float:
+        if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be {what}; got {_shown(value)}")
+        if isinstance(value, numbers.Integral) and not -(2**63) <= int(value) < 2**63:
+            raise ValueError(f"{name} is too large")
+        value = float(value)
+    if not least <= value <= most or (above and value == least) or (below and value == most):
+        low = "" if least == -_LARGEST else f" {'above' if above else 'of at least'} {least:g}"
+        high = "" if most >= _LARGEST else f"{' and' if low else ''} {'below' if below else 'at most'} {most:g}"
+        raise ValueError(f"{name} must be a{'' if most > _LARGEST else ' finite'} number{low}{high}; got {value}")
+    return value
+
+
+def check_factor(name: str, value: Any, like: Tensor | None = None, of: str = "x") -> None:
+    """Raise unless this is a number or a 0-d tensor that goes with ``like``, the argument named ``of``."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, what="a number or a 0-d tensor")
+        return
+    if value.ndim or not value.is_floating_point():
+        raise ValueError(f"{name} must be a number or a 0-d tensor; got {value.dtype} {tuple(value.shape)}")
+    if like is not None and value.is_meta != like.is_meta:
+        raise ValueError(f"{name} is on {value.device} and {of} on {like.device}")
+
+
+def check_time(t: Any, like: Tensor | None = None, rows: int | None = None) -> None:
+    """Raise unless t is a number, or a tensor of real numbers, 0-d or [B]; B is ``rows`` where given."""
+    if not isinstance(t, Tensor):
+        check_number("t", t)
+        return
+    if t.ndim > 1 or t.dtype == torch.bool or t.is_complex():
+        raise ValueError(f"t must be a number, 0-d or [B], of real numbers; got {t.dtype} {tuple(t.shape)}")
+    if rows is not None and t.ndim and t.shape[0] != rows:
+        raise ValueError(f"t must be a number, 0-d or [{rows}], one a row; got {tuple(t.shape)}")
+    if like is not None and t.is_meta != like.is_meta:
+        raise ValueError(f"t is on {t.device} and x on {like.device}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless value is one of these strings."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {_shown(value)}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless value is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False; got {_shown(value)}")
+
+
+def check_kind(
+    name: str, value: object, kind: type | tuple[type, ...] = nn.Module, what: str | None = None
+) -> None:
+    """Raise TypeError unless value is an instance of this class, or of one of these; ``what``: them in words."""
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        what = " or ".join(map(_with_article, kinds)) if what is None else what
+        raise TypeError(f"{name} must be {what}; got {_shown(value)}")
+
+
+def check_function(name: str, value: object) -> Callable[..., Any]:
+    """value; TypeError unless it can be called."""
+    if not callable(value) or isinstance(value, type):
+        raise TypeError(f"{name} must be a function; got {_shown(value)}")
+    return value
+
+
+def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any) -> Any:
+    """``function(x, **keywords)``; what it finds wrong with x is said of the caller's argument ``name``."""
+    check_kind(name, x, Tensor)
+    try:
+        return function(x, **keywords)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {error}") from error
+
+
+def _with_article(kind: type) -> str:
+    name = {"Tensor": "tensor", "NoneType": "None"}.get(kind.__name__, kind.__name__)
+    return name if name == "None" else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _shown(value: object) -> str:
+    """What was given, short: a number or a string as it is, else its type."""
+    if value is None or isinstance(value, (bool, int, float, complex)):
+        return repr(value)
+    if isinstance(value, str):
+        return repr(value[:40])
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) <= 4
+        and all(isinstance(v, (int, float, str)) for v in value)
+    ):
+        return repr(value)
+    return type(value).__name__

@@ -1,0 +1,338 @@
+"""An accelerated model is as usable as it was: what can be done with the original can be done with it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import linfast as lf
+from linfast.accelerate.swap import Swapped
+from tests.laws.zoo import relative
+
+from . import stand_in
+from .zoo import FEATURES, KINDS, inputs, make, net, require, sweep
+
+USED = {
+    "FrEIA all in one",
+    "FrEIA GLOWCouplingBlock ATAN",
+    "glasflow MLP",
+    "memcnn sigmoid",
+    "nflows Affine MLP gather",
+    "normflows additive",
+    "normflows masked gather",
+    "zuko",
+    "zuko random masks",
+}
+
+
+class Run(nn.Module):
+    """A model, and how its kind is run, as one module."""
+
+    def __init__(self, kind, model):
+        super().__init__()
+        self.kind, self.model = kind, model
+
+    def forward(self, x, c):
+        return tuple(self.kind.run(self.model, x, c))
+
+
+def _pickled(run, x, c):
+    text = pickle.dumps(run.model)
+    assert b"linfast" not in text
+    return Run(run.kind, pickle.loads(text))(x, c)
+
+
+def _copied(run, x, c):
+    copied = copy.deepcopy(run.model)
+    assert any(isinstance(m, Swapped) for m in copied.modules()) == any(
+        isinstance(m, Swapped) for m in run.model.modules()
+    )
+    return Run(run.kind, copied)(x, c)
+
+
+def replica_of(model):
+    """As torch.nn.parallel.replicate makes one: its modules have no parameters, only tensors."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in copies.items():
+        replica._modules.update({name: None if m is None else copies[m] for name, m in module._modules.items()})
+        for name, value in module._parameters.items():
+            setattr(replica, name, None if value is None else value * 1.0)
+    return copies[model]
+
+
+def _replicated(run, x, c):
+    return Run(run.kind, replica_of(run.model))(x, c)
+
+
+def _by_function(run, x, c):
+    moved = {name: 1.1 * p.detach() for name, p in run.named_parameters() if p.requires_grad}
+    return torch.func.functional_call(run, moved, (x, c))
+
+
+def _of_an_ensemble(run, x, c):
+    stacked = {n: torch.stack((p, 1.1 * p)).detach() for n, p in run.named_parameters() if p.requires_grad}
+    return torch.func.vmap(lambda p: torch.func.functional_call(run, p, (x, c)))(stacked)
+
+
+def _row_by_row(run, x, c):
+    return torch.func.vmap(lambda x, c: run(x[None], c[None]))(x.detach(), c.detach())
+
+
+def _derivatives(run, x, c):
+    return torch.func.jvp(lambda x: run(x, c), (x.detach(),), (torch.ones_like(x),))[1]
+
+
+def _loaded(run, x, c):
+    other = copy.deepcopy(run)
+    other.load_state_dict({name: v.clone() for name, v in run.state_dict().items()}, assign=True)
+    return other(x, c)
+
+
+def _from_meta(run, x, c):
+    other = copy.deepcopy(copy.deepcopy(run).to("meta"))
+    other.load_state_dict(run.state_dict(), assign=True)
+    return other(x, c)
+
+
+def _traced(run, x, c):
+    with torch.no_grad():
+        traced = torch.jit.trace(run, (x[:3].detach(), c[:3].detach()), check_trace=False)
+        return traced(x.detach(), c.detach())
+
+
+def _exported(run, x, c, strict=False):
+    batch = torch.export.Dim("batch", min=2, max=4096)
+    with torch.no_grad():
+        made = torch.export.export(
+            run, (x[:3].detach(), c[:3].detach()), dynamic_shapes=({0: batch}, {0: batch}), strict=strict
+        )
+        return made.module()(x.detach(), c.detach())
+
+
+def _compiled(run, x, c):
+    torch._dynamo.reset()
+    return torch.compile(run, backend="aot_eager", fullgraph=True)(x, c)
+
+
+def _in_double(run, x, c):
+    return copy.deepcopy(run).double()(x.double(), c.double())
+
+
+OPERATIONS = [
+    _pickled,
+    _copied,
+    _replicated,
+    _by_function,
+    _of_an_ensemble,
+    _row_by_row,
+    _derivatives,
+    _loaded,
+    _from_meta,
+    _traced,
+    _exported,
+    _in_double,
+]
+
+
+def _attempt(operation, run, x, c):
+    """What it gives, or what the original may refuse."""
+    torch.manual_seed(0)
+    try:
+        return operation(run, x, c)
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize("name", sweep(sorted(USED), USED))
+def test_what_the_original_can_do_it_can(name, operation):
+    kind = KINDS[name]
+    original = Run(kind, make(kind, 0))
+    fast = copy.deepcopy(original)
+    x, c = inputs(kind, torch.float32)
+    assert lf.accelerate(fast).swapped
+    expected = _attempt(operation, original, x, c)
+    if isinstance(expected, Exception):
+        return  # the original cannot either
+    for actual, value in zip(operation(fast, x, c), expected, strict=True):
+        assert actual.shape == value.shape
+        assert relative(actual, value) < 1e-4
+    lf.restore(fast)
+    assert not any(isinstance(m, Swapped) or "_linfast_plan" in vars(m) for m in fast.modules())
+    assert [type(m) for m in fast.modules()] == [type(m) for m in original.modules()]
+
+
+@pytest.mark.parametrize("name", ["zuko", "nflows Affine MLP gather"])
+def test_strict_export_and_compilation(name):
+    kind = KINDS[name]
+    original = Run(kind, make(kind, 0))
+    fast = copy.deepcopy(original)
+    x, c = inputs(kind, torch.float32)
+    lf.accelerate(fast)
+    for operation in (lambda *given: _exported(*given, strict=True), _compiled):
+        expected = _attempt(operation, original, x, c)
+        if not isinstance(expected, Exception):
+            for actual, value in zip(operation(fast, x, c), expected, strict=True):
+                assert relative(actual, value) < 1e-4
+
+
+def _zuko(context=3):
+    flow = require("zuko").flows.RealNVP(FEATURES, context, transforms=2, hidden_features=(16,))
+    lf.accelerate(flow)
+    return flow
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_what_zuko_gives_is_pickled_as_zukos_own(context):
+    flow, x = _zuko(context), torch.randn(5, FEATURES)
+    distribution = flow(torch.randn(3) if context else None)
+    transform = distribution.transform
+    for given in (transform, transform.inv, transform.transforms[0], transform.transforms[0].inv):
+        text = pickle.dumps(given)
+        assert b"linfast" not in text
+        for actual, expected in zip(pickle.loads(text).call_and_ladj(x), given.call_and_ladj(x), strict=True):
+            torch.testing.assert_close(actual, expected)
+    file = io.BytesIO()
+    torch.save(distribution, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=False).log_prob(x), distribution.log_prob(x))
+    assert type(pickle.loads(pickle.dumps(transform.transforms[0]))).__module__ == "zuko.transforms"
+
+
+def test_a_process_without_linfast_loads_it(tmp_path):
+    flow, x = _zuko(), torch.randn(5, FEATURES)
+    distribution = flow(torch.randn(3))
+    torch.save((flow, distribution, x, distribution.log_prob(x)), tmp_path / "flow.pt")
+    code = (
+        "import sys, torch; sys.modules['linfast'] = None;"
+        f"_, d, x, expected = torch.load({str(tmp_path / 'flow.pt')!r}, weights_only=False);"
+        "torch.testing.assert_close(d.log_prob(x), expected)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _grown(layer):
+    nf = require("normflows")
+    flows = [nf.flows.AffineCouplingBlock(nn.Sequential(layer(3, 16), nn.ReLU(), layer(16, 6))) for _ in range(2)]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(FEATURES), flows)
+
+
+@pytest.mark.parametrize("memory", ["store", "invert"])
+def test_a_lazy_model_is_reported_and_runs(memory):
+    model = _grown(lambda n_in, n_out: nn.LazyLinear(n_out))
+    report = lf.accelerate(model, memory=memory)
+    assert not report.swapped
+    assert "lazy modules" in str(report)
+    model.forward_and_log_det(torch.randn(2, FEATURES))
+    assert lf.accelerate(model, memory=memory).swapped
+
+
+@pytest.mark.parametrize("memory", ["store", "invert"])
+def test_a_model_on_the_meta_device_is_reported(memory):
+    model = _grown(nn.Linear)
+    lf.accelerate(model, memory=memory)
+    values, log_dets = copy.deepcopy(model).to("meta").forward_and_log_det(torch.randn(2, FEATURES, device="meta"))
+    assert (values.shape, log_dets.shape) == ((2, FEATURES), (2,))
+    report = lf.accelerate(model.to("meta"), memory=memory)
+    assert not report.swapped
+    assert "on the meta device" in str(report)
+
+
+@pytest.mark.parametrize("name", ["zuko random masks", "nflows Affine MLP gather", "normflows masked gather"])
+def test_a_mask_that_is_written_to_is_followed(name):
+    """As nn.parallel.DistributedDataParallel writes the first process's masks to all others."""
+    kind = KINDS[name]
+    original, x = make(kind, 0), torch.randn(5, FEATURES)
+    fast = copy.deepcopy(original)
+    lf.accelerate(fast)
+    for model in (original, fast):
+        for buffer in model.buffers():
+            if buffer.dtype == torch.long:
+                buffer.copy_((FEATURES - 1 - buffer).flip(0))
+            elif buffer.shape[-1:] == (FEATURES,):
+                buffer.copy_(buffer.flip(-1))
+    for actual, expected in zip(kind.run(fast, x, x), kind.run(original, x, x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["FrEIA GLOWCouplingBlock ATAN", "nflows Affine MLP gather", "normflows additive"])
+def test_a_replica_of_a_chain_that_inverts_has_its_gradients(name):
+    kind = KINDS[name]
+    model = make(kind, 0)
+    lf.accelerate(model, memory="invert")
+    x, c = inputs(kind, torch.float32)
+    nets = [p for name, p in model.named_parameters() if p.requires_grad and "q0" not in name]
+    found = []
+    for run in (model, replica_of(model)):
+        total = sum(value.square().sum() for value in kind.run(run, x, c))
+        found.append(torch.autograd.grad(total, nets))
+    for actual, expected in zip(*found, strict=True):
+        assert relative(actual, expected) < 1e-3
+
+
+def test_arguments_by_keyword_and_methods_replaced_later():
+    nflows, nets = require("nflows.transforms"), require("nflows.nn.nets")
+    layer = nflows.AffineCouplingTransform([1, 0] * 3, lambda i, o: nets.ResidualNet(i, o, 8))
+    x = torch.randn(3, FEATURES)
+    expected = layer(inputs=x, context=None)[0]
+    lf.accelerate(layer)
+    torch.testing.assert_close(layer(inputs=x, context=None)[0], expected)
+    layer._scale_and_shift = lambda params: (params[:, :3].exp(), params[:, 3:])
+    torch.testing.assert_close(layer(x)[0], type(layer)._linfast_original.forward(layer, x)[0])
+    nf = require("normflows")
+    block = nf.flows.AffineCouplingBlock(net(3, 6))
+    expected = block(z=x)[0]
+    lf.accelerate(block)
+    torch.testing.assert_close(block(z=x)[0], expected)
+    block.flows[1].forward = lambda z: (z, 0)
+    torch.testing.assert_close(block(x)[0], x)
+
+
+def test_a_layer_that_was_parametrized_later_is_copied():
+    mix, x = stand_in.Inv1x1Conv(3), torch.randn(2, 3, 4, 4)
+    lf.accelerate(mix)
+    nn.utils.parametrizations.orthogonal(mix, "W")
+    copied = copy.deepcopy(mix)
+    torch.testing.assert_close(copied(x), mix(x))
+    torch.testing.assert_close(copied.inverse(copied(x)), x)
+    nn.utils.parametrize.remove_parametrizations(mix, "W")
+    lf.restore(mix)
+    assert type(mix) is stand_in.Inv1x1Conv
+
+
+def test_forward_derivatives_of_a_block_with_attention():
+    block = stand_in.UNetBlock(8, 8, 4, attention=True).eval()
+    x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 4)
+
+    def derivatives():
+        return torch.func.jvp(lambda x: block(x, emb), (x,), (torch.ones_like(x),))
+
+    expected = derivatives()
+    assert lf.accelerate(block).rows[0].swapped
+    for actual, value in zip(derivatives(), expected, strict=True):
+        assert relative(actual, value) < 1e-4
+
+
+def test_second_derivatives_through_norm_and_silu():
+    """A weight that is used twice: the history of x holds it too."""
+    torch.manual_seed(0)
+    block = stand_in.UNetBlock(8, 8, 4).double().eval()
+    x, emb = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 8, 4, 4), (2, 4)))
+    x.requires_grad_()
+
+    def second():
+        out = block(block(x, emb), emb)
+        gradients = torch.autograd.grad(out.square().sum(), [x, *block.parameters()], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), [x, *block.parameters()])
+
+    expected = second()
+    assert lf.accelerate(block).rows[0].swapped
+    for actual, value in zip(second(), expected, strict=True):
+        assert relative(actual, value) < 1e-6
