@@ -55,12 +55,13 @@ class Campaign:
                 stdout=subprocess.PIPE, stderr=(Path(folder) / "errors").open("w"), env=environment, text=True,
             )  # fmt: skip
             assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    if line.startswith("{"):
-                        self._heard(json.loads(line))
-            finally:
-                process.kill() if process.poll() is None and len(self.findings) >= _MOST_FINDINGS else None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    self._heard(json.loads(line))
+                if len(self.findings) >= _MOST_FINDINGS:
+                    process.kill()
+                    process.wait()
+                    return
             if process.wait():
                 self._crashed(process.returncode, draw_file, (Path(folder) / "errors").read_text(), kinds)
 

@@ -169,7 +169,8 @@ def check(judge: Judge, drawn_: dict[str, Any]) -> None:
     wide, shape = build(made)
     g = copy.deepcopy(wide).to(dtype)
     wide = copy.deepcopy(g).double()
-    x = drawn(drawn_["seed"], batch, *shape, scale=drawn_["scale"]).to(dtype)
+    scale = min(drawn_["scale"], 1.0) if dtype == torch.float16 else drawn_["scale"]  # which ends at 65504
+    x = drawn(drawn_["seed"], batch, *shape, scale=scale).to(dtype)
     x = laid_out(x, drawn_["layout"]).requires_grad_(drawn_["requires_grad"])
     context = cast(context_of(made, batch, drawn_["time"], drawn_["seed"]), dtype)
     eps = torch.finfo(dtype).eps
@@ -203,7 +204,7 @@ def check(judge: Judge, drawn_: dict[str, Any]) -> None:
             with torch.autocast("cpu", half):
                 got = ours(g, value, inverse, context)
             judge.holds(f"autocast {side}, log_det", got[1].dtype == torch.float32, f"log_det is {got[1].dtype}")
-            judge.near(f"autocast {side}", got, rough, None, half)
+            judge.near(f"autocast {side}", got, rough)
         if z is None:
             z = truth.exact[0].to(dtype)  # type: ignore[union-attr]
     judge.same("flow leaves its input", x.detach(), before)

@@ -116,7 +116,7 @@ def check(judge: Judge, drawn_: dict[str, Any]) -> None:
 
     def truth(of: Any) -> Truth:
         with plain_torch(), torch.no_grad():
-            return Truth.of(of(plains[0]), [of(p) for p in plains[1:]])
+            return Truth.of(of(plains[0]), [of(p) for p in plains[1:]], eps)
 
     x = laid_out(drawn(drawn_["seed"], batch, f.A.n_in).to(dtype), drawn_["layout"])
     u = drawn(drawn_["seed"] + 1, batch, f.A.n_in).to(dtype)

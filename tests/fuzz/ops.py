@@ -53,7 +53,7 @@ def held(
     where: str,
     precision: torch.dtype | None = None,
 ) -> None:
-    """The call on these tensors, and its gradients, against the formula in float64; ``precision`` as for near."""
+    """The call on these tensors, and its gradients, in ``precision``, against the formula in float64."""
     eps = torch.finfo(precision or narrow[0].dtype).eps
 
     def exact(size: float, gradients: bool) -> Any:
@@ -69,10 +69,10 @@ def held(
     def gradients() -> Any:
         return _gradients(call(), narrow)
 
-    judge.near(f"{r['op']}{where}", call(), truth_of(lambda size: exact(size, False), eps), call, precision)
+    judge.near(f"{r['op']}{where}", call(), truth_of(lambda size: exact(size, False), eps), call)
     if r["batch"] and not (eps > 1e-6 and _kinked(r)):
         truth = truth_of(lambda size: exact(size, True), eps)
-        judge.near(f"{r['op']}{where} backward", gradients(), truth, gradients, precision)
+        judge.near(f"{r['op']}{where} backward", gradients(), truth, gradients)
 
 
 def _kinked(r: dict[str, Any]) -> bool:
