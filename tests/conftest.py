@@ -6,6 +6,7 @@ OMP_NUM_THREADS asks for another number of threads, LINFAST_TEST_SEED for anothe
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ import torch
 pytest.register_assert_rewrite("tests.ops.budget", "tests.ops.stacks")
 
 from tests.seeds import seeded  # noqa: E402
+
+# A shell's background jobs ignore it, and so would all that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
 ON_GPU = torch.cuda.is_available()

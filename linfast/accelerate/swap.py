@@ -120,9 +120,8 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
         if not torch.compiler.is_compiling() and not renew_plan(self):
             return before(self, *arguments, **named)
-        for assumed in adapter.assumes:
-            if assumed in self.__dict__:
-                return before(self, *arguments, **named)
+        if _is_changed(self, adapter):
+            return before(self, *arguments, **named)
         for given in order[len(arguments) :]:  # ``run`` has other names for them
             if given not in named:
                 break
@@ -130,11 +129,25 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
         for given in named:
             if accepted is not None and given not in accepted:
                 return before(self, *arguments, **named)
-        for module in adapter.inner(self):
-            if is_hooked(module):
-                return before(self, *arguments, **named)
         if captures and plan_of(self).options.cuda_graph:
             return plan_of(self).graphs.run(run, self, arguments, named)
         return run(self, *arguments, **named)
 
     return method
+
+
+def _is_changed(instance: Any, adapter: Adapter) -> bool:
+    """Whether there is a hook or a patch that the adapter's methods would pass by.
+
+    Where it keeps a chain from being rebuilt in a backward, that is said once.
+    """
+    if any(name in instance.__dict__ for name in adapter.assumes):
+        return True
+    for module in adapter.inner(instance):
+        if is_hooked(module):
+            plan = plan_of(instance)
+            if adapter.chain and plan.options.memory == "invert" and torch.is_grad_enabled():
+                why = f"stored: its {type(module).__name__} has a hook or a method of its own"
+                plan.guard.say(why, f"{type(instance).__name__} was changed after accelerate; {why}")
+            return True
+    return False

@@ -169,7 +169,7 @@ def test_eager_runs_the_reference_and_linfast_the_kernels() -> None:
     from linfast.bench.cases.common import providers, run
 
     def choice(x: torch.Tensor) -> torch.Tensor:
-        return x + ("reference", "auto").index(backend._choice)
+        return x + ("reference", "auto").index(backend.chosen_backend())
 
     eager, ours = providers(choice, Options(torch.device("cuda"), False), run("forward"))
     assert [float(p.call(torch.zeros(()))[0]) for p in (eager, ours)] == [0.0, 1.0]

@@ -239,8 +239,8 @@ def test_a_recompressed_gradient_is_the_exact_one_projected() -> None:
     [
         (lambda A: lf.collapse(A, 1), "steps must be at least 2; got 1"),
         (lambda A: lf.collapse(A, method="rk5"), "method must be one of euler, midpoint, heun, rk4; got 'rk5'"),
-        (lambda A: lf.collapse(A, stop=0.0), r"stop must be None, or a time in \(0, 1\]; got 0.0"),
-        (lambda A: lf.collapse(A, stop=1.5), r"\(0, 1\]; got 1.5"),
+        (lambda A: lf.collapse(A, stop=0.0), r"stop must be a finite number above 0 and at most 1; got 0.0"),
+        (lambda A: lf.collapse(A, stop=1.5), r"above 0 and at most 1; got 1.5"),
         (lambda A: lf.collapse(A, tol=0.0), "tol must be below 1 and at least 1.2e-07.*got 0.0"),
         (lambda A: lf.collapse(A, tol=2.0), "got 2.0"),
         (lambda A: lf.collapse(lf.Dense(8)), "time-dependent.*Dense"),

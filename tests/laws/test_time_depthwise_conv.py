@@ -46,7 +46,7 @@ def test_bad_input_is_named() -> None:
         A_t(z)
     with pytest.raises(ValueError, match=r"its algebra is that of A\.at"):
         A_t.inverse()
-    with pytest.raises(ValueError, match=r"t must be a number, 0-d or \[B\]; got \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"t must be a number, 0-d or \[B\], .*; got .*\(1, 3\)"):
         A_t.at(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="kernel_size must be at least 1; got 0"):
         lf.TimeDepthwiseConv(2, 0, (4, 5))

@@ -125,7 +125,7 @@ def test_gradients_reach_the_generators() -> None:
 
 
 def test_bad_times_say_so() -> None:
-    with pytest.raises(ValueError, match=r"0-d or \[B\]; got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"0-d or \[B\], .*; got .*\(2, 2\)"):
         _timed().at(torch.ones(2, 2))
     with pytest.raises(ValueError, match="rank must be at least 1"):
         lf.TimeLowRank(8, 0)

@@ -48,7 +48,7 @@ def test_half_precision_input_or_autocast_is_fast(dtype: torch.dtype) -> None:
 
 
 def test_an_unknown_mode_is_named() -> None:
-    with pytest.raises(ValueError, match="precision must be one of exact, high, tf32, fast or None; got 'bf16'"):
+    with pytest.raises(ValueError, match="precision must be one of exact, high, tf32, fast; got 'bf16'"):
         resolve_precision(torch.zeros(1), "bf16")
 
 

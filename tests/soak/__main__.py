@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=8, help="most a command (default: %(default)s)")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore it
     folder = Path(tempfile.mkdtemp(prefix="linfast-soak-"))
     soak, start, cycles = Soak(folder, options.seed, options.kills), time.monotonic(), 0
     try:
