@@ -297,9 +297,9 @@ def check(
     order: str,
     moves: str,
     head: AffineMap | None,
-    packed: object = None,
+    packed: PackedStack | None = None,
 ) -> None:
-    """TypeError or ValueError where a type, an option or a shape does not fit."""
+    """TypeError or ValueError where a type, an option or a shape does not fit; of packed layers, the width alone."""
     check_tensor("x", x)
     check_kind("layers", layers, _SEQUENCES, "a sequence of CouplingLayers")
     check_choice("activation", activation, ACTIVATION_NAMES)
@@ -312,6 +312,10 @@ def check(
         raise ValueError(f"x must be [B, D] with D >= 2; got {tuple(x.shape)}")
     if not layers:
         raise ValueError("layers must hold at least one CouplingLayer")
+    if packed is not None:
+        if packed.layout.features != x.shape[1]:
+            raise ValueError(f"packed is of {packed.layout.features} features and x is {tuple(x.shape)}")
+        return
     sizes, first = split_sizes(x.shape[1]), HALVES.index(moves)
     for i, layer in enumerate(layers):
         moved = (first + i) % 2

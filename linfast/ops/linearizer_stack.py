@@ -79,10 +79,12 @@ def linearizer_stack(
         raise ValueError(
             f"A must be [D_y, D] or [D], D and D_y at least 2, for x {tuple(x.shape)}; got {tuple(A.shape)}"
         )
-    for name, g, width in (("g_x", g_x, x), ("g_y", g_y, x.new_empty(0, A.shape[0]))):
+    parts = (None, None) if packed is None else (packed.g_x, packed.g_y)
+    sides = (("g_x", g_x, x), ("g_y", g_y, x.new_empty(0, A.shape[0])))
+    for (name, g, width), part in zip(sides, parts, strict=True):
         check_kind(name, g, CouplingStack)
         try:
-            check(width, g.layers, g.activation, g.scale_map, g.order, g.moves, g.head)
+            check(width, g.layers, g.activation, g.scale_map, g.order, g.moves, g.head, part)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name} for A {tuple(A.shape)}: {error}") from None
     precision = mode_on(target_of(x), resolve_precision(x, precision))
