@@ -299,7 +299,7 @@ def check(
     head: AffineMap | None,
     packed: PackedStack | None = None,
 ) -> None:
-    """TypeError or ValueError where a type, an option or a shape does not fit; of packed layers, the width alone."""
+    """TypeError or ValueError where a type, an option or a shape does not fit; of packed layers, the width."""
     check_tensor("x", x)
     check_kind("layers", layers, _SEQUENCES, "a sequence of CouplingLayers")
     check_choice("activation", activation, ACTIVATION_NAMES)
