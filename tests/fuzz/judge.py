@@ -87,9 +87,10 @@ class Judge:
         truth: Truth,
         reference: Callable[[], Any] | None = None,
         room: float = 1.0,
+        independent: bool = False,
     ) -> None:
-        """``reference`` is the plain computation in the answer's dtype, which the budget is drawn with; ``room``
-        a factor of what is allowed."""
+        """``reference`` is the plain computation in the answer's dtype, which the budget is drawn with, and
+        ``independent`` where nothing of it is on trial; ``room`` a factor of what is allowed."""
         got = listed(got)
         if len(got) != len(truth.exact):
             raise Finding(call, f"{len(got)} outputs where there should be {len(truth.exact)}")
@@ -109,8 +110,8 @@ class Judge:
                 continue  # the last: no answer in this dtype has a digit
             allowed = None
             if reference is not None and factor == _QUICK:
-                draws = draws or [listed(rounding.drawn(reference, seed)) for seed in range(_DRAWS)]
-                error, allowed = _by_budget(value, exact, [draw[i].detach() for draw in draws])
+                draws = draws or _draws(reference, independent)
+                error, allowed = _by_budget(value, exact, [draw[i].detach() for draw in draws], independent)
                 allowed *= room
             if allowed is None or not error <= allowed:
                 limit = limit if allowed is None else allowed
@@ -164,16 +165,27 @@ def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:
     return float("inf") if bool(error.isnan()) else float(error), float(size)
 
 
-def _by_budget(value: Tensor, exact: Tensor, draws: Sequence[Tensor]) -> tuple[float, float]:
+def _draws(reference: Callable[[], Any], independent: bool) -> list[list[Any]]:
+    """The plain computation with its rounding drawn; one that is not on trial as it is, too: torch's gelu has no
+    digits in its tail, which no rounding of its result shows."""
+    draws = [listed(rounding.drawn(reference, seed)) for seed in range(_DRAWS)]
+    if independent:
+        with plain_torch():
+            draws.append(listed(reference()))
+    return draws
+
+
+def _by_budget(value: Tensor, exact: Tensor, draws: Sequence[Tensor], independent: bool) -> tuple[float, float]:
     """(error, what is allowed) in L2, of the elements that the plain reference can hold.
 
-    The draws' errors are taken from their own mean: the reference runs the formula that is on trial, and one
+    The draws' errors are taken from their own mean where the reference runs the formula that is on trial: one
     that is wrong would allow what it errs by.
     """
     values = torch.stack([draw.double() for draw in draws])
     held = values.isfinite().all(0) & exact.isfinite()
     kept, values = exact.double()[held], values[:, held]
     size = float(kept.norm()) or 1.0
-    errors = [float((draw - values.mean(0)).norm()) / size for draw in values]
+    middle = kept if independent else values.mean(0)
+    errors = [float((draw - middle).norm()) / size for draw in values]
     error = float((value.detach().double()[held] - kept).norm())
     return error, size * rounding.allowed_error(errors, value.dtype)
