@@ -38,7 +38,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one instance runs; made anew where a mask or the like that it was made from is another.
+    """What one instance runs; made anew where a mask or a setting that it was made from is another.
 
     Args:
         runs: for the report.
@@ -47,6 +47,7 @@ class Plan:
         takes_precision: whether what runs has products of its own, which follow ``options.precision``.
         options: what ``accelerate`` was asked for; the adapter puts them in.
         seen: what it was made from, by ``Adapter.seen``; the adapter puts it in.
+        settings: the same, by ``Adapter.settings_of``.
         guard: of what the instance rebuilds in a backward.
         graphs: the CUDA graphs captured of the instance's methods.
     """
@@ -57,6 +58,7 @@ class Plan:
     takes_precision: bool = False
     options: Options = Options()
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
+    settings: tuple[Any, ...] = field(default=(), compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
     graphs: Graphs = field(default_factory=Graphs, compare=False)
 
@@ -84,6 +86,7 @@ class Adapter:
         plan: (instance, options) -> Plan; raises Unfit with the reason.
         probe: (copy, draw) -> outputs. Runs the methods on drawn inputs. It may replace the
             copy's conditioners by stubs: the copy's dictionaries are its own.
+        settings: attributes, no tensors, that ``plan`` reads and that may be set to something else later.
         assumes: methods that ``methods`` stand in for without replacing them.
         recognises: whether an instance has the attributes of the class that is meant.
         inner: modules that the replaced methods pass by; one with a hook keeps the original running.
@@ -105,6 +108,7 @@ class Adapter:
     methods: Mapping[str, Callable[..., Any]]
     plan: Callable[[Any, Options], Plan]
     probe: Callable[[Any, Draw], Sequence[Tensor]]
+    settings: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
     recognises: Callable[[Any], bool] = lambda instance: True
     inner: Callable[[Any], Iterable[nn.Module]] = _nothing
@@ -130,7 +134,12 @@ class Adapter:
 
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options it was made for."""
-        return replace(self.plan(instance, options), options=options, seen=self.seen(instance))
+        plan = self.plan(instance, options)
+        return replace(plan, options=options, seen=self.seen(instance), settings=self.settings_of(instance))
+
+    def settings_of(self, instance: Any) -> tuple[Any, ...]:
+        """What its ``settings`` are now."""
+        return tuple(getattr(instance, name, None) for name in self.settings)
 
     def seen(self, instance: Any) -> tuple[tuple[Tensor, int], ...]:
         """Masks and the like, its own and of modules passed by, and how often each was written to."""
@@ -143,7 +152,7 @@ class Adapter:
         """Whether these are still what the plan was made from."""
         now = self.seen(instance)
         same = (t is seen and writes == then for (t, writes), (seen, then) in zip(now, plan.seen, strict=False))
-        return len(now) == len(plan.seen) and all(same)
+        return len(now) == len(plan.seen) and all(same) and self.settings_of(instance) == plan.settings
 
     def matches(self, cls: type) -> bool:
         """Whether this is the class the adapter is for."""

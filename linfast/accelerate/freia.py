@@ -129,6 +129,7 @@ def _adapter(name: str) -> Adapter:
         methods={"forward": kind.forward},
         plan=_plan_additive if kind.layout == "shift" else _plan,
         probe=probe,
+        settings=("clamp", "f_clamp"),
         assumes=() if len(kind.sides) == 1 else ("_coupling1", "_coupling2"),
         conditioners=lambda block: tuple(getattr(block, net) for _, nets in kind.sides for net in nets),
         sides=lambda block, layout: _sides(block, layout, ()),

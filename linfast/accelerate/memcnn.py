@@ -110,6 +110,7 @@ def _adapter(where: str, name: str) -> Adapter:
         },
         plan=_plan,
         probe=_probe,
+        settings=("split_dim", "implementation_fwd", "implementation_bwd"),
         conditioners=_nets,
         sides=lambda block, layout: _sides(block),
         vectors=lambda block, draw, features: (block.forward(draw(3, features)), block.inverse(draw(3, features))),

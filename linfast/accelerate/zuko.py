@@ -155,6 +155,7 @@ ADAPTER = Adapter(
     methods={"forward": _forward},
     plan=_plan,
     probe=_probe,
+    settings=("univariate", "shapes"),
     assumes=("meta",),
     conditioners=lambda lazy: (lazy.hyper,),
     sides=lambda lazy, layout: (_side(lazy, layout, lazy.hyper, (lazy.hyper,)),),

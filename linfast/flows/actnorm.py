@@ -85,9 +85,11 @@ class ActNorm(ChannelLinear):
         if torch.compiler.is_compiling():
             return self._seen is not None
         flag = self.initialized
+        if flag.is_inference():  # whose writes are not counted
+            return _all_set(flag)
         seen = self._seen is not None and self._seen[0] is flag and self._seen[1] == flag._version
         if not seen or read_at_once(flag):
-            self._seen = (flag, flag._version) if bool(flag) else None
+            self._seen = (flag, flag._version) if _all_set(flag) else None
         return self._seen is not None
 
     def _check_is_kept(self) -> None:
@@ -154,6 +156,13 @@ class ActNorm(ChannelLinear):
 
     def extra_repr(self) -> str:
         return f"features={self.features}"
+
+
+def _all_set(flag: Tensor) -> bool:
+    """What the flag says; under torch.func.vmap, whether those of all models that are run at once say so."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(flag):
+        flag = torch._C._functorch.get_unwrapped(flag)
+    return bool(flag.all())
 
 
 def _mark_loaded(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: object) -> None:

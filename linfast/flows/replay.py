@@ -33,32 +33,44 @@ class Generators:
             torch.cuda.set_rng_state(other, device)
 
 
-Values = list[tuple[Tensor, Tensor]]
-"""Buffers, and what each held."""
+Values = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]
+"""Buffers: the dictionary of the module that has each, its name there, the tensor, and what it held."""
 
 
 class Buffers:
     """What a module's buffers hold.
 
-    A submodule that has written to one of its buffers is taken to have written to them all: batch norm's count
-    shows it, and its statistics do not.
+    A submodule that has written to one of its buffers, or has put another tensor in its place, is taken to have
+    written to them all: batch norm's count shows it, and its statistics do not.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
         parts = () if module is None else module.modules()
-        groups = ([b for b in part._buffers.values() if b is not None] for part in parts if part._buffers)
-        self._groups = [[(b, b._version, b.detach().clone()) for b in group] for group in groups]
+        owners = [part._buffers for part in parts if part._buffers]
+        self._groups = [
+            [(owner, name, b, _writes(b), b.detach().clone()) for name, b in owner.items() if b is not None]
+            for owner in owners
+        ]
 
     def written(self) -> Values:
-        """Those written to since, and what they held."""
-        changed = (group for group in self._groups if any(b._version != version for b, version, _ in group))
-        return [(b, value) for group in changed for b, _, value in group]
+        """Those written to or replaced since, and what they held."""
+        changed = (
+            group
+            for group in self._groups
+            if any(owner.get(name) is not b or _writes(b) != writes for owner, name, b, writes, _ in group)
+        )
+        return [(owner, name, b, value) for group in changed for owner, name, b, _, value in group]
+
+
+def _writes(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
 
 
 def put_back(values: Values) -> None:
     """Make the buffers hold these. Whoever reads them again has them as they were: it is no new version."""
-    for buffer, value in values:
+    for owner, name, buffer, value in values:
         buffer.data.copy_(value)
+        owner[name] = buffer
 
 
 class Replay:
@@ -83,7 +95,7 @@ class Replay:
         self._before = self._generators.state()
         self._random: list[RandomState | None] = []
         self._held: list[Values] = []
-        self._written: list[Tensor] = []
+        self._written: Values = []
 
     @contextmanager
     def noting(self, module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -94,7 +106,7 @@ class Replay:
         self._random.append(None if after == self._before else self._before)
         self._before = after
         written = buffers.written()
-        self._written.extend(buffer for buffer, _ in written)
+        self._written.extend(written)
         self._held.append(written if versions == [p._version for p in parameters] else [])
 
     @contextmanager
@@ -140,9 +152,10 @@ def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _unwritten(buffers: Sequence[Tensor]) -> Iterator[None]:
-    """Put back what these buffers hold now."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in buffers]
+def _unwritten(values: Values) -> Iterator[None]:
+    """Put back the tensors that these buffers are now, and what they hold."""
+    present = ((owner, name, owner[name]) for owner, name, *_ in values)
+    kept = [(owner, name, b, b.detach().clone()) for owner, name, b in present if b is not None]
     try:
         yield
     finally:

@@ -58,8 +58,8 @@ def reversible(
     stores the chain after all.
 
     Plain autograd runs where nothing needs a gradient, where parameters are not
-    nn.Parameters (torch.func.functional_call) or have no shape yet (lazy modules), and where
-    dropout is captured into a CUDA graph.
+    nn.Parameters (torch.func.functional_call, replicas of nn.DataParallel) or have no shape yet (lazy
+    modules), and where dropout is captured into a CUDA graph.
 
     Args:
         steps: in the order they are applied; each gives a log_det, or none does.
@@ -140,6 +140,7 @@ class Chain:
     def must_store(self, x: Tensor) -> bool:
         """Whether a replay would not be the first run."""
         swapped = any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
+        swapped = swapped or any(getattr(step.module, "_is_replica", False) for step in self.steps)
         nothing_to_rebuild = x.is_meta or not x.numel()
         dropping = capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules())
         return nothing_to_rebuild or swapped or dropping

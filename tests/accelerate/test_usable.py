@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -260,6 +261,37 @@ def test_a_mask_that_is_written_to_is_followed(name):
                 buffer.copy_(buffer.flip(-1))
     for actual, expected in zip(kind.run(fast, x, x), kind.run(original, x, x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+SETTINGS = {
+    "FrEIA GLOWCouplingBlock ATAN": ("clamp", lambda: 0.3),
+    "FrEIA RNVPCouplingBlock TANH": ("f_clamp", lambda: lambda raw: 0.636 * torch.atan(raw)),
+    "glasflow": ("scale_activation", lambda: torch.exp),
+    "zuko": (
+        "univariate",
+        lambda: functools.partial(sys.modules["zuko.transforms"].MonotonicAffineTransform, slope=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_is_changed_later_is_followed(name):
+    kind, (attribute, value) = KINDS[name], SETTINGS[name]
+    original, x = make(kind, 0), inputs(kind, torch.float32)
+    fast = copy.deepcopy(original)
+    lf.accelerate(fast)
+    for model in (original, fast):
+        changed = [module for module in model.modules() if hasattr(module, attribute)]
+        assert changed
+        for module in changed:
+            setattr(module, attribute, value())
+    for actual, expected in zip(kind.run(fast, *x), kind.run(original, *x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    followed = [module._linfast_plan.layout for module in fast.modules() if isinstance(module, Swapped)]
+    lf.accelerate(fast)  # what kernels, which run on a GPU, are given
+    anew = [module._linfast_plan.layout for module in fast.modules() if isinstance(module, Swapped)]
+    if "FrEIA" in name:
+        assert followed == anew
 
 
 @pytest.mark.parametrize("name", ["FrEIA GLOWCouplingBlock ATAN", "nflows Affine MLP gather", "normflows additive"])

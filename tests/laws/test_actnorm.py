@@ -205,6 +205,37 @@ def test_what_would_be_lost_is_refused(vmapped: bool) -> None:
     assert torch.equal(torch.func.functional_call(g, dict(g.named_parameters()), (x,)), g(x))
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_models_of_an_ensemble_are_run_at_once(mode: str) -> None:
+    models = [lf.coupling_flow(3, 2, (8,), actnorm=True) for _ in range(3)]
+    x = 2 + torch.randn(16, 3)
+    if mode == "train":
+        with pytest.raises(RuntimeError, match=r"ActNorm: its first batch .* call the model once before"):
+            _at_once(models, x)
+    for model in models:
+        model(3 * x + torch.randn(3))
+        model.train(mode == "train")
+    torch.testing.assert_close(_at_once(models, x), torch.stack([model(x) for model in models]))
+
+
+def _at_once(models: list[nn.Module], x: Tensor) -> Tensor:
+    weights = torch.func.stack_module_state(models)
+    return torch.vmap(lambda given: torch.func.functional_call(models[0], given, (x,)))(weights)
+
+
+def test_a_model_made_in_inference_mode_runs_there() -> None:
+    x, far = 2 + torch.randn(16, 3), 100 * torch.randn(16, 3)
+    with torch.inference_mode():
+        g = lf.ActNorm(3)
+        g(x)
+        y = g(far)
+        before = copy.deepcopy(g.state_dict())
+        assert torch.equal(g.eval()(far), y)
+        g.initialized.fill_(False)
+        g.train()(far)
+        assert not torch.equal(g.bias, before["bias"])
+
+
 def _statistics_of_one_process(rows: int) -> list[torch.Tensor]:
     torch.distributed.init_process_group("gloo")
     rank, g = torch.distributed.get_rank(), lf.ActNorm(3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -56,6 +58,21 @@ def test_linearizers(make: type[lf.TimeLowRank]) -> None:
         lf.Linearizer(lf.coupling_flow(6, 2, (8,), mix="free"), 2.0 * A, lf.coupling_flow(6, 2, (8,), mix="lu"))
     )
     _assert_replica_is_the_model(f, torch.randn(5, 6), "__call__")
+
+
+@pytest.mark.parametrize("memory", ["invert", "auto"])
+def test_a_replica_stores_where_x_needs_a_gradient(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linfast.flows.memory.AUTO_BYTES", 0)
+    g = lf.coupling_flow(4, 2, (8,), memory=memory)
+    found = []
+    for each in (g, replica_of(g)):
+        x = torch.linspace(-1, 1, 24).reshape(6, 4).requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loss = each(x).square().sum()
+        found.append(torch.autograd.grad(loss, (x, *g.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_an_actnorm_that_waits_for_its_first_batch_says_that_a_replica_cannot_keep_it() -> None:

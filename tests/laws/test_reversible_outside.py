@@ -152,6 +152,14 @@ class Renorm(nn.Module):
         return h - self.mean
 
 
+class Replaced(Renorm):
+    """The same, with another tensor in its place at every call."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.mean = self.mean.lerp(h.detach().mean(0), 0.5)
+        return h - self.mean
+
+
 class ScaledOnce(nn.Module):
     """Divides by the first batch's standard deviations."""
 
@@ -212,6 +220,7 @@ REPEATS = {
     "one net in every step": _shared_net,
     "batch norm": lambda: Model(flow(lambda: nn.BatchNorm1d(16))),
     "a running mean": lambda: Model(flow(Renorm)),
+    "a running mean that is replaced": lambda: Model(flow(Replaced)),
     "scaled by its first batch": lambda: Model(flow(ScaledOnce)),
     "a checkpoint": lambda: Model(flow(lambda: lambda h: checkpoint(torch.sin, h, use_reentrant=False))),
     "a penalty left behind": _leaves_a_penalty_behind,
