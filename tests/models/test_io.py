@@ -225,6 +225,14 @@ def test_slices_compute_the_same_bits(name: str, tmp_path) -> None:
         assert path.read_bytes() == first
 
 
+def test_notes_on_a_model_are_no_part_of_it(tmp_path) -> None:
+    f = lf.Linearizer(lf.coupling_flow(4, 2, (8,)), lf.Dense(4))
+    f.epoch, f.note, f.history = 3, "digits", [0.5, 0.25]
+    lf.save(f, tmp_path / "f.safetensors")
+    x = torch.randn(5, 4)
+    assert torch.equal(lf.load(tmp_path / "f.safetensors")(x), f(x))
+
+
 def _rewrite(path, change) -> None:
     """Change a saved file's tensors and header."""
     from safetensors import safe_open
