@@ -24,7 +24,18 @@ from .checks import check_kind
 from .device import usable_device
 from .flows.mix import Mix, Permute, check_permutation
 from .rebuilt import check_rebuilt
-from .state import joined, laid_out, match, memory_order, narrowed, share_modules, shared_modules, slots, unique
+from .state import (
+    gaps,
+    joined,
+    laid_out,
+    match,
+    memory_order,
+    narrowed,
+    share_modules,
+    shared_modules,
+    slots,
+    unique,
+)
 from .whole_file import written_whole
 
 __all__ = ["load", "register", "save"]
@@ -41,7 +52,7 @@ _STORED = {
 def described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a file of this model holds: its header, which JSON can hold, and its tensors by name, each once.
 
-    Tensors are views of the model's; ``orders`` in the header says how they lie in memory.
+    Tensors are views of the model's; ``orders`` and ``gaps`` in the header say how they lie in memory.
 
     Raises:
         TypeError: a part whose class, argument or tensor cannot be described (see ``register``).
@@ -58,6 +69,7 @@ def described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "architecture": architecture,
         "aliases": aliases,
         "orders": {key: memory_order(value) for key, value in parts.items() if not value.is_contiguous()},
+        "gaps": {key: apart for key, value in parts.items() if (apart := gaps(value))},
         "expanded": {
             key: list(tensors[key].shape) for key, part in parts.items() if part.shape != tensors[key].shape
         },
@@ -167,8 +179,8 @@ def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tupl
     try:
         _check_lists(header, stored)
         shapes = {key: (_expanded(key, shape, header), dtype) for key, (shape, dtype) in stored.items()}
-        for key, order in header["orders"].items():
-            laid_out(torch.empty(stored[key][0], device="meta"), order)
+        for key in {**header["orders"], **header["gaps"]}:
+            _laid_out(torch.empty(stored[key][0], device="meta"), key, header)
         blueprint = build(header["architecture"], len(stored) + len(header["aliases"]))
         share_modules(blueprint.model, header["shared"])
     except (KeyError, TypeError, IndexError) as error:
@@ -186,7 +198,7 @@ def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tupl
 
 def _check_lists(header: dict[str, Any], stored: _Stored) -> None:
     """Raise unless what a header says of names is of its types; what files of before lack is empty."""
-    for name, item in (("aliases", str), ("orders", list), ("expanded", list), ("shared", str)):
+    for name, item in (("aliases", str), ("orders", list), ("gaps", list), ("expanded", list), ("shared", str)):
         entries = header.setdefault(name, {})
         if not isinstance(entries, dict) or not all(isinstance(entry, item) for entry in entries.values()):
             raise TypeError(f"{name} is {entries!r:.60}")
@@ -210,9 +222,13 @@ def _expanded(key: str, shape: list[int], header: dict[str, Any]) -> list[int]:
 def _read(key: str, value: Tensor, header: dict[str, Any], device: torch.device) -> Tensor:
     """A stored tensor in memory of its own, as it lay."""
     _check_finite(key, value)
-    order = header["orders"].get(key, list(range(value.ndim)))
-    own = laid_out(value, order).clone().to(device)
+    own = _laid_out(value.to(device), key, header)
     return own.expand(_expanded(key, list(value.shape), header))
+
+
+def _laid_out(value: Tensor, key: str, header: dict[str, Any]) -> Tensor:
+    order = header["orders"].get(key, list(range(value.ndim)))
+    return laid_out(value, order, size_list(header["gaps"].get(key, [])))
 
 
 def _check_finite(key: str, value: Tensor) -> None:

@@ -37,7 +37,8 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
                 )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"cannot save {what}: it keeps an extra state; make it of parameters and buffers")
-    mine, theirs = _parts(model), _parts(built)
+    mine, theirs = _parts(model), _parts(built) | _settings(built)
+    mine |= {name: value for name, value in _settings(model).items() if name in theirs}  # others are notes
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             raise TypeError(
@@ -46,17 +47,21 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
             )
 
 
-def _parts(model: nn.Module) -> dict[str, Any]:
-    """Of each module its class and, of torch's and linfast's, its settings; of each tensor if it is trained."""
-    parts: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        cls, prefix = type(module), f"{path}." if path else ""
-        parts[path or "the model"] = f"a {cls.__name__}"
-        if cls.__module__.partition(".")[0] in ("torch", "linfast"):
-            settings = {name: value for name, value in vars(module).items() if _is_setting(name, value)}
-            parts.update({f"{prefix}{name}": repr(value) for name, value in settings.items()})
-    tensors = slots(model).items()
-    return parts | {key: f"a {'parameter' if slot.trained else 'buffer'}" for key, slot in tensors}
+def _parts(model: nn.Module) -> dict[str, str]:
+    """Of each module its class; of each tensor if it is trained."""
+    classes = {path or "the model": f"a {type(module).__name__}" for path, module in model.named_modules()}
+    return classes | {key: f"a {'parameter' if slot.trained else 'buffer'}" for key, slot in slots(model).items()}
+
+
+def _settings(model: nn.Module) -> dict[str, str]:
+    """The settings of torch's and linfast's modules."""
+    return {
+        f"{path}.{name}" if path else name: repr(value)
+        for path, module in model.named_modules()
+        if type(module).__module__.partition(".")[0] in ("torch", "linfast")
+        for name, value in vars(module).items()
+        if _is_setting(name, value)
+    }
 
 
 def _is_setting(name: str, value: Any) -> bool:

@@ -16,6 +16,7 @@ from .blueprint import Blueprint, size_list
 
 __all__ = [
     "Slot",
+    "gaps",
     "joined",
     "laid_out",
     "match",
@@ -26,6 +27,9 @@ __all__ = [
     "slots",
     "unique",
 ]
+
+
+_MOST_GAPS = 2  # each doubles the memory that a tensor takes
 
 
 class Slot(NamedTuple):
@@ -127,12 +131,28 @@ def memory_order(value: Tensor) -> list[int]:
     return sorted(range(value.ndim), key=lambda d: -value.stride()[d])
 
 
-def laid_out(value: Tensor, order: list[int]) -> Tensor:
-    """The same tensor with its dimensions in this order in memory."""
+def gaps(value: Tensor) -> list[int]:
+    """The dimensions between whose entries there is other memory, two at most."""
+    found, inner = list[int](), 1
+    for d in reversed([] if value.is_contiguous() else memory_order(value)):
+        if value.stride(d) > inner and len(found) < _MOST_GAPS:
+            found.append(d)
+        inner = max(inner, value.stride(d) * value.shape[d])
+    return found
+
+
+def laid_out(value: Tensor, order: list[int], apart: Collection[int] = ()) -> Tensor:
+    """A copy with its dimensions in this order in memory, and as much memory again between the entries of some.
+
+    Whether a matrix has gaps decides how its products are computed, and so how they round; their width does not.
+    """
     if sorted(size_list(order)) != list(range(value.ndim)):
         raise IndexError(f"{order} is no order of the dimensions of {tuple(value.shape)}")
+    if len(apart) > _MOST_GAPS or not set(apart) <= set(order):
+        raise IndexError(f"{apart} are no {_MOST_GAPS} dimensions of {tuple(value.shape)}")
     back = sorted(range(value.ndim), key=order.__getitem__)
-    return value.permute(order).contiguous().permute(back)
+    room = value.new_zeros([size for d in order for size in (value.shape[d], 1 + (d in apart))])
+    return room[(slice(None), 0) * value.ndim].copy_(value.permute(order)).permute(back)
 
 
 def shared_modules(model: nn.Module) -> dict[str, str]:

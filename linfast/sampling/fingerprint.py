@@ -31,7 +31,9 @@ __all__ = ["fingerprint"]
 
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
 _CONTENTS = _HOOKS | {"_parameters", "_buffers", "_modules"}
-_BOOKKEEPING = (vars(nn.Module()).keys() | {"_compiled_call_impl", "_linfast_plan"}) - _CONTENTS
+_BOOKKEEPING = (
+    vars(nn.Module()).keys() | {"_compiled_call_impl", "_is_torch_compile", "_linfast_plan"}
+) - _CONTENTS
 _ATOMS: set[type] = {type(None), type(...), bool, int, float, complex, str, bytes}
 _ATOMS |= {torch.dtype, torch.layout, torch.memory_format}
 
@@ -44,6 +46,7 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = _Digest()
     try:
+        model = getattr(model, "_orig_mod", model)  # compiled or not
         return digest.of(_described(model) or model).hex()
     except RecursionError as error:
         raise TypeError("its parts are nested too deep") from error

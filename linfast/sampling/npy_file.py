@@ -20,6 +20,7 @@ import io
 import json
 import os
 import reprlib
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,6 +59,8 @@ class NpyFile:
         self.row_bytes = int(np.prod(identity["shape"], dtype=np.int64)) * np.dtype(identity["dtype"]).itemsize
         self.header = _header((self.count, *identity["shape"]), np.dtype(identity["dtype"]))
         self.size = len(self.header) + self.count * self.row_bytes
+        if self.size > sys.maxsize:
+            raise OSError(errno.EFBIG, f"cannot create {path} (no file has {self.size} bytes)")
         self.may_be_foreign = False
         self.done = workers.by_first(self._open)
         if workers.rank > 0:

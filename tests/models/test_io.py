@@ -204,6 +204,35 @@ def test_nan_weights_are_refused(tmp_path) -> None:
         lf.load(path)
 
 
+_SLICES = {
+    "every second column": lambda: lf.Dense.of(torch.randn(8, 16)[:, ::2]),
+    "one of three": lambda: lf.Dense.of(torch.randn(8, 8, 3)[..., 0]),
+    "columns of a basis": lambda: (lambda Q: lf.LowRank(0.5, Q[:, ::2], Q[:, 1::2]))(torch.randn(8, 16)),
+    "one column": lambda: (lambda Q: lf.LowRank(0.5, Q[:, ::2], Q[:, 1::2]))(torch.randn(128, 2)),
+}
+
+
+@pytest.mark.parametrize("name", _SLICES)
+def test_slices_compute_the_same_bits(name: str, tmp_path) -> None:
+    path = tmp_path / "A.safetensors"
+    for seed in range(10):
+        torch.manual_seed(seed)
+        A = _SLICES[name]()
+        lf.save(A, path)
+        z, first = torch.randn(5, A.n_in), path.read_bytes()
+        assert torch.equal(lf.load(path)(z), A(z))
+        lf.save(lf.load(path), path)
+        assert path.read_bytes() == first
+
+
+def test_notes_on_a_model_are_no_part_of_it(tmp_path) -> None:
+    f = lf.Linearizer(lf.coupling_flow(4, 2, (8,)), lf.Dense(4))
+    f.epoch, f.note, f.history = 3, "digits", [0.5, 0.25]
+    lf.save(f, tmp_path / "f.safetensors")
+    x = torch.randn(5, 4)
+    assert torch.equal(lf.load(tmp_path / "f.safetensors")(x), f(x))
+
+
 def _rewrite(path, change) -> None:
     """Change a saved file's tensors and header."""
     from safetensors import safe_open
@@ -229,6 +258,9 @@ def _rewrite(path, change) -> None:
         (lambda t, h: h["aliases"].update(weight="nowhere"), "cannot be built.*nowhere"),
         (lambda t, h: h.update(orders={"nowhere": [0]}), "cannot be built.*nowhere"),
         (lambda t, h: h.update(orders={"weight": [0, 0]}), r"cannot be built.*\[0, 0\] is no order"),
+        (lambda t, h: h.update(gaps={"nowhere": [0]}), "cannot be built.*nowhere"),
+        (lambda t, h: h.update(gaps={"weight": [2]}), r"cannot be built.*\[2\] are no 2 dimensions"),
+        (lambda t, h: h.update(gaps={"weight": [0, 1, 0]}), r"cannot be built.*\[0, 1, 0\] are no 2 dimensions"),
         (lambda t, h: h["architecture"]["arguments"].update(n_out={"run": "x"}), "unknown entry"),
     ],
 )

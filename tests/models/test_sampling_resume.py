@@ -219,6 +219,14 @@ def test_the_file_of_the_same_model_is_gone_on_with(name: str, foreign: bool, tm
     assert np.array_equal(_stream(wrapped(SAME[name](_linearizer(), tmp_path)), path), rows)
 
 
+@pytest.mark.parametrize("make", [lambda: lf.coupling_flow(N, 2, (8,)), lambda: nn.Sequential(nn.Linear(N, N))])
+def test_a_compiled_model_is_the_same(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    before = fingerprint(model)
+    compiled = torch.compile(model, backend="eager")
+    assert (fingerprint(compiled), fingerprint(model)) == (before, before)
+
+
 def _send_fingerprint(sender: Any) -> None:
     sender.send(fingerprint(nn.Sequential(_linearizer(), Map(constant={"a", "b", "c"}))))
 

@@ -194,6 +194,12 @@ def test_no_room_from_the_start_leaves_nothing(tmp_path: Path, monkeypatch) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_larger_than_any_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"cannot create .*x.npy \(no file has \d+ bytes"):
+        _stream(_model(), tmp_path / "x.npy", count=2**62)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path: Path, monkeypatch) -> None:
     f, path = _model(), tmp_path / "x.npy"
 
