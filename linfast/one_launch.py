@@ -72,8 +72,8 @@ def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mappin
     core = _core(f.A, t)
     if not isinstance(core, Tensor):
         return core
-    for g in (f.g_x, f.g_y):
-        g._check("x", x, g.features)
+    f.g_x._check("x", x, f.g_x.features)
+    f.g_y._check("x", x, None)  # of A x, which may have another number of features: dtype and device alone
     precision, shared = mode_for(x), stack_y is stack_x
     g_x = stack_x.weights(inverse=shared)
     g_y = g_x if shared else stack_y.weights(inverse=True)

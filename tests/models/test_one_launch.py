@@ -137,6 +137,21 @@ def test_per_sample_time_runs_layer_by_layer() -> None:
     assert torch.allclose(y, flow(x, t=t), atol=1e-5)
 
 
+@pytest.mark.parametrize(("n", "n_out"), [(2, 4), (4, 2), (3, 5)])
+def test_an_operator_that_is_not_square_runs_part_by_part(n: int, n_out: int) -> None:
+    A = lf.Dense.of(torch.nn.Parameter(torch.randn(n_out, n)))
+    f = perturb(lf.Linearizer(lf.coupling_flow(n, 2, (8,)), A, lf.coupling_flow(n_out, 2, (8,))))
+    x = torch.randn(3, n)
+    with lf.backend("triton"):
+        y = f(x)
+        with torch.no_grad(), lf.freeze(f):
+            frozen = f(x)
+    with lf.backend("reference"):
+        expected = f(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(frozen, expected)
+
+
 def test_operator_a_sample_runs_part_by_part() -> None:
     f, t = lf.Linearizer(_flow(1), lf.TimeLowRank(D, 2, hidden=16).to(DEVICE)), torch.rand(3, device=DEVICE)
     x = torch.randn(3, D, device=DEVICE)
