@@ -70,8 +70,8 @@ MUTANTS = (
     Mutant(
         name="load: tensors are contiguous, however they lay",
         file="linfast/state.py",
-        old="return value.permute(order).contiguous().permute(back)",
-        new="return value",
+        old="copy_(value.permute(order)).permute(back)",
+        new="copy_(value.permute(order)).permute(back).contiguous()",
         breaks="Another product of the BLAS runs after loading, and rounds otherwise.",
         tests=(f"{_IO}::test_tensors_lie_in_memory_as_they_did",),
     ),
