@@ -9,6 +9,7 @@ Linearizer paper's order.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ class ActNorm(ChannelLinear):
         features: C.
         min_std: smallest standard deviation divided by. A channel that is nearly
             constant in the first batch would otherwise amplify everything unlike it.
+
+    A first batch that replaces weights which are not zero warns (RuntimeWarning).
 
     Raises:
         ValueError: a first batch with fewer than two values per channel, or non-finite ones.
@@ -92,14 +95,21 @@ class ActNorm(ChannelLinear):
             self._seen = (flag, flag._version) if _all_set(flag) else None
         return self._seen is not None
 
-    def _check_is_kept(self) -> None:
-        """Raise where the parameters are another's for the length of a call."""
+    def _check_start(self) -> None:
+        """Raise where the parameters are another's for the length of a call, and warn where they were set before."""
         if torch.compiler.is_compiling():
             return
         if not isinstance(self.bias, nn.Parameter) or torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError(
                 "ActNorm: its first batch sets its parameters, and here that would be lost: "
                 "call the model once before, or load its weights"
+            )
+        if bool(self.bias.any()) or bool(self.log_scale.any()):
+            warnings.warn(
+                "ActNorm: its first batch replaces weights that are not a new one's (moved here without the buffer "
+                "that says so?); weights that are to stay have initialized.fill_(True)",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -110,7 +120,7 @@ class ActNorm(ChannelLinear):
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
         if not inverse and (x.shape[0] > 0 or _is_distributed()) and self.waits_for_data():
-            self._check_is_kept()
+            self._check_start()
             self.initialize(x)
         return self._affine(x, inverse, log_det)
 

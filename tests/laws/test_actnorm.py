@@ -67,6 +67,16 @@ def test_parameters_loaded_without_the_flag_are_kept() -> None:
     assert torch.equal(again(x), g(x))
 
 
+def test_weights_moved_without_the_flag_are_not_replaced_without_a_word() -> None:
+    g = lf.ActNorm(3)
+    average = copy.deepcopy(g)
+    g(2 + torch.randn(16, 3))
+    for mine, its in zip(average.parameters(), g.parameters(), strict=True):
+        mine.data.lerp_(its.data, 0.5)
+    with pytest.warns(RuntimeWarning, match=r"replaces weights .* initialized.fill_\(True\)"):
+        average(torch.randn(16, 3))
+
+
 def test_no_rows_initialise_nothing() -> None:
     g = lf.ActNorm(3)
     assert g(torch.empty(0, 3)).shape == (0, 3)
