@@ -96,7 +96,7 @@ class ActNorm(ChannelLinear):
         return self._seen is not None
 
     def _check_start(self) -> None:
-        """Raise where the parameters are another's for the length of a call, and warn where they were set before."""
+        """Raise where the parameters are another's for the length of a call; warn where they were set before."""
         if torch.compiler.is_compiling():
             return
         if not isinstance(self.bias, nn.Parameter) or torch._C._functorch.peek_interpreter_stack() is not None:
