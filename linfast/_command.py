@@ -16,7 +16,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Stops", "flush_output", "say", "text_of"]
+__all__ = ["Stops", "flush_output", "leave", "say", "text_of"]
 
 _LONGEST = 2000  # characters of an error's line
 
@@ -114,6 +114,17 @@ class Stops:
         self._hook(unraisable)
 
 
+def leave(status: int) -> int:
+    """The status of an interrupted command, with which the process ends, where it is that command's.
+
+    Python itself would end by SIGINT after all where the interruption came through an ``exec`` of text, as
+    classes of the standard library are made, whoever caught it then.
+    """
+    if _IS_COMMAND:
+        os._exit(status)
+    return status
+
+
 def _is_command() -> bool:
     """Whether this process was started as ``linfast`` or ``python -m linfast...``."""
     program = (getattr(sys, "argv", None) or [""])[0]
@@ -143,5 +154,6 @@ def _prepare() -> None:
         signal.signal(signal.SIGINT, _stop_while_starting)
 
 
-if _is_command():
+_IS_COMMAND = _is_command()
+if _IS_COMMAND:
     _prepare()

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from ._command import Stops, flush_output, say, text_of
+from ._command import Stops, flush_output, leave, say, text_of
 from .arguments import Parser
 from .training.commands import add_demo_command, add_train_command
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if isinstance(error, KeyboardInterrupt) or stops.number:
                 stops.say()
-                return 128 + (stops.number or signal.SIGINT)
+                return leave(128 + (stops.number or signal.SIGINT))
             if sys.flags.dev_mode:
                 raise
             say(f"{_name(options)}: error: {text_of(error)}")

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import linfast
 from linfast import _command
 from linfast.cli import main
 
@@ -35,6 +37,19 @@ def test_an_interruption_while_it_starts_is_one_line(argv: list[str]) -> None:
     done = _python("-c", _INTERRUPTED_IMPORT.format(argv=argv))
     assert done.returncode == 130
     assert done.stderr == "linfast: interrupted while it started: nothing was begun\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_inside_an_exec_of_text_has_its_status(number: int, status: int, tmp_path: Path) -> None:
+    """Under ``python -m`` Python keeps in mind that one passed there, and would end by SIGINT itself."""
+    text = f"import signal; signal.raise_signal({int(number)})"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import platform\nplatform.python_version = lambda: exec({text!r})\n"
+    )
+    path = os.pathsep.join((str(tmp_path), str(Path(linfast.__file__).parents[1])))
+    done = _python("-m", "linfast.cli", "info", env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == status
+    assert done.stderr == "linfast info: interrupted; it writes nothing\n"
 
 
 def test_an_import_by_others_is_left_alone() -> None:

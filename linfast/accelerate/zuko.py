@@ -19,6 +19,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.transforms import _InverseTransform
 
+from ..checks import check_kind
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from .couple import couple, described
@@ -100,6 +101,7 @@ def _transform_class() -> type:
 
         def run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
             """(y, log|det|) of x [..., D], or of the inverse."""
+            check_kind("x", x, Tensor)
             nets = (self._lazy.hyper,) if self._c is None else ()
             side = _side(
                 self._lazy, self._lazy._linfast_plan.layout, lambda kept: self._params(kept, x.shape[:-1]), nets

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -368,3 +369,14 @@ def test_second_derivatives_through_norm_and_silu():
     assert lf.accelerate(block).rows[0].swapped
     for actual, value in zip(second(), expected, strict=True):
         assert relative(actual, value) < 1e-6
+
+
+@pytest.mark.parametrize("x", [None, np.zeros((3, 4), np.float32), [[0.0] * 4]])
+def test_what_is_no_tensor_is_a_type_error_of_zukos_flows_too(x: object) -> None:
+    zuko = require("zuko")
+    flow = zuko.flows.RealNVP(4, 0, transforms=2, hidden_features=(8,))
+    with pytest.raises(TypeError):
+        flow().log_prob(x)
+    lf.accelerate(flow)
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        flow().log_prob(x)
