@@ -17,6 +17,7 @@ from torch import nn
 import linfast as lf
 from linfast.accelerate.swap import Swapped
 from tests.laws.zoo import relative
+from tests.marks import long
 
 from . import stand_in
 from .zoo import FEATURES, KINDS, inputs, make, net, require, sweep
@@ -171,7 +172,7 @@ def test_what_the_original_can_do_it_can(name, operation):
     assert [type(m) for m in fast.modules()] == [type(m) for m in original.modules()]
 
 
-@pytest.mark.parametrize("name", ["zuko", "nflows Affine MLP gather"])
+@pytest.mark.parametrize("name", ["zuko", *long("nflows Affine MLP gather")])
 def test_strict_export_and_compilation(name):
     kind = KINDS[name]
     original = Run(kind, make(kind, 0))
