@@ -32,6 +32,7 @@ class Job:
         begun: the file whose existence says so.
         folder: of the files.
         files: the files, below the folder, that must be the same in the end.
+        rows: of samples that the record then counts; 0 of a training.
     """
 
     first: list[str]
@@ -39,6 +40,13 @@ class Job:
     begun: Path
     folder: Path
     files: tuple[str, ...]
+    rows: int = 0
+
+    def is_done(self) -> bool:
+        """Whether all its work is written, though its process may not have ended."""
+        if self.rows:
+            return self.begun.exists() and json.loads(self.begun.read_text())["done"] == self.rows
+        return all((self.folder / file).exists() for file in self.files)
 
     def arguments(self) -> list[str]:
         return self.again if self.begun.exists() else self.first
@@ -57,7 +65,7 @@ def sampling(model: Path, folder: Path, count: int) -> Job:
     folder.mkdir(exist_ok=True)
     files = ["--checkpoint", str(model), "--out", str(folder / "x.npy")]
     first = ["sample", *files, "--count", str(count), "--batch-size", "1024", "--steps", "20"]
-    return Job(first, [*first, "--resume"], folder / "x.npy.json", folder, ("x.npy", "x.npy.json"))
+    return Job(first, [*first, "--resume"], folder / "x.npy.json", folder, ("x.npy", "x.npy.json"), count)
 
 
 def differences(job: Job, whole: Job) -> list[str]:

@@ -114,6 +114,7 @@ class Soak:
     def _second_writer(self, job: Job, first: subprocess.Popen[bytes]) -> None:
         """While the first process stands still in its work, the same command is refused."""
         first.send_signal(signal.SIGSTOP)
+        done = job.is_done()
         try:
             with self._started(job, log=self.folder / "second") as second:
                 status = second.wait(_LONGEST)
@@ -122,14 +123,8 @@ class Soak:
         text = (self.folder / "second").read_text()
         if "another" in text and status == 2:
             self.done["second writer"] += 1
-        elif status != 0 or not self._ends_soon(first):
+        elif status != 0 or not done:
             raise Failed(f"a second {' '.join(job.arguments())} ended with {status}: {text}")
-
-    def _ends_soon(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether a process had done its work and given its lock back when it was stopped."""
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(1) == 0
-        return False
 
     def _until_begun(self, job: Job, process: subprocess.Popen[bytes]) -> float:
         """Wait until this process has begun to write, or has ended; when that was."""
