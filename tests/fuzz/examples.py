@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["EXAMPLES"]
+__all__ = ["EXAMPLES", "FLOW", "STACK"]
 
-_STACK = {
+STACK = {
     "op": "coupling_stack", "batch": 1, "channels": 2, "out": 1, "positions": (), "rank": 0, "scale_map": "exp",
     "order": "shift_first", "params": "halves", "moves": "first", "inverse": False, "flag": False, "other": False,
     "maps": "dense", "hidden": (), "depth": 1, "activation": "silu", "kernel": 1, "layout": "contiguous", "seed": 0,
     "dtype": "float16", "autocast": False,
 }  # fmt: skip
-_FLOW = {
+FLOW = {
     "std": 0.05, "time_features": 0, "mix": "free", "context_features": 0, "hidden": (1, 9), "features": 4,
     "order": "shift_first", "actnorm": False, "coupling": "affine", "depth": 4, "activation": "silu", "seed": 0,
     "memory": "store", "make": "coupling_flow", "scale_map": None,
@@ -30,17 +30,17 @@ _GELU = {
 
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     # torch.linalg has no half precision: slogdet and the inverse of a stack's dense map.
-    ("ops", _STACK),
-    ("ops", {**_STACK, "inverse": True, "dtype": "bfloat16"}),
-    ("ops", {**_STACK, "op": "linearizer_stack", "channels": 6}),
-    ("kernels", {**_STACK, "inverse": True}),
+    ("ops", STACK),
+    ("ops", {**STACK, "inverse": True, "dtype": "bfloat16"}),
+    ("ops", {**STACK, "op": "linearizer_stack", "channels": 6}),
+    ("kernels", {**STACK, "inverse": True}),
     # The inverse map's bias was rounded to bf16 by autocast, and did not fit its weight.
-    ("ops", {**_STACK, "inverse": True, "dtype": "float32", "autocast": True}),
+    ("ops", {**STACK, "inverse": True, "dtype": "float32", "autocast": True}),
     # What is packed was stacked under autocast.
     (
         "kernels",
         {
-            "flow": _FLOW, "dtype": "float32", "batch": 1, "layout": "contiguous", "time": "number",
+            "flow": FLOW, "dtype": "float32", "batch": 1, "layout": "contiguous", "time": "number",
             "requires_grad": False, "autocast": True, "seed": 0, "scale": 1.0,
         },
     ),
