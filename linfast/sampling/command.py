@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..device import usable_device
 from ..io import load
 from ..linearizer import Linearizer
 from .integrate import METHODS
+from .locked import check_regular
 from .stream import sample_stream
 from .workers import Workers
 
@@ -44,7 +44,8 @@ def add_sample(commands: Any) -> None:
     add_earlier_files(
         parser,
         resume="go on with --out; not needed: the same command goes on, and another run's file is refused",
-        overwrite="remove an earlier run's --out and its record when sampling starts",
+        overwrite="replace an earlier run's --out and its record when all samples are there; until then they are in "
+        "--out.new",
     )
     parser.set_defaults(call=_sample, kept=_kept)
 
@@ -55,12 +56,15 @@ def _sample(options: argparse.Namespace) -> int:
     for name, largest in _LARGEST.items():
         if getattr(options, name) > largest:
             raise ValueError(f"{name} must be at most {largest}; got {getattr(options, name)}")
-    out = Path(options.out)
-    if out.exists() and not out.is_file():
-        raise ValueError(f"{out} exists and is no file: choose another --out")
+    out, new = Path(options.out), _new(options)
+    for path in dict.fromkeys((out, _record(out), new, _record(new))):
+        check_regular(str(path))
+        if path.exists() and os.path.exists(options.checkpoint) and path.samefile(options.checkpoint):
+            raise FileExistsError(f"{path} is the checkpoint: choose another --out")
+    for record in map(_record, (out, new)):
+        if record.exists() and _done(record) is None:
+            raise FileExistsError(f"{record} is not a record of a run: move it, or choose another --out")
     known = _record(out).exists()
-    if os.path.lexists(out) and out.resolve() == Path(options.checkpoint).resolve():
-        raise FileExistsError(f"{out} exists and has no record: it is the checkpoint; choose another --out")
     if options.resume and not known:
         raise FileNotFoundError(f"{_record(out)}: no record of a run to resume")
     if not options.overwrite and not known:
@@ -73,38 +77,64 @@ def _sample(options: argparse.Namespace) -> int:
         given = (f.eval(), options.count, options.batch_size)
         workers = Workers.current()
         if options.overwrite:
-            sample_stream(*given, None, options.seed, **how)  # refuses what the call below would
-            workers.by_first(lambda: _remove(out))
+            sample_stream(*given, None, options.seed, **how)  # refuses what the calls below would
+            workers.by_first(lambda: _check_unlocked(out))
         try:
-            rows = sample_stream(*given, out, options.seed, **how)
-        except (ValueError, FileExistsError) as error:
-            if known and not options.overwrite:
-                raise ValueError(f"{error} (--resume goes on with the same run alone; {_REPLACES})") from error
-            raise
+            rows = sample_stream(*given, new, options.seed, **how)
+        except ValueError as error:
+            if not options.overwrite:
+                goes_on = f" (--resume goes on with the same run alone; {_REPLACES})" if known else ""
+                raise ValueError(f"{error}{goes_on}") from error
+            workers.by_first(lambda: _remove(new))  # of another run that was to replace it
+            rows = sample_stream(*given, new, options.seed, **how)
+        if options.overwrite:
+            workers.by_first(lambda: _replace(out, new))
         if workers.rank == 0:
             print(f"{options.out}: {rows.dtype} {tuple(rows.shape)}")
     return 0
+
+
+def _new(options: argparse.Namespace) -> Path:
+    """The file that the samples are written to."""
+    return Path(f"{options.out}.new" if options.overwrite else options.out)
 
 
 def _record(out: Path) -> Path:
     return Path(f"{out}.json")
 
 
+def _done(record: Path) -> int | None:
+    """The samples that a record counts; None where it is no run's, or missing."""
+    try:
+        content = json.loads(record.read_bytes())
+        return content["done"] if isinstance(content["run"], dict) and type(content["done"]) is int else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _check_unlocked(out: Path) -> None:
+    """Raise BlockingIOError where another run is writing to the file."""
+    if out.exists():
+        os.close(taken(out))
+
+
 def _remove(out: Path) -> None:
     """Remove the file, which no other run may be writing, and its record."""
-    with suppress(FileNotFoundError):
-        lock = taken(out)
-        try:
-            out.unlink()
-        finally:
-            os.close(lock)
+    _check_unlocked(out)
+    out.unlink(missing_ok=True)
     _record(out).unlink(missing_ok=True)
+
+
+def _replace(out: Path, new: Path) -> None:
+    """Give the new file and its record the earlier run's names."""
+    _remove(out)
+    new.replace(out)
+    _record(new).replace(_record(out))
 
 
 def _kept(options: argparse.Namespace) -> str:
     """What an interrupted run leaves."""
-    try:
-        done = json.loads(_record(Path(options.out)).read_text())["done"]
-    except (OSError, ValueError, KeyError, TypeError):
+    done = _done(_record(_new(options)))
+    if done is None:
         return "nothing is kept"
-    return f"{options.out} keeps {done} samples: the same command goes on from there"
+    return f"{_new(options)} keeps {done} samples: the same command goes on from there"

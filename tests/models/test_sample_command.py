@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import linfast as lf
+from linfast.arguments import taken
 from linfast.cli import main
 from linfast.sampling import stream
 
@@ -24,6 +26,15 @@ def model(tmp_path: Path) -> Path:
 def _sample(model: Path, out: Path | str, *more: str, count: int = 3000) -> int:
     fixed = ["--checkpoint", str(model), "--out", str(out), "--batch-size", "1024", "--steps", "3"]
     return main(["sample", *fixed, "--count", str(count), *more])
+
+
+_NOISE = stream._Source.noise
+
+
+def _interrupted_at_block_2(self: stream._Source, index: int) -> torch.Tensor:
+    if index == 2:
+        signal.raise_signal(signal.SIGINT)
+    return _NOISE(self, index)
 
 
 def test_files_are_replaced_by_leave_alone(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -55,11 +66,87 @@ def test_files_are_replaced_by_leave_alone(model: Path, tmp_path: Path, capsys, 
         assert "none.npy.json: no record of a run to resume" in capsys.readouterr().err
         for no_file in (tmp_path, "/dev/null"):
             assert _sample(model, no_file, "--overwrite") == 2
-            assert f"{no_file} exists and is no file" in capsys.readouterr().err
+            assert "and no file: choose the name of a file" in capsys.readouterr().err
         assert _sample(model, out, "--steps", str(10**7)) == 2
         assert "steps must be at most 1000000; got 10000000" in capsys.readouterr().err
-        assert _sample(model, model, "--overwrite") == 2
-        assert "it is the checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "count", "says"),
+    [
+        ("other", b"", 2**53, "cannot create"),
+        ("x.npy.json", None, 3000, "x.npy.json is a folder and no file"),
+        ("x.npy.json", b'{"my": "settings"}', 3000, "x.npy.json is not a record of a run"),
+        ("x.npy.json", b'{"run": {}, "done', 3000, "x.npy.json is not a record of a run"),
+        ("x.npy.new", b"mine", 3000, "x.npy.new exists and has no record"),
+        ("x.npy.new", None, 3000, "x.npy.new is a folder and no file"),
+        ("x.npy.new.json", b"mine", 3000, "x.npy.new.json is not a record of a run"),
+    ],
+)
+def test_overwriting_that_cannot_be_done_loses_nothing(
+    name: str, content: bytes | None, count: int, says: str, model: Path, tmp_path: Path, capsys
+) -> None:
+    out, other = tmp_path / "x.npy", tmp_path / name
+    assert _sample(model, out) == 0
+    other.unlink(missing_ok=True)
+    other.mkdir() if content is None else other.write_bytes(content)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert _sample(model, out, "--overwrite", count=count) == 2
+    assert says in capsys.readouterr().err
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npy.json", "x.npy.new", "x.npy.new.json"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_checkpoint_is_never_replaced(name: str, linked: bool, model: Path, tmp_path: Path, capsys) -> None:
+    checkpoint = tmp_path / name
+    checkpoint.hardlink_to(model)
+    before = model.read_bytes()
+    assert _sample(model if linked else checkpoint, tmp_path / "x.npy", "--overwrite") == 2
+    assert f"{name} is the checkpoint" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
+def test_an_interrupted_overwrite_goes_on_and_leaves_the_earlier_file_until_then(
+    model: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    out, other = tmp_path / "x.npy", tmp_path / "other.npy"
+    assert _sample(model, out) == _sample(model, other, "--seed", "1") == 0
+    first = out.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(stream._Source, "noise", _interrupted_at_block_2)
+        assert _sample(model, out, "--overwrite", "--seed", "1") == 130
+    assert "x.npy.new keeps 2048 samples: the same command goes on" in capsys.readouterr().err
+    assert out.read_bytes() == first
+    blocks: list[int] = []
+    monkeypatch.setattr(stream._Source, "noise", lambda self, b: (blocks.append(b), _NOISE(self, b))[1])
+    assert _sample(model, out, "--overwrite", "--seed", "1") == 0
+    assert 1 not in blocks
+    assert out.read_bytes() == other.read_bytes()
+    assert not list(tmp_path.glob("*.new*"))
+    assert _sample(model, out, "--seed", "1") == 0  # complete
+
+
+def test_an_interrupted_overwrite_is_replaced_by_another(model: Path, tmp_path: Path, monkeypatch) -> None:
+    out, other = tmp_path / "x.npy", tmp_path / "other.npy"
+    with monkeypatch.context() as patch:
+        patch.setattr(stream._Source, "noise", _interrupted_at_block_2)
+        assert _sample(model, out, "--overwrite") == 130
+    assert _sample(model, out, "--overwrite", "--seed", "1") == _sample(model, other, "--seed", "1") == 0
+    assert out.read_bytes() == other.read_bytes()
+
+
+def test_a_file_that_is_being_written_is_not_replaced(model: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "x.npy"
+    assert _sample(model, out) == 0
+    lock = taken(out)
+    try:
+        assert _sample(model, out, "--overwrite", "--seed", "1") == 2
+    finally:
+        os.close(lock)
+    assert f"{out}: another run writes there" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.new*"))
 
 
 @pytest.mark.parametrize(
@@ -80,16 +167,9 @@ def test_another_kind_of_model_is_refused_by_its_name(other, tmp_path: Path, cap
 def test_an_interruption_says_what_is_kept(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     whole, out = tmp_path / "whole.npy", tmp_path / "out.npy"
     assert _sample(model, whole) == 0
-    noise = stream._Source.noise
-
-    def interrupted(self: stream._Source, index: int) -> torch.Tensor:
-        if index == 2:
-            signal.raise_signal(signal.SIGINT)
-        return noise(self, index)
-
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(stream._Source, "noise", interrupted)
+        patch.setattr(stream._Source, "noise", _interrupted_at_block_2)
         assert _sample(model, out) == 130
     error = capsys.readouterr().err
     assert error.count("\n") == 1
