@@ -74,9 +74,9 @@ def _device(text: str) -> torch.device:
 
 
 def _positive_int(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
+    value = int(text) if text.isdecimal() and len(text) < 10 else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {10**9 - 1}; got {text!r:.60}")
     return value
 
 

@@ -10,15 +10,17 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["Stops", "flush_output", "leave", "say", "text_of"]
+__all__ = ["Stops", "flush_output", "leave", "say", "status_of", "text_of"]
 
 _LONGEST = 2000  # characters of an error's line
+_PATIENCE = 3.0  # seconds after a signal in which Python can raise
 
 
 def say(text: str) -> None:
@@ -40,6 +42,11 @@ def text_of(error: BaseException) -> str:
     if isinstance(error, (ValueError, OSError, FloatingPointError)) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status after an error: 2, or 1 where it was not foreseen."""
+    return 2 if isinstance(error, (ValueError, OSError, FloatingPointError)) else 1
 
 
 def flush_output() -> None:
@@ -66,7 +73,8 @@ class Stops:
     """In this block SIGINT (Ctrl-C) and SIGTERM raise KeyboardInterrupt, once.
 
     A second signal ends the process at once, and so does a first one that comes where Python cannot raise
-    (a weak reference's callback, say) and would print a traceback and go on.
+    (a weak reference's callback, say) and would print a traceback and go on. A command that has not ended a few
+    seconds after the signal is ended: it may wait in C, for another process, where Python runs no handler.
 
     Args:
         line: what to say then.
@@ -78,6 +86,7 @@ class Stops:
     def __init__(self, line: Callable[[], str]) -> None:
         self.line, self.number = line, 0
         self._said, self._before = False, dict[int, Any]()
+        self._writer: socket.socket | None = None
 
     def __enter__(self) -> Stops:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
@@ -85,12 +94,20 @@ class Stops:
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as nohup and "&" set it
                     self._before[number] = signal.signal(number, self._stop)
+            if _IS_COMMAND:
+                reader, self._writer = socket.socketpair()
+                self._writer.setblocking(False)
+                signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+                threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         sys.unraisablehook = self._hook
+        if self._writer is not None:
+            signal.set_wakeup_fd(-1)
+            self._writer.close()
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_IGN if before is _stop_while_starting else before)
 
@@ -100,6 +117,19 @@ class Stops:
             os._exit(128 + number)
         self.number = number
         raise KeyboardInterrupt
+
+    def _watch(self, reader: socket.socket) -> None:
+        """End the process where its main thread does not, soon after a signal or at a second one."""
+        with reader:
+            while (number := int.from_bytes(reader.recv(1), "big")) not in self._before:
+                if not number:  # closed
+                    return
+            reader.settimeout(_PATIENCE)
+            with contextlib.suppress(TimeoutError):
+                if not reader.recv(1):
+                    return
+        self.say()
+        os._exit(128 + number)
 
     def say(self) -> None:
         """The line, once, by the first of torchrun's processes."""
@@ -140,6 +170,7 @@ def _stop_while_starting(number: int, frame: FrameType | None) -> None:
 
 def _fail_while_starting(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     say(f"linfast: error: {text_of(error)}")
+    os._exit(status_of(error))
 
 
 def _prepare() -> None:
@@ -148,6 +179,8 @@ def _prepare() -> None:
     os.close(descriptor)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be what a terminal cannot show
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are its own
     if not sys.flags.dev_mode:
         sys.excepthook = _fail_while_starting
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

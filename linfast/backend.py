@@ -40,6 +40,10 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+class _CannotRun(RuntimeError, ValueError):
+    """The backend that was asked for does not run here: a mistake of the caller's, as a wrong name is."""
+
+
 def _checked(name: str, source: str) -> str:
     check_choice(source, name, _CHOICES)
     return name
@@ -122,9 +126,9 @@ def uses_triton(*tensors: Tensor) -> bool:
     if not supported:
         return False
     if not _HAS_TRITON:
-        raise RuntimeError("backend 'triton' was asked for and triton is not installed")
+        raise _CannotRun("backend 'triton' was asked for and triton is not installed")
     if not on_gpu and not interpreting():
-        raise RuntimeError(
+        raise _CannotRun(
             f"backend 'triton' was asked for on {tensors[0].device}; set TRITON_INTERPRET=1 before "
             "starting Python to interpret the kernels there"
         )

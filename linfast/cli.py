@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from ._command import Stops, flush_output, leave, say, text_of
+from ._command import Stops, flush_output, leave, say, status_of, text_of
 from .arguments import Parser
 from .training.commands import add_demo_command, add_train_command
 
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.flags.dev_mode:
                 raise
             say(f"{_name(options)}: error: {text_of(error)}")
-            return 2 if isinstance(error, (ValueError, OSError, FloatingPointError)) else 1
+            return status_of(error)
 
 
 def _name(options: argparse.Namespace) -> str:

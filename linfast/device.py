@@ -20,7 +20,7 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"device {str(name)!r} cannot be used: {error}") from error
     if device.type == "meta":
         raise ValueError(f"device {str(name)!r} cannot be used: it holds no numbers")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,7 +80,7 @@ def test_what_counts_as_the_command(argv, started, is_command: bool, monkeypatch
 def test_a_wrong_backend_is_one_line_to_the_command_and_an_error_to_python() -> None:
     wrong = {"env": {**os.environ, "LINFAST_BACKEND": "nope"}}
     done = _python("-m", "linfast.cli", "info", **wrong)
-    assert done.returncode in (1, 2)
+    assert done.returncode == 2
     assert done.stderr == "linfast: error: LINFAST_BACKEND must be one of auto, triton, reference; got 'nope'\n"
     assert "ValueError: LINFAST_BACKEND must be one of" in _python("-c", "import linfast", **wrong).stderr
 
@@ -125,6 +128,58 @@ def test_a_second_signal_ends_at_once_and_says_so_once(monkeypatch, capsys) -> N
         stops.say()
     assert capsys.readouterr().err == "kept\n"  # once
     assert stops.number == signal.SIGTERM
+
+
+def test_an_interruption_ends_the_wait_for_other_processes(tmp_path: Path) -> None:
+    """torch waits for them in C++, where no handler of Python's runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = free.getsockname()
+    names = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": place[0], "MASTER_PORT": str(place[1])}
+    arguments = ["sample", "--checkpoint", "f", "--count", "1", "--out", "x.npy"]
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "linfast.cli", *arguments],
+        env={**os.environ, **names, "PYTHONPATH": str(Path(linfast.__file__).parents[1])},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while waiting.poll() is None:
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(place):
+                break  # it listens, and waits
+            time.sleep(0.1)
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.communicate(timeout=60)[1].splitlines()[-1] == "linfast sample: interrupted; nothing is kept"
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 130
+
+
+_A_CHILD_IS_STOPPED = """
+import os, signal, sys, time
+sys.argv = ["linfast"]
+from linfast import _command
+_command._PATIENCE = 0.01
+with _command.Stops(lambda: "ended"):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(writer, b"-")
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.read(reader, 1)
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    time.sleep(0.5)
+"""
+
+
+def test_a_childs_signals_are_its_own() -> None:
+    done = _python("-c", _A_CHILD_IS_STOPPED)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

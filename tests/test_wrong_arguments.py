@@ -44,7 +44,7 @@ def _values(action: argparse.Action) -> tuple[str, ...]:
     if action.choices is not None:
         return ("nope", "")
     if name == "--device":
-        return ("nope", "", "cuda:99", "cpu:-1", "meta", "0")
+        return ("nope", "", "cuda:99", "cpu:-1", "meta", "0", "hpu", "privateuseone:3")
     if name in ("--data", "--checkpoint"):
         return ("/nowhere/at/all", "FOLDER", "DAMAGED")
     if action.type in _WRONG:
@@ -135,6 +135,9 @@ def test_a_wrong_command_line_is_one_line(arguments: list[str], capsys) -> None:
         {"WORLD_SIZE": "2", "RANK": "x"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"WORLD_SIZE": "2", "RANK": "0"},
         {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "99999"},
         {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1"},
+        {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": ""},
+        {"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1", "MASTER_ADDR": "\udcff"},
+        {"WORLD_SIZE": "9" * 30}, {"WORLD_SIZE": "9" * 5000},
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{folder}: no folder with PNG pictures")
     pictures = {}
     for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: not a picture (no file)")
         try:
             picture = Image.open(path).convert("RGB")
         except Exception as error:  # damaged files raise what their decoder happens to: SyntaxError, OSError, ...

@@ -12,6 +12,8 @@ from torch import Tensor
 
 __all__ = ["mean_over_processes", "process_group", "rank_and_size", "rows_of_this_process"]
 
+_LARGEST = 2**20  # processes
+
 
 @contextmanager
 def process_group(device: torch.device, backend: str | None = None) -> Iterator[torch.device]:
@@ -22,32 +24,38 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
 
     Raises:
         ValueError: WORLD_SIZE and what goes with it are not what torchrun sets.
+        ConnectionError: the processes cannot reach one another.
     """
-    size = _from_environment("WORLD_SIZE", 1, default=1)
+    size = _from_environment("WORLD_SIZE", 1, _LARGEST, default=1)
     if size == 1 or dist.is_initialized():
         yield device
         return
     _from_environment("RANK", 0, size - 1)
     _from_environment("MASTER_PORT", 0, 65535)
-    if "MASTER_ADDR" not in os.environ:
-        raise ValueError(f"MASTER_ADDR must be set where WORLD_SIZE is {size}, as torchrun does")
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host or not host.isprintable():
+        raise ValueError(f"MASTER_ADDR must be set where WORLD_SIZE is {size}, as torchrun does; got {host!r}")
     if device.type == "cuda":
         last = torch.cuda.device_count() - 1
         device = torch.device("cuda", _from_environment("LOCAL_RANK", 0, last))
         torch.cuda.set_device(device)
-    dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
+    try:
+        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
+    except dist.DistError as error:
+        raise ConnectionError(f"{size} processes cannot meet at MASTER_ADDR {host}: {error}") from error
     try:
         yield device
     finally:
         dist.destroy_process_group()
 
 
-def _from_environment(name: str, low: int, high: int | None = None, default: int | None = None) -> int:
+def _from_environment(name: str, low: int, high: int, default: int | None = None) -> int:
     """The environment variable as a whole number from low to high."""
     text = os.environ.get(name, "" if default is None else str(default))
-    if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
-        wanted = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be a whole number {wanted}, as torchrun sets it; got {text!r}")
+    if not text.isdecimal() or len(text) > len(str(high)) or not low <= int(text) <= high:
+        raise ValueError(
+            f"{name} must be a whole number from {low} to {high}, as torchrun sets it; got {text!r:.60}"
+        )
     return int(text)
 
 

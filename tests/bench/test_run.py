@@ -195,7 +195,9 @@ def test_a_refused_provider_is_an_exit_status(monkeypatch, capsys) -> None:
     ("argv", "message"),
     [
         (["--case", "nothing"], "invalid choice: 'nothing' (choose from"),
-        (["--batch", "0"], "must be a whole number of at least 1; got '0'"),
+        (["--batch", "0"], "must be a whole number from 1 to 999999999; got '0'"),
+        (["--batch", "9" * 30], "must be a whole number from 1 to 999999999"),
+        (["--batch", "9" * 5000], "must be a whole number from 1 to 999999999"),
         (["--batch", "many"], "got 'many'"),
         (["--budget", "-1"], "must be a positive number of seconds"),
         (["--device", "gpu"], "not a device: 'gpu'"),

@@ -14,6 +14,7 @@ import linfast as lf
 from linfast.cli import _parser, main
 from linfast.training import ModularStyle, Trainer
 from linfast.training.apps.output import CHECKPOINT, Output
+from linfast.training.apps.report import save_strips
 
 _DOCS = Path(__file__).parent.parent.parent / "docs"
 _SMALL = ["--steps", "4", "--batch", "8", "--depth", "2"]
@@ -87,6 +88,12 @@ def test_resume_goes_on_from_the_checkpoint(tmp_path: Path, capsys) -> None:
     assert "had seed=0; got 1" in capsys.readouterr().err
 
 
+def test_a_figure_labels_rows_with_any_name(tmp_path: Path) -> None:
+    for label in ("$\\frac{a$", "5$ and 6$^", "to \udcff", "a\nb", "", "\\"):
+        save_strips([(label, torch.zeros(1, 1, 4, 4))], tmp_path / "figure.png")
+        assert _is_png(tmp_path / "figure.png")
+
+
 def _files(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -148,7 +155,7 @@ def test_overwriting_begins_with_nothing_of_the_earlier_run(tmp_path: Path, monk
         assert _files(tmp_path) == before
     with lf.backend("triton"), monkeypatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite") == 1
+        assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite") == 2
         assert _files(tmp_path) == before
     assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite", "--likelihood", "1e39") == 2
     assert not list(tmp_path.iterdir())  # no model that is not the checkpoint's
@@ -237,6 +244,17 @@ def test_what_is_written_meanwhile_is_refused_too(tmp_path: Path) -> None:
         (tmp_path / CHECKPOINT).write_text("another run, begun and ended")
         with pytest.raises(FileExistsError, match=CHECKPOINT):
             output.begin()
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, True), (True, False)])
+def test_what_is_no_file_is_refused_before_anything_is_removed(
+    tmp_path: Path, resume: bool, overwrite: bool
+) -> None:
+    (tmp_path / CHECKPOINT).write_text("kept")
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(FileExistsError, match=r"model.safetensors exists and is no file"):
+        Output(tmp_path, [CHECKPOINT, "model.safetensors"], resume, overwrite).begin()
+    assert (tmp_path / CHECKPOINT).read_text() == "kept"
 
 
 def test_a_model_without_its_checkpoint_is_not_resumed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -117,6 +118,8 @@ def test_damaged_pictures_are_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"x.png: not a picture"):
             load_pictures(tmp_path, 4)
     (tmp_path / "x.png").unlink()
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(ValueError, match=r"folder.png: not a picture"):
-        load_pictures(tmp_path, 4)
+    for name, make in (("folder.png", os.mkdir), ("pipe.png", os.mkfifo)):
+        make(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}: not a picture \(no file\)"):
+            load_pictures(tmp_path, 4)
+        os.renames(tmp_path / name, tmp_path / "seen" / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
@@ -38,3 +40,14 @@ def test_two_processes_give_the_losses_of_one() -> None:
         for key, value in expected.items():
             for two in both:
                 torch.testing.assert_close(two[name][key], value, rtol=1e-5, atol=1e-5, msg=f"{name}: {key}")
+
+
+def test_a_port_that_is_taken_is_a_sentence(monkeypatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for key, text in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(key, text)
+        with pytest.raises(ConnectionError, match="2 processes cannot meet at MASTER_ADDR 127.0.0.1: .*port"):
+            process_group(torch.device("cpu")).__enter__()

@@ -27,7 +27,7 @@ class Output:
 
     Raises:
         FileExistsError: a file is there, and neither ``resume`` nor ``overwrite``; or, where a run is to be
-            resumed, it is of a model without a checkpoint.
+            resumed, it is of a model without a checkpoint; something else than a file has such a name.
         FileNotFoundError: nothing to resume from.
         NotADirectoryError: the folder is something else.
     """
@@ -51,6 +51,9 @@ class Output:
         """Raise what the class says."""
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             raise NotADirectoryError(f"{self.folder} is no folder")
+        for path in self.paths:
+            if path.exists() and not path.is_file():
+                raise FileExistsError(f"{path} exists and is no file that could be replaced: move it")
         checkpoints = [path for path in self.paths if path.name == CHECKPOINT]
         begun = [path.parent for path in checkpoints if os.path.lexists(path)]
         if self.resume:

@@ -52,7 +52,8 @@ def save_strips(strips: Sequence[tuple[str, Tensor]], path: Path, dpi: int = 120
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, strips, strict=True):
         axis.imshow(_side_by_side(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        shown = label.encode(errors="backslashreplace").decode()  # names of files need not be text, nor formulas
+        axis.set_ylabel(shown, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_frame_on(False)
