@@ -7,8 +7,10 @@ trace under torch.compile.
 from __future__ import annotations
 
 import numbers
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ __all__ = [
     "check_kind",
     "check_like",
     "check_number",
+    "check_path",
     "check_tensor",
     "check_time",
     "said_of",
@@ -145,6 +148,22 @@ def check_time(t: Any, like: Tensor | None = None, rows: int | None = None) -> N
         raise ValueError(f"t must be a number, 0-d or [{rows}], one a row; got {tuple(t.shape)}")
     if like is not None and t.is_meta != like.is_meta:
         raise ValueError(f"t is on {t.device} and x on {like.device}")
+
+
+def check_path(name: str, path: Any, utf8: bool = False) -> Path:
+    """A file's name, as a Path; ``utf8``: safetensors opens no other.
+
+    Raises:
+        TypeError: no string and no os.PathLike.
+        ValueError: a name that no file has, or, where ``utf8``, one that is not UTF-8.
+    """
+    check_kind(name, path, (str, os.PathLike))
+    text = os.fsdecode(path)
+    if "\0" in text or (utf8 and any("\ud800" <= letter <= "\udfff" for letter in text)):
+        raise ValueError(
+            f"{name} must be a name that a file can have{', in UTF-8' if utf8 else ''}; got {text!r:.200}"
+        )
+    return Path(text)
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .architecture import DTYPES, describe, register
 from .blueprint import Blueprint, build, size_list
-from .checks import check_kind
+from .checks import check_kind, check_path
 from .device import usable_device
 from .flows.mix import Mix, Permute, check_permutation
 from .rebuilt import check_rebuilt
@@ -90,11 +90,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         TypeError: a part whose class or argument cannot be described (see ``register``); a part that was changed
             since it was constructed, such as by pruning, parametrizations or hooks.
-        ValueError: what ``load`` would refuse: NaN or infinite values, modules that are not initialised.
+        ValueError: what ``load`` would refuse: NaN or infinite values, modules that are not initialised; a path
+            that is not UTF-8.
+        OSError: no room.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path = _checked_path(path)
+    path = check_path("path", path, utf8=True)
     try:
         header, tensors = described(model)
         text = json.dumps(header)
@@ -112,7 +115,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"cannot save a {type(model).__name__}: {error}") from error
     contiguous = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with written_whole(path) as partial:
-        save_file(contiguous, partial, metadata={"linfast": text})
+        try:
+            save_file(contiguous, partial, metadata={"linfast": text})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
@@ -122,9 +128,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         FileNotFoundError: no such file.
         ValueError: not a linfast file, an unknown class or arguments that it does not take, tensors that are
             missing, left over or of the wrong shape or dtype, weights that are NaN or infinite; a device that
-            cannot be used.
+            cannot be used; a path that is not UTF-8.
     """
-    path, place = _checked_path(path), usable_device(device)
+    path, place = check_path("path", path, utf8=True), usable_device(device)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -133,11 +139,6 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise ValueError(f"{path}: its architecture is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _checked_path(path: Any) -> Path:
-    check_kind("path", path, (str, os.PathLike))
-    return Path(path)
 
 
 def _loaded(path: Path, device: torch.device) -> nn.Module:

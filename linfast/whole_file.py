@@ -37,6 +37,8 @@ def written_whole(path: Path) -> Iterator[str]:
             os.fsync(written.fileno())
         partial.chmod(mode)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file
         raise

@@ -44,8 +44,7 @@ def add_sample(commands: Any) -> None:
     add_earlier_files(
         parser,
         resume="go on with --out; not needed: the same command goes on, and another run's file is refused",
-        overwrite="replace an earlier run's --out and its record when all samples are there; until then they are in "
-        "--out.new",
+        overwrite="replace an earlier run's --out and its record when all samples are there, until then in OUT.new",
     )
     parser.set_defaults(call=_sample, kept=_kept)
 

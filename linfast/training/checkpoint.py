@@ -27,10 +27,19 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write a training's state: tensors, numbers, strings and containers of them."""
+    """Write a training's state: tensors, numbers, strings and containers of them.
+
+    Raises:
+        OSError: it cannot be written; by its name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
-        torch.save({"format": _FORMAT, **state}, partial)
+        try:
+            with open(partial, "wb") as file:
+                torch.save({"format": _FORMAT, **state}, file)
+        except RuntimeError as error:  # torch's own, in place of or after the system's
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(f"{path}: {error}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -120,7 +129,8 @@ def check_moments(saved: Any, optimizer: torch.optim.Optimizer, step: int) -> di
         taken = entry["step"]
         if not isinstance(taken, Tensor) or taken.ndim or not 1 <= float(taken) <= step:
             raise ValueError(f"its optimizer must have taken 1 to {step} steps; got {taken!r:.60}")
-        if bool((entry["exp_avg_sq"] < 0).any()):
+        squares = entry["exp_avg_sq"]
+        if bool(((torch.view_as_real(squares) if squares.is_complex() else squares) < 0).any()):
             raise ValueError(f"its optimizer has a negative exp_avg_sq of parameter {index}")
     return {"state": entries, "param_groups": own["param_groups"]}
 

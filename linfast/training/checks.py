@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from types import NoneType
 from typing import Any
 
-from ..checks import check_choice, check_count, check_number
+import numpy as np
+import torch
+from torch import Tensor
 
-__all__ = ["LARGEST", "check_fields", "one_of", "real", "whole"]
+from ..checks import check_choice, check_count, check_number
+from .checkpoint import check_tensors
+
+__all__ = ["LARGEST", "check_about", "check_fields", "check_kept", "one_of", "real", "whole"]
 
 Check = Callable[[str, Any], Any]
 """(name, value) -> the value, as Python's own number where it is numpy's; TypeError or ValueError."""
@@ -47,3 +54,41 @@ def check_fields(settings: object, checks: Mapping[str, Check]) -> None:
     """
     for name, check in checks.items():
         object.__setattr__(settings, name, check(name, getattr(settings, name)))  # the classes are frozen
+
+
+def check_about(about: Mapping[str, Any], settings: Container[str]) -> dict[str, Any]:
+    """What a checkpoint says of a run besides these settings; numpy's numbers as Python's own.
+
+    Raises:
+        TypeError: a name or a value of another type.
+        ValueError: a number that is not finite, or a setting's name.
+    """
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in about.items()}
+    for name, value in plain.items():
+        if type(name) is not str or type(value) not in (bool, int, float, str, NoneType):
+            raise TypeError(f"about must hold numbers, strings and None by name; got {name!r:.60}: {value!r:.60}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"about[{name!r}] must be finite; got {value}")
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError(f"about[{name!r}] is too large")
+        if name in settings:
+            raise ValueError(f"about must not hold {name!r}, which is one of settings")
+    return plain
+
+
+def check_kept(state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a checkpoint can hold all of a model's state, and can be read again."""
+    for name, value in state.items():
+        _check_kept(name, value)
+
+
+def _check_kept(name: str, value: Any) -> None:
+    file = io.BytesIO()
+    try:
+        torch.save({name: value.clone() if isinstance(value, Tensor) else value}, file)  # not all of its storage
+        file.seek(0)
+        check_tensors("", torch.load(file, map_location="cpu", weights_only=True), {name: value})
+    except Exception as error:  # torch and pickle raise what they like
+        kind = f"{value.dtype}, {value.layout}" if isinstance(value, Tensor) else "no tensor"
+        what = f"{name}, a {type(value).__name__} ({kind})"
+        raise ValueError(f"objective has a model that no checkpoint can hold: {what}") from error

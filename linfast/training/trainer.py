@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..checks import check_count, check_flag, check_kind
+from ..checks import check_count, check_flag, check_kind, check_path
 from .checkpoint import (
     check_moments,
     check_progress,
@@ -34,7 +34,7 @@ from .checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from .checks import LARGEST, check_fields, one_of, real, whole
+from .checks import LARGEST, check_about, check_fields, check_kept, one_of, real, whole
 from .distributed import mean_over_processes, rank_and_size, rows_of_this_process
 from .objective import Objective
 from .progress import Progress
@@ -113,6 +113,9 @@ class Trainer:
         about: what else makes the run (its data, the loss's weights), as numbers and strings by name: kept
             with the settings, and a run that is resumed must have the same.
 
+    Raises:
+        TypeError, ValueError: what could not be resumed: a model or an ``about`` that no checkpoint holds.
+
     Attributes:
         history: term -> [steps so far], each step's losses over the whole batch and the
             gradient's norm before clipping.
@@ -130,8 +133,12 @@ class Trainer:
         check_kind("checkpoint", checkpoint, (str, os.PathLike, NoneType))
         check_kind("about", about, (Mapping, NoneType))
         self.objective, self.settings = objective, settings
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.about = dict(about or {})
+        self.checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)
+        self.about = check_about(about or {}, asdict(settings))
+        if self.checkpoint is not None:
+            if self.checkpoint.exists() and not self.checkpoint.is_file():
+                raise ValueError(f"checkpoint must be a file; {checkpoint} is none")
+            check_kept(objective.model.state_dict())
         self.rows = rows_of_this_process(settings.batch)
         self.optimizer = torch.optim.Adam(objective.model.parameters(), settings.learning_rate)
         average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None

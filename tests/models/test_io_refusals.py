@@ -362,3 +362,12 @@ def test_a_refusal_leaves_torch_as_it_was() -> None:
         with pytest.raises(_Refused, match="far more tensors"), _CallLimit(calls):
             lf.UNet(4, 8, resolution=8, width=4)
         assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\udcff.safetensors"])
+def test_a_name_that_cannot_be_read_is_not_written(path: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: lf.save(lf.Dense(2), path), lambda: lf.load(path)):
+        with pytest.raises(ValueError, match=r"^path must be a name that a file can have, in UTF-8"):
+            call()
+    assert not list(tmp_path.iterdir())

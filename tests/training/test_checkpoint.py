@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import linfast as lf
 from linfast.training import Trainer, TrainSettings
+from linfast.training.apps.report import save_strips
+from linfast.training.checkpoint import write_checkpoint
 
 from .toys import Breaking
 
@@ -151,3 +157,113 @@ def test_a_checkpoint_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
     Trainer(Breaking(), _SETTINGS, tmp_path / "c.pt").run(progress=False)
     (tmp_path / "new").touch()
     assert (tmp_path / "c.pt").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"x": Path("x")}, {"x": object()}, {"x": np.ones(2)}, {"x": torch.float32}, {"x": (1, 2)}, {"x": {1}},
+        {"x": [1]}, {"x": torch.ones(2)}, {"x": _NAN}, {"x": -float("inf")}, {"x": np.float32("nan")}, {"x": 1j},
+        {"x": np.longdouble(1)}, {"x": b"x"}, {1: 1}, {np.str_("x"): 1}, {"steps": 9}, {"ema": 0.5},
+        {"x": 10**1000},
+    ],
+)  # fmt: skip
+def test_an_about_that_could_not_be_resumed_is_refused(about: dict[Any, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"^about"):
+        Trainer(Breaking(), _SETTINGS, about=about)
+
+
+def test_what_is_said_about_a_run_comes_back(tmp_path: Path) -> None:
+    about = {
+        "a": np.float64(0.5),
+        "b": np.int64(3),
+        "c": np.str_("x"),
+        "d": None,
+        "e": True,
+        "f": "\udcff",
+        "g": 2**63,
+    }
+    Trainer(Breaking(), _SETTINGS, tmp_path / "c.pt", about).run(progress=False)
+    Trainer(Breaking(), _SETTINGS, tmp_path / "c.pt", about).resume()
+
+
+class _Other:
+    """A class that a checkpoint does not name."""
+
+
+class _Extra(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return _Other()
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+def _with_buffer(value: torch.Tensor) -> nn.Module:
+    module = nn.Linear(3, 1)
+    module.register_buffer("mask", value)
+    return module
+
+
+_MODELS = {
+    "sparse": lambda: _with_buffer(torch.eye(3).to_sparse()),
+    "csr": lambda: _with_buffer(torch.eye(3).to_sparse_csr()),
+    "float8": lambda: _with_buffer(torch.ones(3).to(torch.float8_e4m3fn)),
+    "lazy": lambda: nn.LazyLinear(1),
+    "meta": lambda: nn.Linear(3, 1, device="meta"),
+    "an object": lambda: _Extra(3, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|Lazy modules)")
+@pytest.mark.parametrize("name", _MODELS)
+def test_a_model_that_could_not_be_resumed_is_refused(name: str, tmp_path: Path) -> None:
+    objective = Breaking()
+    objective.model = _MODELS[name]()
+    with pytest.raises(ValueError, match=r"^objective has a model that no checkpoint can hold: "):
+        Trainer(objective, _SETTINGS, tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "value", [torch.full((2,), -float("inf")), torch.ones(2).bool(), torch.empty(0), torch.tensor(5)]
+)
+def test_other_models_are_resumed(value: torch.Tensor, tmp_path: Path) -> None:
+    def trainer() -> Trainer:
+        objective = Breaking()
+        objective.model = _with_buffer(value)
+        objective.model.rotated = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        return Trainer(objective, _SETTINGS, tmp_path / "c.pt")
+
+    first, second = trainer(), trainer()
+    first.objective.model.register_forward_hook(lambda m, x, y: y * m.rotated.abs().mean())
+    first.run(progress=False)
+    second.resume()
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name])
+
+
+@pytest.mark.parametrize("checkpoint", ["a\0b", "."])
+def test_a_checkpoint_that_is_no_file_is_refused(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match=r"^checkpoint must be a"):
+        Trainer(Breaking(), _SETTINGS, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_checkpoint({"model": torch.zeros(10**5)}, path),
+        lambda path: lf.save(lf.Dense(300), path),
+        lambda path: save_strips([("", torch.rand(9, 1, 99, 99))], path),
+    ],
+)
+def test_a_full_disk_is_said_of_the_file(write: Callable[[Path], None], tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("earlier")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
+    try:
+        with pytest.raises(OSError, match=rf"{path}.*") as raised:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "too large" in str(raised.value)
+    assert path.read_text() == "earlier"

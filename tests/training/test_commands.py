@@ -273,6 +273,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys, monkeypatch) -> None:
         ("one-step", ("--data", "none.npz"), "none.npz: no such file"),
         ("one-step", ("--resolution", "5"), "cannot average 8 pixels down to 5"),
         ("one-step", ("--device", "cuda:99"), "cuda:99"),
+        ("one-step", ("--out", f"{out}/\udcff"), "out must be a name that a file can have, in UTF-8"),
         ("one-step", ("--learning-rate", "-1"), "learning_rate must be a finite number above 0"),
         ("one-step", ("--resume",), "no checkpoint to resume from"),
         ("ign", ("--start-rank", "65"), "rank must be between"),

@@ -49,5 +49,5 @@ def test_a_port_that_is_taken_is_a_sentence(monkeypatch) -> None:
         port = str(other.getsockname()[1])
         for key, text in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(key, text)
-        with pytest.raises(ConnectionError, match="2 processes cannot meet at MASTER_ADDR 127.0.0.1: .*port"):
+        with pytest.raises(ConnectionError, match=r"2 processes cannot meet at MASTER_ADDR 127.0.0.1: .*port"):
             process_group(torch.device("cpu")).__enter__()

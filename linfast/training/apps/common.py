@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...backend import uses_triton
+from ...checks import check_path
 from ...device import usable_device
 from ...sampling.workers import Workers
 from ..distributed import process_group
@@ -55,6 +56,7 @@ class Run:
             raise ValueError("resume and overwrite exclude each other")
         if not self.out:
             raise ValueError(f"out must name a folder; got {self.out!r}")
+        check_path("out", self.out, utf8=True)  # as the model in it is saved
 
     @property
     def folder(self) -> Path:
