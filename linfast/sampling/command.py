@@ -13,7 +13,6 @@ from ..device import usable_device
 from ..io import load
 from ..linearizer import Linearizer
 from .integrate import METHODS
-from .locked import check_regular
 from .stream import sample_stream
 from .workers import Workers
 
@@ -57,9 +56,13 @@ def _sample(options: argparse.Namespace) -> int:
             raise ValueError(f"{name} must be at most {largest}; got {getattr(options, name)}")
     out, new = Path(options.out), _new(options)
     for path in dict.fromkeys((out, _record(out), new, _record(new))):
-        check_regular(str(path))
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            kind = "a link" if path.is_symlink() else "no file"
+            raise ValueError(f"{path} exists and is {kind}: choose another --out")
         if path.exists() and os.path.exists(options.checkpoint) and path.samefile(options.checkpoint):
-            raise FileExistsError(f"{path} is the checkpoint: choose another --out")
+            raise FileExistsError(
+                f"{path} exists and has no record of a run: it is the checkpoint; choose another --out"
+            )
     for record in map(_record, (out, new)):
         if record.exists() and _done(record) is None:
             raise FileExistsError(f"{record} is not a record of a run: move it, or choose another --out")

@@ -66,7 +66,7 @@ def test_files_are_replaced_by_leave_alone(model: Path, tmp_path: Path, capsys, 
         assert "none.npy.json: no record of a run to resume" in capsys.readouterr().err
         for no_file in (tmp_path, "/dev/null"):
             assert _sample(model, no_file, "--overwrite") == 2
-            assert "and no file: choose the name of a file" in capsys.readouterr().err
+            assert f"{no_file} exists and is no file" in capsys.readouterr().err
         assert _sample(model, out, "--steps", str(10**7)) == 2
         assert "steps must be at most 1000000; got 10000000" in capsys.readouterr().err
 
@@ -75,11 +75,11 @@ def test_files_are_replaced_by_leave_alone(model: Path, tmp_path: Path, capsys, 
     ("name", "content", "count", "says"),
     [
         ("other", b"", 2**53, "cannot create"),
-        ("x.npy.json", None, 3000, "x.npy.json is a folder and no file"),
+        ("x.npy.json", None, 3000, "x.npy.json exists and is no file"),
         ("x.npy.json", b'{"my": "settings"}', 3000, "x.npy.json is not a record of a run"),
         ("x.npy.json", b'{"run": {}, "done', 3000, "x.npy.json is not a record of a run"),
         ("x.npy.new", b"mine", 3000, "x.npy.new exists and has no record"),
-        ("x.npy.new", None, 3000, "x.npy.new is a folder and no file"),
+        ("x.npy.new", None, 3000, "x.npy.new exists and is no file"),
         ("x.npy.new.json", b"mine", 3000, "x.npy.new.json is not a record of a run"),
     ],
 )
@@ -104,8 +104,17 @@ def test_the_checkpoint_is_never_replaced(name: str, linked: bool, model: Path, 
     checkpoint.hardlink_to(model)
     before = model.read_bytes()
     assert _sample(model if linked else checkpoint, tmp_path / "x.npy", "--overwrite") == 2
-    assert f"{name} is the checkpoint" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{name} exists" in error
+    assert "it is the checkpoint" in error
     assert checkpoint.read_bytes() == before
+
+
+def test_a_link_is_not_replaced(model: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "x.npy").symlink_to(tmp_path / "elsewhere.npy")
+    assert _sample(model, tmp_path / "x.npy", "--overwrite") == 2
+    assert "x.npy exists and is a link" in capsys.readouterr().err
+    assert (tmp_path / "x.npy").is_symlink()
 
 
 def test_an_interrupted_overwrite_goes_on_and_leaves_the_earlier_file_until_then(
