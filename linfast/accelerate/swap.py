@@ -31,6 +31,9 @@ class Swapped:
     _linfast_original: type
     _linfast_adapter: Adapter
 
+    def __init_subclass__(cls, **named: Any) -> None:
+        """The original's own, such as a registry's, is not called for ours."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As an instance of the original class."""
         reduced: Any = super().__reduce_ex__(protocol)
