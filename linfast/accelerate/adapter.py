@@ -47,7 +47,7 @@ class Plan:
         takes_precision: whether what runs has products of its own, which follow ``options.precision``.
         options: what ``accelerate`` was asked for; the adapter puts them in.
         seen: what it was made from, by ``Adapter.seen``; the adapter puts it in.
-        settings: the same, by ``Adapter.settings_of``.
+        values, settings: the same, by ``Adapter.values_of`` and ``Adapter.settings_of``.
         guard: of what the instance rebuilds in a backward.
         graphs: the CUDA graphs captured of the instance's methods.
     """
@@ -58,6 +58,7 @@ class Plan:
     takes_precision: bool = False
     options: Options = Options()
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
+    values: tuple[Tensor, ...] = field(default=(), compare=False)
     settings: tuple[Any, ...] = field(default=(), compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
     graphs: Graphs = field(default_factory=Graphs, compare=False)
@@ -86,6 +87,8 @@ class Adapter:
         plan: (instance, options) -> Plan; raises Unfit with the reason.
         probe: (copy, draw) -> outputs. Runs the methods on drawn inputs. It may replace the
             copy's conditioners by stubs: the copy's dictionaries are its own.
+        masks: what ``plan`` reads the values of. Where they cannot be read, the original runs: under
+            torch.compile, torch.export and torch.jit.trace, and of an ensemble under torch.vmap.
         settings: attributes, no tensors, that ``plan`` reads and that may be set to something else later.
         assumes: methods that ``methods`` stand in for without replacing them.
         recognises: whether an instance has the attributes of the class that is meant.
@@ -108,6 +111,7 @@ class Adapter:
     methods: Mapping[str, Callable[..., Any]]
     plan: Callable[[Any, Options], Plan]
     probe: Callable[[Any, Draw], Sequence[Tensor]]
+    masks: Callable[[Any], Iterable[Tensor]] | None = None
     settings: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
     recognises: Callable[[Any], bool] = lambda instance: True
@@ -135,7 +139,10 @@ class Adapter:
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options it was made for."""
         plan = self.plan(instance, options)
-        return replace(plan, options=options, seen=self.seen(instance), settings=self.settings_of(instance))
+        values = tuple(value.detach().clone() for value in self.values_of(instance))
+        return replace(
+            plan, options=options, seen=self.seen(instance), values=values, settings=self.settings_of(instance)
+        )
 
     def settings_of(self, instance: Any) -> tuple[Any, ...]:
         """What its ``settings`` are now."""
@@ -148,11 +155,21 @@ class Adapter:
         untrained = [t for t in own if t is not None and not t.requires_grad]
         return tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
 
+    def values_of(self, instance: Any) -> tuple[Tensor, ...]:
+        """Its ``masks``, as far as their values can be compared at every call: a GPU would be waited for."""
+        return tuple(m for m in self.masks(instance) if m.is_cpu) if self.masks else ()
+
     def holds(self, plan: Plan, instance: Any) -> bool:
-        """Whether these are still what the plan was made from."""
+        """Whether these are still what the plan was made from.
+
+        A write through ``.data`` does not count as one in torch: on a CPU values are compared besides.
+        """
         now = self.seen(instance)
         same = (t is seen and writes == then for (t, writes), (seen, then) in zip(now, plan.seen, strict=False))
-        return len(now) == len(plan.seen) and all(same) and self.settings_of(instance) == plan.settings
+        if len(now) != len(plan.seen) or not all(same) or self.settings_of(instance) != plan.settings:
+            return False
+        values = self.values_of(instance)
+        return len(values) == len(plan.values) and all(map(torch.equal, values, plan.values))
 
     def matches(self, cls: type) -> bool:
         """Whether this is the class the adapter is for."""

@@ -105,6 +105,7 @@ ADAPTER = Adapter(
     methods={"forward": _forward, "_permute": _permute, "_pre_permute": _pre_permute},
     plan=_plan_all_in_one,
     probe=_probe_all_in_one,
+    masks=lambda block: (block.w_perm, block.w_perm_inv),
     settings=("clamp", "GIN", "householder"),
     assumes=("_affine",),
     conditioners=lambda block: (block.subnet,),

@@ -27,6 +27,7 @@ __all__ = [
     "original_class",
     "other_arguments",
     "positional",
+    "uncompiled",
 ]
 
 PLAN = "_linfast_plan"
@@ -38,6 +39,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def original_class(module: object) -> type:
     """The module's class, or what it was before ``accelerate``."""
     return getattr(type(module), "_linfast_original", type(module))
+
+
+def uncompiled(module: Any) -> Any:
+    """What ``torch.compile`` made this module of, else the module."""
+    compiled = "_orig_mod" in vars(module).get("_modules", ())
+    return module._orig_mod if compiled else module
 
 
 def find_class(module: str, name: str) -> type | None:

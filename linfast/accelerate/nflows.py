@@ -126,6 +126,7 @@ def _adapter(library: str, where: str, name: str) -> Adapter:
         methods=_METHODS,
         plan=_plan,
         probe=_probe,
+        masks=lambda transform: (transform.identity_features, transform.transform_features),
         settings=("scale_activation", "unconditional_transform"),
         assumes=_ASSUMES,
         conditioners=lambda transform: (transform.transform_net,),

@@ -95,6 +95,7 @@ ADAPTER = Adapter(
     },
     plan=_plan,
     probe=_probe,
+    masks=lambda flow: (flow.b,),
     conditioners=lambda flow: tuple(flow._modules[name] for name in ("t", "s") if name in flow._modules),
     sides=lambda flow, split: (_side(flow, split),),
     vectors=_both_ways,

@@ -31,6 +31,9 @@ class Swapped:
     _linfast_original: type
     _linfast_adapter: Adapter
 
+    def __init_subclass__(cls, **named: Any) -> None:
+        """The original's own, such as a registry's, is not called for ours."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As an instance of the original class."""
         reduced: Any = super().__reduce_ex__(protocol)
@@ -87,16 +90,18 @@ def swap_back(instance: Any) -> None:
 
 
 def renew_plan(instance: Any) -> bool:
-    """Plan anew where a mask or the like was written to or replaced; whether the object is swapped still."""
+    """Plan anew where a mask or the like was written to or replaced; whether the object is to run by its plan."""
     adapter, plan = instance._linfast_adapter, plan_of(instance)
-    if not adapter.holds(plan, instance):
-        try:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # what is made now serves whatever is written later
+        return adapter.masks is None and adapter.settings_of(instance) == plan.settings
+    try:
+        if not adapter.holds(plan, instance):
             vars(instance)[PLAN] = adapter.plan_for(instance, plan.options)
-        except Unfit:
-            swap_back(instance)
-            return False
-        except RuntimeError:  # no values to be read: on the meta device, or under torch.func.vmap
-            pass
+    except Unfit:
+        swap_back(instance)
+        return False
+    except RuntimeError:  # no values to be read: on the meta device, where any do, or in an ensemble under vmap
+        return adapter.masks is None or all(mask.is_meta for mask in adapter.masks(instance))
     return True
 
 
@@ -118,7 +123,7 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        if not torch.compiler.is_compiling() and not renew_plan(self):
+        if not renew_plan(self):
             return before(self, *arguments, **named)
         if _is_changed(self, adapter):
             return before(self, *arguments, **named)

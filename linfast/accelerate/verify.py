@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from ..backend import plain_torch
 from ..flows.drift import DriftWarning
 from ..precision import full_precision, resolve_precision
 from .adapter import Adapter, Draw, Plan, Unfit
-from .identity import PLAN, original_class
+from .identity import PLAN, original_class, uncompiled
 from .swap import swap
 from .whole import whole_here
 
@@ -53,7 +55,7 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     like = next((t for t in _tensors(instance) if t.is_floating_point()), None)
     device = torch.device("cpu") if like is None else like.device
     own = torch.float32 if like is None else like.dtype
-    hollow = {id(module) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
+    hollow = {id(uncompiled(module)) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
     worst = 0.0
     # What a copied class does in the other mode is not known beforehand: it may drop out, say.
     modes = (True, False) if adapter.where is None or adapter.cls is not None else (None,)
@@ -190,30 +192,68 @@ def _tensors(instance: Any) -> Sequence[Tensor]:
 
 
 def bare_copy(instance: Any, dtype: torch.dtype, hollow: Collection[int] = ()) -> Any:
-    """A copy of the original class, without hooks, with tensors of its own in this dtype.
+    """A copy of the original class, without hooks, its tensors in this dtype, that shares nothing with it.
+
+    What was compiled is copied as it was before.
 
     Args:
-        hollow: ids of modules that are copied without parameters, buffers and modules.
+        hollow: ids of modules that are copied without parameters, buffers and modules, and are not run.
+
+    Raises:
+        Unfit: it has an attribute that cannot be copied.
     """
+    memo: dict[int, Any] = {}
+    attributes: list[tuple[Any, dict[str, Any]]] = []
+    _begin(instance, dtype, hollow, memo, attributes)
+    for copied, own in attributes:
+        vars(copied).update({name: _deep_copy(name, value, type(copied), memo) for name, value in own.items()})
+    return memo[id(instance)]
+
+
+def _deep_copy(name: str, value: Any, of: type, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:
+        raise Unfit(f"{name} of its {of.__name__} cannot be copied for the check: {str(error)[:80]}") from error
+
+
+def _begin(
+    instance: Any,
+    dtype: torch.dtype,
+    hollow: Collection[int],
+    memo: dict[int, Any],
+    attributes: list[tuple[Any, dict[str, Any]]],
+) -> None:
+    """The copies of modules and of tensors, into ``memo``; and what their attributes are to be copies of."""
+    if id(instance) in memo:
+        return
+    if isinstance(instance, torch.jit.ScriptModule):  # whose attributes are not its dictionary's
+        with torch.no_grad():  # else its copy's parameters have a graph
+            script = _deep_copy("the code", instance, type(instance), {}).to(dtype)
+        memo[id(instance)] = script
+        for parameter, of in zip(script.parameters(), instance.parameters(), strict=True):
+            parameter.requires_grad_(of.requires_grad)
+        return
+    inside = uncompiled(instance)
+    if inside is not instance:
+        _begin(inside, dtype, hollow, memo, attributes)
+        memo[id(instance)] = memo[id(inside)]
+        return
     copied: Any = object.__new__(original_class(instance))
-    vars(copied).update({key: value for key, value in vars(instance).items() if key != PLAN})
-    if not isinstance(instance, nn.Module):
-        modules = {k: v for k, v in vars(instance).items() if isinstance(v, nn.Module)}
-        vars(copied).update({k: bare_copy(v, dtype, hollow) for k, v in modules.items()})
-        return copied
-    for name, value in vars(nn.Module()).items():
-        if "hook" in name:
-            vars(copied)[name] = value
+    memo[id(instance)] = copied
+    own = {key: value for key, value in vars(instance).items() if key not in (PLAN, "_compiled_call_impl")}
+    if isinstance(instance, nn.Module):
+        own |= {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
     if id(instance) in hollow:
-        copied._modules, copied._parameters, copied._buffers = {}, {}, {}
-        return copied
-    copied._modules = {k: None if m is None else bare_copy(m, dtype, hollow) for k, m in instance._modules.items()}
-    copied._parameters = {
-        k: None if p is None else nn.Parameter(_cast(p, dtype), p.requires_grad)
-        for k, p in instance._parameters.items()
-    }
-    copied._buffers = {k: None if b is None else _cast(b, dtype) for k, b in instance._buffers.items()}
-    return copied
+        vars(copied).update(own, _modules={}, _parameters={}, _buffers={})
+        return
+    attributes.append((copied, own))
+    for value in tree_leaves(list(own.values())):
+        if isinstance(value, nn.Module):
+            _begin(value, dtype, hollow, memo, attributes)
+        elif isinstance(value, Tensor) and id(value) not in memo:
+            cast = _cast(value, dtype)
+            memo[id(value)] = nn.Parameter(cast, value.requires_grad) if isinstance(value, nn.Parameter) else cast
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

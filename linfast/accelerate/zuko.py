@@ -71,7 +71,7 @@ def _transform_class() -> type:
 
         def __init__(self, lazy: Any, c: Tensor | None) -> None:
             Transform.__init__(self)
-            self._lazy, self._c = lazy, c
+            self._lazy, self._c, self._layout = lazy, c, lazy._linfast_plan.layout
             self.meta = functools.partial(lazy.meta, c)
 
         @property
@@ -103,9 +103,7 @@ def _transform_class() -> type:
             """(y, log|det|) of x [..., D], or of the inverse."""
             check_kind("x", x, Tensor)
             nets = (self._lazy.hyper,) if self._c is None else ()
-            side = _side(
-                self._lazy, self._lazy._linfast_plan.layout, lambda kept: self._params(kept, x.shape[:-1]), nets
-            )
+            side = _side(self._lazy, self._layout, lambda kept: self._params(kept, x.shape[:-1]), nets)
             y, log_det = couple(x.reshape(-1, x.shape[-1]), side, inverse)
             return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
@@ -157,6 +155,7 @@ ADAPTER = Adapter(
     methods={"forward": _forward},
     plan=_plan,
     probe=_probe,
+    masks=lambda lazy: (lazy.mask,),
     settings=("univariate", "shapes"),
     assumes=("meta",),
     conditioners=lambda lazy: (lazy.hyper,),

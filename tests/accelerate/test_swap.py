@@ -310,6 +310,21 @@ def test_bad_options_are_named():
             lf.accelerate(model, cuda_graph=True)
 
 
+def test_a_class_that_keeps_a_list_of_those_derived_from_it_does_not_hear_of_ours(registered):
+    class Listed(Coupling):
+        known = []
+
+        def __init_subclass__(cls, *, name):
+            cls.known.append(name)
+
+    class Own(Listed, name="own"):
+        pass
+
+    registered(Own)
+    assert lf.accelerate(Own()).swapped
+    assert Listed.known == ["own"]
+
+
 def test_the_report_prints_as_a_table(registered):
     registered()
     text = str(lf.accelerate(nn.Sequential(Coupling(), Coupling(), Derived())))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import linfast as lf
+from linfast.accelerate import freia
 from linfast.accelerate.swap import Swapped
 from tests.laws.zoo import relative
 from tests.marks import long
@@ -248,21 +249,106 @@ def test_a_model_on_the_meta_device_is_reported(memory):
     assert "on the meta device" in str(report)
 
 
-@pytest.mark.parametrize("name", ["zuko random masks", "nflows Affine MLP gather", "normflows masked gather"])
-def test_a_mask_that_is_written_to_is_followed(name):
+def _other_masks(model, write):
+    """Every mask turned round, and half of each fixed permutation turned round: then it is none."""
+    for module in model.modules():
+        for name, tensor in (*module._buffers.items(), *module._parameters.items()):
+            if "w_perm" in name:
+                write(module, name, tensor.lerp(tensor.flip(0), 0.5))
+            elif tensor is not None and tensor.dtype == torch.long:
+                write(module, name, (FEATURES - 1 - tensor).flip(0))
+            elif tensor is not None and name in ("mask", "b"):
+                write(module, name, tensor.flip(-1))
+
+
+def _in_place(module, name, value):
     """As nn.parallel.DistributedDataParallel writes the first process's masks to all others."""
+    with torch.no_grad():
+        getattr(module, name).copy_(value)
+
+
+def _by_data(module, name, value):
+    """As averages of weights are often written; torch counts no write."""
+    getattr(module, name).data.copy_(value)
+
+
+def _replaced(module, name, value):
+    own = module._buffers if name in module._buffers else module._parameters
+    own[name] = nn.Parameter(value, False) if own is module._parameters else value
+
+
+WRITES = (_in_place, _by_data, _replaced)
+MASKED = ("zuko random masks", "nflows Affine MLP gather", "normflows masked gather", "FrEIA all in one")
+
+
+def _eager(run, x, c):
+    return run
+
+
+def _compiled_once(run, x, c):
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="eager")
+    compiled(x, c)
+    return compiled
+
+
+@pytest.mark.parametrize("once", [_eager, _compiled_once], ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__[1:])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_that_is_written_to_is_followed(name, write, once):
     kind = KINDS[name]
-    original, x = make(kind, 0), torch.randn(5, FEATURES)
+    original, (x, c) = Run(kind, make(kind, 0)), inputs(kind, torch.float32)
     fast = copy.deepcopy(original)
-    lf.accelerate(fast)
+    assert lf.accelerate(fast).swapped
+    run, before = once(fast, x, c), original(x, c)
     for model in (original, fast):
-        for buffer in model.buffers():
-            if buffer.dtype == torch.long:
-                buffer.copy_((FEATURES - 1 - buffer).flip(0))
-            elif buffer.shape[-1:] == (FEATURES,):
-                buffer.copy_(buffer.flip(-1))
-    for actual, expected in zip(kind.run(fast, x, x), kind.run(original, x, x), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        _other_masks(model, write)
+    expected = original(x, c)
+    assert all(relative(a, b) > 1e-2 for a, b in zip(before[:1], expected[:1], strict=True))
+    for actual, value in zip(run(x, c), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_traced_reads_the_masks_it_is_given():
+    nf = require("normflows")
+    torch.manual_seed(0)
+    one, two = (
+        nf.flows.MaskedAffineFlow(torch.tensor(mask), nf.nets.MLP([4, 8, 4]), nf.nets.MLP([4, 8, 4]))
+        for mask in ([1.0, 0, 0, 1], [0.0, 1, 1, 0])
+    )
+    x = torch.randn(5, 4)
+    expected = two(x)[0]
+    lf.accelerate(one)
+    traced = torch.jit.trace(one, x, check_trace=False)
+    traced.load_state_dict(two.state_dict())
+    torch.testing.assert_close(traced(x)[0], expected)
+
+
+def test_an_ensemble_has_each_models_own_masks():
+    nf = require("normflows")
+    torch.manual_seed(0)
+    masks = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+    models = [nf.flows.MaskedAffineFlow(b, nf.nets.MLP([4, 8, 4]), nf.nets.MLP([4, 8, 4])) for b in masks]
+    x = torch.randn(5, 4)
+    expected = torch.stack([model(x)[0] for model in models])
+    for model in models:
+        lf.accelerate(model)
+    state = torch.func.stack_module_state(models)
+    found = torch.func.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,))[0])(*state)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_distribution_made_before_is_zukos_to_the_end():
+    """It keeps the features that its mask named, as zuko's own does; also where its model is restored since."""
+    flow, x, c = _zuko(), torch.randn(5, FEATURES), torch.randn(3)
+    distribution = flow(c)
+    expected = distribution.log_prob(x)
+    for layer in flow.transform.transforms:
+        layer.mask.data.logical_not_()
+    flow(c)
+    torch.testing.assert_close(distribution.log_prob(x), expected)
+    lf.restore(flow)
+    torch.testing.assert_close(distribution.log_prob(x), expected)
 
 
 SETTINGS = {
@@ -294,6 +380,23 @@ def test_a_setting_that_is_changed_later_is_followed(name):
     anew = [module._linfast_plan.layout for module in fast.modules() if isinstance(module, Swapped)]
     if "FrEIA" in name:
         assert followed == anew
+
+
+def test_a_setting_changed_since_a_compilation_is_followed(monkeypatch):
+    kind = KINDS["FrEIA GLOWCouplingBlock ATAN"]
+    original, x = Run(kind, make(kind, 0)), inputs(kind, torch.float32)
+    fast = copy.deepcopy(original)
+    lf.accelerate(fast)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="eager", fullgraph=True)
+    compiled(*x)
+    for model in (original, fast):
+        for module in model.modules():
+            if hasattr(module, "clamp"):
+                module.clamp = 0.3
+    monkeypatch.setattr(freia, "couple_both", lambda *given, **named: pytest.fail("runs by a plan of before"))
+    for actual, expected in zip(compiled(*x), original(*x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["FrEIA GLOWCouplingBlock ATAN", "nflows Affine MLP gather", "normflows additive"])
