@@ -70,7 +70,7 @@ def _forward(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = Tru
         z, scaling = _permute(block, z)
     elif block.reverse_pre_permute:
         z = _pre_permute(block, z, rev=True)
-    positions = z[0, :1].numel()
+    positions = z.shape[2:].numel()
     return (z,), log_det + (-positions if rev else positions) * scaling
 
 

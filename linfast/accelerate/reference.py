@@ -95,7 +95,7 @@ def _probe_mix(mix: Any, draw: Draw) -> Sequence[Tensor]:
 def _lora(layer: Any, x: Tensor, **kwargs: Any) -> Tensor:
     shape = (x.shape[0], layer.out_features, layer.lora_features)
     A1, A2 = (net(kwargs["t"]).reshape(shape) for net in (layer.lin1, layer.lin2))
-    return low_rank(x.reshape(x.shape[0], -1), A2, A1).reshape(x.shape)
+    return low_rank(x.flatten(1), A2, A1).reshape(x.shape)
 
 
 class _OfTime(nn.Module):

@@ -122,7 +122,7 @@ def _rows(params: Tensor, x: Tensor) -> Tensor:
 def _attend(block: Any, x: Tensor) -> Tensor:
     """proj(attention(norm2(x))); the channels of qkv are q, k and v in turn."""
     qkv = _convolve(block.qkv, norm_silu(x, block.norm2, activation=False), None)
-    shape = (x.shape[0], block.num_heads, x.shape[1] // block.num_heads, 3, -1)
+    shape = (x.shape[0], block.num_heads, x.shape[1] // block.num_heads, 3, x.shape[2:].numel())
     q, k, v = qkv.reshape(shape).permute(3, 0, 1, 4, 2).contiguous().unbind(0)
     plain = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not inverts("invert", x, 0.0)
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():  # the others have no forward derivatives

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..backend import plain_torch
+from ..device import has_values
 from ..flows.drift import DriftWarning
 from ..precision import full_precision, resolve_precision
 from .adapter import Adapter, Draw, Plan, Unfit
@@ -36,8 +37,8 @@ def check_values(instance: Any) -> None:
     tensors = _tensors(instance)
     if any(is_lazy(t) for t in tensors):
         raise Unfit("it has lazy modules, which its first call makes: call it once, then accelerate")
-    if any(t.is_meta for t in tensors):
-        raise Unfit("it is on the meta device: there are no values to compare; accelerate it once it has some")
+    if not all(map(has_values, tensors)):
+        raise Unfit("it is on the meta device or fake: without values there is nothing to compare")
 
 
 @full_precision()

@@ -128,7 +128,12 @@ def _in_double(run, x, c):
     return copy.deepcopy(run).double()(x.double(), c.double())
 
 
+def _of_no_rows(run, x, c):
+    return run(x[:0], c[:0])
+
+
 OPERATIONS = [
+    _of_no_rows,
     _pickled,
     _copied,
     _replicated,
@@ -381,3 +386,20 @@ def test_what_is_no_tensor_is_a_type_error_of_zukos_flows_too(x: object) -> None
     lf.accelerate(flow)
     with pytest.raises(TypeError, match="x must be a tensor"):
         flow().log_prob(x)
+
+
+def test_no_rows_of_any_rank():
+    """Of an empty selection, which each original takes."""
+    for context in (0, 3):
+        flow, x = _zuko(context), torch.randn(3, 0, FEATURES)
+        c = torch.randn(0, context) if context else None
+        assert flow(c).transform(x).shape == x.shape
+        assert flow(c).transform.inv.call_and_ladj(x)[1].shape == (3, 0)
+    layer, block = stand_in.TimeDependentLoRALinearLayer(64, 2), stand_in.UNetBlock(8, 8, 4, attention=True)
+    lf.accelerate(layer), lf.accelerate(block)
+    assert layer(torch.randn(0, 1, 8, 8), t=torch.zeros(0)).shape == (0, 1, 8, 8)
+    assert block(torch.randn(0, 8, 4, 4), torch.randn(0, 4)).shape == (0, 8, 4, 4)
+    all_in_one = require("FrEIA.modules").AllInOneBlock([(4,)], subnet_constructor=net)
+    lf.accelerate(all_in_one)
+    (y,), log_det = all_in_one((torch.randn(0, 4),))
+    assert (y.shape, log_det.shape) == ((0, 4), (0,))
