@@ -359,17 +359,20 @@ def test_forward_derivatives_of_a_block_with_attention():
         assert relative(actual, value) < 1e-4
 
 
-def test_second_derivatives_through_norm_and_silu():
+@pytest.mark.parametrize("attention", [False, True])
+def test_second_derivatives_through_norm_and_silu(attention):
     """A weight that is used twice: the history of x holds it too."""
     torch.manual_seed(0)
-    block = stand_in.UNetBlock(8, 8, 4).double().eval()
+    block = stand_in.UNetBlock(8, 8, 4, attention=attention).double().eval()
     x, emb = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 8, 4, 4), (2, 4)))
     x.requires_grad_()
 
     def second():
-        out = block(block(x, emb), emb)
-        gradients = torch.autograd.grad(out.square().sum(), [x, *block.parameters()], create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in gradients), [x, *block.parameters()])
+        out = block(block(x, emb), emb).square().sum()
+        wanted = [x, *block.parameters()]
+        once = [g for _ in range(2) for g in torch.autograd.grad(out, wanted, retain_graph=True)]
+        gradients = torch.autograd.grad(out, wanted, create_graph=True)
+        return [*once, *torch.autograd.grad(sum(g.square().sum() for g in gradients), wanted)]
 
     expected = second()
     assert lf.accelerate(block).rows[0].swapped
@@ -403,3 +406,117 @@ def test_no_rows_of_any_rank():
     lf.accelerate(all_in_one)
     (y,), log_det = all_in_one((torch.randn(0, 4),))
     assert (y.shape, log_det.shape) == ((0, 4), (0,))
+
+
+class _Net(nn.Module):
+    """A conditioner that computes in float32 whatever it is given."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = net(n_in, n_out)
+
+    def forward(self, x):
+        return self.net(x.float())
+
+
+def _blocks():
+    flows, mask = require("normflows").flows, torch.tensor([1.0, 0.0, 1.0, 0.0])
+    return {
+        "masked": flows.MaskedAffineFlow(mask, net(4, 4), net(4, 4)),
+        "masked additive": flows.MaskedAffineFlow(mask, net(4, 4)),
+        "masked, its own dtype": flows.MaskedAffineFlow(mask, _Net(4, 4), _Net(4, 4)),
+        "block": flows.AffineCouplingBlock(_Net(2, 4)),
+        "Glow's block": flows.AffineCouplingBlock(_Net(2, 4), scale_map="sigmoid"),
+        "additive block": flows.AffineCouplingBlock(_Net(2, 2), scale=False),
+    }
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.int64])
+@pytest.mark.parametrize("name", _blocks())
+def test_inputs_of_other_dtypes_give_the_dtypes_and_values_of_the_original(name, dtype, autocast):
+    torch.manual_seed(0)
+    block = _blocks()[name]
+    fast, x = copy.deepcopy(block), torch.randint(0, 2, (5, 4)).to(dtype)
+    assert lf.accelerate(fast).swapped
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for way in ("forward", "inverse"):
+            try:
+                expected = getattr(block, way)(x)
+            except RuntimeError:
+                continue  # the original cannot either
+            for actual, value in zip(getattr(fast, way)(x), expected, strict=True):
+                assert actual.dtype == value.dtype
+                assert (actual - value).abs().max() < (0.05 if autocast or dtype.itemsize == 2 else 1e-5)
+
+
+class _First(nn.Module):
+    """y of a block, whose input FrEIA wraps in a tuple."""
+
+    def __init__(self, block, wrapped):
+        super().__init__()
+        self.block, self.wrapped = block, wrapped
+
+    def forward(self, x):
+        y = self.block((x,) if self.wrapped else x)
+        y = y[0] if isinstance(y, tuple) else y
+        return y[0] if self.wrapped else y
+
+
+FREIA = ("GLOWCouplingBlock", "RNVPCouplingBlock", "NICECouplingBlock", "AffineCouplingOneSided")
+
+
+@pytest.mark.parametrize("name", ["additive", "masked", *FREIA])
+def test_torch_fx_traces_the_librarys_own_operations(name):
+    if name == "additive":
+        block = require("memcnn").AdditiveCoupling(net(2, 2), net(2, 2))
+    elif name == "masked":
+        block = _blocks()[name]
+    else:
+        block = getattr(require("FrEIA.modules"), name)([(4,)], subnet_constructor=net)
+    model, x = _First(block, name in FREIA), torch.randn(3, 4)
+    expected = torch.fx.symbolic_trace(model)(x)
+    assert lf.accelerate(model).swapped
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    torch.testing.assert_close(model(x), expected)
+
+
+PATCHES = {
+    "_permute": lambda x, rev=False: (x, 0.0),
+    "_pre_permute": lambda x, rev=False: x,
+    "_affine": lambda x, a, rev=False: (x, torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_method_that_the_original_calls_is_put_on_the_block_later(name):
+    blocks = require("FrEIA.modules")
+    np.random.seed(0)  # noqa: NPY002  # which the library draws its permutation from
+    block, x = blocks.AllInOneBlock([(4,)], subnet_constructor=net, reverse_permutation=True), torch.randn(3, 4)
+    fast = copy.deepcopy(block)
+    assert lf.accelerate(fast).swapped
+    for patched in (block, fast):
+        setattr(patched, name, PATCHES[name])
+    torch.testing.assert_close(fast((x,))[0][0], block((x,))[0][0])
+    assert lf.accelerate(fast).left
+
+
+@pytest.mark.parametrize("name", ["normflows exp channel", "normflows masked gather", "reference"])
+def test_a_global_hook_sees_the_modules_that_it_saw(name):
+    kind = KINDS[name]
+    original, (x, c) = make(kind, 0), inputs(kind, torch.float32)
+    fast = copy.deepcopy(original)
+    assert lf.accelerate(fast).swapped
+
+    def seen(model):
+        names, paths = [], {id(module): path for path, module in model.named_modules()}
+        hook = nn.modules.module.register_module_forward_hook(lambda module, *_: names.append(paths[id(module)]))
+        try:
+            kind.run(model, x, c)
+            left = lf.accelerate(copy.deepcopy(model)).left
+        finally:
+            hook.remove()
+        assert any("a global module hook is registered" in row.note for row in left)
+        return names
+
+    assert seen(fast) == seen(original)
