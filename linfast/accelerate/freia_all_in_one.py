@@ -3,7 +3,8 @@
     y2 = x2 e^s + t,  (raw, t) = subnet(x1) / 10,  s = clamp tanh(raw)
     then, or in reverse first, the learned scale and offset and the permutation
 
-The block multiplies by its permutation matrix; where that is a hard permutation, it is an index here.
+The block multiplies by its permutation matrix; where that is a hard permutation, it is an index here: under
+autocast, which rounds a product's operands, y keeps its dtype.
 Of a GIN block, which takes the mean off s, the coupling is the library's own.
 """
 

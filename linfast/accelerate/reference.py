@@ -2,7 +2,7 @@
 
     ActNorm   (x + bias) e^log_scale
     1x1       y = W x over channels
-    LoRA      x -> x A1(t) A2(t)^T a sample, never through an N x N matrix here
+    LoRA      x -> x A1(t) A2(t)^T a sample, never through an N x N matrix here, in x's dtype also under autocast
     kernel    a depthwise kernel a sample, generated from t
 
 People copy these classes into their own repositories, so they are recognised by name and

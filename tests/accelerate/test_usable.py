@@ -16,6 +16,7 @@ from torch import nn
 
 import linfast as lf
 from linfast.accelerate.swap import Swapped
+from linfast.accelerate.tail import split_of
 from tests.laws.zoo import relative
 from tests.marks import long
 
@@ -520,3 +521,23 @@ def test_a_global_hook_sees_the_modules_that_it_saw(name):
         return names
 
     assert seen(fast) == seen(original)
+
+
+@pytest.mark.parametrize("memory", ["store", "invert"])
+@pytest.mark.parametrize("name", sweep(sorted(USED), USED))
+def test_a_model_accelerated_in_inference_mode_is_trained_later(name, memory):
+    kind = KINDS[name]
+    model, (x, c) = make(kind, 0), inputs(kind, torch.float32)
+    expected = [row.path for row in lf.accelerate(copy.deepcopy(model), memory=memory).swapped]
+    with torch.inference_mode():
+        assert [row.path for row in lf.accelerate(model, memory=memory).swapped] == expected
+        kind.run(model, x, c)
+    sum(value.sum() for value in kind.run(model, x, c)).backward()
+
+
+def test_masks_that_are_copied_in_inference_mode_serve_training():
+    split = split_of(torch.tensor([True, True, False, True]))
+    with torch.inference_mode():
+        split.indices_on(torch.device("meta"))
+    x = torch.ones(2, 4, device="meta", requires_grad=True)
+    assert split.take(x)[0].requires_grad
