@@ -15,14 +15,20 @@ import torch
 
 from .device import tensor_of
 
-__all__ = ["outside_autocast", "without_autocast"]
+__all__ = ["autocast_dtype", "outside_autocast", "without_autocast"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast rounds to on devices of this type; None where it is off, or there is none, as on "meta"."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def without_autocast(device: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)`` with autocast off on devices of this type."""
-    if not torch.is_autocast_enabled(device):
+    if autocast_dtype(device) is None:
         return function(*args, **kwargs)
     with torch.autocast(device, enabled=False):
         return function(*args, **kwargs)

@@ -64,7 +64,7 @@ def check_like(kind: str, name: str, x: Tensor, parameter: Tensor | None) -> Non
         return
     if x.device != parameter.device:
         raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
-    if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != parameter.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
         raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_kind
 
-__all__ = ["read_at_once", "tensor_of", "tensors_of", "uploaded", "usable_device"]
+__all__ = ["has_values", "read_at_once", "tensor_of", "tensors_of", "uploaded", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -31,6 +31,11 @@ def uploaded(values: Any, device: torch.device, dtype: torch.dtype | None = None
     """``values``, numbers of the host, on a device; a GPU is not waited for, as ``torch.tensor`` does."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it holds numbers: not on the meta device, and no fake tensor of torch's FakeTensorMode."""
+    return not tensor.is_meta and not hasattr(tensor, "fake_mode")
 
 
 def read_at_once(tensor: Tensor) -> bool:

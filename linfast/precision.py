@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import autocast_dtype
 from .backend import interpreting
 from .checks import check_choice
 
@@ -49,7 +50,7 @@ def resolve_precision(x: Tensor, requested: str | None = None) -> str:
         return requested
     if x.dtype == torch.float64:
         return "exact"
-    if x.dtype in _HALF_DTYPES or _autocast_dtype(x) in _HALF_DTYPES:
+    if x.dtype in _HALF_DTYPES or autocast_dtype(x.device.type) in _HALF_DTYPES:
         return "fast"
     return _float32_mode()
 
@@ -88,13 +89,8 @@ def half_dtype(x: Tensor) -> torch.dtype:
 
     Triton's interpreter computes on bf16's raw bits: there fp16 stands in.
     """
-    fp16 = torch.float16 in (x.dtype, _autocast_dtype(x)) or interpreting()
+    fp16 = torch.float16 in (x.dtype, autocast_dtype(x.device.type)) or interpreting()
     return torch.float16 if fp16 else torch.bfloat16
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _float32_mode() -> str:

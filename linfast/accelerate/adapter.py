@@ -136,6 +136,7 @@ class Adapter:
         """Whether these options give a reason to swap the class."""
         return not self.chain or options.memory != "store" or (options.cuda_graph and bool(self.captures))
 
+    @torch.inference_mode(False)  # the plan outlives it
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options it was made for."""
         plan = self.plan(instance, options)

@@ -3,7 +3,8 @@
     y2 = x2 e^s + t,  (raw, t) = subnet(x1) / 10,  s = clamp tanh(raw)
     then, or in reverse first, the learned scale and offset and the permutation
 
-The block multiplies by its permutation matrix; where that is a hard permutation, it is an index here.
+The block multiplies by its permutation matrix; where that is a hard permutation, it is an index here: under
+autocast, which rounds a product's operands, y keeps its dtype.
 Of a GIN block, which takes the mean off s, the coupling is the library's own.
 """
 
@@ -70,7 +71,7 @@ def _forward(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = Tru
         z, scaling = _permute(block, z)
     elif block.reverse_pre_permute:
         z = _pre_permute(block, z, rev=True)
-    positions = z[0, :1].numel()
+    positions = z.shape[2:].numel()
     return (z,), log_det + (-positions if rev else positions) * scaling
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..autocast import autocast_dtype
 from ..backend import chosen_backend
 from ..cuda_graph import CudaGraph
 from ..precision import resolve_precision
@@ -99,8 +100,7 @@ def _key(
 ) -> Hashable | None:
     """What calls that one graph serves have in common; None where an argument cannot be part of a key."""
     kinds = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-    kind = tensors[0].device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = autocast_dtype(tensors[0].device.type)
     key = (method, spec, others, kinds, autocast, chosen_backend(), resolve_precision(tensors[0]))
     try:
         hash(key)

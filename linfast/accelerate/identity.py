@@ -5,6 +5,7 @@ No library is imported: a class is looked up in ``sys.modules`` where an instanc
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
@@ -22,6 +23,7 @@ __all__ = [
     "defined_as",
     "find_class",
     "is_hooked",
+    "is_patched",
     "is_sharded",
     "keywords",
     "original_class",
@@ -60,10 +62,27 @@ def defined_as(module: object, where: str, name: str) -> bool:
     return original_class(module) is find_class(where, name)
 
 
+@functools.cache
+def _methods(cls: type) -> tuple[str, ...]:
+    """The names of the functions that a class has, but for those of every module or object."""
+    own = (base for base in cls.__mro__ if base not in (nn.Module, object))
+    kinds = FunctionType, staticmethod, classmethod
+    return tuple({name: None for base in own for name, value in vars(base).items() if isinstance(value, kinds)})
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+_methods._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_patched(instance: object, but: str = "") -> bool:
+    """Whether a method of its class, but for this one, was put on the instance, as another one calls it."""
+    own = vars(instance)
+    return any(name in own and name != but for name in _methods(original_class(instance)))
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class says: by hooks, or methods put on the instance."""
-    patched = "forward" in module.__dict__ or "inverse" in module.__dict__
-    return patched or any(getattr(module, name) for name in HOOKS) or parametrize.is_parametrized(module)
+    return is_patched(module) or any(getattr(module, name) for name in HOOKS) or parametrize.is_parametrized(module)
 
 
 def is_sharded(module: nn.Module) -> bool:

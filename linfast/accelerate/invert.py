@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import has_values
 from ..flows.memory import inverts
 from ..flows.reversible import Step, reversible
 from ..flows.undo import Cotangents, Outputs, Undone, undo
@@ -69,7 +70,7 @@ def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) ->
     """
     plan = instance._linfast_plan
     is_replica = getattr(instance, "_is_replica", False)  # nn.DataParallel's, whose weights are no parameters
-    if not isinstance(x, Tensor) or x.is_meta or is_replica or not inverts(plan.options.memory, x, 0.0):
+    if not isinstance(x, Tensor) or not has_values(x) or is_replica or not inverts(plan.options.memory, x, 0.0):
         return None
     try:
         parts = find(instance)

@@ -58,6 +58,11 @@ def _plan(block: Any, options: Options) -> Plan:
     return Plan(described(what, [_side(block)]))
 
 
+def _couple(block: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    y, log_det = couple(z, _side(block), inverse)
+    return y, log_det.to(z.dtype)  # in which the library adds it up, whatever its parameters are
+
+
 def _side(block: Any) -> Side:
     coupling = block.flows[1]
     return Side(
@@ -85,8 +90,8 @@ ADAPTER = Adapter(
     where="normflows.flows.affine.coupling",
     name="AffineCouplingBlock",
     methods={
-        "forward": lambda block, z: couple(z, _side(block), inverse=False),
-        "inverse": lambda block, z: couple(z, _side(block), inverse=True),
+        "forward": lambda block, z: _couple(block, z, inverse=False),
+        "inverse": lambda block, z: _couple(block, z, inverse=True),
     },
     plan=_plan,
     probe=_probe,

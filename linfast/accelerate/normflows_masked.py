@@ -40,6 +40,13 @@ def _plan(flow: Any, options: Options) -> Plan:
     return Plan(described(f"{what}, mask {split.kind}", [_side(flow, split)]), layout=split)
 
 
+def _couple(flow: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """In the dtypes that the library's products with its mask have, of integers or halves too."""
+    z = z.to(torch.promote_types(z.dtype, flow.b.dtype))
+    y, log_det = couple(z, _side(flow, flow._linfast_plan.layout), inverse)
+    return y, log_det.to(torch.promote_types(log_det.dtype, flow.b.dtype))
+
+
 def _side(flow: Any, split: Split) -> Side:
     nets = (flow.t, flow.s) if isinstance(flow.s, nn.Module) else (flow.t,)
 
@@ -90,8 +97,8 @@ ADAPTER = Adapter(
     where="normflows.flows.affine.coupling",
     name="MaskedAffineFlow",
     methods={
-        "forward": lambda flow, z: couple(z, _side(flow, flow._linfast_plan.layout), inverse=False),
-        "inverse": lambda flow, z: couple(z, _side(flow, flow._linfast_plan.layout), inverse=True),
+        "forward": lambda flow, z: _couple(flow, z, inverse=False),
+        "inverse": lambda flow, z: _couple(flow, z, inverse=True),
     },
     plan=_plan,
     probe=_probe,

@@ -2,7 +2,7 @@
 
     ActNorm   (x + bias) e^log_scale
     1x1       y = W x over channels
-    LoRA      x -> x A1(t) A2(t)^T a sample, never through an N x N matrix here
+    LoRA      x -> x A1(t) A2(t)^T a sample, never through an N x N matrix here, in x's dtype also under autocast
     kernel    a depthwise kernel a sample, generated from t
 
 People copy these classes into their own repositories, so they are recognised by name and
@@ -30,8 +30,15 @@ LIBRARY = "reference"
 
 
 def has(*names: str) -> Callable[[Any], bool]:
-    """Whether an instance has all these attributes."""
-    return lambda instance: all(hasattr(instance, name) for name in names)
+    """Whether an instance has all these attributes; one that raises is there: it raises again where it is read."""
+
+    def is_there(instance: Any, name: str) -> bool:
+        try:
+            return hasattr(instance, name)
+        except Exception:
+            return True
+
+    return lambda instance: all(is_there(instance, name) for name in names)
 
 
 # ActNorm
@@ -95,7 +102,7 @@ def _probe_mix(mix: Any, draw: Draw) -> Sequence[Tensor]:
 def _lora(layer: Any, x: Tensor, **kwargs: Any) -> Tensor:
     shape = (x.shape[0], layer.out_features, layer.lora_features)
     A1, A2 = (net(kwargs["t"]).reshape(shape) for net in (layer.lin1, layer.lin2))
-    return low_rank(x.reshape(x.shape[0], -1), A2, A1).reshape(x.shape)
+    return low_rank(x.flatten(1), A2, A1).reshape(x.shape)
 
 
 class _OfTime(nn.Module):

@@ -119,6 +119,8 @@ def _probe(matcher: Any, draw: Draw) -> Sequence[Tensor]:
         _check_rk(copy.copy(matcher), x)
     terms = matcher.get_sampling_terms(x.device, _STEPS, "euler")
     one_step = matcher.sample_one_step(x, x.device, sampling_method="euler", T=_STEPS)
+    if matcher.linearizer.training:
+        raise Unfit("its one step leaves its model in train mode, the repository's in eval mode")
     return [terms, one_step, matcher.sample_one_step(x, x.device, B=terms)]
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype
 from ..freeze import derived, is_kept
 from .adapter import Draw, Options, Plan, Unfit
 from .constant_time import first_of, value_of
@@ -73,9 +74,7 @@ def _embedding(net: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
         setattr(emb, AFFINE, {block: block.affine(emb) for block in blocks})
         return emb
 
-    device = times.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return derived(net, ("embedding", value, dtype, autocast), embed)
+    return derived(net, ("embedding", value, dtype, autocast_dtype(times.device.type)), embed)
 
 
 def _embed(net: Any, times: Tensor, dtype: torch.dtype) -> Tensor:

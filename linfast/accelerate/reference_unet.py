@@ -122,12 +122,44 @@ def _rows(params: Tensor, x: Tensor) -> Tensor:
 def _attend(block: Any, x: Tensor) -> Tensor:
     """proj(attention(norm2(x))); the channels of qkv are q, k and v in turn."""
     qkv = _convolve(block.qkv, norm_silu(x, block.norm2, activation=False), None)
-    shape = (x.shape[0], block.num_heads, x.shape[1] // block.num_heads, 3, -1)
+    shape = (x.shape[0], block.num_heads, x.shape[1] // block.num_heads, 3, x.shape[2:].numel())
     q, k, v = qkv.reshape(shape).permute(3, 0, 1, 4, 2).contiguous().unbind(0)
-    plain = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not inverts("invert", x, 0.0)
-    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():  # the others have no forward derivatives
-        a = F.scaled_dot_product_attention(q, k, v)
+    if inverts("invert", x, 0.0):
+        a = _Attention.apply(q, k, v)
+    else:
+        a = _attention(q, k, v, plain=torch.is_grad_enabled() and not torch.compiler.is_compiling())
     return _convolve(block.proj, a.transpose(2, 3).reshape(x.shape), None)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, plain: bool = False) -> Tensor:
+    """``plain``: by torch's own operations; the other kernels have no forward and no second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class _Attention(torch.autograd.Function):
+    """One kernel's first derivatives, whose graph serves one backward; any others are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        ctx.save_for_backward(*given)
+        ctx.kept = ctx.needs_input_grad[0] and _with_graph(given)
+        return ctx.kept[0].detach() if ctx.kept else _attention(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            given = [t.view_as(t) for t in ctx.saved_tensors]
+            return torch.autograd.grad(_attention(*given, plain=True), given, gradients, create_graph=True)
+        a, given = ctx.kept or _with_graph(ctx.saved_tensors)
+        ctx.kept = None
+        return torch.autograd.grad(a, given, gradients)
+
+
+def _with_graph(given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    own = [t.detach().requires_grad_() for t in given]
+    with torch.enable_grad():
+        return _attention(*own), own
 
 
 def last_convs(block: Any) -> tuple[nn.Module, ...]:

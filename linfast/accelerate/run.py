@@ -13,7 +13,7 @@ from ..checks import check_choice, check_flag
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Plan, Unfit, adapter_for, parent_adapter
 from .compiled import compile_conditioners, uncompile
-from .identity import changed_method, is_hooked, is_sharded, original_class, other_arguments
+from .identity import changed_method, is_hooked, is_patched, is_sharded, original_class, other_arguments
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
@@ -127,8 +127,11 @@ _MEMORY = ("store", "invert")
 
 
 def _check_model(model: Any) -> None:
+    name = type(model).__name__
     if not isinstance(model, nn.Module) and adapter_for(model) is None:
-        raise TypeError(f"model must be an nn.Module or an object of a known class; got {type(model).__name__}")
+        raise TypeError(f"model must be an nn.Module or an object of a known class; got {name}")
+    if not hasattr(model, "__dict__"):
+        raise TypeError(f"model must keep its attributes in a __dict__; {name} has __slots__ alone")
 
 
 def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
@@ -176,8 +179,11 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
             checked[kind] = difference(instance, adapter, plan)
     except Unfit as reason:
         return Row(path, adapter.title, None, str(reason), what)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        return Row(path, adapter.title, None, f"it is not built as {adapter.title} is: {str(error)[:80]}", what)
+    except MemoryError:
+        raise
+    except Exception as error:  # of code that is not ours: the rest of the model is accelerated all the same
+        why = f"it is not built as {adapter.title} is: {type(error).__name__}: {str(error)[:80]}"
+        return Row(path, adapter.title, None, why, what)
     swap(instance, adapter, plan)
     takes_precision = plan.takes_precision or _runs_whole(instance, adapter, plan)
     return Row(path, adapter.title, plan.runs, plan.note, what, checked[kind], takes_precision)
@@ -214,8 +220,12 @@ def _check_unchanged(instance: Any, adapter: Adapter) -> None:
     for name, method in adapter.methods.items():
         if other_arguments(getattr(cls, name), method):
             raise Unfit(f"its {name} takes other arguments than {adapter.title}'s, or has other defaults")
+    if is_patched(instance):
+        raise Unfit("a method was put on it: not the library's own")
     if not isinstance(instance, nn.Module):
         return
+    if not adapter.chain and nn.modules.module._has_any_global_hook():
+        raise Unfit("a global module hook is registered, which would be passed by: remove it first")
     inner = tuple(adapter.inner(instance))
     if any(is_hooked(module) for module in inner):
         raise Unfit("a module inside has a hook or a parametrization, which would be passed by")

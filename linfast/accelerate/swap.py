@@ -11,16 +11,17 @@ import copy
 import copyreg
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..flows.drift import DriftGuard
 from .adapter import Adapter, Plan, Unfit
 from .graph import Graphs
-from .identity import PLAN, is_hooked, keywords, positional
+from .identity import PLAN, is_hooked, is_patched, keywords, positional
 
 __all__ = ["Swapped", "plan_of", "swap", "swap_back", "swapped_class"]
 
@@ -125,7 +126,7 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
         if not renew_plan(self):
             return before(self, *arguments, **named)
-        if _is_changed(self, adapter):
+        if _is_changed(self, adapter, name) or _is_symbolic((*arguments, *named.values())):
             return before(self, *arguments, **named)
         for given in order[len(arguments) :]:  # ``run`` has other names for them
             if given not in named:
@@ -141,12 +142,20 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
     return method
 
 
-def _is_changed(instance: Any, adapter: Adapter) -> bool:
-    """Whether there is a hook or a patch that the adapter's methods would pass by.
+def _is_symbolic(arguments: Iterable[Any]) -> bool:
+    """Whether torch.fx is tracing: then it is to see the library's own operations."""
+    given = (
+        a for argument in arguments for a in (argument if isinstance(argument, (tuple, list)) else (argument,))
+    )
+    return any(isinstance(a, torch.fx.Proxy) for a in given)
+
+
+def _is_changed(instance: Any, adapter: Adapter, method: str) -> bool:
+    """Whether there is a hook or a patch that the adapter's ``method`` would pass by.
 
     Where it keeps a chain from being rebuilt in a backward, that is said once.
     """
-    if any(name in instance.__dict__ for name in adapter.assumes):
+    if is_patched(instance, but=method) or (not adapter.chain and nn.modules.module._has_any_global_hook()):
         return True
     for module in adapter.inner(instance):
         if is_hooked(module):

@@ -60,7 +60,8 @@ class Split:
             return self.indices
         if device not in self._elsewhere:
             kept, moved = self.indices
-            self._elsewhere[device] = kept.to(device), moved.to(device)
+            with torch.inference_mode(False):  # which they outlive
+                self._elsewhere[device] = kept.to(device), moved.to(device)
         return self._elsewhere[device]
 
     def sizes(self, features: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from ..backend import plain_torch
+from ..device import has_values
 from ..flows.drift import DriftWarning
 from ..precision import full_precision, resolve_precision
 from .adapter import Adapter, Draw, Plan, Unfit
@@ -38,10 +40,11 @@ def check_values(instance: Any) -> None:
     tensors = _tensors(instance)
     if any(is_lazy(t) for t in tensors):
         raise Unfit("it has lazy modules, which its first call makes: call it once, then accelerate")
-    if any(t.is_meta for t in tensors):
-        raise Unfit("it is on the meta device: there are no values to compare; accelerate it once it has some")
+    if not all(map(has_values, tensors)):
+        raise Unfit("it is on the meta device or fake: without values there is nothing to compare")
 
 
+@torch.inference_mode(False)
 @full_precision()
 def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     """Largest relative L2 difference, in float64 and in the instance's own dtype on its own device.
@@ -64,7 +67,7 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
         allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * (_CHAIN if adapter.chain else 1))
         error = _difference(instance, adapter, plan, dtype, device, adapter.probe, hollow, training)
         if not error <= allowed:
-            raise Unfit(f"it differs from the original by {error:.1e} in {str(dtype)[6:]} on a random input")
+            raise Unfit(f"it {_how_far(error)} in {str(dtype)[6:]} on a random input")
         worst = max(error, worst) if dtype == own else worst
     return max(worst, _difference_whole(instance, adapter, plan, like, device))
 
@@ -81,7 +84,7 @@ def _difference_whole(
     )
     allowed = max(_TOLERANCES[like.dtype], _OF_MODES[resolve_precision(like, plan.options.precision)])
     if not error <= allowed:
-        raise Unfit(f"the layer in one launch differs from the original by {error:.1e} on a random input")
+        raise Unfit(f"the layer in one launch {_how_far(error)} on a random input")
     return error
 
 
@@ -175,9 +178,15 @@ def _weights(output: Tensor) -> Tensor:
     return torch.arange(output.numel(), device=output.device, dtype=torch.float64).sin().view(output.shape)
 
 
+def _how_far(error: float) -> str:
+    if error == math.inf:
+        return "has other shapes or dtypes than the original, or infinite values,"
+    return f"differs from the original by {error:.1e}"
+
+
 def _relative(actual: Tensor, expected: Tensor) -> float:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return float("inf")
+        return math.inf
     error, size = (actual.double() - expected.double()).norm(), expected.double().norm()
     return float(error / size) if size > 0 else float(error)
 

@@ -110,7 +110,7 @@ def _transform_class() -> type:
         def _params(self, kept: Tensor, batch: Size) -> Tensor:
             """[rows, 2 n] of kept [rows, n]; c is [..., n_c], broadcast to the batch. Few rows: of an MLP alone."""
             if len(batch) != 1 and kept.shape[0] == math.prod(batch):
-                kept = kept.reshape(*batch, -1)
+                kept = kept.reshape(*batch, kept.shape[-1])
             if self._c is not None:
                 kept = torch.cat((kept, self._c.expand(*kept.shape[:-1], -1)), -1)
             params = self._lazy.hyper(kept)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number
-from ..device import read_at_once
+from ..device import has_values, read_at_once
 from ..freeze import is_frozen
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
 from .undo import Cotangents, Undone, undo
@@ -32,8 +32,8 @@ class ActNorm(ChannelLinear):
     The first forward in training mode (or ``initialize``) sets the parameters. That it happened is
     said by the buffer ``initialized`` alone, so a model that is loaded, copied or averaged is not
     initialised again. Under torch.distributed the statistics are those of all processes' rows.
-    Before that, in eval mode and inside ``linfast.freeze`` or a sampler, it is the map that its
-    parameters say: new ones are the identity.
+    Before that, in eval mode, inside ``linfast.freeze`` or a sampler and where there are no values, as
+    on the meta device, it is the map that its parameters say: new ones are the identity.
 
     Args:
         features: C.
@@ -88,6 +88,8 @@ class ActNorm(ChannelLinear):
         if torch.compiler.is_compiling():
             return self._seen is not None
         flag = self.initialized
+        if not has_values(flag):  # nothing to be said, nor to be set
+            return True
         if flag.is_inference():  # whose writes are not counted
             return _all_set(flag)
         seen = self._seen is not None and self._seen[0] is flag and self._seen[1] == flag._version

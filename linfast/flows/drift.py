@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype
+
 __all__ = ["DRIFT_BUDGETS", "Checksum", "DriftGuard", "DriftWarning", "capturing", "drift", "drift_budget"]
 
 # Measured on stacks of 8 to 64 couplings: a drift of d adds about d / 2 to the gradients' relative error.
@@ -33,8 +35,8 @@ _PROJECTIONS = 4  # all four of a true drift d below d / 8: 1 in 10000
 
 def drift_budget(x: Tensor) -> float:
     """For a network on x: of the dtype it computes in, autocast's where that is on."""
-    autocast = x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
-    return DRIFT_BUDGETS[torch.get_autocast_dtype(x.device.type) if autocast else x.dtype]
+    rounded = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
+    return DRIFT_BUDGETS[x.dtype if rounded is None else rounded]
 
 
 class Checksum:

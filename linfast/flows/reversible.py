@@ -30,6 +30,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_choice, check_kind, check_tensor
+from ..device import has_values
 from .drift import Checksum, DriftGuard, capturing, drift_budget
 from .outside import now, read_from_outside
 from .rebuild import Backward
@@ -141,7 +142,7 @@ class Chain:
         """Whether a replay would not be the first run."""
         swapped = any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
         swapped = swapped or any(getattr(step.module, "_is_replica", False) for step in self.steps)
-        nothing_to_rebuild = x.is_meta or not x.numel()
+        nothing_to_rebuild = not has_values(x) or not x.numel()
         dropping = capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules())
         return nothing_to_rebuild or swapped or dropping
 

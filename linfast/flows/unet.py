@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype
 from ..checks import check_count, check_counts, check_flag, check_number
 from ..freeze import derived
 from .conditioners import SinusoidalEmbedding, check_input, check_time_features, time_rows
@@ -170,7 +171,7 @@ class UNet(nn.Module):
         network = self.time
         if network is None or times is None:
             return [None] * len(self._shift_sizes)
-        key = ("shifts", t, torch.is_autocast_enabled(x.device.type))
+        key = ("shifts", t, autocast_dtype(x.device.type))
         rows = network(times) if isinstance(t, Tensor) else derived(self, key, lambda: network(times))
         per_sample = isinstance(t, Tensor) and t.ndim == 1
         return (rows if per_sample else rows[0]).split(self._shift_sizes, dim=-1)

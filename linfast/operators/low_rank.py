@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..autocast import outside_autocast
 from ..checks import check_factor, check_tensor
+from ..device import has_values
 from ..ops.low_rank import low_rank
 from .base import Leaf, hold
 from .spectral import SVD, Eig, cutoff, largest, matrix_inverse, unless_singular
@@ -170,7 +171,8 @@ class LowRank(Leaf):
         return product + self._alpha_size()
 
     def _pinv(self, rtol: float | None) -> Leaf:
-        if self._is_wide or (torch.compiler.is_compiling() and not self._is_plain):
+        unread = torch.compiler.is_compiling() or not has_values(self.U)
+        if self._is_wide or (unread and not self._is_plain):
             return self._dense()._pinv(rtol)  # which branch below is taken depends on the numbers
         left, core, right = self._thin()
         S = torch.linalg.svdvals(core.detach())

@@ -2,7 +2,8 @@
 
 Reading it there waits for the device and cannot be captured into a CUDA graph, so that later inverses go unread.
 Where there is none, they are NaN: a singular operator is seen in any case. An inverse of a time-dependent
-operator is read for each time that is a number, and for times in tensors once. Captured or compiled it is not read.
+operator is read for each time that is a number, and for times in tensors once. Captured, compiled or
+without values, as on the meta device, it is not read.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..device import read_at_once
+from ..device import has_values, read_at_once
 from ..flows.drift import capturing
 
 __all__ = ["is_unread", "mark_read"]
@@ -27,7 +28,7 @@ _read: WeakKeyDictionary[nn.Module, tuple[Hashable, set[Hashable]]] = WeakKeyDic
 
 def is_unread(operator: nn.Module, at: Hashable) -> bool:
     """Whether the host has to read if this operator, with its weights as they are, has an inverse ``at`` a time."""
-    if torch.compiler.is_compiling() or any(capturing(tensor) for tensor in _tensors(operator)):
+    if torch.compiler.is_compiling() or any(capturing(t) or not has_values(t) for t in _tensors(operator)):
         return False
     if all(read_at_once(tensor) for tensor in _tensors(operator)):
         return True

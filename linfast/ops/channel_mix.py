@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import autocast_dtype
 from ..backend import uses_triton
 from ..checks import check_tensor
 from ..kernels.launch import positions
@@ -48,8 +49,8 @@ def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         ValueError: weight is not a matrix whose columns match x's channels, or bias not [O].
     """
     check_mix(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.dtype != torch.float64:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if x.ndim > 2 and uses_triton(x, weight):
         return _channel_mix(x, weight, None if bias is None else bias.to(weight.dtype))

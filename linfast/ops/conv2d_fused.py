@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import autocast_dtype
 from ..backend import chosen_backend, uses_triton
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..kernels.conv2d_configs import handed_over, image_like, n_row_tiles, runs_fused, tile_rows_of
@@ -88,8 +89,8 @@ def conv2d_fused(
     if not (uses_triton(x, *given) and _fused(x, weight, mode)):
         a = group_norm_silu(x, groups, norm_weight, norm_bias, eps=eps, activation=activation) if groups else x
         return _convolved(a, weight, bias, residual, alpha), None
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None:
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         x = x if groups else x.to(dtype)
     sums = next_groups if next_groups and handed_over(weight.shape[0], next_groups) else 0
@@ -287,7 +288,7 @@ def _check(
     (batch, n_in, height, width), (n_out, _, k, k_width) = x.shape, weight.shape
     if k != k_width or k % 2 == 0:
         raise ValueError(f"weight must be [C_out, C_in, k, k] with k odd; got {tuple(weight.shape)}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
         raise TypeError(f"x and weight must have one dtype; got x {x.dtype} and weight {weight.dtype}")
     if bias is not None and bias.shape not in ((n_out,), (batch, n_out)):
         raise ValueError(

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import autocast_dtype
 from ..backend import uses_triton
 from ..kernels.launch import like
 from ..scale_maps import ScaleMap
@@ -90,7 +91,7 @@ def coupling_mix(
     if not _fuses(x, weight):
         u, total = affine_coupling(x, params, scale_map, **options)
         return channel_mix(u, weight, bias), total
-    weight = weight.to(x.dtype) if torch.is_autocast_enabled(x.device.type) else weight
+    weight = weight if autocast_dtype(x.device.type) is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(weight.dtype)
     y, total = _coupling_mix(x, params, weight, bias, *coupling_constants(scale_map, **options))
     return y, total if log_det else None
@@ -98,8 +99,7 @@ def coupling_mix(
 
 def _fuses(x: Tensor, weight: Tensor) -> bool:
     """Whether the one launch is the path for these; see the module's table."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.get_autocast_dtype(device):
+    if autocast_dtype(x.device.type) not in (None, x.dtype):
         return False
     return min(weight.shape) > 0 and max(weight.shape) <= (_WIDEST if x.ndim > 2 else _WIDEST_VECTOR)
 

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autocast import autocast_dtype, without_autocast
 from ..backend import uses_triton
 from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..kernels.stack_configs import mode_on, stack_path, target_of
@@ -221,7 +222,7 @@ def _condition(h: Tensor, layer: CouplingLayer, activate: Any, half: torch.dtype
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, half: torch.dtype | None) -> Tensor:
     """x W^T + b; with operands rounded to ``half`` in "fast", on a GPU as a product of that type."""
-    if half is None or x.dtype == torch.float64 or torch.is_autocast_enabled(x.device.type):
+    if half is None or x.dtype == torch.float64 or autocast_dtype(x.device.type) is not None:
         return F.linear(x, weight, bias)
     if x.is_cuda:
         return F.linear(x.to(half), weight.to(half), None if bias is None else bias.to(half))
@@ -233,8 +234,7 @@ def _apply_map(x: Tensor, entry: AffineMap, inverse: bool) -> Tensor:
     weight, bias = entry.inverted() if inverse else (entry.weight, entry.bias)
     if weight.ndim == 1:
         return (x * weight if bias is None else x * weight + bias).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    return without_autocast(x.device.type, F.linear, x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 def raw_forward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:

@@ -20,8 +20,9 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..checks import check_number
-from ..device import uploaded
+from ..device import has_values, uploaded
 from ..operators.base import LatentOperator, Leaf
 from ..operators.dense import Dense
 from ..operators.low_rank import LowRank
@@ -70,8 +71,8 @@ def collapse(
     check_time_dependent(A_t)
     plan = schedule(method, steps, stop)
     like = _like(A_t)
-    _check_tol(tol, like.dtype)
-    return _collapse(A_t, plan, tol, like)
+    _check_tol(tol, like)
+    return without_autocast(like.device.type, _collapse, A_t, plan, tol, like)
 
 
 def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
@@ -80,21 +81,21 @@ def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
     Rounded to float32 its entries, the size of steps and more, would cost as many digits of the noise.
     """
     check_time_dependent(A_t)
-    return _collapse(A_t, plan, None, _like(A_t).double())._inverse_of(A_t, plan)
+    like = _like(A_t).double()
+    return without_autocast(like.device.type, _collapse, A_t, plan, None, like)._inverse_of(A_t, plan)
 
 
 def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tensor) -> Leaf:
     """B on the device and in the dtype of ``like``."""
-    with torch.autocast(like.device.type, enabled=False):
-        if not isinstance(A_t, (TimeLowRank, TimeDiagonal)):
-            return _finish(_step_unit_vectors(A_t, plan), 0.0, tol, like)
-        factors = _factors(A_t, plan)
-        pieces = multiply_pairs(factors, *step_pieces(factors, plan))
-        if 2 * factors.U.shape[0] < A_t.n_in:
-            beta, Q = fold_factored(factors, pieces)
-            return _finish_factored(beta, factors.U, Q, tol, like)
-        beta = math.prod(piece.scale for piece in pieces)
-        return _finish(fold_dense(factors, pieces), beta, tol, like)
+    if not isinstance(A_t, (TimeLowRank, TimeDiagonal)):
+        return _finish(_step_unit_vectors(A_t, plan), 0.0, tol, like)
+    factors = _factors(A_t, plan)
+    pieces = multiply_pairs(factors, *step_pieces(factors, plan))
+    if 2 * factors.U.shape[0] < A_t.n_in:
+        beta, Q = fold_factored(factors, pieces)
+        return _finish_factored(beta, factors.U, Q, tol, like)
+    beta = math.prod(piece.scale for piece in pieces)
+    return _finish(fold_dense(factors, pieces), beta, tol, like)
 
 
 def check_time_dependent(A_t: object, name: str = "A_t") -> None:
@@ -111,9 +112,12 @@ def _like(A: LatentOperator) -> Tensor:
     return next((tensor for tensor in own if tensor.is_floating_point()), torch.empty(0))
 
 
-def _check_tol(tol: float | None, dtype: torch.dtype) -> None:
-    if tol is not None and not torch.finfo(dtype).eps <= check_number("tol", tol) < 1:
-        raise ValueError(f"tol must be below 1 and at least {torch.finfo(dtype).eps:.1e}, {dtype}'s eps; got {tol}")
+def _check_tol(tol: float | None, like: Tensor) -> None:
+    eps = torch.finfo(like.dtype).eps
+    if tol is not None and not eps <= check_number("tol", tol) < 1:
+        raise ValueError(f"tol must be below 1 and at least {eps:.1e}, {like.dtype}'s eps; got {tol}")
+    if tol is not None and not has_values(like):
+        raise ValueError("tol must be None for an operator without values, as on the meta device")
 
 
 def _factors(A: TimeLowRank | TimeDiagonal, plan: Schedule) -> Factors:

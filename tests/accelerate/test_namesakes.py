@@ -59,6 +59,20 @@ def _many_steps(self, x, device, sampling_method="rk", T=100, B=None):
     return stand_in.FlowMatcher.sample_one_step(self, x, device, sampling_method, T, B)
 
 
+def _in_its_mode(self, x, device, sampling_method="rk", T=100, B=None):
+    with torch.no_grad():
+        B = self.get_sampling_terms(device, T, sampling_method) if B is None else B
+        z = self.linearizer.gy(x)
+        return self.linearizer.gx_inverse((z.flatten(1) @ B.to(z)).view_as(z))
+
+
+def _back_to_its_mode(self, x, device, sampling_method="rk", T=100, B=None):
+    training = self.linearizer.training
+    y = stand_in.FlowMatcher.sample_one_step(self, x, device, sampling_method, T, B)
+    self.linearizer.train(training)
+    return y
+
+
 @pytest.mark.parametrize(
     ("cls", "why"),
     [
@@ -66,9 +80,11 @@ def _many_steps(self, x, device, sampling_method="rk", T=100, B=None):
         (_fork(sample_one_step=_defaults), "takes other arguments"),
         (_fork(sample_one_step=_another_argument), "takes other arguments"),
         (_fork(sample_one_step=_many_steps), "another class called FlowMatcher"),
+        (_fork(sample_one_step=_in_its_mode), "its one step leaves its model in train mode"),
+        (_fork(sample_one_step=_back_to_its_mode), "its one step leaves its model in train mode"),
         (type("FlowMatcher", (), {"__init__": stand_in.FlowMatcher.__init__}), "its get_sampling_terms is missing"),
     ],
-    ids=["scheme", "defaults", "argument", "many steps", "missing"],
+    ids=["scheme", "defaults", "argument", "many steps", "mode", "mode put back", "missing"],
 )
 def test_another_flow_matcher_is_left_alone_with_a_reason(cls, why):
     matcher, x = _matcher(cls), torch.randn(2, 1, 8, 8)
@@ -117,3 +133,52 @@ def test_a_flag_that_is_a_buffer_is_left_to_its_class():
     assert lf.accelerate(fork).rows[0].swapped
     assert fork(x).mean().abs() < 1e-5
     assert fork.state_dict()["initialized"]
+
+
+def _raises(*_):
+    raise RuntimeError("call fit() first")
+
+
+ATTRIBUTES = {
+    "Inv1x1Conv": ("W",),
+    "ActNorm2d": ("bias", "log_scale", "initialized", "_init"),
+    "SongUNetWrapper": ("net",),
+    "LinearKernel": ("lin1", "k", "get_matrix"),
+    "InverseUnet": ("g", "dim"),
+}
+
+
+@pytest.mark.parametrize("memory", ["store", "invert"])
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_what_raises_when_it_is_looked_at_is_left_alone_with_a_reason(name, memory):
+    """And the rest of the model is accelerated."""
+    attributes = dict.fromkeys(ATTRIBUTES[name], property(_raises))
+    methods = {"forward": lambda self, x: x, "inverse": lambda self, y: y}
+    for method, function in methods.items():
+        function.__qualname__ = f"{name}.{method}"
+    another = type(name, (nn.Module,), {**attributes, **methods})()
+    mix = stand_in.Inv1x1Conv(3)
+    report = lf.accelerate(nn.Sequential(another, mix), memory=memory)
+    assert [row.path for row in report.swapped] == ["1"]
+    assert [row.path for row in report.left] == ["0"]
+    assert report.left[0].note
+
+
+def test_a_method_put_on_the_object_later_is_called():
+    matcher, x = _matcher(stand_in.FlowMatcher), torch.randn(2, 1, 8, 8)
+    lf.accelerate(matcher)
+    matcher.get_sampling_terms = lambda device, T=100, sampling_method="euler": 2 * torch.eye(64)
+    with torch.no_grad():
+        expected = matcher.linearizer.gx_inverse(2 * matcher.linearizer.gy(x))
+    assert relative(matcher.sample_one_step(x, "cpu"), expected) < 1e-5
+
+
+def test_an_object_of_slots_is_named():
+    class FlowMatcher:
+        __slots__ = ("linearizer",)
+
+    FlowMatcher.__qualname__ = "FlowMatcher"
+    matcher = FlowMatcher()
+    matcher.linearizer = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="model must keep its attributes in a __dict__; FlowMatcher has __slots__"):
+        lf.accelerate(matcher)

@@ -17,6 +17,7 @@ from torch import nn
 import linfast as lf
 from linfast.accelerate import freia
 from linfast.accelerate.swap import Swapped
+from linfast.accelerate.tail import split_of
 from tests.laws.zoo import relative
 from tests.marks import long
 
@@ -129,7 +130,12 @@ def _in_double(run, x, c):
     return copy.deepcopy(run).double()(x.double(), c.double())
 
 
+def _of_no_rows(run, x, c):
+    return run(x[:0], c[:0])
+
+
 OPERATIONS = [
+    _of_no_rows,
     _pickled,
     _copied,
     _replicated,
@@ -457,17 +463,20 @@ def test_forward_derivatives_of_a_block_with_attention():
         assert relative(actual, value) < 1e-4
 
 
-def test_second_derivatives_through_norm_and_silu():
+@pytest.mark.parametrize("attention", [False, True])
+def test_second_derivatives_through_norm_and_silu(attention):
     """A weight that is used twice: the history of x holds it too."""
     torch.manual_seed(0)
-    block = stand_in.UNetBlock(8, 8, 4).double().eval()
+    block = stand_in.UNetBlock(8, 8, 4, attention=attention).double().eval()
     x, emb = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 8, 4, 4), (2, 4)))
     x.requires_grad_()
 
     def second():
-        out = block(block(x, emb), emb)
-        gradients = torch.autograd.grad(out.square().sum(), [x, *block.parameters()], create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in gradients), [x, *block.parameters()])
+        out = block(block(x, emb), emb).square().sum()
+        wanted = [x, *block.parameters()]
+        once = [g for _ in range(2) for g in torch.autograd.grad(out, wanted, retain_graph=True)]
+        gradients = torch.autograd.grad(out, wanted, create_graph=True)
+        return [*once, *torch.autograd.grad(sum(g.square().sum() for g in gradients), wanted)]
 
     expected = second()
     assert lf.accelerate(block).rows[0].swapped
@@ -484,3 +493,154 @@ def test_what_is_no_tensor_is_a_type_error_of_zukos_flows_too(x: object) -> None
     lf.accelerate(flow)
     with pytest.raises(TypeError, match="x must be a tensor"):
         flow().log_prob(x)
+
+
+def test_no_rows_of_any_rank():
+    """Of an empty selection, which each original takes."""
+    for context in (0, 3):
+        flow, x = _zuko(context), torch.randn(3, 0, FEATURES)
+        c = torch.randn(0, context) if context else None
+        assert flow(c).transform(x).shape == x.shape
+        assert flow(c).transform.inv.call_and_ladj(x)[1].shape == (3, 0)
+    layer, block = stand_in.TimeDependentLoRALinearLayer(64, 2), stand_in.UNetBlock(8, 8, 4, attention=True)
+    lf.accelerate(layer), lf.accelerate(block)
+    assert layer(torch.randn(0, 1, 8, 8), t=torch.zeros(0)).shape == (0, 1, 8, 8)
+    assert block(torch.randn(0, 8, 4, 4), torch.randn(0, 4)).shape == (0, 8, 4, 4)
+    all_in_one = require("FrEIA.modules").AllInOneBlock([(4,)], subnet_constructor=net)
+    lf.accelerate(all_in_one)
+    (y,), log_det = all_in_one((torch.randn(0, 4),))
+    assert (y.shape, log_det.shape) == ((0, 4), (0,))
+
+
+class _Net(nn.Module):
+    """A conditioner that computes in float32 whatever it is given."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = net(n_in, n_out)
+
+    def forward(self, x):
+        return self.net(x.float())
+
+
+def _blocks():
+    flows, mask = require("normflows").flows, torch.tensor([1.0, 0.0, 1.0, 0.0])
+    return {
+        "masked": flows.MaskedAffineFlow(mask, net(4, 4), net(4, 4)),
+        "masked additive": flows.MaskedAffineFlow(mask, net(4, 4)),
+        "masked, its own dtype": flows.MaskedAffineFlow(mask, _Net(4, 4), _Net(4, 4)),
+        "block": flows.AffineCouplingBlock(_Net(2, 4)),
+        "Glow's block": flows.AffineCouplingBlock(_Net(2, 4), scale_map="sigmoid"),
+        "additive block": flows.AffineCouplingBlock(_Net(2, 2), scale=False),
+    }
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.int64])
+@pytest.mark.parametrize("name", _blocks())
+def test_inputs_of_other_dtypes_give_the_dtypes_and_values_of_the_original(name, dtype, autocast):
+    torch.manual_seed(0)
+    block = _blocks()[name]
+    fast, x = copy.deepcopy(block), torch.randint(0, 2, (5, 4)).to(dtype)
+    assert lf.accelerate(fast).swapped
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for way in ("forward", "inverse"):
+            try:
+                expected = getattr(block, way)(x)
+            except RuntimeError:
+                continue  # the original cannot either
+            for actual, value in zip(getattr(fast, way)(x), expected, strict=True):
+                assert actual.dtype == value.dtype
+                assert (actual - value).abs().max() < (0.05 if autocast or dtype.itemsize == 2 else 1e-5)
+
+
+class _First(nn.Module):
+    """y of a block, whose input FrEIA wraps in a tuple."""
+
+    def __init__(self, block, wrapped):
+        super().__init__()
+        self.block, self.wrapped = block, wrapped
+
+    def forward(self, x):
+        y = self.block((x,) if self.wrapped else x)
+        y = y[0] if isinstance(y, tuple) else y
+        return y[0] if self.wrapped else y
+
+
+FREIA = ("GLOWCouplingBlock", "RNVPCouplingBlock", "NICECouplingBlock", "AffineCouplingOneSided")
+
+
+@pytest.mark.parametrize("name", ["additive", "masked", *FREIA])
+def test_torch_fx_traces_the_librarys_own_operations(name):
+    if name == "additive":
+        block = require("memcnn").AdditiveCoupling(net(2, 2), net(2, 2))
+    elif name == "masked":
+        block = _blocks()[name]
+    else:
+        block = getattr(require("FrEIA.modules"), name)([(4,)], subnet_constructor=net)
+    model, x = _First(block, name in FREIA), torch.randn(3, 4)
+    expected = torch.fx.symbolic_trace(model)(x)
+    assert lf.accelerate(model).swapped
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    torch.testing.assert_close(model(x), expected)
+
+
+PATCHES = {
+    "_permute": lambda x, rev=False: (x, 0.0),
+    "_pre_permute": lambda x, rev=False: x,
+    "_affine": lambda x, a, rev=False: (x, torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_method_that_the_original_calls_is_put_on_the_block_later(name):
+    blocks = require("FrEIA.modules")
+    np.random.seed(0)  # noqa: NPY002  # which the library draws its permutation from
+    block, x = blocks.AllInOneBlock([(4,)], subnet_constructor=net, reverse_permutation=True), torch.randn(3, 4)
+    fast = copy.deepcopy(block)
+    assert lf.accelerate(fast).swapped
+    for patched in (block, fast):
+        setattr(patched, name, PATCHES[name])
+    torch.testing.assert_close(fast((x,))[0][0], block((x,))[0][0])
+    assert lf.accelerate(fast).left
+
+
+@pytest.mark.parametrize("name", ["normflows exp channel", "normflows masked gather", "reference"])
+def test_a_global_hook_sees_the_modules_that_it_saw(name):
+    kind = KINDS[name]
+    original, (x, c) = make(kind, 0), inputs(kind, torch.float32)
+    fast = copy.deepcopy(original)
+    assert lf.accelerate(fast).swapped
+
+    def seen(model):
+        names, paths = [], {id(module): path for path, module in model.named_modules()}
+        hook = nn.modules.module.register_module_forward_hook(lambda module, *_: names.append(paths[id(module)]))
+        try:
+            kind.run(model, x, c)
+            left = lf.accelerate(copy.deepcopy(model)).left
+        finally:
+            hook.remove()
+        assert any("a global module hook is registered" in row.note for row in left)
+        return names
+
+    assert seen(fast) == seen(original)
+
+
+@pytest.mark.parametrize("memory", ["store", "invert"])
+@pytest.mark.parametrize("name", sweep(sorted(USED), USED))
+def test_a_model_accelerated_in_inference_mode_is_trained_later(name, memory):
+    kind = KINDS[name]
+    model, (x, c) = make(kind, 0), inputs(kind, torch.float32)
+    expected = [row.path for row in lf.accelerate(copy.deepcopy(model), memory=memory).swapped]
+    with torch.inference_mode():
+        assert [row.path for row in lf.accelerate(model, memory=memory).swapped] == expected
+        kind.run(model, x, c)
+    sum(value.sum() for value in kind.run(model, x, c)).backward()
+
+
+def test_masks_that_are_copied_in_inference_mode_serve_training():
+    split = split_of(torch.tensor([True, True, False, True]))
+    with torch.inference_mode():
+        split.indices_on(torch.device("meta"))
+    x = torch.ones(2, 4, device="meta", requires_grad=True)
+    assert split.take(x)[0].requires_grad

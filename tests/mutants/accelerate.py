@@ -19,8 +19,8 @@ MUTANTS = (
     Mutant(
         name="verify: everything is accepted",
         file="linfast/accelerate/verify.py",
-        old='        if not error <= allowed:\n            raise Unfit(f"it differs',
-        new='        if False:\n            raise Unfit(f"it differs',
+        old='        if not error <= allowed:\n            raise Unfit(f"it {_how_far',
+        new='        if False:\n            raise Unfit(f"it {_how_far',
         breaks="A module is swapped for one that computes something else.",
         tests=(
             f"{_SWAP}::test_what_disagrees_with_the_original_stays_as_it_was",
