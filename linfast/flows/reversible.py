@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_choice, check_kind, check_tensor
 from .drift import Checksum, DriftGuard, capturing, drift_budget
-from .outside import keeps_a_piece, now, read_from_outside
+from .outside import keeps_a_piece, made_at, now, read_from_outside
 from .rebuild import Backward
 from .replay import Replay
 from .steps import Context, Step, run_steps, summed
@@ -163,10 +163,10 @@ class Chain:
                 with torch.no_grad():
                     rows.append(self.checksum.with_norm(y))
                 start, total = self._link(i, y, log_det, anchor) if i else (first.view_as(x), None)
-                own, since = self.parameters_of[i], now(x)
+                own = self.parameters_of[i]
                 with self.replay.noting(step.module, own):
                     out, part = step.forward(start, context)
-                what, count = read_from_outside((out, part), (start, *given), own, since)
+                what, count = read_from_outside((out, part), (start, *given), own, made_at(start))
                 self.counts.append(count)
                 if memory == "auto" and what is None:
                     if step.name not in self.guard.kept:
