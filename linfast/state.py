@@ -245,7 +245,8 @@ def _first_name(name: str, model: nn.Module, first: Mapping[int, str]) -> str | 
 def _check_kind(slot: str, dtype: str, built: Tensor, is_given: bool) -> None:
     expected = str(built.dtype).removeprefix("torch.")
     any_floating = built.is_floating_point() and not is_given and dtype in DTYPES
-    if dtype != expected and not (any_floating and DTYPES[dtype].is_floating_point):
+    is_flag = dtype == "bool" and not built.ndim and not isinstance(built, nn.Parameter)  # ActNorm's, of before
+    if dtype != expected and not (any_floating and (is_flag or DTYPES[dtype].is_floating_point)):
         raise ValueError(f"{slot} is {dtype}, expected {'floating point' if any_floating else expected}")
 
 

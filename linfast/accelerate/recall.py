@@ -49,32 +49,17 @@ def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
     return view
 
 
-_CALLS = "_linfast_calls"
-
-
 def _recalling(conditioner: nn.Module, calls: _Calls) -> nn.Module:
-    """The conditioner under another class: all its attributes, and its calls through ``calls``."""
-    original: Any = type(conditioner)
-    view: nn.Module = object.__new__(_recalling_class(original))
-    vars(view).update(vars(conditioner), **{_CALLS: calls})
-    calls.conditioner = conditioner
+    """An instance of the same class, with all its attributes, whose calls go through ``calls``.
+
+    A subclass could do that too, but whatever the class does with its subclasses would be done with that one.
+    """
+    view: nn.Module = object.__new__(type(conditioner))
+    vars(view).update(vars(conditioner))
+    called = functools.partial(nn.Module.__call__, conditioner)
+    vars(view)["_compiled_call_impl"] = calls.of(called)  # what nn.Module.__call__ calls, where there is one
+    vars(view)["forward"] = calls.of(conditioner.forward)
     return view
-
-
-@functools.cache
-def _recalling_class(original: type) -> Any:
-    """The class that derives from the conditioner's and whose calls, of it or of its forward, are recalled."""
-
-    def call(self: Any, *arguments: Any, **named: Any) -> Any:
-        calls = vars(self)[_CALLS]
-        return calls.run(calls.conditioner, arguments, named)
-
-    def forward(self: Any, *arguments: Any, **named: Any) -> Any:
-        calls = vars(self)[_CALLS]
-        return calls.run(calls.conditioner.forward, arguments, named)
-
-    body = {"__call__": call, "forward": forward, "__module__": original.__module__}
-    return type(original)(original.__name__, (original,), body)
 
 
 @dataclass
@@ -90,11 +75,13 @@ class _Call:
 class _Calls:
     """The evaluations of one conditioner in one undo."""
 
-    conditioner: nn.Module
-
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = tensors
         self._made: list[_Call] = []
+
+    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, its evaluations kept here."""
+        return lambda *arguments, **named: self.run(function, arguments, named)
 
     def run(self, function: Callable[..., Any], arguments: Any, named: Any) -> Any:
         leaves, spec = tree_flatten((arguments, named))

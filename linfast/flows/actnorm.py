@@ -30,8 +30,10 @@ class ActNorm(ChannelLinear):
     """y = (x + bias) exp(log_scale), with bias = -mean and log_scale = -log(std) of the first batch.
 
     The first forward in training mode (or ``initialize``) sets the parameters. That it happened is
-    said by the buffer ``initialized`` alone, so a model that is loaded, copied or averaged is not
-    initialised again. Under torch.distributed the statistics are those of all processes' rows.
+    said by the buffer ``initialized`` alone (0: not yet), so a model that is loaded, copied or averaged,
+    also with one that was not initialised, is not initialised again. What is compiled sees what was
+    loaded into the buffer; after any other write to it, call the model once uncompiled.
+    Under torch.distributed the statistics are those of all processes' rows.
     Before that, in eval mode, inside ``linfast.freeze`` or a sampler and where there are no values, as
     on the meta device, it is the map that its parameters say: new ones are the identity.
 
@@ -56,7 +58,7 @@ class ActNorm(ChannelLinear):
         self.min_std = check_number("min_std", min_std, least=0.0, above=True)
         self.bias = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
-        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("initialized", torch.zeros(()))  # no bool: averages are taken of it
         self.register_load_state_dict_pre_hook(_mark_loaded)
         self._seen: tuple[Tensor, int] | None = None  # the buffer and its version, when it was last read to be set
 
@@ -67,8 +69,8 @@ class ActNorm(ChannelLinear):
         mean, std = _statistics(x)
         bias, log_scale = -mean, -std.clamp(min=self.min_std).log()
         if torch.compiler.is_compiling():  # whether the buffer is set is seen on the device: it was not read
-            bias = torch.where(self.initialized, self.bias, bias)
-            log_scale = torch.where(self.initialized, self.log_scale, log_scale)
+            bias = torch.where(self.initialized != 0, self.bias, bias)
+            log_scale = torch.where(self.initialized != 0, self.log_scale, log_scale)
             self._seen = (self.initialized, -1)  # so that this graph serves once
         elif not bool(torch.isfinite(std).all()):
             raise ValueError("ActNorm: x of the first batch has non-finite values")
@@ -177,9 +179,16 @@ def _all_set(flag: Tensor) -> bool:
     return bool(flag.all())
 
 
-def _mark_loaded(module: nn.Module, state: Mapping[str, Any], prefix: str, *rest: object) -> None:
-    """Weights that are loaded without the flag (parameters alone, strict=False) are kept all the same."""
-    if f"{prefix}log_scale" in state and f"{prefix}initialized" not in state:
+def _mark_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+    """Weights that are loaded without the flag (parameters alone, strict=False) are kept all the same.
+
+    Files of before have a bool.
+    """
+    vars(module)["_seen"] = None
+    key = f"{prefix}initialized"
+    if key in state:
+        state[key] = state[key].to(torch.get_default_dtype()) if state[key].dtype == torch.bool else state[key]
+    elif f"{prefix}log_scale" in state:
         module.get_buffer("initialized").fill_(True)
 
 

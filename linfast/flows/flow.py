@@ -31,6 +31,8 @@ class Flow(Bijection):
             (``linfast.flows.reversible`` says when not). "auto": "invert" where storing
             would take more than a GiB. A layer that reads a tensor from outside (a closure's, a global's) that
             needs a gradient is stored by "auto", which warns once, and refused by "invert" (RuntimeError).
+            "auto" stores one that keeps what it makes of its parameters for its next call, too. Where activations
+            are rebuilt, z must not be written to before the backward (RuntimeError).
 
     Context keywords (``t=``, ``context=``) go to every layer; the ones without a
     conditioner ignore them.

@@ -32,7 +32,9 @@ class Backward:
             given = [t.detach().requires_grad_(need) for t, need in zip(given, needs[1 + n :], strict=True)]
         self.context = chain.context_of(given)
         self.tensors = (*chain.parameters, *given)
-        self._wanted = {id(t) for t, need in zip(self.tensors, needs[1:], strict=True) if need}
+        needed = {id(t) for t, need in zip(self.tensors, needs[1:], strict=True) if need}
+        self._frozen = needed - {id(t) for t in self.tensors if t.requires_grad}  # since the forward
+        self._wanted = needed - self._frozen
         self._given = [t for t in given if id(t) in self._wanted]
         self._sums: dict[int, Tensor] = {}
         own = chain.parameters_of[:count]
@@ -64,11 +66,27 @@ class Backward:
         for i in reversed(range(self.first, self.count)):
             self.chain.replay.rewind(i)
             wanted = self._of([i])
-            y, (grad, *found) = self.chain.steps[i].undo(y, (grad, grad_log_det), wanted, self.context)
+            y, (grad, *found) = self._undo(i, y, (grad, grad_log_det), wanted)
             assert grad is not None  # an invertible map reaches its input
             self._add(wanted, found)
             rows.append(self.chain.checksum(y))
         return grad, torch.stack(rows[::-1])
+
+    def _undo(
+        self, i: int, y: Tensor, cotangents: Cotangents, wanted: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Step i undone; its inverse has a graph until its forward is known to read nothing that this kept."""
+        step, alone, first = self.chain.steps[i], self.chain.guard.undone_alone, self.chain.counts[i]
+        with torch.set_grad_enabled((i, step.name) not in alone):
+            x, found, count = step.undo(y, cotangents, wanted, self.context)
+        if count is not None and count >= first:
+            alone.add((i, step.name))
+        elif (i, step.name) in alone and not self._frozen & {id(p) for p in self.chain.parameters_of[i]}:
+            raise RuntimeError(
+                f"{step.name} reads what its inverse computed without a graph and kept, and the gradient of that "
+                "is lost: use memory='store'"
+            )
+        return x, found
 
     def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor:
         """dx, from the chain's own input."""

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..checks import check_choice, check_kind, check_tensor
 from ..device import has_values
 from .drift import Checksum, DriftGuard, capturing, drift_budget
-from .outside import now, read_from_outside
+from .outside import keeps_a_piece, made_at, now, read_from_outside
 from .rebuild import Backward
 from .replay import Replay
 from .steps import Context, Step, run_steps, summed
@@ -52,11 +52,13 @@ def reversible(
 
     Gradients reach x, the steps' parameters and the tensors in ``context``. A step that gets at another tensor
     that needs a gradient (a closure's, a global's, another step's parameter) cannot be rebuilt: with
-    memory="auto" it and those after it are stored, which is said once; with "invert" it is an error.
+    memory="auto" it and those after it are stored, which is said once; with "invert" it is an error. "auto" stores
+    a step that keeps what its first call made of its parameters and reads it again, too; with "invert" one step
+    may read that. In a step's first backward its inverse has a graph: what it keeps has gradients.
 
     Until the backward x, y and a few numbers a step are kept, and of a step that draws random
-    numbers or writes to buffers what these were (5 KB of the CPU's generator). A backward with create_graph
-    stores the chain after all.
+    numbers or writes to buffers what these were (5 KB of the CPU's generator); y must not be written to. A
+    backward with create_graph stores the chain after all.
 
     Plain autograd runs where nothing needs a gradient, where parameters are not
     nn.Parameters (torch.func.functional_call, replicas of nn.DataParallel) or have no shape yet (lazy
@@ -72,7 +74,7 @@ def reversible(
     Raises:
         RuntimeError: with "invert", for a step that reads what cannot be rebuilt. In the backward,
             where a parameter was replaced or written to since, or the steps do not repeat themselves:
-            random numbers not torch's.
+            random numbers not torch's, a tensor without a graph that a later call's inverse kept.
     """
     check_kind("steps", steps, Sequence)
     for i, step in enumerate(steps):
@@ -136,6 +138,7 @@ class Chain:
         self.parameters = list({id(p): p for parameters in self.parameters_of for p in parameters}.values())
         self._leaves, self._spec = tree_flatten(dict(context))
         self.given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self.counts: list[int] = []  # of the nodes of each step's graph
         self.noted: dict[int, tuple[Tensor, Cotangents]] = {}  # of a backward on its way: count -> y, its gradients
 
     def must_store(self, x: Tensor) -> bool:
@@ -155,15 +158,25 @@ class Chain:
         given = [t.view_as(t) if t.requires_grad else t for t in self.given]
         context = self.context_of(given)
         y, log_det, rows = x.detach(), None, []
+        first = x if x.requires_grad else y.requires_grad_()  # so that its graph is what it is in the backward
         with self.replay.autocast():
             for i, step in enumerate(self.steps):
                 with torch.no_grad():
                     rows.append(self.checksum.with_norm(y))
-                start, total = self._link(i, y, log_det, anchor) if i else (x.view_as(x), None)
-                own, since = self.parameters_of[i], now(x)
+                start, total = self._link(i, y, log_det, anchor) if i else (first.view_as(x), None)
+                own = self.parameters_of[i]
                 with self.replay.noting(step.module, own):
                     out, part = step.forward(start, context)
-                what = read_from_outside((out, part), (start, *given), own, since)
+                what, count = read_from_outside((out, part), (start, *given), own, made_at(start))
+                self.counts.append(count)
+                if memory == "auto" and what is None:
+                    if step.name not in self.guard.kept:
+                        kept = keeps_a_piece((out, part), (start, *given))
+                        out, part = out.detach(), None if part is None else part.detach()
+                        if kept():  # for whoever reads it next, which may be this step
+                            out, part, what = self._again(i, start, given)
+                        self.guard.kept[step.name] = what
+                    what = self.guard.kept[step.name]
                 if what is not None:
                     self._end(rows)
                     self.guard.stores(step.name, what, memory)
@@ -173,6 +186,14 @@ class Chain:
                 del start, total, out, part  # and the step's graph with them
         self._end(rows)
         return self._link(len(self.steps), y, log_det, anchor)
+
+    def _again(self, i: int, start: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, str | None]:
+        """Step i run once more, and what it reads of its first run, in words."""
+        own, since = self.parameters_of[i], now(start)
+        with self.replay.again(own):
+            self.replay.rewind(i)
+            out, part = self.steps[i].forward(start, self.context_of(given))
+        return out, part, read_from_outside((out, part), (start, *given), own, since)[0]
 
     def _link(self, count: int, y: Tensor, log_det: Tensor | None, anchor: Tensor) -> Outputs:
         made = [t.detach() for t in (y, log_det) if t is not None]

@@ -23,7 +23,8 @@ class Step:
         name: for messages.
         module: whose parameters and buffers it reads.
         forward: (x, context) -> (y, log_det [B] or None).
-        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors]).
+        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors], count of the
+            graph's nodes or None).
     """
 
     name: str

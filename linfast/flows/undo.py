@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .outside import node_count, now
 from .replay import Buffers, Generators, put_back
 
 __all__ = ["Cotangents", "Outputs", "Undone", "gradients", "undo"]
@@ -17,8 +18,10 @@ Outputs = tuple[Tensor, Tensor | None]
 Cotangents = tuple[Tensor, Tensor | None]
 """The gradients of y and log_det."""
 
-Undone = tuple[Tensor, list[Tensor | None]]
-"""x, and the gradients of x and of the tensors asked for; None for one that is not reached."""
+Undone = tuple[Tensor, list[Tensor | None], int | None]
+"""x, the gradients of x and of the tensors asked for (None for one that is not reached), and ``node_count`` of the
+step that was run again (None where it is not run as at first).
+"""
 
 
 def undo(
@@ -31,17 +34,19 @@ def undo(
 ) -> Undone:
     """By one evaluation of each: x = inverse(y), then forward(x) under autograd, both from the same state.
 
-    That is of the random number generators, and of the buffers of ``module`` where it is given.
+    That is of the random number generators, and of the buffers of ``module`` where it is given. Where gradients are
+    enabled, what the inverse computes has a graph, and forward may read what it kept; its nodes are not counted.
     """
     generators, buffers = Generators([y.device]), Buffers(module)
     state = generators.state()
-    with torch.no_grad():
-        x = inverse(y).detach().requires_grad_()
+    x = inverse(y).detach().requires_grad_()
     generators.set(state)
     put_back(buffers.written())
+    since = now(x) if torch.is_grad_enabled() else 0
     with torch.enable_grad():
         outputs = forward(x)
-    return x.detach(), gradients(outputs, cotangents, (x, *tensors))
+    count = node_count(outputs, since)
+    return x.detach(), gradients(outputs, cotangents, (x, *tensors)), count
 
 
 def gradients(

@@ -268,3 +268,52 @@ def test_each_call_is_recalled_for_what_it_was_given(order):
     expected_out = sum((i + 1) * module["net"](x).sum() for i, x in enumerate(inputs))
     for a, b in zip(found, torch.autograd.grad(expected_out, [*inputs, *parameters]), strict=True):
         torch.testing.assert_close(a, b)
+
+
+class Registered(type):
+    """Of a class whose subclasses are counted, and need a key."""
+
+    def __init__(cls, name, bases, body, **options):
+        super().__init__(name, bases, body)
+        REGISTRY.append(cls)
+
+
+REGISTRY = []
+
+
+class Keyed(nn.Module):
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = net(n_in, n_out)
+
+    def __init_subclass__(cls, *, key, **options):
+        super().__init_subclass__(**options)
+        REGISTRY.append(cls)
+
+    def forward(self, x, context=None):
+        assert type(self) is not Keyed
+        return self.net(x)
+
+
+class OfAKey(Keyed, key="one"):
+    pass
+
+
+class OfAMetaclass(Twice, metaclass=Registered):
+    pass
+
+
+class CallsItself(Twice):
+    def __call__(self, x, context=None):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("make", [OfAKey, OfAMetaclass, CallsItself])
+def test_nets_of_any_class_and_no_class_is_derived(library, make):
+    before = list(REGISTRY)
+    report, caught = check(LIBRARIES[library](make))
+    assert not caught
+    assert any(row.runs and row.runs.endswith("rebuilt in the backward") for row in report.swapped)
+    assert before == REGISTRY
+    assert not make.__subclasses__()

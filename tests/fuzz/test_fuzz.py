@@ -44,8 +44,8 @@ def reads_its_neighbour(result: Any, *_: Any, **__: Any) -> Any:
 
 
 def drops_a_gradient(result: Any, *_: Any, **__: Any) -> Any:
-    x, (grad, *rest) = result
-    return x, [grad, *(None for _ in rest)]
+    x, (grad, *rest), count = result
+    return x, [grad, *(None for _ in rest)], count
 
 
 def drops_a_weight(model: Any, *_: Any, **__: Any) -> Any:

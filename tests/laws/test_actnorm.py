@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -260,3 +263,77 @@ def test_statistics_are_those_of_all_processes(rows: int) -> None:
     whole(torch.arange(24.0).reshape(8, 3).square())
     for statistics in results_of_two(_statistics_of_one_process, rows):
         torch.testing.assert_close(statistics, [whole.bias.detach(), whole.log_scale.detach()])
+
+
+AVERAGED = {
+    "torch's mean": {},
+    "a mean, by a function": {"avg_fn": lambda mine, its, n: mine + (its - mine) / (n + 1)},
+    "a moving average": {"avg_fn": lambda mine, its, n: 0.9 * mine + 0.1 * its},
+    "torch's moving average": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+}
+
+
+@pytest.mark.parametrize("name", AVERAGED)
+@pytest.mark.parametrize("started", [True, False])
+def test_averages_of_buffers_too_keep_their_weights(name: str, started: bool) -> None:
+    g = lf.coupling_flow(3, 2, (8,), actnorm=True)
+    average = AveragedModel(g, use_buffers=True, **AVERAGED[name])
+    if not started:  # what is averaged next has weights, and the average had none
+        average.update_parameters(g)
+    for _ in range(3):
+        g(3 * torch.randn(64, 3) + 2)
+        average.update_parameters(g)
+    before = copy.deepcopy(average.state_dict())
+    average.train()(100 * torch.randn(16, 3))
+    assert all(torch.equal(value, before[key]) for key, value in average.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_the_flag_goes_with_the_weights_into_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    g = lf.Flow([lf.ActNorm(3), lf.ActNorm(3)])
+    g(2 + torch.randn(16, 3))
+    g = g.to(dtype)
+    lf.save(g, tmp_path / "g.safetensors")
+    for again in (lf.load(tmp_path / "g.safetensors"), copy.deepcopy(g)):
+        again.train()(torch.full((16, 3), 9.0, dtype=dtype))
+        assert torch.equal(again.bijections[0].bias, g.bijections[0].bias)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("started", [False, True])
+def test_the_flag_of_before_was_a_bool(assign: bool, started: bool, tmp_path: Path) -> None:
+    g = lf.ActNorm(3)
+    if started:
+        g(2 + torch.randn(16, 3))
+    old = {**copy.deepcopy(g.state_dict()), "initialized": torch.tensor(started)}
+    again = lf.ActNorm(3)
+    again.load_state_dict(old, assign=assign)
+    with safe_open(_saved(lf.ActNorm(3), tmp_path / "new"), "pt") as file:
+        header = file.metadata()
+    save_file(old, tmp_path / "old", header)
+    for found in (again, lf.load(tmp_path / "old")):
+        assert found.initialized.dtype == torch.float32
+        assert bool(found.initialized) == started
+        found(-5 + torch.randn(64, 3))
+        assert torch.equal(found.bias, g.bias) == started
+
+
+def _saved(g: nn.Module, path: Path) -> Path:
+    lf.save(g, path)
+    return path
+
+
+def test_what_is_compiled_starts_again_once_a_new_state_is_loaded() -> None:
+    g = lf.Flow([lf.ActNorm(3)])
+    new = copy.deepcopy(g.state_dict())
+    compiled = torch.compile(g, fullgraph=True, backend="eager")
+    for sign in (1, -1):
+        for _ in range(2):
+            compiled(5 * sign + torch.randn(64, 3))
+        assert float(g.bijections[0].bias.detach().mean()) * sign < -4
+        g.load_state_dict(new)
+    compiled(5 + torch.randn(64, 3))
+    started = copy.deepcopy(g.state_dict())
+    g.load_state_dict(started)
+    compiled(torch.randn(64, 3))
+    assert all(torch.equal(value, started[key]) for key, value in g.state_dict().items())
