@@ -22,8 +22,8 @@ from ..checks import (
     check_choice,
     check_count,
     check_counts,
+    check_dense,
     check_flag,
-    check_kind,
     check_like,
     check_number,
     check_tensor,
@@ -43,11 +43,12 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
 
 def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
     """Raise unless x is a tensor of the dtype and on the device of the network's first layer."""
-    check_kind("x", x, Tensor)
     first = next(iter(layers))
     # A parametrized layer is of another class, and to read its weight computes it.
     if type(first) in (nn.Linear, nn.Conv2d) and not torch.compiler.is_compiling():
         check_like(kind, "x", x, first.weight)  # type: ignore[arg-type]
+    else:
+        check_dense("x", x)
 
 
 def check_time_features(features: int, least: int = 0) -> int:
@@ -185,7 +186,6 @@ class MLP(nn.Module):
         if (context is None) != (self.context_features == 0):
             raise ValueError(f"MLP has context_features={self.context_features}; got context={context!r}")
         if context is not None:
-            check_kind("context", context, Tensor)
             check_like("MLP", "context", context, x)
             if context.shape != (x.shape[0], self.context_features):
                 wanted = f"[{x.shape[0]}, {self.context_features}]"

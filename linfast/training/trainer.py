@@ -126,6 +126,9 @@ class Trainer:
         about: Mapping[str, Any] | None = None,
     ) -> None:
         check_kind("objective", objective, Objective)
+        check_kind("objective.model", getattr(objective, "model", None))
+        if any(parameter.is_meta for parameter in objective.model.parameters()):
+            raise ValueError("objective.model is on the meta device: it holds no numbers")
         check_kind("settings", settings, TrainSettings)
         check_kind("checkpoint", checkpoint, (str, os.PathLike, NoneType))
         check_kind("about", about, (Mapping, NoneType))
