@@ -155,6 +155,8 @@ class InducedSpace:
 
 def _weights(weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
     """The weights of a combination as a tensor."""
+    if isinstance(weights, Tensor):
+        check_dense("weights", weights)
     try:
         weights = torch.as_tensor(weights, device=vectors.device)
     except (

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import outside_autocast
+from ..autocast import outside_autocast, without_autocast
 from ..checks import (
     check_choice,
     check_count,
@@ -84,7 +84,7 @@ class SinusoidalEmbedding(nn.Module):
         half = self.features // 2
         k = torch.arange(half, device=t.device, dtype=t.dtype)
         angles = (self.scale * t)[:, None] * torch.exp(k * (-math.log(self.max_period) / (half - 1)))
-        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return without_autocast(t.device.type, torch.cat, (angles.sin(), angles.cos()), dim=-1)
 
 
 def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) -> Tensor | None:
@@ -157,7 +157,9 @@ class MLP(nn.Module):
     @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, n_out] for x [B, n_in]."""
-        h = torch.cat(self._inputs(x, t, context), dim=-1) if self._has_context else self._inputs(x, t, context)[0]
+        h, *joined = self._inputs(x, t, context)
+        if joined:  # autocast's cat refuses a half type that is not its own
+            h = without_autocast(x.device.type, torch.cat, (h, *joined), dim=-1)
         activate = ACTIVATIONS[self.activation]
         for layer in self.layers[:-1]:
             h = activate(layer(h))
@@ -174,10 +176,6 @@ class MLP(nn.Module):
             weights[0] = weights[0][:, : self.n_in]
             biases[0] = shift if biases[0] is None else biases[0] + shift
         return weights, biases
-
-    @property
-    def _has_context(self) -> bool:
-        return bool(self.time_features or self.context_features)
 
     def _inputs(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> list[Tensor]:
         check_input("MLP", x, self.layers)

@@ -306,7 +306,7 @@ def hold(module: nn.Module, name: str, value: Any) -> None:
 def check_size(kind: str, name: str, n: object) -> int:
     """n as an int; raises unless it is a size. A tensor given in its place belongs in ``of``."""
     if isinstance(n, Tensor):
-        raise TypeError(f"{kind}: {name} is a size; {kind}.of(...) takes the tensor; got shape {tuple(n.shape)}")
+        raise TypeError(f"{kind}: {name} is a size; {kind}.of(...) takes the tensor")
     return check_count(f"{kind}: {name}", n, least=0)
 
 

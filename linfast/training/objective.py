@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_tensor
+from ..device import check_values
 from ..flows.bijection import Bijection
 from ..linearizer import Linearizer
 
@@ -39,9 +40,9 @@ def check_data(data: object, f: Linearizer) -> None:
     """Raise unless these are data [N, ...] as f takes them, on its device, of which rows can be drawn."""
     check_tensor("data", data, next(f.parameters(), None), "f", same_dtype=True)
     assert isinstance(data, Tensor)
-    if data.ndim < 2 or not data.numel() or data.is_meta:
-        meta = " on the meta device, which holds no numbers" if data.is_meta else ""
-        raise ValueError(f"data must be [N, ...], and not empty; got {tuple(data.shape)}{meta}")
+    check_values("data", data)
+    if data.ndim < 2 or not data.numel():
+        raise ValueError(f"data must be [N, ...], and not empty; got {tuple(data.shape)}")
     if data[0].numel() != f.A.n_in:
         raise ValueError(f"data must have {f.A.n_in} numbers a row, as f.A takes; got {tuple(data.shape)}")
     if isinstance(f.g_x, Bijection):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_count, check_dense, check_function, check_kind, check_number, check_tensor
+from ..device import check_values
 from ..flows import MLP, Bijection
 from ..flows.conditioners import SinusoidalEmbedding
 from ..io import register
@@ -147,6 +148,7 @@ class ModularStyle(nn.Module):
                 f"style must be int64 [{z.shape[0] if z.ndim else ''}] on {z.device} for z {tuple(z.shape)}; "
                 f"got {style.dtype} {tuple(style.shape)} on {style.device}"
             )
+        check_values("style", style)
         if len(style) and not 0 <= int(style.min()) <= int(style.max()) < len(self.names):
             raise ValueError(f"style must hold numbers from 0 to {len(self.names) - 1}; got {style.tolist()}")
         order = style.argsort(stable=True)
