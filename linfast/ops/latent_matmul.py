@@ -72,7 +72,7 @@ def latent_matmul(
 
 def _is_one_op(z: Tensor, A: Tensor) -> bool:
     """Whether a bank's product is the raw op: where its kernel runs, and on a CPU its reference, or its shape."""
-    return uses_triton(z, A) or (z.device.type in ("cpu", "meta") and not interpreting())
+    return uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting())
 
 
 def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:

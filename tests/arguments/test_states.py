@@ -59,7 +59,6 @@ STATES: dict[str, tuple[Callable[..., dict[str, Any]], torch.dtype | None]] = {
     "float64 in bf16": (_cast(torch.float64), torch.bfloat16),
     "fp16 in bf16": (_cast(torch.float16), torch.bfloat16),
     "bf16 in fp16": (_cast(torch.bfloat16), torch.float16),
-    "bf16 in bf16": (_cast(torch.bfloat16), torch.bfloat16),
 }
 
 
@@ -68,9 +67,10 @@ def test_states(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     findings = []
     for state, (changed, dtype) in STATES.items():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         call, arguments = GOOD[name].make()
-        arguments = copy.deepcopy(arguments)  # some are shared by several makes
+        # Some modules are shared by several makes.
+        arguments = {n: copy.deepcopy(v) if isinstance(v, nn.Module) else v for n, v in arguments.items()}
         arguments = changed(call, arguments)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             _, error = outcome(call, arguments)
