@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import outside_autocast, without_autocast
+from ..autocast import cat, outside_autocast
 from ..checks import (
     check_choice,
     check_count,
@@ -84,7 +84,7 @@ class SinusoidalEmbedding(nn.Module):
         half = self.features // 2
         k = torch.arange(half, device=t.device, dtype=t.dtype)
         angles = (self.scale * t)[:, None] * torch.exp(k * (-math.log(self.max_period) / (half - 1)))
-        return without_autocast(t.device.type, torch.cat, (angles.sin(), angles.cos()), dim=-1)
+        return cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) -> Tensor | None:
@@ -157,9 +157,8 @@ class MLP(nn.Module):
     @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, n_out] for x [B, n_in]."""
-        h, *joined = self._inputs(x, t, context)
-        if joined:  # autocast's cat refuses a half type that is not its own
-            h = without_autocast(x.device.type, torch.cat, (h, *joined), dim=-1)
+        inputs = self._inputs(x, t, context)
+        h = cat(inputs, dim=-1) if len(inputs) > 1 else inputs[0]
         activate = ACTIVATIONS[self.activation]
         for layer in self.layers[:-1]:
             h = activate(layer(h))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import without_autocast
+from ..autocast import cat
 from ..checks import DTYPES, check_choice, check_count, check_kind, check_tensor
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, affine_coupling_undo, split_sizes
 from ..ops.coupling_mix import coupling_mix
@@ -194,8 +194,7 @@ class AdditiveCoupling(_Coupling):
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
         moved = first if self.moves == "first" else second
         out = (moved - params if inverse else moved + params).to(x.dtype)
-        halves = (out, second) if self.moves == "first" else (first, out)
-        y = without_autocast(x.device.type, torch.cat, halves, dim=1)  # as in affine_coupling_reference
+        y = cat((out, second) if self.moves == "first" else (first, out), dim=1)
         return y, constant_log_det(x) if log_det else None
 
     def _uncouple(

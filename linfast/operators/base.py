@@ -85,14 +85,15 @@ class LatentOperator(nn.Module):
 
     def _apply_checked(self, z: Tensor) -> Tensor:
         kind = type(self).__name__
-        check_dense("z", z)
+        if torch.compiler.is_compiling():
+            check_dense("z", z)
+        else:
+            for tensor in tuple(_tensors(self)) or (None,):
+                check_like(kind, "z", z, tensor)
         if self.time_dependent:
             raise ValueError(f"{kind} depends on time: pass t=, or use A.at(t)")
         if z.ndim < 2 or z.shape[1:].numel() != self.n_in:
             raise ValueError(f"{kind}: z must be [B, {self.n_in}]; got {tuple(z.shape)}")
-        if not torch.compiler.is_compiling():
-            for tensor in _tensors(self):
-                check_like(kind, "z", z, tensor)
         y = self._product(z.flatten(1), transpose=False)
         return y.reshape(z.shape) if self.n_out == self.n_in else y
 

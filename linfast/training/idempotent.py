@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import without_autocast
+from ..autocast import cat
 from ..checks import check_function, check_kind, check_number, check_tensor
 from ..linearizer import Linearizer
 from ..operators import Projection
@@ -77,8 +77,7 @@ def idempotent_loss(
     mask = A.mask()
     if x.ndim < 2 or not len(x):
         raise ValueError(f"x must be [B, ...] and have a row; got {tuple(x.shape)}")
-    with_zero = without_autocast(x.device.type, torch.cat, (x, torch.zeros_like(x[:1])))
-    z, zero = f.gx(with_zero).split((len(x), 1))
+    z, zero = f.gx(cat((x, torch.zeros_like(x[:1])))).split((len(x), 1))
     latents = [z]
     if denoising:
         e = torch.randn_like(x) if e is None else e
