@@ -195,7 +195,7 @@ def _integers(name: str, values: Any) -> Tensor:
         tensor = torch.as_tensor(values)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} must be integers; {error}") from error
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {tensor.dtype}")
     return tensor.long()
 
