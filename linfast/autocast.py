@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .device import tensor_of
 
-__all__ = ["autocast_dtype", "outside_autocast", "without_autocast"]
+__all__ = ["autocast_dtype", "cat", "outside_autocast", "without_autocast"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -32,6 +33,13 @@ def without_autocast(device: str, function: Callable[..., Any], *args: Any, **kw
         return function(*args, **kwargs)
     with torch.autocast(device, enabled=False):
         return function(*args, **kwargs)
+
+
+def cat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat, which under autocast refuses a half type that is not autocast's."""
+    if tensors[0].dtype in (torch.float16, torch.bfloat16):
+        return without_autocast(tensors[0].device.type, torch.cat, tensors, dim)
+    return torch.cat(tensors, dim)
 
 
 def outside_autocast(method: _Method) -> _Method:

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 __all__ = [
+    "DTYPES",
     "check_choice",
     "check_count",
     "check_counts",
+    "check_dense",
     "check_factor",
     "check_flag",
     "check_function",
@@ -36,36 +39,74 @@ _MOST = 2**31 - 1  # a size beyond it is a mistake
 _LARGEST = sys.float_info.max
 
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What is computed in. A float8 tensor is floating point to torch, which has no arithmetic for it."""
+
+_TIMES = (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_dense(name: str, x: object) -> Tensor:
+    """x; TypeError unless it is a tensor with a shape and strides: no sparse, nested, mkldnn or lazy one."""
+    if (
+        not isinstance(x, Tensor)
+        or x.layout is not torch.strided
+        or x.is_nested
+        or isinstance(x, UninitializedTensorMixin)
+    ):
+        raise TypeError(f"{name} must be a {'dense ' if isinstance(x, Tensor) else ''}tensor; got {_shown(x)}")
+    return x
+
+
 def check_tensor(name: str, x: object, like: Tensor | None = None, of: str = "x", same_dtype: bool = False) -> None:
-    """Raise unless x is a tensor of floating point, on the device of ``like``, the argument named ``of``.
+    """Raise unless x is a dense tensor of one of ``DTYPES``, on the device of ``like``, the argument named ``of``.
 
     Args:
         same_dtype: whether it must have the dtype of ``like`` too.
 
     Raises:
-        TypeError: no tensor.
+        TypeError: no dense tensor.
         ValueError: another dtype or device.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {_shown(x)}")
-    if not x.is_floating_point():
-        raise ValueError(f"{name} must be floating point; got {x.dtype} {tuple(x.shape)}")
+    if (  # check_dense's conditions again: on every call's way, where a call of Python counts
+        not isinstance(x, Tensor)
+        or x.dtype not in DTYPES
+        or x.layout is not torch.strided
+        or x.is_nested
+        or isinstance(x, UninitializedTensorMixin)
+    ):
+        x = check_dense(name, x)
+        bits = " of at least 16 bits" if x.is_floating_point() else ""
+        raise ValueError(f"{name} must be floating point{bits}; got {x.dtype} {tuple(x.shape)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name} is on {x.device} and {of} on {like.device}")
     if same_dtype and like is not None and x.dtype != like.dtype:
         raise ValueError(f"{name} is {x.dtype} and {of} {like.dtype}")
 
 
-def check_like(kind: str, name: str, x: Tensor, parameter: Tensor | None) -> None:
-    """Raise unless x is floating point and has the parameters' device and, outside autocast, dtype."""
-    if not x.is_floating_point():
-        raise ValueError(f"{kind}: {name} must be floating point; got {x.dtype}")
+def check_like(kind: str, name: str, x: object, parameter: Tensor | None) -> None:
+    """Raise as ``check_tensor`` does, and unless x has the parameters' device and dtype.
+
+    Under autocast float32 and autocast's dtype will do too, but for float64 parameters, which it does not cast.
+    """
+    if (  # see check_tensor
+        not isinstance(x, Tensor)
+        or x.dtype not in DTYPES
+        or x.layout is not torch.strided
+        or x.is_nested
+        or isinstance(x, UninitializedTensorMixin)
+    ):
+        return check_tensor(f"{kind}: {name}", x)
     if parameter is None:
         return
     if x.device != parameter.device:
         raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
-    if x.dtype != parameter.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
-        raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}")
+    if x.dtype != parameter.dtype:
+        device, cast = x.device.type, None
+        if not x.is_meta and torch.is_autocast_enabled(device):
+            cast = torch.get_autocast_dtype(device)
+        if cast is None or parameter.dtype == torch.float64 or x.dtype not in (torch.float32, cast):
+            under = "" if cast is None else f" under autocast in {cast}"
+            raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}{under}")
 
 
 def check_count(name: str, n: Any, least: int = 1, most: float = _MOST) -> int:
@@ -131,7 +172,8 @@ def check_factor(name: str, value: Any, like: Tensor | None = None, of: str = "x
     if not isinstance(value, Tensor):
         check_number(name, value, what="a number or a 0-d tensor")
         return
-    if value.ndim or not value.is_floating_point():
+    if value.ndim or value.dtype not in DTYPES or value.layout is not torch.strided:
+        check_dense(name, value)
         raise ValueError(f"{name} must be a number or a 0-d tensor; got {value.dtype} {tuple(value.shape)}")
     if like is not None and value.is_meta != like.is_meta:
         raise ValueError(f"{name} is on {value.device} and {of} on {like.device}")
@@ -142,7 +184,14 @@ def check_time(t: Any, like: Tensor | None = None, rows: int | None = None) -> N
     if not isinstance(t, Tensor):
         check_number("t", t)
         return
-    if t.ndim > 1 or t.dtype == torch.bool or t.is_complex():
+    if (
+        t.ndim > 1
+        or t.dtype not in _TIMES
+        or t.layout is not torch.strided
+        or t.is_nested
+        or isinstance(t, UninitializedTensorMixin)
+    ):
+        check_dense("t", t)
         raise ValueError(f"t must be a number, 0-d or [B], of real numbers; got {t.dtype} {tuple(t.shape)}")
     if rows is not None and t.ndim and t.shape[0] != rows:
         raise ValueError(f"t must be a number, 0-d or [{rows}], one a row; got {tuple(t.shape)}")
@@ -197,7 +246,7 @@ def check_function(name: str, value: object) -> Callable[..., Any]:
 
 def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any) -> Any:
     """``function(x, **keywords)``; what it finds wrong with x is said of the caller's argument ``name``."""
-    check_kind(name, x, Tensor)
+    check_dense(name, x)
     try:
         return function(x, **keywords)
     except (TypeError, ValueError) as error:
@@ -210,14 +259,20 @@ def _with_article(kind: type) -> str:
     return name if name == "None" else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
+def _layout(tensor: Tensor) -> str:
+    return "" if tensor.layout is torch.strided else f" of layout {tensor.layout}"
+
+
 def _shown(value: object) -> str:
     """What was given, short: a number or a string as it is, else its type."""
     if value is None or isinstance(value, (bool, int, float, complex)):
         return repr(value)
     if isinstance(value, str):
         return repr(value[:40])
+    if isinstance(value, UninitializedTensorMixin):
+        return "one without a shape yet"
     if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)}"
+        return "a nested one" if value.is_nested else f"a tensor {tuple(value.shape)}{_layout(value)}"
     if (
         isinstance(value, (list, tuple))
         and len(value) <= 4

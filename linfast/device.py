@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checks import check_kind
 
-__all__ = ["has_values", "read_at_once", "tensor_of", "tensors_of", "uploaded", "usable_device"]
+__all__ = ["check_values", "has_values", "read_at_once", "tensor_of", "tensors_of", "uploaded", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -36,6 +36,12 @@ def uploaded(values: Any, device: torch.device, dtype: torch.dtype | None = None
 def has_values(tensor: Tensor) -> bool:
     """Whether it holds numbers: not on the meta device, and no fake tensor of torch's FakeTensorMode."""
     return not tensor.is_meta and not hasattr(tensor, "fake_mode")
+
+
+def check_values(name: str, *tensors: Tensor) -> None:
+    """ValueError where one of the argument's tensors holds no numbers."""
+    if not all(map(has_values, tensors)):
+        raise ValueError(f"{name} is on the meta device, or fake: it holds no numbers")
 
 
 def read_at_once(tensor: Tensor) -> bool:

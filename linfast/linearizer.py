@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_kind, check_time
+from .checks import check_dense, check_time
 from .flows.bijection import same_space
 from .one_launch import planned_launch
 from .operators.base import LatentOperator
@@ -49,6 +49,8 @@ class Linearizer(nn.Module):
         ValueError: a g whose known size is not A's; x with a wrong feature count, dtype or device.
     """
 
+    __array_ufunc__ = None  # as of operators
+
     def __init__(self, g_x: nn.Module, A: LatentOperator, g_y: nn.Module | None = None) -> None:
         super().__init__()
         g_y = g_x if g_y is None else g_y
@@ -76,7 +78,7 @@ class Linearizer(nn.Module):
     @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f(x) = g_y^{-1}(A g_x(x))."""
-        check_kind("x", x, Tensor)
+        check_dense("x", x)
         self._check_time(t, x)
         launch = planned_launch(self, x, t, context) if type(self) is Linearizer else None
         if launch is not None:
@@ -86,7 +88,7 @@ class Linearizer(nn.Module):
     @annotate
     def inverse(self, y: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse (``A.inverse``): see ``pinv``."""
-        check_kind("y", y, Tensor)
+        check_dense("y", y)
         A_inverse = self._inverse_operator(t, y)
         return self.gx_inverse(A_inverse(self.gy(y, **context)), **context)
 
@@ -112,7 +114,7 @@ class Linearizer(nn.Module):
 
     def A_inverse(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
         """A^{-1} z."""
-        check_kind("z", z, Tensor)
+        check_dense("z", z)
         return self._inverse_operator(t, z)(z)
 
     def _inverse_operator(self, t: float | Tensor | None, x: Tensor) -> LatentOperator:

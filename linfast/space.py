@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_factor, check_kind, check_tensor, said_of
-from .operators.spectral import cutoff
+from .checks import check_dense, check_factor, check_tensor, said_of
+from .operators.spectral import cutoff, decomposed
 
 __all__ = ["InducedSpace", "check_invertible", "decode_latents", "encode"]
 
@@ -33,7 +33,7 @@ def encode(name: str, g: nn.Module, x: Tensor, context: Mapping[str, Any]) -> Te
 
 def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
     """g^{-1}(z), with latents given g's sample shape where it has one, which its own latents keep."""
-    check_kind("z", z, Tensor)
+    check_dense("z", z)
     shape = getattr(g, "shape", None)
     features_out = getattr(g, "features_out", None)
     if (
@@ -131,7 +131,7 @@ class InducedSpace:
     def project(self, v: Tensor, basis: Tensor) -> Tensor:
         """The nearest points to v [B, ...] in the span of basis [K, ...]; the basis may be dependent."""
         z, spanning = self._encode("v", v), self._encode("basis", basis).flatten(1)
-        _, S, Vh = torch.linalg.svd(spanning, full_matrices=False)
+        _, S, Vh = decomposed("basis", lambda: torch.linalg.svd(spanning, full_matrices=False))
         keep = S[:1] * cutoff(S, max(spanning.shape), None) < S
         directions = Vh * keep[:, None]
         return self._decode(((z.flatten(1) @ directions.mT) @ directions).reshape(z.shape))
@@ -155,6 +155,8 @@ class InducedSpace:
 
 def _weights(weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
     """The weights of a combination as a tensor."""
+    if isinstance(weights, Tensor):
+        check_dense("weights", weights)
     try:
         weights = torch.as_tensor(weights, device=vectors.device)
     except (

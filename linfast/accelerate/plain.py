@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backend import uses_triton
-from ..checks import check_choice, check_flag, check_kind
+from ..checks import check_choice, check_flag, check_function, check_kind
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add
@@ -61,13 +61,16 @@ def register_adapter(
         raise TypeError(f"cls must be a subclass of nn.Module; got {cls!r}")
     for option, value, allowed in (("order", order, ORDERS), ("layout", layout, LAYOUTS), ("moves", moves, HALVES)):
         check_choice(option, value, allowed)
-    check_kind("conditioner", conditioner, str)
-    if not isinstance(scale_map, ScaleMap) and not callable(scale_map):
-        raise TypeError(f"scale_map must be a ScaleMap or a function; got {type(scale_map).__name__}")
+    if not isinstance(scale_map, ScaleMap):
+        check_function("scale_map", scale_map)
     check_flag("log_det", log_det)
     check_kind("inverse", inverse, str)
+    check_kind("conditioner", conditioner, str)
     check_kind("features", features, (str, NoneType))
-    if not callable(getattr(cls, inverse, None)):
+    for option, name in (("conditioner", conditioner), ("features", features)):
+        if name is not None and not name.isidentifier():
+            raise ValueError(f"{option} must name an attribute of a {cls.__name__}; got {name!r}")
+    if inverse == "forward" or not callable(getattr(cls, inverse, None)):
         raise ValueError(f"inverse must name a method of {cls.__name__}; got {inverse!r}")
 
     def plan(module: Any, options: Options) -> Plan:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import check_values, tensors_of
 from ..flows import ActNorm, AffineCoupling, Bijection, Flow, Inverse, Mix, Squeeze
 from ..flows.conditioners import MLP
 from ..linearizer import Linearizer
@@ -53,6 +54,7 @@ def from_reference(linearizer: nn.Module, memory: str = "auto") -> Linearizer:
     for name in ("net_gx", "net_gy", "linear_network"):
         if not isinstance(getattr(linearizer, name, None), nn.Module):
             raise TypeError(f"linearizer must have net_gx, net_gy and linear_network; {name} is missing")
+    check_values("linearizer", *tensors_of(linearizer))
     net_gx, net_gy = linearizer.net_gx, linearizer.net_gy
     g_x = _flow("net_gx", net_gx, memory)
     g_y = g_x if net_gy is net_gx else _flow("net_gy", net_gy, memory)

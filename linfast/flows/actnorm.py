@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number
-from ..device import has_values, read_at_once
+from ..device import check_values, has_values, read_at_once
 from ..freeze import is_frozen
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
 from .undo import Cotangents, Undone, undo
@@ -194,6 +194,8 @@ def _mark_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: o
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [C] over batch and positions, of every process's rows together."""
+    if not torch.compiler.is_compiling():
+        check_values("x", x)
     wide = x.detach().transpose(0, 1).flatten(1).double()
     count = torch.tensor(float(wide.shape[1]), dtype=wide.dtype, device=wide.device)
     total = torch.cat((wide.sum(1), count[None]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_kind, check_like
+from ..checks import check_dense, check_kind, check_like
 from ..profiling import annotate
 from .undo import Cotangents, Undone, undo
 
@@ -102,17 +102,17 @@ class Bijection(nn.Module):
         return Conditioned(self, context)
 
     def _check(self, name: str, x: Tensor, features: int | None) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
         kind = type(self).__name__
+        if torch.compiler.is_compiling():
+            check_dense(name, x)
+        else:
+            check_like(kind, name, x, next(self.parameters(), None))
         if x.ndim < 2:
             raise ValueError(f"{kind}: {name} must be [B, C, ...]; got {tuple(x.shape)}")
         if features is not None and x.shape[1] != features:
             raise ValueError(f"{kind}: {name} must have {features} features (dim 1); got {tuple(x.shape)}")
         if self.shape is not None and x.ndim != 1 + len(self.shape):
             raise ValueError(f"{kind}: {name} must have {1 + len(self.shape)} dimensions; got {tuple(x.shape)}")
-        if not torch.compiler.is_compiling():
-            check_like(kind, name, x, next(self.parameters(), None))
 
 
 def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:

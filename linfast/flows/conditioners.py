@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import outside_autocast
+from ..autocast import cat, outside_autocast
 from ..checks import (
     check_choice,
     check_count,
     check_counts,
+    check_dense,
     check_flag,
-    check_kind,
     check_like,
     check_number,
     check_tensor,
@@ -43,11 +43,12 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
 
 def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
     """Raise unless x is a tensor of the dtype and on the device of the network's first layer."""
-    check_kind("x", x, Tensor)
     first = next(iter(layers))
     # A parametrized layer is of another class, and to read its weight computes it.
     if type(first) in (nn.Linear, nn.Conv2d) and not torch.compiler.is_compiling():
         check_like(kind, "x", x, first.weight)  # type: ignore[arg-type]
+    else:
+        check_dense("x", x)
 
 
 def check_time_features(features: int, least: int = 0) -> int:
@@ -83,7 +84,7 @@ class SinusoidalEmbedding(nn.Module):
         half = self.features // 2
         k = torch.arange(half, device=t.device, dtype=t.dtype)
         angles = (self.scale * t)[:, None] * torch.exp(k * (-math.log(self.max_period) / (half - 1)))
-        return torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) -> Tensor | None:
@@ -156,7 +157,8 @@ class MLP(nn.Module):
     @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, n_out] for x [B, n_in]."""
-        h = torch.cat(self._inputs(x, t, context), dim=-1) if self._has_context else self._inputs(x, t, context)[0]
+        inputs = self._inputs(x, t, context)
+        h = cat(inputs, dim=-1) if len(inputs) > 1 else inputs[0]
         activate = ACTIVATIONS[self.activation]
         for layer in self.layers[:-1]:
             h = activate(layer(h))
@@ -174,10 +176,6 @@ class MLP(nn.Module):
             biases[0] = shift if biases[0] is None else biases[0] + shift
         return weights, biases
 
-    @property
-    def _has_context(self) -> bool:
-        return bool(self.time_features or self.context_features)
-
     def _inputs(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> list[Tensor]:
         check_input("MLP", x, self.layers)
         if x.ndim != 2 or x.shape[-1] != self.n_in:
@@ -185,7 +183,6 @@ class MLP(nn.Module):
         if (context is None) != (self.context_features == 0):
             raise ValueError(f"MLP has context_features={self.context_features}; got context={context!r}")
         if context is not None:
-            check_kind("context", context, Tensor)
             check_like("MLP", "context", context, x)
             if context.shape != (x.shape[0], self.context_features):
                 wanted = f"[{x.shape[0]}, {self.context_features}]"

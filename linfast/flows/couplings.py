@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_kind
+from ..autocast import cat
+from ..checks import DTYPES, check_choice, check_count, check_kind, check_tensor
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, affine_coupling_undo, split_sizes
 from ..ops.coupling_mix import coupling_mix
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
@@ -79,7 +80,15 @@ class _Coupling(Bijection):
     def _condition(self, kept: Tensor, context: Mapping[str, Any]) -> Tensor:
         params = self.conditioner(kept, **context)
         expected = (kept.shape[0], self._outputs * self._moved_channels, *kept.shape[2:])
-        if params.shape != expected:
+        if (  # check_tensor's conditions
+            not isinstance(params, Tensor)
+            or params.dtype not in DTYPES
+            or params.layout is not torch.strided
+            or params.is_nested
+            or params.device != kept.device
+            or params.shape != expected
+        ):
+            check_tensor("what conditioner returns", params, kept, "its input")
             raise ValueError(
                 f"{type(self).__name__}: conditioner must return {expected} for a kept half {tuple(kept.shape)} "
                 f"with moves={self.moves!r}; got {tuple(params.shape)}"
@@ -185,7 +194,7 @@ class AdditiveCoupling(_Coupling):
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
         moved = first if self.moves == "first" else second
         out = (moved - params if inverse else moved + params).to(x.dtype)
-        y = torch.cat((out, second) if self.moves == "first" else (first, out), dim=1)
+        y = cat((out, second) if self.moves == "first" else (first, out), dim=1)
         return y, constant_log_det(x) if log_det else None
 
     def _uncouple(

@@ -53,7 +53,7 @@ class Flow(Bijection):
         self.memory = check_memory(memory)
         check_kind("bijections", bijections, Iterable)
         if isinstance(bijections, Tensor):
-            raise TypeError(f"bijections must be Bijections; got a tensor {tuple(bijections.shape)}")
+            raise TypeError("bijections must be Bijections; got a tensor")
         bijections = tuple(bijections)
         features = None if features is None else check_count("features", features)
         self.features, self._features_out = _chain(bijections, features)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
-from ..checks import check_choice, check_count
+from ..checks import check_choice, check_count, check_dense
 from ..freeze import derived
 from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
@@ -189,11 +189,13 @@ class Permute(ChannelLinear):
 
 def _integers(name: str, values: Any) -> Tensor:
     """A tensor, an array or a sequence of integers as an int64 tensor."""
+    if isinstance(values, Tensor):
+        check_dense(name, values)
     try:
         tensor = torch.as_tensor(values)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"{name} must be integers; {error}") from error
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be integers; got {tensor.dtype}")
     return tensor.long()
 

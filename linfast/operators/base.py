@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
-from ..checks import check_count, check_factor, check_kind, check_like, check_number, check_time
+from ..checks import check_count, check_dense, check_like, check_number, check_time
 from ..freeze import derived
 from ..profiling import annotate
 from .half import cast, dtype_of, in_fp32
-from .regular import is_unread, mark_read
-from .spectral import SVD, Eig, cutoff, largest
+from .regular import check_finite, is_unread, mark_read
+from .spectral import SVD, Eig, cutoff, decomposed, largest
 
 if TYPE_CHECKING:
     from .dense import Dense
@@ -45,6 +45,7 @@ class LatentOperator(nn.Module):
 
     n_out: int
     n_in: int
+    __array_ufunc__ = None  # an array times A is A's to answer: NumPy would make an array of operators
     truncation_error: float = 0.0  # relative, of a recompression: see linfast.collapse(tol=)
 
     # What a kind of operator supplies.
@@ -77,21 +78,22 @@ class LatentOperator(nn.Module):
     def forward(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
         """A z for each row of z; at time t where A depends on one."""
         if t is not None:
-            check_kind("z", z, Tensor)
+            check_dense("z", z)
             check_time(t, z, z.shape[0] if z.ndim else None)
             return self.at(t)(z)
         return self._apply_checked(z)
 
     def _apply_checked(self, z: Tensor) -> Tensor:
         kind = type(self).__name__
-        check_kind("z", z, Tensor)
+        if torch.compiler.is_compiling():
+            check_dense("z", z)
+        else:
+            for tensor in tuple(_tensors(self)) or (None,):
+                check_like(kind, "z", z, tensor)
         if self.time_dependent:
             raise ValueError(f"{kind} depends on time: pass t=, or use A.at(t)")
         if z.ndim < 2 or z.shape[1:].numel() != self.n_in:
             raise ValueError(f"{kind}: z must be [B, {self.n_in}]; got {tuple(z.shape)}")
-        if not torch.compiler.is_compiling():
-            for tensor in _tensors(self):
-                check_like(kind, "z", z, tensor)
         y = self._product(z.flatten(1), transpose=False)
         return y.reshape(z.shape) if self.n_out == self.n_in else y
 
@@ -171,20 +173,20 @@ class LatentOperator(nn.Module):
         """
         check_rtol(rtol)
         leaf = self.closed()
-        return cast(in_fp32(leaf)._pinv(_rtol(leaf, rtol)), dtype_of(leaf))
+        return cast(self._decomposed(leaf, "_pinv", _rtol(leaf, rtol)), dtype_of(leaf))
 
     @outside_autocast
     def svd(self) -> SVD:
         """U, S, Vh with A = U diag(S) Vh + rest (I - U U^T); rest is 0 but for LowRank with alpha."""
         leaf = self.closed()
-        svd, dtype = in_fp32(leaf)._svd(), dtype_of(leaf)
+        svd, dtype = self._decomposed(leaf, "_svd"), dtype_of(leaf)
         return SVD(svd.U.to(dtype), svd.S.to(dtype), svd.Vh.to(dtype), svd.rest)
 
     @outside_autocast
     def eig(self) -> Eig:
         """Eigenvalues and right eigenvectors, complex64 or wider; ``.rest`` is the eigenvalue of the others."""
         self._check_square("eig()")
-        return in_fp32(self.closed())._eig()
+        return self._decomposed(self.closed(), "_eig")
 
     def norm(self, ord: float | str = 2) -> Tensor:
         """Norm from the singular values: 2 (largest; the Lipschitz constant), "fro" or "nuc"."""
@@ -207,9 +209,14 @@ class LatentOperator(nn.Module):
     @outside_autocast
     def _singular_values(self) -> tuple[Tensor, Tensor, int]:
         """S [..., k], and the one value [] that the ``others`` singular values have; 0 where there are none."""
-        S, rest = in_fp32(self.closed())._values()
+        S, rest = self._decomposed(self.closed(), "_values")
         others = min(self.n_out, self.n_in) - S.shape[-1]
         return S, torch.as_tensor(rest if others else 0.0, dtype=S.dtype, device=S.device).abs(), others
+
+    def _decomposed(self, leaf: Leaf, method: str, *args: Any) -> Any:
+        """The method of the Leaf that this is, in fp32 or wider; ValueError where it has NaN or infinite values."""
+        check_finite(self)
+        return decomposed(type(self).__name__, getattr(in_fp32(leaf), method), *args)
 
     def _check_square(self, what: str) -> None:
         if self.n_out != self.n_in:
@@ -288,22 +295,19 @@ def _rtol(operator: LatentOperator, rtol: float | None) -> float:
 
 
 def hold(module: nn.Module, name: str, value: Any) -> None:
-    """Keep a Parameter as one (trained), a tensor as a buffer (saved, moved), a number as it is."""
-    if isinstance(value, Tensor) and not value.is_floating_point():
-        raise ValueError(f"{type(module).__name__}: {name} must be floating point; got {value.dtype}")
+    """Keep a Parameter (trained), a tensor as a buffer (saved, moved), a number as it is; checked before."""
     if isinstance(value, nn.Parameter):
         module.register_parameter(name, value)
     elif isinstance(value, Tensor):
         module.register_buffer(name, value)
     else:
-        check_factor(f"{type(module).__name__}: {name}", value)
         setattr(module, name, value)
 
 
 def check_size(kind: str, name: str, n: object) -> int:
     """n as an int; raises unless it is a size. A tensor given in its place belongs in ``of``."""
     if isinstance(n, Tensor):
-        raise TypeError(f"{kind}: {name} is a size; {kind}.of(...) takes the tensor; got shape {tuple(n.shape)}")
+        raise TypeError(f"{kind}: {name} is a size; {kind}.of(...) takes the tensor")
     return check_count(f"{kind}: {name}", n, least=0)
 
 

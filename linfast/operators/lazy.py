@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..autocast import outside_autocast
-from ..checks import check_factor, check_time
+from ..checks import check_dense, check_factor, check_time
 from .base import LatentOperator, Leaf, hold, inverse_of
 
 __all__ = ["Lazy", "Product", "Scaled", "Sum", "Transposed"]
@@ -71,7 +71,7 @@ class Scaled(Lazy):
 
     def __init__(self, factor: float | Tensor, operator: LatentOperator) -> None:
         super().__init__()
-        if isinstance(factor, Tensor) and factor.ndim:
+        if isinstance(factor, Tensor) and check_dense("factor", factor).ndim:
             raise TypeError(f"an operator is scaled by a number or a 0-d tensor; got factor {tuple(factor.shape)}")
         check_factor("factor", factor)
         hold(self, "factor", factor)

@@ -1,4 +1,4 @@
-"""Whether an operator has an inverse: read on the host, and from a device once for each state of its weights.
+"""Whether an operator is finite, or has an inverse: read on the host, from a device once for each state of weights.
 
 Reading it there waits for the device and cannot be captured into a CUDA graph, so that later inverses go unread.
 Where there is none, they are NaN: a singular operator is seen in any case. An inverse of a time-dependent
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..device import has_values, read_at_once
 from ..flows.drift import capturing
 
-__all__ = ["is_unread", "mark_read"]
+__all__ = ["check_finite", "is_unread", "mark_read"]
 
 _MOST = 1024  # times that are remembered of one operator
 
@@ -45,6 +45,15 @@ def mark_read(operator: nn.Module, at: Hashable) -> None:
     if known != state or len(seen) >= _MOST:
         seen = set()
     _read[operator] = state, {*seen, at}
+
+
+def check_finite(operator: nn.Module) -> None:
+    """ValueError where it has NaN or infinite values, which not every decomposition would show."""
+    if not is_unread(operator, "finite") or _state(operator) is None:
+        return
+    if not all(bool(tensor.isfinite().all()) for tensor in _tensors(operator)):
+        raise ValueError(f"{type(operator).__name__} has NaN or infinite values: they have no decomposition")
+    mark_read(operator, "finite")
 
 
 def _state(operator: nn.Module) -> Hashable:

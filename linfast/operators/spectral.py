@@ -11,12 +11,24 @@ For a matrix without such structure rest is 0 and the formulas are the usual one
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["SVD", "Eig", "cutoff", "largest", "matrix_inverse", "pseudo_inverse_values", "unless_singular"]
+__all__ = [
+    "SVD",
+    "Eig",
+    "cutoff",
+    "decomposed",
+    "largest",
+    "matrix_inverse",
+    "pseudo_inverse_values",
+    "unless_singular",
+]
+
+_Result = TypeVar("_Result")
 
 
 class _SVDFields(NamedTuple):
@@ -67,6 +79,16 @@ class Eig(_EigFields):
 def cutoff(S: Tensor, n: int, rtol: float | None) -> float:
     """Relative size below which a singular value counts as zero: rtol, or n times the dtype's epsilon."""
     return n * torch.finfo(S.dtype).eps if rtol is None else rtol
+
+
+def decomposed(what: str, decompose: Callable[..., _Result], *args: Any) -> _Result:
+    """``decompose(*args)``; ValueError where torch finds no decomposition of ``what``."""
+    try:
+        return decompose(*args)
+    except RuntimeError as error:
+        if not isinstance(error, torch.linalg.LinAlgError) and "infs or NaNs" not in str(error):  # eig's error
+            raise
+        raise ValueError(f"{what} has NaN or infinite values, or overflows when it is decomposed") from error
 
 
 def largest(S: Tensor, rest: Tensor) -> Tensor:

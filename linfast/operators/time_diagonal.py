@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_kind, check_number, check_time
+from ..checks import check_count, check_dense, check_number, check_time
 from ..flows.conditioners import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator, Leaf
 from .low_rank import LowRank
@@ -53,7 +53,7 @@ class TimeDiagonal(LatentOperator):
 
     def weights(self, t: Tensor) -> Tensor:
         """w [K, r] at the times t [K]."""
-        check_kind("t", t, Tensor)
+        check_dense("t", t)
         check_time(t, self.U)
         if t.ndim != 1:
             raise ValueError(f"t must be [K]; got {tuple(t.shape)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_kind, check_number, check_time
+from ..checks import check_count, check_dense, check_number, check_time
 from ..device import tensor_of
 from ..flows.conditioners import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator, Leaf
@@ -64,7 +64,7 @@ class TimeLowRank(LatentOperator):
 
     def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """U and V, each [K, n, r], at the times t [K]."""
-        check_kind("t", t, Tensor)
+        check_dense("t", t)
         check_time(t, self._like)
         if t.ndim != 1:
             raise ValueError(f"t must be [K]; got {tuple(t.shape)}")

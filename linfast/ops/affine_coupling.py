@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import cat
 from ..backend import uses_triton
 from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..kernels.launch import like
@@ -109,7 +110,7 @@ def affine_coupling_reference(
     first, second = x.split(split_sizes(x.shape[1]), dim=1)
     moved = first if moves == "first" else second
     out, log_s = _couple(moved, params, scale_map, order, layout, inverse)
-    y = torch.cat((out, second) if moves == "first" else (first, out), dim=1)
+    y = cat((out, second) if moves == "first" else (first, out), dim=1)
     if not log_det:
         return y, None
     total = log_s.sum(dim=tuple(range(1, log_s.ndim)))

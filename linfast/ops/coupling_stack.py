@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..autocast import autocast_dtype, without_autocast
 from ..backend import uses_triton
-from ..checks import check_choice, check_flag, check_kind, check_tensor
+from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
 from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap
@@ -320,6 +320,8 @@ def check(
     for i, layer in enumerate(layers):
         moved = (first + i) % 2
         check_kind(f"layers[{i}]", layer, CouplingLayer)
+        for part in ("weights", "biases"):
+            check_kind(f"layers[{i}].{part}", getattr(layer, part), _SEQUENCES, "a sequence of tensors")
         _check_layer(f"layers[{i}]", layer, len(layers[0].weights), sizes[1 - moved], 2 * sizes[moved], x)
     for name, entry in (("head", head), *((f"layers[{i}].map", layer.map) for i, layer in enumerate(layers))):
         if entry is None:
@@ -329,6 +331,13 @@ def check(
         check_tensor(f"{name}.weight", entry.weight, x)
         if entry.bias is not None:
             check_tensor(f"{name}.bias", entry.bias, x)
+        if entry.log_det is not None:
+            check_factor(f"{name}.log_det", entry.log_det, x)
+        if entry.inverse is not None:
+            check_tensor(f"{name}.inverse", entry.inverse, x)
+            if entry.inverse.shape != entry.weight.shape:
+                wanted, got = tuple(entry.weight.shape), tuple(entry.inverse.shape)
+                raise ValueError(f"{name}.inverse must be {wanted}, as its weight; got {got}")
         if entry.weight.shape not in ((D,), (D, D)) or (entry.bias is not None and entry.bias.shape != (D,)):
             shapes = tuple(entry.weight.shape), None if entry.bias is None else tuple(entry.bias.shape)
             raise ValueError(f"{name} must have weight [{D}] or [{D}, {D}] and bias [{D}] or None; got {shapes}")
@@ -336,8 +345,6 @@ def check(
 
 def _check_layer(name: str, layer: CouplingLayer, n_linear: int, n_in: int, n_out: int, x: Tensor) -> None:
     check_choice(f"{name}.layout", layer.layout, LAYOUTS)
-    for part in ("weights", "biases"):
-        check_kind(f"{name}.{part}", getattr(layer, part), _SEQUENCES, "a sequence of tensors")
     if not 1 <= len(layer.weights) <= 4 or len(layer.weights) != n_linear or len(layer.biases) != n_linear:
         raise ValueError(
             f"{name} must have as many weights and biases as layer 0 has weights, 1 to 4; "

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import interpreting, uses_triton
-from ..checks import check_factor, check_kind, check_tensor
+from ..checks import check_dense, check_factor, check_tensor
 from .register import RawOp, define_op
 
 __all__ = ["latent_matmul"]
@@ -71,8 +71,8 @@ def latent_matmul(
 
 
 def _is_one_op(z: Tensor, A: Tensor) -> bool:
-    """Whether a bank's product is the raw op: where its kernel runs, and on a CPU its reference."""
-    return uses_triton(z, A) or (z.device.type == "cpu" and not interpreting())
+    """Whether a bank's product is the raw op: where its kernel runs, and on a CPU its reference, or its shape."""
+    return uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting())
 
 
 def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:
@@ -183,7 +183,7 @@ def _check(z: Tensor, A: Tensor, index: Tensor | None, alpha: float | Tensor, bi
             f"z must be [B, n_in] and A [..., n_out, n_in]; got z {tuple(z.shape)} and A {tuple(A.shape)}"
         )
     if index is not None:
-        check_kind("index", index, Tensor)
+        check_dense("index", index)
         if A.ndim != 3:
             raise ValueError(f"A must be a bank [K, n_out, n_in] when an index is given; got {tuple(A.shape)}")
         if index.shape != z.shape[:1] or index.dtype != torch.int64 or index.device != z.device:

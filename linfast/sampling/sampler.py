@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import outside_autocast
-from ..checks import check_flag, check_kind, said_of
+from ..checks import check_dense, check_flag, check_kind, said_of
 from ..device import uploaded
 from ..freeze import freeze
 from ..linearizer import Linearizer
@@ -108,7 +108,7 @@ def sample(
     """
     _check(f)
     plan = schedule(method, steps, stop)
-    check_kind("noise", noise, Tensor)
+    check_dense("noise", noise)
     check_flag("one_step", one_step)
     check_flag("return_path", return_path)
     if return_path and one_step:

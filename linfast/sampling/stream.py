@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_counts, check_flag, check_kind
+from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
+from ..device import check_values, tensors_of
 from ..linearizer import Linearizer
 from .fingerprint import fingerprint
 from .npy_file import NpyFile
@@ -89,9 +90,14 @@ def sample_stream(
     block_size, seed = check_count("block_size", block_size), check_count("seed", seed, 0, most=math.inf)
     noise_shape = None if noise_shape is None else check_counts("noise_shape", noise_shape)
     check_kind("out", out, (NoneType, str, os.PathLike, np.ndarray, Tensor))
+    if isinstance(out, Tensor):
+        check_dense("out", out)
+        check_values("out", out)
     check_flag("cuda_graph", cuda_graph)
     if progress is not None:
         check_flag("progress", progress)
+    if isinstance(f, nn.Module):
+        check_values("f", *tensors_of(f))
     source = _Source.of(f, seed, block_size, noise_shape, (steps, method, stop))
     workers = Workers.current()
     if out is None:

@@ -28,7 +28,8 @@ from torch import Tensor
 from ..checks import check_function, check_kind, check_number, check_tensor, said_of
 from ..linearizer import Linearizer
 from ..profiling import annotate
-from .objective import Objective, check_data, draw_rows, normal_like
+from ..sampling.propagator import check_time_dependent
+from .objective import Objective, check_data, distance_of, draw_rows, normal_like
 
 __all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]
 
@@ -73,8 +74,10 @@ def one_step_loss(
         e_1, e_0: the noise e of the two reconstructions, like their latents; drawn
             standard normal where left out.
     """
-    check_kind("f", f, Linearizer)
+    _check_model(f)
     check_tensor("x_1", x_1)
+    if x_1.ndim < 2 or not len(x_1):
+        raise ValueError(f"x_1 must be [B, ...] and have a row; got {tuple(x_1.shape)}")
     _check_options(latent_noise, distance, likelihood)
     for name, value in (("x_0", x_0), ("t", t), ("e_1", e_1), ("e_0", e_0)):
         if value is not None:
@@ -98,9 +101,9 @@ def one_step_loss(
     reconstructed, decoded = f.gx_inverse(torch.cat((noised(z_1, e_1), predicted))).chunk(2)
     return FlowMatchingLoss(
         latent=F.mse_loss(predicted, z_1),
-        data=distance(reconstructed, x_1),
+        data=distance_of(distance, reconstructed, x_1),
         noise=F.mse_loss(f.gy_inverse(noised(z_0, e_0)), x_0),
-        prediction=distance(decoded, x_1),
+        prediction=distance_of(distance, decoded, x_1),
         likelihood=nll,
     )
 
@@ -128,7 +131,7 @@ class OneStepFlowMatching(Objective):
         dequantise: float = 0.0,
     ) -> None:
         super().__init__()
-        check_kind("f", f, Linearizer)
+        _check_model(f)
         check_data(data, f)
         _check_options(latent_noise, distance, likelihood)
         check_number("dequantise", dequantise, 0.0)
@@ -157,6 +160,11 @@ class OneStepFlowMatching(Objective):
         if not self.likelihood:
             del terms["likelihood"]
         return terms
+
+
+def _check_model(f: Linearizer) -> None:
+    check_kind("f", f, Linearizer)
+    check_time_dependent(f.A, "f.A")
 
 
 def _check_options(latent_noise: float, distance: object, likelihood: float) -> None:

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import cat
 from ..checks import check_function, check_kind, check_number, check_tensor
 from ..linearizer import Linearizer
 from ..operators import Projection
-from .objective import Objective, check_data, draw_rows, normal_like
+from .objective import Objective, check_data, distance_of, draw_rows, normal_like
 
 __all__ = ["IdempotentGeneration", "IdempotentLoss", "idempotent_loss"]
 
@@ -68,17 +69,15 @@ def idempotent_loss(
     """
     A = _projection(f)
     check_tensor("x", x)
-    for name, value in (("rank", rank), ("isometry", isometry), ("denoising", denoising), ("noise", noise)):
-        check_number(name, value, 0.0)
-    check_function("distance", distance)
+    _check_options(rank, isometry, denoising, noise, distance)
     if e is not None:
         check_tensor("e", e, x, same_dtype=True)
         if e.shape != x.shape:
             raise ValueError(f"e must be {tuple(x.shape)}, as x; got {tuple(e.shape)}")
     mask = A.mask()
-    if not len(x):
-        raise ValueError(f"x must have a row; got {tuple(x.shape)}")
-    z, zero = f.gx(torch.cat((x, torch.zeros_like(x[:1])))).split((len(x), 1))
+    if x.ndim < 2 or not len(x):
+        raise ValueError(f"x must be [B, ...] and have a row; got {tuple(x.shape)}")
+    z, zero = f.gx(cat((x, torch.zeros_like(x[:1])))).split((len(x), 1))
     latents = [z]
     if denoising:
         e = torch.randn_like(x) if e is None else e
@@ -86,11 +85,17 @@ def idempotent_loss(
     stays, *denoised = f.gy_inverse(f.A(torch.cat(latents))).chunk(len(latents))
     stretch = (z - zero).flatten(1).square().sum(1) - x.flatten(1).square().sum(1)
     return IdempotentLoss(
-        reconstruction=distance(stays, x),
+        reconstruction=distance_of(distance, stays, x),
         rank=rank * mask.mean(),
         isometry=isometry * stretch.abs().mean() / mask.numel(),
-        denoising=denoising * distance(denoised[0], x) if denoised else x.new_zeros(()),
+        denoising=denoising * distance_of(distance, denoised[0], x) if denoised else x.new_zeros(()),
     )
+
+
+def _check_options(rank: float, isometry: float, denoising: float, noise: float, distance: object) -> None:
+    for name, value in (("rank", rank), ("isometry", isometry), ("denoising", denoising), ("noise", noise)):
+        check_number(name, value, 0.0)
+    check_function("distance", distance)
 
 
 def _projection(f: Linearizer) -> Projection:
@@ -113,19 +118,33 @@ class IdempotentGeneration(Objective):
         f: as in ``idempotent_loss``.
         data: [N, ...], on f's device; rows are drawn with replacement.
         settle: the share of the steps after which the logits' gradient is zero.
-        options: keywords of ``idempotent_loss``.
+        rank, isometry, denoising, noise, distance: as in ``idempotent_loss``.
     """
 
     model: Linearizer
 
-    def __init__(self, f: Linearizer, data: Tensor, *, settle: float = 0.5, **options: float) -> None:
+    def __init__(
+        self,
+        f: Linearizer,
+        data: Tensor,
+        *,
+        settle: float = 0.5,
+        rank: float = 0.1,
+        isometry: float = 1e-3,
+        denoising: float = 0.0,
+        noise: float = 0.5,
+        distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+    ) -> None:
         super().__init__()
         A = _projection(f)
         check_data(data, f)
+        _check_options(rank, isometry, denoising, noise, distance)
         check_number("settle", settle, 0.0, 1.0)
         self.model = f
         self.data = data
-        self.settle, self.options = settle, options
+        self.settle = settle
+        self.rank, self.isometry, self.denoising, self.noise = rank, isometry, denoising, noise
+        self.distance = distance
         self._settled = False
         A.logits.register_hook(lambda gradient: gradient * (not self._settled))
 
@@ -137,7 +156,15 @@ class IdempotentGeneration(Objective):
         return {"x": x, "e": normal_like(x, rng)}
 
     def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        terms = idempotent_loss(self.model, **drawn, **self.options)._asdict()  # type: ignore[arg-type]
-        if not self.options.get("denoising"):
+        terms = idempotent_loss(
+            self.model,
+            **drawn,
+            rank=self.rank,
+            isometry=self.isometry,
+            denoising=self.denoising,
+            noise=self.noise,
+            distance=self.distance,
+        )._asdict()
+        if not self.denoising:
             del terms["denoising"]
         return terms

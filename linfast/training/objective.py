@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_tensor
+from ..device import check_values
+from ..flows.bijection import Bijection
+from ..linearizer import Linearizer
 
-__all__ = ["Objective", "check_data", "draw_rows", "normal_like"]
+__all__ = ["Objective", "check_data", "distance_of", "draw_rows", "normal_like"]
 
 
 class Objective(nn.Module):
@@ -33,11 +36,26 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-def check_data(data: object, f: nn.Module) -> None:
-    """Raise unless these are data [N, ...] on f's device, of which rows can be drawn."""
-    check_tensor("data", data, next(f.parameters(), None), "f")
-    if not isinstance(data, Tensor) or data.ndim < 2 or not data.numel():
-        raise ValueError(f"data must be [N, ...], and not empty; got {tuple(data.shape)}")  # type: ignore[attr-defined]
+def check_data(data: object, f: Linearizer) -> None:
+    """Raise unless these are data [N, ...] as f takes them, on its device, of which rows can be drawn."""
+    check_tensor("data", data, next(f.parameters(), None), "f", same_dtype=True)
+    assert isinstance(data, Tensor)
+    check_values("data", data)
+    if data.ndim < 2 or not data.numel():
+        raise ValueError(f"data must be [N, ...], and not empty; got {tuple(data.shape)}")
+    if data[0].numel() != f.A.n_in:
+        raise ValueError(f"data must have {f.A.n_in} numbers a row, as f.A takes; got {tuple(data.shape)}")
+    if isinstance(f.g_x, Bijection):
+        f.g_x._check("data", data, f.g_x.features)
+
+
+def distance_of(distance: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
+    """``distance(output, target)``, a 0-d tensor."""
+    value = distance(output, target)
+    if not isinstance(value, Tensor) or value.ndim:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"distance must return a 0-d tensor, a mean over the rows; got {got}")
+    return value
 
 
 def draw_rows(data: Tensor, rng: torch.Generator, batch: int) -> Tensor:

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_count, check_function, check_kind, check_number, check_tensor
+from ..checks import check_count, check_dense, check_function, check_kind, check_number, check_tensor
+from ..device import check_values
 from ..flows import MLP, Bijection
 from ..flows.conditioners import SinusoidalEmbedding
 from ..io import register
 from ..linearizer import Linearizer
 from ..operators import DepthwiseConv, LatentOperator
 from ..operators.depthwise_conv import check_pair
-from .objective import Objective
+from .objective import Objective, distance_of
 
 __all__ = ["GeneratedDepthwise", "ModularStyle", "StyleTransfer"]
 
@@ -64,7 +65,8 @@ class GeneratedDepthwise(nn.Module):
         return self.count
 
     def __getitem__(self, k: int) -> DepthwiseConv:
-        if not 0 <= k < self.count:
+        k = check_count("k", k, least=-(2**31))
+        if not 0 <= k < self.count:  # an IndexError ends an iteration
             raise IndexError(f"style {k} of {self.count}")
         like = next(self.net.parameters())
         index = torch.full((1,), k, dtype=like.dtype, device=like.device)
@@ -86,8 +88,7 @@ class ModularStyle(nn.Module):
         names: of the styles.
 
     Raises:
-        ValueError: as many names as operators are needed, each once.
-        KeyError: from the methods, a name that is not a style's.
+        ValueError: as many names as operators are needed, each once; from the methods, a name that is no style's.
     """
 
     operators: GeneratedDepthwise | nn.ModuleList
@@ -117,7 +118,7 @@ class ModularStyle(nn.Module):
     def _operator(self, argument: str, name: str) -> LatentOperator:
         check_kind(argument, name, str)
         if name not in self.names:
-            raise KeyError(f"{argument}: no style {name!r}; there are {', '.join(self.names)}")
+            raise ValueError(f"{argument}: no style {name!r}; there are {', '.join(self.names)}")
         return self.operators[self.names.index(name)]  # type: ignore[return-value]
 
     def style(self, name: str) -> Linearizer:
@@ -131,20 +132,23 @@ class ModularStyle(nn.Module):
 
     def compose(self, *names: str) -> Linearizer:
         """The styles one after another, the first one first."""
-        A = self.operator(names[0])
-        for name in names[1:]:
-            A = self.operator(name) @ A
+        if not names:
+            raise ValueError("names must hold at least one style")
+        A, *others = (self._operator("names", name) for name in names)
+        for other in others:
+            A = other @ A
         return Linearizer(self.g, A)
 
     def decode(self, z: Tensor, style: Tensor) -> Tensor:
         """g^{-1}(A_k z), each row of latents z [B, C, H, W] by the style of its number k in ``style`` [B]."""
         check_tensor("z", z)
-        check_kind("style", style, Tensor)
+        check_dense("style", style)
         if style.dtype != torch.int64 or style.shape != z.shape[:1] or style.device != z.device:
             raise ValueError(
                 f"style must be int64 [{z.shape[0] if z.ndim else ''}] on {z.device} for z {tuple(z.shape)}; "
                 f"got {style.dtype} {tuple(style.shape)} on {style.device}"
             )
+        check_values("style", style)
         if len(style) and not 0 <= int(style.min()) <= int(style.max()) < len(self.names):
             raise ValueError(f"style must hold numbers from 0 to {len(self.names) - 1}; got {style.tolist()}")
         order = style.argsort(stable=True)
@@ -177,8 +181,8 @@ class StyleTransfer(Objective):
     ) -> None:
         super().__init__()
         check_kind("model", model, ModularStyle)
-        check_tensor("contents", contents, next(model.parameters(), None), "model")
-        check_tensor("styled", styled, contents, "contents")
+        check_tensor("contents", contents, next(model.parameters(), None), "model", same_dtype=True)
+        check_tensor("styled", styled, contents, "contents", same_dtype=True)
         check_function("distance", distance)
         if contents.ndim != 4 or not contents.numel():
             raise ValueError(f"contents must be [N, C, H, W], and not empty; got {tuple(contents.shape)}")
@@ -187,6 +191,7 @@ class StyleTransfer(Objective):
                 f"styled must be [{len(model.names)}, {', '.join(map(str, contents.shape))}]: "
                 f"each style of each of contents; got {tuple(styled.shape)}"
             )
+        model.g._check("contents", contents, model.g.features)
         self.model, self.contents, self.styled, self.distance = model, contents, styled, distance
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
@@ -200,4 +205,4 @@ class StyleTransfer(Objective):
         style, content = drawn["style"], drawn["content"]
         different, which = content.unique(return_inverse=True)  # a content is encoded once for all its styles
         output = self.model.decode(self.model.g(self.contents[different])[which], style)
-        return {"style": self.distance(output, self.styled[style, content])}
+        return {"style": distance_of(self.distance, output, self.styled[style, content])}

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checks import check_count, check_flag, check_kind, check_path
+from ..device import check_values, tensors_of
 from .checkpoint import (
     check_moments,
     check_progress,
@@ -129,6 +130,7 @@ class Trainer:
         about: Mapping[str, Any] | None = None,
     ) -> None:
         check_kind("objective", objective, Objective)
+        check_kind("objective.model", getattr(objective, "model", None))
         check_kind("settings", settings, TrainSettings)
         check_kind("checkpoint", checkpoint, (str, os.PathLike, NoneType))
         check_kind("about", about, (Mapping, NoneType))
@@ -164,6 +166,7 @@ class Trainer:
             NonFiniteLoss: a term or the gradient is NaN or infinite; the last checkpoint stays as it was.
         """
         check_flag("progress", progress)
+        check_values("objective.model", *tensors_of(self.objective.model))
         rank, size = rank_and_size()
         compute = DistributedDataParallel(self.objective) if size > 1 else self.objective
         devices = [self._device] if self._device.type == "cuda" else []

@@ -122,6 +122,15 @@ OPERATORS: dict[str, Good] = {
         lambda: (lf.InducedSpace(flow()).combine, {"weights": x(2, 3), "vectors": x(3, 4)}),
         {"weights": "m K", "vectors": "K D"},
         "vectors",
-        {"weights": {"one rank fewer", "it as a list", "it as an array", "it in torch.int64", "it in torch.uint8"}},
+        {
+            "weights": {
+                "one rank fewer",
+                "it as a list",
+                "it as an array",
+                "it in torch.int64",
+                "it in torch.uint8",
+                "it in float8",
+            }
+        },
     ),
 }

@@ -89,7 +89,7 @@ REST: dict[str, Good] = {
                 "features": None,
             },
         ),
-        allowed={"scale_map": {"a class"}, "conditioner": {"a string"}, "features": {"a string"}},
+        allowed={"conditioner": {"a string"}, "features": {"a string"}},
     ),
     "find_mlp": Good(lambda: (find_mlp, {"module": nn.Linear(2, 2)})),
     "backend": Good(lambda: (entered(lf.backend), {"name": "reference"}), symbol=True),

@@ -106,16 +106,23 @@ SAMPLING: dict[str, Good] = {
                 "dequantise": 0.0,
             },
         ),
-        {"data": "n d"},
-        allowed={"data": {"one rank more", "one rank more in front"}},
+        {"data": "n D"},
     ),
     "IdempotentGeneration": Good(
         lambda: (
             training.IdempotentGeneration,
-            {"f": linearizer(lf.Projection(4)), "data": x(8, 4), "settle": 0.5},
+            {
+                "f": linearizer(lf.Projection(4)),
+                "data": x(8, 4),
+                "settle": 0.5,
+                "rank": 0.1,
+                "isometry": 0.1,
+                "denoising": 0.1,
+                "noise": 0.1,
+                "distance": F.mse_loss,
+            },
         ),
-        {"data": "n d"},
-        allowed={"data": {"one rank more", "one rank more in front"}},
+        {"data": "n D"},
     ),
     "GeneratedDepthwise": made(
         training.GeneratedDepthwise, count=2, channels=2, kernel_size=1, size=(2, 2), features=4, hidden=4

@@ -37,7 +37,7 @@ def test_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def findings_of(name: str) -> list[str]:
     """What a callable gets wrong, a line each."""
     good = GOOD[name]
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for a GPU that is not there
     call, arguments = good.make()
     parameters = {p.name: p for p in parameters_of(CALLABLES[name])}
     assert set(arguments) == set(parameters), f"no good value for {set(parameters) ^ set(arguments)}"
@@ -57,7 +57,7 @@ def findings_of(name: str) -> list[str]:
 
 def _try(good: Good, argument: str, wrong: Wrong, expected: Any) -> str | None:
     """What is wrong with what came of it; None: nothing."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for a GPU that is not there
     call, arguments = good.make()
     result, error = outcome(call, {**arguments, argument: wrong.value})
     if error is not None:
@@ -65,7 +65,7 @@ def _try(good: Good, argument: str, wrong: Wrong, expected: Any) -> str | None:
             return f"should work; raised {error!r:.200}"
         if isinstance(error, FileNotFoundError) and argument == "path":
             return None
-        if not isinstance(error, (ValueError, TypeError, KeyError)):
+        if not isinstance(error, (ValueError, TypeError)):
             return f"raised {error!r:.200}"
         if not (good.symbol or names(str(error), argument)):
             return f"the error does not name it: {error!r:.200}"

@@ -54,6 +54,7 @@ def admitted(annotation: Any, kind: type) -> bool:
     return isinstance(origin, type) and issubclass(kind, origin)
 
 
+FLOAT8 = torch.float8_e4m3fn
 SIMPLE: dict[str, Any] = {
     "None": None, "0": 0, "-1": -1, "1.5": 1.5, "NaN": math.nan, "infinity": math.inf, "True": True,
     "10**30": 10**30,
@@ -62,6 +63,8 @@ SIMPLE: dict[str, Any] = {
     "a class": int, "a complex number": 1j, "a list of strings": ["a", "b"], "a list of None": [None, None],
     "a tensor [2]": torch.ones(2), "a bool tensor": torch.tensor(True), "an integer tensor": torch.tensor(2),
     "a complex tensor": torch.ones(2, dtype=torch.complex64), "a meta tensor": torch.ones(2, device="meta"),
+    "a sparse tensor": torch.eye(2).to_sparse(), "a nested tensor": torch.nested.nested_tensor([torch.ones(2)] * 2),
+    "a float8 tensor": torch.tensor(2.0).to(FLOAT8),
 }  # fmt: skip
 
 
@@ -92,6 +95,8 @@ def _may_fit(name: str, label: str, value: Any, good: Any, annotation: Any, dims
         return False
     if not isinstance(value, Tensor):
         return True
+    if label in ("a sparse tensor", "a nested tensor", "a float8 tensor"):
+        return False
     if not value.is_floating_point():
         return name == "t" and label == "an integer tensor" and not isinstance(good, Tensor)  # times are numbers
     if isinstance(good, Tensor):
@@ -117,6 +122,8 @@ def _of_tensor(name: str, good: Tensor, dims: dict[str, str], allowed: set[str])
     else:
         yield Wrong("it in float32", good.float(), MUST_RAISE)
         yield Wrong("it in bool", good.bool(), MUST_RAISE)
+    for label, layout in _layouts(good):
+        yield Wrong(label, layout, verdict(label, MUST_RAISE))
     yield Wrong("it on the meta device", good.to("meta"), verdict("it on the meta device", MUST_RAISE))
     mine = dims[name].split()
     free_rank = "*" in mine
@@ -140,6 +147,19 @@ def _of_tensor(name: str, good: Tensor, dims: dict[str, str], allowed: set[str])
             yield Wrong(label, good.narrow(d, 0, 1), verdict(label, MAY if free else MUST_RAISE))
         label = f"dimension {d} empty"
         yield Wrong(label, good.narrow(d, 0, 0), verdict(label, MAY if free else MUST_RAISE))
+
+
+def _layouts(good: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensor as torch holds some that have no strides, or no shape, or no arithmetic."""
+    yield "it sparse", good.to_sparse()
+    if good.ndim == 2:
+        yield "it in csr", good.to_sparse_csr()
+    if good.ndim:
+        yield "it nested", torch.nested.nested_tensor(list(good))
+    if good.is_floating_point():
+        yield "it in mkldnn", good.to_mkldnn()
+        yield "it in float8", good.to(FLOAT8)
+        yield "it uninitialised", torch.nn.UninitializedParameter()
 
 
 def names(message: str, argument: str) -> bool:

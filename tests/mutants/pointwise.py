@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         name="affine_coupling reference: a moved second half comes back in front",
         file="linfast/ops/affine_coupling.py",
-        old='y = torch.cat((out, second) if moves == "first" else (first, out), dim=1)\n    if not log_det',
-        new='y = torch.cat((out, second) if moves == "first" else (out, first), dim=1)\n    if not log_det',
+        old='y = cat((out, second) if moves == "first" else (first, out), dim=1)\n    if not log_det',
+        new='y = cat((out, second) if moves == "first" else (out, first), dim=1)\n    if not log_det',
         breaks="With moves='second' the two halves of the result are swapped.",
         tests=(f"{_FORMULAS}::test_affine_coupling_is_its_formula",),
     ),

@@ -103,7 +103,7 @@ def test_files_hold_all_styles(tmp_path) -> None:
 
 def test_mistakes_are_named() -> None:
     model = styles()
-    with pytest.raises(KeyError, match="no style 'z'; there are a, b, c, d"):
+    with pytest.raises(ValueError, match="name: no style 'z'; there are a, b, c, d"):
         model.style("z")
     for names in (["a", "b"], list("abca")):
         with pytest.raises(ValueError, match="names must be 4 different ones"):
