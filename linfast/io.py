@@ -49,16 +49,16 @@ _STORED = {
 }  # fmt: skip
 
 
-def described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file of this model holds: its header, which JSON can hold, and its tensors by name, each once.
+def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
+    """What a file of this model holds: its header as JSON, and its tensors by name, each once.
 
     Tensors are views of the model's; ``orders`` and ``gaps`` in the header say how they lie in memory.
 
     Raises:
-        TypeError: a part whose class, argument or tensor cannot be described (see ``register``).
+        TypeError: a part whose class, argument or tensor cannot be described (see ``register``), or that ``load``
+            would construct otherwise.
         ValueError: a part without values, a number that is not finite, or parameters that overlap in memory.
     """
-    check_kind("model", model)
     architecture = describe(model)
     found = slots(model)
     tensors, aliases = unique(found)
@@ -77,7 +77,11 @@ def described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "frozen": [key for key, slot in found.items() if slot.trained and not slot.tensor.requires_grad],
         "switched": [path for path, mode in modes.items() if mode != modes.get(_parent(path), True)],
     }
-    return header, parts
+    text = json.dumps(header)
+    if len(text) > _LARGEST_HEADER:
+        raise ValueError(f"its description takes {len(text)} characters")
+    _planned(json.loads(text), {key: (list(v.shape), str(v.dtype)[6:]) for key, v in parts.items()}, model)
+    return text, parts
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -95,12 +99,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     path = _checked_path(path)
+    check_kind("model", model)
     try:
-        header, tensors = described(model)
-        text = json.dumps(header)
-        if len(text) > _LARGEST_HEADER:
-            raise ValueError(f"its description takes {len(text)} characters")
-        _planned(json.loads(text), {key: (list(v.shape), str(v.dtype)[6:]) for key, v in tensors.items()}, model)
+        text, tensors = described(model)
         _check_values(model)
         for key, value in tensors.items():
             _check_finite(key, value)

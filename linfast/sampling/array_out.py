@@ -33,7 +33,10 @@ class ArrayOut:
         return cls(out)
 
     def write(self, start: int, rows: Tensor) -> None:
-        self.out[start : start + len(rows)] = rows.numpy() if isinstance(self.out, np.ndarray) else rows
+        if isinstance(self.out, np.ndarray):
+            self.out[start : start + len(rows)] = rows.numpy()
+        else:
+            self.out[start : start + len(rows)] = rows
 
     def commit(self, done: int) -> None:
         """Nothing outlives the process."""
