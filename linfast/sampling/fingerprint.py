@@ -30,7 +30,7 @@ from ..flows.actnorm import ActNorm
 from ..io import described
 from ..rebuilt import is_foreign
 
-__all__ = ["fingerprint"]
+__all__ = ["digest", "fingerprint"]
 
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
 _CONTENTS = _HOOKS | {"_parameters", "_buffers", "_modules"}
@@ -47,10 +47,14 @@ def fingerprint(model: nn.Module) -> str:
     Raises:
         TypeError: a part that cannot be told from another.
     """
-    digest = _Digest()
+    model = getattr(model, "_orig_mod", model)  # compiled or not
+    return digest(_described(model) or model)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of an object by its contents; TypeError as for ``fingerprint``."""
     try:
-        model = getattr(model, "_orig_mod", model)  # compiled or not
-        return digest.of(_described(model) or model).hex()
+        return _Digest().of(value).hex()
     except RecursionError as error:
         raise TypeError("its parts are nested too deep") from error
 
