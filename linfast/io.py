@@ -49,16 +49,16 @@ _STORED = {
 }  # fmt: skip
 
 
-def described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file of this model holds: its header, which JSON can hold, and its tensors by name, each once.
+def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
+    """What a file of this model holds: its header as JSON, and its tensors by name, each once.
 
     Tensors are views of the model's; ``orders`` and ``gaps`` in the header say how they lie in memory.
 
     Raises:
-        TypeError: a part whose class, argument or tensor cannot be described (see ``register``).
+        TypeError: a part whose class, argument or tensor cannot be described (see ``register``), or that ``load``
+            would construct otherwise.
         ValueError: a part without values, a number that is not finite, or parameters that overlap in memory.
     """
-    check_kind("model", model)
     architecture = describe(model)
     found = slots(model)
     tensors, aliases = unique(found)
@@ -75,17 +75,22 @@ def described(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         },
         "shared": shared_modules(model),
         "frozen": [key for key, slot in found.items() if slot.trained and not slot.tensor.requires_grad],
+        "learned": [key for key, slot in found.items() if not slot.trained and slot.tensor.requires_grad],
         "switched": [path for path, mode in modes.items() if mode != modes.get(_parent(path), True)],
     }
-    return header, parts
+    text = json.dumps(header)
+    if len(text) > _LARGEST_HEADER:
+        raise ValueError(f"its description takes {len(text)} characters")
+    _planned(json.loads(text), {key: (list(v.shape), str(v.dtype)[6:]) for key, v in parts.items()}, model)
+    return text, parts
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a Linearizer, flow or operator to a safetensors file that ``load`` rebuilds.
 
     On the same machine the loaded model computes the same bits. Kept are dtypes, order in memory, what is
-    shared, which parameters require a gradient, and train or eval mode of each module; a constant that is
-    a view of another tensor becomes a copy. The file appears whole or not at all.
+    shared, which parameters and constants require a gradient, and train or eval mode of each module; a constant
+    that is a view of another tensor becomes a copy. The file appears whole or not at all.
 
     Raises:
         TypeError: a part whose class or argument cannot be described (see ``register``); a part that was changed
@@ -98,12 +103,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     path = check_path("path", path, utf8=True)
+    check_kind("model", model)
     try:
-        header, tensors = described(model)
-        text = json.dumps(header)
-        if len(text) > _LARGEST_HEADER:
-            raise ValueError(f"its description takes {len(text)} characters")
-        _planned(json.loads(text), {key: (list(v.shape), str(v.dtype)[6:]) for key, v in tensors.items()}, model)
+        text, tensors = described(model)
         _check_values(model)
         for key, value in tensors.items():
             _check_finite(key, value)
@@ -190,8 +192,10 @@ def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tupl
         check_rebuilt(model, blueprint.model)
     filled = match(blueprint, shapes, header["aliases"], header["expanded"])
     paths = dict(blueprint.model.named_modules())
-    parameters = {key: slot for key, slot in slots(blueprint.model).items() if slot.trained}
-    for name, known in (("frozen", parameters), ("switched", paths)):
+    found = slots(blueprint.model)
+    parameters = {key for key, slot in found.items() if slot.trained}
+    constants = {key for key in found.keys() - parameters if DTYPES[stored[filled[key]][1]].is_floating_point}
+    for name, known in (("frozen", parameters), ("learned", constants), ("switched", paths)):
         if unknown := [entry for entry in header.get(name, ()) if entry not in known]:
             raise ValueError(f"{name} names {unknown[0]!r:.60}, which the model has not")
     return blueprint, filled
@@ -203,7 +207,7 @@ def _check_lists(header: dict[str, Any], stored: _Stored) -> None:
         entries = header.setdefault(name, {})
         if not isinstance(entries, dict) or not all(isinstance(entry, item) for entry in entries.values()):
             raise TypeError(f"{name} is {entries!r:.60}")
-    for name in ("frozen", "switched"):
+    for name in ("frozen", "learned", "switched"):
         names = header.get(name, [])
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
             raise TypeError(f"{name} is {names!r:.60}")
@@ -240,7 +244,8 @@ def _check_finite(key: str, value: Tensor) -> None:
 def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Put the tensors in; those under several names are one object, or a parameter and buffers on its memory."""
     parameters: dict[str, nn.Parameter] = {}
-    frozen, switched = set(header.get("frozen", ())), set(header.get("switched", ()))
+    constants: dict[tuple[str, bool], Tensor] = {}
+    frozen, learned, switched = (set(header.get(name, ())) for name in ("frozen", "learned", "switched"))
     for name, slot in slots(model).items():
         key, value = filled[name], values[filled[name]]
         if not slot.tensor.is_meta and not torch.equal(value.cpu(), slot.tensor):
@@ -248,7 +253,8 @@ def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], h
         if slot.trained and key not in parameters:
             trains = name not in frozen if "frozen" in header else slot.tensor.requires_grad
             parameters[key] = nn.Parameter(value, trains and value.is_floating_point())
-        slot.put(parameters[key] if slot.trained else value)
+        constant = value.detach().requires_grad_() if name in learned else value
+        slot.put(parameters[key] if slot.trained else constants.setdefault((key, name in learned), constant))
     modes: dict[str | None, bool] = {None: True}
     for path, module in model.named_modules() if "switched" in header else ():
         modes[path] = module.training = modes[_parent(path)] != (path in switched)

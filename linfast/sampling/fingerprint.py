@@ -1,16 +1,17 @@
 """What a model is, as a digest: equal for two models only if they give the same samples.
 
-A model that ``linfast.save`` can describe is known by what its file would hold: the description, with every
-argument of every constructor, and all tensors; with the buffers that no file holds. Any other is known by
-everything that can be reached from it: attributes, hooks, functions and classes by their code and all that they
-refer to. Code of installed packages is known by its name. What has no contents that can be read (a lock, a
-handle of a C library) cannot be told from another, and the digest is refused.
+A model that ``linfast.save`` takes is known by what its file would hold: the description, with every argument of
+every constructor, and all tensors; and by all that modules keep whose classes are not linfast's or torch's. Any
+other is known by everything that can be reached from it: attributes, hooks, functions and classes by their code
+and all that they refer to. Code of installed packages is known by its name. What has no contents that can be read
+(a lock, a handle of a C library) cannot be told from another, and the digest is refused.
 
 Neither the device nor the train flag nor ``requires_grad`` counts: they do not change what is sampled.
 """
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import json
@@ -18,16 +19,18 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..architecture import describe
+from ..flows.actnorm import ActNorm
+from ..io import described
+from ..rebuilt import is_foreign
 
-__all__ = ["fingerprint"]
+__all__ = ["digest", "fingerprint"]
 
 _HOOKS = {"_forward_hooks", "_forward_pre_hooks"}
 _CONTENTS = _HOOKS | {"_parameters", "_buffers", "_modules"}
@@ -44,27 +47,28 @@ def fingerprint(model: nn.Module) -> str:
     Raises:
         TypeError: a part that cannot be told from another.
     """
-    digest = _Digest()
+    model = getattr(model, "_orig_mod", model)  # compiled or not
+    return digest(_described(model) or model)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of an object by its contents; TypeError as for ``fingerprint``."""
     try:
-        model = getattr(model, "_orig_mod", model)  # compiled or not
-        return digest.of(_described(model) or model).hex()
+        return _Digest().of(value).hex()
     except RecursionError as error:
         raise TypeError("its parts are nested too deep") from error
 
 
 def _described(model: nn.Module) -> list[Any] | None:
-    """What its file would hold; None where a file would not hold all."""
-    for module in model.modules():
-        own = vars(module)
-        if any(own[hooks] for hooks in _HOOKS) or any(callable(getattr(type(module), name, None)) for name in own):
-            return None  # a hook, or another method in the place of the class's
+    """What its file would hold, and what other modules keep; None where ``save`` refuses it."""
     try:
-        architecture = json.dumps(describe(model), sort_keys=True)
+        architecture = json.loads(described(model)[0])["architecture"]
     except (TypeError, ValueError, AttributeError):
         return None
     named = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     classes = [(name, type(module)) for name, module in model.named_modules(remove_duplicate=False)]
-    return [architecture, sorted(named, key=lambda pair: pair[0]), classes]
+    kept = [list(_kept(module, _CONTENTS)) for module in model.modules() if is_foreign(module)]
+    return [json.dumps(architecture, sort_keys=True), sorted(named, key=lambda pair: pair[0]), classes, kept]
 
 
 class _Digest:
@@ -99,9 +103,7 @@ def _parts(value: Any) -> Iterator[Any]:
     elif isinstance(value, nn.Module):
         value = getattr(value, "_orig_mod", value)  # compiled or not
         yield from ("module", getattr(type(value), "_linfast_original", type(value)))  # accelerated or not
-        for name in sorted(vars(value).keys() - _BOOKKEEPING):  # hooks are kept under numbers that count up
-            part = vars(value)[name]
-            yield from (name, list(part.values()) if name in _HOOKS else part)
+        yield from _kept(value)
     elif isinstance(value, types.CodeType):
         yield from ("code", value.co_code, value.co_names, value.co_consts)
     elif isinstance(value, types.FunctionType):
@@ -132,6 +134,14 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from ("reference", value())
     else:
         yield from _pickled_parts(value)
+
+
+def _kept(module: nn.Module, beside: Collection[str] = ()) -> Iterator[Any]:
+    """A module's attributes by name, without what it remembers of earlier calls."""
+    remembered = {"_seen"} if isinstance(module, ActNorm) else set()
+    for name in sorted(vars(module).keys() - _BOOKKEEPING - remembered - set(beside)):
+        part = vars(module)[name]
+        yield from (name, list(part.values()) if name in _HOOKS else part)  # under numbers that count up
 
 
 def _tensor_parts(value: Tensor) -> Iterator[Any]:
@@ -188,7 +198,8 @@ def _class_parts(cls: type) -> Iterator[Any]:
 def _pickled_parts(value: Any) -> Iterator[Any]:
     """As pickle would take it apart."""
     try:
-        reduced = value.__reduce_ex__(4)
+        by_type = copyreg.dispatch_table.get(type(value))
+        reduced = value.__reduce_ex__(4) if by_type is None else by_type(value)
     except Exception as error:
         raise TypeError(f"a {type(value).__name__} in it cannot be told from another ({error})") from error
     if not isinstance(reduced, str):

@@ -61,7 +61,7 @@ class NpyFile:
         self.size = len(self.header) + self.count * self.row_bytes
         if self.size > sys.maxsize:
             raise OSError(errno.EFBIG, f"cannot create {path} (no file has {self.size} bytes)")
-        self.may_be_foreign = False
+        self.unknown = 0  # rows before which there are some that no record counts
         self.done = workers.by_first(self._open)
         if workers.rank > 0:
             self.file = opened(path, os.O_RDONLY if self.done == self.count else os.O_RDWR)
@@ -76,13 +76,9 @@ class NpyFile:
 
     def write(self, start: int, rows: Tensor) -> None:
         """Rows from row ``start``; they count when committed."""
-        data = np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8)
-        position = len(self.header) + start * self.row_bytes
+        left = _bytes(rows).data
         try:
-            if self.may_be_foreign:
-                self._check_place(position, data)
-            self.file.seek(position)
-            left = data.data
+            self.file.seek(len(self.header) + start * self.row_bytes)
             while left:
                 left = left[self.file.write(left) :]
         except OSError as error:
@@ -98,7 +94,7 @@ class NpyFile:
                 self._record(done)
         except OSError as error:
             raise self._explained(error) from error
-        self.done, self.may_be_foreign = done, False
+        self.done = done
 
     def _explained(self, error: OSError) -> OSError:
         kept = f"its first {self.done} rows of {self.count} are valid; the same call goes on from there"
@@ -129,12 +125,20 @@ class NpyFile:
         lock(self.file, self.path)
         self._check_same()
         done = self._recorded()
-        self.file.seek(0)
-        blank = not any(self.file.read(len(self.header))) and os.fstat(self.file.fileno()).st_size in (0, self.size)
-        if not done and blank:
+        if done:
+            return self._checked()
+        end = self._end_of_data()
+        if not end and os.fstat(self.file.fileno()).st_size in (0, self.size):
             return self._create()
-        self.may_be_foreign = not done
+        self.unknown = min(self.count, -(-max(0, end - len(self.header)) // max(1, self.row_bytes)))
         return self._checked()
+
+    def _end_of_data(self) -> int:
+        """Bytes up to the last that is not 0."""
+        end = position = self.file.seek(0)
+        while part := self.file.read(1 << 20):
+            end, position = position + len(part.rstrip(b"\0")) if any(part) else end, position + len(part)
+        return end
 
     def _checked(self) -> int:
         """Rows done, of a file that is what its record says."""
@@ -161,9 +165,10 @@ class NpyFile:
         if not same:
             raise OSError(errno.ESTALE, "the file was moved, removed or replaced meanwhile")
 
-    def _check_place(self, position: int, data: np.ndarray) -> None:
-        """ValueError where there are rows that neither the record nor this run knows: they are not written over."""
-        self.file.seek(position)
+    def check_rows(self, start: int, rows: Tensor) -> None:
+        """ValueError where there are others that are not 0: neither the record nor this run knows them."""
+        data = _bytes(rows)
+        self.file.seek(len(self.header) + start * self.row_bytes)
         there = np.frombuffer(self.file.read(len(data)), np.uint8)
         if len(there) == len(data) and bool(((there != 0) & (there != data)).any()):
             raise ValueError(
@@ -210,6 +215,10 @@ class NpyFile:
         with written_whole(Path(self.record_path)) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump({"done": done, "run": self.identity}, file, indent=1)
         sync_folder(os.path.dirname(self.record_path) or ".")
+
+
+def _bytes(rows: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8)
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:

@@ -51,7 +51,8 @@ def generator(
     Its g_x and g_y are f's own. It is in train mode where f is.
 
     Raises:
-        ValueError: as for ``collapse``; g_x or g_y with dropout, batch norm or the like in train mode.
+        ValueError: as for ``collapse``; g_x or g_y with dropout, batch norm or the like in train mode, or not
+            initialised.
     """
     _check(f)
     for g in (f.g_x, f.g_y):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
 from ..device import check_values, tensors_of
 from ..linearizer import Linearizer
+from .array_out import ArrayOut
 from .fingerprint import fingerprint
 from .npy_file import NpyFile
 from .pipeline import make_pipeline
@@ -81,7 +82,9 @@ def sample_stream(
 
     Raises:
         ValueError: sizes below 1, an array that does not fit, a file of another run or of a model that cannot be
-            told from another, a damaged record, an ``out`` that is a link or no file, an f without known noise.
+            told from another, a damaged record, an ``out`` that is a link or no file or cannot be written to, an f
+            without known noise, that is not initialised, or that returns other than a sample for each row of noise.
+        TypeError: an f that returns no dense tensor.
         FileExistsError: ``out`` exists and has no record.
         BlockingIOError: another run is writing to ``out``.
         OSError: no room. Rows already committed are kept.
@@ -105,8 +108,8 @@ def sample_stream(
     model = "" if isinstance(out, (np.ndarray, Tensor)) else _identity_of(f)  # as it is before its first call
     sample = source.probe()
     if isinstance(out, (np.ndarray, Tensor)):
-        sink: _Sink = _Array.of(out, count, sample, workers)
-        _run(source, sink, count, batch_size, workers, progress, cuda_graph)
+        sink: _Sink = ArrayOut.of(out, count, sample, workers)
+        _run(source, sink, sample, count, batch_size, workers, progress, cuda_graph)
         return out
     identity = {
         "count": count, "shape": list(sample.shape), "dtype": str(sample.numpy().dtype), "seed": seed,
@@ -114,8 +117,12 @@ def sample_stream(
     }  # fmt: skip
     path = os.fsdecode(out)
     with NpyFile(path, identity, workers) as file:
+        found = _Found(file)
+        workers.by_first(
+            lambda: _run(source, found, sample, file.unknown, batch_size, Workers(), False, cuda_graph)
+        )
         if file.done < count:
-            _run(source, file, count, batch_size, workers, progress, cuda_graph)
+            _run(source, file, sample, count, batch_size, workers, progress, cuda_graph)
     return np.load(path, mmap_mode="r")
 
 
@@ -185,49 +192,63 @@ class _Source:
     def probe(self) -> Tensor:
         """One sample on the CPU, of which nothing but shape and dtype is read."""
         with at_work(self.model):
-            return torch.empty_like(_for_numpy(self.model(self.noise(0)))[0], device="cpu")
+            return torch.empty_like(self._block_of(self.noise(0))[0], device="cpu")
 
-    def samples(self, blocks: Iterator[int], cuda_graph: bool) -> Iterator[Tensor]:
-        """The blocks' samples in order, on the CPU; each is valid until the next is asked for."""
+    def samples(self, blocks: Iterator[int], cuda_graph: bool, like: Tensor | None = None) -> Iterator[Tensor]:
+        """The blocks' samples in order, on the CPU, each like this one; valid until the next are asked for."""
         graph_of = self.model if cuda_graph else None
-        pipeline = make_pipeline(lambda noise: _for_numpy(self.model(noise)), self.noise(0), graph_of)
-        return pipeline.run(map(self.noise, blocks))
+        pipeline = make_pipeline(self._block_of, self.noise(0), graph_of)
+        for rows in pipeline.run(map(self.noise, blocks)):
+            like = rows[0] if like is None else like
+            if rows.shape[1:] != like.shape or rows.dtype != like.dtype:
+                raise ValueError(
+                    f"f must return samples of one shape and dtype; got {tuple(like.shape)} of {like.dtype}, "
+                    f"then {tuple(rows.shape[1:])} of {rows.dtype}"
+                )
+            yield rows
 
-
-def _for_numpy(samples: Tensor) -> Tensor:
-    """numpy has no bfloat16."""
-    return samples.float() if samples.dtype == torch.bfloat16 else samples
+    def _block_of(self, noise: Tensor) -> Tensor:
+        """A block of samples, in a dtype that numpy has."""
+        samples = self.model(noise)
+        if not isinstance(samples, Tensor) or samples.layout is not torch.strided or samples.is_meta:
+            what = (
+                f"{samples.layout} on {samples.device}" if isinstance(samples, Tensor) else type(samples).__name__
+            )
+            raise TypeError(
+                f"f must return samples as one dense tensor; a {type(self.model).__name__} returned {what}"
+            )
+        if samples.shape[:1] != (self.block,):
+            raise ValueError(
+                f"f must return a sample for each row of noise, [{self.block}, ...] for {tuple(noise.shape)}; a "
+                f"{type(self.model).__name__} returned {tuple(samples.shape)}"
+            )
+        samples = samples.detach().resolve_conj().resolve_neg()
+        has_none = samples.is_floating_point() and samples.dtype not in (
+            torch.float16,
+            torch.float32,
+            torch.float64,
+        )
+        return samples.float() if has_none else samples
 
 
 @dataclass(frozen=True)
-class _Array:
-    """An array or a tensor in memory."""
+class _Found:
+    """Rows that a file's record does not know of, looked at before any is written."""
 
-    out: np.ndarray | Tensor
+    file: NpyFile
     done: int = 0
 
-    @classmethod
-    def of(cls, out: np.ndarray | Tensor, count: int, sample: Tensor, workers: Workers) -> _Array:
-        if workers.count > 1:
-            raise ValueError("out must be a path or None under torch.distributed: processes share no array")
-        want = sample.numpy().dtype if isinstance(out, np.ndarray) else sample.dtype
-        if tuple(out.shape) != (count, *sample.shape) or out.dtype != want:
-            raise ValueError(
-                f"out must be {(count, *sample.shape)} of {want}; got {tuple(out.shape)} of {out.dtype}"
-            )
-        return cls(out)
-
     def write(self, start: int, rows: Tensor) -> None:
-        out = torch.from_numpy(self.out) if isinstance(self.out, np.ndarray) else self.out
-        out[start : start + len(rows)] = rows
+        self.file.check_rows(start, rows)
 
     def commit(self, done: int) -> None:
-        """Nothing outlives the process."""
+        """Nothing is written."""
 
 
 def _run(
     source: _Source,
     sink: _Sink,
+    sample: Tensor,
     count: int,
     batch_size: int,
     workers: Workers,
@@ -237,7 +258,7 @@ def _run(
     """Write this worker's rows from where the sink is, committing with the others after every round."""
     rounds = list(workers.rounds(sink.done, count, batch_size, source.block))
     with at_work(source.model), workers.bar(count, sink.done, progress) as bar:
-        samples = source.samples((b for blocks, _ in rounds for b in blocks), cuda_graph)
+        samples = source.samples((b for blocks, _ in rounds for b in blocks), cuda_graph, sample)
         for blocks, end in rounds:
             for b in blocks:
                 start = b * source.block

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-__all__ = ["check_mode", "in_eval_mode", "working_copy"]
+__all__ = ["check_initialised", "check_mode", "in_eval_mode", "working_copy"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -38,8 +39,10 @@ def working_copy(model: _Module, dtype: torch.dtype | None = None) -> _Module:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         kind = type(model).__name__
-        raise ValueError(f"samplers work on a copy of the {kind}, in eval mode: it has none ({error})") from error
-    for module in copied.modules():
+        raise ValueError(
+            f"samplers work on a copy of the {kind}, in eval mode, and it has none ({error}): call f.eval() first"
+        ) from error
+    for module in [part for part in memo.values() if isinstance(part, nn.Module)]:  # also those in plain attributes
         module.training = False
         for name, value in vars(module).items():
             if isinstance(value, types.FunctionType) and value.__closure__:  # which deepcopy leaves as it is
@@ -64,8 +67,20 @@ def _rebound(function: types.FunctionType, memo: dict[int, object]) -> types.Fun
 
 
 def in_eval_mode(model: _Module) -> _Module:
-    """The model itself where it is in eval mode with all its parts, else a ``working_copy``."""
+    """The model itself where it is in eval mode with all its parts, else a ``working_copy``.
+
+    Raises:
+        ValueError: a part that cannot be copied, or that is not initialised.
+    """
+    check_initialised(model)
     return working_copy(model) if any(module.training for module in model.modules()) else model
+
+
+def check_initialised(model: nn.Module) -> None:
+    """ValueError where a part gets its tensors from its first call: a sampler's would change the caller's model."""
+    for name, module in model.named_modules():
+        if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+            raise ValueError(f"{name} ({type(module).__name__}) is not initialised: call the model once first")
 
 
 def check_mode(model: nn.Module) -> None:
@@ -73,6 +88,7 @@ def check_mode(model: nn.Module) -> None:
 
     linfast's own layers do not: no call of theirs depends on the other rows of its batch.
     """
+    check_initialised(model)
     for name, module in model.named_modules():
         if module.training and any(map(_reads_mode, type(module).__mro__)):
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sampling.fingerprint import digest
 from ..whole_file import written_whole
 
 __all__ = [
@@ -17,12 +18,14 @@ __all__ = [
     "check_progress",
     "check_settings",
     "check_tensors",
+    "check_unchanged",
     "read_checkpoint",
     "write_checkpoint",
 ]
 
 _FORMAT = "linfast-training-1"
 _KEYS = ("settings", "step", "model", "optimizer", "averaged", "terms", "losses")
+_DIGEST = "digest"  # of what is under these keys
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -36,7 +39,7 @@ def write_checkpoint(state: dict[str, Any], path: Path) -> None:
     with written_whole(path) as partial:
         try:
             with open(partial, "wb") as file:
-                torch.save({"format": _FORMAT, **state}, file)
+                torch.save({"format": _FORMAT, **state, _DIGEST: _digest(state)}, file)
         except RuntimeError as error:  # torch's own, in place of or after the system's
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(f"{path}: {error}") from error
@@ -63,9 +66,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a checkpoint, or a damaged one (its part {damaged} has changed)")
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ValueError(f"{path}: not a checkpoint of format {_FORMAT!r}")
-    if missing := [key for key in _KEYS if key not in state]:
+    if missing := [key for key in (*_KEYS, _DIGEST) if key not in state]:
         raise ValueError(f"{path}: not a whole checkpoint, it lacks {', '.join(missing)}")
     return state
+
+
+def check_unchanged(state: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint holds what was written: what other checks let pass can be wrong too."""
+    try:
+        unchanged = _digest(state) == state[_DIGEST]
+    except TypeError as error:
+        raise ValueError(f"damaged: {error}") from error
+    if not unchanged:
+        raise ValueError("damaged: it does not hold what was written to it")
+
+
+def _digest(state: Mapping[str, Any]) -> str:
+    return digest([state[key] for key in _KEYS])
 
 
 def check_settings(saved: Any, wanted: Mapping[str, Any]) -> None:
@@ -127,7 +144,7 @@ def check_moments(saved: Any, optimizer: torch.optim.Optimizer, step: int) -> di
             _check_tensor(f"{name} of parameter {index}", entry[name], parameters[index])
             _check_finite(f"{name} of parameter {index}", entry[name])
         taken = entry["step"]
-        if not isinstance(taken, Tensor) or taken.ndim or not 1 <= float(taken) <= step:
+        if not isinstance(taken, Tensor) or taken.ndim or taken.is_meta or not 1 <= float(taken) <= step:
             raise ValueError(f"its optimizer must have taken 1 to {step} steps; got {taken!r:.60}")
         squares = entry["exp_avg_sq"]
         if bool(((torch.view_as_real(squares) if squares.is_complex() else squares) < 0).any()):
@@ -144,9 +161,10 @@ def _named(value: Any) -> str:
 
 
 def _check_tensor(name: str, value: Any, like: Tensor) -> None:
-    plain = isinstance(value, Tensor) and value.layout is torch.strided
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
     if not plain or value.shape != like.shape or value.dtype != like.dtype:
-        got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        where = " without values" if isinstance(value, Tensor) and value.is_meta else ""
+        got = f"{tuple(value.shape)} {value.dtype}{where}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"of another model ({name} must be {tuple(like.shape)} {like.dtype}; got {got})")
 
 

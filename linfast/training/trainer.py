@@ -32,6 +32,7 @@ from .checkpoint import (
     check_progress,
     check_settings,
     check_tensors,
+    check_unchanged,
     read_checkpoint,
     write_checkpoint,
 )
@@ -221,7 +222,9 @@ class Trainer:
                 raise ValueError(
                     f"its average must be of {state['step']} steps; got {state['averaged']['n_averaged']}"
                 )
-        return check_moments(state["optimizer"], self.optimizer, state["step"])
+        optimizer = check_moments(state["optimizer"], self.optimizer, state["step"])
+        check_unchanged(state)
+        return optimizer
 
     def _all_settings(self) -> dict[str, Any]:
         return {**asdict(self.settings), **self.about}

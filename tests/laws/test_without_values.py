@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 import linfast as lf
 from tests.laws.zoo import BIJECTIONS
 
-
 Emptied = Callable[..., tuple[Any, Tensor]]
 
 

@@ -109,6 +109,48 @@ class _Tables(nn.Module):
         return self.second(self.first(x) * self.scale)[:, self.order]
 
 
+def _leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def _tied() -> lf.LatentOperator:
+    """One tensor twice, and once more without its gradient."""
+    numbers = _leaf(4)
+    return lf.Diagonal(4, numbers) @ lf.Diagonal(4, numbers) @ lf.Diagonal(4, numbers.detach())
+
+
+LEARNED_CONSTANTS = {
+    "factors": lambda: lf.LowRank(0.5, _leaf(4, 2), torch.randn(4, 2)),
+    "alpha": lambda: lf.LowRank(
+        torch.tensor(0.5, requires_grad=True), torch.randn(4, 2), nn.Parameter(_leaf(4, 2))
+    ),
+    "diagonal": lambda: lf.Diagonal(4, _leaf(4)),
+    "dense": lambda: lf.Dense.of(_leaf(3, 3)),
+    "transposed": lambda: lf.Dense.of(_leaf(3, 4).T),
+    "sliced": lambda: lf.Dense.of(_leaf(4, 6)[:, ::2]),
+    "expanded": lambda: lf.Dense.of(_leaf(1, 3).expand(3, 3)),
+    "depthwise": lambda: lf.DepthwiseConv(2, (3, 3), (4, 4), _leaf(2, 3, 3)),
+    "context": lambda: lf.coupling_flow(4, 2, (8,), context_features=3).at(context=_leaf(1, 3)),
+    "half": lambda: lf.Diagonal(4, torch.randn(4, dtype=torch.float16, requires_grad=True)),
+    "tied": _tied,
+}
+
+
+@pytest.mark.parametrize("name", LEARNED_CONSTANTS)
+def test_constants_that_require_a_gradient_come_back(name: str, tmp_path) -> None:
+    model = LEARNED_CONSTANTS[name]()
+    lf.save(model, tmp_path / "m.safetensors")
+    again = lf.load(tmp_path / "m.safetensors")
+    requires = [
+        {key: t.requires_grad for key, t in (*m.named_parameters(), *m.named_buffers())} for m in (model, again)
+    ]
+    assert requires[0] == requires[1]
+    assert any(t.requires_grad for t in model.buffers())
+    assert all(t.is_leaf for t in again.buffers())
+    lf.save(again, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+
+
 def test_everything_that_a_module_keeps_comes_back(tmp_path) -> None:
     register(_Tables)
     f = _Tables(3)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -180,6 +181,9 @@ def test_what_save_never_writes_is_refused(
         ({"expanded": {"diagonal": [2]}}, "repeats its numbers"),
         ({"frozen": ["other"]}, "frozen names 'other'"),
         ({"frozen": 1}, "frozen is"),
+        ({"learned": ["other"]}, "learned names 'other'"),
+        ({"learned": ["diagonal"]}, "learned names 'diagonal'"),
+        ({"learned": {"diagonal": True}}, "learned is"),
         ({"switched": ["part"]}, "switched names 'part'"),
         ({"shared": {"part": ""}}, "cannot be built"),
     ],
@@ -267,6 +271,24 @@ class _ReadsATensor(nn.Module):
         self.n, self.sum = n, int(torch.arange(n).sum())
 
 
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@register
+class _Settings(nn.Module):
+    """What a constructor may keep beside its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self._private, self.nothing, self.function = 1.0, 1, None, torch.tanh
+        self.numbers, self.named, self.array = [1.0], {"a": 1.0}, np.ones(2)
+        self.norm = nn.LayerNorm(4)
+
+    def helper(self) -> None:
+        """Replaced in a test."""
+
+
 def _parametrize(module: nn.Module) -> None:
     parametrize.register_parametrization(module, "weight", nn.Identity())
 
@@ -310,6 +332,16 @@ _NAN = float("nan")
         (lambda: _doubled(40), "shares modules"),
         (lambda: _MyDense(3), "_MyDense: register"),
         (lambda: _KeepsATensor(3), "keeps 'table'"),
+        (lambda: _with(lambda m: setattr(m, "gain", 2.0), _Settings), "gain is 2.0 and would be 1.0"),
+        (lambda: _with(lambda m: setattr(m, "gain", _ONES), _Settings), "gain is missing and would be 1.0"),
+        (lambda: _with(lambda m: setattr(m, "_private", 2), _Settings), "_private is 2 and would be 1"),
+        (lambda: _with(lambda m: setattr(m, "nothing", 2), _Settings), "nothing is 2 and would be None"),
+        (lambda: _with(lambda m: setattr(m, "function", _double), _Settings), "function is .*_double"),
+        (lambda: _with(lambda m: m.numbers.append(2.0), _Settings), r"numbers is list\(1.0, 2.0\)"),
+        (lambda: _with(lambda m: m.named.update(a=2.0), _Settings), "named is dict"),
+        (lambda: _with(lambda m: m.array.fill(2), _Settings), r"array is float64 \[2.0, 2.0\]"),
+        (lambda: _with(lambda m: setattr(m.norm, "eps", 1.0), _Settings), "norm.eps is 1.0 and would be 1e-05"),
+        (lambda: _with(lambda m: setattr(m, "helper", _double), _Settings), "it has a helper of its own"),
         (lambda: _ReadsATensor(3), "_ReadsATensor cannot be constructed on the meta device"),
     ],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -93,6 +94,30 @@ def _in_order(*names: str) -> nn.Module:
     return nn.Sequential(OrderedDict((name, parts[name]) for name in names))
 
 
+@lf.io.register
+class _Registered(nn.Module):
+    """What save knows by its constructor's argument."""
+
+    def __init__(self, scale: object = 1.0) -> None:
+        super().__init__()
+        self.scale, self._factor = scale, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale * self._factor * getattr(self, "more", 1.0)
+
+
+def _changed(model: nn.Module, name: str, value: object, of: type[nn.Module] = nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, of):
+            setattr(module, name, value)
+    return model
+
+
+def _unet() -> nn.Module:
+    torch.manual_seed(0)
+    return perturb(lf.image_flow(2, 4, depth=1, conditioner="unet", width=8)).eval()
+
+
 OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "activation": (linearizer, lambda: linearizer("relu")),
     "alpha": (linearizer, lambda: linearizer(alpha=1.0)),
@@ -121,6 +146,17 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
     "a function of another's name": (lambda: Map(torch.tanh), lambda: Map(_called_tanh)),
     "a patched forward": (lambda: _patched(2.0), lambda: _patched(3.0)),
     "torch's own constant": (lambda: nn.LeakyReLU(0.1), lambda: nn.LeakyReLU(0.2)),
+    "a tensor that is no buffer": (lambda: _Registered(torch.ones(N)), lambda: _Registered(2 * torch.ones(N))),
+    "an attribute of a registered class": (_Registered, lambda: _changed(_Registered(), "_factor", 2.0)),
+    "an attribute that it had not": (_Registered, lambda: _changed(_Registered(), "more", 2.0)),
+    "numpy's functions": (
+        lambda: Map(lambda x, f=np.exp: torch.from_numpy(f(x.numpy()))),
+        lambda: Map(lambda x, f=np.tanh: torch.from_numpy(f(x.numpy()))),
+    ),
+    "a pattern": (
+        lambda: Map(lambda x, p=re.compile("a"): x * len(p.sub("", "aab"))),
+        lambda: Map(lambda x, p=re.compile("b"): x * len(p.sub("", "aab"))),
+    ),
     "the order of named parts": (lambda: _in_order("tanh", "exp"), lambda: _in_order("exp", "tanh")),
 }
 
@@ -177,6 +213,22 @@ def test_the_file_of_the_same_model_is_gone_on_with(name: str, foreign: bool, tm
 
     rows = streamed(wrapped(linearizer()), path)
     assert np.array_equal(streamed(wrapped(SAME[name](linearizer(), tmp_path)), path), rows)
+
+
+def test_the_eps_of_linfasts_own_norms_counts() -> None:
+    first, second = _unet(), _changed(_unet(), "eps", 3.0, nn.GroupNorm)
+    x = torch.randn(2, 2, 4, 4)
+    assert not torch.equal(first(x), second(x))
+    assert fingerprint(first) == fingerprint(_unet()) != fingerprint(second)
+
+
+def test_a_model_that_was_called_is_the_same() -> None:
+    """Also inside a class that save does not know, whose parts are read one by one."""
+    model = nn.Sequential(lf.coupling_flow(N, 2, (8,), actnorm=True))
+    for _ in range(2):
+        model(torch.randn(64, N))
+    fresh = copy.deepcopy(model).eval()
+    assert fingerprint(fresh) == fingerprint(model.eval())
 
 
 @pytest.mark.parametrize("make", [lambda: lf.coupling_flow(N, 2, (8,)), lambda: nn.Sequential(nn.Linear(N, N))])

@@ -100,6 +100,37 @@ def test_a_record_of_no_rows_loses_no_rows(tmp_path: Path) -> None:
     assert np.array_equal(streamed(f, path), rows)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("batch_size", [4, 12])
+@pytest.mark.parametrize("first", [4, 11])
+def test_later_rows_of_another_are_seen_before_anything_is_written(
+    first: int, batch_size: int, own: bool, tmp_path: Path
+) -> None:
+    """The first rows are zeros, or this run's."""
+    f, path = linearizer(), tmp_path / "x.npy"
+    rows = streamed(f, path)
+    precious = np.arange(12.0 * N, dtype=np.float32).reshape(12, N)
+    precious[:first] = rows[:first] if own else 0
+    np.save(path, precious)
+    _damaged(tmp_path / "x.npy.json", done=0)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds rows of which"):
+        streamed(f, path, batch_size=batch_size)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_file_of_the_same_size_without_a_header_is_left_alone(tmp_path: Path) -> None:
+    f, path = linearizer(), tmp_path / "x.npy"
+    streamed(f, path)
+    precious = bytes(128) + bytes(range(12 * N)) * 4
+    assert len(precious) == path.stat().st_size
+    path.write_bytes(precious)
+    _damaged(tmp_path / "x.npy.json", done=0)
+    with pytest.raises(ValueError, match=r"is not the \.npy file"):
+        streamed(f, path)
+    assert path.read_bytes() == precious
+
+
 @pytest.mark.parametrize("written", [0, 40, None])
 def test_a_run_that_was_killed_while_it_made_its_file_is_started_again(written: int | None, tmp_path: Path) -> None:
     """Killed before it had its size, and before it had its header."""

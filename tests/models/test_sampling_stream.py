@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -327,3 +329,124 @@ def test_the_command_reports_errors_in_one_line(checkpoint: Path, tmp_path: Path
 def test_bad_calls(call, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call(_model())
+
+
+def _out_of(kind: str, tmp_path: Path) -> np.ndarray | torch.Tensor:
+    """Something [20, N] in memory."""
+    zeros = np.zeros((20, N), np.float32)
+    if kind == "a read-only map":
+        np.save(tmp_path / "m.npy", zeros)
+        return np.load(tmp_path / "m.npy", mmap_mode="r")
+    if kind == "a read-only array":
+        zeros.flags.writeable = False
+    if kind == "inference":
+        with torch.inference_mode():
+            return torch.zeros(20, N)
+    made = {
+        "a row that is repeated": np.broadcast_to(zeros[:1], (20, N)),
+        "overlapping rows": np.lib.stride_tricks.as_strided(zeros, (20, N), (4, 4)),
+        "an expanded row": torch.zeros(1, N).expand(20, N),
+        "overlapping rows of a tensor": torch.zeros(99).as_strided((20, N), (2, 1)),
+        "meta": torch.zeros(20, N, device="meta"),
+        "sparse": torch.zeros(20, N).to_sparse(),
+        "rows backwards": zeros[::-1],
+        "columns backwards": zeros[:, ::-1],
+        "columns first": np.zeros((N, 20), np.float32).T,
+        "every second": np.zeros((40, 2 * N), np.float32)[::2, ::2],
+        "not aligned": np.frombuffer(bytearray(80 * N + 1), np.uint8)[1:].view(np.float32).reshape(20, N),
+        "a tensor's columns first": torch.zeros(N, 20).T,
+    }
+    return made.get(kind, zeros)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    {
+        "a read-only map": "is read-only",
+        "a read-only array": "is read-only",
+        "a row that is repeated": "is read-only",
+        "overlapping rows": "overlaps itself",
+        "an expanded row": "overlaps itself",
+        "overlapping rows of a tensor": "overlaps itself",
+        "inference": "inference_mode",
+        "meta": "have values",
+        "sparse": "must be dense",
+    }.items(),
+)
+def test_what_cannot_be_written_to_is_refused(kind: str, why: str, tmp_path: Path) -> None:
+    out = _out_of(kind, tmp_path)
+    with pytest.raises(ValueError, match=f"out cannot be written to: it .*{why}"):
+        _stream(torch.nn.Tanh(), out, 20, noise_shape=(N,))
+    assert kind == "meta" or not np.asarray(out.to_dense() if kind == "sparse" else out).any()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "rows backwards",
+        "columns backwards",
+        "columns first",
+        "every second",
+        "not aligned",
+        "a tensor's columns first",
+    ],
+)
+def test_an_array_may_lie_in_memory_as_it_likes(kind: str, tmp_path: Path) -> None:
+    f, out = torch.nn.Tanh(), _out_of(kind, tmp_path)
+    assert _stream(f, out, 20, noise_shape=(N,)) is out
+    assert np.array_equal(np.asarray(out), _rows(f, 20, noise_shape=(N,)))
+
+
+class _Returns(torch.nn.Module):
+    def __init__(self, change: Callable[[torch.Tensor], object]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.change(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda x: x[:7], ValueError, r"a sample for each row of noise, \[16, ...\].* returned \(7, 6\)"),
+        (lambda x: torch.cat((x, x)), ValueError, r"returned \(32, 6\)"),
+        (lambda x: x.mean(0), ValueError, r"returned \(6,\)"),
+        (lambda x: x.sum(), ValueError, r"returned \(\)"),
+        (lambda x: x.T, ValueError, r"returned \(6, 16\)"),
+        (lambda x: (x, x.sum(1)), TypeError, "one dense tensor; a _Returns returned tuple"),
+        (lambda x: None, TypeError, "returned NoneType"),
+        (lambda x: x.numpy(), TypeError, "returned ndarray"),
+        (lambda x: x.to_sparse(), TypeError, "returned torch.sparse_coo"),
+        (lambda x: x.to("meta"), TypeError, "returned .* on meta"),
+    ],
+)
+def test_what_is_no_sample_a_row_is_refused(change, error: type[Exception], match: str, tmp_path: Path) -> None:
+    for out in (tmp_path / "x.npy", np.zeros((20, N), np.float32), None):
+        with pytest.raises(error, match=match):
+            list(_stream(_Returns(change), out, 20, noise_shape=(N,)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, :3], lambda x: x.double()])
+@pytest.mark.parametrize("sink", ["file", "array", "iterator"])
+def test_samples_that_change_their_shape_or_dtype_are_refused(change, sink: str, tmp_path: Path) -> None:
+    out = {"file": tmp_path / "x.npy", "array": np.zeros((20, N), np.float32), "iterator": None}[sink]
+    calls = itertools.count(sink == "iterator")  # which has no probe
+    with pytest.raises(ValueError, match="samples of one shape and dtype"):
+        list(_stream(_Returns(lambda x: change(x) if next(calls) == 2 else x), out, 20, noise_shape=(N,)))
+
+
+def test_samples_may_be_parameters_views_or_of_a_dtype_that_numpy_lacks(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.randn(16, N))
+    for change in (
+        lambda x: weight,
+        lambda x: torch.complex(x, x).conj().imag,
+        lambda x: x.bfloat16(),
+        lambda x: x.to(torch.float8_e4m3fn),
+    ):
+        rows = _rows(_Returns(change), 20, noise_shape=(N,))
+        assert rows.dtype == np.float32
+        (tmp_path / "x.npy.json").unlink(missing_ok=True)
+        (tmp_path / "x.npy").unlink(missing_ok=True)
+        assert np.array_equal(_stream(_Returns(change), tmp_path / "x.npy", 20, noise_shape=(N,)), rows)

@@ -172,6 +172,39 @@ def test_nothing_of_the_callers_is_changed_for_a_moment(name: str, composed: boo
     assert _state(f) == before
 
 
+def test_a_module_in_a_plain_attribute_is_in_eval_mode_too() -> None:
+    model = nn.Sequential(nn.Linear(N, N))
+    model.__dict__["hidden"] = nn.Dropout(0.5)
+    model.register_forward_hook(lambda module, inputs, y: module.hidden(y))
+    how = {"noise_shape": (N,), "block_size": 4}
+    first, second = (torch.cat(list(lf.sample_stream(model, 20, n, **how))) for n in (3, 8))
+    assert torch.equal(first, second)
+    assert model.hidden.training
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_lazy_model_is_refused_and_stays_lazy(train: bool) -> None:
+    """In eval mode too: its first call, a sampler's, would give it its tensors."""
+
+    def coupled() -> lf.Linearizer:
+        layers = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(N))
+        g = lf.Flow([lf.AdditiveCoupling(layers, N)])
+        return lf.Linearizer(g, lf.TimeLowRank(N, 1, time_features=4, hidden=8))
+
+    f, x = coupled().train(train), torch.randn(5, N)
+    calls: list[Callable[[], object]] = [
+        lambda: lf.sample(f, x, **STEPS),
+        lambda: lf.invert(f, x, **STEPS),
+        lambda: lf.generator(f, **STEPS),
+        lambda: list(lf.sample_stream(f, 4, **STEPS)),
+        lambda: list(lf.sample_stream(f.g_x, 4, noise_shape=(N,))),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"LazyLinear.* is not initialised: call the model once first"):
+            call()
+    assert all(map(nn.parameter.is_lazy, f.g_x.parameters()))
+
+
 def test_what_cannot_be_copied_is_refused_in_train_mode_alone() -> None:
     f = lf.Linearizer(lf.coupling_flow(N, 2, (8,)), lf.Dense(N))
     f.lock = threading.Lock()

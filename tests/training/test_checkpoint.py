@@ -99,7 +99,7 @@ _LOSSES = torch.ones(4, 3, dtype=torch.float64)
 _DAMAGES = [
     *[
         (_drop(key), f"lacks {key}")
-        for key in ("settings", "step", "model", "optimizer", "averaged", "terms", "losses")
+        for key in ("settings", "step", "model", "optimizer", "averaged", "terms", "losses", "digest")
     ],
     *[
         (_set(key, value=3), "must|of another model")
@@ -139,6 +139,36 @@ _DAMAGES = [
     (_set("optimizer", "state", 0, "exp_avg_sq", value=-torch.ones(1, 3)), "negative exp_avg_sq"),
     *[(_set("optimizer", "state", 0, "step", value=torch.tensor(v)), "1 to 4 steps") for v in (-1.0, 9.0, _NAN)],
     (_set("optimizer", "state", 0, "step", value=None), "1 to 4 steps"),
+    *[
+        (change, "damaged: it does not hold what was written")
+        for change in (
+            _drop("optimizer", "state", 0),
+            _set("optimizer", "state", 0, "step", value=torch.tensor(1.5)),
+            _set("optimizer", "state", 0, "step", value=torch.tensor(4)),
+            _set("optimizer", "state", 0, "step", value=torch.tensor(3.0)),
+            _set("optimizer", "state", 0, "exp_avg", value=torch.ones(1, 1).expand(1, 3)),
+            lambda state: state["optimizer"]["state"][0].update(
+                exp_avg=state["optimizer"]["state"][0]["exp_avg_sq"]
+            ),
+            _set("optimizer", "param_groups", 0, "lr", value=_NAN),
+            _set("terms", value=["other", "fit", "gradient norm"]),
+            _set("terms", value=["fit", "another", "gradient norm"]),
+            lambda state: state.update(terms=["more", *state["terms"]], losses=torch.ones(4, 4).double()),
+            _set("losses", value=_LOSSES),
+            _set("model", "weight", value=torch.ones(1, 3)),
+            _set("averaged", "module.bias", value=torch.ones(1)),
+            _set("digest", value="0" * 64),
+            _set("digest", value=None),
+        )
+    ],
+    (_set("model", "weight", value=torch.ones(1, 3, device="meta")), "model weight must be"),
+    (_set("losses", value=_LOSSES.to("meta")), "losses must be"),
+    (
+        _set("optimizer", "state", 0, "exp_avg", value=torch.ones(1, 3, device="meta")),
+        "exp_avg of parameter 0 must",
+    ),
+    (_set("optimizer", "state", 0, "step", value=torch.ones((), device="meta")), "1 to 4 steps"),
+    (_set("averaged", "n_averaged", value=torch.ones((), dtype=torch.int64, device="meta")), "n_averaged must be"),
 ]
 
 
@@ -151,6 +181,29 @@ def test_damaged_contents_are_refused_before_anything_changes(number: int, whole
     change(state)
     torch.save(state, path)
     _refused(path, match)
+
+
+@pytest.mark.parametrize("part", ["model", "averaged"])
+@pytest.mark.parametrize("name", ["permutation", "initialized"])
+def test_what_layers_keep_beside_weights_is_not_changed(part: str, name: str, tmp_path: Path) -> None:
+    """A permutation that is none, and an ActNorm that would start anew."""
+
+    def trainer() -> Trainer:
+        objective = Breaking()
+        torch.manual_seed(1)
+        objective.model = nn.Sequential(lf.ActNorm(3), lf.Mix(3), nn.Linear(3, 1))
+        objective.model.bias = objective.model[2].bias
+        return Trainer(objective, _SETTINGS, tmp_path / "c.pt")
+
+    trainer().run(progress=False)
+    trainer().resume()
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    for key, value in state[part].items():
+        if key.endswith(name):
+            value.zero_()
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="damaged"):
+        trainer().resume()
 
 
 def test_a_checkpoint_has_the_mode_of_any_new_file(tmp_path: Path) -> None:
