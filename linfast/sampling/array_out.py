@@ -20,7 +20,7 @@ class ArrayOut:
 
     @classmethod
     def of(cls, out: np.ndarray | Tensor, count: int, sample: Tensor, workers: Workers) -> ArrayOut:
-        """Of ``count`` rows like this sample; ValueError for one that does not fit or cannot be written to."""
+        """A dense ``out`` of ``count`` rows like this sample; ValueError where it does not fit or cannot be written to."""
         if workers.count > 1:
             raise ValueError("out must be a path or None under torch.distributed: processes share no array")
         want = sample.numpy().dtype if isinstance(out, np.ndarray) else sample.dtype
@@ -49,8 +49,6 @@ def _unusable(out: np.ndarray | Tensor) -> str:
         if not out.flags.writeable:
             return "is read-only"
     else:
-        if out.layout is not torch.strided or out.is_meta:
-            return f"is {out.layout} on {out.device}, where it must be dense and have values"
         if out.is_inference() and not torch.is_inference_mode_enabled():
             return "was made in torch.inference_mode()"
         strides, apart = out.stride(), 1

@@ -42,7 +42,9 @@ def working_copy(model: _Module, dtype: torch.dtype | None = None) -> _Module:
         raise ValueError(
             f"samplers work on a copy of the {kind}, in eval mode, and it has none ({error}): call f.eval() first"
         ) from error
-    for module in [part for part in memo.values() if isinstance(part, nn.Module)]:  # also those in plain attributes
+    # Those in plain attributes are in the memo alone, what a TorchScript module consists of in modules() alone.
+    hidden = [part for part in memo.values() if isinstance(part, nn.Module)]
+    for module in dict.fromkeys((*copied.modules(), *hidden)):
         module.training = False
         for name, value in vars(module).items():
             if isinstance(value, types.FunctionType) and value.__closure__:  # which deepcopy leaves as it is

@@ -182,6 +182,13 @@ def test_a_module_in_a_plain_attribute_is_in_eval_mode_too() -> None:
     assert model.hidden.training
 
 
+def test_a_script_is_in_eval_mode_too() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(N, N), nn.Dropout(0.5)))
+    rows = torch.cat(list(lf.sample_stream(model, 20, noise_shape=(N,))))
+    assert model.training
+    assert torch.equal(rows, torch.cat(list(lf.sample_stream(model.eval(), 20, noise_shape=(N,)))))
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_a_lazy_model_is_refused_and_stays_lazy(train: bool) -> None:
     """In eval mode too: its first call, a sampler's, would give it its tensors."""

@@ -15,7 +15,7 @@ from torch import nn
 import linfast as lf
 from linfast.training import Trainer, TrainSettings
 from linfast.training.apps.report import save_strips
-from linfast.training.checkpoint import write_checkpoint
+from linfast.training.checkpoint import _KEYS, write_checkpoint
 
 from .toys import Breaking
 
@@ -303,7 +303,7 @@ def test_a_checkpoint_that_is_no_file_is_refused(checkpoint: str) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda path: write_checkpoint({"model": torch.zeros(10**5)}, path),
+        lambda path: write_checkpoint(dict.fromkeys(_KEYS, torch.zeros(10**5)), path),
         lambda path: lf.save(lf.Dense(300), path),
         lambda path: save_strips([("", torch.rand(9, 1, 99, 99))], path),
     ],
