@@ -20,7 +20,11 @@ class ArrayOut:
 
     @classmethod
     def of(cls, out: np.ndarray | Tensor, count: int, sample: Tensor, workers: Workers) -> ArrayOut:
-        """A dense ``out`` of ``count`` rows like this sample; ValueError where it does not fit or cannot be written to."""
+        """A dense ``out`` of ``count`` rows like this sample.
+
+        Raises:
+            ValueError: it does not fit, or cannot be written to.
+        """
         if workers.count > 1:
             raise ValueError("out must be a path or None under torch.distributed: processes share no array")
         want = sample.numpy().dtype if isinstance(out, np.ndarray) else sample.dtype

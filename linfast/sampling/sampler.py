@@ -48,7 +48,8 @@ def generator(
 ) -> Linearizer:
     """The one-step generator, noise to data: a Linearizer whose core is ``collapse(f.A, ...)``.
 
-    Its g_x and g_y are f's own. It is in train mode where f is.
+    Its g_x and g_y are f's own. It is in train mode where f is, and there a new ActNorm starts with its
+    first noise: call f.eval() first, or use ``sample``.
 
     Raises:
         ValueError: as for ``collapse``; g_x or g_y with dropout, batch norm or the like in train mode, or not
