@@ -5,6 +5,7 @@ from ._version import __version__
 from .accelerate import accelerate, register_adapter, restore
 from .backend import backend
 from .compat.from_reference import from_reference
+from .explain import explain, plan
 from .flows import (
     MLP,
     ActNorm,
@@ -36,7 +37,6 @@ from .operators import (
     TimeDiagonal,
     TimeLowRank,
 )
-from .plan import explain, plan
 from .sampling import collapse, generator, invert, sample, sample_stream
 from .scale_maps import ScaleMap
 from .space import InducedSpace

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["Frozen", "derived", "freeze", "is_frozen", "is_kept", "thawed"]
+__all__ = ["Frozen", "derived", "freeze", "is_frozen", "kept", "kept_values", "thawed"]
 
 _Value = TypeVar("_Value")
+Kept = dict[tuple[nn.Module, Hashable], Any]
 
 
 class Frozen:
@@ -27,7 +28,7 @@ class Frozen:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = set(model.modules())
-        self.values: dict[tuple[nn.Module, Hashable], Any] = {}
+        self.values: Kept = {}
 
     def __enter__(self) -> None:
         _active.append(self)
@@ -84,19 +85,22 @@ def derived(module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> 
     ``compute`` depends on nothing but ``key`` and the parameters and buffers of ``module``, its
     children's among them.
     """
-    frozen = _frozen(module)
-    if frozen is None:
-        return compute()
-    value = frozen.values.get((module, key))
+    values = kept_values(module)
+    return compute() if values is None else kept(values, module, key, compute)
+
+
+def kept(values: Kept, module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> _Value:
+    """``derived`` where ``kept_values(module)`` is not None."""
+    value = values.get((module, key))
     if value is None:
         with torch.inference_mode(False), torch.no_grad():
-            value = frozen.values[module, key] = compute()
+            value = values[module, key] = compute()
     return value
 
 
 def is_kept(module: nn.Module) -> bool:
     """Whether ``derived`` would keep what is computed for this module now."""
-    return _frozen(module) is not None
+    return kept_values(module) is not None
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -106,11 +110,14 @@ def is_frozen(module: nn.Module) -> bool:
     return any(module in frozen.modules for frozen in _active[:])
 
 
-def _frozen(module: nn.Module) -> Frozen | None:
+def kept_values(module: nn.Module) -> Kept | None:
+    """Where what is computed of this module is kept now; None where it is computed at every call."""
     if torch.compiler.is_compiling() or not _active:
         return None
-    frozen = next((f for f in _active[:] if module in f.modules and f not in _thread.thawed), None)
-    return None if frozen is None or _traced(module) else frozen
+    for frozen in _active[:]:
+        if module in frozen.modules and frozen not in _thread.thawed:
+            return None if _traced(module) else frozen.values
+    return None
 
 
 def _traced(module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ from .autocast import autocast_dtype
 from .backend import interpreting
 from .checks import check_choice
 
-__all__ = ["PRECISIONS", "full_precision", "half_dtype", "resolve_precision"]
+__all__ = ["PRECISIONS", "float32_mode", "full_precision", "half_dtype", "resolve_precision"]
 
 PRECISIONS = ("exact", "high", "tf32", "fast")
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -52,7 +52,7 @@ def resolve_precision(x: Tensor, requested: str | None = None) -> str:
         return "exact"
     if x.dtype in _HALF_DTYPES or autocast_dtype(x.device.type) in _HALF_DTYPES:
         return "fast"
-    return _float32_mode()
+    return float32_mode()
 
 
 _one_at_a_time = threading.RLock()
@@ -93,7 +93,7 @@ def half_dtype(x: Tensor) -> torch.dtype:
     return torch.float16 if fp16 else torch.bfloat16
 
 
-def _float32_mode() -> str:
+def float32_mode() -> str:
     """The mode of torch's matmul settings; see above for what compiled code sees."""
     allowed = torch.backends.cuda.matmul.fp32_precision
     try:
@@ -104,4 +104,4 @@ def _float32_mode() -> str:
 
 
 # What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
-_float32_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+float32_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ summed log-scales stay moderate: that is what the bound c is for.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from .checks import check_choice, check_number, check_tensor
 
-__all__ = ["SCALE_MAP_KINDS", "ScaleMap"]
+__all__ = ["SCALE_MAP_KINDS", "ScaleMap", "log_scale_function"]
 
 _TWO_OVER_PI = 2.0 / math.pi
 _SIGMOID_SHIFT = 2.0
@@ -169,3 +170,10 @@ class ScaleMap:
         """The raw value whose log-scale this is; inside the map's open range only."""
         check_tensor("log_scale", log_scale)
         return _KINDS[self.kind].inverse(log_scale, *self.constants)
+
+
+@functools.lru_cache
+def log_scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
+    """``scale_map.log_scale`` without its check, for loops that look it up once."""
+    bound, floor = scale_map.constants
+    return functools.partial(_KINDS[scale_map.kind].log_scale, c=bound, floor=floor)

@@ -8,13 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_kind
-from ..rows import by_rows, rows_at_once
 from .bijection import Bijection, constant_log_det
 from .drift import DriftGuard
-from .fusion import segments
+from .match import match
 from .memory import check_memory, inverts, steps_of, stored_tensors
 from .reversible import reversible
-from .stack import FlowStack, planned_stack, run_stack, widths
 
 __all__ = ["Flow"]
 
@@ -69,30 +67,18 @@ class Flow(Bijection):
     def _transform(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
-        stack = planned_stack(self.bijections, x, context)
-        if isinstance(stack, FlowStack):
-            return run_stack(stack, x, inverse, log_det)
-        by_inverting = len(self.bijections) > 0 and inverts(self.memory, x, self._stored)
-        run = self._reversibly if by_inverting else self._one_by_one
-        rows = rows_at_once(x, lambda: widths(self.bijections, context))
-        if rows is None:
-            return run(x, context, inverse, log_det)
-        return by_rows(lambda part: run(part, context, inverse, log_det), x, rows)
+        if not len(self.bijections):
+            return x, constant_log_det(x) if log_det else None
+        launch = match(self.bijections, x, context, inverse, log_det)
+        if launch.why is not None and inverts(self.memory, x, self._stored):
+            return launch.by_rows(self._reversibly, x, context, inverse, log_det)
+        return launch(x, context, inverse, log_det)
 
     def _reversibly(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
     ) -> tuple[Tensor, Tensor | None]:
         steps = steps_of(self.bijections, inverse, log_det)  # type: ignore[arg-type]
         return reversible(steps, x, context, self._guard, self.memory)
-
-    def _one_by_one(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        total = constant_log_det(x) if log_det else None
-        for segment in segments(self.bijections, x, inverse):
-            x, part = segment(x, context, inverse, log_det)
-            total = total + part if total is not None and part is not None else None
-        return x, total
 
 
 def _chain(bijections: Iterable[Bijection], features: int | None) -> tuple[int | None, int | None]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..backend import uses_triton
 from ..ops.conv2d_fused import conv2d_fused
 from ..ops.group_norm_silu import group_norm_silu
-from .fusion import is_plain
+from .stack import is_plain
 
 __all__ = ["SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "in_nchw", "norm"]
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import linfast as lf
-from linfast.flows import fusion, stack
+from linfast import match as of_linearizers
+from linfast.flows import match
 from linfast.freeze import _active, derived
 from tests.laws.zoo import perturb
 from tests.marks import long
@@ -33,7 +34,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_derived_weights_are_computed_once(
     g: lf.Flow, computed: list[bool], fold: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fusion, "uses_triton", lambda *_: fold)
+    monkeypatch.setattr(match, "uses_triton", lambda *_: fold)
+    monkeypatch.setattr(match, "stack_of", lambda *_: "folding is tested")
     x = torch.randn(3, 4)
     with torch.no_grad():
         expected = [g(x), g.inverse(x), g.inverse(x)]
@@ -121,7 +123,8 @@ def test_only_the_given_model_is_frozen(g: lf.Flow, computed: list[bool]) -> Non
 
 @pytest.mark.parametrize("fold", [True, *long(False)])
 def test_compiled_flows_are_right_inside_and_after(g: lf.Flow, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "uses_triton", lambda *_: fold)
+    monkeypatch.setattr(match, "uses_triton", lambda *_: fold)
+    monkeypatch.setattr(match, "stack_of", lambda *_: "folding is tested")
     x = torch.randn(3, 4)
     compiled = torch.compile(g.inverse, fullgraph=True, backend="aot_eager")
     inside = torch.compile(lambda x: _frozen_inverse(g, x), fullgraph=True, backend="aot_eager")
@@ -186,8 +189,9 @@ def test_a_frozen_call_asks_once_for_its_path(monkeypatch: pytest.MonkeyPatch) -
     """Walking the layers takes most of a small call's time on the host; another mode is asked for anew."""
     f = perturb(lf.Linearizer(lf.coupling_flow(6, 2, (8,)), lf.Dense(6)))
     x, asked = torch.randn(3, 6), []
-    stack_of = stack.stack_of
-    monkeypatch.setattr(stack, "stack_of", lambda *given: (asked.append(1), stack_of(*given))[1])
+    stack_of = match.stack_of
+    for module in (match, of_linearizers):
+        monkeypatch.setattr(module, "stack_of", lambda *given: (asked.append(1), stack_of(*given))[1])
     with torch.no_grad(), lf.freeze(f):
         with lf.backend("triton"):
             first = f(x), f.g_x(x), f.g_x.inverse(x)
@@ -195,7 +199,7 @@ def test_a_frozen_call_asks_once_for_its_path(monkeypatch: pytest.MonkeyPatch) -
             again = f(x), f.g_x(x), f.g_x.inverse(x)
             assert len(asked) == before
             with monkeypatch.context() as precision:
-                precision.setattr(stack, "resolve_precision", lambda x: "fast")
+                precision.setattr(match, "float32_mode", lambda: "fast")
                 f(x)
             assert len(asked) > before
         with lf.backend("reference"):

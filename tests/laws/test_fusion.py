@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.flows import fusion
+from linfast.flows import match, segments
 from tests.laws.zoo import perturb, relative
 from tests.ops.budget import DEVICE, assert_within_budget
 from tests.seeds import seeded
@@ -59,20 +59,22 @@ FLOWS: dict[str, Callable[[], lf.Flow]] = {
 
 def _plain(monkeypatch: pytest.MonkeyPatch, fold: bool) -> None:
     """Fold, or not, in plain torch and at any dtype."""
-    monkeypatch.setattr(fusion, "uses_triton", lambda *_: fold)
+    monkeypatch.setattr(match, "uses_triton", lambda *_: fold)
+    monkeypatch.setattr(match, "stack_of", lambda *_: "folding is tested")
 
 
 def _count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Layers of each segment that runs from here on."""
     seen: list[int] = []
-    real = fusion.segments
+    real = match.match
 
-    def spy(*arguments: object) -> list[object]:
-        result = real(*arguments)  # type: ignore[arg-type]
-        seen.extend(len(s.row) + (s.coupling is not None) if isinstance(s, fusion.Folded) else 1 for s in result)
-        return result  # type: ignore[return-value]
+    def spy(*arguments: object) -> match.Launch:
+        launch = real(*arguments)  # type: ignore[arg-type]
+        for s in launch.segments:
+            seen.append(len(s.row) + (s.coupling is not None) if isinstance(s, segments.Folded) else 1)
+        return launch
 
-    monkeypatch.setattr("linfast.flows.flow.segments", spy)
+    monkeypatch.setattr("linfast.flows.flow.match", spy)
     return seen
 
 
@@ -236,8 +238,8 @@ def test_weights_are_folded_outside_autocast(monkeypatch: pytest.MonkeyPatch) ->
     row = (_actnorm(), perturb(lf.Mix(4)), _actnorm())
     owner = nn.ModuleList(row)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = fusion.fold(owner, row, True)
-    for a, b in zip(narrow, fusion.fold(owner, row, True), strict=True):
+        narrow = segments.fold(owner, row, True)
+    for a, b in zip(narrow, segments.fold(owner, row, True), strict=True):
         assert torch.equal(a, b)  # type: ignore[arg-type]
 
 

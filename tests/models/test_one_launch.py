@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.flows.stack import FlowStack, find_stack
-from linfast.one_launch import OneLaunch, find_one_launch
+from linfast.flows.match import match
+from linfast.match import LinearizerLaunch, match_linearizer
 from tests.laws.zoo import perturb
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget
@@ -60,7 +60,7 @@ def test_flow_runs_as_one_stack(name: str) -> None:
     options, x = FLOWS[name], torch.randn(B, D, device=DEVICE)
     flow, context = _flow(**options), {"t": 0.3} if "time_features" in options else {}  # type: ignore[arg-type]
     with lf.backend("triton"):
-        assert isinstance(find_stack(flow.bijections, x, context), FlowStack)  # type: ignore[arg-type]
+        assert match(flow.bijections, x, context, False, False).why is None  # type: ignore[arg-type]
 
     def both_ways(g: lf.Flow, x: Tensor) -> list[Tensor]:
         z, log_det = g.forward_and_log_det(x, **context)
@@ -87,7 +87,7 @@ def test_linearizer_runs_as_one_launch(name: str) -> None:
     f, t = _linearizers()[name]
     f, x = f.to(DEVICE), torch.randn(B, D, device=DEVICE)
     with lf.backend("triton"):
-        assert isinstance(find_one_launch(f, x, t, {}), OneLaunch)
+        assert isinstance(match_linearizer(f, x, t, {}), LinearizerLaunch)
 
     def call(f: nn.Module, x: Tensor) -> list[Tensor]:
         y = f(x, t=t)
@@ -116,7 +116,7 @@ def test_what_runs_code_of_its_own_is_left_to_run_it(change: Callable[[lf.Flow],
     flow, x = _flow(), torch.randn(B, D, device=DEVICE)
     change(flow)
     with lf.backend("triton"):
-        assert isinstance(find_stack(flow.bijections, x, {}), str)  # type: ignore[arg-type]
+        assert match(flow.bijections, x, {}, False, False).why is not None  # type: ignore[arg-type]
         y = flow(x)
     assert torch.allclose(y, flow(x), atol=1e-5)
 
@@ -132,7 +132,7 @@ def test_hook_of_a_conditioner_runs() -> None:
 def test_per_sample_time_runs_layer_by_layer() -> None:
     flow, x, t = _flow(time_features=8), torch.randn(B, D, device=DEVICE), torch.rand(B, device=DEVICE)
     with lf.backend("triton"):
-        assert "input of its own" in str(find_stack(flow.bijections, x, {"t": t}))  # type: ignore[arg-type]
+        assert "input of its own" in str(match(flow.bijections, x, {"t": t}, False, False).why)  # type: ignore[arg-type]
         y = flow(x, t=t)
     assert torch.allclose(y, flow(x, t=t), atol=1e-5)
 
@@ -156,7 +156,7 @@ def test_operator_a_sample_runs_part_by_part() -> None:
     f, t = lf.Linearizer(_flow(1), lf.TimeLowRank(D, 2, hidden=16).to(DEVICE)), torch.rand(3, device=DEVICE)
     x = torch.randn(3, D, device=DEVICE)
     with lf.backend("triton"):
-        assert find_one_launch(f, x, t, {}) == "A: one operator a sample"
+        assert match_linearizer(f, x, t, {}) == "A: one operator per sample"
         y = f(x, t=t)
     assert torch.allclose(y, f(x, t=t), atol=1e-5)
 
@@ -175,14 +175,15 @@ def test_bad_input_is_answered_as_without_kernels(bad: Callable[[], Tensor], mes
 
 
 def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from linfast.flows import stack
+    from linfast.flows import match
 
     flow, x, packs = _flow(), torch.randn(3, D, device=DEVICE), []
-    pack = stack.pack_stack
-    monkeypatch.setattr(stack, "pack_stack", lambda *a, **k: packs.append(1) or pack(*a, **k))
+    pack = match.pack_stack
+    monkeypatch.setattr(match, "pack_stack", lambda *a, **k: packs.append(1) or pack(*a, **k))
     with lf.backend("triton"), torch.no_grad(), lf.freeze(flow):
         first, second = flow(x), flow(x)
         flow.inverse(x)
+        flow.forward_and_log_det(x)
     assert torch.equal(first, second)
     assert len(packs) == 2
     with lf.backend("triton"), lf.freeze(flow):

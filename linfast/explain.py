@@ -1,6 +1,6 @@
-"""What runs for a model and an input: the op, tile and precision of each part, and why, as data.
+"""explain: what runs for a model and an input, as data: the op, tile and precision of each part, and why.
 
-``plan`` asks the functions that choose at every call; it computes and launches nothing of the model but A.
+It asks the same functions that decide at every call (linfast.match, linfast.flows.match), and launches nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from .flows.bijection import Bijection
 from .flows.conditioners import MLP
 from .flows.couplings import AffineCoupling
 from .flows.flow import Flow
-from .flows.fusion import Folded, Single, segments
+from .flows.match import match
 from .flows.mix import Householder, Mix
-from .flows.stack import FlowStack, find_stack, mode_for
-from .kernels.stack_configs import target_of
+from .flows.segments import Folded, OneLaunch, Single
+from .kernels.stack_configs import StackConfig, target_of
 from .linearizer import Linearizer
-from .one_launch import OneLaunch, find_one_launch, unwrap
+from .match import LinearizerLaunch, match_linearizer, unwrap
 from .operators.base import LatentOperator
+from .ops.linearizer_stack import CouplingStack
 from .tables import aligned
 
 __all__ = ["Choice", "Plan", "explain", "plan"]
@@ -92,9 +93,11 @@ def explain(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **cont
 
 def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Iterator[Choice]:
     f._check_time(t)
-    launch = find_one_launch(f, x, t, context)
-    if isinstance(launch, OneLaunch):
-        yield _launch("f", "linearizer_stack", launch.stack, x, "g_x, A and the inverse of g_y in one launch")
+    launch = match_linearizer(f, x, t, context)
+    if isinstance(launch, LinearizerLaunch):
+        yield _one_launch(
+            "f", "linearizer_stack", launch, launch.g_x, x, "g_x, A and the inverse of g_y in one launch"
+        )
         return
     if why_reference(x) is None:
         yield Choice("f", "part by part", why=f"not one launch: {launch}")
@@ -105,28 +108,30 @@ def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Map
 
 def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], inverse: bool) -> Iterator[Choice]:
     g, context = unwrap(g, context)
-    reason = why_reference(x)
-    if reason is not None or not isinstance(g, Flow):
+    if why_reference(x) is not None or not isinstance(g, Flow):
         yield _layer(part, g, x)
         return
-    stack = find_stack(g.bijections, x, context)
-    if isinstance(stack, FlowStack):
-        yield _launch(part, "coupling_stack", stack, x, f"{len(stack.couplings)} couplings in one launch")
-        return
-    yield Choice(part, "layer by layer", why=f"not one launch: {stack}")
+    launch = match(g.bijections, x, context, inverse, False)
+    if launch.why is not None:
+        yield Choice(part, "layer by layer", why=f"not one launch: {launch.why}")
     names = {id(layer): f"{part}.{i}" for i, layer in enumerate(g.bijections)}
-    for segment in segments(g.bijections, x, inverse):
-        if isinstance(segment, Single):
+    for segment in launch.segments:
+        if isinstance(segment, OneLaunch):
+            why = f"{len(segment.stack.layers)} couplings in one launch"
+            yield _one_launch(part, "coupling_stack", segment, segment.stack, x, why)
+        elif isinstance(segment, Single):
             yield _layer(names[id(segment.layer)], segment.layer, x)
-        else:
+        elif isinstance(segment, Folded):
             yield _folded(segment, names)
 
 
-def _launch(part: str, op: str, stack: FlowStack, x: Tensor, why: str) -> Choice:
-    config = stack.config(x, linearizer=op == "linearizer_stack")
-    assert config is not None
-    size = f"D = {stack.features}, H = {stack.hidden} fit on {target_of(x)}"
-    return Choice(part, op, f"{config.rows} rows, {config.num_warps} warps", mode_for(x), f"{why}: {size}")
+def _one_launch(
+    part: str, op: str, launch: OneLaunch | LinearizerLaunch, g: CouplingStack, x: Tensor, why: str
+) -> Choice:
+    tile: StackConfig = launch.tile
+    hidden = max(weight.shape[0] for layer in g.layers for weight in layer.weights[:-1] or layer.weights)
+    size = f"D = {x.shape[1]}, H = {hidden} fit on {target_of(x)}"
+    return Choice(part, op, f"{tile.rows} rows, {tile.num_warps} warps", launch.precision, f"{why}: {size}")
 
 
 def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:

@@ -1,0 +1,142 @@
+"""What runs layers of a flow: each segment takes (x, context, inverse, log_det) and gives (y, log|det| or None).
+
+    OneLaunch   all layers in one kernel
+    Couplings   affine couplings with MLP conditioners in one loop of plain torch
+    Folded      channel-linear layers as one map, y = W_n(... W_1 x + b_1 ...) + b_n = W x + b, after a coupling
+                where there is one
+    Single      one layer as it is
+
+Which of them run is decided in ``linfast.flows.match``. Folded maps are formed in the graph at every call (or once
+inside ``linfast.freeze``), in fp32 or wider and outside autocast; log|det| is the sum of the parts'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..autocast import outside_autocast
+from ..device import tensor_of
+from ..freeze import derived
+from ..kernels.stack_configs import StackConfig
+from ..ops.channel_mix import channel_mix
+from ..ops.coupling_stack import coupling_stack
+from ..ops.linearizer_stack import CouplingStack
+from ..ops.plain_couplings import PlainCoupling, run_couplings
+from ..ops.stack_weights import PackedStack
+from .bijection import Bijection, constant_log_det, position_count, run, wide
+from .couplings import AffineCoupling
+
+__all__ = ["Couplings", "Folded", "OneLaunch", "Segment", "Single", "fold"]
+
+Outputs = tuple[Tensor, Tensor | None]
+
+
+class Segment(Protocol):
+    """What runs some layers."""
+
+    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs: ...
+
+
+# eq=False: Dynamo of torch 2.11 hashes what is called before its fields are there.
+@dataclass(eq=False)
+class Single:
+    """One layer as it is."""
+
+    layer: Bijection
+
+    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+        return run(self.layer, x, context, inverse, log_det)
+
+
+@dataclass(eq=False)
+class OneLaunch:
+    """All layers of a flow in one kernel.
+
+    Args:
+        stack: the layers' weights and options.
+        tile: of the kernel.
+        precision: of its products, resolved.
+        packed: the weights as the kernel reads them, where they are promised still; None: packed at every call.
+    """
+
+    stack: CouplingStack
+    tile: StackConfig
+    precision: str
+    packed: PackedStack | None
+
+    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+        g = self.stack
+        return coupling_stack(
+            x, g.layers, activation=g.activation, scale_map=g.scale_map, order=g.order, moves=g.moves, head=g.head,
+            inverse=inverse, log_det=log_det, precision=self.precision, packed=self.packed,
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Couplings:
+    """Affine couplings in a loop of plain torch.
+
+    Args:
+        layers: the modules.
+        couplings: their weights and options.
+        features, dtype: what they take; anything else is for the layers themselves to refuse.
+    """
+
+    layers: list[AffineCoupling]
+    couplings: list[PlainCoupling]
+    features: int
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+        if x.ndim == 2 and x.shape[1] == self.features and x.dtype == self.dtype:
+            return run_couplings(x, self.couplings, context.get("context"), inverse, log_det)
+        total: Tensor | None = None
+        for layer in reversed(self.layers) if inverse else self.layers:
+            x, part = run(layer, x, context, inverse, log_det)
+            total = part if total is None or part is None else total + part
+        return x, total
+
+
+@dataclass(eq=False)
+class Folded:
+    """A row of channel-linear layers as one map, after a coupling where there is one.
+
+    Args:
+        owner: the module that holds all of them; what is derived is kept under its name.
+    """
+
+    owner: nn.Module
+    coupling: AffineCoupling | None
+    row: tuple[Any, ...]
+
+    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+        name = "z" if inverse else "x"
+        layers = self.row if self.coupling is None else (self.coupling, *self.row)
+        for layer in layers:
+            layer._check(name, x, layer.features)
+        weight, bias = derived(self.owner, (inverse, self.row), lambda: fold(self.owner, self.row, inverse))
+        if self.coupling is None:
+            y, total = channel_mix(x, weight, bias), None
+        else:
+            y, total = self.coupling.transform_then_mix(x, context, inverse, log_det, weight, bias)
+        if not log_det:
+            return y, None
+        of_row = sum(layer.log_abs_det() for layer in self.row) * position_count(x)
+        part = constant_log_det(x, -of_row if inverse else of_row)
+        return y, part if total is None else total + part
+
+
+@outside_autocast
+def fold(owner: nn.Module, row: Sequence[Any], inverse: bool) -> tuple[Tensor, Tensor | None]:
+    """(W [C, C], b [C] or None for 0) of the row, in the order given, in the parameters' dtype."""
+    like = tensor_of(owner)
+    assert like is not None
+    weight, bias = torch.eye(row[0].features, dtype=wide(like).dtype, device=like.device), None
+    for layer in row:
+        weight, bias = layer.after(weight, bias, inverse)
+    return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)

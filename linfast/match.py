@@ -1,0 +1,157 @@
+"""Which code runs a whole Linearizer, y = g_y^{-1}(A g_x(x)): one launch, or its three parts one after another.
+
+One launch, which reads x once and writes y once, is for g_x and g_y that are coupling stacks of one tile
+(linfast.flows.stack), and A, at a time that all samples share, a square matrix or a diagonal of their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autocast import outside_autocast
+from .backend import why_reference
+from .flows.bijection import Conditioned
+from .flows.flow import Flow
+from .flows.match import Launch, kind_of, match, mode_for
+from .flows.stack import FlowStack, are_plain, is_plain, stack_of
+from .freeze import kept, kept_values
+from .kernels.stack_configs import StackConfig, config_for, target_of
+from .operators.base import LatentOperator
+from .operators.diagonal import Diagonal
+from .ops.linearizer_stack import (
+    CouplingStack,
+    PackedLinearizer,
+    linearizer_path_of,
+    linearizer_stack,
+    pack_linearizer,
+)
+
+__all__ = ["LinearizerLaunch", "Parts", "match_linearizer", "unwrap"]
+
+
+@dataclass(eq=False)
+class LinearizerLaunch:
+    """A Linearizer's call as one launch.
+
+    Args:
+        g_x, core, g_y: the weights of the three.
+        tile: of the kernel.
+        precision: of its products, resolved.
+        packed: the weights as the kernel reads them, where they are promised still; None: packed at every call.
+    """
+
+    g_x: CouplingStack
+    core: Tensor
+    g_y: CouplingStack
+    tile: StackConfig
+    precision: str
+    packed: PackedLinearizer | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y = g_y^{-1}(A g_x(x))."""
+        return linearizer_stack(x, self.g_x, self.core, self.g_y, precision=self.precision, packed=self.packed)
+
+
+@dataclass(eq=False)
+class Parts:
+    """A frozen Linearizer's call part by part, all three decided; for vectors, where no gradient is wanted."""
+
+    g_x: Launch
+    context_x: Mapping[str, Any]
+    A: LatentOperator
+    g_y: Launch
+    context_y: Mapping[str, Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y = g_y^{-1}(A g_x(x))."""
+        z = self.g_x(x, self.context_x, False, False)[0]
+        return self.g_y(self.A(z), self.context_y, True, False)[0]
+
+
+def match_linearizer(
+    f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]
+) -> LinearizerLaunch | Parts | str:
+    """What runs f(x), or why nothing runs it as a whole; while f is frozen, decided once for inputs of one kind."""
+    values = kept_values(f)
+    key = None if values is None or isinstance(t, Tensor) else kind_of(x, context, t, torch.is_grad_enabled())
+    if values is None or key is None:
+        return _decide(f, x, t, context, False)
+    return kept(values, f, key, lambda: _decide(f, x, t, context, True))
+
+
+def _decide(
+    f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any], still: bool
+) -> LinearizerLaunch | Parts | str:
+    """``still``: whether the weights were promised to stay as they are."""
+    launch = why_reference(x) or _as_one(f, x, t, context, still)
+    if isinstance(launch, str) and still and not torch.is_grad_enabled():
+        return _in_parts(f, x, t, context) or launch
+    return launch
+
+
+def _as_one(
+    f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any], still: bool
+) -> LinearizerLaunch | str:
+    if x.ndim != 2:
+        return f"x has {x.ndim} dimensions: no vectors"
+    stack_x = _stack("g_x", f.g_x, context)
+    stack_y = stack_x if f.g_y is f.g_x else _stack("g_y", f.g_y, context)
+    if isinstance(stack_x, str):
+        return stack_x
+    if isinstance(stack_y, str):
+        return stack_y
+    core = _core(f.A, t)
+    if isinstance(core, str):
+        return core
+    f.g_x._check("x", x, f.g_x.features)
+    f.g_y._check("x", x, None)  # of A x, which may have another number of features: dtype and device alone
+    precision, shared, maps = mode_for(x), stack_y is stack_x, max(stack_x.maps, stack_y.maps)
+    hidden = max(stack_x.hidden, stack_y.hidden)
+    tile = config_for(stack_x.features, hidden, stack_x.n_linear, precision, target_of(x), maps, True)
+    g_x = stack_x.weights(inverse=shared)
+    g_y = g_x if shared else stack_y.weights(inverse=True)
+    if tile is None or linearizer_path_of(x, g_x, core, g_y, precision) != "stack":
+        return "g_x and g_y fit no common tile, they differ in more than their weights, or A is not square"
+    packed = pack_linearizer(x, g_x, core, g_y, precision) if still else None
+    return LinearizerLaunch(g_x, core, g_y, tile, precision, packed)
+
+
+def _in_parts(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Parts | None:
+    (g_x, context_x), (g_y, context_y) = unwrap(f.g_x, context), unwrap(f.g_y, context)
+    if x.ndim != 2 or not are_plain((g_x, g_y), (Flow,)) or not is_plain(f.A, (type(f.A),)):
+        return None
+    z = x.new_empty(0, f.A.n_out)
+    f.g_x._check("x", x, f.g_x.features)
+    f.g_y._check("z", z, f.g_y.features_out)
+    launch_x = match(g_x.bijections, x, context_x, False, False)
+    launch_y = match(g_y.bijections, z, context_y, True, False)
+    return Parts(launch_x, context_x, f.A if t is None else f.A.at(t), launch_y, context_y)
+
+
+def unwrap(g: Any, context: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """What g.at(...) was taken of, and the context it then has."""
+    while is_plain(g, (Conditioned,)):
+        g, context = g.bijection, {**g.context, **context}
+    return g, context
+
+
+def _stack(name: str, g: Any, context: Mapping[str, Any]) -> FlowStack | str:
+    g, context = unwrap(g, context)
+    found = stack_of(g.bijections, context) if is_plain(g, (Flow,)) else f"{type(g).__name__} is no plain Flow"
+    return f"{name}: {found}" if isinstance(found, str) else found
+
+
+@outside_autocast
+def _core(A: LatentOperator, t: float | Tensor | None) -> Tensor | str:
+    """A's matrix [n_out, n] or its diagonal [n], or why it is neither."""
+    if not is_plain(A, (type(A),)):
+        return f"A: {type(A).__name__} has hooks"
+    leaf = None if isinstance(t, Tensor) and t.ndim else (A if t is None else A.at(t)).closed()
+    if leaf is None or leaf.batched:
+        return "A: one operator per sample"
+    return leaf.diagonal if isinstance(leaf, Diagonal) else leaf.to_dense()

@@ -1,0 +1,85 @@
+"""Affine couplings with MLP conditioners, one after another, in plain torch: what a CPU runs.
+
+    h = act(W_{n-1} ... act(W_1 k + b_1)) W_n + b_n = (shift, raw)      k the half that stays
+    m <- (m + shift) e^s  or  m e^s + shift                             s = scale_map(raw), m the half that moves
+
+and the inverse. The two halves of x [B, D] are kept apart from the first coupling to the last and joined once,
+and log_s is summed over the features once: a coupling is its products and its elementwise formula, nothing else.
+At a small batch the rest (joining, checking, dispatching to modules) costs more than the arithmetic.
+
+Autograd differentiates it. Under autocast the products are in its dtype; the state, the shift and the scale are in
+fp32 or wider, and the state is rounded to x's dtype after each coupling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..autocast import cat
+
+__all__ = ["PlainCoupling", "run_couplings"]
+
+
+class PlainCoupling(NamedTuple):
+    """One coupling.
+
+    Args:
+        weights, biases: of the conditioner's linear layers, [out, in] and [out] or None.
+        activation: what runs between them.
+        log_scale: from raw to log_s, elementwise.
+        scale_first: m e^s + shift in place of (m + shift) e^s.
+        interleaved: the conditioner gives shift and raw in turn, in place of [shift | raw].
+        moves: which half moves, 0 or 1.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    activation: Callable[[Tensor], Tensor]
+    log_scale: Callable[[Tensor], Tensor]
+    scale_first: bool
+    interleaved: bool
+    moves: int
+
+
+def run_couplings(
+    x: Tensor, couplings: Sequence[PlainCoupling], context: Tensor | None, inverse: bool, log_det: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y [B, D], log|det| [B] or None) of the couplings, first to last, or of their inverses, last to first.
+
+    Args:
+        x: [B, D].
+        couplings: at least one; those of a coupling's shapes fit, which is the caller's to know.
+        context: [B, C] that every conditioner takes beside the half that stays, or None.
+    """
+    dtype = x.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    halves = list(x.split(((x.shape[1] + 1) // 2, x.shape[1] // 2), dim=1))
+    sums: list[Tensor | None] = [None, None]
+    for weights, biases, activation, log_scale, scale_first, interleaved, moves in (
+        reversed(couplings) if inverse else couplings
+    ):
+        h = halves[1 - moves] if context is None else cat((halves[1 - moves], context), dim=1)
+        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+            h = activation(F.linear(h, weight, bias))
+        h = F.linear(h, weights[-1], biases[-1]).to(wide)
+        shift, raw = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
+        log_s, m = log_scale(raw), halves[moves].to(wide)
+        if inverse:
+            m = (m - shift) * (-log_s).exp() if scale_first else m * (-log_s).exp() - shift
+        else:
+            m = m * log_s.exp() + shift if scale_first else (m + shift) * log_s.exp()
+        halves[moves] = m.to(dtype)
+        if log_det:
+            before = sums[moves]
+            sums[moves] = log_s if before is None else before + log_s
+    totals = [part.sum(dim=1) for part in sums if part is not None]
+    y = cat(halves, dim=1)
+    if not log_det:
+        return y, None
+    total = totals[0] if len(totals) == 1 else totals[0] + totals[1]
+    return y, -total if inverse else total
