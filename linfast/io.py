@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .architecture import DTYPES, describe, register
 from .blueprint import Blueprint, build, size_list
 from .checks import check_kind, check_path
-from .device import usable_device
+from .dispatch import usable_device
 from .flows.mix import Mix, Permute, check_permutation
 from .rebuilt import check_rebuilt
 from .state import (

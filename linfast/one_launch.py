@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .autocast import outside_autocast
+from .dispatch import outside_autocast
 from .flows.bijection import Conditioned
 from .flows.flow import Flow
 from .flows.fusion import is_plain

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..device import has_values
+from ..dispatch import has_values
 from ..flows.memory import inverts
 from ..flows.reversible import Step, reversible
 from ..flows.undo import Cotangents, Outputs, Undone, undo

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autocast import autocast_dtype
+from ..dispatch import autocast_dtype
 
 __all__ = ["DRIFT_BUDGETS", "Checksum", "DriftGuard", "DriftWarning", "capturing", "drift", "drift_budget"]
 

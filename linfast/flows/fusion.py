@@ -23,9 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import outside_autocast
-from ..backend import uses_triton
-from ..device import tensor_of
+from ..dispatch import outside_autocast, tensor_of, uses_triton
 from ..freeze import derived
 from ..ops.channel_mix import channel_mix
 from .actnorm import ActNorm

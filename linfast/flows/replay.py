@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..backend import backend, chosen_backend
+from ..dispatch import backend, chosen_backend
 
 __all__ = ["Buffers", "Generators", "Replay", "put_back"]
 

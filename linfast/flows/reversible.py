@@ -30,7 +30,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_choice, check_kind, check_tensor
-from ..device import has_values
+from ..dispatch import has_values
 from .drift import Checksum, DriftGuard, capturing, drift_budget
 from .outside import keeps_a_piece, made_at, now, read_from_outside
 from .rebuild import Backward

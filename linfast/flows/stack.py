@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend import chosen_backend, uses_triton, why_reference
+from ..dispatch import chosen_backend, uses_triton, why_reference
 from ..freeze import derived, is_kept
 from ..kernels.stack_configs import StackConfig, config_for, mode_on, target_of
 from ..kernels.stack_layout import DENSE, DIAGONAL, NO_MAPS
