@@ -93,9 +93,9 @@ MUTANTS = (
     ),
     Mutant(
         name="precision: tf32 is on where it was not allowed",
-        file="linfast/precision.py",
-        old='"high": "tf32" if allowed == "tf32" else "high",',
-        new='"high": "tf32",',
+        file="linfast/dispatch.py",
+        old='return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "high"',
+        new='return "tf32"',
         breaks="Products lose thirteen bits without anyone having asked for it.",
         tests=(f"{_PRECISION}::test_tf32_is_never_on_silently",),
     ),
