@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         name="save: a failed save leaves half a file in the old one's place",
-        file="linfast/whole_file.py",
+        file="linfast/io.py",
         old="        yield str(partial)\n",
         new="        os.replace(partial, path)\n        yield str(path)\n        partial = path\n",
         breaks="The old model is gone before the new one is written.",
