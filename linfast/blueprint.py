@@ -4,7 +4,7 @@ A class keeps every argument of its constructor as an attribute of the same name
 would clash): ``describe`` reads the arguments off the modules, and ``build`` calls the constructors with them.
 
     {"class": name, "arguments": {...}}             a module; {"same": i} is the i-th described one again
-    {"tensor": shape, "dtype": ..., "values": ...}  a tensor; the values of integers only: a constructor may read them
+    {"tensor": shape, "dtype": ..., "values": ...}  a tensor; values of integers only, which a constructor may read
     {"list": [...]}, {"dict": {...}}, {"scale_map": {...}}, and numbers, strings, booleans and null as they are
 
 A file names only classes that linfast has or ``register`` was given: loading runs no foreign code. Nor can it make
@@ -123,9 +123,9 @@ def _describe_module(module: nn.Module, seen: dict[int, int], depth: int) -> Any
     depth = _deeper(depth, cls)
     renamed: Mapping[str, str] = getattr(module, "_config_names", {})
     # Of __init__, not of the class: a module without a constructor of its own takes no arguments.
-    own = cls.__init__ is not nn.Module.__init__  # type: ignore[misc]
+    own = cls.__init__ is not nn.Module.__init__
     arguments = {}
-    for name in list(inspect.signature(cls.__init__).parameters)[1:] if own else ():  # type: ignore[misc]
+    for name in list(inspect.signature(cls.__init__).parameters)[1:] if own else ():
         if not hasattr(module, renamed.get(name, name)):
             raise TypeError(f"cannot save a {kind}: it keeps no attribute {name!r}, an argument of its constructor")
         arguments[name] = _describe(getattr(module, renamed.get(name, name)), seen, depth, f"{kind}: {name}")

@@ -39,7 +39,7 @@ from .state import (
     unique,
 )
 
-__all__ = ["described", "load", "register", "save", "written_whole"]
+__all__ = ["load", "register", "save"]
 
 _Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _FORMAT = "linfast-1"

@@ -164,8 +164,8 @@ def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
             each.update(before)
 
 
-# In the graph of y = f(x, w) every path back from y ends at x, at w, or at a tensor that f read from elsewhere: from
-# a closure, a global, an attribute that is no parameter. A tensor that needs no gradient is not in the graph. A
+# In the graph of y = f(x, w) every path back from y ends at x, at w, or at a tensor that f read from elsewhere: a
+# closure's, a global's, an attribute that is no parameter. A tensor that needs no gradient is not in the graph. A
 # thread numbers the nodes that it makes in rising order.
 
 _REENTRANT = "CheckpointFunctionBackward"  # a reentrant checkpoint makes its graph only in the backward
