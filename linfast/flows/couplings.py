@@ -71,7 +71,7 @@ class _Coupling(Bijection):
         grad_kept, *rest = gradients((params, None), (grad_params, None), (kept, *tensors))
         if grad_kept is not None:
             self._kept(grad).add_(grad_kept)
-        return x, [grad, *rest], None
+        return x, [grad, *rest]
 
     def _kept(self, x: Tensor) -> Tensor:
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
