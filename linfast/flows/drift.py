@@ -84,7 +84,6 @@ class DriftGuard:
     def __init__(self) -> None:
         self._said: set[str] = set()
         self.kept: dict[str, str | None] = {}  # step -> what it keeps from one run to the next, in words
-        self.undone_alone: set[tuple[int, str]] = set()  # steps whose forward reads nothing that their inverse made
         self._flag: Tensor | None = None  # 1 + the step that strayed, or 0; made ahead of any capture
         self._captured = False
 

@@ -20,7 +20,6 @@ __all__ = [
     "Replay",
     "keeps_a_piece",
     "made_at",
-    "node_count",
     "now",
     "put_back",
     "read_from_outside",
@@ -169,7 +168,6 @@ def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
 # thread numbers the nodes that it makes in rising order.
 
 _REENTRANT = "CheckpointFunctionBackward"  # a reentrant checkpoint makes its graph only in the backward
-_SCRIPT = "DifferentiableGraphBackward"  # TorchScript makes one node or many of the same work
 
 
 def now(like: Tensor) -> int:
@@ -187,7 +185,7 @@ def _number(node: Any) -> int:
     return number
 
 
-def _walk(outputs: Iterable[Tensor | None], ends: Collection[Any], since: int) -> list[Any]:
+def _walk(outputs: Iterable[Tensor | None], ends: Collection[Any], since: int = 0) -> list[Any]:
     """The nodes behind the outputs, as far back as the ends, which are left out, and nodes older than ``since``."""
     found: dict[Any, None] = {}
     pending = _nodes(outputs)
@@ -209,44 +207,25 @@ def _nodes(tensors: Iterable[Tensor | None]) -> list[Any]:
 
 def read_from_outside(
     outputs: Iterable[Tensor | None], inputs: Iterable[Tensor], leaves: Iterable[Tensor], since: int
-) -> tuple[str | None, int]:
-    """(what in the outputs' graph needs a gradient and is none of these, in words; the number of nodes).
-
-    The first is None where nothing is read from outside; the second is then the graph's ``node_count``.
+) -> str | None:
+    """What in the outputs' graph needs a gradient and is none of these, in words; None where there is nothing.
 
     Args:
         inputs: the function's arguments, where the graph may end.
         leaves: its parameters, where it may end too.
         since: the number of a node made before the function ran; older ones belong to another computation.
     """
-    known, count = {id(leaf) for leaf in leaves}, 0
+    known = {id(leaf) for leaf in leaves}
     for node in _walk(outputs, set(_nodes(inputs)), since):
         if not node.next_functions and hasattr(node, "variable"):  # where a leaf's gradient is accumulated
             if id(node.variable) not in known:
-                return f"a tensor {tuple(node.variable.shape)}", count
+                return f"a tensor {tuple(node.variable.shape)}"
         elif _number(node) < since:
             kind = node.name().removesuffix("0").removesuffix("Backward")
-            return f"a tensor that was computed before ({kind})", count
+            return f"a tensor that was computed before ({kind})"
         elif node.name() == _REENTRANT:
-            return "what a checkpoint with use_reentrant=True hides", count
-        else:
-            count += 1
-    return None, count
-
-
-def node_count(outputs: Iterable[Tensor | None], since: int = 0) -> int | None:
-    """How many nodes lie between the outputs and the leaves; None where the same work may make more or fewer.
-
-    A function that is run again and has fewer nodes read something that was computed in between, without a graph or
-    before ``since``.
-    """
-    inner = _inner(_walk(outputs, (), since), since)
-    return None if any(_SCRIPT in node.name() for node in inner) else len(inner)
-
-
-def _inner(nodes: Iterable[Any], since: int = 0) -> list[Any]:
-    """Those of the nodes that are no leaf's and no older than ``since``."""
-    return [node for node in nodes if node.next_functions and _number(node) >= since]
+            return "what a checkpoint with use_reentrant=True hides"
+    return None
 
 
 class _Mark:
@@ -262,7 +241,7 @@ def keeps_a_piece(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor]) ->
     depend = set(_nodes(inputs))
     marks: dict[Any, weakref.ref[_Mark]] = {}
     users: list[tuple[weakref.ref[_Mark], weakref.ref[_Mark]]] = []
-    for node in sorted(_inner(_walk(outputs, depend, 0)), key=_number):
+    for node in sorted((node for node in _walk(outputs, depend) if node.next_functions), key=_number):
         node.metadata[_Mark] = mark = _Mark()
         marks[node] = weakref.ref(mark)
         below = [each for each, _ in node.next_functions if each is not None]

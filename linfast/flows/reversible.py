@@ -54,8 +54,7 @@ class Step:
         name: for messages.
         module: whose parameters and buffers it reads.
         forward: (x, context) -> (y, log_det [B] or None).
-        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors], the number of
-            the graph's nodes or None).
+        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors]).
     """
 
     name: str
@@ -93,8 +92,8 @@ def reversible(
     Gradients reach x, the steps' parameters and the tensors in ``context``. A step that reads another tensor that
     needs a gradient (a closure's, a global's, another step's parameter) cannot be rebuilt: memory="auto" stores it
     and the steps after it, and warns once; "invert" raises. "auto" also stores a step that keeps what its first
-    run made of its parameters and reads that later; with "invert" one step may read it. In a step's first backward
-    its inverse has a graph, so that what the inverse keeps has gradients.
+    run made of its parameters and reads that later; with "invert" one step may read it. In the backward a step may
+    read what its inverse kept.
 
     Until the backward x, y and a few numbers per step are kept, and for a step that draws random numbers or writes
     to buffers what these were (5 KB for the CPU's generator). y must not be written to. A backward with
@@ -113,8 +112,8 @@ def reversible(
 
     Raises:
         RuntimeError: with "invert", for a step that reads what cannot be rebuilt. In the backward,
-            where a parameter was replaced or written to since, or where the steps do not repeat themselves:
-            random numbers that are not torch's, a tensor without a graph that a later call's inverse kept.
+            where a parameter was replaced or written to since, or where the steps do not repeat themselves, as
+            with random numbers that are not torch's.
     """
     check_kind("steps", steps, Sequence)
     for i, step in enumerate(steps):
@@ -185,7 +184,6 @@ class Chain:
         self.parameters = list({id(p): p for parameters in self.parameters_of for p in parameters}.values())
         self._leaves, self._spec = tree_flatten(dict(context))
         self.given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-        self.counts: list[int] = []  # the number of nodes in each step's graph
         self.noted: dict[int, tuple[Tensor, Cotangents]] = {}  # during a backward: count -> y, its gradients
 
     def must_store(self, x: Tensor) -> bool:
@@ -228,8 +226,7 @@ class Chain:
                 own = self.parameters_of[i]
                 with self.replay.noting(step.module, own):
                     out, part = step.forward(start, context)
-                what, count = read_from_outside((out, part), (start, *given), own, made_at(start))
-                self.counts.append(count)
+                what = read_from_outside((out, part), (start, *given), own, made_at(start))
                 if memory == "auto" and what is None:
                     if step.name not in self.guard.kept:
                         kept = keeps_a_piece((out, part), (start, *given))
@@ -254,7 +251,7 @@ class Chain:
         with self.replay.again(own):
             self.replay.rewind(i)
             out, part = self.steps[i].forward(start, self.context_of(given))
-        return out, part, read_from_outside((out, part), (start, *given), own, since)[0]
+        return out, part, read_from_outside((out, part), (start, *given), own, since)
 
     def _link(self, count: int, y: Tensor, log_det: Tensor | None, anchor: Tensor) -> Outputs:
         made = [t.detach() for t in (y, log_det) if t is not None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .drift import drift
-from .replay import Buffers, Generators, node_count, now, put_back
+from .replay import Buffers, Generators, put_back
 
 if TYPE_CHECKING:
     from .reversible import Chain
@@ -23,10 +23,8 @@ Outputs = tuple[Tensor, Tensor | None]
 Cotangents = tuple[Tensor, Tensor | None]
 """The gradients of y and log_det."""
 
-Undone = tuple[Tensor, list[Tensor | None], int | None]
-"""x, the gradients of x and of the tensors asked for (None for one that is not reached), and the ``node_count`` of
-the step that was run again (None where it does not run as it did at first).
-"""
+Undone = tuple[Tensor, list[Tensor | None]]
+"""x, and the gradients of x and of the tensors asked for (None for one that is not reached)."""
 
 
 def undo(
@@ -40,18 +38,16 @@ def undo(
     """x = inverse(y), then forward(x) and its backward: one evaluation of each, both from the same state.
 
     The state is that of the random number generators and of the buffers of ``module``. Where gradients are enabled,
-    what the inverse computes has a graph, which is not counted, and forward may read what the inverse kept.
+    what the inverse computes has a graph: forward may read what the inverse kept.
     """
     generators, buffers = Generators([y.device]), Buffers(module)
     state = generators.state()
     x = inverse(y).detach().requires_grad_()
     generators.set(state)
     put_back(buffers.written())
-    since = now(x) if torch.is_grad_enabled() else 0
     with torch.enable_grad():
         outputs = forward(x)
-    count = node_count(outputs, since)
-    return x.detach(), gradients(outputs, cotangents, (x, *tensors)), count
+    return x.detach(), gradients(outputs, cotangents, (x, *tensors))
 
 
 def gradients(
@@ -85,9 +81,8 @@ class Backward:
             given = [t.detach().requires_grad_(need) for t, need in zip(given, needs[1 + n :], strict=True)]
         self.context = chain.context_of(given)
         self.tensors = (*chain.parameters, *given)
-        needed = {id(t) for t, need in zip(self.tensors, needs[1:], strict=True) if need}
-        self._frozen = needed - {id(t) for t in self.tensors if t.requires_grad}  # since the forward
-        self._wanted = needed - self._frozen
+        needed = zip(self.tensors, needs[1:], strict=True)  # one may have been frozen since the forward
+        self._wanted = {id(t) for t, need in needed if need and t.requires_grad}
         self._given = [t for t in given if id(t) in self._wanted]
         self._sums: dict[int, Tensor] = {}
         own = chain.parameters_of[:count]
@@ -119,27 +114,12 @@ class Backward:
         for i in reversed(range(self.first, self.count)):
             self.chain.replay.rewind(i)
             wanted = self._wanted_of([i])
-            y, (grad, *found) = self._undo(i, y, (grad, grad_log_det), wanted)
+            with torch.enable_grad():  # what the inverse keeps has gradients, which the forward may need
+                y, (grad, *found) = self.chain.steps[i].undo(y, (grad, grad_log_det), wanted, self.context)
             assert grad is not None  # an invertible map reaches its input
             self._add(wanted, found)
             rows.append(self.chain.checksum(y))
         return grad, torch.stack(rows[::-1])
-
-    def _undo(
-        self, i: int, y: Tensor, cotangents: Cotangents, wanted: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Step i undone. Its inverse has a graph until its forward is known to read nothing that this one kept."""
-        step, alone, first = self.chain.steps[i], self.chain.guard.undone_alone, self.chain.counts[i]
-        with torch.set_grad_enabled((i, step.name) not in alone):
-            x, found, count = step.undo(y, cotangents, wanted, self.context)
-        if count is not None and count >= first:
-            alone.add((i, step.name))
-        elif (i, step.name) in alone and not self._frozen & {id(p) for p in self.chain.parameters_of[i]}:
-            raise RuntimeError(
-                f"{step.name} reads what its inverse computed without a graph and kept, and the gradient of that "
-                "is lost: use memory='store'"
-            )
-        return x, found
 
     def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor:
         """dx, from the chain's own input."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from linfast.bench.rounding import allowed_errors, operand_rounding, relative_error
 from torch import Tensor
 
 import linfast as lf
-from linfast.bench.rounding import allowed_errors, operand_rounding, relative_error
 from linfast.dispatch import plain_torch
 from tests.machine_code.variants import DTYPES, Variant
 

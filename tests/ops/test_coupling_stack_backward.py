@@ -13,10 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from linfast.bench.rounding import N_PARTS
 from torch import Tensor
 
 import linfast as lf
-from linfast.bench.rounding import N_PARTS
 from linfast.kernels import coupling_stack_backward as backward
 from linfast.kernels import row_products, stack_pass
 from linfast.kernels.row_products import ADD, MULTIPLY, SET, Mode, launch_linear, launch_outer, n_splits
