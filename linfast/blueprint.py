@@ -99,19 +99,15 @@ def _describe(value: Any, seen: dict[int, int], depth: int, name: str) -> Any:
             raise TypeError(f"cannot save {name}, a dictionary whose keys are not strings: {list(value)}")
         return {"dict": {key: _describe(item, seen, depth, name) for key, item in value.items()}}
     if isinstance(value, Tensor):
-        return _describe_tensor(value)
+        dtype = str(value.dtype).removeprefix("torch.")
+        described = {"tensor": list(value.shape), "dtype": dtype, "parameter": isinstance(value, nn.Parameter)}
+        readable = dtype in DTYPES and value.layout is torch.strided and not value.is_meta
+        return described | ({"values": value.tolist()} if readable and not value.is_floating_point() else {})
     if isinstance(value, ScaleMap):
         return {"scale_map": {key: _checked_number(number, name) for key, number in asdict(value).items()}}
     if value is None or isinstance(value, (bool, int, float, str)):
         return _checked_number(value, name)
     raise TypeError(f"cannot save {name}, an argument of type {type(value).__name__}")
-
-
-def _describe_tensor(value: Tensor) -> dict[str, Any]:
-    dtype = str(value.dtype).removeprefix("torch.")
-    described = {"tensor": list(value.shape), "dtype": dtype, "parameter": isinstance(value, nn.Parameter)}
-    readable = dtype in DTYPES and value.layout is torch.strided and not value.is_meta
-    return {**described, "values": value.tolist()} if readable and not value.is_floating_point() else described
 
 
 def _describe_module(module: nn.Module, seen: dict[int, int], depth: int) -> Any:
@@ -175,8 +171,8 @@ def build(architecture: Any, tensors: int) -> Blueprint:
     except _Refused as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # a constructor raises what it likes at arguments that it was never meant to see
-        said = _first_line(error) if isinstance(error, (ValueError, TypeError)) else f"{error!r:.200}"
-        raise ValueError(f"the architecture cannot be built ({said})") from error
+        why = _first_line(error) if isinstance(error, (ValueError, TypeError)) else f"{error!r:.200}"
+        raise ValueError(f"the architecture cannot be built ({why})") from error
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _FILLED and _holds_meta(value):
@@ -311,9 +307,8 @@ def _integers(values: Any, shape: list[int], dtype: torch.dtype) -> Tensor:
     value = given.to(dtype)
     same_kind = not given.is_floating_point() and (given.dtype is torch.bool) == (dtype is torch.bool)
     if list(given.shape) != shape or not same_kind or not torch.equal(value.to(given.dtype), given):
-        raise ValueError(
-            f"values of {given.dtype} and shape {list(given.shape)} for a tensor of {dtype} and {shape}"
-        )
+        what = f"values of {given.dtype} and shape {list(given.shape)}"
+        raise ValueError(f"{what} for a tensor of {dtype} and {shape}")
     return value
 
 

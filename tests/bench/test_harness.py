@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from linfast.bench import check, harness, timing
 from linfast.bench.cases import CASES
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
 from linfast.bench.memory import peak_bytes
@@ -14,7 +15,6 @@ from linfast.bench.report import table
 from torch import Tensor
 
 import linfast as lf
-from linfast.bench import check, harness, timing
 from linfast.dispatch import plain_torch
 from tests.kernel_stand_in import FAULTS, Kernels
 

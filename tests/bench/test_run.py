@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from linfast.bench import ceilings
 from linfast.bench.cases import CASES
 from linfast.bench.crossover import crossovers
 from linfast.bench.environment import describe
@@ -17,8 +18,6 @@ from linfast.bench.harness import SCALES, Case, Options, Problem, Provider, Size
 from linfast.bench.plan import too_large
 from linfast.bench.report import json_line, parse, shares, table
 from linfast.bench.run import main
-
-from linfast.bench import ceilings
 
 from .toy import COST, CPU, Clock, run, softplus
 

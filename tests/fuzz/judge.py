@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from linfast.bench import rounding
 from torch import Tensor
 
-from linfast.bench import rounding
 from linfast.dispatch import plain_torch
 
 __all__ = ["NO_BUDGET", "VISIBLE", "Finding", "Judge", "Truth", "listed", "moves_by", "truth_of"]
