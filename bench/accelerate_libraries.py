@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 from linfast.precision import full_precision
 from linfast.tables import aligned
 

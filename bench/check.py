@@ -5,7 +5,7 @@ For each output o of a call, with truth t in float64,
     error(o) = |o - t|_2 / |t|_2          (|o|_2 where t is zero)
     allowed  = of the eager reference's errors under the model of ``rounding``, over the inputs and its draws
 
-Truth and reference run in plain torch whatever the backend is (``linfast.backend.plain_torch``): neither can be
+Truth and reference run in plain torch whatever the backend is (``linfast.dispatch.plain_torch``): neither can be
 the kernel under test. A provider is refused unless every output of every input is within its allowance, and
 where that is 1 or more: zeros would pass.
 """
@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 
 from .rounding import DRAWS, allowed_error, drawn, relative_error
 

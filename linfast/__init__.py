@@ -3,8 +3,8 @@
 from . import _command, ops  # noqa: F401  # _command first: from there on the command is interrupted in one line
 from ._version import __version__
 from .accelerate import accelerate, register_adapter, restore
-from .backend import backend
 from .compat.from_reference import from_reference
+from .dispatch import backend
 from .explain import explain, plan
 from .flows import (
     MLP,

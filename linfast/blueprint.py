@@ -1,7 +1,15 @@
-"""Building what ``architecture.describe`` described, on the meta device: modules without numbers.
+"""A model's modules as JSON, and the model built again from it on the meta device, without numbers.
 
-No constructor may run away with what a file says: its arguments are of the types that its signature
-names, modules are shared in so many ways at most, and it makes about as many tensors as the file holds.
+A class keeps every argument of its constructor as an attribute of the same name (``_config_names`` renames one that
+would clash): ``describe`` reads the arguments off the modules, and ``build`` calls the constructors with them.
+
+    {"class": name, "arguments": {...}}             a module; {"same": i} is the i-th described one again
+    {"tensor": shape, "dtype": ..., "values": ...}  a tensor; values of integers only, which a constructor may read
+    {"list": [...]}, {"dict": {...}}, {"scale_map": {...}}, and numbers, strings, booleans and null as they are
+
+A file names only classes that linfast has or ``register`` was given: loading runs no foreign code. Nor can it make
+``build`` run away: arguments must have the types in the constructor's signature, modules are shared in a limited
+number of ways, and the constructors make about as many tensors as the file holds.
 """
 
 from __future__ import annotations
@@ -11,23 +19,135 @@ import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .architecture import DTYPES, checked_number, deeper, registered
+from . import flows, operators
+from .linearizer import Linearizer
 from .scale_maps import ScaleMap
 
-__all__ = ["Blueprint", "build", "size_list"]
+__all__ = ["DTYPES", "Blueprint", "build", "describe", "is_described", "register", "size_list"]
 
-_MOST_PATHS = 100_000  # ways to a module from the root, all modules together: state_dict() and to() follow each
-_CALLS, _CALLS_PER_TENSOR = 20_000, 100  # of torch while building; linfast's own modules take 15 a tensor at most
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
+# Of Python's 1000 frames a call of an operator inside others takes 3 or fewer, and of another module 10 or fewer.
+_FRAMES, _OPERATOR_FRAMES, _MOST_FRAMES = 10, 3, 750
+_MOST_PATHS = 100_000  # from the root to modules, all modules together: state_dict() and to() follow each
+_CALLS, _CALLS_PER_TENSOR = 20_000, 100  # of torch while building; linfast's own modules take up to 15 per tensor
+
+_Class = TypeVar("_Class", bound=type)
+_CLASSES: dict[str, type] = {}
+
+
+def register(cls: _Class) -> _Class:
+    """Class decorator: let ``save`` and ``load`` handle modules of this class.
+
+    Each constructor argument must be kept as an attribute of the same name. ``load`` runs the constructor on
+    the meta device: it must not read the values of tensors that it makes, and keep them as parameters or buffers.
+
+    Raises:
+        TypeError: not a class of modules.
+        ValueError: another class of this name is registered.
+    """
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise TypeError(f"cls must be a subclass of torch.nn.Module; got {cls!r}")
+    if _CLASSES.setdefault(cls.__name__, cls) is not cls:
+        raise ValueError(f"a class named {cls.__name__!r} is registered already")
+    return cls
+
+
+_ABSTRACT = (flows.Bijection, operators.LatentOperator, operators.lazy.Lazy)
+register(Linearizer)
+for _package in (flows, operators, operators.lazy):
+    for _cls in map(vars(_package).get, _package.__all__):
+        if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _cls not in _ABSTRACT:
+            register(_cls)
+
+
+def is_described(module: nn.Module) -> bool:
+    """Whether a file says how to construct this module: its class is registered."""
+    return _CLASSES.get(type(module).__name__) is type(module)
+
+
+def describe(model: nn.Module) -> Any:
+    """A model's modules as JSON.
+
+    Raises:
+        TypeError: a part whose class or argument cannot be described (see ``register``).
+        ValueError: a number that JSON does not have, or parts too deep inside one another.
+    """
+    return _describe(model, {}, 0, "the model")
+
+
+def _describe(value: Any, seen: dict[int, int], depth: int, name: str) -> Any:
+    """JSON of the constructor argument of this name; a module seen before becomes a reference to it."""
+    if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
+        return {"same": seen[id(value)]} if id(value) in seen else _describe_module(value, seen, depth)
+    if isinstance(value, (tuple, list, nn.ModuleList)):
+        return {"list": [_describe(item, seen, depth, name) for item in value]}
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"cannot save {name}, a dictionary whose keys are not strings: {list(value)}")
+        return {"dict": {key: _describe(item, seen, depth, name) for key, item in value.items()}}
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        described = {"tensor": list(value.shape), "dtype": dtype, "parameter": isinstance(value, nn.Parameter)}
+        readable = dtype in DTYPES and value.layout is torch.strided and not value.is_meta
+        return described | ({"values": value.tolist()} if readable and not value.is_floating_point() else {})
+    if isinstance(value, ScaleMap):
+        return {"scale_map": {key: _checked_number(number, name) for key, number in asdict(value).items()}}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return _checked_number(value, name)
+    raise TypeError(f"cannot save {name}, an argument of type {type(value).__name__}")
+
+
+def _describe_module(module: nn.Module, seen: dict[int, int], depth: int) -> Any:
+    cls, kind = type(module), type(module).__name__
+    if not is_described(module):
+        parametrized = hasattr(module, "parametrizations")
+        advice = "; remove its parametrizations (torch.nn.utils.parametrize) first" if parametrized else ""
+        raise TypeError(f"cannot save a {kind}: register its class with linfast.io.register{advice}")
+    depth = _deeper(depth, cls)
+    renamed: Mapping[str, str] = getattr(module, "_config_names", {})
+    # Of __init__, not of the class: a module without a constructor of its own takes no arguments.
+    own = cls.__init__ is not nn.Module.__init__
+    arguments = {}
+    for name in list(inspect.signature(cls.__init__).parameters)[1:] if own else ():
+        if not hasattr(module, renamed.get(name, name)):
+            raise TypeError(f"cannot save a {kind}: it keeps no attribute {name!r}, an argument of its constructor")
+        arguments[name] = _describe(getattr(module, renamed.get(name, name)), seen, depth, f"{kind}: {name}")
+    seen[id(module)] = len(seen)
+    return {"class": kind, "arguments": arguments}
+
+
+def _checked_number(value: Any, name: str) -> Any:
+    """value, which may be of another type; ValueError for a number that a file may not hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits at most")
+    return value
+
+
+def _deeper(depth: int, cls: type) -> int:
+    """The depth inside a module of this class; ValueError where Python could not call it any more."""
+    depth += _OPERATOR_FRAMES if issubclass(cls, operators.LatentOperator) else _FRAMES
+    if depth > _MOST_FRAMES:
+        raise ValueError("its modules lie too deep inside one another")
+    return depth
 
 
 class Blueprint(NamedTuple):
-    """A model without numbers, the modules that the architecture names, and the tensors that it gives them."""
+    """A model without numbers, the modules that its description names, and the tensors that it gives them."""
 
     model: nn.Module
     parts: list[nn.Module]
@@ -51,41 +171,37 @@ def build(architecture: Any, tensors: int) -> Blueprint:
     except _Refused as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # a constructor raises what it likes at arguments that it was never meant to see
-        raise ValueError(f"the architecture cannot be built ({_first_line(error)})") from error
+        why = _first_line(error) if isinstance(error, (ValueError, TypeError)) else f"{error!r:.200}"
+        raise ValueError(f"the architecture cannot be built ({why})") from error
     for path, module in model.named_modules():
-        _check_holds_none(path, module)
+        for name, value in vars(module).items():
+            if name not in _FILLED and _holds_meta(value):
+                raise ValueError(
+                    f"{type(module).__name__}{f' {path}' if path else ''} keeps {name!r}, a tensor that is neither "
+                    "a parameter nor a buffer: register it as one"
+                )
     return Blueprint(model, builder.parts, builder.given)
 
 
-class _Refused(Exception):
-    """An error that says all there is to say."""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] if isinstance(error, (ValueError, TypeError)) else f"{error!r:.200}"
-
-
-def _check_holds_none(path: str, module: nn.Module) -> None:
-    """Raise where a module keeps a tensor that ``load`` could not fill."""
-    kept = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # the last are an LSTM's parameters
-    for name, value in vars(module).items():
-        if name not in kept and _holds_meta(value):
-            raise ValueError(
-                f"{type(module).__name__}{f' {path}' if path else ''} keeps {name!r}, a tensor that is neither a "
-                "parameter nor a buffer: register it as one"
-            )
+_FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # the last are an LSTM's parameters
 
 
 def _holds_meta(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_meta(item) for item in value)
+    if isinstance(value, (list, tuple, dict)):
+        return any(map(_holds_meta, value.values() if isinstance(value, dict) else value))
     return isinstance(value, Tensor) and value.is_meta
 
 
+class _Refused(Exception):
+    """An error whose message needs nothing added to it."""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
+
+
 class _CallLimit(TorchFunctionMode):
-    """Inside, torch is called so many times at most: a size in a file is no licence to make 10^5 layers."""
+    """Inside, torch may be called a limited number of times: a size in a file must not make 10^5 layers."""
 
     def __init__(self, calls: int) -> None:
         super().__init__()
@@ -101,35 +217,38 @@ class _CallLimit(TorchFunctionMode):
 
 
 class _Builder:
-    """Builds nodes of an architecture; ``parts`` are the modules in the order they were described."""
+    """Builds what nodes describe; ``parts`` are the modules in the order that they were described in."""
 
     def __init__(self) -> None:
         self.parts: list[nn.Module] = []
         self.given: list[Tensor] = []
-        self._paths: list[int] = []  # ways from each part to the modules in it, itself among them
+        self._paths: list[int] = []  # the number of ways from each part to the modules in it, itself among them
         self._so_far = [0]  # the same of the parts under construction, the innermost last
 
     def module(self, node: Any, depth: int) -> nn.Module:
         name = _of_type(dict, node)["class"]
-        cls = registered(name)
+        cls = _CLASSES.get(name) if isinstance(name, str) else None
         if cls is None:
             raise _Refused(f"unknown class {name!r:.60}: register it with linfast.io.register first")
-        depth = deeper(depth, cls)
+        depth = _deeper(depth, cls)
         self._so_far.append(1)
         arguments = {}
-        for key in _of_type(dict, node["arguments"]):  # loops: a comprehension is a frame of Python's 1000 more
+        for key in _of_type(
+            dict, node["arguments"]
+        ):  # loops: a comprehension takes one more of Python's 1000 frames
             arguments[key] = self._value(node["arguments"][key], depth, f"{name}: {key}")
         try:
             self.parts.append(_call(cls, arguments))
         except RuntimeError as error:
             if isinstance(error, RecursionError):
                 raise
-            why = str(error).partition("\n")[0]
-            raise _Refused(f"a {name} cannot be constructed on the meta device ({why})") from error
+            raise _Refused(f"a {name} cannot be constructed on the meta device ({_first_line(error)})") from error
         self._paths.append(self._so_far.pop())
-        return self._reached(len(self.parts) - 1)
+        return self._part(len(self.parts) - 1)
 
-    def _reached(self, index: int) -> nn.Module:
+    def _part(self, index: Any) -> nn.Module:
+        if type(index) is not int or not 0 <= index < len(self.parts):
+            raise _Refused(f"the architecture refers to module {index!r:.60}, which was not built before")
         self._so_far[-1] += self._paths[index]
         if self._so_far[-1] > _MOST_PATHS:
             raise _Refused(f"the architecture shares modules: more than {_MOST_PATHS} ways lead to them")
@@ -138,18 +257,18 @@ class _Builder:
     def _value(self, node: Any, depth: int, name: str) -> Any:
         """The argument of this name."""
         if node is None or isinstance(node, (bool, int, float, str)):
-            return checked_number(node, name)
+            return _checked_number(node, name)
         if not isinstance(node, dict):
             raise _Refused(f"unknown entry in the architecture: {name} is {node!r:.60}")
         if "class" in node:
             return self.module(node, depth)
         if "same" in node:
-            return self._same(node["same"])
+            return self._part(node["same"])
         if "tensor" in node:
             return self._tensor(node)
         if "scale_map" in node:
             numbers = _of_type(dict, node["scale_map"]).items()
-            return _call(ScaleMap, {key: checked_number(number, name) for key, number in numbers})
+            return _call(ScaleMap, {key: _checked_number(number, name) for key, number in numbers})
         if "list" not in node and "dict" not in node:
             raise _Refused(f"unknown entry in the architecture: {name} has {sorted(node)!r:.60}")
         items = dict(enumerate(_of_type(list, node["list"]))) if "list" in node else _of_type(dict, node["dict"])
@@ -157,11 +276,6 @@ class _Builder:
         for key in items:
             built[key] = self._value(items[key], depth, name)
         return list(built.values()) if "list" in node else built
-
-    def _same(self, index: Any) -> nn.Module:
-        if type(index) is not int or not 0 <= index < len(self.parts):
-            raise _Refused(f"the architecture refers to module {index!r:.60}, which was not built before")
-        return self._reached(index)
 
     def _tensor(self, node: dict[str, Any]) -> Tensor:
         shape, dtype = size_list(node["tensor"]), DTYPES.get(node["dtype"])
@@ -193,9 +307,8 @@ def _integers(values: Any, shape: list[int], dtype: torch.dtype) -> Tensor:
     value = given.to(dtype)
     same_kind = not given.is_floating_point() and (given.dtype is torch.bool) == (dtype is torch.bool)
     if list(given.shape) != shape or not same_kind or not torch.equal(value.to(given.dtype), given):
-        raise ValueError(
-            f"values of {given.dtype} and shape {list(given.shape)} for a tensor of {dtype} and {shape}"
-        )
+        what = f"values of {given.dtype} and shape {list(given.shape)}"
+        raise ValueError(f"{what} for a tensor of {dtype} and {shape}")
     return value
 
 
@@ -209,17 +322,11 @@ def _call(cls: type, arguments: dict[str, Any]) -> Any:
     for name, value in arguments.items():
         left_out = value is None and name in parameters and parameters[name].default is None
         if name in hints and not left_out and not _fits(value, hints[name]):
+            hint = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
+            hint = hint.replace("typing.", "").replace("collections.abc.", "")
             shown = f"a {type(value).__name__}" if isinstance(value, (nn.Module, Tensor)) else f"{value!r:.60}"
-            raise TypeError(f"{cls.__name__}: {name} must be {_hint_name(hints[name])}; got {shown}")
+            raise TypeError(f"{cls.__name__}: {name} must be {hint}; got {shown}")
     return cls(**arguments)
-
-
-def _hint_name(hint: Any) -> str:
-    return (
-        hint.__name__
-        if isinstance(hint, type)
-        else str(hint).replace("typing.", "").replace("collections.abc.", "")
-    )
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -227,10 +334,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
-    if origin is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool)
     if origin is Any or not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
         return True
     if issubclass(origin, Mapping):

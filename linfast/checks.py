@@ -1,4 +1,4 @@
-"""What arguments may be, checked at the heads of functions: each error names the argument and what was given.
+"""Checks of arguments at the heads of functions: each error names the argument and shows what was given.
 
 The checks of tensors read what the host knows (type, dtype, device, number of dimensions), never a value, and
 trace under torch.compile.
@@ -35,29 +35,25 @@ __all__ = [
     "said_of",
 ]
 
-_MOST = 2**31 - 1  # a size beyond it is a mistake
+_MOST = 2**31 - 1  # a larger size is a mistake
 _LARGEST = sys.float_info.max
 
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""What is computed in. A float8 tensor is floating point to torch, which has no arithmetic for it."""
+"""The dtypes that are computed in. A float8 tensor is floating point to torch, which has no arithmetic for it."""
 
 _TIMES = (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def check_dense(name: str, x: object) -> Tensor:
-    """x; TypeError unless it is a tensor with a shape and strides: no sparse, nested, mkldnn or lazy one."""
-    if (
-        not isinstance(x, Tensor)
-        or x.layout is not torch.strided
-        or x.is_nested
-        or isinstance(x, UninitializedTensorMixin)
-    ):
+    """x; TypeError unless it is a tensor with a shape and strides: not sparse, nested, mkldnn or lazy."""
+    dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
+    if not dense or isinstance(x, UninitializedTensorMixin):
         raise TypeError(f"{name} must be a {'dense ' if isinstance(x, Tensor) else ''}tensor; got {_shown(x)}")
-    return x
+    return x  # type: ignore[return-value]
 
 
-def check_tensor(name: str, x: object, like: Tensor | None = None, of: str = "x", same_dtype: bool = False) -> None:
+def check_tensor(name: str, x: Any, like: Tensor | None = None, of: str = "x", same_dtype: bool = False) -> None:
     """Raise unless x is a dense tensor of one of ``DTYPES``, on the device of ``like``, the argument named ``of``.
 
     Args:
@@ -67,35 +63,25 @@ def check_tensor(name: str, x: object, like: Tensor | None = None, of: str = "x"
         TypeError: no dense tensor.
         ValueError: another dtype or device.
     """
-    if (  # check_dense's conditions again: on every call's way, where a call of Python counts
-        not isinstance(x, Tensor)
-        or x.dtype not in DTYPES
-        or x.layout is not torch.strided
-        or x.is_nested
-        or isinstance(x, UninitializedTensorMixin)
-    ):
+    # The common case is decided here: each call of Python counts.
+    if type(x) not in _PLAIN or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         x = check_dense(name, x)
-        bits = " of at least 16 bits" if x.is_floating_point() else ""
-        raise ValueError(f"{name} must be floating point{bits}; got {x.dtype} {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            bits = " of at least 16 bits" if x.is_floating_point() else ""
+            raise ValueError(f"{name} must be floating point{bits}; got {x.dtype} {tuple(x.shape)}")
     if like is not None and x.device != like.device:
         raise ValueError(f"{name} is on {x.device} and {of} on {like.device}")
     if same_dtype and like is not None and x.dtype != like.dtype:
         raise ValueError(f"{name} is {x.dtype} and {of} {like.dtype}")
 
 
-def check_like(kind: str, name: str, x: object, parameter: Tensor | None) -> None:
+def check_like(kind: str, name: str, x: Any, parameter: Tensor | None) -> None:
     """Raise as ``check_tensor`` does, and unless x has the parameters' device and dtype.
 
-    Under autocast float32 and autocast's dtype will do too, but for float64 parameters, which it does not cast.
+    Under autocast float32 and autocast's dtype will do too, except for float64 parameters, which it does not cast.
     """
-    if (  # see check_tensor
-        not isinstance(x, Tensor)
-        or x.dtype not in DTYPES
-        or x.layout is not torch.strided
-        or x.is_nested
-        or isinstance(x, UninitializedTensorMixin)
-    ):
-        return check_tensor(f"{kind}: {name}", x)
+    if type(x) not in _PLAIN or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
+        check_tensor(f"{kind}: {name}", x)
     if parameter is None:
         return
     if x.device != parameter.device:
@@ -172,8 +158,8 @@ def check_factor(name: str, value: Any, like: Tensor | None = None, of: str = "x
     if not isinstance(value, Tensor):
         check_number(name, value, what="a number or a 0-d tensor")
         return
-    if value.ndim or value.dtype not in DTYPES or value.layout is not torch.strided:
-        check_dense(name, value)
+    check_dense(name, value)
+    if value.ndim or value.dtype not in DTYPES:
         raise ValueError(f"{name} must be a number or a 0-d tensor; got {value.dtype} {tuple(value.shape)}")
     if like is not None and value.is_meta != like.is_meta:
         raise ValueError(f"{name} is on {value.device} and {of} on {like.device}")
@@ -184,17 +170,11 @@ def check_time(t: Any, like: Tensor | None = None, rows: int | None = None) -> N
     if not isinstance(t, Tensor):
         check_number("t", t)
         return
-    if (
-        t.ndim > 1
-        or t.dtype not in _TIMES
-        or t.layout is not torch.strided
-        or t.is_nested
-        or isinstance(t, UninitializedTensorMixin)
-    ):
-        check_dense("t", t)
+    check_dense("t", t)
+    if t.ndim > 1 or t.dtype not in _TIMES:
         raise ValueError(f"t must be a number, 0-d or [B], of real numbers; got {t.dtype} {tuple(t.shape)}")
     if rows is not None and t.ndim and t.shape[0] != rows:
-        raise ValueError(f"t must be a number, 0-d or [{rows}], one a row; got {tuple(t.shape)}")
+        raise ValueError(f"t must be a number, 0-d or [{rows}], one per row; got {tuple(t.shape)}")
     if like is not None and t.is_meta != like.is_meta:
         raise ValueError(f"t is on {t.device} and x on {like.device}")
 
@@ -238,14 +218,14 @@ def check_kind(
 
 
 def check_function(name: str, value: object) -> Callable[..., Any]:
-    """value; TypeError unless it can be called."""
+    """value; TypeError unless it can be called and is no class."""
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be a function; got {_shown(value)}")
     return value
 
 
 def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any) -> Any:
-    """``function(x, **keywords)``; what it finds wrong with x is said of the caller's argument ``name``."""
+    """``function(x, **keywords)``, whose errors then begin with the caller's argument ``name``."""
     check_dense(name, x)
     try:
         return function(x, **keywords)
@@ -259,12 +239,8 @@ def _with_article(kind: type) -> str:
     return name if name == "None" else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-def _layout(tensor: Tensor) -> str:
-    return "" if tensor.layout is torch.strided else f" of layout {tensor.layout}"
-
-
-def _shown(value: object) -> str:
-    """What was given, short: a number or a string as it is, else its type."""
+def _shown(value: Any) -> str:
+    """What was given, in short: a number or a string as it is, otherwise its type."""
     if value is None or isinstance(value, (bool, int, float, complex)):
         return repr(value)
     if isinstance(value, str):
@@ -272,11 +248,7 @@ def _shown(value: object) -> str:
     if isinstance(value, UninitializedTensorMixin):
         return "one without a shape yet"
     if isinstance(value, Tensor):
-        return "a nested one" if value.is_nested else f"a tensor {tuple(value.shape)}{_layout(value)}"
-    if (
-        isinstance(value, (list, tuple))
-        and len(value) <= 4
-        and all(isinstance(v, (int, float, str)) for v in value)
-    ):
-        return repr(value)
-    return type(value).__name__
+        layout = "" if value.layout is torch.strided else f" of layout {value.layout}"
+        return "a nested one" if value.is_nested else f"a tensor {tuple(value.shape)}{layout}"
+    short = isinstance(value, (list, tuple)) and len(value) <= 4
+    return repr(value) if short and all(isinstance(v, (int, float, str)) for v in value) else type(value).__name__

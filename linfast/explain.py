@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backend import why_reference
 from .checks import check_tensor
+from .dispatch import why_reference
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
 from .flows.conditioners import MLP

@@ -1,30 +1,32 @@
-"""save and load: weights by safetensors, the architecture as JSON in its header, no pickle.
+"""save and load: weights by safetensors and the architecture as JSON in the file's header, no pickle.
 
-``architecture`` says how modules are described and ``blueprint`` how they are built again, on the meta
-device: a file's names, shapes and dtypes are compared before anything is read or computed.
+``blueprint`` describes modules and builds them again on the meta device: a file's names, shapes and dtypes are
+compared with the model's before anything is read or computed. ``state`` says which tensors a model holds.
 
-A tensor lies in memory as it did, a transposed matrix by its columns: a product of the
-same numbers in another order of memory is another product of the BLAS, and rounds otherwise.
+A loaded tensor lies in memory as it did, a transposed matrix by its columns: a product of the same numbers in
+another order of memory is another product of the BLAS, and rounds otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .architecture import DTYPES, describe, register
-from .blueprint import Blueprint, build, size_list
+from .blueprint import DTYPES, Blueprint, build, describe, register, size_list
 from .checks import check_kind, check_path
-from .device import usable_device
-from .flows.mix import Mix, Permute, check_permutation
-from .rebuilt import check_rebuilt
+from .dispatch import usable_device
+from .flows.bijection import Bijection
+from .flows.mix import check_permutation
 from .state import (
+    check_rebuilt,
     gaps,
     joined,
     laid_out,
@@ -36,7 +38,6 @@ from .state import (
     slots,
     unique,
 )
-from .whole_file import written_whole
 
 __all__ = ["load", "register", "save"]
 
@@ -47,6 +48,9 @@ _STORED = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
     "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
 }  # fmt: skip
+# What a header says by name, and the type of each entry. Older files lack some of these.
+_TABLES = {"aliases": str, "orders": list, "gaps": list, "expanded": list, "shared": str}
+_LISTS = ("frozen", "learned", "switched")
 
 
 def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
@@ -64,21 +68,18 @@ def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     tensors, aliases = unique(found)
     parts = {key: narrowed(value) for key, value in tensors.items()}
     modes = {path: module.training for path, module in model.named_modules()}
-    header = {
+    text = json.dumps({
         "format": _FORMAT,
         "architecture": architecture,
         "aliases": aliases,
         "orders": {key: memory_order(value) for key, value in parts.items() if not value.is_contiguous()},
         "gaps": {key: apart for key, value in parts.items() if (apart := gaps(value))},
-        "expanded": {
-            key: list(tensors[key].shape) for key, part in parts.items() if part.shape != tensors[key].shape
-        },
+        "expanded": {key: [*tensors[key].shape] for key, v in parts.items() if v.shape != tensors[key].shape},
         "shared": shared_modules(model),
         "frozen": [key for key, slot in found.items() if slot.trained and not slot.tensor.requires_grad],
         "learned": [key for key, slot in found.items() if not slot.trained and slot.tensor.requires_grad],
         "switched": [path for path, mode in modes.items() if mode != modes.get(_parent(path), True)],
-    }
-    text = json.dumps(header)
+    })  # fmt: skip
     if len(text) > _LARGEST_HEADER:
         raise ValueError(f"its description takes {len(text)} characters")
     _planned(json.loads(text), {key: (list(v.shape), str(v.dtype)[6:]) for key, v in parts.items()}, model)
@@ -88,9 +89,9 @@ def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a Linearizer, flow or operator to a safetensors file that ``load`` rebuilds.
 
-    On the same machine the loaded model computes the same bits. Kept are dtypes, order in memory, what is
-    shared, which parameters and constants require a gradient, and train or eval mode of each module; a constant
-    that is a view of another tensor becomes a copy. The file appears whole or not at all.
+    On the same machine the loaded model computes the same bits. Dtypes, order in memory, what is shared, which
+    parameters and constants require a gradient, and the train or eval mode of each module are kept; a constant that
+    is a view of another tensor becomes a copy. The file appears whole or not at all.
 
     Raises:
         TypeError: a part whose class or argument cannot be described (see ``register``); a part that was changed
@@ -106,15 +107,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_kind("model", model)
     try:
         text, tensors = described(model)
-        _check_values(model)
+        _check_permutations(model)
         for key, value in tensors.items():
             _check_finite(key, value)
-    except RecursionError as error:
-        raise ValueError(
-            f"cannot save a {type(model).__name__}: its modules lie too deep inside one another"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"cannot save a {type(model).__name__}: {error}") from error
+    except (RecursionError, ValueError) as error:
+        deep = isinstance(error, RecursionError)
+        why = "its modules lie too deep inside one another" if deep else error
+        raise ValueError(f"cannot save a {type(model).__name__}: {why}") from error
     contiguous = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with written_whole(path) as partial:
         try:
@@ -124,7 +123,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
-    """The model that ``save`` wrote, on this device, in the dtypes it was saved in.
+    """The model that ``save`` wrote, on this device, in the dtypes that it was saved in.
 
     Raises:
         FileNotFoundError: no such file.
@@ -137,10 +136,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return _loaded(path, place)
-    except RecursionError as error:
-        raise ValueError(f"{path}: its architecture is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (RecursionError, ValueError) as error:
+        why = "its architecture is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path}: {why}") from error
 
 
 def _loaded(path: Path, device: torch.device) -> nn.Module:
@@ -156,7 +154,7 @@ def _loaded(path: Path, device: torch.device) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file ({error})") from error
     _fill(model := blueprint.model, filled, values, header)
-    _check_values(model)
+    _check_permutations(model)
     model.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # moves nothing: its hooks are run
     return model.to(device)
 
@@ -178,9 +176,9 @@ def _stored_dtype(key: str, name: str) -> str:
 
 
 def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tuple[Blueprint, dict[str, str]]:
-    """The model without numbers, and which tensor goes where; where ``model`` is to be saved, it must be alike."""
+    """The model without numbers, and which tensor goes where; ``model``, one that is to be saved, must be alike."""
     try:
-        _check_lists(header, stored)
+        _check_entries(header, stored)
         shapes = {key: (_expanded(key, shape, header), dtype) for key, (shape, dtype) in stored.items()}
         for key in {**header["orders"], **header["gaps"]}:
             _laid_out(torch.empty(stored[key][0], device="meta"), key, header)
@@ -191,23 +189,22 @@ def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tupl
     if model is not None:
         check_rebuilt(model, blueprint.model)
     filled = match(blueprint, shapes, header["aliases"], header["expanded"])
-    paths = dict(blueprint.model.named_modules())
     found = slots(blueprint.model)
     parameters = {key for key, slot in found.items() if slot.trained}
     constants = {key for key in found.keys() - parameters if DTYPES[stored[filled[key]][1]].is_floating_point}
-    for name, known in (("frozen", parameters), ("learned", constants), ("switched", paths)):
+    for name, known in zip(_LISTS, (parameters, constants, dict(blueprint.model.named_modules())), strict=True):
         if unknown := [entry for entry in header.get(name, ()) if entry not in known]:
             raise ValueError(f"{name} names {unknown[0]!r:.60}, which the model has not")
     return blueprint, filled
 
 
-def _check_lists(header: dict[str, Any], stored: _Stored) -> None:
-    """Raise unless what a header says of names is of its types; what files of before lack is empty."""
-    for name, item in (("aliases", str), ("orders", list), ("gaps", list), ("expanded", list), ("shared", str)):
+def _check_entries(header: dict[str, Any], stored: _Stored) -> None:
+    """Raise unless what a header says by name is of its types; what older files lack is empty."""
+    for name, item in _TABLES.items():
         entries = header.setdefault(name, {})
         if not isinstance(entries, dict) or not all(isinstance(entry, item) for entry in entries.values()):
             raise TypeError(f"{name} is {entries!r:.60}")
-    for name in ("frozen", "learned", "switched"):
+    for name in _LISTS:
         names = header.get(name, [])
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
             raise TypeError(f"{name} is {names!r:.60}")
@@ -218,17 +215,16 @@ def _check_lists(header: dict[str, Any], stored: _Stored) -> None:
 
 def _expanded(key: str, shape: list[int], header: dict[str, Any]) -> list[int]:
     """The shape of a stored tensor in the model."""
-    wide = size_list(header["expanded"].get(key, shape))
-    if len(wide) != len(shape) or any(n not in (1, m) for n, m in zip(shape, wide, strict=True)):
-        raise IndexError(f"{key} is {tuple(shape)} and cannot be expanded to {tuple(wide)}")
-    return wide
+    full = size_list(header["expanded"].get(key, shape))
+    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise IndexError(f"{key} is {tuple(shape)} and cannot be expanded to {tuple(full)}")
+    return full
 
 
 def _read(key: str, value: Tensor, header: dict[str, Any], device: torch.device) -> Tensor:
     """A stored tensor in memory of its own, as it lay."""
     _check_finite(key, value)
-    own = _laid_out(value.to(device), key, header)
-    return own.expand(_expanded(key, list(value.shape), header))
+    return _laid_out(value.to(device), key, header).expand(_expanded(key, list(value.shape), header))
 
 
 def _laid_out(value: Tensor, key: str, header: dict[str, Any]) -> Tensor:
@@ -236,16 +232,11 @@ def _laid_out(value: Tensor, key: str, header: dict[str, Any]) -> Tensor:
     return laid_out(value, order, size_list(header["gaps"].get(key, [])))
 
 
-def _check_finite(key: str, value: Tensor) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{key} {tuple(value.shape)} has NaN or infinite values")
-
-
 def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Put the tensors in; those under several names are one object, or a parameter and buffers on its memory."""
     parameters: dict[str, nn.Parameter] = {}
     constants: dict[tuple[str, bool], Tensor] = {}
-    frozen, learned, switched = (set(header.get(name, ())) for name in ("frozen", "learned", "switched"))
+    frozen, learned, switched = (set(header.get(name, ())) for name in _LISTS)
     for name, slot in slots(model).items():
         key, value = filled[name], values[filled[name]]
         if not slot.tensor.is_meta and not torch.equal(value.cpu(), slot.tensor):
@@ -254,7 +245,8 @@ def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], h
             trains = name not in frozen if "frozen" in header else slot.tensor.requires_grad
             parameters[key] = nn.Parameter(value, trains and value.is_floating_point())
         constant = value.detach().requires_grad_() if name in learned else value
-        slot.put(parameters[key] if slot.trained else constants.setdefault((key, name in learned), constant))
+        put = parameters[key] if slot.trained else constants.setdefault((key, name in learned), constant)
+        setattr(slot.module, slot.name, put)
     modes: dict[str | None, bool] = {None: True}
     for path, module in model.named_modules() if "switched" in header else ():
         modes[path] = module.training = modes[_parent(path)] != (path in switched)
@@ -264,9 +256,47 @@ def _parent(path: str) -> str | None:
     return path.rpartition(".")[0] if path else None
 
 
-def _check_values(model: nn.Module) -> None:
-    """Raise where integers of a module are not what they must be."""
+def _check_finite(key: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{key} {tuple(value.shape)} has NaN or infinite values")
+
+
+def _check_permutations(model: nn.Module) -> None:
+    """Raise where the ``permutation`` of a bijection's features is none."""
     for path, module in model.named_modules():
         order = getattr(module, "permutation", None)
-        if isinstance(module, (Mix, Permute)) and order is not None:
+        if isinstance(module, Bijection) and isinstance(order, Tensor):
             check_permutation(order, module.features, joined(path, "permutation"))
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[str]:
+    """The name of a file to write, which takes the place of ``path`` where nothing was raised.
+
+    The mode is that of the file that it replaces, or of any new file (0666 less the umask). A link stays, and the
+    file that it points to is replaced.
+
+    Raises:
+        FileNotFoundError: the folder that it is to be in does not exist.
+        OSError: ``path`` is a folder, a device or the like.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file that could be replaced")
+    kept = path.stat().st_mode & 0o777 if path.exists() else None
+    partial = path.parent / f"{path.name[:100]}.{secrets.token_hex(8)}.partial"
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if kept is None else 0o600))
+    try:
+        mode = partial.stat().st_mode & 0o777 if kept is None else kept
+        yield str(partial)
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        partial.chmod(mode)
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file
+        raise

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import outside_autocast
-from .backend import why_reference
+from .dispatch import outside_autocast, why_reference
 from .flows.bijection import Conditioned
 from .flows.flow import Flow
 from .flows.match import Launch, kind_of, match, mode_for

@@ -1,4 +1,4 @@
-"""Precision of the products inside fused kernels: how operands are rounded; sums are fp32 always.
+"""The precision of products inside fused kernels: how operands are rounded. Sums are always fp32.
 
     mode    operands                                  relative error of a product
     exact   fp32, as three bf16 parts, six products   2^-24: fp32 accuracy
@@ -13,10 +13,9 @@ By default torch's own settings choose, read at every call:
     "high"                                   tf32 where torch.backends.cuda.matmul allows it, else high
     "medium"                                 fast
 
-so that tf32 is on only where it was asked for: torch's default is "highest". Dynamo guards on
-whether tf32 is allowed and not on "high" against "medium": a graph compiled under one of those
-two keeps its mode under the other.
-float64 is computed in float64 whatever the mode.
+so that tf32 is on only where it was asked for: torch's default is "highest". Dynamo guards on whether tf32 is
+allowed and not on "high" against "medium": a graph compiled under one of those two keeps its mode under the
+other. float64 is computed in float64 whatever the mode.
 """
 
 from __future__ import annotations
@@ -29,18 +28,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autocast import autocast_dtype
-from .backend import interpreting
 from .checks import check_choice
+from .dispatch import autocast_dtype, interpreting, matmul_mode
 
-__all__ = ["PRECISIONS", "float32_mode", "full_precision", "half_dtype", "resolve_precision"]
+__all__ = ["PRECISIONS", "full_precision", "half_dtype", "resolve_precision"]
 
 PRECISIONS = ("exact", "high", "tf32", "fast")
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def resolve_precision(x: Tensor, requested: str | None = None) -> str:
-    """The mode for an op on x: the one requested, else the table's above.
+    """The mode for an op on x: the one requested, otherwise the table's above.
 
     Raises:
         ValueError: a mode of another name.
@@ -52,7 +50,7 @@ def resolve_precision(x: Tensor, requested: str | None = None) -> str:
         return "exact"
     if x.dtype in _HALF_DTYPES or autocast_dtype(x.device.type) in _HALF_DTYPES:
         return "fast"
-    return float32_mode()
+    return matmul_mode()
 
 
 _one_at_a_time = threading.RLock()
@@ -60,10 +58,10 @@ _one_at_a_time = threading.RLock()
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside the block float32 products are float32's, torch's and ours: for comparing two computations.
+    """Inside the block torch's float32 products and ours are not rounded to less: for comparing two computations.
 
-    torch's settings are the process's own: what other threads compute meanwhile is in full precision too, and
-    a second thread's block waits for the first one's end. They are put back at the end, also after an exception.
+    torch's settings belong to the process: other threads compute in full precision meanwhile, and a second thread's
+    block waits for the first one's end. The settings are restored at the end, also after an exception.
     """
     backends: Any = torch.backends  # whose stubs do not know of these settings
     matmuls = (backends.cuda.matmul, backends.mkldnn.matmul)
@@ -85,23 +83,9 @@ def full_precision() -> Iterator[None]:
 
 
 def half_dtype(x: Tensor) -> torch.dtype:
-    """What "fast" rounds operands to, and parts are made of: bf16, or fp16 where x or autocast is.
+    """The half type that "fast" rounds operands to: bf16, or fp16 where x or autocast is.
 
-    Triton's interpreter computes on bf16's raw bits: there fp16 stands in.
+    Triton's interpreter computes on bf16's raw bits; there fp16 is used instead.
     """
     fp16 = torch.float16 in (x.dtype, autocast_dtype(x.device.type)) or interpreting()
     return torch.float16 if fp16 else torch.bfloat16
-
-
-def float32_mode() -> str:
-    """The mode of torch's matmul settings; see above for what compiled code sees."""
-    allowed = torch.backends.cuda.matmul.fp32_precision
-    try:
-        setting = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through both of torch's interfaces, which disagree: the newer one holds
-        setting = "high" if allowed == "tf32" else "highest"
-    return {"highest": "exact", "high": "tf32" if allowed == "tf32" else "high", "medium": "fast"}[setting]
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
-float32_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]

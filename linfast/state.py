@@ -1,22 +1,25 @@
-"""The tensors of a model by name, each module under its first name only, and how they lie in memory and are shared.
+"""The tensors of a model by name, how they lie in memory and are shared, and where a file's tensors go.
 
-``state_dict()`` follows a shared module once a path, 2^n of them in a chain of n sums of a thing and itself.
+Each module counts under its first name only: ``state_dict()`` follows a shared module once per path to it, which is
+2^n times in a chain of n sums of a thing and itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import types
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .architecture import DTYPES, is_described
-from .blueprint import Blueprint, size_list
+from .blueprint import DTYPES, Blueprint, is_described, size_list
 
 __all__ = [
-    "Slot",
+    "check_rebuilt",
     "gaps",
+    "is_foreign",
     "joined",
     "laid_out",
     "match",
@@ -28,8 +31,8 @@ __all__ = [
     "unique",
 ]
 
-
 _MOST_GAPS = 2  # each doubles the memory that a tensor takes
+_SHARED = "{} and {} share memory and are two parameters: make them one, or clone one of them"
 
 
 class Slot(NamedTuple):
@@ -43,14 +46,16 @@ class Slot(NamedTuple):
     def trained(self) -> bool:
         return isinstance(self.tensor, nn.Parameter)
 
-    def put(self, value: Tensor) -> None:
-        setattr(self.module, self.name, value)
+
+def joined(path: str, name: str) -> str:
+    """The name of a module's part."""
+    return f"{path}.{name}" if path else name
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
-    """Each parameter and buffer, those that state_dict() leaves out among them."""
+    """Each parameter and buffer, also those that state_dict() leaves out."""
     return {
-        f"{path}.{name}" if path else name: Slot(module, name, tensor)
+        joined(path, name): Slot(module, name, tensor)
         for path, module in model.named_modules()
         for named in (module.named_parameters, module.named_buffers)
         for name, tensor in named(recurse=False, remove_duplicate=False)
@@ -58,7 +63,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def unique(found: Mapping[str, Slot]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, under its first name, and the first names of those that are kept under others too.
+    """Each tensor once, under its first name, and for its other names the first one.
 
     Raises:
         TypeError: a tensor that is no plain dense one of real numbers.
@@ -80,18 +85,12 @@ def unique(found: Mapping[str, Slot]) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, aliases
 
 
-_SHARED = "{} and {} share memory and are two parameters: make them one, or clone one of them"
-
-
 def _check_plain(key: str, module: nn.Module, value: Tensor) -> None:
     kind = type(module).__name__
     if torch.nn.parameter.is_lazy(value):
         raise ValueError(f"{key} of a {kind} has not been initialised; call the model once first")
-    if (
-        type(value) not in (Tensor, nn.Parameter)
-        or value.layout != torch.strided
-        or value.dtype not in DTYPES.values()
-    ):
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    if not plain or value.dtype not in DTYPES.values():
         what = f"{value.layout} tensor of {value.dtype}".removeprefix("torch.")
         raise TypeError(f"cannot save {key}, a {what} of a {kind}: files hold dense tensors of {', '.join(DTYPES)}")
     if value.is_meta:
@@ -105,22 +104,23 @@ def _check_apart(parameters: Mapping[str, Tensor]) -> None:
         if value.numel():
             views.setdefault((value.untyped_storage().data_ptr(), value.dtype), []).append(key)
     for keys in views.values():
-        size = max(narrowed(parameters[key]).storage_offset() + _span(parameters[key]) for key in keys)
-        owner = torch.full((size if len(keys) > 1 else 0,), -1)
-        for i, key in enumerate(keys if len(keys) > 1 else ()):
-            view = narrowed(parameters[key])
+        if len(keys) == 1:
+            continue
+        narrow = [narrowed(parameters[key]) for key in keys]
+        ends = [
+            v.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(v.shape, v.stride(), strict=True))
+            for v in narrow
+        ]
+        owner = torch.full((max(ends),), -1)
+        for i, view in enumerate(narrow):
             taken = owner.as_strided(view.shape, view.stride(), view.storage_offset())
             if (other := int(taken.max())) >= 0:
-                raise ValueError(_SHARED.format(key, keys[other]))
+                raise ValueError(_SHARED.format(keys[i], keys[other]))
             taken.fill_(i)
 
 
-def _span(value: Tensor) -> int:
-    return 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
-
-
 def narrowed(value: Tensor) -> Tensor:
-    """Without the repetitions of an expanded tensor: one row along each dimension that repeats one."""
+    """Without the repetitions of an expanded tensor: the first row along each dimension that repeats one."""
     return value[
         tuple(slice(None if stride or not n else 1) for n, stride in zip(value.shape, value.stride(), strict=True))
     ]
@@ -156,7 +156,7 @@ def laid_out(value: Tensor, order: list[int], apart: Collection[int] = ()) -> Te
 
 
 def shared_modules(model: nn.Module) -> dict[str, str]:
-    """Second names of modules that the architecture does not describe, so does not share, by their first ones."""
+    """Further names of modules that the architecture does not describe, by their first names."""
     first = {id(module): path for path, module in model.named_modules()}
     return {
         name: first[id(child)]
@@ -166,13 +166,8 @@ def shared_modules(model: nn.Module) -> dict[str, str]:
     }
 
 
-def joined(path: str, name: str) -> str:
-    """The name of a module's part."""
-    return f"{path}.{name}" if path else name
-
-
 def share_modules(model: nn.Module, shared: Any) -> None:
-    """Put modules under second names too, as ``shared_modules`` found them."""
+    """Put modules under their further names too, as ``shared_modules`` found them."""
     modules = dict(model.named_modules())
     for name, first in dict(shared).items():
         path, _, part = name.rpartition(".")
@@ -180,13 +175,13 @@ def share_modules(model: nn.Module, shared: Any) -> None:
         old = parent._modules[part]
         if module is old:
             continue
-        alike = old is not None and type(module) is type(old) and _sizes(module) == _sizes(old)
+        alike = old is not None and type(module) is type(old) and _shapes(module) == _shapes(old)
         if not alike or is_described(module) or any(inner is parent for inner in module.modules()):
             raise ValueError(f"{name} cannot be {first}")
         parent._modules[part] = module
 
 
-def _sizes(module: nn.Module) -> dict[str, Any]:
+def _shapes(module: nn.Module) -> dict[str, Any]:
     return {key: slot.tensor.shape for key, slot in slots(module).items()}
 
 
@@ -202,14 +197,13 @@ def match(
         blueprint: of the model.
         stored: shape and dtype of each tensor of the file.
         aliases: other names of these tensors.
-        expanded: those that repeat what the file holds; none but the arguments of a constructor may.
+        expanded: those that repeat what the file holds: a constructor's arguments may, and no others.
 
     Raises:
         ValueError: tensors that are missing, left over, or of another shape or kind of dtype.
     """
     found = slots(blueprint.model)
-    modules = dict(blueprint.model.named_modules())
-    first = {id(module): path for path, module in modules.items()}
+    first = {id(module): path for path, module in blueprint.model.named_modules()}
     filled: dict[str, str] = {}
     extra = []
     for name in dict.fromkeys([*stored, *aliases]):
@@ -218,9 +212,9 @@ def match(
             extra.append(name)
         elif filled.setdefault(slot, key) != key and 0 not in stored[key][0]:
             raise ValueError(f"{name} and {filled[slot]} are two tensors and one in the model")
-    missing = found.keys() - filled.keys()
-    if missing or extra:
-        raise ValueError(f"missing tensors {sorted(missing)[:9]}, left over {sorted(extra)[:9]}")
+    if extra or found.keys() != filled.keys():
+        missing = sorted(found.keys() - filled.keys())
+        raise ValueError(f"missing tensors {missing[:9]}, left over {sorted(extra)[:9]}")
     given = {id(tensor) for tensor in blueprint.given}
     for slot, key in filled.items():
         (shape, dtype), built = stored[key], found[slot].tensor
@@ -228,26 +222,22 @@ def match(
             raise ValueError(f"{slot} is {tuple(shape)}, expected {tuple(built.shape)}")
         if key in expanded and id(built) not in given:  # a module that lays out its own weights would repeat it
             raise ValueError(f"{slot} repeats its numbers (an expanded tensor); make it contiguous")
-        _check_kind(slot, dtype, built, id(built) in given)
+        expected = str(built.dtype).removeprefix("torch.")
+        any_floating = built.is_floating_point() and id(built) not in given and dtype in DTYPES
+        is_flag = dtype == "bool" and not built.ndim and not found[slot].trained  # ActNorm's, in older files
+        if dtype != expected and not (any_floating and (is_flag or DTYPES[dtype].is_floating_point)):
+            raise ValueError(f"{slot} is {dtype}, expected {'floating point' if any_floating else expected}")
     _check_one_dtype(blueprint, {slot: stored[key][1] for slot, key in filled.items()}, found, given)
     return filled
 
 
 def _first_name(name: str, model: nn.Module, first: Mapping[int, str]) -> str | None:
-    """The first name of a tensor's slot: files of before named each path to a shared module."""
+    """The first name of a tensor's slot: older files named each path to a shared module."""
     *path, tensor = name.split(".")
     module: nn.Module | None = model
     for part in path:
         module = None if module is None else module._modules.get(part)
     return None if module is None else joined(first[id(module)], tensor)
-
-
-def _check_kind(slot: str, dtype: str, built: Tensor, is_given: bool) -> None:
-    expected = str(built.dtype).removeprefix("torch.")
-    any_floating = built.is_floating_point() and not is_given and dtype in DTYPES
-    is_flag = dtype == "bool" and not built.ndim and not isinstance(built, nn.Parameter)  # ActNorm's, of before
-    if dtype != expected and not (any_floating and (is_flag or DTYPES[dtype].is_floating_point)):
-        raise ValueError(f"{slot} is {dtype}, expected {'floating point' if any_floating else expected}")
 
 
 def _check_one_dtype(
@@ -262,12 +252,84 @@ def _check_one_dtype(
     for slot, (module, _, tensor) in found.items():
         part = owner.get(id(module), module)
         plain = tensor.ndim and tensor.is_floating_point() and id(tensor) not in given
-        if not plain or isinstance(module, nn.GroupNorm) or not _is_ours(part):
+        if not plain or isinstance(module, nn.GroupNorm) or _library(part) != "linfast":
             continue
         other = first.setdefault(id(part), slot)
         if dtypes[slot] != dtypes[other]:
             raise ValueError(f"{slot} is {dtypes[slot]} and {other} is {dtypes[other]}")
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] == "linfast"
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether its class is neither torch's nor linfast's."""
+    return _library(module) not in ("torch", "linfast")
+
+
+# Whether a model is what its file would say
+
+_ADVICE = (
+    "a file says how a model is constructed: undo what was changed since (parametrizations, pruning, spectral or "
+    "weight norms, parts that were added or exchanged), or register a class that constructs it so"
+)
+_HOOKS = {"_forward_hooks": "a forward hook", "_forward_pre_hooks": "a forward pre-hook"}
+_BOOKKEEPING = {*vars(nn.Module()), "_compiled_call_impl", "_linfast_plan", "truncation_error"}
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torch.memory_format, torch.device)
+
+
+def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
+    """Raise where a model has other modules, tensors, settings or hooks than the one built from its description.
+
+    Raises:
+        TypeError: naming the module, and what to do.
+    """
+    for path, module in model.named_modules():
+        what = f"cannot save {type(module).__name__}{f' at {path}' if path else ''}: it"
+        for name, thing in _HOOKS.items():
+            if found := vars(module).get(name):
+                kinds = {type(hook).__name__ for hook in found.values()}
+                raise TypeError(f"{what} has {thing} ({', '.join(kinds)}), which no file holds; remove it")
+        for name in vars(module):
+            if callable(getattr(type(module), name, None)):
+                raise TypeError(f"{what} has a {name} of its own, which no file holds; remove it")
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise TypeError(f"{what} keeps an extra state; make it of parameters and buffers")
+    mine, theirs = dict(_parts(model)), {**dict(_parts(built)), **dict(_settings(built))}
+    mine |= {name: value for name, value in _settings(model) if name in theirs}  # others are notes
+    for name in [*mine, *theirs]:
+        if mine.get(name) != theirs.get(name):
+            raise TypeError(
+                f"cannot save a {type(model).__name__}: {name} is {mine.get(name, 'missing'):.200} and would be "
+                f"{theirs.get(name, 'missing'):.200} in the loaded one; {_ADVICE}"
+            )
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Each module and its class, and each tensor and whether it is a parameter, in words."""
+    for path, module in model.named_modules():
+        yield path or "the model", f"a {type(module).__name__}"
+    for key, slot in slots(model).items():
+        yield key, f"a {'parameter' if slot.trained else 'buffer'}"
+
+
+def _settings(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What modules keep beside tensors and modules; for torch's and linfast's own, what is not private."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            noted = name in _BOOKKEEPING or (name.startswith("_") and not is_foreign(module))
+            if not noted and (said := _said(value)) is not None:
+                yield joined(path, name), said
+
+
+def _said(value: Any) -> str | None:
+    """A setting in words, the same for equal ones; None for what is no setting."""
+    if isinstance(value, (tuple, list, dict)):
+        items = [_said(item) for item in (value.items() if isinstance(value, dict) else value)]
+        return None if None in items else f"{type(value).__name__}({', '.join(map(str, items))})"
+    if isinstance(value, (np.ndarray, np.generic)):
+        return f"{value.dtype} {value.tolist()!r}"
+    if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value) if value is None or isinstance(value, _PLAIN) else None

@@ -41,7 +41,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """These kernels are what "auto" runs, on a CPU too, until the test ends."""
     kernels = Kernels()
     # Both are imported before either is changed: the second takes the name from the first, and would keep it.
-    modules = [importlib.import_module(name) for name in ("linfast.backend", "linfast.bench.cases.common")]
+    modules = [importlib.import_module(name) for name in ("linfast.dispatch", "linfast.bench.cases.common")]
     for module in modules:
         monkeypatch.setattr(module, "has_kernels", lambda device: True)
     monkeypatch.setattr(importlib.import_module("linfast.ops.register"), "_launcher", kernels.launcher)

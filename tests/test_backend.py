@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 
 import linfast as lf
-from linfast.backend import chosen_backend, plain_torch, refuse_kernel
+from linfast.dispatch import chosen_backend, plain_torch, refuse_kernel, state_key
 from linfast.freeze import derived, is_kept, thawed
 
 
@@ -70,6 +74,63 @@ def test_compiled_code_follows_the_choice_of_its_thread() -> None:
     with lf.backend("auto"):
         outside = compiled(zero)
     assert [int(value) for value in (*inside, outside)] == [1, 2, 2]
+
+
+_SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "none": contextlib.nullcontext,
+    "reference": lambda: lf.backend("reference"),
+    "bf16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "fp16": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "medium": lambda: _matmul_precision("medium"),
+}
+
+
+@contextlib.contextmanager
+def _matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_each_setting_has_a_key_of_its_own_and_gradients_do_not_change_it() -> None:
+    x = torch.zeros(2)
+    keys = []
+    for setting in _SETTINGS.values():
+        with setting():
+            keys.append(state_key(x))
+            with torch.no_grad():
+                assert state_key(x.clone()) == keys[-1]
+    keys += [state_key(x.double()), state_key(x.to("meta"))]
+    assert len(set(keys)) == len(keys) == 7
+    assert state_key(x) == keys[0]
+
+
+def test_the_key_costs_three_python_calls_of_ours() -> None:
+    ours: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("linfast"):
+            ours.append(frame.f_code.co_name)
+
+    x = torch.zeros(2)
+    sys.setprofile(note)
+    try:
+        state_key(x)
+    finally:
+        sys.setprofile(None)
+    assert len(ours) <= 3, ours
+
+
+def test_compiled_code_reads_the_key() -> None:
+    x = torch.zeros(2)
+    kept = {state_key(x): 1}
+    compiled = torch.compile(lambda x: x + kept.get(state_key(x), 2), fullgraph=True, backend="eager")
+    assert compiled(x).tolist() == [1, 1]
+    with lf.backend("reference"):
+        assert compiled(x).tolist() == [2, 2]
 
 
 def test_threads_that_freeze_and_thaw_one_model_do_not_undo_each_other() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import linfast as lf
-from linfast.backend import has_kernels
+from linfast.dispatch import has_kernels
 
 from ..check import Outputs, as_tuple
 from ..harness import Cost, Options, Provider, Size

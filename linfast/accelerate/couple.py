@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import uses_triton
+from ..dispatch import uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
 from ..rows import Work, by_rows, rows_at_once
 from .tail import Side

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..autocast import autocast_dtype
-from ..backend import chosen_backend
 from ..cuda_graph import CudaGraph
+from ..dispatch import autocast_dtype, chosen_backend
 from ..precision import resolve_precision
 
 __all__ = ["Graphs", "capturable"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..device import has_values
+from ..dispatch import has_values
 from ..flows.memory import inverts
 from ..flows.reversible import Step, reversible
 from ..flows.undo import Cotangents, Outputs, Undone, undo
@@ -54,7 +54,7 @@ class Part:
     ) -> Undone:
         module = recalling(self.module, self.conditioners, tensors) if self.conditioners else self.module
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.conditioners):  # which see to their own
-            x, found, count = undo(
+            return undo(
                 lambda x: self.run(module, x, context, inverse),
                 lambda y: self.run(module, y, context, not inverse)[0],
                 y,
@@ -62,7 +62,6 @@ class Part:
                 tensors,
                 None if self.conditioners else self.module,
             )
-        return x, found, None if self.conditioners else count
 
 
 def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) -> list[Part] | None:

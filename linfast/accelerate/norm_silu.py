@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import uses_triton
+from ..dispatch import uses_triton
 from ..flows.memory import inverts
 from ..ops.group_norm_silu import group_norm_silu
 

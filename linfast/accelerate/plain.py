@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backend import uses_triton
 from ..checks import check_choice, check_flag, check_function, check_kind
+from ..dispatch import uses_triton
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autocast import autocast_dtype
+from ..dispatch import autocast_dtype
 from ..freeze import derived, is_kept
 from .adapter import Draw, Options, Plan, Unfit
 from .constant_time import first_of, value_of

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from ..backend import plain_torch
-from ..device import has_values
+from ..dispatch import has_values, plain_torch
 from ..flows.drift import DriftWarning
 from ..precision import full_precision, resolve_precision
 from .adapter import Adapter, Draw, Plan, Unfit

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..backend import uses_triton
+from ..dispatch import uses_triton
 from ..freeze import derived
 from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..ops.activations import ACTIVATION_NAMES

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..device import check_values, tensors_of
+from ..dispatch import check_values, tensors_of
 from ..flows import ActNorm, AffineCoupling, Bijection, Flow, Inverse, Mix, Squeeze
 from ..flows.conditioners import MLP
 from ..linearizer import Linearizer

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number
-from ..device import check_values, has_values, read_at_once
+from ..dispatch import check_values, has_values, read_at_once
 from ..freeze import is_frozen
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
 from .undo import Cotangents, Undone, undo

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import cat, outside_autocast
 from ..checks import (
     check_choice,
     check_count,
@@ -29,6 +28,7 @@ from ..checks import (
     check_tensor,
     check_time,
 )
+from ..dispatch import cat, outside_autocast
 from ..ops.activations import ACTIVATIONS
 from ..profiling import annotate
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import cat
 from ..checks import DTYPES, check_choice, check_count, check_kind, check_tensor
+from ..dispatch import cat
 from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, affine_coupling_undo, split_sizes
 from ..ops.coupling_mix import coupling_mix
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
@@ -71,7 +71,7 @@ class _Coupling(Bijection):
         grad_kept, *rest = gradients((params, None), (grad_params, None), (kept, *tensors))
         if grad_kept is not None:
             self._kept(grad).add_(grad_kept)
-        return x, [grad, *rest], None
+        return x, [grad, *rest]
 
     def _kept(self, x: Tensor) -> Tensor:
         first, second = x.split(split_sizes(x.shape[1]), dim=1)

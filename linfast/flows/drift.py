@@ -1,8 +1,7 @@
-"""How far rebuilt tensors have strayed from those they should be, without keeping those.
+"""How far rebuilt tensors have strayed from the original ones, which are not kept.
 
-Of a tensor X, as a matrix, a few random projections p = R (X c) [K] are kept, and |X|. R
-and c have entries of mean 0 and variance 1, so an error E moves each projection by about
-|E|, and
+Of a tensor X, as a matrix, K random projections p = R (X c) and the norm |X| are kept. The entries of R and c have
+mean 0 and variance 1, so that an error E moves each projection by about |E|, and
 
     drift = |p' - p| / (sqrt(K) |X|)
 
@@ -18,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..autocast import autocast_dtype
+from ..dispatch import autocast_dtype, capturing
 
-__all__ = ["DRIFT_BUDGETS", "Checksum", "DriftGuard", "DriftWarning", "capturing", "drift", "drift_budget"]
+__all__ = ["DRIFT_BUDGETS", "Checksum", "DriftGuard", "DriftWarning", "drift", "drift_budget"]
 
 # Measured on stacks of 8 to 64 couplings: a drift of d adds about d / 2 to the gradients' relative error.
 DRIFT_BUDGETS: dict[torch.dtype, float] = {
@@ -30,17 +29,17 @@ DRIFT_BUDGETS: dict[torch.dtype, float] = {
     torch.float16: 2e-3,  # the same, 8e-4 to 2e-3
 }
 
-_PROJECTIONS = 4  # all four of a true drift d below d / 8: 1 in 10000
+_PROJECTIONS = 4  # the chance that all four of a true drift d lie below d / 8 is 1 in 10000
 
 
 def drift_budget(x: Tensor) -> float:
-    """For a network on x: of the dtype it computes in, autocast's where that is on."""
+    """For a network on x: the budget of the dtype that it computes in, which is autocast's where that is on."""
     rounded = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     return DRIFT_BUDGETS[x.dtype if rounded is None else rounded]
 
 
 class Checksum:
-    """K random projections of tensors with x's number of elements, in fp32 or wider."""
+    """K random projections of tensors that have as many elements as x, in fp32 or wider."""
 
     def __init__(self, x: Tensor) -> None:
         self._dtype = torch.promote_types(x.dtype, torch.float32)
@@ -51,8 +50,7 @@ class Checksum:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[K]"""
-        projections = x.detach().to(self._dtype).reshape(-1, len(self._c)) @ self._c
-        return self._R @ projections
+        return self._R @ (x.detach().to(self._dtype).reshape(-1, len(self._c)) @ self._c)
 
     def with_norm(self, x: Tensor) -> Tensor:
         """[K + 1]: what ``drift`` compares the projections of a rebuilt x with."""
@@ -60,7 +58,7 @@ class Checksum:
 
 
 def _noise(n: int, device: torch.device) -> Tensor:
-    """[n] fixed numbers of mean 0, variance 1 and flat spectrum: sqrt(2) cos of a chirp. No generator is moved."""
+    """[n] fixed numbers of mean 0, variance 1 and flat spectrum, a chirp's cosine: no generator is moved."""
     index = torch.arange(1, n + 1, dtype=torch.float64, device=device)
     return math.sqrt(2) * torch.cos(math.sqrt(3) * index * index)
 
@@ -77,25 +75,23 @@ class DriftWarning(RuntimeWarning):
 
 
 class DriftGuard:
-    """Holds rebuilt tensors to a budget and warns once, as it does of a step that is stored.
+    """Holds rebuilt tensors to a budget. It warns once of drift, and once of a step that is stored.
 
-    Nothing can be read while a CUDA graph is captured: a flag on the device then keeps the
-    worst of every replay, and ``report`` reads it at the next eager call. Copies start afresh.
+    Nothing can be read while a CUDA graph is captured: a flag on the device keeps the worst of all its replays, and
+    ``report`` reads it at the next call outside the graph. Copies of a guard are new ones.
     """
 
     def __init__(self) -> None:
-        self._warned = False
         self._said: set[str] = set()
         self.kept: dict[str, str | None] = {}  # step -> what it keeps from one run to the next, in words
-        self.undone_alone: set[tuple[int, str]] = set()  # steps whose forward reads nothing that their inverse made
-        self._flag: Tensor | None = None  # 1 + a step that strayed, or 0; made ahead of any capture
+        self._flag: Tensor | None = None  # 1 + the step that strayed, or 0; made ahead of any capture
         self._captured = False
 
     def __reduce__(self) -> tuple[type[DriftGuard], tuple[()]]:
         return DriftGuard, ()
 
     def strayed(self, rebuilt: Tensor, kept: Tensor, budget: float, names: Sequence[str]) -> bool:
-        """Whether a rebuilt input is over budget; row i is step i's, which were rebuilt last to first.
+        """Whether a rebuilt input is over budget; row i is step i's, and the last was rebuilt first.
 
         Reads the device once. Under capture it reads nothing and says no.
         """
@@ -110,10 +106,12 @@ class DriftGuard:
         index = int(first) - 1
         if index < 0:
             return False
-        self._warn(
+        self.say(
+            "drift",
             f"rebuilding activations strayed at {names[index]}: its input is {float(errors[index]):.1e} off, "
             f"over the budget of {budget:.0e}. This backward, and any later one like it, is redone from the "
-            "chain's input with checkpoints: right but slower. Bound the log-scales, or use memory='store'."
+            "chain's input with checkpoints: right but slower. Bound the log-scales, or use memory='store'.",
+            DriftWarning,
         )
         return True
 
@@ -124,13 +122,15 @@ class DriftGuard:
         flag = self._flag_on(x.device)
         if self._captured and (index := int(flag) - 1) >= 0:
             flag.zero_()
-            self._warn(
+            self.say(
+                "drift",
                 f"in a captured CUDA graph, rebuilding activations strayed at {names[index]}; the gradients of "
-                "those replays are wrong. Capture with memory='store'."
+                "those replays are wrong. Capture with memory='store'.",
+                DriftWarning,
             )
 
     def stores(self, name: str, what: str, memory: str) -> None:
-        """Say once that a step is stored for what it reads, or raise where ``memory`` forbids that."""
+        """Warn once that a step is stored for what it reads; RuntimeError where ``memory`` is "invert"."""
         reads = (
             f"{name} reads {what} from outside its arguments, parameters and context, and the gradient that this "
             "needs would be lost where activations are rebuilt"
@@ -139,23 +139,13 @@ class DriftGuard:
             raise RuntimeError(f"{reads}: pass it as context, make it a parameter, or use memory='store'")
         self.say("reads from outside", f"{reads}: it is stored, and so are the steps after it")
 
-    def say(self, about: str, message: str) -> None:
-        """Warn of what is stored, once for each thing that it is about."""
+    def say(self, about: str, message: str, kind: type[Warning] = RuntimeWarning) -> None:
+        """Warn once about each thing."""
         if about not in self._said:
             self._said.add(about)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warnings.warn(message, kind, stacklevel=2)
 
     def _flag_on(self, device: torch.device) -> Tensor:
         if self._flag is None or self._flag.device != device:
             self._flag = torch.zeros((), dtype=torch.long, device=device)
         return self._flag
-
-    def _warn(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(message, DriftWarning, stacklevel=2)
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether work on x goes into a CUDA graph."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

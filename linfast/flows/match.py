@@ -19,15 +19,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..autocast import autocast_dtype
-from ..backend import chosen_backend, uses_triton, why_reference
+from ..dispatch import state_key, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
 from ..ops.plain_couplings import PlainCoupling
 from ..ops.stack_weights import pack_stack
-from ..precision import float32_mode, half_dtype, resolve_precision
+from ..precision import half_dtype, resolve_precision
 from ..rows import by_rows, rows_at_once
 from ..scale_maps import log_scale_function
 from .conditioners import MLP
@@ -123,8 +122,7 @@ def kind_of(x: Tensor, context: Mapping[str, Any], *what: Hashable) -> Hashable 
     for value in context.values():
         if isinstance(value, Tensor):
             return None
-    settings = (autocast_dtype(x.device.type), float32_mode(), chosen_backend())
-    return (*what, *context.items(), x.shape[1:], x.dtype, x.device, *settings)
+    return (*what, *context.items(), x.shape[1:], state_key(x))
 
 
 def mode_for(x: Tensor) -> str:

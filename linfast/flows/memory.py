@@ -1,8 +1,8 @@
-"""What a flow's backward keeps: ``memory="store" | "invert" | "auto"``, by one rule.
+"""What a flow's backward keeps: memory="store", "invert" or "auto".
 
-store    autograd's graph: every activation, growing with depth
+store    every activation, in autograd's graph, which grows with depth
 invert   input and output; activations are rebuilt by inverting (see ``reversible``)
-auto     store while that is small, invert where it is not
+auto     store while that is small, and invert otherwise
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from ..checks import check_choice
 from .bijection import Bijection, run
 from .drift import DRIFT_BUDGETS
-from .steps import Context, Step
+from .reversible import Context, Step
 from .undo import Cotangents, Outputs, Undone
 
-__all__ = ["AUTO_BYTES", "MEMORY_MODES", "inverts", "steps_of", "stored_tensors"]
+__all__ = ["AUTO_BYTES", "MEMORY_MODES", "check_memory", "inverts", "steps_of", "stored_tensors"]
 
 MEMORY_MODES = ("store", "invert", "auto")
 
-# "auto" inverts above this many bytes. Below, memory is not what limits any machine that such
-# a model is trained on, and the third of a step's time that inverting costs buys nothing.
+# "auto" inverts above this many bytes. Below it no machine that such a model is trained on is short of memory, and
+# inverting would cost a third of a step's time for nothing.
 AUTO_BYTES = 2**30
 
 
@@ -37,10 +37,9 @@ def check_memory(memory: str) -> str:
 def inverts(memory: str, x: Tensor, stored: float) -> bool:
     """Whether a flow on x is run by ``reversible``; ``stored`` is from ``stored_tensors``.
 
-    "auto" inverts where the stored graph would take more than AUTO_BYTES. Every mode stores
-    under torch.compile, whose partitioner decides by itself what to keep (Dynamo traces no
-    gradient inside a backward), under torch.func transforms, with forward-mode derivatives, and
-    what is not real floating point.
+    Every mode stores under torch.compile, whose partitioner decides by itself what to keep (Dynamo traces no
+    gradient inside a backward), under torch.func transforms, with forward-mode derivatives, and where x is not real
+    floating point.
     """
     if memory == "store" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
@@ -52,7 +51,7 @@ def inverts(memory: str, x: Tensor, stored: float) -> bool:
 def stored_tensors(bijections: Iterable[nn.Module]) -> float:
     """About how many tensors of its input's size autograd keeps of bijections one after another.
 
-    Each layer 4 of its own width, and 2 of the output width of each of its weights.
+    Each layer keeps 4 of its own width, and 2 of the output width of each of its weights.
     """
     return sum(4 + 2 * _widths(b) / (getattr(b, "features", None) or 1) for b in bijections)
 

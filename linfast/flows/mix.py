@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import outside_autocast
 from ..checks import check_choice, check_count, check_dense
+from ..dispatch import outside_autocast
 from ..freeze import derived
 from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix

@@ -1,87 +1,97 @@
-"""Running a chain's steps again as they ran first: random numbers, autocast, backend, buffers and hooks."""
+"""Running a step again: the state that it first ran in, and what autograd's graph tells of its first run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from ..backend import backend, chosen_backend
+from ..dispatch import backend, chosen_backend
 
-__all__ = ["Buffers", "Generators", "Replay", "put_back"]
+__all__ = [
+    "Buffers",
+    "Generators",
+    "Replay",
+    "keeps_a_piece",
+    "made_at",
+    "now",
+    "put_back",
+    "read_from_outside",
+]
 
-RandomState = tuple[bytes, ...]
+_RandomState = tuple[bytes, ...]
+_Values = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]
+"""Buffers: the dictionary of the module that has each, its name there, the tensor, and what it held."""
 
 
 class Generators:
-    """The random number generators of the CPU and of the CUDA devices among these; CUDA's not under capture."""
+    """The random number generators of the CPU and, unless a CUDA graph is captured, of these CUDA devices."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         cuda = sorted((device for device in devices if device.type == "cuda"), key=str)
         self._cuda = [] if cuda and torch.cuda.is_current_stream_capturing() else cuda
 
-    def state(self) -> RandomState:
+    def state(self) -> _RandomState:
         states = (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda))
         return tuple(state.numpy().tobytes() for state in states)
 
-    def set(self, state: RandomState) -> None:
+    def set(self, state: _RandomState) -> None:
         cpu, *others = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in state)
         torch.set_rng_state(cpu)
         for device, other in zip(self._cuda, others, strict=True):
             torch.cuda.set_rng_state(other, device)
 
 
-Values = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]
-"""Buffers: the dictionary of the module that has each, its name there, the tensor, and what it held."""
-
-
 class Buffers:
     """What a module's buffers hold.
 
-    A submodule that has written to one of its buffers, or has put another tensor in its place, is taken to have
-    written to them all: batch norm's count shows it, and its statistics do not.
+    A submodule that has written to one of its buffers, or has replaced one, is taken to have written to them all:
+    batch norm's count of batches shows a write that its statistics do not.
     """
 
     def __init__(self, module: nn.Module | None) -> None:
-        parts = () if module is None else module.modules()
-        owners = [part._buffers for part in parts if part._buffers]
+        owners = [part._buffers for part in (() if module is None else module.modules())]
         self._groups = [
             [(owner, name, b, _writes(b), b.detach().clone()) for name, b in owner.items() if b is not None]
             for owner in owners
         ]
 
-    def written(self) -> Values:
+    def written(self) -> _Values:
         """Those written to or replaced since, and what they held."""
-        changed = (
-            group
+        return [
+            (owner, name, b, value)
             for group in self._groups
             if any(owner.get(name) is not b or _writes(b) != writes for owner, name, b, writes, _ in group)
-        )
-        return [(owner, name, b, value) for group in changed for owner, name, b, _, value in group]
+            for owner, name, b, _, value in group
+        ]
 
 
 def _writes(buffer: Tensor) -> int:
     return 0 if buffer.is_inference() else buffer._version
 
 
-def put_back(values: Values) -> None:
-    """Make the buffers hold these. Whoever reads them again has them as they were: it is no new version."""
+def put_back(values: _Values) -> None:
+    """Make the buffers hold these. They are no new version: whoever reads them again has them as they were."""
     for owner, name, buffer, value in values:
         buffer.data.copy_(value)
         owner[name] = buffer
 
 
 class Replay:
-    """The state that a chain of steps runs in, noted once and for each step.
+    """The state that a chain of steps runs in, noted in its first run and restored when its steps run again.
 
-    A step that draws random numbers or writes to buffers (batch norm's statistics, the vectors of spectral norm's
-    power iteration) is run again from the state that it ran in first, and the buffers are put back afterwards:
-    nothing is updated twice. One that writes to parameters too initialises itself, and does that once.
+    A step that draws random numbers or writes to buffers (batch norm's statistics, spectral norm's power iteration)
+    runs again from the state of its first run, and the buffers are put back afterwards: nothing is updated twice.
+    A step that writes to its parameters too initialises itself, which it does only once.
 
     Args:
-        inputs: the chain's tensors; random numbers are kept of the CPU and of their CUDA devices.
+        inputs: the chain's tensors: random numbers are kept of the CPU and of their CUDA devices.
     """
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
@@ -93,13 +103,13 @@ class Replay:
         ]
         self._backend = chosen_backend()
         self._before = self._generators.state()
-        self._random: list[RandomState | None] = []
-        self._held: list[Values] = []
-        self._written: Values = []
+        self._random: list[_RandomState | None] = []
+        self._held: list[_Values] = []
+        self._written: _Values = []
 
     @contextmanager
     def noting(self, module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Around the first run of the next step: keeps the state before it, of what it changes."""
+        """Around the first run of the next step: keeps the state before it of what the step changes."""
         buffers, versions = Buffers(module), [p._version for p in parameters]
         yield
         after = self._generators.state()
@@ -111,7 +121,7 @@ class Replay:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Autocast as it was. Its cache is off: casts made without a graph must not serve one that needs it."""
+        """Autocast as it was, without its cache: a cast made without a graph must not serve where one is needed."""
         with ExitStack() as stack:
             for kind, enabled, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
@@ -119,18 +129,20 @@ class Replay:
 
     @contextmanager
     def again(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """All of the state but each step's own, which ``rewind`` sets; put back afterwards."""
+        """The chain's state but for what ``rewind`` sets for each step; all is put back at the end."""
+        present = ((owner, name, owner[name]) for owner, name, *_ in self._written)
+        kept = [(owner, name, b, b.detach().clone()) for owner, name, b in present if b is not None]
         with ExitStack() as stack:
             stack.enter_context(self.autocast())
             stack.enter_context(backend(self._backend))
             stack.enter_context(_silenced(parameters))
-            stack.enter_context(_unwritten(self._written))
+            stack.callback(put_back, kept)
             if any(state is not None for state in self._random):
                 stack.callback(self._generators.set, self._generators.state())
             yield
 
     def rewind(self, i: int) -> None:
-        """Before step i runs again: its random numbers and buffers will be those of its first run."""
+        """Before step i runs again: gives it the random numbers and buffers of its first run."""
         state = self._random[i]
         if state is not None:
             self._generators.set(state)
@@ -139,7 +151,7 @@ class Replay:
 
 @contextmanager
 def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Gradient hooks off: autograd runs them on what the chain's backward returns, and must do so once."""
+    """Turns gradient hooks off: autograd runs them on what the chain's backward returns, and must do so once."""
     hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
     kept = [dict(each) for each in hooks]
     for each in hooks:
@@ -151,12 +163,93 @@ def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
             each.update(before)
 
 
-@contextmanager
-def _unwritten(values: Values) -> Iterator[None]:
-    """Put back the tensors that these buffers are now, and what they hold."""
-    present = ((owner, name, owner[name]) for owner, name, *_ in values)
-    kept = [(owner, name, b, b.detach().clone()) for owner, name, b in present if b is not None]
-    try:
-        yield
-    finally:
-        put_back(kept)
+# In the graph of y = f(x, w) every path back from y ends at x, at w, or at a tensor that f read from elsewhere: a
+# closure's, a global's, an attribute that is no parameter. A tensor that needs no gradient is not in the graph. A
+# thread numbers the nodes that it makes in rising order.
+
+_REENTRANT = "CheckpointFunctionBackward"  # a reentrant checkpoint makes its graph only in the backward
+
+
+def now(like: Tensor) -> int:
+    """The graph's nodes that this thread makes from here on have this number or a larger one."""
+    return made_at(torch.empty(0, device=like.device, requires_grad=True).view(0))
+
+
+def made_at(tensor: Tensor) -> int:
+    """The number of the tensor's node."""
+    return _number(tensor.grad_fn)
+
+
+def _number(node: Any) -> int:
+    number: int = node._sequence_nr()
+    return number
+
+
+def _walk(outputs: Iterable[Tensor | None], ends: Collection[Any], since: int = 0) -> list[Any]:
+    """The nodes behind the outputs, as far back as the ends, which are left out, and nodes older than ``since``."""
+    found: dict[Any, None] = {}
+    pending = _nodes(outputs)
+    while pending:
+        node = pending.pop()
+        if node is None or node in found or node in ends:
+            continue
+        found[node] = None
+        if _number(node) >= since:
+            pending.extend([each for each, _ in node.next_functions])
+    return list(found)
+
+
+def _nodes(tensors: Iterable[Tensor | None]) -> list[Any]:
+    """The tensors' nodes in the graph; a leaf's is where its gradient is accumulated."""
+    tracked = (tensor for tensor in tensors if tensor is not None and tensor.requires_grad)
+    return [get_gradient_edge(tensor).node if tensor.is_leaf else tensor.grad_fn for tensor in tracked]
+
+
+def read_from_outside(
+    outputs: Iterable[Tensor | None], inputs: Iterable[Tensor], leaves: Iterable[Tensor], since: int
+) -> str | None:
+    """What in the outputs' graph needs a gradient and is none of these, in words; None where there is nothing.
+
+    Args:
+        inputs: the function's arguments, where the graph may end.
+        leaves: its parameters, where it may end too.
+        since: the number of a node made before the function ran; older ones belong to another computation.
+    """
+    known = {id(leaf) for leaf in leaves}
+    for node in _walk(outputs, set(_nodes(inputs)), since):
+        if not node.next_functions and hasattr(node, "variable"):  # where a leaf's gradient is accumulated
+            if id(node.variable) not in known:
+                return f"a tensor {tuple(node.variable.shape)}"
+        elif _number(node) < since:
+            kind = node.name().removesuffix("0").removesuffix("Backward")
+            return f"a tensor that was computed before ({kind})"
+        elif node.name() == _REENTRANT:
+            return "what a checkpoint with use_reentrant=True hides"
+    return None
+
+
+class _Mark:
+    """An object that a node holds for as long as it lives."""
+
+
+def keeps_a_piece(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> Callable[[], bool]:
+    """A function that tells, once the outputs are gone, whether something else holds a part of their graph.
+
+    Only parts that do not depend on an input count: a tensor made of parameters and kept for the next call, as a
+    cache does. A tensor that was left behind for a penalty holds what it was made of as well.
+    """
+    depend = set(_nodes(inputs))
+    marks: dict[Any, weakref.ref[_Mark]] = {}
+    users: list[tuple[weakref.ref[_Mark], weakref.ref[_Mark]]] = []
+    for node in sorted((node for node in _walk(outputs, depend) if node.next_functions), key=_number):
+        node.metadata[_Mark] = mark = _Mark()
+        marks[node] = weakref.ref(mark)
+        below = [each for each, _ in node.next_functions if each is not None]
+        users.extend((marks[each], marks[node]) for each in below if each in marks and each not in depend)
+        if any(each in depend for each in below):
+            depend.add(node)
+
+    def kept() -> bool:
+        return any(piece() is not None and user() is None for piece, user in users)
+
+    return lambda: kept() and gc.collect() >= 0 and kept()

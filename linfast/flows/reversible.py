@@ -1,26 +1,30 @@
-"""Training without stored activations: a chain of invertible steps, undone step by step in the backward.
+"""Training without stored activations: a chain of invertible steps whose inputs are rebuilt in the backward.
 
-The forward keeps the input, the output and a checksum a step. The backward rebuilds each
-step's input from its output and takes the step's gradients there:
+The forward keeps the chain's input and output and, for each step, a checksum of its input and what the step changes
+when it runs (random number generators, buffers). The backward goes from the last step to the first, rebuilds each
+step's input from its output, and differentiates the step there:
 
     for step n to 1:   x, dx, dparameters = undo(y, dy);   y, dy = x, dx
 
-Steps get the random numbers, the buffers, the autocast state and the backend that they had. Where a
-rebuilt input has strayed from its checksum, the backward is redone from the chain's input,
-with checkpoints every sqrt(n) steps. Sources: RevNet (arXiv 1707.04585), and 1604.06174
-for checkpoints.
+Each step runs with the random numbers, buffers, autocast and backend of its first run (``Replay``). The rebuilt
+inputs are compared with their checksums (``drift``). Where one has strayed, the backward is computed once more from
+the chain's input, with checkpoints every sqrt(n) steps.
 
-The forward runs each step with a graph, which shows what the step reads from elsewhere than its arguments
-(outside.py), and lets the graph go with the step. Where something would be lost, the graph stays, and is
-connected already:
+A tensor that a step reads from elsewhere than its arguments, parameters and context would lose its gradient. The
+forward therefore runs each step with a graph, looks for such tensors in it (``read_from_outside``), and drops it
+before the next step. Where it finds one, it keeps this graph and those of the later steps. To autograd the chain is
 
-    anchor(x, parameters, context)       its backward returns the gradients of them all
-    step i runs on link_i(anchor)        x_i, whose backward notes its gradient; so does y's, link_n
+    anchor(x, parameters, context)    whose backward returns the gradients of all of them
+    x_i = link_i(anchor)              step i's input or the output; its backward notes the gradient of x_i
+
+so that a graph that is kept is connected to the steps before it. Sources: RevNet (arXiv 1707.04585), and
+arXiv 1604.06174 for checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
@@ -30,15 +34,50 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_choice, check_kind, check_tensor
-from ..device import has_values
-from .drift import Checksum, DriftGuard, capturing, drift_budget
-from .outside import keeps_a_piece, made_at, now, read_from_outside
-from .rebuild import Backward
-from .replay import Replay
-from .steps import Context, Step, run_steps, summed
-from .undo import Cotangents, Outputs
+from ..dispatch import capturing, has_values
+from .drift import Checksum, DriftGuard, drift_budget
+from .replay import Replay, keeps_a_piece, made_at, now, read_from_outside
+from .undo import Backward, Cotangents, Outputs, Undone, undo
 
 __all__ = ["Context", "Step", "reversible"]
+
+Context = Mapping[str, Any]
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One invertible map of a chain.
+
+    Args:
+        name: for messages.
+        module: whose parameters and buffers it reads.
+        forward: (x, context) -> (y, log_det [B] or None).
+        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors]).
+    """
+
+    name: str
+    module: nn.Module
+    forward: Callable[[Tensor, Context], Outputs]
+    undo: Callable[[Tensor, Cotangents, Sequence[Tensor], Context], Undone]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        module: nn.Module,
+        forward: Callable[[Tensor, Context], Outputs],
+        inverse: Callable[[Tensor, Context], Tensor],
+    ) -> Step:
+        """A step made of a forward and an inverse (y, context) -> x; its undo runs each once."""
+
+        def undo_step(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
+            return undo(
+                lambda x: forward(x, context), lambda y: inverse(y, context), y, cotangents, tensors, module
+            )
+
+        return cls(name, module, forward, undo_step)
 
 
 def reversible(
@@ -50,19 +89,19 @@ def reversible(
 ) -> Outputs:
     """(y, log_det): the steps one after another, their log_dets added, undone in the backward.
 
-    Gradients reach x, the steps' parameters and the tensors in ``context``. A step that gets at another tensor
-    that needs a gradient (a closure's, a global's, another step's parameter) cannot be rebuilt: with
-    memory="auto" it and those after it are stored, which is said once; with "invert" it is an error. "auto" stores
-    a step that keeps what its first call made of its parameters and reads it again, too; with "invert" one step
-    may read that. In a step's first backward its inverse has a graph: what it keeps has gradients.
+    Gradients reach x, the steps' parameters and the tensors in ``context``. A step that reads another tensor that
+    needs a gradient (a closure's, a global's, another step's parameter) cannot be rebuilt: memory="auto" stores it
+    and the steps after it, and warns once; "invert" raises. "auto" also stores a step that keeps what its first
+    run made of its parameters and reads that later; with "invert" one step may read it. In the backward a step may
+    read what its inverse kept.
 
-    Until the backward x, y and a few numbers a step are kept, and of a step that draws random
-    numbers or writes to buffers what these were (5 KB of the CPU's generator); y must not be written to. A
-    backward with create_graph stores the chain after all.
+    Until the backward x, y and a few numbers per step are kept, and for a step that draws random numbers or writes
+    to buffers what these were (5 KB for the CPU's generator). y must not be written to. A backward with
+    create_graph=True stores the chain's graph after all.
 
-    Plain autograd runs where nothing needs a gradient, where parameters are not
-    nn.Parameters (torch.func.functional_call, replicas of nn.DataParallel) or have no shape yet (lazy
-    modules), and where dropout is captured into a CUDA graph.
+    Plain autograd runs where nothing needs a gradient, where parameters are not nn.Parameters
+    (torch.func.functional_call, nn.DataParallel's replicas) or have no shape yet (lazy modules), and where dropout
+    is captured into a CUDA graph.
 
     Args:
         steps: in the order they are applied; each gives a log_det, or none does.
@@ -73,8 +112,8 @@ def reversible(
 
     Raises:
         RuntimeError: with "invert", for a step that reads what cannot be rebuilt. In the backward,
-            where a parameter was replaced or written to since, or the steps do not repeat themselves:
-            random numbers not torch's, a tensor without a graph that a later call's inverse kept.
+            where a parameter was replaced or written to since, or where the steps do not repeat themselves, as
+            with random numbers that are not torch's.
     """
     check_kind("steps", steps, Sequence)
     for i, step in enumerate(steps):
@@ -87,12 +126,19 @@ def reversible(
     chain = Chain(steps, context, DriftGuard() if guard is None else guard)
     inputs = (x, *chain.parameters, *chain.given)
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or chain.must_store(x):
-        return run_steps(steps, x, context)
+        return chain.run_steps(range(len(steps)), x, context)
     return chain.run(_Anchor.apply(chain, *inputs), x, memory)
 
 
+def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """total + part; one that is None counts as 0."""
+    if total is None or part is None:
+        return part if total is None else total
+    return total + part
+
+
 class _Anchor(torch.autograd.Function):
-    """Stands for all that a chain is differentiated by; does what its links noted, after the last of them."""
+    """Stands for all that a chain is differentiated by; its backward follows those of the chain's links."""
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -109,7 +155,7 @@ class _Anchor(torch.autograd.Function):
         found = [Backward(chain, count, given, needs).run(x, y, grads) for count, (y, grads) in noted.items()]
         totals = found[0]
         for more in found[1:]:
-            totals = tuple(summed(a, b) for a, b in zip(totals, more, strict=True))
+            totals = tuple(_sum(a, b) for a, b in zip(totals, more, strict=True))
         return None, *totals
 
 
@@ -134,27 +180,40 @@ class Chain:
 
     def __init__(self, steps: Sequence[Step], context: Context, guard: DriftGuard) -> None:
         self.steps, self.guard, self._context = steps, guard, context
-        self.parameters_of = [_owned(step.module) for step in steps]
+        self.parameters_of = [_parameters(step.module) for step in steps]
         self.parameters = list({id(p): p for parameters in self.parameters_of for p in parameters}.values())
         self._leaves, self._spec = tree_flatten(dict(context))
         self.given = [leaf for leaf in self._leaves if isinstance(leaf, Tensor)]
-        self.counts: list[int] = []  # of the nodes of each step's graph
-        self.noted: dict[int, tuple[Tensor, Cotangents]] = {}  # of a backward on its way: count -> y, its gradients
+        self.noted: dict[int, tuple[Tensor, Cotangents]] = {}  # during a backward: count -> y, its gradients
 
     def must_store(self, x: Tensor) -> bool:
-        """Whether a replay would not be the first run."""
-        swapped = any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
-        swapped = swapped or any(getattr(step.module, "_is_replica", False) for step in self.steps)
-        nothing_to_rebuild = not has_values(x) or not x.numel()
-        dropping = capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules())
-        return nothing_to_rebuild or swapped or dropping
+        """Whether running the steps again would not repeat their first run."""
+        return (
+            not has_values(x)
+            or not x.numel()
+            or any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
+            or any(getattr(step.module, "_is_replica", False) for step in self.steps)
+            or (capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules()))
+        )
+
+    def run_steps(
+        self, span: Iterable[int], x: Tensor, context: Context, before: Callable[[int, Tensor], None] | None = None
+    ) -> Outputs:
+        """These steps' last y and the sum of their log_dets; ``before(i, x)`` is called ahead of step i."""
+        total = None
+        for i in span:
+            if before is not None:
+                before(i, x)
+            x, part = self.steps[i].forward(x, context)
+            total = _sum(total, part)
+        return x, total
 
     def run(self, anchor: Tensor, x: Tensor, memory: str) -> Outputs:
-        """The first run: notes the state of each step and its input's checksum."""
+        """The first run, which notes each step's state and its input's checksum."""
         self.guard.report(x, [step.name for step in self.steps])
         self.replay = Replay((x, *self.parameters, *self.given))
         self.checksum, self.budget = Checksum(x), drift_budget(x)
-        # Under names of its own: what is read under another is not the context.
+        # A tensor of the context that is read by another way than the context is read from outside.
         given = [t.view_as(t) if t.requires_grad else t for t in self.given]
         context = self.context_of(given)
         y, log_det, rows = x.detach(), None, []
@@ -167,8 +226,7 @@ class Chain:
                 own = self.parameters_of[i]
                 with self.replay.noting(step.module, own):
                     out, part = step.forward(start, context)
-                what, count = read_from_outside((out, part), (start, *given), own, made_at(start))
-                self.counts.append(count)
+                what = read_from_outside((out, part), (start, *given), own, made_at(start))
                 if memory == "auto" and what is None:
                     if step.name not in self.guard.kept:
                         kept = keeps_a_piece((out, part), (start, *given))
@@ -180,9 +238,9 @@ class Chain:
                 if what is not None:
                     self._end(rows)
                     self.guard.stores(step.name, what, memory)
-                    y, rest = run_steps(self.steps[i + 1 :], out, context)
-                    return y, summed(summed(total, part), rest)
-                y, log_det = out.detach(), summed(log_det, None if part is None else part.detach())
+                    y, rest = self.run_steps(range(i + 1, len(self.steps)), out, context)
+                    return y, _sum(_sum(total, part), rest)
+                y, log_det = out.detach(), _sum(log_det, None if part is None else part.detach())
                 del start, total, out, part  # and the step's graph with them
         self._end(rows)
         return self._link(len(self.steps), y, log_det, anchor)
@@ -193,7 +251,7 @@ class Chain:
         with self.replay.again(own):
             self.replay.rewind(i)
             out, part = self.steps[i].forward(start, self.context_of(given))
-        return out, part, read_from_outside((out, part), (start, *given), own, since)[0]
+        return out, part, read_from_outside((out, part), (start, *given), own, since)
 
     def _link(self, count: int, y: Tensor, log_det: Tensor | None, anchor: Tensor) -> Outputs:
         made = [t.detach() for t in (y, log_det) if t is not None]
@@ -201,12 +259,13 @@ class Chain:
         return (linked, None) if isinstance(linked, Tensor) else linked
 
     def _end(self, rows: Sequence[Tensor]) -> None:
-        self.kept = torch.stack(tuple(rows))
+        self.checksums = torch.stack(tuple(rows))
         self._versions = {id(p): p._version for p in self.parameters}
 
     def check_parameters(self) -> None:
+        """RuntimeError where a parameter is no longer the one, or as it was, at the end of the forward."""
         for step, before in zip(self.steps, self.parameters_of, strict=True):
-            own = _owned(step.module)
+            own = _parameters(step.module)
             if len(own) != len(before) or any(p is not q for p, q in zip(own, before, strict=True)):
                 raise RuntimeError(
                     f"{step.name}: a parameter was replaced between forward and backward "
@@ -225,8 +284,8 @@ class Chain:
         return context
 
 
-def _owned(module: nn.Module) -> list[Tensor]:
-    """Its parameters and the buffers that need gradients."""
+def _parameters(module: nn.Module) -> list[Tensor]:
+    """The module's parameters and those of its buffers that need gradients, each as often as it is used."""
     parts = list(module.modules())
     parameters = [p for part in parts for p in part._parameters.values() if p is not None]
     buffers = (b for part in parts for b in part._buffers.values() if b is not None)
@@ -234,4 +293,4 @@ def _owned(module: nn.Module) -> list[Tensor]:
 
 
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+    return isinstance(module, _DROPOUTS) and module.training and module.p > 0

@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..autocast import outside_autocast
-from ..device import tensor_of
+from ..dispatch import outside_autocast, tensor_of
 from ..freeze import derived
 from ..kernels.stack_configs import StackConfig
 from ..ops.channel_mix import channel_mix

@@ -1,16 +1,21 @@
-"""Undoing one invertible step y, log_det = step(x): x from y, and the step's backward there."""
+"""Undoing an invertible step y, log_det = step(x), and a chain of such steps, from what they made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .outside import node_count, now
+from .drift import drift
 from .replay import Buffers, Generators, put_back
 
-__all__ = ["Cotangents", "Outputs", "Undone", "gradients", "undo"]
+if TYPE_CHECKING:
+    from .reversible import Chain
+
+__all__ = ["Backward", "Cotangents", "Outputs", "Undone", "gradients", "undo"]
 
 Outputs = tuple[Tensor, Tensor | None]
 """(y, log_det [B] or None)."""
@@ -18,10 +23,8 @@ Outputs = tuple[Tensor, Tensor | None]
 Cotangents = tuple[Tensor, Tensor | None]
 """The gradients of y and log_det."""
 
-Undone = tuple[Tensor, list[Tensor | None], int | None]
-"""x, the gradients of x and of the tensors asked for (None for one that is not reached), and ``node_count`` of the
-step that was run again (None where it is not run as at first).
-"""
+Undone = tuple[Tensor, list[Tensor | None]]
+"""x, and the gradients of x and of the tensors asked for (None for one that is not reached)."""
 
 
 def undo(
@@ -32,21 +35,19 @@ def undo(
     tensors: Sequence[Tensor],
     module: nn.Module | None = None,
 ) -> Undone:
-    """By one evaluation of each: x = inverse(y), then forward(x) under autograd, both from the same state.
+    """x = inverse(y), then forward(x) and its backward: one evaluation of each, both from the same state.
 
-    That is of the random number generators, and of the buffers of ``module`` where it is given. Where gradients are
-    enabled, what the inverse computes has a graph, and forward may read what it kept; its nodes are not counted.
+    The state is that of the random number generators and of the buffers of ``module``. Where gradients are enabled,
+    what the inverse computes has a graph: forward may read what the inverse kept.
     """
     generators, buffers = Generators([y.device]), Buffers(module)
     state = generators.state()
     x = inverse(y).detach().requires_grad_()
     generators.set(state)
     put_back(buffers.written())
-    since = now(x) if torch.is_grad_enabled() else 0
     with torch.enable_grad():
         outputs = forward(x)
-    count = node_count(outputs, since)
-    return x.detach(), gradients(outputs, cotangents, (x, *tensors)), count
+    return x.detach(), gradients(outputs, cotangents, (x, *tensors))
 
 
 def gradients(
@@ -65,3 +66,107 @@ def gradients(
         return [None] * len(inputs)
     values, weights = zip(*pairs, strict=True)
     return list(torch.autograd.grad(values, inputs, weights, allow_unused=True, create_graph=create_graph))
+
+
+class Backward:
+    """One backward through a chain's first ``count`` steps: (dx, *gradients of the chain's tensors), None where not
+    needed.
+    """
+
+    def __init__(self, chain: Chain, count: int, given: Sequence[Tensor], needs: Sequence[bool]) -> None:
+        self.chain, self.count, self.needs_x = chain, count, needs[0]
+        self.create_graph = torch.is_grad_enabled()  # this backward is itself differentiated
+        n = len(chain.parameters)
+        if not self.create_graph:
+            given = [t.detach().requires_grad_(need) for t, need in zip(given, needs[1 + n :], strict=True)]
+        self.context = chain.context_of(given)
+        self.tensors = (*chain.parameters, *given)
+        needed = zip(self.tensors, needs[1:], strict=True)  # one may have been frozen since the forward
+        self._wanted = {id(t) for t, need in needed if need and t.requires_grad}
+        self._given = [t for t in given if id(t) in self._wanted]
+        self._sums: dict[int, Tensor] = {}
+        own = chain.parameters_of[:count]
+        reached = (i for i, parameters in enumerate(own) if self._wanted & {id(p) for p in parameters})
+        self.first = 0 if self.needs_x or self._given else next(reached, count)
+
+    def run(self, x: Tensor, y: Tensor, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
+        chain, span = self.chain, range(self.first, self.count)
+        chain.check_parameters()
+        if not span:
+            return (None,) * (1 + len(self.tensors))
+        with chain.replay.again(chain.parameters):
+            grad: Tensor | None
+            if self.create_graph:
+                grad = self._stored(x, range(self.count), cotangents)
+            else:
+                grad, rebuilt = self._by_inversion(y.detach(), cotangents)
+                names = [chain.steps[i].name for i in span]
+                if chain.guard.strayed(rebuilt, chain.checksums[span.start : span.stop], chain.budget, names):
+                    self._sums.clear()
+                    grad = self._by_checkpoints(x.detach(), cotangents)
+        return (grad if self.needs_x else None, *(self._sums.get(id(t)) for t in self.tensors))
+
+    def _by_inversion(self, y: Tensor, cotangents: Cotangents) -> tuple[Tensor, Tensor]:
+        """dx, and the checksums of the rebuilt inputs."""
+        grad: Tensor | None
+        grad, grad_log_det = cotangents
+        rows = []
+        for i in reversed(range(self.first, self.count)):
+            self.chain.replay.rewind(i)
+            wanted = self._wanted_of([i])
+            with torch.enable_grad():  # what the inverse keeps has gradients, which the forward may need
+                y, (grad, *found) = self.chain.steps[i].undo(y, (grad, grad_log_det), wanted, self.context)
+            assert grad is not None  # an invertible map reaches its input
+            self._add(wanted, found)
+            rows.append(self.chain.checksum(y))
+        return grad, torch.stack(rows[::-1])
+
+    def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor:
+        """dx, from the chain's own input."""
+        chain, n = self.chain, self.count
+        every = math.ceil(math.sqrt(n - self.first))
+        starts: dict[int, Tensor] = {}
+        rows = []
+
+        def note(i: int, x: Tensor) -> None:
+            chain.replay.rewind(i)
+            rows.append(chain.checksum(x))
+            if i >= self.first and (i - self.first) % every == 0:
+                starts[i] = x
+
+        with torch.no_grad():
+            chain.run_steps(range(n), x, self.context, note)
+        if bool((drift(torch.stack(rows), chain.checksums[:n]) > chain.budget).any()):
+            raise RuntimeError(
+                "a chain's forward does not repeat itself: its parameters were written to since, or it "
+                "draws random numbers that are not torch's; use memory='store'"
+            )
+        grad, grad_log_det = cotangents
+        for start in sorted(starts, reverse=True):
+            leaf = starts.pop(start).requires_grad_()
+            found = self._stored(leaf, range(start, min(start + every, n)), (grad, grad_log_det))
+            assert found is not None
+            grad = found
+        return grad
+
+    def _stored(self, x: Tensor, span: range, cotangents: Cotangents) -> Tensor | None:
+        """dx of the steps in ``span``, whose graph is stored."""
+        with torch.enable_grad():
+            outputs = self.chain.run_steps(span, x, self.context, lambda i, _: self.chain.replay.rewind(i))
+        wanted = self._wanted_of(span)
+        inputs = [x, *wanted] if x.requires_grad else wanted
+        found = gradients(outputs, cotangents, inputs, create_graph=self.create_graph)
+        grad = found.pop(0) if x.requires_grad else None
+        self._add(wanted, found)
+        return grad
+
+    def _wanted_of(self, span: Iterable[int]) -> list[Tensor]:
+        """Those of the steps' parameters and of the context that need a gradient, each once."""
+        own = (p for i in span for p in self.chain.parameters_of[i])
+        return list({id(t): t for t in (*own, *self._given) if id(t) in self._wanted}.values())
+
+    def _add(self, tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
+        for tensor, grad in zip(tensors, found, strict=True):
+            if grad is not None:
+                before = self._sums.get(id(tensor))
+                self._sums[id(tensor)] = grad if before is None else before + grad

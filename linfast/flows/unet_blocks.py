@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backend import uses_triton
+from ..dispatch import uses_triton
 from ..ops.conv2d_fused import conv2d_fused
 from ..ops.group_norm_silu import group_norm_silu
 from .stack import is_plain

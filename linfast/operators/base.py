@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import outside_autocast
 from ..checks import check_count, check_dense, check_like, check_number, check_time
+from ..dispatch import outside_autocast
 from ..freeze import derived
 from ..profiling import annotate
 from .half import cast, dtype_of, in_fp32

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..device import tensors_of
+from ..dispatch import tensors_of
 
 __all__ = ["cast", "dtype_of", "in_fp32"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..autocast import outside_autocast
 from ..checks import check_dense, check_factor, check_time
+from ..dispatch import outside_autocast
 from .base import LatentOperator, Leaf, hold, inverse_of
 
 __all__ = ["Lazy", "Product", "Scaled", "Sum", "Transposed"]

@@ -19,9 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autocast import outside_autocast
 from ..checks import check_factor, check_tensor
-from ..device import has_values
+from ..dispatch import has_values, outside_autocast
 from ..ops.low_rank import low_rank
 from .base import Leaf, hold
 from .spectral import SVD, Eig, cutoff, largest, matrix_inverse, unless_singular

@@ -15,8 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..device import has_values, read_at_once
-from ..flows.drift import capturing
+from ..dispatch import capturing, has_values, read_at_once
 
 __all__ = ["check_finite", "is_unread", "mark_read"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_dense, check_number, check_time
-from ..device import tensor_of
+from ..dispatch import tensor_of
 from ..flows.conditioners import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator, Leaf
 from .low_rank import LowRank

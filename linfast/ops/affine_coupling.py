@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autocast import cat
-from ..backend import uses_triton
 from ..checks import check_choice, check_flag, check_kind, check_tensor
+from ..dispatch import cat, uses_triton
 from ..kernels.launch import like
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .register import RawOp, define_op

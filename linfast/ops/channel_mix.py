@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import autocast_dtype
-from ..backend import uses_triton
 from ..checks import check_tensor
+from ..dispatch import autocast_dtype, uses_triton
 from ..kernels.launch import positions
 from .register import RawOp, define_op
 

@@ -25,9 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import autocast_dtype
-from ..backend import chosen_backend, uses_triton
 from ..checks import check_count, check_flag, check_number, check_tensor
+from ..dispatch import autocast_dtype, chosen_backend, uses_triton
 from ..kernels.conv2d_configs import handed_over, image_like, n_row_tiles, runs_fused, tile_rows_of
 from ..kernels.launch import like
 from ..kernels.stack_configs import mode_on, target_of

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autocast import autocast_dtype
-from ..backend import uses_triton
+from ..dispatch import autocast_dtype, uses_triton
 from ..kernels.launch import like
 from ..scale_maps import ScaleMap
 from .affine_coupling import (

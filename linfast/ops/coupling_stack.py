@@ -27,9 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autocast import autocast_dtype, without_autocast
-from ..backend import uses_triton
 from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
+from ..dispatch import autocast_dtype, uses_triton, without_autocast
 from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap

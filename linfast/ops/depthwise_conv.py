@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import uses_triton
 from ..checks import check_flag, check_tensor
+from ..dispatch import uses_triton
 from .register import RawOp, define_op
 
 __all__ = ["depthwise_conv"]

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import uses_triton
 from ..checks import check_count, check_flag, check_number, check_tensor
+from ..dispatch import uses_triton
 from ..kernels.launch import like
 from .register import RawOp, define_op
 

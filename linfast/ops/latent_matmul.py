@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import interpreting, uses_triton
 from ..checks import check_dense, check_factor, check_tensor
+from ..dispatch import interpreting, uses_triton
 from .register import RawOp, define_op
 
 __all__ = ["latent_matmul"]

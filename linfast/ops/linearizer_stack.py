@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import uses_triton
 from ..checks import check_kind, check_tensor
+from ..dispatch import uses_triton
 from ..kernels.linearizer_chain import LinearizerConstants, apply_core, linearizer_backward
 from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..precision import half_dtype, resolve_precision

@@ -21,8 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..backend import uses_triton
 from ..checks import check_factor, check_tensor
+from ..dispatch import uses_triton
 from .register import RawOp, define_op
 
 __all__ = ["low_rank"]

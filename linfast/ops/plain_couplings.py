@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import cat
+from ..dispatch import cat
 
 __all__ = ["PlainCoupling", "run_couplings"]
 

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autocast import without_autocast
-from ..backend import interpreting, refuse_kernel
+from ..dispatch import interpreting, refuse_kernel, without_autocast
 from ..profiling import in_range
 
 __all__ = ["RAW_OPS", "RawOp", "define_op"]

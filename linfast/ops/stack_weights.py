@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import without_autocast
+from ..dispatch import without_autocast
 from ..kernels.stack_layout import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
 from ..linalg import inverse_or_nan
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import add_earlier_files, refuse_existing, taken
-from ..device import usable_device
+from ..dispatch import usable_device
 from ..io import load
 from ..linearizer import Linearizer
 from .integrate import METHODS

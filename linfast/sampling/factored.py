@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..device import uploaded
+from ..dispatch import uploaded
 from .integrate import Schedule
 
 __all__ = ["Factors", "Piece", "fold_dense", "fold_factored", "multiply_pairs", "step_pieces"]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..flows.actnorm import ActNorm
 from ..io import described
-from ..rebuilt import is_foreign
+from ..state import is_foreign
 
 __all__ = ["digest", "fingerprint"]
 

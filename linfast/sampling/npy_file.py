@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..whole_file import written_whole
+from ..io import written_whole
 from .locked import check_regular, lock, opened, release, reserve, sync_folder
 from .workers import Workers
 

@@ -20,9 +20,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..autocast import without_autocast
 from ..checks import check_number
-from ..device import has_values, uploaded
+from ..dispatch import has_values, uploaded, without_autocast
 from ..operators.base import LatentOperator, Leaf
 from ..operators.dense import Dense
 from ..operators.low_rank import LowRank

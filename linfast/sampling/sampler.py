@@ -17,9 +17,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ..autocast import outside_autocast
 from ..checks import check_dense, check_flag, check_kind, said_of
-from ..device import uploaded
+from ..dispatch import outside_autocast, uploaded
 from ..freeze import freeze
 from ..linearizer import Linearizer
 from ..operators.base import LatentOperator

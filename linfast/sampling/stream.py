@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
-from ..device import check_values, tensors_of
+from ..dispatch import check_values, tensors_of
 from ..linearizer import Linearizer
 from .array_out import ArrayOut
 from .fingerprint import fingerprint

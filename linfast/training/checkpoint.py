@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..io import written_whole
 from ..sampling.fingerprint import digest
-from ..whole_file import written_whole
 
 __all__ = [
     "check_moments",

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autocast import cat
 from ..checks import check_function, check_kind, check_number, check_tensor
+from ..dispatch import cat
 from ..linearizer import Linearizer
 from ..operators import Projection
 from .objective import Objective, check_data, distance_of, draw_rows, normal_like

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_tensor
-from ..device import check_values
+from ..dispatch import check_values
 from ..flows.bijection import Bijection
 from ..linearizer import Linearizer
 

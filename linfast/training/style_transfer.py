@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_count, check_dense, check_function, check_kind, check_number, check_tensor
-from ..device import check_values
+from ..dispatch import check_values
 from ..flows import MLP, Bijection
 from ..flows.conditioners import SinusoidalEmbedding
 from ..io import register

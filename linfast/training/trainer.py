@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..checks import check_count, check_flag, check_kind, check_path
-from ..device import check_values, tensors_of
+from ..dispatch import check_values, tensors_of
 from .checkpoint import (
     check_moments,
     check_progress,

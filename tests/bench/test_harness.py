@@ -15,7 +15,7 @@ from linfast.bench.report import table
 from torch import Tensor
 
 import linfast as lf
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 from tests.kernel_stand_in import FAULTS, Kernels
 
 from .toy import COST, CPU, Call, Clock, run, softplus

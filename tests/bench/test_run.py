@@ -165,7 +165,7 @@ def test_providers_on_a_cpu_and_on_a_gpu() -> None:
 
 
 def test_eager_runs_the_reference_and_linfast_the_kernels() -> None:
-    backend = importlib.import_module("linfast.backend")  # linfast.backend is the function
+    backend = importlib.import_module("linfast.dispatch")  # linfast.backend is the function
     from linfast.bench.cases.common import providers, run
 
     def choice(x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.backend import interpreting, plain_torch
+from linfast.dispatch import interpreting, plain_torch
 from linfast.scale_maps import SCALE_MAP_KINDS
 
 from .drawing import (

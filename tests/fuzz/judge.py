@@ -18,7 +18,7 @@ import torch
 from linfast.bench import rounding
 from torch import Tensor
 
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 
 __all__ = ["NO_BUDGET", "VISIBLE", "Finding", "Judge", "Truth", "listed", "moves_by", "truth_of"]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 
 from .drawing import DTYPES, cotangent, drawn, generator, moved, moved_model, perturbed, recipe, seeds
 from .judge import Judge, Truth, moves_by

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import linfast as lf
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 
 from . import flows, operators
 from .drawing import DTYPES, LAYOUTS, drawn, generator, laid_out, moved, moved_model, perturbed, recipe, seeds

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 from linfast.sampling.npy_file import NpyFile
 
 from . import flows, operators

@@ -14,7 +14,7 @@ from linfast.bench.rounding import relative_error
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 from tests.accelerate import stand_in
 
 __all__ = ["models"]

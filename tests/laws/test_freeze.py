@@ -199,7 +199,7 @@ def test_a_frozen_call_asks_once_for_its_path(monkeypatch: pytest.MonkeyPatch) -
             again = f(x), f.g_x(x), f.g_x.inverse(x)
             assert len(asked) == before
             with monkeypatch.context() as precision:
-                precision.setattr(match, "float32_mode", lambda: "fast")
+                precision.setattr(match, "state_key", lambda x: "another mode")
                 f(x)
             assert len(asked) > before
         with lf.backend("reference"):

@@ -13,7 +13,7 @@ from linfast.bench.rounding import allowed_errors, operand_rounding, relative_er
 from torch import Tensor
 
 import linfast as lf
-from linfast.backend import plain_torch
+from linfast.dispatch import plain_torch
 from tests.machine_code.variants import DTYPES, Variant
 
 __all__ = ["Result", "checked", "exact", "outputs_and_gradients", "values_of"]

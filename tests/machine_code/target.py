@@ -48,7 +48,7 @@ def emulator(name: str) -> Any:
     if not isinstance(triton.language.zeros, triton.JITFunction):
         raise RuntimeError("Triton was imported to interpret kernels: run machine code in a Python of its own")
     triton.knobs.runtime.interpret = False
-    os.environ["TRITON_INTERPRET"] = "1"  # what linfast.backend takes for "kernels run on CPU tensors"
+    os.environ["TRITON_INTERPRET"] = "1"  # what linfast.dispatch takes for "kernels run on CPU tensors"
     if str(place) not in sys.path:
         sys.path.append(str(place))
     return importlib.import_module(f"ptx.{name}")

@@ -13,7 +13,7 @@ _MODELS = "tests/models/test_reversible_training.py"
 MUTANTS = (
     Mutant(
         name="reversible: drift is never noticed",
-        file="linfast/flows/rebuild.py",
+        file="linfast/flows/undo.py",
         old="if chain.guard.strayed(rebuilt,",
         new="if False and chain.guard.strayed(rebuilt,",
         breaks="Gradients of activations that strayed are returned without a word.",
@@ -21,7 +21,7 @@ MUTANTS = (
     ),
     Mutant(
         name="reversible: a shared layer's earlier gradient is overwritten",
-        file="linfast/flows/rebuild.py",
+        file="linfast/flows/undo.py",
         old="self._sums[id(tensor)] = grad if before is None else before + grad",
         new="self._sums[id(tensor)] = grad",
         breaks="Of a layer that is used twice only one use counts.",
@@ -29,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         name="reversible: changed parameters are not noticed",
-        file="linfast/flows/rebuild.py",
+        file="linfast/flows/undo.py",
         old="        chain.check_parameters()\n",
         new="",
         breaks="A parameter that was replaced since the forward gives another one's gradient.",
@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         name="outside: leaves are not looked at",
-        file="linfast/flows/outside.py",
+        file="linfast/flows/replay.py",
         old="if id(node.variable) not in known:",
         new="if False:",
         breaks="A learned prompt gets no gradient.",
@@ -69,7 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         name="outside: what was computed before is not looked at",
-        file="linfast/flows/outside.py",
+        file="linfast/flows/replay.py",
         old="elif _number(node) < since:",
         new="elif False:",
         breaks="What a net reads of its own parameters from outside is differentiated twice.",

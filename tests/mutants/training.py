@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         name="save: a failed save leaves half a file in the old one's place",
-        file="linfast/whole_file.py",
+        file="linfast/io.py",
         old="        yield str(partial)\n",
         new="        os.replace(partial, path)\n        yield str(path)\n        partial = path\n",
         breaks="The old model is gone before the new one is written.",
@@ -93,9 +93,9 @@ MUTANTS = (
     ),
     Mutant(
         name="precision: tf32 is on where it was not allowed",
-        file="linfast/precision.py",
-        old='"high": "tf32" if allowed == "tf32" else "high",',
-        new='"high": "tf32",',
+        file="linfast/dispatch.py",
+        old='return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "high"',
+        new='return "tf32"',
         breaks="Products lose thirteen bits without anyone having asked for it.",
         tests=(f"{_PRECISION}::test_tf32_is_never_on_silently",),
     ),

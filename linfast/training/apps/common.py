@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backend import uses_triton
 from ...checks import check_path
-from ...device import usable_device
+from ...dispatch import usable_device, uses_triton
 from ...sampling.workers import Workers
 from ..distributed import process_group
 from ..objective import Objective

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...io import written_whole
 from ...tables import aligned
-from ...whole_file import written_whole
 
 __all__ = ["Row", "psnr", "save_strips", "table", "timed"]
 

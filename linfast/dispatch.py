@@ -1,0 +1,284 @@
+"""What decides how an op runs: the backend, autocast, torch's matmul precision and the tensors' device.
+
+The backend is "auto" (Triton on a GPU, plain torch elsewhere), "triton" (or an error that says why not) or
+"reference" (plain torch). It is set for a block by ``with linfast.backend("reference"):`` and for a process by the
+environment variable LINFAST_BACKEND. A block belongs to its thread, as torch.no_grad's does. An op's public
+function reads the choice once per call, and its backward follows that. float64 always runs in plain torch.
+
+``state_key(x)`` answers all of this in one call, as a dictionary's key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_choice, check_kind
+
+__all__ = [
+    "autocast_dtype",
+    "backend",
+    "capturing",
+    "cat",
+    "check_values",
+    "chosen_backend",
+    "has_kernels",
+    "has_values",
+    "interpreting",
+    "matmul_mode",
+    "outside_autocast",
+    "plain_torch",
+    "read_at_once",
+    "refuse_kernel",
+    "state_key",
+    "tensor_of",
+    "tensors_of",
+    "uploaded",
+    "usable_device",
+    "uses_triton",
+    "why_reference",
+    "without_autocast",
+]
+
+_CHOICES = ("auto", "triton", "reference")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def state_key(x: Tensor) -> Hashable:
+    """Two calls with equal keys take the same path: backend, dtype, device, matmul precision and autocast's dtype.
+
+    Whether gradients are enabled is not part of it.
+    """
+    return _state.choice, x.dtype, x.device, matmul_mode(), autocast_dtype(x.device.type)
+
+
+# The backend
+
+
+class _CannotRun(RuntimeError, ValueError):
+    """The backend that was asked for does not run here: a mistake of the caller's, as a wrong name is."""
+
+
+class _State(threading.local):
+    """One thread's choice, and how many blocks of ``plain_torch`` it is in.
+
+    Dynamo guards on a ``threading.local`` whose attributes are set in each thread; it cannot trace a ContextVar.
+    """
+
+    def __init__(self) -> None:
+        self.choice = _OF_PROCESS
+        self.only_plain = 0
+
+
+_OF_PROCESS = os.environ.get("LINFAST_BACKEND", "auto")
+check_choice("LINFAST_BACKEND", _OF_PROCESS, _CHOICES)
+_state = _State()
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops inside the block on this backend: "auto", "triton" or "reference".
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: a backend that runs kernels, inside ``plain_torch``.
+    """
+    check_choice("backend", name, _CHOICES)
+    if name != "reference" and _state.only_plain:
+        raise RuntimeError(f"backend {name!r} was asked for by what others are compared with: it is plain torch")
+    before, _state.choice = _state.choice, name
+    try:
+        yield
+    finally:
+        _state.choice = before
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside the block everything is plain torch: what is compared with kernels is computed in such a block.
+
+    A kernel that would run all the same raises RuntimeError, and so does choosing a backend that runs kernels, so
+    that nothing is ever compared with itself.
+    """
+    with backend("reference"):
+        _state.only_plain += 1
+        try:
+            yield
+        finally:
+            _state.only_plain -= 1
+
+
+def refuse_kernel(kernel: str) -> None:
+    """Called before every launch; RuntimeError inside ``plain_torch``."""
+    if _state.only_plain:
+        raise RuntimeError(
+            f"the kernel of {kernel} was launched by what others are compared with: it is plain torch"
+        )
+
+
+def chosen_backend() -> str:
+    """The choice in force, which a backward that runs a forward again has to restore."""
+    return _state.choice
+
+
+def uses_triton(*tensors: Tensor) -> bool:
+    """Whether an op on these tensors runs its kernel.
+
+    Raises:
+        RuntimeError: "triton" was asked for and cannot run on these tensors.
+    """
+    if _state.choice == "reference" or not all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors):
+        return False
+    device = tensors[0].device
+    if _state.choice == "auto":
+        return has_kernels(device)
+    if not _HAS_TRITON:
+        raise _CannotRun("backend 'triton' was asked for and triton is not installed")
+    if device.type != "cuda" and not interpreting():
+        raise _CannotRun(
+            f"backend 'triton' was asked for on {device}; set TRITON_INTERPRET=1 before starting Python to "
+            "interpret the kernels there"
+        )
+    return True
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether "auto" runs kernels on this device."""
+    return device.type == "cuda" and _HAS_TRITON
+
+
+def why_reference(x: Tensor) -> str | None:
+    """Why ops on x run in plain torch; None where they run their kernels."""
+    if uses_triton(x):
+        return None
+    if _state.choice == "reference":
+        return "the backend is 'reference'"
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"x is {x.dtype}"
+    return "triton is not installed" if x.is_cuda else f"x is on {x.device}"
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter was asked for: kernels then run on CPU tensors, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def matmul_mode() -> str:
+    """The mode (see ``precision``) that torch's matmul settings ask for in float32."""
+    try:
+        setting = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through both of torch's interfaces, which disagree: the newer one holds
+        setting = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+    if setting != "high":
+        return {"highest": "exact", "medium": "fast"}[setting]
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "high"
+
+
+# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+matmul_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Autocast rounds the operands of a product, which is right for activations alone. Weights that are derived from
+# weights are computed outside it (W and a separately rounded W^{-1} are no longer inverses, and torch.linalg has no
+# half-precision routines), and so is the inside of an op, forward and backward: its public function has read
+# autocast, and a backward's bits must not depend on where it is called.
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast rounds to on devices of this type; None where it is off or, as on "meta", missing."""
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def without_autocast(device: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)`` with autocast off on devices of this type."""
+    if autocast_dtype(device) is None:
+        return function(*args, **kwargs)
+    with torch.autocast(device, enabled=False):
+        return function(*args, **kwargs)
+
+
+def outside_autocast(method: _Method) -> _Method:
+    """Decorator of a module's method: autocast is off on the module's device while it runs."""
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tensor = tensor_of(self)
+        if tensor is None:
+            return method(self, *args, **kwargs)
+        return without_autocast(tensor.device.type, method, self, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def cat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat, which under autocast refuses a half type that is not autocast's."""
+    if tensors[0].dtype in (torch.float16, torch.bfloat16):
+        return without_autocast(tensors[0].device.type, torch.cat, tensors, dim)
+    return torch.cat(tensors, dim)
+
+
+# Devices, and what the host knows of a tensor without waiting for one
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device; ValueError where this machine cannot put a tensor on it."""
+    check_kind("device", name, (str, torch.device))
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {str(name)!r} cannot be used: {error}") from error
+    if device.type == "meta":
+        raise ValueError(f"device {str(name)!r} cannot be used: it holds no numbers")
+    return device
+
+
+def uploaded(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """The host's numbers on a device, as ``torch.tensor`` puts them there but without waiting for a GPU."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it holds numbers: it is not on the meta device and no fake tensor of torch's FakeTensorMode."""
+    return not tensor.is_meta and not hasattr(tensor, "fake_mode")
+
+
+def check_values(name: str, *tensors: Tensor) -> None:
+    """ValueError where one of the argument's tensors holds no numbers."""
+    if not all(map(has_values, tensors)):
+        raise ValueError(f"{name} is on the meta device, or fake: it holds no numbers")
+
+
+def read_at_once(tensor: Tensor) -> bool:
+    """Whether the host reads this tensor without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether work on x goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """What a module computes with, parameters first; in nn.DataParallel's replicas these are plain attributes."""
+    plain = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
+    return chain(module.parameters(), plain, module.buffers())
+
+
+def tensor_of(module: nn.Module) -> Tensor | None:
+    """The first of the tensors that a module computes with, for their dtype and device."""
+    return next(tensors_of(module), None)
