@@ -11,7 +11,7 @@ from linfast.arguments import Parser
 from .cases import CASES
 from .harness import SCALES
 
-__all__ = ["UsageError", "parser"]
+__all__ = ["UsageError", "default_device", "device_from", "parser"]
 
 EPILOG = """\
 Exit status: 0; 1 where a provider was refused, or, with --compare, where something got slower.
@@ -45,7 +45,7 @@ def parser() -> Parser:
     add("--json", metavar="FILE", help="write one JSON line a result to FILE")
     add("--plots", metavar="DIR", help="write plots to DIR (--quick: linfast-bench, if matplotlib is there)")
     add("--overwrite", action="store_true", help="replace an earlier run's --json, --plots and --profile files")
-    add("--device", type=_device, default=_default_device(), help="such as cpu, cuda, cuda:1")
+    add("--device", type=device_from, default=default_device(), help="such as cpu, cuda, cuda:1")
     add("--budget", type=_seconds, metavar="SECONDS", help="timing a provider and size (1.0; quick, tiny 0.2)")
     add("--limit", type=_seconds, default=20.0, metavar="SECONDS", help="leave out sizes that would take longer")
     add("--check", action="store_true", help="check against float64 and time nothing")
@@ -57,11 +57,13 @@ def parser() -> Parser:
     return result
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """A GPU where torch finds one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device(text: str) -> torch.device:
+def device_from(text: str) -> torch.device:
+    """The device of this name, for a command line's parser: a CPU, or a GPU of this machine."""
     try:
         device = torch.device(text)
     except RuntimeError:

@@ -25,7 +25,7 @@ def sizes(case: Case, scale: str, batches: Sequence[int] | None) -> list[Size]:
 
 
 def too_large(size: Size, measured: Sequence[Result], limit: float, device: torch.device) -> str | None:
-    """Why a size is left out: what a smaller one took, times how much larger this one is.
+    """Why a size is left out: what the nearest smaller one took, times how much larger this one is.
 
     A smaller size has the same words and no larger number; it predicts growth in proportion to
     every number, which is too little for widths and so errs on the side of measuring.
@@ -33,13 +33,15 @@ def too_large(size: Size, measured: Sequence[Result], limit: float, device: torc
     Args:
         limit: seconds that the least number of calls of all providers may take.
     """
-    seconds, peak = 0.0, 0.0
-    for result in measured:
-        growth = _growth(result.size, size)
-        if growth is not None and result.p50_ms is not None:
-            providers = len({other.provider for other in measured})
-            seconds = max(seconds, 1e-3 * result.p50_ms * growth * CALLS * providers)
-            peak = max(peak, (result.peak_bytes or 0) * growth)
+    smaller = [
+        (growth, result)
+        for result in measured
+        if result.p50_ms is not None and (growth := _growth(result.size, size)) is not None
+    ]
+    nearest = min((growth for growth, _ in smaller), default=0.0)
+    at = [result for growth, result in smaller if growth == nearest]
+    seconds = 1e-3 * nearest * CALLS * sum(result.p50_ms or 0.0 for result in at)
+    peak = nearest * max((result.peak_bytes or 0 for result in at), default=0)
     if seconds > limit:
         return f"about {seconds:.0f} s, over the limit of {limit:.0f}"
     if peak > MEMORY_SHARE * _free_bytes(device):

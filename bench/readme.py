@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .plots import draw
-from .report import parse
-from .summary import short_table
+from .report import parse, short_table
 
 __all__ = ["main", "rewritten"]
 

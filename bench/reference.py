@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linfast as lf
 
 from .memory import peak_bytes
-from .timing import in_turns
+from .timing import time_interleaved
 
 __all__ = [
     "CONFIGS",
@@ -117,8 +117,6 @@ def launches(run: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
 
 
 def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
-    """Median (wall, CPU) seconds of each, run in turns."""
-    taken = in_turns(dict(enumerate(runs)), repeats)
-    return [
-        (statistics.median(w for w, _ in times), statistics.median(c for _, c in times)) for times in taken.values()
-    ]
+    """Median (wall, CPU) seconds of each, run in turns after one turn that is not counted."""
+    timings = time_interleaved({str(i): run for i, run in enumerate(runs)}, rounds=repeats, warmup=1)
+    return [(median(t.ms) / 1e3, median(t.cpu_ms) / 1e3) for t in timings.values()]

@@ -15,7 +15,7 @@ import torch
 
 import linfast as lf
 
-from .arguments import _default_device, _device
+from .arguments import default_device, device_from
 from .cases.common import perturb
 
 __all__ = ["main"]
@@ -27,7 +27,7 @@ BLOCK, ROWS = {"cpu": 2**8, "cuda": 2**14}, {"cpu": 2**10, "cuda": 2**23}
 def main(arguments: Sequence[str] | None = None) -> int:
     """0."""
     parser = argparse.ArgumentParser(description="rows a second of sample_stream")
-    parser.add_argument("--device", type=_device, default=_default_device())
+    parser.add_argument("--device", type=device_from, default=default_device())
     device: torch.device = parser.parse_args(arguments).device
     torch.manual_seed(0)
     f = lf.Linearizer(lf.coupling_flow(FEATURES, DEPTH, HIDDEN), lf.TimeLowRank(FEATURES, RANK)).to(device)

@@ -140,10 +140,11 @@ def cost(
 
 
 def perturb(model: torch.nn.Module) -> None:
-    """0.05 randn onto every weight: default conditioners end in zeros, which is no work to get wrong."""
+    """Add 0.05 randn to every trained weight: default conditioners end in zeros, which hide what is wrong."""
     with torch.no_grad():
-        for parameter in filter(torch.is_floating_point, model.parameters()):
-            parameter.add_(0.05 * torch.randn_like(parameter))
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(0.05 * torch.randn_like(parameter))
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

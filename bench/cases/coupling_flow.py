@@ -6,6 +6,7 @@ Peer libraries, where installed, run the same architecture with weights and scal
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,20 +15,22 @@ from torch import Tensor
 import linfast as lf
 
 from ..harness import Case, Cost, Options, Problem, Provider, Size
-from ..peers import PEERS
+from ..library_models import PEERS, peer
 from .common import FORWARD, Source, inputs, perturb, providers, sweep
 
-__all__ = ["CASE", "TRAIN", "flow_cost"]
+__all__ = ["CASE", "PEERS_CASE", "TRAIN", "flow_cost"]
 
 INVERSE, TRAIN = "inverse", "training step"
 Outputs = tuple[Tensor, ...]
+CONTROL = "linfast again"
 
 
-def build(size: Size, options: Options) -> Problem:
+def build(size: Size, options: Options, control: bool = False) -> Problem:
     """(z, log_det), (x,), or (loss, *gradients of the weights) for loss = mean(|z|^2 / 2 - log_det).
 
-    The optimiser's update is the same for every provider and left out. Peers give a
-    log-determinant with their inverse, needed or not.
+    The optimiser's update is the same for every provider and left out. Most peers give a log-determinant with
+    their inverse, needed or not. With ``control`` our flow runs as its users run it, with the backend "auto", and
+    a copy of it is among the providers: what it takes over the flow is the noise of the timing.
     """
     direction, batch, n = str(size["direction"]), int(size["batch"]), int(size["D"])
     shape = n, int(size["depth"]), (int(size["hidden"]),) * 2
@@ -35,25 +38,45 @@ def build(size: Size, options: Options) -> Problem:
         torch.manual_seed(0)
         flow = lf.coupling_flow(*shape)
         perturb(flow)
-        peers = {name: made for name, make in PEERS.items() if (made := make(*shape)) is not None}
+        peers = {name: made for name in PEERS if (made := peer(name, *shape)) is not None}
         for model, _, _ in peers.values():
             perturb(model)
     source, exact = Source(options, size), copy.deepcopy(flow).double().to(options.device)
     flow = flow.to(options.device)
     rivals = []
     for name, (model, forward, inverse) in peers.items():
-        ours, theirs = model.to(options.device), copy.deepcopy(model).double().to(options.device)
+        narrow, wide = model.to(options.device), copy.deepcopy(model).double().to(options.device)
         pick = inverse if direction == INVERSE else forward
-        calls = [_run(direction, m.parameters())(_bound(pick, m)) for m in (ours, theirs)]
-        rivals.append(Provider(name, calls[0], truth=calls[1]))
+        calls = [_run(direction, m.parameters())(_bound(pick, m)) for m in (narrow, wide)]
+        rivals.append(Provider(name, calls[0], truth=_in_float64(calls[1])))
     call = _run(direction, flow.parameters())
+    ours = providers(_method(flow, direction), options, call)
+    if control:
+        again = copy.deepcopy(flow)
+        compiled = [provider for provider in ours[1:] if provider.name != "linfast"]
+        ours = [Provider("linfast", call(_method(flow, direction)), baseline=True), *compiled]
+        same = Provider(CONTROL, _run(direction, again.parameters())(_method(again, direction)))
+        rivals.insert(len(rivals) // 2, same)  # not beside ours, whose code would still be in the cache
     return Problem(
         inputs=inputs(lambda: (source.normal(batch, n),), options),
         truth=_run(direction, exact.parameters())(_method(exact, direction)),
         reference=call(_method(flow, direction)),
-        providers=[*providers(_method(flow, direction), options, call), *rivals],
+        providers=[*ours, *rivals],
         cost=flow_cost(size),
     )
+
+
+def _in_float64(call: Callable[[Tensor], Outputs]) -> Callable[[Tensor], Outputs]:
+    """With zeros that the library makes in float64 too."""
+
+    def exact(x: Tensor) -> Outputs:
+        torch.set_default_dtype(torch.float64)
+        try:
+            return call(x)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return exact
 
 
 def _bound(pick: Callable[..., Outputs], model: torch.nn.Module) -> Callable[[Tensor], Outputs]:
@@ -119,3 +142,11 @@ CASE = Case(
         ],
     },
 )
+
+_PEERS = [{**_BASE, "direction": d, "batch": b} for d in _DIRECTIONS for b in (1, 16, 64, 256, 1024)]
+PEERS_CASE = Case(
+    "peers",
+    functools.partial(build, control=True),
+    sizes={"tiny": CASE.sizes["tiny"], "quick": _PEERS[2:4], "gpu": _PEERS[2:4], "full": _PEERS},
+)
+"""The same at the sizes of one question: is ``coupling_flow`` slower than the fastest library?"""

@@ -264,4 +264,4 @@ def _without_ncu(machine: Machine) -> str | None:
 
 
 def _table(given: Given) -> list[Job]:
-    return [Job("table", _module("linfast.bench.summary", str(given.out / "results.jsonl")))]
+    return [Job("table", _module("linfast.bench.report", str(given.out / "results.jsonl")))]

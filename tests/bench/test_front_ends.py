@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from linfast.bench.plots import draw
-from linfast.bench.report import json_line, parse
+from linfast.bench.report import json_line, parse, short_table
 from linfast.bench.run import main
-from linfast.bench.summary import short_table
 
 from tests.marks import long
 

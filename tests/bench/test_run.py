@@ -12,11 +12,10 @@ import pytest
 import torch
 from linfast.bench import ceilings
 from linfast.bench.cases import CASES
-from linfast.bench.crossover import crossovers
 from linfast.bench.environment import describe
 from linfast.bench.harness import SCALES, Case, Options, Problem, Provider, Size
 from linfast.bench.plan import too_large
-from linfast.bench.report import json_line, parse, shares, table
+from linfast.bench.report import beside_the_fastest, json_line, parse, shares, table
 from linfast.bench.run import main
 
 from .toy import COST, CPU, Clock, run, softplus
@@ -70,29 +69,14 @@ def test_lines_are_read_back() -> None:
     assert environment["threads"] == 1
 
 
-def _along_batch(ratios: dict[int, float], provider: str = "ours") -> list:
-    base = replace(run()["eager"], provider=provider, baseline=False)
-    return [replace(base, size={"batch": b, "D": 4}, ratio=ratio) for b, ratio in ratios.items()]
-
-
-@pytest.mark.parametrize(
-    ("ratios", "at"),
-    [
-        ({64: 1.4, 128: 0.9, 256: 0.5}, 128),
-        ({64: 0.5, 128: 1.1, 256: 0.6}, 256),
-        ({64: 0.5, 128: 0.9}, 64),
-        ({64: 0.5, 128: 0.99}, None),
-        ({256: 0.5, 64: 2.0, 128: 1.2}, 256),
-    ],
-)
-def test_the_crossover_is_where_it_wins_from_there_on(ratios: dict[int, float], at: int | None) -> None:
-    [found] = crossovers(_along_batch(ratios))
-    assert (found.axis, found.at, found.base) == ("batch", at, (("D", 4),))
-    assert ("not by" in str(found)) == (at is None)
-
-
-def test_one_size_has_no_crossover() -> None:
-    assert crossovers(_along_batch({64: 0.5})) == []
+def test_ours_is_set_beside_the_fastest_of_the_others() -> None:
+    base = replace(run()["eager"], size={"batch": 64}, p50_ms=2.0, cpu_ms=3.0)
+    others = [replace(base, provider=name, p50_ms=ms, cpu_ms=cpu) for name, ms, cpu in (("a", 1, 4), ("b", 5, 2))]
+    again = replace(base, provider="linfast again", p50_ms=0.1, cpu_ms=0.1)
+    [line] = beside_the_fastest([base, again, *others])
+    assert line.endswith("batch64: our fastest takes 2.00 of a's by the clock, 1.50 of b's by CPU time")
+    assert beside_the_fastest([base, again]) == []
+    assert beside_the_fastest([base, replace(others[0], size={"batch": 1})]) == []
 
 
 def test_sizes_that_would_take_too_long_or_too_much_are_left_out() -> None:
