@@ -15,7 +15,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from linfast import profiling
+from linfast.ranges import ranges
 from linfast.tables import aligned
 
 from .cases import CASES
@@ -52,7 +52,7 @@ def _profile_case(case: Case, size: Size, options: Options, folder: Path) -> str
     sections = []
     for provider in problem.providers:
         _call(problem, provider, cuda)
-    with profiling.ranges(), profile(activities=activities) as whole:
+    with ranges(), profile(activities=activities) as whole:
         for provider in problem.providers:
             with record_function(provider.name):
                 _call(problem, provider, cuda)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..backend import interpreting, refuse_kernel
-from ..profiling import in_range
+from ..ranges import in_range
 
 __all__ = ["RAW_OPS", "RawOp", "define_op"]
 
