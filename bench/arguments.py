@@ -11,16 +11,12 @@ from linfast.arguments import Parser
 from .cases import CASES
 from .harness import SCALES
 
-__all__ = ["UsageError", "default_device", "device_from", "parser"]
+__all__ = ["default_device", "device_from", "parser"]
 
 EPILOG = """\
 Exit status: 0; 1 where a provider was refused, or, with --compare, where something got slower.
 Bad arguments: 2.
 """
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message says why."""
 
 
 def parser() -> Parser:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import linfast as lf
 
-from .memory import peak_bytes
+from .timing import peak_bytes
 
 _RANK, _STEPS, _BATCH = 8, 100, 16
 _SLICE = 1024  # rows of one dense product that are timed

@@ -17,26 +17,21 @@ import torch
 from torch import Tensor
 
 from .check import Outputs, Standard, Verdict, as_tuple, judge, own_standard, set_standard
-from .memory import peak_bytes
-from .timing import Timing, ratio, time_interleaved
+from .timing import Timing, peak_bytes, ratio, time_interleaved
 
 __all__ = [
-    "SCALES",
-    "Case",
-    "Cost",
-    "Options",
-    "Problem",
-    "Provider",
-    "Result",
-    "Size",
-    "check",
-    "judged",
-    "measure",
+    *("CONTROL", "SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "UsageError"),
+    *("check", "judged", "measure"),
 ]
 
 Size = Mapping[str, int | str]
 SCALES = ("tiny", "quick", "gpu", "full")
+CONTROL = "linfast again"  # a copy of ours among the providers: its time over ours is the noise
 PEER_FACTOR = 16  # another scale map and other initial weights round differently; tf32 or bf16 stay outside
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 
-from .memory import peak_bytes
-from .timing import time_interleaved
+from .timing import peak_bytes, time_interleaved
 
 __all__ = [
     "CONFIGS",

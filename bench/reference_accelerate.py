@@ -35,8 +35,8 @@ from torch import Tensor
 
 import linfast as lf
 
-from .memory import peak_bytes
 from .reference import CONFIGS, RANK, TIME_FEATURES, interleaved, reference_model
+from .timing import peak_bytes
 
 _STEPS, _ONE_STEP_BATCH, _T = 20, 16, 100
 _LATENT_BATCH = 16

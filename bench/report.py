@@ -15,12 +15,11 @@ from pathlib import Path
 from linfast.tables import aligned
 
 from .environment import Environment
-from .harness import Result
+from .harness import CONTROL, Result
 
 __all__ = ["beside_the_fastest", "json_line", "number", "parse", "shares", "short_table", "table"]
 
 OURS = ("eager", "torch.compile", "linfast", "linfast compiled")
-CONTROL = "linfast again"  # a copy of ours: its time over ours is the noise
 _COLUMNS = (
     *("p20 ms", "p50 ms", "p80 ms", "cpu ms", "x base", "x base cpu", "peak MiB", "copy %", "matmul %"),
     *("first s", "error"),

@@ -1,4 +1,6 @@
-"""The one timer of the benchmarks: calls in turn, A B A B ..., by the clock and by the CPU time of the process.
+"""The one timer of the benchmarks, and the peak memory of a call.
+
+Calls run in turn, A B A B ..., and are timed by the clock and by the CPU time of the process.
 
 What disturbs the machine disturbs every provider, and the process's own CPU time is disturbed least by other
 processes. On a CPU a round is one call of each provider. On a GPU a round is one replay per provider of a CUDA
@@ -11,16 +13,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from linfast.cuda_graph import CudaGraph
-
 from .check import Outputs, as_tuple
 
-__all__ = ["Timing", "ratio", "time_interleaved"]
+__all__ = ["Timing", "peak_bytes", "ratio", "time_interleaved"]
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
@@ -73,7 +74,7 @@ def time_interleaved(
         capture: whether calls on a GPU are captured in a CUDA graph.
     """
     timings = {name: Timing() for name in calls}
-    make = _host_round if device is None or device.type == "cpu" else _graph_round if capture else _launched_round
+    make = _host_round if device is None or device.type == "cpu" else _cuda_round if capture else _launched_round
     runs = {name: make(call, inputs, timings[name]) for name, call in calls.items()}
     turn, deadline = 0, 0.0
     for round_ in range(-warmup, MAX_ROUNDS if rounds is None else rounds):
@@ -108,8 +109,10 @@ def _launched_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Ti
     return lambda index: _between_events(lambda: call(*inputs[index]))
 
 
-def _graph_round(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
+def _cuda_round(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
     """Replays of the captured calls, or, where the capture fails, calls from the host."""
+    from linfast.cuda_graph import CudaGraph
+
     launched = _launched_round(call, inputs, timing)
     timing.launched_ms = median(launched(turn % len(inputs))[0] for turn in range(LAUNCHED_CALLS))
     try:
@@ -130,3 +133,24 @@ def _between_events(action: Callable[[], object]) -> tuple[float, object]:
     end.record()
     end.synchronize()
     return start.elapsed_time(end), outputs
+
+
+def peak_bytes(call: Call, arguments: tuple[Tensor, ...], device: torch.device) -> int:
+    """Bytes of tensors at the peak of one call, above what was allocated when it began.
+
+    Outputs and temporaries count; weights and inputs, which were there before, do not.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call(*arguments)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # The largest running sum of what torch's allocator reports to its profiler.
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        outputs = call(*arguments)
+    del outputs
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))

@@ -20,8 +20,8 @@ from linfast.tables import aligned
 
 from .cases import CASES
 from .harness import Case, Options, Problem, Provider, Size
-from .plan import sizes
 from .report import number
+from .run import sizes
 
 __all__ = ["run_profile"]
 

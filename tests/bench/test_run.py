@@ -10,13 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linfast.bench import ceilings
 from linfast.bench.cases import CASES
-from linfast.bench.environment import describe
+from linfast.bench.environment import ceilings, describe
 from linfast.bench.harness import SCALES, Case, Options, Problem, Provider, Size
-from linfast.bench.plan import too_large
 from linfast.bench.report import beside_the_fastest, json_line, parse, shares, table
-from linfast.bench.run import main
+from linfast.bench.run import main, too_large
 
 from .toy import COST, CPU, Clock, run, softplus
 
@@ -95,7 +93,7 @@ def test_the_ceilings_are_the_best_rates_but_for_the_first_call(clock: Clock, mo
     calls = clock.taking(lambda x: x, [0.125, 0.5, *[0.25] * 24])  # 26 of each kind
     monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: calls(source))
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: calls(a))
-    assert ceilings.ceilings(CPU) == {"copy_bytes_per_s": 2 * 2**26 * 4, "matmul_float32_per_s": 2 * 512**3 * 4}
+    assert ceilings(CPU) == {"copy_bytes_per_s": 2 * 2**26 * 4, "matmul_float32_per_s": 2 * 512**3 * 4}
 
 
 # The command line.
