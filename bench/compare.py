@@ -3,8 +3,8 @@
 Both sides run this checkout's cases: one on linfast as it is here, uncommitted changes included, one on linfast as
 it was at BASE, in a git worktree. Each side is a process; they take turns, one burst of calls each, so that what
 disturbs the machine disturbs both. Pairs of neighbouring bursts give ratios here / BASE. Processes of one program
-differ too (memory layout, hash seeds), so this is done with three fresh pairs of processes, and a provider has moved
-only if each of the three says so: the 99% interval of its median ratio lies wholly above 1 + FLOOR, or wholly
+differ too (memory layout, hash seeds), so this is done with three fresh pairs of processes, and a provider has
+moved only if each of the three says so: the 99% interval of its median ratio lies wholly above 1 + FLOOR, or wholly
 below 1 / (1 + FLOOR).
 
 A side is this module run as a program. It answers each line of JSON with one line:
