@@ -26,7 +26,7 @@ from .rounding import DRAWS, allowed_error, drawn, relative_error
 
 __all__ = ["Outputs", "Standard", "Verdict", "as_tuple", "judge", "own_standard", "set_standard"]
 
-Outputs = Tensor | Sequence[Tensor]
+Outputs = Tensor | Sequence[Tensor]  # of a function that is compared
 
 
 @dataclass(frozen=True)

@@ -225,9 +225,8 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "build" in request:
-            problem, answer = _built(
-                *request["build"], Options(torch.device(request["device"]), request["compile"])
-            )
+            name, size = request["build"]
+            problem, answer = _built(name, size, Options(torch.device(request["device"]), request["compile"]))
         else:
             assert problem is not None
             call = next(p.call for p in problem.providers if p.name == request["time"])

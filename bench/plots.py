@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-# Every provider looks the same in every plot: a colour that colour-blind readers tell apart (Okabe and Ito), a marker.
+# A provider looks the same in every plot: a colour that colour-blind readers tell apart (Okabe and Ito), a marker.
 _BLACK, _ORANGE, _GREY = ("#000000", "o"), ("#D55E00", "^"), ("#999999", "D")
 _LOOKS = {
     **dict.fromkeys(("eager", "store", "dense"), _BLACK),
@@ -49,8 +49,9 @@ def draw(results: Sequence[Result], environment: Environment, folder: str | Path
     written = []
     with pyplot.style.context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "linfast"}):
         for name, make in {"throughput": _throughput, "roofline": _roofline, "memory": _memory}.items():
-            figure = make(timed, environment)
-            for suffix in ("png", "svg") if figure is not None else ():
+            if (figure := make(timed, environment)) is None:
+                continue
+            for suffix in ("png", "svg"):
                 written.append(Path(folder) / f"{name}.{suffix}")
                 figure.savefig(written[-1], dpi=150, metadata={"Date": None} if suffix == "svg" else None)
             pyplot.close(figure)

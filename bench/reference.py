@@ -169,7 +169,7 @@ def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
         print(f"{name:14s} linfast {errors[0]:.1e}   reference in fp32 {errors[1]:.1e}")
 
 
-def _times(f: Any, h: Any, x: Tensor, repeats: int) -> None:
+def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
     """Of g's forward, inverse and training step; the last with activations stored, and inverted."""
     with torch.no_grad():
         z, size = f.gx(x), f"batch {len(x)}"
@@ -191,7 +191,7 @@ def _times(f: Any, h: Any, x: Tensor, repeats: int) -> None:
 def _memory(f: Any, h: Any, x: Tensor) -> None:
     """Of a training step of g: the reference's, ours with its weights, and ``image_flow``'s own."""
     options = {"conditioner": "unet", "time_features": 16, "actnorm": True, "mix": "free"}
-    own = lf.image_flow(*x.shape[1:3], 4 * LAYERS, **options)  # type: ignore[arg-type]
+    own = lf.image_flow(*x.shape[1:3], 4 * LAYERS, **options)  # type: ignore[arg-type, call-arg]
     own(x, t=1.0)
     f.train(), h.train()
     full = step_bytes(f.gx, list(f.parameters()), x)
@@ -249,9 +249,9 @@ def _training(model: Any, x: Tensor, repeats: int) -> None:
         optimizer.step()
 
     steps: dict[str, Callable[[], None]] = {}
-    for name, options in {"original": None, "store": {"memory": "store"}, "invert": {"memory": "invert"}}.items():
+    for name in ("original", "store", "invert"):
         f = copy.deepcopy(model)
-        assert options is None or not lf.accelerate(f, **options).left
+        assert name == "original" or not lf.accelerate(f, memory=name).left
         steps[name] = functools.partial(step, f.train(), torch.optim.Adam(f.parameters(), 1e-4))
     _say(f"training step, batch {len(x)}", steps, repeats, memory=True)
 
@@ -279,7 +279,7 @@ def _one_step(path: str, model: Any, repeats: int) -> None:
 
 
 def _latent() -> None:
-    from one_step.modules.linear_network import TimeDependentLoRALinearLayer  # type: ignore[import-not-found]
+    from one_step.modules.linear_network import TimeDependentLoRALinearLayer
 
     n = torch.Size(CONFIGS["celeba"]).numel()
     layer = TimeDependentLoRALinearLayer(n, RANK, TIME_FEATURES)
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     batches = [torch.randn(batch, *shape) for batch in options.batch]
     parts: Runs = {
         "compare": lambda: _compare(f, h, batches[0][:2], torch.rand(2)),
-        "times": lambda: [_times(f, h, x, options.repeats) for x in batches],
+        "times": lambda: [*map(functools.partial(_times, f, h, options.repeats), batches)],
         "memory": lambda: _memory(f, h, batches[0]),
         "operations": lambda: _operations(f, h, batches[0][:2]),
         "launches": lambda: _launches(h, batches[0][:1]),

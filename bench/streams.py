@@ -35,11 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     perturb(f)
     block, rows = BLOCK[device.type], ROWS[device.type]
     out = torch.empty(rows, FEATURES)
-    options = {"block_size": block, "progress": False}
     for name, captured in (("launched", False), ("captured", True)):
-        run = functools.partial(lf.sample_stream, f, cuda_graph=captured, **options)
-        run(block, block, out[:block])  # compiles and captures
-        timing = time_interleaved({name: functools.partial(run, rows, block, out)}, rounds=1, warmup=0)[name]
+
+        def run(count: int, captured: bool = captured) -> None:
+            lf.sample_stream(f, count, block, out[:count], block_size=block, cuda_graph=captured, progress=False)
+
+        run(block)  # compiles and captures
+        timing = time_interleaved({name: functools.partial(run, rows)}, rounds=1, warmup=0)[name]
         print(json.dumps({"stream": name, "rows_per_s": 1e3 * rows / timing.ms[0]}), flush=True)
     return 0
 

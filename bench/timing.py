@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import median
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -109,14 +110,17 @@ def _launched_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Ti
     return lambda index: _between_events(lambda: call(*inputs[index]))
 
 
-def _cuda_round(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
+def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
     """Replays of the captured calls, or, where the capture fails, calls from the host."""
     from linfast.cuda_graph import CudaGraph
+
+    def outputs() -> list[tuple[Tensor, ...]]:
+        return [as_tuple(cast(Outputs, call(*arguments))) for arguments in inputs]
 
     launched = _launched_round(call, inputs, timing)
     timing.launched_ms = median(launched(turn % len(inputs))[0] for turn in range(LAUNCHED_CALLS))
     try:
-        graph = CudaGraph(lambda: [as_tuple(call(*arguments)) for arguments in inputs], (), inputs[0][0].device)
+        graph = CudaGraph(outputs, (), inputs[0][0].device)
     except Exception:
         torch.cuda.synchronize()
         return launched

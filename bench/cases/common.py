@@ -6,7 +6,7 @@ Most cases are one op: ``op_case`` makes them from a function that draws argumen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 import linfast as lf
 from linfast.backend import has_kernels
 
-from ..check import Outputs, as_tuple
+from ..check import as_tuple
 from ..harness import Case, Cost, Options, Problem, Provider, Size
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 
 FORWARD, INVERSE, BACKWARD = "forward", "inverse", "forward+backward"
 Call = Callable[..., tuple[Tensor, ...]]
-Function = Callable[..., Outputs]
+Function = Callable[..., Any]  # of tensors, to Outputs
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 

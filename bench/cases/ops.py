@@ -6,7 +6,7 @@ Ops are looked up when a case is built, so that ``--compare`` runs the others on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +45,8 @@ def powers(low: int, high: int, step: int) -> list[int]:
 
 
 def _couple(size: Size) -> Function:
-    return lambda x, params: ops.affine_coupling(
-        x, params, _SMOOTH, inverse=size["direction"] == INVERSE, log_det=True
-    )
+    inverse = size["direction"] == INVERSE
+    return lambda x, params: ops.affine_coupling(x, params, _SMOOTH, inverse=inverse, log_det=True)
 
 
 _VECTOR: Size = {**FP32, "D": 64, "side": 1, "batch": 4096}
@@ -148,7 +147,7 @@ _coupling_mix = op_case(
 _N_LINEAR = 3
 
 
-def _stack_shapes(size: Size) -> list[tuple[int, ...]]:
+def _stack_shapes(size: Size) -> Sequence[tuple[int, ...]]:
     """Of the weights and biases of all layers, in turn."""
     n, depth, hidden = ints(size, "D", "depth", "hidden")
     widths = (n // 2, hidden, hidden, n)

@@ -212,11 +212,8 @@ def _profile(given: Given) -> list[Job]:
     jobs = [Job("profile", traced, given.share)]
     if (ncu := which("ncu")) and given.machine.on_gpu:
         ours = f"regex:^({'|'.join(given.machine.kernels)})$"
-        counted = [
-            ncu,
-            *["--set", "detailed", "--clock-control", "none", "--launch-count", "1", "--kernel-name"],
-            ours,
-        ]
+        settings = ["--set", "detailed", "--clock-control", "none", "--launch-count", "1"]
+        counted = [ncu, *settings, "--kernel-name", ours]
         jobs += [
             Job(f"ncu {case}", [*counted, *bench, "--check", f"--case={case}"], given.share, limit=20)
             for case in COUNTED
