@@ -44,7 +44,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Standard:
-    """What is right: ``truth[i]``, the float64 outputs for input i, and ``allowed``, one error an output."""
+    """What is right: ``truth[i]``, the float64 outputs for input i, and ``allowed``, one error per output."""
 
     truth: Sequence[tuple[Tensor, ...]]
     allowed: Sequence[float]

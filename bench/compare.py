@@ -49,7 +49,7 @@ BURST_MS = 20.0  # of calls; a burst has at least one
 
 @dataclass(frozen=True)
 class Moved:
-    """One provider at one size: here's time over BASE's, a median and its interval a replicate."""
+    """One provider at one size: its time here over that at BASE, as a median and an interval per replicate."""
 
     case: str
     size: dict[str, int | str]

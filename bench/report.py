@@ -76,18 +76,20 @@ def shares(result: Result, environment: Environment) -> tuple[float | None, floa
 
 
 def beside_the_fastest(results: Sequence[Result]) -> list[str]:
-    """For each size with providers that are not ours, our fastest time over that of the fastest of the others."""
+    """For each size with providers that are not ours, our fastest over the fastest of the others.
+
+    Both by their ratios to the baseline in the same round, in which drift of the machine cancels.
+    """
     lines = []
     for of_size in _by_size(results).values():
-        timed = [r for r in of_size if r.p50_ms is not None]
-        ours = [r for r in timed if r.provider in OURS]
-        others = [r for r in timed if r.provider not in (*OURS, CONTROL)]
-        if ours and others:
-            times = []
-            for word, key in (("the clock", "p50_ms"), ("CPU time", "cpu_ms")):
-                mine, theirs = (min(side, key=lambda r: getattr(r, key) or math.inf) for side in (ours, others))
-                ratio = (getattr(mine, key) or 0.0) / (getattr(theirs, key) or math.inf)
-                times.append(f"{ratio:.2f} of {theirs.provider}'s by {word}")
+        times = []
+        for word, key in (("by the clock", "ratio"), ("by CPU time", "cpu_ratio")):
+            timed = [(getattr(r, key), r.provider) for r in of_size if getattr(r, key) is not None]
+            ours = [ratio for ratio, name in timed if name in OURS]
+            others = [pair for pair in timed if pair[1] not in (*OURS, CONTROL)]
+            if ours and others:
+                times.append(f"{min(ours) / min(others)[0]:.2f} of {min(others)[1]}'s time {word}")
+        if times:
             size = _size_in_words(of_size[0])
             lines.append(f"{of_size[0].case} {size}: our fastest takes {', '.join(times)}")
     return lines

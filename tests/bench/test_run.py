@@ -68,11 +68,14 @@ def test_lines_are_read_back() -> None:
 
 
 def test_ours_is_set_beside_the_fastest_of_the_others() -> None:
-    base = replace(run()["eager"], size={"batch": 64}, p50_ms=2.0, cpu_ms=3.0)
-    others = [replace(base, provider=name, p50_ms=ms, cpu_ms=cpu) for name, ms, cpu in (("a", 1, 4), ("b", 5, 2))]
-    again = replace(base, provider="linfast again", p50_ms=0.1, cpu_ms=0.1)
+    base = replace(run()["eager"], size={"batch": 64}, ratio=1.0, cpu_ratio=1.0)
+    others = [
+        replace(base, provider=name, ratio=clock, cpu_ratio=cpu)
+        for name, clock, cpu in (("a", 0.5, 2.0), ("b", 3.0, 0.8))
+    ]
+    again = replace(base, provider="linfast again", ratio=0.1, cpu_ratio=0.1)
     [line] = beside_the_fastest([base, again, *others])
-    assert line.endswith("batch64: our fastest takes 2.00 of a's by the clock, 1.50 of b's by CPU time")
+    assert line.endswith("batch64: our fastest takes 2.00 of a's time by the clock, 1.25 of b's time by CPU time")
     assert beside_the_fastest([base, again]) == []
     assert beside_the_fastest([base, replace(others[0], size={"batch": 1})]) == []
 
