@@ -1,13 +1,14 @@
-"""What ``accelerate`` does to each library's flow: time before, after, and of torch.compile of the original.
+"""What ``accelerate`` does to each library's flow, beside a copy of the original and torch.compile of it.
 
-    python -m linfast.bench.accelerate_libraries [--batch 65536] [--only normflows] [--json FILE]
+    python -m linfast.bench.accelerate_libraries [--batch 1 64 4096 65536] [--only normflows] [--json FILE]
 
 Vectors of 64 features, 8 couplings, conditioners 32-128-128-64; one thread on a CPU. The accelerated model is
-a copy with the same weights; before anything is timed its outputs and gradients are compared with the
-original's. Then original, accelerated and compiled run in turns (A B C A B C ...); times are medians, by
-the wall clock and, on a CPU, by the process's own CPU time, which other processes disturb less; ratios are
-medians of each round's accelerated / original, below 1 where accelerate gains. torch.compile is asked for
-one graph (fullgraph); where it cannot, the table says why and nothing is timed.
+a copy with the same weights, whose outputs and gradients are compared with the original's before anything is
+timed. Then the original, the accelerated model, a second copy of the original and the compiled original run in
+turns; times are medians by the clock and by the CPU time of the process; ratios are medians over the rounds of
+time / original's, below 1 where something is gained. The copy's ratio is the noise: "slower" is said where
+accelerated is above it by more than 0.04. torch.compile is asked for one graph (fullgraph); where it cannot give
+one, the table says so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -31,10 +31,12 @@ from linfast.dispatch import plain_torch
 from linfast.precision import full_precision
 from linfast.tables import aligned
 
-from .arguments import _default_device, _device
+from .arguments import default_device, device_from
+from .cases.common import perturb
 from .environment import describe
 from .library_models import LIBRARIES, Run
-from .timing import in_turns
+from .rounding import relative_error
+from .timing import ratio, time_interleaved
 
 __all__ = ["main", "measure"]
 
@@ -42,83 +44,95 @@ FEATURES, DEPTH, HIDDEN = 64, 8, (128, 128)
 CHECKED_ROWS = 256
 # Relative L2 in float32, where a ReLU at its kink may go the other way; float64 is the tests' business.
 OUTPUTS_WITHIN, GRADIENTS_WITHIN = 1e-5, 1e-3
-SPREAD = 0.05
-HEADER = ("library", "direction", "original", "accelerated", "compiled", "ratio", "by CPU time", "compiled's")
+SLOWER = 0.04
+HEADER = (
+    *("library", "batch", "direction", "original", "accelerated", "compiled"),
+    *("ratio", "by CPU time", "copy's", "by CPU time", "compiled's", ""),
+)
 
 Call = Callable[[], object]
-Times = Sequence[tuple[float, float]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 where an accelerated model was wrong."""
-    parser = argparse.ArgumentParser(description="accelerate beside the originals and torch.compile of them")
-    parser.add_argument("--batch", type=int, default=65536)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[65536])
+    parser.add_argument("--rounds", type=int, help="of each call (default: what --budget allows, at least 5)")
+    parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="for timing each call (1.0)")
     parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="kinds whose name holds this; may be repeated"
+        "--only", action="append", metavar="TEXT", help="libraries whose name has it; can be repeated"
     )
+    parser.add_argument("--direction", action="append", choices=("forward", "inverse", "training"))
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--device", type=_device, default=_default_device())
-    parser.add_argument("--json", metavar="FILE", help="append one JSON line a library and direction")
+    parser.add_argument("--device", type=device_from, default=default_device())
+    parser.add_argument("--json", metavar="FILE", help="append one JSON line per library, batch and direction")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    lines: list[tuple[str, ...]] = [HEADER]
+    rows: list[Sequence[str]] = [HEADER]
     wrong = False
-    for name in LIBRARIES:
-        if args.only and not any(text in name for text in args.only):
-            continue
-        for record in measure(name, args.batch, args.rounds, args.compile, args.device):
-            wrong = wrong or "wrong" in record
-            lines.append(_row(record))
-            print("  ".join(lines[-1]), flush=True)
-            if args.json:
-                with Path(args.json).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**record, **describe(args.device)}) + "\n")
-        gc.collect()
-    print("\n" + aligned(lines, 2))
+    for name in (name for name in LIBRARIES if not args.only or any(text in name for text in args.only)):
+        for batch in args.batch:
+            options = {"rounds": args.rounds, "budget": args.budget, "directions": args.direction}
+            for record in measure(name, batch, compiles=args.compile, device=args.device, **options):
+                wrong = wrong or "wrong" in record
+                rows.append(_row(record))
+                print("  ".join(rows[-1]), flush=True)
+                if args.json:
+                    with Path(args.json).open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({**record, **describe(args.device)}) + "\n")
+    print("\n" + aligned(rows, 3))
     return int(wrong)
 
 
-def measure(name: str, batch: int, rounds: int, compiles: bool, device: torch.device) -> list[dict[str, Any]]:
-    """A record a direction."""
+def measure(
+    name: str,
+    batch: int,
+    rounds: int | None,
+    compiles: bool,
+    device: torch.device,
+    budget: float = 0.0,
+    directions: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """One record per direction."""
     torch.manual_seed(0)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     size = {"library": name, "batch": batch, "features": FEATURES, "depth": DEPTH, "hidden": HIDDEN[0]}
     try:
         model, forward, inverse = LIBRARIES[name](FEATURES, DEPTH, HIDDEN)
     except ImportError as error:
         return [{**size, "missing": str(error)}]
-    model = _moved(model).to(device)
-    fast = copy.deepcopy(model)
+    perturb(model)
+    model = model.to(device)
+    fast, same = copy.deepcopy(model), copy.deepcopy(model)
     report = lf.accelerate(fast)
     size["runs"] = "; ".join(dict.fromkeys(row.runs or row.note for row in report.rows))
-    x = torch.randn(batch, FEATURES, device=device)
-    records = []
-    for direction, run in (("forward", forward), ("inverse", inverse), ("training", forward)):
-        train = direction == "training"
-        errors = _errors(run, model, fast, x[:CHECKED_ROWS])
+    x, records = torch.randn(batch, FEATURES, device=device), []
+    runs = {"forward": forward, "inverse": inverse, "training": forward}
+    for direction in directions or runs:
+        run, train = runs[direction], direction == "training"
+        errors = _errors(run, model, fast, torch.randn(min(batch, CHECKED_ROWS), FEATURES, device=device))
         if errors[0] > OUTPUTS_WITHIN or errors[1] > GRADIENTS_WITHIN:
             records.append({**size, "direction": direction, "wrong": errors})
             continue
-        calls = {"original": _call(run, model, x, train), "accelerated": _call(run, fast, x, train)}
-        breaks = None
+        models = {"original": model, "accelerated": fast, "copy": same}
+        calls, breaks = {which: _call(run, each, x, train) for which, each in models.items()}, None
         if compiles:
             try:
                 calls["compiled"] = _compiled(run, model, x, train)
             except Exception as error:
                 breaks = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:90]
-        times = in_turns(calls, rounds, functools.partial(_finish, device))
-        records.append({**size, "direction": direction, "errors": errors, "breaks": breaks, **_summary(times)})
+        timings = time_interleaved(calls, device=device, budget=budget * len(calls), rounds=rounds, capture=False)
+        record: dict[str, Any] = {**size, "direction": direction, "errors": errors, "breaks": breaks}
+        for which, timing in timings.items():
+            base = timings["original"]
+            record |= {
+                f"{which}_wall_ms": median(timing.ms),
+                f"{which}_cpu_ms": median(timing.cpu_ms),
+                f"{which}_wall_ratio": ratio(timing.ms, base.ms),
+                f"{which}_cpu_ratio": ratio(timing.cpu_ms, base.cpu_ms),
+            }
+        records.append({**record, "rounds": len(timings["original"].ms)})
     return records
-
-
-def _moved(model: nn.Module) -> nn.Module:
-    """With no weight left at zero."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(SPREAD * torch.randn_like(parameter))
-    return model
 
 
 def _call(run: Run, model: nn.Module, x: Tensor, train: bool) -> Call:
@@ -142,7 +156,7 @@ def _compiled(run: Run, model: nn.Module, x: Tensor, train: bool) -> Call:
 
 
 def _loss(outputs: Sequence[Tensor]) -> Tensor:
-    """Half the mean square of the first, less the mean of the log-determinants."""
+    """Half the mean square of the first output, less the mean of the log-determinants."""
     return 0.5 * outputs[0].square().mean() - sum((o.mean() for o in outputs[1:]), start=outputs[0].new_zeros(()))
 
 
@@ -157,46 +171,25 @@ def _errors(run: Run, model: nn.Module, fast: nn.Module, x: Tensor) -> tuple[flo
         outputs.append([value.detach() for value in values])
         gradients.append(torch.cat([p.grad.flatten() for p in each.parameters() if p.grad is not None]))
         each.zero_grad(set_to_none=True)
-    worst = max(_relative(a, b) for a, b in zip(outputs[1], outputs[0], strict=True))
-    return worst, _relative(gradients[1], gradients[0])
-
-
-def _relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30)) if actual.any() else 0.0
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _summary(times: Mapping[str, Times]) -> dict[str, Any]:
-    """Medians in milliseconds, and of the rounds' ratios to the original."""
-    result: dict[str, Any] = {"rounds": len(times["original"])}
-    for name, taken in times.items():
-        for i, clock in enumerate(("wall", "cpu")):
-            result[f"{name}_{clock}_ms"] = 1e3 * median(t[i] for t in taken)
-            pairs = zip(taken, times["original"], strict=True)
-            result[f"{name}_{clock}_ratio"] = median(t[i] / max(base[i], 1e-9) for t, base in pairs)
-    return result
+    worst = max(relative_error(a, b) for a, b in zip(outputs[1], outputs[0], strict=True))
+    return worst, relative_error(gradients[1], gradients[0])
 
 
 def _row(record: Mapping[str, Any]) -> tuple[str, ...]:
-    name, direction = record["library"], record.get("direction", "")
+    about = record["library"], str(record["batch"]), record.get("direction", "")
     if "missing" in record:
-        return name, direction, "not installed", *[""] * 5
+        return *about, "not installed", *[""] * 8
     if "wrong" in record:
-        return name, direction, f"refused: differs by {record['wrong']}", *[""] * 5
-    compiled = "compiled_wall_ms" in record
+        return *about, f"refused: differs by {record['wrong']}", *[""] * 8
+    times = {which: record.get(f"{which}_wall_ms") for which in ("original", "accelerated", "compiled")}
+    ratios = [record[f"{which}_{clock}_ratio"] for which in ("accelerated", "copy") for clock in ("wall", "cpu")]
+    slower = ratios[1] > max(1.0, ratios[3]) + SLOWER
     return (
-        name,
-        direction,
-        f"{record['original_wall_ms']:.0f} ms",
-        f"{record['accelerated_wall_ms']:.0f} ms",
-        f"{record['compiled_wall_ms']:.0f} ms" if compiled else "breaks" if record["breaks"] else "",
-        f"{record['accelerated_wall_ratio']:.2f}",
-        f"{record['accelerated_cpu_ratio']:.2f}",
-        f"{record['compiled_wall_ratio']:.2f}" if compiled else record["breaks"] or "",
+        *about,
+        *("" if ms is None else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.3g} ms" for ms in times.values()),
+        *(f"{value:.2f}" for value in ratios),
+        f"{record['compiled_wall_ratio']:.2f}" if times["compiled"] else record["breaks"] or "",
+        "slower" if slower else "",
     )
 
 

@@ -11,24 +11,18 @@ from linfast.arguments import Parser
 from .cases import CASES
 from .harness import SCALES
 
-__all__ = ["UsageError", "parser"]
-
-EPILOG = """\
-Exit status: 0; 1 where a provider was refused, or, with --compare, where something got slower.
-Bad arguments: 2.
-"""
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done; the message says why."""
+__all__ = ["default_device", "device_from", "parser"]
 
 
 def parser() -> Parser:
-    """Every front end's options."""
+    """The options of ``linfast bench``."""
     result = Parser(
         prog="linfast bench",
         description="Check every provider against float64, then time them in turn.",
-        epilog=EPILOG,
+        epilog=(
+            "Exit status: 0; 1 where a provider was refused, or, with --compare, where something got slower.\n"
+            "Bad arguments: 2."
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
@@ -42,26 +36,31 @@ def parser() -> Parser:
         default=True,
         help="also time torch.compile of eager and of linfast (default: yes)",
     )
-    add("--json", metavar="FILE", help="write one JSON line a result to FILE")
+    add("--json", metavar="FILE", help="write one JSON line per result to FILE")
     add("--plots", metavar="DIR", help="write plots to DIR (--quick: linfast-bench, if matplotlib is there)")
     add("--overwrite", action="store_true", help="replace an earlier run's --json, --plots and --profile files")
-    add("--device", type=_device, default=_default_device(), help="such as cpu, cuda, cuda:1")
-    add("--budget", type=_seconds, metavar="SECONDS", help="timing a provider and size (1.0; quick, tiny 0.2)")
+    add("--device", type=device_from, default=default_device(), help="such as cpu, cuda, cuda:1")
+    add(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="for timing each provider at each size (1.0; quick, tiny 0.2)",
+    )
     add("--limit", type=_seconds, default=20.0, metavar="SECONDS", help="leave out sizes that would take longer")
     add("--check", action="store_true", help="check against float64 and time nothing")
-    add(
-        "--profile", metavar="DIR", help="write a Chrome trace and a per-kernel summary a case to DIR; time nothing"
-    )
+    add("--profile", metavar="DIR", help="write a trace and a summary by kernel of each case to DIR; time nothing")
     add("--compare", metavar="BASE", help="time this checkout and the commit BASE in turn; say what moved")
     result.set_defaults(sizes="full")
     return result
 
 
-def _default_device() -> torch.device:
+def default_device() -> torch.device:
+    """A GPU where torch finds one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _device(text: str) -> torch.device:
+def device_from(text: str) -> torch.device:
+    """The device of this name, for a command line's parser: a CPU, or a GPU of this machine."""
     try:
         device = torch.device(text)
     except RuntimeError:

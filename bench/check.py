@@ -26,7 +26,7 @@ from .rounding import DRAWS, allowed_error, drawn, relative_error
 
 __all__ = ["Outputs", "Standard", "Verdict", "as_tuple", "judge", "own_standard", "set_standard"]
 
-Outputs = Tensor | Sequence[Tensor]
+Outputs = Tensor | Sequence[Tensor]  # of a function that is compared
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Standard:
-    """What is right: ``truth[i]``, the float64 outputs for input i, and ``allowed``, one error an output."""
+    """What is right: ``truth[i]``, the float64 outputs for input i, and ``allowed``, one error per output."""
 
     truth: Sequence[tuple[Tensor, ...]]
     allowed: Sequence[float]

@@ -1,12 +1,17 @@
 """``linfast bench --compare BASE``: two commits in turn, and what moved beyond the noise.
 
-Both sides run this checkout's cases: one on linfast as it is here, uncommitted changes
-included, one on linfast as it was at BASE, in a git worktree. Each side is a process;
-they take turns, a burst of calls each, so that what disturbs the machine disturbs both.
-Pairs of neighbouring bursts give ratios here / BASE. Processes of one program differ too
-(memory layout, hash seeds), so this is done with three fresh pairs of processes, and a
-provider has moved only if each of the three says so: the 99% interval of its median ratio
-lies wholly above 1 + FLOOR, or wholly below 1 / (1 + FLOOR).
+Both sides run this checkout's cases: one on linfast as it is here, uncommitted changes included, one on linfast as
+it was at BASE, in a git worktree. Each side is a process; they take turns, one burst of calls each, so that what
+disturbs the machine disturbs both. Pairs of neighbouring bursts give ratios here / BASE. Processes of one program
+differ too (memory layout, hash seeds), so this is done with three fresh pairs of processes, and a provider has
+moved only if each of the three says so: the 99% interval of its median ratio lies wholly above 1 + FLOOR, or wholly
+below 1 / (1 + FLOOR).
+
+A side is this module run as a program. It answers each line of JSON with one line:
+
+    {"build": [case, size], "compile": bool, "device": str}    {"providers": [...], "refused": {...}},
+                                                               or {"missing": why}
+    {"time": provider, "calls": n}                             {"ms": [n times]}
 """
 
 from __future__ import annotations
@@ -25,12 +30,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import linfast
-from linfast.tables import aligned
+import torch
 
-from .arguments import UsageError
+import linfast
+
 from .cases import CASES
-from .plan import sizes
+from .harness import Options, Problem, UsageError, judged
+from .timing import time_interleaved
 
 __all__ = ["Moved", "compare_trees", "interval", "run_compare", "verdict"]
 
@@ -43,7 +49,7 @@ BURST_MS = 20.0  # of calls; a burst has at least one
 
 @dataclass(frozen=True)
 class Moved:
-    """One provider at one size: here's time over BASE's, a median and its interval a replicate."""
+    """One provider at one size: its time here over that at BASE, as a median and an interval per replicate."""
 
     case: str
     size: dict[str, int | str]
@@ -79,6 +85,8 @@ def run_compare(args: argparse.Namespace) -> int:
     head = Path(linfast.__file__).resolve().parent.parent
     with _worktree(head, args.compare) as base:
         moved, notes = compare_trees(head, base, args)
+    from linfast.tables import aligned
+
     header = ["case", "size", "provider", "here / base", "99% intervals", "verdict"]
     print(aligned([header, *map(_row, moved)], 3))
     print("\n".join(notes), end="\n" if notes else "")
@@ -89,6 +97,8 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[list[Moved], list[str]]:
     """What each provider's time did from the checkout ``base`` to ``head``, and what could not be compared."""
+    from .run import sizes
+
     ratios: dict[tuple[str, str, str], list[list[float]]] = {}
     notes: list[str] = []
     for replicate in range(REPLICATES):
@@ -165,7 +175,7 @@ def _side(tree: Path) -> Iterator[_Side]:
     with tempfile.TemporaryDirectory() as folder:
         _lay_out(tree, Path(folder))
         environment = {**os.environ, "PYTHONPATH": folder}
-        command = [sys.executable, "-m", "linfast.bench.worker"]
+        command = [sys.executable, "-m", "linfast.bench.compare"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         with subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes) as process:  # type: ignore[call-overload]
             try:
@@ -207,3 +217,33 @@ def _row(moved: Moved) -> list[str]:
     size = " ".join(f"{key}={value}" for key, value in moved.size.items())
     spans = " ".join(f"{low:.2f}-{high:.2f}" for low, high in moved.intervals)
     return [moved.case, size, moved.provider, f"{moved.ratio:.3f}", spans, moved.verdict]
+
+
+def _serve() -> None:
+    """Answer requests until there are no more."""
+    problem: Problem | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "build" in request:
+            name, size = request["build"]
+            problem, answer = _built(name, size, Options(torch.device(request["device"]), request["compile"]))
+        else:
+            assert problem is not None
+            call = next(p.call for p in problem.providers if p.name == request["time"])
+            timings = time_interleaved({"it": call}, problem.inputs, problem.device, rounds=request["calls"])
+            answer = {"ms": timings["it"].ms}
+        print(json.dumps(answer), flush=True)
+
+
+def _built(name: str, size: Any, options: Options) -> tuple[Problem | None, dict[str, Any]]:
+    try:
+        problem = CASES[name].build(size, options)
+        verdicts = judged(problem)
+    except Exception as error:  # this version of linfast has no such op, or another signature
+        return None, {"missing": f"{type(error).__name__}: {error}"}
+    refused = {name: verdict.refused for name, verdict in verdicts.items() if verdict.refused is not None}
+    return problem, {"providers": [name for name in verdicts if name not in refused], "refused": refused}
+
+
+if __name__ == "__main__":
+    _serve()

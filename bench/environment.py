@@ -1,11 +1,12 @@
-"""Where and with what a result was measured."""
+"""Where and with what a result was measured, and what the machine can do at most."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,23 +15,33 @@ import torch
 
 import linfast
 
-__all__ = ["Environment", "describe"]
-
+__all__ = ["Environment", "ceilings", "describe", "free_bytes"]
 
 Environment = Mapping[str, str | float | None]
+
+_COPY_BYTES = {"cpu": 2**26, "cuda": 2**31}  # a CPU's calls end within a time slice
+_MATMUL = {"cpu": {"float32": 512}, "cuda": {"float32": 8192, "bfloat16": 8192}}
+_REPEATS = 25
 
 
 def describe(device: torch.device) -> Environment:
     """Device, versions, torch's thread count, load and the git commit, as fields of a JSON line.
 
-    ``load`` is the machine's one-minute load average before the run (None on Windows):
-    near or above the number of cores, times say little, most of all with several threads.
-    ``clocks`` are as found, never set: SM and memory of a GPU, or the mean of the cores, in MHz.
-    ``commit`` ends in "-dirty" where the checkout has uncommitted changes, and is None
-    where linfast does not run from a checkout.
+    ``load`` is the machine's load average over one minute before the run (None on Windows): near or above the
+    number of cores, times say little, most of all with several threads. ``clocks`` are as found, never set: those
+    of a GPU, or the mean of the cores, in MHz. ``commit`` ends in "-dirty" where the checkout has uncommitted
+    changes, and is None where linfast does not run from a checkout.
     """
+    checkout = Path(linfast.__file__).resolve().parent.parent
+    models, mhz = _lines("/proc/cpuinfo", "model name"), _lines("/proc/cpuinfo", "cpu MHz")
+    name = models[0] if models else platform.processor() or platform.machine()
+    clocks = f"{sum(map(float, mhz)) / len(mhz):.0f} MHz" if mhz else None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        query = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+        clocks = _output("nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={query}", "--format=csv,noheader")
     return {
-        "device": _device_name(device),
+        "device": name,
         "linfast": _version("linfast"),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -38,31 +49,51 @@ def describe(device: torch.device) -> Environment:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "clocks": _clocks(device),
+        "clocks": clocks,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _commit(Path(linfast.__file__).resolve().parent.parent),
+        "commit": _commit(checkout),
     }
 
 
-def _device_name(device: torch.device) -> str:
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What a large copy and a large matrix product reach, timed here and now.
+
+    ``copy_bytes_per_s``: bytes read plus bytes written by a copy of a tensor far past the cache; inputs that fit
+    in the cache can pass it. ``matmul_<dtype>_per_s``: operations of an n x n x n product, 2 n^3, with torch's
+    settings as found. Each is the best of many calls: what else runs on the machine lowers no ceiling.
+    """
+    source = torch.randn(_COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    rates = {"copy_bytes_per_s": 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)}
+    for name, n in _MATMUL[device.type].items():
+        a, b = torch.randn(2, n, n, device=device).to(getattr(torch, name))
+        rates[f"matmul_{name}_per_s"] = 2 * n**3 / _seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+    return rates
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(_REPEATS + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def free_bytes(device: torch.device) -> float:
+    """Of memory; infinite where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = _cpuinfo("model name")
-    return models[0] if models else platform.processor() or platform.machine()
+        return torch.cuda.mem_get_info(device)[0]
+    available = _lines("/proc/meminfo", "MemAvailable")
+    return 1024.0 * int(available[0].split()[0]) if available else float("inf")
 
 
-def _cpuinfo(key: str) -> list[str]:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+def _lines(path: str, key: str) -> list[str]:
+    """What stands behind the colon in the lines of /proc that begin with ``key``."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
-
-
-def _clocks(device: torch.device) -> str | None:
-    if device.type == "cuda":
-        query = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
-        return _output("nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={query}", "--format=csv,noheader")
-    mhz = [float(value) for value in _cpuinfo("cpu MHz")]
-    return f"{sum(mhz) / len(mhz):.0f} MHz" if mhz else None
 
 
 def _version(package: str) -> str | None:
@@ -73,15 +104,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit(checkout: Path) -> str | None:
-    top = _git(checkout, "rev-parse", "--show-toplevel")
+    git = ("git", "-C", str(checkout))
+    top = _output(*git, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != checkout:
         return None
-    commit = _git(checkout, "rev-parse", "--short=12", "HEAD")
-    return f"{commit}-dirty" if commit and _git(checkout, "status", "--porcelain") else commit
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    return _output("git", "-C", str(folder), *arguments)
+    commit = _output(*git, "rev-parse", "--short=12", "HEAD")
+    return f"{commit}-dirty" if commit and _output(*git, "status", "--porcelain") else commit
 
 
 def _output(*command: str) -> str | None:

@@ -16,27 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .check import Outputs, Standard, Verdict, judge, own_standard, set_standard
-from .memory import peak_bytes
-from .timing import Timing, time_interleaved
+from .check import Outputs, Standard, Verdict, as_tuple, judge, own_standard, set_standard
+from .timing import Timing, peak_bytes, ratio, time_interleaved
 
 __all__ = [
-    "SCALES",
-    "Case",
-    "Cost",
-    "Options",
-    "Problem",
-    "Provider",
-    "Result",
-    "Size",
-    "check",
-    "judged",
-    "measure",
+    *("CONTROL", "SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "UsageError"),
+    *("check", "judged", "measure"),
 ]
 
 Size = Mapping[str, int | str]
 SCALES = ("tiny", "quick", "gpu", "full")
+CONTROL = "linfast again"  # a copy of ours among the providers: its time over ours is the noise
 PEER_FACTOR = 16  # another scale map and other initial weights round differently; tf32 or bf16 stay outside
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -141,14 +136,19 @@ class Case:
 class Result:
     """What one provider did at one size.
 
-    ``against``: the baseline's name. ``error`` and ``allowed`` are relative L2 errors against float64
-    (see ``check.judge``). A refused provider has the reason in ``refused`` and no timings. ``first_s``: seconds of
-    the first call, compilation included. ``p20_ms``, ``p50_ms``, ``p80_ms``: quantiles of one
-    call in milliseconds over ``rounds`` rounds. ``ratio``: median over the rounds of this
-    provider's time divided by the baseline's in the same round, below 1 is faster than the
-    baseline; None where the baseline was refused. ``captured``, ``launched_ms``: see
-    ``timing.Timing``. ``peak_bytes``: see ``memory.peak_bytes``. ``bytes``, ``operations``:
-    the problem's ``Cost``. ``input_bytes``: of all the inputs that calls rotate through.
+    Args:
+        against: the name of the baseline.
+        error, allowed: relative L2 errors against float64; see ``check``.
+        refused: why the provider was not timed, where it was not.
+        first_s: seconds of the first call, compilation included.
+        p20_ms, p50_ms, p80_ms: quantiles of one call in milliseconds over ``rounds`` rounds.
+        cpu_ms: the median CPU time of one call.
+        ratio, cpu_ratio: medians over the rounds of this provider's time divided by the baseline's in the same
+            round, below 1 where it is faster; None where the baseline was refused.
+        captured, launched_ms: see ``timing.Timing``.
+        peak_bytes: see ``memory.peak_bytes``.
+        bytes, operations: the problem's ``Cost``.
+        input_bytes: of all the inputs that calls rotate through.
     """
 
     case: str
@@ -164,7 +164,9 @@ class Result:
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
+    cpu_ms: float | None = None
     ratio: float | None = None
+    cpu_ratio: float | None = None
     rounds: int = 0
     captured: bool = False
     launched_ms: float | None = None
@@ -174,21 +176,21 @@ class Result:
     input_bytes: int = 0
 
 
+def judged(problem: Problem) -> dict[str, Verdict]:
+    """The verdict on every provider."""
+    standards = _standards(problem)
+    return {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
+
+
 def check(case: Case, size: Size, options: Options) -> list[Result]:
-    """One Result a provider at one size with its verdict, and nothing timed but the first call."""
+    """One Result per provider at one size with its verdict; nothing is timed but the first call."""
     problem = case.build(size, options)
     verdicts = judged(problem)
     return [_untimed(case, size, problem, p, verdicts[p.name]) for p in problem.providers]
 
 
-def judged(problem: Problem) -> dict[str, Verdict]:
-    """Every provider's verdict."""
-    standards = _standards(problem)
-    return {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
-
-
 def measure(case: Case, size: Size, options: Options, budget: float = 1.0) -> list[Result]:
-    """One Result a provider at one size, in the problem's order.
+    """One Result per provider at one size, in the problem's order.
 
     Args:
         budget: seconds of timing for each provider that passes its check.
@@ -196,12 +198,14 @@ def measure(case: Case, size: Size, options: Options, budget: float = 1.0) -> li
     problem = case.build(size, options)
     standards = _standards(problem)
     verdicts = {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
-    passed = {p.name: p for p in problem.providers if verdicts[p.name].refused is None}
-    calls = {name: provider.call for name, provider in passed.items()}
+    calls = {p.name: p.call for p in problem.providers if verdicts[p.name].refused is None}
     timings = time_interleaved(calls, problem.inputs, problem.device, budget * len(calls))
-    verdicts |= {name: _judge_timed(verdicts[name], timing, standards[name]) for name, timing in timings.items()}
-    right = {name: timing for name, timing in timings.items() if verdicts[name].refused is None}
-    base = next((right.get(p.name) for p in problem.providers if p.baseline), None)
+    for name, timing in timings.items():  # the check again, on what was timed
+        after = standards[name].verdict(timing.last_input, as_tuple(timing.last_outputs))  # type: ignore[arg-type]
+        if after.refused is not None:
+            verdicts[name] = replace(after, refused=f"when timed, {after.refused}")
+    baseline = next(p.name for p in problem.providers if p.baseline)
+    base = None if verdicts[baseline].refused else timings[baseline]
     results = []
     for provider in problem.providers:
         result = _untimed(case, size, problem, provider, verdicts[provider.name])
@@ -220,14 +224,6 @@ def _standards(problem: Problem) -> dict[str, Standard]:
         p.name: shared if p.truth is None else own_standard(p.truth, problem.inputs, allowed)
         for p in problem.providers
     }
-
-
-def _judge_timed(before: Verdict, timing: Timing, standard: Standard) -> Verdict:
-    """The check again, on what the last timed call returned: it is what was timed."""
-    after = standard.verdict(timing.last_input, timing.last_outputs)
-    if after.refused is None:
-        return before
-    return replace(after, refused=f"when timed, {after.refused}", first_s=before.first_s)
 
 
 def _untimed(case: Case, size: Size, problem: Problem, provider: Provider, verdict: Verdict) -> Result:
@@ -255,13 +251,11 @@ def _timed(result: Result, timing: Timing, base: Timing | None, peak: int) -> Re
         p20_ms=p20,
         p50_ms=p50,
         p80_ms=p80,
-        ratio=None if base is None else _ratio(timing, base),
+        cpu_ms=float(np.median(timing.cpu_ms)),
+        ratio=None if base is None else ratio(timing.ms, base.ms),
+        cpu_ratio=None if base is None else ratio(timing.cpu_ms, base.cpu_ms),
         rounds=len(timing.ms),
         captured=timing.captured,
         launched_ms=timing.launched_ms,
         peak_bytes=peak,
     )
-
-
-def _ratio(timing: Timing, base: Timing) -> float:
-    return float(np.median(np.divide(timing.ms, base.ms)))

@@ -1,8 +1,8 @@
-"""The couplings that ``accelerate`` knows, as their libraries' users build flows of them.
+"""Coupling flows of other libraries, built as their users build them.
 
-Each maker takes (features, depth, hidden) and gives the model, a function (model, x) -> tensors and one for
-the other direction; halves or masks as the library has them by default; depth couplings, of which a
-two-sided block holds two; conditioners D/2 - hidden - D with SiLU, or what the library itself builds.
+Each maker takes (features, depth, hidden) and returns the model, a function (model, x) -> tensors and one for
+the other direction. Halves or masks are the library's defaults; a two-sided block counts as two of the
+``depth`` couplings; conditioners are MLPs D/2 - hidden - D with SiLU, or what the library builds by itself.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LIBRARIES", "Maker", "Run"]
+__all__ = ["LIBRARIES", "PEERS", "Maker", "Run", "peer"]
 
 Run = Callable[[Any, Tensor], Sequence[Tensor]]
-Maker = Callable[[int, int, tuple[int, ...]], tuple[nn.Module, Run, Run]]
+Model = tuple[nn.Module, Run, Run]
+Maker = Callable[[int, int, tuple[int, ...]], Model]
 
 
 def mlp(n_in: int, n_out: int, hidden: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers with SiLU between them, the last one small."""
+    """Linear layers with SiLU between them."""
     layers: list[nn.Module] = []
     for a, b in pairwise((n_in, *hidden)):
         layers += [nn.Linear(a, b), nn.SiLU()]
@@ -29,7 +30,7 @@ def mlp(n_in: int, n_out: int, hidden: tuple[int, ...]) -> nn.Sequential:
 
 
 class _PassesOn(nn.Module):
-    """nflows gives its nets a context."""
+    """nflows passes a context to its nets."""
 
     def __init__(self, n_in: int, n_out: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
@@ -39,65 +40,55 @@ class _PassesOn(nn.Module):
         return self.net(x)
 
 
-def _normflows(scale_map: str) -> Maker:
-    def make(features: int, depth: int, hidden: tuple[int, ...]) -> tuple[nn.Module, Run, Run]:
+def _normflows(scale_map: str | None) -> Maker:
+    """Couplings of halves, or of alternating masks where there is no scale map."""
+
+    def make(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
         import normflows as nf
 
-        flows: list[nn.Module] = []
-        for _ in range(depth):
-            flows.append(nf.flows.AffineCouplingBlock(mlp(features // 2, features, hidden), scale_map=scale_map))
-            flows.append(nf.flows.Permute(features, mode="swap"))
-        return _normflows_model(features, flows)
+        b, flows = torch.arange(features).remainder(2).float(), list[nn.Module]()
+        for i in range(depth):
+            if scale_map is None:
+                nets = [mlp(features, features, hidden) for _ in range(2)]
+                flows.append(nf.flows.MaskedAffineFlow(1 - b if i % 2 else b, *nets))
+            else:
+                net = mlp(features // 2, features, hidden)
+                flows.append(nf.flows.AffineCouplingBlock(net, scale_map=scale_map))
+                flows.append(nf.flows.Permute(features, mode="swap"))
+        model = nf.NormalizingFlow(nf.distributions.DiagGaussian(features, trainable=False), flows)
+        return model, lambda m, x: m.forward_and_log_det(x), lambda m, x: m.inverse_and_log_det(x)
 
     return make
 
 
-def _normflows_masked(features: int, depth: int, hidden: tuple[int, ...]) -> tuple[nn.Module, Run, Run]:
-    import normflows as nf
-
-    b = torch.arange(features).remainder(2).float()
-    nets = [[mlp(features, features, hidden) for _ in range(2)] for _ in range(depth)]
-    return _normflows_model(
-        features, [nf.flows.MaskedAffineFlow(1 - b if i % 2 else b, *both) for i, both in enumerate(nets)]
-    )
-
-
-def _normflows_model(features: int, flows: list[nn.Module]) -> tuple[nn.Module, Run, Run]:
-    import normflows as nf
-
-    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(features, trainable=False), flows)
-    return model, lambda m, x: m.forward_and_log_det(x), lambda m, x: m.inverse_and_log_det(x)
-
-
 def _nflows(name: str) -> Maker:
-    def make(features: int, depth: int, hidden: tuple[int, ...]) -> tuple[nn.Module, Run, Run]:
+    def make(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
         import nflows.transforms as transforms
 
         masks = [torch.arange(features).add(i).remainder(2) for i in range(depth)]
         couplings = [getattr(transforms, name)(mask, lambda i, o: _PassesOn(i, o, hidden)) for mask in masks]
-        model = transforms.CompositeTransform(couplings)
-        return model, lambda m, x: m(x), lambda m, x: m.inverse(x)
+        return transforms.CompositeTransform(couplings), lambda m, x: m(x), lambda m, x: m.inverse(x)
 
     return make
 
 
-def _glasflow(features: int, depth: int, hidden: tuple[int, ...]) -> tuple[nn.Module, Run, Run]:
-    """Its own nets: residual, one block of this width."""
+def _glasflow(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
+    """With its own nets: residual, one block of this width."""
     import glasflow
 
     model = glasflow.RealNVP(features, depth, n_neurons=hidden[0], n_blocks_per_transform=1)
     return model.eval(), lambda m, x: m.forward(x), lambda m, x: m.inverse(x)
 
 
-def _freia(name: str, per_block: int, **options: Any) -> Maker:
-    def make(features: int, depth: int, hidden: tuple[int, ...]) -> tuple[nn.Module, Run, Run]:
+def _freia(name: str, per_block: int) -> Maker:
+    def make(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
         import FrEIA.framework as framework
         import FrEIA.modules as modules
 
         model = framework.SequenceINN(features)
         for i in range(depth // per_block):
-            model.append(getattr(modules, name), subnet_constructor=lambda n, m: mlp(n, m, hidden), **options)
-            if per_block == 1 and name != "AllInOneBlock":
+            model.append(getattr(modules, name), subnet_constructor=lambda n, m: mlp(n, m, hidden))
+            if name == "AffineCouplingOneSided":
                 model.append(modules.PermuteRandom, seed=i)
         return model, lambda m, x: _tensors(m(x)), lambda m, x: _tensors(m(x, rev=True))
 
@@ -108,7 +99,7 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)]
 
 
-def _zuko(features: int, depth: int, hidden: tuple[int, ...]) -> tuple[nn.Module, Run, Run]:
+def _zuko(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
     import zuko
 
     model = zuko.flows.RealNVP(features, transforms=depth, hidden_features=hidden, activation=nn.SiLU)
@@ -120,10 +111,10 @@ def _zuko(features: int, depth: int, hidden: tuple[int, ...]) -> tuple[nn.Module
 
 
 def _memcnn(name: str, adapter: str | None) -> Maker:
-    def make(features: int, depth: int, hidden: tuple[int, ...]) -> tuple[nn.Module, Run, Run]:
+    def make(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
         import memcnn
 
-        n, out = features // 2, features if adapter == "AffineAdapterSigmoid" else features // 2
+        n, out = features // 2, features if adapter is not None else features // 2
         options = {} if adapter is None else {"adapter": getattr(memcnn, adapter)}
         blocks = [
             getattr(memcnn, name)(mlp(n, out, hidden), mlp(n, out, hidden), **options) for _ in range(depth // 2)
@@ -142,7 +133,7 @@ def _memcnn_inverse(model: Any, y: Tensor) -> list[Tensor]:
 LIBRARIES: dict[str, Maker] = {
     "normflows AffineCouplingBlock exp": _normflows("exp"),
     "normflows AffineCouplingBlock sigmoid": _normflows("sigmoid"),
-    "normflows MaskedAffineFlow": _normflows_masked,
+    "normflows MaskedAffineFlow": _normflows(None),
     "nflows AffineCouplingTransform": _nflows("AffineCouplingTransform"),
     "nflows AdditiveCouplingTransform": _nflows("AdditiveCouplingTransform"),
     "glasflow RealNVP": _glasflow,
@@ -156,3 +147,32 @@ LIBRARIES: dict[str, Maker] = {
     "memcnn AdditiveCoupling": _memcnn("AdditiveCoupling", None),
 }
 """By library and class."""
+
+PEERS: dict[str, str] = {
+    "normflows": "normflows AffineCouplingBlock exp",
+    "nflows": "nflows AffineCouplingTransform",
+    "zuko": "zuko RealNVP",
+    "glasflow": "glasflow RealNVP",
+    "FrEIA": "FrEIA AffineCouplingOneSided",
+    "FrEIA GLOW": "FrEIA GLOWCouplingBlock",
+}
+"""Those that are timed beside ``coupling_flow``: affine couplings, as many as it has."""
+
+
+def peer(name: str, features: int, depth: int, hidden: tuple[int, ...]) -> Model | None:
+    """The model, (model, x) -> (z, log_det) and (model, z) -> (x, ...).
+
+    None where the library is not installed, or has no such model: an odd number of features, or of couplings
+    where a block holds two.
+    """
+    if features % 2 or (depth % 2 and name == "FrEIA GLOW"):
+        return None
+    try:
+        model, forward, inverse = LIBRARIES[PEERS[name]](features, depth, hidden)
+    except ImportError:
+        return None
+    if name == "normflows":  # its forward is from latents to data
+        forward, inverse = inverse, forward
+    if name == "zuko":  # whose inverse computes the log-determinant by a second pass, where it is asked for
+        inverse = lambda m, z: (m().transform.inv(z),)  # noqa: E731
+    return model, forward, inverse

@@ -15,27 +15,25 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-# One look a provider in every plot: a colour that colour-blind readers tell apart (Okabe and Ito), and a marker.
+# A provider looks the same in every plot: a colour that colour-blind readers tell apart (Okabe and Ito), a marker.
+_BLACK, _ORANGE, _GREY = ("#000000", "o"), ("#D55E00", "^"), ("#999999", "D")
 _LOOKS = {
-    "eager": ("#000000", "o"),
-    "store": ("#000000", "o"),
-    "invert": ("#D55E00", "^"),
-    "dense": ("#000000", "o"),
-    "factored": ("#D55E00", "^"),
+    **dict.fromkeys(("eager", "store", "dense"), _BLACK),
+    **dict.fromkeys(("linfast", "invert", "factored"), _ORANGE),
+    **dict.fromkeys(("materialised", "gather + bmm", "conv2d 1x1"), _GREY),
     "torch.compile": ("#0072B2", "s"),
-    "linfast": ("#D55E00", "^"),
     "linfast compiled": ("#E69F00", "v"),
-    "materialised": ("#999999", "D"),
-    "gather + bmm": ("#999999", "D"),
-    "conv2d 1x1": ("#999999", "D"),
     "normflows": ("#009E73", "P"),
     "nflows": ("#56B4E9", "X"),
     "zuko": ("#CC79A7", "*"),
     "FrEIA": ("#7F7F00", "p"),
+    "FrEIA GLOW": ("#7F7F00", "h"),
+    "glasflow": ("#8B4513", "d"),
 }
 _OTHER = ("#777777", ".")
 _MOST_PANELS = 9
 _WORDS = {"float32": "fp32", "bfloat16": "bf16"}
+_COMPILED = ("torch.compile", "linfast compiled")
 
 Panel = tuple[str, list[Result]]
 
@@ -48,16 +46,10 @@ def draw(results: Sequence[Result], environment: Environment, folder: str | Path
     from matplotlib import pyplot
 
     timed = [result for result in results if result.p50_ms is not None]
-    figures: dict[str, Callable[[Sequence[Result], Environment], Figure | None]] = {
-        "throughput": _throughput,
-        "roofline": _roofline,
-        "memory": _memory,
-    }
     written = []
     with pyplot.style.context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "linfast"}):
-        for name, make in figures.items():
-            figure = make(timed, environment)
-            if figure is None:
+        for name, make in {"throughput": _throughput, "roofline": _roofline, "memory": _memory}.items():
+            if (figure := make(timed, environment)) is None:
                 continue
             for suffix in ("png", "svg"):
                 written.append(Path(folder) / f"{name}.{suffix}")
@@ -103,32 +95,30 @@ def _roofline(results: Sequence[Result], environment: Environment) -> Figure | N
     copy = environment.get("copy_bytes_per_s")
     named = [result for result in results if result.provider.startswith("linfast")]
     ours = named or [result for result in results if result.provider in ("eager", "torch.compile")]
-    roofs = {dtype: environment.get(f"matmul_{dtype}_per_s") for dtype in dict.fromkeys(r.dtype for r in ours)}
-    if not ours or not isinstance(copy, (int, float)):
+    found = {dtype: environment.get(f"matmul_{dtype}_per_s") for dtype in dict.fromkeys(r.dtype for r in ours)}
+    roofs = {dtype: roof for dtype, roof in found.items() if isinstance(roof, (int, float))}
+    if not roofs or not isinstance(copy, (int, float)):
         return None
     figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
     intensities = [result.operations / result.bytes for result in ours]
-    span = min(intensities) / 2, max(*intensities, *(r / copy for r in roofs.values() if isinstance(r, float))) * 3
+    low, high = min(intensities) / 2, max(*intensities, *(roof / copy for roof in roofs.values())) * 3
     for dtype, roof in roofs.items():
-        if isinstance(roof, (int, float)):
-            xs = [span[0], roof / copy, span[1]]
-            axes.plot(xs, [min(copy * x, roof) for x in xs], color="#444444", linewidth=1.2)
-            label = f"matmul {_WORDS.get(dtype, dtype)}, {roof:.3g} / s"
-            axes.annotate(label, (span[1], roof), xytext=(0, 4), textcoords="offset points", ha="right")
-    middle = (span[0] * min(r for r in roofs.values() if isinstance(r, float)) / copy) ** 0.5
+        axes.plot([low, roof / copy, high], [copy * low, roof, roof], color="#444444", linewidth=1.2)
+        label = f"matmul {_WORDS.get(dtype, dtype)}, {roof:.3g} / s"
+        axes.annotate(label, (high, roof), xytext=(0, 4), textcoords="offset points", ha="right")
+    middle = (low * min(roofs.values()) / copy) ** 0.5
     label = f"copy, {copy / 1e9:.3g} GB/s"
     axes.annotate(label, (middle, copy * middle), xytext=(-6, 6), textcoords="offset points", ha="right")
     cases = list(dict.fromkeys(result.case for result in ours))
-    colours = dict(zip(cases, pyplot.get_cmap("tab10").colors * 3, strict=False))  # type: ignore[attr-defined]
+    colours = {case: f"C{i}" for i, case in enumerate(cases)}
     for result, intensity in zip(ours, intensities, strict=True):
-        rate = 1e3 * result.operations / (result.p50_ms or 1.0)
-        hollow = result.provider in ("torch.compile", "linfast compiled")
-        face = "none" if hollow else colours[result.case]
-        axes.scatter(intensity, rate, s=36, marker="o", facecolors=face, edgecolors=[colours[result.case]])
+        rate, colour = 1e3 * result.operations / (result.p50_ms or 1.0), colours[result.case]
+        face = "none" if result.provider in _COMPILED else colour
+        axes.scatter(intensity, rate, s=36, marker="o", facecolors=face, edgecolors=colour)
     for case in cases:
-        axes.scatter([], [], color=[colours[case]], label=case)
+        axes.scatter([], [], color=colours[case], label=case)
     axes.scatter([], [], facecolors="none", edgecolors="#444444", label="hollow: compiled")
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte, at the fewest bytes", ylabel="operations / s")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte, at the fewest bytes", ylabel="operations / s")
     axes.grid(alpha=0.25, which="major")
     figure.legend(loc="outside right center", frameon=False)
     figure.suptitle(f"Roofline: {'linfast' if named else 'eager, which is linfast here'}. {_where(environment)}")
@@ -137,19 +127,18 @@ def _roofline(results: Sequence[Result], environment: Environment) -> Figure | N
 
 def _panels(results: Sequence[Result], axis: str) -> Iterator[Panel]:
     """(title, results) for each case and rest of its size with at least two values of ``axis``."""
-    groups: dict[tuple[object, ...], list[Result]] = {}
+    groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         if axis in result.size:
-            rest = tuple((key, value) for key, value in result.size.items() if key != axis)
-            groups.setdefault((result.case, *rest), []).append(result)
-    for (case, *fixed), along in groups.items():
+            rest = ", ".join(
+                _WORDS.get(value, value) if isinstance(value, str) else f"{key} {value}"
+                for key, value in result.size.items()
+                if key != axis
+            )
+            groups.setdefault((result.case, rest), []).append(result)
+    for (case, rest), along in groups.items():
         if len({result.size[axis] for result in along}) > 1:
-            yield f"{case}\n{_brief(fixed)}", along
-
-
-def _brief(rest: Sequence[object]) -> str:
-    pairs = [pair for pair in rest if isinstance(pair, tuple)]
-    return ", ".join(_WORDS.get(v, v) if isinstance(v, str) else f"{key} {v}" for key, v in pairs)
+            yield f"{case}\n{rest}", along
 
 
 def _lines(axes: Axes, along: Sequence[Result], axis: str, value: Callable[[Result], float]) -> None:
@@ -161,12 +150,9 @@ def _lines(axes: Axes, along: Sequence[Result], axis: str, value: Callable[[Resu
 
 
 def _grid(
-    panels: Sequence[Panel],
-    fill: Callable[[Axes, Sequence[Result]], None],
-    labels: tuple[str, str],
-    title: str,
+    panels: Sequence[Panel], fill: Callable[[Axes, Sequence[Result]], None], labels: tuple[str, str], title: str
 ) -> Figure | None:
-    """A panel each, one legend for all."""
+    """One plot per panel, one legend for all."""
     from matplotlib import pyplot
 
     if not panels:

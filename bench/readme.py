@@ -12,9 +12,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from .environment import Environment
+from .harness import Result
 from .plots import draw
-from .report import parse
-from .summary import short_table
+from .report import parse, short_table
 
 __all__ = ["main", "rewritten"]
 
@@ -33,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.check:
         return int(after != before)
     readme.write_text(after, encoding="utf-8")
-    for name in _names(before):
-        folder = args.root / "docs/bench" / name
+    for match in _BLOCK.finditer(before):
+        folder = args.root / "docs/bench" / match["name"]
         folder.mkdir(parents=True, exist_ok=True)
-        parsed = parse(_lines(args.root, name))
+        parsed = _results(args.root, match["name"])
         draw([result for result, _ in parsed], parsed[-1][1], folder)
     return 0
 
@@ -46,20 +47,15 @@ def rewritten(readme: str, root: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        plots = "\n".join(
-            f"![{plot}](docs/bench/{name}/{plot}.png)" for plot in ("throughput", "roofline", "memory")
-        )
-        return f"{match[1]}```\n{short_table(parse(_lines(root, name)))}\n```\n\n{plots}\n{match[3]}"
+        names = ("throughput", "roofline", "memory")
+        plots = "\n".join(f"![{plot}](docs/bench/{name}/{plot}.png)" for plot in names)
+        return f"{match[1]}```\n{short_table(_results(root, name))}\n```\n\n{plots}\n{match[3]}"
 
     return _BLOCK.sub(block, readme)
 
 
-def _names(readme: str) -> list[str]:
-    return [match["name"] for match in _BLOCK.finditer(readme)]
-
-
-def _lines(root: Path, name: str) -> list[str]:
-    return (root / "bench/results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+def _results(root: Path, name: str) -> list[tuple[Result, Environment]]:
+    return parse((root / "bench/results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
 
 
 if __name__ == "__main__":

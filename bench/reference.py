@@ -1,61 +1,87 @@
-"""The reference repository's image Linearizers for runs side by side: construction, counting, timing in turns."""
+"""The reference repository's image Linearizer beside ours, on the CPU, in turns in one process and thread.
+
+    python -m linfast.bench.reference PATH --what compare times memory operations    # lf.from_reference
+    python -m linfast.bench.reference PATH --what training one-step latent           # lf.accelerate
+    python -m linfast.bench.reference PATH --what launches
+
+PATH is a checkout of github.com/assafshocher/Linearizer, which is imported and not changed.
+
+compare     errors of the outputs and of the input's gradient against the reference in float64
+times       forward, inverse and a training step of g. After ``compare`` the allocator has larger thresholds, so
+            that fewer pages fault: that favours the reference, whose attention weights are large
+memory      tensors alive at the peak of a training step of g, at the first batch size
+operations  what reaches a backend below autograd, without views and allocations: on a GPU each is a launch or more
+launches    the same where the ops run their kernels, and how many Triton launches are among it, outside ``freeze``
+            and inside: the kernels are interpreted at batch 1, which takes a minute
+training    a step of the model as built: its FlowMatcher's loss with MSE for LPIPS, whose weights are not at hand,
+            backward and Adam: time and peak memory of the original, memory="store" and memory="invert"
+one-step    sample_one_step(method="rk", T=100) at batch 16, collapse included: time, and the distance from the
+            multi-step sampler in float64
+latent      z -> A_t z at CelebA's size, N = 12288, r = 8, batch 16, forward and backward, under a limit of the
+            address space: the original makes B matrices of N x N
+
+Dropout is on while training, and ActNorms are initialised. Except for ``training`` no weight is near zero.
+"""
 
 from __future__ import annotations
 
+import argparse
+import copy
+import functools
 import os
-import statistics
+import resource
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 
-from .memory import peak_bytes
-from .timing import in_turns
+from .timing import peak_bytes, time_interleaved
 
-__all__ = [
-    "CONFIGS",
-    "RANK",
-    "TIME_FEATURES",
-    "interleaved",
-    "launches",
-    "operations",
-    "reference_model",
-    "step",
-    "step_bytes",
-]
+__all__ = ["interleaved", "launches", "main", "operations", "reference_model", "step", "step_bytes"]
 
-CONFIGS = {"mnist": (1, 32), "celeba": (3, 64)}
+CONFIGS = {"mnist": (1, 32, 32), "celeba": (3, 64, 64)}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
-_LAST = {"conv1": 0.5, "proj": 0.5}
-_LAST_CONV = 0.3
+_T, _BATCH, _LIMIT_GIB = 100, 16, 9.0
+_SCALES = {"aux_conv": 0.3, "conv1": 0.5, "proj": 0.5}  # of the last weights of a block, by the end of their name
 _NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "promote_types")
 
+Runs = Mapping[str, Callable[[], Any]]
 
-def reference_model(path: str, channels: int, side: int, as_built: bool = False) -> Any:
-    """Its Linearizer with ActNorms initialised and no weight near zero: ``as_built``, the last ones are 1e-5."""
+
+def reference_model(path: str, shape: tuple[int, int, int], as_built: bool = False) -> Any:
+    """Its Linearizer with initialised ActNorms; the last weights of its blocks not near zero, or ``as_built``."""
     sys.path.insert(0, path)
     from common.song__unet import creat_song_unet  # type: ignore[import-not-found]
     from one_step.modules.invertable_network import InverseUnet  # type: ignore[import-not-found]
     from one_step.modules.linear_network import TimeDependentLoRALinearLayer  # type: ignore[import-not-found]
     from one_step.modules.one_step_linearizer import OneStepLinearizer  # type: ignore[import-not-found]
 
+    channels, side, _ = shape
     g = InverseUnet(LAYERS, channels, side, creat_song_unet)
     f = OneStepLinearizer(g, TimeDependentLoRALinearLayer(channels * side**2, RANK, TIME_FEATURES))
     with torch.no_grad():
         for name, module in f.named_modules():
-            last = name.rpartition(".")[2]
-            scale = _LAST_CONV if last.endswith("aux_conv") else _LAST.get(last)
+            scale = next((s for end, s in _SCALES.items() if name.endswith(end)), None)
             if scale is not None and not as_built:
                 module.weight.normal_(std=scale / module.weight[0].numel() ** 0.5)
-        f.gx(torch.randn(4, channels, side, side))
+        f.gx(torch.randn(4, *shape))
     return f.eval()
+
+
+def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
+    """Median (wall, CPU) seconds of each, run in turns after one turn that is not counted."""
+    timings = time_interleaved({str(i): run for i, run in enumerate(runs)}, rounds=repeats, warmup=1)
+    return [(median(t.ms) / 1e3, median(t.cpu_ms) / 1e3) for t in timings.values()]
 
 
 def step(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor) -> None:
@@ -66,15 +92,10 @@ def step(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor)
 
 
 def step_bytes(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor) -> int:
-    """Bytes of tensors at the peak of a ``step``, the weights' gradients among them and the weights not."""
+    """Bytes of tensors at the peak of a ``step``: the gradients of the weights count, the weights do not."""
     for parameter in parameters:
         parameter.grad = None
-
-    def call(x: Tensor) -> Tensor:
-        step(g, parameters, x)
-        return x
-
-    return peak_bytes(call, (x,), x.device)
+    return peak_bytes(lambda x: step(g, parameters, x), (x,), x.device)
 
 
 class _Operations(TorchDispatchMode):
@@ -116,9 +137,204 @@ def launches(run: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
         return operations(run), kernels
 
 
-def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
-    """Median (wall, CPU) seconds of each, run in turns."""
-    taken = in_turns(dict(enumerate(runs)), repeats)
-    return [
-        (statistics.median(w for w, _ in times), statistics.median(c for _, c in times)) for times in taken.values()
-    ]
+def _say(what: str, runs: Runs, repeats: int, memory: bool = False) -> None:
+    """The times of all, and their peaks where asked for; of all but the first their share of the first."""
+    times = interleaved(list(runs.values()), repeats)
+    peaks = [peak_bytes(run, (), torch.device("cpu")) for run in runs.values()] if memory else []
+    for i, (name, (wall, cpu)) in enumerate(zip(runs, times, strict=True)):
+        share = f", {wall / times[0][0]:.2f} of the first (CPU time {cpu / times[0][1]:.2f})" if i else ""
+        peak = f", peak {peaks[i] / 2**20:.0f} MiB ({peaks[i] / peaks[0]:.3f})" if peaks else ""
+        print(f"{what}, {name}: {1e3 * wall:.0f} ms{share}{peak}", flush=True)
+
+
+# from_reference
+
+
+def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
+    """Relative L2 distance of every output from the reference's in float64, ours and its own."""
+
+    def results(model: Any, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        x = x.clone().requires_grad_()
+        out = {name: getattr(model, name)(x) for name in ("gx", "gy", "gx_inverse", "gy_inverse")}
+        out["f"] = model(x, t=t)
+        sum(value.square().mean() for value in out.values()).backward()
+        assert x.grad is not None
+        return {**{name: value.detach() for name, value in out.items()}, "gradient of x": x.grad}
+
+    ours, own, truth = results(h, x, t), results(f, x, t), results(f.double(), x.double(), t.double())
+    f.float()
+    for name, value in truth.items():
+        errors = [float((r[name].double() - value).norm() / value.norm()) for r in (ours, own)]
+        print(f"{name:14s} linfast {errors[0]:.1e}   reference in fp32 {errors[1]:.1e}")
+
+
+def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
+    """Of g's forward, inverse and training step; the last with activations stored, and inverted."""
+    with torch.no_grad():
+        z, size = f.gx(x), f"batch {len(x)}"
+        models = {"reference": f, "linfast": h}
+        _say(f"forward, {size}", {n: functools.partial(m.gx, x) for n, m in models.items()}, repeats)
+        _say(f"inverse, {size}", {n: functools.partial(m.gx_inverse, z) for n, m in models.items()}, repeats)
+    f.train(), h.train()
+
+    def linfast(memory: str) -> None:
+        h.g_x.bijection.memory = memory
+        step(h.gx, list(h.parameters()), x)
+
+    runs = {f"linfast, {memory}": functools.partial(linfast, memory) for memory in ("store", "invert")}
+    reference = functools.partial(step, f.gx, list(f.parameters()), x)
+    _say(f"training step, {size}", {"reference": reference, **runs}, repeats)
+    f.eval(), h.eval()
+
+
+def _memory(f: Any, h: Any, x: Tensor) -> None:
+    """Of a training step of g: the reference's, ours with its weights, and ``image_flow``'s own."""
+    options = {"conditioner": "unet", "time_features": 16, "actnorm": True, "mix": "free"}
+    own = lf.image_flow(*x.shape[1:3], 4 * LAYERS, **options)  # type: ignore[arg-type, call-arg]
+    own(x, t=1.0)
+    f.train(), h.train()
+    full = step_bytes(f.gx, list(f.parameters()), x)
+    print(f"peak of a training step, batch {len(x)}, reference: {full / 1e6:.1f} MB")
+    for label, flow, g in (("from_reference", h.g_x.bijection, h.gx), ("image_flow", own, own.at(t=1.0))):
+        for flow.memory in ("store", "invert"):
+            size = step_bytes(g, list(flow.parameters()), x)
+            print(
+                f"    {label}, {flow.memory}: {size / 1e6:.1f} MB, {size / full:.3f} of the reference", flush=True
+            )
+    print(
+        f"    the weights' gradients among it: {sum(p.nbytes for p in own.parameters()) / 1e6:.1f} MB (image_flow)"
+    )
+    f.eval(), h.eval()
+
+
+@torch.no_grad()
+def _operations(f: Any, h: Any, x: Tensor) -> None:
+    for label, g in (("reference", f.gx), ("linfast", h.gx)):
+        counts = operations(functools.partial(g, x))
+        print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common(14))}")
+
+
+@torch.no_grad()
+def _launches(h: Any, x: Tensor) -> None:
+    run = functools.partial(h.gx, x)
+    found = {"linfast on a GPU": launches(run)}
+    with lf.freeze(h):
+        launches(run)  # what is derived from weights is there afterwards
+        found["the same, frozen"] = launches(run)
+    for label, (counts, kernels) in found.items():
+        print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common())}")
+        print(f"    Triton launches among them: {kernels.total()}  {dict(kernels)}", flush=True)
+
+
+# accelerate
+
+
+def _loss(f: Any, x1: Tensor, noise: float = 0.3) -> Tensor:
+    """The paper's, with MSE for LPIPS."""
+    x0, t = torch.randn_like(x1), torch.rand(len(x1))
+    z0, z1, at = f.gy(x0), f.gx(x1), t[:, None, None, None]
+    predicted = f.A((1 - at) * z0 + at * z1, t=t)
+    again = f.gy_inverse(z0 + noise * torch.randn_like(z0)), f.gx_inverse(z1 + noise * torch.randn_like(z1))
+    pairs = ((predicted, z1), (again[0], x0), (again[1], x1), (f.gx_inverse(predicted), x1))
+    return sum((F.mse_loss(a, b) for a, b in pairs), start=torch.zeros(()))
+
+
+def _training(model: Any, x: Tensor, repeats: int) -> None:
+    """One more Adam step on x, of the model as it is and of accelerated copies."""
+
+    def step(f: Any, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        _loss(f, x).backward()
+        optimizer.step()
+
+    steps: dict[str, Callable[[], None]] = {}
+    for name in ("original", "store", "invert"):
+        f = copy.deepcopy(model)
+        assert name == "original" or not lf.accelerate(f, memory=name).left
+        steps[name] = functools.partial(step, f.train(), torch.optim.Adam(f.parameters(), 1e-4))
+    _say(f"training step, batch {len(x)}", steps, repeats, memory=True)
+
+
+def _one_step(path: str, model: Any, repeats: int) -> None:
+    sys.path.append(f"{path}/one_step")
+    for name in ("piq", "matplotlib", "matplotlib.pyplot", "torchvision", "torchvision.transforms"):
+        sys.modules.setdefault(name, mock.MagicMock())  # its training script imports them, this class uses none
+    from one_step.train_one_step import FlowMatcher  # type: ignore[import-not-found]
+
+    original, ours = (FlowMatcher(copy.deepcopy(model).eval()) for _ in range(2))
+    assert not lf.accelerate(ours).left
+    noise = torch.randn(_BATCH, *CONFIGS["mnist"])
+    runs = {
+        name: functools.partial(m.sample_one_step, noise, "cpu", "rk", _T)
+        for name, m in (("original", original), ("accelerated", ours))
+    }
+    _say(f"one step, batch {_BATCH}", runs, max(2, repeats // 3))
+    torch.set_default_dtype(torch.float64)  # of the times that the repository makes
+    exact = FlowMatcher(copy.deepcopy(model).eval().double()).sample(noise.double(), "cpu", _T, "rk")
+    torch.set_default_dtype(torch.float32)
+    for name, run in runs.items():
+        error = float((run().double() - exact).norm() / exact.norm())
+        print(f"one step, {name}: {error:.1e} from the {_T}-step sampler in float64")
+
+
+def _latent() -> None:
+    from one_step.modules.linear_network import TimeDependentLoRALinearLayer
+
+    n = torch.Size(CONFIGS["celeba"]).numel()
+    layer = TimeDependentLoRALinearLayer(n, RANK, TIME_FEATURES)
+    z, t = torch.randn(_BATCH, *CONFIGS["celeba"], requires_grad=True), torch.rand(_BATCH)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(_LIMIT_GIB * 2**30), limits[1]))
+    try:
+        for name in ("original", "accelerated"):
+            if name == "accelerated":
+                assert not lf.accelerate(layer).left
+            print(f"latent part, {name}, {_LIMIT_GIB:.0f} GiB of address space: {_try_latent(layer, z, t)}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _try_latent(layer: Any, z: Tensor, t: Tensor) -> str:
+    start = time.perf_counter()
+    try:
+        peak = step_bytes(functools.partial(layer, t=t), list(layer.parameters()), z)
+    except (RuntimeError, MemoryError) as error:
+        return str(error).splitlines()[0]
+    return f"{time.perf_counter() - start:.2f} s, peak {peak / 2**20:.0f} MiB"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path")
+    parser.add_argument("--config", choices=CONFIGS, default="mnist", help="of what from_reference is measured on")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--repeats", type=int, default=7)
+    of_images = ("compare", "times", "memory", "operations", "launches")
+    of_accelerate = ("training", "one-step", "latent")
+    parser.add_argument("--what", choices=(*of_images, *of_accelerate), nargs="+", default=of_images[:4])
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its start and stop
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shape, mnist = CONFIGS[options.config], CONFIGS["mnist"]
+    f = reference_model(options.path, shape)
+    h = lf.from_reference(f)
+    built = reference_model(options.path, mnist, as_built=True)
+    batches = [torch.randn(batch, *shape) for batch in options.batch]
+    parts: Runs = {
+        "compare": lambda: _compare(f, h, batches[0][:2], torch.rand(2)),
+        "times": lambda: [*map(functools.partial(_times, f, h, options.repeats), batches)],
+        "memory": lambda: _memory(f, h, batches[0]),
+        "operations": lambda: _operations(f, h, batches[0][:2]),
+        "launches": lambda: _launches(h, batches[0][:1]),
+        "training": lambda: _training(built, torch.rand(options.batch[-1], *mnist), options.repeats),
+        "one-step": lambda: _one_step(options.path, reference_model(options.path, mnist), options.repeats),
+        "latent": _latent,
+    }
+    for name in options.what:
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()

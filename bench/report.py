@@ -1,27 +1,35 @@
-"""Results as aligned plain-text tables, one a case, and as JSON lines."""
+"""Results as plain-text tables and as JSON lines.
+
+``python -m linfast.bench.report FILE`` prints the short table of a file of JSON lines.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 
 from linfast.tables import aligned
 
-from .crossover import crossovers
 from .environment import Environment
-from .harness import Result
+from .harness import CONTROL, Result
 
-__all__ = ["json_line", "parse", "shares", "table"]
+__all__ = ["beside_the_fastest", "json_line", "number", "parse", "shares", "short_table", "table"]
 
-_COLUMNS = ("p20 ms", "p50 ms", "p80 ms", "x base", "peak MiB", "copy %", "matmul %", "first s", "error")
+OURS = ("eager", "torch.compile", "linfast", "linfast compiled")
+_COLUMNS = (
+    *("p20 ms", "p50 ms", "p80 ms", "cpu ms", "x base", "x base cpu", "peak MiB", "copy %", "matmul %"),
+    *("first s", "error"),
+)
 _LAUNCHED = "launched ms"
 LEGEND = (
-    "x base: time over the baseline's, below 1 is faster. peak MiB: memory of one call above weights and inputs.\n"
-    "copy %, matmul %: the fewest bytes and operations of the call over its time, as a share of a copy and a\n"
-    "matrix product timed in this run; * where the inputs fit in 64 MiB of cache. first s: the first call,\n"
-    "compilation included. error: relative to float64."
+    "x base: time over the baseline's, below 1 is faster; cpu: by the CPU time of the process. peak MiB: memory\n"
+    "of one call above weights and inputs. copy %, matmul %: the fewest bytes and operations of the call over\n"
+    "its time, as a share of a copy and a matrix product timed in this run; * where the inputs fit in 64 MiB of\n"
+    "cache. first s: the first call, compilation included. error: relative to float64."
 )
 CPU_NOTE = (
     "On a CPU linfast runs its eager reference: 'eager' is linfast, 'torch.compile' compiled linfast; "
@@ -29,6 +37,7 @@ CPU_NOTE = (
 )
 GPU_NOTE = "Times are of CUDA graphs; launched ms: one call launched from Python, ! where that is all there is."
 _CACHE = 2**26  # bytes: past the 50 MB L2 of an H100 and the L3 that a core can count on
+_SHORT = {"forward+backward": "f+b", "training step": "train", "float32": "fp32", "bfloat16": "bf16"}
 
 
 def json_line(result: Result, environment: Environment) -> str:
@@ -54,7 +63,7 @@ def parse(lines: Iterable[str]) -> list[tuple[Result, Environment]]:
 
 
 def shares(result: Result, environment: Environment) -> tuple[float | None, float | None]:
-    """(bytes a second over the copy's, operations a second over the matrix product's), where both are known."""
+    """Bytes per second over the copy's, operations per second over the matrix product's; None if not known."""
     ceilings = (environment.get("copy_bytes_per_s"), environment.get(f"matmul_{result.dtype}_per_s"))
     if result.p50_ms is None:
         return None, None
@@ -66,12 +75,36 @@ def shares(result: Result, environment: Environment) -> tuple[float | None, floa
     return copy, matmul
 
 
+def beside_the_fastest(results: Sequence[Result]) -> list[str]:
+    """For each size with providers that are not ours, our fastest over the fastest of the others.
+
+    Both by their ratios to the baseline in the same round, in which drift of the machine cancels.
+    """
+    lines = []
+    for of_size in _by_size(results).values():
+        times = []
+        for word, key in (("by the clock", "ratio"), ("by CPU time", "cpu_ratio")):
+            timed = [(getattr(r, key), r.provider) for r in of_size if getattr(r, key) is not None]
+            ours = [ratio for ratio, name in timed if name in OURS]
+            others = [pair for pair in timed if pair[1] not in (*OURS, CONTROL)]
+            if ours and others:
+                times.append(f"{min(ours) / min(others)[0]:.2f} of {min(others)[1]}'s time {word}")
+        if times:
+            size = _size_in_words(of_size[0])
+            lines.append(f"{of_size[0].case} {size}: our fastest takes {', '.join(times)}")
+    return lines
+
+
 def table(results: Sequence[Result], environment: Environment) -> str:
-    """The environment, a table a case, where each provider starts to win, and what the columns mean."""
-    about = ", ".join(f"{key} {_brief(value)}" for key, value in environment.items() if value is not None)
+    """The environment, one table per case, ours beside the fastest of the others, and what the columns mean."""
+    about = ", ".join(
+        f"{key} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for key, value in environment.items()
+        if value is not None
+    )
     cases = dict.fromkeys(result.case for result in results)
     parts = [about, *(_of_case([r for r in results if r.case == case], environment) for case in cases)]
-    lines = [str(crossover) for crossover in crossovers(results)]
+    lines = beside_the_fastest(results)
     notes = GPU_NOTE if any(r.launched_ms is not None for r in results) else CPU_NOTE
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else []), f"{LEGEND}\n{notes}"])
 
@@ -85,7 +118,6 @@ def _of_case(results: Sequence[Result], environment: Environment) -> str:
 
 
 def _cells(result: Result, keys: Sequence[str], launched: bool, environment: Environment) -> list[str]:
-    times = [number(ms) for ms in (result.p20_ms, result.p50_ms, result.p80_ms)]
     peak = None if result.peak_bytes is None else result.peak_bytes / 2**20
     cached = "*" if 0 < result.input_bytes < _CACHE else ""
     uncaptured = "!" if result.launched_ms is not None and not result.captured else ""
@@ -94,14 +126,59 @@ def _cells(result: Result, keys: Sequence[str], launched: bool, environment: Env
         *(str(result.size.get(key, "")) for key in keys),
         result.provider,
         *([number(result.launched_ms) + uncaptured] if launched else []),
-        *times,
-        "-" if result.ratio is None else f"{result.ratio:.2f}",
+        *(number(ms) for ms in (result.p20_ms, result.p50_ms, result.p80_ms, result.cpu_ms)),
+        *("-" if ratio is None else f"{ratio:.2f}" for ratio in (result.ratio, result.cpu_ratio)),
         number(peak),
         *("-" if share is None else f"{100 * share:.1f}{cached}" for share in shares(result, environment)),
         "-" if result.first_s is None else f"{result.first_s:.2f}",
         "-" if result.error is None else f"{result.error:.1e}",
         "" if result.refused is None else f"refused: {result.refused}",
     ]
+
+
+def short_table(parsed: Sequence[tuple[Result, Environment]]) -> str:
+    """One line per size: the median of each provider, and what share of the ceilings linfast's best reaches."""
+    environment = parsed[-1][1]
+    groups = _by_size([result for result, _ in parsed])
+    providers = [name for name in OURS if any(r.provider == name for r, _ in parsed)]
+    header = ["case", "size", *providers, "best other", "copy %", "matmul %"]
+    about = ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
+    rows = [header, *(_short_line(group, providers, environment) for group in groups.values())]
+    return "\n".join([about, "p50 ms; shares are linfast's best", "", aligned(rows, 2)])
+
+
+def _short_line(group: Sequence[Result], providers: Sequence[str], environment: Environment) -> list[str]:
+    by_name = {result.provider: result for result in group}
+    timed = [result for result in group if result.p50_ms is not None]
+    others = [result for result in timed if result.provider not in (*OURS, CONTROL)]
+    best = min(others, key=lambda r: r.p50_ms or 0.0, default=None)
+    ours = [result for result in timed if result.provider.startswith("linfast")]
+    shown = min(ours, key=lambda r: r.p50_ms or 0.0, default=by_name.get("eager"))
+    share = (None, None) if shown is None else shares(shown, environment)
+    return [
+        group[0].case,
+        _size_in_words(group[0]),
+        *(
+            "-" if (r := by_name.get(name)) is None else "refused" if r.refused else number(r.p50_ms)
+            for name in providers
+        ),
+        "-" if best is None else f"{number(best.p50_ms)} {best.provider}",
+        *("-" if value is None else f"{100 * value:.0f}" for value in share),
+    ]
+
+
+def _by_size(results: Sequence[Result]) -> dict[tuple[object, ...], list[Result]]:
+    groups: dict[tuple[object, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.case, *result.size.items()), []).append(result)
+    return groups
+
+
+def _size_in_words(result: Result) -> str:
+    return " ".join(
+        _SHORT.get(value, value) if isinstance(value, str) else f"{key}{value}"
+        for key, value in result.size.items()
+    )
 
 
 def number(value: float | None) -> str:
@@ -111,5 +188,6 @@ def number(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
-def _brief(value: str | float | None) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+if __name__ == "__main__":
+    found = parse(Path(sys.argv[1]).read_text(encoding="utf-8").splitlines())
+    print(short_table(found) if found else "no results")

@@ -12,18 +12,18 @@ import torch
 
 from linfast.arguments import refuse_existing
 
-from .arguments import UsageError, parser
+from .arguments import parser
 from .cases import CASES
-from .ceilings import ceilings
-from .environment import Environment, describe
-from .harness import Options, Result, check, measure
-from .plan import sizes, too_large
+from .environment import Environment, ceilings, describe, free_bytes
+from .harness import Case, Options, Result, Size, UsageError, check, measure
 from .report import json_line, table
 
-__all__ = ["main"]
+__all__ = ["main", "sizes", "too_large"]
 
 _BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
 _PLOTS = "linfast-bench"
+_CALLS = 25  # of each provider at the least: the check, two rounds to warm up, five timed, memory, float64
+_MEMORY_SHARE = 0.5  # of what is free; inputs, float64 outputs and graphs come on top of a call's peak
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except (OSError, UsageError) as error:
-        arguments.error(_message(error))
+        is_file = isinstance(error, OSError) and error.filename is not None
+        arguments.error(f"cannot write {error.filename}: {error.strerror}" if is_file else str(error))  # type: ignore[union-attr]
+
+
+def sizes(case: Case, scale: str, batches: Sequence[int] | None) -> list[Size]:
+    """The case's sizes, with the asked batches in place of its own."""
+    if batches is None:
+        return list(case.sizes[scale])
+    asked = [{**size, "batch": batch} for size in case.sizes[scale] for batch in batches]
+    return list({tuple(size.items()): size for size in asked}.values())
+
+
+def too_large(size: Size, measured: Sequence[Result], limit: float, device: torch.device) -> str | None:
+    """Why a size is left out: what the nearest smaller one took, times how much larger this one is.
+
+    A smaller size has the same words and no larger number; it predicts growth in proportion to every number, which
+    is too little for widths and so errs on the side of measuring.
+
+    Args:
+        limit: seconds that the least number of calls of all providers may take.
+    """
+    timed = [(_growth(result.size, size), result) for result in measured if result.p50_ms is not None]
+    smaller = [(growth, result) for growth, result in timed if growth is not None]
+    nearest = min((growth for growth, _ in smaller), default=0.0)
+    at = [result for growth, result in smaller if growth == nearest]
+    seconds = 1e-3 * nearest * _CALLS * sum(result.p50_ms or 0.0 for result in at)
+    peak = nearest * max((result.peak_bytes or 0 for result in at), default=0)
+    if seconds > limit:
+        return f"about {seconds:.0f} s, over the limit of {limit:.0f}"
+    return f"about {peak / 2**30:.1f} GiB per call" if peak > _MEMORY_SHARE * free_bytes(device) else None
+
+
+def _growth(small: Size, large: Size) -> float | None:
+    """How many times larger; None where it is not larger."""
+    if small.keys() != large.keys():
+        return None
+    growth = 1.0
+    for key, value in large.items():
+        before = small[key]
+        if isinstance(value, str) or isinstance(before, str):
+            if value != before:
+                return None
+        elif value < before:
+            return None
+        elif value != before:
+            growth *= value / max(before, 1)
+    return growth
 
 
 def _run(args: argparse.Namespace, plots: str | None) -> int:
@@ -69,27 +115,6 @@ def _run(args: argparse.Namespace, plots: str | None) -> int:
         for path in draw(results, environment, plots):
             print(f"wrote {path}")
     return int(any(result.refused is not None for result in results))
-
-
-def _plots(args: argparse.Namespace) -> str | None:
-    """The folder to draw into."""
-    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
-    if args.plots is not None and not has_matplotlib:
-        raise UsageError("--plots needs matplotlib: pip install 'linfast[demo]'")
-    folder: str | None = args.plots
-    if folder is None and args.sizes == "quick" and has_matplotlib and not args.check:
-        folder = _PLOTS
-    return folder
-
-
-def _files(args: argparse.Namespace, plots: str | None) -> list[str]:
-    """What the run may write; devices such as /dev/stdout are no files."""
-    if args.profile is not None:
-        names = ["kernels.txt", *(f"{case}.trace.json.gz" for case in args.case)]
-        return [os.path.join(args.profile, name) for name in names]
-    drawn = [f"{name}.{suffix}" for name in ("throughput", "roofline", "memory") for suffix in ("png", "svg")]
-    files = [] if plots is None else [os.path.join(plots, name) for name in drawn]
-    return files if args.json is None or args.json.startswith("/dev/") else [args.json, *files]
 
 
 def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Result]:
@@ -111,13 +136,26 @@ def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Res
     return results
 
 
+def _plots(args: argparse.Namespace) -> str | None:
+    """The folder to draw into."""
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    if args.plots is not None and not has_matplotlib:
+        raise UsageError("--plots needs matplotlib: pip install 'linfast[demo]'")
+    by_itself = args.sizes == "quick" and has_matplotlib and not args.check
+    return _PLOTS if args.plots is None and by_itself else args.plots
+
+
+def _files(args: argparse.Namespace, plots: str | None) -> list[str]:
+    """What the run may write; devices such as /dev/stdout are no files."""
+    if args.profile is not None:
+        names = ["kernels.txt", *(f"{case}.trace.json.gz" for case in args.case)]
+        return [os.path.join(args.profile, name) for name in names]
+    drawn = [f"{name}.{suffix}" for name in ("throughput", "roofline", "memory") for suffix in ("png", "svg")]
+    files = [] if plots is None else [os.path.join(plots, name) for name in drawn]
+    return files if args.json is None or args.json.startswith("/dev/") else [args.json, *files]
+
+
 def _append(path: str | None, lines: Sequence[str], mode: str = "a") -> None:
     if path is not None:
         with open(path, mode, encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"cannot write {error.filename}: {error.strerror}"
-    return str(error)

@@ -1,4 +1,4 @@
-"""``python -m linfast.bench.streams``: samples through ``sample_stream`` into memory, in rows a second.
+"""``python -m linfast.bench.streams``: samples through ``sample_stream`` into memory, in rows per second.
 
 A Linearizer of 64 features, sampled in one step, 8 couplings, hidden 128; its CUDA graph replayed, and each block
 launched from Python. One line of JSON each.
@@ -7,16 +7,17 @@ launched from Python. One line of JSON each.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 import linfast as lf
 
-from .arguments import _default_device, _device
+from .arguments import default_device, device_from
 from .cases.common import perturb
+from .timing import time_interleaved
 
 __all__ = ["main"]
 
@@ -26,8 +27,8 @@ BLOCK, ROWS = {"cpu": 2**8, "cuda": 2**14}, {"cpu": 2**10, "cuda": 2**23}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0."""
-    parser = argparse.ArgumentParser(description="rows a second of sample_stream")
-    parser.add_argument("--device", type=_device, default=_default_device())
+    parser = argparse.ArgumentParser(description="rows per second of sample_stream")
+    parser.add_argument("--device", type=device_from, default=default_device())
     device: torch.device = parser.parse_args(arguments).device
     torch.manual_seed(0)
     f = lf.Linearizer(lf.coupling_flow(FEATURES, DEPTH, HIDDEN), lf.TimeLowRank(FEATURES, RANK)).to(device)
@@ -39,16 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def run(count: int, captured: bool = captured) -> None:
             lf.sample_stream(f, count, block, out[:count], block_size=block, cuda_graph=captured, progress=False)
 
-        print(json.dumps({"stream": name, "rows_per_s": rows / _seconds(run, rows, block)}), flush=True)
+        run(block)  # compiles and captures
+        timing = time_interleaved({name: functools.partial(run, rows)}, rounds=1, warmup=0)[name]
+        print(json.dumps({"stream": name, "rows_per_s": 1e3 * rows / timing.ms[0]}), flush=True)
     return 0
-
-
-def _seconds(run: Callable[[int], None], rows: int, block: int) -> float:
-    """Of all the rows, after a block that compiles and captures."""
-    run(block)
-    start = time.perf_counter()
-    run(rows)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,110 +1,103 @@
-"""Timing in turn: A B A B ..., so that what disturbs the machine disturbs every provider.
+"""The one timer of the benchmarks, and the peak memory of a call.
 
-On a CPU a round is one call of each provider, by the wall clock. On a GPU a round is one
-replay of a CUDA graph a provider, which holds one call for every input: no launch gaps, and
-between two calls on one input all the others pass through the cache. A provider that cannot
-be captured (it reads a value on the host, say) is timed call by call from the host, and says so.
+Calls run in turn, A B A B ..., and are timed by the clock and by the CPU time of the process.
+
+What disturbs the machine disturbs every provider, and the process's own CPU time is disturbed least by other
+processes. On a CPU a round is one call of each provider. On a GPU a round is one replay per provider of a CUDA
+graph that holds one call for every input: there are no launch gaps, and between two calls on one input all the
+others pass through the cache. A provider that cannot be captured is launched from the host, and says so.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import median
-from typing import TypeVar
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from linfast.cuda_graph import CudaGraph
-
 from .check import Outputs, as_tuple
 
-__all__ = ["Timing", "in_turns", "time_interleaved"]
+__all__ = ["Timing", "peak_bytes", "ratio", "time_interleaved"]
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
-LAUNCHED_CALLS = 11  # for the median of calls launched from Python
+LAUNCHED_CALLS = 11  # for the median of calls that are launched from Python
 
-Call = Callable[..., Outputs]
-_Name = TypeVar("_Name", bound=Hashable)
+Call = Callable[..., object]
+Round = Callable[[int], tuple[float, object]]
 
 
 @dataclass
 class Timing:
-    """Milliseconds a call of each round, and what the last one returned for input ``last_input``.
+    """Milliseconds per call of each round, and what the last call returned for the input ``last_input``.
 
-    ``captured``: whether a CUDA graph was timed. ``launched_ms``: then, the median of a few
-    calls launched one by one from Python, from an idle device to an idle device.
+    Args:
+        ms: by the clock.
+        cpu_ms: by the CPU time of the process, all its threads together.
+        captured: whether a CUDA graph was timed.
+        launched_ms: where it was, the median of a few calls that are launched one by one from Python.
     """
 
     ms: list[float] = field(default_factory=list)
-    last_outputs: tuple[Tensor, ...] = ()
+    cpu_ms: list[float] = field(default_factory=list)
+    last_outputs: object = ()
     last_input: int = 0
     captured: bool = False
     launched_ms: float | None = None
 
 
-def in_turns(
-    calls: Mapping[_Name, Callable[[], object]], rounds: int, finish: Callable[[], None] = lambda: None
-) -> dict[_Name, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of each call in each round, after one round that is not counted.
-
-    For calls of a second and more; ``finish`` waits for what a call has started.
-    """
-    times: dict[_Name, list[tuple[float, float]]] = {name: [] for name in calls}
-    for round_ in range(rounds + 1):
-        for name, call in calls.items():
-            finish()
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            finish()
-            if round_:
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return times
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """The median over the rounds of ``times / base``, so that drift of the machine cancels."""
+    return median(t / max(b, 1e-9) for t, b in zip(times, base, strict=True))
 
 
 def time_interleaved(
     calls: Mapping[str, Call],
-    inputs: Sequence[tuple[Tensor, ...]],
-    device: torch.device,
+    inputs: Sequence[tuple[Tensor, ...]] = ((),),
+    device: torch.device | None = None,
     budget: float = 0.0,
     rounds: int | None = None,
+    warmup: int = WARMUP_ROUNDS,
+    capture: bool = True,
 ) -> dict[str, Timing]:
-    """Time every call once a round, for ``budget`` seconds in all and 5 to 2000 rounds, or ``rounds`` rounds.
+    """Time every call once per round, for ``rounds`` rounds, or for ``budget`` seconds and 5 to 2000 rounds.
 
-    The inputs rotate from call to call, not from round to round: a provider does not
-    find in cache what the one before it has just read. Two untimed rounds come first.
+    The inputs rotate from call to call, not from round to round: a provider does not find in the cache what
+    the one before it has just read. ``warmup`` untimed rounds come first.
+
+    Args:
+        device: where the calls run; the CPU by default.
+        capture: whether calls on a GPU are captured in a CUDA graph.
     """
     timings = {name: Timing() for name in calls}
-    make = _cuda_round if device.type == "cuda" else _host_round
+    make = _host_round if device is None or device.type == "cpu" else _cuda_round if capture else _launched_round
     runs = {name: make(call, inputs, timings[name]) for name, call in calls.items()}
-    turn = 0
-    for _ in range(WARMUP_ROUNDS):
-        for run in runs.values():
-            run(turn % len(inputs))
-            turn += 1
-    deadline = time.perf_counter() + budget
-    for round_ in range(MAX_ROUNDS):
-        if round_ >= MIN_ROUNDS and time.perf_counter() > deadline and rounds is None:
-            break
-        if round_ == rounds:
+    turn, deadline = 0, 0.0
+    for round_ in range(-warmup, MAX_ROUNDS if rounds is None else rounds):
+        if round_ == 0:
+            deadline = time.perf_counter() + budget
+        if rounds is None and round_ >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
         for name, run in runs.items():
-            index = turn % len(inputs)
+            index, timing = turn % len(inputs), timings[name]
+            cpu = time.process_time()
             ms, outputs = run(index)
-            timings[name].ms.append(ms)
-            timings[name].last_input, timings[name].last_outputs = index, as_tuple(outputs)
+            cpu_ms = 1e3 * (time.process_time() - cpu)
             turn += 1
+            if round_ >= 0:
+                timing.ms.append(ms)
+                timing.cpu_ms.append(cpu_ms)
+                timing.last_input, timing.last_outputs = index, outputs
     return timings
 
 
-Round = Callable[[int], tuple[float, Outputs]]
-
-
 def _host_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
-    def run(index: int) -> tuple[float, Outputs]:
+    def run(index: int) -> tuple[float, object]:
         start = time.perf_counter()
         outputs = call(*inputs[index])
         return 1e3 * (time.perf_counter() - start), outputs
@@ -112,15 +105,22 @@ def _host_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing
     return run
 
 
+def _launched_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
+    """One call from the host, from an idle device to an idle device."""
+    return lambda index: _between_events(lambda: call(*inputs[index]))
+
+
 def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
-    """Replays of the captured calls, or, where capture fails, calls from the host."""
+    """Replays of the captured calls, or, where the capture fails, calls from the host."""
+    from linfast.cuda_graph import CudaGraph
 
-    def launched(index: int) -> tuple[float, Outputs]:
-        return _between_events(lambda: call(*inputs[index]))
+    def outputs() -> list[tuple[Tensor, ...]]:
+        return [as_tuple(cast(Outputs, call(*arguments))) for arguments in inputs]
 
+    launched = _launched_round(call, inputs, timing)
     timing.launched_ms = median(launched(turn % len(inputs))[0] for turn in range(LAUNCHED_CALLS))
     try:
-        graph = CudaGraph(lambda: [as_tuple(call(*arguments)) for arguments in inputs], (), inputs[0][0].device)
+        graph = CudaGraph(outputs, (), inputs[0][0].device)
     except Exception:
         torch.cuda.synchronize()
         return launched
@@ -128,7 +128,7 @@ def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing
     return lambda index: (_between_events(graph.replay)[0] / len(inputs), graph.result[index])
 
 
-def _between_events(action: Callable[[], Outputs | None]) -> tuple[float, Outputs]:
+def _between_events(action: Callable[[], object]) -> tuple[float, object]:
     """From an event before the first launch to one after the last, on the current stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
@@ -136,4 +136,25 @@ def _between_events(action: Callable[[], Outputs | None]) -> tuple[float, Output
     outputs = action()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end), () if outputs is None else outputs
+    return start.elapsed_time(end), outputs
+
+
+def peak_bytes(call: Call, arguments: tuple[Tensor, ...], device: torch.device) -> int:
+    """Bytes of tensors at the peak of one call, above what was allocated when it began.
+
+    Outputs and temporaries count; weights and inputs, which were there before, do not.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call(*arguments)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # The largest running sum of what torch's allocator reports to its profiler.
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        outputs = call(*arguments)
+    del outputs
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))

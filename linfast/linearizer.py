@@ -22,7 +22,7 @@ from .checks import check_dense, check_time
 from .flows.bijection import same_space
 from .match import match_linearizer
 from .operators.base import LatentOperator
-from .profiling import annotate
+from .ranges import range_
 from .space import InducedSpace, check_invertible, decode_latents, encode
 from .svd import LinearizerSVD
 
@@ -75,42 +75,42 @@ class Linearizer(nn.Module):
         separate = self._modules["g_y"]
         return self.g_x if separate is None else separate
 
-    @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f(x) = g_y^{-1}(A g_x(x))."""
-        check_dense("x", x)
-        self._check_time(t, x)
-        launch = match_linearizer(self, x, t, context) if type(self) is Linearizer else "a subclass"
-        if not isinstance(launch, str):
-            return launch(x)
-        return self.gy_inverse(self.A(self.gx(x, **context), t=t), **context)
+        with range_("forward", self):
+            check_dense("x", x)
+            self._check_time(t, x)
+            launch = match_linearizer(self, x, t, context) if type(self) is Linearizer else "a subclass"
+            if not isinstance(launch, str):
+                return launch(x)
+            return self.gy_inverse(self.A(self.gx(x, **context), t=t), **context)
 
-    @annotate
     def inverse(self, y: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
         """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse (``A.inverse``): see ``pinv``."""
-        check_dense("y", y)
-        A_inverse = self._inverse_operator(t, y)
-        return self.gx_inverse(A_inverse(self.gy(y, **context)), **context)
+        with range_("inverse", self):
+            check_dense("y", y)
+            A_inverse = self._inverse_operator(t, y)
+            return self.gx_inverse(A_inverse(self.gy(y, **context)), **context)
 
-    @annotate
     def gx(self, x: Tensor, **context: Any) -> Tensor:
         """z = g_x(x)."""
-        return self.g_x(x, **context)
+        with range_("gx", self):
+            return self.g_x(x, **context)
 
-    @annotate
     def gy(self, y: Tensor, **context: Any) -> Tensor:
         """z = g_y(y)."""
-        return encode("y", self.g_y, y, context)
+        with range_("gy", self):
+            return encode("y", self.g_y, y, context)
 
-    @annotate
     def gx_inverse(self, z: Tensor, **context: Any) -> Tensor:
         """x = g_x^{-1}(z); flat latents are given g_x's shape."""
-        return decode_latents(self.g_x, z, context)
+        with range_("gx_inverse", self):
+            return decode_latents(self.g_x, z, context)
 
-    @annotate
     def gy_inverse(self, z: Tensor, **context: Any) -> Tensor:
         """y = g_y^{-1}(z); flat latents are given g_y's shape."""
-        return decode_latents(self.g_y, z, context)
+        with range_("gy_inverse", self):
+            return decode_latents(self.g_y, z, context)
 
     def A_inverse(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
         """A^{-1} z."""

@@ -1,7 +1,7 @@
-"""Every case, one file each; a new one is named here and nowhere else.
+"""Every case. A module here lists its own in ``CASES``; a new one is named here too.
 
-A file ``NAME.py`` holds ``CASE = Case("NAME", build, sizes)``. It is imported when asked for,
-so that ``--compare`` still runs the others on a commit that lacks what one case needs.
+Modules are imported when a case of theirs is asked for, so that ``--compare`` still runs the others on a commit
+that lacks what one of them needs.
 """
 
 import importlib
@@ -11,35 +11,25 @@ from ..harness import Case
 
 __all__ = ["CASES"]
 
-_NAMES = (
-    "affine_coupling",
-    "channel_mix",
-    "coupling_mix",
-    "coupling_stack",
-    "low_rank",
-    "latent_matmul",
-    "depthwise_conv",
-    "group_norm_silu",
-    "conv2d_fused",
-    "coupling_flow",
-    "linearizer",
-    "collapse",
-    "reversible",
-)
+_MODULES = {
+    "ops": ("affine_coupling", "channel_mix", "coupling_mix", "coupling_stack", "low_rank", "latent_matmul"),
+    "images": ("depthwise_conv", "group_norm_silu", "conv2d_fused"),
+    "flows": ("coupling_flow", "peers", "linearizer", "reversible"),
+    "collapse": ("collapse",),
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 class _Cases(Mapping[str, Case]):
     def __getitem__(self, name: str) -> Case:
-        if name not in _NAMES:
-            raise KeyError(name)
-        case: Case = importlib.import_module(f"{__name__}.{name}").CASE
-        return case
+        cases: list[Case] = importlib.import_module(f"{__name__}.{_PLACES[name]}").CASES
+        return next(case for case in cases if case.name == name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_NAMES)
+        return iter(_PLACES)
 
     def __len__(self) -> int:
-        return len(_NAMES)
+        return len(_PLACES)
 
 
 CASES: Mapping[str, Case] = _Cases()

@@ -13,47 +13,40 @@ from linfast.operators import LatentOperator
 from ..harness import Case, Cost, Options, Problem, Provider, Size
 from .common import sweep
 
-__all__ = ["CASE", "rk4_step", "step_by_step"]
-
-N_INPUTS = 3  # a prime other than the number of providers: each gets every input
+__all__ = ["CASES"]
 
 
-def build(size: Size, options: Options) -> Problem:
-    """B by RK4 and B z, for standard normal z.
+def _build(size: Size, options: Options) -> Problem:
+    """B z for standard normal z, where B is all Runge-Kutta steps.
 
-    "dense" forms the matrix of each step, exactly, and makes one N x N product a step: as many as
-    the reference repository, whose formula needs no product to form it and is not exact.
+    "dense" forms the matrix of each step, exactly, and makes one N x N product per step: as many as the reference
+    repository, whose formula needs no product to form it and is not exact.
     """
     batch, n, rank, steps = (int(size[key]) for key in ("batch", "N", "r", "steps"))
     torch.manual_seed(0)
     A = lf.TimeLowRank(n, rank).to(options.device).requires_grad_(False)
-    wide = deepcopy(A).double()
+    wide, width = deepcopy(A).double(), (2 * steps - 1) * rank
     return Problem(
-        inputs=[(torch.randn(batch, n).to(options.device),) for _ in range(N_INPUTS)],
-        truth=lambda z: step_by_step(wide, z, steps),
-        reference=lambda z: z @ dense_collapse(A, steps),
+        inputs=[(torch.randn(batch, n).to(options.device),) for _ in range(3)],
+        truth=lambda z: _step_by_step(wide, z, steps),
+        reference=lambda z: z @ _dense(A, steps),
         providers=[
-            Provider("dense", lambda z: z @ dense_collapse(A, steps), baseline=True),
+            Provider("dense", lambda z: z @ _dense(A, steps), baseline=True),
             Provider("factored", lambda z: lf.collapse(A, steps)(z)),
         ],
-        cost=_cost(batch, n, rank, steps),
+        # The factors of all times once and their Gram matrix; z in and out, by the factors of B.
+        cost=Cost(8 * (n * width + batch * n), 2 * n * width * width + 4 * batch * n * width),
     )
 
 
-def _cost(batch: int, n: int, rank: int, steps: int) -> Cost:
-    """All times' factors once and their Gram matrix; z in and out, by the factors of B."""
-    width = (2 * steps - 1) * rank
-    return Cost(8 * (n * width + batch * n), 2 * n * width * width + 4 * batch * n * width)
-
-
-def step_by_step(A: LatentOperator, z: Tensor, steps: int) -> Tensor:
+def _step_by_step(A: LatentOperator, z: Tensor, steps: int) -> Tensor:
     """z [B, N] after RK4 with the paper's stop rule, stage by stage."""
     for i in range(steps - 1):
-        z = rk4_step(A, z, i / steps, 1.0 / steps)
+        z = _rk4_step(A, z, i / steps, 1.0 / steps)
     return z
 
 
-def rk4_step(A: LatentOperator, z: Tensor, t: float, h: float) -> Tensor:
+def _rk4_step(A: LatentOperator, z: Tensor, t: float, h: float) -> Tensor:
     """One step of size h from time t."""
 
     def v(z: Tensor, t: float) -> Tensor:
@@ -65,24 +58,26 @@ def rk4_step(A: LatentOperator, z: Tensor, t: float, h: float) -> Tensor:
     return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + v(z + h * k3, t + h))
 
 
-def dense_collapse(A: LatentOperator, steps: int) -> Tensor:
-    """B^T [N, N]: a step of the unit vectors is that step's matrix."""
+def _dense(A: LatentOperator, steps: int) -> Tensor:
+    """B^T [N, N]: a step of the unit vectors is the matrix of that step."""
     eye = torch.eye(A.n_in, device=next(A.parameters()).device)
     B = eye
     for i in range(steps - 1):
-        B = B @ rk4_step(A, eye, i / steps, 1.0 / steps)
+        B = B @ _rk4_step(A, eye, i / steps, 1.0 / steps)
     return B
 
 
-# N = 12288 is in bench/collapse_scale.py: its dense collapse takes minutes.
+# N = 12288 is in bench/studies/collapse_scale.py: its dense collapse takes minutes.
 _BASE: Size = {"N": 1024, "batch": 16, "r": 8, "steps": 100}
-CASE = Case(
-    "collapse",
-    build,
-    sizes={
-        "tiny": [{"N": 16, "batch": 2, "r": 2, "steps": 4}],
-        "quick": [{"N": 128, "batch": 16, "r": 8, "steps": 20}],
-        "gpu": [_BASE, {**_BASE, "N": 4096}],
-        "full": sweep(_BASE, N=(256, 1024), r=(1, 8), steps=(10, 100)),
-    },
-)
+CASES = [
+    Case(
+        "collapse",
+        _build,
+        sizes={
+            "tiny": [{"N": 16, "batch": 2, "r": 2, "steps": 4}],
+            "quick": [{"N": 128, "batch": 16, "r": 8, "steps": 20}],
+            "gpu": [_BASE, {**_BASE, "N": 4096}],
+            "full": sweep(_BASE, N=(256, 1024), r=(1, 8), steps=(10, 100)),
+        },
+    )
+]

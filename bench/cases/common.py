@@ -1,12 +1,12 @@
-"""What cases share: inputs, the providers of one function, what a call is, the least it must do.
+"""What cases share: inputs, the providers of one function, what a call is, and the least that a call must do.
 
-A case with one function needs ``inputs``, ``providers``, ``run`` and ``cost``; see
-``depthwise_conv.py`` for the shortest.
+Most cases are one op: ``op_case`` makes them from a function that draws arguments, the op and its operation count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,25 +14,18 @@ from torch import Tensor
 import linfast as lf
 from linfast.dispatch import has_kernels
 
-from ..check import Outputs, as_tuple
-from ..harness import Cost, Options, Provider, Size
+from ..check import as_tuple
+from ..harness import Case, Cost, Options, Problem, Provider, Size
 
 __all__ = [
-    "BACKWARD",
-    "FORWARD",
-    "INVERSE",
-    "Call",
-    "Source",
-    "cost",
-    "inputs",
-    "perturb",
-    "providers",
-    "run",
-    "sweep",
+    *("BACKWARD", "FORWARD", "INVERSE", "Call", "Function", "Source", "inputs", "op_case", "perturb"),
+    *("providers", "run", "sweep"),
 ]
 
 FORWARD, INVERSE, BACKWARD = "forward", "inverse", "forward+backward"
 Call = Callable[..., tuple[Tensor, ...]]
+Function = Callable[..., Any]  # of tensors, to Outputs
+_Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
 def sweep(base: Size, **axes: Iterable[int | str]) -> list[Size]:
@@ -42,7 +35,7 @@ def sweep(base: Size, **axes: Iterable[int | str]) -> list[Size]:
 
 
 class Source:
-    """Standard normal tensors, drawn on the device: the same numbers every run."""
+    """Standard normal tensors, drawn on the device: the same numbers in every run."""
 
     def __init__(self, options: Options, size: Size) -> None:
         self.device = options.device
@@ -52,25 +45,31 @@ class Source:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
+    def like(self, tensor: Tensor) -> Tensor:
+        """Of its shape and memory format."""
+        return torch.empty_like(tensor).copy_(self.normal(*tensor.shape))
+
     def below(self, count: int, n: int) -> Tensor:
         """``n`` whole numbers in [0, count)."""
         return torch.randint(count, (n,), generator=self.generator, device=self.device)
 
 
-def inputs(make: Callable[[], tuple[Tensor, ...]], options: Options) -> list[tuple[Tensor, ...]]:
-    """Three argument tuples; on a GPU as many as pass twice through its L2, up to 17. Primes: every
-    provider gets every one, whatever their number."""
-    first = make()
+def inputs(draw: Callable[[], tuple[Tensor, ...]], options: Options) -> list[tuple[Tensor, ...]]:
+    """Three argument tuples; on a GPU as many as pass twice through its L2, up to 17.
+
+    Their number is a prime, so that every provider gets every one, however many providers there are.
+    """
+    first = draw()
     count = 3
     if options.device.type == "cuda":
         cache = torch.cuda.get_device_properties(options.device).L2_cache_size
         wanted = 2 * cache / max(_bytes(first), 1)
         count = next((prime for prime in (3, 5, 7, 11, 13) if prime >= wanted), 17)
-    return [first, *(make() for _ in range(count - 1))]
+    return [first, *(draw() for _ in range(count - 1))]
 
 
-def providers(function: Callable[..., Outputs], options: Options, call: Callable[..., Call]) -> list[Provider]:
-    """eager, torch.compile of it, and where kernels run linfast and compiled linfast, of ``call(function)``.
+def providers(function: Function, options: Options, call: Callable[[Function], Call]) -> list[Provider]:
+    """eager, torch.compile of it, and, where kernels run, linfast and compiled linfast, of ``call(function)``.
 
     On a CPU the ops are their eager references: "eager" is linfast, and is not timed twice.
     """
@@ -87,33 +86,6 @@ def providers(function: Callable[..., Outputs], options: Options, call: Callable
     return result
 
 
-def run(direction: str, weights: Sequence[Tensor] = ()) -> Callable[[Callable[..., Outputs]], Call]:
-    """function -> what is timed.
-
-    forward, inverse   (*arguments) -> its outputs, without autograd
-    forward+backward   (*arguments, v) -> (y, gradients of <y, v> in the floating arguments and the weights)
-    """
-    if direction != BACKWARD:
-        return lambda function: lambda *arguments: _no_grad(function, arguments)
-    return lambda function: lambda *arguments: _with_gradients(function, weights, *arguments)
-
-
-def _no_grad(function: Callable[..., Outputs], arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return as_tuple(function(*arguments))
-
-
-def _with_gradients(
-    function: Callable[..., Outputs], weights: Sequence[Tensor], *arguments: Tensor
-) -> tuple[Tensor, ...]:
-    *given, v = arguments
-    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in given]
-    outputs = function(*leaves)
-    y = outputs if isinstance(outputs, Tensor) else outputs[0]
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return (y.detach(), *torch.autograd.grad(y, [*wanted, *weights], v))
-
-
 def _under(backend: str, call: Call) -> Call:
     def chosen(*arguments: Tensor) -> tuple[Tensor, ...]:
         with lf.backend(backend):
@@ -122,28 +94,83 @@ def _under(backend: str, call: Call) -> Call:
     return chosen
 
 
-def cost(
-    direction: str, arguments: Sequence[Tensor], outputs: Sequence[Tensor | torch.Size], operations: int
-) -> Cost:
-    """The least bytes and operations of a call whose forward does ``operations``.
+def run(direction: str, weights: Sequence[Tensor] = ()) -> Callable[[Function], Call]:
+    """function -> what is timed.
 
-    Forward: arguments (weights too) read and outputs written once. The backward reads the
-    arguments again and the outputs' gradients, writes the arguments' gradients, and does
-    twice the operations.
+    forward, inverse   (*arguments) -> its outputs, without autograd
+    forward+backward   (*arguments, v) -> (y, gradients of <y, v> in the floating arguments and the weights)
     """
-    element = arguments[0].element_size()
-    read = _bytes(arguments)
-    written = sum(t.nbytes if isinstance(t, Tensor) else element * t.numel() for t in outputs)
-    if direction != BACKWARD:
-        return Cost(read + written, operations)
-    return Cost(3 * read + 2 * written, 3 * operations)
+
+    def forward(function: Function, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return as_tuple(function(*arguments))
+
+    def both(function: Function, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        *given, v = arguments
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in given]
+        outputs = function(*leaves)
+        y = outputs if isinstance(outputs, Tensor) else outputs[0]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        return (y.detach(), *torch.autograd.grad(y, [*wanted, *weights], v))
+
+    timed = both if direction == BACKWARD else forward
+    return lambda function: lambda *arguments: timed(function, arguments)
 
 
-def perturb(model: torch.nn.Module) -> None:
-    """0.05 randn onto every weight: default conditioners end in zeros, which is no work to get wrong."""
+def op_case(
+    name: str,
+    draw: Callable[[Source, Size], tuple[Tensor, ...]],
+    op: Callable[[Size], Function],
+    operations: Callable[[Size, Tensor], int],
+    sizes: Mapping[str, Sequence[Size]],
+    truth: Callable[[Size], Function] | None = None,
+    reference: Callable[[Size], Function] | None = None,
+    rivals: Callable[[Size, Options], Mapping[str, Function]] = lambda size, options: {},
+    baseline: str = "eager",
+) -> Case:
+    """The case of one op, which returns y or (y, log_det) with y like its first argument.
+
+    Args:
+        draw: the arguments of one call.
+        op: the op at this size, as a function of the arguments.
+        operations: of one forward, from the size and the first argument; a multiply-add is two.
+        truth: what is right, in float64; by default the op itself, which runs in plain torch then.
+        reference: in the dtype that is measured, to tell what rounding may cost; by default the truth.
+        rivals: other ways to compute the same, by name.
+        baseline: the provider that the others are compared with, where it is there.
+    """
+
+    def build(size: Size, options: Options) -> Problem:
+        source, direction = Source(options, size), str(size.get("direction", BACKWARD))
+
+        def arguments() -> tuple[Tensor, ...]:
+            drawn = draw(source, size)
+            return (*drawn, source.like(drawn[0])) if direction == BACKWARD else drawn
+
+        call, given = run(direction), inputs(arguments, options)
+        others = [Provider(name, call(f)) for name, f in rivals(size, options).items()]
+        compared = [*providers(op(size), options, call), *others]
+        base = baseline if any(p.name == baseline for p in compared) else "eager"
+        read = _bytes(given[0][: -1 if direction == BACKWARD else None])
+        written, n = given[0][0].nbytes, operations(size, given[0][0])
+        return Problem(
+            inputs=given,
+            truth=call((truth or op)(size)),
+            reference=call((reference or truth or op)(size)),
+            providers=[Provider(p.name, p.call, baseline=p.name == base) for p in compared],
+            cost=Cost(3 * read + 2 * written, 3 * n) if direction == BACKWARD else Cost(read + written, n),
+        )
+
+    return Case(name, build, sizes)
+
+
+def perturb(model: _Module) -> _Module:
+    """Add 0.05 randn to every trained weight: default conditioners end in zeros, which hide what is wrong."""
     with torch.no_grad():
-        for parameter in filter(torch.is_floating_point, model.parameters()):
-            parameter.add_(0.05 * torch.randn_like(parameter))
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

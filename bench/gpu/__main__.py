@@ -12,17 +12,14 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from .digest import digest, record
-from .report import Entry, Report
+from .report import Entry, Report, record
 from .runner import run_jobs
 from .stages import FILES, MOST_GIB, Given, Machine, Stage, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKS = {ROOT / "linfast" / name: Path("..") / name for name in ("kernels", "bench")}
 MISSING = {
-    "torch": "nothing runs",
-    "numpy": "nothing runs",
-    "safetensors": "nothing runs",
+    **dict.fromkeys(("torch", "numpy", "safetensors"), "nothing runs"),
     "triton": "no kernel runs",
     "pytest": "no tests",
     "pytest_timeout": "no test has a limit of its own",
@@ -35,12 +32,8 @@ class Call:
     """One run of the stages. ``given`` is what the next stage is made from."""
 
     def __init__(self, out: Path, dry: bool, work: Path) -> None:
-        self.report, self.dry = (
-            Report(out, [name for name in FILES if name not in ("summary.txt", "trace.json.gz")]),
-            dry,
-        )
-        self.given = Given(Machine(), {}, out, work)
-        self._written = 0.0
+        self.report = Report(out, [name for name in FILES if name not in ("summary.txt", "trace.json.gz")])
+        self.dry, self.given, self._written = dry, Given(Machine(), {}, out, work), 0.0
 
     def run(self, stage: Stage) -> None:
         """The stage until its limit; an error of this script costs the stage alone."""
@@ -63,11 +56,9 @@ class Call:
         seconds = stage.until - report.seconds()
         failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry), self._tick)
         took = f"{report.seconds() - entry.start:.0f} s"
-        if not failed:
-            return f"ok, {took}"
         reasons = {why: [name for name in failed if failed[name] == why] for why in failed.values()}
-        told = [f"{why}: {', '.join(names)}" for why, names in reasons.items()]
-        return f"FAILED, {took} ({'; '.join(told)})"
+        told = "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())
+        return f"FAILED, {took} ({told})" if failed else f"ok, {took}"
 
     def _take(self, stage: Stage, line: str, entry: Entry) -> None:
         """A line of the stage's output: to its file, to the results or the table, and into the summary."""
@@ -79,12 +70,50 @@ class Call:
                 self.report.tail += line
             else:
                 self.report.append("results.jsonl" if "provider" in found else stage.log, line)
-                digest(stage.name, line, entry)
+                entry.take(stage.name, line)
 
     def _tick(self) -> None:
         if self.report.seconds() - self._written > 1:
             self._written = self.report.seconds()
             self.report.write()
+
+    def run_all(self, stages: Sequence[Stage], only: Sequence[str] | None) -> None:
+        """The first stage, which finds out what machine this is, and those asked for."""
+        report, names = self.report, [stage.name for stage in stages]
+        for name, costs in MISSING.items():
+            if find_spec(name) is None:
+                report.problem(f"missing: {name} ({costs})")
+        for name in only or ():
+            if name not in names:
+                report.problem(f"unknown stage: {name!r}; there are {', '.join(names)}")
+        self.run(stages[0])
+        report.title = self._title()
+        for stage in stages[1:]:
+            if only is None or stage.name in only:
+                self.run(stage)
+        trace = self.given.work / "profile" / "coupling_flow.trace.json.gz"
+        try:
+            if trace.exists():
+                shutil.copy(trace, self.given.out / "trace.json.gz")
+        except OSError as error:
+            report.problem(f"cannot write trace.json.gz: {error.strerror}")
+        for entry in report.entries.values() if report.tail else ():
+            entry.timings.clear()  # the table has them
+        report.close()
+
+    def _title(self) -> str:
+        """What it runs on; a card with less memory than it would take is a problem, said."""
+        machine = self.given.machine
+        if not machine.on_gpu:
+            return f"linfast, a dry run on the CPU ({'as asked' if self.dry else machine.name})"
+        if machine.gib < MOST_GIB:
+            self.report.problem(
+                f"{machine.free_gib:.1f} of {machine.total_gib:.1f} GiB of the card are free: {machine.gib:.1f} "
+                f"are used, by at most {machine.at_once(14)} processes; what needs more says out of memory"
+            )
+        if not machine.capped:
+            self.report.problem("torch holds no process to its share of the memory: 4 processes at once")
+        return f"linfast on {machine.name}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,14 +128,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"cannot make {options.out}: {error.strerror}")
-    _settle_environment(options.dry, options.compile)
+    os.chdir(ROOT)
+    threads = "14" if options.compile else "4"  # of each process: with --compile there is one
+    os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": threads}
+    if options.dry:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     made = _links_needed()
     work = Path(tempfile.mkdtemp(prefix="linfast-gpu-"))
     call = Call(options.out, options.dry, work)
     try:
         for link in made:
             link.symlink_to(LINKS[link])
-        _run_all(call, plan(options.compile), options.only)
+        call.run_all(plan(options.compile), options.only)
     finally:
         for link in made:
             link.unlink(missing_ok=True)
@@ -117,64 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _links_needed() -> list[Path]:
     """Those without which this checkout's linfast has no kernels and no benchmarks: none where it is installed."""
     code = "import linfast.kernels as k, linfast.bench as b; print(*k.__path__, *b.__path__, sep='\\n')"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    ).stdout.splitlines()
-    if [Path(path).resolve() for path in found] == [ROOT / name for name in ("kernels", "bench")]:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    found = [Path(path).resolve() for path in done.stdout.splitlines()]
+    if found == [ROOT / name for name in ("kernels", "bench")]:
         return []
     return [link for link in LINKS if not link.exists()]
-
-
-def _settle_environment(dry: bool, compile: bool) -> None:
-    os.chdir(ROOT)
-    threads = "14" if compile else "4"  # of each process: with --compile there is one
-    os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": threads}
-    if dry:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def _run_all(call: Call, stages: Sequence[Stage], only: Sequence[str] | None) -> None:
-    report, names = call.report, [stage.name for stage in stages]
-    for name, costs in MISSING.items():
-        if find_spec(name) is None:
-            report.problem(f"missing: {name} ({costs})")
-    for name in only or ():
-        if name not in names:
-            report.problem(f"unknown stage: {name!r}; there are {', '.join(names)}")
-    call.run(stages[0])
-    report.title = _title(call)
-    for stage in stages[1:]:
-        if only is None or stage.name in only:
-            call.run(stage)
-    _keep_the_trace(call)
-    for entry in report.entries.values() if report.tail else ():
-        entry.timings.clear()  # the table has them
-    report.close()
-
-
-def _title(call: Call) -> str:
-    """What it runs on; a card with less memory than it would take is a problem, said."""
-    machine = call.given.machine
-    if not machine.on_gpu:
-        return f"linfast, a dry run on the CPU ({'as asked' if call.dry else machine.name})"
-    if machine.gib < MOST_GIB:
-        processes = machine.at_once(14)
-        call.report.problem(
-            f"{machine.free_gib:.1f} of {machine.total_gib:.1f} GiB of the card are free: {machine.gib:.1f} are "
-            f"used, by at most {processes} processes; what needs more says out of memory"
-        )
-    if not machine.capped:
-        call.report.problem("torch holds no process to its share of the memory: 4 processes at once")
-    return f"linfast on {machine.name}"
-
-
-def _keep_the_trace(call: Call) -> None:
-    trace = call.given.work / "profile" / "coupling_flow.trace.json.gz"
-    if trace.exists():
-        try:
-            shutil.copy(trace, call.given.out / "trace.json.gz")
-        except OSError as error:
-            call.report.problem(f"cannot write trace.json.gz: {error.strerror}")
 
 
 if __name__ == "__main__":

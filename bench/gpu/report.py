@@ -1,23 +1,36 @@
-"""What has happened so far: the logs line by line, and summary.txt written again at every change."""
+"""What has happened so far: the logs line by line, and summary.txt, which is written again at every change."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import re
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Entry", "Report"]
+__all__ = ["Entry", "Report", "record"]
 
-MOST_NOTES, MOST_TIMINGS = 25, 60  # of a stage, in the summary; its log has them all
+MOST = {"notes": 25, "timings": 60}  # lines of a stage in the summary; its log has them all
+_WIDTH = 160
 _RESERVED = 2**16  # bytes of the disk that summary.txt takes at the start, so that a full one does not cut it
 _KEEP_SIZE = 1
+
+
+def record(line: str) -> dict[str, Any] | None:
+    """The line as a JSON object; None where it is none."""
+    try:
+        value = json.loads(line) if line.startswith("{") else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 @dataclass
@@ -34,12 +47,60 @@ class Entry:
         """Its lines of the summary."""
         counted = ", ".join(f"{count} {what}" for what, count in self.counts.items())
         status = self.status if self.status != "running" else f"running, {now - self.start:.0f} s"
-        shown = [f"    {line}" for line in (*_first(self.notes, MOST_NOTES), *_first(self.timings, MOST_TIMINGS))]
-        return [f"{name}: {status}{f': {counted}' if counted else ''}", *shown]
+        lines = [f"{name}: {status}{f': {counted}' if counted else ''}"]
+        for kind, most in MOST.items():
+            told: list[str] = getattr(self, kind)
+            left = [f"and {len(told) - most} more"] if len(told) > most else []
+            lines += [f"    {line}" for line in (*told[:most], *left)]
+        return lines
+
+    def take(self, stage: str, line: str) -> None:
+        """Count a line of the stage's output, and note it where a reader must see it."""
+        if (found := record(line)) is not None:
+            self._take_record(found)
+        elif counts := re.match(r"\.*COUNTS (\d+) passed, (\d+) failed, (\d+) skipped", line):
+            passed, failed, skipped = map(int, counts.groups())
+            self.counts = Counter(passed=passed, failed=failed, skipped=skipped)
+        elif errors := re.search(r"ERROR SUMMARY: (\d+) error", line):
+            self.counts.update({"processes checked": 1, "errors": int(errors[1])})
+        elif re.match(_SEEN.get(stage, "leaving out "), line):
+            self._note(line)
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text.strip()[:_WIDTH])
+
+    def _take_record(self, found: Mapping[str, Any]) -> None:
+        if "smoke" in found:
+            name, wrong = found["smoke"], found["wrong"]
+            self.counts["wrong" if wrong else "right"] += 1
+        elif "provider" in found:
+            name = " ".join([found["case"], *map(str, found["size"].values()), found["provider"]])
+            wrong = found["refused"]
+            self.counts["refused" if wrong else "timed"] += 1
+            if not wrong:
+                self.timings.append(f"{name}: {found['p50_ms']:.4g} ms")
+        elif "stream" in found:
+            name, wrong = f"stream {found['stream']}", None
+            self.counts["timed"] += 1
+            self._note(f"{name}: {found['rows_per_s']:.4g} rows/s")
+        elif "library" in found:
+            name, wrong = f"accelerate {found['library']} {found.get('direction', '')}".strip(), found.get("wrong")
+            timed = "original_wall_ms" in found
+            self.counts["timed" if timed else "refused" if wrong else "libraries not installed"] += 1
+            if timed:
+                kinds = ("original", "accelerated", "compiled")
+                times = [f"{kind} {ms:.4g} ms" for kind in kinds if (ms := found.get(f"{kind}_wall_ms"))]
+                self._note(f"{name}: {', '.join(times)}")
+        else:
+            return
+        if wrong:
+            self._note(f"{'wrong' if 'smoke' in found else 'refused'}: {name}: {wrong}")
 
 
-def _first(lines: list[str], most: int) -> list[str]:
-    return [*lines[:most], *([f"and {len(lines) - most} more"] if len(lines) > most else [])]
+_SEEN = {  # lines of a stage's output that a reader must see; of the others what the benchmarks leave out
+    "tests": r".{0,7}FAILED |(ERROR|INTERNALERROR|LEFT)\b",
+    "memcheck": r".*=========.*(Invalid|Error|Misaligned|Leaked|at \w+_kernel)",
+}
 
 
 class Report:
@@ -50,11 +111,11 @@ class Report:
         self.title, self.problems, self.tail = "starting", list[str](), ""
         self.entries: dict[str, Entry] = {}
         self.lock = threading.RLock()
+        self._length, self._summary = 0, -1
         with self._noting("summary.txt"):
             self._summary = os.open(folder / "summary.txt", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             with contextlib.suppress(AttributeError):  # a C library without it
                 ctypes.CDLL(None).fallocate(self._summary, _KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(_RESERVED))
-        self._length = 0
         for name in files:
             with self._noting(name):
                 (folder / name).write_bytes(b"")
@@ -87,6 +148,8 @@ class Report:
     def write(self) -> None:
         """summary.txt as of now, in place and at once: whoever kills this process finds a whole one."""
         with self.lock, self._noting("summary.txt"):
+            if self._summary < 0:
+                return
             data = self.text().encode()
             os.pwrite(self._summary, data.ljust(self._length, b"\n"), 0)
             self._length = max(self._length, len(data))
@@ -94,7 +157,7 @@ class Report:
     def close(self) -> None:
         """The last summary, cut to its length, here and on the screen."""
         self.write()
-        with self._noting("summary.txt"):
+        with self._noting("summary.txt"), contextlib.suppress(*([OSError] if self._summary < 0 else [])):
             os.ftruncate(self._summary, len(self.text().encode()))
         print(self.text(), end="", flush=True)
 
@@ -102,6 +165,5 @@ class Report:
     def _noting(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, AttributeError) as error:  # AttributeError: summary.txt could not be made
-            if isinstance(error, OSError):
-                self.problem(f"cannot write {name}: {error.strerror}")
+        except OSError as error:
+            self.problem(f"cannot write {name}: {error.strerror}")

@@ -38,6 +38,7 @@ _LOOKED = r"\d+ right"
 TEST_SECONDS = 45
 FLOWS = ("coupling_flow", "linearizer")  # timed first: what the project is about
 NEXT = ("coupling_stack", "conv2d_fused")  # and of the single ops these
+NOT_TIMED = ("peers",)  # the libraries beside coupling_flow, at sizes for a CPU
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
 SILENCE = 60  # seconds without a word after which a benchmark is taken for hung
 COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
@@ -119,46 +120,40 @@ class Stage:
 
 
 FILES = (
-    "summary.txt",
-    "environment.txt",
-    "smoke.jsonl",
-    "tests.log",
-    "memcheck.log",
-    "bench.log",
-    "results.jsonl",
-    "trace.json.gz",
+    *("summary.txt", "environment.txt", "smoke.jsonl", "tests.log", "memcheck.log"),
+    *("bench.log", "results.jsonl", "trace.json.gz"),
 )  # as many as come back from the machine
 
 
 def plan(compile: bool) -> list[Stage]:
     """The stages of a call, or of the second one that times torch.compile."""
-    environment = Stage(
-        "environment", 30, "environment.txt", lambda given: [Job("probe", _module("tests.gpu.probe"))]
-    )
+    probe = [Job("probe", _module("tests.gpu.probe"))]
+    environment = Stage("environment", 30, "environment.txt", lambda given: probe)
     table = Stage("table", 170 if compile else TOTAL, "bench.log", _table)
     if compile:
-        return [environment, Stage("bench", 155, "bench.log", _compiled), table]
+        compiled = Stage("bench", 155, "bench.log", lambda given: [_cases(given, "flows", FLOWS, "--compile")])
+        return [environment, compiled, table]
     return [
         environment,
         Stage("smoke", 60, "smoke.jsonl", _smoke, _AT_ONCE),
-        Stage("tests", 220, "tests.log", _tests, _AT_ONCE, _without_xdist),
-        Stage("memcheck", 260, "memcheck.log", _memcheck, 8, _without_sanitizer),
+        Stage("tests", 220, "tests.log", _tests, _AT_ONCE),
+        Stage("memcheck", 260, "memcheck.log", _memcheck, 8, _without("compute-sanitizer", "memory is checked")),
         Stage("bench", 480, "bench.log", _bench),
-        Stage("profile", 535, "bench.log", _profile, problem=_without_ncu),
+        Stage("profile", 535, "bench.log", _profile, problem=_without("ncu", "counters are read")),
         table,
     ]
+
+
+def _without(tool: str, costs: str) -> Callable[[Machine], str | None]:
+    return lambda machine: None if which(tool) else f"{tool} is missing: no kernel's {costs}"
 
 
 def _module(module: str, *arguments: str) -> list[str]:
     return [PYTHON, "-m", module, *arguments]
 
 
-def _interpreted(machine: Machine) -> dict[str, str]:
-    return {} if machine.on_gpu else {"TRITON_INTERPRET": "1"}
-
-
 def _smoke(given: Given) -> list[Job]:
-    environment = {**given.share, **_interpreted(given.machine)}
+    environment = {**given.share, **({} if given.machine.on_gpu else {"TRITON_INTERPRET": "1"})}
     names = [name for name in given.machine.ops if given.machine.on_gpu or name in DRY_SMOKE]
     slowest_first = sorted(names, key=lambda name: ("stack" not in name, "linearizer" not in name))
     return [Job(name, _module("tests.gpu.smoke", name), environment, done=_LOOKED) for name in slowest_first]
@@ -166,27 +161,13 @@ def _smoke(given: Given) -> list[Job]:
 
 def _tests(given: Given) -> list[Job]:
     """One pytest: its processes share what is this stage's."""
-    processes = given.machine.at_once(_AT_ONCE)
+    on_gpu, processes = given.machine.on_gpu, str(given.machine.at_once(_AT_ONCE))
     options = ["-p", "tests.gpu.plugin", "--tb=short", "--no-summary", "--no-header"]
-    if given.machine.on_gpu and find_spec("xdist"):
-        options += ["-n", str(processes), "--dist", "worksteal", "--max-worker-restart", "200"]
+    if on_gpu and find_spec("xdist"):
+        options += ["-n", processes, "--dist", "worksteal", "--max-worker-restart", "200"]
     if find_spec("pytest_timeout"):  # "thread" ends a process that waits for a hung card; no signal reaches it
-        options += [
-            "--timeout",
-            str(TEST_SECONDS),
-            "--timeout-method",
-            "thread" if given.machine.on_gpu else "signal",
-        ]
-    paths = TESTS if given.machine.on_gpu else DRY_TESTS
-    return [Job("tests", _module("pytest", *options, *paths), given.share)]
-
-
-def _without_xdist(machine: Machine) -> str | None:
-    return (
-        None
-        if find_spec("xdist") or not machine.on_gpu
-        else "pytest-xdist is missing: the tests run in one process"
-    )
+        options += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread" if on_gpu else "signal"]
+    return [Job("tests", _module("pytest", *options, *(TESTS if on_gpu else DRY_TESTS)), given.share)]
 
 
 def _memcheck(given: Given) -> list[Job]:
@@ -202,13 +183,9 @@ def _memcheck(given: Given) -> list[Job]:
     return [Job(f"memcheck {name}", [*command, name], uncached) for name in ops]
 
 
-def _without_sanitizer(machine: Machine) -> str | None:
-    return None if which("compute-sanitizer") else "compute-sanitizer is missing: no kernel's memory is checked"
-
-
 def _bench(given: Given) -> list[Job]:
     """The flows beside the peers, the libraries, the streams, then single ops: in order of worth."""
-    ops = [*NEXT, *(case for case in given.machine.cases if case not in (*FLOWS, *NEXT))]
+    ops = [*NEXT, *(case for case in given.machine.cases if case not in (*FLOWS, *NEXT, *NOT_TIMED))]
     libraries = [] if given.machine.on_gpu else ["--batch", "64", "--rounds", "1", "--only", "AffineCouplingBlock"]
     libraries += ["--no-compile", "--json", "/dev/stdout"]
     return [
@@ -217,10 +194,6 @@ def _bench(given: Given) -> list[Job]:
         Job("streams", _module("linfast.bench.streams"), given.share, limit=30),
         _cases(given, "ops", ops, "--no-compile"),
     ]
-
-
-def _compiled(given: Given) -> list[Job]:
-    return [_cases(given, "flows", FLOWS, "--compile")]
 
 
 def _cases(given: Given, name: str, cases: Sequence[str], *options: str, limit: float = math.inf) -> Job:
@@ -233,25 +206,14 @@ def _cases(given: Given, name: str, cases: Sequence[str], *options: str, limit: 
 
 
 def _profile(given: Given) -> list[Job]:
-    folder = given.work / "profile"
     sizes = "gpu" if given.machine.on_gpu else "tiny"
     bench = _module("linfast.bench", "--device", given.machine.device, "--no-compile", "--sizes", sizes)
-    jobs = [
-        Job("profile", [*bench, "--profile", str(folder), *(f"--case={case}" for case in PROFILED)], given.share)
-    ]
+    traced = [*bench, "--profile", str(given.work / "profile"), *(f"--case={case}" for case in PROFILED)]
+    jobs = [Job("profile", traced, given.share)]
     if (ncu := which("ncu")) and given.machine.on_gpu:
         ours = f"regex:^({'|'.join(given.machine.kernels)})$"
-        counted = [
-            ncu,
-            "--set",
-            "detailed",
-            "--clock-control",
-            "none",
-            "--kernel-name",
-            ours,
-            "--launch-count",
-            "1",
-        ]
+        settings = ["--set", "detailed", "--clock-control", "none", "--launch-count", "1"]
+        counted = [ncu, *settings, "--kernel-name", ours]
         jobs += [
             Job(f"ncu {case}", [*counted, *bench, "--check", f"--case={case}"], given.share, limit=20)
             for case in COUNTED
@@ -259,9 +221,5 @@ def _profile(given: Given) -> list[Job]:
     return jobs
 
 
-def _without_ncu(machine: Machine) -> str | None:
-    return None if which("ncu") else "ncu is missing: no kernel's counters are read"
-
-
 def _table(given: Given) -> list[Job]:
-    return [Job("table", _module("linfast.bench.summary", str(given.out / "results.jsonl")))]
+    return [Job("table", _module("linfast.bench.report", str(given.out / "results.jsonl")))]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dense, check_kind, check_like
-from ..profiling import annotate
+from ..ranges import range_
 from .undo import Cotangents, Undone, undo
 
 __all__ = ["Bijection", "ChannelLinear", "Conditioned", "Inverse", "position_count", "same_space", "wide"]
@@ -73,29 +73,29 @@ class Bijection(nn.Module):
         if "_undo" not in vars(cls) and vars(cls).keys() & _TRANSFORMS:  # an inherited quicker way is another map's
             cls._undo = Bijection._undo  # type: ignore[method-assign]
 
-    @annotate
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """z = g(x)."""
-        self._check("x", x, self.features)
-        return self._transform(x, context, inverse=False, log_det=False)[0]
+        with range_("forward", self):
+            self._check("x", x, self.features)
+            return self._transform(x, context, inverse=False, log_det=False)[0]
 
-    @annotate
     def inverse(self, z: Tensor, **context: Any) -> Tensor:
         """x = g^{-1}(z)."""
-        self._check("z", z, self.features_out)
-        return self._transform(z, context, inverse=True, log_det=False)[0]
+        with range_("inverse", self):
+            self._check("z", z, self.features_out)
+            return self._transform(z, context, inverse=True, log_det=False)[0]
 
-    @annotate
     def forward_and_log_det(self, x: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
         """(g(x), log|det dg/dx| [B])."""
-        self._check("x", x, self.features)
-        return _both(self._transform(x, context, inverse=False, log_det=True))
+        with range_("forward_and_log_det", self):
+            self._check("x", x, self.features)
+            return _both(self._transform(x, context, inverse=False, log_det=True))
 
-    @annotate
     def inverse_and_log_det(self, z: Tensor, **context: Any) -> tuple[Tensor, Tensor]:
         """(g^{-1}(z), log|det dg^{-1}/dz| [B])."""
-        self._check("z", z, self.features_out)
-        return _both(self._transform(z, context, inverse=True, log_det=True))
+        with range_("inverse_and_log_det", self):
+            self._check("z", z, self.features_out)
+            return _both(self._transform(z, context, inverse=True, log_det=True))
 
     def at(self, **context: Any) -> Conditioned:
         """This bijection with its context fixed: g.at(t=1.0)(x) is g(x, t=1.0)."""

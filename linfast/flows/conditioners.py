@@ -30,7 +30,7 @@ from ..checks import (
 )
 from ..dispatch import cat, outside_autocast
 from ..ops.activations import ACTIVATIONS
-from ..profiling import annotate
+from ..ranges import range_
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_function"]
 
@@ -154,15 +154,15 @@ class MLP(nn.Module):
         if zero_last:
             _zero(self.layers[-1])
 
-    @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, n_out] for x [B, n_in]."""
-        inputs = self._inputs(x, t, context)
-        h = cat(inputs, dim=-1) if len(inputs) > 1 else inputs[0]
-        activate = ACTIVATIONS[self.activation]
-        for layer in self.layers[:-1]:
-            h = activate(layer(h))
-        return self.layers[-1](h)
+        with range_("forward", self):
+            inputs = self._inputs(x, t, context)
+            h = cat(inputs, dim=-1) if len(inputs) > 1 else inputs[0]
+            activate = ACTIVATIONS[self.activation]
+            for layer in self.layers[:-1]:
+                h = activate(layer(h))
+            return self.layers[-1](h)
 
     @outside_autocast
     def folded(self, t: float | Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -227,18 +227,18 @@ class ConvNet(nn.Module):
         self.time_shift = nn.Linear(time_features, width) if time_features else None
         _zero(self.layers[-1])
 
-    @annotate
     def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
-        check_input("ConvNet", x, self.layers)
-        if x.ndim != 4 or x.shape[1] != self.channels_in or 0 in x.shape[2:]:
-            raise ValueError(f"ConvNet: x must be [B, {self.channels_in}, H, W]; got {tuple(x.shape)}")
-        activate = ACTIVATIONS[self.activation]
-        h = self.layers[0](x)
-        time = embed_time(self.embedding, t, x, "ConvNet")
-        if time is not None and self.time_shift is not None:
-            h = h + self.time_shift(time)[:, :, None, None]
-        return self.layers[2](activate(self.layers[1](activate(h))))
+        with range_("forward", self):
+            check_input("ConvNet", x, self.layers)
+            if x.ndim != 4 or x.shape[1] != self.channels_in or 0 in x.shape[2:]:
+                raise ValueError(f"ConvNet: x must be [B, {self.channels_in}, H, W]; got {tuple(x.shape)}")
+            activate = ACTIVATIONS[self.activation]
+            h = self.layers[0](x)
+            time = embed_time(self.embedding, t, x, "ConvNet")
+            if time is not None and self.time_shift is not None:
+                h = h + self.time_shift(time)[:, :, None, None]
+            return self.layers[2](activate(self.layers[1](activate(h))))
 
 
 def _zero(layer: nn.Module) -> None:

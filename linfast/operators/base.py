@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..checks import check_count, check_dense, check_like, check_number, check_time
 from ..dispatch import outside_autocast
 from ..freeze import derived
-from ..profiling import annotate
+from ..ranges import range_
 from .half import cast, dtype_of, in_fp32
 from .regular import check_finite, is_unread, mark_read
 from .spectral import SVD, Eig, cutoff, decomposed, largest
@@ -74,14 +74,14 @@ class LatentOperator(nn.Module):
 
     # What every operator has.
 
-    @annotate
     def forward(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
         """A z for each row of z; at time t where A depends on one."""
-        if t is not None:
-            check_dense("z", z)
-            check_time(t, z, z.shape[0] if z.ndim else None)
-            return self.at(t)(z)
-        return self._apply_checked(z)
+        with range_("forward", self):
+            if t is not None:
+                check_dense("z", z)
+                check_time(t, z, z.shape[0] if z.ndim else None)
+                return self.at(t)(z)
+            return self._apply_checked(z)
 
     def _apply_checked(self, z: Tensor) -> Tensor:
         kind = type(self).__name__

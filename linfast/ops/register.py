@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import interpreting, refuse_kernel, without_autocast
-from ..profiling import in_range
+from ..ranges import in_range
 
 __all__ = ["RAW_OPS", "RawOp", "define_op"]
 

@@ -27,7 +27,7 @@ from ..operators.dense import Dense
 from ..operators.low_rank import LowRank
 from ..operators.time_diagonal import TimeDiagonal
 from ..operators.time_low_rank import TimeLowRank
-from ..profiling import annotate
+from ..ranges import range_
 from .factored import Factors, fold_dense, fold_factored, multiply_pairs, step_pieces
 from .integrate import Schedule, integrate, schedule
 from .recompress import range_within, weighted_columns
@@ -41,7 +41,6 @@ __all__ = ["check_time_dependent", "collapse", "collapse_inverse"]
 _WIDE_FLOPS = 1e9
 
 
-@annotate
 def collapse(
     A_t: LatentOperator,
     steps: int = 100,
@@ -67,11 +66,12 @@ def collapse(
         ValueError: A_t does not depend on time or is not square, an unknown method, steps < 2,
             a stop or tol out of range.
     """
-    check_time_dependent(A_t)
-    plan = schedule(method, steps, stop)
-    like = _like(A_t)
-    _check_tol(tol, like)
-    return without_autocast(like.device.type, _collapse, A_t, plan, tol, like)
+    with range_("collapse"):
+        check_time_dependent(A_t)
+        plan = schedule(method, steps, stop)
+        like = _like(A_t)
+        _check_tol(tol, like)
+        return without_autocast(like.device.type, _collapse, A_t, plan, tol, like)
 
 
 def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:

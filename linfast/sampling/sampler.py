@@ -26,7 +26,7 @@ from ..operators.lazy import Lazy
 from ..operators.low_rank import LowRank
 from ..operators.time_diagonal import TimeDiagonal
 from ..operators.time_low_rank import TimeLowRank
-from ..profiling import annotate
+from ..ranges import range_
 from .integrate import Schedule, integrate, schedule
 from .propagator import check_time_dependent, collapse, collapse_inverse
 from .working_copy import check_mode, in_eval_mode
@@ -41,7 +41,6 @@ def at_work(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@annotate
 def generator(
     f: Linearizer, steps: int = 100, method: str = "rk4", stop: float | None = None, tol: float | None = None
 ) -> Linearizer:
@@ -54,13 +53,14 @@ def generator(
         ValueError: as for ``collapse``; g_x or g_y with dropout, batch norm or the like in train mode, or not
             initialised.
     """
-    _check(f)
-    for g in (f.g_x, f.g_y):
-        check_mode(g)
-    one = Linearizer(f.g_y, collapse(f.A, steps, method, stop, tol), f.g_x)
-    one.A.train(f.training)
-    one.training = f.training
-    return one
+    with range_("generator"):
+        _check(f)
+        for g in (f.g_x, f.g_y):
+            check_mode(g)
+        one = Linearizer(f.g_y, collapse(f.A, steps, method, stop, tol), f.g_x)
+        one.A.train(f.training)
+        one.training = f.training
+        return one
 
 
 @overload
@@ -84,7 +84,6 @@ def sample(
     return_path: Literal[True],
     stop: float | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
-@annotate
 def sample(
     f: Linearizer,
     noise: Tensor,
@@ -107,25 +106,25 @@ def sample(
     Raises:
         ValueError: as for ``collapse``; return_path with one_step.
     """
-    _check(f)
-    plan = schedule(method, steps, stop)
-    check_dense("noise", noise)
-    check_flag("one_step", one_step)
-    check_flag("return_path", return_path)
-    if return_path and one_step:
-        raise ValueError("return_path needs one_step=False: one step has no path")
-    f = in_eval_mode(f)
-    with at_work(f):
-        if one_step:
-            return said_of("noise", generator(f, steps, method, stop), noise)
-        z = said_of("noise", f.gy, noise).to(noise.dtype)
-        path = [z]
-        z = _step_by_step(f, z, plan, path.append if return_path else None)
-        y = f.gx_inverse(z)
-        return (y, torch.stack([f.gx_inverse(z) for z in path])) if return_path else y
+    with range_("sample"):
+        _check(f)
+        plan = schedule(method, steps, stop)
+        check_dense("noise", noise)
+        check_flag("one_step", one_step)
+        check_flag("return_path", return_path)
+        if return_path and one_step:
+            raise ValueError("return_path needs one_step=False: one step has no path")
+        f = in_eval_mode(f)
+        with at_work(f):
+            if one_step:
+                return said_of("noise", generator(f, steps, method, stop), noise)
+            z = said_of("noise", f.gy, noise).to(noise.dtype)
+            path = [z]
+            z = _step_by_step(f, z, plan, path.append if return_path else None)
+            y = f.gx_inverse(z)
+            return (y, torch.stack([f.gx_inverse(z) for z in path])) if return_path else y
 
 
-@annotate
 def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop: float | None = None) -> Tensor:
     """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)), B^{-1} exact and in float64.
 
@@ -134,12 +133,13 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop
     Raises:
         ValueError: as for ``collapse``; B without an inverse.
     """
-    _check(f)
-    plan = schedule(method, steps, stop)
-    A, f = f.A, in_eval_mode(f)
-    with at_work(f):
-        z = said_of("y", f.gx, y)
-        return f.gy_inverse(collapse_inverse(A, plan)(z.double()).to(z.dtype))
+    with range_("invert"):
+        _check(f)
+        plan = schedule(method, steps, stop)
+        A, f = f.A, in_eval_mode(f)
+        with at_work(f):
+            z = said_of("y", f.gx, y)
+            return f.gy_inverse(collapse_inverse(A, plan)(z.double()).to(z.dtype))
 
 
 @outside_autocast

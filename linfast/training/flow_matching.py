@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..checks import check_function, check_kind, check_number, check_tensor, said_of
 from ..linearizer import Linearizer
-from ..profiling import annotate
+from ..ranges import range_
 from ..sampling.propagator import check_time_dependent
 from .objective import Objective, check_data, distance_of, draw_rows, normal_like
 
@@ -48,7 +48,6 @@ class FlowMatchingLoss(NamedTuple):
         return self.latent + self.data + self.noise + self.prediction + self.likelihood
 
 
-@annotate
 def one_step_loss(
     f: Linearizer,
     x_1: Tensor,
@@ -74,38 +73,41 @@ def one_step_loss(
         e_1, e_0: the noise e of the two reconstructions, like their latents; drawn
             standard normal where left out.
     """
-    _check_model(f)
-    check_tensor("x_1", x_1)
-    if x_1.ndim < 2 or not len(x_1):
-        raise ValueError(f"x_1 must be [B, ...] and have a row; got {tuple(x_1.shape)}")
-    _check_options(latent_noise, distance, likelihood)
-    for name, value in (("x_0", x_0), ("t", t), ("e_1", e_1), ("e_0", e_0)):
-        if value is not None:
-            check_tensor(name, value, x_1, "x_1", same_dtype=True)
-    for name, value, shape in (("x_0", x_0, x_1.shape), ("t", t, x_1.shape[:1])):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)} for x_1 {tuple(x_1.shape)}; got {tuple(value.shape)}")
-    x_0 = torch.randn_like(x_1) if x_0 is None else x_0
-    z_1, nll = _encode(f, x_1, likelihood)
-    z_0 = said_of("x_0", f.gy, x_0)
-    for name, value, z in (("e_1", e_1, z_1), ("e_0", e_0, z_0)):
-        if value is not None and value.shape != z.shape:
-            raise ValueError(f"{name} must be {tuple(z.shape)}, as its latents; got {tuple(value.shape)}")
-    t = torch.rand(x_1.shape[0], dtype=x_1.dtype, device=x_1.device) if t is None else t
-    weight = t.reshape(-1, *(1,) * (z_1.ndim - 1))
-    predicted = f.A((1 - weight) * z_0 + weight * z_1, t=t)
+    with range_("one_step_loss"):
+        _check_model(f)
+        check_tensor("x_1", x_1)
+        if x_1.ndim < 2 or not len(x_1):
+            raise ValueError(f"x_1 must be [B, ...] and have a row; got {tuple(x_1.shape)}")
+        _check_options(latent_noise, distance, likelihood)
+        for name, value in (("x_0", x_0), ("t", t), ("e_1", e_1), ("e_0", e_0)):
+            if value is not None:
+                check_tensor(name, value, x_1, "x_1", same_dtype=True)
+        for name, value, shape in (("x_0", x_0, x_1.shape), ("t", t, x_1.shape[:1])):
+            if value is not None and value.shape != shape:
+                raise ValueError(
+                    f"{name} must be {tuple(shape)} for x_1 {tuple(x_1.shape)}; got {tuple(value.shape)}"
+                )
+        x_0 = torch.randn_like(x_1) if x_0 is None else x_0
+        z_1, nll = _encode(f, x_1, likelihood)
+        z_0 = said_of("x_0", f.gy, x_0)
+        for name, value, z in (("e_1", e_1, z_1), ("e_0", e_0, z_0)):
+            if value is not None and value.shape != z.shape:
+                raise ValueError(f"{name} must be {tuple(z.shape)}, as its latents; got {tuple(value.shape)}")
+        t = torch.rand(x_1.shape[0], dtype=x_1.dtype, device=x_1.device) if t is None else t
+        weight = t.reshape(-1, *(1,) * (z_1.ndim - 1))
+        predicted = f.A((1 - weight) * z_0 + weight * z_1, t=t)
 
-    def noised(z: Tensor, e: Tensor | None) -> Tensor:
-        return z + latent_noise * (torch.randn_like(z) if e is None else e)
+        def noised(z: Tensor, e: Tensor | None) -> Tensor:
+            return z + latent_noise * (torch.randn_like(z) if e is None else e)
 
-    reconstructed, decoded = f.gx_inverse(torch.cat((noised(z_1, e_1), predicted))).chunk(2)
-    return FlowMatchingLoss(
-        latent=F.mse_loss(predicted, z_1),
-        data=distance_of(distance, reconstructed, x_1),
-        noise=F.mse_loss(f.gy_inverse(noised(z_0, e_0)), x_0),
-        prediction=distance_of(distance, decoded, x_1),
-        likelihood=nll,
-    )
+        reconstructed, decoded = f.gx_inverse(torch.cat((noised(z_1, e_1), predicted))).chunk(2)
+        return FlowMatchingLoss(
+            latent=F.mse_loss(predicted, z_1),
+            data=distance_of(distance, reconstructed, x_1),
+            noise=F.mse_loss(f.gy_inverse(noised(z_0, e_0)), x_0),
+            prediction=distance_of(distance, decoded, x_1),
+            likelihood=nll,
+        )
 
 
 class OneStepFlowMatching(Objective):

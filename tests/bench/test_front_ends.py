@@ -1,27 +1,19 @@
-"""Plots, profiles, the short table, the README's figures, pytest bench."""
+"""Plots, profiles, the short table, the README's figures."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 from linfast.bench.plots import draw
-from linfast.bench.report import json_line, parse
+from linfast.bench.report import json_line, parse, short_table
 from linfast.bench.run import main
-from linfast.bench.summary import short_table
-
-from tests.marks import long
 
 from .test_run import TINY
 from .toy import run
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"device": "here", "copy_bytes_per_s": 1e10, "matmul_float32_per_s": 1e11, "date": "2026-01-01"}
 
 
@@ -70,7 +62,7 @@ def test_the_short_table_has_a_line_a_size() -> None:
     assert len([line for line in text.splitlines() if line.startswith("coupling_flow")]) == 3
 
 
-# The README's figures, and pytest bench.
+# The README's figures.
 
 
 def test_the_readme_is_written_between_its_marks_and_only_there(tmp_path: Path) -> None:
@@ -93,28 +85,3 @@ def test_the_readme_is_written_between_its_marks_and_only_there(tmp_path: Path) 
         assert f"docs/bench/here/{name}.png" in text
         assert (tmp_path / f"docs/bench/here/{name}.png").exists()
     assert readme([*root, "--check"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("argument", "status", "says"),
-    [*long(("right", 0, "2 passed")), ("wrong", 1, "1 failed, 1 passed")],
-)
-def test_pytest_bench_times_every_provider_and_fails_a_wrong_one(argument: str, status: int, says: str) -> None:
-    pytest.importorskip("pytest_benchmark")
-    code = """
-import sys, torch, pytest
-import linfast.ops.low_rank as module
-from linfast.bench.cases import low_rank
-if "wrong" in sys.argv:
-    low_rank._materialised = lambda x, U, V: 1.001 * torch.bmm(x[:, None], torch.bmm(V, U.mT))[:, 0]
-sys.exit(pytest.main(["bench", "-k", "low_rank", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1", "-rfp"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, argument],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout
-    assert says in done.stdout

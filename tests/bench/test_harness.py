@@ -10,8 +10,8 @@ import torch
 from linfast.bench import check, harness, timing
 from linfast.bench.cases import CASES
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
-from linfast.bench.memory import peak_bytes
 from linfast.bench.report import table
+from linfast.bench.timing import peak_bytes
 from torch import Tensor
 
 import linfast as lf

@@ -10,14 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from linfast.bench import ceilings
 from linfast.bench.cases import CASES
-from linfast.bench.crossover import crossovers
-from linfast.bench.environment import describe
+from linfast.bench.environment import ceilings, describe
 from linfast.bench.harness import SCALES, Case, Options, Problem, Provider, Size
-from linfast.bench.plan import too_large
-from linfast.bench.report import json_line, parse, shares, table
-from linfast.bench.run import main
+from linfast.bench.report import beside_the_fastest, json_line, parse, shares, table
+from linfast.bench.run import main, too_large
 
 from .toy import COST, CPU, Clock, run, softplus
 
@@ -70,29 +67,17 @@ def test_lines_are_read_back() -> None:
     assert environment["threads"] == 1
 
 
-def _along_batch(ratios: dict[int, float], provider: str = "ours") -> list:
-    base = replace(run()["eager"], provider=provider, baseline=False)
-    return [replace(base, size={"batch": b, "D": 4}, ratio=ratio) for b, ratio in ratios.items()]
-
-
-@pytest.mark.parametrize(
-    ("ratios", "at"),
-    [
-        ({64: 1.4, 128: 0.9, 256: 0.5}, 128),
-        ({64: 0.5, 128: 1.1, 256: 0.6}, 256),
-        ({64: 0.5, 128: 0.9}, 64),
-        ({64: 0.5, 128: 0.99}, None),
-        ({256: 0.5, 64: 2.0, 128: 1.2}, 256),
-    ],
-)
-def test_the_crossover_is_where_it_wins_from_there_on(ratios: dict[int, float], at: int | None) -> None:
-    [found] = crossovers(_along_batch(ratios))
-    assert (found.axis, found.at, found.base) == ("batch", at, (("D", 4),))
-    assert ("not by" in str(found)) == (at is None)
-
-
-def test_one_size_has_no_crossover() -> None:
-    assert crossovers(_along_batch({64: 0.5})) == []
+def test_ours_is_set_beside_the_fastest_of_the_others() -> None:
+    base = replace(run()["eager"], size={"batch": 64}, ratio=1.0, cpu_ratio=1.0)
+    others = [
+        replace(base, provider=name, ratio=clock, cpu_ratio=cpu)
+        for name, clock, cpu in (("a", 0.5, 2.0), ("b", 3.0, 0.8))
+    ]
+    again = replace(base, provider="linfast again", ratio=0.1, cpu_ratio=0.1)
+    [line] = beside_the_fastest([base, again, *others])
+    assert line.endswith("batch64: our fastest takes 2.00 of a's time by the clock, 1.25 of b's time by CPU time")
+    assert beside_the_fastest([base, again]) == []
+    assert beside_the_fastest([base, replace(others[0], size={"batch": 1})]) == []
 
 
 def test_sizes_that_would_take_too_long_or_too_much_are_left_out() -> None:
@@ -111,7 +96,7 @@ def test_the_ceilings_are_the_best_rates_but_for_the_first_call(clock: Clock, mo
     calls = clock.taking(lambda x: x, [0.125, 0.5, *[0.25] * 24])  # 26 of each kind
     monkeypatch.setattr(torch.Tensor, "copy_", lambda target, source: calls(source))
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: calls(a))
-    assert ceilings.ceilings(CPU) == {"copy_bytes_per_s": 2 * 2**26 * 4, "matmul_float32_per_s": 2 * 512**3 * 4}
+    assert ceilings(CPU) == {"copy_bytes_per_s": 2 * 2**26 * 4, "matmul_float32_per_s": 2 * 512**3 * 4}
 
 
 # The command line.

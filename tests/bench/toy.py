@@ -23,6 +23,8 @@ class Clock:
     def perf_counter(self) -> float:
         return self.now
 
+    process_time = perf_counter
+
     def taking(self, call: Call, seconds: Iterable[float]) -> Call:
         """The call, which takes these seconds in turn, over and over."""
         each = cycle(seconds)

@@ -15,8 +15,7 @@ os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{_FRACTION
 
 import torch  # noqa: E402
 from linfast.bench.cases import CASES  # noqa: E402
-from linfast.bench.ceilings import ceilings  # noqa: E402
-from linfast.bench.environment import describe  # noqa: E402
+from linfast.bench.environment import ceilings, describe  # noqa: E402
 
 from linfast import kernels  # noqa: E402
 from tests.gpu import smoke  # noqa: E402

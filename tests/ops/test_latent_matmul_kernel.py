@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linfast.bench.memory import peak_bytes
+from linfast.bench.timing import peak_bytes
 from torch import Tensor
 
 import linfast as lf

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from linfast.bench.memory import peak_bytes
+from linfast.bench.timing import peak_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
