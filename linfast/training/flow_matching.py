@@ -1,19 +1,18 @@
 """The one-step flow matching loss.
 
-With data x_1 on the x side, noise x_0 on the y side, z_1 = g_x(x_1), z_0 = g_y(x_0)
-and z_t = (1 - t) z_0 + t z_1, t uniform, A_t learns to predict the endpoint:
+With data x_1 on the x side, noise x_0 on the y side, z_1 = g_x(x_1), z_0 = g_y(x_0) and
+z_t = (1 - t) z_0 + t z_1, t uniform, A_t learns to predict the endpoint:
 
     latent          mean |A_t z_t - z_1|^2
-    data            D(g_x^{-1}(z_1 + s e), x_1)      reconstruction of data from noised latents
-    noise           |g_y^{-1}(z_0 + s e) - x_0|^2    reconstruction of noise, likewise
+    data            D(g_x^{-1}(z_1 + s e), x_1)      reconstruction of the data from noised latents
+    noise           |g_y^{-1}(z_0 + s e) - x_0|^2    reconstruction of the noise, likewise
     prediction      D(g_x^{-1}(A_t z_t), x_1)        the decoded prediction
-    likelihood      w (|z_1|^2 / 2 - log|det dg_x|)  a dimension; ours, not the paper's, and off by default
+    likelihood      w (|z_1|^2 / 2 - log|det dg_x|)  per dimension; ours, not the paper's, and off by default
 
-The last is the negative log-likelihood of the data under g_x and a standard normal,
-less a constant: it keeps latents spread where a perceptual distance would have helped.
-s is the latent noise and D a perceptual distance in the paper, mean squared error
-here unless another is passed. Source: arXiv 2510.08570. Never divide the latent
-term by the variance of z_1: the scale then explodes.
+s is the latent noise, e standard normal, and D a perceptual distance in the paper, by default the mean squared
+error here. The last term is the negative log-likelihood of the data under g_x and a standard normal, up to a
+constant: it keeps the latents spread where a perceptual distance would have helped. Never divide the latent term
+by the variance of z_1: the scale then explodes. Source: arXiv 2510.08570.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_function, check_kind, check_number, check_tensor, said_of
+from ..checks import check_function, check_kind, check_tensor, said_of
 from ..linearizer import Linearizer
 from ..profiling import annotate
 from ..sampling.propagator import check_time_dependent
-from .objective import Objective, check_data, distance_of, draw_rows, normal_like
+from .objective import Objective, check_batch, check_data, check_not_negative, distance_of, draw_rows, normal_like
 
 __all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]
 
@@ -61,36 +60,33 @@ def one_step_loss(
     e_1: Tensor | None = None,
     e_0: Tensor | None = None,
 ) -> FlowMatchingLoss:
-    """The terms of one-step flow matching for a batch of data.
+    """The terms of one-step flow matching for a batch of data; the formulas are this module's docstring.
 
     Args:
         f: a Linearizer with a time-dependent A; data on the x side, noise on the y side.
         x_1: data [B, ...].
         x_0: noise like x_1; drawn standard normal where left out.
-        latent_noise: s, the standard deviation added to latents before decoding.
-        distance: D(decoded, x_1) -> 0-d.
+        latent_noise: s, the standard deviation of the noise added to latents before decoding.
+        distance: D(decoded, x_1), a 0-d tensor.
         likelihood: w; needs a g_x with log-determinants. Dequantise the data first.
         t: times [B] in [0, 1); drawn uniform where left out.
-        e_1, e_0: the noise e of the two reconstructions, like their latents; drawn
-            standard normal where left out.
+        e_1, e_0: the noise e of the two reconstructions, of their latents' shapes; drawn standard normal where
+            left out.
+
+    Raises:
+        TypeError: A does not depend on time, or an argument is of another type.
+        ValueError: a shape, dtype or device that does not go with x_1's.
     """
     _check_model(f)
-    check_tensor("x_1", x_1)
-    if x_1.ndim < 2 or not len(x_1):
-        raise ValueError(f"x_1 must be [B, ...] and have a row; got {tuple(x_1.shape)}")
+    check_batch("x_1", x_1)
     _check_options(latent_noise, distance, likelihood)
-    for name, value in (("x_0", x_0), ("t", t), ("e_1", e_1), ("e_0", e_0)):
-        if value is not None:
-            check_tensor(name, value, x_1, "x_1", same_dtype=True)
-    for name, value, shape in (("x_0", x_0, x_1.shape), ("t", t, x_1.shape[:1])):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name} must be {tuple(shape)} for x_1 {tuple(x_1.shape)}; got {tuple(value.shape)}")
+    _check_given(x_1, x_1.shape, x_0=x_0)
+    _check_given(x_1, x_1.shape[:1], t=t)
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     z_1, nll = _encode(f, x_1, likelihood)
     z_0 = said_of("x_0", f.gy, x_0)
-    for name, value, z in (("e_1", e_1, z_1), ("e_0", e_0, z_0)):
-        if value is not None and value.shape != z.shape:
-            raise ValueError(f"{name} must be {tuple(z.shape)}, as its latents; got {tuple(value.shape)}")
+    _check_given(x_1, z_1.shape, e_1=e_1)
+    _check_given(x_1, z_0.shape, e_0=e_0)
     t = torch.rand(x_1.shape[0], dtype=x_1.dtype, device=x_1.device) if t is None else t
     weight = t.reshape(-1, *(1,) * (z_1.ndim - 1))
     predicted = f.A((1 - weight) * z_0 + weight * z_1, t=t)
@@ -112,10 +108,9 @@ class OneStepFlowMatching(Objective):
     """``one_step_loss`` on a set of data.
 
     Args:
-        f: as in ``one_step_loss``.
+        f, latent_noise, distance, likelihood: as in ``one_step_loss``.
         data: [N, ...], on f's device; rows are drawn with replacement.
-        latent_noise, distance, likelihood: as in ``one_step_loss``.
-        dequantise: width of the uniform noise added to data.
+        dequantise: width of the uniform noise added to the data.
     """
 
     model: Linearizer
@@ -134,10 +129,8 @@ class OneStepFlowMatching(Objective):
         _check_model(f)
         check_data(data, f)
         _check_options(latent_noise, distance, likelihood)
-        check_number("dequantise", dequantise, 0.0)
-        self.model = f
-        self.data = data
-        self.dequantise = dequantise
+        check_not_negative(dequantise=dequantise)
+        self.model, self.data, self.dequantise = f, data, dequantise
         self.latent_noise, self.distance, self.likelihood = latent_noise, distance, likelihood
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
@@ -150,13 +143,8 @@ class OneStepFlowMatching(Objective):
         }
 
     def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        terms = one_step_loss(
-            self.model,
-            **drawn,
-            latent_noise=self.latent_noise,
-            distance=self.distance,
-            likelihood=self.likelihood,
-        )._asdict()
+        options = {"latent_noise": self.latent_noise, "distance": self.distance, "likelihood": self.likelihood}
+        terms = one_step_loss(self.model, **drawn, **options)._asdict()  # type: ignore[arg-type]
         if not self.likelihood:
             del terms["likelihood"]
         return terms
@@ -168,13 +156,21 @@ def _check_model(f: Linearizer) -> None:
 
 
 def _check_options(latent_noise: float, distance: object, likelihood: float) -> None:
-    check_number("latent_noise", latent_noise, 0.0)
+    check_not_negative(latent_noise=latent_noise, likelihood=likelihood)
     check_function("distance", distance)
-    check_number("likelihood", likelihood, 0.0)
+
+
+def _check_given(x_1: Tensor, shape: torch.Size, **values: Tensor | None) -> None:
+    for name, value in values.items():
+        if value is not None:
+            check_tensor(name, value, x_1, "x_1", same_dtype=True)
+            if value.shape != shape:
+                given = f"for x_1 {tuple(x_1.shape)}; got {tuple(value.shape)}"
+                raise ValueError(f"{name} must be {tuple(shape)} {given}")
 
 
 def _encode(f: Linearizer, x: Tensor, likelihood: float) -> tuple[Tensor, Tensor]:
-    """g_x(x), and the weighted negative log-likelihood a dimension."""
+    """g_x(x), and the weighted negative log-likelihood per dimension."""
     if not likelihood:
         return said_of("x_1", f.gx, x), x.new_zeros(())
     z, log_det = said_of("x_1", f.g_x.forward_and_log_det, x)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Objective: what an application trains, and the draws that objectives share."""
+"""What an application trains, and what the objectives share: draws of data and checks of their arguments."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor
+from ..checks import check_number, check_tensor
 from ..device import check_values
 from ..flows.bijection import Bijection
 from ..linearizer import Linearizer
 
-__all__ = ["Objective", "check_data", "distance_of", "draw_rows", "normal_like"]
+__all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """What one application trains: a model, a draw and named loss terms.
+    """What one application trains: a model, the draw of a batch, and named loss terms.
 
     Attributes:
         model: what is trained, averaged and returned.
@@ -25,10 +25,10 @@ class Objective(nn.Module):
     model: nn.Module
 
     def begin_step(self, progress: float) -> None:
-        """Called before each step with the share of the steps done, in [0, 1); for what changes in training."""
+        """Called before each step with the share of the steps done, in [0, 1), for what changes during training."""
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
-        """One step's data and random numbers for the whole batch, each [batch, ...], from ``rng`` alone."""
+        """The data and random numbers of one step for the whole batch, each [batch, ...], from ``rng`` alone."""
         raise NotImplementedError
 
     def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ class Objective(nn.Module):
 
 
 def check_data(data: object, f: Linearizer) -> None:
-    """Raise unless these are data [N, ...] as f takes them, on its device, of which rows can be drawn."""
+    """Raise unless ``data`` [N, ...] are inputs of f, on its device, with at least one row."""
     check_tensor("data", data, next(f.parameters(), None), "f", same_dtype=True)
     assert isinstance(data, Tensor)
     check_values("data", data)
@@ -49,8 +49,21 @@ def check_data(data: object, f: Linearizer) -> None:
         f.g_x._check("data", data, f.g_x.features)
 
 
+def check_batch(name: str, x: Tensor) -> None:
+    """Raise unless x is a batch [B, ...] with at least one row."""
+    check_tensor(name, x)
+    if x.ndim < 2 or not len(x):
+        raise ValueError(f"{name} must be [B, ...] and have a row; got {tuple(x.shape)}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise unless each is a finite number of at least 0; the message gives its name."""
+    for name, value in values.items():
+        check_number(name, value, 0.0)
+
+
 def distance_of(distance: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
-    """``distance(output, target)``, a 0-d tensor."""
+    """``distance(output, target)``; ValueError unless it is a 0-d tensor."""
     value = distance(output, target)
     if not isinstance(value, Tensor) or value.ndim:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

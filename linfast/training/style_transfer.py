@@ -1,14 +1,13 @@
-"""Modular style transfer: one g, an operator a style, f_k = g^{-1} A_k g.
+"""Modular style transfer: one g and one operator per style, f_k = g^{-1} A_k g.
 
 Styles are mixed and chained where they are linear:
 
     interpolation   g^{-1} (alpha A_1 + (1 - alpha) A_2) g      alpha = 1 and 0 are the styles themselves
     composition     g^{-1} A_2 A_1 g = f_2 after f_1
 
-Source: arXiv 2510.08570, whose A_k is a depthwise convolution with a generated kernel;
-any LatentOperator will do. Its repository gives g another time on each side, where
-composition has no meaning in data space, and interpolates the index k: here the
-operators are interpolated, as the paper has it.
+Source: arXiv 2510.08570, whose A_k is a depthwise convolution with a generated kernel; any LatentOperator will do.
+The paper's repository gives g another time on each side, where composition has no meaning in data space, and
+interpolates the index k; here the operators are interpolated, as the paper says.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ __all__ = ["GeneratedDepthwise", "ModularStyle", "StyleTransfer"]
 
 @register
 class GeneratedDepthwise(nn.Module):
-    """Depthwise kernels from an index: bank[k] is a DepthwiseConv whose kernel an MLP makes of k embedded.
+    """Depthwise kernels made from an index: ``bank[k]`` is a DepthwiseConv.
 
-    Each kernel is a unit impulse plus the MLP's output, so that new styles are near the identity.
+    Its kernel is a unit impulse plus what an MLP makes of k's embedding, so a new style is near the identity.
 
     Args:
-        count: how many styles.
+        count: number of styles.
         channels, kernel_size, size: of the DepthwiseConvs.
         features: size of the index's sinusoidal embedding.
         hidden: width of the MLP's two hidden layers.
@@ -80,15 +79,15 @@ class GeneratedDepthwise(nn.Module):
 
 @register
 class ModularStyle(nn.Module):
-    """One g and an operator a style.
+    """One g and one operator per style.
 
     Args:
         g: a Bijection on images.
-        operators: a GeneratedDepthwise, or LatentOperators; one a name.
+        operators: a GeneratedDepthwise, or one LatentOperator per name.
         names: of the styles.
 
     Raises:
-        ValueError: as many names as operators are needed, each once; from the methods, a name that is no style's.
+        ValueError: not as many different names as operators; from the methods, a name that is not a style's.
     """
 
     operators: GeneratedDepthwise | nn.ModuleList
@@ -140,7 +139,7 @@ class ModularStyle(nn.Module):
         return Linearizer(self.g, A)
 
     def decode(self, z: Tensor, style: Tensor) -> Tensor:
-        """g^{-1}(A_k z), each row of latents z [B, C, H, W] by the style of its number k in ``style`` [B]."""
+        """g^{-1}(A_k z), row b of the latents z [B, C, H, W] with the style of number ``style[b]``."""
         check_tensor("z", z)
         check_dense("style", style)
         if style.dtype != torch.int64 or style.shape != z.shape[:1] or style.device != z.device:
@@ -158,13 +157,13 @@ class ModularStyle(nn.Module):
 
 
 class StyleTransfer(Objective):
-    """D(f_k(content), content in style k), over pairs of a content image and a style.
+    """D(f_k(content), content in style k), a mean over pairs of a content image and a style.
 
     Args:
         model: the styles to train.
         contents: [N, C, H, W].
-        styled: [K, N, C, H, W], each style's version of each content, in the order of the model's names.
-        distance: D(output, target) -> 0-d.
+        styled: [K, N, C, H, W], the version of each content in each style, in the order of the model's names.
+        distance: D(output, target), a 0-d tensor.
 
     Raises:
         ValueError: contents and styled do not match; from ``draw``, a batch of more than the K N pairs.

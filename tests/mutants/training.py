@@ -33,15 +33,15 @@ MUTANTS = (
     ),
     Mutant(
         name="Trainer: a checkpoint lacks the moments of Adam",
-        file="linfast/training/trainer.py",
-        old="        self.optimizer.load_state_dict(optimizer)\n",
+        file="examples/trainer.py",
+        old='        self.optimizer.load_state_dict(state["optimizer"])\n',
         new="",
         breaks="A resumed run starts Adam afresh.",
         tests=(f"{_TRAINER}::test_resumed_is_uninterrupted_bit_for_bit",),
     ),
     Mutant(
         name="Trainer: the learning rate is a step late",
-        file="linfast/training/trainer.py",
+        file="examples/trainer.py",
         old="        for group in self.optimizer.param_groups:\n"
         '            group["lr"] = settings.learning_rate_at(self.step)\n'
         "        self.optimizer.step()\n",

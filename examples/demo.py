@@ -1,20 +1,21 @@
-"""The demo: ``linfast train one-step`` on small digits, with settings that need no choosing."""
+"""``linfast demo``: ``linfast train one-step`` on small digits, with settings that need no choosing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..linearizer import Linearizer
-from ..training import TrainSettings
-from ..training.apps.common import Run
-from ..training.apps.one_step import OneStepModel, run_one_step
+from linfast.linearizer import Linearizer
+
+from .one_step import OneStepModel, run_one_step
+from .runs import Run
+from .trainer import TrainSettings
 
 __all__ = ["DemoSettings", "run_demo"]
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What ``linfast demo`` takes."""
+    """What ``linfast demo`` takes: as ``Run``, and ``quick``, a smaller model for fewer steps."""
 
     data: str | None = None
     out: str = "linfast-demo"
@@ -33,13 +34,9 @@ _QUICK = (OneStepModel(depth=4, hidden=64, rank=8), 150)
 def run_demo(settings: DemoSettings, progress: bool = True) -> Linearizer | None:
     """Train, measure, write ``figure.png`` and ``model.safetensors`` to ``settings.out``, print the table.
 
-    Raises:
-        ValueError, FileNotFoundError: unusable data or an unusable device, before any work.
-        FileExistsError: an earlier run's files, and neither ``resume`` nor ``overwrite``.
+    Returns and raises what ``run_one_step`` does.
     """
     model, steps = _QUICK if settings.quick else _FULL
     train = TrainSettings(steps=steps, seed=settings.seed)
-    run = Run(
-        train, settings.data, settings.out, settings.device, settings.resume, settings.overwrite, progress=progress
-    )
-    return run_one_step(run, model)
+    where = (settings.data, settings.out, settings.device, settings.resume, settings.overwrite)
+    return run_one_step(Run(train, *where, progress=progress), model)
