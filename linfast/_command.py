@@ -17,20 +17,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 __all__ = [
-    "Parser",
-    "Progress",
-    "add_earlier_files",
-    "flush_output",
-    "refuse_existing",
-    "say",
-    "status_of",
-    "text_of",
+    "Parser", "Progress", "add_earlier_files", "flush_output", "refuse_existing", "report", "say",
     "when_interrupted",
-]
+]  # fmt: skip
 
 _LONGEST = 2000  # characters of an error's line
 _PATIENCE = 3.0  # seconds for the last words of an interrupted command
@@ -65,7 +58,7 @@ def refuse_existing(
             raise FileExistsError(f"{path} exists: {ways}")
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """How far a run is, on stderr: a bar on a terminal where tqdm is installed, else a line every few seconds.
 
     Args:
@@ -89,12 +82,7 @@ class Progress:
 
                 self._bar = tqdm(initial=done, total=total, desc=what, unit=unit, mininterval=0.5)
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -121,29 +109,21 @@ def say(text: str) -> None:
         _discard(sys.stderr)
 
 
-def text_of(error: BaseException) -> str:
-    """The message of an error, preceded by its class where linfast did not foresee it."""
+def report(name: str, error: BaseException) -> int:
+    """Say in one line that the command of this name failed, and return its exit status.
+
+    The status is 2, or 1 where linfast did not foresee the error; then its class stands before its message.
+    """
+    foreseen = isinstance(error, (ValueError, OSError, FloatingPointError))
+    text = str(error) if foreseen and str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, _FORESEEN) and str(error):
-        return str(error)
-    return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def status_of(error: BaseException) -> int:
-    """The exit status after an error: 2, or 1 where linfast did not foresee it."""
-    return 2 if isinstance(error, _FORESEEN) else 1
-
-
-_FORESEEN = (ValueError, OSError, FloatingPointError)
+        text = f"{error.filename}: {error.strerror}"
+    say(f"{name}: error: {text}")
+    return 2 if foreseen else 1
 
 
 def flush_output() -> None:
-    """Flush stdout; where that fails, discard the rest, so that Python's own flush at exit does not fail again.
-
-    Raises:
-        OSError: the disk is full, or nobody reads the pipe (BrokenPipeError).
-    """
+    """Flush stdout; where that raises, discard the rest, so that Python's own flush at exit does not raise too."""
     if sys.stdout is None:
         return
     try:
@@ -183,11 +163,6 @@ def _end_by_signals() -> None:
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    before = {
-        number: signal.getsignal(number)
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) not in (signal.SIG_IGN, None)  # as nohup and "&" set it
-    }
 
     def stand_still(number: int, frame: FrameType | None) -> None:
         time.sleep(_PATIENCE)
@@ -213,17 +188,13 @@ def _end_by_signals() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number in before:
-        signal.signal(number, stand_still)
+    ignored = (signal.SIG_IGN, None)  # as nohup and "&" set it
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in ignored]
+    before = {number: signal.signal(number, stand_still) for number in numbers}
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=leave_children_alone)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _end_in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    say(f"linfast: error: {text_of(error)}")
-    os._exit(status_of(error))
 
 
 if _is_command():
@@ -233,6 +204,6 @@ if _is_command():
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not be able to show a file's name
     if not sys.flags.dev_mode:
-        sys.excepthook = _end_in_one_line
+        sys.excepthook = lambda kind, error, trace: os._exit(report("linfast", error))
     if threading.current_thread() is threading.main_thread():
         _end_by_signals()

@@ -6,10 +6,9 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
-from ._command import Parser, flush_output, say, status_of, text_of, when_interrupted
+from ._command import Parser, flush_output, report, say, when_interrupted
 
 __all__ = ["main"]
 
@@ -50,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if sys.flags.dev_mode:
             raise
-        say(f"{name()}: error: {text_of(error)}")
-        return status_of(error)
+        return report(name(), error)
 
 
 def _parser() -> Parser:
@@ -84,12 +82,19 @@ def _info(options: argparse.Namespace) -> int:
 
     rows = {"linfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "numpy", "safetensors"):
-        rows[name] = version(name) if find_spec(name) else "not installed"
+        rows[name] = _version(name)
     rows["threads"] = str(torch.get_num_threads())
     count = torch.cuda.device_count()
     rows["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "no device"
     print("\n".join(f"{name:12}{value}" for name, value in rows.items()))
     return 0
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 if __name__ == "__main__":

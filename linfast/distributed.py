@@ -11,21 +11,18 @@ import torch.distributed as dist
 
 __all__ = ["process_group"]
 
-_LARGEST = 2**20  # processes
-
 
 @contextmanager
 def process_group(device: torch.device, backend: str | None = None) -> Iterator[torch.device]:
     """Join torchrun's processes and yield this one's device; without torchrun, yield the device.
 
-    Args:
-        backend: of torch.distributed; by default gloo on a CPU, nccl on GPUs.
+    ``backend`` of torch.distributed is by default gloo on a CPU and nccl on GPUs.
 
     Raises:
         ValueError: WORLD_SIZE and what goes with it are not what torchrun sets.
         ConnectionError: the processes cannot reach one another.
     """
-    size = _from_environment("WORLD_SIZE", 1, _LARGEST, default="1")
+    size = _from_environment("WORLD_SIZE", 1, 2**20, default="1")
     if size == 1 or dist.is_initialized():
         yield device
         return
@@ -51,7 +48,6 @@ def _from_environment(name: str, low: int, high: int, default: str = "") -> int:
     """The environment variable as a whole number from low to high."""
     text = os.environ.get(name, default)
     if not text.isdecimal() or len(text) > len(str(high)) or not low <= int(text) <= high:
-        raise ValueError(
-            f"{name} must be a whole number from {low} to {high}, as torchrun sets it; got {text!r:.60}"
-        )
+        wanted = f"a whole number from {low} to {high}, as torchrun sets it"
+        raise ValueError(f"{name} must be {wanted}; got {text!r:.60}")
     return int(text)

@@ -17,18 +17,18 @@ by the variance of z_1: the scale then explodes. Source: arXiv 2510.08570.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_function, check_kind, check_tensor, said_of
+from ..checks import check_kind, check_number, said_of
 from ..linearizer import Linearizer
 from ..profiling import annotate
 from ..sampling.propagator import check_time_dependent
-from .objective import Objective, check_batch, check_data, check_not_negative, distance_of, draw_rows, normal_like
+from .objective import DataObjective, check_batch, check_given, check_options, distance_of
 
 __all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]
 
@@ -79,14 +79,14 @@ def one_step_loss(
     """
     _check_model(f)
     check_batch("x_1", x_1)
-    _check_options(latent_noise, distance, likelihood)
-    _check_given(x_1, x_1.shape, x_0=x_0)
-    _check_given(x_1, x_1.shape[:1], t=t)
+    check_options(distance, latent_noise=latent_noise, likelihood=likelihood)
+    check_given("x_1", x_1, x_1.shape, x_0=x_0)
+    check_given("x_1", x_1, x_1.shape[:1], t=t)
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     z_1, nll = _encode(f, x_1, likelihood)
     z_0 = said_of("x_0", f.gy, x_0)
-    _check_given(x_1, z_1.shape, e_1=e_1)
-    _check_given(x_1, z_0.shape, e_0=e_0)
+    check_given("x_1", x_1, z_1.shape, e_1=e_1)
+    check_given("x_1", x_1, z_0.shape, e_0=e_0)
     t = torch.rand(x_1.shape[0], dtype=x_1.dtype, device=x_1.device) if t is None else t
     weight = t.reshape(-1, *(1,) * (z_1.ndim - 1))
     predicted = f.A((1 - weight) * z_0 + weight * z_1, t=t)
@@ -104,7 +104,7 @@ def one_step_loss(
     )
 
 
-class OneStepFlowMatching(Objective):
+class OneStepFlowMatching(DataObjective):
     """``one_step_loss`` on a set of data.
 
     Args:
@@ -113,7 +113,7 @@ class OneStepFlowMatching(Objective):
         dequantise: width of the uniform noise added to the data.
     """
 
-    model: Linearizer
+    _loss, _optional = staticmethod(one_step_loss), "likelihood"
 
     def __init__(
         self,
@@ -125,48 +125,22 @@ class OneStepFlowMatching(Objective):
         likelihood: float = 0.0,
         dequantise: float = 0.0,
     ) -> None:
-        super().__init__()
         _check_model(f)
-        check_data(data, f)
-        _check_options(latent_noise, distance, likelihood)
-        check_not_negative(dequantise=dequantise)
-        self.model, self.data, self.dequantise = f, data, dequantise
-        self.latent_noise, self.distance, self.likelihood = latent_noise, distance, likelihood
+        super().__init__(f, data, distance, latent_noise=latent_noise, likelihood=likelihood)
+        self.dequantise = check_number("dequantise", dequantise, 0.0)
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
-        x_1 = draw_rows(self.data, rng, batch)
-        uniform = torch.rand(x_1.shape, generator=rng, dtype=x_1.dtype, device=x_1.device)
-        return {
-            "x_1": x_1 + self.dequantise * (uniform - 0.5),
-            "t": torch.rand(batch, generator=rng, dtype=x_1.dtype, device=x_1.device),
-            **{name: normal_like(x_1, rng) for name in ("x_0", "e_1", "e_0")},
+        x_1 = self._rows(rng, batch)
+        drawn = {
+            "x_1": x_1 + self.dequantise * (torch.empty_like(x_1).uniform_(generator=rng) - 0.5),
+            "t": x_1.new_empty(batch).uniform_(generator=rng),
         }
-
-    def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        options = {"latent_noise": self.latent_noise, "distance": self.distance, "likelihood": self.likelihood}
-        terms = one_step_loss(self.model, **drawn, **options)._asdict()  # type: ignore[arg-type]
-        if not self.likelihood:
-            del terms["likelihood"]
-        return terms
+        return drawn | {name: torch.empty_like(x_1).normal_(generator=rng) for name in ("x_0", "e_1", "e_0")}
 
 
 def _check_model(f: Linearizer) -> None:
     check_kind("f", f, Linearizer)
     check_time_dependent(f.A, "f.A")
-
-
-def _check_options(latent_noise: float, distance: object, likelihood: float) -> None:
-    check_not_negative(latent_noise=latent_noise, likelihood=likelihood)
-    check_function("distance", distance)
-
-
-def _check_given(x_1: Tensor, shape: torch.Size, **values: Tensor | None) -> None:
-    for name, value in values.items():
-        if value is not None:
-            check_tensor(name, value, x_1, "x_1", same_dtype=True)
-            if value.shape != shape:
-                given = f"for x_1 {tuple(x_1.shape)}; got {tuple(value.shape)}"
-                raise ValueError(f"{name} must be {tuple(shape)} {given}")
 
 
 def _encode(f: Linearizer, x: Tensor, likelihood: float) -> tuple[Tensor, Tensor]:

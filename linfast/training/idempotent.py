@@ -15,18 +15,18 @@ without noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import cat
-from ..checks import check_function, check_kind, check_number, check_tensor
+from ..checks import check_kind, check_number
 from ..linearizer import Linearizer
 from ..operators import Projection
-from .objective import Objective, check_batch, check_data, check_not_negative, distance_of, draw_rows, normal_like
+from .objective import DataObjective, check_batch, check_given, check_options, distance_of
 
 __all__ = ["IdempotentGeneration", "IdempotentLoss", "idempotent_loss"]
 
@@ -70,12 +70,8 @@ def idempotent_loss(
     """
     A = _projection(f)
     check_batch("x", x)
-    check_not_negative(rank=rank, isometry=isometry, denoising=denoising, noise=noise)
-    check_function("distance", distance)
-    if e is not None:
-        check_tensor("e", e, x, same_dtype=True)
-        if e.shape != x.shape:
-            raise ValueError(f"e must be {tuple(x.shape)}, as x; got {tuple(e.shape)}")
+    check_options(distance, rank=rank, isometry=isometry, denoising=denoising, noise=noise)
+    check_given("x", x, x.shape, e=e)
     mask = A.mask()
     z, zero = f.gx(cat((x, torch.zeros_like(x[:1])))).split((len(x), 1))
     latents = [z]
@@ -94,13 +90,11 @@ def idempotent_loss(
 def _projection(f: Linearizer) -> Projection:
     """f's A; TypeError where f is not a Linearizer around a Projection."""
     check_kind("f", f, Linearizer)
-    A = f.A
-    check_kind("f.A", A, Projection)
-    assert isinstance(A, Projection)
-    return A
+    check_kind("f.A", f.A, Projection)
+    return cast(Projection, f.A)
 
 
-class IdempotentGeneration(Objective):
+class IdempotentGeneration(DataObjective):
     """``idempotent_loss`` on a set of data.
 
     The logit of a kept coordinate feels the rank term alone, as g reproduces what the coordinate carries, and that
@@ -113,7 +107,7 @@ class IdempotentGeneration(Objective):
         settle: the share of the steps after which the gradient of the logits is zero.
     """
 
-    model: Linearizer
+    _loss, _optional = staticmethod(idempotent_loss), "denoising"
 
     def __init__(
         self,
@@ -127,12 +121,8 @@ class IdempotentGeneration(Objective):
         noise: float = 0.5,
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
     ) -> None:
-        super().__init__()
         A = _projection(f)
-        check_data(data, f)
-        self.options = {"rank": rank, "isometry": isometry, "denoising": denoising, "noise": noise}
-        check_not_negative(**self.options)
-        self.model, self.data, self.distance = f, data, check_function("distance", distance)
+        super().__init__(f, data, distance, rank=rank, isometry=isometry, denoising=denoising, noise=noise)
         self.settle = check_number("settle", settle, 0.0, 1.0)
         self._settled = False
         A.logits.register_hook(lambda gradient: gradient * (not self._settled))
@@ -141,11 +131,5 @@ class IdempotentGeneration(Objective):
         self._settled = progress >= self.settle
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
-        x = draw_rows(self.data, rng, batch)
-        return {"x": x, "e": normal_like(x, rng)}
-
-    def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        terms = idempotent_loss(self.model, **drawn, **self.options, distance=self.distance)._asdict()  # type: ignore[arg-type]
-        if not self.options["denoising"]:
-            del terms["denoising"]
-        return terms
+        x = self._rows(rng, batch)
+        return {"x": x, "e": torch.empty_like(x).normal_(generator=rng)}

@@ -69,9 +69,8 @@ class GeneratedDepthwise(nn.Module):
             raise IndexError(f"style {k} of {self.count}")
         like = next(self.net.parameters())
         index = torch.full((1,), k, dtype=like.dtype, device=like.device)
-        square = (self.channels, self.kernel_size, self.kernel_size)
-        weight = self.net(self.embedding(index)).to(like.dtype).reshape(square)
-        middle = (self.kernel_size - 1) // 2
+        size, middle = self.kernel_size, (self.kernel_size - 1) // 2
+        weight = self.net(self.embedding(index)).to(like.dtype).reshape(self.channels, size, size)
         impulse = torch.zeros_like(weight)
         impulse[:, middle, middle] = 1.0
         return DepthwiseConv(self.channels, self.kernel_size, self.size, weight + impulse)
@@ -104,9 +103,8 @@ class ModularStyle(nn.Module):
         for i in range(0 if isinstance(operators, GeneratedDepthwise) else len(operators)):
             check_kind(f"operators[{i}]", operators[i], LatentOperator)
         if len(names) != len(operators) or len(set(names)) != len(names):
-            raise ValueError(
-                f"names must be {len(operators)} different ones, one for each of operators; got {list(names)}"
-            )
+            wanted = f"{len(operators)} different ones, one for each of operators"
+            raise ValueError(f"names must be {wanted}; got {list(names)}")
         self.g, self.names = g, tuple(names)
         self.operators = operators if isinstance(operators, GeneratedDepthwise) else nn.ModuleList(operators)
 
@@ -143,10 +141,8 @@ class ModularStyle(nn.Module):
         check_tensor("z", z)
         check_dense("style", style)
         if style.dtype != torch.int64 or style.shape != z.shape[:1] or style.device != z.device:
-            raise ValueError(
-                f"style must be int64 [{z.shape[0] if z.ndim else ''}] on {z.device} for z {tuple(z.shape)}; "
-                f"got {style.dtype} {tuple(style.shape)} on {style.device}"
-            )
+            wanted = f"int64 {list(z.shape[:1])} on {z.device} for z {tuple(z.shape)}"
+            raise ValueError(f"style must be {wanted}; got {style.dtype} {tuple(style.shape)} on {style.device}")
         check_values("style", style)
         if len(style) and not 0 <= int(style.min()) <= int(style.max()) < len(self.names):
             raise ValueError(f"style must hold numbers from 0 to {len(self.names) - 1}; got {style.tolist()}")
@@ -186,10 +182,8 @@ class StyleTransfer(Objective):
         if contents.ndim != 4 or not contents.numel():
             raise ValueError(f"contents must be [N, C, H, W], and not empty; got {tuple(contents.shape)}")
         if styled.shape != (len(model.names), *contents.shape):
-            raise ValueError(
-                f"styled must be [{len(model.names)}, {', '.join(map(str, contents.shape))}]: "
-                f"each style of each of contents; got {tuple(styled.shape)}"
-            )
+            wanted = f"{[len(model.names), *contents.shape]}: each style of each of contents"
+            raise ValueError(f"styled must be {wanted}; got {tuple(styled.shape)}")
         model.g._check("contents", contents, model.g.features)
         self.model, self.contents, self.styled, self.distance = model, contents, styled, distance
 

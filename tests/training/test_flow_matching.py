@@ -95,5 +95,5 @@ def test_objective_has_the_papers_terms_and_ours_only_when_asked() -> None:
     objective = one_step()
     drawn = objective.draw(torch.Generator().manual_seed(0), 8)
     assert list(objective(drawn)) == ["latent", "data", "noise", "prediction", "likelihood"]
-    objective.likelihood = 0.0
+    objective.options["likelihood"] = 0.0
     assert list(objective(drawn)) == ["latent", "data", "noise", "prediction"]
