@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from linfast._command import add_earlier_files
 
-from .demo import DemoSettings, run_demo
+from .demo import run_demo
 from .ign import IdempotentModel, run_ign
 from .one_step import OneStepModel, run_one_step
 from .runs import CHECKPOINT, Run
@@ -61,7 +61,8 @@ def add_demo(commands: Any) -> None:
 
     def call(options: argparse.Namespace) -> int:
         _need(_DIGITS)
-        run_demo(picked(DemoSettings, options))
+        where = {name: getattr(options, name) for name in ("data", "out", "device", "resume", "overwrite")}
+        run_demo(options.quick, options.seed, **where)
         return 0
 
     parser.set_defaults(call=call)

@@ -65,13 +65,7 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
         denoising: weights of the term that is ours; 0 is the paper's loss. The model and checkpoint of each go to
             a folder ``denoising-WEIGHT``.
 
-    Returns:
-        The trained networks; None in all processes but the first.
-
-    Raises:
-        ValueError, FileNotFoundError: unusable data, device or options, before any work.
-        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
-        NonFiniteLoss: as for ``Trainer.run``.
+    Returns the trained networks, or None in all processes but the first; raises what ``runs.train`` does.
     """
     folders = _folders(denoising)
     files = [f"{folder}/{name}" for folder in folders.values() for name in ("model.safetensors", CHECKPOINT)]

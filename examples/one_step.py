@@ -71,13 +71,7 @@ def build_one_step(model: OneStepModel, resolution: int) -> Linearizer:
 def run_one_step(run: Run, model: OneStepModel) -> Linearizer | None:
     """Train, measure, write ``figure.png`` and ``model.safetensors`` to ``run.out``, print the table.
 
-    Returns:
-        The trained f; None in all processes but the first.
-
-    Raises:
-        ValueError, FileNotFoundError: unusable data, device or options, before any work.
-        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
-        NonFiniteLoss: as for ``Trainer.run``.
+    Returns the trained f, or None in all processes but the first; raises what ``runs.train`` does.
     """
     with run.output("model.safetensors", "figure.png", CHECKPOINT) as output:
         images = load_images(run.data, model.resolution)

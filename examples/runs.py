@@ -144,9 +144,7 @@ def about(model: Any, data: Tensor, **more: object) -> dict[str, Any]:
     Numbers and strings, as checkpoints hold them.
     """
     digest = hashlib.sha256(data.contiguous().numpy().data).hexdigest()
-    settings = {**asdict(model), "data": digest, **more}
-    plain = (bool, int, float, str)
-    return {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}
+    return {**asdict(model), "data": digest, **more}
 
 
 def train(
@@ -161,6 +159,11 @@ def train(
 
     Returns:
         The trainer and its row of the table; None in all processes but the first.
+
+    Raises:
+        ValueError, FileNotFoundError: unusable data, device or options, before any work.
+        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
+        NonFiniteLoss: as for ``Trainer.run``.
     """
     with process_group(usable_device(run.device)) as device:
         torch.manual_seed(run.train.seed)

@@ -56,13 +56,7 @@ def build_style(model: StyleModel, names: list[str]) -> ModularStyle:
 def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
     """Train, measure, write figures and ``model.safetensors`` to ``run.out``, print the table.
 
-    Returns:
-        The trained styles; None in all processes but the first.
-
-    Raises:
-        ValueError, FileNotFoundError: unusable pictures, device or options, before any work.
-        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
-        NonFiniteLoss: as for ``Trainer.run``.
+    Returns the trained styles, or None in all processes but the first; raises what ``runs.train`` does.
     """
     if run.data is None:
         raise ValueError("data must be a folder with a content picture and its styled versions")
@@ -74,7 +68,7 @@ def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
             raise ValueError(
                 f"{run.data}: needs {model.content}.png and a styled version; got {', '.join(pictures)}"
             )
-        data = about(model, torch.stack(list(pictures.values())), styles=list(pictures))
+        data = about(model, torch.stack(list(pictures.values())), styles=", ".join(pictures))
         content = pictures.pop(model.content)[None]
         names, targets = list(pictures), torch.stack(list(pictures.values()))
 

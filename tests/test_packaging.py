@@ -56,7 +56,7 @@ def test_installed_wheel_imports_and_has_the_command(dist: Path, tmp_path: Path)
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), wheel]
     subprocess.run(pip, check=True, capture_output=True, timeout=120)
     modules = "linfast.bench.run, linfast.compat.linearizer, linfast.examples, linfast.kernels"
-    code = f"import {modules}; print(linfast.__file__)"
+    code = f"import {modules}, linfast.cli; linfast.cli._parser(); print(linfast.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
