@@ -61,14 +61,8 @@ def refuse_existing(
 class Progress(contextlib.AbstractContextManager["Progress"]):
     """How far a run is, on stderr: a bar on a terminal where tqdm is installed, else a line every few seconds.
 
-    Args:
-        what: the first word of the bar or line.
-        done, total: units done at the start, and in all.
-        unit: what is counted.
-        enabled: whether to show anything.
-
-    Attributes:
-        note: the end of the bar or line, such as the loss.
+    ``what`` is its first word; ``done`` units of ``total`` are done at the start; the attribute ``note``, such as
+    the loss, is its end.
     """
 
     def __init__(self, what: str, done: int, total: int, unit: str, enabled: bool = True) -> None:

@@ -6,6 +6,7 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from ._command import Parser, flush_output, report, say, when_interrupted
@@ -24,19 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: wrong arguments, 2; --help, 0.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = argparse.Namespace(command="")
+    options = argparse.Namespace(command="", kept=lambda options: "nothing was begun")
 
     def name() -> str:
         return f"linfast {options.command}".strip()
 
     def interrupted() -> str:
-        return f"{name()}: interrupted; {options.kept(options) if 'kept' in options else 'nothing was begun'}"
+        return f"{name()}: interrupted; {options.kept(options)}"
 
     when_interrupted(interrupted)
     try:
         try:
             if arguments[:1] == ["bench"]:
-                return _bench(arguments[1:], options)
+                options.command, options.kept = "bench", lambda options: "what it printed and wrote so far is whole"
+                from linfast.bench.run import main as bench
+
+                return bench(arguments[1:])
             _parser().parse_args(arguments, options)
             return options.call(options)
         finally:
@@ -68,13 +72,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _bench(arguments: list[str], options: argparse.Namespace) -> int:
-    options.command, options.kept = "bench", lambda options: "what it printed and wrote so far is whole"
-    from linfast.bench.run import main as bench
-
-    return bench(arguments)
-
-
 def _info(options: argparse.Namespace) -> int:
     import torch
 
@@ -82,19 +79,14 @@ def _info(options: argparse.Namespace) -> int:
 
     rows = {"linfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "numpy", "safetensors"):
-        rows[name] = _version(name)
+        rows[name] = "not installed"
+        with suppress(PackageNotFoundError):
+            rows[name] = version(name)
     rows["threads"] = str(torch.get_num_threads())
     count = torch.cuda.device_count()
     rows["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "no device"
     print("\n".join(f"{name:12}{value}" for name, value in rows.items()))
     return 0
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":
