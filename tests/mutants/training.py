@@ -40,6 +40,14 @@ MUTANTS = (
         tests=(f"{_TRAINER}::test_resumed_is_uninterrupted_bit_for_bit",),
     ),
     Mutant(
+        name="read_checkpoint: the contents are not compared with their digest",
+        file="examples/checkpoint.py",
+        old='state.pop("digest", None) == digest(state)',
+        new='state.pop("digest", None) is not None',
+        breaks="A run goes on from a checkpoint whose contents have changed.",
+        tests=("tests/training/test_checkpoint.py::test_damaged_contents_are_refused_before_anything_changes",),
+    ),
+    Mutant(
         name="Trainer: the learning rate is a step late",
         file="examples/trainer.py",
         old="        for group in self.optimizer.param_groups:\n"
