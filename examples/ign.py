@@ -133,7 +133,7 @@ def _inputs(held: Tensor, seed: int, noise: float) -> dict[str, Tensor]:
 def measure_ign(
     f: Linearizer, training: Tensor, inputs: dict[str, Tensor], seed: int
 ) -> tuple[list[Row], list[Strip]]:
-    """Rows and strips: idempotency on each input, rank, reconstruction against PCA, a Gaussian's samples."""
+    """The table's rows and the figure's strips: idempotency, rank, PCA beside it, a Gaussian's samples."""
     rank = int(f.A.rank())
     rows: list[Row] = [("rank of P", f"{rank} of {f.A.n_in}", None)]
     strips = []
@@ -155,7 +155,7 @@ def measure_ign(
 
 
 def principal_projection(data: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
-    """PCA: x to its projection on the mean and the first ``rank`` principal directions of data [N, D]."""
+    """PCA: the projection onto the first ``rank`` principal directions of data [N, D], through their mean."""
     mean = data.double().mean(0)
     centred = data.double() - mean
     directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, data.shape[1] - rank :]
@@ -163,7 +163,7 @@ def principal_projection(data: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
 
 
 def latent_gaussian(f: Linearizer, data: Tensor) -> Callable[[int, int], Tensor]:
-    """Samples g^{-1}(z), z from the Gaussian of the data's kept latents P g(x); ours, not the paper's.
+    """Samples g^{-1}(z), where z is drawn from the Gaussian of the data's kept latents P g(x); not in the paper.
 
     Args:
         f: a Linearizer around a Projection.

@@ -105,7 +105,7 @@ def run_one_step(run: Run, model: OneStepModel) -> Linearizer | None:
 
 @torch.no_grad()
 def measure_one_step(f: Linearizer, images: Tensor, seed: int) -> tuple[list[Row], list[Strip]]:
-    """Rows and strips: sampling many-step and one-step, inversion, superposition, interpolation.
+    """The table's rows and the figure's strips: samples, inversion, superposition, interpolation.
 
     Args:
         images: [N, ...] that f was not trained on, in f's shape.

@@ -96,7 +96,7 @@ def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
 def measure_style(
     styles: ModularStyle, content: Tensor, targets: Tensor
 ) -> tuple[list[Row], list[Strip], list[Strip]]:
-    """Rows; strips of the styles and compositions; one strip per pair, of its interpolation."""
+    """The table's rows, the strips of styles and compositions, and one strip per pair, of its interpolation."""
     outputs = {name: styles.style(name)(content) for name in styles.names}
     rows: list[Row] = [
         (f"{name} against its target", f"{psnr(outputs[name], target):.2f} dB PSNR", None)

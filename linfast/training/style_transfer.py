@@ -13,6 +13,7 @@ interpolates the index k; here the operators are interpolated, as the paper says
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -130,10 +131,8 @@ class ModularStyle(nn.Module):
         """The styles one after another, the first one first."""
         if not names:
             raise ValueError("names must hold at least one style")
-        A, *others = (self._operator("names", name) for name in names)
-        for other in others:
-            A = other @ A
-        return Linearizer(self.g, A)
+        operators = (self._operator("names", name) for name in names)
+        return Linearizer(self.g, reduce(lambda A, following: following @ A, operators))
 
     def decode(self, z: Tensor, style: Tensor) -> Tensor:
         """g^{-1}(A_k z), row b of the latents z [B, C, H, W] with the style of number ``style[b]``."""

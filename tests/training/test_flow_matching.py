@@ -71,7 +71,7 @@ def test_training_lowers_it() -> None:
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
-def test_images_are_weighted_a_sample() -> None:
+def test_images_are_weighted_per_sample() -> None:
     g = perturb(lf.image_flow(1, 4, 2, 8))
     f = lf.Linearizer(g, lf.TimeLowRank(16, 2))
     assert one_step_loss(f, torch.randn(3, 1, 4, 4)).total.ndim == 0
