@@ -1,9 +1,9 @@
-"""Packages of linfast. kernels/ and bench/ are installed inside it: a top-level package
-called ``kernels`` would shadow the one that transformers uses."""
+"""Packages of linfast. kernels/, bench/ and examples/ are installed inside it: a top-level package called
+``kernels`` would shadow the one that transformers uses, and ``examples`` many others."""
 
 from setuptools import find_packages, setup
 
-_MAPPED = {"linfast.kernels": "kernels", "linfast.bench": "bench"}
+_MAPPED = {f"linfast.{folder}": folder for folder in ("kernels", "bench", "examples")}
 
 
 def _packages() -> list[str]:

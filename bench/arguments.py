@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from linfast.arguments import Parser
+from linfast._command import Parser
 
 from .cases import CASES
 from .harness import SCALES

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from linfast.arguments import refuse_existing
+from linfast._command import refuse_existing
 
 from .arguments import parser
 from .cases import CASES

@@ -1,11 +1,12 @@
-"""How a ``linfast`` command ends: an interruption or an error is one line on stderr, a closed pipe is none.
+"""What the commands of ``linfast`` share: their parser, their progress, and how they end.
 
-``linfast/__init__.py`` imports this module first: in a process that was started as the command, the imports
-after it may be interrupted, or fail for a wrong LINFAST_BACKEND, and end the same way.
+An interruption or an error is one line on stderr, and a pipe that nobody reads is none. ``linfast/__init__.py``
+imports this module first, so that this holds for the imports after it too.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -13,18 +14,85 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
-__all__ = ["Stops", "flush_output", "leave", "say", "status_of", "text_of"]
+__all__ = [
+    "Parser", "Progress", "add_earlier_files", "flush_output", "refuse_existing", "report", "say",
+    "when_interrupted",
+]  # fmt: skip
 
 _LONGEST = 2000  # characters of an error's line
-_PATIENCE = 3.0  # seconds after a signal in which Python can raise
+_PATIENCE = 3.0  # seconds for the last words of an interrupted command
+_BETWEEN_LINES = 5.0  # seconds
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports an error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        say(f"{self.prog}: error: {message} (see {self.prog} --help)")
+        raise SystemExit(2)
+
+
+def add_earlier_files(parser: argparse.ArgumentParser, resume: str, overwrite: str) -> None:
+    """Add ``--resume`` and ``--overwrite`` with these help texts; at most one of the two can be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help=resume)
+    group.add_argument("--overwrite", action="store_true", help=overwrite)
+
+
+def refuse_existing(
+    paths: Iterable[str | Path], ways: str = "--resume goes on with that run, --overwrite replaces its files"
+) -> None:
+    """Refuse to replace an earlier run's files.
+
+    Raises:
+        FileExistsError: one of the paths exists; the message names it and what the user can do.
+    """
+    for path in paths:
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists: {ways}")
+
+
+class Progress(contextlib.AbstractContextManager["Progress"]):
+    """How far a run is, on stderr: a bar on a terminal where tqdm is installed, else a line every few seconds.
+
+    ``what`` is its first word; ``done`` units of ``total`` are done at the start; the attribute ``note``, such as
+    the loss, is its end.
+    """
+
+    def __init__(self, what: str, done: int, total: int, unit: str, enabled: bool = True) -> None:
+        self.what, self.total, self.unit, self.note = what, total, unit, ""
+        self.enabled = enabled and sys.stderr is not None
+        self._start = self._last = time.monotonic()
+        self._bar: Any = None
+        if self.enabled and sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self._bar = tqdm(initial=done, total=total, desc=what, unit=unit, mininterval=0.5)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, done: int) -> None:
+        """Show that this many units are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(self.note, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif self.enabled and (done == self.total or time.monotonic() >= self._last + _BETWEEN_LINES):
+            self._last = time.monotonic()
+            parts = f"{done}/{self.total} {self.unit}s", f"{self._last - self._start:.0f} s", self.note
+            say(f"{self.what}: {', '.join(filter(None, parts))}")
 
 
 def say(text: str) -> None:
-    """One line on stderr; none where nobody reads it."""
+    """Print one line on stderr; nothing where nobody reads it."""
     if sys.stderr is None:
         return
     line = " ".join(text.split())
@@ -35,26 +103,21 @@ def say(text: str) -> None:
         _discard(sys.stderr)
 
 
-def text_of(error: BaseException) -> str:
-    """What an error says, without the punctuation of Python's; the class too where it was not foreseen."""
+def report(name: str, error: BaseException) -> int:
+    """Say in one line that the command of this name failed, and return its exit status.
+
+    The status is 2, or 1 where linfast did not foresee the error; then its class stands before its message.
+    """
+    foreseen = isinstance(error, (ValueError, OSError, FloatingPointError))
+    text = str(error) if foreseen and str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, (ValueError, OSError, FloatingPointError)) and str(error):
-        return str(error)
-    return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def status_of(error: BaseException) -> int:
-    """The exit status after an error: 2, or 1 where it was not foreseen."""
-    return 2 if isinstance(error, (ValueError, OSError, FloatingPointError)) else 1
+        text = f"{error.filename}: {error.strerror}"
+    say(f"{name}: error: {text}")
+    return 2 if foreseen else 1
 
 
 def flush_output() -> None:
-    """Flush stdout; where that fails the rest goes nowhere, so that Python's own end does not fail again.
-
-    Raises:
-        OSError: no room, or nobody reads it (BrokenPipeError).
-    """
+    """Flush stdout; where that raises, discard the rest, so that Python's own flush at exit does not raise too."""
     if sys.stdout is None:
         return
     try:
@@ -69,90 +132,13 @@ def _discard(stream: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class Stops:
-    """In this block SIGINT (Ctrl-C) and SIGTERM raise KeyboardInterrupt, once.
-
-    A second signal ends the process at once, and so does a first one that comes where Python cannot raise
-    (a weak reference's callback, say) and would print a traceback and go on. A command that has not ended a few
-    seconds after the signal is ended: it may wait in C, for another process, where Python runs no handler.
-
-    Args:
-        line: what to say then.
-
-    Attributes:
-        number: the signal's, 0 before it came.
-    """
-
-    def __init__(self, line: Callable[[], str]) -> None:
-        self.line, self.number = line, 0
-        self._said, self._before = False, dict[int, Any]()
-        self._writer: socket.socket | None = None
-
-    def __enter__(self) -> Stops:
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as nohup and "&" set it
-                    self._before[number] = signal.signal(number, self._stop)
-            if _IS_COMMAND:
-                reader, self._writer = socket.socketpair()
-                self._writer.setblocking(False)
-                signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-                threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        sys.unraisablehook = self._hook
-        if self._writer is not None:
-            signal.set_wakeup_fd(-1)
-            self._writer.close()
-        for number, before in self._before.items():
-            signal.signal(number, signal.SIG_IGN if before is _stop_while_starting else before)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
-            self.say()
-            os._exit(128 + number)
-        self.number = number
-        raise KeyboardInterrupt
-
-    def _watch(self, reader: socket.socket) -> None:
-        """End the process where its main thread does not, soon after a signal or at a second one."""
-        with reader:
-            while (number := int.from_bytes(reader.recv(1), "big")) not in self._before:
-                if not number:  # closed
-                    return
-            reader.settimeout(_PATIENCE)
-            with contextlib.suppress(TimeoutError):
-                if not reader.recv(1):
-                    return
-        self.say()
-        os._exit(128 + number)
-
-    def say(self) -> None:
-        """The line, once, by the first of torchrun's processes."""
-        if not self._said and os.environ.get("RANK", "0") == "0":
-            self._said = True
-            say(self.line())
-
-    def _unraisable(self, unraisable: Any) -> None:
-        if unraisable.exc_type is KeyboardInterrupt:
-            self.say()
-            os._exit(128 + (self.number or signal.SIGINT))
-        self._hook(unraisable)
+_line: Callable[[], str] = lambda: "linfast: interrupted while it started: nothing was begun"  # noqa: E731
 
 
-def leave(status: int) -> int:
-    """The status of an interrupted command, with which the process ends, where it is that command's.
-
-    Python itself would end by SIGINT after all where the interruption came through an ``exec`` of text, as
-    classes of the standard library are made, whoever caught it then.
-    """
-    if _IS_COMMAND:
-        os._exit(status)
-    return status
+def when_interrupted(line: Callable[[], str]) -> None:
+    """From now on the command says this when SIGINT (Ctrl-C) or SIGTERM ends it."""
+    global _line
+    _line = line
 
 
 def _is_command() -> bool:
@@ -163,30 +149,55 @@ def _is_command() -> bool:
     return os.path.splitext(os.path.basename(program))[0] == "linfast"
 
 
-def _stop_while_starting(number: int, frame: FrameType | None) -> None:
-    say("linfast: interrupted while it started: nothing was begun")
-    os._exit(128 + number)
+def _end_by_signals() -> None:
+    """Let SIGINT and SIGTERM end the process at once, with one line and status 128 + number.
 
+    A thread does it, because the main thread may wait in C (for another process, say), where Python runs no
+    handler. Files are safe: whatever linfast writes appears whole or can be gone on with after a ``kill -9``.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
-def _fail_while_starting(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    say(f"linfast: error: {text_of(error)}")
-    os._exit(status_of(error))
+    def stand_still(number: int, frame: FrameType | None) -> None:
+        time.sleep(_PATIENCE)
+        os._exit(128 + number)  # where the thread is gone: Python is ending
 
+    def last_words() -> None:
+        if os.environ.get("RANK", "0") == "0":  # the first of torchrun's processes
+            if sys.stderr is not None and sys.stderr.isatty():
+                print(file=sys.stderr)  # after a progress bar
+            say(_line())
+        flush_output()
 
-def _prepare() -> None:
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # closed ones of the first three would be the next files' that are opened, and get what is printed
-    os.close(descriptor)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be what a terminal cannot show
+    def watch() -> None:
+        while (number := reader.recv(1)[0]) not in before:
+            pass
+        speaker = threading.Thread(target=last_words, daemon=True)
+        speaker.start()
+        speaker.join(_PATIENCE)
+        os._exit(128 + number)
+
+    def leave_children_alone() -> None:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    ignored = (signal.SIG_IGN, None)  # as nohup and "&" set it
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in ignored]
+    before = {number: signal.signal(number, stand_still) for number in numbers}
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are its own
+        os.register_at_fork(after_in_child=leave_children_alone)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if _is_command():
+    while (_descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # a closed one of the first three would be the next file's, which then got what is printed
+    os.close(_descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not be able to show a file's name
     if not sys.flags.dev_mode:
-        sys.excepthook = _fail_while_starting
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop_while_starting)
-
-
-_IS_COMMAND = _is_command()
-if _IS_COMMAND:
-    _prepare()
+        sys.excepthook = lambda kind, error, trace: os._exit(report("linfast", error))
+    if threading.current_thread() is threading.main_thread():
+        _end_by_signals()

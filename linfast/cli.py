@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
-from ._command import Stops, flush_output, leave, say, status_of, text_of
-from .arguments import Parser
-from .training.commands import add_demo_command, add_train_command
+from ._command import Parser, flush_output, report, say, when_interrupted
 
 __all__ = ["main"]
 
@@ -20,63 +18,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     An error is one line on stderr and status 2, or 1 where linfast did not foresee it (``python -X dev`` shows
-    its traceback). SIGINT and SIGTERM end with a line that says what is kept, and status 130 and 143.
+    its traceback). SIGINT and SIGTERM end the ``linfast`` process with a line that says what is kept, and status
+    130 or 143; in another program's process a KeyboardInterrupt does.
 
     Raises:
         SystemExit: wrong arguments, 2; --help, 0.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = argparse.Namespace(command="")
+    options = argparse.Namespace(command="", kept=lambda options: "nothing was begun")
+
+    def name() -> str:
+        return f"linfast {options.command}".strip()
 
     def interrupted() -> str:
-        return (
-            f"{_name(options)}: interrupted; {options.kept(options) if 'kept' in options else 'nothing was begun'}"
-        )
+        return f"{name()}: interrupted; {options.kept(options)}"
 
-    with Stops(interrupted) as stops:
+    when_interrupted(interrupted)
+    try:
         try:
-            try:
-                if arguments[:1] == ["bench"]:
-                    return _bench(arguments[1:], options)
-                _parser().parse_args(arguments, options)
-                return options.call(options)
-            finally:
-                flush_output()
-        except BrokenPipeError:
-            return 141  # 128 and SIGPIPE's number, as of any program that a closed pipe ends
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt) or stops.number:
-                stops.say()
-                return leave(128 + (stops.number or signal.SIGINT))
-            if sys.flags.dev_mode:
-                raise
-            say(f"{_name(options)}: error: {text_of(error)}")
-            return status_of(error)
+            if arguments[:1] == ["bench"]:
+                options.command, options.kept = "bench", lambda options: "what it printed and wrote so far is whole"
+                from linfast.bench.run import main as bench
 
-
-def _name(options: argparse.Namespace) -> str:
-    return f"linfast {options.command}".strip()
+                return bench(arguments[1:])
+            _parser().parse_args(arguments, options)
+            return options.call(options)
+        finally:
+            flush_output()
+    except BrokenPipeError:
+        return 141  # 128 and the number of SIGPIPE, as of any program that a closed pipe ends
+    except KeyboardInterrupt:
+        say(interrupted())
+        return 130
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        return report(name(), error)
 
 
 def _parser() -> Parser:
+    from linfast.examples.commands import add_demo, add_train
+
     from .sampling.command import add_sample
 
     parser = Parser(prog="linfast", description="Fast Linearizers and coupling flows.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_demo_command(commands)
+    add_demo(commands)
     add_sample(commands)
-    add_train_command(commands)
+    add_train(commands)
     commands.add_parser("bench", help="run the benchmarks (see linfast bench --help)")
     info = commands.add_parser("info", help="versions and devices")
     info.set_defaults(call=_info, kept=lambda options: "it writes nothing")
     return parser
-
-
-def _bench(arguments: list[str], options: argparse.Namespace) -> int:
-    options.command, options.kept = "bench", lambda options: "what it printed and wrote so far is whole"
-    from linfast.bench.run import main as bench
-
-    return bench(arguments)
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -86,19 +79,14 @@ def _info(options: argparse.Namespace) -> int:
 
     rows = {"linfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "numpy", "safetensors"):
-        rows[name] = _version(name)
+        rows[name] = "not installed"
+        with suppress(PackageNotFoundError):
+            rows[name] = version(name)
     rows["threads"] = str(torch.get_num_threads())
     count = torch.cuda.device_count()
     rows["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "no device"
     print("\n".join(f"{name:12}{value}" for name, value in rows.items()))
     return 0
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 
 # Forks of a process that has imported linfast and run nothing: an import of torch takes seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["linfast.cli", "linfast.training", "linfast.sampling", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["linfast.cli", "linfast.examples", "linfast.sampling", "torch._dynamo"])
 _SECONDS = 300  # that a process may be silent
 
 

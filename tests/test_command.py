@@ -116,20 +116,6 @@ def test_help_into_a_closed_pipe_is_silent(monkeypatch, capsys) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_a_second_signal_ends_at_once_and_says_so_once(monkeypatch, capsys) -> None:
-    ended = []
-    monkeypatch.setattr("os._exit", ended.append)
-    with _command.Stops(lambda: "kept") as stops:
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):  # only because _exit came back
-            signal.raise_signal(signal.SIGTERM)
-        assert ended == [143]
-        stops.say()
-    assert capsys.readouterr().err == "kept\n"  # once
-    assert stops.number == signal.SIGTERM
-
-
 def test_an_interruption_ends_the_wait_for_other_processes(tmp_path: Path) -> None:
     """torch waits for them in C++, where no handler of Python's runs."""
     with socket.socket() as free:
@@ -156,52 +142,73 @@ def test_an_interruption_ends_the_wait_for_other_processes(tmp_path: Path) -> No
     assert waiting.returncode == 130
 
 
-_A_CHILD_IS_STOPPED = """
-import os, signal, sys, time
+_STARTED = """
+import os, signal, sys, time, weakref
 sys.argv = ["linfast"]
 from linfast import _command
-_command._PATIENCE = 0.01
-with _command.Stops(lambda: "ended"):
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.write(writer, b"-")
-            time.sleep(60)
-        finally:
-            os._exit(0)
-    os.read(reader, 1)
-    os.kill(child, signal.SIGTERM)
-    os.waitpid(child, 0)
-    time.sleep(0.5)
+_command.when_interrupted(lambda: "interrupted; kept")
 """
 
 
+def _ends(code: str, status: int = 130, said: str = "interrupted; kept\n") -> None:
+    done = _python("-c", _STARTED + code)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
 def test_a_childs_signals_are_its_own() -> None:
-    done = _python("-c", _A_CHILD_IS_STOPPED)
-    assert (done.returncode, done.stderr) == (0, "")
+    _ends(
+        """
+reader, writer = os.pipe()
+child = os.fork()
+if not child:
+    os.write(writer, b"-")
+    time.sleep(60)
+os.read(reader, 1)
+os.kill(child, signal.SIGTERM)
+assert os.waitpid(child, 0)[1] == signal.SIGTERM
+""",
+        0,
+        "",
+    )
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_an_interruption_that_cannot_be_raised_ends_at_once(monkeypatch, capsys) -> None:
-    class Dying:
-        def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
+def test_a_signal_ends_the_command_wherever_it_comes() -> None:
+    """Where Python cannot raise, in a loop that catches everything, and twice."""
+    _ends(
+        """
+class Dying:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+dying = Dying()
+del dying
+time.sleep(60)
+"""
+    )
+    _ends(
+        """
+while True:
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except BaseException:
+        pass
+""",
+        143,
+    )
+    _ends("for number in (signal.SIGINT, signal.SIGTERM): signal.raise_signal(number)")
 
-    ended = []
-    monkeypatch.setattr("os._exit", ended.append)
-    with _command.Stops(lambda: "interrupted; kept"):
-        dying = Dying()
-        del dying
-    assert ended == [130]
-    assert capsys.readouterr().err == "interrupted; kept\n"
+
+def test_what_was_printed_is_flushed_when_a_signal_comes(tmp_path: Path) -> None:
+    with open(tmp_path / "out", "w") as file:
+        done = _python("-c", _STARTED + "print('done'); signal.raise_signal(signal.SIGINT)", stdout=file)
+    assert done.returncode == 130
+    assert (tmp_path / "out").read_text() == "done\n"
+
+
+def test_a_signal_while_python_ends_does_not_hang() -> None:
+    _ends("import atexit; atexit.register(signal.raise_signal, signal.SIGINT)")
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with _command.Stops(lambda: "line") as stops:
-            signal.raise_signal(signal.SIGINT)
-        assert stops.number == 0
-    finally:
-        signal.signal(signal.SIGINT, before)
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + _STARTED
+    done = _python("-c", code + "signal.raise_signal(signal.SIGINT); print('on', file=sys.stderr)")
+    assert (done.returncode, done.stderr) == (0, "on\n")

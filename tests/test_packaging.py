@@ -31,7 +31,7 @@ def dist(tmp_path_factory) -> Path:
 def test_wheel_has_the_package_and_no_stray_top_level(dist: Path) -> None:
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as archive:
         names = archive.namelist()
-    for name in ("py.typed", "kernels/__init__.py", "bench/run.py", "bench/cases/__init__.py", "demo/run.py"):
+    for name in ("py.typed", "kernels/__init__.py", "bench/run.py", "bench/cases/__init__.py", "examples/demo.py"):
         assert f"linfast/{name}" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"linfast"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -40,7 +40,14 @@ def test_wheel_has_the_package_and_no_stray_top_level(dist: Path) -> None:
 def test_sdist_can_be_built_from(dist: Path) -> None:
     with tarfile.open(next(dist.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels/__init__.py"} <= names
+    assert {
+        "setup.py",
+        "pyproject.toml",
+        "LICENSE",
+        "README.md",
+        "kernels/__init__.py",
+        "examples/demo.py",
+    } <= names
 
 
 def test_installed_wheel_imports_and_has_the_command(dist: Path, tmp_path: Path) -> None:
@@ -48,7 +55,8 @@ def test_installed_wheel_imports_and_has_the_command(dist: Path, tmp_path: Path)
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), wheel]
     subprocess.run(pip, check=True, capture_output=True, timeout=120)
-    code = "import linfast.bench.run, linfast.compat.linearizer, linfast.kernels; print(linfast.__file__)"
+    modules = "linfast.bench.run, linfast.compat.linearizer, linfast.examples, linfast.kernels"
+    code = f"import {modules}, linfast.cli; linfast.cli._parser(); print(linfast.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120

@@ -93,7 +93,7 @@ def test_a_wrong_value_is_one_line(
         pytest.fail("work was begun")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("linfast.training.apps.output.Output.begin", begun)
+    monkeypatch.setattr("linfast.examples.runs.Output.begin", begun)
     monkeypatch.setattr("linfast.sampling.stream._run", begun)
     command = [there.get(word, word) for word in (*wrong[:-2], *right, *wrong[-2:])]
     try:
@@ -163,7 +163,7 @@ def test_an_unforeseen_error_is_one_line_with_its_class(capsys, monkeypatch, tmp
         (MemoryError(), "MemoryError"),
         (torch.OutOfMemoryError("no room"), "OutOfMemoryError: no room"),
     ):
-        monkeypatch.setattr("linfast.training.apps.one_step.load_images", Mock(side_effect=error))
+        monkeypatch.setattr("linfast.examples.one_step.load_images", Mock(side_effect=error))
         assert main(["train", "one-step", "--out", str(tmp_path)]) == 1
         assert capsys.readouterr().err == f"linfast train: error: {line}\n"
 
@@ -172,7 +172,7 @@ def test_no_room_is_one_line(capsys, monkeypatch, tmp_path: Path) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "out/checkpoint.pt")
 
-    monkeypatch.setattr("linfast.training.trainer.write_checkpoint", full)
+    monkeypatch.setattr("linfast.examples.trainer.write_checkpoint", full)
     small = ["--hidden", "4", "--depth", "1", "--steps", "2"]
     assert main(["train", "one-step", "--out", str(tmp_path / "out"), *small]) == 2
     assert (

@@ -17,7 +17,8 @@ from .runner import run_jobs
 from .stages import FILES, MOST_GIB, Given, Machine, Stage, plan
 
 ROOT = Path(__file__).resolve().parents[2]
-LINKS = {ROOT / "linfast" / name: Path("..") / name for name in ("kernels", "bench")}
+FOLDERS = ("kernels", "bench", "examples")  # which are linfast.kernels and so on
+LINKS = {ROOT / "linfast" / name: Path("..") / name for name in FOLDERS}
 MISSING = {
     **dict.fromkeys(("torch", "numpy", "safetensors"), "nothing runs"),
     "triton": "no kernel runs",
@@ -148,11 +149,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _links_needed() -> list[Path]:
-    """Those without which this checkout's linfast has no kernels and no benchmarks: none where it is installed."""
-    code = "import linfast.kernels as k, linfast.bench as b; print(*k.__path__, *b.__path__, sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    found = [Path(path).resolve() for path in done.stdout.splitlines()]
-    if found == [ROOT / name for name in ("kernels", "bench")]:
+    """Those without which this checkout's linfast lacks its folders: none where it is installed."""
+    names = [f"linfast.{name}" for name in FOLDERS]
+    code = f"import {', '.join(names)}; print({', '.join(f'*{name}.__path__' for name in names)}, sep='\\n')"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stdout.splitlines()
+    if [Path(path).resolve() for path in found] == [ROOT / name for name in FOLDERS]:
         return []
     return [link for link in LINKS if not link.exists()]
 

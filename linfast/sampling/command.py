@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..arguments import add_earlier_files, refuse_existing, taken
+from .._command import add_earlier_files, refuse_existing
 from ..dispatch import usable_device
 from ..io import load
 from ..linearizer import Linearizer
 from .integrate import METHODS
+from .locked import lock
 from .stream import sample_stream
 from .workers import Workers
 
@@ -49,7 +50,7 @@ def add_sample(commands: Any) -> None:
 
 
 def _sample(options: argparse.Namespace) -> int:
-    from ..training.distributed import process_group
+    from ..distributed import process_group
 
     for name, largest in _LARGEST.items():
         if getattr(options, name) > largest:
@@ -117,7 +118,8 @@ def _done(record: Path) -> int | None:
 def _check_unlocked(out: Path) -> None:
     """Raise BlockingIOError where another run is writing to the file."""
     if out.exists():
-        os.close(taken(out))
+        with open(out, "rb") as file:
+            lock(file, str(out))
 
 
 def _remove(out: Path) -> None:

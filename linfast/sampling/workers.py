@@ -60,7 +60,7 @@ class Workers:
     @contextmanager
     def bar(self, total: int, done: int, show: bool | None) -> Iterator[Callable[[int], None]]:
         """A function to call with the rows done so far; it shows them on process 0, where asked for."""
-        from ..training.progress import Progress
+        from .._command import Progress
 
         on_terminal = sys.stderr is not None and sys.stderr.isatty()
         wanted = on_terminal if show is None else show

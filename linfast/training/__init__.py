@@ -1,10 +1,12 @@
-"""The paper's three applications: their losses, their objectives and one training loop."""
+"""The losses of the paper's three applications, and the objectives that draw their data.
+
+``linfast.examples`` trains them: its ``Trainer`` takes any ``Objective``.
+"""
 
 from .flow_matching import FlowMatchingLoss, OneStepFlowMatching, one_step_loss
 from .idempotent import IdempotentGeneration, IdempotentLoss, idempotent_loss
 from .objective import Objective
 from .style_transfer import GeneratedDepthwise, ModularStyle, StyleTransfer
-from .trainer import NonFiniteLoss, Trainer, TrainSettings
 
 __all__ = [
     "FlowMatchingLoss",
@@ -12,12 +14,9 @@ __all__ = [
     "IdempotentGeneration",
     "IdempotentLoss",
     "ModularStyle",
-    "NonFiniteLoss",
     "Objective",
     "OneStepFlowMatching",
     "StyleTransfer",
-    "TrainSettings",
-    "Trainer",
     "idempotent_loss",
     "one_step_loss",
 ]

@@ -1,32 +1,32 @@
 """The linear idempotent generative network: a Linearizer around a learned Projection.
 
-f = g^{-1} P g with P = diag(round(sigmoid(logits))), so P P = P and f(f(x)) = f(x) for
-every x, on the data or off it, whatever was learned. Losses, N the size of a sample:
+f = g^{-1} P g with P = diag(round(sigmoid(logits))), so P P = P and f(f(x)) = f(x) for every x, on the data or
+off it, whatever was learned. The losses, with N the size of a sample:
 
     reconstruction   D(f(x), x)                                   data stay where they are
     rank             w_r rank(P) / N                              straight-through gradient
     isometry         w_i mean_b | |g(x) - g(0)|^2 - |x|^2 | / N
     denoising        w_d D(f(x + s e), x), e standard normal      ours, not the paper's; off by default
 
-Source: arXiv 2510.08570, which trains without noise. In a linear g the rank term keeps
-a direction while the variance along it is above w_r. In floating point f(f(x)) = f(x)
-holds as far as g inverts: use additive or bounded couplings.
+In a linear g the rank term keeps a direction while the variance along it is above w_r. In floating point
+f(f(x)) = f(x) holds as far as g inverts: use additive or bounded couplings. Source: arXiv 2510.08570, which trains
+without noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_function, check_kind, check_number, check_tensor
+from ..checks import check_kind, check_number
 from ..dispatch import cat
 from ..linearizer import Linearizer
 from ..operators import Projection
-from .objective import Objective, check_data, distance_of, draw_rows, normal_like
+from .objective import DataObjective, check_batch, check_given, check_options, distance_of
 
 __all__ = ["IdempotentGeneration", "IdempotentLoss", "idempotent_loss"]
 
@@ -55,33 +55,28 @@ def idempotent_loss(
     e: Tensor | None = None,
     distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
 ) -> IdempotentLoss:
-    """The terms for a batch of data x [B, ...].
+    """The terms for a batch of data x [B, ...]; the formulas are this module's docstring.
 
     Args:
         f: a Linearizer around a Projection, with one g.
-        rank, isometry, denoising: w_r, w_i, w_d.
+        rank, isometry, denoising: the weights w_r, w_i, w_d.
         noise: s, the standard deviation of the noise to be projected away.
         e: noise like x; drawn standard normal where left out.
-        distance: D(output, x) -> 0-d.
+        distance: D(output, x), a 0-d tensor.
 
     Raises:
-        TypeError: A is not a Projection.
+        TypeError: A is not a Projection, or an argument is of another type.
+        ValueError: a shape, dtype or device that does not go with x's.
     """
     A = _projection(f)
-    check_tensor("x", x)
-    _check_options(rank, isometry, denoising, noise, distance)
-    if e is not None:
-        check_tensor("e", e, x, same_dtype=True)
-        if e.shape != x.shape:
-            raise ValueError(f"e must be {tuple(x.shape)}, as x; got {tuple(e.shape)}")
+    check_batch("x", x)
+    check_options(distance, rank=rank, isometry=isometry, denoising=denoising, noise=noise)
+    check_given("x", x, x.shape, e=e)
     mask = A.mask()
-    if x.ndim < 2 or not len(x):
-        raise ValueError(f"x must be [B, ...] and have a row; got {tuple(x.shape)}")
     z, zero = f.gx(cat((x, torch.zeros_like(x[:1])))).split((len(x), 1))
     latents = [z]
     if denoising:
-        e = torch.randn_like(x) if e is None else e
-        latents.append(f.gx(x + noise * e))
+        latents.append(f.gx(x + noise * (torch.randn_like(x) if e is None else e)))
     stays, *denoised = f.gy_inverse(f.A(torch.cat(latents))).chunk(len(latents))
     stretch = (z - zero).flatten(1).square().sum(1) - x.flatten(1).square().sum(1)
     return IdempotentLoss(
@@ -92,36 +87,27 @@ def idempotent_loss(
     )
 
 
-def _check_options(rank: float, isometry: float, denoising: float, noise: float, distance: object) -> None:
-    for name, value in (("rank", rank), ("isometry", isometry), ("denoising", denoising), ("noise", noise)):
-        check_number(name, value, 0.0)
-    check_function("distance", distance)
-
-
 def _projection(f: Linearizer) -> Projection:
-    """f's A; raises where f is no Linearizer around a Projection."""
+    """f's A; TypeError where f is not a Linearizer around a Projection."""
     check_kind("f", f, Linearizer)
-    A = f.A
-    check_kind("f.A", A, Projection)
-    assert isinstance(A, Projection)
-    return A
+    check_kind("f.A", f.A, Projection)
+    return cast(Projection, f.A)
 
 
-class IdempotentGeneration(Objective):
+class IdempotentGeneration(DataObjective):
     """``idempotent_loss`` on a set of data.
 
-    A kept coordinate's logit feels the rank term only (what it carries, g reproduces), and
-    a dropped one's the reconstruction's pull: near the threshold they alternate. So the
-    projection stops changing after a share of the steps, and g goes on with it as it is.
+    The logit of a kept coordinate feels the rank term alone, as g reproduces what the coordinate carries, and that
+    of a dropped one the pull of the reconstruction: near the threshold they alternate. So the projection stops
+    changing after a share of the steps, and g alone is trained from there on.
 
     Args:
-        f: as in ``idempotent_loss``.
+        f, rank, isometry, denoising, noise, distance: as in ``idempotent_loss``.
         data: [N, ...], on f's device; rows are drawn with replacement.
-        settle: the share of the steps after which the logits' gradient is zero.
-        rank, isometry, denoising, noise, distance: as in ``idempotent_loss``.
+        settle: the share of the steps after which the gradient of the logits is zero.
     """
 
-    model: Linearizer
+    _loss, _optional = staticmethod(idempotent_loss), "denoising"
 
     def __init__(
         self,
@@ -135,16 +121,9 @@ class IdempotentGeneration(Objective):
         noise: float = 0.5,
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
     ) -> None:
-        super().__init__()
         A = _projection(f)
-        check_data(data, f)
-        _check_options(rank, isometry, denoising, noise, distance)
-        check_number("settle", settle, 0.0, 1.0)
-        self.model = f
-        self.data = data
-        self.settle = settle
-        self.rank, self.isometry, self.denoising, self.noise = rank, isometry, denoising, noise
-        self.distance = distance
+        super().__init__(f, data, distance, rank=rank, isometry=isometry, denoising=denoising, noise=noise)
+        self.settle = check_number("settle", settle, 0.0, 1.0)
         self._settled = False
         A.logits.register_hook(lambda gradient: gradient * (not self._settled))
 
@@ -152,19 +131,5 @@ class IdempotentGeneration(Objective):
         self._settled = progress >= self.settle
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
-        x = draw_rows(self.data, rng, batch)
-        return {"x": x, "e": normal_like(x, rng)}
-
-    def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        terms = idempotent_loss(
-            self.model,
-            **drawn,
-            rank=self.rank,
-            isometry=self.isometry,
-            denoising=self.denoising,
-            noise=self.noise,
-            distance=self.distance,
-        )._asdict()
-        if not self.denoising:
-            del terms["denoising"]
-        return terms
+        x = self._rows(rng, batch)
+        return {"x": x, "e": torch.empty_like(x).normal_(generator=rng)}

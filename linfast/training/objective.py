@@ -1,22 +1,23 @@
-"""Objective: what an application trains, and the draws that objectives share."""
+"""What an application trains, and what the objectives share: draws of data and checks of their arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor
+from ..checks import check_function, check_number, check_tensor
 from ..dispatch import check_values
 from ..flows.bijection import Bijection
 from ..linearizer import Linearizer
 
-__all__ = ["Objective", "check_data", "distance_of", "draw_rows", "normal_like"]
+__all__ = ["Objective"]
 
 
 class Objective(nn.Module):
-    """What one application trains: a model, a draw and named loss terms.
+    """What one application trains: a model, the draw of a batch, and named loss terms.
 
     Attributes:
         model: what is trained, averaged and returned.
@@ -25,10 +26,10 @@ class Objective(nn.Module):
     model: nn.Module
 
     def begin_step(self, progress: float) -> None:
-        """Called before each step with the share of the steps done, in [0, 1); for what changes in training."""
+        """Called before each step with the share of the steps done, in [0, 1), for what changes during training."""
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
-        """One step's data and random numbers for the whole batch, each [batch, ...], from ``rng`` alone."""
+        """The data and random numbers of one step for the whole batch, each [batch, ...], from ``rng`` alone."""
         raise NotImplementedError
 
     def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,33 +37,69 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
-def check_data(data: object, f: Linearizer) -> None:
-    """Raise unless these are data [N, ...] as f takes them, on its device, of which rows can be drawn."""
-    check_tensor("data", data, next(f.parameters(), None), "f", same_dtype=True)
-    assert isinstance(data, Tensor)
-    check_values("data", data)
-    if data.ndim < 2 or not data.numel():
-        raise ValueError(f"data must be [N, ...], and not empty; got {tuple(data.shape)}")
-    if data[0].numel() != f.A.n_in:
-        raise ValueError(f"data must have {f.A.n_in} numbers a row, as f.A takes; got {tuple(data.shape)}")
-    if isinstance(f.g_x, Bijection):
-        f.g_x._check("data", data, f.g_x.features)
+class DataObjective(Objective):
+    """A loss of a Linearizer, with its options, on data [N, ...] on the Linearizer's device.
+
+    A subclass names the loss, which returns a NamedTuple of terms, and the term that is left out where the option
+    of its name is 0.
+    """
+
+    _loss: Callable[..., Any]
+    _optional: str
+    model: Linearizer
+
+    def __init__(self, f: Linearizer, data: Tensor, distance: object, **options: float) -> None:
+        super().__init__()
+        check_tensor("data", data, next(f.parameters(), None), "f", same_dtype=True)
+        check_values("data", data)
+        if data.ndim < 2 or not data.numel():
+            raise ValueError(f"data must be [N, ...], and not empty; got {tuple(data.shape)}")
+        if data[0].numel() != f.A.n_in:
+            raise ValueError(f"data must have {f.A.n_in} numbers a row, as f.A takes; got {tuple(data.shape)}")
+        if isinstance(f.g_x, Bijection):
+            f.g_x._check("data", data, f.g_x.features)
+        check_options(distance, **options)
+        self.model, self.data, self.distance, self.options = f, data, distance, options
+
+    def _rows(self, rng: torch.Generator, batch: int) -> Tensor:
+        """``batch`` rows of the data, with replacement."""
+        return self.data[torch.randint(len(self.data), (batch,), generator=rng, device=self.data.device)]
+
+    def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        terms = self._loss(self.model, **drawn, **self.options, distance=self.distance)._asdict()
+        if not self.options[self._optional]:
+            del terms[self._optional]
+        return terms
+
+
+def check_batch(name: str, x: Tensor) -> None:
+    """Raise unless x is a batch [B, ...] with at least one row."""
+    check_tensor(name, x)
+    if x.ndim < 2 or not len(x):
+        raise ValueError(f"{name} must be [B, ...] and have a row; got {tuple(x.shape)}")
+
+
+def check_given(of: str, x: Tensor, shape: torch.Size, **values: Tensor | None) -> None:
+    """Raise unless each, where given, has this shape, and the dtype and device of x, the argument named ``of``."""
+    for name, value in values.items():
+        if value is not None:
+            check_tensor(name, value, x, of, same_dtype=True)
+            if value.shape != shape:
+                wanted = f"{tuple(shape)} for {of} {tuple(x.shape)}"
+                raise ValueError(f"{name} must be {wanted}; got {tuple(value.shape)}")
+
+
+def check_options(distance: object, **numbers: float) -> None:
+    """Raise unless ``distance`` is a function and each number finite and at least 0, by its name."""
+    check_function("distance", distance)
+    for name, value in numbers.items():
+        check_number(name, value, 0.0)
 
 
 def distance_of(distance: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
-    """``distance(output, target)``, a 0-d tensor."""
+    """``distance(output, target)``; ValueError unless it is a 0-d tensor."""
     value = distance(output, target)
     if not isinstance(value, Tensor) or value.ndim:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"distance must return a 0-d tensor, a mean over the rows; got {got}")
     return value
-
-
-def draw_rows(data: Tensor, rng: torch.Generator, batch: int) -> Tensor:
-    """``batch`` rows of data [N, ...], with replacement."""
-    return data[torch.randint(len(data), (batch,), generator=rng, device=data.device)]
-
-
-def normal_like(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Standard normal noise of x's shape, dtype and device."""
-    return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)

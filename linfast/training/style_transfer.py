@@ -1,19 +1,19 @@
-"""Modular style transfer: one g, an operator a style, f_k = g^{-1} A_k g.
+"""Modular style transfer: one g and one operator per style, f_k = g^{-1} A_k g.
 
 Styles are mixed and chained where they are linear:
 
     interpolation   g^{-1} (alpha A_1 + (1 - alpha) A_2) g      alpha = 1 and 0 are the styles themselves
     composition     g^{-1} A_2 A_1 g = f_2 after f_1
 
-Source: arXiv 2510.08570, whose A_k is a depthwise convolution with a generated kernel;
-any LatentOperator will do. Its repository gives g another time on each side, where
-composition has no meaning in data space, and interpolates the index k: here the
-operators are interpolated, as the paper has it.
+Source: arXiv 2510.08570, whose A_k is a depthwise convolution with a generated kernel; any LatentOperator will do.
+The paper's repository gives g another time on each side, where composition has no meaning in data space, and
+interpolates the index k; here the operators are interpolated, as the paper says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -34,12 +34,12 @@ __all__ = ["GeneratedDepthwise", "ModularStyle", "StyleTransfer"]
 
 @register
 class GeneratedDepthwise(nn.Module):
-    """Depthwise kernels from an index: bank[k] is a DepthwiseConv whose kernel an MLP makes of k embedded.
+    """Depthwise kernels made from an index: ``bank[k]`` is a DepthwiseConv.
 
-    Each kernel is a unit impulse plus the MLP's output, so that new styles are near the identity.
+    Its kernel is a unit impulse plus what an MLP makes of k's embedding, so a new style is near the identity.
 
     Args:
-        count: how many styles.
+        count: number of styles.
         channels, kernel_size, size: of the DepthwiseConvs.
         features: size of the index's sinusoidal embedding.
         hidden: width of the MLP's two hidden layers.
@@ -70,9 +70,8 @@ class GeneratedDepthwise(nn.Module):
             raise IndexError(f"style {k} of {self.count}")
         like = next(self.net.parameters())
         index = torch.full((1,), k, dtype=like.dtype, device=like.device)
-        square = (self.channels, self.kernel_size, self.kernel_size)
-        weight = self.net(self.embedding(index)).to(like.dtype).reshape(square)
-        middle = (self.kernel_size - 1) // 2
+        size, middle = self.kernel_size, (self.kernel_size - 1) // 2
+        weight = self.net(self.embedding(index)).to(like.dtype).reshape(self.channels, size, size)
         impulse = torch.zeros_like(weight)
         impulse[:, middle, middle] = 1.0
         return DepthwiseConv(self.channels, self.kernel_size, self.size, weight + impulse)
@@ -80,15 +79,15 @@ class GeneratedDepthwise(nn.Module):
 
 @register
 class ModularStyle(nn.Module):
-    """One g and an operator a style.
+    """One g and one operator per style.
 
     Args:
         g: a Bijection on images.
-        operators: a GeneratedDepthwise, or LatentOperators; one a name.
+        operators: a GeneratedDepthwise, or one LatentOperator per name.
         names: of the styles.
 
     Raises:
-        ValueError: as many names as operators are needed, each once; from the methods, a name that is no style's.
+        ValueError: not as many different names as operators; from the methods, a name that is not a style's.
     """
 
     operators: GeneratedDepthwise | nn.ModuleList
@@ -105,9 +104,7 @@ class ModularStyle(nn.Module):
         for i in range(0 if isinstance(operators, GeneratedDepthwise) else len(operators)):
             check_kind(f"operators[{i}]", operators[i], LatentOperator)
         if len(names) != len(operators) or len(set(names)) != len(names):
-            raise ValueError(
-                f"names must be {len(operators)} different ones, one for each of operators; got {list(names)}"
-            )
+            raise ValueError(f"names must be {len(operators)} different ones, one per operator; got {list(names)}")
         self.g, self.names = g, tuple(names)
         self.operators = operators if isinstance(operators, GeneratedDepthwise) else nn.ModuleList(operators)
 
@@ -134,20 +131,16 @@ class ModularStyle(nn.Module):
         """The styles one after another, the first one first."""
         if not names:
             raise ValueError("names must hold at least one style")
-        A, *others = (self._operator("names", name) for name in names)
-        for other in others:
-            A = other @ A
-        return Linearizer(self.g, A)
+        operators = (self._operator("names", name) for name in names)
+        return Linearizer(self.g, reduce(lambda A, following: following @ A, operators))
 
     def decode(self, z: Tensor, style: Tensor) -> Tensor:
-        """g^{-1}(A_k z), each row of latents z [B, C, H, W] by the style of its number k in ``style`` [B]."""
+        """g^{-1}(A_k z), row b of the latents z [B, C, H, W] with the style of number ``style[b]``."""
         check_tensor("z", z)
         check_dense("style", style)
         if style.dtype != torch.int64 or style.shape != z.shape[:1] or style.device != z.device:
-            raise ValueError(
-                f"style must be int64 [{z.shape[0] if z.ndim else ''}] on {z.device} for z {tuple(z.shape)}; "
-                f"got {style.dtype} {tuple(style.shape)} on {style.device}"
-            )
+            wanted = f"int64 {list(z.shape[:1])} on {z.device} for z {tuple(z.shape)}"
+            raise ValueError(f"style must be {wanted}; got {style.dtype} {tuple(style.shape)} on {style.device}")
         check_values("style", style)
         if len(style) and not 0 <= int(style.min()) <= int(style.max()) < len(self.names):
             raise ValueError(f"style must hold numbers from 0 to {len(self.names) - 1}; got {style.tolist()}")
@@ -158,13 +151,13 @@ class ModularStyle(nn.Module):
 
 
 class StyleTransfer(Objective):
-    """D(f_k(content), content in style k), over pairs of a content image and a style.
+    """D(f_k(content), content in style k), a mean over pairs of a content image and a style.
 
     Args:
         model: the styles to train.
         contents: [N, C, H, W].
-        styled: [K, N, C, H, W], each style's version of each content, in the order of the model's names.
-        distance: D(output, target) -> 0-d.
+        styled: [K, N, C, H, W], the version of each content in each style, in the order of the model's names.
+        distance: D(output, target), a 0-d tensor.
 
     Raises:
         ValueError: contents and styled do not match; from ``draw``, a batch of more than the K N pairs.
@@ -186,11 +179,8 @@ class StyleTransfer(Objective):
         check_function("distance", distance)
         if contents.ndim != 4 or not contents.numel():
             raise ValueError(f"contents must be [N, C, H, W], and not empty; got {tuple(contents.shape)}")
-        if styled.shape != (len(model.names), *contents.shape):
-            raise ValueError(
-                f"styled must be [{len(model.names)}, {', '.join(map(str, contents.shape))}]: "
-                f"each style of each of contents; got {tuple(styled.shape)}"
-            )
+        if list(styled.shape) != (wanted := [len(model.names), *contents.shape]):
+            raise ValueError(f"styled must be {wanted}: each style of each content; got {tuple(styled.shape)}")
         model.g._check("contents", contents, model.g.features)
         self.model, self.contents, self.styled, self.distance = model, contents, styled, distance
 

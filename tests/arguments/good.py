@@ -21,8 +21,8 @@ _DATA = (
 )
 _PROTOCOL = (
     "ChannelLinear.after _LinearMix.after ActNorm.after Permute.after AffineCoupling.transform_then_mix "
-    "Objective.begin_step Objective.draw Objective.forward OneStepFlowMatching.draw OneStepFlowMatching.forward "
-    "IdempotentGeneration.begin_step IdempotentGeneration.draw IdempotentGeneration.forward StyleTransfer.draw "
+    "Objective.begin_step Objective.draw Objective.forward OneStepFlowMatching.draw DataObjective.forward "
+    "IdempotentGeneration.begin_step IdempotentGeneration.draw StyleTransfer.draw "
     "StyleTransfer.forward compat.G.forward compat.G.inverse LinearModule.forward LinearModule.inverse"
 )
 EXEMPT: dict[str, str] = {**dict.fromkeys(_DATA.split(), DATA), **dict.fromkeys(_PROTOCOL.split(), PROTOCOL)}

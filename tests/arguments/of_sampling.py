@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import linfast as lf
-from linfast import training
+from linfast import examples, training
 from tests.arguments.calls import Good, linearizer, made, method, timed, x
 
 
@@ -29,7 +29,7 @@ def objective() -> training.Objective:
 
 
 def trained(**arguments: Any) -> Any:
-    return training.Trainer(**arguments).run(progress=False)
+    return examples.Trainer(**arguments).run(progress=False)
 
 
 ONE_STEP = {"steps": 3, "method": "midpoint", "stop": 0.5}
@@ -157,15 +157,15 @@ SAMPLING: dict[str, Good] = {
     "Trainer": Good(
         lambda: (
             trained,
-            {"objective": objective(), "settings": training.TrainSettings(1, 2), "checkpoint": None, "about": None},
+            {"objective": objective(), "settings": examples.TrainSettings(1, 2), "checkpoint": None, "about": None},
         ),
         allowed={"checkpoint": {"a string"}},
     ),
     "Trainer.run": Good(
-        lambda: (training.Trainer(objective(), training.TrainSettings(1, 2)).run, {"progress": False})
+        lambda: (examples.Trainer(objective(), examples.TrainSettings(1, 2)).run, {"progress": False})
     ),
     "TrainSettings": made(
-        training.TrainSettings,
+        examples.TrainSettings,
         steps=2,
         batch=2,
         learning_rate=0.1,
@@ -176,5 +176,5 @@ SAMPLING: dict[str, Good] = {
         seed=0,
         checkpoint_every=2,
     ),
-    "TrainSettings.learning_rate_at": method(lambda: training.TrainSettings(4), "learning_rate_at", step=2),
+    "TrainSettings.learning_rate_at": method(lambda: examples.TrainSettings(4), "learning_rate_at", step=2),
 }

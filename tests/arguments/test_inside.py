@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast import ops, training
+from linfast import examples, ops, training
 from linfast.operators import BlockDiagonal
 from tests.arguments.calls import flow, linearizer, timed, x
 from tests.arguments.of_rest import Coupling
@@ -141,7 +141,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: training.StyleTransfer(styles(), x(3, 3, 2, 2), x(2, 3, 3, 2, 2)), "contents must have 2 features",
     ),
     "no model": (
-        lambda: training.Trainer(training.Objective(), training.TrainSettings(1)), "objective.model must be a",
+        lambda: examples.Trainer(training.Objective(), examples.TrainSettings(1)), "objective.model must be a",
     ),
     "no styles": (lambda: styles().compose(), "names must hold at least one"),
     "an unknown style": (lambda: styles().compose("a", "c"), "names: no style 'c'"),

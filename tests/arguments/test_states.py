@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from linfast.examples import NonFiniteLoss
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from linfast.training import NonFiniteLoss
 from tests.arguments.good import GOOD
 from tests.arguments.wrong import outcome
 

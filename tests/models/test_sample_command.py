@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from pathlib import Path
@@ -11,9 +10,9 @@ import pytest
 import torch
 
 import linfast as lf
-from linfast.arguments import taken
 from linfast.cli import main
 from linfast.sampling import stream
+from linfast.sampling.locked import lock
 
 
 @pytest.fixture
@@ -149,12 +148,10 @@ def test_an_interrupted_overwrite_is_replaced_by_another(model: Path, tmp_path: 
 def test_a_file_that_is_being_written_is_not_replaced(model: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "x.npy"
     assert _sample(model, out) == 0
-    lock = taken(out)
-    try:
+    with open(out, "rb") as file:
+        lock(file, str(out))
         assert _sample(model, out, "--overwrite", "--seed", "1") == 2
-    finally:
-        os.close(lock)
-    assert f"{out}: another run writes there" in capsys.readouterr().err
+    assert f"{out} is being written by another run" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.new*"))
 
 

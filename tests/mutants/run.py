@@ -30,7 +30,7 @@ __all__ = ["ROOT", "Copy", "Outcome", "baseline", "copies", "on_copies", "try_mu
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120  # seconds a mutant
 _BASELINE_LIMIT = 600
-_LINKS = {"linfast/kernels": "../kernels", "linfast/bench": "../bench"}
+_LINKS = {f"linfast/{name}": f"../{name}" for name in ("kernels", "bench", "examples")}
 # What a test raises where a mutant is no program any more: that shows nothing of the test.
 _NO_PROGRAM = ("SyntaxError", "IndentationError", "NameError", "ImportError", "ModuleNotFoundError")
 
@@ -71,7 +71,7 @@ class Copy:
 
     def _check_imports(self) -> None:
         """Raise unless the copy's interpreter finds the copy's code."""
-        names = ("linfast", "linfast.kernels", "linfast.bench")
+        names = ("linfast", "linfast.kernels", "linfast.bench", "linfast.examples")
         code = f"import {', '.join(names)}; print({', '.join(f'{name}.__file__' for name in names)})"
         found = subprocess.run(
             [sys.executable, "-c", code], cwd=self.folder, env=self._environment(), check=True,

@@ -33,15 +33,23 @@ MUTANTS = (
     ),
     Mutant(
         name="Trainer: a checkpoint lacks the moments of Adam",
-        file="linfast/training/trainer.py",
-        old="        self.optimizer.load_state_dict(optimizer)\n",
+        file="examples/trainer.py",
+        old='        self.optimizer.load_state_dict(state["optimizer"])\n',
         new="",
         breaks="A resumed run starts Adam afresh.",
         tests=(f"{_TRAINER}::test_resumed_is_uninterrupted_bit_for_bit",),
     ),
     Mutant(
+        name="read_checkpoint: the contents are not compared with their digest",
+        file="examples/checkpoint.py",
+        old='state.pop("digest", None) == digest(state)',
+        new='state.pop("digest", None) is not None',
+        breaks="A run goes on from a checkpoint whose contents have changed.",
+        tests=("tests/training/test_checkpoint.py::test_damaged_contents_are_refused_before_anything_changes",),
+    ),
+    Mutant(
         name="Trainer: the learning rate is a step late",
-        file="linfast/training/trainer.py",
+        file="examples/trainer.py",
         old="        for group in self.optimizer.param_groups:\n"
         '            group["lr"] = settings.learning_rate_at(self.step)\n'
         "        self.optimizer.step()\n",

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from linfast.examples import Trainer, TrainSettings
+from linfast.examples.checkpoint import write_checkpoint
+from linfast.examples.report import save_strips
 from torch import nn
 
 import linfast as lf
-from linfast.training import Trainer, TrainSettings
-from linfast.training.apps.report import save_strips
-from linfast.training.checkpoint import _KEYS, write_checkpoint
 
 from .toys import Breaking
 
@@ -74,7 +74,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         _refused(path, "not a checkpoint")
     for state in ({}, [1], {"format": "linfast-training-1"}, torch.ones(2)):
         torch.save(state, path)
-        _refused(path, "not a")
+        _refused(path, "not a checkpoint")
 
 
 def _set(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -97,78 +97,62 @@ def _drop(*keys: Any) -> Callable[[dict[str, Any]], None]:
 
 _LOSSES = torch.ones(4, 3, dtype=torch.float64)
 _DAMAGES = [
-    *[
-        (_drop(key), f"lacks {key}")
-        for key in ("settings", "step", "model", "optimizer", "averaged", "terms", "losses", "digest")
-    ],
-    *[
-        (_set(key, value=3), "must|of another model")
-        for key in ("settings", "model", "optimizer", "averaged", "terms")
-    ],
-    *[(_set("step", value=value), "step must be from 1 to 4") for value in (-1, 0, 5, 2.0, True, "4", None)],
-    (_set("step", value=3), r"losses must be \(3, 3\)"),
-    (_set("settings", "unknown", value=1), "settings must be"),
-    (_drop("settings", "clip"), "settings must be"),
-    (_set("settings", "clip", value=torch.ones(2, 2)), "had clip="),
-    (_set("settings", "clip", value=_NAN), "had clip=nan"),
-    (_set("model", "weight", value=torch.ones(2, 2)), r"model weight must be \(1, 3\)"),
-    (_set("model", "weight", value=torch.ones(1, 3).double()), "model weight must be"),
-    (_set("model", "weight", value=torch.full((1, 3), _NAN)), "model weight has NaN"),
-    (_set("model", "weight", value="1"), "model weight must be"),
-    (_set("model", "other", value=torch.ones(1)), "of another model"),
-    (_drop("model", "bias"), "of another model"),
-    (_set("averaged", value=None), "average must be there"),
-    (_drop("averaged", "module.bias"), "of another model"),
-    (_set("averaged", "module.bias", value=torch.ones(9)), "average module.bias must be"),
-    (_set("terms", value=["fit", "fit", "gradient norm"]), "terms must be"),
-    (_set("terms", value=["fit", "other"]), "terms must be"),
-    (_set("terms", value=["fit", 1, "gradient norm"]), "terms must be"),
-    (_set("losses", value=_LOSSES.float()), "losses must be"),
-    (_set("losses", value=_LOSSES * _NAN), "losses has NaN"),
-    (_set("losses", value=-_LOSSES), "negative gradient norm"),
-    (_set("losses", value=[1.0]), "losses must be"),
-    (_drop("optimizer", "state"), "optimizer is of another model"),
-    (_set("optimizer", "param_groups", value=[]), "optimizer is of another model"),
-    (_set("optimizer", "param_groups", 0, "params", value=[0]), "optimizer is of another model"),
-    (_set("optimizer", "param_groups", 0, "params", 1, value=torch.ones(2)), "optimizer is of another model"),
-    (_set("optimizer", "state", value={}), "optimizer has taken no steps"),
-    (_set("optimizer", "state", 7, value={}), "has a parameter 7 of 2"),
-    (_drop("optimizer", "state", 0, "exp_avg"), "must hold step, exp_avg"),
-    (_set("optimizer", "state", 0, "exp_avg", value=torch.ones(5)), "exp_avg of parameter 0 must be"),
-    (_set("optimizer", "state", 0, "exp_avg", value=torch.full((1, 3), _NAN)), "exp_avg of parameter 0 has NaN"),
-    (_set("optimizer", "state", 0, "exp_avg_sq", value=-torch.ones(1, 3)), "negative exp_avg_sq"),
-    *[(_set("optimizer", "state", 0, "step", value=torch.tensor(v)), "1 to 4 steps") for v in (-1.0, 9.0, _NAN)],
-    (_set("optimizer", "state", 0, "step", value=None), "1 to 4 steps"),
-    *[
-        (change, "damaged: it does not hold what was written")
-        for change in (
-            _drop("optimizer", "state", 0),
-            _set("optimizer", "state", 0, "step", value=torch.tensor(1.5)),
-            _set("optimizer", "state", 0, "step", value=torch.tensor(4)),
-            _set("optimizer", "state", 0, "step", value=torch.tensor(3.0)),
-            _set("optimizer", "state", 0, "exp_avg", value=torch.ones(1, 1).expand(1, 3)),
-            lambda state: state["optimizer"]["state"][0].update(
-                exp_avg=state["optimizer"]["state"][0]["exp_avg_sq"]
-            ),
-            _set("optimizer", "param_groups", 0, "lr", value=_NAN),
-            _set("terms", value=["other", "fit", "gradient norm"]),
-            _set("terms", value=["fit", "another", "gradient norm"]),
-            lambda state: state.update(terms=["more", *state["terms"]], losses=torch.ones(4, 4).double()),
-            _set("losses", value=_LOSSES),
-            _set("model", "weight", value=torch.ones(1, 3)),
-            _set("averaged", "module.bias", value=torch.ones(1)),
-            _set("digest", value="0" * 64),
-            _set("digest", value=None),
-        )
-    ],
-    (_set("model", "weight", value=torch.ones(1, 3, device="meta")), "model weight must be"),
-    (_set("losses", value=_LOSSES.to("meta")), "losses must be"),
-    (
-        _set("optimizer", "state", 0, "exp_avg", value=torch.ones(1, 3, device="meta")),
-        "exp_avg of parameter 0 must",
-    ),
-    (_set("optimizer", "state", 0, "step", value=torch.ones((), device="meta")), "1 to 4 steps"),
-    (_set("averaged", "n_averaged", value=torch.ones((), dtype=torch.int64, device="meta")), "n_averaged must be"),
+    *map(_drop, ("format", "settings", "step", "model", "optimizer", "averaged", "terms", "losses", "digest")),
+    *(_set(key, value=3) for key in ("format", "settings", "model", "optimizer", "averaged", "terms")),
+    *(_set("step", value=value) for value in (-1, 0, 5, 2.0, True, "4", None)),
+    _set("step", value=3),
+    _set("settings", "unknown", value=1),
+    _drop("settings", "clip"),
+    _set("settings", "clip", value=torch.ones(2, 2)),
+    _set("settings", "clip", value=_NAN),
+    _set("model", "weight", value=torch.ones(2, 2)),
+    _set("model", "weight", value=torch.ones(1, 3).double()),
+    _set("model", "weight", value=torch.full((1, 3), _NAN)),
+    _set("model", "weight", value="1"),
+    _set("model", "other", value=torch.ones(1)),
+    _drop("model", "bias"),
+    _set("averaged", value=None),
+    _drop("averaged", "module.bias"),
+    _set("averaged", "module.bias", value=torch.ones(9)),
+    _set("terms", value=["fit", "fit", "gradient norm"]),
+    _set("terms", value=["fit", "other"]),
+    _set("terms", value=["fit", 1, "gradient norm"]),
+    _set("losses", value=_LOSSES.float()),
+    _set("losses", value=_LOSSES * _NAN),
+    _set("losses", value=-_LOSSES),
+    _set("losses", value=[1.0]),
+    _drop("optimizer", "state"),
+    _set("optimizer", "param_groups", value=[]),
+    _set("optimizer", "param_groups", 0, "params", value=[0]),
+    _set("optimizer", "param_groups", 0, "params", 1, value=torch.ones(2)),
+    _set("optimizer", "state", value={}),
+    _set("optimizer", "state", 7, value={}),
+    _drop("optimizer", "state", 0, "exp_avg"),
+    _set("optimizer", "state", 0, "exp_avg", value=torch.ones(5)),
+    _set("optimizer", "state", 0, "exp_avg", value=torch.full((1, 3), _NAN)),
+    _set("optimizer", "state", 0, "exp_avg_sq", value=-torch.ones(1, 3)),
+    *(_set("optimizer", "state", 0, "step", value=torch.tensor(v)) for v in (-1.0, 9.0, _NAN)),
+    _set("optimizer", "state", 0, "step", value=None),
+    _drop("optimizer", "state", 0),
+    _set("optimizer", "state", 0, "step", value=torch.tensor(1.5)),
+    _set("optimizer", "state", 0, "step", value=torch.tensor(4)),
+    _set("optimizer", "state", 0, "step", value=torch.tensor(3.0)),
+    _set("optimizer", "state", 0, "exp_avg", value=torch.ones(1, 1).expand(1, 3)),
+    lambda state: state["optimizer"]["state"][0].update(exp_avg=state["optimizer"]["state"][0]["exp_avg_sq"]),
+    _set("optimizer", "param_groups", 0, "lr", value=_NAN),
+    _set("terms", value=["other", "fit", "gradient norm"]),
+    _set("terms", value=["fit", "another", "gradient norm"]),
+    lambda state: state.update(terms=["more", *state["terms"]], losses=torch.ones(4, 4).double()),
+    _set("losses", value=_LOSSES),
+    _set("model", "weight", value=torch.ones(1, 3)),
+    _set("averaged", "module.bias", value=torch.ones(1)),
+    _set("digest", value="0" * 64),
+    _set("digest", value=None),
+    _set("model", "weight", value=torch.ones(1, 3, device="meta")),
+    _set("losses", value=_LOSSES.to("meta")),
+    _set("optimizer", "state", 0, "exp_avg", value=torch.ones(1, 3, device="meta")),
+    _set("optimizer", "state", 0, "step", value=torch.ones((), device="meta")),
+    _set("averaged", "n_averaged", value=torch.ones((), dtype=torch.int64, device="meta")),
 ]
 
 
@@ -176,11 +160,10 @@ _DAMAGES = [
 def test_damaged_contents_are_refused_before_anything_changes(number: int, whole: bytes, tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     path.write_bytes(whole)
-    change, match = _DAMAGES[number]
     state = torch.load(path, weights_only=True)
-    change(state)
+    _DAMAGES[number](state)
     torch.save(state, path)
-    _refused(path, match)
+    _refused(path, "not a checkpoint, or a damaged one")
 
 
 @pytest.mark.parametrize("part", ["model", "averaged"])
@@ -260,7 +243,6 @@ def _with_buffer(value: torch.Tensor) -> nn.Module:
 _MODELS = {
     "sparse": lambda: _with_buffer(torch.eye(3).to_sparse()),
     "csr": lambda: _with_buffer(torch.eye(3).to_sparse_csr()),
-    "float8": lambda: _with_buffer(torch.ones(3).to(torch.float8_e4m3fn)),
     "lazy": lambda: nn.LazyLinear(1),
     "meta": lambda: nn.Linear(3, 1, device="meta"),
     "an object": lambda: _Extra(3, 1),
@@ -277,7 +259,14 @@ def test_a_model_that_could_not_be_resumed_is_refused(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "value", [torch.full((2,), -float("inf")), torch.ones(2).bool(), torch.empty(0), torch.tensor(5)]
+    "value",
+    [
+        torch.full((2,), -float("inf")),
+        torch.ones(2).bool(),
+        torch.empty(0),
+        torch.tensor(5),
+        torch.ones(3).to(torch.float8_e4m3fn),
+    ],
 )
 def test_other_models_are_resumed(value: torch.Tensor, tmp_path: Path) -> None:
     def trainer() -> Trainer:
@@ -303,7 +292,7 @@ def test_a_checkpoint_that_is_no_file_is_refused(checkpoint: str) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda path: write_checkpoint(dict.fromkeys(_KEYS, torch.zeros(10**5)), path),
+        lambda path: write_checkpoint({"model": torch.zeros(10**5)}, path),
         lambda path: lf.save(lf.Dense(300), path),
         lambda path: save_strips([("", torch.rand(9, 1, 99, 99))], path),
     ],

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from linfast.examples import Trainer
+from linfast.examples.report import save_strips
+from linfast.examples.runs import CHECKPOINT, Output
 
 import linfast as lf
 from linfast.cli import _parser, main
-from linfast.training import ModularStyle, Trainer
-from linfast.training.apps.output import CHECKPOINT, Output
-from linfast.training.apps.report import save_strips
+from linfast.training import ModularStyle
 
 _DOCS = Path(__file__).parent.parent.parent / "docs"
 _SMALL = ["--steps", "4", "--batch", "8", "--depth", "2"]
@@ -118,7 +122,7 @@ def test_an_earlier_run_is_replaced_by_leave_alone(application: str, tmp_path: P
     before = _files(out)
     assert {path.name for path in before} >= {"checkpoint.pt", "model.safetensors", "figure.png"}
     with monkeypatch.context() as patch:
-        patch.setattr("linfast.training.apps.common.Trainer", None)  # before any work
+        patch.setattr("linfast.examples.runs.Trainer", None)  # before any work
         capsys.readouterr()
         for kept in before:  # one file of the earlier run is enough
             for path in before.keys() - {kept}:
@@ -181,41 +185,47 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, capsys, other, 
     assert _files(tmp_path / "out") == before
 
 
-def _interrupted_at(step: int, number: int, monkeypatch) -> None:
-    one_step = Trainer._one_step
+_INTERRUPTED = """
+import signal, sys
+at, number = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+sys.argv[0] = "linfast"
+from linfast.cli import main
+from linfast.examples import Trainer
+one_step = Trainer._one_step
 
-    def interrupted(self: Trainer, compute: torch.nn.Module) -> torch.Tensor:
-        if self.step == step:
-            signal.raise_signal(number)
-        return one_step(self, compute)
+def interrupted(self, compute):
+    if self.step == at:
+        signal.raise_signal(number)
+    return one_step(self, compute)
 
-    monkeypatch.setattr(Trainer, "_one_step", interrupted)
+Trainer._one_step = interrupted
+raise SystemExit(main())
+"""
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_is_one_line_that_says_how_to_go_on(
-    tmp_path: Path, capsys, monkeypatch, number: int, status: int
+    tmp_path: Path, capsys, number: int, status: int
 ) -> None:
-    small = ("--hidden", "8", "--checkpoint-every", "2")
-    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    small = ("--hidden", "8", "--checkpoint-every", "2", "--denoising", "0", "1")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert _train("ign", whole, *small, "--denoising", "0", "1") == 0
-    capsys.readouterr()
-    with monkeypatch.context() as patch:
-        _interrupted_at(1, number, patch)
-        assert _train("ign", out, *small, "--denoising", "0", "1") == status
-        assert (
-            capsys.readouterr().err
-            == "linfast train: interrupted; there is no checkpoint yet, so nothing is kept\n"
-        )
-    with monkeypatch.context() as patch:
-        _interrupted_at(3, number, patch)
-        assert _train("ign", out, *small, "--denoising", "0", "1") == status
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert f"kept in {out}/denoising-0/checkpoint.pt: the same command with --resume goes on" in error
-    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    assert _train("ign", out, *small, "--denoising", "0", "1", "--resume") == 0  # the second model had not begun
+
+    def interrupted_at(step: int) -> str:
+        command = ["train", "ign", "--out", str(out), *_SMALL, *small]
+        done = subprocess.run(
+            [sys.executable, "-c", _INTERRUPTED, str(step), str(int(number)), *command],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        return done.stderr
+
+    assert _train("ign", whole, *small) == 0
+    said = interrupted_at(1)
+    assert said == "linfast train: interrupted; there is no checkpoint yet, so nothing is kept\n"
+    said = interrupted_at(3)
+    assert said.count("\n") == 1
+    assert f"kept in {out}/denoising-0/checkpoint.pt: the same command with --resume goes on" in said
+    assert _train("ign", out, *small, "--resume") == 0  # the second model had not begun
     assert [p.relative_to(out) for p in sorted(_files(out))] == [
         p.relative_to(whole) for p in sorted(_files(whole))
     ]
@@ -223,24 +233,36 @@ def test_an_interruption_is_one_line_that_says_how_to_go_on(
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_an_interruption_in_a_callers_process_is_one_line_too(tmp_path: Path, capsys, monkeypatch) -> None:
+    def interrupted(self: Trainer, compute: torch.nn.Module) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_one_step", interrupted)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert _train("one-step", tmp_path, "--hidden", "8") == 130
+    error = capsys.readouterr().err
+    assert error == "linfast train: interrupted; there is no checkpoint yet, so nothing is kept\n"
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+
 def test_one_run_writes_to_a_folder(tmp_path: Path) -> None:
     with (
-        Output(tmp_path, [CHECKPOINT], False, False) as first,
-        Output(tmp_path, [CHECKPOINT], False, True) as second,
+        closing(Output(tmp_path, [CHECKPOINT], False, False)) as first,
+        closing(Output(tmp_path, [CHECKPOINT], False, True)) as second,
     ):
         first.begin()
         (tmp_path / CHECKPOINT).write_text("first")
-        with pytest.raises(BlockingIOError, match="another run writes there"):
+        with pytest.raises(BlockingIOError, match=f"{tmp_path} is being written by another run"):
             second.begin()
         assert (tmp_path / CHECKPOINT).read_text() == "first"
-    with Output(tmp_path, [CHECKPOINT], True, False) as third:
+    with closing(Output(tmp_path, [CHECKPOINT], True, False)) as third:
         (tmp_path / f"{CHECKPOINT}abc.partial").write_text("half")
         third.begin()
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 
 
 def test_what_is_written_meanwhile_is_refused_too(tmp_path: Path) -> None:
-    with Output(tmp_path, ["model.safetensors", CHECKPOINT], False, False) as output:
+    with closing(Output(tmp_path, ["model.safetensors", CHECKPOINT], False, False)) as output:
         (tmp_path / CHECKPOINT).write_text("another run, begun and ended")
         with pytest.raises(FileExistsError, match=CHECKPOINT):
             output.begin()

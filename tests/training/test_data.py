@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from linfast.training.apps.common import held_out
-from linfast.training.data import load_images, load_pictures
+from linfast.examples.data import held_out, load_images, load_pictures
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ import socket
 
 import pytest
 import torch
+from linfast.examples import Trainer, TrainSettings
 
-from linfast.training import Trainer, TrainSettings
-from linfast.training.distributed import process_group, rank_and_size
+from linfast.distributed import process_group
+from linfast.sampling.workers import Workers
 from tests.processes import results_of_two
 from tests.training.toys import idempotent, one_step, style
 
@@ -28,7 +29,7 @@ def _train() -> dict[str, dict[str, torch.Tensor]]:
 
 def _train_as_one_of_two() -> dict[str, dict[str, torch.Tensor]]:
     with process_group(torch.device("cpu")):
-        assert rank_and_size()[1] == 2
+        assert Workers.current().count == 2
         with pytest.raises(ValueError, match="multiple of the 2 processes"):
             Trainer(one_step(), TrainSettings(steps=1, batch=3))
         return _train()

@@ -71,7 +71,7 @@ def test_training_lowers_it() -> None:
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
-def test_images_are_weighted_a_sample() -> None:
+def test_images_are_weighted_per_sample() -> None:
     g = perturb(lf.image_flow(1, 4, 2, 8))
     f = lf.Linearizer(g, lf.TimeLowRank(16, 2))
     assert one_step_loss(f, torch.randn(3, 1, 4, 4)).total.ndim == 0
@@ -95,5 +95,5 @@ def test_objective_has_the_papers_terms_and_ours_only_when_asked() -> None:
     objective = one_step()
     drawn = objective.draw(torch.Generator().manual_seed(0), 8)
     assert list(objective(drawn)) == ["latent", "data", "noise", "prediction", "likelihood"]
-    objective.likelihood = 0.0
+    objective.options["likelihood"] = 0.0
     assert list(objective(drawn)) == ["latent", "data", "noise", "prediction"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from linfast.examples import Trainer, TrainSettings
+from linfast.examples.ign import latent_gaussian, principal_projection
 
 import linfast as lf
-from linfast.training import Trainer, TrainSettings, idempotent_loss
-from linfast.training.apps.ign import latent_gaussian, principal_projection
+from linfast.training import idempotent_loss
 from tests.laws.zoo import perturb
 
 from .toys import idempotent

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from linfast.examples import Trainer, TrainSettings
 
 import linfast as lf
-from linfast.training import GeneratedDepthwise, ModularStyle, StyleTransfer, Trainer, TrainSettings
+from linfast.training import GeneratedDepthwise, ModularStyle, StyleTransfer
 from tests.laws.zoo import perturb
 
 from .toys import style, styles

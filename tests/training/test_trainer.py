@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from linfast.examples import NonFiniteLoss, Trainer, TrainSettings
 
-from linfast.training import NonFiniteLoss, Trainer, TrainSettings
-from linfast.training.progress import Progress
+from linfast._command import Progress
 
 from .toys import Breaking, idempotent, one_step, style
 
@@ -215,7 +215,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, tqdm: 
 
 def test_lines_come_every_few_seconds(monkeypatch, capsys) -> None:
     now = 0.0
-    monkeypatch.setattr("linfast.training.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("linfast._command.time.monotonic", lambda: now)
     with Progress("sampling", 0, 100, "sample") as progress:
         for done in range(1, 101):
             now += 0.25

@@ -1,7 +1,7 @@
 """``linfast train one-step``: flow matching whose sampling collapses into one step.
 
-One flow g serves both sides, told them apart by a time input (1 for data, 0 for noise),
-or each side has its own; between them a time-dependent low-rank A_t.
+One flow g serves both sides, told apart by a time input (1 for data, 0 for noise), or each side has its own;
+between them stands a time-dependent low-rank A_t.
 """
 
 from __future__ import annotations
@@ -11,66 +11,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...flows import Flow, coupling_flow, image_flow
-from ...io import save
-from ...linearizer import Linearizer
-from ...operators import TimeLowRank
-from ...sampling import generator, sample
-from ..checks import LARGEST, check_fields, one_of, real, whole
-from ..data import load_images
-from ..flow_matching import OneStepFlowMatching
-from .common import Run, about, held_out, train
-from .output import CHECKPOINT
-from .report import Row, psnr, save_strips, table, timed
+from linfast.flows import Flow, coupling_flow, image_flow
+from linfast.io import save
+from linfast.linearizer import Linearizer
+from linfast.operators import TimeLowRank
+from linfast.sampling import generator, sample
+from linfast.training import OneStepFlowMatching
+
+from .data import held_out, load_images
+from .report import Row, Strip, print_table, psnr, save_strips, timed
+from .runs import CHECKPOINT, Run, about, train
+from .settings import DEPTH, SIDE, WIDTH, Settings, real, setting, whole
 
 __all__ = ["OneStepModel", "build_one_step", "run_one_step"]
 
 _STEPS = 100
 _COUNT = 64
 _COLUMNS = 12
-_PIXEL_STEP = 2 / 16  # width of the dequantisation: a grey level of 17, or the noise of four averaged pixels
-
-
-_SETTINGS = {
-    "resolution": whole(1, LARGEST["side"], optional=True),
-    "flow": one_of("mlp", "conv"),
-    "depth": whole(1, LARGEST["depth"]),
-    "hidden": whole(1, LARGEST["width"]),
-    "rank": whole(1, LARGEST["width"]),
-    "time_hidden": whole(1, LARGEST["width"]),
-    "latent_noise": real(),
-    "likelihood": real(),
-}
+_PIXEL_STEP = 2 / 16  # width of the dequantisation: one of 17 grey levels, or the noise of four averaged pixels
 
 
 @dataclass(frozen=True)
-class OneStepModel:
-    """The model and its loss.
-
-    Attributes:
-        resolution: side of the images; None for the file's, averaged down to at most 16.
-        flow: "mlp" (vectors) or "conv" (images).
-        depth, hidden: couplings, and their conditioners' width.
-        rank, time_hidden: A_t's rank, and the width of the networks that generate it.
-        separate: a flow a side in place of one with a time input.
-        latent_noise, likelihood: of ``one_step_loss``; the likelihood term is ours.
+class OneStepModel(Settings):
+    """The model and its loss; ``latent_noise`` and ``likelihood`` as in ``one_step_loss``.
 
     Raises:
-        ValueError: one that is out of its range, by its name.
+        TypeError, ValueError: a value out of its range, by its name.
     """
 
-    resolution: int | None = None
-    flow: str = "mlp"
-    depth: int = 6
-    hidden: int = 192
-    rank: int = 16
-    time_hidden: int = 256
-    separate: bool = False
-    latent_noise: float = 0.1
-    likelihood: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_fields(self, _SETTINGS)
+    resolution: int | None = setting(None, "side to average down or pad to (default: at most 16)", whole(1, SIDE))
+    flow: str = setting("mlp", "couplings of vectors, or convolutional ones of images", choices=("mlp", "conv"))
+    depth: int = setting(6, "couplings", whole(1, DEPTH))
+    hidden: int = setting(192, "width of their conditioners", whole(1, WIDTH))
+    rank: int = setting(16, "of A_t", whole(1, WIDTH))
+    time_hidden: int = setting(256, "width of the networks that generate A_t", whole(1, WIDTH))
+    separate: bool = setting(False, "one flow per side, in place of one with a time input")
+    latent_noise: float = setting(0.1, "standard deviation added to latents before decoding", real())
+    likelihood: float = setting(0.5, "weight of a term of ours; 0: the paper's loss", real())
 
 
 def build_one_step(model: OneStepModel, resolution: int) -> Linearizer:
@@ -94,13 +71,7 @@ def build_one_step(model: OneStepModel, resolution: int) -> Linearizer:
 def run_one_step(run: Run, model: OneStepModel) -> Linearizer | None:
     """Train, measure, write ``figure.png`` and ``model.safetensors`` to ``run.out``, print the table.
 
-    Returns:
-        The trained f; None in all processes but the first.
-
-    Raises:
-        ValueError, FileNotFoundError: unusable data, device or options, before any work.
-        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
-        NonFiniteLoss: as for ``Trainer.run``.
+    Returns the trained f, or None in all processes but the first; raises what ``runs.train`` does.
     """
     with run.output("model.safetensors", "figure.png", CHECKPOINT) as output:
         images = load_images(run.data, model.resolution)
@@ -108,8 +79,9 @@ def run_one_step(run: Run, model: OneStepModel) -> Linearizer | None:
         training, held = held_out(images if model.flow == "conv" else images.flatten(1))
 
         def build(device: torch.device) -> OneStepFlowMatching:
+            f = build_one_step(model, resolution).to(device)
             return OneStepFlowMatching(
-                build_one_step(model, resolution).to(device),
+                f,
                 training.to(device),
                 latent_noise=model.latent_noise,
                 likelihood=model.likelihood,
@@ -126,14 +98,14 @@ def run_one_step(run: Run, model: OneStepModel) -> Linearizer | None:
         rows, strips = measure_one_step(f, held, run.train.seed)
         square = (-1, 1, resolution, resolution)
         save_strips([(label, images.reshape(square)) for label, images in strips], run.folder / "figure.png")
-        print(table((trained_row, *rows)))
+        print_table((trained_row, *rows))
         print(f"figure: {run.folder / 'figure.png'}\nmodel:  {run.folder / 'model.safetensors'}")
         return f
 
 
 @torch.no_grad()
-def measure_one_step(f: Linearizer, images: Tensor, seed: int) -> tuple[list[Row], list[tuple[str, Tensor]]]:
-    """Rows and strips: sampling many-step and one-step, inversion, superposition, interpolation.
+def measure_one_step(f: Linearizer, images: Tensor, seed: int) -> tuple[list[Row], list[Strip]]:
+    """The table's rows and the figure's strips: samples, inversion, superposition, interpolation.
 
     Args:
         images: [N, ...] that f was not trained on, in f's shape.

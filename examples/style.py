@@ -1,4 +1,4 @@
-"""``linfast train style``: one g, an operator a style, on a content picture and its styled versions."""
+"""``linfast train style``: one g and one operator per style, on a content picture and its styled versions."""
 
 from __future__ import annotations
 
@@ -9,56 +9,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...flows import image_flow
-from ...io import save
-from ...linearizer import Linearizer
-from ...operators import DepthwiseConv
-from ..checks import LARGEST, check_fields, one_of, whole
-from ..data import load_pictures
-from ..style_transfer import GeneratedDepthwise, ModularStyle, StyleTransfer
-from .common import Run, about, train
-from .output import CHECKPOINT
-from .report import Row, psnr, save_strips, table
+from linfast.flows import image_flow
+from linfast.io import save
+from linfast.linearizer import Linearizer
+from linfast.operators import DepthwiseConv
+from linfast.training import GeneratedDepthwise, ModularStyle, StyleTransfer
+
+from .data import load_pictures
+from .report import Row, Strip, print_table, psnr, save_strips
+from .runs import CHECKPOINT, Run, about, train
+from .settings import DEPTH, SIDE, WIDTH, Settings, setting, whole
 
 __all__ = ["StyleModel", "build_style", "run_style"]
 
 _STRIP = 7  # pictures in an interpolation
 
 
-_SETTINGS = {
-    "resolution": whole(2, LARGEST["side"]),
-    "depth": whole(1, LARGEST["depth"]),
-    "width": whole(1, LARGEST["width"]),
-    "operators": one_of("generated", "free"),
-    "kernel_size": whole(1, LARGEST["side"]),
-}
-
-
 @dataclass(frozen=True)
-class StyleModel:
-    """The model.
-
-    Attributes:
-        resolution: side of the pictures, even.
-        content: name of the content picture; all others in the folder are its styles.
-        depth, width: couplings, and their conditioners' channels.
-        operators: "generated" (the paper's: one network makes every style's kernel) or
-            "free" (a trained kernel a style).
-        kernel_size: of the depthwise kernels.
+class StyleModel(Settings):
+    """The model; the content picture's name, and all other pictures in the folder are its styles.
 
     Raises:
-        ValueError: one that is out of its range, by its name.
+        TypeError, ValueError: a value out of its range, by its name.
     """
 
-    resolution: int = 128
-    content: str = "original"
-    depth: int = 8
-    width: int = 32
-    operators: str = "generated"
-    kernel_size: int = 4
-
-    def __post_init__(self) -> None:
-        check_fields(self, _SETTINGS)
+    resolution: int = setting(128, "side of the pictures, even", whole(2, SIDE))
+    content: str = setting("original", "name of the content picture")
+    depth: int = setting(8, "couplings", whole(1, DEPTH))
+    width: int = setting(32, "channels of their conditioners", whole(1, WIDTH))
+    operators: str = setting(
+        "generated", "generated: one network makes every kernel; free: one trained kernel per style",
+        choices=("generated", "free"),
+    )  # fmt: skip
+    kernel_size: int = setting(4, "of the depthwise kernels", whole(1, SIDE))
 
 
 def build_style(model: StyleModel, names: list[str]) -> ModularStyle:
@@ -73,13 +56,7 @@ def build_style(model: StyleModel, names: list[str]) -> ModularStyle:
 def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
     """Train, measure, write figures and ``model.safetensors`` to ``run.out``, print the table.
 
-    Returns:
-        The trained styles; None in all processes but the first.
-
-    Raises:
-        ValueError, FileNotFoundError: unusable pictures, device or options, before any work.
-        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
-        NonFiniteLoss: as for ``Trainer.run``.
+    Returns the trained styles, or None in all processes but the first; raises what ``runs.train`` does.
     """
     if run.data is None:
         raise ValueError("data must be a folder with a content picture and its styled versions")
@@ -91,7 +68,7 @@ def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
             raise ValueError(
                 f"{run.data}: needs {model.content}.png and a styled version; got {', '.join(pictures)}"
             )
-        data = about(model, torch.stack(list(pictures.values())), styles=list(pictures))
+        data = about(model, torch.stack(list(pictures.values())), styles=", ".join(pictures))
         content = pictures.pop(model.content)[None]
         names, targets = list(pictures), torch.stack(list(pictures.values()))
 
@@ -110,17 +87,16 @@ def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
         figure.insert(0, ("content, and its\nstyles to learn", torch.cat((content, targets))))
         save_strips(figure, run.folder / "figure.png")
         save_strips(strips, run.folder / "strips.png")
-        print(table((trained_row, *rows)))
+        print_table((trained_row, *rows))
         print(f"figures: {run.folder}/figure.png, strips.png\nmodel:   {run.folder / 'model.safetensors'}")
         return styles
 
 
-_Strips = list[tuple[str, Tensor]]
-
-
 @torch.no_grad()
-def measure_style(styles: ModularStyle, content: Tensor, targets: Tensor) -> tuple[list[Row], _Strips, _Strips]:
-    """Rows; strips of styles and compositions; a strip for each pair's interpolation."""
+def measure_style(
+    styles: ModularStyle, content: Tensor, targets: Tensor
+) -> tuple[list[Row], list[Strip], list[Strip]]:
+    """The table's rows, the strips of styles and compositions, and one strip per pair, of its interpolation."""
     outputs = {name: styles.style(name)(content) for name in styles.names}
     rows: list[Row] = [
         (f"{name} against its target", f"{psnr(outputs[name], target):.2f} dB PSNR", None)

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...io import written_whole
-from ...tables import aligned
+from linfast.io import written_whole
+from linfast.tables import aligned
 
-__all__ = ["Row", "psnr", "save_strips", "table", "timed"]
+__all__ = ["Row", "Strip", "print_table", "psnr", "save_strips", "timed"]
 
 Row = tuple[str, str, float | None]  # what was done, the value found, the seconds it took
+Strip = tuple[str, Tensor]  # a label, and images [n, C, H, W] in [-1, 1]
 _Result = TypeVar("_Result")
-_WIDTH_INCHES, _IMAGES_INCHES, _LABEL_INCHES = 10.0, 8.2, 0.12  # of a figure; of a row's images; between rows
+_WIDTH, _IMAGES, _GAP = 10.0, 8.2, 0.12  # inches: a figure, the images of a row, between two rows
 
 
 def timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
@@ -31,39 +32,34 @@ def timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
 
 
 def psnr(image: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images whose range is [-1, 1]."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
     return float(-10 * torch.log10(((image - reference) / 2).square().mean()))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Rows in aligned columns."""
+def print_table(rows: Sequence[Row]) -> None:
+    """Print the rows in aligned columns."""
     lines = [(what, value, "" if seconds is None else f"{seconds:.4f}") for what, value, seconds in rows]
-    return aligned([("", "", "seconds"), *lines], numeric=2)
+    print(aligned([("", "", "seconds"), *lines], numeric=2))
 
 
-def save_strips(strips: Sequence[tuple[str, Tensor]], path: Path, dpi: int = 120) -> None:
-    """One PNG, one row a strip: its label, then its images [n, C, H, W] in [-1, 1] side by side."""
+def save_strips(strips: Sequence[Strip], path: Path, dpi: int = 120) -> None:
+    """Write one PNG with one row per strip: its label, then its images side by side."""
     from matplotlib.figure import Figure
 
     columns = max(len(images) for _, images in strips)
     height, width = strips[0][1].shape[-2:]
-    row = _IMAGES_INCHES * height / (columns * width) + _LABEL_INCHES
-    figure = Figure(figsize=(_WIDTH_INCHES, len(strips) * row), layout="constrained")
+    row = _IMAGES * height / (columns * width) + _GAP
+    figure = Figure(figsize=(_WIDTH, len(strips) * row), layout="constrained")
     axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
     for axis, (label, images) in zip(axes, strips, strict=True):
-        axis.imshow(_side_by_side(images, columns), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        shown = label.encode(errors="backslashreplace").decode()  # names of files need not be text, nor formulas
+        separated = F.pad(images.detach().float().cpu().clamp(-1, 1), (0, 1), value=1.0)
+        filled = F.pad(separated, (0, 0, 0, 0, 0, 0, 0, columns - len(images)), value=1.0)
+        picture = (filled.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1] + 1) / 2  # [H, columns (W + 1) - 1, C]
+        axis.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        shown = label.encode(errors="backslashreplace").decode()  # a file's name need be neither text nor a formula
         axis.set_ylabel(shown, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
         axis.set_xticks([])
         axis.set_yticks([])
         axis.set_frame_on(False)
     with written_whole(path) as partial:
         figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight")
-
-
-def _side_by_side(images: Tensor, columns: int) -> object:
-    """[n, C, H, W] in [-1, 1] as one picture [H, columns (W + 1) - 1, C] in [0, 1], white where there is none."""
-    separated = F.pad(images.detach().float().cpu().clamp(-1, 1), (0, 1), value=1.0)
-    filled = F.pad(separated, (0, 0, 0, 0, 0, 0, 0, columns - len(images)), value=1.0)
-    picture = filled.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1]
-    return ((picture + 1) / 2).squeeze(-1).numpy()

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...flows import coupling_flow
-from ...io import save
-from ...linearizer import Linearizer
-from ...operators import Projection
-from ..checks import LARGEST, check_fields, one_of, real, whole
-from ..data import load_images
-from ..idempotent import IdempotentGeneration
-from .common import Run, about, held_out, train
-from .output import CHECKPOINT
-from .report import Row, psnr, save_strips, table
+from linfast.flows import coupling_flow
+from linfast.io import save
+from linfast.linearizer import Linearizer
+from linfast.operators import Projection
+from linfast.training import IdempotentGeneration
+
+from .data import held_out, load_images
+from .report import Row, Strip, print_table, psnr, save_strips
+from .runs import CHECKPOINT, Run, about, train
+from .settings import DEPTH, SIDE, WIDTH, Settings, real, setting, whole
 
 __all__ = ["IdempotentModel", "build_ign", "latent_gaussian", "principal_projection", "run_ign"]
 
@@ -26,50 +26,26 @@ _COUNT = 500
 _START = 0.05  # logits start at +-0.05: Adam reaches the threshold within a hundred steps
 
 
-_SETTINGS = {
-    "resolution": whole(1, LARGEST["side"], optional=True),
-    "depth": whole(1, LARGEST["depth"]),
-    "hidden": whole(1, LARGEST["width"]),
-    "coupling": one_of("additive", "affine"),
-    "mix": one_of("lu", "free", "householder", "permute", optional=True),
-    "start_rank": whole(1, LARGEST["side"] ** 2, optional=True),
-    "rank": real(),
-    "isometry": real(),
-    "noise": real(),
-    "settle": real(1),
-}
-
-
 @dataclass(frozen=True)
-class IdempotentModel:
-    """The model and its loss.
-
-    Attributes:
-        resolution: side of the images; None for the file's, averaged down to at most 16.
-        depth, hidden: couplings, and their conditioners' width.
-        coupling: "additive" or "affine" (bounded log-scales).
-        mix: channel mix after each coupling, as in ``coupling_flow``; None for none.
-        start_rank: latent coordinates kept at the start; None for all.
-        rank, isometry, noise: of ``idempotent_loss``.
-        settle: share of the steps after which the projection stays.
+class IdempotentModel(Settings):
+    """The model and its loss; ``rank``, ``isometry`` and ``noise`` as in ``idempotent_loss``.
 
     Raises:
-        ValueError: one that is out of its range, by its name.
+        TypeError, ValueError: a value out of its range, by its name.
     """
 
-    resolution: int | None = None
-    depth: int = 6
-    hidden: int = 192
-    coupling: str = "additive"
-    mix: str | None = None
-    start_rank: int | None = None
-    rank: float = 0.3
-    isometry: float = 1e-3
-    noise: float = 0.5
-    settle: float = 0.3
-
-    def __post_init__(self) -> None:
-        check_fields(self, _SETTINGS)
+    resolution: int | None = setting(None, "side to average down or pad to (default: at most 16)", whole(1, SIDE))
+    depth: int = setting(6, "couplings", whole(1, DEPTH))
+    hidden: int = setting(192, "width of their conditioners", whole(1, WIDTH))
+    coupling: str = setting("additive", "affine has bounded log-scales", choices=("additive", "affine"))
+    mix: str | None = setting(
+        None, "mix after each coupling (default: none)", choices=("lu", "free", "householder", "permute")
+    )
+    start_rank: int | None = setting(None, "latents kept at the start (default: all)", whole(1, SIDE**2))
+    rank: float = setting(0.3, "weight of rank / N", real())
+    isometry: float = setting(1e-3, "weight of the isometry term", real())
+    noise: float = setting(0.5, "standard deviation of the noise in corrupted images", real())
+    settle: float = setting(0.3, "share of the steps that change P", real(1))
 
 
 def build_ign(model: IdempotentModel, features: int) -> Linearizer:
@@ -83,19 +59,13 @@ def build_ign(model: IdempotentModel, features: int) -> Linearizer:
 
 
 def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,)) -> list[Linearizer] | None:
-    """Train once a weight of the denoising term; figure, models and table go to ``run.out``.
+    """Train once per weight of the denoising term; figure, models and table go to ``run.out``.
 
     Args:
-        denoising: weights of the term that is ours; 0 is the paper's loss. Each one's
-            model and checkpoint go to a folder ``denoising-WEIGHT``.
+        denoising: weights of the term that is ours; 0 is the paper's loss. The model and checkpoint of each go to
+            a folder ``denoising-WEIGHT``.
 
-    Returns:
-        The trained networks; None in all processes but the first.
-
-    Raises:
-        ValueError, FileNotFoundError: unusable data, device or options, before any work.
-        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
-        NonFiniteLoss: as for ``Trainer.run``.
+    Returns the trained networks, or None in all processes but the first; raises what ``runs.train`` does.
     """
     folders = _folders(denoising)
     files = [f"{folder}/{name}" for folder in folders.values() for name in ("model.safetensors", CHECKPOINT)]
@@ -132,13 +102,13 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
         square = (-1, 1, side, side)
         path = run.folder / "figure.png"
         save_strips([(label, x[:_COLUMNS].reshape(square)) for label, x in strips], path)
-        print(table(rows))
+        print_table(rows)
         print(f"figure: {path}\nmodels: {run.folder}/denoising-*/model.safetensors")
         return networks
 
 
 def _folders(denoising: Sequence[float]) -> dict[float, str]:
-    """Each weight's folder.
+    """The folder of each weight.
 
     Raises:
         ValueError: a weight that is negative or not finite, or two of one folder's name.
@@ -162,8 +132,8 @@ def _inputs(held: Tensor, seed: int, noise: float) -> dict[str, Tensor]:
 @torch.no_grad()
 def measure_ign(
     f: Linearizer, training: Tensor, inputs: dict[str, Tensor], seed: int
-) -> tuple[list[Row], list[tuple[str, Tensor]]]:
-    """Rows and strips: idempotency on each input, rank, reconstruction against PCA, a Gaussian's samples."""
+) -> tuple[list[Row], list[Strip]]:
+    """The table's rows and the figure's strips: idempotency, rank, PCA beside it, a Gaussian's samples."""
     rank = int(f.A.rank())
     rows: list[Row] = [("rank of P", f"{rank} of {f.A.n_in}", None)]
     strips = []
@@ -185,7 +155,7 @@ def measure_ign(
 
 
 def principal_projection(data: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
-    """PCA: x to its projection on the mean and the first ``rank`` principal directions of data [N, D]."""
+    """PCA: the projection onto the first ``rank`` principal directions of data [N, D], through their mean."""
     mean = data.double().mean(0)
     centred = data.double() - mean
     directions = torch.linalg.eigh(centred.mT @ centred).eigenvectors[:, data.shape[1] - rank :]
@@ -193,7 +163,7 @@ def principal_projection(data: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
 
 
 def latent_gaussian(f: Linearizer, data: Tensor) -> Callable[[int, int], Tensor]:
-    """Samples g^{-1}(z), z from the Gaussian of the data's kept latents P g(x); ours, not the paper's.
+    """Samples g^{-1}(z), where z is drawn from the Gaussian of the data's kept latents P g(x); not in the paper.
 
     Args:
         f: a Linearizer around a Projection.

@@ -1,12 +1,12 @@
 """Trainer: the loop of every application.
 
-An ``Objective`` holds a model and says what a step needs and what it minimises; the
-trainer does the rest: Adam under a cosine schedule, clipped gradients, a moving
-average of the weights, bf16, checkpoints, and torchrun's processes.
+An ``Objective`` holds a model and says what a step needs and what it minimises. The trainer does the rest: Adam
+under a cosine schedule, clipped gradients, a moving average of the weights, bf16, checkpoints, and torchrun's
+processes.
 
-All random numbers of a step come from (seed, step), and every process draws those of
-the whole batch and keeps its own rows. So a resumed run is the uninterrupted one, and
-several processes compute what one computes with the whole batch.
+All random numbers of a step come from (seed, step), and every process draws those of the whole batch and keeps its
+own rows. So a resumed run is the uninterrupted one, and several processes compute what one computes with the whole
+batch.
 """
 
 from __future__ import annotations
@@ -14,36 +14,31 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..checks import check_count, check_flag, check_kind, check_path
-from ..dispatch import check_values, tensors_of
-from .checkpoint import (
-    check_moments,
-    check_progress,
-    check_settings,
-    check_tensors,
-    check_unchanged,
-    read_checkpoint,
-    write_checkpoint,
-)
-from .checks import LARGEST, check_about, check_fields, check_kept, one_of, real, whole
-from .distributed import mean_over_processes, rank_and_size, rows_of_this_process
-from .objective import Objective
-from .progress import Progress
+from linfast._command import Progress
+from linfast.checks import check_count, check_flag, check_kind, check_path
+from linfast.dispatch import check_values, tensors_of
+from linfast.sampling.workers import Workers
+from linfast.training import Objective
+
+from .checkpoint import check_about, check_kept, check_same_model, read_checkpoint, write_checkpoint
+from .settings import Settings, real, setting, whole
 
 __all__ = ["NonFiniteLoss", "TrainSettings", "Trainer"]
 
 _GRADIENT = "gradient norm"
+_STEPS, _ROWS, _SEED = 10**9, 2**20, 2**63 - 1  # at most
 _CHECK_EVERY = 20  # steps between looks at the losses: each look waits for the device and for all processes
 
 
@@ -51,53 +46,26 @@ class NonFiniteLoss(FloatingPointError):
     """A loss term or the gradient became NaN or infinite; the message names the step and the term."""
 
 
-_SETTINGS = {
-    "steps": whole(1, LARGEST["steps"]),
-    "batch": whole(1, LARGEST["rows"]),
-    "checkpoint_every": whole(1, LARGEST["steps"]),
-    "learning_rate": real(above=True),
-    "clip": real(above=True),
-    "warmup": real(1, below=True),
-    "ema": real(1, below=True),
-    "seed": whole(0, LARGEST["seed"]),
-    "precision": one_of("fp32", "bf16"),
-}
-
-
 @dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Attributes:
-        steps: optimiser steps in all.
-        batch: rows a step, over all processes together.
-        learning_rate: Adam's, at its peak.
-        warmup: share of the steps over which it rises from 0; it then falls to 0 as a cosine.
-        clip: largest gradient norm.
-        ema: decay of the moving average of the weights; 0 for none.
-        precision: "fp32" (the parameters' own dtype) or "bf16" (autocast).
-        seed: of every random number drawn while training.
-        checkpoint_every: steps between checkpoints.
+class TrainSettings(Settings):
+    """How to train; the rate of Adam rises from 0 during the warm-up and then falls to 0 as a cosine.
 
     Raises:
-        ValueError: a number out of its range, NaN or infinite, by its name.
+        TypeError, ValueError: a value out of its range, by its name.
     """
 
-    steps: int
-    batch: int = 128
-    learning_rate: float = 2e-3
-    warmup: float = 0.1
-    clip: float = 1.0
-    ema: float = 0.0
-    precision: str = "fp32"
-    seed: int = 0
-    checkpoint_every: int = 500
-
-    def __post_init__(self) -> None:
-        check_fields(self, _SETTINGS)
+    steps: int = setting(MISSING, "optimiser steps in all", whole(1, _STEPS))
+    batch: int = setting(128, "rows per step, over all processes together", whole(1, _ROWS))
+    learning_rate: float = setting(2e-3, "Adam's, at its peak", real(above=True))
+    warmup: float = setting(0.1, "share of the steps in which the learning rate rises", real(1, below=True))
+    clip: float = setting(1.0, "largest gradient norm", real(above=True))
+    ema: float = setting(0.0, "decay of the weights' moving average; 0: none", real(1, below=True))
+    precision: str = setting("fp32", "fp32: the parameters' own dtype; bf16: autocast", choices=("fp32", "bf16"))
+    seed: int = setting(0, "of every random number drawn while training", whole(0, _SEED))
+    checkpoint_every: int = setting(500, "steps between checkpoints", whole(1, _STEPS))
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear from 0 to the peak over the warm-up, then half a cosine to 0 after the last step."""
+        """Linear from 0 to the peak during the warm-up, then half a cosine to 0 after the last step."""
         step = check_count("step", step, 0, self.steps)
         rise = self.warmup * self.steps
         if step < rise:
@@ -112,15 +80,16 @@ class Trainer:
         objective: on the device to train on.
         settings: how.
         checkpoint: file to keep the state in; None for no checkpoints.
-        about: what else makes the run (its data, the loss's weights), as numbers and strings by name: kept
-            with the settings, and a run that is resumed must have the same.
+        about: what else makes the run (its data, the weights of its loss), as numbers and strings by name. A
+            checkpoint keeps it with the settings, and a run that is resumed must have the same.
 
     Raises:
-        TypeError, ValueError: what could not be resumed: a model or an ``about`` that no checkpoint holds.
+        TypeError, ValueError: what could not be resumed (a model or an ``about`` that no checkpoint can hold), or
+            a batch that torchrun's processes cannot share equally.
 
     Attributes:
-        history: term -> [steps so far], each step's losses over the whole batch and the
-            gradient's norm before clipping.
+        history: term -> [steps so far], the losses of each step over the whole batch, and the gradient's norm
+            before clipping.
     """
 
     def __init__(
@@ -135,14 +104,17 @@ class Trainer:
         check_kind("settings", settings, TrainSettings)
         check_kind("checkpoint", checkpoint, (str, os.PathLike, NoneType))
         check_kind("about", about, (Mapping, NoneType))
-        self.objective, self.settings = objective, settings
+        self.objective, self.settings, self.workers = objective, settings, Workers.current()
         self.checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)
-        self.about = check_about(about or {}, asdict(settings))
+        self._run = {**asdict(settings), **check_about(about or {}, asdict(settings))}
         if self.checkpoint is not None:
             if self.checkpoint.exists() and not self.checkpoint.is_file():
                 raise ValueError(f"checkpoint must be a file; {checkpoint} is none")
             check_kept(objective.model.state_dict())
-        self.rows = rows_of_this_process(settings.batch)
+        rank, size = self.workers.rank, self.workers.count
+        if settings.batch % size:  # the mean over processes would not be the mean over the batch
+            raise ValueError(f"batch {settings.batch} must be a multiple of the {size} processes")
+        self._rows = slice(rank * settings.batch // size, (rank + 1) * settings.batch // size)
         self.optimizer = torch.optim.Adam(objective.model.parameters(), settings.learning_rate)
         average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
         self._averaged = AveragedModel(objective.model, multi_avg_fn=average) if average else None
@@ -168,15 +140,15 @@ class Trainer:
         """
         check_flag("progress", progress)
         check_values("objective.model", *tensors_of(self.objective.model))
-        rank, size = rank_and_size()
-        compute = DistributedDataParallel(self.objective) if size > 1 else self.objective
+        compute = DistributedDataParallel(self.objective) if self.workers.count > 1 else self.objective
         devices = [self._device] if self._device.type == "cuda" else []
-        shown = Progress("training", self.step, self.settings.steps, "step", progress and not rank)
+        steps = self.settings.steps
+        shown = Progress("training", self.step, steps, "step", progress and not self.workers.rank)
         with torch.random.fork_rng(devices), shown:
-            while self.step < self.settings.steps:
+            while self.step < steps:
                 self._unchecked.append(self._one_step(compute))
                 self.step += 1
-                due = self.step == self.settings.steps or self.step % self.settings.checkpoint_every == 0
+                due = self.step == steps or self.step % self.settings.checkpoint_every == 0
                 if due or self.step % _CHECK_EVERY == 0:
                     self._check()
                     shown.note = f"loss {float(self._losses[-1][:-1].sum()):.3f}"
@@ -195,51 +167,33 @@ class Trainer:
         if self.checkpoint is None:
             raise FileNotFoundError("no checkpoint file was named to resume from")
         state = read_checkpoint(self.checkpoint)
+        for name in {**self._run, **state["settings"]}:
+            had, has = state["settings"].get(name), self._run.get(name)
+            if had != has:
+                raise ValueError(f"{self.checkpoint}: its training had {name}={had!r:.60}; got {has!r}")
         try:
-            optimizer = self._checked(state)
+            check_same_model(state["model"], self.objective.model.state_dict())
         except ValueError as error:
-            raise ValueError(f"{self.checkpoint}: {' '.join(str(error).split())}") from error  # in one line
+            raise ValueError(f"{self.checkpoint}: {error}") from error
         self.objective.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.load_state_dict(state["optimizer"])
         if self._averaged is not None:
             self._averaged.load_state_dict(state["averaged"])
         self.step = self._saved_step = state["step"]
         self._terms = tuple(state["terms"])
         self._losses, self._unchecked = list(state["losses"].unbind()), []
 
-    def _checked(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The optimiser's state in a checkpoint that this training can have written; ValueError of any other."""
-        check_settings(state["settings"], self._all_settings())
-        check_progress(state, self.settings.steps, _GRADIENT)
-        check_tensors("model", state["model"], self.objective.model.state_dict())
-        if (self._averaged is None) != (state["averaged"] is None):
-            raise ValueError(
-                f"its average must be {'none' if self._averaged is None else 'there'} with these settings"
-            )
-        if self._averaged is not None:
-            check_tensors("average", state["averaged"], self._averaged.state_dict())
-            if int(state["averaged"]["n_averaged"]) != state["step"]:
-                raise ValueError(
-                    f"its average must be of {state['step']} steps; got {state['averaged']['n_averaged']}"
-                )
-        optimizer = check_moments(state["optimizer"], self.optimizer, state["step"])
-        check_unchanged(state)
-        return optimizer
-
-    def _all_settings(self) -> dict[str, Any]:
-        return {**asdict(self.settings), **self.about}
-
     @property
     def _device(self) -> torch.device:
         return next(self.objective.model.parameters()).device
 
     def _one_step(self, compute: nn.Module) -> Tensor:
-        """One optimiser step; this process's terms and the gradient norm, [terms + 1] in fp64."""
+        """One optimiser step; the terms of this process and the gradient norm, [terms + 1] in fp64."""
         settings, device = self.settings, self._device
         self.objective.begin_step(self.step / settings.steps)
         rng = torch.Generator(device).manual_seed(_seed(settings.seed, self.step))
-        drawn = {name: value[self.rows] for name, value in self.objective.draw(rng, settings.batch).items()}
-        torch.manual_seed(_seed(settings.seed, self.step, rank_and_size()[0] + 1))  # dropout and its like
+        drawn = {name: value[self._rows] for name, value in self.objective.draw(rng, settings.batch).items()}
+        torch.manual_seed(_seed(settings.seed, self.step, self.workers.rank + 1))  # of dropout and the like
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             terms = compute(drawn)
         self._terms = (*terms, _GRADIENT)
@@ -255,9 +209,11 @@ class Trainer:
 
     def _check(self) -> None:
         """Average the new losses over the processes, and raise at the first that is not finite."""
-        values = mean_over_processes(torch.stack(self._unchecked)).cpu()
-        first_step = self.step - len(self._unchecked)
-        self._unchecked = []
+        values = torch.stack(self._unchecked)
+        if self.workers.count > 1:
+            dist.all_reduce(values)
+        values = (values / self.workers.count).cpu()
+        first_step, self._unchecked = self.step - len(self._unchecked), []
         for step, term in (~values.isfinite()).nonzero().tolist():
             kept = f"; {self.checkpoint} is as of step {self._saved_step}" if self._saved_step else ""
             raise NonFiniteLoss(f"step {first_step + step}: {self._terms[term]} is {values[step, term]}{kept}")
@@ -266,20 +222,18 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        if rank_and_size()[0] == 0:
-            write_checkpoint(self._state(), self.checkpoint)
+        if self.workers.rank == 0:
+            state = {
+                "settings": self._run,
+                "step": self.step,
+                "model": self.objective.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "averaged": None if self._averaged is None else self._averaged.state_dict(),
+                "terms": list(self._terms),
+                "losses": torch.stack(self._losses),
+            }
+            write_checkpoint(state, self.checkpoint)
         self._saved_step = self.step
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "settings": self._all_settings(),
-            "step": self.step,
-            "model": self.objective.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "averaged": None if self._averaged is None else self._averaged.state_dict(),
-            "terms": list(self._terms),
-            "losses": torch.stack(self._losses),
-        }
 
 
 def _seed(*key: int) -> int:

@@ -9,20 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["load_images", "load_pictures"]
+__all__ = ["held_out", "load_images", "load_pictures"]
 
-_LARGEST_DEFAULT = 16
+_LARGEST_DEFAULT = 16  # pixels per side
+_HELD_OUT = 1000  # images
 
 
 def load_images(path: str | Path | None = None, resolution: int | None = None) -> Tensor:
     """Grey images [N, 1, resolution, resolution] in [-1, 1].
 
     Args:
-        path: an .npz file with ``x``, uint8 [N, side, side]; by default scikit-learn's
-            digits, 1797 images of 8 x 8.
-        resolution: side wanted. A smaller one divides the file's and averages; a larger
-            one pads evenly with -1. By default the file's, averaged down by a whole
-            factor to at most 16.
+        path: an .npz file with ``x``, uint8 [N, side, side]; by default the 1797 digits of scikit-learn, 8 x 8.
+        resolution: the side wanted. A smaller one divides the file's and averages; a larger one pads evenly with
+            -1. By default the file's, averaged down by a whole factor to at most 16.
 
     Raises:
         FileNotFoundError: no such file.
@@ -36,10 +35,6 @@ def load_images(path: str | Path | None = None, resolution: int | None = None) -
         images = torch.from_numpy(load_digits().images).float()[:, None] / 8 - 1
     else:
         images = torch.from_numpy(_read(Path(path))).float()[:, None] / 127.5 - 1
-    return _resized(images, resolution, str(path or "digits"))
-
-
-def _resized(images: Tensor, resolution: int | None, name: str) -> Tensor:
     side = images.shape[-1]
     if resolution is not None and resolution >= side:
         before = (resolution - side) // 2
@@ -47,8 +42,31 @@ def _resized(images: Tensor, resolution: int | None, name: str) -> Tensor:
         return F.pad(images, (before, after, before, after), value=-1.0)
     factor = -(-side // (resolution or _LARGEST_DEFAULT))
     if side % factor or (resolution and side != factor * resolution):
-        raise ValueError(f"{name}: cannot average {side} pixels down to {resolution or side / factor:g}")
+        raise ValueError(
+            f"{path or 'digits'}: cannot average {side} pixels down to {resolution or side / factor:g}"
+        )
     return F.avg_pool2d(images, factor)
+
+
+def _read(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            x = np.asarray(archive["x"])
+    except Exception as error:  # of zlib, zipfile, numpy or Python: damaged files raise all kinds
+        raise ValueError(f"{path}: expected an .npz file with an array x ({error})") from error
+    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1] != x.shape[2] or len(x) < 100 or not x.size:
+        raise ValueError(f"{path}: x must be uint8 [N, side, side], N >= 100; got {x.dtype} {tuple(x.shape)}")
+    return x
+
+
+def held_out(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images to train on, and every tenth, or some 1000 evenly spread, to measure on: files may be sorted."""
+    every = max(10, len(images) // _HELD_OUT)
+    held = torch.zeros(len(images), dtype=torch.bool)
+    held[every - 1 :: every] = True
+    return images[~held], images[held]
 
 
 def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:
@@ -69,22 +87,9 @@ def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:
             raise ValueError(f"{path}: not a picture (no file)")
         try:
             picture = Image.open(path).convert("RGB")
-        except Exception as error:  # damaged files raise what their decoder happens to: SyntaxError, OSError, ...
+        except Exception as error:  # damaged files raise whatever their decoder does
             raise ValueError(f"{path}: not a picture ({error})") from error
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         size = (resolution, resolution)
         pictures[path.stem] = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)[0]
     return pictures
-
-
-def _read(path: Path) -> np.ndarray:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            x = np.asarray(archive["x"])
-    except Exception as error:  # as damaged pictures: zlib's, zipfile's, numpy's and Python's own
-        raise ValueError(f"{path}: expected an .npz file with an array x ({error})") from error
-    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[1] != x.shape[2] or len(x) < 100 or not x.size:
-        raise ValueError(f"{path}: x must be uint8 [N, side, side], N >= 100; got {x.dtype} {tuple(x.shape)}")
-    return x

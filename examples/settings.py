@@ -1,0 +1,81 @@
+"""Settings: frozen dataclasses whose fields hold their default, their description and the range of their values.
+
+The command line is made from them, so that an option is described in one place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, field, fields
+from typing import Any
+
+from linfast.checks import check_choice, check_count, check_number
+
+__all__ = ["DEPTH", "SIDE", "WIDTH", "Settings", "add_options", "picked", "real", "setting", "whole"]
+
+DEPTH, WIDTH, SIDE = 1000, 65_536, 4096  # larger numbers of couplings, units and pixels are mistakes, not models
+
+Check = Callable[[str, Any], Any]
+"""(name, value) -> the value, as Python's own number where it is numpy's; TypeError or ValueError."""
+
+
+def whole(low: int, high: int) -> Check:
+    """A whole number from low to high."""
+    return lambda name, value: check_count(name, value, low, high)
+
+
+def real(high: float = sys.float_info.max, *, above: bool = False, below: bool = False) -> Check:
+    """A finite number from 0 to high; ``above`` and ``below``: neither 0 nor high itself."""
+    return lambda name, value: check_number(name, value, 0.0, high, above, below)
+
+
+def setting(default: Any, text: str, check: Check | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """A field of a ``Settings`` class; ``MISSING`` as the default: it must be given; None: it may be None."""
+    return field(default=default, metadata={"text": text, "check": check, "choices": choices})
+
+
+class Settings:
+    """The base of frozen dataclasses of ``setting`` fields.
+
+    Raises:
+        TypeError, ValueError: the first value that is out of its range, by its name.
+    """
+
+    def __post_init__(self) -> None:
+        for one in fields(self):  # type: ignore[arg-type]
+            value, check, choices = getattr(self, one.name), one.metadata["check"], one.metadata["choices"]
+            if value is None and one.default is None:
+                continue
+            if choices:
+                check_choice(one.name, value, choices)
+            elif check is not None:
+                object.__setattr__(self, one.name, check(one.name, value))
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str}
+
+
+def add_options(parser: argparse.ArgumentParser, cls: Any, **defaults: Any) -> None:
+    """Add an option for each field of a ``Settings`` class; ``defaults`` replace the class's own."""
+    for one in fields(cls):
+        option, text = f"--{one.name.replace('_', '-')}", one.metadata["text"]
+        if one.type == "bool":
+            parser.add_argument(option, action="store_true", help=text)
+            continue
+        default = defaults.get(one.name, one.default)
+        parser.add_argument(
+            option,
+            type=_TYPES[str(one.type).partition(" ")[0]],
+            default=default,
+            choices=one.metadata["choices"] or None,
+            help=text if default is None else f"{text} (default: %(default)s)",
+        )
+
+
+def picked(cls: Any, options: argparse.Namespace) -> Any:
+    """An instance of a dataclass from the options that have its fields' names."""
+    given = {one.name: getattr(options, one.name) for one in fields(cls) if hasattr(options, one.name)}
+    assert MISSING not in given.values()
+    return cls(**given)
