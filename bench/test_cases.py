@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from linfast.bench.check import Outputs
 
 from .conftest import problem

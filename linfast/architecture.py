@@ -70,7 +70,7 @@ for _cls in (
     operators.BlockDiagonal, operators.Dense, operators.DepthwiseConv, operators.Diagonal,
     operators.LowRank, operators.Projection, operators.TimeDepthwiseConv, operators.TimeDiagonal,
     operators.TimeLowRank,
-    operators.lazy.Product, operators.lazy.Scaled, operators.lazy.Sum, operators.lazy.Transposed,
+    operators.base.Product, operators.base.Scaled, operators.base.Sum, operators.base.Transposed,
     Linearizer,
 ):  # fmt: skip
     register(_cls)

@@ -15,7 +15,6 @@ from .backend import why_reference
 from .checks import check_tensor
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
-from .flows.conditioners import MLP
 from .flows.couplings import AffineCoupling
 from .flows.flow import Flow
 from .flows.fusion import Folded, Single, segments
@@ -23,6 +22,7 @@ from .flows.mix import Householder, Mix
 from .flows.stack import FlowStack, find_stack, mode_for
 from .kernels.stack_configs import target_of
 from .linearizer import Linearizer
+from .nets import MLP
 from .one_launch import OneLaunch, find_one_launch, unwrap
 from .operators.base import LatentOperator
 from .tables import aligned

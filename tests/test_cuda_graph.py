@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from linfast.bench import timing
 from torch import Tensor
 
 import linfast as lf
 from linfast.accelerate import graph
+from linfast.bench import timing
 from linfast.cuda_graph import CudaGraph
 from linfast.sampling import pipeline, stream
 from tests.accelerate import stand_in

@@ -21,13 +21,13 @@ from ..backend import chosen_backend, uses_triton, why_reference
 from ..freeze import derived, is_kept
 from ..kernels.stack_configs import StackConfig, config_for, mode_on, target_of
 from ..kernels.stack_layout import DENSE, DIAGONAL, NO_MAPS
+from ..nets import MLP
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import coupling_stack
 from ..ops.linearizer_stack import CouplingStack
 from ..ops.stack_weights import AffineMap, CouplingLayer, PackedStack, pack_stack
 from ..precision import half_dtype, resolve_precision
 from .actnorm import ActNorm
-from .conditioners import MLP
 from .couplings import AffineCoupling
 from .fusion import fold, is_linear, is_plain
 

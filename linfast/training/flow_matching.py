@@ -28,7 +28,7 @@ from torch import Tensor
 from ..checks import check_function, check_kind, check_number, check_tensor, said_of
 from ..linearizer import Linearizer
 from ..profiling import annotate
-from ..sampling.propagator import check_time_dependent
+from ..sampling.collapsed import check_time_dependent
 from .objective import Objective, check_data, distance_of, draw_rows, normal_like
 
 __all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]

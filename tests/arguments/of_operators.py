@@ -47,11 +47,14 @@ OPERATORS: dict[str, Good] = {
         {"blocks": {"it on the meta device"}},
     ),
     "TimeLowRank": made(lf.TimeLowRank, n=4, rank=2, alpha=1.0, time_features=4, hidden=4),
-    "TimeLowRank.factors": Good(lambda: (lf.TimeLowRank(4, 1, 1.0, 4, 4).factors, {"t": x(3)}), {"t": "k"}),
+    "TimeLowRank.factors_at": Good(
+        lambda: (lf.TimeLowRank(4, 1, 1.0, 4, 4).factors_at, {"times": x(3)}), {"times": "k"}
+    ),
     "TimeLowRank.at": method(lambda: lf.TimeLowRank(4, 1, 1.0, 4, 4), "at", t=0.5),
     "TimeDiagonal": made(lf.TimeDiagonal, n=4, rank=2, alpha=1.0, time_features=4, hidden=4),
-    "TimeDiagonal.weights": Good(lambda: (lf.TimeDiagonal(4, 1, 1.0, 4, 4).weights, {"t": x(3)}), {"t": "k"}),
-    "TimeDiagonal.factors": Good(lambda: (lf.TimeDiagonal(4, 1, 1.0, 4, 4).factors, {"t": x(3)}), {"t": "k"}),
+    "TimeDiagonal.factors_at": Good(
+        lambda: (lf.TimeDiagonal(4, 1, 1.0, 4, 4).factors_at, {"times": x(3)}), {"times": "k"}
+    ),
     "TimeDiagonal.at": method(lambda: lf.TimeDiagonal(4, 1, 1.0, 4, 4), "at", t=0.5),
     "TimeDepthwiseConv": made(
         lf.TimeDepthwiseConv, channels=2, kernel_size=1, size=(2, 2), time_features=4, hidden=(4,)

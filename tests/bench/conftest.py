@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from linfast.bench import ceilings, check, timing
 
 from .toy import Clock

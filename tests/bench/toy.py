@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from itertools import cycle
 
 import torch
-from linfast.bench.harness import Case, Cost, Options, Problem, Provider, Result, Size, measure
 from torch import Tensor
+
+from linfast.bench.harness import Case, Cost, Options, Problem, Provider, Result, Size, measure
 
 CPU = torch.device("cpu")
 COST = Cost(bytes=1000, operations=4000)

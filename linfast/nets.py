@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autocast import cat, outside_autocast
-from ..checks import (
+from .autocast import cat, outside_autocast
+from .checks import (
     check_choice,
     check_count,
     check_counts,
@@ -29,8 +29,8 @@ from ..checks import (
     check_tensor,
     check_time,
 )
-from ..ops.activations import ACTIVATIONS
-from ..profiling import annotate
+from .ops.activations import ACTIVATIONS
+from .profiling import annotate
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_function"]
 
