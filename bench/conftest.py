@@ -6,7 +6,6 @@ import functools
 
 import pytest
 import torch
-
 from linfast.bench.cases import CASES
 from linfast.bench.check import Verdict
 from linfast.bench.harness import Options, Problem, judged

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from linfast.bench.check import Outputs
 
 from .conftest import problem

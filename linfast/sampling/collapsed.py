@@ -27,9 +27,16 @@ from ..operators.base import LatentOperator
 from ..operators.dense import Dense, Leaf
 from ..operators.low_rank import LowRank
 from ..profiling import annotate
-from .factored import Factors, fold_dense, fold_factored, multiply_pairs, step_pieces
+from .factored import (
+    Factors,
+    fold_dense,
+    fold_factored,
+    multiply_pairs,
+    range_within,
+    step_pieces,
+    weighted_columns,
+)
 from .integrate import Schedule, integrate, schedule
-from .recompress import range_within, weighted_columns
 from .working_copy import working_copy
 
 __all__ = ["check_time_dependent", "collapse", "collapse_inverse"]

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from linfast.bench.library_models import LIBRARIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
-from linfast.bench.library_models import LIBRARIES
 
 ROWS, FEATURES, DEPTH, HIDDEN = 256, 64, 4, (128, 128)
 MOST = 1.02

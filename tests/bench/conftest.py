@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from linfast.bench import ceilings, check, timing
 
 from .toy import Clock

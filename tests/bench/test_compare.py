@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-
-import linfast
 from linfast.bench import compare
 from linfast.bench.arguments import parser
 from linfast.bench.compare import interval, verdict
+
+import linfast
 
 SOURCE = Path(linfast.__file__).resolve().parent
 ROOT = SOURCE.parent

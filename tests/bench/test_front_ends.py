@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from linfast.bench.plots import draw
 from linfast.bench.report import json_line, parse
 from linfast.bench.run import main
 from linfast.bench.summary import short_table
+
 from tests.marks import long
 
 from .test_run import TINY

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from linfast.bench.arguments import parser
 from linfast.bench.gpu.report import Report
 from linfast.bench.gpu.runner import Job, run_jobs

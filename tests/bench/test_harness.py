@@ -7,15 +7,15 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
-
-import linfast as lf
-from linfast.backend import plain_torch
 from linfast.bench import check, harness, timing
 from linfast.bench.cases import CASES
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
 from linfast.bench.memory import peak_bytes
 from linfast.bench.report import table
+from torch import Tensor
+
+import linfast as lf
+from linfast.backend import plain_torch
 from tests.kernel_stand_in import FAULTS, Kernels
 
 from .toy import COST, CPU, Call, Clock, run, softplus

@@ -7,9 +7,9 @@ import os
 
 import pytest
 import torch
+from linfast.bench.reference import interleaved, launches, operations, step, step_bytes
 
 import linfast as lf
-from linfast.bench.reference import interleaved, launches, operations, step, step_bytes
 from linfast.flows.unet_blocks import ResidualBlock
 
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from linfast.bench.rounding import Rounding, allowed_error, allowed_errors, operand_rounding, relative_error
+from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
 DRAWS = 6

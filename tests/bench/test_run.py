@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from linfast.bench import ceilings
 from linfast.bench.cases import CASES
 from linfast.bench.crossover import crossovers

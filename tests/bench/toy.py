@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 from itertools import cycle
 
 import torch
-from torch import Tensor
-
 from linfast.bench.harness import Case, Cost, Options, Problem, Provider, Result, Size, measure
+from torch import Tensor
 
 CPU = torch.device("cpu")
 COST = Cost(bytes=1000, operations=4000)

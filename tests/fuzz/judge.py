@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from linfast.bench import rounding
 from torch import Tensor
 
 from linfast.backend import plain_torch
-from linfast.bench import rounding
 
 __all__ = ["NO_BUDGET", "VISIBLE", "Finding", "Judge", "Truth", "listed", "moves_by", "truth_of"]
 

@@ -7,14 +7,14 @@ import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
-
-import linfast as lf
-from linfast.backend import plain_torch
 from linfast.bench import accelerate_libraries
 from linfast.bench.cases.common import perturb
 from linfast.bench.check import Verdict
 from linfast.bench.rounding import relative_error
+from torch import Tensor, nn
+
+import linfast as lf
+from linfast.backend import plain_torch
 from tests.accelerate import stand_in
 
 __all__ = ["models"]

@@ -14,11 +14,11 @@ _FRACTION = 0.75  # of the memory, for this process: whether torch holds it to t
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{_FRACTION}"
 
 import torch  # noqa: E402
-
-from linfast import kernels  # noqa: E402
 from linfast.bench.cases import CASES  # noqa: E402
 from linfast.bench.ceilings import ceilings  # noqa: E402
 from linfast.bench.environment import describe  # noqa: E402
+
+from linfast import kernels  # noqa: E402
 from tests.gpu import smoke  # noqa: E402
 
 

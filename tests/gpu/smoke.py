@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-
-import linfast as lf
 from linfast.bench.cases import CASES
 from linfast.bench.check import Verdict, judge, own_standard
 from linfast.bench.harness import Case, Options, Size
 from linfast.bench.rounding import relative_error
+
+import linfast as lf
 from linfast.precision import PRECISIONS
 from tests.machine_code.cases import all_cases
 from tests.machine_code.check import exact, outputs_and_gradients, values_of

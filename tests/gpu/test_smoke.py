@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from linfast.bench.cases import CASES
 from torch.utils._pytree import tree_map_only
 
-from linfast.bench.cases import CASES
 from linfast.ops import register
 from tests.gpu import smoke
 from tests.marks import long

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from linfast.bench.rounding import allowed_errors, operand_rounding, relative_error
 from torch import Tensor
 
 import linfast as lf
 from linfast.backend import plain_torch
-from linfast.bench.rounding import allowed_errors, operand_rounding, relative_error
 from tests.machine_code.variants import DTYPES, Variant
 
 __all__ = ["Result", "checked", "exact", "outputs_and_gradients", "values_of"]

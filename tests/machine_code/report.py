@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-
 from linfast.bench.environment import describe
+
 from linfast.tables import aligned
 
 __all__ = ["document", "table"]

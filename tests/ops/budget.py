@@ -14,11 +14,11 @@ from unittest import mock
 
 import torch
 import triton
+from linfast.bench.rounding import Rounding, allowed_errors
+from linfast.bench.rounding import relative_error as error
 from torch import Tensor
 
 import linfast as lf
-from linfast.bench.rounding import Rounding, allowed_errors
-from linfast.bench.rounding import relative_error as error
 from linfast.ops.register import RAW_OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

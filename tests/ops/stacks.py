@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from linfast.bench.rounding import operand_rounding
 from torch import Tensor
 
-from linfast.bench.rounding import operand_rounding
 from linfast.ops import AffineMap, CouplingLayer
 from linfast.ops.activations import ACTIVATIONS
 from linfast.ops.affine_coupling import couple, split_sizes

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from linfast.kernels.conv2d_configs import choose_tile, handed_over, runs_fused, tile_rows_of, weight_splits
 from torch import Tensor
 
 import linfast as lf
-from linfast.kernels.conv2d_configs import choose_tile, handed_over, runs_fused, tile_rows_of, weight_splits
 from linfast.ops import conv2d_fused
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
 from tests.ops.checks import assert_same_bits

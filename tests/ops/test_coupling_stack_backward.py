@@ -13,14 +13,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import linfast as lf
 from linfast.bench.rounding import N_PARTS
 from linfast.kernels import coupling_stack_backward as backward
 from linfast.kernels import row_products, stack_pass
 from linfast.kernels.row_products import ADD, MULTIPLY, SET, Mode, launch_linear, launch_outer, n_splits
 from linfast.kernels.stack_pass import Scratch, StackPass
+from torch import Tensor
+
+import linfast as lf
 from linfast.ops import CouplingLayer, coupling_stack
 from linfast.ops.activations import ACTIVATION_NAMES, ACTIVATIONS, derivative
 from linfast.ops.coupling_stack import raw_backward

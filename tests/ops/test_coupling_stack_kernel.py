@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from linfast.kernels import coupling_stack as kernels
 from torch import Tensor
 
 import linfast as lf
-from linfast.kernels import coupling_stack as kernels
 from linfast.ops import AffineMap, CouplingLayer, coupling_stack, mlp_coupling
 from linfast.ops.activations import ACTIVATION_NAMES
 from linfast.ops.stack_weights import pack_stack

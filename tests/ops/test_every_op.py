@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from linfast.bench.rounding import allowed_errors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast import ops
-from linfast.bench.rounding import allowed_errors
 from linfast.ops.register import RAW_OPS
 from tests.marks import long
 from tests.ops.budget import DEVICE, Outputs, assert_within

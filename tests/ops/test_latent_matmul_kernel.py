@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from linfast.bench.memory import peak_bytes
 from torch import Tensor
 
 import linfast as lf
-from linfast.bench.memory import peak_bytes
 from linfast.ops import latent_matmul
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+from linfast.bench.memory import peak_bytes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
-from linfast.bench.memory import peak_bytes
 from linfast.ops import low_rank
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, Outputs, assert_accurate, assert_within_budget, hostile

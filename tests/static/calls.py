@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from linfast.kernels.stack_layout import NO_MAPS
 from torch import Tensor
 
 from linfast import ops
-from linfast.kernels.stack_layout import NO_MAPS
 from linfast.ops.linearizer_stack import CouplingStack, linearizer_stack
 from linfast.scale_maps import ScaleMap
 from tests.ops.stacks import NAMES, random_layers, random_map

@@ -24,12 +24,12 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
+from linfast.kernels import stack_configs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime import JITFunction, driver
 
 import linfast as lf
-from linfast.kernels import stack_configs
 from linfast.ops import register
 
 TARGETS = {

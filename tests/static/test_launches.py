@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import linfast.kernels
+import pytest
 from linfast.kernels import (
     affine_coupling,
     channel_mix,
@@ -25,6 +24,7 @@ from linfast.kernels import (
 )
 from linfast.kernels.stack_configs import CONFIGS
 from linfast.kernels.stack_layout import N_PARTS
+
 from tests.marks import long
 from tests.static import table
 from tests.static.cases import TARGETS
