@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +30,7 @@ from .spectral import Decomposable, inverse_of
 if TYPE_CHECKING:
     from .dense import Leaf
 
-__all__ = ["LatentOperator", "Lazy", "Product", "Scaled", "Sum", "TimeFactors", "Transposed", "hold"]
-
-
-class TimeFactors(NamedTuple):
-    """A_t = alpha I + U_t diag(w_t) V_t^T at T times."""
-
-    alpha: float
-    U: Tensor
-    """[T, n, r], or [n, r] where all times share it."""
-    V: Tensor
-    """Like U."""
-    weights: Tensor | None
-    """w [T, r] of shared factors; None: ones."""
+__all__ = ["LatentOperator", "Lazy", "Product", "Scaled", "Sum", "Transposed", "hold"]
 
 
 class LatentOperator(Decomposable):
@@ -79,17 +67,13 @@ class LatentOperator(Decomposable):
         check_time(t)
         return self
 
-    def at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
+    def _at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
         """k -> A at times[k]; what generates A from time is called once for all times."""
         return lambda k: self.at(times[k])
 
-    def factor_columns(self, count: int) -> int | None:
-        """Columns in all of ``factors_at`` for ``count`` times; None where A has no such factors."""
+    def _factor_columns(self, count: int) -> int | None:
+        """Columns of all the factors that ``factors_at`` gives for ``count`` times; None where it gives none."""
         return None
-
-    def factors_at(self, times: Tensor) -> TimeFactors:
-        """A_t at the times [T], factored; only where ``factor_columns`` is not None."""
-        raise NotImplementedError(f"{type(self).__name__} is not alpha I + U V^T at every time")
 
     # What every operator has.
 
@@ -179,10 +163,10 @@ class Lazy(LatentOperator):
         check_time(t)
         return self._rebuild(*(part.at(t) for part in self.parts())) if self.time_dependent else self
 
-    def at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
+    def _at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
         if not self.time_dependent:
             return lambda k: self
-        parts = [part.at_each(times) for part in self.parts()]
+        parts = [part._at_each(times) for part in self.parts()]
         return lambda k: self._rebuild(*(part(k) for part in parts))
 
 

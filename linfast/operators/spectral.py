@@ -157,10 +157,6 @@ class Decomposable(nn.Module):
         """The structured operator that this one equals now."""
         raise NotImplementedError
 
-    def at(self, t: float | Tensor) -> Any:
-        """The operator at time t."""
-        raise NotImplementedError
-
     def inverse(self) -> Any:
         """A^{-1}, a snapshot.
 
@@ -175,7 +171,8 @@ class Decomposable(nn.Module):
         """``A.at(t).inverse()``, read at the first call for these weights and a time that is a number."""
         if t is None:
             return derived(self, "inverse", self.inverse)
-        return self.at(t)._inverse_of(self, Tensor if isinstance(t, Tensor) else t)
+        operator: Any = self
+        return operator.at(t)._inverse_of(self, Tensor if isinstance(t, Tensor) else t)
 
     @outside_autocast
     def _inverse_of(self, owner: nn.Module, at: Hashable) -> Any:

@@ -4,13 +4,15 @@
     TimeDiagonal         A_t = alpha I + U diag(w(t)) V^T
     TimeDepthwiseConv    A_t = one correlation per channel, with kernels that depend on t
 
-A kind says what it generates, ``generated_at(times)``, and which operator that makes, ``_made_of``. Where the
-operator is low-rank at every time, ``factors_at(times)`` gives its factors, from which ``collapse`` works.
+A kind says what it generates, ``_generate``, and which operator that makes, ``_made_of``. Where the operator is
+low-rank at every time, ``factors_at(times)`` gives its factors, from which ``collapse`` works, and
+``_factor_columns`` says how many columns they have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,24 @@ from torch import Tensor, nn
 from ..checks import check_count, check_counts, check_dense, check_number, check_time
 from ..device import tensor_of, uploaded
 from ..nets import MLP, SinusoidalEmbedding, check_time_features
-from .base import LatentOperator, TimeFactors
+from .base import LatentOperator
 from .dense import Leaf
 from .depthwise import DepthwiseConv, check_pair
 from .low_rank import LowRank
 
-__all__ = ["TimeDepthwiseConv", "TimeDiagonal", "TimeLowRank", "TimeOperator"]
+__all__ = ["TimeDepthwiseConv", "TimeDiagonal", "TimeFactors", "TimeLowRank", "TimeOperator"]
+
+
+class TimeFactors(NamedTuple):
+    """A_t = alpha I + U_t diag(w_t) V_t^T at T times."""
+
+    alpha: float
+    U: Tensor
+    """[T, n, r], or [n, r] where all times share it."""
+    V: Tensor
+    """Like U."""
+    weights: Tensor | None
+    """w [T, r] of shared factors; None: ones."""
 
 
 class TimeOperator(LatentOperator):
@@ -58,25 +72,25 @@ class TimeOperator(LatentOperator):
     def closed(self) -> Leaf:
         raise ValueError(f"{type(self).__name__} depends on time: its algebra is that of A.at(t)")
 
-    def generated_at(self, times: Tensor) -> tuple[Tensor, ...]:
-        """What A is made of at the times [T]: tensors [T, ...] in the parameters' dtype."""
+    def _generated_at(self, t: Tensor) -> tuple[Tensor, ...]:
+        """What A is made of at the times t [T]: tensors [T, ...] in the parameters' dtype."""
         like = self._like
-        check_dense("times", times)
-        check_time(times, like)
-        if times.ndim != 1:
-            raise ValueError(f"times must be [T]; got {tuple(times.shape)}")
-        generated = self._generate(self.embedding(times.to(like)))
+        check_dense("t", t)
+        check_time(t, like)
+        if t.ndim != 1:
+            raise ValueError(f"t must be [T]; got {tuple(t.shape)}")
+        generated = self._generate(self.embedding(t.to(like)))
         return tuple(part.to(like.dtype) for part in generated)  # autocast rounds what networks return
 
     def at(self, t: float | Tensor) -> Leaf:
         like = self._like
         check_time(t, like)
         times = t if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device)
-        generated = self.generated_at(times.reshape(-1))
+        generated = self._generated_at(times.reshape(-1))
         return self._made_of(*(generated if times.ndim else (part[0] for part in generated)))
 
-    def at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
-        generated = self.generated_at(uploaded(times, self._like.device, self._like.dtype))
+    def _at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
+        generated = self._generated_at(uploaded(times, self._like.device, self._like.dtype))
         return lambda k: self._made_of(*(part[k] for part in generated))
 
     @property
@@ -133,12 +147,12 @@ class TimeLowRank(_LowRankAtAnyTime):
     def _made_of(self, *generated: Tensor) -> LowRank:
         return LowRank(self.alpha, *generated)
 
-    def factor_columns(self, count: int) -> int:
+    def _factor_columns(self, count: int) -> int:
         return self.rank_bound * count
 
-    def factors_at(self, times: Tensor) -> TimeFactors:
-        """U(t) and V(t), each [T, n, r], at the times [T]."""
-        U, V = self.generated_at(times)
+    def factors_at(self, t: Tensor) -> TimeFactors:
+        """U(t) and V(t), each [T, n, r], at the times t [T]."""
+        U, V = self._generated_at(t)
         return TimeFactors(self.alpha, U, V, None)
 
 
@@ -170,12 +184,12 @@ class TimeDiagonal(_LowRankAtAnyTime):
         scaled = self.U * generated[0][..., None, :]
         return LowRank(self.alpha, scaled, self.V.expand_as(scaled))
 
-    def factor_columns(self, count: int) -> int:
+    def _factor_columns(self, count: int) -> int:
         return self.rank_bound
 
-    def factors_at(self, times: Tensor) -> TimeFactors:
-        """U and V [n, r], which all times share, and w [T, r] at the times [T]."""
-        return TimeFactors(self.alpha, self.U, self.V, *self.generated_at(times))
+    def factors_at(self, t: Tensor) -> TimeFactors:
+        """U and V [n, r], which all times share, and w [T, r] at the times t [T]."""
+        return TimeFactors(self.alpha, self.U, self.V, *self._generated_at(t))
 
 
 class TimeDepthwiseConv(TimeOperator):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
 
 def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tensor) -> Leaf:
     """B on the device and in the dtype of ``like``."""
-    columns = A_t.factor_columns(len(plan.times))
+    columns = A_t._factor_columns(len(plan.times))
     if columns is None:
         return _finish(_step_unit_vectors(A_t, plan), 0.0, tol, like)
     factors = _factors(A_t, columns, plan)
@@ -126,7 +127,7 @@ def _check_tol(tol: float | None, like: Tensor) -> None:
         raise ValueError("tol must be None for an operator without values, as on the meta device")
 
 
-def _factors(A: LatentOperator, columns: int, plan: Schedule) -> Factors:
+def _factors(A: Any, columns: int, plan: Schedule) -> Factors:
     """All factors from one call of the generator, as rows [R, N]."""
     scheme, n, like = plan.scheme, A.n_in, _like(A)
     flops = 4.0 * n * columns * min(n, columns)

@@ -140,7 +140,7 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop
 @outside_autocast
 def _step_by_step(f: Linearizer, z: Tensor, plan: Schedule, on_step: Callable[[Tensor], None] | None) -> Tensor:
     """In z's dtype: a hundred small increments are lost in bf16."""
-    at = f.A.at_each(plan.times)
+    at = f.A._at_each(plan.times)
     return integrate(lambda z, k: at(k)(z), z, plan, on_step)
 
 

@@ -135,7 +135,7 @@ def test_fixed_factors_keep_their_rank() -> None:
 def test_the_tree_is_the_steps_in_order(kind: type, method: str, count: int) -> None:
     A, plan = _small(kind, 9, 2), schedule(method, count + 1)
     with torch.no_grad():
-        factors = _factors(A, A.factor_columns(len(plan.times)), plan)
+        factors = _factors(A, A._factor_columns(len(plan.times)), plan)
         steps = step_pieces(factors, plan)
         in_order = multiply_pairs(factors, *steps, limit=0)
         assert len(in_order) == count

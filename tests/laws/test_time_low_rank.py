@@ -45,7 +45,7 @@ def test_fixed_factors_have_weights_that_depend_on_time(dtype: torch.dtype) -> N
     for ask in (lambda: A_t(z), A_t.inverse, lambda: A_t.to_dense()):
         with pytest.raises(ValueError, match="TimeDiagonal depends on time"):
             ask()
-    for bad, match in ((torch.ones(2, 2), r"0-d or \[B\]"), (torch.ones(()), r"times must be \[T\]")):
+    for bad, match in ((torch.ones(2, 2), r"0-d or \[B\]"), (torch.ones(()), r"t must be \[T\]")):
         with pytest.raises(ValueError, match=match):
             A_t.at(bad) if bad.ndim else A_t.factors_at(bad)
 
@@ -71,7 +71,7 @@ def test_factors_are_one_pair_a_time(count: int) -> None:
     for k, t in enumerate(times):
         dense = A_t.alpha * torch.eye(N, dtype=torch.float64) + U[k] @ V[k].mT
         assert relative(A_t.at(t).to_dense(), dense) <= zoo.bound(A_t, torch.float64)
-    with pytest.raises(ValueError, match=r"times must be \[T\]"):
+    with pytest.raises(ValueError, match=r"t must be \[T\]"):
         A_t.factors_at(torch.tensor(0.5))
 
 
