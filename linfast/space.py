@@ -159,12 +159,7 @@ def _weights(weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
         check_dense("weights", weights)
     try:
         weights = torch.as_tensor(weights, device=vectors.device)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # NotImplementedError: off the meta device
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"weights must be numbers [K] or [M, K]; {error}") from error
     if weights.is_complex() or weights.dtype == torch.bool:
         raise ValueError(f"weights must be real numbers; got {weights.dtype}")
