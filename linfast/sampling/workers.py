@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -80,32 +80,18 @@ class Workers:
 
 
 class Pipeline:
-    """Does the work when a block is started: one block in flight."""
-
-    depth = 1
+    """On a CPU: each block's samples when they are asked for."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
 
-    def start(self, noise: Tensor) -> Any:
-        return self.work(noise)
-
-    def finish(self, started: Any) -> Tensor:
-        return started
-
     def run(self, noises: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Each block's samples, valid until the next are asked for."""
-        in_flight: deque[Any] = deque()
-        for noise in noises:
-            in_flight.append(self.start(noise))
-            if len(in_flight) == self.depth:
-                yield self.finish(in_flight.popleft())
-        while in_flight:
-            yield self.finish(in_flight.popleft())
+        """The samples of each block, valid until the next are asked for."""
+        return map(self.work, noises)
 
 
 class CudaPipeline(Pipeline):
-    """Two blocks in flight: one computed, one on its way to the host."""
+    """Two blocks in flight: one is computed, one is on its way to the host."""
 
     depth = 2
 
@@ -117,6 +103,15 @@ class CudaPipeline(Pipeline):
         self.copy = torch.cuda.Stream(example.device)
         self.host: list[Tensor] = []
         self.turn = 0
+
+    def run(self, noises: Iterator[Tensor]) -> Iterator[Tensor]:
+        in_flight: deque[tuple[int, torch.cuda.Event]] = deque()
+        for noise in noises:
+            in_flight.append(self.start(noise))
+            if len(in_flight) == self.depth:
+                yield self.finish(in_flight.popleft())
+        while in_flight:
+            yield self.finish(in_flight.popleft())
 
     def start(self, noise: Tensor) -> tuple[int, torch.cuda.Event]:
         samples = self.work(noise)  # nobody else's: nothing writes over it while it is copied
