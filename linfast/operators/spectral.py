@@ -195,9 +195,9 @@ class Decomposable(nn.Module):
         Singular values up to rtol times the largest count as zero; by default rtol is
         max(n_out, n_in) times the dtype's epsilon.
         """
-        check_rtol(rtol)
+        rtol = _checked_rtol(rtol, self)
         leaf = self.closed()
-        return cast(self._decomposed(leaf, "_pinv", _rtol(leaf, rtol)), dtype_of(leaf))
+        return cast(self._decomposed(leaf, "_pinv", rtol), dtype_of(leaf))
 
     @outside_autocast
     def svd(self) -> SVD:
@@ -225,9 +225,9 @@ class Decomposable(nn.Module):
 
     def rank(self, rtol: float | None = None) -> Tensor:
         """Number of singular values above rtol times the largest (rtol as in ``pinv``)."""
-        check_rtol(rtol)
+        rtol = _checked_rtol(rtol, self)
         S, rest, others = self._singular_values()
-        limit = largest(S, rest) * cutoff(S, max(self.n_out, self.n_in), _rtol(self, rtol))
+        limit = largest(S, rest) * rtol
         return (limit[..., None] < S).sum(-1) + others * (limit < rest)
 
     @outside_autocast
@@ -252,21 +252,15 @@ def inverse_of(leaf: Any, read: bool) -> Any:
     return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
 
 
-def _rtol(operator: Decomposable, rtol: float | None) -> float:
-    """rtol; by default that of the operator's own dtype, whatever its decomposition is computed in."""
+def _checked_rtol(rtol: float | None, operator: Decomposable) -> float:
+    """rtol, a number of at least 0; by default that of the operator's own dtype, whatever it is decomposed in."""
     if rtol is not None:
-        return rtol
+        return check_number("rtol", rtol, least=0.0)
     return max(operator.n_out, operator.n_in) * torch.finfo(dtype_of(operator)).eps
 
 
-def check_rtol(rtol: float | None) -> None:
-    """Raise unless rtol is None or a number of at least 0."""
-    if rtol is not None:
-        check_number("rtol", rtol, least=0.0)
-
-
 def dtype_of(operator: nn.Module) -> torch.dtype:
-    """Of its first matrix or vector; a 0-d factor fits any."""
+    """The dtype of the operator's first matrix or vector; a 0-d factor fits any."""
     found = (t.dtype for t in tensors_of(operator) if t.ndim and t.is_floating_point())
     return next(found, torch.get_default_dtype())
 
@@ -293,7 +287,7 @@ _read: WeakKeyDictionary[nn.Module, tuple[Hashable, set[Hashable]]] = WeakKeyDic
 
 
 def is_unread(operator: nn.Module, at: Hashable) -> bool:
-    """Whether the host has to read if this operator, with its weights as they are, has an inverse ``at`` a time."""
+    """Whether the host still has to read, for these weights, if this operator has an inverse ``at`` this time."""
     if torch.compiler.is_compiling() or any(capturing(t) or not has_values(t) for t in _tensors(operator)):
         return False
     if all(read_at_once(tensor) for tensor in _tensors(operator)):
@@ -303,7 +297,7 @@ def is_unread(operator: nn.Module, at: Hashable) -> bool:
 
 
 def mark_read(operator: nn.Module, at: Hashable) -> None:
-    """It has one."""
+    """Remember that it has one."""
     state = _state(operator)
     if state is None:
         return

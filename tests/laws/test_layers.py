@@ -1,4 +1,4 @@
-"""Operators know nothing of what is built on them, and no module of operators or sampling is in an import circle."""
+"""Operators know nothing of what is built on them; no module of operators or sampling is in an import circle."""
 
 from __future__ import annotations
 
