@@ -65,9 +65,9 @@ def register(cls: _Class) -> _Class:
     return cls
 
 
-_ABSTRACT = (flows.Bijection, operators.LatentOperator, operators.lazy.Lazy)
+_ABSTRACT = (flows.Bijection, operators.LatentOperator, operators.base.Lazy)
 register(Linearizer)
-for _package in (flows, operators, operators.lazy):
+for _package in (flows, operators, operators.base):
     for _cls in map(vars(_package).get, _package.__all__):
         if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _cls not in _ABSTRACT:
             register(_cls)

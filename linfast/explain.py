@@ -15,7 +15,6 @@ from .checks import check_tensor
 from .dispatch import why_reference
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
-from .flows.conditioners import MLP
 from .flows.couplings import AffineCoupling
 from .flows.flow import Flow
 from .flows.match import match
@@ -24,6 +23,7 @@ from .flows.segments import Folded, OneLaunch, Single
 from .kernels.stack_configs import StackConfig, target_of
 from .linearizer import Linearizer
 from .match import LinearizerLaunch, match_linearizer, unwrap
+from .nets import MLP
 from .operators.base import LatentOperator
 from .ops.linearizer_stack import CouplingStack
 from .tables import aligned

@@ -191,7 +191,7 @@ class Linearizer(nn.Module):
         svd = self.A.svd()
         if svd.S.ndim != 1:
             raise ValueError("f.svd() is of one operator and A holds one a sample: fix a single time, f.at(0.5)")
-        return LinearizerSVD(self.g_x, svd, self.g_y)
+        return LinearizerSVD(self.g_x, svd, self.g_y, Linearizer)
 
     def _check_time(self, t: float | Tensor | None, x: Tensor | None = None) -> None:
         if t is not None:

@@ -65,7 +65,7 @@ class InducedSpace:
         return self._decode(z + w)
 
     def scale(self, a: float | Tensor, v: Tensor) -> Tensor:
-        """a (.) v = g^{-1}(a g(v)); a is a number, 0-d, or one a row [B]."""
+        """a (.) v = g^{-1}(a g(v)); a is a number, 0-d, or one per row [B]."""
         z = self._encode("v", v)
         return self._decode(_per_row("a", a, z) * z)
 
@@ -99,7 +99,7 @@ class InducedSpace:
         return self._decode(combined.reshape(-1, *z.shape[1:]))
 
     def interpolate(self, u: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-        """(1 - t) (.) u (+) t (.) v, row by row; t is a number, 0-d, or one a row [B].
+        """(1 - t) (.) u (+) t (.) v, row by row; t is a number, 0-d, or one per row [B].
 
         A batch of one is broadcast.
         """
@@ -159,12 +159,7 @@ def _weights(weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
         check_dense("weights", weights)
     try:
         weights = torch.as_tensor(weights, device=vectors.device)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # NotImplementedError: off the meta device
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"weights must be numbers [K] or [M, K]; {error}") from error
     if weights.is_complex() or weights.dtype == torch.bool:
         raise ValueError(f"weights must be real numbers; got {weights.dtype}")
@@ -178,5 +173,5 @@ def _per_row(name: str, a: float | Tensor, z: Tensor) -> float | Tensor:
         return a
     check_tensor(name, a, z, "the vectors")
     if a.shape != z.shape[:1]:
-        raise ValueError(f"{name} must be a number, 0-d or [{z.shape[0]}], one a row; got {tuple(a.shape)}")
+        raise ValueError(f"{name} must be a number, 0-d or [{z.shape[0]}], one per row; got {tuple(a.shape)}")
     return a.to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))

@@ -7,8 +7,8 @@ The v_i are orthonormal in the x side's induced space and the u_i in the y side'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from .operators.low_rank import LowRank
 from .operators.spectral import SVD
 from .space import decode_latents
 
-if TYPE_CHECKING:
-    from .linearizer import Linearizer
-
 __all__ = ["LinearizerSVD"]
 
 
@@ -29,12 +26,20 @@ class LinearizerSVD:
     """Singular values S [k], and singular vectors ``left`` [k, *shape_y] and ``right`` [k, *shape_x].
 
     Unpacks as ``left, S, right``. ``operator`` is the latent SVD it comes from, with
-    its ``rest``: the value of every singular value that is not in S.
+    its ``rest``: the value of every singular value that is not in S. ``build(g_x, A, g_y)``
+    makes a Linearizer.
     """
 
-    def __init__(self, g_x: nn.Module, operator: SVD, g_y: nn.Module) -> None:
+    def __init__(
+        self,
+        g_x: nn.Module,
+        operator: SVD,
+        g_y: nn.Module,
+        build: Callable[[nn.Module, LatentOperator, nn.Module], Any],
+    ) -> None:
         self.g_x, self.g_y = g_x, g_y
         self.operator = operator
+        self._build = build
 
     @property
     def S(self) -> Tensor:
@@ -53,15 +58,13 @@ class LinearizerSVD:
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.left, self.S, self.right))
 
-    def linearizer(self, rank: int | None = None) -> Linearizer:
-        """f rebuilt from its decomposition; with ``rank``, the nearest f of that rank in the induced spaces.
+    def linearizer(self, rank: int | None = None) -> Any:
+        """The Linearizer rebuilt; with ``rank``, the nearest one of that rank in the induced spaces.
 
         Raises:
             ValueError: a negative rank; one that would keep some of the values that equal ``rest``, not all.
         """
-        from .linearizer import Linearizer
-
-        return Linearizer(self.g_x, self._operator(rank), self.g_y)
+        return self._build(self.g_x, self._operator(rank), self.g_y)
 
     def _operator(self, rank: int | None) -> LatentOperator:
         U, S, Vh = self.operator

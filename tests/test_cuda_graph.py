@@ -14,7 +14,7 @@ from torch import Tensor
 import linfast as lf
 from linfast.accelerate import graph
 from linfast.cuda_graph import CudaGraph
-from linfast.sampling import pipeline, stream
+from linfast.sampling import stream, workers
 from tests.accelerate import stand_in
 from tests.cuda_stand_in import Cuda, Stream
 from tests.laws.zoo import perturb
@@ -59,7 +59,7 @@ def _close(value: Tensor, expected: Tensor) -> bool:
 
 
 def test_a_stream_keeps_what_it_reads(cuda: Cuda, way, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "make_pipeline", pipeline.CudaPipeline)
+    monkeypatch.setattr(stream, "make_pipeline", workers.CudaPipeline)
     f = lf.Linearizer(_flow(), lf.Dense(N))
     with way:
         expected = torch.cat(list(lf.sample_stream(f, 20, 5, block_size=4, cuda_graph=False)))
@@ -204,7 +204,7 @@ def test_samples_are_copied_after_they_are_computed_whatever_the_stream(cuda: Cu
         cuda.here.known.add(done[-1])
         return model(noise)
 
-    lines = pipeline.CudaPipeline(work, torch.zeros(2, 3), model if captured else None)
+    lines = workers.CudaPipeline(work, torch.zeros(2, 3), model if captured else None)
     for _ in range(3):
         noise = torch.randn(2, 3)
         with cuda.stream(Stream()):

@@ -193,7 +193,7 @@ def test_what_became_singular_raises_again(name: str) -> None:
 def test_what_became_singular_unseen_is_nan(name: str) -> None:
     """Writes through .data raise no version: a device is not asked again. A CPU is."""
     A = WITH_INVERSE[name]()
-    with mock.patch("linfast.operators.regular.read_at_once", return_value=False):
+    with mock.patch("linfast.operators.spectral.read_at_once", return_value=False):
         A.inverse()
         _singular(A, through_data=True)
         assert A.inverse()(torch.ones(2, A.n_in)).isnan().all()

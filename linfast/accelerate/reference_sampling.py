@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..operators.base import LatentOperator
-from ..operators.time_low_rank import TimeLowRank
-from ..sampling.propagator import collapse
+from ..operators.time import TimeLowRank
+from ..sampling.collapsed import collapse
 from ..sampling.sampler import at_work
 from .adapter import Adapter, Draw, Options, Plan, Unfit
 from .identity import PLAN, changed_method

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..dispatch import check_values, tensors_of
 from ..flows import ActNorm, AffineCoupling, Bijection, Flow, Inverse, Mix, Squeeze
-from ..flows.conditioners import MLP
 from ..linearizer import Linearizer
+from ..nets import MLP
 from ..operators import TimeDepthwiseConv, TimeLowRank
 from ..operators.base import LatentOperator
 from ..scale_maps import ScaleMap

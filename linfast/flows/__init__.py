@@ -1,9 +1,9 @@
 """Invertible networks g: bijections, couplings and the flows built of them."""
 
+from ..nets import MLP, ConvNet, SinusoidalEmbedding
 from .actnorm import ActNorm
 from .bijection import Bijection, Conditioned, Inverse, same_space
 from .builders import coupling_flow, image_flow
-from .conditioners import MLP, ConvNet, SinusoidalEmbedding
 from .couplings import AdditiveCoupling, AffineCoupling
 from .flow import Flow
 from .mix import Householder, Mix, Permute

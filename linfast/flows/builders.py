@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from ..checks import check_choice, check_count, check_counts, check_flag, check_kind
+from ..nets import MLP, ConvNet
 from ..ops.affine_coupling import HALVES, ORDERS, split_sizes
 from ..scale_maps import ScaleMap
 from .actnorm import ActNorm
 from .bijection import Bijection, Inverse
-from .conditioners import MLP, ConvNet
 from .couplings import AdditiveCoupling, AffineCoupling
 from .flow import Flow
 from .mix import Householder, Mix, Permute

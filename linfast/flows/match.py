@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..dispatch import state_key, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
+from ..nets import MLP
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
 from ..ops.plain_couplings import PlainCoupling
@@ -29,7 +30,6 @@ from ..ops.stack_weights import pack_stack
 from ..precision import half_dtype, resolve_precision
 from ..rows import by_rows, rows_at_once
 from ..scale_maps import log_scale_function
-from .conditioners import MLP
 from .couplings import AffineCoupling
 from .segments import Couplings, Folded, OneLaunch, Outputs, Segment, Single
 from .stack import PRODUCTS, WHOLE_WEIGHTS, are_plain, is_linear, is_plain, leading, stack_of

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.stack_layout import DENSE, DIAGONAL, NO_MAPS
+from ..nets import MLP
 from ..ops.affine_coupling import HALVES
 from ..ops.linearizer_stack import CouplingStack
 from ..ops.stack_weights import AffineMap, CouplingLayer
 from .actnorm import ActNorm
-from .conditioners import MLP
 from .couplings import AffineCoupling
 from .mix import Householder, Mix, Permute
 from .segments import fold

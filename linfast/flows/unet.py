@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..checks import check_count, check_counts, check_flag, check_number
 from ..dispatch import autocast_dtype
 from ..freeze import derived
-from .conditioners import SinusoidalEmbedding, check_input, check_time_features, time_rows
+from ..nets import SinusoidalEmbedding, check_input, check_time_features, time_rows
 from .unet_blocks import ResidualBlock, conv3x3, in_nchw, norm
 
 __all__ = ["UNet"]

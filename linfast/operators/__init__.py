@@ -1,15 +1,12 @@
 """Linear operators A on latents, closed under the algebra of linear maps."""
 
 from .base import LatentOperator
-from .block_diagonal import BlockDiagonal
 from .dense import Dense
-from .depthwise_conv import DepthwiseConv
+from .depthwise import BlockDiagonal, DepthwiseConv
 from .diagonal import Diagonal, Projection
 from .low_rank import LowRank
 from .spectral import SVD, Eig
-from .time_depthwise_conv import TimeDepthwiseConv
-from .time_diagonal import TimeDiagonal
-from .time_low_rank import TimeLowRank
+from .time import TimeDepthwiseConv, TimeDiagonal, TimeLowRank
 
 __all__ = [
     "SVD",

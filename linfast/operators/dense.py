@@ -1,16 +1,74 @@
-"""Dense: A is a matrix, A(z) = z @ weight.mT."""
+"""Leaf: operators that hold numbers, and their algebra. Dense: a matrix, what any of them can be turned into."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_tensor
+from ..checks import check_count, check_tensor
 from ..ops.latent_matmul import latent_matmul
-from .base import Leaf, check_size, hold
+from .base import LatentOperator, hold
 from .spectral import SVD, Eig, matrix_inverse
 
-__all__ = ["Dense"]
+__all__ = ["Dense", "Leaf", "check_size"]
+
+
+class Leaf(LatentOperator):
+    """An operator that holds its numbers. Supplies the snapshot algebra; by default through Dense."""
+
+    @property
+    def batched(self) -> bool:
+        """Whether it holds one operator per sample."""
+        return False
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether its product with any operator keeps its structure."""
+        return False
+
+    def closed(self) -> Leaf:
+        return self
+
+    def _dense(self) -> Dense:
+        return Dense.of(self.to_dense())
+
+    def _general(self) -> Leaf:
+        """The operator in the next more general structure, which powers, inverses and decompositions may need."""
+        return self._dense()
+
+    def _transposed(self) -> Leaf:
+        raise NotImplementedError
+
+    def _scaled(self, factor: float | Tensor) -> Leaf:
+        raise NotImplementedError
+
+    def _plus(self, other: Leaf) -> Leaf | None:
+        """self + other in closed form, or None."""
+        return None
+
+    def _times(self, other: Leaf) -> Leaf | None:
+        """self @ other in closed form, or None."""
+        return None
+
+    def _power(self, n: int) -> LatentOperator:
+        return self._general()._power(n)
+
+    def _inverse(self, read: bool) -> LatentOperator:
+        return self._general()._inverse(read)
+
+    def _pinv(self, rtol: float | None) -> LatentOperator:
+        return self._general()._pinv(rtol)
+
+    def _svd(self) -> SVD:
+        return self._general()._svd()
+
+    def _values(self) -> tuple[Tensor, float | Tensor]:
+        """S and rest of ``_svd``, where they cost less without the vectors."""
+        svd = self._svd()
+        return svd.S, svd.rest
+
+    def _eig(self) -> Eig:
+        return self._general()._eig()
 
 
 class Dense(Leaf):
@@ -18,7 +76,7 @@ class Dense(Leaf):
 
     Args:
         n_out, n_in: size; n_in is n_out where left out.
-        weight: the matrix, [n_out, n_in] or one a sample [B, n_out, n_in]. A Parameter
+        weight: the matrix, [n_out, n_in] or one per sample [B, n_out, n_in]. A Parameter
             is trained, any other tensor is a constant. ``Dense.of(weight)`` reads the
             size off it.
     """
@@ -34,7 +92,7 @@ class Dense(Leaf):
         check_tensor("weight", weight)
         if weight.ndim not in (2, 3) or weight.shape[-2:] != (self.n_out, self.n_in):
             raise ValueError(
-                f"weight must be [{self.n_out}, {self.n_in}] or one a sample [B, {self.n_out}, {self.n_in}]; "
+                f"weight must be [{self.n_out}, {self.n_in}] or one per sample [B, {self.n_out}, {self.n_in}]; "
                 f"got {tuple(weight.shape)}"
             )
         hold(self, "weight", weight)
@@ -92,3 +150,10 @@ class Dense(Leaf):
 
     def _eig(self) -> Eig:
         return Eig(*torch.linalg.eig(self.weight))
+
+
+def check_size(kind: str, name: str, n: object) -> int:
+    """n as an int; raises unless it is a size. A tensor given in its place belongs in ``of``."""
+    if isinstance(n, Tensor):
+        raise TypeError(f"{kind}: {name} is a size; {kind}.of(...) takes the tensor")
+    return check_count(f"{kind}: {name}", n, least=0)

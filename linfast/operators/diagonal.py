@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_tensor
-from .base import LatentOperator, Leaf, check_size, hold
+from .base import LatentOperator, hold
+from .dense import Leaf, check_size
 from .spectral import SVD, Eig, cutoff, pseudo_inverse_values, unless_singular
 
 __all__ = ["Diagonal", "Projection"]
@@ -17,7 +18,7 @@ class Diagonal(Leaf):
 
     Args:
         n: size.
-        diagonal: [n], or one a sample [B, n]; a Parameter is trained, any other tensor
+        diagonal: [n], or one per sample [B, n]; a Parameter is trained, any other tensor
             is a constant. ``Diagonal.of(diagonal)`` reads n off it.
     """
 

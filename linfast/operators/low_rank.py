@@ -22,7 +22,8 @@ from torch import Tensor
 from ..checks import check_factor, check_tensor
 from ..dispatch import has_values, outside_autocast
 from ..ops.low_rank import low_rank
-from .base import Leaf, hold
+from .base import hold
+from .dense import Leaf
 from .spectral import SVD, Eig, cutoff, largest, matrix_inverse, unless_singular
 
 __all__ = ["LowRank"]
@@ -33,7 +34,7 @@ class LowRank(Leaf):
 
     Args:
         alpha: a number or a 0-d tensor.
-        U: [n, r], or one a sample [B, n, r].
+        U: [n, r], or one per sample [B, n, r].
         V: like U. With alpha the number 0, U and V may differ in n: A is n_out x n_in.
 
     Parameters are trained; other tensors are constants.

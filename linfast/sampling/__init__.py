@@ -1,6 +1,6 @@
 """Sampling with a time-dependent Linearizer: step by step, in one step, back, and at scale."""
 
-from .propagator import collapse
+from .collapsed import collapse
 from .sampler import generator, invert, sample
 from .stream import sample_stream
 

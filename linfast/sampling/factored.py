@@ -15,6 +15,12 @@ in U and V once: rk4's U has (2 count + 1) r columns. Fixed factors, A_t = alpha
 U diag(w_t) V^T, are the same with W = diag(w_t) and all windows alike, and C stays r x r.
 
 The product of two windows with N-long sides, V'^T U, is the only work that grows with N.
+
+``range_within`` recompresses: A = U^T Q (rows U, Q [R, N]) becomes L (A^T L)^T with L [N, k] orthonormal. What is
+lost is A - L L^T A, and its Frobenius norm is measured, not estimated: with the thin QR Q^T = O R, A = Y O^T
+for Y = U^T R^T, and norms of A are those of Y. L is found block by block, each the range of what the blocks
+before it have left of Y, which is subtracted explicitly; then an SVD of L^T Y drops the columns that the
+tolerance can spare. All in float64.
 """
 
 from __future__ import annotations
@@ -30,12 +36,23 @@ from torch import Tensor
 from ..dispatch import uploaded
 from .integrate import Schedule
 
-__all__ = ["Factors", "Piece", "fold_dense", "fold_factored", "multiply_pairs", "step_pieces"]
+__all__ = [
+    "Factors",
+    "Piece",
+    "fold_dense",
+    "fold_factored",
+    "multiply_pairs",
+    "range_within",
+    "step_pieces",
+    "weighted_columns",
+]
 
 # The widest U C V^T that the tree makes. On a CPU 128 columns are enough for products with N-long
 # sides to run at full speed, and the tree's own O(width^3) stays below them; on a GPU launches
 # cost more than arithmetic, and a wide tree has log2 of the launches.
 _TREE_WIDTH = {"cpu": 256, "cuda": 1024}
+
+_BLOCK = 32  # columns found at a time: a product this wide runs at full speed, and few are found in vain
 
 
 @dataclass(frozen=True)
@@ -154,3 +171,31 @@ def fold_dense(factors: Factors, pieces: list[Piece]) -> Tensor:
         rows = slice(piece.start, piece.end)
         B = piece.scale * B + U[rows].mT @ (piece.C.to(V.dtype) @ (V[rows] @ B))
     return B
+
+
+def weighted_columns(U: Tensor, Q: Tensor) -> Tensor:
+    """Y with Y Y^T = A A^T for A = U^T Q: [N, R] of rows U and Q [R, N], float64."""
+    _, R = torch.linalg.qr(Q.double().mT, mode="r")
+    return U.double().mT @ R.mT
+
+
+def range_within(Y: Tensor, allowed: float, widest: int) -> tuple[Tensor, float] | None:
+    """Orthonormal L [N, k], k least within the range found, and |Y - L L^T Y|_F <= allowed.
+
+    None where more than ``widest`` columns would be needed.
+    """
+    random = torch.Generator(device=Y.device).manual_seed(0)
+    L, rest = Y.new_zeros(Y.shape[0], 0), Y
+    while (left := float(rest.norm())) > 0.5 * allowed:
+        block = min(_BLOCK, Y.shape[0] - L.shape[1])
+        if L.shape[1] >= widest + _BLOCK or block == 0:
+            return None
+        sketch = rest @ torch.randn(Y.shape[1], block, generator=random, dtype=Y.dtype, device=Y.device)
+        found = torch.linalg.qr(rest @ (rest.mT @ torch.linalg.qr(sketch).Q)).Q
+        found = torch.linalg.qr(found - L @ (L.mT @ found)).Q
+        rest = rest - found @ (found.mT @ rest)
+        L = torch.cat((L, found), 1)
+    X, S, _ = torch.linalg.svd(L.mT @ Y, full_matrices=False)
+    lost = torch.cat((S.square().flip(0).cumsum(0).flip(0), S.new_zeros(1))).add(left**2).sqrt()
+    k = int((lost > allowed).sum())
+    return None if k > widest else (L @ X[:, :k], float(lost[k]))

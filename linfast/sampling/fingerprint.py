@@ -1,12 +1,12 @@
-"""What a model is, as a digest: equal for two models only if they give the same samples.
+"""The digest of a model: equal for two models only if they give the same samples.
 
-A model that ``linfast.save`` takes is known by what its file would hold: the description, with every argument of
-every constructor, and all tensors; and by all that modules keep whose classes are not linfast's or torch's. Any
-other is known by everything that can be reached from it: attributes, hooks, functions and classes by their code
-and all that they refer to. Code of installed packages is known by its name. What has no contents that can be read
-(a lock, a handle of a C library) cannot be told from another, and the digest is refused.
+Of a model that ``linfast.save`` accepts, the digest covers what its file would hold, that is the description with
+every argument of every constructor and all tensors, and the attributes of modules whose classes are neither
+linfast's nor torch's. Of any other model it covers everything that can be reached from it: attributes, hooks, and
+functions and classes by their code and all that they refer to. Code of installed packages counts by its name. An
+object without readable contents (a lock, a handle of a C library) cannot be told from another: no digest is made.
 
-Neither the device nor the train flag nor ``requires_grad`` counts: they do not change what is sampled.
+The device, the train flag and ``requires_grad`` do not count: they do not change what is sampled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -96,44 +96,20 @@ class _Digest:
         return digest.digest()
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _parts(value: Any) -> Iterable[Any]:
     """What an object is made of, beginning with its kind; a memoryview is bytes as they are."""
-    if isinstance(value, Tensor):
-        yield from _tensor_parts(value)
-    elif isinstance(value, nn.Module):
-        value = getattr(value, "_orig_mod", value)  # compiled or not
-        yield from ("module", getattr(type(value), "_linfast_original", type(value)))  # accelerated or not
-        yield from _kept(value)
-    elif isinstance(value, types.CodeType):
-        yield from ("code", value.co_code, value.co_names, value.co_consts)
-    elif isinstance(value, types.FunctionType):
-        yield from _function_parts(value)
-    elif isinstance(value, types.CellType):
-        yield from ("cell", *([value.cell_contents] if value != types.CellType() else []))
-    elif isinstance(value, types.MethodType):
-        yield from ("method", value.__func__, value.__self__)
-    elif isinstance(value, types.ModuleType):
-        yield from ("import", value.__name__)
-    elif isinstance(value, type):
-        yield from _class_parts(value)
-    elif isinstance(value, property):
-        yield from ("property", value.fget)
-    elif isinstance(value, functools.cached_property):
-        yield from ("property", value.func)
-    elif isinstance(value, (staticmethod, classmethod)):
-        yield from (type(value).__name__, value.__func__)
-    elif type(value) in (list, tuple):
-        yield from ("sequence", len(value), *value)
-    elif type(value) in (dict, OrderedDict):
-        yield from ("mapping", *chain.from_iterable(value.items()))
-    elif isinstance(value, (set, frozenset)):
-        yield from ("set", type(value), len(value))
-    elif isinstance(value, torch.device):
-        yield "device"
-    elif isinstance(value, weakref.ref):
-        yield from ("reference", value())
-    else:
-        yield from _pickled_parts(value)
+    if type(value) in (list, tuple):
+        return ("sequence", len(value), *value)
+    if type(value) in (dict, OrderedDict):
+        return ("mapping", *chain.from_iterable(value.items()))
+    take_apart = next((parts for kinds, parts in _KINDS if isinstance(value, kinds)), _pickled_parts)
+    return take_apart(value)
+
+
+def _module_parts(module: nn.Module) -> Iterator[Any]:
+    module = getattr(module, "_orig_mod", module)  # compiled or not
+    yield from ("module", getattr(type(module), "_linfast_original", type(module)))  # accelerated or not
+    yield from _kept(module)
 
 
 def _kept(module: nn.Module, beside: Collection[str] = ()) -> Iterator[Any]:
@@ -220,3 +196,22 @@ def _is_installed(module: str | None) -> bool:
         return top != "__main__"
     path = getattr(sys.modules.get(top), "__file__", None) or ""
     return "site-packages" in path or "dist-packages" in path
+
+
+_KINDS: tuple[tuple[Any, Callable[[Any], Iterable[Any]]], ...] = (
+    (Tensor, _tensor_parts),
+    (nn.Module, _module_parts),
+    (types.CodeType, lambda code: ("code", code.co_code, code.co_names, code.co_consts)),
+    (types.FunctionType, _function_parts),
+    (types.CellType, lambda cell: ("cell", *([cell.cell_contents] if cell != types.CellType() else []))),
+    (types.MethodType, lambda method: ("method", method.__func__, method.__self__)),
+    (types.ModuleType, lambda module: ("import", module.__name__)),
+    (type, _class_parts),
+    (property, lambda attribute: ("property", attribute.fget)),
+    (functools.cached_property, lambda attribute: ("property", attribute.func)),
+    ((staticmethod, classmethod), lambda method: (type(method).__name__, method.__func__)),
+    ((set, frozenset), lambda values: ("set", type(values), len(values))),
+    (torch.device, lambda device: ("device",)),
+    (weakref.ref, lambda reference: ("reference", reference())),
+)
+"""How an object of each kind is taken apart; any other is taken apart as pickle would."""

@@ -18,17 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dense, check_flag, check_kind, said_of
-from ..dispatch import outside_autocast, uploaded
+from ..dispatch import outside_autocast
 from ..freeze import freeze
 from ..linearizer import Linearizer
-from ..operators.base import LatentOperator
-from ..operators.lazy import Lazy
-from ..operators.low_rank import LowRank
-from ..operators.time_diagonal import TimeDiagonal
-from ..operators.time_low_rank import TimeLowRank
 from ..ranges import range_
+from .collapsed import check_time_dependent, collapse, collapse_inverse
 from .integrate import Schedule, integrate, schedule
-from .propagator import check_time_dependent, collapse, collapse_inverse
 from .working_copy import check_mode, in_eval_mode
 
 __all__ = ["at_work", "generator", "invert", "sample"]
@@ -145,20 +140,8 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop
 @outside_autocast
 def _step_by_step(f: Linearizer, z: Tensor, plan: Schedule, on_step: Callable[[Tensor], None] | None) -> Tensor:
     """In z's dtype: a hundred small increments are lost in bf16."""
-    at = _at_each(f.A, plan.times)
+    at = f.A._at_each(plan.times)
     return integrate(lambda z, k: at(k)(z), z, plan, on_step)
-
-
-def _at_each(A: LatentOperator, times: tuple[float, ...]) -> Callable[[int], LatentOperator]:
-    """k -> A at times[k], every generator of factors called once for all times."""
-    if isinstance(A, (TimeLowRank, TimeDiagonal)):
-        like, alpha = next(A.parameters()), A.alpha
-        U, V = A.factors(uploaded(times, like.device, like.dtype))
-        return lambda k: LowRank(alpha, U[k], V[k])
-    if isinstance(A, Lazy) and A.time_dependent:
-        parts = [_at_each(part, times) for part in A.parts()]
-        return lambda k: A._rebuild(*(part(k) for part in parts))
-    return lambda k: A.at(times[k])
 
 
 def _check(f: Linearizer) -> None:

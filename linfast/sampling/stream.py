@@ -1,9 +1,9 @@
 """sample_stream: any number of samples in bounded memory, the same whoever computes them.
 
-Rows come in blocks of fixed size. Block b's noise is drawn by a generator of its own, seeded from
+Rows come in blocks of fixed size. The noise of block b is drawn by a generator of its own, seeded from
 (seed, b), and one call of the model computes the whole block: a row does not depend on the batch
 size, on the count, on where an interrupted run stopped, or on how many processes share the work.
-It does depend on the kind of device and, in its last bits, on the number of threads.
+It depends on the kind of device and, in its last bits, on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from types import NoneType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,12 +24,10 @@ from torch import Tensor, nn
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
 from ..dispatch import check_values, tensors_of
 from ..linearizer import Linearizer
-from .array_out import ArrayOut
 from .fingerprint import fingerprint
-from .npy_file import NpyFile
-from .pipeline import make_pipeline
+from .outputs import ArrayOut, Check, NpyFile, Sink
 from .sampler import at_work, generator
-from .workers import Workers
+from .workers import Workers, make_pipeline
 from .working_copy import in_eval_mode
 
 __all__ = ["sample_stream"]
@@ -108,7 +106,7 @@ def sample_stream(
     model = "" if isinstance(out, (np.ndarray, Tensor)) else _identity_of(f)  # as it is before its first call
     sample = source.probe()
     if isinstance(out, (np.ndarray, Tensor)):
-        sink: _Sink = ArrayOut.of(out, count, sample, workers)
+        sink: Sink = ArrayOut.of(out, count, sample, workers)
         _run(source, sink, sample, count, batch_size, workers, progress, cuda_graph)
         return out
     identity = {
@@ -117,9 +115,8 @@ def sample_stream(
     }  # fmt: skip
     path = os.fsdecode(out)
     with NpyFile(path, identity, workers) as file:
-        found = _Found(file)
         workers.by_first(
-            lambda: _run(source, found, sample, file.unknown, batch_size, Workers(), False, cuda_graph)
+            lambda: _run(source, Check(file), sample, file.unknown, batch_size, Workers(), False, cuda_graph)
         )
         if file.done < count:
             _run(source, file, sample, count, batch_size, workers, progress, cuda_graph)
@@ -132,13 +129,6 @@ def _identity_of(f: nn.Module) -> str:
         return fingerprint(f)
     except TypeError as reason:
         return f"{secrets.token_hex(8)}: cannot be told from another model, {reason}"
-
-
-class _Sink(Protocol):
-    @property
-    def done(self) -> int: ...
-    def write(self, start: int, rows: Tensor) -> None: ...
-    def commit(self, done: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -223,31 +213,13 @@ class _Source:
                 f"{type(self.model).__name__} returned {tuple(samples.shape)}"
             )
         samples = samples.detach().resolve_conj().resolve_neg()
-        has_none = samples.is_floating_point() and samples.dtype not in (
-            torch.float16,
-            torch.float32,
-            torch.float64,
-        )
-        return samples.float() if has_none else samples
-
-
-@dataclass(frozen=True)
-class _Found:
-    """Rows that a file's record does not know of, looked at before any is written."""
-
-    file: NpyFile
-    done: int = 0
-
-    def write(self, start: int, rows: Tensor) -> None:
-        self.file.check_rows(start, rows)
-
-    def commit(self, done: int) -> None:
-        """Nothing is written."""
+        in_numpy = samples.dtype in (torch.float16, torch.float32, torch.float64)
+        return samples if in_numpy or not samples.is_floating_point() else samples.float()
 
 
 def _run(
     source: _Source,
-    sink: _Sink,
+    sink: Sink,
     sample: Tensor,
     count: int,
     batch_size: int,

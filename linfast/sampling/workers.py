@@ -1,17 +1,28 @@
-"""Who computes which blocks: one process, or those of torch.distributed."""
+"""Who computes which blocks, one process or those of torch.distributed; and a block's way through a device.
+
+On a CPU the model is called and that is all. On a GPU the model is captured once as a CUDA graph and replayed; on
+a second stream its samples go to one of two pinned buffers, so that the next block is computed while this one is
+copied and used.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-__all__ = ["Workers"]
+from ..cuda_graph import CudaGraph
 
+__all__ = ["CudaPipeline", "Pipeline", "Workers", "make_pipeline"]
+
+Work = Callable[[Tensor], Tensor]
 _Result = TypeVar("_Result")
 
 
@@ -66,3 +77,69 @@ class Workers:
         wanted = on_terminal if show is None else show
         with Progress("sampling", done, total, "sample", wanted and self.rank == 0) as progress:
             yield progress.show
+
+
+class Pipeline:
+    """On a CPU: each block's samples when they are asked for."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def run(self, noises: Iterator[Tensor]) -> Iterator[Tensor]:
+        """The samples of each block, valid until the next are asked for."""
+        return map(self.work, noises)
+
+
+class CudaPipeline(Pipeline):
+    """Two blocks in flight: one is computed, one is on its way to the host."""
+
+    depth = 2
+
+    def __init__(self, work: Work, example: Tensor, graph_of: nn.Module | None) -> None:
+        if graph_of is None:
+            super().__init__(lambda noise: work(noise).clone())
+        else:
+            super().__init__(CudaGraph(work, [example], example.device, graph_of, frozen=True))
+        self.copy = torch.cuda.Stream(example.device)
+        self.host: list[Tensor] = []
+        self.turn = 0
+
+    def run(self, noises: Iterator[Tensor]) -> Iterator[Tensor]:
+        in_flight: deque[tuple[int, torch.cuda.Event]] = deque()
+        for noise in noises:
+            in_flight.append(self.start(noise))
+            if len(in_flight) == self.depth:
+                yield self.finish(in_flight.popleft())
+        while in_flight:
+            yield self.finish(in_flight.popleft())
+
+    def start(self, noise: Tensor) -> tuple[int, torch.cuda.Event]:
+        samples = self.work(noise)  # nobody else's: nothing writes over it while it is copied
+        if not self.host:
+            shape, dtype = samples.shape, samples.dtype
+            self.host = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(self.depth)]
+        slot, self.turn = self.turn, (self.turn + 1) % self.depth
+        self.copy.wait_stream(torch.cuda.current_stream(noise.device))
+        samples.record_stream(self.copy)
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(self.copy):
+            self.host[slot].copy_(samples, non_blocking=True)
+            copied.record()
+        return slot, copied
+
+    def finish(self, started: tuple[int, torch.cuda.Event]) -> Tensor:
+        slot, copied = started
+        copied.synchronize()
+        return self.host[slot]
+
+
+def make_pipeline(work: Work, example: Tensor, graph_of: nn.Module | None) -> Pipeline:
+    """The pipeline of the example's device.
+
+    Args:
+        work: from a block of noise to its samples. No gradients are kept.
+        example: a block of noise.
+        graph_of: the model that the work runs, where it is to be captured in a CUDA graph on a GPU; its
+            weights are then promised still for as long as the pipeline runs.
+    """
+    return CudaPipeline(work, example, graph_of) if example.device.type == "cuda" else Pipeline(work)

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..checks import check_kind, check_number, said_of
 from ..linearizer import Linearizer
 from ..ranges import range_
-from ..sampling.propagator import check_time_dependent
+from ..sampling.collapsed import check_time_dependent
 from .objective import DataObjective, check_batch, check_given, check_options, distance_of
 
 __all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from ..checks import check_count, check_dense, check_function, check_kind, check_number, check_tensor
 from ..dispatch import check_values
 from ..flows import MLP, Bijection
-from ..flows.conditioners import SinusoidalEmbedding
 from ..io import register
 from ..linearizer import Linearizer
+from ..nets import SinusoidalEmbedding
 from ..operators import DepthwiseConv, LatentOperator
-from ..operators.depthwise_conv import check_pair
+from ..operators.depthwise import check_pair
 from .objective import Objective, distance_of
 
 __all__ = ["GeneratedDepthwise", "ModularStyle", "StyleTransfer"]

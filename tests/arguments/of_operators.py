@@ -47,24 +47,21 @@ OPERATORS: dict[str, Good] = {
         {"blocks": {"it on the meta device"}},
     ),
     "TimeLowRank": made(lf.TimeLowRank, n=4, rank=2, alpha=1.0, time_features=4, hidden=4),
-    "TimeLowRank.factors": Good(lambda: (lf.TimeLowRank(4, 1, 1.0, 4, 4).factors, {"t": x(3)}), {"t": "k"}),
-    "TimeLowRank.at": method(lambda: lf.TimeLowRank(4, 1, 1.0, 4, 4), "at", t=0.5),
+    "TimeLowRank.factors_at": Good(lambda: (lf.TimeLowRank(4, 1, 1.0, 4, 4).factors_at, {"t": x(3)}), {"t": "k"}),
+    "TimeOperator.at": method(lambda: lf.TimeLowRank(4, 1, 1.0, 4, 4), "at", t=0.5),
     "TimeDiagonal": made(lf.TimeDiagonal, n=4, rank=2, alpha=1.0, time_features=4, hidden=4),
-    "TimeDiagonal.weights": Good(lambda: (lf.TimeDiagonal(4, 1, 1.0, 4, 4).weights, {"t": x(3)}), {"t": "k"}),
-    "TimeDiagonal.factors": Good(lambda: (lf.TimeDiagonal(4, 1, 1.0, 4, 4).factors, {"t": x(3)}), {"t": "k"}),
-    "TimeDiagonal.at": method(lambda: lf.TimeDiagonal(4, 1, 1.0, 4, 4), "at", t=0.5),
+    "TimeDiagonal.factors_at": Good(lambda: (lf.TimeDiagonal(4, 1, 1.0, 4, 4).factors_at, {"t": x(3)}), {"t": "k"}),
     "TimeDepthwiseConv": made(
         lf.TimeDepthwiseConv, channels=2, kernel_size=1, size=(2, 2), time_features=4, hidden=(4,)
     ),
-    "TimeDepthwiseConv.at": method(lambda: lf.TimeDepthwiseConv(2, 1, (2, 2), 4, (4,)), "at", t=0.5),
     "LatentOperator.at": method(lambda: 2.0 * lf.TimeLowRank(4, 1, 1.0, 4, 4), "at", t=0.5),
     "LatentOperator.forward": Good(
         lambda: (lf.TimeLowRank(4, 1, 1.0, 4, 4), {"z": x(3, 4), "t": 0.5}), {"z": "b N *"}, "z"
     ),
-    "LatentOperator.inverse_at": method(lambda: lf.TimeLowRank(4, 1, 1.0, 4, 4), "inverse_at", t=0.5),
-    "LatentOperator.pinv": method(lambda: lf.Dense(3), "pinv", rtol=0.01),
-    "LatentOperator.rank": method(lambda: lf.Dense(3), "rank", rtol=0.01),
-    "LatentOperator.norm": method(lambda: lf.Dense(3), "norm", ord="fro"),
+    "Decomposable.inverse_at": method(lambda: lf.TimeLowRank(4, 1, 1.0, 4, 4), "inverse_at", t=0.5),
+    "Decomposable.pinv": method(lambda: lf.Dense(3), "pinv", rtol=0.01),
+    "Decomposable.rank": method(lambda: lf.Dense(3), "rank", rtol=0.01),
+    "Decomposable.norm": method(lambda: lf.Dense(3), "norm", ord="fro"),
     **{
         f"LatentOperator.__{name}__": Good(
             lambda name=name: (getattr(lf.Dense(3), f"__{name}__"), {"other": lf.Dense(3)}), symbol=True

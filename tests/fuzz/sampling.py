@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import linfast as lf
 from linfast.dispatch import plain_torch
-from linfast.sampling.npy_file import NpyFile
+from linfast.sampling.outputs import NpyFile
 
 from . import flows, operators
 from .drawing import DTYPES, drawn, generator, moved, moved_model, perturbed, recipe, scratch, seeds

@@ -51,7 +51,7 @@ def _unet_flow(channels: int, resolution: int | tuple[int, int], **options: obje
         ),
         (lambda: lf.DepthwiseConv(1, 3, 4), TypeError, "size must be a sequence of 2 whole numbers.*got 4"),
         (lambda: lf.DepthwiseConv(1, 0, (4, 4)), ValueError, "kernel_size"),
-        (lambda: lf.TimeLowRank(4, 2).factors(0.5), TypeError, "t must be a tensor; got 0.5"),
+        (lambda: lf.TimeLowRank(4, 2).factors_at(0.5), TypeError, "t must be a tensor; got 0.5"),
         (lambda: lf.coupling_flow(4, depth=0), ValueError, "depth"),
         (lambda: lf.coupling_flow(4, coupling="spline"), ValueError, "coupling.*'spline'"),
         (lambda: lf.coupling_flow(4, mix="x"), ValueError, "mix.*'x'"),

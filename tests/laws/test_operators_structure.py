@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import linfast as lf
 from linfast.operators import BlockDiagonal, LatentOperator
-from linfast.operators.lazy import Product, Scaled, Sum, Transposed
+from linfast.operators.base import Product, Scaled, Sum, Transposed
 from tests.laws import operators_zoo as zoo
 from tests.laws.zoo import relative
 from tests.seeds import seeded

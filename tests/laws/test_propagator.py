@@ -10,7 +10,7 @@ from torch import Tensor
 
 import linfast as lf
 from linfast.operators import LatentOperator
-from linfast.sampling import propagator
+from linfast.sampling.collapsed import _factors
 from linfast.sampling.factored import fold_dense, fold_factored, multiply_pairs, step_pieces
 from linfast.sampling.integrate import METHODS, schedule
 from tests.laws.zoo import perturb, relative
@@ -86,7 +86,7 @@ def test_one_step_is_every_step(method: str, n: int, rank: int, steps: int) -> N
 
 @pytest.mark.parametrize("n", [200, 24])  # factored, dense
 def test_float32_products_keep_100_db(n: int, monkeypatch) -> None:
-    monkeypatch.setattr(propagator, "_WIDE_FLOPS", 0)
+    monkeypatch.setattr("linfast.sampling.collapsed._WIDE_FLOPS", 0)
     A = _timed(lf.TimeLowRank, n, 1).float()
     z = torch.randn(16, n)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_fixed_factors_keep_their_rank() -> None:
 def test_the_tree_is_the_steps_in_order(kind: type, method: str, count: int) -> None:
     A, plan = _small(kind, 9, 2), schedule(method, count + 1)
     with torch.no_grad():
-        factors = propagator._factors(A, plan)
+        factors = _factors(A, A._factor_columns(len(plan.times)), plan)
         steps = step_pieces(factors, plan)
         in_order = multiply_pairs(factors, *steps, limit=0)
         assert len(in_order) == count

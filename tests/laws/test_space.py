@@ -66,7 +66,7 @@ def test_a_factor_is_a_number_a_tensor_or_one_a_row(name: str) -> None:
     assert torch.equal(V.scale(torch.tensor(2.0), u), V.scale(2.0, u))
     between = torch.cat([V.interpolate(u[i : i + 1], v[i : i + 1], float(t)) for i, t in enumerate(factors)])
     assert relative(V.interpolate(u, v, factors), between) <= LIMIT[torch.float32]
-    with pytest.raises(ValueError, match=rf"a must be a number, 0-d or \[{COUNT}\], one a row; got \(3,\)"):
+    with pytest.raises(ValueError, match=rf"a must be a number, 0-d or \[{COUNT}\], one per row; got \(3,\)"):
         V.scale(torch.ones(3), u)
 
 

@@ -35,7 +35,7 @@ def test_a_number_a_tensor_and_a_batch_agree(dtype: torch.dtype, alpha: float) -
 def test_fixed_factors_have_weights_that_depend_on_time(dtype: torch.dtype) -> None:
     A_t, z = perturb(lf.TimeDiagonal(N, RANK, 0.7, time_features=8, hidden=16)).to(dtype), zoo.batch(N, dtype)
     times = torch.linspace(0.05, 0.95, zoo.BATCH, dtype=dtype)
-    weights, together = A_t.weights(times), A_t(z, t=times)
+    weights, together = A_t.factors_at(times).weights, A_t(z, t=times)
     assert float((weights[0] - weights[-1]).detach().abs().max()) > 1e-3
     for i, t in enumerate(times):
         dense = 0.7 * torch.eye(N, dtype=dtype) + A_t.U @ torch.diag(weights[i]) @ A_t.V.mT
@@ -45,9 +45,9 @@ def test_fixed_factors_have_weights_that_depend_on_time(dtype: torch.dtype) -> N
     for ask in (lambda: A_t(z), A_t.inverse, lambda: A_t.to_dense()):
         with pytest.raises(ValueError, match="TimeDiagonal depends on time"):
             ask()
-    for bad, match in ((torch.ones(2, 2), r"0-d or \[B\]"), (torch.ones(()), r"t must be \[K\]")):
+    for bad, match in ((torch.ones(2, 2), r"0-d or \[B\]"), (torch.ones(()), r"t must be \[T\]")):
         with pytest.raises(ValueError, match=match):
-            A_t.at(bad) if bad.ndim else A_t.weights(bad)
+            A_t.at(bad) if bad.ndim else A_t.factors_at(bad)
 
 
 def test_a_number_keeps_float64() -> None:
@@ -64,13 +64,15 @@ def test_integers_are_times() -> None:
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_factors_are_one_pair_a_time(count: int) -> None:
     A_t, times = _timed(), torch.linspace(0.0, 1.0, count, dtype=torch.float64)
-    U, V = A_t.factors(times)
+    alpha, U, V, weights = A_t.factors_at(times)
+    assert alpha == A_t.alpha
+    assert weights is None
     assert U.shape == V.shape == (count, N, RANK)
     for k, t in enumerate(times):
         dense = A_t.alpha * torch.eye(N, dtype=torch.float64) + U[k] @ V[k].mT
         assert relative(A_t.at(t).to_dense(), dense) <= zoo.bound(A_t, torch.float64)
-    with pytest.raises(ValueError, match=r"t must be \[K\]"):
-        A_t.factors(torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"t must be \[T\]"):
+        A_t.factors_at(torch.tensor(0.5))
 
 
 COMPOSITES = {

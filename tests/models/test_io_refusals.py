@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize, prune
 import linfast as lf
 from linfast.blueprint import _CallLimit, _Refused
 from linfast.io import register
-from linfast.operators.lazy import Transposed
+from linfast.operators.base import Transposed
 
 
 def _node(name: str, /, **arguments: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from linfast.sampling import npy_file
+from linfast.sampling import outputs
 from tests.models.stream_runs import Map, N, linearizer, rows_of, streamed
 from tests.processes import CONTEXT
 
@@ -202,7 +202,7 @@ def _read_only(patch: pytest.MonkeyPatch) -> None:
         return built_in(path, mode, *rest, **named)
 
     patch.setattr(os, "open", opened)
-    patch.setattr(npy_file, "open", opened_by_name, raising=False)
+    patch.setattr(outputs, "open", opened_by_name, raising=False)
 
 
 def test_a_complete_file_on_a_read_only_disk_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,12 +246,12 @@ def test_a_second_process_is_refused(killed: bool, tmp_path: Path) -> None:
     with pytest.raises((BlockingIOError, ValueError), match=r"is being written by another run|of another run"):
         streamed(linearizer(), path)
     with pytest.raises(BlockingIOError, match="is being written by another run"):
-        npy_file.NpyFile(str(path), json.loads(before["x.npy.json"])["run"], npy_file.Workers())
+        outputs.NpyFile(str(path), json.loads(before["x.npy.json"])["run"], outputs.Workers())
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     process.kill() if killed else done.set()
     process.join()
     identity = json.loads(before["x.npy.json"])["run"]
-    with npy_file.NpyFile(str(path), identity, npy_file.Workers()) as file:
+    with outputs.NpyFile(str(path), identity, outputs.Workers()) as file:
         assert file.done == (0 if killed else 12)
 
 
@@ -274,11 +274,11 @@ def test_a_second_thread_is_refused(tmp_path: Path) -> None:
     assert started.wait(60)
     identity = json.loads((tmp_path / "x.npy.json").read_text())["run"]
     with pytest.raises(BlockingIOError, match="is being written by another run"):
-        npy_file.NpyFile(str(path), identity, npy_file.Workers())
+        outputs.NpyFile(str(path), identity, outputs.Workers())
     go_on.set()
     first.join()
     assert np.array_equal(rows[0], rows_of(Map()))
-    with npy_file.NpyFile(str(path), identity, npy_file.Workers()) as file:  # the lock is let go of
+    with outputs.NpyFile(str(path), identity, outputs.Workers()) as file:  # the lock is let go of
         assert file.done == 12
 
 
@@ -287,15 +287,15 @@ def test_a_file_that_was_replaced_meanwhile_is_not_recorded(
 ) -> None:
     """Both files removed and another run started: its record is its own."""
     f, path, record = linearizer(), tmp_path / "x.npy", tmp_path / "x.npy.json"
-    commit = npy_file.NpyFile.commit
+    commit = outputs.NpyFile.commit
 
-    def replaced(self: npy_file.NpyFile, done: int) -> None:
+    def replaced(self: outputs.NpyFile, done: int) -> None:
         path.unlink()
         path.write_bytes(b"another's")
         record.write_text("another's")
         commit(self, done)
 
-    monkeypatch.setattr(npy_file.NpyFile, "commit", replaced)
+    monkeypatch.setattr(outputs.NpyFile, "commit", replaced)
     with pytest.raises(OSError, match="moved, removed or replaced meanwhile"):
         streamed(f, path)
     assert path.read_bytes() == record.read_bytes() == b"another's"

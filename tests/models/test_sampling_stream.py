@@ -20,7 +20,7 @@ import torch
 
 import linfast as lf
 from linfast.cli import main
-from linfast.sampling import npy_file, stream
+from linfast.sampling import outputs, stream
 from linfast.sampling.sampler import generator
 from tests.laws.zoo import perturb
 from tests.processes import CONTEXT, results_of_two
@@ -98,7 +98,7 @@ class _Stopped(Exception):
 
 def _stop_after(monkeypatch, blocks: int) -> None:
     """Let this many blocks be written, then stop as an interruption would: between a write and its commit."""
-    write, written = npy_file.NpyFile.write, []
+    write, written = outputs.NpyFile.write, []
 
     def counted(self, start, rows):
         if len(written) == blocks:
@@ -106,7 +106,7 @@ def _stop_after(monkeypatch, blocks: int) -> None:
         written.append(start)
         write(self, start, rows)
 
-    monkeypatch.setattr(npy_file.NpyFile, "write", counted)
+    monkeypatch.setattr(outputs.NpyFile, "write", counted)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3, 6])
@@ -222,9 +222,9 @@ def test_a_disk_that_fills_up_keeps_what_is_written(tmp_path: Path, monkeypatch)
             return taken
 
     with monkeypatch.context() as patch:
-        enter = npy_file.NpyFile.__enter__
+        enter = outputs.NpyFile.__enter__
         patch.setattr(
-            npy_file.NpyFile, "__enter__", lambda self: setattr(self, "file", Full(self.file)) or enter(self)
+            outputs.NpyFile, "__enter__", lambda self: setattr(self, "file", Full(self.file)) or enter(self)
         )
         with pytest.raises(
             OSError, match=r"cannot write .*No space left.*first 32 rows of 100 are valid"

@@ -126,8 +126,8 @@ class DroppingA(lf.TimeLowRank):
         super().__init__(N, 1, time_features=4, hidden=8)
         self.drop = nn.Dropout(0.5)
 
-    def factors(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        U, V = super().factors(t)
+    def _generate(self, embedded: Tensor) -> tuple[Tensor, ...]:
+        U, V = super()._generate(embedded)
         return self.drop(U), V
 
 

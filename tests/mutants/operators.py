@@ -51,7 +51,7 @@ MUTANTS = (
     ),
     Mutant(
         name="DepthwiseConv: an even kernel's transpose grows on the wrong side",
-        file="linfast/operators/depthwise_conv.py",
+        file="linfast/operators/depthwise.py",
         old="F.pad(flipped, (0, grow_w, 0, grow_h))",
         new="F.pad(flipped, (grow_w, 0, grow_h, 0))",
         breaks="The closed transpose of an even kernel is shifted by a pixel.",
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         name="lazy: a product's inverse keeps its order",
-        file="linfast/operators/lazy.py",
+        file="linfast/operators/base.py",
         old="return Product(self.right._inverted(read), self.left._inverted(read))",
         new="return Product(self.left._inverted(read), self.right._inverted(read))",
         breaks="(A B)^-1 is A^-1 B^-1.",
@@ -70,7 +70,7 @@ MUTANTS = (
     ),
     Mutant(
         name="lazy: a closed multiple forgets its factor",
-        file="linfast/operators/lazy.py",
+        file="linfast/operators/base.py",
         old="return self.operator.closed()._scaled(self.factor)",
         new="return self.operator.closed()",
         breaks="The inverse, svd and powers of c A are A's.",
@@ -89,7 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         name="regular: weights that changed are not read again",
-        file="linfast/operators/regular.py",
+        file="linfast/operators/spectral.py",
         old="return state is None or at not in seen or state != _state(operator)",
         new="return state is None or at not in seen",
         breaks="An operator that became singular gives NaN where it should say so.",

@@ -47,7 +47,7 @@ MUTANTS = (
     ),
     Mutant(
         name="collapse: a tolerance is kept but for one column",
-        file="linfast/sampling/recompress.py",
+        file="linfast/sampling/factored.py",
         old="k = int((lost > allowed).sum())",
         new="k = max(0, int((lost > allowed).sum()) - 1)",
         breaks="The recompressed operator is off by more than it was allowed.",
@@ -63,7 +63,7 @@ MUTANTS = (
     ),
     Mutant(
         name="stream: the copy to the host does not wait for the samples",
-        file="linfast/sampling/pipeline.py",
+        file="linfast/sampling/workers.py",
         old="self.copy.wait_stream(torch.cuda.current_stream(noise.device))",
         new="pass",
         breaks="A block is copied before it is computed.",

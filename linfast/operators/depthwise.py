@@ -1,8 +1,7 @@
-"""DepthwiseConv: one k x k zero-padded "same" correlation a channel.
+"""DepthwiseConv: one k x k zero-padded "same" correlation per channel. BlockDiagonal: one m x m matrix per channel.
 
-It is block diagonal over channels with blocks of H W x H W, so products and inverses
-of it are BlockDiagonal: C (H W)^2 numbers. Apply it at any size; ask for its svd or
-inverse at small ones.
+A DepthwiseConv is block diagonal over channels with blocks of H W x H W, so products and inverses of it are
+BlockDiagonal: C (H W)^2 numbers. Apply it at any size; ask for its svd or inverse at small ones.
 """
 
 from __future__ import annotations
@@ -13,12 +12,80 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_tensor
 from ..ops.depthwise_conv import depthwise_conv
-from .base import Leaf, hold
-from .block_diagonal import BlockDiagonal
+from .base import hold
+from .dense import Leaf
 from .diagonal import Diagonal
-from .spectral import SVD, Eig
+from .spectral import SVD, Eig, matrix_inverse
 
-__all__ = ["DepthwiseConv"]
+__all__ = ["BlockDiagonal", "DepthwiseConv", "check_pair"]
+
+
+class BlockDiagonal(Leaf):
+    """A = diag(block_1, ..., block_C) on z [B, C m]; blocks [C, m, m]."""
+
+    blocks: Tensor
+
+    def __init__(self, blocks: Tensor) -> None:
+        super().__init__()
+        check_tensor("blocks", blocks)
+        if blocks.ndim != 3 or blocks.shape[-1] != blocks.shape[-2]:
+            raise ValueError(f"blocks must be [C, m, m]; got {tuple(blocks.shape)}")
+        self.n_out = self.n_in = blocks.shape[0] * blocks.shape[1]
+        hold(self, "blocks", blocks)
+
+    def _product(self, z: Tensor, transpose: bool) -> Tensor:
+        blocks = self.blocks.mT if transpose else self.blocks
+        per_block = z.reshape(z.shape[0], *blocks.shape[:2])
+        return torch.einsum("cij,bcj->bci", blocks, per_block).reshape(z.shape)
+
+    def to_dense(self) -> Tensor:
+        return torch.block_diag(*self.blocks)
+
+    def _transposed(self) -> Leaf:
+        return BlockDiagonal(self.blocks.mT)
+
+    def _scaled(self, factor: float | Tensor) -> Leaf:
+        return BlockDiagonal(factor * self.blocks)
+
+    def _plus(self, other: Leaf) -> Leaf | None:
+        blocks = self._blocks_of(other)
+        return None if blocks is None else BlockDiagonal(self.blocks + blocks)
+
+    def _times(self, other: Leaf) -> Leaf | None:
+        blocks = self._blocks_of(other)
+        return None if blocks is None else BlockDiagonal(self.blocks @ blocks)
+
+    def _power(self, n: int) -> Leaf:
+        return BlockDiagonal(torch.linalg.matrix_power(self.blocks, n))
+
+    def _inverse(self, read: bool) -> Leaf:
+        return BlockDiagonal(matrix_inverse(self.blocks, "blocks of A", read))
+
+    def _pinv(self, rtol: float | None) -> Leaf:
+        S = torch.linalg.svdvals(self.blocks.detach())
+        eps = torch.finfo(S.dtype).eps
+        limit = S.max() * (self.n_in * eps if rtol is None else rtol)
+        return BlockDiagonal(torch.linalg.pinv(self.blocks, atol=limit, rtol=torch.zeros_like(limit)))
+
+    def _svd(self) -> SVD:
+        U, S, Vh = torch.linalg.svd(self.blocks)
+        S, order = S.flatten().sort(descending=True)
+        return SVD(torch.block_diag(*U)[:, order], S, torch.block_diag(*Vh)[order])
+
+    def _values(self) -> tuple[Tensor, float | Tensor]:
+        return torch.linalg.svdvals(self.blocks).flatten().sort(descending=True).values, 0.0
+
+    def _eig(self) -> Eig:
+        values, vectors = torch.linalg.eig(self.blocks)
+        return Eig(values.flatten(), torch.block_diag(*vectors))
+
+    def _blocks_of(self, other: Leaf) -> Tensor | None:
+        """The other operator in blocks of this one's size; None where it has no such blocks."""
+        if isinstance(other, BlockDiagonal) and other.blocks.shape == self.blocks.shape:
+            return other.blocks
+        if isinstance(other, Diagonal) and not other.batched and other.n == self.n_in:
+            return torch.diag_embed(other.diagonal.reshape(self.blocks.shape[:2]))
+        return None
 
 
 class DepthwiseConv(Leaf):
@@ -28,7 +95,7 @@ class DepthwiseConv(Leaf):
         channels: C.
         kernel_size: k; the kernel starts as a unit impulse plus noise.
         size: (H, W) of the latents.
-        weight: [C, kh, kw], or one set a sample [B, C, kh, kw]; a Parameter is trained,
+        weight: [C, kh, kw], or one set per sample [B, C, kh, kw]; a Parameter is trained,
             any other tensor is a constant.
     """
 
@@ -73,7 +140,7 @@ class DepthwiseConv(Leaf):
     def _blocks(self) -> BlockDiagonal:
         """Per channel, the H W x H W matrix: unit impulses through the channel's kernel."""
         if self.batched:
-            raise ValueError("the matrix of a DepthwiseConv with one kernel set a sample is not formed")
+            raise ValueError("the matrix of a DepthwiseConv with one kernel set per sample is not formed")
         H, W = self.size
         impulses = torch.eye(H * W, dtype=self.weight.dtype, device=self.weight.device).reshape(-1, 1, H, W)
         columns = depthwise_conv(impulses.expand(-1, self.channels, -1, -1), self.weight)
@@ -108,23 +175,8 @@ class DepthwiseConv(Leaf):
             return None
         return self._blocks()._times(other._blocks() if isinstance(other, DepthwiseConv) else other)
 
-    def _power(self, n: int) -> Leaf:
-        return self._blocks()._power(n)
-
-    def _inverse(self, read: bool) -> Leaf:
-        return self._blocks()._inverse(read)
-
-    def _pinv(self, rtol: float | None) -> Leaf:
-        return self._blocks()._pinv(rtol)
-
-    def _svd(self) -> SVD:
-        return self._blocks()._svd()
-
-    def _values(self) -> tuple[Tensor, float | Tensor]:
-        return self._blocks()._values()
-
-    def _eig(self) -> Eig:
-        return self._blocks()._eig()
+    def _general(self) -> Leaf:
+        return self._blocks()
 
 
 def check_pair(name: str, value: object) -> tuple[int, int]:

@@ -4,11 +4,11 @@ Every Runge-Kutta step of the latent flow is linear in z, so their composition i
 the same arithmetic as the multi-step sampler, stage by stage, so that one product with B gives
 what the steps give. Two routes:
 
-    A_t = alpha I + U_t V_t^T         (TimeLowRank, TimeDiagonal) by its factors, see ``factored``
-    any other time-dependent A_t      the n unit vectors stepped at once, in float64
+    A_t = alpha I + U_t V_t^T    by ``A_t.factors_at(times)``, see ``factored``
+    any other A_t                the n unit vectors stepped at once, in float64
 
 With R columns in all the factors together, R = r (2 steps - 1) for rk4, B = beta I + P Q^T has
-rank R at most. A product with it reads and multiplies 2 N R numbers a sample, with a matrix N^2:
+rank R at most. A product with it reads and multiplies 2 N R numbers per sample, with a matrix N^2:
 B is LowRank where 2 R < N and Dense elsewhere.
 """
 
@@ -16,21 +16,27 @@ from __future__ import annotations
 
 import math
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_number
 from ..dispatch import has_values, uploaded, without_autocast
-from ..operators.base import LatentOperator, Leaf
-from ..operators.dense import Dense
+from ..operators.base import LatentOperator
+from ..operators.dense import Dense, Leaf
 from ..operators.low_rank import LowRank
-from ..operators.time_diagonal import TimeDiagonal
-from ..operators.time_low_rank import TimeLowRank
 from ..ranges import range_
-from .factored import Factors, fold_dense, fold_factored, multiply_pairs, step_pieces
+from .factored import (
+    Factors,
+    fold_dense,
+    fold_factored,
+    multiply_pairs,
+    range_within,
+    step_pieces,
+    weighted_columns,
+)
 from .integrate import Schedule, integrate, schedule
-from .recompress import range_within, weighted_columns
 from .working_copy import working_copy
 
 __all__ = ["check_time_dependent", "collapse", "collapse_inverse"]
@@ -86,9 +92,10 @@ def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
 
 def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tensor) -> Leaf:
     """B on the device and in the dtype of ``like``."""
-    if not isinstance(A_t, (TimeLowRank, TimeDiagonal)):
+    columns = A_t._factor_columns(len(plan.times))
+    if columns is None:
         return _finish(_step_unit_vectors(A_t, plan), 0.0, tol, like)
-    factors = _factors(A_t, plan)
+    factors = _factors(A_t, columns, plan)
     pieces = multiply_pairs(factors, *step_pieces(factors, plan))
     if 2 * factors.U.shape[0] < A_t.n_in:
         beta, Q = fold_factored(factors, pieces)
@@ -119,23 +126,20 @@ def _check_tol(tol: float | None, like: Tensor) -> None:
         raise ValueError("tol must be None for an operator without values, as on the meta device")
 
 
-def _factors(A: TimeLowRank | TimeDiagonal, plan: Schedule) -> Factors:
+def _factors(A: Any, columns: int, plan: Schedule) -> Factors:
     """All factors from one call of the generator, as rows [R, N]."""
     scheme, n, like = plan.scheme, A.n_in, _like(A)
-    fixed = isinstance(A, TimeDiagonal)
-    columns = A.rank_bound * (1 if fixed else len(plan.times))
     flops = 4.0 * n * columns * min(n, columns)
     dtype = torch.float64 if flops <= _WIDE_FLOPS else like.dtype
-    times = uploaded(plan.times, like.device, torch.float64)
-    stages = [[plan.index(i, s) for s in range(len(scheme.c))] for i in range(plan.count)]
-    A = working_copy(A, dtype)
-    if isinstance(A, TimeDiagonal):
-        weights = A.weights(times)[uploaded(stages, like.device)]
-        return Factors(A.alpha, A.U.mT, A.V.mT, weights, shift=0, width=A.rank_bound)
-    rows = [factor.mT.reshape(-1, n) for factor in A.factors(times)]
+    alpha, U, V, weights = working_copy(A, dtype).factors_at(uploaded(plan.times, like.device, torch.float64))
+    rank = U.shape[-1]
+    if weights is not None:  # all times share U and V
+        stages = [[plan.index(i, s) for s in range(len(scheme.c))] for i in range(plan.count)]
+        return Factors(alpha, U.mT, V.mT, weights[uploaded(stages, like.device)], shift=0, width=rank)
     picks = uploaded(torch.eye(len(scheme.nodes), dtype=torch.float64)[list(scheme.node_of)], like.device)
-    weights = picks.repeat_interleave(A.rank_bound, dim=1).expand(plan.count, -1, -1)
-    return Factors(A.alpha, rows[0], rows[1], weights, shift=scheme.stride * A.rank_bound, width=weights.shape[-1])
+    weights = picks.repeat_interleave(rank, dim=1).expand(plan.count, -1, -1)
+    rows = [factor.mT.reshape(-1, n) for factor in (U, V)]
+    return Factors(alpha, rows[0], rows[1], weights, shift=scheme.stride * rank, width=weights.shape[-1])
 
 
 def _step_unit_vectors(A_t: LatentOperator, plan: Schedule) -> Tensor:

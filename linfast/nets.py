@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import (
+from .checks import (
     check_choice,
     check_count,
     check_counts,
@@ -28,9 +28,9 @@ from ..checks import (
     check_tensor,
     check_time,
 )
-from ..dispatch import cat, outside_autocast
-from ..ops.activations import ACTIVATIONS
-from ..ranges import range_
+from .dispatch import cat, outside_autocast
+from .ops.activations import ACTIVATIONS
+from .ranges import range_
 
 __all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_function"]
 

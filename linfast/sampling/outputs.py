@@ -1,16 +1,16 @@
-"""A .npy file that is filled by commits, and its record.
+"""Where samples go: a .npy file that is filled by commits, beside its record; or an array in memory.
 
-The file has its full size from the start and is a valid .npy at any time; rows not yet written
-are zeros. The record, ``path`` + ".json", says which run the file is of and how many rows are
-done. It is replaced, whole, only after the rows it counts are on the disk: a run that is killed
-loses at most the rows since its last commit, and computes them again.
+The file has its full size from the start and is a valid .npy at any time; rows not yet written are zeros. The
+record, ``path`` + ".json", says which run the file belongs to and how many rows are done. It is replaced, whole,
+only after the rows that it counts are on the disk: a run that is killed loses at most the rows since its last
+commit, and computes them again.
 
-One run at a time writes: the file is locked by the operating system (flock) until the run ends or its process
-is gone; under torch.distributed by process 0, for all. Where Python has no ``fcntl`` (Windows) nothing is locked,
-and two runs at a time are the caller's to prevent. A file whose rows are all done is only read, and not locked.
+One run at a time writes. The operating system locks the file (flock) until the run ends or its process is gone;
+under torch.distributed process 0 locks it for all. Where Python has no ``fcntl`` (Windows) nothing is locked, and
+the caller has to prevent two runs at a time. A file whose rows are all done is only read, and not locked.
 
-Rows are written by seek and write, not through a memory map: on a full disk a write fails with
-an error, a memory map with a signal.
+Rows are written by seek and write, not through a memory map: on a full disk a write fails with an error, a memory
+map with a signal.
 """
 
 from __future__ import annotations
@@ -21,21 +21,32 @@ import json
 import os
 import reprlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..io import written_whole
 from .locked import check_regular, lock, opened, release, reserve, sync_folder
 from .workers import Workers
 
-__all__ = ["NpyFile"]
+__all__ = ["ArrayOut", "Check", "NpyFile", "Sink"]
 
 _SHORT = reprlib.Repr()  # of what a damaged record holds
 _SHORT.maxstring = 300
+
+
+class Sink(Protocol):
+    """What takes samples: rows are written and then committed."""
+
+    @property
+    def done(self) -> int: ...
+    def write(self, start: int, rows: Tensor) -> None: ...
+    def commit(self, done: int) -> None: ...
 
 
 class NpyFile:
@@ -110,12 +121,10 @@ class NpyFile:
             raise FileExistsError(f"{self.path} exists and has no record {self.record_path}: move it or remove it")
         if done and not exists:
             raise ValueError(f"{self.path} is missing and {self.record_path} records {done} rows: remove it")
-        if done == self.count:
-            self.file = opened(self.path, os.O_RDONLY)
-        else:
-            self.file = opened(self.path, os.O_RDWR | os.O_CREAT)
+        complete = done == self.count
+        self.file = opened(self.path, os.O_RDONLY if complete else os.O_RDWR | os.O_CREAT)
         try:
-            return self._checked() if done == self.count else self._locked()
+            return self._checked() if complete else self._locked()
         except BaseException:
             release(self.file)
             raise
@@ -124,13 +133,11 @@ class NpyFile:
         """Rows done now that no other run writes; the file is made where there is none."""
         lock(self.file, self.path)
         self._check_same()
-        done = self._recorded()
-        if done:
-            return self._checked()
-        end = self._end_of_data()
-        if not end and os.fstat(self.file.fileno()).st_size in (0, self.size):
-            return self._create()
-        self.unknown = min(self.count, -(-max(0, end - len(self.header)) // max(1, self.row_bytes)))
+        if not self._recorded():
+            end = self._end_of_data()
+            if not end and os.fstat(self.file.fileno()).st_size in (0, self.size):
+                return self._create()
+            self.unknown = min(self.count, -(-max(0, end - len(self.header)) // max(1, self.row_bytes)))
         return self._checked()
 
     def _end_of_data(self) -> int:
@@ -166,7 +173,7 @@ class NpyFile:
             raise OSError(errno.ESTALE, "the file was moved, removed or replaced meanwhile")
 
     def check_rows(self, start: int, rows: Tensor) -> None:
-        """ValueError where there are others that are not 0: neither the record nor this run knows them."""
+        """ValueError where the file holds others that are not 0: neither the record nor this run knows them."""
         data = _bytes(rows)
         self.file.seek(len(self.header) + start * self.row_bytes)
         there = np.frombuffer(self.file.read(len(data)), np.uint8)
@@ -217,6 +224,55 @@ class NpyFile:
         sync_folder(os.path.dirname(self.record_path) or ".")
 
 
+@dataclass(frozen=True)
+class Check:
+    """Rows of a file that its record does not count, compared with this run's before any is written."""
+
+    file: NpyFile
+    done: int = 0
+
+    def write(self, start: int, rows: Tensor) -> None:
+        self.file.check_rows(start, rows)
+
+    def commit(self, done: int) -> None:
+        """Nothing is written."""
+
+
+@dataclass(frozen=True)
+class ArrayOut:
+    """An array or a tensor in memory."""
+
+    out: np.ndarray | Tensor
+    done: int = 0
+
+    @classmethod
+    def of(cls, out: np.ndarray | Tensor, count: int, sample: Tensor, workers: Workers) -> ArrayOut:
+        """A dense ``out`` of ``count`` rows like this sample.
+
+        Raises:
+            ValueError: it does not fit, or cannot be written to.
+        """
+        if workers.count > 1:
+            raise ValueError("out must be a path or None under torch.distributed: processes share no array")
+        want = sample.numpy().dtype if isinstance(out, np.ndarray) else sample.dtype
+        if tuple(out.shape) != (count, *sample.shape) or out.dtype != want:
+            raise ValueError(
+                f"out must be {(count, *sample.shape)} of {want}; got {tuple(out.shape)} of {out.dtype}"
+            )
+        if reason := _unusable(out):
+            raise ValueError(f"out cannot be written to: it {reason}")
+        return cls(out)
+
+    def write(self, start: int, rows: Tensor) -> None:
+        if isinstance(self.out, np.ndarray):
+            self.out[start : start + len(rows)] = rows.numpy()
+        else:
+            self.out[start : start + len(rows)] = rows
+
+    def commit(self, done: int) -> None:
+        """Nothing outlives the process."""
+
+
 def _bytes(rows: Tensor) -> np.ndarray:
     return np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8)
 
@@ -237,3 +293,22 @@ def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file.getvalue()
+
+
+def _unusable(out: np.ndarray | Tensor) -> str:
+    """Why rows cannot be put in; nothing where they can."""
+    if isinstance(out, np.ndarray):
+        strides, apart = out.strides, out.itemsize
+        if not out.flags.writeable:
+            return "is read-only"
+    else:
+        if out.is_inference() and not torch.is_inference_mode_enabled():
+            return "was made in torch.inference_mode()"
+        strides, apart = out.stride(), 1
+    for stride, size in sorted(
+        (abs(stride), size) for stride, size in zip(strides, out.shape, strict=True) if size > 1
+    ):
+        if stride < apart:
+            return "overlaps itself in memory; make a copy"
+        apart += stride * (size - 1)
+    return ""
