@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..backend import chosen_backend, uses_triton, why_reference
 from ..freeze import derived, is_kept
 from ..kernels.stack_configs import StackConfig, config_for, mode_on, target_of
-from ..kernels.stack_layout import DENSE, DIAGONAL, NO_MAPS
+from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import coupling_stack
 from ..ops.linearizer_stack import CouplingStack
@@ -73,7 +73,7 @@ class FlowStack:
 
     @property
     def maps(self) -> int:
-        """The densest kind of map between its layers (linfast.kernels.stack_layout)."""
+        """The densest kind of map between its layers (linfast.kernels.stack_spec)."""
         linear = [layer for row in (self.head, *self.rows) for layer in row]
         if not linear:
             return NO_MAPS

@@ -6,7 +6,6 @@ and on a CPU, g_x's stack, the product with A and g_y's inverse stack one after 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -17,36 +16,23 @@ from torch import Tensor
 
 from ..backend import uses_triton
 from ..checks import check_kind, check_tensor
-from ..kernels.linearizer_chain import LinearizerConstants, apply_core, linearizer_backward
+from ..kernels.linearizer_chain import apply_core, linearizer_backward, specs_of
 from ..kernels.stack_configs import mode_on, stack_path, target_of
+from ..kernels.stack_spec import schema_of
 from ..precision import half_dtype, resolve_precision
-from ..scale_maps import ScaleMap
-from .activations import ACTIVATION_NAMES
-from .coupling_stack import check, coupling_stack, raw_backward, raw_forward
+from .coupling_stack import CouplingStack, check, coupling_stack, raw_backward, raw_forward
 from .register import RawOp, define_op
-from .stack_weights import AffineMap, CouplingLayer, PackedMap, PackedStack, pack_map, pack_stack, stack_layout
+from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
 __all__ = ["CouplingStack", "PackedLinearizer", "linearizer_path_of", "linearizer_stack", "pack_linearizer"]
 
 
 @dataclass(frozen=True)
-class CouplingStack:
-    """``coupling_stack``'s arguments for one network g."""
-
-    layers: Sequence[CouplingLayer]
-    activation: str
-    scale_map: ScaleMap
-    order: str = "shift_first"
-    moves: str = "first"
-    head: AffineMap | None = None
-
-
-@dataclass(frozen=True)
 class PackedLinearizer:
-    """What the one launch reads: g_x, A, and g_y with its maps inverted."""
+    """What the one launch reads: g_x, A as a stack of one map, and g_y with its maps inverted."""
 
     g_x: PackedStack
-    A: PackedMap
+    A: PackedStack
     g_y: PackedStack
 
 
@@ -84,7 +70,7 @@ def linearizer_stack(
     for (name, g, width), part in zip(sides, parts, strict=True):
         check_kind(name, g, CouplingStack)
         try:
-            check(width, g.layers, g.activation, g.scale_map, g.order, g.moves, g.head, part)
+            check(width, g, part)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name} for A {tuple(A.shape)}: {error}") from None
     precision = mode_on(target_of(x), resolve_precision(x, precision))
@@ -92,16 +78,11 @@ def linearizer_stack(
         return _one_after_another(x, g_x, A, g_y, precision)
     if packed is None:
         packed = pack_linearizer(x, g_x, A, g_y, precision)
-    layout_x, layout_y = packed.g_x.layout, packed.g_y.layout
-    constants = LinearizerConstants(
-        layout_x.n_linear, layout_x.hidden, layout_x.maps, layout_x.head, layout_y.maps, layout_y.head,
-        ACTIVATION_NAMES.index(g_x.activation), g_x.scale_map.constexpr_id, *g_x.scale_map.constants,
-        *g_y.scale_map.constants, g_x.order == "scale_first", g_x.moves == "second", g_y.moves == "second",
-        precision,
-    )  # fmt: skip
+    spec_x = g_x.spec(packed.g_x.layout, inverse=False, log_det=False, precision=precision)
+    spec_y = g_y.spec(packed.g_y.layout, inverse=True, log_det=False, precision=precision)
     return _linearizer_stack(
-        x, packed.g_x.weights, packed.g_x.operands, packed.g_x.map_operands, packed.A.values, packed.A.operands,
-        packed.g_y.weights, packed.g_y.operands, packed.g_y.map_operands, *constants,
+        x, *packed.g_x.tensors, packed.A.weights, packed.A.map_operands, *packed.g_y.tensors,
+        *spec_x.constants, *spec_y.constants,
     )  # fmt: skip
 
 
@@ -112,18 +93,17 @@ def pack_linearizer(
 
     Not so under torch.compile: Dynamo takes no function that is given one tensor twice.
     """
-    D, dtype = x.shape[1], half_dtype(x)
-    packed_x = pack_stack(g_x.layers, D, inverse=False, precision=precision, dtype=dtype, head=g_x.head)
-    if g_y is g_x and not packed_x.layout.maps and not torch.compiler.is_compiling():
-        packed_y = packed_x
-    else:
-        packed_y = pack_stack(g_y.layers, D, inverse=True, precision=precision, dtype=dtype, head=g_y.head)
-    return PackedLinearizer(packed_x, pack_map(A, precision=precision, dtype=dtype), packed_y)
+    D = x.shape[1]
+    stacks = [StackWeights(g_x.layers, D, g_x.head), StackWeights((), D, AffineMap(A))]
+    if g_y is not g_x or stacks[0].layout.maps or torch.compiler.is_compiling():
+        stacks.append(StackWeights(g_y.layers, D, g_y.head, inverse=True))
+    packed = pack_stacks(stacks, precision, half_dtype(x))
+    return PackedLinearizer(packed[0], packed[1], packed[-1] if len(packed) == 3 else packed[0])
 
 
 def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> str:
     """ "stack" for one launch; else "layers": the three parts one after another, each on its own path."""
-    layouts = [stack_layout(g.layers, x.shape[1], g.head) for g in (g_x, g_y)]
+    layouts = [StackWeights(g.layers, x.shape[1], g.head).layout for g in (g_x, g_y)]
     same = (g_x.activation, g_x.scale_map.kind, g_x.order) == (g_y.activation, g_y.scale_map.kind, g_y.order)
     one_tile = len({(layout.n_linear, layout.hidden) for layout in layouts}) == 1 and A.shape[0] == x.shape[1]
     weights = [weight for g in (g_x, g_y) for weight in g.layers[0].weights]
@@ -152,9 +132,9 @@ def _run(x: Tensor, g: CouplingStack, inverse: bool, precision: str) -> Tensor:
 
 
 def _raw_linearizer(x: Tensor, *rest: Any) -> Tensor:
-    stack_x, core, stack_y, c = rest[:3], rest[3], rest[5:8], LinearizerConstants(*rest[8:])
-    z = raw_forward(x.to(core.dtype), *stack_x, *c.of_x)[0]  # z and w stay as wide as the weights
-    return raw_forward(apply_core(z, core), *stack_y, *c.of_y)[0].to(x.dtype)
+    stack_x, core, stack_y, (spec_x, spec_y) = rest[:3], rest[3], rest[5:8], specs_of(rest[8:])
+    z = raw_forward(x.to(core.dtype), *stack_x, *spec_x.constants)[0]  # z and w stay as wide as the weights
+    return raw_forward(apply_core(z, core, spec_x), *stack_y, *spec_y.constants)[0].to(x.dtype)
 
 
 def _raw_linearizer_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -175,11 +155,7 @@ _STACKS = (
     "Tensor x, Tensor weights_x, Tensor operands_x, Tensor map_operands_x, Tensor core, Tensor core_operands, "
     "Tensor weights_y, Tensor operands_y, Tensor map_operands_y"
 )
-_CONSTANTS = (
-    "int n_linear, int hidden, int maps_x, bool head_x, int maps_y, bool head_y, int activation, int kind, "
-    "float bound_x, float floor_x, float bound_y, float floor_y, bool scale_first, bool moves_second_x, "
-    "bool moves_second_y, str precision"
-)
+_CONSTANTS = f"{schema_of('_x')}, {schema_of('_y')}"
 _linearizer_stack = define_op(
     RawOp(
         f"linearizer_stack({_STACKS}, {_CONSTANTS}) -> Tensor",

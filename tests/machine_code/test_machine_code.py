@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 # Where launchers ask what a CPU tensor cannot answer; all but the guard and the index's check are in as_on_gpu.
 ASKS_FOR_A_GPU = {
     ("launch", "device_guard"), ("latent_matmul", "_check_index"), ("coupling_stack", "activation_form"),
-    ("conv2d_fused", "silu_form"), ("stack_pass", "of"), ("stack_pass", "part_dtype"),
+    ("conv2d_fused", "silu_form"), ("stack_pass", "part_dtype"),
 }  # fmt: skip
 
 

@@ -77,12 +77,12 @@ MUTANTS = (
         tests=(f"{_FORWARD}::test_every_mode", f"{_BACKWARD}::test_products_of_rows"),
     ),
     Mutant(
-        name="pack_stack: tf32 weights are not rounded",
+        name="packing reference: tf32 weights are not rounded",
         file="linfast/ops/stack_weights.py",
-        old="nearest = (tensor.contiguous().view(torch.int32) + 0x1000) & -0x2000",
-        new="nearest = tensor.contiguous().view(torch.int32)",
+        old="nearest = (tensor.view(torch.int32) + 0x1000) & -0x2000",
+        new="nearest = tensor.view(torch.int32)",
         breaks="Matrix units drop 13 bits of the weights.",
-        tests=(f"{_FORWARD}::test_every_mode",),
+        tests=(f"{_FORWARD}::test_the_packing_kernel_has_the_references_bits",),
     ),
     Mutant(
         name="mlp: silu's derivative has the wrong sign inside",
@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     Mutant(
         name="stack layout: exact mode has two parts",
-        file="kernels/stack_layout.py",
+        file="kernels/stack_spec.py",
         old='"exact": 3,',
         new='"exact": 2,',
         breaks="exact mode computes what high mode promises.",
@@ -151,8 +151,8 @@ MUTANTS = (
     Mutant(
         name="stack pass: an exact gradient's products have one part",
         file="kernels/stack_pass.py",
-        old='return Mode(N_PARTS[self.precision], torch.float32 if self.precision == "tf32" else self.part_dtype)',
-        new='return Mode(1, torch.float32 if self.precision == "tf32" else self.part_dtype)',
+        old='return Mode(N_PARTS[precision], torch.float32 if precision == "tf32" else self.part_dtype)',
+        new='return Mode(1, torch.float32 if precision == "tf32" else self.part_dtype)',
         breaks="On a GPU exact mode's gradients have bf16's accuracy.",
         tests=(f"{_BACKWARD}::test_products_have_the_parts_that_the_mode_promises",),
     ),

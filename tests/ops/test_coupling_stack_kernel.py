@@ -8,15 +8,16 @@ from linfast.kernels import coupling_stack as kernels
 from torch import Tensor
 
 import linfast as lf
-from linfast.ops import AffineMap, CouplingLayer, coupling_stack, mlp_coupling
+from linfast.ops import AffineMap, CouplingLayer, coupling_stack, mlp_coupling, stack_weights
 from linfast.ops.activations import ACTIVATION_NAMES
-from linfast.ops.stack_weights import pack_stack
+from linfast.ops.stack_weights import StackWeights, pack_stack, pack_stacks
 from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_accurate, assert_within_budget, hostile
 from tests.ops.checks import TURNS, assert_registered, assert_transforms, second_derivatives
 from tests.ops.stacks import (
+    HALF,
     NAMES,
     doubled,
     factors_of_every_part,
@@ -222,13 +223,38 @@ def test_parts_are_packed_whatever_autocasts_type_is() -> None:
     torch.testing.assert_close(packed.map_operands, expected.map_operands, rtol=0, atol=0)
 
 
-def test_parts_of_weights_add_up_to_them() -> None:
+def test_parts_of_weights_add_up_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the reference where kernels are interpreted, which cuts bf16 off; the kernel has the reference's bits."""
+    monkeypatch.setattr("linfast.ops.register.interpreting", lambda: False)
     layers = random_layers(7, (20, 16), 2)
     for precision, bits in (("fast", 8), ("high", 16), ("exact", 24)):
         packed = pack_stack(layers, 7, inverse=False, precision=precision, dtype=torch.bfloat16)
         matrices = packed.weights[:, : packed.layout.matrix_size].double()
         left = (packed.operands.double().sum(0) - matrices).abs()
         assert bool((left <= 2.0**-bits * matrices.abs()).all())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("maps", NAMES)
+def test_the_packing_kernel_has_the_references_bits(precision: str, dtype: torch.dtype, maps: str) -> None:
+    network = [
+        *random_layers(7, (16, 8), 1, maps=maps),
+        *random_layers(7, (24, 40), 1, moves="second", layout="interleaved", bias=False),
+    ]
+    layers, head = rebuilt(network, [t.to(dtype) for t in leaves(network, random_map(7, maps))], random_map(7, maps))
+    core = StackWeights((), 7, random_map(7, "dense" if maps == "none" else maps))
+    stacks = [StackWeights(layers, 7, head), core, StackWeights(layers[:1], 7, inverse=True)]
+    arguments = (stacks, precision, HALF)
+    got = pack_stacks(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack_weights, "_stack_pack", stack_weights._reference)
+        expected = pack_stacks(*arguments)
+    for a, b in zip(got, expected, strict=True):
+        assert a.layout == b.layout
+        for value, exact in zip(a.tensors, b.tensors, strict=True):
+            assert value.dtype == exact.dtype
+            assert torch.equal(value, exact)
 
 
 @pytest.mark.parametrize("n_linear", [1, 2])
@@ -339,7 +365,7 @@ def test_opcheck(maps: str) -> None:
     for precision, log_det in (("tf32", True), ("high", False)):
         packed = pack_stack(layers, 7, inverse=False, precision=precision, dtype=half_dtype(x))
         tensors = (x, packed.weights, packed.operands, packed.map_operands)
-        constants = (3, 16, packed.layout.maps, False, 1, 2, 0.5, 0.0, False, False, False, log_det, precision)
+        constants = (7, 3, 16, packed.layout.maps, False, 1, 2, 0.5, 0.0, False, False, False, log_det, precision)
         gradients = (torch.randn_like(x), x.new_ones(5) if log_det else None)
         forward.append((*tensors, *constants))
         backward.append((*tensors, *gradients, *constants, [True, True, False, False]))
@@ -374,7 +400,7 @@ def test_float64_the_reference_backend_and_larger_sizes_launch_no_stack(monkeypa
     options = {"activation": "silu", "scale_map": ScaleMap()}
     with lf.backend("triton"):
         coupling_stack(x.double(), doubled(layers)[0], **options)
-        with pytest.raises(AssertionError, match="coupling_stack:launch"):
+        with pytest.raises(AssertionError, match="stack_pack:launch"):
             coupling_stack(x, layers, **options)
         with pytest.raises(AssertionError, match="affine_coupling:launch"):
             coupling_stack(x, random_layers(4, (512,), 1), **options)

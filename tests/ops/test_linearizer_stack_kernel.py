@@ -209,10 +209,9 @@ def test_second_derivatives_are_the_references() -> None:
 def test_opcheck(maps: str) -> None:
     x, A, g_x, g_y = _x(5, 6), _operator(6), _network(6, maps=maps), _network(6)
     packed = pack_linearizer(x, g_x, A, g_y, "high")
-    stacks = [(p.weights, p.operands, p.map_operands) for p in (packed.g_x, packed.g_y)]
-    tensors = (x, *stacks[0], *packed.A, *stacks[1])
-    layout = packed.g_x.layout
-    constants = (3, 16, layout.maps, layout.head, 0, False, 1, 2, 0.5, 0.0, 0.5, 0.0, False, False, False, "high")
+    tensors = (x, *packed.g_x.tensors, packed.A.weights, packed.A.map_operands, *packed.g_y.tensors)
+    specs = (g.spec(p.layout, i == 1, False, "high") for i, (g, p) in enumerate(((g_x, packed.g_x), (g_y, packed.g_y))))
+    constants = [constant for spec in specs for constant in spec.constants]
     assert_registered(torch.ops.linfast.linearizer_stack.default, (*tensors, *constants))
     backward = torch.ops.linfast.linearizer_stack_backward.default
     needs = [True, True, False, False, True, False, True, False, False]

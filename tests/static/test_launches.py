@@ -23,7 +23,7 @@ from linfast.kernels import (
     row_products,
 )
 from linfast.kernels.stack_configs import CONFIGS
-from linfast.kernels.stack_layout import N_PARTS
+from linfast.kernels.stack_spec import N_PARTS
 
 from tests.marks import long
 from tests.static import table
