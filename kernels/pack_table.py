@@ -8,7 +8,7 @@
         1 or 0, n times              whether each has a bias
         1 or 0                       whether its output is interleaved, (shift_i, raw_i) in turn
     of every row
-        NO_MAPS, DIAGONAL or DENSE   its map
+        NO_MAPS, DIAGONAL or DENSE   its map; SHIFTED is DENSE, and a number is added to its diagonal
         1 or 0                       whether the map has a bias
 
 and the tensors of a row are its weights, its biases, its map's weight and its map's bias.
@@ -26,9 +26,11 @@ from torch import Tensor
 
 from .stack_spec import DENSE, DIAGONAL, NO_MAPS, StackLayout
 
-__all__ = ["ONE", "ZERO", "PackTable", "layouts_of", "pack_table", "packing_gradient"]
+__all__ = ["ONE", "SHIFT", "SHIFTED", "ZERO", "PackTable", "layouts_of", "pack_table", "packing_gradient"]
 
 ZERO, ONE = -1, -2  # sources of padding, and of the diagonal of a map that is the identity
+SHIFT = 1 << 30  # is added to the source of what the number is added to
+SHIFTED = 3
 # Tables of so many shapes are kept per device: 12 bytes per weight, 2.7 MB at D = 64, H = 128 and 8 layers.
 _KEPT = 32
 _captured: set[PackTable] = set()
@@ -39,7 +41,8 @@ class PackTable:
     """Tables of int32 on one device.
 
     Args:
-        source: [N] of each packed value: its place among the flattened tensors, or ZERO or ONE.
+        source: [N] of each packed value: its place among the flattened tensors, + SHIFT where the number is
+            added; or ZERO or ONE.
         target: [N] of each packed value: its place t >= 0 among the conditioners' operands, its place -2 - t among
             the maps' operands, or -1 where it is no operand.
         inverse: [M] of each flattened number: its place among the packed values.
@@ -116,7 +119,7 @@ def _built(rows: tuple[int, ...]) -> PackTable:
     source = torch.cat(sources)
     places = torch.arange(source.shape[0], dtype=torch.int32)[source >= 0]
     inverse = torch.empty(n_flat, dtype=torch.int32)
-    inverse[source[source >= 0].long()] = places
+    inverse[(source[source >= 0] % SHIFT).long()] = places
     return PackTable(source, torch.cat(targets), inverse, n_operands, n_map_operands)
 
 
@@ -140,12 +143,13 @@ def _fill(layout: StackLayout, row: Tensor, numbers: list[int], start: int) -> i
         return start
     D, (first, _) = layout.features, layout.sizes
     at = torch.arange(D) + (torch.arange(D) >= first) * (layout.half - first)
-    if kind == DENSE:
+    if kind in (DENSE, SHIFTED):
         matrix[at[:, None], at] = _run(start, (D, D))
+        matrix[at, at] += SHIFT * (kind == SHIFTED)
     else:
         diagonal = matrix.diagonal() if layout.maps == DENSE else matrix
         diagonal[at] = _run(start, (D,)) if kind == DIAGONAL else ONE
-    start += (0, D, D * D)[kind]
+    start += (0, D, D * D, D * D)[kind]
     if map_has_bias:
         bias[at] = _run(start, (D,))
         start += D

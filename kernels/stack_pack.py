@@ -1,6 +1,6 @@
 """Packing a coupling stack's weights: one gather, and the parts that products take, in one launch.
 
-    values[p]    0, 1, or flat[source[p]] in fp32           what gradients are of, biases, maps
+    values[p]    0, 1, or flat[source[p]] in fp32, + shift on the diagonal of a Linearizer's A
     operands     the value in the mode's parts where it belongs to a conditioner's matrix
     map_operands the value in a map's parts where it belongs to a dense map
 
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from .launch import ceil_div, device_guard
 from .mlp import split
-from .pack_table import ONE, pack_table
+from .pack_table import ONE, SHIFT, pack_table
 from .stack_spec import N_PARTS, map_parts
 
 __all__ = ["PackTile", "TILE", "launch_stack_pack"]
 
 _ONE = tl.constexpr(ONE)
+_SHIFT = tl.constexpr(SHIFT)
 
 
 @dataclass(frozen=True)
@@ -61,37 +62,38 @@ def _stack_pack_kernel(
     n_values,
     part_stride,
     map_part_stride,
-    PARTS: tl.constexpr,
-    MAP_PARTS: tl.constexpr,
-    HAS_MAPS: tl.constexpr,
+    shift,
+    OPERANDS: tl.constexpr,
+    MAP_OPERANDS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
     p = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
     inside = p < n_values
     source = tl.load(source_ptr + p, mask=inside, other=-1)
     target = tl.load(target_ptr + p, mask=inside, other=-1)
-    value = tl.load(flat_ptr + source, mask=source >= 0, other=0.0).to(tl.float32)
-    value = tl.where(source == _ONE, 1.0, value)
+    shifted = source >= _SHIFT
+    value = tl.load(flat_ptr + tl.where(shifted, source - _SHIFT, source), mask=source >= 0, other=0.0)
+    value = tl.where(source == _ONE, 1.0, value.to(tl.float32) + tl.where(shifted, shift, 0.0))
     tl.store(values_ptr + p, value, mask=inside)
-    _store_parts(operands_ptr + target, part_stride, value, target >= 0, PARTS)
-    if HAS_MAPS:
-        _store_parts(map_operands_ptr + (-2 - target), map_part_stride, value, target <= -2, MAP_PARTS)
+    _store_parts(operands_ptr + target, part_stride, value, target >= 0, OPERANDS)
+    if MAP_OPERANDS:
+        _store_parts(map_operands_ptr + (-2 - target), map_part_stride, value, target <= -2, MAP_OPERANDS)
 
 
 def launch_stack_pack(
-    flat: Tensor, rows: list[int], precision: str, dtype: torch.dtype
+    flat: Tensor, rows: list[int], shift: float, precision: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values [N] fp32, operands [parts, n], map_operands [parts, m]; [0] where there is no dense map)."""
     table = pack_table(rows, flat.device)
     of_matrices = torch.float32 if precision == "tf32" else dtype
     values = flat.new_empty(table.source.shape[0], dtype=torch.float32)
     operands = flat.new_empty(N_PARTS[precision], table.n_operands, dtype=of_matrices)
-    shape = (map_parts(precision), table.n_map_operands) if table.n_map_operands else (0,)
-    map_operands = flat.new_empty(shape, dtype=dtype)
+    of_maps = map_parts(precision) if table.n_map_operands else 0
+    map_operands = flat.new_empty((of_maps, table.n_map_operands) if of_maps else 0, dtype=dtype)
     with device_guard(flat):
         _stack_pack_kernel[(ceil_div(values.shape[0], TILE.values),)](
             flat, table.source, table.target, values, operands, map_operands, values.shape[0], operands.stride(0),
-            map_operands.stride(0), PARTS=N_PARTS[precision], MAP_PARTS=map_parts(precision),
-            HAS_MAPS=table.n_map_operands > 0, VALUES=TILE.values, num_warps=TILE.num_warps,
+            map_operands.stride(0), shift, OPERANDS=N_PARTS[precision], MAP_OPERANDS=of_maps,
+            VALUES=TILE.values, num_warps=TILE.num_warps,
         )  # fmt: skip
     return values, operands, map_operands

@@ -20,6 +20,7 @@ from .flows.stack import FlowStack, find_stack, kind_of, mode_for
 from .freeze import derived, is_kept
 from .operators.base import LatentOperator
 from .operators.diagonal import Diagonal
+from .operators.low_rank import LowRank
 from .ops.linearizer_stack import (
     CouplingStack,
     PackedLinearizer,
@@ -39,6 +40,7 @@ class OneLaunch:
         owner: the Linearizer; what is derived is kept under its name.
         stack: g_x's layers.
         g_x, core, g_y: the weights of the three.
+        alpha: A is alpha I + core.
         precision: resolved.
         key: what packed weights are kept under while they are frozen; None where they are not kept.
     """
@@ -47,6 +49,7 @@ class OneLaunch:
     stack: FlowStack
     g_x: CouplingStack
     core: Tensor
+    alpha: float
     g_y: CouplingStack
     precision: str
     key: Hashable | None
@@ -55,10 +58,12 @@ class OneLaunch:
         """y = g_y^{-1}(A g_x(x))."""
 
         def pack() -> PackedLinearizer:
-            return pack_linearizer(x, self.g_x, self.core, self.g_y, self.precision)
+            return pack_linearizer(x, self.g_x, self.core, self.g_y, self.precision, self.alpha)
 
         packed = pack() if self.key is None else derived(self.owner, self.key, pack)
-        return linearizer_stack(x, self.g_x, self.core, self.g_y, precision=self.precision, packed=packed)
+        return linearizer_stack(
+            x, self.g_x, self.core, self.g_y, alpha=self.alpha, precision=self.precision, packed=packed
+        )
 
 
 def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> OneLaunch | str:
@@ -70,8 +75,9 @@ def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mappin
     if not isinstance(stack_y, FlowStack):
         return stack_y
     core = _core(f.A, t)
-    if not isinstance(core, Tensor):
+    if isinstance(core, str):
         return core
+    core, alpha = core
     f.g_x._check("x", x, f.g_x.features)
     f.g_y._check("x", x, None)  # of A x, which may have another number of features: dtype and device alone
     precision, shared = mode_for(x), stack_y is stack_x
@@ -81,7 +87,7 @@ def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mappin
         return "g_x and g_y differ in more than their weights, or A is not square"
     keys = (stack_x.key(x), stack_y.key(x), t)
     key = None if None in keys[:2] or isinstance(t, Tensor) else ("one launch", *keys)
-    return OneLaunch(f, stack_x, g_x, core, g_y, precision, key)
+    return OneLaunch(f, stack_x, g_x, core, alpha, g_y, precision, key)
 
 
 def planned_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> OneLaunch | None:
@@ -110,11 +116,13 @@ def _stack(name: str, g: Any, x: Tensor, context: Mapping[str, Any]) -> FlowStac
 
 
 @outside_autocast
-def _core(A: LatentOperator, t: float | Tensor | None) -> Tensor | str:
-    """A's matrix [n_out, n] or its diagonal [n], or why it is neither."""
+def _core(A: LatentOperator, t: float | Tensor | None) -> tuple[Tensor, float] | str:
+    """(core, alpha) with A = alpha I + core, a matrix [n_out, n] or a diagonal [n]; or why A is neither."""
     if not is_plain(A, (type(A),)):
         return f"A: {type(A).__name__} has hooks"
     leaf = None if isinstance(t, Tensor) and t.ndim else (A if t is None else A.at(t)).closed()
     if leaf is None or leaf.batched:
         return "A: one operator a sample"
-    return leaf.diagonal if isinstance(leaf, Diagonal) else leaf.to_dense()
+    if isinstance(leaf, LowRank) and isinstance(leaf.alpha, (int, float)):
+        return leaf.U @ leaf.V.mT, float(leaf.alpha)
+    return leaf.diagonal if isinstance(leaf, Diagonal) else leaf.to_dense(), 0.0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import uses_triton
-from ..checks import check_kind, check_tensor
+from ..checks import check_kind, check_number, check_tensor
 from ..kernels.linearizer_chain import apply_core, linearizer_backward, specs_of
 from ..kernels.stack_configs import mode_on, stack_path, target_of
 from ..kernels.stack_spec import schema_of
@@ -42,15 +42,17 @@ def linearizer_stack(
     A: Tensor,
     g_y: CouplingStack,
     *,
+    alpha: float = 0.0,
     precision: str | None = None,
     packed: PackedLinearizer | None = None,
 ) -> Tensor:
-    """y = g_y^-1(A g_x(x)).
+    """y = g_y^-1((alpha I + A) g_x(x)).
 
     Args:
         x: [B, D], any strides.
         g_x, g_y: the stacks; they may hold the same tensors.
         A: [D_y, D], or a diagonal [D].
+        alpha: a number; alpha I + U V^T is so one product, U V^T, and no launch for alpha. 0 unless A is square.
         precision: as for ``coupling_stack``.
         packed: ``pack_linearizer`` of these, where the weights are promised still.
 
@@ -65,6 +67,10 @@ def linearizer_stack(
         raise ValueError(
             f"A must be [D_y, D] or [D], D and D_y at least 2, for x {tuple(x.shape)}; got {tuple(A.shape)}"
         )
+    if check_number("alpha", alpha) and A.shape[0] != A.shape[-1]:
+        raise ValueError(f"alpha must be 0 unless A is square; got {alpha} and A {tuple(A.shape)}")
+    if A.ndim == 1 and alpha:
+        A, alpha = A + alpha, 0.0
     parts = (None, None) if packed is None else (packed.g_x, packed.g_y)
     sides = (("g_x", g_x, x), ("g_y", g_y, x.new_empty(0, A.shape[0])))
     for (name, g, width), part in zip(sides, parts, strict=True):
@@ -75,9 +81,9 @@ def linearizer_stack(
             raise type(error)(f"{name} for A {tuple(A.shape)}: {error}") from None
     precision = mode_on(target_of(x), resolve_precision(x, precision))
     if linearizer_path_of(x, g_x, A, g_y, precision) != "stack":
-        return _one_after_another(x, g_x, A, g_y, precision)
+        return _one_after_another(x, g_x, A, g_y, alpha, precision)
     if packed is None:
-        packed = pack_linearizer(x, g_x, A, g_y, precision)
+        packed = pack_linearizer(x, g_x, A, g_y, precision, alpha)
     spec_x = g_x.spec(packed.g_x.layout, inverse=False, log_det=False, precision=precision)
     spec_y = g_y.spec(packed.g_y.layout, inverse=True, log_det=False, precision=precision)
     return _linearizer_stack(
@@ -87,14 +93,14 @@ def linearizer_stack(
 
 
 def pack_linearizer(
-    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str
+    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str, alpha: float = 0.0
 ) -> PackedLinearizer:
-    """Both stacks and A for inputs such as x; a stack without maps that is both g_x and g_y is packed once.
+    """Both stacks and alpha I + A for inputs such as x; alpha is 0 where A is a diagonal; a stack without maps that is both g_x and g_y is packed once.
 
     Not so under torch.compile: Dynamo takes no function that is given one tensor twice.
     """
     D = x.shape[1]
-    stacks = [StackWeights(g_x.layers, D, g_x.head), StackWeights((), D, AffineMap(A))]
+    stacks = [StackWeights(g_x.layers, D, g_x.head), StackWeights((), D, AffineMap(A), shift=alpha)]
     if g_y is not g_x or stacks[0].layout.maps or torch.compiler.is_compiling():
         stacks.append(StackWeights(g_y.layers, D, g_y.head, inverse=True))
     packed = pack_stacks(stacks, precision, half_dtype(x))
@@ -115,12 +121,15 @@ def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingSt
     return "stack" if path == "stack" else "layers"
 
 
-def _one_after_another(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> Tensor:
+def _one_after_another(
+    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, alpha: float, precision: str
+) -> Tensor:
     """z and A z are as wide as A, as in one launch; in "fast" x's half type is what products round to anyway."""
     wide = torch.promote_types(x.dtype, A.dtype)
     state, A = x.dtype if precision == "fast" else wide, A.to(wide)
     z = _run(x.to(state), g_x, False, precision).to(wide)
     w = z * A if A.ndim == 1 else F.linear(z, A)
+    w = w + alpha * z if alpha else w
     return _run(w.to(state), g_y, True, precision).to(x.dtype)
 
 

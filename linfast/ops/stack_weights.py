@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..kernels.pack_table import ONE, layouts_of, pack_table, packing_gradient
+from ..kernels.pack_table import ONE, SHIFT, SHIFTED, layouts_of, pack_table, packing_gradient
 from ..kernels.stack_spec import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
 from ..linalg import inverse_or_nan
 from .register import RawOp, define_op
@@ -112,12 +112,14 @@ class StackWeights(NamedTuple):
         features: D.
         head: a map before the first layer.
         inverse: pack the maps' inverses.
+        shift: a number that is added to the diagonal of the head's matrix [D, D].
     """
 
     layers: Sequence[CouplingLayer]
     features: int
     head: AffineMap | None = None
     inverse: bool = False
+    shift: float = 0.0
 
     @property
     def layout(self) -> StackLayout:
@@ -146,7 +148,7 @@ class StackWeights(NamedTuple):
                 continue
             weight, bias = entry.inverted() if self.inverse else (entry.weight, entry.bias)
             tensors += [weight] if bias is None else [weight, bias]
-            numbers += [weight.ndim, int(bias is not None)]
+            numbers += [SHIFTED if self.shift else weight.ndim, int(bias is not None)]
         return tensors, numbers
 
 
@@ -173,7 +175,10 @@ def pack_stack(
 
 
 def pack_stacks(stacks: Sequence[StackWeights], precision: str, dtype: torch.dtype) -> list[PackedStack]:
-    """Several stacks in the same two launches; ``precision`` and ``dtype`` as ``pack_stack`` has them."""
+    """Several stacks in the same two launches; ``precision`` and ``dtype`` as ``pack_stack`` has them.
+
+    At most one of them has a shift.
+    """
     layouts = [stack.layout for stack in stacks]
     tensors: list[Tensor] = []
     numbers: list[int] = []
@@ -186,26 +191,21 @@ def pack_stacks(stacks: Sequence[StackWeights], precision: str, dtype: torch.dty
         tensors = [tensor.to(_wide(first)) for tensor in tensors]
     flat = without_autocast(first.device.type, torch.cat, [tensor.reshape(-1) for tensor in tensors])
     pack = _reference if flat.dtype == torch.float64 else _stack_pack
-    values, operands, map_operands = pack(flat, numbers, precision, dtype)
+    values, operands, map_operands = pack(flat, numbers, sum(stack.shift for stack in stacks), precision, dtype)
     n_rows = [len(stack.layers) + layout.head for stack, layout in zip(stacks, layouts, strict=True)]
     sizes = [count * layout.row_size for count, layout in zip(n_rows, layouts, strict=True)]
-    packed, at, map_at = [], 0, 0
     operands, map_operands = operands.detach(), map_operands.detach()
-    for layout, count, part in zip(layouts, n_rows, values.split(sizes) if len(sizes) > 1 else [values], strict=True):
+    packed, at, map_at = [], 0, 0
+    for layout, count, part in zip(
+        layouts, n_rows, values.split(sizes) if len(sizes) > 1 else [values], strict=True
+    ):
         size, map_size = count * layout.matrix_size, count * layout.map_size if layout.maps == DENSE else 0
-        of_matrices, of_maps = operands[:, at : at + size], map_operands
+        of_matrices = operands[:, at : at + size].unflatten(1, (count, layout.matrix_size))
         if map_size:
-            of_maps = map_operands[:, map_at : map_at + map_size].view(-1, count, layout.map_size)
-        elif map_operands.ndim > 1:
+            of_maps = map_operands[:, map_at : map_at + map_size].unflatten(1, (count, layout.map_size))
+        else:
             of_maps = map_operands.new_empty(0)
-        packed.append(
-            PackedStack(
-                part.view(count, layout.row_size),
-                of_matrices.view(of_matrices.shape[0], count, layout.matrix_size),
-                of_maps,
-                layout,
-            )
-        )
+        packed.append(PackedStack(part.view(count, layout.row_size), of_matrices, of_maps, layout))
         at, map_at = at + size, map_at + map_size
     return packed
 
@@ -214,11 +214,14 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _reference(flat: Tensor, rows: list[int], precision: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(
+    flat: Tensor, rows: list[int], shift: float, precision: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """The raw op in plain torch; float64 stays float64."""
     table = pack_table(rows, flat.device)
-    found = flat.to(_wide(flat)).index_select(0, table.source.clamp(min=0))
-    values = torch.where(table.source >= 0, found, (table.source == ONE).to(found.dtype))
+    found = flat.to(_wide(flat)).index_select(0, table.source.clamp(min=0) % SHIFT)
+    added = torch.where(table.source >= SHIFT, shift, (table.source == ONE).to(found.dtype))
+    values = torch.where(table.source >= 0, found, 0) + added
     held, target = values.detach(), table.target
     matrices, maps = held[target >= 0], held[target < -1]
     operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
@@ -242,7 +245,9 @@ def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return without_autocast(tensor.device.type, torch.stack, parts)
 
 
-def _fake(flat: Tensor, rows: list[int], precision: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    flat: Tensor, rows: list[int], shift: float, precision: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     n_values = n_operands = n_map_operands = 0
     for layout, count, _ in layouts_of(rows):
         n_values += count * layout.row_size
@@ -256,7 +261,7 @@ def _fake(flat: Tensor, rows: list[int], precision: str, dtype: torch.dtype) -> 
     )
 
 
-_CONSTANTS = "int[] rows, str precision, ScalarType dtype"
+_CONSTANTS = "int[] rows, float shift, str precision, ScalarType dtype"
 _stack_pack = define_op(
     RawOp(
         f"stack_pack(Tensor flat, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",

@@ -102,6 +102,28 @@ def test_every_mode_and_kind_of_operator(precision: str, diagonal: bool) -> None
     _assert_accurate(_x(40, 7), _network(7), _operator(7, diagonal), _network(7, 3, moves="second"), precision)
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("hidden", [(16, 16), (300,)])  # one launch, and one after another
+def test_a_multiple_of_the_identity_is_added_to_A(backend: str, diagonal: bool, hidden: tuple[int, ...]) -> None:
+    x, A, g = _x(20, 7), _operator(7, diagonal).requires_grad_(), _network(7, hidden=hidden, maps="diagonal")
+    eye = torch.ones(7, device=DEVICE) if diagonal else torch.eye(7, device=DEVICE)
+
+    def call(x: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+        here = g if x.dtype == torch.float32 else _wide(g)
+        y = linearizer_stack(x, here, A, here, alpha=-1.5, precision="exact")
+        return y, torch.autograd.grad(y.square().sum(), A)[0]
+
+    with lf.backend(backend):
+        got = call(x, A)
+    with lf.backend("reference"):
+        wide = _wide(g)
+        y = linearizer_stack(x.double(), wide, A.double() - 1.5 * eye.double(), wide)
+        exact = y, torch.autograd.grad(y.square().sum(), A)[0]
+    for value, truth in zip(got, exact, strict=True):
+        assert error(value, truth) <= 2e-6
+
+
 @pytest.mark.parametrize("maps_x", NAMES)
 @pytest.mark.parametrize("maps_y", NAMES)
 def test_maps_on_either_side(maps_x: str, maps_y: str) -> None:
@@ -232,6 +254,8 @@ def test_what_does_not_fit_is_named() -> None:
     x, g = _x(2, 6), _network(6, 1)
     with pytest.raises(ValueError, match=r"A must be \[D_y, D\].*\(2, 6\).*\(6, 5\)"):
         linearizer_stack(x, g, torch.zeros(6, 5), g)
+    with pytest.raises(ValueError, match=r"alpha must be 0 unless A is square.*\(4, 6\)"):
+        linearizer_stack(x, g, torch.zeros(4, 6, device=DEVICE), g, alpha=0.5)
     with pytest.raises(ValueError, match=r"g_y for A .*layers\[0\].weights: each must be"):
         linearizer_stack(x, g, torch.zeros(4, 6, device=DEVICE), g)
     with pytest.raises(ValueError, match=r"head must have weight \[6\]"):
