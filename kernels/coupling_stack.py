@@ -32,7 +32,7 @@ from .launch import ceil_div, device_guard
 from .math import couple, log_scale
 from .mlp import conditioner, product, split
 from .stack_configs import config_for, target_of
-from .stack_spec import StackSpec
+from .stack_spec import StackSpec, spec_of
 
 __all__ = ["launch_coupling_stack"]
 
@@ -314,7 +314,7 @@ def launch_coupling_stack(
     x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any
 ) -> tuple[Tensor, Tensor]:
     """(y [B, D] contiguous, log_det [B] fp32 of the couplings; [0] where not asked for)."""
-    spec = StackSpec(*constants)
+    spec = spec_of(*constants)
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
     if x.shape[0] == 0:

@@ -33,8 +33,8 @@ from .launch import ceil_div, device_guard
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 from .mlp import EXACT, activate, activation_derivative
 from .row_products import ADD, MULTIPLY, launch_linear, launch_outer, rows_product, tile_for
-from .stack_spec import DENSE, NO_MAPS, StackSpec
 from .stack_pass import Scratch, StackPass
+from .stack_spec import DENSE, NO_MAPS, spec_of
 
 __all__ = ["launch_coupling_stack_backward"]
 
@@ -259,9 +259,8 @@ def launch_coupling_stack_backward(
 
     What is not needed holds anything.
     """
-    *constants, (needs_x, needs_weights, _, _) = constants
-    stack = StackPass(weights, operands, StackSpec(*constants), x.is_cuda)
-    spec = stack.spec
+    spec, (needs_x, needs_weights, _, _) = spec_of(*constants[:-1]), constants[-1]
+    stack = StackPass(weights, operands, spec, x.is_cuda)
     dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights)
     step = stack.rows_at_a_time()
     with device_guard(x):

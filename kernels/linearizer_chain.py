@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .stack_spec import N_CONSTANTS, StackLayout, StackSpec
+from .stack_spec import N_CONSTANTS, StackLayout, StackSpec, spec_of
 
 __all__ = ["apply_core", "linearizer_backward", "specs_of"]
 
 
 def specs_of(constants: Sequence[Any]) -> tuple[StackSpec, StackSpec]:
     """(g_x's, g_y's inverse's) of the raw op's constants."""
-    return StackSpec(*constants[:N_CONSTANTS]), StackSpec(*constants[N_CONSTANTS:])
+    return spec_of(*constants[:N_CONSTANTS]), spec_of(*constants[N_CONSTANTS:])
 
 
 def _matrix(core: Tensor, layout: StackLayout) -> Tensor:
@@ -51,16 +51,13 @@ def linearizer_backward(
     *constants: Any,
 ) -> tuple[Tensor, ...]:
     """A gradient for each tensor; ``forward`` and ``backward`` are the stack's own, kernels or reference."""
-    *constants, needs = constants
-    spec_x, spec_y = specs_of(constants)
+    needs, (spec_x, spec_y) = constants[-1], specs_of(constants[:-1])
     stack_x, stack_y = (weights_x, operands_x, map_operands_x), (weights_y, operands_y, map_operands_y)
     dtype, A = x.dtype, _matrix(core, spec_x)
     x, grad = x.to(core.dtype), grad.to(core.dtype)  # the one launch holds z and w in fp32, whatever x is
     z = forward(x, *stack_x, *spec_x.constants)[0]
     w = apply_core(z, core, spec_x)
-    dw, dweights_y, *none_y = backward(
-        w, *stack_y, grad, None, *spec_y.constants, [True, needs[6], False, False]
-    )
+    dw, dweights_y, *none_y = backward(w, *stack_y, grad, None, *spec_y.constants, [True, needs[6], False, False])
     padded_z, padded_dw = spec_x.pad(z), spec_x.pad(dw)
     if A.ndim == 1:
         dA, dz = (padded_dw * padded_z).sum(0), padded_dw * A
@@ -68,7 +65,5 @@ def linearizer_backward(
         dA, dz = (padded_dw.mT @ padded_z).flatten(), padded_dw @ A
     dcore = torch.cat((dA, padded_dw.sum(0)))[None]
     dz = spec_x.unpad(dz)
-    dx, dweights_x, *none_x = backward(
-        x, *stack_x, dz, None, *spec_x.constants, [needs[0], needs[1], False, False]
-    )
+    dx, dweights_x, *none_x = backward(x, *stack_x, dz, None, *spec_x.constants, [needs[0], needs[1], False, False])
     return dx.to(dtype), dweights_x, *none_x, dcore, core_operands.new_empty(0), dweights_y, *none_y

@@ -130,7 +130,7 @@ def _fill(layout: StackLayout, row: Tensor, numbers: list[int], start: int) -> i
     if conditioner:
         n = layout.n_linear
         widths, has_bias, interleaved = conditioner[: n + 1], conditioner[n + 1 : 2 * n + 1], conditioner[-1]
-        shapes = list(zip(widths[1:], widths[:-1], strict=True))
+        shapes: list[tuple[int, ...]] = list(zip(widths[1:], widths[:-1], strict=True))
         given = [(matrices[i], shapes[i], i == n - 1) for i in range(n)]
         given += [(biases[i], shapes[i][:1], i == n - 1) for i in range(n) if has_bias[i]]
         for into, shape, is_last in given:

@@ -23,7 +23,7 @@ from .mlp import split
 from .pack_table import ONE, SHIFT, pack_table
 from .stack_spec import N_PARTS, map_parts
 
-__all__ = ["PackTile", "TILE", "launch_stack_pack"]
+__all__ = ["TILE", "PackTile", "launch_stack_pack"]
 
 _ONE = tl.constexpr(ONE)
 _SHIFT = tl.constexpr(SHIFT)

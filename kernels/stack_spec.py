@@ -8,15 +8,16 @@ The weights have one row per layer, every matrix [out, in] padded and contiguous
     W_1 [H, P]  W_2 [H, H] ... W_n [2 P, H]  |  b_1 [H] ... b_n [2 P]  |  map  |  bias of the map [2 P]
 
 with P the padded half and H the padded hidden width; n = 1 has the one matrix [2 P, P], and n = 0 has no
-conditioner. The rows of the last matrix are (shift_i, raw_i) in turn. The map after the layer is nothing, a diagonal
-[2 P] or a matrix [2 P, 2 P], over [first half | padding | second half | padding]. Where the stack has a map before
-its first layer, row 0 holds that map alone. Padding is zeros, which stay zeros through every product, activation
-and coupling.
+conditioner. The rows of the last matrix are (shift_i, raw_i) in turn. The map after the layer is nothing, a
+diagonal [2 P] or a matrix [2 P, 2 P], over [first half | padding | second half | padding]. Where the stack has a
+map before its first layer, row 0 holds that map alone. Padding is zeros, which stay zeros through every product,
+activation and coupling.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import functools
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from .launch import power_of_two
 
 __all__ = [
     *("DENSE", "DIAGONAL", "NO_MAPS", "N_CONSTANTS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
-    *("padded_half", "padded_hidden", "schema_of"),
+    *("padded_half", "padded_hidden", "schema_of", "spec_of"),
 ]
 
 NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
@@ -53,7 +54,7 @@ def padded_hidden(hidden: int) -> int:
 
 @dataclass(frozen=True)
 class StackLayout:
-    """Sizes of a stack, and offsets within a row of its weights.
+    """Sizes of a stack, and offsets within a row of its weights, which are worked out once.
 
     Args:
         features: D.
@@ -61,6 +62,16 @@ class StackLayout:
         hidden: H, padded; anything where n_linear is 1 or 0.
         maps: NO_MAPS, DIAGONAL or DENSE, the densest map of the stack.
         head: whether row 0 is a map before the first layer.
+
+    Attributes:
+        half: P.
+        sizes: features of the first and of the second half.
+        widths: (P, H, ..., H, 2 P).
+        matrix_shapes: (out, in) of each linear layer.
+        matrix_size: elements of a row's conditioner matrices.
+        map_shape, map_size: a row's map without its bias.
+        map_offset: where a row's map begins.
+        row_size: elements of a row.
     """
 
     features: int
@@ -68,49 +79,33 @@ class StackLayout:
     hidden: int
     maps: int
     head: bool
+    half: int = field(init=False, compare=False, repr=False)
+    sizes: tuple[int, int] = field(init=False, compare=False, repr=False)
+    widths: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    matrix_shapes: tuple[tuple[int, int], ...] = field(init=False, compare=False, repr=False)
+    matrix_size: int = field(init=False, compare=False, repr=False)
+    map_shape: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    map_size: int = field(init=False, compare=False, repr=False)
+    map_offset: int = field(init=False, compare=False, repr=False)
+    row_size: int = field(init=False, compare=False, repr=False)
 
-    @property
-    def half(self) -> int:
-        return padded_half(self.features)
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Features of the first and of the second half."""
-        return (self.features + 1) // 2, self.features // 2
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """(P, H, ..., H, 2 P)."""
-        if self.n_linear == 0:
-            return (self.half,)
-        return (self.half, *[self.hidden] * (self.n_linear - 1), 2 * self.half)
-
-    @property
-    def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of each linear layer."""
-        return tuple(zip(self.widths[1:], self.widths[:-1], strict=True))
-
-    @property
-    def matrix_size(self) -> int:
-        """Elements of a row's conditioner matrices."""
-        return sum(n_out * n_in for n_out, n_in in self.matrix_shapes)
-
-    @property
-    def map_shape(self) -> tuple[int, ...]:
-        return ((0,), (2 * self.half,), (2 * self.half, 2 * self.half))[self.maps]
-
-    @property
-    def map_size(self) -> int:
-        """Elements of a row's map, without its bias."""
-        return torch.Size(self.map_shape).numel()
-
-    @property
-    def map_offset(self) -> int:
-        return self.matrix_size + sum(self.widths[1:])
-
-    @property
-    def row_size(self) -> int:
-        return self.map_offset + (self.map_size + 2 * self.half if self.maps else 0)
+    def __post_init__(self) -> None:
+        half, hidden = padded_half(self.features), [self.hidden] * (self.n_linear - 1)
+        widths = (half, *hidden, 2 * half) if self.n_linear else (half,)
+        shapes = tuple(zip(widths[1:], widths[:-1], strict=True))
+        matrix_size = sum([n_out * n_in for n_out, n_in in shapes])
+        map_offset, map_size = matrix_size + sum(widths[1:]), (0, 2 * half, 4 * half * half)[self.maps]
+        vars(self).update(
+            half=half,
+            sizes=((self.features + 1) // 2, self.features // 2),
+            widths=widths,
+            matrix_shapes=shapes,
+            matrix_size=matrix_size,
+            map_shape=((0,), (2 * half,), (2 * half, 2 * half))[self.maps],
+            map_size=map_size,
+            map_offset=map_offset,
+            row_size=map_offset + map_size + (2 * half if self.maps else 0),
+        )
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
@@ -215,10 +210,13 @@ class StackSpec(StackLayout):
         return (second, first) if self.moves_first(layer) else (first, second)
 
 
-_NAMES = tuple([field.name for field in fields(StackSpec)])
+_FIELDS = tuple([field for field in fields(StackSpec) if field.init])
+_NAMES = tuple([field.name for field in _FIELDS])
 N_CONSTANTS = len(_NAMES)
+# For launchers, which see the same constants again and again.
+spec_of = functools.lru_cache(256)(StackSpec)
 
 
 def schema_of(suffix: str = "") -> str:
     """The constants as a raw op's schema declares them: "int features, int n_linear, ...", with a suffix each."""
-    return ", ".join(f"{field.type} {field.name}{suffix}" for field in fields(StackSpec))
+    return ", ".join(f"{field.type} {field.name}{suffix}" for field in _FIELDS)

@@ -74,10 +74,10 @@ def find_one_launch(f: Any, x: Tensor, t: float | Tensor | None, context: Mappin
         return stack_x
     if not isinstance(stack_y, FlowStack):
         return stack_y
-    core = _core(f.A, t)
-    if isinstance(core, str):
-        return core
-    core, alpha = core
+    found = _core(f.A, t)
+    if isinstance(found, str):
+        return found
+    core, alpha = found
     f.g_x._check("x", x, f.g_x.features)
     f.g_y._check("x", x, None)  # of A x, which may have another number of features: dtype and device alone
     precision, shared = mode_for(x), stack_y is stack_x

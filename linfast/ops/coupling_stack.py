@@ -47,10 +47,11 @@ __all__ = [
     "CouplingStack",
     "check",
     "coupling_stack",
+    "has_tile",
     "mlp_coupling",
-    "path_of",
     "raw_backward",
     "raw_forward",
+    "run_packed",
 ]
 
 _SEQUENCES = (list, tuple, Sequence, nn.ParameterList)
@@ -118,10 +119,18 @@ def coupling_stack(
     check_flag("inverse", inverse)
     check_flag("log_det", log_det)
     precision = mode_on(target_of(x), resolve_precision(x, precision))
-    if path_of(x, layers, precision, head) == "stack":
-        y, total = _run_packed(x, g, packed, inverse, log_det, precision)
+    if uses_triton(x, *layers[0].weights):
+        weights = StackWeights(layers, x.shape[1], head, inverse)
+        if not has_tile(x, weights.layout, weights.layout.maps, precision):
+            packed = None
+        elif packed is None:
+            (packed,) = pack_stacks([weights], precision, half_dtype(x))
     else:
+        packed = None
+    if packed is None:
         y, total = _by_layers(x, g, inverse, log_det, precision)
+    else:
+        y, total = run_packed(x, packed, g.spec(packed.layout, inverse, log_det, precision))
     if total is None:
         return y, None
     for entry in (head, *[layer.map for layer in layers]):
@@ -154,24 +163,16 @@ def mlp_coupling(
     )  # fmt: skip
 
 
-def path_of(x: Tensor, layers: Sequence[CouplingLayer], precision: str, head: AffineMap | None = None) -> str:
-    """ "reference", "stack" or "library": what ``coupling_stack`` runs for these, in a resolved precision."""
-    if not uses_triton(x, *layers[0].weights):
-        return "reference"
-    layout = StackWeights(layers, x.shape[1], head).layout
-    return stack_path(layout.features, layout.hidden, layout.n_linear, precision, target_of(x), layout.maps)
+def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False) -> bool:
+    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps``: the densest of both."""
+    sizes = (layout.features, layout.hidden, layout.n_linear)
+    return stack_path(*sizes, precision, target_of(x), maps, linearizer) == "stack"
 
 
-def _run_packed(
-    x: Tensor, g: CouplingStack, packed: PackedStack | None, inverse: bool, log_det: bool, precision: str
-) -> tuple[Tensor, Tensor | None]:
-    """One launch, after the two of packing."""
-    if packed is None:
-        weights = StackWeights(g.layers, x.shape[1], g.head, inverse)
-        (packed,) = pack_stacks([weights], precision, half_dtype(x))
-    spec = g.spec(packed.layout, inverse, log_det, precision)
-    y, total = _coupling_stack(x, *packed.tensors, *spec.constants)
-    return y, total if log_det else None
+def run_packed(x: Tensor, packed: PackedStack, spec: StackSpec) -> tuple[Tensor, Tensor | None]:
+    """The one launch: (y, log_det of the couplings without their maps, or None)."""
+    y, total = _coupling_stack(x, packed.weights, packed.operands, packed.map_operands, *spec.constants)
+    return y, total if spec.log_det else None
 
 
 def _by_layers(
@@ -184,11 +185,11 @@ def _by_layers(
     steps: list[tuple[int | None, AffineMap | None]] = [(None, g.head)]
     for i, layer in enumerate(g.layers):
         steps += [(i, None), (None, layer.map)]
-    for i, entry in steps[::-1] if inverse else steps:
-        if i is None:
+    for index, entry in steps[::-1] if inverse else steps:
+        if index is None:
             x = x if entry is None else _apply_map(x, entry, inverse)
             continue
-        layer, moved = g.layers[i], (HALVES.index(g.moves) + i) % 2
+        layer, moved = g.layers[index], (HALVES.index(g.moves) + index) % 2
         kept = x.split(split_sizes(x.shape[1]), dim=1)[1 - moved]
         params = _condition(kept, layer, ACTIVATIONS[g.activation], half)
         x, part = affine_coupling(
@@ -238,7 +239,7 @@ def raw_backward(
     *constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *rest, _ = constants
-    outputs, vjp = torch.func.vjp(lambda *given: raw_forward(*given, operands, map_operands, *rest), x, weights)
+    outputs, vjp, *_ = torch.func.vjp(lambda *given: raw_forward(*given, operands, map_operands, *rest), x, weights)
     given = zip(outputs, (grad, grad_log_det), strict=True)
     dx, dweights = vjp(tuple([torch.zeros_like(y) if g is None else g.to(y.dtype) for y, g in given]))
     return dx, dweights, operands.new_empty(0), map_operands.new_empty(0)

@@ -17,14 +17,21 @@ from torch import Tensor
 from ..backend import uses_triton
 from ..checks import check_kind, check_number, check_tensor
 from ..kernels.linearizer_chain import apply_core, linearizer_backward, specs_of
-from ..kernels.stack_configs import mode_on, stack_path, target_of
-from ..kernels.stack_spec import schema_of
+from ..kernels.stack_configs import mode_on, target_of
+from ..kernels.stack_spec import StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
-from .coupling_stack import CouplingStack, check, coupling_stack, raw_backward, raw_forward
+from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_backward, raw_forward
 from .register import RawOp, define_op
 from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
-__all__ = ["CouplingStack", "PackedLinearizer", "linearizer_path_of", "linearizer_stack", "pack_linearizer"]
+__all__ = [
+    "CouplingStack",
+    "PackedLinearizer",
+    "linearizer_path_of",
+    "linearizer_stack",
+    "pack_linearizer",
+    "run_packed",
+]
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,7 @@ def linearizer_stack(
         packed = pack_linearizer(x, g_x, A, g_y, precision, alpha)
     spec_x = g_x.spec(packed.g_x.layout, inverse=False, log_det=False, precision=precision)
     spec_y = g_y.spec(packed.g_y.layout, inverse=True, log_det=False, precision=precision)
-    return _linearizer_stack(
-        x, *packed.g_x.tensors, packed.A.weights, packed.A.map_operands, *packed.g_y.tensors,
-        *spec_x.constants, *spec_y.constants,
-    )  # fmt: skip
+    return run_packed(x, packed, spec_x, spec_y)
 
 
 def pack_linearizer(
@@ -103,22 +107,29 @@ def pack_linearizer(
     stacks = [StackWeights(g_x.layers, D, g_x.head), StackWeights((), D, AffineMap(A), shift=alpha)]
     if g_y is not g_x or stacks[0].layout.maps or torch.compiler.is_compiling():
         stacks.append(StackWeights(g_y.layers, D, g_y.head, inverse=True))
-    packed = pack_stacks(stacks, precision, half_dtype(x))
-    return PackedLinearizer(packed[0], packed[1], packed[-1] if len(packed) == 3 else packed[0])
+    packed_x, core, *packed_y = pack_stacks(stacks, precision, half_dtype(x))
+    return PackedLinearizer(packed_x, core, packed_y[0] if packed_y else packed_x)
+
+
+def run_packed(x: Tensor, packed: PackedLinearizer, spec_x: StackSpec, spec_y: StackSpec) -> Tensor:
+    """The one launch."""
+    x_, A, y_ = packed.g_x, packed.A, packed.g_y
+    return _linearizer_stack(
+        x, x_.weights, x_.operands, x_.map_operands, A.weights, A.map_operands, y_.weights, y_.operands,
+        y_.map_operands, *spec_x.constants, *spec_y.constants,
+    )  # fmt: skip
 
 
 def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> str:
     """ "stack" for one launch; else "layers": the three parts one after another, each on its own path."""
-    layouts = [StackWeights(g.layers, x.shape[1], g.head).layout for g in (g_x, g_y)]
+    layout_x, layout_y = [StackWeights(g.layers, x.shape[1], g.head).layout for g in (g_x, g_y)]
     same = (g_x.activation, g_x.scale_map.kind, g_x.order) == (g_y.activation, g_y.scale_map.kind, g_y.order)
-    one_tile = len({(layout.n_linear, layout.hidden) for layout in layouts}) == 1 and A.shape[0] == x.shape[1]
-    weights = [weight for g in (g_x, g_y) for weight in g.layers[0].weights]
-    if not (same and one_tile and uses_triton(x, A, *weights)):
+    sizes_x, sizes_y = (layout_x.n_linear, layout_x.hidden), (layout_y.n_linear, layout_y.hidden)
+    if not (same and sizes_x == sizes_y and A.shape[0] == x.shape[1]):
         return "layers"
-    layout, maps = layouts[0], max(layout.maps for layout in layouts)
-    sizes = (layout.features, layout.hidden, layout.n_linear)
-    path = stack_path(*sizes, precision, target_of(x), maps, linearizer=True)
-    return "stack" if path == "stack" else "layers"
+    on_gpu = uses_triton(x, A, *g_x.layers[0].weights, *g_y.layers[0].weights)
+    fits = on_gpu and has_tile(x, layout_x, max(layout_x.maps, layout_y.maps), precision, linearizer=True)
+    return "stack" if fits else "layers"
 
 
 def _one_after_another(

@@ -20,9 +20,7 @@ from .affine_coupling import ORDERS, couple
 __all__ = ["stack_forward"]
 
 
-def stack_forward(
-    x: Tensor, weights: Tensor, operands: Tensor, spec: StackSpec
-) -> tuple[Tensor, Tensor | None]:
+def stack_forward(x: Tensor, weights: Tensor, operands: Tensor, spec: StackSpec) -> tuple[Tensor, Tensor | None]:
     """(y of x's dtype, log_det [B] of the couplings or None)."""
     z = spec.pad(x.to(weights.dtype))
     scale_map = ScaleMap(SCALE_MAP_KINDS[spec.kind], spec.bound, spec.floor)

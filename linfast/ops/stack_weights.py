@@ -7,8 +7,8 @@ gradients are of, go the operands of the products, which they are not: rounded c
 ``pack_stack`` is separate so that frozen weights are packed once.
 
 A map between layers moves the state itself, and W and W^-1 rounded separately are no longer inverses: its operands
-have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted before, with
-torch's own launches: a reciprocal per diagonal, a matrix inverse per dense map without one.
+have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted before that,
+in launches of torch's own: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
 """
 
 from __future__ import annotations
@@ -104,52 +104,58 @@ class PackedStack:
         return self.weights, self.operands, self.map_operands
 
 
-class StackWeights(NamedTuple):
-    """Weights that are packed as one stack.
+class StackWeights:
+    """Weights that are packed as one stack, and their common layout.
 
     Args:
         layers: of couplings; none for a map alone, which is the head.
         features: D.
         head: a map before the first layer.
         inverse: pack the maps' inverses.
-        shift: a number that is added to the diagonal of the head's matrix [D, D].
+        shift: a number that is added to the diagonal of the head's matrix [D, D]; for a map alone.
     """
 
-    layers: Sequence[CouplingLayer]
-    features: int
-    head: AffineMap | None = None
-    inverse: bool = False
-    shift: float = 0.0
-
-    @property
-    def layout(self) -> StackLayout:
-        """The common layout of these layers: the widest hidden layer, the densest map."""
-        layers = self.layers
-        maps = [m for m in (self.head, *[layer.map for layer in layers]) if m is not None]
-        kind = max([NO_MAPS, *[DENSE if m.weight.ndim == 2 else DIAGONAL for m in maps]])
-        hidden = max([1, *[weight.shape[0] for layer in layers for weight in layer.weights[:-1]]])
+    def __init__(
+        self,
+        layers: Sequence[CouplingLayer],
+        features: int,
+        head: AffineMap | None = None,
+        inverse: bool = False,
+        shift: float = 0.0,
+    ) -> None:
+        self.rows = [*([] if head is None else [CouplingLayer((), (), map=head)]), *layers]
+        self.inverse, self.shift = inverse, shift
+        hidden, kind = 1, NO_MAPS  # the widest hidden layer, the densest map
+        for layer in self.rows:
+            for weight in layer.weights[:-1]:
+                hidden = max(hidden, weight.shape[0])
+            if layer.map is not None:
+                kind = max(kind, DENSE if layer.map.weight.ndim == 2 else DIAGONAL)
         n_linear = len(layers[0].weights) if layers else 0
-        return StackLayout(self.features, n_linear, padded_hidden(hidden), kind, self.head is not None)
+        self.layout = StackLayout(features, n_linear, padded_hidden(hidden), kind, head is not None)
 
-    def described(self, layout: StackLayout) -> tuple[list[Tensor], list[int]]:
-        """The tensors in the order that they are flattened in, and their shapes (linfast.kernels.pack_table)."""
-        tensors: list[Tensor] = []
-        head = [] if self.head is None else [CouplingLayer((), (), map=self.head)]
-        rows = [*head, *self.layers]
-        numbers = [layout.features, layout.n_linear, layout.hidden, layout.maps, int(layout.head), len(rows)]
-        for weights, biases, order, entry in rows:
+    def describe(self, tensors: list[Tensor], numbers: list[int]) -> None:
+        """Append the tensors as they are flattened, and their shapes as linfast.kernels.pack_table reads them."""
+        layout = self.layout
+        numbers += (layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head, len(self.rows))
+        for weights, biases, order, entry in self.rows:
             tensors += weights
-            tensors += [bias for bias in biases if bias is not None]
             if weights:
-                numbers += [weights[0].shape[1], *[weight.shape[0] for weight in weights]]
-                numbers += [*[int(bias is not None) for bias in biases], int(order == "interleaved")]
+                numbers.append(weights[0].shape[1])
+            for weight in weights:
+                numbers.append(weight.shape[0])
+            for bias in biases:
+                numbers.append(bias is not None)
+                if bias is not None:
+                    tensors.append(bias)
+            if weights:
+                numbers.append(order == "interleaved")
             if entry is None:
-                numbers += [NO_MAPS, 0]
+                numbers += (NO_MAPS, False)
                 continue
             weight, bias = entry.inverted() if self.inverse else (entry.weight, entry.bias)
             tensors += [weight] if bias is None else [weight, bias]
-            numbers += [SHIFTED if self.shift else weight.ndim, int(bias is not None)]
-        return tensors, numbers
+            numbers += (SHIFTED if self.shift else weight.ndim, bias is not None)
 
 
 def pack_stack(
@@ -179,30 +185,25 @@ def pack_stacks(stacks: Sequence[StackWeights], precision: str, dtype: torch.dty
 
     At most one of them has a shift.
     """
-    layouts = [stack.layout for stack in stacks]
     tensors: list[Tensor] = []
     numbers: list[int] = []
-    for stack, layout in zip(stacks, layouts, strict=True):
-        more, described = stack.described(layout)
-        tensors += more
-        numbers += described
+    for stack in stacks:
+        stack.describe(tensors, numbers)
     first = tensors[0]
-    if any(tensor.dtype != first.dtype for tensor in tensors):
+    if len({tensor.dtype for tensor in tensors}) > 1:
         tensors = [tensor.to(_wide(first)) for tensor in tensors]
     flat = without_autocast(first.device.type, torch.cat, [tensor.reshape(-1) for tensor in tensors])
     pack = _reference if flat.dtype == torch.float64 else _stack_pack
-    values, operands, map_operands = pack(flat, numbers, sum(stack.shift for stack in stacks), precision, dtype)
-    n_rows = [len(stack.layers) + layout.head for stack, layout in zip(stacks, layouts, strict=True)]
-    sizes = [count * layout.row_size for count, layout in zip(n_rows, layouts, strict=True)]
+    values, operands, map_operands = pack(flat, numbers, sum([s.shift for s in stacks]), precision, dtype)
     operands, map_operands = operands.detach(), map_operands.detach()
+    sizes = [len(stack.rows) * stack.layout.row_size for stack in stacks]
     packed, at, map_at = [], 0, 0
-    for layout, count, part in zip(
-        layouts, n_rows, values.split(sizes) if len(sizes) > 1 else [values], strict=True
-    ):
+    for stack, part in zip(stacks, values.split(sizes) if len(sizes) > 1 else [values], strict=True):
+        layout, count = stack.layout, len(stack.rows)
         size, map_size = count * layout.matrix_size, count * layout.map_size if layout.maps == DENSE else 0
-        of_matrices = operands[:, at : at + size].unflatten(1, (count, layout.matrix_size))
+        of_matrices = operands[:, at : at + size].view(len(operands), count, layout.matrix_size)
         if map_size:
-            of_maps = map_operands[:, map_at : map_at + map_size].unflatten(1, (count, layout.map_size))
+            of_maps = map_operands[:, map_at : map_at + map_size].view(-1, count, layout.map_size)
         else:
             of_maps = map_operands.new_empty(0)
         packed.append(PackedStack(part.view(count, layout.row_size), of_matrices, of_maps, layout))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -111,7 +110,8 @@ def _packed(layers: Sequence[CouplingLayer], D: int, precision: str, **options) 
 
 def _spec(packed: PackedStack, activation: int = 1, inverse: bool = False, precision: str = "exact") -> StackSpec:
     """Two linear layers or three, scale map "smooth"."""
-    sizes = astuple(packed.layout)
+    layout = packed.layout
+    sizes = (layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head)
     return StackSpec(*sizes, activation, 2, 0.5, 0.0, False, False, inverse, True, precision)
 
 

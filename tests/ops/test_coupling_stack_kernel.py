@@ -242,7 +242,8 @@ def test_the_packing_kernel_has_the_references_bits(precision: str, dtype: torch
         *random_layers(7, (16, 8), 1, maps=maps),
         *random_layers(7, (24, 40), 1, moves="second", layout="interleaved", bias=False),
     ]
-    layers, head = rebuilt(network, [t.to(dtype) for t in leaves(network, random_map(7, maps))], random_map(7, maps))
+    given = random_map(7, maps)
+    layers, head = rebuilt(network, [t.to(dtype) for t in leaves(network, given)], given)
     core = StackWeights((), 7, random_map(7, "dense"), shift=0.3)
     stacks = [StackWeights(layers, 7, head), core, StackWeights(layers[:1], 7, inverse=True)]
     arguments = (stacks, precision, HALF)

@@ -232,8 +232,9 @@ def test_opcheck(maps: str) -> None:
     x, A, g_x, g_y = _x(5, 6), _operator(6), _network(6, maps=maps), _network(6)
     packed = pack_linearizer(x, g_x, A, g_y, "high")
     tensors = (x, *packed.g_x.tensors, packed.A.weights, packed.A.map_operands, *packed.g_y.tensors)
-    specs = (g.spec(p.layout, i == 1, False, "high") for i, (g, p) in enumerate(((g_x, packed.g_x), (g_y, packed.g_y))))
-    constants = [constant for spec in specs for constant in spec.constants]
+    spec_x = g_x.spec(packed.g_x.layout, inverse=False, log_det=False, precision="high")
+    spec_y = g_y.spec(packed.g_y.layout, inverse=True, log_det=False, precision="high")
+    constants = (*spec_x.constants, *spec_y.constants)
     assert_registered(torch.ops.linfast.linearizer_stack.default, (*tensors, *constants))
     backward = torch.ops.linfast.linearizer_stack_backward.default
     needs = [True, True, False, False, True, False, True, False, False]
