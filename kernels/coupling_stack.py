@@ -15,7 +15,7 @@ iteration is one layer and picks the half that moves by parity: swapping the hal
 makes a loop-carried distance of two, which costs the asynchronous loads of the weights.
 Forward and inverse walk the same body, so shift and log-scale are the same bits in both.
 
-Bytes: x once in, y once out, log_det; the weights once a program, from L2. A Linearizer is
+Bytes: x once in, y once out, log_det; the weights once per program, from L2. A Linearizer is
 the body twice with A between: y = g_y^-1(A g_x(x)), x read once and y written once.
 """
 

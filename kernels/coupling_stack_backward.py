@@ -11,7 +11,7 @@ Steps, in the order the stack runs them, are maps z' = M z + c and couplings. Fo
     B2  d_i = (d_{i+1} W_{i+1}) act'(p_i), in act's place, down to g's kept half += d_1 W_1
     W   dW_i = d_i^T h_{i-1}, db_i = sum_b d_i; of a map dM = g^T z, dc = sum_b g, and g <- g M
 
-B1 and B2 are one launch a linear layer, a program a tile of its rows and columns
+B1 and B2 are one launch per linear layer, a program being a tile of its rows and columns
 (kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner
 is stored for W anyhow. Activations are the exact ones in every mode. Shapes: z, g [R, 2 P] fp32,
 contiguous, both halves padded with zeros, which stay zeros; the scratch is kernels/stack_pass.py's.

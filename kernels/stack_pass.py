@@ -21,7 +21,7 @@ from .stack_spec import N_PARTS, StackSpec, map_parts
 
 __all__ = ["ROWS_AT_A_TIME", "SCRATCH_BYTES", "Scratch", "StackPass"]
 
-# One step's scratch, 1.8 KB a row in "fast" at D = 64, H = 128, n = 3, stays in an L2 of 40 MB or more.
+# One step's scratch, 1.8 KB per row in "fast" at D = 64, H = 128, n = 3, stays in an L2 of 40 MB or more.
 ROWS_AT_A_TIME = 16384
 # What a run of rows may take: a deep stack's inputs of steps, 256 B each at D = 64, shorten it.
 SCRATCH_BYTES = 2**27

@@ -14,7 +14,8 @@ and the inverse. Shapes: x [B, D], y [B, D], log_det [B]; an odd D splits into c
 | library   | a GPU, larger sizes: torch's products (their precision is torch's setting; bf16 in    |
 |           | "fast"), each layer's coupling one kernel                                             |
 
-Backward keeps x and the weights, and recomputes: the kernel's own passes come layer by layer.
+The backward keeps x and the weights and recomputes the rest, layer by layer. Packing the weights
+(linfast.ops.stack_weights) takes two more launches, unless they come packed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A whole Linearizer of coupling stacks, y = g_y^-1(A g_x(x)), as one op: x read once, y written once.
+"""A whole Linearizer of coupling stacks, y = g_y^-1(A g_x(x)), as one op: x is read once and y is written once.
 
-One launch (linfast.kernels.linearizer_stack) where both stacks fit on chip with one tile; else,
-and on a CPU, g_x's stack, the product with A and g_y's inverse stack one after another.
+It is one launch (linfast.kernels.linearizer_stack), after the two of packing, where both stacks fit on the chip
+with the same tile. Elsewhere, and on a CPU, g_x's stack, the product with A and g_y's inverse stack run one after
+another.
 """
 
 from __future__ import annotations
@@ -99,9 +100,10 @@ def linearizer_stack(
 def pack_linearizer(
     x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str, alpha: float = 0.0
 ) -> PackedLinearizer:
-    """Both stacks and alpha I + A for inputs such as x; alpha is 0 where A is a diagonal; a stack without maps that is both g_x and g_y is packed once.
+    """Both stacks and alpha I + A for inputs such as x; alpha is 0 where A is a diagonal.
 
-    Not so under torch.compile: Dynamo takes no function that is given one tensor twice.
+    A stack without maps that is both g_x and g_y is packed once; not so under torch.compile, since Dynamo takes
+    no function that is given one tensor twice.
     """
     D = x.shape[1]
     stacks = [StackWeights(g_x.layers, D, g_x.head), StackWeights((), D, AffineMap(A), shift=alpha)]

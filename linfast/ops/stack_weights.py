@@ -7,8 +7,8 @@ gradients are of, go the operands of the products, which they are not: rounded c
 ``pack_stack`` is separate so that frozen weights are packed once.
 
 A map between layers moves the state itself, and W and W^-1 rounded separately are no longer inverses: its operands
-have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted before that,
-in launches of torch's own: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
+have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted before, in
+launches of torch's own: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CouplingLayer(NamedTuple):
 
     Args:
         weights: of 1 to 4 linear layers, [out, in]: the kept half's width in, twice the moved half's out.
-        biases: [out] or None, one a linear layer.
+        biases: [out] or None, one per linear layer.
         layout: of the output: "halves" [shift | raw] or "interleaved".
         map: an affine map over all features after the coupling, or None.
     """
@@ -84,7 +84,7 @@ class CouplingLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedStack:
-    """What the kernel reads.
+    """A stack's weights as the kernel reads them.
 
     Args:
         weights: [rows, row_size] fp32; gradients are of this.
