@@ -223,10 +223,16 @@ def _reference(
     found = flat.to(_wide(flat)).index_select(0, table.source.clamp(min=0) % SHIFT)
     added = torch.where(table.source >= SHIFT, shift, (table.source == ONE).to(found.dtype))
     values = torch.where(table.source >= 0, found, 0) + added
-    held, target = values.detach(), table.target
-    matrices, maps = held[target >= 0], held[target < -1]
+    matrices = _placed(values, table.target, table.n_operands)
+    maps = _placed(values, -2 - table.target, table.n_map_operands)
     operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
     return values, operands, _parts(maps, map_parts(precision), dtype) if len(maps) else maps.to(dtype)
+
+
+def _placed(values: Tensor, target: Tensor, count: int) -> Tensor:
+    """[count]: the values at their targets; those without one share a last place, which is cut off."""
+    at = torch.where(target >= 0, target, count).long()
+    return values.detach().new_zeros(count + 1).index_copy(0, at, values.detach())[:count]
 
 
 def _tf32(tensor: Tensor) -> Tensor:
