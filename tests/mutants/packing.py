@@ -27,8 +27,8 @@ MUTANTS = (
         new="rest = tensor - parts[-1].to(rest.dtype)",
         breaks="The third of three parts is the weight itself again, less the second.",
         tests=(
-            f"{_FORWARD}::test_parts_of_weights_add_up_to_them",
-            f"{_FORWARD}::test_the_packing_kernel_has_the_references_bits",
+            "tests/ops/test_stack_pack.py::test_parts_of_weights_add_up_to_them",
+            "tests/ops/test_stack_pack.py::test_the_packing_kernel_has_the_references_bits",
         ),
     ),
     Mutant(
@@ -45,7 +45,7 @@ MUTANTS = (
         old="value = tl.where(source == _ONE, 1.0, value.to",
         new="value = tl.where(source == _ONE, 0.0, value.to",
         breaks="The identity between two layers forgets its input.",
-        tests=(_MAPS, f"{_FORWARD}::test_the_packing_kernel_has_the_references_bits"),
+        tests=(_MAPS, "tests/ops/test_stack_pack.py::test_the_packing_kernel_has_the_references_bits"),
     ),
     Mutant(
         name="packing: the gradient is gathered from where the weights were, not from where they went",

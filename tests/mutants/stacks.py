@@ -82,7 +82,7 @@ MUTANTS = (
         old="nearest = (tensor.view(torch.int32) + 0x1000) & -0x2000",
         new="nearest = tensor.view(torch.int32)",
         breaks="Matrix units drop 13 bits of the weights.",
-        tests=(f"{_FORWARD}::test_the_packing_kernel_has_the_references_bits",),
+        tests=("tests/ops/test_stack_pack.py::test_the_packing_kernel_has_the_references_bits",),
     ),
     Mutant(
         name="mlp: silu's derivative has the wrong sign inside",
@@ -98,7 +98,10 @@ MUTANTS = (
         old='"exact": 3,',
         new='"exact": 2,',
         breaks="exact mode computes what high mode promises.",
-        tests=(f"{_FORWARD}::test_parts_of_weights_add_up_to_them", f"{_FORWARD}::test_every_mode"),
+        tests=(
+            "tests/ops/test_stack_pack.py::test_parts_of_weights_add_up_to_them",
+            f"{_FORWARD}::test_every_mode",
+        ),
     ),
     Mutant(
         name="row products: two parts lack the product with x's second",

@@ -8,16 +8,15 @@ from linfast.kernels import coupling_stack as kernels
 from torch import Tensor
 
 import linfast as lf
-from linfast.ops import AffineMap, CouplingLayer, coupling_stack, mlp_coupling, stack_weights
+from linfast.ops import AffineMap, CouplingLayer, coupling_stack, mlp_coupling
 from linfast.ops.activations import ACTIVATION_NAMES
-from linfast.ops.stack_weights import StackWeights, pack_stack, pack_stacks
+from linfast.ops.stack_weights import pack_stack
 from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_accurate, assert_within_budget, hostile
 from tests.ops.checks import TURNS, assert_registered, assert_transforms, second_derivatives
 from tests.ops.stacks import (
-    HALF,
     NAMES,
     doubled,
     factors_of_every_part,
@@ -211,51 +210,6 @@ def test_packed_weights_give_the_same_bits_and_take_no_gradient() -> None:
         packed = pack_stack(layers, 6, inverse=inverse, precision="exact", dtype=half_dtype(x))
         y, _ = _run(x, layers, inverse=inverse)
         assert torch.equal(y, _run(x, layers, inverse=inverse, packed=packed)[0])
-
-
-def test_parts_are_packed_whatever_autocasts_type_is() -> None:
-    """torch.stack under autocast refuses a half type that is not autocast's."""
-    network = random_layers(6, (8,), 1, maps="dense")
-    with torch.autocast(DEVICE, torch.bfloat16):
-        packed = pack_stack(network, 6, inverse=True, precision="high", dtype=torch.float16)
-    expected = pack_stack(network, 6, inverse=True, precision="high", dtype=torch.float16)
-    torch.testing.assert_close(packed.weights, expected.weights, rtol=0, atol=0)
-    torch.testing.assert_close(packed.map_operands, expected.map_operands, rtol=0, atol=0)
-
-
-def test_parts_of_weights_add_up_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the reference where kernels are interpreted, which cuts bf16 off; the kernel has the reference's bits."""
-    monkeypatch.setattr("linfast.ops.register.interpreting", lambda: False)
-    layers = random_layers(7, (20, 16), 2)
-    for precision, bits in (("fast", 8), ("high", 16), ("exact", 24)):
-        packed = pack_stack(layers, 7, inverse=False, precision=precision, dtype=torch.bfloat16)
-        matrices = packed.weights[:, : packed.layout.matrix_size].double()
-        left = (packed.operands.double().sum(0) - matrices).abs()
-        assert bool((left <= 2.0**-bits * matrices.abs()).all())
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
-@pytest.mark.parametrize("maps", NAMES)
-def test_the_packing_kernel_has_the_references_bits(precision: str, dtype: torch.dtype, maps: str) -> None:
-    network = [
-        *random_layers(7, (16, 8), 1, maps=maps),
-        *random_layers(7, (24, 40), 1, moves="second", layout="interleaved", bias=False),
-    ]
-    given = random_map(7, maps)
-    layers, head = rebuilt(network, [t.to(dtype) for t in leaves(network, given)], given)
-    core = StackWeights((), 7, random_map(7, "dense"), shift=0.3)
-    stacks = [StackWeights(layers, 7, head), core, StackWeights(layers[:1], 7, inverse=True)]
-    arguments = (stacks, precision, HALF)
-    got = pack_stacks(*arguments)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stack_weights, "_stack_pack", stack_weights._reference)
-        expected = pack_stacks(*arguments)
-    for a, b in zip(got, expected, strict=True):
-        assert a.layout == b.layout
-        for value, exact in zip(a.tensors, b.tensors, strict=True):
-            assert value.dtype == exact.dtype
-            assert torch.equal(value, exact)
 
 
 @pytest.mark.parametrize("n_linear", [1, 2])
