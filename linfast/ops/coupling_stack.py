@@ -172,7 +172,7 @@ def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, lineariz
 
 def run_packed(x: Tensor, packed: PackedStack, spec: StackSpec) -> tuple[Tensor, Tensor | None]:
     """The one launch: (y, log_det of the couplings without their maps, or None)."""
-    y, total = _coupling_stack(x, packed.weights, packed.operands, packed.map_operands, *spec.constants)
+    y, total = _coupling_stack(x, *packed.tensors, *spec.constants)
     return y, total if spec.log_det else None
 
 

@@ -115,11 +115,9 @@ def pack_linearizer(
 
 def run_packed(x: Tensor, packed: PackedLinearizer, spec_x: StackSpec, spec_y: StackSpec) -> Tensor:
     """The one launch."""
-    x_, A, y_ = packed.g_x, packed.A, packed.g_y
-    return _linearizer_stack(
-        x, x_.weights, x_.operands, x_.map_operands, A.weights, A.map_operands, y_.weights, y_.operands,
-        y_.map_operands, *spec_x.constants, *spec_y.constants,
-    )  # fmt: skip
+    core, core_operands = packed.A.weights, packed.A.map_operands
+    tensors = (x, *packed.g_x.tensors, core, core_operands, *packed.g_y.tensors)
+    return _linearizer_stack(*tensors, *spec_x.constants, *spec_y.constants)
 
 
 def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> str:
