@@ -53,6 +53,7 @@ __all__ = [
     "raw_backward",
     "raw_forward",
     "run_packed",
+    "stack_spec",
 ]
 
 _SEQUENCES = (list, tuple, Sequence, nn.ParameterList)
@@ -68,15 +69,6 @@ class CouplingStack:
     order: str = "shift_first"
     moves: str = "first"
     head: AffineMap | None = None
-
-    def spec(self, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:
-        """What the raw op is told, for weights that were packed in this layout."""
-        bound, floor = self.scale_map.constants
-        return StackSpec(
-            layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head,
-            ACTIVATION_NAMES.index(self.activation), self.scale_map.constexpr_id, bound, floor,
-            self.order == "scale_first", self.moves == "second", inverse, log_det, precision,
-        )  # fmt: skip
 
 
 def coupling_stack(
@@ -131,7 +123,7 @@ def coupling_stack(
     if packed is None:
         y, total = _by_layers(x, g, inverse, log_det, precision)
     else:
-        y, total = run_packed(x, packed, g.spec(packed.layout, inverse, log_det, precision))
+        y, total = run_packed(x, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
     if total is None:
         return y, None
     for entry in (head, *[layer.map for layer in layers]):
@@ -168,6 +160,16 @@ def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, lineariz
     """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps``: the densest of both."""
     sizes = (layout.features, layout.hidden, layout.n_linear)
     return stack_path(*sizes, precision, target_of(x), maps, linearizer) == "stack"
+
+
+def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:
+    """What the raw op is told of g, whose weights were packed in this layout."""
+    bound, floor = g.scale_map.constants
+    return StackSpec(
+        layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head,
+        ACTIVATION_NAMES.index(g.activation), g.scale_map.constexpr_id, bound, floor,
+        g.order == "scale_first", g.moves == "second", inverse, log_det, precision,
+    )  # fmt: skip
 
 
 def run_packed(x: Tensor, packed: PackedStack, spec: StackSpec) -> tuple[Tensor, Tensor | None]:

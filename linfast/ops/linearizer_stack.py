@@ -21,7 +21,7 @@ from ..kernels.linearizer_chain import apply_core, linearizer_backward, specs_of
 from ..kernels.stack_configs import mode_on, target_of
 from ..kernels.stack_spec import StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
-from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_backward, raw_forward
+from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_backward, raw_forward, stack_spec
 from .register import RawOp, define_op
 from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
@@ -92,8 +92,8 @@ def linearizer_stack(
         return _one_after_another(x, g_x, A, g_y, alpha, precision)
     if packed is None:
         packed = pack_linearizer(x, g_x, A, g_y, precision, alpha)
-    spec_x = g_x.spec(packed.g_x.layout, inverse=False, log_det=False, precision=precision)
-    spec_y = g_y.spec(packed.g_y.layout, inverse=True, log_det=False, precision=precision)
+    spec_x = stack_spec(g_x, packed.g_x.layout, inverse=False, log_det=False, precision=precision)
+    spec_y = stack_spec(g_y, packed.g_y.layout, inverse=True, log_det=False, precision=precision)
     return run_packed(x, packed, spec_x, spec_y)
 
 

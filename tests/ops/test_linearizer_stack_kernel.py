@@ -11,6 +11,7 @@ from torch import Tensor
 
 import linfast as lf
 from linfast.ops import AffineMap, CouplingStack, linearizer_stack
+from linfast.ops.coupling_stack import stack_spec
 from linfast.ops.linearizer_stack import linearizer_path_of, pack_linearizer
 from linfast.precision import PRECISIONS
 from linfast.scale_maps import ScaleMap
@@ -232,8 +233,8 @@ def test_opcheck(maps: str) -> None:
     x, A, g_x, g_y = _x(5, 6), _operator(6), _network(6, maps=maps), _network(6)
     packed = pack_linearizer(x, g_x, A, g_y, "high")
     tensors = (x, *packed.g_x.tensors, packed.A.weights, packed.A.map_operands, *packed.g_y.tensors)
-    spec_x = g_x.spec(packed.g_x.layout, inverse=False, log_det=False, precision="high")
-    spec_y = g_y.spec(packed.g_y.layout, inverse=True, log_det=False, precision="high")
+    spec_x = stack_spec(g_x, packed.g_x.layout, inverse=False, log_det=False, precision="high")
+    spec_y = stack_spec(g_y, packed.g_y.layout, inverse=True, log_det=False, precision="high")
     constants = (*spec_x.constants, *spec_y.constants)
     assert_registered(torch.ops.linfast.linearizer_stack.default, (*tensors, *constants))
     backward = torch.ops.linfast.linearizer_stack_backward.default
