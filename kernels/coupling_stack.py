@@ -8,18 +8,20 @@ affine map (W, c) after a layer where there is one:
 
 where (V, d), the inverse map, is what an inverse stack was packed with. log|det| of the
 couplings is +-sum(log_s), fp32; that of the maps does not depend on x and is added outside.
-Shapes: x [B, D], y [B, D] of x's dtype; weights as kernels/stack_layout.py lays them out.
+Shapes: x [B, D], y [B, D] of x's dtype; weights as kernels/stack_spec.py lays them out.
 
 A program holds ROWS rows of x as two fp32 halves from the first layer to the last. One
 iteration is one layer and picks the half that moves by parity: swapping the halves instead
 makes a loop-carried distance of two, which costs the asynchronous loads of the weights.
 Forward and inverse walk the same body, so shift and log-scale are the same bits in both.
 
-Bytes: x once in, y once out, log_det; the weights once a program, from L2. A Linearizer is
+Bytes: x once in, y once out, log_det; the weights once per program, from L2. A Linearizer is
 the body twice with A between: y = g_y^-1(A g_x(x)), x read once and y written once.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -30,7 +32,7 @@ from .launch import ceil_div, device_guard
 from .math import couple, log_scale
 from .mlp import conditioner, product, split
 from .stack_configs import config_for, target_of
-from .stack_layout import N_PARTS, StackLayout, map_parts
+from .stack_spec import StackSpec, spec_of
 
 __all__ = ["launch_coupling_stack"]
 
@@ -283,20 +285,16 @@ def _coupling_stack_kernel(
         tl.store(log_det_ptr + start + r, log_det, mask=r < n_batch - start)
 
 
-def tile_constants(
-    x: Tensor, layout: StackLayout, precision: str, maps: int, linearizer: bool = False
-) -> dict[str, int]:
-    """The constexpr values that sizes, precision and device decide, and num_warps."""
-    target = target_of(x)
-    config = config_for(layout.features, layout.hidden, layout.n_linear, precision, target, maps, linearizer)
+def tile_constants(x: Tensor, spec: StackSpec, maps: int, linearizer: bool = False) -> dict[str, Any]:
+    """The constexpr arguments that two stacks of one launch share, and num_warps; ``maps``: the densest."""
+    target, precision = target_of(x), spec.precision
+    config = config_for(spec.features, spec.hidden, spec.n_linear, precision, target, maps, linearizer)
     if config is None:
-        raise ValueError(f"no one-launch stack for {layout} in precision {precision!r} on {target}")
+        raise ValueError(f"no one-launch stack for {spec} on {target}")
     return {
-        "N_LINEAR": layout.n_linear, "MATRIX_SIZE": layout.matrix_size, "MAP_OFFSET": layout.map_offset,
-        "ROWS": config.rows, "HALF": layout.half, "HIDDEN": layout.hidden,
-        "CHUNK": min(config.chunk or layout.hidden, layout.hidden), "PARTS": N_PARTS[precision],
-        "MAP_PARTS": map_parts(precision), "LAYER_STAGES": config.layer_stages,
-        "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
+        **spec.constexprs, "ROWS": config.rows, "CHUNK": min(config.chunk or spec.hidden, spec.hidden),
+        "LAYER_STAGES": config.layer_stages, "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
+        "FORM": activation_form(x, precision), "INT64": reaches_past_int32(x, config.rows),
     }  # fmt: skip
 
 
@@ -313,38 +311,19 @@ def reaches_past_int32(x: Tensor, rows: int) -> bool:
 
 
 def launch_coupling_stack(
-    x: Tensor,
-    weights: Tensor,
-    operands: Tensor,
-    map_operands: Tensor,
-    n_linear: int,
-    hidden: int,
-    maps: int,
-    head: bool,
-    activation: int,
-    kind: int,
-    bound: float,
-    floor: float,
-    scale_first: bool,
-    moves_second: bool,
-    inverse: bool,
-    log_det: bool,
-    precision: str,
+    x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any
 ) -> tuple[Tensor, Tensor]:
     """(y [B, D] contiguous, log_det [B] fp32 of the couplings; [0] where not asked for)."""
+    spec = spec_of(*constants)
     y = x.new_empty(x.shape)
-    total = x.new_empty(x.shape[0] if log_det else 0, dtype=torch.float32)
+    total = x.new_empty(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
     if x.shape[0] == 0:
         return y, total
-    layout = StackLayout(x.shape[1], n_linear, hidden, maps, head)
-    tile = tile_constants(x, layout, precision, maps)
+    tile = tile_constants(x, spec, spec.maps)
     with device_guard(x):
         _coupling_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
-            x, y, total, weights, operands, map_operands, x.shape[0], *layout.sizes, layout.n_layers(weights),
+            x, y, total, weights, operands, map_operands, x.shape[0], *spec.sizes, spec.n_layers(weights),
             operands.stride(0), operands.stride(1), map_operands.stride(0), x.stride(0), x.stride(1), y.stride(0),
-            bound, floor, ACTIVATION=activation, FORM=activation_form(x, precision), KIND=kind,
-            SCALE_FIRST=scale_first, MOVES_SECOND=int(moves_second), INVERSE=inverse, LOG_DET=log_det,
-            MAPS=maps, HEAD=int(head), ROW_SIZE=layout.row_size,
-            INT64=reaches_past_int32(x, tile["ROWS"]), **tile,
+            spec.bound, spec.floor, INVERSE=spec.inverse, LOG_DET=spec.log_det, **spec.own_constexprs, **tile,
         )  # fmt: skip
     return y, total

@@ -11,7 +11,7 @@ Steps, in the order the stack runs them, are maps z' = M z + c and couplings. Fo
     B2  d_i = (d_{i+1} W_{i+1}) act'(p_i), in act's place, down to g's kept half += d_1 W_1
     W   dW_i = d_i^T h_{i-1}, db_i = sum_b d_i; of a map dM = g^T z, dc = sum_b g, and g <- g M
 
-B1 and B2 are one launch a linear layer, a program a tile of its rows and columns
+B1 and B2 are one launch per linear layer, a program being a tile of its rows and columns
 (kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner
 is stored for W anyhow. Activations are the exact ones in every mode. Shapes: z, g [R, 2 P] fp32,
 contiguous, both halves padded with zeros, which stay zeros; the scratch is kernels/stack_pass.py's.
@@ -20,6 +20,7 @@ Each number of it is written once and read twice at most.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ from .launch import ceil_div, device_guard
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 from .mlp import EXACT, activate, activation_derivative
 from .row_products import ADD, MULTIPLY, launch_linear, launch_outer, rows_product, tile_for
-from .stack_layout import DENSE, NO_MAPS, StackLayout
 from .stack_pass import Scratch, StackPass
+from .stack_spec import DENSE, NO_MAPS, spec_of
 
 __all__ = ["launch_coupling_stack_backward"]
 
@@ -128,23 +129,22 @@ def _coupling_kernel(
 
 def _inputs(stack: StackPass, z: Tensor) -> list[Tensor]:
     """S: what goes into each step, [R, 2 P]."""
-    layout, inputs, steps = stack.layout, [z], stack.steps
-    for layer, row in steps[:-1]:
+    inputs, spec = [z], stack.spec
+    of_padded = replace(spec, features=2 * spec.half, maps=NO_MAPS, head=False, log_det=False)
+    for layer, row in spec.steps(stack.weights)[:-1]:
         if layer is None:
             z = _apply_map(stack, z, row)
         else:
-            z, _ = launch_coupling_stack(
-                z, stack.weights[row : row + 1], stack.operands[:, row : row + 1], stack.operands, layout.n_linear,
-                layout.hidden, NO_MAPS, False, stack.activation, stack.kind, stack.bound, stack.floor,
-                stack.scale_first, not stack.moves_first(layer), stack.inverse, False, stack.precision,
-            )  # fmt: skip
+            alone = replace(of_padded, moves_second=not spec.moves_first(layer))
+            weights, operands = stack.weights[row : row + 1], stack.operands[:, row : row + 1]
+            z, _ = launch_coupling_stack(z, weights, operands, stack.operands, *alone.constants)
         inputs.append(z)
     return inputs
 
 
 def _apply_map(stack: StackPass, z: Tensor, row: int) -> Tensor:
-    _, _, matrix, bias = stack.layout.unpack(stack.weights[row])
-    if stack.layout.maps != DENSE:
+    _, _, matrix, bias = stack.spec.unpack(stack.weights[row])
+    if stack.spec.maps != DENSE:
         return torch.addcmul(bias, z, matrix)
     out = torch.empty_like(z)
     launch_linear(z, matrix.mT, out, stack.map_mode, bias)
@@ -161,9 +161,9 @@ def _map_backward(
     scratch: Scratch,
 ) -> Tensor:
     """g before the map, g itself where that is not needed; the map's gradient is added to its row of dweights."""
-    at = stack.layout.map_offset
-    _, _, matrix, _ = stack.layout.unpack(stack.weights[row])
-    dense = stack.layout.maps == DENSE
+    at = stack.spec.map_offset
+    _, _, matrix, _ = stack.spec.unpack(stack.weights[row])
+    dense = stack.spec.maps == DENSE
     if dweights is not None and dense:
         launch_outer(g, z, scratch.partials, at, at + matrix.numel(), stack.map_mode)
         dweights[row, at:] += scratch.partials[:, at:].sum(0)
@@ -182,24 +182,25 @@ def _recompute(
     stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, layer: int, row: int, scratch: Scratch
 ) -> None:
     """B1: the conditioner's h and act', d of its output, and d moved in g's moved half."""
-    (kept, moved), (_, grad) = stack.halves(z, layer), stack.halves(g, layer)
-    _, biases, _, _ = stack.layout.unpack(stack.weights[row])
+    spec = stack.spec
+    (kept, moved), (_, grad) = spec.halves(z, layer), spec.halves(g, layer)
+    _, biases, _, _ = spec.unpack(stack.weights[row])
     *hidden, last = stack.matrices(row)
     x, mode = kept, stack.forward_mode.constexprs
     for w, bias, h, slope in zip(hidden, biases, scratch.h, scratch.slopes, strict=False):
         tile = tile_for(w.shape[1], w.shape[0])
         _hidden_kernel[(ceil_div(z.shape[0], tile["ROWS"]), w.shape[0] // tile["COLUMNS"])](
             x, w, bias, h, slope, z.shape[0], w.shape[1], x.stride(0), 1, w.stride(0), h.stride(0),
-            ACTIVATION=stack.activation, **mode, **tile,
+            ACTIVATION=spec.activation, **mode, **tile,
         )  # fmt: skip
         x = h
     tile, d = tile_for(last.shape[1], last.shape[0]), scratch.d
     gradients = grad if grad_log_det is None else grad_log_det
     _coupling_kernel[(ceil_div(z.shape[0], tile["ROWS"]), last.shape[0] // tile["COLUMNS"])](
         x, last, biases[-1], moved, grad, gradients, d, z.shape[0], last.shape[1],
-        stack.sizes[0 if stack.moves_first(layer) else 1], x.stride(0), 1, last.stride(0), moved.stride(0),
-        grad.stride(0), gradients.stride(0), d.stride(0), stack.bound, stack.floor, KIND=stack.kind,
-        SCALE_FIRST=stack.scale_first, INVERSE=stack.inverse, LOG_DET=grad_log_det is not None, **mode, **tile,
+        spec.moved_size(layer), x.stride(0), 1, last.stride(0), moved.stride(0),
+        grad.stride(0), gradients.stride(0), d.stride(0), spec.bound, spec.floor, KIND=spec.kind,
+        SCALE_FIRST=spec.scale_first, INVERSE=spec.inverse, LOG_DET=grad_log_det is not None, **mode, **tile,
     )  # fmt: skip
 
 
@@ -215,18 +216,18 @@ def _coupling_backward(
 ) -> None:
     """B2 and W after B1: g's kept half, and the conditioner's row of dweights."""
     mode, d = stack.gradient_mode, scratch.d
-    kept, g_kept = stack.halves(z, layer)[0], stack.halves(g, layer)[0]
+    kept, g_kept = stack.spec.halves(z, layer)[0], stack.spec.halves(g, layer)[0]
     inputs, matrices = [kept, *scratch.h], stack.matrices(row)
     for i in reversed(range(len(matrices))):
         if dweights is not None:
-            launch_outer(d, inputs[i], scratch.partials, *stack.offsets[i], mode)
+            launch_outer(d, inputs[i], scratch.partials, *stack.spec.offsets[i], mode)
         if i:
             launch_linear(d, matrices[i], scratch.slopes[i - 1], mode, combine=MULTIPLY)
             d = scratch.slopes[i - 1]
         elif needs_kept:
             launch_linear(d, matrices[i], g_kept, mode, combine=ADD)
     if dweights is not None:
-        at = slice(0, stack.layout.map_offset)
+        at = slice(0, stack.spec.map_offset)
         dweights[row, at] += scratch.partials[:, at].sum(0)
 
 
@@ -236,7 +237,7 @@ def _run_of_rows(
     """dL/dz [R, 2 P]; g is overwritten. Where it is not needed, what only it needs is left out."""
     scratch = Scratch.of(z, stack)
     inputs = _inputs(stack, z)
-    for i, (layer, row) in reversed(list(enumerate(stack.steps))):
+    for i, (layer, row) in reversed(list(enumerate(stack.spec.steps(stack.weights)))):
         if layer is None:
             g = _map_backward(stack, inputs[i], g, row, dweights, needs_x or i > 0, scratch)
         else:
@@ -258,15 +259,15 @@ def launch_coupling_stack_backward(
 
     What is not needed holds anything.
     """
-    stack, (needs_x, needs_weights, _, _) = StackPass.of(x, weights, operands, constants[:-1]), constants[-1]
-    rows = StackLayout(x.shape[1], *constants[:4])
+    spec, (needs_x, needs_weights, _, _) = spec_of(*constants[:-1]), constants[-1]
+    stack = StackPass(weights, operands, spec, x.is_cuda)
     dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights)
     step = stack.rows_at_a_time()
     with device_guard(x):
         for start in range(0, x.shape[0], step):
             run = slice(start, start + step)
-            z = rows.pad(x[run].to(weights.dtype))
-            g = torch.zeros_like(z) if grad is None else rows.pad(grad[run].to(weights.dtype))
+            z = spec.pad(x[run].to(weights.dtype))
+            g = torch.zeros_like(z) if grad is None else spec.pad(grad[run].to(weights.dtype))
             log_det = None if grad_log_det is None else grad_log_det[run]
-            dx[run] = rows.unpad(_run_of_rows(stack, z, g, log_det, dweights if needs_weights else None, needs_x))
+            dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights if needs_weights else None, needs_x))
     return dx, dweights, operands.new_empty(0), map_operands.new_empty(0)

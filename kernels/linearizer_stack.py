@@ -3,7 +3,7 @@
 Three steps on one tile of rows that never leaves the chip: g_x's layers forward, A (a matrix
 in parts, or a diagonal), g_y's layers in reverse. The layers are kernels/coupling_stack.py's body,
 called twice; the two stacks may be the same tensors. Bytes: x once in, y once out; the weights of
-both stacks and A once a program, from L2.
+both stacks and A once per program, from L2.
 
 Gradient, with z = g_x(x), w = A z and v = g_y^-1's vector-Jacobian product at w: dA = v^T z, and
 dx = g_x's at x of A^T v. z and w are recomputed.
@@ -18,19 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .coupling_stack import (
-    activation_form,
     apply_map,
     launch_coupling_stack,
     load_halves,
-    reaches_past_int32,
     run_layers,
     store_halves,
     tile_constants,
 )
 from .coupling_stack_backward import launch_coupling_stack_backward
 from .launch import ceil_div, device_guard
-from .linearizer_chain import LinearizerConstants, linearizer_backward
-from .stack_layout import StackLayout
+from .linearizer_chain import linearizer_backward, specs_of
 
 __all__ = ["launch_linearizer_stack", "launch_linearizer_stack_backward"]
 
@@ -127,22 +124,21 @@ def launch_linearizer_stack(
     y = x.new_empty(x.shape)
     if x.shape[0] == 0:
         return y
-    c = LinearizerConstants(*constants)
-    layout_x = StackLayout(x.shape[1], c.n_linear, c.hidden, c.maps_x, c.head_x)
-    layout_y = StackLayout(x.shape[1], c.n_linear, c.hidden, c.maps_y, c.head_y)
-    tile = tile_constants(x, layout_x, c.precision, max(c.maps_x, c.maps_y), linearizer=True)
+    spec_x, spec_y = specs_of(constants)
+    tile = tile_constants(x, spec_x, max(spec_x.maps, spec_y.maps), linearizer=True)
+    own = {
+        f"{name}_{side}": value
+        for side, spec in (("X", spec_x), ("Y", spec_y))
+        for name, value in spec.own_constexprs.items()
+    }
     with device_guard(x):
         _linearizer_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
             x, y, weights_x, operands_x, map_operands_x, core, core_operands, weights_y, operands_y, map_operands_y,
-            x.shape[0], *layout_x.sizes, layout_x.n_layers(weights_x), layout_y.n_layers(weights_y),
+            x.shape[0], *spec_x.sizes, spec_x.n_layers(weights_x), spec_y.n_layers(weights_y),
             operands_x.stride(0), operands_x.stride(1), map_operands_x.stride(0), core_operands.stride(0),
             operands_y.stride(0), operands_y.stride(1), map_operands_y.stride(0),
-            x.stride(0), x.stride(1), y.stride(0), c.bound_x, c.floor_x, c.bound_y, c.floor_y,
-            ACTIVATION=c.activation, FORM=activation_form(x, c.precision), KIND=c.kind, SCALE_FIRST=c.scale_first,
-            MOVES_SECOND_X=int(c.moves_second_x), MOVES_SECOND_Y=int(c.moves_second_y),
-            MAPS_X=c.maps_x, HEAD_X=int(c.head_x), MAPS_Y=c.maps_y, HEAD_Y=int(c.head_y),
-            DENSE=core_operands.numel() > 0, ROW_SIZE_X=layout_x.row_size, ROW_SIZE_Y=layout_y.row_size,
-            INT64=reaches_past_int32(x, tile["ROWS"]), **tile,
+            x.stride(0), x.stride(1), y.stride(0), spec_x.bound, spec_x.floor, spec_y.bound, spec_y.floor,
+            DENSE=core_operands.numel() > 0, **own, **tile,
         )  # fmt: skip
     return y
 

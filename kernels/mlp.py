@@ -9,7 +9,7 @@ of what the parts before it leave over, and sums in fp32 the products of parts t
     2      bf16     x0 w0, x0 w1, x1 w0                             high   2^-17
     3      bf16     those, x1 w1, x0 w2, x2 w0                      exact  2^-24
 
-W is split beforehand (linfast.ops.stack_weights), so that its parts go from memory to the
+W is split beforehand (kernels/stack_pack.py), so that its parts go from memory to the
 matrix units untouched. The units drop the low 13 bits of an fp32 operand, which errs by twice a
 rounding and always towards zero: tf32 operands are rounded to nearest before, W's when it is packed.
 The units may truncate each partial sum as well: products of parts start from zero, the smallest
@@ -29,7 +29,7 @@ from .math import LOG2E, tanh
 
 __all__ = ["activate", "activation_derivative", "conditioner", "dot_parts", "product", "split"]
 
-# The ids of linfast.ops.coupling_stack.ACTIVATION_IDS, which tests hold equal.
+# The places of linfast.ops.activations.ACTIVATION_NAMES, which a test holds equal.
 RELU = tl.constexpr(0)
 SILU = tl.constexpr(1)
 TANH = tl.constexpr(2)

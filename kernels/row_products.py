@@ -1,7 +1,7 @@
 """Products with a tall matrix of rows, in the modes of kernels/mlp.py, fp32 sums: what gradients are made of.
 
-    rows_product  x W        x [B, K], W [K, N] in any order    a program: ROWS rows by COLUMNS columns
-    outer         d^T x      d [B, M], x [B, N]                 a program: such a tile of [M, N], one split of B
+    rows_product  x W        x [B, K], W [K, N] in any order    per program ROWS rows by COLUMNS columns
+    outer         d^T x      d [B, M], x [B, N]                 per program such a tile of [M, N], one split of B
 
 Both take fp32 operands apart into parts themselves: an operand of a gradient is not known before
 it, and its range (a loss divided by the batch) is bf16's, not fp16's. d^T x is a sum over B in
@@ -11,7 +11,7 @@ bits every time. Each run sums d's columns besides, which is the bias's gradient
 Bytes: x N / COLUMNS times and W B / ROWS times, both from L2; d^T x reads d N / COLUMNS times and
 x M / ROWS times and writes SPLITS M N.
 
-A tile is 64 by 64 with 32 deep steps: 16 sums a thread of 256, three parts of each operand and the
+A tile is 64 by 64 in steps 32 deep: 16 sums per thread of 256, three parts of each operand and the
 next step's loads, whatever K, N and the mode are. With 128 threads d^T x in bf16 spills on sm_100.
 """
 
@@ -54,7 +54,7 @@ _MULTIPLY = tl.constexpr(MULTIPLY)
 
 @dataclass(frozen=True)
 class ProductTile:
-    """Rows and columns a program, the depth of a step, how far its loads run ahead, warps."""
+    """Rows and columns per program, the depth of a step, how far its loads run ahead, warps."""
 
     rows: int
     columns: int
@@ -65,7 +65,7 @@ class ProductTile:
 
 TILE = ProductTile(rows=64, columns=64, depth=32, stages=2, num_warps=8)
 
-# Rows a split of d^T x sums at least, and splits at most: 32 of them fill a GPU's processors
+# Rows that a split of d^T x sums at least, and splits at most: 32 of them fill a GPU's processors
 # with the four tiles of [128, 128], and cost 4 MB of partial sums at D = 64, H = 128.
 ROWS_A_SPLIT = 512
 MAX_SPLITS = 32

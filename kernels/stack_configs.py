@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stack_layout import DENSE, DIAGONAL, NO_MAPS, padded_half, padded_hidden
+from .stack_spec import DENSE, DIAGONAL, NO_MAPS, padded_half, padded_hidden
 
 __all__ = ["CONFIGS", "StackConfig", "StackEntry", "config_for", "mode_on", "stack_path", "target_of"]
 

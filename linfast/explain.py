@@ -20,12 +20,12 @@ from .flows.flow import Flow
 from .flows.match import match
 from .flows.mix import Householder, Mix
 from .flows.segments import Folded, OneLaunch, Single
-from .kernels.stack_configs import StackConfig, target_of
+from .kernels.stack_configs import target_of
 from .linearizer import Linearizer
 from .match import LinearizerLaunch, match_linearizer, unwrap
 from .nets import MLP
 from .operators.base import LatentOperator
-from .ops.linearizer_stack import CouplingStack
+from .ops.coupling_stack import CouplingStack
 from .tables import aligned
 
 __all__ = ["Choice", "Plan", "explain", "plan"]
@@ -128,10 +128,10 @@ def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], i
 def _one_launch(
     part: str, op: str, launch: OneLaunch | LinearizerLaunch, g: CouplingStack, x: Tensor, why: str
 ) -> Choice:
-    tile: StackConfig = launch.tile
+    tile, spec = launch.tile, launch.spec if isinstance(launch, OneLaunch) else launch.spec_x
     hidden = max(weight.shape[0] for layer in g.layers for weight in layer.weights[:-1] or layer.weights)
     size = f"D = {x.shape[1]}, H = {hidden} fit on {target_of(x)}"
-    return Choice(part, op, f"{tile.rows} rows, {tile.num_warps} warps", launch.precision, f"{why}: {size}")
+    return Choice(part, op, f"{tile.rows} rows, {tile.num_warps} warps", spec.precision, f"{why}: {size}")
 
 
 def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:

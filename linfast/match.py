@@ -20,15 +20,12 @@ from .flows.match import Launch, kind_of, match, mode_for
 from .flows.stack import FlowStack, are_plain, is_plain, stack_of
 from .freeze import kept, kept_values
 from .kernels.stack_configs import StackConfig, config_for, target_of
+from .kernels.stack_spec import StackSpec
 from .operators.base import LatentOperator
 from .operators.diagonal import Diagonal
-from .ops.linearizer_stack import (
-    CouplingStack,
-    PackedLinearizer,
-    linearizer_path_of,
-    linearizer_stack,
-    pack_linearizer,
-)
+from .operators.low_rank import LowRank
+from .ops.coupling_stack import CouplingStack, stack_spec
+from .ops.linearizer_stack import PackedLinearizer, linearizer_path_of, pack_linearizer, run_packed
 
 __all__ = ["LinearizerLaunch", "Parts", "match_linearizer", "unwrap"]
 
@@ -38,22 +35,21 @@ class LinearizerLaunch:
     """A Linearizer's call as one launch.
 
     Args:
-        g_x, core, g_y: the weights of the three.
+        g_x: the weights and options of g_x.
         tile: of the kernel.
-        precision: of its products, resolved.
-        packed: the weights as the kernel reads them, where they are promised still; None: packed at every call.
+        packed: all weights as the kernel reads them.
+        spec_x, spec_y: what else the kernel is told of g_x and of g_y's inverse.
     """
 
     g_x: CouplingStack
-    core: Tensor
-    g_y: CouplingStack
     tile: StackConfig
-    precision: str
-    packed: PackedLinearizer | None
+    packed: PackedLinearizer
+    spec_x: StackSpec
+    spec_y: StackSpec
 
     def __call__(self, x: Tensor) -> Tensor:
         """y = g_y^{-1}(A g_x(x))."""
-        return linearizer_stack(x, self.g_x, self.core, self.g_y, precision=self.precision, packed=self.packed)
+        return run_packed(x, self.packed, self.spec_x, self.spec_y)
 
 
 @dataclass(eq=False)
@@ -87,37 +83,42 @@ def _decide(
     f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any], still: bool
 ) -> LinearizerLaunch | Parts | str:
     """``still``: whether the weights were promised to stay as they are."""
-    launch = why_reference(x) or _as_one(f, x, t, context, still)
+    launch = why_reference(x) or _as_one(f, x, t, context)
     if isinstance(launch, str) and still and not torch.is_grad_enabled():
         return _in_parts(f, x, t, context) or launch
     return launch
 
 
-def _as_one(
-    f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any], still: bool
-) -> LinearizerLaunch | str:
+def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> LinearizerLaunch | str:
     if x.ndim != 2:
         return f"x has {x.ndim} dimensions: no vectors"
-    stack_x = _stack("g_x", f.g_x, context)
-    stack_y = stack_x if f.g_y is f.g_x else _stack("g_y", f.g_y, context)
+    stack_x = _stack("g_x", f.g_x, x, context)
+    stack_y = stack_x if f.g_y is f.g_x else _stack("g_y", f.g_y, x, context)
     if isinstance(stack_x, str):
         return stack_x
     if isinstance(stack_y, str):
         return stack_y
-    core = _core(f.A, t)
-    if isinstance(core, str):
-        return core
+    precision, shared, maps = mode_for(x), stack_y is stack_x, max(stack_x.maps, stack_y.maps)
+    sizes = stack_x.features, stack_x.hidden, stack_x.n_linear
+    tile = config_for(*sizes, precision, target_of(x), maps, linearizer=True)
+    if tile is None:
+        return (
+            f"D = {sizes[0]}, H = {sizes[1]} in {precision!r} fit no tile on {target_of(x)} with g_x and g_y in one"
+        )
+    found = _core(f.A, t)
+    if isinstance(found, str):
+        return found
+    core, alpha = found
     f.g_x._check("x", x, f.g_x.features)
     f.g_y._check("x", x, None)  # of A x, which may have another number of features: dtype and device alone
-    precision, shared, maps = mode_for(x), stack_y is stack_x, max(stack_x.maps, stack_y.maps)
-    hidden = max(stack_x.hidden, stack_y.hidden)
-    tile = config_for(stack_x.features, hidden, stack_x.n_linear, precision, target_of(x), maps, True)
     g_x = stack_x.weights(inverse=shared)
     g_y = g_x if shared else stack_y.weights(inverse=True)
-    if tile is None or linearizer_path_of(x, g_x, core, g_y, precision) != "stack":
-        return "g_x and g_y fit no common tile, they differ in more than their weights, or A is not square"
-    packed = pack_linearizer(x, g_x, core, g_y, precision) if still else None
-    return LinearizerLaunch(g_x, core, g_y, tile, precision, packed)
+    if linearizer_path_of(x, g_x, core, g_y, precision) != "stack":
+        return "g_x and g_y differ in more than their weights, or A is not square"
+    packed = pack_linearizer(x, g_x, core, g_y, precision, alpha)
+    spec_x = stack_spec(g_x, packed.g_x.layout, inverse=False, log_det=False, precision=precision)
+    spec_y = stack_spec(g_y, packed.g_y.layout, inverse=True, log_det=False, precision=precision)
+    return LinearizerLaunch(g_x, tile, packed, spec_x, spec_y)
 
 
 def _in_parts(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Parts | None:
@@ -139,18 +140,20 @@ def unwrap(g: Any, context: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     return g, context
 
 
-def _stack(name: str, g: Any, context: Mapping[str, Any]) -> FlowStack | str:
+def _stack(name: str, g: Any, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
     g, context = unwrap(g, context)
-    found = stack_of(g.bijections, context) if is_plain(g, (Flow,)) else f"{type(g).__name__} is no plain Flow"
+    found = stack_of(g.bijections, x, context) if is_plain(g, (Flow,)) else f"{type(g).__name__} is no plain Flow"
     return f"{name}: {found}" if isinstance(found, str) else found
 
 
 @outside_autocast
-def _core(A: LatentOperator, t: float | Tensor | None) -> Tensor | str:
-    """A's matrix [n_out, n] or its diagonal [n], or why it is neither."""
+def _core(A: LatentOperator, t: float | Tensor | None) -> tuple[Tensor, float] | str:
+    """(core, alpha) with A = alpha I + core, a matrix [n_out, n] or a diagonal [n]; or why A is neither."""
     if not is_plain(A, (type(A),)):
         return f"A: {type(A).__name__} has hooks"
     leaf = None if isinstance(t, Tensor) and t.ndim else (A if t is None else A.at(t)).closed()
     if leaf is None or leaf.batched:
         return "A: one operator per sample"
-    return leaf.diagonal if isinstance(leaf, Diagonal) else leaf.to_dense()
+    if isinstance(leaf, LowRank) and isinstance(leaf.alpha, (int, float)):
+        return leaf.U @ leaf.V.mT, float(leaf.alpha)
+    return leaf.diagonal if isinstance(leaf, Diagonal) else leaf.to_dense(), 0.0

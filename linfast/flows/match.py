@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from ..dispatch import state_key, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
-from ..nets import MLP
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
+from ..ops.coupling_stack import stack_spec
 from ..ops.plain_couplings import PlainCoupling
-from ..ops.stack_weights import pack_stack
+from ..ops.stack_weights import PackedStack, StackWeights, pack_stacks
 from ..precision import half_dtype, resolve_precision
 from ..rows import by_rows, rows_at_once
 from ..scale_maps import log_scale_function
 from .couplings import AffineCoupling
 from .segments import Couplings, Folded, OneLaunch, Outputs, Segment, Single
-from .stack import PRODUCTS, WHOLE_WEIGHTS, are_plain, is_linear, is_plain, leading, stack_of
+from .stack import PRODUCTS, is_linear, is_plain, leading, recognise, stack_of
 
 __all__ = ["Launch", "kind_of", "match", "mode_for"]
 
@@ -96,23 +96,31 @@ def _decide(
     if not uses_triton(x):
         segments = _looped(list(layers), x, context)
         return Launch(segments[::-1] if inverse else segments, why_reference(x))
-    stack = stack_of(layers, context)
-    if x.ndim != 2 or isinstance(stack, str):
+    launch = _one_launch(layers, x, context, inverse, log_det, still)
+    return Launch(_folded(layers, in_order), launch) if isinstance(launch, str) else Launch([launch], None)
+
+
+def _one_launch(
+    layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool, still: bool
+) -> OneLaunch | str:
+    """All layers in one kernel, or why not."""
+    if x.ndim != 2:
         # No shape in the reason: Dynamo of torch 2.11 cannot follow a tuple that was formatted.
-        why = stack if isinstance(stack, str) else f"x has {x.ndim} dimensions: no vectors"
-        return Launch(_folded(layers, in_order), why)
-    precision, maps = mode_for(x), stack.maps
-    tile = config_for(stack.features, stack.hidden, stack.n_linear, precision, target_of(x), maps)
+        return f"x has {x.ndim} dimensions: no vectors"
+    stack = stack_of(layers, x, context)
+    if isinstance(stack, str):
+        return stack
+    precision = mode_for(x)
+    tile = config_for(stack.features, stack.hidden, stack.n_linear, precision, target_of(x), stack.maps)
     if tile is None:
-        why = f"D = {stack.features}, H = {stack.hidden} in {precision!r} fit no tile on {target_of(x)}"
-        return Launch(_folded(layers, in_order), why)
-    g, packed = stack.weights(inverse, log_det), None
-    if still:
-        options: dict[str, Any] = {"inverse": inverse, "precision": precision, "dtype": half_dtype(x)}
-        packed = derived(
-            layers, ("packed", *options.values()), lambda: pack_stack(g.layers, x.shape[1], head=g.head, **options)
-        )
-    return Launch([OneLaunch(g, tile, precision, packed)], None)
+        return f"D = {stack.features}, H = {stack.hidden} in {precision!r} fit no tile on {target_of(x)}"
+    g, half = stack.weights(inverse, log_det), half_dtype(x)
+
+    def pack() -> PackedStack:
+        return pack_stacks([StackWeights(g.layers, x.shape[1], g.head, inverse)], precision, half)[0]
+
+    packed = derived(layers, ("packed", inverse, precision, half), pack) if still else pack()
+    return OneLaunch(g, tile, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
 
 
 def kind_of(x: Tensor, context: Mapping[str, Any], *what: Hashable) -> Hashable | None:
@@ -138,15 +146,22 @@ def _looped(layers: list[Any], x: Tensor, context: Mapping[str, Any]) -> list[Se
     segments: list[Segment] = []
     takes = _in_common(x, context)
     for layer in layers:
-        coupling = _plain_coupling(layer, x, context) if takes else None
-        last = segments[-1] if segments else None
-        if coupling is None:
+        known = recognise(layer, x, context) if takes else "the loop does not know what the conditioners are given"
+        if isinstance(known, str) or known.weights[0].dtype != x.dtype:
             segments.append(Single(layer))
-        elif isinstance(last, Couplings) and last.features == layer.features:
-            last.layers.append(layer)
-            last.couplings.append(coupling)
-        else:
-            segments.append(Couplings([layer], [coupling], layer.features, x.dtype))
+            continue
+        run = segments[-1] if segments else None
+        if not isinstance(run, Couplings) or run.features != layer.features:
+            run = Couplings([], [], layer.features, x.dtype)
+            segments.append(run)
+        run.layers.append(layer)
+        run.couplings.append(
+            PlainCoupling(
+                known.weights, known.biases, ACTIVATIONS[layer.conditioner.activation],
+                log_scale_function(layer.scale_map), layer.order == "scale_first", layer.layout == "interleaved",
+                HALVES.index(layer.moves),
+            )
+        )  # fmt: skip
     return segments
 
 
@@ -159,36 +174,6 @@ def _in_common(x: Tensor, context: Mapping[str, Any]) -> bool:
         return True
     alike = isinstance(given, Tensor) and (given.dtype, given.device) == (x.dtype, x.device)
     return alike and given.ndim == 2 and given.shape[0] == x.shape[0]
-
-
-def _plain_coupling(layer: Any, x: Tensor, context: Mapping[str, Any]) -> PlainCoupling | None:
-    """The layer's weights and options, where it is an affine coupling whose MLP takes what is given."""
-    if not is_plain(layer, (AffineCoupling,)) or not is_plain(layer.conditioner, (MLP,)):
-        return None
-    mlp, given, t = layer.conditioner, context.get("context"), context.get("t")
-    joined = 0 if given is None else given.shape[1]
-    if mlp.context_features != joined or bool(mlp.time_features) != (t is not None):
-        return None
-    if mlp.time_features and joined:  # W [k | e(t) | context]: the time is in the middle
-        return None
-    if not are_plain(mlp.layers, (nn.Linear,)):
-        return None
-    weights, biases = [], []
-    for linear in mlp.layers:
-        weight = linear.weight
-        if type(weight) not in WHOLE_WEIGHTS or weight.dtype != x.dtype or weight.device != x.device:
-            return None
-        weights.append(weight)
-        biases.append(linear.bias)
-    moves = HALVES.index(layer.moves)
-    moved = (layer.features + 1 - moves) // 2
-    n_in = layer.features - moved + mlp.time_features + joined
-    if weights[0].shape[1] != n_in or weights[-1].shape[0] != 2 * moved:
-        return None
-    if t is not None:
-        weights, biases = mlp.folded(t)
-    options = ACTIVATIONS[mlp.activation], log_scale_function(layer.scale_map), layer.order == "scale_first"
-    return PlainCoupling(weights, biases, *options, layer.layout == "interleaved", moves)
 
 
 # Kernels, layer by layer.

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ..dispatch import outside_autocast, tensor_of
 from ..freeze import derived
 from ..kernels.stack_configs import StackConfig
+from ..kernels.stack_spec import StackSpec
 from ..ops.channel_mix import channel_mix
-from ..ops.coupling_stack import coupling_stack
-from ..ops.linearizer_stack import CouplingStack
+from ..ops.coupling_stack import CouplingStack, run_packed
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..ops.stack_weights import PackedStack
 from .bijection import Bijection, constant_log_det, position_count, run, wide
@@ -59,21 +59,22 @@ class OneLaunch:
     Args:
         stack: the layers' weights and options.
         tile: of the kernel.
-        precision: of its products, resolved.
-        packed: the weights as the kernel reads them, where they are promised still; None: packed at every call.
+        packed: the weights as the kernel reads them.
+        spec: what else the kernel is told; the direction and whether a log|det| is asked for among it.
     """
 
     stack: CouplingStack
     tile: StackConfig
-    precision: str
-    packed: PackedStack | None
+    packed: PackedStack
+    spec: StackSpec
 
     def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
-        g = self.stack
-        return coupling_stack(
-            x, g.layers, activation=g.activation, scale_map=g.scale_map, order=g.order, moves=g.moves, head=g.head,
-            inverse=inverse, log_det=log_det, precision=self.precision, packed=self.packed,
-        )  # fmt: skip
+        y, total = run_packed(x, self.packed, self.spec)
+        if total is not None:
+            for entry in (self.stack.head, *[layer.map for layer in self.stack.layers]):
+                if entry is not None:
+                    total = total - entry.log_abs_det() if inverse else total + entry.log_abs_det()
+        return y, total
 
 
 @dataclass(eq=False)

@@ -11,27 +11,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.stack_layout import DENSE, DIAGONAL, NO_MAPS
+from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
 from ..nets import MLP
 from ..ops.affine_coupling import HALVES
-from ..ops.linearizer_stack import CouplingStack
+from ..ops.coupling_stack import CouplingStack
 from ..ops.stack_weights import AffineMap, CouplingLayer
 from .actnorm import ActNorm
 from .couplings import AffineCoupling
 from .mix import Householder, Mix, Permute
 from .segments import fold
 
-__all__ = ["PRODUCTS", "WHOLE_WEIGHTS", "FlowStack", "are_plain", "is_linear", "is_plain", "leading", "stack_of"]
+__all__ = [
+    "PRODUCTS",
+    "FlowStack",
+    "Known",
+    "are_plain",
+    "is_linear",
+    "is_plain",
+    "leading",
+    "recognise",
+    "stack_of",
+]
 
 PRODUCTS = (Mix, Householder)
-WHOLE_WEIGHTS = (torch.Tensor, nn.Parameter)
 _LINEAR = (*PRODUCTS, Permute, ActNorm)
 _MOST_LINEAR = 4  # layers of a conditioner that the kernel knows
+_WHOLE_WEIGHTS = (torch.Tensor, nn.Parameter)
+_OWN_INPUT = "its conditioner has an input of its own for each sample"
 
 
 def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
@@ -55,6 +66,7 @@ def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
 
 
 def is_linear(layer: Any) -> bool:
+    """Whether the layer is one affine map of the channels and nothing else."""
     return is_plain(layer, _LINEAR) and not (isinstance(layer, ActNorm) and layer.waits_for_data())
 
 
@@ -64,41 +76,92 @@ def leading(layers: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
     return tuple(layers[:count]), layers[count:]
 
 
+class Known(NamedTuple):
+    """An affine coupling whose conditioner is an MLP of known inputs.
+
+    Args:
+        layer: the coupling.
+        weights, biases: of the linear layers, a constant time folded in.
+        context: features of a context per sample that the MLP takes; 0 where it takes none.
+    """
+
+    layer: AffineCoupling
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    context: int
+
+
+def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
+    """The coupling's weights, as they are now, for inputs such as x [B, D] in this context; or why not."""
+    if not is_plain(layer, (AffineCoupling,)):
+        what = {AffineCoupling: "has hooks", ActNorm: "is not initialised or has hooks"}
+        return f"{type(layer).__name__} {what.get(type(layer), 'is not an AffineCoupling')}"
+    mlp, given, t = layer.conditioner, context.get("context"), context.get("t")
+    if not is_plain(mlp, (MLP,)) or not are_plain(mlp.layers, (nn.Linear,)):
+        return f"its conditioner, {type(mlp).__name__}, is not a plain MLP"
+    joined = 0 if given is None else given.shape[1]
+    per_sample = isinstance(t, Tensor) and t.ndim > 0
+    if mlp.context_features != joined or bool(mlp.time_features) != (t is not None) or per_sample:
+        return _OWN_INPUT
+    if mlp.time_features and joined:  # W [k | e(t) | context]: the time is in the middle
+        return _OWN_INPUT
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    for linear in mlp.layers:
+        weight = linear.weight
+        if type(weight) not in _WHOLE_WEIGHTS:
+            return f"its conditioner's weights are {type(weight).__name__}"
+        if weight.device != x.device or (weights and weight.dtype != weights[0].dtype):
+            return "its conditioner's weights are of several dtypes or on another device than x"
+        weights.append(weight)
+        biases.append(linear.bias)
+    moved = (layer.features + 1 - HALVES.index(layer.moves)) // 2
+    n_in = layer.features - moved + mlp.time_features + joined
+    if weights[0].shape[1] != n_in or weights[-1].shape[0] != 2 * moved:
+        return "its conditioner does not fit the halves"
+    if t is not None:
+        weights, biases = mlp.folded(t)
+    return Known(layer, weights, biases, joined)
+
+
 @dataclass(frozen=True)
 class FlowStack:
-    """A flow's layers as a coupling stack has them; their weights are read when they are asked for.
+    """A flow's layers as a coupling stack has them.
 
     Args:
         owner: the module that holds the layers.
         head: the row before the first coupling.
-        couplings: L of them, with MLPs.
+        couplings: L of them.
         rows: the row after each.
-        context: what the conditioners are given.
     """
 
     owner: nn.Module
     head: tuple[Any, ...]
-    couplings: tuple[Any, ...]
+    couplings: tuple[Known, ...]
     rows: tuple[tuple[Any, ...], ...]
-    context: Mapping[str, Any]
 
     @property
     def features(self) -> int:
-        return self.couplings[0].features
+        """D."""
+        return self.couplings[0].layer.features
 
     @property
     def hidden(self) -> int:
         """The widest hidden layer; 1 where there is none."""
-        return max([1, *[width for coupling in self.couplings for width in coupling.conditioner.hidden]])
+        widest = 1
+        for coupling in self.couplings:
+            for weight in coupling.weights[:-1]:
+                widest = max(widest, weight.shape[0])
+        return widest
 
     @property
     def n_linear(self) -> int:
         """Linear layers of a conditioner."""
-        return len(self.couplings[0].conditioner.layers)
+        return len(self.couplings[0].weights)
 
     @property
     def maps(self) -> int:
-        """The densest kind of map between its layers (linfast.kernels.stack_layout)."""
+        """The densest kind of map between its layers (linfast.kernels.stack_spec)."""
         linear = [layer for row in (self.head, *self.rows) for layer in row]
         if not linear:
             return NO_MAPS
@@ -106,11 +169,10 @@ class FlowStack:
 
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
         """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-dets where asked for."""
-        first = self.couplings[0]
+        first = self.couplings[0].layer
         layers = [
-            CouplingLayer(weights, biases, coupling.layout, self._map(row, inverse, log_det))
-            for coupling, row in zip(self.couplings, self.rows, strict=True)
-            for weights, biases in [coupling.conditioner.folded(self.context.get("t"))]
+            CouplingLayer(known.weights, known.biases, known.layer.layout, self._map(row, inverse, log_det))
+            for known, row in zip(self.couplings, self.rows, strict=True)
         ]
         head = self._map(self.head, inverse, log_det)
         return CouplingStack(layers, first.conditioner.activation, first.scale_map, first.order, first.moves, head)
@@ -125,53 +187,37 @@ class FlowStack:
         return AffineMap(weight, bias, undo, sum(layer.log_abs_det() for layer in row) if log_det else None)
 
 
-def stack_of(layers: nn.ModuleList, context: Mapping[str, Any]) -> FlowStack | str:
-    """These layers as a stack, whatever will run it; or why they are none."""
+def stack_of(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
+    """These layers as a stack for inputs such as x [B, D], whatever will run it; or why they are none."""
     head, rest = leading(list(layers))
-    couplings: list[Any] = []
+    couplings: list[Known] = []
     rows: list[tuple[Any, ...]] = []
     while rest:
-        reason = _why_not(rest[0], context)
-        if reason is not None:
-            return f"layer {list(layers).index(rest[0])}: {reason}"
-        couplings.append(rest[0])
+        known = recognise(rest[0], x, context)
+        if not isinstance(known, str) and known.context:
+            known = _OWN_INPUT
+        if not isinstance(known, str) and len(known.weights) > _MOST_LINEAR:
+            known = f"its conditioner has {len(known.weights)} linear layers; one launch runs up to {_MOST_LINEAR}"
+        if isinstance(known, str):
+            return f"layer {list(layers).index(rest[0])}: {known}"
+        couplings.append(known)
         row, rest = leading(rest[1:])
         rows.append(row)
     if not couplings:
         return "no couplings"
-    stack = FlowStack(layers, head, tuple(couplings), tuple(rows), context)
-    return stack if _is_uniform(stack) else "its couplings differ in more than the half that moves, in turn"
+    alike = _is_uniform(couplings)
+    if not alike:
+        return "its couplings differ in more than the half that moves, in turn"
+    return FlowStack(layers, head, tuple(couplings), tuple(rows))
 
 
-def _why_not(coupling: Any, context: Mapping[str, Any]) -> str | None:
-    """Why this is no affine coupling whose MLP has, in this context, no input but the kept half."""
-    kind = type(coupling).__name__
-    if not is_plain(coupling, (AffineCoupling,)):
-        what = {AffineCoupling: "has hooks", ActNorm: "is not initialised or has hooks"}
-        return f"{kind} {what.get(type(coupling), 'is not an AffineCoupling')}"
-    mlp, t = coupling.conditioner, context.get("t")
-    if not is_plain(mlp, (MLP,)) or not are_plain(mlp.layers, (nn.Linear,)):
-        return f"its conditioner, {type(mlp).__name__}, is not a plain MLP"
-    if not all(type(layer.weight) in WHOLE_WEIGHTS for layer in mlp.layers):
-        return f"its conditioner's weights are {type(mlp.layers[0].weight).__name__}"
-    if len(mlp.layers) > _MOST_LINEAR:
-        return f"its conditioner has {len(mlp.layers)} linear layers; at most {_MOST_LINEAR} run in one launch"
-    constant = isinstance(t, (int, float)) or (isinstance(t, Tensor) and t.ndim == 0)
-    if (
-        mlp.context_features
-        or context.get("context") is not None
-        or not (constant if mlp.time_features else t is None)
-    ):
-        return "its conditioner has an input of its own for each sample"
-    return None
-
-
-def _is_uniform(stack: FlowStack) -> bool:
+def _is_uniform(couplings: list[Known]) -> bool:
     """Whether one launch runs all couplings: the halves move in turn, all else is the same."""
-    kinds = {
-        (c.features, c.scale_map, c.order, c.conditioner.activation, len(c.conditioner.layers))
-        for c in stack.couplings
-    }
-    first = HALVES.index(stack.couplings[0].moves)
-    in_turn = all(c.moves == HALVES[(first + i) % 2] for i, c in enumerate(stack.couplings))
-    return len(kinds) == 1 and in_turn
+    first = couplings[0].layer
+    kind = first.features, first.scale_map, first.order, first.conditioner.activation, len(couplings[0].weights)
+    start = HALVES.index(first.moves)
+    for i, (layer, weights, *_) in enumerate(couplings):
+        same = (layer.features, layer.scale_map, layer.order, layer.conditioner.activation, len(weights)) == kind
+        if not same or layer.moves != HALVES[(start + i) % 2]:
+            return False
+    return True

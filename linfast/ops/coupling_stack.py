@@ -14,12 +14,14 @@ and the inverse. Shapes: x [B, D], y [B, D], log_det [B]; an odd D splits into c
 | library   | a GPU, larger sizes: torch's products (their precision is torch's setting; bf16 in    |
 |           | "fast"), each layer's coupling one kernel                                             |
 
-Backward keeps x and the weights, and recomputes: the kernel's own passes come layer by layer.
+The backward keeps x and the weights and recomputes the rest, layer by layer. Packing the weights
+(linfast.ops.stack_weights) takes two more launches, unless they come packed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
@@ -30,26 +32,42 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
 from ..dispatch import autocast_dtype, uses_triton, without_autocast
 from ..kernels.stack_configs import mode_on, stack_path, target_of
+from ..kernels.stack_spec import StackLayout, StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap
 from .activations import ACTIVATION_NAMES, ACTIVATIONS
 from .affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
 from .register import RawOp, define_op
-from .stack_reference import StackOptions, stack_backward, stack_forward
-from .stack_weights import AffineMap, CouplingLayer, PackedStack, pack_stack, stack_layout
+from .stack_reference import stack_forward
+from .stack_weights import AffineMap, CouplingLayer, PackedStack, StackWeights, pack_stacks
 
 __all__ = [
     "AffineMap",
     "CouplingLayer",
+    "CouplingStack",
     "check",
     "coupling_stack",
+    "has_tile",
     "mlp_coupling",
-    "path_of",
     "raw_backward",
     "raw_forward",
+    "run_packed",
+    "stack_spec",
 ]
 
 _SEQUENCES = (list, tuple, Sequence, nn.ParameterList)
+
+
+@dataclass(frozen=True)
+class CouplingStack:
+    """``coupling_stack``'s arguments for one network g."""
+
+    layers: Sequence[CouplingLayer]
+    activation: str
+    scale_map: ScaleMap
+    order: str = "shift_first"
+    moves: str = "first"
+    head: AffineMap | None = None
 
 
 def coupling_stack(
@@ -88,25 +106,28 @@ def coupling_stack(
         TypeError: an argument of another type.
         ValueError: an unknown option, or a shape that does not fit, with the shape.
     """
-    check(x, layers, activation, scale_map, order, moves, head, packed)
+    g = CouplingStack(layers, activation, scale_map, order, moves, head)
+    check(x, g, packed)
     check_flag("inverse", inverse)
     check_flag("log_det", log_det)
     precision = mode_on(target_of(x), resolve_precision(x, precision))
-    options: dict[str, Any] = {
-        "activation": activation,
-        "scale_map": scale_map,
-        "order": order,
-        "moves": moves,
-        "inverse": inverse,
-    }
-    if path_of(x, layers, precision, head) == "stack":
-        y, total = _run_packed(x, layers, packed, head, log_det, precision, **options)
+    if uses_triton(x, *layers[0].weights):
+        weights = StackWeights(layers, x.shape[1], head, inverse)
+        if not has_tile(x, weights.layout, weights.layout.maps, precision):
+            packed = None
+        elif packed is None:
+            (packed,) = pack_stacks([weights], precision, half_dtype(x))
     else:
-        y, total = _by_layers(x, layers, head, log_det, precision, **options)
+        packed = None
+    if packed is None:
+        y, total = _by_layers(x, g, inverse, log_det, precision)
+    else:
+        y, total = run_packed(x, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
     if total is None:
         return y, None
-    for entry in _all_maps(layers, head):
-        total = total - entry.log_abs_det() if inverse else total + entry.log_abs_det()
+    for entry in (head, *[layer.map for layer in layers]):
+        if entry is not None:
+            total = total - entry.log_abs_det() if inverse else total + entry.log_abs_det()
     return y, total
 
 
@@ -134,82 +155,51 @@ def mlp_coupling(
     )  # fmt: skip
 
 
-def path_of(x: Tensor, layers: Sequence[CouplingLayer], precision: str, head: AffineMap | None = None) -> str:
-    """ "reference", "stack" or "library": what ``coupling_stack`` runs for these, in a resolved precision."""
-    if not uses_triton(x, *layers[0].weights):
-        return "reference"
-    layout = stack_layout(layers, x.shape[1], head)
-    return stack_path(layout.features, layout.hidden, layout.n_linear, precision, target_of(x), layout.maps)
+def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False) -> bool:
+    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps``: the densest of both."""
+    sizes = (layout.features, layout.hidden, layout.n_linear)
+    return stack_path(*sizes, precision, target_of(x), maps, linearizer) == "stack"
 
 
-def _all_maps(layers: Sequence[CouplingLayer], head: AffineMap | None) -> list[AffineMap]:
-    return [entry for entry in (head, *(layer.map for layer in layers)) if entry is not None]
-
-
-def _run_packed(
-    x: Tensor,
-    layers: Sequence[CouplingLayer],
-    packed: PackedStack | None,
-    head: AffineMap | None,
-    log_det: bool,
-    precision: str,
-    *,
-    activation: str,
-    scale_map: ScaleMap,
-    order: str,
-    moves: str,
-    inverse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """One launch."""
-    if packed is None:
-        packed = pack_stack(
-            layers, x.shape[1], inverse=inverse, precision=precision, dtype=half_dtype(x), head=head
-        )
-    bound, floor = scale_map.constants
-    layout = packed.layout
-    y, total = _coupling_stack(
-        x, packed.weights, packed.operands, packed.map_operands, layout.n_linear, layout.hidden, layout.maps,
-        layout.head, ACTIVATION_NAMES.index(activation), scale_map.constexpr_id, bound, floor,
-        order == "scale_first", moves == "second", inverse, log_det, precision,
+def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:
+    """What the raw op is told of g, whose weights were packed in this layout."""
+    bound, floor = g.scale_map.constants
+    return StackSpec(
+        layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head,
+        ACTIVATION_NAMES.index(g.activation), g.scale_map.constexpr_id, bound, floor,
+        g.order == "scale_first", g.moves == "second", inverse, log_det, precision,
     )  # fmt: skip
-    return y, total if log_det else None
+
+
+def run_packed(x: Tensor, packed: PackedStack, spec: StackSpec) -> tuple[Tensor, Tensor | None]:
+    """The one launch: (y, log_det of the couplings without their maps, or None)."""
+    y, total = _coupling_stack(x, *packed.tensors, *spec.constants)
+    return y, total if spec.log_det else None
 
 
 def _by_layers(
-    x: Tensor,
-    layers: Sequence[CouplingLayer],
-    head: AffineMap | None,
-    log_det: bool,
-    precision: str,
-    *,
-    activation: str,
-    scale_map: ScaleMap,
-    order: str,
-    moves: str,
-    inverse: bool,
+    x: Tensor, g: CouplingStack, inverse: bool, log_det: bool, precision: str
 ) -> tuple[Tensor, Tensor | None]:
     """Layer by layer in plain torch, in the wider of x's dtype and the weights'; couplings run affine_coupling."""
     total: Tensor | None = None
     dtype, half = x.dtype, half_dtype(x) if precision == "fast" else None
-    x = x.to(torch.promote_types(dtype, layers[0].weights[0].dtype))
-    if head is not None and not inverse:
-        x = _apply_map(x, head, inverse)
-    for i in reversed(range(len(layers))) if inverse else range(len(layers)):
-        layer, moved = layers[i], (HALVES.index(moves) + i) % 2
-        if layer.map is not None and inverse:
-            x = _apply_map(x, layer.map, inverse)
+    x = x.to(torch.promote_types(dtype, g.layers[0].weights[0].dtype))
+    steps: list[tuple[int | None, AffineMap | None]] = [(None, g.head)]
+    for i, layer in enumerate(g.layers):
+        steps += [(i, None), (None, layer.map)]
+    for index, entry in steps[::-1] if inverse else steps:
+        if index is None:
+            x = x if entry is None else _apply_map(x, entry, inverse)
+            continue
+        layer, moved = g.layers[index], (HALVES.index(g.moves) + index) % 2
         kept = x.split(split_sizes(x.shape[1]), dim=1)[1 - moved]
-        params = _condition(kept, layer, ACTIVATIONS[activation], half)
+        params = _condition(kept, layer, ACTIVATIONS[g.activation], half)
         x, part = affine_coupling(
-            x, params, scale_map, order=order, layout=layer.layout, moves=HALVES[moved], inverse=inverse,
+            x, params, g.scale_map, order=g.order, layout=layer.layout, moves=HALVES[moved], inverse=inverse,
             log_det=log_det,
         )  # fmt: skip
         if part is not None:
             total = part if total is None else total + part
-        if layer.map is not None and not inverse:
-            x = _apply_map(x, layer.map, inverse)
-    if head is not None and inverse:
-        x = _apply_map(x, head, inverse)
     return x.to(dtype), total
 
 
@@ -237,7 +227,7 @@ def _apply_map(x: Tensor, entry: AffineMap, inverse: bool) -> Tensor:
 
 
 def raw_forward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:
-    y, total = stack_forward(x, weights, operands, StackOptions.of(x.shape[1], *constants))
+    y, total = stack_forward(x, weights, operands, StackSpec(*constants))
     return y, x.new_empty(0, dtype=torch.float32) if total is None else total
 
 
@@ -250,14 +240,16 @@ def raw_backward(
     grad_log_det: Tensor | None,
     *constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = StackOptions.of(x.shape[1], *constants[:-1])
-    dx, dweights = stack_backward(x, weights, operands, grad, grad_log_det, options)
+    *rest, _ = constants
+    outputs, vjp, *_ = torch.func.vjp(lambda *given: raw_forward(*given, operands, map_operands, *rest), x, weights)
+    given = zip(outputs, (grad, grad_log_det), strict=True)
+    dx, dweights = vjp(tuple([torch.zeros_like(y) if g is None else g.to(y.dtype) for y, g in given]))
     return dx, dweights, operands.new_empty(0), map_operands.new_empty(0)
 
 
 def _fake(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:
-    log_det = constants[-2]
-    return x.new_empty(x.shape), x.new_empty(x.shape[0] if log_det else 0, dtype=torch.float32)
+    n = x.shape[0] if StackSpec(*constants).log_det else 0
+    return x.new_empty(x.shape), x.new_empty(n, dtype=torch.float32)
 
 
 def _fake_backward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *rest: Any) -> Any:
@@ -265,19 +257,15 @@ def _fake_backward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: T
 
 
 _TENSORS = "Tensor x, Tensor weights, Tensor operands, Tensor map_operands"
-_CONSTANTS = (
-    "int n_linear, int hidden, int maps, bool head, int activation, int kind, float bound, float floor, "
-    "bool scale_first, bool moves_second, bool inverse, bool log_det, str precision"
-)
 _coupling_stack = define_op(
     RawOp(
-        f"coupling_stack({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor)",
+        f"coupling_stack({_TENSORS}, {schema_of()}) -> (Tensor, Tensor)",
         _fake,
         raw_forward,
         "coupling_stack:launch_coupling_stack",
     ),
     RawOp(
-        f"coupling_stack_backward({_TENSORS}, Tensor? grad, Tensor? grad_log_det, {_CONSTANTS}, bool[] needs) "
+        f"coupling_stack_backward({_TENSORS}, Tensor? grad, Tensor? grad_log_det, {schema_of()}, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
         raw_backward,
@@ -288,41 +276,32 @@ _coupling_stack = define_op(
 )
 
 
-def check(
-    x: Tensor,
-    layers: Sequence[CouplingLayer],
-    activation: str,
-    scale_map: ScaleMap,
-    order: str,
-    moves: str,
-    head: AffineMap | None,
-    packed: PackedStack | None = None,
-) -> None:
+def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> None:
     """TypeError or ValueError where a type, an option or a shape does not fit; of packed layers, the width."""
     check_tensor("x", x)
-    check_kind("layers", layers, _SEQUENCES, "a sequence of CouplingLayers")
-    check_choice("activation", activation, ACTIVATION_NAMES)
-    check_kind("scale_map", scale_map, ScaleMap)
-    check_choice("order", order, ORDERS)
-    check_choice("moves", moves, HALVES)
-    check_kind("head", head, (AffineMap, NoneType))
+    check_kind("layers", g.layers, _SEQUENCES, "a sequence of CouplingLayers")
+    check_choice("activation", g.activation, ACTIVATION_NAMES)
+    check_kind("scale_map", g.scale_map, ScaleMap)
+    check_choice("order", g.order, ORDERS)
+    check_choice("moves", g.moves, HALVES)
+    check_kind("head", g.head, (AffineMap, NoneType))
     check_kind("packed", packed, (PackedStack, NoneType))
     if x.ndim != 2 or x.shape[1] < 2:
         raise ValueError(f"x must be [B, D] with D >= 2; got {tuple(x.shape)}")
-    if not layers:
+    if not g.layers:
         raise ValueError("layers must hold at least one CouplingLayer")
     if packed is not None:
         if packed.layout.features != x.shape[1]:
             raise ValueError(f"packed is of {packed.layout.features} features and x is {tuple(x.shape)}")
         return
-    sizes, first = split_sizes(x.shape[1]), HALVES.index(moves)
-    for i, layer in enumerate(layers):
+    sizes, first = split_sizes(x.shape[1]), HALVES.index(g.moves)
+    for i, layer in enumerate(g.layers):
         moved = (first + i) % 2
         check_kind(f"layers[{i}]", layer, CouplingLayer)
         for part in ("weights", "biases"):
             check_kind(f"layers[{i}].{part}", getattr(layer, part), _SEQUENCES, "a sequence of tensors")
-        _check_layer(f"layers[{i}]", layer, len(layers[0].weights), sizes[1 - moved], 2 * sizes[moved], x)
-    for name, entry in (("head", head), *((f"layers[{i}].map", layer.map) for i, layer in enumerate(layers))):
+        _check_layer(f"layers[{i}]", layer, len(g.layers[0].weights), sizes[1 - moved], 2 * sizes[moved], x)
+    for name, entry in (("head", g.head), *((f"layers[{i}].map", layer.map) for i, layer in enumerate(g.layers))):
         if entry is None:
             continue
         D = x.shape[1]

@@ -1,12 +1,12 @@
-"""A whole Linearizer of coupling stacks, y = g_y^-1(A g_x(x)), as one op: x read once, y written once.
+"""A whole Linearizer of coupling stacks, y = g_y^-1(A g_x(x)), as one op: x is read once and y is written once.
 
-One launch (linfast.kernels.linearizer_stack) where both stacks fit on chip with one tile; else,
-and on a CPU, g_x's stack, the product with A and g_y's inverse stack one after another.
+It is one launch (linfast.kernels.linearizer_stack), after the two of packing, where both stacks fit on the chip
+with the same tile. Elsewhere, and on a CPU, g_x's stack, the product with A and g_y's inverse stack run one after
+another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
@@ -15,38 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_kind, check_tensor
+from ..checks import check_kind, check_number, check_tensor
 from ..dispatch import uses_triton
-from ..kernels.linearizer_chain import LinearizerConstants, apply_core, linearizer_backward
-from ..kernels.stack_configs import mode_on, stack_path, target_of
+from ..kernels.linearizer_chain import apply_core, linearizer_backward, specs_of
+from ..kernels.stack_configs import mode_on, target_of
+from ..kernels.stack_spec import StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
-from ..scale_maps import ScaleMap
-from .activations import ACTIVATION_NAMES
-from .coupling_stack import check, coupling_stack, raw_backward, raw_forward
+from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_backward, raw_forward, stack_spec
 from .register import RawOp, define_op
-from .stack_weights import AffineMap, CouplingLayer, PackedMap, PackedStack, pack_map, pack_stack, stack_layout
+from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
-__all__ = ["CouplingStack", "PackedLinearizer", "linearizer_path_of", "linearizer_stack", "pack_linearizer"]
-
-
-@dataclass(frozen=True)
-class CouplingStack:
-    """``coupling_stack``'s arguments for one network g."""
-
-    layers: Sequence[CouplingLayer]
-    activation: str
-    scale_map: ScaleMap
-    order: str = "shift_first"
-    moves: str = "first"
-    head: AffineMap | None = None
+__all__ = [
+    "CouplingStack",
+    "PackedLinearizer",
+    "linearizer_path_of",
+    "linearizer_stack",
+    "pack_linearizer",
+    "run_packed",
+]
 
 
 @dataclass(frozen=True)
 class PackedLinearizer:
-    """What the one launch reads: g_x, A, and g_y with its maps inverted."""
+    """What the one launch reads: g_x, A as a stack of one map, and g_y with its maps inverted."""
 
     g_x: PackedStack
-    A: PackedMap
+    A: PackedStack
     g_y: PackedStack
 
 
@@ -56,15 +50,17 @@ def linearizer_stack(
     A: Tensor,
     g_y: CouplingStack,
     *,
+    alpha: float = 0.0,
     precision: str | None = None,
     packed: PackedLinearizer | None = None,
 ) -> Tensor:
-    """y = g_y^-1(A g_x(x)).
+    """y = g_y^-1((alpha I + A) g_x(x)).
 
     Args:
         x: [B, D], any strides.
         g_x, g_y: the stacks; they may hold the same tensors.
         A: [D_y, D], or a diagonal [D].
+        alpha: a number; alpha I + U V^T is so one product, U V^T, and no launch for alpha. 0 unless A is square.
         precision: as for ``coupling_stack``.
         packed: ``pack_linearizer`` of these, where the weights are promised still.
 
@@ -79,68 +75,72 @@ def linearizer_stack(
         raise ValueError(
             f"A must be [D_y, D] or [D], D and D_y at least 2, for x {tuple(x.shape)}; got {tuple(A.shape)}"
         )
+    if check_number("alpha", alpha) and A.shape[0] != A.shape[-1]:
+        raise ValueError(f"alpha must be 0 unless A is square; got {alpha} and A {tuple(A.shape)}")
+    if A.ndim == 1 and alpha:
+        A, alpha = A + alpha, 0.0
     parts = (None, None) if packed is None else (packed.g_x, packed.g_y)
     sides = (("g_x", g_x, x), ("g_y", g_y, x.new_empty(0, A.shape[0])))
     for (name, g, width), part in zip(sides, parts, strict=True):
         check_kind(name, g, CouplingStack)
         try:
-            check(width, g.layers, g.activation, g.scale_map, g.order, g.moves, g.head, part)
+            check(width, g, part)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name} for A {tuple(A.shape)}: {error}") from None
     precision = mode_on(target_of(x), resolve_precision(x, precision))
     if linearizer_path_of(x, g_x, A, g_y, precision) != "stack":
-        return _one_after_another(x, g_x, A, g_y, precision)
+        return _one_after_another(x, g_x, A, g_y, alpha, precision)
     if packed is None:
-        packed = pack_linearizer(x, g_x, A, g_y, precision)
-    layout_x, layout_y = packed.g_x.layout, packed.g_y.layout
-    constants = LinearizerConstants(
-        layout_x.n_linear, layout_x.hidden, layout_x.maps, layout_x.head, layout_y.maps, layout_y.head,
-        ACTIVATION_NAMES.index(g_x.activation), g_x.scale_map.constexpr_id, *g_x.scale_map.constants,
-        *g_y.scale_map.constants, g_x.order == "scale_first", g_x.moves == "second", g_y.moves == "second",
-        precision,
-    )  # fmt: skip
-    return _linearizer_stack(
-        x, packed.g_x.weights, packed.g_x.operands, packed.g_x.map_operands, packed.A.values, packed.A.operands,
-        packed.g_y.weights, packed.g_y.operands, packed.g_y.map_operands, *constants,
-    )  # fmt: skip
+        packed = pack_linearizer(x, g_x, A, g_y, precision, alpha)
+    spec_x = stack_spec(g_x, packed.g_x.layout, inverse=False, log_det=False, precision=precision)
+    spec_y = stack_spec(g_y, packed.g_y.layout, inverse=True, log_det=False, precision=precision)
+    return run_packed(x, packed, spec_x, spec_y)
 
 
 def pack_linearizer(
-    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str
+    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str, alpha: float = 0.0
 ) -> PackedLinearizer:
-    """Both stacks and A for inputs such as x; a stack without maps that is both g_x and g_y is packed once.
+    """Both stacks and alpha I + A for inputs such as x; alpha is 0 where A is a diagonal.
 
-    Not so under torch.compile: Dynamo takes no function that is given one tensor twice.
+    A stack without maps that is both g_x and g_y is packed once; not so under torch.compile, since Dynamo takes
+    no function that is given one tensor twice.
     """
-    D, dtype = x.shape[1], half_dtype(x)
-    packed_x = pack_stack(g_x.layers, D, inverse=False, precision=precision, dtype=dtype, head=g_x.head)
-    if g_y is g_x and not packed_x.layout.maps and not torch.compiler.is_compiling():
-        packed_y = packed_x
-    else:
-        packed_y = pack_stack(g_y.layers, D, inverse=True, precision=precision, dtype=dtype, head=g_y.head)
-    return PackedLinearizer(packed_x, pack_map(A, precision=precision, dtype=dtype), packed_y)
+    D = x.shape[1]
+    stacks = [StackWeights(g_x.layers, D, g_x.head), StackWeights((), D, AffineMap(A), shift=alpha)]
+    if g_y is not g_x or stacks[0].layout.maps or torch.compiler.is_compiling():
+        stacks.append(StackWeights(g_y.layers, D, g_y.head, inverse=True))
+    packed_x, core, *packed_y = pack_stacks(stacks, precision, half_dtype(x))
+    return PackedLinearizer(packed_x, core, packed_y[0] if packed_y else packed_x)
+
+
+def run_packed(x: Tensor, packed: PackedLinearizer, spec_x: StackSpec, spec_y: StackSpec) -> Tensor:
+    """The one launch."""
+    core, core_operands = packed.A.weights, packed.A.map_operands
+    tensors = (x, *packed.g_x.tensors, core, core_operands, *packed.g_y.tensors)
+    return _linearizer_stack(*tensors, *spec_x.constants, *spec_y.constants)
 
 
 def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> str:
     """ "stack" for one launch; else "layers": the three parts one after another, each on its own path."""
-    layouts = [stack_layout(g.layers, x.shape[1], g.head) for g in (g_x, g_y)]
+    layout_x, layout_y = [StackWeights(g.layers, x.shape[1], g.head).layout for g in (g_x, g_y)]
     same = (g_x.activation, g_x.scale_map.kind, g_x.order) == (g_y.activation, g_y.scale_map.kind, g_y.order)
-    one_tile = len({(layout.n_linear, layout.hidden) for layout in layouts}) == 1 and A.shape[0] == x.shape[1]
-    weights = [weight for g in (g_x, g_y) for weight in g.layers[0].weights]
-    if not (same and one_tile and uses_triton(x, A, *weights)):
+    sizes_x, sizes_y = (layout_x.n_linear, layout_x.hidden), (layout_y.n_linear, layout_y.hidden)
+    if not (same and sizes_x == sizes_y and A.shape[0] == x.shape[1]):
         return "layers"
-    layout, maps = layouts[0], max(layout.maps for layout in layouts)
-    sizes = (layout.features, layout.hidden, layout.n_linear)
-    path = stack_path(*sizes, precision, target_of(x), maps, linearizer=True)
-    return "stack" if path == "stack" else "layers"
+    on_gpu = uses_triton(x, A, *g_x.layers[0].weights, *g_y.layers[0].weights)
+    fits = on_gpu and has_tile(x, layout_x, max(layout_x.maps, layout_y.maps), precision, linearizer=True)
+    return "stack" if fits else "layers"
 
 
-def _one_after_another(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> Tensor:
+def _one_after_another(
+    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, alpha: float, precision: str
+) -> Tensor:
     """z and A z are as wide as A, as in one launch; in "fast" x's half type is what products round to anyway."""
     wide = torch.promote_types(x.dtype, A.dtype)
     state, A = x.dtype if precision == "fast" else wide, A.to(wide)
     z = _run(x.to(state), g_x, False, precision).to(wide)
     w = z * A if A.ndim == 1 else F.linear(z, A)
+    w = w + alpha * z if alpha else w
     return _run(w.to(state), g_y, True, precision).to(x.dtype)
 
 
@@ -152,9 +152,9 @@ def _run(x: Tensor, g: CouplingStack, inverse: bool, precision: str) -> Tensor:
 
 
 def _raw_linearizer(x: Tensor, *rest: Any) -> Tensor:
-    stack_x, core, stack_y, c = rest[:3], rest[3], rest[5:8], LinearizerConstants(*rest[8:])
-    z = raw_forward(x.to(core.dtype), *stack_x, *c.of_x)[0]  # z and w stay as wide as the weights
-    return raw_forward(apply_core(z, core), *stack_y, *c.of_y)[0].to(x.dtype)
+    stack_x, core, stack_y, (spec_x, spec_y) = rest[:3], rest[3], rest[5:8], specs_of(rest[8:])
+    z = raw_forward(x.to(core.dtype), *stack_x, *spec_x.constants)[0]  # z and w stay as wide as the weights
+    return raw_forward(apply_core(z, core, spec_x), *stack_y, *spec_y.constants)[0].to(x.dtype)
 
 
 def _raw_linearizer_backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -175,11 +175,7 @@ _STACKS = (
     "Tensor x, Tensor weights_x, Tensor operands_x, Tensor map_operands_x, Tensor core, Tensor core_operands, "
     "Tensor weights_y, Tensor operands_y, Tensor map_operands_y"
 )
-_CONSTANTS = (
-    "int n_linear, int hidden, int maps_x, bool head_x, int maps_y, bool head_y, int activation, int kind, "
-    "float bound_x, float floor_x, float bound_y, float floor_y, bool scale_first, bool moves_second_x, "
-    "bool moves_second_y, str precision"
-)
+_CONSTANTS = f"{schema_of('_x')}, {schema_of('_y')}"
 _linearizer_stack = define_op(
     RawOp(
         f"linearizer_stack({_STACKS}, {_CONSTANTS}) -> Tensor",

@@ -1,12 +1,14 @@
-"""Packing a coupling stack's weights for its kernel: stacked, padded, interleaved, split by precision.
+"""Packing a coupling stack's weights for its kernel, in two launches: one torch.cat, and one gather that splits.
 
-Packing is plain torch in the graph, at every call, so that gradients reach the layers' own
-tensors; ``pack_stack`` is separate so that frozen weights are packed once. The layout of a row
-is linfast.kernels.stack_layout's. Beside the fp32 weights, which gradients are of, go the
-operands of the products, which they are not: rounded copies, in parts or to tf32 (linfast.kernels.mlp).
+All weights, biases and maps of a stack, or of a Linearizer's two stacks and its A, are flattened one after another
+and gathered into rows (linfast.kernels.stack_spec): padded, (shift, raw) in turn. Beside the fp32 weights, which
+gradients are of, go the operands of the products, which they are not: rounded copies, in parts or to tf32
+(linfast.kernels.mlp). It happens at every call, in the graph, so that gradients reach the layers' own tensors;
+``pack_stack`` is separate so that frozen weights are packed once.
 
-A map between layers moves the state itself, and W and W^-1 rounded separately are no longer
-inverses: its operands have two parts at least, whatever the mode (three in "exact").
+A map between layers moves the state itself, and W and W^-1 rounded separately are no longer inverses: its operands
+have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted before, in
+launches of torch's own: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
 """
 
 from __future__ import annotations
@@ -16,23 +18,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import without_autocast
-from ..kernels.stack_layout import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
+from ..kernels.pack_table import ONE, SHIFT, SHIFTED, layouts_of, pack_table, packing_gradient
+from ..kernels.stack_spec import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
 from ..linalg import inverse_or_nan
+from .register import RawOp, define_op
 
-__all__ = [
-    "AffineMap",
-    "CouplingLayer",
-    "PackedMap",
-    "PackedStack",
-    "pack_map",
-    "pack_stack",
-    "stack_layout",
-    "widest",
-]
+__all__ = ["AffineMap", "CouplingLayer", "PackedStack", "StackWeights", "pack_stack", "pack_stacks"]
 
 
 class AffineMap(NamedTuple):
@@ -77,7 +71,7 @@ class CouplingLayer(NamedTuple):
 
     Args:
         weights: of 1 to 4 linear layers, [out, in]: the kept half's width in, twice the moved half's out.
-        biases: [out] or None, one a linear layer.
+        biases: [out] or None, one per linear layer.
         layout: of the output: "halves" [shift | raw] or "interleaved".
         map: an affine map over all features after the coupling, or None.
     """
@@ -90,7 +84,7 @@ class CouplingLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedStack:
-    """What the kernel reads.
+    """A stack's weights as the kernel reads them.
 
     Args:
         weights: [rows, row_size] fp32; gradients are of this.
@@ -104,24 +98,64 @@ class PackedStack:
     map_operands: Tensor
     layout: StackLayout
 
-
-class PackedMap(NamedTuple):
-    """A map without bias as the kernel reads it: values [4 P^2] or a diagonal's [2 P], operands [parts, 4 P^2]."""
-
-    values: Tensor
-    operands: Tensor
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the raw op takes."""
+        return self.weights, self.operands, self.map_operands
 
 
-def stack_layout(layers: Sequence[CouplingLayer], features: int, head: AffineMap | None) -> StackLayout:
-    """The common layout of these layers: the widest hidden layer, the densest map."""
-    maps = [m for m in (head, *(layer.map for layer in layers)) if m is not None]
-    kind = max([NO_MAPS, *[DENSE if m.weight.ndim == 2 else DIAGONAL for m in maps]])
-    return StackLayout(features, len(layers[0].weights), padded_hidden(widest(layers)), kind, head is not None)
+class StackWeights:
+    """Weights that are packed as one stack, and their common layout.
 
+    Args:
+        layers: of couplings; none for a map alone, which is the head.
+        features: D.
+        head: a map before the first layer.
+        inverse: pack the maps' inverses.
+        shift: a number that is added to the diagonal of the head's matrix [D, D]; for a map alone.
+    """
 
-def widest(layers: Sequence[CouplingLayer]) -> int:
-    """The widest hidden layer; 1 where there is none."""
-    return max([1, *[weight.shape[0] for layer in layers for weight in layer.weights[:-1]]])
+    def __init__(
+        self,
+        layers: Sequence[CouplingLayer],
+        features: int,
+        head: AffineMap | None = None,
+        inverse: bool = False,
+        shift: float = 0.0,
+    ) -> None:
+        self.rows = [*([] if head is None else [CouplingLayer((), (), map=head)]), *layers]
+        self.inverse, self.shift = inverse, shift
+        hidden, kind = 1, NO_MAPS  # the widest hidden layer, the densest map
+        for layer in self.rows:
+            for weight in layer.weights[:-1]:
+                hidden = max(hidden, weight.shape[0])
+            if layer.map is not None:
+                kind = max(kind, DENSE if layer.map.weight.ndim == 2 else DIAGONAL)
+        n_linear = len(layers[0].weights) if layers else 0
+        self.layout = StackLayout(features, n_linear, padded_hidden(hidden), kind, head is not None)
+
+    def describe(self, tensors: list[Tensor], numbers: list[int]) -> None:
+        """Append the tensors as they are flattened, and their shapes as linfast.kernels.pack_table reads them."""
+        layout = self.layout
+        numbers += (layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head, len(self.rows))
+        for weights, biases, order, entry in self.rows:
+            tensors += weights
+            if weights:
+                numbers.append(weights[0].shape[1])
+            for weight in weights:
+                numbers.append(weight.shape[0])
+            for bias in biases:
+                numbers.append(bias is not None)
+                if bias is not None:
+                    tensors.append(bias)
+            if weights:
+                numbers.append(order == "interleaved")
+            if entry is None:
+                numbers += (NO_MAPS, False)
+                continue
+            weight, bias = entry.inverted() if self.inverse else (entry.weight, entry.bias)
+            tensors += [weight] if bias is None else [weight, bias]
+            numbers += (SHIFTED if self.shift else weight.ndim, bias is not None)
 
 
 def pack_stack(
@@ -143,110 +177,69 @@ def pack_stack(
         dtype: what parts are rounded to (``half_dtype``).
         head: the map before the first layer.
     """
-    layout = stack_layout(layers, features, head)
-    pieces = [*_matrices(layers, layout), *_biases(layers, layout)]
-    weights = torch.cat([piece.flatten(1) for piece in pieces], dim=1)
-    if layout.head:
-        weights = F.pad(weights, (0, 0, 1, 0))
-    if layout.maps:
-        maps = [head, *(layer.map for layer in layers)] if head is not None else [layer.map for layer in layers]
-        weights = torch.cat((weights, _maps(maps, layout, inverse, weights)), dim=1)
-    held = weights.detach()
-    matrices = held[:, : layout.matrix_size]
-    operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
-    if layout.maps == DENSE:
-        size = 4 * layout.half**2
-        map_operands = _parts(held[:, layout.map_offset : layout.map_offset + size], map_parts(precision), dtype)
-    else:
-        map_operands = held.new_empty(0, dtype=dtype)
-    return PackedStack(weights, operands, map_operands, layout)
+    return pack_stacks([StackWeights(layers, features, head, inverse)], precision, dtype)[0]
 
 
-def pack_map(weight: Tensor, *, precision: str, dtype: torch.dtype) -> PackedMap:
-    """A map W [D, D], or its diagonal [D], over all features, without a bias."""
-    layout = StackLayout(weight.shape[0], 1, 1, DENSE if weight.ndim == 2 else DIAGONAL, False)
-    values = weight.to(_wide(weight))
-    for dim in range(weight.ndim):
-        values = _pad_halves(values, dim, layout)
-    values = values.flatten()
-    if weight.ndim == 1:
-        return PackedMap(values, values.new_empty(0, dtype=dtype))
-    return PackedMap(values, _parts(values.detach(), map_parts(precision), dtype))
+def pack_stacks(stacks: Sequence[StackWeights], precision: str, dtype: torch.dtype) -> list[PackedStack]:
+    """Several stacks in the same two launches; ``precision`` and ``dtype`` as ``pack_stack`` has them.
+
+    At most one of them has a shift.
+    """
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    for stack in stacks:
+        stack.describe(tensors, numbers)
+    first = tensors[0]
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        tensors = [tensor.to(_wide(first)) for tensor in tensors]
+    flat = without_autocast(first.device.type, torch.cat, [tensor.reshape(-1) for tensor in tensors])
+    pack = _reference if flat.dtype == torch.float64 else _stack_pack
+    values, operands, map_operands = pack(flat, numbers, sum([s.shift for s in stacks]), precision, dtype)
+    operands, map_operands = operands.detach(), map_operands.detach()
+    sizes = [len(stack.rows) * stack.layout.row_size for stack in stacks]
+    packed, at, map_at = [], 0, 0
+    for stack, part in zip(stacks, values.split(sizes) if len(sizes) > 1 else [values], strict=True):
+        layout, count = stack.layout, len(stack.rows)
+        size, map_size = count * layout.matrix_size, count * layout.map_size if layout.maps == DENSE else 0
+        of_matrices = operands[:, at : at + size].view(len(operands), count, layout.matrix_size)
+        if map_size:
+            of_maps = map_operands[:, map_at : map_at + map_size].view(-1, count, layout.map_size)
+        else:
+            of_maps = map_operands.new_empty(0)
+        packed.append(PackedStack(part.view(count, layout.row_size), of_matrices, of_maps, layout))
+        at, map_at = at + size, map_at + map_size
+    return packed
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _stacked(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """[L, *shape], zeros after each tensor's own extent; one copy where the shapes agree, a view of a lone one."""
-    if len({tensor.shape for tensor in tensors}) > 1:
-        tensors = [_padded(tensor, shape) for tensor in tensors]
-    stacked = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
-    return _padded(stacked, (len(tensors), *shape)).to(_wide(stacked))
+def _reference(
+    flat: Tensor, rows: list[int], shift: float, precision: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The raw op in plain torch; float64 stays float64."""
+    table = pack_table(rows, flat.device)
+    found = flat.to(_wide(flat)).index_select(0, table.source.clamp(min=0) % SHIFT)
+    added = torch.where(table.source >= SHIFT, shift, (table.source == ONE).to(found.dtype))
+    values = torch.where(table.source >= 0, found, 0) + added
+    matrices = _placed(values, table.target, table.n_operands)
+    maps = _placed(values, -2 - table.target, table.n_map_operands)
+    operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
+    return values, operands, _parts(maps, map_parts(precision), dtype) if len(maps) else maps.to(dtype)
 
 
-def _padded(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tensor.shape == shape:
-        return tensor
-    amounts = [n for have, want in zip(tensor.shape[::-1], shape[::-1], strict=True) for n in (0, want - have)]
-    return F.pad(tensor, amounts)
-
-
-def _matrices(layers: Sequence[CouplingLayer], layout: StackLayout) -> list[Tensor]:
-    *inner, (_, n_in) = layout.matrix_shapes
-    pieces = [_stacked([layer.weights[i] for layer in layers], shape) for i, shape in enumerate(inner)]
-    return [*pieces, _stacked([_pairs(layer.weights[-1], layer) for layer in layers], (layout.half, 2, n_in))]
-
-
-def _biases(layers: Sequence[CouplingLayer], layout: StackLayout) -> list[Tensor]:
-    def bias(layer: CouplingLayer, i: int) -> Tensor:
-        weight, given = layer.weights[i], layer.biases[i]
-        return weight.new_zeros(weight.shape[0]) if given is None else given
-
-    last = layout.n_linear - 1
-    pieces = [_stacked([bias(layer, i) for layer in layers], (layout.hidden,)) for i in range(last)]
-    return [*pieces, _stacked([_pairs(bias(layer, last), layer) for layer in layers], (layout.half, 2))]
-
-
-def _pairs(tensor: Tensor, layer: CouplingLayer) -> Tensor:
-    """The last layer's rows as [moved, (shift, raw), ...]: a view."""
-    if layer.layout == "interleaved":
-        return tensor.unflatten(0, (-1, 2))
-    return tensor.unflatten(0, (2, -1)).transpose(0, 1)
-
-
-def _pad_halves(tensor: Tensor, dim: int, layout: StackLayout) -> Tensor:
-    """[D] along this dimension to [first half | zeros | second half | zeros], [2 P]."""
-    if layout.features == 2 * layout.half:
-        return tensor
-    halves = tensor.split(layout.sizes, dim)
-    shape = list(tensor.shape)
-    shape[dim] = layout.half
-    return torch.cat([_padded(half, tuple(shape)) for half in halves], dim)
-
-
-def _maps(maps: Sequence[AffineMap | None], layout: StackLayout, inverse: bool, like: Tensor) -> Tensor:
-    """[rows, map, bias]; the identity where there is none."""
-    rows = []
-    for entry in maps:
-        weight, bias = (
-            (None, None) if entry is None else entry.inverted() if inverse else (entry.weight, entry.bias)
-        )
-        weight = like.new_ones(layout.features) if weight is None else weight.to(like.dtype)
-        bias = like.new_zeros(layout.features) if bias is None else bias.to(like.dtype)
-        if layout.maps == DENSE:
-            weight = torch.diag(weight) if weight.ndim == 1 else weight
-            weight = _pad_halves(weight, 1, layout)
-        rows.append(torch.cat((_pad_halves(weight, 0, layout).flatten(), _pad_halves(bias, 0, layout))))
-    return torch.stack(rows)
+def _placed(values: Tensor, target: Tensor, count: int) -> Tensor:
+    """[count]: the values at their targets; those without one share a last place, which is cut off."""
+    at = torch.where(target >= 0, target, count).long()
+    return values.detach().new_zeros(count + 1).index_copy(0, at, values.detach())[:count]
 
 
 def _tf32(tensor: Tensor) -> Tensor:
     """To the nearest tf32, ties away from zero, in fp32; NaN and float64 as they are."""
     if tensor.dtype != torch.float32:
         return tensor
-    nearest = (tensor.contiguous().view(torch.int32) + 0x1000) & -0x2000
+    nearest = (tensor.view(torch.int32) + 0x1000) & -0x2000
     return torch.where(tensor.isnan(), tensor, nearest.view(torch.float32))
 
 
@@ -254,14 +247,42 @@ def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """[count, *shape]: the rounding of the tensor, then of what is left over."""
     parts, rest = [tensor.to(dtype)], tensor
     for _ in range(count - 1):
-        rest = rest - _with_its_bits(parts[-1]).to(rest.dtype)
+        rest = rest - parts[-1].to(rest.dtype)
         parts.append(rest.to(dtype))
-    # torch.stack under autocast refuses a half type that is not autocast's.
-    return without_autocast(tensor.device.type, torch.stack, parts) if count > 1 else parts[0][None]
+    return without_autocast(tensor.device.type, torch.stack, parts)
 
 
-def _with_its_bits(part: Tensor) -> Tensor:
-    """The part as it is. Inductor leaves a cast down and up again out, and with it what the next part holds."""
-    if not torch.compiler.is_compiling():
-        return part
-    return part.view(torch.int16).bitwise_not().bitwise_not().view(part.dtype)
+def _fake(
+    flat: Tensor, rows: list[int], shift: float, precision: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_values = n_operands = n_map_operands = 0
+    for layout, count, _ in layouts_of(rows):
+        n_values += count * layout.row_size
+        n_operands += count * layout.matrix_size
+        n_map_operands += count * layout.map_size if layout.maps == DENSE else 0
+    shape = (map_parts(precision), n_map_operands) if n_map_operands else (0,)
+    return (
+        flat.new_empty(n_values, dtype=_wide(flat)),
+        flat.new_empty(N_PARTS[precision], n_operands, dtype=torch.float32 if precision == "tf32" else dtype),
+        flat.new_empty(shape, dtype=dtype),
+    )
+
+
+_CONSTANTS = "int[] rows, float shift, str precision, ScalarType dtype"
+_stack_pack = define_op(
+    RawOp(
+        f"stack_pack(Tensor flat, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
+        _fake,
+        _reference,
+        "stack_pack:launch_stack_pack",
+    ),
+    RawOp(
+        f"stack_pack_backward(Tensor flat, Tensor? grad, Tensor? grad_operands, Tensor? grad_map_operands, "
+        f"{_CONSTANTS}) -> Tensor",
+        lambda flat, *_: flat.new_empty(flat.shape),
+        packing_gradient,
+        "pack_table:packing_gradient",
+    ),
+    saves=lambda inputs, _: (inputs[0],),
+    n_tensors=1,
+)

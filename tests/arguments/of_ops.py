@@ -94,6 +94,7 @@ OPS: dict[str, Good] = {
                 "g_x": stack(),
                 "A": x(4, 4),
                 "g_y": stack(),
+                "alpha": 0.5,
                 "precision": None,
                 "packed": None,
             },

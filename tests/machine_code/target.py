@@ -62,8 +62,7 @@ def as_on_gpu(target: str) -> Iterator[None]:
         "linfast.kernels.stack_configs._target": _constant(target),
         "linfast.kernels.stack_pass.StackPass.part_dtype": property(lambda self: torch.bfloat16),
     }
-    for module in ("coupling_stack", "linearizer_stack"):
-        choices[f"linfast.kernels.{module}.activation_form"] = _activation_form
+    choices["linfast.kernels.coupling_stack.activation_form"] = _activation_form
     for module in ("conv2d_fused", "conv2d_fused_backward"):
         choices[f"linfast.kernels.{module}.silu_form"] = _silu_form
     with contextlib.ExitStack() as patches:

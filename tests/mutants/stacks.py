@@ -77,12 +77,12 @@ MUTANTS = (
         tests=(f"{_FORWARD}::test_every_mode", f"{_BACKWARD}::test_products_of_rows"),
     ),
     Mutant(
-        name="pack_stack: tf32 weights are not rounded",
+        name="packing reference: tf32 weights are not rounded",
         file="linfast/ops/stack_weights.py",
-        old="nearest = (tensor.contiguous().view(torch.int32) + 0x1000) & -0x2000",
-        new="nearest = tensor.contiguous().view(torch.int32)",
+        old="nearest = (tensor.view(torch.int32) + 0x1000) & -0x2000",
+        new="nearest = tensor.view(torch.int32)",
         breaks="Matrix units drop 13 bits of the weights.",
-        tests=(f"{_FORWARD}::test_every_mode",),
+        tests=("tests/ops/test_stack_pack.py::test_the_packing_kernel_has_the_references_bits",),
     ),
     Mutant(
         name="mlp: silu's derivative has the wrong sign inside",
@@ -94,11 +94,14 @@ MUTANTS = (
     ),
     Mutant(
         name="stack layout: exact mode has two parts",
-        file="kernels/stack_layout.py",
+        file="kernels/stack_spec.py",
         old='"exact": 3,',
         new='"exact": 2,',
         breaks="exact mode computes what high mode promises.",
-        tests=(f"{_FORWARD}::test_parts_of_weights_add_up_to_them", f"{_FORWARD}::test_every_mode"),
+        tests=(
+            "tests/ops/test_stack_pack.py::test_parts_of_weights_add_up_to_them",
+            f"{_FORWARD}::test_every_mode",
+        ),
     ),
     Mutant(
         name="row products: two parts lack the product with x's second",
@@ -151,8 +154,8 @@ MUTANTS = (
     Mutant(
         name="stack pass: an exact gradient's products have one part",
         file="kernels/stack_pass.py",
-        old='return Mode(N_PARTS[self.precision], torch.float32 if self.precision == "tf32" else self.part_dtype)',
-        new='return Mode(1, torch.float32 if self.precision == "tf32" else self.part_dtype)',
+        old='return Mode(N_PARTS[precision], torch.float32 if precision == "tf32" else self.part_dtype)',
+        new='return Mode(1, torch.float32 if precision == "tf32" else self.part_dtype)',
         breaks="On a GPU exact mode's gradients have bf16's accuracy.",
         tests=(f"{_BACKWARD}::test_products_have_the_parts_that_the_mode_promises",),
     ),

@@ -7,8 +7,8 @@ so that products in parts are held to float64 here on their own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from linfast.kernels import coupling_stack_backward as backward
 from linfast.kernels import row_products, stack_pass
 from linfast.kernels.row_products import ADD, MULTIPLY, SET, Mode, launch_linear, launch_outer, n_splits
 from linfast.kernels.stack_pass import Scratch, StackPass
+from linfast.kernels.stack_spec import StackSpec
 from torch import Tensor
 
 import linfast as lf
@@ -79,7 +80,7 @@ def test_three_parts_keep_every_bit_of_fp32() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_have_the_parts_that_the_mode_promises(precision: str) -> None:
     """Under the interpreter parts of a gradient's products are tf32's: one of three too few would go unseen."""
-    stack = replace(_stack(_packed(random_layers(6, (16,), 1), 6, precision), 6), precision=precision)
+    stack = _stack(_packed(random_layers(6, (16,), 1), 6, precision), precision=precision)
     assert stack.forward_mode.parts == stack.gradient_mode.parts == N_PARTS[precision]
     assert stack.map_mode.parts == max(N_PARTS[precision], 2)
 
@@ -107,19 +108,22 @@ def _packed(layers: Sequence[CouplingLayer], D: int, precision: str, **options) 
     return pack_stack(layers, D, precision=precision, dtype=half_dtype(_randn(1)), **options)
 
 
-def _stack(packed: PackedStack, D: int, activation: int = 1) -> StackPass:
-    """Two linear layers or three, scale map "smooth", forward, in "exact"."""
+def _spec(packed: PackedStack, activation: int = 1, inverse: bool = False, precision: str = "exact") -> StackSpec:
+    """Two linear layers or three, scale map "smooth"."""
     layout = packed.layout
-    sizes = (layout.n_linear, layout.hidden, layout.maps, layout.head)
-    constants = (*sizes, activation, 2, 0.5, 0.0, False, False, False, True, "exact")
-    return StackPass.of(_randn(1, D), packed.weights, packed.operands, constants)
+    sizes = (layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head)
+    return StackSpec(*sizes, activation, 2, 0.5, 0.0, False, False, inverse, True, precision)
+
+
+def _stack(packed: PackedStack, activation: int = 1, precision: str = "exact") -> StackPass:
+    return StackPass(packed.weights, packed.operands, _spec(packed, activation, precision=precision), False)
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
 def test_B1_and_B2_on_their_own(activation: str) -> None:
     layer = random_layers(7, (16, 16), 1)
     packed = _packed(layer, 7, "exact")
-    stack, layout = _stack(packed, 7, ACTIVATION_NAMES.index(activation)), packed.layout
+    stack, layout = _stack(packed, ACTIVATION_NAMES.index(activation)), packed.layout
     z, g, grad_log_det = layout.pad(_randn(40, 7)), layout.pad(_randn(40, 7)), _randn(40)
     scratch, got = Scratch.of(z, stack), g.clone()
     backward._recompute(stack, z, got, grad_log_det, 0, 0, scratch)
@@ -215,10 +219,8 @@ def test_runs_of_rows_and_splits_add_up(precision: str, maps: str, monkeypatch: 
 
 
 def _launch(x: Tensor, packed: PackedStack, grad: Tensor | None, grad_log_det: Tensor | None, needs, **options):
-    layout, maps = packed.layout, packed.layout.maps
-    constants = (layout.n_linear, layout.hidden, maps, layout.head, 1, 2, 0.5, 0.0, False, False)
-    arguments = (x, packed.weights, packed.operands, packed.map_operands, grad, grad_log_det, *constants)
-    rest = (options.get("inverse", False), True, options.get("precision", "exact"), [*needs, False, False])
+    arguments = (x, *packed.tensors, grad, grad_log_det)
+    rest = (*_spec(packed, **options).constants, [*needs, False, False])
     reference = raw_backward(*(t.double() if torch.is_tensor(t) else t for t in arguments), *rest)
     return backward.launch_coupling_stack_backward(*arguments, *rest)[:2], reference[:2]
 
@@ -271,8 +273,8 @@ def test_the_same_input_gives_the_same_bits(precision: str, monkeypatch: pytest.
 def test_scratch_does_not_grow_with_the_batch() -> None:
     deep = _packed(random_layers(64, (128, 128), 64), 64, "exact")
     shallow = _packed(random_layers(64, (128, 128), 4), 64, "exact")
-    assert _stack(shallow, 64).rows_at_a_time() == stack_pass.ROWS_AT_A_TIME
-    rows = _stack(deep, 64).rows_at_a_time()
+    assert _stack(shallow).rows_at_a_time() == stack_pass.ROWS_AT_A_TIME
+    rows = _stack(deep).rows_at_a_time()
     assert stack_pass._FEWEST_ROWS < rows < stack_pass.ROWS_AT_A_TIME
     assert rows * 64 * 4 * 64 < stack_pass.SCRATCH_BYTES
 
@@ -291,7 +293,7 @@ def test_runs_kernels_and_not_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: object) -> None:
         raise AssertionError("the reference ran")
 
-    monkeypatch.setattr("linfast.ops.stack_reference.stack_backward", refuse)
+    monkeypatch.setattr(sys.modules["linfast.ops.coupling_stack"], "stack_forward", refuse)
     layers, x = random_layers(6, (16,), 1), _randn(9, 6).requires_grad_()
     with lf.backend("triton"):
         y, _ = coupling_stack(x, layers, activation="silu", scale_map=ScaleMap(), precision="exact")

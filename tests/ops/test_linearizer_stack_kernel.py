@@ -11,6 +11,7 @@ from torch import Tensor
 
 import linfast as lf
 from linfast.ops import AffineMap, CouplingStack, linearizer_stack
+from linfast.ops.coupling_stack import stack_spec
 from linfast.ops.linearizer_stack import linearizer_path_of, pack_linearizer
 from linfast.precision import PRECISIONS
 from linfast.scale_maps import ScaleMap
@@ -100,6 +101,28 @@ def test_gradients_for_half_inputs_are_those_of_a_state_in_fp32(backend: str) ->
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_every_mode_and_kind_of_operator(precision: str, diagonal: bool) -> None:
     _assert_accurate(_x(40, 7), _network(7), _operator(7, diagonal), _network(7, 3, moves="second"), precision)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("hidden", [(16, 16), (300,)])  # one launch, and one after another
+def test_a_multiple_of_the_identity_is_added_to_A(backend: str, diagonal: bool, hidden: tuple[int, ...]) -> None:
+    x, A, g = _x(20, 7), _operator(7, diagonal).requires_grad_(), _network(7, hidden=hidden, maps="diagonal")
+    eye = torch.ones(7, device=DEVICE) if diagonal else torch.eye(7, device=DEVICE)
+
+    def call(x: Tensor, A: Tensor) -> tuple[Tensor, ...]:
+        here = g if x.dtype == torch.float32 else _wide(g)
+        y = linearizer_stack(x, here, A, here, alpha=-1.5, precision="exact")
+        return y, torch.autograd.grad(y.square().sum(), A)[0]
+
+    with lf.backend(backend):
+        got = call(x, A)
+    with lf.backend("reference"):
+        wide = _wide(g)
+        y = linearizer_stack(x.double(), wide, A.double() - 1.5 * eye.double(), wide)
+        exact = y, torch.autograd.grad(y.square().sum(), A)[0]
+    for value, truth in zip(got, exact, strict=True):
+        assert error(value, truth) <= 2e-6
 
 
 @pytest.mark.parametrize("maps_x", NAMES)
@@ -209,10 +232,10 @@ def test_second_derivatives_are_the_references() -> None:
 def test_opcheck(maps: str) -> None:
     x, A, g_x, g_y = _x(5, 6), _operator(6), _network(6, maps=maps), _network(6)
     packed = pack_linearizer(x, g_x, A, g_y, "high")
-    stacks = [(p.weights, p.operands, p.map_operands) for p in (packed.g_x, packed.g_y)]
-    tensors = (x, *stacks[0], *packed.A, *stacks[1])
-    layout = packed.g_x.layout
-    constants = (3, 16, layout.maps, layout.head, 0, False, 1, 2, 0.5, 0.0, 0.5, 0.0, False, False, False, "high")
+    tensors = (x, *packed.g_x.tensors, packed.A.weights, packed.A.map_operands, *packed.g_y.tensors)
+    spec_x = stack_spec(g_x, packed.g_x.layout, inverse=False, log_det=False, precision="high")
+    spec_y = stack_spec(g_y, packed.g_y.layout, inverse=True, log_det=False, precision="high")
+    constants = (*spec_x.constants, *spec_y.constants)
     assert_registered(torch.ops.linfast.linearizer_stack.default, (*tensors, *constants))
     backward = torch.ops.linfast.linearizer_stack_backward.default
     needs = [True, True, False, False, True, False, True, False, False]
@@ -233,6 +256,8 @@ def test_what_does_not_fit_is_named() -> None:
     x, g = _x(2, 6), _network(6, 1)
     with pytest.raises(ValueError, match=r"A must be \[D_y, D\].*\(2, 6\).*\(6, 5\)"):
         linearizer_stack(x, g, torch.zeros(6, 5), g)
+    with pytest.raises(ValueError, match=r"alpha must be 0 unless A is square.*\(4, 6\)"):
+        linearizer_stack(x, g, torch.zeros(4, 6, device=DEVICE), g, alpha=0.5)
     with pytest.raises(ValueError, match=r"g_y for A .*layers\[0\].weights: each must be"):
         linearizer_stack(x, g, torch.zeros(4, 6, device=DEVICE), g)
     with pytest.raises(ValueError, match=r"head must have weight \[6\]"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from linfast.kernels.stack_configs import CONFIGS, config_for, mode_on, stack_path
-from linfast.kernels.stack_layout import DIAGONAL
+from linfast.kernels.stack_spec import DIAGONAL
 
 from linfast.precision import PRECISIONS, half_dtype, resolve_precision
 

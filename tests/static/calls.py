@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from linfast.kernels.stack_layout import NO_MAPS
+from linfast.kernels.stack_spec import NO_MAPS
 from torch import Tensor
 
 from linfast import ops

@@ -13,7 +13,7 @@ from typing import Any
 
 from linfast.kernels.conv2d_configs import WIDEST
 from linfast.kernels.stack_configs import CONFIGS, StackEntry
-from linfast.kernels.stack_layout import DENSE, NO_MAPS
+from linfast.kernels.stack_spec import DENSE, NO_MAPS
 
 from linfast.ops.activations import ACTIVATION_NAMES
 from linfast.scale_maps import SCALE_MAP_KINDS

@@ -21,9 +21,10 @@ from linfast.kernels import (
     latent_matmul,
     low_rank,
     row_products,
+    stack_pack,
 )
 from linfast.kernels.stack_configs import CONFIGS
-from linfast.kernels.stack_layout import N_PARTS
+from linfast.kernels.stack_spec import N_PARTS
 
 from tests.marks import long
 from tests.static import table
@@ -97,6 +98,8 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
                 kernel,
                 {**size, "STAGES": product.stages, "PARTS": parts, "num_warps": product.num_warps},
             )
+    pack = {"VALUES": stack_pack.TILE.values, "num_warps": stack_pack.TILE.num_warps}
+    yield TARGETS, "_stack_pack_kernel", pack
     yield from _shipped_stacks()
 
 

@@ -1,0 +1,161 @@
+"""Where each packed number comes from, and where it goes: index tables that depend on shapes alone.
+
+``rows`` describes the tensors that were flattened one after another, as integers: for each stack
+
+    features, n_linear, hidden, maps, head, number of rows         StackLayout's fields
+    of every row but the head's
+        in, out_1, ..., out_n        the widths of its linear layers
+        1 or 0, n times              whether each has a bias
+        1 or 0                       whether its output is interleaved, (shift_i, raw_i) in turn
+    of every row
+        NO_MAPS, DIAGONAL or DENSE   its map; SHIFTED is DENSE, and a number is added to its diagonal
+        1 or 0                       whether the map has a bias
+
+and the tensors of a row are its weights, its biases, its map's weight and its map's bias.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .stack_spec import DENSE, DIAGONAL, NO_MAPS, StackLayout
+
+__all__ = ["ONE", "SHIFT", "SHIFTED", "ZERO", "PackTable", "layouts_of", "pack_table", "packing_gradient"]
+
+ZERO, ONE = -1, -2  # sources of padding, and of the diagonal of a map that is the identity
+SHIFT = 1 << 30  # is added to the source of what the number is added to
+SHIFTED = 3
+# Tables of so many shapes are kept per device: 12 bytes per weight, 2.7 MB at D = 64, H = 128 and 8 layers.
+_KEPT = 32
+_captured: set[PackTable] = set()
+
+
+@dataclass(frozen=True, eq=False)
+class PackTable:
+    """Tables of int32 on one device.
+
+    Args:
+        source: [N] of each packed value: its place among the flattened tensors, + SHIFT where the number is
+            added; or ZERO or ONE.
+        target: [N] of each packed value: its place t >= 0 among the conditioners' operands, its place -2 - t among
+            the maps' operands, or -1 where it is no operand.
+        inverse: [M] of each flattened number: its place among the packed values.
+        n_operands: operands of conditioners.
+        n_map_operands: operands of dense maps.
+    """
+
+    source: Tensor
+    target: Tensor
+    inverse: Tensor
+    n_operands: int
+    n_map_operands: int
+
+
+def layouts_of(rows: Sequence[int]) -> Iterator[tuple[StackLayout, int, list[list[int]]]]:
+    """(layout, number of rows, each row's integers) of every stack that ``rows`` describes."""
+    at = 0
+    while at < len(rows):
+        features, n_linear, hidden, maps, head, count = rows[at : at + 6]
+        at += 6
+        described = []
+        for row in range(count):
+            size = 2 if n_linear == 0 or (head and row == 0) else 2 * n_linear + 4
+            described.append(list(rows[at : at + size]))
+            at += size
+        yield StackLayout(features, n_linear, hidden, maps, bool(head)), count, described
+
+
+def pack_table(rows: Sequence[int], device: torch.device) -> PackTable:
+    """The tables of these shapes on this device, built at most once while they are kept.
+
+    One that a CUDA graph captures is kept for good: the graph knows its address alone.
+    """
+    table = _kept(tuple(rows), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.add(table)
+    return table
+
+
+def packing_gradient(
+    flat: Tensor, grad: Tensor | None, _operands: Any, _map_operands: Any, rows: list[int], *_: Any
+) -> Tensor:
+    """dL/d flat from dL/d values: one gather. Operands are rounded copies, which no gradient reaches."""
+    if grad is None:
+        return torch.zeros_like(flat)
+    return grad.index_select(0, pack_table(rows, flat.device).inverse).to(flat.dtype)
+
+
+@functools.lru_cache(_KEPT)
+def _kept(rows: tuple[int, ...], device: torch.device) -> PackTable:
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        table = _built(rows)
+    moved = {name: getattr(table, name).to(device) for name in ("source", "target", "inverse")}
+    return replace(table, **moved)
+
+
+def _built(rows: tuple[int, ...]) -> PackTable:
+    sources, targets = [], []
+    n_flat = n_operands = n_map_operands = 0
+    for layout, count, described in layouts_of(rows):
+        source = torch.full((count, layout.row_size), ZERO, dtype=torch.int32)
+        target = torch.full_like(source, -1)
+        for row, numbers in zip(source, described, strict=True):
+            n_flat = _fill(layout, row, numbers, n_flat)
+        size = count * layout.matrix_size
+        target[:, : layout.matrix_size] = _run(n_operands, (count, layout.matrix_size))
+        n_operands += size
+        if layout.maps == DENSE:
+            at = slice(layout.map_offset, layout.map_offset + layout.map_size)
+            target[:, at] = -2 - _run(n_map_operands, (count, layout.map_size))
+            n_map_operands += count * layout.map_size
+        sources.append(source.flatten())
+        targets.append(target.flatten())
+    source = torch.cat(sources)
+    places = torch.arange(source.shape[0], dtype=torch.int32)[source >= 0]
+    inverse = torch.empty(n_flat, dtype=torch.int32)
+    inverse[(source[source >= 0] % SHIFT).long()] = places
+    return PackTable(source, torch.cat(targets), inverse, n_operands, n_map_operands)
+
+
+def _fill(layout: StackLayout, row: Tensor, numbers: list[int], start: int) -> int:
+    """Write a row's sources, which begin at ``start``; where they end."""
+    matrices, biases, matrix, bias = layout.unpack(row)
+    *conditioner, kind, map_has_bias = numbers
+    if conditioner:
+        n = layout.n_linear
+        widths, has_bias, interleaved = conditioner[: n + 1], conditioner[n + 1 : 2 * n + 1], conditioner[-1]
+        shapes: list[tuple[int, ...]] = list(zip(widths[1:], widths[:-1], strict=True))
+        given = [(matrices[i], shapes[i], i == n - 1) for i in range(n)]
+        given += [(biases[i], shapes[i][:1], i == n - 1) for i in range(n) if has_bias[i]]
+        for into, shape, is_last in given:
+            piece = _run(start, shape)
+            start += piece.numel()
+            if is_last and not interleaved:  # [all shifts | all raws] in memory
+                piece = piece.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+            into[tuple(slice(size) for size in shape)] = piece
+    if layout.maps == NO_MAPS:
+        return start
+    D, (first, _) = layout.features, layout.sizes
+    at = torch.arange(D) + (torch.arange(D) >= first) * (layout.half - first)
+    if kind in (DENSE, SHIFTED):
+        matrix[at[:, None], at] = _run(start, (D, D))
+        matrix[at, at] += SHIFT * (kind == SHIFTED)
+    else:
+        diagonal = matrix.diagonal() if layout.maps == DENSE else matrix
+        diagonal[at] = _run(start, (D,)) if kind == DIAGONAL else ONE
+    start += (0, D, D * D, D * D)[kind]
+    if map_has_bias:
+        bias[at] = _run(start, (D,))
+        start += D
+    return start
+
+
+def _run(start: int, shape: tuple[int, ...]) -> Tensor:
+    """start, start + 1, ... in this shape."""
+    return torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.int32).view(shape)

@@ -1,0 +1,222 @@
+"""What a coupling stack is, once: sizes and options, and how its weights lie in memory.
+
+``StackSpec`` is the one description. Its fields, in their order, are the constants of the raw op: the schema, the
+launchers and the reference are all made of them, so that a new option is one field here.
+
+The weights have one row per layer, every matrix [out, in] padded and contiguous:
+
+    W_1 [H, P]  W_2 [H, H] ... W_n [2 P, H]  |  b_1 [H] ... b_n [2 P]  |  map  |  bias of the map [2 P]
+
+with P the padded half and H the padded hidden width; n = 1 has the one matrix [2 P, P], and n = 0 has no
+conditioner. The rows of the last matrix are (shift_i, raw_i) in turn. The map after the layer is nothing, a
+diagonal [2 P] or a matrix [2 P, 2 P], over [first half | padding | second half | padding]. Where the stack has a
+map before its first layer, row 0 holds that map alone. Padding is zeros, which stay zeros through every product,
+activation and coupling.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .launch import power_of_two
+
+__all__ = [
+    *("DENSE", "DIAGONAL", "NO_MAPS", "N_CONSTANTS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
+    *("padded_half", "padded_hidden", "schema_of", "spec_of"),
+]
+
+NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
+
+# In how many parts a mode's products take their operands.
+N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
+
+
+def map_parts(precision: str) -> int:
+    """Parts of a dense map's operands: two at least, since a map moves the state itself."""
+    return max(N_PARTS[precision], 2)
+
+
+def padded_half(features: int) -> int:
+    """P: a power of two, at least the 16 that a product of operands sums over."""
+    return max(16, power_of_two((features + 1) // 2))
+
+
+def padded_hidden(hidden: int) -> int:
+    """H: a power of two, at least 16."""
+    return max(16, power_of_two(hidden))
+
+
+@dataclass(frozen=True)
+class StackLayout:
+    """Sizes of a stack, and offsets within a row of its weights, which are worked out once.
+
+    Args:
+        features: D.
+        n_linear: linear layers of each conditioner, 1 to 4; 0 where there are maps alone.
+        hidden: H, padded; anything where n_linear is 1 or 0.
+        maps: NO_MAPS, DIAGONAL or DENSE, the densest map of the stack.
+        head: whether row 0 is a map before the first layer.
+
+    Attributes:
+        half: P.
+        sizes: features of the first and of the second half.
+        widths: (P, H, ..., H, 2 P).
+        matrix_shapes: (out, in) of each linear layer.
+        matrix_size: elements of a row's conditioner matrices.
+        map_shape, map_size: a row's map without its bias.
+        map_offset: where a row's map begins.
+        row_size: elements of a row.
+    """
+
+    features: int
+    n_linear: int
+    hidden: int
+    maps: int
+    head: bool
+    half: int = field(init=False, compare=False, repr=False)
+    sizes: tuple[int, int] = field(init=False, compare=False, repr=False)
+    widths: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    matrix_shapes: tuple[tuple[int, int], ...] = field(init=False, compare=False, repr=False)
+    matrix_size: int = field(init=False, compare=False, repr=False)
+    map_shape: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    map_size: int = field(init=False, compare=False, repr=False)
+    map_offset: int = field(init=False, compare=False, repr=False)
+    row_size: int = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        half, hidden = padded_half(self.features), [self.hidden] * (self.n_linear - 1)
+        widths = (half, *hidden, 2 * half) if self.n_linear else (half,)
+        shapes = tuple(zip(widths[1:], widths[:-1], strict=True))
+        matrix_size = sum([n_out * n_in for n_out, n_in in shapes])
+        map_offset, map_size = matrix_size + sum(widths[1:]), (0, 2 * half, 4 * half * half)[self.maps]
+        vars(self).update(
+            half=half,
+            sizes=((self.features + 1) // 2, self.features // 2),
+            widths=widths,
+            matrix_shapes=shapes,
+            matrix_size=matrix_size,
+            map_shape=((0,), (2 * half,), (2 * half, 2 * half))[self.maps],
+            map_size=map_size,
+            map_offset=map_offset,
+            row_size=map_offset + map_size + (2 * half if self.maps else 0),
+        )
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """Where a row has each linear layer's matrix, and its bias."""
+        places, at, bias_at = [], 0, self.matrix_size
+        for n_out, n_in in self.matrix_shapes:
+            places.append((at, bias_at))
+            at, bias_at = at + n_out * n_in, bias_at + n_out
+        return places
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[B, D] -> [B, 2 P]: zeros after each half."""
+        halves = x.split(self.sizes, dim=1)
+        return torch.cat([F.pad(half, (0, self.half - half.shape[1])) for half in halves], dim=1)
+
+    def unpad(self, z: Tensor) -> Tensor:
+        """[B, 2 P] -> [B, D]."""
+        halves = z.split(self.half, dim=1)
+        return torch.cat([half[:, :size] for half, size in zip(halves, self.sizes, strict=True)], dim=1)
+
+    def n_layers(self, weights: Tensor) -> int:
+        """L of weights [rows, row_size]."""
+        return weights.shape[0] - self.head
+
+    def unpack(self, row: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """(matrices, biases, map, bias of the map): views of one row [row_size]."""
+        shapes = [*self.matrix_shapes, *((n,) for n in self.widths[1:])]
+        if self.maps:
+            shapes += [self.map_shape, (2 * self.half,)]
+        parts = row.split([torch.Size(shape).numel() for shape in shapes])
+        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        n = self.n_linear
+        empty = row.new_empty(0)
+        return views[:n], views[n : 2 * n], *(views[2 * n :] or (empty, empty))
+
+
+@dataclass(frozen=True)
+class StackSpec(StackLayout):
+    """A coupling stack but for its weights, and what is asked of it.
+
+    Args:
+        activation: its number in linfast.ops.activations.ACTIVATION_NAMES, which kernels/mlp.py shares.
+        kind: the scale map's number, ``ScaleMap.constexpr_id``.
+        bound: the scale map's c.
+        floor: the scale map's floor.
+        scale_first: m e^s + t in place of (m + t) e^s.
+        moves_second: layer 0 moves the second half in place of the first.
+        inverse: undo the layers, the last one first.
+        log_det: also sum the couplings' log-scales.
+        precision: one of linfast.precision.PRECISIONS.
+    """
+
+    activation: int
+    kind: int
+    bound: float
+    floor: float
+    scale_first: bool
+    moves_second: bool
+    inverse: bool
+    log_det: bool
+    precision: str
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """The fields in their order: the raw op's arguments after its tensors."""
+        return tuple([getattr(self, name) for name in _NAMES])
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """The kernels' constexpr arguments, but those of the tile, which two stacks of one launch share."""
+        return {
+            "N_LINEAR": self.n_linear, "MATRIX_SIZE": self.matrix_size, "MAP_OFFSET": self.map_offset,
+            "HALF": self.half, "HIDDEN": self.hidden, "PARTS": N_PARTS[self.precision],
+            "MAP_PARTS": map_parts(self.precision), "ACTIVATION": self.activation, "KIND": self.kind,
+            "SCALE_FIRST": self.scale_first,
+        }  # fmt: skip
+
+    @property
+    def own_constexprs(self) -> dict[str, int]:
+        """Those that each stack of one launch has its own of."""
+        own = {"MOVES_SECOND": self.moves_second, "MAPS": self.maps, "HEAD": self.head, "ROW_SIZE": self.row_size}
+        return {name: int(value) for name, value in own.items()}
+
+    def steps(self, weights: Tensor) -> list[tuple[int | None, int]]:
+        """(layer, or None for a map; row of the weights), in the order they run."""
+        steps: list[tuple[int | None, int]] = [(None, 0)] if self.head else []
+        for layer in range(self.n_layers(weights)):
+            row = layer + self.head
+            steps += [(layer, row), *([(None, row)] if self.maps else [])]
+        return steps[::-1] if self.inverse else steps
+
+    def moves_first(self, layer: int) -> bool:
+        return (layer + self.moves_second) % 2 == 0
+
+    def moved_size(self, layer: int) -> int:
+        """Features of the half that this layer moves."""
+        return self.sizes[0 if self.moves_first(layer) else 1]
+
+    def halves(self, z: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """(kept, moved) of z [B, 2 P]: views."""
+        first, second = z.split(self.half, dim=1)
+        return (second, first) if self.moves_first(layer) else (first, second)
+
+
+_FIELDS = tuple([field for field in fields(StackSpec) if field.init])
+_NAMES = tuple([field.name for field in _FIELDS])
+N_CONSTANTS = len(_NAMES)
+# For launchers, which see the same constants again and again.
+spec_of = functools.lru_cache(256)(StackSpec)
+
+
+def schema_of(suffix: str = "") -> str:
+    """The constants as a raw op's schema declares them: "int features, int n_linear, ...", with a suffix each."""
+    return ", ".join(f"{field.type} {field.name}{suffix}" for field in _FIELDS)

@@ -1,0 +1,90 @@
+"""How many launches an unfrozen model takes on a GPU: what torch and linfast launch, counted on a CPU.
+
+Every operation of torch that computes is a launch, torch.cat one per 128 tensors; views and allocations are none.
+Inside linfast's ops the same holds, and every kernel[grid] is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+
+import linfast as lf
+from linfast.ops import register
+from tests.ops.budget import COMPILED
+
+D, B = 7, 40
+_ALLOCATES = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "lift_fresh"}
+_CAT_AT_ONCE = 128
+
+pytestmark = pytest.mark.skipif(COMPILED, reason="counts what the interpreter launches")
+
+
+class Launches(TorchDispatchMode):
+    """The launches of the block, by name."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        launcher, interpret = register._launcher, GridExecutor.__call__
+
+        def counted(path: str) -> Callable[..., Any]:
+            launch = launcher(path)
+
+            def run(*arguments: Any) -> Any:
+                with self:
+                    return launch(*arguments)
+
+            return run
+
+        def grid(executor: Any, *arguments: Any, **named: Any) -> Any:
+            self.names.append(executor.fn.__name__)
+            with _disable_current_modes():
+                return interpret(executor, *arguments, **named)
+
+        monkeypatch.setattr(register, "_launcher", counted)
+        monkeypatch.setattr(GridExecutor, "__call__", grid)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace != "linfast" and not func.is_view and name not in _ALLOCATES:
+            count = -(-len(args[0]) // _CAT_AT_ONCE) if name == "cat" else 1
+            self.names += [name] * count
+        return func(*args, **(kwargs or {}))
+
+
+def _flow(**options: Any) -> lf.Flow:
+    return lf.coupling_flow(D, 8, hidden=(16, 16), **options)
+
+
+def _calls() -> dict[str, Callable[[Tensor], Tensor]]:
+    g, h = _flow(), _flow()
+    low_rank = lf.LowRank(0.5, torch.randn(D, 2), torch.randn(D, 2))
+    return {
+        "g": g,
+        "g inverse": g.inverse,
+        "g, log_det": lambda x: g.forward_and_log_det(x)[0],
+        "f, dense": lf.Linearizer(g, lf.Dense(D)),
+        "f, diagonal": lf.Linearizer(g, lf.Diagonal(D)),
+        "f, low rank": lf.Linearizer(g, low_rank),
+        "f, two networks, dense": lf.Linearizer(g, lf.Dense(D), h),
+        "f, two networks, low rank": lf.Linearizer(g, low_rank, h),
+    }
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", _calls())
+def test_an_unfrozen_call_is_four_launches_at_most(name: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, x = _calls()[name], torch.randn(B, D)
+    with lf.backend("triton"), torch.set_grad_enabled(grad):
+        call(x)  # the tables of these shapes are built
+        with Launches(monkeypatch) as launches:
+            call(x)
+    assert len(launches.names) <= 4, launches.names
+    assert launches.names[-2:-1] == ["_stack_pack_kernel"], launches.names

@@ -1,0 +1,140 @@
+"""Packing: the kernel has the reference's bits, gradients come back to each tensor, and tables are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linfast.kernels import pack_table
+from torch import Tensor
+
+import linfast as lf
+from linfast.ops import AffineMap, CouplingLayer, stack_weights
+from linfast.ops.stack_weights import PackedStack, StackWeights, pack_stack, pack_stacks
+from linfast.precision import PRECISIONS
+from tests.ops.budget import DEVICE, HALF_DTYPES, hostile
+from tests.ops.checks import assert_registered
+from tests.ops.stacks import HALF, NAMES, leaves, random_layers, random_map, rebuilt
+
+D = 7
+
+
+def test_parts_are_packed_whatever_autocasts_type_is() -> None:
+    """torch.stack under autocast refuses a half type that is not autocast's."""
+    network = random_layers(6, (8,), 1, maps="dense")
+    with torch.autocast(DEVICE, torch.bfloat16):
+        packed = pack_stack(network, 6, inverse=True, precision="high", dtype=torch.float16)
+    expected = pack_stack(network, 6, inverse=True, precision="high", dtype=torch.float16)
+    torch.testing.assert_close(packed.weights, expected.weights, rtol=0, atol=0)
+    torch.testing.assert_close(packed.map_operands, expected.map_operands, rtol=0, atol=0)
+
+
+def test_parts_of_weights_add_up_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the reference where kernels are interpreted, which cuts bf16 off; the kernel has the reference's bits."""
+    monkeypatch.setattr("linfast.ops.register.interpreting", lambda: False)
+    layers = random_layers(7, (20, 16), 2)
+    for precision, bits in (("fast", 8), ("high", 16), ("exact", 24)):
+        packed = pack_stack(layers, 7, inverse=False, precision=precision, dtype=torch.bfloat16)
+        matrices = packed.weights[:, : packed.layout.matrix_size].double()
+        left = (packed.operands.double().sum(0) - matrices).abs()
+        assert bool((left <= 2.0**-bits * matrices.abs()).all())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+@pytest.mark.parametrize("maps", NAMES)
+def test_the_packing_kernel_has_the_references_bits(precision: str, dtype: torch.dtype, maps: str) -> None:
+    network = [
+        *random_layers(7, (16, 8), 1, maps=maps),
+        *random_layers(7, (24, 40), 1, moves="second", layout="interleaved", bias=False),
+    ]
+    given = random_map(7, maps)
+    layers, head = rebuilt(network, [t.to(dtype) for t in leaves(network, given)], given)
+    core = StackWeights((), 7, random_map(7, "dense"), shift=0.3)
+    stacks = [StackWeights(layers, 7, head), core, StackWeights(layers[:1], 7, inverse=True)]
+    arguments = (stacks, precision, HALF)
+    got = pack_stacks(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack_weights, "_stack_pack", stack_weights._reference)
+        expected = pack_stacks(*arguments)
+    for a, b in zip(got, expected, strict=True):
+        assert a.layout == b.layout
+        for value, exact in zip(a.tensors, b.tensors, strict=True):
+            assert value.dtype == exact.dtype
+            assert torch.equal(value, exact)
+
+
+def _three(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], int]:
+    """The tensors of a stack of two unlike layers with maps and a head, and of an A; how many are the stack's."""
+    layers, head = _template()
+    tensors = [t.to(dtype).requires_grad_() for t in (*leaves(layers, head), torch.randn(D, D, device=DEVICE))]
+    return tensors, len(tensors) - 1
+
+
+def _template() -> tuple[list[CouplingLayer], AffineMap | None]:
+    layers = random_layers(D, (16, 8), 1, maps="dense")
+    layers += random_layers(D, (24, 40), 1, moves="second", layout="interleaved", bias=False)
+    return layers, random_map(D, "diagonal")
+
+
+def _packed(tensors: list[Tensor], n: int) -> list[PackedStack]:
+    layers, head = _template()
+    layers, head = rebuilt(layers, tensors[:n], head)
+    stack = StackWeights(layers, D, head)
+    return pack_stacks([stack, StackWeights((), D, AffineMap(tensors[n]), shift=0.5), stack], "high", HALF)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
+def test_gradients_are_those_of_plain_indexing(dtype: torch.dtype) -> None:
+    """Of a stack that is packed twice too, for tensors of any strides."""
+    tensors, n = _three(dtype)
+    if dtype == torch.float32:
+        tensors = [(hostile(t)["every other"] if t.ndim == 2 else t).detach().requires_grad_() for t in tensors]
+    cotangents = [torch.randn_like(p.weights) for p in _packed(tensors, n)]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad([p.weights for p in _packed(tensors, n)], tensors, cotangents)
+
+    with lf.backend("triton"):
+        got = gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack_weights, "_stack_pack", stack_weights._reference)
+        expected = gradients()
+    for value, exact, tensor in zip(got, expected, tensors, strict=True):
+        assert value.dtype == tensor.dtype
+        torch.testing.assert_close(value, exact)
+        assert value.any()
+
+
+def test_second_derivatives() -> None:
+    """Packing is linear, and its gradient is: the second one of a square is twice the tensor's cotangent."""
+    tensors, n = _three()
+    (first,) = torch.autograd.grad(_packed(tensors, n)[0].weights.square().sum(), tensors[:1], create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), tensors[:1])
+    assert torch.equal(first, 2 * tensors[0])
+    assert torch.equal(second, torch.full_like(second, 2))
+
+
+def test_opcheck() -> None:
+    tensors, numbers = [], []
+    for maps in NAMES:
+        StackWeights(random_layers(D, (8,), 2, maps=maps), D, random_map(D, maps)).describe(tensors, numbers)
+    flat = torch.cat([t.flatten() for t in tensors])
+    constants = (numbers, 0.5, "exact", HALF)
+    assert_registered(torch.ops.linfast.stack_pack.default, (flat, *constants))
+    values = torch.ops.linfast.stack_pack.default(flat, *constants)[0]
+    backward = torch.ops.linfast.stack_pack_backward.default
+    assert_registered(backward, (flat, torch.randn_like(values), None, None, *constants))
+
+
+def test_tables_are_kept_by_shape_and_those_of_a_captured_graph_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+    StackWeights(random_layers(D, (8,), 2), D).describe([], numbers)
+    cpu = torch.device("cpu")
+    table = pack_table.pack_table(numbers, cpu)
+    assert pack_table.pack_table(list(numbers), cpu) is table
+    assert table not in pack_table._captured
+    monkeypatch.setattr(pack_table, "_captured", set())
+    monkeypatch.setattr(pack_table, "_kept", lambda rows, device: table)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    pack_table.pack_table(numbers, torch.device("cuda"))
+    assert table in pack_table._captured
