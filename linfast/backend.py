@@ -119,15 +119,16 @@ def uses_triton(*tensors: Tensor) -> bool:
     """
     if _state.choice == "reference":
         return False
-    on_gpu = tensors[0].is_cuda
-    supported = all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors)
-    if _state.choice == "auto":
-        return supported and has_kernels(tensors[0].device)
-    if not supported:
+    if _state.choice == "auto" and not has_kernels(tensors[0].device):
         return False
+    for tensor in tensors:
+        if tensor.dtype not in _KERNEL_DTYPES:
+            return False
+    if _state.choice == "auto":
+        return True
     if not _HAS_TRITON:
         raise _CannotRun("backend 'triton' was asked for and triton is not installed")
-    if not on_gpu and not interpreting():
+    if not tensors[0].is_cuda and not interpreting():
         raise _CannotRun(
             f"backend 'triton' was asked for on {tensors[0].device}; set TRITON_INTERPRET=1 before "
             "starting Python to interpret the kernels there"
