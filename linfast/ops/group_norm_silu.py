@@ -111,18 +111,16 @@ def _raw_reference(
     activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = group_norm_silu_reference(x, weight, bias, scale, shift, groups, eps, activation)
-    _, mean, rstd = _normalised(x, groups, eps)
+    mean, rstd = _moments(x, groups, eps)
     return y, mean.flatten(1).float(), rstd.flatten(1).float()
 
 
-def _normalised(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """h [B, groups, C / groups, P], and mean and rstd [B, groups, 1, 1]."""
+def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps), [B, groups, 1, 1]."""
     shape = (x.shape[0], groups, x.shape[1] // groups, math.prod(x.shape[2:]))
     grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(shape)
     mean = grouped.mean((2, 3), keepdim=True)
-    centred = grouped - mean
-    rstd = (centred.square().mean((2, 3), keepdim=True) + eps).rsqrt()
-    return centred * rstd, mean, rstd
+    return mean, ((grouped - mean).square().mean((2, 3), keepdim=True) + eps).rsqrt()
 
 
 def _fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
