@@ -139,11 +139,14 @@ def uses_triton(*tensors: Tensor) -> bool:
     Raises:
         RuntimeError: "triton" was asked for and cannot run on these tensors.
     """
-    if _state.choice == "reference" or not all(tensor.dtype in _KERNEL_DTYPES for tensor in tensors):
-        return False
     device = tensors[0].device
+    if _state.choice == "reference" or (_state.choice == "auto" and not has_kernels(device)):
+        return False
+    for tensor in tensors:
+        if tensor.dtype not in _KERNEL_DTYPES:
+            return False
     if _state.choice == "auto":
-        return has_kernels(device)
+        return True
     if not _HAS_TRITON:
         raise _CannotRun("backend 'triton' was asked for and triton is not installed")
     if device.type != "cuda" and not interpreting():

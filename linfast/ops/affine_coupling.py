@@ -108,7 +108,15 @@ def affine_coupling_reference(
     """``affine_coupling`` in plain torch."""
     first, second = x.split(split_sizes(x.shape[1]), dim=1)
     moved = first if moves == "first" else second
-    out, log_s = _couple(moved, params, scale_map, order, layout, inverse)
+    shift, raw = _shift_and_raw(params, layout)
+    value = moved
+    if not x.dtype == params.dtype == torch.float32:
+        compute = torch.promote_types(moved.dtype, torch.float32)
+        value, shift, raw = moved.to(compute), shift.to(compute), raw.to(compute)
+    log_s = scale_map.log_scale(raw)
+    out = couple(value, shift, log_s, order, inverse)
+    if out.dtype != x.dtype:
+        out = out.to(x.dtype)
     y = cat((out, second) if moves == "first" else (first, out), dim=1)
     if not log_det:
         return y, None
@@ -116,22 +124,12 @@ def affine_coupling_reference(
     return y, -total if inverse else total
 
 
-def _couple(
-    moved: Tensor, params: Tensor, scale_map: ScaleMap, order: str, layout: str, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    compute = torch.promote_types(moved.dtype, torch.float32)
-    shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
-    value, log_s = moved.to(compute), scale_map.log_scale(raw)
-    return couple(value, shift, log_s, order, inverse).to(moved.dtype), log_s
-
-
 def couple(value: Tensor, shift: Tensor, log_s: Tensor, order: str, inverse: bool) -> Tensor:
     """The coupling or its inverse on the moved half."""
-    if not inverse:
-        return (value + shift) * log_s.exp() if order == "shift_first" else value * log_s.exp() + shift
-    if order == "shift_first":
-        return value * (-log_s).exp() - shift
-    return (value - shift) * (-log_s).exp()
+    scale = (-log_s if inverse else log_s).exp()
+    if inverse:
+        return value * scale - shift if order == "shift_first" else (value - shift) * scale
+    return (value + shift) * scale if order == "shift_first" else value * scale + shift
 
 
 def _shift_and_raw(params: Tensor, layout: str) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,10 @@ from torch import Tensor
 
 from ..checks import check_tensor
 from ..dispatch import autocast_dtype, uses_triton
-from ..kernels.launch import positions
 from .register import RawOp, define_op
 
 __all__ = [
     "channel_mix",
-    "channel_mix_backward_reference",
     "channel_mix_reference",
     "check_mix",
     "laid_out",
@@ -65,18 +63,6 @@ def channel_mix_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     out = torch.matmul(weight.to(compute), x.to(compute).flatten(2))
     out = out if bias is None else out + bias[:, None]
     return out.reshape(x.shape[0], weight.shape[0], *x.shape[2:]).to(x.dtype)
-
-
-def channel_mix_backward_reference(
-    x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); [0] for those that are not needed."""
-    dx = laid_out(channel_mix_reference(grad, weight.t(), None), x) if needs[0] else x.new_empty(0)
-    compute = torch.promote_types(x.dtype, torch.float32)
-    g, values = (positions(tensor.to(compute)) for tensor in (grad, x))
-    dweight = torch.einsum("bop,bcp->oc", g, values) if needs[1] else x.new_empty(0)
-    dbias = g.sum((0, 2)) if needs[2] else x.new_empty(0)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
 def mixed_like(x: Tensor, channels: int) -> Tensor:
@@ -119,11 +105,12 @@ _channel_mix = define_op(
     RawOp(
         "channel_mix_backward(Tensor x, Tensor weight, Tensor grad, bool[] needs) -> (Tensor, Tensor, Tensor)",
         _fake_backward,
-        channel_mix_backward_reference,
+        None,
         "channel_mix:launch_channel_mix_backward",
     ),
     saves=lambda inputs, _: (inputs[0], inputs[1]),
     n_tensors=3,
+    added={"bias": lambda named: named["weight"].new_zeros(named["weight"].shape[0])},
 )
 
 

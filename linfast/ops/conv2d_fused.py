@@ -32,7 +32,7 @@ from ..kernels.launch import like
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from .channel_mix import laid_out
-from .group_norm_silu import group_norm_silu, group_norm_silu_backward_reference, group_norm_silu_reference
+from .group_norm_silu import group_norm_silu, group_norm_silu_reference
 from .register import RawOp, define_op
 
 __all__ = ["conv2d_fused"]
@@ -169,50 +169,6 @@ def _tiles(y: Tensor, groups: int) -> Tensor:
     return torch.stack((means, torch.stack(squares, 1)), 3)
 
 
-def conv2d_fused_backward_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    grad: Tensor,
-    grad_mean: Tensor | None,
-    grad_rstd: Tensor | None,
-    grad_tiles: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-    alpha: float,
-    next_groups: int,
-    precision: str,
-    part_dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dx, dweight, dbias, dw, db, dresidual, nothing; the formulas are in linfast.kernels.conv2d_fused_backward."""
-    a, padding = x, [weight.shape[2] // 2] * 2
-    if groups:
-        a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, groups, eps, activation)
-    da, dweight, _ = torch.ops.aten.convolution_backward(
-        grad.to(weight.dtype), a.to(weight.dtype), weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1,
-        [needs[0] or needs[3] or needs[4], needs[1], False],
-    )  # fmt: skip
-    gradients: tuple[Tensor | None, ...] = (da, None, None)
-    if groups and da is not None:
-        gradients = group_norm_silu_backward_reference(
-            x, norm_weight, norm_bias, None, None, mean, rstd, da, None, None, groups, eps, activation,
-            [needs[0], needs[3], needs[4], False, False],
-        )[:3]  # fmt: skip
-    dx, dnorm_weight, dnorm_bias = gradients
-    compute = torch.promote_types(grad.dtype, torch.float32)
-    dbias = None
-    if needs[2] and bias is not None:
-        dbias = grad.to(compute).sum((0, 2, 3) if bias.ndim == 1 else (2, 3)).to(bias.dtype)
-    results = (dx, dweight, dbias, dnorm_weight, dnorm_bias, grad * alpha if needs[5] else None, None)
-    return tuple(x.new_empty(0, dtype=torch.float32) if r is None else r for r in results)
-
-
 def _fake(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
     residual, groups, next_groups = rest[3], rest[5], rest[9]
     assert isinstance(groups, int)
@@ -254,11 +210,12 @@ _conv2d_fused = define_op(
         f"Tensor? grad_rstd, Tensor? grad_tiles, {_CONSTANTS}, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
-        conv2d_fused_backward_reference,
+        None,
         "conv2d_fused_backward:launch_conv2d_fused_backward",
     ),
     saves=lambda inputs, outputs: (*inputs[:5], *outputs[1:3]),
     n_tensors=7,
+    added={"residual": lambda named: torch.zeros_like(named["grad"])},
 )
 
 

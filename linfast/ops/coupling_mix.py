@@ -30,7 +30,6 @@ from ..scale_maps import ScaleMap
 from .affine_coupling import (
     COUPLING_SCHEMA,
     affine_coupling,
-    affine_coupling_backward_reference,
     affine_coupling_reference,
     check_coupling,
     coupling_constants,
@@ -38,7 +37,6 @@ from .affine_coupling import (
 )
 from .channel_mix import (
     channel_mix,
-    channel_mix_backward_reference,
     channel_mix_reference,
     check_mix,
     laid_out,
@@ -110,25 +108,6 @@ def _raw_reference(
     return laid_out(channel_mix_reference(u, weight, bias), x), log_det
 
 
-def coupling_mix_backward_reference(
-    x: Tensor,
-    params: Tensor,
-    weight: Tensor,
-    grad: Tensor | None,
-    grad_log_det: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dparams, dweight, dbias); [0] for those that are not needed."""
-    *constants, needs = rest
-    u, _ = raw_coupling_reference(x, params, *constants)
-    if grad is None:
-        grad = x.new_zeros(x.shape[0], weight.shape[0], *x.shape[2:])
-    du, dweight, dbias = channel_mix_backward_reference(u, weight, grad, [True, *needs[2:]])
-    dx, dparams = affine_coupling_backward_reference(u, params, du, grad_log_det, *constants)
-    dx = laid_out(dx, x) if needs[0] else x.new_empty(0)
-    return dx, dparams if needs[1] else params.new_empty(0), dweight, dbias
-
-
 def _fake(x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> tuple[Tensor, Tensor]:
     return mixed_like(x, weight.shape[0]), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
 
@@ -155,9 +134,10 @@ _coupling_mix = define_op(
         "coupling_mix_backward(Tensor x, Tensor params, Tensor weight, Tensor? grad, Tensor? grad_log_det, "
         f"{COUPLING_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
-        coupling_mix_backward_reference,
+        None,
         "coupling_mix_backward:launch_coupling_mix_backward",
     ),
     saves=lambda inputs, _: (inputs[0], inputs[1], inputs[2]),
     n_tensors=4,
+    added={"bias": lambda named: named["weight"].new_zeros(named["weight"].shape[0])},
 )

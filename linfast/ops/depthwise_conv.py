@@ -68,23 +68,6 @@ def _padded(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
     return F.pad(x, padding)
 
 
-def depthwise_conv_backward_reference(
-    x: Tensor, weight: Tensor, grad: Tensor, transpose: bool, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """dx and dweight; the formulas are in linfast.kernels.depthwise_conv."""
-    dx, dweight = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-    if needs[0]:
-        dx = depthwise_conv_reference(grad, weight, not transpose)
-    if needs[1]:
-        compute = torch.promote_types(x.dtype, torch.float32)
-        padded, g = _padded(x.to(compute), weight, transpose), grad.to(compute)
-        (kh, kw), (height, width) = weight.shape[-2:], x.shape[-2:]
-        taps = [(padded[..., u : u + height, v : v + width] * g).sum((2, 3)) for u in range(kh) for v in range(kw)]
-        sums = torch.stack(taps[::-1] if transpose else taps, 2).reshape(*x.shape[:2], kh, kw)
-        dweight = (sums if weight.ndim == 4 else sums.sum(0)).to(weight.dtype)
-    return dx, dweight
-
-
 def _fake(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
     return torch.empty_like(x)
 
@@ -107,7 +90,7 @@ _depthwise_conv = define_op(
         "depthwise_conv_backward(Tensor x, Tensor weight, Tensor grad, bool transpose, bool[] needs) "
         "-> (Tensor, Tensor)",
         _fake_backward,
-        depthwise_conv_backward_reference,
+        None,
         "depthwise_conv:launch_depthwise_conv_backward",
     ),
     saves=lambda inputs, outputs: (inputs[0], inputs[1]),

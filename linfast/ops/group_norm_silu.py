@@ -111,63 +111,16 @@ def _raw_reference(
     activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = group_norm_silu_reference(x, weight, bias, scale, shift, groups, eps, activation)
-    _, mean, rstd = _normalised(x, groups, eps)
+    mean, rstd = _moments(x, groups, eps)
     return y, mean.flatten(1).float(), rstd.flatten(1).float()
 
 
-def _normalised(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """h [B, groups, C / groups, P], and mean and rstd [B, groups, 1, 1]."""
+def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps), [B, groups, 1, 1]."""
     shape = (x.shape[0], groups, x.shape[1] // groups, math.prod(x.shape[2:]))
     grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(shape)
     mean = grouped.mean((2, 3), keepdim=True)
-    centred = grouped - mean
-    rstd = (centred.square().mean((2, 3), keepdim=True) + eps).rsqrt()
-    return centred * rstd, mean, rstd
-
-
-def group_norm_silu_backward_reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    grad: Tensor | None,
-    grad_mean: Tensor | None,
-    grad_rstd: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dx, dweight, dbias, dscale, dshift; the formulas are in linfast.kernels.group_norm_silu.
-
-    mean and rstd are computed from x again, so that this is differentiable in x.
-    """
-    compute = torch.promote_types(x.dtype, torch.float32)
-    h, _, rstd = _normalised(x, groups, eps)
-
-    def channels(tensor: Tensor | None, otherwise: float) -> Tensor:
-        tensor = x.new_full(x.shape[1:2], otherwise) if tensor is None else tensor
-        return tensor.to(compute).reshape(*tensor.shape[:-1], *h.shape[1:3], 1)
-
-    w, b, gain, t = channels(weight, 1.0), channels(bias, 0.0), 1 + channels(scale, 0.0), channels(shift, 0.0)
-    d = (torch.zeros_like(x) if grad is None else grad).to(compute).reshape(h.shape)
-    if activation:
-        u = (h * w + b) * gain + t
-        s = torch.sigmoid(u)
-        d = d * (s * (1 + u * (1 - s)))
-    s1, s2 = d.sum(3, keepdim=True), (d * h).sum(3, keepdim=True)
-    dh = d * (w * gain)
-    dx = rstd * (dh - dh.mean((2, 3), keepdim=True) - h * (dh * h).mean((2, 3), keepdim=True))
-    values = (dx, (gain * s2).sum(0), (gain * s1).sum(0), w * s2 + b * s1, s1)
-    return tuple(
-        value.reshape(tensor.shape).to(tensor.dtype)
-        if need and tensor is not None
-        else x.new_empty(0, dtype=torch.float32)
-        for value, tensor, need in zip(values, (x, weight, bias, scale, shift), needs, strict=True)
-    )
+    return mean, ((grouped - mean).square().mean((2, 3), keepdim=True) + eps).rsqrt()
 
 
 def _fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +151,7 @@ _group_norm_silu = define_op(
         f"group_norm_silu_backward({_TENSORS}, Tensor mean, Tensor rstd, Tensor? grad, Tensor? grad_mean, "
         f"Tensor? grad_rstd, {_CONSTANTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
-        group_norm_silu_backward_reference,
+        None,
         "group_norm_silu:launch_group_norm_silu_backward",
     ),
     saves=lambda inputs, outputs: (*inputs[:5], *outputs[1:]),

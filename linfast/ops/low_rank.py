@@ -95,35 +95,6 @@ def _parts(factor: Tensor) -> int:
     return math.gcd(factor.shape[1], 1 << (longest.bit_length() - 1)) if longest > 1 else 1
 
 
-def _outer(g: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """g t^T a sample, or its sum over the batch for a factor that is shared."""
-    return g.mT @ t if like.ndim == 2 else g[:, :, None] * t[:, None, :]
-
-
-def low_rank_backward_reference(
-    x: Tensor,
-    U: Tensor,
-    V: Tensor,
-    t: Tensor,
-    grad: Tensor | None,
-    grad_t: Tensor | None,
-    alpha: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dU, dV); the formulas are in linfast.kernels.low_rank."""
-    grad = x.new_zeros(x.shape[0], U.shape[-2]) if grad is None else grad
-    t = t.to(x.dtype)
-    s = _project(grad, U)
-    s = s if grad_t is None else s + grad_t.to(s.dtype)
-    unwanted = x.new_empty(0)
-    dx = _expand(s, V) if needs[0] else unwanted
-    return (
-        dx + alpha * grad if needs[0] and alpha != 0 else dx,
-        _outer(grad, t, U) if needs[1] else unwanted.clone(),
-        _outer(x, s, V) if needs[2] else unwanted.clone(),
-    )
-
-
 def _raw_reference(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     t = _project(x, V)
     y = _expand(t, U)
@@ -160,7 +131,7 @@ _low_rank = define_op(
         "low_rank_backward(Tensor x, Tensor U, Tensor V, Tensor t, Tensor? grad, Tensor? grad_t, "
         "float alpha, bool[] needs) -> (Tensor, Tensor, Tensor)",
         _fake_backward,
-        low_rank_backward_reference,
+        None,
         "low_rank:launch_low_rank_backward",
     ),
     saves=lambda inputs, outputs: (*inputs[:3], outputs[1]),

@@ -53,11 +53,11 @@ MUTANTS = (
         tests=(f"{_MIX}::test_every_shape",),
     ),
     Mutant(
-        name="channel_mix reference: dW is transposed",
-        file="linfast/ops/channel_mix.py",
-        old='dweight = torch.einsum("bop,bcp->oc", g, values)',
-        new='dweight = torch.einsum("bop,bcp->co", g, values).reshape(weight.shape)',
-        breaks="The plain backward gives the gradient of W's transpose.",
+        name="define_op: a derived backward is twice the gradient",
+        file="linfast/ops/register.py",
+        old="results[i] = gradient",
+        new="results[i] = gradient * 2",
+        breaks="The plain backward gives twice the gradients.",
         tests=(f"{_MIX}::test_every_shape",),
     ),
     Mutant(

@@ -97,8 +97,8 @@ MUTANTS = (
     Mutant(
         name="affine_coupling reference: half precision is computed in half",
         file="linfast/ops/affine_coupling.py",
-        old="    compute = torch.promote_types(moved.dtype, torch.float32)\n",
-        new="    compute = moved.dtype\n",
+        old="        compute = torch.promote_types(moved.dtype, torch.float32)\n",
+        new="        compute = moved.dtype\n",
         breaks="On a CPU scale and log-determinant of an fp16 or bf16 x are not fp32.",
         tests=(f"{_KERNEL}::test_half_precision_keeps_scale_and_log_det_in_fp32",),
     ),

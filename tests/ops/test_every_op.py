@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from linfast.bench.rounding import allowed_errors
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
@@ -98,6 +100,18 @@ def test_no_part_of_an_op_is_in_autocast(name: str) -> None:
             expected = gradients_of(outputs, [x], again)
             with torch.autocast(DEVICE, torch.bfloat16):
                 _assert_same_bits(gradients_of(outputs, [x], again), expected)
+
+
+def test_a_raw_op_runs_alone_only_where_nothing_is_differentiated() -> None:
+    """Without gradients there is no autograd function; a tangent is refused and not dropped, under no_grad too."""
+    x, params = torch.randn(2, 4, device=DEVICE), torch.randn(2, 4, device=DEVICE)
+    with lf.backend("triton"), mock.patch.object(torch.autograd.Function, "apply") as applied:
+        ops.affine_coupling(x, params, lf.ScaleMap())
+        with torch.no_grad():
+            ops.affine_coupling(x.clone().requires_grad_(), params, lf.ScaleMap())
+        assert not applied.called
+    with lf.backend("triton"), torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+        ops.affine_coupling(forward_ad.make_dual(x, x), params, lf.ScaleMap())
 
 
 class _Calls(TorchDispatchMode):

@@ -132,10 +132,13 @@ def test_gradients_that_are_not_needed_are_not_computed() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("given", [False, True])
 def test_a_gradient_of_the_projection_is_added(kind: str, given: bool) -> None:
-    from linfast.ops.low_rank import low_rank_backward_reference
+    from linfast.ops.register import RAW_OPS
+
+    reference = RAW_OPS["low_rank_backward"].reference
 
     x, U, V = (t.detach() for t in _inputs((3, 20, 20, 3), kind))
-    t, grad_t, grad = torch.randn(3, 3), torch.randn(3, 3), torch.randn(3, 20)
+    t = torch.einsum("bn,nr->br" if V.ndim == 2 else "bn,bnr->br", x, V)
+    grad_t, grad = torch.randn(3, 3), torch.randn(3, 20)
     tensors = [x, U, V, *(t.to(DEVICE) for t in (t, grad_t, grad))]
 
     def call(run: Callable[..., Outputs], dtype: torch.dtype) -> Outputs:
@@ -144,8 +147,8 @@ def test_a_gradient_of_the_projection_is_added(kind: str, given: bool) -> None:
 
     assert_accurate(
         call(torch.ops.linfast.low_rank_backward.default, torch.float32),
-        lambda: call(low_rank_backward_reference, torch.float32),
-        call(low_rank_backward_reference, torch.float64),
+        lambda: call(reference, torch.float32),
+        call(reference, torch.float64),
     )
 
 
