@@ -1,10 +1,12 @@
-"""The reference Linearizer repository's g.
+"""The research repository's g, layer by layer; its conditioners are in ``reference_unet``.
 
-    block   ActNorm, then y1 = (x1 + t) e^s with (t, s) = F(x2), y2 likewise of G(y1), then y = W (y1 | y2)
-    chain   an odd channel count squeezed 2 x 2, the blocks, and back
-    g       mode "gx" runs the chain at time 1, "gy" at time 0
+    ActNorm   (x + bias) e^log_scale
+    1x1       y = W x over channels
+    block     ActNorm, then y1 = (x1 + t) e^s with (t, s) = F(x2), y2 likewise of G(y1), then y = W (y1 | y2)
+    chain     an odd channel count squeezed 2 x 2, the blocks, and back
+    g         mode "gx" runs the chain at time 1, "gy" at time 0
 
-With memory="invert" a chain, or a block on its own, is rebuilt in the backward: each of ActNorm, the two
+With memory="invert" a chain, or a block on its own, is rebuilt in the backward: ActNorm, each of the two
 couplings and the 1x1 is one step.
 """
 
@@ -14,18 +16,77 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..flows.undo import Outputs
+from ..freeze import derived
+from ..linalg import inverse_or_nan
 from ..ops.affine_coupling import affine_coupling
+from ..ops.channel_mix import channel_mix
 from ..scale_maps import ScaleMap
 from .adapter import Draw, Options, Plan, Stub, Unfit
-from .constant_time import constant_time
 from .identity import changed_method, original_class
 from .invert import Part, parts_to_invert, run_inverting
 from .reference import constant_plan, has, reference_adapter
+from .reference_unet import constant_time
 
 __all__ = ["ADAPTERS"]
+
+
+# ActNorm
+
+
+def _plan_actnorm(norm: Any, options: Options) -> Plan:
+    loaded = norm.initialized is False and _holds_values(norm)
+    if "actnorm_reinit" in options.keep_defects:
+        note = "kept: it throws loaded values away at its first batch"
+    else:
+        note = "fixed: it had loaded values and would have thrown them away at its first batch" if loaded else ""
+    return Plan("one multiply-add", note)
+
+
+def _is_initialised(norm: Any) -> bool:
+    """Its own flag; values that were loaded, and which a plain bool does not know of, are not initialised over."""
+    if norm.initialized is False and "actnorm_reinit" not in norm._linfast_plan.options.keep_defects:
+        norm.initialized = _holds_values(norm)
+    return bool(norm.initialized)
+
+
+def _holds_values(norm: Any) -> bool:
+    return bool((norm.bias != 0).any() or (norm.log_scale != 0).any())
+
+
+def _actnorm(norm: Any, x: Tensor) -> Tensor:
+    if not _is_initialised(norm):
+        norm._init(x)
+    scale = norm.log_scale.exp()
+    return torch.addcmul(norm.bias * scale, x, scale)
+
+
+def _actnorm_inverse(norm: Any, y: Tensor) -> Tensor:
+    if not _is_initialised(norm):
+        return y
+    return torch.addcmul(-norm.bias, y, (-norm.log_scale).exp())
+
+
+def _probe_actnorm(norm: Any, draw: Draw) -> Sequence[Tensor]:
+    shape = (3, norm.bias.shape[1], 2, 3)
+    if norm.initialized is False:
+        norm.initialized = _holds_values(norm)  # the defect is not compared
+    return [norm.forward(draw(*shape)), norm.inverse(draw(*shape))]
+
+
+# Invertible 1x1
+
+
+def _mix_inverse(mix: Any, y: Tensor) -> Tensor:
+    return channel_mix(y, derived(mix, "inverse", lambda: inverse_or_nan(mix.W).to(mix.W.dtype)))
+
+
+def _probe_mix(mix: Any, draw: Draw) -> Sequence[Tensor]:
+    shape = (3, len(mix.W), 2, 3)
+    return [mix.forward(draw(*shape)), mix.inverse(draw(*shape))]
 
 
 # Block
@@ -176,6 +237,20 @@ def _probe_g(g: Any, draw: Draw) -> Sequence[Tensor]:
 
 
 ADAPTERS = (
+    reference_adapter(
+        "ActNorm2d",
+        has("bias", "log_scale", "initialized", "_init"),
+        methods={"forward": _actnorm, "inverse": _actnorm_inverse},
+        plan=_plan_actnorm,
+        probe=_probe_actnorm,
+    ),
+    reference_adapter(
+        "Inv1x1Conv",
+        has("W"),
+        methods={"forward": lambda mix, x: channel_mix(x, mix.W), "inverse": _mix_inverse},
+        plan=constant_plan("channel mix"),
+        probe=_probe_mix,
+    ),
     reference_adapter(
         "InvUnetBlock",
         has("F", "G", "mix", "actnorm"),
