@@ -28,8 +28,7 @@ from ..scale_maps import ScaleMap
 from .adapter import Draw, Options, Plan, Stub, Unfit
 from .identity import changed_method, original_class
 from .invert import Part, parts_to_invert, run_inverting
-from .reference import constant_plan, has, reference_adapter
-from .reference_unet import constant_time
+from .reference_unet import constant_plan, constant_time, has, reference_adapter
 
 __all__ = ["ADAPTERS"]
 
@@ -107,28 +106,14 @@ def _check_block(block: Any) -> None:
             raise Unfit(f"the {changed} of its AffineCoupling was replaced")
 
 
-def _block(block: Any, X: Tensor, t: Any) -> Tensor:
-    parts = parts_to_invert(block, X, _block_parts)
+def _run_block(block: Any, x: Tensor, t: Any, inverse: bool) -> Tensor:
+    parts = parts_to_invert(block, x, _block_parts)
     if parts is not None:
-        return run_inverting(block, parts, X, {"t": t}, inverse=False)[0]
-    x = X if block.actnorm is None else block.actnorm(X)
-    x = _couple(block.F, x, t, "first", inverse=False)
-    return block.mix(_couple(block.G, x, t, "second", inverse=False))
-
-
-def _block_inverse(block: Any, Y: Tensor, t: Any) -> Tensor:
-    parts = parts_to_invert(block, Y, _block_parts)
-    if parts is not None:
-        return run_inverting(block, parts, Y, {"t": t}, inverse=True)[0]
-    y = _couple(block.G, block.mix.inverse(Y), t, "second", inverse=True)
-    x = _couple(block.F, y, t, "first", inverse=True)
-    return x if block.actnorm is None else block.actnorm.inverse(x)
-
-
-def _couple(coupling: Any, x: Tensor, t: Any, moves: str, inverse: bool) -> Tensor:
-    first, second = x.chunk(2, 1)
-    params = coupling.cond(second if moves == "first" else first, t)
-    return affine_coupling(x, params, ScaleMap("clamp", coupling.clamp), moves=moves, inverse=inverse)[0]
+        return run_inverting(block, parts, x, {"t": t}, inverse)[0]
+    parts = _block_parts(block)
+    for part in reversed(parts) if inverse else parts:
+        x, _ = part.run(part.module, x, {"t": t}, inverse)
+    return x
 
 
 def _block_parts(block: Any, where: str = "") -> list[Part]:
@@ -144,7 +129,10 @@ def _run_layer(layer: Any, x: Tensor, context: Mapping[str, Any], inverse: bool)
 
 
 def _run_coupling(moves: str, coupling: Any, x: Tensor, context: Mapping[str, Any], inverse: bool) -> Outputs:
-    return _couple(coupling, x, context["t"], moves, inverse), None
+    first, second = x.chunk(2, 1)
+    params = coupling.cond(second if moves == "first" else first, context["t"])
+    clamp = ScaleMap("clamp", coupling.clamp)
+    return affine_coupling(x, params, clamp, moves=moves, inverse=inverse)[0], None
 
 
 def _stub_conditioners(block: Any, draw: Draw, size: float = 1.5) -> int:
@@ -177,14 +165,6 @@ def _check_chain(chain: Any) -> None:
         _check_block(block)
 
 
-def _chain(chain: Any, X: Tensor, t: Any) -> Tensor:
-    return _run_chain(chain, X, t, "forward")
-
-
-def _chain_inverse(chain: Any, Y: Tensor, t: Any) -> Tensor:
-    return _run_chain(chain, Y, t, "inverse")
-
-
 def _run_chain(chain: Any, x: Tensor, t: Any, method: str) -> Tensor:
     parts = parts_to_invert(chain, x, _chain_parts)
     if parts is None:
@@ -210,14 +190,6 @@ def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
 
 
 _TIMES = {"gx": 1.0, "gy": 0.0}
-
-
-def _g(g: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    return g.g(x, _time(x, kwargs["mode"]))
-
-
-def _g_inverse(g: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    return g.g.inverse(x, _time(x, kwargs["mode"]))
 
 
 def _time(x: Tensor, mode: str) -> Tensor:
@@ -254,7 +226,10 @@ ADAPTERS = (
     reference_adapter(
         "InvUnetBlock",
         has("F", "G", "mix", "actnorm"),
-        methods={"forward": _block, "inverse": _block_inverse},
+        methods={
+            "forward": lambda block, X, t: _run_block(block, X, t, inverse=False),
+            "inverse": lambda block, Y, t: _run_block(block, Y, t, inverse=True),
+        },
         plan=_plan_block,
         probe=_probe_block,
         inner=lambda block: (block.F, block.G),
@@ -265,7 +240,10 @@ ADAPTERS = (
         "InvUnet",
         has("blocks", "squeeze", "use_squeeze"),
         chain=True,
-        methods={"forward": _chain, "inverse": _chain_inverse},
+        methods={
+            "forward": lambda chain, X, t: _run_chain(chain, X, t, "forward"),
+            "inverse": lambda chain, Y, t: _run_chain(chain, Y, t, "inverse"),
+        },
         plan=_plan_chain,
         probe=_probe_chain,
         inner=lambda chain: (*chain.blocks, *(m for block in chain.blocks for m in (block.F, block.G))),
@@ -274,7 +252,10 @@ ADAPTERS = (
     reference_adapter(
         "InverseUnet",
         has("g", "dim"),
-        methods={"forward": _g, "inverse": _g_inverse},
+        methods={
+            "forward": lambda g, x, **kwargs: g.g(x, _time(x, kwargs["mode"])),
+            "inverse": lambda g, x, **kwargs: g.g.inverse(x, _time(x, kwargs["mode"])),
+        },
         plan=constant_plan("one time for the batch"),
         probe=_probe_g,
         hollow=lambda g: (g.g,),

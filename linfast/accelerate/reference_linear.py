@@ -28,7 +28,7 @@ from ..sampling.propagator import collapse
 from ..sampling.sampler import at_work
 from .adapter import Draw, Options, Plan, Unfit
 from .identity import PLAN, changed_method
-from .reference import constant_plan, has, reference_adapter
+from .reference_unet import constant_plan, has, reference_adapter
 
 __all__ = ["ADAPTERS"]
 

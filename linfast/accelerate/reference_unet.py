@@ -11,7 +11,7 @@ tensor itself, through code of others that only passes it on, so that no device 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,34 @@ from ..compat.unet_weights import block_options, block_weights
 from ..flows.unet_blocks import in_nchw
 from ..freeze import derived, is_kept
 from ..ops.group_norm_silu import group_norm_silu
-from .adapter import Draw, Options, Plan, Unfit
+from .adapter import Adapter, Draw, Options, Plan, Unfit
 from .identity import original_class
-from .reference import has, reference_adapter
 
-__all__ = ["ADAPTERS", "constant_time"]
+__all__ = ["ADAPTERS", "constant_plan", "constant_time", "has", "reference_adapter"]
+
+
+# Adapters of the repository: people copy its classes into their own, so they are recognised by name and attributes
+# wherever they are defined, and then by their values, as all are.
+
+
+def has(*names: str) -> Callable[[Any], bool]:
+    """Whether an instance has all these attributes; one that raises is there: it raises again where it is read."""
+
+    def is_there(instance: Any, name: str) -> bool:
+        try:
+            return hasattr(instance, name)
+        except Exception:
+            return True
+
+    return lambda instance: all(is_there(instance, name) for name in names)
+
+
+def reference_adapter(name: str, recognises: Callable[[Any], bool], **what: Any) -> Adapter:
+    return Adapter(library="reference", where=None, name=name, recognises=recognises, **what)
+
+
+def constant_plan(runs: str) -> Callable[[Any, Options], Plan]:
+    return lambda instance, options: Plan(runs)
 
 
 # A time that is known
