@@ -101,12 +101,12 @@ def _operator(module: Any, shape: Any) -> LatentOperator:
         first = module.lin1[1]
         sizes = {"time_features": first.in_features, "hidden": first.out_features}
         A: Any = TimeLowRank(module.out_features, module.lora_features, **sizes)
-        pairs = (A.u_net, module.lin2), (A.v_net, module.lin1)  # rows times A1 A2^T are columns under A2 A1^T
+        pairs = [(A.u_net, module.lin2), (A.v_net, module.lin1)]  # rows times A1 A2^T are columns under A2 A1^T
     elif _is_a(module, "LinearKernel"):
         channels, *sides = shape
         widths = [layer.in_features for layer in _linears(module.lin1)]
         A = TimeDepthwiseConv(channels, module.k, tuple(sides), widths[0], widths[1:])
-        pairs = ((A.net, module.lin1),)
+        pairs = [(A.net, module.lin1)]
     else:
         raise TypeError(
             f"linear_network must be a TimeDependentLoRALinearLayer or a LinearKernel; got {type(module).__name__}"

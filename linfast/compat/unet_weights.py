@@ -106,7 +106,7 @@ def unet_from_reference(net: Any) -> UNet:
     stem, *encoder = [layer for name, layer in net.enc.items() if "aux" not in name]
     *decoder, norm, head = [layer for name, layer in net.dec.items() if "aux" not in name or name.endswith(_LAST)]
     blocks = [*encoder, *decoder]
-    _check_options(net)
+    _check_options(net, norm)
     theirs = [block_options(block) for block in blocks]
     result = _architecture(net, stem, head, theirs[: len(encoder)]).to(stem.weight)
     mine = [*result.encoder, *result.decoder]
@@ -129,7 +129,7 @@ def unet_from_reference(net: Any) -> UNet:
 _LAST = ("aux_norm", "aux_conv")
 
 
-def _check_options(net: Any) -> None:
+def _check_options(net: Any, norm: Any) -> None:
     times = net.map_noise
     refuse(
         {
@@ -140,6 +140,7 @@ def _check_options(net: Any) -> None:
             "skip or residual encoders or decoders": any(
                 "aux" in name and not name.endswith(_LAST) for name in (*net.enc, *net.dec)
             ),
+            "other groups or another epsilon in its last norm": not is_standard_norm(norm),
         }
     )
 
