@@ -7,7 +7,6 @@
     run.py       accelerate and restore                               plain.py   register_adapter
     invert.py    memory="invert", with recall.py                      report.py  the report
     graph.py     cuda_graph=True                                      compiled.py  compile=True
-    constant_time.py  a time known for the whole batch
 
 Every other file is one library: its formulas, how an instance is recognised, what runs instead.
 """
@@ -20,10 +19,8 @@ from . import (
     nflows,
     normflows,
     normflows_masked,
-    reference,
     reference_g,
-    reference_sampling,
-    reference_song,
+    reference_linear,
     reference_unet,
     zuko,
 )
@@ -33,8 +30,7 @@ from .plain import register_adapter
 from .report import Report, Row
 from .run import DEFECTS, accelerate, restore
 
-add(*reference.ADAPTERS, *reference_g.ADAPTERS, reference_sampling.ADAPTER)
-add(*reference_unet.ADAPTERS, *reference_song.ADAPTERS)
+add(*reference_g.ADAPTERS, *reference_linear.ADAPTERS, *reference_unet.ADAPTERS)
 add(normflows.ADAPTER, normflows_masked.ADAPTER, *nflows.ADAPTERS)
 add(*freia.ADAPTERS, freia_all_in_one.ADAPTER, zuko.ADAPTER, *memcnn.ADAPTERS)
 add(*chains.ADAPTERS)

@@ -1,10 +1,12 @@
-"""The reference Linearizer repository's g.
+"""The research repository's g, layer by layer; its conditioners are in ``reference_unet``.
 
-    block   ActNorm, then y1 = (x1 + t) e^s with (t, s) = F(x2), y2 likewise of G(y1), then y = W (y1 | y2)
-    chain   an odd channel count squeezed 2 x 2, the blocks, and back
-    g       mode "gx" runs the chain at time 1, "gy" at time 0
+    ActNorm   (x + bias) e^log_scale
+    1x1       y = W x over channels
+    block     ActNorm, then y1 = (x1 + t) e^s with (t, s) = F(x2), y2 likewise of G(y1), then y = W (y1 | y2)
+    chain     an odd channel count squeezed 2 x 2, the blocks, and back
+    g         mode "gx" runs the chain at time 1, "gy" at time 0
 
-With memory="invert" a chain, or a block on its own, is rebuilt in the backward: each of ActNorm, the two
+With memory="invert" a chain, or a block on its own, is rebuilt in the backward: ActNorm, each of the two
 couplings and the 1x1 is one step.
 """
 
@@ -14,18 +16,76 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..flows.undo import Outputs
+from ..freeze import derived
+from ..linalg import inverse_or_nan
 from ..ops.affine_coupling import affine_coupling
+from ..ops.channel_mix import channel_mix
 from ..scale_maps import ScaleMap
 from .adapter import Draw, Options, Plan, Stub, Unfit
-from .constant_time import constant_time
 from .identity import changed_method, original_class
 from .invert import Part, parts_to_invert, run_inverting
-from .reference import constant_plan, has, reference_adapter
+from .reference_unet import constant_plan, constant_time, has, reference_adapter
 
 __all__ = ["ADAPTERS"]
+
+
+# ActNorm
+
+
+def _plan_actnorm(norm: Any, options: Options) -> Plan:
+    loaded = norm.initialized is False and _holds_values(norm)
+    if "actnorm_reinit" in options.keep_defects:
+        note = "kept: it throws loaded values away at its first batch"
+    else:
+        note = "fixed: it had loaded values and would have thrown them away at its first batch" if loaded else ""
+    return Plan("one multiply-add", note)
+
+
+def _is_initialised(norm: Any) -> bool:
+    """Its own flag; values that were loaded, and which a plain bool does not know of, are not initialised over."""
+    if norm.initialized is False and "actnorm_reinit" not in norm._linfast_plan.options.keep_defects:
+        norm.initialized = _holds_values(norm)
+    return bool(norm.initialized)
+
+
+def _holds_values(norm: Any) -> bool:
+    return bool((norm.bias != 0).any() or (norm.log_scale != 0).any())
+
+
+def _actnorm(norm: Any, x: Tensor) -> Tensor:
+    if not _is_initialised(norm):
+        norm._init(x)
+    scale = norm.log_scale.exp()
+    return torch.addcmul(norm.bias * scale, x, scale)
+
+
+def _actnorm_inverse(norm: Any, y: Tensor) -> Tensor:
+    if not _is_initialised(norm):
+        return y
+    return torch.addcmul(-norm.bias, y, (-norm.log_scale).exp())
+
+
+def _probe_actnorm(norm: Any, draw: Draw) -> Sequence[Tensor]:
+    shape = (3, norm.bias.shape[1], 2, 3)
+    if norm.initialized is False:
+        norm.initialized = _holds_values(norm)  # the defect is not compared
+    return [norm.forward(draw(*shape)), norm.inverse(draw(*shape))]
+
+
+# Invertible 1x1
+
+
+def _mix_inverse(mix: Any, y: Tensor) -> Tensor:
+    return channel_mix(y, derived(mix, "inverse", lambda: inverse_or_nan(mix.W).to(mix.W.dtype)))
+
+
+def _probe_mix(mix: Any, draw: Draw) -> Sequence[Tensor]:
+    shape = (3, len(mix.W), 2, 3)
+    return [mix.forward(draw(*shape)), mix.inverse(draw(*shape))]
 
 
 # Block
@@ -46,28 +106,14 @@ def _check_block(block: Any) -> None:
             raise Unfit(f"the {changed} of its AffineCoupling was replaced")
 
 
-def _block(block: Any, X: Tensor, t: Any) -> Tensor:
-    parts = parts_to_invert(block, X, _block_parts)
+def _run_block(block: Any, x: Tensor, t: Any, inverse: bool) -> Tensor:
+    parts = parts_to_invert(block, x, _block_parts)
     if parts is not None:
-        return run_inverting(block, parts, X, {"t": t}, inverse=False)[0]
-    x = X if block.actnorm is None else block.actnorm(X)
-    x = _couple(block.F, x, t, "first", inverse=False)
-    return block.mix(_couple(block.G, x, t, "second", inverse=False))
-
-
-def _block_inverse(block: Any, Y: Tensor, t: Any) -> Tensor:
-    parts = parts_to_invert(block, Y, _block_parts)
-    if parts is not None:
-        return run_inverting(block, parts, Y, {"t": t}, inverse=True)[0]
-    y = _couple(block.G, block.mix.inverse(Y), t, "second", inverse=True)
-    x = _couple(block.F, y, t, "first", inverse=True)
-    return x if block.actnorm is None else block.actnorm.inverse(x)
-
-
-def _couple(coupling: Any, x: Tensor, t: Any, moves: str, inverse: bool) -> Tensor:
-    first, second = x.chunk(2, 1)
-    params = coupling.cond(second if moves == "first" else first, t)
-    return affine_coupling(x, params, ScaleMap("clamp", coupling.clamp), moves=moves, inverse=inverse)[0]
+        return run_inverting(block, parts, x, {"t": t}, inverse)[0]
+    parts = _block_parts(block)
+    for part in reversed(parts) if inverse else parts:
+        x, _ = part.run(part.module, x, {"t": t}, inverse)
+    return x
 
 
 def _block_parts(block: Any, where: str = "") -> list[Part]:
@@ -83,7 +129,10 @@ def _run_layer(layer: Any, x: Tensor, context: Mapping[str, Any], inverse: bool)
 
 
 def _run_coupling(moves: str, coupling: Any, x: Tensor, context: Mapping[str, Any], inverse: bool) -> Outputs:
-    return _couple(coupling, x, context["t"], moves, inverse), None
+    first, second = x.chunk(2, 1)
+    params = coupling.cond(second if moves == "first" else first, context["t"])
+    clamp = ScaleMap("clamp", coupling.clamp)
+    return affine_coupling(x, params, clamp, moves=moves, inverse=inverse)[0], None
 
 
 def _stub_conditioners(block: Any, draw: Draw, size: float = 1.5) -> int:
@@ -116,14 +165,6 @@ def _check_chain(chain: Any) -> None:
         _check_block(block)
 
 
-def _chain(chain: Any, X: Tensor, t: Any) -> Tensor:
-    return _run_chain(chain, X, t, "forward")
-
-
-def _chain_inverse(chain: Any, Y: Tensor, t: Any) -> Tensor:
-    return _run_chain(chain, Y, t, "inverse")
-
-
 def _run_chain(chain: Any, x: Tensor, t: Any, method: str) -> Tensor:
     parts = parts_to_invert(chain, x, _chain_parts)
     if parts is None:
@@ -151,14 +192,6 @@ def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
 _TIMES = {"gx": 1.0, "gy": 0.0}
 
 
-def _g(g: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    return g.g(x, _time(x, kwargs["mode"]))
-
-
-def _g_inverse(g: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    return g.g.inverse(x, _time(x, kwargs["mode"]))
-
-
 def _time(x: Tensor, mode: str) -> Tensor:
     if mode not in _TIMES:
         raise NotImplementedError(f"No such mode exists: {mode}")
@@ -177,9 +210,26 @@ def _probe_g(g: Any, draw: Draw) -> Sequence[Tensor]:
 
 ADAPTERS = (
     reference_adapter(
+        "ActNorm2d",
+        has("bias", "log_scale", "initialized", "_init"),
+        methods={"forward": _actnorm, "inverse": _actnorm_inverse},
+        plan=_plan_actnorm,
+        probe=_probe_actnorm,
+    ),
+    reference_adapter(
+        "Inv1x1Conv",
+        has("W"),
+        methods={"forward": lambda mix, x: channel_mix(x, mix.W), "inverse": _mix_inverse},
+        plan=constant_plan("channel mix"),
+        probe=_probe_mix,
+    ),
+    reference_adapter(
         "InvUnetBlock",
         has("F", "G", "mix", "actnorm"),
-        methods={"forward": _block, "inverse": _block_inverse},
+        methods={
+            "forward": lambda block, X, t: _run_block(block, X, t, inverse=False),
+            "inverse": lambda block, Y, t: _run_block(block, Y, t, inverse=True),
+        },
         plan=_plan_block,
         probe=_probe_block,
         inner=lambda block: (block.F, block.G),
@@ -190,7 +240,10 @@ ADAPTERS = (
         "InvUnet",
         has("blocks", "squeeze", "use_squeeze"),
         chain=True,
-        methods={"forward": _chain, "inverse": _chain_inverse},
+        methods={
+            "forward": lambda chain, X, t: _run_chain(chain, X, t, "forward"),
+            "inverse": lambda chain, Y, t: _run_chain(chain, Y, t, "inverse"),
+        },
         plan=_plan_chain,
         probe=_probe_chain,
         inner=lambda chain: (*chain.blocks, *(m for block in chain.blocks for m in (block.F, block.G))),
@@ -199,7 +252,10 @@ ADAPTERS = (
     reference_adapter(
         "InverseUnet",
         has("g", "dim"),
-        methods={"forward": _g, "inverse": _g_inverse},
+        methods={
+            "forward": lambda g, x, **kwargs: g.g(x, _time(x, kwargs["mode"])),
+            "inverse": lambda g, x, **kwargs: g.g.inverse(x, _time(x, kwargs["mode"])),
+        },
         plan=constant_plan("one time for the batch"),
         probe=_probe_g,
         hollow=lambda g: (g.g,),

@@ -1,199 +1,230 @@
-"""The conditioners of the reference repository: the DDPM++ U-Net (Song et al., 2021) in EDM's form.
+"""The conditioners of the research repository: DDPM++ U-Nets (Song et al., 2021) in EDM's form.
 
-    block   h = conv0(silu(norm0(x)));  h = silu(norm1(h + affine(emb))), or silu(norm1(h) (1 + scale) + shift)
-            x = (skip(x) + conv1(dropout(h))) skip_scale;  x = (x + proj(attention(norm2(x)))) skip_scale
+Each UNetBlock runs as a ``flows.unet_blocks.ResidualBlock`` whose weights are computed from the block's own
+at every call: the formulas, the kernels and the dropout masks are those of ``lf.UNet`` and ``from_reference``.
+A block with an option that ResidualBlock does not have is left alone.
 
-What is different from the original:
-attention by scaled_dot_product_attention, which keeps no N x N weights; GroupNorm and SiLU in one op, or on
-a CPU computed again in the backward and not kept; biases inside the convolutions, and a time that is the same
-for the whole batch embedded once and added to the bias; resampling with the filter [1, 1] as mean and
-nearest-neighbour. Dropout draws the same masks. What is around the blocks is in ``reference_song``.
+A time that is one number for the whole batch is embedded once. Inside ``linfast.freeze`` a known one, as g's, is
+embedded at the first call only, and so is each block's ``affine`` of the embedding. The number travels on the
+tensor itself, through code of others that only passes it on, so that no device is asked what the tensor holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..flows.memory import inverts
-from .adapter import Draw, Options, Plan, Unfit
-from .norm_silu import norm_silu
-from .reference import has, reference_adapter
+from ..compat.unet_weights import block_options, block_weights
+from ..dispatch import autocast_dtype
+from ..flows.unet_blocks import in_nchw
+from ..freeze import derived, is_kept
+from ..ops.group_norm_silu import group_norm_silu
+from .adapter import Adapter, Draw, Options, Plan, Unfit
+from .identity import original_class
 
-__all__ = ["ADAPTERS", "AFFINE", "last_convs", "move_off_zero"]
-
-AFFINE = "_linfast_affine"
-"""Attribute of an embedding: every block's ``affine`` of it, where that was computed once for many calls."""
-
-
-# Convolution with resampling
+__all__ = ["ADAPTERS", "constant_plan", "constant_time", "has", "reference_adapter"]
 
 
-def _plan_conv(conv: Any, options: Options) -> Plan:
-    _check_conv(conv)
-    return Plan("convolution with its bias")
+# Adapters of the repository: people copy its classes into their own, so they are recognised by name and attributes
+# wherever they are defined, and then by their values, as all are.
 
 
-def _check_conv(conv: Any) -> None:
-    if not has("up", "down", "resample_filter", "weight", "bias")(conv):
-        raise Unfit(f"its {type(conv).__name__} is not the repository's Conv2d")
-    if conv.up or conv.down:
-        if getattr(conv, "fused_resample", False):
-            raise Unfit("resampling fused into the convolution")
-        if conv.resample_filter.shape != (1, 1, 2, 2) or not bool((conv.resample_filter == 0.25).all()):
-            raise Unfit("a resampling filter other than [1, 1]")
+def has(*names: str) -> Callable[[Any], bool]:
+    """Whether an instance has all these attributes; one that raises is there: it raises again where it is read."""
+
+    def is_there(instance: Any, name: str) -> bool:
+        try:
+            return hasattr(instance, name)
+        except Exception:
+            return True
+
+    return lambda instance: all(is_there(instance, name) for name in names)
 
 
-def _conv(conv: Any, x: Tensor) -> Tensor:
-    return _convolve(conv, x, None)
+def reference_adapter(name: str, recognises: Callable[[Any], bool], **what: Any) -> Adapter:
+    return Adapter(library="reference", where=None, name=name, recognises=recognises, **what)
 
 
-def _convolve(conv: Any, x: Tensor, extra_bias: Tensor | None) -> Tensor:
-    """Resample, convolve, add the bias, and with it ``extra_bias`` [C]."""
-    if conv.up:
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-    if conv.down:
-        x = F.avg_pool2d(x, 2)
-    if conv.weight is None:
-        return x
-    bias = None if conv.bias is None else conv.bias.to(x.dtype)
-    if extra_bias is not None:
-        bias = extra_bias if bias is None else bias + extra_bias
-    return F.conv2d(x, conv.weight.to(x.dtype), bias, padding=conv.weight.shape[-1] // 2)
+def constant_plan(runs: str) -> Callable[[Any, Options], Plan]:
+    return lambda instance, options: Plan(runs)
 
 
-def _probe_conv(conv: Any, draw: Draw) -> Sequence[Tensor]:
-    return [conv.forward(draw(2, conv.in_channels, 4, 6))]
+# A time that is known
 
 
-# U-Net block
+_VALUE = "_linfast_value"
 
 
-def _plan_block(block: Any, options: Options) -> Plan:
-    for conv in (block.conv0, block.conv1, block.skip, *((block.qkv, block.proj) if block.num_heads else ())):
-        if conv is not None:
-            _check_conv(conv)
-    for norm in _norms(block):
-        if not has("num_groups", "eps", "weight", "bias")(norm):
-            raise Unfit(f"its {type(norm).__name__} is not the repository's GroupNorm")
-    return Plan("GroupNorm + SiLU, attention by SDPA" if block.num_heads else "GroupNorm + SiLU")
+def constant_time(value: float, x: Tensor) -> Tensor:
+    """t [B] for x [B, ...], one number expanded, which ``_first_of`` recognises."""
+    return _marked(torch.full((1,), value, device=x.device), value, x.shape[0])
 
 
-def _norms(block: Any) -> tuple[nn.Module, ...]:
-    return (block.norm0, block.norm1, *((block.norm2,) if block.num_heads else ()))
+def _first_of(t: Tensor) -> Tensor:
+    """[1], of a t [B] that is one number expanded; any other t as it is."""
+    if t.ndim != 1 or t.shape[0] < 2 or t.stride(0) != 0:
+        return t
+    return _marked(t[:1], getattr(t, _VALUE, None))
+
+
+def _marked(t: Tensor, value: float | None, rows: int | None = None) -> Tensor:
+    """``t``, expanded to that many rows, with the number that it was computed from."""
+    t = t if rows is None else t.expand(rows)
+    if value is not None and not torch.compiler.is_compiling():
+        setattr(t, _VALUE, value)
+    return t
+
+
+# One block
 
 
 def _inner(block: Any) -> tuple[nn.Module, ...]:
-    convs = (block.conv0, block.conv1, block.skip, *((block.qkv, block.proj) if block.num_heads else ()))
-    return (*_norms(block), *(conv for conv in convs if conv is not None))
+    names = ("norm0", "norm1", "norm2", "conv0", "conv1", "skip", "qkv", "proj")
+    return tuple(module for name in names if (module := getattr(block, name, None)) is not None)
+
+
+def _plan_block(block: Any, options: Options) -> Plan:
+    try:
+        return Plan("residual block of lf.UNet", layout=block_options(block).empty())
+    except ValueError as error:
+        raise Unfit(str(error)) from error
 
 
 def _block(block: Any, x: Tensor, emb: Tensor) -> Tensor:
-    ready = getattr(emb, AFFINE, None)
-    params = (block.affine(emb) if ready is None else ready[block]).to(x.dtype)
-    h = norm_silu(x, block.norm0)
-    if block.adaptive_scale:
-        scale, shift = params.chunk(2, 1)
-        h = norm_silu(_convolve(block.conv0, h, None), block.norm1, _rows(scale, x), _rows(shift, x))
-    else:
-        shared = params.shape[0] == 1
-        h = _convolve(block.conv0, h, params[0] if shared else None)
-        h = norm_silu(h if shared else h + params[:, :, None, None], block.norm1)
-    if block.training and block.dropout:  # the mask follows the order in memory, which without gradients may differ
-        h = F.dropout(h.contiguous(), p=block.dropout)
-    h = _convolve(block.conv1, h, None)
-    skip = x if block.skip is None else _convolve(block.skip, x, None)
-    x = h.add_(skip).mul_(block.skip_scale)
-    if block.num_heads:
-        x = _attend(block, x).add_(x).mul_(block.skip_scale)
-    return x
+    layout = torch.contiguous_format if in_nchw(x) else torch.channels_last
+
+    def weights() -> dict[str, Tensor]:
+        cast = {name: tensor.to(x.dtype) for name, tensor in block_weights(block).items()}
+        return {n: t.contiguous(memory_format=layout) if t.ndim == 4 else t for n, t in cast.items()}
+
+    own = _with_tensors(block._linfast_plan.layout, derived(block, ("weights", x.dtype, layout), weights))
+    own.training = block.training
+    return own(x.contiguous(memory_format=layout), _shift(block, emb, x.dtype))
 
 
-def _rows(params: Tensor, x: Tensor) -> Tensor:
-    return params.expand(x.shape[0], -1)
+def _shift(block: Any, emb: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the first convolution's output: [C] where one time serves the batch, else [B, C]."""
+
+    def compute() -> Tensor:
+        rows = block.affine(emb).to(dtype) + block.conv0.bias.to(dtype)
+        return rows[0] if rows.shape[0] == 1 else rows
+
+    value = getattr(emb, _VALUE, None)
+    if value is None:
+        return compute()
+    return derived(block, ("shift", value, dtype, autocast_dtype(emb.device.type)), compute)
 
 
-def _attend(block: Any, x: Tensor) -> Tensor:
-    """proj(attention(norm2(x))); the channels of qkv are q, k and v in turn."""
-    qkv = _convolve(block.qkv, norm_silu(x, block.norm2, activation=False), None)
-    shape = (x.shape[0], block.num_heads, x.shape[1] // block.num_heads, 3, x.shape[2:].numel())
-    q, k, v = qkv.reshape(shape).permute(3, 0, 1, 4, 2).contiguous().unbind(0)
-    if inverts("invert", x, 0.0):
-        a = _Attention.apply(q, k, v)
-    else:
-        a = _attention(q, k, v, plain=torch.is_grad_enabled() and not torch.compiler.is_compiling())
-    return _convolve(block.proj, a.transpose(2, 3).reshape(x.shape), None)
+def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
+    """A view of the module with these tensors as its parameters. The module is not changed: threads share it."""
+    view: nn.Module = object.__new__(type(module))
+    parameters = {name: p if p is None else tensors[prefix + name] for name, p in module._parameters.items()}
+    children = {
+        name: child if child is None else _with_tensors(child, tensors, f"{prefix}{name}.")
+        for name, child in module._modules.items()
+    }
+    vars(view).update(vars(module), _parameters=parameters, _modules=children)
+    return view
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *, plain: bool = False) -> Tensor:
-    """``plain``: by torch's own operations; the other kernels have no forward and no second derivatives."""
-    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v)
-
-
-class _Attention(torch.autograd.Function):
-    """One kernel's first derivatives, whose graph serves one backward; any others are computed again."""
-
-    @staticmethod
-    def forward(ctx: Any, *given: Tensor) -> Tensor:
-        ctx.save_for_backward(*given)
-        ctx.kept = ctx.needs_input_grad[0] and _with_graph(given)
-        return ctx.kept[0].detach() if ctx.kept else _attention(*given)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled():  # create_graph
-            given = [t.view_as(t) for t in ctx.saved_tensors]
-            return torch.autograd.grad(_attention(*given, plain=True), given, gradients, create_graph=True)
-        a, given = ctx.kept or _with_graph(ctx.saved_tensors)
-        ctx.kept = None
-        return torch.autograd.grad(a, given, gradients)
-
-
-def _with_graph(given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    own = [t.detach().requires_grad_() for t in given]
-    with torch.enable_grad():
-        return _attention(*own), own
-
-
-def last_convs(block: Any) -> tuple[nn.Module, ...]:
-    return (block.conv1, block.proj) if block.num_heads else (block.conv1,)
-
-
-def move_off_zero(draw: Draw, *convs: Any) -> None:
+def _move_off_zero(draw: Draw, *convs: Any) -> None:
     """Fresh networks end in weights of 1e-5, which would hide what comes before them."""
     for conv in convs:
         conv.weight = nn.Parameter(0.3 * draw(*conv.weight.shape).detach())
 
 
+def _last_convs(block: Any) -> tuple[nn.Module, ...]:
+    return (block.conv1, block.proj) if block.num_heads else (block.conv1,)
+
+
 def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
-    move_off_zero(draw, *last_convs(block))
+    _move_off_zero(draw, *_last_convs(block))
     emb = block.affine.in_features
     x = (block.in_channels, 4, 4)
     return [block.forward(draw(2, *x), draw(2, emb)), block.forward(draw(2, *x), draw(1, emb))]
 
 
-_LAYERS = ("norm0", "conv0", "affine", "norm1", "conv1", "skip")
+# The U-Net: e = silu(W1 silu(W0 [cos | sin])); x through the encoder's layers, each output kept; x = (x | kept)
+# through the decoder's; out = conv(silu(norm(x)))
+
+
+def _plan_net(net: Any, options: Options) -> Plan:
+    if net.map_label is not None or net.map_augment is not None:
+        raise Unfit("its net embeds labels")
+    *layers, norm, conv = net.dec
+    ends = norm.endswith("_aux_norm") and conv.endswith("_aux_conv")
+    if any("aux" in name for name in (*net.enc, *layers)) or not ends:
+        raise Unfit("its encoder or decoder is not the standard one")
+    if not has("num_groups", "eps", "weight", "bias")(net.dec[norm]):
+        raise Unfit(f"its {type(net.dec[norm]).__name__} is not the repository's GroupNorm")
+    return Plan("a time of the whole batch embedded once")
+
+
+def _net(net: Any, x: Tensor, noise_labels: Tensor, class_labels: Any, augment_labels: Any = None) -> Tensor:
+    emb = _embedding(net, _first_of(noise_labels), torch.promote_types(x.dtype, torch.float32))
+    kept = []
+    for layer in net.enc.values():
+        x = layer(x, emb) if _is_block(layer) else layer(x)
+        kept.append(x)
+    *layers, norm, conv = net.dec.values()
+    for layer in layers:
+        x = torch.cat((x, kept.pop()), 1) if x.shape[1] != layer.in_channels else x
+        x = layer(x, emb)
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    return conv(group_norm_silu(x, norm.num_groups, weight, bias, eps=norm.eps))
+
+
+def _embedding(net: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, n]; of a known time it is kept while the weights are promised still, and marked for ``_shift``."""
+
+    def compute() -> Tensor:
+        emb = net.map_noise(times).to(dtype).unflatten(1, (2, -1)).flip(1).flatten(1)
+        return F.silu(net.map_layer1(F.silu(net.map_layer0(emb))))
+
+    value = getattr(times, _VALUE, None)
+    if value is None or not is_kept(net):
+        return compute()
+    key = ("embedding", value, dtype, autocast_dtype(times.device.type))
+    return derived(net, key, lambda: _marked(compute(), value))
+
+
+def _is_block(layer: nn.Module) -> bool:
+    return original_class(layer).__qualname__ == "UNetBlock"
+
+
+def _probe_net(net: Any, draw: Draw) -> Sequence[Tensor]:
+    layers = [*net.enc.values(), *net.dec.values()]
+    _move_off_zero(draw, layers[-1], *(conv for block in layers if _is_block(block) for conv in _last_convs(block)))
+    side = 2 ** sum(name.endswith("_down") for name in net.enc)
+    x = (2, layers[0].in_channels, 2 * side, side)
+    return [net.forward(draw(*x), draw(n), None) for n in (2, 1)]
+
+
 _SETTINGS = ("skip_scale", "adaptive_scale", "num_heads", "dropout")
 
 ADAPTERS = (
     reference_adapter(
-        "Conv2d", has("resample_filter"), methods={"forward": _conv}, plan=_plan_conv, probe=_probe_conv
-    ),
-    reference_adapter(
         "UNetBlock",
-        has(*_LAYERS, *_SETTINGS),
+        has("norm0", "conv0", "affine", "norm1", "conv1", "skip", *_SETTINGS),
         methods={"forward": _block},
         plan=_plan_block,
         probe=_probe_block,
+        settings=_SETTINGS,
         inner=_inner,
         compiles=lambda block: (block,),
+        tolerance=1e-6,  # the original's attention drops to float32
+    ),
+    reference_adapter(
+        "SongUNet",
+        has("map_noise", "map_layer0", "map_layer1", "map_label", "map_augment", "enc", "dec"),
+        methods={"forward": _net},
+        plan=_plan_net,
+        probe=_probe_net,
+        inner=lambda net: [layer for name, layer in net.dec.items() if name.endswith("_aux_norm")],
         tolerance=1e-6,  # the original's attention drops to float32
     ),
 )

@@ -1,6 +1,6 @@
-"""from_reference: a model of the reference repository as a linfast Linearizer, weights and all.
+"""from_reference: a model of the research repository as a linfast Linearizer with the same weights.
 
-The model is read by the names and attributes of its classes; nothing of the repository is
+The model is read by the names and attributes of its classes. Nothing of the repository is
 imported, and the model is left as it is.
 
     OneStepLinearizer, StyleLinearizer      Linearizer(g.at(t=1.0), A, g.at(t=0.0))
@@ -9,8 +9,8 @@ imported, and the model is left as it is.
     TimeDependentLoRALinearLayer            TimeLowRank
     LinearKernel                            TimeDepthwiseConv
 
-What is folded: both biases that reach one convolution's output into one, the block's factor
-1 / sqrt(2) into the weights, and the order of attention's q, k and v channels.
+Folded into the weights are the block's factor 1 / sqrt(2), the biases that reach one convolution's output,
+and the order of attention's q, k and v channels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..dispatch import check_values, tensors_of
 from ..flows import ActNorm, AffineCoupling, Bijection, Flow, Inverse, Mix, Squeeze
@@ -77,17 +77,16 @@ def _flow(name: str, network: Any, memory: str) -> Flow:
 def _block(block: Any) -> list[Bijection]:
     features = block.mix.W.shape[0]
     mix = Mix(features, "free").to(block.mix.W)
-    _copy(mix.weight, block.mix.W)
+    mix.load_state_dict({**mix.state_dict(), "weight": block.mix.W})
     couplings = [_coupling(block.F, features, "first"), _coupling(block.G, features, "second")]
     return [*([] if block.actnorm is None else [_actnorm(block.actnorm)]), *couplings, mix]
 
 
 def _actnorm(actnorm: Any) -> ActNorm:
     result = ActNorm(actnorm.bias.numel()).to(actnorm.bias)
-    _copy(result.bias, actnorm.bias.flatten())
-    _copy(result.log_scale, actnorm.log_scale.flatten())
     trained = bool(actnorm.initialized) or any(bool(p.count_nonzero()) for p in actnorm.parameters())
-    result.load_state_dict({**result.state_dict(), "initialized": torch.tensor(trained)})
+    values = {"bias": actnorm.bias.flatten(), "log_scale": actnorm.log_scale.flatten()}
+    result.load_state_dict({**values, "initialized": torch.tensor(trained)})
     return result
 
 
@@ -100,46 +99,28 @@ def _coupling(coupling: Any, features: int, moves: str) -> AffineCoupling:
 
 def _operator(module: Any, shape: Any) -> LatentOperator:
     if _is_a(module, "TimeDependentLoRALinearLayer"):
-        return _low_rank(module)
-    if _is_a(module, "LinearKernel"):
-        return _depthwise(module, shape)
-    raise TypeError(
-        f"linear_network must be a TimeDependentLoRALinearLayer or a LinearKernel; got {type(module).__name__}"
-    )
-
-
-def _low_rank(module: Any) -> TimeLowRank:
-    first = module.lin1[1]
-    A = TimeLowRank(
-        module.out_features, module.lora_features, time_features=first.in_features, hidden=first.out_features
-    ).to(first.weight)
-    _copy_layers(A.u_net, module.lin2)  # rows times A1 A2^T are columns under A2 A1^T
-    _copy_layers(A.v_net, module.lin1)
+        first = module.lin1[1]
+        sizes = {"time_features": first.in_features, "hidden": first.out_features}
+        A: Any = TimeLowRank(module.out_features, module.lora_features, **sizes)
+        pairs = [(A.u_net, module.lin2), (A.v_net, module.lin1)]  # rows times A1 A2^T are columns under A2 A1^T
+    elif _is_a(module, "LinearKernel"):
+        channels, *sides = shape
+        widths = [layer.in_features for layer in _linears(module.lin1)]
+        A = TimeDepthwiseConv(channels, module.k, tuple(sides), widths[0], widths[1:])
+        pairs = [(A.net, module.lin1)]
+    else:
+        raise TypeError(
+            f"linear_network must be a TimeDependentLoRALinearLayer or a LinearKernel; got {type(module).__name__}"
+        )
+    A.to(next(module.parameters()))
+    for mine, theirs in pairs:
+        for own, layer in zip(mine.layers, _linears(theirs), strict=True):
+            own.load_state_dict(layer.state_dict())
     return A
-
-
-def _depthwise(module: Any, shape: Any) -> TimeDepthwiseConv:
-    linears = _linears(module.lin1)
-    channels, height, width = shape
-    hidden = [layer.out_features for layer in linears[:-1]]
-    A = TimeDepthwiseConv(channels, module.k, (height, width), linears[0].in_features, hidden)
-    A.to(linears[0].weight)
-    _copy_layers(A.net, module.lin1)
-    return A
-
-
-def _copy_layers(target: MLP, source: nn.Module) -> None:
-    for mine, theirs in zip(target.layers, _linears(source), strict=True):
-        mine.load_state_dict(theirs.state_dict())
 
 
 def _linears(source: nn.Module) -> list[nn.Linear]:
     return [layer for layer in source.children() if isinstance(layer, nn.Linear)]
-
-
-def _copy(target: Tensor, source: Tensor) -> None:
-    with torch.no_grad():
-        target.copy_(source)
 
 
 def _is_a(module: object, name: str) -> bool:

@@ -41,15 +41,14 @@ class UNet(nn.Module):
     """[B, C_in, H, W] (+ time) -> [B, C_out, H, W].
 
     A t that is a number or 0-d is folded into the biases of the convolutions; a t [B] costs one
-    addition a block more. Second derivatives exist only under
-    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``: fused attention has none.
+    more addition per block. Second derivatives of its attention are computed by torch's plain operations.
 
     Args:
         channels_in, channels_out: C_in and C_out.
         resolution: H = W of the images it is meant for: decides which levels have attention.
         width: channels at the first level; a multiple of 4.
         channel_mult: channels of each level, in units of ``width``.
-        blocks: residual blocks a level.
+        blocks: residual blocks per level.
         attention_resolutions: levels of these resolutions have self-attention.
         dropout: probability; in training only.
         time_features: size of the sinusoidal embedding of ``t``; 0 for none.
@@ -91,7 +90,7 @@ class UNet(nn.Module):
         self.stem = conv3x3(channels_in, width)
         encoder: list[_Block] = []
         self.encoder = nn.ModuleList()
-        for block in self._encoder_blocks():  # each is built before the next is thought of: blocks may be 10^9
+        for block in self._encoder_blocks():  # one at a time: ``blocks`` may be 10^9, and fails early
             encoder.append(block)
             self.encoder.append(self._block(block))
         decoder = self._decoder_blocks([width, *(block.channels_out for block in encoder)])

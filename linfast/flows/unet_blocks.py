@@ -11,7 +11,7 @@ the time and the bias of conv0. conv1, P and W_o hold EDM's factor s in their we
 conv1's bias that of P: a block ends in one addition.
 
 Activations are kept in channels_last, in which a 1 x 1 convolution is a matrix product on
-[B H W, C]; on a CPU in NCHW (see ``in_nchw``), in which it is one a sample.
+[B H W, C]; on a CPU in NCHW (see ``in_nchw``), in which it is one product per sample.
 
 Source: the DDPM++ network of EDM (Karras et al., arXiv 2206.00364).
 """
@@ -19,21 +19,25 @@ Source: the DDPM++ network of EDM (Karras et al., arXiv 2206.00364).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dispatch import uses_triton
 from ..ops.conv2d_fused import conv2d_fused
 from ..ops.group_norm_silu import group_norm_silu
+from .memory import inverts
 from .stack import is_plain
 
-__all__ = ["SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "in_nchw", "norm"]
+__all__ = ["EPS", "SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "group_count", "in_nchw", "norm"]
 
 SKIP_SCALE = math.sqrt(0.5)
-_EPS = 1e-6
+EPS = 1e-6
 _GROUP_CHANNELS, _MAX_GROUPS = 4, 32
 
 
@@ -59,12 +63,17 @@ class _GroupNorm(nn.GroupNorm):
         return conv2d_fused(x, weight, bias, groups=self.num_groups, eps=self.eps, **parameters, **options)
 
 
-def norm(channels: int) -> _GroupNorm:
+def group_count(channels: int) -> int:
     """Groups of four channels, at most 32 groups."""
-    groups = min(_MAX_GROUPS, channels // _GROUP_CHANNELS)
+    return min(_MAX_GROUPS, channels // _GROUP_CHANNELS)
+
+
+def norm(channels: int) -> _GroupNorm:
+    """A norm by ``group_count`` groups."""
+    groups = group_count(channels)
     if groups == 0 or channels % groups:
         raise ValueError(f"{channels} channels do not fall into {groups} groups: make the width a multiple of 4")
-    return _GroupNorm(groups, channels, eps=_EPS)
+    return _GroupNorm(groups, channels, eps=EPS)
 
 
 def conv3x3(channels_in: int, channels_out: int, bias: bool = True, zero: bool = False) -> nn.Conv2d:
@@ -186,7 +195,40 @@ class Attention(nn.Module):
     def _attended(self, rows: Tensor) -> Tensor:
         """[B, 1, H W, C] of q, k and v side by side [B, H W, 3 C]."""
         q, k, v = rows.unsqueeze(1).chunk(3, dim=-1)
+        if inverts("invert", rows, 0.0):  # in eager mode and where nothing but backward() differentiates
+            return _Attention.apply(q, k, v)
+        return _attention(q, k, v, plain=torch.is_grad_enabled() and not torch.compiler.is_compiling())
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *, plain: bool = False) -> Tensor:
+    """``plain``: by torch's own operations; the fused kernels have no forward and no second derivatives."""
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return F.scaled_dot_product_attention(q, k, v)
+
+
+class _Attention(torch.autograd.Function):
+    """The fused kernel's first derivatives, whose graph serves one backward; any others are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        ctx.save_for_backward(*given)
+        ctx.kept = any(ctx.needs_input_grad) and _with_graph(given)
+        return ctx.kept[0].detach() if ctx.kept else _attention(*given)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():  # create_graph
+            given = [t.view_as(t) for t in ctx.saved_tensors]
+            return torch.autograd.grad(_attention(*given, plain=True), given, gradients, create_graph=True)
+        a, given = ctx.kept or _with_graph(ctx.saved_tensors)
+        ctx.kept = None
+        return torch.autograd.grad(a, given, gradients)
+
+
+def _with_graph(given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    own = [t.detach().requires_grad_() for t in given]
+    with torch.enable_grad():
+        return _attention(*own), own
 
 
 def _mixed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:

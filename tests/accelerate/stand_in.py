@@ -67,7 +67,8 @@ class UNetBlock(nn.Module):
         self.norm1, self.conv1 = GroupNorm(cout, 1e-6), Conv2d(cout, cout, 3)
         self.skip = Conv2d(cin, cout, 1, up, down) if cin != cout or up or down else None
         if attention:
-            self.norm2, self.qkv, self.proj = GroupNorm(cout), Conv2d(cout, 3 * cout, 1), Conv2d(cout, cout, 1)
+            self.norm2 = GroupNorm(cout, 1e-6)
+            self.qkv, self.proj = Conv2d(cout, 3 * cout, 1), Conv2d(cout, cout, 1)
 
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x)))

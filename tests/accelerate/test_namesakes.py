@@ -142,7 +142,6 @@ def _raises(*_):
 ATTRIBUTES = {
     "Inv1x1Conv": ("W",),
     "ActNorm2d": ("bias", "log_scale", "initialized", "_init"),
-    "SongUNetWrapper": ("net",),
     "LinearKernel": ("lin1", "k", "get_matrix"),
     "InverseUnet": ("g", "dim"),
 }

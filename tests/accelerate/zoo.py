@@ -412,7 +412,7 @@ KINDS = {
     "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2, whole=8),
     "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2, whole=8),
     "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2, whole=8),
-    "reference": Kind("reference", reference(1), _run_reference, 25, shape=(1, 8, 8)),
+    "reference": Kind("reference", reference(1), _run_reference, 19, shape=(1, 8, 8)),
 }
 
 # Every library, scale map, mask and shape is in one of these at least; the others pair the same differently.

@@ -33,6 +33,7 @@ class Conv2d(nn.Module):
     def __init__(self, in_channels, out_channels, kernel, up=False, down=False):
         super().__init__()
         self.in_channels, self.out_channels, self.up, self.down = in_channels, out_channels, up, down
+        self.fused_resample = False
         self.weight, self.bias = _random(out_channels, in_channels, kernel, kernel), _random(out_channels, gain=0.1)
         self.register_buffer("resample_filter", torch.full((1, 1, 2, 2), 0.25) if up or down else None)
 
@@ -47,12 +48,12 @@ class Conv2d(nn.Module):
 class GroupNorm(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.num_groups = min(32, channels // 4)
+        self.num_groups, self.eps = min(32, channels // 4), 1e-6
         self.weight = nn.Parameter(1 + 0.1 * torch.randn(channels))
         self.bias = nn.Parameter(0.1 * torch.randn(channels))
 
     def forward(self, x):
-        return F.group_norm(x, self.num_groups, self.weight, self.bias, 1e-6)
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class UNetBlock(nn.Module):

@@ -196,6 +196,8 @@ def _set(path: str, value: object):
         (_set("dec.4x4_block0.skip_scale", 1.0), r"skip scale that is not sqrt\(1/2\)"),
         (_set("enc.2x2_down.conv0.resample_filter", torch.ones(1, 1, 4, 4)), r"filter that is not \[1, 1\]"),
         (lambda f: _net(f).enc.update({"2x2_aux_skip": nn.Identity()}), "skip or residual encoders"),
+        (_set("enc.4x4_block0.norm1.eps", 1e-5), "other groups or another epsilon in a norm"),
+        (_set("dec.4x4_aux_norm.eps", 1e-5), "another epsilon in its last norm"),
         (_set("dec.4x4_block0.num_heads", 1), "blocks are not those of a UNet"),
     ],
 )

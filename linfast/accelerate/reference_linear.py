@@ -1,12 +1,14 @@
-"""The reference repository's FlowMatcher: all sampling steps as one operator, from ``linfast.collapse``.
+"""The research repository's linear networks, and its FlowMatcher, which samples through them.
 
-    get_sampling_terms(device, T, sampling_method) -> B [N, N] with z B the latents after T - 1 steps of size 1 / T
-    sample_one_step(x, device, sampling_method, T, B=None) -> g_x^{-1}(g_y(x) B)
+    LoRA           x -> x A1(t) A2(t)^T per sample, never through an N x N matrix, in x's dtype also under autocast
+    LinearKernel   a depthwise kernel per sample, generated from t
+    FlowMatcher    get_sampling_terms(device, T, sampling_method) -> B [N, N], z B the latents after T - 1 steps
+                   of size 1 / T;  sample_one_step(...) -> g_x^{-1}(g_y(x) B)
 
-The original multiplies N x N matrices, one or three a step, and for "rk" leaves out the stages'
-composition (k3 = k2, and each k taken at the step's start), so that its one step is not its many
-steps: 32 dB in the paper. Here it is exact, and B stays factored unless it is asked for as a matrix. A class of
-this name whose "rk" is another scheme is left alone.
+The original FlowMatcher multiplies N x N matrices, one or three per step, and for "rk" leaves out the composition
+of the stages (k3 = k2, and each k taken at the step's start), so that its one step is not its many steps. Here
+``linfast.collapse`` makes all steps one operator, which is exact and stays factored unless B is asked for as a
+matrix. A class of this name whose "rk" is another scheme is left alone.
 """
 
 from __future__ import annotations
@@ -20,13 +22,58 @@ from torch import Tensor, nn
 
 from ..operators.base import LatentOperator
 from ..operators.time import TimeLowRank
+from ..ops.depthwise_conv import depthwise_conv
+from ..ops.low_rank import low_rank
 from ..sampling.collapsed import collapse
 from ..sampling.sampler import at_work
-from .adapter import Adapter, Draw, Options, Plan, Unfit
+from .adapter import Draw, Options, Plan, Unfit
 from .identity import PLAN, changed_method
-from .reference import LIBRARY, has, shrink_lora
+from .reference_unet import constant_plan, has, reference_adapter
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTERS"]
+
+
+# The linear networks
+
+
+_IS_LORA = has("lin1", "lin2", "out_features", "lora_features", "get_lin_t")
+
+
+def _lora(layer: Any, x: Tensor, **kwargs: Any) -> Tensor:
+    shape = (x.shape[0], layer.out_features, layer.lora_features)
+    A1, A2 = (net(kwargs["t"]).reshape(shape) for net in (layer.lin1, layer.lin2))
+    return low_rank(x.flatten(1), A2, A1).reshape(x.shape)
+
+
+class _OfTime(nn.Module):
+    """tanh(w t + b), [B, n] of t [B]."""
+
+    def __init__(self, n: int, draw: Draw) -> None:
+        super().__init__()
+        self.weight, self.bias = (nn.Parameter(draw(n).detach()) for _ in range(2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return torch.tanh(t.to(self.weight)[:, None] * self.weight + self.bias)
+
+
+def _shrink_lora(layer: Any, draw: Draw, n: int) -> None:
+    """Make this copy of a layer act on n numbers, with stubs: at N = 12288 the original needs gigabytes."""
+    layer.out_features, layer.lora_features = n, 2
+    layer._modules.update(lin1=_OfTime(2 * n, draw), lin2=_OfTime(2 * n, draw))
+
+
+def _probe_lora(layer: Any, draw: Draw) -> Sequence[Tensor]:
+    _shrink_lora(layer, draw, 6)
+    return [layer.forward(draw(3, 2, 1, 3), t=draw(3)), layer.get_lin_t(draw(2))]
+
+
+def _probe_kernel(layer: Any, draw: Draw) -> Sequence[Tensor]:
+    layer._modules["lin1"] = _OfTime(3 * layer.k**2, draw)
+    return [layer.forward(draw(2, 3, 6, 7), t=draw(2))]
+
+
+# FlowMatcher
+
 
 _METHODS = {"euler": "euler", "rk": "rk4"}
 
@@ -42,21 +89,19 @@ class _LayerView(TimeLowRank):
         self.u_net, self.v_net = layer.lin2, layer.lin1
 
 
-def _plan(matcher: Any, options: Options) -> Plan:
+def _plan_matcher(matcher: Any, options: Options) -> Plan:
     layer = getattr(matcher.linearizer, "linear_network", None)
-    if not has("lin1", "lin2", "out_features", "lora_features", "get_lin_t")(layer):
+    if not _IS_LORA(layer):
         raise Unfit(f"its linear network is a {type(layer).__name__}, not the repository's LoRA layer")
     if changed_method(layer, ("get_lin_t",)) is not None:
         raise Unfit("the get_lin_t of its linear network was replaced")
     if "rk_collapse" in options.keep_defects:
-        return Plan(
-            "factored collapse for euler", "kept: the one step of rk is not its many steps", options=options
-        )
+        return Plan("factored collapse for euler", "kept: the one step of rk is not its many steps")
     return Plan("factored collapse", "fixed: the one step of rk is its many steps")
 
 
-def _operator(matcher: Any, method: str, T: int) -> LatentOperator | None:
-    """All steps in one; None where the original has to run."""
+def _all_steps(matcher: Any, method: str, T: int) -> LatentOperator | None:
+    """All steps as one operator; None where the original has to run."""
     kept = method == "rk" and "rk_collapse" in matcher._linfast_plan.options.keep_defects
     layer = matcher.linearizer.linear_network
     if method not in _METHODS or T < 2 or kept or "get_lin_t" in vars(layer):
@@ -66,7 +111,7 @@ def _operator(matcher: Any, method: str, T: int) -> LatentOperator | None:
 
 
 def _terms(matcher: Any, device: Any, T: int = 100, sampling_method: str = "euler") -> Tensor:
-    B = _operator(matcher, sampling_method, T)
+    B = _all_steps(matcher, sampling_method, T)
     if B is None:
         return matcher._linfast_original.get_sampling_terms(matcher, device, T, sampling_method)
     with torch.no_grad():
@@ -76,7 +121,7 @@ def _terms(matcher: Any, device: Any, T: int = 100, sampling_method: str = "eule
 def _sample(
     matcher: Any, x: Tensor, device: Any, sampling_method: str = "rk", T: int = 100, B: Tensor | None = None
 ) -> Tensor:
-    operator = _operator(matcher, sampling_method, T) if B is None else None
+    operator = _all_steps(matcher, sampling_method, T) if B is None else None
     if operator is None:
         return matcher._linfast_original.sample_one_step(matcher, x, device, sampling_method, T, B)
     f = matcher.linearizer
@@ -86,33 +131,25 @@ def _sample(
 
 
 _N, _STEPS, _ROUNDING = 6, 5, 1e-4
-"""Of the check: numbers a sample, steps, and how far float32 may take two ways to one matrix apart."""
+"""Of the check: numbers per sample, steps, and how far float32 may take two ways to one matrix apart."""
 
 
 class _Linearizer(nn.Module):
-    """The parts of a linearizer that the sampler touches, on few numbers a sample."""
+    """The parts of a linearizer that the sampler touches, on few numbers per sample."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.linear_network = layer
         self.net_gy = nn.Module()
         vars(self.net_gy)["dim"] = _N
-
-    def gx(self, x: Tensor) -> Tensor:
-        return x.sin()
-
-    def gy(self, x: Tensor) -> Tensor:
-        return x.tanh()
-
-    def gx_inverse(self, z: Tensor) -> Tensor:
-        return z.sinh()
+        self.gx, self.gy, self.gx_inverse = torch.sin, torch.tanh, torch.sinh
 
 
-def _probe(matcher: Any, draw: Draw) -> Sequence[Tensor]:
+def _probe_matcher(matcher: Any, draw: Draw) -> Sequence[Tensor]:
     layer = matcher.linearizer.linear_network
     widths = [name for name, value in vars(matcher).items() if type(value) is int and value == layer.out_features]
     vars(matcher).update(dict.fromkeys(widths, _N))  # forks keep the layer's width under a name of their own
-    shrink_lora(layer, draw, _N)
+    _shrink_lora(layer, draw, _N)
     matcher.linearizer = _Linearizer(layer)
     x = draw(3, 1, 2, _N // 2)
     if PLAN in vars(matcher) and "rk_collapse" not in matcher._linfast_plan.options.keep_defects:
@@ -140,7 +177,7 @@ def _check_rk(original: Any, x: Tensor) -> None:
 
 
 def _repository_rk(layer: Any, device: torch.device) -> Tensor:
-    """Of the repository: I + (k(t) + 4 k(t + h / 2) + k(t + h)) / 6 a step, k(t) = h (A_t - I) / (1 - t)."""
+    """The repository's: I + (k(t) + 4 k(t + h / 2) + k(t + h)) / 6 per step, k(t) = h (A_t - I) / (1 - t)."""
     h = 1 / _STEPS
     B = eye = torch.eye(_N, device=device)
 
@@ -157,17 +194,35 @@ def _agree(actual: Any, expected: Tensor) -> bool:
     return same and bool((actual - expected).norm() <= _ROUNDING * expected.norm())
 
 
-ADAPTER = Adapter(
-    library=LIBRARY,
-    where=None,
-    name="FlowMatcher",
-    methods={"get_sampling_terms": _terms, "sample_one_step": _sample},
-    plan=_plan,
-    probe=_probe,
-    recognises=has("linearizer"),
-    hollow=lambda matcher: (
-        *(getattr(matcher.linearizer, name) for name in ("net_gx", "net_gy")),
-        *(getattr(matcher.linearizer.linear_network, name) for name in ("lin1", "lin2")),
+ADAPTERS = (
+    reference_adapter(
+        "TimeDependentLoRALinearLayer",
+        _IS_LORA,
+        methods={"forward": _lora},
+        plan=constant_plan("low-rank product"),
+        probe=_probe_lora,
+        hollow=lambda layer: (layer.lin1, layer.lin2),
+        assumes=("get_lin_t",),
     ),
-    float64=False,  # its identity matrix is float32
+    reference_adapter(
+        "LinearKernel",
+        has("lin1", "k", "get_matrix"),
+        methods={"forward": lambda layer, x, **kwargs: depthwise_conv(x, layer.get_matrix(kwargs["t"]))},
+        plan=constant_plan("depthwise convolution"),
+        probe=_probe_kernel,
+        hollow=lambda layer: (layer.lin1,),
+        assumes=("get_matrix",),
+    ),
+    reference_adapter(
+        "FlowMatcher",
+        has("linearizer"),
+        methods={"get_sampling_terms": _terms, "sample_one_step": _sample},
+        plan=_plan_matcher,
+        probe=_probe_matcher,
+        hollow=lambda matcher: (
+            *(getattr(matcher.linearizer, name) for name in ("net_gx", "net_gy")),
+            *(getattr(matcher.linearizer.linear_network, name) for name in ("lin1", "lin2")),
+        ),
+        float64=False,  # its identity matrix is float32
+    ),
 )
