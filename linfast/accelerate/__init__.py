@@ -6,7 +6,6 @@
     verify.py    comparing with the original first                    couple.py  which of these runs
     run.py       accelerate and restore                               plain.py   register_adapter
     invert.py    memory="invert", with recall.py                      report.py  the report
-    graph.py     cuda_graph=True                                      compiled.py  compile=True
     constant_time.py  a time known for the whole batch
 
 Every other file is one library: its formulas, how an instance is recognised, what runs instead.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..flows.drift import DriftGuard
-from .graph import Graphs
 from .identity import find_class, original_class
 from .tail import Side
 
@@ -33,7 +32,6 @@ class Options:
     keep_defects: frozenset[str] = frozenset()
     memory: str = "store"
     precision: str | None = None
-    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Plan:
         seen: what it was made from, by ``Adapter.seen``; the adapter puts it in.
         values, settings: the same, by ``Adapter.values_of`` and ``Adapter.settings_of``.
         guard: of what the instance rebuilds in a backward.
-        graphs: the CUDA graphs captured of the instance's methods.
     """
 
     runs: str
@@ -61,7 +58,6 @@ class Plan:
     values: tuple[Tensor, ...] = field(default=(), compare=False)
     settings: tuple[Any, ...] = field(default=(), compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
-    graphs: Graphs = field(default_factory=Graphs, compare=False)
 
 
 Draw = Callable[..., Tensor]
@@ -93,14 +89,12 @@ class Adapter:
         assumes: methods that ``methods`` stand in for without replacing them.
         recognises: whether an instance has the attributes of the class that is meant.
         inner: modules that the replaced methods pass by; one with a hook keeps the original running.
-        conditioners: modules to report on and to compile; the check gets them without their weights.
+        conditioners: modules to report on; the check gets them without their weights.
         hollow: more modules whose weights the check does not need.
-        compiles: more modules to compile.
         sides: (instance, layout) -> the sides of a coupling, which the check needs where they run whole.
         vectors: (copy, draw, features) -> outputs, both ways on vectors, with its own conditioners.
         chain: whether the class runs other modules one after another, so that there is a reason to
             swap it only where ``options`` ask for what is done to a whole chain.
-        captures: methods that a CUDA graph may hold.
         stored: why a coupling that is in no chain stores its activations; "" for one that rebuilds its own.
         tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
     """
@@ -118,11 +112,9 @@ class Adapter:
     inner: Callable[[Any], Iterable[nn.Module]] = _nothing
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
     hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
-    compiles: Callable[[Any], Iterable[nn.Module]] = _nothing
     sides: Callable[[Any, Any], Sequence[Side]] = lambda instance, layout: ()
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = lambda instance, draw, features: ()
     chain: bool = False
-    captures: tuple[str, ...] = ()
     stored: str = "it is in no chain of a known class"
     tolerance: float = 1e-10
     float64: bool = True
@@ -134,7 +126,7 @@ class Adapter:
 
     def wanted(self, options: Options) -> bool:
         """Whether these options give a reason to swap the class."""
-        return not self.chain or options.memory != "store" or (options.cuda_graph and bool(self.captures))
+        return not self.chain or options.memory != "store"
 
     @torch.inference_mode(False)  # the plan outlives it
     def plan_for(self, instance: Any, options: Options) -> Plan:

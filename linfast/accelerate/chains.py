@@ -1,4 +1,4 @@
-"""Chains of libraries, which run their flows one after another, for memory="invert" and cuda_graph=True.
+"""Chains of libraries, which run their flows one after another, for memory="invert".
 
     nflows, glasflow   CompositeTransform      x -> (y, log_det), forward and inverse
     normflows          NormalizingFlow         forward, inverse, with log_det, log_prob, forward_kld, sample
@@ -29,8 +29,6 @@ Named = Iterator[tuple[str, nn.Module]]
 
 
 def _plan(parts_of: Callable[[Any], list[Part]], chain: Any, options: Options) -> Plan:
-    if options.memory != "invert":
-        return Plan("captured whole")
     parts = parts_of(chain)
     check_parts(parts)
     return Plan(f"{len(parts)} steps, rebuilt in the backward")
@@ -299,7 +297,6 @@ ADAPTERS = (
             methods={method: _nflows(method) for method in ("forward", "inverse")},
             probe=_probe_nflows,
             hollow=partial(_conditioners, _nflows_parts),
-            captures=("forward", "inverse"),
         )
         for library, where in _COMPOSITES.items()
     ),
@@ -312,7 +309,6 @@ ADAPTERS = (
         methods={name: _normflows(name, run) for name, run in _NORMFLOWS_METHODS.items()} | {"sample": _sample},
         probe=_probe_normflows,
         tolerance=1e-6,  # the original adds log_dets of float64 up in float32
-        captures=("forward", "forward_and_log_det", "inverse", "inverse_and_log_det"),
     ),
     _adapter(
         "FrEIA",
@@ -323,6 +319,5 @@ ADAPTERS = (
         methods={"forward": _sequence},
         probe=_probe_sequence,
         hollow=partial(_conditioners, _freia_parts),
-        captures=("forward",),
     ),
 )

@@ -203,6 +203,5 @@ ADAPTERS = (
         plan=constant_plan("one time for the batch"),
         probe=_probe_g,
         hollow=lambda g: (g.g,),
-        captures=("forward", "inverse"),
     ),
 )

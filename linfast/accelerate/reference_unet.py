@@ -193,7 +193,6 @@ ADAPTERS = (
         plan=_plan_block,
         probe=_probe_block,
         inner=_inner,
-        compiles=lambda block: (block,),
         tolerance=1e-6,  # the original's attention drops to float32
     ),
 )

@@ -20,7 +20,6 @@ from torch import nn
 
 from ..flows.drift import DriftGuard
 from .adapter import Adapter, Plan, Unfit
-from .graph import Graphs
 from .identity import PLAN, is_hooked, is_patched, keywords, positional
 
 __all__ = ["Swapped", "plan_of", "swap", "swap_back", "swapped_class"]
@@ -47,7 +46,7 @@ class Swapped:
         return (build, arguments, state, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        cls, plan = type(self), replace(plan_of(self), guard=DriftGuard(), graphs=Graphs())
+        cls, plan = type(self), replace(plan_of(self), guard=DriftGuard())
         parametrized = "_linfast_original" not in vars(
             cls
         )  # since: a class derived from ours, which torch does not pickle
@@ -119,7 +118,6 @@ def swapped_class(adapter: Adapter, original: type) -> type:
 def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
     """``run``, or the original where a hook or a patch that ``run`` would pass by is to be heeded."""
     before = getattr(original, name)
-    captures = name in adapter.captures
     order, accepted = positional(before), keywords(run)
 
     @functools.wraps(before)
@@ -135,8 +133,6 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
         for given in named:
             if accepted is not None and given not in accepted:
                 return before(self, *arguments, **named)
-        if captures and plan_of(self).options.cuda_graph:
-            return plan_of(self).graphs.run(run, self, arguments, named)
         return run(self, *arguments, **named)
 
     return method

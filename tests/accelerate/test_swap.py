@@ -305,9 +305,9 @@ def test_bad_options_are_named():
         lf.accelerate(model, memory="auto")
     with pytest.raises(ValueError, match="keep_defects must be a collection of actnorm_reinit, rk_collapse; got"):
         lf.accelerate(model, keep_defects=["rk"])
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA device"):
-            lf.accelerate(model, cuda_graph=True)
+    for removed in ("compile", "cuda_graph"):
+        with pytest.raises(TypeError, match=rf"takes no {removed}: .* with torch.compile\(model\), .* torch.cuda.graph"):
+            lf.accelerate(model, **{removed: True})
 
 
 def test_a_class_that_keeps_a_list_of_those_derived_from_it_does_not_hear_of_ours(registered):
@@ -335,20 +335,6 @@ def test_the_report_prints_as_a_table(registered):
     assert lines[3].startswith("2 ")
     assert lines[-1] == "2 of 3 recognised modules swapped"
     assert "no module of a known library" in str(lf.accelerate(nn.Linear(2, 2)))
-
-
-def test_compiling_marks_conditioners_only_and_is_undone(registered):
-    registered()
-    model = Coupling()
-    lf.accelerate(model, compile=True)
-    assert model.net._compiled_call_impl is not None
-    assert model._compiled_call_impl is None
-    lf.restore(model)
-    assert model.net._compiled_call_impl is None
-    model.net.compile()
-    lf.accelerate(model, compile=True)
-    lf.restore(model)
-    assert model.net._compiled_call_impl is not None  # the caller's
 
 
 def test_mlps_are_recognised():
