@@ -20,9 +20,9 @@ from ..flows.undo import Outputs
 from ..ops.affine_coupling import affine_coupling
 from ..scale_maps import ScaleMap
 from .adapter import Draw, Options, Plan, Stub, Unfit
+from .chain import Part, parts_to_invert, run_inverting
 from .constant_time import constant_time
 from .identity import changed_method, original_class
-from .invert import Part, parts_to_invert, run_inverting
 from .reference import constant_plan, has, reference_adapter
 
 __all__ = ["ADAPTERS"]

@@ -11,12 +11,20 @@ from torch import nn
 from ..checks import check_choice
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Plan, Unfit, adapter_for, parent_adapter
-from .identity import changed_method, is_hooked, is_patched, is_sharded, original_class, other_arguments
+from .coupling_launch import fits_whole
+from .identity import (
+    changed_method,
+    has_global_hook,
+    is_hooked,
+    is_patched,
+    is_sharded,
+    original_class,
+    other_arguments,
+)
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
 from .verify import check_values, difference, kind_of
-from .whole import fits_whole
 
 __all__ = ["DEFECTS", "accelerate", "restore"]
 
@@ -125,7 +133,9 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model must keep its attributes in a __dict__; {name} has __slots__ alone")
 
 
-def _check(model: Any, precision: str | None, memory: str, keep_defects: Collection[str], removed: Mapping[str, Any]) -> None:
+def _check(
+    model: Any, precision: str | None, memory: str, keep_defects: Collection[str], removed: Mapping[str, Any]
+) -> None:
     if removed:
         raise TypeError(_REMOVED.format(", ".join(removed)))
     _check_model(model)
@@ -172,7 +182,7 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
     except MemoryError:
         raise
     except Exception as error:  # of code that is not ours: the rest of the model is accelerated all the same
-        why = f"it is not built as {adapter.title} is: {type(error).__name__}: {str(error)[:80]}"
+        why = f"it is not built as {adapter.title} is: {type(error).__name__}: {error}"
         return Row(path, adapter.title, None, why, what)
     swap(instance, adapter, plan)
     takes_precision = plan.takes_precision or _runs_whole(instance, adapter, plan)
@@ -214,7 +224,7 @@ def _check_unchanged(instance: Any, adapter: Adapter) -> None:
         raise Unfit("a method was put on it: not the library's own")
     if not isinstance(instance, nn.Module):
         return
-    if not adapter.chain and nn.modules.module._has_any_global_hook():
+    if not adapter.chain and has_global_hook():
         raise Unfit("a global module hook is registered, which would be passed by: remove it first")
     inner = tuple(adapter.inner(instance))
     if any(is_hooked(module) for module in inner):
