@@ -60,13 +60,13 @@ def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int |
     known = [width for width in found if width is not None]
     if not known or len(known) < len(found):
         return None
-    rows = rows_in_cache(max(known), x.element_size())
+    rows = threads * rows_in_cache(max(known), x.element_size())
     return rows if x.shape[0] >= 2 * rows else None
 
 
 def rows_in_cache(width: int, size: int) -> int:
-    """How many rows of so many values, each of ``size`` bytes, all threads together take at a time."""
-    return torch.get_num_threads() * max(_SIZES.fewest, _SIZES.bytes // (width * size))
+    """How many rows of so many values, each of ``size`` bytes, a thread takes at a time."""
+    return max(_SIZES.fewest, _SIZES.bytes // (width * size))
 
 
 class _Asked(threading.local):
@@ -88,15 +88,17 @@ def all_lengths() -> Iterator[None]:
 
 def on_plain_cpu(x: Tensor) -> bool:
     """Whether x is on a CPU, where no kernel runs, so that only long batches gain by being cut."""
-    return x.device.type == "cpu" and not _asked.all_lengths and chosen_backend() != "triton"
+    return x.is_cpu and not _asked.all_lengths and chosen_backend() != "triton"
 
 
-def is_short(given: object) -> bool:
-    """Whether x, or the first of several, is a batch on a CPU that is too short to gain by being cut."""
+def is_short(given: Any, least: float) -> bool:
+    """Whether x, or the first of several, is on a CPU and has fewer rows per thread than gain by being cut."""
     x = given[0] if isinstance(given, (tuple, list)) and given else given
-    if not isinstance(x, Tensor) or not on_plain_cpu(x):
+    if not isinstance(x, Tensor) or not x.is_cpu or _asked.all_lengths or chosen_backend() == "triton":
         return False
-    return torch.compiler.is_compiling() or x.ndim == 0 or x.shape[0] < 2 * torch.get_num_threads() * _SIZES.fewest
+    if torch.compiler.is_compiling():  # which never cuts, and would keep the comparison
+        return True
+    return not x.ndim or x.shape[0] < least * torch.get_num_threads()
 
 
 def by_rows(work: Work, x: Tensor, rows: int) -> tuple[Tensor, Any]:

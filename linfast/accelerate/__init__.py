@@ -1,12 +1,16 @@
 """accelerate: make the modules of existing models run on linfast's ops, in place.
 
-engine.py    accelerate and restore: one walk over a model      report.py         what they did
-adapter.py   what is known of one class; all adapters by class   identity.py       is a module what its library made?
-swap.py      changing an object's class, and back                verify.py         comparing with the original first
-coupling.py  affine couplings, and which path runs them          coupling_launch.py  in one launch
-chain.py     memory="invert", with evaluate_once.py              mlp.py            recognising MLPs
-libraries/   one file per library: its couplings and its chain; plain.py is register_adapter
-reference*.py, constant_time.py, norm_silu.py                    the research repository's modules
+engine.py           accelerate and restore: one walk over a model
+report.py           what they did, as a table
+adapter.py          what is known of one class; all adapters by class
+identity.py         whether a module is what its library made of it
+swap.py             changing an object's class, and back
+verify.py           comparing with the original before anything is swapped
+coupling.py         affine couplings and which path runs them, with coupling_side.py and coupling_launch.py
+chain.py            memory="invert", with evaluate_once.py
+mlp.py              recognising conditioners as MLPs
+libraries/          one file per library: its couplings and its chain; plain.py is register_adapter
+reference*.py       the research repository's modules, with constant_time.py and norm_silu.py
 """
 
 from . import reference, reference_g, reference_sampling, reference_song, reference_unet

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flows.drift import DriftGuard
+from .coupling import least_rows
 from .identity import find_class, original_class
 
 __all__ = [
@@ -54,6 +55,7 @@ class Plan:
         options: what ``accelerate`` was asked for. This and the following are filled in by the adapter.
         seen: the tensors that it was made from, and how often each had been written to.
         values, settings: the masks' values and the settings that it was made from.
+        least_rows: of a coupling: from how many rows per thread on it runs on a CPU; else the original does.
         guard: of what the instance rebuilds in a backward.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
     values: tuple[Tensor, ...] = field(default=(), compare=False)
     settings: tuple[Any, ...] = field(default=(), compare=False)
+    least_rows: float = field(default=0.0, compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
 
 
@@ -141,12 +144,14 @@ class Adapter:
     @torch.inference_mode(False)  # the plan is used outside it
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options and the tensors that it was made from."""
+        plan = self.plan(instance, options)
         return replace(
-            self.plan(instance, options),
+            plan,
             options=options,
             seen=self._seen(instance),
             values=tuple(value.detach().clone() for value in self._values(instance)),
             settings=self.settings_of(instance),
+            least_rows=least_rows(self.sides(instance, plan.layout)) if self.is_coupling else 0.0,
         )
 
     def settings_of(self, instance: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ On a CPU nothing else gains, and ``gains`` sends it to the library's own code.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..rows import Work, by_rows, on_plain_cpu, rows_at_once, rows_in_cache
 from .coupling_launch import fits_whole, whole_layer, widest
 from .coupling_side import Side
 
-__all__ = ["couple", "couple_both", "described", "gains", "in_cache"]
+__all__ = ["couple", "couple_both", "described", "gains", "in_cache", "least_rows"]
 
 Kernel = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -94,13 +95,20 @@ def described(what: str, sides: Sequence[Side]) -> str:
     fused = " and ".join(dict.fromkeys(_best(side, like) for side in sides))
     if like.is_cuda:
         return f"{what} ({fused})"
+    rows, here = least_rows(sides), "the original's own code"
+    if rows < math.inf:
+        here += f", and from {rows * torch.get_num_threads()} rows on as many at a time as fit its cache"
+    return f"{what} (on a GPU: {fused}; on this CPU: {here})"
+
+
+def least_rows(sides: Sequence[Side]) -> float:
+    """From how many rows per thread on a CPU gains by cutting the batch; infinity where it never does."""
+    like = next((p for side in sides for p in side.owner.parameters() if p.is_floating_point()), None)
     widths = [widest(side) for side in sides]
     known = [width for width in widths if width is not None]
-    rows = 2 * rows_in_cache(max(known), like.element_size()) if known and len(known) == len(widths) else None
-    here = "the original's own code"
-    if rows is not None:
-        here += f", and from {rows} rows on as many at a time as fit its cache"
-    return f"{what} (on a GPU: {fused}; on this CPU: {here})"
+    if like is None or not known or len(known) < len(widths):
+        return math.inf
+    return 2 * rows_in_cache(max(known), like.element_size())
 
 
 def _best(side: Side, like: Tensor) -> str:

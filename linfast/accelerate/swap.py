@@ -80,7 +80,8 @@ def plan_of(instance: Any) -> Plan:
 
 def swap(instance: Any, adapter: Adapter, plan: Plan) -> None:
     """Make this object, of the adapter's class, run the adapter's methods."""
-    cls: Any = swapped_class(adapter, type(instance))
+    original: Any = type(instance)
+    cls: Any = swapped_class(adapter, original)
     vars(instance)[PLAN] = plan
     instance.__class__ = cls
 
@@ -130,7 +131,7 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        if is_coupling and arguments and is_short(arguments[0]):
+        if is_coupling and arguments and is_short(arguments[0], vars(self)[PLAN].least_rows):
             return before(self, *arguments, **named)
         if not may_replace(self, adapter, name) or _is_symbolic((*arguments, *named.values())):
             return before(self, *arguments, **named)

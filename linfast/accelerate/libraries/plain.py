@@ -95,8 +95,9 @@ def register_adapter(
         def by_tail(x: Tensor) -> tuple[Tensor, Tensor | None]:
             first, second = x.split(split_sizes(x.shape[1]), 1)
             params = getattr(module, conditioner)(second if moves == "first" else first, *context)
-            options = {"order": order, "layout": layout, "moves": moves, "inverse": undo, "log_det": log_det}
-            return affine_coupling(x, params, found, **options)
+            return affine_coupling(
+                x, params, found, order=order, layout=layout, moves=moves, inverse=undo, log_det=log_det
+            )
 
         y, total = in_cache(by_tail, x, sides)
         return y if total is None else (y, total.to(x.dtype))

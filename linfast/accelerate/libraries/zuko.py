@@ -77,7 +77,7 @@ def _transform_class() -> type:
     base: Any = find_class("zuko.transforms", "CouplingTransform")
     base_of_inverse: Any = type(ExpTransform().inv)
 
-    class CouplingTransform(base):  # type: ignore[misc]
+    class CouplingTransform(base):
         """y and log|det| in one pass, and the same for the inverse."""
 
         def __init__(self, lazy: Any, c: Tensor | None, layout: tuple[Split, Tail] | None) -> None:
@@ -130,7 +130,9 @@ def _transform_class() -> type:
             if self._layout is not None:
                 return self._layout
             rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
-            if is_short(rows) or PLAN not in vars(self._lazy) or not may_replace(self._lazy, _COUPLING, "forward"):
+            if PLAN not in vars(self._lazy) or is_short(rows, plan_of(self._lazy).least_rows):
+                return None
+            if not may_replace(self._lazy, _COUPLING, "forward"):
                 return None
             found: tuple[Split, Tail] = plan_of(self._lazy).layout
             same = torch.equal(self._lazy.mask.nonzero().squeeze(-1), self.idx_a)  # the mask may be another since
@@ -154,7 +156,7 @@ def _transform_class() -> type:
             params = self._lazy.hyper(kept)
             return params.reshape(-1, params.shape[-1])
 
-    class Inverse(base_of_inverse):  # type: ignore[misc]
+    class Inverse(base_of_inverse):
         """The inverse, whose value and log-determinant take one pass too."""
 
         def __reduce__(self) -> Any:
