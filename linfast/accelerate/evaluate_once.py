@@ -56,7 +56,7 @@ def _recalling(conditioner: nn.Module, calls: _Calls) -> nn.Module:
     A subclass could do that too, but whatever the class does with its subclasses would be done with that one.
     """
     view: nn.Module = object.__new__(type(conditioner))
-    vars(view).update(conditioner.__getstate__())  # without what it was compiled to
+    vars(view).update(nn.Module.__getstate__(conditioner))  # without what it was compiled to
     called = functools.partial(nn.Module.__call__, conditioner)
     vars(view).update(without_hooks(), forward=calls.of(called))  # its hooks run inside ``called``
     return view

@@ -252,7 +252,8 @@ def _begin(
         return
     copied: Any = object.__new__(original_class(instance))
     memo[id(instance)] = copied
-    own = {key: value for key, value in vars(instance).items() if key not in (PLAN, "_compiled_call_impl")}
+    state = nn.Module.__getstate__(instance) if isinstance(instance, nn.Module) else vars(instance)
+    own = {key: value for key, value in state.items() if key != PLAN}  # without what it was compiled to
     if isinstance(instance, nn.Module):
         own |= without_hooks()
     if id(instance) in hollow:
