@@ -12,14 +12,18 @@ torch.jit.trace the batch stays whole: the parts would be written out in the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Work", "by_rows", "rows_at_once"]
+from .dispatch import chosen_backend
+
+__all__ = ["Work", "all_lengths", "by_rows", "is_short", "on_plain_cpu", "rows_at_once", "rows_in_cache"]
 
 Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -56,8 +60,45 @@ def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int |
     known = [width for width in found if width is not None]
     if not known or len(known) < len(found):
         return None
-    rows = threads * max(_SIZES.fewest, _SIZES.bytes // (max(known) * x.element_size()))
+    rows = threads * rows_in_cache(max(known), x.element_size())
     return rows if x.shape[0] >= 2 * rows else None
+
+
+def rows_in_cache(width: int, size: int) -> int:
+    """How many rows of so many values, each of ``size`` bytes, a thread takes at a time."""
+    return max(_SIZES.fewest, _SIZES.bytes // (width * size))
+
+
+class _Asked(threading.local):
+    all_lengths = False
+
+
+_asked = _Asked()
+
+
+@contextlib.contextmanager
+def all_lengths() -> Iterator[None]:
+    """Inside the block no batch is short: what runs on long ones runs on all, as a comparison on few rows needs."""
+    before, _asked.all_lengths = _asked.all_lengths, True
+    try:
+        yield
+    finally:
+        _asked.all_lengths = before
+
+
+def on_plain_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU, where no kernel runs, so that only long batches gain by being cut."""
+    return x.is_cpu and not _asked.all_lengths and chosen_backend() != "triton"
+
+
+def is_short(given: Any, least: float) -> bool:
+    """Whether x, or the first of several, is on a CPU and has fewer rows per thread than gain by being cut."""
+    x = given[0] if isinstance(given, (tuple, list)) and given else given
+    if not isinstance(x, Tensor) or not x.is_cpu or _asked.all_lengths or chosen_backend() == "triton":
+        return False
+    if torch.compiler.is_compiling():  # which never cuts, and would keep the comparison
+        return True
+    return not x.ndim or x.shape[0] < least * torch.get_num_threads()
 
 
 def by_rows(work: Work, x: Tensor, rows: int) -> tuple[Tensor, Any]:

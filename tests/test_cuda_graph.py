@@ -1,4 +1,4 @@
-"""Whatever is captured keeps what it reads, by address: streams, accelerated models and benchmarks."""
+"""Whatever is captured keeps what it reads, by address: streams and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from linfast.bench import timing
 from torch import Tensor
 
 import linfast as lf
-from linfast.accelerate import graph
 from linfast.cuda_graph import CudaGraph
 from linfast.sampling import stream, workers
-from tests.accelerate import stand_in
 from tests.cuda_stand_in import Cuda, Stream
 from tests.laws.zoo import perturb
-from tests.marks import long
 
 N = 6
 CPU = torch.device("cpu")
@@ -72,40 +69,6 @@ def test_a_stream_keeps_what_it_reads(cuda: Cuda, way, monkeypatch: pytest.Monke
     got += list(batches)
     assert _close(torch.cat(got), expected)
     assert cuda.counts == (1, 5)
-
-
-@pytest.mark.parametrize("way", ["reference", "autocast", *long("exact")], indirect=True)
-def test_an_accelerated_model_keeps_what_it_reads(cuda: Cuda, way, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "capturable", lambda tensor: True)
-    model, x = stand_in.build(1), torch.randn(2, 1, 8, 8)
-    model.gx(torch.randn(8, 1, 8, 8))
-    model.eval()
-    with torch.no_grad(), way:
-        expected = model.gx_inverse(x)
-        assert not lf.accelerate(model, cuda_graph=True).left
-        with lf.freeze(model):
-            assert _relative(model.gx_inverse(x), expected) < 0.05
-        torch.clear_autocast_cache()
-        gc.collect()
-        assert cuda.freed() == []
-        assert _relative(model.gx_inverse(x), expected) < 0.05
-    assert cuda.counts == (1, 2)
-
-
-def test_a_deleted_accelerated_model_frees_its_graphs_at_once(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "capturable", lambda tensor: True)
-    model = stand_in.build(1)
-    model.gx(torch.randn(8, 1, 8, 8))
-    lf.accelerate(model.eval(), cuda_graph=True)
-    with torch.no_grad():
-        model.gx(torch.randn(2, 1, 8, 8))
-    gc.collect()
-    gc.disable()
-    try:
-        del model
-        assert len(cuda.freed()) > 0
-    finally:
-        gc.enable()
 
 
 def test_a_timed_provider_keeps_what_it_reads(cuda: Cuda, way) -> None:
@@ -211,7 +174,3 @@ def test_samples_are_copied_after_they_are_computed_whatever_the_stream(cuda: Cu
             slot, copied = lines.start(noise)
             assert cuda.here.known <= copied.known
             assert torch.equal(lines.finish((slot, copied)), noise.tanh())
-
-
-def _relative(value: Tensor, expected: Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())

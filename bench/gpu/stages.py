@@ -28,7 +28,6 @@ TESTS = (
     "tests/models/test_one_launch.py",
     "tests/flows_unet/test_fused_blocks.py",
     "tests/laws/test_fusion.py",
-    "tests/accelerate/test_graph.py",
     "tests/accelerate/test_whole.py",
     "tests/models/test_sampling_stream.py",
 )

@@ -1,38 +1,29 @@
 """accelerate: make the modules of existing models run on linfast's ops, in place.
 
-    identity.py  who a module is, and whether anyone changed it       mlp.py     recognising MLPs
-    adapter.py   what an adapter says; the list of them               tail.py    a coupling in plain torch
-    swap.py      changing an object's class, and back                 whole.py   a coupling in one launch
-    verify.py    comparing with the original first                    couple.py  which of these runs
-    run.py       accelerate and restore                               plain.py   register_adapter
-    invert.py    memory="invert", with recall.py                      report.py  the report
-    graph.py     cuda_graph=True                                      compiled.py  compile=True
-
-Every other file is one library: its formulas, how an instance is recognised, what runs instead.
+engine.py           accelerate and restore: one walk over a model
+report.py           what they did, as a table
+adapter.py          what is known of one class; all adapters by class
+identity.py         whether a module is what its library made of it
+swap.py             changing an object's class, and back
+verify.py           comparing with the original before anything is swapped
+coupling.py         affine couplings and which path runs them, with coupling_side.py and coupling_launch.py
+chain.py            memory="invert", with evaluate_once.py
+mlp.py              recognising conditioners as MLPs
+libraries/          one file per library: its couplings and its chain; plain.py is register_adapter
+reference*.py       the research repository's modules
 """
 
-from . import (
-    chains,
-    freia,
-    freia_all_in_one,
-    memcnn,
-    nflows,
-    normflows,
-    normflows_masked,
-    reference_g,
-    reference_linear,
-    reference_unet,
-    zuko,
-)
+from . import reference_g, reference_linear, reference_unet
 from .adapter import add
+from .engine import DEFECTS, accelerate, restore
+from .libraries import freia, glasflow, memcnn, nflows, normflows, zuko
+from .libraries.plain import register_adapter
 from .mlp import MLP, find_mlp
-from .plain import register_adapter
 from .report import Report, Row
-from .run import DEFECTS, accelerate, restore
 
-add(*reference_g.ADAPTERS, *reference_linear.ADAPTERS, *reference_unet.ADAPTERS)
-add(normflows.ADAPTER, normflows_masked.ADAPTER, *nflows.ADAPTERS)
-add(*freia.ADAPTERS, freia_all_in_one.ADAPTER, zuko.ADAPTER, *memcnn.ADAPTERS)
-add(*chains.ADAPTERS)
+for _library in (reference_g, reference_linear, reference_unet):
+    add(*_library.ADAPTERS)
+for _library in (freia, glasflow, memcnn, nflows, normflows, zuko):
+    add(*_library.ADAPTERS)
 
 __all__ = ["DEFECTS", "MLP", "Report", "Row", "accelerate", "find_mlp", "register_adapter", "restore"]

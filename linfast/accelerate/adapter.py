@@ -1,8 +1,6 @@
-"""What an adapter says about one class of one library, and the list of all adapters.
+"""What is known of one class of one library, and all adapters by the class that they are for.
 
-An adapter names a class, says which of its methods are replaced by which functions, how to
-tell that an instance fits, and how to compare the two. It imports no library: the functions
-are given the instance and use its own attributes, live, at every call.
+An adapter imports no library. Its functions are given the instance and read its attributes at every call.
 """
 
 from __future__ import annotations
@@ -15,11 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from ..flows.drift import DriftGuard
-from .graph import Graphs
+from .coupling import least_rows
 from .identity import find_class, original_class
-from .tail import Side
 
-__all__ = ["ADAPTERS", "Adapter", "Options", "Plan", "Stub", "Unfit", "adapter_for", "add", "parent_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Draw",
+    "Options",
+    "Plan",
+    "Stub",
+    "Unfit",
+    "adapter_for",
+    "add",
+    "parent_adapter",
+]
 
 
 class Unfit(Exception):
@@ -33,23 +41,22 @@ class Options:
     keep_defects: frozenset[str] = frozenset()
     memory: str = "store"
     precision: str | None = None
-    cuda_graph: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one instance runs; made anew where a mask or a setting that it was made from is another.
+    """How one instance runs. It is made again when a mask or a setting that it was made from has changed.
 
     Args:
-        runs: for the report.
-        note: for the report; a defect of the original that was fixed or kept.
-        layout: what the replaced methods need to know and would otherwise compute at every call.
+        runs: what runs now, for the report.
+        note: for the report: a defect of the original that was fixed or kept.
+        layout: what the replaced methods would otherwise compute at every call.
         takes_precision: whether what runs has products of its own, which follow ``options.precision``.
-        options: what ``accelerate`` was asked for; the adapter puts them in.
-        seen: what it was made from, by ``Adapter.seen``; the adapter puts it in.
-        values, settings: the same, by ``Adapter.values_of`` and ``Adapter.settings_of``.
+        options: what ``accelerate`` was asked for. This and the following are filled in by the adapter.
+        seen: the tensors that it was made from, and how often each had been written to.
+        values, settings: the masks' values and the settings that it was made from.
+        least_rows: of a coupling: from how many rows per thread on it runs on a CPU; else the original does.
         guard: of what the instance rebuilds in a backward.
-        graphs: the CUDA graphs captured of the instance's methods.
     """
 
     runs: str
@@ -60,15 +67,15 @@ class Plan:
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
     values: tuple[Tensor, ...] = field(default=(), compare=False)
     settings: tuple[Any, ...] = field(default=(), compare=False)
+    least_rows: float = field(default=0.0, compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
-    graphs: Graphs = field(default_factory=Graphs, compare=False)
 
 
 Draw = Callable[..., Tensor]
-"""draw(*shape): standard normal, seeded, of the check's dtype and device; an input whose gradient is compared."""
+"""draw(*shape): standard normal values from a fixed seed, of the check's dtype and device."""
 
 
-def _nothing(instance: Any) -> tuple[nn.Module, ...]:
+def _nothing(*arguments: Any) -> tuple[Any, ...]:
     return ()
 
 
@@ -78,35 +85,31 @@ class Adapter:
 
     Args:
         library: its name, for the report.
-        where: the module that defines the class; None: any, as for a class that people copy
-            into their own repositories. ``recognises`` then has to tell it from its namesakes.
+        where: the module that defines the class; the class itself; None for a class that people copy into their
+            own repositories, which ``recognises`` then has to tell from others of the same name.
         name: the class's qualified name.
-        float64: whether the original runs in float64.
-        cls: the class itself, where it is at hand.
         methods: name -> function(instance, ...), what the swapped class runs.
         plan: (instance, options) -> Plan; raises Unfit with the reason.
-        probe: (copy, draw) -> outputs. Runs the methods on drawn inputs. It may replace the
-            copy's conditioners by stubs: the copy's dictionaries are its own.
-        masks: what ``plan`` reads the values of. Where they cannot be read, the original runs: under
+        probe: (copy, draw) -> outputs of its methods on drawn inputs. It may replace the copy's conditioners.
+        masks: tensors whose values ``plan`` reads. Where they cannot be read, the original runs: under
             torch.compile, torch.export and torch.jit.trace, and of an ensemble under torch.vmap.
-        settings: attributes, no tensors, that ``plan`` reads and that may be set to something else later.
+        settings: attributes other than tensors that ``plan`` reads.
         assumes: methods that ``methods`` stand in for without replacing them.
         recognises: whether an instance has the attributes of the class that is meant.
         inner: modules that the replaced methods pass by; one with a hook keeps the original running.
-        conditioners: modules to report on and to compile; the check gets them without their weights.
+        conditioners: modules to report on; the check's copies have them without their weights.
         hollow: more modules whose weights the check does not need.
-        compiles: more modules to compile.
-        sides: (instance, layout) -> the sides of a coupling, which the check needs where they run whole.
-        vectors: (copy, draw, features) -> outputs, both ways on vectors, with its own conditioners.
-        chain: whether the class runs other modules one after another, so that there is a reason to
-            swap it only where ``options`` ask for what is done to a whole chain.
-        captures: methods that a CUDA graph may hold.
-        stored: why a coupling that is in no chain stores its activations; "" for one that rebuilds its own.
-        tolerance: largest relative L2 difference in float64; 1e-8 where the original itself drops to float32.
+        sides: of a coupling: (instance, layout) -> its sides. On a CPU it then runs the original on short batches.
+        vectors: (copy, draw, features) -> outputs both ways on vectors, with its own conditioners.
+        decides: whether the replaced methods decide themselves when the original runs.
+        chain: whether the class runs other modules in turn; it is then swapped for memory="invert" alone.
+        stored: why a coupling in no chain stores its activations; "" for one that rebuilds its own.
+        tolerance: largest relative L2 difference in float64; larger where the original itself drops to float32.
+        float64: whether the original runs in float64.
     """
 
     library: str
-    where: str | None
+    where: str | type | None
     name: str
     methods: Mapping[str, Callable[..., Any]]
     plan: Callable[[Any, Options], Plan]
@@ -118,88 +121,94 @@ class Adapter:
     inner: Callable[[Any], Iterable[nn.Module]] = _nothing
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
     hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
-    compiles: Callable[[Any], Iterable[nn.Module]] = _nothing
-    sides: Callable[[Any, Any], Sequence[Side]] = lambda instance, layout: ()
-    vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = lambda instance, draw, features: ()
+    sides: Callable[[Any, Any], Sequence[Any]] = _nothing
+    vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = _nothing
+    decides: bool = False
     chain: bool = False
-    captures: tuple[str, ...] = ()
     stored: str = "it is in no chain of a known class"
     tolerance: float = 1e-10
     float64: bool = True
-    cls: type | None = None
 
     @property
     def title(self) -> str:
         return f"{self.library} {self.name}"
 
+    @property
+    def is_coupling(self) -> bool:
+        return self.sides is not _nothing
+
     def wanted(self, options: Options) -> bool:
         """Whether these options give a reason to swap the class."""
-        return not self.chain or options.memory != "store" or (options.cuda_graph and bool(self.captures))
+        return not self.chain or options.memory != "store"
 
-    @torch.inference_mode(False)  # the plan outlives it
+    @torch.inference_mode(False)  # the plan is used outside it
     def plan_for(self, instance: Any, options: Options) -> Plan:
-        """The plan, with the options it was made for."""
+        """The plan, with the options and the tensors that it was made from."""
         plan = self.plan(instance, options)
-        values = tuple(value.detach().clone() for value in self.values_of(instance))
         return replace(
-            plan, options=options, seen=self.seen(instance), values=values, settings=self.settings_of(instance)
+            plan,
+            options=options,
+            seen=self._seen(instance),
+            values=tuple(value.detach().clone() for value in self._values(instance)),
+            settings=self.settings_of(instance),
+            least_rows=least_rows(self.sides(instance, plan.layout)) if self.is_coupling else 0.0,
         )
 
     def settings_of(self, instance: Any) -> tuple[Any, ...]:
         """What its ``settings`` are now."""
         return tuple(getattr(instance, name, None) for name in self.settings)
 
-    def seen(self, instance: Any) -> tuple[tuple[Tensor, int], ...]:
-        """Masks and the like, its own and of modules passed by, and how often each was written to."""
+    def _seen(self, instance: Any) -> tuple[tuple[Tensor, int], ...]:
+        """Its own untrained tensors and those of modules passed by, and how often each was written to."""
         modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
         own = (t for m in modules for t in (*m._buffers.values(), *m._parameters.values()))
         untrained = [t for t in own if t is not None and not t.requires_grad]
         return tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
 
-    def values_of(self, instance: Any) -> tuple[Tensor, ...]:
-        """Its ``masks``, as far as their values can be compared at every call: a GPU would be waited for."""
+    def _values(self, instance: Any) -> tuple[Tensor, ...]:
+        """Its ``masks`` on a CPU. Comparing a GPU's at every call would wait for the device."""
         return tuple(m for m in self.masks(instance) if m.is_cpu) if self.masks else ()
 
     def holds(self, plan: Plan, instance: Any) -> bool:
-        """Whether these are still what the plan was made from.
-
-        A write through ``.data`` does not count as one in torch: on a CPU values are compared besides.
-        """
-        now = self.seen(instance)
+        """Whether all that the plan was made from is as it was; torch counts no write through ``.data``."""
+        now = self._seen(instance)
         same = (t is seen and writes == then for (t, writes), (seen, then) in zip(now, plan.seen, strict=False))
         if len(now) != len(plan.seen) or not all(same) or self.settings_of(instance) != plan.settings:
             return False
-        values = self.values_of(instance)
+        values = self._values(instance)
         return len(values) == len(plan.values) and all(map(torch.equal, values, plan.values))
 
-    def matches(self, cls: type) -> bool:
-        """Whether this is the class the adapter is for."""
-        if self.cls is not None:
-            return cls is self.cls
-        if self.where is None:
-            return cls.__qualname__ == self.name
-        return cls is find_class(self.where, self.name)
 
-
-ADAPTERS: list[Adapter] = []
-"""All of them; the first that fits is taken."""
+ADAPTERS: dict[tuple[str | None, str], Adapter] = {}
+"""By the class's module, None for a class that people copy, and its qualified name."""
 
 
 def add(*adapters: Adapter) -> None:
-    """Put adapters on the list, newest first."""
-    ADAPTERS[:0] = adapters
+    """Put adapters into the table; one for the same class is replaced."""
+    for adapter in adapters:
+        where = adapter.where.__module__ if isinstance(adapter.where, type) else adapter.where
+        ADAPTERS[where, adapter.name] = adapter
+
+
+def _adapter_of(cls: type) -> Adapter | None:
+    """That of exactly this class object of its module."""
+    found = ADAPTERS.get((cls.__module__, cls.__qualname__))
+    if found is None:
+        return None
+    where = found.where
+    return found if cls is (where if isinstance(where, type) else find_class(str(where), found.name)) else None
 
 
 def adapter_for(instance: object) -> Adapter | None:
     """The adapter for exactly this instance's class."""
     cls = original_class(instance)
-    return next((a for a in ADAPTERS if a.matches(cls) and a.recognises(instance)), None)
+    found = _adapter_of(cls) or ADAPTERS.get((None, cls.__qualname__))
+    return found if found is not None and found.recognises(instance) else None
 
 
 def parent_adapter(instance: object) -> Adapter | None:
     """The adapter of a class that this instance's class derives from."""
-    parents = original_class(instance).__mro__[1:]
-    return next((a for cls in parents for a in ADAPTERS if a.where is not None and a.matches(cls)), None)
+    return next(filter(None, map(_adapter_of, original_class(instance).__mro__[1:])), None)
 
 
 class Stub(nn.Module):

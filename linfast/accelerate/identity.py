@@ -1,16 +1,15 @@
-"""Who a module is: its class as its library made it, and whether anyone has changed what it does.
+"""Whether a module is what its library made of it, and whether anyone has changed what it does since.
 
-No library is imported: a class is looked up in ``sys.modules`` where an instance of it must have come from.
+No library is imported: a class is looked up in ``sys.modules``, where its module must be if there is an instance.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,14 +21,15 @@ __all__ = [
     "changed_method",
     "defined_as",
     "find_class",
+    "has_global_hook",
     "is_hooked",
+    "is_own_method",
     "is_patched",
     "is_sharded",
-    "keywords",
     "original_class",
     "other_arguments",
-    "positional",
     "uncompiled",
+    "without_hooks",
 ]
 
 PLAN = "_linfast_plan"
@@ -44,9 +44,9 @@ def original_class(module: object) -> type:
 
 
 def uncompiled(module: Any) -> Any:
-    """What ``torch.compile`` made this module of, else the module."""
-    compiled = "_orig_mod" in vars(module).get("_modules", ())
-    return module._orig_mod if compiled else module
+    """The module that ``torch.compile`` wrapped, or the module itself."""
+    wrapped = "_orig_mod" in vars(module).get("_modules", ())
+    return module._orig_mod if wrapped else module
 
 
 def find_class(module: str, name: str) -> type | None:
@@ -62,50 +62,42 @@ def defined_as(module: object, where: str, name: str) -> bool:
     return original_class(module) is find_class(where, name)
 
 
-@functools.cache
-def _methods(cls: type) -> tuple[str, ...]:
-    """The names of the functions that a class has, but for those of every module or object."""
-    own = (base for base in cls.__mro__ if base not in (nn.Module, object))
-    kinds = FunctionType, staticmethod, classmethod
-    return tuple({name: None for base in own for name, value in vars(base).items() if isinstance(value, kinds)})
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
-_methods._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def is_patched(instance: object, but: str = "") -> bool:
-    """Whether a method of its class, but for this one, was put on the instance, as another one calls it."""
-    own = vars(instance)
-    return any(name in own and name != but for name in _methods(original_class(instance)))
+    """Whether a method of its class, other than ``but``, is shadowed by an attribute of the instance."""
+    cls = original_class(instance)
+    for name in vars(instance):
+        found = getattr(cls, name, None)
+        if (
+            isinstance(found, (FunctionType, MethodType))
+            and name != but
+            and found is not getattr(nn.Module, name, None)
+        ):
+            return True
+    return False
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class says: by hooks, or methods put on the instance."""
+    """Whether calling it does more than its class says: hooks, parametrizations, methods on the instance."""
     return is_patched(module) or any(getattr(module, name) for name in HOOKS) or parametrize.is_parametrized(module)
 
 
+def without_hooks() -> dict[str, Any]:
+    """The attributes that hold a module's hooks, all of them empty."""
+    return {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
+
+
+def has_global_hook() -> bool:
+    """Whether a hook is registered for every module. torch has no public way to ask."""
+    return nn.modules.module._has_any_global_hook()
+
+
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a parameter of its own is another kind of tensor, such as a DTensor."""
-    return any(p is not None and type(p.data) is not Tensor for p in module._parameters.values())
-
-
-def positional(method: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of what it takes in order, after the instance."""
-    parameters = list(inspect.signature(method).parameters.values())[1:]
-    return tuple(p.name for p in itertools.takewhile(lambda p: p.kind is p.POSITIONAL_OR_KEYWORD, parameters))
-
-
-def keywords(method: Callable[..., Any]) -> frozenset[str] | None:
-    """The names that it takes by keyword; None: all."""
-    parameters = list(inspect.signature(method).parameters.values())
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    """Whether one of its own parameters is another kind of tensor, such as a DTensor."""
+    return any(type(p.data) is not Tensor for p in module.parameters(recurse=False))
 
 
 def other_arguments(method: Callable[..., Any], run: Callable[..., Any]) -> bool:
-    """Whether a method takes what ``run``, which is to replace it, does not, or has other defaults."""
+    """Whether a method takes arguments that ``run``, its replacement, does not take, or has other defaults."""
     theirs, ours = ([*inspect.signature(f).parameters.values()][1:] for f in (method, run))
     for parameter, mine in itertools.zip_longest(theirs, ours):
         if mine is not None and mine.kind is mine.VAR_POSITIONAL:
@@ -121,20 +113,16 @@ def other_arguments(method: Callable[..., Any], run: Callable[..., Any]) -> bool
     return False
 
 
-def changed_method(instance: object, methods: Iterable[str]) -> str | None:
-    """The first of these methods that is not what the instance's class or its library says, else None.
+def is_own_method(cls: type, name: str) -> bool:
+    """Whether a class still has the function that it was written with, or inherited, under this name."""
+    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+    function = None if owner is None else vars(owner)[name]
+    if owner is None or not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return False
+    return (function.__module__, function.__qualname__) == (owner.__module__, f"{owner.__qualname__}.{name}")
 
-    A patched instance has it in its own dictionary; a patched class has a function there that was
-    made under another name or in another module.
-    """
+
+def changed_method(instance: object, methods: Iterable[str]) -> str | None:
+    """The first of these methods that was replaced on the instance or on its class, else None."""
     cls = original_class(instance)
-    for name in methods:
-        if name in vars(instance):
-            return name
-        owner = next((base for base in cls.__mro__ if name in vars(base)), None)  # None: it has no such method
-        function = vars(owner)[name] if owner is not None else None
-        if owner is None or not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
-            return name
-        if (function.__module__, function.__qualname__) != (owner.__module__, f"{owner.__qualname__}.{name}"):
-            return name
-    return None
+    return next((name for name in methods if name in vars(instance) or not is_own_method(cls, name)), None)

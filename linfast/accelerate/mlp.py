@@ -6,16 +6,19 @@ class and by a glance at each module's own dictionary. A parametrization changes
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .identity import HOOKS, find_class
+from .identity import HOOKS, find_class, is_own_method
 
 __all__ = ["MLP", "find_mlp"]
 
@@ -128,16 +131,34 @@ def _nflows_parts(module: Any, activation: Any) -> list[Any] | None:
     return parts
 
 
-def _only_passes_on(self: Any, x: Any) -> Any:
-    return self.net(x)
-
-
 def _passes_on_to(kind: Any) -> str | None:
-    """c, of a class whose forward is ``return self.c(x)``, x its first argument: by its code."""
-    code = kind.forward.__code__
-    return (
-        code.co_names[0] if code.co_code == _only_passes_on.__code__.co_code and len(code.co_names) == 1 else None
-    )
+    """c, of a class whose forward reads ``return self.c(x)``, x its first argument."""
+    forward = kind.forward
+    if forward not in _PASSED_ON and not torch.compiler.is_compiling():
+        _PASSED_ON[forward] = _read_child(forward)
+    return _PASSED_ON.get(forward)
+
+
+_PASSED_ON: dict[Any, str | None] = {}
+"""By forward; read before torch.compile, which cannot read a source, by ``accelerate`` itself."""
+
+
+def _read_child(forward: Any) -> str | None:
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
+        return None
+    body = [
+        step for step in function.body if not (isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant))
+    ]
+    found = _PASSES_ON.fullmatch(ast.unparse(body[0])) if len(body) == 1 else None
+    own, x = (argument.arg for argument in function.args.args[:2])
+    return found["child"] if found and (found["self"], found["x"]) == (own, x) else None
+
+
+_PASSES_ON = re.compile(r"return (?P<self>\w+)\.(?P<child>\w+)\((?P<x>\w+)\)")
 
 
 def _is(kind: type, where: str, name: str) -> bool:
@@ -146,25 +167,23 @@ def _is(kind: type, where: str, name: str) -> bool:
 
 
 def _is_own_forward(kind: Any) -> bool:
-    """Whether the class's forward is the function it was written with, as far as can be seen."""
-    forward = kind.forward
-    return (
-        isinstance(forward, FunctionType)
-        and forward.__qualname__ == f"{kind.__qualname__}.forward"
-        and forward.__module__ == kind.__module__
-        and "__wrapped__" not in vars(forward)
-    )
+    """Whether the class's forward is the function it was written with, in its own body, as far as can be seen."""
+    if _OWN.get(kind) is kind.forward:
+        return True
+    found = not torch.compiler.is_compiling() and "forward" in vars(kind) and is_own_method(kind, "forward")
+    if found:
+        _OWN[kind] = kind.forward
+    return found
+
+
+_OWN: dict[type, Any] = {}
+"""Each class's own forward. Like ``_PASSED_ON`` it is filled outside torch.compile, by ``accelerate`` itself."""
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether calling it is its class's forward and nothing else."""
     own = module.__dict__
     return "forward" not in own and not any(own[name] for name in HOOKS)
-
-
-# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
-_passes_on_to._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_own_forward._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _layer(part: Any) -> tuple[Tensor, Tensor | None] | None:

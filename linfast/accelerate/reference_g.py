@@ -26,8 +26,8 @@ from ..ops.affine_coupling import affine_coupling
 from ..ops.channel_mix import channel_mix
 from ..scale_maps import ScaleMap
 from .adapter import Draw, Options, Plan, Stub, Unfit
+from .chain import Part, parts_to_invert, run_inverting
 from .identity import changed_method, original_class
-from .invert import Part, parts_to_invert, run_inverting
 from .reference_unet import constant_plan, constant_time, has, reference_adapter
 
 __all__ = ["ADAPTERS"]
@@ -259,6 +259,5 @@ ADAPTERS = (
         plan=constant_plan("one time for the batch"),
         probe=_probe_g,
         hollow=lambda g: (g.g,),
-        captures=("forward", "inverse"),
     ),
 )

@@ -1,8 +1,8 @@
-"""Swapping an object's class for one that runs an adapter's methods, and back.
+"""Changing an object's class for one that runs an adapter's methods, and back.
 
-The swapped class derives from the original, so that isinstance, parameters, buffers, hooks
-and state_dict keys are what they were; the object is the same object. It pickles as its
-original class, without its plan. A deep copy stays swapped; a shallow copy is the original.
+The swapped class derives from the original, so isinstance, parameters, buffers, hooks and state_dict keys are what
+they were, and the object is the same object. It pickles as its original class, without its plan. A deep copy stays
+swapped; a shallow copy is the original.
 """
 
 from __future__ import annotations
@@ -10,20 +10,22 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..flows.drift import DriftGuard
+from ..rows import is_short
 from .adapter import Adapter, Plan, Unfit
-from .graph import Graphs
-from .identity import PLAN, is_hooked, is_patched, keywords, positional
+from .coupling import gains
+from .identity import PLAN, has_global_hook, is_hooked, is_patched
 
-__all__ = ["Swapped", "plan_of", "swap", "swap_back", "swapped_class"]
+__all__ = ["Swapped", "may_replace", "plan_of", "renew_plan", "swap", "swap_back", "swapped_class"]
 
 
 class Swapped:
@@ -40,17 +42,17 @@ class Swapped:
         reduced: Any = super().__reduce_ex__(protocol)
         build, arguments, state, *rest = reduced
         arguments = tuple(self._linfast_original if a is type(self) else a for a in arguments)
-        if build is copyreg.__newobj__:  # type: ignore[attr-defined]  # whose class the pickler compares with ours
-            build, arguments = copyreg._reconstructor, (*arguments, object, None)  # type: ignore[attr-defined]
+        if build is copyreg.__newobj__:  # type: ignore[attr-defined]  # the pickler compares its class with ours
+            build = object.__new__
         if isinstance(state, dict):
             state = {key: value for key, value in state.items() if key != PLAN}
         return (build, arguments, state, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        cls, plan = type(self), replace(plan_of(self), guard=DriftGuard(), graphs=Graphs())
+        cls, plan = type(self), replace(plan_of(self), guard=DriftGuard())
         parametrized = "_linfast_original" not in vars(
             cls
-        )  # since: a class derived from ours, which torch does not pickle
+        )  # torch derived a class from ours, and pickles none such
         if parametrized:
             build, arguments = object.__new__, (cls,)
             state = {key: value for key, value in vars(self).items() if key != PLAN}
@@ -79,7 +81,7 @@ def plan_of(instance: Any) -> Plan:
 def swap(instance: Any, adapter: Adapter, plan: Plan) -> None:
     """Make this object, of the adapter's class, run the adapter's methods."""
     original: Any = type(instance)
-    cls = swapped_class(adapter, original)
+    cls: Any = swapped_class(adapter, original)
     vars(instance)[PLAN] = plan
     instance.__class__ = cls
 
@@ -91,7 +93,7 @@ def swap_back(instance: Any) -> None:
 
 
 def renew_plan(instance: Any) -> bool:
-    """Plan anew where a mask or the like was written to or replaced; whether the object is to run by its plan."""
+    """Plan again where a mask or a setting was changed; whether the object is to run by its plan."""
     adapter, plan = instance._linfast_adapter, plan_of(instance)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # what is made now serves whatever is written later
         return adapter.masks is None and adapter.settings_of(instance) == plan.settings
@@ -101,7 +103,7 @@ def renew_plan(instance: Any) -> bool:
     except Unfit:
         swap_back(instance)
         return False
-    except RuntimeError:  # no values to be read: on the meta device, where any do, or in an ensemble under vmap
+    except RuntimeError:  # there are no values to read: on the meta device, or in an ensemble under vmap
         return adapter.masks is None or all(mask.is_meta for mask in adapter.masks(instance))
     return True
 
@@ -109,59 +111,75 @@ def renew_plan(instance: Any) -> bool:
 @functools.cache
 def swapped_class(adapter: Adapter, original: type) -> type:
     """The class that derives from the original and runs the adapter's methods."""
-    body: dict[str, Any] = {name: _method(name, run, adapter, original) for name, run in adapter.methods.items()}
+    method = _deciding if adapter.decides else _method
+    body: dict[str, Any] = {name: method(name, run, adapter, original) for name, run in adapter.methods.items()}
     body |= {"_linfast_original": original, "_linfast_adapter": adapter}
     body |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     bases = (Swapped, original)
     return types.new_class(original.__name__, bases, exec_body=lambda namespace: namespace.update(body))
 
 
+def _deciding(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
+    return functools.wraps(getattr(original, name))(run)
+
+
 def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
-    """``run``, or the original where a hook or a patch that ``run`` would pass by is to be heeded."""
+    """``run``, or the original: of a coupling on a CPU where nothing is gained, or after a change."""
     before = getattr(original, name)
-    captures = name in adapter.captures
-    order, accepted = positional(before), keywords(run)
+    order, accepted = _arguments(before, run)
+    is_coupling = adapter.is_coupling
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        if not renew_plan(self):
+        if is_coupling and arguments and is_short(arguments[0], vars(self)[PLAN].least_rows):
             return before(self, *arguments, **named)
-        if _is_changed(self, adapter, name) or _is_symbolic((*arguments, *named.values())):
+        if not may_replace(self, adapter, name) or _is_symbolic((*arguments, *named.values())):
             return before(self, *arguments, **named)
-        for given in order[len(arguments) :]:  # ``run`` has other names for them
-            if given not in named:
+        given = arguments
+        for argument in order[len(given) :]:  # ``run`` has other names for them
+            if argument not in named:
                 break
-            arguments += (named.pop(given),)
-        for given in named:
-            if accepted is not None and given not in accepted:
-                return before(self, *arguments, **named)
-        if captures and plan_of(self).options.cuda_graph:
-            return plan_of(self).graphs.run(run, self, arguments, named)
-        return run(self, *arguments, **named)
+            given += (named.pop(argument),)
+        if accepted is not None and not accepted.issuperset(named):
+            return before(self, *given, **named)
+        if is_coupling and given and not gains(given[0], adapter.sides(self, plan_of(self).layout)):
+            return before(self, *given, **named)
+        return run(self, *given, **named)
 
     return method
 
 
+def _arguments(
+    before: Callable[..., Any], run: Callable[..., Any]
+) -> tuple[tuple[str, ...], frozenset[str] | None]:
+    """What the original takes in order after the instance, and what ``run`` takes by keyword (None: anything)."""
+    theirs, ours = ([*inspect.signature(f).parameters.values()] for f in (before, run))
+    in_order = itertools.takewhile(lambda p: p.kind is p.POSITIONAL_OR_KEYWORD, theirs[1:])
+    any_keyword = any(p.kind is p.VAR_KEYWORD for p in ours)
+    by_keyword = frozenset(p.name for p in ours if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return tuple(p.name for p in in_order), None if any_keyword else by_keyword
+
+
 def _is_symbolic(arguments: Iterable[Any]) -> bool:
     """Whether torch.fx is tracing: then it is to see the library's own operations."""
-    given = (
-        a for argument in arguments for a in (argument if isinstance(argument, (tuple, list)) else (argument,))
-    )
-    return any(isinstance(a, torch.fx.Proxy) for a in given)
-
-
-def _is_changed(instance: Any, adapter: Adapter, method: str) -> bool:
-    """Whether there is a hook or a patch that the adapter's ``method`` would pass by.
-
-    Where it keeps a chain from being rebuilt in a backward, that is said once.
-    """
-    if is_patched(instance, but=method) or (not adapter.chain and nn.modules.module._has_any_global_hook()):
-        return True
-    for module in adapter.inner(instance):
-        if is_hooked(module):
-            plan = plan_of(instance)
-            if adapter.chain and plan.options.memory == "invert" and torch.is_grad_enabled():
-                why = f"stored: its {type(module).__name__} has a hook or a method of its own"
-                plan.guard.say(why, f"{type(instance).__name__} was changed after accelerate; {why}")
+    for argument in arguments:
+        each = argument if isinstance(argument, (tuple, list)) else (argument,)
+        if any(isinstance(a, torch.fx.Proxy) for a in each):
             return True
     return False
+
+
+def may_replace(instance: Any, adapter: Adapter, method: str) -> bool:
+    """Whether the adapter's ``method`` does what the original would: the plan holds, no hook or patch is passed by.
+
+    Where a hook keeps a chain from being rebuilt in a backward, that is said once.
+    """
+    if not renew_plan(instance) or is_patched(instance, but=method):
+        return False
+    if not adapter.chain and has_global_hook():
+        return False
+    hooked = next((module for module in adapter.inner(instance) if is_hooked(module)), None)
+    if hooked is not None and adapter.chain and torch.is_grad_enabled():
+        why = f"stored: its {type(hooked).__name__} has a hook or a method of its own"
+        plan_of(instance).guard.say(why, f"{type(instance).__name__} was changed after accelerate; {why}")
+    return hooked is None

@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 from ..dispatch import has_values, plain_torch
 from ..flows.drift import DriftWarning
 from ..precision import full_precision, resolve_precision
+from ..rows import all_lengths
 from .adapter import Adapter, Draw, Plan, Unfit
-from .identity import PLAN, original_class, uncompiled
+from .coupling_launch import whole_here
+from .identity import PLAN, original_class, uncompiled, without_hooks
 from .swap import swap
-from .whole import whole_here
 
 __all__ = ["check_values", "code_of", "difference", "kind_of"]
 
@@ -60,7 +61,7 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     hollow = {id(uncompiled(module)) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
     worst = 0.0
     # What a copied class does in the other mode is not known beforehand: it may drop out, say.
-    modes = (True, False) if adapter.where is None or adapter.cls is not None else (None,)
+    modes = (None,) if isinstance(adapter.where, str) else (True, False)
     dtypes = dict.fromkeys((torch.float64, own) if adapter.float64 else (own,))
     for dtype, training in itertools.product(dtypes, modes):
         allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * (_CHAIN if adapter.chain else 1))
@@ -147,6 +148,7 @@ def _run(instance: Any, adapter: Adapter, probe: Probe, dtype: torch.dtype, devi
         torch.random.fork_rng(devices),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        all_lengths(),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("error", DriftWarning)  # what strays here had better be stored
@@ -168,7 +170,7 @@ def _run(instance: Any, adapter: Adapter, probe: Probe, dtype: torch.dtype, devi
                     f"another class called {adapter.name}: it fails on what fits the repository's"
                 ) from error
             what = "the original" if PLAN not in vars(instance) else "what would replace it"
-            raise Unfit(f"{what} raised {type(error).__name__} on a random input: {str(error)[:80]}") from error
+            raise Unfit(f"{what} raised {type(error).__name__} on a random input: {error}") from error
     return [o.detach() for o in outputs] + [torch.zeros(()) if g is None else g for g in gradients]
 
 
@@ -222,7 +224,7 @@ def _deep_copy(name: str, value: Any, of: type, memo: dict[int, Any]) -> Any:
     try:
         return copy.deepcopy(value, memo)
     except Exception as error:
-        raise Unfit(f"{name} of its {of.__name__} cannot be copied for the check: {str(error)[:80]}") from error
+        raise Unfit(f"{name} of its {of.__name__} cannot be copied for the check: {error}") from error
 
 
 def _begin(
@@ -249,9 +251,10 @@ def _begin(
         return
     copied: Any = object.__new__(original_class(instance))
     memo[id(instance)] = copied
-    own = {key: value for key, value in vars(instance).items() if key not in (PLAN, "_compiled_call_impl")}
+    state = nn.Module.__getstate__(instance) if isinstance(instance, nn.Module) else vars(instance)
+    own = {key: value for key, value in state.items() if key != PLAN}  # without what it was compiled to
     if isinstance(instance, nn.Module):
-        own |= {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
+        own |= without_hooks()
     if id(instance) in hollow:
         vars(copied).update(own, _modules={}, _parameters={}, _buffers={})
         return

@@ -24,7 +24,6 @@ from torch import nn
 from ..dispatch import check_values, tensors_of
 from ..flows import ActNorm, AffineCoupling, Bijection, Flow, Inverse, Mix, Squeeze
 from ..linearizer import Linearizer
-from ..nets import MLP
 from ..operators import TimeDepthwiseConv, TimeLowRank
 from ..operators.base import LatentOperator
 from ..scale_maps import ScaleMap

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import linfast as lf
-from linfast.accelerate import freia
+from linfast.accelerate.libraries import freia
 from linfast.accelerate.swap import Swapped
 from tests.laws.zoo import relative
 

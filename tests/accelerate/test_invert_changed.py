@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import linfast as lf
-from linfast.accelerate.recall import recalling
+from linfast.accelerate.evaluate_once import recalling
 
 from .test_libraries import relative
 from .zoo import require

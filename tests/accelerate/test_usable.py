@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import linfast as lf
+from linfast.accelerate.coupling_side import split_of
 from linfast.accelerate.swap import Swapped
-from linfast.accelerate.tail import split_of
 from tests.laws.zoo import relative
 from tests.marks import long
 

@@ -165,7 +165,7 @@ class Ours(nn.Module):
 def test_a_wrong_kernel_is_left_alone_where_the_original_runs_it_too(
     kernels, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "ADAPTERS", list(adapters.ADAPTERS))
+    monkeypatch.setattr(adapters, "ADAPTERS", dict(adapters.ADAPTERS))
     lf.register_adapter(Ours, conditioner="net", scale_map=lf.ScaleMap("tanh", 2.0), features="features")
     assert not lf.accelerate(Ours()).left
     launched = kernels.launches

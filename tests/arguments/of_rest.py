@@ -66,8 +66,6 @@ REST: dict[str, Good] = {
                 "model": nn.Linear(2, 2),
                 "precision": None,
                 "memory": "store",
-                "compile": False,
-                "cuda_graph": False,
                 "keep_defects": (),
             },
         ),

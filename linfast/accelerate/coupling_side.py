@@ -3,7 +3,7 @@
     forward  y = moved * scale + shift         inverse  moved = (y - shift) / scale
 
 The library's own formula for the scale, with slices for the gathers and scatters that regular
-masks do not need. couple.py says what runs where.
+masks do not need. coupling.py says what runs where.
 """
 
 from __future__ import annotations

@@ -14,14 +14,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..scale_maps import ScaleMap
-from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from .couple import couple, described
-from .tail import ADDITIVE, Side, Split, Tail, split_of
+from ...flows.undo import Outputs
+from ...scale_maps import ScaleMap
+from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from ..chain import (
+    Context,
+    Named,
+    Part,
+    chain_adapter,
+    is_known,
+    part_of,
+    parts_to_invert,
+    per_sample,
+    put_stubs,
+    run_inverting,
+)
+from ..coupling import couple, described
+from ..coupling_side import ADDITIVE, Side, Split, Tail, split_of
+from ..identity import defined_as
 
-__all__ = ["ADAPTERS"]
+__all__ = ["ADAPTERS", "composite_of", "coupling_of"]
 
 _FLOOR = 1e-3
 
@@ -118,7 +132,7 @@ _ASSUMES = (
 )
 
 
-def _adapter(library: str, where: str, name: str) -> Adapter:
+def coupling_of(library: str, where: str, name: str) -> Adapter:
     return Adapter(
         library=library,
         where=where,
@@ -138,10 +152,80 @@ def _adapter(library: str, where: str, name: str) -> Adapter:
     )
 
 
+# CompositeTransform
+
+_INVERTIBLE = (
+    "ActNorm",
+    "HouseholderSequence",
+    "IdentityTransform",
+    "LULinear",
+    "NaiveLinear",
+    "OneByOneConvolution",
+    "Permutation",
+    "PointwiseAffineTransform",
+    "QRLinear",
+    "RandomPermutation",
+    "ReversePermutation",
+    "SVDLinear",
+)
+_COMPOSITES = {"nflows": "nflows.transforms.base", "glasflow": "glasflow.nflows.transforms.base"}
+
+
+def _flat(chain: Any, where: str = "") -> Named:
+    for i, transform in enumerate(chain._transforms):
+        name = f"{where}_transforms[{i}]"
+        if any(defined_as(transform, module, "CompositeTransform") for module in _COMPOSITES.values()):
+            yield from _flat(transform, f"{name}.")
+        else:
+            yield name, transform
+
+
+def _parts(chain: Any) -> list[Part]:
+    def known(transform: nn.Module) -> bool:
+        return any(is_known(transform, library, _INVERTIBLE, ("forward", "inverse")) for library in _COMPOSITES)
+
+    return [part_of(name, transform, known(transform), _run_part) for name, transform in _flat(chain)]
+
+
+def _run_part(transform: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
+    y, log_det = (transform.inverse if inverse else transform)(x, context["context"])
+    return y, per_sample(log_det, x, x.dtype)
+
+
+def _chain_method(method: str) -> Callable[..., Any]:
+    def run(chain: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Any]:
+        parts = parts_to_invert(chain, inputs, _parts)
+        if parts is None:
+            return getattr(chain._linfast_original, method)(chain, inputs, context)
+        return run_inverting(chain, parts, inputs, {"context": context}, method == "inverse")
+
+    return run
+
+
+def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
+    parts = _parts(chain)
+    put_stubs(parts, draw)
+    features = next(part.module.features for part in parts if part.conditioners)
+    images = any(type(part.module).__name__ == "OneByOneConvolution" for part in parts)
+    shape = (4, features, 2, 3) if images else (4, features)
+    return [*chain.forward(draw(*shape), draw(2)), *chain.inverse(draw(*shape), context=draw(2))]
+
+
+def composite_of(library: str) -> Adapter:
+    return chain_adapter(
+        library,
+        _COMPOSITES[library],
+        "CompositeTransform",
+        _parts,
+        _flat,
+        methods={method: _chain_method(method) for method in ("forward", "inverse")},
+        probe=_probe_chain,
+        hollow=lambda chain: [net for part in _parts(chain) for net in part.conditioners],
+    )
+
+
 ADAPTERS = (
-    _adapter("nflows", "nflows.transforms.coupling", "AffineCouplingTransform"),
-    _adapter("nflows", "nflows.transforms.coupling", "AdditiveCouplingTransform"),
-    _adapter("glasflow", "glasflow.nflows.transforms.coupling", "AffineCouplingTransform"),
-    _adapter("glasflow", "glasflow.nflows.transforms.coupling", "AdditiveCouplingTransform"),
-    _adapter("glasflow", "glasflow.transforms.coupling", "AffineCouplingTransform"),
+    coupling_of("nflows", "nflows.transforms.coupling", "AffineCouplingTransform"),
+    coupling_of("nflows", "nflows.transforms.coupling", "AdditiveCouplingTransform"),
+    composite_of("nflows"),
 )

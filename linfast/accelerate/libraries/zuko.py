@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Transform
-from torch.distributions.transforms import _InverseTransform
+from torch.distributions import ExpTransform, Transform
 
-from ..checks import check_kind
-from ..scale_maps import ScaleMap
-from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from .couple import couple, described
-from .identity import find_class
-from .tail import Side, Split, Tail, split_of
+from ...checks import check_kind
+from ...rows import is_short, on_plain_cpu
+from ...scale_maps import ScaleMap
+from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from ..coupling import couple, described, gains
+from ..coupling_side import Side, Split, Tail, split_of
+from ..identity import PLAN, find_class, original_class
+from ..swap import may_replace, plan_of
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTERS"]
 
 _SLOPE = 1e-3
 
@@ -57,54 +58,93 @@ def _side(
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
-    return _transform_class()(lazy, c)
+    """The transform given c. On a CPU it is the library's own until it is given a long batch."""
+    on_cpu = on_plain_cpu(lazy.mask)
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not (on_cpu or may_replace(lazy, _COUPLING, "forward"))
+    ):
+        original: Transform = original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
+        return original
+    made: Transform = _transform_class()(lazy, c, None if on_cpu else plan_of(lazy).layout)
+    return made
 
 
 @functools.cache
 def _transform_class() -> type:
     """The fused transform, a zuko CouplingTransform; made when zuko is there."""
-    base = find_class("zuko.transforms", "CouplingTransform")
-    assert base is not None
+    base: Any = find_class("zuko.transforms", "CouplingTransform")
+    base_of_inverse: Any = type(ExpTransform().inv)
 
-    class CouplingTransform(base):  # type: ignore[misc,valid-type]
+    class CouplingTransform(base):
         """y and log|det| in one pass, and the same for the inverse."""
 
-        def __init__(self, lazy: Any, c: Tensor | None) -> None:
-            Transform.__init__(self)
-            self._lazy, self._c, self._layout = lazy, c, lazy._linfast_plan.layout
-            self.meta = functools.partial(lazy.meta, c)
+        def __init__(self, lazy: Any, c: Tensor | None, layout: tuple[Split, Tail] | None) -> None:
+            meta = functools.partial(lazy.meta, c)
+            if layout is None:
+                super().__init__(meta, lazy.mask)
+            else:  # without the features' numbers, for which a GPU would be waited for
+                Transform.__init__(self)
+                self.meta = meta
+            self._lazy, self._c, self._layout = lazy, c, layout
 
-        @property
+        @functools.cached_property
         def idx_a(self) -> Tensor:
             return self._lazy.mask.nonzero().squeeze(-1)
 
-        @property
+        @functools.cached_property
         def idx_b(self) -> Tensor:
             return (~self._lazy.mask).nonzero().squeeze(-1)
 
         @property
         def inv(self) -> Transform:
-            return _Inverse(self)
+            return Inverse(self)
 
         def __reduce__(self) -> Any:
             """As the library's own, which a process without linfast can load."""
             return base, (self.meta, self._lazy.mask)
 
         def _call(self, x: Tensor) -> Tensor:
-            return self.run(x, inverse=False)[0]
+            return super()._call(x) if self._layout_for(x) is None else self.call_and_ladj(x)[0]
 
         def _inverse(self, y: Tensor) -> Tensor:
-            return self.run(y, inverse=True)[0]
+            return super()._inverse(y) if self._layout_for(y) is None else self.inverse_and_ladj(y)[0]
 
         def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.run(x, inverse=False)
+            layout = self._layout_for(x)
+            return super().call_and_ladj(x) if layout is None else self._run(x, layout, inverse=False)
 
-        def run(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-            """(y, log|det|) of x [..., D], or of the inverse."""
+        def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+            """(x, log|dx / dy|); the library would run its conditioner twice."""
+            layout = self._layout_for(y)
+            if layout is not None:
+                return self._run(y, layout, inverse=True)
+            kept, moved = self.split(y)
+            moved, ladj = self.meta(kept).inv.call_and_ladj(moved)
+            return self.merge(kept, moved, y.shape), ladj
+
+        def _layout_for(self, x: Tensor) -> tuple[Split, Tail] | None:
+            """What our path is to run x by; None where the library's own code is to run."""
             check_kind("x", x, Tensor)
+            if self._layout is not None:
+                return self._layout
+            rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
+            if PLAN not in vars(self._lazy) or is_short(rows, plan_of(self._lazy).least_rows):
+                return None
+            if not may_replace(self._lazy, _COUPLING, "forward"):
+                return None
+            found: tuple[Split, Tail] = plan_of(self._lazy).layout
+            same = torch.equal(self._lazy.mask.nonzero().squeeze(-1), self.idx_a)  # the mask may be another since
+            return found if same and gains(rows, [self._side(x, found)]) else None
+
+        def _side(self, x: Tensor, layout: tuple[Split, Tail]) -> Side:
             nets = (self._lazy.hyper,) if self._c is None else ()
-            side = _side(self._lazy, self._layout, lambda kept: self._params(kept, x.shape[:-1]), nets)
-            y, log_det = couple(x.reshape(-1, x.shape[-1]), side, inverse)
+            return _side(self._lazy, layout, lambda kept: self._params(kept, x.shape[:-1]), nets)
+
+        def _run(self, x: Tensor, layout: tuple[Split, Tail], inverse: bool) -> tuple[Tensor, Tensor]:
+            """(y, log|det|) of x [..., D], or of the inverse."""
+            y, log_det = couple(x.reshape(-1, x.shape[-1]), self._side(x, layout), inverse)
             return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
         def _params(self, kept: Tensor, batch: Size) -> Tensor:
@@ -116,17 +156,16 @@ def _transform_class() -> type:
             params = self._lazy.hyper(kept)
             return params.reshape(-1, params.shape[-1])
 
+    class Inverse(base_of_inverse):
+        """The inverse, whose value and log-determinant take one pass too."""
+
+        def __reduce__(self) -> Any:
+            return base_of_inverse, (self._inv,)
+
+        def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+            return self._inv.inverse_and_ladj(y)
+
     return CouplingTransform
-
-
-class _Inverse(_InverseTransform):
-    """The inverse, whose value and log-determinant take one pass too."""
-
-    def __reduce__(self) -> Any:
-        return _InverseTransform, (self._inv,)
-
-    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._inv.run(y, inverse=True)  # type: ignore[union-attr]
 
 
 def _probe(lazy: Any, draw: Draw) -> Sequence[Tensor]:
@@ -148,7 +187,7 @@ class _LastDim(Stub):
         )
 
 
-ADAPTER = Adapter(
+_COUPLING = Adapter(
     library="zuko",
     where="zuko.flows.coupling",
     name="GeneralCouplingTransform",
@@ -158,6 +197,7 @@ ADAPTER = Adapter(
     masks=lambda lazy: (lazy.mask,),
     settings=("univariate", "shapes"),
     assumes=("meta",),
+    decides=True,
     conditioners=lambda lazy: (lazy.hyper,),
     sides=lambda lazy, layout: (_side(lazy, layout, lazy.hyper, (lazy.hyper,)),),
     vectors=lambda lazy, draw, features: (
@@ -166,3 +206,5 @@ ADAPTER = Adapter(
     ),
     stored="zuko makes a new Transform, not a module, at every call",
 )
+
+ADAPTERS = (_COUPLING,)

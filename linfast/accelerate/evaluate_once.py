@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..flows.undo import gradients
+from .identity import without_hooks
 
 __all__ = ["recalling"]
 
@@ -55,10 +56,9 @@ def _recalling(conditioner: nn.Module, calls: _Calls) -> nn.Module:
     A subclass could do that too, but whatever the class does with its subclasses would be done with that one.
     """
     view: nn.Module = object.__new__(type(conditioner))
-    vars(view).update(vars(conditioner))
+    vars(view).update(nn.Module.__getstate__(conditioner))  # without what it was compiled to
     called = functools.partial(nn.Module.__call__, conditioner)
-    vars(view)["_compiled_call_impl"] = calls.of(called)  # what nn.Module.__call__ calls, where there is one
-    vars(view)["forward"] = calls.of(conditioner.forward)
+    vars(view).update(without_hooks(), forward=calls.of(called))  # its hooks run inside ``called``
     return view
 
 

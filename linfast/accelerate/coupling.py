@@ -1,14 +1,17 @@
-"""What runs a coupling: on a GPU the whole layer in one launch or its tail in one, elsewhere plain torch.
+"""What runs a coupling: one launch, a fused tail, plain torch, or the library's own code.
 
-whole layer  an MLP conditioner that ``ops.coupling_stack`` has a tile for, on vectors: whole.py
-tail         ``ops.affine_coupling``: split, map, product, sum and concatenation in one kernel
-plain torch  tail.py: on a CPU, in float64, and where the kernels do not have the library's map or split;
-             with MLP conditioners on a CPU so many rows at a time as a cache holds: rows.py
+one launch   an MLP conditioner that ``ops.coupling_stack`` has a tile for, on vectors: coupling_launch.py
+fused tail   ``ops.affine_coupling``: split, map, product, sum and concatenation in one kernel
+plain torch  coupling_side.py: on a GPU in float64, and where the kernels lack the library's map or split;
+             on a CPU of long batches with MLP conditioners, so many rows at a time as a cache holds: rows.py
+
+On a CPU nothing else gains, and ``gains`` sends it to the library's own code.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,11 +20,11 @@ from torch import Tensor
 
 from ..dispatch import uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
-from ..rows import Work, by_rows, rows_at_once
-from .tail import Side
-from .whole import fits_whole, whole_layer, widest
+from ..rows import Work, by_rows, on_plain_cpu, rows_at_once, rows_in_cache
+from .coupling_launch import fits_whole, whole_layer, widest
+from .coupling_side import Side
 
-__all__ = ["couple", "couple_both", "described"]
+__all__ = ["couple", "couple_both", "described", "gains", "in_cache", "least_rows"]
 
 Kernel = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
@@ -37,7 +40,7 @@ def couple(x: Tensor, side: Side, inverse: bool) -> tuple[Tensor, Tensor]:
         out, log_det = side.tail.apply(moved, side.run(kept), inverse)
         return side.split.put(x, kept, out), -log_det() if inverse else log_det()
 
-    return _in_cache(plainly, x, (side,))
+    return in_cache(plainly, x, (side,))
 
 
 def couple_both(
@@ -67,29 +70,52 @@ def couple_both(
         log_dets = totals[0]() + totals[1]()
         return torch.cat(parts, 1), -log_dets if inverse else log_dets
 
-    return _in_cache(plainly, x, sides)
+    return in_cache(plainly, x, sides)
 
 
-def _in_cache(work: Work, x: Tensor, sides: Sequence[Side]) -> tuple[Tensor, Any]:
+def gains(given: Any, sides: Sequence[Side]) -> bool:
+    """Whether x, or the first of several, runs faster by this module than by the library's own code."""
+    x = given[0] if isinstance(given, (tuple, list)) and given else given
+    return not isinstance(x, Tensor) or not on_plain_cpu(x) or _rows(x, sides) is not None
+
+
+def _rows(x: Tensor, sides: Sequence[Side]) -> int | None:
+    return rows_at_once(x, lambda: [widest(side) for side in sides])
+
+
+def in_cache(work: Work, x: Tensor, sides: Sequence[Side]) -> tuple[Tensor, Any]:
     """``work`` on x, by rows where the conditioners are MLPs, which see each row alone, and x has many."""
-    rows = rows_at_once(x, lambda: [widest(side) for side in sides])
+    rows = _rows(x, sides)
     return work(x) if rows is None else by_rows(work, x, rows)
 
 
 def described(what: str, sides: Sequence[Side]) -> str:
-    """``what``, and which of the three runs, for the report; of modules on a CPU also what a GPU would run."""
+    """``what``, and what runs it where the module is now, for the report; on a CPU also what a GPU would run."""
     like = next((p for side in sides for p in side.owner.parameters() if p.is_floating_point()), torch.empty(0))
     fused = " and ".join(dict.fromkeys(_best(side, like) for side in sides))
-    if like.is_cuda or fused == "plain torch":
+    if like.is_cuda:
         return f"{what} ({fused})"
-    return f"{what} (on a GPU: {fused}; here: plain torch)"
+    rows, here = least_rows(sides), "the original's own code"
+    if rows < math.inf:
+        here += f", and from {rows * torch.get_num_threads()} rows on as many at a time as fit its cache"
+    return f"{what} (on a GPU: {fused}; on this CPU: {here})"
+
+
+def least_rows(sides: Sequence[Side]) -> float:
+    """From how many rows per thread on a CPU gains by cutting the batch; infinity where it never does."""
+    like = next((p for side in sides for p in side.owner.parameters() if p.is_floating_point()), None)
+    widths = [widest(side) for side in sides]
+    known = [width for width in widths if width is not None]
+    if like is None or not known or len(known) < len(widths):
+        return math.inf
+    return 2 * rows_in_cache(max(known), like.element_size())
 
 
 def _best(side: Side, like: Tensor) -> str:
     """What a GPU runs for this side."""
     if fits_whole(side, like):
-        return "whole layer"
-    return "tail" if _has_tail_kernel(side, side.split.features) else "plain torch"
+        return "one launch"
+    return "fused tail" if _has_tail_kernel(side, side.split.features) else "plain torch"
 
 
 def _kernel(x: Tensor, side: Side) -> Kernel | None:

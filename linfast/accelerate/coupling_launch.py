@@ -24,9 +24,9 @@ from ..ops.affine_coupling import LAYOUTS, split_sizes
 from ..ops.coupling_stack import coupling_stack
 from ..ops.stack_weights import CouplingLayer, PackedStack, pack_stack
 from ..precision import half_dtype, resolve_precision
-from .identity import PLAN
+from .coupling_side import Side
+from .identity import PLAN, has_global_hook
 from .mlp import MLP, find_mlp
-from .tail import Side
 
 __all__ = ["fits_whole", "narrowed", "whole_here", "whole_layer", "widest"]
 
@@ -38,7 +38,7 @@ Layers = list[tuple[Tensor, Tensor | None]]
 
 def whole_layer(x: Tensor, side: Side) -> Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None:
     """(x, inverse) -> (y, log_det) in one launch; None where there is none for this x [B, D]."""
-    if x.ndim != 2 or not side.nets or nn.modules.module._has_any_global_hook():
+    if x.ndim != 2 or not side.nets or has_global_hook():
         return None
     mlps = _mlps(side)
     if mlps is None or _features(mlps, side) != x.shape[1] or not _has_tile(mlps, side, x):
@@ -68,7 +68,7 @@ def fits_whole(side: Side, like: Tensor) -> int | None:
 
 def widest(side: Side) -> int | None:
     """Values of the nets' widest layer, where they are MLPs of any kind; else None."""
-    if not side.nets or nn.modules.module._has_any_global_hook():
+    if not side.nets or has_global_hook():
         return None
     mlps = [find_mlp(net) for net in side.nets]
     return None if None in mlps else max(width for mlp in mlps if mlp is not None for width in mlp.sizes)

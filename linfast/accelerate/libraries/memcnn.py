@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..scale_maps import ScaleMap
-from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from .couple import couple_both, described
-from .identity import changed_method, defined_as
-from .tail import ADDITIVE, Params, Side, Split, Tail
+from ...scale_maps import ScaleMap
+from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from ..coupling import couple_both, described
+from ..coupling_side import ADDITIVE, Params, Side, Split, Tail
+from ..identity import changed_method, defined_as
 
 __all__ = ["ADAPTERS"]
 

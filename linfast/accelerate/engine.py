@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..checks import check_choice, check_flag
+from ..checks import check_choice
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Plan, Unfit, adapter_for, parent_adapter
-from .compiled import compile_conditioners, uncompile
-from .identity import changed_method, is_hooked, is_patched, is_sharded, original_class, other_arguments
+from .coupling_launch import fits_whole
+from .identity import (
+    changed_method,
+    has_global_hook,
+    is_hooked,
+    is_patched,
+    is_sharded,
+    original_class,
+    other_arguments,
+)
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
 from .verify import check_values, difference, kind_of
-from .whole import fits_whole
 
 __all__ = ["DEFECTS", "accelerate", "restore"]
 
@@ -36,9 +42,8 @@ def accelerate(
     model: Any,
     precision: str | None = None,
     memory: str = "store",
-    compile: bool = False,
-    cuda_graph: bool = False,
     keep_defects: Collection[str] = (),
+    **removed: Any,
 ) -> Report:
     """Make the modules of known libraries in ``model`` run on linfast's ops, in place.
 
@@ -66,19 +71,15 @@ def accelerate(
             (linfast.flows.reversible). A chain with a step that is not known to be invertible stores, also
             where the step was put in later, which is said once. A conditioner that reads a tensor from
             outside its arguments that needs a gradient is an error at the call (RuntimeError).
-        compile: compile the conditioners with torch.compile, each kind of block once.
-        cuda_graph: capture what g and the chains compute without gradients in eval mode, as a sampler
-            calls them, in CUDA graphs (linfast.accelerate.graph).
         keep_defects: which of ``DEFECTS`` to leave as they are.
 
     Raises:
-        TypeError: a model of another kind.
+        TypeError: a model of another kind, or an argument that does not exist.
         ValueError: an option that does not exist or cannot be had here.
     """
-    check_flag("compile", compile)
-    _check(model, precision, memory, cuda_graph, keep_defects)
+    _check(model, precision, memory, keep_defects, removed)
     restore(model)
-    options = Options(frozenset(keep_defects), memory, precision, cuda_graph)
+    options = Options(frozenset(keep_defects), memory, precision)
     rows: list[Row] = []
     passed_by: set[int] = set()
     rebuilt: set[int] = set()
@@ -100,10 +101,6 @@ def accelerate(
     except BaseException:
         restore(model)
         raise
-    if compile:
-        for _, instance in list(_objects(model)):
-            if isinstance(instance, Swapped):
-                compile_conditioners(instance)
     return Report(tuple(rows), precision)
 
 
@@ -115,8 +112,6 @@ def restore(model: Any) -> None:
     """
     _check_model(model)
     for _, instance in list(_objects(model)):
-        if isinstance(instance, nn.Module):
-            uncompile(instance)
         if isinstance(instance, Swapped):
             if "_linfast_original" not in vars(type(instance)):
                 raise ValueError(f"{type(instance).__name__} was derived from after accelerate; undo that first")
@@ -124,6 +119,10 @@ def restore(model: Any) -> None:
 
 
 _MEMORY = ("store", "invert")
+_REMOVED = (
+    "accelerate() takes no {}: compile an accelerated model with torch.compile(model), "
+    "and capture its calls with torch.cuda.graph (docs/accelerate.md shows both)"
+)
 
 
 def _check_model(model: Any) -> None:
@@ -134,16 +133,17 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model must keep its attributes in a __dict__; {name} has __slots__ alone")
 
 
-def _check(model: Any, precision: str | None, memory: str, cuda_graph: bool, keep_defects: Collection[str]) -> None:
+def _check(
+    model: Any, precision: str | None, memory: str, keep_defects: Collection[str], removed: Mapping[str, Any]
+) -> None:
+    if removed:
+        raise TypeError(_REMOVED.format(", ".join(removed)))
     _check_model(model)
     if precision is not None:
         check_choice("precision", precision, PRECISIONS)
     check_choice("memory", memory, _MEMORY)
-    check_flag("cuda_graph", cuda_graph)
     if not isinstance(keep_defects, (list, tuple, set, frozenset)) or any(d not in DEFECTS for d in keep_defects):
         raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
-    if cuda_graph and not torch.cuda.is_available():
-        raise ValueError("cuda_graph=True needs a CUDA device: none is available")
 
 
 def _objects(model: Any) -> Iterator[tuple[str, Any]]:
@@ -182,7 +182,7 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
     except MemoryError:
         raise
     except Exception as error:  # of code that is not ours: the rest of the model is accelerated all the same
-        why = f"it is not built as {adapter.title} is: {type(error).__name__}: {str(error)[:80]}"
+        why = f"it is not built as {adapter.title} is: {type(error).__name__}: {error}"
         return Row(path, adapter.title, None, why, what)
     swap(instance, adapter, plan)
     takes_precision = plan.takes_precision or _runs_whole(instance, adapter, plan)
@@ -224,7 +224,7 @@ def _check_unchanged(instance: Any, adapter: Adapter) -> None:
         raise Unfit("a method was put on it: not the library's own")
     if not isinstance(instance, nn.Module):
         return
-    if not adapter.chain and nn.modules.module._has_any_global_hook():
+    if not adapter.chain and has_global_hook():
         raise Unfit("a global module hook is registered, which would be passed by: remove it first")
     inner = tuple(adapter.inner(instance))
     if any(is_hooked(module) for module in inner):

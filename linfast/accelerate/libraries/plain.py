@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_flag, check_function, check_kind
-from ..dispatch import uses_triton
-from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
-from ..scale_maps import ScaleMap
-from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add
-from .couple import described
-from .tail import Side, Split, Tail
-from .whole import whole_layer
+from ...checks import check_choice, check_flag, check_function, check_kind
+from ...dispatch import uses_triton
+from ...ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
+from ...scale_maps import ScaleMap
+from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add
+from ..coupling import described, in_cache
+from ..coupling_launch import whole_layer
+from ..coupling_side import Side, Split, Tail
 
 __all__ = ["register_adapter"]
 
@@ -85,23 +85,21 @@ def register_adapter(
         return Side(Split("halves", moves), tail, net, module, (net,))
 
     def run(module: Any, x: Tensor, context: Sequence[Any], undo: bool) -> Any:
-        if not context and uses_triton(x):
-            whole = whole_layer(x, side(module, module._linfast_plan.layout))
-            if whole is not None:
-                z, log_dets = whole(x, undo)
-                return (z, log_dets) if log_det else z
-        first, second = x.split(split_sizes(x.shape[1]), 1)
-        params = getattr(module, conditioner)(second if moves == "first" else first, *context)
-        y, total = affine_coupling(
-            x,
-            params,
-            module._linfast_plan.layout,
-            order=order,
-            layout=layout,
-            moves=moves,
-            inverse=undo,
-            log_det=log_det,
-        )
+        found = module._linfast_plan.layout
+        sides = () if context else (side(module, found),)
+        whole = whole_layer(x, sides[0]) if sides and uses_triton(x) else None
+        if whole is not None:
+            z, log_dets = whole(x, undo)
+            return (z, log_dets) if log_det else z
+
+        def by_tail(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            first, second = x.split(split_sizes(x.shape[1]), 1)
+            params = getattr(module, conditioner)(second if moves == "first" else first, *context)
+            return affine_coupling(
+                x, params, found, order=order, layout=layout, moves=moves, inverse=undo, log_det=log_det
+            )
+
+        y, total = in_cache(by_tail, x, sides)
         return y if total is None else (y, total.to(x.dtype))
 
     def probe(module: Any, draw: Draw) -> Sequence[Tensor]:
@@ -117,8 +115,7 @@ def register_adapter(
     add(
         Adapter(
             library=cls.__module__.partition(".")[0],
-            where=cls.__module__,
-            cls=cls,
+            where=cls,
             name=cls.__qualname__,
             methods={
                 "forward": lambda module, x, *context: run(module, x, context, False),

@@ -6,7 +6,7 @@ evaluated once in the backward; of any other part the inverse and the forward ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,13 +18,26 @@ from ..dispatch import has_values
 from ..flows.memory import inverts
 from ..flows.reversible import Step, reversible
 from ..flows.undo import Cotangents, Outputs, Undone, undo
-from .adapter import Unfit
+from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
+from .evaluate_once import recalling
 from .identity import changed_method, original_class
-from .recall import recalling
 
-__all__ = ["Part", "check_parts", "is_known", "parts_to_invert", "per_sample", "run_inverting"]
+__all__ = [
+    "Context",
+    "Named",
+    "Part",
+    "chain_adapter",
+    "check_parts",
+    "is_known",
+    "part_of",
+    "parts_to_invert",
+    "per_sample",
+    "put_stubs",
+    "run_inverting",
+]
 
 Context = Mapping[str, Any]
+Named = Iterator[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -104,8 +117,11 @@ def check_parts(parts: Sequence[Part]) -> None:
             raise Unfit(f"stored: the conditioners of its {part.name} drop out, and are undone in another order")
 
 
+_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
+
+
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+    return isinstance(module, _DROPOUTS) and module.p > 0
 
 
 def per_sample(log_det: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -113,3 +129,52 @@ def per_sample(log_det: Any, x: Tensor, dtype: torch.dtype | None = None) -> Ten
     if not isinstance(log_det, Tensor):
         return torch.full((x.shape[0],), log_det, dtype=dtype or x.dtype, device=x.device)
     return log_det.expand(x.shape[0]).to(dtype or log_det.dtype)
+
+
+def part_of(
+    name: str, module: nn.Module, known: bool, run: Callable[..., Outputs], nets: Iterable[Any] = ()
+) -> Part:
+    """A step, or Unfit; ``nets``: conditioners of a coupling that has no adapter."""
+    adapter = adapter_for(module)
+    conditioners = tuple(nets) if adapter is None else tuple(adapter.conditioners(module))
+    changed = None if adapter is None else changed_method(module, (*adapter.methods, *adapter.assumes))
+    if changed is not None or not (known or conditioners):
+        raise Unfit(f"stored: its {type(module).__name__} is not known to be invertible")
+    return Part(f"{name} ({type(module).__name__})", module, run, conditioners)
+
+
+def put_stubs(parts: Sequence[Part], draw: Draw) -> None:
+    """Stubs in place of a copy's conditioners, as the couplings' own checks have them, with scales near one."""
+    for part in parts:
+        adapter = adapter_for(part.module)
+        if adapter is not None and part.conditioners:
+            adapter.probe(part.module, draw)
+        for module in part.module.modules():
+            if isinstance(module, Stub):
+                module.size = 1 / len(parts)
+
+
+def chain_adapter(
+    library: str,
+    where: str,
+    name: str,
+    parts_of: Callable[[Any], list[Part]],
+    flat: Callable[[Any], Named],
+    **what: Any,
+) -> Adapter:
+    """The adapter of a chain; ``parts_of`` raises Unfit where a part is not invertible, ``flat`` names them all."""
+
+    def plan(chain: Any, options: Options) -> Plan:
+        parts = parts_of(chain)
+        check_parts(parts)
+        return Plan(f"{len(parts)} steps, rebuilt in the backward")
+
+    return Adapter(
+        library=library,
+        where=where,
+        name=name,
+        chain=True,
+        plan=plan,
+        inner=lambda chain: [module for _, module in flat(chain)],
+        **what,
+    )

@@ -1,0 +1,14 @@
+"""glasflow: its fork of nflows, and its own affine coupling, whose scale function the instance holds."""
+
+from __future__ import annotations
+
+from .nflows import composite_of, coupling_of
+
+__all__ = ["ADAPTERS"]
+
+ADAPTERS = (
+    coupling_of("glasflow", "glasflow.nflows.transforms.coupling", "AffineCouplingTransform"),
+    coupling_of("glasflow", "glasflow.nflows.transforms.coupling", "AdditiveCouplingTransform"),
+    coupling_of("glasflow", "glasflow.transforms.coupling", "AffineCouplingTransform"),
+    composite_of("glasflow"),
+)

@@ -1,0 +1,314 @@
+"""normflows: AffineCouplingBlock, and so GlowBlock; MaskedAffineFlow; NormalizingFlow.
+
+    AffineCouplingBlock, latent to data: its split, coupling and merge are one here
+        y = m e^s + t            exp
+        y = m / sigmoid(s+2) + t  sigmoid, a Glow block's
+        y = m sigmoid(s+2) + t    sigmoid_inv
+        params of the kept half, t and s interleaved; z -> (z, log_det [B])
+    MaskedAffineFlow, its RealNVP and, without s, its NICE layer, latent to data
+        y = b z + (1 - b) (z e^s + t),  s and t two nets of b z, both full width
+        a net's value that is not finite counts as NaN
+
+What b zeroes and what 1 - b drops is not computed here: of an MLP the columns that meet zeros and the
+rows that nobody looks at are left out. A kernel gives what e^s gives where s is infinite.
+NormalizingFlow is for memory="invert"; reverse_kld and reverse_alpha_div store all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...flows.undo import Outputs
+from ...ops.affine_coupling import split_sizes
+from ...scale_maps import ScaleMap
+from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from ..chain import (
+    Context,
+    Named,
+    Part,
+    chain_adapter,
+    is_known,
+    part_of,
+    parts_to_invert,
+    per_sample,
+    run_inverting,
+)
+from ..coupling import couple, described
+from ..coupling_launch import narrowed
+from ..coupling_side import ADDITIVE, Side, Split, Tail, split_of
+from ..identity import changed_method, defined_as
+from ..mlp import find_mlp
+
+__all__ = ["ADAPTERS"]
+
+
+def _sigmoid(raw: Tensor) -> Tensor:
+    return torch.sigmoid(raw + 2)
+
+
+_TAILS = {
+    "exp": Tail(lambda s: s, "interleaved", ScaleMap("exp")),
+    "sigmoid": Tail(_sigmoid, "interleaved", ScaleMap("sigmoid"), gives="reciprocal"),
+    "sigmoid_inv": Tail(_sigmoid, "interleaved", ScaleMap("sigmoid"), gives="scale"),
+}
+_MOVES = {"channel": "second", "channel_inv": "first"}
+
+
+def _plan(block: Any, options: Options) -> Plan:
+    split, coupling, merge = block.flows
+    if not (
+        defined_as(split, "normflows.flows.reshape", "Split")
+        and defined_as(coupling, "normflows.flows.affine.coupling", "AffineCoupling")
+        and defined_as(merge, "normflows.flows.reshape", "Merge")
+    ):
+        raise Unfit("its flows are not split, affine coupling, merge")
+    for module in block.flows:
+        changed = changed_method(module, ("forward", "inverse"))
+        if changed is not None:
+            raise Unfit(f"the {changed} of its {type(module).__name__} was replaced: not the library's own")
+    if split.mode not in _MOVES or merge.mode != split.mode:
+        raise Unfit(f"split mode {split.mode!r}: only {', '.join(_MOVES)}")
+    if coupling.scale and coupling.scale_map not in _TAILS:
+        raise Unfit(f"scale map {coupling.scale_map!r}")
+    what = f"affine coupling, {coupling.scale_map}" if coupling.scale else "additive coupling"
+    return Plan(described(what, [_side(block)]))
+
+
+def _couple(block: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    y, log_det = couple(z, _side(block), inverse)
+    return y, log_det.to(z.dtype)  # in which the library adds it up, whatever its parameters are
+
+
+def _side(block: Any) -> Side:
+    coupling = block.flows[1]
+    return Side(
+        Split("halves", _MOVES[block.flows[0].mode]),
+        _TAILS[coupling.scale_map] if coupling.scale else ADDITIVE,
+        coupling.param_map,
+        block,
+        (coupling.param_map,),
+    )
+
+
+def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
+    outputs: list[Tensor] = []
+    coupling = block.flows[1]
+    for channels in (6, 5):
+        kept, moved = split_sizes(channels) if block.flows[0].mode == "channel" else split_sizes(channels)[::-1]
+        coupling._modules["param_map"] = Stub(kept, moved * (1 + bool(coupling.scale)), draw)
+        for shape in ((3, channels), (2, channels, 4, 3)):
+            outputs += [*block.forward(draw(*shape)), *block.inverse(draw(*shape))]
+    return outputs
+
+
+_BLOCK = Adapter(
+    library="normflows",
+    where="normflows.flows.affine.coupling",
+    name="AffineCouplingBlock",
+    methods={
+        "forward": lambda block, z: _couple(block, z, inverse=False),
+        "inverse": lambda block, z: _couple(block, z, inverse=True),
+    },
+    plan=_plan,
+    probe=_probe,
+    inner=lambda block: tuple(block.flows),
+    conditioners=lambda block: (block.flows[1].param_map,),
+    sides=lambda block, layout: (_side(block),),
+    vectors=lambda block, draw, features: (*block.forward(draw(3, features)), *block.inverse(draw(3, features))),
+)
+
+
+# MaskedAffineFlow
+
+_MASKED = Tail(lambda raw: raw, "pair", ScaleMap("exp"))
+
+
+def _plan_masked(flow: Any, options: Options) -> Plan:
+    if flow.b.ndim != 2:
+        raise Unfit(f"its mask is {list(flow.b.shape[1:])}: only vectors")
+    if set(flow.b[0].tolist()) != {0.0, 1.0}:
+        raise Unfit("its mask is not zeros and ones, of each at least one")
+    if not isinstance(flow.t, nn.Module):
+        raise Unfit("it has no translation")
+    split = split_of(flow.b[0] == 1)
+    what = "affine coupling, exp" if isinstance(flow.s, nn.Module) else "additive coupling"
+    return Plan(described(f"{what}, mask {split.kind}", [_side_masked(flow, split)]), layout=split)
+
+
+def _couple_masked(flow: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """In the dtypes that the library's products with its mask have, of integers or halves too."""
+    z = z.to(torch.promote_types(z.dtype, flow.b.dtype))
+    y, log_det = couple(z, _side_masked(flow, flow._linfast_plan.layout), inverse)
+    return y, log_det.to(torch.promote_types(log_det.dtype, flow.b.dtype))
+
+
+def _side_masked(flow: Any, split: Split) -> Side:
+    nets = (flow.t, flow.s) if isinstance(flow.s, nn.Module) else (flow.t,)
+
+    def run(kept: Tensor) -> Any:
+        given = tuple(_run_net(flow, net, kept, side) for net in nets[::-1])  # s first, as the library does
+        return given[::-1] if len(given) == 2 else given[0]
+
+    side = Side(split, _MASKED if len(nets) == 2 else ADDITIVE, run, flow, nets, full=True)
+    return side
+
+
+def _run_net(flow: Any, net: nn.Module, kept: Tensor, side: Side) -> Tensor:
+    """What the net gives for the moved features."""
+    mlp = find_mlp(net)
+    if mlp is None:
+        zeros = kept.new_zeros(kept.shape[0], flow.b.shape[1])
+        split = side.split
+        full = (
+            split.put(zeros, kept, split.take(zeros)[1])
+            if split.indices is None
+            else zeros.index_copy(1, split.indices_on(kept.device)[0], kept)
+        )
+        out = side.split.take(net(full))[1]
+    else:
+        first, *rest = narrowed(mlp, side)
+        out = F.linear(kept, *first)
+        for part in mlp.parts[1:-1]:
+            out = part(out)
+        if rest:
+            out = F.linear(out, *rest[-1])
+    return torch.nan_to_num(out, torch.nan, torch.nan, torch.nan)
+
+
+def _probe_masked(flow: Any, draw: Draw) -> Sequence[Tensor]:
+    features = flow.b.shape[1]
+    for name in ("s", "t"):
+        if name in flow._modules:
+            flow._modules[name] = Stub(features, features, draw)
+    return _both_ways(flow, draw, features)
+
+
+def _both_ways(flow: Any, draw: Draw, features: int) -> Sequence[Tensor]:
+    return (*flow.forward(draw(3, features)), *flow.inverse(draw(3, features)))
+
+
+_MASKED_FLOW = Adapter(
+    library="normflows",
+    where="normflows.flows.affine.coupling",
+    name="MaskedAffineFlow",
+    methods={
+        "forward": lambda flow, z: _couple_masked(flow, z, inverse=False),
+        "inverse": lambda flow, z: _couple_masked(flow, z, inverse=True),
+    },
+    plan=_plan_masked,
+    probe=_probe_masked,
+    masks=lambda flow: (flow.b,),
+    conditioners=lambda flow: tuple(flow._modules[name] for name in ("t", "s") if name in flow._modules),
+    sides=lambda flow, split: (_side_masked(flow, split),),
+    vectors=_both_ways,
+)
+
+
+# NormalizingFlow
+
+_INVERTIBLE = (
+    "ActNorm",
+    "AffineConstFlow",
+    "Invertible1x1Conv",
+    "InvertibleAffine",
+    "LULinearPermute",
+    "Permute",
+    "Squeeze",
+)
+
+
+def _flat(chain: Any, where: str = "") -> Named:
+    for i, flow in enumerate(chain.flows):
+        name = f"{where}flows[{i}]"
+        if defined_as(flow, "normflows.flows.affine.glow", "GlowBlock"):
+            yield from _flat(flow, f"{name}.")
+        else:
+            yield name, flow
+
+
+def _parts(chain: Any) -> list[Part]:
+    methods, parts = ("forward", "inverse"), []
+    for name, flow in _flat(chain):
+        masked = is_known(flow, "normflows", ("MaskedAffineFlow",), methods)
+        nets = [net for net in (flow.s, flow.t) if isinstance(net, nn.Module)] if masked else []
+        known = is_known(flow, "normflows", _INVERTIBLE, methods)
+        parts.append(part_of(name, flow, known, _run_part, nets))
+    return parts
+
+
+def _run_part(flow: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
+    y, log_det = (flow.inverse if inverse else flow)(x)
+    return y, per_sample(log_det, x)
+
+
+def _through(
+    chain: Any, parts: Sequence[Part], x: Tensor, inverse: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y, log_det), in ``dtype``: what the library adds it up in, torch's default where it does not say."""
+    y, log_det = run_inverting(chain, parts, x, {}, inverse)
+    assert log_det is not None
+    return y, log_det.to(torch.get_default_dtype() if dtype is None else dtype)
+
+
+def _chain_method(method: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` where it is to invert, else the library's own."""
+
+    def either(chain: Any, x: Tensor) -> Any:
+        parts = parts_to_invert(chain, x, _parts)
+        return getattr(chain._linfast_original, method)(chain, x) if parts is None else run(chain, parts, x)
+
+    return either
+
+
+def _log_prob(chain: Any, parts: Sequence[Part], x: Tensor) -> Tensor:
+    z, log_det = _through(chain, parts, x, True, x.dtype)
+    return log_det + chain.q0.log_prob(z)
+
+
+def _forward_kld(chain: Any, parts: Sequence[Part], x: Tensor) -> Tensor:
+    z, log_det = _through(chain, parts, x, True)
+    return -torch.mean((log_det + chain.q0.log_prob(z)).to(log_det.dtype))
+
+
+def _sample(chain: Any, num_samples: int = 1) -> tuple[Tensor, Tensor]:
+    z, log_q = chain.q0(num_samples)
+    z, log_det = chain.forward_and_log_det(z)
+    return z, log_q - log_det
+
+
+_CHAIN = {
+    "forward": lambda chain, parts, x: _through(chain, parts, x, False)[0],
+    "forward_and_log_det": lambda chain, parts, x: _through(chain, parts, x, False),
+    "inverse": lambda chain, parts, x: _through(chain, parts, x, True)[0],
+    "inverse_and_log_det": lambda chain, parts, x: _through(chain, parts, x, True),
+    "log_prob": _log_prob,
+    "forward_kld": _forward_kld,
+}
+
+
+def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
+    shape = chain.q0(2)[0].shape
+    outputs: list[Tensor] = []
+    for method in _CHAIN:
+        result = getattr(chain, method)(draw(*shape))
+        outputs += result if isinstance(result, tuple) else (result,)
+    return [*outputs, *chain.sample(2)]
+
+
+_FLOW = chain_adapter(
+    "normflows",
+    "normflows.core",
+    "NormalizingFlow",
+    _parts,
+    _flat,
+    methods={name: _chain_method(name, run) for name, run in _CHAIN.items()} | {"sample": _sample},
+    probe=_probe_chain,
+    tolerance=1e-6,  # the original adds log_dets of float64 up in float32
+)
+
+ADAPTERS = (_BLOCK, _MASKED_FLOW, _FLOW)

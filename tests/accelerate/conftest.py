@@ -1,0 +1,18 @@
+"""Batches of a few rows run what long ones run, in all tests but those of short batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from linfast.rows import all_lengths
+
+
+@pytest.fixture(autouse=True)
+def _all_lengths(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.module.__name__.endswith("test_short_batches"):
+        yield
+        return
+    with all_lengths():
+        yield

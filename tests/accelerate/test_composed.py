@@ -1,0 +1,58 @@
+"""torch.compile of an accelerated model: where the original compiles whole, so does it, with the same numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import linfast as lf
+from tests.laws.zoo import relative
+
+from .test_usable import Run
+from .zoo import KINDS, inputs, make
+
+COMPILED = (
+    "normflows exp channel",
+    "normflows masked alternate",
+    "nflows Affine MLP halves",
+    "nflows Additive gather",
+    "glasflow",
+    "FrEIA GLOWCouplingBlock ATAN",
+    "FrEIA NICE",
+    "zuko",
+    "memcnn sigmoid",
+    "reference",
+)
+
+
+def _values_and_gradients(call, run, x, c):
+    values = [*call(x, c)]
+    total = sum((v.double() * torch.arange(v.numel()).cos().view_as(v)).sum() for v in values)
+    wanted = [x, *(p for p in run.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(total, wanted, allow_unused=True)
+    return [*values, *(g for g in found if g is not None)]
+
+
+def _compiled(run):
+    torch._dynamo.reset()
+    return torch.compile(run, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_an_accelerated_model_compiles_whole_where_the_original_does(name):
+    """Values both ways and all gradients."""
+    kind = KINDS[name]
+    original, given = Run(kind, make(kind, 0)), inputs(kind, torch.float32)
+    try:
+        expected = _values_and_gradients(_compiled(original), original, *given)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"the original does not compile whole: {type(error).__name__}")
+    fast = copy.deepcopy(original)
+    assert lf.accelerate(fast).swapped
+    eager = _values_and_gradients(fast, fast, *given)
+    compiled = _values_and_gradients(_compiled(fast), fast, *given)
+    for actual, value, before in zip(compiled, eager, expected, strict=True):
+        assert relative(actual, value) < 1e-5
+        assert relative(actual, before) < 1e-4
