@@ -29,7 +29,7 @@ from ..ops.plain_couplings import PlainCoupling
 from ..ops.stack_weights import PackedStack, StackWeights, pack_stacks
 from ..precision import half_dtype, resolve_precision
 from ..rows import by_rows, rows_at_once
-from ..scale_maps import log_scale_function
+from ..scale_maps import ScaleMap, log_scale_function
 from .couplings import AffineCoupling
 from .segments import Couplings, Folded, OneLaunch, Outputs, Segment, Single
 from .stack import PRODUCTS, is_linear, is_plain, leading, recognise, stack_of
@@ -145,6 +145,8 @@ def _looped(layers: list[Any], x: Tensor, context: Mapping[str, Any]) -> list[Se
     """Runs of affine couplings in a loop each, and everything else as it is."""
     segments: list[Segment] = []
     takes = _in_common(x, context)
+    scale_map: ScaleMap | None = None
+    log_scale: Any = None
     for layer in layers:
         known = recognise(layer, x, context) if takes else "the loop does not know what the conditioners are given"
         if isinstance(known, str) or known.weights[0].dtype != x.dtype:
@@ -154,14 +156,12 @@ def _looped(layers: list[Any], x: Tensor, context: Mapping[str, Any]) -> list[Se
         if not isinstance(run, Couplings) or run.features != layer.features:
             run = Couplings([], [], layer.features, x.dtype)
             segments.append(run)
+        if layer.scale_map is not scale_map:
+            scale_map, log_scale = layer.scale_map, log_scale_function(layer.scale_map)
+        options = layer.order == "scale_first", layer.layout == "interleaved", HALVES.index(layer.moves)
+        activation = ACTIVATIONS[known.activation]
         run.layers.append(layer)
-        run.couplings.append(
-            PlainCoupling(
-                known.weights, known.biases, ACTIVATIONS[layer.conditioner.activation],
-                log_scale_function(layer.scale_map), layer.order == "scale_first", layer.layout == "interleaved",
-                HALVES.index(layer.moves),
-            )
-        )  # fmt: skip
+        run.couplings.append(PlainCoupling(known.weights, known.biases, activation, log_scale, *options))
     return segments
 
 

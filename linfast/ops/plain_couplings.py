@@ -58,22 +58,26 @@ def run_couplings(
     """
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
+    same = dtype == wide  # a cast that changes nothing takes as long as an elementwise operation on a small batch
     halves = list(x.split(((x.shape[1] + 1) // 2, x.shape[1] // 2), dim=1))
     sums: list[Tensor | None] = [None, None]
     for weights, biases, activation, log_scale, scale_first, interleaved, moves in (
         reversed(couplings) if inverse else couplings
     ):
         h = halves[1 - moves] if context is None else cat((halves[1 - moves], context), dim=1)
-        for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-            h = activation(F.linear(h, weight, bias))
-        h = F.linear(h, weights[-1], biases[-1]).to(wide)
+        last = len(weights) - 1
+        for i in range(last):
+            h = activation(F.linear(h, weights[i], biases[i]))
+        h = F.linear(h, weights[last], biases[last])
+        if h.dtype != wide:
+            h = h.to(wide)
         shift, raw = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
-        log_s, m = log_scale(raw), halves[moves].to(wide)
+        log_s, m = log_scale(raw), halves[moves] if same else halves[moves].to(wide)
         if inverse:
             m = (m - shift) * (-log_s).exp() if scale_first else m * (-log_s).exp() - shift
         else:
             m = m * log_s.exp() + shift if scale_first else (m + shift) * log_s.exp()
-        halves[moves] = m.to(dtype)
+        halves[moves] = m if same else m.to(dtype)
         if log_det:
             before = sums[moves]
             sums[moves] = log_s if before is None else before + log_s
