@@ -149,7 +149,7 @@ def uses_triton(*tensors: Tensor) -> bool:
         return True
     if not _HAS_TRITON:
         raise _CannotRun("backend 'triton' was asked for and triton is not installed")
-    if device.type != "cuda" and not interpreting():
+    if not tensors[0].is_cuda and not interpreting():
         raise _CannotRun(
             f"backend 'triton' was asked for on {device}; set TRITON_INTERPRET=1 before starting Python to "
             "interpret the kernels there"

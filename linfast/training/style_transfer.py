@@ -104,7 +104,9 @@ class ModularStyle(nn.Module):
         for i in range(0 if isinstance(operators, GeneratedDepthwise) else len(operators)):
             check_kind(f"operators[{i}]", operators[i], LatentOperator)
         if len(names) != len(operators) or len(set(names)) != len(names):
-            raise ValueError(f"names must be {len(operators)} different ones, one per operator; got {list(names)}")
+            raise ValueError(
+                f"names must be {len(operators)} different ones, one for each of operators; got {list(names)}"
+            )
         self.g, self.names = g, tuple(names)
         self.operators = operators if isinstance(operators, GeneratedDepthwise) else nn.ModuleList(operators)
 
@@ -180,7 +182,7 @@ class StyleTransfer(Objective):
         if contents.ndim != 4 or not contents.numel():
             raise ValueError(f"contents must be [N, C, H, W], and not empty; got {tuple(contents.shape)}")
         if list(styled.shape) != (wanted := [len(model.names), *contents.shape]):
-            raise ValueError(f"styled must be {wanted}: each style of each content; got {tuple(styled.shape)}")
+            raise ValueError(f"styled must be {wanted}: each style of each of contents; got {tuple(styled.shape)}")
         model.g._check("contents", contents, model.g.features)
         self.model, self.contents, self.styled, self.distance = model, contents, styled, distance
 

@@ -47,7 +47,7 @@ def test_a_profile_is_a_trace_with_ranges_and_a_summary(tmp_path: Path, capsys) 
     assert main([*TINY, "--case", "linearizer", "--profile", str(tmp_path)]) == 0
     with gzip.open(tmp_path / "linearizer.trace.json.gz", "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert {"eager", "Linearizer.forward", "AffineCoupling.inverse"} <= names
+    assert {"eager", "Linearizer.forward", "Flow.inverse"} <= names
     text = (tmp_path / "kernels.txt").read_text()
     assert "aten::" in text
     assert text.strip() in capsys.readouterr().out
