@@ -1,0 +1,159 @@
+"""In plain torch a flow's MLP couplings run in one loop, which gives what the layers give one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import linfast as lf
+from linfast.flows.match import match
+from linfast.flows.segments import Couplings
+from linfast.scale_maps import SCALE_MAP_KINDS
+from tests.laws.zoo import perturb, relative
+
+D, B = 7, 9
+
+
+def _flow(depth: int = 3, **options: Any) -> lf.Flow:
+    return perturb(lf.coupling_flow(D, depth, **{"hidden": (8, 6), "mix": None, **options}), 0.3)  # type: ignore[return-value]
+
+
+def _interleaved() -> lf.Flow:
+    sizes = {"first": (3, 8), "second": (4, 6)}
+    return perturb(  # type: ignore[return-value]
+        lf.Flow([lf.AffineCoupling(lf.MLP(*sizes[m], (8,)), D, m, layout="interleaved") for m in sizes])
+    )
+
+
+FLOWS: dict[str, Callable[[], tuple[lf.Flow, dict[str, Any]]]] = {
+    **{kind: lambda kind=kind: (_flow(scale_map=kind), {}) for kind in SCALE_MAP_KINDS},
+    **{name: lambda name=name: (_flow(activation=name), {}) for name in ("relu", "tanh", "gelu")},
+    "scale first": lambda: (_flow(order="scale_first"), {}),
+    "linear": lambda: (_flow(hidden=()), {}),
+    "one coupling": lambda: (_flow(1), {}),
+    "interleaved": lambda: (_interleaved(), {}),
+    "context": lambda: (_flow(context_features=2), {"context": torch.randn(B, 2)}),
+    "time": lambda: (_flow(time_features=4), {"t": 0.3}),
+    "tensor time": lambda: (_flow(time_features=4), {"t": torch.tensor(0.3)}),
+    "mixes between": lambda: (_flow(mix="lu"), {}),
+}
+
+
+def _one_by_one(g: lf.Flow, x: Tensor, context: dict[str, Any], inverse: bool) -> tuple[Tensor, Tensor]:
+    total: Tensor | float = 0.0
+    for layer in reversed(g.bijections) if inverse else g.bijections:
+        x, part = (layer.inverse_and_log_det if inverse else layer.forward_and_log_det)(x, **context)  # type: ignore[operator]
+        total = total + part
+    return x, total  # type: ignore[return-value]
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal but for the order of sums and vectorised functions' last bits: a few roundings of the dtype."""
+    return bool(relative(ours.double(), theirs.double()) < 4 * torch.finfo(ours.dtype).eps)
+
+
+def _loops(g: lf.Flow, x: Tensor, context: dict[str, Any]) -> int:
+    """How many couplings run in loops."""
+    launch = match(g.bijections, x, context, False, False)
+    return sum(len(segment.layers) for segment in launch.segments if isinstance(segment, Couplings))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_loop_gives_what_the_layers_give(name: str, inverse: bool) -> None:
+    g, context = FLOWS[name]()
+    g = g.double()
+    context = {k: v.double() if isinstance(v, Tensor) else v for k, v in context.items()}
+    x = torch.randn(B, D, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *g.parameters()]
+    with lf.backend("reference"):
+        assert _loops(g, x, context) == sum(isinstance(layer, lf.AffineCoupling) for layer in g.bijections)
+        pairs = (
+            (g.inverse_and_log_det if inverse else g.forward_and_log_det)(x, **context),
+            _one_by_one(g, x, context, inverse),
+        )
+        values = [
+            [y, total, *torch.autograd.grad(y.pow(3).sum() + total.square().sum(), wanted)] for y, total in pairs
+        ]
+    for ours, theirs in zip(*values, strict=True):
+        assert relative(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_loop_rounds_as_the_layers_do(dtype: torch.dtype, autocast: bool) -> None:
+    g = _flow().to(dtype)
+    x = torch.randn(B, D).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), lf.backend("reference"):
+        ours, theirs = g.forward_and_log_det(x), _one_by_one(g, x, {}, False)
+    assert ours[0].dtype == theirs[0].dtype
+    assert _alike(ours[0], theirs[0])
+    assert _alike(ours[1], theirs[1])
+
+
+def _hooked(g: lf.Flow) -> None:
+    g.bijections[1].conditioner.layers[0].register_forward_hook(lambda *given: 2 * given[2])  # type: ignore[union-attr, index]
+
+
+def _subclass(g: lf.Flow) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    g.bijections[1].conditioner.layers[0].__class__ = Doubled  # type: ignore[union-attr, index]
+
+
+def _patched(g: lf.Flow) -> None:
+    mlp: Any = g.bijections[1].conditioner
+    before = mlp.forward
+    mlp.forward = lambda x, **context: 2 * before(x, **context)
+
+
+@pytest.mark.parametrize("change", [_hooked, _subclass, _patched])
+def test_layers_with_code_of_their_own_run_it(change: Callable[[lf.Flow], None]) -> None:
+    g, x = _flow(), torch.randn(B, D)
+    before = copy.deepcopy(g)
+    change(g)
+    with lf.backend("reference"):
+        assert _loops(g, x, {}) == 2
+        assert _alike(g(x), _one_by_one(g, x, {}, False)[0])
+        assert not torch.allclose(g(x), before(x))
+
+
+def test_what_is_replaced_between_calls_is_what_runs() -> None:
+    g, x = _flow(), torch.randn(B, D)
+    layer: Any = g.bijections[0]
+    with lf.backend("reference"):
+        for change in (
+            lambda: setattr(layer.conditioner.layers[0], "weight", nn.Parameter(torch.randn(8, 3))),
+            lambda: layer.conditioner.layers[1].bias.data.add_(1.0),
+            lambda: setattr(layer, "scale_map", lf.ScaleMap("tanh")),
+            lambda: setattr(layer.conditioner, "activation", "relu"),
+            lambda: setattr(layer, "order", "scale_first"),
+            lambda: setattr(layer, "conditioner", perturb(lf.MLP(3, 8, (5,)), 0.3)),
+        ):
+            before = g(x)
+            change()
+            assert _alike(g(x), _one_by_one(g, x, {}, False)[0])
+            assert relative(g(x), before) > 1e-3
+
+
+def test_what_does_not_fit_is_refused_by_the_layers() -> None:
+    g, x = _flow(context_features=2), torch.randn(B, D)
+    with pytest.raises(ValueError, match=r"context must be \[9, 2\]"):
+        g(x, context=torch.randn(B, 3))
+    with pytest.raises(ValueError, match="context_features=2"):
+        g(x)
+    g = _flow()
+    g.bijections[1].conditioner.layers[1].double()  # type: ignore[union-attr, index]
+    with pytest.raises(RuntimeError, match="dtype"):
+        g(x)
+    g = _flow()
+    g.bijections[1].conditioner = lf.MLP(4, 4)
+    with pytest.raises(ValueError, match="conditioner must return"):
+        g(x)
