@@ -71,7 +71,7 @@ class Flow(Bijection):
             return x, constant_log_det(x) if log_det else None
         launch = match(self.bijections, x, context, inverse, log_det)
         if launch.why is not None and inverts(self.memory, x, self._stored):
-            return launch.by_rows(self._reversibly, x, context, inverse, log_det)
+            return launch(x, context, inverse, log_det, run=self._reversibly)
         return launch(x, context, inverse, log_det)
 
     def _reversibly(

@@ -49,11 +49,15 @@ class Launch:
     segments: Sequence[Segment]
     why: str | None
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
-        return self.by_rows(self._run, x, context, inverse, log_det)
+    def __call__(
+        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool, run: Segment | None = None
+    ) -> Outputs:
+        """(y, log|det| or None); in plain torch a long batch so many rows at a time.
 
-    def by_rows(self, run: Segment, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
-        """``run``, which computes what this computes; a long batch in plain torch so many rows at a time."""
+        Args:
+            run: computes the same as the segments, in their place.
+        """
+        run = self._run if run is None else run
         rows = None if self.why is None else rows_at_once(x, self.widths)
         if rows is None:
             return run(x, context, inverse, log_det)

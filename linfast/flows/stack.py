@@ -9,7 +9,7 @@ sharded weight. A constant time is folded into the first biases: W [k | e(t)] + 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ class Known(NamedTuple):
         context: features of a context per sample that the MLP takes; 0 where it takes none.
     """
 
-    layer: AffineCoupling
+    layer: Any
     activation: str
     weights: list[Tensor]
     biases: list[Tensor | None]
@@ -147,9 +147,9 @@ class FlowStack:
     """
 
     owner: nn.Module
-    head: tuple[Any, ...]
-    couplings: tuple[Known, ...]
-    rows: tuple[tuple[Any, ...], ...]
+    head: Sequence[Any]
+    couplings: Sequence[Known]
+    rows: Sequence[Sequence[Any]]
 
     @property
     def features(self) -> int:
@@ -173,24 +173,25 @@ class FlowStack:
     @property
     def maps(self) -> int:
         """The densest kind of map between its layers (linfast.kernels.stack_spec)."""
-        linear = [layer for row in (self.head, *self.rows) for layer in row]
-        if not linear:
-            return NO_MAPS
-        return DIAGONAL if all(type(layer) is ActNorm for layer in linear) else DENSE
+        kind = NO_MAPS
+        for row in (self.head, *self.rows):
+            for layer in row:
+                kind = max(kind, DIAGONAL if type(layer) is ActNorm else DENSE)
+        return kind
 
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
         """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-dets where asked for."""
         first, activation, *_ = self.couplings[0]
         layers = [
-            CouplingLayer(known.weights, known.biases, known.layer.layout, self._map(row, inverse, log_det))
+            CouplingLayer(
+                known.weights, known.biases, known.layer.layout, self._map(row, inverse, log_det) if row else None
+            )
             for known, row in zip(self.couplings, self.rows, strict=True)
         ]
-        head = self._map(self.head, inverse, log_det)
+        head = self._map(self.head, inverse, log_det) if self.head else None
         return CouplingStack(layers, activation, first.scale_map, first.order, first.moves, head)
 
-    def _map(self, row: tuple[Any, ...], inverse: bool, log_det: bool) -> AffineMap | None:
-        if not row:
-            return None
+    def _map(self, row: Sequence[Any], inverse: bool, log_det: bool) -> AffineMap:
         weight, bias = fold(self.owner, row, False)
         undo = fold(self.owner, row[::-1], True)[0] if inverse else None
         if all(type(layer) is ActNorm for layer in row):
@@ -200,25 +201,27 @@ class FlowStack:
 
 def stack_of(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
     """These layers as a stack for inputs such as x [B, D], whatever will run it; or why they are none."""
-    head, rest = leading(list(layers))
     couplings: list[Known] = []
-    rows: list[tuple[Any, ...]] = []
-    while rest:
-        known = recognise(rest[0], x, context)
-        if not isinstance(known, str) and known.context:
-            known = _OWN_INPUT
-        if not isinstance(known, str) and len(known.weights) > _MOST_LINEAR:
-            known = f"its conditioner has {len(known.weights)} linear layers; one launch runs up to {_MOST_LINEAR}"
+    rows: list[list[Any]] = [[]]
+    for i, layer in enumerate(layers):
+        if type(layer) is not AffineCoupling and is_linear(layer):
+            rows[-1].append(layer)
+            continue
+        known = recognise(layer, x, context)
         if isinstance(known, str):
-            return f"layer {list(layers).index(rest[0])}: {known}"
+            return f"layer {i}: {known}"
+        if known.context:
+            return f"layer {i}: {_OWN_INPUT}"
+        if len(known.weights) > _MOST_LINEAR:
+            count = len(known.weights)
+            return f"layer {i}: its conditioner has {count} linear layers; one launch runs up to {_MOST_LINEAR}"
         couplings.append(known)
-        row, rest = leading(rest[1:])
-        rows.append(row)
+        rows.append([])
     if not couplings:
         return "no couplings"
     if not _is_uniform(couplings):
         return "its couplings differ in more than the half that moves, in turn"
-    return FlowStack(layers, head, tuple(couplings), tuple(rows))
+    return FlowStack(layers, rows[0], couplings, rows[1:])
 
 
 def _is_uniform(couplings: list[Known]) -> bool:
