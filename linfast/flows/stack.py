@@ -117,9 +117,12 @@ def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
     biases: list[Tensor | None] = []
     for linear in linears:
         own = linear._parameters
-        weight = own.get("weight")
-        if weight is None:  # nn.DataParallel's replicas have plain attributes
-            weight, own = linear.weight, {"bias": linear.bias}
+        if "weight" not in own or "bias" not in own or own["weight"] is None:
+            own = {
+                "weight": linear.weight,
+                "bias": linear.bias,
+            }  # plain attributes, as nn.DataParallel's replicas have
+        weight = own["weight"]
         if type(weight) not in _WHOLE_WEIGHTS:
             return f"its conditioner's weights are {type(weight).__name__}"
         if weight.device != x.device or (weights and weight.dtype != weights[0].dtype):

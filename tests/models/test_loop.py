@@ -143,6 +143,41 @@ def test_what_is_replaced_between_calls_is_what_runs() -> None:
             assert relative(g(x), before) > 1e-3
 
 
+def test_a_frozen_linearizer_runs_its_parts_for_each_kind_of_call() -> None:
+    g = _flow(time_features=4)
+    f = lf.Linearizer(g.at(t=1.0), lf.TimeLowRank(D, rank=2), g.at(t=0.0)).double()
+    with torch.no_grad(), lf.backend("reference"):
+        for parameter in f.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        calls = [
+            (torch.randn(n, D, dtype=torch.float64), t) for n in (1, 5, 0) for t in (0.25, 0.75, torch.rand(n))
+        ]
+        expected = [f(x, t=t) for x, t in calls]
+        with lf.freeze(f):
+            for _ in range(2):
+                for (x, t), y in zip(calls, expected, strict=True):
+                    torch.testing.assert_close(f(x, t=t), y, rtol=1e-12, atol=1e-12)
+            with pytest.raises(ValueError, match="must have 7 features"):
+                f(torch.randn(2, D + 1, dtype=torch.float64), t=0.25)
+            with pytest.raises(ValueError, match=r"is torch\.float32 and the parameters are torch\.float64"):
+                f(torch.randn(2, D), t=0.25)
+            with torch.enable_grad():
+                x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
+                f(x, t=0.25).sum().backward()
+                assert x.grad is not None
+                assert g.bijections[0].conditioner.layers[0].weight.grad is not None  # type: ignore[union-attr, index]
+
+
+def test_a_linear_layer_with_plain_attributes_runs_with_them() -> None:
+    g, x = _flow(), torch.randn(B, D)
+    linear: Any = g.bijections[0].conditioner.layers[0]  # type: ignore[union-attr, index]
+    bias = linear.bias.detach() + 1
+    del linear.bias
+    linear.bias = bias
+    with lf.backend("reference"):
+        assert _alike(g(x), _one_by_one(g, x, {}, False)[0])
+
+
 def test_what_does_not_fit_is_refused_by_the_layers() -> None:
     g, x = _flow(context_features=2), torch.randn(B, D)
     with pytest.raises(ValueError, match=r"context must be \[9, 2\]"):
