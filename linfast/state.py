@@ -23,6 +23,7 @@ __all__ = [
     "joined",
     "laid_out",
     "match",
+    "settings",
     "share_modules",
     "shared_modules",
     "slots",
@@ -233,8 +234,8 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
                 raise TypeError(f"{what} has a {name} of its own, which no file holds; remove it")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"{what} keeps an extra state; make it of parameters and buffers")
-    mine, theirs = dict(_parts(model)), {**dict(_parts(built)), **dict(_settings(built))}
-    mine |= {name: value for name, value in _settings(model) if name in theirs}  # others are notes
+    mine, theirs = dict(_parts(model)), {**dict(_parts(built)), **dict(settings(built))}
+    mine |= {name: value for name, value in settings(model) if name in theirs}  # others are notes
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             raise TypeError(
@@ -251,7 +252,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
         yield key, f"a {'parameter' if slot.trained else 'buffer'}"
 
 
-def _settings(model: nn.Module) -> Iterator[tuple[str, str]]:
+def settings(model: nn.Module) -> Iterator[tuple[str, str]]:
     """What modules keep beside tensors and modules; for torch's and linfast's own, what is not private."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():

@@ -55,6 +55,7 @@ class NpyFile:
     Args:
         path: of the file; created, or gone on with.
         identity: count, shape, dtype, block_size and what else makes the run: a file of another is refused.
+        overwrite: replace such a file instead, and its record, once there is room for this run's.
 
     Raises:
         ValueError: a file or record of another run, or damaged; a link, a folder or another thing that is no file.
@@ -63,8 +64,8 @@ class NpyFile:
         OSError: no room.
     """
 
-    def __init__(self, path: str, identity: dict[str, Any], workers: Workers) -> None:
-        self.path, self.record_path = path, path + ".json"
+    def __init__(self, path: str, identity: dict[str, Any], workers: Workers, overwrite: bool = False) -> None:
+        self.path, self.record_path, self.overwrite = path, path + ".json", overwrite
         self.identity, self.workers = identity, workers
         self.count = identity["count"]
         self.row_bytes = int(np.prod(identity["shape"], dtype=np.int64)) * np.dtype(identity["dtype"]).itemsize
@@ -115,6 +116,8 @@ class NpyFile:
         """Rows already done. Opens the file, to read where it is complete, else to write and locked."""
         for path in (self.path, self.record_path):
             check_regular(path)
+        if self.overwrite and not self._is_ours():
+            self._replace()
         done = self._recorded()
         exists = os.path.exists(self.path)
         if done is None and exists and os.path.getsize(self.path) > 0:
@@ -128,6 +131,27 @@ class NpyFile:
         except BaseException:
             release(self.file)
             raise
+
+    def _is_ours(self) -> bool:
+        try:
+            return self._recorded() is not None
+        except ValueError:
+            return False
+
+    def _replace(self) -> None:
+        """Put a file of this run without rows, and its record, in the place of another run's."""
+        if os.path.exists(self.path):
+            with open(self.path, "rb") as other:
+                lock(other, self.path)  # which raises where another run is writing
+        try:
+            with written_whole(Path(self.path)) as partial:
+                with open(partial, "r+b") as file:
+                    reserve(file, self.size)
+                    file.write(self.header)
+                Path(self.record_path).unlink(missing_ok=True)  # before the file that it describes
+        except OSError as error:
+            raise OSError(error.errno, f"cannot create {self.path} ({error.strerror})") from error
+        self._record(0)
 
     def _locked(self) -> int:
         """Rows done now that no other run writes; the file is made where there is none."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -49,6 +48,7 @@ def sample_stream(
     block_size: int = _BLOCK,
     progress: bool | None = None,
     cuda_graph: bool = True,
+    overwrite: bool = False,
 ) -> Any:
     """``count`` samples from standard normal noise.
 
@@ -68,10 +68,11 @@ def sample_stream(
         progress: whether to show how far it is: a bar on a terminal, where tqdm is installed, a line every
             few seconds elsewhere; by default on a terminal.
         cuda_graph: on a GPU, capture the model once and replay it.
+        overwrite: replace the file of another run at ``out`` and its record, once there is room for this run's.
 
     f computes as in eval mode. Its weights are to stay as they are until the last sample: what is derived from
     them is computed once. A file is gone on with by the same model only: the same architecture, constants and
-    tensors, and of a module that ``save`` cannot describe the same code.
+    tensors. A model that ``save`` cannot describe cannot be told from another: no file of it is gone on with.
     Under torch.distributed the blocks are shared out: a file, seen by all processes, is the one
     that a single process writes; an iterator yields this process's share.
 
@@ -79,9 +80,9 @@ def sample_stream(
         The iterator; ``out``; or the file's rows as a read-only memory map.
 
     Raises:
-        ValueError: sizes below 1, an array that does not fit, a file of another run or of a model that cannot be
-            told from another, a damaged record, an ``out`` that is a link or no file or cannot be written to, an f
-            without known noise, that is not initialised, or that returns other than a sample for each row of noise.
+        ValueError: sizes below 1, an array that does not fit, a file of another run, a damaged record, an ``out``
+            that is a link or no file or cannot be written to, an f without known noise, that is not initialised, or
+            that returns other than a sample for each row of noise.
         TypeError: an f that returns no dense tensor.
         FileExistsError: ``out`` exists and has no record.
         BlockingIOError: another run is writing to ``out``.
@@ -95,6 +96,7 @@ def sample_stream(
         check_dense("out", out)
         check_values("out", out)
     check_flag("cuda_graph", cuda_graph)
+    check_flag("overwrite", overwrite)
     if progress is not None:
         check_flag("progress", progress)
     if isinstance(f, nn.Module):
@@ -103,7 +105,7 @@ def sample_stream(
     workers = Workers.current()
     if out is None:
         return _batches(source, count, batch_size, workers, progress, cuda_graph)
-    model = "" if isinstance(out, (np.ndarray, Tensor)) else _identity_of(f)  # as it is before its first call
+    model = "" if isinstance(out, (np.ndarray, Tensor)) else fingerprint(f)  # as it is before its first call
     sample = source.probe()
     if isinstance(out, (np.ndarray, Tensor)):
         sink: Sink = ArrayOut.of(out, count, sample, workers)
@@ -114,21 +116,13 @@ def sample_stream(
         **source.identity, "block_size": block_size, "device": source.device.type, "model and weights": model,
     }  # fmt: skip
     path = os.fsdecode(out)
-    with NpyFile(path, identity, workers) as file:
+    with NpyFile(path, identity, workers, overwrite) as file:
         workers.by_first(
             lambda: _run(source, Check(file), sample, file.unknown, batch_size, Workers(), False, cuda_graph)
         )
         if file.done < count:
             _run(source, file, sample, count, batch_size, workers, progress, cuda_graph)
     return np.load(path, mmap_mode="r")
-
-
-def _identity_of(f: nn.Module) -> str:
-    """Its digest; no two are the same of what cannot be told from another model."""
-    try:
-        return fingerprint(f)
-    except TypeError as reason:
-        return f"{secrets.token_hex(8)}: cannot be told from another model, {reason}"
 
 
 @dataclass(frozen=True)

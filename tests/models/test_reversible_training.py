@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import linfast as lf
-from linfast.distributed import process_group
+from linfast.sampling.workers import process_group
 from linfast.flows import drift
 from tests.laws.test_reversible import Dropped, all_of, gradients
 from tests.laws.zoo import perturb, relative
