@@ -141,7 +141,7 @@ class CudaPipeline(Pipeline):
         if graph_of is None:
             super().__init__(lambda noise: work(noise).clone())
         else:
-            super().__init__(CudaGraph(work, [example], example.device, graph_of, frozen=True))
+            super().__init__(CudaGraph(work, [example], example.device, graph_of))
         self.copy = torch.cuda.Stream(example.device)
         self.host: list[Tensor] = []
         self.turn = 0
