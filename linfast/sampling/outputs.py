@@ -34,7 +34,7 @@ from ..io import written_whole
 from .locked import check_regular, lock, opened, release, reserve, sync_folder
 from .workers import Workers
 
-__all__ = ["ArrayOut", "Check", "NpyFile", "Sink"]
+__all__ = ["ArrayOut", "NpyFile", "Sink"]
 
 _SHORT = reprlib.Repr()  # of what a damaged record holds
 _SHORT.maxstring = 300
@@ -73,7 +73,6 @@ class NpyFile:
         self.size = len(self.header) + self.count * self.row_bytes
         if self.size > sys.maxsize:
             raise OSError(errno.EFBIG, f"cannot create {path} (no file has {self.size} bytes)")
-        self.unknown = 0  # rows before which there are some that no record counts
         self.done = workers.by_first(self._open)
         if workers.rank > 0:
             self.file = opened(path, os.O_RDONLY if self.done == self.count else os.O_RDWR)
@@ -157,19 +156,9 @@ class NpyFile:
         """Rows done now that no other run writes; the file is made where there is none."""
         lock(self.file, self.path)
         self._check_same()
-        if not self._recorded():
-            end = self._end_of_data()
-            if not end and os.fstat(self.file.fileno()).st_size in (0, self.size):
-                return self._create()
-            self.unknown = min(self.count, -(-max(0, end - len(self.header)) // max(1, self.row_bytes)))
-        return self._checked()
-
-    def _end_of_data(self) -> int:
-        """Bytes up to the last that is not 0."""
-        end = position = self.file.seek(0)
-        while part := self.file.read(1 << 20):
-            end, position = position + len(part.rstrip(b"\0")) if any(part) else end, position + len(part)
-        return end
+        size = os.fstat(self.file.fileno()).st_size
+        unmade = size == 0 or (size == self.size and not any(self.file.read(len(self.header))))
+        return self._create() if not self._recorded() and unmade else self._checked()
 
     def _checked(self) -> int:
         """Rows done, of a file that is what its record says."""
@@ -195,17 +184,6 @@ class NpyFile:
             same = False
         if not same:
             raise OSError(errno.ESTALE, "the file was moved, removed or replaced meanwhile")
-
-    def check_rows(self, start: int, rows: Tensor) -> None:
-        """ValueError where the file holds others that are not 0: neither the record nor this run knows them."""
-        data = _bytes(rows)
-        self.file.seek(len(self.header) + start * self.row_bytes)
-        there = np.frombuffer(self.file.read(len(data)), np.uint8)
-        if len(there) == len(data) and bool(((there != 0) & (there != data)).any()):
-            raise ValueError(
-                f"{self.path} holds rows of which {self.record_path} does not know and which are not this run's: "
-                "move it, or remove both"
-            )
 
     def _recorded(self) -> int | None:
         """Rows done according to the record, None without one; raises unless it is of this run."""
@@ -246,20 +224,6 @@ class NpyFile:
         with written_whole(Path(self.record_path)) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump({"done": done, "run": self.identity}, file, indent=1)
         sync_folder(os.path.dirname(self.record_path) or ".")
-
-
-@dataclass(frozen=True)
-class Check:
-    """Rows of a file that its record does not count, compared with this run's before any is written."""
-
-    file: NpyFile
-    done: int = 0
-
-    def write(self, start: int, rows: Tensor) -> None:
-        self.file.check_rows(start, rows)
-
-    def commit(self, done: int) -> None:
-        """Nothing is written."""
 
 
 @dataclass(frozen=True)

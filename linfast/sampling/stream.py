@@ -24,7 +24,7 @@ from ..checks import check_count, check_counts, check_dense, check_flag, check_k
 from ..dispatch import check_values, tensors_of
 from ..linearizer import Linearizer
 from .fingerprint import fingerprint
-from .outputs import ArrayOut, Check, NpyFile, Sink
+from .outputs import ArrayOut, NpyFile, Sink
 from .sampler import at_work, generator
 from .workers import Workers, make_pipeline
 from .working_copy import in_eval_mode
@@ -117,9 +117,6 @@ def sample_stream(
     }  # fmt: skip
     path = os.fsdecode(out)
     with NpyFile(path, identity, workers, overwrite) as file:
-        workers.by_first(
-            lambda: _run(source, Check(file), sample, file.unknown, batch_size, Workers(), False, cuda_graph)
-        )
         if file.done < count:
             _run(source, file, sample, count, batch_size, workers, progress, cuda_graph)
     return np.load(path, mmap_mode="r")
