@@ -1,6 +1,6 @@
 """Bijection: what every invertible layer is, and two wrappers around one.
 
-A bijection g maps x [B, C, ...] to z of as many elements a sample, and has
+A bijection g maps x [B, C, ...] to z of as many elements per sample, and has
 
     forward(x, **context) -> z             forward_and_log_det(x, **context) -> (z, log_det [B])
     inverse(z, **context) -> x             inverse_and_log_det(z, **context) -> (x, log_det [B])
@@ -142,7 +142,7 @@ def wide(parameter: Tensor) -> Tensor:
 
 
 def position_count(x: Tensor) -> int:
-    """Positions a channel has: 1 for [B, C], H W for [B, C, H, W]."""
+    """The number of positions per channel: 1 for [B, C], H W for [B, C, H, W]."""
     return x.shape[2:].numel()
 
 

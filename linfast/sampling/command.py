@@ -28,7 +28,7 @@ def add_sample(commands: Any) -> None:
     parser = commands.add_parser(
         "sample",
         help="sample a saved Linearizer into a .npy file",
-        description="Sample in one step into a .npy file. Started again after an interruption it goes on. "
+        description="Sample in one step into a .npy file. Started again after an interruption, it resumes. "
         "torchrun --nproc-per-node=N -m linfast.cli sample ... shares the work: the file is the same.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="F.safetensors", help="written by linfast.save")
@@ -43,7 +43,7 @@ def add_sample(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     add_earlier_files(
         parser,
-        resume="go on with --out; not needed: the same command goes on, and another run's file is refused",
+        resume="resume --out; not needed: the same command resumes, and another run's file is refused",
         overwrite="replace another run's --out and its record, once there is room for this run's",
     )
     parser.set_defaults(call=_sample, kept=_kept)
@@ -70,7 +70,7 @@ def _sample(options: argparse.Namespace) -> int:
     if options.resume and not known:
         raise FileNotFoundError(f"{record}: no record of a run to resume")
     if not options.overwrite and not known:
-        refuse_existing([out], f"without a record --resume cannot go on with it; {_REPLACES}")
+        refuse_existing([out], f"without a record --resume cannot resume it; {_REPLACES}")
     with process_group(usable_device(options.device), "gloo") as device:  # only row counts and errors are exchanged
         f = load(options.checkpoint, device)
         if not isinstance(f, Linearizer):
@@ -79,7 +79,7 @@ def _sample(options: argparse.Namespace) -> int:
         try:
             rows = sample_stream(f.eval(), options.count, options.batch_size, out, options.seed, **how)
         except ValueError as error:
-            goes_on = f" (--resume goes on with the same run alone; {_REPLACES})" if known else ""
+            goes_on = f" (--resume resumes the same run only; {_REPLACES})" if known else ""
             raise ValueError(f"{error}{goes_on}") from error
         if Workers.current().rank == 0:
             print(f"{out}: {rows.dtype} {tuple(rows.shape)}")
@@ -104,4 +104,4 @@ def _kept(options: argparse.Namespace) -> str:
     done = _done(_record(options))
     if done is None:
         return "nothing is kept"
-    return f"{options.out} keeps {done} samples: the same command goes on from there"
+    return f"{options.out} keeps {done} samples: the same command resumes from there"

@@ -53,7 +53,7 @@ class NpyFile:
     """Rows of one run in a .npy file.
 
     Args:
-        path: of the file; created, or gone on with.
+        path: of the file; created, or resumed.
         identity: count, shape, dtype, block_size and what else makes the run: a file of another is refused.
         overwrite: replace such a file instead, and its record, once there is room for this run's.
 
@@ -108,7 +108,7 @@ class NpyFile:
         self.done = done
 
     def _explained(self, error: OSError) -> OSError:
-        kept = f"its first {self.done} rows of {self.count} are valid; the same call goes on from there"
+        kept = f"its first {self.done} rows of {self.count} are valid; the same call resumes from there"
         return OSError(error.errno, f"cannot write {self.path} ({error.strerror}): {kept}")
 
     def _open(self) -> int:

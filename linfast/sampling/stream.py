@@ -1,4 +1,4 @@
-"""sample_stream: any number of samples in bounded memory, the same whoever computes them.
+"""sample_stream: any number of samples in bounded memory, the same whichever process computes them.
 
 Rows come in blocks of fixed size. The noise of block b is drawn by a generator of its own, seeded from
 (seed, b), and one call of the model computes the whole block: a row does not depend on the batch
@@ -59,7 +59,7 @@ def sample_stream(
         batch_size: samples of an iterator's batch; between two commits of a file, whole blocks.
         out: an array or a tensor [count, ...] to fill; the path of a .npy file; or None for an
             iterator of batches. A file keeps its record beside it, in ``out`` + ".json", and an
-            interrupted run that is started again goes on where its last commit was. One run at a time
+            interrupted run that is started again resumes after its last commit. One run at a time
             writes to it, where the system can lock files (not on Windows).
         seed: of the noise.
         steps, method, stop: as for ``collapse``, where f is time-dependent.
@@ -70,9 +70,9 @@ def sample_stream(
         cuda_graph: on a GPU, capture the model once and replay it.
         overwrite: replace the file of another run at ``out`` and its record, once there is room for this run's.
 
-    f computes as in eval mode. Its weights are to stay as they are until the last sample: what is derived from
-    them is computed once. A file is gone on with by the same model only: the same architecture, constants and
-    tensors. A model that ``save`` cannot describe cannot be told from another: no file of it is gone on with.
+    f computes as in eval mode. Its weights must not change until the last sample: what is derived from them is
+    computed once. Only the same model resumes a file: the same architecture, constants and tensors. A model that
+    ``save`` cannot describe cannot be told from another, so that none of its files is resumed.
     Under torch.distributed the blocks are shared out: a file, seen by all processes, is the one
     that a single process writes; an iterator yields this process's share.
 

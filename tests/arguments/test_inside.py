@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         r"layers\[0\].weights must be a sequence",
     ),
     "an unknown option": (projecting(foo=1), "'foo'"),
-    "data of another width": (projecting(x(9, 5)), "data must have 4 numbers a row"),
+    "data of another width": (projecting(x(9, 5)), "data must have 4 numbers per row"),
     "data of another rank": (projecting(x(9, 2, 2)), "data must have 4 features"),
     "data of another dtype": (projecting(x(9, 4).double()), "data is torch.float64"),
     "a core without time": (

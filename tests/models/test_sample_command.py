@@ -119,7 +119,7 @@ def test_an_interrupted_overwrite_goes_on(model: Path, tmp_path: Path, capsys, m
     with monkeypatch.context() as patch:
         patch.setattr(stream._Source, "noise", _interrupted_at_block_2)
         assert _sample(model, out, "--overwrite", "--seed", "1") == 130
-    assert "x.npy keeps 2048 samples: the same command goes on" in capsys.readouterr().err
+    assert "x.npy keeps 2048 samples: the same command resumes" in capsys.readouterr().err
     blocks: list[int] = []
     monkeypatch.setattr(stream._Source, "noise", lambda self, b: (blocks.append(b), _NOISE(self, b))[1])
     assert _sample(model, out, "--overwrite", "--seed", "1") == 0
@@ -173,7 +173,7 @@ def test_an_interruption_says_what_is_kept(model: Path, tmp_path: Path, capsys, 
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "linfast sample: interrupted; " in error
-    assert "the same command goes on from there" in error
+    assert "the same command resumes from there" in error
     assert _sample(model, out) == 0
     assert out.read_bytes() == whole.read_bytes()
     assert re.fullmatch(r"sampling: 3000/3000 samples, \d+ s\n", capsys.readouterr().err)
