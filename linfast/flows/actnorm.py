@@ -21,7 +21,7 @@ from ..checks import check_count, check_number
 from ..dispatch import check_values, has_values, read_at_once
 from ..freeze import is_frozen
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
-from .undo import Cotangents, Undone, undo
+from .undo import Cotangents, Outputs, Undone, undo
 
 __all__ = ["ActNorm"]
 
@@ -119,9 +119,7 @@ class ActNorm(ChannelLinear):
         """A copy reads its own buffer."""
         return {**self.__dict__, "_seen": None}
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         if not inverse and (x.shape[0] > 0 or _is_distributed()) and self.waits_for_data():
             self._check_start()
             self.initialize(x)
@@ -145,7 +143,7 @@ class ActNorm(ChannelLinear):
             tensors,
         )
 
-    def _affine(self, x: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
+    def _affine(self, x: Tensor, inverse: bool, log_det: bool) -> Outputs:
         per_channel = (1, -1) + (1,) * (x.ndim - 2)
         bias, log_scale = self.bias.view(per_channel), self.log_scale.view(per_channel)
         y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()
@@ -154,7 +152,7 @@ class ActNorm(ChannelLinear):
         total = self.log_abs_det() * position_count(x)
         return y.to(x.dtype), constant_log_det(x, -total if inverse else total)
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
         own, log_scale = wide(self.bias), wide(self.log_scale)
         if inverse:
             scale = (-log_scale).exp()

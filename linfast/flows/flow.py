@@ -66,9 +66,7 @@ class Flow(Bijection):
     def features_out(self) -> int | None:
         return self._features_out
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         if not len(self.bijections):
             return x, constant_log_det(x) if log_det else None
         launch = match(self.bijections, x, context, inverse, log_det)
@@ -76,9 +74,7 @@ class Flow(Bijection):
             return launch.by_rows(self._reversibly, x, context, inverse, log_det)
         return launch(x, context, inverse, log_det)
 
-    def _reversibly(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _reversibly(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         steps = [_step(f"bijections[{i}]", b, inverse, log_det) for i, b in enumerate(self.bijections)]  # type: ignore[arg-type]
         return reversible(steps[::-1] if inverse else steps, x, context, self._guard, self.memory)
 

@@ -123,7 +123,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: training.OneStepFlowMatching(linearizer(), x(9, 4)), "f.A must be a time-dependent operator",
     ),
     "a loss's core without time": (lambda: training.one_step_loss(linearizer(), x(9, 4)), "f.A must be"),
-    "no rows": (lambda: training.one_step_loss(timed(), x(0, 4)), "x_1 must be .* have a row"),
+    "no rows": (lambda: training.one_step_loss(timed(), x(0, 4)), "x_1 must be .* have at least one row"),
     "a distance a row": (
         lambda: training.one_step_loss(timed(), x(3, 4), distance=apart), "distance must return a 0-d tensor",
     ),
