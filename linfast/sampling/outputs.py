@@ -24,7 +24,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,19 +34,10 @@ from ..io import written_whole
 from .locked import check_regular, lock, opened, release, reserve, sync_folder
 from .workers import Workers
 
-__all__ = ["ArrayOut", "NpyFile", "Sink"]
+__all__ = ["ArrayOut", "NpyFile"]
 
 _SHORT = reprlib.Repr()  # of what a damaged record holds
 _SHORT.maxstring = 300
-
-
-class Sink(Protocol):
-    """What takes samples: rows are written and then committed."""
-
-    @property
-    def done(self) -> int: ...
-    def write(self, start: int, rows: Tensor) -> None: ...
-    def commit(self, done: int) -> None: ...
 
 
 class NpyFile:

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from types import NoneType
 from typing import Any
 
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
 from ..dispatch import check_values, tensors_of
 from ..linearizer import Linearizer
+from .collapsed import first_floating
 from .fingerprint import fingerprint
-from .outputs import ArrayOut, NpyFile, Sink
+from .outputs import ArrayOut, NpyFile
 from .sampler import at_work, generator
 from .workers import Workers, make_pipeline
 from .working_copy import in_eval_mode
@@ -108,7 +108,7 @@ def sample_stream(
     model = "" if isinstance(out, (np.ndarray, Tensor)) else fingerprint(f)  # as it is before its first call
     sample = source.probe()
     if isinstance(out, (np.ndarray, Tensor)):
-        sink: Sink = ArrayOut.of(out, count, sample, workers)
+        sink = ArrayOut.of(out, count, sample, workers)
         _run(source, sink, sample, count, batch_size, workers, progress, cuda_graph)
         return out
     identity = {
@@ -146,9 +146,7 @@ class _Source:
         if not isinstance(f, nn.Module):
             raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
         identity: dict[str, Any] = {}
-        own = chain(f.parameters(), f.buffers())
-        like = next((tensor for tensor in own if tensor.is_floating_point()), torch.empty(0))
-        f = in_eval_mode(f)
+        like, f = first_floating(f), in_eval_mode(f)
         if isinstance(f, Linearizer):
             noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)
             shape = tuple(getattr(noise_side, "shape", None) or (n,)) if shape is None else shape
@@ -210,7 +208,7 @@ class _Source:
 
 def _run(
     source: _Source,
-    sink: Sink,
+    sink: NpyFile | ArrayOut,
     sample: Tensor,
     count: int,
     batch_size: int,
