@@ -17,9 +17,8 @@ from torch import Tensor
 from linfast._command import refuse_existing
 from linfast.checks import check_path
 from linfast.dispatch import usable_device, uses_triton
-from linfast.distributed import process_group
 from linfast.sampling.locked import lock
-from linfast.sampling.workers import Workers
+from linfast.sampling.workers import Workers, process_group
 from linfast.training import Objective
 
 from .report import Row, timed

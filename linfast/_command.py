@@ -153,7 +153,7 @@ def _end_by_signals() -> None:
     """Let SIGINT and SIGTERM end the process at once, with one line and status 128 + number.
 
     A thread does it, because the main thread may wait in C (for another process, say), where Python runs no
-    handler. Files are safe: whatever linfast writes appears whole or can be gone on with after a ``kill -9``.
+    handler. Files are safe: whatever linfast writes appears whole or can be resumed after a ``kill -9``.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -7,18 +7,16 @@ would clash): ``describe`` reads the arguments off the modules, and ``build`` ca
     {"tensor": shape, "dtype": ..., "values": ...}  a tensor; values of integers only, which a constructor may read
     {"list": [...]}, {"dict": {...}}, {"scale_map": {...}}, and numbers, strings, booleans and null as they are
 
-A file names only classes that linfast has or ``register`` was given: loading runs no foreign code. Nor can it make
-``build`` run away: arguments must have the types in the constructor's signature, modules are shared in a limited
-number of ways, and the constructors make about as many tensors as the file holds.
+A file names only classes that linfast has or that ``register`` was given: loading runs no code from the file.
+``build`` is bounded: it limits the depth, the number of paths to shared modules, and the calls of torch, so that
+constructors make about as many tensors as the file holds. Constructors refuse arguments that they cannot take.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple, TypeVar
 
@@ -147,10 +145,9 @@ def _deeper(depth: int, cls: type) -> int:
 
 
 class Blueprint(NamedTuple):
-    """A model without numbers, the modules that its description names, and the tensors that it gives them."""
+    """A model without numbers, and the tensors that its description gives to constructors."""
 
     model: nn.Module
-    parts: list[nn.Module]
     given: list[Tensor]
 
 
@@ -180,7 +177,7 @@ def build(architecture: Any, tensors: int) -> Blueprint:
                     f"{type(module).__name__}{f' {path}' if path else ''} keeps {name!r}, a tensor that is neither "
                     "a parameter nor a buffer: register it as one"
                 )
-    return Blueprint(model, builder.parts, builder.given)
+    return Blueprint(model, builder.given)
 
 
 _FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # the last are an LSTM's parameters
@@ -233,12 +230,10 @@ class _Builder:
         depth = _deeper(depth, cls)
         self._so_far.append(1)
         arguments = {}
-        for key in _of_type(
-            dict, node["arguments"]
-        ):  # loops: a comprehension takes one more of Python's 1000 frames
+        for key in _of_type(dict, node["arguments"]):  # a comprehension would take one more of Python's 1000 frames
             arguments[key] = self._value(node["arguments"][key], depth, f"{name}: {key}")
         try:
-            self.parts.append(_call(cls, arguments))
+            self.parts.append(cls(**arguments))
         except RuntimeError as error:
             if isinstance(error, RecursionError):
                 raise
@@ -268,7 +263,7 @@ class _Builder:
             return self._tensor(node)
         if "scale_map" in node:
             numbers = _of_type(dict, node["scale_map"]).items()
-            return _call(ScaleMap, {key: _checked_number(number, name) for key, number in numbers})
+            return ScaleMap(**{key: _checked_number(number, name) for key, number in numbers})
         if "list" not in node and "dict" not in node:
             raise _Refused(f"unknown entry in the architecture: {name} has {sorted(node)!r:.60}")
         items = dict(enumerate(_of_type(list, node["list"]))) if "list" in node else _of_type(dict, node["dict"])
@@ -310,40 +305,3 @@ def _integers(values: Any, shape: list[int], dtype: torch.dtype) -> Tensor:
         what = f"values of {given.dtype} and shape {list(given.shape)}"
         raise ValueError(f"{what} for a tensor of {dtype} and {shape}")
     return value
-
-
-def _call(cls: type, arguments: dict[str, Any]) -> Any:
-    """cls(**arguments), where these are of the types that the constructor's signature names."""
-    try:
-        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except Exception:  # a foreign class whose annotations cannot be read takes what it takes
-        hints = {}
-    parameters = inspect.signature(cls).parameters
-    for name, value in arguments.items():
-        left_out = value is None and name in parameters and parameters[name].default is None
-        if name in hints and not left_out and not _fits(value, hints[name]):
-            hint = hints[name].__name__ if isinstance(hints[name], type) else str(hints[name])
-            hint = hint.replace("typing.", "").replace("collections.abc.", "")
-            shown = f"a {type(value).__name__}" if isinstance(value, (nn.Module, Tensor)) else f"{value!r:.60}"
-            raise TypeError(f"{cls.__name__}: {name} must be {hint}; got {shown}")
-    return cls(**arguments)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, as far as what a file holds can differ in it."""
-    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, argument) for argument in arguments)
-    if origin in (int, float):
-        return isinstance(value, (int, origin)) and not isinstance(value, bool)
-    if origin is Any or not isinstance(origin, type) or getattr(origin, "_is_protocol", False):
-        return True
-    if issubclass(origin, Mapping):
-        return isinstance(value, dict)
-    if issubclass(origin, (str, Tensor, nn.Module)) or not issubclass(origin, Iterable):
-        return isinstance(value, origin)
-    if not isinstance(value, list):
-        return False
-    if origin is tuple and arguments and Ellipsis not in arguments:
-        return len(value) == len(arguments) and all(map(_fits, value, arguments))
-    return not arguments or all(_fits(item, arguments[0]) for item in value)

@@ -3,8 +3,8 @@
 ``blueprint`` describes modules and builds them again on the meta device: a file's names, shapes and dtypes are
 compared with the model's before anything is read or computed. ``state`` says which tensors a model holds.
 
-A loaded tensor lies in memory as it did, a transposed matrix by its columns: a product of the same numbers in
-another order of memory is another product of the BLAS, and rounds otherwise.
+A loaded tensor lies in memory as the saved one did, a transposed matrix by its columns: the BLAS multiplies numbers
+that lie in another order in another way, and rounds differently.
 """
 
 from __future__ import annotations
@@ -20,19 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .blueprint import DTYPES, Blueprint, build, describe, register, size_list
+from .blueprint import DTYPES, build, describe, register, size_list
 from .checks import check_kind, check_path
 from .dispatch import usable_device
 from .flows.bijection import Bijection
 from .flows.mix import check_permutation
 from .state import (
     check_rebuilt,
-    gaps,
+    compact,
     joined,
     laid_out,
     match,
-    memory_order,
-    narrowed,
     share_modules,
     shared_modules,
     slots,
@@ -42,21 +40,21 @@ from .state import (
 __all__ = ["load", "register", "save"]
 
 _Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
-_FORMAT = "linfast-1"
+_FORMAT = "linfast-2"
 _LARGEST_HEADER = 40_000_000  # characters; safetensors reads 100 MB, in which quotes are escaped
 _STORED = {
     "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
     "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
 }  # fmt: skip
-# What a header says by name, and the type of each entry. Older files lack some of these.
-_TABLES = {"aliases": str, "orders": list, "gaps": list, "expanded": list, "shared": str}
+# A header's dictionaries, with the type of their values, and its lists of names.
+_TABLES = {"aliases": str, "strides": list, "shared": str}
 _LISTS = ("frozen", "learned", "switched")
 
 
 def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     """What a file of this model holds: its header as JSON, and its tensors by name, each once.
 
-    Tensors are views of the model's; ``orders`` and ``gaps`` in the header say how they lie in memory.
+    The tensors are the model's own; ``strides`` in the header says how those that are not contiguous lie in memory.
 
     Raises:
         TypeError: a part whose class, argument or tensor cannot be described (see ``register``), or that ``load``
@@ -66,15 +64,12 @@ def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     architecture = describe(model)
     found = slots(model)
     tensors, aliases = unique(found)
-    parts = {key: narrowed(value) for key, value in tensors.items()}
     modes = {path: module.training for path, module in model.named_modules()}
     text = json.dumps({
         "format": _FORMAT,
         "architecture": architecture,
         "aliases": aliases,
-        "orders": {key: memory_order(value) for key, value in parts.items() if not value.is_contiguous()},
-        "gaps": {key: apart for key, value in parts.items() if (apart := gaps(value))},
-        "expanded": {key: [*tensors[key].shape] for key, v in parts.items() if v.shape != tensors[key].shape},
+        "strides": {key: compact(v.shape, v.stride()) for key, v in tensors.items() if not v.is_contiguous()},
         "shared": shared_modules(model),
         "frozen": [key for key, slot in found.items() if slot.trained and not slot.tensor.requires_grad],
         "learned": [key for key, slot in found.items() if not slot.trained and slot.tensor.requires_grad],
@@ -82,8 +77,8 @@ def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     })  # fmt: skip
     if len(text) > _LARGEST_HEADER:
         raise ValueError(f"its description takes {len(text)} characters")
-    _planned(json.loads(text), {key: (list(v.shape), str(v.dtype)[6:]) for key, v in parts.items()}, model)
-    return text, parts
+    _planned(json.loads(text), {key: (list(v.shape), str(v.dtype)[6:]) for key, v in tensors.items()}, model)
+    return text, tensors
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -149,11 +144,11 @@ def _loaded(path: Path, device: torch.device) -> nn.Module:
             header = _header((file.metadata() or {}).get("linfast", "{}"))
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             stored = {key: (part.get_shape(), _stored_dtype(key, part.get_dtype())) for key, part in slices.items()}
-            blueprint, filled = _planned(header, stored)
+            model, filled = _planned(header, stored)
             values = {key: _read(key, file.get_tensor(key), header, device) for key in stored}
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file ({error})") from error
-    _fill(model := blueprint.model, filled, values, header)
+    _fill(model, filled, values, header)
     _check_permutations(model)
     model.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # moves nothing: its hooks are run
     return model.to(device)
@@ -165,7 +160,9 @@ def _header(text: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"its linfast header is not JSON ({error})") from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(f"not a linfast file of format {_FORMAT!r}; its header is {text[:60]}")
+        raise ValueError(
+            f"not a linfast file of format {_FORMAT!r}, the one that this version reads; its header is {text[:60]}"
+        )
     return header
 
 
@@ -175,80 +172,67 @@ def _stored_dtype(key: str, name: str) -> str:
     return _STORED[name]
 
 
-def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tuple[Blueprint, dict[str, str]]:
-    """The model without numbers, and which tensor goes where; ``model``, one that is to be saved, must be alike."""
+def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tuple[nn.Module, dict[str, str]]:
+    """The model without numbers, and which tensor goes where; a ``model`` that is to be saved must be like it."""
     try:
         _check_entries(header, stored)
-        shapes = {key: (_expanded(key, shape, header), dtype) for key, (shape, dtype) in stored.items()}
-        for key in {**header["orders"], **header["gaps"]}:
-            _laid_out(torch.empty(stored[key][0], device="meta"), key, header)
         blueprint = build(header["architecture"], len(stored) + len(header["aliases"]))
         share_modules(blueprint.model, header["shared"])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the architecture cannot be built ({error!r:.200})") from error
     if model is not None:
         check_rebuilt(model, blueprint.model)
-    filled = match(blueprint, shapes, header["aliases"], header["expanded"])
+    filled = match(blueprint, stored, header["aliases"])
     found = slots(blueprint.model)
     parameters = {key for key, slot in found.items() if slot.trained}
     constants = {key for key in found.keys() - parameters if DTYPES[stored[filled[key]][1]].is_floating_point}
     for name, known in zip(_LISTS, (parameters, constants, dict(blueprint.model.named_modules())), strict=True):
-        if unknown := [entry for entry in header.get(name, ()) if entry not in known]:
+        if unknown := [entry for entry in header[name] if entry not in known]:
             raise ValueError(f"{name} names {unknown[0]!r:.60}, which the model has not")
-    return blueprint, filled
+    return blueprint.model, filled
 
 
 def _check_entries(header: dict[str, Any], stored: _Stored) -> None:
-    """Raise unless what a header says by name is of its types; what older files lack is empty."""
+    """Raise unless the header has all its tables and lists, and they are of their types."""
     for name, item in _TABLES.items():
-        entries = header.setdefault(name, {})
+        entries = header[name]
         if not isinstance(entries, dict) or not all(isinstance(entry, item) for entry in entries.values()):
             raise TypeError(f"{name} is {entries!r:.60}")
     for name in _LISTS:
-        names = header.get(name, [])
+        names = header[name]
         if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
             raise TypeError(f"{name} is {names!r:.60}")
     for alias, key in header["aliases"].items():
         if alias in stored or key not in stored:
             raise KeyError(f"{alias}, an alias of {key}")
-
-
-def _expanded(key: str, shape: list[int], header: dict[str, Any]) -> list[int]:
-    """The shape of a stored tensor in the model."""
-    full = size_list(header["expanded"].get(key, shape))
-    if len(full) != len(shape) or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
-        raise IndexError(f"{key} is {tuple(shape)} and cannot be expanded to {tuple(full)}")
-    return full
+    for key, strides in header["strides"].items():
+        if len(size_list(strides)) != len(stored[key][0]):
+            raise IndexError(f"{strides} are no strides of {key}, which is {tuple(stored[key][0])}")
 
 
 def _read(key: str, value: Tensor, header: dict[str, Any], device: torch.device) -> Tensor:
-    """A stored tensor in memory of its own, as it lay."""
+    """A stored tensor in memory of its own, in its order."""
     _check_finite(key, value)
-    return _laid_out(value.to(device), key, header).expand(_expanded(key, list(value.shape), header))
-
-
-def _laid_out(value: Tensor, key: str, header: dict[str, Any]) -> Tensor:
-    order = header["orders"].get(key, list(range(value.ndim)))
-    return laid_out(value, order, size_list(header["gaps"].get(key, [])))
+    strides = header["strides"].get(key)
+    return value.to(device, copy=True) if strides is None else laid_out(value.to(device), strides)
 
 
 def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Put the tensors in; those under several names are one object, or a parameter and buffers on its memory."""
     parameters: dict[str, nn.Parameter] = {}
     constants: dict[tuple[str, bool], Tensor] = {}
-    frozen, learned, switched = (set(header.get(name, ())) for name in _LISTS)
+    frozen, learned, switched = (set(header[name]) for name in _LISTS)
     for name, slot in slots(model).items():
         key, value = filled[name], values[filled[name]]
         if not slot.tensor.is_meta and not torch.equal(value.cpu(), slot.tensor):
             raise ValueError(f"{name} is not what the architecture says it is")
         if slot.trained and key not in parameters:
-            trains = name not in frozen if "frozen" in header else slot.tensor.requires_grad
-            parameters[key] = nn.Parameter(value, trains and value.is_floating_point())
+            parameters[key] = nn.Parameter(value, name not in frozen and value.is_floating_point())
         constant = value.detach().requires_grad_() if name in learned else value
         put = parameters[key] if slot.trained else constants.setdefault((key, name in learned), constant)
         setattr(slot.module, slot.name, put)
     modes: dict[str | None, bool] = {None: True}
-    for path, module in model.named_modules() if "switched" in header else ():
+    for path, module in model.named_modules():
         modes[path] = module.training = modes[_parent(path)] != (path in switched)
 
 

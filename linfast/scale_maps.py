@@ -176,5 +176,5 @@ class ScaleMap:
 def log_scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
     """``scale_map.log_scale`` without its check, for loops that look it up once."""
     bound, floor = scale_map.constants
-    log_scale: Callable[..., Tensor] = _KINDS[scale_map.kind].log_scale
-    return functools.partial(log_scale, c=bound, floor=floor)
+    function: Callable[..., Tensor] = _KINDS[scale_map.kind].log_scale
+    return functools.partial(function, c=bound, floor=floor)

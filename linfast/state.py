@@ -1,4 +1,4 @@
-"""The tensors of a model by name, how they lie in memory and are shared, and where a file's tensors go.
+"""A model's tensors by name, how they lie in memory and are shared, and which tensor of a file goes where.
 
 Each module counts under its first name only: ``state_dict()`` follows a shared module once per path to it, which is
 2^n times in a chain of n sums of a thing and itself.
@@ -7,24 +7,23 @@ Each module counts under its first name only: ``state_dict()`` follows a shared 
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .blueprint import DTYPES, Blueprint, is_described, size_list
+from .blueprint import DTYPES, Blueprint, is_described
 
 __all__ = [
     "check_rebuilt",
-    "gaps",
+    "compact",
     "is_foreign",
     "joined",
     "laid_out",
     "match",
-    "memory_order",
-    "narrowed",
+    "settings",
     "share_modules",
     "shared_modules",
     "slots",
@@ -98,61 +97,44 @@ def _check_plain(key: str, module: nn.Module, value: Tensor) -> None:
 
 
 def _check_apart(parameters: Mapping[str, Tensor]) -> None:
-    """Raise where two parameters are overlapping views of one memory."""
-    views: dict[tuple[int, torch.dtype], list[str]] = {}
-    for key, value in parameters.items():
-        if value.numel():
-            views.setdefault((value.untyped_storage().data_ptr(), value.dtype), []).append(key)
-    for keys in views.values():
-        if len(keys) == 1:
+    """Raise where two parameters are views of overlapping parts of one memory."""
+    ends: dict[int, tuple[int, str]] = {}  # by storage: up to which address it is taken, and by which parameter
+    for key, value in sorted(parameters.items(), key=lambda item: item[1].data_ptr()):
+        if not value.numel():
             continue
-        narrow = [narrowed(parameters[key]) for key in keys]
-        ends = [
-            v.storage_offset() + 1 + sum((n - 1) * step for n, step in zip(v.shape, v.stride(), strict=True))
-            for v in narrow
-        ]
-        owner = torch.full((max(ends),), -1)
-        for i, view in enumerate(narrow):
-            taken = owner.as_strided(view.shape, view.stride(), view.storage_offset())
-            if (other := int(taken.max())) >= 0:
-                raise ValueError(_SHARED.format(keys[i], keys[other]))
-            taken.fill_(i)
+        last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+        end = value.data_ptr() + (last + 1) * value.element_size()
+        taken, other = ends.get(storage := value.untyped_storage().data_ptr(), (0, ""))
+        if value.data_ptr() < taken:
+            raise ValueError(_SHARED.format(other, key))
+        ends[storage] = end, key
 
 
-def narrowed(value: Tensor) -> Tensor:
-    """Without the repetitions of an expanded tensor: the first row along each dimension that repeats one."""
-    return value[
-        tuple(slice(None if stride or not n else 1) for n, stride in zip(value.shape, value.stride(), strict=True))
-    ]
+def compact(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides of the same order in memory: with gaps where these have some, but narrow ones and two at most.
 
-
-def memory_order(value: Tensor) -> list[int]:
-    """The dimensions as they lie in memory, the innermost last."""
-    return sorted(range(value.ndim), key=lambda d: -value.stride()[d])
-
-
-def gaps(value: Tensor) -> list[int]:
-    """The dimensions between whose entries there is other memory, two at most."""
-    found, inner = list[int](), 1
-    for d in reversed([] if value.is_contiguous() else memory_order(value)):
-        if value.stride(d) > inner and len(found) < _MOST_GAPS:
-            found.append(d)
-        inner = max(inner, value.stride(d) * value.shape[d])
+    Whether a matrix has gaps decides how its products are computed, and so how they round; the width of the gaps
+    does not. Each doubles the memory that the tensor takes. A dimension that repeats its entries (stride 0) does
+    so here.
+    """
+    found, inner, size, gaps = [0] * len(shape), 1, 1, 0
+    for d in sorted(range(len(shape)), key=lambda d: (strides[d], -d)):
+        if strides[d] == 0 and shape[d] > 1:
+            continue
+        if strides[d] > inner and gaps < _MOST_GAPS:
+            gaps, size = gaps + 1, 2 * size
+        found[d] = size
+        inner, size = max(inner, strides[d] * shape[d]), size * shape[d]
     return found
 
 
-def laid_out(value: Tensor, order: list[int], apart: Collection[int] = ()) -> Tensor:
-    """A copy with its dimensions in this order in memory, and as much memory again between the entries of some.
-
-    Whether a matrix has gaps decides how its products are computed, and so how they round; their width does not.
-    """
-    if sorted(size_list(order)) != list(range(value.ndim)):
-        raise IndexError(f"{order} is no order of the dimensions of {tuple(value.shape)}")
-    if len(apart) > _MOST_GAPS or not set(apart) <= set(order):
-        raise IndexError(f"{apart} are no {_MOST_GAPS} dimensions of {tuple(value.shape)}")
-    back = sorted(range(value.ndim), key=order.__getitem__)
-    room = value.new_zeros([size for d in order for size in (value.shape[d], 1 + (d in apart))])
-    return room[(slice(None), 0) * value.ndim].copy_(value.permute(order)).permute(back)
+def laid_out(value: Tensor, strides: Sequence[int]) -> Tensor:
+    """A copy with ``compact`` strides like these."""
+    steps = compact(value.shape, strides)
+    room = torch.empty_strided(value.shape, steps, dtype=value.dtype, device=value.device)
+    once = tuple(slice(None if step or n == 0 else 1) for n, step in zip(value.shape, steps, strict=True))
+    room[once] = value[once]
+    return room
 
 
 def shared_modules(model: nn.Module) -> dict[str, str]:
@@ -186,10 +168,7 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
 
 
 def match(
-    blueprint: Blueprint,
-    stored: Mapping[str, tuple[list[int], str]],
-    aliases: Mapping[str, str],
-    expanded: Collection[str],
+    blueprint: Blueprint, stored: Mapping[str, tuple[list[int], str]], aliases: Mapping[str, str]
 ) -> dict[str, str]:
     """For each slot of the model the tensor of the file that it is filled with.
 
@@ -197,66 +176,25 @@ def match(
         blueprint: of the model.
         stored: shape and dtype of each tensor of the file.
         aliases: other names of these tensors.
-        expanded: those that repeat what the file holds: a constructor's arguments may, and no others.
 
     Raises:
         ValueError: tensors that are missing, left over, or of another shape or kind of dtype.
     """
     found = slots(blueprint.model)
-    first = {id(module): path for path, module in blueprint.model.named_modules()}
-    filled: dict[str, str] = {}
-    extra = []
-    for name in dict.fromkeys([*stored, *aliases]):
-        key, slot = aliases.get(name, name), _first_name(name, blueprint.model, first)
-        if slot not in found:
-            extra.append(name)
-        elif filled.setdefault(slot, key) != key and 0 not in stored[key][0]:
-            raise ValueError(f"{name} and {filled[slot]} are two tensors and one in the model")
-    if extra or found.keys() != filled.keys():
-        missing = sorted(found.keys() - filled.keys())
-        raise ValueError(f"missing tensors {missing[:9]}, left over {sorted(extra)[:9]}")
+    filled = {**{name: name for name in stored}, **aliases}
+    if found.keys() != filled.keys():
+        missing, extra = sorted(found.keys() - filled.keys()), sorted(filled.keys() - found.keys())
+        raise ValueError(f"missing tensors {missing[:9]}, left over {extra[:9]}")
     given = {id(tensor) for tensor in blueprint.given}
     for slot, key in filled.items():
         (shape, dtype), built = stored[key], found[slot].tensor
         if tuple(shape) != tuple(built.shape):
             raise ValueError(f"{slot} is {tuple(shape)}, expected {tuple(built.shape)}")
-        if key in expanded and id(built) not in given:  # a module that lays out its own weights would repeat it
-            raise ValueError(f"{slot} repeats its numbers (an expanded tensor); make it contiguous")
         expected = str(built.dtype).removeprefix("torch.")
-        any_floating = built.is_floating_point() and id(built) not in given and dtype in DTYPES
-        is_flag = dtype == "bool" and not built.ndim and not found[slot].trained  # ActNorm's, in older files
-        if dtype != expected and not (any_floating and (is_flag or DTYPES[dtype].is_floating_point)):
+        any_floating = built.is_floating_point() and id(built) not in given
+        if dtype != expected and not (any_floating and DTYPES[dtype].is_floating_point):
             raise ValueError(f"{slot} is {dtype}, expected {'floating point' if any_floating else expected}")
-    _check_one_dtype(blueprint, {slot: stored[key][1] for slot, key in filled.items()}, found, given)
     return filled
-
-
-def _first_name(name: str, model: nn.Module, first: Mapping[int, str]) -> str | None:
-    """The first name of a tensor's slot: older files named each path to a shared module."""
-    *path, tensor = name.split(".")
-    module: nn.Module | None = model
-    for part in path:
-        module = None if module is None else module._modules.get(part)
-    return None if module is None else joined(first[id(module)], tensor)
-
-
-def _check_one_dtype(
-    blueprint: Blueprint, dtypes: Mapping[str, str], found: Mapping[str, Slot], given: set[int]
-) -> None:
-    """Raise where one of linfast's modules would hold weights of two dtypes; a norm may have its own."""
-    owner: dict[int, nn.Module] = {}
-    for part in blueprint.parts:  # the innermost first
-        for module in part.modules():
-            owner.setdefault(id(module), part)
-    first: dict[int, str] = {}
-    for slot, (module, _, tensor) in found.items():
-        part = owner.get(id(module), module)
-        plain = tensor.ndim and tensor.is_floating_point() and id(tensor) not in given
-        if not plain or isinstance(module, nn.GroupNorm) or _library(part) != "linfast":
-            continue
-        other = first.setdefault(id(part), slot)
-        if dtypes[slot] != dtypes[other]:
-            raise ValueError(f"{slot} is {dtypes[slot]} and {other} is {dtypes[other]}")
 
 
 def _library(module: nn.Module) -> str:
@@ -296,8 +234,8 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
                 raise TypeError(f"{what} has a {name} of its own, which no file holds; remove it")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"{what} keeps an extra state; make it of parameters and buffers")
-    mine, theirs = dict(_parts(model)), {**dict(_parts(built)), **dict(_settings(built))}
-    mine |= {name: value for name, value in _settings(model) if name in theirs}  # others are notes
+    mine, theirs = dict(_parts(model)), {**dict(_parts(built)), **dict(settings(built))}
+    mine |= {name: value for name, value in settings(model) if name in theirs}  # others are notes
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             raise TypeError(
@@ -314,7 +252,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
         yield key, f"a {'parameter' if slot.trained else 'buffer'}"
 
 
-def _settings(model: nn.Module) -> Iterator[tuple[str, str]]:
+def settings(model: nn.Module) -> Iterator[tuple[str, str]]:
     """What modules keep beside tensors and modules; for torch's and linfast's own, what is not private."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():

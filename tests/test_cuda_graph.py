@@ -98,7 +98,7 @@ def test_a_graph_keeps_what_its_work_refers_to(cuda: Cuda) -> None:
 def test_weights_promised_still_are_derived_once(cuda: Cuda) -> None:
     g, x = _flow(), torch.randn(4, N)
     with torch.no_grad(), lf.backend("triton"), lf.freeze(g):
-        loose, still = (CudaGraph(g.inverse, [x], CPU, g, frozen=frozen) for frozen in (False, True))
+        loose, still = (CudaGraph(g.inverse, [x], CPU, model) for model in (None, g))
         before = g.inverse(x)
         assert torch.equal(loose(x), still(x))
     assert len(cuda.graphs[1]._steps) < len(cuda.graphs[0]._steps)
@@ -108,22 +108,15 @@ def test_weights_promised_still_are_derived_once(cuda: Cuda) -> None:
         after = g.inverse(x)
     assert not _close(before, after)
     assert _close(loose(x), after)
-    with pytest.raises(ValueError, match="frozen=True needs the model"):
-        CudaGraph(g.inverse, [x], CPU, frozen=True)
 
 
-def test_outputs_are_the_callers_and_inputs_are_checked(cuda: Cuda) -> None:
+def test_outputs_are_the_callers(cuda: Cuda) -> None:
     captured = CudaGraph(lambda x: (x.exp(), x), [torch.zeros(2, 3)], CPU)
     x = torch.randn(2, 3)
     first = captured(x)
     captured(x + 1)
     assert torch.equal(first[0], x.exp())
     assert torch.equal(first[1], x)
-    for wrong in (x[:1], x.double()):
-        with pytest.raises(ValueError, match="takes tensors as at its capture"):
-            captured(wrong)
-    with pytest.raises(ValueError, match="takes tensors as at its capture"):
-        captured(x, x)
 
 
 def test_a_graph_captured_in_inference_mode_is_called_outside(cuda: Cuda) -> None:

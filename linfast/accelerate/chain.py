@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import has_values
-from ..flows.memory import inverts
-from ..flows.reversible import Step, reversible
+from ..flows.reversible import Step, inverts, reversible
 from ..flows.undo import Cotangents, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling

@@ -1,7 +1,7 @@
-"""ActNorm: a learned affine map a channel, started from the first batch's statistics.
+"""ActNorm: a learned affine map per channel, started from the first batch's statistics.
 
     y = (x + bias) exp(log_scale),   x = y exp(-log_scale) - bias
-    log|det| = (positions a channel) * sum(log_scale)
+    log|det| = (positions per channel) * sum(log_scale)
 
 x [B, C, ...]; bias and log_scale [C]. Source: Glow (arXiv 1807.03039), in the
 Linearizer paper's order.
@@ -21,7 +21,7 @@ from ..checks import check_count, check_number
 from ..dispatch import check_values, has_values, read_at_once
 from ..freeze import is_frozen
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
-from .undo import Cotangents, Undone, undo
+from .undo import Cotangents, Outputs, Undone, undo
 
 __all__ = ["ActNorm"]
 
@@ -29,13 +29,12 @@ __all__ = ["ActNorm"]
 class ActNorm(ChannelLinear):
     """y = (x + bias) exp(log_scale), with bias = -mean and log_scale = -log(std) of the first batch.
 
-    The first forward in training mode (or ``initialize``) sets the parameters. That it happened is
-    said by the buffer ``initialized`` alone (0: not yet), so a model that is loaded, copied or averaged,
-    also with one that was not initialised, is not initialised again. What is compiled sees what was
-    loaded into the buffer; after any other write to it, call the model once uncompiled.
-    Under torch.distributed the statistics are those of all processes' rows.
-    Before that, in eval mode, inside ``linfast.freeze`` or a sampler and where there are no values, as
-    on the meta device, it is the map that its parameters say: new ones are the identity.
+    The first forward in training mode (or ``initialize``) sets the parameters. The buffer ``initialized`` records
+    that this has happened (0: not yet), so that a model which is loaded, copied or averaged, even with one that was
+    not initialised, is not initialised again. Compiled code sees what was loaded into the buffer; after any other
+    write to it, call the model once uncompiled. Under torch.distributed the statistics are those of all processes'
+    rows. Before the first forward, in eval mode, inside ``linfast.freeze`` or a sampler, and where there are no
+    values, as on the meta device, the layer computes with its parameters as they are; new ones are the identity.
 
     Args:
         features: C.
@@ -111,7 +110,7 @@ class ActNorm(ChannelLinear):
         if bool(self.bias.any()) or bool(self.log_scale.any()):
             warnings.warn(
                 "ActNorm: its first batch replaces weights that are not a new one's (moved here without the buffer "
-                "that says so?); weights that are to stay have initialized.fill_(True)",
+                "that says so?); to keep them, call initialized.fill_(True)",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -120,9 +119,7 @@ class ActNorm(ChannelLinear):
         """A copy reads its own buffer."""
         return {**self.__dict__, "_seen": None}
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         if not inverse and (x.shape[0] > 0 or _is_distributed()) and self.waits_for_data():
             self._check_start()
             self.initialize(x)
@@ -146,7 +143,7 @@ class ActNorm(ChannelLinear):
             tensors,
         )
 
-    def _affine(self, x: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
+    def _affine(self, x: Tensor, inverse: bool, log_det: bool) -> Outputs:
         per_channel = (1, -1) + (1,) * (x.ndim - 2)
         bias, log_scale = self.bias.view(per_channel), self.log_scale.view(per_channel)
         y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()
@@ -155,7 +152,7 @@ class ActNorm(ChannelLinear):
         total = self.log_abs_det() * position_count(x)
         return y.to(x.dtype), constant_log_det(x, -total if inverse else total)
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
         own, log_scale = wide(self.bias), wide(self.log_scale)
         if inverse:
             scale = (-log_scale).exp()
@@ -180,15 +177,10 @@ def _all_set(flag: Tensor) -> bool:
 
 
 def _mark_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
-    """Weights that are loaded without the flag (parameters alone, strict=False) are kept all the same.
-
-    Files of before have a bool.
-    """
+    """Weights that are loaded without the flag (parameters alone, strict=False) count as initialised."""
     vars(module)["_seen"] = None
     key = f"{prefix}initialized"
-    if key in state:
-        state[key] = state[key].to(torch.get_default_dtype()) if state[key].dtype == torch.bool else state[key]
-    elif f"{prefix}log_scale" in state:
+    if key not in state and f"{prefix}log_scale" in state:
         module.get_buffer("initialized").fill_(True)
 
 
@@ -201,7 +193,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.cat((wide.sum(1), count[None]))
     _all_reduce(total)
     if not torch.compiler.is_compiling() and total[-1] < 2:
-        raise ValueError(f"ActNorm: the first batch needs two values a channel; got x {tuple(x.shape)}")
+        raise ValueError(f"ActNorm: the first batch needs two values per channel; got x {tuple(x.shape)}")
     mean = total[:-1] / total[-1]
     squares = (wide - mean[:, None]).square().sum(1)
     _all_reduce(squares)

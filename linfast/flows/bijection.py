@@ -1,6 +1,6 @@
 """Bijection: what every invertible layer is, and two wrappers around one.
 
-A bijection g maps x [B, C, ...] to z of as many elements a sample, and has
+A bijection g maps x [B, C, ...] to z of as many elements per sample, and has
 
     forward(x, **context) -> z             forward_and_log_det(x, **context) -> (z, log_det [B])
     inverse(z, **context) -> x             inverse_and_log_det(z, **context) -> (x, log_det [B])
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_dense, check_kind, check_like
 from ..ranges import range_
-from .undo import Cotangents, Undone, undo
+from .undo import Cotangents, Outputs, Undone, undo
 
 __all__ = ["Bijection", "ChannelLinear", "Conditioned", "Inverse", "position_count", "same_space", "wide"]
 
@@ -43,9 +43,7 @@ class Bijection(nn.Module):
     def features_out(self) -> int | None:
         return self.features
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         """(g(x) or g^{-1}(x), log|det| of that where asked for and None elsewhere)."""
         raise NotImplementedError
 
@@ -124,7 +122,7 @@ def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
 class ChannelLinear(Bijection):
     """A bijection that is one affine map of the channels, the same at every position."""
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
         """(W', b') of this layer, or its inverse, after y = weight x + bias; fp32 or wider.
 
         weight [C, C]; bias [C], None for 0.
@@ -142,7 +140,7 @@ def wide(parameter: Tensor) -> Tensor:
 
 
 def position_count(x: Tensor) -> int:
-    """Positions a channel has: 1 for [B, C], H W for [B, C, H, W]."""
+    """The number of positions per channel: 1 for [B, C], H W for [B, C, H, W]."""
     return x.shape[2:].numel()
 
 
@@ -181,9 +179,7 @@ class Conditioned(Bijection):
     def features_out(self) -> int | None:
         return self.bijection.features_out
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         return run(self.bijection, x, {**self.context, **context}, inverse, log_det)
 
     def _undo(
@@ -211,9 +207,7 @@ class Inverse(Bijection):
     def features_out(self) -> int | None:
         return self.bijection.features
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         return run(self.bijection, x, context, not inverse, log_det)
 
     def _undo(
@@ -228,9 +222,7 @@ class Inverse(Bijection):
         return self.bijection._undo(y, cotangents, tensors, context, not inverse, log_det)
 
 
-def run(
-    bijection: Bijection, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-) -> tuple[Tensor, Tensor | None]:
+def run(bijection: Bijection, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
     """Call the one of the four public methods that is meant; forward through __call__, so that hooks run."""
     if log_det:
         method = bijection.inverse_and_log_det if inverse else bijection.forward_and_log_det

@@ -35,7 +35,7 @@ _MIXES: dict[str, Callable[[int], Bijection]] = {
 
 
 def default_bound(depth: int) -> float:
-    """c = min(2, 4 / depth), the largest |log scale| a layer of a default flow of this depth."""
+    """c = min(2, 4 / depth), the largest |log scale| per layer of a default flow of this depth."""
     return min(2.0, 4.0 / depth)
 
 

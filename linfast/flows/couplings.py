@@ -21,7 +21,7 @@ from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, affi
 from ..ops.coupling_mix import coupling_mix
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .bijection import Bijection, constant_log_det
-from .undo import Cotangents, Undone, gradients
+from .undo import Cotangents, Outputs, Undone, gradients
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
@@ -39,13 +39,11 @@ class _Coupling(Bijection):
         self.features = check_count("features", features, least=2)
         self.moves = moves
 
-    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> Outputs:
         """The transform of x given the conditioner's output."""
         raise NotImplementedError
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         return self._couple(x, self._condition(self._kept(x), context), inverse, log_det)
 
     def _uncouple(
@@ -144,7 +142,7 @@ class AffineCoupling(_Coupling):
         self.order = order
         self.layout = layout
 
-    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> Outputs:
         return affine_coupling(x, params, self.scale_map, inverse=inverse, log_det=log_det, **self._options)
 
     def _uncouple(
@@ -161,7 +159,7 @@ class AffineCoupling(_Coupling):
         log_det: bool,
         weight: Tensor,
         bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Outputs:
         """(weight u + bias over channels, log|det| of u), with u what ``_transform`` returns."""
         params = self._condition(self._kept(x), context)
         return coupling_mix(
@@ -190,7 +188,7 @@ class AdditiveCoupling(_Coupling):
     def __init__(self, conditioner: nn.Module, features: int, moves: str = "first") -> None:
         super().__init__(conditioner, features, moves)
 
-    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
+    def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> Outputs:
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
         moved = first if self.moves == "first" else second
         out = (moved - params if inverse else moved + params).to(x.dtype)

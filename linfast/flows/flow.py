@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..checks import check_count, check_counts, check_kind
-from .bijection import Bijection, constant_log_det
+from ..checks import check_choice, check_count, check_counts, check_kind
+from .bijection import Bijection, constant_log_det, run
 from .drift import DriftGuard
 from .match import match
-from .memory import check_memory, inverts, steps_of, stored_tensors
-from .reversible import reversible
+from .reversible import MEMORY_MODES, Context, Step, inverts, reversible
+from .undo import Cotangents, Outputs, Undone
 
 __all__ = ["Flow"]
 
@@ -48,7 +49,8 @@ class Flow(Bijection):
         memory: str = "auto",
     ) -> None:
         super().__init__()
-        self.memory = check_memory(memory)
+        check_choice("memory", memory, MEMORY_MODES)
+        self.memory = memory
         check_kind("bijections", bijections, Iterable)
         if isinstance(bijections, Tensor):
             raise TypeError("bijections must be Bijections; got a tensor")
@@ -64,9 +66,7 @@ class Flow(Bijection):
     def features_out(self) -> int | None:
         return self._features_out
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         if not len(self.bijections):
             return x, constant_log_det(x) if log_det else None
         launch = match(self.bijections, x, context, inverse, log_det)
@@ -74,11 +74,9 @@ class Flow(Bijection):
             return launch(x, context, inverse, log_det, run=self._reversibly)
         return launch(x, context, inverse, log_det)
 
-    def _reversibly(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        steps = steps_of(self.bijections, inverse, log_det)  # type: ignore[arg-type]
-        return reversible(steps, x, context, self._guard, self.memory)
+    def _reversibly(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+        steps = [_step(f"bijections[{i}]", b, inverse, log_det) for i, b in enumerate(self.bijections)]  # type: ignore[arg-type]
+        return reversible(steps[::-1] if inverse else steps, x, context, self._guard, self.memory)
 
 
 def _chain(bijections: Iterable[Bijection], features: int | None) -> tuple[int | None, int | None]:
@@ -94,3 +92,29 @@ def _chain(bijections: Iterable[Bijection], features: int | None) -> tuple[int |
         first = bijection.features if first is None else first
         current = current if bijection.features_out is None else bijection.features_out
     return first, current
+
+
+def stored_tensors(bijections: Iterable[nn.Module]) -> float:
+    """About how many tensors of its input's size autograd keeps of bijections one after another.
+
+    Each layer keeps 4 of its own width, and 2 of the output width of each of its weights.
+    """
+    return sum(4 + 2 * _widths(b) / (getattr(b, "features", None) or 1) for b in bijections)
+
+
+def _widths(module: nn.Module) -> int:
+    return sum(parameter.shape[0] for parameter in module.parameters() if parameter.ndim > 1)
+
+
+def _step(place: str, bijection: Bijection, inverse: bool, log_det: bool) -> Step:
+    # A layer's own undo need not call the layer: with hooks on it, it is inverted and run as a whole.
+    hooked = bijection._forward_hooks or bijection._forward_pre_hooks or bijection._backward_hooks
+    undo_layer = partial(Bijection._undo, bijection) if hooked else bijection._undo
+
+    def forward(x: Tensor, context: Context) -> Outputs:
+        return run(bijection, x, context, inverse, log_det)
+
+    def undo(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
+        return undo_layer(y, cotangents, tensors, context, inverse, log_det)
+
+    return Step(f"{place} ({type(bijection).__name__})", bijection, forward, undo)

@@ -25,6 +25,7 @@ from ..freeze import derived
 from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
+from .undo import Outputs
 
 __all__ = ["Householder", "Mix", "Permute", "check_permutation"]
 
@@ -45,13 +46,11 @@ class _LinearMix(ChannelLinear):
     def _weight(self, inverse: bool) -> Tensor:
         return derived(self, inverse, lambda: self._wide_weight(inverse).to(self._factor.dtype))
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
         matrix = self._wide_weight(inverse)
         return matrix @ weight, None if bias is None else matrix @ bias
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         y = channel_mix(x, self._weight(inverse))
         if not log_det:
             return y, None
@@ -171,15 +170,13 @@ class Permute(ChannelLinear):
         self.features = features
         self.register_buffer("permutation", order)
 
-    def _transform(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         return x.index_select(1, self._order(inverse)), constant_log_det(x) if log_det else None
 
     def _order(self, inverse: bool) -> Tensor:
         return self.permutation.argsort() if inverse else self.permutation
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor | None]:
+    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
         order = self._order(inverse)
         return weight[order], None if bias is None else bias[order]
 

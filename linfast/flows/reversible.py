@@ -35,11 +35,18 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_choice, check_kind, check_tensor
 from ..dispatch import capturing, has_values
-from .drift import Checksum, DriftGuard, drift_budget
+from .drift import DRIFT_BUDGETS, Checksum, DriftGuard, drift_budget
 from .replay import Replay, keeps_a_piece, made_at, now, read_from_outside
 from .undo import Backward, Cotangents, Outputs, Undone, undo
 
-__all__ = ["Context", "Step", "reversible"]
+__all__ = ["AUTO_BYTES", "MEMORY_MODES", "Context", "Step", "inverts", "reversible"]
+
+MEMORY_MODES = ("store", "invert", "auto")
+"""What a flow's backward keeps: every activation, the input and output, or whichever suits their size."""
+
+# "auto" inverts above this many bytes. Below it no machine that such a model is trained on is short of memory, and
+# inverting would cost a third of a step's time for nothing.
+AUTO_BYTES = 2**30
 
 Context = Mapping[str, Any]
 
@@ -128,6 +135,20 @@ def reversible(
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in inputs) or chain.must_store(x):
         return chain.run_steps(range(len(steps)), x, context)
     return chain.run(_Anchor.apply(chain, *inputs), x, memory)
+
+
+def inverts(memory: str, x: Tensor, stored: float) -> bool:
+    """Whether a flow on x is run by ``reversible``; ``stored`` is from ``stored_tensors``.
+
+    Every mode stores under torch.compile, whose partitioner decides by itself what to keep (Dynamo traces no
+    gradient inside a backward), under torch.func transforms, with forward-mode derivatives, and where x is not real
+    floating point.
+    """
+    if memory == "store" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return False
+    return x.dtype in DRIFT_BUDGETS and (memory == "invert" or stored * x.numel() * x.element_size() > AUTO_BYTES)
 
 
 def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:

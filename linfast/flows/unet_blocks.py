@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..dispatch import uses_triton
 from ..ops.conv2d_fused import conv2d_fused
 from ..ops.group_norm_silu import group_norm_silu
-from .memory import inverts
+from .reversible import inverts
 from .stack import is_plain
 
 __all__ = ["EPS", "SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "group_count", "in_nchw", "norm"]

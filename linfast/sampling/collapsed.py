@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_number
 from ..dispatch import has_values, uploaded, without_autocast
@@ -39,7 +39,7 @@ from .factored import (
 from .integrate import Schedule, integrate, schedule
 from .working_copy import working_copy
 
-__all__ = ["check_time_dependent", "collapse", "collapse_inverse"]
+__all__ = ["check_time_dependent", "collapse", "collapse_inverse", "first_floating"]
 
 # Sides N and R are multiplied in float64 where that takes at most this many operations, some
 # 30 ms on one CPU core, and in the parameters' dtype beyond. float64 leaves one rounding of the
@@ -75,7 +75,7 @@ def collapse(
     with range_("collapse"):
         check_time_dependent(A_t)
         plan = schedule(method, steps, stop)
-        like = _like(A_t)
+        like = first_floating(A_t)
         _check_tol(tol, like)
         return without_autocast(like.device.type, _collapse, A_t, plan, tol, like)
 
@@ -86,7 +86,7 @@ def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
     Rounded to float32 its entries, the size of steps and more, would cost as many digits of the noise.
     """
     check_time_dependent(A_t)
-    like = _like(A_t).double()
+    like = first_floating(A_t).double()
     return without_autocast(like.device.type, _collapse, A_t, plan, None, like)._inverse_of(A_t, plan)
 
 
@@ -112,9 +112,9 @@ def check_time_dependent(A_t: object, name: str = "A_t") -> None:
         raise ValueError(f"{name} must be square: it maps latents to latents; got {A_t.n_out} x {A_t.n_in}")
 
 
-def _like(A: LatentOperator) -> Tensor:
-    """A tensor of the operator's device and dtype."""
-    own = chain(A.parameters(), A.buffers())
+def first_floating(module: nn.Module) -> Tensor:
+    """The module's first floating-point tensor, for its device and dtype; an empty one where it has none."""
+    own = chain(module.parameters(), module.buffers())
     return next((tensor for tensor in own if tensor.is_floating_point()), torch.empty(0))
 
 
@@ -128,7 +128,7 @@ def _check_tol(tol: float | None, like: Tensor) -> None:
 
 def _factors(A: Any, columns: int, plan: Schedule) -> Factors:
     """All factors from one call of the generator, as rows [R, N]."""
-    scheme, n, like = plan.scheme, A.n_in, _like(A)
+    scheme, n, like = plan.scheme, A.n_in, first_floating(A)
     flops = 4.0 * n * columns * min(n, columns)
     dtype = torch.float64 if flops <= _WIDE_FLOPS else like.dtype
     alpha, U, V, weights = working_copy(A, dtype).factors_at(uploaded(plan.times, like.device, torch.float64))
@@ -144,7 +144,7 @@ def _factors(A: Any, columns: int, plan: Schedule) -> Factors:
 
 def _step_unit_vectors(A_t: LatentOperator, plan: Schedule) -> Tensor:
     """B [N, N], float64."""
-    eye = torch.eye(A_t.n_in, dtype=torch.float64, device=_like(A_t).device)
+    eye = torch.eye(A_t.n_in, dtype=torch.float64, device=first_floating(A_t).device)
     wide = working_copy(A_t, torch.float64)
     return integrate(lambda z, k: wide(z, plan.times[k]), eye, plan).mT
 

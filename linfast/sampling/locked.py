@@ -41,7 +41,7 @@ def lock(file: BinaryIO, path: str) -> None:
         ) from error
     except OSError as error:
         warnings.warn(
-            f"{path} cannot be locked ({error.strerror}): see to it that one run at a time writes to it",
+            f"{path} cannot be locked ({error.strerror}): make sure that one run at a time writes to it",
             RuntimeWarning,
             stacklevel=2,
         )

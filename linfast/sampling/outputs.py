@@ -24,7 +24,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,27 +34,19 @@ from ..io import written_whole
 from .locked import check_regular, lock, opened, release, reserve, sync_folder
 from .workers import Workers
 
-__all__ = ["ArrayOut", "Check", "NpyFile", "Sink"]
+__all__ = ["ArrayOut", "NpyFile"]
 
 _SHORT = reprlib.Repr()  # of what a damaged record holds
 _SHORT.maxstring = 300
-
-
-class Sink(Protocol):
-    """What takes samples: rows are written and then committed."""
-
-    @property
-    def done(self) -> int: ...
-    def write(self, start: int, rows: Tensor) -> None: ...
-    def commit(self, done: int) -> None: ...
 
 
 class NpyFile:
     """Rows of one run in a .npy file.
 
     Args:
-        path: of the file; created, or gone on with.
+        path: of the file; created, or resumed.
         identity: count, shape, dtype, block_size and what else makes the run: a file of another is refused.
+        overwrite: replace such a file instead, and its record, once there is room for this run's.
 
     Raises:
         ValueError: a file or record of another run, or damaged; a link, a folder or another thing that is no file.
@@ -63,8 +55,8 @@ class NpyFile:
         OSError: no room.
     """
 
-    def __init__(self, path: str, identity: dict[str, Any], workers: Workers) -> None:
-        self.path, self.record_path = path, path + ".json"
+    def __init__(self, path: str, identity: dict[str, Any], workers: Workers, overwrite: bool = False) -> None:
+        self.path, self.record_path, self.overwrite = path, path + ".json", overwrite
         self.identity, self.workers = identity, workers
         self.count = identity["count"]
         self.row_bytes = int(np.prod(identity["shape"], dtype=np.int64)) * np.dtype(identity["dtype"]).itemsize
@@ -72,7 +64,6 @@ class NpyFile:
         self.size = len(self.header) + self.count * self.row_bytes
         if self.size > sys.maxsize:
             raise OSError(errno.EFBIG, f"cannot create {path} (no file has {self.size} bytes)")
-        self.unknown = 0  # rows before which there are some that no record counts
         self.done = workers.by_first(self._open)
         if workers.rank > 0:
             self.file = opened(path, os.O_RDONLY if self.done == self.count else os.O_RDWR)
@@ -108,13 +99,15 @@ class NpyFile:
         self.done = done
 
     def _explained(self, error: OSError) -> OSError:
-        kept = f"its first {self.done} rows of {self.count} are valid; the same call goes on from there"
+        kept = f"its first {self.done} rows of {self.count} are valid; the same call resumes from there"
         return OSError(error.errno, f"cannot write {self.path} ({error.strerror}): {kept}")
 
     def _open(self) -> int:
         """Rows already done. Opens the file, to read where it is complete, else to write and locked."""
         for path in (self.path, self.record_path):
             check_regular(path)
+        if self.overwrite and not self._is_ours():
+            self._replace()
         done = self._recorded()
         exists = os.path.exists(self.path)
         if done is None and exists and os.path.getsize(self.path) > 0:
@@ -129,23 +122,34 @@ class NpyFile:
             release(self.file)
             raise
 
+    def _is_ours(self) -> bool:
+        try:
+            return self._recorded() is not None
+        except ValueError:
+            return False
+
+    def _replace(self) -> None:
+        """Put a file of this run without rows, and its record, in the place of another run's."""
+        if os.path.exists(self.path):
+            with open(self.path, "rb") as other:
+                lock(other, self.path)  # which raises where another run is writing
+        try:
+            with written_whole(Path(self.path)) as partial:
+                with open(partial, "r+b") as file:
+                    reserve(file, self.size)
+                    file.write(self.header)
+                Path(self.record_path).unlink(missing_ok=True)  # before the file that it describes
+        except OSError as error:
+            raise OSError(error.errno, f"cannot create {self.path} ({error.strerror})") from error
+        self._record(0)
+
     def _locked(self) -> int:
         """Rows done now that no other run writes; the file is made where there is none."""
         lock(self.file, self.path)
         self._check_same()
-        if not self._recorded():
-            end = self._end_of_data()
-            if not end and os.fstat(self.file.fileno()).st_size in (0, self.size):
-                return self._create()
-            self.unknown = min(self.count, -(-max(0, end - len(self.header)) // max(1, self.row_bytes)))
-        return self._checked()
-
-    def _end_of_data(self) -> int:
-        """Bytes up to the last that is not 0."""
-        end = position = self.file.seek(0)
-        while part := self.file.read(1 << 20):
-            end, position = position + len(part.rstrip(b"\0")) if any(part) else end, position + len(part)
-        return end
+        size = os.fstat(self.file.fileno()).st_size
+        unmade = size == 0 or (size == self.size and not any(self.file.read(len(self.header))))
+        return self._create() if not self._recorded() and unmade else self._checked()
 
     def _checked(self) -> int:
         """Rows done, of a file that is what its record says."""
@@ -171,17 +175,6 @@ class NpyFile:
             same = False
         if not same:
             raise OSError(errno.ESTALE, "the file was moved, removed or replaced meanwhile")
-
-    def check_rows(self, start: int, rows: Tensor) -> None:
-        """ValueError where the file holds others that are not 0: neither the record nor this run knows them."""
-        data = _bytes(rows)
-        self.file.seek(len(self.header) + start * self.row_bytes)
-        there = np.frombuffer(self.file.read(len(data)), np.uint8)
-        if len(there) == len(data) and bool(((there != 0) & (there != data)).any()):
-            raise ValueError(
-                f"{self.path} holds rows of which {self.record_path} does not know and which are not this run's: "
-                "move it, or remove both"
-            )
 
     def _recorded(self) -> int | None:
         """Rows done according to the record, None without one; raises unless it is of this run."""
@@ -222,20 +215,6 @@ class NpyFile:
         with written_whole(Path(self.record_path)) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump({"done": done, "run": self.identity}, file, indent=1)
         sync_folder(os.path.dirname(self.record_path) or ".")
-
-
-@dataclass(frozen=True)
-class Check:
-    """Rows of a file that its record does not count, compared with this run's before any is written."""
-
-    file: NpyFile
-    done: int = 0
-
-    def write(self, start: int, rows: Tensor) -> None:
-        self.file.check_rows(start, rows)
-
-    def commit(self, done: int) -> None:
-        """Nothing is written."""
 
 
 @dataclass(frozen=True)

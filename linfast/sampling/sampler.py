@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..linearizer import Linearizer
 from ..ranges import range_
 from .collapsed import check_time_dependent, collapse, collapse_inverse
 from .integrate import Schedule, integrate, schedule
-from .working_copy import check_mode, in_eval_mode
+from .working_copy import check_initialised, in_eval_mode
 
 __all__ = ["at_work", "generator", "invert", "sample"]
 
@@ -41,44 +41,22 @@ def generator(
 ) -> Linearizer:
     """The one-step generator, noise to data: a Linearizer whose core is ``collapse(f.A, ...)``.
 
-    Its g_x and g_y are f's own. It is in train mode where f is, and there a new ActNorm starts with its
-    first noise: call f.eval() first, or use ``sample``.
+    Its g_x and g_y are f's own. It is in train mode where f is, and there dropout drops and a new ActNorm starts
+    with its first noise: call f.eval() first, or use ``sample``.
 
     Raises:
-        ValueError: as for ``collapse``; g_x or g_y with dropout, batch norm or the like in train mode, or not
-            initialised.
+        ValueError: as for ``collapse``; g_x or g_y that is not initialised.
     """
     with range_("generator"):
         _check(f)
         for g in (f.g_x, f.g_y):
-            check_mode(g)
+            check_initialised(g)
         one = Linearizer(f.g_y, collapse(f.A, steps, method, stop, tol), f.g_x)
         one.A.train(f.training)
         one.training = f.training
         return one
 
 
-@overload
-def sample(
-    f: Linearizer,
-    noise: Tensor,
-    steps: int = ...,
-    method: str = ...,
-    one_step: bool = ...,
-    return_path: Literal[False] = ...,
-    stop: float | None = ...,
-) -> Tensor: ...
-@overload
-def sample(
-    f: Linearizer,
-    noise: Tensor,
-    steps: int = ...,
-    method: str = ...,
-    *,
-    one_step: bool,
-    return_path: Literal[True],
-    stop: float | None = ...,
-) -> tuple[Tensor, Tensor]: ...
 def sample(
     f: Linearizer,
     noise: Tensor,
@@ -87,7 +65,7 @@ def sample(
     one_step: bool = True,
     return_path: bool = False,
     stop: float | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Data from noise: one product with the collapsed operator, or the steps one by one; f as in eval mode.
 
     Args:
@@ -96,7 +74,7 @@ def sample(
         steps, method, stop: as for ``collapse``.
         one_step: collapse the steps first. To sample often, keep ``generator(f)``.
         return_path: also return the path in data space, [1 + number of steps, B, ...], from
-            the noise's latents to the sample; needs one_step=False.
+            the noise's latents to the sample, as (data, path); needs one_step=False.
 
     Raises:
         ValueError: as for ``collapse``; return_path with one_step.

@@ -1,4 +1,4 @@
-"""sample_stream: any number of samples in bounded memory, the same whoever computes them.
+"""sample_stream: any number of samples in bounded memory, the same whichever process computes them.
 
 Rows come in blocks of fixed size. The noise of block b is drawn by a generator of its own, seeded from
 (seed, b), and one call of the model computes the whole block: a row does not depend on the batch
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from types import NoneType
 from typing import Any
 
@@ -24,8 +22,9 @@ from torch import Tensor, nn
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
 from ..dispatch import check_values, tensors_of
 from ..linearizer import Linearizer
+from .collapsed import first_floating
 from .fingerprint import fingerprint
-from .outputs import ArrayOut, Check, NpyFile, Sink
+from .outputs import ArrayOut, NpyFile
 from .sampler import at_work, generator
 from .workers import Workers, make_pipeline
 from .working_copy import in_eval_mode
@@ -49,6 +48,7 @@ def sample_stream(
     block_size: int = _BLOCK,
     progress: bool | None = None,
     cuda_graph: bool = True,
+    overwrite: bool = False,
 ) -> Any:
     """``count`` samples from standard normal noise.
 
@@ -59,7 +59,7 @@ def sample_stream(
         batch_size: samples of an iterator's batch; between two commits of a file, whole blocks.
         out: an array or a tensor [count, ...] to fill; the path of a .npy file; or None for an
             iterator of batches. A file keeps its record beside it, in ``out`` + ".json", and an
-            interrupted run that is started again goes on where its last commit was. One run at a time
+            interrupted run that is started again resumes after its last commit. One run at a time
             writes to it, where the system can lock files (not on Windows).
         seed: of the noise.
         steps, method, stop: as for ``collapse``, where f is time-dependent.
@@ -68,10 +68,11 @@ def sample_stream(
         progress: whether to show how far it is: a bar on a terminal, where tqdm is installed, a line every
             few seconds elsewhere; by default on a terminal.
         cuda_graph: on a GPU, capture the model once and replay it.
+        overwrite: replace the file of another run at ``out`` and its record, once there is room for this run's.
 
-    f computes as in eval mode. Its weights are to stay as they are until the last sample: what is derived from
-    them is computed once. A file is gone on with by the same model only: the same architecture, constants and
-    tensors, and of a module that ``save`` cannot describe the same code.
+    f computes as in eval mode. Its weights must not change until the last sample: what is derived from them is
+    computed once. Only the same model resumes a file: the same architecture, constants and tensors. A model that
+    ``save`` cannot describe cannot be told from another, so that none of its files is resumed.
     Under torch.distributed the blocks are shared out: a file, seen by all processes, is the one
     that a single process writes; an iterator yields this process's share.
 
@@ -79,9 +80,9 @@ def sample_stream(
         The iterator; ``out``; or the file's rows as a read-only memory map.
 
     Raises:
-        ValueError: sizes below 1, an array that does not fit, a file of another run or of a model that cannot be
-            told from another, a damaged record, an ``out`` that is a link or no file or cannot be written to, an f
-            without known noise, that is not initialised, or that returns other than a sample for each row of noise.
+        ValueError: sizes below 1, an array that does not fit, a file of another run, a damaged record, an ``out``
+            that is a link or no file or cannot be written to, an f without known noise, that is not initialised, or
+            that returns other than a sample for each row of noise.
         TypeError: an f that returns no dense tensor.
         FileExistsError: ``out`` exists and has no record.
         BlockingIOError: another run is writing to ``out``.
@@ -95,6 +96,7 @@ def sample_stream(
         check_dense("out", out)
         check_values("out", out)
     check_flag("cuda_graph", cuda_graph)
+    check_flag("overwrite", overwrite)
     if progress is not None:
         check_flag("progress", progress)
     if isinstance(f, nn.Module):
@@ -103,10 +105,10 @@ def sample_stream(
     workers = Workers.current()
     if out is None:
         return _batches(source, count, batch_size, workers, progress, cuda_graph)
-    model = "" if isinstance(out, (np.ndarray, Tensor)) else _identity_of(f)  # as it is before its first call
+    model = "" if isinstance(out, (np.ndarray, Tensor)) else fingerprint(f)  # as it is before its first call
     sample = source.probe()
     if isinstance(out, (np.ndarray, Tensor)):
-        sink: Sink = ArrayOut.of(out, count, sample, workers)
+        sink = ArrayOut.of(out, count, sample, workers)
         _run(source, sink, sample, count, batch_size, workers, progress, cuda_graph)
         return out
     identity = {
@@ -114,21 +116,10 @@ def sample_stream(
         **source.identity, "block_size": block_size, "device": source.device.type, "model and weights": model,
     }  # fmt: skip
     path = os.fsdecode(out)
-    with NpyFile(path, identity, workers) as file:
-        workers.by_first(
-            lambda: _run(source, Check(file), sample, file.unknown, batch_size, Workers(), False, cuda_graph)
-        )
+    with NpyFile(path, identity, workers, overwrite) as file:
         if file.done < count:
             _run(source, file, sample, count, batch_size, workers, progress, cuda_graph)
     return np.load(path, mmap_mode="r")
-
-
-def _identity_of(f: nn.Module) -> str:
-    """Its digest; no two are the same of what cannot be told from another model."""
-    try:
-        return fingerprint(f)
-    except TypeError as reason:
-        return f"{secrets.token_hex(8)}: cannot be told from another model, {reason}"
 
 
 @dataclass(frozen=True)
@@ -155,9 +146,7 @@ class _Source:
         if not isinstance(f, nn.Module):
             raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
         identity: dict[str, Any] = {}
-        own = chain(f.parameters(), f.buffers())
-        like = next((tensor for tensor in own if tensor.is_floating_point()), torch.empty(0))
-        f = in_eval_mode(f)
+        like, f = first_floating(f), in_eval_mode(f)
         if isinstance(f, Linearizer):
             noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)
             shape = tuple(getattr(noise_side, "shape", None) or (n,)) if shape is None else shape
@@ -219,7 +208,7 @@ class _Source:
 
 def _run(
     source: _Source,
-    sink: Sink,
+    sink: NpyFile | ArrayOut,
     sample: Tensor,
     count: int,
     batch_size: int,

@@ -1,4 +1,4 @@
-"""Who computes which blocks, one process or those of torch.distributed; and a block's way through a device.
+"""Which process computes which blocks, torchrun's process group, and how a block passes through a device.
 
 On a CPU the model is called and that is all. On a GPU the model is captured once as a CUDA graph and replayed; on
 a second stream its samples go to one of two pinned buffers, so that the next block is computed while this one is
@@ -7,6 +7,7 @@ copied and used.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ..cuda_graph import CudaGraph
 
-__all__ = ["CudaPipeline", "Pipeline", "Workers", "make_pipeline"]
+__all__ = ["CudaPipeline", "Pipeline", "Workers", "make_pipeline", "process_group"]
 
 Work = Callable[[Tensor], Tensor]
 _Result = TypeVar("_Result")
@@ -79,6 +80,47 @@ class Workers:
             yield progress.show
 
 
+@contextmanager
+def process_group(device: torch.device, backend: str | None = None) -> Iterator[torch.device]:
+    """Join torchrun's processes and yield this one's device; without torchrun, yield the device.
+
+    ``backend`` of torch.distributed is by default gloo on a CPU and nccl on GPUs.
+
+    Raises:
+        ValueError: WORLD_SIZE and what goes with it are not what torchrun sets.
+        ConnectionError: the processes cannot reach one another.
+    """
+    size = _from_environment("WORLD_SIZE", 1, 2**20, default="1")
+    if size == 1 or dist.is_initialized():
+        yield device
+        return
+    _from_environment("RANK", 0, size - 1)
+    _from_environment("MASTER_PORT", 0, 65535)
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host or not host.isprintable():
+        raise ValueError(f"MASTER_ADDR must be set where WORLD_SIZE is {size}, as torchrun does; got {host!r}")
+    if device.type == "cuda":
+        device = torch.device("cuda", _from_environment("LOCAL_RANK", 0, torch.cuda.device_count() - 1))
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"))
+    except dist.DistError as error:
+        raise ConnectionError(f"{size} processes cannot meet at MASTER_ADDR {host}: {error}") from error
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_environment(name: str, low: int, high: int, default: str = "") -> int:
+    """The environment variable as a whole number from low to high."""
+    text = os.environ.get(name, default)
+    if not text.isdecimal() or len(text) > len(str(high)) or not low <= int(text) <= high:
+        wanted = f"a whole number from {low} to {high}, as torchrun sets it"
+        raise ValueError(f"{name} must be {wanted}; got {text!r:.60}")
+    return int(text)
+
+
 class Pipeline:
     """On a CPU: each block's samples when they are asked for."""
 
@@ -99,7 +141,7 @@ class CudaPipeline(Pipeline):
         if graph_of is None:
             super().__init__(lambda noise: work(noise).clone())
         else:
-            super().__init__(CudaGraph(work, [example], example.device, graph_of, frozen=True))
+            super().__init__(CudaGraph(work, [example], example.device, graph_of))
         self.copy = torch.cuda.Stream(example.device)
         self.host: list[Tensor] = []
         self.turn = 0

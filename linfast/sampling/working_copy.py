@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterable, Iterator
+from inspect import getclosurevars
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["check_initialised", "check_mode", "in_eval_mode", "working_copy"]
+__all__ = ["check_initialised", "in_eval_mode", "working_copy"]
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -27,7 +28,7 @@ def working_copy(model: _Module, dtype: torch.dtype | None = None) -> _Module:
         dtype: of the copy's floating-point tensors, where given; gradients reach the model's.
 
     Raises:
-        ValueError: a part that cannot be copied, such as a lock.
+        ValueError: a part that cannot be copied, such as a lock, or a function that refers to a module by itself.
     """
     memo: dict[int, object] = {}
     for module in model.modules():
@@ -47,25 +48,18 @@ def working_copy(model: _Module, dtype: torch.dtype | None = None) -> _Module:
     for module in dict.fromkeys((*copied.modules(), *hidden)):
         module.training = False
         for name, value in vars(module).items():
-            if isinstance(value, types.FunctionType) and value.__closure__:  # which deepcopy leaves as it is
-                vars(module)[name] = _rebound(value, memo)
+            if isinstance(value, types.FunctionType) and any(
+                map(_is_modules, getclosurevars(value).nonlocals.values())
+            ):
+                raise ValueError(
+                    f"{name} of a {type(module).__name__} is a function that refers to a module, and a copy of the "
+                    "model in eval mode would call the original: call f.eval() first"
+                )
     return copied
 
 
-def _rebound(function: types.FunctionType, memo: dict[int, object]) -> types.FunctionType:
-    """The function with the copies in the place of the modules that its closure holds."""
-
-    def copied(cell: types.CellType) -> types.CellType:
-        value = None if cell == types.CellType() else cell.cell_contents
-        if isinstance(value, types.MethodType) and id(value.__self__) in memo:
-            return types.CellType(types.MethodType(value.__func__, memo[id(value.__self__)]))
-        return types.CellType(memo[id(value)]) if isinstance(value, nn.Module) and id(value) in memo else cell
-
-    cells = tuple(map(copied, function.__closure__ or ()))
-    name, defaults = function.__name__, function.__defaults__
-    rebound = types.FunctionType(function.__code__, function.__globals__, name, defaults, cells)
-    rebound.__kwdefaults__ = function.__kwdefaults__
-    return rebound
+def _is_modules(value: object) -> bool:
+    return isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module)
 
 
 def in_eval_mode(model: _Module) -> _Module:
@@ -83,28 +77,6 @@ def check_initialised(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
             raise ValueError(f"{name} ({type(module).__name__}) is not initialised: call the model once first")
-
-
-def check_mode(model: nn.Module) -> None:
-    """ValueError where a part is in train mode and computes something else there, such as dropout.
-
-    linfast's own layers do not: no call of theirs depends on the other rows of its batch.
-    """
-    check_initialised(model)
-    for name, module in model.named_modules():
-        if module.training and any(map(_reads_mode, type(module).__mro__)):
-            raise ValueError(
-                f"{name} ({type(module).__name__}) is in train mode, where rows may depend on chance or on each "
-                "other: call f.eval() first"
-            )
-
-
-def _reads_mode(cls: type) -> bool:
-    if cls is nn.Module or cls.__module__.partition(".")[0] == "linfast":
-        return False
-    codes = [value.__code__ for value in vars(cls).values() if isinstance(value, types.FunctionType)]
-    codes += [inner for code in codes for inner in code.co_consts if isinstance(inner, types.CodeType)]
-    return any("training" in code.co_names for code in codes)
 
 
 def _tensors(values: Iterable[object]) -> Iterator[Tensor]:

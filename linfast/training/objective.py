@@ -55,7 +55,7 @@ class DataObjective(Objective):
         if data.ndim < 2 or not data.numel():
             raise ValueError(f"data must be [N, ...], and not empty; got {tuple(data.shape)}")
         if data[0].numel() != f.A.n_in:
-            raise ValueError(f"data must have {f.A.n_in} numbers a row, as f.A takes; got {tuple(data.shape)}")
+            raise ValueError(f"data must have {f.A.n_in} numbers per row, as f.A takes; got {tuple(data.shape)}")
         if isinstance(f.g_x, Bijection):
             f.g_x._check("data", data, f.g_x.features)
         check_options(distance, **options)
@@ -76,7 +76,7 @@ def check_batch(name: str, x: Tensor) -> None:
     """Raise unless x is a batch [B, ...] with at least one row."""
     check_tensor(name, x)
     if x.ndim < 2 or not len(x):
-        raise ValueError(f"{name} must be [B, ...] and have a row; got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be [B, ...] and have at least one row; got {tuple(x.shape)}")
 
 
 def check_given(of: str, x: Tensor, shape: torch.Size, **values: Tensor | None) -> None:

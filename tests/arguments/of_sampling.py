@@ -56,6 +56,7 @@ SAMPLING: dict[str, Good] = {
                 "block_size": 2,
                 "progress": False,
                 "cuda_graph": False,
+                "overwrite": False,
                 **ONE_STEP,
             },
         ),

@@ -116,14 +116,14 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         r"layers\[0\].weights must be a sequence",
     ),
     "an unknown option": (projecting(foo=1), "'foo'"),
-    "data of another width": (projecting(x(9, 5)), "data must have 4 numbers a row"),
+    "data of another width": (projecting(x(9, 5)), "data must have 4 numbers per row"),
     "data of another rank": (projecting(x(9, 2, 2)), "data must have 4 features"),
     "data of another dtype": (projecting(x(9, 4).double()), "data is torch.float64"),
     "a core without time": (
         lambda: training.OneStepFlowMatching(linearizer(), x(9, 4)), "f.A must be a time-dependent operator",
     ),
     "a loss's core without time": (lambda: training.one_step_loss(linearizer(), x(9, 4)), "f.A must be"),
-    "no rows": (lambda: training.one_step_loss(timed(), x(0, 4)), "x_1 must be .* have a row"),
+    "no rows": (lambda: training.one_step_loss(timed(), x(0, 4)), "x_1 must be .* have at least one row"),
     "a distance a row": (
         lambda: training.one_step_loss(timed(), x(3, 4), distance=apart), "distance must return a 0-d tensor",
     ),

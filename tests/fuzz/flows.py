@@ -268,7 +268,7 @@ def _gradients(
     try:
         for mode in ("store", "invert", "auto"):
             g.memory = mode
-            with mock.patch("linfast.flows.memory.AUTO_BYTES", -1):
+            with mock.patch("linfast.flows.reversible.AUTO_BYTES", -1):
                 got = with_gradients(ours, g, x, inverse, context)
             g.memory = "store"  # a forward whose rounding is drawn does not repeat itself
             room = 1.0 if mode == "store" else 4.0  # of the way back as well

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -297,25 +295,6 @@ def test_the_flag_goes_with_the_weights_into_any_dtype(dtype: torch.dtype, tmp_p
     for again in (lf.load(tmp_path / "g.safetensors"), copy.deepcopy(g)):
         again.train()(torch.full((16, 3), 9.0, dtype=dtype))
         assert torch.equal(again.bijections[0].bias, g.bijections[0].bias)
-
-
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("started", [False, True])
-def test_the_flag_of_before_was_a_bool(assign: bool, started: bool, tmp_path: Path) -> None:
-    g = lf.ActNorm(3)
-    if started:
-        g(2 + torch.randn(16, 3))
-    old = {**copy.deepcopy(g.state_dict()), "initialized": torch.tensor(started)}
-    again = lf.ActNorm(3)
-    again.load_state_dict(old, assign=assign)
-    with safe_open(_saved(lf.ActNorm(3), tmp_path / "new"), "pt") as file:
-        header = file.metadata()
-    save_file(old, tmp_path / "old", header)
-    for found in (again, lf.load(tmp_path / "old")):
-        assert found.initialized.dtype == torch.float32
-        assert bool(found.initialized) == started
-        found(-5 + torch.randn(64, 3))
-        assert torch.equal(found.bias, g.bias) == started
 
 
 def _saved(g: nn.Module, path: Path) -> Path:

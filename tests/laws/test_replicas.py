@@ -62,7 +62,7 @@ def test_linearizers(make: type[lf.TimeLowRank]) -> None:
 
 @pytest.mark.parametrize("memory", ["invert", "auto"])
 def test_a_replica_stores_where_x_needs_a_gradient(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linfast.flows.memory.AUTO_BYTES", 0)
+    monkeypatch.setattr("linfast.flows.reversible.AUTO_BYTES", 0)
     g = lf.coupling_flow(4, 2, (8,), memory=memory)
     found = []
     for each in (g, replica_of(g)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import linfast as lf
-from linfast.flows import memory
+from linfast.flows import reversible as memory
 from tests.laws.test_reversible import same
 from tests.laws.zoo import perturb
 from tests.seeds import seeded

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import linfast as lf
-from linfast.flows import memory
+from linfast.flows import reversible as memory
 from tests.kept import kept_and_most, kept_bytes
 from tests.laws.test_reversible import METHODS, same
 from tests.laws.zoo import perturb

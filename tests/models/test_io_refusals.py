@@ -1,12 +1,10 @@
-"""What load refuses before it computes anything, what save refuses before it writes, and files of before."""
+"""What load refuses before it computes anything, and what save refuses before it writes."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import resource
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -35,7 +32,8 @@ def _tensor(shape: list[int], dtype: str = "float32", **more: Any) -> dict[str, 
 
 def _write(path: Path, architecture: Any, tensors: dict[str, torch.Tensor], **more: Any) -> None:
     text = architecture if isinstance(architecture, str) else json.dumps(architecture)
-    rest = json.dumps({"format": "linfast-1", "aliases": {}, **more})
+    empty = {"aliases": {}, "strides": {}, "shared": {}, "frozen": [], "learned": [], "switched": []}
+    rest = json.dumps({"format": "linfast-2", **empty, **more})
     save_file(tensors, path, metadata={"linfast": f'{rest[:-1]}, "architecture": {text}}}'})
 
 
@@ -120,11 +118,6 @@ _DIAGONAL = _node("Diagonal", n=2, diagonal=None)
             {"U": torch.ones(2, 1).double(), "V": torch.ones(2, 1)},
             "U is float64, expected float32",
         ),
-        (
-            _node("MLP", n_in=1, n_out=1, hidden={"list": []}),
-            {"layers.0.weight": torch.ones(1, 1).double(), "layers.0.bias": torch.ones(1)},
-            "layers.0.bias is float32 and layers.0.weight is float64",
-        ),
         (_DIAGONAL, {"diagonal": torch.tensor([3, 1])}, "diagonal is int64, expected floating point"),
         (_DIAGONAL, {"diagonal": torch.tensor([True, True])}, "diagonal is bool"),
         (_DIAGONAL, {"diagonal": _ONES.to(torch.float8_e4m3fn)}, "diagonal is F8_E4M3"),
@@ -133,12 +126,12 @@ _DIAGONAL = _node("Diagonal", n=2, diagonal=None)
         (_node("Diagonal", n=2, diagonal=_tensor([2], "int64")), {"diagonal": _ONES}, "floating point"),
         (_node("Diagonal", n=2, diagonal=_tensor([-2])), {"diagonal": _ONES}, "list of sizes"),
         (_node("Diagonal", n=2, diagonal=_tensor([True])), {"diagonal": _ONES}, "list of sizes"),
-        (_node("Diagonal", n=True), {"diagonal": torch.ones(1)}, "Diagonal: n must be int; got True"),
-        (_node("Diagonal", n=2.0), {"diagonal": _ONES}, "Diagonal: n must be int; got 2.0"),
-        (_node("Diagonal", n="2"), {"diagonal": _ONES}, "Diagonal: n must be int; got '2'"),
+        (_node("Diagonal", n=True), {"diagonal": torch.ones(1)}, "n must be a whole number; got True"),
+        (_node("Diagonal", n=2.0), {"diagonal": _ONES}, "n must be a whole number; got 2.0"),
+        (_node("Diagonal", n="2"), {"diagonal": _ONES}, "n must be a whole number; got .2."),
         (_node("Diagonal"), {"diagonal": _ONES}, "missing 1 required"),
-        (_node("Inverse", bijection=_DIAGONAL), {}, "bijection must be .*Bijection; got a Diagonal"),
-        (_node("MLP", n_in=1, n_out=1, hidden={"list": [1.5]}), {}, r"hidden must be .*; got \[1.5\]"),
+        (_node("Inverse", bijection=_DIAGONAL), {}, "bijection must be a Bijection; got (a )?Diagonal"),
+        (_node("MLP", n_in=1, n_out=1, hidden={"list": [1.5]}), {}, "hidden must be a whole number; got 1.5"),
         (
             _node("AffineCoupling", conditioner=_node("MLP", n_in=1, n_out=2), features=2, scale_map=3),
             {},
@@ -174,11 +167,9 @@ def test_what_save_never_writes_is_refused(
         ({"aliases": {"diagonal": "diagonal"}}, "an alias of diagonal"),
         ({"aliases": [1]}, "aliases is"),
         ({"aliases": {"other": "diagonal"}}, "left over.*other"),
-        ({"orders": {"diagonal": [True]}}, "list of sizes"),
-        ({"orders": {"diagonal": 0}}, "orders is"),
-        ({"expanded": {"diagonal": [3]}}, "cannot be expanded"),
-        ({"expanded": "diagonal"}, "expanded is"),
-        ({"expanded": {"diagonal": [2]}}, "repeats its numbers"),
+        ({"strides": {"diagonal": [True]}}, "list of sizes"),
+        ({"strides": {"diagonal": 0}}, "strides is"),
+        ({"strides": "diagonal"}, "strides is"),
         ({"frozen": ["other"]}, "frozen names 'other'"),
         ({"frozen": 1}, "frozen is"),
         ({"learned": ["other"]}, "learned names 'other'"),
@@ -220,10 +211,6 @@ def _first_layer(model: Any) -> nn.Linear:
 def _overlapping() -> lf.LatentOperator:
     numbers = torch.randn(10)
     return lf.Diagonal.of(nn.Parameter(numbers[:6])) @ lf.Diagonal.of(nn.Parameter(numbers[3:9]))
-
-
-def _repeated(n: int) -> nn.Parameter:
-    return nn.Parameter(torch.ones(1).expand(n))
 
 
 def _transposed() -> lf.LatentOperator:
@@ -315,7 +302,6 @@ _NAN = float("nan")
         (lambda: _with(lambda m: setattr(m.conditioner, "hidden", (9,))), "out_features is 8 and would be 9"),
         (lambda: _with(lambda m: setattr(m.layers[1], "stride", 2), lambda: lf.ConvNet(2, 2, 4)), "layers.1.str"),
         (lambda: _with(lambda m: m.permutation.zero_(), lambda: lf.Permute(3)), "permutation must hold"),
-        (lambda: _with(lambda m: _first_layer(m).double()), "layers.0.weight is float64"),
         (lambda: _with(lambda m: _first_layer(m).bias.data.fill_(_NAN)), r"layers.0.bias \(8,\) has NaN"),
         (
             lambda: _with(lambda m: setattr(m, "factor", _NAN), lambda: 2.0 * lf.Dense(2)),
@@ -325,7 +311,6 @@ _NAN = float("nan")
         (lambda: _constant(torch.ones(2).to_sparse()), "diagonal, a sparse_coo"),
         (lambda: _constant(torch.ones(2, dtype=torch.complex64)), "diagonal, .*complex64"),
         (lambda: _constant(torch.ones(2).to(torch.float8_e4m3fn)), "diagonal, .*float8"),
-        (lambda: _with(lambda m: setattr(_first_layer(m), "bias", _repeated(8))), "layers.0.bias repeats"),
         (_overlapping, "share memory"),
         (_transposed, "share memory"),
         (lambda: _deep(350), "lie too deep"),
@@ -351,41 +336,14 @@ def test_what_load_would_refuse_or_change_is_not_saved(make: Callable[[], nn.Mod
     assert list(tmp_path.iterdir()) == []
 
 
-# A Linearizer on g.at(t=1.0) and g.at(t=0.5), whose A is the square of one Dense, as linfast saved it at first.
-_BEFORE = """
-eNqtVt1O2zAUzuUeA+U6i5JQCurFRsXEFZO4p1Uwid14c+LKdoCuisQj7BH2CHuCwiWPtWM7aVNSxhpWKXJ8/r7vnOPj9PmDY35LN45zrFCK
-FIpjd7R0GS0IksoducuJS7jIkZq4o4NJo/gYTlwPtkgkGVU4UaXA2gCsE4aktMYXtMBI0B9YNNazMseFkrXpLL7vOp3xIqWK8gKnu71u6DcA
-BIOu7znjd284NQJGpUnpajvCmBAgfcbLOWQ62x0rWTMUXQpfLy53exUxNYxDrSxiXhr4SO8ymqa4eEksmlYmDtC+RU2+E1dSVlqEG4pMcCVK
-rPeK5jgmGOlmGMVAS4GtwvdqSxFoBbSFx0BcNTEqg9e2M+xyfovr5AgV2lxLZYIYjnM0r2m/3H+nRVoTzjlXWU2Zl1Yc+YYDYZybIhYlYxaf
-i9TWFTwzSoD4BpShRV03KBpihldVTXfzlhma41eKmuOci4UNhErFdZhWsWqvlCbNq1lDP6gqazjudv5S8LRM1O7uM0xU1+ULLiR+7bi0T0hz
-eMzmDtNZtiYGIWwJr0AZTbVBqhY2c1NgpA4jizFHAsGc2/ISxCSusxGtgBJMzOGpdbN48R+GtIka/UOZA/+oqppCIwanHDdhx76h6m9KoGW6
-uGtRzdlfM9i8ST/wW8Prw3HCQgvb4eBS6uXbB7eZ4P1Rref+mOE7cg3fkWvYO9fGc3M5bA7DVuNhAuBuDaZVBbbbSv1JM0MBH7Tzw8j17OXg
-jmBmYGRc8+HjhEisJAgDLxzCPdGrKX+B6gKFQy8a9EF6O62jLlo08IY90ML98xoOvOOoD1Kvdh1H3skJtP3AcR4+w98Z/ZzC+yOsnxznANaH
-leP8BPkT7K9hvQbZ6aO10TL9/Ab5L+1T2z+trI2z+gNBjQQ0
-"""
-
-
-def test_files_of_before_come_back(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(zlib.decompress(base64.b64decode(_BEFORE)))
-    f = lf.load(tmp_path / "f")
-    assert f.g_x.bijection is f.g_y.bijection
-    assert f.A.left is f.A.right
-    assert f.A.left.weight.stride() == (1, 2)
-    assert f.training
-    assert all(parameter.requires_grad for parameter in f.parameters())
-    torch.testing.assert_close(f(torch.tensor([[0.5, -1.0]])), torch.tensor([[-0.373891354, -1.999999881]]))
-    lf.save(f, tmp_path / "again")
-    assert torch.equal(lf.load(tmp_path / "again")(torch.ones(3, 2)), f(torch.ones(3, 2)))
-
-
-def test_what_shared_memory_in_a_file_of_before_is_one_parameter(tmp_path: Path) -> None:
-    lf.save(lf.Dense(2) @ lf.Dense(2), tmp_path / "f")
-    with safe_open(tmp_path / "f", framework="pt") as file:
-        header = json.loads(file.metadata()["linfast"])
-    tensors = {"left.weight": load_file(tmp_path / "f")["left.weight"]}
-    _write(tmp_path / "f", header["architecture"], tensors, aliases={"right.weight": "left.weight"})
-    A = lf.load(tmp_path / "f")
-    assert A.left.weight is A.right.weight
+@pytest.mark.usefixtures("_little_memory")
+def test_strides_in_a_file_take_no_more_memory_than_narrow_gaps_do(tmp_path: Path) -> None:
+    weight = torch.arange(4.0).reshape(2, 2)
+    for strides in ([10**12, 10**15], [1, 10**15], [1, 1], [0, 1]):
+        _write(tmp_path / "f", _node("Dense", n_out=2, n_in=2), {"weight": weight}, strides={"weight": strides})
+        loaded = lf.load(tmp_path / "f").weight
+        assert loaded.untyped_storage().nbytes() <= 4 * weight.nbytes
+        assert torch.equal(loaded, weight[:1].expand(2, 2) if strides[0] == 0 else weight)
 
 
 def test_a_refusal_leaves_torch_as_it_was() -> None:

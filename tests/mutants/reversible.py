@@ -85,9 +85,9 @@ MUTANTS = (
     ),
     Mutant(
         name="memory: an inverse's steps are in the forward's order",
-        file="linfast/flows/memory.py",
-        old="return steps[::-1] if inverse else steps",
-        new="return steps",
+        file="linfast/flows/flow.py",
+        old="reversible(steps[::-1] if inverse else steps, x",
+        new="reversible(steps, x",
         breaks="The inverse of a flow in memory mode 'invert' undoes the first layer first.",
         tests=(
             "tests/laws/test_reversible.py::test_actnorm_is_initialised_by_a_forward_and_never_by_a_replay",

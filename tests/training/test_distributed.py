@@ -8,8 +8,7 @@ import pytest
 import torch
 from linfast.examples import Trainer, TrainSettings
 
-from linfast.distributed import process_group
-from linfast.sampling.workers import Workers
+from linfast.sampling.workers import Workers, process_group
 from tests.processes import results_of_two
 from tests.training.toys import idempotent, one_step, style
 
