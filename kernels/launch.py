@@ -8,8 +8,8 @@ kernel, asks nothing of a driver.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,8 +100,6 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@contextlib.contextmanager
-def device_guard(x: Tensor) -> Iterator[None]:
-    """Launch on x's GPU, not on the current one; nothing on a CPU."""
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        yield
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A block whose launches go to x's GPU, not to the current one; an empty block for a CPU."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -22,8 +22,8 @@ from .coupling_stack import (
     launch_coupling_stack,
     load_halves,
     run_layers,
+    stack_options,
     store_halves,
-    tile_constants,
 )
 from .coupling_stack_backward import launch_coupling_stack_backward
 from .launch import ceil_div, device_guard
@@ -125,20 +125,15 @@ def launch_linearizer_stack(
     if x.shape[0] == 0:
         return y
     spec_x, spec_y = specs_of(constants)
-    tile = tile_constants(x, spec_x, max(spec_x.maps, spec_y.maps), linearizer=True)
-    own = {
-        f"{name}_{side}": value
-        for side, spec in (("X", spec_x), ("Y", spec_y))
-        for name, value in spec.own_constexprs.items()
-    }
+    options = stack_options(x, spec_x, spec_y)
     with device_guard(x):
-        _linearizer_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
+        _linearizer_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](
             x, y, weights_x, operands_x, map_operands_x, core, core_operands, weights_y, operands_y, map_operands_y,
             x.shape[0], *spec_x.sizes, spec_x.n_layers(weights_x), spec_y.n_layers(weights_y),
             operands_x.stride(0), operands_x.stride(1), map_operands_x.stride(0), core_operands.stride(0),
             operands_y.stride(0), operands_y.stride(1), map_operands_y.stride(0),
             x.stride(0), x.stride(1), y.stride(0), spec_x.bound, spec_x.floor, spec_y.bound, spec_y.floor,
-            DENSE=core_operands.numel() > 0, **own, **tile,
+            DENSE=core_operands.numel() > 0, **options,
         )  # fmt: skip
     return y
 

@@ -24,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import power_of_two
-
 __all__ = [
     *("DENSE", "DIAGONAL", "NO_MAPS", "N_CONSTANTS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
     *("padded_half", "padded_hidden", "schema_of", "spec_of"),
@@ -44,12 +42,12 @@ def map_parts(precision: str) -> int:
 
 def padded_half(features: int) -> int:
     """P: a power of two, at least the 16 that a product of operands sums over."""
-    return max(16, power_of_two((features + 1) // 2))
+    return padded_hidden((features + 1) // 2)
 
 
 def padded_hidden(hidden: int) -> int:
     """H: a power of two, at least 16."""
-    return max(16, power_of_two(hidden))
+    return 1 << max(hidden - 1, 15).bit_length()
 
 
 @dataclass(frozen=True)
@@ -172,22 +170,6 @@ class StackSpec(StackLayout):
     def constants(self) -> tuple[Any, ...]:
         """The fields in their order: the raw op's arguments after its tensors."""
         return tuple([getattr(self, name) for name in _NAMES])
-
-    @property
-    def constexprs(self) -> dict[str, Any]:
-        """The kernels' constexpr arguments, but those of the tile, which two stacks of one launch share."""
-        return {
-            "N_LINEAR": self.n_linear, "MATRIX_SIZE": self.matrix_size, "MAP_OFFSET": self.map_offset,
-            "HALF": self.half, "HIDDEN": self.hidden, "PARTS": N_PARTS[self.precision],
-            "MAP_PARTS": map_parts(self.precision), "ACTIVATION": self.activation, "KIND": self.kind,
-            "SCALE_FIRST": self.scale_first,
-        }  # fmt: skip
-
-    @property
-    def own_constexprs(self) -> dict[str, int]:
-        """Those that each stack of one launch has its own of."""
-        own = {"MOVES_SECOND": self.moves_second, "MAPS": self.maps, "HEAD": self.head, "ROW_SIZE": self.row_size}
-        return {name: int(value) for name, value in own.items()}
 
     def steps(self, weights: Tensor) -> list[tuple[int | None, int]]:
         """(layer, or None for a map; row of the weights), in the order they run."""

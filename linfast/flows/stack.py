@@ -67,12 +67,16 @@ def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
 
 def is_linear(layer: Any) -> bool:
     """Whether the layer is one affine map of the channels and nothing else."""
-    return is_plain(layer, _LINEAR) and not (isinstance(layer, ActNorm) and layer.waits_for_data())
+    if type(layer) not in _LINEAR or not are_plain((layer,), _LINEAR):
+        return False
+    return not (isinstance(layer, ActNorm) and layer.waits_for_data())
 
 
 def leading(layers: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
     """The channel-linear layers in front, and the rest."""
-    count = next((i for i, layer in enumerate(layers) if not is_linear(layer)), len(layers))
+    count = 0
+    while count < len(layers) and is_linear(layers[count]):
+        count += 1
     return tuple(layers[:count]), layers[count:]
 
 
@@ -93,11 +97,11 @@ class Known(NamedTuple):
 
 def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
     """The coupling's weights, as they are now, for inputs such as x [B, D] in this context; or why not."""
-    if not is_plain(layer, (AffineCoupling,)):
+    if not are_plain((layer,), (AffineCoupling,)):
         what = {AffineCoupling: "has hooks", ActNorm: "is not initialised or has hooks"}
         return f"{type(layer).__name__} {what.get(type(layer), 'is not an AffineCoupling')}"
     mlp, given, t = layer.conditioner, context.get("context"), context.get("t")
-    if not is_plain(mlp, (MLP,)) or not are_plain(mlp.layers, (nn.Linear,)):
+    if type(mlp) is not MLP or not are_plain((mlp, *mlp.layers), (MLP, nn.Linear)):
         return f"its conditioner, {type(mlp).__name__}, is not a plain MLP"
     joined = 0 if given is None else given.shape[1]
     per_sample = isinstance(t, Tensor) and t.ndim > 0
@@ -170,16 +174,14 @@ class FlowStack:
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
         """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-dets where asked for."""
         first = self.couplings[0].layer
-        layers = [
-            CouplingLayer(known.weights, known.biases, known.layer.layout, self._map(row, inverse, log_det))
-            for known, row in zip(self.couplings, self.rows, strict=True)
-        ]
-        head = self._map(self.head, inverse, log_det)
+        layers = []
+        for known, row in zip(self.couplings, self.rows, strict=True):
+            entry = self._map(row, inverse, log_det) if row else None
+            layers.append(CouplingLayer(known.weights, known.biases, known.layer.layout, entry))
+        head = self._map(self.head, inverse, log_det) if self.head else None
         return CouplingStack(layers, first.conditioner.activation, first.scale_map, first.order, first.moves, head)
 
-    def _map(self, row: tuple[Any, ...], inverse: bool, log_det: bool) -> AffineMap | None:
-        if not row:
-            return None
+    def _map(self, row: tuple[Any, ...], inverse: bool, log_det: bool) -> AffineMap:
         weight, bias = fold(self.owner, row, False)
         undo = fold(self.owner, row[::-1], True)[0] if inverse else None
         if all(type(layer) is ActNorm for layer in row):

@@ -60,9 +60,11 @@ def latent_matmul(
         given = {"alpha": alpha, "bias": None if bias is None else bias.to(wide)}
         return latent_matmul(z.to(wide), A.to(wide), index, **given).to(z.dtype)  # type: ignore[arg-type]
     number = 0.0 if isinstance(alpha, Tensor) else float(alpha)
-    if index is None:
-        y = F.linear(z, A, bias) if A.ndim == 2 else torch.einsum("bn,bmn->bm", z, A)
-        y = _add(y, z, bias if A.ndim == 3 else None, number)
+    if index is None and A.ndim == 2:
+        y = F.linear(z, A, bias)
+        y = y + number * z if number else y
+    elif index is None:
+        y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
     elif _is_one_op(z, A):
         y = _bank(z, A, index, bias, number)
     else:
@@ -177,7 +179,9 @@ _bank = define_op(
 def _check(z: Tensor, A: Tensor, index: Tensor | None, alpha: float | Tensor, bias: Tensor | None) -> None:
     check_tensor("z", z)
     check_tensor("A", A, z, "z")
-    check_factor("alpha", alpha, z, "z")
+    is_zero = type(alpha) in (int, float) and alpha == 0
+    if not is_zero:
+        check_factor("alpha", alpha, z, "z")
     if z.ndim != 2 or A.ndim not in (2, 3) or A.shape[-1] != z.shape[1]:
         raise ValueError(
             f"z must be [B, n_in] and A [..., n_out, n_in]; got z {tuple(z.shape)} and A {tuple(A.shape)}"
@@ -195,8 +199,7 @@ def _check(z: Tensor, A: Tensor, index: Tensor | None, alpha: float | Tensor, bi
         raise ValueError(
             f"A has {A.shape[0]} operators for {z.shape[0]} rows of z, and no index says which is whose"
         )
-    plain = isinstance(alpha, (int, float)) and alpha == 0
-    if not plain and A.shape[-2] != A.shape[-1]:
+    if not is_zero and A.shape[-2] != A.shape[-1]:
         raise ValueError(f"alpha must be 0 unless A is square; got A {tuple(A.shape)}")
     if bias is not None:
         check_tensor("bias", bias, z, "z")

@@ -77,9 +77,9 @@ def run_couplings(
         if log_det:
             before = sums[moves]
             sums[moves] = log_s if before is None else before + log_s
-    totals = [part.sum(dim=1) for part in sums if part is not None]
     y = cat(halves, dim=1)
     if not log_det:
         return y, None
+    totals = [part.sum(dim=1) for part in sums if part is not None]
     total = totals[0] if len(totals) == 1 else totals[0] + totals[1]
     return y, -total if inverse else total
