@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -27,7 +28,7 @@ from .coupling_stack import (
 )
 from .coupling_stack_backward import launch_coupling_stack_backward
 from .launch import ceil_div, device_guard
-from .linearizer_chain import linearizer_backward, specs_of
+from .stack_spec import specs_of
 
 __all__ = ["launch_linearizer_stack", "launch_linearizer_stack_backward"]
 
@@ -138,6 +139,33 @@ def launch_linearizer_stack(
     return y
 
 
-def launch_linearizer_stack_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """(dx, dweights_x, -, -, dcore, -, dweights_y, -, -); operands have no gradient."""
-    return linearizer_backward(launch_coupling_stack, launch_coupling_stack_backward, *arguments)
+def launch_linearizer_stack_backward(
+    x: Tensor,
+    weights_x: Tensor,
+    operands_x: Tensor,
+    map_operands_x: Tensor,
+    core: Tensor,
+    core_operands: Tensor,
+    weights_y: Tensor,
+    operands_y: Tensor,
+    map_operands_y: Tensor,
+    grad: Tensor,
+    *constants: Any,
+) -> tuple[Tensor, ...]:
+    """(dx, dweights_x, -, -, dcore, -, dweights_y, -, -), of the stacks' own kernels; operands have no gradient."""
+    needs, (spec_x, spec_y) = constants[-1], specs_of(constants[:-1])
+    stack_x, stack_y = (weights_x, operands_x, map_operands_x), (weights_y, operands_y, map_operands_y)
+    dtype, A, backward = x.dtype, spec_x.core_matrix(core), launch_coupling_stack_backward
+    x, grad = x.to(core.dtype), grad.to(core.dtype)  # the one launch holds z and w in fp32, whatever x is
+    z = launch_coupling_stack(x, *stack_x, *spec_x.constants)[0]
+    w = spec_x.apply_core(z, core)
+    dw, dweights_y, *none_y = backward(w, *stack_y, grad, None, *spec_y.constants, [True, needs[6], False, False])
+    padded_z, padded_dw = spec_x.pad(z), spec_x.pad(dw)
+    if A.ndim == 1:
+        dA, dz = (padded_dw * padded_z).sum(0), padded_dw * A
+    else:
+        dA, dz = (padded_dw.mT @ padded_z).flatten(), padded_dw @ A
+    dcore = torch.cat((dA, padded_dw.sum(0)))[None]
+    dz = spec_x.unpad(dz)
+    dx, dweights_x, *none_x = backward(x, *stack_x, dz, None, *spec_x.constants, [needs[0], needs[1], False, False])
+    return dx.to(dtype), dweights_x, *none_x, dcore, core_operands.new_empty(0), dweights_y, *none_y

@@ -17,6 +17,7 @@ activation and coupling.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -25,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    *("DENSE", "DIAGONAL", "NO_MAPS", "N_CONSTANTS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
-    *("padded_half", "padded_hidden", "schema_of", "spec_of"),
+    *("DENSE", "DIAGONAL", "NO_MAPS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
+    *("padded_half", "padded_hidden", "schema_of", "spec_of", "specs_of"),
 ]
 
 NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
@@ -124,6 +125,17 @@ class StackLayout:
         halves = z.split(self.half, dim=1)
         return torch.cat([half[:, :size] for half, size in zip(halves, self.sizes, strict=True)], dim=1)
 
+    def core_matrix(self, core: Tensor) -> Tensor:
+        """The padded A of a Linearizer, [2 P, 2 P] or a diagonal [2 P]; core is a stack of one map, [1, A | 0]."""
+        width = 2 * self.half
+        values = core[0, :-width]
+        return values if values.shape[0] == width else values.view(width, width)
+
+    def apply_core(self, z: Tensor, core: Tensor) -> Tensor:
+        """A z for z [B, D]; of z's dtype."""
+        values, A = self.pad(z.to(core.dtype)), self.core_matrix(core)
+        return self.unpad(values * A if A.ndim == 1 else F.linear(values, A)).to(z.dtype)
+
     def n_layers(self, weights: Tensor) -> int:
         """L of weights [rows, row_size]."""
         return weights.shape[0] - self.head
@@ -197,6 +209,11 @@ _NAMES = tuple([field.name for field in _FIELDS])
 N_CONSTANTS = len(_NAMES)
 # For launchers, which see the same constants again and again.
 spec_of = functools.lru_cache(256)(StackSpec)
+
+
+def specs_of(constants: Sequence[Any]) -> tuple[StackSpec, StackSpec]:
+    """The specs of g_x and of g_y's inverse from the constants of a Linearizer's raw op."""
+    return spec_of(*constants[:N_CONSTANTS]), spec_of(*constants[N_CONSTANTS:])
 
 
 def schema_of(suffix: str = "") -> str:

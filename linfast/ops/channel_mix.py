@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checks import check_tensor
 from ..dispatch import autocast_dtype, uses_triton
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = [
     "channel_mix",
@@ -87,11 +87,9 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return mixed_like(x, weight.shape[0])
 
 
-def _fake_backward(x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        mixed_like(x, x.shape[1]) if needs[0] else x.new_empty(0),
-        weight.new_empty(weight.shape if needs[1] else 0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
+def _fake_backward(x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    return needed(
+        needs, mixed_like(x, x.shape[1]), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
     )
 
 

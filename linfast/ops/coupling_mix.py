@@ -42,7 +42,7 @@ from .channel_mix import (
     laid_out,
     mixed_like,
 )
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["coupling_mix"]
 
@@ -112,14 +112,9 @@ def _fake(x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *const
     return mixed_like(x, weight.shape[0]), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
 
 
-def _fake_backward(x: Tensor, params: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = rest[-1]
-    return (
-        mixed_like(x, x.shape[1]) if needs[0] else x.new_empty(0),
-        like(params) if needs[1] else params.new_empty(0),
-        weight.new_empty(weight.shape if needs[2] else 0),
-        weight.new_empty(weight.shape[0] if needs[3] else 0),
-    )
+def _fake_backward(x: Tensor, params: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return needed(rest[-1], mixed_like(x, x.shape[1]), like(params), dweight, dbias)
 
 
 _coupling_mix = define_op(

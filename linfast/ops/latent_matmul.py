@@ -19,13 +19,15 @@ would break torch.compile(fullgraph=True).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_dense, check_factor, check_tensor
 from ..dispatch import interpreting, uses_triton
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["latent_matmul"]
 
@@ -149,12 +151,8 @@ def _fake(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float
     return z.new_empty(z.shape[0], A.shape[1])
 
 
-def _fake_backward(
-    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shapes = zip((z.shape, A.shape, (0,), A.shape[1:2]), needs, strict=True)
-    dz, dA, nothing, dbias = (z.new_empty(shape if need else (0,)) for shape, need in shapes)
-    return dz, dA, nothing, dbias
+def _fake_backward(z: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return needed(rest[-1], *[z.new_empty(shape) for shape in (z.shape, A.shape, (0,), A.shape[1:2])])
 
 
 _bank = define_op(

@@ -17,12 +17,11 @@ from torch import Tensor
 
 from ..checks import check_kind, check_number, check_tensor
 from ..dispatch import uses_triton
-from ..kernels.linearizer_chain import apply_core, linearizer_backward, specs_of
 from ..kernels.stack_configs import mode_on, target_of
-from ..kernels.stack_spec import StackSpec, schema_of
+from ..kernels.stack_spec import StackSpec, schema_of, specs_of
 from ..precision import half_dtype, resolve_precision
-from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_backward, raw_forward, stack_spec
-from .register import RawOp, define_op
+from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_forward, stack_spec
+from .register import RawOp, define_op, needed
 from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
 __all__ = [
@@ -160,21 +159,16 @@ def _run(x: Tensor, g: CouplingStack, inverse: bool, precision: str) -> Tensor:
 def _raw_linearizer(x: Tensor, *rest: Any) -> Tensor:
     stack_x, core, stack_y, (spec_x, spec_y) = rest[:3], rest[3], rest[5:8], specs_of(rest[8:])
     z = raw_forward(x.to(core.dtype), *stack_x, *spec_x.constants)[0]  # z and w stay as wide as the weights
-    return raw_forward(apply_core(z, core, spec_x), *stack_y, *spec_y.constants)[0].to(x.dtype)
-
-
-def _raw_linearizer_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return linearizer_backward(raw_forward, raw_backward, *arguments)
+    return raw_forward(spec_x.apply_core(z, core), *stack_y, *spec_y.constants)[0].to(x.dtype)
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_backward(x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    wanted = (True, True, False, False, True, False, True, False, False)
-    pairs = zip((x, *tensors[:8]), wanted, strict=True)
-    return tuple(tensor.new_empty(tensor.shape if want else 0) for tensor, want in pairs)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    has_gradient = (True, True, False, False, True, False, True, False, False)  # operands have none
+    return needed(has_gradient, *[tensor.new_empty(tensor.shape) for tensor in arguments[:9]])
 
 
 _STACKS = (
@@ -193,7 +187,7 @@ _linearizer_stack = define_op(
         f"linearizer_stack_backward({_STACKS}, Tensor grad, {_CONSTANTS}, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
-        _raw_linearizer_backward,
+        None,
         "linearizer_stack:launch_linearizer_stack_backward",
     ),
     saves=lambda inputs, _: tuple(inputs[:9]),

@@ -17,13 +17,14 @@ Inductor fuses, and the pass over x and y is 3 / (2 r + 2) of the factors' traff
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_factor, check_tensor
 from ..dispatch import uses_triton
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["low_rank"]
 
@@ -106,18 +107,8 @@ def _fake(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tensor, Tensor
     return x.new_empty(x.shape[0], U.shape[-2]), x.new_empty(x.shape[0], V.shape[-1], dtype=compute)
 
 
-def _fake_backward(
-    x: Tensor,
-    U: Tensor,
-    V: Tensor,
-    t: Tensor,
-    grad: Tensor | None,
-    grad_t: Tensor | None,
-    alpha: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dU, dV = (z.new_empty(z.shape if need else (0,)) for z, need in zip((x, U, V), needs, strict=True))
-    return dx, dU, dV
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return needed(arguments[-1], *[tensor.new_empty(tensor.shape) for tensor in arguments[:3]])
 
 
 _low_rank = define_op(

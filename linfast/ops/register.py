@@ -29,7 +29,7 @@ from torch.autograd import forward_ad
 from ..dispatch import interpreting, refuse_kernel, without_autocast
 from ..ranges import range_
 
-__all__ = ["RAW_OPS", "RawOp", "define_op"]
+__all__ = ["RAW_OPS", "RawOp", "define_op", "needed"]
 
 RAW_OPS: dict[str, RawOp] = {}
 """Every raw op by name."""
@@ -148,6 +148,15 @@ def define_op(
         return run(*inputs)
 
     return call
+
+
+def needed(needs: Sequence[bool], *fresh: Tensor | None, absent: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """What the fake of a backward returns: each fresh gradient that is needed; [0], of dtype ``absent``, elsewhere."""
+    like = next(tensor for tensor in fresh if tensor is not None)
+    return tuple([
+        tensor if need and tensor is not None else (like if tensor is None else tensor).new_empty(0, dtype=absent)
+        for tensor, need in zip(fresh, needs, strict=True)
+    ])  # fmt: skip
 
 
 def _is_differentiated(tensors: Sequence[Tensor | None]) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 import linfast as lf
 from linfast.ops import CouplingLayer, coupling_stack
 from linfast.ops.activations import ACTIVATION_NAMES, ACTIVATIONS, derivative
-from linfast.ops.coupling_stack import raw_backward
+from linfast.ops.register import RAW_OPS
 from linfast.ops.stack_weights import PackedStack, pack_stack
 from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import ScaleMap
@@ -221,7 +221,8 @@ def test_runs_of_rows_and_splits_add_up(precision: str, maps: str, monkeypatch: 
 def _launch(x: Tensor, packed: PackedStack, grad: Tensor | None, grad_log_det: Tensor | None, needs, **options):
     arguments = (x, *packed.tensors, grad, grad_log_det)
     rest = (*_spec(packed, **options).constants, [*needs, False, False])
-    reference = raw_backward(*(t.double() if torch.is_tensor(t) else t for t in arguments), *rest)
+    wide = [t.double() if torch.is_tensor(t) else t for t in arguments]
+    reference = RAW_OPS["coupling_stack_backward"].reference(*wide, *rest)
     return backward.launch_coupling_stack_backward(*arguments, *rest)[:2], reference[:2]
 
 
@@ -293,7 +294,7 @@ def test_runs_kernels_and_not_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: object) -> None:
         raise AssertionError("the reference ran")
 
-    monkeypatch.setattr(sys.modules["linfast.ops.coupling_stack"], "stack_forward", refuse)
+    monkeypatch.setattr(sys.modules["linfast.ops.coupling_stack"], "couple", refuse)
     layers, x = random_layers(6, (16,), 1), _randn(9, 6).requires_grad_()
     with lf.backend("triton"):
         y, _ = coupling_stack(x, layers, activation="silu", scale_map=ScaleMap(), precision="exact")

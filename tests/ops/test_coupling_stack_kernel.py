@@ -394,7 +394,7 @@ def test_sizes_past_the_table_run_through_the_library(precision: str, inverse: b
             {"layers": [CouplingLayer([torch.zeros(4, 2, device="meta")], [None])]},
             r"layers\[0\].weights is on meta",
         ),
-        ({"head": AffineMap(torch.zeros(3))}, r"head must have weight \[4\].*\(3,\)"),
+        ({"head": AffineMap(torch.zeros(3))}, r"head.weight must be \(4,\).*\(3,\)"),
     ],
 )
 def test_what_does_not_fit_is_named(change, match: str) -> None:

@@ -259,5 +259,5 @@ def test_what_does_not_fit_is_named() -> None:
         linearizer_stack(x, g, torch.zeros(4, 6, device=DEVICE), g, alpha=0.5)
     with pytest.raises(ValueError, match=r"g_y for A .*layers\[0\].weights: each must be"):
         linearizer_stack(x, g, torch.zeros(4, 6, device=DEVICE), g)
-    with pytest.raises(ValueError, match=r"head must have weight \[6\]"):
+    with pytest.raises(ValueError, match=r"head.weight must be \(6,\)"):
         linearizer_stack(x, dataclasses.replace(g, head=AffineMap(torch.zeros(5, device=DEVICE))), _operator(6), g)
