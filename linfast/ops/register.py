@@ -151,7 +151,7 @@ def define_op(
 
 
 def needed(needs: Sequence[bool], *fresh: Tensor | None, absent: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """What the fake of a backward returns: each fresh gradient that is needed; [0], of dtype ``absent``, elsewhere."""
+    """What the fake of a backward returns: each fresh gradient that is needed; else [0], of dtype ``absent``."""
     like = next(tensor for tensor in fresh if tensor is not None)
     return tuple([
         tensor if need and tensor is not None else (like if tensor is None else tensor).new_empty(0, dtype=absent)
