@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import autocast_dtype, chosen_backend, uses_triton
-from ..kernels.conv2d_configs import handed_over, image_like, n_row_tiles, runs_fused, tile_rows_of
-from ..kernels.launch import like
+from ..kernels.conv2d_configs import handed_over, n_row_tiles, runs_fused, tile_rows_of
+from ..kernels.launch import like, with_channels
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from .channel_mix import laid_out
@@ -59,7 +59,7 @@ def conv2d_fused(
     Args:
         x: [B, C_in, H, W], any strides; channels_last is the fast one.
         weight: [C_out, C_in, k, k], k odd.
-        bias: [C_out], or [B, C_out] for one a sample.
+        bias: [C_out], or [B, C_out] for one per sample.
         groups: of the norm before the convolution; 0 for none, and then no SiLU.
         norm_weight, norm_bias: [C_in], the norm's affine map; None is 1 and 0.
         eps: added to the norm's variance.
@@ -175,7 +175,7 @@ def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
     sums = x.new_empty((x.shape[0], tiles, next_groups, 2), dtype=torch.float32)
-    return image_like(x, weight.shape[0], dtype), mean, rstd, sums
+    return with_channels(x, weight.shape[0], dtype), mean, rstd, sums
 
 
 def _fake_backward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:

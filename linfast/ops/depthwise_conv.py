@@ -1,4 +1,4 @@
-"""Depthwise correlation with zero padding "same": a k x k kernel a channel, shared or one a sample.
+"""Depthwise correlation with zero padding "same": a k x k kernel per channel, shared or per sample.
 
     y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w],  l = (k - 1) // 2
 
@@ -31,7 +31,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, *, transpose: bool = False) -> Ten
 
     Args:
         x: [B, C, H, W].
-        weight: [C, kh, kw], or [B, C, kh, kw] for one set of kernels a sample.
+        weight: [C, kh, kw], or [B, C, kh, kw] for one set of kernels per sample.
         transpose: apply the transposed linear map.
 
     Raises:

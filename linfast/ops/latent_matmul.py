@@ -1,12 +1,12 @@
 """Latent product: y_b = A_b z_b for column vectors kept as rows, y = z @ A.mT; optionally + alpha z + bias.
 
-Shapes: z [B, n_in], A [n_out, n_in] shared, [B, n_out, n_in] one a sample, or with
+Shapes: z [B, n_in], A [n_out, n_in] shared, [B, n_out, n_in] one per sample, or with
 index [B] a bank [K, n_out, n_in] of which row b picks A[index[b]]; y [B, n_out].
 
 | A                | runs                                                                              |
 |------------------|-----------------------------------------------------------------------------------|
 | one              | F.linear: cuBLAS or MKL, which no kernel beats                                    |
-| one a sample     | bmm: reading A once is all the time there is                                      |
+| one per sample   | bmm: reading A once is all the time there is                                      |
 | a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
 |                  | on a CPU and for float64, rows sorted by operator, one product each               |
 
@@ -44,7 +44,7 @@ def latent_matmul(
 
     Args:
         z: [B, n_in].
-        A: [n_out, n_in]; [B, n_out, n_in] for one operator a sample; [K, n_out, n_in] with ``index``.
+        A: [n_out, n_in]; [B, n_out, n_in] for one operator per sample; [K, n_out, n_in] with ``index``.
         index: [B] int64, the operator of each row. On a GPU it is not read by the host: a row
             whose index is not in [0, K) comes out NaN, and adds nothing to A's gradient.
         alpha: a number or a 0-d tensor; n_out = n_in unless it is the number 0.
@@ -80,7 +80,7 @@ def _is_one_op(z: Tensor, A: Tensor) -> bool:
 
 
 def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:
-    """``latent_matmul`` of a bank in plain torch: one product an operator, A read in place."""
+    """``latent_matmul`` of a bank in plain torch: one product per operator, A read in place."""
     if z.shape[0] == 0:
         return _add(z @ A.sum(0).mT, z, bias, alpha)  # no rows; still a function of all of them
     if _is_batched(index):

@@ -1,12 +1,12 @@
 """Low-rank product: y = alpha x + U (V^T x), in O(N r) and never through an N x N matrix.
 
-Shapes: x [B, N], U and V [N, r] shared or [B, N, r] one pair a sample, y [B, N].
+Shapes: x [B, N], U and V [N, r] shared or [B, N, r] one pair per sample, y [B, N].
 With alpha = 0 U and V may have different N: U [M, r], V [N, r], y [B, M].
 
 | U, V                       | runs                                                                        |
 |----------------------------|-----------------------------------------------------------------------------|
 | both shared by the batch   | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel does better         |
-| one or both, one a sample  | on a GPU linfast.kernels.low_rank, fused; a shared factor's gradient by mm  |
+| one or both per sample     | on a GPU linfast.kernels.low_rank, fused; a shared factor's gradient by mm  |
 | on a CPU, float64, mixed dtypes | plain torch, the same order of products                                |
 
 alpha the number is added inside the kernel. alpha a tensor is added outside, in plain torch:
