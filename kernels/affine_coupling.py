@@ -13,7 +13,7 @@ g = dL/dy and h = dL/d log|det|:
     dr = dl * dl/dr,  dk = g
 
 so x need not be saved. Bytes, forward: x and y once, params (as many elements as twice
-the moved half) once: 4 (C + C + 2 C_m) P a sample in fp32, and 4 B for the log-det.
+the moved half) once: 4 (C + C + 2 C_m) P per sample in fp32, and 4 B for the log-det.
 Backward: y's and g's moved halves, g's kept half, params in; dx, dparams out.
 
 A program takes a tile of rows (batch, outer) by columns (inner) of both halves (see
@@ -28,12 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile, Walk, ceil_div, device_guard, like, needs_int64, positions, walk
+from .launch import Tile, Walk, ceil_div, device_guard, like, needs_int64, positions, tile_for, walk
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 
 __all__ = [
     "TILES",
-    "choose_tile",
     "halves",
     "launch_affine_coupling",
     "launch_affine_coupling_backward",
@@ -50,11 +49,6 @@ TILES: tuple[tuple[int, Tile], ...] = (
     (256, Tile(rows=4, columns=256, num_warps=4)),
     (1 << 62, Tile(rows=1, columns=1024, num_warps=4)),  # images, wide vectors: one long run
 )
-
-
-def choose_tile(inner: int) -> Tile:
-    """The table's tile for rows of this many elements."""
-    return next(tile for widest, tile in TILES if inner <= widest)
 
 
 @triton.jit
@@ -228,7 +222,7 @@ def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...],
     """((n_rows, n_outer, outer and inner extents of each half), programs, tiles of a row, tile)."""
     (outer_m, inner_m), (outer_k, inner_k) = path.sizes(moved), path.sizes(kept)
     n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
-    n_rows, tile = moved.shape[0] * n_outer, choose_tile(inner)
+    n_rows, tile = moved.shape[0] * n_outer, tile_for(inner, TILES)
     sizes = (n_rows, n_outer, outer_m, inner_m, outer_k, inner_k)
     n_tiles = ceil_div(inner, tile.columns)
     return sizes, ceil_div(n_rows, tile.rows) * n_tiles, n_tiles, tile

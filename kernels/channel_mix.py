@@ -10,7 +10,7 @@ dW: x and dy once, and the partials, 4 O C bytes a split.
 
 Batch and positions are one axis of columns n = b P + p; where every view merges them
 (channels_last, one sample, one position) the division by P is compiled out. Few channels
-along runs of positions: a vector a channel, multiply-adds with W's elements as scalars.
+along runs of positions: a vector per channel, multiply-adds with W's elements as scalars.
 More channels, or channels innermost: tl.dot over chunks of channels, always [O, C] @ [C, N]:
 the compiler orders each load along the run it finds. fp32 products are "ieee", so exact;
 half-precision products run on the matrix units with fp32 sums.
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard, needs_int64, positions
+from .launch import ceil_div, device_guard, needs_int64, positions, tile_for, with_channels
 
 __all__ = [
     "DOTS",
@@ -45,11 +45,9 @@ __all__ = [
     "half_precision",
     "launch_channel_mix",
     "launch_channel_mix_backward",
-    "like",
     "load_channels",
     "merged",
     "store_products",
-    "tile_for",
     "weight_partials",
     "weighted_sum",
 ]
@@ -65,7 +63,7 @@ class MixTile:
     num_warps: int
 
 
-# (widest C or O, tile). Four columns a thread is one 16-byte load a channel; all channels of
+# (widest C or O, tile). Four columns per thread is one 16-byte load per channel; all channels of
 # x are held at once, so more columns only where channels are few.
 UNROLLED: tuple[tuple[int, MixTile], ...] = (
     (4, MixTile(outputs=4, columns=1024, depth=4, num_warps=4)),  # 32 values a thread
@@ -90,10 +88,6 @@ WEIGHTS: tuple[tuple[int, MixTile], ...] = (
 RUN = tl.constexpr(8)
 SPLITS = 512  # about four programs a multiprocessor; the partials of C = 128 are then 32 MB
 _CHUNKS_A_SPLIT = 8  # fewer chunks would write more partials than they read
-
-
-def tile_for(width: int, table: tuple[tuple[int, MixTile], ...]) -> MixTile:
-    return next(tile for widest, tile in table if width <= widest)
 
 
 @triton.jit
@@ -262,13 +256,6 @@ def _channel_mix_weight_kernel(
         tl.store(dbias_ptr + split * n_out + o, dbias, mask=mask)
 
 
-def like(x: Tensor, channels: int) -> Tensor:
-    """Fresh [B, channels, ...] of x's dtype: channels innermost where they are in x, else contiguous."""
-    if x.stride(1) == 1 and x.stride(-1) != 1:
-        return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
-    return x.new_empty((x.shape[0], channels, *x.shape[2:]))
-
-
 def merged(*views: Tensor) -> bool:
     """Whether batch and positions are one run with one stride in each of these."""
     batch, _, count = views[0].shape
@@ -282,7 +269,7 @@ def column_strides(view: Tensor) -> tuple[int, int, int]:
 
 def launch_channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [B, O, ...]."""
-    y = like(x, weight.shape[0])
+    y = with_channels(x, weight.shape[0])
     if y.numel() == 0:
         return y
     _mix(positions(x), weight, bias, positions(y))
@@ -324,7 +311,7 @@ def launch_channel_mix_backward(
     x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias); [0] for those that are not needed."""
-    dx = like(x, x.shape[1]) if needs[0] else x.new_empty(0)
+    dx = with_channels(x, x.shape[1]) if needs[0] else x.new_empty(0)
     if needs[0] and dx.numel():
         _mix(positions(grad), weight.t(), None, positions(dx))
     dweight = weight.new_empty(weight.shape if needs[1] else 0)

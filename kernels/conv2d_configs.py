@@ -22,10 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from .launch import ceil_div, power_of_two
+from .launch import ceil_div, power_of_two, tile_for
 
 __all__ = [
     "NARROWEST",
@@ -37,7 +34,6 @@ __all__ = [
     "choose_tile",
     "choose_weight_tile",
     "handed_over",
-    "image_like",
     "n_row_tiles",
     "padded_group",
     "runs_fused",
@@ -99,13 +95,13 @@ def runs_fused(n_in: int, n_out: int, kernel: int, precision: str, target: str |
 
 def choose_tile(n_out: int, n_positions: int) -> ConvTile:
     """The tile of images of so many positions."""
-    tile = next(tile for widest, tile in TILES if n_out <= widest)
+    tile = tile_for(n_out, TILES)
     return replace(tile, rows=_rows(tile, n_positions))
 
 
 def choose_weight_tile(n_in: int, n_out: int, n_positions: int) -> ConvTile:
     """The weight gradient's."""
-    tile = next(tile for widest, tile in WEIGHT_TILES if max(n_in, n_out) <= widest)
+    tile = tile_for(max(n_in, n_out), WEIGHT_TILES)
     return replace(tile, rows=_rows(tile, n_positions))
 
 
@@ -127,19 +123,12 @@ def padded_group(n_channels: int, groups: int) -> int:
 
 def handed_over(n_out: int, groups: int) -> bool:
     """Whether the convolution's programs hold all channels of y's groups, so that they can sum them."""
-    return power_of_two(groups) * padded_group(n_out, groups) <= next(t for w, t in TILES if n_out <= w).columns
+    return power_of_two(groups) * padded_group(n_out, groups) <= tile_for(n_out, TILES).columns
 
 
 def n_row_tiles(n_out: int, n_positions: int) -> int:
-    """Tiles of positions a sample."""
+    """Tiles of positions per sample."""
     return ceil_div(n_positions, choose_tile(n_out, n_positions).rows)
-
-
-def image_like(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Fresh [B, channels, H, W]: channels innermost where they are in x, else contiguous."""
-    if x.stride(1) == 1 and x.stride(3) != 1:
-        return x.new_empty((x.shape[0], *x.shape[2:], channels), dtype=dtype).movedim(-1, 1)
-    return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype)
 
 
 def tile_rows_of(n_tiles: int, n_positions: int) -> int:

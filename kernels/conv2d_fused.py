@@ -24,9 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv2d_configs import ConvTile, choose_tile, image_like, n_row_tiles, padded_group, tile_rows_of
+from .conv2d_configs import ConvTile, choose_tile, n_row_tiles, padded_group, tile_rows_of
 from .group_statistics import group_moments, grouped_channels, launch_group_statistics, store_group_tiles
-from .launch import ceil_div, device_guard, needs_int64
+from .launch import ceil_div, device_guard, needs_int64, with_channels
 from .mlp import activate
 from .row_products import Mode, dot
 
@@ -232,7 +232,7 @@ def launch_conv2d_fused(
     """(y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
     batch, n_out = x.shape[0], weight.shape[0]
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-    y = image_like(x, n_out, dtype)
+    y = with_channels(x, n_out, dtype)
     mean, rstd = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
     n_tiles = n_row_tiles(n_out, x.shape[2] * x.shape[3])
     next_tiles = x.new_empty((batch, n_tiles, next_groups, 2), dtype=torch.float32)

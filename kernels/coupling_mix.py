@@ -7,7 +7,7 @@ Elements a position, with C channels in and out and C / 2 moved (C of params): x
 one after the other the two ops move 5 C. The gradients are coupling_mix_backward's.
 
 Batch and positions are one axis of columns n = b P + p, as in channel_mix. Few channels along
-runs of positions: a vector a channel and W's elements as scalars. More, or channels innermost:
+runs of positions: a vector per channel and W's elements as scalars. More, or channels innermost:
 tl.dot over chunks of channels, the moved half and the kept half as two ranges of W's columns.
 Every program holds all outputs, so nothing is computed twice: C and O up to 128.
 
@@ -35,10 +35,8 @@ from .channel_mix import (
     half_precision,
     merged,
     store_products,
-    tile_for,
 )
-from .channel_mix import like as mixed_like
-from .launch import ceil_div, device_guard, needs_int64, positions
+from .launch import ceil_div, device_guard, needs_int64, positions, tile_for, with_channels
 
 __all__ = ["DOTS", "UNROLLED", "columns_need_int64", "launch_coupling_mix", "unrolls"]
 
@@ -170,7 +168,7 @@ def launch_coupling_mix(
     log_det: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y [B, O, ...] of x's dtype, log_det [B] fp32; [0] where not asked for)."""
-    y = mixed_like(x, weight.shape[0])
+    y = with_channels(x, weight.shape[0])
     if x.numel() == 0:
         return y, x.new_zeros(x.shape[0] if log_det else 0, dtype=torch.float32)
     views, y_view = positions(x), positions(y)

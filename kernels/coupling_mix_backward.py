@@ -33,12 +33,10 @@ from .channel_mix import (
     launch_channel_mix_backward,
     load_channels,
     merged,
-    tile_for,
     weighted_sum,
 )
-from .channel_mix import like as mixed_like
 from .coupling_mix import columns_need_int64, unrolls
-from .launch import ceil_div, device_guard, like, positions
+from .launch import ceil_div, device_guard, like, positions, tile_for, with_channels
 from .math import couple_backward, log_scale_derivative
 
 __all__ = ["BACKWARD_DOTS", "UNROLLED", "launch_coupling_mix_backward"]
@@ -182,11 +180,11 @@ def launch_coupling_mix_backward(
     if grad is None:
         grad = x.new_zeros(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
     constants = (kind, bound, floor, scale_first, interleaved, moves_second, inverse)
-    dx = mixed_like(x, x.shape[1]) if needs_inputs else x.new_empty(0)
+    dx = with_channels(x, x.shape[1]) if needs_inputs else x.new_empty(0)
     dparams = like(params) if needs_inputs else params.new_empty(0)
     u = x
     if needs_inputs and x.numel():
-        u = mixed_like(x, x.shape[1]) if needs_weight else dx
+        u = with_channels(x, x.shape[1]) if needs_weight else dx
         _backward(x, params, weight, grad, grad_log_det, dx, dparams, u, *constants)
     elif needs_weight:
         u, _ = launch_affine_coupling(x, params, *constants, False)

@@ -21,6 +21,7 @@ the body twice with A between: y = g_y^-1(A g_x(x)), x read once and y written o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .launch import ceil_div, device_guard
 from .math import couple, log_scale
 from .mlp import conditioner, product, split
 from .stack_configs import config_for, target_of
-from .stack_spec import StackSpec, spec_of
+from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
 
 __all__ = ["launch_coupling_stack"]
 
@@ -285,16 +286,34 @@ def _coupling_stack_kernel(
         tl.store(log_det_ptr + start + r, log_det, mask=r < n_batch - start)
 
 
-def tile_constants(x: Tensor, spec: StackSpec, maps: int, linearizer: bool = False) -> dict[str, Any]:
-    """The constexpr arguments that two stacks of one launch share, and num_warps; ``maps``: the densest."""
-    target, precision = target_of(x), spec.precision
-    config = config_for(spec.features, spec.hidden, spec.n_linear, precision, target, maps, linearizer)
+def stack_options(x: Tensor, *specs: StackSpec) -> dict[str, Any]:
+    """Constexpr arguments and num_warps of a launch of one stack, or of a Linearizer's two."""
+    options = _options_without_x(target_of(x), specs)
+    form, int64 = activation_form(x, specs[0].precision), reaches_past_int32(x, options["ROWS"])
+    return {**options, "FORM": form, "INT64": int64}
+
+
+@functools.lru_cache(256)
+def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict[str, Any]:
+    """Those that the target and the specs decide. Two stacks share all but what ends in _X and _Y."""
+    spec, is_linearizer = specs[0], len(specs) == 2
+    sizes, maps = (spec.features, spec.hidden, spec.n_linear), max([each.maps for each in specs])
+    config = config_for(*sizes, spec.precision, target, maps, is_linearizer)
     if config is None:
         raise ValueError(f"no one-launch stack for {spec} on {target}")
+    own: dict[str, int] = {}
+    for each, side in zip(specs, ("_X", "_Y") if is_linearizer else ("",), strict=True):
+        own |= {
+            f"MOVES_SECOND{side}": int(each.moves_second), f"MAPS{side}": each.maps, f"HEAD{side}": int(each.head),
+            f"ROW_SIZE{side}": each.row_size,
+        }  # fmt: skip
     return {
-        **spec.constexprs, "ROWS": config.rows, "CHUNK": min(config.chunk or spec.hidden, spec.hidden),
-        "LAYER_STAGES": config.layer_stages, "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
-        "FORM": activation_form(x, precision), "INT64": reaches_past_int32(x, config.rows),
+        **own, "N_LINEAR": spec.n_linear, "MATRIX_SIZE": spec.matrix_size, "MAP_OFFSET": spec.map_offset,
+        "HALF": spec.half, "HIDDEN": spec.hidden, "PARTS": N_PARTS[spec.precision],
+        "MAP_PARTS": map_parts(spec.precision), "ACTIVATION": spec.activation, "KIND": spec.kind,
+        "SCALE_FIRST": spec.scale_first, "ROWS": config.rows, "num_warps": config.num_warps,
+        "CHUNK": min(config.chunk or spec.hidden, spec.hidden), "LAYER_STAGES": config.layer_stages,
+        "CHUNK_STAGES": config.chunk_stages,
     }  # fmt: skip
 
 
@@ -319,11 +338,11 @@ def launch_coupling_stack(
     total = x.new_empty(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
     if x.shape[0] == 0:
         return y, total
-    tile = tile_constants(x, spec, spec.maps)
+    options = stack_options(x, spec)
     with device_guard(x):
-        _coupling_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
+        _coupling_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](
             x, y, total, weights, operands, map_operands, x.shape[0], *spec.sizes, spec.n_layers(weights),
             operands.stride(0), operands.stride(1), map_operands.stride(0), x.stride(0), x.stride(1), y.stride(0),
-            spec.bound, spec.floor, INVERSE=spec.inverse, LOG_DET=spec.log_det, **spec.own_constexprs, **tile,
+            spec.bound, spec.floor, INVERSE=spec.inverse, LOG_DET=spec.log_det, **options,
         )  # fmt: skip
     return y, total

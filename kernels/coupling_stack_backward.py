@@ -14,13 +14,18 @@ Steps, in the order the stack runs them, are maps z' = M z + c and couplings. Fo
 B1 and B2 are one launch per linear layer, a program being a tile of its rows and columns
 (kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner
 is stored for W anyhow. Activations are the exact ones in every mode. Shapes: z, g [R, 2 P] fp32,
-contiguous, both halves padded with zeros, which stay zeros; the scratch is kernels/stack_pass.py's.
-Each number of it is written once and read twice at most.
+contiguous, both halves padded with zeros, which stay zeros.
+
+Scratch of a run of R rows: every step's input [R, 2 P] fp32; of one layer at a time h_i [R, H], fp32 or in "fast"
+its 16-bit type, act'_i [R, H] and d_n [R, 2 P] fp32, so that db sums what was not rounded. Each number is written
+once and read twice at most. Bytes: R (8 P (steps + 3) + (n - 1) H (4 + w)), w = 2 in "fast" and 4 else; a run is as
+long as SCRATCH_BYTES allows, so that this does not grow with B. The weights' partial sums come on top. As operands
+in "fast", gradients are bf16 even where x is fp16, whose range ends at 6e-8.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,11 +37,83 @@ from .coupling_stack import launch_coupling_stack
 from .launch import ceil_div, device_guard
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 from .mlp import EXACT, activate, activation_derivative
-from .row_products import ADD, MULTIPLY, launch_linear, launch_outer, rows_product, tile_for
-from .stack_pass import Scratch, StackPass
-from .stack_spec import DENSE, NO_MAPS, spec_of
+from .row_products import ADD, MULTIPLY, Mode, launch_linear, launch_outer, n_splits, rows_product, tile_for
+from .stack_spec import DENSE, N_PARTS, NO_MAPS, StackSpec, map_parts, spec_of
 
 __all__ = ["launch_coupling_stack_backward"]
+
+
+# One step's scratch, 1.8 KB per row in "fast" at D = 64, H = 128, n = 3, stays in an L2 of 40 MB or more.
+ROWS_AT_A_TIME = 16384
+# What a run of rows may take: a deep stack's inputs of steps, 256 B each at D = 64, shorten it.
+SCRATCH_BYTES = 2**27
+_FEWEST_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class StackPass:
+    """The op's weights, what they are, and where its kernels run."""
+
+    weights: Tensor
+    operands: Tensor
+    spec: StackSpec
+    on_gpu: bool
+
+    def matrices(self, row: int) -> list[Tensor]:
+        """The conditioner's, [out, in]: rounded where there is one part, which is what the forward multiplied."""
+        spec, shapes = self.spec, self.spec.matrix_shapes
+        held = self.operands[0, row] if N_PARTS[spec.precision] == 1 else self.weights[row, : spec.matrix_size]
+        return [m.view(shape) for m, shape in zip(held.split([a * b for a, b in shapes]), shapes, strict=True)]
+
+    @property
+    def part_dtype(self) -> torch.dtype:
+        """bf16, for its range; under Triton's interpreter, which computes on bf16's bits, tf32 stands in."""
+        return torch.bfloat16 if self.on_gpu else torch.float32
+
+    @property
+    def forward_mode(self) -> Mode:
+        parts = N_PARTS[self.spec.precision]
+        return Mode(parts, self.operands.dtype if parts == 1 else self.part_dtype)
+
+    @property
+    def gradient_mode(self) -> Mode:
+        precision = self.spec.precision
+        return Mode(N_PARTS[precision], torch.float32 if precision == "tf32" else self.part_dtype)
+
+    @property
+    def map_mode(self) -> Mode:
+        return Mode(map_parts(self.spec.precision), self.part_dtype)
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return self.operands.dtype if self.spec.precision == "fast" else torch.float32
+
+    def rows_at_a_time(self) -> int:
+        """As many rows as SCRATCH_BYTES hold; see the top of this file."""
+        spec, steps = self.spec, len(self.spec.steps(self.weights))
+        hidden = (spec.n_linear - 1) * spec.hidden * (4 + self.hidden_dtype.itemsize)
+        bytes_per_row = 8 * spec.half * (steps + 3) + hidden
+        return min(ROWS_AT_A_TIME, max(_FEWEST_ROWS, SCRATCH_BYTES // bytes_per_row))
+
+
+@dataclass
+class Scratch:
+    """One layer's h_i, act'_i (then d_i) and d_n, and the partial sums of a row of the weights."""
+
+    h: list[Tensor]
+    slopes: list[Tensor]
+    d: Tensor
+    partials: Tensor
+
+    @classmethod
+    def of(cls, z: Tensor, stack: StackPass) -> Scratch:
+        rows, (*hidden, n_out) = z.shape[0], stack.spec.widths[1:]
+        return cls(
+            [z.new_empty(rows, n, dtype=stack.hidden_dtype) for n in hidden],
+            [z.new_empty(rows, n) for n in hidden],
+            z.new_empty(rows, n_out),
+            z.new_empty(n_splits(rows), stack.spec.row_size),
+        )
 
 
 @triton.jit(do_not_specialize=["n_rows"])

@@ -1,4 +1,4 @@
-"""Depthwise "same" correlation of [B, C, H, W] with a kh x kw kernel a channel, shared or one a sample.
+"""Depthwise "same" correlation of [B, C, H, W] with a kh x kw kernel per channel, shared or per sample.
 
 With l = (k - 1) // 2 in each direction, and zeros outside:
 

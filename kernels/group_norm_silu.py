@@ -11,7 +11,7 @@ S1 = sum(d), S2 = sum(d h), both [B, C], and a = w (1 + s):
     ds = w S2 + b S1                 dw = sum_b (1 + s) S2
     dx = r (a d - sum_c(a S1) / n - h sum_c(a S2) / n)
 
-so x, m and r are saved, and neither h, v nor u. Bytes, forward: x in, y out, 8 C P a sample in
+so x, m and r are saved, and neither h, v nor u. Bytes, forward: x in, y out, 8 C P per sample in
 fp32; backward: x and g in, dx out, 12 C P, and S1, S2 once.
 
 A program takes one group of one sample. A group that fits one tile stays in registers, so that it

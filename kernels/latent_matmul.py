@@ -30,10 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard, needs_int64
+from .launch import ceil_div, device_guard, needs_int64, tile_for
 
 __all__ = [
-    "GRADIENT_TILE", "TILES", "BankTile", "choose_tile", "launch_latent_matmul", "launch_latent_matmul_backward",
+    "GRADIENT_TILE", "TILES", "BankTile", "launch_latent_matmul", "launch_latent_matmul_backward",
 ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class BankTile:
     num_warps: int
 
 
-# (largest mean rows an operator, tile).
+# (largest mean number of rows per operator, tile).
 TILES: tuple[tuple[int, BankTile], ...] = (
     (16, BankTile(rows=16, columns=64, inner=64, num_warps=4)),  # bound by reading A: no wasted rows
     # wgmma's 64 rows. 16 sums a thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes and accesses).
@@ -56,11 +56,6 @@ TILES: tuple[tuple[int, BankTile], ...] = (
 # dA: n_out by n_in, ``inner`` rows of the batch a step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
 GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=8)
 RUN = tl.constexpr(8)
-
-
-def choose_tile(batch: int, n_operators: int) -> BankTile:
-    """The table's tile for this many rows an operator on average."""
-    return next(tile for most, tile in TILES if ceil_div(batch, max(n_operators, 1)) <= most)
 
 
 @triton.jit(do_not_specialize=["n_operators"])
@@ -206,7 +201,7 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
     y = z.new_empty((batch, n_out))
     if n_operators == 0:
         return y.fill_(float("nan"))
-    tile = choose_tile(batch, n_operators)
+    tile = tile_for(ceil_div(batch, max(n_operators, 1)), TILES)
     last_tile, operator = rows.tiles(tile.rows)
     with device_guard(z):
         _bank_kernel[(operator.shape[0], ceil_div(n_out, tile.columns))](

@@ -8,18 +8,20 @@ kernel, asks nothing of a driver.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = [
     *("UNFUSED", "Tile", "Walk", "ceil_div", "device_guard", "like", "needs_int64", "positions", "power_of_two"),
-    "walk",
+    *("tile_for", "walk", "with_channels"),
 ]
 
 _INT32_ELEMENTS = 2**31
+_Tile = TypeVar("_Tile")
 # For kernels that store sums of products over lanes. In a fused a b + (another lane's product) a lane rounds the
 # other's product and not its own, so that lanes differ in the last bit, and which is stored is not defined.
 UNFUSED = {"enable_fp_fusion": False}
@@ -81,6 +83,13 @@ def like(x: Tensor) -> Tensor:
     return torch.empty_like(positions(x)).view(x.shape)
 
 
+def with_channels(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty [B, channels, ...] for x [B, C, ...]: channels innermost where they are in x, else contiguous."""
+    if x.stride(1) == 1 and x.stride(-1) != 1:
+        return x.new_empty((x.shape[0], *x.shape[2:], channels), dtype=dtype).movedim(-1, 1)
+    return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype)
+
+
 def needs_int64(*tensors: Tensor) -> bool:
     """Whether an element of one of them lies 2^31 or more elements from its first."""
     return any(_extent(tensor) >= _INT32_ELEMENTS for tensor in tensors)
@@ -88,6 +97,11 @@ def needs_int64(*tensors: Tensor) -> bool:
 
 def _extent(tensor: Tensor) -> int:
     return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def tile_for(size: int, table: Sequence[tuple[int, _Tile]]) -> _Tile:
+    """The first tile of a table of (largest size, tile) that is for this size."""
+    return next(tile for largest, tile in table if size <= largest)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -100,8 +114,6 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@contextlib.contextmanager
-def device_guard(x: Tensor) -> Iterator[None]:
-    """Launch on x's GPU, not on the current one; nothing on a CPU."""
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-        yield
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A block whose launches go to x's GPU, not to the current one; an empty block for a CPU."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

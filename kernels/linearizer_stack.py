@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,12 +23,12 @@ from .coupling_stack import (
     launch_coupling_stack,
     load_halves,
     run_layers,
+    stack_options,
     store_halves,
-    tile_constants,
 )
 from .coupling_stack_backward import launch_coupling_stack_backward
 from .launch import ceil_div, device_guard
-from .linearizer_chain import linearizer_backward, specs_of
+from .stack_spec import specs_of
 
 __all__ = ["launch_linearizer_stack", "launch_linearizer_stack_backward"]
 
@@ -125,24 +126,46 @@ def launch_linearizer_stack(
     if x.shape[0] == 0:
         return y
     spec_x, spec_y = specs_of(constants)
-    tile = tile_constants(x, spec_x, max(spec_x.maps, spec_y.maps), linearizer=True)
-    own = {
-        f"{name}_{side}": value
-        for side, spec in (("X", spec_x), ("Y", spec_y))
-        for name, value in spec.own_constexprs.items()
-    }
+    options = stack_options(x, spec_x, spec_y)
     with device_guard(x):
-        _linearizer_stack_kernel[(ceil_div(x.shape[0], tile["ROWS"]),)](
+        _linearizer_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](
             x, y, weights_x, operands_x, map_operands_x, core, core_operands, weights_y, operands_y, map_operands_y,
             x.shape[0], *spec_x.sizes, spec_x.n_layers(weights_x), spec_y.n_layers(weights_y),
             operands_x.stride(0), operands_x.stride(1), map_operands_x.stride(0), core_operands.stride(0),
             operands_y.stride(0), operands_y.stride(1), map_operands_y.stride(0),
             x.stride(0), x.stride(1), y.stride(0), spec_x.bound, spec_x.floor, spec_y.bound, spec_y.floor,
-            DENSE=core_operands.numel() > 0, **own, **tile,
+            DENSE=core_operands.numel() > 0, **options,
         )  # fmt: skip
     return y
 
 
-def launch_linearizer_stack_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """(dx, dweights_x, -, -, dcore, -, dweights_y, -, -); operands have no gradient."""
-    return linearizer_backward(launch_coupling_stack, launch_coupling_stack_backward, *arguments)
+def launch_linearizer_stack_backward(
+    x: Tensor,
+    weights_x: Tensor,
+    operands_x: Tensor,
+    map_operands_x: Tensor,
+    core: Tensor,
+    core_operands: Tensor,
+    weights_y: Tensor,
+    operands_y: Tensor,
+    map_operands_y: Tensor,
+    grad: Tensor,
+    *constants: Any,
+) -> tuple[Tensor, ...]:
+    """(dx, dweights_x, -, -, dcore, -, dweights_y, -, -), of the stacks' own kernels; operands have no gradient."""
+    needs, (spec_x, spec_y) = constants[-1], specs_of(constants[:-1])
+    stack_x, stack_y = (weights_x, operands_x, map_operands_x), (weights_y, operands_y, map_operands_y)
+    dtype, A, backward = x.dtype, spec_x.core_matrix(core), launch_coupling_stack_backward
+    x, grad = x.to(core.dtype), grad.to(core.dtype)  # the one launch holds z and w in fp32, whatever x is
+    z = launch_coupling_stack(x, *stack_x, *spec_x.constants)[0]
+    w = spec_x.apply_core(z, core)
+    dw, dweights_y, *none_y = backward(w, *stack_y, grad, None, *spec_y.constants, [True, needs[6], False, False])
+    padded_z, padded_dw = spec_x.pad(z), spec_x.pad(dw)
+    if A.ndim == 1:
+        dA, dz = (padded_dw * padded_z).sum(0), padded_dw * A
+    else:
+        dA, dz = (padded_dw.mT @ padded_z).flatten(), padded_dw @ A
+    dcore = torch.cat((dA, padded_dw.sum(0)))[None]
+    dz = spec_x.unpad(dz)
+    dx, dweights_x, *none_x = backward(x, *stack_x, dz, None, *spec_x.constants, [needs[0], needs[1], False, False])
+    return dx.to(dtype), dweights_x, *none_x, dcore, core_operands.new_empty(0), dweights_y, *none_y

@@ -1,11 +1,11 @@
-"""Low-rank product y = alpha x + U (V^T x), one pair of factors a sample (or one of the two shared).
+"""Low-rank product y = alpha x + U (V^T x), one pair of factors per sample (or one of the two shared).
 
 x [B, N], V [B, N, r], U [B, M, r], y [B, M]; M = N unless alpha is 0. With t = V^T x [B, r],
 g = dL/dy, h = dL/dt (zero unless t itself is differentiated) and s = U^T g + h [B, r]:
 
     y = alpha x + U t       dx = alpha g + V s       dU = g t^T       dV = x s^T
 
-so t is all that is saved besides the inputs. Bytes in fp32, a sample: forward x, V and U once and
+so t is all that is saved besides the inputs. Bytes in fp32 per sample: forward x, V and U once and
 y: 4 (N + N r + M r + M), and x again where alpha is not 0; backward U, g and V, x, g again in;
 dx, dU, dV out.
 
@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNFUSED, ceil_div, device_guard, needs_int64, power_of_two
+from .launch import UNFUSED, ceil_div, device_guard, needs_int64, power_of_two, tile_for
 
-__all__ = ["MAX_SPLITS", "TILES", "LowRankTile", "choose_tile", "launch_low_rank", "launch_low_rank_backward"]
+__all__ = ["MAX_SPLITS", "TILES", "LowRankTile", "launch_low_rank", "launch_low_rank_backward"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,6 @@ TILES: tuple[tuple[int, LowRankTile], ...] = (
 )
 # Enough programs at batch 2 and N = 12288, few enough that adding the partials up costs nothing.
 MAX_SPLITS = 32
-
-
-def choose_tile(rank: int) -> LowRankTile:
-    """The table's tile for this rank."""
-    return next(tile for widest, tile in TILES if rank <= widest)
 
 
 @triton.jit
@@ -250,7 +245,7 @@ def _per_sample(factor: Tensor, batch: int) -> tuple[Tensor, bool]:
 def _project(x: Tensor, factor: Tensor, extra: Tensor | None = None) -> Tensor:
     """Partials [B, splits, r] fp32 of factor^T x, and ``extra`` [B, r] as one more of them."""
     (batch, n_features), rank = x.shape, factor.shape[-1]
-    tile, (factor, dense) = choose_tile(rank), _per_sample(factor, batch)
+    tile, (factor, dense) = tile_for(rank, TILES), _per_sample(factor, batch)
     split_rows = tile.rows * max(1, ceil_div(ceil_div(n_features, tile.rows), MAX_SPLITS))
     splits = ceil_div(n_features, split_rows)
     total = splits + (extra is not None)
@@ -273,7 +268,7 @@ def launch_low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tens
     t = x.new_empty((batch, rank), dtype=torch.float32)
     if y.numel() == 0 or x.shape[1] == 0 or rank == 0:
         return y.copy_(alpha * x) if alpha else y.zero_(), t.zero_()
-    tile, (factor, dense), partial = choose_tile(rank), _per_sample(U, batch), _project(x, V)
+    tile, (factor, dense), partial = tile_for(rank, TILES), _per_sample(U, batch), _project(x, V)
     n_tiles = ceil_div(n_out, tile.rows)
     with device_guard(x):
         _expand_kernel[(batch * n_tiles,)](
@@ -315,7 +310,7 @@ def launch_low_rank_backward(
         need_v = False
     if not (need_x or need_u or need_v):
         return dx, dU, dV
-    tile, (factor, dense) = choose_tile(rank), _per_sample(V, batch)
+    tile, (factor, dense) = tile_for(rank, TILES), _per_sample(V, batch)
     n_tiles = ceil_div(max(n_in, n_out), tile.rows)
     with device_guard(x):
         _low_rank_backward_kernel[(batch * n_tiles,)](

@@ -17,6 +17,7 @@ activation and coupling.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -24,11 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import power_of_two
-
 __all__ = [
-    *("DENSE", "DIAGONAL", "NO_MAPS", "N_CONSTANTS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
-    *("padded_half", "padded_hidden", "schema_of", "spec_of"),
+    *("DENSE", "DIAGONAL", "NO_MAPS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
+    *("padded_half", "padded_hidden", "schema_of", "spec_of", "specs_of"),
 ]
 
 NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
@@ -44,12 +43,12 @@ def map_parts(precision: str) -> int:
 
 def padded_half(features: int) -> int:
     """P: a power of two, at least the 16 that a product of operands sums over."""
-    return max(16, power_of_two((features + 1) // 2))
+    return padded_hidden((features + 1) // 2)
 
 
 def padded_hidden(hidden: int) -> int:
     """H: a power of two, at least 16."""
-    return max(16, power_of_two(hidden))
+    return 1 << max(hidden - 1, 15).bit_length()
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,17 @@ class StackLayout:
         halves = z.split(self.half, dim=1)
         return torch.cat([half[:, :size] for half, size in zip(halves, self.sizes, strict=True)], dim=1)
 
+    def core_matrix(self, core: Tensor) -> Tensor:
+        """The padded A of a Linearizer, [2 P, 2 P] or a diagonal [2 P]; core is a stack of one map, [1, A | 0]."""
+        width = 2 * self.half
+        values = core[0, :-width]
+        return values if values.shape[0] == width else values.view(width, width)
+
+    def apply_core(self, z: Tensor, core: Tensor) -> Tensor:
+        """A z for z [B, D]; of z's dtype."""
+        values, A = self.pad(z.to(core.dtype)), self.core_matrix(core)
+        return self.unpad(values * A if A.ndim == 1 else F.linear(values, A)).to(z.dtype)
+
     def n_layers(self, weights: Tensor) -> int:
         """L of weights [rows, row_size]."""
         return weights.shape[0] - self.head
@@ -173,22 +183,6 @@ class StackSpec(StackLayout):
         """The fields in their order: the raw op's arguments after its tensors."""
         return tuple([getattr(self, name) for name in _NAMES])
 
-    @property
-    def constexprs(self) -> dict[str, Any]:
-        """The kernels' constexpr arguments, but those of the tile, which two stacks of one launch share."""
-        return {
-            "N_LINEAR": self.n_linear, "MATRIX_SIZE": self.matrix_size, "MAP_OFFSET": self.map_offset,
-            "HALF": self.half, "HIDDEN": self.hidden, "PARTS": N_PARTS[self.precision],
-            "MAP_PARTS": map_parts(self.precision), "ACTIVATION": self.activation, "KIND": self.kind,
-            "SCALE_FIRST": self.scale_first,
-        }  # fmt: skip
-
-    @property
-    def own_constexprs(self) -> dict[str, int]:
-        """Those that each stack of one launch has its own of."""
-        own = {"MOVES_SECOND": self.moves_second, "MAPS": self.maps, "HEAD": self.head, "ROW_SIZE": self.row_size}
-        return {name: int(value) for name, value in own.items()}
-
     def steps(self, weights: Tensor) -> list[tuple[int | None, int]]:
         """(layer, or None for a map; row of the weights), in the order they run."""
         steps: list[tuple[int | None, int]] = [(None, 0)] if self.head else []
@@ -215,6 +209,11 @@ _NAMES = tuple([field.name for field in _FIELDS])
 N_CONSTANTS = len(_NAMES)
 # For launchers, which see the same constants again and again.
 spec_of = functools.lru_cache(256)(StackSpec)
+
+
+def specs_of(constants: Sequence[Any]) -> tuple[StackSpec, StackSpec]:
+    """The specs of g_x and of g_y's inverse from the constants of a Linearizer's raw op."""
+    return spec_of(*constants[:N_CONSTANTS]), spec_of(*constants[N_CONSTANTS:])
 
 
 def schema_of(suffix: str = "") -> str:

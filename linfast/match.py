@@ -24,8 +24,8 @@ from .kernels.stack_spec import StackSpec
 from .operators.base import LatentOperator
 from .operators.diagonal import Diagonal
 from .operators.low_rank import LowRank
-from .ops.coupling_stack import CouplingStack, stack_spec
-from .ops.linearizer_stack import PackedLinearizer, linearizer_path_of, pack_linearizer, run_packed
+from .ops.coupling_stack import CouplingStack
+from .ops.linearizer_stack import PackedLinearizer, pack_linearizer, run_packed
 
 __all__ = ["LinearizerLaunch", "Parts", "match_linearizer", "unwrap"]
 
@@ -113,12 +113,10 @@ def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, A
     f.g_y._check("x", x, None)  # of A x, which may have another number of features: dtype and device alone
     g_x = stack_x.weights(inverse=shared)
     g_y = g_x if shared else stack_y.weights(inverse=True)
-    if linearizer_path_of(x, g_x, core, g_y, precision) != "stack":
+    launch = pack_linearizer(x, g_x, core, g_y, precision, alpha)
+    if launch is None:
         return "g_x and g_y differ in more than their weights, or A is not square"
-    packed = pack_linearizer(x, g_x, core, g_y, precision, alpha)
-    spec_x = stack_spec(g_x, packed.g_x.layout, inverse=False, log_det=False, precision=precision)
-    spec_y = stack_spec(g_y, packed.g_y.layout, inverse=True, log_det=False, precision=precision)
-    return LinearizerLaunch(g_x, tile, packed, spec_x, spec_y)
+    return LinearizerLaunch(g_x, tile, *launch)
 
 
 def _in_parts(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Parts | None:

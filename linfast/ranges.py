@@ -15,11 +15,11 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 
-__all__ = ["in_range", "range_", "ranges"]
+__all__ = ["range_", "ranges"]
 
 _on = os.environ.get("LINFAST_RANGES", "0") == "1"
 _EMPTY = contextlib.nullcontext()
@@ -41,17 +41,6 @@ def range_(name: str, owner: object = None) -> contextlib.AbstractContextManager
     if not _on or torch.compiler.is_compiling():
         return _EMPTY
     return _marked(name if owner is None else f"{type(owner).__name__}.{name}")
-
-
-def in_range(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` inside a range of this name. For code that torch.compile does not trace, such as a launch."""
-
-    @functools.wraps(function)
-    def ranged(*arguments: Any) -> Any:
-        with range_(name):
-            return function(*arguments)
-
-    return ranged
 
 
 @contextlib.contextmanager

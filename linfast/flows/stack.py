@@ -72,7 +72,9 @@ def is_linear(layer: Any) -> bool:
 
 def leading(layers: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
     """The channel-linear layers in front, and the rest."""
-    count = next((i for i, layer in enumerate(layers) if not is_linear(layer)), len(layers))
+    count = 0
+    while count < len(layers) and is_linear(layers[count]):
+        count += 1
     return tuple(layers[:count]), layers[count:]
 
 

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from ..checks import check_tensor
 from ..dispatch import autocast_dtype, uses_triton
-from .register import RawOp, define_op
+from ..kernels.launch import with_channels
+from .register import RawOp, define_op, needed
 
 __all__ = [
     "channel_mix",
     "channel_mix_reference",
     "check_mix",
     "laid_out",
-    "mixed_like",
 ]
 
 
@@ -65,15 +65,8 @@ def channel_mix_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return out.reshape(x.shape[0], weight.shape[0], *x.shape[2:]).to(x.dtype)
 
 
-def mixed_like(x: Tensor, channels: int) -> Tensor:
-    """Fresh [B, channels, ...]; the layout is linfast.kernels.channel_mix.like's."""
-    if x.stride(1) == 1 and x.stride(-1) != 1:
-        return x.new_empty((x.shape[0], *x.shape[2:], channels)).movedim(-1, 1)
-    return x.new_empty((x.shape[0], channels, *x.shape[2:]))
-
-
 def laid_out(y: Tensor, x: Tensor) -> Tensor:
-    """y in the strides of ``mixed_like``; differentiable."""
+    """y in the strides of ``with_channels``; differentiable."""
     if x.stride(1) == 1 and x.stride(-1) != 1:
         return y.movedim(1, -1).contiguous().movedim(-1, 1)
     return y.contiguous()
@@ -84,14 +77,12 @@ def _raw_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return mixed_like(x, weight.shape[0])
+    return with_channels(x, weight.shape[0])
 
 
-def _fake_backward(x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        mixed_like(x, x.shape[1]) if needs[0] else x.new_empty(0),
-        weight.new_empty(weight.shape if needs[1] else 0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
+def _fake_backward(x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
+    return needed(
+        needs, with_channels(x, x.shape[1]), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
     )
 
 

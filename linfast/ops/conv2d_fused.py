@@ -19,7 +19,7 @@ means and standard deviations, and makes a again; dweight is a sum of fixed part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import autocast_dtype, chosen_backend, uses_triton
-from ..kernels.conv2d_configs import handed_over, image_like, n_row_tiles, runs_fused, tile_rows_of
-from ..kernels.launch import like
+from ..kernels.conv2d_configs import handed_over, n_row_tiles, runs_fused, tile_rows_of
+from ..kernels.launch import like, with_channels
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from .channel_mix import laid_out
 from .group_norm_silu import group_norm_silu, group_norm_silu_reference
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["conv2d_fused"]
 
@@ -59,7 +59,7 @@ def conv2d_fused(
     Args:
         x: [B, C_in, H, W], any strides; channels_last is the fast one.
         weight: [C_out, C_in, k, k], k odd.
-        bias: [C_out], or [B, C_out] for one a sample.
+        bias: [C_out], or [B, C_out] for one per sample.
         groups: of the norm before the convolution; 0 for none, and then no SiLU.
         norm_weight, norm_bias: [C_in], the norm's affine map; None is 1 and 0.
         eps: added to the norm's variance.
@@ -169,28 +169,19 @@ def _tiles(y: Tensor, groups: int) -> Tensor:
     return torch.stack((means, torch.stack(squares, 1)), 3)
 
 
-def _fake(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
+def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     residual, groups, next_groups = rest[3], rest[5], rest[9]
-    assert isinstance(groups, int)
-    assert isinstance(next_groups, int)
-    dtype = torch.promote_types(weight.dtype, residual.dtype) if isinstance(residual, Tensor) else weight.dtype
+    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
     sums = x.new_empty((x.shape[0], tiles, next_groups, 2), dtype=torch.float32)
-    return image_like(x, weight.shape[0], dtype), mean, rstd, sums
+    return with_channels(x, weight.shape[0], dtype), mean, rstd, sums
 
 
-def _fake_backward(x: Tensor, weight: Tensor, *rest: object) -> tuple[Tensor, ...]:
+def _fake_backward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs, grad, alpha = rest[-1], rest[5], rest[12]
-    assert isinstance(needs, Sequence)
-    assert isinstance(grad, Tensor)
-    assert isinstance(alpha, float | int)
-    none = x.new_empty(0, dtype=torch.float32)
-    parameters = (
-        torch.empty_like(t) if isinstance(t, Tensor) and need else none.clone()
-        for t, need in zip((weight, *rest[:3]), needs[1:5], strict=True)
-    )
-    return like(x) if needs[0] else none, *parameters, grad * alpha if needs[5] else none.clone(), none.clone()
+    parameters = [None if t is None else torch.empty_like(t) for t in (weight, *rest[:3])]
+    return needed(needs, like(x), *parameters, grad * alpha if needs[5] else None, None, absent=torch.float32)
 
 
 _TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"

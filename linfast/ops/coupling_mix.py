@@ -10,7 +10,7 @@ y [B, O, ...] of x's dtype, log_det [B].
     path
     one launch    on a GPU where C, O <= 128: x and params read once, y written once
     two ops       vectors [B, C] with C or O > 64, whose product is cuBLAS's: past about 20
-                  multiply-adds a byte the product and not the memory is what takes the time;
+                  multiply-adds per byte the product and not the memory is what takes the time;
                   C or O > 128; under autocast an x not yet of autocast's dtype
     plain torch   on a CPU and for float64
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import autocast_dtype, uses_triton
-from ..kernels.launch import like
+from ..kernels.launch import like, with_channels
 from ..scale_maps import ScaleMap
 from .affine_coupling import (
     COUPLING_SCHEMA,
@@ -40,14 +40,13 @@ from .channel_mix import (
     channel_mix_reference,
     check_mix,
     laid_out,
-    mixed_like,
 )
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["coupling_mix"]
 
 _WIDEST = 128  # all outputs in one program
-_WIDEST_VECTOR = 64  # 64 wide: 8192 multiply-adds on 768 bytes a row
+_WIDEST_VECTOR = 64  # 64 wide: 8192 multiply-adds on 768 bytes per row
 
 
 def coupling_mix(
@@ -109,17 +108,12 @@ def _raw_reference(
 
 
 def _fake(x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any) -> tuple[Tensor, Tensor]:
-    return mixed_like(x, weight.shape[0]), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
+    return with_channels(x, weight.shape[0]), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
 
 
-def _fake_backward(x: Tensor, params: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = rest[-1]
-    return (
-        mixed_like(x, x.shape[1]) if needs[0] else x.new_empty(0),
-        like(params) if needs[1] else params.new_empty(0),
-        weight.new_empty(weight.shape if needs[2] else 0),
-        weight.new_empty(weight.shape[0] if needs[3] else 0),
-    )
+def _fake_backward(x: Tensor, params: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    return needed(rest[-1], with_channels(x, x.shape[1]), like(params), dweight, dbias)
 
 
 _coupling_mix = define_op(

@@ -21,7 +21,6 @@ The backward keeps x and the weights and recomputes the rest, layer by layer. Pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
@@ -32,14 +31,13 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
 from ..dispatch import autocast_dtype, uses_triton, without_autocast
 from ..kernels.stack_configs import mode_on, stack_path, target_of
-from ..kernels.stack_spec import StackLayout, StackSpec, schema_of
+from ..kernels.stack_spec import DENSE, StackLayout, StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
-from ..scale_maps import ScaleMap
+from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .activations import ACTIVATION_NAMES, ACTIVATIONS
-from .affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
-from .register import RawOp, define_op
-from .stack_reference import stack_forward
-from .stack_weights import AffineMap, CouplingLayer, PackedStack, StackWeights, pack_stacks
+from .affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, couple, split_sizes
+from .register import RawOp, define_op, needed
+from .stack_weights import AffineMap, CouplingLayer, CouplingStack, PackedStack, StackWeights, pack_stacks
 
 __all__ = [
     "AffineMap",
@@ -49,25 +47,12 @@ __all__ = [
     "coupling_stack",
     "has_tile",
     "mlp_coupling",
-    "raw_backward",
     "raw_forward",
     "run_packed",
     "stack_spec",
 ]
 
 _SEQUENCES = (list, tuple, Sequence, nn.ParameterList)
-
-
-@dataclass(frozen=True)
-class CouplingStack:
-    """``coupling_stack``'s arguments for one network g."""
-
-    layers: Sequence[CouplingLayer]
-    activation: str
-    scale_map: ScaleMap
-    order: str = "shift_first"
-    moves: str = "first"
-    head: AffineMap | None = None
 
 
 def coupling_stack(
@@ -226,25 +211,44 @@ def _apply_map(x: Tensor, entry: AffineMap, inverse: bool) -> Tensor:
     return without_autocast(x.device.type, F.linear, x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
-def raw_forward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:
-    y, total = stack_forward(x, weights, operands, StackSpec(*constants))
-    return y, x.new_empty(0, dtype=torch.float32) if total is None else total
+def raw_forward(
+    x: Tensor, weights: Tensor, operands: Tensor, _map_operands: Tensor, *constants: Any
+) -> tuple[Tensor, Tensor]:
+    """The raw op in plain, differentiable torch: (y of x's dtype, log_det of the couplings; [0] if not asked for).
+
+    x [B, D] is held as z [B, 2 P], both halves padded with zeros. In "fast" the operands of the conditioner's
+    products are rounded as the kernel rounds them, and a gradient passes the rounding unchanged; the other modes'
+    rounding is fp32's, or is left to the kernel's budget.
+    """
+    spec = StackSpec(*constants)
+    z = spec.pad(x.to(weights.dtype))
+    scale_map = ScaleMap(SCALE_MAP_KINDS[spec.kind], spec.bound, spec.floor)
+    activation = ACTIVATIONS[ACTIVATION_NAMES[spec.activation]]
+    total = z.new_zeros(z.shape[0] if spec.log_det else 0)
+    for layer, row in spec.steps(weights):
+        matrices, biases, matrix, bias = spec.unpack(weights[row])
+        if layer is None:
+            z = (z @ matrix.mT if spec.maps == DENSE else z * matrix) + bias
+            continue
+        kept, moved = spec.halves(z, layer)
+        h = kept
+        for i, (W, b) in enumerate(zip(matrices, biases, strict=True)):
+            h = activation(h) if i else h
+            h = F.linear(_rounded(h, operands.dtype, spec), _rounded(W, operands.dtype, spec), b)
+        shift, raw = h.unflatten(1, (-1, 2)).unbind(2)
+        log_s = scale_map.log_scale(raw)
+        moved = couple(moved, shift, log_s, ORDERS[spec.scale_first], spec.inverse)
+        z = torch.cat((moved, kept) if spec.moves_first(layer) else (kept, moved), dim=1)
+        if spec.log_det:
+            part = log_s[:, : spec.moved_size(layer)].sum(1)
+            total = total - part if spec.inverse else total + part
+    return spec.unpad(z).to(x.dtype), total
 
 
-def raw_backward(
-    x: Tensor,
-    weights: Tensor,
-    operands: Tensor,
-    map_operands: Tensor,
-    grad: Tensor | None,
-    grad_log_det: Tensor | None,
-    *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *rest, _ = constants
-    outputs, vjp, *_ = torch.func.vjp(lambda *given: raw_forward(*given, operands, map_operands, *rest), x, weights)
-    given = zip(outputs, (grad, grad_log_det), strict=True)
-    dx, dweights = vjp(tuple([torch.zeros_like(y) if g is None else g.to(y.dtype) for y, g in given]))
-    return dx, dweights, operands.new_empty(0), map_operands.new_empty(0)
+def _rounded(tensor: Tensor, half: torch.dtype, spec: StackSpec) -> Tensor:
+    if spec.precision != "fast":
+        return tensor
+    return tensor + (tensor.to(half).to(tensor.dtype) - tensor).detach()
 
 
 def _fake(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any) -> Any:
@@ -252,8 +256,9 @@ def _fake(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *c
     return x.new_empty(x.shape), x.new_empty(n, dtype=torch.float32)
 
 
-def _fake_backward(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *rest: Any) -> Any:
-    return x.new_empty(x.shape), weights.new_empty(weights.shape), operands.new_empty(0), map_operands.new_empty(0)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    fresh = [tensor.new_empty(tensor.shape) for tensor in arguments[:4]]
+    return needed((True, True, False, False), *fresh)  # operands have no gradient
 
 
 _TENSORS = "Tensor x, Tensor weights, Tensor operands, Tensor map_operands"
@@ -268,7 +273,7 @@ _coupling_stack = define_op(
         f"coupling_stack_backward({_TENSORS}, Tensor? grad, Tensor? grad_log_det, {schema_of()}, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
-        raw_backward,
+        None,
         "coupling_stack_backward:launch_coupling_stack_backward",
     ),
     saves=lambda inputs, _: tuple(inputs[:4]),
@@ -280,10 +285,9 @@ def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> Non
     """TypeError or ValueError where a type, an option or a shape does not fit; of packed layers, the width."""
     check_tensor("x", x)
     check_kind("layers", g.layers, _SEQUENCES, "a sequence of CouplingLayers")
-    check_choice("activation", g.activation, ACTIVATION_NAMES)
+    for name, choices in (("activation", ACTIVATION_NAMES), ("order", ORDERS), ("moves", HALVES)):
+        check_choice(name, getattr(g, name), choices)
     check_kind("scale_map", g.scale_map, ScaleMap)
-    check_choice("order", g.order, ORDERS)
-    check_choice("moves", g.moves, HALVES)
     check_kind("head", g.head, (AffineMap, NoneType))
     check_kind("packed", packed, (PackedStack, NoneType))
     if x.ndim != 2 or x.shape[1] < 2:
@@ -295,30 +299,34 @@ def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> Non
             raise ValueError(f"packed is of {packed.layout.features} features and x is {tuple(x.shape)}")
         return
     sizes, first = split_sizes(x.shape[1]), HALVES.index(g.moves)
+    if g.head is not None:
+        _check_map("head", g.head, x)
     for i, layer in enumerate(g.layers):
-        moved = (first + i) % 2
-        check_kind(f"layers[{i}]", layer, CouplingLayer)
+        name, moved = f"layers[{i}]", (first + i) % 2
+        check_kind(name, layer, CouplingLayer)
         for part in ("weights", "biases"):
-            check_kind(f"layers[{i}].{part}", getattr(layer, part), _SEQUENCES, "a sequence of tensors")
-        _check_layer(f"layers[{i}]", layer, len(g.layers[0].weights), sizes[1 - moved], 2 * sizes[moved], x)
-    for name, entry in (("head", g.head), *((f"layers[{i}].map", layer.map) for i, layer in enumerate(g.layers))):
-        if entry is None:
+            check_kind(f"{name}.{part}", getattr(layer, part), _SEQUENCES, "a sequence of tensors")
+        _check_layer(name, layer, len(g.layers[0].weights), sizes[1 - moved], 2 * sizes[moved], x)
+        if layer.map is not None:
+            _check_map(f"{name}.map", layer.map, x)
+
+
+def _check_map(name: str, entry: AffineMap, x: Tensor) -> None:
+    check_kind(name, entry, AffineMap)
+    D = x.shape[1]
+    for field, shapes in (("weight", ((D,), (D, D))), ("bias", ((D,),)), ("inverse", None)):
+        tensor = getattr(entry, field)
+        if tensor is None and field != "weight":
             continue
-        D = x.shape[1]
-        check_kind(name, entry, AffineMap)
-        check_tensor(f"{name}.weight", entry.weight, x)
-        if entry.bias is not None:
-            check_tensor(f"{name}.bias", entry.bias, x)
-        if entry.log_det is not None:
-            check_factor(f"{name}.log_det", entry.log_det, x)
-        if entry.inverse is not None:
-            check_tensor(f"{name}.inverse", entry.inverse, x)
-            if entry.inverse.shape != entry.weight.shape:
-                wanted, got = tuple(entry.weight.shape), tuple(entry.inverse.shape)
-                raise ValueError(f"{name}.inverse must be {wanted}, as its weight; got {got}")
-        if entry.weight.shape not in ((D,), (D, D)) or (entry.bias is not None and entry.bias.shape != (D,)):
-            shapes = tuple(entry.weight.shape), None if entry.bias is None else tuple(entry.bias.shape)
-            raise ValueError(f"{name} must have weight [{D}] or [{D}, {D}] and bias [{D}] or None; got {shapes}")
+        check_tensor(f"{name}.{field}", tensor, x)
+        shapes = (tuple(entry.weight.shape),) if shapes is None else shapes
+        if tensor.shape not in shapes:
+            raise ValueError(
+                f"{name}.{field} must be {' or '.join(map(str, shapes))} for x {tuple(x.shape)}; "
+                f"got {tuple(tensor.shape)}"
+            )
+    if entry.log_det is not None:
+        check_factor(f"{name}.log_det", entry.log_det, x)
 
 
 def _check_layer(name: str, layer: CouplingLayer, n_linear: int, n_in: int, n_out: int, x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Depthwise correlation with zero padding "same": a k x k kernel a channel, shared or one a sample.
+"""Depthwise correlation with zero padding "same": a k x k kernel per channel, shared or per sample.
 
     y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w],  l = (k - 1) // 2
 
@@ -13,7 +13,7 @@ kernel forward and two backward (linfast.kernels.depthwise_conv), which keep x a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..checks import check_flag, check_tensor
 from ..dispatch import uses_triton
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["depthwise_conv"]
 
@@ -31,7 +31,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, *, transpose: bool = False) -> Ten
 
     Args:
         x: [B, C, H, W].
-        weight: [C, kh, kw], or [B, C, kh, kw] for one set of kernels a sample.
+        weight: [C, kh, kw], or [B, C, kh, kw] for one set of kernels per sample.
         transpose: apply the transposed linear map.
 
     Raises:
@@ -72,11 +72,8 @@ def _fake(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-def _fake_backward(
-    x: Tensor, weight: Tensor, grad: Tensor, transpose: bool, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    dx, dweight = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(x) if needs[0] else dx, weight.new_empty(weight.shape) if needs[1] else dweight
+def _fake_backward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return needed(rest[-1], torch.empty_like(x), weight.new_empty(weight.shape), absent=torch.float32)
 
 
 _depthwise_conv = define_op(

@@ -15,7 +15,7 @@ the standard deviations.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import uses_triton
 from ..kernels.launch import like
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["group_norm_silu"]
 
@@ -123,19 +123,14 @@ def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
     return mean, ((grouped - mean).square().mean((2, 3), keepdim=True) + eps).rsqrt()
 
 
-def _fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    groups = rest[4]
-    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))  # type: ignore[arg-type]
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty((x.shape[0], rest[4]), dtype=torch.float32) for _ in range(2))
     return like(x), mean, rstd
 
 
-def _fake_backward(x: Tensor, *rest: object) -> tuple[Tensor, ...]:
-    needs: Sequence[bool] = rest[-1]  # type: ignore[assignment]
-    parameters = (
-        t.new_empty(t.shape) if isinstance(t, Tensor) and need else x.new_empty(0, dtype=torch.float32)
-        for t, need in zip(rest[:4], needs[1:], strict=True)
-    )
-    return (like(x) if needs[0] else x.new_empty(0, dtype=torch.float32), *parameters)
+def _fake_backward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    parameters = [None if t is None else t.new_empty(t.shape) for t in rest[:4]]
+    return needed(rest[-1], like(x), *parameters, absent=torch.float32)
 
 
 _TENSORS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"

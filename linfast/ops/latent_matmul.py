@@ -1,12 +1,12 @@
 """Latent product: y_b = A_b z_b for column vectors kept as rows, y = z @ A.mT; optionally + alpha z + bias.
 
-Shapes: z [B, n_in], A [n_out, n_in] shared, [B, n_out, n_in] one a sample, or with
+Shapes: z [B, n_in], A [n_out, n_in] shared, [B, n_out, n_in] one per sample, or with
 index [B] a bank [K, n_out, n_in] of which row b picks A[index[b]]; y [B, n_out].
 
 | A                | runs                                                                              |
 |------------------|-----------------------------------------------------------------------------------|
 | one              | F.linear: cuBLAS or MKL, which no kernel beats                                    |
-| one a sample     | bmm: reading A once is all the time there is                                      |
+| one per sample   | bmm: reading A once is all the time there is                                      |
 | a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
 |                  | on a CPU and for float64, rows sorted by operator, one product each               |
 
@@ -19,13 +19,15 @@ would break torch.compile(fullgraph=True).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_dense, check_factor, check_tensor
 from ..dispatch import interpreting, uses_triton
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["latent_matmul"]
 
@@ -42,7 +44,7 @@ def latent_matmul(
 
     Args:
         z: [B, n_in].
-        A: [n_out, n_in]; [B, n_out, n_in] for one operator a sample; [K, n_out, n_in] with ``index``.
+        A: [n_out, n_in]; [B, n_out, n_in] for one operator per sample; [K, n_out, n_in] with ``index``.
         index: [B] int64, the operator of each row. On a GPU it is not read by the host: a row
             whose index is not in [0, K) comes out NaN, and adds nothing to A's gradient.
         alpha: a number or a 0-d tensor; n_out = n_in unless it is the number 0.
@@ -60,9 +62,11 @@ def latent_matmul(
         given = {"alpha": alpha, "bias": None if bias is None else bias.to(wide)}
         return latent_matmul(z.to(wide), A.to(wide), index, **given).to(z.dtype)  # type: ignore[arg-type]
     number = 0.0 if isinstance(alpha, Tensor) else float(alpha)
-    if index is None:
-        y = F.linear(z, A, bias) if A.ndim == 2 else torch.einsum("bn,bmn->bm", z, A)
-        y = _add(y, z, bias if A.ndim == 3 else None, number)
+    if index is None and A.ndim == 2:
+        y = F.linear(z, A, bias)
+        y = y + number * z if number else y
+    elif index is None:
+        y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
     elif _is_one_op(z, A):
         y = _bank(z, A, index, bias, number)
     else:
@@ -76,7 +80,7 @@ def _is_one_op(z: Tensor, A: Tensor) -> bool:
 
 
 def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:
-    """``latent_matmul`` of a bank in plain torch: one product an operator, A read in place."""
+    """``latent_matmul`` of a bank in plain torch: one product per operator, A read in place."""
     if z.shape[0] == 0:
         return _add(z @ A.sum(0).mT, z, bias, alpha)  # no rows; still a function of all of them
     if _is_batched(index):
@@ -147,12 +151,8 @@ def _fake(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float
     return z.new_empty(z.shape[0], A.shape[1])
 
 
-def _fake_backward(
-    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shapes = zip((z.shape, A.shape, (0,), A.shape[1:2]), needs, strict=True)
-    dz, dA, nothing, dbias = (z.new_empty(shape if need else (0,)) for shape, need in shapes)
-    return dz, dA, nothing, dbias
+def _fake_backward(z: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return needed(rest[-1], *[z.new_empty(shape) for shape in (z.shape, A.shape, (0,), A.shape[1:2])])
 
 
 _bank = define_op(
@@ -177,7 +177,9 @@ _bank = define_op(
 def _check(z: Tensor, A: Tensor, index: Tensor | None, alpha: float | Tensor, bias: Tensor | None) -> None:
     check_tensor("z", z)
     check_tensor("A", A, z, "z")
-    check_factor("alpha", alpha, z, "z")
+    is_zero = type(alpha) in (int, float) and alpha == 0
+    if not is_zero:
+        check_factor("alpha", alpha, z, "z")
     if z.ndim != 2 or A.ndim not in (2, 3) or A.shape[-1] != z.shape[1]:
         raise ValueError(
             f"z must be [B, n_in] and A [..., n_out, n_in]; got z {tuple(z.shape)} and A {tuple(A.shape)}"
@@ -195,8 +197,7 @@ def _check(z: Tensor, A: Tensor, index: Tensor | None, alpha: float | Tensor, bi
         raise ValueError(
             f"A has {A.shape[0]} operators for {z.shape[0]} rows of z, and no index says which is whose"
         )
-    plain = isinstance(alpha, (int, float)) and alpha == 0
-    if not plain and A.shape[-2] != A.shape[-1]:
+    if not is_zero and A.shape[-2] != A.shape[-1]:
         raise ValueError(f"alpha must be 0 unless A is square; got A {tuple(A.shape)}")
     if bias is not None:
         check_tensor("bias", bias, z, "z")

@@ -17,18 +17,16 @@ from torch import Tensor
 
 from ..checks import check_kind, check_number, check_tensor
 from ..dispatch import uses_triton
-from ..kernels.linearizer_chain import apply_core, linearizer_backward, specs_of
 from ..kernels.stack_configs import mode_on, target_of
-from ..kernels.stack_spec import StackSpec, schema_of
+from ..kernels.stack_spec import StackSpec, schema_of, specs_of
 from ..precision import half_dtype, resolve_precision
-from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_backward, raw_forward, stack_spec
-from .register import RawOp, define_op
+from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_forward, stack_spec
+from .register import RawOp, define_op, needed
 from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
 __all__ = [
     "CouplingStack",
     "PackedLinearizer",
-    "linearizer_path_of",
     "linearizer_stack",
     "pack_linearizer",
     "run_packed",
@@ -62,7 +60,7 @@ def linearizer_stack(
         A: [D_y, D], or a diagonal [D].
         alpha: a number; alpha I + U V^T is so one product, U V^T, and no launch for alpha. 0 unless A is square.
         precision: as for ``coupling_stack``.
-        packed: ``pack_linearizer`` of these, where the weights are promised still.
+        packed: the weights as ``pack_linearizer`` gives them, where they are promised still.
 
     Raises:
         TypeError: an argument of another type.
@@ -88,29 +86,48 @@ def linearizer_stack(
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name} for A {tuple(A.shape)}: {error}") from None
     precision = mode_on(target_of(x), resolve_precision(x, precision))
-    if linearizer_path_of(x, g_x, A, g_y, precision) != "stack":
+    launch = pack_linearizer(x, g_x, A, g_y, precision, alpha, packed)
+    if launch is None:
         return _one_after_another(x, g_x, A, g_y, alpha, precision)
-    if packed is None:
-        packed = pack_linearizer(x, g_x, A, g_y, precision, alpha)
-    spec_x = stack_spec(g_x, packed.g_x.layout, inverse=False, log_det=False, precision=precision)
-    spec_y = stack_spec(g_y, packed.g_y.layout, inverse=True, log_det=False, precision=precision)
-    return run_packed(x, packed, spec_x, spec_y)
+    return run_packed(x, *launch)
 
 
 def pack_linearizer(
-    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str, alpha: float = 0.0
-) -> PackedLinearizer:
-    """Both stacks and alpha I + A for inputs such as x; alpha is 0 where A is a diagonal.
+    x: Tensor,
+    g_x: CouplingStack,
+    A: Tensor,
+    g_y: CouplingStack,
+    precision: str,
+    alpha: float = 0.0,
+    packed: PackedLinearizer | None = None,
+) -> tuple[PackedLinearizer, StackSpec, StackSpec] | None:
+    """What the one launch for inputs such as x needs: weights, g_x's spec and that of g_y's inverse.
 
-    A stack without maps that is both g_x and g_y is packed once; not so under torch.compile, since Dynamo takes
-    no function that is given one tensor twice.
+    None where there is no such launch: no kernels run, A is not square, the stacks differ in more than their
+    weights and maps, or they fit no tile. ``alpha`` is 0 where A is a diagonal. A stack without maps that is both
+    g_x and g_y is packed once; not so under torch.compile, since Dynamo takes no function that is given one tensor
+    twice.
     """
+    if A.shape[0] != x.shape[1] or (g_x.activation, g_x.scale_map.kind, g_x.order) != (
+        g_y.activation, g_y.scale_map.kind, g_y.order
+    ):  # fmt: skip
+        return None
+    if not uses_triton(x, A, *g_x.layers[0].weights, *g_y.layers[0].weights):
+        return None
     D = x.shape[1]
     stacks = [StackWeights(g_x.layers, D, g_x.head), StackWeights((), D, AffineMap(A), shift=alpha)]
     if g_y is not g_x or stacks[0].layout.maps or torch.compiler.is_compiling():
         stacks.append(StackWeights(g_y.layers, D, g_y.head, inverse=True))
-    packed_x, core, *packed_y = pack_stacks(stacks, precision, half_dtype(x))
-    return PackedLinearizer(packed_x, core, packed_y[0] if packed_y else packed_x)
+    layout_x, layout_y = stacks[0].layout, stacks[-1 if len(stacks) == 3 else 0].layout
+    if (layout_x.n_linear, layout_x.hidden) != (layout_y.n_linear, layout_y.hidden):
+        return None
+    if not has_tile(x, layout_x, max(layout_x.maps, layout_y.maps), precision, linearizer=True):
+        return None
+    if packed is None:
+        packed_x, core, *packed_y = pack_stacks(stacks, precision, half_dtype(x))
+        packed = PackedLinearizer(packed_x, core, packed_y[0] if packed_y else packed_x)
+    spec_x = stack_spec(g_x, layout_x, inverse=False, log_det=False, precision=precision)
+    return packed, spec_x, stack_spec(g_y, layout_y, inverse=True, log_det=False, precision=precision)
 
 
 def run_packed(x: Tensor, packed: PackedLinearizer, spec_x: StackSpec, spec_y: StackSpec) -> Tensor:
@@ -118,18 +135,6 @@ def run_packed(x: Tensor, packed: PackedLinearizer, spec_x: StackSpec, spec_y: S
     core, core_operands = packed.A.weights, packed.A.map_operands
     tensors = (x, *packed.g_x.tensors, core, core_operands, *packed.g_y.tensors)
     return _linearizer_stack(*tensors, *spec_x.constants, *spec_y.constants)
-
-
-def linearizer_path_of(x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str) -> str:
-    """ "stack" for one launch; else "layers": the three parts one after another, each on its own path."""
-    layout_x, layout_y = [StackWeights(g.layers, x.shape[1], g.head).layout for g in (g_x, g_y)]
-    same = (g_x.activation, g_x.scale_map.kind, g_x.order) == (g_y.activation, g_y.scale_map.kind, g_y.order)
-    sizes_x, sizes_y = (layout_x.n_linear, layout_x.hidden), (layout_y.n_linear, layout_y.hidden)
-    if not (same and sizes_x == sizes_y and A.shape[0] == x.shape[1]):
-        return "layers"
-    on_gpu = uses_triton(x, A, *g_x.layers[0].weights, *g_y.layers[0].weights)
-    fits = on_gpu and has_tile(x, layout_x, max(layout_x.maps, layout_y.maps), precision, linearizer=True)
-    return "stack" if fits else "layers"
 
 
 def _one_after_another(
@@ -154,21 +159,16 @@ def _run(x: Tensor, g: CouplingStack, inverse: bool, precision: str) -> Tensor:
 def _raw_linearizer(x: Tensor, *rest: Any) -> Tensor:
     stack_x, core, stack_y, (spec_x, spec_y) = rest[:3], rest[3], rest[5:8], specs_of(rest[8:])
     z = raw_forward(x.to(core.dtype), *stack_x, *spec_x.constants)[0]  # z and w stay as wide as the weights
-    return raw_forward(apply_core(z, core, spec_x), *stack_y, *spec_y.constants)[0].to(x.dtype)
-
-
-def _raw_linearizer_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return linearizer_backward(raw_forward, raw_backward, *arguments)
+    return raw_forward(spec_x.apply_core(z, core), *stack_y, *spec_y.constants)[0].to(x.dtype)
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_backward(x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-    wanted = (True, True, False, False, True, False, True, False, False)
-    pairs = zip((x, *tensors[:8]), wanted, strict=True)
-    return tuple(tensor.new_empty(tensor.shape if want else 0) for tensor, want in pairs)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    has_gradient = (True, True, False, False, True, False, True, False, False)  # operands have none
+    return needed(has_gradient, *[tensor.new_empty(tensor.shape) for tensor in arguments[:9]])
 
 
 _STACKS = (
@@ -187,7 +187,7 @@ _linearizer_stack = define_op(
         f"linearizer_stack_backward({_STACKS}, Tensor grad, {_CONSTANTS}, bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
-        _raw_linearizer_backward,
+        None,
         "linearizer_stack:launch_linearizer_stack_backward",
     ),
     saves=lambda inputs, _: tuple(inputs[:9]),

@@ -1,12 +1,12 @@
 """Low-rank product: y = alpha x + U (V^T x), in O(N r) and never through an N x N matrix.
 
-Shapes: x [B, N], U and V [N, r] shared or [B, N, r] one pair a sample, y [B, N].
+Shapes: x [B, N], U and V [N, r] shared or [B, N, r] one pair per sample, y [B, N].
 With alpha = 0 U and V may have different N: U [M, r], V [N, r], y [B, M].
 
 | U, V                       | runs                                                                        |
 |----------------------------|-----------------------------------------------------------------------------|
 | both shared by the batch   | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel does better         |
-| one or both, one a sample  | on a GPU linfast.kernels.low_rank, fused; a shared factor's gradient by mm  |
+| one or both per sample     | on a GPU linfast.kernels.low_rank, fused; a shared factor's gradient by mm  |
 | on a CPU, float64, mixed dtypes | plain torch, the same order of products                                |
 
 alpha the number is added inside the kernel. alpha a tensor is added outside, in plain torch:
@@ -17,13 +17,14 @@ Inductor fuses, and the pass over x and y is 3 / (2 r + 2) of the factors' traff
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_factor, check_tensor
 from ..dispatch import uses_triton
-from .register import RawOp, define_op
+from .register import RawOp, define_op, needed
 
 __all__ = ["low_rank"]
 
@@ -106,18 +107,8 @@ def _fake(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tensor, Tensor
     return x.new_empty(x.shape[0], U.shape[-2]), x.new_empty(x.shape[0], V.shape[-1], dtype=compute)
 
 
-def _fake_backward(
-    x: Tensor,
-    U: Tensor,
-    V: Tensor,
-    t: Tensor,
-    grad: Tensor | None,
-    grad_t: Tensor | None,
-    alpha: float,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dU, dV = (z.new_empty(z.shape if need else (0,)) for z, need in zip((x, U, V), needs, strict=True))
-    return dx, dU, dV
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    return needed(arguments[-1], *[tensor.new_empty(tensor.shape) for tensor in arguments[:3]])
 
 
 _low_rank = define_op(

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..dispatch import interpreting, refuse_kernel, without_autocast
-from ..ranges import in_range
+from ..ranges import range_
 
-__all__ = ["RAW_OPS", "RawOp", "define_op"]
+__all__ = ["RAW_OPS", "RawOp", "define_op", "needed"]
 
 RAW_OPS: dict[str, RawOp] = {}
 """Every raw op by name."""
@@ -54,7 +54,7 @@ class RawOp:
     reference: Any  # Callable[..., Any] | None
     launch: str
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         return self.schema.partition("(")[0]
 
@@ -67,20 +67,19 @@ class RawOp:
         """Register it as torch.ops.linfast.<name> and return that."""
         RAW_OPS[self.name] = self
         _LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.name, in_range(self.name, self._on_gpu), "CUDA")
-        _LIBRARY.impl(self.name, in_range(self.name, self._on_cpu), "CPU")
+        for device in ("cuda", "cpu"):
+            _LIBRARY.impl(self.name, functools.partial(self._run, device), device.upper())
         torch.library.register_fake(f"linfast::{self.name}", self.fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
 
-    def _launched(self, *arguments: Any) -> Any:
-        refuse_kernel(self.name)
-        return _launcher(self.launch)(*arguments)
-
-    def _on_gpu(self, *arguments: Any) -> Any:
-        return without_autocast("cuda", self._launched, *arguments)
-
-    def _on_cpu(self, *arguments: Any) -> Any:
-        return without_autocast("cpu", self._launched if interpreting() else self.reference, *arguments)
+    def _run(self, device: str, *arguments: Any) -> Any:
+        """The kernel on a GPU and under Triton's interpreter, the reference elsewhere."""
+        function = self.reference
+        if device == "cuda" or interpreting():
+            refuse_kernel(self.name)
+            function = _launcher(self.launch)
+        with range_(self.name):
+            return without_autocast(device, function, *arguments)
 
 
 @functools.cache
@@ -149,6 +148,15 @@ def define_op(
         return run(*inputs)
 
     return call
+
+
+def needed(needs: Sequence[bool], *fresh: Tensor | None, absent: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """What the fake of a backward returns: each fresh gradient that is needed; else [0], of dtype ``absent``."""
+    like = next(tensor for tensor in fresh if tensor is not None)
+    return tuple([
+        tensor if need and tensor is not None else (like if tensor is None else tensor).new_empty(0, dtype=absent)
+        for tensor, need in zip(fresh, needs, strict=True)
+    ])  # fmt: skip
 
 
 def _is_differentiated(tensors: Sequence[Tensor | None]) -> bool:

@@ -24,9 +24,18 @@ from ..dispatch import without_autocast
 from ..kernels.pack_table import ONE, SHIFT, SHIFTED, layouts_of, pack_table, packing_gradient
 from ..kernels.stack_spec import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
 from ..linalg import inverse_or_nan
+from ..scale_maps import ScaleMap
 from .register import RawOp, define_op
 
-__all__ = ["AffineMap", "CouplingLayer", "PackedStack", "StackWeights", "pack_stack", "pack_stacks"]
+__all__ = [
+    "AffineMap",
+    "CouplingLayer",
+    "CouplingStack",
+    "PackedStack",
+    "StackWeights",
+    "pack_stack",
+    "pack_stacks",
+]
 
 
 class AffineMap(NamedTuple):
@@ -80,6 +89,18 @@ class CouplingLayer(NamedTuple):
     biases: Sequence[Tensor | None]
     layout: str = "halves"
     map: AffineMap | None = None
+
+
+@dataclass(frozen=True)
+class CouplingStack:
+    """``coupling_stack``'s arguments for one network g."""
+
+    layers: Sequence[CouplingLayer]
+    activation: str
+    scale_map: ScaleMap
+    order: str = "shift_first"
+    moves: str = "first"
+    head: AffineMap | None = None
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def as_on_gpu(target: str) -> Iterator[None]:
     choices: dict[str, Any] = {
         "linfast.precision.interpreting": lambda: False,
         "linfast.kernels.stack_configs._target": _constant(target),
-        "linfast.kernels.stack_pass.StackPass.part_dtype": property(lambda self: torch.bfloat16),
+        "linfast.kernels.coupling_stack_backward.StackPass.part_dtype": property(lambda self: torch.bfloat16),
     }
     choices["linfast.kernels.coupling_stack.activation_form"] = _activation_form
     for module in ("conv2d_fused", "conv2d_fused_backward"):

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 ASKS_FOR_A_GPU = {
     ("launch", "device_guard"), ("latent_matmul", "_check_index"), ("coupling_stack", "activation_form"),
     ("coupling_stack_backward", "launch_coupling_stack_backward"),
-    ("conv2d_fused", "silu_form"), ("stack_pass", "part_dtype"),
+    ("conv2d_fused", "silu_form"), ("coupling_stack_backward", "part_dtype"),
 }  # fmt: skip
 
 

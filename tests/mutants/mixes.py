@@ -79,7 +79,7 @@ MUTANTS = (
     Mutant(
         name="coupling_mix backward: dW reads the buffer that dx was written to",
         file="kernels/coupling_mix_backward.py",
-        old="u = mixed_like(x, x.shape[1]) if needs_weight else dx",
+        old="u = with_channels(x, x.shape[1]) if needs_weight else dx",
         new="u = dx",
         breaks="The coupled x that dW needs is never kept apart from dx.",
         tests=(f"{_BOTH}::test_every_shape_and_layout",),

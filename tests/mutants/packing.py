@@ -82,7 +82,7 @@ MUTANTS = (
     ),
     Mutant(
         name="linearizer_stack backward: dA is transposed",
-        file="kernels/linearizer_chain.py",
+        file="kernels/linearizer_stack.py",
         old="(padded_dw.mT @ padded_z).flatten()",
         new="(padded_z.mT @ padded_dw).flatten()",
         breaks="The operator is given its transpose's gradient.",
@@ -90,7 +90,7 @@ MUTANTS = (
     ),
     Mutant(
         name="linearizer_stack backward: g_x and g_y are given each other's gradients",
-        file="kernels/linearizer_chain.py",
+        file="kernels/linearizer_stack.py",
         old="return dx.to(dtype), dweights_x, *none_x, dcore, core_operands.new_empty(0), dweights_y, *none_y",
         new="return dx.to(dtype), dweights_y, *none_x, dcore, core_operands.new_empty(0), dweights_x, *none_y",
         breaks="Of two networks of one size each learns what the other should.",

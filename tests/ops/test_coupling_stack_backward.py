@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from linfast.bench.rounding import N_PARTS
 from linfast.kernels import coupling_stack_backward as backward
-from linfast.kernels import row_products, stack_pass
+from linfast.kernels import row_products
+from linfast.kernels.coupling_stack_backward import Scratch, StackPass
 from linfast.kernels.row_products import ADD, MULTIPLY, SET, Mode, launch_linear, launch_outer, n_splits
-from linfast.kernels.stack_pass import Scratch, StackPass
 from linfast.kernels.stack_spec import StackSpec
 from torch import Tensor
 
 import linfast as lf
 from linfast.ops import CouplingLayer, coupling_stack
 from linfast.ops.activations import ACTIVATION_NAMES, ACTIVATIONS, derivative
-from linfast.ops.coupling_stack import raw_backward
+from linfast.ops.register import RAW_OPS
 from linfast.ops.stack_weights import PackedStack, pack_stack
 from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import ScaleMap
@@ -211,7 +211,7 @@ def test_one_output_alone(cotangents: tuple[bool, bool]) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("maps", ["dense", *long("diagonal")])
 def test_runs_of_rows_and_splits_add_up(precision: str, maps: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack_pass, "ROWS_AT_A_TIME", 96)
+    monkeypatch.setattr(backward, "ROWS_AT_A_TIME", 96)
     monkeypatch.setattr(row_products, "ROWS_A_SPLIT", 40)
     layers = random_layers(6, (16,), 2, maps=maps)
     inputs = [t.requires_grad_() for t in (_randn(150, 6), *leaves(layers))]
@@ -221,7 +221,8 @@ def test_runs_of_rows_and_splits_add_up(precision: str, maps: str, monkeypatch: 
 def _launch(x: Tensor, packed: PackedStack, grad: Tensor | None, grad_log_det: Tensor | None, needs, **options):
     arguments = (x, *packed.tensors, grad, grad_log_det)
     rest = (*_spec(packed, **options).constants, [*needs, False, False])
-    reference = raw_backward(*(t.double() if torch.is_tensor(t) else t for t in arguments), *rest)
+    wide = [t.double() if torch.is_tensor(t) else t for t in arguments]
+    reference = RAW_OPS["coupling_stack_backward"].reference(*wide, *rest)
     return backward.launch_coupling_stack_backward(*arguments, *rest)[:2], reference[:2]
 
 
@@ -273,10 +274,10 @@ def test_the_same_input_gives_the_same_bits(precision: str, monkeypatch: pytest.
 def test_scratch_does_not_grow_with_the_batch() -> None:
     deep = _packed(random_layers(64, (128, 128), 64), 64, "exact")
     shallow = _packed(random_layers(64, (128, 128), 4), 64, "exact")
-    assert _stack(shallow).rows_at_a_time() == stack_pass.ROWS_AT_A_TIME
+    assert _stack(shallow).rows_at_a_time() == backward.ROWS_AT_A_TIME
     rows = _stack(deep).rows_at_a_time()
-    assert stack_pass._FEWEST_ROWS < rows < stack_pass.ROWS_AT_A_TIME
-    assert rows * 64 * 4 * 64 < stack_pass.SCRATCH_BYTES
+    assert backward._FEWEST_ROWS < rows < backward.ROWS_AT_A_TIME
+    assert rows * 64 * 4 * 64 < backward.SCRATCH_BYTES
 
 
 def test_half_precision_gradients_are_those_of_the_state_in_fp32() -> None:
@@ -293,7 +294,7 @@ def test_runs_kernels_and_not_the_reference(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: object) -> None:
         raise AssertionError("the reference ran")
 
-    monkeypatch.setattr(sys.modules["linfast.ops.coupling_stack"], "stack_forward", refuse)
+    monkeypatch.setattr(sys.modules["linfast.ops.coupling_stack"], "couple", refuse)
     layers, x = random_layers(6, (16,), 1), _randn(9, 6).requires_grad_()
     with lf.backend("triton"):
         y, _ = coupling_stack(x, layers, activation="silu", scale_map=ScaleMap(), precision="exact")

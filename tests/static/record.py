@@ -30,6 +30,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import JITFunction, driver
 
 import linfast as lf
+from linfast import dispatch
 from linfast.ops import register
 
 TARGETS = {
@@ -121,6 +122,7 @@ def on(target: str, call: str = "") -> Iterator[list[Launch]]:
         mock.patch.object(stack_configs, "_target", return_value=name),
         lf.backend("triton"),
         # so that tensors on a CPU reach the launchers
+        mock.patch.object(dispatch, "interpreting", return_value=True),
         mock.patch.object(register, "interpreting", return_value=True),
         mock.patch.object(torch.Tensor, "is_cuda", True),
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
