@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.dispatch import plain_torch
 from linfast.precision import full_precision
 from linfast.tables import aligned
 
@@ -35,6 +34,7 @@ from .arguments import default_device, device_from
 from .cases.common import perturb
 from .environment import describe
 from .library_models import LIBRARIES, Run
+from .moved import plain_torch
 from .rounding import relative_error
 from .timing import ratio, time_interleaved
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linfast.dispatch import plain_torch
+from .moved import plain_torch
 
 __all__ = [
     *("DRAWS", "N_PARTS", "Rounding", "allowed_error", "allowed_errors", "drawn", "operand_rounding"),

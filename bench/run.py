@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from linfast._command import refuse_existing
 from .arguments import parser
 from .cases import CASES
 from .environment import Environment, ceilings, describe, free_bytes
-from .harness import Case, Options, Result, Size, UsageError, check, measure
+from .harness import Case, Options, Result, Size, UsageError, measure
 from .report import json_line, table
 
 __all__ = ["main", "sizes", "too_large"]
@@ -75,31 +76,25 @@ def too_large(size: Size, measured: Sequence[Result], limit: float, device: torc
         limit: seconds that the least number of calls of all providers may take.
     """
     timed = [(_growth(result.size, size), result) for result in measured if result.p50_ms is not None]
-    smaller = [(growth, result) for growth, result in timed if growth is not None]
-    nearest = min((growth for growth, _ in smaller), default=0.0)
-    at = [result for growth, result in smaller if growth == nearest]
+    nearest = min((growth for growth, _ in timed), default=math.inf)
+    if nearest == math.inf:
+        return None
+    at = [result for growth, result in timed if growth == nearest]
     seconds = 1e-3 * nearest * _CALLS * sum(result.p50_ms or 0.0 for result in at)
-    peak = nearest * max((result.peak_bytes or 0 for result in at), default=0)
+    peak = nearest * max(result.peak_bytes or 0 for result in at)
     if seconds > limit:
         return f"about {seconds:.0f} s, over the limit of {limit:.0f}"
     return f"about {peak / 2**30:.1f} GiB per call" if peak > _MEMORY_SHARE * free_bytes(device) else None
 
 
-def _growth(small: Size, large: Size) -> float | None:
-    """How many times larger; None where it is not larger."""
-    if small.keys() != large.keys():
-        return None
-    growth = 1.0
-    for key, value in large.items():
-        before = small[key]
-        if isinstance(value, str) or isinstance(before, str):
-            if value != before:
-                return None
-        elif value < before:
-            return None
-        elif value != before:
-            growth *= value / max(before, 1)
-    return growth
+def _growth(small: Size, large: Size) -> float:
+    """How many times larger; infinite where it is not larger."""
+    pairs = [(small.get(key), value) for key, value in large.items()]
+    words = all(before == value for before, value in pairs if isinstance(value, str))
+    numbers = [(before, value) for before, value in pairs if isinstance(before, int) and isinstance(value, int)]
+    if not words or any(before > value for before, value in numbers):
+        return math.inf
+    return math.prod(1.0 if before == value else value / max(before, 1) for before, value in numbers)
 
 
 def _run(args: argparse.Namespace, plots: str | None) -> int:
@@ -127,7 +122,7 @@ def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Res
             what = " ".join([name, *map(str, size.values())])
             print(f"leaving out {what}: {reason}" if reason else f"measuring {what}", file=sys.stderr, flush=True)
             if reason is None:
-                new = check(case, size, options) if args.check else measure(case, size, options, args.budget)
+                new = measure(case, size, options, None if args.check else args.budget)
                 if args.device.type == "cuda":
                     torch.cuda.empty_cache()
                 measured += new

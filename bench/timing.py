@@ -20,14 +20,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .check import Outputs, as_tuple
-
-__all__ = ["Timing", "peak_bytes", "ratio", "time_interleaved"]
+__all__ = ["Outputs", "Timing", "as_tuple", "peak_bytes", "ratio", "time_interleaved"]
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
 LAUNCHED_CALLS = 11  # for the median of calls that are launched from Python
 
+Outputs = Tensor | Sequence[Tensor]  # of a function that is compared
 Call = Callable[..., object]
 Round = Callable[[int], tuple[float, object]]
 
@@ -49,6 +48,11 @@ class Timing:
     last_input: int = 0
     captured: bool = False
     launched_ms: float | None = None
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    """One tensor or several as a tuple, cut from the graph."""
+    return tuple(o.detach() for o in ((outputs,) if isinstance(outputs, Tensor) else outputs))
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
