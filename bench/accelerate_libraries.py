@@ -59,10 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[65536])
     parser.add_argument("--rounds", type=int, help="of each call (default: what --budget allows, at least 5)")
     parser.add_argument("--budget", type=float, default=1.0, metavar="SECONDS", help="for timing each call (1.0)")
-    parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="libraries whose name has it; can be repeated"
-    )
-    parser.add_argument("--direction", action="append", choices=("forward", "inverse", "training"))
+    parser.add_argument("--only", default="", metavar="TEXT", help="libraries whose name has it")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", type=device_from, default=default_device())
     parser.add_argument("--json", metavar="FILE", help="append one JSON line per library, batch and direction")
@@ -70,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     rows: list[Sequence[str]] = [HEADER]
     wrong = False
-    for name in (name for name in LIBRARIES if not args.only or any(text in name for text in args.only)):
+    for name in (name for name in LIBRARIES if args.only in name):
         for batch in args.batch:
-            options = {"rounds": args.rounds, "budget": args.budget, "directions": args.direction}
+            options = {"rounds": args.rounds, "budget": args.budget}
             for record in measure(name, batch, compiles=args.compile, device=args.device, **options):
                 wrong = wrong or "wrong" in record
                 rows.append(_row(record))
@@ -91,7 +88,6 @@ def measure(
     compiles: bool,
     device: torch.device,
     budget: float = 0.0,
-    directions: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """One record per direction."""
     torch.manual_seed(0)
@@ -108,8 +104,8 @@ def measure(
     size["runs"] = "; ".join(dict.fromkeys(row.runs or row.note for row in report.rows))
     x, records = torch.randn(batch, FEATURES, device=device), []
     runs = {"forward": forward, "inverse": inverse, "training": forward}
-    for direction in directions or runs:
-        run, train = runs[direction], direction == "training"
+    for direction, run in runs.items():
+        train = direction == "training"
         errors = _errors(run, model, fast, torch.randn(min(batch, CHECKED_ROWS), FEATURES, device=device))
         if errors[0] > OUTPUTS_WITHIN or errors[1] > GRADIENTS_WITHIN:
             records.append({**size, "direction": direction, "wrong": errors})

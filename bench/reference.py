@@ -1,8 +1,7 @@
 """The reference repository's image Linearizer beside ours, on the CPU, in turns in one process and thread.
 
-    python -m linfast.bench.reference PATH --what compare times memory operations    # lf.from_reference
-    python -m linfast.bench.reference PATH --what training one-step latent           # lf.accelerate
-    python -m linfast.bench.reference PATH --what launches
+    python -m linfast.bench.reference PATH --what compare times memory            # lf.from_reference
+    python -m linfast.bench.reference PATH --what training one-step latent        # lf.accelerate
 
 PATH is a checkout of github.com/assafshocher/Linearizer, which is imported and not changed.
 
@@ -10,9 +9,6 @@ compare     errors of the outputs and of the input's gradient against the refere
 times       forward, inverse and a training step of g. After ``compare`` the allocator has larger thresholds, so
             that fewer pages fault: that favours the reference, whose attention weights are large
 memory      tensors alive at the peak of a training step of g, at the first batch size
-operations  what reaches a backend below autograd, without views and allocations: on a GPU each is a launch or more
-launches    the same where the ops run their kernels, and how many Triton launches are among it, outside ``freeze``
-            and inside: the kernels are interpreted at batch 1, which takes a minute
 training    a step of the model as built: its FlowMatcher's loss with MSE for LPIPS, whose weights are not at hand,
             backward and Adam: time and peak memory of the original, memory="store" and memory="invert"
 one-step    sample_one_step(method="rk", T=100) at batch 16, collapse included: time, and the distance from the
@@ -32,7 +28,6 @@ import os
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -41,19 +36,17 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 
 from .timing import peak_bytes, time_interleaved
 
-__all__ = ["interleaved", "launches", "main", "operations", "reference_model", "step", "step_bytes"]
+__all__ = ["interleaved", "main", "reference_model", "step", "step_bytes"]
 
 CONFIGS = {"mnist": (1, 32, 32), "celeba": (3, 64, 64)}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
 _T, _BATCH, _LIMIT_GIB = 100, 16, 9.0
 _SCALES = {"aux_conv": 0.3, "conv1": 0.5, "proj": 0.5}  # of the last weights of a block, by the end of their name
-_NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "promote_types")
 
 Runs = Mapping[str, Callable[[], Any]]
 
@@ -96,45 +89,6 @@ def step_bytes(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: T
     for parameter in parameters:
         parameter.grad = None
     return peak_bytes(lambda x: step(g, parameters, x), (x,), x.device)
-
-
-class _Operations(TorchDispatchMode):
-    """Counts the operations that reach a backend, views and allocations left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(_NO_LAUNCH):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], object]) -> Counter[str]:
-    """What ``run`` would launch, by name."""
-    with _Operations() as mode:
-        run()
-    return mode.counts
-
-
-def launches(run: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
-    """(operations, Triton kernels launched) of ``run`` as on a GPU, both by name; the kernels are interpreted.
-
-    For a process whose kernels are not loaded yet: Triton decides then whether they are interpreted.
-    """
-    os.environ["TRITON_INTERPRET"] = "1"
-    from triton.runtime import interpreter
-
-    kernels, launch = Counter[str](), interpreter.GridExecutor.__call__
-
-    def counted(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        kernels[executor.fn.__name__] += 1
-        return launch(executor, *args, **kwargs)
-
-    with mock.patch.object(interpreter.GridExecutor, "__call__", counted), lf.backend("triton"):
-        return operations(run), kernels
 
 
 def _say(what: str, runs: Runs, repeats: int, memory: bool = False) -> None:
@@ -206,25 +160,6 @@ def _memory(f: Any, h: Any, x: Tensor) -> None:
         f"    the weights' gradients among it: {sum(p.nbytes for p in own.parameters()) / 1e6:.1f} MB (image_flow)"
     )
     f.eval(), h.eval()
-
-
-@torch.no_grad()
-def _operations(f: Any, h: Any, x: Tensor) -> None:
-    for label, g in (("reference", f.gx), ("linfast", h.gx)):
-        counts = operations(functools.partial(g, x))
-        print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common(14))}")
-
-
-@torch.no_grad()
-def _launches(h: Any, x: Tensor) -> None:
-    run = functools.partial(h.gx, x)
-    found = {"linfast on a GPU": launches(run)}
-    with lf.freeze(h):
-        launches(run)  # what is derived from weights is there afterwards
-        found["the same, frozen"] = launches(run)
-    for label, (counts, kernels) in found.items():
-        print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common())}")
-        print(f"    Triton launches among them: {kernels.total()}  {dict(kernels)}", flush=True)
 
 
 # accelerate
@@ -310,9 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", choices=CONFIGS, default="mnist", help="of what from_reference is measured on")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=7)
-    of_images = ("compare", "times", "memory", "operations", "launches")
+    of_images = ("compare", "times", "memory")
     of_accelerate = ("training", "one-step", "latent")
-    parser.add_argument("--what", choices=(*of_images, *of_accelerate), nargs="+", default=of_images[:4])
+    parser.add_argument("--what", choices=(*of_images, *of_accelerate), nargs="+", default=of_images)
     options = parser.parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its start and stop
     torch.set_num_threads(1)
@@ -326,8 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compare": lambda: _compare(f, h, batches[0][:2], torch.rand(2)),
         "times": lambda: [*map(functools.partial(_times, f, h, options.repeats), batches)],
         "memory": lambda: _memory(f, h, batches[0]),
-        "operations": lambda: _operations(f, h, batches[0][:2]),
-        "launches": lambda: _launches(h, batches[0][:1]),
         "training": lambda: _training(built, torch.rand(options.batch[-1], *mnist), options.repeats),
         "one-step": lambda: _one_step(options.path, reference_model(options.path, mnist), options.repeats),
         "latent": _latent,

@@ -24,6 +24,7 @@ __all__ = ["main", "sizes", "too_large"]
 _BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
 _PLOTS = "linfast-bench"
 _CALLS = 25  # of each provider at the least: the check, two rounds to warm up, five timed, memory, float64
+_LIMIT = 20.0  # seconds that all calls at one size may take
 _MEMORY_SHARE = 0.5  # of what is free; inputs, float64 outputs and graphs come on top of a call's peak
 
 
@@ -118,7 +119,7 @@ def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Res
     for name in args.case:
         case, measured = CASES[name], list[Result]()
         for size in sizes(case, args.sizes, args.batch):
-            reason = too_large(size, measured, args.limit, args.device)
+            reason = too_large(size, measured, _LIMIT, args.device)
             what = " ".join([name, *map(str, size.values())])
             print(f"leaving out {what}: {reason}" if reason else f"measuring {what}", file=sys.stderr, flush=True)
             if reason is None:

@@ -34,7 +34,7 @@ class Call:
 
     def __init__(self, out: Path, dry: bool, work: Path) -> None:
         self.report = Report(out, [name for name in FILES if name not in ("summary.txt", "trace.json.gz")])
-        self.dry, self.given, self._written = dry, Given(Machine(), {}, out, work), 0.0
+        self.dry, self.given = dry, Given(Machine(), {}, out, work)
 
     def run(self, stage: Stage) -> None:
         """The stage until its limit; an error of this script costs the stage alone."""
@@ -55,7 +55,7 @@ class Call:
         if not jobs:
             return "nothing to do here" if machine.cases else "nothing to do: the environment is not known"
         seconds = stage.until - report.seconds()
-        failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry), self._tick)
+        failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry))
         took = f"{report.seconds() - entry.start:.0f} s"
         reasons = {why: [name for name in failed if failed[name] == why] for why in failed.values()}
         told = "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())
@@ -72,11 +72,6 @@ class Call:
             else:
                 self.report.append("results.jsonl" if "provider" in found else stage.log, line)
                 entry.take(stage.name, line)
-
-    def _tick(self) -> None:
-        if self.report.seconds() - self._written > 1:
-            self._written = self.report.seconds()
-            self.report.write()
 
     def run_all(self, stages: Sequence[Stage], only: Sequence[str] | None) -> None:
         """The first stage, which finds out what machine this is, and those asked for."""

@@ -22,6 +22,7 @@ MOST = {"notes": 25, "timings": 60}  # lines of a stage in the summary; its log 
 _WIDTH = 160
 _RESERVED = 2**16  # bytes of the disk that summary.txt takes at the start, so that a full one does not cut it
 _KEEP_SIZE = 1
+_EVERY = 1.0  # seconds between two summaries
 
 
 def record(line: str) -> dict[str, Any] | None:
@@ -111,7 +112,7 @@ class Report:
         self.title, self.problems, self.tail = "starting", list[str](), ""
         self.entries: dict[str, Entry] = {}
         self.lock = threading.RLock()
-        self._length, self._summary = 0, -1
+        self._length, self._summary, self._closed = 0, -1, threading.Event()
         with self._noting("summary.txt"):
             self._summary = os.open(folder / "summary.txt", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             with contextlib.suppress(AttributeError):  # a C library without it
@@ -120,6 +121,12 @@ class Report:
             with self._noting(name):
                 (folder / name).write_bytes(b"")
         self.write()
+        threading.Thread(target=self._keep_writing, daemon=True).start()
+
+    def _keep_writing(self) -> None:
+        """The summary anew every second, until the last one."""
+        while not self._closed.wait(_EVERY):
+            self.write()
 
     def seconds(self) -> float:
         """Since the start."""
@@ -156,6 +163,7 @@ class Report:
 
     def close(self) -> None:
         """The last summary, cut to its length, here and on the screen."""
+        self._closed.set()
         self.write()
         with self._noting("summary.txt"), contextlib.suppress(*([OSError] if self._summary < 0 else [])):
             os.ftruncate(self._summary, len(self.text().encode()))

@@ -39,7 +39,7 @@ FLOWS = ("coupling_flow", "linearizer")  # timed first: what the project is abou
 NEXT = ("coupling_stack", "conv2d_fused")  # and of the single ops these
 NOT_TIMED = ("peers",)  # the libraries beside coupling_flow, at sizes for a CPU
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
-SILENCE = 60  # seconds without a word after which a benchmark is taken for hung
+CASE_SECONDS = 60  # after which the benchmark of one case is stopped
 COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
 
 
@@ -130,7 +130,7 @@ def plan(compile: bool) -> list[Stage]:
     environment = Stage("environment", 30, "environment.txt", lambda given: probe)
     table = Stage("table", 170 if compile else TOTAL, "bench.log", _table)
     if compile:
-        compiled = Stage("bench", 155, "bench.log", lambda given: [_cases(given, "flows", FLOWS, "--compile")])
+        compiled = Stage("bench", 155, "bench.log", lambda given: _cases(given, FLOWS, 120, "--compile"))
         return [environment, compiled, table]
     return [
         environment,
@@ -188,20 +188,25 @@ def _bench(given: Given) -> list[Job]:
     libraries = [] if given.machine.on_gpu else ["--batch", "64", "--rounds", "1", "--only", "AffineCouplingBlock"]
     libraries += ["--no-compile", "--json", "/dev/stdout"]
     return [
-        _cases(given, "flows", FLOWS, "--no-compile", limit=100),
+        *_cases(given, FLOWS, CASE_SECONDS, "--no-compile"),
         Job("libraries", _module("linfast.bench.accelerate_libraries", *libraries), given.share, limit=60),
         Job("streams", _module("linfast.bench.streams"), given.share, limit=30),
-        _cases(given, "ops", ops, "--no-compile"),
+        *_cases(given, ops, CASE_SECONDS, "--no-compile"),
     ]
 
 
-def _cases(given: Given, name: str, cases: Sequence[str], *options: str, limit: float = math.inf) -> Job:
-    """The benchmark's last lines explain its columns: without them it broke off, whatever its exit status."""
+def _cases(given: Given, cases: Sequence[str], limit: float, *options: str) -> list[Job]:
+    """One process per case: one that crashes or hangs costs itself.
+
+    Its last lines explain its columns: without them it broke off, whatever its exit status.
+    """
     sizes = ["--sizes", "gpu"] if given.machine.on_gpu else ["--sizes", "tiny", "--budget", "0.02"]
     options = ("--device", given.machine.device, *sizes, "--json", "/dev/stdout", *options)
-    items = tuple(case for case in cases if case in given.machine.cases)
-    command = _module("linfast.bench", *options)
-    return Job(name, command, given.share, done="x base:", limit=limit, silence=SILENCE, items=items)
+    return [
+        Job(case, _module("linfast.bench", *options, f"--case={case}"), given.share, done="x base:", limit=limit)
+        for case in cases
+        if case in given.machine.cases
+    ]
 
 
 def _profile(given: Given) -> list[Job]:
