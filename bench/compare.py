@@ -59,6 +59,7 @@ class Moved:
 
     @property
     def verdict(self) -> str:
+        """What ``verdict`` says of the intervals."""
         return verdict(self.intervals)
 
 
@@ -120,21 +121,21 @@ def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[lis
 def _build(sides: Sequence[_Side], name: str, size: Any, args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The providers that both sides have and that are right, and why the others are left out."""
     request = {"build": [name, dict(size)], "compile": args.compile, "device": str(args.device)}
-    answers = [side.ask(request) for side in sides]
+    answers = dict(zip(("here", "at base"), [side.ask(request) for side in sides], strict=True))
     missing = [
         f"{name}: not on both sides, {where}: {answer['missing']}"
-        for where, answer in zip(("here", "at base"), answers, strict=True)
+        for where, answer in answers.items()
         if "missing" in answer
     ]
     if missing:
         return [], missing
     refused = [
         f"{name} {provider}: refused {where}: {why}"
-        for where, answer in zip(("here", "at base"), answers, strict=True)
+        for where, answer in answers.items()
         for provider, why in answer["refused"].items()
     ]
-    common = [provider for provider in answers[0]["providers"] if provider in answers[1]["providers"]]
-    return common, refused
+    here, base = answers.values()
+    return [provider for provider in here["providers"] if provider in base["providers"]], refused
 
 
 def _ratios(here: _Side, there: _Side, provider: str, reverse: bool) -> list[float]:

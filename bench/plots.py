@@ -44,14 +44,12 @@ def draw(results: Sequence[Result], environment: Environment, folder: str | Path
 
     timed = [result for result in results if result.p50_ms is not None]
     kept = [result for result in timed if result.peak_bytes]
+    where = _where(environment)
+    memory = f"Memory of one call above weights and inputs. {where}"
     plots: dict[str, Callable[[], Figure | None]] = {
-        "throughput": lambda: _figure(
-            timed, "batch", _samples_per_second, "samples / s", "Throughput", environment
-        ),
+        "throughput": lambda: _panels(timed, "batch", _samples_per_second, "samples / s", f"Throughput. {where}"),
         "roofline": lambda: _roofline(timed, environment),
-        "memory": lambda: _figure(
-            kept, "depth", _peak_mib, "peak, MiB", "Memory of a call above weights", environment
-        ),
+        "memory": lambda: _panels(kept, "depth", _peak_mib, "peak, MiB", memory),
     }
     written = []
     with pyplot.style.context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "linfast"}):
@@ -73,13 +71,8 @@ def _peak_mib(result: Result) -> float:
     return (result.peak_bytes or 0) / 2**20
 
 
-def _figure(
-    results: Sequence[Result],
-    axis: str,
-    value: Callable[[Result], float],
-    unit: str,
-    title: str,
-    environment: Environment,
+def _panels(
+    results: Sequence[Result], axis: str, value: Callable[[Result], float], unit: str, title: str
 ) -> Figure | None:
     """A panel per case and rest of its size with at least two values of ``axis``, and one legend for all."""
     from matplotlib import pyplot
@@ -113,7 +106,7 @@ def _figure(
     figure.supylabel(unit, fontsize=9)
     handles = {label: h for axes in places.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
-    figure.suptitle(f"{title}. {_where(environment)}", fontsize=9)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -39,9 +39,9 @@ from torch import Tensor
 
 import linfast as lf
 
-from .timing import peak_bytes, time_interleaved
+from .timing import peak_bytes, ratio, time_interleaved
 
-__all__ = ["interleaved", "main", "reference_model", "step", "step_bytes"]
+__all__ = ["main", "reference_model", "step", "step_bytes"]
 
 CONFIGS = {"mnist": (1, 32, 32), "celeba": (3, 64, 64)}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
@@ -71,12 +71,6 @@ def reference_model(path: str, shape: tuple[int, int, int], as_built: bool = Fal
     return f.eval()
 
 
-def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
-    """Median (wall, CPU) seconds of each, run in turns after one turn that is not counted."""
-    timings = time_interleaved({str(i): run for i, run in enumerate(runs)}, rounds=repeats, warmup=1)
-    return [(median(t.ms) / 1e3, median(t.cpu_ms) / 1e3) for t in timings.values()]
-
-
 def step(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor) -> None:
     """The gradients of a loss on g's latents, from none."""
     for parameter in parameters:
@@ -93,12 +87,14 @@ def step_bytes(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: T
 
 def _say(what: str, runs: Runs, repeats: int, memory: bool = False) -> None:
     """The times of all, and their peaks where asked for; of all but the first their share of the first."""
-    times = interleaved(list(runs.values()), repeats)
-    peaks = [peak_bytes(run, (), torch.device("cpu")) for run in runs.values()] if memory else []
-    for i, (name, (wall, cpu)) in enumerate(zip(runs, times, strict=True)):
-        share = f", {wall / times[0][0]:.2f} of the first (CPU time {cpu / times[0][1]:.2f})" if i else ""
-        peak = f", peak {peaks[i] / 2**20:.0f} MiB ({peaks[i] / peaks[0]:.3f})" if peaks else ""
-        print(f"{what}, {name}: {1e3 * wall:.0f} ms{share}{peak}", flush=True)
+    timings = time_interleaved(runs, rounds=repeats, warmup=1)
+    peaks = {name: peak_bytes(run, (), torch.device("cpu")) for name, run in runs.items()} if memory else {}
+    first = next(iter(runs))
+    for name, timing in timings.items():
+        wall, cpu = (ratio(getattr(timing, of), getattr(timings[first], of)) for of in ("ms", "cpu_ms"))
+        share = f", {wall:.2f} of the first (CPU time {cpu:.2f})" if name != first else ""
+        peak = f", peak {peaks[name] / 2**20:.0f} MiB ({peaks[name] / peaks[first]:.3f})" if peaks else ""
+        print(f"{what}, {name}: {median(timing.ms):.0f} ms{share}{peak}", flush=True)
 
 
 # from_reference

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from .runner import run_jobs
 from .stages import FILES, MOST_GIB, Given, Machine, Stage, plan
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("kernels", "bench", "examples")  # which are linfast.kernels and so on
-LINKS = {ROOT / "linfast" / name: Path("..") / name for name in FOLDERS}
+# A checkout that is not installed has linfast.kernels and its like only by these links.
+LINKS = {ROOT / "linfast" / name: Path("..") / name for name in ("kernels", "bench", "examples")}
 MISSING = {
     **dict.fromkeys(("torch", "numpy", "safetensors"), "nothing runs"),
     "triton": "no kernel runs",
@@ -129,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": threads}
     if options.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    made = _links_needed()
+    made = [link for link in LINKS if not link.exists()]
     work = Path(tempfile.mkdtemp(prefix="linfast-gpu-"))
     call = Call(options.out, options.dry, work)
     try:
@@ -141,18 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             link.unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
     return 0
-
-
-def _links_needed() -> list[Path]:
-    """Those without which this checkout's linfast lacks its folders: none where it is installed."""
-    names = [f"linfast.{name}" for name in FOLDERS]
-    code = f"import {', '.join(names)}; print({', '.join(f'*{name}.__path__' for name in names)}, sep='\\n')"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    ).stdout.splitlines()
-    if [Path(path).resolve() for path in found] == [ROOT / name for name in FOLDERS]:
-        return []
-    return [link for link in LINKS if not link.exists()]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from linfast.bench.reference import interleaved, step, step_bytes
+from linfast.bench.reference import step, step_bytes
 
 import linfast as lf
 
@@ -19,11 +19,3 @@ def test_a_step_by_inversion_needs_less_and_starts_from_no_gradients() -> None:
     before = [p.grad.clone() for p in parameters]
     step(g, parameters, x)
     assert all(torch.equal(p.grad, b) for p, b in zip(parameters, before, strict=True))
-
-
-def test_runs_take_turns() -> None:
-    order: list[str] = []
-    times = interleaved([lambda: order.append("a"), lambda: order.append("b")], 2)
-    assert order == ["a", "b"] * 3  # the first turn warms up
-    assert len(times) == 2
-    assert all(wall >= 0 and cpu >= 0 for wall, cpu in times)
