@@ -3,7 +3,7 @@
 For each output o of a call, with truth t in float64,
 
     error(o) = |o - t|_2 / |t|_2          (|o|_2 where t is zero)
-    allowed  = of the eager reference's errors under the model of ``rounding``, over the inputs and its draws
+    allowed  = what the eager reference's errors come to under the model in ``rounding``, over inputs and draws
 
 Truth and reference run in plain torch whatever the backend is: neither can be the kernel under test. A provider is
 refused unless every output of every input is within its allowance, and where that is 1 or more: zeros would pass.
@@ -31,8 +31,8 @@ __all__ = [
 
 Size = Mapping[str, int | str]
 SCALES = ("tiny", "quick", "gpu", "full")
-CONTROL = "linfast again"  # a copy of ours among the providers: its time over ours is the noise
-PEER_FACTOR = 16  # another scale map and other initial weights round differently; tf32 or bf16 stay outside
+CONTROL = "linfast again"  # a copy of our model: its time divided by the original's is the noise
+PEER_FACTOR = 16  # other scale maps and weights round differently; tf32 and bf16 still exceed it
 
 
 class UsageError(Exception):
@@ -43,8 +43,8 @@ class UsageError(Exception):
 class Provider:
     """One way to compute a problem's outputs: ``call(*inputs)`` gives a tensor or a sequence of them.
 
-    ``truth``: another library's model has other weights, so other outputs; then these are its
-    own in float64, and it is allowed ``PEER_FACTOR`` times the reference's largest allowance.
+    ``truth`` is given for another library's model, which has other weights and therefore other outputs: it returns
+    that model's outputs in float64. The allowance is then ``PEER_FACTOR`` times the reference's largest.
     """
 
     name: str
@@ -108,8 +108,8 @@ class Problem:
 class Options:
     """What a front end asks of every case: the device, and whether to add torch.compile'd providers.
 
-    ``kernels``: linfast is among the providers on every device, by its kernels or not at all: on a CPU in Triton's
-    interpreter, to be checked and never to be timed.
+    With ``kernels``, linfast's kernels are among the providers on every device. On a CPU Triton interprets them:
+    they can be checked there, and their time says nothing.
     """
 
     device: torch.device
@@ -124,11 +124,13 @@ class Case:
     Args:
         sizes: "tiny" (a check that it runs, seconds), "quick" (two CPU cores, under half a minute), "gpu" (what
             bench/gpu.sh times) and "full" (smallest first).
+        every_size: whether sizes are measured however long they are expected to take.
     """
 
     name: str
     build: Callable[[Size, Options], Problem]
     sizes: Mapping[str, Sequence[Size]]
+    every_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ def judge(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], st
 
 
 def judged(problem: Problem) -> dict[str, Verdict]:
-    """The verdict on every provider."""
+    """The verdict on every provider, by name."""
     standards = _standards(problem)
     return {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
 
@@ -333,7 +335,7 @@ def measure(case: Case, size: Size, options: Options, budget: float | None = 1.0
 
 
 def _standards(problem: Problem) -> dict[str, Standard]:
-    """What each provider is held to."""
+    """The standard that each provider is judged by."""
     shared = _shared_standard(problem)
     allowed = PEER_FACTOR * max(shared.allowed)
     return {

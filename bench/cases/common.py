@@ -142,14 +142,15 @@ def op_case(
     rivals: Callable[[Size, Options], Mapping[str, Function]] = lambda size, options: {},
     baseline: str = "eager",
 ) -> Case:
-    """The case of one op, which returns y or (y, log_det) with y like its first argument.
+    """The case of one op that returns y or (y, log_det), where y has the shape of the first argument.
 
     Args:
         draw: the arguments of one call.
         op: the op at this size, as a function of the arguments.
         operations: of one forward, from the size and the first argument; a multiply-add is two.
-        truth: what is right, in float64; by default the op itself, which runs in plain torch then.
-        reference: in the dtype that is measured, to tell what rounding may cost; by default the truth.
+        truth: computes the right outputs in float64; by default the op itself, which then runs in plain torch.
+        reference: computes them in the measured dtype, from which the allowance for rounding follows; by default
+            the truth.
         rivals: other ways to compute the same, by name.
         baseline: the provider that the others are compared with, where it is there.
     """

@@ -147,6 +147,7 @@ _PEERS = Case(
     "peers",  # at the sizes of one question: is coupling_flow slower than the fastest library?
     functools.partial(_coupling_flow, control=True),
     sizes={"tiny": _FLOW.sizes["tiny"], "quick": _AT[2:4], "gpu": _AT[2:4], "full": _AT},
+    every_size=True,
 )
 
 

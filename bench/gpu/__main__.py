@@ -1,4 +1,4 @@
-"""``bench/gpu.sh``: every stage until its limit, whatever the one before it came to."""
+"""``bench/gpu.sh``: run every stage until its limit, however the previous one ended."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Call:
         self.dry, self.given = dry, Given(Machine(), {}, out, work)
 
     def run(self, stage: Stage) -> None:
-        """The stage until its limit; an error of this script costs the stage alone."""
+        """Run the stage until its limit; an error in this script ends that stage alone."""
         entry = self.report.entries[stage.name] = Entry(self.report.seconds())
         try:
             entry.status = self._run(stage, entry)
@@ -61,7 +61,7 @@ class Call:
         return f"FAILED, {took} ({told})" if failed else f"ok, {took}"
 
     def _take(self, stage: Stage, line: str, entry: Entry) -> None:
-        """A line of the stage's output: to its file, to the results or the table, and into the summary."""
+        """Write a line of the stage's output to the file it belongs in, and count it in the summary."""
         with self.report.lock:
             found = record(line) or {}
             if "probe" in found:
@@ -73,7 +73,7 @@ class Call:
                 entry.take(stage.name, line)
 
     def run_all(self, stages: Sequence[Stage], only: Sequence[str] | None) -> None:
-        """The first stage, which finds out what machine this is, and those asked for."""
+        """Run the first stage, which describes the machine, and the stages that were asked for."""
         report, names = self.report, [stage.name for stage in stages]
         for name, costs in MISSING.items():
             if find_spec(name) is None:
@@ -97,7 +97,7 @@ class Call:
         report.close()
 
     def _title(self) -> str:
-        """What it runs on; a card with less memory than it would take is a problem, said."""
+        """The title, which names the machine; too little free memory is reported as a problem."""
         machine = self.given.machine
         if not machine.on_gpu:
             return f"linfast, a dry run on the CPU ({'as asked' if self.dry else machine.name})"

@@ -1,4 +1,4 @@
-"""What has happened so far: the logs line by line, and summary.txt, which is written again at every change."""
+"""The files of a call: logs, written line by line, and summary.txt, which is rewritten every second."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EVERY = 1.0  # seconds between two summaries
 
 
 def record(line: str) -> dict[str, Any] | None:
-    """The line as a JSON object; None where it is none."""
+    """The line as a JSON object, or None where it is not one."""
     try:
         value = json.loads(line) if line.startswith("{") else None
     except ValueError:
@@ -33,7 +33,7 @@ def record(line: str) -> dict[str, Any] | None:
 
 @dataclass
 class Entry:
-    """A stage: when it began, how it goes, what was counted, what a reader must see, and what took how long."""
+    """The summary's entry of one stage: start, status, counts, notes for the reader, and times."""
 
     start: float
     status: str = "running"
@@ -122,7 +122,7 @@ class Report:
         return time.monotonic() - self.start
 
     def problem(self, text: str) -> None:
-        """Something that is missing or was left out."""
+        """Record and print something that is missing or was left out."""
         with self.lock:
             if text not in self.problems:
                 self.problems.append(text)

@@ -1,7 +1,8 @@
-"""Processes side by side until a deadline: their lines as they come, and how each of them ended."""
+"""Run processes side by side until a deadline, pass on their lines, and report how each of them ended."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
@@ -71,10 +72,12 @@ def _run(job: Job, deadline: float, take: Callable[[str], None]) -> str:
 
     def stop() -> None:
         late.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, signal.SIGKILL)
 
     assert process.stdout is not None
     timer = threading.Timer(seconds, stop)
+    timer.daemon = True
     timer.start()
     for line in process.stdout:
         done = done or re.match(job.done, line) is not None

@@ -66,22 +66,22 @@ class Machine:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is no dry run."""
+        """Whether a GPU was found; otherwise this is a dry run."""
         return self.device == "cuda"
 
     @property
     def gib(self) -> float:
-        """What all processes together may take."""
+        """GiB of the card that all processes together may use."""
         return min(MOST_GIB, 0.9 * self.free_gib)
 
     def at_once(self, most: int) -> int:
-        """How many processes may share the card, at most so many."""
+        """How many processes may share the card, ``most`` at most."""
         if not self.on_gpu:
             return min(most, 2)
         return max(1, min(most if self.capped else 4, math.floor(self.gib / _LEAST_GIB)))
 
     def share(self, processes: int) -> dict[str, str]:
-        """The environment that holds each of so many processes to its part of the memory."""
+        """The environment variable that limits each of ``processes`` processes to its share of the memory."""
         if not self.on_gpu or not self.capped:
             return {}
         fraction = max(self.gib / processes - _CONTEXT_GIB, 0.1) / self.total_gib
@@ -90,7 +90,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Given:
-    """What a stage's jobs are made from: ``share`` is the environment of each, ``work`` a folder that goes away."""
+    """What a stage's jobs are made from.
+
+    ``share`` is the environment of each job, ``work`` a temporary folder.
+    """
 
     machine: Machine
     share: Mapping[str, str]
@@ -103,7 +106,7 @@ class Stage:
     """A part of the call.
 
     Args:
-        until: seconds since the call's start by which it has ended.
+        until: seconds after the start of the call at which the stage is stopped.
         log: the file its output goes to.
         jobs: what it runs.
         most: processes at once.

@@ -1,4 +1,4 @@
-"""What the runs beside the reference repository count and measure, on models of our own."""
+"""The measurements beside the reference repository, on models of our own."""
 
 from __future__ import annotations
 
