@@ -78,7 +78,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 _MIX: Size = {**_FP32, "C": 12, "side": 16, "batch": 64}
-_MIX_SIZES = {
+_MIX_SIZES: dict[str, list[Size]] = {
     "tiny": [{**_MIX, "direction": BACKWARD, "C": 4, "side": 3, "batch": 2}],
     "quick": [_MIX],
     "gpu": grid({**_MIX, "side": 32, "batch": 2048}, direction=_BOTH, C=(4, 12, 64)),
