@@ -54,7 +54,7 @@ Call = Callable[[], object]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where an accelerated model was wrong."""
+    """Print the table and return 0, or 1 where an accelerated model was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[65536])
     parser.add_argument("--rounds", type=int, help="of each call (default: what --budget allows, at least 5)")
@@ -89,7 +89,7 @@ def measure(
     device: torch.device,
     budget: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """One record per direction."""
+    """One record per direction; where the library is not installed, one record that says so."""
     torch.manual_seed(0)
     torch.compiler.reset()
     size = {"library": name, "batch": batch, "features": FEATURES, "depth": DEPTH, "hidden": HIDDEN[0]}
@@ -144,7 +144,7 @@ def _call(run: Run, model: nn.Module, x: Tensor, train: bool) -> Call:
 
 
 def _compiled(run: Run, model: nn.Module, x: Tensor, train: bool) -> Call:
-    """The original as one graph, compiled; raises where it is not one."""
+    """The original compiled as one graph; raises where torch.compile cannot make it one."""
     graph = torch.compile(functools.partial(run, model), fullgraph=True, dynamic=False)
     call = _call(lambda _, x: graph(x), model, x, train)
     call()
@@ -157,7 +157,7 @@ def _loss(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def _errors(run: Run, model: nn.Module, fast: nn.Module, x: Tensor) -> tuple[float, float]:
-    """Largest relative L2 difference of an output, and that of the gradients together."""
+    """The largest relative L2 difference of an output, and that of all gradients together."""
     outputs, gradients = [], []
     for each, backend in ((model, plain_torch()), (fast, nullcontext())):
         each.zero_grad(set_to_none=True)

@@ -97,7 +97,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[list[Moved], list[str]]:
-    """What each provider's time did from the checkout ``base`` to ``head``, and what could not be compared."""
+    """How each provider's time changed from the checkout ``base`` to ``head``, and what could not be compared."""
     from .run import sizes
 
     ratios: dict[tuple[str, str, str], list[list[float]]] = {}
@@ -139,7 +139,7 @@ def _build(sides: Sequence[_Side], name: str, size: Any, args: argparse.Namespac
 
 
 def _ratios(here: _Side, there: _Side, provider: str, reverse: bool) -> list[float]:
-    """here / there of every pair of bursts; who goes first alternates from pair to pair."""
+    """The time here over the time there for every pair of bursts; the two alternate in going first."""
     warm = max(median(side.time(provider, 5)) for side in (here, there))
     calls = max(1, min(500, round(BURST_MS / warm)))
     ratios = []
@@ -186,7 +186,7 @@ def _side(tree: Path) -> Iterator[_Side]:
 
 
 def _lay_out(tree: Path, folder: Path) -> None:
-    """An importable linfast: the tree's linfast and kernels, and the benchmarks of this checkout."""
+    """Lay out an importable linfast of the tree's linfast and kernels and the benchmarks of this checkout."""
     package = folder / "linfast"
     package.mkdir()
     for path in (tree / "linfast").iterdir():
@@ -198,7 +198,7 @@ def _lay_out(tree: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _worktree(checkout: Path, revision: str) -> Iterator[Path]:
-    """A checkout of ``revision``, gone afterwards."""
+    """A temporary checkout of ``revision``."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         _git(checkout, "worktree", "add", "--quiet", "--detach", str(base), revision)

@@ -74,7 +74,7 @@ def _peak_mib(result: Result) -> float:
 def _panels(
     results: Sequence[Result], axis: str, value: Callable[[Result], float], unit: str, title: str
 ) -> Figure | None:
-    """A panel per case and rest of its size with at least two values of ``axis``, and one legend for all."""
+    """One panel for each case and size that has several values of ``axis``, with one legend for all."""
     from matplotlib import pyplot
 
     groups: dict[str, list[Result]] = {}
@@ -111,7 +111,7 @@ def _panels(
 
 
 def _roofline(results: Sequence[Result], environment: Environment) -> Figure | None:
-    """Ours: linfast where it is a provider of its own, else eager, which then is linfast."""
+    """The operations per second of linfast, or of eager where that is what linfast runs."""
     from matplotlib import pyplot
 
     copy = environment.get("copy_bytes_per_s")

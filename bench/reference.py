@@ -72,7 +72,7 @@ def reference_model(path: str, shape: tuple[int, int, int], as_built: bool = Fal
 
 
 def step(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor) -> None:
-    """The gradients of a loss on g's latents, from none."""
+    """Compute the gradients of a loss on g's latents, without adding them to earlier ones."""
     for parameter in parameters:
         parameter.grad = None
     g(x).square().mean().backward()
@@ -86,7 +86,7 @@ def step_bytes(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: T
 
 
 def _say(what: str, runs: Runs, repeats: int, memory: bool = False) -> None:
-    """The times of all, and their peaks where asked for; of all but the first their share of the first."""
+    """Print the time of every run, with ``memory`` also its peak, and both as shares of the first run's."""
     timings = time_interleaved(runs, rounds=repeats, warmup=1)
     peaks = {name: peak_bytes(run, (), torch.device("cpu")) for name, run in runs.items()} if memory else {}
     first = next(iter(runs))
@@ -101,7 +101,7 @@ def _say(what: str, runs: Runs, repeats: int, memory: bool = False) -> None:
 
 
 def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
-    """Relative L2 distance of every output from the reference's in float64, ours and its own."""
+    """Print how far our outputs and the reference's own are from the reference in float64, in relative L2."""
 
     def results(model: Any, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
@@ -120,7 +120,7 @@ def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
 
 
 def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
-    """Of g's forward, inverse and training step; the last with activations stored, and inverted."""
+    """Time g's forward, inverse and training step, the last with activations stored and inverted."""
     with torch.no_grad():
         z, size = f.gx(x), f"batch {len(x)}"
         models = {"reference": f, "linfast": h}
@@ -139,7 +139,7 @@ def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
 
 
 def _memory(f: Any, h: Any, x: Tensor) -> None:
-    """Of a training step of g: the reference's, ours with its weights, and ``image_flow``'s own."""
+    """Print the peak memory of a training step of g: the reference, ours with its weights, and ``image_flow``."""
     options = {"conditioner": "unet", "time_features": 16, "actnorm": True, "mix": "free"}
     own = lf.image_flow(*x.shape[1:3], 4 * LAYERS, **options)  # type: ignore[arg-type, call-arg]
     own(x, t=1.0)
@@ -162,7 +162,7 @@ def _memory(f: Any, h: Any, x: Tensor) -> None:
 
 
 def _loss(f: Any, x1: Tensor, noise: float = 0.3) -> Tensor:
-    """The paper's, with MSE for LPIPS."""
+    """The paper's loss, with MSE in place of LPIPS."""
     x0, t = torch.randn_like(x1), torch.rand(len(x1))
     z0, z1, at = f.gy(x0), f.gx(x1), t[:, None, None, None]
     predicted = f.A((1 - at) * z0 + at * z1, t=t)
@@ -172,7 +172,7 @@ def _loss(f: Any, x1: Tensor, noise: float = 0.3) -> Tensor:
 
 
 def _training(model: Any, x: Tensor, repeats: int) -> None:
-    """One more Adam step on x, of the model as it is and of accelerated copies."""
+    """Time an Adam step on x, for the model as it is and for accelerated copies."""
 
     def step(f: Any, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What rounding may cost a computation: a model of narrow arithmetic in which no machine's BLAS has a say.
+"""What rounding may cost a computation: a model of narrow arithmetic that does not depend on the machine's BLAS.
 
 Under ``Rounding`` every operation of plain torch on fp32, fp16 or bf16 tensors, forward and
 backward, is done in float64, moved by what a floating-point unit may err by, and rounded to
@@ -130,7 +130,7 @@ def allowed_error(errors: Sequence[float], dtype: torch.dtype) -> float:
 
 
 def relative_error(value: Tensor | None, truth: Tensor | None) -> float:
-    """|value - truth| / |truth| in float64, |value| where the truth is zero; 0 of None."""
+    """|value - truth| / |truth| in float64, or |value| where the truth is zero; 0 where either is None."""
     if value is None or truth is None:
         return 0.0
     truth = truth.detach().double()
@@ -139,7 +139,7 @@ def relative_error(value: Tensor | None, truth: Tensor | None) -> float:
 
 
 class Rounding(TorchDispatchMode):
-    """Inside the block plain torch rounds as the model above says, drawn from ``seed``.
+    """A context in which plain torch rounds as the model above says, with errors drawn from ``seed``.
 
     Without a seed nothing is moved: every operation is exact and its result rounded to nearest. ``operands`` is
     applied to the fp32 operands of matrix products before.
@@ -172,7 +172,7 @@ class Rounding(TorchDispatchMode):
         return outputs
 
     def _moved(self, func: Any, args: Any, kwargs: Any, narrow: list[Any]) -> list[Tensor | None]:
-        """What the operation gives in float64, each element moved as the model says; ``narrow`` are its outputs."""
+        """The operation's float64 outputs with the model's errors added; ``narrow`` are its ordinary outputs."""
         exact = _run(func, args, kwargs)
         if self._seed is None:
             return exact
@@ -211,7 +211,7 @@ class Rounding(TorchDispatchMode):
 def _group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """native_group_norm, step by step: torch's own loses digits where a group's values are close."""
+    """native_group_norm, step by step: torch's own loses digits where the values of a group are close."""
     grouped = x.reshape(N, group, C // group * HxW).float()
     mean = grouped.sum(2) / grouped.shape[2]
     apart = grouped - mean[..., None]
@@ -254,7 +254,7 @@ _STEPS: dict[Any, Callable[..., Any]] = {
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same structure with the function of every float tensor, and float64 where a narrow dtype is named."""
+    """Apply the function to every float tensor in the structure, and replace narrow dtypes by float64."""
     if isinstance(value, Tensor):
         return function(value) if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -271,12 +271,12 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The outputs for these arguments, which stay as they are."""
+    """The outputs for these arguments, which are not written to even by an in-place operation."""
     if func.overloadpacket.__name__.endswith("_"):  # in place
         args, kwargs = _map(torch.clone, args), _map(torch.clone, kwargs)
     return _leaves(func(*args, **kwargs))
 
 
 def _fits(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where the value has no more digits than the dtype holds; True of a NaN."""
+    """Where the value is exactly representable in the dtype, or is NaN."""
     return (t.to(dtype).to(t.dtype) == t) | (t != t)

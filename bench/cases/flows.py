@@ -27,7 +27,7 @@ _Made = TypeVar("_Made")
 
 
 def _seeded(make: Callable[[], _Made]) -> _Made:
-    """The same weights in every run."""
+    """Make a model with the same weights in every run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make()
@@ -92,7 +92,7 @@ def _method(direction: str) -> Callable[..., Tensor | Outputs]:
 
 
 def _in_float64(call: Callable[[Tensor], Outputs]) -> Callable[[Tensor], Outputs]:
-    """With zeros that the library makes in float64 too."""
+    """The call with float64 as the default dtype, for the zeros that a library creates."""
 
     def exact(x: Tensor) -> Outputs:
         torch.set_default_dtype(torch.float64)
