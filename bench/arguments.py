@@ -46,7 +46,6 @@ def parser() -> Parser:
         metavar="SECONDS",
         help="for timing each provider at each size (1.0; quick, tiny 0.2)",
     )
-    add("--limit", type=_seconds, default=20.0, metavar="SECONDS", help="leave out sizes that would take longer")
     add("--check", action="store_true", help="check against float64 and time nothing")
     add("--profile", metavar="DIR", help="write a trace and a summary by kernel of each case to DIR; time nothing")
     add("--compare", metavar="BASE", help="time this checkout and the commit BASE in turn; say what moved")

@@ -59,6 +59,7 @@ class Moved:
 
     @property
     def verdict(self) -> str:
+        """What ``verdict`` says of the intervals."""
         return verdict(self.intervals)
 
 
@@ -96,7 +97,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[list[Moved], list[str]]:
-    """What each provider's time did from the checkout ``base`` to ``head``, and what could not be compared."""
+    """How each provider's time changed from the checkout ``base`` to ``head``, and what could not be compared."""
     from .run import sizes
 
     ratios: dict[tuple[str, str, str], list[list[float]]] = {}
@@ -120,25 +121,25 @@ def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[lis
 def _build(sides: Sequence[_Side], name: str, size: Any, args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The providers that both sides have and that are right, and why the others are left out."""
     request = {"build": [name, dict(size)], "compile": args.compile, "device": str(args.device)}
-    answers = [side.ask(request) for side in sides]
+    answers = dict(zip(("here", "at base"), [side.ask(request) for side in sides], strict=True))
     missing = [
         f"{name}: not on both sides, {where}: {answer['missing']}"
-        for where, answer in zip(("here", "at base"), answers, strict=True)
+        for where, answer in answers.items()
         if "missing" in answer
     ]
     if missing:
         return [], missing
     refused = [
         f"{name} {provider}: refused {where}: {why}"
-        for where, answer in zip(("here", "at base"), answers, strict=True)
+        for where, answer in answers.items()
         for provider, why in answer["refused"].items()
     ]
-    common = [provider for provider in answers[0]["providers"] if provider in answers[1]["providers"]]
-    return common, refused
+    here, base = answers.values()
+    return [provider for provider in here["providers"] if provider in base["providers"]], refused
 
 
 def _ratios(here: _Side, there: _Side, provider: str, reverse: bool) -> list[float]:
-    """here / there of every pair of bursts; who goes first alternates from pair to pair."""
+    """The time here over the time there for every pair of bursts; the two alternate in going first."""
     warm = max(median(side.time(provider, 5)) for side in (here, there))
     calls = max(1, min(500, round(BURST_MS / warm)))
     ratios = []
@@ -185,7 +186,7 @@ def _side(tree: Path) -> Iterator[_Side]:
 
 
 def _lay_out(tree: Path, folder: Path) -> None:
-    """An importable linfast: the tree's linfast and kernels, and the benchmarks of this checkout."""
+    """Lay out an importable linfast of the tree's linfast and kernels and the benchmarks of this checkout."""
     package = folder / "linfast"
     package.mkdir()
     for path in (tree / "linfast").iterdir():
@@ -197,7 +198,7 @@ def _lay_out(tree: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _worktree(checkout: Path, revision: str) -> Iterator[Path]:
-    """A checkout of ``revision``, gone afterwards."""
+    """A temporary checkout of ``revision``."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         _git(checkout, "worktree", "add", "--quiet", "--detach", str(base), revision)

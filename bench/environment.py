@@ -83,7 +83,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Of memory; infinite where the system does not say."""
+    """Bytes of free memory on the device; infinite where the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = _lines("/proc/meminfo", "MemAvailable")
@@ -91,7 +91,7 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _lines(path: str, key: str) -> list[str]:
-    """What stands behind the colon in the lines of /proc that begin with ``key``."""
+    """The text after the colon in each line of the file that begins with ``key``."""
     lines = Path(path).read_text().splitlines() if Path(path).exists() else []
     return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 

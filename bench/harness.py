@@ -1,33 +1,38 @@
-"""Cases, providers, and one measurement: check against float64, then time interleaved.
+"""Cases, providers, and one measurement: every provider is checked against float64, then timed in turn.
 
-A ``Case`` is a name, lists of sizes and a ``build`` that turns one size into a
-``Problem``: inputs, the float64 truth, the eager reference, the ``Provider``s to compare
-and the least that any of them must do. ``measure`` checks every provider and refuses the
-wrong ones, times the rest in turn (A B A B ...), measures their peak memory, and gives one
-``Result`` each.
+For each output o of a call, with truth t in float64,
+
+    error(o) = |o - t|_2 / |t|_2          (|o|_2 where t is zero)
+    allowed  = what the eager reference's errors come to under the model in ``rounding``, over inputs and draws
+
+Truth and reference run in plain torch whatever the backend is: neither can be the kernel under test. A provider is
+refused unless every output of every input is within its allowance, and where that is 1 or more: zeros would pass.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .check import Outputs, Standard, Verdict, as_tuple, judge, own_standard, set_standard
-from .timing import Timing, peak_bytes, ratio, time_interleaved
+from .moved import plain_torch
+from .rounding import DRAWS, allowed_error, drawn, relative_error
+from .timing import Outputs, as_tuple, peak_bytes, ratio, time_interleaved
 
 __all__ = [
-    *("CONTROL", "SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "UsageError"),
-    *("check", "judged", "measure"),
+    *("CONTROL", "SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "Standard"),
+    *("UsageError", "Verdict", "judge", "judged", "measure", "own_standard"),
 ]
 
 Size = Mapping[str, int | str]
 SCALES = ("tiny", "quick", "gpu", "full")
-CONTROL = "linfast again"  # a copy of ours among the providers: its time over ours is the noise
-PEER_FACTOR = 16  # another scale map and other initial weights round differently; tf32 or bf16 stay outside
+CONTROL = "linfast again"  # a copy of our model: its time divided by the original's is the noise
+PEER_FACTOR = 16  # other scale maps and weights round differently; tf32 and bf16 still exceed it
 
 
 class UsageError(Exception):
@@ -38,8 +43,8 @@ class UsageError(Exception):
 class Provider:
     """One way to compute a problem's outputs: ``call(*inputs)`` gives a tensor or a sequence of them.
 
-    ``truth``: another library's model has other weights, so other outputs; then these are its
-    own in float64, and it is allowed ``PEER_FACTOR`` times the reference's largest allowance.
+    ``truth`` is given for another library's model, which has other weights and therefore other outputs: it returns
+    that model's outputs in float64. The allowance is then ``PEER_FACTOR`` times the reference's largest.
     """
 
     name: str
@@ -66,9 +71,8 @@ class Problem:
     """One size of a case.
 
     Args:
-        inputs: argument tuples, all alike in shape and dtype; calls rotate through them.
-            A count that shares no factor with the number of providers gives each
-            provider every one.
+        inputs: argument tuples, all alike in shape and dtype; calls rotate through them. A count that shares no
+            factor with the number of providers gives each provider every one.
         truth: the outputs in float64; it gets the inputs with floating tensors in float64.
         reference: the eager computation in the inputs' dtype, in plain torch. What rounding may
             cost it sets what every provider is allowed.
@@ -99,18 +103,13 @@ class Problem:
         """Where the problem runs."""
         return self.inputs[0][0].device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that is measured."""
-        return self.inputs[0][0].dtype
-
 
 @dataclass(frozen=True)
 class Options:
     """What a front end asks of every case: the device, and whether to add torch.compile'd providers.
 
-    ``kernels``: linfast is among the providers on every device, by its kernels or not at all: on a CPU in Triton's
-    interpreter, to be checked and never to be timed.
+    With ``kernels``, linfast's kernels are among the providers on every device. On a CPU Triton interprets them:
+    they can be checked there, and their time says nothing.
     """
 
     device: torch.device
@@ -123,13 +122,15 @@ class Case:
     """A benchmark: ``build(size, options)``, and its sizes at each scale.
 
     Args:
-        sizes: "tiny" (a check that it runs, seconds), "quick" (two CPU cores, under half a
-            minute), "gpu" (what bench/gpu.sh times) and "full" (sweeps, smallest first).
+        sizes: "tiny" (a check that it runs, seconds), "quick" (two CPU cores, under half a minute), "gpu" (what
+            bench/gpu.sh times) and "full" (smallest first).
+        every_size: whether sizes are measured however long they are expected to take.
     """
 
     name: str
     build: Callable[[Size, Options], Problem]
     sizes: Mapping[str, Sequence[Size]]
+    every_size: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Result:
 
     Args:
         against: the name of the baseline.
-        error, allowed: relative L2 errors against float64; see ``check``.
+        error, allowed: relative L2 errors against float64, as this module defines them.
         refused: why the provider was not timed, where it was not.
         first_s: seconds of the first call, compilation included.
         p20_ms, p50_ms, p80_ms: quantiles of one call in milliseconds over ``rounds`` rounds.
@@ -146,7 +147,7 @@ class Result:
         ratio, cpu_ratio: medians over the rounds of this provider's time divided by the baseline's in the same
             round, below 1 where it is faster; None where the baseline was refused.
         captured, launched_ms: see ``timing.Timing``.
-        peak_bytes: see ``memory.peak_bytes``.
+        peak_bytes: see ``timing.peak_bytes``.
         bytes, operations: the problem's ``Cost``.
         input_bytes: of all the inputs that calls rotate through.
     """
@@ -176,49 +177,166 @@ class Result:
     input_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """The error nearest to (or furthest past) its allowance, and why the provider is refused, if it is.
+
+    ``first_s``: seconds of the first call, which compiles what is to be compiled.
+    """
+
+    error: float | None
+    allowed: float | None
+    refused: str | None
+    first_s: float | None = None
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Refused above accepted, then by the share of the allowance that the error takes."""
+        share = 0.0 if self.error is None or self.allowed is None else self.error / self.allowed
+        return self.refused is not None, share
+
+
+@dataclass(frozen=True)
+class Standard:
+    """What is right: ``truth[i]``, the float64 outputs for input i, and ``allowed``, one error per output."""
+
+    truth: Sequence[tuple[Tensor, ...]]
+    allowed: Sequence[float]
+
+    def verdict(self, index: int, outputs: tuple[Tensor, ...]) -> Verdict:
+        """The verdict on a call's outputs for input ``index``."""
+        if (got := _shapes(outputs)) != (right := _shapes(self.truth[index])):
+            return Verdict(None, None, f"outputs of shapes {got}, where {right} is right")
+        verdicts = []
+        for error, allowed in zip(map(relative_error, outputs, self.truth[index]), self.allowed, strict=True):
+            within = error <= allowed < 1  # False where either is NaN
+            reason = f"error {error:.2g}, allowed {allowed:.2g}" + (": zeros would pass" if allowed >= 1 else "")
+            verdicts.append(Verdict(error, allowed, None if within else reason))
+        return max(verdicts, key=lambda verdict: verdict.rank)
+
+
+def own_standard(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], allowed: float) -> Standard:
+    """The standard of a provider with outputs of its own: its float64 outputs, one allowance for all.
+
+    Raises:
+        ValueError: the truth is not in float64.
+    """
+    with plain_torch():
+        truths = [as_tuple(truth(*(t.double() if t.is_floating_point() else t for t in given))) for given in inputs]
+    if any(output.dtype != torch.float64 for output in truths[0]):
+        raise ValueError(f"the truth must be in float64; got {[output.dtype for output in truths[0]]}")
+    return Standard(truths, [allowed] * len(truths[0]))
+
+
+def _shared_standard(problem: Problem) -> Standard:
+    """The float64 outputs for every input, and what rounding the reference allows.
+
+    Raises:
+        ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
+    """
+    inputs, errors = problem.inputs, []
+    truths = own_standard(problem.truth, inputs, 0.0).truth
+    for draw in range(max(DRAWS, len(inputs))):
+        index = draw % len(inputs)
+        outputs = as_tuple(drawn(partial(problem.reference, *inputs[index]), draw))
+        if _shapes(outputs) != _shapes(truths[index]):
+            raise ValueError(f"reference outputs are {_shapes(outputs)}, the truth's {_shapes(truths[index])}")
+        errors.append([relative_error(o, t) for o, t in zip(outputs, truths[index], strict=True)])
+    return Standard(
+        truths, [allowed_error(e, o.dtype) for e, o in zip(zip(*errors, strict=True), outputs, strict=True)]
+    )
+
+
+def judge(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], standard: Standard) -> Verdict:
+    """Run a provider on every input and judge what it returns; raising or writing to its inputs is wrong."""
+    verdicts: list[Verdict] = []
+    first_s = None
+    for index, arguments in enumerate(inputs):
+        given = [argument.clone() for argument in arguments]
+        start = time.perf_counter()
+        try:
+            outputs = as_tuple(call(*given))
+        except Exception as error:  # a provider that fails is a line in the table, not the end of the run
+            first_line = (str(error).strip().splitlines() or ["no message"])[0]
+            return Verdict(None, None, f"it raised {type(error).__name__}: {first_line}")
+        if first_s is None:
+            if arguments[0].is_cuda:
+                torch.cuda.synchronize(arguments[0].device)
+            first_s = time.perf_counter() - start
+        if not all(map(torch.equal, given, arguments)):
+            return Verdict(None, None, "it writes to its inputs")
+        verdicts.append(standard.verdict(index, outputs))
+        if verdicts[-1].refused is not None:
+            break
+    return replace(max(verdicts, key=lambda verdict: verdict.rank), first_s=first_s)
+
+
 def judged(problem: Problem) -> dict[str, Verdict]:
-    """The verdict on every provider."""
+    """The verdict on every provider, by name."""
     standards = _standards(problem)
     return {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
 
 
-def check(case: Case, size: Size, options: Options) -> list[Result]:
-    """One Result per provider at one size with its verdict; nothing is timed but the first call."""
-    problem = case.build(size, options)
-    verdicts = judged(problem)
-    return [_untimed(case, size, problem, p, verdicts[p.name]) for p in problem.providers]
-
-
-def measure(case: Case, size: Size, options: Options, budget: float = 1.0) -> list[Result]:
+def measure(case: Case, size: Size, options: Options, budget: float | None = 1.0) -> list[Result]:
     """One Result per provider at one size, in the problem's order.
 
     Args:
-        budget: seconds of timing for each provider that passes its check.
+        budget: seconds of timing for each provider that passes its check; with None nothing but the first call
+            is timed.
     """
     problem = case.build(size, options)
     standards = _standards(problem)
     verdicts = {p.name: judge(p.call, problem.inputs, standards[p.name]) for p in problem.providers}
-    calls = {p.name: p.call for p in problem.providers if verdicts[p.name].refused is None}
-    timings = time_interleaved(calls, problem.inputs, problem.device, budget * len(calls))
+    timings = {}
+    if budget is not None:
+        calls = {p.name: p.call for p in problem.providers if verdicts[p.name].refused is None}
+        timings = time_interleaved(calls, problem.inputs, problem.device, budget * len(calls))
     for name, timing in timings.items():  # the check again, on what was timed
         after = standards[name].verdict(timing.last_input, as_tuple(timing.last_outputs))  # type: ignore[arg-type]
         if after.refused is not None:
             verdicts[name] = replace(after, refused=f"when timed, {after.refused}")
-    baseline = next(p.name for p in problem.providers if p.baseline)
-    base = None if verdicts[baseline].refused else timings[baseline]
+    against = next(p.name for p in problem.providers if p.baseline)
+    base = None if verdicts[against].refused else timings.get(against)
     results = []
     for provider in problem.providers:
-        result = _untimed(case, size, problem, provider, verdicts[provider.name])
-        if result.refused is None:
-            peak = peak_bytes(provider.call, problem.inputs[0], problem.device)
-            result = _timed(result, timings[provider.name], base, peak)
+        verdict = verdicts[provider.name]
+        result = Result(
+            case=case.name,
+            size=size,
+            provider=provider.name,
+            baseline=provider.baseline,
+            against=against,
+            dtype=str(problem.inputs[0][0].dtype).removeprefix("torch."),
+            error=verdict.error,
+            allowed=verdict.allowed,
+            refused=verdict.refused,
+            first_s=verdict.first_s,
+            bytes=problem.cost.bytes,
+            operations=problem.cost.operations,
+            input_bytes=sum(tensor.nbytes for arguments in problem.inputs for tensor in arguments),
+        )
+        if verdict.refused is None and (timed := timings.get(provider.name)) is not None:
+            p20, p50, p80 = (float(q) for q in np.percentile(timed.ms, (20, 50, 80)))
+            result = replace(
+                result,
+                p20_ms=p20,
+                p50_ms=p50,
+                p80_ms=p80,
+                cpu_ms=float(np.median(timed.cpu_ms)),
+                ratio=None if base is None else ratio(timed.ms, base.ms),
+                cpu_ratio=None if base is None else ratio(timed.cpu_ms, base.cpu_ms),
+                rounds=len(timed.ms),
+                captured=timed.captured,
+                launched_ms=timed.launched_ms,
+                peak_bytes=peak_bytes(provider.call, problem.inputs[0], problem.device),
+            )
         results.append(result)
     return results
 
 
 def _standards(problem: Problem) -> dict[str, Standard]:
-    """What each provider is held to."""
-    shared = set_standard(problem.truth, problem.reference, problem.inputs)
+    """The standard that each provider is judged by."""
+    shared = _shared_standard(problem)
     allowed = PEER_FACTOR * max(shared.allowed)
     return {
         p.name: shared if p.truth is None else own_standard(p.truth, problem.inputs, allowed)
@@ -226,36 +344,5 @@ def _standards(problem: Problem) -> dict[str, Standard]:
     }
 
 
-def _untimed(case: Case, size: Size, problem: Problem, provider: Provider, verdict: Verdict) -> Result:
-    return Result(
-        case=case.name,
-        size=size,
-        provider=provider.name,
-        baseline=provider.baseline,
-        against=next(p.name for p in problem.providers if p.baseline),
-        dtype=str(problem.dtype).removeprefix("torch."),
-        error=verdict.error,
-        allowed=verdict.allowed,
-        refused=verdict.refused,
-        first_s=verdict.first_s,
-        bytes=problem.cost.bytes,
-        operations=problem.cost.operations,
-        input_bytes=sum(tensor.nbytes for arguments in problem.inputs for tensor in arguments),
-    )
-
-
-def _timed(result: Result, timing: Timing, base: Timing | None, peak: int) -> Result:
-    p20, p50, p80 = (float(q) for q in np.percentile(timing.ms, (20, 50, 80)))
-    return replace(
-        result,
-        p20_ms=p20,
-        p50_ms=p50,
-        p80_ms=p80,
-        cpu_ms=float(np.median(timing.cpu_ms)),
-        ratio=None if base is None else ratio(timing.ms, base.ms),
-        cpu_ratio=None if base is None else ratio(timing.cpu_ms, base.cpu_ms),
-        rounds=len(timing.ms),
-        captured=timing.captured,
-        launched_ms=timing.launched_ms,
-        peak_bytes=peak,
-    )
+def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(t.shape) for t in tensors]

@@ -7,6 +7,7 @@ the other direction. Halves or masks are the library's defaults; a two-sided blo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -29,8 +30,8 @@ def mlp(n_in: int, n_out: int, hidden: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(hidden[-1], n_out))
 
 
-class _PassesOn(nn.Module):
-    """nflows passes a context to its nets."""
+class _WithContext(nn.Module):
+    """An MLP that ignores the context that nflows passes to its nets."""
 
     def __init__(self, n_in: int, n_out: int, hidden: tuple[int, ...]) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ def _nflows(name: str) -> Maker:
         import nflows.transforms as transforms
 
         masks = [torch.arange(features).add(i).remainder(2) for i in range(depth)]
-        couplings = [getattr(transforms, name)(mask, lambda i, o: _PassesOn(i, o, hidden)) for mask in masks]
+        couplings = [getattr(transforms, name)(mask, lambda i, o: _WithContext(i, o, hidden)) for mask in masks]
         return transforms.CompositeTransform(couplings), lambda m, x: m(x), lambda m, x: m.inverse(x)
 
     return make
@@ -90,13 +91,11 @@ def _freia(name: str, per_block: int) -> Maker:
             model.append(getattr(modules, name), subnet_constructor=lambda n, m: mlp(n, m, hidden))
             if name == "AffineCouplingOneSided":
                 model.append(modules.PermuteRandom, seed=i)
-        return model, lambda m, x: _tensors(m(x)), lambda m, x: _tensors(m(x, rev=True))
+        # FrEIA's log-determinant of an additive coupling is a number.
+        tensors = functools.partial(filter, lambda value: isinstance(value, Tensor))
+        return model, lambda m, x: list(tensors(m(x))), lambda m, x: list(tensors(m(x, rev=True)))
 
     return make
-
-
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    return [v for v in values if isinstance(v, Tensor)]
 
 
 def _zuko(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
@@ -116,18 +115,15 @@ def _memcnn(name: str, adapter: str | None) -> Maker:
 
         n, out = features // 2, features if adapter is not None else features // 2
         options = {} if adapter is None else {"adapter": getattr(memcnn, adapter)}
-        blocks = [
-            getattr(memcnn, name)(mlp(n, out, hidden), mlp(n, out, hidden), **options) for _ in range(depth // 2)
-        ]
-        return nn.Sequential(*blocks), lambda m, x: [m(x)], _memcnn_inverse
+        block = functools.partial(getattr(memcnn, name), **options)
+        model = nn.Sequential(*(block(mlp(n, out, hidden), mlp(n, out, hidden)) for _ in range(depth // 2)))
+        return (
+            model,
+            lambda m, x: [m(x)],
+            lambda m, y: [functools.reduce(lambda y, b: b.inverse(y), reversed(m), y)],
+        )
 
     return make
-
-
-def _memcnn_inverse(model: Any, y: Tensor) -> list[Tensor]:
-    for block in reversed(model):
-        y = block.inverse(y)
-    return [y]
 
 
 LIBRARIES: dict[str, Maker] = {

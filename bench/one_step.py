@@ -60,7 +60,7 @@ def _row(n: int, rank: int, steps: int) -> str:
 
 
 def _repository(A: lf.TimeLowRank, z: Tensor, steps: int) -> Tensor:
-    """The formula's M, step by step, on latents instead of N x N matrices."""
+    """Apply the formula's M step by step to latents, without forming N x N matrices."""
     h = 1.0 / steps
 
     def slope(t: float) -> Callable[[Tensor], Tensor]:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rewritten(readme: str, root: Path) -> str:
-    """The README's text with every block anew; what is outside the blocks stays."""
+    """The README's text with every block rewritten and everything outside the blocks unchanged."""
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]

@@ -1,8 +1,7 @@
 """The reference repository's image Linearizer beside ours, on the CPU, in turns in one process and thread.
 
-    python -m linfast.bench.reference PATH --what compare times memory operations    # lf.from_reference
-    python -m linfast.bench.reference PATH --what training one-step latent           # lf.accelerate
-    python -m linfast.bench.reference PATH --what launches
+    python -m linfast.bench.reference PATH --what compare times memory            # lf.from_reference
+    python -m linfast.bench.reference PATH --what training one-step latent        # lf.accelerate
 
 PATH is a checkout of github.com/assafshocher/Linearizer, which is imported and not changed.
 
@@ -10,9 +9,6 @@ compare     errors of the outputs and of the input's gradient against the refere
 times       forward, inverse and a training step of g. After ``compare`` the allocator has larger thresholds, so
             that fewer pages fault: that favours the reference, whose attention weights are large
 memory      tensors alive at the peak of a training step of g, at the first batch size
-operations  what reaches a backend below autograd, without views and allocations: on a GPU each is a launch or more
-launches    the same where the ops run their kernels, and how many Triton launches are among it, outside ``freeze``
-            and inside: the kernels are interpreted at batch 1, which takes a minute
 training    a step of the model as built: its FlowMatcher's loss with MSE for LPIPS, whose weights are not at hand,
             backward and Adam: time and peak memory of the original, memory="store" and memory="invert"
 one-step    sample_one_step(method="rk", T=100) at batch 16, collapse included: time, and the distance from the
@@ -32,7 +28,6 @@ import os
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -41,19 +36,17 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 
-from .timing import peak_bytes, time_interleaved
+from .timing import peak_bytes, ratio, time_interleaved
 
-__all__ = ["interleaved", "launches", "main", "operations", "reference_model", "step", "step_bytes"]
+__all__ = ["main", "reference_model", "step", "step_bytes"]
 
 CONFIGS = {"mnist": (1, 32, 32), "celeba": (3, 64, 64)}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
 _T, _BATCH, _LIMIT_GIB = 100, 16, 9.0
 _SCALES = {"aux_conv": 0.3, "conv1": 0.5, "proj": 0.5}  # of the last weights of a block, by the end of their name
-_NO_LAUNCH = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "promote_types")
 
 Runs = Mapping[str, Callable[[], Any]]
 
@@ -78,14 +71,8 @@ def reference_model(path: str, shape: tuple[int, int, int], as_built: bool = Fal
     return f.eval()
 
 
-def interleaved(runs: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[float, float]]:
-    """Median (wall, CPU) seconds of each, run in turns after one turn that is not counted."""
-    timings = time_interleaved({str(i): run for i, run in enumerate(runs)}, rounds=repeats, warmup=1)
-    return [(median(t.ms) / 1e3, median(t.cpu_ms) / 1e3) for t in timings.values()]
-
-
 def step(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor) -> None:
-    """The gradients of a loss on g's latents, from none."""
+    """Compute the gradients of a loss on g's latents, without adding them to earlier ones."""
     for parameter in parameters:
         parameter.grad = None
     g(x).square().mean().backward()
@@ -98,60 +85,23 @@ def step_bytes(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: T
     return peak_bytes(lambda x: step(g, parameters, x), (x,), x.device)
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the operations that reach a backend, views and allocations left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter[str]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if not func.is_view and not name.startswith(_NO_LAUNCH):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def operations(run: Callable[[], object]) -> Counter[str]:
-    """What ``run`` would launch, by name."""
-    with _Operations() as mode:
-        run()
-    return mode.counts
-
-
-def launches(run: Callable[[], object]) -> tuple[Counter[str], Counter[str]]:
-    """(operations, Triton kernels launched) of ``run`` as on a GPU, both by name; the kernels are interpreted.
-
-    For a process whose kernels are not loaded yet: Triton decides then whether they are interpreted.
-    """
-    os.environ["TRITON_INTERPRET"] = "1"
-    from triton.runtime import interpreter
-
-    kernels, launch = Counter[str](), interpreter.GridExecutor.__call__
-
-    def counted(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        kernels[executor.fn.__name__] += 1
-        return launch(executor, *args, **kwargs)
-
-    with mock.patch.object(interpreter.GridExecutor, "__call__", counted), lf.backend("triton"):
-        return operations(run), kernels
-
-
 def _say(what: str, runs: Runs, repeats: int, memory: bool = False) -> None:
-    """The times of all, and their peaks where asked for; of all but the first their share of the first."""
-    times = interleaved(list(runs.values()), repeats)
-    peaks = [peak_bytes(run, (), torch.device("cpu")) for run in runs.values()] if memory else []
-    for i, (name, (wall, cpu)) in enumerate(zip(runs, times, strict=True)):
-        share = f", {wall / times[0][0]:.2f} of the first (CPU time {cpu / times[0][1]:.2f})" if i else ""
-        peak = f", peak {peaks[i] / 2**20:.0f} MiB ({peaks[i] / peaks[0]:.3f})" if peaks else ""
-        print(f"{what}, {name}: {1e3 * wall:.0f} ms{share}{peak}", flush=True)
+    """Print the time of every run, with ``memory`` also its peak, and both as shares of the first run's."""
+    timings = time_interleaved(runs, rounds=repeats, warmup=1)
+    peaks = {name: peak_bytes(run, (), torch.device("cpu")) for name, run in runs.items()} if memory else {}
+    first = next(iter(runs))
+    for name, timing in timings.items():
+        wall, cpu = (ratio(getattr(timing, of), getattr(timings[first], of)) for of in ("ms", "cpu_ms"))
+        share = f", {wall:.2f} of the first (CPU time {cpu:.2f})" if name != first else ""
+        peak = f", peak {peaks[name] / 2**20:.0f} MiB ({peaks[name] / peaks[first]:.3f})" if peaks else ""
+        print(f"{what}, {name}: {median(timing.ms):.0f} ms{share}{peak}", flush=True)
 
 
 # from_reference
 
 
 def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
-    """Relative L2 distance of every output from the reference's in float64, ours and its own."""
+    """Print how far our outputs and the reference's own are from the reference in float64, in relative L2."""
 
     def results(model: Any, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
@@ -170,7 +120,7 @@ def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
 
 
 def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
-    """Of g's forward, inverse and training step; the last with activations stored, and inverted."""
+    """Time g's forward, inverse and training step, the last with activations stored and inverted."""
     with torch.no_grad():
         z, size = f.gx(x), f"batch {len(x)}"
         models = {"reference": f, "linfast": h}
@@ -189,7 +139,7 @@ def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
 
 
 def _memory(f: Any, h: Any, x: Tensor) -> None:
-    """Of a training step of g: the reference's, ours with its weights, and ``image_flow``'s own."""
+    """Print the peak memory of a training step of g: the reference, ours with its weights, and ``image_flow``."""
     options = {"conditioner": "unet", "time_features": 16, "actnorm": True, "mix": "free"}
     own = lf.image_flow(*x.shape[1:3], 4 * LAYERS, **options)  # type: ignore[arg-type, call-arg]
     own(x, t=1.0)
@@ -208,30 +158,11 @@ def _memory(f: Any, h: Any, x: Tensor) -> None:
     f.eval(), h.eval()
 
 
-@torch.no_grad()
-def _operations(f: Any, h: Any, x: Tensor) -> None:
-    for label, g in (("reference", f.gx), ("linfast", h.gx)):
-        counts = operations(functools.partial(g, x))
-        print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common(14))}")
-
-
-@torch.no_grad()
-def _launches(h: Any, x: Tensor) -> None:
-    run = functools.partial(h.gx, x)
-    found = {"linfast on a GPU": launches(run)}
-    with lf.freeze(h):
-        launches(run)  # what is derived from weights is there afterwards
-        found["the same, frozen"] = launches(run)
-    for label, (counts, kernels) in found.items():
-        print(f"operations of g forward, {label}: {counts.total()}  {dict(counts.most_common())}")
-        print(f"    Triton launches among them: {kernels.total()}  {dict(kernels)}", flush=True)
-
-
 # accelerate
 
 
 def _loss(f: Any, x1: Tensor, noise: float = 0.3) -> Tensor:
-    """The paper's, with MSE for LPIPS."""
+    """The paper's loss, with MSE in place of LPIPS."""
     x0, t = torch.randn_like(x1), torch.rand(len(x1))
     z0, z1, at = f.gy(x0), f.gx(x1), t[:, None, None, None]
     predicted = f.A((1 - at) * z0 + at * z1, t=t)
@@ -241,7 +172,7 @@ def _loss(f: Any, x1: Tensor, noise: float = 0.3) -> Tensor:
 
 
 def _training(model: Any, x: Tensor, repeats: int) -> None:
-    """One more Adam step on x, of the model as it is and of accelerated copies."""
+    """Time an Adam step on x, for the model as it is and for accelerated copies."""
 
     def step(f: Any, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -310,9 +241,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", choices=CONFIGS, default="mnist", help="of what from_reference is measured on")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=7)
-    of_images = ("compare", "times", "memory", "operations", "launches")
+    of_images = ("compare", "times", "memory")
     of_accelerate = ("training", "one-step", "latent")
-    parser.add_argument("--what", choices=(*of_images, *of_accelerate), nargs="+", default=of_images[:4])
+    parser.add_argument("--what", choices=(*of_images, *of_accelerate), nargs="+", default=of_images)
     options = parser.parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its start and stop
     torch.set_num_threads(1)
@@ -326,8 +257,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "compare": lambda: _compare(f, h, batches[0][:2], torch.rand(2)),
         "times": lambda: [*map(functools.partial(_times, f, h, options.repeats), batches)],
         "memory": lambda: _memory(f, h, batches[0]),
-        "operations": lambda: _operations(f, h, batches[0][:2]),
-        "launches": lambda: _launches(h, batches[0][:1]),
         "training": lambda: _training(built, torch.rand(options.batch[-1], *mnist), options.repeats),
         "one-step": lambda: _one_step(options.path, reference_model(options.path, mnist), options.repeats),
         "latent": _latent,

@@ -17,7 +17,7 @@ from linfast.tables import aligned
 from .environment import Environment
 from .harness import CONTROL, Result
 
-__all__ = ["beside_the_fastest", "json_line", "number", "parse", "shares", "short_table", "table"]
+__all__ = ["beside_the_fastest", "json_line", "number", "parse", "shares", "short_table", "size_in_words", "table"]
 
 OURS = ("eager", "torch.compile", "linfast", "linfast compiled")
 _COLUMNS = (
@@ -90,7 +90,7 @@ def beside_the_fastest(results: Sequence[Result]) -> list[str]:
             if ours and others:
                 times.append(f"{min(ours) / min(others)[0]:.2f} of {min(others)[1]}'s time {word}")
         if times:
-            size = _size_in_words(of_size[0])
+            size = size_in_words(of_size[0])
             lines.append(f"{of_size[0].case} {size}: our fastest takes {', '.join(times)}")
     return lines
 
@@ -157,7 +157,7 @@ def _short_line(group: Sequence[Result], providers: Sequence[str], environment: 
     share = (None, None) if shown is None else shares(shown, environment)
     return [
         group[0].case,
-        _size_in_words(group[0]),
+        size_in_words(group[0]),
         *(
             "-" if (r := by_name.get(name)) is None else "refused" if r.refused else number(r.p50_ms)
             for name in providers
@@ -174,11 +174,10 @@ def _by_size(results: Sequence[Result]) -> dict[tuple[object, ...], list[Result]
     return groups
 
 
-def _size_in_words(result: Result) -> str:
-    return " ".join(
-        _SHORT.get(value, value) if isinstance(value, str) else f"{key}{value}"
-        for key, value in result.size.items()
-    )
+def size_in_words(result: Result, but: str | None = None) -> str:
+    """The result's size on one line, without its entry ``but``."""
+    entries = [(key, value) for key, value in result.size.items() if key != but]
+    return " ".join(_SHORT.get(v, v) if isinstance(v, str) else f"{key}{v}" for key, v in entries)
 
 
 def number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What rounding may cost a computation: a model of narrow arithmetic in which no machine's BLAS has a say.
+"""What rounding may cost a computation: a model of narrow arithmetic that does not depend on the machine's BLAS.
 
 Under ``Rounding`` every operation of plain torch on fp32, fp16 or bf16 tensors, forward and
 backward, is done in float64, moved by what a floating-point unit may err by, and rounded to
@@ -25,7 +25,6 @@ A mode whose products round their fp32 operands has its errors drawn with them r
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linfast.dispatch import plain_torch
+from .moved import plain_torch
 
 __all__ = [
     *("DRAWS", "N_PARTS", "Rounding", "allowed_error", "allowed_errors", "drawn", "operand_rounding"),
@@ -98,7 +97,15 @@ def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Call
     Each call rounds on another grid (of t scaled, and scaled back): the same digits would go in every draw, and
     leave no room for luck. Three parts hold all of fp32, and are left alone.
     """
-    rounded = _tf32 if precision == "tf32" else functools.partial(_sum_of_parts, N_PARTS[precision], half)
+
+    def rounded(t: Tensor) -> Tensor:
+        if precision == "tf32":  # ten bits after the point, to nearest
+            return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+        total = torch.zeros_like(t)
+        for _ in range(N_PARTS[precision]):
+            total = total + (t - total).to(half).to(t.dtype)
+        return total
+
     generator = torch.Generator().manual_seed(0)
 
     def on_another_grid(t: Tensor) -> Tensor:
@@ -106,18 +113,6 @@ def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Call
         return rounded(t * scale) / scale
 
     return rounded if precision == "exact" else on_another_grid
-
-
-def _sum_of_parts(n_parts: int, half: torch.dtype, t: Tensor) -> Tensor:
-    total = torch.zeros_like(t)
-    for _ in range(n_parts):
-        total = total + (t - total).to(half).to(t.dtype)
-    return total
-
-
-def _tf32(t: Tensor) -> Tensor:
-    """fp32 with ten bits after the point, to nearest."""
-    return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
 def drawn(
@@ -135,7 +130,7 @@ def allowed_error(errors: Sequence[float], dtype: torch.dtype) -> float:
 
 
 def relative_error(value: Tensor | None, truth: Tensor | None) -> float:
-    """|value - truth| / |truth| in float64, |value| where the truth is zero; 0 of None."""
+    """|value - truth| / |truth| in float64, or |value| where the truth is zero; 0 where either is None."""
     if value is None or truth is None:
         return 0.0
     truth = truth.detach().double()
@@ -144,7 +139,7 @@ def relative_error(value: Tensor | None, truth: Tensor | None) -> float:
 
 
 class Rounding(TorchDispatchMode):
-    """Inside the block plain torch rounds as the model above says, drawn from ``seed``.
+    """A context in which plain torch rounds as the model above says, with errors drawn from ``seed``.
 
     Without a seed nothing is moved: every operation is exact and its result rounded to nearest. ``operands`` is
     applied to the fp32 operands of matrix products before.
@@ -161,12 +156,14 @@ class Rounding(TorchDispatchMode):
             with self:
                 return _STEPS[func](*args, **kwargs)
         as_it_is = func.is_view or func.overloadpacket in _EXACT or torch.Tag.nondeterministic_seeded in func.tags
-        if as_it_is or not any(t.dtype in _NARROW and not t.is_meta for t in _tensors((args, kwargs))):
+        if as_it_is or not any(
+            isinstance(t, Tensor) and t.dtype in _NARROW and not t.is_meta for t in _leaves((args, kwargs))
+        ):
             return func(*args, **kwargs)
         if self._operands is not None and func.overloadpacket in _OPERANDS:
             at, args = _OPERANDS[func.overloadpacket], list(args)
             args[at] = [self._operands(t) if t.dtype == torch.float32 else t for t in args[at]]
-        wide, wide_kwargs = _map(_widened, args), _map(_widened, kwargs)
+        wide, wide_kwargs = _map(lambda t: t.to(torch.float64, copy=True), (args, kwargs))
         outputs = func(*args, **kwargs)  # for its dtypes, and for what it writes in place
         values = self._moved(func, wide, wide_kwargs, _leaves(outputs))
         for output, value in zip(_leaves(outputs), values, strict=True):
@@ -175,12 +172,12 @@ class Rounding(TorchDispatchMode):
         return outputs
 
     def _moved(self, func: Any, args: Any, kwargs: Any, narrow: list[Any]) -> list[Tensor | None]:
-        """What the operation gives in float64, each element moved as the model says; ``narrow`` are its outputs."""
+        """The operation's float64 outputs with the model's errors added; ``narrow`` are its ordinary outputs."""
         exact = _run(func, args, kwargs)
         if self._seed is None:
             return exact
         if func.overloadpacket in _SUMS:
-            squares = _run(func, *_map(_square, (args, kwargs)))
+            squares = _run(func, *_map(torch.square, (args, kwargs)))
             counts = _run(func, *_map(torch.ones_like, (args, kwargs)))
             return list(map(self._moved_sum, exact, squares, counts))
         pairs = zip(exact, narrow, strict=True)
@@ -189,7 +186,7 @@ class Rounding(TorchDispatchMode):
             return exact
         if func.overloadpacket in _ARITHMETIC:
             return [self._scaled(exact[0], ~fits[0] * _EPS)]
-        first = next(t for t in _tensors((args, kwargs)) if t.dtype == torch.float64)
+        first = next(t for t in _leaves((args, kwargs)) if isinstance(t, Tensor) and t.dtype == torch.float64)
         size = _EPS if torch.Tag.pointwise in func.tags else _EPS * math.sqrt(max(first.shape[-1:], default=1))
         moved = _run(func, *_map(lambda t: self._scaled(t, size / 2), (args, kwargs)))
         return [self._scaled(t, size) for t in moved]
@@ -214,7 +211,7 @@ class Rounding(TorchDispatchMode):
 def _group_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, N: int, C: int, HxW: int, group: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """native_group_norm, step by step: torch's own loses digits where a group's values are close."""
+    """native_group_norm, step by step: torch's own loses digits where the values of a group are close."""
     grouped = x.reshape(N, group, C // group * HxW).float()
     mean = grouped.sum(2) / grouped.shape[2]
     apart = grouped - mean[..., None]
@@ -257,7 +254,7 @@ _STEPS: dict[Any, Callable[..., Any]] = {
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same structure with the function of every float tensor, and float64 where a narrow dtype is named."""
+    """Apply the function to every float tensor in the structure, and replace narrow dtypes by float64."""
     if isinstance(value, Tensor):
         return function(value) if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -273,25 +270,13 @@ def _leaves(value: Any) -> list[Any]:
     return [value]
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in _leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _run(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The outputs for these arguments, which stay as they are."""
+    """The outputs for these arguments, which are not written to even by an in-place operation."""
     if func.overloadpacket.__name__.endswith("_"):  # in place
         args, kwargs = _map(torch.clone, args), _map(torch.clone, kwargs)
     return _leaves(func(*args, **kwargs))
 
 
 def _fits(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where the value has no more digits than the dtype holds; True of a NaN."""
+    """Where the value is exactly representable in the dtype, or is NaN."""
     return (t.to(dtype).to(t.dtype) == t) | (t != t)
-
-
-def _widened(t: Tensor) -> Tensor:
-    return t.to(torch.float64, copy=True)
-
-
-def _square(t: Tensor) -> Tensor:
-    return t * t

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from linfast._command import refuse_existing
 from .arguments import parser
 from .cases import CASES
 from .environment import Environment, ceilings, describe, free_bytes
-from .harness import Case, Options, Result, Size, UsageError, check, measure
+from .harness import Case, Options, Result, Size, UsageError, measure
 from .report import json_line, table
 
 __all__ = ["main", "sizes", "too_large"]
@@ -23,6 +24,7 @@ __all__ = ["main", "sizes", "too_large"]
 _BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
 _PLOTS = "linfast-bench"
 _CALLS = 25  # of each provider at the least: the check, two rounds to warm up, five timed, memory, float64
+_LIMIT = 20.0  # seconds that all calls at one size may take
 _MEMORY_SHARE = 0.5  # of what is free; inputs, float64 outputs and graphs come on top of a call's peak
 
 
@@ -75,31 +77,25 @@ def too_large(size: Size, measured: Sequence[Result], limit: float, device: torc
         limit: seconds that the least number of calls of all providers may take.
     """
     timed = [(_growth(result.size, size), result) for result in measured if result.p50_ms is not None]
-    smaller = [(growth, result) for growth, result in timed if growth is not None]
-    nearest = min((growth for growth, _ in smaller), default=0.0)
-    at = [result for growth, result in smaller if growth == nearest]
+    nearest = min((growth for growth, _ in timed), default=math.inf)
+    if nearest == math.inf:
+        return None
+    at = [result for growth, result in timed if growth == nearest]
     seconds = 1e-3 * nearest * _CALLS * sum(result.p50_ms or 0.0 for result in at)
-    peak = nearest * max((result.peak_bytes or 0 for result in at), default=0)
+    peak = nearest * max(result.peak_bytes or 0 for result in at)
     if seconds > limit:
         return f"about {seconds:.0f} s, over the limit of {limit:.0f}"
     return f"about {peak / 2**30:.1f} GiB per call" if peak > _MEMORY_SHARE * free_bytes(device) else None
 
 
-def _growth(small: Size, large: Size) -> float | None:
-    """How many times larger; None where it is not larger."""
-    if small.keys() != large.keys():
-        return None
-    growth = 1.0
-    for key, value in large.items():
-        before = small[key]
-        if isinstance(value, str) or isinstance(before, str):
-            if value != before:
-                return None
-        elif value < before:
-            return None
-        elif value != before:
-            growth *= value / max(before, 1)
-    return growth
+def _growth(small: Size, large: Size) -> float:
+    """The factor by which ``large`` exceeds ``small``; infinite where it is not a larger size of the same kind."""
+    pairs = [(small.get(key), value) for key, value in large.items()]
+    words = all(before == value for before, value in pairs if isinstance(value, str))
+    numbers = [(before, value) for before, value in pairs if isinstance(before, int) and isinstance(value, int)]
+    if not words or any(before > value for before, value in numbers):
+        return math.inf
+    return math.prod(1.0 if before == value else value / max(before, 1) for before, value in numbers)
 
 
 def _run(args: argparse.Namespace, plots: str | None) -> int:
@@ -123,11 +119,11 @@ def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Res
     for name in args.case:
         case, measured = CASES[name], list[Result]()
         for size in sizes(case, args.sizes, args.batch):
-            reason = too_large(size, measured, args.limit, args.device)
+            reason = None if case.every_size else too_large(size, measured, _LIMIT, args.device)
             what = " ".join([name, *map(str, size.values())])
             print(f"leaving out {what}: {reason}" if reason else f"measuring {what}", file=sys.stderr, flush=True)
             if reason is None:
-                new = check(case, size, options) if args.check else measure(case, size, options, args.budget)
+                new = measure(case, size, options, None if args.check else args.budget)
                 if args.device.type == "cuda":
                     torch.cuda.empty_cache()
                 measured += new
@@ -137,7 +133,7 @@ def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Res
 
 
 def _plots(args: argparse.Namespace) -> str | None:
-    """The folder to draw into."""
+    """The folder that plots are written to, or None for no plots."""
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     if args.plots is not None and not has_matplotlib:
         raise UsageError("--plots needs matplotlib: pip install 'linfast[demo]'")
@@ -146,7 +142,7 @@ def _plots(args: argparse.Namespace) -> str | None:
 
 
 def _files(args: argparse.Namespace, plots: str | None) -> list[str]:
-    """What the run may write; devices such as /dev/stdout are no files."""
+    """The files that the run may write. Devices such as /dev/stdout are not among them."""
     if args.profile is not None:
         names = ["kernels.txt", *(f"{case}.trace.json.gz" for case in args.case)]
         return [os.path.join(args.profile, name) for name in names]

@@ -1,4 +1,4 @@
-"""``python -m linfast.bench.streams``: samples through ``sample_stream`` into memory, in rows per second.
+"""``python -m linfast.bench.streams``: rows per second that ``sample_stream`` writes into memory.
 
 A Linearizer of 64 features, sampled in one step, 8 couplings, hidden 128; its CUDA graph replayed, and each block
 launched from Python. One line of JSON each.
@@ -26,7 +26,7 @@ BLOCK, ROWS = {"cpu": 2**8, "cuda": 2**14}, {"cpu": 2**10, "cuda": 2**23}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0."""
+    """Print the lines and return 0."""
     parser = argparse.ArgumentParser(description="rows per second of sample_stream")
     parser.add_argument("--device", type=device_from, default=default_device())
     device: torch.device = parser.parse_args(arguments).device

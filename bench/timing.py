@@ -2,10 +2,10 @@
 
 Calls run in turn, A B A B ..., and are timed by the clock and by the CPU time of the process.
 
-What disturbs the machine disturbs every provider, and the process's own CPU time is disturbed least by other
-processes. On a CPU a round is one call of each provider. On a GPU a round is one replay per provider of a CUDA
-graph that holds one call for every input: there are no launch gaps, and between two calls on one input all the
-others pass through the cache. A provider that cannot be captured is launched from the host, and says so.
+Other work on the machine then slows all providers alike, and it changes the process's own CPU time least.
+On a CPU a round is one call of each provider. On a GPU a round is one replay per provider of a CUDA graph that
+holds one call for every input: there are no launch gaps, and between two calls on one input all the others pass
+through the cache. A provider that cannot be captured is launched from the host, and its result says so.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .check import Outputs, as_tuple
-
-__all__ = ["Timing", "peak_bytes", "ratio", "time_interleaved"]
+__all__ = ["Outputs", "Timing", "as_tuple", "peak_bytes", "ratio", "time_interleaved"]
 
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
 LAUNCHED_CALLS = 11  # for the median of calls that are launched from Python
 
+Outputs = Tensor | Sequence[Tensor]  # of a function that is compared
 Call = Callable[..., object]
 Round = Callable[[int], tuple[float, object]]
 
@@ -51,6 +50,11 @@ class Timing:
     launched_ms: float | None = None
 
 
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    """One tensor or several as a tuple, cut from the graph."""
+    return tuple(o.detach() for o in ((outputs,) if isinstance(outputs, Tensor) else outputs))
+
+
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     """The median over the rounds of ``times / base``, so that drift of the machine cancels."""
     return median(t / max(b, 1e-9) for t, b in zip(times, base, strict=True))
@@ -67,8 +71,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time every call once per round, for ``rounds`` rounds, or for ``budget`` seconds and 5 to 2000 rounds.
 
-    The inputs rotate from call to call, not from round to round: a provider does not find in the cache what
-    the one before it has just read. ``warmup`` untimed rounds come first.
+    The inputs rotate from call to call, not from round to round, so that a provider does not find in the cache what
+    the previous one has just read. ``warmup`` untimed rounds come first.
 
     Args:
         device: where the calls run; the CPU by default.

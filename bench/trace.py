@@ -1,7 +1,7 @@
 """``linfast bench --profile DIR``: a Chrome trace per case, and where the time of each provider goes.
 
-DIR/NAME.trace.json.gz opens in https://ui.perfetto.dev or chrome://tracing. DIR/kernels.txt has the kernels (on a
-CPU: operators) of each provider by time. Ranges are on: see docs/profiling.md.
+DIR/NAME.trace.json.gz opens in https://ui.perfetto.dev or chrome://tracing. DIR/kernels.txt lists the kernels of
+each provider by time; on a CPU it lists operators. Ranges are on: see docs/profiling.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from linfast.ranges import ranges
 
 from .cases import CASES
 from .harness import Case, Options, Problem, Provider, Size
-from .run import sizes
 
 __all__ = ["run_profile"]
 
@@ -25,16 +24,17 @@ MOST_ROWS = 8
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    """The first size of every case asked for."""
+    """Profile the first size of every case asked for."""
+    from .run import sizes
+
     folder = Path(args.profile)
     folder.mkdir(parents=True, exist_ok=True)
     summaries = []
     for name in args.case:
-        for size in sizes(CASES[name], args.sizes, args.batch)[:1]:
-            text = _profile_case(CASES[name], size, Options(args.device, args.compile), folder)
-            summaries.append(text)
-            (folder / "kernels.txt").write_text("\n\n".join(summaries) + "\n", encoding="utf-8")
-            print(text, end="\n\n", flush=True)
+        size = sizes(CASES[name], args.sizes, args.batch)[0]
+        summaries.append(_profile_case(CASES[name], size, Options(args.device, args.compile), folder))
+        (folder / "kernels.txt").write_text("\n\n".join(summaries) + "\n", encoding="utf-8")
+        print(summaries[-1], end="\n\n", flush=True)
     return 0
 
 
@@ -48,8 +48,7 @@ def _profile_case(case: Case, size: Size, options: Options, folder: Path) -> str
             with record_function(provider.name):
                 _call(problem, provider)
     whole.export_chrome_trace(str(folder / f"{case.name}.trace.json.gz"))
-    about = " ".join(f"{key}={value}" for key, value in size.items())
-    parts = [f"{case.name} {about}: {CALLS} calls"]
+    parts = [f"{case.name} {' '.join(f'{key}={value}' for key, value in size.items())}: {CALLS} calls"]
     for provider in problem.providers:  # apart from each other: a kernel does not say who launched it
         with profile(activities=activities) as one:
             _call(problem, provider)

@@ -12,8 +12,10 @@ from ..harness import Case
 __all__ = ["CASES"]
 
 _MODULES = {
-    "ops": ("affine_coupling", "channel_mix", "coupling_mix", "coupling_stack", "low_rank", "latent_matmul"),
-    "images": ("depthwise_conv", "group_norm_silu", "conv2d_fused"),
+    "ops": (
+        *("affine_coupling", "channel_mix", "coupling_mix", "coupling_stack", "low_rank", "latent_matmul"),
+        *("depthwise_conv", "group_norm_silu", "conv2d_fused"),
+    ),
     "flows": ("coupling_flow", "peers", "linearizer", "reversible"),
     "collapse": ("collapse",),
 }

@@ -11,7 +11,7 @@ import linfast as lf
 from linfast.operators import LatentOperator
 
 from ..harness import Case, Cost, Options, Problem, Provider, Size
-from .common import sweep
+from .common import grid, ints
 
 __all__ = ["CASES"]
 
@@ -22,7 +22,7 @@ def _build(size: Size, options: Options) -> Problem:
     "dense" forms the matrix of each step, exactly, and makes one N x N product per step: as many as the reference
     repository, whose formula needs no product to form it and is not exact.
     """
-    batch, n, rank, steps = (int(size[key]) for key in ("batch", "N", "r", "steps"))
+    batch, n, rank, steps = ints(size, "batch", "N", "r", "steps")
     torch.manual_seed(0)
     A = lf.TimeLowRank(n, rank).to(options.device).requires_grad_(False)
     wide, width = deepcopy(A).double(), (2 * steps - 1) * rank
@@ -67,7 +67,6 @@ def _dense(A: LatentOperator, steps: int) -> Tensor:
     return B
 
 
-# N = 12288 is in bench/studies/collapse_scale.py: its dense collapse takes minutes.
 _BASE: Size = {"N": 1024, "batch": 16, "r": 8, "steps": 100}
 CASES = [
     Case(
@@ -75,9 +74,9 @@ CASES = [
         _build,
         sizes={
             "tiny": [{"N": 16, "batch": 2, "r": 2, "steps": 4}],
-            "quick": [{"N": 128, "batch": 16, "r": 8, "steps": 20}],
-            "gpu": [_BASE, {**_BASE, "N": 4096}],
-            "full": sweep(_BASE, N=(256, 1024), r=(1, 8), steps=(10, 100)),
+            "quick": [{**_BASE, "N": 128, "steps": 20}],
+            "gpu": grid(_BASE, N=(1024, 4096)),
+            "full": grid(_BASE, N=(256, 1024), steps=(10, 100)),  # N = 12288 is in bench/collapse_scale.py
         },
     )
 ]

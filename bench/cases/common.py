@@ -1,10 +1,11 @@
-"""What cases share: inputs, the providers of one function, what a call is, and the least that a call must do.
+"""What cases share: sizes, inputs, the providers of one function, what a call is, and the least that it must do.
 
 Most cases are one op: ``op_case`` makes them from a function that draws arguments, the op and its operation count.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,14 +13,26 @@ import torch
 from torch import Tensor
 
 import linfast as lf
-from linfast.dispatch import has_kernels
 
-from ..check import as_tuple
 from ..harness import Case, Cost, Options, Problem, Provider, Size
+from ..moved import has_kernels
+from ..timing import as_tuple
 
 __all__ = [
-    *("BACKWARD", "FORWARD", "INVERSE", "Call", "Function", "Source", "inputs", "op_case", "perturb"),
-    *("providers", "run", "sweep"),
+    *(
+        "BACKWARD",
+        "FORWARD",
+        "INVERSE",
+        "Call",
+        "Function",
+        "Source",
+        "grid",
+        "inputs",
+        "ints",
+        "op_case",
+        "perturb",
+    ),
+    *("providers", "run"),
 ]
 
 FORWARD, INVERSE, BACKWARD = "forward", "inverse", "forward+backward"
@@ -28,10 +41,14 @@ Function = Callable[..., Any]  # of tensors, to Outputs
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
-def sweep(base: Size, **axes: Iterable[int | str]) -> list[Size]:
-    """``base`` with each axis in turn at each of its values, none twice."""
-    sizes = [{**base, axis: value} for axis, values in axes.items() for value in values]
-    return list({tuple(size.items()): size for size in sizes}.values())
+def grid(base: Size, **axes: Iterable[int | str]) -> list[Size]:
+    """``base`` with every combination of the axes' values."""
+    return [{**base, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
+
+
+def ints(size: Size, *keys: str) -> tuple[int, ...]:
+    """The size's numbers of these names."""
+    return tuple(int(size[key]) for key in keys)
 
 
 class Source:
@@ -43,11 +60,8 @@ class Source:
         self.generator = torch.Generator(options.device).manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
+        """A tensor of this shape."""
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
-
-    def like(self, tensor: Tensor) -> Tensor:
-        """Of its shape and memory format."""
-        return torch.empty_like(tensor).copy_(self.normal(*tensor.shape))
 
     def below(self, count: int, n: int) -> Tensor:
         """``n`` whole numbers in [0, count)."""
@@ -128,14 +142,15 @@ def op_case(
     rivals: Callable[[Size, Options], Mapping[str, Function]] = lambda size, options: {},
     baseline: str = "eager",
 ) -> Case:
-    """The case of one op, which returns y or (y, log_det) with y like its first argument.
+    """The case of one op that returns y or (y, log_det), where y has the shape of the first argument.
 
     Args:
         draw: the arguments of one call.
         op: the op at this size, as a function of the arguments.
         operations: of one forward, from the size and the first argument; a multiply-add is two.
-        truth: what is right, in float64; by default the op itself, which runs in plain torch then.
-        reference: in the dtype that is measured, to tell what rounding may cost; by default the truth.
+        truth: computes the right outputs in float64; by default the op itself, which then runs in plain torch.
+        reference: computes them in the measured dtype, from which the allowance for rounding follows; by default
+            the truth.
         rivals: other ways to compute the same, by name.
         baseline: the provider that the others are compared with, where it is there.
     """
@@ -145,7 +160,9 @@ def op_case(
 
         def arguments() -> tuple[Tensor, ...]:
             drawn = draw(source, size)
-            return (*drawn, source.like(drawn[0])) if direction == BACKWARD else drawn
+            if direction != BACKWARD:
+                return drawn
+            return *drawn, torch.empty_like(drawn[0]).copy_(source.normal(*drawn[0].shape))
 
         call, given = run(direction), inputs(arguments, options)
         others = [Provider(name, call(f)) for name, f in rivals(size, options).items()]

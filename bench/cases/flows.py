@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -17,8 +17,7 @@ import linfast as lf
 
 from ..harness import CONTROL, Case, Cost, Options, Problem, Provider, Size
 from ..library_models import PEERS, peer
-from .common import BACKWARD, FORWARD, INVERSE, Source, inputs, perturb, providers, run, sweep
-from .ops import powers
+from .common import BACKWARD, FORWARD, INVERSE, Source, grid, inputs, ints, perturb, providers, run
 
 __all__ = ["CASES"]
 
@@ -28,20 +27,20 @@ _Made = TypeVar("_Made")
 
 
 def _seeded(make: Callable[[], _Made]) -> _Made:
-    """The same weights in every run."""
+    """Make a model with the same weights in every run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make()
 
 
 def _flow(size: Size, memory: str = "auto") -> lf.Flow:
-    n, depth, hidden = (int(size[key]) for key in ("D", "depth", "hidden"))
+    n, depth, hidden = ints(size, "D", "depth", "hidden")
     return _seeded(lambda: perturb(lf.coupling_flow(n, depth, (hidden, hidden), memory=memory)))
 
 
 def _cost(size: Size) -> Cost:
     """Samples in and out once, the weights once, one multiply-add per weight and sample; thrice with gradients."""
-    n, batch, depth, hidden = (int(size[key]) for key in ("D", "batch", "depth", "hidden"))
+    n, batch, depth, hidden = ints(size, "D", "batch", "depth", "hidden")
     weights = depth * (n // 2 * hidden + hidden * hidden + hidden * n)
     read, written = 4 * (batch * n + weights), 4 * batch * n
     if size["direction"] in (FORWARD, INVERSE):
@@ -93,7 +92,7 @@ def _method(direction: str) -> Callable[..., Tensor | Outputs]:
 
 
 def _in_float64(call: Callable[[Tensor], Outputs]) -> Callable[[Tensor], Outputs]:
-    """With zeros that the library makes in float64 too."""
+    """The call with float64 as the default dtype, for the zeros that a library creates."""
 
     def exact(x: Tensor) -> Outputs:
         torch.set_default_dtype(torch.float64)
@@ -126,32 +125,29 @@ _BASE: Size = {"direction": FORWARD, "D": 64, "depth": 8, "hidden": 128, "batch"
 _TINY: Size = {"D": 6, "depth": 2, "hidden": 8, "batch": 4}
 
 
-def _every(directions: Iterable[str], depths: Iterable[int]) -> list[Size]:
-    axes = {"batch": powers(6, 23, 2), "depth": depths, "hidden": (32, 128, 512), "D": (8, 64, 256)}
-    return [size for direction in directions for size in sweep({**_BASE, "direction": direction}, **axes)]
-
-
+_DIRECTIONS = (FORWARD, INVERSE, _TRAIN)
 _FLOW = Case(
     "coupling_flow",
     _coupling_flow,
     sizes={
         "tiny": [{"direction": _TRAIN, **_TINY}],
         "quick": [
-            *sweep(_BASE, batch=(64, 256, 1024)),
-            *sweep({**_BASE, "direction": _TRAIN, "batch": 128}, depth=(2, 4, 8)),
+            *grid(_BASE, batch=(64, 256, 1024)),
+            *grid({**_BASE, "direction": _TRAIN, "batch": 128}, depth=(2, 4, 8)),
         ],
-        "gpu": [
-            *sweep(_BASE, batch=(1024, 2**18)),
-            *sweep({**_BASE, "batch": 2**16}, direction=(INVERSE, _TRAIN)),
+        "gpu": [*grid(_BASE, batch=(1024, 2**18)), *grid({**_BASE, "batch": 2**16}, direction=(INVERSE, _TRAIN))],
+        "full": [
+            *grid(_BASE, direction=_DIRECTIONS, batch=(2**6, 2**10, 2**14, 2**18, 2**22)),
+            *grid(_BASE, direction=_DIRECTIONS, depth=(2, 32)),
         ],
-        "full": _every((FORWARD, INVERSE, _TRAIN), (2, 4, 8, 16, 32)),
     },
 )
-_AT = [{**_BASE, "direction": d, "batch": b} for d in (FORWARD, INVERSE, _TRAIN) for b in (1, 16, 64, 256, 1024)]
+_AT = grid(_BASE, direction=_DIRECTIONS, batch=(1, 16, 64, 256, 1024))
 _PEERS = Case(
     "peers",  # at the sizes of one question: is coupling_flow slower than the fastest library?
     functools.partial(_coupling_flow, control=True),
     sizes={"tiny": _FLOW.sizes["tiny"], "quick": _AT[2:4], "gpu": _AT[2:4], "full": _AT},
+    every_size=True,
 )
 
 
@@ -160,7 +156,7 @@ _PEERS = Case(
 
 def _linearizer(size: Size, options: Options) -> Problem:
     """y of standard normal inputs, or with the backward (y, dx, *dweights)."""
-    direction, batch, n = str(size["direction"]), int(size["batch"]), int(size["D"])
+    direction, (batch, n) = str(size["direction"]), ints(size, "batch", "D")
     depth, hidden = int(size["depth"]), (int(size["hidden"]),) * 2
     model = _seeded(lambda: perturb(lf.Linearizer(lf.coupling_flow(n, depth, hidden), lf.Dense(n))))
     model = model.to(options.device)
@@ -183,9 +179,9 @@ _LINEARIZER = Case(
     _linearizer,
     sizes={
         "tiny": [{"direction": BACKWARD, **_TINY}],
-        "quick": sweep({**_BASE, "batch": 256}, direction=(INVERSE, BACKWARD)),
-        "gpu": [*sweep({**_BASE, "batch": 65536}, direction=(FORWARD, INVERSE, BACKWARD)), _BASE],
-        "full": _every((FORWARD, INVERSE, BACKWARD), (2, 8, 32)),
+        "quick": grid({**_BASE, "batch": 256}, direction=(INVERSE, BACKWARD)),
+        "gpu": [*grid({**_BASE, "batch": 65536}, direction=(FORWARD, INVERSE, BACKWARD)), _BASE],
+        "full": grid(_BASE, direction=(FORWARD, INVERSE, BACKWARD), batch=(2**6, 2**10, 2**14, 2**18)),
     },
 )
 
@@ -219,15 +215,14 @@ def _step(g: lf.Flow) -> Callable[[Tensor, Tensor], Outputs]:
     return step
 
 
-_DEPTHS: list[Size] = [{"depth": depth, "batch": 1024} for depth in (4, 16, 64)]
 _REVERSIBLE = Case(
     "reversible",
     _reversible,
     sizes={
-        "tiny": [{"depth": 2, "batch": 4}],
-        "quick": _DEPTHS[:2],
-        "gpu": [{"depth": depth, "batch": 2**16} for depth in (8, 32)],
-        "full": _DEPTHS,
+        "tiny": [{"batch": 4, "depth": 2}],
+        "quick": grid({"batch": 1024}, depth=(4, 16)),
+        "gpu": grid({"batch": 2**16}, depth=(8, 32)),
+        "full": grid({"batch": 1024}, depth=(4, 16, 64)),
     },
 )
 

@@ -1,6 +1,5 @@
-"""One case per op of couplings and latents.
+"""One case per op. Images have C (or D) channels and ``side`` x ``side`` pixels; ``side`` 1 is a vector.
 
-Images have C (or D) channels and ``side`` x ``side`` pixels; ``side`` 1 is a vector.
 Ops are looked up when a case is built, so that ``--compare`` runs the others on a commit that lacks one of them.
 """
 
@@ -16,29 +15,23 @@ from linfast import ops
 from linfast.scale_maps import ScaleMap
 
 from ..harness import Options, Size
-from .common import BACKWARD, FORWARD, INVERSE, Function, Source, op_case, sweep
+from .common import BACKWARD, FORWARD, INVERSE, Function, Source, grid, ints, op_case
 
-__all__ = ["CASES", "DTYPES", "FP32", "image", "ints", "powers"]
+__all__ = ["CASES"]
 
 _SMOOTH = ScaleMap("smooth")
 _COUPLING = 8  # operations per moved element: the map 3, exp 1, (x + t) e^s 2, its sum into log_det 1, a negation 1
+_GROUP_NORM = 12  # operations per element: mean and variance 4, normalise 2, two affine maps 4, SiLU 2
 _MOST_GATHERED = 2**28  # elements: 1 GiB in fp32
 _MOST_MATERIALISED = 2**29  # elements of the B matrices: 2 GiB in fp32, a few times over
-FP32: Size = {"direction": FORWARD, "dtype": "float32"}
-DTYPES = ("float32", "bfloat16")
+_FP32: Size = {"direction": FORWARD, "dtype": "float32"}
+_DTYPES = ("float32", "bfloat16")
+_BOTH = (FORWARD, BACKWARD)
 
 
-def ints(size: Size, *keys: str) -> tuple[int, ...]:
-    return tuple(int(size[key]) for key in keys)
-
-
-def image(size: Size) -> tuple[int, ...]:
+def _image(size: Size) -> tuple[int, ...]:
     batch, channels, side = ints(size, "batch", "C" if "C" in size else "D", "side")
     return (batch, channels, side, side) if side != 1 else (batch, channels)
-
-
-def powers(low: int, high: int, step: int) -> list[int]:
-    return [2**k for k in range(low, high, step)]
 
 
 # Affine coupling with its log-determinant: one half of the channels moves by given parameters.
@@ -49,25 +42,23 @@ def _couple(size: Size) -> Function:
     return lambda x, params: ops.affine_coupling(x, params, _SMOOTH, inverse=inverse, log_det=True)
 
 
-_VECTOR: Size = {**FP32, "D": 64, "side": 1, "batch": 4096}
-_VECTOR_BOTH: Size = {**_VECTOR, "direction": BACKWARD}
+_VECTOR: Size = {**_FP32, "D": 64, "side": 1, "batch": 4096}
 _PICTURE: Size = {**_VECTOR, "D": 12, "side": 32, "batch": 64}
 _affine_coupling = op_case(
     "affine_coupling",
-    lambda source, size: (source.normal(*image(size)), source.normal(*image(size))),
+    lambda source, size: (source.normal(*_image(size)), source.normal(*_image(size))),
     _couple,
     lambda size, x: _COUPLING * x.numel() // 2,
     {
-        "tiny": [{**_VECTOR_BOTH, "batch": 8, "D": 6}],
-        "quick": sweep(_VECTOR, batch=(64, 1024, 16384)),
+        "tiny": [{**_VECTOR, "direction": BACKWARD, "batch": 8, "D": 6}],
+        "quick": grid(_VECTOR, batch=(64, 1024, 16384)),
         "gpu": [
-            *({**base, "dtype": dtype, "batch": 2**20} for base in (_VECTOR, _VECTOR_BOTH) for dtype in DTYPES),
+            *grid(_VECTOR, direction=_BOTH, dtype=_DTYPES, batch=[2**20]),
             {**_PICTURE, "batch": 4096},
         ],
         "full": [
-            *sweep(_VECTOR, batch=powers(6, 23, 2), D=(8, 512)),
-            *sweep(_VECTOR_BOTH, batch=powers(6, 23, 4)),
-            *sweep(_PICTURE, side=(8, 16, 32, 64, 128), direction=(INVERSE,)),
+            *grid(_VECTOR, direction=_BOTH, batch=(2**6, 2**10, 2**14, 2**18, 2**22)),
+            *grid(_PICTURE, direction=(FORWARD, INVERSE)),
         ],
     },
 )
@@ -78,7 +69,7 @@ _affine_coupling = op_case(
 
 def _mixed(source: Source, size: Size) -> tuple[Tensor, ...]:
     channels = int(size["C"])
-    return source.normal(*image(size)), source.normal(channels, channels), source.normal(channels)
+    return source.normal(*_image(size)), source.normal(channels, channels), source.normal(channels)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,25 +77,28 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 
-_MIX: Size = {**FP32, "C": 12, "side": 16, "batch": 64}
-_MIX_BOTH: Size = {**_MIX, "direction": BACKWARD}
-_MIX_GPU: Size = {**_MIX, "side": 32, "batch": 2048}
+_MIX: Size = {**_FP32, "C": 12, "side": 16, "batch": 64}
+_MIX_SIZES: dict[str, list[Size]] = {
+    "tiny": [{**_MIX, "direction": BACKWARD, "C": 4, "side": 3, "batch": 2}],
+    "quick": [_MIX],
+    "gpu": grid({**_MIX, "side": 32, "batch": 2048}, direction=_BOTH, C=(4, 12, 64)),
+    "full": [*grid(_MIX, direction=(FORWARD, INVERSE, BACKWARD), C=(4, 12, 48)), *grid(_MIX, batch=(2**8, 2**12))],
+}
 _channel_mix = op_case(
     "channel_mix",
     _mixed,
     lambda size: ops.channel_mix,
     lambda size, x: 2 * int(size["C"]) * x.numel(),
-    {
-        "tiny": [{**_MIX_BOTH, "C": 3, "side": 4, "batch": 2}],
-        "quick": [_MIX],
-        "gpu": [*sweep(_MIX_GPU, C=(4, 12, 64)), *sweep({**_MIX_GPU, "direction": BACKWARD}, C=(12, 64))],
-        "full": [
-            *sweep(_MIX, batch=powers(6, 17, 2), C=(4, 12, 48, 96, 192), side=(8, 16, 32, 64)),
-            *sweep(_MIX_BOTH, C=(4, 12, 48, 192)),
-        ],
-    },
+    {scale: [size for size in sizes if size["direction"] != INVERSE] for scale, sizes in _MIX_SIZES.items()},
     rivals=lambda size, options: {"conv2d 1x1": _convolve},
 )
+
+
+def _coupled_and_mixed(size: Size) -> Function:
+    inverse = size["direction"] == INVERSE
+    return lambda x, params, weight, bias: ops.coupling_mix(
+        x, params, _SMOOTH, weight, bias, inverse=inverse, log_det=True
+    )
 
 
 def _two_ops(size: Size) -> Function:
@@ -119,23 +113,10 @@ def _two_ops(size: Size) -> Function:
 
 _coupling_mix = op_case(
     "coupling_mix",
-    lambda source, size: (source.normal(*image(size)), *_mixed(source, size)),
-    lambda size: (
-        lambda x, params, weight, bias: ops.coupling_mix(
-            x, params, _SMOOTH, weight, bias, inverse=size["direction"] == INVERSE, log_det=True
-        )
-    ),
+    lambda source, size: (source.normal(*_image(size)), *_mixed(source, size)),
+    _coupled_and_mixed,
     lambda size, x: (2 * int(size["C"]) + _COUPLING // 2) * x.numel(),
-    {
-        "tiny": [{**_MIX_BOTH, "C": 4, "side": 3, "batch": 2}],
-        "quick": [_MIX],
-        "gpu": [*sweep(_MIX_GPU, C=(4, 12, 64)), *sweep({**_MIX_GPU, "direction": BACKWARD}, C=(12, 64))],
-        "full": [
-            *sweep(_MIX, batch=powers(6, 17, 2), C=(4, 12, 48, 96), side=(8, 16, 32, 64)),
-            {**_MIX, "direction": INVERSE},
-            *sweep(_MIX_BOTH, C=(4, 12, 48, 96)),
-        ],
-    },
+    _MIX_SIZES,
     truth=_two_ops,
     rivals=lambda size, options: {"two ops": _two_ops(size)} if options.device.type == "cuda" else {},
 )
@@ -157,31 +138,18 @@ def _stack_shapes(size: Size) -> Sequence[tuple[int, ...]]:
 def _stack(size: Size, precision: str | None = None) -> Function:
     from linfast.ops.stack_weights import CouplingLayer
 
+    options = {"activation": "silu", "scale_map": ScaleMap("smooth", bound=0.5), "log_det": True}
+    options |= {"inverse": size["direction"] == INVERSE, "precision": precision or str(size["precision"])}
+    step = 2 * _N_LINEAR
+
     def stack(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
-        step = 2 * _N_LINEAR
-        layers = [
-            CouplingLayer(tensors[i : i + step : 2], tensors[i + 1 : i + step : 2])
-            for i in range(0, len(tensors), step)
-        ]
-        return ops.coupling_stack(
-            x,
-            layers,
-            activation="silu",
-            scale_map=ScaleMap("smooth", bound=0.5),
-            inverse=size["direction"] == INVERSE,
-            log_det=True,
-            precision=precision or str(size["precision"]),
-        )
+        groups = [tensors[i : i + step] for i in range(0, len(tensors), step)]
+        return ops.coupling_stack(x, [CouplingLayer(g[::2], g[1::2]) for g in groups], **options)  # type: ignore[arg-type]
 
     return stack
 
 
 _STACK: Size = {"direction": FORWARD, "precision": "exact", "D": 64, "depth": 8, "hidden": 128, "batch": 1024}
-_STACK_GPU = [
-    {**_STACK, "direction": direction, "precision": precision, "batch": 2**16}
-    for direction in (FORWARD, BACKWARD)
-    for precision in ("exact", "fast")
-]
 _coupling_stack = op_case(
     "coupling_stack",
     lambda source, size: (
@@ -193,12 +161,8 @@ _coupling_stack = op_case(
     {
         "tiny": [{**_STACK, "direction": BACKWARD, "D": 6, "depth": 2, "hidden": 8, "batch": 4}],
         "quick": [{**_STACK, "batch": 256}],
-        "gpu": [_STACK, *_STACK_GPU],
-        "full": [
-            size
-            for base in [*_STACK_GPU, {**_STACK, "direction": INVERSE}]
-            for size in sweep(base, batch=powers(6, 21, 2), hidden=(32, 64, 128, 256), D=(8, 64, 128))
-        ],
+        "gpu": [_STACK, *grid({**_STACK, "batch": 2**16}, direction=_BOTH, precision=("exact", "fast"))],
+        "full": grid(_STACK, direction=(FORWARD, INVERSE, BACKWARD), batch=(2**6, 2**10, 2**14)),
     },
     truth=lambda size: _stack(size, "exact"),
     reference=_stack,
@@ -225,7 +189,7 @@ def _factors(source: Source, size: Size) -> tuple[Tensor, ...]:
 
 def _low_rank_rivals(size: Size, options: Options) -> Mapping[str, Function]:
     fits = int(size["batch"]) * int(size["N"]) ** 2 <= _MOST_MATERIALISED
-    return {"materialised": lambda *arguments: _materialised(*arguments)} if fits else {}
+    return {"materialised": _materialised} if fits else {}
 
 
 _low_rank = op_case(
@@ -237,11 +201,7 @@ _low_rank = op_case(
         "tiny": [{"N": 12, "r": 2, "batch": 3}],
         "quick": [{"N": 512, "r": 8, "batch": 16}],
         "gpu": [{"N": 1024, "r": 8, "batch": 256}, {"N": 12288, "r": 8, "batch": 128}],
-        "full": [
-            *sweep({"N": 1024, "r": 8}, batch=(16, 64, 256, 1024, 4096)),
-            *sweep({"N": 1024, "r": 8, "batch": 64}, N=(256, 4096), r=(2, 32, 64)),
-            {"N": 12288, "r": 8, "batch": 2},
-        ],
+        "full": [*grid({"N": 1024, "r": 8}, batch=(16, 64, 256, 1024)), {"N": 12288, "r": 8, "batch": 2}],
     },
     truth=lambda size: _in_order,
     rivals=_low_rank_rivals,
@@ -269,9 +229,8 @@ def _latent_rivals(size: Size, options: Options) -> Mapping[str, Function]:
     return {"gather + bmm": _gathered} if bank and batch * n * n <= _MOST_GATHERED else {}
 
 
-_ONE: Size = {**FP32, "K": 0, "N": 64, "batch": 4096}
+_ONE: Size = {**_FP32, "K": 0, "N": 64, "batch": 4096}
 _BANK: Size = {**_ONE, "K": 8, "batch": 1024}
-_BANK_GPU: Size = {**_BANK, "N": 256, "batch": 4096}
 _latent_matmul = op_case(
     "latent_matmul",
     _bank,
@@ -282,16 +241,87 @@ _latent_matmul = op_case(
         "quick": [_ONE, _BANK],
         "gpu": [
             {**_ONE, "N": 1024, "batch": 16384},
-            *sweep(_BANK_GPU, K=(8, 64)),
-            {**_BANK_GPU, "direction": BACKWARD},
+            *grid({**_BANK, "N": 256, "batch": 4096}, direction=_BOTH, K=(8, 64)),
         ],
-        "full": [
-            *sweep(_ONE, batch=powers(6, 21, 2), N=(64, 256, 1024)),
-            *sweep(_BANK, batch=powers(6, 17, 2), N=(64, 256, 1024), K=(2, 8, 64)),
-            *sweep({**_BANK, "direction": BACKWARD}, K=(2, 8, 64)),
-        ],
+        "full": [*grid(_ONE, batch=(2**6, 2**10, 2**14)), *grid(_BANK, direction=_BOTH, K=(2, 8, 64))],
     },
     rivals=_latent_rivals,
 )
 
-CASES = [_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _low_rank, _latent_matmul]
+
+# Image conditioners: a depthwise "same" correlation with one k x k kernel per channel; GroupNorm with the scale and
+# shift of a time embedding and SiLU, as a block of a U-Net does them; and the block's second convolution: norm and
+# SiLU, 3 x 3 convolution, bias and residual, in channels_last.
+
+_DEPTHWISE: Size = {**_FP32, "C": 8, "side": 32, "k": 5, "batch": 64}
+_depthwise_conv = op_case(
+    "depthwise_conv",
+    lambda source, size: (source.normal(*_image(size)), source.normal(*ints(size, "C", "k", "k"))),
+    lambda size: ops.depthwise_conv,
+    lambda size, x: 2 * int(size["k"]) ** 2 * x.numel(),
+    {
+        "tiny": [{**_DEPTHWISE, "direction": BACKWARD, "C": 2, "side": 6, "k": 3, "batch": 2}],
+        "quick": [_DEPTHWISE],
+        "gpu": grid({**_DEPTHWISE, "C": 64, "batch": 512}, direction=_BOTH, k=(3, 5, 9)),
+        "full": [*grid(_DEPTHWISE, direction=_BOTH, k=(3, 5, 9, 17)), *grid(_DEPTHWISE, batch=(2**8, 2**10))],
+    },
+)
+
+
+def _normed(source: Source, size: Size) -> tuple[Tensor, ...]:
+    batch, channels = ints(size, "batch", "C")
+    shapes: Sequence[tuple[int, ...]] = (*2 * ((channels,),), *2 * ((batch, channels),))
+    return source.normal(*_image(size)), *(source.normal(*shape) for shape in shapes)
+
+
+_NORM: Size = {**_FP32, "C": 64, "side": 16, "groups": 16, "batch": 32}
+_group_norm_silu = op_case(
+    "group_norm_silu",
+    _normed,
+    lambda size: lambda x, *rest: ops.group_norm_silu(x, int(size["groups"]), *rest),
+    lambda size, x: _GROUP_NORM * x.numel(),
+    {
+        "tiny": [{**_NORM, "direction": BACKWARD, "C": 4, "side": 4, "groups": 2, "batch": 2}],
+        "quick": [_NORM],
+        "gpu": grid({**_NORM, "C": 128, "side": 32, "groups": 32, "batch": 256}, direction=_BOTH, dtype=_DTYPES),
+        "full": [*grid(_NORM, direction=_BOTH, side=(8, 16, 32)), *grid(_NORM, batch=(2**6, 2**10))],
+    },
+)
+
+
+def _convolved(source: Source, size: Size) -> tuple[Tensor, ...]:
+    channels, shape = int(size["C"]), _image(size)
+    weight = source.normal(channels, channels, 3, 3) / (9 * channels) ** 0.5
+    x, weight, residual = (
+        t.contiguous(memory_format=torch.channels_last)
+        for t in (source.normal(*shape), weight, source.normal(*shape))
+    )
+    return x, weight, *(source.normal(channels) for _ in range(3)), residual
+
+
+def _conv2d_fused(size: Size) -> Function:
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, residual: Tensor) -> Tensor:
+        norm = {"groups": int(size["C"]) // 4, "norm_weight": scale, "norm_bias": shift}
+        return ops.conv2d_fused(x, weight, bias, **norm, residual=residual, alpha=0.5**0.5)[0]  # type: ignore[arg-type]
+
+    return fused
+
+
+_CONV: Size = {**_FP32, "C": 16, "side": 16, "batch": 16}
+_fused = op_case(
+    "conv2d_fused",
+    _convolved,
+    _conv2d_fused,
+    lambda size, x: 18 * int(size["C"]) * x.numel(),
+    {
+        "tiny": [{**_CONV, "direction": BACKWARD, "C": 4, "side": 3, "batch": 2}],
+        "quick": [_CONV],
+        "gpu": grid({**_CONV, "batch": 256}, direction=_BOTH, dtype=_DTYPES, C=(16, 64, 128)),
+        "full": [*grid(_CONV, direction=_BOTH, side=(8, 16, 32), C=(16, 64)), *grid(_CONV, batch=(2**6, 2**10))],
+    },
+)
+
+CASES = [
+    *(_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _low_rank, _latent_matmul),
+    *(_depthwise_conv, _group_norm_silu, _fused),
+]

@@ -1,4 +1,4 @@
-"""bench/gpu.sh: what one call on a GPU machine runs, in which order, and what it leaves when it is cut short.
+"""``bench/gpu.sh``: the stages of one call on a GPU machine, and the files that it leaves however it ends.
 
-Nothing here imports torch, numpy or linfast: whatever is missing or broken on the machine, the summary says so.
+Nothing here imports torch, numpy or linfast, so that the summary can name what is missing or broken on the machine.
 """

@@ -1,11 +1,10 @@
-"""``bench/gpu.sh``: every stage until its limit, whatever the one before it came to."""
+"""``bench/gpu.sh``: run every stage until its limit, however the previous one ended."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from .runner import run_jobs
 from .stages import FILES, MOST_GIB, Given, Machine, Stage, plan
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("kernels", "bench", "examples")  # which are linfast.kernels and so on
-LINKS = {ROOT / "linfast" / name: Path("..") / name for name in FOLDERS}
+# A checkout that is not installed has linfast.kernels and its like only by these links.
+LINKS = {ROOT / "linfast" / name: Path("..") / name for name in ("kernels", "bench", "examples")}
 MISSING = {
     **dict.fromkeys(("torch", "numpy", "safetensors"), "nothing runs"),
     "triton": "no kernel runs",
@@ -34,10 +33,10 @@ class Call:
 
     def __init__(self, out: Path, dry: bool, work: Path) -> None:
         self.report = Report(out, [name for name in FILES if name not in ("summary.txt", "trace.json.gz")])
-        self.dry, self.given, self._written = dry, Given(Machine(), {}, out, work), 0.0
+        self.dry, self.given = dry, Given(Machine(), {}, out, work)
 
     def run(self, stage: Stage) -> None:
-        """The stage until its limit; an error of this script costs the stage alone."""
+        """Run the stage until its limit; an error in this script ends that stage alone."""
         entry = self.report.entries[stage.name] = Entry(self.report.seconds())
         try:
             entry.status = self._run(stage, entry)
@@ -55,14 +54,14 @@ class Call:
         if not jobs:
             return "nothing to do here" if machine.cases else "nothing to do: the environment is not known"
         seconds = stage.until - report.seconds()
-        failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry), self._tick)
+        failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry))
         took = f"{report.seconds() - entry.start:.0f} s"
         reasons = {why: [name for name in failed if failed[name] == why] for why in failed.values()}
         told = "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())
         return f"FAILED, {took} ({told})" if failed else f"ok, {took}"
 
     def _take(self, stage: Stage, line: str, entry: Entry) -> None:
-        """A line of the stage's output: to its file, to the results or the table, and into the summary."""
+        """Write a line of the stage's output to the file it belongs in, and count it in the summary."""
         with self.report.lock:
             found = record(line) or {}
             if "probe" in found:
@@ -73,13 +72,8 @@ class Call:
                 self.report.append("results.jsonl" if "provider" in found else stage.log, line)
                 entry.take(stage.name, line)
 
-    def _tick(self) -> None:
-        if self.report.seconds() - self._written > 1:
-            self._written = self.report.seconds()
-            self.report.write()
-
     def run_all(self, stages: Sequence[Stage], only: Sequence[str] | None) -> None:
-        """The first stage, which finds out what machine this is, and those asked for."""
+        """Run the first stage, which describes the machine, and the stages that were asked for."""
         report, names = self.report, [stage.name for stage in stages]
         for name, costs in MISSING.items():
             if find_spec(name) is None:
@@ -103,7 +97,7 @@ class Call:
         report.close()
 
     def _title(self) -> str:
-        """What it runs on; a card with less memory than it would take is a problem, said."""
+        """The title, which names the machine; too little free memory is reported as a problem."""
         machine = self.given.machine
         if not machine.on_gpu:
             return f"linfast, a dry run on the CPU ({'as asked' if self.dry else machine.name})"
@@ -134,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": threads}
     if options.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    made = _links_needed()
+    made = [link for link in LINKS if not link.exists()]
     work = Path(tempfile.mkdtemp(prefix="linfast-gpu-"))
     call = Call(options.out, options.dry, work)
     try:
@@ -146,18 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             link.unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
     return 0
-
-
-def _links_needed() -> list[Path]:
-    """Those without which this checkout's linfast lacks its folders: none where it is installed."""
-    names = [f"linfast.{name}" for name in FOLDERS]
-    code = f"import {', '.join(names)}; print({', '.join(f'*{name}.__path__' for name in names)}, sep='\\n')"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-    ).stdout.splitlines()
-    if [Path(path).resolve() for path in found] == [ROOT / name for name in FOLDERS]:
-        return []
-    return [link for link in LINKS if not link.exists()]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What has happened so far: the logs line by line, and summary.txt, which is written again at every change."""
+"""The files of a call: logs, written line by line, and summary.txt, which is rewritten every second."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -18,14 +17,13 @@ from typing import Any
 
 __all__ = ["Entry", "Report", "record"]
 
-MOST = {"notes": 25, "timings": 60}  # lines of a stage in the summary; its log has them all
+MOST_NOTES, MOST_TIMINGS = 25, 60  # lines of a stage in the summary; its log has them all
 _WIDTH = 160
-_RESERVED = 2**16  # bytes of the disk that summary.txt takes at the start, so that a full one does not cut it
-_KEEP_SIZE = 1
+_EVERY = 1.0  # seconds between two summaries
 
 
 def record(line: str) -> dict[str, Any] | None:
-    """The line as a JSON object; None where it is none."""
+    """The line as a JSON object, or None where it is not one."""
     try:
         value = json.loads(line) if line.startswith("{") else None
     except ValueError:
@@ -35,7 +33,7 @@ def record(line: str) -> dict[str, Any] | None:
 
 @dataclass
 class Entry:
-    """A stage: when it began, how it goes, what was counted, what a reader must see, and what took how long."""
+    """The summary's entry of one stage: start, status, counts, notes for the reader, and times."""
 
     start: float
     status: str = "running"
@@ -47,11 +45,10 @@ class Entry:
         """Its lines of the summary."""
         counted = ", ".join(f"{count} {what}" for what, count in self.counts.items())
         status = self.status if self.status != "running" else f"running, {now - self.start:.0f} s"
-        lines = [f"{name}: {status}{f': {counted}' if counted else ''}"]
-        for kind, most in MOST.items():
-            told: list[str] = getattr(self, kind)
+        lines = [f"{name}: {status}{counted and f': {counted}'}"]
+        for told, most in ((self.notes, MOST_NOTES), (self.timings, MOST_TIMINGS)):
             left = [f"and {len(told) - most} more"] if len(told) > most else []
-            lines += [f"    {line}" for line in (*told[:most], *left)]
+            lines += [f"    {line.strip()[:_WIDTH]}" for line in (*told[:most], *left)]
         return lines
 
     def take(self, stage: str, line: str) -> None:
@@ -59,42 +56,37 @@ class Entry:
         if (found := record(line)) is not None:
             self._take_record(found)
         elif counts := re.match(r"\.*COUNTS (\d+) passed, (\d+) failed, (\d+) skipped", line):
-            passed, failed, skipped = map(int, counts.groups())
-            self.counts = Counter(passed=passed, failed=failed, skipped=skipped)
+            self.counts = Counter(
+                dict(zip(("passed", "failed", "skipped"), map(int, counts.groups()), strict=True))
+            )
         elif errors := re.search(r"ERROR SUMMARY: (\d+) error", line):
             self.counts.update({"processes checked": 1, "errors": int(errors[1])})
         elif re.match(_SEEN.get(stage, "leaving out "), line):
-            self._note(line)
-
-    def _note(self, text: str) -> None:
-        self.notes.append(text.strip()[:_WIDTH])
+            self.notes.append(line)
 
     def _take_record(self, found: Mapping[str, Any]) -> None:
         if "smoke" in found:
-            name, wrong = found["smoke"], found["wrong"]
-            self.counts["wrong" if wrong else "right"] += 1
+            self._count(found["smoke"], "right", "wrong", found["wrong"])
         elif "provider" in found:
             name = " ".join([found["case"], *map(str, found["size"].values()), found["provider"]])
-            wrong = found["refused"]
-            self.counts["refused" if wrong else "timed"] += 1
-            if not wrong:
+            if self._count(name, "timed", "refused", found["refused"]):
                 self.timings.append(f"{name}: {found['p50_ms']:.4g} ms")
         elif "stream" in found:
-            name, wrong = f"stream {found['stream']}", None
-            self.counts["timed"] += 1
-            self._note(f"{name}: {found['rows_per_s']:.4g} rows/s")
+            self._count("stream", "timed", "refused", None)
+            self.notes.append(f"stream {found['stream']}: {found['rows_per_s']:.4g} rows/s")
         elif "library" in found:
-            name, wrong = f"accelerate {found['library']} {found.get('direction', '')}".strip(), found.get("wrong")
-            timed = "original_wall_ms" in found
-            self.counts["timed" if timed else "refused" if wrong else "libraries not installed"] += 1
-            if timed:
-                kinds = ("original", "accelerated", "compiled")
-                times = [f"{kind} {ms:.4g} ms" for kind in kinds if (ms := found.get(f"{kind}_wall_ms"))]
-                self._note(f"{name}: {', '.join(times)}")
-        else:
-            return
-        if wrong:
-            self._note(f"{'wrong' if 'smoke' in found else 'refused'}: {name}: {wrong}")
+            name = f"accelerate {found['library']} {found.get('direction', '')}".strip()
+            good = "libraries not installed" if "missing" in found else "timed"
+            self._count(name, good, "refused", found.get("wrong"))
+            kinds = ("original", "accelerated", "compiled")
+            times = [f"{kind} {ms:.4g} ms" for kind in kinds if (ms := found.get(f"{kind}_wall_ms"))]
+            self.notes += [f"{name}: {', '.join(times)}"] if times else []
+
+    def _count(self, name: str, good: str, bad: str, reason: object) -> bool:
+        """Count it as good, or where there is a reason as bad, and then note why; whether it was good."""
+        self.counts[bad if reason else good] += 1
+        self.notes += [f"{bad}: {name}: {reason}"] if reason else []
+        return not reason
 
 
 _SEEN = {  # lines of a stage's output that a reader must see; of the others what the benchmarks leave out
@@ -111,22 +103,26 @@ class Report:
         self.title, self.problems, self.tail = "starting", list[str](), ""
         self.entries: dict[str, Entry] = {}
         self.lock = threading.RLock()
-        self._length, self._summary = 0, -1
+        self._length, self._summary, self._closed = 0, -1, threading.Event()
         with self._noting("summary.txt"):
             self._summary = os.open(folder / "summary.txt", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            with contextlib.suppress(AttributeError):  # a C library without it
-                ctypes.CDLL(None).fallocate(self._summary, _KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(_RESERVED))
         for name in files:
             with self._noting(name):
                 (folder / name).write_bytes(b"")
         self.write()
+        threading.Thread(target=self._keep_writing, daemon=True).start()
+
+    def _keep_writing(self) -> None:
+        """The summary anew every second, until the last one."""
+        while not self._closed.wait(_EVERY):
+            self.write()
 
     def seconds(self) -> float:
         """Since the start."""
         return time.monotonic() - self.start
 
     def problem(self, text: str) -> None:
-        """Something that is missing or was left out."""
+        """Record and print something that is missing or was left out."""
         with self.lock:
             if text not in self.problems:
                 self.problems.append(text)
@@ -156,6 +152,7 @@ class Report:
 
     def close(self) -> None:
         """The last summary, cut to its length, here and on the screen."""
+        self._closed.set()
         self.write()
         with self._noting("summary.txt"), contextlib.suppress(*([OSError] if self._summary < 0 else [])):
             os.ftruncate(self._summary, len(self.text().encode()))

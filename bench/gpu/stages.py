@@ -39,7 +39,7 @@ FLOWS = ("coupling_flow", "linearizer")  # timed first: what the project is abou
 NEXT = ("coupling_stack", "conv2d_fused")  # and of the single ops these
 NOT_TIMED = ("peers",)  # the libraries beside coupling_flow, at sizes for a CPU
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
-SILENCE = 60  # seconds without a word after which a benchmark is taken for hung
+CASE_SECONDS = 60  # after which the benchmark of one case is stopped
 COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
 
 
@@ -66,22 +66,22 @@ class Machine:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is no dry run."""
+        """Whether a GPU was found; otherwise this is a dry run."""
         return self.device == "cuda"
 
     @property
     def gib(self) -> float:
-        """What all processes together may take."""
+        """GiB of the card that all processes together may use."""
         return min(MOST_GIB, 0.9 * self.free_gib)
 
     def at_once(self, most: int) -> int:
-        """How many processes may share the card, at most so many."""
+        """How many processes may share the card, ``most`` at most."""
         if not self.on_gpu:
             return min(most, 2)
         return max(1, min(most if self.capped else 4, math.floor(self.gib / _LEAST_GIB)))
 
     def share(self, processes: int) -> dict[str, str]:
-        """The environment that holds each of so many processes to its part of the memory."""
+        """The environment variable that limits each of ``processes`` processes to its share of the memory."""
         if not self.on_gpu or not self.capped:
             return {}
         fraction = max(self.gib / processes - _CONTEXT_GIB, 0.1) / self.total_gib
@@ -90,7 +90,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Given:
-    """What a stage's jobs are made from: ``share`` is the environment of each, ``work`` a folder that goes away."""
+    """What a stage's jobs are made from.
+
+    ``share`` is the environment of each job, ``work`` a temporary folder.
+    """
 
     machine: Machine
     share: Mapping[str, str]
@@ -103,7 +106,7 @@ class Stage:
     """A part of the call.
 
     Args:
-        until: seconds since the call's start by which it has ended.
+        until: seconds after the start of the call at which the stage is stopped.
         log: the file its output goes to.
         jobs: what it runs.
         most: processes at once.
@@ -130,7 +133,7 @@ def plan(compile: bool) -> list[Stage]:
     environment = Stage("environment", 30, "environment.txt", lambda given: probe)
     table = Stage("table", 170 if compile else TOTAL, "bench.log", _table)
     if compile:
-        compiled = Stage("bench", 155, "bench.log", lambda given: [_cases(given, "flows", FLOWS, "--compile")])
+        compiled = Stage("bench", 155, "bench.log", lambda given: _cases(given, FLOWS, 120, "--compile"))
         return [environment, compiled, table]
     return [
         environment,
@@ -188,20 +191,25 @@ def _bench(given: Given) -> list[Job]:
     libraries = [] if given.machine.on_gpu else ["--batch", "64", "--rounds", "1", "--only", "AffineCouplingBlock"]
     libraries += ["--no-compile", "--json", "/dev/stdout"]
     return [
-        _cases(given, "flows", FLOWS, "--no-compile", limit=100),
+        *_cases(given, FLOWS, CASE_SECONDS, "--no-compile"),
         Job("libraries", _module("linfast.bench.accelerate_libraries", *libraries), given.share, limit=60),
         Job("streams", _module("linfast.bench.streams"), given.share, limit=30),
-        _cases(given, "ops", ops, "--no-compile"),
+        *_cases(given, ops, CASE_SECONDS, "--no-compile"),
     ]
 
 
-def _cases(given: Given, name: str, cases: Sequence[str], *options: str, limit: float = math.inf) -> Job:
-    """The benchmark's last lines explain its columns: without them it broke off, whatever its exit status."""
+def _cases(given: Given, cases: Sequence[str], limit: float, *options: str) -> list[Job]:
+    """One process per case: one that crashes or hangs costs itself.
+
+    Its last lines explain its columns: without them it broke off, whatever its exit status.
+    """
     sizes = ["--sizes", "gpu"] if given.machine.on_gpu else ["--sizes", "tiny", "--budget", "0.02"]
     options = ("--device", given.machine.device, *sizes, "--json", "/dev/stdout", *options)
-    items = tuple(case for case in cases if case in given.machine.cases)
-    command = _module("linfast.bench", *options)
-    return Job(name, command, given.share, done="x base:", limit=limit, silence=SILENCE, items=items)
+    return [
+        Job(case, _module("linfast.bench", *options, f"--case={case}"), given.share, done="x base:", limit=limit)
+        for case in cases
+        if case in given.machine.cases
+    ]
 
 
 def _profile(given: Given) -> list[Job]:

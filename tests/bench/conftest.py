@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linfast.bench import check, environment, timing
+from linfast.bench import environment, harness, timing
 
 from .toy import Clock
 
@@ -18,6 +18,6 @@ def _one_thread() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What the benchmarks take for the time."""
     clock = Clock()
-    for module in (check, environment, timing):
+    for module in (environment, harness, timing):
         monkeypatch.setattr(module, "time", clock)
     return clock

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from linfast.bench import check, harness, timing
+from linfast.bench import harness, timing
 from linfast.bench.cases import CASES
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
 from linfast.bench.report import table
@@ -107,7 +107,7 @@ def test_a_kernel_launched_past_the_backend_is_seen(kernels: Kernels) -> None:
 
 
 def test_an_allowance_that_zeros_would_fit_refuses() -> None:
-    standard = check.Standard([(torch.ones(3).double(),)], [2.0])
+    standard = harness.Standard([(torch.ones(3).double(),)], [2.0])
     assert standard.verdict(0, (torch.zeros(3),)).refused == "error 1, allowed 2: zeros would pass"
 
 
@@ -197,7 +197,7 @@ def test_a_check_times_nothing_but_the_first_call(clock: Clock) -> None:
         ]
         return Problem([(torch.randn(9),)], softplus, softplus, providers, COST)
 
-    eager, wrong = harness.check(Case("checked", build, {}), {}, Options(CPU, False))
+    eager, wrong = measure(Case("checked", build, {}), {}, Options(CPU, False), None)
     assert eager.first_s == 3.0
     assert eager.p50_ms is None
     assert eager.refused is None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from linfast.bench import accelerate_libraries
 from linfast.bench.cases.common import perturb
-from linfast.bench.check import Verdict
+from linfast.bench.harness import Verdict
 from linfast.bench.rounding import relative_error
 from torch import Tensor, nn
 

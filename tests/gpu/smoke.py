@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 from linfast.bench.cases import CASES
-from linfast.bench.check import Verdict, judge, own_standard
-from linfast.bench.harness import Case, Options, Size
+from linfast.bench.harness import Case, Options, Size, Verdict, judge, own_standard
 from linfast.bench.rounding import relative_error
 
 import linfast as lf
