@@ -101,11 +101,11 @@ def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
     It runs at every call. Submodules and parameters are read from the modules' own dicts: ``nn.Module.__getattr__``
     takes a microsecond for each, which is a fifth of a coupling's time at batch 1.
     """
-    if not is_plain(layer, (AffineCoupling,)):
+    if not are_plain((layer,), (AffineCoupling,)):
         what = {AffineCoupling: "has hooks", ActNorm: "is not initialised or has hooks"}
         return f"{type(layer).__name__} {what.get(type(layer), 'is not an AffineCoupling')}"
     mlp: Any = layer._modules["conditioner"]
-    linears: list[Any] = list(mlp._modules["layers"]) if is_plain(mlp, (MLP,)) else []
+    linears: list[Any] = list(mlp._modules["layers"]) if are_plain((mlp,), (MLP,)) else []
     if not linears or not are_plain(linears, (nn.Linear,)):
         return f"its conditioner, {type(mlp).__name__}, is not a plain MLP"
     given, t = context.get("context"), context.get("t")

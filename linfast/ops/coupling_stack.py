@@ -314,12 +314,13 @@ def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> Non
 def _check_map(name: str, entry: AffineMap, x: Tensor) -> None:
     check_kind(name, entry, AffineMap)
     D = x.shape[1]
-    for field, shapes in (("weight", ((D,), (D, D))), ("bias", ((D,),)), ("inverse", None)):
+    allowed: dict[str, list[tuple[int, ...]]] = {"weight": [(D,), (D, D)], "bias": [(D,)], "inverse": []}
+    for field, shapes in allowed.items():
         tensor = getattr(entry, field)
         if tensor is None and field != "weight":
             continue
         check_tensor(f"{name}.{field}", tensor, x)
-        shapes = (tuple(entry.weight.shape),) if shapes is None else shapes
+        shapes = shapes or [tuple(entry.weight.shape)]
         if tensor.shape not in shapes:
             raise ValueError(
                 f"{name}.{field} must be {' or '.join(map(str, shapes))} for x {tuple(x.shape)}; "
