@@ -76,6 +76,7 @@ def _panels(
 ) -> Figure | None:
     """One panel for each case and size that has several values of ``axis``, with one legend for all."""
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
     groups: dict[str, list[Result]] = {}
     for result in results:
@@ -99,7 +100,13 @@ def _panels(
             axes.plot(xs, ys, color=colour, marker=marker, markersize=4.5, linewidth=1.2, label=provider)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks := sorted({int(r.size[axis]) for r in along}), list(map(str, ticks)))
-        axes.set_yscale("log")
+        if axis == "batch":
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(EngFormatter())
+        else:
+            axes.set_ylim(bottom=0)
         axes.set_title(name, fontsize=8)
         axes.grid(alpha=0.25, which="major")
     figure.supxlabel(axis, fontsize=9)
