@@ -100,9 +100,11 @@ class Adapter:
         conditioners: modules to report on; the check's copies have them without their weights.
         hollow: more modules whose weights the check does not need.
         sides: of a coupling: (instance, layout) -> its sides. On a CPU it then runs the original on short batches.
-        vectors: (copy, draw, features) -> outputs both ways on vectors, with its own conditioners.
+        vectors: of a coupling or a chain: (copy, draw, features) -> outputs both ways on vectors, with its own
+            conditioners.
         decides: whether the replaced methods decide themselves when the original runs.
-        chain: whether the class runs other modules in turn; it is then swapped for memory="invert" alone.
+        chain: whether the class runs other modules in turn; they then run together, or with memory="invert" are
+            rebuilt in the backward.
         stored: why a coupling in no chain stores its activations; "" for one that rebuilds its own.
         tolerance: largest relative L2 difference in float64; larger where the original itself drops to float32.
         float64: whether the original runs in float64.
@@ -139,7 +141,7 @@ class Adapter:
 
     def wanted(self, options: Options) -> bool:
         """Whether these options give a reason to swap the class."""
-        return not self.chain or options.memory != "store"
+        return not self.chain or options.memory != "store" or self.vectors is not _nothing
 
     @torch.inference_mode(False)  # the plan is used outside it
     def plan_for(self, instance: Any, options: Options) -> Plan:

@@ -7,7 +7,7 @@ evaluated once in the backward; of any other part the inverse and the forward ru
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..flows.reversible import Step, inverts, reversible
 from ..flows.undo import Cotangents, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling
-from .identity import changed_method, original_class
+from .fused import Fused, Maps
+from .identity import PLAN, changed_method, original_class
 
 __all__ = [
     "Context",
@@ -33,6 +34,7 @@ __all__ = [
     "per_sample",
     "put_stubs",
     "run_inverting",
+    "together",
 ]
 
 Context = Mapping[str, Any]
@@ -82,6 +84,8 @@ def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) ->
     They are found at every call: what was put in since ``accelerate``, and cannot be rebuilt, is said once.
     """
     plan = instance._linfast_plan
+    if plan.options.memory == "store":
+        return None
     is_replica = getattr(instance, "_is_replica", False)  # nn.DataParallel's, whose weights are no parameters
     if not isinstance(x, Tensor) or not has_values(x) or is_replica or not inverts(plan.options.memory, x, 0.0):
         return None
@@ -153,17 +157,46 @@ def put_stubs(parts: Sequence[Part], draw: Draw) -> None:
                 module.size = 1 / len(parts)
 
 
+def together(instance: Any, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    """(y, log_det [B]) of all members, the couplings together; None where the library's own loop is to run."""
+    plan = instance._linfast_plan
+    fused = plan.layout
+    if not isinstance(fused, Fused) or not fused.takes(x):
+        return None
+    now = fused.renewed(instance)
+    if now is None:
+        return None
+    if now is not fused:
+        vars(instance)[PLAN] = replace(plan, layout=now)
+    return now(instance, x, inverse)
+
+
 def chain_adapter(
     library: str,
     where: str,
     name: str,
     parts_of: Callable[[Any], list[Part]],
     flat: Callable[[Any], Named],
+    run_part: Callable[[Any, Tensor, Context, bool], Outputs] | None = None,
+    maps: Maps | None = None,
     **what: Any,
 ) -> Adapter:
-    """The adapter of a chain; ``parts_of`` raises Unfit where a part is not invertible, ``flat`` names them all."""
+    """The adapter of a chain.
+
+    Args:
+        parts_of: raises Unfit where a part is not invertible.
+        flat: names all members.
+        run_part: runs one of them as the library does.
+        maps: of the library, what permutations and affine maps members are.
+    """
 
     def plan(chain: Any, options: Options) -> Plan:
+        if options.memory == "store":
+            if run_part is None or maps is None:
+                raise Unfit("its couplings run one by one")
+            fused = Fused(chain, flat, run_part, maps, options)
+            like = next(p for p in chain.parameters() if p.is_floating_point())
+            return Plan(fused.describe(like), layout=fused, takes_precision=fused.takes_precision)
         parts = parts_of(chain)
         check_parts(parts)
         return Plan(f"{len(parts)} steps, rebuilt in the backward")

@@ -28,7 +28,7 @@ from .coupling_side import Side
 from .identity import PLAN, has_global_hook
 from .mlp import MLP, find_mlp
 
-__all__ = ["fits_whole", "narrowed", "whole_here", "whole_layer", "widest"]
+__all__ = ["arranged", "fits_whole", "narrowed", "takes_launch", "whole_here", "whole_layer", "widest"]
 
 _MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
 _WHOLE_WEIGHTS = (Tensor, nn.Parameter)
@@ -64,6 +64,11 @@ def fits_whole(side: Side, like: Tensor) -> int | None:
         return None
     features = _features(mlps, side)
     return features if features is not None and _has_tile(mlps, side, like) else None
+
+
+def takes_launch(side: Side) -> bool:
+    """Whether the op has this side's formula and conditioner, in the direction that the library calls forward."""
+    return side.tail.scale_map is not None and side.tail.gives != "reciprocal" and _mlps(side) is not None
 
 
 def widest(side: Side) -> int | None:
@@ -130,7 +135,7 @@ def _run(mlps: tuple[MLP, ...], side: Side, x: Tensor, inverse: bool) -> tuple[T
     assert tail.scale_map is not None
 
     def pack() -> tuple[CouplingLayer, PackedStack]:
-        layer = _arranged(mlps, side)
+        layer = arranged(mlps, side)
         return layer, pack_stack([layer], x.shape[1], inverse=False, precision=precision, dtype=half_dtype(x))
 
     key = ("whole layer", side.nets, precision, half_dtype(x))
@@ -158,7 +163,7 @@ def _run(mlps: tuple[MLP, ...], side: Side, x: Tensor, inverse: bool) -> tuple[T
     return y, log_det.to(x.dtype)
 
 
-def _arranged(mlps: tuple[MLP, ...], side: Side) -> CouplingLayer:
+def arranged(mlps: tuple[MLP, ...], side: Side) -> CouplingLayer:
     """The nets as one layer of the op."""
     tail = side.tail
     nets: list[Layers] = [narrowed(mlp, side) if side.full else list(mlp.layers) for mlp in mlps]

@@ -139,6 +139,16 @@ class Tail:
         first, second = _halves(params, moved)
         return (first, second) if self.layout == "halves" else (second, first)
 
+    @property
+    def log_scale(self) -> Callable[[Tensor], Tensor] | None:
+        """From raw to log_s; None where there is no scale."""
+        if self.layout == "shift":
+            return None
+        if self.gives == "log_scale":
+            return self.map
+        sign = 1 if self.gives == "scale" else -1
+        return lambda raw: self.map(raw).log() if sign == 1 else -self.map(raw).log()
+
     def apply(self, moved: Tensor, params: Params, inverse: bool) -> tuple[Tensor, Callable[[], Tensor]]:
         """(out, () -> log|det| [B] of the forward) in plain torch."""
         if self.layout == "shift":

@@ -67,7 +67,7 @@ def accelerate(
             follow torch's own settings.
         memory: "store": the backward keeps what it needs. "invert": a chain of invertible steps (the
             reference's g, nflows' CompositeTransform, normflows' NormalizingFlow, FrEIA's SequenceINN)
-            keeps its input and output, and its activations are rebuilt in the backward
+            keeps its input and output, and its activations are chained in the backward
             (linfast.flows.reversible). A chain with a step that is not known to be invertible stores, also
             where the step was put in later, which is said once. A conditioner that reads a tensor from
             outside its arguments that needs a gradient is an error at the call (RuntimeError).
@@ -82,20 +82,20 @@ def accelerate(
     options = Options(frozenset(keep_defects), memory, precision)
     rows: list[Row] = []
     passed_by: set[int] = set()
-    rebuilt: set[int] = set()
+    chained: set[int] = set()
     checked: dict[Hashable, float] = {}
     try:
         for path, instance in _objects(model):
-            if id(instance) in passed_by or (id(instance) in rebuilt and _is_chain(instance)):
+            if id(instance) in passed_by or (id(instance) in chained and _is_chain(instance)):
                 continue
             row = _try_to_swap(path, instance, options, checked)
             if row is None:
                 continue
             if row.swapped and _is_chain(instance):
-                rebuilt |= {id(module) for module in instance.modules()}
+                chained |= {id(module) for module in instance.modules()}
             elif row.swapped:
                 passed_by |= {id(module) for module in instance._linfast_adapter.inner(instance)}
-            if row.swapped and memory == "invert" and id(instance) not in rebuilt:
+            if row.swapped and memory == "invert" and id(instance) not in chained:
                 row = _with_note(row, _why_stored(instance))
             rows.append(row)
     except BaseException:
@@ -162,13 +162,13 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
     adapter = adapter_for(instance)
     if adapter is None:
         parent = parent_adapter(instance)
-        if parent is None or not parent.wanted(options):
+        if parent is None or (parent.chain and options.memory == "store"):
             return None
         name = type(instance).__name__
         return Row(path, name, None, f"derived from {parent.title}: its maths may differ; see lf.register_adapter")
     if not adapter.wanted(options):
         return None
-    what = ""
+    what, plan = "", None
     try:
         check_values(instance)
         what = _describe(instance, adapter)
@@ -178,6 +178,8 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
         if kind not in checked:
             checked[kind] = difference(instance, adapter, plan)
     except Unfit as reason:
+        if plan is None and adapter.chain and options.memory == "store":  # its members run one by one
+            return None
         return Row(path, adapter.title, None, str(reason), what)
     except MemoryError:
         raise

@@ -23,6 +23,7 @@ from ..flows.drift import DriftGuard
 from ..rows import is_short
 from .adapter import Adapter, Plan, Unfit
 from .coupling import gains
+from .fused import Fused
 from .identity import PLAN, has_global_hook, is_hooked, is_patched
 
 __all__ = ["Swapped", "may_replace", "plan_of", "renew_plan", "swap", "swap_back", "swapped_class"]
@@ -174,6 +175,8 @@ def may_replace(instance: Any, adapter: Adapter, method: str) -> bool:
 
     Where a hook keeps a chain from being rebuilt in a backward, that is said once.
     """
+    if isinstance(plan_of(instance).layout, Fused):  # which looks for itself
+        return True
     if not renew_plan(instance) or is_patched(instance, but=method):
         return False
     if not adapter.chain and has_global_hook():

@@ -20,6 +20,7 @@ from ..precision import full_precision, resolve_precision
 from ..rows import all_lengths
 from .adapter import Adapter, Draw, Plan, Unfit
 from .coupling_launch import whole_here
+from .fused import Fused
 from .identity import PLAN, original_class, uncompiled, without_hooks
 from .swap import swap
 
@@ -58,6 +59,8 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     like = next((t for t in _tensors(instance) if t.is_floating_point()), None)
     device = torch.device("cpu") if like is None else like.device
     own = torch.float32 if like is None else like.dtype
+    if isinstance(plan.layout, Fused):
+        return _difference_whole(instance, adapter, plan, like, device, plan.layout.features)
     hollow = {id(uncompiled(module)) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
     worst = 0.0
     # What a copied class does in the other mode is not known beforehand: it may drop out, say.
@@ -69,22 +72,27 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
         if not error <= allowed:
             raise Unfit(f"it {_how_far(error)} in {str(dtype)[6:]} on a random input")
         worst = max(error, worst) if dtype == own else worst
-    return max(worst, _difference_whole(instance, adapter, plan, like, device))
+    features = None if like is None else whole_here(adapter.sides(instance, plan.layout), like)
+    return max(worst, _difference_whole(instance, adapter, plan, like, device, features))
 
 
 def _difference_whole(
-    instance: Any, adapter: Adapter, plan: Plan, like: Tensor | None, device: torch.device
+    instance: Any, adapter: Adapter, plan: Plan, like: Tensor | None, device: torch.device, features: int | None
 ) -> float:
-    """The same of the layer in one launch, with its own conditioners; 0 where it does not run so here."""
-    features = None if like is None else whole_here(adapter.sides(instance, plan.layout), like)
+    """The same of a layer in one launch, or of a chain together, with its own conditioners.
+
+    0 where it does not run so here, which is where there are no features.
+    """
     if like is None or features is None:
         return 0.0
     error = _difference(
         instance, adapter, plan, like.dtype, device, lambda copy, draw: adapter.vectors(copy, draw, features), ()
     )
-    allowed = max(_TOLERANCES[like.dtype], _OF_MODES[resolve_precision(like, plan.options.precision)])
+    mode = resolve_precision(like, plan.options.precision)
+    allowed = max(_TOLERANCES.get(like.dtype, 0.0), _OF_MODES[mode]) * (_CHAIN if adapter.chain else 1)
     if not error <= allowed:
-        raise Unfit(f"the layer in one launch {_how_far(error)} on a random input")
+        what = "its couplings together" if adapter.chain else "the layer in one launch"
+        raise Unfit(f"{what} {_how_far(error)} on a random input")
     return error
 
 

@@ -31,23 +31,34 @@ class PlainCoupling(NamedTuple):
     Args:
         weights, biases: of the conditioner's linear layers, [out, in] and [out] or None.
         activation: what runs between them.
-        log_scale: from raw to log_s, elementwise.
+        log_scale: from raw to log_s, elementwise; None where the conditioner gives a shift alone.
         scale_first: m e^s + shift in place of (m + shift) e^s.
         interleaved: the conditioner gives shift and raw in turn, in place of [shift | raw].
         moves: which half moves, 0 or 1.
+        raw_first: the conditioner gives [raw | shift].
+        raw_net: weights and biases of a second conditioner that gives raw; the first then gives the shift alone.
+        factor: what the conditioner's output is multiplied by.
     """
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor | None]
     activation: Callable[[Tensor], Tensor]
-    log_scale: Callable[[Tensor], Tensor]
+    log_scale: Callable[[Tensor], Tensor] | None
     scale_first: bool
     interleaved: bool
     moves: int
+    raw_first: bool = False
+    raw_net: tuple[Sequence[Tensor], Sequence[Tensor | None]] | None = None
+    factor: float = 1.0
 
 
 def run_couplings(
-    x: Tensor, couplings: Sequence[PlainCoupling], context: Tensor | None, inverse: bool, log_det: bool
+    x: Tensor,
+    couplings: Sequence[PlainCoupling],
+    context: Tensor | None,
+    inverse: bool,
+    log_det: bool,
+    first: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y [B, D], log|det| [B] or None) of the couplings, first to last, or of their inverses, last to first.
 
@@ -55,24 +66,36 @@ def run_couplings(
         x: [B, D].
         couplings: at least one; those of a coupling's shapes fit, which is the caller's to know.
         context: [B, C] that every conditioner takes beside the half that stays, or None.
+        first: features in the first half; None for half of them, rounded up.
     """
-    dtype = x.dtype
+    dtype, first = x.dtype, (x.shape[1] + 1) // 2 if first is None else first
     wide = torch.promote_types(dtype, torch.float32)
     same = dtype == wide  # a cast that changes nothing takes as long as an elementwise operation on a small batch
-    halves = list(x.split(((x.shape[1] + 1) // 2, x.shape[1] // 2), dim=1))
+    halves = list(x.split((first, x.shape[1] - first), dim=1))
     sums: list[Tensor | None] = [None, None]
-    for weights, biases, activation, log_scale, scale_first, interleaved, moves in (
+    for weights, biases, activation, log_scale, scale_first, interleaved, moves, raw_first, raw_net, factor in (
         reversed(couplings) if inverse else couplings
     ):
-        h = halves[1 - moves] if context is None else cat((halves[1 - moves], context), dim=1)
+        kept = h = halves[1 - moves] if context is None else cat((halves[1 - moves], context), dim=1)
         last = len(weights) - 1
-        for i in range(last):
+        for i in range(last):  # written out: a call of Python per coupling counts on a small batch
             h = activation(F.linear(h, weights[i], biases[i]))
         h = F.linear(h, weights[last], biases[last])
         if h.dtype != wide:
             h = h.to(wide)
-        shift, raw = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
-        log_s, m = log_scale(raw), halves[moves] if same else halves[moves].to(wide)
+        if factor != 1:
+            h = h * factor
+        m = halves[moves] if same else halves[moves].to(wide)
+        if log_scale is None:
+            halves[moves] = (m - h if inverse else m + h).to(dtype)
+            continue
+        if raw_net is not None:
+            shift, raw = h, _mlp(kept, *raw_net, activation).to(wide)
+        else:
+            shift, raw = (h[:, 0::2], h[:, 1::2]) if interleaved else h.chunk(2, dim=1)
+            if raw_first:
+                shift, raw = raw, shift
+        log_s = log_scale(raw)
         if inverse:
             m = (m - shift) * (-log_s).exp() if scale_first else m * (-log_s).exp() - shift
         else:
@@ -82,7 +105,19 @@ def run_couplings(
             before = sums[moves]
             sums[moves] = log_s if before is None else before + log_s
     y, total = cat(halves, dim=1), None
+    if not log_det:
+        return y, None
     for part in sums:
         if part is not None:
             total = part.sum(dim=1) if total is None else total + part.sum(dim=1)
-    return y, -total if inverse and total is not None else total
+    if total is None:
+        return y, torch.zeros(x.shape[0], dtype=wide, device=x.device)
+    return y, -total if inverse else total
+
+
+def _mlp(
+    h: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: Callable[[Tensor], Tensor]
+) -> Tensor:
+    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+        h = activation(F.linear(h, weight, bias))
+    return F.linear(h, weights[-1], biases[-1])

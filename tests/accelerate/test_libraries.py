@@ -95,7 +95,8 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
     before = outputs(kind, model, torch.float32, seed)
     exact = outputs(kind, copy.deepcopy(model).double(), torch.float64, seed)
     report = lf.accelerate(model)
-    assert (len(report.swapped), len(report.left)) == (kind.swapped, 0), str(report)
+    alone = [row for row in report.swapped if "couplings in one" not in row.runs]
+    assert (len(alone), len(report.left)) == (kind.swapped, 0), str(report)
     assert_accurate(outputs(kind, model, torch.float32, seed), exact)
     assert_close(outputs(kind, model.double(), torch.float64, seed), exact, 1e-12)
     lf.restore(model.float())
@@ -147,7 +148,8 @@ def test_the_kernels_give_the_same(name):
     report = lf.accelerate(model)
     with lf.backend("triton"), Launches() as launches:
         assert_close(outputs(kind, model, torch.float32), before, 1e-5)
-    assert launches.counts["coupling_stack"] == kind.whole, launches.counts
+    together = any("in one launch" in row.runs for row in report.swapped)  # both directions of the whole chain
+    assert launches.counts["coupling_stack"] == (2 if together else kind.whole), launches.counts
     assert any("one launch" in row.runs for row in report.swapped) == bool(kind.whole), str(report)
 
 

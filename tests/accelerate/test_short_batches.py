@@ -1,4 +1,4 @@
-"""On a CPU a short batch runs the library's own code: its calls, its operations, its values to the last bit."""
+"""On a CPU a short batch runs a chain's couplings in one loop, or the library's own code to the last bit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import linfast as lf
 COUPLINGS = 4
 MOST_CALLS = 5  # per replaced method of a coupling, beside those of the library
 DECIDES = 18  # of zuko's, whose transform is ours
+TOGETHER = [name for name in LIBRARIES if name.startswith(("normflows", "nflows"))]  # whose chain is one loop
+MASKS = 14  # operations of a coupling with masks: comparing its masks, and slicing the weights of two nets
 
 
 class _Operations(TorchDispatchMode):
@@ -54,6 +56,13 @@ def _python_calls(work):
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
+def test_a_chain_of_mlp_couplings_is_one_loop(name):
+    _, fast, _ = _models(name)
+    rows = [row for row in lf.accelerate(fast).rows if row.path == "" and "couplings in one loop" in row.runs]
+    assert bool(rows) == (name in TOGETHER)
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
 def test_a_short_batch_runs_the_originals_own_operations(name):
     model, fast, directions = _models(name)
     x = torch.randn(16, 64)
@@ -65,6 +74,12 @@ def test_a_short_batch_runs_the_originals_own_operations(name):
             with _Operations() as mode:
                 values.append(run(each, x))
             operations.append(mode.names)
+        if name in TOGETHER:
+            assert calls[1] < calls[0], calls
+            assert len(operations[1]) < len(operations[0]) + MASKS * COUPLINGS
+            for actual, expected in zip(values[1], values[0], strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+            continue
         most = DECIDES if "zuko" in name else MOST_CALLS * (3 if "AllInOne" in name else 1)
         assert calls[1] <= calls[0] + most * COUPLINGS, calls
         if i and "zuko" in name:
@@ -87,14 +102,15 @@ def test_a_long_batch_is_cut_where_the_report_says_so(name):
             products.append(mode.names.count("aten::addmm"))
         for actual, expected in zip(outputs[1], outputs[0], strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
-    cuts = "as many at a time as fit its cache" in str(lf.accelerate(fast))
+    report = str(lf.accelerate(fast))
+    cuts = name in TOGETHER or "as many at a time as fit its cache" in report
     assert products[1] == products[0] * (4 if cuts else 1)
 
 
 def test_the_report_says_what_runs_on_this_cpu():
     _, fast, _ = _models("normflows AffineCouplingBlock exp")
     rows = 4096 * torch.get_num_threads()
-    runs = lf.accelerate(fast).rows[0].runs
+    runs = lf.accelerate(fast).rows[1].runs
     assert (
         f"on this CPU: the original's own code, and from {rows} rows on as many at a time as fit its cache" in runs
     )

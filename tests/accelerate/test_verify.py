@@ -129,7 +129,7 @@ def test_both_sides_are_compared_in_full_precision(route: str, way: str, monkeyp
     assert report.rows
     assert not report.left
     assert {swapped for swapped, _, _ in seen} == {False, True}
-    assert where == "auto" or len(seen) == 3 * 2  # in float64, in float32, and whole
+    assert where == "auto" or len(seen) == 4 * 2  # the chain; a coupling in float64, in float32, and whole
     assert all((settings, matmul) == (FULL, "highest") for _, settings, matmul in seen)
     assert (_settings(), _matmul()) == before
 

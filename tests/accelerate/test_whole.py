@@ -257,9 +257,9 @@ def test_the_check_sees_a_layer_that_is_wrong(monkeypatch):
         layer = arranged(mlps, side)
         return layer._replace(weights=[*layer.weights[:-1], layer.weights[-1].flip(0)])
 
-    arranged = whole._arranged
+    arranged = whole.arranged
     model = Coupling()
-    monkeypatch.setattr(whole, "_arranged", swapped)
+    monkeypatch.setattr(whole, "arranged", swapped)
     assert lf.accelerate(model).swapped  # on a CPU it does not run
     with lf.backend("triton"):
         report = lf.accelerate(model)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...flows.undo import Outputs
+from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from ..chain import (
@@ -30,9 +31,12 @@ from ..chain import (
     per_sample,
     put_stubs,
     run_inverting,
+    together,
 )
 from ..coupling import couple, described
 from ..coupling_side import ADDITIVE, Side, Split, Tail, split_of
+from ..fused import Maps
+from ..fused_launch import Affine
 from ..identity import defined_as
 
 __all__ = ["ADAPTERS", "composite_of", "coupling_of"]
@@ -180,11 +184,46 @@ def _flat(chain: Any, where: str = "") -> Named:
             yield name, transform
 
 
-def _parts(chain: Any) -> list[Part]:
-    def known(transform: nn.Module) -> bool:
-        return any(is_known(transform, library, _INVERTIBLE, ("forward", "inverse")) for library in _COMPOSITES)
+def _known(transform: nn.Module) -> bool:
+    return any(is_known(transform, library, _INVERTIBLE, ("forward", "inverse")) for library in _COMPOSITES)
 
-    return [part_of(name, transform, known(transform), _run_part) for name, transform in _flat(chain)]
+
+def _parts(chain: Any) -> list[Part]:
+    return [part_of(name, transform, _known(transform), _run_part) for name, transform in _flat(chain)]
+
+
+def _permutation(transform: Any) -> list[int] | None:
+    return transform._permutation.tolist() if transform._dim == 1 else None
+
+
+def _actnorm(transform: Any) -> Affine | None:
+    if transform.training and not transform.initialized:
+        return None
+    return Affine(
+        transform,
+        lambda inverse: AffineMap(transform.scale, transform.shift, None, transform.log_scale.sum()),
+        diagonal=True,
+    )
+
+
+def _lu(transform: Any) -> Affine:
+    def make(inverse: bool) -> AffineMap:
+        undo = transform.weight_inverse() if inverse else None
+        return AffineMap(transform.weight(), transform.bias, undo, transform.logabsdet())
+
+    return Affine(transform, make)
+
+
+_MAPS = Maps(
+    _known,
+    {
+        "ActNorm": _actnorm,
+        "LULinear": _lu,
+        "Permutation": _permutation,
+        "RandomPermutation": _permutation,
+        "ReversePermutation": _permutation,
+    },
+)
 
 
 def _run_part(transform: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
@@ -194,6 +233,9 @@ def _run_part(transform: Any, x: Tensor, context: Context, inverse: bool) -> Out
 
 def _chain_method(method: str) -> Callable[..., Any]:
     def run(chain: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Any]:
+        result = together(chain, inputs, method == "inverse") if context is None else None
+        if result is not None:
+            return result[0], result[1].to(inputs.dtype)
         parts = parts_to_invert(chain, inputs, _parts)
         if parts is None:
             return getattr(chain._linfast_original, method)(chain, inputs, context)
@@ -211,6 +253,10 @@ def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
     return [*chain.forward(draw(*shape), draw(2)), *chain.inverse(draw(*shape), context=draw(2))]
 
 
+def _vectors(chain: Any, draw: Draw, features: int) -> Sequence[Tensor]:
+    return [*chain.forward(draw(4, features)), *chain.inverse(draw(4, features))]
+
+
 def composite_of(library: str) -> Adapter:
     return chain_adapter(
         library,
@@ -218,6 +264,9 @@ def composite_of(library: str) -> Adapter:
         "CompositeTransform",
         _parts,
         _flat,
+        _run_part,
+        _MAPS,
+        vectors=_vectors,
         methods={method: _chain_method(method) for method in ("forward", "inverse")},
         probe=_probe_chain,
         hollow=lambda chain: [net for part in _parts(chain) for net in part.conditioners],

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ...flows.undo import Outputs
 from ...ops.affine_coupling import split_sizes
+from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from ..chain import (
@@ -37,10 +38,13 @@ from ..chain import (
     parts_to_invert,
     per_sample,
     run_inverting,
+    together,
 )
 from ..coupling import couple, described
 from ..coupling_launch import narrowed
 from ..coupling_side import ADDITIVE, Side, Split, Tail, split_of
+from ..fused import Maps
+from ..fused_launch import Affine
 from ..identity import changed_method, defined_as
 from ..mlp import find_mlp
 
@@ -236,9 +240,49 @@ def _parts(chain: Any) -> list[Part]:
     for name, flow in _flat(chain):
         masked = is_known(flow, "normflows", ("MaskedAffineFlow",), methods)
         nets = [net for net in (flow.s, flow.t) if isinstance(net, nn.Module)] if masked else []
-        known = is_known(flow, "normflows", _INVERTIBLE, methods)
-        parts.append(part_of(name, flow, known, _run_part, nets))
+        parts.append(part_of(name, flow, _known(flow), _run_part, nets))
     return parts
+
+
+def _known(flow: nn.Module) -> bool:
+    return is_known(flow, "normflows", _INVERTIBLE, ("forward", "inverse"))
+
+
+def _permutation(flow: Any) -> list[int] | None:
+    if flow.mode == "swap":
+        half = flow.num_channels // 2
+        return [*range(half, flow.num_channels), *range(half)]
+    undone = flow.mode == "shuffle" and torch.equal(
+        flow.perm[flow.inv_perm], torch.arange(len(flow.perm)).to(flow.perm)
+    )
+    return flow.perm.tolist() if undone else None
+
+
+def _constant(flow: Any) -> Affine | None:
+    if flow.s.ndim != 2 or not bool(getattr(flow, "data_dep_init_done", True)):
+        return None
+    return Affine(flow, lambda inverse: AffineMap(flow.s[0].exp(), flow.t[0], None, flow.s.sum()), diagonal=True)
+
+
+def _lu_permute(flow: Any) -> Affine:
+    """Forward is z -> P^-1 L^-1 (z - b)."""
+
+    def make(inverse: bool) -> AffineMap:
+        back = flow.permutation._inverse_permutation
+        lower, upper = flow.linear._create_lower_upper()  # its own weight_inverse calls what torch no longer has
+        eye = torch.eye(len(back), dtype=lower.dtype, device=lower.device)
+        solved = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+        weight = torch.linalg.solve_triangular(upper, solved, upper=True).index_select(0, back)
+        undo = flow.linear.weight().index_select(1, back) if inverse else None
+        return AffineMap(weight, -(weight @ flow.linear.bias), undo, -flow.linear.logabsdet())
+
+    return Affine(flow, make)
+
+
+_MAPS = Maps(
+    _known,
+    {"ActNorm": _constant, "AffineConstFlow": _constant, "LULinearPermute": _lu_permute, "Permute": _permutation},
+)
 
 
 def _run_part(flow: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
@@ -246,49 +290,45 @@ def _run_part(flow: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
     return y, per_sample(log_det, x)
 
 
-def _through(
-    chain: Any, parts: Sequence[Part], x: Tensor, inverse: bool, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """(y, log_det), in ``dtype``: what the library adds it up in, torch's default where it does not say."""
-    y, log_det = run_inverting(chain, parts, x, {}, inverse)
-    assert log_det is not None
-    return y, log_det.to(torch.get_default_dtype() if dtype is None else dtype)
+_CHAIN: dict[str, tuple[bool, Callable[[Any, Tensor, Tensor], Any]]] = {
+    "forward": (False, lambda chain, y, log_det: y),
+    "forward_and_log_det": (False, lambda chain, y, log_det: (y, _default(log_det))),
+    "inverse": (True, lambda chain, z, log_det: z),
+    "inverse_and_log_det": (True, lambda chain, z, log_det: (z, _default(log_det))),
+    "log_prob": (True, lambda chain, z, log_det: log_det.to(z.dtype) + chain.q0.log_prob(z)),
+    "forward_kld": (True, lambda chain, z, log_det: -_default(_default(log_det) + chain.q0.log_prob(z)).mean()),
+}
+"""By method: whether it runs the flows' inverses, and what it returns of (chain, y, log_det)."""
 
 
-def _chain_method(method: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` where it is to invert, else the library's own."""
-
-    def either(chain: Any, x: Tensor) -> Any:
-        parts = parts_to_invert(chain, x, _parts)
-        return getattr(chain._linfast_original, method)(chain, x) if parts is None else run(chain, parts, x)
-
-    return either
+def _default(log_det: Tensor) -> Tensor:
+    """In torch's default dtype, in which the library adds it up where it does not say."""
+    return log_det.to(torch.get_default_dtype())
 
 
-def _log_prob(chain: Any, parts: Sequence[Part], x: Tensor) -> Tensor:
-    z, log_det = _through(chain, parts, x, True, x.dtype)
-    return log_det + chain.q0.log_prob(z)
+def _chain_method(method: str) -> Callable[..., Any]:
+    """Where the couplings run together or are to be rebuilt in the backward; else the library's own."""
+    inverse, result = _CHAIN[method]
+
+    def run(chain: Any, x: Tensor) -> Any:
+        outputs: Any = together(chain, x, inverse)
+        if outputs is None:
+            parts = parts_to_invert(chain, x, _parts)
+            if parts is None:
+                return getattr(chain._linfast_original, method)(chain, x)
+            outputs = run_inverting(chain, parts, x, {}, inverse)
+        return result(chain, *outputs)
+
+    return run
 
 
-def _forward_kld(chain: Any, parts: Sequence[Part], x: Tensor) -> Tensor:
-    z, log_det = _through(chain, parts, x, True)
-    return -torch.mean((log_det + chain.q0.log_prob(z)).to(log_det.dtype))
+_METHODS = {name: _chain_method(name) for name in _CHAIN}
 
 
 def _sample(chain: Any, num_samples: int = 1) -> tuple[Tensor, Tensor]:
     z, log_q = chain.q0(num_samples)
-    z, log_det = chain.forward_and_log_det(z)
+    z, log_det = _METHODS["forward_and_log_det"](chain, z)
     return z, log_q - log_det
-
-
-_CHAIN = {
-    "forward": lambda chain, parts, x: _through(chain, parts, x, False)[0],
-    "forward_and_log_det": lambda chain, parts, x: _through(chain, parts, x, False),
-    "inverse": lambda chain, parts, x: _through(chain, parts, x, True)[0],
-    "inverse_and_log_det": lambda chain, parts, x: _through(chain, parts, x, True),
-    "log_prob": _log_prob,
-    "forward_kld": _forward_kld,
-}
 
 
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
@@ -306,7 +346,13 @@ _FLOW = chain_adapter(
     "NormalizingFlow",
     _parts,
     _flat,
-    methods={name: _chain_method(name, run) for name, run in _CHAIN.items()} | {"sample": _sample},
+    _run_part,
+    _MAPS,
+    vectors=lambda chain, draw, features: (
+        *chain.forward_and_log_det(draw(4, features)),
+        *chain.inverse_and_log_det(draw(4, features)),
+    ),
+    methods=_METHODS | {"sample": _sample},
     probe=_probe_chain,
     tolerance=1e-6,  # the original adds log_dets of float64 up in float32
 )

@@ -1,0 +1,242 @@
+"""A chain's couplings together: one loop on a CPU, one launch where kernels run, and when it must be neither."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from linfast.bench.library_models import mlp
+from torch import nn
+
+import linfast as lf
+from linfast.accelerate import fused
+
+from .launches import Launches
+from .zoo import require
+
+D = 6
+
+
+class Conditioner(nn.Module):
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = mlp(n_in, n_out, (16, 16))
+
+    def forward(self, x, context=None):
+        return self.net(x)
+
+
+def nflows(masks=("alternate", "other", "gather", "halves")):
+    """Couplings, permutations, an initialised ActNorm and an LU map."""
+    t = require("nflows.transforms")
+    masks = [
+        {"alternate": [1, 0] * 3, "other": [0, 1] * 3, "gather": [1, 0, 0, 1, 1, 0], "halves": [1, 1, 1, 0, 0, 0]}[
+            m
+        ]
+        for m in masks
+    ]
+    couplings = [t.AffineCouplingTransform(torch.tensor(mask), Conditioner) for mask in masks]
+    between = [t.ReversePermutation(D), t.ActNorm(D), t.LULinear(D, identity_init=False), t.RandomPermutation(D)]
+    model = t.CompositeTransform([step for pair in zip(couplings, between, strict=True) for step in pair])
+    model(torch.randn(32, D))
+    return model
+
+
+def normflows(actnorm=True):
+    nf, flows = require("normflows"), []
+    for i in range(4):
+        flows.append(nf.flows.AffineCouplingBlock(mlp(3, D, (16, 16)), scale_map="exp"))
+        flows.append(nf.flows.Permute(D, mode="swap" if i % 2 else "shuffle"))
+        flows += [nf.flows.ActNorm(D)] if actnorm else []
+        flows.append(nf.flows.LULinearPermute(D, identity_init=False))
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(D), flows)
+    model.log_prob(torch.randn(32, D))
+    return model
+
+
+def values(model, x):
+    """Both directions and the gradients of x and of every parameter."""
+    if hasattr(model, "flows"):
+        outputs = [*model.forward_and_log_det(x), *model.inverse_and_log_det(x), model.log_prob(x)]
+    else:
+        outputs = [*model(x), *model.inverse(x)]
+    total = sum((o.double() * torch.arange(o.numel()).cos().view_as(o)).sum() for o in outputs)
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
+    return [*outputs, *(torch.zeros(()) if g is None else g for g in gradients)]
+
+
+def batch(rows=5, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(rows, D, dtype=dtype, requires_grad=True)
+
+
+def assert_alike(fast, model, x, tolerance=1e-5):
+    for actual, expected in zip(values(fast, x), values(model, x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def both(build, **options):
+    torch.manual_seed(0)
+    model = build()
+    fast = copy.deepcopy(model)
+    report = lf.accelerate(fast, **options)
+    assert report.rows[0].path == ""
+    assert "4 couplings in one loop" in report.rows[0].runs, str(report)
+    return model, fast
+
+
+def runs_together(fast, x):
+    """Whether this call is ours, and not the library's own loop."""
+    calls = []
+    original = fused.Fused.__call__
+
+    def spy(self, *arguments):
+        calls.append(self)
+        return original(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused.Fused, "__call__", spy)
+        values(fast, x)
+    return bool(calls)
+
+
+BUILDS = pytest.mark.parametrize("build", [nflows, normflows])
+
+
+@BUILDS
+@pytest.mark.parametrize("rows", [1, 5, 3000])
+def test_values_and_gradients_are_the_originals(build, rows):
+    model, fast = both(build)
+    assert runs_together(fast, batch())
+    assert_alike(fast.double(), model.double(), batch(rows, torch.float64), 1e-9 if build is nflows else 1e-5)
+
+
+@BUILDS
+def test_it_is_one_launch_where_kernels_run(build):
+    model, fast = both(build)
+    x = batch()
+    with lf.backend("triton"), Launches() as launches, torch.no_grad():
+        actual = fast.forward_and_log_det(x) if build is normflows else fast(x)
+    assert launches.counts["coupling_stack"] == 1, launches.counts
+    expected = model.forward_and_log_det(x) if build is normflows else model(x)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with lf.backend("triton"):
+        assert_alike(fast, model, x, 2e-3)
+
+
+@BUILDS
+def test_an_optimiser_step_and_a_write_through_data_are_seen(build):
+    model, fast = both(build)
+    for each in (model, fast):
+        optimiser = torch.optim.SGD(each.parameters(), lr=1e-3)
+        (each.log_prob(batch()) if build is normflows else each(batch())[1]).mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        next(each.parameters()).data.mul_(1.5)
+    assert runs_together(fast, batch())
+    assert_alike(fast, model, batch())
+
+
+@BUILDS
+@pytest.mark.parametrize("where", ["coupling", "linear layer"])
+def test_a_hook_put_in_later_is_called(build, where):
+    _, fast = both(build)
+    values(fast, batch())
+    member = fast.flows[0] if build is normflows else fast._transforms[0]
+    module = member if where == "coupling" else next(m for m in member.modules() if isinstance(m, nn.Linear))
+    called = []
+    handle = module.register_forward_hook(lambda *arguments: called.append(True))
+    values(fast, batch())
+    assert called
+    handle.remove()
+    called.clear()
+    values(fast, batch())
+    assert not called
+
+
+@BUILDS
+def test_modules_and_parameters_replaced_later_are_run(build):
+    model, fast = both(build)
+    for each in (model, fast):
+        torch.manual_seed(5)
+        members = each.flows if build is normflows else each._transforms
+        linear = next(m for m in members[0].modules() if isinstance(m, nn.Linear))
+        linear.weight = nn.Parameter(torch.randn_like(linear.weight))
+        members.append(copy.deepcopy(members[0]))
+    assert_alike(fast, model, batch(), 1e-4)
+
+
+@BUILDS
+def test_a_method_patched_later_is_run(build):
+    _, fast = both(build)
+    member = fast.flows[0] if build is normflows else fast._transforms[0]
+    called, forward = [], member.forward
+    member.forward = lambda *a, **k: (called.append(True), forward(*a, **k))[1]
+    values(fast, batch())
+    assert called
+
+
+def test_a_mask_and_a_permutation_written_through_data_are_followed():
+    model, fast = both(nflows)
+    values(fast, batch())
+    for each in (model, fast):
+        first = each._transforms[0]
+        kept = first.identity_features.clone()
+        first.identity_features.data.copy_(first.transform_features)
+        first.transform_features.data.copy_(kept)
+        each._transforms[7]._permutation.data.copy_(each._transforms[7]._permutation.flip(0))
+    assert_alike(fast, model, batch())
+
+
+def test_an_actnorm_that_waits_for_its_first_batch_is_initialised_by_it():
+    model, fast = both(nflows)
+    for each in (model, fast):
+        each._transforms[3].initialized.fill_(False)
+    assert_alike(fast, model, batch())
+    assert fast._transforms[3].initialized
+
+
+def test_a_context_autocast_and_other_shapes_run_the_originals():
+    model, fast = both(nflows)
+    x = batch()
+    for actual, expected in zip(fast(x, torch.ones(5, 2)), model(x, torch.ones(5, 2)), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not runs_together(fast, x)
+    with pytest.raises(Exception, match=r"\S") as theirs:
+        model(torch.randn(2, D + 1))
+    with pytest.raises(type(theirs.value)):
+        fast(torch.randn(2, D + 1))
+
+
+@BUILDS
+def test_ensembles_and_functional_calls(build):
+    model, fast = both(build)
+    other = {name: p.detach() * 1.1 for name, p in model.named_parameters()}
+    x = batch().detach()
+    run = torch.func.functional_call
+    torch.testing.assert_close(run(fast, other, (x,)), run(model, other, (x,)), rtol=1e-4, atol=1e-4)
+    assert_alike(fast, model, batch())
+
+
+@BUILDS
+def test_freeze_keeps_the_values(build):
+    model, fast = both(build)
+    with torch.no_grad(), lf.freeze(fast):
+        for _ in range(2):
+            x = batch().detach()
+            expected = model.forward_and_log_det(x) if build is normflows else model(x)
+            actual = fast.forward_and_log_det(x) if build is normflows else fast(x)
+            for a, b in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@BUILDS
+def test_restore_gives_the_originals_values(build):
+    model, fast = both(build)
+    lf.restore(fast)
+    assert type(fast) is type(model)
+    assert_alike(fast, model, batch(), 0)
