@@ -105,13 +105,14 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
 
 @pytest.mark.parametrize("name", sweep(LIBRARIES))
 def test_one_row_at_a_time_gives_the_same(name, monkeypatch):
-    """What long batches on a CPU do."""
+    """What long batches on a CPU do. A normflows chain adds log_dets of float64 up in float32; ours rounds the sum."""
     kind = KINDS[name]
     model = make(kind, 0).double()
     expected = outputs(kind, model, torch.float64)
     lf.accelerate(model)
     monkeypatch.setattr(rows, "_SIZES", rows._Sizes(bytes=1, fewest=1))
-    assert_close(outputs(kind, model, torch.float64), expected, 1e-12)
+    tolerance = 4 * torch.finfo(torch.float32).eps if name.startswith("normflows") else 1e-12
+    assert_close(outputs(kind, model, torch.float64), expected, tolerance)
 
 
 @pytest.mark.parametrize(
