@@ -105,7 +105,7 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
 
 @pytest.mark.parametrize("name", sweep(LIBRARIES))
 def test_one_row_at_a_time_gives_the_same(name, monkeypatch):
-    """What long batches on a CPU do. A normflows chain adds log_dets of float64 up in float32; ours rounds the sum."""
+    """What long batches on a CPU do. normflows adds log_dets of float64 up in float32; ours rounds the sum."""
     kind = KINDS[name]
     model = make(kind, 0).double()
     expected = outputs(kind, model, torch.float64)
