@@ -39,7 +39,7 @@ from .drift import DRIFT_BUDGETS, Checksum, DriftGuard, drift_budget
 from .replay import Replay, keeps_a_piece, made_at, now, read_from_outside
 from .undo import Backward, Cotangents, Outputs, Undone, undo
 
-__all__ = ["AUTO_BYTES", "MEMORY_MODES", "Context", "Step", "inverts", "reversible"]
+__all__ = ["AUTO_BYTES", "MEMORY_MODES", "Context", "Step", "reversible"]
 
 MEMORY_MODES = ("store", "invert", "auto")
 """What a flow's backward keeps: every activation, the input and output, or whichever suits their size."""
