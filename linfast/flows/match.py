@@ -13,10 +13,11 @@ of layer by layer, noise included), and a row without a product costs less as it
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..dispatch import state_key, uses_triton, why_reference
@@ -31,6 +32,7 @@ from ..precision import half_dtype, resolve_precision
 from ..rows import by_rows, rows_at_once
 from ..scale_maps import ScaleMap, log_scale_function
 from .couplings import AffineCoupling
+from .remembered import recall, remember
 from .segments import Couplings, Folded, OneLaunch, Outputs, Segment, Single
 from .stack import PRODUCTS, is_linear, is_plain, leading, recognise, stack_of
 
@@ -98,7 +100,7 @@ def _decide(
     if nn.modules.module._has_any_global_hook():
         return Launch([Single(layer) for layer in in_order], "a global module hook is set")
     if not uses_triton(x):
-        segments = _looped(list(layers), x, context)
+        segments = _looped(layers, x, context)
         return Launch(segments[::-1] if inverse else segments, why_reference(x))
     launch = _one_launch(layers, x, context, inverse, log_det, still)
     return Launch(_folded(layers, in_order), launch) if isinstance(launch, str) else Launch([launch], None)
@@ -145,10 +147,29 @@ def mode_for(x: Tensor) -> str:
 # Plain torch.
 
 
-def _looped(layers: list[Any], x: Tensor, context: Mapping[str, Any]) -> list[Segment]:
+def _looped(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> list[Segment]:
     """Runs of affine couplings in a loop each, and everything else as it is."""
+    takes, given = _in_common(x, context), context.get("context")
+    key = (x.dtype, x.device, None if given is None else given.shape[1:])
+    lasts = (
+        takes and context.get("t") is None and not torch.compiler.is_compiling()
+    )  # a time is folded into weights
+    found = recall(layers, key) if lasts else None
+    if found is not None:
+        return found
+    segments = _recognised(layers, x, context, takes)
+    couplings = [segment for segment in segments if isinstance(segment, Couplings)]
+    if (
+        lasts
+        and couplings
+        and all(type(w) is nn.Parameter for run in couplings for c in run.couplings for w in c.weights)
+    ):
+        remember(layers, [layer for run in couplings for layer in run.layers], key, segments)
+    return segments
+
+
+def _recognised(layers: Iterable[Any], x: Tensor, context: Mapping[str, Any], takes: bool) -> list[Segment]:
     segments: list[Segment] = []
-    takes = _in_common(x, context)
     scale_map: ScaleMap | None = None
     log_scale: Any = None
     for layer in layers:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +120,7 @@ def _patched(g: lf.Flow) -> None:
 def test_layers_with_code_of_their_own_run_it(change: Callable[[lf.Flow], None]) -> None:
     g, x = _flow(), torch.randn(B, D)
     before = copy.deepcopy(g)
+    g(x)  # what was recognised now no longer holds
     change(g)
     with lf.backend("reference"):
         assert _loops(g, x, {}) == 2
@@ -141,6 +144,46 @@ def test_what_is_replaced_between_calls_is_what_runs() -> None:
             change()
             assert _alike(g(x), _one_by_one(g, x, {}, False)[0])
             assert relative(g(x), before) > 1e-3
+
+
+def test_layers_that_are_put_in_taken_out_or_exchanged_are_seen() -> None:
+    g, x = _flow(4), torch.randn(B, D)
+    with lf.backend("reference"):
+        for change in (
+            lambda: g.bijections.append(perturb(lf.AffineCoupling(lf.MLP(3, 8, (8,)), D), 0.3)),
+            lambda: g.bijections.insert(1, lf.Permute(D)),
+            lambda: g.bijections.__delitem__(0),
+            lambda: g.bijections.__setitem__(0, perturb(lf.AffineCoupling(lf.MLP(3, 8, (5,)), D), 0.3)),
+            lambda: g.bijections[0].conditioner.layers.insert(1, nn.Linear(5, 5)),  # type: ignore[union-attr, operator]
+        ):
+            before = g(x)
+            change()
+            assert _alike(g(x), _one_by_one(g, x, {}, False)[0])
+            assert relative(g(x), before) > 1e-3
+
+
+def test_two_kinds_of_input_in_turn() -> None:
+    g, h = _flow(), _flow(context_features=2)
+    with lf.backend("reference"):
+        for _ in range(2):
+            for dtype in (torch.float32, torch.float64):
+                g, x = g.to(dtype), torch.randn(B, D, dtype=dtype)
+                assert _alike(g(x), _one_by_one(g, x, {}, False)[0])
+            with pytest.raises(ValueError, match=r"context must be \[9, 2\]"):
+                h(torch.randn(B, D), context=torch.randn(B, 3))
+            x, context = torch.randn(B, D), {"context": torch.randn(B, 2)}
+            assert _alike(h(x, **context), _one_by_one(h, x, context, False)[0])
+
+
+def test_what_is_recognised_is_let_go_with_the_flow() -> None:
+    g = _flow()
+    with lf.backend("reference"):
+        g(torch.randn(B, D))
+    weight, layers = (weakref.ref(t) for t in (g.bijections[0].conditioner.layers[0].weight, g.bijections))  # type: ignore[union-attr, index]
+    del g
+    gc.collect()
+    assert weight() is None
+    assert layers() is None
 
 
 def test_a_frozen_linearizer_runs_its_parts_for_each_kind_of_call() -> None:
