@@ -150,9 +150,9 @@ def mode_for(x: Tensor) -> str:
 def _looped(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> list[Segment]:
     """Runs of affine couplings in a loop each, and everything else as it is."""
     takes, given = _in_common(x, context), context.get("context")
-    key = (x.dtype, x.device, None if given is None else given.shape[1:])
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     lasts = takes and context.get("t") is None and not traced  # a time is folded into the weights
+    key = (x.dtype, x.device, given.shape[1:] if lasts and given is not None else None)
     found = recall(layers, key) if lasts else None
     if found is not None:
         return found

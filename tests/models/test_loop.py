@@ -227,6 +227,9 @@ def test_what_does_not_fit_is_refused_by_the_layers() -> None:
         g(x, context=torch.randn(B, 3))
     with pytest.raises(ValueError, match="context_features=2"):
         g(x)
+    for wrong in ([1.0], 3):
+        with pytest.raises(TypeError, match="context must be a tensor"):
+            g(x, context=wrong)
     g = _flow()
     g.bijections[1].conditioner.layers[1].double()  # type: ignore[union-attr, index]
     with pytest.raises(RuntimeError, match="dtype"):
