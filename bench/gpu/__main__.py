@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from .stages import FILES, MOST_GIB, Given, Machine, Stage, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 # A checkout that is not installed has linfast.kernels and its like only by these links.
-LINKS = {ROOT / "linfast" / name: Path("..") / name for name in ("kernels", "bench", "examples")}
+FOLDERS = ("kernels", "bench", "examples")
+LINKS = {ROOT / "linfast" / name: Path("..") / name for name in FOLDERS}
 MISSING = {
     **dict.fromkeys(("torch", "numpy", "safetensors"), "nothing runs"),
     "triton": "no kernel runs",
@@ -111,6 +113,16 @@ class Call:
         return f"linfast on {machine.name}"
 
 
+def _links_needed() -> list[Path]:
+    """Those without which this checkout's linfast lacks its folders: none where it is installed."""
+    names = [f"linfast.{name}" for name in FOLDERS]
+    code = f"import {', '.join(names)}; print({', '.join(f'*{name}.__path__' for name in names)}, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if [Path(path).resolve() for path in done.stdout.splitlines()] == [ROOT / name for name in FOLDERS]:
+        return []
+    return [link for link in LINKS if not link.exists()]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 once every stage had its turn; what went wrong in them is in the summary."""
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="See bench/gpu.sh and docs/gpu.md.")
@@ -128,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": threads}
     if options.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    made = [link for link in LINKS if not link.exists()]
+    made = _links_needed()
     work = Path(tempfile.mkdtemp(prefix="linfast-gpu-"))
     call = Call(options.out, options.dry, work)
     try:
