@@ -1,4 +1,4 @@
-"""Which code runs a flow's layers: decided here, once for inputs of one kind, and remembered while it is frozen.
+"""Which code runs a flow's layers: decided here, once for inputs of one kind while the flow is frozen.
 
     kernels run, the layers are a stack that fits on chip    one launch                              OneLaunch
     kernels run, else      rows of channel-linear layers folded, after a coupling where one comes first    Folded
@@ -8,7 +8,8 @@
 Only the classes' own code is replaced: a layer with a hook or a parametrization, of a subclass, with sharded
 weights, or an ActNorm that waits for its first batch runs as it is. In plain torch nothing is gained by folding
 (interleaved runs of an image flow 4 x 32 x 32, batch 16, and of a vector flow 64, batch 1024, stood at 0.90 to 1.07
-of layer by layer, noise included), and a row without a product costs less as itself than as one.
+of layer by layer, noise included), and a row without a product costs less as itself than as one. There what was
+recognised is remembered, frozen or not, while nothing that it was read from is replaced (``remembered.py``).
 """
 
 from __future__ import annotations
@@ -158,16 +159,18 @@ def _looped(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> lis
         return found
     segments = _recognised(layers, x, context, takes)
     couplings = [segment for segment in segments if isinstance(segment, Couplings)]
-    if (
-        lasts
-        and couplings
-        and all(type(w) is nn.Parameter for run in couplings for c in run.couplings for w in c.weights)
-    ):
+    if lasts and couplings and all(_is_own(c) for run in couplings for c in run.couplings):
         remember(layers, [layer for run in couplings for layer in run.layers], key, segments)
     return segments
 
 
+def _is_own(coupling: PlainCoupling) -> bool:
+    """Whether its tensors are parameters: what torch.func puts in their place must not outlive the call."""
+    return all(type(t) is nn.Parameter for t in (*coupling.weights, *coupling.biases) if t is not None)
+
+
 def _recognised(layers: Iterable[Any], x: Tensor, context: Mapping[str, Any], takes: bool) -> list[Segment]:
+    """``_looped``, as the layers are now; ``takes``: whether the loop knows what the conditioners are given."""
     segments: list[Segment] = []
     scale_map: ScaleMap | None = None
     log_scale: Any = None

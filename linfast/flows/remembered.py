@@ -84,7 +84,6 @@ def remember(layers: nn.ModuleList, couplings: Iterable[Any], key: Hashable, val
     """Keep ``value`` until the layers go or something else is remembered of them."""
     try:
         _remembered[layers] = Remembered(layers, couplings, key, value)
-    except (
-        KeyError
-    ):  # a parameter or option that is a property or a plain attribute, as in nn.DataParallel's replicas
+    except KeyError:
+        # A parameter or an option is a property or a plain attribute, as in nn.DataParallel's replicas.
         _remembered.pop(layers, None)
