@@ -5,7 +5,7 @@ The backend is "auto" (Triton on a GPU, plain torch elsewhere), "triton" (or an 
 environment variable LINFAST_BACKEND. A block belongs to its thread, as torch.no_grad's does. An op's public
 function reads the choice once per call, and its backward follows that. float64 always runs in plain torch.
 
-``state_key(x)`` answers all of this in one call, as a dictionary's key.
+``state_key(x)`` answers all of this in one call, as a dictionary's key; ``call_key`` adds what else a call has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -27,10 +27,12 @@ from .checks import check_choice, check_kind
 __all__ = [
     "autocast_dtype",
     "backend",
+    "call_key",
     "capturing",
     "cat",
     "check_values",
     "chosen_backend",
+    "has_global_hook",
     "has_kernels",
     "has_values",
     "interpreting",
@@ -62,6 +64,18 @@ def state_key(x: Tensor) -> Hashable:
     Whether gradients are enabled is not part of it.
     """
     return _state.choice, x.dtype, x.device, matmul_mode(), autocast_dtype(x.device.type)
+
+
+def has_global_hook() -> bool:
+    """Whether a hook is set that runs around every module's call."""
+    return nn.modules.module._has_any_global_hook()
+
+
+def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable | None:
+    """All that a decision for x in this context depends on beside the model; None where it is not to be kept."""
+    if has_global_hook() or any(isinstance(value, Tensor) for value in context.values()):
+        return None
+    return *more, *context.items(), x.shape[1:], state_key(x)
 
 
 # The backend

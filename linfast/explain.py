@@ -92,7 +92,6 @@ def explain(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **cont
 
 
 def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Iterator[Choice]:
-    f._check_time(t)
     launch = match_linearizer(f, x, t, context)
     if isinstance(launch, LinearizerLaunch):
         yield _one_launch(

@@ -79,9 +79,9 @@ class Linearizer(nn.Module):
         """f(x) = g_y^{-1}(A g_x(x))."""
         with range_("forward", self):
             check_dense("x", x)
-            self._check_time(t, x)
-            launch = match_linearizer(self, x, t, context) if type(self) is Linearizer else "a subclass"
-            if not isinstance(launch, str):
+            if type(self) is not Linearizer:
+                self._check_time(t, x)
+            elif not isinstance(launch := match_linearizer(self, x, t, context), str):
                 return launch(x)
             return self.gy_inverse(self.A(self.gx(x, **context), t=t), **context)
 
@@ -190,7 +190,7 @@ class Linearizer(nn.Module):
         self._check_time(None)
         svd = self.A.svd()
         if svd.S.ndim != 1:
-            raise ValueError("f.svd() is of one operator and A holds one a sample: fix a single time, f.at(0.5)")
+            raise ValueError("f.svd() is of one operator and A holds one per sample: fix a single time, f.at(0.5)")
         return LinearizerSVD(self.g_x, svd, self.g_y, Linearizer)
 
     def _check_time(self, t: float | Tensor | None, x: Tensor | None = None) -> None:

@@ -6,28 +6,36 @@ One launch, which reads x once and writes y once, is for g_x and g_y that are co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import outside_autocast, why_reference
+from .dispatch import call_key, has_global_hook, outside_autocast, why_reference
 from .flows.bijection import Conditioned
 from .flows.flow import Flow
-from .flows.match import Launch, kind_of, match, mode_for
+from .flows.match import Launch, match, mode_for
+from .flows.segments import Couplings
 from .flows.stack import FlowStack, are_plain, is_plain, stack_of
 from .freeze import kept, kept_values
 from .kernels.stack_configs import StackConfig, config_for, target_of
 from .kernels.stack_spec import StackSpec
 from .operators.base import LatentOperator
+from .operators.dense import Dense
 from .operators.diagonal import Diagonal
 from .operators.low_rank import LowRank
 from .ops.coupling_stack import CouplingStack
 from .ops.linearizer_stack import PackedLinearizer, pack_linearizer, run_packed
+from .ops.plain_couplings import run_couplings
+from .rows import SHORT
 
 __all__ = ["LinearizerLaunch", "Parts", "match_linearizer", "unwrap"]
+
+Part = Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -54,18 +62,15 @@ class LinearizerLaunch:
 
 @dataclass(eq=False)
 class Parts:
-    """A frozen Linearizer's call part by part, all three decided; for vectors, where no gradient is wanted."""
+    """A Linearizer's call part by part, all three decided; for vectors, where no gradient is wanted."""
 
-    g_x: Launch
-    context_x: Mapping[str, Any]
-    A: LatentOperator
-    g_y: Launch
-    context_y: Mapping[str, Any]
+    g_x: Part
+    A: Part
+    g_y_inverse: Part
 
     def __call__(self, x: Tensor) -> Tensor:
         """y = g_y^{-1}(A g_x(x))."""
-        z = self.g_x(x, self.context_x, False, False)[0]
-        return self.g_y(self.A(z), self.context_y, True, False)[0]
+        return self.g_y_inverse(self.A(self.g_x(x)))
 
 
 def match_linearizer(
@@ -73,20 +78,21 @@ def match_linearizer(
 ) -> LinearizerLaunch | Parts | str:
     """What runs f(x), or why nothing runs it as a whole; while f is frozen, decided once for inputs of one kind."""
     values = kept_values(f)
-    key = None if values is None or isinstance(t, Tensor) else kind_of(x, context, t, torch.is_grad_enabled())
+    key = None if values is None or isinstance(t, Tensor) else call_key(x, context, t, torch.is_grad_enabled())
     if values is None or key is None:
-        return _decide(f, x, t, context, False)
-    return kept(values, f, key, lambda: _decide(f, x, t, context, True))
+        return _decide(f, x, t, context)
+    return kept(values, f, key, lambda: _decide(f, x, t, context))
 
 
 def _decide(
-    f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any], still: bool
+    f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]
 ) -> LinearizerLaunch | Parts | str:
-    """``still``: whether the weights were promised to stay as they are."""
+    f._check_time(t, x)
     launch = why_reference(x) or _as_one(f, x, t, context)
-    if isinstance(launch, str) and still and not torch.is_grad_enabled():
-        return _in_parts(f, x, t, context) or launch
-    return launch
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if isinstance(launch, LinearizerLaunch) or torch.is_grad_enabled() or traced:
+        return launch
+    return _in_parts(f, x, t, context) or launch
 
 
 def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> LinearizerLaunch | str:
@@ -121,14 +127,38 @@ def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, A
 
 def _in_parts(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Parts | None:
     (g_x, context_x), (g_y, context_y) = unwrap(f.g_x, context), unwrap(f.g_y, context)
-    if x.ndim != 2 or not are_plain((g_x, g_y), (Flow,)) or not is_plain(f.A, (type(f.A),)):
+    own_code = are_plain((g_x, g_y), (Flow,)) and is_plain(f.A, (type(f.A),)) and not has_global_hook()
+    if x.ndim != 2 or not own_code:
         return None
     z = x.new_empty(0, f.A.n_out)
     f.g_x._check("x", x, f.g_x.features)
     f.g_y._check("z", z, f.g_y.features_out)
     launch_x = match(g_x.bijections, x, context_x, False, False)
     launch_y = match(g_y.bijections, z, context_y, True, False)
-    return Parts(launch_x, context_x, f.A if t is None else f.A.at(t), launch_y, context_y)
+    A = f.A if t is None else f.A.at(t)
+    return Parts(_part(launch_x, context_x, False), _product(A, x), _part(launch_y, context_y, True))
+
+
+def _part(launch: Launch, context: Mapping[str, Any], inverse: bool) -> Part:
+    """A flow's launch; where it is one loop of couplings, that loop for batches too short to be cut by rows."""
+    loop = launch.segments[0] if len(launch.segments) == 1 else None
+    if not isinstance(loop, Couplings):
+        return lambda x: launch(x, context, inverse, False)[0]
+    couplings, given = loop.couplings, context.get("context")
+
+    def run(x: Tensor) -> Tensor:
+        if x.shape[0] < SHORT and x.dtype == loop.dtype:  # autocast may have rounded A's product
+            return run_couplings(x, couplings, given, inverse, False)[0]
+        return launch(x, context, inverse, False)[0]
+
+    return run
+
+
+def _product(A: LatentOperator, x: Tensor) -> Part:
+    """z -> A z for z like x; a matrix without the checks of its arguments, which the decision has made."""
+    if type(A) is Dense and A.weight.ndim == 2 and (A.weight.dtype, A.weight.device) == (x.dtype, x.device):
+        return functools.partial(F.linear, weight=A.weight)
+    return A
 
 
 def unwrap(g: Any, context: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:

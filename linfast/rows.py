@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .dispatch import chosen_backend
 
-__all__ = ["Work", "all_lengths", "by_rows", "is_short", "on_plain_cpu", "rows_at_once", "rows_in_cache"]
+__all__ = ["SHORT", "Work", "all_lengths", "by_rows", "is_short", "on_plain_cpu", "rows_at_once", "rows_in_cache"]
 
 Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -42,6 +42,8 @@ class _Sizes:
 
 
 _SIZES = _Sizes()
+SHORT = 2 * _SIZES.fewest
+"""A batch of fewer rows is never cut, whatever the number of threads."""
 
 
 def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int | None:
@@ -54,7 +56,7 @@ def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int |
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.jit.is_tracing():
         return None
     threads = torch.get_num_threads()
-    if x.shape[0] < 2 * threads * _SIZES.fewest:
+    if x.shape[0] < threads * SHORT:
         return None
     found = widths()
     known = [width for width in found if width is not None]

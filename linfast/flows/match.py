@@ -14,14 +14,14 @@ recognised is remembered, frozen or not, while nothing that it was read from is 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import state_key, uses_triton, why_reference
+from ..dispatch import call_key, has_global_hook, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
 from ..ops.activations import ACTIVATIONS
@@ -37,7 +37,7 @@ from .remembered import recall, remember
 from .segments import Couplings, Folded, OneLaunch, Outputs, Segment, Single
 from .stack import PRODUCTS, is_linear, is_plain, leading, recognise, stack_of
 
-__all__ = ["Launch", "kind_of", "match", "mode_for"]
+__all__ = ["Launch", "match", "mode_for"]
 
 
 @dataclass(eq=False)
@@ -87,7 +87,7 @@ class Launch:
 def match(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Launch:
     """What runs these layers, or their inverse, on x; decided once for inputs of one kind while they are frozen."""
     values = kept_values(layers)
-    key = None if values is None else kind_of(x, context, inverse, log_det)
+    key = None if values is None else call_key(x, context, inverse, log_det)
     if values is None or key is None:
         return _decide(layers, x, context, inverse, log_det, False)
     return kept(values, layers, key, lambda: _decide(layers, x, context, inverse, log_det, True))
@@ -98,7 +98,7 @@ def _decide(
 ) -> Launch:
     """``still``: whether the weights were promised to stay as they are."""
     in_order: list[Any] = list(reversed(layers) if inverse else layers)
-    if nn.modules.module._has_any_global_hook():
+    if has_global_hook():
         return Launch([Single(layer) for layer in in_order], "a global module hook is set")
     if not uses_triton(x):
         segments = _looped(layers, x, context)
@@ -128,16 +128,6 @@ def _one_launch(
 
     packed = derived(layers, ("packed", inverse, precision, half), pack) if still else pack()
     return OneLaunch(g, tile, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
-
-
-def kind_of(x: Tensor, context: Mapping[str, Any], *what: Hashable) -> Hashable | None:
-    """What a decision for x is remembered under: all that it depends on beside the layers; None: not remembered."""
-    if nn.modules.module._has_any_global_hook():
-        return None
-    for value in context.values():
-        if isinstance(value, Tensor):
-            return None
-    return (*what, *context.items(), x.shape[1:], state_key(x))
 
 
 def mode_for(x: Tensor) -> str:
