@@ -309,13 +309,11 @@ def half_precision(a: Tensor, b: Tensor) -> bool:
 
 def launch_channel_mix_backward(
     x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); [0] for those that are not needed."""
-    dx = with_channels(x, x.shape[1]) if needs[0] else x.new_empty(0)
-    if needs[0] and dx.numel():
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias); None for those that are not needed."""
+    dx, dweight, dbias = with_channels(x, x.shape[1]) if needs[0] else None, None, None
+    if dx is not None and dx.numel():
         _mix(positions(grad), weight.t(), None, positions(dx))
-    dweight = weight.new_empty(weight.shape if needs[1] else 0)
-    dbias = weight.new_empty(weight.shape[0] if needs[2] else 0)
     if needs[1] or needs[2]:
         partial, partial_bias = weight_partials(positions(x), positions(grad), needs[1], needs[2])
         if needs[1]:

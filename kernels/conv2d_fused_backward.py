@@ -97,8 +97,8 @@ def launch_conv2d_fused_backward(
     precision: str,
     part_dtype: torch.dtype,
     needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dx, dweight, dbias, dw, db, dresidual and nothing for the tiles, each like its tensor or [0].
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias, dw, db, dresidual and None for the tiles, each like its tensor, or None where not needed.
 
     mean, rstd and y's tiles are functions of x and y that carry no gradient of their own.
     """
@@ -122,8 +122,7 @@ def launch_conv2d_fused_backward(
     if needs[2] and bias is not None:
         dbias = grad.sum((0, 2, 3) if bias.ndim == 1 else (2, 3), dtype=torch.float32).to(bias.dtype)
     dresidual = grad * alpha if needs[5] else None
-    gradients = (dx, dweight, dbias, dnorm_weight, dnorm_bias, dresidual, None)
-    return tuple(x.new_empty(0, dtype=torch.float32) if d is None else d for d in gradients)
+    return dx if needs[0] else None, dweight, dbias, dnorm_weight, dnorm_bias, dresidual, None
 
 
 def _weight_gradient(

@@ -174,8 +174,8 @@ def launch_coupling_mix_backward(
     inverse: bool,
     log_det: bool,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dparams, dweight, dbias); [0] for those that are not needed. A gradient that is None is zero."""
+) -> tuple[Tensor | None, ...]:
+    """(dx, dparams, dweight, dbias); None for those that are not needed. A gradient that is None is zero."""
     needs_inputs, (needs_weight, needs_bias) = needs[0] or needs[1], needs[2:]
     if grad is None:
         grad = x.new_zeros(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
@@ -189,7 +189,7 @@ def launch_coupling_mix_backward(
     elif needs_weight:
         u, _ = launch_affine_coupling(x, params, *constants, False)
     _, dweight, dbias = launch_channel_mix_backward(u, weight, grad, [False, needs_weight, needs_bias])
-    return dx if needs[0] else x.new_empty(0), dparams if needs[1] else params.new_empty(0), dweight, dbias
+    return dx if needs[0] else None, dparams if needs[1] else None, dweight, dbias
 
 
 def _backward(

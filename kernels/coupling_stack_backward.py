@@ -331,14 +331,11 @@ def launch_coupling_stack_backward(
     grad: Tensor | None,
     grad_log_det: Tensor | None,
     *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweights, nothing, nothing): operands are rounded copies, which no gradient reaches.
-
-    What is not needed holds anything.
-    """
+) -> tuple[Tensor | None, ...]:
+    """(dx, dweights, None, None), None too where not needed; no gradient reaches operands, which are rounded."""
     spec, (needs_x, needs_weights, _, _) = spec_of(*constants[:-1]), constants[-1]
     stack = StackPass(weights, operands, spec, x.is_cuda)
-    dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights)
+    dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights) if needs_weights else None
     step = stack.rows_at_a_time()
     with device_guard(x):
         for start in range(0, x.shape[0], step):
@@ -346,5 +343,5 @@ def launch_coupling_stack_backward(
             z = spec.pad(x[run].to(weights.dtype))
             g = torch.zeros_like(z) if grad is None else spec.pad(grad[run].to(weights.dtype))
             log_det = None if grad_log_det is None else grad_log_det[run]
-            dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights if needs_weights else None, needs_x))
-    return dx, dweights, operands.new_empty(0), map_operands.new_empty(0)
+            dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights, needs_x))
+    return dx if needs_x else None, dweights, None, None

@@ -130,7 +130,11 @@ def _weight_strides(weight: Tensor) -> tuple[int, ...]:
     return (0, *weight.stride()) if weight.ndim == 3 else weight.stride()
 
 
-def _apply(x: Tensor, weight: Tensor, y: Tensor, transpose: bool) -> None:
+def launch_depthwise_conv(x: Tensor, weight: Tensor, transpose: bool, like: Tensor | None = None) -> Tensor:
+    """y, in the strides of ``like``, or of x."""
+    y = torch.empty_like(x if like is None else like)
+    if x.numel() == 0:
+        return y
     batch, channels, height, width = x.shape
     kh, kw = weight.shape[-2:]
     tile = choose_tile(channels, height * width, y.stride(1) < y.stride(3))
@@ -141,28 +145,15 @@ def _apply(x: Tensor, weight: Tensor, y: Tensor, transpose: bool) -> None:
             *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
             INT64=needs_int64(x, weight, y), CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
         )  # fmt: skip
-
-
-def launch_depthwise_conv(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-    """y like x."""
-    y = torch.empty_like(x)
-    if x.numel() > 0:
-        _apply(x, weight, y, transpose)
     return y
 
 
 def launch_depthwise_conv_backward(
     x: Tensor, weight: Tensor, grad: Tensor, transpose: bool, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """dx like x and dweight like weight, or [0] where not needed."""
-    dx, dweight = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-    if needs[0]:
-        dx = torch.empty_like(x)
-        if x.numel() > 0:
-            _apply(grad, weight, dx, not transpose)
-    if needs[1]:
-        dweight = _weight_gradient(x, weight, grad, transpose)
-    return dx, dweight
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx like x and dweight like weight; None where not needed."""
+    dx = launch_depthwise_conv(grad, weight, not transpose, like=x) if needs[0] else None
+    return dx, _weight_gradient(x, weight, grad, transpose) if needs[1] else None
 
 
 def _weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, transpose: bool) -> Tensor:

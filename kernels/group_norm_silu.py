@@ -321,8 +321,8 @@ def launch_group_norm_silu_backward(
     eps: float,
     activation: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dscale, dshift, each like its tensor, or [0] where not needed.
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias, dscale, dshift, each like its tensor, or None where not needed.
 
     mean and rstd never leave the op, so that their gradients are None.
     """
@@ -342,20 +342,20 @@ def launch_group_norm_silu_backward(
                 **UNFUSED,
             )  # fmt: skip
     gradients = _parameter_gradients(s1, s2, (weight, bias, scale, shift), needs)
-    return (dx.view(x.shape) if needs[0] else dx.view(0), *gradients)
+    return (dx.view(x.shape) if needs[0] else None, *gradients)
 
 
 def _parameter_gradients(
     s1: Tensor, s2: Tensor, parameters: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """dweight, dbias, dscale and dshift from the sums over positions."""
     weight, bias, scale, shift = parameters
     gain = 1.0 if scale is None else 1.0 + scale.float()
-    dweight = (s2 * gain).sum(0).to(weight.dtype) if needs[1] and weight is not None else s1.new_empty(0)
-    dbias = (s1 * gain).sum(0).to(bias.dtype) if needs[2] and bias is not None else s1.new_empty(0)
-    dscale = s1.new_empty(0)
+    dweight = (s2 * gain).sum(0).to(weight.dtype) if needs[1] and weight is not None else None
+    dbias = (s1 * gain).sum(0).to(bias.dtype) if needs[2] and bias is not None else None
+    dscale = None
     if needs[3] and scale is not None:
         dscale = s2 if weight is None else s2 * weight.float()
         dscale = (dscale if bias is None else dscale + s1 * bias.float()).to(scale.dtype)
-    dshift = s1.to(shift.dtype) if needs[4] and shift is not None else s1.new_empty(0)
+    dshift = s1.to(shift.dtype) if needs[4] and shift is not None else None
     return dweight, dbias, dscale, dshift

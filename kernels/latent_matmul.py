@@ -223,18 +223,15 @@ def launch_latent_matmul(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | Non
 
 def launch_latent_matmul_backward(
     z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dz, dA, nothing for the index, dbias), contiguous; empty where not needed. No gradient is zero."""
-    nothing = z.new_empty(0)
+) -> tuple[Tensor | None, ...]:
+    """(dz, dA, None for the index, dbias), contiguous; None where not needed. A gradient that is None is zero."""
     grad = z.new_zeros(()).expand(z.shape[0], A.shape[1]) if grad is None else grad
-    dbias = grad.sum(0) if needs[3] else z.new_empty(0)
+    dbias = grad.sum(0) if needs[3] else None
     if z.numel() == 0 or grad.numel() == 0 or A.shape[0] == 0:
-        dz, dA = (x.new_zeros(x.shape if need else (0,)) for x, need in zip((z, A), needs, strict=False))
-        return dz, dA, nothing, dbias
+        return z.new_zeros(z.shape) if needs[0] else None, A.new_zeros(A.shape) if needs[1] else None, None, dbias
     rows = _Rows.sort(index, A.shape[0])
-    dz = _product(grad, A.mT, rows, None, alpha) if needs[0] else z.new_empty(0)
-    dA = _gradient(z, A, rows, grad) if needs[1] else A.new_empty(0)
-    return dz, dA, nothing, dbias
+    dz = _product(grad, A.mT, rows, None, alpha) if needs[0] else None
+    return dz, _gradient(z, A, rows, grad) if needs[1] else None, None, dbias
 
 
 def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor) -> Tensor:

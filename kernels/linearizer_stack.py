@@ -151,11 +151,12 @@ def launch_linearizer_stack_backward(
     map_operands_y: Tensor,
     grad: Tensor,
     *constants: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """(dx, dweights_x, -, -, dcore, -, dweights_y, -, -), of the stacks' own kernels; operands have no gradient."""
     needs, (spec_x, spec_y) = constants[-1], specs_of(constants[:-1])
     stack_x, stack_y = (weights_x, operands_x, map_operands_x), (weights_y, operands_y, map_operands_y)
-    dtype, A, backward = x.dtype, spec_x.core_matrix(core), launch_coupling_stack_backward
+    dtype, A = x.dtype, spec_x.core_matrix(core)
+    backward: Any = launch_coupling_stack_backward
     x, grad = x.to(core.dtype), grad.to(core.dtype)  # the one launch holds z and w in fp32, whatever x is
     z = launch_coupling_stack(x, *stack_x, *spec_x.constants)[0]
     w = spec_x.apply_core(z, core)
@@ -165,7 +166,7 @@ def launch_linearizer_stack_backward(
         dA, dz = (padded_dw * padded_z).sum(0), padded_dw * A
     else:
         dA, dz = (padded_dw.mT @ padded_z).flatten(), padded_dw @ A
-    dcore = torch.cat((dA, padded_dw.sum(0)))[None]
+    dcore = torch.cat((dA, padded_dw.sum(0)))[None] if needs[4] else None
     dz = spec_x.unpad(dz)
     dx, dweights_x, *none_x = backward(x, *stack_x, dz, None, *spec_x.constants, [needs[0], needs[1], False, False])
-    return dx.to(dtype), dweights_x, *none_x, dcore, core_operands.new_empty(0), dweights_y, *none_y
+    return dx if dx is None else dx.to(dtype), dweights_x, *none_x, dcore, None, dweights_y, *none_y

@@ -291,7 +291,7 @@ def launch_low_rank_backward(
     alpha: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dU, dV), contiguous; empty where not needed. A gradient that is None is zero."""
+    """(dx, dU, dV), contiguous; [0] where not needed. A gradient that is None is zero."""
     need_x, need_u, need_v = needs
     (batch, n_in), n_out, rank = x.shape, U.shape[-2], V.shape[-1]
     dx, dU, dV = (z.new_empty(z.shape if need else (0,)) for z, need in zip((x, U, V), needs, strict=True))

@@ -25,7 +25,7 @@ from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..dispatch import cat, uses_triton
 from ..kernels.launch import like
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
-from .register import RawOp, define_op
+from .register import define_op
 
 __all__ = [
     "COUPLING_SCHEMA",
@@ -240,30 +240,18 @@ def _fake(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     return like(x), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
 
 
-def _fake_backward(y: Tensor, params: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return like(y), like(params)
-
-
 COUPLING_SCHEMA = (
     "int kind, float bound, float floor, bool scale_first, bool interleaved, bool moves_second, "
     "bool inverse, bool log_det"
 )
 _affine_coupling = define_op(
-    RawOp(
-        f"affine_coupling(Tensor x, Tensor params, {COUPLING_SCHEMA}) -> (Tensor, Tensor)",
-        _fake,
-        raw_coupling_reference,
-        "affine_coupling:launch_affine_coupling",
-    ),
-    RawOp(
-        "affine_coupling_backward(Tensor y, Tensor params, Tensor? grad, Tensor? grad_log_det, "
-        f"{COUPLING_SCHEMA}) -> (Tensor, Tensor)",
-        _fake_backward,
-        affine_coupling_backward_reference,
-        "affine_coupling:launch_affine_coupling_backward",
-    ),
-    saves=lambda inputs, outputs: (outputs[0], inputs[1]),
-    n_tensors=2,
+    f"affine_coupling(Tensor x, Tensor params, {COUPLING_SCHEMA}) -> (Tensor y, Tensor log_det)",
+    _fake,
+    raw_coupling_reference,
+    saves="y params",
+    gradients=lambda y, params, *_: (like(y), like(params)),
+    backward=affine_coupling_backward_reference,
+    has_needs=False,
 )
 
 

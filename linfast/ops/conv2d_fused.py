@@ -33,7 +33,7 @@ from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from .channel_mix import laid_out
 from .group_norm_silu import group_norm_silu, group_norm_silu_reference
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["conv2d_fused"]
 
@@ -178,35 +178,21 @@ def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return with_channels(x, weight.shape[0], dtype), mean, rstd, sums
 
 
-def _fake_backward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _gradients(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     needs, grad, alpha = rest[-1], rest[5], rest[12]
     parameters = [None if t is None else torch.empty_like(t) for t in (weight, *rest[:3])]
-    return needed(needs, like(x), *parameters, grad * alpha if needs[5] else None, None, absent=torch.float32)
+    return like(x), *parameters, grad * alpha if needs[5] else None, None
 
 
-_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
-_CONSTANTS = (
-    "int groups, float eps, bool activation, float alpha, int next_groups, str precision, ScalarType part_dtype"
-)
 _conv2d_fused = define_op(
-    RawOp(
-        f"conv2d_fused({_TENSORS}, Tensor? residual, Tensor? tiles, {_CONSTANTS}) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-        _fake,
-        conv2d_fused_reference,
-        "conv2d_fused:launch_conv2d_fused",
-    ),
-    RawOp(
-        f"conv2d_fused_backward({_TENSORS}, Tensor mean, Tensor rstd, Tensor grad, Tensor? grad_mean, "
-        f"Tensor? grad_rstd, Tensor? grad_tiles, {_CONSTANTS}, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "conv2d_fused_backward:launch_conv2d_fused_backward",
-    ),
-    saves=lambda inputs, outputs: (*inputs[:5], *outputs[1:3]),
-    n_tensors=7,
-    added={"residual": lambda named: torch.zeros_like(named["grad"])},
+    "conv2d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
+    "Tensor? tiles, int groups, float eps, bool activation, float alpha, int next_groups, str precision, "
+    "ScalarType part_dtype) -> (Tensor y, Tensor mean, Tensor rstd, Tensor next_tiles)",
+    _fake,
+    conv2d_fused_reference,
+    saves="x weight bias norm_weight norm_bias mean rstd",
+    gradients=_gradients,
+    backward_launch="conv2d_fused_backward:launch_conv2d_fused_backward",
 )
 
 

@@ -35,13 +35,8 @@ from .affine_coupling import (
     coupling_constants,
     raw_coupling_reference,
 )
-from .channel_mix import (
-    channel_mix,
-    channel_mix_reference,
-    check_mix,
-    laid_out,
-)
-from .register import RawOp, define_op, needed
+from .channel_mix import channel_mix, channel_mix_reference, check_mix, laid_out
+from .register import define_op
 
 __all__ = ["coupling_mix"]
 
@@ -111,27 +106,17 @@ def _fake(x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *const
     return with_channels(x, weight.shape[0]), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
 
 
-def _fake_backward(x: Tensor, params: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _gradients(x: Tensor, params: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-    return needed(rest[-1], with_channels(x, x.shape[1]), like(params), dweight, dbias)
+    return with_channels(x, x.shape[1]), like(params), dweight, dbias
 
 
 _coupling_mix = define_op(
-    RawOp(
-        f"coupling_mix(Tensor x, Tensor params, Tensor weight, Tensor? bias, {COUPLING_SCHEMA}) "
-        "-> (Tensor, Tensor)",
-        _fake,
-        _raw_reference,
-        "coupling_mix:launch_coupling_mix",
-    ),
-    RawOp(
-        "coupling_mix_backward(Tensor x, Tensor params, Tensor weight, Tensor? grad, Tensor? grad_log_det, "
-        f"{COUPLING_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "coupling_mix_backward:launch_coupling_mix_backward",
-    ),
-    saves=lambda inputs, _: (inputs[0], inputs[1], inputs[2]),
-    n_tensors=4,
-    added={"bias": lambda named: named["weight"].new_zeros(named["weight"].shape[0])},
+    f"coupling_mix(Tensor x, Tensor params, Tensor weight, Tensor? bias, {COUPLING_SCHEMA}) "
+    "-> (Tensor y, Tensor log_det)",
+    _fake,
+    _raw_reference,
+    saves="x params weight",
+    gradients=_gradients,
+    backward_launch="coupling_mix_backward:launch_coupling_mix_backward",
 )

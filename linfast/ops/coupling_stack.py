@@ -36,7 +36,7 @@ from ..precision import half_dtype, resolve_precision
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .activations import ACTIVATION_NAMES, ACTIVATIONS
 from .affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, couple, split_sizes
-from .register import RawOp, define_op, needed
+from .register import define_op
 from .stack_weights import AffineMap, CouplingLayer, CouplingStack, PackedStack, StackWeights, pack_stacks
 
 __all__ = [
@@ -256,28 +256,13 @@ def _fake(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *c
     return x.new_empty(x.shape), x.new_empty(n, dtype=torch.float32)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    fresh = [tensor.new_empty(tensor.shape) for tensor in arguments[:4]]
-    return needed((True, True, False, False), *fresh)  # operands have no gradient
-
-
-_TENSORS = "Tensor x, Tensor weights, Tensor operands, Tensor map_operands"
 _coupling_stack = define_op(
-    RawOp(
-        f"coupling_stack({_TENSORS}, {schema_of()}) -> (Tensor, Tensor)",
-        _fake,
-        raw_forward,
-        "coupling_stack:launch_coupling_stack",
-    ),
-    RawOp(
-        f"coupling_stack_backward({_TENSORS}, Tensor? grad, Tensor? grad_log_det, {schema_of()}, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "coupling_stack_backward:launch_coupling_stack_backward",
-    ),
-    saves=lambda inputs, _: tuple(inputs[:4]),
-    n_tensors=4,
+    f"coupling_stack(Tensor x, Tensor weights, Tensor operands, Tensor map_operands, {schema_of()}) "
+    "-> (Tensor y, Tensor log_det)",
+    _fake,
+    raw_forward,
+    saves="x weights operands map_operands",
+    backward_launch="coupling_stack_backward:launch_coupling_stack_backward",
 )
 
 

@@ -13,15 +13,13 @@ kernel forward and two backward (linfast.kernels.depthwise_conv), which keep x a
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_flag, check_tensor
 from ..dispatch import uses_triton
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["depthwise_conv"]
 
@@ -68,30 +66,12 @@ def _padded(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
     return F.pad(x, padding)
 
 
-def _fake(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_backward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return needed(rest[-1], torch.empty_like(x), weight.new_empty(weight.shape), absent=torch.float32)
-
-
 _depthwise_conv = define_op(
-    RawOp(
-        "depthwise_conv(Tensor x, Tensor weight, bool transpose) -> Tensor",
-        _fake,
-        depthwise_conv_reference,
-        "depthwise_conv:launch_depthwise_conv",
-    ),
-    RawOp(
-        "depthwise_conv_backward(Tensor x, Tensor weight, Tensor grad, bool transpose, bool[] needs) "
-        "-> (Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "depthwise_conv:launch_depthwise_conv_backward",
-    ),
-    saves=lambda inputs, outputs: (inputs[0], inputs[1]),
-    n_tensors=2,
+    "depthwise_conv(Tensor x, Tensor weight, bool transpose) -> Tensor",
+    lambda x, *_: torch.empty_like(x),
+    depthwise_conv_reference,
+    saves="x weight",
+    gradients=lambda x, weight, *_: (torch.empty_like(x), weight.new_empty(weight.shape)),
 )
 
 

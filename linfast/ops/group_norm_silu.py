@@ -24,7 +24,7 @@ from torch import Tensor
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import uses_triton
 from ..kernels.launch import like
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["group_norm_silu"]
 
@@ -128,29 +128,17 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return like(x), mean, rstd
 
 
-def _fake_backward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    parameters = [None if t is None else t.new_empty(t.shape) for t in rest[:4]]
-    return needed(rest[-1], like(x), *parameters, absent=torch.float32)
+def _gradients(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    return like(x), *(None if t is None else t.new_empty(t.shape) for t in rest[:4])
 
 
-_TENSORS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
-_CONSTANTS = "int groups, float eps, bool activation"
 _group_norm_silu = define_op(
-    RawOp(
-        f"group_norm_silu({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
-        _fake,
-        _raw_reference,
-        "group_norm_silu:launch_group_norm_silu",
-    ),
-    RawOp(
-        f"group_norm_silu_backward({_TENSORS}, Tensor mean, Tensor rstd, Tensor? grad, Tensor? grad_mean, "
-        f"Tensor? grad_rstd, {_CONSTANTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "group_norm_silu:launch_group_norm_silu_backward",
-    ),
-    saves=lambda inputs, outputs: (*inputs[:5], *outputs[1:]),
-    n_tensors=5,
+    "group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+    "bool activation) -> (Tensor y, Tensor mean, Tensor rstd)",
+    _fake,
+    _raw_reference,
+    saves="x weight bias scale shift mean rstd",
+    gradients=_gradients,
 )
 
 

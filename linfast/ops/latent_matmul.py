@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..checks import check_dense, check_factor, check_tensor
 from ..dispatch import interpreting, uses_triton
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["latent_matmul"]
 
@@ -124,17 +124,12 @@ def _add(y: Tensor, z: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
 
 def bank_backward_reference(
     z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """(dz, dA, nothing for the index, dbias); the formulas are in linfast.kernels.latent_matmul."""
     grad = z.new_zeros(z.shape[0], A.shape[1]) if grad is None else grad
-    dz, dA, nothing, dbias = (z.new_empty(0) for _ in range(4))
-    if needs[0]:
-        dz = bank_reference(grad, A.mT, index, None, alpha)
-    if needs[1]:
-        dA = _operators_gradient(z, A, index, grad)
-    if needs[3]:
-        dbias = grad.sum(0)
-    return dz, dA, nothing, dbias
+    dz = bank_reference(grad, A.mT, index, None, alpha) if needs[0] else None
+    dA = _operators_gradient(z, A, index, grad) if needs[1] else None
+    return dz, dA, None, grad.sum(0) if needs[3] else None
 
 
 def _operators_gradient(z: Tensor, A: Tensor, index: Tensor, grad: Tensor) -> Tensor:
@@ -147,30 +142,17 @@ def _operators_gradient(z: Tensor, A: Tensor, index: Tensor, grad: Tensor) -> Te
     return torch.stack([g.mT @ rows for g, rows in pairs])
 
 
-def _fake(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
-    return z.new_empty(z.shape[0], A.shape[1])
-
-
-def _fake_backward(z: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return needed(rest[-1], *[z.new_empty(shape) for shape in (z.shape, A.shape, (0,), A.shape[1:2])])
+def _gradients(z: Tensor, A: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return z.new_empty(z.shape), A.new_empty(A.shape), None, z.new_empty(A.shape[1])
 
 
 _bank = define_op(
-    RawOp(
-        "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha) -> Tensor",
-        _fake,
-        bank_reference,
-        "latent_matmul:launch_latent_matmul",
-    ),
-    RawOp(
-        "latent_matmul_backward(Tensor z, Tensor A, Tensor index, Tensor? grad, float alpha, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        bank_backward_reference,
-        "latent_matmul:launch_latent_matmul_backward",
-    ),
-    saves=lambda inputs, outputs: tuple(inputs[:3]),
-    n_tensors=4,
+    "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha) -> Tensor",
+    lambda z, A, *_: z.new_empty(z.shape[0], A.shape[1]),
+    bank_reference,
+    saves="z A index",
+    gradients=_gradients,
+    backward=bank_backward_reference,
 )
 
 

@@ -21,7 +21,7 @@ from ..kernels.stack_configs import mode_on, target_of
 from ..kernels.stack_spec import StackSpec, schema_of, specs_of
 from ..precision import half_dtype, resolve_precision
 from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_forward, stack_spec
-from .register import RawOp, define_op, needed
+from .register import define_op
 from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
 __all__ = [
@@ -162,34 +162,11 @@ def _raw_linearizer(x: Tensor, *rest: Any) -> Tensor:
     return raw_forward(spec_x.apply_core(z, core), *stack_y, *spec_y.constants)[0].to(x.dtype)
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    has_gradient = (True, True, False, False, True, False, True, False, False)  # operands have none
-    return needed(has_gradient, *[tensor.new_empty(tensor.shape) for tensor in arguments[:9]])
-
-
-_STACKS = (
-    "Tensor x, Tensor weights_x, Tensor operands_x, Tensor map_operands_x, Tensor core, Tensor core_operands, "
-    "Tensor weights_y, Tensor operands_y, Tensor map_operands_y"
-)
-_CONSTANTS = f"{schema_of('_x')}, {schema_of('_y')}"
 _linearizer_stack = define_op(
-    RawOp(
-        f"linearizer_stack({_STACKS}, {_CONSTANTS}) -> Tensor",
-        _fake,
-        _raw_linearizer,
-        "linearizer_stack:launch_linearizer_stack",
-    ),
-    RawOp(
-        f"linearizer_stack_backward({_STACKS}, Tensor grad, {_CONSTANTS}, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "linearizer_stack:launch_linearizer_stack_backward",
-    ),
-    saves=lambda inputs, _: tuple(inputs[:9]),
-    n_tensors=9,
+    "linearizer_stack(Tensor x, Tensor weights_x, Tensor operands_x, Tensor map_operands_x, Tensor core, "
+    "Tensor core_operands, Tensor weights_y, Tensor operands_y, Tensor map_operands_y, "
+    f"{schema_of('_x')}, {schema_of('_y')}) -> Tensor",
+    lambda x, *_: x.new_empty(x.shape),
+    _raw_linearizer,
+    saves="x weights_x operands_x map_operands_x core core_operands weights_y operands_y map_operands_y",
 )

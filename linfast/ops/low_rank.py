@@ -17,14 +17,13 @@ Inductor fuses, and the pass over x and y is 3 / (2 r + 2) of the factors' traff
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_factor, check_tensor
 from ..dispatch import uses_triton
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["low_rank"]
 
@@ -107,26 +106,11 @@ def _fake(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tensor, Tensor
     return x.new_empty(x.shape[0], U.shape[-2]), x.new_empty(x.shape[0], V.shape[-1], dtype=compute)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return needed(arguments[-1], *[tensor.new_empty(tensor.shape) for tensor in arguments[:3]])
-
-
 _low_rank = define_op(
-    RawOp(
-        "low_rank(Tensor x, Tensor U, Tensor V, float alpha) -> (Tensor, Tensor)",
-        _fake,
-        _raw_reference,
-        "low_rank:launch_low_rank",
-    ),
-    RawOp(
-        "low_rank_backward(Tensor x, Tensor U, Tensor V, Tensor t, Tensor? grad, Tensor? grad_t, "
-        "float alpha, bool[] needs) -> (Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "low_rank:launch_low_rank_backward",
-    ),
-    saves=lambda inputs, outputs: (*inputs[:3], outputs[1]),
-    n_tensors=3,
+    "low_rank(Tensor x, Tensor U, Tensor V, float alpha) -> (Tensor y, Tensor t)",
+    _fake,
+    _raw_reference,
+    saves="x U V t",
 )
 
 

@@ -25,7 +25,7 @@ from ..kernels.pack_table import ONE, SHIFT, SHIFTED, layouts_of, pack_table, pa
 from ..kernels.stack_spec import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
 from ..linalg import inverse_or_nan
 from ..scale_maps import ScaleMap
-from .register import RawOp, define_op
+from .register import define_op
 
 __all__ = [
     "AffineMap",
@@ -289,21 +289,13 @@ def _fake(
     )
 
 
-_CONSTANTS = "int[] rows, float shift, str precision, ScalarType dtype"
 _stack_pack = define_op(
-    RawOp(
-        f"stack_pack(Tensor flat, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
-        _fake,
-        _reference,
-        "stack_pack:launch_stack_pack",
-    ),
-    RawOp(
-        f"stack_pack_backward(Tensor flat, Tensor? grad, Tensor? grad_operands, Tensor? grad_map_operands, "
-        f"{_CONSTANTS}) -> Tensor",
-        lambda flat, *_: flat.new_empty(flat.shape),
-        packing_gradient,
-        "pack_table:packing_gradient",
-    ),
-    saves=lambda inputs, _: (inputs[0],),
-    n_tensors=1,
+    "stack_pack(Tensor flat, int[] rows, float shift, str precision, ScalarType dtype) "
+    "-> (Tensor values, Tensor operands, Tensor map_operands)",
+    _fake,
+    _reference,
+    saves="flat",
+    backward=packing_gradient,
+    backward_launch="pack_table:packing_gradient",
+    has_needs=False,
 )
