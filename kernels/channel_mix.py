@@ -22,7 +22,9 @@ last, whose error grows with its length: a split adds up chains of RUN chunks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -30,27 +32,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div, device_guard, needs_int64, positions, tile_for, with_channels
-
-__all__ = [
-    "DOTS",
-    "SPLITS",
-    "UNROLLED",
-    "WEIGHTS",
-    "MixTile",
-    "column_numbers",
-    "column_offsets",
-    "column_strides",
-    "count_columns",
-    "dot_chunk",
-    "half_precision",
-    "launch_channel_mix",
-    "launch_channel_mix_backward",
-    "load_channels",
-    "merged",
-    "store_products",
-    "weight_partials",
-    "weighted_sum",
-]
 
 
 @dataclass(frozen=True)
@@ -256,10 +237,20 @@ def _channel_mix_weight_kernel(
         tl.store(dbias_ptr + split * n_out + o, dbias, mask=mask)
 
 
-def merged(*views: Tensor) -> bool:
-    """Whether batch and positions are one run with one stride in each of these."""
+def columns_of(
+    tile: MixTile, views: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """A launch over the columns of these views [B, C, P] of tensors: its grid, (B, P), and its constants."""
     batch, _, count = views[0].shape
-    return batch == 1 or count == 1 or all(view.stride(0) == count * view.stride(2) for view in views)
+    merged = batch == 1 or count == 1 or all(view.stride(0) == count * view.stride(2) for view in views)
+    int64 = columns_need_int64(batch * count, *tensors)
+    options = {"MERGED": merged, "INT64": int64, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
+    return (ceil_div(batch * count, tile.columns),), (batch, count), options
+
+
+def columns_need_int64(n_columns: int, *tensors: Tensor) -> bool:
+    """Whether an offset does, or the number of a column in the last program's tiles."""
+    return needs_int64(*tensors) or n_columns >= 2**31 - 2**20
 
 
 def column_strides(view: Tensor) -> tuple[int, int, int]:
@@ -279,28 +270,21 @@ def launch_channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def _mix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y = W x + bias on [B, C, P] views."""
     n_out, n_in = weight.shape
-    n_columns = x.shape[0] * x.shape[2]
-    int64 = needs_int64(x, y, weight) or n_columns >= 2**31 - 2**16
     bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))
-    strides = (
-        *column_strides(x), weight.stride(0), weight.stride(1), stride_bo, *column_strides(y)
-    )  # fmt: skip
-    shared = {"BIAS": bias is not None, "MERGED": merged(x, y), "INT64": int64}
-    channels_innermost = x.stride(1) < column_strides(x)[2]
+    unrolled = max(n_in, n_out) < 16 and x.stride(1) >= column_strides(x)[2]
+    tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for(n_out, DOTS)
+    (programs,), sizes, options = columns_of(tile, (x, y), (x, y, weight))
+    sizes += (*column_strides(x), *weight.stride(), stride_bo, *column_strides(y))
     with device_guard(x):
-        if max(n_in, n_out) < 16 and not channels_innermost:
-            tile = tile_for(max(n_in, n_out), UNROLLED)
-            _channel_mix_unrolled_kernel[(ceil_div(n_columns, tile.columns),)](
-                x, weight, bias_or_x, y, x.shape[0], x.shape[2], *strides,
-                N_IN=n_in, N_OUT=n_out, COLUMNS=tile.columns, num_warps=tile.num_warps, **shared,
+        if unrolled:
+            _channel_mix_unrolled_kernel[(programs,)](
+                x, weight, bias_or_x, y, *sizes, N_IN=n_in, N_OUT=n_out, BIAS=bias is not None, **options
+            )
+        else:
+            _channel_mix_dot_kernel[(programs, ceil_div(n_out, tile.outputs))](
+                x, weight, bias_or_x, y, n_in, n_out, *sizes, HALF=half_precision(x, weight),
+                BIAS=bias is not None, OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
             )  # fmt: skip
-            return
-        tile = tile_for(n_out, DOTS)
-        _channel_mix_dot_kernel[(ceil_div(n_columns, tile.columns), ceil_div(n_out, tile.outputs))](
-            x, weight, bias_or_x, y, n_in, n_out, x.shape[0], x.shape[2], *strides,
-            HALF=half_precision(x, weight), OUTPUTS=tile.outputs, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.num_warps, **shared,
-        )  # fmt: skip
 
 
 def half_precision(a: Tensor, b: Tensor) -> bool:
@@ -334,14 +318,11 @@ def weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: boo
     dbias = x.new_empty((splits, n_out) if needs_bias else (0,), dtype=torch.float32)
     if splits == 0:
         return dweight, dbias
-    int64 = needs_int64(x, grad) or n_columns >= 2**31 - 2**20
+    _, sizes, options = columns_of(tile, (x, grad), (x, grad))
+    grid = (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
     with device_guard(x):
-        _channel_mix_weight_kernel[
-            (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
-        ](
-            x, grad, dweight, dbias, n_in, n_out, x.shape[0], x.shape[2], n_chunks,
-            *column_strides(x), *column_strides(grad),
-            HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, MERGED=merged(x, grad), INT64=int64,
-            OUTPUTS=tile.outputs, COLUMNS=tile.columns, num_warps=tile.num_warps,
+        _channel_mix_weight_kernel[grid](
+            x, grad, dweight, dbias, n_in, n_out, *sizes, n_chunks, *column_strides(x), *column_strides(grad),
+            HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, OUTPUTS=tile.outputs, **options,
         )  # fmt: skip
     return dweight, dbias

@@ -25,16 +25,9 @@ import torch
 from torch import Tensor
 
 from ..dispatch import autocast_dtype, uses_triton
-from ..kernels.launch import like, with_channels
+from ..kernels.launch import COUPLING_SCHEMA, like, with_channels
 from ..scale_maps import ScaleMap
-from .affine_coupling import (
-    COUPLING_SCHEMA,
-    affine_coupling,
-    affine_coupling_reference,
-    check_coupling,
-    coupling_constants,
-    raw_coupling_reference,
-)
+from .affine_coupling import affine_coupling, check_coupling, coupling_constants, raw_coupling_reference
 from .channel_mix import channel_mix, channel_mix_reference, check_mix, laid_out
 from .register import define_op
 
@@ -73,18 +66,15 @@ def coupling_mix(
     """
     check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
     check_mix(x, weight, bias)
-    options: dict[str, Any] = {
-        "order": order, "layout": layout, "moves": moves, "inverse": inverse, "log_det": log_det
-    }  # fmt: skip
-    if not uses_triton(x, params, weight):
-        u, total = affine_coupling_reference(x, params, scale_map, **options)
-        return channel_mix(u, weight, bias), total
-    if not _fuses(x, weight):
-        u, total = affine_coupling(x, params, scale_map, **options)
+    if not (uses_triton(x, params, weight) and _fuses(x, weight)):
+        u, total = affine_coupling(
+            x, params, scale_map, order=order, layout=layout, moves=moves, inverse=inverse, log_det=log_det
+        )
         return channel_mix(u, weight, bias), total
     weight = weight if autocast_dtype(x.device.type) is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(weight.dtype)
-    y, total = _coupling_mix(x, params, weight, bias, *coupling_constants(scale_map, **options))
+    spec = coupling_constants(scale_map, order, layout, moves, inverse, log_det)
+    y, total = _coupling_mix(x, params, weight, bias, *spec)
     return y, total if log_det else None
 
 
@@ -97,7 +87,7 @@ def _fuses(x: Tensor, weight: Tensor) -> bool:
 
 def _raw_reference(
     x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     u, log_det = raw_coupling_reference(x, params, *constants)
     return laid_out(channel_mix_reference(u, weight, bias), x), log_det
 
