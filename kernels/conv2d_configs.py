@@ -21,25 +21,28 @@ epilogue is fused: the same limits. Of gfx942's two sides nothing is known: torc
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
 
 from .launch import ceil_div, power_of_two, tile_for
 
-__all__ = [
-    "NARROWEST",
-    "TILES",
-    "WEIGHT_TILES",
-    "WIDEST",
-    "WIDEST_1X1",
-    "ConvTile",
-    "choose_tile",
-    "choose_weight_tile",
-    "handed_over",
-    "n_row_tiles",
-    "padded_group",
-    "runs_fused",
-    "tile_rows_of",
-    "weight_splits",
-]
+
+class ConvSpec(NamedTuple):
+    """The constants of conv2d_fused's raw ops, in their order; the public function says what they are."""
+
+    groups: int
+    eps: float
+    activation: bool
+    alpha: float
+    next_groups: int
+    precision: str
+    part_dtype: torch.dtype
+
+
+CONV_SCHEMA = (
+    "int groups, float eps, bool activation, float alpha, int next_groups, str precision, ScalarType part_dtype"
+)
 
 
 @dataclass(frozen=True)
@@ -93,21 +96,10 @@ def runs_fused(n_in: int, n_out: int, kernel: int, precision: str, target: str |
     return min(n_in, n_out) >= NARROWEST and max(n_in, n_out) <= widest and target in _TARGETS
 
 
-def choose_tile(n_out: int, n_positions: int) -> ConvTile:
-    """The tile of images of so many positions."""
-    tile = tile_for(n_out, TILES)
-    return replace(tile, rows=_rows(tile, n_positions))
-
-
-def choose_weight_tile(n_in: int, n_out: int, n_positions: int) -> ConvTile:
-    """The weight gradient's."""
-    tile = tile_for(max(n_in, n_out), WEIGHT_TILES)
-    return replace(tile, rows=_rows(tile, n_positions))
-
-
-def _rows(tile: ConvTile, n_positions: int) -> int:
-    """The tile's, or as many as the image takes; 16 are a dot's least."""
-    return min(tile.rows, max(power_of_two(n_positions), 16))
+def choose_tile(n_out: int, n_positions: int, table: tuple[tuple[int, ConvTile], ...] = TILES) -> ConvTile:
+    """The tile of images of this many positions; of the weight gradient, by the wider of C_in and C_out."""
+    tile = tile_for(n_out, table)
+    return replace(tile, rows=min(tile.rows, max(power_of_two(n_positions), 16)))  # 16 rows are a dot's least
 
 
 def weight_splits(n_steps: int) -> tuple[int, int]:

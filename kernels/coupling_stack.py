@@ -31,11 +31,9 @@ from torch import Tensor
 
 from .launch import ceil_div, device_guard
 from .math import couple, log_scale
-from .mlp import conditioner, product, split
+from .mlp import activation_form, conditioner, product, split
 from .stack_configs import config_for, target_of
 from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
-
-__all__ = ["launch_coupling_stack"]
 
 
 @triton.jit
@@ -315,13 +313,6 @@ def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict
         "CHUNK": min(config.chunk or spec.hidden, spec.hidden), "LAYER_STAGES": config.layer_stages,
         "CHUNK_STAGES": config.chunk_stages,
     }  # fmt: skip
-
-
-def activation_form(x: Tensor, precision: str) -> int:
-    """EXACT, FAST or PTX of kernels/mlp.py."""
-    if precision in ("exact", "high"):
-        return 0
-    return 2 if x.is_cuda and torch.version.hip is None else 1
 
 
 def reaches_past_int32(x: Tensor, rows: int) -> bool:

@@ -40,9 +40,6 @@ from .mlp import EXACT, activate, activation_derivative
 from .row_products import ADD, MULTIPLY, Mode, launch_linear, launch_outer, n_splits, rows_product, tile_for
 from .stack_spec import DENSE, N_PARTS, NO_MAPS, StackSpec, map_parts, spec_of
 
-__all__ = ["launch_coupling_stack_backward"]
-
-
 # One step's scratch, 1.8 KB per row in "fast" at D = 64, H = 128, n = 3, stays in an L2 of 40 MB or more.
 ROWS_AT_A_TIME = 16384
 # What a run of rows may take: a deep stack's inputs of steps, 256 B each at D = 64, shorten it.

@@ -31,8 +31,6 @@ from torch import Tensor
 
 from .launch import Tile, ceil_div, device_guard, needs_int64, power_of_two
 
-__all__ = ["TILES", "choose_tile", "launch_depthwise_conv", "launch_depthwise_conv_backward"]
-
 # (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 a thread:
 # the taps' loads of a row overlap, and 8 accumulators leave the registers free.
 TILES: dict[bool, Tile] = {

@@ -22,7 +22,7 @@ program wrote: no atomics, the same bits every time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,11 +31,6 @@ from torch import Tensor
 
 from .launch import UNFUSED, Tile, device_guard, needs_int64, positions, power_of_two
 from .math import sigmoid
-
-__all__ = [
-    *("BACKWARD_BUDGETS", "BUDGETS", "choose_tile", "choose_tile_backward"),
-    *("launch_group_norm_silu", "launch_group_norm_silu_backward"),
-]
 
 # (elements of a tile, warps), smallest first. A group takes the first that holds all of it, or
 # walks in tiles of the last.
@@ -48,17 +43,8 @@ BUDGETS: tuple[tuple[int, int], ...] = (
 BACKWARD_BUDGETS: tuple[tuple[int, int], ...] = ((1024, 4), (4096, 8), (8192, 16))
 
 
-def choose_tile(channels: int, count: int, channels_inner: bool) -> Tile:
-    """(channels, positions) of the forward's tile for groups of channels x count."""
-    return _choose(BUDGETS, channels, count, channels_inner)
-
-
-def choose_tile_backward(channels: int, count: int, channels_inner: bool) -> Tile:
-    """The backward's."""
-    return _choose(BACKWARD_BUDGETS, channels, count, channels_inner)
-
-
-def _choose(budgets: tuple[tuple[int, int], ...], channels: int, count: int, channels_inner: bool) -> Tile:
+def choose_tile(budgets: tuple[tuple[int, int], ...], channels: int, count: int, channels_inner: bool) -> Tile:
+    """(channels, positions) of a tile for groups of channels x count."""
     rows, columns = power_of_two(channels), power_of_two(count)
     elements, warps = next((b for b in budgets if rows * columns <= b[0]), budgets[-1])
     if channels_inner:
@@ -258,70 +244,50 @@ def _group_norm_silu_backward_kernel(
                 tl.store(dx_ptr + c * stride_dc + p * stride_dp, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], tuple[int, int]]:
-    """weight and bias with stride 1, scale and shift with the same strides, and these."""
+def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], list[Tensor], tuple[int, int]]:
+    """weight and bias with stride 1, scale and shift with the same strides; those of them given; these strides."""
     weight, bias, scale, shift = (t if t is None or t.ndim == 2 else t.contiguous() for t in parameters)
     if scale is not None and shift is not None and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
     strided = shift if scale is None else scale
-    return [weight, bias, scale, shift], (0, 0) if strided is None else (strided.stride(0), strided.stride(1))
+    every = [weight, bias, scale, shift]
+    return every, [t for t in every if t is not None], (0, 0) if strided is None else strided.stride()  # type: ignore
 
 
-def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
-def _shape(x: Tensor, groups: int, choose: Callable[[int, int, bool], Tile]) -> dict[str, int]:
+def _shape(x: Tensor, groups: int, budgets: tuple[tuple[int, int], ...]) -> dict[str, int]:
     """The constants of a launch on groups of x [B, C, P]."""
     per_group, count = x.shape[1] // groups, x.shape[2]
-    tile = choose(per_group, count, x.stride(1) < x.stride(2) or count == 1)
+    tile = choose_tile(budgets, per_group, count, x.stride(1) < x.stride(2) or count == 1)
     one_tile = tile.rows >= per_group and tile.columns >= count
     sizes = {"CHANNELS": tile.rows, "POSITIONS": tile.columns, "num_warps": tile.num_warps}
     return {"ONE_TILE": one_tile, "PER_GROUP": per_group, **sizes}
 
 
 def launch_group_norm_silu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int,
+    eps: float, activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y like x, mean and rstd [B, groups] fp32)."""
     view = positions(x)
     y = torch.empty_like(view)
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return y.view(x.shape), mean, rstd
-    parameters, strides = _parameters(weight, bias, scale, shift)
+    parameters, given, strides = _parameters(weight, bias, scale, shift)
     with device_guard(x):
         _group_norm_silu_kernel[(x.shape[0] * groups,)](
             view, *parameters, y, mean, rstd, groups, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
-            ACTIVATION=activation, INT64=needs_int64(view, y, *_given(parameters)),
-            **_shape(view, groups, choose_tile), **UNFUSED,
+            ACTIVATION=activation, INT64=needs_int64(view, y, *given),
+            **_shape(view, groups, BUDGETS), **UNFUSED,
         )  # fmt: skip
     return y.view(x.shape), mean, rstd
 
 
 def launch_group_norm_silu_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    grad: Tensor | None,
-    grad_mean: Tensor | None,
-    grad_rstd: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
+    rstd: Tensor, grad: Tensor | None, grad_mean: Tensor | None, grad_rstd: Tensor | None, groups: int, eps: float,
+    activation: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dweight, dbias, dscale, dshift, each like its tensor, or None where not needed.
 
     mean and rstd never leave the op, so that their gradients are None.
@@ -332,13 +298,13 @@ def launch_group_norm_silu_backward(
     sums = x.new_zeros if x.numel() == 0 else x.new_empty
     s1, s2 = (sums(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
-        parameters, strides = _parameters(weight, bias, scale, shift)
+        parameters, given, strides = _parameters(weight, bias, scale, shift)
         with device_guard(x):
             _group_norm_silu_backward_kernel[(x.shape[0] * groups,)](
                 view, *parameters, mean, rstd, g, dx, s1, s2, groups, view.shape[2],
                 *view.stride(), *g.stride(), *dx.stride(), *strides,
                 ACTIVATION=activation, SUMS=any(needs[1:]), INPUT=needs[0],
-                INT64=needs_int64(view, g, dx, *_given(parameters)), **_shape(view, groups, choose_tile_backward),
+                INT64=needs_int64(view, g, dx, *given), **_shape(view, groups, BACKWARD_BUDGETS),
                 **UNFUSED,
             )  # fmt: skip
     gradients = _parameter_gradients(s1, s2, (weight, bias, scale, shift), needs)

@@ -23,8 +23,6 @@ from torch import Tensor
 from .conv2d_configs import padded_group
 from .launch import ceil_div, device_guard, needs_int64, power_of_two
 
-__all__ = ["group_moments", "grouped_channels", "launch_group_statistics", "store_group_tiles"]
-
 # Elements and warps of a tile: 32 a thread, and a column of one group at the least.
 _ELEMENTS, _WARPS = 8192, 8
 _COLUMNS = 128

@@ -32,10 +32,6 @@ from torch import Tensor
 
 from .launch import ceil_div, device_guard, needs_int64, tile_for
 
-__all__ = [
-    "GRADIENT_TILE", "TILES", "BankTile", "launch_latent_matmul", "launch_latent_matmul_backward",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class BankTile:

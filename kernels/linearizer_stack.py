@@ -30,8 +30,6 @@ from .coupling_stack_backward import launch_coupling_stack_backward
 from .launch import ceil_div, device_guard
 from .stack_spec import specs_of
 
-__all__ = ["launch_linearizer_stack", "launch_linearizer_stack_backward"]
-
 
 @triton.jit(do_not_specialize=["n_batch", "n_layers_x", "n_layers_y"])
 def _linearizer_stack_kernel(

@@ -30,8 +30,6 @@ from torch import Tensor
 
 from .launch import UNFUSED, ceil_div, device_guard, needs_int64, power_of_two, tile_for
 
-__all__ = ["MAX_SPLITS", "TILES", "LowRankTile", "launch_low_rank", "launch_low_rank_backward"]
-
 
 @dataclass(frozen=True)
 class LowRankTile:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["couple", "couple_backward", "log_scale", "log_scale_derivative"]
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in 12 bits: its product with n is exact
 LN2_LOW = tl.constexpr(-2.12194440e-4)

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from .stack_spec import DENSE, DIAGONAL, NO_MAPS, StackLayout
 
-__all__ = ["ONE", "SHIFT", "SHIFTED", "ZERO", "PackTable", "layouts_of", "pack_table", "packing_gradient"]
-
 ZERO, ONE = -1, -2  # sources of padding, and of the diagonal of a map that is the identity
 SHIFT = 1 << 30  # is added to the source of what the number is added to
 SHIFTED = 3

@@ -27,20 +27,6 @@ from torch import Tensor
 from .launch import ceil_div
 from .mlp import dot_parts, split
 
-__all__ = [
-    "ADD",
-    "MULTIPLY",
-    "SET",
-    "TILE",
-    "Mode",
-    "dot",
-    "launch_linear",
-    "launch_outer",
-    "n_splits",
-    "rows_product",
-    "tile_for",
-]
-
 # What a number's type is to a kernel.
 FP32 = tl.constexpr(0)
 FP16 = tl.constexpr(1)

@@ -19,8 +19,6 @@ from torch import Tensor
 
 from .stack_spec import DENSE, DIAGONAL, NO_MAPS, padded_half, padded_hidden
 
-__all__ = ["CONFIGS", "StackConfig", "StackEntry", "config_for", "mode_on", "stack_path", "target_of"]
-
 
 @dataclass(frozen=True)
 class StackConfig:

@@ -23,8 +23,6 @@ from .mlp import split
 from .pack_table import ONE, SHIFT, pack_table
 from .stack_spec import N_PARTS, map_parts
 
-__all__ = ["TILE", "PackTile", "launch_stack_pack"]
-
 _ONE = tl.constexpr(ONE)
 _SHIFT = tl.constexpr(SHIFT)
 

@@ -25,11 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    *("DENSE", "DIAGONAL", "NO_MAPS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
-    *("padded_half", "padded_hidden", "schema_of", "spec_of", "specs_of"),
-]
-
 NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
 
 # In how many parts a mode's products take their operands.

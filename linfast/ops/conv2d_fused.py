@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import autocast_dtype, chosen_backend, uses_triton
-from ..kernels.conv2d_configs import handed_over, n_row_tiles, runs_fused, tile_rows_of
+from ..kernels.conv2d_configs import CONV_SCHEMA, ConvSpec, handed_over, n_row_tiles, runs_fused, tile_rows_of
 from ..kernels.launch import like, with_channels
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
@@ -94,7 +94,8 @@ def conv2d_fused(
         x = x if groups else x.to(dtype)
     sums = next_groups if next_groups and handed_over(weight.shape[0], next_groups) else 0
     tensors = (x, weight, bias, norm_weight, norm_bias, residual, statistics if groups else None)
-    y, _, _, tiles = _conv2d_fused(*tensors, groups, eps, activation, alpha, sums, mode, half_dtype(weight))
+    spec = ConvSpec(groups, eps, activation, alpha, sums, mode, half_dtype(weight))
+    y, _, _, tiles = _conv2d_fused(*tensors, *spec)
     return y, tiles.detach() if sums else None
 
 
@@ -130,22 +131,11 @@ def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 
 def conv2d_fused_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    tiles: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-    alpha: float,
-    next_groups: int,
-    precision: str,
-    part_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    residual: Tensor | None, tiles: Tensor | None, *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The raw op in plain torch: (y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
+    groups, eps, activation, alpha, next_groups, _, _ = ConvSpec(*constants)
     a = x
     mean, rstd = (x.new_empty((x.shape[0], 0), dtype=torch.float32) for _ in range(2))
     if groups:
@@ -170,11 +160,11 @@ def _tiles(y: Tensor, groups: int) -> Tensor:
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    residual, groups, next_groups = rest[3], rest[5], rest[9]
+    residual, spec = rest[3], ConvSpec(*rest[5:])
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((x.shape[0], spec.groups), dtype=torch.float32) for _ in range(2))
     tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
-    sums = x.new_empty((x.shape[0], tiles, next_groups, 2), dtype=torch.float32)
+    sums = x.new_empty((x.shape[0], tiles, spec.next_groups, 2), dtype=torch.float32)
     return with_channels(x, weight.shape[0], dtype), mean, rstd, sums
 
 
@@ -186,8 +176,7 @@ def _gradients(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor | None, ..
 
 _conv2d_fused = define_op(
     "conv2d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
-    "Tensor? tiles, int groups, float eps, bool activation, float alpha, int next_groups, str precision, "
-    "ScalarType part_dtype) -> (Tensor y, Tensor mean, Tensor rstd, Tensor next_tiles)",
+    f"Tensor? tiles, {CONV_SCHEMA}) -> (Tensor y, Tensor mean, Tensor rstd, Tensor next_tiles)",
     _fake,
     conv2d_fused_reference,
     saves="x weight bias norm_weight norm_bias mean rstd",
@@ -197,16 +186,9 @@ _conv2d_fused = define_op(
 
 
 def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    statistics: Tensor | None,
-    residual: Tensor | None,
-    next_groups: int,
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, statistics: Tensor | None, residual: Tensor | None, next_groups: int,
+) -> None:  # fmt: skip
     check_tensor("x", x)
     check_tensor("weight", weight, x)
     parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}

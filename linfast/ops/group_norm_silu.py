@@ -66,15 +66,9 @@ def group_norm_silu(
 
 
 def group_norm_silu_reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-) -> Tensor:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int,
+    eps: float, activation: bool,
+) -> Tensor:  # fmt: skip
     """``group_norm_silu`` in plain torch."""
     compute = torch.promote_types(x.dtype, torch.float32)
     if weight is None and bias is not None:  # of this torch's group_norm has no gradient
@@ -100,19 +94,9 @@ def _per_channel(parameter: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
     return parameter.to(compute).reshape(*parameter.shape, *(1,) * (x.ndim - 2))
 
 
-def _raw_reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = group_norm_silu_reference(x, weight, bias, scale, shift, groups, eps, activation)
-    mean, rstd = _moments(x, groups, eps)
-    return y, mean.flatten(1).float(), rstd.flatten(1).float()
+def _raw_reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = _moments(x, *rest[4:6])
+    return group_norm_silu_reference(x, *rest), mean.flatten(1).float(), rstd.flatten(1).float()
 
 
 def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
