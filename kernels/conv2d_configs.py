@@ -68,10 +68,7 @@ TILES: tuple[tuple[int, ConvTile], ...] = (
     (16, ConvTile(rows=64, columns=16, depth=16, stages=2, num_warps=4, split_warps=4)),
     (32, ConvTile(rows=64, columns=32, depth=16, stages=2, num_warps=4, split_warps=4)),
     (64, ConvTile(rows=64, columns=64, depth=16, stages=2, num_warps=8, split_warps=4)),
-    (
-        1 << 62,
-        ConvTile(rows=64, columns=128, depth=16, stages=2, num_warps=8, split_warps=8),
-    ),
+    (1 << 62, ConvTile(rows=64, columns=128, depth=16, stages=2, num_warps=8, split_warps=8)),
 )
 
 # (widest of C_in and C_out, tile) of the weight gradient: 32 steps of two 16-bit dots, or of four of tf32.

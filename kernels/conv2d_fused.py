@@ -186,7 +186,8 @@ def apply_conv(
             next_groups, weight.shape[2] ** 2, *x.stride(), *(y if residual is None else residual).stride(),
             *y.stride(), *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], **mode.constexprs,
             FORM=form, PER_GROUP=per_group, PADDED=padded_group(n_out, next_groups), INT64=needs_int64(*given),
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages, num_warps=warps_of(tile, mode),
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages,
+            num_warps=warps_of(tile, mode),
         )  # fmt: skip
 
 

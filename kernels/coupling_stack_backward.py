@@ -226,13 +226,7 @@ def _apply_map(stack: StackPass, z: Tensor, row: int) -> Tensor:
 
 
 def _map_backward(
-    stack: StackPass,
-    z: Tensor,
-    g: Tensor,
-    row: int,
-    dweights: Tensor | None,
-    needs_before: bool,
-    scratch: Scratch,
+    stack: StackPass, z: Tensor, g: Tensor, row: int, dweights: Tensor | None, needs_before: bool, scratch: Scratch
 ) -> Tensor:
     """g before the map, g itself where that is not needed; the map's gradient is added to its row of dweights."""
     at = stack.spec.map_offset
@@ -279,22 +273,18 @@ def _recompute(
 
 
 def _coupling_backward(
-    stack: StackPass,
-    z: Tensor,
-    g: Tensor,
-    layer: int,
-    row: int,
-    dweights: Tensor | None,
-    needs_kept: bool,
+    stack: StackPass, z: Tensor, g: Tensor, layer: int, row: int, dweights: Tensor | None, needs_kept: bool,
     scratch: Scratch,
-) -> None:
+) -> None:  # fmt: skip
     """B2 and W after B1: g's kept half, and the conditioner's row of dweights."""
     mode, d = stack.gradient_mode, scratch.d
     kept, g_kept = stack.spec.halves(z, layer)[0], stack.spec.halves(g, layer)[0]
     inputs, matrices = [kept, *scratch.h], stack.matrices(row)
+    w_at, b_at = stack.spec.matrix_size, stack.spec.map_offset  # where the next layer's begin
     for i in reversed(range(len(matrices))):
+        w_at, b_at = w_at - matrices[i].numel(), b_at - len(matrices[i])
         if dweights is not None:
-            launch_outer(d, inputs[i], scratch.partials, *stack.spec.offsets[i], mode)
+            launch_outer(d, inputs[i], scratch.partials, w_at, b_at, mode)
         if i:
             launch_linear(d, matrices[i], scratch.slopes[i - 1], mode, combine=MULTIPLY)
             d = scratch.slopes[i - 1]
@@ -321,14 +311,9 @@ def _run_of_rows(
 
 
 def launch_coupling_stack_backward(
-    x: Tensor,
-    weights: Tensor,
-    operands: Tensor,
-    map_operands: Tensor,
-    grad: Tensor | None,
-    grad_log_det: Tensor | None,
+    x: Tensor, weights: Tensor, operands: Tensor, _: Tensor, grad: Tensor | None, grad_log_det: Tensor | None,
     *constants: Any,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dx, dweights, None, None), None too where not needed; no gradient reaches operands, which are rounded."""
     spec, (needs_x, needs_weights, _, _) = spec_of(*constants[:-1]), constants[-1]
     stack = StackPass(weights, operands, spec, x.is_cuda)

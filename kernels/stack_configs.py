@@ -142,13 +142,7 @@ def mode_on(target: str | None, precision: str) -> str:
 
 
 def config_for(
-    D: int,
-    H: int,
-    n_linear: int,
-    precision: str,
-    target: str | None,
-    maps: int = NO_MAPS,
-    linearizer: bool = False,
+    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS, linearizer: bool = False
 ) -> StackConfig | None:
     """The tile of a one-launch stack; None where there is none.
 
@@ -161,16 +155,3 @@ def config_for(
         if fits and maps <= entry.maps and (entry.linearizer or not linearizer):
             return entry.config
     return None
-
-
-def stack_path(
-    D: int,
-    H: int,
-    n_linear: int,
-    precision: str,
-    target: str | None,
-    maps: int = NO_MAPS,
-    linearizer: bool = False,
-) -> str:
-    """ "stack" or "library": see the top of this file; arguments as ``config_for``."""
-    return "library" if config_for(D, H, n_linear, precision, target, maps, linearizer) is None else "stack"

@@ -33,12 +33,7 @@ __all__ = ["latent_matmul"]
 
 
 def latent_matmul(
-    z: Tensor,
-    A: Tensor,
-    index: Tensor | None = None,
-    *,
-    alpha: float | Tensor = 0.0,
-    bias: Tensor | None = None,
+    z: Tensor, A: Tensor, index: Tensor | None = None, *, alpha: float | Tensor = 0.0, bias: Tensor | None = None
 ) -> Tensor:
     """y_b = A_b z_b + alpha z_b + bias, with A_b = A, A[b] or A[index[b]].
 
