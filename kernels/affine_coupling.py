@@ -12,13 +12,11 @@ g = dL/dy and h = dL/d log|det|:
     inverse   dm = g e^-l    dt = -g / -dm     dl = -g (y + t) - h / -g y - h
     dr = dl * dl/dr,  dk = g
 
-so x need not be saved. Bytes, forward: x and y once, params (as many elements as twice
-the moved half) once: 4 (C + C + 2 C_m) P per sample in fp32, and 4 B for the log-det.
-Backward: y's and g's moved halves, g's kept half, params in; dx, dparams out.
+so x need not be saved. Bytes per sample in fp32, forward: 4 (C + C + 2 C_m) P for x, y and params, and 4 for the
+log-determinant. Backward: in come y's and g's moved halves, g's kept half and params; out go dx and dparams.
 
-A program takes a tile of rows (batch, outer) by columns (inner) of both halves (see
-``launch.Walk``). log|det| is summed within a tile and then over a row's tiles by torch:
-no atomics, the same bits every time.
+A program takes a tile of rows (batch, outer) by columns (inner) of both halves (see ``launch.Walk``). log|det| is
+summed within a tile and then over a row's tiles by torch: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -33,11 +31,11 @@ from torch import Tensor
 from .launch import CouplingSpec, Tile, Walk, ceil_div, device_guard, like, needs_int64, positions, tile_for, walk
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 
-# (widest row in elements, tile). 1024 elements over 128 threads are 8 a thread: two 16-byte
+# (widest row in elements, tile). 1024 elements over 128 threads are 8 per thread: two 16-byte
 # loads of each tensor in flight, and 32 registers forward, 44 backward on sm_90 (2048 elements:
 # 56 and 72, half the warps resident).
 TILES: tuple[tuple[int, Tile], ...] = (
-    (16, Tile(rows=64, columns=16, num_warps=4)),  # narrow vectors: many samples a tile
+    (16, Tile(rows=64, columns=16, num_warps=4)),  # narrow vectors: many samples per tile
     (64, Tile(rows=16, columns=64, num_warps=4)),  # D = 128 and below
     (256, Tile(rows=4, columns=256, num_warps=4)),
     (1 << 62, Tile(rows=1, columns=1024, num_warps=4)),  # images, wide vectors: one long run
@@ -198,7 +196,7 @@ def _affine_coupling_backward_kernel(
 
 
 def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...], int, int, Tile]:
-    """((n_rows, n_outer, outer and inner extents of each half), programs, tiles of a row, tile)."""
+    """((n_rows, n_outer, outer and inner extents of each half), programs, tiles per row, tile)."""
     (outer_m, inner_m), (outer_k, inner_k) = path.sizes(moved), path.sizes(kept)
     n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
     n_rows, tile = moved.shape[0] * n_outer, tile_for(inner, TILES)

@@ -1,23 +1,21 @@
-"""Channel mix on [batch, channel, position]: one matrix over every position, x read once, y written once.
+"""Channel mix on [batch, channel, position]: one matrix for every position, x read once, y written once.
 
     y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o]
     dx[b, c, p] = sum_o W[o, c] dy[b, o, p]        the same kernel on W's transpose
     dW[o, c] = sum_{b, p} dy[b, o, p] x[b, c, p],  dbias[o] = sum_{b, p} dy[b, o, p]
 
-The inverse is the same map with W^-1 and -W^-1 bias, so there is no second kernel. The
-backward keeps x, for dW, and W. Bytes, forward and dx: x and y once, W from the cache;
-dW: x and dy once, and the partials, 4 O C bytes a split.
+The backward keeps W and, for dW, x. Bytes, forward and dx: x and y once, W from the cache; dW: x and dy once, and
+the partial sums, 4 O C bytes per split.
 
-Batch and positions are one axis of columns n = b P + p; where every view merges them
-(channels_last, one sample, one position) the division by P is compiled out. Few channels
-along runs of positions: a vector per channel, multiply-adds with W's elements as scalars.
-More channels, or channels innermost: tl.dot over chunks of channels, always [O, C] @ [C, N]:
-the compiler orders each load along the run it finds. fp32 products are "ieee", so exact;
-half-precision products run on the matrix units with fp32 sums.
+Batch and positions are one axis of columns n = b P + p; where every view merges them (channels_last, one sample,
+one position) the division by P is compiled out. Few channels along runs of positions are a vector per channel, in
+multiply-adds with W's elements as scalars. More channels, or channels innermost, are tl.dot over chunks of
+channels, always [O, C] @ [C, N]: the compiler orders each load along the run that it finds. fp32 products are
+"ieee", so exact; half-precision products run on the matrix units with fp32 sums.
 
-dW splits the columns into at most SPLITS parts, each a partial product that torch sums:
-no atomics, the same bits every time. An fp32 product is one chain of multiply-adds from the first term to the
-last, whose error grows with its length: a split adds up chains of RUN chunks.
+dW splits the columns into at most SPLITS parts, each a partial product that torch sums: no atomics, the same bits
+every time. An fp32 product is one chain of multiply-adds, whose error grows with its length: a split adds up chains
+of RUN chunks.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from .launch import ceil_div, device_guard, needs_int64, positions, tile_for, wi
 
 @dataclass(frozen=True)
 class MixTile:
-    """A program's outputs (channels; of dW: by as many inputs), columns, channels a chunk, and warps."""
+    """Outputs per program (for dW a square of outputs by inputs), columns, channels per chunk, and warps."""
 
     outputs: int
     columns: int
@@ -47,8 +45,8 @@ class MixTile:
 # (widest C or O, tile). Four columns per thread is one 16-byte load per channel; all channels of
 # x are held at once, so more columns only where channels are few.
 UNROLLED: tuple[tuple[int, MixTile], ...] = (
-    (4, MixTile(outputs=4, columns=1024, depth=4, num_warps=4)),  # 32 values a thread
-    (15, MixTile(outputs=16, columns=512, depth=16, num_warps=4)),  # up to 60 values a thread
+    (4, MixTile(outputs=4, columns=1024, depth=4, num_warps=4)),  # 32 values per thread
+    (15, MixTile(outputs=16, columns=512, depth=16, num_warps=4)),  # up to 60 values per thread
 )
 
 # (widest O, tile). All outputs in one program, so that x is read once; chunks of 16 channels,
@@ -67,7 +65,7 @@ WEIGHTS: tuple[tuple[int, MixTile], ...] = (
     (1 << 62, MixTile(outputs=64, columns=32, depth=32, num_warps=4)),
 )
 RUN = tl.constexpr(8)
-SPLITS = 512  # about four programs a multiprocessor; the partials of C = 128 are then 32 MB
+SPLITS = 512  # about four programs per multiprocessor; the partials of C = 128 are then 32 MB
 _CHUNKS_A_SPLIT = 8  # fewer chunks would write more partials than they read
 
 

@@ -1,21 +1,21 @@
 """Tiles of conv2d_fused, and where it runs instead of torch's convolution. No Triton here: the op asks too.
 
-Who runs what, predicted: no GPU was at hand, and nothing here is a timing. Per output position, with C channels in
-and out and e bytes a number, a residual block's two norms, two convolutions, shift and skip move 13 C e bytes as
-torch's kernels (norm 2 each, conv 2 each, shift 2, sum 3) and 6 C e fused (statistics 1, conv 2 each, skip 1;
-the second norm's statistics come with the first convolution's output). Each product C x C x 9 is done either way.
+What runs where is predicted from data-sheet rates, not timed. Per output position, with C channels in and out and e
+bytes per number, a residual block's two norms, two convolutions, shift and skip move 13 C e bytes in torch's
+kernels (norm 2 each, conv 2 each, shift 2, sum 3) and 6 C e fused (statistics 1, conv 2 each, skip 1; the second
+norm's statistics come with the first convolution's output). Either way each product is C x C x 9.
 
-    C = 16, tf32: 4.6 kFLOP a convolution, 12 ps at 400 TFLOP/s; 448 bytes saved a block: 67 ps a convolution at
-                  3.35 TB/s. The prologue runs once a tap: 9 x 16 tanh.approx, 39 ps at 16 a cycle
-                  of each of 132 SMs, 1.755 GHz.
-    C = 64, tf32: 74 kFLOP, 184 ps; 268 ps saved; prologue 155 ps beside the products, on other units.
+    C = 16, tf32: 4.6 kFLOP per convolution, 12 ps at 400 TFLOP/s; 448 bytes saved per block: 67 ps per convolution
+                  at 3.35 TB/s. The prologue runs once per tap: 9 x 16 tanh.approx, 39 ps at 16 per cycle of each of
+                  132 SMs, 1.755 GHz.
+    C = 64, tf32: 74 kFLOP, 184 ps; 268 ps saved; the prologue's 155 ps run beside the products, on other units.
     C = 128, tf32: 295 kFLOP, 740 ps at full rate, of which cuDNN may reach twice the share that gathered tiles do:
                   more than the 535 ps saved.
 
-So ours up to 64 channels, cuDNN above. The modes of several bf16 products cost 3 or 6 of these, two special
-functions a SiLU and the splitting of every operand at every tap, against cuDNN's fp32 on the ordinary units:
-ours up to 32. Below 8 channels most of a tile's least depth, 16, is padding. Without a norm in front only the
-epilogue is fused: the same limits. Of gfx942's two sides nothing is known: torch there.
+So ours runs up to 64 channels and cuDNN above. The modes of several bf16 products cost 3 or 6 of these, two special
+functions per SiLU and the splitting of every operand at every tap, against cuDNN's fp32 on the ordinary units: ours
+runs up to 32. Below 8 channels most of a tile's least depth, 16, is padding. Without a norm in front only the
+epilogue is fused: the same limits. Of gfx942 nothing is known: torch runs there.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ CONV_SCHEMA = (
 
 @dataclass(frozen=True)
 class ConvTile:
-    """Positions by output channels of a program, input channels a step, how far loads run ahead, warps.
+    """Positions by output channels of a program, input channels per step, how far loads run ahead, warps.
 
     ``split_warps``: warps where operands are taken in parts. Of the weight gradient, ``columns`` output by
-    ``depth`` input channels, ``rows`` positions a step.
+    ``depth`` input channels, ``rows`` positions per step.
     """
 
     rows: int
@@ -77,7 +77,7 @@ WEIGHT_TILES: tuple[tuple[int, ConvTile], ...] = (
     (32, ConvTile(rows=32, columns=32, depth=32, stages=2, num_warps=4, split_warps=4)),  # 64 rows spill on sm_100
     (1 << 62, ConvTile(rows=32, columns=64, depth=64, stages=2, num_warps=8, split_warps=8)),
 )
-_SPLITS = 128  # a split has nine taps: 1152 programs, and 4.7 MB of partial sums at C = 32
+_SPLITS = 128  # each split has nine taps: 1152 programs, and 4.7 MB of partial sums at C = 32
 _STEPS_A_SPLIT = 8  # fewer would write more partial sums than they read
 
 # The widest of C_in and C_out that runs fused, by precision, and the narrowest: the docstring's arithmetic.
@@ -100,13 +100,13 @@ def choose_tile(n_out: int, n_positions: int, table: tuple[tuple[int, ConvTile],
 
 
 def weight_splits(n_steps: int) -> tuple[int, int]:
-    """(splits, steps of each) of the weight gradient's sum over so many tiles of positions."""
+    """(splits, steps per split) of the weight gradient's sum over this many tiles of positions."""
     steps = max(_STEPS_A_SPLIT, ceil_div(n_steps, _SPLITS))
     return ceil_div(n_steps, steps), steps
 
 
 def padded_group(n_channels: int, groups: int) -> int:
-    """Columns that a group takes in a tile that is summed group by group; 0 groups are none: 1."""
+    """Columns that each group takes in a tile that is summed group by group; 1 where there are no groups."""
     return power_of_two(n_channels // groups) if groups else 1
 
 
@@ -121,5 +121,5 @@ def n_row_tiles(n_out: int, n_positions: int) -> int:
 
 
 def tile_rows_of(n_tiles: int, n_positions: int) -> int:
-    """The rows, a power of two, of tiles of which so many hold so many positions; any that holds them, of one."""
+    """The rows, a power of two, of each of ``n_tiles`` tiles that together hold ``n_positions``."""
     return power_of_two(ceil_div(n_positions, n_tiles))

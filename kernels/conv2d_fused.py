@@ -5,12 +5,12 @@ With m, r of each group of channels, l = k // 2 and zeros around a (not around x
     a[b, c, i, j] = silu((x - m) r w_c + b_c)                    or without the SiLU, or x itself
     y[b, o, i, j] = sum_{c, u, v} W[o, c, u, v] a[b, c, i + u - l, j + v - l] + bias[(b,) o] + alpha z[b, o, i, j]
 
-A program makes ROWS positions of one sample by COLUMNS output channels. It walks C in steps of DEPTH and in
-each the k^2 taps: [ROWS, DEPTH] of a, made from x as it is loaded, times [DEPTH, COLUMNS] of W, in the modes of
-kernels/mlp.py with fp32 sums. So a is never stored: it is computed once a tap, from x in the L1. m and r come from
-tiles of sums (kernels/group_statistics.py), which each program adds up for its channels; of y's own
-groups it can write such tiles, for the next norm. The transposed convolution of the backward is the same kernel
-on W with its channels swapped and its taps read backwards, both by strides.
+A program makes ROWS positions of one sample by COLUMNS output channels. It walks C in steps of DEPTH and in each
+the k^2 taps: [ROWS, DEPTH] of a, computed from x as it is loaded, times [DEPTH, COLUMNS] of W, in the modes of
+kernels/mlp.py with fp32 sums. So a is never stored: it is computed once per tap, from x in the L1. m and r come
+from tiles of sums (kernels/group_statistics.py), which each program adds up for its channels; it can write such
+tiles of y's own groups, for the next norm. The transposed convolution of the backward is the same kernel on W with
+its channels swapped and its taps read backwards, both by strides.
 
 Bytes: x k^2 times from the L1 and about once from memory, W from the L2, z and y once.
 """
@@ -30,11 +30,10 @@ from .group_statistics import group_moments, grouped_channels, launch_group_stat
 from .launch import ceil_div, device_guard, needs_int64, with_channels
 from .mlp import activate, activation_form
 from .row_products import Mode, dot
+from .stack_spec import N_PARTS
 
 _SILU = tl.constexpr(1)
 _PLAIN = tl.constexpr(-1)
-
-_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
 
 
 @triton.jit
@@ -143,7 +142,7 @@ def mode_of(spec: ConvSpec, dtype: torch.dtype) -> Mode:
     """Parts of the operands: 16-bit weights are one part of their own type."""
     if dtype != torch.float32:
         return Mode(1, dtype)
-    return Mode(_PARTS[spec.precision], torch.float32 if spec.precision == "tf32" else spec.part_dtype)
+    return Mode(N_PARTS[spec.precision], torch.float32 if spec.precision == "tf32" else spec.part_dtype)
 
 
 def warps_of(tile: ConvTile, mode: Mode) -> int:

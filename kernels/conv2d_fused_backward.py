@@ -1,4 +1,4 @@
-"""Gradients of conv2d_fused. With g = dL/dy and a made from x again (kernels/conv2d_fused.py):
+"""Gradients of conv2d_fused. With g = dL/dy, and a computed again from x (kernels/conv2d_fused.py):
 
     da[b, c, i, j] = sum_{o, u, v} W[o, c, u, v] g[b, o, i - u + l, j - v + l]   that kernel, transposed
     dW[o, c, u, v] = sum_{b, i, j} g[b, o, i, j] a[b, c, i + u - l, j + v - l]
@@ -8,9 +8,9 @@
 x, W, w, b and the [B, groups] means and standard deviations are saved; neither a nor y is.
 
 dW is a sum over the tiles of positions of all samples, in SPLITS equal runs, each written apart and added up in one
-order: no atomics, the same bits. A program takes one tap of one run: [ROWS, C_out] of g, [ROWS, C_in] of a,
-their product over ROWS. Bytes: x and g nine times, from the L2 mostly: the taps of a run follow one another
-in the grid; SPLITS k^2 C_in C_out partial sums, written and read once.
+order: no atomics, the same bits every time. A program takes one tap of one run: [ROWS, C_out] of g, [ROWS, C_in] of
+a, their product over ROWS. Bytes: x and g nine times, mostly from the L2, since the taps of a run follow one
+another in the grid; SPLITS k^2 C_in C_out partial sums, written and read once.
 """
 
 from __future__ import annotations

@@ -3,17 +3,14 @@
     u = (m + t) e^l or m e^l + t, or their inverses, on the moved half m; u = x on the kept half k
     y[b, o, p] = sum_c W[o, c] u[b, c, p] + bias[o],   log|det| = +-sum(l) of the coupling
 
-Elements a position, with C channels in and out and C / 2 moved (C of params): x, params and y are 3 C;
-one after the other the two ops move 5 C. The gradients are coupling_mix_backward's.
+Elements per position, with C channels in and out and C / 2 moved: x, params and y are 3 C; one after the other the
+two ops move 5 C. The gradients are in coupling_mix_backward.
 
-Batch and positions are one axis of columns n = b P + p, as in channel_mix. Few channels along
-runs of positions: a vector per channel and W's elements as scalars. More, or channels innermost:
-tl.dot over chunks of channels, the moved half and the kept half as two ranges of W's columns.
-Every program holds all outputs, so nothing is computed twice: C and O up to 128.
+Columns n = b P + p, and the two kernels, are as in channel_mix; tl.dot takes the moved half and the kept half as
+two ranges of W's columns. Every program holds all outputs, so that nothing is computed twice: C and O up to 128.
 
-log|det| is summed over channels and over groups of columns that lie in one sample (the
-largest power of two that divides P, up to a tile), and over a sample's groups by torch: no
-atomics, the same bits every time.
+log|det| is summed over channels and over groups of columns that lie in one sample (the largest power of two that
+divides P, up to a tile), and over a sample's groups by torch: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ from .launch import CouplingSpec, device_guard, positions, tile_for, with_channe
 
 # UNROLLED is channel_mix's: u is held as x is there. So are these, but for the columns beside 64 outputs.
 # In half precision ptxas serialises sm_90's wgmma at 64 outputs and more (C7515: two loops add to one sum). Left:
-# at C = 128 memory takes five times as long as the products (768 bytes, 33 kFLOP a column), by data-sheet rates.
+# at C = 128 memory takes five times as long as the products (768 bytes, 33 kFLOP per column), by data-sheet rates.
 DOTS: tuple[tuple[int, MixTile], ...] = (
     (16, MixTile(outputs=16, columns=128, depth=16, num_warps=4)),
     (32, MixTile(outputs=32, columns=64, depth=16, num_warps=4)),

@@ -1,17 +1,17 @@
-"""Gradients of coupling_mix, y = W u + bias of the coupled u; u comes again from x and is never kept.
+"""Gradients of coupling_mix, y = W u + bias of the coupled u; u is computed again from x and never kept.
 
 With g = dL/dy and h = dL/d log|det|:
 
     du = W^T g,  dk = du on the kept half,  (dm, dt, dr) from (u, t, l, du, h) as in affine_coupling
     dW[o, c] = sum_{b, p} g[b, o, p] u[b, c, p],   dbias[o] = sum_{b, p} g[b, o, p]
 
-Elements a position, with C channels in and out and C / 2 moved (C of params):
+Elements per position, with C channels in and out and C / 2 moved:
 
     g, moved x, params in; dx, dparams out                     4.5 C  one after the other 9.5 C
        dW      + kept x in, u out; channel_mix's kernel on g, u: 3.5 C
 
-A second kernel that made u again for dW would move 3 C in place of those 3.5 C and be a near
-copy of channel_mix's. Where only dW is asked for, u is affine_coupling's launch.
+A second kernel that computed u again for dW would move 3 C in place of those 3.5 C and be a near copy of
+channel_mix's. Where only dW is asked for, u comes from affine_coupling's launch.
 """
 
 from __future__ import annotations

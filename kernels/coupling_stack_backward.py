@@ -11,16 +11,16 @@ Steps, in the order the stack runs them, are maps z' = M z + c and couplings. Fo
     B2  d_i = (d_{i+1} W_{i+1}) act'(p_i), in act's place, down to g's kept half += d_1 W_1
     W   dW_i = d_i^T h_{i-1}, db_i = sum_b d_i; of a map dM = g^T z, dc = sum_b g, and g <- g M
 
-B1 and B2 are one launch per linear layer, a program being a tile of its rows and columns
-(kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner
-is stored for W anyhow. Activations are the exact ones in every mode. Shapes: z, g [R, 2 P] fp32,
-contiguous, both halves padded with zeros, which stay zeros.
+B1 and B2 are one launch per linear layer, each program computing a tile of its rows and columns
+(kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner is stored for W
+anyhow. Activations are exact in every mode. z and g are [R, 2 P] fp32, contiguous, padded with zeros that stay
+zeros.
 
 Scratch of a run of R rows: every step's input [R, 2 P] fp32; of one layer at a time h_i [R, H], fp32 or in "fast"
-its 16-bit type, act'_i [R, H] and d_n [R, 2 P] fp32, so that db sums what was not rounded. Each number is written
-once and read twice at most. Bytes: R (8 P (steps + 3) + (n - 1) H (4 + w)), w = 2 in "fast" and 4 else; a run is as
-long as SCRATCH_BYTES allows, so that this does not grow with B. The weights' partial sums come on top. As operands
-in "fast", gradients are bf16 even where x is fp16, whose range ends at 6e-8.
+its 16-bit type, act'_i [R, H] and d_n [R, 2 P] fp32, so that db sums what was not rounded: R (8 P (steps + 3) + (n
+- 1) H (4 + w)) bytes, w = 2 in "fast" and 4 else, each written once and read twice at most. A run is as long as
+SCRATCH_BYTES allows, so that this does not grow with B; the weights' partial sums come on top. As operands in
+"fast", gradients are bf16 even where x is fp16, whose range ends at 6e-8.
 """
 
 from __future__ import annotations

@@ -2,22 +2,19 @@
 
 With l = (k - 1) // 2 in each direction, and zeros outside:
 
-    y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w]
-
-The transpose flips the taps and swaps the paddings, l for k - 1 - l:
-
+    y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w]      and its transpose
     z[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i - u + l_h, j - v + l_w]
 
 Gradients: dx is the transpose applied to g, and, with + for the correlation and - for its transpose,
 
     dw[b, c, u, v] = sum_{i, j} g[b, c, i, j] x[b, c, i +- (u - l_h), j +- (v - l_w)]
 
-which is summed over b where the kernel is shared. x and w are saved. Bytes: x in, y out, 8 C H W a
-sample in fp32; the k^2 reads of x a program makes are of one tile and its rim, in the L1.
+which is summed over b where the kernel is shared. x and w are saved. Bytes: x in and y out, 8 C H W per sample in
+fp32; a program's k^2 reads of x are of one tile and its rim, in the L1.
 
-A program takes a tile of one channel of one sample: tile pixels of a row are consecutive threads', or,
-where channels are innermost, a run of channels is. The weight gradient's program walks the tiles of
-its channels for one tap row and writes one number a tap and channel: no atomics, the same bits.
+A program takes a tile of one channel of one sample: consecutive threads take pixels of a row, or channels where
+these are innermost. The weight gradient's program walks the tiles of its channels for one tap and writes one number
+per channel: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from torch import Tensor
 
 from .launch import Tile, ceil_div, device_guard, needs_int64, power_of_two
 
-# (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 a thread:
+# (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 per thread:
 # the taps' loads of a row overlap, and 8 accumulators leave the registers free.
 TILES: dict[bool, Tile] = {
     False: Tile(rows=1, columns=1024, num_warps=4),  # NCHW: pixels of one channel

@@ -11,13 +11,12 @@ S1 = sum(d), S2 = sum(d h), both [B, C], and a = w (1 + s):
     ds = w S2 + b S1                 dw = sum_b (1 + s) S2
     dx = r (a d - sum_c(a S1) / n - h sum_c(a S2) / n)
 
-so x, m and r are saved, and neither h, v nor u. Bytes, forward: x in, y out, 8 C P per sample in
-fp32; backward: x and g in, dx out, 12 C P, and S1, S2 once.
+so x, m and r are saved, and neither h, v nor u. Bytes per sample in fp32, forward: x in, y out, 8 C P; backward: x
+and g in, dx out, 12 C P, and S1, S2 once.
 
-A program takes one group of one sample. A group that fits one tile stays in registers, so that it
-is read once; a larger one is read again for the variance and for the output, which the L2 mostly
-serves. The variance is that of the centred values. Sums over the batch are torch's, over what each
-program wrote: no atomics, the same bits every time.
+A program takes one group of one sample. A group that fits one tile stays in registers, so that it is read once; a
+larger one is read again for the variance and for the output, mostly from the L2. The variance is that of the
+centred values. Sums over the batch are torch's, over what each program wrote: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from .math import sigmoid
 # (elements of a tile, warps), smallest first. A group takes the first that holds all of it, or
 # walks in tiles of the last.
 BUDGETS: tuple[tuple[int, int], ...] = (
-    (1024, 4),  # small groups: 8 elements a thread, many programs an SM
-    (4096, 8),  # 16 a thread
-    (16384, 16),  # 32 a thread: a group of 16 channels at 32 x 32 is still read once
+    (1024, 4),  # small groups: 8 elements per thread, many programs per SM
+    (4096, 8),  # 16 per thread
+    (16384, 16),  # 32 per thread: a group of 16 channels at 32 x 32 is still read once
 )
-# The backward holds x and the gradient: half as many elements a thread.
+# The backward holds x and the gradient: half as many elements per thread.
 BACKWARD_BUDGETS: tuple[tuple[int, int], ...] = ((1024, 4), (4096, 8), (8192, 16))
 
 

@@ -7,18 +7,15 @@ z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and 
 
 dz is the same product with A transposed (a view) and no bias. Nothing but the inputs is saved.
 
-The rows are sorted by operator (stable, on the device, nothing read by the host), and cut
-into tiles of one operator each: at most B / rows + K of them, the grid; a program finds its
-tile in the running sum of tiles per operator. It gathers its rows of z through the order and reads
-A_k in place: A is never gathered to [B, n_out, n_in]. dA takes one program per operator and
-tile of it, which adds up that operator's rows in their order: no atomics, the same bits every time. RUN steps
-of rows are one chain of multiply-adds, whose error grows with its length.
+The rows are sorted by operator (stable, on the device, nothing read by the host) and cut into tiles of one operator
+each: at most B / rows + K of them, which is the grid. A program finds its tile in the running sum of tiles per
+operator, gathers its rows of z through the order and reads A_k in place: A is never gathered to [B, n_out, n_in].
+dA takes one program per operator and tile of it, which adds up that operator's rows in their order: no atomics, the
+same bits every time. RUN steps of rows are one chain of multiply-adds, whose error grows with its length.
 
-Bytes: z, y and the order once a tile column; each A_k once a row tile, so about
-K n_out n_in + 2 B n elements where the rows of an operator fit one tile.
-
-fp32 products are exact fp32 (input_precision "ieee", FFMA); fp16 and bf16 run on the matrix
-units with fp32 sums. An index outside [0, K) gives that row NaN and adds to no dA.
+Bytes: z, y and the order once per column of tiles; each A_k once per tile of its rows, so about K n_out n_in + 2 B
+n elements where the rows of an operator fit one tile. fp32 products are exact fp32 (input_precision "ieee"); fp16
+and bf16 run on the matrix units with fp32 sums. An index outside [0, K) gives that row NaN and adds to no dA.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ from .launch import ceil_div, device_guard, needs_int64, tile_for
 
 @dataclass(frozen=True)
 class BankTile:
-    """Rows of z by columns of y, ``inner`` summed a step; the warps."""
+    """Rows of z by columns of y, ``inner`` summed per step; the warps."""
 
     rows: int
     columns: int
@@ -46,10 +43,10 @@ class BankTile:
 # (largest mean number of rows per operator, tile).
 TILES: tuple[tuple[int, BankTile], ...] = (
     (16, BankTile(rows=16, columns=64, inner=64, num_warps=4)),  # bound by reading A: no wasted rows
-    # wgmma's 64 rows. 16 sums a thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes and accesses).
+    # wgmma's 64 rows. 16 sums per thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes).
     (1 << 62, BankTile(rows=64, columns=64, inner=32, num_warps=8)),
 )
-# dA: n_out by n_in, ``inner`` rows of the batch a step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
+# dA: n_out by n_in, ``inner`` rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
 GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=8)
 RUN = tl.constexpr(8)
 

@@ -1,8 +1,7 @@
 """What every launcher shares: views, tiles, offsets, the device guard.
 
-An op sees a tensor as [batch, channel, position] with three strides: a vector has one
-position, NCHW and channels_last differ in strides only. Importing this module, or any
-kernel, asks nothing of a driver.
+An op sees a tensor as [batch, channel, position] with three strides: a vector has one position, and NCHW and
+channels_last differ in strides only. Importing this module, or any kernel, asks nothing of a driver.
 """
 
 from __future__ import annotations

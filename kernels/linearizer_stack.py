@@ -1,12 +1,12 @@
 """A whole Linearizer of coupling stacks in one launch: y = g_y^-1(A g_x(x)), x [B, D] and y [B, D].
 
-Three steps on one tile of rows that never leaves the chip: g_x's layers forward, A (a matrix
-in parts, or a diagonal), g_y's layers in reverse. The layers are kernels/coupling_stack.py's body,
-called twice; the two stacks may be the same tensors. Bytes: x once in, y once out; the weights of
-both stacks and A once per program, from L2.
+Three steps on one tile of rows that never leaves the chip: g_x's layers forward, A (a matrix in parts, or a
+diagonal), g_y's layers in reverse. The layers are kernels/coupling_stack.py's body, called twice; the two stacks
+may be the same tensors. Bytes: x once in, y once out; the weights of both stacks and A once per program, from the
+L2.
 
-Gradient, with z = g_x(x), w = A z and v = g_y^-1's vector-Jacobian product at w: dA = v^T z, and
-dx = g_x's at x of A^T v. z and w are recomputed.
+Gradient, with z = g_x(x), w = A z and v = g_y^-1's vector-Jacobian product at w: dA = v^T z, and dx is g_x's at x
+of A^T v. z and w are computed again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Shared @triton.jit arithmetic, in fp32: scale maps, and the affine coupling and its gradient.
 
-exp2 of a product with log2(e) is one instruction but loses |x| roundings; exp here reduces
-its argument first and loses one. Comparisons rather than minimum and maximum keep NaN a
-NaN, as torch's clamp does.
+exp2 of a product with log2(e) is one instruction but loses |x| roundings; exp here reduces its argument first and
+loses one. Comparisons, unlike minimum and maximum, keep NaN a NaN, as torch's clamp does.
 """
 
 from __future__ import annotations

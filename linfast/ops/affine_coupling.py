@@ -1,17 +1,13 @@
-"""Affine coupling, the elementwise core: one half of the channels moves, the other is copied.
+"""Affine coupling: one half of the channels is scaled and shifted, the other half is copied.
 
-With x = [first | second] along dim 1, the moved half m, and the conditioner's
-output params giving a shift t and a raw value r, log_s = scale_map(r):
+With the moved half m of x along dim 1, the conditioner's shift t and log_s = scale_map(raw):
 
     order "shift_first":  y = (m + t) exp(log_s)      m = y exp(-log_s) - t
     order "scale_first":  y = m exp(log_s) + t        m = (y - t) exp(-log_s)
     log|det| = +sum(log_s) forward, -sum(log_s) inverse
 
-Shapes: x [B, C, ...], params [B, 2 C_moved, ...], y like x, log_det [B].
-An odd C splits unequally: the first half has ceil(C / 2) channels.
-
-On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
-kernel each way (linfast.kernels.affine_coupling), whose backward keeps y and not x.
+The first half of an odd C has ceil(C / 2) channels. On a CPU and in float64 this is plain torch; on a GPU it is one
+kernel in each direction (linfast.kernels.affine_coupling), whose backward keeps y and not x.
 """
 
 from __future__ import annotations

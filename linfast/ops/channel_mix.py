@@ -1,15 +1,11 @@
-"""Channel mix: y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o], one matrix over every position.
+"""Channel mix: y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o], one matrix for every position.
 
-Shapes: x [B, C, ...], weight [O, C], bias [O], y [B, O, ...] of x's dtype, sums in fp32 or
-wider. The inverse of a square W is the same op with W^-1 and -W^-1 bias.
+    x                              what runs
+    [B, C]                         F.linear; its sums follow torch's matmul settings
+    [B, C, ...] on a CPU, float64  torch.matmul
+    [B, C, ...] on a GPU           linfast.kernels.channel_mix: any strides, exact fp32 products
 
-    x                              path
-    [B, C]                         F.linear: one cuBLAS product; sums follow torch's matmul settings
-    [B, C, ...] on a CPU, float64  torch.matmul, which Inductor can fuse
-    [B, C, ...] on a GPU           linfast.kernels.channel_mix, any strides, exact fp32: unrolled
-                                   multiply-adds for C, O < 16 along runs of positions, else tl.dot
-
-The backward keeps x and W; dW and dbias are sums of fixed parts, the same bits every time.
+The inverse of a square W is the same op with W^-1 and -W^-1 bias. The backward keeps x and W.
 """
 
 from __future__ import annotations

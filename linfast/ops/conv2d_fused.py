@@ -1,20 +1,13 @@
 """A convolution with the group norm and SiLU before it and the bias and residual after it.
 
-    a = silu(group_norm(x) norm_weight + norm_bias)      without the SiLU, or x, where so asked
-    y = conv(a, weight, padding k // 2) + bias + alpha residual
-
-Shapes: x [B, C_in, H, W], weight [C_out, C_in, k, k] with k odd, bias [C_out] or [B, C_out], norm_weight and
-norm_bias [C_in], residual and y [B, C_out, H, W]. The zeros of the padding are a's, not x's. y's dtype is
-weight's, or residual's where that is wider.
-
     where                                     what runs
-    CPU, float64                              plain torch, which Inductor can fuse
-    GPU, C_in and C_out as in conv2d_configs  linfast.kernels.conv2d_fused: one kernel, and one for x's
+    CPU, float64                              plain torch
+    GPU, C_in and C_out as in conv2d_configs  linfast.kernels.conv2d_fused: one kernel, and one more for x's
                                               statistics where they are not given
-    GPU, else                                 group_norm_silu and torch's convolution
+    GPU, other sizes                          group_norm_silu and torch's convolution
 
-Backend "triton" runs the kernel at any size. The backward keeps x, the parameters and the [B, groups]
-means and standard deviations, and makes a again; dweight is a sum of fixed parts, the same bits every time.
+Backend "triton" runs the kernel at any size. The backward keeps x, the parameters and the [B, groups] means and
+standard deviations, and computes the convolution's input again.
 """
 
 from __future__ import annotations
@@ -54,7 +47,10 @@ def conv2d_fused(
     next_groups: int = 0,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, y's statistics).
+    """y = conv(a, weight, padding k // 2) + bias + alpha residual; returned with y's statistics.
+
+    a = silu(group_norm(x) norm_weight + norm_bias), without the SiLU, or x, where so asked. The zeros of the padding
+    are a's, not x's. y's dtype is weight's, or residual's where that is wider.
 
     Args:
         x: [B, C_in, H, W], any strides; channels_last is the fast one.
@@ -85,7 +81,10 @@ def conv2d_fused(
     _check(x, weight, bias, groups, norm_weight, norm_bias, statistics, residual, next_groups)
     given = [t for t in (weight, bias, norm_weight, norm_bias, residual) if t is not None]
     mode = _mode(x, weight, precision)
-    if not (uses_triton(x, *given) and _fused(x, weight, mode)):
+    n_out, n_in, k, _ = weight.shape
+    if not uses_triton(x, *given) or not (
+        chosen_backend() == "triton" or runs_fused(n_in, n_out, k, mode, target_of(x))
+    ):
         a = group_norm_silu(x, groups, norm_weight, norm_bias, eps=eps, activation=activation) if groups else x
         return _convolved(a, weight, bias, residual, alpha), None
     dtype = autocast_dtype(x.device.type)
@@ -112,12 +111,6 @@ def _tf32_convolutions() -> bool:
 
 # What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
 _tf32_convolutions._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _fused(x: Tensor, weight: Tensor, mode: str) -> bool:
-    """Whether the table, or the user, has the kernel run."""
-    n_out, n_in, k, _ = weight.shape
-    return chosen_backend() == "triton" or runs_fused(n_in, n_out, k, mode, target_of(x))
 
 
 def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, alpha: float) -> Tensor:

@@ -1,20 +1,13 @@
-"""Coupling and channel mix in one: an affine coupling either way, then an affine map over channels.
+"""A coupling and the channel mix after it in one op: x and params are read once and y is written once.
 
-    u = affine_coupling(x, params),  y[b, o, p] = sum_c W[o, c] u[b, c, p] + bias[o]
+    what runs
+    one launch    on a GPU where C, O <= 128
+    two ops       vectors [B, C] with C or O > 64, for which cuBLAS's product is faster: past about 20
+                  multiply-adds per byte the product takes longer than the memory traffic;
+                  C or O > 128; under autocast an x that is not of autocast's dtype
+    plain torch   on a CPU and in float64
 
-Forward that is a coupling, the mix after it and, folded into W and bias, the next ActNorm;
-backward the inverse coupling and the inverses of the linear layers before it. log|det| is the
-coupling's alone. Shapes: x [B, C, ...], params [B, 2 C_moved, ...], weight [O, C], bias [O],
-y [B, O, ...] of x's dtype, log_det [B].
-
-    path
-    one launch    on a GPU where C, O <= 128: x and params read once, y written once
-    two ops       vectors [B, C] with C or O > 64, whose product is cuBLAS's: past about 20
-                  multiply-adds per byte the product and not the memory is what takes the time;
-                  C or O > 128; under autocast an x not yet of autocast's dtype
-    plain torch   on a CPU and for float64
-
-The backward keeps x, params and W, and makes u again.
+The backward keeps x, params and W, and computes the coupled u again.
 """
 
 from __future__ import annotations

@@ -1,21 +1,18 @@
 """A stack of affine couplings with MLP conditioners, and maps between them, as one op.
 
-With x = [first | second], the moved half m alternating from layer to layer, the kept half k:
+With x = [first | second], the moved half m, which alternates from layer to layer, and the kept half k:
 
     (t, r) = MLP_l(k)    m <- (m + t) exp(log_s(r))  or  m exp(log_s(r)) + t    x <- W_l x + c_l
     log|det| = sum over layers of sum(log_s) + log|det W_l|
 
-and the inverse. Shapes: x [B, D], y [B, D], log_det [B]; an odd D splits into ceil and floor.
-
 | runs      | where                                                                                 |
 |-----------|---------------------------------------------------------------------------------------|
-| reference | a CPU, float64: plain torch layer by layer, which Inductor can fuse                   |
+| reference | a CPU, float64: plain torch, layer by layer                                           |
 | stack     | a GPU, sizes that fit on chip: one launch, linfast.kernels.coupling_stack             |
-| library   | a GPU, larger sizes: torch's products (their precision is torch's setting; bf16 in    |
-|           | "fast"), each layer's coupling one kernel                                             |
+| library   | a GPU, larger sizes: torch's products (in torch's precision; in "fast" of half type), |
+|           | and one kernel per layer for its coupling                                             |
 
-The backward keeps x and the weights and recomputes the rest, layer by layer. Packing the weights
-(linfast.ops.stack_weights) takes two more launches, unless they come packed.
+The backward keeps x and the weights and computes the rest again, layer by layer.
 """
 
 from __future__ import annotations
@@ -40,16 +37,8 @@ from .register import define_op
 from .stack_weights import AffineMap, CouplingLayer, CouplingStack, PackedStack, StackWeights, pack_stacks
 
 __all__ = [
-    "AffineMap",
-    "CouplingLayer",
-    "CouplingStack",
-    "check",
-    "coupling_stack",
-    "has_tile",
-    "mlp_coupling",
-    "raw_forward",
-    "run_packed",
-    "stack_spec",
+    *("AffineMap", "CouplingLayer", "CouplingStack", "check", "coupling_stack", "has_tile", "mlp_coupling"),
+    *("raw_forward", "run_packed", "stack_spec"),
 ]
 
 _SEQUENCES = (list, tuple, Sequence, nn.ParameterList)
@@ -74,7 +63,7 @@ def coupling_stack(
     Args:
         x: [B, D], D >= 2, any strides.
         layers: at least one; all conditioners have as many linear layers.
-        activation: relu, silu, tanh or gelu (exact; within tf32's error in "tf32" and "fast").
+        activation: relu, silu, tanh or gelu; exact, but within tf32's error in "tf32" and "fast".
         scale_map: turns the conditioners' raw outputs into log-scales.
         order: "shift_first" (m + t) e^s or "scale_first" m e^s + t.
         moves: the half that layer 0 moves; layer 1 moves the other, and so on.

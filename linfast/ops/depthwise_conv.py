@@ -1,14 +1,10 @@
-"""Depthwise correlation with zero padding "same": a k x k kernel per channel, shared or per sample.
+"""Depthwise correlation with zero padding "same": one kh x kw kernel per channel, shared or per sample.
 
     y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w],  l = (k - 1) // 2
 
-Its transpose is the same sum with the kernel flipped and the two paddings swapped,
-which matters for even k, where they differ.
-
-Shapes: x [B, C, H, W], weight [C, kh, kw] or [B, C, kh, kw], y like x.
-
-On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
-kernel forward and two backward (linfast.kernels.depthwise_conv), which keep x and weight.
+The transpose is the same sum with the kernel flipped and the two paddings swapped, which differ where k is even.
+On a CPU and in float64 this is plain torch; on a GPU it is one kernel forward and two backward
+(linfast.kernels.depthwise_conv), which keep x and weight.
 """
 
 from __future__ import annotations

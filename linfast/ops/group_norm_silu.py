@@ -4,12 +4,9 @@
     u = (h weight + bias) (1 + scale) + shift
     y = u sigmoid(u)
 
-Shapes: x [B, C, ...], weight and bias [C], scale and shift [B, C], y like x. The order of
-scale and shift is that of ADM (Dhariwal and Nichol, 2021) and EDM (Karras et al., 2022).
-
-On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
-kernel each way (linfast.kernels.group_norm_silu), whose backward keeps x, the means and
-the standard deviations.
+The order of scale and shift is that of ADM (Dhariwal and Nichol, 2021) and EDM (Karras et al., 2022). On a CPU and
+in float64 this is plain torch; on a GPU it is one kernel in each direction (linfast.kernels.group_norm_silu), whose
+backward keeps x, the means and the standard deviations.
 """
 
 from __future__ import annotations
@@ -74,7 +71,7 @@ def group_norm_silu_reference(
     if weight is None and bias is not None:  # of this torch's group_norm has no gradient
         weight = torch.ones_like(bias)
     w, b = (None if t is None else t.to(compute) for t in (weight, bias))
-    # Not F.group_norm, which refuses one value a group; its variance is 0.
+    # Not F.group_norm, which refuses one value per group, whose variance is 0.
     if w is None or x.device.type != "cpu" or x.is_contiguous() or not torch.is_grad_enabled():
         out = torch.group_norm(x.to(compute), groups, w, b, eps)
     else:

@@ -1,20 +1,15 @@
 """Latent product: y_b = A_b z_b for column vectors kept as rows, y = z @ A.mT; optionally + alpha z + bias.
 
-Shapes: z [B, n_in], A [n_out, n_in] shared, [B, n_out, n_in] one per sample, or with
-index [B] a bank [K, n_out, n_in] of which row b picks A[index[b]]; y [B, n_out].
-
 | A                | runs                                                                              |
 |------------------|-----------------------------------------------------------------------------------|
 | one              | F.linear: cuBLAS or MKL, which no kernel beats                                    |
-| one per sample   | bmm: reading A once is all the time there is                                      |
+| one per sample   | bmm: it takes as long as reading A once                                           |
 | a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
-|                  | on a CPU and for float64, rows sorted by operator, one product each               |
+|                  | on a CPU and in float64, rows sorted by operator and one product per operator     |
 
-alpha the number and bias are added inside the bank's kernel; alpha a tensor outside, in
-plain torch: reading it on the host would wait for the GPU. Mixed dtypes are computed in the widest.
-
-On a CPU a bank is one op too: how many rows pick an operator depends on the data, which
-would break torch.compile(fullgraph=True).
+A number alpha and the bias are added inside the bank's kernel; a tensor alpha is added outside it, since reading it
+on the host would wait for the GPU. On a CPU a bank is one op too: how many rows pick an operator depends on the
+data, which would break torch.compile(fullgraph=True).
 """
 
 from __future__ import annotations
@@ -62,16 +57,11 @@ def latent_matmul(
         y = y + number * z if number else y
     elif index is None:
         y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
-    elif _is_one_op(z, A):
+    elif uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # see the top
         y = _bank(z, A, index, bias, number)
     else:
         y = bank_reference(z, A, index, bias, number)
     return alpha * z + y if isinstance(alpha, Tensor) else y
-
-
-def _is_one_op(z: Tensor, A: Tensor) -> bool:
-    """Whether a bank's product is the raw op: where its kernel runs, and on a CPU its reference, or its shape."""
-    return uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting())
 
 
 def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:

@@ -1,8 +1,7 @@
 """A whole Linearizer of coupling stacks, y = g_y^-1(A g_x(x)), as one op: x is read once and y is written once.
 
-It is one launch (linfast.kernels.linearizer_stack), after the two of packing, where both stacks fit on the chip
-with the same tile. Elsewhere, and on a CPU, g_x's stack, the product with A and g_y's inverse stack run one after
-another.
+Where both stacks fit on the chip with the same tile it is one launch (linfast.kernels.linearizer_stack) after the
+two of packing. Elsewhere g_x's stack, the product with A and g_y's inverse stack run one after another.
 """
 
 from __future__ import annotations

@@ -1,17 +1,13 @@
 """Low-rank product: y = alpha x + U (V^T x), in O(N r) and never through an N x N matrix.
 
-Shapes: x [B, N], U and V [N, r] shared or [B, N, r] one pair per sample, y [B, N].
-With alpha = 0 U and V may have different N: U [M, r], V [N, r], y [B, M].
+| U, V                            | runs                                                                       |
+|---------------------------------|----------------------------------------------------------------------------|
+| both shared by the batch        | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel does better        |
+| one or both per sample          | on a GPU linfast.kernels.low_rank, fused                                   |
+| on a CPU, float64, mixed dtypes | plain torch, the same order of products                                    |
 
-| U, V                       | runs                                                                        |
-|----------------------------|-----------------------------------------------------------------------------|
-| both shared by the batch   | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel does better         |
-| one or both per sample     | on a GPU linfast.kernels.low_rank, fused; a shared factor's gradient by mm  |
-| on a CPU, float64, mixed dtypes | plain torch, the same order of products                                |
-
-alpha the number is added inside the kernel. alpha a tensor is added outside, in plain torch:
-reading it on the host would wait for the GPU, its gradient sum(g x) is one reduction that
-Inductor fuses, and the pass over x and y is 3 / (2 r + 2) of the factors' traffic.
+A number alpha is added inside the kernel. A tensor alpha is added outside it, in plain torch: reading it on the
+host would wait for the GPU, and the pass over x and y is 3 / (2 r + 2) of the factors' traffic.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def define_op(
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             needs = list(ctx.needs_input_grad[:n])
-            given = (None if gradient is None or _is_absent(gradient) else gradient for gradient in gradients)
+            given = (None if gradient is None or gradient.shape == (0,) else gradient for gradient in gradients)
             arguments = (*ctx.saved_tensors, *given, *ctx.constants, *([needs] if has_needs else []))
             if torch.is_grad_enabled():  # create_graph: the gradients are themselves differentiated, in plain torch
                 results = without_autocast(ctx.saved_tensors[0].device.type, differentiated, *arguments)
@@ -260,11 +260,6 @@ def _filled(fake: _Function, pullback: _Function) -> _Function:
         return outputs
 
     return run
-
-
-def _is_absent(output: Tensor) -> bool:
-    """Whether this stands for an output that was not asked for."""
-    return output.ndim == 1 and output.shape[0] == 0
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -1,14 +1,14 @@
 """Packing a coupling stack's weights for its kernel, in two launches: one torch.cat, and one gather that splits.
 
 All weights, biases and maps of a stack, or of a Linearizer's two stacks and its A, are flattened one after another
-and gathered into rows (linfast.kernels.stack_spec): padded, (shift, raw) in turn. Beside the fp32 weights, which
-gradients are of, go the operands of the products, which they are not: rounded copies, in parts or to tf32
-(linfast.kernels.mlp). It happens at every call, in the graph, so that gradients reach the layers' own tensors;
-``pack_stack`` is separate so that frozen weights are packed once.
+and gathered into rows (linfast.kernels.stack_spec). Beside these fp32 weights, to which the gradients belong, go
+the operands of the products: copies rounded to parts or to tf32 (linfast.kernels.mlp), which have no gradient.
+Packing happens at every call, in the graph, so that gradients reach the layers' own tensors; ``pack_stacks`` is
+separate so that frozen weights are packed once.
 
 A map between layers moves the state itself, and W and W^-1 rounded separately are no longer inverses: its operands
-have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted before, in
-launches of torch's own: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
+have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted beforehand
+by torch's own launches: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
 """
 
 from __future__ import annotations
@@ -28,13 +28,7 @@ from ..scale_maps import ScaleMap
 from .register import define_op
 
 __all__ = [
-    "AffineMap",
-    "CouplingLayer",
-    "CouplingStack",
-    "PackedStack",
-    "StackWeights",
-    "pack_stack",
-    "pack_stacks",
+    *("AffineMap", "CouplingLayer", "CouplingStack", "PackedStack", "StackWeights", "pack_stack", "pack_stacks"),
 ]
 
 
@@ -188,15 +182,9 @@ def pack_stack(
     dtype: torch.dtype,
     head: AffineMap | None = None,
 ) -> PackedStack:
-    """The layers' weights as one launch reads them.
+    """The layers' weights as one launch reads them; the maps' inverses where ``inverse``.
 
-    Args:
-        layers: as ``coupling_stack`` takes them.
-        features: D.
-        inverse: pack the maps' inverses.
-        precision: one of linfast.precision.PRECISIONS.
-        dtype: what parts are rounded to (``half_dtype``).
-        head: the map before the first layer.
+    ``precision`` is one of linfast.precision.PRECISIONS, ``dtype`` what parts are rounded to (``half_dtype``).
     """
     return pack_stacks([StackWeights(layers, features, head, inverse)], precision, dtype)[0]
 
