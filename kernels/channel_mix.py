@@ -247,7 +247,7 @@ def columns_of(
 
 
 def columns_need_int64(n_columns: int, *tensors: Tensor) -> bool:
-    """Whether an offset does, or the number of a column in the last program's tiles."""
+    """Whether an offset, or the number of a column in the last program's tiles, exceeds int32."""
     return needs_int64(*tensors) or n_columns >= 2**31 - 2**20
 
 

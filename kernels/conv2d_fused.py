@@ -150,7 +150,7 @@ def warps_of(tile: ConvTile, mode: Mode) -> int:
 
 
 def silu_form(x: Tensor, spec: ConvSpec) -> int:
-    """The prologue's: -1 for none."""
+    """The form of the SiLU in the prologue; -1 where there is none."""
     return activation_form(x, spec.precision) if spec.activation else -1
 
 

@@ -313,7 +313,7 @@ def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict
 
 
 def reaches_past_int32(x: Tensor, rows: int) -> bool:
-    """Whether an offset within a tile of this many rows does."""
+    """Whether an offset within a tile of this many rows exceeds int32."""
     return rows * x.stride(0) + x.shape[1] * x.stride(1) >= 2**31
 
 

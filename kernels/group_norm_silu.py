@@ -244,7 +244,7 @@ def _group_norm_silu_backward_kernel(
 
 
 def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], list[Tensor], tuple[int, int]]:
-    """weight and bias with stride 1, scale and shift with the same strides; those of them given; these strides."""
+    """weight and bias with stride 1, scale and shift with equal strides; those that are given; these strides."""
     weight, bias, scale, shift = (t if t is None or t.ndim == 2 else t.contiguous() for t in parameters)
     if scale is not None and shift is not None and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stack_spec import DENSE, DIAGONAL, NO_MAPS, padded_half, padded_hidden
+from .stack_spec import DENSE, DIAGONAL, NO_MAPS, padded_hidden
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def config_for(
     H is the widest hidden layer, maps the densest kind of map between layers; with
     ``linearizer`` the tile of two such stacks and A in one launch.
     """
-    width, hidden = 2 * padded_half(D), padded_hidden(H)
+    width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
     for entry in CONFIGS.get((target or "", precision), ()):
         fits = width <= entry.features and hidden <= entry.hidden and n_linear <= entry.n_linear
         if fits and maps <= entry.maps and (entry.linearizer or not linearizer):

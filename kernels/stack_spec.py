@@ -36,13 +36,8 @@ def map_parts(precision: str) -> int:
     return max(N_PARTS[precision], 2)
 
 
-def padded_half(features: int) -> int:
-    """P: a power of two, at least the 16 that a product of operands sums over."""
-    return padded_hidden((features + 1) // 2)
-
-
 def padded_hidden(hidden: int) -> int:
-    """H: a power of two, at least 16."""
+    """H, or P of a half: a power of two, at least the 16 that a product of operands sums over."""
     return 1 << max(hidden - 1, 15).bit_length()
 
 
@@ -74,7 +69,7 @@ class StackLayout:
     row_size: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        half, hidden = padded_half(self.features), [self.hidden] * (self.n_linear - 1)
+        half, hidden = padded_hidden((self.features + 1) // 2), [self.hidden] * (self.n_linear - 1)
         widths = (half, *hidden, 2 * half) if self.n_linear else (half,)
         shapes = tuple(zip(widths[1:], widths[:-1], strict=True))
         matrix_size = sum([n_out * n_in for n_out, n_in in shapes])

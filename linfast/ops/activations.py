@@ -18,4 +18,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 ACTIVATION_NAMES: tuple[str, ...] = tuple(ACTIVATIONS)
-"""A name's place here is its constexpr id in linfast.kernels.mlp."""
+"""The index of a name is its constexpr id in linfast.kernels.mlp."""

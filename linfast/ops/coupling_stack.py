@@ -130,13 +130,13 @@ def mlp_coupling(
 
 
 def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False) -> bool:
-    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps``: the densest of both."""
+    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps``: the densest kind in it."""
     sizes = (layout.features, layout.hidden, layout.n_linear)
     return config_for(*sizes, precision, target_of(x), maps, linearizer) is not None
 
 
 def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:
-    """What the raw op is told of g, whose weights were packed in this layout."""
+    """The raw op's constants for g, whose weights were packed in this layout."""
     bound, floor = g.scale_map.constants
     return StackSpec(
         layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head,
@@ -256,7 +256,7 @@ _coupling_stack = define_op(
 
 
 def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> None:
-    """TypeError or ValueError where a type, an option or a shape does not fit; of packed layers, the width."""
+    """Raise TypeError or ValueError unless types, options and shapes fit; of packed layers the width must."""
     check_tensor("x", x)
     check_kind("layers", g.layers, _SEQUENCES, "a sequence of CouplingLayers")
     for name, choices in (("activation", ACTIVATION_NAMES), ("order", ORDERS), ("moves", HALVES)):

@@ -46,20 +46,15 @@ def depthwise_conv_reference(x: Tensor, weight: Tensor, transpose: bool) -> Tens
     if transpose:
         weight = weight.flip((-2, -1))
     groups = x.shape[1] if weight.ndim == 3 else x.shape[0] * x.shape[1]
-    rows = _padded(x.to(compute), weight, transpose).reshape(
-        -1, groups, x.shape[2] + weight.shape[-2] - 1, x.shape[3] + weight.shape[-1] - 1
-    )
-    kernels = weight.to(compute).reshape(groups, 1, *weight.shape[-2:])
-    return F.conv2d(rows, kernels, groups=groups).reshape(x.shape).to(x.dtype)
-
-
-def _padded(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-    """x with zeros around it, as the taps reach."""
     padding = []
     for k in (weight.shape[-1], weight.shape[-2]):
         left = (k - 1) // 2
         padding += [k - 1 - left, left] if transpose else [left, k - 1 - left]
-    return F.pad(x, padding)
+    rows = F.pad(x.to(compute), padding).reshape(
+        -1, groups, x.shape[2] + weight.shape[-2] - 1, x.shape[3] + weight.shape[-1] - 1
+    )
+    kernels = weight.to(compute).reshape(groups, 1, *weight.shape[-2:])
+    return F.conv2d(rows, kernels, groups=groups).reshape(x.shape).to(x.dtype)
 
 
 _depthwise_conv = define_op(

@@ -88,7 +88,7 @@ def _sorted_rows(index: Tensor, n_operators: int) -> tuple[Tensor, list[int]]:
 
 
 def _is_batched(index: Tensor) -> bool:
-    """Whether vmap runs over the index: then nothing may depend on its values but by torch.where."""
+    """Whether vmap runs over the index, whose values may then be used in torch.where alone."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(index):
         if functorch.is_batchedtensor(index):

@@ -196,7 +196,7 @@ def define_op(
 
 
 def _name(declared: str) -> str:
-    """x of "Tensor? x"."""
+    """The name in a declaration: x of "Tensor? x"."""
     return declared.split()[-1]
 
 

@@ -115,7 +115,7 @@ class PackedStack:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the raw op takes."""
+        """The raw op's arguments after x."""
         return self.weights, self.operands, self.map_operands
 
 
