@@ -279,15 +279,9 @@ def launch_low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tens
 
 
 def launch_low_rank_backward(
-    x: Tensor,
-    U: Tensor,
-    V: Tensor,
-    t: Tensor,
-    grad: Tensor | None,
-    grad_t: Tensor | None,
-    alpha: float,
+    x: Tensor, U: Tensor, V: Tensor, t: Tensor, grad: Tensor | None, grad_t: Tensor | None, alpha: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx, dU, dV), contiguous; [0] where not needed. A gradient that is None is zero."""
     need_x, need_u, need_v = needs
     (batch, n_in), n_out, rank = x.shape, U.shape[-2], V.shape[-1]

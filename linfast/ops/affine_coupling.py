@@ -107,17 +107,9 @@ def couple(value: Tensor, shift: Tensor, log_s: Tensor, order: str, inverse: boo
 
 @torch.no_grad()
 def affine_coupling_undo(
-    y: Tensor,
-    params: Tensor,
-    grad: Tensor,
-    grad_log_det: Tensor | None,
-    scale_map: ScaleMap,
-    *,
-    order: str,
-    layout: str,
-    moves: str,
-    inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    y: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor | None, scale_map: ScaleMap, *, order: str,
+    layout: str, moves: str, inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(x, dx, dparams) where y, log_det = affine_coupling(x, params, ..., inverse=inverse).
 
     The backward from the output alone, for training that keeps no x: grad and grad_log_det
@@ -196,15 +188,9 @@ _affine_coupling = define_op(
 
 
 def check_coupling(
-    x: Tensor,
-    params: Tensor,
-    scale_map: ScaleMap,
-    order: str,
-    layout: str,
-    moves: str,
-    inverse: bool,
+    x: Tensor, params: Tensor, scale_map: ScaleMap, order: str, layout: str, moves: str, inverse: bool,
     log_det: bool,
-) -> None:
+) -> None:  # fmt: skip
     check_tensor("x", x)
     check_tensor("params", params, x)
     check_kind("scale_map", scale_map, ScaleMap)

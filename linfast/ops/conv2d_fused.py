@@ -25,7 +25,7 @@ from ..kernels.launch import like, with_channels
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from .channel_mix import laid_out
-from .group_norm_silu import group_norm_silu, group_norm_silu_reference
+from .group_norm_silu import group_norm_silu, group_norm_silu_reference, moments
 from .register import define_op
 
 __all__ = ["conv2d_fused"]
@@ -49,8 +49,8 @@ def conv2d_fused(
 ) -> tuple[Tensor, Tensor | None]:
     """y = conv(a, weight, padding k // 2) + bias + alpha residual; returned with y's statistics.
 
-    a = silu(group_norm(x) norm_weight + norm_bias), without the SiLU where activation is False; a = x.
-    without groups. The zeros of the padding are a's, not x's. y's dtype is weight's, or residual's where that is wider.
+    a = silu(group_norm(x) norm_weight + norm_bias), without the SiLU where activation is False; a = x where there are
+    no groups. The padding's zeros are a's, not x's. y's dtype is weight's, or residual's where that is wider.
 
     Args:
         x: [B, C_in, H, W], any strides; channels_last is the fast one.
@@ -133,8 +133,7 @@ def conv2d_fused_reference(
     mean, rstd = (x.new_empty((x.shape[0], 0), dtype=torch.float32) for _ in range(2))
     if groups:
         a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, groups, eps, activation)
-        variance, mean = torch.var_mean(x.float().unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
-        rstd = (variance + eps).rsqrt()
+        mean, rstd = moments(x, groups, eps)
     y = _convolved(a.to(weight.dtype), weight, bias, residual, alpha)
     return laid_out(y, x), mean, rstd, _tiles(y, next_groups)
 

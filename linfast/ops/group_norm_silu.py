@@ -92,16 +92,15 @@ def _per_channel(parameter: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
 
 
 def _raw_reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mean, rstd = _moments(x, *rest[4:6])
-    return group_norm_silu_reference(x, *rest), mean.flatten(1).float(), rstd.flatten(1).float()
+    return group_norm_silu_reference(x, *rest), *moments(x, *rest[4:6])
 
 
-def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(var + eps), [B, groups, 1, 1]."""
-    shape = (x.shape[0], groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+def moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps), [B, groups] in fp32."""
+    shape = (x.shape[0], groups, math.prod(x.shape[1:]) // groups)
     grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(shape)
-    mean = grouped.mean((2, 3), keepdim=True)
-    return mean, ((grouped - mean).square().mean((2, 3), keepdim=True) + eps).rsqrt()
+    variance, mean = torch.var_mean(grouped, 2, correction=0)
+    return mean.float(), (variance + eps).rsqrt().float()
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

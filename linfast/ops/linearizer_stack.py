@@ -86,14 +86,9 @@ def linearizer_stack(
 
 
 def pack_linearizer(
-    x: Tensor,
-    g_x: CouplingStack,
-    A: Tensor,
-    g_y: CouplingStack,
-    precision: str,
-    alpha: float = 0.0,
+    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str, alpha: float = 0.0,
     packed: PackedLinearizer | None = None,
-) -> tuple[PackedLinearizer, StackSpec, StackSpec] | None:
+) -> tuple[PackedLinearizer, StackSpec, StackSpec] | None:  # fmt: skip
     """What the one launch for inputs such as x needs: weights, g_x's spec and that of g_y's inverse.
 
     None where there is no such launch: no kernels run, A is not square, the stacks differ in more than their

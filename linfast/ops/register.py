@@ -121,16 +121,14 @@ def define_op(
         backward_launch: another place of the backward's launcher, "module:function".
         has_needs: False for a backward that computes all gradients and is not told ``needs``.
     """
-    head, _, returned = schema.partition(" -> ")
-    name, _, declared = head.rstrip(")").partition("(")
-    inputs, outputs = declared.split(", "), returned.strip("()").split(", ")
+    name, inputs, outputs = _parsed(schema)
     tensors = [argument for argument in inputs if argument.startswith("Tensor")]
     saved, n = saves.split(), len(tensors)
-    places = {_name(argument): i for i, argument in enumerate((*tensors, *outputs))}
-    picks = [places[s] for s in saved]
-    arguments = [(*tensors, *outputs)[i] for i in picks]
-    arguments += [f"Tensor? grad{f'_{_name(output)}' if i else ''}" for i, output in enumerate(outputs)]
-    arguments += [*inputs[n:], *(["bool[] needs"] if has_needs else [])]
+    can_be_saved = [*tensors, *outputs]
+    picks = [[_name(each) for each in can_be_saved].index(s) for s in saved]
+    of_outputs = ["Tensor? grad", *(f"Tensor? grad_{_name(output)}" for output in outputs[1:])]
+    needs_last = ["bool[] needs"] if has_needs else []
+    arguments = [*(can_be_saved[i] for i in picks), *of_outputs, *inputs[n:], *needs_last]
 
     def contiguous(*given: Any) -> list[Tensor | None]:
         by_name = dict(zip(saved, given, strict=False))
@@ -193,6 +191,13 @@ def define_op(
         return run(*inputs)
 
     return call
+
+
+def _parsed(schema: str) -> tuple[str, list[str], list[str]]:
+    """An op's name, and its arguments and outputs as the schema declares them."""
+    head, _, outputs = schema.partition(" -> ")
+    name, _, arguments = head.rstrip(")").partition("(")
+    return name, arguments.split(", "), outputs.strip("()").split(", ")
 
 
 def _name(declared: str) -> str:

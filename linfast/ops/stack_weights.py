@@ -131,13 +131,9 @@ class StackWeights:
     """
 
     def __init__(
-        self,
-        layers: Sequence[CouplingLayer],
-        features: int,
-        head: AffineMap | None = None,
-        inverse: bool = False,
+        self, layers: Sequence[CouplingLayer], features: int, head: AffineMap | None = None, inverse: bool = False,
         shift: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.rows = [*([] if head is None else [CouplingLayer((), (), map=head)]), *layers]
         self.inverse, self.shift = inverse, shift
         hidden, kind = 1, NO_MAPS  # the widest hidden layer, the densest map
