@@ -49,8 +49,8 @@ def conv2d_fused(
 ) -> tuple[Tensor, Tensor | None]:
     """y = conv(a, weight, padding k // 2) + bias + alpha residual; returned with y's statistics.
 
-    a = silu(group_norm(x) norm_weight + norm_bias), without the SiLU where activation is False; a = x where there are
-    no groups. The padding's zeros are a's, not x's. y's dtype is weight's, or residual's where that is wider.
+    a = silu(group_norm(x) norm_weight + norm_bias), without the SiLU where activation is False; a = x where groups
+    is 0. The padding's zeros are a's, not x's. y's dtype is weight's, or residual's where that is wider.
 
     Args:
         x: [B, C_in, H, W], any strides; channels_last is the fast one.
