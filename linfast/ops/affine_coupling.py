@@ -24,8 +24,8 @@ from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .register import define_op
 
 __all__ = [
-    *("HALVES", "LAYOUTS", "ORDERS", "affine_coupling", "affine_coupling_reference", "affine_coupling_undo"),
-    *("check_coupling", "couple", "couple_backward", "coupling_constants", "raw_coupling_reference", "split_sizes"),
+    *("HALVES", "LAYOUTS", "ORDERS", "affine_coupling", "affine_coupling_undo", "check_coupling", "couple"),
+    *("coupled", "coupling_constants", "raw_coupling_reference", "split_sizes"),
 ]
 
 ORDERS = ("shift_first", "scale_first")
@@ -68,11 +68,15 @@ def affine_coupling(
         ValueError: an unknown option, or params whose shape does not fit x.
     """
     check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
-    spec = coupling_constants(scale_map, order, layout, moves, inverse, log_det)
-    if uses_triton(x, params):
-        y, total = _affine_coupling(x, params, *spec)
-        return y, total if log_det else None
-    return affine_coupling_reference(x, params, scale_map, spec)
+    return coupled(x, params, scale_map, coupling_constants(scale_map, order, layout, moves, inverse, log_det))
+
+
+def coupled(x: Tensor, params: Tensor, scale_map: ScaleMap, spec: CouplingSpec) -> tuple[Tensor, Tensor | None]:
+    """``affine_coupling`` of arguments that have been checked."""
+    if not uses_triton(x, params):
+        return affine_coupling_reference(x, params, scale_map, spec)
+    y, total = _affine_coupling(x, params, *spec)
+    return y, total if spec.log_det else None
 
 
 def affine_coupling_reference(

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..dispatch import autocast_dtype, uses_triton
 from ..kernels.launch import COUPLING_SCHEMA, like, with_channels
 from ..scale_maps import ScaleMap
-from .affine_coupling import affine_coupling, check_coupling, coupling_constants, raw_coupling_reference
+from .affine_coupling import check_coupling, coupled, coupling_constants, raw_coupling_reference
 from .channel_mix import channel_mix, channel_mix_reference, check_mix, laid_out
 from .register import define_op
 
@@ -59,14 +59,12 @@ def coupling_mix(
     """
     check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
     check_mix(x, weight, bias)
+    spec = coupling_constants(scale_map, order, layout, moves, inverse, log_det)
     if not (uses_triton(x, params, weight) and _fuses(x, weight)):
-        u, total = affine_coupling(
-            x, params, scale_map, order=order, layout=layout, moves=moves, inverse=inverse, log_det=log_det
-        )
+        u, total = coupled(x, params, scale_map, spec)
         return channel_mix(u, weight, bias), total
     weight = weight if autocast_dtype(x.device.type) is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(weight.dtype)
-    spec = coupling_constants(scale_map, order, layout, moves, inverse, log_det)
     y, total = _coupling_mix(x, params, weight, bias, *spec)
     return y, total if log_det else None
 
