@@ -12,39 +12,30 @@ g = dL/dy and h = dL/d log|det|:
     inverse   dm = g e^-l    dt = -g / -dm     dl = -g (y + t) - h / -g y - h
     dr = dl * dl/dr,  dk = g
 
-so x need not be saved. Bytes, forward: x and y once, params (as many elements as twice
-the moved half) once: 4 (C + C + 2 C_m) P per sample in fp32, and 4 B for the log-det.
-Backward: y's and g's moved halves, g's kept half, params in; dx, dparams out.
+so x need not be saved. Bytes per sample in fp32, forward: 4 (C + C + 2 C_m) P for x, y and params, and 4 for the
+log-determinant. Backward: in come y's and g's moved halves, g's kept half and params; out go dx and dparams.
 
-A program takes a tile of rows (batch, outer) by columns (inner) of both halves (see
-``launch.Walk``). log|det| is summed within a tile and then over a row's tiles by torch:
-no atomics, the same bits every time.
+A program takes a tile of rows (batch, outer) by columns (inner) of both halves (see ``launch.Walk``). log|det| is
+summed within a tile and then over a row's tiles by torch: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile, Walk, ceil_div, device_guard, like, needs_int64, positions, tile_for, walk
+from .launch import CouplingSpec, Tile, Walk, ceil_div, device_guard, like, needs_int64, positions, tile_for, walk
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 
-__all__ = [
-    "TILES",
-    "halves",
-    "launch_affine_coupling",
-    "launch_affine_coupling_backward",
-    "load_coupled",
-    "shift_and_raw",
-]
-
-# (widest row in elements, tile). 1024 elements over 128 threads are 8 a thread: two 16-byte
+# (widest row in elements, tile). 1024 elements over 128 threads are 8 per thread: two 16-byte
 # loads of each tensor in flight, and 32 registers forward, 44 backward on sm_90 (2048 elements:
 # 56 and 72, half the warps resident).
 TILES: tuple[tuple[int, Tile], ...] = (
-    (16, Tile(rows=64, columns=16, num_warps=4)),  # narrow vectors: many samples a tile
+    (16, Tile(rows=64, columns=16, num_warps=4)),  # narrow vectors: many samples per tile
     (64, Tile(rows=16, columns=64, num_warps=4)),  # D = 128 and below
     (256, Tile(rows=4, columns=256, num_warps=4)),
     (1 << 62, Tile(rows=1, columns=1024, num_warps=4)),  # images, wide vectors: one long run
@@ -204,22 +195,8 @@ def _affine_coupling_backward_kernel(
     tl.store(draw_ptr + q_at, draw.to(draw_ptr.dtype.element_ty), mask=moves)
 
 
-def halves(x: Tensor, moves_second: bool) -> tuple[Tensor, Tensor]:
-    """(moved, kept) views along dim 1."""
-    first = (x.shape[1] + 1) // 2
-    parts = (x[:, :first], x[:, first:])
-    return parts[::-1] if moves_second else parts
-
-
-def shift_and_raw(params: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """Views of [B, 2 C, P]."""
-    if interleaved:
-        return params[:, 0::2], params[:, 1::2]
-    return params[:, : params.shape[1] // 2], params[:, params.shape[1] // 2 :]
-
-
 def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...], int, int, Tile]:
-    """((n_rows, n_outer, outer and inner extents of each half), programs, tiles of a row, tile)."""
+    """((n_rows, n_outer, outer and inner extents of each half), programs, tiles per row, tile)."""
     (outer_m, inner_m), (outer_k, inner_k) = path.sizes(moved), path.sizes(kept)
     n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
     n_rows, tile = moved.shape[0] * n_outer, tile_for(inner, TILES)
@@ -228,64 +205,43 @@ def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...],
     return sizes, ceil_div(n_rows, tile.rows) * n_tiles, n_tiles, tile
 
 
-def launch_affine_coupling(
-    x: Tensor,
-    params: Tensor,
-    kind: int,
-    bound: float,
-    floor: float,
-    scale_first: bool,
-    interleaved: bool,
-    moves_second: bool,
-    inverse: bool,
-    log_det: bool,
-) -> tuple[Tensor, Tensor]:
+def launch_affine_coupling(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     """(y like x, log_det [B] fp32; [0] where not asked for)."""
-    y = like(x)
+    spec, y = CouplingSpec(*constants), like(x)
     if x.numel() == 0:
-        return y, x.new_zeros(x.shape[0] if log_det else 0, dtype=torch.float32)
-    moved, kept = halves(positions(x), moves_second)
-    y_moved, y_kept = halves(positions(y), moves_second)
-    shift, raw = shift_and_raw(positions(params), interleaved)
+        return y, x.new_zeros(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
+    moved, kept = spec.halves(positions(x))
+    y_moved, y_kept = spec.halves(positions(y))
+    shift, raw = spec.shift_and_raw(positions(params))
     path = walk(moved, kept, shift, y_moved, y_kept)
     sizes, programs, n_tiles, tile = _row_grid(path, moved, kept)
-    partial = x.new_empty((x.shape[0], sizes[1] * n_tiles) if log_det else (0,), dtype=torch.float32)
+    partial = x.new_empty((x.shape[0], sizes[1] * n_tiles) if spec.log_det else (0,), dtype=torch.float32)
     with device_guard(x):
         _affine_coupling_kernel[(programs,)](
             moved, kept, shift, raw, y_moved, y_kept, partial, *sizes,
-            *path.strides(moved), *path.strides(shift), *path.strides(y_moved), bound, floor,
-            KIND=kind, SCALE_FIRST=scale_first, INVERSE=inverse, LOG_DET=log_det,
-            INT64=needs_int64(x, y, params), ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.num_warps,
+            *path.strides(moved), *path.strides(shift), *path.strides(y_moved), spec.bound, spec.floor,
+            LOG_DET=spec.log_det, INT64=needs_int64(x, y, params), ROWS=tile.rows, COLUMNS=tile.columns,
+            num_warps=tile.num_warps, **spec.constexprs,
         )  # fmt: skip
-    if not log_det:
+    if not spec.log_det:
         return y, partial
     return y, partial[:, 0] if partial.shape[1] == 1 else partial.sum(1)
 
 
 def launch_affine_coupling_backward(
-    y: Tensor,
-    params: Tensor,
-    grad: Tensor | None,
-    grad_log_det: Tensor | None,
-    kind: int,
-    bound: float,
-    floor: float,
-    scale_first: bool,
-    interleaved: bool,
-    moves_second: bool,
-    inverse: bool,
-    log_det: bool,
+    y: Tensor, params: Tensor, grad: Tensor | None, grad_log_det: Tensor | None, *constants: Any
 ) -> tuple[Tensor, Tensor]:
     """(dx like y, dparams like params). A gradient that is None is zero."""
     dx, dparams = like(y), like(params)
+    spec = CouplingSpec(*constants)
     if y.numel() == 0:
         return dx, dparams
     grad = y.new_zeros(()).expand_as(y) if grad is None else grad
-    y_moved, _ = halves(positions(y), moves_second)
-    grad_moved, grad_kept = halves(positions(grad), moves_second)
-    dx_moved, dx_kept = halves(positions(dx), moves_second)
-    shift, raw = shift_and_raw(positions(params), interleaved)
-    dshift, draw = shift_and_raw(positions(dparams), interleaved)
+    y_moved, _ = spec.halves(positions(y))
+    grad_moved, grad_kept = spec.halves(positions(grad))
+    dx_moved, dx_kept = spec.halves(positions(dx))
+    shift, raw = spec.shift_and_raw(positions(params))
+    dshift, draw = spec.shift_and_raw(positions(dparams))
     path = walk(y_moved, grad_moved, grad_kept, shift, dshift, dx_moved, dx_kept)
     sizes, programs, _, tile = _row_grid(path, grad_moved, grad_kept)
     h = grad if grad_log_det is None else grad_log_det
@@ -293,9 +249,8 @@ def launch_affine_coupling_backward(
         _affine_coupling_backward_kernel[(programs,)](
             y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw, *sizes,
             *path.strides(y_moved), *path.strides(shift), *path.strides(grad_moved), *path.strides(dx_moved),
-            *path.strides(dshift), h.stride(0), bound, floor,
-            KIND=kind, SCALE_FIRST=scale_first, INVERSE=inverse, LOG_DET=grad_log_det is not None,
-            INT64=needs_int64(y, params, grad, dx, dparams), ROWS=tile.rows, COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
+            *path.strides(dshift), h.stride(0), spec.bound, spec.floor,
+            LOG_DET=grad_log_det is not None, INT64=needs_int64(y, params, grad, dx, dparams), ROWS=tile.rows,
+            COLUMNS=tile.columns, num_warps=tile.num_warps, **spec.constexprs,
         )  # fmt: skip
     return dx, dparams

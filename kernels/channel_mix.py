@@ -1,28 +1,28 @@
-"""Channel mix on [batch, channel, position]: one matrix over every position, x read once, y written once.
+"""Channel mix on [batch, channel, position]: one matrix for every position, x read once, y written once.
 
     y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o]
     dx[b, c, p] = sum_o W[o, c] dy[b, o, p]        the same kernel on W's transpose
     dW[o, c] = sum_{b, p} dy[b, o, p] x[b, c, p],  dbias[o] = sum_{b, p} dy[b, o, p]
 
-The inverse is the same map with W^-1 and -W^-1 bias, so there is no second kernel. The
-backward keeps x, for dW, and W. Bytes, forward and dx: x and y once, W from the cache;
-dW: x and dy once, and the partials, 4 O C bytes a split.
+The backward keeps W and, for dW, x. Bytes, forward and dx: x and y once, W from the cache; dW: x and dy once, and
+the partial sums, 4 O C bytes per split.
 
-Batch and positions are one axis of columns n = b P + p; where every view merges them
-(channels_last, one sample, one position) the division by P is compiled out. Few channels
-along runs of positions: a vector per channel, multiply-adds with W's elements as scalars.
-More channels, or channels innermost: tl.dot over chunks of channels, always [O, C] @ [C, N]:
-the compiler orders each load along the run it finds. fp32 products are "ieee", so exact;
-half-precision products run on the matrix units with fp32 sums.
+Batch and positions are one axis of columns n = b P + p; where every view merges them (channels_last, one sample,
+one position) the division by P is compiled out. Few channels along runs of positions are a vector per channel, in
+multiply-adds with W's elements as scalars. More channels, or channels innermost, are tl.dot over chunks of
+channels, always [O, C] @ [C, N]: the compiler orders each load along the run that it finds. fp32 products are
+"ieee", so exact; half-precision products run on the matrix units with fp32 sums.
 
-dW splits the columns into at most SPLITS parts, each a partial product that torch sums:
-no atomics, the same bits every time. An fp32 product is one chain of multiply-adds from the first term to the
-last, whose error grows with its length: a split adds up chains of RUN chunks.
+dW splits the columns into at most SPLITS parts, each a partial product that torch sums: no atomics, the same bits
+every time. An fp32 product is one chain of multiply-adds, whose error grows with its length: a split adds up chains
+of RUN chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -31,31 +31,10 @@ from torch import Tensor
 
 from .launch import ceil_div, device_guard, needs_int64, positions, tile_for, with_channels
 
-__all__ = [
-    "DOTS",
-    "SPLITS",
-    "UNROLLED",
-    "WEIGHTS",
-    "MixTile",
-    "column_numbers",
-    "column_offsets",
-    "column_strides",
-    "count_columns",
-    "dot_chunk",
-    "half_precision",
-    "launch_channel_mix",
-    "launch_channel_mix_backward",
-    "load_channels",
-    "merged",
-    "store_products",
-    "weight_partials",
-    "weighted_sum",
-]
-
 
 @dataclass(frozen=True)
 class MixTile:
-    """A program's outputs (channels; of dW: by as many inputs), columns, channels a chunk, and warps."""
+    """Outputs per program (for dW a square of outputs by inputs), columns, channels per chunk, and warps."""
 
     outputs: int
     columns: int
@@ -66,8 +45,8 @@ class MixTile:
 # (widest C or O, tile). Four columns per thread is one 16-byte load per channel; all channels of
 # x are held at once, so more columns only where channels are few.
 UNROLLED: tuple[tuple[int, MixTile], ...] = (
-    (4, MixTile(outputs=4, columns=1024, depth=4, num_warps=4)),  # 32 values a thread
-    (15, MixTile(outputs=16, columns=512, depth=16, num_warps=4)),  # up to 60 values a thread
+    (4, MixTile(outputs=4, columns=1024, depth=4, num_warps=4)),  # 32 values per thread
+    (15, MixTile(outputs=16, columns=512, depth=16, num_warps=4)),  # up to 60 values per thread
 )
 
 # (widest O, tile). All outputs in one program, so that x is read once; chunks of 16 channels,
@@ -86,7 +65,7 @@ WEIGHTS: tuple[tuple[int, MixTile], ...] = (
     (1 << 62, MixTile(outputs=64, columns=32, depth=32, num_warps=4)),
 )
 RUN = tl.constexpr(8)
-SPLITS = 512  # about four programs a multiprocessor; the partials of C = 128 are then 32 MB
+SPLITS = 512  # about four programs per multiprocessor; the partials of C = 128 are then 32 MB
 _CHUNKS_A_SPLIT = 8  # fewer chunks would write more partials than they read
 
 
@@ -256,10 +235,20 @@ def _channel_mix_weight_kernel(
         tl.store(dbias_ptr + split * n_out + o, dbias, mask=mask)
 
 
-def merged(*views: Tensor) -> bool:
-    """Whether batch and positions are one run with one stride in each of these."""
+def columns_of(
+    tile: MixTile, views: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
+    """A launch over the columns of these views [B, C, P] of tensors: its grid, (B, P), and its constants."""
     batch, _, count = views[0].shape
-    return batch == 1 or count == 1 or all(view.stride(0) == count * view.stride(2) for view in views)
+    merged = batch == 1 or count == 1 or all(view.stride(0) == count * view.stride(2) for view in views)
+    int64 = columns_need_int64(batch * count, *tensors)
+    options = {"MERGED": merged, "INT64": int64, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
+    return (ceil_div(batch * count, tile.columns),), (batch, count), options
+
+
+def columns_need_int64(n_columns: int, *tensors: Tensor) -> bool:
+    """Whether an offset, or the number of a column in the last program's tiles, exceeds int32."""
+    return needs_int64(*tensors) or n_columns >= 2**31 - 2**20
 
 
 def column_strides(view: Tensor) -> tuple[int, int, int]:
@@ -279,28 +268,21 @@ def launch_channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def _mix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y = W x + bias on [B, C, P] views."""
     n_out, n_in = weight.shape
-    n_columns = x.shape[0] * x.shape[2]
-    int64 = needs_int64(x, y, weight) or n_columns >= 2**31 - 2**16
     bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))
-    strides = (
-        *column_strides(x), weight.stride(0), weight.stride(1), stride_bo, *column_strides(y)
-    )  # fmt: skip
-    shared = {"BIAS": bias is not None, "MERGED": merged(x, y), "INT64": int64}
-    channels_innermost = x.stride(1) < column_strides(x)[2]
+    unrolled = max(n_in, n_out) < 16 and x.stride(1) >= column_strides(x)[2]
+    tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for(n_out, DOTS)
+    (programs,), sizes, options = columns_of(tile, (x, y), (x, y, weight))
+    sizes += (*column_strides(x), *weight.stride(), stride_bo, *column_strides(y))
     with device_guard(x):
-        if max(n_in, n_out) < 16 and not channels_innermost:
-            tile = tile_for(max(n_in, n_out), UNROLLED)
-            _channel_mix_unrolled_kernel[(ceil_div(n_columns, tile.columns),)](
-                x, weight, bias_or_x, y, x.shape[0], x.shape[2], *strides,
-                N_IN=n_in, N_OUT=n_out, COLUMNS=tile.columns, num_warps=tile.num_warps, **shared,
+        if unrolled:
+            _channel_mix_unrolled_kernel[(programs,)](
+                x, weight, bias_or_x, y, *sizes, N_IN=n_in, N_OUT=n_out, BIAS=bias is not None, **options
+            )
+        else:
+            _channel_mix_dot_kernel[(programs, ceil_div(n_out, tile.outputs))](
+                x, weight, bias_or_x, y, n_in, n_out, *sizes, HALF=half_precision(x, weight),
+                BIAS=bias is not None, OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
             )  # fmt: skip
-            return
-        tile = tile_for(n_out, DOTS)
-        _channel_mix_dot_kernel[(ceil_div(n_columns, tile.columns), ceil_div(n_out, tile.outputs))](
-            x, weight, bias_or_x, y, n_in, n_out, x.shape[0], x.shape[2], *strides,
-            HALF=half_precision(x, weight), OUTPUTS=tile.outputs, COLUMNS=tile.columns, DEPTH=tile.depth,
-            num_warps=tile.num_warps, **shared,
-        )  # fmt: skip
 
 
 def half_precision(a: Tensor, b: Tensor) -> bool:
@@ -309,13 +291,11 @@ def half_precision(a: Tensor, b: Tensor) -> bool:
 
 def launch_channel_mix_backward(
     x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias); [0] for those that are not needed."""
-    dx = with_channels(x, x.shape[1]) if needs[0] else x.new_empty(0)
-    if needs[0] and dx.numel():
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias); None for those that are not needed."""
+    dx, dweight, dbias = with_channels(x, x.shape[1]) if needs[0] else None, None, None
+    if dx is not None and dx.numel():
         _mix(positions(grad), weight.t(), None, positions(dx))
-    dweight = weight.new_empty(weight.shape if needs[1] else 0)
-    dbias = weight.new_empty(weight.shape[0] if needs[2] else 0)
     if needs[1] or needs[2]:
         partial, partial_bias = weight_partials(positions(x), positions(grad), needs[1], needs[2])
         if needs[1]:
@@ -336,14 +316,11 @@ def weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: boo
     dbias = x.new_empty((splits, n_out) if needs_bias else (0,), dtype=torch.float32)
     if splits == 0:
         return dweight, dbias
-    int64 = needs_int64(x, grad) or n_columns >= 2**31 - 2**20
+    _, sizes, options = columns_of(tile, (x, grad), (x, grad))
+    grid = (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
     with device_guard(x):
-        _channel_mix_weight_kernel[
-            (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
-        ](
-            x, grad, dweight, dbias, n_in, n_out, x.shape[0], x.shape[2], n_chunks,
-            *column_strides(x), *column_strides(grad),
-            HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, MERGED=merged(x, grad), INT64=int64,
-            OUTPUTS=tile.outputs, COLUMNS=tile.columns, num_warps=tile.num_warps,
+        _channel_mix_weight_kernel[grid](
+            x, grad, dweight, dbias, n_in, n_out, *sizes, n_chunks, *column_strides(x), *column_strides(grad),
+            HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, OUTPUTS=tile.outputs, **options,
         )  # fmt: skip
     return dweight, dbias

@@ -1,53 +1,56 @@
 """Tiles of conv2d_fused, and where it runs instead of torch's convolution. No Triton here: the op asks too.
 
-Who runs what, predicted: no GPU was at hand, and nothing here is a timing. Per output position, with C channels in
-and out and e bytes a number, a residual block's two norms, two convolutions, shift and skip move 13 C e bytes as
-torch's kernels (norm 2 each, conv 2 each, shift 2, sum 3) and 6 C e fused (statistics 1, conv 2 each, skip 1;
-the second norm's statistics come with the first convolution's output). Each product C x C x 9 is done either way.
+What runs where is predicted from data-sheet rates, not timed. Per output position, with C channels in and out and e
+bytes per number, a residual block's two norms, two convolutions, shift and skip move 13 C e bytes in torch's
+kernels (norm 2 each, conv 2 each, shift 2, sum 3) and 6 C e fused (statistics 1, conv 2 each, skip 1; the second
+norm's statistics come with the first convolution's output). Either way each product is C x C x 9.
 
-    C = 16, tf32: 4.6 kFLOP a convolution, 12 ps at 400 TFLOP/s; 448 bytes saved a block: 67 ps a convolution at
-                  3.35 TB/s. The prologue runs once a tap: 9 x 16 tanh.approx, 39 ps at 16 a cycle
-                  of each of 132 SMs, 1.755 GHz.
-    C = 64, tf32: 74 kFLOP, 184 ps; 268 ps saved; prologue 155 ps beside the products, on other units.
+    C = 16, tf32: 4.6 kFLOP per convolution, 12 ps at 400 TFLOP/s; 448 bytes saved per block: 67 ps per convolution
+                  at 3.35 TB/s. The prologue runs once per tap: 9 x 16 tanh.approx, 39 ps at 16 per cycle of each of
+                  132 SMs, 1.755 GHz.
+    C = 64, tf32: 74 kFLOP, 184 ps; 268 ps saved; the prologue's 155 ps run beside the products, on other units.
     C = 128, tf32: 295 kFLOP, 740 ps at full rate, of which cuDNN may reach twice the share that gathered tiles do:
                   more than the 535 ps saved.
 
-So ours up to 64 channels, cuDNN above. The modes of several bf16 products cost 3 or 6 of these, two special
-functions a SiLU and the splitting of every operand at every tap, against cuDNN's fp32 on the ordinary units:
-ours up to 32. Below 8 channels most of a tile's least depth, 16, is padding. Without a norm in front only the
-epilogue is fused: the same limits. Of gfx942's two sides nothing is known: torch there.
+So ours runs up to 64 channels and cuDNN above. The modes of several bf16 products cost 3 or 6 of these, two special
+functions per SiLU and the splitting of every operand at every tap, against cuDNN's fp32 on the ordinary units: ours
+runs up to 32. Below 8 channels most of a tile's least depth, 16, is padding. Without a norm in front only the
+epilogue is fused: the same limits. Of gfx942 nothing is known: torch runs there.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
 
 from .launch import ceil_div, power_of_two, tile_for
 
-__all__ = [
-    "NARROWEST",
-    "TILES",
-    "WEIGHT_TILES",
-    "WIDEST",
-    "WIDEST_1X1",
-    "ConvTile",
-    "choose_tile",
-    "choose_weight_tile",
-    "handed_over",
-    "n_row_tiles",
-    "padded_group",
-    "runs_fused",
-    "tile_rows_of",
-    "weight_splits",
-]
+
+class ConvSpec(NamedTuple):
+    """The constants of conv2d_fused's raw ops, in their order; the public function says what they are."""
+
+    groups: int
+    eps: float
+    activation: bool
+    alpha: float
+    next_groups: int
+    precision: str
+    part_dtype: torch.dtype
+
+
+CONV_SCHEMA = (
+    "int groups, float eps, bool activation, float alpha, int next_groups, str precision, ScalarType part_dtype"
+)
 
 
 @dataclass(frozen=True)
 class ConvTile:
-    """Positions by output channels of a program, input channels a step, how far loads run ahead, warps.
+    """Positions by output channels of a program, input channels per step, how far loads run ahead, warps.
 
     ``split_warps``: warps where operands are taken in parts. Of the weight gradient, ``columns`` output by
-    ``depth`` input channels, ``rows`` positions a step.
+    ``depth`` input channels, ``rows`` positions per step.
     """
 
     rows: int
@@ -65,10 +68,7 @@ TILES: tuple[tuple[int, ConvTile], ...] = (
     (16, ConvTile(rows=64, columns=16, depth=16, stages=2, num_warps=4, split_warps=4)),
     (32, ConvTile(rows=64, columns=32, depth=16, stages=2, num_warps=4, split_warps=4)),
     (64, ConvTile(rows=64, columns=64, depth=16, stages=2, num_warps=8, split_warps=4)),
-    (
-        1 << 62,
-        ConvTile(rows=64, columns=128, depth=16, stages=2, num_warps=8, split_warps=8),
-    ),
+    (1 << 62, ConvTile(rows=64, columns=128, depth=16, stages=2, num_warps=8, split_warps=8)),
 )
 
 # (widest of C_in and C_out, tile) of the weight gradient: 32 steps of two 16-bit dots, or of four of tf32.
@@ -77,7 +77,7 @@ WEIGHT_TILES: tuple[tuple[int, ConvTile], ...] = (
     (32, ConvTile(rows=32, columns=32, depth=32, stages=2, num_warps=4, split_warps=4)),  # 64 rows spill on sm_100
     (1 << 62, ConvTile(rows=32, columns=64, depth=64, stages=2, num_warps=8, split_warps=8)),
 )
-_SPLITS = 128  # a split has nine taps: 1152 programs, and 4.7 MB of partial sums at C = 32
+_SPLITS = 128  # each split has nine taps: 1152 programs, and 4.7 MB of partial sums at C = 32
 _STEPS_A_SPLIT = 8  # fewer would write more partial sums than they read
 
 # The widest of C_in and C_out that runs fused, by precision, and the narrowest: the docstring's arithmetic.
@@ -93,31 +93,20 @@ def runs_fused(n_in: int, n_out: int, kernel: int, precision: str, target: str |
     return min(n_in, n_out) >= NARROWEST and max(n_in, n_out) <= widest and target in _TARGETS
 
 
-def choose_tile(n_out: int, n_positions: int) -> ConvTile:
-    """The tile of images of so many positions."""
-    tile = tile_for(n_out, TILES)
-    return replace(tile, rows=_rows(tile, n_positions))
-
-
-def choose_weight_tile(n_in: int, n_out: int, n_positions: int) -> ConvTile:
-    """The weight gradient's."""
-    tile = tile_for(max(n_in, n_out), WEIGHT_TILES)
-    return replace(tile, rows=_rows(tile, n_positions))
-
-
-def _rows(tile: ConvTile, n_positions: int) -> int:
-    """The tile's, or as many as the image takes; 16 are a dot's least."""
-    return min(tile.rows, max(power_of_two(n_positions), 16))
+def choose_tile(n_out: int, n_positions: int, table: tuple[tuple[int, ConvTile], ...] = TILES) -> ConvTile:
+    """The tile of images of this many positions; of the weight gradient, by the wider of C_in and C_out."""
+    tile = tile_for(n_out, table)
+    return replace(tile, rows=min(tile.rows, max(power_of_two(n_positions), 16)))  # 16 rows are a dot's least
 
 
 def weight_splits(n_steps: int) -> tuple[int, int]:
-    """(splits, steps of each) of the weight gradient's sum over so many tiles of positions."""
+    """(splits, steps per split) of the weight gradient's sum over this many tiles of positions."""
     steps = max(_STEPS_A_SPLIT, ceil_div(n_steps, _SPLITS))
     return ceil_div(n_steps, steps), steps
 
 
 def padded_group(n_channels: int, groups: int) -> int:
-    """Columns that a group takes in a tile that is summed group by group; 0 groups are none: 1."""
+    """Columns that each group takes in a tile that is summed group by group; 1 where there are no groups."""
     return power_of_two(n_channels // groups) if groups else 1
 
 
@@ -132,5 +121,5 @@ def n_row_tiles(n_out: int, n_positions: int) -> int:
 
 
 def tile_rows_of(n_tiles: int, n_positions: int) -> int:
-    """The rows, a power of two, of tiles of which so many hold so many positions; any that holds them, of one."""
+    """The rows, a power of two, of each of ``n_tiles`` tiles that together hold ``n_positions``."""
     return power_of_two(ceil_div(n_positions, n_tiles))

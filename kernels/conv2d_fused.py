@@ -5,12 +5,12 @@ With m, r of each group of channels, l = k // 2 and zeros around a (not around x
     a[b, c, i, j] = silu((x - m) r w_c + b_c)                    or without the SiLU, or x itself
     y[b, o, i, j] = sum_{c, u, v} W[o, c, u, v] a[b, c, i + u - l, j + v - l] + bias[(b,) o] + alpha z[b, o, i, j]
 
-A program makes ROWS positions of one sample by COLUMNS output channels. It walks C in steps of DEPTH and in
-each the k^2 taps: [ROWS, DEPTH] of a, made from x as it is loaded, times [DEPTH, COLUMNS] of W, in the modes of
-kernels/mlp.py with fp32 sums. So a is never stored: it is computed once a tap, from x in the L1. m and r come from
-tiles of sums (kernels/group_statistics.py), which each program adds up for its channels; of y's own
-groups it can write such tiles, for the next norm. The transposed convolution of the backward is the same kernel
-on W with its channels swapped and its taps read backwards, both by strides.
+A program makes ROWS positions of one sample by COLUMNS output channels. It walks C in steps of DEPTH and in each
+the k^2 taps: [ROWS, DEPTH] of a, computed from x as it is loaded, times [DEPTH, COLUMNS] of W, in the modes of
+kernels/mlp.py with fp32 sums. So a is never stored: it is computed once per tap, from x in the L1. m and r come
+from tiles of sums (kernels/group_statistics.py), which each program adds up for its channels; it can write such
+tiles of y's own groups, for the next norm. The transposed convolution of the backward is the same kernel on W with
+its channels swapped and its taps read backwards, both by strides.
 
 Bytes: x k^2 times from the L1 and about once from memory, W from the L2, z and y once.
 """
@@ -18,29 +18,22 @@ Bytes: x k^2 times from the L1 and about once from memory, W from the L2, z and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv2d_configs import ConvTile, choose_tile, n_row_tiles, padded_group, tile_rows_of
+from .conv2d_configs import ConvSpec, ConvTile, choose_tile, n_row_tiles, padded_group, tile_rows_of
 from .group_statistics import group_moments, grouped_channels, launch_group_statistics, store_group_tiles
 from .launch import ceil_div, device_guard, needs_int64, with_channels
-from .mlp import activate
+from .mlp import activate, activation_form
 from .row_products import Mode, dot
-
-__all__ = [
-    *("SILU_FORMS", "activated", "apply_conv", "launch_conv2d_fused", "mode_of"),
-    *("norm_of_channels", "positions_of", "silu_form", "warps_of"),
-]
+from .stack_spec import N_PARTS
 
 _SILU = tl.constexpr(1)
 _PLAIN = tl.constexpr(-1)
-
-_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
-# kernels/mlp.py's forms of SiLU, on NVIDIA and elsewhere: none errs by more than its mode does.
-SILU_FORMS = {"exact": (0, 0), "high": (0, 0), "tf32": (2, 1), "fast": (2, 1)}
 
 
 @triton.jit
@@ -145,38 +138,28 @@ def _conv2d_fused_kernel(
         )  # fmt: skip
 
 
-def mode_of(precision: str, dtype: torch.dtype, part_dtype: torch.dtype) -> Mode:
+def mode_of(spec: ConvSpec, dtype: torch.dtype) -> Mode:
     """Parts of the operands: 16-bit weights are one part of their own type."""
     if dtype != torch.float32:
         return Mode(1, dtype)
-    return Mode(_PARTS[precision], torch.float32 if precision == "tf32" else part_dtype)
+    return Mode(N_PARTS[spec.precision], torch.float32 if spec.precision == "tf32" else spec.part_dtype)
 
 
 def warps_of(tile: ConvTile, mode: Mode) -> int:
     return tile.num_warps if mode.parts == 1 else tile.split_warps
 
 
-def silu_form(x: Tensor, precision: str, activation: bool) -> int:
-    """The prologue's: -1 for none."""
-    return SILU_FORMS[precision][not (x.is_cuda and torch.version.hip is None)] if activation else -1
+def silu_form(x: Tensor, spec: ConvSpec) -> int:
+    """The form of the SiLU in the prologue; -1 where there is none."""
+    return activation_form(x, spec.precision) if spec.activation else -1
 
 
 def apply_conv(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    mode: Mode,
-    *,
-    transpose: bool = False,
-    bias: Tensor | None = None,
-    norm: Sequence[Tensor | None] = (None, None),
-    moments: Sequence[Tensor | None] = (None, None, None),
-    eps: float = 0.0,
-    form: int = -1,
-    residual: Tensor | None = None,
-    alpha: float = 0.0,
+    x: Tensor, weight: Tensor, y: Tensor, mode: Mode, *, transpose: bool = False, bias: Tensor | None = None,
+    norm: Sequence[Tensor | None] = (None, None), moments: Sequence[Tensor | None] = (None, None, None),
+    eps: float = 0.0, form: int = -1, residual: Tensor | None = None, alpha: float = 0.0,
     next_tiles: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """y <- the formula above, or its transpose applied to x.
 
     ``norm``: w and b; ``moments``: tiles of sums in, mean and rstd out, or None and no norm.
@@ -191,7 +174,6 @@ def apply_conv(
     tiles, mean, rstd = moments
     n_tiles, groups = (1, 1) if tiles is None else tiles.shape[1:3]
     next_groups = 0 if next_tiles is None else next_tiles.shape[2]
-    padded = padded_group(n_out, next_groups)
     per_group = n_out // next_groups if next_groups else 1
     column_blocks = 1 if next_groups else ceil_div(n_out, tile.columns)
     norm_weight, norm_bias = (t if t is None else t.contiguous() for t in norm)
@@ -202,8 +184,9 @@ def apply_conv(
             n_in, n_out, height, width, row_tiles, groups, n_tiles, tile_rows_of(n_tiles, height * width),
             next_groups, weight.shape[2] ** 2, *x.stride(), *(y if residual is None else residual).stride(),
             *y.stride(), *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], **mode.constexprs,
-            FORM=form, PER_GROUP=per_group, PADDED=padded, INT64=needs_int64(*given), ROWS=tile.rows,
-            COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages, num_warps=warps_of(tile, mode),
+            FORM=form, PER_GROUP=per_group, PADDED=padded_group(n_out, next_groups), INT64=needs_int64(*given),
+            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages,
+            num_warps=warps_of(tile, mode),
         )  # fmt: skip
 
 
@@ -214,36 +197,23 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
 
 
 def launch_conv2d_fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    tiles: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-    alpha: float,
-    next_groups: int,
-    precision: str,
-    part_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    residual: Tensor | None, tiles: Tensor | None, *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
-    batch, n_out = x.shape[0], weight.shape[0]
+    spec, batch, n_out = ConvSpec(*constants), x.shape[0], weight.shape[0]
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
     y = with_channels(x, n_out, dtype)
-    mean, rstd = (x.new_empty((batch, groups), dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((batch, spec.groups), dtype=torch.float32) for _ in range(2))
     n_tiles = n_row_tiles(n_out, x.shape[2] * x.shape[3])
-    next_tiles = x.new_empty((batch, n_tiles, next_groups, 2), dtype=torch.float32)
+    next_tiles = x.new_empty((batch, n_tiles, spec.next_groups, 2), dtype=torch.float32)
     if x.numel() == 0 or n_out == 0:
         return y, mean, rstd, next_tiles
-    if groups and tiles is None:
-        tiles = launch_group_statistics(x, groups)
+    if spec.groups and tiles is None:
+        tiles = launch_group_statistics(x, spec.groups)
     apply_conv(
-        x, weight, y, mode_of(precision, weight.dtype, part_dtype), bias=bias, norm=(norm_weight, norm_bias),
-        moments=(tiles, mean, rstd) if groups else (None, None, None), eps=eps,
-        form=silu_form(x, precision, activation), residual=residual, alpha=alpha,
-        next_tiles=next_tiles if next_groups else None,
+        x, weight, y, mode_of(spec, weight.dtype), bias=bias, norm=(norm_weight, norm_bias),
+        moments=(tiles, mean, rstd) if spec.groups else (None, None, None), eps=spec.eps, form=silu_form(x, spec),
+        residual=residual, alpha=spec.alpha, next_tiles=next_tiles if spec.next_groups else None,
     )  # fmt: skip
     return y, mean, rstd, next_tiles

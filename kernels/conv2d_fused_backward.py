@@ -1,4 +1,4 @@
-"""Gradients of conv2d_fused. With g = dL/dy and a made from x again (kernels/conv2d_fused.py):
+"""Gradients of conv2d_fused. With g = dL/dy, and a computed again from x (kernels/conv2d_fused.py):
 
     da[b, c, i, j] = sum_{o, u, v} W[o, c, u, v] g[b, o, i - u + l, j - v + l]   that kernel, transposed
     dW[o, c, u, v] = sum_{b, i, j} g[b, o, i, j] a[b, c, i + u - l, j + v - l]
@@ -8,27 +8,26 @@
 x, W, w, b and the [B, groups] means and standard deviations are saved; neither a nor y is.
 
 dW is a sum over the tiles of positions of all samples, in SPLITS equal runs, each written apart and added up in one
-order: no atomics, the same bits. A program takes one tap of one run: [ROWS, C_out] of g, [ROWS, C_in] of a,
-their product over ROWS. Bytes: x and g nine times, from the L2 mostly: the taps of a run follow one another
-in the grid; SPLITS k^2 C_in C_out partial sums, written and read once.
+order: no atomics, the same bits every time. A program takes one tap of one run: [ROWS, C_out] of g, [ROWS, C_in] of
+a, their product over ROWS. Bytes: x and g nine times, mostly from the L2, since the taps of a run follow one
+another in the grid; SPLITS k^2 C_in C_out partial sums, written and read once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv2d_configs import choose_weight_tile, weight_splits
+from .conv2d_configs import WEIGHT_TILES, ConvSpec, choose_tile, weight_splits
 from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form, warps_of
 from .group_norm_silu import launch_group_norm_silu_backward
 from .launch import ceil_div, device_guard, like, needs_int64
 from .row_products import Mode, dot
-
-__all__ = ["launch_conv2d_fused_backward"]
 
 
 @triton.jit(do_not_specialize=["n_steps", "steps_a_split"])
@@ -78,31 +77,16 @@ def _conv2d_weight_kernel(
 
 
 def launch_conv2d_fused_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    grad: Tensor,
-    grad_mean: Tensor | None,
-    grad_rstd: Tensor | None,
-    grad_tiles: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-    alpha: float,
-    next_groups: int,
-    precision: str,
-    part_dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """dx, dweight, dbias, dw, db, dresidual and nothing for the tiles, each like its tensor or [0].
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    mean: Tensor, rstd: Tensor, grad: Tensor, *rest: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dx, dweight, dbias, dw, db, dresidual and None for the tiles, each like its tensor, or None where not needed.
 
     mean, rstd and y's tiles are functions of x and y that carry no gradient of their own.
     """
-    mode = mode_of(precision, weight.dtype, part_dtype)
+    _, _, _, *constants, needs = rest
+    spec = ConvSpec(*constants)
+    mode, groups = mode_of(spec, weight.dtype), spec.groups
     dx, dweight, dbias, dnorm_weight, dnorm_bias = None, None, None, None, None
     if needs[0] or needs[3] or needs[4]:
         dx = like(x)
@@ -112,44 +96,35 @@ def launch_conv2d_fused_backward(
             dx.zero_()
         if groups:
             dx, dnorm_weight, dnorm_bias, _, _ = launch_group_norm_silu_backward(
-                x, norm_weight, norm_bias, None, None, mean, rstd, dx, None, None, groups, eps, activation,
+                x, norm_weight, norm_bias, None, None, mean, rstd, dx, None, None, *spec[:3],
                 [needs[0], needs[3], needs[4], False, False],
             )  # fmt: skip
     if needs[1]:
         moments = (mean, rstd) if groups else (None, None)
-        form = silu_form(x, precision, activation)
-        dweight = _weight_gradient(x, weight, grad, (norm_weight, norm_bias), moments, groups, form, mode)
+        arguments = norm_weight, norm_bias, *moments
+        dweight = _weight_gradient(x, weight, grad, arguments, max(groups, 1), silu_form(x, spec), mode)
     if needs[2] and bias is not None:
         dbias = grad.sum((0, 2, 3) if bias.ndim == 1 else (2, 3), dtype=torch.float32).to(bias.dtype)
-    dresidual = grad * alpha if needs[5] else None
-    gradients = (dx, dweight, dbias, dnorm_weight, dnorm_bias, dresidual, None)
-    return tuple(x.new_empty(0, dtype=torch.float32) if d is None else d for d in gradients)
+    dresidual = grad * spec.alpha if needs[5] else None
+    return dx if needs[0] else None, dweight, dbias, dnorm_weight, dnorm_bias, dresidual, None
 
 
 def _weight_gradient(
-    x: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    norm: Sequence[Tensor | None],
-    moments: Sequence[Tensor | None],
-    groups: int,
-    form: int,
-    mode: Mode,
+    x: Tensor, weight: Tensor, grad: Tensor, norm: Sequence[Tensor | None], groups: int, form: int, mode: Mode
 ) -> Tensor:
-    """dW in weight's layout."""
+    """dW in weight's layout; ``norm``: w, b, mean and rstd."""
     (batch, n_in, height, width), (n_out, _, k, _) = x.shape, weight.shape
     dweight = torch.empty_like(weight)
     if x.numel() == 0 or n_out == 0:
         return dweight.zero_()
-    tile = choose_weight_tile(n_in, n_out, height * width)
+    tile = choose_tile(max(n_in, n_out), height * width, WEIGHT_TILES)
     row_tiles = ceil_div(height * width, tile.rows)
     splits, steps = weight_splits(batch * row_tiles)
     partial = x.new_empty((splits, k, k, n_out, n_in), dtype=torch.float32)
-    norm_weight, norm_bias = (t if t is None else t.contiguous() for t in norm)
     with device_guard(x):
         _conv2d_weight_kernel[(splits * k * k, ceil_div(n_out, tile.columns), ceil_div(n_in, tile.depth))](
-            x, grad, norm_weight, norm_bias, *moments, partial, n_in, n_out, height, width, row_tiles,
-            batch * row_tiles, steps, max(groups, 1), *x.stride(), *grad.stride(), KERNEL=k, **mode.constexprs,
+            x, grad, *(t if t is None else t.contiguous() for t in norm), partial, n_in, n_out, height, width,
+            row_tiles, batch * row_tiles, steps, groups, *x.stride(), *grad.stride(), KERNEL=k, **mode.constexprs,
             FORM=form, INT64=needs_int64(x, grad, partial), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
             STAGES=tile.stages, num_warps=warps_of(tile, mode),
         )  # fmt: skip

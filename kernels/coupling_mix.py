@@ -3,46 +3,43 @@
     u = (m + t) e^l or m e^l + t, or their inverses, on the moved half m; u = x on the kept half k
     y[b, o, p] = sum_c W[o, c] u[b, c, p] + bias[o],   log|det| = +-sum(l) of the coupling
 
-Elements a position, with C channels in and out and C / 2 moved (C of params): x, params and y are 3 C;
-one after the other the two ops move 5 C. The gradients are coupling_mix_backward's.
+Elements per position, with C channels in and out and C / 2 moved: x, params and y are 3 C; one after the other the
+two ops move 5 C. The gradients are in coupling_mix_backward.
 
-Batch and positions are one axis of columns n = b P + p, as in channel_mix. Few channels along
-runs of positions: a vector per channel and W's elements as scalars. More, or channels innermost:
-tl.dot over chunks of channels, the moved half and the kept half as two ranges of W's columns.
-Every program holds all outputs, so nothing is computed twice: C and O up to 128.
+Columns n = b P + p, and the two kernels, are as in channel_mix; tl.dot takes the moved half and the kept half as
+two ranges of W's columns. Every program holds all outputs, so that nothing is computed twice: C and O up to 128.
 
-log|det| is summed over channels and over groups of columns that lie in one sample (the
-largest power of two that divides P, up to a tile), and over a sample's groups by torch: no
-atomics, the same bits every time.
+log|det| is summed over channels and over groups of columns that lie in one sample (the largest power of two that
+divides P, up to a tile), and over a sample's groups by torch: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine_coupling import halves, load_coupled, shift_and_raw
+from .affine_coupling import load_coupled
 from .channel_mix import (
     UNROLLED,
     MixTile,
     column_numbers,
     column_offsets,
     column_strides,
+    columns_of,
     count_columns,
     dot_chunk,
     half_precision,
-    merged,
     store_products,
 )
-from .launch import ceil_div, device_guard, needs_int64, positions, tile_for, with_channels
-
-__all__ = ["DOTS", "UNROLLED", "columns_need_int64", "launch_coupling_mix", "unrolls"]
+from .launch import CouplingSpec, device_guard, positions, tile_for, with_channels
 
 # UNROLLED is channel_mix's: u is held as x is there. So are these, but for the columns beside 64 outputs.
 # In half precision ptxas serialises sm_90's wgmma at 64 outputs and more (C7515: two loops add to one sum). Left:
-# at C = 128 memory takes five times as long as the products (768 bytes, 33 kFLOP a column), by data-sheet rates.
+# at C = 128 memory takes five times as long as the products (768 bytes, 33 kFLOP per column), by data-sheet rates.
 DOTS: tuple[tuple[int, MixTile], ...] = (
     (16, MixTile(outputs=16, columns=128, depth=16, num_warps=4)),
     (32, MixTile(outputs=32, columns=64, depth=16, num_warps=4)),
@@ -143,71 +140,45 @@ def _coupling_mix_dot_kernel(
         _store_log_det(partial_ptr, sum_log_s, n_columns, INVERSE, GROUP, COLUMNS, INT64)
 
 
-def _group(n_positions: int, columns: int) -> int:
-    """Columns of a tile that surely lie in one sample: a power of two that divides P."""
-    return min(n_positions & -n_positions, columns)
-
-
 def unrolls(x: Tensor, n_out: int) -> bool:
     """Few channels along runs of positions; x [B, C, P]."""
     return max(x.shape[1], n_out) < 16 and x.stride(1) >= column_strides(x)[2]
 
 
 def launch_coupling_mix(
-    x: Tensor,
-    params: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kind: int,
-    bound: float,
-    floor: float,
-    scale_first: bool,
-    interleaved: bool,
-    moves_second: bool,
-    inverse: bool,
-    log_det: bool,
+    x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any
 ) -> tuple[Tensor, Tensor]:
     """(y [B, O, ...] of x's dtype, log_det [B] fp32; [0] where not asked for)."""
-    y = with_channels(x, weight.shape[0])
+    spec, y = CouplingSpec(*constants), with_channels(x, weight.shape[0])
     if x.numel() == 0:
-        return y, x.new_zeros(x.shape[0] if log_det else 0, dtype=torch.float32)
+        return y, x.new_zeros(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
     views, y_view = positions(x), positions(y)
-    shift, raw = shift_and_raw(positions(params), interleaved)
+    shift, raw = spec.shift_and_raw(positions(params))
     n_out, n_in = weight.shape
     n_positions = views.shape[2]
-    n_columns = x.shape[0] * n_positions
     unrolled = unrolls(views, n_out)
     tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for(n_out, DOTS)
-    group = _group(n_positions, tile.columns)
-    partial = x.new_empty((x.shape[0], n_positions // group) if log_det else (0,), dtype=torch.float32)
+    # Columns of a tile that surely lie in one sample: a power of two that divides P.
+    group = min(n_positions & -n_positions, tile.columns)
+    partial = x.new_empty((x.shape[0], n_positions // group) if spec.log_det else (0,), dtype=torch.float32)
     bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))
-    sizes = (x.shape[0], n_positions)
-    strides = (
-        *column_strides(views), *column_strides(shift), *weight.stride(), stride_bo, *column_strides(y_view)
+    grid, sizes, options = columns_of(tile, (views, shift, y_view), (x, y, params, weight))
+    sizes += (
+        *column_strides(views), *column_strides(shift), *weight.stride(), stride_bo, *column_strides(y_view),
+        spec.bound, spec.floor,
     )  # fmt: skip
-    constants = {
-        "KIND": kind, "SCALE_FIRST": scale_first, "INVERSE": inverse, "LOG_DET": log_det, "GROUP": group,
-        "BIAS": bias is not None, "MERGED": merged(views, shift, y_view),
-        "INT64": columns_need_int64(n_columns, x, y, params, weight), "COLUMNS": tile.columns,
-        "num_warps": tile.num_warps,
-    }  # fmt: skip
-    grid = (ceil_div(n_columns, tile.columns),)
+    options |= {**spec.constexprs, "LOG_DET": spec.log_det, "GROUP": group, "BIAS": bias is not None}
     with device_guard(x):
         if unrolled:
             _coupling_mix_unrolled_kernel[grid](
-                views, shift, raw, weight, bias_or_x, y_view, partial, *sizes, *strides, bound, floor,
-                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=moves_second, **constants,
+                views, shift, raw, weight, bias_or_x, y_view, partial, *sizes,
+                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
             )  # fmt: skip
         else:
-            moved, kept = halves(views, moves_second)
-            weight_moved, weight_kept = halves(weight, moves_second)
+            moved, kept = spec.halves(views)
             _coupling_mix_dot_kernel[grid](
-                moved, kept, shift, raw, weight_moved, weight_kept, bias_or_x, y_view, partial,
-                moved.shape[1], kept.shape[1], n_out, *sizes, *strides, bound, floor,
-                HALF=half_precision(x, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **constants,
+                moved, kept, shift, raw, *spec.halves(weight), bias_or_x, y_view, partial,
+                moved.shape[1], kept.shape[1], n_out, *sizes,
+                HALF=half_precision(x, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
             )  # fmt: skip
-    return y, partial.sum(1) if log_det else partial
-
-
-def columns_need_int64(n_columns: int, *tensors: Tensor) -> bool:
-    return needs_int64(*tensors) or n_columns >= 2**31 - 2**16
+    return y, partial.sum(1) if spec.log_det else partial

@@ -1,45 +1,45 @@
-"""Gradients of coupling_mix, y = W u + bias of the coupled u; u comes again from x and is never kept.
+"""Gradients of coupling_mix, y = W u + bias of the coupled u; u is computed again from x and never kept.
 
 With g = dL/dy and h = dL/d log|det|:
 
     du = W^T g,  dk = du on the kept half,  (dm, dt, dr) from (u, t, l, du, h) as in affine_coupling
     dW[o, c] = sum_{b, p} g[b, o, p] u[b, c, p],   dbias[o] = sum_{b, p} g[b, o, p]
 
-Elements a position, with C channels in and out and C / 2 moved (C of params):
+Elements per position, with C channels in and out and C / 2 moved:
 
     g, moved x, params in; dx, dparams out                     4.5 C  one after the other 9.5 C
        dW      + kept x in, u out; channel_mix's kernel on g, u: 3.5 C
 
-A second kernel that made u again for dW would move 3 C in place of those 3.5 C and be a near
-copy of channel_mix's. Where only dW is asked for, u is affine_coupling's launch.
+A second kernel that computed u again for dW would move 3 C in place of those 3.5 C and be a near copy of
+channel_mix's. Where only dW is asked for, u comes from affine_coupling's launch.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine_coupling import halves, launch_affine_coupling, load_coupled, shift_and_raw
+from .affine_coupling import launch_affine_coupling, load_coupled
 from .channel_mix import (
     UNROLLED,
     MixTile,
     column_numbers,
     column_offsets,
     column_strides,
+    columns_of,
     count_columns,
     dot_chunk,
     half_precision,
     launch_channel_mix_backward,
     load_channels,
-    merged,
     weighted_sum,
 )
-from .coupling_mix import columns_need_int64, unrolls
-from .launch import ceil_div, device_guard, like, positions, tile_for, with_channels
+from .coupling_mix import unrolls
+from .launch import CouplingSpec, device_guard, like, positions, tile_for, with_channels
 from .math import couple_backward, log_scale_derivative
-
-__all__ = ["BACKWARD_DOTS", "UNROLLED", "launch_coupling_mix_backward"]
 
 # (widest half of C, tile): a half's outputs; both halves are summed at once, so that g is read once.
 BACKWARD_DOTS: tuple[tuple[int, MixTile], ...] = (
@@ -160,87 +160,54 @@ def _coupling_mix_backward_dot_kernel(
 
 
 def launch_coupling_mix_backward(
-    x: Tensor,
-    params: Tensor,
-    weight: Tensor,
-    grad: Tensor | None,
-    grad_log_det: Tensor | None,
-    kind: int,
-    bound: float,
-    floor: float,
-    scale_first: bool,
-    interleaved: bool,
-    moves_second: bool,
-    inverse: bool,
-    log_det: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dparams, dweight, dbias); [0] for those that are not needed. A gradient that is None is zero."""
+    x: Tensor, params: Tensor, weight: Tensor, grad: Tensor | None, grad_log_det: Tensor | None, *constants: Any
+) -> tuple[Tensor | None, ...]:
+    """(dx, dparams, dweight, dbias); None for those that are not needed. A gradient that is None is zero."""
+    spec, needs = CouplingSpec(*constants[:-1]), constants[-1]
     needs_inputs, (needs_weight, needs_bias) = needs[0] or needs[1], needs[2:]
     if grad is None:
         grad = x.new_zeros(()).expand(x.shape[0], weight.shape[0], *x.shape[2:])
-    constants = (kind, bound, floor, scale_first, interleaved, moves_second, inverse)
     dx = with_channels(x, x.shape[1]) if needs_inputs else x.new_empty(0)
     dparams = like(params) if needs_inputs else params.new_empty(0)
     u = x
     if needs_inputs and x.numel():
         u = with_channels(x, x.shape[1]) if needs_weight else dx
-        _backward(x, params, weight, grad, grad_log_det, dx, dparams, u, *constants)
+        _backward(x, params, weight, grad, grad_log_det, dx, dparams, u, spec)
     elif needs_weight:
-        u, _ = launch_affine_coupling(x, params, *constants, False)
+        u, _ = launch_affine_coupling(x, params, *spec._replace(log_det=False))
     _, dweight, dbias = launch_channel_mix_backward(u, weight, grad, [False, needs_weight, needs_bias])
-    return dx if needs[0] else x.new_empty(0), dparams if needs[1] else params.new_empty(0), dweight, dbias
+    return dx if needs[0] else None, dparams if needs[1] else None, dweight, dbias
 
 
 def _backward(
-    x: Tensor,
-    params: Tensor,
-    weight: Tensor,
-    grad: Tensor,
-    grad_log_det: Tensor | None,
-    dx: Tensor,
-    dparams: Tensor,
-    u: Tensor,
-    kind: int,
-    bound: float,
-    floor: float,
-    scale_first: bool,
-    interleaved: bool,
-    moves_second: bool,
-    inverse: bool,
-) -> None:
+    x: Tensor, params: Tensor, weight: Tensor, grad: Tensor, grad_log_det: Tensor | None, dx: Tensor,
+    dparams: Tensor, u: Tensor, spec: CouplingSpec,
+) -> None:  # fmt: skip
     """dx, dparams and, unless it is dx itself, u in dx's strides."""
     x_view, g_view, d_view, u_view = (positions(t) for t in (x, grad, dx, u))
-    shift, raw = shift_and_raw(positions(params), interleaved)
-    dshift, draw = shift_and_raw(positions(dparams), interleaved)
+    shift, raw = spec.shift_and_raw(positions(params))
+    dshift, draw = spec.shift_and_raw(positions(dparams))
     n_out, n_in = weight.shape
-    n_columns = x.shape[0] * x_view.shape[2]
     unrolled = unrolls(x_view, n_out)
     tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for((n_in + 1) // 2, BACKWARD_DOTS)
     h = grad if grad_log_det is None else grad_log_det
-    sizes = (x.shape[0], x_view.shape[2])
-    strides = (
+    views = (x_view, shift, g_view, d_view, dshift)
+    grid, sizes, options = columns_of(tile, views, (x, params, weight, grad, dx, dparams))
+    sizes += (
         *column_strides(x_view), *column_strides(shift), *weight.stride(), *column_strides(g_view), h.stride(0),
-        *column_strides(d_view), *column_strides(dshift),
+        *column_strides(d_view), *column_strides(dshift), spec.bound, spec.floor,
     )  # fmt: skip
-    constants = {
-        "KIND": kind, "SCALE_FIRST": scale_first, "INVERSE": inverse, "LOG_DET": grad_log_det is not None,
-        "KEEP_U": u is not dx, "MERGED": merged(x_view, shift, g_view, d_view, dshift),
-        "INT64": columns_need_int64(n_columns, x, params, weight, grad, dx, dparams), "COLUMNS": tile.columns,
-        "num_warps": tile.num_warps,
-    }  # fmt: skip
-    grid = (ceil_div(n_columns, tile.columns),)
+    options |= {**spec.constexprs, "LOG_DET": grad_log_det is not None, "KEEP_U": u is not dx}
     with device_guard(x):
         if unrolled:
             _coupling_mix_backward_unrolled_kernel[grid](
-                x_view, shift, raw, weight, g_view, h, d_view, dshift, draw, u_view, *sizes, *strides, bound, floor,
-                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=moves_second, **constants,
+                x_view, shift, raw, weight, g_view, h, d_view, dshift, draw, u_view, *sizes,
+                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
             )  # fmt: skip
             return
-        views = [halves(view, moves_second) for view in (x_view, weight, d_view, u_view)]
-        (moved, kept), (weight_moved, weight_kept), (dx_moved, dx_kept), (u_moved, u_kept) = views
+        moved, kept = spec.halves(x_view)
         _coupling_mix_backward_dot_kernel[grid](
-            moved, kept, shift, raw, weight_moved, weight_kept, g_view, h, dx_moved, dx_kept, dshift, draw,
-            u_moved, u_kept, moved.shape[1], kept.shape[1], n_out, *sizes, *strides, bound, floor,
-            HALF=half_precision(grad, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **constants,
+            moved, kept, shift, raw, *spec.halves(weight), g_view, h, *spec.halves(d_view), dshift, draw,
+            *spec.halves(u_view), moved.shape[1], kept.shape[1], n_out, *sizes,
+            HALF=half_precision(grad, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
         )  # fmt: skip

@@ -1,22 +1,19 @@
 """A stack of affine couplings with MLP conditioners, and a whole Linearizer, in one launch.
 
-With halves (a, b) of x, the moved half m and the kept half k alternating by layer, and an
-affine map (W, c) after a layer where there is one:
+With halves (a, b) of x, the moved half m and the kept half k alternating by layer, and an affine map (W, c) after a
+layer where there is one:
 
     forward, layer l = 0 .. L - 1      (t, r) = MLP_l(k)   m <- couple(m, t, log_s(r))   x <- W_l x + c_l
     inverse, layer l = L - 1 .. 0      x <- V_l x + d_l   (t, r) = MLP_l(k)   m <- uncouple(m, t, log_s(r))
 
-where (V, d), the inverse map, is what an inverse stack was packed with. log|det| of the
-couplings is +-sum(log_s), fp32; that of the maps does not depend on x and is added outside.
-Shapes: x [B, D], y [B, D] of x's dtype; weights as kernels/stack_spec.py lays them out.
+where (V, d), the inverse map, is what an inverse stack was packed with. log|det| of the couplings is +-sum(log_s),
+fp32; that of the maps does not depend on x and is added outside. Shapes: x [B, D], y [B, D] of x's dtype; weights
+as kernels/stack_spec.py lays them out.
 
-A program holds ROWS rows of x as two fp32 halves from the first layer to the last. One
-iteration is one layer and picks the half that moves by parity: swapping the halves instead
-makes a loop-carried distance of two, which costs the asynchronous loads of the weights.
-Forward and inverse walk the same body, so shift and log-scale are the same bits in both.
-
-Bytes: x once in, y once out, log_det; the weights once per program, from L2. A Linearizer is
-the body twice with A between: y = g_y^-1(A g_x(x)), x read once and y written once.
+A program holds ROWS rows of x as two fp32 halves from the first layer to the last. One iteration is one layer and
+picks the half that moves by parity: swapping the halves instead makes a loop-carried distance of two, which costs
+the asynchronous loads of the weights. Forward and inverse walk the same body, so that shift and log-scale have the
+same bits in both. Bytes: x once in, y once out, log_det; the weights once per program, from the L2.
 """
 
 from __future__ import annotations
@@ -31,11 +28,9 @@ from torch import Tensor
 
 from .launch import ceil_div, device_guard
 from .math import couple, log_scale
-from .mlp import conditioner, product, split
+from .mlp import activation_form, conditioner, product, split
 from .stack_configs import config_for, target_of
 from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
-
-__all__ = ["launch_coupling_stack"]
 
 
 @triton.jit
@@ -317,15 +312,8 @@ def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict
     }  # fmt: skip
 
 
-def activation_form(x: Tensor, precision: str) -> int:
-    """EXACT, FAST or PTX of kernels/mlp.py."""
-    if precision in ("exact", "high"):
-        return 0
-    return 2 if x.is_cuda and torch.version.hip is None else 1
-
-
 def reaches_past_int32(x: Tensor, rows: int) -> bool:
-    """Whether an offset within a tile of this many rows does."""
+    """Whether an offset within a tile of this many rows exceeds int32."""
     return rows * x.stride(0) + x.shape[1] * x.stride(1) >= 2**31
 
 

@@ -11,16 +11,16 @@ Steps, in the order the stack runs them, are maps z' = M z + c and couplings. Fo
     B2  d_i = (d_{i+1} W_{i+1}) act'(p_i), in act's place, down to g's kept half += d_1 W_1
     W   dW_i = d_i^T h_{i-1}, db_i = sum_b d_i; of a map dM = g^T z, dc = sum_b g, and g <- g M
 
-B1 and B2 are one launch per linear layer, a program being a tile of its rows and columns
-(kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner
-is stored for W anyhow. Activations are the exact ones in every mode. Shapes: z, g [R, 2 P] fp32,
-contiguous, both halves padded with zeros, which stay zeros.
+B1 and B2 are one launch per linear layer, each program computing a tile of its rows and columns
+(kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner is stored for W
+anyhow. Activations are exact in every mode. z and g are [R, 2 P] fp32, contiguous, padded with zeros that stay
+zeros.
 
 Scratch of a run of R rows: every step's input [R, 2 P] fp32; of one layer at a time h_i [R, H], fp32 or in "fast"
-its 16-bit type, act'_i [R, H] and d_n [R, 2 P] fp32, so that db sums what was not rounded. Each number is written
-once and read twice at most. Bytes: R (8 P (steps + 3) + (n - 1) H (4 + w)), w = 2 in "fast" and 4 else; a run is as
-long as SCRATCH_BYTES allows, so that this does not grow with B. The weights' partial sums come on top. As operands
-in "fast", gradients are bf16 even where x is fp16, whose range ends at 6e-8.
+its 16-bit type, act'_i [R, H] and d_n [R, 2 P] fp32, so that db sums what was not rounded: R (8 P (steps + 3) + (n
+- 1) H (4 + w)) bytes, w = 2 in "fast" and 4 else, each written once and read twice at most. A run is as long as
+SCRATCH_BYTES allows, so that this does not grow with B; the weights' partial sums come on top. As operands in
+"fast", gradients are bf16 even where x is fp16, whose range ends at 6e-8.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ from .math import couple, couple_backward, log_scale, log_scale_derivative
 from .mlp import EXACT, activate, activation_derivative
 from .row_products import ADD, MULTIPLY, Mode, launch_linear, launch_outer, n_splits, rows_product, tile_for
 from .stack_spec import DENSE, N_PARTS, NO_MAPS, StackSpec, map_parts, spec_of
-
-__all__ = ["launch_coupling_stack_backward"]
-
 
 # One step's scratch, 1.8 KB per row in "fast" at D = 64, H = 128, n = 3, stays in an L2 of 40 MB or more.
 ROWS_AT_A_TIME = 16384
@@ -229,13 +226,7 @@ def _apply_map(stack: StackPass, z: Tensor, row: int) -> Tensor:
 
 
 def _map_backward(
-    stack: StackPass,
-    z: Tensor,
-    g: Tensor,
-    row: int,
-    dweights: Tensor | None,
-    needs_before: bool,
-    scratch: Scratch,
+    stack: StackPass, z: Tensor, g: Tensor, row: int, dweights: Tensor | None, needs_before: bool, scratch: Scratch
 ) -> Tensor:
     """g before the map, g itself where that is not needed; the map's gradient is added to its row of dweights."""
     at = stack.spec.map_offset
@@ -282,22 +273,18 @@ def _recompute(
 
 
 def _coupling_backward(
-    stack: StackPass,
-    z: Tensor,
-    g: Tensor,
-    layer: int,
-    row: int,
-    dweights: Tensor | None,
-    needs_kept: bool,
+    stack: StackPass, z: Tensor, g: Tensor, layer: int, row: int, dweights: Tensor | None, needs_kept: bool,
     scratch: Scratch,
-) -> None:
+) -> None:  # fmt: skip
     """B2 and W after B1: g's kept half, and the conditioner's row of dweights."""
     mode, d = stack.gradient_mode, scratch.d
     kept, g_kept = stack.spec.halves(z, layer)[0], stack.spec.halves(g, layer)[0]
     inputs, matrices = [kept, *scratch.h], stack.matrices(row)
+    w_at, b_at = stack.spec.matrix_size, stack.spec.map_offset  # where the next layer's begin
     for i in reversed(range(len(matrices))):
+        w_at, b_at = w_at - matrices[i].numel(), b_at - len(matrices[i])
         if dweights is not None:
-            launch_outer(d, inputs[i], scratch.partials, *stack.spec.offsets[i], mode)
+            launch_outer(d, inputs[i], scratch.partials, w_at, b_at, mode)
         if i:
             launch_linear(d, matrices[i], scratch.slopes[i - 1], mode, combine=MULTIPLY)
             d = scratch.slopes[i - 1]
@@ -324,21 +311,13 @@ def _run_of_rows(
 
 
 def launch_coupling_stack_backward(
-    x: Tensor,
-    weights: Tensor,
-    operands: Tensor,
-    map_operands: Tensor,
-    grad: Tensor | None,
-    grad_log_det: Tensor | None,
+    x: Tensor, weights: Tensor, operands: Tensor, _: Tensor, grad: Tensor | None, grad_log_det: Tensor | None,
     *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dweights, nothing, nothing): operands are rounded copies, which no gradient reaches.
-
-    What is not needed holds anything.
-    """
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """(dx, dweights, None, None), None too where not needed; no gradient reaches operands, which are rounded."""
     spec, (needs_x, needs_weights, _, _) = spec_of(*constants[:-1]), constants[-1]
     stack = StackPass(weights, operands, spec, x.is_cuda)
-    dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights)
+    dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights) if needs_weights else None
     step = stack.rows_at_a_time()
     with device_guard(x):
         for start in range(0, x.shape[0], step):
@@ -346,5 +325,5 @@ def launch_coupling_stack_backward(
             z = spec.pad(x[run].to(weights.dtype))
             g = torch.zeros_like(z) if grad is None else spec.pad(grad[run].to(weights.dtype))
             log_det = None if grad_log_det is None else grad_log_det[run]
-            dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights if needs_weights else None, needs_x))
-    return dx, dweights, operands.new_empty(0), map_operands.new_empty(0)
+            dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights, needs_x))
+    return dx if needs_x else None, dweights, None, None

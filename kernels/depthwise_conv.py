@@ -2,22 +2,19 @@
 
 With l = (k - 1) // 2 in each direction, and zeros outside:
 
-    y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w]
-
-The transpose flips the taps and swaps the paddings, l for k - 1 - l:
-
+    y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w]      and its transpose
     z[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i - u + l_h, j - v + l_w]
 
 Gradients: dx is the transpose applied to g, and, with + for the correlation and - for its transpose,
 
     dw[b, c, u, v] = sum_{i, j} g[b, c, i, j] x[b, c, i +- (u - l_h), j +- (v - l_w)]
 
-which is summed over b where the kernel is shared. x and w are saved. Bytes: x in, y out, 8 C H W a
-sample in fp32; the k^2 reads of x a program makes are of one tile and its rim, in the L1.
+which is summed over b where the kernel is shared. x and w are saved. Bytes: x in and y out, 8 C H W per sample in
+fp32; a program's k^2 reads of x are of one tile and its rim, in the L1.
 
-A program takes a tile of one channel of one sample: tile pixels of a row are consecutive threads', or,
-where channels are innermost, a run of channels is. The weight gradient's program walks the tiles of
-its channels for one tap row and writes one number a tap and channel: no atomics, the same bits.
+A program takes a tile of one channel of one sample: consecutive threads take pixels of a row, or channels where
+these are innermost. The weight gradient's program walks the tiles of its channels for one tap and writes one number
+per channel: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -31,9 +28,7 @@ from torch import Tensor
 
 from .launch import Tile, ceil_div, device_guard, needs_int64, power_of_two
 
-__all__ = ["TILES", "choose_tile", "launch_depthwise_conv", "launch_depthwise_conv_backward"]
-
-# (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 a thread:
+# (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 per thread:
 # the taps' loads of a row overlap, and 8 accumulators leave the registers free.
 TILES: dict[bool, Tile] = {
     False: Tile(rows=1, columns=1024, num_warps=4),  # NCHW: pixels of one channel
@@ -130,7 +125,11 @@ def _weight_strides(weight: Tensor) -> tuple[int, ...]:
     return (0, *weight.stride()) if weight.ndim == 3 else weight.stride()
 
 
-def _apply(x: Tensor, weight: Tensor, y: Tensor, transpose: bool) -> None:
+def launch_depthwise_conv(x: Tensor, weight: Tensor, transpose: bool, like: Tensor | None = None) -> Tensor:
+    """y, in the strides of ``like``, or of x."""
+    y = torch.empty_like(x if like is None else like)
+    if x.numel() == 0:
+        return y
     batch, channels, height, width = x.shape
     kh, kw = weight.shape[-2:]
     tile = choose_tile(channels, height * width, y.stride(1) < y.stride(3))
@@ -141,28 +140,15 @@ def _apply(x: Tensor, weight: Tensor, y: Tensor, transpose: bool) -> None:
             *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
             INT64=needs_int64(x, weight, y), CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
         )  # fmt: skip
-
-
-def launch_depthwise_conv(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-    """y like x."""
-    y = torch.empty_like(x)
-    if x.numel() > 0:
-        _apply(x, weight, y, transpose)
     return y
 
 
 def launch_depthwise_conv_backward(
     x: Tensor, weight: Tensor, grad: Tensor, transpose: bool, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """dx like x and dweight like weight, or [0] where not needed."""
-    dx, dweight = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
-    if needs[0]:
-        dx = torch.empty_like(x)
-        if x.numel() > 0:
-            _apply(grad, weight, dx, not transpose)
-    if needs[1]:
-        dweight = _weight_gradient(x, weight, grad, transpose)
-    return dx, dweight
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx like x and dweight like weight; None where not needed."""
+    dx = launch_depthwise_conv(grad, weight, not transpose, like=x) if needs[0] else None
+    return dx, _weight_gradient(x, weight, grad, transpose) if needs[1] else None
 
 
 def _weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, transpose: bool) -> Tensor:

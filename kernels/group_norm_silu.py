@@ -11,18 +11,17 @@ S1 = sum(d), S2 = sum(d h), both [B, C], and a = w (1 + s):
     ds = w S2 + b S1                 dw = sum_b (1 + s) S2
     dx = r (a d - sum_c(a S1) / n - h sum_c(a S2) / n)
 
-so x, m and r are saved, and neither h, v nor u. Bytes, forward: x in, y out, 8 C P per sample in
-fp32; backward: x and g in, dx out, 12 C P, and S1, S2 once.
+so x, m and r are saved, and neither h, v nor u. Bytes per sample in fp32, forward: x in, y out, 8 C P; backward: x
+and g in, dx out, 12 C P, and S1, S2 once.
 
-A program takes one group of one sample. A group that fits one tile stays in registers, so that it
-is read once; a larger one is read again for the variance and for the output, which the L2 mostly
-serves. The variance is that of the centred values. Sums over the batch are torch's, over what each
-program wrote: no atomics, the same bits every time.
+A program takes one group of one sample. A group that fits one tile stays in registers, so that it is read once; a
+larger one is read again for the variance and for the output, mostly from the L2. The variance is that of the
+centred values. Sums over the batch are torch's, over what each program wrote: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -32,33 +31,19 @@ from torch import Tensor
 from .launch import UNFUSED, Tile, device_guard, needs_int64, positions, power_of_two
 from .math import sigmoid
 
-__all__ = [
-    *("BACKWARD_BUDGETS", "BUDGETS", "choose_tile", "choose_tile_backward"),
-    *("launch_group_norm_silu", "launch_group_norm_silu_backward"),
-]
-
 # (elements of a tile, warps), smallest first. A group takes the first that holds all of it, or
 # walks in tiles of the last.
 BUDGETS: tuple[tuple[int, int], ...] = (
-    (1024, 4),  # small groups: 8 elements a thread, many programs an SM
-    (4096, 8),  # 16 a thread
-    (16384, 16),  # 32 a thread: a group of 16 channels at 32 x 32 is still read once
+    (1024, 4),  # small groups: 8 elements per thread, many programs per SM
+    (4096, 8),  # 16 per thread
+    (16384, 16),  # 32 per thread: a group of 16 channels at 32 x 32 is still read once
 )
-# The backward holds x and the gradient: half as many elements a thread.
+# The backward holds x and the gradient: half as many elements per thread.
 BACKWARD_BUDGETS: tuple[tuple[int, int], ...] = ((1024, 4), (4096, 8), (8192, 16))
 
 
-def choose_tile(channels: int, count: int, channels_inner: bool) -> Tile:
-    """(channels, positions) of the forward's tile for groups of channels x count."""
-    return _choose(BUDGETS, channels, count, channels_inner)
-
-
-def choose_tile_backward(channels: int, count: int, channels_inner: bool) -> Tile:
-    """The backward's."""
-    return _choose(BACKWARD_BUDGETS, channels, count, channels_inner)
-
-
-def _choose(budgets: tuple[tuple[int, int], ...], channels: int, count: int, channels_inner: bool) -> Tile:
+def choose_tile(budgets: tuple[tuple[int, int], ...], channels: int, count: int, channels_inner: bool) -> Tile:
+    """(channels, positions) of a tile for groups of channels x count."""
     rows, columns = power_of_two(channels), power_of_two(count)
     elements, warps = next((b for b in budgets if rows * columns <= b[0]), budgets[-1])
     if channels_inner:
@@ -258,71 +243,51 @@ def _group_norm_silu_backward_kernel(
                 tl.store(dx_ptr + c * stride_dc + p * stride_dp, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], tuple[int, int]]:
-    """weight and bias with stride 1, scale and shift with the same strides, and these."""
+def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], list[Tensor], tuple[int, int]]:
+    """weight and bias with stride 1, scale and shift with equal strides; those that are given; these strides."""
     weight, bias, scale, shift = (t if t is None or t.ndim == 2 else t.contiguous() for t in parameters)
     if scale is not None and shift is not None and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
     strided = shift if scale is None else scale
-    return [weight, bias, scale, shift], (0, 0) if strided is None else (strided.stride(0), strided.stride(1))
+    every = [weight, bias, scale, shift]
+    return every, [t for t in every if t is not None], (0, 0) if strided is None else strided.stride()  # type: ignore
 
 
-def _given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
-def _shape(x: Tensor, groups: int, choose: Callable[[int, int, bool], Tile]) -> dict[str, int]:
+def _shape(x: Tensor, groups: int, budgets: tuple[tuple[int, int], ...]) -> dict[str, int]:
     """The constants of a launch on groups of x [B, C, P]."""
     per_group, count = x.shape[1] // groups, x.shape[2]
-    tile = choose(per_group, count, x.stride(1) < x.stride(2) or count == 1)
+    tile = choose_tile(budgets, per_group, count, x.stride(1) < x.stride(2) or count == 1)
     one_tile = tile.rows >= per_group and tile.columns >= count
     sizes = {"CHANNELS": tile.rows, "POSITIONS": tile.columns, "num_warps": tile.num_warps}
     return {"ONE_TILE": one_tile, "PER_GROUP": per_group, **sizes}
 
 
 def launch_group_norm_silu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int,
+    eps: float, activation: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y like x, mean and rstd [B, groups] fp32)."""
     view = positions(x)
     y = torch.empty_like(view)
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return y.view(x.shape), mean, rstd
-    parameters, strides = _parameters(weight, bias, scale, shift)
+    parameters, given, strides = _parameters(weight, bias, scale, shift)
     with device_guard(x):
         _group_norm_silu_kernel[(x.shape[0] * groups,)](
             view, *parameters, y, mean, rstd, groups, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
-            ACTIVATION=activation, INT64=needs_int64(view, y, *_given(parameters)),
-            **_shape(view, groups, choose_tile), **UNFUSED,
+            ACTIVATION=activation, INT64=needs_int64(view, y, *given),
+            **_shape(view, groups, BUDGETS), **UNFUSED,
         )  # fmt: skip
     return y.view(x.shape), mean, rstd
 
 
 def launch_group_norm_silu_backward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    grad: Tensor | None,
-    grad_mean: Tensor | None,
-    grad_rstd: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias, dscale, dshift, each like its tensor, or [0] where not needed.
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, mean: Tensor,
+    rstd: Tensor, grad: Tensor | None, grad_mean: Tensor | None, grad_rstd: Tensor | None, groups: int, eps: float,
+    activation: bool, needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dx, dweight, dbias, dscale, dshift, each like its tensor, or None where not needed.
 
     mean and rstd never leave the op, so that their gradients are None.
     """
@@ -332,30 +297,30 @@ def launch_group_norm_silu_backward(
     sums = x.new_zeros if x.numel() == 0 else x.new_empty
     s1, s2 = (sums(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
-        parameters, strides = _parameters(weight, bias, scale, shift)
+        parameters, given, strides = _parameters(weight, bias, scale, shift)
         with device_guard(x):
             _group_norm_silu_backward_kernel[(x.shape[0] * groups,)](
                 view, *parameters, mean, rstd, g, dx, s1, s2, groups, view.shape[2],
                 *view.stride(), *g.stride(), *dx.stride(), *strides,
                 ACTIVATION=activation, SUMS=any(needs[1:]), INPUT=needs[0],
-                INT64=needs_int64(view, g, dx, *_given(parameters)), **_shape(view, groups, choose_tile_backward),
+                INT64=needs_int64(view, g, dx, *given), **_shape(view, groups, BACKWARD_BUDGETS),
                 **UNFUSED,
             )  # fmt: skip
     gradients = _parameter_gradients(s1, s2, (weight, bias, scale, shift), needs)
-    return (dx.view(x.shape) if needs[0] else dx.view(0), *gradients)
+    return (dx.view(x.shape) if needs[0] else None, *gradients)
 
 
 def _parameter_gradients(
     s1: Tensor, s2: Tensor, parameters: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """dweight, dbias, dscale and dshift from the sums over positions."""
     weight, bias, scale, shift = parameters
     gain = 1.0 if scale is None else 1.0 + scale.float()
-    dweight = (s2 * gain).sum(0).to(weight.dtype) if needs[1] and weight is not None else s1.new_empty(0)
-    dbias = (s1 * gain).sum(0).to(bias.dtype) if needs[2] and bias is not None else s1.new_empty(0)
-    dscale = s1.new_empty(0)
+    dweight = (s2 * gain).sum(0).to(weight.dtype) if needs[1] and weight is not None else None
+    dbias = (s1 * gain).sum(0).to(bias.dtype) if needs[2] and bias is not None else None
+    dscale = None
     if needs[3] and scale is not None:
         dscale = s2 if weight is None else s2 * weight.float()
         dscale = (dscale if bias is None else dscale + s1 * bias.float()).to(scale.dtype)
-    dshift = s1.to(shift.dtype) if needs[4] and shift is not None else s1.new_empty(0)
+    dshift = s1.to(shift.dtype) if needs[4] and shift is not None else None
     return dweight, dbias, dscale, dshift

@@ -4,13 +4,10 @@ A tile of a group holds n_t values with mean m_t and sum of centred squares q_t;
 
     m = sum_t n_t m_t / n        n var = sum_t q_t + n_t (m_t - m)^2        r = (var + eps)^-1/2
 
-(Chan, Golub and LeVeque), which does not cancel where the mean is large against the spread, as
-E[x^2] - E[x]^2 does. Tiles are written as [B, tiles, groups, (m_t, q_t)] fp32, each by one program,
-and added up in their order by whoever reads them: no atomics, the same bits every time. Whoever
-makes a tensor can write its tiles besides (conv2d_fused); else one pass here does.
-
-A group of a tile is a power of two of columns, those past its channels masked, so that a reshape
-sums it.
+(Chan, Golub and LeVeque), which unlike E[x^2] - E[x]^2 does not cancel where the mean is large against the spread.
+Tiles are [B, tiles, groups, (m_t, q_t)] fp32, each written by one program and added up in their order by what reads
+them: no atomics, the same bits every time. conv2d_fused writes its output's tiles as it makes it; of other tensors
+one pass here does. A group of a tile is padded to a power of two of columns, so that a reshape sums it.
 """
 
 from __future__ import annotations
@@ -23,9 +20,7 @@ from torch import Tensor
 from .conv2d_configs import padded_group
 from .launch import ceil_div, device_guard, needs_int64, power_of_two
 
-__all__ = ["group_moments", "grouped_channels", "launch_group_statistics", "store_group_tiles"]
-
-# Elements and warps of a tile: 32 a thread, and a column of one group at the least.
+# Elements and warps per tile: 32 elements per thread, and at least one group of columns.
 _ELEMENTS, _WARPS = 8192, 8
 _COLUMNS = 128
 _TILES = tl.constexpr(16)  # read at once: an image of 32 x 32 has 8

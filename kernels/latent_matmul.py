@@ -7,18 +7,15 @@ z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and 
 
 dz is the same product with A transposed (a view) and no bias. Nothing but the inputs is saved.
 
-The rows are sorted by operator (stable, on the device, nothing read by the host), and cut
-into tiles of one operator each: at most B / rows + K of them, the grid; a program finds its
-tile in the running sum of tiles per operator. It gathers its rows of z through the order and reads
-A_k in place: A is never gathered to [B, n_out, n_in]. dA takes one program per operator and
-tile of it, which adds up that operator's rows in their order: no atomics, the same bits every time. RUN steps
-of rows are one chain of multiply-adds, whose error grows with its length.
+The rows are sorted by operator (stable, on the device, nothing read by the host) and cut into tiles of one operator
+each: at most B / rows + K of them, which is the grid. A program finds its tile in the running sum of tiles per
+operator, gathers its rows of z through the order and reads A_k in place: A is never gathered to [B, n_out, n_in].
+dA takes one program per operator and tile of it, which adds up that operator's rows in their order: no atomics, the
+same bits every time. RUN steps of rows are one chain of multiply-adds, whose error grows with its length.
 
-Bytes: z, y and the order once a tile column; each A_k once a row tile, so about
-K n_out n_in + 2 B n elements where the rows of an operator fit one tile.
-
-fp32 products are exact fp32 (input_precision "ieee", FFMA); fp16 and bf16 run on the matrix
-units with fp32 sums. An index outside [0, K) gives that row NaN and adds to no dA.
+Bytes: z, y and the order once per column of tiles; each A_k once per tile of its rows, so about K n_out n_in + 2 B
+n elements where the rows of an operator fit one tile. fp32 products are exact fp32 (input_precision "ieee"); fp16
+and bf16 run on the matrix units with fp32 sums. An index outside [0, K) gives that row NaN and adds to no dA.
 """
 
 from __future__ import annotations
@@ -32,14 +29,10 @@ from torch import Tensor
 
 from .launch import ceil_div, device_guard, needs_int64, tile_for
 
-__all__ = [
-    "GRADIENT_TILE", "TILES", "BankTile", "launch_latent_matmul", "launch_latent_matmul_backward",
-]  # fmt: skip
-
 
 @dataclass(frozen=True)
 class BankTile:
-    """Rows of z by columns of y, ``inner`` summed a step; the warps."""
+    """Rows of z by columns of y, ``inner`` summed per step; the warps."""
 
     rows: int
     columns: int
@@ -50,10 +43,10 @@ class BankTile:
 # (largest mean number of rows per operator, tile).
 TILES: tuple[tuple[int, BankTile], ...] = (
     (16, BankTile(rows=16, columns=64, inner=64, num_warps=4)),  # bound by reading A: no wasted rows
-    # wgmma's 64 rows. 16 sums a thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes and accesses).
+    # wgmma's 64 rows. 16 sums per thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes).
     (1 << 62, BankTile(rows=64, columns=64, inner=32, num_warps=8)),
 )
-# dA: n_out by n_in, ``inner`` rows of the batch a step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
+# dA: n_out by n_in, ``inner`` rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
 GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=8)
 RUN = tl.constexpr(8)
 
@@ -223,18 +216,15 @@ def launch_latent_matmul(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | Non
 
 def launch_latent_matmul_backward(
     z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dz, dA, nothing for the index, dbias), contiguous; empty where not needed. No gradient is zero."""
-    nothing = z.new_empty(0)
+) -> tuple[Tensor | None, ...]:
+    """(dz, dA, None for the index, dbias), contiguous; None where not needed. A gradient that is None is zero."""
     grad = z.new_zeros(()).expand(z.shape[0], A.shape[1]) if grad is None else grad
-    dbias = grad.sum(0) if needs[3] else z.new_empty(0)
+    dbias = grad.sum(0) if needs[3] else None
     if z.numel() == 0 or grad.numel() == 0 or A.shape[0] == 0:
-        dz, dA = (x.new_zeros(x.shape if need else (0,)) for x, need in zip((z, A), needs, strict=False))
-        return dz, dA, nothing, dbias
+        return z.new_zeros(z.shape) if needs[0] else None, A.new_zeros(A.shape) if needs[1] else None, None, dbias
     rows = _Rows.sort(index, A.shape[0])
-    dz = _product(grad, A.mT, rows, None, alpha) if needs[0] else z.new_empty(0)
-    dA = _gradient(z, A, rows, grad) if needs[1] else A.new_empty(0)
-    return dz, dA, nothing, dbias
+    dz = _product(grad, A.mT, rows, None, alpha) if needs[0] else None
+    return dz, _gradient(z, A, rows, grad) if needs[1] else None, None, dbias
 
 
 def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """What every launcher shares: views, tiles, offsets, the device guard.
 
-An op sees a tensor as [batch, channel, position] with three strides: a vector has one
-position, NCHW and channels_last differ in strides only. Importing this module, or any
-kernel, asks nothing of a driver.
+An op sees a tensor as [batch, channel, position] with three strides: a vector has one position, and NCHW and
+channels_last differ in strides only. Importing this module, or any kernel, asks nothing of a driver.
 """
 
 from __future__ import annotations
@@ -10,15 +9,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    *("UNFUSED", "Tile", "Walk", "ceil_div", "device_guard", "like", "needs_int64", "positions", "power_of_two"),
-    *("tile_for", "walk", "with_channels"),
-]
 
 _INT32_ELEMENTS = 2**31
 _Tile = TypeVar("_Tile")
@@ -34,6 +28,47 @@ class Tile:
     rows: int
     columns: int
     num_warps: int
+
+
+class CouplingSpec(NamedTuple):
+    """What an affine coupling is but for its tensors: the constants of the raw ops, in their order.
+
+    Args:
+        kind, bound, floor: the scale map's number, c and floor.
+        scale_first: m e^s + t in place of (m + t) e^s.
+        interleaved: params holds (shift, raw) in turn, in place of [shift | raw].
+        moves_second: the second half of the channels moves in place of the first.
+        inverse: undo the coupling.
+        log_det: also sum the log-scales.
+    """
+
+    kind: int
+    bound: float
+    floor: float
+    scale_first: bool
+    interleaved: bool
+    moves_second: bool
+    inverse: bool
+    log_det: bool
+
+    @property
+    def constexprs(self) -> dict[str, int]:
+        return {"KIND": self.kind, "SCALE_FIRST": self.scale_first, "INVERSE": self.inverse}
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(moved, kept) views along dim 1."""
+        first = (x.shape[1] + 1) // 2
+        parts = (x[:, :first], x[:, first:])
+        return parts[::-1] if self.moves_second else parts
+
+    def shift_and_raw(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of params along dim 1."""
+        if self.interleaved:
+            return params[:, 0::2], params[:, 1::2]
+        return params[:, : params.shape[1] // 2], params[:, params.shape[1] // 2 :]
+
+
+COUPLING_SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(CouplingSpec).items())
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """A whole Linearizer of coupling stacks in one launch: y = g_y^-1(A g_x(x)), x [B, D] and y [B, D].
 
-Three steps on one tile of rows that never leaves the chip: g_x's layers forward, A (a matrix
-in parts, or a diagonal), g_y's layers in reverse. The layers are kernels/coupling_stack.py's body,
-called twice; the two stacks may be the same tensors. Bytes: x once in, y once out; the weights of
-both stacks and A once per program, from L2.
+Three steps on one tile of rows that never leaves the chip: g_x's layers forward, A (a matrix in parts, or a
+diagonal), g_y's layers in reverse. The layers are kernels/coupling_stack.py's body, called twice; the two stacks
+may be the same tensors. Bytes: x once in, y once out; the weights of both stacks and A once per program, from the
+L2.
 
-Gradient, with z = g_x(x), w = A z and v = g_y^-1's vector-Jacobian product at w: dA = v^T z, and
-dx = g_x's at x of A^T v. z and w are recomputed.
+Gradient, with z = g_x(x), w = A z and v = g_y^-1's vector-Jacobian product at w: dA = v^T z, and dx is g_x's at x
+of A^T v. z and w are computed again.
 """
 
 from __future__ import annotations
@@ -18,19 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .coupling_stack import (
-    apply_map,
-    launch_coupling_stack,
-    load_halves,
-    run_layers,
-    stack_options,
-    store_halves,
-)
+from .coupling_stack import apply_map, launch_coupling_stack, load_halves, run_layers, stack_options, store_halves
 from .coupling_stack_backward import launch_coupling_stack_backward
 from .launch import ceil_div, device_guard
 from .stack_spec import specs_of
-
-__all__ = ["launch_linearizer_stack", "launch_linearizer_stack_backward"]
 
 
 @triton.jit(do_not_specialize=["n_batch", "n_layers_x", "n_layers_y"])
@@ -109,28 +100,17 @@ def _linearizer_stack_kernel(
     store_halves(y_ptr, a, b, n_batch, n_first, n_second, stride_yb, 1, ROWS, HALF, INT64)
 
 
-def launch_linearizer_stack(
-    x: Tensor,
-    weights_x: Tensor,
-    operands_x: Tensor,
-    map_operands_x: Tensor,
-    core: Tensor,
-    core_operands: Tensor,
-    weights_y: Tensor,
-    operands_y: Tensor,
-    map_operands_y: Tensor,
-    *constants: Any,
-) -> Tensor:
+def launch_linearizer_stack(x: Tensor, *arguments: Any) -> Tensor:
     """y [B, D], contiguous."""
+    tensors, (spec_x, spec_y) = arguments[:8], specs_of(arguments[8:])
+    weights_x, operands_x, map_operands_x, _, core_operands, weights_y, operands_y, map_operands_y = tensors
     y = x.new_empty(x.shape)
     if x.shape[0] == 0:
         return y
-    spec_x, spec_y = specs_of(constants)
     options = stack_options(x, spec_x, spec_y)
     with device_guard(x):
         _linearizer_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](
-            x, y, weights_x, operands_x, map_operands_x, core, core_operands, weights_y, operands_y, map_operands_y,
-            x.shape[0], *spec_x.sizes, spec_x.n_layers(weights_x), spec_y.n_layers(weights_y),
+            x, y, *tensors, x.shape[0], *spec_x.sizes, spec_x.n_layers(weights_x), spec_y.n_layers(weights_y),
             operands_x.stride(0), operands_x.stride(1), map_operands_x.stride(0), core_operands.stride(0),
             operands_y.stride(0), operands_y.stride(1), map_operands_y.stride(0),
             x.stride(0), x.stride(1), y.stride(0), spec_x.bound, spec_x.floor, spec_y.bound, spec_y.floor,
@@ -139,23 +119,12 @@ def launch_linearizer_stack(
     return y
 
 
-def launch_linearizer_stack_backward(
-    x: Tensor,
-    weights_x: Tensor,
-    operands_x: Tensor,
-    map_operands_x: Tensor,
-    core: Tensor,
-    core_operands: Tensor,
-    weights_y: Tensor,
-    operands_y: Tensor,
-    map_operands_y: Tensor,
-    grad: Tensor,
-    *constants: Any,
-) -> tuple[Tensor, ...]:
+def launch_linearizer_stack_backward(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
     """(dx, dweights_x, -, -, dcore, -, dweights_y, -, -), of the stacks' own kernels; operands have no gradient."""
-    needs, (spec_x, spec_y) = constants[-1], specs_of(constants[:-1])
-    stack_x, stack_y = (weights_x, operands_x, map_operands_x), (weights_y, operands_y, map_operands_y)
-    dtype, A, backward = x.dtype, spec_x.core_matrix(core), launch_coupling_stack_backward
+    stack_x, core, stack_y, grad = arguments[:3], arguments[3], arguments[5:8], arguments[8]
+    (spec_x, spec_y), needs = specs_of(arguments[9:-1]), arguments[-1]
+    dtype, A = x.dtype, spec_x.core_matrix(core)
+    backward: Any = launch_coupling_stack_backward
     x, grad = x.to(core.dtype), grad.to(core.dtype)  # the one launch holds z and w in fp32, whatever x is
     z = launch_coupling_stack(x, *stack_x, *spec_x.constants)[0]
     w = spec_x.apply_core(z, core)
@@ -165,7 +134,7 @@ def launch_linearizer_stack_backward(
         dA, dz = (padded_dw * padded_z).sum(0), padded_dw * A
     else:
         dA, dz = (padded_dw.mT @ padded_z).flatten(), padded_dw @ A
-    dcore = torch.cat((dA, padded_dw.sum(0)))[None]
+    dcore = torch.cat((dA, padded_dw.sum(0)))[None] if needs[4] else None
     dz = spec_x.unpad(dz)
     dx, dweights_x, *none_x = backward(x, *stack_x, dz, None, *spec_x.constants, [needs[0], needs[1], False, False])
-    return dx.to(dtype), dweights_x, *none_x, dcore, core_operands.new_empty(0), dweights_y, *none_y
+    return dx if dx is None else dx.to(dtype), dweights_x, *none_x, dcore, None, dweights_y, *none_y

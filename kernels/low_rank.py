@@ -5,18 +5,17 @@ g = dL/dy, h = dL/dt (zero unless t itself is differentiated) and s = U^T g + h 
 
     y = alpha x + U t       dx = alpha g + V s       dU = g t^T       dV = x s^T
 
-so t is all that is saved besides the inputs. Bytes in fp32 per sample: forward x, V and U once and
-y: 4 (N + N r + M r + M), and x again where alpha is not 0; backward U, g and V, x, g again in;
-dx, dU, dV out.
+so t is all that is saved besides the inputs. Bytes in fp32 per sample, forward: 4 (N + N r + M r + M), and x again
+where alpha is not 0; backward: U, g, V, x and g again in, dx, dU and dV out.
 
-A reduction over N is split: a program sums its split's tiles in fp32 and writes one partial
-[r], and the programs that read t add the partials in a fixed order: no atomics, the same
-bits every time. The splits depend on N and r only: a sample's bits do not depend on the batch.
+A reduction over N is split: a program sums its split's tiles in fp32 and writes one partial [r], and the programs
+that read t add the partials in a fixed order: no atomics, the same bits every time. The splits depend on N and r
+only, so that a sample's bits do not depend on the batch.
 
-Two kernels make both directions, ``_project_kernel`` for V^T x and U^T g, and a second pass:
-``_expand_kernel`` for y, ``_low_rank_backward_kernel`` for all three gradients at once.
-A shared factor is read with batch stride 0, from the L2; its gradient is one torch.mm
-over the batch, g^T t or x^T s, never [B, N, r]. Both shared does not come here: see linfast.ops.low_rank.
+Two kernels make either direction: ``_project_kernel`` for V^T x and U^T g, then ``_expand_kernel`` for y or
+``_low_rank_backward_kernel`` for all three gradients. A shared factor is read with batch stride 0, from the L2; its
+gradient is one torch.mm over the batch, g^T t or x^T s, never [B, N, r]. Both shared does not come here: see
+linfast.ops.low_rank.
 """
 
 from __future__ import annotations
@@ -30,8 +29,6 @@ from torch import Tensor
 
 from .launch import UNFUSED, ceil_div, device_guard, needs_int64, power_of_two, tile_for
 
-__all__ = ["MAX_SPLITS", "TILES", "LowRankTile", "launch_low_rank", "launch_low_rank_backward"]
-
 
 @dataclass(frozen=True)
 class LowRankTile:
@@ -42,7 +39,7 @@ class LowRankTile:
     num_warps: int
 
 
-# (largest rank, tile). 2048 elements over 128 threads are 16 a thread: four 16-byte loads in
+# (largest rank, tile). 2048 elements over 128 threads are 16 per thread: four 16-byte loads in
 # flight and no spill in the backward, which holds four tiles; a higher rank is a loop over 64.
 TILES: tuple[tuple[int, LowRankTile], ...] = (
     (4, LowRankTile(rows=512, ranks=4, num_warps=4)),
@@ -282,16 +279,10 @@ def launch_low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tens
 
 
 def launch_low_rank_backward(
-    x: Tensor,
-    U: Tensor,
-    V: Tensor,
-    t: Tensor,
-    grad: Tensor | None,
-    grad_t: Tensor | None,
-    alpha: float,
+    x: Tensor, U: Tensor, V: Tensor, t: Tensor, grad: Tensor | None, grad_t: Tensor | None, alpha: float,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dU, dV), contiguous; empty where not needed. A gradient that is None is zero."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dx, dU, dV), contiguous; [0] where not needed. A gradient that is None is zero."""
     need_x, need_u, need_v = needs
     (batch, n_in), n_out, rank = x.shape, U.shape[-2], V.shape[-1]
     dx, dU, dV = (z.new_empty(z.shape if need else (0,)) for z, need in zip((x, U, V), needs, strict=True))

@@ -1,16 +1,13 @@
 """Shared @triton.jit arithmetic, in fp32: scale maps, and the affine coupling and its gradient.
 
-exp2 of a product with log2(e) is one instruction but loses |x| roundings; exp here reduces
-its argument first and loses one. Comparisons rather than minimum and maximum keep NaN a
-NaN, as torch's clamp does.
+exp2 of a product with log2(e) is one instruction but loses |x| roundings; exp here reduces its argument first and
+loses one. Comparisons, unlike minimum and maximum, keep NaN a NaN, as torch's clamp does.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-__all__ = ["couple", "couple_backward", "log_scale", "log_scale_derivative"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in 12 bits: its product with n is exact

@@ -22,12 +22,12 @@ from NVIDIA's tanh.approx (2^-11 relative, one special-function instruction) and
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .math import LOG2E, tanh
-
-__all__ = ["activate", "activation_derivative", "conditioner", "dot_parts", "product", "split"]
 
 # The places of linfast.ops.activations.ACTIVATION_NAMES, which a test holds equal.
 RELU = tl.constexpr(0)
@@ -253,3 +253,10 @@ def conditioner(
                 h, w_ptr, part_stride, b_ptr, ROWS, HIDDEN, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
             )
     return tl.split(tl.reshape(out, (ROWS, HALF, 2)))
+
+
+def activation_form(x: Tensor, precision: str) -> int:
+    """EXACT, FAST or PTX, on NVIDIA the last of these: a form errs by no more than its mode does."""
+    if precision in ("exact", "high"):
+        return 0
+    return 2 if x.is_cuda and torch.version.hip is None else 1

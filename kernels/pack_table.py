@@ -26,10 +26,8 @@ from torch import Tensor
 
 from .stack_spec import DENSE, DIAGONAL, NO_MAPS, StackLayout
 
-__all__ = ["ONE", "SHIFT", "SHIFTED", "ZERO", "PackTable", "layouts_of", "pack_table", "packing_gradient"]
-
 ZERO, ONE = -1, -2  # sources of padding, and of the diagonal of a map that is the identity
-SHIFT = 1 << 30  # is added to the source of what the number is added to
+SHIFT = 1 << 30  # marks the source of a value to which the number is added
 SHIFTED = 3
 # Tables of so many shapes are kept per device: 12 bytes per weight, 2.7 MB at D = 64, H = 128 and 8 layers.
 _KEPT = 32

@@ -3,16 +3,14 @@
     rows_product  x W        x [B, K], W [K, N] in any order    per program ROWS rows by COLUMNS columns
     outer         d^T x      d [B, M], x [B, N]                 per program such a tile of [M, N], one split of B
 
-Both take fp32 operands apart into parts themselves: an operand of a gradient is not known before
-it, and its range (a loss divided by the batch) is bf16's, not fp16's. d^T x is a sum over B in
-SPLITS equal runs, each into a buffer of its own, added up in one fixed order: no atomics, the same
-bits every time. Each run sums d's columns besides, which is the bias's gradient.
+Both split fp32 operands into parts themselves: an operand of a gradient is not known beforehand, and its range (a
+loss divided by the batch) is bf16's, not fp16's. d^T x is a sum over B in SPLITS equal runs, each into a buffer of
+its own, added up in one fixed order: no atomics, the same bits every time. Each run also sums d's columns, which is
+the bias's gradient.
 
-Bytes: x N / COLUMNS times and W B / ROWS times, both from L2; d^T x reads d N / COLUMNS times and
-x M / ROWS times and writes SPLITS M N.
-
-A tile is 64 by 64 in steps 32 deep: 16 sums per thread of 256, three parts of each operand and the
-next step's loads, whatever K, N and the mode are. With 128 threads d^T x in bf16 spills on sm_100.
+Bytes: x N / COLUMNS times and W B / ROWS times, both from the L2; d^T x reads d N / COLUMNS times and x M / ROWS
+times and writes SPLITS M N. A tile is 64 by 64 in steps 32 deep: 16 sums per thread of 256, three parts of each
+operand and the next step's loads, whatever K, N and the mode are. With 128 threads d^T x in bf16 spills on sm_100.
 """
 
 from __future__ import annotations
@@ -26,20 +24,6 @@ from torch import Tensor
 
 from .launch import ceil_div
 from .mlp import dot_parts, split
-
-__all__ = [
-    "ADD",
-    "MULTIPLY",
-    "SET",
-    "TILE",
-    "Mode",
-    "dot",
-    "launch_linear",
-    "launch_outer",
-    "n_splits",
-    "rows_product",
-    "tile_for",
-]
 
 # What a number's type is to a kernel.
 FP32 = tl.constexpr(0)

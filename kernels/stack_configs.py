@@ -17,9 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .stack_spec import DENSE, DIAGONAL, NO_MAPS, padded_half, padded_hidden
-
-__all__ = ["CONFIGS", "StackConfig", "StackEntry", "config_for", "mode_on", "stack_path", "target_of"]
+from .stack_spec import DENSE, DIAGONAL, NO_MAPS, padded_hidden
 
 
 @dataclass(frozen=True)
@@ -144,35 +142,16 @@ def mode_on(target: str | None, precision: str) -> str:
 
 
 def config_for(
-    D: int,
-    H: int,
-    n_linear: int,
-    precision: str,
-    target: str | None,
-    maps: int = NO_MAPS,
-    linearizer: bool = False,
+    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS, linearizer: bool = False
 ) -> StackConfig | None:
     """The tile of a one-launch stack; None where there is none.
 
     H is the widest hidden layer, maps the densest kind of map between layers; with
     ``linearizer`` the tile of two such stacks and A in one launch.
     """
-    width, hidden = 2 * padded_half(D), padded_hidden(H)
+    width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
     for entry in CONFIGS.get((target or "", precision), ()):
         fits = width <= entry.features and hidden <= entry.hidden and n_linear <= entry.n_linear
         if fits and maps <= entry.maps and (entry.linearizer or not linearizer):
             return entry.config
     return None
-
-
-def stack_path(
-    D: int,
-    H: int,
-    n_linear: int,
-    precision: str,
-    target: str | None,
-    maps: int = NO_MAPS,
-    linearizer: bool = False,
-) -> str:
-    """ "stack" or "library": see the top of this file; arguments as ``config_for``."""
-    return "library" if config_for(D, H, n_linear, precision, target, maps, linearizer) is None else "stack"

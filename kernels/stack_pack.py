@@ -4,9 +4,8 @@
     operands     the value in the mode's parts where it belongs to a conditioner's matrix
     map_operands the value in a map's parts where it belongs to a dense map
 
-The tables (kernels/pack_table.py) depend on shapes alone. Bytes: 8 of tables, 4 of values read and 4 written per
-packed value, and 2 per part; all of it fits an L2. The gradient is
-``pack_table.packing_gradient``.
+The tables and the gradient are in kernels/pack_table.py. Bytes per packed value: 8 of tables, 4 read, 4 written,
+and 2 per part; all of it fits an L2.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from .launch import ceil_div, device_guard
 from .mlp import split
 from .pack_table import ONE, SHIFT, pack_table
 from .stack_spec import N_PARTS, map_parts
-
-__all__ = ["TILE", "PackTile", "launch_stack_pack"]
 
 _ONE = tl.constexpr(ONE)
 _SHIFT = tl.constexpr(SHIFT)

@@ -25,11 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    *("DENSE", "DIAGONAL", "NO_MAPS", "N_PARTS", "StackLayout", "StackSpec", "map_parts"),
-    *("padded_half", "padded_hidden", "schema_of", "spec_of", "specs_of"),
-]
-
 NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
 
 # In how many parts a mode's products take their operands.
@@ -41,13 +36,8 @@ def map_parts(precision: str) -> int:
     return max(N_PARTS[precision], 2)
 
 
-def padded_half(features: int) -> int:
-    """P: a power of two, at least the 16 that a product of operands sums over."""
-    return padded_hidden((features + 1) // 2)
-
-
 def padded_hidden(hidden: int) -> int:
-    """H: a power of two, at least 16."""
+    """H, or P of a half: a power of two, at least the 16 that a product of operands sums over."""
     return 1 << max(hidden - 1, 15).bit_length()
 
 
@@ -61,16 +51,6 @@ class StackLayout:
         hidden: H, padded; anything where n_linear is 1 or 0.
         maps: NO_MAPS, DIAGONAL or DENSE, the densest map of the stack.
         head: whether row 0 is a map before the first layer.
-
-    Attributes:
-        half: P.
-        sizes: features of the first and of the second half.
-        widths: (P, H, ..., H, 2 P).
-        matrix_shapes: (out, in) of each linear layer.
-        matrix_size: elements of a row's conditioner matrices.
-        map_shape, map_size: a row's map without its bias.
-        map_offset: where a row's map begins.
-        row_size: elements of a row.
     """
 
     features: int
@@ -78,18 +58,18 @@ class StackLayout:
     hidden: int
     maps: int
     head: bool
-    half: int = field(init=False, compare=False, repr=False)
-    sizes: tuple[int, int] = field(init=False, compare=False, repr=False)
-    widths: tuple[int, ...] = field(init=False, compare=False, repr=False)
-    matrix_shapes: tuple[tuple[int, int], ...] = field(init=False, compare=False, repr=False)
-    matrix_size: int = field(init=False, compare=False, repr=False)
-    map_shape: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    half: int = field(init=False, compare=False, repr=False)  # P
+    sizes: tuple[int, int] = field(init=False, compare=False, repr=False)  # features of either half
+    widths: tuple[int, ...] = field(init=False, compare=False, repr=False)  # (P, H, ..., H, 2 P)
+    matrix_shapes: tuple[tuple[int, int], ...] = field(init=False, compare=False, repr=False)  # (out, in) of each
+    matrix_size: int = field(init=False, compare=False, repr=False)  # elements of a row's conditioner matrices
+    map_shape: tuple[int, ...] = field(init=False, compare=False, repr=False)  # of a row's map, without its bias
     map_size: int = field(init=False, compare=False, repr=False)
-    map_offset: int = field(init=False, compare=False, repr=False)
+    map_offset: int = field(init=False, compare=False, repr=False)  # where a row's map begins
     row_size: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        half, hidden = padded_half(self.features), [self.hidden] * (self.n_linear - 1)
+        half, hidden = padded_hidden((self.features + 1) // 2), [self.hidden] * (self.n_linear - 1)
         widths = (half, *hidden, 2 * half) if self.n_linear else (half,)
         shapes = tuple(zip(widths[1:], widths[:-1], strict=True))
         matrix_size = sum([n_out * n_in for n_out, n_in in shapes])
@@ -105,15 +85,6 @@ class StackLayout:
             map_offset=map_offset,
             row_size=map_offset + map_size + (2 * half if self.maps else 0),
         )
-
-    @property
-    def offsets(self) -> list[tuple[int, int]]:
-        """Where a row has each linear layer's matrix, and its bias."""
-        places, at, bias_at = [], 0, self.matrix_size
-        for n_out, n_in in self.matrix_shapes:
-            places.append((at, bias_at))
-            at, bias_at = at + n_out * n_in, bias_at + n_out
-        return places
 
     def pad(self, x: Tensor) -> Tensor:
         """[B, D] -> [B, 2 P]: zeros after each half."""

@@ -32,7 +32,9 @@ class Kernels:
         def launch(*arguments: Any) -> Any:
             self.launches += 1
             right = op.reference(*arguments)
-            return self.fault(right) if isinstance(right, Tensor) else type(right)(map(self.fault, right))
+            if isinstance(right, Tensor):
+                return self.fault(right)
+            return tuple(None if each is None else self.fault(each) for each in right)
 
         return launch
 

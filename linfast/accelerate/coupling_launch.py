@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..dispatch import uses_triton
 from ..freeze import derived
-from ..kernels.stack_configs import mode_on, stack_path, target_of
+from ..kernels.stack_configs import config_for, mode_on, target_of
 from ..ops.activations import ACTIVATION_NAMES
 from ..ops.affine_coupling import LAYOUTS, split_sizes
 from ..ops.coupling_stack import coupling_stack
@@ -120,7 +120,7 @@ def _has_tile(mlps: tuple[MLP, ...], side: Side, like: Tensor) -> bool:
     features, n_linear = _features(mlps, side), len(mlps[0].layers)
     return (
         features is not None
-        and stack_path(features, hidden, n_linear, _mode(side, like), target_of(like)) == "stack"
+        and config_for(features, hidden, n_linear, _mode(side, like), target_of(like)) is not None
     )
 
 

@@ -1,17 +1,13 @@
-"""Affine coupling, the elementwise core: one half of the channels moves, the other is copied.
+"""Affine coupling: one half of the channels is scaled and shifted, the other half is copied.
 
-With x = [first | second] along dim 1, the moved half m, and the conditioner's
-output params giving a shift t and a raw value r, log_s = scale_map(r):
+With the moved half m of x along dim 1, the conditioner's shift t and log_s = scale_map(raw):
 
     order "shift_first":  y = (m + t) exp(log_s)      m = y exp(-log_s) - t
     order "scale_first":  y = m exp(log_s) + t        m = (y - t) exp(-log_s)
     log|det| = +sum(log_s) forward, -sum(log_s) inverse
 
-Shapes: x [B, C, ...], params [B, 2 C_moved, ...], y like x, log_det [B].
-An odd C splits unequally: the first half has ceil(C / 2) channels.
-
-On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
-kernel each way (linfast.kernels.affine_coupling), whose backward keeps y and not x.
+The first half of an odd C has ceil(C / 2) channels. On a CPU and in float64 this is plain torch; on a GPU it is one
+kernel in each direction (linfast.kernels.affine_coupling), whose backward keeps y and not x.
 """
 
 from __future__ import annotations
@@ -23,25 +19,13 @@ from torch import Tensor
 
 from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..dispatch import cat, uses_triton
-from ..kernels.launch import like
+from ..kernels.launch import COUPLING_SCHEMA, CouplingSpec, like
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
-from .register import RawOp, define_op
+from .register import define_op
 
 __all__ = [
-    "COUPLING_SCHEMA",
-    "HALVES",
-    "LAYOUTS",
-    "ORDERS",
-    "affine_coupling",
-    "affine_coupling_backward_reference",
-    "affine_coupling_reference",
-    "affine_coupling_undo",
-    "check_coupling",
-    "couple",
-    "couple_backward",
-    "coupling_constants",
-    "raw_coupling_reference",
-    "split_sizes",
+    *("HALVES", "LAYOUTS", "ORDERS", "affine_coupling", "affine_coupling_undo", "check_coupling", "couple"),
+    *("coupled", "coupling_constants", "raw_coupling_reference", "split_sizes"),
 ]
 
 ORDERS = ("shift_first", "scale_first")
@@ -84,44 +68,37 @@ def affine_coupling(
         ValueError: an unknown option, or params whose shape does not fit x.
     """
     check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
-    if uses_triton(x, params):
-        y, total = _affine_coupling(
-            x, params, *coupling_constants(scale_map, order, layout, moves, inverse, log_det)
-        )
-        return y, total if log_det else None
-    return affine_coupling_reference(
-        x, params, scale_map, order=order, layout=layout, moves=moves, inverse=inverse, log_det=log_det
-    )
+    return coupled(x, params, scale_map, coupling_constants(scale_map, order, layout, moves, inverse, log_det))
+
+
+def coupled(x: Tensor, params: Tensor, scale_map: ScaleMap, spec: CouplingSpec) -> tuple[Tensor, Tensor | None]:
+    """``affine_coupling`` of arguments that have been checked."""
+    if not uses_triton(x, params):
+        return affine_coupling_reference(x, params, scale_map, spec)
+    y, total = _affine_coupling(x, params, *spec)
+    return y, total if spec.log_det else None
 
 
 def affine_coupling_reference(
-    x: Tensor,
-    params: Tensor,
-    scale_map: ScaleMap,
-    *,
-    order: str,
-    layout: str,
-    moves: str,
-    inverse: bool,
-    log_det: bool,
+    x: Tensor, params: Tensor, scale_map: ScaleMap, spec: CouplingSpec
 ) -> tuple[Tensor, Tensor | None]:
     """``affine_coupling`` in plain torch."""
     first, second = x.split(split_sizes(x.shape[1]), dim=1)
-    moved = first if moves == "first" else second
-    shift, raw = _shift_and_raw(params, layout)
+    moved = second if spec.moves_second else first
+    shift, raw = spec.shift_and_raw(params)
     value = moved
     if not x.dtype == params.dtype == torch.float32:
         compute = torch.promote_types(moved.dtype, torch.float32)
         value, shift, raw = moved.to(compute), shift.to(compute), raw.to(compute)
     log_s = scale_map.log_scale(raw)
-    out = couple(value, shift, log_s, order, inverse)
+    out = couple(value, shift, log_s, ORDERS[spec.scale_first], spec.inverse)
     if out.dtype != x.dtype:
         out = out.to(x.dtype)
-    y = cat((out, second) if moves == "first" else (first, out), dim=1)
-    if not log_det:
+    y = cat((first, out) if spec.moves_second else (out, second), dim=1)
+    if not spec.log_det:
         return y, None
     total = log_s.sum(dim=tuple(range(1, log_s.ndim)))
-    return y, -total if inverse else total
+    return y, -total if spec.inverse else total
 
 
 def couple(value: Tensor, shift: Tensor, log_s: Tensor, order: str, inverse: bool) -> Tensor:
@@ -132,72 +109,42 @@ def couple(value: Tensor, shift: Tensor, log_s: Tensor, order: str, inverse: boo
     return (value + shift) * scale if order == "shift_first" else value * scale + shift
 
 
-def _shift_and_raw(params: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    if layout == "interleaved":
-        return params[:, 0::2], params[:, 1::2]
-    shift, raw = params.chunk(2, dim=1)
-    return shift, raw
-
-
 @torch.no_grad()
 def affine_coupling_undo(
-    y: Tensor,
-    params: Tensor,
-    grad: Tensor,
-    grad_log_det: Tensor | None,
-    scale_map: ScaleMap,
-    *,
-    order: str,
-    layout: str,
-    moves: str,
-    inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    y: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor | None, scale_map: ScaleMap, *, order: str,
+    layout: str, moves: str, inverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(x, dx, dparams) where y, log_det = affine_coupling(x, params, ..., inverse=inverse).
 
     The backward from the output alone, for training that keeps no x: grad and grad_log_det
     are the gradients of y and log_det, dx (fresh memory) and dparams those of x and params.
     """
-    constants = coupling_constants(scale_map, order, layout, moves, inverse, grad_log_det is not None)
+    spec = coupling_constants(scale_map, order, layout, moves, inverse, grad_log_det is not None)
     if not uses_triton(y, params):
-        return _undo_reference(y, params, grad, grad_log_det, *constants)
+        return _undo_reference(y, params, grad, grad_log_det, *spec)
     x, _ = affine_coupling(y, params, scale_map, order=order, layout=layout, moves=moves, inverse=not inverse)
-    return x, *torch.ops.linfast.affine_coupling_backward(y, params, grad, grad_log_det, *constants)
-
-
-def affine_coupling_backward_reference(
-    y: Tensor,
-    params: Tensor,
-    grad: Tensor | None,
-    grad_log_det: Tensor | None,
-    *constants: Any,
-) -> tuple[Tensor, Tensor]:
-    """(dx, dparams) from the output; the formulas are in linfast.kernels.affine_coupling."""
-    _, dx, dparams = _undo_reference(y, params, grad, grad_log_det, *constants)
-    return dx, dparams
+    return x, *torch.ops.linfast.affine_coupling_backward(y, params, grad, grad_log_det, *spec)
 
 
 def _undo_reference(
-    y: Tensor,
-    params: Tensor,
-    grad: Tensor | None,
-    grad_log_det: Tensor | None,
-    *constants: Any,
+    y: Tensor, params: Tensor, grad: Tensor | None, grad_log_det: Tensor | None, *constants: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, dx, dparams) from the output."""
-    scale_map, order, layout, moves, inverse = _options(*constants[:-1])
+    """(x, dx, dparams) from the output; the formulas are in linfast.kernels.affine_coupling."""
+    spec = CouplingSpec(*constants)
+    scale_map, order = _scale_map(spec), ORDERS[spec.scale_first]
     compute = torch.promote_types(y.dtype, torch.float32)
     grad = torch.zeros_like(y) if grad is None else grad
-    sizes, index = split_sizes(y.shape[1]), HALVES.index(moves)
+    sizes, index = split_sizes(y.shape[1]), int(spec.moves_second)
     halves, grads = (list(tensor.split(sizes, dim=1)) for tensor in (y, grad))
     out, g = halves[index].to(compute), grads[index].to(compute)
-    shift, raw = (part.to(compute) for part in _shift_and_raw(params, layout))
+    shift, raw = (part.to(compute) for part in spec.shift_and_raw(params))
     log_s = scale_map.log_scale(raw)
     h = 0.0 if grad_log_det is None else grad_log_det.reshape(-1, *(1,) * (y.ndim - 1))
-    halves[index] = couple(out, shift, log_s, order, not inverse).to(y.dtype)
-    dvalue, dshift, dlog_s = couple_backward(out, shift, log_s, g, h, order, inverse)
+    halves[index] = couple(out, shift, log_s, order, not spec.inverse).to(y.dtype)
+    dvalue, dshift, dlog_s = couple_backward(out, shift, log_s, g, h, order, spec.inverse)
     grads[index] = dvalue.to(y.dtype)
     draw = dlog_s * scale_map.derivative(raw)
-    joined = torch.cat((dshift, draw), 1) if layout == "halves" else torch.stack((dshift, draw), 2).flatten(1, 2)
+    joined = torch.stack((dshift, draw), 2).flatten(1, 2) if spec.interleaved else torch.cat((dshift, draw), 1)
     return torch.cat(halves, dim=1), torch.cat(grads, dim=1), joined.to(params.dtype)
 
 
@@ -213,70 +160,41 @@ def couple_backward(
 
 def coupling_constants(
     scale_map: ScaleMap, order: str, layout: str, moves: str, inverse: bool, log_det: bool
-) -> tuple[int | float | bool, ...]:
-    """The raw ops' constants, in the order of ``COUPLING_SCHEMA``, from the public functions' options."""
+) -> CouplingSpec:
+    """The raw ops' constants from the public functions' options."""
     flags = (order == "scale_first", layout == "interleaved", moves == "second", inverse, log_det)
-    return (scale_map.constexpr_id, *scale_map.constants, *flags)
+    return CouplingSpec(scale_map.constexpr_id, *scale_map.constants, *flags)
 
 
-def _options(
-    kind: int, bound: float, floor: float, scale_first: bool, interleaved: bool, moves_second: bool, inverse: bool
-) -> tuple[ScaleMap, str, str, str, bool]:
-    """The public function's options from the raw op's constants."""
-    scale_map = ScaleMap(SCALE_MAP_KINDS[kind], bound, floor)
-    return scale_map, ORDERS[scale_first], LAYOUTS[interleaved], HALVES[moves_second], inverse
+def _scale_map(spec: CouplingSpec) -> ScaleMap:
+    return ScaleMap(SCALE_MAP_KINDS[spec.kind], spec.bound, spec.floor)
 
 
-def raw_coupling_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
-    """(y, log_det; [0] where not asked for) from the raw ops' constants."""
-    scale_map, order, layout, moves, inverse = _options(*constants[:-1])
-    y, log_det = affine_coupling_reference(
-        x, params, scale_map, order=order, layout=layout, moves=moves, inverse=inverse, log_det=constants[-1]
-    )
-    return y, x.new_empty(0, dtype=torch.float32) if log_det is None else log_det
+def raw_coupling_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor | None]:
+    """``affine_coupling_reference`` from the raw ops' constants."""
+    spec = CouplingSpec(*constants)
+    return affine_coupling_reference(x, params, _scale_map(spec), spec)
 
 
 def _fake(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
     return like(x), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
 
 
-def _fake_backward(y: Tensor, params: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return like(y), like(params)
-
-
-COUPLING_SCHEMA = (
-    "int kind, float bound, float floor, bool scale_first, bool interleaved, bool moves_second, "
-    "bool inverse, bool log_det"
-)
 _affine_coupling = define_op(
-    RawOp(
-        f"affine_coupling(Tensor x, Tensor params, {COUPLING_SCHEMA}) -> (Tensor, Tensor)",
-        _fake,
-        raw_coupling_reference,
-        "affine_coupling:launch_affine_coupling",
-    ),
-    RawOp(
-        "affine_coupling_backward(Tensor y, Tensor params, Tensor? grad, Tensor? grad_log_det, "
-        f"{COUPLING_SCHEMA}) -> (Tensor, Tensor)",
-        _fake_backward,
-        affine_coupling_backward_reference,
-        "affine_coupling:launch_affine_coupling_backward",
-    ),
-    saves=lambda inputs, outputs: (outputs[0], inputs[1]),
-    n_tensors=2,
+    f"affine_coupling(Tensor x, Tensor params, {COUPLING_SCHEMA}) -> (Tensor y, Tensor log_det)",
+    _fake,
+    raw_coupling_reference,
+    saves="y params",
+    gradients=lambda y, params, *_: (like(y), like(params)),
+    backward=lambda *arguments: _undo_reference(*arguments)[1:],
+    has_needs=False,
 )
 
 
 def check_coupling(
-    x: Tensor,
-    params: Tensor,
-    scale_map: ScaleMap,
-    order: str,
-    layout: str,
-    moves: str,
-    inverse: bool,
+    x: Tensor, params: Tensor, scale_map: ScaleMap, order: str, layout: str, moves: str, inverse: bool,
     log_det: bool,
-) -> None:
+) -> None:  # fmt: skip
     check_tensor("x", x)
     check_tensor("params", params, x)
     check_kind("scale_map", scale_map, ScaleMap)

@@ -1,18 +1,16 @@
-"""Channel mix: y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o], one matrix over every position.
+"""Channel mix: y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o], one matrix for every position.
 
-Shapes: x [B, C, ...], weight [O, C], bias [O], y [B, O, ...] of x's dtype, sums in fp32 or
-wider. The inverse of a square W is the same op with W^-1 and -W^-1 bias.
+    x                              what runs
+    [B, C]                         F.linear; its sums follow torch's matmul settings
+    [B, C, ...] on a CPU, float64  torch.matmul
+    [B, C, ...] on a GPU           linfast.kernels.channel_mix: any strides, exact fp32 products
 
-    x                              path
-    [B, C]                         F.linear: one cuBLAS product; sums follow torch's matmul settings
-    [B, C, ...] on a CPU, float64  torch.matmul, which Inductor can fuse
-    [B, C, ...] on a GPU           linfast.kernels.channel_mix, any strides, exact fp32: unrolled
-                                   multiply-adds for C, O < 16 along runs of positions, else tl.dot
-
-The backward keeps x and W; dW and dbias are sums of fixed parts, the same bits every time.
+The inverse of a square W is the same op with W^-1 and -W^-1 bias. The backward keeps x and W.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +19,9 @@ from torch import Tensor
 from ..checks import check_tensor
 from ..dispatch import autocast_dtype, uses_triton
 from ..kernels.launch import with_channels
-from .register import RawOp, define_op, needed
+from .register import define_op
 
-__all__ = [
-    "channel_mix",
-    "channel_mix_reference",
-    "check_mix",
-    "laid_out",
-]
+__all__ = ["channel_mix", "channel_mix_reference", "check_mix", "laid_out"]
 
 
 def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,36 +65,16 @@ def laid_out(y: Tensor, x: Tensor) -> Tensor:
     return y.contiguous()
 
 
-def _raw_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return laid_out(channel_mix_reference(x, weight, bias), x)
-
-
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return with_channels(x, weight.shape[0])
-
-
-def _fake_backward(x: Tensor, weight: Tensor, grad: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
-    return needed(
-        needs, with_channels(x, x.shape[1]), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-    )
+def _gradients(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return with_channels(x, x.shape[1]), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
 _channel_mix = define_op(
-    RawOp(
-        "channel_mix(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-        _fake,
-        _raw_reference,
-        "channel_mix:launch_channel_mix",
-    ),
-    RawOp(
-        "channel_mix_backward(Tensor x, Tensor weight, Tensor grad, bool[] needs) -> (Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "channel_mix:launch_channel_mix_backward",
-    ),
-    saves=lambda inputs, _: (inputs[0], inputs[1]),
-    n_tensors=3,
-    added={"bias": lambda named: named["weight"].new_zeros(named["weight"].shape[0])},
+    "channel_mix(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: with_channels(x, weight.shape[0]),
+    lambda x, weight, bias: laid_out(channel_mix_reference(x, weight, bias), x),
+    saves="x weight",
+    gradients=_gradients,
 )
 
 

@@ -1,20 +1,13 @@
 """A convolution with the group norm and SiLU before it and the bias and residual after it.
 
-    a = silu(group_norm(x) norm_weight + norm_bias)      without the SiLU, or x, where so asked
-    y = conv(a, weight, padding k // 2) + bias + alpha residual
-
-Shapes: x [B, C_in, H, W], weight [C_out, C_in, k, k] with k odd, bias [C_out] or [B, C_out], norm_weight and
-norm_bias [C_in], residual and y [B, C_out, H, W]. The zeros of the padding are a's, not x's. y's dtype is
-weight's, or residual's where that is wider.
-
     where                                     what runs
-    CPU, float64                              plain torch, which Inductor can fuse
-    GPU, C_in and C_out as in conv2d_configs  linfast.kernels.conv2d_fused: one kernel, and one for x's
+    CPU, float64                              plain torch
+    GPU, C_in and C_out as in conv2d_configs  linfast.kernels.conv2d_fused: one kernel, and one more for x's
                                               statistics where they are not given
-    GPU, else                                 group_norm_silu and torch's convolution
+    GPU, other sizes                          group_norm_silu and torch's convolution
 
-Backend "triton" runs the kernel at any size. The backward keeps x, the parameters and the [B, groups]
-means and standard deviations, and makes a again; dweight is a sum of fixed parts, the same bits every time.
+Backend "triton" runs the kernel at any size. The backward keeps x, the parameters and the [B, groups] means and
+standard deviations, and computes the convolution's input again.
 """
 
 from __future__ import annotations
@@ -27,13 +20,13 @@ from torch import Tensor
 
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import autocast_dtype, chosen_backend, uses_triton
-from ..kernels.conv2d_configs import handed_over, n_row_tiles, runs_fused, tile_rows_of
+from ..kernels.conv2d_configs import CONV_SCHEMA, ConvSpec, handed_over, n_row_tiles, runs_fused, tile_rows_of
 from ..kernels.launch import like, with_channels
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from .channel_mix import laid_out
-from .group_norm_silu import group_norm_silu, group_norm_silu_reference
-from .register import RawOp, define_op, needed
+from .group_norm_silu import group_norm_silu, group_norm_silu_reference, moments
+from .register import define_op
 
 __all__ = ["conv2d_fused"]
 
@@ -54,7 +47,10 @@ def conv2d_fused(
     next_groups: int = 0,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, y's statistics).
+    """y = conv(a, weight, padding k // 2) + bias + alpha residual; returned with y's statistics.
+
+    a = silu(group_norm(x) norm_weight + norm_bias), without the SiLU where activation is False; a = x where groups
+    is 0. The padding's zeros are a's, not x's. y's dtype is weight's, or residual's where that is wider.
 
     Args:
         x: [B, C_in, H, W], any strides; channels_last is the fast one.
@@ -85,7 +81,10 @@ def conv2d_fused(
     _check(x, weight, bias, groups, norm_weight, norm_bias, statistics, residual, next_groups)
     given = [t for t in (weight, bias, norm_weight, norm_bias, residual) if t is not None]
     mode = _mode(x, weight, precision)
-    if not (uses_triton(x, *given) and _fused(x, weight, mode)):
+    n_out, n_in, k, _ = weight.shape
+    if not uses_triton(x, *given) or not (
+        chosen_backend() == "triton" or runs_fused(n_in, n_out, k, mode, target_of(x))
+    ):
         a = group_norm_silu(x, groups, norm_weight, norm_bias, eps=eps, activation=activation) if groups else x
         return _convolved(a, weight, bias, residual, alpha), None
     dtype = autocast_dtype(x.device.type)
@@ -94,7 +93,8 @@ def conv2d_fused(
         x = x if groups else x.to(dtype)
     sums = next_groups if next_groups and handed_over(weight.shape[0], next_groups) else 0
     tensors = (x, weight, bias, norm_weight, norm_bias, residual, statistics if groups else None)
-    y, _, _, tiles = _conv2d_fused(*tensors, groups, eps, activation, alpha, sums, mode, half_dtype(weight))
+    spec = ConvSpec(groups, eps, activation, alpha, sums, mode, half_dtype(weight))
+    y, _, _, tiles = _conv2d_fused(*tensors, *spec)
     return y, tiles.detach() if sums else None
 
 
@@ -113,12 +113,6 @@ def _tf32_convolutions() -> bool:
 _tf32_convolutions._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _fused(x: Tensor, weight: Tensor, mode: str) -> bool:
-    """Whether the table, or the user, has the kernel run."""
-    n_out, n_in, k, _ = weight.shape
-    return chosen_backend() == "triton" or runs_fused(n_in, n_out, k, mode, target_of(x))
-
-
 def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, alpha: float) -> Tensor:
     """The convolution and the sum in plain torch."""
     bias = None if bias is None else bias.to(weight.dtype)
@@ -130,28 +124,16 @@ def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor 
 
 
 def conv2d_fused_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    tiles: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-    alpha: float,
-    next_groups: int,
-    precision: str,
-    part_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    residual: Tensor | None, tiles: Tensor | None, *constants: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The raw op in plain torch: (y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
+    groups, eps, activation, alpha, next_groups, _, _ = ConvSpec(*constants)
     a = x
     mean, rstd = (x.new_empty((x.shape[0], 0), dtype=torch.float32) for _ in range(2))
     if groups:
         a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, groups, eps, activation)
-        variance, mean = torch.var_mean(x.float().unflatten(1, (groups, -1)), (2, 3, 4), correction=0)
-        rstd = (variance + eps).rsqrt()
+        mean, rstd = moments(x, groups, eps)
     y = _convolved(a.to(weight.dtype), weight, bias, residual, alpha)
     return laid_out(y, x), mean, rstd, _tiles(y, next_groups)
 
@@ -170,57 +152,35 @@ def _tiles(y: Tensor, groups: int) -> Tensor:
 
 
 def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    residual, groups, next_groups = rest[3], rest[5], rest[9]
+    residual, spec = rest[3], ConvSpec(*rest[5:])
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-    mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty((x.shape[0], spec.groups), dtype=torch.float32) for _ in range(2))
     tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
-    sums = x.new_empty((x.shape[0], tiles, next_groups, 2), dtype=torch.float32)
+    sums = x.new_empty((x.shape[0], tiles, spec.next_groups, 2), dtype=torch.float32)
     return with_channels(x, weight.shape[0], dtype), mean, rstd, sums
 
 
-def _fake_backward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _gradients(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     needs, grad, alpha = rest[-1], rest[5], rest[12]
     parameters = [None if t is None else torch.empty_like(t) for t in (weight, *rest[:3])]
-    return needed(needs, like(x), *parameters, grad * alpha if needs[5] else None, None, absent=torch.float32)
+    return like(x), *parameters, grad * alpha if needs[5] else None, None
 
 
-_TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias"
-_CONSTANTS = (
-    "int groups, float eps, bool activation, float alpha, int next_groups, str precision, ScalarType part_dtype"
-)
 _conv2d_fused = define_op(
-    RawOp(
-        f"conv2d_fused({_TENSORS}, Tensor? residual, Tensor? tiles, {_CONSTANTS}) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-        _fake,
-        conv2d_fused_reference,
-        "conv2d_fused:launch_conv2d_fused",
-    ),
-    RawOp(
-        f"conv2d_fused_backward({_TENSORS}, Tensor mean, Tensor rstd, Tensor grad, Tensor? grad_mean, "
-        f"Tensor? grad_rstd, Tensor? grad_tiles, {_CONSTANTS}, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "conv2d_fused_backward:launch_conv2d_fused_backward",
-    ),
-    saves=lambda inputs, outputs: (*inputs[:5], *outputs[1:3]),
-    n_tensors=7,
-    added={"residual": lambda named: torch.zeros_like(named["grad"])},
+    "conv2d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
+    f"Tensor? tiles, {CONV_SCHEMA}) -> (Tensor y, Tensor mean, Tensor rstd, Tensor next_tiles)",
+    _fake,
+    conv2d_fused_reference,
+    saves="x weight bias norm_weight norm_bias mean rstd",
+    gradients=_gradients,
+    backward_launch="conv2d_fused_backward:launch_conv2d_fused_backward",
 )
 
 
 def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    groups: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    statistics: Tensor | None,
-    residual: Tensor | None,
-    next_groups: int,
-) -> None:
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, norm_weight: Tensor | None,
+    norm_bias: Tensor | None, statistics: Tensor | None, residual: Tensor | None, next_groups: int,
+) -> None:  # fmt: skip
     check_tensor("x", x)
     check_tensor("weight", weight, x)
     parameters = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}

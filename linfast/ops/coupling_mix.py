@@ -1,20 +1,13 @@
-"""Coupling and channel mix in one: an affine coupling either way, then an affine map over channels.
+"""A coupling and the channel mix after it in one op: x and params are read once and y is written once.
 
-    u = affine_coupling(x, params),  y[b, o, p] = sum_c W[o, c] u[b, c, p] + bias[o]
+    what runs
+    one launch    on a GPU where C, O <= 128
+    two ops       vectors [B, C] with C or O > 64, for which cuBLAS's product is faster: past about 20
+                  multiply-adds per byte the product takes longer than the memory traffic;
+                  C or O > 128; under autocast an x that is not of autocast's dtype
+    plain torch   on a CPU and in float64
 
-Forward that is a coupling, the mix after it and, folded into W and bias, the next ActNorm;
-backward the inverse coupling and the inverses of the linear layers before it. log|det| is the
-coupling's alone. Shapes: x [B, C, ...], params [B, 2 C_moved, ...], weight [O, C], bias [O],
-y [B, O, ...] of x's dtype, log_det [B].
-
-    path
-    one launch    on a GPU where C, O <= 128: x and params read once, y written once
-    two ops       vectors [B, C] with C or O > 64, whose product is cuBLAS's: past about 20
-                  multiply-adds per byte the product and not the memory is what takes the time;
-                  C or O > 128; under autocast an x not yet of autocast's dtype
-    plain torch   on a CPU and for float64
-
-The backward keeps x, params and W, and makes u again.
+The backward keeps x, params and W, and computes the coupled u again.
 """
 
 from __future__ import annotations
@@ -25,23 +18,11 @@ import torch
 from torch import Tensor
 
 from ..dispatch import autocast_dtype, uses_triton
-from ..kernels.launch import like, with_channels
+from ..kernels.launch import COUPLING_SCHEMA, like, with_channels
 from ..scale_maps import ScaleMap
-from .affine_coupling import (
-    COUPLING_SCHEMA,
-    affine_coupling,
-    affine_coupling_reference,
-    check_coupling,
-    coupling_constants,
-    raw_coupling_reference,
-)
-from .channel_mix import (
-    channel_mix,
-    channel_mix_reference,
-    check_mix,
-    laid_out,
-)
-from .register import RawOp, define_op, needed
+from .affine_coupling import check_coupling, coupled, coupling_constants, raw_coupling_reference
+from .channel_mix import channel_mix, channel_mix_reference, check_mix, laid_out
+from .register import define_op
 
 __all__ = ["coupling_mix"]
 
@@ -78,18 +59,13 @@ def coupling_mix(
     """
     check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
     check_mix(x, weight, bias)
-    options: dict[str, Any] = {
-        "order": order, "layout": layout, "moves": moves, "inverse": inverse, "log_det": log_det
-    }  # fmt: skip
-    if not uses_triton(x, params, weight):
-        u, total = affine_coupling_reference(x, params, scale_map, **options)
-        return channel_mix(u, weight, bias), total
-    if not _fuses(x, weight):
-        u, total = affine_coupling(x, params, scale_map, **options)
+    spec = coupling_constants(scale_map, order, layout, moves, inverse, log_det)
+    if not (uses_triton(x, params, weight) and _fuses(x, weight)):
+        u, total = coupled(x, params, scale_map, spec)
         return channel_mix(u, weight, bias), total
     weight = weight if autocast_dtype(x.device.type) is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(weight.dtype)
-    y, total = _coupling_mix(x, params, weight, bias, *coupling_constants(scale_map, **options))
+    y, total = _coupling_mix(x, params, weight, bias, *spec)
     return y, total if log_det else None
 
 
@@ -102,7 +78,7 @@ def _fuses(x: Tensor, weight: Tensor) -> bool:
 
 def _raw_reference(
     x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     u, log_det = raw_coupling_reference(x, params, *constants)
     return laid_out(channel_mix_reference(u, weight, bias), x), log_det
 
@@ -111,27 +87,17 @@ def _fake(x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *const
     return with_channels(x, weight.shape[0]), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=torch.float32)
 
 
-def _fake_backward(x: Tensor, params: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _gradients(x: Tensor, params: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
     dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
-    return needed(rest[-1], with_channels(x, x.shape[1]), like(params), dweight, dbias)
+    return with_channels(x, x.shape[1]), like(params), dweight, dbias
 
 
 _coupling_mix = define_op(
-    RawOp(
-        f"coupling_mix(Tensor x, Tensor params, Tensor weight, Tensor? bias, {COUPLING_SCHEMA}) "
-        "-> (Tensor, Tensor)",
-        _fake,
-        _raw_reference,
-        "coupling_mix:launch_coupling_mix",
-    ),
-    RawOp(
-        "coupling_mix_backward(Tensor x, Tensor params, Tensor weight, Tensor? grad, Tensor? grad_log_det, "
-        f"{COUPLING_SCHEMA}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "coupling_mix_backward:launch_coupling_mix_backward",
-    ),
-    saves=lambda inputs, _: (inputs[0], inputs[1], inputs[2]),
-    n_tensors=4,
-    added={"bias": lambda named: named["weight"].new_zeros(named["weight"].shape[0])},
+    f"coupling_mix(Tensor x, Tensor params, Tensor weight, Tensor? bias, {COUPLING_SCHEMA}) "
+    "-> (Tensor y, Tensor log_det)",
+    _fake,
+    _raw_reference,
+    saves="x params weight",
+    gradients=_gradients,
+    backward_launch="coupling_mix_backward:launch_coupling_mix_backward",
 )

@@ -1,21 +1,18 @@
 """A stack of affine couplings with MLP conditioners, and maps between them, as one op.
 
-With x = [first | second], the moved half m alternating from layer to layer, the kept half k:
+With x = [first | second], the moved half m, which alternates from layer to layer, and the kept half k:
 
     (t, r) = MLP_l(k)    m <- (m + t) exp(log_s(r))  or  m exp(log_s(r)) + t    x <- W_l x + c_l
     log|det| = sum over layers of sum(log_s) + log|det W_l|
 
-and the inverse. Shapes: x [B, D], y [B, D], log_det [B]; an odd D splits into ceil and floor.
-
 | runs      | where                                                                                 |
 |-----------|---------------------------------------------------------------------------------------|
-| reference | a CPU, float64: plain torch layer by layer, which Inductor can fuse                   |
+| reference | a CPU, float64: plain torch, layer by layer                                           |
 | stack     | a GPU, sizes that fit on chip: one launch, linfast.kernels.coupling_stack             |
-| library   | a GPU, larger sizes: torch's products (their precision is torch's setting; bf16 in    |
-|           | "fast"), each layer's coupling one kernel                                             |
+| library   | a GPU, larger sizes: torch's products (in torch's precision; in "fast" of half type), |
+|           | and one kernel per layer for its coupling                                             |
 
-The backward keeps x and the weights and recomputes the rest, layer by layer. Packing the weights
-(linfast.ops.stack_weights) takes two more launches, unless they come packed.
+The backward keeps x and the weights and computes the rest again, layer by layer.
 """
 
 from __future__ import annotations
@@ -30,26 +27,18 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
 from ..dispatch import autocast_dtype, uses_triton, without_autocast
-from ..kernels.stack_configs import mode_on, stack_path, target_of
+from ..kernels.stack_configs import config_for, mode_on, target_of
 from ..kernels.stack_spec import DENSE, StackLayout, StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .activations import ACTIVATION_NAMES, ACTIVATIONS
 from .affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, couple, split_sizes
-from .register import RawOp, define_op, needed
+from .register import define_op
 from .stack_weights import AffineMap, CouplingLayer, CouplingStack, PackedStack, StackWeights, pack_stacks
 
 __all__ = [
-    "AffineMap",
-    "CouplingLayer",
-    "CouplingStack",
-    "check",
-    "coupling_stack",
-    "has_tile",
-    "mlp_coupling",
-    "raw_forward",
-    "run_packed",
-    "stack_spec",
+    *("AffineMap", "CouplingLayer", "CouplingStack", "check", "coupling_stack", "has_tile", "mlp_coupling"),
+    *("raw_forward", "run_packed", "stack_spec"),
 ]
 
 _SEQUENCES = (list, tuple, Sequence, nn.ParameterList)
@@ -74,7 +63,7 @@ def coupling_stack(
     Args:
         x: [B, D], D >= 2, any strides.
         layers: at least one; all conditioners have as many linear layers.
-        activation: relu, silu, tanh or gelu (exact; within tf32's error in "tf32" and "fast").
+        activation: relu, silu, tanh or gelu; exact, but within tf32's error in "tf32" and "fast".
         scale_map: turns the conditioners' raw outputs into log-scales.
         order: "shift_first" (m + t) e^s or "scale_first" m e^s + t.
         moves: the half that layer 0 moves; layer 1 moves the other, and so on.
@@ -141,13 +130,13 @@ def mlp_coupling(
 
 
 def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False) -> bool:
-    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps``: the densest of both."""
+    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps``: the densest kind in it."""
     sizes = (layout.features, layout.hidden, layout.n_linear)
-    return stack_path(*sizes, precision, target_of(x), maps, linearizer) == "stack"
+    return config_for(*sizes, precision, target_of(x), maps, linearizer) is not None
 
 
 def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:
-    """What the raw op is told of g, whose weights were packed in this layout."""
+    """The raw op's constants for g, whose weights were packed in this layout."""
     bound, floor = g.scale_map.constants
     return StackSpec(
         layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head,
@@ -256,33 +245,18 @@ def _fake(x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *c
     return x.new_empty(x.shape), x.new_empty(n, dtype=torch.float32)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    fresh = [tensor.new_empty(tensor.shape) for tensor in arguments[:4]]
-    return needed((True, True, False, False), *fresh)  # operands have no gradient
-
-
-_TENSORS = "Tensor x, Tensor weights, Tensor operands, Tensor map_operands"
 _coupling_stack = define_op(
-    RawOp(
-        f"coupling_stack({_TENSORS}, {schema_of()}) -> (Tensor, Tensor)",
-        _fake,
-        raw_forward,
-        "coupling_stack:launch_coupling_stack",
-    ),
-    RawOp(
-        f"coupling_stack_backward({_TENSORS}, Tensor? grad, Tensor? grad_log_det, {schema_of()}, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "coupling_stack_backward:launch_coupling_stack_backward",
-    ),
-    saves=lambda inputs, _: tuple(inputs[:4]),
-    n_tensors=4,
+    f"coupling_stack(Tensor x, Tensor weights, Tensor operands, Tensor map_operands, {schema_of()}) "
+    "-> (Tensor y, Tensor log_det)",
+    _fake,
+    raw_forward,
+    saves="x weights operands map_operands",
+    backward_launch="coupling_stack_backward:launch_coupling_stack_backward",
 )
 
 
 def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> None:
-    """TypeError or ValueError where a type, an option or a shape does not fit; of packed layers, the width."""
+    """Raise TypeError or ValueError unless types, options and shapes fit; of packed layers the width must."""
     check_tensor("x", x)
     check_kind("layers", g.layers, _SEQUENCES, "a sequence of CouplingLayers")
     for name, choices in (("activation", ACTIVATION_NAMES), ("order", ORDERS), ("moves", HALVES)):

@@ -1,19 +1,13 @@
-"""Depthwise correlation with zero padding "same": a k x k kernel per channel, shared or per sample.
+"""Depthwise correlation with zero padding "same": one kh x kw kernel per channel, shared or per sample.
 
     y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w],  l = (k - 1) // 2
 
-Its transpose is the same sum with the kernel flipped and the two paddings swapped,
-which matters for even k, where they differ.
-
-Shapes: x [B, C, H, W], weight [C, kh, kw] or [B, C, kh, kw], y like x.
-
-On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
-kernel forward and two backward (linfast.kernels.depthwise_conv), which keep x and weight.
+The transpose is the same sum with the kernel flipped and the two paddings swapped, which differ where k is even.
+On a CPU and in float64 this is plain torch; on a GPU it is one kernel forward and two backward
+(linfast.kernels.depthwise_conv), which keep x and weight.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +15,7 @@ from torch import Tensor
 
 from ..checks import check_flag, check_tensor
 from ..dispatch import uses_triton
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["depthwise_conv"]
 
@@ -52,46 +46,23 @@ def depthwise_conv_reference(x: Tensor, weight: Tensor, transpose: bool) -> Tens
     if transpose:
         weight = weight.flip((-2, -1))
     groups = x.shape[1] if weight.ndim == 3 else x.shape[0] * x.shape[1]
-    rows = _padded(x.to(compute), weight, transpose).reshape(
+    padding = []
+    for k in (weight.shape[-1], weight.shape[-2]):
+        left = (k - 1) // 2
+        padding += [k - 1 - left, left] if transpose else [left, k - 1 - left]
+    rows = F.pad(x.to(compute), padding).reshape(
         -1, groups, x.shape[2] + weight.shape[-2] - 1, x.shape[3] + weight.shape[-1] - 1
     )
     kernels = weight.to(compute).reshape(groups, 1, *weight.shape[-2:])
     return F.conv2d(rows, kernels, groups=groups).reshape(x.shape).to(x.dtype)
 
 
-def _padded(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-    """x with zeros around it, as the taps reach."""
-    padding = []
-    for k in (weight.shape[-1], weight.shape[-2]):
-        left = (k - 1) // 2
-        padding += [k - 1 - left, left] if transpose else [left, k - 1 - left]
-    return F.pad(x, padding)
-
-
-def _fake(x: Tensor, weight: Tensor, transpose: bool) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _fake_backward(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return needed(rest[-1], torch.empty_like(x), weight.new_empty(weight.shape), absent=torch.float32)
-
-
 _depthwise_conv = define_op(
-    RawOp(
-        "depthwise_conv(Tensor x, Tensor weight, bool transpose) -> Tensor",
-        _fake,
-        depthwise_conv_reference,
-        "depthwise_conv:launch_depthwise_conv",
-    ),
-    RawOp(
-        "depthwise_conv_backward(Tensor x, Tensor weight, Tensor grad, bool transpose, bool[] needs) "
-        "-> (Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "depthwise_conv:launch_depthwise_conv_backward",
-    ),
-    saves=lambda inputs, outputs: (inputs[0], inputs[1]),
-    n_tensors=2,
+    "depthwise_conv(Tensor x, Tensor weight, bool transpose) -> Tensor",
+    lambda x, *_: torch.empty_like(x),
+    depthwise_conv_reference,
+    saves="x weight",
+    gradients=lambda x, weight, *_: (torch.empty_like(x), weight.new_empty(weight.shape)),
 )
 
 

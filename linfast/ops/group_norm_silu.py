@@ -4,12 +4,9 @@
     u = (h weight + bias) (1 + scale) + shift
     y = u sigmoid(u)
 
-Shapes: x [B, C, ...], weight and bias [C], scale and shift [B, C], y like x. The order of
-scale and shift is that of ADM (Dhariwal and Nichol, 2021) and EDM (Karras et al., 2022).
-
-On a CPU, and for float64, this is plain torch that Inductor can fuse. On a GPU it is one
-kernel each way (linfast.kernels.group_norm_silu), whose backward keeps x, the means and
-the standard deviations.
+The order of scale and shift is that of ADM (Dhariwal and Nichol, 2021) and EDM (Karras et al., 2022). On a CPU and
+in float64 this is plain torch; on a GPU it is one kernel in each direction (linfast.kernels.group_norm_silu), whose
+backward keeps x, the means and the standard deviations.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from torch import Tensor
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import uses_triton
 from ..kernels.launch import like
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["group_norm_silu"]
 
@@ -66,21 +63,15 @@ def group_norm_silu(
 
 
 def group_norm_silu_reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-) -> Tensor:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, groups: int,
+    eps: float, activation: bool,
+) -> Tensor:  # fmt: skip
     """``group_norm_silu`` in plain torch."""
     compute = torch.promote_types(x.dtype, torch.float32)
     if weight is None and bias is not None:  # of this torch's group_norm has no gradient
         weight = torch.ones_like(bias)
     w, b = (None if t is None else t.to(compute) for t in (weight, bias))
-    # Not F.group_norm, which refuses one value a group; its variance is 0.
+    # Not F.group_norm, which refuses one value per group, whose variance is 0.
     if w is None or x.device.type != "cpu" or x.is_contiguous() or not torch.is_grad_enabled():
         out = torch.group_norm(x.to(compute), groups, w, b, eps)
     else:
@@ -100,27 +91,16 @@ def _per_channel(parameter: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
     return parameter.to(compute).reshape(*parameter.shape, *(1,) * (x.ndim - 2))
 
 
-def _raw_reference(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = group_norm_silu_reference(x, weight, bias, scale, shift, groups, eps, activation)
-    mean, rstd = _moments(x, groups, eps)
-    return y, mean.flatten(1).float(), rstd.flatten(1).float()
+def _raw_reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return group_norm_silu_reference(x, *rest), *moments(x, *rest[4:6])
 
 
-def _moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(var + eps), [B, groups, 1, 1]."""
-    shape = (x.shape[0], groups, x.shape[1] // groups, math.prod(x.shape[2:]))
+def moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(var + eps), [B, groups] in fp32."""
+    shape = (x.shape[0], groups, math.prod(x.shape[1:]) // groups)
     grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(shape)
-    mean = grouped.mean((2, 3), keepdim=True)
-    return mean, ((grouped - mean).square().mean((2, 3), keepdim=True) + eps).rsqrt()
+    variance, mean = torch.var_mean(grouped, 2, correction=0)
+    return mean.float(), (variance + eps).rsqrt().float()
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,29 +108,17 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return like(x), mean, rstd
 
 
-def _fake_backward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    parameters = [None if t is None else t.new_empty(t.shape) for t in rest[:4]]
-    return needed(rest[-1], like(x), *parameters, absent=torch.float32)
+def _gradients(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    return like(x), *(None if t is None else t.new_empty(t.shape) for t in rest[:4])
 
 
-_TENSORS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift"
-_CONSTANTS = "int groups, float eps, bool activation"
 _group_norm_silu = define_op(
-    RawOp(
-        f"group_norm_silu({_TENSORS}, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
-        _fake,
-        _raw_reference,
-        "group_norm_silu:launch_group_norm_silu",
-    ),
-    RawOp(
-        f"group_norm_silu_backward({_TENSORS}, Tensor mean, Tensor rstd, Tensor? grad, Tensor? grad_mean, "
-        f"Tensor? grad_rstd, {_CONSTANTS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "group_norm_silu:launch_group_norm_silu_backward",
-    ),
-    saves=lambda inputs, outputs: (*inputs[:5], *outputs[1:]),
-    n_tensors=5,
+    "group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? scale, Tensor? shift, int groups, float eps, "
+    "bool activation) -> (Tensor y, Tensor mean, Tensor rstd)",
+    _fake,
+    _raw_reference,
+    saves="x weight bias scale shift mean rstd",
+    gradients=_gradients,
 )
 
 

@@ -1,20 +1,15 @@
 """Latent product: y_b = A_b z_b for column vectors kept as rows, y = z @ A.mT; optionally + alpha z + bias.
 
-Shapes: z [B, n_in], A [n_out, n_in] shared, [B, n_out, n_in] one per sample, or with
-index [B] a bank [K, n_out, n_in] of which row b picks A[index[b]]; y [B, n_out].
-
 | A                | runs                                                                              |
 |------------------|-----------------------------------------------------------------------------------|
 | one              | F.linear: cuBLAS or MKL, which no kernel beats                                    |
-| one per sample   | bmm: reading A once is all the time there is                                      |
+| one per sample   | bmm: it takes as long as reading A once                                           |
 | a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
-|                  | on a CPU and for float64, rows sorted by operator, one product each               |
+|                  | on a CPU and in float64, rows sorted by operator and one product per operator     |
 
-alpha the number and bias are added inside the bank's kernel; alpha a tensor outside, in
-plain torch: reading it on the host would wait for the GPU. Mixed dtypes are computed in the widest.
-
-On a CPU a bank is one op too: how many rows pick an operator depends on the data, which
-would break torch.compile(fullgraph=True).
+A number alpha and the bias are added inside the bank's kernel; a tensor alpha is added outside it, since reading it
+on the host would wait for the GPU. On a CPU a bank is one op too: how many rows pick an operator depends on the
+data, which would break torch.compile(fullgraph=True).
 """
 
 from __future__ import annotations
@@ -27,18 +22,13 @@ from torch import Tensor
 
 from ..checks import check_dense, check_factor, check_tensor
 from ..dispatch import interpreting, uses_triton
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["latent_matmul"]
 
 
 def latent_matmul(
-    z: Tensor,
-    A: Tensor,
-    index: Tensor | None = None,
-    *,
-    alpha: float | Tensor = 0.0,
-    bias: Tensor | None = None,
+    z: Tensor, A: Tensor, index: Tensor | None = None, *, alpha: float | Tensor = 0.0, bias: Tensor | None = None
 ) -> Tensor:
     """y_b = A_b z_b + alpha z_b + bias, with A_b = A, A[b] or A[index[b]].
 
@@ -67,16 +57,11 @@ def latent_matmul(
         y = y + number * z if number else y
     elif index is None:
         y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
-    elif _is_one_op(z, A):
+    elif uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # see the top
         y = _bank(z, A, index, bias, number)
     else:
         y = bank_reference(z, A, index, bias, number)
     return alpha * z + y if isinstance(alpha, Tensor) else y
-
-
-def _is_one_op(z: Tensor, A: Tensor) -> bool:
-    """Whether a bank's product is the raw op: where its kernel runs, and on a CPU its reference, or its shape."""
-    return uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting())
 
 
 def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:
@@ -103,7 +88,7 @@ def _sorted_rows(index: Tensor, n_operators: int) -> tuple[Tensor, list[int]]:
 
 
 def _is_batched(index: Tensor) -> bool:
-    """Whether vmap runs over the index: then nothing may depend on its values but by torch.where."""
+    """Whether vmap runs over the index, whose values may then be used in torch.where alone."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(index):
         if functorch.is_batchedtensor(index):
@@ -124,17 +109,12 @@ def _add(y: Tensor, z: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
 
 def bank_backward_reference(
     z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """(dz, dA, nothing for the index, dbias); the formulas are in linfast.kernels.latent_matmul."""
     grad = z.new_zeros(z.shape[0], A.shape[1]) if grad is None else grad
-    dz, dA, nothing, dbias = (z.new_empty(0) for _ in range(4))
-    if needs[0]:
-        dz = bank_reference(grad, A.mT, index, None, alpha)
-    if needs[1]:
-        dA = _operators_gradient(z, A, index, grad)
-    if needs[3]:
-        dbias = grad.sum(0)
-    return dz, dA, nothing, dbias
+    dz = bank_reference(grad, A.mT, index, None, alpha) if needs[0] else None
+    dA = _operators_gradient(z, A, index, grad) if needs[1] else None
+    return dz, dA, None, grad.sum(0) if needs[3] else None
 
 
 def _operators_gradient(z: Tensor, A: Tensor, index: Tensor, grad: Tensor) -> Tensor:
@@ -147,30 +127,17 @@ def _operators_gradient(z: Tensor, A: Tensor, index: Tensor, grad: Tensor) -> Te
     return torch.stack([g.mT @ rows for g, rows in pairs])
 
 
-def _fake(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
-    return z.new_empty(z.shape[0], A.shape[1])
-
-
-def _fake_backward(z: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return needed(rest[-1], *[z.new_empty(shape) for shape in (z.shape, A.shape, (0,), A.shape[1:2])])
+def _gradients(z: Tensor, A: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return z.new_empty(z.shape), A.new_empty(A.shape), None, z.new_empty(A.shape[1])
 
 
 _bank = define_op(
-    RawOp(
-        "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha) -> Tensor",
-        _fake,
-        bank_reference,
-        "latent_matmul:launch_latent_matmul",
-    ),
-    RawOp(
-        "latent_matmul_backward(Tensor z, Tensor A, Tensor index, Tensor? grad, float alpha, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        bank_backward_reference,
-        "latent_matmul:launch_latent_matmul_backward",
-    ),
-    saves=lambda inputs, outputs: tuple(inputs[:3]),
-    n_tensors=4,
+    "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha) -> Tensor",
+    lambda z, A, *_: z.new_empty(z.shape[0], A.shape[1]),
+    bank_reference,
+    saves="z A index",
+    gradients=_gradients,
+    backward=bank_backward_reference,
 )
 
 

@@ -1,8 +1,7 @@
 """A whole Linearizer of coupling stacks, y = g_y^-1(A g_x(x)), as one op: x is read once and y is written once.
 
-It is one launch (linfast.kernels.linearizer_stack), after the two of packing, where both stacks fit on the chip
-with the same tile. Elsewhere, and on a CPU, g_x's stack, the product with A and g_y's inverse stack run one after
-another.
+Where both stacks fit on the chip with the same tile it is one launch (linfast.kernels.linearizer_stack) after the
+two of packing. Elsewhere g_x's stack, the product with A and g_y's inverse stack run one after another.
 """
 
 from __future__ import annotations
@@ -21,16 +20,10 @@ from ..kernels.stack_configs import mode_on, target_of
 from ..kernels.stack_spec import StackSpec, schema_of, specs_of
 from ..precision import half_dtype, resolve_precision
 from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_forward, stack_spec
-from .register import RawOp, define_op, needed
+from .register import define_op
 from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
-__all__ = [
-    "CouplingStack",
-    "PackedLinearizer",
-    "linearizer_stack",
-    "pack_linearizer",
-    "run_packed",
-]
+__all__ = ["CouplingStack", "PackedLinearizer", "linearizer_stack", "pack_linearizer", "run_packed"]
 
 
 @dataclass(frozen=True)
@@ -93,14 +86,9 @@ def linearizer_stack(
 
 
 def pack_linearizer(
-    x: Tensor,
-    g_x: CouplingStack,
-    A: Tensor,
-    g_y: CouplingStack,
-    precision: str,
-    alpha: float = 0.0,
+    x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str, alpha: float = 0.0,
     packed: PackedLinearizer | None = None,
-) -> tuple[PackedLinearizer, StackSpec, StackSpec] | None:
+) -> tuple[PackedLinearizer, StackSpec, StackSpec] | None:  # fmt: skip
     """What the one launch for inputs such as x needs: weights, g_x's spec and that of g_y's inverse.
 
     None where there is no such launch: no kernels run, A is not square, the stacks differ in more than their
@@ -162,34 +150,11 @@ def _raw_linearizer(x: Tensor, *rest: Any) -> Tensor:
     return raw_forward(spec_x.apply_core(z, core), *stack_y, *spec_y.constants)[0].to(x.dtype)
 
 
-def _fake(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    has_gradient = (True, True, False, False, True, False, True, False, False)  # operands have none
-    return needed(has_gradient, *[tensor.new_empty(tensor.shape) for tensor in arguments[:9]])
-
-
-_STACKS = (
-    "Tensor x, Tensor weights_x, Tensor operands_x, Tensor map_operands_x, Tensor core, Tensor core_operands, "
-    "Tensor weights_y, Tensor operands_y, Tensor map_operands_y"
-)
-_CONSTANTS = f"{schema_of('_x')}, {schema_of('_y')}"
 _linearizer_stack = define_op(
-    RawOp(
-        f"linearizer_stack({_STACKS}, {_CONSTANTS}) -> Tensor",
-        _fake,
-        _raw_linearizer,
-        "linearizer_stack:launch_linearizer_stack",
-    ),
-    RawOp(
-        f"linearizer_stack_backward({_STACKS}, Tensor grad, {_CONSTANTS}, bool[] needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "linearizer_stack:launch_linearizer_stack_backward",
-    ),
-    saves=lambda inputs, _: tuple(inputs[:9]),
-    n_tensors=9,
+    "linearizer_stack(Tensor x, Tensor weights_x, Tensor operands_x, Tensor map_operands_x, Tensor core, "
+    "Tensor core_operands, Tensor weights_y, Tensor operands_y, Tensor map_operands_y, "
+    f"{schema_of('_x')}, {schema_of('_y')}) -> Tensor",
+    lambda x, *_: x.new_empty(x.shape),
+    _raw_linearizer,
+    saves="x weights_x operands_x map_operands_x core core_operands weights_y operands_y map_operands_y",
 )

@@ -1,30 +1,25 @@
 """Low-rank product: y = alpha x + U (V^T x), in O(N r) and never through an N x N matrix.
 
-Shapes: x [B, N], U and V [N, r] shared or [B, N, r] one pair per sample, y [B, N].
-With alpha = 0 U and V may have different N: U [M, r], V [N, r], y [B, M].
+| U, V                            | runs                                                                       |
+|---------------------------------|----------------------------------------------------------------------------|
+| both shared by the batch        | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel does better        |
+| one or both per sample          | on a GPU linfast.kernels.low_rank, fused                                   |
+| on a CPU, float64, mixed dtypes | plain torch, the same order of products                                    |
 
-| U, V                       | runs                                                                        |
-|----------------------------|-----------------------------------------------------------------------------|
-| both shared by the batch   | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel does better         |
-| one or both per sample     | on a GPU linfast.kernels.low_rank, fused; a shared factor's gradient by mm  |
-| on a CPU, float64, mixed dtypes | plain torch, the same order of products                                |
-
-alpha the number is added inside the kernel. alpha a tensor is added outside, in plain torch:
-reading it on the host would wait for the GPU, its gradient sum(g x) is one reduction that
-Inductor fuses, and the pass over x and y is 3 / (2 r + 2) of the factors' traffic.
+A number alpha is added inside the kernel. A tensor alpha is added outside it, in plain torch: reading it on the
+host would wait for the GPU, and the pass over x and y is 3 / (2 r + 2) of the factors' traffic.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import check_factor, check_tensor
 from ..dispatch import uses_triton
-from .register import RawOp, define_op, needed
+from .register import define_op
 
 __all__ = ["low_rank"]
 
@@ -107,26 +102,11 @@ def _fake(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tensor, Tensor
     return x.new_empty(x.shape[0], U.shape[-2]), x.new_empty(x.shape[0], V.shape[-1], dtype=compute)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    return needed(arguments[-1], *[tensor.new_empty(tensor.shape) for tensor in arguments[:3]])
-
-
 _low_rank = define_op(
-    RawOp(
-        "low_rank(Tensor x, Tensor U, Tensor V, float alpha) -> (Tensor, Tensor)",
-        _fake,
-        _raw_reference,
-        "low_rank:launch_low_rank",
-    ),
-    RawOp(
-        "low_rank_backward(Tensor x, Tensor U, Tensor V, Tensor t, Tensor? grad, Tensor? grad_t, "
-        "float alpha, bool[] needs) -> (Tensor, Tensor, Tensor)",
-        _fake_backward,
-        None,
-        "low_rank:launch_low_rank_backward",
-    ),
-    saves=lambda inputs, outputs: (*inputs[:3], outputs[1]),
-    n_tensors=3,
+    "low_rank(Tensor x, Tensor U, Tensor V, float alpha) -> (Tensor y, Tensor t)",
+    _fake,
+    _raw_reference,
+    saves="x U V t",
 )
 
 

@@ -1,15 +1,12 @@
 """How an op is registered, the same way for all of them.
 
-A raw op is a schema, a fake (shapes and strides only), a launcher (named, and imported at its
-first run, so that importing linfast imports no Triton) and a reference in plain torch, which runs
-on a CPU unless Triton's interpreter is on. ``define_op`` puts a forward and a backward raw op
-into one autograd function that torch.compile, torch.func and opcheck see through. A backward that
-gives no reference has the vector-Jacobian product of the forward's. The backward of the backward
-runs the backward's reference.
+``define_op`` makes two raw ops, forward and backward, one autograd function that torch.compile, torch.func and
+opcheck see through. A raw op runs its launcher on a GPU and under Triton's interpreter, and its reference, plain
+torch, elsewhere; the launcher is imported at its first run, so that importing linfast imports no Triton.
 
-Two things hold for every op. Autocast is off inside it, forward and backward. An output that was
-not asked for is a tensor of shape [0]; the backward is given None for its gradient, even where
-torch.compile, which passes a gradient for every output, filled in zeros.
+Autocast is off inside every op, forward and backward. An output that was not asked for is a tensor of shape [0];
+fakes, launchers and references may return None for it. The backward is given None for the gradient of such an
+output, even where torch.compile, which passes a gradient for every output, filled in zeros.
 """
 
 from __future__ import annotations
@@ -17,9 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,12 +25,13 @@ from torch.autograd import forward_ad
 from ..dispatch import interpreting, refuse_kernel, without_autocast
 from ..ranges import range_
 
-__all__ = ["RAW_OPS", "RawOp", "define_op", "needed"]
+__all__ = ["RAW_OPS", "RawOp", "define_op"]
 
 RAW_OPS: dict[str, RawOp] = {}
 """Every raw op by name."""
 
 _LIBRARY = torch.library.Library("linfast", "DEF")
+_Function = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -42,35 +39,33 @@ class RawOp:
     """An op without autograd.
 
     Args:
-        schema: "name(Tensor x, ..., float bound) -> (Tensor, Tensor)".
-        fake: the outputs' shapes, dtypes and strides, for the same arguments; [0] where one is not asked for.
-        reference: the outputs in plain, differentiable torch, none of which aliases an input. A backward may
-            give None, and then has the vector-Jacobian product of its forward's reference.
+        name: torch.ops.linfast.<name>.
+        arguments: as a schema declares them: "Tensor x", "Tensor? bias", "float bound".
+        outputs: likewise.
+        fake: the outputs' shapes, dtypes and strides, for the same arguments.
+        reference: the outputs in plain, differentiable torch, none of which aliases an input.
         launch: "module:function" inside linfast.kernels.
     """
 
-    schema: str
-    fake: Callable[..., Any]
-    reference: Any  # Callable[..., Any] | None
+    name: str
+    arguments: Sequence[str]
+    outputs: Sequence[str]
+    fake: _Function
+    reference: _Function
     launch: str
 
-    @functools.cached_property
-    def name(self) -> str:
-        return self.schema.partition("(")[0]
-
-    @property
-    def arguments(self) -> list[str]:
-        """The schema's argument names."""
-        return [argument.name for argument in torch._C.parse_schema(f"linfast::{self.schema}").arguments]
-
-    def define(self) -> Callable[..., Any]:
-        """Register it as torch.ops.linfast.<name> and return that."""
+    def define(self) -> _Function:
+        """Register it and return it."""
         RAW_OPS[self.name] = self
-        _LIBRARY.define(self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        schema = f"{self.name}({', '.join(self.arguments)}) -> ({', '.join(self.outputs)})"
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         for device in ("cuda", "cpu"):
             _LIBRARY.impl(self.name, functools.partial(self._run, device), device.upper())
-        torch.library.register_fake(f"linfast::{self.name}", self.fake, lib=_LIBRARY)
+        torch.library.register_fake(f"linfast::{self.name}", self._fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
+
+    def _fake(self, *arguments: Any) -> Any:
+        return _complete(self.fake(*arguments), arguments[0])
 
     def _run(self, device: str, *arguments: Any) -> Any:
         """The kernel on a GPU and under Triton's interpreter, the reference elsewhere."""
@@ -79,40 +74,84 @@ class RawOp:
             refuse_kernel(self.name)
             function = _launcher(self.launch)
         with range_(self.name):
-            return without_autocast(device, function, *arguments)
+            return _complete(without_autocast(device, function, *arguments), arguments[0])
 
 
 @functools.cache
-def _launcher(path: str) -> Callable[..., Any]:
+def _launcher(path: str) -> _Function:
     module, _, function = path.partition(":")
     return getattr(importlib.import_module(f"linfast.kernels.{module}"), function)
 
 
+def _complete(outputs: Any, like: Tensor) -> Any:
+    """A raw op's outputs, [0] in place of None; one alone is no tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    whole = tuple([like.new_empty(0) if output is None else output for output in outputs])
+    return whole if len(whole) > 1 else whole[0]
+
+
 def define_op(
-    forward: RawOp,
-    backward: RawOp,
-    saves: Callable[[Sequence[Any], Sequence[Tensor]], tuple[Tensor, ...]],
-    n_tensors: int,
-    added: Mapping[str, Callable[[Mapping[str, Any]], Tensor]] = MappingProxyType({}),
-) -> Callable[..., Any]:
-    """One differentiable function of ``n_tensors`` tensors and then constants.
+    schema: str,
+    fake: _Function,
+    reference: _Function,
+    *,
+    saves: str,
+    gradients: _Function | None = None,
+    backward: _Function | None = None,
+    backward_launch: str = "",
+    has_needs: bool = True,
+) -> _Function:
+    """One differentiable function of tensors and then constants.
+
+    The raw op NAME is launched by linfast.kernels.NAME:launch_NAME. NAME_backward takes what is saved, a gradient
+    for each output (None where there is none), the constants and ``needs``, which says of each input tensor whether
+    its gradient is wanted; it returns those gradients. It is launched by NAME:launch_NAME_backward.
 
     Args:
-        forward: takes the tensors, then the constants; returns a tuple of tensors.
-        backward: takes the saved tensors, a gradient for each output (None where there is none, or where
-            the output was not asked for), the same constants, and, where its schema ends in ``bool[] needs``,
-            which of the input tensors want a gradient. It returns a gradient for each input tensor;
-            those that are not wanted are ignored.
-        saves: (inputs, outputs) -> what the backward needs of them.
-        added: for a derived backward, the inputs that it does not save because the outputs depend on them
-            by a sum: from the backward's arguments by name to a tensor of the input's shape and dtype.
+        schema: "NAME(Tensor x, Tensor? bias, float bound) -> (Tensor y, Tensor log_det)".
+        fake: of the forward; see ``RawOp``.
+        reference: of the forward.
+        saves: names of the inputs and outputs that the backward is given.
+        gradients: from the backward's arguments to empty tensors as its outputs lie in memory, whatever ``needs``
+            says; by default each saved input's shape, contiguous. A derived backward takes an input that is not
+            saved to be a sum's term, and zero: its shape and dtype are those of its gradient.
+        backward: the backward in plain torch; by default the vector-Jacobian product of ``reference``. The backward
+            of the backward differentiates it.
+        backward_launch: another place of the backward's launcher, "module:function".
+        has_needs: False for a backward that computes all gradients and is not told ``needs``.
     """
-    differentiated = backward.reference
-    if differentiated is None:
-        differentiated = _derived(forward, backward, n_tensors, added)
-        backward = replace(backward, reference=_filled(backward.fake, differentiated))
-    run, run_backward = forward.define(), backward.define()
-    passes_needs = backward.arguments[-1] == "needs"
+    name, inputs, outputs = _parsed(schema)
+    tensors = [argument for argument in inputs if argument.startswith("Tensor")]
+    saved, n = saves.split(), len(tensors)
+    can_be_saved = [*tensors, *outputs]
+    picks = [[_name(each) for each in can_be_saved].index(s) for s in saved]
+    of_outputs = ["Tensor? grad", *(f"Tensor? grad_{_name(output)}" for output in outputs[1:])]
+    needs_last = ["bool[] needs"] if has_needs else []
+    arguments = [*(can_be_saved[i] for i in picks), *of_outputs, *inputs[n:], *needs_last]
+
+    def contiguous(*given: Any) -> list[Tensor | None]:
+        by_name = dict(zip(saved, given, strict=False))
+        like = [by_name.get(_name(tensor)) for tensor in tensors]
+        return [None if t is None else t.new_empty(t.shape) for t in like]
+
+    gradients = gradients or contiguous
+
+    def fake_backward(*given: Any) -> tuple[Tensor | None, ...]:
+        needs = given[-1] if has_needs else [True] * n
+        return tuple([tensor if need else None for tensor, need in zip(gradients(*given), needs, strict=True)])
+
+    names = [_name(argument) for argument in inputs]
+    differentiated = backward or _derived(
+        reference, gradients, names, [_name(argument) for argument in arguments], n
+    )
+    plain = backward or _filled(fake_backward, differentiated)
+    launch = f"{name}:launch_{name}"
+    backward_launch = backward_launch or f"{launch}_backward"
+    run = RawOp(name, inputs, outputs, fake, reference, launch).define()
+    run_backward = RawOp(
+        f"{name}_backward", arguments, ["Tensor"] * n, fake_backward, plain, backward_launch
+    ).define()
 
     class Function(torch.autograd.Function):
         generate_vmap_rule = True
@@ -123,15 +162,16 @@ def define_op(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-            ctx.save_for_backward(*saves(inputs, _as_tuple(output)))
-            ctx.constants = tuple(inputs[n_tensors:])
+            tensors = (*inputs[:n], *_as_tuple(output))
+            ctx.save_for_backward(*[tensors[i] for i in picks])
+            ctx.constants = tuple(inputs[n:])
             ctx.set_materialize_grads(False)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-            needs = list(ctx.needs_input_grad[:n_tensors])
-            given = (None if gradient is None or _is_absent(gradient) else gradient for gradient in gradients)
-            arguments = (*ctx.saved_tensors, *given, *ctx.constants, *([needs] if passes_needs else []))
+            needs = list(ctx.needs_input_grad[:n])
+            given = (None if gradient is None or gradient.shape == (0,) else gradient for gradient in gradients)
+            arguments = (*ctx.saved_tensors, *given, *ctx.constants, *([needs] if has_needs else []))
             if torch.is_grad_enabled():  # create_graph: the gradients are themselves differentiated, in plain torch
                 results = without_autocast(ctx.saved_tensors[0].device.type, differentiated, *arguments)
             else:
@@ -139,24 +179,30 @@ def define_op(
             wanted = (r if need else None for r, need in zip(_as_tuple(results), needs, strict=True))
             return (*wanted, *(None for _ in ctx.constants))
 
-    _state_arity(Function.forward, forward)
-    Function.__name__ = Function.__qualname__ = f"linfast_{forward.name}"
+    # Where no gradient is asked for, torch.compile calls ``forward`` itself, with a context before the inputs
+    # unless the signature has exactly as many parameters as there are inputs.
+    parameters = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_ONLY) for each in names]
+    Function.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    Function.__name__ = Function.__qualname__ = f"linfast_{name}"
 
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_differentiated(inputs[:n_tensors]):
+        if torch.compiler.is_compiling() or _is_differentiated(inputs[:n]):
             return Function.apply(*inputs)
         return run(*inputs)
 
     return call
 
 
-def needed(needs: Sequence[bool], *fresh: Tensor | None, absent: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """What the fake of a backward returns: each fresh gradient that is needed; else [0], of dtype ``absent``."""
-    like = next(tensor for tensor in fresh if tensor is not None)
-    return tuple([
-        tensor if need and tensor is not None else (like if tensor is None else tensor).new_empty(0, dtype=absent)
-        for tensor, need in zip(fresh, needs, strict=True)
-    ])  # fmt: skip
+def _parsed(schema: str) -> tuple[str, list[str], list[str]]:
+    """An op's name, and its arguments and outputs as the schema declares them."""
+    head, _, outputs = schema.partition(" -> ")
+    name, _, arguments = head.rstrip(")").partition("(")
+    return name, arguments.split(", "), outputs.strip("()").split(", ")
+
+
+def _name(declared: str) -> str:
+    """The name in a declaration: x of "Tensor? x"."""
+    return declared.split()[-1]
 
 
 def _is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
@@ -174,19 +220,17 @@ def _is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _derived(
-    forward: RawOp, backward: RawOp, n_tensors: int, added: Mapping[str, Callable[[Mapping[str, Any]], Tensor]]
-) -> Callable[..., tuple[Tensor | None, ...]]:
-    """A backward that is the vector-Jacobian product of ``forward.reference``; None for what is not wanted."""
-    inputs, names = forward.arguments, backward.arguments
-    reference = forward.reference
+    reference: _Function, fresh: _Function, inputs: list[str], names: list[str], n_tensors: int
+) -> _Function:
+    """The vector-Jacobian product of a reference of these inputs, from the backward's arguments of these names."""
 
     def pullback(*arguments: Any) -> tuple[Tensor | None, ...]:
         named = dict(zip(names, arguments, strict=True))
         needs = named.get("needs", [True] * n_tensors)
         values: list[Any] = [named.get(name) for name in inputs]
         for i, name in enumerate(inputs[:n_tensors]):
-            if needs[i] and name in added:
-                values[i] = added[name](named)
+            if needs[i] and name not in named:
+                values[i] = torch.zeros_like(fresh(*arguments)[i])
         wanted = [i for i, need in enumerate(needs) if need and values[i] is not None]
         gradients = [value for name, value in named.items() if name.startswith("grad")]
         given = [k for k, gradient in enumerate(gradients) if gradient is not None]
@@ -210,32 +254,17 @@ def _derived(
     return pullback
 
 
-def _filled(fake: Callable[..., Any], pullback: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """The pullback's gradients in the fake's strides and dtypes, and [0] for those that are not wanted."""
+def _filled(fake: _Function, pullback: _Function) -> _Function:
+    """The pullback's gradients in the fake's strides and dtypes."""
 
     def run(*arguments: Any) -> tuple[Tensor, ...]:
-        outputs = _as_tuple(fake(*arguments))
-        for output, gradient in zip(outputs, pullback(*arguments), strict=True):
+        outputs = _complete(fake(*arguments), arguments[0])
+        for output, gradient in zip(_as_tuple(outputs), pullback(*arguments), strict=True):
             if gradient is not None:
                 output.copy_(gradient)
         return outputs
 
     return run
-
-
-def _is_absent(output: Tensor) -> bool:
-    """Whether this stands for an output that was not asked for."""
-    return output.ndim == 1 and output.shape[0] == 0
-
-
-def _state_arity(function: Callable[..., Any], op: RawOp) -> None:
-    """Give ``function(*inputs)`` the schema's number of parameters.
-
-    Where no gradient is asked for, torch.compile calls ``forward`` itself, with a context before the
-    inputs unless the signature has exactly as many parameters as there are inputs.
-    """
-    kind = inspect.Parameter.POSITIONAL_ONLY
-    function.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in op.arguments])  # type: ignore[attr-defined]
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:

@@ -1,14 +1,14 @@
 """Packing a coupling stack's weights for its kernel, in two launches: one torch.cat, and one gather that splits.
 
 All weights, biases and maps of a stack, or of a Linearizer's two stacks and its A, are flattened one after another
-and gathered into rows (linfast.kernels.stack_spec): padded, (shift, raw) in turn. Beside the fp32 weights, which
-gradients are of, go the operands of the products, which they are not: rounded copies, in parts or to tf32
-(linfast.kernels.mlp). It happens at every call, in the graph, so that gradients reach the layers' own tensors;
-``pack_stack`` is separate so that frozen weights are packed once.
+and gathered into rows (linfast.kernels.stack_spec). Beside these fp32 weights, to which the gradients belong, go
+the operands of the products: copies rounded to parts or to tf32 (linfast.kernels.mlp), which have no gradient.
+Packing happens at every call, in the graph, so that gradients reach the layers' own tensors; ``pack_stacks`` is
+separate so that frozen weights are packed once.
 
 A map between layers moves the state itself, and W and W^-1 rounded separately are no longer inverses: its operands
-have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted before, in
-launches of torch's own: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
+have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted beforehand
+by torch's own launches: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
 """
 
 from __future__ import annotations
@@ -25,16 +25,10 @@ from ..kernels.pack_table import ONE, SHIFT, SHIFTED, layouts_of, pack_table, pa
 from ..kernels.stack_spec import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
 from ..linalg import inverse_or_nan
 from ..scale_maps import ScaleMap
-from .register import RawOp, define_op
+from .register import define_op
 
 __all__ = [
-    "AffineMap",
-    "CouplingLayer",
-    "CouplingStack",
-    "PackedStack",
-    "StackWeights",
-    "pack_stack",
-    "pack_stacks",
+    *("AffineMap", "CouplingLayer", "CouplingStack", "PackedStack", "StackWeights", "pack_stack", "pack_stacks"),
 ]
 
 
@@ -121,7 +115,7 @@ class PackedStack:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What the raw op takes."""
+        """The raw op's arguments after x."""
         return self.weights, self.operands, self.map_operands
 
 
@@ -137,13 +131,9 @@ class StackWeights:
     """
 
     def __init__(
-        self,
-        layers: Sequence[CouplingLayer],
-        features: int,
-        head: AffineMap | None = None,
-        inverse: bool = False,
+        self, layers: Sequence[CouplingLayer], features: int, head: AffineMap | None = None, inverse: bool = False,
         shift: float = 0.0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.rows = [*([] if head is None else [CouplingLayer((), (), map=head)]), *layers]
         self.inverse, self.shift = inverse, shift
         hidden, kind = 1, NO_MAPS  # the widest hidden layer, the densest map
@@ -188,15 +178,9 @@ def pack_stack(
     dtype: torch.dtype,
     head: AffineMap | None = None,
 ) -> PackedStack:
-    """The layers' weights as one launch reads them.
+    """The layers' weights as one launch reads them; the maps' inverses where ``inverse``.
 
-    Args:
-        layers: as ``coupling_stack`` takes them.
-        features: D.
-        inverse: pack the maps' inverses.
-        precision: one of linfast.precision.PRECISIONS.
-        dtype: what parts are rounded to (``half_dtype``).
-        head: the map before the first layer.
+    ``precision`` is one of linfast.precision.PRECISIONS, ``dtype`` what parts are rounded to (``half_dtype``).
     """
     return pack_stacks([StackWeights(layers, features, head, inverse)], precision, dtype)[0]
 
@@ -289,21 +273,13 @@ def _fake(
     )
 
 
-_CONSTANTS = "int[] rows, float shift, str precision, ScalarType dtype"
 _stack_pack = define_op(
-    RawOp(
-        f"stack_pack(Tensor flat, {_CONSTANTS}) -> (Tensor, Tensor, Tensor)",
-        _fake,
-        _reference,
-        "stack_pack:launch_stack_pack",
-    ),
-    RawOp(
-        f"stack_pack_backward(Tensor flat, Tensor? grad, Tensor? grad_operands, Tensor? grad_map_operands, "
-        f"{_CONSTANTS}) -> Tensor",
-        lambda flat, *_: flat.new_empty(flat.shape),
-        packing_gradient,
-        "pack_table:packing_gradient",
-    ),
-    saves=lambda inputs, _: (inputs[0],),
-    n_tensors=1,
+    "stack_pack(Tensor flat, int[] rows, float shift, str precision, ScalarType dtype) "
+    "-> (Tensor values, Tensor operands, Tensor map_operands)",
+    _fake,
+    _reference,
+    saves="flat",
+    backward=packing_gradient,
+    backward_launch="pack_table:packing_gradient",
+    has_needs=False,
 )

@@ -62,9 +62,8 @@ def as_on_gpu(target: str) -> Iterator[None]:
         "linfast.kernels.stack_configs._target": _constant(target),
         "linfast.kernels.coupling_stack_backward.StackPass.part_dtype": property(lambda self: torch.bfloat16),
     }
-    choices["linfast.kernels.coupling_stack.activation_form"] = _activation_form
-    for module in ("conv2d_fused", "conv2d_fused_backward"):
-        choices[f"linfast.kernels.{module}.silu_form"] = _silu_form
+    for module in ("coupling_stack", "conv2d_fused"):
+        choices[f"linfast.kernels.{module}.activation_form"] = _activation_form
     with contextlib.ExitStack() as patches:
         batch = emulator("emulator").Batch
         patches.enter_context(mock.patch.object(batch, "array", _or_nonsense(batch.array)))
@@ -100,9 +99,3 @@ def _constant(target: str) -> Any:
 
 def _activation_form(x: torch.Tensor, precision: str) -> int:
     return 0 if precision in ("exact", "high") else 2
-
-
-def _silu_form(x: torch.Tensor, precision: str, activation: bool) -> int:
-    from linfast.kernels.conv2d_fused import SILU_FORMS
-
-    return SILU_FORMS[precision][False] if activation else -1

@@ -25,9 +25,9 @@ ROOT = Path(__file__).parent.parent.parent
 # Where launchers ask what a CPU tensor cannot answer; all but the guard, the index's check and what
 # StackPass.part_dtype is given are in as_on_gpu.
 ASKS_FOR_A_GPU = {
-    ("launch", "device_guard"), ("latent_matmul", "_check_index"), ("coupling_stack", "activation_form"),
+    ("launch", "device_guard"), ("latent_matmul", "_check_index"), ("mlp", "activation_form"),
     ("coupling_stack_backward", "launch_coupling_stack_backward"),
-    ("conv2d_fused", "silu_form"), ("coupling_stack_backward", "part_dtype"),
+    ("coupling_stack_backward", "part_dtype"),
 }  # fmt: skip
 
 

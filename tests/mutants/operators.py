@@ -98,8 +98,8 @@ MUTANTS = (
     Mutant(
         name="register: a raw op runs in autocast",
         file="linfast/ops/register.py",
-        old="return without_autocast(device, function, *arguments)",
-        new="return function(*arguments)",
+        old="_complete(without_autocast(device, function, *arguments),",
+        new="_complete(function(*arguments),",
         breaks="A backward inside an autocast block multiplies in bf16.",
         tests=("tests/ops/test_every_op.py::test_no_part_of_an_op_is_in_autocast",),
     ),

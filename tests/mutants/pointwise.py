@@ -39,7 +39,7 @@ MUTANTS = (
     ),
     Mutant(
         name="affine_coupling kernel: interleaved shift and scale are swapped",
-        file="kernels/affine_coupling.py",
+        file="kernels/launch.py",
         old="return params[:, 0::2], params[:, 1::2]",
         new="return params[:, 1::2], params[:, 0::2]",
         breaks="What the conditioner gives as a shift scales, and the other way round.",
@@ -89,8 +89,8 @@ MUTANTS = (
     Mutant(
         name="affine_coupling reference: a moved second half comes back in front",
         file="linfast/ops/affine_coupling.py",
-        old='y = cat((out, second) if moves == "first" else (first, out), dim=1)\n    if not log_det',
-        new='y = cat((out, second) if moves == "first" else (out, first), dim=1)\n    if not log_det',
+        old="y = cat((first, out) if spec.moves_second else (out, second), dim=1)\n    if not spec.log_det",
+        new="y = cat((out, first) if spec.moves_second else (out, second), dim=1)\n    if not spec.log_det",
         breaks="With moves='second' the two halves of the result are swapped.",
         tests=(f"{_FORMULAS}::test_affine_coupling_is_its_formula",),
     ),

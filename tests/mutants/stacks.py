@@ -38,7 +38,7 @@ MUTANTS = (
     ),
     Mutant(
         name="coupling_stack kernel: exact mode takes the fast activations",
-        file="kernels/coupling_stack.py",
+        file="kernels/mlp.py",
         old='if precision in ("exact", "high"):\n        return 0',
         new='if precision in ("exact", "high"):\n        return 1',
         breaks="gelu is off by 2.6e-5, tf32's error, where fp32 accuracy is promised.",

@@ -170,16 +170,15 @@ def test_second_derivatives_are_autograds(inverse: bool) -> None:
 def test_int64_offsets_and_a_second_run_give_the_same_bits(
     n_in: int, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import linfast.kernels.channel_mix as mix_kernels
-    import linfast.kernels.coupling_mix as kernels
+    import linfast.kernels.channel_mix as kernels
 
     x, params, *rest = _inputs((3, n_in, 12, 17))
     inputs = [_last(x), _last(params), *rest] if last else [x, params, *rest]
-    assert_same_bits(_outputs_and_gradients(), inputs, monkeypatch, kernels, mix_kernels)
+    assert_same_bits(_outputs_and_gradients(), inputs, monkeypatch, kernels)
 
 
 def test_int64_is_chosen_where_an_offset_needs_it() -> None:
-    from linfast.kernels.coupling_mix import columns_need_int64
+    from linfast.kernels.channel_mix import columns_need_int64
 
     def meta(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import linfast as lf
 from linfast.ops import CouplingLayer, coupling_stack
-from linfast.ops.activations import ACTIVATION_NAMES, ACTIVATIONS, derivative
+from linfast.ops.activations import ACTIVATION_NAMES, ACTIVATIONS
 from linfast.ops.register import RAW_OPS
 from linfast.ops.stack_weights import PackedStack, pack_stack
 from linfast.precision import PRECISIONS, half_dtype
@@ -117,6 +117,12 @@ def _spec(packed: PackedStack, activation: int = 1, inverse: bool = False, preci
 
 def _stack(packed: PackedStack, activation: int = 1, precision: str = "exact") -> StackPass:
     return StackPass(packed.weights, packed.operands, _spec(packed, activation, precision=precision), False)
+
+
+def derivative(activation: str, x: Tensor) -> Tensor:
+    """d activation / dx, elementwise, by autograd."""
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(ACTIVATIONS[activation](x).sum(), x)[0]
 
 
 @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
@@ -232,11 +238,11 @@ def test_what_is_not_needed_changes_nothing_else(inverse: bool, maps: str) -> No
     packed = _packed(random_layers(6, (16,), 2, maps=maps), 6, "exact", inverse=inverse)
     x, grad, h = _randn(20, 6), _randn(20, 6), _randn(20)
     (dx, dweights), (exact_dx, exact_dweights) = _launch(x, packed, grad, h, (True, True), inverse=inverse)
-    (dx_alone, zeros), _ = _launch(x, packed, grad, h, (True, False), inverse=inverse)
+    (dx_alone, nothing), _ = _launch(x, packed, grad, h, (True, False), inverse=inverse)
     (_, dweights_alone), _ = _launch(x, packed, grad, h, (False, True), inverse=inverse)
     assert torch.equal(dx, dx_alone)
     assert torch.equal(dweights, dweights_alone)
-    assert not zeros.any()
+    assert nothing is None
     for value, exact in ((dx, exact_dx), (dweights, exact_dweights)):
         assert error(value, exact) <= 1e-6
     # Gradients of what is padding stay zero, bit by bit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linfast.kernels.stack_configs import CONFIGS, config_for, mode_on, stack_path
+from linfast.kernels.stack_configs import CONFIGS, config_for, mode_on
 from linfast.kernels.stack_spec import DIAGONAL
 
 from linfast.precision import PRECISIONS, half_dtype, resolve_precision
@@ -64,14 +64,14 @@ def test_compiled_code_follows_the_setting() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_one_launch_on_sm_90(precision: str) -> None:
-    assert stack_path(64, 128, 3, precision, "sm_90") == "stack"
-    assert stack_path(2, 8, 1, precision, "sm_90") == "stack"
-    assert stack_path(63, 100, 2, precision, "sm_90", DIAGONAL) == "stack"
-    wide = "stack" if precision in ("fast", "tf32") else "library"
-    assert stack_path(128, 256, 3, precision, "sm_90") == wide
-    assert stack_path(130, 256, 3, precision, "sm_90") == "library"
-    assert stack_path(1024, 1024, 3, precision, "sm_90") == "library"
-    assert stack_path(64, 128, 3, precision, None) == "library"
+    assert config_for(64, 128, 3, precision, "sm_90") is not None
+    assert config_for(2, 8, 1, precision, "sm_90") is not None
+    assert config_for(63, 100, 2, precision, "sm_90", DIAGONAL) is not None
+    wide = config_for(128, 256, 3, precision, "sm_90") is not None
+    assert wide == (precision in ("fast", "tf32"))
+    assert config_for(130, 256, 3, precision, "sm_90") is None
+    assert config_for(1024, 1024, 3, precision, "sm_90") is None
+    assert config_for(64, 128, 3, precision, None) is None
 
 
 def test_every_target_has_every_mode_it_can_run() -> None:
