@@ -8,24 +8,23 @@ memcnn's wrapper, which keeps no input, stays: it runs these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..coupling import couple_both, described
-from ..coupling_side import ADDITIVE, Params, Side, Split, Tail
+from ..coupling import couple, coupling_plan
 from ..identity import changed_method, defined_as
+from ..sides import ADDITIVE, Side, Split, Tail
 
 __all__ = ["ADAPTERS"]
 
 _WHERE = "memcnn.models.affine"
-_SIGMOID = Tail(lambda raw: torch.sigmoid(raw + 2), "interleaved", ScaleMap("sigmoid"), gives="scale")
-_NAIVE = Tail(lambda raw: raw, "pair", ScaleMap("exp"))
-_PAIR = Tail(lambda scale: scale, "pair", gives="scale")
+_SIGMOID = Tail("interleaved", ScaleMap("sigmoid"))
+_NAIVE = Tail("pair", ScaleMap("exp"))
+_OWN = Tail("pair")
 
 
 def _plan(block: Any, options: Options) -> Plan:
@@ -33,9 +32,8 @@ def _plan(block: Any, options: Options) -> Plan:
         raise Unfit("a deprecated implementation that rebuilds its input")
     if block.split_dim != 1:
         raise Unfit(f"split_dim {block.split_dim}: only 1")
-    sides = _sides(block)
     what = f"affine coupling, {_kind(block)}" if _is_affine(block) else "additive coupling"
-    return Plan(described(what, sides))
+    return coupling_plan(what, block, _sides(block), options)
 
 
 def _is_affine(block: Any) -> bool:
@@ -58,24 +56,23 @@ def _sides(block: Any) -> tuple[Side, Side]:
     def side(adapter: Any, moves: str) -> Side:
         split = Split("halves", moves)
         if not _is_affine(block):
-            return Side(split, ADDITIVE, lambda kept: adapter.forward(kept.contiguous()), block, (adapter,))
+            return Side(split, ADDITIVE, None, (adapter,))
         if kind == "sigmoid":
-            return Side(split, _SIGMOID, lambda kept: adapter.f(kept.contiguous()), block, (adapter.f,))
+            return Side(split, _SIGMOID, lambda kept: adapter.f(kept.contiguous()), (adapter.f,))
         if kind == "exp":
-            return Side(split, _NAIVE, lambda kept: (adapter.f(kept.contiguous()),) * 2, block, (adapter.f,) * 2)
-
-        def params(kept: Tensor) -> Params:
-            scale, shift = adapter.forward(kept.contiguous())
-            return shift, scale
-
-        return Side(split, _PAIR, params, block)
+            return Side(split, _NAIVE, lambda kept: (adapter.f(kept.contiguous()),) * 2, (adapter.f,) * 2)
+        return Side(split, _OWN, None)
 
     kind = _kind(block)
     return side(block.Fm, "first"), side(block.Gm, "second")
 
 
-def _run(block: Any, x: Tensor, inverse: bool) -> Tensor:
-    return couple_both(x, _sides(block), inverse, log_det=False)[0]
+def _method(method: str) -> Callable[..., Any]:
+    def run(block: Any, x: Tensor) -> Tensor:
+        original = getattr(block._linfast_original, method)
+        return couple(block, _sides(block), x, method == "inverse", lambda x: (original(block, x), None))[0]
+
+    return run
 
 
 class _Pair(Stub):
@@ -104,15 +101,12 @@ def _adapter(where: str, name: str) -> Adapter:
         library="memcnn",
         where=where,
         name=name,
-        methods={
-            "forward": lambda block, x: _run(block, x, inverse=False),
-            "inverse": lambda block, y: _run(block, y, inverse=True),
-        },
+        methods={method: _method(method) for method in ("forward", "inverse")},
         plan=_plan,
         probe=_probe,
         settings=("split_dim", "implementation_fwd", "implementation_bwd"),
         conditioners=_nets,
-        sides=lambda block, layout: _sides(block),
+        members=lambda block, layout: _sides(block),
         vectors=lambda block, draw, features: (block.forward(draw(3, features)), block.inverse(draw(3, features))),
         stored="memcnn's InvertibleModuleWrapper rebuilds inputs itself",
     )

@@ -13,13 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_function, check_kind
-from ...dispatch import uses_triton
-from ...ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
+from ...ops.affine_coupling import HALVES, LAYOUTS, ORDERS, split_sizes
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add
-from ..coupling import described, in_cache
-from ..coupling_launch import whole_layer
-from ..coupling_side import Side, Split, Tail
+from ..coupling import couple, coupling_plan
+from ..sides import Side, Split, Tail
 
 __all__ = ["register_adapter"]
 
@@ -77,30 +75,22 @@ def register_adapter(
         if not isinstance(getattr(module, conditioner, None), nn.Module):
             raise Unfit(f"its {conditioner} is not a module")
         found = scale_map if isinstance(scale_map, ScaleMap) else scale_map(module)
-        return Plan(described(f"affine coupling, {found.kind}", [side(module, found)]), layout=found)
+        return coupling_plan(f"affine coupling, {found.kind}", module, [side(module, found, ())], options, found)
 
-    def side(module: Any, found: ScaleMap) -> Side:
+    def side(module: Any, found: ScaleMap, context: Sequence[Any]) -> Side:
         net = getattr(module, conditioner)
-        tail = Tail(found.log_scale, layout, found, order=order)
-        return Side(Split("halves", moves), tail, net, module, (net,))
+        tail = Tail(layout, found, order=order)
+        nets = () if context else (net,)
+        return Side(Split("halves", moves), tail, lambda kept: net(kept, *context), nets)
 
-    def run(module: Any, x: Tensor, context: Sequence[Any], undo: bool) -> Any:
-        found = module._linfast_plan.layout
-        sides = () if context else (side(module, found),)
-        whole = whole_layer(x, sides[0]) if sides and uses_triton(x) else None
-        if whole is not None:
-            z, log_dets = whole(x, undo)
-            return (z, log_dets) if log_det else z
+    def run(module: Any, x: Tensor, context: Sequence[Any], method: str) -> Any:
+        def original(x: Tensor) -> tuple[Tensor, Any]:
+            given = getattr(module._linfast_original, method)(module, x, *context)
+            return given if log_det else (given, None)
 
-        def by_tail(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            first, second = x.split(split_sizes(x.shape[1]), 1)
-            params = getattr(module, conditioner)(second if moves == "first" else first, *context)
-            return affine_coupling(
-                x, params, found, order=order, layout=layout, moves=moves, inverse=undo, log_det=log_det
-            )
-
-        y, total = in_cache(by_tail, x, sides)
-        return y if total is None else (y, total.to(x.dtype))
+        sides = [side(module, module._linfast_plan.layout, context)]
+        outputs = couple(module, sides, x, method == inverse, original)
+        return outputs if log_det else outputs[0]
 
     def probe(module: Any, draw: Draw) -> Sequence[Tensor]:
         channels = 5 if features is None else getattr(module, features)
@@ -118,13 +108,13 @@ def register_adapter(
             where=cls,
             name=cls.__qualname__,
             methods={
-                "forward": lambda module, x, *context: run(module, x, context, False),
-                inverse: lambda module, y, *context: run(module, y, context, True),
+                "forward": lambda module, x, *context: run(module, x, context, "forward"),
+                inverse: lambda module, y, *context: run(module, y, context, inverse),
             },
             plan=plan,
             probe=probe,
             conditioners=lambda module: (getattr(module, conditioner),),
-            sides=lambda module, found: (side(module, found),),
+            members=lambda module, found: (side(module, found, ()),),
             vectors=lambda module, draw, features: both_ways(module, draw(3, features), draw(3, features)),
         )
     )
