@@ -77,13 +77,16 @@ class Affine:
     module: nn.Module | None = None
 
     def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(y, log_det [B]) of a diagonal map on x [B, D, ...]."""
+        """(y, log_det, of all samples the same) of a diagonal map on x [B, D, ...]."""
         scale, shift, _, log_det = self.make(inverse)
         assert shift is not None
         assert log_det is not None
-        scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
-        y = (x - shift) / scale if inverse else torch.addcmul(shift, x, scale)
-        return y, (log_det * (-1 if inverse else 1) * x.shape[2:].numel()).expand(x.shape[0])
+        if x.ndim > 2:
+            scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
+            log_det = log_det * x.shape[2:].numel()
+        if inverse:
+            return (x - shift) / scale, -log_det
+        return torch.addcmul(shift, x, scale), log_det
 
 
 @dataclass(frozen=True, eq=False)
