@@ -42,7 +42,7 @@ def couple(
     """
     sides = [member for member in members if isinstance(member, Side)]
     if uses_triton(x):
-        precision = vars(owner)[PLAN].options.precision
+        precision = vars(owner)[PLAN].options.precision if PLAN in vars(owner) else None  # restored since
         launch = lone_launch(members, x, precision) if x.ndim == 2 else None
         if launch is not None and launch.features == x.shape[1]:
             y, log_det = launch(owner, x, inverse, precision)

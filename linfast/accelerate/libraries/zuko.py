@@ -21,7 +21,7 @@ from torch.distributions import ExpTransform, Transform, constraints
 
 from ...checks import check_kind
 from ...flows.undo import Outputs
-from ...rows import checks_all_lengths, is_short
+from ...rows import checks_all_lengths
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from ..chain import Context, Named, chain_adapter, fused_of
@@ -62,34 +62,32 @@ def _is_traced() -> bool:
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
-    """The transform given c. On a CPU it is the library's own until it is given a long batch."""
-    on_cpu = lazy.mask.is_cpu and not checks_all_lengths()
-    if _is_traced() or not (on_cpu or may_replace(lazy, _COUPLING, "forward")):
+    """The transform given c; on a CPU it runs zuko's own arithmetic, with one pass each way."""
+    own = lazy.mask.is_cpu and not checks_all_lengths()
+    if _is_traced() or not (own or may_replace(lazy, _COUPLING, "forward")):
         original: Transform = original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
         return original
-    made: Transform = _transform_class()(lazy, c, None if on_cpu else plan_of(lazy).layout)
+    made: Transform = _transform_class()(lazy, c, plan_of(lazy).layout, own)
     return made
 
 
 @functools.cache
 def _transform_class() -> type:
-    """The fused transform, a zuko CouplingTransform; made when zuko is there."""
+    """The transform of one coupling, a zuko CouplingTransform; made when zuko is there."""
     base: Any = find_class("zuko.transforms", "CouplingTransform")
     base_of_inverse: Any = type(ExpTransform().inv)
 
     class CouplingTransform(base):
-        """y and log|det| in one pass, and the same for the inverse."""
+        """y and log|det| in one pass, and the same for the inverse. ``own``: by zuko's arithmetic."""
 
-        def __init__(
-            self, lazy: Any, c: Tensor | None, layout: tuple[Split, Tail] | None, mask: Tensor | None = None
-        ) -> None:
+        def __init__(self, lazy: Any, c: Any, layout: Any, own: bool, mask: Any = None) -> None:
             meta = functools.partial(lazy.meta, c)
-            if layout is None:
+            if own:
                 super().__init__(meta, lazy.mask if mask is None else mask)
             else:  # without the features' numbers, for which a GPU would be waited for
                 Transform.__init__(self)
                 self.meta = meta
-            self._lazy, self._c, self._layout = lazy, c, layout
+            self._lazy, self._c, self._layout, self._own = lazy, c, layout, own
 
         @functools.cached_property
         def idx_a(self) -> Tensor:
@@ -110,44 +108,30 @@ def _transform_class() -> type:
             return base, (self.meta, mask)
 
         def _call(self, x: Tensor) -> Tensor:
-            return super()._call(x) if self._layout_for(x) is None else self.call_and_ladj(x)[0]
+            return super()._call(x) if self._own else self.call_and_ladj(x)[0]
 
         def _inverse(self, y: Tensor) -> Tensor:
-            return super()._inverse(y) if self._layout_for(y) is None else self.inverse_and_ladj(y)[0]
+            return super()._inverse(y) if self._own else self.inverse_and_ladj(y)[0]
 
         def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            layout, own = self._layout_for(x), super().call_and_ladj
-            return own(x) if layout is None else self._run(x, layout, False, own)
+            return self._run(x, False, super().call_and_ladj)
 
         def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-            """(x, log|dx / dy|); the library would run its conditioner twice."""
-            layout = self._layout_for(y)
-            return self._own_inverse(y) if layout is None else self._run(y, layout, True, self._own_inverse)
+            """(x, log|dx / dy|); zuko would run its conditioner twice."""
 
-        def _own_inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-            kept, moved = self.split(y)
-            moved, ladj = self.meta(kept).inv.call_and_ladj(moved)
-            return self.merge(kept, moved, y.shape), ladj
+            def own(y: Tensor) -> tuple[Tensor, Tensor]:
+                kept, moved = self.split(y)
+                moved, ladj = self.meta(kept).inv.call_and_ladj(moved)
+                return self.merge(kept, moved, y.shape), ladj
 
-        def _layout_for(self, x: Tensor) -> tuple[Split, Tail] | None:
-            """What our path is to run x by; None where the library's own code is to run."""
-            check_kind("x", x, Tensor)
-            if self._layout is not None:
-                return self._layout
-            rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
-            if PLAN not in vars(self._lazy) or is_short(rows, plan_of(self._lazy).least_rows):
-                return None
-            if not may_replace(self._lazy, _COUPLING, "forward"):
-                return None
-            found: tuple[Split, Tail] = plan_of(self._lazy).layout
-            same = torch.equal(self._lazy.mask.nonzero().squeeze(-1), self.idx_a)  # the mask may be another since
-            return found if same else None
+            return self._run(y, True, own)
 
-        def _run(
-            self, x: Tensor, layout: tuple[Split, Tail], inverse: bool, own: Callable[[Tensor], Any]
-        ) -> tuple[Tensor, Tensor]:
+        def _run(self, x: Tensor, inverse: bool, own: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
             """(y, log|det|) of x [..., D], or of the inverse."""
+            check_kind("x", x, Tensor)
             c: Any = self._c
+            if x.ndim == 0 or (self._own and (self._layout is None or c is not None or x.ndim != 2)):
+                return own(x)
 
             def whole(rows: Tensor) -> tuple[Tensor, Tensor]:
                 y, log_det = own(x)
@@ -159,9 +143,9 @@ def _transform_class() -> type:
                 given = self._lazy.hyper(torch.cat((kept, c.expand(*kept.shape[:-1], -1)), -1))
                 return given.reshape(-1, given.shape[-1])
 
-            side = _side(self._lazy, layout, None if c is None else params)
-            original = own if c is None and x.ndim > 1 else whole  # no batch with a context is cut
-            y, log_det = couple(self._lazy, [side], x.reshape(-1, x.shape[-1]), inverse, original)
+            side = _side(self._lazy, self._layout, None if c is None else params)
+            rows = x.reshape(-1, x.shape[-1])
+            y, log_det = couple(self._lazy, [side], rows, inverse, own if self._own else whole)
             return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
     class Inverse(base_of_inverse):
@@ -250,7 +234,7 @@ def _together_class() -> type:
             for lazy, coupling in zip(self._couplings, self._fused.couplings, strict=True):
                 mask = torch.zeros_like(lazy.mask)
                 mask[coupling.kept] = True
-                made.append(_transform_class()(lazy, None, None, mask))
+                made.append(_transform_class()(lazy, None, None, True, mask))
             return made
 
         @property
