@@ -108,7 +108,8 @@ def _by_tail(side: Side, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     tail, alternate = side.tail, side.split.kind == "alternate"
     assert tail.scale_map is not None
     assert side.run is not None
-    given, layout = side.run(side.split.take(x)[0]), tail.layout
+    kept, _ = side.split.parts(x.shape[1], x.device)
+    given, layout = side.run(x[:, kept]), tail.layout
     if isinstance(given, tuple) or layout == "raw_first" or tail.undoes:
         shift, raw = tail.shift_and_raw(given)
         params, layout = torch.cat((-shift if tail.undoes else shift, raw), 1), "halves"

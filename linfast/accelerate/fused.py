@@ -28,7 +28,6 @@ from ..rows import by_rows, rows_at_once
 from .adapter import Options, Unfit, adapter_for
 from .identity import changed_method, has_global_hook, is_hooked, is_patched, original_class
 from .launch import Affine, Coupling, Index, Launch, Member, coupling_of, launch_of, narrowed
-from .mlp import MLP
 from .sides import Side
 
 __all__ = ["Fused", "Maps"]
@@ -248,18 +247,8 @@ def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
     if not mlp.constants:
         activation = ACTIVATIONS.get(mlp.activation, activation)
 
-    kept, moved = _run_of(coupling.kept), _run_of(coupling.moved)
-
-    def layers(mlp: MLP) -> Sequence[tuple[Tensor, Tensor | None]]:
-        if not side.full:
-            return mlp.layers
-        if kept is None or moved is None or len(mlp.layers) == 1:
-            return narrowed(mlp, side.split)
-        (first, bias), *rest, (last, last_bias) = mlp.layers
-        return [(first[:, kept], bias), *rest, (last[moved], None if last_bias is None else last_bias[moved])]
-
     def build() -> PlainCoupling:
-        nets = [layers(mlp) for mlp in coupling.mlps]
+        nets = [narrowed(mlp, side.split) if side.full else mlp.layers for mlp in coupling.mlps]
         (weights, biases), *second = [([w for w, _ in net], [b for _, b in net]) for net in nets]
         return PlainCoupling(
             weights, biases, activation, tail.log_scale, tail.order == "scale_first", tail.layout == "interleaved",
@@ -270,9 +259,3 @@ def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
         return build
     built = build()
     return lambda: built
-
-
-def _run_of(features: list[int]) -> slice | None:
-    """The slice that these features are; None where they are none."""
-    found = range(features[0], features[-1] + 1, features[1] - features[0] if len(features) > 1 else 1)
-    return slice(found.start, found.stop, found.step) if found.step > 0 and features == list(found) else None

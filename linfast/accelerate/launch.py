@@ -342,8 +342,8 @@ def _side_by_side(one: Layers, two: Layers) -> Layers:
 def narrowed(mlp: MLP, split: Split) -> Layers:
     """Without the columns of what is zero and the rows of what is not looked at."""
     layers = list(mlp.layers)
-    weight, bias = layers[0]
-    layers[0] = split.take(weight)[0], bias
+    kept, moved = split.parts(mlp.sizes[0], layers[0][0].device)
+    layers[0] = layers[0][0][:, kept], layers[0][1]
     weight, bias = layers[-1]
-    layers[-1] = split.take(weight.mT)[1].mT, None if bias is None else split.take(bias[None])[1][0]
+    layers[-1] = weight[moved], None if bias is None else bias[moved]
     return layers

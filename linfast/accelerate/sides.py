@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,26 +42,26 @@ class Split:
         """The features of so many that (are kept, move)."""
         if self.indices is not None:
             return self.indices
-        first = (count + 1) // 2 if self.first is None else self.first
-        halves = self.kind == "halves"
-        parts = (
-            [*range(first)] if halves else [*range(0, count, 2)],
-            [*range(first, count)] if halves else [*range(1, count, 2)],
-        )
+        kept, moved = (list(range(count)[part]) for part in self._slices(count))
+        return kept, moved
+
+    def _slices(self, count: int) -> tuple[slice, slice]:
+        if self.kind == "halves":
+            first = (count + 1) // 2 if self.first is None else self.first
+            parts = slice(0, first), slice(first, None)
+        else:
+            parts = slice(0, None, 2), slice(1, None, 2)
         return parts if self.moves == "second" else parts[::-1]
 
-    def take(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(kept, moved) of x [B, C, ...]; views but for "gather"."""
-        if self.indices is not None:
-            if x.device not in self._on:  # copied there once: a copy at every call would wait for the device
-                with torch.inference_mode(False):  # which they outlive
-                    kept, moved = (torch.tensor(part, device=x.device) for part in self.indices)
-                    self._on[x.device] = kept, moved
-            kept, moved = self._on[x.device]
-            return x[:, kept], x[:, moved]
-        first = (x.shape[1] + 1) // 2 if self.first is None else self.first
-        parts = (x[:, :first], x[:, first:]) if self.kind == "halves" else (x[:, 0::2], x[:, 1::2])
-        return parts if self.moves == "second" else parts[::-1]
+    def parts(self, count: int, device: torch.device) -> tuple[Any, Any]:
+        """What a dimension of so many features is indexed with for those that (are kept, move)."""
+        if self.indices is None:
+            return self._slices(count)
+        if device not in self._on:  # copied there once: a copy at every call would wait for the device
+            with torch.inference_mode(False):  # which they outlive
+                kept, moved = (torch.tensor(part, device=device) for part in self.indices)
+                self._on[device] = kept, moved
+        return self._on[device]
 
 
 def split_of(passes: Tensor) -> Split:
