@@ -245,7 +245,8 @@ def launch_of(members: Sequence[Member], features: int) -> Launch | None:
 
     def arrange(wanted: list[int], order: list[int]) -> list[int]:
         if wanted != order:
-            rows[-1].append(_index(tuple(order.index(feature) for feature in wanted)))
+            where = {feature: i for i, feature in enumerate(order)}
+            rows[-1].append(_index(tuple(map(where.__getitem__, wanted))))
         return wanted
 
     for member in members:
