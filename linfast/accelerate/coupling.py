@@ -10,7 +10,7 @@ The check before a swap (``verify.py``) runs ``ops.affine_coupling`` wherever it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +19,75 @@ from torch import Tensor, nn
 from ..dispatch import uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
 from ..rows import Work, by_rows, checks_all_lengths, rows_at_once, rows_in_cache
-from .adapter import Options, Plan
+from .adapter import Adapter, Draw, Options, Plan
 from .identity import PLAN, has_global_hook
 from .launch import lone_launch
 from .mlp import find_mlp
 from .sides import Side
 
-__all__ = ["couple", "coupling_plan"]
+__all__ = ["couple", "coupling_adapter", "coupling_plan"]
 
 _ORIGINAL = "the original's own code"
+
+
+def coupling_adapter(
+    *,
+    find: Callable[[Any], tuple[str, Any]],
+    sides_of: Callable[[Any, Any, Sequence[Any]], Sequence[Side]],
+    nets: Callable[[Any], Iterable[nn.Module]],
+    stubbed: Callable[[Any, Draw], Iterable[tuple[int, ...]]],
+    context: str = "none",
+    log_det: bool = True,
+    inverse: str = "inverse",
+    **what: Any,
+) -> Adapter:
+    """The adapter of a class of couplings with two methods, (x, context) -> y or (y, log_det [B]).
+
+    Args:
+        find: what an instance is, for the report, and the layout that ``sides_of`` takes; raises Unfit.
+        sides_of: (instance, layout, context) -> its sides, in the order in which its forward runs them.
+        nets: its conditioners.
+        stubbed: (copy, draw) -> shapes of inputs for the check, once stubs are in the conditioners' place.
+        context: what its methods take after x: "none", "one" argument that may be None, or "any" number of them.
+        log_det, inverse: whether its methods return a log-determinant; the name of its inverse.
+    """
+
+    def method(name: str) -> Callable[..., Any]:
+        def run(module: Any, x: Tensor, *given: Any) -> Any:
+            def original(x: Tensor) -> tuple[Tensor, Any]:
+                outputs = getattr(module._linfast_original, name)(module, x, *given)
+                return outputs if log_det else (outputs, None)
+
+            sides = sides_of(module, module._linfast_plan.layout, [c for c in given if c is not None])
+            outputs = couple(module, sides, x, name == inverse, original)
+            return outputs if log_det else outputs[0]
+
+        takes = {"none": lambda module, x: run(module, x), "any": run}
+        return takes.get(context, lambda module, x, context=None: run(module, x, context))
+
+    def run_both(module: Any, draw: Draw, shape: tuple[int, ...], *given: Any) -> list[Tensor]:
+        outputs = module.forward(draw(*shape)), getattr(module, inverse)(draw(*shape), *given)
+        return [t for each in outputs for t in (each if isinstance(each, tuple) else (each,))]
+
+    def probe(module: Any, draw: Draw) -> list[Tensor]:
+        shapes = stubbed(module, draw)
+        return [
+            t for shape in shapes for t in run_both(module, draw, shape, *([draw(2)] if context == "one" else []))
+        ]
+
+    def plan(module: Any, options: Options) -> Plan:
+        text, layout = find(module)
+        return coupling_plan(text, module, sides_of(module, layout, ()), options, layout)
+
+    return Adapter(
+        methods={name: method(name) for name in ("forward", inverse)},
+        plan=plan,
+        probe=probe,
+        conditioners=nets,
+        members=lambda module, layout: sides_of(module, layout, ()),
+        vectors=lambda module, draw, features: run_both(module, draw, (3, features)),
+        **what,
+    )
 
 
 def couple(
@@ -41,6 +101,8 @@ def couple(
         original: the library's own code, x -> (y, log_det or None).
     """
     sides = [member for member in members if isinstance(member, Side)]
+    if sides[0].full:  # whose mask multiplies x
+        x = x.to(torch.promote_types(x.dtype, next(owner.parameters()).dtype))
     if uses_triton(x):
         precision = vars(owner)[PLAN].options.precision if PLAN in vars(owner) else None  # restored since
         launch = lone_launch(members, x, precision) if x.ndim == 2 else None

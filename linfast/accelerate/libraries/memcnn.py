@@ -8,14 +8,14 @@ memcnn's wrapper, which keeps no input, stays: it runs these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..coupling import couple, coupling_plan
+from ..adapter import Adapter, Draw, Stub, Unfit
+from ..coupling import coupling_adapter
 from ..identity import changed_method, defined_as
 from ..sides import ADDITIVE, Side, Split, Tail
 
@@ -27,13 +27,12 @@ _NAIVE = Tail("pair", ScaleMap("exp"))
 _OWN = Tail("pair")
 
 
-def _plan(block: Any, options: Options) -> Plan:
+def _find(block: Any) -> tuple[str, None]:
     if block.implementation_fwd != -1 or block.implementation_bwd != -1:
         raise Unfit("a deprecated implementation that rebuilds its input")
     if block.split_dim != 1:
         raise Unfit(f"split_dim {block.split_dim}: only 1")
-    what = f"affine coupling, {_kind(block)}" if _is_affine(block) else "additive coupling"
-    return coupling_plan(what, block, _sides(block), options)
+    return (f"affine coupling, {_kind(block)}" if _is_affine(block) else "additive coupling"), None
 
 
 def _is_affine(block: Any) -> bool:
@@ -50,7 +49,7 @@ def _kind(block: Any) -> str:
     return next((k for k, name in kinds.items() if all(_is(a, name) for a in (block.Fm, block.Gm))), "own scale")
 
 
-def _sides(block: Any) -> tuple[Side, Side]:
+def _sides(block: Any, layout: None, context: Sequence[Any]) -> tuple[Side, Side]:
     """What moves the first half, by Fm, and the second, by Gm."""
 
     def side(adapter: Any, moves: str) -> Side:
@@ -67,21 +66,13 @@ def _sides(block: Any) -> tuple[Side, Side]:
     return side(block.Fm, "first"), side(block.Gm, "second")
 
 
-def _method(method: str) -> Callable[..., Any]:
-    def run(block: Any, x: Tensor) -> Tensor:
-        original = getattr(block._linfast_original, method)
-        return couple(block, _sides(block), x, method == "inverse", lambda x: (original(block, x), None))[0]
-
-    return run
-
-
 class _Pair(Stub):
     def forward(self, x: Tensor, *context: Any, **named: Any) -> Any:
         shift, raw = super().forward(x).chunk(2, 1)
         return raw.exp(), shift
 
 
-def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
+def _stubbed(block: Any, draw: Draw) -> list[tuple[int, ...]]:
     double = 1 + _is_affine(block)
     for side in ("Fm", "Gm"):
         if _is_affine(block) and block._modules[side].__class__.__name__.startswith("AffineAdapter"):
@@ -89,7 +80,7 @@ def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
             block._modules[side]._modules["f"] = Stub(3, width, draw)
         else:
             block._modules[side] = (_Pair if _is_affine(block) else Stub)(3, 3 * double, draw)
-    return [run(draw(*shape)) for run in (block.forward, block.inverse) for shape in ((3, 6), (2, 6, 2, 3))]
+    return [(3, 6), (2, 6, 2, 3)]
 
 
 def _nets(block: Any) -> tuple[nn.Module, ...]:
@@ -97,17 +88,16 @@ def _nets(block: Any) -> tuple[nn.Module, ...]:
 
 
 def _adapter(where: str, name: str) -> Adapter:
-    return Adapter(
+    return coupling_adapter(
         library="memcnn",
         where=where,
         name=name,
-        methods={method: _method(method) for method in ("forward", "inverse")},
-        plan=_plan,
-        probe=_probe,
+        find=_find,
+        sides_of=_sides,
+        nets=_nets,
+        stubbed=_stubbed,
+        log_det=False,
         settings=("split_dim", "implementation_fwd", "implementation_bwd"),
-        conditioners=_nets,
-        members=lambda block, layout: _sides(block),
-        vectors=lambda block, draw, features: (block.forward(draw(3, features)), block.inverse(draw(3, features))),
         stored="memcnn's InvertibleModuleWrapper rebuilds inputs itself",
     )
 

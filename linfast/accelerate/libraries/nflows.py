@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ...flows.undo import Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from ..adapter import Adapter, Draw, Stub, Unfit
 from ..chain import Context, Named, chain_adapter, is_known, nets_of, per_sample, put_stubs, run_chain
-from ..coupling import couple, coupling_plan
+from ..coupling import coupling_adapter
 from ..fused import Maps
 from ..identity import defined_as
 from ..launch import Affine, Index
@@ -56,7 +56,7 @@ def _tail(transform: Any) -> Tail:
     return Tail("halves", next(known, None), lambda raw: activation(raw).log())
 
 
-def _plan(transform: Any, options: Options) -> Plan:
+def _find(transform: Any) -> tuple[str, tuple[Split, Tail]]:
     if transform.unconditional_transform is not None:
         raise Unfit("it has an unconditional transform for the kept features")
     passes = torch.ones(transform.features, dtype=torch.bool, device=transform.transform_features.device)
@@ -71,40 +71,21 @@ def _plan(transform: Any, options: Options) -> Plan:
         tail = _tail(transform)
         kind = tail.scale_map.kind if tail.scale_map is not None else "own scale_activation"
         what = f"affine coupling, {kind}"
-    sides = [_side(transform, (split, tail), None)]
-    return coupling_plan(f"{what}, mask {split.kind}", transform, sides, options, (split, tail))
+    return f"{what}, mask {split.kind}", (split, tail)
 
 
-def _side(transform: Any, layout: tuple[Split, Tail], context: Any) -> Side:
-    split, tail = layout
-    net = transform.transform_net
-    return Side(
-        split,
-        tail,
-        lambda kept: net(kept.contiguous(), context),  # which the library gives it so
-        (net,) if context is None else (),
-    )
+def _sides(transform: Any, layout: tuple[Split, Tail], context: Sequence[Any]) -> list[Side]:
+    net, given = transform.transform_net, context or (None,)
+    # The library gives the net contiguous features.
+    return [Side(*layout, lambda kept: net(kept.contiguous(), *given), () if context else (net,))]
 
 
-def _probe(transform: Any, draw: Draw) -> Sequence[Tensor]:
-    outputs: list[Tensor] = []
+def _stubbed(transform: Any, draw: Draw) -> list[tuple[int, ...]]:
     width = transform.num_transform_features * transform._transform_dim_multiplier()
     transform._modules["transform_net"] = Stub(transform.num_identity_features, width, draw)
-    for shape in ((3, transform.features), (2, transform.features, 2, 3)):
-        outputs += [*transform.forward(draw(*shape)), *transform.inverse(draw(*shape), context=draw(2))]
-    return outputs
+    return [(3, transform.features), (2, transform.features, 2, 3)]
 
 
-def _method(method: str) -> Callable[..., Any]:
-    def run(transform: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-        side = _side(transform, transform._linfast_plan.layout, context)
-        original = getattr(transform._linfast_original, method)
-        return couple(transform, [side], inputs, method == "inverse", lambda x: original(transform, x, context))
-
-    return run
-
-
-_METHODS = {method: _method(method) for method in ("forward", "inverse")}
 _ASSUMES = (
     "_transform_dim_multiplier",
     "_scale_and_shift",
@@ -114,22 +95,18 @@ _ASSUMES = (
 
 
 def coupling_of(library: str, where: str, name: str) -> Adapter:
-    return Adapter(
+    return coupling_adapter(
         library=library,
         where=where,
         name=name,
-        methods=_METHODS,
-        plan=_plan,
-        probe=_probe,
+        find=_find,
+        sides_of=_sides,
+        nets=lambda transform: (transform.transform_net,),
+        stubbed=_stubbed,
+        context="one",
         masks=lambda transform: (transform.identity_features, transform.transform_features),
         settings=("scale_activation", "unconditional_transform"),
         assumes=_ASSUMES,
-        conditioners=lambda transform: (transform.transform_net,),
-        members=lambda transform, layout: (_side(transform, layout, None),),
-        vectors=lambda transform, draw, features: (
-            *transform.forward(draw(3, features)),
-            *transform.inverse(draw(3, features)),
-        ),
     )
 
 

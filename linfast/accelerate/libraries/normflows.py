@@ -11,12 +11,12 @@
 
 What b zeroes and what 1 - b drops is not computed here: of an MLP the columns that meet zeros and the
 rows that nobody looks at are left out. A kernel gives what e^s gives where s is infinite.
-NormalizingFlow is for memory="invert"; reverse_kld and reverse_alpha_div store all the same.
+With memory="invert", reverse_kld and reverse_alpha_div store all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from ...flows.undo import Outputs
 from ...ops.affine_coupling import split_sizes
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from ..adapter import Draw, Stub, Unfit
 from ..chain import Context, Named, chain_adapter, is_known, per_sample, run_chain
-from ..coupling import couple, coupling_plan
+from ..coupling import coupling_adapter
 from ..fused import Maps
 from ..identity import changed_method, defined_as
 from ..launch import Affine, Index, narrowed
@@ -47,7 +47,7 @@ _TAILS = {
 _MOVES = {"channel": "second", "channel_inv": "first"}
 
 
-def _plan(block: Any, options: Options) -> Plan:
+def _find(block: Any) -> tuple[str, None]:
     split, coupling, merge = block.flows
     if not (
         defined_as(split, "normflows.flows.reshape", "Split")
@@ -63,52 +63,32 @@ def _plan(block: Any, options: Options) -> Plan:
         raise Unfit(f"split mode {split.mode!r}: only {', '.join(_MOVES)}")
     if coupling.scale and coupling.scale_map not in _TAILS:
         raise Unfit(f"scale map {coupling.scale_map!r}")
-    what = f"affine coupling, {coupling.scale_map}" if coupling.scale else "additive coupling"
-    return coupling_plan(what, block, [_side(block)], options)
+    return (f"affine coupling, {coupling.scale_map}" if coupling.scale else "additive coupling"), None
 
 
-def _coupling_method(method: str, side_of: Callable[[Any], Side]) -> Callable[..., Any]:
-    def run(flow: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-        original = getattr(flow._linfast_original, method)
-        if "b" in flow._buffers:  # whose products with the mask promote z
-            z = z.to(torch.promote_types(z.dtype, flow.b.dtype))
-        return couple(flow, [side_of(flow)], z, method == "inverse", lambda z: original(flow, z))
-
-    return run
+def _sides(block: Any, layout: None, context: Sequence[Any]) -> list[Side]:
+    net, coupling = block.flows[1].param_map, block.flows[1]
+    tail = _TAILS[coupling.scale_map] if coupling.scale else ADDITIVE
+    return [Side(Split("halves", _MOVES[block.flows[0].mode]), tail, net, (net,))]
 
 
-def _side(block: Any) -> Side:
-    coupling = block.flows[1]
-    return Side(
-        Split("halves", _MOVES[block.flows[0].mode]),
-        _TAILS[coupling.scale_map] if coupling.scale else ADDITIVE,
-        coupling.param_map,
-        (coupling.param_map,),
-    )
-
-
-def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
-    outputs: list[Tensor] = []
+def _stubbed(block: Any, draw: Draw) -> Iterator[tuple[int, ...]]:
     coupling = block.flows[1]
     for channels in (6, 5):
         kept, moved = split_sizes(channels) if block.flows[0].mode == "channel" else split_sizes(channels)[::-1]
         coupling._modules["param_map"] = Stub(kept, moved * (1 + bool(coupling.scale)), draw)
-        for shape in ((3, channels), (2, channels, 4, 3)):
-            outputs += [*block.forward(draw(*shape)), *block.inverse(draw(*shape))]
-    return outputs
+        yield from ((3, channels), (2, channels, 4, 3))
 
 
-_BLOCK = Adapter(
+_BLOCK = coupling_adapter(
     library="normflows",
     where="normflows.flows.affine.coupling",
     name="AffineCouplingBlock",
-    methods={method: _coupling_method(method, _side) for method in ("forward", "inverse")},
-    plan=_plan,
-    probe=_probe,
+    find=_find,
+    sides_of=_sides,
+    nets=lambda block: (block.flows[1].param_map,),
+    stubbed=_stubbed,
     inner=lambda block: tuple(block.flows),
-    conditioners=lambda block: (block.flows[1].param_map,),
-    members=lambda block, layout: (_side(block),),
-    vectors=lambda block, draw, features: (*block.forward(draw(3, features)), *block.inverse(draw(3, features))),
 )
 
 
@@ -117,7 +97,7 @@ _BLOCK = Adapter(
 _MASKED = Tail("pair", ScaleMap("exp"), lambda s: s)
 
 
-def _plan_masked(flow: Any, options: Options) -> Plan:
+def _find_masked(flow: Any) -> tuple[str, Split]:
     if flow.b.ndim != 2:
         raise Unfit(f"its mask is {list(flow.b.shape[1:])}: only vectors")
     if set(flow.b[0].tolist()) != {0.0, 1.0}:
@@ -126,10 +106,10 @@ def _plan_masked(flow: Any, options: Options) -> Plan:
         raise Unfit("it has no translation")
     split = split_of(flow.b[0] == 1)
     what = "affine coupling, exp" if isinstance(flow.s, nn.Module) else "additive coupling"
-    return coupling_plan(f"{what}, mask {split.kind}", flow, [_side_masked(flow, split)], options, split)
+    return f"{what}, mask {split.kind}", split
 
 
-def _side_masked(flow: Any, split: Split) -> Side:
+def _sides_masked(flow: Any, split: Split, context: Sequence[Any]) -> list[Side]:
     nets = (flow.t, flow.s) if isinstance(flow.s, nn.Module) else (flow.t,)
     mlps = [find_mlp(net) for net in nets]
 
@@ -137,7 +117,7 @@ def _side_masked(flow: Any, split: Split) -> Side:
         shift, raw = (_run_narrowed(narrowed(mlp, split), mlp.parts[1:-1], kept) for mlp in mlps if mlp is not None)
         return shift, raw
 
-    return Side(split, _MASKED if len(nets) == 2 else ADDITIVE, None if None in mlps else run, nets, full=True)
+    return [Side(split, _MASKED if len(nets) == 2 else ADDITIVE, None if None in mlps else run, nets, full=True)]
 
 
 def _run_narrowed(layers: Sequence[Any], parts: Sequence[Callable[[Tensor], Tensor]], kept: Tensor) -> Tensor:
@@ -150,32 +130,23 @@ def _run_narrowed(layers: Sequence[Any], parts: Sequence[Callable[[Tensor], Tens
     return torch.nan_to_num(out, torch.nan, torch.nan, torch.nan)
 
 
-def _probe_masked(flow: Any, draw: Draw) -> Sequence[Tensor]:
+def _stubbed_masked(flow: Any, draw: Draw) -> list[tuple[int, ...]]:
     features = flow.b.shape[1]
     for name in ("s", "t"):
         if name in flow._modules:
             flow._modules[name] = Stub(features, features, draw)
-    return _both_ways(flow, draw, features)
+    return [(3, features)]
 
 
-def _both_ways(flow: Any, draw: Draw, features: int) -> Sequence[Tensor]:
-    return (*flow.forward(draw(3, features)), *flow.inverse(draw(3, features)))
-
-
-_MASKED_FLOW = Adapter(
+_MASKED_FLOW = coupling_adapter(
     library="normflows",
     where="normflows.flows.affine.coupling",
     name="MaskedAffineFlow",
-    methods={
-        method: _coupling_method(method, lambda flow: _side_masked(flow, flow._linfast_plan.layout))
-        for method in ("forward", "inverse")
-    },
-    plan=_plan_masked,
-    probe=_probe_masked,
+    find=_find_masked,
+    sides_of=_sides_masked,
+    nets=lambda flow: tuple(flow._modules[name] for name in ("t", "s") if name in flow._modules),
+    stubbed=_stubbed_masked,
     masks=lambda flow: (flow.b,),
-    conditioners=lambda flow: tuple(flow._modules[name] for name in ("t", "s") if name in flow._modules),
-    members=lambda flow, split: (_side_masked(flow, split),),
-    vectors=_both_ways,
 )
 
 
