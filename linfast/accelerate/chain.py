@@ -195,7 +195,7 @@ def chain_adapter(
     where: str,
     name: str,
     flat: Callable[[Any], Named],
-    run_part: Callable[[Any, Tensor, Context, bool], Outputs],
+    run_part: Callable[[Any, Tensor, Context, bool], Outputs] | None,
     maps: Maps,
     parts_of: Callable[[Any], list[Part]] | None = None,
     why_apart: Callable[[Any], str | None] = lambda chain: None,
@@ -205,13 +205,14 @@ def chain_adapter(
 
     Args:
         flat: names all members.
-        run_part: runs one of them as the library does.
+        run_part: runs one of them as the library does; None of a chain that is never rebuilt, of couplings alone.
         maps: of the library: which members are invertible, and what permutations and affine maps they are.
         parts_of: the members as parts, where they differ from what ``run_part`` runs; raises Unfit.
         why_apart: why the couplings of this chain cannot run together, where they cannot.
     """
 
     def parts_by_default(chain: Any) -> list[Part]:
+        assert run_part is not None
         return [part_of(name, module, maps.known(module), run_part) for name, module in flat(chain)]
 
     find = parts_of or parts_by_default
@@ -223,7 +224,7 @@ def chain_adapter(
                 raise Unfit(why)
             fused = Fused(chain, flat, run_part, maps, options)
             like = next(p for p in chain.parameters() if p.is_floating_point())
-            return Plan(fused.describe(like), layout=fused, takes_precision=fused.takes_precision)
+            return Plan(fused.describe(like), layout=fused, takes_precision=fused.launch is not None)
         parts = find(chain)
         check_parts(parts)
         return Plan(f"{len(parts)} steps, rebuilt in the backward", layout=find)

@@ -46,12 +46,10 @@ class Maps:
     Args:
         known: whether a module is of one of its classes, as the library made it.
         of: by class name, what such a module is of vectors; None where it runs as it is.
-        mixes: whether members that run as they are may stand between the couplings.
     """
 
     known: Callable[[nn.Module], bool]
     of: Mapping[str, Callable[[Any], Index | Affine | None]]
-    mixes: bool = True
 
 
 _FEWEST = 2  # couplings
@@ -73,7 +71,7 @@ class _Own:
     """A member as the library has it."""
 
     module: nn.Module
-    run: Run
+    run: Any
 
     def __call__(self, x: Tensor, inverse: bool) -> Outputs:
         return self.run(self.module, x, _NO_CONTEXT, inverse)
@@ -85,12 +83,12 @@ class Fused:
     Args:
         chain: the instance.
         flat: names all its members in order.
-        run: runs one of them as the library does.
+        run: runs one of them as the library does; None where no other member may stand between the couplings.
         maps: of its library.
         options: what ``accelerate`` was asked for.
     """
 
-    def __init__(self, chain: nn.Module, flat: Flat, run: Run, maps: Maps, options: Options) -> None:
+    def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         self.flat, self._run, self._maps, self._options = flat, run, maps, options
         members: list[Member] = []
         recognised: list[nn.Module] = []
@@ -110,24 +108,20 @@ class Fused:
         (self.dtype, *others) = {t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}
         if others:
             raise Unfit("its couplings have weights of several dtypes")
-        self._steps = _loops(members, self.features, run)
-        if not maps.mixes and any(isinstance(step, _Own) for step in self._steps):
+        if run is None and len(couplings) < len(members):
             raise Unfit("not all of its members are MLP couplings")
+        self._steps = _loops(members, self.features, run)
         row_apart = all(not isinstance(step, _Own) or maps.known(step.module) for step in self._steps)
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
         self._widths: list[int | None] = [max(widths) if row_apart else None]
-        self._launch: Launch | None = launch_of(members, self.features)
+        self.launch: Launch | None = launch_of(members, self.features)
 
     def describe(self, like: Tensor) -> str:
         """What runs it, for the report."""
-        launch = self._launch is not None and self._launch.has_tile(like, self._options.precision)
+        launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
         if like.is_cuda:
             return f"{len(self.couplings)} couplings in one " + ("launch" if launch else "loop")
         return f"{len(self.couplings)} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
-
-    @property
-    def takes_precision(self) -> bool:
-        return self._launch is not None
 
     def renewed(self, chain: nn.Module) -> Fused | None:
         """This where it holds, else the chain as it is now; None where nothing of it runs together."""
@@ -146,14 +140,14 @@ class Fused:
         if x.ndim != 2 or x.shape[1] != self.features or x.dtype != self.dtype or has_global_hook():
             return False
         if uses_triton(x):
-            return self._launch is not None and self._launch.has_tile(x, self._options.precision)
+            return self.launch is not None and self.launch.has_tile(x, self._options.precision)
         return autocast_dtype(x.device.type) is None
 
     def __call__(self, chain: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """(y, log_det [B])."""
         if uses_triton(x):
-            assert self._launch is not None
-            return self._launch(chain, x, inverse, self._options.precision)
+            assert self.launch is not None
+            return self.launch(chain, x, inverse, self._options.precision)
         rows = rows_at_once(x, lambda: self._widths)
         if rows is None:
             return self._loop(x, inverse)
@@ -210,7 +204,7 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
     return None if None in members or not members else members  # type: ignore[return-value]
 
 
-def _loops(members: Sequence[Member], features: int, run: Run) -> list[Any]:
+def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[Any]:
     """The members as the loop's steps: x as it stands is x[:, order] as the library has it."""
     order = identity = list(range(features))
     steps: list[Any] = []

@@ -3,8 +3,8 @@
     x -> head -> coupling_0 -> map_0 -> ... -> coupling_{L-1} -> map_{L-1}
 
 The kernel moves the halves in turn. A permutation that brings a coupling's kept and moved features there is one
-of the maps, and neighbouring maps are one: W = W_n ... W_1, its inverse W_1^-1 ... W_n^-1. A single coupling with
-m / s + t, given s, undoes (m - t) s: it is the kernel's inverse with the shift negated.
+of the maps, and neighbouring maps are one. A single coupling with m / s + t, given s, undoes (m - t) s: it is the
+kernel's inverse with the shift negated.
 
 Weights are brought to the op's form at every call, and kept only inside ``lf.freeze``: [raw | shift] rows are
 swapped, one net's rows used twice, a shift without a raw value is given zeros, two nets are laid side by side and
@@ -207,7 +207,7 @@ class Launch:
 
 
 def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: bool) -> AffineMap | None:
-    """The row as one map."""
+    """The row as one map: W = W_n ... W_1, its inverse W_1^-1 ... W_n^-1."""
     if not row:
         return None
     made = [entry if isinstance(entry, Index) else entry.make(inverse) for entry in row]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -63,7 +62,7 @@ def _scale_map(block: Any) -> ScaleMap | None:
 
 
 def _plan(block: Any, options: Options) -> Plan:
-    if _BLOCKS[original_class(block).__name__].layout == "shift":
+    if _BLOCKS[original_class(block).__name__][0] == "shift":
         return coupling_plan("additive coupling", block, _sides(block, None, ()), options)
     if not block.clamp > 0:
         raise Unfit(f"its clamp is {block.clamp}: not positive")
@@ -89,11 +88,11 @@ def _sides(block: Any, scale_map: ScaleMap | None, c: Sequence[Tensor]) -> list[
         split = Split("halves", moves, block.split_len1, block.channels)
         return Side(split, tail, run, () if block.conditional else nets)
 
-    kind = _BLOCKS[original_class(block).__name__]
+    layout, sides = _BLOCKS[original_class(block).__name__]
     tail = ADDITIVE
-    if kind.layout != "shift":
-        tail = Tail(kind.layout, scale_map, lambda raw: block.clamp * block.f_clamp(raw))
-    return [side(moves, names) for moves, names in kind.sides]
+    if layout != "shift":
+        tail = Tail(layout, scale_map, lambda raw: block.clamp * block.f_clamp(raw))
+    return [side(moves, names) for moves, names in sides]
 
 
 def _forward_of(members_of: Callable[[Any, Any, Any], Sequence[Any]]) -> Callable[..., Any]:
@@ -110,30 +109,21 @@ def _forward_of(members_of: Callable[[Any, Any, Any], Sequence[Any]]) -> Callabl
     return forward
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A class: of each side that moves, which half that is and its subnets; their outputs' layout."""
-
-    layout: str
-    sides: tuple[tuple[str, tuple[str, ...]], ...]
-
-
-_BLOCKS = {
-    "GLOWCouplingBlock": _Block("raw_first", (("first", ("subnet2",)), ("second", ("subnet1",)))),
-    "RNVPCouplingBlock": _Block(
-        "pair", (("first", ("subnet_t2", "subnet_s2")), ("second", ("subnet_t1", "subnet_s1")))
-    ),
-    "AffineCouplingOneSided": _Block("raw_first", (("second", ("subnet",)),)),
-    "NICECouplingBlock": _Block("shift", (("first", ("F",)), ("second", ("G",)))),
+_BLOCKS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
+    "GLOWCouplingBlock": ("raw_first", (("first", ("subnet2",)), ("second", ("subnet1",)))),
+    "RNVPCouplingBlock": ("pair", (("first", ("subnet_t2", "subnet_s2")), ("second", ("subnet_t1", "subnet_s1")))),
+    "AffineCouplingOneSided": ("raw_first", (("second", ("subnet",)),)),
+    "NICECouplingBlock": ("shift", (("first", ("F",)), ("second", ("G",)))),
 }
+"""By class: its outputs' layout; of each side that moves, which half that is and its subnets."""
 
 
 def _adapter(name: str) -> Adapter:
-    kind = _BLOCKS[name]
-    double = 2 if kind.layout == "raw_first" else 1
+    layout, sides = _BLOCKS[name]
+    double = 2 if layout == "raw_first" else 1
 
     def probe(block: Any, draw: Draw) -> Sequence[Tensor]:
-        for moves, subnets in kind.sides:
+        for moves, subnets in sides:
             kept, moved = Split("halves", moves, block.split_len1).features_of(block.channels)
             for subnet in subnets:
                 block._modules[subnet] = Stub(len(kept) + block.condition_length, double * len(moved), draw)
@@ -147,8 +137,8 @@ def _adapter(name: str) -> Adapter:
         plan=_plan,
         probe=probe,
         settings=("clamp", "f_clamp"),
-        assumes=() if len(kind.sides) == 1 else ("_coupling1", "_coupling2"),
-        conditioners=lambda block: tuple(getattr(block, net) for _, nets in kind.sides for net in nets),
+        assumes=() if len(sides) == 1 else ("_coupling1", "_coupling2"),
+        conditioners=lambda block: tuple(getattr(block, net) for _, nets in sides for net in nets),
         members=lambda block, layout: _sides(block, layout, ()),
         vectors=lambda block, draw, features: _both_ways(block, draw, features, 0, 0),
     )

@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.distributions import ExpTransform, Transform, constraints
 
 from ...checks import check_kind
-from ...flows.undo import Outputs
 from ...rows import checks_all_lengths
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..chain import Context, Named, chain_adapter, fused_of
+from ..chain import Named, chain_adapter, fused_of
 from ..coupling import couple, coupling_plan
 from ..fused import Fused, Maps
 from ..identity import PLAN, find_class, is_patched, original_class
@@ -277,12 +276,6 @@ def _flat(chain: Any) -> Named:
     yield from ((f"transforms[{i}]", lazy) for i, lazy in enumerate(chain.transforms))
 
 
-def _run_part(lazy: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
-    transform = lazy(None)
-    y, ladj = (transform.inv if inverse else transform).call_and_ladj(x)
-    return y, ladj
-
-
 def _both_ways(transform: Any, draw: Draw, features: int) -> Sequence[Tensor]:
     return (*transform.call_and_ladj(draw(3, features)), *transform.inv.call_and_ladj(draw(3, features)))
 
@@ -292,8 +285,8 @@ _CHAIN = chain_adapter(
     "zuko.lazy",
     "LazyComposedTransform",
     _flat,
-    _run_part,
-    Maps(lambda lazy: False, {}, mixes=False),
+    None,
+    Maps(lambda lazy: False, {}),
     methods={"forward": _forward_chain},
     probe=lambda chain, draw: (),
     stored=_STORED,
