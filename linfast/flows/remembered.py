@@ -45,7 +45,9 @@ class Evidence:
         self._classes = [*map(type, self._modules)]
         self._hooks = [getattr(module, name) for module in self._modules for name in _HOOKS]
         children = [module._modules for module in lists]
-        owned = [d for m in self._modules for d in (m._parameters, m._modules, m._buffers)]
+        owned = [
+            d for m in self._modules for d in (m._parameters, m._modules, m._buffers) if d or type(m) not in _PLAIN
+        ]
         settings = [vars(module) for module in self._modules]
         self._sized: list[Any] = [*children, *owned, *settings]
         self._sizes = [*map(len, self._sized)]
