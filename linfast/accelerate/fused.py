@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, uses_triton
 from ..flows.remembered import Evidence
+from ..flows.undo import Outputs
 from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
@@ -32,7 +33,6 @@ from .sides import Side
 
 __all__ = ["Fused", "Maps"]
 
-Outputs = tuple[Tensor, Tensor | None]
 Flat = Callable[[Any], Iterable[tuple[str, nn.Module]]]
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
 
