@@ -23,7 +23,16 @@ from torch import Tensor
 
 from .dispatch import chosen_backend
 
-__all__ = ["SHORT", "Work", "all_lengths", "by_rows", "is_short", "on_plain_cpu", "rows_at_once", "rows_in_cache"]
+__all__ = [
+    "SHORT",
+    "Work",
+    "all_lengths",
+    "by_rows",
+    "checks_all_lengths",
+    "is_short",
+    "rows_at_once",
+    "rows_in_cache",
+]
 
 Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -88,9 +97,9 @@ def all_lengths() -> Iterator[None]:
         _asked.all_lengths = before
 
 
-def on_plain_cpu(x: Tensor) -> bool:
-    """Whether x is on a CPU, where no kernel runs, so that only long batches gain by being cut."""
-    return x.is_cpu and not _asked.all_lengths and chosen_backend() != "triton"
+def checks_all_lengths() -> bool:
+    """Whether this is inside ``all_lengths``."""
+    return _asked.all_lengths
 
 
 def is_short(given: Any, least: float) -> bool:

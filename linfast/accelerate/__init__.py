@@ -6,9 +6,10 @@ adapter.py          what is known of one class; all adapters by class
 identity.py         whether a module is what its library made of it
 swap.py             changing an object's class, and back
 verify.py           comparing with the original before anything is swapped
-coupling.py         affine couplings and which path runs them, with coupling_side.py and coupling_launch.py
+sides.py            one side of a coupling, as a formula
+coupling.py         what runs a coupling that is in no chain
 chain.py            the adapters of chains; memory="invert", with evaluate_once.py
-fused.py            a chain's couplings in one loop on a CPU, with fused_launch.py in one launch on a GPU
+fused.py            a chain's couplings in one loop on a CPU, with launch.py in one launch on a GPU
 mlp.py              recognising conditioners as MLPs
 libraries/          one file per library: its couplings and its chain; plain.py is register_adapter
 reference*.py       the research repository's modules

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..flows.drift import DriftGuard
-from .coupling import least_rows
 from .identity import find_class, original_class
 
 __all__ = [
@@ -75,6 +74,9 @@ Draw = Callable[..., Tensor]
 """draw(*shape): standard normal values from a fixed seed, of the check's dtype and device."""
 
 
+_IN_NO_CHAIN = "it is in no chain of a known class"
+
+
 def _nothing(*arguments: Any) -> tuple[Any, ...]:
     return ()
 
@@ -99,13 +101,14 @@ class Adapter:
         inner: modules that the replaced methods pass by; one with a hook keeps the original running.
         conditioners: modules to report on; the check's copies have them without their weights.
         hollow: more modules whose weights the check does not need.
-        sides: of a coupling: (instance, layout) -> its sides. On a CPU it then runs the original on short batches.
+        members: of a coupling: (instance, layout) -> its sides, and permutations and diagonal maps between them. On
+            a CPU it then runs the original on short batches.
         vectors: of a coupling or a chain: (copy, draw, features) -> outputs both ways on vectors, with its own
             conditioners.
         decides: whether the replaced methods decide themselves when the original runs.
         chain: whether the class runs other modules in turn; they then run together, or with memory="invert" are
             rebuilt in the backward.
-        stored: why a coupling in no chain stores its activations; "" for one that rebuilds its own.
+        stored: why a coupling in no chain, or a chain, stores its activations; "" for one that rebuilds its own.
         tolerance: largest relative L2 difference in float64; larger where the original itself drops to float32.
         float64: whether the original runs in float64.
     """
@@ -123,11 +126,11 @@ class Adapter:
     inner: Callable[[Any], Iterable[nn.Module]] = _nothing
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
     hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
-    sides: Callable[[Any, Any], Sequence[Any]] = _nothing
+    members: Callable[[Any, Any], Sequence[Any]] = _nothing
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = _nothing
     decides: bool = False
     chain: bool = False
-    stored: str = "it is in no chain of a known class"
+    stored: str = _IN_NO_CHAIN
     tolerance: float = 1e-10
     float64: bool = True
 
@@ -137,11 +140,13 @@ class Adapter:
 
     @property
     def is_coupling(self) -> bool:
-        return self.sides is not _nothing
+        return self.members is not _nothing
 
     def wanted(self, options: Options) -> bool:
         """Whether these options give a reason to swap the class."""
-        return not self.chain or options.memory != "store" or self.vectors is not _nothing
+        if not self.chain:
+            return True
+        return self.vectors is not _nothing if options.memory == "store" else self.stored == _IN_NO_CHAIN
 
     @torch.inference_mode(False)  # the plan is used outside it
     def plan_for(self, instance: Any, options: Options) -> Plan:
@@ -153,7 +158,6 @@ class Adapter:
             seen=self._seen(instance),
             values=tuple(value.detach().clone() for value in self._values(instance)),
             settings=self.settings_of(instance),
-            least_rows=least_rows(self.sides(instance, plan.layout)) if self.is_coupling else 0.0,
         )
 
     def settings_of(self, instance: Any) -> tuple[Any, ...]:

@@ -1,7 +1,7 @@
-"""memory="invert": chains of other libraries' steps, rebuilt in the backward by ``flows.reversible``.
+"""Chains of other libraries' steps: their couplings together (``fused.py``), or with memory="invert" rebuilt.
 
-A chain is a list of ``Part``s. A part that is a coupling names its conditioners, each of which is then
-evaluated once in the backward; of any other part the inverse and the forward run once each.
+What ``flows.reversible`` rebuilds in the backward is a list of ``Part``s. A part that is a coupling names its
+conditioners, each of which is then evaluated once; of any other part the inverse and the forward run once each.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ __all__ = [
     "Named",
     "Part",
     "chain_adapter",
-    "check_parts",
+    "fused_of",
     "is_known",
+    "nets_of",
     "part_of",
     "parts_to_invert",
     "per_sample",
     "put_stubs",
+    "run_chain",
     "run_inverting",
-    "together",
 ]
 
 Context = Mapping[str, Any]
@@ -134,72 +135,99 @@ def per_sample(log_det: Any, x: Tensor, dtype: torch.dtype | None = None) -> Ten
     return log_det.expand(x.shape[0]).to(dtype or log_det.dtype)
 
 
-def part_of(
-    name: str, module: nn.Module, known: bool, run: Callable[..., Outputs], nets: Iterable[Any] = ()
-) -> Part:
-    """A step, or Unfit; ``nets``: conditioners of a coupling that has no adapter."""
-    adapter = adapter_for(module)
-    conditioners = tuple(nets) if adapter is None else tuple(adapter.conditioners(module))
+def part_of(name: str, module: nn.Module, known: bool, run: Callable[..., Outputs]) -> Part:
+    """A step, or Unfit."""
+    adapter, conditioners = adapter_for(module), tuple(nets_of([module]))
     changed = None if adapter is None else changed_method(module, (*adapter.methods, *adapter.assumes))
     if changed is not None or not (known or conditioners):
         raise Unfit(f"stored: its {type(module).__name__} is not known to be invertible")
     return Part(f"{name} ({type(module).__name__})", module, run, conditioners)
 
 
-def put_stubs(parts: Sequence[Part], draw: Draw) -> None:
+def nets_of(members: Iterable[nn.Module]) -> list[nn.Module]:
+    """The conditioners of those that are couplings."""
+    adapters = [(module, adapter_for(module)) for module in members]
+    return [net for module, adapter in adapters if adapter is not None for net in adapter.conditioners(module)]
+
+
+def put_stubs(members: Sequence[nn.Module], draw: Draw) -> None:
     """Stubs in place of a copy's conditioners, as the couplings' own checks have them, with scales near one."""
-    for part in parts:
-        adapter = adapter_for(part.module)
-        if adapter is not None and part.conditioners:
-            adapter.probe(part.module, draw)
-        for module in part.module.modules():
+    for member in members:
+        adapter = adapter_for(member)
+        if adapter is not None and nets_of([member]):
+            adapter.probe(member, draw)
+        for module in member.modules():
             if isinstance(module, Stub):
-                module.size = 1 / len(parts)
+                module.size = 1 / len(members)
 
 
-def together(instance: Any, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
-    """(y, log_det [B]) of all members, the couplings together; None where the library's own loop is to run."""
-    plan = instance._linfast_plan
-    fused = plan.layout
-    if not isinstance(fused, Fused) or not fused.takes(x):
+def fused_of(chain: Any) -> Fused | None:
+    """What runs a swapped chain's couplings together, as the chain is now; None where nothing does."""
+    plan = vars(chain)[PLAN]
+    if not isinstance(plan.layout, Fused):
         return None
-    now = fused.renewed(instance)
-    if now is None:
+    now = plan.layout.renewed(chain)
+    if now is not None and now is not plan.layout:
+        vars(chain)[PLAN] = replace(plan, layout=now)
+    return now
+
+
+def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    """(y, log_det [B]) of a swapped chain; None where the library's own loop is to run.
+
+    Without a context the couplings run together, where the chain was swapped for that.
+    """
+    plan = vars(chain)[PLAN]
+    if isinstance(plan.layout, Fused):
+        alone = all(value is None for value in context.values()) and plan.layout.takes(x)
+        fused = fused_of(chain) if alone else None
+        return None if fused is None else fused(chain, x, inverse)
+    parts = parts_to_invert(chain, x, plan.layout)
+    if parts is None:
         return None
-    if now is not fused:
-        vars(instance)[PLAN] = replace(plan, layout=now)
-    return now(instance, x, inverse)
+    y, log_det = run_inverting(chain, parts, x, context, inverse)
+    assert log_det is not None
+    return y, log_det
 
 
 def chain_adapter(
     library: str,
     where: str,
     name: str,
-    parts_of: Callable[[Any], list[Part]],
     flat: Callable[[Any], Named],
-    run_part: Callable[[Any, Tensor, Context, bool], Outputs] | None = None,
-    maps: Maps | None = None,
+    run_part: Callable[[Any, Tensor, Context, bool], Outputs] | None,
+    maps: Maps,
+    parts_of: Callable[[Any], list[Part]] | None = None,
+    why_apart: Callable[[Any], str | None] = lambda chain: None,
     **what: Any,
 ) -> Adapter:
     """The adapter of a chain.
 
     Args:
-        parts_of: raises Unfit where a part is not invertible.
         flat: names all members.
-        run_part: runs one of them as the library does.
-        maps: of the library, what permutations and affine maps members are.
+        run_part: runs one of them as the library does; None of a chain that is never rebuilt, of couplings alone.
+        maps: of the library: which members are invertible, and what permutations and affine maps they are.
+        parts_of: the members as parts, where they differ from what ``run_part`` runs; raises Unfit.
+        why_apart: why the couplings of this chain cannot run together, where they cannot.
     """
+
+    def parts_by_default(chain: Any) -> list[Part]:
+        assert run_part is not None
+        return [part_of(name, module, maps.known(module), run_part) for name, module in flat(chain)]
+
+    find = parts_of or parts_by_default
 
     def plan(chain: Any, options: Options) -> Plan:
         if options.memory == "store":
-            if run_part is None or maps is None:
-                raise Unfit("its couplings run one by one")
+            why = why_apart(chain)
+            if why is not None:
+                raise Unfit(why)
             fused = Fused(chain, flat, run_part, maps, options)
             like = next(p for p in chain.parameters() if p.is_floating_point())
-            return Plan(fused.describe(like), layout=fused, takes_precision=fused.takes_precision)
-        parts = parts_of(chain)
+            return Plan(fused.describe(like), layout=fused, takes_precision=fused.launch is not None)
+        parts = find(chain)
         check_parts(parts)
-        return Plan(f"{len(parts)} steps, rebuilt in the backward")
+        return Plan(f"{len(parts)} steps, rebuilt in the backward", layout=find)
 
     return Adapter(
         library=library,

@@ -1,154 +1,184 @@
-"""What runs a coupling: one launch, a fused tail, plain torch, or the library's own code.
+"""What runs a coupling that is in no chain.
 
-one launch   an MLP conditioner that ``ops.coupling_stack`` has a tile for, on vectors: coupling_launch.py
-fused tail   ``ops.affine_coupling``: split, map, product, sum and concatenation in one kernel
-plain torch  coupling_side.py: on a GPU in float64, and where the kernels lack the library's map or split;
-             on a CPU of long batches with MLP conditioners, so many rows at a time as a cache holds: rows.py
+on a GPU   one launch with its MLP conditioners (``launch.py``), else ``ops.affine_coupling`` on what they give
+else       the library's own code; on a CPU a long batch goes through it as many rows at a time as a cache holds
+           (``rows.py``), where the conditioners are MLPs, which see each row alone
 
-On a CPU nothing else gains, and ``gains`` sends it to the library's own code.
+The check before a swap (``verify.py``) runs ``ops.affine_coupling`` wherever it fits, in plain torch on a CPU.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..dispatch import uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
-from ..rows import Work, by_rows, on_plain_cpu, rows_at_once, rows_in_cache
-from .coupling_launch import fits_whole, whole_layer, widest
-from .coupling_side import Side
+from ..rows import Work, by_rows, checks_all_lengths, rows_at_once, rows_in_cache
+from .adapter import Adapter, Draw, Options, Plan
+from .identity import PLAN, has_global_hook
+from .launch import lone_launch
+from .mlp import find_mlp
+from .sides import Side
 
-__all__ = ["couple", "couple_both", "described", "gains", "in_cache", "least_rows"]
+__all__ = ["couple", "coupling_adapter", "coupling_plan"]
 
-Kernel = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
-
-
-def couple(x: Tensor, side: Side, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(y, log_det [B]) of x [B, C, ...]."""
-    kernel = _kernel(x, side)
-    if kernel is not None:
-        return kernel(x, inverse)
-
-    def plainly(x: Tensor) -> tuple[Tensor, Tensor]:
-        kept, moved = side.split.take(x)
-        out, log_det = side.tail.apply(moved, side.run(kept), inverse)
-        return side.split.put(x, kept, out), -log_det() if inverse else log_det()
-
-    return in_cache(plainly, x, (side,))
+_ORIGINAL = "the original's own code"
 
 
-def couple_both(
-    x: Tensor, sides: Sequence[Side], inverse: bool, log_det: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """(y, log_det [B]) of a two-sided coupling: the first run of channels moves, then the others.
+def coupling_adapter(
+    *,
+    find: Callable[[Any], tuple[str, Any]],
+    sides_of: Callable[[Any, Any, Sequence[Any]], Sequence[Side]],
+    nets: Callable[[Any], Iterable[nn.Module]],
+    stubbed: Callable[[Any, Draw], Iterable[tuple[int, ...]]],
+    context: str = "none",
+    log_det: bool = True,
+    inverse: str = "inverse",
+    **what: Any,
+) -> Adapter:
+    """The adapter of a class of couplings with two methods, (x, context) -> y or (y, log_det [B]).
 
     Args:
-        sides: that which moves the first run, and that which moves the second.
+        find: what an instance is, for the report, and the layout that ``sides_of`` takes; raises Unfit.
+        sides_of: (instance, layout, context) -> its sides, in the order in which its forward runs them.
+        nets: its conditioners.
+        stubbed: (copy, draw) -> shapes of inputs for the check, once stubs are in the conditioners' place.
+        context: what its methods take after x: "none", "one" argument that may be None, or "any" number of them.
+        log_det, inverse: whether its methods return a log-determinant; the name of its inverse.
     """
-    order = (1, 0) if inverse else (0, 1)
-    kernels = [_kernel(x, side) for side in sides]
-    if all(kernels):
-        x, one = kernels[order[0]](x, inverse)  # type: ignore[misc]
-        x, two = kernels[order[1]](x, inverse)  # type: ignore[misc]
-        return x, one + two
 
-    def plainly(x: Tensor) -> tuple[Tensor, Tensor | None]:
-        second, first = sides[0].split.take(x)
-        parts, totals = [first, second], []
-        for moves in order:
-            side = sides[moves]
-            parts[moves], total = side.tail.apply(parts[moves], side.run(parts[1 - moves]), inverse)
-            totals.append(total)
-        if not log_det:
-            return torch.cat(parts, 1), None
-        log_dets = totals[0]() + totals[1]()
-        return torch.cat(parts, 1), -log_dets if inverse else log_dets
+    def method(name: str) -> Callable[..., Any]:
+        def run(module: Any, x: Tensor, *given: Any) -> Any:
+            def original(x: Tensor) -> tuple[Tensor, Any]:
+                outputs = getattr(module._linfast_original, name)(module, x, *given)
+                return outputs if log_det else (outputs, None)
 
-    return in_cache(plainly, x, sides)
+            sides = sides_of(module, module._linfast_plan.layout, [c for c in given if c is not None])
+            outputs = couple(module, sides, x, name == inverse, original)
+            return outputs if log_det else outputs[0]
+
+        takes = {"none": lambda module, x: run(module, x), "any": run}
+        return takes.get(context, lambda module, x, context=None: run(module, x, context))
+
+    def run_both(module: Any, draw: Draw, shape: tuple[int, ...], *given: Any) -> list[Tensor]:
+        outputs = module.forward(draw(*shape)), getattr(module, inverse)(draw(*shape), *given)
+        return [t for each in outputs for t in (each if isinstance(each, tuple) else (each,))]
+
+    def probe(module: Any, draw: Draw) -> list[Tensor]:
+        shapes = stubbed(module, draw)
+        return [
+            t for shape in shapes for t in run_both(module, draw, shape, *([draw(2)] if context == "one" else []))
+        ]
+
+    def plan(module: Any, options: Options) -> Plan:
+        text, layout = find(module)
+        return coupling_plan(text, module, sides_of(module, layout, ()), options, layout)
+
+    return Adapter(
+        methods={name: method(name) for name in ("forward", inverse)},
+        plan=plan,
+        probe=probe,
+        conditioners=nets,
+        members=lambda module, layout: sides_of(module, layout, ()),
+        vectors=lambda module, draw, features: run_both(module, draw, (3, features)),
+        **what,
+    )
 
 
-def gains(given: Any, sides: Sequence[Side]) -> bool:
-    """Whether x, or the first of several, runs faster by this module than by the library's own code."""
-    x = given[0] if isinstance(given, (tuple, list)) and given else given
-    return not isinstance(x, Tensor) or not on_plain_cpu(x) or _rows(x, sides) is not None
+def couple(
+    owner: nn.Module, members: Sequence[Any], x: Tensor, inverse: bool, original: Work
+) -> tuple[Tensor, Any]:
+    """(y, log_det [B]) of x [B, C, ...].
+
+    Args:
+        owner: the swapped module.
+        members: its sides, and diagonal maps and permutations beside them, as the library's forward runs them.
+        original: the library's own code, x -> (y, log_det or None).
+    """
+    sides = [member for member in members if isinstance(member, Side)]
+    if sides[0].full:  # whose mask multiplies x
+        x = x.to(torch.promote_types(x.dtype, next(owner.parameters()).dtype))
+    if uses_triton(x):
+        precision = vars(owner)[PLAN].options.precision if PLAN in vars(owner) else None  # restored since
+        launch = lone_launch(members, x, precision) if x.ndim == 2 else None
+        if launch is not None and launch.features == x.shape[1]:
+            y, log_det = launch(owner, x, inverse, precision)
+            return y, log_det.to(x.dtype)
+    elif (rows := rows_at_once(x, lambda: [_widest(side) for side in sides])) is not None:
+        return by_rows(original, x, rows)
+    elif not checks_all_lengths():
+        return original(x)
+    if not all(_has_tail(side, x.shape[1], x.ndim) for side in sides):
+        return original(x)
+    total: Tensor | None = None
+    for member in reversed(members) if inverse else members:
+        x, log_det = _by_tail(member, x, inverse) if isinstance(member, Side) else member(x, inverse)
+        if log_det is not None:
+            total = log_det if total is None else total + log_det
+    return x, total
 
 
-def _rows(x: Tensor, sides: Sequence[Side]) -> int | None:
-    return rows_at_once(x, lambda: [widest(side) for side in sides])
-
-
-def in_cache(work: Work, x: Tensor, sides: Sequence[Side]) -> tuple[Tensor, Any]:
-    """``work`` on x, by rows where the conditioners are MLPs, which see each row alone, and x has many."""
-    rows = _rows(x, sides)
-    return work(x) if rows is None else by_rows(work, x, rows)
-
-
-def described(what: str, sides: Sequence[Side]) -> str:
-    """``what``, and what runs it where the module is now, for the report; on a CPU also what a GPU would run."""
-    like = next((p for side in sides for p in side.owner.parameters() if p.is_floating_point()), torch.empty(0))
-    fused = " and ".join(dict.fromkeys(_best(side, like) for side in sides))
-    if like.is_cuda:
-        return f"{what} ({fused})"
-    rows, here = least_rows(sides), "the original's own code"
+def coupling_plan(
+    what: str, owner: nn.Module, members: Sequence[Any], options: Options, layout: Any = None
+) -> Plan:
+    """The plan of a coupling that is ``what``; its report says what runs it here and, on a CPU, on a GPU."""
+    like = next((p for p in owner.parameters() if p.is_floating_point()), torch.empty(0))
+    sides = [member for member in members if isinstance(member, Side)]
+    whole = lone_launch(members, like, options.precision) is not None
+    tail = all(_has_tail(side, side.split.features, None) for side in sides)
+    fused, rows = "one launch" if whole else "fused tail" if tail else _ORIGINAL, _least_rows(sides, like)
+    here = _ORIGINAL
     if rows < math.inf:
         here += f", and from {rows * torch.get_num_threads()} rows on as many at a time as fit its cache"
-    return f"{what} (on a GPU: {fused}; on this CPU: {here})"
+    where = fused if like.is_cuda else f"on a GPU: {fused}; on this CPU: {here}"
+    return Plan(f"{what} ({where})", layout=layout, takes_precision=whole, least_rows=rows)
 
 
-def least_rows(sides: Sequence[Side]) -> float:
+def _least_rows(sides: Sequence[Side], like: Tensor) -> float:
     """From how many rows per thread on a CPU gains by cutting the batch; infinity where it never does."""
-    like = next((p for side in sides for p in side.owner.parameters() if p.is_floating_point()), None)
-    widths = [widest(side) for side in sides]
+    widths = [_widest(side) for side in sides]
     known = [width for width in widths if width is not None]
-    if like is None or not known or len(known) < len(widths):
+    if not known or len(known) < len(widths):
         return math.inf
     return 2 * rows_in_cache(max(known), like.element_size())
 
 
-def _best(side: Side, like: Tensor) -> str:
-    """What a GPU runs for this side."""
-    if fits_whole(side, like):
-        return "one launch"
-    return "fused tail" if _has_tail_kernel(side, side.split.features) else "plain torch"
-
-
-def _kernel(x: Tensor, side: Side) -> Kernel | None:
-    """What runs in place of plain torch on x."""
-    if side.tail.scale_map is None or not uses_triton(x):
+def _widest(side: Side) -> int | None:
+    """Values of the nets' widest layer, where they are MLPs of any kind; else None."""
+    if not side.nets or has_global_hook():
         return None
-    whole = whole_layer(x, side)
-    if whole is not None:
-        return whole
-    fits = _has_tail_kernel(side, x.shape[1]) and (side.split.kind == "halves" or x.ndim == 2)
-    return functools.partial(_by_tail, side) if fits else None
+    mlps = [find_mlp(net) for net in side.nets]
+    return None if None in mlps else max(width for mlp in mlps if mlp is not None for width in mlp.sizes)
 
 
-def _has_tail_kernel(side: Side, features: int | None) -> bool:
-    """Whether the kernel has this tail and split; features None: unknown."""
+def _has_tail(side: Side, features: int | None, ndim: int | None) -> bool:
+    """Whether the kernel has this tail and split; None: of any number of features, or of dimensions."""
     split = side.split
-    if side.tail.scale_map is None or side.tail.layout == "shift" or split.kind == "gather":
+    if side.run is None or side.tail.scale_map is None or side.tail.layout == "shift" or split.kind == "gather":
         return False
     if split.kind == "alternate":
-        return features is None or features % 2 == 0
+        return (features is None or features % 2 == 0) and ndim in (None, 2)
     return split.first is None or features is None or split.first == split_sizes(features)[0]
 
 
 def _by_tail(side: Side, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    tail, alternate, view = side.tail, side.split.kind == "alternate", x
+    tail, alternate = side.tail, side.split.kind == "alternate"
     assert tail.scale_map is not None
-    kept, moved = side.split.take(x)
-    given, layout, undo = side.run(kept), tail.layout, tail.gives == "reciprocal"
-    if isinstance(given, tuple) or layout == "raw_first" or undo:
-        shift, raw = tail.shift_and_raw(given, moved.shape[1])
-        params, layout = torch.cat((-shift if undo else shift, raw), 1), "halves"
+    assert side.run is not None
+    kept, _ = side.split.parts(x.shape[1], x.device)
+    given, layout = side.run(x[:, kept]), tail.layout
+    if isinstance(given, tuple) or layout == "raw_first" or tail.undoes:
+        shift, raw = tail.shift_and_raw(given)
+        params, layout = torch.cat((-shift if tail.undoes else shift, raw), 1), "halves"
     else:
         params = given
+    dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, params.dtype))  # as the libraries' own arithmetic does
+    view = x
     if alternate:  # [B, D] as two channels of D / 2 positions
         view = x.unflatten(1, (-1, 2)).mT
         params = params.unflatten(1, (2, -1)) if layout == "halves" else params.unflatten(1, (-1, 2)).mT
@@ -157,11 +187,11 @@ def _by_tail(side: Side, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         view,
         params,
         tail.scale_map,
-        order="shift_first" if undo else "scale_first",  # m / s + t undoes (m - t) s
+        order="shift_first" if tail.undoes else tail.order,
         layout=layout,
         moves=side.split.moves,
-        inverse=inverse != undo,
+        inverse=inverse != tail.undoes,
         log_det=True,
     )
     assert log_det is not None
-    return (y.mT.flatten(1) if alternate else y), log_det.to(x.dtype)
+    return (y.mT.flatten(1) if alternate else y), log_det.to(dtype)

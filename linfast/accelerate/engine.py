@@ -10,8 +10,8 @@ from torch import nn
 
 from ..checks import check_choice
 from ..precision import PRECISIONS
-from .adapter import Adapter, Options, Plan, Unfit, adapter_for, parent_adapter
-from .coupling_launch import fits_whole
+from .adapter import Adapter, Options, Unfit, adapter_for, parent_adapter
+from .chain import fused_of
 from .identity import (
     changed_method,
     has_global_hook,
@@ -98,6 +98,9 @@ def accelerate(
             if row.swapped and memory == "invert" and id(instance) not in chained:
                 row = _with_note(row, _why_stored(instance))
             rows.append(row)
+        for _, instance in _objects(model):
+            if isinstance(instance, Swapped) and _is_chain(instance):
+                fused_of(instance)  # whose members have been swapped since
     except BaseException:
         restore(model)
         raise
@@ -187,15 +190,7 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
         why = f"it is not built as {adapter.title} is: {type(error).__name__}: {error}"
         return Row(path, adapter.title, None, why, what)
     swap(instance, adapter, plan)
-    takes_precision = plan.takes_precision or _runs_whole(instance, adapter, plan)
-    return Row(path, adapter.title, plan.runs, plan.note, what, checked[kind], takes_precision)
-
-
-def _runs_whole(instance: Any, adapter: Adapter, plan: Plan) -> bool:
-    """Whether a GPU would run a side of it in one launch, whose products take a precision."""
-    sides = adapter.sides(instance, plan.layout)
-    like = next((p for p in instance.parameters() if p.is_floating_point()), None) if sides else None
-    return like is not None and any(fits_whole(side, like) for side in sides)
+    return Row(path, adapter.title, plan.runs, plan.note, what, checked[kind], plan.takes_precision)
 
 
 def _is_chain(instance: Any) -> bool:

@@ -58,7 +58,8 @@ def _recalling(conditioner: nn.Module, calls: _Calls) -> nn.Module:
     view: nn.Module = object.__new__(type(conditioner))
     vars(view).update(nn.Module.__getstate__(conditioner))  # without what it was compiled to
     called = functools.partial(nn.Module.__call__, conditioner)
-    vars(view).update(without_hooks(), forward=calls.of(called))  # its hooks run inside ``called``
+    vars(view).update(without_hooks())  # they run inside ``called``
+    vars(view)["forward"] = lambda *arguments, **named: calls.run(called, arguments, named)
     return view
 
 
@@ -79,11 +80,8 @@ class _Calls:
         self.tensors = tensors
         self._made: list[_Call] = []
 
-    def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its evaluations kept here."""
-        return lambda *arguments, **named: self.run(function, arguments, named)
-
     def run(self, function: Callable[..., Any], arguments: Any, named: Any) -> Any:
+        """The function of these arguments, its evaluation kept here or recalled."""
         leaves, spec = tree_flatten((arguments, named))
         given = [leaf for leaf in leaves if _differentiable(leaf)]
         if not torch.is_grad_enabled():

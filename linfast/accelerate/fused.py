@@ -5,37 +5,34 @@
     one loop     ops.plain_couplings over each run of couplings. A mask that is not the two halves is a
                  permutation of the features. Neighbouring permutations are one index, and none is needed where
                  the halves change places
-    one launch   ops.coupling_stack over all members: fused_launch.py
+    one launch   ops.coupling_stack over all members: launch.py
 
-Parameters are read as they are at each call. What was recognised holds while every attribute of the members and of
-the modules inside them is the same object, and every mask has the same values: ``Fused.renewed``.
+Parameters are read as they are at each call. What was recognised holds while nothing that it was read from is
+replaced (flows/remembered.py) and every mask has the same values: ``Fused.renewed``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain as chained
-from operator import is_
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, uses_triton
+from ..flows.remembered import Evidence
+from ..flows.undo import Outputs
 from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
 from .adapter import Options, Unfit, adapter_for
-from .coupling_launch import narrowed
-from .coupling_side import Side
-from .fused_launch import Affine, Coupling, Launch, Member, launch_of
-from .identity import HOOKS, changed_method, has_global_hook, is_hooked, is_patched, original_class
-from .mlp import MLP, find_mlp
+from .identity import changed_method, has_global_hook, is_hooked, is_patched, original_class
+from .launch import Affine, Coupling, Index, Launch, Member, coupling_of, launch_of, narrowed
+from .sides import Side
 
 __all__ = ["Fused", "Maps"]
 
-Outputs = tuple[Tensor, Tensor | None]
 Flat = Callable[[Any], Iterable[tuple[str, nn.Module]]]
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
 
@@ -48,17 +45,14 @@ class Maps:
 
     Args:
         known: whether a module is of one of its classes, as the library made it.
-        of: by class name, what such a module is of vectors: a permutation as a list p, y = x[:, p], or a map; None
-            where it runs as it is.
+        of: by class name, what such a module is of vectors; None where it runs as it is.
     """
 
     known: Callable[[nn.Module], bool]
-    of: Mapping[str, Callable[[Any], list[int] | Affine | None]]
+    of: Mapping[str, Callable[[Any], Index | Affine | None]]
 
 
 _FEWEST = 2  # couplings
-# Modules without settings: how many attributes they have, and their parameters and modules, say all of them.
-_PLAIN = (nn.Identity, nn.Linear, nn.ModuleList, nn.ReLU, nn.Sequential, nn.SiLU, nn.Sigmoid, nn.Tanh)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,26 +67,11 @@ class _Loop:
 
 
 @dataclass(frozen=True, eq=False)
-class _Index:
-    """y = x[:, index]."""
-
-    index: list[int]
-    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def __call__(self, x: Tensor, inverse: bool) -> Outputs:
-        if x.device not in self._on:
-            with torch.inference_mode(False):  # which they outlive
-                index = torch.tensor(self.index, device=x.device)
-                self._on[x.device] = index, index.argsort()
-        return x.index_select(1, self._on[x.device][inverse]), None
-
-
-@dataclass(frozen=True, eq=False)
 class _Own:
     """A member as the library has it."""
 
     module: nn.Module
-    run: Run
+    run: Any
 
     def __call__(self, x: Tensor, inverse: bool) -> Outputs:
         return self.run(self.module, x, _NO_CONTEXT, inverse)
@@ -104,50 +83,49 @@ class Fused:
     Args:
         chain: the instance.
         flat: names all its members in order.
-        run: runs one of them as the library does.
+        run: runs one of them as the library does; None where no other member may stand between the couplings.
         maps: of its library.
         options: what ``accelerate`` was asked for.
     """
 
-    def __init__(self, chain: nn.Module, flat: Flat, run: Run, maps: Maps, options: Options) -> None:
+    def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         self.flat, self._run, self._maps, self._options = flat, run, maps, options
-        self._evidence = _Evidence(chain)
         members: list[Member] = []
+        recognised: list[nn.Module] = []
         for _, module in flat(chain):
             found = _recognise(module, maps, options)
             members += [module] if found is None else found
-            if found is not None:
-                self._evidence.add(module)
-        self._evidence.close()
+            recognised += [] if found is None else [module]
+        lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+        self._children = chain._modules
+        self._evidence = Evidence([chain, *lists], recognised, _functions(recognised), _masks(recognised))
         couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {len(coupling.kept) + len(coupling.moved) for coupling in couplings}
-        self.count = len(couplings)
-        if self.count < _FEWEST or len(sizes) > 1:
+        self.couplings = couplings
+        if len(couplings) < _FEWEST or len(sizes) > 1:
             raise Unfit("fewer than two couplings of it are MLP couplings of one width")
         (self.features,) = sizes
         (self.dtype, *others) = {t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}
         if others:
             raise Unfit("its couplings have weights of several dtypes")
+        if run is None and len(couplings) < len(members):
+            raise Unfit("not all of its members are MLP couplings")
         self._steps = _loops(members, self.features, run)
         row_apart = all(not isinstance(step, _Own) or maps.known(step.module) for step in self._steps)
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
         self._widths: list[int | None] = [max(widths) if row_apart else None]
-        self._launch: Launch | None = launch_of(members, self.features)
+        self.launch: Launch | None = launch_of(members, self.features)
 
     def describe(self, like: Tensor) -> str:
-        """For the report."""
-        launch = self._launch is not None and self._launch.has_tile(like, self._options.precision)
+        """What runs it, for the report."""
+        launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
         if like.is_cuda:
-            return f"{self.count} couplings in one " + ("launch" if launch else "loop")
-        return f"{self.count} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
-
-    @property
-    def takes_precision(self) -> bool:
-        return self._launch is not None
+            return f"{len(self.couplings)} couplings in one " + ("launch" if launch else "loop")
+        return f"{len(self.couplings)} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
 
     def renewed(self, chain: nn.Module) -> Fused | None:
         """This where it holds, else the chain as it is now; None where nothing of it runs together."""
-        if self._evidence.holds(chain):
+        if self._children is chain._modules and not is_patched(chain) and self._evidence.holds():
             return self
         try:
             with torch.inference_mode(False):  # which it outlives
@@ -162,14 +140,14 @@ class Fused:
         if x.ndim != 2 or x.shape[1] != self.features or x.dtype != self.dtype or has_global_hook():
             return False
         if uses_triton(x):
-            return self._launch is not None and self._launch.has_tile(x, self._options.precision)
+            return self.launch is not None and self.launch.has_tile(x, self._options.precision)
         return autocast_dtype(x.device.type) is None
 
     def __call__(self, chain: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """(y, log_det [B])."""
         if uses_triton(x):
-            assert self._launch is not None
-            return self._launch(chain, x, inverse, self._options.precision)
+            assert self.launch is not None
+            return self.launch(chain, x, inverse, self._options.precision)
         rows = rows_at_once(x, lambda: self._widths)
         if rows is None:
             return self._loop(x, inverse)
@@ -185,59 +163,22 @@ class Fused:
         return x, total
 
 
-class _Evidence:
-    """What a recognition rests on."""
-
-    def __init__(self, chain: nn.Module) -> None:
-        self._functions: dict[tuple[type, str], Any] = {}
-        self._masks: list[tuple[Tensor, int, Tensor]] = []
-        lists = (m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential)))
-        self._watched: list[dict[Any, Any]] = [chain._modules, *[module._modules for module in lists]]
-        self._counted: list[dict[Any, Any]] = []
-        self._values: list[Any] = []
-        self._sizes: list[int] = []
-
-    def add(self, module: nn.Module) -> None:
-        """A recognised member."""
-        adapter, kind = adapter_for(module), original_class(module)
+def _functions(modules: Iterable[nn.Module]) -> Iterable[tuple[type, str]]:
+    """The methods that these members and the modules inside them run."""
+    for module in modules:
+        adapter = adapter_for(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
-        self._functions |= {(kind, name): getattr(kind, name) for name in names}
-        for inside in module.modules():
-            own: dict[str, Any] = vars(inside)
-            cls: Any = original_class(inside)
-            self._functions[cls, "forward"] = cls.forward
-            dicts = own["_parameters"], own["_buffers"], own["_modules"]
-            self._watched += [each for each in (*((own,) if cls not in _PLAIN else ()), *dicts) if each]
-            self._counted += [own, *dicts, *[own[name] for name in HOOKS]]
+        yield from ((original_class(module), name) for name in names if hasattr(original_class(module), name))
+        yield from ((original_class(inside), "forward") for inside in module.modules())
+
+
+def _masks(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
+    for module in modules:
+        adapter = adapter_for(module)
         if adapter is None:
-            masks: Iterable[Tensor] = module.buffers()
-        else:
-            masks = adapter.masks(module) if adapter.masks else ()
-        self._masks += [(mask, _writes(mask), mask.detach().clone()) for mask in masks]
-
-    def close(self) -> None:
-        """No member is added from here on."""
-        self._counted = [*self._watched, *self._counted]
-        self._values, self._sizes = list(self._now()), list(map(len, self._counted))
-
-    def _now(self) -> Iterable[Any]:
-        return chained.from_iterable(map(dict.values, self._watched))
-
-    def holds(self, chain: nn.Module) -> bool:
-        """Whether it is all as it was."""
-        if self._watched[0] is not chain._modules or is_patched(chain):
-            return False
-        if list(map(len, self._counted)) != self._sizes or not all(map(is_, self._now(), self._values)):
-            return False
-        if any(getattr(cls, name) is not function for (cls, name), function in self._functions.items()):
-            return False
-        return all(
-            _writes(t) == writes and (not t.is_cpu or torch.equal(t, value)) for t, writes, value in self._masks
-        )
-
-
-def _writes(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+            yield from (*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point()))
+        elif adapter.masks:
+            yield from adapter.masks(module)
 
 
 def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
@@ -257,27 +198,13 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
         layout = adapter.plan(module, options).layout
     except Unfit:
         return None
-    sides = adapter.sides(module, layout)
-    couplings: list[Member] = [coupling for coupling in map(_coupling, sides) if coupling is not None]
-    return couplings if couplings and len(couplings) == len(sides) else None
+    members: list[Member | None] = [
+        coupling_of(member) if isinstance(member, Side) else member for member in adapter.members(module, layout)
+    ]
+    return None if None in members or not members else members  # type: ignore[return-value]
 
 
-def _coupling(side: Side) -> Coupling | None:
-    mlps = tuple(mlp for mlp in map(find_mlp, side.nets) if mlp is not None)
-    if not mlps or len(mlps) < len(side.nets) or len({(m.activation, m.constants, m.sizes) for m in mlps}) > 1:
-        return None
-    if any(type(t) not in (Tensor, nn.Parameter) for m in mlps for w in m.layers for t in w if t is not None):
-        return None
-    n_in, n_out = mlps[0].sizes[0], mlps[0].sizes[-1]
-    double = 1 if side.tail.layout in ("pair", "shift") else 2
-    features = n_in if side.full else n_in + n_out // double
-    kept, moved = (part[0].tolist() for part in side.split.take(torch.arange(features)[None]))
-    fits = (n_in, n_out) == (features, features) if side.full else (n_in, n_out) == (len(kept), double * len(moved))
-    fits = fits and side.split.features in (None, features) and bool(moved) and bool(kept)
-    return Coupling(side, mlps, kept, moved) if fits else None
-
-
-def _loops(members: Sequence[Member], features: int, run: Run) -> list[Any]:
+def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[Any]:
     """The members as the loop's steps: x as it stands is x[:, order] as the library has it."""
     order = identity = list(range(features))
     steps: list[Any] = []
@@ -285,12 +212,12 @@ def _loops(members: Sequence[Member], features: int, run: Run) -> list[Any]:
     def arrange(wanted: list[int]) -> None:
         nonlocal order
         if wanted != order:
-            steps.append(_Index([order.index(feature) for feature in wanted]))
+            steps.append(Index([order.index(feature) for feature in wanted]))
             order = wanted
 
     for member in members:
-        if isinstance(member, list):
-            order = [member.index(feature) for feature in order]
+        if isinstance(member, Index):
+            order = [member.index.index(feature) for feature in order]
         elif isinstance(member, Coupling):
             if order != member.moved + member.kept:
                 arrange(member.kept + member.moved)
@@ -301,7 +228,8 @@ def _loops(members: Sequence[Member], features: int, run: Run) -> list[Any]:
             steps[-1].couplings.append(_plain(member, moves))
         else:
             arrange(identity)
-            steps.append(_Own(member.module if isinstance(member, Affine) else member, run))
+            own = member.module if isinstance(member, Affine) else member
+            steps.append(member if own is None else _Own(own, run))
     arrange(identity)
     return steps
 
@@ -313,18 +241,8 @@ def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
     if not mlp.constants:
         activation = ACTIVATIONS.get(mlp.activation, activation)
 
-    kept, moved = _run_of(coupling.kept), _run_of(coupling.moved)
-
-    def layers(mlp: MLP) -> Sequence[tuple[Tensor, Tensor | None]]:
-        if not side.full:
-            return mlp.layers
-        if kept is None or moved is None or len(mlp.layers) == 1:
-            return narrowed(mlp, side)
-        (first, bias), *rest, (last, last_bias) = mlp.layers
-        return [(first[:, kept], bias), *rest, (last[moved], None if last_bias is None else last_bias[moved])]
-
     def build() -> PlainCoupling:
-        nets = [layers(mlp) for mlp in coupling.mlps]
+        nets = [narrowed(mlp, side.split) if side.full else mlp.layers for mlp in coupling.mlps]
         (weights, biases), *second = [([w for w, _ in net], [b for _, b in net]) for net in nets]
         return PlainCoupling(
             weights, biases, activation, tail.log_scale, tail.order == "scale_first", tail.layout == "interleaved",
@@ -335,9 +253,3 @@ def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
         return build
     built = build()
     return lambda: built
-
-
-def _run_of(features: list[int]) -> slice | None:
-    """The slice that these features are; None where they are none."""
-    found = range(features[0], features[-1] + 1, features[1] - features[0] if len(features) > 1 else 1)
-    return slice(found.start, found.stop, found.step) if found.step > 0 and features == list(found) else None

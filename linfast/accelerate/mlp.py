@@ -23,16 +23,17 @@ from .identity import HOOKS, find_class, is_own_method
 __all__ = ["MLP", "find_mlp"]
 
 # Exact classes only: a subclass may compute something else.
-_ACTIVATIONS: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Tanh: "tanh",
-    nn.Sigmoid: "sigmoid",
-    nn.ELU: "elu",
-    nn.GELU: "gelu",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Softplus: "softplus",
+_ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.ReLU: ("relu",),
+    nn.SiLU: ("silu",),
+    nn.Tanh: ("tanh",),
+    nn.Sigmoid: ("sigmoid",),
+    nn.ELU: ("elu", "alpha"),
+    nn.GELU: ("gelu", "approximate"),
+    nn.LeakyReLU: ("leaky_relu", "negative_slope"),
+    nn.Softplus: ("softplus", "beta", "threshold"),
 }
+"""Their names here, and the attributes that hold their constants."""
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
@@ -204,15 +205,10 @@ def _activation(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
     if not isinstance(part, nn.Module):
         function = _FUNCTIONS.get(part) if callable(part) else None
         return None if function is None else (function, ())
-    name = _ACTIVATIONS.get(type(part))
-    if name is None or not _is_plain(part) or not _is_own_forward(type(part)):
+    found = _ACTIVATIONS.get(type(part))
+    if found is None or not _is_plain(part) or not _is_own_forward(type(part)):
         return None
-    if isinstance(part, nn.LeakyReLU):
-        return ("relu", ()) if part.negative_slope == 0 else (name, (float(part.negative_slope),))
-    if isinstance(part, nn.ELU):
-        return name, (float(part.alpha),)
-    if isinstance(part, nn.GELU):
-        return name, (part.approximate,)
-    if isinstance(part, nn.Softplus):
-        return name, (float(part.beta), float(part.threshold))
-    return name, ()
+    name, *settings = found
+    values = [getattr(part, setting) for setting in settings]
+    constants = tuple(value if isinstance(value, str) else float(value) for value in values)
+    return ("relu", ()) if (name, constants) == ("leaky_relu", (0.0,)) else (name, constants)

@@ -22,7 +22,6 @@ import torch
 from ..flows.drift import DriftGuard
 from ..rows import is_short
 from .adapter import Adapter, Plan, Unfit
-from .coupling import gains
 from .fused import Fused
 from .identity import PLAN, has_global_hook, is_hooked, is_patched
 
@@ -142,8 +141,6 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
                 break
             given += (named.pop(argument),)
         if accepted is not None and not accepted.issuperset(named):
-            return before(self, *given, **named)
-        if is_coupling and given and not gains(given[0], adapter.sides(self, plan_of(self).layout)):
             return before(self, *given, **named)
         return run(self, *given, **named)
 

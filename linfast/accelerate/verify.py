@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from ..dispatch import has_values, plain_torch
+from ..dispatch import has_values, plain_torch, uses_triton
 from ..flows.drift import DriftWarning
 from ..precision import full_precision, resolve_precision
 from ..rows import all_lengths
 from .adapter import Adapter, Draw, Plan, Unfit
-from .coupling_launch import whole_here
 from .fused import Fused
 from .identity import PLAN, original_class, uncompiled, without_hooks
+from .launch import lone_launch
 from .swap import swap
 
 __all__ = ["check_values", "code_of", "difference", "kind_of"]
@@ -72,7 +72,10 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
         if not error <= allowed:
             raise Unfit(f"it {_how_far(error)} in {str(dtype)[6:]} on a random input")
         worst = max(error, worst) if dtype == own else worst
-    features = None if like is None else whole_here(adapter.sides(instance, plan.layout), like)
+    features = None
+    if adapter.is_coupling and like is not None and uses_triton(like):
+        launch = lone_launch(adapter.members(instance, plan.layout), like, plan.options.precision)
+        features = None if launch is None else launch.features
     return max(worst, _difference_whole(instance, adapter, plan, like, device, features))
 
 

@@ -1,4 +1,4 @@
-"""What was recognised of a flow's layers, remembered while nothing that it was read from is replaced.
+"""What was recognised of modules, remembered while nothing that it was read from is replaced.
 
 Recognising eight couplings takes a fifth of a call at batch 1. Parameters are remembered as objects, so that writes
 to their values are seen. What is compared at each call, by loops that run in C, is whether every module, parameter
@@ -12,53 +12,60 @@ from operator import getitem, is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["Remembered", "recall", "remember"]
+__all__ = ["Evidence", "recall", "remember"]
 
-_OPTIONS = {
-    "coupling": ("features", "scale_map", "order", "layout", "moves"),
-    "mlp": ("activation", "context_features", "time_features"),
-}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
+# Modules without settings: their parameters and children say all of them.
+_PLAIN = (nn.Identity, nn.Linear, nn.ModuleList, nn.ReLU, nn.Sequential, nn.SiLU, nn.Sigmoid, nn.Tanh)
 
 
-class Remembered:
-    """A value, and the facts that it holds for.
+class Evidence:
+    """What a recognition was read from.
 
     Args:
-        layers: the flow's layers.
-        couplings: those of them whose weights and options the value was made of.
-        key: the kind of input that it was made for.
-        value: what is remembered.
+        lists: modules of which only the children are looked at.
+        modules: those of which all is looked at, and all modules inside them.
+        functions: methods of classes, which must stay the same function.
+        masks: tensors whose values must stay the same, on a GPU as far as torch counts the writes to them.
     """
 
-    def __init__(self, layers: nn.ModuleList, couplings: Iterable[Any], key: Hashable, value: Any) -> None:
-        self.key, self.value = key, value
-        modules: list[Any] = []
-        sized: list[Any] = [layers._modules]
-        facts: list[tuple[Any, str]] = [(layers._modules, name) for name in layers._modules]
-        for coupling in couplings:
-            mlp = coupling._modules["conditioner"]
-            inside = mlp._modules["layers"]._modules
-            modules += [coupling, mlp, *inside.values()]
-            sized += [inside, *map(vars, modules[-2 - len(inside) :])]
-            facts += [(vars(coupling), name) for name in _OPTIONS["coupling"]]
-            facts += [(vars(mlp), name) for name in _OPTIONS["mlp"]]
-            facts += [(coupling._modules, "conditioner"), (mlp._modules, "layers")]
-            facts += [(inside, name) for name in inside]
-            facts += [(linear._parameters, name) for linear in inside.values() for name in ("weight", "bias")]
-        self._held, self._names = zip(*facts, strict=True)
-        self._objects = [*map(getitem, self._held, self._names)]
-        self._modules, self._classes = modules, [*map(type, modules)]
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    def __init__(
+        self,
+        lists: Iterable[nn.Module],
+        modules: Iterable[nn.Module],
+        functions: Iterable[tuple[type, str]] = (),
+        masks: Iterable[Tensor] = (),
+    ) -> None:
+        lists = [*lists]
+        self._modules = [inside for module in modules for inside in module.modules()]
+        self._classes = [*map(type, self._modules)]
+        self._hooks = [getattr(module, name) for module in self._modules for name in _HOOKS]
+        children = [module._modules for module in lists]
+        owned = [
+            d for m in self._modules for d in (m._parameters, m._modules, m._buffers) if d or type(m) not in _PLAIN
         ]
-        self._sized, self._sizes = sized, [*map(len, sized)]
+        settings = [vars(module) for module in self._modules]
+        self._sized: list[Any] = [*children, *owned, *settings]
+        self._sizes = [*map(len, self._sized)]
+        facts: list[tuple[Any, str]] = [(each, name) for each in (*children, *owned) for name in each]
+        facts += [
+            (own, name)
+            for module, own in zip(self._modules, settings, strict=True)
+            if type(module) not in _PLAIN
+            for name in own
+            if name not in _BOOKKEEPING
+        ]
+        self._held, self._names = [held for held, _ in facts], [name for _, name in facts]
+        self._objects = [*map(getitem, self._held, self._names)]
+        self._functions = [(cls, name, getattr(cls, name)) for cls, name in dict.fromkeys(functions)]
+        self._masks = [(mask, _writes(mask), mask.detach().clone()) for mask in masks]
 
     def holds(self) -> bool:
-        """Whether all that the value was read from is as it was."""
+        """Whether it is all as it was."""
         if (
             any(self._hooks)
             or [*map(type, self._modules)] != self._classes
@@ -66,24 +73,35 @@ class Remembered:
         ):
             return False
         try:
-            return all(map(is_, map(getitem, self._held, self._names), self._objects))
+            same = all(map(is_, map(getitem, self._held, self._names), self._objects))
         except KeyError:
             return False
+        return (
+            same
+            and all(getattr(cls, name) is function for cls, name, function in self._functions)
+            and all(
+                _writes(mask) == writes and (not mask.is_cpu or torch.equal(mask, value))
+                for mask, writes, value in self._masks
+            )
+        )
 
 
-_remembered: WeakKeyDictionary[nn.ModuleList, Remembered] = WeakKeyDictionary()
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_remembered: WeakKeyDictionary[nn.ModuleList, tuple[Hashable, Evidence, Any]] = WeakKeyDictionary()
 
 
 def recall(layers: nn.ModuleList, key: Hashable) -> Any | None:
     """What is remembered for these layers and this kind of input; None where nothing is, or it no longer holds."""
     found = _remembered.get(layers)
-    return found.value if found is not None and found.key == key and found.holds() else None
+    if found is None:
+        return None
+    kind, evidence, value = found
+    return value if kind == key and evidence.holds() else None
 
 
-def remember(layers: nn.ModuleList, couplings: Iterable[Any], key: Hashable, value: Any) -> None:
-    """Keep ``value`` until the layers go or something else is remembered of them."""
-    try:
-        _remembered[layers] = Remembered(layers, couplings, key, value)
-    except KeyError:
-        # A parameter or an option is a property or a plain attribute, as in nn.DataParallel's replicas.
-        _remembered.pop(layers, None)
+def remember(layers: nn.ModuleList, couplings: Iterable[nn.Module], key: Hashable, value: Any) -> None:
+    """Keep ``value``, which was read from these couplings among the layers, until something else is remembered."""
+    _remembered[layers] = key, Evidence([layers], couplings), value

@@ -84,7 +84,7 @@ def run_couplings(
         if h.dtype != wide:
             h = h.to(wide)
         if factor != 1:
-            h = h * factor
+            h = h.mul_(factor)  # which nothing else holds
         m = halves[moves] if same else halves[moves].to(wide)
         if log_scale is None:
             halves[moves] = (m - h if inverse else m + h).to(dtype)

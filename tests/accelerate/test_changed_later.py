@@ -13,7 +13,6 @@ from torch import nn
 
 import linfast as lf
 from linfast.accelerate.libraries import freia
-from linfast.accelerate.swap import Swapped
 from tests.laws.zoo import relative
 
 from . import stand_in
@@ -149,11 +148,10 @@ def test_a_setting_that_is_changed_later_is_followed(name):
             setattr(module, attribute, value())
     for actual, expected in zip(kind.run(fast, *x), kind.run(original, *x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    followed = [module._linfast_plan.layout for module in fast.modules() if isinstance(module, Swapped)]
-    lf.accelerate(fast)  # what kernels, which run on a GPU, are given
-    anew = [module._linfast_plan.layout for module in fast.modules() if isinstance(module, Swapped)]
     if "FrEIA" in name:
-        assert followed == anew
+        followed = [c.side.tail.scale_map for c in fast._linfast_plan.layout.couplings]
+        lf.accelerate(fast)  # what kernels, which run on a GPU, are given
+        assert followed == [c.side.tail.scale_map for c in fast._linfast_plan.layout.couplings]
 
 
 def test_a_setting_changed_since_a_compilation_is_followed(monkeypatch):
@@ -168,7 +166,7 @@ def test_a_setting_changed_since_a_compilation_is_followed(monkeypatch):
         for module in model.modules():
             if hasattr(module, "clamp"):
                 module.clamp = 0.3
-    monkeypatch.setattr(freia, "couple_both", lambda *given, **named: pytest.fail("runs by a plan of before"))
+    monkeypatch.setattr(freia, "couple", lambda *given, **named: pytest.fail("runs by a plan of before"))
     for actual, expected in zip(compiled(*x), original(*x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import linfast as lf
-from linfast.accelerate.coupling_side import split_of
+from linfast.accelerate.sides import split_of
 from linfast.accelerate.swap import Swapped
 from tests.laws.zoo import relative
 from tests.marks import long
@@ -439,6 +439,6 @@ def test_a_model_accelerated_in_inference_mode_is_trained_later(name, memory):
 def test_masks_that_are_copied_in_inference_mode_serve_training():
     split = split_of(torch.tensor([True, True, False, True]))
     with torch.inference_mode():
-        split.indices_on(torch.device("meta"))
+        split.parts(4, torch.device("meta"))
     x = torch.ones(2, 4, device="meta", requires_grad=True)
-    assert split.take(x)[0].requires_grad
+    assert x[:, split.parts(4, x.device)[0]].requires_grad

@@ -10,10 +10,10 @@ from torch import nn
 
 import linfast as lf
 from linfast.accelerate import adapter as adapters
-from linfast.accelerate import coupling_launch as whole
 from linfast.accelerate import find_mlp
+from linfast.accelerate import launch as whole
 from linfast.ops import register
-from linfast.ops.coupling_stack import coupling_stack
+from linfast.ops.stack_weights import pack_stacks
 from tests.marks import long
 
 from .launches import Launches
@@ -110,11 +110,11 @@ def test_the_precision_asked_for_reaches_the_launch(precision, monkeypatch):
     model, seen = Coupling(), []
     lf.accelerate(model, precision=precision)
 
-    def record(*arguments, **options):
-        seen.append(options["precision"])
-        return coupling_stack(*arguments, **options)
+    def record(stacks, precision, half):
+        seen.append(precision)
+        return pack_stacks(stacks, precision, half)
 
-    monkeypatch.setattr(whole, "coupling_stack", record)
+    monkeypatch.setattr(whole, "pack_stacks", record)
     with lf.backend("triton"):
         model(torch.randn(4, 6))
     assert seen == [precision or "exact"]
@@ -236,8 +236,7 @@ def test_live_parameters_and_frozen_ones(monkeypatch):
     """Outside freeze a step of an optimiser is seen; inside it the weights are packed once."""
     model, x, packed = Coupling(), torch.randn(4, 6), []
     lf.accelerate(model)
-    pack = whole.pack_stack
-    monkeypatch.setattr(whole, "pack_stack", lambda *a, **k: packed.append(1) or pack(*a, **k))
+    monkeypatch.setattr(whole, "pack_stacks", lambda *a, **k: packed.append(1) or pack_stacks(*a, **k))
     with lf.backend("triton"), torch.no_grad():
         before = model(x)[0]
         model.net[0].weight.data.mul_(2)
@@ -253,13 +252,13 @@ def test_live_parameters_and_frozen_ones(monkeypatch):
 
 
 def test_the_check_sees_a_layer_that_is_wrong(monkeypatch):
-    def swapped(mlps, side):
-        layer = arranged(mlps, side)
+    def swapped(coupling):
+        layer = arranged(coupling)
         return layer._replace(weights=[*layer.weights[:-1], layer.weights[-1].flip(0)])
 
-    arranged = whole.arranged
+    arranged = whole._arranged
     model = Coupling()
-    monkeypatch.setattr(whole, "arranged", swapped)
+    monkeypatch.setattr(whole, "_arranged", swapped)
     assert lf.accelerate(model).swapped  # on a CPU it does not run
     with lf.backend("triton"):
         report = lf.accelerate(model)

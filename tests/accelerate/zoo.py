@@ -24,7 +24,8 @@ FEATURES, CONTEXT, BATCH = 6, 3, 5
 class Kind:
     """build() -> model; run(model, x, c) -> outputs of both directions; how many modules are to be swapped.
 
-    whole: how many couplings of a run are one launch with their conditioner, where kernels run.
+    whole: how many launches with their conditioners the couplings of a run are where kernels run, if alone.
+    calls: how often a run calls the whole chain.
     """
 
     library: str
@@ -34,6 +35,7 @@ class Kind:
     shape: tuple[int, ...] = (FEATURES,)
     context: tuple[int, ...] = (CONTEXT,)
     whole: int = 0
+    calls: int = 2
 
 
 def require(library: str):
@@ -383,13 +385,13 @@ KINDS = {
     **{
         f"FrEIA {name} {clamp}": Kind("FrEIA", _freia(name, clamp_activation=clamp), _run_freia, 2, whole=whole)
         for name, clamp, whole in (
-            ("GLOWCouplingBlock", "ATAN", 8),
+            ("GLOWCouplingBlock", "ATAN", 4),
             ("GLOWCouplingBlock", "SIGMOID", 0),
-            ("RNVPCouplingBlock", "TANH", 8),
+            ("RNVPCouplingBlock", "TANH", 4),
             ("AffineCouplingOneSided", "ATAN", 4),
         )
     },
-    "FrEIA NICE": Kind("FrEIA", _freia("NICECouplingBlock"), _run_freia, 2, whole=8),
+    "FrEIA NICE": Kind("FrEIA", _freia("NICECouplingBlock"), _run_freia, 2, whole=4),
     "FrEIA NICE image": Kind(
         "FrEIA", _freia("NICECouplingBlock", (5, 2, 2), 2), _run_freia, 2, shape=(5, 2, 2), context=(2, 2, 2)
     ),
@@ -406,12 +408,12 @@ KINDS = {
         shape=(5, 2, 2),
     ),
     "zuko": Kind("zuko", _zuko(), _run_zuko, 2),
-    "zuko alone": Kind("zuko", _zuko(0), _run_zuko, 2, whole=10),
-    "zuko NICE": Kind("zuko", _zuko(0, "NICE"), _run_zuko, 2, whole=10),
-    "zuko random masks": Kind("zuko", _zuko(0, randmask=True), _run_zuko, 2, whole=10),
-    "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2, whole=8),
-    "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2, whole=8),
-    "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2, whole=8),
+    "zuko alone": Kind("zuko", _zuko(0), _run_zuko, 2, whole=10, calls=5),
+    "zuko NICE": Kind("zuko", _zuko(0, "NICE"), _run_zuko, 2, whole=10, calls=5),
+    "zuko random masks": Kind("zuko", _zuko(0, randmask=True), _run_zuko, 2, whole=10, calls=5),
+    "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2, whole=4),
+    "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2, whole=4),
+    "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2, whole=4),
     "reference": Kind("reference", reference(1), _run_reference, 19, shape=(1, 8, 8)),
 }
 

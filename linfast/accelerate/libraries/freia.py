@@ -1,22 +1,19 @@
 """FrEIA: the coupling blocks GLOW, RNVP, NICE and one-sided; AllInOneBlock; SequenceINN.
 
     y1 = x1 e^s + t with (s, t) of x2, then y2 = x2 e^s + t with (s, t) of y1;  s = clamp f_clamp(raw)
-    GLOW: one subnet a side gives [raw | t]; RNVP: one for raw and one for t; NICE: t alone, s = 0;
+    GLOW: one subnet per side gives [raw | t]; RNVP: one for raw and one for t; NICE: t alone, s = 0;
     one-sided: y2 only, of x1
-    AllInOneBlock: y2 = x2 e^s + t,  (raw, t) = subnet(x1) / 10,  s = clamp tanh(raw)
+    AllInOneBlock: y2 = x2 e^s + t,  (raw, t) = subnet(x1) / 10,  s = clamp tanh(raw), of a GIN block less its mean
         then, or in reverse first, the learned scale and offset and the permutation
     m((x,), c=[...], rev=) -> ((y,), log_det [B])
 
-AllInOneBlock multiplies by its permutation matrix; where that is a hard permutation, it is an index here: under
-autocast, which rounds a product's operands, y keeps its dtype. Of a GIN block, which takes the mean off s, the
-coupling is the library's own.
+AllInOneBlock multiplies by its permutation matrix; where that is a hard permutation, it is an index here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,22 +21,26 @@ import torch
 from torch import Tensor
 
 from ...flows.undo import Outputs
+from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from ..chain import (
     Context,
+    Named,
     Part,
     chain_adapter,
     is_known,
+    nets_of,
     part_of,
-    parts_to_invert,
     per_sample,
     put_stubs,
-    run_inverting,
+    run_chain,
 )
-from ..coupling import couple, couple_both, described
-from ..coupling_side import ADDITIVE, Params, Side, Split, Tail
+from ..coupling import couple, coupling_plan
+from ..fused import Maps
 from ..identity import original_class
+from ..launch import Affine, Index
+from ..sides import ADDITIVE, Params, Side, Split, Tail
 
 __all__ = ["ADAPTERS"]
 
@@ -61,15 +62,13 @@ def _scale_map(block: Any) -> ScaleMap | None:
 
 
 def _plan(block: Any, options: Options) -> Plan:
+    if _BLOCKS[original_class(block).__name__][0] == "shift":
+        return coupling_plan("additive coupling", block, _sides(block, None, ()), options)
     if not block.clamp > 0:
         raise Unfit(f"its clamp is {block.clamp}: not positive")
     scale_map = _scale_map(block)
     what = f"affine coupling, {scale_map.kind if scale_map else 'own f_clamp'}"
-    return Plan(described(what, _sides(block, scale_map, ())), layout=scale_map)
-
-
-def _plan_additive(block: Any, options: Options) -> Plan:
-    return Plan(described("additive coupling", _sides(block, None, ())))
+    return coupling_plan(what, block, _sides(block, scale_map, ()), options, scale_map)
 
 
 def _sides(block: Any, scale_map: ScaleMap | None, c: Sequence[Tensor]) -> list[Side]:
@@ -87,71 +86,60 @@ def _sides(block: Any, scale_map: ScaleMap | None, c: Sequence[Tensor]) -> list[
             return nets[0](given), raw
 
         split = Split("halves", moves, block.split_len1, block.channels)
-        return Side(split, tail, run, block, () if block.conditional else nets)
+        return Side(split, tail, run, () if block.conditional else nets)
 
-    kind = _BLOCKS[original_class(block).__name__]
+    layout, sides = _BLOCKS[original_class(block).__name__]
     tail = ADDITIVE
-    if kind.layout != "shift":
-        tail = Tail(lambda raw: block.clamp * block.f_clamp(raw), kind.layout, scale_map)
-    return [side(moves, names) for moves, names in kind.sides]
+    if layout != "shift":
+        tail = Tail(layout, scale_map, lambda raw: block.clamp * block.f_clamp(raw))
+    return [side(moves, names) for moves, names in sides]
 
 
-def _forward(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Any]:
-    y, log_det = couple_both(x[0], _sides(block, block._linfast_plan.layout, c), rev)
-    return (y,), log_det
+def _forward_of(members_of: Callable[[Any, Any, Any], Sequence[Any]]) -> Callable[..., Any]:
+    def forward(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Any]:
+        def original(z: Tensor) -> tuple[Tensor, Any]:
+            (y,), log_det = block._linfast_original.forward(block, (z,), c, rev, jac)
+            return y, log_det if isinstance(log_det, Tensor) else None
+
+        members = members_of(block, block._linfast_plan.layout, c)
+        y, log_det = couple(block, members, x[0], rev, original)
+        keeps_volume = isinstance(members[0], Side) and members[0].tail is ADDITIVE
+        return (y,), 0.0 if keeps_volume else log_det
+
+    return forward
 
 
-def _forward_additive(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Any]:
-    return (couple_both(x[0], _sides(block, None, c), rev, log_det=False)[0],), 0.0
-
-
-def _forward_one_sided(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Tensor]:
-    (side,) = _sides(block, block._linfast_plan.layout, c)
-    y, log_det = couple(x[0], side, rev)
-    return (y,), log_det
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A class: its forward; of each side that moves, which half that is and its subnets; their outputs' layout."""
-
-    forward: Callable[..., Any]
-    layout: str
-    sides: tuple[tuple[str, tuple[str, ...]], ...]
-
-
-_BLOCKS = {
-    "GLOWCouplingBlock": _Block(_forward, "raw_first", (("first", ("subnet2",)), ("second", ("subnet1",)))),
-    "RNVPCouplingBlock": _Block(
-        _forward, "pair", (("first", ("subnet_t2", "subnet_s2")), ("second", ("subnet_t1", "subnet_s1")))
-    ),
-    "AffineCouplingOneSided": _Block(_forward_one_sided, "raw_first", (("second", ("subnet",)),)),
-    "NICECouplingBlock": _Block(_forward_additive, "shift", (("first", ("F",)), ("second", ("G",)))),
+_BLOCKS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
+    "GLOWCouplingBlock": ("raw_first", (("first", ("subnet2",)), ("second", ("subnet1",)))),
+    "RNVPCouplingBlock": ("pair", (("first", ("subnet_t2", "subnet_s2")), ("second", ("subnet_t1", "subnet_s1")))),
+    "AffineCouplingOneSided": ("raw_first", (("second", ("subnet",)),)),
+    "NICECouplingBlock": ("shift", (("first", ("F",)), ("second", ("G",)))),
 }
+"""By class: its outputs' layout; of each side that moves, which half that is and its subnets."""
 
 
 def _adapter(name: str) -> Adapter:
-    kind = _BLOCKS[name]
-    double = 2 if kind.layout == "raw_first" else 1
+    layout, sides = _BLOCKS[name]
+    double = 2 if layout == "raw_first" else 1
 
     def probe(block: Any, draw: Draw) -> Sequence[Tensor]:
-        for moves, subnets in kind.sides:
-            kept, moved = Split("halves", moves, block.split_len1).sizes(block.channels)
+        for moves, subnets in sides:
+            kept, moved = Split("halves", moves, block.split_len1).features_of(block.channels)
             for subnet in subnets:
-                block._modules[subnet] = Stub(kept + block.condition_length, double * moved, draw)
+                block._modules[subnet] = Stub(len(kept) + block.condition_length, double * len(moved), draw)
         return _both_ways(block, draw, block.channels, block.condition_length, block.ndims - 1)
 
     return Adapter(
         library="FrEIA",
         where="FrEIA.modules.coupling_layers",
         name=name,
-        methods={"forward": kind.forward},
-        plan=_plan_additive if kind.layout == "shift" else _plan,
+        methods={"forward": _forward_of(_sides)},
+        plan=_plan,
         probe=probe,
         settings=("clamp", "f_clamp"),
-        assumes=() if len(kind.sides) == 1 else ("_coupling1", "_coupling2"),
-        conditioners=lambda block: tuple(getattr(block, net) for _, nets in kind.sides for net in nets),
-        sides=lambda block, layout: _sides(block, layout, ()),
+        assumes=() if len(sides) == 1 else ("_coupling1", "_coupling2"),
+        conditioners=lambda block: tuple(getattr(block, net) for _, nets in sides for net in nets),
+        members=lambda block, layout: _sides(block, layout, ()),
         vectors=lambda block, draw, features: _both_ways(block, draw, features, 0, 0),
     )
 
@@ -182,58 +170,34 @@ def _plan_all_in_one(block: Any, options: Options) -> Plan:
         raise Unfit("its permutation is soft: a full matrix")
     if not block.clamp > 0:
         raise Unfit(f"its clamp is {block.clamp}: not positive")
-    if block.GIN:
-        return Plan("permutation by index")
-    return Plan(described("affine coupling, tanh, permutation by index", [_side_all_in_one(block, ())]))
+    pre, post = (Index(w.flatten(1).argmax(1).tolist()) for w in (block.w_perm_inv, block.w_perm))
+    layout = (pre if block.reverse_pre_permute else None), post
+    what = "GIN coupling" if block.GIN else "affine coupling, tanh, permutation by index"
+    return coupling_plan(what, block, _members_all_in_one(block, layout, ()), options, layout)
 
 
-def _side_all_in_one(block: Any, c: Sequence[Tensor]) -> Side:
+def _members_all_in_one(block: Any, layout: tuple[Index | None, Index], c: Sequence[Tensor]) -> list[Any]:
     def run(kept: Tensor) -> Tensor:
         params: Tensor = block.subnet(torch.cat([kept, *c], 1) if block.conditional else kept)
         params *= _FACTOR  # in place, as the library does
         return params
 
-    tail = Tail(lambda raw: block.clamp * torch.tanh(raw), "raw_first", ScaleMap("tanh", block.clamp))
-    nets = () if block.conditional else (block.subnet,)
-    return Side(
-        Split("halves", "second", block.splits[0], block.in_channels), tail, run, block, nets, factor=_FACTOR
-    )
+    def log_scale(raw: Tensor) -> Tensor:
+        s: Tensor = block.clamp * raw.tanh()
+        return s - s.mean(1, keepdim=True) if block.GIN else s
 
+    def scaling(inverse: bool) -> AffineMap:
+        offset = block.global_offset.flatten()
+        if block.GIN:
+            return AffineMap(torch.ones_like(offset), offset, None, offset.new_zeros(()))
+        scale = block.global_scale_activation(block.global_scale).flatten()
+        return AffineMap(scale, offset, None, scale.log().sum())
 
-def _forward_all_in_one(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Tensor]:
-    if block.GIN:
-        given: tuple[Any, Tensor] = original_class(block).forward(block, x, c, rev, jac)  # type: ignore[attr-defined]
-        return given
-    z = x[0]
-    if rev:
-        z, scaling = _permute(block, z, rev=True)
-    elif block.reverse_pre_permute:
-        z = _pre_permute(block, z)
-    z, log_det = couple(z, _side_all_in_one(block, c), rev)
-    if not rev:
-        z, scaling = _permute(block, z)
-    elif block.reverse_pre_permute:
-        z = _pre_permute(block, z, rev=True)
-    positions = z.shape[2:].numel()
-    return (z,), log_det + (-positions if rev else positions) * scaling
-
-
-def _permute(block: Any, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor | float]:
-    scale: Any = 1.0
-    log_det: Any = 0.0
-    if not block.GIN:
-        scale = block.global_scale_activation(block.global_scale)
-        log_det = scale.log().sum()
-    if rev:
-        return (_pre_permute(block, x) - block.global_offset) / scale, log_det
-    moved = x + block.global_offset if block.GIN else torch.addcmul(block.global_offset, x, scale)
-    return _pre_permute(block, moved, rev=True), log_det
-
-
-def _pre_permute(block: Any, x: Tensor, rev: bool = False) -> Tensor:
-    """Channel i of the result is channel p(i) of x, w[i, p(i)] = 1 in the matrix that is applied."""
-    matrix = block.w_perm if rev else block.w_perm_inv
-    return x.index_select(1, matrix.flatten(1).argmax(1))
+    tail = Tail("raw_first", None if block.GIN else ScaleMap("tanh", block.clamp), log_scale)
+    split = Split("halves", "second", block.splits[0], block.in_channels)
+    side = Side(split, tail, run, () if block.conditional else (block.subnet,), factor=_FACTOR)
+    pre, post = layout
+    return [*([] if pre is None else [pre]), side, Affine(scaling), post]
 
 
 def _probe_all_in_one(block: Any, draw: Draw) -> Sequence[Tensor]:
@@ -246,14 +210,14 @@ _ALL_IN_ONE = Adapter(
     library="FrEIA",
     where="FrEIA.modules.all_in_one_block",
     name="AllInOneBlock",
-    methods={"forward": _forward_all_in_one, "_permute": _permute, "_pre_permute": _pre_permute},
+    methods={"forward": _forward_of(_members_all_in_one)},
     plan=_plan_all_in_one,
     probe=_probe_all_in_one,
     masks=lambda block: (block.w_perm, block.w_perm_inv),
-    settings=("clamp", "GIN", "householder"),
-    assumes=("_affine",),
+    settings=("clamp", "GIN", "householder", "reverse_pre_permute"),
+    assumes=("_affine", "_permute", "_pre_permute"),
     conditioners=lambda block: (block.subnet,),
-    sides=lambda block, layout: () if block.GIN else (_side_all_in_one(block, ()),),
+    members=lambda block, layout: _members_all_in_one(block, layout, ()),
     vectors=lambda block, draw, features: _both_ways(block, draw, features, 0, 0),
 )
 
@@ -275,16 +239,24 @@ _INVERTIBLE = (
 _KEEP_VOLUME = ("NICECouplingBlock", "PermuteRandom")  # whose log-determinant is the number 0
 
 
+def _flat(chain: Any) -> Named:
+    yield from ((f"module_list[{i}]", block) for i, block in enumerate(chain.module_list))
+
+
+def _known(block: Any) -> bool:
+    return is_known(block, "FrEIA", _INVERTIBLE, ("forward",))
+
+
 def _parts(chain: Any) -> list[Part]:
     return [
-        part_of(
-            f"module_list[{i}]",
-            block,
-            is_known(block, "FrEIA", _INVERTIBLE, ("forward",)),
-            partial(_run_part, chain.conditions[i]),
-        )
-        for i, block in enumerate(chain.module_list)
+        part_of(name, block, _known(block), partial(_run_part, condition))
+        for (name, block), condition in zip(_flat(chain), chain.conditions, strict=False)
     ]
+
+
+def _permutation(block: Any) -> Index | None:
+    perm, back = block.perm.tolist(), block.perm_inv.tolist()
+    return Index(perm) if [perm[i] for i in back] == [*range(len(perm))] else None
 
 
 def _run_part(condition: int | None, block: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
@@ -295,36 +267,43 @@ def _run_part(condition: int | None, block: Any, x: Tensor, context: Context, in
 
 def _sequence(chain: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True) -> tuple[Any, Any]:
     x = x_or_z[0] if isinstance(x_or_z, (list, tuple)) else x_or_z
-    parts = parts_to_invert(chain, x, _parts)
-    if parts is None:
+    outputs = run_chain(chain, x, {"c": c if c is None else list(c)}, rev)
+    if outputs is None:
         return chain._linfast_original.forward(chain, x_or_z, c, rev, jac)
-    y, log_det = run_inverting(chain, parts, x, {"c": c if c is None else list(c)}, rev)
+    y, log_det = outputs
     keeps_volume = all(is_known(block, "FrEIA", _KEEP_VOLUME, ("forward",)) for block in chain.module_list)
     return (y,) if chain.force_tuple_output else y, 0.0 if keeps_volume else log_det
 
 
-def _probe_sequence(chain: Any, draw: Draw) -> Sequence[Tensor]:
-    parts = _parts(chain)
-    put_stubs(parts, draw)
-    used = {where: block.dims_c[0] for block, where in zip(chain.module_list, chain.conditions, strict=True)
-            if where is not None}  # fmt: skip
+def _both_ways_sequence(chain: Any, draws: Sequence[Tensor], c: Sequence[Tensor] | None) -> list[Tensor]:
     outputs: list[Tensor] = []
-    for rev, shape in ((False, chain.shapes[0]), (True, chain.shapes[-1])):
-        c = [draw(2, *used.get(i, (1,))) for i in range(max(used, default=-1) + 1)]
-        y, log_det = chain.forward(draw(2, *shape), c, rev=rev)
+    for x, rev in zip(draws, (False, True), strict=True):
+        y, log_det = chain.forward(x, c, rev=rev)
         outputs += [*(y if isinstance(y, tuple) else (y,)), torch.as_tensor(log_det)]
     return outputs
+
+
+def _probe_sequence(chain: Any, draw: Draw) -> Sequence[Tensor]:
+    put_stubs([*chain.module_list], draw)
+    used = {where: block.dims_c[0] for block, where in zip(chain.module_list, chain.conditions, strict=True)
+            if where is not None}  # fmt: skip
+    c = [draw(2, *used.get(i, (1,))) for i in range(max(used, default=-1) + 1)]
+    return _both_ways_sequence(chain, [draw(2, *chain.shapes[0]), draw(2, *chain.shapes[-1])], c)
 
 
 _SEQUENCE = chain_adapter(
     "FrEIA",
     "FrEIA.framework.sequence_inn",
     "SequenceINN",
+    _flat,
+    partial(_run_part, None),
+    Maps(_known, {"PermuteRandom": _permutation}),
     _parts,
-    lambda chain: ((str(i), block) for i, block in enumerate(chain.module_list)),
+    lambda chain: None if chain.conditions.count(None) == len(chain.conditions) else "it has conditions",
     methods={"forward": _sequence},
     probe=_probe_sequence,
-    hollow=lambda chain: [net for part in _parts(chain) for net in part.conditioners],
+    hollow=lambda chain: nets_of(chain.module_list),
+    vectors=lambda chain, draw, features: _both_ways_sequence(chain, [draw(4, features) for _ in range(2)], None),
 )
 
 ADAPTERS = (*(_adapter(name) for name in _BLOCKS), _ALL_IN_ONE, _SEQUENCE)

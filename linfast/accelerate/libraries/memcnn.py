@@ -11,31 +11,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..coupling import couple_both, described
-from ..coupling_side import ADDITIVE, Params, Side, Split, Tail
+from ..adapter import Adapter, Draw, Stub, Unfit
+from ..coupling import coupling_adapter
 from ..identity import changed_method, defined_as
+from ..sides import ADDITIVE, Side, Split, Tail
 
 __all__ = ["ADAPTERS"]
 
 _WHERE = "memcnn.models.affine"
-_SIGMOID = Tail(lambda raw: torch.sigmoid(raw + 2), "interleaved", ScaleMap("sigmoid"), gives="scale")
-_NAIVE = Tail(lambda raw: raw, "pair", ScaleMap("exp"))
-_PAIR = Tail(lambda scale: scale, "pair", gives="scale")
+_SIGMOID = Tail("interleaved", ScaleMap("sigmoid"))
+_NAIVE = Tail("pair", ScaleMap("exp"))
+_OWN = Tail("pair")
 
 
-def _plan(block: Any, options: Options) -> Plan:
+def _find(block: Any) -> tuple[str, None]:
     if block.implementation_fwd != -1 or block.implementation_bwd != -1:
         raise Unfit("a deprecated implementation that rebuilds its input")
     if block.split_dim != 1:
         raise Unfit(f"split_dim {block.split_dim}: only 1")
-    sides = _sides(block)
-    what = f"affine coupling, {_kind(block)}" if _is_affine(block) else "additive coupling"
-    return Plan(described(what, sides))
+    return (f"affine coupling, {_kind(block)}" if _is_affine(block) else "additive coupling"), None
 
 
 def _is_affine(block: Any) -> bool:
@@ -52,30 +49,21 @@ def _kind(block: Any) -> str:
     return next((k for k, name in kinds.items() if all(_is(a, name) for a in (block.Fm, block.Gm))), "own scale")
 
 
-def _sides(block: Any) -> tuple[Side, Side]:
+def _sides(block: Any, layout: None, context: Sequence[Any]) -> tuple[Side, Side]:
     """What moves the first half, by Fm, and the second, by Gm."""
 
     def side(adapter: Any, moves: str) -> Side:
         split = Split("halves", moves)
         if not _is_affine(block):
-            return Side(split, ADDITIVE, lambda kept: adapter.forward(kept.contiguous()), block, (adapter,))
+            return Side(split, ADDITIVE, None, (adapter,))
         if kind == "sigmoid":
-            return Side(split, _SIGMOID, lambda kept: adapter.f(kept.contiguous()), block, (adapter.f,))
+            return Side(split, _SIGMOID, lambda kept: adapter.f(kept.contiguous()), (adapter.f,))
         if kind == "exp":
-            return Side(split, _NAIVE, lambda kept: (adapter.f(kept.contiguous()),) * 2, block, (adapter.f,) * 2)
-
-        def params(kept: Tensor) -> Params:
-            scale, shift = adapter.forward(kept.contiguous())
-            return shift, scale
-
-        return Side(split, _PAIR, params, block)
+            return Side(split, _NAIVE, lambda kept: (adapter.f(kept.contiguous()),) * 2, (adapter.f,) * 2)
+        return Side(split, _OWN, None)
 
     kind = _kind(block)
     return side(block.Fm, "first"), side(block.Gm, "second")
-
-
-def _run(block: Any, x: Tensor, inverse: bool) -> Tensor:
-    return couple_both(x, _sides(block), inverse, log_det=False)[0]
 
 
 class _Pair(Stub):
@@ -84,7 +72,7 @@ class _Pair(Stub):
         return raw.exp(), shift
 
 
-def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
+def _stubbed(block: Any, draw: Draw) -> list[tuple[int, ...]]:
     double = 1 + _is_affine(block)
     for side in ("Fm", "Gm"):
         if _is_affine(block) and block._modules[side].__class__.__name__.startswith("AffineAdapter"):
@@ -92,7 +80,7 @@ def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
             block._modules[side]._modules["f"] = Stub(3, width, draw)
         else:
             block._modules[side] = (_Pair if _is_affine(block) else Stub)(3, 3 * double, draw)
-    return [run(draw(*shape)) for run in (block.forward, block.inverse) for shape in ((3, 6), (2, 6, 2, 3))]
+    return [(3, 6), (2, 6, 2, 3)]
 
 
 def _nets(block: Any) -> tuple[nn.Module, ...]:
@@ -100,20 +88,16 @@ def _nets(block: Any) -> tuple[nn.Module, ...]:
 
 
 def _adapter(where: str, name: str) -> Adapter:
-    return Adapter(
+    return coupling_adapter(
         library="memcnn",
         where=where,
         name=name,
-        methods={
-            "forward": lambda block, x: _run(block, x, inverse=False),
-            "inverse": lambda block, y: _run(block, y, inverse=True),
-        },
-        plan=_plan,
-        probe=_probe,
+        find=_find,
+        sides_of=_sides,
+        nets=_nets,
+        stubbed=_stubbed,
+        log_det=False,
         settings=("split_dim", "implementation_fwd", "implementation_bwd"),
-        conditioners=_nets,
-        sides=lambda block, layout: _sides(block),
-        vectors=lambda block, draw, features: (block.forward(draw(3, features)), block.inverse(draw(3, features))),
         stored="memcnn's InvertibleModuleWrapper rebuilds inputs itself",
     )
 

@@ -19,25 +19,13 @@ from torch import Tensor, nn
 from ...flows.undo import Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..chain import (
-    Context,
-    Named,
-    Part,
-    chain_adapter,
-    is_known,
-    part_of,
-    parts_to_invert,
-    per_sample,
-    put_stubs,
-    run_inverting,
-    together,
-)
-from ..coupling import couple, described
-from ..coupling_side import ADDITIVE, Side, Split, Tail, split_of
+from ..adapter import Adapter, Draw, Stub, Unfit
+from ..chain import Context, Named, chain_adapter, is_known, nets_of, per_sample, put_stubs, run_chain
+from ..coupling import coupling_adapter
 from ..fused import Maps
-from ..fused_launch import Affine
 from ..identity import defined_as
+from ..launch import Affine, Index
+from ..sides import ADDITIVE, Side, Split, Tail, split_of
 
 __all__ = ["ADAPTERS", "composite_of", "coupling_of"]
 
@@ -48,7 +36,6 @@ def _sigmoid(raw: Tensor) -> Tensor:
     return torch.sigmoid(raw + 2) + _FLOOR
 
 
-_NFLOWS = Tail(_sigmoid, "halves", ScaleMap("sigmoid", floor=_FLOOR), gives="scale")
 _KNOWN = {
     ScaleMap("sigmoid", floor=_FLOOR): _sigmoid,
     ScaleMap("softplus", bound=3.0, floor=_FLOOR): lambda raw: (F.softplus(raw) + _FLOOR).clamp(0, 3),
@@ -57,9 +44,7 @@ _KNOWN = {
 
 def _tail(transform: Any) -> Tail:
     """Of glasflow the instance's own function, which is recognised by its values: it is often a lambda."""
-    activation = getattr(transform, "scale_activation", None)
-    if activation is None:
-        return _NFLOWS
+    activation = getattr(transform, "scale_activation", _sigmoid)
     points = torch.linspace(-12, 12, 97, dtype=torch.float64)
     try:
         values = activation(points)
@@ -68,10 +53,10 @@ def _tail(transform: Any) -> Tail:
         )
     except Exception as error:
         raise Unfit(f"its scale_activation raised {type(error).__name__}: {error}") from error
-    return Tail(activation, "halves", next(known, None), gives="scale")
+    return Tail("halves", next(known, None), lambda raw: activation(raw).log())
 
 
-def _plan(transform: Any, options: Options) -> Plan:
+def _find(transform: Any) -> tuple[str, tuple[Split, Tail]]:
     if transform.unconditional_transform is not None:
         raise Unfit("it has an unconditional transform for the kept features")
     passes = torch.ones(transform.features, dtype=torch.bool, device=transform.transform_features.device)
@@ -86,48 +71,21 @@ def _plan(transform: Any, options: Options) -> Plan:
         tail = _tail(transform)
         kind = tail.scale_map.kind if tail.scale_map is not None else "own scale_activation"
         what = f"affine coupling, {kind}"
-    side = _side(transform, (split, tail), None)
-    return Plan(described(f"{what}, mask {split.kind}", [side]), layout=(split, tail))
+    return f"{what}, mask {split.kind}", (split, tail)
 
 
-def _side(transform: Any, layout: tuple[Split, Tail], context: Any) -> Side:
-    split, tail = layout
-    net = transform.transform_net
-    return Side(
-        split,
-        tail,
-        lambda kept: net(kept.contiguous(), context),  # which the library gives it so
-        transform,
-        (net,) if context is None else (),
-    )
+def _sides(transform: Any, layout: tuple[Split, Tail], context: Sequence[Any]) -> list[Side]:
+    net, given = transform.transform_net, context or (None,)
+    # The library gives the net contiguous features.
+    return [Side(*layout, lambda kept: net(kept.contiguous(), *given), () if context else (net,))]
 
 
-def _transform(transform: Any, x: Tensor, context: Any, inverse: bool) -> tuple[Tensor, Tensor]:
-    if x.dim() not in (2, 4):
-        raise ValueError(f"Inputs must be a 2D or a 4D tensor; got {tuple(x.shape)}")
-    if x.shape[1] != transform.features:
-        raise ValueError(f"Expected features = {transform.features}, got {x.shape[1]}.")
-    return couple(x, _side(transform, transform._linfast_plan.layout, context), inverse)
-
-
-def _probe(transform: Any, draw: Draw) -> Sequence[Tensor]:
-    outputs: list[Tensor] = []
+def _stubbed(transform: Any, draw: Draw) -> list[tuple[int, ...]]:
     width = transform.num_transform_features * transform._transform_dim_multiplier()
     transform._modules["transform_net"] = Stub(transform.num_identity_features, width, draw)
-    for shape in ((3, transform.features), (2, transform.features, 2, 3)):
-        outputs += [*transform.forward(draw(*shape)), *transform.inverse(draw(*shape), context=draw(2))]
-    return outputs
+    return [(3, transform.features), (2, transform.features, 2, 3)]
 
 
-def _forward(transform: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    return _transform(transform, inputs, context, inverse=False)
-
-
-def _inverse(transform: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Tensor]:
-    return _transform(transform, inputs, context, inverse=True)
-
-
-_METHODS: dict[str, Callable[..., Any]] = {"forward": _forward, "inverse": _inverse}
 _ASSUMES = (
     "_transform_dim_multiplier",
     "_scale_and_shift",
@@ -137,22 +95,18 @@ _ASSUMES = (
 
 
 def coupling_of(library: str, where: str, name: str) -> Adapter:
-    return Adapter(
+    return coupling_adapter(
         library=library,
         where=where,
         name=name,
-        methods=_METHODS,
-        plan=_plan,
-        probe=_probe,
+        find=_find,
+        sides_of=_sides,
+        nets=lambda transform: (transform.transform_net,),
+        stubbed=_stubbed,
+        context="one",
         masks=lambda transform: (transform.identity_features, transform.transform_features),
         settings=("scale_activation", "unconditional_transform"),
         assumes=_ASSUMES,
-        conditioners=lambda transform: (transform.transform_net,),
-        sides=lambda transform, layout: (_side(transform, layout, None),),
-        vectors=lambda transform, draw, features: (
-            *transform.forward(draw(3, features)),
-            *transform.inverse(draw(3, features)),
-        ),
     )
 
 
@@ -188,22 +142,14 @@ def _known(transform: nn.Module) -> bool:
     return any(is_known(transform, library, _INVERTIBLE, ("forward", "inverse")) for library in _COMPOSITES)
 
 
-def _parts(chain: Any) -> list[Part]:
-    return [part_of(name, transform, _known(transform), _run_part) for name, transform in _flat(chain)]
-
-
-def _permutation(transform: Any) -> list[int] | None:
-    return transform._permutation.tolist() if transform._dim == 1 else None
+def _permutation(transform: Any) -> Index | None:
+    return Index(transform._permutation.tolist()) if transform._dim == 1 else None
 
 
 def _actnorm(transform: Any) -> Affine | None:
     if transform.training and not transform.initialized:
         return None
-    return Affine(
-        transform,
-        lambda inverse: AffineMap(transform.scale, transform.shift, None, transform.log_scale.sum()),
-        diagonal=True,
-    )
+    return Affine(lambda inverse: AffineMap(transform.scale, transform.shift, None, transform.log_scale.sum()))
 
 
 def _lu(transform: Any) -> Affine:
@@ -211,7 +157,7 @@ def _lu(transform: Any) -> Affine:
         undo = transform.weight_inverse() if inverse else None
         return AffineMap(transform.weight(), transform.bias, undo, transform.logabsdet())
 
-    return Affine(transform, make)
+    return Affine(make, transform)
 
 
 _MAPS = Maps(
@@ -233,22 +179,18 @@ def _run_part(transform: Any, x: Tensor, context: Context, inverse: bool) -> Out
 
 def _chain_method(method: str) -> Callable[..., Any]:
     def run(chain: Any, inputs: Tensor, context: Any = None) -> tuple[Tensor, Any]:
-        result = together(chain, inputs, method == "inverse") if context is None else None
-        if result is not None:
-            return result[0], result[1].to(inputs.dtype)
-        parts = parts_to_invert(chain, inputs, _parts)
-        if parts is None:
+        outputs = run_chain(chain, inputs, {"context": context}, method == "inverse")
+        if outputs is None:
             return getattr(chain._linfast_original, method)(chain, inputs, context)
-        return run_inverting(chain, parts, inputs, {"context": context}, method == "inverse")
+        return outputs[0], outputs[1].to(inputs.dtype)
 
     return run
 
 
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
-    parts = _parts(chain)
-    put_stubs(parts, draw)
-    features = next(part.module.features for part in parts if part.conditioners)
-    images = any(type(part.module).__name__ == "OneByOneConvolution" for part in parts)
+    put_stubs([module for _, module in _flat(chain)], draw)
+    features = next(module.features for _, module in _flat(chain) if hasattr(module, "transform_net"))
+    images = any(type(module).__name__ == "OneByOneConvolution" for _, module in _flat(chain))
     shape = (4, features, 2, 3) if images else (4, features)
     return [*chain.forward(draw(*shape), draw(2)), *chain.inverse(draw(*shape), context=draw(2))]
 
@@ -262,14 +204,13 @@ def composite_of(library: str) -> Adapter:
         library,
         _COMPOSITES[library],
         "CompositeTransform",
-        _parts,
         _flat,
         _run_part,
         _MAPS,
         vectors=_vectors,
         methods={method: _chain_method(method) for method in ("forward", "inverse")},
         probe=_probe_chain,
-        hollow=lambda chain: [net for part in _parts(chain) for net in part.conditioners],
+        hollow=lambda chain: nets_of(module for _, module in _flat(chain)),
     )
 
 

@@ -11,12 +11,12 @@
 
 What b zeroes and what 1 - b drops is not computed here: of an MLP the columns that meet zeros and the
 rows that nobody looks at are left out. A kernel gives what e^s gives where s is infinite.
-NormalizingFlow is for memory="invert"; reverse_kld and reverse_alpha_div store all the same.
+With memory="invert", reverse_kld and reverse_alpha_div store all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,43 +27,27 @@ from ...flows.undo import Outputs
 from ...ops.affine_coupling import split_sizes
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..chain import (
-    Context,
-    Named,
-    Part,
-    chain_adapter,
-    is_known,
-    part_of,
-    parts_to_invert,
-    per_sample,
-    run_inverting,
-    together,
-)
-from ..coupling import couple, described
-from ..coupling_launch import narrowed
-from ..coupling_side import ADDITIVE, Side, Split, Tail, split_of
+from ..adapter import Draw, Stub, Unfit
+from ..chain import Context, Named, chain_adapter, is_known, per_sample, run_chain
+from ..coupling import coupling_adapter
 from ..fused import Maps
-from ..fused_launch import Affine
 from ..identity import changed_method, defined_as
+from ..launch import Affine, Index, narrowed
 from ..mlp import find_mlp
+from ..sides import ADDITIVE, Side, Split, Tail, split_of
 
 __all__ = ["ADAPTERS"]
 
 
-def _sigmoid(raw: Tensor) -> Tensor:
-    return torch.sigmoid(raw + 2)
-
-
 _TAILS = {
-    "exp": Tail(lambda s: s, "interleaved", ScaleMap("exp")),
-    "sigmoid": Tail(_sigmoid, "interleaved", ScaleMap("sigmoid"), gives="reciprocal"),
-    "sigmoid_inv": Tail(_sigmoid, "interleaved", ScaleMap("sigmoid"), gives="scale"),
+    "exp": Tail("interleaved", ScaleMap("exp"), lambda s: s),
+    "sigmoid": Tail("interleaved", ScaleMap("sigmoid"), lambda s: -F.logsigmoid(s + 2), undoes=True),
+    "sigmoid_inv": Tail("interleaved", ScaleMap("sigmoid"), lambda s: F.logsigmoid(s + 2)),
 }
 _MOVES = {"channel": "second", "channel_inv": "first"}
 
 
-def _plan(block: Any, options: Options) -> Plan:
+def _find(block: Any) -> tuple[str, None]:
     split, coupling, merge = block.flows
     if not (
         defined_as(split, "normflows.flows.reshape", "Split")
@@ -79,60 +63,41 @@ def _plan(block: Any, options: Options) -> Plan:
         raise Unfit(f"split mode {split.mode!r}: only {', '.join(_MOVES)}")
     if coupling.scale and coupling.scale_map not in _TAILS:
         raise Unfit(f"scale map {coupling.scale_map!r}")
-    what = f"affine coupling, {coupling.scale_map}" if coupling.scale else "additive coupling"
-    return Plan(described(what, [_side(block)]))
+    return (f"affine coupling, {coupling.scale_map}" if coupling.scale else "additive coupling"), None
 
 
-def _couple(block: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    y, log_det = couple(z, _side(block), inverse)
-    return y, log_det.to(z.dtype)  # in which the library adds it up, whatever its parameters are
+def _sides(block: Any, layout: None, context: Sequence[Any]) -> list[Side]:
+    net, coupling = block.flows[1].param_map, block.flows[1]
+    tail = _TAILS[coupling.scale_map] if coupling.scale else ADDITIVE
+    return [Side(Split("halves", _MOVES[block.flows[0].mode]), tail, net, (net,))]
 
 
-def _side(block: Any) -> Side:
-    coupling = block.flows[1]
-    return Side(
-        Split("halves", _MOVES[block.flows[0].mode]),
-        _TAILS[coupling.scale_map] if coupling.scale else ADDITIVE,
-        coupling.param_map,
-        block,
-        (coupling.param_map,),
-    )
-
-
-def _probe(block: Any, draw: Draw) -> Sequence[Tensor]:
-    outputs: list[Tensor] = []
+def _stubbed(block: Any, draw: Draw) -> Iterator[tuple[int, ...]]:
     coupling = block.flows[1]
     for channels in (6, 5):
         kept, moved = split_sizes(channels) if block.flows[0].mode == "channel" else split_sizes(channels)[::-1]
         coupling._modules["param_map"] = Stub(kept, moved * (1 + bool(coupling.scale)), draw)
-        for shape in ((3, channels), (2, channels, 4, 3)):
-            outputs += [*block.forward(draw(*shape)), *block.inverse(draw(*shape))]
-    return outputs
+        yield from ((3, channels), (2, channels, 4, 3))
 
 
-_BLOCK = Adapter(
+_BLOCK = coupling_adapter(
     library="normflows",
     where="normflows.flows.affine.coupling",
     name="AffineCouplingBlock",
-    methods={
-        "forward": lambda block, z: _couple(block, z, inverse=False),
-        "inverse": lambda block, z: _couple(block, z, inverse=True),
-    },
-    plan=_plan,
-    probe=_probe,
+    find=_find,
+    sides_of=_sides,
+    nets=lambda block: (block.flows[1].param_map,),
+    stubbed=_stubbed,
     inner=lambda block: tuple(block.flows),
-    conditioners=lambda block: (block.flows[1].param_map,),
-    sides=lambda block, layout: (_side(block),),
-    vectors=lambda block, draw, features: (*block.forward(draw(3, features)), *block.inverse(draw(3, features))),
 )
 
 
 # MaskedAffineFlow
 
-_MASKED = Tail(lambda raw: raw, "pair", ScaleMap("exp"))
+_MASKED = Tail("pair", ScaleMap("exp"), lambda s: s)
 
 
-def _plan_masked(flow: Any, options: Options) -> Plan:
+def _find_masked(flow: Any) -> tuple[str, Split]:
     if flow.b.ndim != 2:
         raise Unfit(f"its mask is {list(flow.b.shape[1:])}: only vectors")
     if set(flow.b[0].tolist()) != {0.0, 1.0}:
@@ -141,75 +106,47 @@ def _plan_masked(flow: Any, options: Options) -> Plan:
         raise Unfit("it has no translation")
     split = split_of(flow.b[0] == 1)
     what = "affine coupling, exp" if isinstance(flow.s, nn.Module) else "additive coupling"
-    return Plan(described(f"{what}, mask {split.kind}", [_side_masked(flow, split)]), layout=split)
+    return f"{what}, mask {split.kind}", split
 
 
-def _couple_masked(flow: Any, z: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """In the dtypes that the library's products with its mask have, of integers or halves too."""
-    z = z.to(torch.promote_types(z.dtype, flow.b.dtype))
-    y, log_det = couple(z, _side_masked(flow, flow._linfast_plan.layout), inverse)
-    return y, log_det.to(torch.promote_types(log_det.dtype, flow.b.dtype))
-
-
-def _side_masked(flow: Any, split: Split) -> Side:
+def _sides_masked(flow: Any, split: Split, context: Sequence[Any]) -> list[Side]:
     nets = (flow.t, flow.s) if isinstance(flow.s, nn.Module) else (flow.t,)
+    mlps = [find_mlp(net) for net in nets]
 
     def run(kept: Tensor) -> Any:
-        given = tuple(_run_net(flow, net, kept, side) for net in nets[::-1])  # s first, as the library does
-        return given[::-1] if len(given) == 2 else given[0]
+        shift, raw = (_run_narrowed(narrowed(mlp, split), mlp.parts[1:-1], kept) for mlp in mlps if mlp is not None)
+        return shift, raw
 
-    side = Side(split, _MASKED if len(nets) == 2 else ADDITIVE, run, flow, nets, full=True)
-    return side
+    return [Side(split, _MASKED if len(nets) == 2 else ADDITIVE, None if None in mlps else run, nets, full=True)]
 
 
-def _run_net(flow: Any, net: nn.Module, kept: Tensor, side: Side) -> Tensor:
-    """What the net gives for the moved features."""
-    mlp = find_mlp(net)
-    if mlp is None:
-        zeros = kept.new_zeros(kept.shape[0], flow.b.shape[1])
-        split = side.split
-        full = (
-            split.put(zeros, kept, split.take(zeros)[1])
-            if split.indices is None
-            else zeros.index_copy(1, split.indices_on(kept.device)[0], kept)
-        )
-        out = side.split.take(net(full))[1]
-    else:
-        first, *rest = narrowed(mlp, side)
-        out = F.linear(kept, *first)
-        for part in mlp.parts[1:-1]:
-            out = part(out)
-        if rest:
-            out = F.linear(out, *rest[-1])
+def _run_narrowed(layers: Sequence[Any], parts: Sequence[Callable[[Tensor], Tensor]], kept: Tensor) -> Tensor:
+    """An MLP with its layers narrowed; ``parts``: what is between its first and its last layer."""
+    (weight, bias), *rest = layers
+    out = F.linear(kept, weight, bias)
+    for part in parts:
+        out = part(out)
+    out = F.linear(out, *rest[-1]) if rest else out
     return torch.nan_to_num(out, torch.nan, torch.nan, torch.nan)
 
 
-def _probe_masked(flow: Any, draw: Draw) -> Sequence[Tensor]:
+def _stubbed_masked(flow: Any, draw: Draw) -> list[tuple[int, ...]]:
     features = flow.b.shape[1]
     for name in ("s", "t"):
         if name in flow._modules:
             flow._modules[name] = Stub(features, features, draw)
-    return _both_ways(flow, draw, features)
+    return [(3, features)]
 
 
-def _both_ways(flow: Any, draw: Draw, features: int) -> Sequence[Tensor]:
-    return (*flow.forward(draw(3, features)), *flow.inverse(draw(3, features)))
-
-
-_MASKED_FLOW = Adapter(
+_MASKED_FLOW = coupling_adapter(
     library="normflows",
     where="normflows.flows.affine.coupling",
     name="MaskedAffineFlow",
-    methods={
-        "forward": lambda flow, z: _couple_masked(flow, z, inverse=False),
-        "inverse": lambda flow, z: _couple_masked(flow, z, inverse=True),
-    },
-    plan=_plan_masked,
-    probe=_probe_masked,
+    find=_find_masked,
+    sides_of=_sides_masked,
+    nets=lambda flow: tuple(flow._modules[name] for name in ("t", "s") if name in flow._modules),
+    stubbed=_stubbed_masked,
     masks=lambda flow: (flow.b,),
-    conditioners=lambda flow: tuple(flow._modules[name] for name in ("t", "s") if name in flow._modules),
-    sides=lambda flow, split: (_side_masked(flow, split),),
-    vectors=_both_ways,
 )
 
 
@@ -235,33 +172,24 @@ def _flat(chain: Any, where: str = "") -> Named:
             yield name, flow
 
 
-def _parts(chain: Any) -> list[Part]:
-    methods, parts = ("forward", "inverse"), []
-    for name, flow in _flat(chain):
-        masked = is_known(flow, "normflows", ("MaskedAffineFlow",), methods)
-        nets = [net for net in (flow.s, flow.t) if isinstance(net, nn.Module)] if masked else []
-        parts.append(part_of(name, flow, _known(flow), _run_part, nets))
-    return parts
-
-
 def _known(flow: nn.Module) -> bool:
     return is_known(flow, "normflows", _INVERTIBLE, ("forward", "inverse"))
 
 
-def _permutation(flow: Any) -> list[int] | None:
+def _permutation(flow: Any) -> Index | None:
     if flow.mode == "swap":
         half = flow.num_channels // 2
-        return [*range(half, flow.num_channels), *range(half)]
+        return Index([*range(half, flow.num_channels), *range(half)])
     undone = flow.mode == "shuffle" and torch.equal(
         flow.perm[flow.inv_perm], torch.arange(len(flow.perm)).to(flow.perm)
     )
-    return flow.perm.tolist() if undone else None
+    return Index(flow.perm.tolist()) if undone else None
 
 
 def _constant(flow: Any) -> Affine | None:
     if flow.s.ndim != 2 or not bool(getattr(flow, "data_dep_init_done", True)):
         return None
-    return Affine(flow, lambda inverse: AffineMap(flow.s[0].exp(), flow.t[0], None, flow.s.sum()), diagonal=True)
+    return Affine(lambda inverse: AffineMap(flow.s[0].exp(), flow.t[0], None, flow.s.sum()))
 
 
 def _lu_permute(flow: Any) -> Affine:
@@ -276,7 +204,7 @@ def _lu_permute(flow: Any) -> Affine:
         undo = flow.linear.weight().index_select(1, back) if inverse else None
         return AffineMap(weight, -(weight @ flow.linear.bias), undo, -flow.linear.logabsdet())
 
-    return Affine(flow, make)
+    return Affine(make, flow)
 
 
 _MAPS = Maps(
@@ -311,13 +239,8 @@ def _chain_method(method: str) -> Callable[..., Any]:
     inverse, result = _CHAIN[method]
 
     def run(chain: Any, x: Tensor) -> Any:
-        outputs: Any = together(chain, x, inverse)
-        if outputs is None:
-            parts = parts_to_invert(chain, x, _parts)
-            if parts is None:
-                return getattr(chain._linfast_original, method)(chain, x)
-            outputs = run_inverting(chain, parts, x, {}, inverse)
-        return result(chain, *outputs)
+        outputs = run_chain(chain, x, {}, inverse)
+        return getattr(chain._linfast_original, method)(chain, x) if outputs is None else result(chain, *outputs)
 
     return run
 
@@ -344,7 +267,6 @@ _FLOW = chain_adapter(
     "normflows",
     "normflows.core",
     "NormalizingFlow",
-    _parts,
     _flat,
     _run_part,
     _MAPS,

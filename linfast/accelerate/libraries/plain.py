@@ -10,16 +10,14 @@ from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ...checks import check_choice, check_flag, check_function, check_kind
-from ...dispatch import uses_triton
-from ...ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, split_sizes
+from ...ops.affine_coupling import HALVES, LAYOUTS, ORDERS, split_sizes
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit, add
-from ..coupling import described, in_cache
-from ..coupling_launch import whole_layer
-from ..coupling_side import Side, Split, Tail
+from ..adapter import Draw, Stub, Unfit, add
+from ..coupling import coupling_adapter
+from ..sides import Side, Split, Tail
 
 __all__ = ["register_adapter"]
 
@@ -73,58 +71,33 @@ def register_adapter(
     if inverse == "forward" or not callable(getattr(cls, inverse, None)):
         raise ValueError(f"inverse must name a method of {cls.__name__}; got {inverse!r}")
 
-    def plan(module: Any, options: Options) -> Plan:
+    def find(module: Any) -> tuple[str, ScaleMap]:
         if not isinstance(getattr(module, conditioner, None), nn.Module):
             raise Unfit(f"its {conditioner} is not a module")
         found = scale_map if isinstance(scale_map, ScaleMap) else scale_map(module)
-        return Plan(described(f"affine coupling, {found.kind}", [side(module, found)]), layout=found)
+        return f"affine coupling, {found.kind}", found
 
-    def side(module: Any, found: ScaleMap) -> Side:
-        net = getattr(module, conditioner)
-        tail = Tail(found.log_scale, layout, found, order=order)
-        return Side(Split("halves", moves), tail, net, module, (net,))
+    def sides_of(module: Any, found: ScaleMap, context: Sequence[Any]) -> list[Side]:
+        net, tail = getattr(module, conditioner), Tail(layout, found, order=order)
+        return [Side(Split("halves", moves), tail, lambda kept: net(kept, *context), () if context else (net,))]
 
-    def run(module: Any, x: Tensor, context: Sequence[Any], undo: bool) -> Any:
-        found = module._linfast_plan.layout
-        sides = () if context else (side(module, found),)
-        whole = whole_layer(x, sides[0]) if sides and uses_triton(x) else None
-        if whole is not None:
-            z, log_dets = whole(x, undo)
-            return (z, log_dets) if log_det else z
-
-        def by_tail(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            first, second = x.split(split_sizes(x.shape[1]), 1)
-            params = getattr(module, conditioner)(second if moves == "first" else first, *context)
-            return affine_coupling(
-                x, params, found, order=order, layout=layout, moves=moves, inverse=undo, log_det=log_det
-            )
-
-        y, total = in_cache(by_tail, x, sides)
-        return y if total is None else (y, total.to(x.dtype))
-
-    def probe(module: Any, draw: Draw) -> Sequence[Tensor]:
+    def stubbed(module: Any, draw: Draw) -> list[tuple[int, ...]]:
         channels = 5 if features is None else getattr(module, features)
         kept, moved = split_sizes(channels)[:: -1 if moves == "first" else 1]
         module._modules[conditioner] = Stub(kept, 2 * moved, draw)
-        return both_ways(module, draw(3, channels), draw(3, channels))
-
-    def both_ways(module: Any, x: Tensor, y: Tensor) -> Sequence[Tensor]:
-        outputs = module.forward(x), getattr(module, inverse)(y)
-        return [t for given in outputs for t in (given if isinstance(given, tuple) else (given,))]
+        return [(3, channels)]
 
     add(
-        Adapter(
+        coupling_adapter(
             library=cls.__module__.partition(".")[0],
             where=cls,
             name=cls.__qualname__,
-            methods={
-                "forward": lambda module, x, *context: run(module, x, context, False),
-                inverse: lambda module, y, *context: run(module, y, context, True),
-            },
-            plan=plan,
-            probe=probe,
-            conditioners=lambda module: (getattr(module, conditioner),),
-            sides=lambda module, found: (side(module, found),),
-            vectors=lambda module, draw, features: both_ways(module, draw(3, features), draw(3, features)),
+            find=find,
+            sides_of=sides_of,
+            nets=lambda module: (getattr(module, conditioner),),
+            stubbed=stubbed,
+            context="any",
+            log_det=log_det,
+            inverse=inverse,
         )
     )

@@ -1,10 +1,11 @@
-"""zuko: GeneralCouplingTransform with the affine univariate transform, and so NICE and RealNVP.
+"""zuko: GeneralCouplingTransform with the affine univariate transform, and chains of it, so NICE and RealNVP.
 
     y = m e^s + t,  s = raw / (1 + |raw / ln slope|),  m where the mask is False
     params (t, raw) of (kept, c), interleaved; t(c) -> a Transform on x [..., D]
 
-The transform it gives has one pass of the conditioner for value and log-determinant, both ways
-(the original's inverse with log-determinant runs it twice), and slices for a regular mask.
+The transforms that they give have one pass of each conditioner for value and log-determinant, both ways (the
+original's inverse with log-determinant runs it twice). A flow's LazyComposedTransform without a context gives
+one transform that runs all couplings together.
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
-from torch.distributions import ExpTransform, Transform
+from torch import Tensor
+from torch.distributions import ExpTransform, Transform, constraints
 
 from ...checks import check_kind
-from ...rows import is_short, on_plain_cpu
+from ...rows import checks_all_lengths
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..coupling import couple, described, gains
-from ..coupling_side import Side, Split, Tail, split_of
-from ..identity import PLAN, find_class, original_class
+from ..chain import Named, chain_adapter, fused_of
+from ..coupling import couple, coupling_plan
+from ..fused import Fused, Maps
+from ..identity import PLAN, find_class, is_patched, original_class
+from ..sides import Side, Split, Tail, split_of
 from ..swap import may_replace, plan_of
 
 __all__ = ["ADAPTERS"]
 
 _SLOPE = 1e-3
+_STORED = "zuko makes a new Transform, not a module, at every call"
 
 
 def _plan(lazy: Any, options: Options) -> Plan:
@@ -42,52 +46,47 @@ def _plan(lazy: Any, options: Options) -> Plan:
     if tuple(map(tuple, lazy.shapes)) != ((), ()):
         raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale a feature")
     bound = abs(math.log(named.get("slope", _SLOPE)))
-    split, scale_map = split_of(lazy.mask), ScaleMap("smooth", bound)
-    layout = split, Tail(scale_map.log_scale, "interleaved", scale_map)
-    return Plan(
-        described(f"affine coupling, smooth, mask {split.kind}", [_side(lazy, layout, lazy.hyper, (lazy.hyper,))]),
-        layout=layout,
-    )
+    layout = split_of(lazy.mask), Tail("interleaved", ScaleMap("smooth", bound))
+    what = f"affine coupling, smooth, mask {layout[0].kind}"
+    return coupling_plan(what, lazy, [_side(lazy, layout)], options, layout)
 
 
-def _side(
-    lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor], nets: tuple[nn.Module, ...]
-) -> Side:
-    split, tail = layout
-    return Side(split, tail, run, lazy, nets)
+def _side(lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor] | None = None) -> Side:
+    """``run``: what gives the parameters where a context goes into them."""
+    return Side(*layout, run or lazy.hyper, () if run else (lazy.hyper,))
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
-    """The transform given c. On a CPU it is the library's own until it is given a long batch."""
-    on_cpu = on_plain_cpu(lazy.mask)
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or not (on_cpu or may_replace(lazy, _COUPLING, "forward"))
-    ):
+    """The transform given c; on a CPU it runs zuko's own arithmetic, with one pass each way."""
+    own = lazy.mask.is_cpu and not checks_all_lengths()
+    if _is_traced() or not (own or may_replace(lazy, _COUPLING, "forward")):
         original: Transform = original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
         return original
-    made: Transform = _transform_class()(lazy, c, None if on_cpu else plan_of(lazy).layout)
+    made: Transform = _transform_class()(lazy, c, plan_of(lazy).layout, own)
     return made
 
 
 @functools.cache
 def _transform_class() -> type:
-    """The fused transform, a zuko CouplingTransform; made when zuko is there."""
+    """The transform of one coupling, a zuko CouplingTransform; made when zuko is there."""
     base: Any = find_class("zuko.transforms", "CouplingTransform")
     base_of_inverse: Any = type(ExpTransform().inv)
 
     class CouplingTransform(base):
-        """y and log|det| in one pass, and the same for the inverse."""
+        """y and log|det| in one pass, and the same for the inverse. ``own``: by zuko's arithmetic."""
 
-        def __init__(self, lazy: Any, c: Tensor | None, layout: tuple[Split, Tail] | None) -> None:
+        def __init__(self, lazy: Any, c: Any, layout: Any, own: bool, mask: Any = None) -> None:
             meta = functools.partial(lazy.meta, c)
-            if layout is None:
-                super().__init__(meta, lazy.mask)
+            if own:
+                super().__init__(meta, lazy.mask if mask is None else mask)
             else:  # without the features' numbers, for which a GPU would be waited for
                 Transform.__init__(self)
                 self.meta = meta
-            self._lazy, self._c, self._layout = lazy, c, layout
+            self._lazy, self._c, self._layout, self._own = lazy, c, layout, own
 
         @functools.cached_property
         def idx_a(self) -> Tensor:
@@ -103,58 +102,50 @@ def _transform_class() -> type:
 
         def __reduce__(self) -> Any:
             """As the library's own, which a process without linfast can load."""
-            return base, (self.meta, self._lazy.mask)
+            mask = torch.zeros_like(self._lazy.mask)
+            mask[self.idx_a] = True
+            return base, (self.meta, mask)
 
         def _call(self, x: Tensor) -> Tensor:
-            return super()._call(x) if self._layout_for(x) is None else self.call_and_ladj(x)[0]
+            return super()._call(x) if self._own else self.call_and_ladj(x)[0]
 
         def _inverse(self, y: Tensor) -> Tensor:
-            return super()._inverse(y) if self._layout_for(y) is None else self.inverse_and_ladj(y)[0]
+            return super()._inverse(y) if self._own else self.inverse_and_ladj(y)[0]
 
         def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            layout = self._layout_for(x)
-            return super().call_and_ladj(x) if layout is None else self._run(x, layout, inverse=False)
+            return self._run(x, False, super().call_and_ladj)
 
         def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-            """(x, log|dx / dy|); the library would run its conditioner twice."""
-            layout = self._layout_for(y)
-            if layout is not None:
-                return self._run(y, layout, inverse=True)
-            kept, moved = self.split(y)
-            moved, ladj = self.meta(kept).inv.call_and_ladj(moved)
-            return self.merge(kept, moved, y.shape), ladj
+            """(x, log|dx / dy|); zuko would run its conditioner twice."""
 
-        def _layout_for(self, x: Tensor) -> tuple[Split, Tail] | None:
-            """What our path is to run x by; None where the library's own code is to run."""
-            check_kind("x", x, Tensor)
-            if self._layout is not None:
-                return self._layout
-            rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
-            if PLAN not in vars(self._lazy) or is_short(rows, plan_of(self._lazy).least_rows):
-                return None
-            if not may_replace(self._lazy, _COUPLING, "forward"):
-                return None
-            found: tuple[Split, Tail] = plan_of(self._lazy).layout
-            same = torch.equal(self._lazy.mask.nonzero().squeeze(-1), self.idx_a)  # the mask may be another since
-            return found if same and gains(rows, [self._side(x, found)]) else None
+            def own(y: Tensor) -> tuple[Tensor, Tensor]:
+                kept, moved = self.split(y)
+                moved, ladj = self.meta(kept).inv.call_and_ladj(moved)
+                return self.merge(kept, moved, y.shape), ladj
 
-        def _side(self, x: Tensor, layout: tuple[Split, Tail]) -> Side:
-            nets = (self._lazy.hyper,) if self._c is None else ()
-            return _side(self._lazy, layout, lambda kept: self._params(kept, x.shape[:-1]), nets)
+            return self._run(y, True, own)
 
-        def _run(self, x: Tensor, layout: tuple[Split, Tail], inverse: bool) -> tuple[Tensor, Tensor]:
+        def _run(self, x: Tensor, inverse: bool, own: Callable[[Tensor], Any]) -> tuple[Tensor, Tensor]:
             """(y, log|det|) of x [..., D], or of the inverse."""
-            y, log_det = couple(x.reshape(-1, x.shape[-1]), self._side(x, layout), inverse)
-            return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
+            check_kind("x", x, Tensor)
+            c: Any = self._c
+            if x.ndim == 0 or (self._own and (self._layout is None or c is not None or x.ndim != 2)):
+                return own(x)
 
-        def _params(self, kept: Tensor, batch: Size) -> Tensor:
-            """[rows, 2 n] of kept [rows, n]; c is [..., n_c], broadcast to the batch. Few rows: of an MLP alone."""
-            if len(batch) != 1 and kept.shape[0] == math.prod(batch):
-                kept = kept.reshape(*batch, kept.shape[-1])
-            if self._c is not None:
-                kept = torch.cat((kept, self._c.expand(*kept.shape[:-1], -1)), -1)
-            params = self._lazy.hyper(kept)
-            return params.reshape(-1, params.shape[-1])
+            def whole(rows: Tensor) -> tuple[Tensor, Tensor]:
+                y, log_det = own(x)
+                return y.reshape(rows.shape), log_det.reshape(-1)
+
+            def params(kept: Tensor) -> Tensor:
+                """[rows, 2 n] of kept [rows, n] and c [..., n_c], which is broadcast to the batch."""
+                kept = kept.reshape(*x.shape[:-1], kept.shape[-1])
+                given = self._lazy.hyper(torch.cat((kept, c.expand(*kept.shape[:-1], -1)), -1))
+                return given.reshape(-1, given.shape[-1])
+
+            side = _side(self._lazy, self._layout, None if c is None else params)
+            rows = x.reshape(-1, x.shape[-1])
+            y, log_det = couple(self._lazy, [side], rows, inverse, own if self._own else whole)
+            return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
     class Inverse(base_of_inverse):
         """The inverse, whose value and log-determinant take one pass too."""
@@ -199,12 +190,107 @@ _COUPLING = Adapter(
     assumes=("meta",),
     decides=True,
     conditioners=lambda lazy: (lazy.hyper,),
-    sides=lambda lazy, layout: (_side(lazy, layout, lazy.hyper, (lazy.hyper,)),),
-    vectors=lambda lazy, draw, features: (
-        *lazy.forward(None).call_and_ladj(draw(3, features)),
-        *lazy.forward(None).inv.call_and_ladj(draw(3, features)),
-    ),
-    stored="zuko makes a new Transform, not a module, at every call",
+    members=lambda lazy, layout: (_side(lazy, layout),),
+    vectors=lambda lazy, draw, features: _both_ways(lazy.forward(None), draw, features),
+    stored=_STORED,
 )
 
-ADAPTERS = (_COUPLING,)
+
+# LazyComposedTransform
+
+
+def _forward_chain(chain: Any, c: Tensor | None = None) -> Transform:
+    """The transform given c: all couplings together where there is no c, else zuko's own of each."""
+    fused = fused_of(chain) if c is None and not _is_traced() and not is_patched(chain) else None
+    if fused is None:
+        original: Transform = original_class(chain).forward(chain, c)  # type: ignore[attr-defined]
+        return original
+    made: Transform = _together_class()(chain, fused, False)
+    return made
+
+
+@functools.cache
+def _together_class() -> type:
+    """All couplings in one transform, a zuko ComposedTransform; made when zuko is there."""
+    base: Any = find_class("zuko.transforms", "ComposedTransform")
+
+    class ComposedTransform(base):
+        """y and log|det| of all couplings together, where the chain is as it was, else by zuko's own transforms."""
+
+        domain = codomain = constraints.real_vector
+        bijective = True
+
+        def __init__(self, chain: Any, fused: Fused, inverted: bool) -> None:
+            Transform.__init__(self)
+            self.domain_dim = self.codomain_dim = 1
+            self._chain, self._fused, self._inverted = chain, fused, inverted
+            self._couplings = tuple(chain.transforms)
+
+        @functools.cached_property
+        def _apart(self) -> list[Transform]:
+            """One transform per coupling, of the masks that there were when this was made."""
+            made = []
+            for lazy, coupling in zip(self._couplings, self._fused.couplings, strict=True):
+                mask = torch.zeros_like(lazy.mask)
+                mask[coupling.kept] = True
+                made.append(_transform_class()(lazy, None, None, True, mask))
+            return made
+
+        @property
+        def transforms(self) -> list[Transform]:
+            return [t.inv for t in reversed(self._apart)] if self._inverted else self._apart
+
+        @property
+        def inv(self) -> Transform:
+            return type(self)(self._chain, self._fused, not self._inverted)
+
+        def __reduce__(self) -> Any:
+            """As the library's own, which a process without linfast can load."""
+            return (getattr, (base(*self._apart), "inv")) if self._inverted else (base, tuple(self._apart))
+
+        def _call(self, x: Tensor) -> Tensor:
+            outputs = self._together(x, self._inverted)
+            return super()._call(x) if outputs is None else outputs[0]
+
+        def _inverse(self, y: Tensor) -> Tensor:
+            outputs = self._together(y, not self._inverted)
+            return super()._inverse(y) if outputs is None else outputs[0]
+
+        def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self._together(x, self._inverted) or super().call_and_ladj(x)
+
+        def _together(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
+            check_kind("x", x, Tensor)
+            if x.ndim == 0 or PLAN not in vars(self._chain):
+                return None
+            rows = x.reshape(-1, x.shape[-1])
+            if not self._fused.takes(rows) or fused_of(self._chain) is not self._fused:
+                return None
+            y, log_det = self._fused(self._chain, rows, inverse)
+            return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
+
+    return ComposedTransform
+
+
+def _flat(chain: Any) -> Named:
+    yield from ((f"transforms[{i}]", lazy) for i, lazy in enumerate(chain.transforms))
+
+
+def _both_ways(transform: Any, draw: Draw, features: int) -> Sequence[Tensor]:
+    return (*transform.call_and_ladj(draw(3, features)), *transform.inv.call_and_ladj(draw(3, features)))
+
+
+_CHAIN = chain_adapter(
+    "zuko",
+    "zuko.lazy",
+    "LazyComposedTransform",
+    _flat,
+    None,
+    Maps(lambda lazy: False, {}),
+    methods={"forward": _forward_chain},
+    probe=lambda chain, draw: (),
+    stored=_STORED,
+    vectors=lambda chain, draw, features: _both_ways(chain.forward(None), draw, features),
+)
+
+ADAPTERS = (_COUPLING, _CHAIN)

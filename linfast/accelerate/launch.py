@@ -1,0 +1,350 @@
+"""Couplings with MLP conditioners, and the maps between them, as one launch of ``ops.coupling_stack``.
+
+    x -> head -> coupling_0 -> map_0 -> ... -> coupling_{L-1} -> map_{L-1}
+
+The kernel moves the halves in turn. A permutation that brings a coupling's kept and moved features there is one
+of the maps, and neighbouring maps are one. A single coupling with m / s + t, given s, undoes (m - t) s: it is the
+kernel's inverse with the shift negated.
+
+Weights are brought to the op's form at every call, and kept only inside ``lf.freeze``: [raw | shift] rows are
+swapped, one net's rows used twice, a shift without a raw value is given zeros, two nets are laid side by side and
+masked columns left out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import without_autocast
+from ..freeze import derived
+from ..kernels.stack_configs import config_for, mode_on, target_of
+from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
+from ..ops.activations import ACTIVATION_NAMES
+from ..ops.affine_coupling import HALVES, LAYOUTS, split_sizes
+from ..ops.coupling_stack import CouplingStack, run_packed, stack_spec
+from ..ops.stack_weights import AffineMap, CouplingLayer, PackedStack, StackWeights, pack_stacks
+from ..precision import half_dtype, resolve_precision
+from .identity import has_global_hook
+from .mlp import MLP, find_mlp
+from .sides import Side, Split
+
+__all__ = ["Affine", "Coupling", "Index", "Launch", "Member", "coupling_of", "launch_of", "lone_launch", "narrowed"]
+
+_MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
+
+Layers = list[tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """One side of a coupling whose conditioners are MLPs.
+
+    Args:
+        side: what moves, and how.
+        mlps: its nets.
+        kept, moved: the features that its conditioner takes and those that move, in the conditioner's order.
+    """
+
+    side: Side
+    mlps: tuple[MLP, ...]
+    kept: list[int]
+    moved: list[int]
+
+    @property
+    def takes_launch(self) -> bool:
+        """Whether the op has its formula and conditioner."""
+        mlp = self.mlps[0]
+        known = mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1
+        known = known and mlp.constants in ((), ("none",)) and len(mlp.layers) <= _MAX_LINEAR
+        return known and self.side.tail.scale_map is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """An affine map of all features; ``make`` gives it, with its inverse where that is asked for.
+
+    Args:
+        module: runs it as the library does; None of a diagonal map, which runs as ``make`` gives it.
+    """
+
+    make: Callable[[bool], AffineMap]
+    module: nn.Module | None = None
+
+    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """(y, log_det, of all samples the same) of a diagonal map on x [B, D, ...]."""
+        scale, shift, _, log_det = self.make(inverse)
+        assert shift is not None
+        assert log_det is not None
+        if x.ndim > 2:
+            scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
+            log_det = log_det * x.shape[2:].numel()
+        if inverse:
+            return (x - shift) / scale, -log_det
+        return torch.addcmul(shift, x, scale), log_det
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """y = x[:, index]."""
+
+    index: list[int]
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The index and that which undoes it."""
+        if device not in self._on:
+            with torch.inference_mode(False):  # which they outlive
+                index = torch.tensor(self.index, device=device)
+                self._on[device] = index, index.argsort()
+        return self._on[device]
+
+    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, None]:
+        return x.index_select(1, self.on(x.device)[inverse]), None
+
+
+@functools.lru_cache(maxsize=1024)
+def _index(features: tuple[int, ...]) -> Index:
+    """One object for each permutation: a launch is made at every call, and a GPU is waited for once."""
+    return Index([*features])
+
+
+Member = Coupling | Index | Affine | nn.Module
+"""What a member of a chain is; a module runs as it is."""
+
+
+def coupling_of(side: Side) -> Coupling | None:
+    """The side where its nets are MLPs, and all of their sizes fit."""
+    mlps = tuple(mlp for mlp in map(find_mlp, side.nets) if mlp is not None)
+    if not mlps or len(mlps) < len(side.nets) or len({(m.activation, m.constants, m.sizes) for m in mlps}) > 1:
+        return None
+    if any(type(t) not in (Tensor, nn.Parameter) for m in mlps for w in m.layers for t in w if t is not None):
+        return None
+    n_in, n_out = mlps[0].sizes[0], mlps[0].sizes[-1]
+    double = 1 if side.tail.layout in ("pair", "shift") else 2
+    features = n_in if side.full else n_in + n_out // double
+    kept, moved = side.split.features_of(features)
+    fits = (n_in, n_out) == (features, features) if side.full else (n_in, n_out) == (len(kept), double * len(moved))
+    fits = fits and side.split.features in (None, features) and bool(moved) and bool(kept)
+    return Coupling(side, mlps, kept, moved) if fits else None
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """The couplings, and the permutations and maps before the first and after each.
+
+    Args:
+        couplings, rows: as above; a row's entries follow one another.
+        moves: the half that the first coupling moves.
+        ends: permutations that run outside the launch, before and after it.
+    """
+
+    couplings: list[Coupling]
+    rows: list[list[Index | Affine]]
+    moves: str
+    ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
+
+    @property
+    def features(self) -> int:
+        return len(self.couplings[0].kept) + len(self.couplings[0].moved)
+
+    def has_tile(self, like: Tensor, precision: str | None) -> bool:
+        """Whether like's device, or a GPU where it is a CPU, runs it in one launch."""
+        if like.dtype == torch.float64:
+            return False
+        n_linear, entries = len(self.couplings[0].mlps[0].layers), [entry for row in self.rows for entry in row]
+        sizes = [[mlp.sizes[1:-1] for mlp in _apart(coupling)] for coupling in self.couplings]
+        widths = [sum(layer) for of_nets in sizes for layer in zip(*of_nets, strict=True)]
+        maps = NO_MAPS
+        if entries:
+            maps = DIAGONAL if all(isinstance(e, Affine) and e.module is None for e in entries) else DENSE
+        mode, target = mode_on(target_of(like), resolve_precision(like, precision)), target_of(like)
+        return config_for(self.features, max((1, *widths)), n_linear, mode, target, maps) is not None
+
+    def __call__(self, owner: nn.Module, x: Tensor, inverse: bool, precision: str | None) -> tuple[Tensor, Tensor]:
+        """(y, log_det [B])."""
+        mode, half = mode_on(target_of(x), resolve_precision(x, precision)), half_dtype(x)
+        first, last = self.ends[::-1] if inverse else self.ends
+        for index in first:
+            x = index(x, inverse)[0]
+        undone = inverse != self.couplings[0].side.tail.undoes
+
+        maps_undone = undone and any(self.rows)  # couplings are packed alike for both directions
+
+        def pack() -> tuple[CouplingStack, PackedStack]:
+            stack = self._stack(maps_undone)
+            weights = StackWeights(stack.layers, self.features, stack.head, maps_undone)
+            return stack, pack_stacks([weights], mode, half)[0]
+
+        stack, packed = derived(owner, ("one launch", maps_undone, mode, half), pack)
+        y, total = run_packed(x, packed, stack_spec(stack, packed.layout, undone, True, mode))
+        assert total is not None
+        for entry in (stack.head, *[layer.map for layer in stack.layers]):
+            if entry is not None and entry.log_det is not None:
+                total = total - entry.log_det if inverse else total + entry.log_det
+        for index in last:
+            y = index(y, inverse)[0]
+        return y, total
+
+    def _stack(self, inverse: bool) -> CouplingStack:
+        like = self.couplings[0].mlps[0].layers[0][0]
+        head, *maps = without_autocast(
+            like.device.type, lambda: [_folded(row, self.features, like, inverse) for row in self.rows]
+        )
+        layers = [
+            _arranged(coupling)._replace(map=entry) for coupling, entry in zip(self.couplings, maps, strict=True)
+        ]
+        activation, tail = self.couplings[0].mlps[0].activation, self.couplings[0].side.tail
+        assert tail.scale_map is not None
+        activation = activation if activation in ACTIVATION_NAMES else "relu"  # of a lone layer
+        order = "shift_first" if tail.undoes else tail.order
+        return CouplingStack(layers, activation, tail.scale_map, order, self.moves, head)
+
+
+def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: bool) -> AffineMap | None:
+    """The row as one map: W = W_n ... W_1, its inverse W_1^-1 ... W_n^-1."""
+    if not row:
+        return None
+    made = [entry if isinstance(entry, Index) else entry.make(inverse) for entry in row]
+    maps = [entry for entry in made if isinstance(entry, AffineMap)]
+    log_det = sum((entry.log_abs_det() for entry in maps[1:]), start=maps[0].log_abs_det()) if maps else None
+    wide = torch.promote_types(like.dtype, torch.float32)
+    diagonal = len(maps) == len(made) and all(entry.weight.ndim == 1 for entry in maps)
+    weight = torch.ones(features, dtype=wide, device=like.device)
+    weight = weight if diagonal else weight.diag()
+    undo, bias = weight, None
+    for entry in made:
+        if isinstance(entry, Index):
+            index, _ = entry.on(like.device)
+            weight, undo = weight.index_select(0, index), undo.index_select(1, index)
+            bias = None if bias is None else bias.index_select(0, index)
+            continue
+        times, back = entry.weight, entry.inverted()[0] if inverse else None
+        if times.ndim == 1 and not diagonal:
+            times, back = times.diag(), None if back is None else back.diag()
+        moved = None if bias is None else (times * bias if diagonal else times @ bias)
+        bias = entry.bias if moved is None else moved if entry.bias is None else moved + entry.bias
+        weight = times * weight if diagonal else times @ weight
+        if back is not None:
+            undo = undo * back if diagonal else undo @ back
+    return AffineMap(weight, bias, undo if inverse else None, log_det)
+
+
+def launch_of(members: Sequence[Member], features: int) -> Launch | None:
+    """The members as one launch; None where they are no such stack."""
+    order = identity = list(range(features))
+    couplings: list[Coupling] = []
+    rows: list[list[Index | Affine]] = [[]]
+    start = None
+    sizes = split_sizes(features)
+
+    def arrange(wanted: list[int], order: list[int]) -> list[int]:
+        if wanted != order:
+            where = {feature: i for i, feature in enumerate(order)}
+            rows[-1].append(_index(tuple(map(where.__getitem__, wanted))))
+        return wanted
+
+    for member in members:
+        if isinstance(member, Index):
+            order = [member.index.index(feature) for feature in order]
+        elif isinstance(member, Affine):
+            order = arrange(identity, order)
+            rows[-1].append(member)
+        elif isinstance(member, Coupling):
+            if start is None:
+                start = int(len(member.kept) >= len(member.moved) and order != member.moved + member.kept)
+            moves = (start + len(couplings)) % 2
+            if len(member.moved) != sizes[moves] or not member.takes_launch:
+                return None
+            order = arrange(member.kept + member.moved if moves else member.moved + member.kept, order)
+            couplings.append(member)
+            rows.append([])
+        else:
+            return None
+    arrange(identity, order)
+    tails, mlps = [c.side.tail for c in couplings], [c.mlps[0] for c in couplings]
+    kinds = {(t.scale_map, t.order, m.activation, len(m.layers)) for t, m in zip(tails, mlps, strict=True)}
+    if len(kinds) != 1 or (tails[0].undoes and len(members) > 1) or any(t.undoes for t in tails[1:]):
+        return None
+    ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
+    if not any(rows[1:-1]) and all(isinstance(entry, Index) for entry in rows[0] + rows[-1]):
+        ends, rows = (rows[0], rows[-1]), [[] for _ in rows]
+    return Launch(couplings, rows, HALVES[start or 0], ends)
+
+
+def lone_launch(members: Sequence[Any], like: Tensor, precision: str | None) -> Launch | None:
+    """A coupling's sides and maps in one launch, where like's device, or a GPU where it is a CPU, has a tile."""
+    if has_global_hook():
+        return None
+    found: list[Any] = [coupling_of(member) if isinstance(member, Side) else member for member in members]
+    if None in found:
+        return None
+    first = next(member for member in found if isinstance(member, Coupling))
+    launch = launch_of(found, len(first.kept) + len(first.moved))
+    return launch if launch is not None and launch.has_tile(like, precision) else None
+
+
+# The nets as the op's layers.
+
+
+def _apart(coupling: Coupling) -> Sequence[MLP]:
+    """Its nets, one that is used twice once."""
+    return coupling.mlps[:1] if len(set(map(id, coupling.side.nets))) == 1 else coupling.mlps
+
+
+def _arranged(coupling: Coupling) -> CouplingLayer:
+    """The nets as one layer of the op."""
+    side, tail = coupling.side, coupling.side.tail
+    nets = [narrowed(mlp, side.split) if side.full else list(mlp.layers) for mlp in _apart(coupling)]
+    twice = len(nets) < len(coupling.mlps)
+    layers = _side_by_side(*nets) if len(nets) == 2 else nets[0]
+    as_given = tail.layout in LAYOUTS or (tail.layout == "pair" and not twice)
+    layout = "interleaved" if tail.layout == "interleaved" else "halves"
+    if not as_given or tail.undoes or side.factor != 1:
+        layers[-1] = _rows(*layers[-1], side, twice)
+        layout = "halves"
+    return CouplingLayer([weight for weight, _ in layers], [bias for _, bias in layers], layout)
+
+
+def _rows(weight: Tensor, bias: Tensor | None, side: Side, twice: bool) -> tuple[Tensor, Tensor]:
+    """The last layer with its rows as [shift | raw], times the factor; the shift negated where the op undoes."""
+    tail = side.tail
+    sign = -side.factor if tail.undoes else side.factor
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    rows = []
+    for tensor in (weight, bias):
+        if tail.layout == "shift":
+            shift, raw = tensor, torch.zeros_like(tensor)
+        elif twice:
+            shift, raw = tensor, tensor
+        else:
+            shift, raw = (part[0] for part in tail.shift_and_raw(tensor[None]))
+        rows.append(
+            torch.cat((shift if sign == 1 else sign * shift, raw if side.factor == 1 else side.factor * raw))
+        )
+    return rows[0], rows[1]
+
+
+def _side_by_side(one: Layers, two: Layers) -> Layers:
+    """One net that gives [one(k) | two(k)]."""
+    layers: Layers = []
+    for (a, a_bias), (b, b_bias) in zip(one, two, strict=True):
+        weight = torch.block_diag(a, b) if layers else torch.cat((a, b))
+        biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias in ((a, a_bias), (b, b_bias))]
+        layers.append((weight, torch.cat(biases)))
+    return layers
+
+
+def narrowed(mlp: MLP, split: Split) -> Layers:
+    """Without the columns of what is zero and the rows of what is not looked at."""
+    layers = list(mlp.layers)
+    kept, moved = split.parts(mlp.sizes[0], layers[0][0].device)
+    layers[0] = layers[0][0][:, kept], layers[0][1]
+    weight, bias = layers[-1]
+    layers[-1] = weight[moved], None if bias is None else bias[moved]
+    return layers

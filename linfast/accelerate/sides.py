@@ -1,0 +1,138 @@
+"""One side of an affine coupling: which features move, how, and given what.
+
+forward  y = moved * scale + shift         inverse  moved = (y - shift) / scale
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scale_maps import ScaleMap, log_scale_function
+
+__all__ = ["ADDITIVE", "Params", "Side", "Split", "Tail", "split_of"]
+
+Params = Tensor | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which features pass and which are moved.
+
+    Args:
+        kind: "halves": two runs; "alternate": every other one; "gather": any.
+        moves: "first" or "second": whether the run, or the even-numbered features, that come first are moved.
+        first: "halves": length of the first run; None is half of the features, rounded up.
+        features: how many there are, where that is known beforehand.
+        indices: "gather": the kept and the moved features.
+    """
+
+    kind: str
+    moves: str = "second"
+    first: int | None = None
+    features: int | None = None
+    indices: tuple[list[int], list[int]] | None = None
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def features_of(self, count: int) -> tuple[list[int], list[int]]:
+        """The features of so many that (are kept, move)."""
+        if self.indices is not None:
+            return self.indices
+        kept, moved = (list(range(count)[part]) for part in self._slices(count))
+        return kept, moved
+
+    def _slices(self, count: int) -> tuple[slice, slice]:
+        if self.kind == "halves":
+            first = (count + 1) // 2 if self.first is None else self.first
+            parts = slice(0, first), slice(first, None)
+        else:
+            parts = slice(0, None, 2), slice(1, None, 2)
+        return parts if self.moves == "second" else parts[::-1]
+
+    def parts(self, count: int, device: torch.device) -> tuple[Any, Any]:
+        """What a dimension of so many features is indexed with for those that (are kept, move)."""
+        if self.indices is None:
+            return self._slices(count)
+        if device not in self._on:  # copied there once: a copy at every call would wait for the device
+            with torch.inference_mode(False):  # which they outlive
+                kept, moved = (torch.tensor(part, device=device) for part in self.indices)
+                self._on[device] = kept, moved
+        return self._on[device]
+
+
+def split_of(passes: Tensor) -> Split:
+    """The Split of which these features, a bool each, are kept."""
+    kept, moved = ([i for i, kept in enumerate(passes.tolist()) if kept == which] for which in (True, False))
+    n = len(kept) + len(moved)
+    for moves in ("second", "first"):
+        first = len(kept if moves == "second" else moved)
+        for split in (Split("halves", moves, first, n), Split("alternate", moves, features=n)):
+            if split.features_of(n) == (kept, moved):
+                return split
+    return Split("gather", features=n, indices=(kept, moved))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """How a conditioner's output gives a shift and a scale.
+
+    Args:
+        layout: of the output along dim 1: "halves" [shift | raw], "raw_first" [raw | shift], "interleaved",
+            "shift", which has no scale; "pair": the output is (shift, raw).
+        scale_map: from raw to log_scale, for the kernels; None where they have no such map.
+        own: the same as a function, where the library's own formula is to run in plain torch.
+        undoes: whether the scale is the reciprocal of the kernels': y = m / s + t undoes (m - t) s.
+        order: "scale_first" as above, or "shift_first", y = (moved + shift) scale.
+    """
+
+    layout: str
+    scale_map: ScaleMap | None = None
+    own: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
+    undoes: bool = False
+    order: str = "scale_first"
+
+    @property
+    def log_scale(self) -> Callable[[Tensor], Tensor] | None:
+        """From raw to log_scale in plain torch; None where there is no scale."""
+        if self.layout == "shift" or self.own is not None:
+            return self.own
+        assert self.scale_map is not None
+        return log_scale_function(self.scale_map)
+
+    def shift_and_raw(self, params: Params) -> tuple[Tensor, Tensor]:
+        """Of params [B, 2 moved, ...], or a pair."""
+        if isinstance(params, tuple):
+            return params
+        if self.layout == "interleaved":
+            return params[:, 0::2], params[:, 1::2]
+        first, second = params.chunk(2, 1)
+        return (second, first) if self.layout == "raw_first" else (first, second)
+
+
+ADDITIVE = Tail("shift", ScaleMap("exp"))
+"""y = moved + params."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a coupling.
+
+    Args:
+        split, tail: what moves, and how.
+        run: the conditioner, of the kept features; None where it is only run as MLPs.
+        nets: the modules that ``run`` runs on the kept features alone: one, or for "pair" the shift's
+            and the raw value's, which may be the same. Empty where there is more to ``run``.
+        factor: what ``run`` multiplies the nets' output by.
+        full: whether the nets take and give all features: those that move as zeros, those that stay for nothing.
+    """
+
+    split: Split
+    tail: Tail
+    run: Callable[[Tensor], Params] | None
+    nets: tuple[nn.Module, ...] = ()
+    factor: float = 1.0
+    full: bool = False
