@@ -106,7 +106,7 @@ def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[lis
         print(f"replicate {replicate + 1} of {REPLICATES}", file=sys.stderr, flush=True)
         with _side(head) as here, _side(base) as there:
             for name in args.case:
-                for size in sizes(CASES[name], args.sizes, args.batch):
+                for size in sizes(CASES[name], args):
                     common, new = _build((here, there), name, size, args)
                     notes += [note for note in new if note not in notes]
                     for provider in common:

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .moved import plain_torch
-from .rounding import DRAWS, allowed_error, drawn, relative_error
+from .rounding import DRAWS, allowed_error, drawn, plain_torch, relative_error
 from .timing import Outputs, as_tuple, peak_bytes, ratio, time_interleaved
 
 __all__ = [
@@ -31,7 +30,7 @@ __all__ = [
 
 Size = Mapping[str, int | str]
 SCALES = ("tiny", "quick", "gpu", "full")
-CONTROL = "linfast again"  # a copy of our model: its time divided by the original's is the noise
+CONTROL = "again"  # a copy of the baseline: its time divided by the baseline's is the noise
 PEER_FACTOR = 16  # other scale maps and weights round differently; tf32 and bf16 still exceed it
 
 
@@ -75,7 +74,7 @@ class Problem:
             factor with the number of providers gives each provider every one.
         truth: the outputs in float64; it gets the inputs with floating tensors in float64.
         reference: the eager computation in the inputs' dtype, in plain torch. What rounding may
-            cost it sets what every provider is allowed.
+            cost it sets what every provider is allowed. Or a number, which is what every output is allowed.
         providers: what to compare; exactly one is the baseline.
         cost: what the shares of the machine's ceilings are counted from.
 
@@ -85,7 +84,7 @@ class Problem:
 
     inputs: Sequence[tuple[Tensor, ...]]
     truth: Callable[..., Outputs]
-    reference: Callable[..., Outputs]
+    reference: Callable[..., Outputs] | float
     providers: Sequence[Provider]
     cost: Cost
 
@@ -234,11 +233,13 @@ def _shared_standard(problem: Problem) -> Standard:
     Raises:
         ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
     """
-    inputs, errors = problem.inputs, []
+    inputs, reference, errors = problem.inputs, problem.reference, []
+    if isinstance(reference, float):
+        return own_standard(problem.truth, inputs, reference)
     truths = own_standard(problem.truth, inputs, 0.0).truth
     for draw in range(max(DRAWS, len(inputs))):
         index = draw % len(inputs)
-        outputs = as_tuple(drawn(partial(problem.reference, *inputs[index]), draw))
+        outputs = as_tuple(drawn(partial(reference, *inputs[index]), draw))
         if _shapes(outputs) != _shapes(truths[index]):
             raise ValueError(f"reference outputs are {_shapes(outputs)}, the truth's {_shapes(truths[index])}")
         errors.append([relative_error(o, t) for o, t in zip(outputs, truths[index], strict=True)])

@@ -11,15 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
-from linfast._command import refuse_existing
+from linfast._command import Parser, refuse_existing
 
-from .arguments import parser
 from .cases import CASES
 from .environment import Environment, ceilings, describe, free_bytes
-from .harness import Case, Options, Result, Size, UsageError, measure
+from .harness import SCALES, Case, Options, Result, Size, UsageError, measure
 from .report import json_line, table
 
-__all__ = ["main", "sizes", "too_large"]
+__all__ = ["main", "parser", "sizes", "too_large"]
 
 _BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
 _PLOTS = "linfast-bench"
@@ -40,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.budget = args.budget or _BUDGETS[args.sizes]
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its start and stop
     try:
+        if not any(sizes(CASES[name], args) for name in args.case):
+            raise UsageError(f"--only {args.only}: no size of these cases has it")
         if args.compare is not None:
             from .compare import run_compare
 
@@ -59,12 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.error(f"cannot write {error.filename}: {error.strerror}" if is_file else str(error))  # type: ignore[union-attr]
 
 
-def sizes(case: Case, scale: str, batches: Sequence[int] | None) -> list[Size]:
-    """The case's sizes, with the asked batches in place of its own."""
-    if batches is None:
-        return list(case.sizes[scale])
-    asked = [{**size, "batch": batch} for size in case.sizes[scale] for batch in batches]
-    return list({tuple(size.items()): size for size in asked}.values())
+def sizes(case: Case, args: argparse.Namespace) -> list[Size]:
+    """The sizes of the case that are asked for; given batch sizes replace the case's own."""
+    own = case.sizes[args.sizes]
+    asked = own if args.batch is None else [{**size, "batch": batch} for size in own for batch in args.batch]
+    named = [size for size in asked if args.only in _words(size)]
+    return list({tuple(size.items()): size for size in named}.values())
+
+
+def _words(size: Size) -> str:
+    return " ".join(map(str, size.values()))
 
 
 def too_large(size: Size, measured: Sequence[Result], limit: float, device: torch.device) -> str | None:
@@ -118,16 +123,21 @@ def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Res
     results: list[Result] = []
     for name in args.case:
         case, measured = CASES[name], list[Result]()
-        for size in sizes(case, args.sizes, args.batch):
+        for size in sizes(case, args):
             reason = None if case.every_size else too_large(size, measured, _LIMIT, args.device)
-            what = " ".join([name, *map(str, size.values())])
-            print(f"leaving out {what}: {reason}" if reason else f"measuring {what}", file=sys.stderr, flush=True)
+            new, what = list[Result](), f"{name} {_words(size)}"
             if reason is None:
-                new = measure(case, size, options, None if args.check else args.budget)
-                if args.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                measured += new
-                _append(args.json, [json_line(result, environment) for result in new])
+                print(f"measuring {what}", file=sys.stderr, flush=True)
+                try:
+                    new = measure(case, size, options, None if args.check else args.budget)
+                except ImportError as error:
+                    reason = str(error)
+            if reason is not None:
+                print(f"leaving out {what}: {reason}", file=sys.stderr, flush=True)
+            if args.device.type == "cuda":
+                torch.cuda.empty_cache()
+            measured += new
+            _append(args.json, [json_line(result, environment) for result in new])
         results += measured
     return results
 
@@ -155,3 +165,74 @@ def _append(path: str | None, lines: Sequence[str], mode: str = "a") -> None:
     if path is not None:
         with open(path, mode, encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
+
+
+def parser() -> Parser:
+    """The options of ``linfast bench``."""
+    result = Parser(
+        prog="linfast bench",
+        description="Check every provider against float64, then time them in turn.",
+        epilog=(
+            "Exit status: 0; 1 where a provider was refused, or, with --compare, where something got slower.\n"
+            "Bad arguments: 2."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = result.add_argument
+    add("--quick", action="store_const", const="quick", dest="sizes", help="few sizes, a short budget, plots")
+    add("--sizes", choices=SCALES, help="which sizes of each case (default: full, the sweeps)")
+    add("--case", action="append", choices=sorted(CASES), help="only this case; may be repeated")
+    add("--batch", nargs="+", type=_positive_int, metavar="B", help="these batch sizes only")
+    add("--only", default="", metavar="TEXT", help="only sizes that have TEXT in them, such as nflows or inverse")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also time torch.compile of eager and of linfast (default: yes)",
+    )
+    add("--json", metavar="FILE", help="write one JSON line per result to FILE")
+    add("--plots", metavar="DIR", help="write plots to DIR (--quick: linfast-bench, if matplotlib is there)")
+    add("--overwrite", action="store_true", help="replace an earlier run's --json, --plots and --profile files")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=_device, default=device, help="such as cpu, cuda, cuda:1")
+    add(
+        "--budget",
+        type=_seconds,
+        metavar="SECONDS",
+        help="for timing each provider at each size (1.0; quick, tiny 0.2)",
+    )
+    add("--check", action="store_true", help="check against float64 and time nothing")
+    add("--profile", metavar="DIR", help="write a trace and a summary by kernel of each case to DIR; time nothing")
+    add("--compare", metavar="BASE", help="time this checkout and the commit BASE in turn; say what moved")
+    result.set_defaults(sizes="full")
+    return result
+
+
+def _device(text: str) -> torch.device:
+    """A CPU, or a GPU of this machine."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"not a device: {text!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda; got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text!r} is not on this machine")
+    return device
+
+
+def _positive_int(text: str) -> int:
+    value = int(text) if text.isdecimal() and len(text) < 10 else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {10**9 - 1}; got {text!r:.60}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds; got {text!r}")
+    return value

@@ -31,10 +31,10 @@ def run_profile(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     summaries = []
     for name in args.case:
-        size = sizes(CASES[name], args.sizes, args.batch)[0]
-        summaries.append(_profile_case(CASES[name], size, Options(args.device, args.compile), folder))
-        (folder / "kernels.txt").write_text("\n\n".join(summaries) + "\n", encoding="utf-8")
-        print(summaries[-1], end="\n\n", flush=True)
+        for size in sizes(CASES[name], args)[:1]:
+            summaries.append(_profile_case(CASES[name], size, Options(args.device, args.compile), folder))
+            (folder / "kernels.txt").write_text("\n\n".join(summaries) + "\n", encoding="utf-8")
+            print(summaries[-1], end="\n\n", flush=True)
     return 0
 
 

@@ -16,7 +16,7 @@ _MODULES = {
         *("affine_coupling", "channel_mix", "coupling_mix", "coupling_stack", "low_rank", "latent_matmul"),
         *("depthwise_conv", "group_norm_silu", "conv2d_fused"),
     ),
-    "flows": ("coupling_flow", "peers", "linearizer", "reversible"),
+    "flows": ("coupling_flow", "peers", "libraries", "linearizer", "reversible", "streams"),
     "collapse": ("collapse",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

@@ -15,29 +15,18 @@ from torch import Tensor
 import linfast as lf
 
 from ..harness import Case, Cost, Options, Problem, Provider, Size
-from ..moved import has_kernels
+from ..rounding import has_kernels
 from ..timing import as_tuple
 
 __all__ = [
-    *(
-        "BACKWARD",
-        "FORWARD",
-        "INVERSE",
-        "Call",
-        "Function",
-        "Source",
-        "grid",
-        "inputs",
-        "ints",
-        "op_case",
-        "perturb",
-    ),
-    *("providers", "run"),
+    *("BACKWARD", "FORWARD", "INVERSE", "TRAIN", "Call", "Function", "Source", "grid", "inputs", "ints"),
+    *("op_case", "perturb", "providers", "run", "seeded"),
 ]
 
-FORWARD, INVERSE, BACKWARD = "forward", "inverse", "forward+backward"
+FORWARD, INVERSE, BACKWARD, TRAIN = "forward", "inverse", "forward+backward", "training step"
 Call = Callable[..., tuple[Tensor, ...]]
 Function = Callable[..., Any]  # of tensors, to Outputs
+_Made = TypeVar("_Made")
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
@@ -113,6 +102,8 @@ def run(direction: str, weights: Sequence[Tensor] = ()) -> Callable[[Function], 
 
     forward, inverse   (*arguments) -> its outputs, without autograd
     forward+backward   (*arguments, v) -> (y, gradients of <y, v> in the floating arguments and the weights)
+    training step      (x) -> (loss, its gradients in the weights), where function(x) is (z, log_det) or (z,) and
+                       the loss is mean(|z|^2 / 2 - log_det); the optimiser's update, alike for all, is left out
     """
 
     def forward(function: Function, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -127,7 +118,12 @@ def run(direction: str, weights: Sequence[Tensor] = ()) -> Callable[[Function], 
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         return (y.detach(), *torch.autograd.grad(y, [*wanted, *weights], v))
 
-    timed = both if direction == BACKWARD else forward
+    def train(function: Function, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        z, *log_det = function(*arguments)
+        loss = (0.5 * z.square().sum(1) - sum(log_det)).mean()
+        return (loss.detach(), *torch.autograd.grad(loss, weights))
+
+    timed = {BACKWARD: both, TRAIN: train}.get(direction, forward)
     return lambda function: lambda *arguments: timed(function, arguments)
 
 
@@ -179,6 +175,13 @@ def op_case(
         )
 
     return Case(name, build, sizes)
+
+
+def seeded(make: Callable[[], _Made]) -> _Made:
+    """Make a model with the same weights in every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
 
 
 def perturb(model: _Module) -> _Module:

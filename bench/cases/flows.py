@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +15,30 @@ from torch import Tensor, nn
 import linfast as lf
 
 from ..harness import CONTROL, Case, Cost, Options, Problem, Provider, Size
-from ..library_models import PEERS, peer
-from .common import BACKWARD, FORWARD, INVERSE, Source, grid, inputs, ints, perturb, providers, run
+from .common import (
+    BACKWARD,
+    FORWARD,
+    INVERSE,
+    TRAIN,
+    Call,
+    Function,
+    Source,
+    grid,
+    inputs,
+    ints,
+    perturb,
+    providers,
+    run,
+    seeded,
+)  # fmt: skip
+from .libraries import LIBRARIES, PEERS, Run, library, peer
 
 __all__ = ["CASES"]
-
-_TRAIN = "training step"
-Outputs = tuple[Tensor, ...]
-_Made = TypeVar("_Made")
-
-
-def _seeded(make: Callable[[], _Made]) -> _Made:
-    """Make a model with the same weights in every run."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make()
 
 
 def _flow(size: Size, memory: str = "auto") -> lf.Flow:
     n, depth, hidden = ints(size, "D", "depth", "hidden")
-    return _seeded(lambda: perturb(lf.coupling_flow(n, depth, (hidden, hidden), memory=memory)))
+    return seeded(lambda: perturb(lf.coupling_flow(n, depth, (hidden, hidden), memory=memory)))
 
 
 def _cost(size: Size) -> Cost:
@@ -48,8 +51,13 @@ def _cost(size: Size) -> Cost:
     return Cost(3 * read + 2 * written, 6 * batch * weights)
 
 
-# coupling_flow: density, inverse, and the training step by likelihood, whose loss is mean(|z|^2 / 2 - log_det). The
-# optimiser's update is the same for every provider and left out.
+def _run(size: Size, model: nn.Module, function: Function) -> Call:
+    """What is timed of ``function`` of the model, in the size's direction."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    return run(str(size["direction"]), weights)(function)
+
+
+# coupling_flow: density, inverse, and the training step by likelihood.
 
 
 def _coupling_flow(size: Size, options: Options, control: bool = False) -> Problem:
@@ -58,43 +66,39 @@ def _coupling_flow(size: Size, options: Options, control: bool = False) -> Probl
     Most peers give a log-determinant with their inverse, needed or not. With ``control`` our flow runs as its users
     run it, with the backend "auto", and a copy of it is among the providers: its time over the flow's is the noise.
     """
-    direction = str(size["direction"])
-    shape = int(size["D"]), int(size["depth"]), (int(size["hidden"]),) * 2
+    inverse, (n, depth, hidden) = size["direction"] == INVERSE, ints(size, "D", "depth", "hidden")
     source, flow = Source(options, size), _flow(size).to(options.device)
-    exact, method = copy.deepcopy(flow).double(), _method(direction)
+    method = lf.Flow.inverse if inverse else lf.Flow.forward_and_log_det
+
+    def call(model: lf.Flow) -> Call:
+        return _run(size, model, functools.partial(method, model))
+
     rivals = []
     for name in PEERS:
-        if (made := _seeded(functools.partial(peer, name, *shape))) is not None:
-            narrow = made[0].to(options.device)
-            if name != "glasflow":  # of moved weights its inverse divides by scales near 0.001, and float32 is lost
-                _seeded(functools.partial(perturb, narrow))
-            wide, pick = copy.deepcopy(narrow).double(), made[2 if direction == INVERSE else 1]
-            call, truth = (_run(direction, m)(functools.partial(pick, m)) for m in (narrow, wide))
-            rivals.append(Provider(name, call, truth=_in_float64(truth)))
-    ours = providers(functools.partial(method, flow), options, _run(direction, flow))
+        if (made := peer(name, n, depth, (hidden, hidden))) is not None:
+            narrow, pick = made[0].to(options.device), made[2 if inverse else 1]
+            rival = _run(size, narrow, functools.partial(pick, narrow))
+            rivals.append(Provider(name, rival, truth=_in_float64(size, narrow, pick)))
+    ours = providers(functools.partial(method, flow), options, functools.partial(_run, size, flow))
     if control:
-        again = copy.deepcopy(flow)
-        call, same = (_run(direction, m)(functools.partial(method, m)) for m in (flow, again))
         compiled = [provider for provider in ours[1:] if provider.name != "linfast"]
-        ours = [Provider("linfast", call, baseline=True), *compiled]
-        rivals.insert(len(rivals) // 2, Provider(CONTROL, same))  # its code is not in the cache from ours
+        ours = [Provider("linfast", call(flow), baseline=True), *compiled]
+        rivals.insert(len(rivals) // 2, Provider(CONTROL, call(copy.deepcopy(flow))))  # far from ours in the cache
     return Problem(
-        inputs=inputs(lambda: (source.normal(int(size["batch"]), shape[0]),), options),
-        truth=_run(direction, exact)(functools.partial(method, exact)),
-        reference=_run(direction, flow)(functools.partial(method, flow)),
+        inputs=inputs(lambda: (source.normal(*ints(size, "batch", "D")),), options),
+        truth=call(copy.deepcopy(flow).double()),
+        reference=call(flow),
         providers=[*ours, *rivals],
         cost=_cost(size),
     )
 
 
-def _method(direction: str) -> Callable[..., Tensor | Outputs]:
-    return lf.Flow.inverse if direction == INVERSE else lf.Flow.forward_and_log_det
+def _in_float64(size: Size, model: nn.Module, pick: Run) -> Call:
+    """The call of a copy of a library's model, with float64 as the default dtype too, for zeros that it creates."""
+    wide = copy.deepcopy(model).double()
+    call = _run(size, wide, functools.partial(pick, wide))
 
-
-def _in_float64(call: Callable[[Tensor], Outputs]) -> Callable[[Tensor], Outputs]:
-    """The call with float64 as the default dtype, for the zeros that a library creates."""
-
-    def exact(x: Tensor) -> Outputs:
+    def exact(x: Tensor) -> tuple[Tensor, ...]:
         torch.set_default_dtype(torch.float64)
         try:
             return call(x)
@@ -104,38 +108,19 @@ def _in_float64(call: Callable[[Tensor], Outputs]) -> Callable[[Tensor], Outputs
     return exact
 
 
-def _run(direction: str, model: nn.Module) -> Callable[..., Callable[[Tensor], Outputs]]:
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-
-    def density(function: Callable[[Tensor], Outputs], x: Tensor) -> Outputs:
-        with torch.no_grad():
-            outputs = function(x)
-        return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-    def train(function: Callable[[Tensor], Outputs], x: Tensor) -> Outputs:
-        z, log_det = function(x)
-        loss = (0.5 * z.square().sum(1) - log_det).mean()
-        return (loss.detach(), *torch.autograd.grad(loss, weights))
-
-    step = train if direction == _TRAIN else density
-    return lambda function: functools.partial(step, function)
-
-
 _BASE: Size = {"direction": FORWARD, "D": 64, "depth": 8, "hidden": 128, "batch": 1024}
 _TINY: Size = {"D": 6, "depth": 2, "hidden": 8, "batch": 4}
-
-
-_DIRECTIONS = (FORWARD, INVERSE, _TRAIN)
+_DIRECTIONS = (FORWARD, INVERSE, TRAIN)
 _FLOW = Case(
     "coupling_flow",
     _coupling_flow,
     sizes={
-        "tiny": [{"direction": _TRAIN, **_TINY}],
+        "tiny": [{"direction": TRAIN, **_TINY}],
         "quick": [
             *grid(_BASE, batch=(64, 256, 1024)),
-            *grid({**_BASE, "direction": _TRAIN, "batch": 128}, depth=(2, 4, 8)),
+            *grid({**_BASE, "direction": TRAIN, "batch": 128}, depth=(2, 4, 8)),
         ],
-        "gpu": [*grid(_BASE, batch=(1024, 2**18)), *grid({**_BASE, "batch": 2**16}, direction=(INVERSE, _TRAIN))],
+        "gpu": [*grid(_BASE, batch=(1024, 2**18)), *grid({**_BASE, "batch": 2**16}, direction=(INVERSE, TRAIN))],
         "full": [
             *grid(_BASE, direction=_DIRECTIONS, batch=(2**6, 2**10, 2**14, 2**18, 2**22)),
             *grid(_BASE, direction=_DIRECTIONS, depth=(2, 32)),
@@ -151,6 +136,51 @@ _PEERS = Case(
 )
 
 
+# What lf.accelerate does to a library's flow, beside the original and a second copy of it.
+
+# What outputs may be off, relative to float64. Gradients get more, since a ReLU near zero may take the other
+# branch, and AllInOneBlock, whose log-determinants nearly cancel.
+_WITHIN, _LOOSELY = 1e-4, 1e-3
+
+
+def _libraries(size: Size, options: Options) -> Problem:
+    """(z, log_det) or (z,), the same backwards, or (loss, *gradients of the weights)."""
+    source, name = Source(options, size), str(size["library"])
+    n, depth, hidden = ints(size, "D", "depth", "hidden")
+    model, forward, inverse = library(name, n, depth, (hidden, hidden))
+    pick = inverse if size["direction"] == INVERSE else forward
+    model = model.to(options.device)
+    fast, again = copy.deepcopy(model), copy.deepcopy(model)
+    lf.accelerate(fast)
+    models = {"original": model, "accelerated": fast, CONTROL: again}
+    calls = {who: _run(size, each, functools.partial(pick, each)) for who, each in models.items()}
+    if options.compile:
+        torch.compiler.reset()
+        compiled = torch.compile(functools.partial(pick, model), dynamic=False)
+        calls["compiled original"] = _run(size, model, compiled)
+    return Problem(
+        inputs=inputs(lambda: (source.normal(*ints(size, "batch", "D")),), options),
+        truth=_in_float64(size, model, pick),
+        reference=_LOOSELY if size["direction"] == TRAIN or "AllInOneBlock" in name else _WITHIN,
+        providers=[Provider(who, call, baseline=who == "original") for who, call in calls.items()],
+        cost=_cost(size),
+    )
+
+
+_LIBRARY: Size = {"library": "normflows AffineCouplingBlock exp", **_BASE}
+_LIBRARIES = Case(
+    "libraries",
+    _libraries,
+    sizes={
+        "tiny": [{**_LIBRARY, **_TINY, "direction": TRAIN}],
+        "quick": grid({**_LIBRARY, "batch": 256}, direction=_DIRECTIONS),
+        "gpu": grid({**_LIBRARY, "batch": 2**16}, library=LIBRARIES, direction=_DIRECTIONS),
+        "full": grid(_LIBRARY, library=LIBRARIES, batch=(1, 64, 1024), direction=_DIRECTIONS),
+    },
+    every_size=True,
+)
+
+
 # A Linearizer, f(x) = g^{-1}(A g(x)), with a dense A.
 
 
@@ -158,7 +188,7 @@ def _linearizer(size: Size, options: Options) -> Problem:
     """y of standard normal inputs, or with the backward (y, dx, *dweights)."""
     direction, (batch, n) = str(size["direction"]), ints(size, "batch", "D")
     depth, hidden = int(size["depth"]), (int(size["hidden"]),) * 2
-    model = _seeded(lambda: perturb(lf.Linearizer(lf.coupling_flow(n, depth, hidden), lf.Dense(n))))
+    model = seeded(lambda: perturb(lf.Linearizer(lf.coupling_flow(n, depth, hidden), lf.Dense(n))))
     model = model.to(options.device)
     source, exact = Source(options, size), copy.deepcopy(model).double()
     count = 2 if direction == BACKWARD else 1
@@ -191,7 +221,7 @@ _LINEARIZER = Case(
 
 def _reversible(size: Size, options: Options) -> Problem:
     """Forward with log_det and backward of ``coupling_flow``, as (z, log_det, dx, *dweights)."""
-    whole: Size = {**size, "D": 64, "hidden": 128, "direction": _TRAIN}
+    whole: Size = {**size, "D": 64, "hidden": 128, "direction": TRAIN}
     source, stored = Source(options, whole), _flow(whole, "store").to(options.device)
     inverted, exact = (copy.deepcopy(stored) for _ in range(2))
     inverted.memory = "invert"
@@ -204,10 +234,10 @@ def _reversible(size: Size, options: Options) -> Problem:
     )
 
 
-def _step(g: lf.Flow) -> Callable[[Tensor, Tensor], Outputs]:
+def _step(g: lf.Flow) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
     weights = list(g.parameters())
 
-    def step(x: Tensor, v: Tensor) -> Outputs:
+    def step(x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         x = x.detach().requires_grad_()
         z, log_det = g.forward_and_log_det(x)
         return z.detach(), log_det.detach(), *torch.autograd.grad((z, log_det), [x, *weights], (v, v[:, 0]))
@@ -226,4 +256,47 @@ _REVERSIBLE = Case(
     },
 )
 
-CASES = [_FLOW, _PEERS, _LINEARIZER, _REVERSIBLE]
+
+# Rows that ``sample_stream`` writes into memory: its CUDA graph replayed, and each block launched from Python.
+
+
+def _streams(size: Size, options: Options) -> Problem:
+    """The samples of a Linearizer in one step, for a seed."""
+    n, rows, block, rank = ints(size, "D", "batch", "block", "r")
+    flow, device = _flow(size), options.device
+    f = lf.Linearizer(flow, seeded(lambda: perturb(lf.TimeLowRank(n, rank)))).to(device)
+    exact = lf.generator(copy.deepcopy(f).double())
+    noise = nn.PReLU(init=1.0).to(
+        device
+    )  # the identity; its parameter says where and in which dtype noise is drawn
+
+    def stream(model: nn.Module, captured: bool, seed: Tensor) -> Tensor:
+        options = {"noise_shape": (n,), "block_size": block, "cuda_graph": captured, "progress": False}
+        return lf.sample_stream(model, rows, block, torch.empty(rows, n), int(seed), **options)  # type: ignore[arg-type]
+
+    names = {"launched": False, "captured": True} if device.type == "cuda" else {"launched": False}
+    return Problem(
+        inputs=[(torch.tensor(seed),) for seed in range(3)],
+        truth=lambda seed: exact(stream(noise, False, seed).to(device).double()).cpu(),
+        reference=_WITHIN,
+        providers=[
+            Provider(name, functools.partial(stream, f, captured), baseline=not captured)
+            for name, captured in names.items()
+        ],
+        cost=_cost({**size, "direction": INVERSE}),
+    )
+
+
+_STREAM: Size = {"D": 64, "depth": 8, "hidden": 128, "r": 8, "block": 2**8, "batch": 2**10}
+_STREAMS = Case(
+    "streams",
+    _streams,
+    sizes={
+        "tiny": [{**_STREAM, **_TINY, "r": 2, "block": 2}],
+        "quick": [_STREAM],
+        "gpu": [{**_STREAM, "block": 2**14, "batch": 2**21}],
+        "full": grid(_STREAM, block=(2**8, 2**12), batch=(2**10, 2**14)),
+    },
+)
+
+CASES = [_FLOW, _PEERS, _LIBRARIES, _LINEARIZER, _REVERSIBLE, _STREAMS]

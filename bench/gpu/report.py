@@ -71,16 +71,6 @@ class Entry:
             name = " ".join([found["case"], *map(str, found["size"].values()), found["provider"]])
             if self._count(name, "timed", "refused", found["refused"]):
                 self.timings.append(f"{name}: {found['p50_ms']:.4g} ms")
-        elif "stream" in found:
-            self._count("stream", "timed", "refused", None)
-            self.notes.append(f"stream {found['stream']}: {found['rows_per_s']:.4g} rows/s")
-        elif "library" in found:
-            name = f"accelerate {found['library']} {found.get('direction', '')}".strip()
-            good = "libraries not installed" if "missing" in found else "timed"
-            self._count(name, good, "refused", found.get("wrong"))
-            kinds = ("original", "accelerated", "compiled")
-            times = [f"{kind} {ms:.4g} ms" for kind in kinds if (ms := found.get(f"{kind}_wall_ms"))]
-            self.notes += [f"{name}: {', '.join(times)}"] if times else []
 
     def _count(self, name: str, good: str, bad: str, reason: object) -> bool:
         """Count it as good, or where there is a reason as bad, and then note why; whether it was good."""

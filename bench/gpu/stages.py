@@ -36,7 +36,7 @@ DRY_TESTS = ("tests/ops/test_low_rank_kernel.py", "-k", "half_precision or opche
 _LOOKED = r"\d+ right"
 TEST_SECONDS = 45
 FLOWS = ("coupling_flow", "linearizer")  # timed first: what the project is about
-NEXT = ("coupling_stack", "conv2d_fused")  # and of the single ops these
+NEXT = ("libraries", "streams", "coupling_stack", "conv2d_fused")
 NOT_TIMED = ("peers",)  # the libraries beside coupling_flow, at sizes for a CPU
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
 CASE_SECONDS = 60  # after which the benchmark of one case is stopped
@@ -186,16 +186,10 @@ def _memcheck(given: Given) -> list[Job]:
 
 
 def _bench(given: Given) -> list[Job]:
-    """The flows beside the peers, the libraries, the streams, then single ops: in order of worth."""
-    ops = [*NEXT, *(case for case in given.machine.cases if case not in (*FLOWS, *NEXT, *NOT_TIMED))]
-    libraries = [] if given.machine.on_gpu else ["--batch", "64", "--rounds", "1", "--only", "AffineCouplingBlock"]
-    libraries += ["--no-compile", "--json", "/dev/stdout"]
-    return [
-        *_cases(given, FLOWS, CASE_SECONDS, "--no-compile"),
-        Job("libraries", _module("linfast.bench.accelerate_libraries", *libraries), given.share, limit=60),
-        Job("streams", _module("linfast.bench.streams"), given.share, limit=30),
-        *_cases(given, ops, CASE_SECONDS, "--no-compile"),
-    ]
+    """In order of worth, each in a process of its own."""
+    first = (*FLOWS, *NEXT)
+    rest = [case for case in given.machine.cases if case not in (*first, *NOT_TIMED)]
+    return _cases(given, (*first, *rest), CASE_SECONDS, "--no-compile")
 
 
 def _cases(given: Given, cases: Sequence[str], limit: float, *options: str) -> list[Job]:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from linfast.bench.library_models import mlp
+from linfast.bench.cases.libraries import mlp
 from torch import nn
 
 import linfast as lf

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from linfast.bench.library_models import LIBRARIES
+from linfast.bench.cases.libraries import LIBRARIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import pytest
 from linfast.bench import compare
-from linfast.bench.arguments import parser
 from linfast.bench.compare import interval, verdict
+from linfast.bench.run import parser
 
 import linfast
 

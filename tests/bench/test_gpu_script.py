@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from linfast.bench.arguments import parser
 from linfast.bench.gpu.report import Report
 from linfast.bench.gpu.runner import Job, run_jobs
 from linfast.bench.gpu.stages import MOST_GIB, TOTAL, Given, Machine, plan
+from linfast.bench.run import parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = {"ops": ["op:low_rank", "models"], "cases": ["coupling_flow", "linearizer", "low_rank"]}

@@ -73,7 +73,7 @@ def test_ours_is_set_beside_the_fastest_of_the_others() -> None:
         replace(base, provider=name, ratio=clock, cpu_ratio=cpu)
         for name, clock, cpu in (("a", 0.5, 2.0), ("b", 3.0, 0.8))
     ]
-    again = replace(base, provider="linfast again", ratio=0.1, cpu_ratio=0.1)
+    again = replace(base, provider="again", ratio=0.1, cpu_ratio=0.1)
     [line] = beside_the_fastest([base, again, *others])
     assert line.endswith("batch64: our fastest takes 2.00 of a's time by the clock, 1.25 of b's time by CPU time")
     assert beside_the_fastest([base, again]) == []

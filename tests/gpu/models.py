@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
-from linfast.bench import accelerate_libraries
-from linfast.bench.cases.common import perturb
-from linfast.bench.harness import Verdict
+from linfast.bench.cases import CASES
+from linfast.bench.cases.common import FORWARD, INVERSE, TRAIN, perturb
+from linfast.bench.harness import Options, Verdict, judged
 from linfast.bench.rounding import relative_error
 from torch import Tensor, nn
 
@@ -80,10 +81,12 @@ def _is_installed(name: str) -> bool:
 
 
 def _library(name: str, device: torch.device) -> Verdict:
-    for record in accelerate_libraries.measure(name, 256, 1, False, device):
-        if "wrong" in record:
-            return Verdict(record["wrong"][0], WITHIN, f"{record['direction']}: differs by {record['wrong']}")
-    return Verdict(None, WITHIN, None)
+    for direction in (FORWARD, INVERSE, TRAIN):
+        size = {"library": name, "direction": direction, "D": 64, "depth": 8, "hidden": 128, "batch": 256}
+        verdict = judged(CASES["libraries"].build(size, Options(device)))["accelerated"]
+        if verdict.refused is not None:
+            return replace(verdict, refused=f"{direction}: {verdict.refused}")
+    return verdict
 
 
 def _verdict(got: Tensor, expected: Tensor) -> Verdict:

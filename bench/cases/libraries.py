@@ -1,8 +1,8 @@
 """Coupling flows of other libraries, built as their users build them.
 
 Each maker takes (features, depth, hidden) and returns the model, a function (model, x) -> tensors and one for
-the other direction. Halves or masks are the library's defaults; a two-sided block counts as two of the
-``depth`` couplings; conditioners are MLPs D/2 - hidden - D with SiLU, or what the library builds by itself.
+the other direction. Halves or masks are the library's defaults. A two-sided block counts as two of the
+``depth`` couplings. Conditioners are MLPs D/2 - hidden - D with SiLU, or what the library builds by itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LIBRARIES", "PEERS", "Maker", "Run", "peer"]
+from .common import perturb, seeded
+
+__all__ = ["LIBRARIES", "PEERS", "Maker", "Run", "library", "mlp", "peer"]
 
 Run = Callable[[Any, Tensor], Sequence[Tensor]]
 Model = tuple[nn.Module, Run, Run]
@@ -126,7 +128,7 @@ def _memcnn(name: str, adapter: str | None) -> Maker:
     return make
 
 
-LIBRARIES: dict[str, Maker] = {
+LIBRARIES: dict[str, Maker] = {  # by library and class
     "normflows AffineCouplingBlock exp": _normflows("exp"),
     "normflows AffineCouplingBlock sigmoid": _normflows("sigmoid"),
     "normflows MaskedAffineFlow": _normflows(None),
@@ -142,9 +144,7 @@ LIBRARIES: dict[str, Maker] = {
     "memcnn AffineCoupling sigmoid": _memcnn("AffineCoupling", "AffineAdapterSigmoid"),
     "memcnn AdditiveCoupling": _memcnn("AdditiveCoupling", None),
 }
-"""By library and class."""
-
-PEERS: dict[str, str] = {
+PEERS: dict[str, str] = {  # timed beside coupling_flow: affine couplings, as many as it has
     "normflows": "normflows AffineCouplingBlock exp",
     "nflows": "nflows AffineCouplingTransform",
     "zuko": "zuko RealNVP",
@@ -152,7 +152,18 @@ PEERS: dict[str, str] = {
     "FrEIA": "FrEIA AffineCouplingOneSided",
     "FrEIA GLOW": "FrEIA GLOWCouplingBlock",
 }
-"""Those that are timed beside ``coupling_flow``: affine couplings, as many as it has."""
+
+
+def library(name: str, features: int, depth: int, hidden: tuple[int, ...]) -> Model:
+    """The model of this name, with the same weights in every run.
+
+    Raises:
+        ImportError: the library is not installed.
+    """
+    model, forward, inverse = seeded(lambda: LIBRARIES[name](features, depth, hidden))
+    if not name.startswith("glasflow"):  # whose inverse would divide by scales near 0.001
+        seeded(lambda: perturb(model))
+    return model, forward, inverse
 
 
 def peer(name: str, features: int, depth: int, hidden: tuple[int, ...]) -> Model | None:
@@ -164,7 +175,7 @@ def peer(name: str, features: int, depth: int, hidden: tuple[int, ...]) -> Model
     if features % 2 or (depth % 2 and name == "FrEIA GLOW"):
         return None
     try:
-        model, forward, inverse = LIBRARIES[PEERS[name]](features, depth, hidden)
+        model, forward, inverse = library(PEERS[name], features, depth, hidden)
     except ImportError:
         return None
     if name == "normflows":  # its forward is from latents to data
