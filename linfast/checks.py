@@ -195,10 +195,11 @@ def check_path(name: str, path: Any, utf8: bool = False) -> Path:
     return Path(text)
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise unless value is one of these strings."""
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """value; ValueError unless it is one of these strings."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {_shown(value)}")
+    return value
 
 
 def check_flag(name: str, value: object) -> None:
