@@ -61,7 +61,7 @@ def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
             would construct otherwise.
         ValueError: a part without values, a number that is not finite, or parameters that overlap in memory.
     """
-    architecture = describe(model)
+    architecture = describe(model, {})
     found = slots(model)
     tensors, aliases = unique(found)
     modes = {path: module.training for path, module in model.named_modules()}
@@ -176,20 +176,20 @@ def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tupl
     """The model without numbers, and which tensor goes where; a ``model`` that is to be saved must be like it."""
     try:
         _check_entries(header, stored)
-        blueprint = build(header["architecture"], len(stored) + len(header["aliases"]))
-        share_modules(blueprint.model, header["shared"])
+        built, given = build(header["architecture"], len(stored) + len(header["aliases"]))
+        share_modules(built, header["shared"])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the architecture cannot be built ({error!r:.200})") from error
     if model is not None:
-        check_rebuilt(model, blueprint.model)
-    filled = match(blueprint, stored, header["aliases"])
-    found = slots(blueprint.model)
+        check_rebuilt(model, built)
+    found = slots(built)
+    filled = match(found, set(map(id, given)), stored, header["aliases"])
     parameters = {key for key, slot in found.items() if slot.trained}
     constants = {key for key in found.keys() - parameters if DTYPES[stored[filled[key]][1]].is_floating_point}
-    for name, known in zip(_LISTS, (parameters, constants, dict(blueprint.model.named_modules())), strict=True):
+    for name, known in zip(_LISTS, (parameters, constants, dict(built.named_modules())), strict=True):
         if unknown := [entry for entry in header[name] if entry not in known]:
             raise ValueError(f"{name} names {unknown[0]!r:.60}, which the model has not")
-    return blueprint.model, filled
+    return built, filled
 
 
 def _check_entries(header: dict[str, Any], stored: _Stored) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .blueprint import DTYPES, Blueprint, is_described
+from .blueprint import DTYPES, is_described
 
 __all__ = [
     "check_rebuilt",
@@ -168,24 +168,23 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
 
 
 def match(
-    blueprint: Blueprint, stored: Mapping[str, tuple[list[int], str]], aliases: Mapping[str, str]
+    found: Mapping[str, Slot], given: set[int], stored: Mapping[str, tuple[list[int], str]], aliases: dict[str, str]
 ) -> dict[str, str]:
-    """For each slot of the model the tensor of the file that it is filled with.
+    """For each slot of a model the tensor of the file that it is filled with.
 
     Args:
-        blueprint: of the model.
+        found: the model's slots.
+        given: the ids of those of its tensors whose dtype the architecture says.
         stored: shape and dtype of each tensor of the file.
         aliases: other names of these tensors.
 
     Raises:
         ValueError: tensors that are missing, left over, or of another shape or kind of dtype.
     """
-    found = slots(blueprint.model)
     filled = {**{name: name for name in stored}, **aliases}
     if found.keys() != filled.keys():
         missing, extra = sorted(found.keys() - filled.keys()), sorted(filled.keys() - found.keys())
         raise ValueError(f"missing tensors {missing[:9]}, left over {extra[:9]}")
-    given = {id(tensor) for tensor in blueprint.given}
     for slot, key in filled.items():
         (shape, dtype), built = stored[key], found[slot].tensor
         if tuple(shape) != tuple(built.shape):
@@ -234,7 +233,7 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
                 raise TypeError(f"{what} has a {name} of its own, which no file holds; remove it")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"{what} keeps an extra state; make it of parameters and buffers")
-    mine, theirs = dict(_parts(model)), {**dict(_parts(built)), **dict(settings(built))}
+    mine, theirs = _parts(model), _parts(built) | dict(settings(built))
     mine |= {name: value for name, value in settings(model) if name in theirs}  # others are notes
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
@@ -244,12 +243,10 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
             )
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
+def _parts(model: nn.Module) -> dict[str, str]:
     """Each module and its class, and each tensor and whether it is a parameter, in words."""
-    for path, module in model.named_modules():
-        yield path or "the model", f"a {type(module).__name__}"
-    for key, slot in slots(model).items():
-        yield key, f"a {'parameter' if slot.trained else 'buffer'}"
+    kinds = {path or "the model": f"a {type(module).__name__}" for path, module in model.named_modules()}
+    return kinds | {key: f"a {'parameter' if slot.trained else 'buffer'}" for key, slot in slots(model).items()}
 
 
 def settings(model: nn.Module) -> Iterator[tuple[str, str]]:
