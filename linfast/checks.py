@@ -87,9 +87,9 @@ def check_like(kind: str, name: str, x: Any, parameter: Tensor | None) -> None:
     if x.device != parameter.device:
         raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
     if x.dtype != parameter.dtype:
-        device, cast = x.device.type, None
-        if not x.is_meta and torch.is_autocast_enabled(device):
-            cast = torch.get_autocast_dtype(device)
+        device = x.device.type
+        on = not x.is_meta and torch.is_autocast_enabled(device)
+        cast = torch.get_autocast_dtype(device) if on else None
         if cast is None or parameter.dtype == torch.float64 or x.dtype not in (torch.float32, cast):
             under = "" if cast is None else f" under autocast in {cast}"
             raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}{under}")

@@ -131,9 +131,10 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return _loaded(path, place)
-    except (RecursionError, ValueError) as error:
-        why = "its architecture is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path}: {why}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: its architecture is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _loaded(path: Path, device: torch.device) -> nn.Module:
@@ -142,10 +143,20 @@ def _loaded(path: Path, device: torch.device) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             header = _header((file.metadata() or {}).get("linfast", "{}"))
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            stored = {key: (part.get_shape(), _stored_dtype(key, part.get_dtype())) for key, part in slices.items()}
+            stored = {}
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                if (dtype := part.get_dtype()) not in _STORED:
+                    raise ValueError(f"{key} is {dtype}; tensors are {', '.join(DTYPES)}")
+                stored[key] = part.get_shape(), _STORED[dtype]
             model, filled = _planned(header, stored)
-            values = {key: _read(key, file.get_tensor(key), header, device) for key in stored}
+            values = {}
+            for key in stored:
+                _check_finite(key, value := file.get_tensor(key))
+                strides = header["strides"].get(key)
+                values[key] = (
+                    value.to(device, copy=True) if strides is None else laid_out(value.to(device), strides)
+                )
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file ({error})") from error
     _fill(model, filled, values, header)
@@ -164,12 +175,6 @@ def _header(text: str) -> dict[str, Any]:
             f"not a linfast file of format {_FORMAT!r}, the one that this version reads; its header is {text[:60]}"
         )
     return header
-
-
-def _stored_dtype(key: str, name: str) -> str:
-    if name not in _STORED:
-        raise ValueError(f"{key} is {name}; tensors are {', '.join(DTYPES)}")
-    return _STORED[name]
 
 
 def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tuple[nn.Module, dict[str, str]]:
@@ -208,13 +213,6 @@ def _check_entries(header: dict[str, Any], stored: _Stored) -> None:
     for key, strides in header["strides"].items():
         if len(size_list(strides)) != len(stored[key][0]):
             raise IndexError(f"{strides} are no strides of {key}, which is {tuple(stored[key][0])}")
-
-
-def _read(key: str, value: Tensor, header: dict[str, Any], device: torch.device) -> Tensor:
-    """A stored tensor in memory of its own, in its order."""
-    _check_finite(key, value)
-    strides = header["strides"].get(key)
-    return value.to(device, copy=True) if strides is None else laid_out(value.to(device), strides)
 
 
 def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], header: dict[str, Any]) -> None:
