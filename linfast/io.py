@@ -52,14 +52,9 @@ _LISTS = ("frozen", "learned", "switched")
 
 
 def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """What a file of this model holds: its header as JSON, and its tensors by name, each once.
+    """What a file of this model holds: its header as JSON, and the model's own tensors by name, each once.
 
-    The tensors are the model's own; ``strides`` in the header says how those that are not contiguous lie in memory.
-
-    Raises:
-        TypeError: a part whose class, argument or tensor cannot be described (see ``register``), or that ``load``
-            would construct otherwise.
-        ValueError: a part without values, a number that is not finite, or parameters that overlap in memory.
+    TypeError or ValueError for what ``save`` refuses, but for weights that are NaN or infinite.
     """
     architecture = describe(model, {})
     found = slots(model)

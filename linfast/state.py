@@ -111,11 +111,10 @@ def _check_apart(parameters: Mapping[str, Tensor]) -> None:
 
 
 def compact(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Strides of the same order in memory: with gaps where these have some, but narrow ones and two at most.
+    """Strides of the same order in memory, with gaps where these have some, but narrow ones, and at most two.
 
-    Whether a matrix has gaps decides how its products are computed, and so how they round; the width of the gaps
-    does not. Each doubles the memory that the tensor takes. A dimension that repeats its entries (stride 0) does
-    so here.
+    Whether a matrix has gaps decides how its products are computed and so how they round; their width does not.
+    A dimension of stride 0 keeps it.
     """
     found, inner, size, gaps = [0] * len(shape), 1, 1, 0
     for d in sorted(range(len(shape)), key=lambda d: (strides[d], -d)):
@@ -170,16 +169,10 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
 def match(
     found: Mapping[str, Slot], given: set[int], stored: Mapping[str, tuple[list[int], str]], aliases: dict[str, str]
 ) -> dict[str, str]:
-    """For each slot of a model the tensor of the file that it is filled with.
+    """For each slot of a model the tensor of the file that fills it, by ``aliases`` or its own name.
 
-    Args:
-        found: the model's slots.
-        given: the ids of those of its tensors whose dtype the architecture says.
-        stored: shape and dtype of each tensor of the file.
-        aliases: other names of these tensors.
-
-    Raises:
-        ValueError: tensors that are missing, left over, or of another shape or kind of dtype.
+    ``given`` are ids of tensors whose dtype the architecture says, ``stored`` the shapes and dtypes in the file.
+    ValueError where tensors are missing, left over, or of another shape or kind of dtype.
     """
     filled = {**{name: name for name in stored}, **aliases}
     if found.keys() != filled.keys():
@@ -196,13 +189,9 @@ def match(
     return filled
 
 
-def _library(module: nn.Module) -> str:
-    return type(module).__module__.partition(".")[0]
-
-
 def is_foreign(module: nn.Module) -> bool:
     """Whether its class is neither torch's nor linfast's."""
-    return _library(module) not in ("torch", "linfast")
+    return type(module).__module__.partition(".")[0] not in ("torch", "linfast")
 
 
 # Whether a model is what its file would say
@@ -217,11 +206,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torc
 
 
 def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
-    """Raise where a model has other modules, tensors, settings or hooks than the one built from its description.
-
-    Raises:
-        TypeError: naming the module, and what to do.
-    """
+    """TypeError where a model has other modules, tensors, settings or hooks than ``built`` from its description."""
     for path, module in model.named_modules():
         what = f"cannot save {type(module).__name__}{f' at {path}' if path else ''}: it"
         for name, thing in _HOOKS.items():
