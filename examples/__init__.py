@@ -3,7 +3,7 @@
 Each application is one file that builds, trains, measures, draws and saves: ``one_step``, ``ign``, ``style``.
 """
 
-from .demo import run_demo
+from .commands import run_demo
 from .ign import IdempotentModel, run_ign
 from .one_step import OneStepModel, run_one_step
 from .runs import Run

@@ -78,11 +78,8 @@ def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:
     """
     from PIL import Image
 
-    paths = sorted(Path(folder).glob("*.png"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no folder with PNG pictures")
     pictures = {}
-    for path in paths:
+    for path in sorted(Path(folder).glob("*.png")):
         if not path.is_file():
             raise ValueError(f"{path}: not a picture (no file)")
         try:
@@ -92,4 +89,6 @@ def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:
         pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         size = (resolution, resolution)
         pictures[path.stem] = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)[0]
+    if not pictures:
+        raise FileNotFoundError(f"{folder}: no folder with PNG pictures")
     return pictures

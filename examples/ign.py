@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from linfast.flows import coupling_flow
-from linfast.io import save
 from linfast.linearizer import Linearizer
 from linfast.operators import Projection
 from linfast.training import IdempotentGeneration
 
 from .data import held_out, load_images
-from .report import Row, Strip, print_table, psnr, save_strips
-from .runs import CHECKPOINT, Run, about, train
-from .settings import DEPTH, SIDE, WIDTH, Settings, real, setting, whole
+from .runs import MODEL, Job, Row, Run, Strip, about, psnr, show, trained
+from .settings import DEPTH, SIDE, WIDTH, Settings, choice, real, setting, whole
 
 __all__ = ["IdempotentModel", "build_ign", "latent_gaussian", "principal_projection", "run_ign"]
 
@@ -28,18 +26,14 @@ _START = 0.05  # logits start at +-0.05: Adam reaches the threshold within a hun
 
 @dataclass(frozen=True)
 class IdempotentModel(Settings):
-    """The model and its loss; ``rank``, ``isometry`` and ``noise`` as in ``idempotent_loss``.
-
-    Raises:
-        TypeError, ValueError: a value out of its range, by its name.
-    """
+    """The model and its loss; ``rank``, ``isometry`` and ``noise`` as in ``idempotent_loss``."""
 
     resolution: int | None = setting(None, "side to average down or pad to (default: at most 16)", whole(1, SIDE))
     depth: int = setting(6, "couplings", whole(1, DEPTH))
     hidden: int = setting(192, "width of their conditioners", whole(1, WIDTH))
-    coupling: str = setting("additive", "affine has bounded log-scales", choices=("additive", "affine"))
-    mix: str | None = setting(
-        None, "mix after each coupling (default: none)", choices=("lu", "free", "householder", "permute")
+    coupling: str = choice("additive", "affine has bounded log-scales", "additive", "affine")
+    mix: str | None = choice(
+        None, "mix after each coupling (default: none)", "lu", "free", "householder", "permute"
     )
     start_rank: int | None = setting(None, "latents kept at the start (default: all)", whole(1, SIDE**2))
     rank: float = setting(0.3, "weight of rank / N", real())
@@ -62,71 +56,45 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
     """Train once per weight of the denoising term; figure, models and table go to ``run.out``.
 
     Args:
-        denoising: weights of the term that is ours; 0 is the paper's loss. The model and checkpoint of each go to
-            a folder ``denoising-WEIGHT``.
+        denoising: weights of the term that is ours, different to six digits; 0 is the paper's loss. The model and
+            checkpoint of each go to a folder ``denoising-WEIGHT``.
 
-    Returns the trained networks, or None in all processes but the first; raises what ``runs.train`` does.
+    Returns the trained networks, or None in all processes but the first; raises what ``runs.trained`` does.
     """
-    folders = _folders(denoising)
-    files = [f"{folder}/{name}" for folder in folders.values() for name in ("model.safetensors", CHECKPOINT)]
-    with run.output("figure.png", *files) as output:
-        images = load_images(run.data, model.resolution)
-        side = images.shape[-1]
-        training, held = held_out(images.flatten(1))
-        looked_at = _inputs(held, run.train.seed, model.noise)
-        strips = [(label, x) for label, x in looked_at.items()]
-        rows: list[Row] = []
-        networks = []
-        for weight, folder in folders.items():
-
-            def build(device: torch.device, weight: float = weight) -> IdempotentGeneration:
-                f = build_ign(model, side**2).to(device)
-                options = {name: getattr(model, name) for name in ("rank", "isometry", "noise", "settle")}
-                return IdempotentGeneration(f, training.to(device), denoising=weight, **options)
-
-            settings = about(model, training, resolution=side, denoising=weight)
-            trained = train(run, output, build, settings, folder)
-            if trained is None:
-                continue
-            trainer, trained_row = trained
-            f = trainer.model.cpu()
-            assert isinstance(f, Linearizer)
-            save(f, run.folder / folder / "model.safetensors")
-            name = f"denoising {weight:g}"
-            found, drawn = measure_ign(f, training, looked_at, run.train.seed)
-            rows += [(f"{name}: {what}", value, seconds) for what, value, seconds in (trained_row, *found)]
-            strips += [(f"{label}\n({name})", x) for label, x in drawn]
-            networks.append(f)
-        if not networks:
-            return None
-        square = (-1, 1, side, side)
-        path = run.folder / "figure.png"
-        save_strips([(label, x[:_COLUMNS].reshape(square)) for label, x in strips], path)
-        print_table(rows)
-        print(f"figure: {path}\nmodels: {run.folder}/denoising-*/model.safetensors")
-        return networks
-
-
-def _folders(denoising: Sequence[float]) -> dict[float, str]:
-    """The folder of each weight.
-
-    Raises:
-        ValueError: a weight that is negative or not finite, or two of one folder's name.
-    """
-    for weight in denoising:
-        real()("denoising", weight)
-    folders = {weight: f"denoising-{weight:g}" for weight in denoising}
+    folders = {real()("denoising", weight): f"denoising-{weight:g}" for weight in denoising}
     if not denoising or len(set(folders.values())) != len(denoising):
         raise ValueError(f"denoising must be different weights, to six digits; got {list(denoising)}")
-    return folders
-
-
-def _inputs(held: Tensor, seed: int, noise: float) -> dict[str, Tensor]:
-    """Held-out images, the same with noise, and noise alone, each [n, D]."""
-    rng = torch.Generator().manual_seed(seed)
+    images = load_images(run.data, model.resolution)
+    side = images.shape[-1]
+    training, held = held_out(images.flatten(1))
+    rng = torch.Generator().manual_seed(run.train.seed)
     x = held[torch.randperm(len(held), generator=rng)[:_COUNT]]
     e, pure = (torch.randn(x.shape, generator=rng) for _ in range(2))
-    return {"held-out digits": x, f"digits with noise {noise:g}": x + noise * e, "noise alone": pure}
+    noisy = x + model.noise * e
+    looked_at = {"held-out digits": x, f"digits with noise {model.noise:g}": noisy, "noise alone": pure}
+
+    def job(weight: float) -> Job:
+        def build(device: torch.device) -> IdempotentGeneration:
+            f = build_ign(model, side**2).to(device)
+            options = {name: getattr(model, name) for name in ("rank", "isometry", "noise", "settle")}
+            return IdempotentGeneration(f, training.to(device), denoising=weight, **options)
+
+        return Job(build, about(model, training, resolution=side, denoising=weight))
+
+    with trained(run, ["figure.png"], {folder: job(weight) for weight, folder in folders.items()}) as found:
+        rows: list[Row] = []
+        strips, networks = list(looked_at.items()), []
+        for weight, (f, row) in zip(folders, found):  # noqa: B905  # nothing is found but by the first process
+            assert isinstance(f, Linearizer)
+            networks.append(f.cpu())
+            name = f"denoising {weight:g}"
+            measured, drawn = measure_ign(f, training, looked_at, run.train.seed)
+            rows += [(f"{name}: {what}", value, seconds) for what, value, seconds in (row, *measured)]
+            strips += [(f"{label}\n({name})", x) for label, x in drawn]
+        if networks:
+            figure = [(label, x[:_COLUMNS].reshape(-1, 1, side, side)) for label, x in strips]
+            show(run, rows, {"figure.png": figure}, f"denoising-*/{MODEL}")
+        return networks or None
 
 
 @torch.no_grad()

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from linfast.flows import Flow, coupling_flow, image_flow
-from linfast.io import save
 from linfast.linearizer import Linearizer
 from linfast.operators import TimeLowRank
 from linfast.sampling import generator, sample
 from linfast.training import OneStepFlowMatching
 
 from .data import held_out, load_images
-from .report import Row, Strip, print_table, psnr, save_strips, timed
-from .runs import CHECKPOINT, Run, about, train
-from .settings import DEPTH, SIDE, WIDTH, Settings, real, setting, whole
+from .runs import Job, Row, Run, Strip, about, psnr, show, timed, trained
+from .settings import DEPTH, SIDE, WIDTH, Settings, choice, real, setting, whole
 
 __all__ = ["OneStepModel", "build_one_step", "run_one_step"]
 
@@ -33,14 +31,10 @@ _PIXEL_STEP = 2 / 16  # width of the dequantisation: one of 17 grey levels, or t
 
 @dataclass(frozen=True)
 class OneStepModel(Settings):
-    """The model and its loss; ``latent_noise`` and ``likelihood`` as in ``one_step_loss``.
-
-    Raises:
-        TypeError, ValueError: a value out of its range, by its name.
-    """
+    """The model and its loss; ``latent_noise`` and ``likelihood`` as in ``one_step_loss``."""
 
     resolution: int | None = setting(None, "side to average down or pad to (default: at most 16)", whole(1, SIDE))
-    flow: str = setting("mlp", "couplings of vectors, or convolutional ones of images", choices=("mlp", "conv"))
+    flow: str = choice("mlp", "couplings of vectors, or convolutional ones of images", "mlp", "conv")
     depth: int = setting(6, "couplings", whole(1, DEPTH))
     hidden: int = setting(192, "width of their conditioners", whole(1, WIDTH))
     rank: int = setting(16, "of A_t", whole(1, WIDTH))
@@ -71,36 +65,26 @@ def build_one_step(model: OneStepModel, resolution: int) -> Linearizer:
 def run_one_step(run: Run, model: OneStepModel) -> Linearizer | None:
     """Train, measure, write ``figure.png`` and ``model.safetensors`` to ``run.out``, print the table.
 
-    Returns the trained f, or None in all processes but the first; raises what ``runs.train`` does.
+    Returns the trained f, or None in all processes but the first; raises what ``runs.trained`` does.
     """
-    with run.output("model.safetensors", "figure.png", CHECKPOINT) as output:
-        images = load_images(run.data, model.resolution)
-        resolution = images.shape[-1]
-        training, held = held_out(images if model.flow == "conv" else images.flatten(1))
+    images = load_images(run.data, model.resolution)
+    resolution = images.shape[-1]
+    training, held = held_out(images if model.flow == "conv" else images.flatten(1))
 
-        def build(device: torch.device) -> OneStepFlowMatching:
-            f = build_one_step(model, resolution).to(device)
-            return OneStepFlowMatching(
-                f,
-                training.to(device),
-                latent_noise=model.latent_noise,
-                likelihood=model.likelihood,
-                dequantise=_PIXEL_STEP,
-            )
+    def build(device: torch.device) -> OneStepFlowMatching:
+        f = build_one_step(model, resolution).to(device)
+        noise, weight = model.latent_noise, model.likelihood
+        data = training.to(device)
+        return OneStepFlowMatching(f, data, latent_noise=noise, likelihood=weight, dequantise=_PIXEL_STEP)
 
-        trained = train(run, output, build, about(model, training, resolution=resolution))
-        if trained is None:
-            return None
-        trainer, trained_row = trained
-        f = trainer.model
-        assert isinstance(f, Linearizer)
-        save(f, run.folder / "model.safetensors")
-        rows, strips = measure_one_step(f, held, run.train.seed)
-        square = (-1, 1, resolution, resolution)
-        save_strips([(label, images.reshape(square)) for label, images in strips], run.folder / "figure.png")
-        print_table((trained_row, *rows))
-        print(f"figure: {run.folder / 'figure.png'}\nmodel:  {run.folder / 'model.safetensors'}")
-        return f
+    with trained(run, ["figure.png"], {"": Job(build, about(model, training, resolution=resolution))}) as found:
+        for f, row in found:
+            assert isinstance(f, Linearizer)
+            rows, strips = measure_one_step(f, held, run.train.seed)
+            square = (-1, 1, resolution, resolution)
+            show(run, [row, *rows], {"figure.png": [(label, x.reshape(square)) for label, x in strips]})
+            return f
+    return None
 
 
 @torch.no_grad()
@@ -125,11 +109,7 @@ def measure_one_step(f: Linearizer, images: Tensor, seed: int) -> tuple[list[Row
         (f"{_STEPS}-step sampling of {_COUNT}", "", many_s),
         ("collapsing the steps, once", "", collapse_s),
         (f"one-step sampling of {_COUNT}", f"{psnr(one, many):.1f} dB PSNR to {_STEPS}-step", one_s),
-        (
-            f"inversion of {len(real)} held-out digits",
-            f"{psnr(again, real):.1f} dB PSNR after sampling",
-            inversion_s,
-        ),
+        (f"inversion of {_COUNT} held-out digits", f"{psnr(again, real):.1f} dB PSNR after sampling", inversion_s),
         ("superposition in the induced spaces", f"{error:.1e} relative error", superposition_s),
     ]
     strips = [

@@ -1,58 +1,56 @@
-"""What the applications share: where a run reads and writes, its files, and its training."""
+"""What the applications share: where a run reads and writes, its training, and the table and figures at its end."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from linfast._command import refuse_existing
 from linfast.checks import check_path
 from linfast.dispatch import usable_device, uses_triton
+from linfast.io import save, written_whole
 from linfast.sampling.locked import lock
 from linfast.sampling.workers import Workers, process_group
+from linfast.tables import aligned
 from linfast.training import Objective
 
-from .report import Row, timed
 from .trainer import Trainer, TrainSettings
 
-__all__ = ["CHECKPOINT", "Output", "Run", "about", "train"]
+__all__ = ["CHECKPOINT", "Job", "Output", "Row", "Run", "Strip", "about", "psnr", "show", "timed", "trained"]
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, MODEL = "checkpoint.pt", "model.safetensors"
+Row = tuple[str, str, float | None]  # what was done, the value found, the seconds it took
+Strip = tuple[str, Tensor]  # a label, and images [n, C, H, W] in [-1, 1]
+_Result = TypeVar("_Result")
+_WIDTH, _IMAGES, _GAP = 10.0, 8.2, 0.12  # inches: a figure, the images of a row, between two rows
 
 
 @dataclass(frozen=True)
 class Run:
     """Where a run reads and writes, and how it trains.
 
-    Attributes:
-        train: the settings of the loop.
-        data: file or folder of the application's data.
-        out: folder to write to.
-        device: "cpu", "cuda", ...
-        resume: go on from the checkpoint in ``out``.
-        overwrite: replace an earlier run's files in ``out``.
-        progress: whether to show how far it is.
-
     Raises:
         ValueError: resume and overwrite together, or an ``out`` that cannot be a folder's name.
     """
 
     train: TrainSettings
-    data: str | None = None
-    out: str = "linfast-train"
+    data: str | None = None  # file or folder of the application's data
+    out: str = "linfast-train"  # folder to write to
     device: str = "cpu"
-    resume: bool = False
-    overwrite: bool = False
-    progress: bool = True
+    resume: bool = False  # go on from the checkpoint in ``out``
+    overwrite: bool = False  # replace an earlier run's files in ``out``
+    progress: bool = True  # whether to show how far it is
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
@@ -65,19 +63,11 @@ class Run:
     def folder(self) -> Path:
         return Path(self.out)
 
-    def output(self, *names: str) -> closing[Output]:
-        """A block with the files of these names in ``out``, at whose end the folder is given back."""
-        return closing(Output(self.folder, names, self.resume, self.overwrite))
-
 
 class Output:
-    """The files that a training writes. Made before any work; begun when all that can be checked has been.
+    """The files that a run writes, by names relative to its folder; a checkpoint lies beside its model.
 
-    Args:
-        folder: to write to.
-        names: of the files, relative to the folder; a checkpoint lies beside its model.
-        resume: go on with the run whose checkpoints are there.
-        overwrite: replace an earlier run.
+    It is made before any work, and begun when all that can be checked has been.
 
     Raises:
         FileExistsError: one of the files is there, and neither ``resume`` nor ``overwrite``; or ``resume``, and it
@@ -112,13 +102,8 @@ class Output:
         """Take the folder, in the first process alone: from here on files may be written.
 
         What a killed run left half-written is removed, and with ``overwrite`` all of the earlier run's files.
-
-        Raises:
-            BlockingIOError: another run writes there.
-            OSError: it cannot be written to.
+        A BlockingIOError says that another run writes there.
         """
-        if self._locked is not None:
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._locked = os.open(self.folder, os.O_RDONLY)
         lock(self._locked, str(self.folder))  # type: ignore[arg-type]  # a descriptor will do
@@ -137,45 +122,104 @@ class Output:
 
 
 def about(model: Any, data: Tensor, **more: object) -> dict[str, Any]:
-    """What makes a run besides its TrainSettings: the settings of model and loss, and a digest of the data.
-
-    Numbers and strings, as checkpoints hold them.
-    """
+    """What makes a run besides its TrainSettings, for its checkpoint: model, loss, and a digest of the data."""
     digest = hashlib.sha256(data.contiguous().numpy().data).hexdigest()
     return {**asdict(model), "data": digest, **more}
 
 
-def train(
-    run: Run, output: Output, build: Callable[[torch.device], Objective], about: dict[str, Any], folder: str = ""
-) -> tuple[Trainer, Row] | None:
-    """Train what ``build`` makes, under torchrun's processes where there are several.
+class Job(NamedTuple):
+    """One training of a run: what makes its objective on a device, and what its checkpoint remembers."""
+
+    build: Callable[[torch.device], Objective]
+    about: dict[str, Any]
+
+
+@contextmanager
+def trained(run: Run, figures: Sequence[str], jobs: Mapping[str, Job]) -> Iterator[list[tuple[nn.Module, Row]]]:
+    """A block that is given each job's trained and saved model with its row of the table; the folder stays locked.
+
+    Under torchrun the processes train together, and all but the first are given an empty list.
 
     Args:
-        output: the run's files, begun here.
-        about: what the checkpoint remembers, as for ``Trainer``.
-        folder: of the checkpoint, relative to ``run.out``.
-
-    Returns:
-        The trainer and its row of the table; None in all processes but the first.
+        figures: files that the block will write to ``run.out``.
+        jobs: by the folder of their model and checkpoint, relative to ``run.out``.
 
     Raises:
         ValueError, FileNotFoundError: unusable data, device or options, before any work.
         FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
         NonFiniteLoss: as for ``Trainer.run``.
     """
-    with process_group(usable_device(run.device)) as device:
-        torch.manual_seed(run.train.seed)
-        checkpoint = run.folder / folder / CHECKPOINT
-        trainer = Trainer(build(device), run.train, checkpoint, about)
-        if run.resume and checkpoint.exists():
-            trainer.resume()
-        uses_triton(next(trainer.objective.model.parameters()))  # raises where a backend cannot run, as does draw
-        trainer.objective.draw(torch.Generator(device), run.train.batch)  # where the data do not fill a batch
-        workers = Workers.current()
-        workers.by_first(output.begin)
-        _, seconds = timed(lambda: trainer.run(run.progress))
-        if workers.rank:
-            return None
+    names = [*figures, *(os.path.join(folder, name) for folder in jobs for name in (MODEL, CHECKPOINT))]
+    with closing(Output(run.folder, names, run.resume, run.overwrite)) as output:
+        with process_group(usable_device(run.device)) as device:
+            trainers = {run.folder / folder: _trainer(run, job, device, folder) for folder, job in jobs.items()}
+            workers = Workers.current()
+            workers.by_first(output.begin)
+            found = [_train(run, trainer, folder) for folder, trainer in trainers.items()]
+        yield [] if workers.rank else found
+
+
+def _trainer(run: Run, job: Job, device: torch.device, folder: str) -> Trainer:
+    """What trains this job, resumed where asked for, after all checks that can be made before any work."""
+    torch.manual_seed(run.train.seed)
+    checkpoint = run.folder / folder / CHECKPOINT
+    trainer = Trainer(job.build(device), run.train, checkpoint, job.about)
+    if run.resume and checkpoint.exists():
+        trainer.resume()
+    uses_triton(next(trainer.objective.model.parameters()))  # raises where a backend cannot run, as does draw
+    trainer.objective.draw(torch.Generator(device), run.train.batch)  # where the data do not fill a batch
+    return trainer
+
+
+def _train(run: Run, trainer: Trainer, folder: Path) -> tuple[nn.Module, Row]:
+    """The trained model, saved to this folder, and its row of the table."""
+    model, seconds = timed(lambda: trainer.run(run.progress))
+    if not trainer.workers.rank:
+        save(model, folder / MODEL)
     losses = torch.stack(list(trainer.history.values())[:-1]).sum(0)
     last = losses[-max(1, len(losses) // 10) :].mean()
-    return trainer, (f"training, {run.train.steps} steps of {run.train.batch}", f"loss {last:.4f}", seconds)
+    return model, (f"training, {run.train.steps} steps of {run.train.batch}", f"loss {last:.4f}", seconds)
+
+
+def timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
+    """The result and the seconds it took."""
+    start = time.perf_counter()
+    result = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - start
+
+
+def psnr(image: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
+    return float(-10 * torch.log10(((image - reference) / 2).square().mean()))
+
+
+def show(run: Run, rows: Sequence[Row], figures: Mapping[str, Sequence[Strip]], models: str = MODEL) -> None:
+    """Write the figures by their names, print the rows as a table, and say where figures and models are."""
+    for name, strips in figures.items():
+        save_strips(strips, run.folder / name)
+    lines = [(what, value, "" if seconds is None else f"{seconds:.4f}") for what, value, seconds in rows]
+    print(aligned([("", "", "seconds"), *lines], numeric=2))
+    print(f"figures: {', '.join(str(run.folder / name) for name in figures)}\nmodels:  {run.folder / models}")
+
+
+def save_strips(strips: Sequence[Strip], path: Path, dpi: int = 120) -> None:
+    """Write one PNG with one row per strip: its label, then its images side by side."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(images) for _, images in strips)
+    height, width = strips[0][1].shape[-2:]
+    row = _IMAGES * height / (columns * width) + _GAP
+    figure = Figure(figsize=(_WIDTH, len(strips) * row), layout="constrained")
+    axes = figure.subplots(len(strips), 1, squeeze=False)[:, 0]
+    for axis, (label, images) in zip(axes, strips, strict=True):
+        separated = F.pad(images.detach().float().cpu().clamp(-1, 1), (0, 1), value=1.0)
+        filled = F.pad(separated, (0, 0, 0, 0, 0, 0, 0, columns - len(images)), value=1.0)
+        picture = (filled.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1] + 1) / 2  # [H, columns (W + 1) - 1, C]
+        axis.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        shown = label.encode(errors="backslashreplace").decode()  # a file's name need be neither text nor a formula
+        axis.set_ylabel(shown, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
+        axis.set(xticks=[], yticks=[], frame_on=False)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png", dpi=dpi, bbox_inches="tight")

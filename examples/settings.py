@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields
+from dataclasses import field, fields
 from typing import Any
 
 from linfast.checks import check_choice, check_count, check_number
 
-__all__ = ["DEPTH", "SIDE", "WIDTH", "Settings", "add_options", "picked", "real", "setting", "whole"]
+__all__ = ["DEPTH", "SIDE", "WIDTH", "Settings", "add_options", "choice", "picked", "real", "setting", "whole"]
 
 DEPTH, WIDTH, SIDE = 1000, 65_536, 4096  # larger numbers of couplings, units and pixels are mistakes, not models
 
@@ -36,6 +36,11 @@ def setting(default: Any, text: str, check: Check | None = None, choices: tuple[
     return field(default=default, metadata={"text": text, "check": check, "choices": choices})
 
 
+def choice(default: str | None, text: str, *choices: str) -> Any:
+    """A ``setting`` that is one of these strings."""
+    return setting(default, text, lambda name, value: check_choice(name, value, choices), choices)
+
+
 class Settings:
     """The base of frozen dataclasses of ``setting`` fields.
 
@@ -45,12 +50,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for one in fields(self):  # type: ignore[arg-type]
-            value, check, choices = getattr(self, one.name), one.metadata["check"], one.metadata["choices"]
-            if value is None and one.default is None:
-                continue
-            if choices:
-                check_choice(one.name, value, choices)
-            elif check is not None:
+            value, check = getattr(self, one.name), one.metadata["check"]
+            if check is not None and (value is not None or one.default is not None):
                 object.__setattr__(self, one.name, check(one.name, value))
 
 
@@ -64,18 +65,11 @@ def add_options(parser: argparse.ArgumentParser, cls: Any, **defaults: Any) -> N
         if one.type == "bool":
             parser.add_argument(option, action="store_true", help=text)
             continue
-        default = defaults.get(one.name, one.default)
-        parser.add_argument(
-            option,
-            type=_TYPES[str(one.type).partition(" ")[0]],
-            default=default,
-            choices=one.metadata["choices"] or None,
-            help=text if default is None else f"{text} (default: %(default)s)",
-        )
+        default, kind = defaults.get(one.name, one.default), _TYPES[str(one.type).partition(" ")[0]]
+        text = text if default is None else f"{text} (default: %(default)s)"
+        parser.add_argument(option, type=kind, default=default, choices=one.metadata["choices"] or None, help=text)
 
 
 def picked(cls: Any, options: argparse.Namespace) -> Any:
     """An instance of a dataclass from the options that have its fields' names."""
-    given = {one.name: getattr(options, one.name) for one in fields(cls) if hasattr(options, one.name)}
-    assert MISSING not in given.values()
-    return cls(**given)
+    return cls(**{one.name: getattr(options, one.name) for one in fields(cls) if hasattr(options, one.name)})

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from linfast.flows import image_flow
-from linfast.io import save
 from linfast.linearizer import Linearizer
 from linfast.operators import DepthwiseConv
 from linfast.training import GeneratedDepthwise, ModularStyle, StyleTransfer
 
 from .data import load_pictures
-from .report import Row, Strip, print_table, psnr, save_strips
-from .runs import CHECKPOINT, Run, about, train
-from .settings import DEPTH, SIDE, WIDTH, Settings, setting, whole
+from .runs import Job, Row, Run, Strip, about, psnr, show, trained
+from .settings import DEPTH, SIDE, WIDTH, Settings, choice, setting, whole
 
 __all__ = ["StyleModel", "build_style", "run_style"]
 
@@ -27,20 +25,13 @@ _STRIP = 7  # pictures in an interpolation
 
 @dataclass(frozen=True)
 class StyleModel(Settings):
-    """The model; the content picture's name, and all other pictures in the folder are its styles.
-
-    Raises:
-        TypeError, ValueError: a value out of its range, by its name.
-    """
+    """The model; the content picture's name, and all other pictures in the folder are its styles."""
 
     resolution: int = setting(128, "side of the pictures, even", whole(2, SIDE))
     content: str = setting("original", "name of the content picture")
     depth: int = setting(8, "couplings", whole(1, DEPTH))
     width: int = setting(32, "channels of their conditioners", whole(1, WIDTH))
-    operators: str = setting(
-        "generated", "generated: one network makes every kernel; free: one trained kernel per style",
-        choices=("generated", "free"),
-    )  # fmt: skip
+    operators: str = choice("generated", "made by one network, or one trained per style", "generated", "free")
     kernel_size: int = setting(4, "of the depthwise kernels", whole(1, SIDE))
 
 
@@ -56,40 +47,30 @@ def build_style(model: StyleModel, names: list[str]) -> ModularStyle:
 def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
     """Train, measure, write figures and ``model.safetensors`` to ``run.out``, print the table.
 
-    Returns the trained styles, or None in all processes but the first; raises what ``runs.train`` does.
+    Returns the trained styles, or None in all processes but the first; raises what ``runs.trained`` does.
     """
     if run.data is None:
         raise ValueError("data must be a folder with a content picture and its styled versions")
     if Path(run.data).resolve() == run.folder.resolve():
         raise ValueError(f"out must not be the folder of the pictures: {run.out}")
-    with run.output("model.safetensors", "figure.png", "strips.png", CHECKPOINT) as output:
-        pictures = load_pictures(run.data, model.resolution)
-        if model.content not in pictures or len(pictures) < 2:
-            raise ValueError(
-                f"{run.data}: needs {model.content}.png and a styled version; got {', '.join(pictures)}"
-            )
-        data = about(model, torch.stack(list(pictures.values())), styles=", ".join(pictures))
-        content = pictures.pop(model.content)[None]
-        names, targets = list(pictures), torch.stack(list(pictures.values()))
+    pictures = load_pictures(run.data, model.resolution)
+    if model.content not in pictures or len(pictures) < 2:
+        raise ValueError(f"{run.data}: needs {model.content}.png and a styled version; got {', '.join(pictures)}")
+    data = about(model, torch.stack(list(pictures.values())), styles=", ".join(pictures))
+    content = pictures.pop(model.content)[None]
+    names, targets = list(pictures), torch.stack(list(pictures.values()))
 
-        def build(device: torch.device) -> StyleTransfer:
-            styles = build_style(model, names).to(device)
-            return StyleTransfer(styles, content.to(device), targets[:, None].to(device))
+    def build(device: torch.device) -> StyleTransfer:
+        return StyleTransfer(build_style(model, names).to(device), content.to(device), targets[:, None].to(device))
 
-        trained = train(run, output, build, data)
-        if trained is None:
-            return None
-        trainer, trained_row = trained
-        styles = trainer.model.cpu()
-        assert isinstance(styles, ModularStyle)
-        save(styles, run.folder / "model.safetensors")
-        rows, figure, strips = measure_style(styles, content, targets)
-        figure.insert(0, ("content, and its\nstyles to learn", torch.cat((content, targets))))
-        save_strips(figure, run.folder / "figure.png")
-        save_strips(strips, run.folder / "strips.png")
-        print_table((trained_row, *rows))
-        print(f"figures: {run.folder}/figure.png, strips.png\nmodel:   {run.folder / 'model.safetensors'}")
-        return styles
+    with trained(run, ["figure.png", "strips.png"], {"": Job(build, data)}) as found:
+        for styles, row in found:
+            assert isinstance(styles, ModularStyle)
+            rows, figure, strips = measure_style(styles.cpu(), content, targets)
+            figure.insert(0, ("content, and its\nstyles to learn", torch.cat((content, targets))))
+            show(run, [row, *rows], {"figure.png": figure, "strips.png": strips})
+            return styles
+    return None
 
 
 @torch.no_grad()

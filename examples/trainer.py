@@ -1,8 +1,4 @@
-"""Trainer: the loop of every application.
-
-An ``Objective`` holds a model and says what a step needs and what it minimises. The trainer does the rest: Adam
-under a cosine schedule, clipped gradients, a moving average of the weights, bf16, checkpoints, and torchrun's
-processes.
+"""Trainer: the loop of every application: Adam under a cosine schedule, checkpoints, torchrun's processes.
 
 All random numbers of a step come from (seed, step), and every process draws those of the whole batch and keeps its
 own rows. So a resumed run is the uninterrupted one, and several processes compute what one computes with the whole
@@ -11,9 +7,9 @@ batch.
 
 from __future__ import annotations
 
+import io
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 from types import NoneType
@@ -27,16 +23,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from linfast._command import Progress
-from linfast.checks import check_count, check_flag, check_kind, check_path
+from linfast.checks import check_count, check_dense, check_flag, check_kind, check_path
 from linfast.dispatch import check_values, tensors_of
+from linfast.io import written_whole
+from linfast.sampling.fingerprint import digest
 from linfast.sampling.workers import Workers
 from linfast.training import Objective
 
-from .checkpoint import check_about, check_kept, check_same_model, read_checkpoint, write_checkpoint
-from .settings import Settings, real, setting, whole
+from .settings import Settings, choice, real, setting, whole
 
 __all__ = ["NonFiniteLoss", "TrainSettings", "Trainer"]
 
+_FORMAT = "linfast-training-2"
 _GRADIENT = "gradient norm"
 _STEPS, _ROWS, _SEED = 10**9, 2**20, 2**63 - 1  # at most
 _CHECK_EVERY = 20  # steps between looks at the losses: each look waits for the device and for all processes
@@ -60,7 +58,7 @@ class TrainSettings(Settings):
     warmup: float = setting(0.1, "share of the steps in which the learning rate rises", real(1, below=True))
     clip: float = setting(1.0, "largest gradient norm", real(above=True))
     ema: float = setting(0.0, "decay of the weights' moving average; 0: none", real(1, below=True))
-    precision: str = setting("fp32", "fp32: the parameters' own dtype; bf16: autocast", choices=("fp32", "bf16"))
+    precision: str = choice("fp32", "fp32: the parameters' own dtype; bf16: autocast", "fp32", "bf16")
     seed: int = setting(0, "of every random number drawn while training", whole(0, _SEED))
     checkpoint_every: int = setting(500, "steps between checkpoints", whole(1, _STEPS))
 
@@ -102,22 +100,22 @@ class Trainer:
         check_kind("objective", objective, Objective)
         check_kind("objective.model", getattr(objective, "model", None))
         check_kind("settings", settings, TrainSettings)
-        check_kind("checkpoint", checkpoint, (str, os.PathLike, NoneType))
         check_kind("about", about, (Mapping, NoneType))
         self.objective, self.settings, self.workers = objective, settings, Workers.current()
         self.checkpoint = None if checkpoint is None else check_path("checkpoint", checkpoint)
-        self._run = {**asdict(settings), **check_about(about or {}, asdict(settings))}
+        self._run = {**asdict(settings), **_checked_about(about or {}, asdict(settings))}
         if self.checkpoint is not None:
             if self.checkpoint.exists() and not self.checkpoint.is_file():
                 raise ValueError(f"checkpoint must be a file; {checkpoint} is none")
-            check_kept(objective.model.state_dict())
-        rank, size = self.workers.rank, self.workers.count
+            _check_kept(objective.model.state_dict())
+        size = self.workers.count
         if settings.batch % size:  # the mean over processes would not be the mean over the batch
             raise ValueError(f"batch {settings.batch} must be a multiple of the {size} processes")
-        self._rows = slice(rank * settings.batch // size, (rank + 1) * settings.batch // size)
+        each = settings.batch // size
+        self._rows = slice(self.workers.rank * each, (self.workers.rank + 1) * each)
         self.optimizer = torch.optim.Adam(objective.model.parameters(), settings.learning_rate)
-        average = get_ema_multi_avg_fn(settings.ema) if settings.ema else None
-        self._averaged = AveragedModel(objective.model, multi_avg_fn=average) if average else None
+        average = get_ema_multi_avg_fn(settings.ema)
+        self._averaged = AveragedModel(objective.model, multi_avg_fn=average) if settings.ema else None
         self.step = self._saved_step = 0
         self._terms: tuple[str, ...] = ()
         self._losses: list[Tensor] = []
@@ -167,14 +165,11 @@ class Trainer:
         if self.checkpoint is None:
             raise FileNotFoundError("no checkpoint file was named to resume from")
         state = read_checkpoint(self.checkpoint)
-        for name in {**self._run, **state["settings"]}:
-            had, has = state["settings"].get(name), self._run.get(name)
-            if had != has:
-                raise ValueError(f"{self.checkpoint}: its training had {name}={had!r:.60}; got {has!r}")
-        try:
-            check_same_model(state["model"], self.objective.model.state_dict())
-        except ValueError as error:
-            raise ValueError(f"{self.checkpoint}: {error}") from error
+        for name, had, has in _differences(state["settings"], self._run):
+            raise ValueError(f"{self.checkpoint}: its training had {name}={had!r:.60}; got {has!r}")
+        for name, had, has in _differences(*map(_shapes, (state["model"], self.objective.model.state_dict()))):
+            what = f"it has {had} for {name}; this one has {has}"
+            raise ValueError(f"{self.checkpoint}: it is of another model ({what})")
         self.objective.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self._averaged is not None:
@@ -239,3 +234,66 @@ class Trainer:
 def _seed(*key: int) -> int:
     """Independent seeds for different keys."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, the saved value, our own value) of what is not equal; None stands for a missing one."""
+    both = ((name, saved.get(name), own.get(name)) for name in {**own, **saved})
+    return (entry for entry in both if entry[1] != entry[2])
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tuple(value.shape)} {value.dtype}" for name, value in state.items()}
+
+
+# A checkpoint: written whole or not at all, read without running code, compared with its digest before use.
+
+
+def write_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write a state: tensors, numbers, strings and containers of them; an OSError names the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state, content = {"format": _FORMAT, **state}, io.BytesIO()
+    torch.save({**state, "digest": digest(state)}, content)
+    with written_whole(path) as partial:
+        Path(partial).write_bytes(content.getbuffer())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that ``write_checkpoint`` wrote, its tensors on the CPU; ValueError for any other file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no checkpoint to resume from")
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        is_whole = isinstance(state, dict) and state.pop("digest", None) == digest(state)
+    except PermissionError:
+        raise
+    except Exception as error:  # torch and pickle raise all kinds of errors for damaged files
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one ({type(error).__name__})") from error
+    if not is_whole or state.get("format") != _FORMAT:
+        raise ValueError(f"{path}: not a checkpoint, or a damaged one (it does not hold what was written to it)")
+    return state
+
+
+def _checked_about(about: Mapping[str, Any], settings: Container[str]) -> dict[str, Any]:
+    """``about`` with numpy's numbers as Python's own; TypeError or ValueError for what no checkpoint can hold."""
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in about.items()}
+    for name, value in plain.items():
+        if type(name) is not str or type(value) not in (bool, int, float, str, NoneType):
+            raise TypeError(f"about must hold numbers, strings and None by name; got {name!r:.60}: {value!r:.60}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"about[{name!r}] must be finite; got {value}")
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise ValueError(f"about[{name!r}] is too large")
+        if name in settings:
+            raise ValueError(f"about must not hold {name!r}, which is one of settings")
+    return plain
+
+
+def _check_kept(state: Mapping[str, Any]) -> None:
+    """ValueError unless all of a model's state are dense tensors with values."""
+    try:
+        for name, value in state.items():
+            if check_dense(name, value).is_meta:
+                raise TypeError(f"{name} is on the meta device and has no values")
+    except TypeError as error:
+        raise ValueError(f"objective has a model that no checkpoint can hold: {error}") from error

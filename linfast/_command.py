@@ -48,11 +48,7 @@ def add_earlier_files(parser: argparse.ArgumentParser, resume: str, overwrite: s
 def refuse_existing(
     paths: Iterable[str | Path], ways: str = "--resume goes on with that run, --overwrite replaces its files"
 ) -> None:
-    """Refuse to replace an earlier run's files.
-
-    Raises:
-        FileExistsError: one of the paths exists; the message names it and what the user can do.
-    """
+    """FileExistsError where one of the paths exists; the message names it and what the user can do."""
     for path in paths:
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists: {ways}")
@@ -61,8 +57,7 @@ def refuse_existing(
 class Progress(contextlib.AbstractContextManager["Progress"]):
     """How far a run is, on stderr: a bar on a terminal where tqdm is installed, else a line every few seconds.
 
-    ``what`` is its first word; ``done`` units of ``total`` are done at the start; the attribute ``note``, such as
-    the loss, is its end.
+    A line is ``what``, how many of ``total`` units are done, the seconds, and ``note``, such as the loss.
     """
 
     def __init__(self, what: str, done: int, total: int, unit: str, enabled: bool = True) -> None:

@@ -8,8 +8,8 @@ would clash): ``describe`` reads the arguments off the modules, and ``build`` ca
     {"list": [...]}, {"dict": {...}}, {"scale_map": {...}}, and numbers, strings, booleans and null as they are
 
 A file names only classes that linfast has or that ``register`` was given: loading runs no code from the file.
-``build`` is bounded: it limits the depth, the number of paths to shared modules, and the calls of torch, so that
-constructors make about as many tensors as the file holds. Constructors refuse arguments that they cannot take.
+``build`` limits the depth, the number of paths to shared modules, and the calls of torch, so that constructors make
+about as many tensors as the file holds. Constructors refuse arguments that they cannot take.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from . import flows, operators
 from .linearizer import Linearizer
 from .scale_maps import ScaleMap
 
-__all__ = ["DTYPES", "Blueprint", "build", "describe", "is_described", "register", "size_list"]
+__all__ = ["DTYPES", "build", "describe", "is_described", "register", "size_list"]
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -76,26 +76,21 @@ def is_described(module: nn.Module) -> bool:
     return _CLASSES.get(type(module).__name__) is type(module)
 
 
-def describe(model: nn.Module) -> Any:
-    """A model's modules as JSON.
+def describe(value: Any, seen: dict[int, int], depth: int = 0, name: str = "the model") -> Any:
+    """A model, or the constructor argument of this name, as JSON; a module seen before becomes a reference to it.
 
     Raises:
         TypeError: a part whose class or argument cannot be described (see ``register``).
         ValueError: a number that JSON does not have, or parts too deep inside one another.
     """
-    return _describe(model, {}, 0, "the model")
-
-
-def _describe(value: Any, seen: dict[int, int], depth: int, name: str) -> Any:
-    """JSON of the constructor argument of this name; a module seen before becomes a reference to it."""
     if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
         return {"same": seen[id(value)]} if id(value) in seen else _describe_module(value, seen, depth)
     if isinstance(value, (tuple, list, nn.ModuleList)):
-        return {"list": [_describe(item, seen, depth, name) for item in value]}
+        return {"list": [describe(item, seen, depth, name) for item in value]}
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise TypeError(f"cannot save {name}, a dictionary whose keys are not strings: {list(value)}")
-        return {"dict": {key: _describe(item, seen, depth, name) for key, item in value.items()}}
+        return {"dict": {key: describe(item, seen, depth, name) for key, item in value.items()}}
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         described = {"tensor": list(value.shape), "dtype": dtype, "parameter": isinstance(value, nn.Parameter)}
@@ -122,7 +117,7 @@ def _describe_module(module: nn.Module, seen: dict[int, int], depth: int) -> Any
     for name in list(inspect.signature(cls.__init__).parameters)[1:] if own else ():
         if not hasattr(module, renamed.get(name, name)):
             raise TypeError(f"cannot save a {kind}: it keeps no attribute {name!r}, an argument of its constructor")
-        arguments[name] = _describe(getattr(module, renamed.get(name, name)), seen, depth, f"{kind}: {name}")
+        arguments[name] = describe(getattr(module, renamed.get(name, name)), seen, depth, f"{kind}: {name}")
     seen[id(module)] = len(seen)
     return {"class": kind, "arguments": arguments}
 
@@ -144,15 +139,11 @@ def _deeper(depth: int, cls: type) -> int:
     return depth
 
 
-class Blueprint(NamedTuple):
-    """A model without numbers, and the tensors that its description gives to constructors."""
-
-    model: nn.Module
-    given: list[Tensor]
+_FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # the last are an LSTM's parameters
 
 
-def build(architecture: Any, tensors: int) -> Blueprint:
-    """The model that ``describe`` described, on the meta device.
+def build(architecture: Any, tensors: int) -> tuple[nn.Module, list[Tensor]]:
+    """The model that ``describe`` described, on the meta device, and the tensors that its constructors were given.
 
     Args:
         architecture: what ``describe`` returned.
@@ -170,6 +161,8 @@ def build(architecture: Any, tensors: int) -> Blueprint:
     except Exception as error:  # a constructor raises what it likes at arguments that it was never meant to see
         why = _first_line(error) if isinstance(error, (ValueError, TypeError)) else f"{error!r:.200}"
         raise ValueError(f"the architecture cannot be built ({why})") from error
+    if _paths(model, {}) > _MOST_PATHS:
+        raise ValueError(f"the architecture shares modules: more than {_MOST_PATHS} ways lead to them")
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _FILLED and _holds_meta(value):
@@ -177,10 +170,16 @@ def build(architecture: Any, tensors: int) -> Blueprint:
                     f"{type(module).__name__}{f' {path}' if path else ''} keeps {name!r}, a tensor that is neither "
                     "a parameter nor a buffer: register it as one"
                 )
-    return Blueprint(model, builder.given)
+    return model, builder.given
 
 
-_FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # the last are an LSTM's parameters
+def _paths(module: nn.Module, known: dict[nn.Module, int]) -> int:
+    """How many ways lead from a module to those in it, itself among them."""
+    if module not in known:
+        known[module] = 1
+        for child in module._modules.values():  # a sum would take one more of Python's 1000 frames
+            known[module] += 0 if child is None else _paths(child, known)
+    return known[module]
 
 
 def _holds_meta(value: Any) -> bool:
@@ -219,8 +218,6 @@ class _Builder:
     def __init__(self) -> None:
         self.parts: list[nn.Module] = []
         self.given: list[Tensor] = []
-        self._paths: list[int] = []  # the number of ways from each part to the modules in it, itself among them
-        self._so_far = [0]  # the same of the parts under construction, the innermost last
 
     def module(self, node: Any, depth: int) -> nn.Module:
         name = _of_type(dict, node)["class"]
@@ -228,7 +225,6 @@ class _Builder:
         if cls is None:
             raise _Refused(f"unknown class {name!r:.60}: register it with linfast.io.register first")
         depth = _deeper(depth, cls)
-        self._so_far.append(1)
         arguments = {}
         for key in _of_type(dict, node["arguments"]):  # a comprehension would take one more of Python's 1000 frames
             arguments[key] = self._value(node["arguments"][key], depth, f"{name}: {key}")
@@ -238,34 +234,26 @@ class _Builder:
             if isinstance(error, RecursionError):
                 raise
             raise _Refused(f"a {name} cannot be constructed on the meta device ({_first_line(error)})") from error
-        self._paths.append(self._so_far.pop())
-        return self._part(len(self.parts) - 1)
-
-    def _part(self, index: Any) -> nn.Module:
-        if type(index) is not int or not 0 <= index < len(self.parts):
-            raise _Refused(f"the architecture refers to module {index!r:.60}, which was not built before")
-        self._so_far[-1] += self._paths[index]
-        if self._so_far[-1] > _MOST_PATHS:
-            raise _Refused(f"the architecture shares modules: more than {_MOST_PATHS} ways lead to them")
-        return self.parts[index]
+        return self.parts[-1]
 
     def _value(self, node: Any, depth: int, name: str) -> Any:
         """The argument of this name."""
         if node is None or isinstance(node, (bool, int, float, str)):
             return _checked_number(node, name)
-        if not isinstance(node, dict):
+        if not isinstance(node, dict) or not node.keys() & {"class", "same", "tensor", "scale_map", "list", "dict"}:
             raise _Refused(f"unknown entry in the architecture: {name} is {node!r:.60}")
         if "class" in node:
             return self.module(node, depth)
         if "same" in node:
-            return self._part(node["same"])
+            index = node["same"]
+            if type(index) is not int or not 0 <= index < len(self.parts):
+                raise _Refused(f"the architecture refers to module {index!r:.60}, which was not built before")
+            return self.parts[index]
         if "tensor" in node:
             return self._tensor(node)
         if "scale_map" in node:
             numbers = _of_type(dict, node["scale_map"]).items()
             return ScaleMap(**{key: _checked_number(number, name) for key, number in numbers})
-        if "list" not in node and "dict" not in node:
-            raise _Refused(f"unknown entry in the architecture: {name} has {sorted(node)!r:.60}")
         items = dict(enumerate(_of_type(list, node["list"]))) if "list" in node else _of_type(dict, node["dict"])
         built = {}
         for key in items:
@@ -273,10 +261,19 @@ class _Builder:
         return list(built.values()) if "list" in node else built
 
     def _tensor(self, node: dict[str, Any]) -> Tensor:
+        """A tensor without numbers, or one of integers on the CPU, which a constructor may read."""
         shape, dtype = size_list(node["tensor"]), DTYPES.get(node["dtype"])
         if dtype is None:
             raise TypeError(f"tensors of dtype {node['dtype']!r:.60} are not saved")
-        value = _integers(node["values"], shape, dtype) if "values" in node else torch.empty(shape, dtype=dtype)
+        if "values" in node:
+            value = torch.tensor(node["values"], dtype=dtype, device="cpu")
+            if list(value.shape) != shape and (value.numel() or math.prod(shape)):  # [] is of many empty shapes
+                raise ValueError(f"values of shape {list(value.shape)} for a tensor of {dtype} and {shape}")
+            if value.tolist() != node["values"]:
+                raise ValueError(f"there are values of another type for a tensor of {dtype}")
+            value = value.reshape(shape)
+        else:
+            value = torch.empty(shape, dtype=dtype)
         self.given.append(nn.Parameter(value) if node.get("parameter", False) else value)
         return self.given[-1]
 
@@ -291,17 +288,4 @@ def size_list(value: Any) -> list[int]:
     """A list of integers that are not negative; TypeError for anything else."""
     if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
         raise TypeError(f"expected a list of sizes, got {value!r:.60}")
-    return value
-
-
-def _integers(values: Any, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """A tensor of the integers or booleans in a file, on the CPU: a constructor may read them."""
-    given = torch.tensor(values, device="cpu")
-    if not given.numel() and math.prod(shape) == 0:  # nested lists do not say all of an empty shape
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    value = given.to(dtype)
-    same_kind = not given.is_floating_point() and (given.dtype is torch.bool) == (dtype is torch.bool)
-    if list(given.shape) != shape or not same_kind or not torch.equal(value.to(given.dtype), given):
-        what = f"values of {given.dtype} and shape {list(given.shape)}"
-        raise ValueError(f"{what} for a tensor of {dtype} and {shape}")
     return value

@@ -54,14 +54,9 @@ def check_dense(name: str, x: object) -> Tensor:
 
 
 def check_tensor(name: str, x: Any, like: Tensor | None = None, of: str = "x", same_dtype: bool = False) -> None:
-    """Raise unless x is a dense tensor of one of ``DTYPES``, on the device of ``like``, the argument named ``of``.
+    """TypeError unless x is a dense tensor, ValueError unless it has one of ``DTYPES`` and is where ``like`` is.
 
-    Args:
-        same_dtype: whether it must have the dtype of ``like`` too.
-
-    Raises:
-        TypeError: no dense tensor.
-        ValueError: another dtype or device.
+    ``like`` is the argument named ``of``; ``same_dtype``: x must have its dtype too.
     """
     # The common case is decided here: each call of Python counts.
     if type(x) not in _PLAIN or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
@@ -87,21 +82,16 @@ def check_like(kind: str, name: str, x: Any, parameter: Tensor | None) -> None:
     if x.device != parameter.device:
         raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
     if x.dtype != parameter.dtype:
-        device, cast = x.device.type, None
-        if not x.is_meta and torch.is_autocast_enabled(device):
-            cast = torch.get_autocast_dtype(device)
+        device = x.device.type
+        on = not x.is_meta and torch.is_autocast_enabled(device)
+        cast = torch.get_autocast_dtype(device) if on else None
         if cast is None or parameter.dtype == torch.float64 or x.dtype not in (torch.float32, cast):
             under = "" if cast is None else f" under autocast in {cast}"
             raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}{under}")
 
 
 def check_count(name: str, n: Any, least: int = 1, most: float = _MOST) -> int:
-    """n, a whole number from ``least`` to ``most`` (numpy's integers too, no bool), as an int.
-
-    Raises:
-        TypeError: another type.
-        ValueError: out of range.
-    """
+    """n, a whole number from ``least`` to ``most`` (numpy's integers too, no bool), as an int."""
     if type(n) is not int:
         if isinstance(n, (bool, Tensor)) or not isinstance(n, numbers.Integral):
             raise TypeError(f"{name} must be a whole number; got {_shown(n)}")
@@ -135,10 +125,6 @@ def check_number(
     """A real number from ``least`` (or above it) to ``most`` (or below it), no NaN and no bool, as a float.
 
     By default it is finite. ``what``: what else it may be, in words.
-
-    Raises:
-        TypeError: another type.
-        ValueError: NaN, or out of range.
     """
     if type(value) is not float:
         if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
@@ -180,12 +166,7 @@ def check_time(t: Any, like: Tensor | None = None, rows: int | None = None) -> N
 
 
 def check_path(name: str, path: Any, utf8: bool = False) -> Path:
-    """A file's name, as a Path; ``utf8``: safetensors opens no other.
-
-    Raises:
-        TypeError: no string and no os.PathLike.
-        ValueError: a name that no file has, or, where ``utf8``, one that is not UTF-8.
-    """
+    """A file's name as a Path; ValueError for a name that no file has, or, where ``utf8``, that is not UTF-8."""
     check_kind(name, path, (str, os.PathLike))
     text = os.fsdecode(path)
     if "\0" in text or (utf8 and any("\ud800" <= letter <= "\udfff" for letter in text)):
@@ -195,10 +176,11 @@ def check_path(name: str, path: Any, utf8: bool = False) -> Path:
     return Path(text)
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise unless value is one of these strings."""
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """value; ValueError unless it is one of these strings."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {_shown(value)}")
+    return value
 
 
 def check_flag(name: str, value: object) -> None:

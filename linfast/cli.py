@@ -27,11 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = argparse.Namespace(command="", kept=lambda options: "nothing was begun")
 
-    def name() -> str:
-        return f"linfast {options.command}".strip()
-
     def interrupted() -> str:
-        return f"{name()}: interrupted; {options.kept(options)}"
+        return f"linfast {options.command}".strip() + f": interrupted; {options.kept(options)}"
 
     when_interrupted(interrupted)
     try:
@@ -41,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from linfast.bench.run import main as bench
 
                 return bench(arguments[1:])
-            _parser().parse_args(arguments, options)
-            return options.call(options)
+            return _parser().parse_args(arguments, options).call(options)
         finally:
             flush_output()
     except BrokenPipeError:
@@ -53,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if sys.flags.dev_mode:
             raise
-        return report(name(), error)
+        return report(f"linfast {options.command}".strip(), error)
 
 
 def _parser() -> Parser:

@@ -1,9 +1,7 @@
 """Work captured in a CUDA graph, with all that the graph reads.
 
-A graph reads memory by its address: what is freed after the capture is read all the same. ``CudaGraph`` therefore
-owns its inputs and outputs, and holds the work, with all that it refers to, and the model's parameters and buffers
-as they lay. Weights that ``linfast.freeze`` keeps and autocast's casts of weights, which their owners let go, are
-computed anew for the graph.
+A graph reads memory by its address, also after it was freed. ``CudaGraph`` therefore owns its inputs and outputs,
+and keeps the work and the model's tensors. Weights that ``freeze`` or autocast keep are computed anew for it.
 """
 
 from __future__ import annotations
@@ -57,10 +55,12 @@ class CudaGraph:
                 for _ in range(_WARM_UP):
                     work(*self._given)
             here.wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # What other threads do meanwhile is theirs, and allowed.
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 result = work(*self._given)
+        self.replay: Callable[[], None] = graph.replay
+        """The work on the tensors of the last call."""
         self.result: Any = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
         """What the last replay wrote; the next one writes over it."""
 
@@ -75,10 +75,6 @@ class CudaGraph:
             result = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.result)
         self._replayed.record(stream)
         return result
-
-    def replay(self) -> None:
-        """The work on the tensors of the last call."""
-        self._graph.replay()
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Choice:
     Args:
         part: its name in the model.
         runs: the op, or torch.
-        tile: rows a program and its warps, where a table of ours fixes them.
+        tile: rows per program and its warps, where a table of ours fixes them.
         precision: of its products (linfast.precision), where it has a mode.
         why: the reason.
     """
@@ -94,9 +94,8 @@ def explain(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **cont
 def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Iterator[Choice]:
     launch = match_linearizer(f, x, t, context)
     if isinstance(launch, LinearizerLaunch):
-        yield _one_launch(
-            "f", "linearizer_stack", launch, launch.g_x, x, "g_x, A and the inverse of g_y in one launch"
-        )
+        why = "g_x, A and the inverse of g_y in one launch"
+        yield _one_launch("f", "linearizer_stack", launch, launch.g_x, x, why)
         return
     if why_reference(x) is None:
         yield Choice("f", "part by part", why=f"not one launch: {launch}")
@@ -140,16 +139,16 @@ def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:
 
 
 def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
-    kind, reason = type(layer).__name__, why_reference(x)
+    why, runs, reason = type(layer).__name__, _TORCH, why_reference(x)
     if reason is not None:
-        return Choice(part, _TORCH, why=f"{kind}: {reason}")
-    if isinstance(layer, AffineCoupling):
-        return Choice(part, f"{_conditioner(layer)}, affine_coupling", why=kind)
-    if isinstance(layer, (Mix, Householder)):
-        return Choice(part, "channel_mix" if x.ndim > 2 else _TORCH, why=kind)
-    if isinstance(layer, ActNorm) and layer.waits_for_data():
-        return Choice(part, _TORCH, why=f"{kind}: waits for its first batch")
-    return Choice(part, _TORCH, why=kind)
+        why += f": {reason}"
+    elif isinstance(layer, AffineCoupling):
+        runs = f"{_conditioner(layer)}, affine_coupling"
+    elif isinstance(layer, (Mix, Householder)) and x.ndim > 2:
+        runs = "channel_mix"
+    elif isinstance(layer, ActNorm) and layer.waits_for_data():
+        why += ": waits for its first batch"
+    return Choice(part, runs, why=why)
 
 
 def _conditioner(coupling: AffineCoupling) -> str:
@@ -157,9 +156,7 @@ def _conditioner(coupling: AffineCoupling) -> str:
 
 
 def _operator(A: LatentOperator, x: Tensor) -> Choice:
-    kind = type(A).__name__
-    op = _OPERATOR_OPS.get(kind)
-    reason = why_reference(x)
-    if op is None or reason is not None:
+    kind, reason = type(A).__name__, why_reference(x)
+    if kind not in _OPERATOR_OPS or reason is not None:
         return Choice("A", _TORCH, why=f"{kind}: {reason or 'torch has the best product for it'}")
-    return Choice("A", op, why=kind)
+    return Choice("A", _OPERATOR_OPS[kind], why=kind)

@@ -53,12 +53,11 @@ _thread = _Thread()
 def freeze(model: nn.Module) -> Iterator[None]:
     """Inside the block, each derived weight of ``model`` is computed at most once.
 
-    The caller promises that inside the block no parameter or buffer of ``model`` changes or
-    moves, and no layer or hook is put in or taken out; an ActNorm that waits for its first batch
-    goes on waiting. What a gradient is wanted of is computed at every call all the same: gradients
-    stay right, and only ``torch.no_grad()`` or parameters that do not require a gradient are faster.
-    So is what torch.compile, torch.export or a torch.func transform traces. Blocks nest; everything
-    kept is let go at the end, also after an exception.
+    The caller promises that inside the block no parameter or buffer of ``model`` changes or moves, and no layer or
+    hook is put in or taken out; an ActNorm that waits for its first batch goes on waiting. What a gradient is
+    wanted of is computed at every call all the same: gradients stay right, and only ``torch.no_grad()`` or
+    parameters that do not require a gradient are faster. What torch.compile, torch.export or a torch.func transform
+    traces is computed at every call too. Blocks nest; what is kept is let go at the end, also after an exception.
 
     Raises:
         TypeError: model is not a module.

@@ -52,16 +52,11 @@ _LISTS = ("frozen", "learned", "switched")
 
 
 def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """What a file of this model holds: its header as JSON, and its tensors by name, each once.
+    """What a file of this model holds: its header as JSON, and the model's own tensors by name, each once.
 
-    The tensors are the model's own; ``strides`` in the header says how those that are not contiguous lie in memory.
-
-    Raises:
-        TypeError: a part whose class, argument or tensor cannot be described (see ``register``), or that ``load``
-            would construct otherwise.
-        ValueError: a part without values, a number that is not finite, or parameters that overlap in memory.
+    TypeError or ValueError for what ``save`` refuses, but for weights that are NaN or infinite.
     """
-    architecture = describe(model)
+    architecture = describe(model, {})
     found = slots(model)
     tensors, aliases = unique(found)
     modes = {path: module.training for path, module in model.named_modules()}
@@ -131,9 +126,10 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return _loaded(path, place)
-    except (RecursionError, ValueError) as error:
-        why = "its architecture is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path}: {why}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: its architecture is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _loaded(path: Path, device: torch.device) -> nn.Module:
@@ -142,10 +138,20 @@ def _loaded(path: Path, device: torch.device) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             header = _header((file.metadata() or {}).get("linfast", "{}"))
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            stored = {key: (part.get_shape(), _stored_dtype(key, part.get_dtype())) for key, part in slices.items()}
+            stored = {}
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                if (dtype := part.get_dtype()) not in _STORED:
+                    raise ValueError(f"{key} is {dtype}; tensors are {', '.join(DTYPES)}")
+                stored[key] = part.get_shape(), _STORED[dtype]
             model, filled = _planned(header, stored)
-            values = {key: _read(key, file.get_tensor(key), header, device) for key in stored}
+            values = {}
+            for key in stored:
+                _check_finite(key, value := file.get_tensor(key))
+                strides = header["strides"].get(key)
+                values[key] = (
+                    value.to(device, copy=True) if strides is None else laid_out(value.to(device), strides)
+                )
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file ({error})") from error
     _fill(model, filled, values, header)
@@ -166,30 +172,24 @@ def _header(text: str) -> dict[str, Any]:
     return header
 
 
-def _stored_dtype(key: str, name: str) -> str:
-    if name not in _STORED:
-        raise ValueError(f"{key} is {name}; tensors are {', '.join(DTYPES)}")
-    return _STORED[name]
-
-
 def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tuple[nn.Module, dict[str, str]]:
     """The model without numbers, and which tensor goes where; a ``model`` that is to be saved must be like it."""
     try:
         _check_entries(header, stored)
-        blueprint = build(header["architecture"], len(stored) + len(header["aliases"]))
-        share_modules(blueprint.model, header["shared"])
+        built, given = build(header["architecture"], len(stored) + len(header["aliases"]))
+        share_modules(built, header["shared"])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the architecture cannot be built ({error!r:.200})") from error
     if model is not None:
-        check_rebuilt(model, blueprint.model)
-    filled = match(blueprint, stored, header["aliases"])
-    found = slots(blueprint.model)
+        check_rebuilt(model, built)
+    found = slots(built)
+    filled = match(found, set(map(id, given)), stored, header["aliases"])
     parameters = {key for key, slot in found.items() if slot.trained}
     constants = {key for key in found.keys() - parameters if DTYPES[stored[filled[key]][1]].is_floating_point}
-    for name, known in zip(_LISTS, (parameters, constants, dict(blueprint.model.named_modules())), strict=True):
+    for name, known in zip(_LISTS, (parameters, constants, dict(built.named_modules())), strict=True):
         if unknown := [entry for entry in header[name] if entry not in known]:
             raise ValueError(f"{name} names {unknown[0]!r:.60}, which the model has not")
-    return blueprint.model, filled
+    return built, filled
 
 
 def _check_entries(header: dict[str, Any], stored: _Stored) -> None:
@@ -208,13 +208,6 @@ def _check_entries(header: dict[str, Any], stored: _Stored) -> None:
     for key, strides in header["strides"].items():
         if len(size_list(strides)) != len(stored[key][0]):
             raise IndexError(f"{strides} are no strides of {key}, which is {tuple(stored[key][0])}")
-
-
-def _read(key: str, value: Tensor, header: dict[str, Any], device: torch.device) -> Tensor:
-    """A stored tensor in memory of its own, in its order."""
-    _check_finite(key, value)
-    strides = header["strides"].get(key)
-    return value.to(device, copy=True) if strides is None else laid_out(value.to(device), strides)
 
 
 def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], header: dict[str, Any]) -> None:

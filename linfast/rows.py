@@ -1,10 +1,9 @@
 """Work on a batch by its rows, so many at a time that what the layers between write stays in cache.
 
-A conditioner of H units writes B H values a layer, and reads them again at once. On a CPU they
-go to memory and back, into pages that are new at every call, unless B is small; rows do not depend
-on each other, so b of them at a time give the same result:
+A conditioner of H units writes B H values per layer, and reads them again at once. On a CPU they go to memory and
+back unless B is small. Rows do not depend on each other, so b of them at a time give the same result:
 
-    [y_1 | ... | y_n] = [f(x_1) | ... | f(x_n)]        x_i [b, ...] of x [B, ...],  b H itemsize ~ 1 MiB a thread
+    [y_1 | ... | y_n] = [f(x_1) | ... | f(x_n)]    x_i [b, ...] of x [B, ...],  b H itemsize ~ 1 MiB per thread
 
 Plain differentiable torch: autograd sums the parts' gradients of the weights. Under torch.compile and
 torch.jit.trace the batch stays whole: the parts would be written out in the graph.
@@ -39,15 +38,10 @@ Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What fits a core's cache (measured on an AMD EPYC, 1 MiB of L2 a core: docs/accelerate.md).
+    """What fits a core's cache (measured on an AMD EPYC, 1 MiB of L2 per core: docs/accelerate.md)."""
 
-    Args:
-        bytes: of the widest layer's output, a thread; a half or twice that is within 8%.
-        fewest: rows a thread; below it the products and torch's own cost of a call slow down.
-    """
-
-    bytes: int = 1 << 20
-    fewest: int = 256
+    bytes: int = 1 << 20  # of the widest layer's output, per thread; half or twice that is within 8%
+    fewest: int = 256  # rows per thread; with fewer, the products and torch's own cost of a call slow down
 
 
 _SIZES = _Sizes()
@@ -59,8 +53,8 @@ def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int |
     """How many rows of x [B, ...] to take at a time; None for all at once.
 
     Args:
-        widths: values a row that layers have; a None among them: rows are not known to be apart. Asked for where
-            x may be long enough.
+        widths: values per row of each layer; a None among them says that its rows may depend on each other. It is
+            called only where x may be long enough.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.jit.is_tracing():
         return None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .blueprint import DTYPES, Blueprint, is_described
+from .blueprint import DTYPES, is_described
 
 __all__ = [
     "check_rebuilt",
@@ -111,11 +111,10 @@ def _check_apart(parameters: Mapping[str, Tensor]) -> None:
 
 
 def compact(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Strides of the same order in memory: with gaps where these have some, but narrow ones and two at most.
+    """Strides of the same order in memory, with gaps where these have some, but narrow ones, and at most two.
 
-    Whether a matrix has gaps decides how its products are computed, and so how they round; the width of the gaps
-    does not. Each doubles the memory that the tensor takes. A dimension that repeats its entries (stride 0) does
-    so here.
+    Whether a matrix has gaps decides how its products are computed and so how they round; their width does not.
+    A dimension of stride 0 keeps it.
     """
     found, inner, size, gaps = [0] * len(shape), 1, 1, 0
     for d in sorted(range(len(shape)), key=lambda d: (strides[d], -d)):
@@ -168,24 +167,17 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
 
 
 def match(
-    blueprint: Blueprint, stored: Mapping[str, tuple[list[int], str]], aliases: Mapping[str, str]
+    found: Mapping[str, Slot], given: set[int], stored: Mapping[str, tuple[list[int], str]], aliases: dict[str, str]
 ) -> dict[str, str]:
-    """For each slot of the model the tensor of the file that it is filled with.
+    """For each slot of a model the tensor of the file that fills it, by ``aliases`` or its own name.
 
-    Args:
-        blueprint: of the model.
-        stored: shape and dtype of each tensor of the file.
-        aliases: other names of these tensors.
-
-    Raises:
-        ValueError: tensors that are missing, left over, or of another shape or kind of dtype.
+    ``given`` are ids of tensors whose dtype the architecture says, ``stored`` the shapes and dtypes in the file.
+    ValueError where tensors are missing, left over, or of another shape or kind of dtype.
     """
-    found = slots(blueprint.model)
     filled = {**{name: name for name in stored}, **aliases}
     if found.keys() != filled.keys():
         missing, extra = sorted(found.keys() - filled.keys()), sorted(filled.keys() - found.keys())
         raise ValueError(f"missing tensors {missing[:9]}, left over {extra[:9]}")
-    given = {id(tensor) for tensor in blueprint.given}
     for slot, key in filled.items():
         (shape, dtype), built = stored[key], found[slot].tensor
         if tuple(shape) != tuple(built.shape):
@@ -197,13 +189,9 @@ def match(
     return filled
 
 
-def _library(module: nn.Module) -> str:
-    return type(module).__module__.partition(".")[0]
-
-
 def is_foreign(module: nn.Module) -> bool:
     """Whether its class is neither torch's nor linfast's."""
-    return _library(module) not in ("torch", "linfast")
+    return type(module).__module__.partition(".")[0] not in ("torch", "linfast")
 
 
 # Whether a model is what its file would say
@@ -218,11 +206,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torc
 
 
 def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
-    """Raise where a model has other modules, tensors, settings or hooks than the one built from its description.
-
-    Raises:
-        TypeError: naming the module, and what to do.
-    """
+    """TypeError where a model has other modules, tensors, settings or hooks than ``built`` from its description."""
     for path, module in model.named_modules():
         what = f"cannot save {type(module).__name__}{f' at {path}' if path else ''}: it"
         for name, thing in _HOOKS.items():
@@ -234,7 +218,7 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
                 raise TypeError(f"{what} has a {name} of its own, which no file holds; remove it")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"{what} keeps an extra state; make it of parameters and buffers")
-    mine, theirs = dict(_parts(model)), {**dict(_parts(built)), **dict(settings(built))}
+    mine, theirs = _parts(model), _parts(built) | dict(settings(built))
     mine |= {name: value for name, value in settings(model) if name in theirs}  # others are notes
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
@@ -244,12 +228,10 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
             )
 
 
-def _parts(model: nn.Module) -> Iterator[tuple[str, str]]:
+def _parts(model: nn.Module) -> dict[str, str]:
     """Each module and its class, and each tensor and whether it is a parameter, in words."""
-    for path, module in model.named_modules():
-        yield path or "the model", f"a {type(module).__name__}"
-    for key, slot in slots(model).items():
-        yield key, f"a {'parameter' if slot.trained else 'buffer'}"
+    kinds = {path or "the model": f"a {type(module).__name__}" for path, module in model.named_modules()}
+    return kinds | {key: f"a {'parameter' if slot.trained else 'buffer'}" for key, slot in slots(model).items()}
 
 
 def settings(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -16,13 +16,9 @@ def aligned(rows: Sequence[Sequence[str]], numeric: int | None = None, rule: boo
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [numeric is not None and j >= numeric and bool(heading) for j, heading in enumerate(rows[0])]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+    columns = zip(right, widths, strict=True)
+    form = "  ".join(f"{{:{'>' if to_right else '<'}{width}}}" for to_right, width in columns)
+    lines = [form.format(*row).rstrip() for row in rows]
     if rule:
         lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)

@@ -31,7 +31,7 @@ def dist(tmp_path_factory) -> Path:
 def test_wheel_has_the_package_and_no_stray_top_level(dist: Path) -> None:
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as archive:
         names = archive.namelist()
-    for name in ("py.typed", "kernels/__init__.py", "bench/run.py", "bench/cases/__init__.py", "examples/demo.py"):
+    for name in ("py.typed", "kernels/__init__.py", "bench/run.py", "bench/cases/__init__.py", "examples/runs.py"):
         assert f"linfast/{name}" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"linfast"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -46,7 +46,7 @@ def test_sdist_can_be_built_from(dist: Path) -> None:
         "LICENSE",
         "README.md",
         "kernels/__init__.py",
-        "examples/demo.py",
+        "examples/trainer.py",
     } <= names
 
 

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from linfast.examples import demo
+from linfast.examples import commands
 
 import linfast as lf
 from linfast.cli import main
@@ -21,9 +21,9 @@ def quick(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, object
     """What the quick demo printed and the folder it wrote; of its training steps a tenth, or all."""
     out = tmp_path_factory.mktemp("demo")
     printed = io.StringIO()
-    model, steps = demo._QUICK
+    model, steps = commands._QUICK
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(demo, "_QUICK", (model, steps // request.param))
+        patch.setattr(commands, "_QUICK", (model, steps // request.param))
         assert main(["demo", "--quick", "--out", str(out)]) == 0
     return printed.getvalue(), out
 

@@ -41,7 +41,7 @@ MUTANTS = (
     ),
     Mutant(
         name="read_checkpoint: the contents are not compared with their digest",
-        file="examples/checkpoint.py",
+        file="examples/trainer.py",
         old='state.pop("digest", None) == digest(state)',
         new='state.pop("digest", None) is not None',
         breaks="A run goes on from a checkpoint whose contents have changed.",

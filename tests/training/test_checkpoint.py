@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from linfast.examples import Trainer, TrainSettings
-from linfast.examples.checkpoint import write_checkpoint
-from linfast.examples.report import save_strips
+from linfast.examples.runs import save_strips
+from linfast.examples.trainer import write_checkpoint
 from torch import nn
 
 import linfast as lf

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from linfast.examples import Trainer
-from linfast.examples.report import save_strips
-from linfast.examples.runs import CHECKPOINT, Output
+from linfast.examples.runs import CHECKPOINT, Output, save_strips
 
 import linfast as lf
 from linfast.cli import _parser, main
