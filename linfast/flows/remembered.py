@@ -1,8 +1,8 @@
-"""What was recognised of a flow's layers, remembered while nothing that it was read from is replaced.
+"""Remembers the recognised couplings of a flow until an object that they were read from is replaced.
 
 Recognising eight couplings takes a fifth of a call at batch 1. Parameters are remembered as objects, so that writes
-to their values are seen. What is compared at each call, by loops that run in C, is whether every module, parameter
-and option is the same object as before, of the same class, without a hook and without an attribute more or less.
+to their values take effect. Each call checks, in loops that run in C, that every module, parameter and option is
+the same object as before, of the same class, without a hook, and with as many attributes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _OPTIONS = {
 
 
 class Remembered:
-    """A value, and the facts that it holds for.
+    """A value, and the facts that it depends on.
 
     Args:
         layers: the flow's layers.
-        couplings: those of them whose weights and options the value was made of.
+        couplings: those layers whose weights and options the value was read from.
         key: the kind of input that it was made for.
         value: what is remembered.
     """
@@ -58,7 +58,7 @@ class Remembered:
         self._sized, self._sizes = sized, [*map(len, sized)]
 
     def holds(self) -> bool:
-        """Whether all that the value was read from is as it was."""
+        """Whether everything that the value was read from is unchanged."""
         if (
             any(self._hooks)
             or [*map(type, self._modules)] != self._classes
@@ -75,13 +75,13 @@ _remembered: WeakKeyDictionary[nn.ModuleList, Remembered] = WeakKeyDictionary()
 
 
 def recall(layers: nn.ModuleList, key: Hashable) -> Any | None:
-    """What is remembered for these layers and this kind of input; None where nothing is, or it no longer holds."""
+    """The value remembered for these layers and this kind of input; None where there is none that still holds."""
     found = _remembered.get(layers)
     return found.value if found is not None and found.key == key and found.holds() else None
 
 
 def remember(layers: nn.ModuleList, couplings: Iterable[Any], key: Hashable, value: Any) -> None:
-    """Keep ``value`` until the layers go or something else is remembered of them."""
+    """Keep ``value`` until the layers are deleted or another value is remembered for them."""
     try:
         _remembered[layers] = Remembered(layers, couplings, key, value)
     except KeyError:

@@ -185,7 +185,7 @@ def test_time_reaches_the_operator() -> None:
     assert relative(f.inverse(f(x, t=t), t=t), x) <= 1e-11
     assert relative((f @ f)(x, t=0.3), f(f(x, t=0.3), t=0.3)) <= 1e-12
     assert relative(f.T(x, t=t), f.at(t).T(x)) <= 1e-12
-    with pytest.raises(ValueError, match="one a sample"):
+    with pytest.raises(ValueError, match="one per sample"):
         f.at(t).svd()
 
 

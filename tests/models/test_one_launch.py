@@ -132,7 +132,7 @@ def test_hook_of_a_conditioner_runs() -> None:
 def test_per_sample_time_runs_layer_by_layer() -> None:
     flow, x, t = _flow(time_features=8), torch.randn(B, D, device=DEVICE), torch.rand(B, device=DEVICE)
     with lf.backend("triton"):
-        assert "input of its own" in str(match(flow.bijections, x, {"t": t}, False, False).why)  # type: ignore[arg-type]
+        assert "separate input per sample" in str(match(flow.bijections, x, {"t": t}, False, False).why)  # type: ignore[arg-type]
         y = flow(x, t=t)
     assert torch.allclose(y, flow(x, t=t), atol=1e-5)
 

@@ -110,7 +110,7 @@ def test_gradients_that_are_not_needed_are_not_computed() -> None:
     assert [tuple(g.shape) for g in got] == [(0,), (3, 5, 5), (0,), (0,)]
 
 
-@pytest.mark.parametrize("kind", ["one", "one a sample", "bank"])
+@pytest.mark.parametrize("kind", ["one", "one per sample", "bank"])
 def test_alpha_as_a_tensor_has_a_gradient(kind: str) -> None:
     index, (z, A, bias) = _inputs((3, 3, 5, 5))
     A = (A[0] if kind == "one" else A).detach().requires_grad_()
