@@ -1,4 +1,4 @@
-"""backend: one thread's choice is its own, whatever other threads do, and nothing of it is left afterwards."""
+"""backend: each thread has its own choice, whatever other threads do, and nothing is left of it afterwards."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_another_thread_has_the_process_choice() -> None:
 
 
 def test_plain_torch_is_one_thread_s() -> None:
-    """What another thread runs meanwhile is no truth of anything, and launches kernels as it likes."""
+    """Another thread may launch kernels meanwhile, since it does not compute the reference."""
     with plain_torch():
         _in_thread(lambda: refuse_kernel("low_rank"))
         with pytest.raises(RuntimeError, match="low_rank"):

@@ -1,4 +1,4 @@
-"""Batches of a few rows run what long ones run, in all tests but those of short batches."""
+"""Short batches run the same code as long ones here, except in the tests of short batches."""
 
 from __future__ import annotations
 

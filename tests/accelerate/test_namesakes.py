@@ -1,4 +1,4 @@
-"""Classes called as the reference repository's are: taken where they compute the same, else left with a reason."""
+"""Classes with the research repository's names: swapped where they compute the same, else left with a reason."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ ATTRIBUTES = {
 @pytest.mark.parametrize("memory", ["store", "invert"])
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_what_raises_when_it_is_looked_at_is_left_alone_with_a_reason(name, memory):
-    """And the rest of the model is accelerated."""
+    """The rest of the model is accelerated."""
     attributes = dict.fromkeys(ATTRIBUTES[name], property(_raises))
     methods = {"forward": lambda self, x: x, "inverse": lambda self, y: y}
     for method, function in methods.items():

@@ -1,4 +1,4 @@
-"""What is swapped and what is left alone, and why; hooks, reports, adapters of one's own. No library is needed."""
+"""What is swapped, what is not and why; hooks, reports and adapters that users write. Needs no library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from . import stand_in
 
 
 class Coupling(nn.Module):
-    """y = (x1 e^tanh(s) + t, x2), of (t, s) interleaved."""
+    """y = (x1 e^tanh(s) + t, x2), with t and s interleaved."""
 
     def __init__(self, features=6):
         super().__init__()
@@ -391,7 +391,7 @@ def test_a_namesake_of_a_copied_class_is_not_taken_for_it():
 def test_the_report_says_what_a_precision_reaches(registered):
     registered()
     other = Coupling()
-    other.net.append(nn.Dropout(0.1))  # no plain MLP: its products are torch's
+    other.net.append(nn.Dropout(0.1))  # not a plain MLP: torch computes its products
     report = lf.accelerate(nn.Sequential(Coupling(), other), precision="fast")
     assert report.precision == "fast"
     assert str(report).splitlines()[-1].startswith("precision 'fast' reaches 1 of them; the products of the others")

@@ -1,4 +1,4 @@
-"""The check runs copies: whatever a conditioner is made of or remembers, accelerate leaves it as it was."""
+"""The check runs copies, so that accelerate changes nothing in a conditioner, whatever it contains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 class HandsOn(Net):
-    """What is set on it is set on the module inside, as torch.compile's modules do."""
+    """Attributes set on it are set on the module inside, as in the modules of torch.compile."""
 
     def __setattr__(self, name, value):
         inside = vars(self).get("_modules", {}).get("net")
@@ -35,7 +35,7 @@ class HandsOn(Net):
 
 
 class Remembers(Net):
-    """Writes to all kinds of objects, which a shallow copy would share."""
+    """Writes to all kinds of objects that a shallow copy would share."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out)
@@ -86,7 +86,7 @@ MAKES = {
 
 
 def learn(model, x):
-    """Value and gradients of one step."""
+    """The value and gradients of one step."""
     model.zero_grad()
     z, log_det = forward(model, x)
     (0.5 * z.square().sum(1) - log_det).mean().backward()

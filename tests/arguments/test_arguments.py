@@ -1,7 +1,7 @@
-"""Every public callable, each argument in turn replaced by what it should not be: a clear error, or a right result.
+"""Every public callable with each argument replaced by an invalid one: a clear error, or a right result.
 
 An error is a ValueError or a TypeError whose message names the argument. A result is finite, of the dtype that the
-docstring says, and, where only the layout in memory or a dtype was another, the good call's numbers.
+docstring says, and, where only the memory layout or a dtype differs, equal to the valid call's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def test_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def findings_of(name: str) -> list[str]:
-    """What a callable gets wrong, a line each."""
+    """The faults of a callable, one line each."""
     good = GOOD[name]
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for a GPU that is not there
     call, arguments = good.make()
@@ -56,7 +56,7 @@ def findings_of(name: str) -> list[str]:
 
 
 def _try(good: Good, argument: str, wrong: Wrong, expected: Any) -> str | None:
-    """What is wrong with what came of it; None: nothing."""
+    """The fault of an outcome; None where there is none."""
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for a GPU that is not there
     call, arguments = good.make()
     result, error = outcome(call, {**arguments, argument: wrong.value})

@@ -1,4 +1,4 @@
-"""--compare: no change between a commit and itself, a change that is there, and the statistics."""
+"""--compare: finds no change between a commit and itself, and finds a real change; its statistics."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """linfast in a folder of its own."""
+    """linfast in a separate folder."""
     for name, folder in (("linfast", SOURCE), ("kernels", ROOT / "kernels"), ("bench", ROOT / "bench")):
         shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "bench", "kernels"))
     if not (tmp_path / "linfast/bench").exists():
@@ -80,7 +80,7 @@ def test_what_is_slower_is_seen_and_what_one_side_lacks_or_has_wrong_is_a_note(t
 
 
 class _Side:
-    """A side whose calls take so many milliseconds; ``turns`` is who was asked, warm calls left out."""
+    """A side whose calls take this many milliseconds; ``turns`` lists the sides called, without warm-up calls."""
 
     turns: ClassVar[list[str]] = []
 

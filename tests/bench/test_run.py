@@ -1,4 +1,4 @@
-"""What a run prints and writes: the table, JSON lines, the command line."""
+"""The output of a run: the table and JSON lines; the command line."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_every_case_runs_at_its_tiny_size(tmp_path, capsys) -> None:
 
 
 def test_every_size_of_every_scale_is_of_one_kind() -> None:
-    """What ``build`` reads from a size is in each of them; sizes of a scale differ from one another."""
+    """Every size has the fields that ``build`` reads; the sizes of a scale differ from each other."""
     for name, case in CASES.items():
         assert case.name == name
         assert set(case.sizes) == set(SCALES), name
@@ -137,7 +137,7 @@ def test_all_directions_are_timed() -> None:
 
 
 def test_providers_on_a_cpu_and_on_a_gpu() -> None:
-    """On a CPU linfast is its eager reference, and is not timed under two names."""
+    """On a CPU linfast is the eager reference, and is not timed under two names."""
     from linfast.bench.cases.common import providers, run
 
     def names(device: str, compile: bool) -> list[str]:

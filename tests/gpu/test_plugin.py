@@ -1,4 +1,4 @@
-"""tests.gpu.plugin in a pytest of its own."""
+"""tests.gpu.plugin in a separate pytest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import os
 def pytest_runtest_call(item):
     if item.name == "test_breaks_the_card": open(os.environ["PLACE"], "w").write(str(os.getpid()))
 """
-# As on a machine without pytest-timeout, whose settings pytest then does not know.
+# As on a machine without pytest-timeout, where pytest does not know its settings.
 WITHOUT_TIMEOUT = """
 import importlib.util, sys, pytest
 found = importlib.util.find_spec

@@ -111,7 +111,7 @@ def test_compiles_before_and_after_initialisation() -> None:
 
 
 def _copied(average: nn.Module, model: nn.Module) -> None:
-    """What other libraries' moving averages do: they write to ``.data``, of which no version tells."""
+    """As moving averages of other libraries do: they write to ``.data``, which changes no version counter."""
     for mine, its in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         mine.data.copy_(its.data)
 
@@ -276,7 +276,7 @@ AVERAGED = {
 def test_averages_of_buffers_too_keep_their_weights(name: str, started: bool) -> None:
     g = lf.coupling_flow(3, 2, (8,), actnorm=True)
     average = AveragedModel(g, use_buffers=True, **AVERAGED[name])
-    if not started:  # what is averaged next has weights, and the average had none
+    if not started:  # the next averaged model has weights, and the average had none
         average.update_parameters(g)
     for _ in range(3):
         g(3 * torch.randn(64, 3) + 2)

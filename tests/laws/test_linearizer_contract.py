@@ -1,4 +1,4 @@
-"""What a Linearizer refuses and how it says so; image latents; empty batches; torch.compile."""
+"""The errors of a Linearizer; image latents; empty batches; torch.compile."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def test_equal_weights_are_not_one_space() -> None:
         lf.Linearizer(f.g_x, f.A, h.g_x) + f
 
 
-# Errors, each before any work.
+# Errors, which are raised before any work.
 
 
 class Untouchable(nn.Module):
-    """A g that must not be asked anything."""
+    """A g that must not be called."""
 
     def forward(self, x: Tensor) -> Tensor:
         raise AssertionError("g was applied before the check")

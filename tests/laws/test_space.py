@@ -19,7 +19,7 @@ SPACES = {
 COUNT = 16
 every_space = pytest.mark.parametrize("name", SPACES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}  # issue 2's bounds on linearity
+LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}  # bounds on linearity, from issue 2
 
 
 def build(name: str, dtype: torch.dtype, count: int = 3) -> tuple[lf.InducedSpace, Tensor]:

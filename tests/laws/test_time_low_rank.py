@@ -1,4 +1,4 @@
-"""TimeLowRank: one operator a time, however the time is given, alone and inside composites."""
+"""TimeLowRank: one operator per time, in whatever form the time is given, alone and inside composites."""
 
 from __future__ import annotations
 

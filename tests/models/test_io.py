@@ -114,7 +114,7 @@ def _leaf(*shape: int) -> torch.Tensor:
 
 
 def _tied() -> lf.LatentOperator:
-    """One tensor twice, and once more without its gradient."""
+    """One tensor twice, and again without its gradient."""
     numbers = _leaf(4)
     return lf.Diagonal(4, numbers) @ lf.Diagonal(4, numbers) @ lf.Diagonal(4, numbers.detach())
 

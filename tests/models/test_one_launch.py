@@ -16,11 +16,11 @@ from tests.laws.zoo import perturb
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget
 
-D, B = 7, 40  # rows: a tile of 32, and a part of one
+D, B = 7, 40  # rows: a tile of 32 and a part of another
 
 
 def _flow(depth: int = 2, **options: object) -> lf.Flow:
-    # Weights near 1: the fp16 that stands in for bf16 in the interpreter's products has few digits far below.
+    # Weights near 1: in the interpreter fp16 stands in for bf16, and is inaccurate for small numbers.
     flow = perturb(lf.coupling_flow(D, depth, **{"hidden": (16, 16), **options}), 0.15)  # type: ignore[arg-type]
     if options.get("actnorm"):
         flow(2 + 3 * torch.randn(64, D), **({"t": 0.3} if "time_features" in options else {}))
@@ -193,7 +193,7 @@ def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("every", [2, *long(10)])
 def test_training_with_every_way_to_write_a_weight_follows_the_reference(every: int) -> None:
-    """AdamW(fused=True), writes through .data and load_state_dict: packed weights are never stale."""
+    """AdamW(fused=True), writes through .data and load_state_dict: packed weights are never out of date."""
 
     def losses(backend: str) -> list[float]:
         torch.manual_seed(0)

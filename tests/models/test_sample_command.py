@@ -1,4 +1,4 @@
-"""``linfast sample``: what it refuses to replace, and how it goes on."""
+"""``linfast sample``: which files it refuses to replace, and how it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutants of accelerate: what is recognised, the check before a swap, adapters, rebuilding and graphs."""
+"""Mutants of accelerate: recognition, the check before a swap, adapters, rebuilding and graphs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ MUTANTS = (
         tests=(_KEPT,),
     ),
     Mutant(
-        name="whole layer: the precision asked for is not heard",
+        name="whole layer: the requested precision is ignored",
         file="linfast/accelerate/coupling_launch.py",
         old="resolve_precision(like, None if plan is None else plan.options.precision)",
         new="resolve_precision(like, None)",

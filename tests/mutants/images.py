@@ -1,4 +1,4 @@
-"""Mutants of group norm with SiLU, of its statistics from tiles, and of the fused convolution."""
+"""Mutants of group norm with SiLU, its statistics from tiles, and the fused convolution."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ MUTANTS = (
         file="kernels/group_statistics.py",
         old="+ count[None, :] * off * off",
         new="+ off * off",
-        breaks="The spread between tiles counts once and not once a value.",
+        breaks="The spread between tiles counts once and not once per value.",
         tests=(f"{_CONV}::test_statistics_are_handed_over",),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Mutants of the channel mix, and of a coupling and a mix in one."""
+"""Mutants of the channel mix, and of a coupling and a mix in one launch."""
 
 from __future__ import annotations
 

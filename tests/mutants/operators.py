@@ -1,4 +1,4 @@
-"""Mutants of the operators' algebra, of the Linearizer's, and of induced spaces."""
+"""Mutants of the algebra of operators and Linearizers, and of induced spaces."""
 
 from __future__ import annotations
 

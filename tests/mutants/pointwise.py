@@ -1,4 +1,4 @@
-"""Mutants of what is done to each element: the affine coupling, scale maps, activations, and their arithmetic."""
+"""Mutants of elementwise code: the affine coupling, scale maps, activations, and their arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutants of training without stored activations: undoing, replay, the drift guard, checkpoints and the modes."""
+"""Mutants of training without stored activations: inversion, replay, the drift guard, checkpoints and modes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutants of sampling: integrators, the collapse, inversion, and streams that are gone on with."""
+"""Mutants of sampling: integrators, the collapse, inversion, and streams that are resumed."""
 
 from __future__ import annotations
 

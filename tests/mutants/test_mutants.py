@@ -1,4 +1,4 @@
-"""The mutants apply to the present code, and the runner tells failures of tests from other ends."""
+"""The mutants apply to the current code, and the runner distinguishes failed tests from other outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mutants of training, saved models, precision's choice, work by rows and the benchmarks' check."""
+"""Mutants of training, saved models, the choice of precision, cutting of batches and the benchmarks' check."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ MUTANTS = (
         file="linfast/dispatch.py",
         old='return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "high"',
         new='return "tf32"',
-        breaks="Products lose thirteen bits without anyone having asked for it.",
+        breaks="Products lose thirteen bits although nobody has allowed it.",
         tests=(f"{_PRECISION}::test_tf32_is_never_on_silently",),
     ),
     Mutant(

@@ -46,7 +46,7 @@ def _outputs_and_gradients(scale_map: ScaleMap, **options: object):
 @pytest.mark.parametrize("kind", SCALE_MAP_KINDS)
 @pytest.mark.parametrize(("inverse", "order"), TURNS)
 def test_every_map_order_and_direction(kind: str, inverse: bool, order: str) -> None:
-    """Default bounds and floors, and others; bounds that raw values reach."""
+    """Default bounds and floors and others, with raw values that reach the bounds."""
     for scale_map in (ScaleMap(kind), ScaleMap(kind, bound=0.5, floor=0.0), ScaleMap(kind, bound=0.9, floor=1e-3)):
         call = _outputs_and_gradients(scale_map, inverse=inverse, order=order)
         assert_within_budget(call, _inputs((40, 9)))
@@ -176,7 +176,7 @@ def test_opcheck(inverse: bool, log_det: bool) -> None:
 
 
 def test_flows_compile_whole_and_run_the_kernels() -> None:
-    # No lf.MLP for a conditioner: with one the flow is a coupling_stack.
+    # The conditioner is not an lf.MLP: with one the flow would be a coupling_stack.
     conditioners = (
         torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6)) for _ in "ab"
     )

@@ -70,7 +70,7 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
 def test_more_columns_than_one_split(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import linfast.kernels.channel_mix as kernels
 
-    monkeypatch.setattr(kernels, "SPLITS", splits)  # 2: more chunks a split than the fewest
+    monkeypatch.setattr(kernels, "SPLITS", splits)  # 2: more chunks per split than the minimum
     inputs = _inputs((3, 3, 64, 37))
     assert 8 * kernels.WEIGHTS[0][1].columns * 8 < 3 * 64 * 37
     assert_within_budget(_outputs_and_gradients, inputs)
@@ -126,7 +126,7 @@ def test_each_gradient_alone(only: int, n_in: int, monkeypatch: pytest.MonkeyPat
         y = channel_mix(*inputs)
 
     def refuse(*_: object) -> None:
-        raise AssertionError("computed a gradient that nobody asked for")
+        raise AssertionError("computed a gradient that is not required")
 
     monkeypatch.setattr(kernels, "weight_partials" if only == 0 else "_mix", refuse)
     y.sum().backward()

@@ -30,7 +30,7 @@ def _inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def _y(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, residual: Tensor) -> Tensor:
-    """In "exact": torch's default for convolutions is tf32."""
+    """y in "exact", because torch's default for convolutions is tf32."""
     options = {"groups": 2, "norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
     return conv2d_fused(x, weight, bias, **options, alpha=0.7, next_groups=3, precision="exact")[0]  # type: ignore[arg-type]
 
@@ -74,7 +74,7 @@ def test_functional_transforms() -> None:
 
 
 def test_second_derivatives_are_the_references() -> None:
-    # Small enough for fp16, in which the interpreter takes operands apart.
+    # Small enough for fp16, in which the interpreter splits operands into parts.
     call = second_derivatives(lambda *tensors: _y(*tensors).pow(3).sum() / 1000)
     assert_within_budget(call, [t.requires_grad_() for t in _inputs()])
 

@@ -34,7 +34,7 @@ _EXACT: dict[str, Any] = {"precision": "exact"}
 
 
 def _inputs(shape: tuple[int, ...], n_out: int, k: int, dtype: torch.dtype = torch.float32, rows: bool = False):
-    """x, weight, bias, norm_weight, norm_bias, residual; x's mean is not small against its spread."""
+    """x, weight, bias, norm_weight, norm_bias, residual; x's mean is not small relative to its spread."""
     batch, n_in, height, width = shape
     shapes = (shape, (n_out, n_in, k, k), (batch, n_out) if rows else (n_out,), (n_in,), (n_in,))
     values = [torch.randn(s) for s in (*shapes, (batch, n_out, height, width))]
@@ -48,7 +48,7 @@ def _cotangent(y: Tensor) -> Tensor:
 
 
 def _call(given: tuple[str, ...] = NAMES[2:], **options: object) -> Call:
-    """y and every gradient; the tensors after weight are ``given``; in "exact" unless told."""
+    """y and every gradient; the tensors after weight are ``given``; in "exact" by default."""
     options = {**_EXACT, **options}
 
     def call(x: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ def test_half_precision_sums_in_fp32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("precision", ["exact", "tf32", "high", "fast"])
 def test_precision_modes(precision: str) -> None:
-    """Operands rounded as the mode says, and no better than that."""
+    """Operands are rounded as the mode says, and no more accurately."""
     inputs, call = _inputs((2, 16, 4, 5), 8, 3), _call(groups=4, precision=precision)
     assert_within_budget(call, inputs, rounding(precision))
     with lf.backend("triton"):
@@ -159,7 +159,7 @@ def test_an_expanded_gradient() -> None:
     ("shape", "n_out", "groups"), [((1, 8, 6, 11), 12, 3), ((2, 4, 2, 3), 10, 2), ((1, 4, 1, 1), 8, 8)]
 )
 def test_statistics_are_handed_over(shape: tuple[int, ...], n_out: int, groups: int) -> None:
-    """The next convolution on what the first one summed: y, and gradients through both."""
+    """The next convolution uses the first one's statistics: y, and gradients through both."""
     x, weight, *_ = _inputs(shape, n_out, 3)
     second = (torch.randn(4, n_out, 3, 3, device=DEVICE) / n_out).requires_grad_()
     seen = []
@@ -198,7 +198,7 @@ def test_statistics_of_a_tensor(shape: tuple[int, ...], groups: int) -> None:
 
 
 def test_statistics_given_are_those_used() -> None:
-    """Wrong ones give another y: they are not computed again."""
+    """Wrong statistics give another y, so that they are not computed again."""
     x, weight, *_ = (t.detach() for t in _inputs((2, 8, 3, 5), 8, 3))
     with lf.backend("triton"):
         _, statistics = conv2d_fused(x, weight, next_groups=2)
@@ -236,7 +236,7 @@ def test_nan_stays_where_it_reaches() -> None:
 
 
 def test_where_it_runs() -> None:
-    """The table: by channels, kernel, mode and target; and the tiles of small images."""
+    """The table by channels, kernel, mode and target; and the tiles of small images."""
     assert runs_fused(16, 16, 3, "tf32", "sm_90")
     assert not runs_fused(16, 16, 3, "tf32", None)
     assert not runs_fused(16, 16, 3, "tf32", "gfx942")

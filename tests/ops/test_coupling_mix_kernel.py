@@ -139,7 +139,7 @@ def test_each_gradient_alone(only: int, n_in: int, output: int, monkeypatch: pyt
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         x, params, *rest = tensors
         value = coupling_mix(x, params, ScaleMap(), *rest, log_det=True)[output]
-        if not value.requires_grad:  # the reference's log_det knows what it does not depend on
+        if not value.requires_grad:  # the reference's log_det has no graph to what it does not depend on
             return (torch.zeros_like(tensors[only]),)
         return torch.autograd.grad(value.square().sum(), tensors[only], allow_unused=True, materialize_grads=True)
 
@@ -147,7 +147,7 @@ def test_each_gradient_alone(only: int, n_in: int, output: int, monkeypatch: pyt
     assert_within_budget(call, inputs)
 
     def refuse(*_: object) -> None:
-        raise AssertionError("computed a gradient that nobody asked for")
+        raise AssertionError("computed a gradient that is not required")
 
     monkeypatch.setattr(mix_kernels, "weight_partials", refuse) if only < 2 else monkeypatch.setattr(
         kernels, "_backward", refuse
@@ -275,7 +275,7 @@ def test_functional_transforms() -> None:
 
 
 def _launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The launchers that run from here on."""
+    """Records the launchers that run from here on."""
     from linfast.ops import register
 
     seen, launcher = [], register._launcher

@@ -22,7 +22,7 @@ from tests.ops.checks import (
 )
 from tests.seeds import seeded
 
-# An odd number of channels, one pixel, more pixels than a tile takes, no sample, one row.
+# An odd number of channels, one pixel, more pixels than a tile holds, no sample, one row.
 SHAPES = [(2, 3, 1, 1), (1, 1, 33, 32), (0, 4, 3, 3), (1, 3, 1, 9)]
 SIZES = [(1, 1), (3, 3), (2, 2), (4, 1), (1, 9)]
 KINDS = [(False, True), (True, False), *long((False, False), (True, True))]  # (per_sample, transpose)

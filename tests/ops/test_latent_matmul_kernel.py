@@ -21,7 +21,7 @@ from tests.ops.checks import (
 )
 from tests.seeds import seeded
 
-# (B, K, n_out, n_in): one of everything, more operators than rows, both tiles, more rows and columns than one.
+# (B, K, n_out, n_in): all 1, more operators than rows, both tiles, more rows and columns than one tile.
 SIZES = [(1, 1, 1, 1), (9, 3, 7, 5), (3, 11, 5, 7), (200, 3, 70, 33), (130, 1, 33, 70), (40, 2, 66, 66)]
 
 

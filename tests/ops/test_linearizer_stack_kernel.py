@@ -68,7 +68,7 @@ def _assert_accurate(
         assert ("layers" if launch is None else "stack") == path
         y = linearizer_stack(x, g_x, A, g_y, precision=precision)
     truth = _plain(x.double(), _wide(g_x), A.double(), _wide(g_y))
-    rounded = rounding(precision), rounding("exact" if precision == "exact" else "high")  # A has two parts at least
+    rounded = rounding(precision), rounding("exact" if precision == "exact" else "high")  # A has at least two parts
     assert_accurate([y], lambda: [_plain(x, g_x, A, g_y, *rounded)], [truth])
 
 
@@ -147,7 +147,7 @@ def test_the_identity_as_operator_gives_x_back() -> None:
     x, g = _x(20, 6), _network(6, 4)
     with lf.backend("triton"):
         y = linearizer_stack(x, g, torch.ones(6, device=DEVICE), g, precision="fast")
-    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)  # the same shift and scale both ways, even rounded
+    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)  # the same shift and scale in both directions
 
 
 def test_strides_of_x() -> None:
@@ -180,7 +180,7 @@ def test_networks_that_share_no_tile_run_one_after_another(other) -> None:
 
 
 def _call(g_x: CouplingStack, g_y: CouplingStack):
-    """(y, a gradient for every input that wants one); tensors: x, A, g_x's, g_y's."""
+    """(y, a gradient for every input that requires one); tensors: x, A, those of g_x, those of g_y."""
     n = len(leaves(g_x.layers, g_x.head))
 
     def filled(g: CouplingStack, tensors) -> CouplingStack:

@@ -25,7 +25,7 @@ from tests.ops.checks import (
 )
 from tests.seeds import seeded
 
-# (B, N, M, r): odd sizes, one element, a rank past one tile, more rows than one tile and than all splits.
+# (B, N, M, r): odd sizes, one element, a rank above one tile, more rows than one tile and than all splits.
 SIZES = [
     (3, 7, 7, 3),
     (9, 7, 7, 2),
@@ -208,11 +208,11 @@ def test_no_matrix_of_n_by_n_is_made(kind: str) -> None:
 
 @pytest.mark.parametrize(("n", "longest"), [(12288, 384), (1000, 500), (12289, 12289)])
 def test_long_sums_of_the_plain_form_are_taken_in_parts(n: int, longest: int) -> None:
-    """Forward and backward, where N has a power of two to part it by."""
+    """Forward and backward, where a power of two divides N."""
     lengths = [1]
 
     class Lengths(TorchDispatchMode):
-        """Keeps how many terms each batched product sums, one after the other."""
+        """Records the number of terms in each batched product."""
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten.bmm.default:

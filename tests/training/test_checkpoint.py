@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each is refused in a sentence, and nothing of the trainer has changed."""
+"""Damaged checkpoints: each is refused with a clear error, and the trainer does not change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def _everything(trainer: Trainer) -> list[Any]:
-    """What resuming changes, as values that compare."""
+    """Everything that resuming changes, as comparable values."""
     tensors = [*trainer.objective.state_dict().values(), *trainer.model.state_dict().values()]
     moments = [value for entry in trainer.optimizer.state_dict()["state"].values() for value in entry.values()]
     groups = str(trainer.optimizer.state_dict()["param_groups"])
@@ -169,7 +169,7 @@ def test_damaged_contents_are_refused_before_anything_changes(number: int, whole
 @pytest.mark.parametrize("part", ["model", "averaged"])
 @pytest.mark.parametrize("name", ["permutation", "initialized"])
 def test_what_layers_keep_beside_weights_is_not_changed(part: str, name: str, tmp_path: Path) -> None:
-    """A permutation that is none, and an ActNorm that would start anew."""
+    """An invalid permutation, and an ActNorm that would initialise again."""
 
     def trainer() -> Trainer:
         objective = Breaking()

@@ -1,4 +1,4 @@
-"""``linfast train``, small: what it writes, what it prints, resuming, and one line for a mistake."""
+"""``linfast train`` on a small model: its files, its output, resuming, and one line for a mistake."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_overwriting_begins_with_nothing_of_the_earlier_run(tmp_path: Path, monk
         assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite") == 2
         assert _files(tmp_path) == before
     assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite", "--likelihood", "1e39") == 2
-    assert not list(tmp_path.iterdir())  # no model that is not the checkpoint's
+    assert not list(tmp_path.iterdir())  # only the model of the checkpoint
 
 
 @pytest.mark.parametrize(
