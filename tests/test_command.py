@@ -55,7 +55,7 @@ def test_an_interruption_inside_an_exec_of_text_has_its_status(number: int, stat
     assert done.stderr == "linfast info: interrupted; it writes nothing\n"
 
 
-def test_an_import_by_others_is_left_alone() -> None:
+def test_imports_by_other_programs_keep_their_signals() -> None:
     done = _python("-c", _INTERRUPTED_IMPORT.format(argv=["other.py", "linfast"]))
     assert "KeyboardInterrupt" in done.stderr.splitlines()[-1]
 

@@ -95,7 +95,7 @@ def test_a_graph_keeps_what_its_work_refers_to(cuda: Cuda) -> None:
     assert torch.equal(captured(x), expected)
 
 
-def test_weights_promised_still_are_derived_once(cuda: Cuda) -> None:
+def test_frozen_weights_are_derived_once(cuda: Cuda) -> None:
     g, x = _flow(), torch.randn(4, N)
     with torch.no_grad(), lf.backend("triton"), lf.freeze(g):
         loose, still = (CudaGraph(g.inverse, [x], CPU, model) for model in (None, g))

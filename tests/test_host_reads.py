@@ -190,7 +190,7 @@ def test_what_became_singular_raises_again(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_INVERSE)
-def test_what_became_singular_unseen_is_nan(name: str) -> None:
+def test_the_inverse_of_an_operator_that_became_singular_unnoticed_is_nan(name: str) -> None:
     """Writes through .data change no version counter, so a device is not read again. A CPU is."""
     A = WITH_INVERSE[name]()
     with mock.patch("linfast.operators.spectral.read_at_once", return_value=False):

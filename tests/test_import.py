@@ -66,7 +66,7 @@ def test_import_adds_little_to_torch() -> None:
     assert int(calls) <= FEW_CALLS
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_every_public_name_exists_and_is_documented() -> None:
     import linfast
 
     for name in linfast.__all__:

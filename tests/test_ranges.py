@@ -50,7 +50,7 @@ def test_a_disabled_range_is_an_empty_context() -> None:
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_tracebacks_show_our_lines_and_none_of_the_ranges(on: bool) -> None:
+def test_tracebacks_show_no_lines_of_the_ranges(on: bool) -> None:
     f = _model()
     with ranges(on), pytest.raises(ValueError, match="x") as error:
         f(torch.randn(3, 5))

@@ -168,7 +168,7 @@ def test_a_setting_changed_since_a_compilation_is_followed(monkeypatch):
         for module in model.modules():
             if hasattr(module, "clamp"):
                 module.clamp = 0.3
-    monkeypatch.setattr(freia, "couple_both", lambda *given, **named: pytest.fail("runs by a plan of before"))
+    monkeypatch.setattr(freia, "couple_both", lambda *given, **named: pytest.fail("runs by an outdated plan"))
     for actual, expected in zip(compiled(*x), original(*x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 

@@ -177,7 +177,7 @@ def test_an_unknown_flow_stores_and_is_named():
     assert report.swapped[0].note == "stored: it is in no chain of a known class"
 
 
-def test_a_flow_with_two_nets_of_its_own_is_known():
+def test_a_flow_with_two_separate_nets_is_recognised():
     nf = pytest.importorskip("normflows")
     torch.manual_seed(0)
     masks = torch.tensor([[1.0, 0] * 3, [0, 1.0] * 3])

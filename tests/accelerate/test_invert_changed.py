@@ -253,7 +253,7 @@ def test_a_recalled_net_is_that_net():
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_each_call_is_recalled_for_what_it_was_given(order):
+def test_each_recalled_call_matches_its_arguments(order):
     module = nn.ModuleDict({"net": Twice(2, 4)})
     parameters = list(module.parameters())
     view = recalling(module, [module["net"]], parameters)["net"]

@@ -189,7 +189,7 @@ def test_the_model_stays_itself(name):
 
 
 @pytest.mark.parametrize("name", sweep(KINDS))
-def test_deep_copies_stay_swapped_and_apart(name):
+def test_deep_copies_stay_swapped_and_independent(name):
     kind = KINDS[name]
     model = make(kind, 0)
     lf.accelerate(model)

@@ -158,7 +158,7 @@ def test_an_accelerated_unet_compiles_whole():
     assert relative(compiled(x, t), expected) < 2e-6
 
 
-def test_an_unknown_mode_is_an_error_still():
+def test_an_unknown_mode_still_raises():
     model = _model()
     lf.accelerate(model)
     with pytest.raises(NotImplementedError):
@@ -270,7 +270,7 @@ def test_nothing_is_kept_outside_of_freeze_or_of_gradients():
     assert len(calls) == 2
 
 
-def test_freezing_a_part_keeps_nothing_of_another():
+def test_freezing_a_part_keeps_no_weights_of_another():
     """Only the U-Net block is frozen: the weights of its embedding may change."""
     model, original = _frozen_model()
     x = torch.randn(2, 1, 8, 8)
@@ -281,7 +281,7 @@ def test_freezing_a_part_keeps_nothing_of_another():
             assert relative(model.gx(x), original.gx(x)) < 2e-6
 
 
-def test_autocast_keeps_an_embedding_of_its_own():
+def test_autocast_keeps_a_separate_embedding():
     model, original = _frozen_model()
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad(), lf.freeze(model):

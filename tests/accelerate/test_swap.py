@@ -209,7 +209,7 @@ def test_no_hook_fires_in_the_check():
     assert len(seen) == 1
 
 
-def test_a_hook_put_there_later_fires_too():
+def test_a_hook_that_is_added_later_fires():
     block, seen = _reference_block(), []
     x, t = torch.randn(2, 4, 4, 4), torch.rand(2)
     assert lf.accelerate(block).rows[0].swapped

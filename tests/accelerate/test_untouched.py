@@ -113,7 +113,7 @@ def test_whatever_a_conditioner_is_it_stays_as_it_was(library, make, memory):
     assert held(model) == before
 
 
-def test_a_compiled_conditioner_is_no_reason_to_leave_a_coupling_alone():
+def test_a_coupling_with_a_compiled_conditioner_is_swapped():
     report = lf.accelerate(normflows(_compiled), memory="invert")
     assert not report.left
 
@@ -130,7 +130,7 @@ class Locked(Net):
         self.lock = threading.Lock()
 
 
-def test_what_cannot_be_copied_is_left_alone_with_the_reason():
+def test_a_module_that_cannot_be_copied_is_left_alone_with_the_reason():
     report = lf.accelerate(normflows(Locked), memory="invert")
     (note,) = (row.note for row in report.left)
     assert note.startswith("lock of its Locked cannot be copied for the check: cannot pickle")

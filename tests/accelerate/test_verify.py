@@ -92,7 +92,7 @@ def test_full_precision_is_for_its_block_only(way: str, fails: bool) -> None:
     assert (_settings(), _matmul()) == before
 
 
-def test_a_setting_that_follows_a_wider_one_goes_on_following() -> None:
+def test_a_setting_that_follows_a_wider_one_still_follows_it() -> None:
     BACKENDS.fp32_precision = "tf32"
     with full_precision():
         pass

@@ -106,7 +106,7 @@ def test_half_precision():
 
 
 @pytest.mark.parametrize("precision", [None, "exact", "fast"])
-def test_the_precision_asked_for_reaches_the_launch(precision, monkeypatch):
+def test_the_requested_precision_reaches_the_launch(precision, monkeypatch):
     model, seen = Coupling(), []
     lf.accelerate(model, precision=precision)
 
@@ -211,7 +211,7 @@ def test_a_wrapper_that_does_more_is_not(forward):
     assert find_mlp(Wrapper()) is None  # inherited: whoever wrote the class has not said it
 
 
-def test_hooks_put_there_later_fire():
+def test_hooks_that_are_added_later_fire():
     model, x, seen = Coupling(), torch.randn(4, 6), []
     lf.accelerate(model)
     with lf.backend("triton"):

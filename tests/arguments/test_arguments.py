@@ -23,8 +23,10 @@ _CLOSE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.b
 
 
 def test_every_public_callable_has_a_good_call() -> None:
-    assert not [name for name in CALLABLES if name not in GOOD and name not in EXEMPT], "no good call for these"
-    assert not [name for name in (*GOOD, *EXEMPT) if name not in CALLABLES], "good calls of nothing that is public"
+    assert not [name for name in CALLABLES if name not in GOOD and name not in EXEMPT], "no valid call for these"
+    assert not [name for name in (*GOOD, *EXEMPT) if name not in CALLABLES], (
+        "valid calls of callables that are not public"
+    )
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -40,9 +42,9 @@ def findings_of(name: str) -> list[str]:
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for a GPU that is not there
     call, arguments = good.make()
     parameters = {p.name: p for p in parameters_of(CALLABLES[name])}
-    assert set(arguments) == set(parameters), f"no good value for {set(parameters) ^ set(arguments)}"
+    assert set(arguments) == set(parameters), f"no valid value for {set(parameters) ^ set(arguments)}"
     expected, error = outcome(call, arguments)
-    assert error is None, f"the good call of {name} raised {error!r}"
+    assert error is None, f"the valid call of {name} raised {error!r}"
     hints = _hints(CALLABLES[name])
     found = []
     for argument, value in arguments.items():

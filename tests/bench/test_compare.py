@@ -56,7 +56,7 @@ def _make_slow(tree: Path) -> None:
         file.write(SLOW)
 
 
-def test_what_is_slower_is_seen_and_what_one_side_lacks_or_has_wrong_is_a_note(tree: Path, monkeypatch) -> None:
+def test_a_slower_case_is_found_and_a_missing_or_wrong_one_is_noted(tree: Path, monkeypatch) -> None:
     monkeypatch.setattr(compare, "REPLICATES", 1)
     monkeypatch.setattr(compare, "PAIRS", 5)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -157,7 +157,7 @@ def _command(checkout: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.long
-def test_a_commit_and_itself_are_the_same_and_a_slower_one_is_seen(tree: Path) -> None:
+def test_a_commit_equals_itself_and_a_slower_one_is_found(tree: Path) -> None:
     _git(tree, "init", "-q")
     _git(tree, "add", "-A")
     _git(tree, "commit", "-qm", "one")

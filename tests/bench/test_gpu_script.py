@@ -124,7 +124,7 @@ def test_the_tests_of_a_real_call_exist() -> None:
     assert all((ROOT / path).exists() for path in paths)
 
 
-def test_an_unknown_stage_is_said_and_the_others_run(started, tmp_path: Path) -> None:
+def test_an_unknown_stage_is_reported_and_the_others_run(started, tmp_path: Path) -> None:
     summary, noted = _ran(started, tmp_path, "--only", "smoke,tset")
     assert "unknown stage: 'tset'; there are environment, smoke, tests, memcheck, bench, profile, table" in summary
     assert "smoke: ok" in summary
@@ -158,7 +158,7 @@ def _of_this_call(tmp_path: Path) -> list[str]:
     return [line for line in lines if str(tmp_path / "python") in line]
 
 
-def test_a_full_disk_is_said_and_the_rest_goes_on(started, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_rest_runs(started, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/tests.log").symlink_to("/dev/full")
     summary, _ = _ran(started, tmp_path)

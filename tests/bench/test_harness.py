@@ -81,7 +81,7 @@ def _asks_for_kernels(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("where", ["truth", "reference", "a peer's truth"])
-def test_what_others_are_compared_with_runs_no_kernel(where: str) -> None:
+def test_the_reference_side_runs_no_kernel(where: str) -> None:
     """Whatever backend it chooses itself."""
 
     def build(size: Size, options: Options) -> Problem:
@@ -98,7 +98,7 @@ def test_what_others_are_compared_with_runs_no_kernel(where: str) -> None:
         measure(Case("op", build, {}), {}, Options(CPU, False), 0.01)
 
 
-def test_a_kernel_launched_past_the_backend_is_seen(kernels: Kernels) -> None:
+def test_a_kernel_that_bypasses_the_backend_is_found(kernels: Kernels) -> None:
     x, weight = torch.randn(2, 4, 8), torch.eye(4, requires_grad=True)
     y = lf.ops.channel_mix(x, weight)
     with plain_torch(), pytest.raises(RuntimeError, match="channel_mix_backward was launched inside plain_torch"):

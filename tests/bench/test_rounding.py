@@ -131,7 +131,7 @@ def test_what_is_allowed(computed: Callable[[Tensor, Tensor], Tensor], right: bo
     assert (relative_error(computed(x, w), truth) <= allowed) == right
 
 
-def test_what_is_none_is_allowed_nothing() -> None:
+def test_a_missing_output_has_no_allowance() -> None:
     assert allowed_errors(lambda: [None, torch.ones(2)], [None, torch.ones(2).double()]) == [0.0, EPS]
 
 

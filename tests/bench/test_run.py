@@ -198,7 +198,7 @@ def test_bad_arguments_are_clear_errors(argv: list[str], message: str, capsys) -
     assert message in capsys.readouterr().err
 
 
-def test_an_earlier_runs_files_are_replaced_by_leave_alone(tmp_path, capsys, monkeypatch) -> None:
+def test_an_earlier_runs_files_are_replaced_only_on_request(tmp_path, capsys, monkeypatch) -> None:
     path, folder = tmp_path / "results.jsonl", tmp_path / "folder"
     folder.mkdir()
     small = [*TINY, "--case", "low_rank"]

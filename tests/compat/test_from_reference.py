@@ -103,7 +103,7 @@ def test_training_by_inversion_with_the_same_seed() -> None:
         lf.from_reference(f, memory="no")
 
 
-def test_the_model_is_left_as_it_is_and_shares_nothing() -> None:
+def test_the_model_is_unchanged_and_shares_nothing() -> None:
     f = _model(1, 8, **SMALL)
     before = copy.deepcopy(f.state_dict())
     h = lf.from_reference(f)

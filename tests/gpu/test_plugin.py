@@ -58,7 +58,7 @@ def test_a_failure_is_written_whole_and_a_broken_card_ends_the_run(tmp_path: Pat
     assert "LEFT after a CUDA error: no test after it would say anything" in lines
 
 
-def test_a_process_leaves_a_broken_card_and_another_goes_on(tmp_path: Path, monkeypatch) -> None:
+def test_a_process_exits_after_a_cuda_error_and_another_continues(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("xdist")
     command = [sys.executable, "-m", "pytest", "-n", "1", "--dist", "worksteal", "--max-worker-restart", "9"]
     status, text = _run(tmp_path, monkeypatch, command)

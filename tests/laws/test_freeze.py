@@ -81,7 +81,7 @@ def test_gradients_are_those_without_a_freeze(g: lf.Flow, computed: list[bool]) 
     assert len(computed) == 2 * 4
 
 
-def test_gradients_to_x_alone_use_what_is_kept(g: lf.Flow, computed: list[bool]) -> None:
+def test_gradients_of_x_only_use_the_kept_weights(g: lf.Flow, computed: list[bool]) -> None:
     g.requires_grad_(False)
     x = torch.randn(3, 4, requires_grad=True)
     expected = torch.autograd.grad(g.inverse(x).pow(3).sum(), x)

@@ -133,7 +133,7 @@ class Untouchable(nn.Module):
 
 @pytest.mark.parametrize("A", [zoo.deficient(8, 8, 3), zoo.diagonal(1.0, 0.0), lf.Projection(4), zoo.dense(5, 9),
                                lf.LowRank(0.0, torch.ones(4, 1), torch.ones(4, 1))])  # fmt: skip
-def test_a_singular_operator_asked_for_its_inverse_names_pinv(A: lf.LatentOperator) -> None:
+def test_the_inverse_of_a_singular_operator_raises_and_names_pinv(A: lf.LatentOperator) -> None:
     f = lf.Linearizer(Untouchable(), A)
     with pytest.raises(ValueError, match="pinv"):
         f.inverse(torch.zeros(2, A.n_out))

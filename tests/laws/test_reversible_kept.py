@@ -134,7 +134,7 @@ def test_what_a_layer_keeps_has_its_gradient(
     assert same(learned(build, mode, step), learned(build, "store", step))
 
 
-def test_what_is_kept_in_the_backward_alone_has_its_gradient() -> None:
+def test_tensors_kept_only_in_the_backward_have_their_gradients() -> None:
     def step(g: lf.Flow) -> None:
         value = loss(g)
         with parametrize.cached():

@@ -112,7 +112,7 @@ def _parametrized(flow: lf.Flow) -> None:
 
 
 @pytest.mark.parametrize("change", [_subclassed, _hooked, _parametrized])
-def test_what_runs_code_of_its_own_is_left_to_run_it(change: Callable[[lf.Flow], None]) -> None:
+def test_layers_with_custom_code_run_it(change: Callable[[lf.Flow], None]) -> None:
     flow, x = _flow(), torch.randn(B, D, device=DEVICE)
     change(flow)
     with lf.backend("triton"):

@@ -421,7 +421,9 @@ class _Returns(torch.nn.Module):
         (lambda x: x.to("meta"), TypeError, "returned .* on meta"),
     ],
 )
-def test_what_is_no_sample_a_row_is_refused(change, error: type[Exception], match: str, tmp_path: Path) -> None:
+def test_outputs_other_than_a_sample_per_row_are_refused(
+    change, error: type[Exception], match: str, tmp_path: Path
+) -> None:
     for out in (tmp_path / "x.npy", np.zeros((20, N), np.float32), None):
         with pytest.raises(error, match=match):
             list(_stream(_Returns(change), out, 20, noise_shape=(N,)))

@@ -207,7 +207,7 @@ def test_a_lazy_model_is_refused_and_stays_lazy(train: bool) -> None:
     assert all(map(nn.parameter.is_lazy, f.g_x.parameters()))
 
 
-def test_what_cannot_be_copied_is_refused_in_train_mode_alone() -> None:
+def test_a_model_that_cannot_be_copied_is_refused_only_in_train_mode() -> None:
     f = lf.Linearizer(lf.coupling_flow(N, 2, (8,)), lf.Dense(N))
     f.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"work on a copy of the Linearizer, in eval mode.*lock"):

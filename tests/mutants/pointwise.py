@@ -42,7 +42,7 @@ MUTANTS = (
         file="kernels/affine_coupling.py",
         old="return params[:, 0::2], params[:, 1::2]",
         new="return params[:, 1::2], params[:, 0::2]",
-        breaks="What the conditioner gives as a shift scales, and the other way round.",
+        breaks="The conditioner's shift is used as the scale and its scale as the shift.",
         tests=(_LAYOUTS,),
     ),
     Mutant(

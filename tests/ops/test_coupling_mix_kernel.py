@@ -117,7 +117,7 @@ def test_strides_of_inputs_and_of_the_incoming_gradient(n_in: int, inverse: bool
             assert_within_budget(call, [t.requires_grad_() for t in strided])
 
 
-def test_each_tensor_in_a_layout_of_its_own() -> None:
+def test_each_tensor_in_a_separate_layout() -> None:
     for n_in in (4, 16):
         x, params, weight, bias = (t.detach() for t in _inputs((3, n_in, 5, 4)))
         wide = torch.full((2 * n_in, 3 * n_in), float("nan"), device=DEVICE)
