@@ -180,7 +180,7 @@ WITH_INVERSE: dict[str, Callable[[], lf.LatentOperator]] = {
 
 
 @pytest.mark.parametrize("name", WITH_INVERSE)
-def test_what_became_singular_raises_again(name: str) -> None:
+def test_an_operator_that_became_singular_raises_again(name: str) -> None:
     A = WITH_INVERSE[name]()
     A.inverse()
     _singular(A, through_data=False)

@@ -62,7 +62,7 @@ def test_the_tightest_are_listed_in_their_worst_run() -> None:
         (_run(0, ("test_red",)), ("--random",), 1),
     ],
 )
-def test_what_turns_the_matrix_red(run: Run, arguments: tuple[str, ...], status: int, monkeypatch, capsys) -> None:
+def test_when_the_matrix_fails(run: Run, arguments: tuple[str, ...], status: int, monkeypatch, capsys) -> None:
     called = []
     monkeypatch.setattr(machines, "run", lambda setting, seed: (called.append((setting, seed)), run)[1])
     assert main(arguments) == status

@@ -45,7 +45,7 @@ def drift_is_an_error():
 
 
 @pytest.mark.parametrize("name", sweep(CHAINS))
-def test_chains_give_what_they_gave(name):
+def test_chains_give_the_same_results(name):
     kind = MODELS[name]
     model = make(kind, 0)
     before = outputs(kind, model, torch.float32)

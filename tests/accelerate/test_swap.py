@@ -253,7 +253,7 @@ def test_restore_and_accelerate_again(registered):
     assert all(type(m) is Coupling for m in model)
 
 
-def test_an_error_on_the_way_swaps_nothing(registered, monkeypatch):
+def test_an_error_midway_swaps_nothing(registered, monkeypatch):
     registered()
     model = nn.Sequential(Coupling(), Coupling(8))
     calls = []
@@ -315,7 +315,7 @@ def test_bad_options_are_named():
             lf.accelerate(model, **{removed: True})
 
 
-def test_a_class_that_keeps_a_list_of_those_derived_from_it_does_not_hear_of_ours(registered):
+def test_a_class_that_lists_its_subclasses_does_not_see_ours(registered):
     class Listed(Coupling):
         known = []
 

@@ -160,7 +160,7 @@ def _attempt(operation, run, x, c):
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("name", sweep(sorted(USED), USED))
-def test_what_the_original_can_do_it_can(name, operation):
+def test_it_can_do_what_the_original_can(name, operation):
     kind = KINDS[name]
     original = Run(kind, make(kind, 0))
     fast = copy.deepcopy(original)

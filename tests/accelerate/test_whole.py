@@ -183,7 +183,7 @@ def test_a_context_runs_the_conditioner():
     assert_taken(Coupling(net=WithContext()), torch.randn(4, 6), 0, torch.randn(4, 1))
 
 
-def test_a_wrapper_that_passes_on_is_looked_into():
+def test_a_wrapper_that_only_forwards_is_examined():
     assert_taken(Coupling(net=PassesOn()), torch.randn(4, 6), 2)
     assert str(find_mlp(PassesOn(PassesOn()))) == "MLP 3-16-16-6 silu"
 

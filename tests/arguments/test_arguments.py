@@ -22,7 +22,7 @@ CALLABLES = public_callables()
 _CLOSE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def test_every_public_callable_has_a_good_call() -> None:
+def test_every_public_callable_has_a_valid_call() -> None:
     assert not [name for name in CALLABLES if name not in GOOD and name not in EXEMPT], "no valid call for these"
     assert not [name for name in (*GOOD, *EXEMPT) if name not in CALLABLES], (
         "valid calls of callables that are not public"

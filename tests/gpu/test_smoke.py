@@ -59,7 +59,7 @@ def _returning(launcher: Callable, wrong: Callable) -> Callable:
     return launch_of
 
 
-def test_a_kernel_that_raises_is_a_line(monkeypatch, capsys) -> None:
+def test_a_kernel_that_raises_gets_a_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr(register, "_launcher", lambda path: torch.zeros(1, device=DEVICE).tolist()[5])
     assert all(reason and "IndexError" in reason for reason in _verdicts("op:low_rank", "fp32", capsys))
 

@@ -167,7 +167,7 @@ def test_it_initialises_only_in_training_mode(method: str) -> None:
     assert bool(norm.bias.all())
 
 
-def test_a_sampler_starts_nothing() -> None:
+def test_a_sampler_initialises_nothing() -> None:
     f = lf.Linearizer(lf.coupling_flow(4, 2, (8,), actnorm=True), lf.TimeLowRank(4, 1, time_features=4, hidden=4))
     one_step = lf.generator(f, steps=3)
     noise = 5 + torch.randn(8, 4)

@@ -175,7 +175,7 @@ class _Inverse(torch.nn.Module):
         return self.g.inverse(z)
 
 
-def test_derived_keeps_one_value_a_key() -> None:
+def test_derived_keeps_one_value_per_key() -> None:
     mix, other = lf.Mix(2), lf.Mix(2)
     values = iter(range(9))
     with torch.no_grad():

@@ -346,7 +346,7 @@ def test_strides_in_a_file_take_no_more_memory_than_narrow_gaps_do(tmp_path: Pat
         assert torch.equal(loaded, weight[:1].expand(2, 2) if strides[0] == 0 else weight)
 
 
-def test_a_refusal_leaves_torch_as_it_was() -> None:
+def test_a_refusal_does_not_change_torch() -> None:
     """Wherever in a constructor the limit is reached, the enclosing blocks (such as torch.no_grad) end."""
     for calls in range(40):
         with pytest.raises(_Refused, match="far more tensors"), _CallLimit(calls):

@@ -175,7 +175,7 @@ def test_two_kinds_of_input_in_turn() -> None:
             assert _alike(h(x, **context), _one_by_one(h, x, context, False)[0])
 
 
-def test_what_is_recognised_is_let_go_with_the_flow() -> None:
+def test_recognised_couplings_are_freed_with_the_flow() -> None:
     g = _flow()
     with lf.backend("reference"):
         g(torch.randn(B, D))

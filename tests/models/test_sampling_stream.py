@@ -391,7 +391,7 @@ def test_what_cannot_be_written_to_is_refused(kind: str, why: str, tmp_path: Pat
         "a tensor's columns first",
     ],
 )
-def test_an_array_may_lie_in_memory_as_it_likes(kind: str, tmp_path: Path) -> None:
+def test_an_array_may_have_any_memory_layout(kind: str, tmp_path: Path) -> None:
     f, out = torch.nn.Tanh(), _out_of(kind, tmp_path)
     assert _stream(f, out, 20, noise_shape=(N,)) is out
     assert np.array_equal(np.asarray(out), _rows(f, 20, noise_shape=(N,)))

@@ -93,7 +93,7 @@ MUTANTS = (
         old="return state is None or at not in seen or state != _state(operator)",
         new="return state is None or at not in seen",
         breaks="An operator that became singular gives NaN instead of an error.",
-        tests=("tests/test_host_reads.py::test_what_became_singular_raises_again",),
+        tests=("tests/test_host_reads.py::test_an_operator_that_became_singular_raises_again",),
     ),
     Mutant(
         name="register: a raw op runs in autocast",
