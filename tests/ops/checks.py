@@ -13,10 +13,26 @@ from torch._dynamo.backends.common import aot_autograd
 import linfast as lf
 from tests.marks import long
 from tests.ops.budget import Call, Outputs, assert_within_budget
+from tests.seeds import seeded
 
 Scalar = Callable[..., Tensor]
 # The direction, and whether shift or scale comes first.
 TURNS = [(True, "shift_first"), (False, "scale_first"), *long((False, "shift_first"), (True, "scale_first"))]
+
+
+def fixed_cotangents(*outputs: Tensor) -> list[Tensor]:
+    """A random cotangent for each output, the same at every call."""
+    rng = torch.Generator().manual_seed(seeded(1))
+    return [torch.randn(output.shape, generator=rng).to(output) for output in outputs]
+
+
+def refuse_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a launch raises AssertionError with the launcher's name."""
+
+    def refuse(path: str) -> None:
+        raise AssertionError(path)
+
+    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
 
 
 def squared_sum(function: Callable[..., Tensor]) -> Scalar:

@@ -18,9 +18,10 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
 )
-from tests.seeds import seeded
 
 SHAPES = [(9, 7), (1, 2), (0, 4), (3, 6, 5, 7), (130, 33), (2, 3, 40, 31), (3, 5000)]
 
@@ -36,9 +37,7 @@ def _outputs_and_gradients(scale_map: ScaleMap, **options: object):
 
     def call(x: Tensor, params: Tensor) -> tuple[Tensor, ...]:
         y, log_det = affine_coupling(x, params, scale_map, log_det=True, **options)  # type: ignore[arg-type]
-        rng = torch.Generator().manual_seed(seeded(1))
-        cotangents = [torch.randn(t.shape, generator=rng).to(t) for t in (y, log_det)]
-        return (y, log_det, *torch.autograd.grad((y, log_det), (x, params), cotangents))
+        return (y, log_det, *torch.autograd.grad((y, log_det), (x, params), fixed_cotangents(y, log_det)))
 
     return call
 
@@ -205,10 +204,7 @@ def test_functional_transforms() -> None:
 
 
 def test_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, params = (t.detach() for t in _inputs((3, 4)))
     with lf.backend("triton"):
         affine_coupling(x.double(), params.double(), ScaleMap())

@@ -16,9 +16,10 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
 )
-from tests.seeds import seeded
 
 CHANNELS = [(2, 2), (3, 3), (5, 3), (12, 12), (15, 16), (16, 16), (33, 33), (128, 128), (7, 130), (1, 1)]
 
@@ -34,8 +35,7 @@ def _inputs(
 def _outputs_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     """(y, dx, dweight, dbias) for a fixed random cotangent."""
     y = channel_mix(*tensors)
-    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-    return (y, *torch.autograd.grad(y, tensors, cotangent))
+    return (y, *torch.autograd.grad(y, tensors, fixed_cotangents(y)))
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), CHANNELS)
@@ -221,10 +221,7 @@ def test_autocast_casts_as_matmul_does() -> None:
 
 
 def test_vectors_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, weight, bias = (t.detach() for t in _inputs((3, 4, 2, 2)))
     with lf.backend("triton"):
         channel_mix(x.double(), weight.double(), bias.double())

@@ -16,6 +16,7 @@ from tests.ops.checks import (
     assert_compiles_whole,
     assert_registered,
     assert_transforms,
+    refuse_launches,
     second_derivatives,
     squared_sum,
 )
@@ -80,10 +81,7 @@ def test_second_derivatives_are_the_references() -> None:
 
 
 def test_float64_the_reference_backend_and_the_cpu_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     with lf.backend("triton"):
         _y(*_inputs(torch.float64))
         with pytest.raises(AssertionError, match="conv2d_fused:launch"):

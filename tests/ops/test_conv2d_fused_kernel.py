@@ -13,9 +13,8 @@ from torch import Tensor
 import linfast as lf
 from linfast.ops import conv2d_fused
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
-from tests.ops.checks import assert_same_bits
+from tests.ops.checks import assert_same_bits, fixed_cotangents
 from tests.ops.stacks import factors_of_every_part, rounding
-from tests.seeds import seeded
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
 # (B, C_in, H, W), C_out, k, groups
@@ -43,17 +42,13 @@ def _inputs(shape: tuple[int, ...], n_out: int, k: int, dtype: torch.dtype = tor
     return [v.to(DEVICE, dtype).requires_grad_() for v in values]
 
 
-def _cotangent(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-
-
 def _call(given: tuple[str, ...] = NAMES[2:], **options: object) -> Call:
     """y and every gradient; the tensors after weight are ``given``; in "exact" by default."""
     options = {**_EXACT, **options}
 
     def call(x: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         y, _ = conv2d_fused(x, weight, **dict(zip(given, rest, strict=True)), **options)  # type: ignore[arg-type]
-        return (y, *torch.autograd.grad(y, (x, weight, *rest), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, weight, *rest), fixed_cotangents(y)[0]))
 
     return call
 
@@ -141,7 +136,7 @@ def test_strides_of_every_tensor_and_of_the_incoming_gradient(name: str) -> None
 def test_each_gradient_alone(only: int) -> None:
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         y, _ = conv2d_fused(*tensors[:2], **dict(zip(NAMES[2:], tensors[2:], strict=True)), groups=2, **_EXACT)  # type: ignore[arg-type]
-        return torch.autograd.grad(y, tensors[only], _cotangent(y).expand_as(y))
+        return torch.autograd.grad(y, tensors[only], fixed_cotangents(y)[0].expand_as(y))
 
     inputs = _inputs((2, 8, 3, 5), 6, 3)
     assert_within_budget(call, [t.detach().requires_grad_(i == only) for i, t in enumerate(inputs)])
@@ -168,7 +163,7 @@ def test_statistics_are_handed_over(shape: tuple[int, ...], n_out: int, groups: 
         h, statistics = conv2d_fused(x + 5, weight, next_groups=groups, precision="exact")
         seen.append((h.detach(), statistics))
         y, _ = conv2d_fused(h, second, groups=groups, statistics=statistics, precision="exact")
-        return (y, *torch.autograd.grad(y, (x, weight, second), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, weight, second), fixed_cotangents(y)[0]))
 
     assert_within_budget(call, [x, weight, second])
     h, tiles = seen[0]

@@ -14,8 +14,14 @@ from linfast.ops.affine_coupling import coupling_constants, split_sizes
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget, hostile
-from tests.ops.checks import TURNS, assert_registered, assert_same_bits, assert_transforms, second_derivatives
-from tests.seeds import seeded
+from tests.ops.checks import (
+    TURNS,
+    assert_registered,
+    assert_same_bits,
+    assert_transforms,
+    fixed_cotangents,
+    second_derivatives,
+)
 
 # Odd sizes, one row, no rows, more columns than a tile, several positions that a power of two divides.
 SHAPES = [
@@ -47,9 +53,7 @@ def _outputs_and_gradients(scale_map: ScaleMap | None = None, **options: object)
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         x, params, *rest = tensors
         y, log_det = coupling_mix(x, params, scale_map or ScaleMap(), *rest, log_det=True, **options)  # type: ignore[arg-type]
-        rng = torch.Generator().manual_seed(seeded(1))
-        cotangents = [torch.randn(t.shape, generator=rng).to(t) for t in (y, log_det)]
-        return (y, log_det, *torch.autograd.grad((y, log_det), tensors, cotangents))
+        return (y, log_det, *torch.autograd.grad((y, log_det), tensors, fixed_cotangents(y, log_det)))
 
     return call
 

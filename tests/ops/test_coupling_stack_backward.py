@@ -30,6 +30,7 @@ from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
+from tests.ops.checks import fixed_cotangents
 from tests.ops.stacks import (
     HALF,
     NAMES,
@@ -40,7 +41,6 @@ from tests.ops.stacks import (
     rebuilt,
     rounding,
 )
-from tests.seeds import seeded
 
 # Relative error of a product of operands of about 1.
 MODES = {
@@ -170,8 +170,7 @@ def _gradients(layers, head=None, cotangents=(True, True), **options) -> Callabl
         built, new_head = rebuilt(layers, tensors, head)
         settings = {"activation": "silu", "scale_map": ScaleMap(), "precision": "exact", **options}
         outputs = coupling_stack(x, built, log_det=True, head=new_head, **settings)
-        rng = torch.Generator().manual_seed(seeded(1))
-        given = [torch.randn(t.shape, generator=rng).to(t) for t in outputs]
+        given = fixed_cotangents(*outputs)
         outputs, given = zip(
             *[(o, c) for o, c, on in zip(outputs, given, cotangents, strict=True) if on], strict=True
         )

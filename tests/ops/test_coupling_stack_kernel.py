@@ -15,7 +15,14 @@ from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_accurate, assert_within_budget, hostile
-from tests.ops.checks import TURNS, assert_registered, assert_transforms, second_derivatives
+from tests.ops.checks import (
+    TURNS,
+    assert_registered,
+    assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
+    second_derivatives,
+)
 from tests.ops.stacks import (
     NAMES,
     doubled,
@@ -27,7 +34,6 @@ from tests.ops.stacks import (
     rebuilt,
     rounding,
 )
-from tests.seeds import seeded
 
 
 def _run(x: Tensor, layers, **options):
@@ -230,10 +236,8 @@ def _outputs_and_gradients(layers, head=None, **options):
         built, new_head = rebuilt(layers, tensors, head)
         settings = {"activation": "silu", "scale_map": ScaleMap(), "precision": "exact", **options}
         y, log_det = coupling_stack(x, built, log_det=True, head=new_head, **settings)
-        rng = torch.Generator().manual_seed(seeded(1))
-        cotangents = [torch.randn(t.shape, generator=rng).to(t) for t in (y, log_det)]
         wanted = [t for t in (x, *tensors) if t.requires_grad]
-        return (y, log_det, *torch.autograd.grad((y, log_det), wanted, cotangents))
+        return (y, log_det, *torch.autograd.grad((y, log_det), wanted, fixed_cotangents(y, log_det)))
 
     return call
 
@@ -347,10 +351,7 @@ def test_functional_transforms() -> None:
 
 
 def test_float64_the_reference_backend_and_larger_sizes_launch_no_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, layers = _x(3, 4), random_layers(4, (8,), 1)
     options = {"activation": "silu", "scale_map": ScaleMap()}
     with lf.backend("triton"):

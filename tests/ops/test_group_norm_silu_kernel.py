@@ -18,10 +18,11 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
     squared_sum,
 )
-from tests.seeds import seeded
 
 SHAPES = [
     ((3, 8, 5, 7), (1, 2, 8)),
@@ -51,14 +52,10 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[
     return [v.to(DEVICE, dtype).requires_grad_() for v in values]
 
 
-def _cotangent(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-
-
 def _output_and_gradients(groups: int, activation: bool = True, given: tuple[str, ...] = NAMES[1:]) -> Call:
     def call(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         y = group_norm_silu(x, groups, **dict(zip(given, parameters, strict=True)), activation=activation)
-        return (y, *torch.autograd.grad(y, (x, *parameters), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, *parameters), fixed_cotangents(y)[0]))
 
     return call
 
@@ -126,7 +123,7 @@ def test_scale_and_shift_as_halves_of_one_embedding() -> None:
         scale, shift = embedding.chunk(2, dim=1)
         y = group_norm_silu(x, 4, weight.to(x), bias.to(x), scale, shift)
         y = y + group_norm_silu(x, 4, weight.to(x), bias.to(x), scale, shift.mT.contiguous().mT)
-        return (y, *torch.autograd.grad(y, (x, embedding), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, embedding), fixed_cotangents(y)[0]))
 
     assert_within_budget(call, [x, embedding])
 
@@ -136,7 +133,7 @@ def test_scale_and_shift_as_halves_of_one_embedding() -> None:
 def test_each_gradient_alone(only: int, shape: tuple[int, ...]) -> None:
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         y = group_norm_silu(tensors[0], 2, *tensors[1:])
-        return torch.autograd.grad(y, tensors[only], _cotangent(y))
+        return torch.autograd.grad(y, tensors[only], fixed_cotangents(y)[0])
 
     assert_within_budget(call, [t.detach().requires_grad_(i == only) for i, t in enumerate(_inputs(shape))])
 
@@ -204,10 +201,7 @@ def test_functional_transforms() -> None:
 
 
 def test_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x = torch.randn(3, 4, device=DEVICE)
     with lf.backend("triton"):
         group_norm_silu(x.double(), 2)

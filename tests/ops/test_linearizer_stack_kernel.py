@@ -16,9 +16,8 @@ from linfast.precision import PRECISIONS
 from linfast.scale_maps import ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_accurate, assert_within_budget, error, hostile
-from tests.ops.checks import assert_registered, second_derivatives
+from tests.ops.checks import assert_registered, fixed_cotangents, second_derivatives
 from tests.ops.stacks import NAMES, doubled, leaves, plain_stack, random_layers, random_map, rebuilt, rounding
-from tests.seeds import seeded
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -189,8 +188,7 @@ def _call(g_x: CouplingStack, g_y: CouplingStack):
 
     def call(x: Tensor, A: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         y = linearizer_stack(x, filled(g_x, tensors[:n]), A, filled(g_y, tensors[n:]), precision="exact")
-        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-        return (y, *torch.autograd.grad(y, [t for t in (x, A, *tensors) if t.requires_grad], cotangent))
+        return (y, *torch.autograd.grad(y, [t for t in (x, A, *tensors) if t.requires_grad], fixed_cotangents(y)))
 
     return call
 

@@ -20,10 +20,11 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
     squared_sum,
 )
-from tests.seeds import seeded
 
 # (B, N, M, r): odd sizes, one element, a rank above one tile, more rows than one tile and than all splits.
 SIZES = [
@@ -54,8 +55,7 @@ def _outputs_and_gradients(alpha: float = 0.0):
 
     def call(x: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
         y = low_rank(x, U, V, alpha)
-        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-        return (y, *torch.autograd.grad(y, (x, U, V), cotangent))
+        return (y, *torch.autograd.grad(y, (x, U, V), fixed_cotangents(y)))
 
     return call
 
@@ -240,10 +240,7 @@ def test_functional_transforms() -> None:
 
 
 def test_what_launches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, U, V = (t.detach() for t in _inputs((3, 4, 4, 2)))
     with lf.backend("triton"):
         low_rank(x.double(), U.double(), V.double())
