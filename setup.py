@@ -1,5 +1,5 @@
-"""Packages of linfast. kernels/, bench/ and examples/ are installed inside it: a top-level package called
-``kernels`` would shadow the one that transformers uses, and ``examples`` many others."""
+"""The packages of linfast. kernels/, bench/ and examples/ are installed inside it: a top-level package called
+``kernels`` would shadow the one that transformers uses, and ``examples`` would shadow many others."""
 
 from setuptools import find_packages, setup
 

@@ -1,6 +1,6 @@
 """linfast: fast Linearizers, f(x) = g_y^{-1}(A g_x(x)), and coupling flows for PyTorch."""
 
-from . import _command, ops  # noqa: F401  # _command first: from there on the command is interrupted in one line
+from . import _command, ops  # noqa: F401  # _command is first, so that an interrupted command prints one line
 from ._version import __version__
 from .accelerate import accelerate, register_adapter, restore
 from .compat.from_reference import from_reference

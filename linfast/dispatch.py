@@ -1,9 +1,9 @@
-"""What decides how an op runs: the backend, autocast, torch's matmul precision and the tensors' device.
+"""The settings that decide how an op runs: backend, autocast, torch's matmul precision and the tensors' device.
 
-The backend is "auto" (Triton on a GPU, plain torch elsewhere), "triton" (or an error that says why not) or
+The backend is "auto" (Triton on a GPU, plain torch elsewhere), "triton" (or an error with the reason) or
 "reference" (plain torch). It is set for a block by ``with linfast.backend("reference"):`` and for a process by the
-environment variable LINFAST_BACKEND. A block belongs to its thread, as torch.no_grad's does. An op's public
-function reads the choice once per call, and its backward follows that. float64 always runs in plain torch.
+environment variable LINFAST_BACKEND. A block affects only its own thread, as with torch.no_grad. An op's
+public function reads the choice once per call, and its backward follows that. float64 always runs in plain torch.
 
 ``state_key(x)`` answers all of this in one call, as a dictionary's key; ``call_key`` adds what else a call has.
 """
@@ -82,11 +82,11 @@ def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable
 
 
 class _CannotRun(RuntimeError, ValueError):
-    """The backend that was asked for does not run here: a mistake of the caller's, as a wrong name is."""
+    """The requested backend cannot run here: a mistake of the caller, like a wrong name."""
 
 
 class _State(threading.local):
-    """One thread's choice, and how many blocks of ``plain_torch`` it is in.
+    """The choice of one thread, and the number of ``plain_torch`` blocks that it is in.
 
     Dynamo guards on a ``threading.local`` whose attributes are set in each thread; it cannot trace a ContextVar.
     """
@@ -111,7 +111,7 @@ def backend(name: str) -> Iterator[None]:
     """
     check_choice("backend", name, _CHOICES)
     if name != "reference" and _state.only_plain:
-        raise RuntimeError(f"backend {name!r} was asked for by what others are compared with: it is plain torch")
+        raise RuntimeError(f"backend {name!r} was chosen inside plain_torch, where no kernel may run")
     before, _state.choice = _state.choice, name
     try:
         yield
@@ -121,10 +121,10 @@ def backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """Inside the block everything is plain torch: what is compared with kernels is computed in such a block.
+    """Inside the block everything runs in plain torch; the reference side of a comparison is computed in one.
 
-    A kernel that would run all the same raises RuntimeError, and so does choosing a backend that runs kernels, so
-    that nothing is ever compared with itself.
+    Launching a kernel inside it raises RuntimeError, and so does choosing a backend that runs kernels, so that no
+    kernel is ever compared with itself.
     """
     with backend("reference"):
         _state.only_plain += 1
@@ -137,13 +137,11 @@ def plain_torch() -> Iterator[None]:
 def refuse_kernel(kernel: str) -> None:
     """Called before every launch; RuntimeError inside ``plain_torch``."""
     if _state.only_plain:
-        raise RuntimeError(
-            f"the kernel of {kernel} was launched by what others are compared with: it is plain torch"
-        )
+        raise RuntimeError(f"the kernel of {kernel} was launched inside plain_torch, where no kernel may run")
 
 
 def chosen_backend() -> str:
-    """The choice in force, which a backward that runs a forward again has to restore."""
+    """The current choice, which a backward that runs a forward again must restore."""
     return _state.choice
 
 
@@ -151,7 +149,7 @@ def uses_triton(*tensors: Tensor) -> bool:
     """Whether an op on these tensors runs its kernel.
 
     Raises:
-        RuntimeError: "triton" was asked for and cannot run on these tensors.
+        RuntimeError: the backend is "triton" and cannot run on these tensors.
     """
     device = tensors[0].device
     if _state.choice == "reference" or (_state.choice == "auto" and not has_kernels(device)):
@@ -162,10 +160,10 @@ def uses_triton(*tensors: Tensor) -> bool:
     if _state.choice == "auto":
         return True
     if not _HAS_TRITON:
-        raise _CannotRun("backend 'triton' was asked for and triton is not installed")
+        raise _CannotRun("backend 'triton' was chosen and triton is not installed")
     if not tensors[0].is_cuda and not interpreting():
         raise _CannotRun(
-            f"backend 'triton' was asked for on {device}; set TRITON_INTERPRET=1 before starting Python to "
+            f"backend 'triton' was chosen on {device}; set TRITON_INTERPRET=1 before starting Python to "
             "interpret the kernels there"
         )
     return True
@@ -177,7 +175,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def why_reference(x: Tensor) -> str | None:
-    """Why ops on x run in plain torch; None where they run their kernels."""
+    """The reason why ops on x run in plain torch; None where they run their kernels."""
     if uses_triton(x):
         return None
     if _state.choice == "reference":
@@ -188,15 +186,15 @@ def why_reference(x: Tensor) -> str | None:
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter was asked for: kernels then run on CPU tensors, slowly."""
+    """Whether Triton's interpreter is enabled: kernels then run on CPU tensors, slowly."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def matmul_mode() -> str:
-    """The mode (see ``precision``) that torch's matmul settings ask for in float32."""
+    """The mode (see ``precision``) that torch's matmul settings select for float32."""
     try:
         setting = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set through both of torch's interfaces, which disagree: the newer one holds
+    except RuntimeError:  # set through both of torch's interfaces, which disagree: the newer one applies
         setting = "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
     if setting != "high":
         return {"highest": "exact", "medium": "fast"}[setting]
@@ -207,10 +205,10 @@ def matmul_mode() -> str:
 matmul_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# Autocast rounds the operands of a product, which is right for activations alone. Weights that are derived from
-# weights are computed outside it (W and a separately rounded W^{-1} are no longer inverses, and torch.linalg has no
-# half-precision routines), and so is the inside of an op, forward and backward: its public function has read
-# autocast, and a backward's bits must not depend on where it is called.
+# Autocast rounds the operands of a product, which is right only for activations. Weights that are derived from
+# weights are computed outside autocast: W and a separately rounded W^{-1} are no longer inverses, and torch.linalg
+# has no half-precision routines. The inside of an op, forward and backward, is computed outside it too: its public
+# function has read autocast, and the bits of a backward must not depend on where it is called.
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -247,7 +245,7 @@ def cat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(tensors, dim)
 
 
-# Devices, and what the host knows of a tensor without waiting for one
+# Devices, and what the host knows about a tensor without waiting for its device
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -264,13 +262,13 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def uploaded(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """The host's numbers on a device, as ``torch.tensor`` puts them there but without waiting for a GPU."""
+    """The host's numbers on a device, as by ``torch.tensor`` but without waiting for a GPU."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether it holds numbers: it is not on the meta device and no fake tensor of torch's FakeTensorMode."""
+    """Whether it holds numbers: it is neither on the meta device nor a fake tensor of torch's FakeTensorMode."""
     return not tensor.is_meta and not hasattr(tensor, "fake_mode")
 
 
@@ -291,11 +289,11 @@ def capturing(x: Tensor) -> bool:
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """What a module computes with, parameters first; in nn.DataParallel's replicas these are plain attributes."""
+    """The tensors of a module, parameters first; in nn.DataParallel's replicas parameters are plain attributes."""
     plain = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
     return chain(module.parameters(), plain, module.buffers())
 
 
 def tensor_of(module: nn.Module) -> Tensor | None:
-    """The first of the tensors that a module computes with, for their dtype and device."""
+    """The first of ``tensors_of(module)``, for its dtype and device."""
     return next(tensors_of(module), None)

@@ -37,19 +37,19 @@ class Linearizer(nn.Module):
 
     Args:
         g_x: a Bijection (or any module with forward and inverse) on the x side.
-        A: a LatentOperator, g_x's latents to g_y's.
+        A: a LatentOperator that maps g_x's latents to g_y's.
         g_y: a Bijection on the y side; None shares g_x.
 
-    ``f(x, t=t)`` takes a time-dependent A at time t, a number, a 0-d or a [B] tensor;
-    ``f.at(t)`` fixes it. Other keywords go to g_x and g_y (``context=``); to give the
-    two sides different ones, fix them: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``.
+    ``f(x, t=t)`` evaluates a time-dependent A at time t, a number, a 0-d or a [B] tensor;
+    ``f.at(t)`` fixes it. Other keywords go to g_x and g_y (``context=``). To give the
+    two sides different values, fix them: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``.
 
     Raises:
-        TypeError: A is not a LatentOperator; a g that is no module with an inverse.
-        ValueError: a g whose known size is not A's; x with a wrong feature count, dtype or device.
+        TypeError: A is not a LatentOperator; a g is not a module with an inverse.
+        ValueError: the known size of a g is not A's; x has a wrong feature count, dtype or device.
     """
 
-    __array_ufunc__ = None  # as of operators
+    __array_ufunc__ = None  # as for operators
 
     def __init__(self, g_x: nn.Module, A: LatentOperator, g_y: nn.Module | None = None) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class Linearizer(nn.Module):
                 )
         self.g_x = g_x
         self.A = A
-        # Registered only where it is another module: under two names one module's state would be
-        # in state_dict twice, and torch.func.functional_call would leave its arguments behind in it.
+        # Registered only where it is another module: with two names, one module's state would be
+        # in state_dict twice, and torch.func.functional_call would leave its arguments in the module.
         self._modules["g_y"] = None if g_y is g_x else g_y
 
     @property
@@ -149,7 +149,7 @@ class Linearizer(nn.Module):
         return Linearizer(other.g_x, self.A @ other.A, self.g_y)
 
     def __add__(self, other: Linearizer) -> Linearizer:
-        """(f + h)(x) = f(x) (+) h(x), the addition of the y side's space."""
+        """(f + h)(x) = f(x) (+) h(x), with the addition of the space on the y side."""
         other = _linearizer(other, "+")
         for name in ("g_x", "g_y"):
             if not same_space(getattr(self, name), getattr(other, name)):
@@ -171,7 +171,7 @@ class Linearizer(nn.Module):
         return Linearizer(self.g_x, -self.A, self.g_y)
 
     def __pow__(self, n: int) -> Linearizer:
-        """f ** n, n applications in one; n < 0 applies the inverse."""
+        """f ** n: n applications as one Linearizer; n < 0 applies the inverse."""
         if not same_space(self.g_x, self.g_y):
             raise ValueError("f ** n needs g_x and g_y to be the same object in the same context")
         return Linearizer(self.g_x, self.A**n, self.g_y)
@@ -190,7 +190,7 @@ class Linearizer(nn.Module):
         self._check_time(None)
         svd = self.A.svd()
         if svd.S.ndim != 1:
-            raise ValueError("f.svd() is of one operator and A holds one per sample: fix a single time, f.at(0.5)")
+            raise ValueError("f.svd() needs one operator and A holds one per sample: fix a single time, f.at(0.5)")
         return LinearizerSVD(self.g_x, svd, self.g_y, Linearizer)
 
     def _check_time(self, t: float | Tensor | None, x: Tensor | None = None) -> None:

@@ -1,7 +1,7 @@
-"""Which code runs a whole Linearizer, y = g_y^{-1}(A g_x(x)): one launch, or its three parts one after another.
+"""Decides which code runs a whole Linearizer, y = g_y^{-1}(A g_x(x)): one launch, or its three parts in turn.
 
-One launch, which reads x once and writes y once, is for g_x and g_y that are coupling stacks of one tile
-(linfast.flows.stack), and A, at a time that all samples share, a square matrix or a diagonal of their size.
+One launch reads x once and writes y once. It needs g_x and g_y to be coupling stacks (linfast.flows.stack) that one
+tile fits, and A to be a square matrix or a diagonal of their size, the same for all samples.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class LinearizerLaunch:
         g_x: the weights and options of g_x.
         tile: of the kernel.
         packed: all weights as the kernel reads them.
-        spec_x, spec_y: what else the kernel is told of g_x and of g_y's inverse.
+        spec_x, spec_y: descriptions of g_x and of the inverse of g_y for the kernel.
     """
 
     g_x: CouplingStack
@@ -76,7 +76,7 @@ class Parts:
 def match_linearizer(
     f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]
 ) -> LinearizerLaunch | Parts | str:
-    """What runs f(x), or why nothing runs it as a whole; while f is frozen, decided once for inputs of one kind."""
+    """What runs f(x), or why nothing runs it as a whole; while f is frozen, decided once per kind of input."""
     values = kept_values(f)
     key = None if values is None or isinstance(t, Tensor) else call_key(x, context, t, torch.is_grad_enabled())
     if values is None or key is None:
@@ -97,7 +97,7 @@ def _decide(
 
 def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> LinearizerLaunch | str:
     if x.ndim != 2:
-        return f"x has {x.ndim} dimensions: no vectors"
+        return f"x has {x.ndim} dimensions: not a batch of vectors"
     stack_x = _stack("g_x", f.g_x, x, context)
     stack_y = stack_x if f.g_y is f.g_x else _stack("g_y", f.g_y, x, context)
     if isinstance(stack_x, str):
@@ -116,7 +116,7 @@ def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, A
         return found
     core, alpha = found
     f.g_x._check("x", x, f.g_x.features)
-    f.g_y._check("x", x, None)  # of A x, which may have another number of features: dtype and device alone
+    f.g_y._check("x", x, None)  # A x may have another number of features: only dtype and device are checked
     g_x = stack_x.weights(inverse=shared)
     g_y = g_x if shared else stack_y.weights(inverse=True)
     launch = pack_linearizer(x, g_x, core, g_y, precision, alpha)
@@ -162,7 +162,7 @@ def _product(A: LatentOperator, x: Tensor) -> Part:
 
 
 def unwrap(g: Any, context: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
-    """What g.at(...) was taken of, and the context it then has."""
+    """The bijection inside g = bijection.at(...), and its context."""
     while is_plain(g, (Conditioned,)):
         g, context = g.bijection, {**g.context, **context}
     return g, context
@@ -170,7 +170,9 @@ def unwrap(g: Any, context: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
 
 def _stack(name: str, g: Any, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
     g, context = unwrap(g, context)
-    found = stack_of(g.bijections, x, context) if is_plain(g, (Flow,)) else f"{type(g).__name__} is no plain Flow"
+    found = (
+        stack_of(g.bijections, x, context) if is_plain(g, (Flow,)) else f"{type(g).__name__} is not a plain Flow"
+    )
     return f"{name}: {found}" if isinstance(found, str) else found
 
 

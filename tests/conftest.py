@@ -1,6 +1,6 @@
-"""Settings of every test: the run's seed, NaN-filled fresh memory, interpreted kernels, and one thread.
+"""Settings of all tests: the seed of the run, NaN in fresh memory, interpreted kernels, and one thread.
 
-OMP_NUM_THREADS asks for another number of threads, LINFAST_TEST_SEED for another seed.
+OMP_NUM_THREADS sets another number of threads, LINFAST_TEST_SEED another seed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ pytest.register_assert_rewrite("tests.ops.budget", "tests.ops.stacks")
 
 from tests.seeds import seeded  # noqa: E402
 
-# A shell's background jobs ignore it, and so would all that tests start and interrupt.
+# A shell's background jobs ignore it, and so would all processes that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _THREADS = int(os.environ.get("OMP_NUM_THREADS", "1"))
@@ -31,7 +31,7 @@ else:
 
 @pytest.fixture(autouse=True)
 def _reproducible_and_poisoned():
-    """The seed, and NaN in fresh memory so that a read of it shows."""
+    """Set the seed, and fill fresh memory with NaN so that reads of it are noticed."""
     torch.manual_seed(seeded(0))
     torch.set_num_threads(_THREADS)
     # On a GPU a few of torch's own ops, which only references use, have no deterministic version.
@@ -51,7 +51,7 @@ def cuda(monkeypatch):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """A stand-in for a GPU on which "auto" runs kernels, right ones until the test makes them wrong."""
+    """A stand-in for a GPU on which "auto" runs kernels, which are right until the test makes them wrong."""
     from tests import kernel_stand_in
 
     return kernel_stand_in.install(monkeypatch)

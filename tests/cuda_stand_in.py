@@ -1,8 +1,8 @@
 """A stand-in for torch.cuda on a CPU: streams that know what they have waited for, and graphs that read by address.
 
-A capture writes down every operation on tensors, and of each tensor where it lies. What was made inside the
-capture is in the graph's pool and stays; everything else is known by a weak reference only, as the chip knows an
-address: a replay that reads memory which was freed since is an error. Kernels are seen inside raw ops too, with
+A capture records every operation on tensors, and the address of each tensor. Tensors made inside the
+capture are in the graph's pool and stay; all others are held only by weak references, as a GPU only knows their
+address: a replay that reads memory which was freed since is an error. Kernels inside raw ops are recorded too, with
 the arguments of their launches.
 """
 
@@ -27,7 +27,7 @@ _READ_BY_THE_HOST = {_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _ate
 
 
 class Stream:
-    """Knows the work that it runs after: its own, and that of the streams that it waited for."""
+    """Knows the work that it runs after: its own and that of the streams it has waited for."""
 
     def __init__(self, device: object = None) -> None:
         self.known: set[object] = set()
@@ -47,7 +47,7 @@ class Event:
         self.known = set((stream or torch.cuda.current_stream()).known)
 
     def synchronize(self) -> None:
-        """Nothing runs late here."""
+        """Does nothing, since all work runs at once."""
 
     def elapsed_time(self, end: Event) -> float:
         return 1.0
@@ -59,11 +59,11 @@ class Graph:
     def __init__(self) -> None:
         self._steps: list[tuple[Any, Any, Any, list[Tensor | None]]] = []
         self._pool: dict[int, torch.UntypedStorage] = {}
-        self.reads: dict[int, tuple[StorageWeakRef, str]] = {}  # from outside; what read it
+        self.reads: dict[int, tuple[StorageWeakRef, str]] = {}  # read from outside; the operation that read it
         self.replays = 0
 
     def freed(self) -> list[str]:
-        """What reads memory that is no more."""
+        """The operations that read freed memory."""
         return [reader for ref, reader in self.reads.values() if ref.expired()]
 
     def replay(self) -> None:
@@ -72,7 +72,7 @@ class Graph:
         here.known.add((id(self), self.replays))
         self.replays += 1
         assert not self.freed(), f"the graph reads memory that was freed: {self.freed()}"
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # what was written down is below both
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # the recorded operations are below both
             for step in self._steps:
                 _again(*step)
 
@@ -100,7 +100,7 @@ class Graph:
 
 
 def _again(func: Any, args: Any, kwargs: Any, outputs: list[Tensor | None]) -> None:
-    """The step on what lies there now, into the outputs that it had."""
+    """Repeat the step on the current contents of its inputs, into its former outputs."""
     args, kwargs = (tree_map(lambda v: v.tensor() if isinstance(v, _Place) else v, a) for a in (args, kwargs))
     given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     for kept, made in zip(outputs, tree_leaves(func(*args, **kwargs)), strict=True):
@@ -109,7 +109,7 @@ def _again(func: Any, args: Any, kwargs: Any, outputs: list[Tensor | None]) -> N
 
 
 class _Place:
-    """Where a tensor lies, without keeping it."""
+    """The address of a tensor, which does not keep it alive."""
 
     def __init__(self, tensor: Tensor, storage: StorageWeakRef | torch.UntypedStorage) -> None:
         self._storage, self._dtype = storage, tensor.dtype
@@ -124,7 +124,7 @@ class _Place:
 
 
 class _Capture(TorchDispatchMode):
-    """Writes down what runs; inside a raw op, what its launcher reads, which is no step of its own."""
+    """Records what runs; inside a raw op, what its launcher reads, which is not a separate step."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class _Capture(TorchDispatchMode):
 
 
 class Cuda:
-    """What was captured, and the stream in use."""
+    """The captured graphs, and the current stream."""
 
     def __init__(self) -> None:
         self.graphs: list[Graph] = []

@@ -1,7 +1,7 @@
-"""A stand-in for a device that the host must not read: inside ``forbidden`` whatever would wait for one raises.
+"""A stand-in for a device: inside ``forbidden`` every operation that would make the host wait for it raises.
 
-It sees torch's own operations, also inside linfast's ops, whose implementation is run in it, and the Python methods
-of tensors that read memory without an operation. Triton's interpreter is the device: what it does is let through.
+It checks torch's own operations, also inside linfast's ops, whose implementation runs under it, and Python methods
+of tensors that read memory without an operation. Triton's interpreter acts as the device and may read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from triton.runtime.interpreter import GridExecutor
 from linfast.ops.register import RAW_OPS
 
 _aten = torch.ops.aten
-# What reads a value, or allocates as values say, or asks a factorisation whether it went well.
+# Operations that read a value, allocate by values, or check whether a factorisation succeeded.
 _READS = {
     _aten._local_scalar_dense, _aten.item, _aten.is_nonzero, _aten.equal, _aten.nonzero, _aten.masked_select,
     _aten.bincount, _aten.unique_dim, _aten._unique, _aten._unique2, _aten.unique_consecutive, _aten.histc,
@@ -46,7 +46,7 @@ class _Forbidden(TorchDispatchMode):
             raise HostRead(f"{func.name()} of {[tuple(a.shape) for a in args if isinstance(a, Tensor)]}")
         if func is _aten.repeat_interleave.Tensor and "output_size" not in (kwargs or {}):
             raise HostRead("repeat_interleave by a tensor, whose sum is read")
-        if func.namespace == "linfast":  # its insides are seen too
+        if func.namespace == "linfast":  # operations inside it are checked too
             with self:
                 return RAW_OPS[func._opname]._run("cpu", *args)
         return func(*args, **(kwargs or {}))
@@ -60,7 +60,7 @@ def _raising(name: str) -> Callable[..., Any]:
     method = getattr(Tensor, name)
 
     def read(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if _on_device or self.dtype == torch.uint8:  # a random generator's state is the host's
+        if _on_device or self.dtype == torch.uint8:  # the state of a random generator is on the host
             return method(self, *args, **kwargs)
         raise HostRead(f"Tensor.{name} of {tuple(self.shape)}")
 

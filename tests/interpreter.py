@@ -1,10 +1,10 @@
-"""Triton's interpreter without work that changes nothing: two thirds to four fifths of its time on our kernels.
+"""Removes useless work from Triton's interpreter, which is two thirds to four fifths of its time on our kernels.
 
-It checks every sum and product of int32 for overflow and, unless debugging, throws the answer away; it puts its
-own functions into triton.language again at every call of one @triton.jit function by another; and it works out
+It checks every sum and product of int32 for overflow and, unless debugging, discards the result; it puts its
+own functions into triton.language again at every call of one @triton.jit function by another; and it computes
 the same few types, shapes and dtypes for every value.
 
-And with what it leaves out: a tf32 product takes fp32 operands without their low 13 bits, as matrix units do.
+Adds what the interpreter lacks: a tf32 product drops the low 13 bits of fp32 operands, as matrix units do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from triton.runtime import interpreter
 
 _put_in, _np_dtype_of, _make_block = interpreter._patch_lang, interpreter._get_np_dtype, core.block_type.__init__
 _exact_dot = interpreter.InterpreterBuilder.create_dot
-_done: set[Any] = set()  # in this launch: modules by id, and what of triton.language they see
+_done: set[Any] = set()  # in this launch: modules by id, and the parts of triton.language that they use
 _builtins: dict[Any, list[tuple[str, Any]]] = {}
 _np_dtypes: dict[str, Any] = {}
 _blocks: dict[Any, tuple[Any, int, str]] = {}
@@ -28,7 +28,7 @@ _shapes: dict[str, tuple[Any, Any]] = {}
 
 
 class _Scope:
-    """What takes the functions out again at the end of a launch."""
+    """Removes the functions at the end of a launch."""
 
     def __init__(self, scope: Any) -> None:
         self._scope = scope
@@ -39,7 +39,7 @@ class _Scope:
 
 
 def _once_a_launch(function: Any) -> _Scope | None:
-    """The interpreter's functions in place for this module; None where they are."""
+    """Put the interpreter's functions in place for this module; None where they are already."""
     module = id(function.__globals__)
     if module in _done:
         return None
@@ -80,7 +80,7 @@ def _tensor(self: Any, handle: Any, type: Any) -> None:
 
 
 def _truncated(operand: Any) -> Any:
-    """The operand as matrix units read it in tf32."""
+    """The operand as tf32 matrix units read it."""
     if operand.data.dtype != np.float32:
         return operand
     bits = np.ascontiguousarray(operand.data).view(np.int32) & -0x2000
@@ -94,7 +94,7 @@ def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprec
 
 
 def install() -> None:
-    """From here on; for the process."""
+    """Apply this to the whole process."""
     builder = interpreter.interpreter_builder
     interpreter.InterpreterBuilder.create_dot = _dot
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -1,4 +1,4 @@
-"""How much autograd keeps of a call."""
+"""Measures how much memory autograd keeps for a call."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class _Kept:
 
 
 def kept_bytes(run: Callable[[], Any]) -> int:
-    """Bytes kept for the backward of what ``run`` returns, while that is there, parameters left out."""
+    """Bytes kept for the backward of the result of ``run`` while the result is alive, without parameters."""
     return kept_and_most(run)[0]
 
 
 def kept_and_most(run: Callable[[], Any]) -> tuple[int, int]:
-    """The same, and the most that was kept at any time of the call."""
+    """The same, and the maximum during the call."""
     kept: weakref.WeakSet[_Kept] = weakref.WeakSet()
     most = 0
 

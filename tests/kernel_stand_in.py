@@ -1,4 +1,4 @@
-"""A stand-in for a GPU on which "auto" runs kernels: they return what a test makes of the right outputs."""
+"""A stand-in for a GPU on which "auto" runs kernels, whose right outputs a test can replace by wrong ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAULTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Kernels:
-    """``fault``: from the outputs of an op's plain form to its kernel's."""
+    """``fault`` maps the outputs of an op's plain form to those of its kernel."""
 
     def __init__(self) -> None:
         self.fault: Callable[[Tensor], Tensor] = lambda right: right
@@ -40,7 +40,7 @@ class Kernels:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> Kernels:
-    """These kernels are what "auto" runs, on a CPU too, until the test ends."""
+    """Let "auto" run these kernels, on a CPU too, until the test ends."""
     kernels = Kernels()
     # Both are imported before either is changed: the second takes the name from the first, and would keep it.
     modules = [importlib.import_module(name) for name in ("linfast.dispatch", "linfast.bench.cases.common")]

@@ -1,12 +1,12 @@
-"""The tests of ops and laws as other machines would run them: other instructions of the BLAS, threads and seeds.
+"""Runs the tests of ops and laws as on other machines: with other BLAS instructions, threads and seeds.
 
     python -m tests.machines                          every setting times seeds 0 to 9, and the ten tightest tests
     python -m tests.machines --setting default --seeds 0 1
     python -m tests.machines --random                 one setting and one seed, as CI takes them
 
-Seed 0 runs every test; other seeds leave out those that compile, export or look at how an op is registered, which
-draw nothing. A run is red where a test fails; the matrix also where a test came nearer to its limit than 0.7 of
-it, for the next machine may be less kind (see ``tests.margins`` for what is measured).
+Seed 0 runs every test; other seeds leave out those that compile, export or check how an op is registered, which
+draw no random numbers. A run fails where a test fails; the matrix also fails where a test exceeds 0.7 of its
+limit, since another machine may be worse (see ``tests.margins`` for what is measured).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ SETTINGS: dict[str, dict[str, str]] = {
     "MKL AVX2": {"MKL_CBWR": "AVX2"},
     "SSE4.2": {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ATEN_CPU_CAPABILITY": "default"},
     "ATen AVX2": {"ATEN_CPU_CAPABILITY": "avx2"},
-    "two threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},  # spinning, two runs wait for each other
+    "two threads": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},  # spinning threads block other runs
 }
 SEEDS = range(10)
 TESTS = ("tests/ops", "tests/laws")
 LARGEST_MARGIN = 0.7
 _AT_A_TIME = 2
 _SAME_FOR_EVERY_SEED = "compile or opcheck or export"
-# Asserts are rewritten otherwise where margins are measured.
+# Assertions are rewritten differently where margins are measured.
 _BYTECODE = {"PYTHONPYCACHEPREFIX": str(ROOT / "build" / "machines"), "PYTHONDONTWRITEBYTECODE": ""}
 _SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Run:
-    """One setting and seed: what pytest said last, the tests that failed, and each test's error over allowance."""
+    """One setting and seed: pytest's last line, the failed tests, and each test's error over its allowance."""
 
     setting: str
     seed: int
@@ -63,7 +63,7 @@ class Run:
 
 
 def run(setting: str, seed: int) -> Run:
-    """The tests in one process."""
+    """Run the tests in one process."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         margins = Path(folder) / "margins.json"

@@ -1,9 +1,9 @@
-"""A pytest plugin that writes down how near every comparison came to its limit: error / allowance.
+"""A pytest plugin that records how near every comparison came to its limit: error / allowance.
 
-Loaded by tests.machines with ``-p tests.margins --margins FILE -o enable_assertion_pass_hook=true``. It sees
+Loaded by tests.machines with ``-p tests.margins --margins FILE -o enable_assertion_pass_hook=true``. It records
 
     assert error <= allowance         two plain numbers, the second at most 0.1: a bound on rounding
-                                      (a limit that is meant to be filled is written assert limit >= value)
+                                      (a limit that may be reached is written assert limit >= value)
     torch.testing.assert_close(a, b)  the largest |a - b| / (atol + rtol |b|)
 """
 
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_runtest_call(item: pytest.Item) -> Any:
     global _current
     _current = item.nodeid
-    unread = mock.patch.object(Tensor, "__repr__", _unread)  # the hook prints what it compares
+    unread = mock.patch.object(Tensor, "__repr__", _unread)  # the hook prints the values that it compares
     with mock.patch("torch.testing.assert_close", _assert_close), unread:
         return (yield)
 

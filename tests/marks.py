@@ -1,4 +1,4 @@
-"""Parameters of a test that only its long run takes: ``pytest -m long``."""
+"""Marks parameters of a test that only the long run uses: ``pytest -m long``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes of torch.distributed, told who they are as torchrun tells them, from one import of torch."""
+"""Two processes of torch.distributed with the environment that torchrun sets, from one import of torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.distributed import TCPStore
 # Forks of a process that has imported linfast and run nothing: an import of torch takes seconds.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["linfast.cli", "linfast.examples", "linfast.sampling", "torch._dynamo"])
-_SECONDS = 300  # that a process may be silent
+_SECONDS = 300  # without a message from a process
 
 
 def results_of_two(function: Callable[..., Any], *arguments: object) -> list[Any]:
-    """What ``function(*arguments)`` gives in process 0 and in process 1, which joins no group by itself."""
+    """The results of ``function(*arguments)`` in processes 0 and 1, which do not join a group by themselves."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(2)]
     processes = [
@@ -41,7 +41,7 @@ def results_of_two(function: Callable[..., Any], *arguments: object) -> list[Any
 def _received(receiver: Connection) -> Any:
     if not receiver.poll(_SECONDS):
         raise TimeoutError(f"a process said nothing for {_SECONDS} seconds")
-    result, error = pickle.loads(receiver.recv_bytes())  # EOFError: the process is gone
+    result, error = pickle.loads(receiver.recv_bytes())  # EOFError: the process has ended
     if error:
         raise AssertionError(error)
     return result
@@ -55,4 +55,4 @@ def _run(rank: int, port: int, sender: Connection, function: Callable[..., Any],
         answer = (function(*arguments), "")
     except BaseException:
         answer = (None, traceback.format_exc())
-    sender.send_bytes(pickle.dumps(answer))  # as it is: a tensor's shared memory would be gone with the process
+    sender.send_bytes(pickle.dumps(answer))  # by value: a tensor's shared memory would end with the process

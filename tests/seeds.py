@@ -1,4 +1,4 @@
-"""The run's seed: LINFAST_TEST_SEED, 0 by default. ``python -m tests.machines`` runs others."""
+"""The seed of the run: LINFAST_TEST_SEED, 0 by default. ``python -m tests.machines`` uses others."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ SEED = int(os.environ.get("LINFAST_TEST_SEED", "0"))
 
 
 def seeded(number: int) -> int:
-    """This seed of a test, in this run: another one in a run with another seed."""
+    """The seed for a test in this run; it differs between runs with different seeds."""
     return 1000 * SEED + number

@@ -1,4 +1,4 @@
-"""backend: one thread's choice is its own, whatever other threads do, and nothing of it is left afterwards."""
+"""backend: each thread has its own choice, whatever other threads do, and nothing is left of it afterwards."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_another_thread_has_the_process_choice() -> None:
         assert _in_thread(chosen_backend) == before
 
 
-def test_plain_torch_is_one_thread_s() -> None:
-    """What another thread runs meanwhile is no truth of anything, and launches kernels as it likes."""
+def test_plain_torch_affects_only_its_thread() -> None:
+    """Another thread may launch kernels meanwhile, since it does not compute the reference."""
     with plain_torch():
         _in_thread(lambda: refuse_kernel("low_rank"))
         with pytest.raises(RuntimeError, match="low_rank"):
@@ -95,7 +95,7 @@ def _matmul_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def test_each_setting_has_a_key_of_its_own_and_gradients_do_not_change_it() -> None:
+def test_each_setting_has_a_separate_key_and_gradients_do_not_change_it() -> None:
     x = torch.zeros(2)
     keys = []
     for setting in _SETTINGS.values():

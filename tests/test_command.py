@@ -1,4 +1,4 @@
-"""How the ``linfast`` command ends: interrupted while it starts, a pipe that nobody reads, a full disk."""
+"""How the ``linfast`` command ends: interrupted at its start, with a closed pipe, or on a full disk."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_an_interruption_while_it_starts_is_one_line(argv: list[str]) -> None:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interruption_inside_an_exec_of_text_has_its_status(number: int, status: int, tmp_path: Path) -> None:
-    """Under ``python -m`` Python keeps in mind that one passed there, and would end by SIGINT itself."""
+    """With ``python -m`` Python remembers the interruption, and would itself end by SIGINT."""
     text = f"import signal; signal.raise_signal({int(number)})"
     (tmp_path / "sitecustomize.py").write_text(
         f"import platform\nplatform.python_version = lambda: exec({text!r})\n"
@@ -55,7 +55,7 @@ def test_an_interruption_inside_an_exec_of_text_has_its_status(number: int, stat
     assert done.stderr == "linfast info: interrupted; it writes nothing\n"
 
 
-def test_an_import_by_others_is_left_alone() -> None:
+def test_imports_by_other_programs_keep_their_signals() -> None:
     done = _python("-c", _INTERRUPTED_IMPORT.format(argv=["other.py", "linfast"]))
     assert "KeyboardInterrupt" in done.stderr.splitlines()[-1]
 
@@ -117,7 +117,7 @@ def test_help_into_a_closed_pipe_is_silent(monkeypatch, capsys) -> None:
 
 
 def test_an_interruption_ends_the_wait_for_other_processes(tmp_path: Path) -> None:
-    """torch waits for them in C++, where no handler of Python's runs."""
+    """torch waits for them in C++, where Python's signal handlers do not run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = free.getsockname()
@@ -173,7 +173,7 @@ assert os.waitpid(child, 0)[1] == signal.SIGTERM
 
 
 def test_a_signal_ends_the_command_wherever_it_comes() -> None:
-    """Where Python cannot raise, in a loop that catches everything, and twice."""
+    """Also where Python cannot raise, in a loop that catches everything, and for two signals."""
     _ends(
         """
 class Dying:

@@ -1,4 +1,4 @@
-"""Whatever is captured keeps what it reads, by address: streams and benchmarks."""
+"""A captured graph keeps everything that it reads by address: streams and benchmarks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WAYS = {
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> Iterator[contextlib.AbstractContextManager[None]]:
-    """Every way to compute that derives other weights; as a block."""
+    """Every setting under which other weights are derived, as a context manager."""
     backend, matmul, autocast = WAYS[request.param]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
@@ -62,7 +62,7 @@ def test_a_stream_keeps_what_it_reads(cuda: Cuda, way, monkeypatch: pytest.Monke
         expected = torch.cat(list(lf.sample_stream(f, 20, 5, block_size=4, cuda_graph=False)))
         batches = lf.sample_stream(f, 20, 5, block_size=4)
         got = [next(batches)]
-    for parameter in f.parameters():  # a promise that is broken: still no memory that is not its own
+    for parameter in f.parameters():  # the promise is broken, but no foreign memory is read
         parameter.data = parameter.data.clone()
     gc.collect()
     assert cuda.freed() == []
@@ -95,7 +95,7 @@ def test_a_graph_keeps_what_its_work_refers_to(cuda: Cuda) -> None:
     assert torch.equal(captured(x), expected)
 
 
-def test_weights_promised_still_are_derived_once(cuda: Cuda) -> None:
+def test_frozen_weights_are_derived_once(cuda: Cuda) -> None:
     g, x = _flow(), torch.randn(4, N)
     with torch.no_grad(), lf.backend("triton"), lf.freeze(g):
         loose, still = (CudaGraph(g.inverse, [x], CPU, model) for model in (None, g))
@@ -145,13 +145,13 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(cuda: Cuda, autocast: 
 def test_calls_on_several_streams_follow_one_another(cuda: Cuda) -> None:
     captured = CudaGraph(torch.exp, [torch.zeros(3)], CPU)
     for _ in range(3):
-        with cuda.stream(Stream()):  # which has waited for nothing; the stand-in refuses a race
+        with cuda.stream(Stream()):  # which has not waited for any stream; the stand-in raises on a race
             captured(torch.ones(3))
 
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_samples_are_copied_after_they_are_computed_whatever_the_stream(cuda: Cuda, captured: bool) -> None:
-    """The pipeline is built on one stream and started on others."""
+    """The pipeline is built on one stream and started on other streams."""
     model = torch.nn.Tanh()
     done: list[object] = []
 

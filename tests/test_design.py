@@ -1,4 +1,4 @@
-"""docs/design.md is true: its tree is the folders', its paths exist, its names are public, and its layers hold."""
+"""docs/design.md is true: its tree matches the folders, its paths exist, its names are public, its layers hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXTENSIONS = r"py|md|tsv|toml|sh"
 
 
 def section(title: str) -> str:
-    """What stands under the heading of this title."""
+    """The text under the heading with this title."""
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
     assert found, f"docs/design.md has no section {title!r}"
     return found.group(1)
@@ -36,7 +36,7 @@ def block(title: str) -> list[str]:
 
 
 def tree() -> tuple[set[str], set[str]]:
-    """(files, folders) that the page lists; names stand in front of two spaces, their description behind."""
+    """(files, folders) that the page lists; two spaces separate names from their description."""
     files: set[str] = set()
     folders: set[str] = set()
     above: list[tuple[int, str]] = []  # (indentation, folder), outermost first
@@ -57,14 +57,14 @@ def tree() -> tuple[set[str], set[str]]:
 
 
 def modules() -> Iterator[Path]:
-    """Every module of the four folders, without what links into linfast/ lead to."""
+    """Every module of the four folders; links in linfast/ are not followed."""
     for folder in FOLDERS:
         for where, _, names in os.walk(ROOT / folder):
             yield from (Path(where, name) for name in names if name.endswith(".py"))
 
 
-def test_the_tree_is_that_of_the_folders() -> None:
-    """A folder without files of its own in the page stands for all that is in it."""
+def test_the_tree_matches_the_folders() -> None:
+    """A folder for which the page lists no files stands for everything in it."""
     files, folders = tree()
     whole = {folder for folder in folders if not any(file.startswith(folder) for file in files)}
     plain = (path for path in modules() if path.name not in ("__init__.py", "_version.py"))
@@ -77,7 +77,7 @@ def test_the_tree_is_that_of_the_folders() -> None:
 
 
 def test_every_path_on_the_page_exists() -> None:
-    """Paths are from the checkout or from linfast/; NAME stands for a new one, whose folder exists."""
+    """Paths are relative to the checkout or to linfast/; NAME stands for a new file, whose folder exists."""
     outside = "".join(PAGE.split("```")[::2])
     named = re.findall(rf"`([\w./]+(?:\.(?:{_EXTENSIONS})|/))`", outside)
     assert len(named) > 50
@@ -95,7 +95,7 @@ def test_the_page_is_short() -> None:
 
 
 def test_the_names_are_the_public_ones() -> None:
-    listed: dict[bool, list[str]] = {False: [], True: []}  # by whether they are of linfast.ops
+    listed: dict[bool, list[str]] = {False: [], True: []}  # by whether they belong to linfast.ops
     for row in section("Public names").strip().splitlines()[2:]:
         _, kind, names, _ = row.split("|")
         listed["linfast.ops" in kind] += re.findall(r"`(\w+)`", names)
@@ -112,7 +112,7 @@ def layers() -> dict[str, int]:
 
 
 def name_of(path: Path) -> str:
-    """linfast.flows.match of its path; as installed, so that kernels are linfast.kernels."""
+    """The module's name, such as linfast.flows.match; as installed, so that kernels are linfast.kernels."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = parts[:-1] if parts[-1] == "__init__" else parts
     return ".".join(parts if parts[0] == "linfast" else ("linfast", *parts))
@@ -122,7 +122,7 @@ MODULES = {name_of(path): path for path in modules()}
 
 
 def imports(name: str, inside_functions: bool = True) -> set[str]:
-    """The modules of ours that a module imports; what is imported for type checkers alone is left out."""
+    """The modules of linfast that a module imports, without imports for type checkers."""
     path = MODULES[name]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found: set[str] = set()
@@ -148,7 +148,7 @@ def imports(name: str, inside_functions: bool = True) -> set[str]:
 
 
 def layer_of(name: str, order: dict[str, int]) -> int:
-    """That of the package or root module that it is in."""
+    """The layer of the package or root module that contains it."""
     parts = name.split(".")
     return order[parts[1] if len(parts) > 1 else "linfast"]
 
@@ -166,13 +166,13 @@ def test_a_module_imports_nothing_of_a_later_layer(name: str) -> None:
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:
-    """Imports inside functions count, but in bench, whose commands call each other."""
+    """Imports inside functions count too, except in bench, whose commands call each other."""
     graph = {name: imports(name, inside_functions=".bench." not in name) for name in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_what_is_imported_of_kernels_needs_no_triton() -> None:
-    """At import time, by whatever is no kernel itself; and what that imports in turn."""
+def test_kernel_files_that_others_import_need_no_triton() -> None:
+    """This holds for files that modules outside kernels import at import time, directly or indirectly."""
     outside = (name for name in MODULES if ".kernels" not in name)
     wanted = {other for name in outside for other in imports(name, inside_functions=False)}
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""No call of a flow, an operator or its inverse, a sampler or a stream reads the device after the first."""
+"""After the first call, no flow, operator or inverse, sampler or stream reads the device."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ READS: dict[str, Callable[[Tensor], object]] = {
 
 @pytest.mark.parametrize("name", READS)
 def test_the_stand_in_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # a bank's product is an op that reads, on a CPU alone
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # a bank's product is an op that reads only on a CPU
     t = torch.eye(3) + 0.1 * torch.randn(3, 3)
     with forbidden(), pytest.raises(HostRead):
         READS[name](t)
@@ -64,7 +64,7 @@ def test_the_stand_in_sees(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _twice(call: Callable[[], Any]) -> Any:
-    """The call, and again where nothing may be read."""
+    """Call it, and call it again where nothing may be read."""
     call()
     with forbidden():
         return call()
@@ -112,7 +112,7 @@ CORES: dict[str, tuple[Callable[[], lf.LatentOperator], Any]] = {
     "low-rank": (lambda: zoo.low_rank(1.3, 6, 2), None),
     "product": (lambda: zoo.low_rank(1.3, 6, 2) @ zoo.diagonal(*range(1, 7)), None),
     "a time": (lambda: zoo.timed(1.0, 6), 0.3),
-    "a time a sample": (lambda: zoo.timed(1.0, 6), torch.linspace(0, 0.9, zoo.BATCH)),
+    "a time per sample": (lambda: zoo.timed(1.0, 6), torch.linspace(0, 0.9, zoo.BATCH)),
     "a product of times": (lambda: 2.0 * zoo.timed(1.0, 6) @ zoo.timed(1.0, 6), 0.3),
 }
 
@@ -180,7 +180,7 @@ WITH_INVERSE: dict[str, Callable[[], lf.LatentOperator]] = {
 
 
 @pytest.mark.parametrize("name", WITH_INVERSE)
-def test_what_became_singular_raises_again(name: str) -> None:
+def test_an_operator_that_became_singular_raises_again(name: str) -> None:
     A = WITH_INVERSE[name]()
     A.inverse()
     _singular(A, through_data=False)
@@ -190,8 +190,8 @@ def test_what_became_singular_raises_again(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WITH_INVERSE)
-def test_what_became_singular_unseen_is_nan(name: str) -> None:
-    """Writes through .data raise no version: a device is not asked again. A CPU is."""
+def test_the_inverse_of_an_operator_that_became_singular_unnoticed_is_nan(name: str) -> None:
+    """Writes through .data change no version counter, so a device is not read again. A CPU is."""
     A = WITH_INVERSE[name]()
     with mock.patch("linfast.operators.spectral.read_at_once", return_value=False):
         A.inverse()

@@ -1,4 +1,4 @@
-"""Importing linfast: no driver, no Triton, nothing heavy."""
+"""Importing linfast loads no driver, no Triton and nothing slow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ with linfast.backend("triton"):
         print(error)
 """
 
-# What an import of linfast adds to one of torch: calls of Python functions, import's own left out, and modules.
+# What importing linfast adds to importing torch: calls of Python functions, without those of import, and modules.
 _ADDED = """
 import sys, torch
 before, calls = set(sys.modules), 0
@@ -44,7 +44,7 @@ HEAVY = {
     "matplotlib",
     "pandas",
 }
-FEW_MODULES, FEW_CALLS = 20, 40_000  # 0 and 13 600 are what it takes
+FEW_MODULES, FEW_CALLS = 20, 40_000  # it takes 0 and 13 600
 
 
 def _run(code: str) -> str:
@@ -66,7 +66,7 @@ def test_import_adds_little_to_torch() -> None:
     assert int(calls) <= FEW_CALLS
 
 
-def test_every_public_name_is_there_and_documented() -> None:
+def test_every_public_name_exists_and_is_documented() -> None:
     import linfast
 
     for name in linfast.__all__:

@@ -1,4 +1,4 @@
-"""The matrix of machines: what a run measures, what it lists, and what turns it red."""
+"""The matrix of machines: what a run measures, what it lists, and when it fails."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def test_the_tightest_are_listed_in_their_worst_run() -> None:
     [
         (_run(0, a=0.69), (), 0),
         (_run(0, a=0.71), (), 1),
-        (_run(0, a=0.71), ("--random",), 0),  # CI: a figure to look at, not a failure
+        (_run(0, a=0.71), ("--random",), 0),  # in CI only a figure, not a failure
         (_run(0, ("test_red",)), ("--random",), 1),
     ],
 )
-def test_what_turns_the_matrix_red(run: Run, arguments: tuple[str, ...], status: int, monkeypatch, capsys) -> None:
+def test_when_the_matrix_fails(run: Run, arguments: tuple[str, ...], status: int, monkeypatch, capsys) -> None:
     called = []
     monkeypatch.setattr(machines, "run", lambda setting, seed: (called.append((setting, seed)), run)[1])
     assert main(arguments) == status

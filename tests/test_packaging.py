@@ -1,4 +1,4 @@
-"""The sdist builds a wheel, and the wheel holds the package and nothing else."""
+"""The sdist builds a wheel, and the wheel contains only the package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def dist(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    # Without --wheel or --sdist the wheel is built from the sdist: one that lacks a file fails here.
+    # Without --wheel or --sdist the wheel is built from the sdist, so that an sdist that lacks a file fails here.
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(_ROOT)],
         capture_output=True,

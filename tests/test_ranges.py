@@ -35,7 +35,7 @@ def test_a_disabled_range_is_an_empty_context() -> None:
     names: list[str] = []
 
     def note(frame, event, argument) -> None:
-        """Of functions that are entered, of Python and of C."""
+        """Count the functions that are entered, in Python and in C."""
         if event in ("call", "c_call"):
             names.append(frame.f_code.co_name if event == "call" else argument.__name__)
 
@@ -50,7 +50,7 @@ def test_a_disabled_range_is_an_empty_context() -> None:
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_tracebacks_show_our_lines_and_none_of_the_ranges(on: bool) -> None:
+def test_tracebacks_show_no_lines_of_the_ranges(on: bool) -> None:
     f = _model()
     with ranges(on), pytest.raises(ValueError, match="x") as error:
         f(torch.randn(3, 5))
@@ -116,7 +116,7 @@ def test_torch_compile_sees_through(on: bool) -> None:
 
 
 def test_stages_share_no_recompile_limit() -> None:
-    """torch.compile counts by code object: a wrapper round all of them would have one limit for all."""
+    """torch.compile counts by code object: a common wrapper would have one limit for all stages."""
     codes = [getattr(lf.Linearizer, name).__code__ for name in ("forward", "inverse", "gx", "gy", "gx_inverse")]
     assert len(set(codes)) == 5
     assert {code.co_filename.rpartition("/")[2] for code in codes} == {"linearizer.py"}

@@ -1,4 +1,4 @@
-"""The README's examples run, and what it says of commands is true."""
+"""The examples of the README run, and its pictures exist."""
 
 from __future__ import annotations
 

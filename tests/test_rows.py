@@ -1,4 +1,4 @@
-"""Batches taken by rows on a CPU: the same results, and only where rows are apart."""
+"""Cutting batches on a CPU gives the same results, and happens only where rows are independent."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def few_at_once(monkeypatch):
 
 
 class Longest(TorchDispatchMode):
-    """The most rows that a product saw."""
+    """Records the maximum number of rows of a product."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +49,7 @@ def flow(**options):
 
 
 def values(g, x, direction, **context):
-    """Output, log-det and all gradients."""
+    """Output, log-determinant and all gradients."""
     x = x.clone().requires_grad_()
     y, log_det = getattr(g, direction)(x, **context)
     loss = (y * torch.arange(y.numel()).sin().view_as(y)).sum() + (log_det * torch.arange(len(y)).cos()).sum()

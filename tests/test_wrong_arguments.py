@@ -1,4 +1,4 @@
-"""Every option of every command with every kind of wrong value: one line, status 2, and no work begun."""
+"""Every option of every command with every kind of wrong value: one line, status 2, and no work is started."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FEW = {
 def _commands(
     parser: argparse.ArgumentParser, names: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """Each command's words and its parser."""
+    """The words of each command and its parser."""
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if not below and names not in (("bench",), ("info",)):
         yield names, parser
@@ -39,7 +39,7 @@ def _commands(
 
 
 def _values(action: argparse.Action) -> tuple[str, ...]:
-    """Wrong ones for an option."""
+    """Wrong values for an option."""
     name = action.option_strings[0]
     if action.choices is not None:
         return ("nope", "")
@@ -60,7 +60,7 @@ _CASES = [
     for option in action.option_strings[:1]
     if option != "-h"
     for value in _values(action)
-    if (*names, option, value) != ("sample", "--seed", _HUGE)  # a seed of numpy's, as large as you like
+    if (*names, option, value) != ("sample", "--seed", _HUGE)  # a seed for numpy may be arbitrarily large
 ]
 
 

@@ -1,4 +1,4 @@
-"""Flow: bijections one after another, z = g_n(... g_2(g_1(x))), log-dets added."""
+"""Flow: bijections one after another, z = g_n(... g_2(g_1(x))), with their log-determinants added."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ __all__ = ["Flow"]
 
 
 class Flow(Bijection):
-    """z = g_n(... g_1(x)); log|det| = sum of the parts'.
+    """z = g_n(... g_1(x)); log|det| is the sum over the parts.
 
     Args:
         bijections: g_1 to g_n, applied in this order. An empty list is the identity.
-        features: channels of x; by default the first layer's that states them.
+        features: channels of x; by default those of the first layer that states them.
         shape: sample shape of x where it is fixed, such as (C, H, W).
-        memory: what the backward keeps. "store": every activation. "invert": x and z, and
-            activations are rebuilt by inverting, which costs time and not depth in memory
-            (``linfast.flows.reversible`` says when not). "auto": "invert" where storing
-            would take more than a GiB. A layer that reads a tensor from outside (a closure's, a global's) that
-            needs a gradient is stored by "auto", which warns once, and refused by "invert" (RuntimeError).
-            "auto" stores one that keeps what it makes of its parameters for its next call, too. Where activations
-            are rebuilt, z must not be written to before the backward (RuntimeError).
+        memory: what is kept for the backward. "store": every activation. "invert": only x and z; activations
+            are rebuilt by inverting, which takes time, and memory does not grow with depth (for exceptions see
+            ``linfast.flows.reversible``). "auto": "invert" where storing would take more than a GiB. Where a layer
+            reads a tensor from outside (from a closure or a global) that needs a gradient, "auto" stores its
+            activations and warns once, and "invert" raises RuntimeError. "auto" also stores those of a layer that
+            keeps tensors made from its parameters for its next call. Where activations are rebuilt, z must not be
+            written to before the backward (RuntimeError).
 
-    Context keywords (``t=``, ``context=``) go to every layer; the ones without a
+    Context keywords (``t=``, ``context=``) go to every layer; layers without a
     conditioner ignore them.
 
     Raises:
@@ -80,7 +80,7 @@ class Flow(Bijection):
 
 
 def _chain(bijections: Iterable[Bijection], features: int | None) -> tuple[int | None, int | None]:
-    """Features in and out of the chain; raises where two neighbours disagree."""
+    """Features in and out of the chain; ValueError where two neighbours disagree."""
     first = current = features
     for i, bijection in enumerate(bijections):
         check_kind(f"bijections[{i}]", bijection, Bijection)
@@ -95,7 +95,7 @@ def _chain(bijections: Iterable[Bijection], features: int | None) -> tuple[int |
 
 
 def stored_tensors(bijections: Iterable[nn.Module]) -> float:
-    """About how many tensors of its input's size autograd keeps of bijections one after another.
+    """About how many tensors of the input's size autograd keeps for these bijections.
 
     Each layer keeps 4 of its own width, and 2 of the output width of each of its weights.
     """
@@ -107,7 +107,7 @@ def _widths(module: nn.Module) -> int:
 
 
 def _step(place: str, bijection: Bijection, inverse: bool, log_det: bool) -> Step:
-    # A layer's own undo need not call the layer: with hooks on it, it is inverted and run as a whole.
+    # A layer's own undo need not call the layer: a layer with hooks is inverted and run as a whole.
     hooked = bijection._forward_hooks or bijection._forward_pre_hooks or bijection._backward_hooks
     undo_layer = partial(Bijection._undo, bijection) if hooked else bijection._undo
 

@@ -1,15 +1,16 @@
-"""Which code runs a flow's layers: decided here, once for inputs of one kind while the flow is frozen.
+"""Decides which code runs a flow's layers, once per kind of input while the flow is frozen.
 
-    kernels run, the layers are a stack that fits on chip    one launch                              OneLaunch
-    kernels run, else      rows of channel-linear layers folded, after a coupling where one comes first    Folded
-    plain torch            affine couplings with MLP conditioners in one loop                           Couplings
-    anything else          the layer as it is                                                              Single
+    kernels run, and the layers are a stack that fits on chip   one launch                                OneLaunch
+    kernels run, otherwise   consecutive channel-linear layers folded, with a coupling before them if any     Folded
+    plain torch              affine couplings with MLP conditioners in one loop                            Couplings
+    anything else            the layer itself                                                                 Single
 
-Only the classes' own code is replaced: a layer with a hook or a parametrization, of a subclass, with sharded
-weights, or an ActNorm that waits for its first batch runs as it is. In plain torch nothing is gained by folding
-(interleaved runs of an image flow 4 x 32 x 32, batch 16, and of a vector flow 64, batch 1024, stood at 0.90 to 1.07
-of layer by layer, noise included), and a row without a product costs less as itself than as one. There what was
-recognised is remembered, frozen or not, while nothing that it was read from is replaced (``remembered.py``).
+Only unmodified layers are replaced: a layer with a hook, a parametrization or sharded weights, a layer of a
+subclass, and an ActNorm that waits for its first batch run as they are. In plain torch folding gains nothing (an
+image flow 4 x 32 x 32 at batch 16 and a vector flow of 64 features at batch 1024, run in turns, took 0.90 to 1.07
+of the time layer by layer, noise included), and layers without a product cost less than one folded map. In plain
+torch the recognised couplings are remembered, frozen or not, until an object that they were read from is replaced
+(``remembered.py``).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Launch:
 
     Args:
         segments: what runs, one after another.
-        why: why it is not one launch; None where it is.
+        why: the reason why it is not one launch; None where it is.
     """
 
     segments: Sequence[Segment]
@@ -55,10 +56,10 @@ class Launch:
     def __call__(
         self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool, run: Segment | None = None
     ) -> Outputs:
-        """(y, log|det| or None); in plain torch a long batch so many rows at a time.
+        """(y, log|det| or None); in plain torch a long batch is cut into parts that fit the cache.
 
         Args:
-            run: computes the same as the segments, in their place.
+            run: runs in place of the segments and computes the same.
         """
         run = self._run if run is None else run
         rows = None if self.why is None else rows_at_once(x, self.widths)
@@ -74,7 +75,7 @@ class Launch:
         return x, total
 
     def widths(self) -> list[int | None]:
-        """How many values per row each layer has; a None among them: rows are not known to be independent."""
+        """The number of values per row of each layer; None for a layer whose rows may depend on each other."""
         found: list[int | None] = []
         for segment in self.segments:
             if isinstance(segment, Couplings):
@@ -85,7 +86,7 @@ class Launch:
 
 
 def match(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Launch:
-    """What runs these layers, or their inverse, on x; decided once for inputs of one kind while they are frozen."""
+    """What runs these layers, or their inverse, on x; decided once per kind of input while they are frozen."""
     values = kept_values(layers)
     key = None if values is None else call_key(x, context, inverse, log_det)
     if values is None or key is None:
@@ -96,7 +97,7 @@ def match(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse:
 def _decide(
     layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool, still: bool
 ) -> Launch:
-    """``still``: whether the weights were promised to stay as they are."""
+    """``still``: whether the weights are frozen."""
     in_order: list[Any] = list(reversed(layers) if inverse else layers)
     if has_global_hook():
         return Launch([Single(layer) for layer in in_order], "a global module hook is set")
@@ -113,7 +114,7 @@ def _one_launch(
     """All layers in one kernel, or why not."""
     if x.ndim != 2:
         # No shape in the reason: Dynamo of torch 2.11 cannot follow a tuple that was formatted.
-        return f"x has {x.ndim} dimensions: no vectors"
+        return f"x has {x.ndim} dimensions: not a batch of vectors"
     stack = stack_of(layers, x, context)
     if isinstance(stack, str):
         return stack
@@ -131,7 +132,7 @@ def _one_launch(
 
 
 def mode_for(x: Tensor) -> str:
-    """The precision that products on x run in, as torch's settings and x's device have it."""
+    """The precision mode of products on x, from torch's settings and the device of x."""
     return mode_on(target_of(x), resolve_precision(x))
 
 
@@ -139,7 +140,7 @@ def mode_for(x: Tensor) -> str:
 
 
 def _looped(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> list[Segment]:
-    """Runs of affine couplings in a loop each, and everything else as it is."""
+    """Consecutive affine couplings in one loop, and everything else as it is."""
     takes, given = _in_common(x, context), context.get("context")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     lasts = takes and context.get("t") is None and not traced  # a time is folded into the weights
@@ -155,17 +156,17 @@ def _looped(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> lis
 
 
 def _is_own(coupling: PlainCoupling) -> bool:
-    """Whether its tensors are parameters: what torch.func puts in their place must not outlive the call."""
+    """Whether its tensors are parameters: those that torch.func puts in their place must not outlive the call."""
     return all(type(t) is nn.Parameter for t in (*coupling.weights, *coupling.biases) if t is not None)
 
 
 def _recognised(layers: Iterable[Any], x: Tensor, context: Mapping[str, Any], takes: bool) -> list[Segment]:
-    """``_looped``, as the layers are now; ``takes``: whether the loop knows what the conditioners are given."""
+    """``_looped``, read from the layers; ``takes``: whether the loop knows the inputs of the conditioners."""
     segments: list[Segment] = []
     scale_map: ScaleMap | None = None
     log_scale: Any = None
     for layer in layers:
-        known = recognise(layer, x, context) if takes else "the loop does not know what the conditioners are given"
+        known = recognise(layer, x, context) if takes else "the loop does not know the inputs of the conditioners"
         if isinstance(known, str) or known.weights[0].dtype != x.dtype:
             segments.append(Single(layer))
             continue
@@ -183,7 +184,7 @@ def _recognised(layers: Iterable[Any], x: Tensor, context: Mapping[str, Any], ta
 
 
 def _in_common(x: Tensor, context: Mapping[str, Any]) -> bool:
-    """Whether the loop knows what the conditioners are given: x, a constant time, a context per sample."""
+    """Whether the loop knows the inputs of the conditioners: x, a constant time, a context per sample."""
     given, t = context.get("context"), context.get("t")
     if x.ndim != 2 or not context.keys() <= {"t", "context"} or (isinstance(t, Tensor) and t.ndim > 0):
         return False
@@ -197,7 +198,7 @@ def _in_common(x: Tensor, context: Mapping[str, Any]) -> bool:
 
 
 def _folded(owner: nn.ModuleList, layers: list[Any]) -> list[Segment]:
-    """Rows of channel-linear layers folded, with the coupling before each."""
+    """Consecutive channel-linear layers folded, with the coupling before them."""
     segments: list[Segment] = []
     while layers:
         coupling = layers[0] if is_plain(layers[0], (AffineCoupling,)) else None

@@ -1,8 +1,8 @@
 """What was recognised of modules, remembered while nothing that it was read from is replaced.
 
 Recognising eight couplings takes a fifth of a call at batch 1. Parameters are remembered as objects, so that writes
-to their values are seen. What is compared at each call, by loops that run in C, is whether every module, parameter
-and option is the same object as before, of the same class, without a hook and without an attribute more or less.
+to their values take effect. Each call checks, in loops that run in C, that every module, parameter and option is
+the same object as before, of the same class, without a hook, and with as many attributes.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ _remembered: WeakKeyDictionary[nn.ModuleList, tuple[Hashable, Evidence, Any]] = 
 
 
 def recall(layers: nn.ModuleList, key: Hashable) -> Any | None:
-    """What is remembered for these layers and this kind of input; None where nothing is, or it no longer holds."""
+    """The value remembered for these layers and this kind of input; None where there is none that still holds."""
     found = _remembered.get(layers)
     if found is None:
         return None

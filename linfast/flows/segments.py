@@ -1,4 +1,4 @@
-"""What runs layers of a flow: each segment takes (x, context, inverse, log_det) and gives (y, log|det| or None).
+"""Segments run layers of a flow: each takes (x, context, inverse, log_det) and returns (y, log|det| or None).
 
     OneLaunch   all layers in one kernel
     Couplings   affine couplings with MLP conditioners in one loop of plain torch
@@ -6,8 +6,8 @@
                 where there is one
     Single      one layer as it is
 
-Which of them run is decided in ``linfast.flows.match``. Folded maps are formed in the graph at every call (or once
-inside ``linfast.freeze``), in fp32 or wider and outside autocast; log|det| is the sum of the parts'.
+``linfast.flows.match`` decides which of them run. Folded maps are formed in the graph at every call (or once inside
+``linfast.freeze``), in fp32 or wider and outside autocast; log|det| is the sum over the layers.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Outputs = tuple[Tensor, Tensor | None]
 
 
 class Segment(Protocol):
-    """What runs some layers."""
+    """Runs some layers of a flow."""
 
     def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs: ...
 
 
-# eq=False: Dynamo of torch 2.11 hashes what is called before its fields are there.
+# eq=False: Dynamo of torch 2.11 hashes the called object before its fields are set.
 @dataclass(eq=False)
 class Single:
     """One layer as it is."""
@@ -60,7 +60,7 @@ class OneLaunch:
         stack: the layers' weights and options.
         tile: of the kernel.
         packed: the weights as the kernel reads them.
-        spec: what else the kernel is told; the direction and whether a log|det| is asked for among it.
+        spec: the description of the stack for the kernel, with the direction and whether log|det| is wanted.
     """
 
     stack: CouplingStack
@@ -84,7 +84,7 @@ class Couplings:
     Args:
         layers: the modules.
         couplings: their weights and options.
-        features, dtype: what they take; anything else is for the layers themselves to refuse.
+        features, dtype: of the input; with another input the layers themselves raise the error.
     """
 
     layers: list[AffineCoupling]
@@ -104,10 +104,10 @@ class Couplings:
 
 @dataclass(eq=False)
 class Folded:
-    """A row of channel-linear layers as one map, after a coupling where there is one.
+    """Consecutive channel-linear layers as one map, after a coupling where there is one.
 
     Args:
-        owner: the module that holds all of them; what is derived is kept under its name.
+        owner: the module that holds all of them; derived weights are kept for it.
     """
 
     owner: nn.Module

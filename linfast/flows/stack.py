@@ -1,10 +1,10 @@
 """Coupling stacks: affine couplings with MLP conditioners and channel-linear layers between them.
 
-    row_0, (coupling, row)_1, ..., (coupling, row)_L        each row channel-linear layers, or none
+    row_0, (coupling, row)_1, ..., (coupling, row)_L        a row is zero or more channel-linear layers
 
 on vectors x [B, D], where the halves move in turn, the couplings share scale map and order, and their MLPs share
-activation and depth. Only the classes' own code may be replaced: no hook, no parametrization, no subclass, no
-sharded weight. A constant time is folded into the first biases: W [k | e(t)] + b = W_k k + b'.
+activation and depth. Only unmodified layers may be replaced: no hook, no parametrization, no subclass, no sharded
+weight. A constant time is folded into the first biases: W [k | e(t)] + b = W_k k + b'.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ __all__ = [
 
 PRODUCTS = (Mix, Householder)
 _LINEAR = (*PRODUCTS, Permute, ActNorm)
-_MOST_LINEAR = 4  # layers of a conditioner that the kernel knows
+_MOST_LINEAR = 4  # linear layers of a conditioner that the kernel supports
 _WHOLE_WEIGHTS = (torch.Tensor, nn.Parameter)
-_OWN_INPUT = "its conditioner has an input of its own for each sample"
+_OWN_INPUT = "its conditioner has a separate input per sample"
 
 
 def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether nothing but the class's own code would run; parametrizations make a class of their own."""
+    """Whether only the class's own code would run; a parametrization makes a new class."""
     return are_plain((layer,), kinds)
 
 
@@ -96,7 +96,7 @@ class Known(NamedTuple):
 
 
 def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
-    """The coupling's weights, as they are now, for inputs such as x [B, D] in this context; or why not.
+    """The coupling's current weights, for inputs such as x [B, D] in this context; or why it is not recognised.
 
     It runs at every call. Submodules and parameters are read from the modules' own dicts: ``nn.Module.__getattr__``
     takes a microsecond for each, which is a fifth of a coupling's time at batch 1.
@@ -142,13 +142,13 @@ def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
 
 @dataclass(frozen=True)
 class FlowStack:
-    """A flow's layers as a coupling stack has them.
+    """A flow's layers as a coupling stack.
 
     Args:
         owner: the module that holds the layers.
-        head: the row before the first coupling.
+        head: the row of layers before the first coupling.
         couplings: L of them.
-        rows: the row after each.
+        rows: the row of layers after each coupling.
     """
 
     owner: nn.Module
@@ -185,7 +185,7 @@ class FlowStack:
         return kind
 
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
-        """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-dets where asked for."""
+        """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-determinants on request."""
         first, activation, *_ = self.couplings[0]
         layers = [
             CouplingLayer(
@@ -205,7 +205,7 @@ class FlowStack:
 
 
 def stack_of(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
-    """These layers as a stack for inputs such as x [B, D], whatever will run it; or why they are none."""
+    """These layers as a stack for inputs such as x [B, D], whatever will run it; or why they are not a stack."""
     couplings: list[Known] = []
     rows: list[list[Any]] = [[]]
     for i, layer in enumerate(layers):
@@ -225,12 +225,12 @@ def stack_of(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> Fl
     if not couplings:
         return "no couplings"
     if not _is_uniform(couplings):
-        return "its couplings differ in more than the half that moves, in turn"
+        return "its couplings differ in more than which half moves, or the halves do not move in turn"
     return FlowStack(layers, rows[0], couplings, rows[1:])
 
 
 def _is_uniform(couplings: list[Known]) -> bool:
-    """Whether one launch runs all couplings: the halves move in turn, all else is the same."""
+    """Whether one launch runs all couplings: the halves move in turn, everything else is the same."""
     first, activation, weights, *_ = couplings[0]
     kind = first.features, first.scale_map, first.order, activation, len(weights)
     start = HALVES.index(first.moves)

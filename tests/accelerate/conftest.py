@@ -1,4 +1,4 @@
-"""A coupling alone runs as the check runs it, on a CPU too, in all tests but those of what a CPU runs."""
+"""Short batches run the same code as long ones here, except in the tests of short batches."""
 
 from __future__ import annotations
 

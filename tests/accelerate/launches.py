@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Launches(TorchDispatchMode):
-    """How often each of linfast's ops ran inside the block."""
+    """The number of calls of each of linfast's ops inside the block."""
 
     def __init__(self):
         super().__init__()

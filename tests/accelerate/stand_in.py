@@ -1,6 +1,6 @@
-"""The reference repository's classes by name, attributes and formula, as its notes describe them.
+"""The classes of the research repository, with its names, attributes and formulas, as its notes describe them.
 
-Stands in for unlicensed code, in a form of its own: what the classes do when used as meant.
+Stands in for unlicensed code: it is written independently, and covers only the intended use of the classes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.compat.stand_in import G, Linearizer, LinearModule
 
 
 class Linear(nn.Linear):
-    """A namesake of the repository's, in x's dtype."""
+    """Has the name of the repository's class and computes in x's dtype."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -159,7 +159,7 @@ class AffineCoupling(nn.Module):
 
 
 class ActNorm2d(nn.Module):
-    """Initialised by the first batch; that it was is a plain bool, which no state_dict holds."""
+    """Initialised by the first batch; its flag is a plain bool, which is not in the state_dict."""
 
     def __init__(self, C):
         super().__init__()
@@ -311,7 +311,7 @@ class OneStepLinearizer(Linearizer):
 
 
 class FlowMatcher:
-    """MSE stands for LPIPS."""
+    """With MSE in place of LPIPS."""
 
     def __init__(self, linearizer):
         self.linearizer = linearizer
@@ -341,7 +341,7 @@ class FlowMatcher:
         return self.linearizer.gx_inverse(z)
 
     def get_sampling_terms(self, device, T=100, sampling_method="euler"):
-        """Dense; for "rk" each stage's matrix is taken at the step's start, and the third is the second."""
+        """Dense matrices; "rk" takes each stage's at the step's start, and the third equals the second."""
         eye, h = torch.eye(self.linearizer.net_gy.dim), 1 / T
 
         def k(t):

@@ -1,4 +1,4 @@
-"""A chain's couplings together: one loop on a CPU, one launch where kernels run, and when it must be neither."""
+"""The couplings of a chain run together, in one loop or in one launch with kernels, except where they must not."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def both(build, **options):
 
 
 def runs_together(fast, x):
-    """Whether this call is ours, and not the library's own loop."""
+    """Whether this call runs our code and not the library's loop."""
     calls = []
     original = fused.Fused.__call__
 

@@ -1,4 +1,4 @@
-"""What is changed after accelerate is followed: masks, settings, methods and parametrizations."""
+"""Changes after accelerate take effect: masks, settings, methods and parametrizations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .zoo import FEATURES, KINDS, inputs, make, net, require
 
 
 def _other_masks(model, write):
-    """Every mask turned round, and half of each fixed permutation turned round: then it is none."""
+    """Invert every mask, and reverse half of each fixed permutation, which is then no longer a permutation."""
     for module in model.modules():
         for name, tensor in (*module._buffers.items(), *module._parameters.items()):
             if "w_perm" in name:
@@ -33,13 +33,13 @@ def _other_masks(model, write):
 
 
 def _in_place(module, name, value):
-    """As nn.parallel.DistributedDataParallel writes the first process's masks to all others."""
+    """As nn.parallel.DistributedDataParallel copies the masks of the first process to all others."""
     with torch.no_grad():
         getattr(module, name).copy_(value)
 
 
 def _by_data(module, name, value):
-    """As averages of weights are often written; torch counts no write."""
+    """As weight averages are often written; torch's version counters do not change."""
     getattr(module, name).data.copy_(value)
 
 
@@ -110,7 +110,7 @@ def test_an_ensemble_has_each_models_own_masks():
 
 
 def test_a_distribution_made_before_is_zukos_to_the_end():
-    """It keeps the features that its mask named, as zuko's own does; also where its model is restored since."""
+    """It keeps the features of its mask, as zuko's own does, even if its model is restored later."""
     flow = require("zuko").flows.RealNVP(FEATURES, 3, transforms=2, hidden_features=(16,))
     lf.accelerate(flow)
     x, c = torch.randn(5, FEATURES), torch.randn(3)

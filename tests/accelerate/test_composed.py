@@ -1,4 +1,4 @@
-"""torch.compile of an accelerated model: where the original compiles whole, so does it, with the same numbers."""
+"""An accelerated model compiles without graph breaks where the original does, with the same results."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _compiled(run):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_an_accelerated_model_compiles_whole_where_the_original_does(name):
-    """Values both ways and all gradients."""
+    """Values in both directions and all gradients."""
     kind = KINDS[name]
     original, given = Run(kind, make(kind, 0)), inputs(kind, torch.float32)
     try:

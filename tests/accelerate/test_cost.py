@@ -1,4 +1,4 @@
-"""What accelerate may cost on a CPU, in elements written by torch's ops: no clock, so no noise."""
+"""The cost of accelerate on a CPU, counted in elements that torch's ops write, so that there is no timing noise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST = 1.02
 
 
 class Written(TorchDispatchMode):
-    """Elements of the results that are no views."""
+    """Elements of the results that are not views."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A model that was accelerated on one device and moved to another copies nothing there after its first call."""
+"""A model that is accelerated and then moved to another device copies nothing there after its first call."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _inverted(model: Any, x: Tensor) -> None:
 
 
 class _Copies(TorchDispatchMode):
-    """What goes from one device to another."""
+    """Records the copies from one device to another."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""memory="invert": the same losses and gradients as stored, and little kept."""
+"""memory="invert" gives the same losses and gradients as storing, and keeps little memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHAINS = [
 CHAINS += [name for name in KINDS if name.startswith(("normflows", "FrEIA"))]
 
 
-# Two blocks: what the first is given is rebuilt from what the second was given.
+# Two blocks: the input of the first is rebuilt from the input of the second.
 MODELS = {**KINDS, "reference": dataclasses.replace(KINDS["reference"], build=reference(2))}
 
 
@@ -45,7 +45,7 @@ def drift_is_an_error():
 
 
 @pytest.mark.parametrize("name", sweep(CHAINS))
-def test_chains_give_what_they_gave(name):
+def test_chains_give_the_same_results(name):
     kind = MODELS[name]
     model = make(kind, 0)
     before = outputs(kind, model, torch.float32)
@@ -55,7 +55,7 @@ def test_chains_give_what_they_gave(name):
     assert len(_rebuilt(report)) == 1, str(report)
     assert_accurate(outputs(kind, model, torch.float32), exact, units=256)
     for a, truth in zip(outputs(kind, model.double(), torch.float64), exact, strict=True):
-        # normflows adds its log_dets up in float32: a rounding a flow.
+        # normflows sums its log-determinants in float32: one rounding per flow.
         assert relative(a, truth) <= (len(report.rows) * 2**-24 if kind.library == "normflows" else 1e-12)
     lf.restore(model.float())
     for a, b in zip(outputs(kind, model, torch.float32), before, strict=True):
@@ -63,7 +63,7 @@ def test_chains_give_what_they_gave(name):
 
 
 def _losses(memory, train, steps):
-    """Of Adam steps of the reference's own training; None: the original."""
+    """The losses of Adam steps of the repository's own training; None stands for the original."""
     torch.manual_seed(0)
     matcher = stand_in.FlowMatcher(stand_in.build(1).train(train))
     if memory:
@@ -73,7 +73,7 @@ def _losses(memory, train, steps):
 
 @pytest.mark.parametrize(("train", "steps"), TRAINED)
 def test_adam_steps_have_the_losses_of_the_stored_run(train, steps):
-    """ActNorm is initialised by the first of them."""
+    """The first step initialises ActNorm."""
     inverted = _losses("invert", train, steps)
     torch.testing.assert_close(inverted, _losses("store", train, steps), rtol=1e-5, atol=0)
     torch.testing.assert_close(inverted, _losses(None, train, steps), rtol=1e-5, atol=0)
@@ -146,7 +146,7 @@ def test_dropout_in_both_nets_of_a_two_sided_coupling_stores():
 
 
 def test_drift_is_guarded():
-    """Scales of e^30: the rebuilt inputs are noise, and the gradients are right all the same."""
+    """With scales of e^30 the rebuilt inputs are noise, but the gradients are right."""
     model = _chain()
     x = torch.randn(4, 6)
     lf.accelerate(model, memory="invert")
@@ -177,7 +177,7 @@ def test_an_unknown_flow_stores_and_is_named():
     assert report.swapped[0].note == "stored: it is in no chain of a known class"
 
 
-def test_a_flow_with_two_nets_of_its_own_is_known():
+def test_a_flow_with_two_separate_nets_is_recognised():
     nf = pytest.importorskip("normflows")
     torch.manual_seed(0)
     masks = torch.tensor([[1.0, 0] * 3, [0, 1.0] * 3])

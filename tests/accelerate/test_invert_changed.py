@@ -1,4 +1,4 @@
-"""memory="invert" on chains that share, rewrite, read from outside or have changed: as before, or a reason."""
+"""memory="invert" on chains with shared or rewritten parts or outside reads: unchanged results, or a reason."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batch_normed(n_in, n_out):
 
 
 class Twice(nn.Module):
-    """One net at two points, called by name, with attributes that are read."""
+    """One net in two places, called with keywords, whose attributes are read."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -102,7 +102,7 @@ def forward(model, x):
 
 
 def step(model, x):
-    """Value, gradients and buffers of two training steps."""
+    """The value, gradients and buffers of two training steps."""
     found = []
     for _ in range(2):
         model.zero_grad()
@@ -114,7 +114,7 @@ def step(model, x):
 
 
 def check(model, change=lambda model: None):
-    """The report and the warnings, where a model is changed after accelerate and learns what it did before."""
+    """The report and the warnings for a model that is changed after accelerate; its training must be as before."""
     torch.manual_seed(0)
     model.double()
     original, x = copy.deepcopy(model), torch.randn(32, 4, dtype=torch.float64)
@@ -253,7 +253,7 @@ def test_a_recalled_net_is_that_net():
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_each_call_is_recalled_for_what_it_was_given(order):
+def test_each_recalled_call_matches_its_arguments(order):
     module = nn.ModuleDict({"net": Twice(2, 4)})
     parameters = list(module.parameters())
     view = recalling(module, [module["net"]], parameters)["net"]
@@ -271,7 +271,7 @@ def test_each_call_is_recalled_for_what_it_was_given(order):
 
 
 class Registered(type):
-    """Of a class whose subclasses are counted, and need a key."""
+    """Its class registers its subclasses, which need a key."""
 
     def __init__(cls, name, bases, body, **options):
         super().__init__(name, bases, body)

@@ -1,4 +1,4 @@
-"""Every supported kind of module of every library's real release: the same numbers before and after."""
+"""Every supported kind of module of each library's real release gives the same results after accelerate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .launches import Launches
 from .zoo import KINDS, SOME, inputs, make, redraw, require, sweep
 
 LIBRARIES = [name for name in KINDS if name != "reference"]  # whose U-Nets take minutes in the interpreter
-# Of a new model these are others than the first one's; test_draws_of_the_weights has other weights.
+# In a new model these differ from the first model's; test_draws_of_the_weights uses other weights.
 RANDOM_STRUCTURE = {"zuko random masks", "FrEIA all in one", "glasflow log2 lu"}
-# In the kernels' own launches: every layer that runs in parts, and each library's in one launch.
+# Run by the kernels: every layer that takes several launches, and of each library one that takes one launch.
 LAUNCHED = {name for name in LIBRARIES if not KINDS[name].whole} | {
     "normflows sigmoid channel_inv",
     "normflows masked gather",
@@ -27,7 +27,7 @@ LAUNCHED = {name for name in LIBRARIES if not KINDS[name].whole} | {
     "zuko random masks",
     "memcnn additive",
 }
-# In the check's, which covers every way that nets become a layer of the op.
+# Run by the check of accelerate: every way in which nets become a layer of the op.
 CHECKED = {
     "normflows sigmoid channel_inv",
     "normflows sigmoid_inv channel",
@@ -47,7 +47,7 @@ CHECKED = {
 
 
 def outputs(kind, model, dtype, seed=0):
-    """What both directions give, and the gradients of a fixed sum of it."""
+    """The results of both directions, and the gradients of a fixed weighted sum of them."""
     x, c = inputs(kind, dtype, seed)
     values = kind.run(model, x, c)
     total = sum((v.double() * torch.arange(v.numel()).cos().view_as(v)).sum() for v in values)
@@ -58,7 +58,7 @@ def outputs(kind, model, dtype, seed=0):
 
 
 def relative(actual, expected):
-    """Relative L2 difference; absolute where nothing is expected."""
+    """Relative L2 difference; absolute where the expected value is zero."""
     error, size = (actual - expected).norm(), expected.norm()
     return float(error / size if size > 0 else error)
 
@@ -74,7 +74,7 @@ def assert_same(actual, expected):
 
 
 def assert_accurate(actual, truth, units=128):
-    """Within so many roundings of float32; absolute below 1, for the log_dets of layers that keep volumes."""
+    """Within this many roundings of float32; absolute below 1, for log-determinants that are zero."""
     errors = [
         float((a - exact).norm() / exact.norm().clamp(min=1.0)) for a, exact in zip(actual, truth, strict=True)
     ]
@@ -89,7 +89,7 @@ def assert_accurate(actual, truth, units=128):
     ],
 )
 def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
-    """By one model, before, accelerated, in float64 and restored."""
+    """Of one model: before accelerate, accelerated, in float64 and restored."""
     kind = KINDS[name]
     model = make(kind, seed)
     before = outputs(kind, model, torch.float32, seed)
@@ -105,7 +105,7 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
 
 @pytest.mark.parametrize("name", sweep(LIBRARIES))
 def test_one_row_at_a_time_gives_the_same(name, monkeypatch):
-    """What long batches on a CPU do. normflows adds log_dets of float64 up in float32; ours rounds the sum."""
+    """As for long batches on a CPU. normflows sums float64 log-determinants in float32; ours rounds the sum."""
     kind = KINDS[name]
     model = make(kind, 0).double()
     expected = outputs(kind, model, torch.float64)
@@ -123,7 +123,7 @@ def test_one_row_at_a_time_gives_the_same(name, monkeypatch):
     ],
 )
 def test_draws_of_the_weights(name, draws):
-    """Two models of one structure: the accelerated one is loaded from the other, copied and cast; in both modes."""
+    """The accelerated model is loaded from another one with the same structure, copied and cast, in both modes."""
     kind = KINDS[name]
     model = make(kind, 0)
     start = copy.deepcopy(model.state_dict())
@@ -142,7 +142,7 @@ def test_draws_of_the_weights(name, draws):
 
 @pytest.mark.parametrize("name", sweep(LIBRARIES, LAUNCHED))
 def test_the_kernels_give_the_same(name):
-    """Through Triton's interpreter: the views of x and of the parameters that the ops are given."""
+    """In Triton's interpreter, with the views of x and of the parameters that the ops receive."""
     kind = KINDS[name]
     model = make(kind, 0)
     before = outputs(kind, model, torch.float32)
@@ -156,7 +156,7 @@ def test_the_kernels_give_the_same(name):
 
 @pytest.mark.parametrize("name", sweep((name for name in LIBRARIES if KINDS[name].whole), CHECKED))
 def test_the_check_covers_the_whole_layer(name):
-    """Where kernels run, accelerate compares the one launch too, and gradients of the conditioner's own weights."""
+    """Where kernels run, accelerate also compares the one launch and the gradients of the conditioner's weights."""
     kind = KINDS[name]
     model = make(kind, 0)
     with lf.backend("triton"), Launches() as launches:
@@ -189,7 +189,7 @@ def test_the_model_stays_itself(name):
 
 
 @pytest.mark.parametrize("name", sweep(KINDS))
-def test_deep_copies_stay_swapped_and_apart(name):
+def test_deep_copies_stay_swapped_and_independent(name):
     kind = KINDS[name]
     model = make(kind, 0)
     lf.accelerate(model)

@@ -1,4 +1,4 @@
-"""Classes called as the reference repository's are: taken where they compute the same, else left with a reason."""
+"""Classes with the research repository's names: swapped where they compute the same, else left with a reason."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_another_flow_matcher_is_left_alone_with_a_reason(cls, why):
         torch.testing.assert_close(matcher.sample_one_step(x, "cpu"), before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_fork_whose_matrix_has_a_width_of_its_own_is_taken():
+def test_a_fork_with_another_matrix_width_is_swapped():
     matcher, x = _matcher(_fork(get_sampling_terms=_of_latent_size)), torch.randn(2, 1, 8, 8)
     matcher.latent_size = 64
     expected = matcher.sample_one_step(x, "cpu", "euler", 9)
@@ -149,8 +149,8 @@ ATTRIBUTES = {
 
 @pytest.mark.parametrize("memory", ["store", "invert"])
 @pytest.mark.parametrize("name", ATTRIBUTES)
-def test_what_raises_when_it_is_looked_at_is_left_alone_with_a_reason(name, memory):
-    """And the rest of the model is accelerated."""
+def test_a_module_that_raises_when_examined_is_left_alone_with_a_reason(name, memory):
+    """The rest of the model is accelerated."""
     attributes = dict.fromkeys(ATTRIBUTES[name], property(_raises))
     methods = {"forward": lambda self, x: x, "inverse": lambda self, y: y}
     for method, function in methods.items():

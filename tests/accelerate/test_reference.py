@@ -1,4 +1,4 @@
-"""The reference repository's training and sampling on an accelerated model; its defects, fixed and kept."""
+"""Training and sampling of the research repository on an accelerated model; its defects, fixed or kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _model(train=True, depth=1):
 
 
 def _losses(accelerated: bool, train: bool, steps: int):
-    """Of training steps on fixed images, from one seed."""
+    """The losses of training steps on fixed images, from one seed."""
     matcher = stand_in.FlowMatcher(_model(train=train))
     if accelerated:
         assert not lf.accelerate(matcher).left
@@ -47,7 +47,7 @@ def _sampler(keep=()):
 
 
 def _exact_steps(matcher, x, method):
-    """The original's many steps in float64."""
+    """The many steps of the original, in float64."""
     exact = stand_in.FlowMatcher(copy.deepcopy(matcher.linearizer).double())
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # of the times that it makes
@@ -100,7 +100,7 @@ def test_a_matcher_of_another_linear_network_is_left_alone():
 
 
 def _loaded(accelerate_first: bool, keep=()):
-    """An ActNorm that was initialised, saved, and loaded into a fresh one; what the fresh one gives."""
+    """The result of a fresh ActNorm, into which the state of an initialised one was loaded."""
     source = stand_in.ActNorm2d(3)
     first, other = 3 + 2 * torch.randn(8, 3, 4, 4), torch.randn(8, 3, 4, 4)
     source(first)
@@ -158,7 +158,7 @@ def test_an_accelerated_unet_compiles_whole():
     assert relative(compiled(x, t), expected) < 2e-6
 
 
-def test_an_unknown_mode_is_an_error_still():
+def test_an_unknown_mode_still_raises():
     model = _model()
     lf.accelerate(model)
     with pytest.raises(NotImplementedError):
@@ -270,8 +270,8 @@ def test_nothing_is_kept_outside_of_freeze_or_of_gradients():
     assert len(calls) == 2
 
 
-def test_freezing_a_part_keeps_nothing_of_another():
-    """A U-Net block that is frozen alone is given an embedding whose weights may change."""
+def test_freezing_a_part_keeps_no_weights_of_another():
+    """Only the U-Net block is frozen: the weights of its embedding may change."""
     model, original = _frozen_model()
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad(), lf.freeze(model.net_gx.g.blocks[0].F.cond.net.enc):
@@ -281,7 +281,7 @@ def test_freezing_a_part_keeps_nothing_of_another():
             assert relative(model.gx(x), original.gx(x)) < 2e-6
 
 
-def test_autocast_keeps_an_embedding_of_its_own():
+def test_autocast_keeps_a_separate_embedding():
     model, original = _frozen_model()
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad(), lf.freeze(model):

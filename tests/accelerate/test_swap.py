@@ -1,4 +1,4 @@
-"""What is swapped and what is left alone, and why; hooks, reports, adapters of one's own. No library is needed."""
+"""What is swapped, what is not and why; hooks, reports and adapters that users write. Needs no library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import stand_in
 
 
 class Coupling(nn.Module):
-    """y = (x1 e^tanh(s) + t, x2), of (t, s) interleaved."""
+    """y = (x1 e^tanh(s) + t, x2), with t and s interleaved."""
 
     def __init__(self, features=6):
         super().__init__()
@@ -208,7 +208,7 @@ def test_no_hook_fires_in_the_check():
     assert len(seen) == 1
 
 
-def test_a_hook_put_there_later_fires_too():
+def test_a_hook_that_is_added_later_fires():
     block, seen = _reference_block(), []
     x, t = torch.randn(2, 4, 4, 4), torch.rand(2)
     assert lf.accelerate(block).rows[0].swapped
@@ -252,7 +252,7 @@ def test_restore_and_accelerate_again(registered):
     assert all(type(m) is Coupling for m in model)
 
 
-def test_an_error_on_the_way_swaps_nothing(registered, monkeypatch):
+def test_an_error_midway_swaps_nothing(registered, monkeypatch):
     registered()
     model = nn.Sequential(Coupling(), Coupling(8))
     calls = []
@@ -314,7 +314,7 @@ def test_bad_options_are_named():
             lf.accelerate(model, **{removed: True})
 
 
-def test_a_class_that_keeps_a_list_of_those_derived_from_it_does_not_hear_of_ours(registered):
+def test_a_class_that_lists_its_subclasses_does_not_see_ours(registered):
     class Listed(Coupling):
         known = []
 
@@ -390,7 +390,7 @@ def test_a_namesake_of_a_copied_class_is_not_taken_for_it():
 def test_the_report_says_what_a_precision_reaches(registered):
     registered()
     other = Coupling()
-    other.net.append(nn.Dropout(0.1))  # no plain MLP: its products are torch's
+    other.net.append(nn.Dropout(0.1))  # not a plain MLP: torch computes its products
     report = lf.accelerate(nn.Sequential(Coupling(), other), precision="fast")
     assert report.precision == "fast"
     assert str(report).splitlines()[-1].startswith("precision 'fast' reaches 1 of them; the products of the others")

@@ -1,4 +1,4 @@
-"""The check runs copies: whatever a conditioner is made of or remembers, accelerate leaves it as it was."""
+"""The check runs copies, so that accelerate changes nothing in a conditioner, whatever it contains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Net(nn.Module):
 
 
 class HandsOn(Net):
-    """What is set on it is set on the module inside, as torch.compile's modules do."""
+    """Attributes set on it are set on the module inside, as in the modules of torch.compile."""
 
     def __setattr__(self, name, value):
         inside = vars(self).get("_modules", {}).get("net")
@@ -35,7 +35,7 @@ class HandsOn(Net):
 
 
 class Remembers(Net):
-    """Writes to all kinds of objects, which a shallow copy would share."""
+    """Writes to all kinds of objects that a shallow copy would share."""
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out)
@@ -86,7 +86,7 @@ MAKES = {
 
 
 def learn(model, x):
-    """Value and gradients of one step."""
+    """The value and gradients of one step."""
     model.zero_grad()
     z, log_det = forward(model, x)
     (0.5 * z.square().sum(1) - log_det).mean().backward()
@@ -113,7 +113,7 @@ def test_whatever_a_conditioner_is_it_stays_as_it_was(library, make, memory):
     assert held(model) == before
 
 
-def test_a_compiled_conditioner_is_no_reason_to_leave_a_coupling_alone():
+def test_a_coupling_with_a_compiled_conditioner_is_swapped():
     report = lf.accelerate(normflows(_compiled), memory="invert")
     assert not report.left
 
@@ -130,7 +130,7 @@ class Locked(Net):
         self.lock = threading.Lock()
 
 
-def test_what_cannot_be_copied_is_left_alone_with_the_reason():
+def test_a_module_that_cannot_be_copied_is_left_alone_with_the_reason():
     report = lf.accelerate(normflows(Locked), memory="invert")
     (note,) = (row.note for row in report.left)
     assert note.startswith("lock of its Locked cannot be copied for the check: cannot pickle")

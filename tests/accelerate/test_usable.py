@@ -1,4 +1,4 @@
-"""An accelerated model is as usable as it was: what can be done with the original can be done with it."""
+"""Whatever can be done with the original model can be done with the accelerated one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ USED = {
 
 
 class Run(nn.Module):
-    """A model, and how its kind is run, as one module."""
+    """A model and the way to run it, as one module."""
 
     def __init__(self, kind, model):
         super().__init__()
@@ -61,7 +61,7 @@ def _copied(run, x, c):
 
 
 def replica_of(model):
-    """As torch.nn.parallel.replicate makes one: its modules have no parameters, only tensors."""
+    """A replica as torch.nn.parallel.replicate makes it: its modules have no parameters, only tensors."""
     copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in copies.items():
         replica._modules.update({name: None if m is None else copies[m] for name, m in module._modules.items()})
@@ -150,7 +150,7 @@ OPERATIONS = [
 
 
 def _attempt(operation, run, x, c):
-    """What it gives, or what the original may refuse."""
+    """The result, or the error where the original may raise one."""
     torch.manual_seed(0)
     try:
         return operation(run, x, c)
@@ -160,7 +160,7 @@ def _attempt(operation, run, x, c):
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize("name", sweep(sorted(USED), USED))
-def test_what_the_original_can_do_it_can(name, operation):
+def test_it_can_do_what_the_original_can(name, operation):
     kind = KINDS[name]
     original = Run(kind, make(kind, 0))
     fast = copy.deepcopy(original)
@@ -283,7 +283,7 @@ def test_forward_derivatives_of_a_block_with_attention():
 
 @pytest.mark.parametrize("attention", [False, True])
 def test_second_derivatives_through_norm_and_silu(attention):
-    """A weight that is used twice: the history of x holds it too."""
+    """The weight is used twice: x was computed from it too."""
     torch.manual_seed(0)
     block = stand_in.UNetBlock(8, 8, 4, attention=attention).double().eval()
     x, emb = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 8, 4, 4), (2, 4)))
@@ -314,7 +314,7 @@ def test_what_is_no_tensor_is_a_type_error_of_zukos_flows_too(x: object) -> None
 
 
 def test_no_rows_of_any_rank():
-    """Of an empty selection, which each original takes."""
+    """An empty batch, which each original accepts."""
     for context in (0, 3):
         flow, x = _zuko(context), torch.randn(3, 0, FEATURES)
         c = torch.randn(0, context) if context else None
@@ -331,7 +331,7 @@ def test_no_rows_of_any_rank():
 
 
 class _Net(nn.Module):
-    """A conditioner that computes in float32 whatever it is given."""
+    """A conditioner that computes in float32, whatever the dtype of its input."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -373,7 +373,7 @@ def test_inputs_of_other_dtypes_give_the_dtypes_and_values_of_the_original(name,
 
 
 class _First(nn.Module):
-    """y of a block, whose input FrEIA wraps in a tuple."""
+    """The output of a block whose input FrEIA wraps in a tuple."""
 
     def __init__(self, block, wrapped):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What accelerate compares: the original in plain torch, both in full precision, by every route."""
+"""The comparison in accelerate: the original runs in plain torch, both run in full precision, by every path."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _settings() -> dict[str, str]:
 
 
 def _matmul() -> str:
-    """Of torch's older interface, which refuses where the newer one contradicts it."""
+    """The setting of torch's older interface, which raises where the newer one contradicts it."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -39,7 +39,7 @@ def _matmul() -> str:
 
 @pytest.fixture(autouse=True)
 def _as_before():
-    """All settings follow the widest; afterwards as they were, in both of torch's interfaces."""
+    """All settings follow the widest one; afterwards they are restored in both of torch's interfaces."""
     before, older = _settings(), torch.get_float32_matmul_precision()
     for setting in SETTINGS.values():
         setting.fp32_precision = "none"
@@ -92,7 +92,7 @@ def test_full_precision_is_for_its_block_only(way: str, fails: bool) -> None:
     assert (_settings(), _matmul()) == before
 
 
-def test_a_setting_that_follows_a_wider_one_goes_on_following() -> None:
+def test_a_setting_that_follows_a_wider_one_still_follows_it() -> None:
     BACKENDS.fp32_precision = "tf32"
     with full_precision():
         pass
@@ -112,7 +112,7 @@ ROUTES = {
 @pytest.mark.parametrize("way", ["all at tf32", "medium"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_both_sides_are_compared_in_full_precision(route: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole layer in one launch too, where kernels run (they are interpreted)."""
+    """Also for the whole layer in one launch, where kernels run (in the interpreter)."""
     build, options = ROUTES[route]
     model, seen, run = build(), [], verify._run
     where = "triton" if route == "a library's layers" else "auto"
@@ -148,7 +148,7 @@ def test_settings_come_back_where_the_original_raises(monkeypatch: pytest.Monkey
 
 
 class Ours(nn.Module):
-    """A coupling of somebody's own that runs on linfast's ops already."""
+    """A user's coupling that already runs on linfast's ops."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A coupling and its MLP in one launch, through the interpreter: when it is taken, and when it must not be."""
+"""A coupling and its MLP in one launch, in the interpreter: when it is used, and when it must not be."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .zoo import require
 
 
 class Coupling(nn.Module):
-    """y = ((x1 + t) e^(2 tanh s), x2), of [t | s] = net(x2, context)."""
+    """y = ((x1 + t) e^(2 tanh s), x2), where [t | s] = net(x2, context)."""
 
     def __init__(self, features=6, net=None):
         super().__init__()
@@ -57,7 +57,7 @@ def _registered(monkeypatch):
 
 
 def values(model, x, *context):
-    """Both directions and the gradients of x and of every parameter."""
+    """Both directions, and the gradients of x and of every parameter."""
     x = x.clone().requires_grad_()
     outputs = [*model(x, *context), *model.inverse(x, *context)]
     total = sum((o.float() * torch.arange(o.numel()).sin().view_as(o)).sum() for o in outputs)
@@ -106,7 +106,7 @@ def test_half_precision():
 
 
 @pytest.mark.parametrize("precision", [None, "exact", "fast"])
-def test_the_precision_asked_for_reaches_the_launch(precision, monkeypatch):
+def test_the_requested_precision_reaches_the_launch(precision, monkeypatch):
     model, seen = Coupling(), []
     lf.accelerate(model, precision=precision)
 
@@ -183,7 +183,7 @@ def test_a_context_runs_the_conditioner():
     assert_taken(Coupling(net=WithContext()), torch.randn(4, 6), 0, torch.randn(4, 1))
 
 
-def test_a_wrapper_that_passes_on_is_looked_into():
+def test_a_wrapper_that_only_forwards_is_examined():
     assert_taken(Coupling(net=PassesOn()), torch.randn(4, 6), 2)
     assert str(find_mlp(PassesOn(PassesOn()))) == "MLP 3-16-16-6 silu"
 
@@ -211,7 +211,7 @@ def test_a_wrapper_that_does_more_is_not(forward):
     assert find_mlp(Wrapper()) is None  # inherited: whoever wrote the class has not said it
 
 
-def test_hooks_put_there_later_fire():
+def test_hooks_that_are_added_later_fire():
     model, x, seen = Coupling(), torch.randn(4, 6), []
     lf.accelerate(model)
     with lf.backend("triton"):
@@ -233,7 +233,7 @@ def test_hooks_put_there_later_fire():
 
 
 def test_live_parameters_and_frozen_ones(monkeypatch):
-    """Outside freeze a step of an optimiser is seen; inside it the weights are packed once."""
+    """Outside freeze an optimiser's step takes effect; inside it the weights are packed once."""
     model, x, packed = Coupling(), torch.randn(4, 6), []
     lf.accelerate(model)
     monkeypatch.setattr(whole, "pack_stacks", lambda *a, **k: packed.append(1) or pack_stacks(*a, **k))
@@ -281,7 +281,7 @@ def test_a_fullgraph_holds_the_one_launch(monkeypatch):
 
 @pytest.mark.parametrize("moves", ["first", "second"])
 def test_odd_features_in_turn(moves):
-    """Every other one of five: the parts are three and two."""
+    """The coupling moves every other one of five features: the halves have three and two."""
     transforms, nets = require("nflows.transforms"), require("nflows.nn.nets")
     mask = [1, 0, 1, 0, 1] if moves == "first" else [0, 1, 0, 1, 0]
     model = transforms.AffineCouplingTransform(mask, lambda i, o: PassesOn(nets.MLP([i], [o], [8])))

@@ -1,6 +1,6 @@
-"""Small random models of each library's real release, and how to run each both ways.
+"""Small random models of each library's real release, and how to run each in both directions.
 
-A model whose library cannot be imported is skipped, visibly, and fails where ``LINFAST_REQUIRE_PEERS`` is set.
+The tests of a library that cannot be imported are skipped, or fail where ``LINFAST_REQUIRE_PEERS`` is set.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Kind:
 
 
 def require(library: str):
-    """The library, or a skip that says which."""
+    """The library, or a skip that names it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -51,7 +51,7 @@ def require(library: str):
 
 
 def make(kind: Kind, seed: int) -> nn.Module:
-    """A model of this kind with every weight moved, in float32."""
+    """A model of this kind in float32, with every weight perturbed."""
     torch.manual_seed(seed)
     model = kind.build()
     redraw(model, model.state_dict(), seed)
@@ -59,7 +59,7 @@ def make(kind: Kind, seed: int) -> nn.Module:
 
 
 def redraw(model: nn.Module, start: dict[str, Tensor], seed: int) -> None:
-    """Give every weight a value near that which ``start`` has."""
+    """Set every weight to a value near that in ``start``."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -135,7 +135,7 @@ def _normflows_masked(masks: str, activation: type[nn.Module] = nn.ReLU, scale: 
 
 
 class Residual(nn.Module):
-    """No MLP."""
+    """Not an MLP."""
 
     def __init__(self, features):
         super().__init__()
@@ -343,7 +343,7 @@ def _run_reference(model, x, c):
     return [z, model.gy_inverse(x), model(x, t=t), model.linear_network.get_lin_t(t)]
 
 
-# Couplings of a run both ways; of the other masks the second's parts are not halves.
+# Couplings of a run in both directions; the second of the other masks does not split the features in halves.
 UNCONDITIONED = {"alternate": 4, "halves": 2, "gather": 2}
 
 KINDS = {
@@ -417,7 +417,7 @@ KINDS = {
     "reference": Kind("reference", reference(1), _run_reference, 19, shape=(1, 8, 8)),
 }
 
-# Every library, scale map, mask and shape is in one of these at least; the others pair the same differently.
+# Every library, scale map, mask and shape is in at least one of these; the others are other combinations.
 SOME = {
     "normflows exp channel",
     "normflows sigmoid channel_inv",
@@ -454,7 +454,7 @@ assert KINDS.keys() >= SOME
 
 
 def sweep(names: Iterable[str], now: Collection[str] = SOME) -> list:
-    """These kinds as parameters of a test, those that are not among ``now`` in the long set."""
+    """These kinds as parameters of a test; those that are not in ``now`` run in the long set."""
     return [pytest.param(name, marks=() if name in now else pytest.mark.long) for name in names]
 
 

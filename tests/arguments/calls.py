@@ -1,4 +1,4 @@
-"""What a good call is, and the small tensors and models that the calls are of."""
+"""The description of a valid call, and the small tensors and models that the calls use."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import linfast as lf
 
 @dataclass(frozen=True)
 class Good:
-    """A call that works.
+    """A valid call.
 
     Args:
-        make: (what is called, every argument by name), anew each time.
-        dims: of a tensor argument the names of its dimensions; lower case and named once: of any size; *: any more.
-        follows: the argument whose dtype the first result has.
-        allowed: argument -> labels of ``wrong`` that the docstring lets through.
-        symbol: whether its error need not name the argument: an operator's, which says its symbol.
+        make: returns (the callable, every argument by name), newly made at each call.
+        dims: the names of a tensor's dimensions; one in lower case that is named once has any size; *: any more.
+        follows: the argument that determines the dtype of the first result.
+        allowed: argument -> labels of ``wrong`` that the docstring allows.
+        symbol: whether its error names an operator's symbol instead of the argument.
     """
 
     make: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]

@@ -1,4 +1,4 @@
-"""One good call of every public callable, and the callables that need no checks of their own."""
+"""A valid call of every public callable, and the callables that need no separate checks."""
 
 from __future__ import annotations
 

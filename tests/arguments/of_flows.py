@@ -1,4 +1,4 @@
-"""Good calls of flows, conditioners and scale maps."""
+"""Valid calls of flows, conditioners and scale maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Good calls of operators, Linearizers, induced spaces and decompositions."""
+"""Valid calls of operators, Linearizers, induced spaces and decompositions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Good calls of linfast.ops."""
+"""Valid calls of linfast.ops."""
 
 from __future__ import annotations
 

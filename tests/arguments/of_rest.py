@@ -1,4 +1,4 @@
-"""Good calls of accelerate, files, the backend and what reads other code."""
+"""Valid calls of accelerate, files, the backend and the functions that read other code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.compat import image_stand_in
 
 
 class Coupling(nn.Module):
-    """What register_adapter is taught."""
+    """The coupling that is registered with register_adapter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def register_anew(**options: Any) -> None:
 
 
 def _saved() -> str:
-    """A file in the working directory, which is the test's own."""
+    """A file in the working directory, which belongs to the test."""
     lf.save(lf.Dense(2), "model.safetensors")
     return "model.safetensors"
 

@@ -1,4 +1,4 @@
-"""Good calls of sampling and training."""
+"""Valid calls of sampling and training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.arguments.calls import Good, linearizer, made, method, timed, x
 
 
 def drawn(call: Callable[..., Any]) -> Callable[..., list[Tensor]]:
-    """An iterator's items; its arguments are checked before the first is asked for."""
+    """The items of an iterator; its arguments are checked before the first item is requested."""
     return lambda **arguments: list(result) if (result := call(**arguments)) is not None else []
 
 

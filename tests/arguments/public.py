@@ -1,4 +1,4 @@
-"""What is public: every callable of a module's ``__all__``, and every public method and operator of its classes."""
+"""The public callables: those of a module's ``__all__``, and the public methods and operators of its classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPERATORS = ("__matmul__", "__add__", "__sub__", "__mul__", "__truediv__", "__po
 
 
 def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
-    """What a caller gives by name."""
+    """The parameters that a caller can pass by name."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     given = inspect.signature(function).parameters.values()
     is_method = not isinstance(function, type) and "." in function.__qualname__
@@ -25,9 +25,9 @@ def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def public_callables() -> dict[str, Callable[..., Any]]:
-    """Name -> function, of all that take arguments.
+    """Name -> function, for all that take arguments.
 
-    A class stands for its constructor; a method stands under the class that defines it, for all that inherit it.
+    A class stands for its constructor. A method is listed under the class that defines it, for all that inherit it.
     """
     found: dict[str, Callable[..., Any]] = {}
     for module in MODULES:
@@ -53,7 +53,7 @@ def _of_class(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
 
 
 def _label(cls: type) -> str:
-    """Two classes of one name are told apart: linfast.compat.linearizer has a Linearizer too."""
+    """Distinguishes two classes of one name: linfast.compat.linearizer also has a Linearizer."""
     where = next((part for part in ("compat", "accelerate") if part in cls.__module__), None)
     return (
         f"{where}.{cls.__qualname__}"

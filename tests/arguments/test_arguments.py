@@ -1,7 +1,7 @@
-"""Every public callable, each argument in turn replaced by what it should not be: a clear error, or a right result.
+"""Every public callable with each argument replaced by an invalid one: a clear error, or a right result.
 
 An error is a ValueError or a TypeError whose message names the argument. A result is finite, of the dtype that the
-docstring says, and, where only the layout in memory or a dtype was another, the good call's numbers.
+docstring says, and, where only the memory layout or a dtype differs, equal to the valid call's.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ CALLABLES = public_callables()
 _CLOSE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def test_every_public_callable_has_a_good_call() -> None:
-    assert not [name for name in CALLABLES if name not in GOOD and name not in EXEMPT], "no good call for these"
-    assert not [name for name in (*GOOD, *EXEMPT) if name not in CALLABLES], "good calls of nothing that is public"
+def test_every_public_callable_has_a_valid_call() -> None:
+    assert not [name for name in CALLABLES if name not in GOOD and name not in EXEMPT], "no valid call for these"
+    assert not [name for name in (*GOOD, *EXEMPT) if name not in CALLABLES], (
+        "valid calls of callables that are not public"
+    )
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -35,14 +37,14 @@ def test_arguments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def findings_of(name: str) -> list[str]:
-    """What a callable gets wrong, a line each."""
+    """The faults of a callable, one line each."""
     good = GOOD[name]
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for a GPU that is not there
     call, arguments = good.make()
     parameters = {p.name: p for p in parameters_of(CALLABLES[name])}
-    assert set(arguments) == set(parameters), f"no good value for {set(parameters) ^ set(arguments)}"
+    assert set(arguments) == set(parameters), f"no valid value for {set(parameters) ^ set(arguments)}"
     expected, error = outcome(call, arguments)
-    assert error is None, f"the good call of {name} raised {error!r}"
+    assert error is None, f"the valid call of {name} raised {error!r}"
     hints = _hints(CALLABLES[name])
     found = []
     for argument, value in arguments.items():
@@ -56,7 +58,7 @@ def findings_of(name: str) -> list[str]:
 
 
 def _try(good: Good, argument: str, wrong: Wrong, expected: Any) -> str | None:
-    """What is wrong with what came of it; None: nothing."""
+    """The fault of an outcome; None where there is none."""
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for a GPU that is not there
     call, arguments = good.make()
     result, error = outcome(call, {**arguments, argument: wrong.value})

@@ -1,4 +1,4 @@
-"""What is wrong inside an argument: in what it holds, in what it returns, or in how it goes with another."""
+"""Faults inside an argument: in its contents, in its return value, or in combination with another argument."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "a diagonal's inverse": (stack(torch.ones(4), None, torch.eye(4)), r"map.inverse must be \(4,\)"),
     "an inverse of words": (stack(torch.eye(4), None, "a"), "map.inverse must be a tensor; got 'a'"),
     "an inverse of integers": (stack(torch.eye(4), None, torch.eye(4).long()), "map.inverse must be floating"),
-    "a log_det a feature": (stack(torch.eye(4), None, None, x(4)), r"map.log_det must be .* 0-d"),
+    "a log_det per feature": (stack(torch.eye(4), None, None, x(4)), r"map.log_det must be .* 0-d"),
     "a log_det of words": (stack(torch.eye(4), None, None, "a"), "map.log_det must be"),
     "a log_det of NaN": (stack(torch.eye(4), None, None, torch.nan), "map.log_det must be"),
     "a layer of numbers": (
@@ -124,10 +124,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a loss's core without time": (lambda: training.one_step_loss(linearizer(), x(9, 4)), "f.A must be"),
     "no rows": (lambda: training.one_step_loss(timed(), x(0, 4)), "x_1 must be .* have at least one row"),
-    "a distance a row": (
+    "a distance per row": (
         lambda: training.one_step_loss(timed(), x(3, 4), distance=apart), "distance must return a 0-d tensor",
     ),
-    "a projection's distance a row": (
+    "a projection's distance per row": (
         lambda: training.idempotent_loss(linearizer(lf.Projection(4)), x(3, 4), distance=apart),
         "distance must return a 0-d tensor",
     ),
@@ -145,7 +145,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "no styles": (lambda: styles().compose(), "names must hold at least one"),
     "an unknown style": (lambda: styles().compose("a", "c"), "names: no style 'c'"),
-    "a style that is no number": (lambda: bank()["a"], "k must be a whole number"),
+    "a style that is not a number": (lambda: bank()["a"], "k must be a whole number"),
     "half a style": (lambda: bank()[1.5], "k must be a whole number"),
     "a true style": (lambda: bank()[True], "k must be a whole number"),
     "an array times an operator": (lambda: np.ones((2, 2)) * lf.Dense(4), "factor must be"),

@@ -1,4 +1,4 @@
-"""Every public callable in states in which it may not be right: a result, or an error that says why.
+"""Every public callable in states that can break it: a result, or an error with the reason.
 
 Models without values (the meta device), models whose weights are NaN, and autocast around inputs of other dtypes.
 """
@@ -21,7 +21,7 @@ from tests.arguments.wrong import outcome
 
 
 def modules_of(value: Any) -> Iterator[nn.Module]:
-    """The modules that a bound method's object, or an argument, holds."""
+    """The modules in an argument or in the object of a bound method."""
     if isinstance(value, nn.Module):
         yield value
     elif hasattr(value, "__self__"):
@@ -52,7 +52,7 @@ def _cast(dtype: torch.dtype) -> Callable[..., dict[str, Any]]:
     return cast
 
 
-# (what becomes of the arguments, autocast's dtype)
+# (how the arguments are changed, autocast's dtype)
 STATES: dict[str, tuple[Callable[..., dict[str, Any]], torch.dtype | None]] = {
     "on the meta device": (on_meta, None),
     "of NaN": (of_nan, None),
@@ -69,7 +69,7 @@ def test_states(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for state, (changed, dtype) in STATES.items():
         torch.default_generator.manual_seed(0)
         call, arguments = GOOD[name].make()
-        # Some modules are shared by several makes.
+        # Some modules are shared by several valid calls.
         arguments = {n: copy.deepcopy(v) if isinstance(v, nn.Module) else v for n, v in arguments.items()}
         arguments = changed(call, arguments)
         with torch.autocast("cpu", dtype, enabled=dtype is not None):

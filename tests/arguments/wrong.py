@@ -1,7 +1,7 @@
-"""What stands in for a good argument, and what has to come of it: an error that names it, or a right result.
+"""Replacements for a valid argument, and the required outcome: an error that names it, or a right result.
 
 An argument's annotation says which types it takes, the table's dimensions which shapes: a dimension whose name
-stands nowhere else in the call may have any size. All else is wrong.
+occurs nowhere else in the call may have any size. Everything else is wrong.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ MUST_RAISE, MUST_WORK, MAY = "must raise", "must work", "may"
 
 @dataclass(frozen=True)
 class Wrong:
-    """A value in a good one's place, by what it is, and what the callable has to do with it."""
+    """A replacement for a valid value: its description, and what the callable must do with it."""
 
     label: str
     value: Any
     verdict: str
-    dtype: torch.dtype | None = None  # of the results, where it is another than the good call's
+    dtype: torch.dtype | None = None  # of the results, where it differs from the valid call's
 
 
 def admitted(annotation: Any, kind: type) -> bool:
-    """Whether a parameter so annotated takes values of this type."""
+    """Whether a parameter with this annotation takes values of this type."""
     if annotation in (Any, object):
         return True
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
@@ -69,7 +69,7 @@ SIMPLE: dict[str, Any] = {
 
 
 def wrong_values(name: str, good: Any, annotation: Any, dims: dict[str, str], allowed: set[str]) -> Iterator[Wrong]:
-    """Everything that is tried in this argument's place; ``allowed``: labels that the docstring lets through."""
+    """All replacements for this argument; ``allowed``: labels that the docstring allows."""
     for label, value in SIMPLE.items():
         if not (label == "True" and isinstance(good, bool)):
             fits = label in allowed or _may_fit(name, label, value, good, annotation, dims)
@@ -88,7 +88,7 @@ def wrong_values(name: str, good: Any, annotation: Any, dims: dict[str, str], al
 
 
 def _may_fit(name: str, label: str, value: Any, good: Any, annotation: Any, dims: dict[str, str]) -> bool:
-    """Whether one of ``SIMPLE`` may be taken in this place, by its type and, of a tensor, its shape."""
+    """Whether one of ``SIMPLE`` is valid here, by its type and, for a tensor, its shape."""
     if annotation in (Any, object):
         return True
     if isinstance(value, bool | str) or label == "NaN" or not admitted(annotation, type(value)):
@@ -150,7 +150,7 @@ def _of_tensor(name: str, good: Tensor, dims: dict[str, str], allowed: set[str])
 
 
 def _layouts(good: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensor as torch holds some that have no strides, or no shape, or no arithmetic."""
+    """The tensor in torch's layouts without strides, without a shape, or without arithmetic."""
     yield "it sparse", good.to_sparse()
     if good.ndim == 2:
         yield "it in csr", good.to_sparse_csr()
@@ -163,7 +163,7 @@ def _layouts(good: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def names(message: str, argument: str) -> bool:
-    """Whether the message has the argument's name as a word."""
+    """Whether the message contains the argument's name as a word."""
     return re.search(rf"(?<![A-Za-z0-9_]){re.escape(argument)}(?![A-Za-z0-9_])", message) is not None
 
 
@@ -181,8 +181,8 @@ def tensors_in(result: Any) -> list[Tensor]:
 
 
 def outcome(call: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, BaseException | None]:
-    """(result, None) or (None, what was raised)."""
+    """(result, None) or (None, the exception)."""
     try:
         return call(**arguments), None
-    except Exception as error:  # whatever it is, the caller judges it
+    except Exception as error:  # the caller judges any exception
         return None, error

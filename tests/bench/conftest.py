@@ -1,4 +1,4 @@
-"""Benchmarks under test run on one thread: two on a busy machine wait for each other. A clock for those timed."""
+"""Benchmarks under test run on one thread, as two would wait for each other on a busy machine; a clock for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What the benchmarks take for the time."""
+    """The clock that the benchmarks read."""
     clock = Clock()
     for module in (environment, harness, timing):
         monkeypatch.setattr(module, "time", clock)

@@ -1,4 +1,4 @@
-"""--compare: no change between a commit and itself, a change that is there, and the statistics."""
+"""--compare: finds no change between a commit and itself, and finds a real change; its statistics."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """linfast in a folder of its own."""
+    """linfast in a separate folder."""
     for name, folder in (("linfast", SOURCE), ("kernels", ROOT / "kernels"), ("bench", ROOT / "bench")):
         shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "bench", "kernels"))
     if not (tmp_path / "linfast/bench").exists():
@@ -56,7 +56,7 @@ def _make_slow(tree: Path) -> None:
         file.write(SLOW)
 
 
-def test_what_is_slower_is_seen_and_what_one_side_lacks_or_has_wrong_is_a_note(tree: Path, monkeypatch) -> None:
+def test_a_slower_case_is_found_and_a_missing_or_wrong_one_is_noted(tree: Path, monkeypatch) -> None:
     monkeypatch.setattr(compare, "REPLICATES", 1)
     monkeypatch.setattr(compare, "PAIRS", 5)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -80,7 +80,7 @@ def test_what_is_slower_is_seen_and_what_one_side_lacks_or_has_wrong_is_a_note(t
 
 
 class _Side:
-    """A side whose calls take so many milliseconds; ``turns`` is who was asked, warm calls left out."""
+    """A side whose calls take this many milliseconds; ``turns`` lists the sides called, without warm-up calls."""
 
     turns: ClassVar[list[str]] = []
 
@@ -157,7 +157,7 @@ def _command(checkout: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.long
-def test_a_commit_and_itself_are_the_same_and_a_slower_one_is_seen(tree: Path) -> None:
+def test_a_commit_equals_itself_and_a_slower_one_is_found(tree: Path) -> None:
     _git(tree, "init", "-q")
     _git(tree, "add", "-A")
     _git(tree, "commit", "-qm", "one")

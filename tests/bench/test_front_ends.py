@@ -65,7 +65,7 @@ def test_the_short_table_has_a_line_a_size() -> None:
 # The README's figures.
 
 
-def test_the_readme_is_written_between_its_marks_and_only_there(tmp_path: Path) -> None:
+def test_the_readme_is_only_changed_between_its_marks(tmp_path: Path) -> None:
     from linfast.bench.readme import main as readme
 
     (tmp_path / "bench/results").mkdir(parents=True)

@@ -1,6 +1,6 @@
-"""bench/gpu.sh: its stages, their limits, and what it leaves when it is killed or a disk is full.
+"""bench/gpu.sh: its stages, their limits, and its files when it is killed or a disk is full.
 
-A stand-in for Python prints what the stages' processes would; the script itself runs as it is.
+A stand-in for Python prints the output of the stages' processes; the script itself is the real one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from linfast.bench.run import parser
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = {"ops": ["op:low_rank", "models"], "cases": ["coupling_flow", "linearizer", "low_rank"]}
 RESULT = {"case": "low_rank", "size": {"N": 8}, "provider": "eager", "refused": None, "p50_ms": 2.0}
-# Notes its arguments, and says what the script goes on with.
+# Records its arguments, and prints what the script needs to continue.
 STAND_IN = f"""#!/usr/bin/env bash
 case "$*" in "-m bench.gpu "*) exec {sys.executable} "$@" ;; esac
 printf '%s\\n' "$*" >> "$NOTES"
@@ -44,7 +44,7 @@ esac
 
 @pytest.fixture
 def started(tmp_path: Path):
-    """Starts the script with the stand-in; kills what is left of it."""
+    """Starts the script with the stand-in, and kills it at the end if it still runs."""
     python, notes, running = tmp_path / "python", tmp_path / "notes", list[subprocess.Popen]()
     python.write_text(STAND_IN)
     python.chmod(0o755)
@@ -62,7 +62,7 @@ def started(tmp_path: Path):
 
 
 def _ran(started, tmp_path: Path, *arguments: str) -> tuple[str, list[list[str]]]:
-    """The summary, which is also what was printed last, and the arguments of every process."""
+    """The summary, which is also the last output, and the arguments of every process."""
     process = started("--dry", *arguments)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0
@@ -100,7 +100,7 @@ def test_every_stage_has_its_turn_and_its_line(started, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_dry_run_of_the_cheap_stages(tmp_path: Path) -> None:
-    """With the processes it has on a card, not the stand-in."""
+    """With the real processes, not the stand-in."""
     command = ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path), "--dry", "--only", "tests,bench,profile,table"]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
@@ -111,7 +111,7 @@ def test_a_dry_run_of_the_cheap_stages(tmp_path: Path) -> None:
     assert "refused" not in done.stdout
     first_words = {line.partition(" ")[0] for line in done.stdout.splitlines()}
     assert {"affine_coupling", "linearizer", "reversible", "collapse"} <= first_words  # the table is whole
-    assert len(done.stdout) < 12000  # what the machine's reply shows
+    assert len(done.stdout) < 12000  # shown in the machine's reply
     assert 0 < (tmp_path / "trace.json.gz").stat().st_size < 2**24
     assert len(list(tmp_path.iterdir())) <= 8
 
@@ -124,7 +124,7 @@ def test_the_tests_of_a_real_call_exist() -> None:
     assert all((ROOT / path).exists() for path in paths)
 
 
-def test_an_unknown_stage_is_said_and_the_others_run(started, tmp_path: Path) -> None:
+def test_an_unknown_stage_is_reported_and_the_others_run(started, tmp_path: Path) -> None:
     summary, noted = _ran(started, tmp_path, "--only", "smoke,tset")
     assert "unknown stage: 'tset'; there are environment, smoke, tests, memcheck, bench, profile, table" in summary
     assert "smoke: ok" in summary
@@ -158,7 +158,7 @@ def _of_this_call(tmp_path: Path) -> list[str]:
     return [line for line in lines if str(tmp_path / "python") in line]
 
 
-def test_a_full_disk_is_said_and_the_rest_goes_on(started, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_rest_runs(started, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/tests.log").symlink_to("/dev/full")
     summary, _ = _ran(started, tmp_path)

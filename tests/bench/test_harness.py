@@ -1,4 +1,4 @@
-"""The benchmark harness: it refuses wrong providers, interleaves, sees what is slow and what is large."""
+"""The benchmark harness refuses wrong providers, interleaves calls, and measures time and memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_right_provider_passes_and_the_reference_sets_its_allowance() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_kernels_are_refused_where_auto_means_kernels(kernels: Kernels, name: str) -> None:
-    """As on a GPU: every provider that launches one, in every case; nothing is compared with itself."""
+    """As on a GPU, for every provider that launches a kernel, in every case; no kernel is compared with itself."""
     problem = CASES[name].build(CASES[name].sizes["tiny"][0], Options(CPU, False))
     launching = set()
     for provider in problem.providers:
@@ -67,7 +67,7 @@ def test_wrong_kernels_are_refused_where_auto_means_kernels(kernels: Kernels, na
         provider.call(*problem.inputs[0])
         if kernels.launches > before:
             launching.add(provider.name)
-    assert bool(launching) == (name != "collapse")  # whose products are torch's
+    assert bool(launching) == (name != "collapse")  # torch computes its products
     assert {n for n, verdict in harness.judged(problem).items() if verdict.refused is not None} == set()
     for fault in FAULTS.values():
         kernels.fault = fault
@@ -81,8 +81,8 @@ def _asks_for_kernels(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("where", ["truth", "reference", "a peer's truth"])
-def test_what_others_are_compared_with_runs_no_kernel(where: str) -> None:
-    """Whatever backend it asks for itself."""
+def test_the_reference_side_runs_no_kernel(where: str) -> None:
+    """Whatever backend it chooses itself."""
 
     def build(size: Size, options: Options) -> Problem:
         right = partial(lf.ops.channel_mix, weight=torch.eye(4))
@@ -94,14 +94,14 @@ def test_what_others_are_compared_with_runs_no_kernel(where: str) -> None:
         ]
         return Problem([(torch.randn(2, 4, 8),)], given["truth"], given["reference"], providers, COST)
 
-    with pytest.raises(RuntimeError, match="backend 'triton' was asked for by what others are compared with"):
+    with pytest.raises(RuntimeError, match="backend 'triton' was chosen inside plain_torch"):
         measure(Case("op", build, {}), {}, Options(CPU, False), 0.01)
 
 
-def test_a_kernel_launched_past_the_backend_is_seen(kernels: Kernels) -> None:
+def test_a_kernel_that_bypasses_the_backend_is_found(kernels: Kernels) -> None:
     x, weight = torch.randn(2, 4, 8), torch.eye(4, requires_grad=True)
     y = lf.ops.channel_mix(x, weight)
-    with plain_torch(), pytest.raises(RuntimeError, match="channel_mix_backward was launched by what others"):
+    with plain_torch(), pytest.raises(RuntimeError, match="channel_mix_backward was launched inside plain_torch"):
         y.sum().backward()
     y.sum().backward()
 
@@ -171,7 +171,7 @@ def test_a_malformed_problem_is_an_error(inputs: list, names: list[str], message
 
 
 def test_a_peer_is_held_to_its_own_float64() -> None:
-    """Another library computes another function; a wrong precision of it is still seen."""
+    """Another library computes another function, and a wrong precision of it is found too."""
 
     def build(size: Size, options: Options) -> Problem:
         providers = [

@@ -1,4 +1,4 @@
-"""The measurements beside the reference repository, on models of our own."""
+"""The measurements against the research repository, run on our own models."""
 
 from __future__ import annotations
 

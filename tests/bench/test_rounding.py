@@ -1,4 +1,4 @@
-"""The model of rounding: what it leaves alone, what it moves and how far, and what it lets through."""
+"""The model of rounding: what it leaves unchanged, what it changes and how far, and which errors it allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRAWS = 6
 
 
 def _draws(function: Callable[..., Tensor], *inputs: Tensor) -> list[float]:
-    """The function's error in each draw."""
+    """The function's error in each run."""
     errors, truth = [], function(*(t.double() for t in inputs))
     for seed in range(DRAWS):
         with Rounding(seed):
@@ -105,7 +105,7 @@ def test_the_allowance_takes_one_number_to_vary_and_thousands_not_to() -> None:
 
 
 def _one_by_one(x: Tensor, w: Tensor) -> Tensor:
-    """A sum in one chain, as a thread takes it."""
+    """A sum term by term, as one thread computes it."""
     total = x.new_zeros(x.shape[0])
     for i in range(x.shape[1]):
         total = total + x[:, i] * w[i]
@@ -131,13 +131,13 @@ def test_what_is_allowed(computed: Callable[[Tensor, Tensor], Tensor], right: bo
     assert (relative_error(computed(x, w), truth) <= allowed) == right
 
 
-def test_what_is_none_is_allowed_nothing() -> None:
+def test_a_missing_output_has_no_allowance() -> None:
     assert allowed_errors(lambda: [None, torch.ones(2)], [None, torch.ones(2).double()]) == [0.0, EPS]
 
 
 @pytest.mark.parametrize(("precision", "unit"), [("high", 2.0**-17), ("tf32", 2.0**-11), ("fast", 2.0**-8)])
 def test_operands_are_rounded_as_the_mode_says_and_anew_in_every_draw(precision: str, unit: float) -> None:
-    """A product of one number by another: nothing but its operands is rounded much."""
+    """In a product of two numbers only the operands are rounded much."""
     x, w = torch.randn(200, 1, generator=torch.Generator().manual_seed(0)), torch.full((1, 1), 1.2345678)
     truth, errors = x.double() @ w.double(), []
     operands = operand_rounding(precision)

@@ -1,4 +1,4 @@
-"""What a run prints and writes: the table, JSON lines, the command line."""
+"""The output of a run: the table and JSON lines; the command line."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_every_case_runs_at_its_tiny_size(tmp_path, capsys) -> None:
 
 
 def test_every_size_of_every_scale_is_of_one_kind() -> None:
-    """What ``build`` reads from a size is in each of them; sizes of a scale differ from one another."""
+    """Every size has the fields that ``build`` reads; the sizes of a scale differ from each other."""
     for name, case in CASES.items():
         assert case.name == name
         assert set(case.sizes) == set(SCALES), name
@@ -137,7 +137,7 @@ def test_all_directions_are_timed() -> None:
 
 
 def test_providers_on_a_cpu_and_on_a_gpu() -> None:
-    """On a CPU linfast is its eager reference, and is not timed under two names."""
+    """On a CPU linfast is the eager reference, and is not timed under two names."""
     from linfast.bench.cases.common import providers, run
 
     def names(device: str, compile: bool) -> list[str]:
@@ -198,7 +198,7 @@ def test_bad_arguments_are_clear_errors(argv: list[str], message: str, capsys) -
     assert message in capsys.readouterr().err
 
 
-def test_an_earlier_runs_files_are_replaced_by_leave_alone(tmp_path, capsys, monkeypatch) -> None:
+def test_an_earlier_runs_files_are_replaced_only_on_request(tmp_path, capsys, monkeypatch) -> None:
     path, folder = tmp_path / "results.jsonl", tmp_path / "folder"
     folder.mkdir()
     small = [*TINY, "--case", "low_rank"]

@@ -1,4 +1,4 @@
-"""A toy benchmark: softplus written out, and whatever is to be compared with it."""
+"""A toy benchmark: softplus written out, and the providers that are compared with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Call = Callable[[Tensor], Tensor]
 
 
 class Clock:
-    """Stands in for the module ``time``: no time passes but what the tests let pass."""
+    """Stands in for the module ``time``: time passes only when the tests say so."""
 
     def __init__(self) -> None:
         self.now = 1024.0
@@ -26,7 +26,7 @@ class Clock:
     process_time = perf_counter
 
     def taking(self, call: Call, seconds: Iterable[float]) -> Call:
-        """The call, which takes these seconds in turn, over and over."""
+        """The call, which takes these numbers of seconds in turn, repeatedly."""
         each = cycle(seconds)
 
         def timed(x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def run(budget: float = 0.01, **calls: Call) -> dict[str, Result]:
-    """Measure softplus and these other providers; results by provider."""
+    """Measure softplus and these providers; results by provider."""
 
     def build(size: Size, options: Options) -> Problem:
         providers = [Provider("eager", softplus, baseline=True), *(Provider(n, c) for n, c in calls.items())]

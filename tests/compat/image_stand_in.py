@@ -1,8 +1,8 @@
 """An image model as the reference repository builds it, from the facts in its paper and notes.
 
-Plain, slow and in NCHW: the formulas as they are stated there, under the names and attributes by which
+Plain, slow and in NCHW: the formulas as stated there, with the names and attributes by which
 ``linfast.from_reference`` knows the repository's classes. Sizes are free, so that tests can be small,
-and no weight starts near zero, so that every one of them shows.
+and no weight starts near zero, so that each one has an effect.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One-step flow matching, written against the reference repository's classes.
 
-Read as text by the tests and run twice: as it is, and with its import of
-``linearizer`` changed. It knows nothing of linfast.
+The tests read it as text and run it twice: unchanged, and with its import of
+``linearizer`` changed. It does not refer to linfast.
 """
 
 import math
@@ -40,7 +40,7 @@ class TimeLoRA(LinearModule):
 
 
 class ActNorm(nn.Module):
-    """Started from the first batch; that it happened is a plain bool, not saved in the state_dict."""
+    """Initialised by the first batch; the flag is a plain bool, which is not in the state_dict."""
 
     def __init__(self, channels):
         super().__init__()
@@ -169,7 +169,7 @@ class Matcher:
 
     @torch.no_grad()
     def one_step(self, x, steps):
-        """All Euler steps as one dense matrix, the product of theirs."""
+        """All Euler steps as one dense matrix, the product of the steps' matrices."""
         identity = torch.eye(self.f.net_gy.dim)
         B = identity
         for i in range(steps - 1):

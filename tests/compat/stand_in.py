@@ -1,7 +1,7 @@
 """The classes that the reference repository's code imports, from the facts in its paper and notes.
 
-Stands in for its unlicensed ``linearizer`` module: what that does when it is used
-as meant, and nothing for when it is not.
+Stands in for its unlicensed ``linearizer`` module: it covers the intended use of that
+module and nothing else.
 """
 
 from __future__ import annotations

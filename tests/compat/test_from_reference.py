@@ -1,4 +1,4 @@
-"""from_reference: the reference's image models, as a stand-in builds them, run in linfast with the same results."""
+"""from_reference: the research repository's image models, built by a stand-in, give the same results in linfast."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_mnist_and_celeba_configurations_in_fp32(channels: int, side: int, layer
         got = _results(lf.from_reference(f), x, t)
         truth = _results(f.double(), x.double(), t.double())
     for name, value in truth.items():
-        roundings = 512 if name in ("f", "A") else 64  # a drawn A may take most of its input away
+        roundings = 512 if name in ("f", "A") else 64  # a random A may remove most of its input
         assert relative(got[name], value) <= roundings * 2**-24, name
 
 
@@ -103,7 +103,7 @@ def test_training_by_inversion_with_the_same_seed() -> None:
         lf.from_reference(f, memory="no")
 
 
-def test_the_model_is_left_as_it_is_and_shares_nothing() -> None:
+def test_the_model_is_unchanged_and_shares_nothing() -> None:
     f = _model(1, 8, **SMALL)
     before = copy.deepcopy(f.state_dict())
     h = lf.from_reference(f)
@@ -164,7 +164,7 @@ def test_the_result_is_saved_samples_and_is_one_flat_flow(tmp_path) -> None:
     lf.save(h, tmp_path / "f.safetensors")
     x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
     assert torch.equal(lf.load(tmp_path / "f.safetensors").eval()(x, t=t), h(x, t=t))
-    assert isinstance(h.g_x.bijection, Flow)  # rows of its layers fold where kernels run
+    assert isinstance(h.g_x.bijection, Flow)  # consecutive layers of it fold where kernels run
     names = [type(layer).__name__ for layer in h.g_x.bijection.bijections]
     block = ["ActNorm", "AffineCoupling", "AffineCoupling", "Mix"]
     assert names == ["Squeeze", *block, *block, "Inverse"]

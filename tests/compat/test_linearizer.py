@@ -1,4 +1,4 @@
-"""The reference's surface: what each method is given, what may be overridden, what a missing part says."""
+"""The research repository's interface: arguments of each method, overriding, and errors for missing parts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.laws.zoo import perturb
 
 
 class Log:
-    """What was called with which keywords, in order."""
+    """The calls in order, with their keywords."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict]] = []

@@ -1,4 +1,4 @@
-"""A script in the reference's style, its import line changed, does what it did before."""
+"""A script in the research repository's style gives the same results after its import line is changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 6
 
 @pytest.fixture
 def load(monkeypatch):
-    """load(name, source): the module of this source, importable under this name."""
+    """load(name, source): the module with this source, importable by this name."""
 
     def _load(name: str, source: str) -> types.ModuleType:
         module = types.ModuleType(name)
@@ -34,7 +34,7 @@ def load(monkeypatch):
 
 @pytest.fixture
 def theirs(load):
-    """The script on the unchanged classes."""
+    """The script with the original classes."""
     load("linearizer", STAND_IN)
     return load("script_theirs", SCRIPT)
 
@@ -76,7 +76,7 @@ def _assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Ten
 
 
 def _mark_initialized(f) -> None:
-    """What loading a state_dict leaves to the caller, as the flag is a plain bool."""
+    """Set the flag, which is a plain bool and so is not loaded with a state_dict."""
     for module in f.modules():
         if hasattr(module, "initialized"):
             module.initialized = True
@@ -89,7 +89,7 @@ def test_trains_and_samples_as_the_unchanged_classes(theirs, ours):
     _assert_equal(dict(f_ours.named_parameters()), dict(f_theirs.named_parameters()))
     outputs = _outputs(ours, f_ours)
     _assert_equal(outputs, _outputs(theirs, f_theirs))
-    # The script itself does something: it learns, and its one step is its many Euler steps.
+    # The script itself works: its loss falls, and its one step equals its many Euler steps.
     assert losses_ours[-3:].mean() < 0.8 * losses_ours[:3].mean()
     torch.testing.assert_close(outputs["one step"], outputs["euler"], rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Residual blocks on ``conv2d_fused``: the block of plain torch, in fewer launches."""
+"""Residual blocks on ``conv2d_fused`` give the results of plain torch in fewer launches."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def convolutions_in_full_precision() -> Iterator[None]:
 
 @pytest.fixture
 def short_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight's gradient sums no more steps than the batch has: interpreted, an empty one costs as much."""
+    """The gradient of a weight sums only the batch's steps: in the interpreter an empty step is as slow."""
     monkeypatch.setattr("linfast.kernels.conv2d_configs._STEPS_A_SPLIT", 2)
 
 
@@ -78,7 +78,7 @@ def test_dropout_reads_the_same_masks() -> None:
 
 
 class _Launches(TorchDispatchMode):
-    """Operations that reach a backend, views and allocations left out."""
+    """Counts operations that reach a backend, without views and allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Launches(TorchDispatchMode):
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels launched, by name."""
+    """The names of the launched kernels."""
     from triton.runtime.interpreter import InterpretedFunction
 
     names: list[str] = []
@@ -116,7 +116,7 @@ def test_launches_of_a_block(launched: list[str]) -> None:
     assert launched == ["_group_statistics_kernel", "_conv2d_fused_kernel", "_conv2d_fused_kernel"]
     with torch.no_grad(), lf.backend("reference"), _Launches() as mode:
         block.eval()(x, shift)
-    plain = [name for name in mode.names if name not in ("silu", "silu_")]  # with the norm one kernel on a GPU
+    plain = [name for name in mode.names if name not in ("silu", "silu_")]  # one kernel with the norm on a GPU
     assert len(plain) == 6, mode.names  # norm, conv, shift, norm, conv, sum
 
 

@@ -1,4 +1,4 @@
-"""UNet: the network that its plain form computes, in any strides, with and without time, as a conditioner."""
+"""UNet gives the results of its plain form, with any strides, with and without time, and as a conditioner."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_strides_of_x_do_not_matter_and_y_is_nchw_on_a_cpu() -> None:
 
 
 def _keep_in_nchw(nchw: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU, or as on a GPU."""
+    """Choose the memory format of a CPU, or that of a GPU."""
     for module in ("unet", "unet_blocks"):
         monkeypatch.setattr(f"linfast.flows.{module}.in_nchw", lambda x: nchw)
 

@@ -17,8 +17,8 @@ from typing import Any
 from .worker import KINDS, run_one
 
 WORKER = [sys.executable, "-m", "tests.fuzz.worker"]
-_SLICE = 300.0  # seconds of one process: memory and compiled code of the libraries do not pile up
-_EVERY = 30.0  # seconds between two lines
+_SLICE = 300.0  # seconds of one process, so that memory and compiled code of the libraries do not accumulate
+_EVERY = 30.0  # seconds between two lines of progress
 _MOST_FINDINGS = 20
 
 
@@ -39,7 +39,7 @@ class Campaign:
         return time.monotonic() >= self.end or total >= self.calls_wanted or len(self.findings) >= _MOST_FINDINGS
 
     def run(self, kinds: list[str], seconds: float) -> None:
-        """One process. A crash is a finding, and the kind goes on with its next round."""
+        """Run one process. A crash is a finding, and the kind continues with its next round."""
         with tempfile.TemporaryDirectory() as folder:
             draw_file = Path(folder) / "draw"
             options = {

@@ -1,7 +1,7 @@
-"""Arguments that are to be refused: each replaced by something of another type, rank, size or name.
+"""Arguments that must be refused: each is replaced by one of another type, rank, size or name.
 
-What is wrong gets a ValueError or TypeError that names the argument. What is accepted is not counted: whether it is
-right is for the other kinds to say.
+A wrong argument must raise a ValueError or TypeError that names it. Accepted calls are not counted: the other kinds
+check whether they are right.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _x(*shape: int) -> Tensor:
 
 @functools.cache
 def _made() -> dict[str, Any]:
-    """What the calls are made on; none of them changes it."""
+    """The objects that the calls use; no call changes them."""
     torch.manual_seed(0)
     g = lf.coupling_flow(N, 2, (5,), mix="lu")
     timed = lf.Linearizer(lf.coupling_flow(N, 2, (5,)), lf.TimeLowRank(N, 2, 1.0, 4, 5))
@@ -167,7 +167,7 @@ CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], dict[str, Any]]] = {
 
 
 def _tensor(change: Callable[[Tensor], Any]) -> Callable[[Any], Any]:
-    """The change of a tensor; of anything else nothing."""
+    """A change of a tensor; None for anything else."""
     return lambda value: change(value) if isinstance(value, Tensor) else _NOTHING
 
 
@@ -202,10 +202,10 @@ REPLACEMENTS: dict[str, Callable[[Any], Any]] = {
     "nothing": _tensor(lambda v: v.new_empty(0)),
     "meta": _tensor(lambda v: v.to("meta")),
 }
-# A flag may be anything that Python takes for true or false.
+# A flag may be anything that Python converts to a bool.
 _PAIRS = [(call, k) for call, (_, given) in CALLS.items() for k, v in given.items() if not isinstance(v, bool)]
 RECIPES = recipe(pair=st.sampled_from(_PAIRS), replacement=st.sampled_from(list(REPLACEMENTS)))
-# What an argument is called where it ends up.
+# The name of an argument in the function that checks it.
 _ALIASES = {"scale_map": ("kind",), "name": ("backend",), "time_features": ("features",), "mix": ("kind",)}
 
 
@@ -225,7 +225,7 @@ def check(judge: Judge, r: dict[str, Any]) -> None:
         with torch.no_grad():
             CALLS[call][0]()(**arguments)
     except (ValueError, TypeError) as error:
-        # Two arguments that do not fit together: either may be named. Inside, a flow's input is x or z.
+        # Of two arguments that do not fit together either may be named. Inside a flow the input is called x or z.
         alike = type(value) is type(before)
         names = {name, *_ALIASES.get(name, ()), *(arguments if alike else ()), *("xz" if alike else "")}
         if not any(re.search(rf"\b{n}\b", str(error)) for n in names):

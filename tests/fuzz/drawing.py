@@ -1,4 +1,4 @@
-"""Strategies that several kinds draw with, and the tensors that a recipe means."""
+"""Strategies that several kinds use, and the tensors of a recipe."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ seeds = st.integers(0, 2**16)
 
 
 def sizes(least: int = 1, most: int = 70) -> st.SearchStrategy[int]:
-    """Mostly small."""
+    """Sizes, mostly small."""
     return st.one_of(st.integers(least, min(most, 9)), st.integers(least, most))
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder, in memory where the system has that: a disk would be waited for at every commit."""
+    """A folder, in memory where the system has that, because a disk is slow at every commit."""
     return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 
 def recipe(**fields: Any) -> st.SearchStrategy[dict[str, Any]]:
-    """A dictionary of a draw of each field; what is no strategy stays as it is."""
+    """A dictionary with a draw for each field; values that are not strategies stay unchanged."""
     return st.fixed_dictionaries(
         {k: v if isinstance(v, st.SearchStrategy) else st.just(v) for k, v in fields.items()}
     )
@@ -57,13 +57,13 @@ def generator(seed: int) -> torch.Generator:
 
 
 def drawn(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
-    """Standard normal, times ``scale``, in float64, of values that float32 holds."""
+    """Standard normal, times ``scale``, in float64, with values that float32 can represent."""
     values = torch.randn(shape, generator=generator(seed), dtype=torch.float64) * scale
     return values.float().double()
 
 
 def perturbed(model: nn.Module, seed: int, std: float) -> nn.Module:
-    """Every weight moved by std * randn, in float64, of values that float32 holds."""
+    """The module with std * randn added to every weight, in float64, with values that float32 can represent."""
     random = generator(seed)
     model.double()
     with torch.no_grad():
@@ -74,19 +74,19 @@ def perturbed(model: nn.Module, seed: int, std: float) -> nn.Module:
 
 
 def cotangent(value: Tensor) -> Tensor:
-    """Weights of a sum of it, which every dtype holds."""
+    """Weights for a sum over it, which every dtype can represent."""
     return torch.arange(1, value.numel() + 1).double().cos().bfloat16().to(value.dtype).view(value.shape)
 
 
 def moved(x: Tensor, size: float, random: torch.Generator) -> Tensor:
-    """x with each element moved by up to ``size``, relative."""
+    """x with each element changed by up to ``size``, relative."""
     if not size or not x.is_floating_point():
         return x
     return x * (1 + size * (2 * torch.rand(x.shape, generator=random, dtype=torch.float64) - 1))
 
 
 def moved_model(model: nn.Module, size: float, random: torch.Generator) -> nn.Module:
-    """A copy with each weight moved so; the model itself for 0."""
+    """A copy with each weight changed by up to ``size``; the model itself for 0."""
     if not size:
         return model
     model = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""What the fuzzer has found: (kind, recipe) as it printed them, each mended since."""
+"""Findings of the fuzzer: (kind, recipe) as printed, each corrected since."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _GELU = {
 }  # fmt: skip
 
 EXAMPLES: list[tuple[str, dict[str, Any]]] = [
-    # torch.linalg has no half precision: slogdet and the inverse of a stack's dense map.
+    # torch.linalg has no half precision, which slogdet and the inverse of a stack's dense map need.
     ("ops", STACK),
     ("ops", {**STACK, "inverse": True, "dtype": "bfloat16"}),
     ("ops", {**STACK, "op": "linearizer_stack", "channels": 6}),
     ("kernels", {**STACK, "inverse": True}),
     # The inverse map's bias was rounded to bf16 by autocast, and did not fit its weight.
     ("ops", {**STACK, "inverse": True, "dtype": "float32", "autocast": True}),
-    # What is packed was stacked under autocast.
+    # Weights were stacked for packing under autocast.
     (
         "kernels",
         {
@@ -44,6 +44,6 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
             "requires_grad": False, "autocast": True, "seed": 0, "scale": 1.0,
         },
     ),
-    # A false alarm: torch's gelu itself has no digits in its tail, and so has its gradient.
+    # A false alarm: torch's gelu and its gradient have no accurate digits in the tail.
     ("flows", _GELU),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""save and load: the same bits, the same numbers, and a clear refusal of what is damaged."""
+"""save and load: the same bits, the same numbers, and a clear error for damaged files."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check(judge: Judge, r: dict[str, Any]) -> None:
 
 
 def _damaged(judge: Judge, r: dict[str, Any], path: Path, model: nn.Module, x: Any, context: Any) -> None:
-    """It is refused, or it is a file that says something else and loads as that."""
+    """The file is refused, or it describes another model and loads as that."""
     data = bytearray(path.read_bytes())
     place = min(int(r["place"] * len(data)), len(data) - 1)
     header = 8 + int.from_bytes(data[:8], "little")

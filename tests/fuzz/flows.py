@@ -1,4 +1,4 @@
-"""Bijections and flows against the formulas written out, in float64, and against themselves in other ways."""
+"""Bijections and flows against formulas written out in float64, and against themselves run in other ways."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _layer(kind: str, n: int, made: dict[str, Any], i: int) -> lf.Bijection:
 
 
 def context_of(made: dict[str, Any], batch: int, time: str, seed: int) -> dict[str, Any]:
-    """What the flow's conditioners are to be given, in float64."""
+    """The context for the flow's conditioners, in float64."""
     context: dict[str, Any] = {}
     if made.get("time_features"):
         t = torch.randint(0, 64, (batch,), generator=generator(seed)).double() / 64
@@ -154,7 +154,7 @@ def ours(g: Any, x: Tensor, inverse: bool, context: dict[str, Any]) -> tuple[Ten
 def with_gradients(
     run: Any, g: nn.Module, x: Tensor, inverse: bool, context: dict[str, Any]
 ) -> list[Tensor | None]:
-    """The gradients of a weighted sum of y and log_det, by x, the context and the weights; None is zero."""
+    """Gradients of a weighted sum of y and log_det for x, the context and the weights; zero for None."""
     x = x.detach().clone().requires_grad_()
     given = {k: v.detach().clone().requires_grad_() if isinstance(v, Tensor) else v for k, v in context.items()}
     y, log_det = run(g, x, inverse, given)
@@ -270,7 +270,7 @@ def _gradients(
             g.memory = mode
             with mock.patch("linfast.flows.reversible.AUTO_BYTES", -1):
                 got = with_gradients(ours, g, x, inverse, context)
-            g.memory = "store"  # a forward whose rounding is drawn does not repeat itself
+            g.memory = "store"  # a forward with random rounding does not repeat exactly
             room = 1.0 if mode == "store" else 4.0  # of the way back as well
             judge.near(f"gradients, memory={mode}, {side}", got, truth, reference, room, independent=True)
     finally:

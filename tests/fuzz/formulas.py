@@ -1,4 +1,4 @@
-"""Each op's call and its formula written out, of the tensors that a recipe means."""
+"""The call of each op and its formula written out, for the tensors of a recipe."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What counts as right, and the calls that were held to it.
+"""Decides which results are right, and counts the calls.
 
-The truth of an answer is computed in float64. Its wobble is how far the truth moves where every input and weight is
-moved by up to half a unit in the last place of the answer's dtype. What is within a few wobbles and roundings is
-accepted at once. In float32 ``linfast.bench.rounding`` draws what rounding may cost what is left, by how far
-the draws scatter, and only what exceeds that as well is a finding. In float64 and in half precision, whose
-rounding is the same in every draw, there is a fixed bound that only a wrong formula exceeds.
+The truth of a result is computed in float64. Its wobble is the change of the truth where every input and weight is
+changed by up to half a unit in the last place of the result's dtype. A result within a few wobbles and roundings is
+accepted at once. For any other result in float32 ``linfast.bench.rounding`` estimates the effect of rounding from
+the scatter of random runs, and only a result that exceeds that too is a finding. In float64 and in half precision,
+whose rounding is the same in every run, there is a fixed bound that only a wrong formula exceeds.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _QUICK = 24.0  # wobbles and roundings that need no budget
 _WRONG = 500.0  # the same in float64, where there is no budget
 _WRONG_HALF = 64.0  # and in float16 and bfloat16
 NO_BUDGET = 1e-12
-VISIBLE = 1e-15  # what float64 is moved by: half a unit would be rounded away
+VISIBLE = 1e-15  # the change for float64: half a unit would be lost by rounding
 _DRAWS = 16
 
 
 class Finding(AssertionError):
-    """An answer that is not right. ``about`` names the call and the oracle: two findings about the same are one."""
+    """A wrong result. ``about`` names the call and the oracle; findings with the same ``about`` count as one."""
 
     def __init__(self, about: str, what: str) -> None:
         super().__init__(f"{about}: {what}")
@@ -40,7 +40,7 @@ class Finding(AssertionError):
 
 
 class Truth(NamedTuple):
-    """Outputs in float64, how far each moves (L2), and the epsilon of the arithmetic if not the answer's."""
+    """Outputs in float64, the change of each (L2), and the epsilon of the arithmetic if it is not the result's."""
 
     exact: list[Tensor | None]
     wobble: list[float]
@@ -60,13 +60,13 @@ class Truth(NamedTuple):
 
 
 def truth_of(run: Callable[[float], Any], eps: float) -> Truth:
-    """``run(size)`` computes outputs in float64 with everything moved by ``size``, relative; 0 leaves it."""
+    """``run(size)`` computes outputs in float64 with everything changed by ``size``, relative; 0: unchanged."""
     with plain_torch():
         return Truth.of(run(0.0), [run(moves_by(eps)) for _ in range(2)], eps)
 
 
 def moves_by(eps: float) -> float:
-    """What the inputs of an answer in a dtype of this epsilon are moved by."""
+    """The change of the inputs for a result in a dtype with this epsilon."""
     return eps / 2 if eps > NO_BUDGET else VISIBLE
 
 
@@ -75,7 +75,7 @@ def listed(outputs: Any) -> list[Any]:
 
 
 class Judge:
-    """Holds answers to their oracles and counts them."""
+    """Compares results with their oracles and counts them."""
 
     def __init__(self) -> None:
         self.calls: collections.Counter[str] = collections.Counter()
@@ -89,13 +89,13 @@ class Judge:
         room: float = 1.0,
         independent: bool = False,
     ) -> None:
-        """``reference`` is the plain computation in the answer's dtype, which the budget is drawn with, and
-        ``independent`` where nothing of it is on trial; ``room`` a factor of what is allowed."""
+        """``reference`` is the plain computation in the result's dtype, from which the budget is estimated,
+        ``independent`` where it shares no code with the result, and ``room`` a factor of the allowance."""
         got = listed(got)
         if len(got) != len(truth.exact):
             raise Finding(call, f"{len(got)} outputs where there should be {len(truth.exact)}")
         if any(_is_beyond(value, exact) for value, exact in zip(got, truth.exact, strict=True)):
-            return  # float16 ends at 65,504; the other outputs came of the same numbers
+            return  # float16 ends at 65,504; the other outputs were computed from the same numbers
         draws: list[list[Any]] = []
         for i, (value, exact, wobble) in enumerate(zip(got, truth.exact, truth.wobble, strict=True)):
             if (value is None) != (exact is None):
@@ -109,7 +109,7 @@ class Judge:
             factor = _WRONG if eps < NO_BUDGET else _QUICK if eps < 1e-6 else _WRONG_HALF
             limit = room * factor * (wobble + eps * size)
             if error <= limit or not limit < float("inf") or limit > size / 8 > 0:
-                continue  # the last: no answer in this dtype has a digit
+                continue  # the last: no result in this dtype has an accurate digit
             allowed = None
             if reference is not None and factor == _QUICK:
                 draws = draws or _draws(reference, independent)
@@ -139,7 +139,7 @@ class Judge:
 
     @contextlib.contextmanager
     def refuses(self, call: str, *names: str) -> Iterator[None]:
-        """A ValueError or TypeError of our own, whose message has one of these names in it."""
+        """The call raises a ValueError or TypeError of linfast whose message contains one of these names."""
         try:
             yield
         except (ValueError, TypeError) as error:
@@ -164,7 +164,7 @@ def _is_beyond(value: Any, exact: Any) -> bool:
 
 
 def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:
-    """(L2 of the difference, L2 of the truth), where the truth and its square can be held by the dtype."""
+    """(L2 of the difference, L2 of the truth), where the dtype can represent the truth and its square."""
     most = torch.finfo(value.dtype).max / 4
     exact = exact.detach().double()
     held = exact.isfinite() & (exact.abs() < most)
@@ -175,8 +175,8 @@ def _error(value: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def _draws(reference: Callable[[], Any], independent: bool) -> list[list[Any]]:
-    """The plain computation with its rounding drawn; one that is not on trial as it is, too: torch's gelu has no
-    digits in its tail, which no rounding of its result shows."""
+    """The plain computation with random rounding, and an independent one also unchanged: torch's gelu has no
+    accurate digits in its tail, which rounding of its result does not reveal."""
     draws = [listed(rounding.drawn(reference, seed)) for seed in range(_DRAWS)]
     if independent:
         with plain_torch():
@@ -185,10 +185,10 @@ def _draws(reference: Callable[[], Any], independent: bool) -> list[list[Any]]:
 
 
 def _by_budget(value: Tensor, exact: Tensor, draws: Sequence[Tensor], independent: bool) -> tuple[float, float]:
-    """(error, what is allowed) in L2, of the elements that the plain reference can hold.
+    """(error, allowance) in L2, over the elements that the plain reference can represent.
 
-    The draws' errors are taken from their own mean where the reference runs the formula that is on trial: one
-    that is wrong would allow what it errs by.
+    Errors of the runs are measured from their mean where the reference runs the formula under test: a wrong formula
+    would otherwise allow its own error.
     """
     values = torch.stack([draw.double() for draw in draws])
     held = values.isfinite().all(0) & exact.isfinite()

@@ -1,6 +1,6 @@
 """The ops' kernels, and flows and Linearizers on them, in Triton's interpreter, forward and backward.
 
-TRITON_INTERPRET=1 is read before anything else: these kinds have a process of their own.
+TRITON_INTERPRET=1 must be set before anything is imported, so these kinds run in a separate process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""accelerate and restore: models of other libraries at random sizes, against what they computed, in float64."""
+"""accelerate and restore: models of other libraries at random sizes against their own results in float64."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def _net(r: dict[str, Any]) -> Callable[[int, int], nn.Module]:
 
 
 def _mask(r: dict[str, Any], i: int, low: int = 0) -> list[int]:
-    """Of ``low`` and 1, both there."""
+    """A mask of ``low`` and 1, which contains both."""
     ones = torch.rand(r["features"], generator=generator(r["mask"] + i)) > 0.5
     ones[i % r["features"]], ones[(i + 1) % r["features"]] = True, False
     return [1 if one else low for one in ones.tolist()]
 
 
 def build(r: dict[str, Any]) -> tuple[nn.Module, Run]:
-    """The model in float64 and what it is asked."""
+    """The model in float64 and the calls to compare."""
     torch.manual_seed(r["seed"])
     library, _, name = r["kind"].partition(" ")
     model, run = globals()[f"_{library.lower()}"](r, name)
@@ -196,7 +196,7 @@ def _memcnn(r: dict[str, Any], name: str) -> tuple[nn.Module, Run]:
 
 
 def _asked(run: Run, model: nn.Module, x: Tensor, c: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-    """What it computes, and the gradients of a weighted sum of that."""
+    """The results of the calls, and the gradients of a weighted sum of them."""
     x = x.detach().clone().requires_grad_()
     c = None if c is None else c.detach().clone().requires_grad_()
     values = run(model, x, c)
@@ -228,7 +228,7 @@ def check(judge: Judge, r: dict[str, Any]) -> None:
     lf.accelerate(model, memory=r["memory"])
     kind, memory = r["kind"], r["memory"]
     got = _asked(run, model, x, c)
-    # each method that was asked is a call of an accelerated model
+    # each called method is a call of an accelerated model
     judge.near(f"accelerated {kind}", got[0], outputs, lambda: _asked(run, model, x, c)[0])
     judge.near(
         f"gradients, accelerated {kind}, memory={memory}", got[1], gradients, lambda: _asked(run, model, x, c)[1]

@@ -78,7 +78,7 @@ def build(recipe_: dict[str, Any]) -> lf.Linearizer:
 
 
 class _Plain:
-    """f and its spaces, written out; everything moved by ``size``, relative."""
+    """f and its spaces written out, with everything changed by ``size``, relative."""
 
     def __init__(self, f: lf.Linearizer, context: dict[str, Any], t: Any, size: float, random: Any) -> None:
         moved_f = moved_model(f, size, random)
@@ -188,7 +188,7 @@ def _projected(z: Tensor, basis: Tensor) -> Tensor:
 
 
 def _inverses(judge: Judge, f: lf.Linearizer, y: Tensor, context: dict[str, Any], truth: Any) -> None:
-    """Where A is well conditioned, for which the wobble speaks."""
+    """Inverses, where the wobble shows that A is well conditioned."""
     M = operators.matrix(f.A).detach()
     S = torch.linalg.svdvals(M)
     if not S.numel() or float((S / S[..., :1].clamp(min=1e-300)).min()) < 1e-2:

@@ -1,7 +1,7 @@
 """Operators and their algebra against dense matrices in float64.
 
-A recipe is a tree: a leaf, or a transpose, product, sum, difference or multiple of trees. Its matrix is made of the
-leaves' definitions by plain matrix products.
+A recipe is a tree: a leaf, or a transpose, product, sum, difference or multiple of trees. Its matrix follows from
+the leaves' definitions by plain matrix products.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _JOINS = ("sum", "difference", "product", "scaled", "scaled by a tensor", "trans
 
 @st.composite
 def _tree(draw: Any, n_out: int, n_in: int, depth: int, batched: bool) -> tuple[Any, ...]:
-    """(kind, n_out, n_in, *what it is made of)."""
+    """(kind, n_out, n_in, *parts)."""
     join = draw(st.sampled_from(("leaf", "leaf", *_JOINS))) if depth else "leaf"
     if join == "leaf":
         kind = draw(st.sampled_from(_SQUARE + _ANY if n_out == n_in else _ANY))
@@ -81,7 +81,7 @@ RECIPES = recipe(
 
 
 def build(tree: tuple[Any, ...], batch: int) -> LatentOperator:
-    """The operator in float64, of values that float32 holds."""
+    """The operator in float64, with values that float32 can represent."""
     kind, n, n_in, *rest = tree
     if kind in ("sum", "difference", "product"):
         a, b = (build(part, batch) for part in rest)
@@ -149,7 +149,7 @@ def _parameter(value: Tensor, seed: int) -> Tensor:
 
 
 def matrix(A: LatentOperator, size: float = 0.0, random: Any = None) -> Tensor:
-    """A's matrix by its definition, in float64; every number moved by ``size``, relative."""
+    """A's matrix by its definition, in float64, with every number changed by ``size``, relative."""
 
     def held(t: Any) -> Any:
         return moved(t.double(), size, random) if isinstance(t, Tensor) else t
@@ -234,7 +234,7 @@ def check(judge: Judge, drawn_: dict[str, Any]) -> None:
 
 
 def _is_batched_conv(A: LatentOperator) -> bool:
-    """Its matrix is not formed, and neither is that of what holds it."""
+    """Whether it is a batched convolution, or contains one: then no matrix is formed."""
     return any(isinstance(m, lf.DepthwiseConv) and m.weight.ndim == 4 for m in A.modules())
 
 
@@ -254,7 +254,7 @@ def _spoilt(judge: Judge, A: LatentOperator, z: Tensor) -> None:
 
 
 def _gradients(judge: Judge, A: LatentOperator, z: Tensor, w: Tensor, eps: float) -> None:
-    """By z and by every number; of w^T A z, the truth by plain autograd of the dense matrix."""
+    """Gradients of w^T A z with respect to z and every number; the truth is autograd through the dense matrix."""
     if "Projection" in str([type(m).__name__ for m in A.modules()]):
         return  # straight-through
     names = [p for p in A.parameters() if p.requires_grad]
@@ -283,7 +283,7 @@ def _gradients(judge: Judge, A: LatentOperator, z: Tensor, w: Tensor, eps: float
 def _spectral(judge: Judge, A: LatentOperator, M: Tensor, truth: Any, drawn_: dict[str, Any], eps: float) -> None:
     """Ranks and inverses only where no singular value lies near the cutoff.
 
-    Errors are measured by the size of what was added up to make M, which cancels where parts do.
+    Errors are relative to the size of the summands of M, since M itself may cancel.
     """
     n = max(M.shape[-2:])
     S = torch.linalg.svdvals(M)

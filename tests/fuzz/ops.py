@@ -53,7 +53,7 @@ def held(
     where: str,
     precision: torch.dtype | None = None,
 ) -> None:
-    """The call on these tensors, and its gradients, in ``precision``, against the formula in float64."""
+    """Compare the call on these tensors and its gradients, in ``precision``, with the formula in float64."""
     eps = torch.finfo(precision or narrow[0].dtype).eps
 
     def exact(size: float, gradients: bool) -> Any:
@@ -76,7 +76,7 @@ def held(
 
 
 def _kinked(r: dict[str, Any]) -> bool:
-    """Whether its gradient jumps, which one rounding of half precision may bring about."""
+    """Whether its gradient has jumps, which one rounding of half precision may cross."""
     stack = r["op"] in ("coupling_stack", "mlp_coupling", "linearizer_stack")
     return r["scale_map"] in ("clamp", "softplus") or (stack and r["activation"] == "relu")
 

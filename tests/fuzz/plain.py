@@ -1,6 +1,6 @@
-"""Flows written out from the formulas, layer by layer: what ours are compared with.
+"""Flows written out from the formulas, layer by layer, as the reference for ours.
 
-Nothing of ours runs here but the conditioners that are no MLP.
+No code of linfast runs here except conditioners that are not MLPs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _coupling(g: Any, x: Tensor, inverse: bool, context: dict[str, Any]) -> tupl
 
 
 def log_scale(scale_map: lf.ScaleMap, r: Tensor) -> Tensor:
-    """The table of linfast.scale_maps."""
+    """The formulas of linfast.scale_maps."""
     c, floor = scale_map.constants
     if scale_map.kind == "exp":
         return r

@@ -1,4 +1,4 @@
-"""collapse, sample, invert and streams against the steps taken one by one with dense matrices in float64."""
+"""collapse, sample, invert and streams against the steps one by one, with dense matrices in float64."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RECIPES = recipe(
             seed=seeds,
 )  # fmt: skip
 
-# The tableaus, as the textbooks have them.
+# The tableaus from textbooks.
 _STAGES = {
     "euler": ([[]], [1.0], [0.0]),
     "midpoint": ([[], [0.5]], [0.0, 1.0], [0.0, 0.5]),
@@ -130,12 +130,12 @@ def check(judge: Judge, r: dict[str, Any]) -> None:
 
 
 class _Stopped(Exception):
-    """What ends a run between two commits."""
+    """Ends a run between two commits."""
 
 
 @contextlib.contextmanager
 def _stopping_after(commits: int) -> Iterator[None]:
-    """Inside the block a file takes so many commits; the next raises. The exception ends here."""
+    """Inside the block a file accepts this many commits. The next one raises, and the block catches the error."""
     commit, left = NpyFile.commit, itertools.count(commits, -1)
 
     def until(self: NpyFile, done: int) -> None:

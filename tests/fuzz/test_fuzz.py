@@ -1,4 +1,4 @@
-"""Every oracle of the fuzzer can fail, what crashes is told, and what was found stays mended."""
+"""Every oracle of the fuzzer can fail, crashes are reported, and earlier findings stay corrected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def after(owner: Any, name: str, change: Callable[..., Any]) -> Patch:
-    """``owner.name`` returns what ``change(result, *arguments)`` makes of its result."""
+    """``owner.name`` returns ``change(result, *arguments)`` in place of its result."""
     original = getattr(owner, name)
 
     def broken(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +88,7 @@ LIBRARIES = {
     "batch": 5, "features": 2, "context": 3, "std": 0.1, "mask": 3, "dtype": "float64",
 }  # fmt: skip
 OPS = {**STACK, "op": "low_rank", "positions": (3,), "rank": 1, "dtype": "float32"}
-# name -> (kind, what is broken, a recipe, a part of the finding's name). The recipes are written down because what
+# name -> (kind, what is broken, a recipe, a part of the finding's name). The recipes are fixed because what
 # hypothesis draws from a seed depends on the modules that the process has imported.
 BROKEN: dict[str, tuple[str, Patch, dict[str, Any], str]] = {
     "log_det": ("flows", after(segments, "run_couplings", wrong_log_det), FLOWS, "log_det"),

@@ -1,7 +1,7 @@
-"""One process of the fuzzer: rounds of draws of each kind, told to the parent line by line.
+"""One process of the fuzzer: rounds of draws of each kind, reported to the parent line by line.
 
-A round has its own seed, made of the run's, the kind and its number: round 7 of "flows" draws the same whatever ran
-before it. Before every check the recipe is written to a file, from which the parent reads what crashed.
+The seed of a round follows from the run's seed, the kind and its number: round 7 of "flows" is the same whatever
+ran before it. Before every check the recipe is written to a file, where the parent finds it after a crash.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _HANGS = 300.0  # seconds: a check that takes longer is a finding
 
 
 class _Stop(BaseException):
-    """Leaves hypothesis at once: the time is over, or a finding has been made small for long enough."""
+    """Leaves hypothesis at once: the time is over, or the time for minimising a finding is."""
 
 
 def module_of(kind: str) -> Any:
@@ -57,7 +57,7 @@ def run_one(kind: str, recipe: dict[str, Any], judge: Judge | None = None) -> Ju
 
 
 def recipes_of(kind: str, seed: int, count: int) -> list[dict[str, Any]]:
-    """What a round of so many draws would check."""
+    """The recipes of a round with this many draws."""
     recipes: list[dict[str, Any]] = []
 
     def keep(recipe: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _settings(count: int, phases: tuple[Phase, ...]) -> hypothesis.settings:
 
 
 def about(error: BaseException) -> str:
-    """Two errors that are about the same are one finding: a call and its oracle, or a type and a line of ours."""
+    """The identity of a finding: a call and its oracle, or an exception type and a line of linfast."""
     if isinstance(error, Finding):
         return error.about
     frames = traceback.extract_tb(error.__traceback__)
@@ -108,7 +108,7 @@ def _tell(**event: Any) -> None:
 
 
 def _round(kind: str, seed: int, number: int, end: float, known: set[str], draw_file: Path) -> Judge:
-    """One run of hypothesis; its findings are told, each once."""
+    """One run of hypothesis; each finding is reported once."""
     digest = hashlib.sha256(f"{seed} {kind} {number}".encode()).digest()
     judge = Judge()
     smallest: dict[str, tuple[int, str, str]] = {}

@@ -1,4 +1,4 @@
-"""Whole models where they run otherwise on a card: a stream's captured pipeline, and accelerated models."""
+"""Whole models that run differently on a GPU: the captured pipeline of a stream, and accelerated models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHOWN = (
 
 
 def models(device: torch.device) -> Iterator[tuple[str, Callable[[], Verdict]]]:
-    """A name and what gives its verdict."""
+    """Names, and the functions that give their verdicts."""
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     for whole in (True, False):
         yield f"stream, {'one array' if whole else 'batches'}", lambda whole=whole: _stream(device, whole)
@@ -41,7 +41,7 @@ def models(device: torch.device) -> Iterator[tuple[str, Callable[[], Verdict]]]:
 
 
 def _stream(device: torch.device, whole: bool) -> Verdict:
-    """On a GPU both replay a CUDA graph; the other side calls the model block by block, in plain torch."""
+    """On a GPU the stream replays a CUDA graph; the reference calls the model block by block in plain torch."""
     torch.manual_seed(0)
     f = lf.Linearizer(lf.coupling_flow(64, 4, (128, 128)), lf.TimeLowRank(64, 4)).to(device)
     perturb(f)
@@ -56,7 +56,7 @@ def _stream(device: torch.device, whole: bool) -> Verdict:
 
 
 def _reference(device: torch.device) -> Verdict:
-    """The reference repository's image model."""
+    """The research repository's image model."""
     torch.manual_seed(0)
     model = stand_in.build(1)
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""``python -m pytest -p tests.gpu.plugin``: a failure is written when it happens, and a broken card is left.
+"""``python -m pytest -p tests.gpu.plugin`` writes failures when they happen, and ends a process after a CUDA error.
 
 A kernel that faults breaks the CUDA context of its process: every later test there fails as well. The process of
-xdist that has met such an error therefore ends, and xdist starts another one; without xdist the run ends.
+xdist that has had such an error therefore ends, and xdist starts another one; without xdist the run ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """In the process that ran it: leave after a test that broke the card, once its reports are on their way."""
+    """In the process that ran the test: exit after a CUDA error, once the reports have been sent."""
     reports = item.config.stash.setdefault(_REPORTS, [])
     reports.clear()
     result = yield
@@ -51,17 +51,17 @@ _REPORTS: pytest.StashKey[list[pytest.TestReport]] = pytest.StashKey()
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    """Kept until the test is over."""
+    """Keep the report until the test is over."""
     report = yield
     item.config.stash.setdefault(_REPORTS, []).append(report)
     return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """In the process that talks to the user: the failure, whole, and how many there were so far."""
+    """In the main process: print the complete failure and the number of failures so far."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
-    if report.failed and report.nodeid not in _failed:  # once: a process that left is a failure of its own
+    if report.failed and report.nodeid not in _failed:  # only once: xdist reports the exit as another failure
         _failed.add(report.nodeid)
         _counts["failed"] += 1
         first = next((line[2:] for line in report.longreprtext.splitlines() if line.startswith("E ")), "")
@@ -77,7 +77,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """The last counts."""
+    """Print the final counts."""
     if not hasattr(session.config, "workerinput"):
         _count()
         if session.shouldstop:
@@ -91,7 +91,7 @@ def _count() -> None:
 
 
 def _say(text: str) -> None:
-    """Past pytest's capture, and at once."""
+    """Print at once, bypassing pytest's capture."""
     out = sys.__stdout__
     assert out is not None
     print(f"\n{text.rstrip()}", file=out, flush=True)

@@ -1,4 +1,4 @@
-"""The first process of bench/gpu.sh: what machine this is, as one line of JSON, then versions and the ceilings."""
+"""The first process of bench/gpu.sh: prints the machine as one line of JSON, then versions and peak rates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from typing import Any
 
-_FRACTION = 0.75  # of the memory, for this process: whether torch holds it to that is one of the questions
+_FRACTION = 0.75  # share of the memory for this process, to test whether torch enforces it
 os.environ["PYTORCH_CUDA_ALLOC_CONF"] = f"per_process_memory_fraction:{_FRACTION}"
 
 import torch  # noqa: E402
@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def kernel_names() -> list[str]:
-    """Every @triton.jit function of linfast.kernels, by the name that it has on the card."""
+    """Every @triton.jit function of linfast.kernels, by its name on the GPU."""
     modules = [
         importlib.import_module(f"{kernels.__name__}.{m.name}") for m in pkgutil.iter_modules(kernels.__path__)
     ]

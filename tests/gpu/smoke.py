@@ -1,12 +1,12 @@
-"""The first look at every kernel on a card: right or wrong, one line of JSON each, as it is known.
+"""A first check of every kernel on a GPU: one line of JSON with its verdict, as soon as it is known.
 
     python -m tests.gpu.smoke op:coupling_stack      small, odd edges: each direction, mode and dtype, gradients
     python -m tests.gpu.smoke case:coupling_stack    sizes that are timed (fewer rows): each direction and mode
     python -m tests.gpu.smoke models                 streams and accelerated models, captured
 
-The truth is float64 in plain torch. What an error may be is fixed here, far above what rounding costs and far
-below what a wrong kernel does; the tests know the budgets. On a CPU the kernels are interpreted
-(TRITON_INTERPRET=1), at tiny sizes and without bf16. Exit status 1 where something was wrong.
+The truth is float64 in plain torch. The tolerances are fixed here, far above rounding and far
+below the error of a wrong kernel; exact budgets are in the tests. On a CPU the kernels are interpreted
+(TRITON_INTERPRET=1), at tiny sizes and without bf16. The exit status is 1 where a verdict is wrong.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.machine_code.cases import all_cases
 from tests.machine_code.check import exact, outputs_and_gradients, values_of
 from tests.machine_code.variants import Variant, variants
 
-# Relative L2, by how operands are rounded: 2^-24, 2^-17, 2^-11 and 2^-9 are one rounding's.
+# Relative L2 by mode; one rounding of an operand is 2^-24, 2^-17, 2^-11 or 2^-9.
 TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fp16": 1e-2, "fast": 5e-2, "bf16": 5e-2}
 MOST_ROWS = 2**14  # or pixels of a timed size: several processes share the card, and float64 takes its time
 ON_GPU = torch.cuda.is_available()
@@ -49,7 +49,7 @@ Line = tuple[str, Callable[[], Verdict]]
 
 
 def small(op: str) -> Iterator[Line]:
-    """One size of the op, whole and with gradients."""
+    """One size of the op, with all outputs and gradients."""
     for variant in variants([case for case in all_cases() if case.op == op], smoke=True):
         if ON_GPU or variant.dtype != "bf16":
             yield variant.name, lambda variant=variant: _small(variant)
@@ -73,7 +73,7 @@ def _small(variant: Variant) -> Verdict:
 
 
 def timed(case: Case) -> Iterator[Line]:
-    """Each direction, dtype and mode of the case, at a size that is timed."""
+    """Each direction, dtype and mode of the benchmark's case, at a size that is timed."""
     for size in _sizes(case):
         narrow, chosen = size.get("dtype", "float32") != "float32", "precision" in size
         for mode in PRECISIONS if _has_modes(case.name) and not narrow and not chosen else ("",):
@@ -82,12 +82,12 @@ def timed(case: Case) -> Iterator[Line]:
 
 
 def _has_modes(name: str) -> bool:
-    """Whether torch's settings choose how it rounds: an op with that parameter, or a model of such ops."""
+    """Whether torch's settings select its precision: an op with that parameter, or a model of such ops."""
     return not hasattr(lf.ops, name) or "precision" in inspect.signature(getattr(lf.ops, name)).parameters
 
 
 def _sizes(case: Case) -> list[Size]:
-    """One of each direction, dtype and precision: the first of those that are timed, or made from it."""
+    """One size per direction, dtype and precision: the first that is timed, or one derived from it."""
     base = dict(case.sizes["gpu" if ON_GPU else "tiny"][0])
     base["batch"] = max(1, min(int(base["batch"]), MOST_ROWS // int(base.get("side", 1)) ** 2))
     every = [size for sizes in case.sizes.values() for size in sizes]
@@ -118,7 +118,7 @@ def _timed(case: Case, size: Size, mode: str) -> Verdict:
 
 @contextlib.contextmanager
 def _matmul_settings(mode: str) -> Iterator[None]:
-    """torch's settings that choose the mode; see linfast.precision."""
+    """The settings of torch that select the mode; see linfast.precision."""
     matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = convolution.fp32_precision
     torch.set_float32_matmul_precision({"high": "high", "tf32": "high", "fast": "medium"}.get(mode, "highest"))
@@ -134,7 +134,7 @@ def _matmul_settings(mode: str) -> Iterator[None]:
 
 
 def lines(name: str) -> Iterator[Line]:
-    """What is to be looked at, by one of ``NAMES``."""
+    """The checks of one of ``NAMES``."""
     kind, _, what = name.partition(":")
     if kind == "models":
         from tests.gpu.models import models
@@ -144,11 +144,11 @@ def lines(name: str) -> Iterator[Line]:
 
 
 def look(name: str, call: Callable[[], Verdict]) -> bool:
-    """Print the verdict; whether it was right."""
+    """Print the verdict; returns whether it was right."""
     start = time.perf_counter()
     try:
         verdict = call()
-    except Exception as error:  # one that fails is a line as well
+    except Exception as error:  # a check that raises gets a line as well
         verdict = Verdict(None, None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
     found = {"smoke": name, "error": verdict.error, "allowed": verdict.allowed, "wrong": verdict.refused}
     seconds = round(time.perf_counter() - start, 2)
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         interpreter.install()
     warnings.simplefilter("ignore")  # of plain torch's functions without a deterministic version
-    # NaN in fresh memory: a kernel that leaves part of its output as it was is wrong.
+    # NaN in fresh memory reveals a kernel that does not write all of its output.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     right = [look(name, call) for each in options.names for name, call in lines(each)]

@@ -1,4 +1,4 @@
-"""tests.gpu.plugin in a pytest of its own."""
+"""tests.gpu.plugin in a separate pytest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import os
 def pytest_runtest_call(item):
     if item.name == "test_breaks_the_card": open(os.environ["PLACE"], "w").write(str(os.getpid()))
 """
-# As on a machine without pytest-timeout, whose settings pytest then does not know.
+# As on a machine without pytest-timeout, where pytest does not know its settings.
 WITHOUT_TIMEOUT = """
 import importlib.util, sys, pytest
 found = importlib.util.find_spec
@@ -58,7 +58,7 @@ def test_a_failure_is_written_whole_and_a_broken_card_ends_the_run(tmp_path: Pat
     assert "LEFT after a CUDA error: no test after it would say anything" in lines
 
 
-def test_a_process_leaves_a_broken_card_and_another_goes_on(tmp_path: Path, monkeypatch) -> None:
+def test_a_process_exits_after_a_cuda_error_and_another_continues(tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("xdist")
     command = [sys.executable, "-m", "pytest", "-n", "1", "--dist", "worksteal", "--max-worker-restart", "9"]
     status, text = _run(tmp_path, monkeypatch, command)

@@ -1,4 +1,4 @@
-"""tests.gpu.smoke: what is right is right, and a kernel that is not is refused."""
+"""tests.gpu.smoke accepts right kernels and rejects wrong ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WRONG: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def _verdicts(name: str, kind: str, capsys: pytest.CaptureFixture[str]) -> list[str | None]:
-    """Why each line of this name that has ``kind`` in it was refused, if it was."""
+    """The reasons why lines of this name that contain ``kind`` were rejected."""
     for what, call in smoke.lines(name):
         if kind in what:
             smoke.look(what, call)
@@ -59,7 +59,7 @@ def _returning(launcher: Callable, wrong: Callable) -> Callable:
     return launch_of
 
 
-def test_a_kernel_that_raises_is_a_line(monkeypatch, capsys) -> None:
+def test_a_kernel_that_raises_gets_a_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr(register, "_launcher", lambda path: torch.zeros(1, device=DEVICE).tolist()[5])
     assert all(reason and "IndexError" in reason for reason in _verdicts("op:low_rank", "fp32", capsys))
 

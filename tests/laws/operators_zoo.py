@@ -1,4 +1,4 @@
-"""Every operator that the laws are held to. A new one adds a line here and inherits the whole suite.
+"""Every operator that the laws check. A new operator gets an entry here, and the whole suite applies to it.
 
 Numbers are Parameters drawn in float64 and then cast. ``smooth`` says whether the rank,
 and so the pseudo-inverse, depends smoothly on the parameters.
@@ -169,7 +169,7 @@ OPERATORS = {**LEAVES, **COMPOSITES}
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> LatentOperator:
-    """The named operator, the same numbers at each call, cast to this dtype."""
+    """The named operator, with the same numbers at each call, cast to this dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded(1))
         return OPERATORS[name].make().to(dtype)
@@ -186,7 +186,7 @@ def matrix(A: LatentOperator) -> Tensor:
 
 
 def condition(A: LatentOperator) -> float:
-    """Largest over smallest nonzero singular value, the worst of a batch; 1 for A = 0."""
+    """Largest over smallest nonzero singular value, the largest in a batch; 1 for A = 0."""
     S = torch.linalg.svdvals(matrix(A))
     S = S / S.amax(-1, keepdim=True).clamp(min=1e-300)
     kept = S[S > 1e-5]
@@ -194,7 +194,7 @@ def condition(A: LatentOperator) -> float:
 
 
 def bound(A: LatentOperator, dtype: torch.dtype, amplification: float = 1.0) -> float:
-    """8 n epsilon, times what the conditioning allows: n epsilon bounds n-term sums, factorisations cost more."""
+    """8 n epsilon times the conditioning: n epsilon bounds n-term sums, and factorisations err more."""
     return 8 * max(A.n_out, A.n_in) * torch.finfo(dtype).eps * amplification
 
 

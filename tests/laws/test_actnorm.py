@@ -111,7 +111,7 @@ def test_compiles_before_and_after_initialisation() -> None:
 
 
 def _copied(average: nn.Module, model: nn.Module) -> None:
-    """What other libraries' moving averages do: they write to ``.data``, of which no version tells."""
+    """As moving averages of other libraries do: they write to ``.data``, which changes no version counter."""
     for mine, its in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         mine.data.copy_(its.data)
 
@@ -148,7 +148,7 @@ def test_batch_norms_are_updated_by_torch_and_an_average_keeps_its_scales() -> N
 
 
 @pytest.mark.parametrize("method", ["forward", "forward_and_log_det"])
-def test_it_starts_in_training_mode_alone(method: str) -> None:
+def test_it_initialises_only_in_training_mode(method: str) -> None:
     g = lf.Flow([lf.ActNorm(3)])
     x = 2 + 3 * torch.randn(64, 3)
     call = getattr(g, method)
@@ -167,7 +167,7 @@ def test_it_starts_in_training_mode_alone(method: str) -> None:
     assert bool(norm.bias.all())
 
 
-def test_a_sampler_starts_nothing() -> None:
+def test_a_sampler_initialises_nothing() -> None:
     f = lf.Linearizer(lf.coupling_flow(4, 2, (8,), actnorm=True), lf.TimeLowRank(4, 1, time_features=4, hidden=4))
     one_step = lf.generator(f, steps=3)
     noise = 5 + torch.randn(8, 4)
@@ -180,7 +180,7 @@ def test_a_sampler_starts_nothing() -> None:
 
 
 @pytest.mark.parametrize("write", [lambda flag: flag.fill_(False), lambda flag: flag.data.fill_(False)])
-def test_the_buffer_alone_says_whether_it_waits(write: Callable[[Tensor], Tensor]) -> None:
+def test_only_the_buffer_decides_whether_it_waits(write: Callable[[Tensor], Tensor]) -> None:
     g = lf.ActNorm(3)
     g(torch.randn(16, 3))
     write(g.initialized)
@@ -188,7 +188,7 @@ def test_the_buffer_alone_says_whether_it_waits(write: Callable[[Tensor], Tensor
     assert float(g.bias.detach().mean()) < -4
 
 
-def test_a_gpu_is_asked_once_and_again_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_read_once_and_again_after_a_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linfast.flows.actnorm.read_at_once", lambda tensor: False)
     g, x = lf.ActNorm(3), 5 + torch.randn(64, 3)
     g(x)
@@ -276,7 +276,7 @@ AVERAGED = {
 def test_averages_of_buffers_too_keep_their_weights(name: str, started: bool) -> None:
     g = lf.coupling_flow(3, 2, (8,), actnorm=True)
     average = AveragedModel(g, use_buffers=True, **AVERAGED[name])
-    if not started:  # what is averaged next has weights, and the average had none
+    if not started:  # the next averaged model has weights, and the average had none
         average.update_parameters(g)
     for _ in range(3):
         g(3 * torch.randn(64, 3) + 2)
@@ -302,7 +302,7 @@ def _saved(g: nn.Module, path: Path) -> Path:
     return path
 
 
-def test_what_is_compiled_starts_again_once_a_new_state_is_loaded() -> None:
+def test_a_compiled_model_initialises_again_after_a_new_state_is_loaded() -> None:
     g = lf.Flow([lf.ActNorm(3)])
     new = copy.deepcopy(g.state_dict())
     compiled = torch.compile(g, fullgraph=True, backend="eager")

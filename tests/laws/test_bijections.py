@@ -1,4 +1,4 @@
-"""The laws of every bijection: inverse both ways, log-dets, gradients, edges."""
+"""The laws of every bijection: inverses in both directions, log-determinants, gradients, edge cases."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_strides_do_not_matter(name: str) -> None:
 
 
 def _hostile(value: torch.Tensor) -> list[torch.Tensor]:
-    """The same values every other element of a NaN-filled row, and with the batch innermost."""
+    """The same values as every other element of rows filled with NaN, and with the batch innermost."""
     padded = torch.full((*value.shape[:-1], 2 * value.shape[-1]), float("nan"), dtype=value.dtype)
     padded[..., ::2] = value
     return [padded[..., ::2], value.movedim(0, -1).contiguous().movedim(-1, 0)]
@@ -127,7 +127,7 @@ def test_default_bound_survives_last_layers_scaled_by_six(depth: int) -> None:
     with torch.no_grad():
         for layer in g.bijections:
             last = layer.conditioner.layers[-1]
-            last.reset_parameters()  # ours start at zero, which no factor makes worse
+            last.reset_parameters()  # ours start at zero, which a factor does not change
             for parameter in last.parameters():
                 parameter.mul_(6)
     x = torch.randn(256, 64)
@@ -150,6 +150,6 @@ def test_autocast_keeps_scale_and_log_det_in_fp32(name: str) -> None:
         z, log_det = g.forward_and_log_det(x)
         back = g.inverse(z)
     assert log_det.dtype == torch.float32
-    # The conditioners run in bf16, in both directions alike; what they feed is undone exactly.
+    # The conditioners run in bf16, identically in both directions, so that the couplings invert exactly.
     assert relative(back, x) < 64 * torch.finfo(torch.bfloat16).eps
     assert relative(z, g(x)) < 4 * torch.finfo(torch.bfloat16).eps

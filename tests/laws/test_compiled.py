@@ -1,6 +1,6 @@
-"""Every bijection and Linearizer under torch.compile(fullgraph=True): both ways, with and without log_det, trained.
+"""Every bijection and Linearizer under torch.compile(fullgraph=True): both directions, log_det or not, training.
 
-What is compiled runs the kernels; outputs and gradients are those of eager, within a few roundings.
+Compiled code runs the kernels; its outputs and gradients equal those of eager code, within a few roundings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.ops.op_cases import gradients_of
 
 BATCH = 3
 SHORT = ("affine-odd-first", "actnorm", "mix-free", "permute", "flow-timed")
-# One of each kind, for the long run; the others differ in options.
+# One of each kind, for the long run; others only differ in options.
 KINDS = (*SHORT, "additive", "mix-lu", "householder", "inverse", "squeeze", "image-flow-even")
 
 
@@ -67,10 +67,10 @@ def _linearizer(A: lf.LatentOperator, g_y: bool = False) -> lf.Linearizer:
     return lf.Linearizer(lf.coupling_flow(6, 1, (8,)), A, lf.coupling_flow(6, 1, (8,)) if g_y else None)
 
 
-# name -> (model, what is passed beside x)
+# name -> (model, keywords beside x)
 CONDITIONED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "a time": (lambda: _conditional(time_features=4), {"t": 0.3}),
-    "a time a sample": (lambda: _conditional(time_features=4), {"t": torch.linspace(0, 1, BATCH)}),
+    "a time per sample": (lambda: _conditional(time_features=4), {"t": torch.linspace(0, 1, BATCH)}),
     "a context": (lambda: _conditional(context_features=4), {"context": torch.ones(BATCH, 4)}),
     "a time and a context": (
         lambda: _conditional(time_features=4, context_features=4),
@@ -82,7 +82,7 @@ CONDITIONED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "LowRank": (lambda: _linearizer(operators_zoo.low_rank(1.3, 6, 2)), {}),
     "DepthwiseConv": (lambda: _linearizer(lf.DepthwiseConv(1, 3, (2, 3))), {}),
     "TimeLowRank": (lambda: _linearizer(lf.TimeLowRank(6, 2, 1.0, 4, 8)), {"t": 0.3}),
-    "TimeLowRank, a time a sample": (
+    "TimeLowRank, a time per sample": (
         lambda: _linearizer(lf.TimeLowRank(6, 2, 1.0, 4, 8)),
         {"t": torch.linspace(0, 1, BATCH)},
     ),
@@ -91,7 +91,7 @@ CONDITIONED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 }
 
 
-CONDITIONED_SHORT = ("a time a sample", "Dense")
+CONDITIONED_SHORT = ("a time per sample", "Dense")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Wrong input to flows: a clear error that names the argument, before any work."""
+"""Wrong inputs to flows raise a clear error that names the argument, before any work."""
 
 from __future__ import annotations
 

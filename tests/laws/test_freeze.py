@@ -1,4 +1,4 @@
-"""freeze: derived weights once inside the block, gradients right all the same, nothing left after it."""
+"""freeze: derived weights are computed once inside the block, gradients are right, and nothing is left after it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def g() -> lf.Flow:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """The direction of each W or W^-1 formed from here on."""
+    """Records the direction of each W or W^-1 that is formed from here on."""
     seen: list[bool] = []
     real = lf.Mix._wide_weight
     monkeypatch.setattr(lf.Mix, "_wide_weight", lambda self, inverse: seen.append(inverse) or real(self, inverse))
@@ -73,7 +73,7 @@ def test_gradients_are_those_without_a_freeze(g: lf.Flow, computed: list[bool]) 
     expected = gradients()
     with lf.freeze(g):
         with torch.no_grad():
-            g.inverse(x)  # kept, and not to be used below
+            g.inverse(x)  # kept, but must not be used below
         got = gradients()
         got_again = gradients()
     for a, b, c in zip(got, got_again, expected, strict=True):
@@ -82,14 +82,14 @@ def test_gradients_are_those_without_a_freeze(g: lf.Flow, computed: list[bool]) 
     assert len(computed) == 2 * 4
 
 
-def test_gradients_to_x_alone_use_what_is_kept(g: lf.Flow, computed: list[bool]) -> None:
+def test_gradients_of_x_only_use_the_kept_weights(g: lf.Flow, computed: list[bool]) -> None:
     g.requires_grad_(False)
     x = torch.randn(3, 4, requires_grad=True)
     expected = torch.autograd.grad(g.inverse(x).pow(3).sum(), x)
     computed.clear()
     with lf.freeze(g):
         with torch.inference_mode():
-            g.inverse(torch.randn(3, 4))  # what it leaves must be fit for autograd
+            g.inverse(torch.randn(3, 4))  # the tensors that it keeps must work with autograd
         got = torch.autograd.grad(g.inverse(x).pow(3).sum(), x)
     assert torch.equal(got[0], expected[0])
     assert len(computed) == 2
@@ -116,7 +116,7 @@ def test_only_the_given_model_is_frozen(g: lf.Flow, computed: list[bool]) -> Non
     with torch.no_grad(), lf.freeze(g.bijections[2]):
         for _ in range(2):
             other(torch.randn(2, 4))
-            g(torch.randn(2, 4))  # of its two mixes one is frozen
+            g(torch.randn(2, 4))  # one of its two mixes is frozen
     assert len(computed) == 2 + 1 + 2
     with pytest.raises(TypeError, match=r"model must be a .*Module; got int"), lf.freeze(3):  # type: ignore[arg-type]
         pass
@@ -176,7 +176,7 @@ class _Inverse(torch.nn.Module):
         return self.g.inverse(z)
 
 
-def test_derived_keeps_one_value_a_key() -> None:
+def test_derived_keeps_one_value_per_key() -> None:
     mix, other = lf.Mix(2), lf.Mix(2)
     values = iter(range(9))
     with torch.no_grad():
@@ -186,8 +186,8 @@ def test_derived_keeps_one_value_a_key() -> None:
             assert [derived(module, key, lambda: next(values)) for module, key in keys] == [2, 3, 4, 2, 4]
 
 
-def test_a_frozen_call_asks_once_for_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Walking the layers takes most of a small call's time on the host; another mode is asked for anew."""
+def test_a_frozen_call_decides_its_path_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walking the layers takes most of the host time of a small call; another mode is decided anew."""
     f = perturb(lf.Linearizer(lf.coupling_flow(6, 2, (8,)), lf.Dense(6)))
     x, asked = torch.randn(3, 6), []
     stack_of = match.stack_of

@@ -1,4 +1,4 @@
-"""Folded rows of layers, and couplings that take one along: the same flow, where nothing else should run."""
+"""Folded layers, and couplings that include them, give the same flow; nothing is folded where it should not be."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _conditioner(n_in: int, n_out: int) -> nn.Module:
 
 
 class _PerPosition(nn.Module):
-    """tanh of a matrix over channels: vectors and images alike."""
+    """tanh of a matrix product over channels, for vectors and images."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ FLOWS: dict[str, Callable[[], lf.Flow]] = {
 
 
 def _plain(monkeypatch: pytest.MonkeyPatch, fold: bool) -> None:
-    """Fold, or not, in plain torch and at any dtype."""
+    """Fold in plain torch and any dtype, or do not fold."""
     monkeypatch.setattr(match, "uses_triton", lambda *_: fold)
     monkeypatch.setattr(match, "stack_of", lambda *_: "folding is tested")
 
 
 def _count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Layers of each segment that runs from here on."""
+    """Records the layers of each segment that runs from here on."""
     seen: list[int] = []
     real = match.match
 

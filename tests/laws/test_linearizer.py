@@ -32,12 +32,12 @@ def over(A: lf.LatentOperator, dtype: torch.dtype) -> lf.Linearizer:
 
 
 def allowed(A: lf.LatentOperator, dtype: torch.dtype) -> float:
-    """Issue 2's bounds at depth 8 (f is two flows of depth 4), and what A's own conditioning allows."""
+    """The bounds of issue 2 at depth 8 (f is two flows of depth 4), times the conditioning of A."""
     return {torch.float64: 1e-12, torch.float32: 1e-5}[dtype] * max(1.0, zoo.condition(A) / 20)
 
 
 def superposition(f: lf.Linearizer, u: Tensor, v: Tensor) -> float:
-    """How far f(a (.) u (+) b (.) v) is from a (.) f(u) (+) b (.) f(v), relative."""
+    """The relative distance of f(a (.) u (+) b (.) v) from a (.) f(u) (+) b (.) f(v)."""
     a, b = 0.7, -1.3
     X, Y = f.space_x, f.space_y
     return relative(f(X.add(X.scale(a, u), X.scale(b, v))), Y.add(Y.scale(a, f(u)), Y.scale(b, f(v))))
@@ -53,7 +53,7 @@ def test_is_linear_in_the_induced_spaces(dtype: torch.dtype, depth: int, shared:
     u, v = torch.randn(2, 64, 64, dtype=dtype)
     limit = 1e-12 if dtype == torch.float64 else 3e-5 if depth == 32 else 1e-5
     assert superposition(f, u, v) <= limit
-    assert relative(f(u + v), f(u) + f(v)) > 1e-3  # and not in the ordinary ones
+    assert relative(f(u + v), f(u) + f(v)) > 1e-3  # and not in the ordinary spaces
 
 
 @every_operator

@@ -1,4 +1,4 @@
-"""What a Linearizer refuses and how it says so; image latents; empty batches; torch.compile."""
+"""The errors of a Linearizer; image latents; empty batches; torch.compile."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def test_equal_weights_are_not_one_space() -> None:
         lf.Linearizer(f.g_x, f.A, h.g_x) + f
 
 
-# Errors, each before any work.
+# Errors, which are raised before any work.
 
 
 class Untouchable(nn.Module):
-    """A g that must not be asked anything."""
+    """A g that must not be called."""
 
     def forward(self, x: Tensor) -> Tensor:
         raise AssertionError("g was applied before the check")
@@ -133,7 +133,7 @@ class Untouchable(nn.Module):
 
 @pytest.mark.parametrize("A", [zoo.deficient(8, 8, 3), zoo.diagonal(1.0, 0.0), lf.Projection(4), zoo.dense(5, 9),
                                lf.LowRank(0.0, torch.ones(4, 1), torch.ones(4, 1))])  # fmt: skip
-def test_a_singular_operator_asked_for_its_inverse_names_pinv(A: lf.LatentOperator) -> None:
+def test_the_inverse_of_a_singular_operator_raises_and_names_pinv(A: lf.LatentOperator) -> None:
     f = lf.Linearizer(Untouchable(), A)
     with pytest.raises(ValueError, match="pinv"):
         f.inverse(torch.zeros(2, A.n_out))

@@ -1,4 +1,4 @@
-"""Laws of every operator: it is its matrix, views are live, snapshots are not, both are differentiable."""
+"""Laws of every operator: it equals its matrix, views are live, snapshots are not, both are differentiable."""
 
 from __future__ import annotations
 
@@ -104,11 +104,11 @@ def test_views_are_live(name: str) -> None:
         x = z if view.n_in == A.n_in else w
         size = truth.norm() * x.norm() + dense.norm() ** 2 * x.norm()
         assert zoo.distance(view(x), rows(truth, x), size) <= zoo.bound(A, torch.float64)
-        assert name == "projection" or relative(view(x), old) > 1e-3  # which moves by rounding only
+        assert name == "projection" or relative(view(x), old) > 1e-3  # which changes only by rounding
 
 
 def _snapshots(A: LatentOperator) -> dict[str, Callable[[], Tensor]]:
-    """Each snapshot, as the matrix it stands for."""
+    """Each snapshot, as its matrix."""
     taken: dict[str, object] = {"pinv": A.pinv(), "svd": A.svd()}
     if A.n_out == A.n_in:
         taken |= {"power 0": A**0, "power 1": A**1, "power 3": A**3}
@@ -128,7 +128,7 @@ def test_snapshots_stay(name: str) -> None:
 
 
 class Asked(nn.Module):
-    """question(A) as a module, so that it can be asked with other parameters."""
+    """question(A) as a module, so that it can be evaluated with other parameters."""
 
     def __init__(self, A: LatentOperator, question: Callable[[LatentOperator], Tensor]) -> None:
         super().__init__()

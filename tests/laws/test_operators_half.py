@@ -1,4 +1,4 @@
-"""Decompositions of operators in half precision: taken in fp32, given in the operator's dtype."""
+"""Decompositions of operators in half precision are computed in fp32 and returned in the operator's dtype."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAKE = {
 
 
 def made(name: str, dtype: torch.dtype) -> tuple[LatentOperator, LatentOperator]:
-    """In half precision, and the same numbers in float64."""
+    """The operator in half precision, and the same numbers in float64."""
     torch.manual_seed(0)
     narrow = MAKE[name]().to(dtype)
     torch.manual_seed(0)

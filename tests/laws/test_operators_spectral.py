@@ -1,4 +1,4 @@
-"""inverse, pinv, svd, eig, norm, rank and ** of every operator, held to those of its float64 matrix."""
+"""inverse, pinv, svd, eig, norm, rank and ** of every operator, compared with those of its float64 matrix."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_pinv_of_samples_of_which_some_lose_alpha() -> None:
 
 
 def _all_singular_values(A: LatentOperator) -> Tensor:
-    """Those of ``A.svd()`` and the rest, together and descending."""
+    """All singular values in descending order: those of ``A.svd()`` and the others."""
     svd = A.svd()
     others = min(A.n_out, A.n_in) - svd.S.shape[-1]
     rest = torch.as_tensor(svd.rest, dtype=svd.S.dtype).detach().abs().expand(*svd.S.shape[:-1], others)
@@ -148,7 +148,7 @@ def test_eig_solves(name: str, dtype: torch.dtype) -> None:
     assert zoo.distance(vectors.abs().square().sum(-2), torch.ones_like(values.real), 1.0) <= allowed
     rest = 0.0 if eig.rest is None else float(eig.rest)
     others = A.n_in - values.shape[-1]
-    for k in range(1, 5):  # the sums of their powers tell eigenvalues apart
+    for k in range(1, 5):  # the sums of their powers determine the eigenvalues
         total, truth = values.pow(k).sum(-1) + others * rest**k, torch.linalg.matrix_power(dense, k)
         error = (total - truth.diagonal(dim1=-2, dim2=-1).sum(-1)).detach().abs().max()
         assert float(error) <= k * allowed * float(dense.norm()) ** k

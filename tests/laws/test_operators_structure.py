@@ -1,4 +1,4 @@
-"""The algebra keeps structure: what is closed stays of its kind, and LowRank never makes an n x n matrix."""
+"""The algebra keeps structure: closed operations keep their kind, and LowRank never forms an n x n matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGE = 4096
 
 
 class NothingAsLargeAs(TorchDispatchMode):
-    """Raises when any operation makes a tensor of this many elements or more."""
+    """Raises when an operation creates a tensor of this many elements or more."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""collapse: one product is every step, in whatever form it is kept; its inverse, gradients and recompression."""
+"""collapse: one product equals all steps, in every form; its inverse, gradients and recompression."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _small(kind: type, n: int, rank: int, alpha: float = 0.3) -> LatentOperator:
 
 
 def _by_hand(A: LatentOperator, z: Tensor, steps: int, method: str, stop: float | None = None) -> Tensor:
-    """The four schemes as textbooks write them."""
+    """The four schemes, written as in textbooks."""
     count, h = (steps - 1, 1 / steps) if stop is None else (steps, stop / steps)
 
     def v(z: Tensor, t: float) -> Tensor:
@@ -101,7 +101,7 @@ def test_float32_products_keep_100_db(n: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("method", "times"), [("euler", 6), ("midpoint", 12), ("heun", 7), ("rk4", 13)])
 def test_factored_while_cheaper_and_shared_times_once(method: str, times: int) -> None:
-    """Six steps look at this many distinct times; a factored product costs 2 N R, a dense one N^2."""
+    """Six steps use this many distinct times; a factored product costs 2 N R, a dense one N^2."""
     width = 2 * times
     B = lf.collapse(lf.TimeLowRank(2 * width + 1, 2), 7, method)
     assert isinstance(B, lf.LowRank)
@@ -113,10 +113,8 @@ def test_factored_while_cheaper_and_shared_times_once(method: str, times: int) -
 @pytest.mark.parametrize("n", [64, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tol", [None, 0.1])
-def test_what_is_collapsed_holds_tensors_of_its_own(
-    kind: type, n: int, dtype: torch.dtype, tol: float | None
-) -> None:
-    """Row by row in memory that nothing else is in: as their copy from a file lies."""
+def test_a_collapsed_operator_owns_its_tensors(kind: type, n: int, dtype: torch.dtype, tol: float | None) -> None:
+    """The tensors are contiguous and share memory with nothing else, like a copy loaded from a file."""
     B = lf.collapse(kind(n, 1, time_features=4, hidden=4).to(dtype), 3, tol=tol)
     for tensor in B.buffers():
         assert tensor.stride() == torch.empty(tensor.shape).stride()
@@ -179,10 +177,10 @@ def test_tol_is_kept_and_reported(n: int, steps: int, tol: float) -> None:
         exact, less = lf.collapse(A, steps), lf.collapse(A, steps, tol=tol)
         found = relative(less.to_dense(), exact.to_dense())
         assert isinstance(less, lf.LowRank)
-        assert tol >= found  # a truncation comes as near as it may: no rounding, and no margin to measure
+        assert tol >= found  # a truncation may use its whole tolerance: this is not a margin of rounding
         assert abs(found - less.truncation_error) < 0.01 * found + 1e-14
         assert exact.truncation_error == 0
-        # One column fewer would not do: the best of that rank is worse than tol.
+        # One column fewer would not suffice: the best approximation of that rank exceeds tol.
         A_part = exact.to_dense() - less.alpha * torch.eye(n, dtype=torch.float64)
         left = torch.linalg.svdvals(A_part)[less.U.shape[1] - 1 :].norm() / exact.to_dense().norm()
         assert float(left) > tol

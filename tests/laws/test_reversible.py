@@ -1,4 +1,4 @@
-"""Backward by inversion: the gradients of the stored graph, whatever the state the steps ran in."""
+"""Backward by inversion gives the gradients of the stored graph, whatever the state in which the steps ran."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS = ("forward_and_log_det", "inverse_and_log_det")
 
 
 class Dropped(nn.Module):
-    """A conditioner that drops half of its hidden units, whatever the mode it is built in."""
+    """A conditioner that drops half of its hidden units, in any mode."""
 
     def __init__(self, n_in: int, n_out: int, width: int = 16) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def _unet_flow() -> lf.Flow:
 def gradients(
     g: lf.Bijection, x: Tensor, method: str = METHODS[0], mode: str = "store", wanted: list[Tensor] | None = None
 ) -> list[Tensor | None]:
-    """Of a fixed sum of z and log_det, with respect to x and every parameter (or to ``wanted``)."""
+    """Gradients of a fixed sum of z and log_det with respect to x and every parameter (or to ``wanted``)."""
     g.memory = mode
     x = x.detach().requires_grad_()
     z, log_det = getattr(g, method)(x)
@@ -137,7 +137,7 @@ def test_dropout_is_replayed_and_the_generator_left_alone(method: str, kind: str
     for mode in ("store", "invert"):
         torch.manual_seed(seeded(3))
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a mask that is not replayed strays
+            warnings.simplefilter("error")  # a mask that is not replayed gives other values
             found[mode] = gradients(g, x, method, mode)
         after[mode] = torch.rand(3)
     assert same(found["invert"], found["store"])
@@ -300,7 +300,7 @@ def test_unknown_mode() -> None:
 
 
 def test_steps_of_any_modules() -> None:
-    """As the reference repository's blocks would come: a module, its forward and its inverse."""
+    """Steps in the form of the research repository's blocks: a module, its forward and its inverse."""
     blocks = [lf.AffineCoupling(Dropped(3, 6), 6) for _ in range(3)]
     steps = [
         Step.of(

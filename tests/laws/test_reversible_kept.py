@@ -1,4 +1,4 @@
-"""What is kept from one call to the next, and what is frozen in between: the gradients of the stored graph."""
+"""Tensors kept between calls, and parameters frozen in between, have the gradients of the stored graph."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Exponential(lf.Bijection):
-    """y = exp(W) x, whose exp(W) it keeps where it is told to: what a call with no graph has made, too."""
+    """y = exp(W) x, which keeps exp(W) on request, even if a call without a graph computed it."""
 
     def __init__(self, keeps: bool = True) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Exponential(lf.Bijection):
 
 
 class KeptByTheInverse(Exponential):
-    """Keeps what its inverse made, as a cache of factors does."""
+    """Keeps a tensor that its inverse computed, like a cache of factors."""
 
     def _transform(self, x: Tensor, context: Any, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
         self.keeps = inverse
@@ -64,7 +64,7 @@ def cleared(g: lf.Flow) -> None:
 
 
 class Made(nn.Module):
-    """A slice of weights that one network makes for all conditioners, once a step."""
+    """A slice of weights that one network computes for all conditioners, once per step."""
 
     def __init__(self, make: nn.Module, box: dict[str, Tensor], i: int) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def loss(g: lf.Flow, both: bool = False) -> Tensor:
 
 
 def learned(build: Callable[[], lf.Flow], mode: str, step: Callable[[lf.Flow], None]) -> list[Tensor | None]:
-    """The gradients of two steps, each a backward."""
+    """The gradients of two steps, with one backward each."""
     torch.manual_seed(seeded(2))
     g, found = build().double(), []
     g.memory = mode
@@ -134,7 +134,7 @@ def test_what_a_layer_keeps_has_its_gradient(
     assert same(learned(build, mode, step), learned(build, "store", step))
 
 
-def test_what_is_kept_in_the_backward_alone_has_its_gradient() -> None:
+def test_tensors_kept_only_in_the_backward_have_their_gradients() -> None:
     def step(g: lf.Flow) -> None:
         value = loss(g)
         with parametrize.cached():
@@ -163,7 +163,7 @@ def test_what_is_kept_only_in_a_later_backward_has_its_gradient(mode: str) -> No
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("read_after", [False, True])
 def test_auto_stores_weights_that_are_made_once_for_all_layers(both: bool, read_after: bool) -> None:
-    """Not inverted and stored at once: they have one graph, which goes with the first backward through it."""
+    """Stored at once and not inverted: they share one graph, which the first backward through it frees."""
 
     def gradients(mode: str) -> list[Tensor | None]:
         torch.manual_seed(seeded(2))
@@ -201,7 +201,7 @@ def test_auto_and_torchs_cache_of_parametrizations(inside: bool) -> None:
 
 
 def test_an_attribute_that_each_call_rewrites_is_not_kept() -> None:
-    """As weight norm by hooks does: what the last call left is not read by the next."""
+    """As weight norm by hooks does: the next call does not read what the last one left."""
 
     def build() -> lf.Flow:
         nets = [torch.nn.utils.weight_norm(nn.Linear(3, 6)) for _ in range(3)]
@@ -217,13 +217,13 @@ def test_an_attribute_that_each_call_rewrites_is_not_kept() -> None:
 @pytest.mark.parametrize("mode", ["auto", "invert"])
 @pytest.mark.parametrize("build", [orthogonal, lambda: exponentials(keeps=False)])
 def test_what_is_frozen_after_the_forward_gets_no_gradient(mode: str, build: Callable[[], lf.Flow]) -> None:
-    """An alternating step: what comes before the flow learns through it all the same."""
+    """In alternating training the modules before the flow still get gradients through it."""
 
     def gradients(mode: str, frozen: Callable[[lf.Flow], nn.Module]) -> list[Tensor | None]:
         torch.manual_seed(seeded(2))
         g, first = build().double(), nn.Linear(6, 6).double()
         g.memory = mode
-        for module in (nn.Module(), frozen(g)):  # once more, when it is known to keep nothing
+        for module in (nn.Module(), frozen(g)):  # again, when it is known to keep nothing
             g.zero_grad()
             value = g(first(torch.linspace(-1, 1, 54, dtype=torch.float64).view(9, 6))).sin().square().sum()
             module.requires_grad_(False)
@@ -235,7 +235,7 @@ def test_what_is_frozen_after_the_forward_gets_no_gradient(mode: str, build: Cal
 
 
 def test_a_gradient_inside_the_first_layer_is_not_from_outside() -> None:
-    """A conditioner that is an energy's gradient by what it is given, or by a copy where that needs none."""
+    """A conditioner that is the gradient of an energy with respect to its input, or to a copy that needs none."""
 
     class Force(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a conditioner reads from outside, or writes: "auto" learns what "store" learns, "invert" that or nothing."""
+"""A conditioner reads or writes outside tensors: "auto" trains like "store", and "invert" does too or raises."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 class Net(nn.Module):
-    """Two layers, with a function of one's choice between them."""
+    """Two layers, with a given function between them."""
 
     def __init__(self, between: Change | None = None) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ def flow(between: Callable[[], Change | None], depth: int = 4) -> lf.Flow:
 
 
 class Model:
-    """A flow of six features, what it reads from outside, and what is done before each call.
+    """A flow of six features, the tensors it reads from outside, and the work before each call.
 
     Args:
         extra: tensors whose gradients are compared too.
-        before: called on x; makes what is read.
-        loss: of what a call leaves behind.
+        before: called on x; makes the tensors that are read.
+        loss: of the tensors that a call leaves behind.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ def _only_once_it_needs_a_gradient() -> Model:
 
 READS = {
     "an embedding": _embedding,
-    "a value a row, of x": _of_each_row,
+    "a value per row, of x": _of_each_row,
     "a prompt": _prompt,
     "a module in a list": _module_in_a_list,
     "attributes": _attribute,
@@ -139,7 +139,7 @@ READS = {
 
 
 class Renorm(nn.Module):
-    """Subtracts a running mean that the call itself has moved."""
+    """Subtracts a running mean that the same call has updated."""
 
     mean: Tensor
 
@@ -153,7 +153,7 @@ class Renorm(nn.Module):
 
 
 class Replaced(Renorm):
-    """The same, with another tensor in its place at every call."""
+    """The same, but every call replaces the tensor."""
 
     def forward(self, h: Tensor) -> Tensor:
         self.mean = self.mean.lerp(h.detach().mean(0), 0.5)
@@ -194,7 +194,7 @@ def _shared_net() -> Model:
 
 
 def _hooked_layers() -> Model:
-    """They are undone as a whole, by their inverse and their forward."""
+    """Layers with hooks are inverted as a whole, by their inverse and their forward."""
     model = _normed(parametrizations.spectral_norm)()
     for layer in model.g.bijections:
         layer.register_forward_hook(lambda module, args, out: None)
@@ -228,7 +228,7 @@ REPEATS = {
 
 
 def learned(build: Callable[[], Model], mode: str, method: str) -> list[Tensor | None]:
-    """Two calls' gradients of everything, and what their buffers hold afterwards."""
+    """The gradients of two calls with respect to everything, and the buffers afterwards."""
     torch.manual_seed(seeded(2))
     model = build()
     model.g.memory = mode
@@ -272,7 +272,7 @@ def test_invert_refuses_what_reads_from_outside(name: str, method: str) -> None:
 def test_what_is_written_and_rewritten_is_as_it_was(name: str, method: str, mode: str) -> None:
     expected = learned(REPEATS[name], "store", method)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # nothing strays, and nothing is stored
+        warnings.simplefilter("error", RuntimeWarning)  # no drift, and nothing is stored
         assert same(learned(REPEATS[name], mode, method), expected)
 
 

@@ -19,7 +19,7 @@ SPACES = {
 COUNT = 16
 every_space = pytest.mark.parametrize("name", SPACES)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}  # issue 2's bounds on linearity
+LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5}  # bounds on linearity, from issue 2
 
 
 def build(name: str, dtype: torch.dtype, count: int = 3) -> tuple[lf.InducedSpace, Tensor]:
@@ -57,7 +57,7 @@ def test_scaling_distributes(name: str, dtype: torch.dtype) -> None:
 
 
 @every_space
-def test_a_factor_is_a_number_a_tensor_or_one_a_row(name: str) -> None:
+def test_a_factor_is_a_number_a_tensor_or_one_per_row(name: str) -> None:
     V, (u, v, _) = build(name, torch.float32)
     factors = torch.linspace(-1, 2, COUNT, dtype=torch.float64)
     a_row, row_by_row = V.scale(factors, u), [V.scale(float(a), u[i : i + 1]) for i, a in enumerate(factors)]

@@ -1,4 +1,4 @@
-"""TimeDepthwiseConv: one operator a time, however the time is given; near the identity at first."""
+"""TimeDepthwiseConv: one operator per time, in whatever form the time is given; near the identity at first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TimeLowRank: one operator a time, however the time is given, alone and inside composites."""
+"""TimeLowRank: one operator per time, in whatever form the time is given, alone and inside composites."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_integers_are_times() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_factors_are_one_pair_a_time(count: int) -> None:
+def test_factors_are_one_pair_per_time(count: int) -> None:
     A_t, times = _timed(), torch.linspace(0.0, 1.0, count, dtype=torch.float64)
     alpha, U, V, weights = A_t.factors_at(times)
     assert alpha == A_t.alpha

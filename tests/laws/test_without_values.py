@@ -1,4 +1,4 @@
-"""Shapes without values: on the meta device and in torch's FakeTensorMode nothing is read from a tensor."""
+"""Shapes without values: on the meta device and in torch's FakeTensorMode no tensor is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every bijection that the laws are held to, and the helpers the law tests share."""
+"""Every bijection that the laws check, and helpers that the law tests share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.seeds import seeded
 
 
 def perturb(module: nn.Module, std: float = 0.05, seed: int = 0) -> nn.Module:
-    """Add std * randn to every parameter: default initialisations are full of zeros."""
+    """Add std * randn to every parameter, because default initialisations contain many zeros."""
     generator = torch.Generator().manual_seed(seeded(seed))
     with torch.no_grad():
         for parameter in module.parameters():

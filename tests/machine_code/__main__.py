@@ -5,8 +5,8 @@
     python -m tests.machine_code --only coupling_stack --target sm_90
     python -m tests.machine_code --write               keeps the table in docs/machine_code.md
 
-A line a variant: its largest error over what rounding may cost, that output's error and allowance, and what the
-sanitizers said. A process a target. It needs the folder ../shared/tools/ptx, beside the checkout or in LINFAST_PTX.
+Prints one line per variant: its largest error over its allowance, that output's error and allowance, and what the
+sanitizers report. One process per target. Needs the folder ../shared/tools/ptx beside the checkout, or LINFAST_PTX.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tests.machine_code.target import CAPABILITIES, as_on_gpu, emulator, folder
 
-NOT_THERE = 77  # the exit status where the folder is not there
+NOT_THERE = 77  # the exit status where the folder is missing
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "machine_code.md"
 
 
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_target(target: str, options: argparse.Namespace) -> int:
-    """One target's variants in this process, a line each as it is done; the exit status."""
+    """Run one target's variants in this process, with one line for each; returns the exit status."""
     launch, settings = emulator("launch"), emulator("numerics").settings
     from tests.machine_code.cases import all_cases
     from tests.machine_code.check import checked
@@ -66,7 +66,7 @@ def run_target(target: str, options: argparse.Namespace) -> int:
 
 
 def run_targets(targets: Sequence[str], arguments: Sequence[str], write: bool) -> int:
-    """A process a target, all at once; the exit status."""
+    """Run one process per target, all at once; returns the exit status."""
     with tempfile.TemporaryDirectory() as temporary:
         files = [Path(temporary, f"{target}.json") for target in targets]
         command = [sys.executable, "-m", "tests.machine_code", *arguments]

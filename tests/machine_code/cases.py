@@ -1,4 +1,4 @@
-"""What runs on machine code: of every op some sizes with odd edges."""
+"""The cases that run on machine code: for every op some sizes with odd edges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["all_cases"]
 
 
 def all_cases() -> list[Case]:
-    """Of every op."""
+    """The cases of all ops."""
     parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers)
     return [case for part in parts for case in part()]
 
@@ -100,7 +100,7 @@ def _norms() -> Iterator[Case]:
         def norm(x: Tensor, *parameters: Tensor, groups: int = groups) -> Outputs:
             return [ops.group_norm_silu(x, groups, *parameters)]
 
-        # Of one element to a group y does not depend on x; its terms are 1 / sqrt(eps) times y's.
+        # With one element per group y does not depend on x; its terms are 1 / sqrt(eps) times those of y.
         cancels = 1e-5**-0.5 if shape == (9, 7) else 1.0
         yield Case("group_norm_silu", f"{shape} groups {groups}", inputs, norm, groups in (2, 7), cancels=cancels)
 

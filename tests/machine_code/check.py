@@ -1,4 +1,4 @@
-"""One variant on machine code: outputs and gradients against float64, within what rounding may cost."""
+"""Compares one variant on machine code with float64: outputs and gradients, within the allowance for rounding."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.machine_code.variants import DTYPES, Variant
 
 __all__ = ["Result", "checked", "exact", "outputs_and_gradients", "values_of"]
 
-_NOTHING = 2.0**-40  # a gradient this much smaller than the largest is zero, and float64's noise
+_NOTHING = 2.0**-40  # a gradient this much smaller than the largest is zero up to the rounding of float64
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a variant came to: each output's and then each gradient's error and allowance, and what was reported."""
+    """The result of a variant: error and allowance of each output and then each gradient, and the reports."""
 
     op: str
     name: str
@@ -63,7 +63,7 @@ def checked(variant: Variant, launch: Any) -> Result:
         with lf.backend("triton"), launch.poisoned():
             got = outputs_and_gradients(variant)
         errors, allowed = _compared(variant, values_of(variant), got)
-    except Exception as error:  # a crash is a finding as well, and the rest still runs
+    except Exception as error:  # a crash is a finding as well, and the other variants still run
         reports.append(f"{type(error).__name__}: {str(error)[:1000]}")
     reports += launch.STATISTICS.faults[faults:]
     reports += [f"note: {text}" for text in launch.STATISTICS.notes - notes]
@@ -74,18 +74,18 @@ def checked(variant: Variant, launch: Any) -> Result:
 
 
 def outputs_and_gradients(variant: Variant, values: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """What the op returns on the backend in force, and the gradients of its inputs for random cotangents."""
+    """The op's outputs on the current backend, and the gradients of its inputs for random cotangents."""
     return _outputs(variant, variant.case.call, _cast(variant, values_of(variant) if values is None else values))
 
 
 def values_of(variant: Variant) -> list[Tensor]:
-    """fp32, the same at every call."""
+    """The inputs in fp32, the same at every call."""
     torch.manual_seed(zlib.crc32(variant.case.label.encode()))
     return variant.case.inputs()
 
 
 def exact(variant: Variant, values: Sequence[Tensor]) -> tuple[list[Tensor], float]:
-    """The same in float64, in plain torch, with zeros for what is only its noise; the norm of the largest."""
+    """The same in float64, in plain torch, with zeros where there is only rounding; the norm of the largest."""
     call = _in_fp32(variant.case.call) if variant.case.x_alone else variant.case.call
     with plain_torch():
         truth = _outputs(variant, call, [_leaf(v.detach().double()) for v in _cast(variant, values)], "exact")
@@ -94,7 +94,7 @@ def exact(variant: Variant, values: Sequence[Tensor]) -> tuple[list[Tensor], flo
 
 
 def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Each error and its allowance."""
+    """Each output's error and its allowance."""
     call = _in_fp32(variant.case.call) if variant.case.x_alone else variant.case.call
     truth, size = exact(variant, values)
     n_outputs = len(truth) - len(values)
@@ -107,7 +107,7 @@ def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tupl
         )
 
     allowed = allowances(torch.bfloat16)
-    if variant.dtype == "fp16" and variant.mode:  # products of gradients are bf16's even there
+    if variant.dtype == "fp16" and variant.mode:  # products of gradients use bf16 even there
         allowed = [*allowances(torch.float16)[:n_outputs], *allowed[n_outputs:]]
     assert [t.shape for t in got] == [t.shape for t in truth]
     left = size * variant.case.cancels
@@ -118,7 +118,7 @@ def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tupl
 
 
 def _in_fp32(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The same with everything between x and y in fp32 at least, as the kernel has it."""
+    """The same with everything between x and y in at least fp32, as in the kernel."""
 
     def run(x: Tensor, *rest: Tensor, **options: Any) -> list[Tensor]:
         y, *others = call(x.to(torch.promote_types(x.dtype, torch.float32)), *rest, **options)
@@ -137,7 +137,7 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def _outputs(variant: Variant, call: Callable[..., Any], inputs: list[Tensor], mode: str = "") -> list[Tensor]:
-    """What ``call`` returns, and a gradient of every input for fixed random cotangents."""
+    """The outputs of ``call``, and the gradient of every input for fixed random cotangents."""
     options = variant.options | ({"precision": mode} if mode and variant.mode else {})
     outputs = [o for o in call(*inputs, **options) if o is not None]
     generator = torch.Generator().manual_seed(1)

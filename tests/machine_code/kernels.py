@@ -1,4 +1,4 @@
-"""Which kernels there are: @triton.jit functions that no other one calls, by what the sources say."""
+"""Lists the kernels: @triton.jit functions that no other one calls, found in the sources."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``python -m pytest -p tests.machine_code.plugin tests/ops/...``: kernel tests on machine code, not interpreted.
+"""``python -m pytest -p tests.machine_code.plugin tests/ops/...`` runs kernel tests on machine code.
 
-PTX_CAPABILITY is 80 or 90, PTX_CACHE a folder for what was compiled; what the emulator reports fails the test.
+PTX_CAPABILITY is 80 or 90, PTX_CACHE a folder for compiled code; a report of the emulator fails the test.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _STACK = pytest.StashKey[contextlib.ExitStack]()
 
 
 def pytest_collection(session: pytest.Session) -> None:
-    """After tests/conftest.py, before any test is imported."""
+    """Runs after tests/conftest.py and before any test is imported."""
     stack = session.config.stash[_STACK] = contextlib.ExitStack()
     stack.enter_context(_launch.installed(capability=_CAPABILITY))
     stack.enter_context(as_on_gpu(f"sm_{_CAPABILITY}"))
-    # A test that asks for no mode compares with a CPU's fp32 convolution; by torch's default a GPU's would be tf32.
+    # A test that sets no mode compares with fp32 convolutions of the CPU; torch's default on a GPU is tf32.
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
@@ -34,7 +34,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Lanes that store other last bits of one value are a fault: which of them stays is not defined."""
+    """Lanes that store different last bits of one value are a fault: which of them remains is not defined."""
     before = _launch.STATISTICS.notes.copy()
     yield
     spoken = _launch.STATISTICS.notes - before

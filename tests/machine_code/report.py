@@ -1,4 +1,4 @@
-"""What a run on machine code came to, as a table and as docs/machine_code.md."""
+"""The results of a run on machine code, as a table and as docs/machine_code.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HEADINGS = ("op", "mode", "direction", "target", "variants", "fp32", "fp16", "b
 
 
 def _rows(results: Results) -> list[tuple[str, ...]]:
-    """Of each op, mode, direction and target: the largest error over its allowance by dtype, how many failed."""
+    """For each op, mode, direction and target: the largest error over its allowance by dtype, and failures."""
     groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
     for target, found in results.items():
         for each in found:
@@ -33,7 +33,7 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
 
 
 def table(results: Results) -> str:
-    """In aligned columns."""
+    """The table in aligned columns."""
     return aligned([_HEADINGS, *_rows(results)], numeric=4, rule=True)
 
 
@@ -50,9 +50,10 @@ def document(results: Results, arguments: Sequence[str]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (_HEADINGS, ("---",) * len(_HEADINGS), *_rows(results))]
     return f"""# The kernels' machine code
 
-Each op's PTX for sm_80 and sm_90, as Triton compiles it, run on a CPU against float64 with sanitizers for memory,
-unwritten memory and races. Entries are the largest error of an output or gradient over what rounding may cost it
-([testing.md](testing.md)), by dtype of the input; above 1 it fails. A report of a sanitizer fails too.
+The PTX of each op for sm_80 and sm_90, as Triton compiles it, runs on a CPU and is compared with float64.
+Sanitizers report accesses outside tensors, reads of unwritten memory and races. An entry is the largest error of an
+output or gradient divided by its allowance for rounding ([testing.md](testing.md)), by dtype of the input. An entry
+above 1 is a failure, and so is a report of a sanitizer.
 
 `python -m tests.machine_code {shlex.join(arguments)}`
 
@@ -60,7 +61,7 @@ Commit {about["commit"]}, {about["date"]}, {about["device"]}, {versions}.
 
 {chr(10).join(lines)}
 
-{chr(10).join(["Failed:", "", *failures]) if failures else "Nothing failed and nothing was reported."}
+{chr(10).join(["Failed:", "", *failures]) if failures else "Nothing failed, and no sanitizer reported anything."}
 """
 
 

@@ -1,7 +1,7 @@
-"""What makes the launchers pass CPU tensors as a GPU would pass its own, and what runs the machine code.
+"""Makes the launchers pass CPU tensors as a GPU would pass its own, and runs the machine code.
 
 ``../shared/tools/ptx`` runs the PTX that Triton compiles for a GPU on CPU tensors, with sanitizers. It is beside
-the checkout, or where LINFAST_PTX says; it is no part of the project, and nothing else needs it.
+the checkout, or in LINFAST_PTX; it is not part of the project, and nothing else needs it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHECKOUT = Path(__file__).parent.parent.parent
 
 
 def folder() -> Path | None:
-    """The folder that holds the package ``ptx``; None where there is none."""
+    """The folder that contains the package ``ptx``; None where there is none."""
     given = os.environ.get("LINFAST_PTX")
     place = Path(given) if given else _CHECKOUT.parent / "shared" / "tools"
     return place if (place / "ptx" / "launch.py").exists() else None
@@ -41,14 +41,14 @@ def emulator(name: str) -> Any:
     place = folder()
     if place is None:
         raise FileNotFoundError("ptx is neither in ../shared/tools beside the checkout nor where LINFAST_PTX says")
-    # Triton's own functions are for the interpreter or for the compiler from when it is imported.
+    # At its import Triton decides whether its functions are for the interpreter or for the compiler.
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
 
     if not isinstance(triton.language.zeros, triton.JITFunction):
         raise RuntimeError("Triton was imported to interpret kernels: run machine code in a Python of its own")
     triton.knobs.runtime.interpret = False
-    os.environ["TRITON_INTERPRET"] = "1"  # what linfast.dispatch takes for "kernels run on CPU tensors"
+    os.environ["TRITON_INTERPRET"] = "1"  # linfast.dispatch takes this for "kernels run on CPU tensors"
     if str(place) not in sys.path:
         sys.path.append(str(place))
     return importlib.import_module(f"ptx.{name}")
@@ -56,7 +56,7 @@ def emulator(name: str) -> Any:
 
 @contextlib.contextmanager
 def as_on_gpu(target: str) -> Iterator[None]:
-    """Inside the block launchers choose for CPU tensors what they choose for that GPU's."""
+    """Inside the block launchers choose for CPU tensors what they would choose for tensors on that GPU."""
     choices: dict[str, Any] = {
         "linfast.precision.interpreting": lambda: False,
         "linfast.kernels.stack_configs._target": _constant(target),
@@ -73,9 +73,9 @@ def as_on_gpu(target: str) -> Iterator[None]:
 
 
 def _or_nonsense(array: Any) -> Any:
-    """``Batch.array`` that takes a register which nothing wrote for nonsense, as ``Batch.merge`` does.
+    """``Batch.array`` that treats an unwritten register as nonsense, as ``Batch.merge`` does.
 
-    LLVM packs a half that is defined with one that is not, and reads the first back: only the emulator fails.
+    LLVM packs a defined half with an undefined one, and reads only the first back: only the emulator would fail.
     sm_80, _coupling_stack_kernel, bf16 x, a dense map, "high":
 
         mov.b32  {%rs10, %rs11}, %r10;

@@ -22,7 +22,7 @@ from tests.ops.budget import COMPILED
 
 ROOT = Path(__file__).parent.parent.parent
 
-# Where launchers ask what a CPU tensor cannot answer; all but the guard, the index's check and what
+# The places where launchers query the GPU, which a CPU tensor lacks; all but the guard, the index's check and what
 # StackPass.part_dtype is given are in as_on_gpu.
 ASKS_FOR_A_GPU = {
     ("launch", "device_guard"), ("latent_matmul", "_check_index"), ("mlp", "activation_form"),
@@ -52,7 +52,7 @@ def test_every_mode_direction_and_dtype_is_run() -> None:
 
 @pytest.mark.skipif(COMPILED, reason="records what the interpreter would launch")
 def test_the_short_run_launches_every_kernel_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches are recorded and not made."""
+    """Launches are recorded and do not run."""
     launched: dict[str, set[str]] = {}
     for variant in variants(all_cases(), smoke=True):
 
@@ -66,7 +66,7 @@ def test_the_short_run_launches_every_kernel_in_every_dtype(monkeypatch: pytest.
 
 
 def test_launchers_ask_for_a_gpu_where_it_is_known() -> None:
-    """Another place would run on machine code as on a CPU, and not as on a GPU."""
+    """Code that queries the GPU elsewhere would run on machine code as on a CPU, and not as on a GPU."""
     found = set()
     for path in SOURCES.glob("*.py"):
         for function in ast.walk(ast.parse(path.read_text())):

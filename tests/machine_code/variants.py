@@ -1,7 +1,7 @@
-"""A case of an op, and the dtypes, modes and directions it is run in.
+"""A case of an op, and the dtypes, modes and directions in which it runs.
 
 An op of linfast.ops is found by its name there, its modes and directions by its parameters: a new one without a
-case is missed by ``uncovered`` and not by nobody.
+case is reported by ``uncovered``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Case:
 
     Args:
         op: its name in linfast.ops.
-        label: what tells it from the op's other cases.
+        label: distinguishes it from the op's other cases.
         inputs: fresh random fp32 tensors, x first; all are differentiated.
         call: (*inputs, and ``inverse`` and ``precision`` where the op has them) -> outputs.
         smoke: whether it is in the short run.
-        x_alone: weights stay fp32 beside a half-precision x, and so does what lies between; else all are cast.
+        x_alone: weights and intermediate values stay fp32 beside a half-precision x; else all are cast.
         cancels: a gradient that is zero is a difference of terms that many times as large as the largest output.
     """
 
@@ -69,7 +69,7 @@ def _parameters(op: str) -> frozenset[str]:
 
 
 def variants(cases: Sequence[Case], smoke: bool) -> Iterator[Variant]:
-    """Every dtype, mode and direction of the cases; of the short run's only "fast" where x is 16 bits wide."""
+    """Every dtype, mode and direction of the cases; in the short run only "fast" where x is 16 bits wide."""
     for case in cases:
         has = _parameters(case.op)
         for dtype in DTYPES if case.smoke or not smoke else ():

@@ -35,7 +35,7 @@ def linearizer(
 
 
 class Map(nn.Module):
-    """What save knows nothing of: x to f(x) + constant."""
+    """x to f(x) + constant: a module that ``save`` does not support."""
 
     gain = 1.0
 

@@ -1,4 +1,4 @@
-"""The demo, quick: its files, its table, its claims that hold at any quality, its errors."""
+"""The quick demo: its files, its table, its claims that hold at any quality, and its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.marks import long
 
 @pytest.fixture(scope="module", params=[10, *long(1)])
 def quick(request: pytest.FixtureRequest, tmp_path_factory) -> tuple[str, object]:
-    """What the quick demo printed and the folder it wrote; of its training steps a tenth, or all."""
+    """The output and the folder of the quick demo, with a tenth of its training steps or all of them."""
     out = tmp_path_factory.mktemp("demo")
     printed = io.StringIO()
     model, steps = commands._QUICK

@@ -1,7 +1,7 @@
-"""How much Python a call costs: the functions of linfast that f(x) calls at depth 8, counted on a CPU and on a GPU.
+"""The Python cost of a call: linfast's functions that f(x) calls at depth 8, counted on a CPU and on a GPU.
 
 The GPU is the stand-in of tests/static/record.py, with the real launchers and Triton's real launch path. Triton's
-interpreter has no launch path, so everything is counted in a process of its own.
+interpreter has no launch path, so everything is counted in a separate process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.static import child
 from tests.static.record import on
 
 _ROOTS = tuple(f"{folder.resolve()}/" for folder in (Path(lf.__file__).parent, Path(stack_configs.__file__).parent))
-# The Python calls of linfast's own functions that a call may make.
+# The number of calls of linfast's Python functions that a call may make.
 BOUNDS = {
     "cpu, frozen": 60,
     "cpu, unfrozen": 250,
@@ -65,7 +65,7 @@ def calls_of(work: Callable[[], Any]) -> Counter[str]:
 
 @contextlib.contextmanager
 def _on_gpu() -> Iterator[list[Any]]:
-    """A GPU that runs nothing. What stands in for a function of linfast counts as that function does."""
+    """A GPU that runs nothing. A stand-in for a function of linfast counts like that function."""
 
     def answers(module: Any, value: str) -> Any:
         return eval(compile(f"lambda *_: {value}", module.__file__, "eval"))
@@ -86,7 +86,7 @@ def _two() -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
 
 
 def counted() -> dict[str, Counter[str]]:
-    """Each case's calls."""
+    """The number of calls in each case."""
     found = {}
     x = torch.randn(64, 64)
     for name, f in _two():

@@ -79,7 +79,7 @@ def test_expanded_tensors_stay_expanded(tmp_path) -> None:
         assert [t.stride() for t in A.state_dict().values()] == [t.stride() for t in B.state_dict().values()]
 
 
-def test_modes_and_what_is_trained_come_back(tmp_path) -> None:
+def test_modes_and_requires_grad_are_restored(tmp_path) -> None:
     f = lf.image_flow(1, 8, 2, 4, conditioner="unet", unet_options={"blocks": 1, "dropout": 0.5})
     perturb(f).eval()
     f.bijections[1].requires_grad_(False)
@@ -114,7 +114,7 @@ def _leaf(*shape: int) -> torch.Tensor:
 
 
 def _tied() -> lf.LatentOperator:
-    """One tensor twice, and once more without its gradient."""
+    """One tensor twice, and again without its gradient."""
     numbers = _leaf(4)
     return lf.Diagonal(4, numbers) @ lf.Diagonal(4, numbers) @ lf.Diagonal(4, numbers.detach())
 

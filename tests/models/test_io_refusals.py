@@ -1,4 +1,4 @@
-"""What load refuses before it computes anything, and what save refuses before it writes."""
+"""The files that load refuses before it computes anything, and the models that save refuses before it writes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _nested(n: int) -> str:
 
 @pytest.fixture
 def _little_memory() -> Iterator[None]:
-    """A few GiB more than are taken: what allocates before it looks is seen."""
+    """Limit memory to a few GiB more than are in use, so that code that allocates before it checks fails."""
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (taken + (3 << 30), limits[1]))
@@ -264,7 +264,7 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 @register
 class _Settings(nn.Module):
-    """What a constructor may keep beside its arguments."""
+    """Attributes that a constructor may keep beside its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,8 +346,8 @@ def test_strides_in_a_file_take_no_more_memory_than_narrow_gaps_do(tmp_path: Pat
         assert torch.equal(loaded, weight[:1].expand(2, 2) if strides[0] == 0 else weight)
 
 
-def test_a_refusal_leaves_torch_as_it_was() -> None:
-    """Wherever in a constructor the limit is reached, the blocks that it is in (torch.no_grad's) end."""
+def test_a_refusal_does_not_change_torch() -> None:
+    """Wherever in a constructor the limit is reached, the enclosing blocks (such as torch.no_grad) end."""
     for calls in range(40):
         with pytest.raises(_Refused, match="far more tensors"), _CallLimit(calls):
             lf.UNet(4, 8, resolution=8, width=4)

@@ -1,7 +1,7 @@
-"""How many launches an unfrozen model takes on a GPU: what torch and linfast launch, counted on a CPU.
+"""The number of launches of an unfrozen model on a GPU, by torch and by linfast, counted on a CPU.
 
-Every operation of torch that computes is a launch, torch.cat one per 128 tensors; views and allocations are none.
-Inside linfast's ops the same holds, and every kernel[grid] is one.
+Every computing operation of torch is a launch, and torch.cat is one per 128 tensors; views and allocations are not.
+Inside linfast's ops the same holds, and every kernel[grid] is a launch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(COMPILED, reason="counts what the interpreter la
 
 
 class Launches(TorchDispatchMode):
-    """The launches of the block, by name."""
+    """Records the names of the launches in the block."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def _calls() -> dict[str, Callable[[Tensor], Tensor]]:
 def test_an_unfrozen_call_is_four_launches_at_most(name: str, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     call, x = _calls()[name], torch.randn(B, D)
     with lf.backend("triton"), torch.set_grad_enabled(grad):
-        call(x)  # the tables of these shapes are built
+        call(x)  # the first call builds the tables for these shapes
         with Launches(monkeypatch) as launches:
             call(x)
     assert len(launches.names) <= 4, launches.names

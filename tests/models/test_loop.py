@@ -1,4 +1,4 @@
-"""In plain torch a flow's MLP couplings run in one loop, which gives what the layers give one by one."""
+"""In plain torch a flow's MLP couplings run in one loop, which gives the results of the layers one by one."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def _one_by_one(g: lf.Flow, x: Tensor, context: dict[str, Any], inverse: bool) -
 
 
 def _alike(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal but for the order of sums and vectorised functions' last bits: a few roundings of the dtype."""
+    """Equal up to the order of sums and the last bits of vectorised functions: a few roundings of the dtype."""
     return bool(relative(ours.double(), theirs.double()) < 4 * torch.finfo(ours.dtype).eps)
 
 
 def _loops(g: lf.Flow, x: Tensor, context: dict[str, Any]) -> int:
-    """How many couplings run in loops."""
+    """The number of couplings that run in loops."""
     launch = match(g.bijections, x, context, False, False)
     return sum(len(segment.layers) for segment in launch.segments if isinstance(segment, Couplings))
 
@@ -120,7 +120,7 @@ def _patched(g: lf.Flow) -> None:
 def test_layers_with_code_of_their_own_run_it(change: Callable[[lf.Flow], None]) -> None:
     g, x = _flow(), torch.randn(B, D)
     before = copy.deepcopy(g)
-    g(x)  # what was recognised now no longer holds
+    g(x)  # the recognised couplings no longer hold
     change(g)
     with lf.backend("reference"):
         assert _loops(g, x, {}) == 2
@@ -175,7 +175,7 @@ def test_two_kinds_of_input_in_turn() -> None:
             assert _alike(h(x, **context), _one_by_one(h, x, context, False)[0])
 
 
-def test_what_is_recognised_is_let_go_with_the_flow() -> None:
+def test_recognised_couplings_are_freed_with_the_flow() -> None:
     g = _flow()
     with lf.backend("reference"):
         g(torch.randn(B, D))

@@ -16,11 +16,11 @@ from tests.laws.zoo import perturb
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget
 
-D, B = 7, 40  # rows: a tile of 32, and a part of one
+D, B = 7, 40  # rows: a tile of 32 and a part of another
 
 
 def _flow(depth: int = 2, **options: object) -> lf.Flow:
-    # Weights near 1: the fp16 that stands in for bf16 in the interpreter's products has few digits far below.
+    # Weights near 1: in the interpreter fp16 stands in for bf16, and is inaccurate for small numbers.
     flow = perturb(lf.coupling_flow(D, depth, **{"hidden": (16, 16), **options}), 0.15)  # type: ignore[arg-type]
     if options.get("actnorm"):
         flow(2 + 3 * torch.randn(64, D), **({"t": 0.3} if "time_features" in options else {}))
@@ -112,7 +112,7 @@ def _parametrized(flow: lf.Flow) -> None:
 
 
 @pytest.mark.parametrize("change", [_subclassed, _hooked, _parametrized])
-def test_what_runs_code_of_its_own_is_left_to_run_it(change: Callable[[lf.Flow], None]) -> None:
+def test_layers_with_custom_code_run_it(change: Callable[[lf.Flow], None]) -> None:
     flow, x = _flow(), torch.randn(B, D, device=DEVICE)
     change(flow)
     with lf.backend("triton"):
@@ -132,7 +132,7 @@ def test_hook_of_a_conditioner_runs() -> None:
 def test_per_sample_time_runs_layer_by_layer() -> None:
     flow, x, t = _flow(time_features=8), torch.randn(B, D, device=DEVICE), torch.rand(B, device=DEVICE)
     with lf.backend("triton"):
-        assert "input of its own" in str(match(flow.bijections, x, {"t": t}, False, False).why)  # type: ignore[arg-type]
+        assert "separate input per sample" in str(match(flow.bijections, x, {"t": t}, False, False).why)  # type: ignore[arg-type]
         y = flow(x, t=t)
     assert torch.allclose(y, flow(x, t=t), atol=1e-5)
 
@@ -193,7 +193,7 @@ def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("every", [2, *long(10)])
 def test_training_with_every_way_to_write_a_weight_follows_the_reference(every: int) -> None:
-    """AdamW(fused=True), writes through .data and load_state_dict: packed weights are never stale."""
+    """AdamW(fused=True), writes through .data and load_state_dict: packed weights are never out of date."""
 
     def losses(backend: str) -> list[float]:
         torch.manual_seed(0)

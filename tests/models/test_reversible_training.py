@@ -24,7 +24,7 @@ STEPS = 50
 
 
 def _allocated(call: Callable[[], object]) -> tuple[int, int]:
-    """(bytes of tensors left at the end of a call whose result is alive, the most there were)."""
+    """(bytes of tensors at the end of a call whose result is alive, the maximum during the call)."""
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
         result = call()
     del result
@@ -129,7 +129,7 @@ def test_under_capture_the_guard_reports_at_the_next_eager_call(monkeypatch: pyt
     guard.report(x, names)
     capturing[0] = True
     assert not guard.strayed(strayed, kept, 1e-5, names)
-    assert not guard.strayed(kept[:, :-1], kept, 1e-5, names)  # a later replay that is right hides nothing
+    assert not guard.strayed(kept[:, :-1], kept, 1e-5, names)  # a later replay that is right does not hide it
     capturing[0] = False
     with pytest.warns(RuntimeWarning, match="captured CUDA graph.*strayed at b"):
         guard.report(x, names)
@@ -140,7 +140,7 @@ def test_under_capture_the_guard_reports_at_the_next_eager_call(monkeypatch: pyt
 
 
 def _losses(mode: str) -> list[float]:
-    """Of STEPS steps of two micro-batches: dropout, bf16 autocast, fused AdamW, accumulated gradients."""
+    """Losses of STEPS steps of two micro-batches: dropout, bf16 autocast, fused AdamW, accumulated gradients."""
     torch.manual_seed(0)
     layers = [lf.AffineCoupling(Dropped(4, 8), 8, ("first", "second")[i % 2]) for i in range(4)]
     model = DistributedDataParallel(_NegativeLogLikelihood(lf.Flow([lf.ActNorm(8), *layers], memory=mode)))

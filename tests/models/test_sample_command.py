@@ -1,4 +1,4 @@
-"""``linfast sample``: what it refuses to replace, and how it goes on."""
+"""``linfast sample``: which files it refuses to replace, and how it resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _interrupted_at_block_2(self: stream._Source, index: int) -> torch.Tensor:
     return _NOISE(self, index)
 
 
-def test_files_are_replaced_by_leave_alone(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_files_are_replaced_only_on_request(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     out, record = tmp_path / "x.npy", tmp_path / "x.npy.json"
     assert _sample(model, out) == 0
     first = out.read_bytes()
@@ -113,7 +113,7 @@ def test_a_link_is_not_replaced(model: Path, tmp_path: Path, capsys) -> None:
     assert (tmp_path / "x.npy").is_symlink()
 
 
-def test_an_interrupted_overwrite_goes_on(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_an_interrupted_overwrite_resumes(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     out, other = tmp_path / "x.npy", tmp_path / "other.npy"
     assert _sample(model, out) == _sample(model, other, "--seed", "1") == 0
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""sample and invert through a flow: there, step by step, in one step, and back again."""
+"""sample and invert through a flow: sampling step by step and in one step, and inversion."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_invert_undoes_sample() -> None:
 
 
 def test_inverting_in_float32_is_as_good_as_its_latents() -> None:
-    """B is inverted and applied in float64: the noise is that of the float64 model, rounded once."""
+    """B is inverted and applied in float64, so that the noise is that of the float64 model, rounded once."""
     f = lf.Linearizer(lf.Flow([], features=256), lf.TimeLowRank(256, 1))
     noise = torch.randn(8, 256)
     data = lf.sample(f.double(), noise.double(), 100).float()
@@ -71,7 +71,7 @@ def test_inverting_in_float32_is_as_good_as_its_latents() -> None:
 
 
 def test_sampling_to_the_end() -> None:
-    """With stop=1 the last euler step is the prediction itself: of rank r, and so without an inverse."""
+    """With stop=1 the last Euler step is the prediction itself, which has rank r and so no inverse."""
     f, noise = _model(), torch.randn(4, 8, dtype=torch.float64)
     many = lf.sample(f, noise, 10, "euler", one_step=False, stop=1.0)
     assert relative(lf.sample(f, noise, 10, "euler", stop=1.0), many) < 1e-10

@@ -1,4 +1,4 @@
-"""sample_stream goes on with a file of the same model only."""
+"""sample_stream resumes only a file of the same model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _hooked(by: float) -> lf.Linearizer:
 
 @lf.io.register
 class _Registered(nn.Module):
-    """What save knows by its constructor's argument."""
+    """A registered class, which ``save`` stores by its constructor's argument."""
 
     def __init__(self, scale: object = 1.0) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def _send_fingerprint(sender: Any) -> None:
 
 
 def test_a_model_is_the_same_in_another_process() -> None:
-    """Where strings have other hashes, and objects lie elsewhere."""
+    """Another process has other hashes of strings and other addresses."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=_send_fingerprint, args=(sender,))
     process.start()

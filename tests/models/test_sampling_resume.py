@@ -1,4 +1,4 @@
-"""sample_stream goes on one run at a time, believes no damaged record, and loses nothing that was there."""
+"""sample_stream resumes in one run at a time, refuses damaged records, and loses no existing file."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_run_that_was_killed_before_its_first_commit_is_gone_on_with(tmp_path:
 
 @pytest.mark.parametrize("written", [0, 40, None])
 def test_a_run_that_was_killed_while_it_made_its_file_is_started_again(written: int | None, tmp_path: Path) -> None:
-    """Killed before it had its size, and before it had its header."""
+    """It was killed before the file had its size, and before it had its header."""
     f, path = linearizer(), tmp_path / "x.npy"
     rows = streamed(f, path)
     whole = path.stat().st_size
@@ -108,7 +108,7 @@ def test_a_run_that_was_killed_while_it_made_its_file_is_started_again(written: 
     assert np.array_equal(streamed(f, path), rows)
 
 
-# What is there and is no file of ours.
+# Existing files that are not ours.
 
 
 def _link(target: Path, path: Path) -> None:
@@ -148,7 +148,7 @@ def test_another_partial_file_is_not_written_to(name: str, tmp_path: Path) -> No
 
 
 def _read_only(patch: pytest.MonkeyPatch) -> None:
-    """As on a disk that is mounted to read: root is not stopped by permissions."""
+    """As on a disk that is mounted read-only: permissions do not stop root."""
     open_, error = os.open, OSError(errno.EROFS, "Read-only file system")
 
     def opened(path: Any, flags: int, *rest: Any, **named: Any) -> int:
@@ -186,7 +186,7 @@ def test_a_complete_file_on_a_read_only_disk_is_read(tmp_path: Path, monkeypatch
 
 
 def _held(path: Path, ready: Any, done: Any) -> None:
-    """A process that writes to the file, until it is told to end."""
+    """A process that writes to the file until it is stopped."""
 
     def wait(x: Tensor) -> Tensor:
         if os.path.exists(f"{path}.json"):  # past the probe
@@ -247,7 +247,7 @@ def test_a_second_thread_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_was_replaced_meanwhile_is_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both files removed and another run started: its record is its own."""
+    """Both files are removed and another run is started, whose record is not overwritten."""
     f, path, record = linearizer(), tmp_path / "x.npy", tmp_path / "x.npy.json"
     commit = outputs.NpyFile.commit
 

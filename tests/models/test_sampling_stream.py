@@ -68,7 +68,7 @@ def test_rows_are_samples_of_a_seed() -> None:
     noise = np.concatenate(list(lf.sample_stream(torch.nn.Identity(), 20000, 3000, noise_shape=(2,))))
     assert np.abs(noise.mean(0)).max() < 0.03
     assert np.abs(np.cov(noise.T) - np.eye(2)).max() < 0.05
-    # Each row is what the one-step generator makes of that row's noise.
+    # Each row is the one-step generator's output for that row's noise.
     given = torch.cat(list(lf.sample_stream(torch.nn.Identity(), 100, 100, noise_shape=(N,), block_size=512)))
     torch.testing.assert_close(torch.from_numpy(rows[:100]), lf.sample(f, given, 5), rtol=1e-4, atol=1e-5)
 
@@ -97,7 +97,7 @@ class _Stopped(Exception):
 
 
 def _stop_after(monkeypatch, blocks: int) -> None:
-    """Let this many blocks be written, then stop as an interruption would: between a write and its commit."""
+    """Let this many blocks be written, then stop like an interruption between a write and its commit."""
     write, written = outputs.NpyFile.write, []
 
     def counted(self, start, rows):
@@ -332,7 +332,7 @@ def test_bad_calls(call, error: type[Exception], match: str) -> None:
 
 
 def _out_of(kind: str, tmp_path: Path) -> np.ndarray | torch.Tensor:
-    """Something [20, N] in memory."""
+    """An array or tensor [20, N] in memory."""
     zeros = np.zeros((20, N), np.float32)
     if kind == "a read-only map":
         np.save(tmp_path / "m.npy", zeros)
@@ -391,7 +391,7 @@ def test_what_cannot_be_written_to_is_refused(kind: str, why: str, tmp_path: Pat
         "a tensor's columns first",
     ],
 )
-def test_an_array_may_lie_in_memory_as_it_likes(kind: str, tmp_path: Path) -> None:
+def test_an_array_may_have_any_memory_layout(kind: str, tmp_path: Path) -> None:
     f, out = torch.nn.Tanh(), _out_of(kind, tmp_path)
     assert _stream(f, out, 20, noise_shape=(N,)) is out
     assert np.array_equal(np.asarray(out), _rows(f, 20, noise_shape=(N,)))
@@ -421,7 +421,9 @@ class _Returns(torch.nn.Module):
         (lambda x: x.to("meta"), TypeError, "returned .* on meta"),
     ],
 )
-def test_what_is_no_sample_a_row_is_refused(change, error: type[Exception], match: str, tmp_path: Path) -> None:
+def test_outputs_other_than_a_sample_per_row_are_refused(
+    change, error: type[Exception], match: str, tmp_path: Path
+) -> None:
     for out in (tmp_path / "x.npy", np.zeros((20, N), np.float32), None):
         with pytest.raises(error, match=match):
             list(_stream(_Returns(change), out, 20, noise_shape=(N,)))

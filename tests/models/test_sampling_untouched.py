@@ -1,4 +1,4 @@
-"""Samplers leave the caller's model as it is at every moment: modes, tensors and hooks, in one thread or many."""
+"""Samplers never change the caller's model: modes, tensors and hooks, in one thread or many."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = {"steps": 4, "method": "euler"}
 
 
 class Noisy(nn.Module):
-    """An additive coupling whose shift has dropout and a batch norm, called under a name of its own too."""
+    """An additive coupling whose shift has dropout and a batch norm, and is also called by a bound method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Noisy(nn.Module):
 
 
 class Undecided(nn.Module):
-    """Its own code asks for the mode."""
+    """A module whose code depends on the mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + x.mean(0) if self.training else x
@@ -62,7 +62,7 @@ def _model(g: Callable[[], nn.Module] = Noisy) -> lf.Linearizer:
 
 
 def _state(f: nn.Module) -> list[Any]:
-    """All that a call could leave changed."""
+    """Everything that a call could change."""
     modes = [(id(module), type(module), module.training) for module in f.modules()]
     tensors = [
         (name, id(value), value.dtype, value.requires_grad, value.detach().clone())
@@ -115,7 +115,7 @@ def test_a_generator_has_the_modes_and_the_flows_of_its_linearizer() -> None:
 
 
 class DroppingA(lf.TimeLowRank):
-    """Factors by networks with dropout."""
+    """Factors computed by networks with dropout."""
 
     def __init__(self) -> None:
         super().__init__(N, 1, time_features=4, hidden=8)
@@ -137,7 +137,7 @@ def test_an_operator_is_collapsed_as_in_eval_mode() -> None:
 
 
 def _watched(f: lf.Linearizer, seen: list[bool], error: Exception | None = None) -> None:
-    """Whenever a network of A's is called, compare the caller's model with what it was."""
+    """Compare the caller's model with its earlier state whenever a network of A is called."""
     before = _state(f)
     (of,) = (part for part in f.A.modules() if isinstance(part, lf.TimeLowRank))
 
@@ -186,7 +186,7 @@ def test_a_script_is_in_eval_mode_too() -> None:
 
 @pytest.mark.parametrize("train", [False, True])
 def test_a_lazy_model_is_refused_and_stays_lazy(train: bool) -> None:
-    """In eval mode too: its first call, a sampler's, would give it its tensors."""
+    """In eval mode too, since its first call, in a sampler, would create its tensors."""
 
     def coupled() -> lf.Linearizer:
         layers = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(N))
@@ -207,7 +207,7 @@ def test_a_lazy_model_is_refused_and_stays_lazy(train: bool) -> None:
     assert all(map(nn.parameter.is_lazy, f.g_x.parameters()))
 
 
-def test_what_cannot_be_copied_is_refused_in_train_mode_alone() -> None:
+def test_a_model_that_cannot_be_copied_is_refused_only_in_train_mode() -> None:
     f = lf.Linearizer(lf.coupling_flow(N, 2, (8,)), lf.Dense(N))
     f.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"work on a copy of the Linearizer, in eval mode.*lock"):

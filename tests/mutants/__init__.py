@@ -1,4 +1,4 @@
-"""Mutants: the code broken one way at a time, to show what the tests see. Run ``python -m tests.mutants``."""
+"""Mutants: changes that break the code, to show that tests fail on them. Run ``python -m tests.mutants``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""``python -m tests.mutants [NAME ...]``: break the code one way at a time and say which test sees it.
+"""``python -m tests.mutants [NAME ...]``: break the code in one way at a time and report which test fails.
 
-Fails where more than three mutants are unseen, where one no longer applies, and where the tests are
-not green without any.
+Fails where more than three mutants survive, where one no longer applies, and where the tests do
+not pass without mutants.
 """
 
 from __future__ import annotations

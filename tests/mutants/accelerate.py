@@ -1,4 +1,4 @@
-"""Mutants of accelerate: what is recognised, the check before a swap, adapters, rebuilding and graphs."""
+"""Mutants of accelerate: recognition, the check before a swap, adapters, rebuilding and graphs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MUTANTS = (
         file="linfast/accelerate/verify.py",
         old="gradients = torch.autograd.grad(total, wanted, allow_unused=True) if differentiable else ()",
         new="gradients = ()",
-        breaks="A module is swapped for one that trains otherwise.",
+        breaks="A module is swapped for one that trains differently.",
         tests=(f"{_SWAP}::test_wrong_gradients_are_seen",),
     ),
     Mutant(
@@ -63,7 +63,7 @@ MUTANTS = (
         file="linfast/accelerate/libraries/nflows.py",
         old="return torch.sigmoid(raw + 2) + _FLOOR",
         new="return torch.sigmoid(raw + 2)",
-        breaks="The plain form's scale is a thousandth short.",
+        breaks="The plain form's scale is too small by 0.001.",
         tests=(_KEPT,),
     ),
     Mutant(
@@ -72,23 +72,23 @@ MUTANTS = (
         old="mode, half = mode_on(target_of(x), resolve_precision(x, precision)), half_dtype(x)",
         new="mode, half = mode_on(target_of(x), resolve_precision(x, None)), half_dtype(x)",
         breaks="accelerate(precision=...) changes nothing.",
-        tests=(f"{_WHOLE}::test_the_precision_asked_for_reaches_the_launch",),
+        tests=(f"{_WHOLE}::test_the_requested_precision_reaches_the_launch",),
     ),
     Mutant(
         name="invert: a chain's inverse has its steps in the forward's order",
         file="linfast/accelerate/chain.py",
         old="steps[::-1] if inverse else steps",
         new="steps",
-        breaks="A library's chain is undone first step first.",
-        tests=(f"{_INVERT}::test_chains_give_what_they_gave",),
+        breaks="A library's chain is inverted starting with its first step.",
+        tests=(f"{_INVERT}::test_chains_give_the_same_results",),
     ),
     Mutant(
         name="recall: the kept half's gradient through the conditioner is lost",
         file="linfast/accelerate/evaluate_once.py",
         old="return None, None, *found",
         new="return None, None, None, *found[1:]",
-        breaks="dx lacks what comes through the conditioner in a rebuilt chain.",
-        tests=(f"{_INVERT}::test_chains_give_what_they_gave",),
+        breaks="dx lacks the gradient through the conditioner in a rebuilt chain.",
+        tests=(f"{_INVERT}::test_chains_give_the_same_results",),
     ),
     Mutant(
         name="recall: a net's calls are recalled in the order they were made",
@@ -96,7 +96,7 @@ MUTANTS = (
         old="        if len(fitting) > 1:",
         new="        if False:",
         breaks="A net that both sides of a coupling share gives each the other's parameters.",
-        tests=("tests/accelerate/test_invert_changed.py::test_each_call_is_recalled_for_what_it_was_given",),
+        tests=("tests/accelerate/test_invert_changed.py::test_each_recalled_call_matches_its_arguments",),
     ),
     Mutant(
         name="graph: the caller is given the graph's own output",
@@ -107,19 +107,19 @@ MUTANTS = (
         tests=(f"{_CAPTURE}::test_outputs_are_the_callers",),
     ),
     Mutant(
-        name="graph: what a freeze around the capture keeps gets in",
+        name="graph: weights kept by a freeze around the capture are used",
         file="linfast/cuda_graph.py",
         old="stack.enter_context(thawed())",
         new="pass",
-        breaks="The graph reads derived weights that the freeze lets go of.",
+        breaks="The graph reads derived weights that the freeze frees.",
         tests=(f"{_CAPTURE}::test_a_timed_provider_keeps_what_it_reads",),
     ),
     Mutant(
-        name="graph: autocast's casts of weights get in",
+        name="graph: autocast's casts of weights are used",
         file="linfast/cuda_graph.py",
         old="torch.set_autocast_cache_enabled(False)",
         new="pass",
-        breaks="The graph reads casts that autocast lets go of.",
+        breaks="The graph reads casts that autocast frees.",
         tests=(f"{_CAPTURE}::test_a_timed_provider_keeps_what_it_reads",),
     ),
     Mutant(
@@ -147,7 +147,7 @@ MUTANTS = (
         tests=(f"{_VERIFY}::test_a_wrong_kernel_is_left_alone_where_the_original_runs_it_too",),
     ),
     Mutant(
-        name="verify: torch's settings of products stay",
+        name="verify: torch's settings of products are not changed",
         file="linfast/accelerate/verify.py",
         old="@full_precision()\n",
         new="",

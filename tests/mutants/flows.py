@@ -31,11 +31,11 @@ MUTANTS = (
         tests=(_LOG_DET,),
     ),
     Mutant(
-        name="ActNorm: that it was initialised is not saved",
+        name="ActNorm: its flag is not saved",
         file="linfast/flows/actnorm.py",
         old="        self.initialized.fill_(True)\n",
         new="",
-        breaks="A loaded model throws its scales away at the next batch.",
+        breaks="A loaded model loses its scales at the next batch.",
         tests=(f"{_ACTNORM}::test_loading_copying_and_pickling_keep_the_flag",),
     ),
     Mutant(
@@ -47,7 +47,7 @@ MUTANTS = (
         tests=(f"{_ACTNORM}::test_a_mean_ten_thousand_times_the_spread_is_taken_off_first",),
     ),
     Mutant(
-        name="Mix: the inverse's permutation is of the wrong side",
+        name="Mix: the inverse permutes on the wrong side",
         file="linfast/flows/mix.py",
         old="torch.linalg.solve_triangular(L, eye[:, self.permutation], upper=False",
         new="torch.linalg.solve_triangular(L, eye[self.permutation], upper=False",
@@ -55,11 +55,11 @@ MUTANTS = (
         tests=(_INVERSE,),
     ),
     Mutant(
-        name="Squeeze: rows and columns of a patch are swapped one way",
+        name="Squeeze: rows and columns of a patch are swapped in one direction",
         file="linfast/flows/squeeze.py",
         old="permute(0, 1, 3, 5, 2, 4)",
         new="permute(0, 1, 5, 3, 2, 4)",
-        breaks="The channels of a squeezed patch are in another order than the inverse takes them.",
+        breaks="The channels of a squeezed patch are not in the order that the inverse expects.",
         tests=(_INVERSE,),
     ),
     Mutant(
@@ -67,7 +67,7 @@ MUTANTS = (
         file="linfast/flows/match.py",
         old="return Launch(segments[::-1] if inverse else segments, why_reference(x))",
         new="return Launch(segments, why_reference(x))",
-        breaks="The inverse undoes the first layer first.",
+        breaks="The inverse starts with the first layer.",
         tests=(_INVERSE,),
     ),
     Mutant(
@@ -91,10 +91,10 @@ MUTANTS = (
         file="linfast/flows/mix.py",
         old="return derived(self, inverse, lambda: self._wide_weight(inverse).to(self._factor.dtype))",
         new='return derived(self, "weight", lambda: self._wide_weight(inverse).to(self._factor.dtype))',
-        breaks="Inside a freeze the direction that comes second uses the first one's matrix.",
+        breaks="Inside a freeze the second direction uses the matrix of the first.",
         tests=(
             f"{_FREEZE}::test_derived_weights_are_computed_once",
-            f"{_FREEZE}::test_gradients_to_x_alone_use_what_is_kept",
+            f"{_FREEZE}::test_gradients_of_x_only_use_the_kept_weights",
         ),
     ),
     Mutant(
@@ -102,7 +102,7 @@ MUTANTS = (
         file="linfast/freeze.py",
         old="return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())",
         new="return False",
-        breaks="Inside a freeze no gradient reaches what a kept matrix is made of.",
+        breaks="Inside a freeze no gradient reaches the weights from which a kept matrix was computed.",
         tests=(f"{_FREEZE}::test_gradients_are_those_without_a_freeze",),
     ),
 )

@@ -1,4 +1,4 @@
-"""Mutants of group norm with SiLU, of its statistics from tiles, and of the fused convolution."""
+"""Mutants of group norm with SiLU, its statistics from tiles, and the fused convolution."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MUTANTS = (
         file="kernels/group_norm_silu.py",
         old="squares = tl.sum(centred * centred)",
         new="squares = tl.sum(x * x) - n * mean * mean",
-        breaks="The variance cancels where the mean is large against the spread.",
+        breaks="The variance cancels where the mean is large relative to the spread.",
         tests=(f"{_NORM}::test_a_mean_a_thousand_times_the_spread_costs_only_the_inputs_own_digits",),
     ),
     Mutant(
@@ -32,7 +32,7 @@ MUTANTS = (
         file="kernels/group_norm_silu.py",
         old="                total += centred * centred\n        squares = tl.sum(total)\n",
         new="                total += x * x\n        squares = tl.sum(total) - n * mean * mean\n",
-        breaks="Of a group of more than one tile the variance cancels where the mean is large.",
+        breaks="The variance of a group of more than one tile cancels where the mean is large.",
         tests=(
             f"{_NORM}::test_a_mean_a_thousand_times_the_spread_costs_only_the_inputs_own_digits",
             f"{_NORM}::test_every_shape_and_grouping",
@@ -68,7 +68,7 @@ MUTANTS = (
         file="kernels/group_norm_silu.py",
         old="return dweight, dbias, dscale, dshift",
         new="return dweight, dbias, dshift, dscale",
-        breaks="The time embedding's two halves learn what the other should.",
+        breaks="The two halves of the time embedding get each other's gradients.",
         tests=(f"{_NORM}::test_what_is_not_given_is_one_or_zero",),
     ),
     Mutant(
@@ -76,7 +76,7 @@ MUTANTS = (
         file="kernels/group_statistics.py",
         old="+ count[None, :] * off * off",
         new="+ off * off",
-        breaks="The spread between tiles counts once and not once a value.",
+        breaks="The spread between tiles counts once and not once per value.",
         tests=(f"{_CONV}::test_statistics_are_handed_over",),
     ),
     Mutant(
@@ -84,7 +84,7 @@ MUTANTS = (
         file="kernels/conv2d_fused.py",
         old="a = tl.where(inside, a, 0.0)",
         new="a = tl.where(inside, a, a)",
-        breaks="Around the image lies what the norm and SiLU make of 0.",
+        breaks="The image is padded with the norm and SiLU of 0.",
         tests=(f"{_CONV}::test_what_is_not_given",),
     ),
     Mutant(
@@ -92,7 +92,7 @@ MUTANTS = (
         file="kernels/conv2d_fused.py",
         old="first_tap, strides = weight[:, :, -1:, -1:], (wc, wo, -wu, -wv)",
         new="first_tap, strides = weight, (wc, wo, wu, wv)",
-        breaks="dx is of the unflipped kernel.",
+        breaks="dx is computed with the unflipped kernel.",
         tests=(f"{_CONV}::test_what_is_not_given",),
     ),
     Mutant(
@@ -101,7 +101,7 @@ MUTANTS = (
         old="a = tl.where(inside, a, 0.0)",
         new="a = tl.where(inside, a, 0.0)\n"
         "        a = (a.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)",
-        breaks="What the norm and SiLU give has the accuracy of two bf16 parts.",
+        breaks="The output of the norm and SiLU has the accuracy of two bf16 parts.",
         tests=(f"{_CONV}::test_what_is_not_given",),
     ),
     Mutant(

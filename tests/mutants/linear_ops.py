@@ -16,7 +16,7 @@ MUTANTS = (
         file="kernels/low_rank.py",
         old="y += alpha * tl.load(",
         new="y += tl.load(",
-        breaks="The identity's share has weight 1 whatever alpha is.",
+        breaks="The identity has weight 1 whatever alpha is.",
         tests=(f"{_LOW_RANK}::test_every_size_and_sharing",),
     ),
     Mutant(
@@ -24,7 +24,7 @@ MUTANTS = (
         file="kernels/low_rank.py",
         old="mask=(s < n_splits)[:, None] & (r < RANK)[None, :]",
         new="mask=(s < tl.maximum(n_splits - 1, 1))[:, None] & (r < RANK)[None, :]",
-        breaks="With more than one split the last rows do not count.",
+        breaks="With more than one split the last rows are left out.",
         tests=(f"{_LOW_RANK}::test_every_size_and_sharing",),
     ),
     Mutant(
@@ -49,7 +49,7 @@ MUTANTS = (
         file="linfast/ops/low_rank.py",
         old="_SHORTEST_PART = 256",
         new="_SHORTEST_PART = 1 << 30",
-        breaks="At N = 12288 the plain form's error is six times what it is in parts.",
+        breaks="At N = 12288 the plain form's error is six times as large as with sums in parts.",
         tests=(f"{_LOW_RANK}::test_long_sums_of_the_plain_form_are_taken_in_parts",),
     ),
     Mutant(
@@ -74,7 +74,7 @@ MUTANTS = (
         file="linfast/ops/latent_matmul.py",
         old="y.index_select(0, order.argsort())",
         new="y.index_select(0, order)",
-        breaks="A row is given another row's product.",
+        breaks="A row gets another row's product.",
         tests=(f"{_BANK}::test_every_size",),
     ),
     Mutant(
@@ -90,7 +90,7 @@ MUTANTS = (
         file="kernels/depthwise_conv.py",
         old="row = i + sign * (u - (kh - 1) // 2)",
         new="row = i + sign * (u - kh // 2)",
-        breaks="Of an even number of rows the padding is on the wrong side.",
+        breaks="With an even number of rows the padding is on the wrong side.",
         tests=(f"{_CONV}::test_every_size", f"{_CONV}::test_every_shape"),
     ),
     Mutant(

@@ -1,4 +1,4 @@
-"""Mutants of the channel mix, and of a coupling and a mix in one."""
+"""Mutants of the channel mix, and of a coupling and a mix in one launch."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ MUTANTS = (
         file="kernels/coupling_mix.py",
         old="u = u.to(moved_ptr.dtype.element_ty)",
         new="u = u.to(tl.float16).to(moved_ptr.dtype.element_ty)",
-        breaks="What the coupling gives reaches the mix with eleven bits.",
+        breaks="The coupling's output reaches the mix with eleven bits.",
         tests=(f"{_BOTH}::test_every_width",),
     ),
     Mutant(
@@ -81,7 +81,7 @@ MUTANTS = (
         file="kernels/coupling_mix_backward.py",
         old="u = with_channels(x, x.shape[1]) if needs_weight else dx",
         new="u = dx",
-        breaks="The coupled x that dW needs is never kept apart from dx.",
+        breaks="dx overwrites the coupled x that dW needs.",
         tests=(f"{_BOTH}::test_every_shape_and_layout",),
     ),
     Mutant(
@@ -89,7 +89,7 @@ MUTANTS = (
         file="kernels/coupling_mix_backward.py",
         old="h = tl.load(h_ptr + (n // n_positions) * stride_hb,",
         new="h = tl.load(h_ptr + 0 * n,",
-        breaks="The log-determinant's gradient is not the sample's own.",
+        breaks="The log-determinant's gradient is that of another sample.",
         tests=(f"{_BOTH}::test_every_shape_and_layout",),
     ),
 )

@@ -1,4 +1,4 @@
-"""A mutant: one change to the code that makes it wrong, and the tests that ought to see it."""
+"""A mutant: one change that makes the code wrong, and the tests that ought to fail on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["DoesNotApply", "Mutant"]
 
 
 class DoesNotApply(Exception):
-    """The text that a mutant replaces is not in its file exactly once."""
+    """The text that a mutant replaces does not occur exactly once in its file."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Mutant:
         name: the part and what is wrong with it, such as "affine_coupling: log_det has the wrong sign".
         file: from the root of the checkout.
         old: a text that occurs exactly once in the file.
-        new: what takes its place.
-        breaks: what is wrong then, in one plain sentence.
-        tests: test files, or functions as "file::name", that ought to see it.
-        accepts: the outcomes that count as seen: "failure" is an assertion or exception inside a test;
+        new: its replacement.
+        breaks: the resulting fault, in one plain sentence.
+        tests: test files, or functions as "file::name", that ought to fail.
+        accepts: the outcomes that count as a detection: "failure" is an assertion or exception inside a test;
             "error", a test that could not start, and "timeout" do not count unless they are named here.
     """
 
@@ -35,10 +35,10 @@ class Mutant:
     accepts: tuple[str, ...] = ("failure",)
 
     def applied(self, text: str) -> str:
-        """The file's text with this mutation.
+        """The text of the file with this mutation.
 
         Raises:
-            DoesNotApply: the old text is not there exactly once, or the new one is the same.
+            DoesNotApply: the old text does not occur exactly once, or the new one is the same.
         """
         count = text.count(self.old)
         if count != 1 or self.old == self.new:

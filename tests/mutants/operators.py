@@ -1,4 +1,4 @@
-"""Mutants of the operators' algebra, of the Linearizer's, and of induced spaces."""
+"""Mutants of the algebra of operators and Linearizers, and of induced spaces."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MUTANTS = (
         file="linfast/operators/low_rank.py",
         old="limit = cutoff(S, max(self.n_out, self.n_in), rtol) * largest(S, alpha)",
         new="limit = 0.0 * cutoff(S, max(self.n_out, self.n_in), rtol) * largest(S, alpha)",
-        breaks="Singular values that are rounding are inverted, and rtol is not heard.",
+        breaks="Singular values that are only rounding are inverted, and rtol is ignored.",
         tests=(
             f"{_SPECTRAL}::test_pinv_drops_what_rtol_says",
             f"{_SPECTRAL}::test_pinv_meets_the_penrose_conditions",
@@ -77,11 +77,11 @@ MUTANTS = (
         tests=(f"{_LAWS}::test_closed_is_the_same_operator",),
     ),
     Mutant(
-        name="spectral: what is singular is inverted without a word",
+        name="spectral: singular operators are inverted without an error",
         file="linfast/operators/spectral.py",
         old="if read and not bool(regular.all()):",
         new="if False:",
-        breaks="An inverse that has lost every digit is returned.",
+        breaks="An inverse without any accurate digit is returned.",
         tests=(
             f"{_SPECTRAL}::test_inverse_of_a_singular_operator_names_pinv",
             f"{_SPECTRAL}::test_inverse_refuses_what_would_lose_every_digit",
@@ -92,8 +92,8 @@ MUTANTS = (
         file="linfast/operators/spectral.py",
         old="return state is None or at not in seen or state != _state(operator)",
         new="return state is None or at not in seen",
-        breaks="An operator that became singular gives NaN where it should say so.",
-        tests=("tests/test_host_reads.py::test_what_became_singular_raises_again",),
+        breaks="An operator that became singular gives NaN instead of an error.",
+        tests=("tests/test_host_reads.py::test_an_operator_that_became_singular_raises_again",),
     ),
     Mutant(
         name="register: a raw op runs in autocast",

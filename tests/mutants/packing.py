@@ -21,7 +21,7 @@ MUTANTS = (
         tests=(_MAPS,),
     ),
     Mutant(
-        name="packing: each part is what the one before it leaves of the whole weight",
+        name="packing: each part is the whole weight less only the part before it",
         file="linfast/ops/stack_weights.py",
         old="rest = rest - parts[-1].to(rest.dtype)",
         new="rest = tensor - parts[-1].to(rest.dtype)",
@@ -52,7 +52,7 @@ MUTANTS = (
         file="kernels/pack_table.py",
         old="inverse[(source[source >= 0] % SHIFT).long()] = places",
         new="inverse[:] = (source[source >= 0] % SHIFT).sort().values",
-        breaks="A padded weight is given its neighbour's gradient.",
+        breaks="A padded weight gets its neighbour's gradient.",
         tests=(f"{_FORWARD}::test_gradients",),
     ),
     Mutant(
@@ -60,7 +60,7 @@ MUTANTS = (
         file="kernels/stack_spec.py",
         old="return steps[::-1] if self.inverse else steps",
         new="return steps",
-        breaks="The plain raw op, and the kernels' gradient, undo the first layer first.",
+        breaks="The plain raw op, and the kernels' gradient, invert the first layer first.",
         tests=(f"{_BACKWARD}::test_every_direction_depth_and_kind_of_map",),
     ),
     Mutant(
@@ -72,7 +72,7 @@ MUTANTS = (
         tests=(f"{_LINEARIZER}::test_every_mode_and_kind_of_operator",),
     ),
     Mutant(
-        name="linearizer_stack kernel: what A gives is rounded to half precision",
+        name="linearizer_stack kernel: the output of A is rounded to half precision",
         file="kernels/linearizer_stack.py",
         old="ROWS, HALF, DENSE, False, MAP_PARTS)\n",
         new="ROWS, HALF, DENSE, False, MAP_PARTS)\n"
@@ -85,7 +85,7 @@ MUTANTS = (
         file="kernels/linearizer_stack.py",
         old="(padded_dw.mT @ padded_z).flatten()",
         new="(padded_z.mT @ padded_dw).flatten()",
-        breaks="The operator is given its transpose's gradient.",
+        breaks="The operator gets its transpose's gradient.",
         tests=(f"{_LINEARIZER}::test_each_gradient_alone",),
     ),
     Mutant(

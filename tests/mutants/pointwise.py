@@ -1,4 +1,4 @@
-"""Mutants of what is done to each element: the affine coupling, scale maps, activations, and their arithmetic."""
+"""Mutants of elementwise code: the affine coupling, scale maps, activations, and their arithmetic."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MUTANTS = (
         file="kernels/launch.py",
         old="return params[:, 0::2], params[:, 1::2]",
         new="return params[:, 1::2], params[:, 0::2]",
-        breaks="What the conditioner gives as a shift scales, and the other way round.",
+        breaks="The conditioner's shift is used as the scale and its scale as the shift.",
         tests=(_LAYOUTS,),
     ),
     Mutant(

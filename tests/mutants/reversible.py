@@ -1,4 +1,4 @@
-"""Mutants of training without stored activations: undoing, replay, the drift guard, checkpoints and the modes."""
+"""Mutants of training without stored activations: inversion, replay, the drift guard, checkpoints and modes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MUTANTS = (
         file="linfast/flows/undo.py",
         old="if chain.guard.strayed(rebuilt,",
         new="if False and chain.guard.strayed(rebuilt,",
-        breaks="Gradients of activations that strayed are returned without a word.",
+        breaks="Gradients of inaccurate activations are returned without a warning.",
         tests=(f"{_MODELS}::test_the_guard_redoes_badly_scaled_stacks",),
     ),
     Mutant(
@@ -24,7 +24,7 @@ MUTANTS = (
         file="linfast/flows/undo.py",
         old="self._sums[id(tensor)] = grad if before is None else before + grad",
         new="self._sums[id(tensor)] = grad",
-        breaks="Of a layer that is used twice only one use counts.",
+        breaks="Only one use of a layer that is used twice counts.",
         tests=(f"{_LAWS}::test_shared_layers_add_their_gradients",),
     ),
     Mutant(
@@ -32,7 +32,7 @@ MUTANTS = (
         file="linfast/flows/undo.py",
         old="        chain.check_parameters()\n",
         new="",
-        breaks="A parameter that was replaced since the forward gives another one's gradient.",
+        breaks="A parameter that was replaced since the forward gets another one's gradient.",
         tests=(f"{_LAWS}::test_a_replaced_parameter_is_an_error",),
     ),
     Mutant(
@@ -48,7 +48,7 @@ MUTANTS = (
         file="linfast/flows/replay.py",
         old="            stack.enter_context(self.autocast())\n            stack.enter_context(backend",
         new="            stack.enter_context(backend",
-        breaks="A forward under autocast is undone in fp32.",
+        breaks="A forward under autocast is inverted in fp32.",
         tests=(f"{_LAWS}::test_autocast_is_replayed",),
     ),
     Mutant(
@@ -56,11 +56,11 @@ MUTANTS = (
         file="linfast/flows/replay.py",
         old="        put_back(self._held[i])\n",
         new="",
-        breaks="Spectral norm's power iteration goes on in the backward.",
+        breaks="Spectral norm's power iteration continues in the backward.",
         tests=(f"{_OUTSIDE}::test_what_is_written_and_rewritten_is_as_it_was",),
     ),
     Mutant(
-        name="outside: leaves are not looked at",
+        name="outside: leaves are not examined",
         file="linfast/flows/replay.py",
         old="if id(node.variable) not in known:",
         new="if False:",
@@ -68,11 +68,11 @@ MUTANTS = (
         tests=(f"{_OUTSIDE}::test_auto_stores_what_reads_from_outside_and_says_so_once",),
     ),
     Mutant(
-        name="outside: what was computed before is not looked at",
+        name="outside: tensors computed before are not examined",
         file="linfast/flows/replay.py",
         old="elif _number(node) < since:",
         new="elif False:",
-        breaks="What a net reads of its own parameters from outside is differentiated twice.",
+        breaks="A net's own parameters that it reads from outside are differentiated twice.",
         tests=(f"{_OUTSIDE}::test_auto_stores_what_reads_from_outside_and_says_so_once",),
     ),
     Mutant(
@@ -88,7 +88,7 @@ MUTANTS = (
         file="linfast/flows/flow.py",
         old="reversible(steps[::-1] if inverse else steps, x",
         new="reversible(steps, x",
-        breaks="The inverse of a flow in memory mode 'invert' undoes the first layer first.",
+        breaks="The inverse of a flow in memory mode 'invert' starts with the first layer.",
         tests=(
             "tests/laws/test_reversible.py::test_actnorm_is_initialised_by_a_forward_and_never_by_a_replay",
             "tests/laws/test_reversible.py::test_gradients_are_those_of_the_stored_graph",

@@ -1,6 +1,6 @@
-"""Running mutants: a copy of the checkout a worker, one mutation at a time, and the tests named for it.
+"""Runs mutants: one copy of the checkout per worker, one mutation at a time, and the tests named for it.
 
-The checkout itself is never written to. A copy holds the tracked files as they are now; linfast.kernels and
+The checkout itself is never changed. A copy contains the tracked files in their current state; linfast.kernels and
 linfast.bench are links inside it, since an editable install would otherwise find those of the checkout.
 No bytecode is written, so that an edit of the same size in the same second is not missed.
 """
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 120  # seconds a mutant
 _BASELINE_LIMIT = 600
 _LINKS = {f"linfast/{name}": f"../{name}" for name in ("kernels", "bench", "examples")}
-# What a test raises where a mutant is no program any more: that shows nothing of the test.
+# Errors where the mutant is not a valid program, which show nothing about the test.
 _NO_PROGRAM = ("SyntaxError", "IndentationError", "NameError", "ImportError", "ModuleNotFoundError")
 
 _Item = TypeVar("_Item")
@@ -40,12 +40,12 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of tests came to.
+    """The outcome of a run of tests.
 
     Args:
         kind: "passed"; "failure" of a test; "error" before, after or outside of one; "timeout".
-        where: the first test that did not pass; empty where none is known.
-        message: what it said, in one line.
+        where: the first test that did not pass; empty where it is not known.
+        message: its message, in one line.
         seconds: of the whole run.
     """
 
@@ -86,7 +86,7 @@ class Copy:
 
     @contextmanager
     def with_mutant(self, mutant: Mutant) -> Iterator[None]:
-        """The copy with this mutation in it, and as it was afterwards."""
+        """The copy with this mutation; it is undone afterwards."""
         path = self.folder / mutant.file
         before = path.read_text()
         path.write_text(mutant.applied(before))
@@ -96,7 +96,7 @@ class Copy:
             path.write_text(before)
 
     def test(self, tests: Sequence[str], limit: int = LIMIT) -> Outcome:
-        """Run these tests up to the first that does not pass."""
+        """Run these tests until the first that does not pass."""
         report = self.folder / "report.xml"
         report.unlink(missing_ok=True)
         options = ["-x", "-q", f"--junitxml={report}", "-o", "junit_family=xunit1"]
@@ -132,7 +132,7 @@ def _first_not_passed(report: Path, output: str, seconds: float) -> Outcome:
 
 @contextmanager
 def copies(count: int) -> Iterator[queue.SimpleQueue[Copy]]:
-    """So many copies, in temporary folders."""
+    """This many copies, in temporary folders."""
     free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
     with ExitStack() as stack:
         for _ in range(count):
@@ -144,7 +144,7 @@ def copies(count: int) -> Iterator[queue.SimpleQueue[Copy]]:
 def on_copies(
     free: queue.SimpleQueue[Copy], work: Callable[[Copy, _Item], _Result], items: Iterable[_Item]
 ) -> Iterator[_Result]:
-    """work(copy, item) for each item, in order, on as many copies at a time as are free."""
+    """work(copy, item) for each item, in order, in parallel on all free copies."""
 
     def one(item: _Item) -> _Result:
         copy = free.get()
@@ -158,17 +158,17 @@ def on_copies(
 
 
 def try_mutant(copy: Copy, mutant: Mutant) -> Outcome:
-    """What the tests named for a mutant say of it.
+    """The outcome of the tests that are named for a mutant.
 
     Raises:
-        DoesNotApply: it is not a change of the present code.
+        DoesNotApply: it does not change the current code.
     """
     with copy.with_mutant(mutant):
         return copy.test(mutant.tests)
 
 
 def baseline(free: queue.SimpleQueue[Copy], mutants: Iterable[Mutant]) -> list[Outcome]:
-    """What is not green among the mutants' tests without any mutant; a run of pytest a file."""
+    """The tests that fail without any mutant; one run of pytest per file."""
     by_file: dict[str, dict[str, None]] = {}
     for test in (test for mutant in mutants for test in mutant.tests):
         by_file.setdefault(test.partition("::")[0], {})[test] = None

@@ -1,4 +1,4 @@
-"""Mutants of sampling: integrators, the collapse, inversion, and streams that are gone on with."""
+"""Mutants of sampling: integrators, the collapse, inversion, and streams that are resumed."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ MUTANTS = (
         tests=(_ONE_STEP, f"{_LAWS}::test_float32_products_keep_100_db"),
     ),
     Mutant(
-        name="collapse: a tolerance is kept but for one column",
+        name="collapse: one column too few for the tolerance",
         file="linfast/sampling/factored.py",
         old="k = int((lost > allowed).sum())",
         new="k = max(0, int((lost > allowed).sum()) - 1)",
-        breaks="The recompressed operator is off by more than it was allowed.",
+        breaks="The error of the recompressed operator exceeds the tolerance.",
         tests=(f"{_LAWS}::test_tol_is_kept_and_reported",),
     ),
     Mutant(
@@ -86,11 +86,11 @@ MUTANTS = (
         tests=(f"{_STREAM}::test_an_interrupted_file_is_gone_on_with",),
     ),
     Mutant(
-        name="stream: a file of other weights is gone on with",
+        name="stream: a file of other weights is resumed",
         file="linfast/sampling/fingerprint.py",
         old='found.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")',
         new="pass",
-        breaks="The rows of two models end in one file.",
+        breaks="One file contains the rows of two models.",
         tests=(f"{_STREAM}::test_a_file_of_another_run_is_refused",),
     ),
 )

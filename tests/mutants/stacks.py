@@ -16,7 +16,7 @@ MUTANTS = (
         file="kernels/coupling_stack.py",
         old="layer = n_layers - 1 - i",
         new="layer = i",
-        breaks="The inverse undoes the first layer first.",
+        breaks="The inverse starts with the first layer.",
         tests=(f"{_FORWARD}::test_every_activation",),
     ),
     Mutant(
@@ -57,7 +57,7 @@ MUTANTS = (
         file="kernels/mlp.py",
         old='out = tl.dot(x0, w1, input_precision="tf32")',
         new="out = tl.zeros_like(total)",
-        breaks="Weights count with their first part alone: one part's accuracy in a mode of two or three.",
+        breaks="Only the first part of weights counts: one part's accuracy in a mode of two or three.",
         tests=(f"{_FORWARD}::test_every_mode",),
     ),
     Mutant(
@@ -140,7 +140,7 @@ MUTANTS = (
         file="kernels/coupling_stack_backward.py",
         old="dweights[row, at] += scratch.partials[:, at].sum(0)",
         new="dweights[row, at] = scratch.partials[:, at].sum(0)",
-        breaks="The weights' gradient is that of the last run of rows alone.",
+        breaks="The weights' gradient is only that of the last run of rows.",
         tests=(f"{_BACKWARD}::test_runs_of_rows_and_splits_add_up",),
     ),
     Mutant(
@@ -148,7 +148,7 @@ MUTANTS = (
         file="kernels/coupling_stack_backward.py",
         old="launch_linear(d, matrices[i], g_kept, mode, combine=ADD)",
         new="launch_linear(d, matrices[i], g_kept, mode)",
-        breaks="dk is what comes through the conditioner alone, without g's share.",
+        breaks="dk is only the gradient through the conditioner, without g's share.",
         tests=(f"{_BACKWARD}::test_B1_and_B2_on_their_own",),
     ),
     Mutant(

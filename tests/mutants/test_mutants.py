@@ -1,4 +1,4 @@
-"""The mutants apply to the present code, and the runner tells failures of tests from other ends."""
+"""The mutants apply to the current code, and the runner distinguishes failed tests from other outcomes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_tests_that_are_named_exist() -> None:
         assert f"def {function.partition('[')[0] or 'test_'}" in (ROOT / file).read_text(), test
 
 
-def test_a_mutant_whose_text_is_not_there_once_does_not_apply() -> None:
+def test_a_mutant_whose_text_does_not_occur_once_does_not_apply() -> None:
     mutant = Mutant("a: b", "file.py", "x = 1", "x = 2", "It is wrong.", ("tests",))
     assert mutant.applied("x = 1\n") == "x = 2\n"
     for text in ("", "x = 1\nx = 1\n"):

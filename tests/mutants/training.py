@@ -1,4 +1,4 @@
-"""Mutants of training, saved models, precision's choice, work by rows and the benchmarks' check."""
+"""Mutants of training, saved models, the choice of precision, cutting of batches and the benchmarks' check."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MUTANTS = (
         file="linfast/training/style_transfer.py",
         old="return self.g.inverse(styled[order.argsort()])",
         new="return self.g.inverse(styled[order])",
-        breaks="A row is given another row's image.",
+        breaks="A row gets another row's image.",
         tests=(f"{_STYLE}::test_rows_are_decoded_by_their_style",),
     ),
     Mutant(
@@ -36,7 +36,7 @@ MUTANTS = (
         file="examples/trainer.py",
         old='        self.optimizer.load_state_dict(state["optimizer"])\n',
         new="",
-        breaks="A resumed run starts Adam afresh.",
+        breaks="A resumed run restarts Adam.",
         tests=(f"{_TRAINER}::test_resumed_is_uninterrupted_bit_for_bit",),
     ),
     Mutant(
@@ -44,7 +44,7 @@ MUTANTS = (
         file="examples/trainer.py",
         old='state.pop("digest", None) == digest(state)',
         new='state.pop("digest", None) is not None',
-        breaks="A run goes on from a checkpoint whose contents have changed.",
+        breaks="A run resumes from a checkpoint whose contents have changed.",
         tests=("tests/training/test_checkpoint.py::test_damaged_contents_are_refused_before_anything_changes",),
     ),
     Mutant(
@@ -64,7 +64,7 @@ MUTANTS = (
         file="linfast/io.py",
         old="if value.is_floating_point() and not bool(torch.isfinite(value).all()):",
         new="if False:",
-        breaks="A broken training's file loads without a word.",
+        breaks="The file of a failed training loads without an error.",
         tests=(f"{_IO}::test_nan_weights_are_refused",),
     ),
     Mutant(
@@ -76,7 +76,7 @@ MUTANTS = (
         tests=(f"{_IO}::test_a_failed_save_leaves_the_old_file",),
     ),
     Mutant(
-        name="load: tensors are contiguous, however they lay",
+        name="load: tensors are contiguous, whatever their strides were",
         file="linfast/state.py",
         old="    room[once] = value[once]\n    return room\n",
         new="    room[once] = value[once]\n    return room.contiguous()\n",
@@ -104,7 +104,7 @@ MUTANTS = (
         file="linfast/dispatch.py",
         old='return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "high"',
         new='return "tf32"',
-        breaks="Products lose thirteen bits without anyone having asked for it.",
+        breaks="Products lose thirteen bits although nobody has allowed it.",
         tests=(f"{_PRECISION}::test_tf32_is_never_on_silently",),
     ),
     Mutant(
@@ -120,15 +120,15 @@ MUTANTS = (
         file="linfast/rows.py",
         old="return torch.cat(ys), None if log_dets[0] is None else torch.cat(log_dets)",
         new="return torch.cat(ys), None if log_dets[0] is None else torch.cat(log_dets[::-1])",
-        breaks="A long batch's log-determinants are other rows'.",
+        breaks="The log-determinants of a long batch are those of other rows.",
         tests=(f"{_ROWS}::test_a_flow_by_rows_gives_what_it_gives_at_once",),
     ),
     Mutant(
-        name="rows: what depends on the whole batch is cut too",
+        name="rows: layers that depend on the whole batch are cut too",
         file="linfast/rows.py",
         old="if not known or len(known) < len(found):",
         new="if not known:",
-        breaks="A layer that is not known to take rows one by one is given parts of the batch.",
+        breaks="A layer whose rows may depend on each other gets parts of the batch.",
         tests=(_ROWS,),
     ),
 )

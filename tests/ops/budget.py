@@ -1,8 +1,8 @@
-"""Error budgets of kernels: float64 is the truth, a model of rounding sets what is allowed.
+"""Error budgets of kernels: float64 is the truth, and a model of rounding sets the allowance.
 
 The plain reference is run in the test's dtypes under ``linfast.bench.rounding``, several
-times: what its errors come to there is allowed, whatever this machine's BLAS does. The op's
-own plain forward and backward, which keep other tensors than autograd's, are held to the same
+times: errors of that size are allowed, whatever this machine's BLAS does. The op's
+plain forward and backward, which keep other tensors than autograd does, get the same allowance
 with every operation rounded to nearest, so that only a wrong formula exceeds it.
 """
 
@@ -22,7 +22,7 @@ import linfast as lf
 from linfast.ops.register import RAW_OPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Whether kernels run as machine code, a GPU's or tests.machine_code's, and not in Triton's interpreter.
+# Whether kernels run as machine code, on a GPU or in tests.machine_code, and not in Triton's interpreter.
 COMPILED = not triton.knobs.runtime.interpret
 # The interpreter does bfloat16 arithmetic on raw bits.
 HALF_DTYPES = (torch.float16, torch.bfloat16) if COMPILED else (torch.float16,)
@@ -34,10 +34,10 @@ Call = Callable[..., Outputs]
 def assert_within_budget(
     call: Call, inputs: Sequence[Tensor], operands: Callable[[Tensor], Tensor] | None = None
 ) -> None:
-    """The kernel's error, and that of the op's own plain form, are within the budget, output by output.
+    """The errors of the kernel and of the op's plain form are within the budget, for each output.
 
     ``call(*inputs)`` runs under backend "triton", then "reference", then "reference" in float64. ``operands``
-    is what the mode does to the operands of products, which the budget's reference is rounded with.
+    rounds the operands of products as the mode does, in the reference of the budget.
     """
     with lf.backend("triton"):
         got = call(*inputs)
@@ -53,12 +53,12 @@ def assert_within_budget(
 
 
 def assert_accurate(got: Outputs, reference: Callable[[], Outputs], truth: Outputs) -> None:
-    """Every output's error is within what rounding costs ``reference``, plain torch in the dtypes of ``got``."""
+    """Every output's error is within the rounding of ``reference``, plain torch in the dtypes of ``got``."""
     assert_within(got, truth, allowed_errors(reference, truth))
 
 
 def assert_within(got: Outputs, truth: Outputs, allowed: Sequence[float], what: str = "the call") -> None:
-    """Every output has the truth's shape, and an error of at most what is allowed."""
+    """Every output has the truth's shape, and its error is at most its allowance."""
     for i, (value, exact, limit) in enumerate(zip(got, truth, allowed, strict=True)):
         assert (value is None) == (exact is None)
         if value is not None and exact is not None:
@@ -73,7 +73,7 @@ def _kind(output: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
 
 @contextlib.contextmanager
 def _plain_raw_ops() -> Iterator[None]:
-    """Every raw op runs its plain reference in place of its kernel, each operation rounded to nearest."""
+    """Every raw op runs its plain reference in place of its kernel, with each operation rounded to nearest."""
     by_launch = {op.launch: _rounded(op.reference) for op in RAW_OPS.values()}
     with mock.patch("linfast.ops.register._launcher", by_launch.__getitem__):
         yield
@@ -88,7 +88,7 @@ def _rounded(reference: Callable[..., object]) -> Callable[..., object]:
 
 
 def hostile(x: Tensor) -> dict[str, Tensor]:
-    """The same shape in other strides: values are x's, except that "expanded" repeats x's first row."""
+    """x with other strides and the same values, except that "expanded" repeats its first row."""
     padded = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
     padded[..., ::2] = x
     wide = torch.cat((x.new_full(x.shape, float("nan")), x, x), dim=1)

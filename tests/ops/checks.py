@@ -1,4 +1,4 @@
-"""Checks that every op is put to in the same way: compilation, transforms, second derivatives, the same bits."""
+"""Checks that apply to every op alike: compilation, transforms, second derivatives, the same bits."""
 
 from __future__ import annotations
 
@@ -13,19 +13,35 @@ from torch._dynamo.backends.common import aot_autograd
 import linfast as lf
 from tests.marks import long
 from tests.ops.budget import Call, Outputs, assert_within_budget
+from tests.seeds import seeded
 
 Scalar = Callable[..., Tensor]
-# Which way, and which of shift and scale comes first.
+# The direction, and whether shift or scale comes first.
 TURNS = [(True, "shift_first"), (False, "scale_first"), *long((False, "shift_first"), (True, "scale_first"))]
 
 
+def fixed_cotangents(*outputs: Tensor) -> list[Tensor]:
+    """A random cotangent for each output, the same at every call."""
+    rng = torch.Generator().manual_seed(seeded(1))
+    return [torch.randn(output.shape, generator=rng).to(output) for output in outputs]
+
+
+def refuse_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on a launch raises AssertionError with the launcher's name."""
+
+    def refuse(path: str) -> None:
+        raise AssertionError(path)
+
+    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+
+
 def squared_sum(function: Callable[..., Tensor]) -> Scalar:
-    """The sum of squares of what the function returns."""
+    """The sum of squares of the function's outputs."""
     return lambda *tensors: function(*tensors).square().sum()
 
 
 def second_derivatives(loss: Scalar) -> Call:
-    """The gradients of the squared gradients of a loss, by the tensors that want one."""
+    """The gradients of the squared gradients of a loss, with respect to the tensors that require one."""
 
     def call(*tensors: Tensor) -> Outputs:
         wanted = [t for t in tensors if t.requires_grad]
@@ -53,7 +69,7 @@ def assert_compiles_whole(loss: Scalar, inputs: Sequence[Tensor], op: str, launc
 
 
 def assert_transforms(transforms: Call, loss: Scalar, inputs: Sequence[Tensor]) -> None:
-    """torch.func's transforms of the kernels are within the budget; forward-mode ones are refused."""
+    """torch.func's transforms of the kernels are within the budget; forward-mode ones raise."""
     assert_within_budget(transforms, inputs)
     first, *rest = inputs
     with lf.backend("triton"), pytest.raises(RuntimeError, match="jvp"):
@@ -63,7 +79,7 @@ def assert_transforms(transforms: Call, loss: Scalar, inputs: Sequence[Tensor]) 
 def assert_same_bits(
     call: Call, inputs: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch, *modules: ModuleType
 ) -> None:
-    """A second run, and one with int64 offsets in these modules of kernels, give the bits of the first."""
+    """A second run, and one with int64 offsets in these kernel modules, give the bits of the first."""
     with lf.backend("triton"):
         first, again = call(*inputs), call(*inputs)
         for module in modules:
@@ -75,7 +91,7 @@ def assert_same_bits(
 
 
 def assert_registered(op: torch._ops.OpOverload, *calls: tuple[object, ...]) -> None:
-    """opcheck for each of these arguments; tracing with unknown sizes, which costs most, for the first alone."""
+    """opcheck for each of these arguments; tracing with unknown sizes, the slowest part, only for the first."""
     torch.library.opcheck(op, calls[0])
     for arguments in calls[1:]:
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

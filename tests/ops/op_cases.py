@@ -1,6 +1,6 @@
-"""Every op that linfast exports, with all that is optional in it and with none of it.
+"""Every op that linfast exports, with all optional inputs and outputs and with none of them.
 
-A new op, or a new optional input or output of one, has to have a case here: ``test_every_op`` checks that.
+A new op, or a new optional input or output of an op, needs a case here: ``test_every_op`` checks that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.ops.stacks import leaves, random_layers, random_map, rebuilt
 
 
 class Case(NamedTuple):
-    """A call of an op, and how to make its tensors, all of which want gradients."""
+    """A call of an op, and how to make its tensors, all of which require gradients."""
 
     op: str
     call: Callable[..., Outputs]
@@ -49,7 +49,7 @@ def _coupled_and_mixed(bias: bool, log_det: bool) -> Case:
 
 
 def _convolved(x: Tensor, weight: Tensor, *given: Tensor) -> Outputs:
-    """Two convolutions, the second with the statistics that the first sums, or one without anything."""
+    """Two convolutions, the second with the statistics that the first computes, or one without any options."""
     if not given:
         return (ops.conv2d_fused(x, weight, activation=False, precision="exact")[0],)
     bias, norm_weight, norm_bias, residual, second = given
@@ -78,7 +78,7 @@ def _picked(n: int, bias: bool) -> Case:
 
 
 class _Network(NamedTuple):
-    """A coupling stack of random layers whose tensors are given anew at every call."""
+    """A coupling stack of random layers whose tensors are passed at every call."""
 
     D: int
     maps: str = "none"
@@ -174,12 +174,12 @@ CASES = {
 
 
 def drawn(name: str) -> list[Tensor]:
-    """The case's tensors; each wants a gradient."""
+    """The case's tensors; each requires a gradient."""
     return [t.detach().requires_grad_() for t in CASES[name].inputs()]
 
 
 def with_gradients(call: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """The call's outputs, and the gradients of a weighted sum of them by each tensor that wants one."""
+    """The call's outputs, and the gradients of a weighted sum of them for each tensor that requires one."""
 
     def both(*tensors: Tensor) -> Outputs:
         outputs = call(*tensors)
@@ -190,9 +190,9 @@ def with_gradients(call: Callable[..., Outputs]) -> Callable[..., Outputs]:
 
 
 def gradients_of(outputs: Outputs, wanted: Sequence[Tensor], again: bool = False) -> tuple[Tensor | None, ...]:
-    """Of a weighted sum of the outputs, by what wants one; None where it is not reached.
+    """The gradients of a weighted sum of the outputs for each tensor that requires one; None where unused.
 
-    The graph is kept; ``again``: one is made of the gradients too.
+    The graph is kept; ``again``: the gradients get a graph too.
     """
     given = [o for o in outputs if o is not None and o.requires_grad]
     weights = [torch.arange(1, o.numel() + 1, device=o.device, dtype=o.dtype).cos().view(o.shape) for o in given]

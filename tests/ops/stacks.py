@@ -1,4 +1,4 @@
-"""Random coupling stacks for tests, and the plain mathematics that kernels are held to."""
+"""Random coupling stacks for tests, and the plain formulas with which kernels are compared."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def random_layers(
         moved = (i + (moves == "second")) % 2
         widths = (sizes[1 - moved], *hidden, 2 * sizes[moved])
         weights = [torch.randn(b, a) / a**0.5 for a, b in pairwise(widths)]
-        weights[-1] *= 0.5  # unbounded scale maps would leave one row to decide every error
+        weights[-1] *= 0.5  # with unbounded scale maps one row would dominate every error
         biases = [0.2 * torch.randn(len(w)) if bias else None for w in weights]
         layers.append(CouplingLayer(weights, biases, layout, random_map(D, maps)))
     return [_on_device(layer) for layer in layers]
 
 
 def random_map(D: int, kind: str) -> AffineMap | None:
-    """Well conditioned; None for "none"."""
+    """A well-conditioned map; None for "none"."""
     if kind == "none":
         return None
     weight = torch.eye(D) + 0.3 * torch.randn(D, D) / D**0.5 if kind == "dense" else 1 + 0.2 * torch.rand(D)
@@ -58,7 +58,7 @@ def _on_device(layer: CouplingLayer) -> CouplingLayer:
 
 
 def leaves(layers: Sequence[CouplingLayer], head: AffineMap | None = None) -> list[Tensor]:
-    """Every tensor, in the order that ``rebuilt`` takes them."""
+    """Every tensor, in the order of ``rebuilt``."""
     maps = [entry for entry in (head, *(layer.map for layer in layers)) if entry is not None]
     mlps = [t for layer in layers for t in (*layer.weights, *layer.biases) if t is not None]
     return [*mlps, *(t for entry in maps for t in entry if t is not None)]
@@ -67,7 +67,7 @@ def leaves(layers: Sequence[CouplingLayer], head: AffineMap | None = None) -> li
 def rebuilt(
     layers: Sequence[CouplingLayer], tensors: Sequence[Tensor], head: AffineMap | None = None
 ) -> tuple[list[CouplingLayer], AffineMap | None]:
-    """These layers and head with other tensors in their places."""
+    """These layers and head with other tensors in place of theirs."""
     it = iter(tensors)
     new = [
         layer._replace(
@@ -134,12 +134,12 @@ def plain_stack(
 
 
 def rounding(precision: str) -> Callable[[Tensor], Tensor]:
-    """What a mode does to an operand; where Triton is interpreted fp16 stands for bf16."""
+    """The rounding of an operand in a mode; in Triton's interpreter fp16 stands for bf16."""
     return operand_rounding(precision, HALF)
 
 
 def factors_of_every_part() -> tuple[Tensor, Tensor]:
-    """x, w [3]: fp32 holds each product x_i w_i, which needs three parts of x, three of w, or two of both."""
+    """x, w [3]: fp32 represents each product x_i w_i, which needs three parts of x, three of w, or two of both."""
     bits = round(-math.log2(torch.finfo(HALF).eps)) + 1
     long, tie = 1 + 2.0 ** -(bits + 1) + 2.0 ** -(2 * bits + 1), 1 + 2.0**-bits
     return torch.tensor([long, 1.0, tie], device=DEVICE), torch.tensor([1.0, long, tie], device=DEVICE)

@@ -18,9 +18,10 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
 )
-from tests.seeds import seeded
 
 SHAPES = [(9, 7), (1, 2), (0, 4), (3, 6, 5, 7), (130, 33), (2, 3, 40, 31), (3, 5000)]
 
@@ -36,9 +37,7 @@ def _outputs_and_gradients(scale_map: ScaleMap, **options: object):
 
     def call(x: Tensor, params: Tensor) -> tuple[Tensor, ...]:
         y, log_det = affine_coupling(x, params, scale_map, log_det=True, **options)  # type: ignore[arg-type]
-        rng = torch.Generator().manual_seed(seeded(1))
-        cotangents = [torch.randn(t.shape, generator=rng).to(t) for t in (y, log_det)]
-        return (y, log_det, *torch.autograd.grad((y, log_det), (x, params), cotangents))
+        return (y, log_det, *torch.autograd.grad((y, log_det), (x, params), fixed_cotangents(y, log_det)))
 
     return call
 
@@ -46,7 +45,7 @@ def _outputs_and_gradients(scale_map: ScaleMap, **options: object):
 @pytest.mark.parametrize("kind", SCALE_MAP_KINDS)
 @pytest.mark.parametrize(("inverse", "order"), TURNS)
 def test_every_map_order_and_direction(kind: str, inverse: bool, order: str) -> None:
-    """Default bounds and floors, and others; bounds that raw values reach."""
+    """Default bounds and floors and others, with raw values that reach the bounds."""
     for scale_map in (ScaleMap(kind), ScaleMap(kind, bound=0.5, floor=0.0), ScaleMap(kind, bound=0.9, floor=1e-3)):
         call = _outputs_and_gradients(scale_map, inverse=inverse, order=order)
         assert_within_budget(call, _inputs((40, 9)))
@@ -176,7 +175,7 @@ def test_opcheck(inverse: bool, log_det: bool) -> None:
 
 
 def test_flows_compile_whole_and_run_the_kernels() -> None:
-    # No lf.MLP for a conditioner: with one the flow is a coupling_stack.
+    # The conditioner is not an lf.MLP: with one the flow would be a coupling_stack.
     conditioners = (
         torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6)) for _ in "ab"
     )
@@ -205,10 +204,7 @@ def test_functional_transforms() -> None:
 
 
 def test_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, params = (t.detach() for t in _inputs((3, 4)))
     with lf.backend("triton"):
         affine_coupling(x.double(), params.double(), ScaleMap())

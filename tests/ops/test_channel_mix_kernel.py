@@ -16,9 +16,10 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
 )
-from tests.seeds import seeded
 
 CHANNELS = [(2, 2), (3, 3), (5, 3), (12, 12), (15, 16), (16, 16), (33, 33), (128, 128), (7, 130), (1, 1)]
 
@@ -34,8 +35,7 @@ def _inputs(
 def _outputs_and_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     """(y, dx, dweight, dbias) for a fixed random cotangent."""
     y = channel_mix(*tensors)
-    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-    return (y, *torch.autograd.grad(y, tensors, cotangent))
+    return (y, *torch.autograd.grad(y, tensors, fixed_cotangents(y)))
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), CHANNELS)
@@ -70,7 +70,7 @@ def test_every_shape(shape: tuple[int, ...]) -> None:
 def test_more_columns_than_one_split(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import linfast.kernels.channel_mix as kernels
 
-    monkeypatch.setattr(kernels, "SPLITS", splits)  # 2: more chunks a split than the fewest
+    monkeypatch.setattr(kernels, "SPLITS", splits)  # 2: more chunks per split than the minimum
     inputs = _inputs((3, 3, 64, 37))
     assert 8 * kernels.WEIGHTS[0][1].columns * 8 < 3 * 64 * 37
     assert_within_budget(_outputs_and_gradients, inputs)
@@ -126,7 +126,7 @@ def test_each_gradient_alone(only: int, n_in: int, monkeypatch: pytest.MonkeyPat
         y = channel_mix(*inputs)
 
     def refuse(*_: object) -> None:
-        raise AssertionError("computed a gradient that nobody asked for")
+        raise AssertionError("computed a gradient that is not required")
 
     monkeypatch.setattr(kernels, "weight_partials" if only == 0 else "_mix", refuse)
     y.sum().backward()
@@ -221,10 +221,7 @@ def test_autocast_casts_as_matmul_does() -> None:
 
 
 def test_vectors_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, weight, bias = (t.detach() for t in _inputs((3, 4, 2, 2)))
     with lf.backend("triton"):
         channel_mix(x.double(), weight.double(), bias.double())

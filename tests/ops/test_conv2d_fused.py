@@ -16,6 +16,7 @@ from tests.ops.checks import (
     assert_compiles_whole,
     assert_registered,
     assert_transforms,
+    refuse_launches,
     second_derivatives,
     squared_sum,
 )
@@ -30,7 +31,7 @@ def _inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def _y(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, residual: Tensor) -> Tensor:
-    """In "exact": torch's default for convolutions is tf32."""
+    """y in "exact", because torch's default for convolutions is tf32."""
     options = {"groups": 2, "norm_weight": norm_weight, "norm_bias": norm_bias, "residual": residual}
     return conv2d_fused(x, weight, bias, **options, alpha=0.7, next_groups=3, precision="exact")[0]  # type: ignore[arg-type]
 
@@ -74,16 +75,13 @@ def test_functional_transforms() -> None:
 
 
 def test_second_derivatives_are_the_references() -> None:
-    # Small enough for fp16, in which the interpreter takes operands apart.
+    # Small enough for fp16, in which the interpreter splits operands into parts.
     call = second_derivatives(lambda *tensors: _y(*tensors).pow(3).sum() / 1000)
     assert_within_budget(call, [t.requires_grad_() for t in _inputs()])
 
 
 def test_float64_the_reference_backend_and_the_cpu_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     with lf.backend("triton"):
         _y(*_inputs(torch.float64))
         with pytest.raises(AssertionError, match="conv2d_fused:launch"):

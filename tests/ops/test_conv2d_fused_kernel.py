@@ -13,9 +13,8 @@ from torch import Tensor
 import linfast as lf
 from linfast.ops import conv2d_fused
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, error, hostile
-from tests.ops.checks import assert_same_bits
+from tests.ops.checks import assert_same_bits, fixed_cotangents
 from tests.ops.stacks import factors_of_every_part, rounding
-from tests.seeds import seeded
 
 NAMES = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
 # (B, C_in, H, W), C_out, k, groups
@@ -34,7 +33,7 @@ _EXACT: dict[str, Any] = {"precision": "exact"}
 
 
 def _inputs(shape: tuple[int, ...], n_out: int, k: int, dtype: torch.dtype = torch.float32, rows: bool = False):
-    """x, weight, bias, norm_weight, norm_bias, residual; x's mean is not small against its spread."""
+    """x, weight, bias, norm_weight, norm_bias, residual; x's mean is not small relative to its spread."""
     batch, n_in, height, width = shape
     shapes = (shape, (n_out, n_in, k, k), (batch, n_out) if rows else (n_out,), (n_in,), (n_in,))
     values = [torch.randn(s) for s in (*shapes, (batch, n_out, height, width))]
@@ -43,17 +42,13 @@ def _inputs(shape: tuple[int, ...], n_out: int, k: int, dtype: torch.dtype = tor
     return [v.to(DEVICE, dtype).requires_grad_() for v in values]
 
 
-def _cotangent(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-
-
 def _call(given: tuple[str, ...] = NAMES[2:], **options: object) -> Call:
-    """y and every gradient; the tensors after weight are ``given``; in "exact" unless told."""
+    """y and every gradient; the tensors after weight are ``given``; in "exact" by default."""
     options = {**_EXACT, **options}
 
     def call(x: Tensor, weight: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         y, _ = conv2d_fused(x, weight, **dict(zip(given, rest, strict=True)), **options)  # type: ignore[arg-type]
-        return (y, *torch.autograd.grad(y, (x, weight, *rest), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, weight, *rest), fixed_cotangents(y)[0]))
 
     return call
 
@@ -91,7 +86,7 @@ def test_half_precision_sums_in_fp32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("precision", ["exact", "tf32", "high", "fast"])
 def test_precision_modes(precision: str) -> None:
-    """Operands rounded as the mode says, and no better than that."""
+    """Operands are rounded as the mode says, and no more accurately."""
     inputs, call = _inputs((2, 16, 4, 5), 8, 3), _call(groups=4, precision=precision)
     assert_within_budget(call, inputs, rounding(precision))
     with lf.backend("triton"):
@@ -141,7 +136,7 @@ def test_strides_of_every_tensor_and_of_the_incoming_gradient(name: str) -> None
 def test_each_gradient_alone(only: int) -> None:
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         y, _ = conv2d_fused(*tensors[:2], **dict(zip(NAMES[2:], tensors[2:], strict=True)), groups=2, **_EXACT)  # type: ignore[arg-type]
-        return torch.autograd.grad(y, tensors[only], _cotangent(y).expand_as(y))
+        return torch.autograd.grad(y, tensors[only], fixed_cotangents(y)[0].expand_as(y))
 
     inputs = _inputs((2, 8, 3, 5), 6, 3)
     assert_within_budget(call, [t.detach().requires_grad_(i == only) for i, t in enumerate(inputs)])
@@ -159,7 +154,7 @@ def test_an_expanded_gradient() -> None:
     ("shape", "n_out", "groups"), [((1, 8, 6, 11), 12, 3), ((2, 4, 2, 3), 10, 2), ((1, 4, 1, 1), 8, 8)]
 )
 def test_statistics_are_handed_over(shape: tuple[int, ...], n_out: int, groups: int) -> None:
-    """The next convolution on what the first one summed: y, and gradients through both."""
+    """The next convolution uses the first one's statistics: y, and gradients through both."""
     x, weight, *_ = _inputs(shape, n_out, 3)
     second = (torch.randn(4, n_out, 3, 3, device=DEVICE) / n_out).requires_grad_()
     seen = []
@@ -168,7 +163,7 @@ def test_statistics_are_handed_over(shape: tuple[int, ...], n_out: int, groups: 
         h, statistics = conv2d_fused(x + 5, weight, next_groups=groups, precision="exact")
         seen.append((h.detach(), statistics))
         y, _ = conv2d_fused(h, second, groups=groups, statistics=statistics, precision="exact")
-        return (y, *torch.autograd.grad(y, (x, weight, second), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, weight, second), fixed_cotangents(y)[0]))
 
     assert_within_budget(call, [x, weight, second])
     h, tiles = seen[0]
@@ -198,7 +193,7 @@ def test_statistics_of_a_tensor(shape: tuple[int, ...], groups: int) -> None:
 
 
 def test_statistics_given_are_those_used() -> None:
-    """Wrong ones give another y: they are not computed again."""
+    """Wrong statistics give another y, so that they are not computed again."""
     x, weight, *_ = (t.detach() for t in _inputs((2, 8, 3, 5), 8, 3))
     with lf.backend("triton"):
         _, statistics = conv2d_fused(x, weight, next_groups=2)
@@ -236,7 +231,7 @@ def test_nan_stays_where_it_reaches() -> None:
 
 
 def test_where_it_runs() -> None:
-    """The table: by channels, kernel, mode and target; and the tiles of small images."""
+    """The table by channels, kernel, mode and target; and the tiles of small images."""
     assert runs_fused(16, 16, 3, "tf32", "sm_90")
     assert not runs_fused(16, 16, 3, "tf32", None)
     assert not runs_fused(16, 16, 3, "tf32", "gfx942")

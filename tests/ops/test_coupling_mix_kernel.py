@@ -14,8 +14,14 @@ from linfast.ops.affine_coupling import coupling_constants, split_sizes
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget, hostile
-from tests.ops.checks import TURNS, assert_registered, assert_same_bits, assert_transforms, second_derivatives
-from tests.seeds import seeded
+from tests.ops.checks import (
+    TURNS,
+    assert_registered,
+    assert_same_bits,
+    assert_transforms,
+    fixed_cotangents,
+    second_derivatives,
+)
 
 # Odd sizes, one row, no rows, more columns than a tile, several positions that a power of two divides.
 SHAPES = [
@@ -47,9 +53,7 @@ def _outputs_and_gradients(scale_map: ScaleMap | None = None, **options: object)
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         x, params, *rest = tensors
         y, log_det = coupling_mix(x, params, scale_map or ScaleMap(), *rest, log_det=True, **options)  # type: ignore[arg-type]
-        rng = torch.Generator().manual_seed(seeded(1))
-        cotangents = [torch.randn(t.shape, generator=rng).to(t) for t in (y, log_det)]
-        return (y, log_det, *torch.autograd.grad((y, log_det), tensors, cotangents))
+        return (y, log_det, *torch.autograd.grad((y, log_det), tensors, fixed_cotangents(y, log_det)))
 
     return call
 
@@ -117,7 +121,7 @@ def test_strides_of_inputs_and_of_the_incoming_gradient(n_in: int, inverse: bool
             assert_within_budget(call, [t.requires_grad_() for t in strided])
 
 
-def test_each_tensor_in_a_layout_of_its_own() -> None:
+def test_each_tensor_in_a_separate_layout() -> None:
     for n_in in (4, 16):
         x, params, weight, bias = (t.detach() for t in _inputs((3, n_in, 5, 4)))
         wide = torch.full((2 * n_in, 3 * n_in), float("nan"), device=DEVICE)
@@ -139,7 +143,7 @@ def test_each_gradient_alone(only: int, n_in: int, output: int, monkeypatch: pyt
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         x, params, *rest = tensors
         value = coupling_mix(x, params, ScaleMap(), *rest, log_det=True)[output]
-        if not value.requires_grad:  # the reference's log_det knows what it does not depend on
+        if not value.requires_grad:  # the reference's log_det has no graph to what it does not depend on
             return (torch.zeros_like(tensors[only]),)
         return torch.autograd.grad(value.square().sum(), tensors[only], allow_unused=True, materialize_grads=True)
 
@@ -147,7 +151,7 @@ def test_each_gradient_alone(only: int, n_in: int, output: int, monkeypatch: pyt
     assert_within_budget(call, inputs)
 
     def refuse(*_: object) -> None:
-        raise AssertionError("computed a gradient that nobody asked for")
+        raise AssertionError("computed a gradient that is not required")
 
     monkeypatch.setattr(mix_kernels, "weight_partials", refuse) if only < 2 else monkeypatch.setattr(
         kernels, "_backward", refuse
@@ -274,7 +278,7 @@ def test_functional_transforms() -> None:
 
 
 def _launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The launchers that run from here on."""
+    """Records the launchers that run from here on."""
     from linfast.ops import register
 
     seen, launcher = [], register._launcher

@@ -1,8 +1,8 @@
-"""The coupling stack's gradient kernels against float64: products, B1, B2, weights, runs of rows, what is needed.
+"""The coupling stack's gradient kernels against float64: products, B1, B2, weights, chunks, needed gradients.
 
 Gradients of the public op over activations, scale maps, sizes and layouts are in
-test_coupling_stack_kernel.py; under the interpreter parts of gradients are tf32 numbers in place of bf16's,
-so that products in parts are held to float64 here on their own.
+test_coupling_stack_kernel.py; in the interpreter parts of gradients are tf32 in place of bf16 numbers,
+so that products in parts are compared with float64 separately here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget, error, hostile
+from tests.ops.checks import fixed_cotangents
 from tests.ops.stacks import (
     HALF,
     NAMES,
@@ -40,11 +41,10 @@ from tests.ops.stacks import (
     rebuilt,
     rounding,
 )
-from tests.seeds import seeded
 
 # Relative error of a product of operands of about 1.
 MODES = {
-    "tf32": (Mode(1, torch.float32), 6e-4),  # two roundings of 2^-11 at most; operands that are cut come to 7.6e-4
+    "tf32": (Mode(1, torch.float32), 6e-4),  # at most two roundings of 2^-11; truncated operands would give 7.6e-4
     "1 part": (Mode(1, HALF), torch.finfo(HALF).eps),
     "2 parts": (Mode(2, HALF), 2e-6 if torch.float16 == HALF else 2e-5),
     "3 parts": (Mode(3, HALF), 5e-7),
@@ -79,7 +79,7 @@ def test_three_parts_keep_every_bit_of_fp32() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_have_the_parts_that_the_mode_promises(precision: str) -> None:
-    """Under the interpreter parts of a gradient's products are tf32's: one of three too few would go unseen."""
+    """In the interpreter parts of gradients are tf32, so that a missing third part would not be noticed."""
     stack = _stack(_packed(random_layers(6, (16,), 1), 6, precision), precision=precision)
     assert stack.forward_mode.parts == stack.gradient_mode.parts == N_PARTS[precision]
     assert stack.map_mode.parts == max(N_PARTS[precision], 2)
@@ -109,7 +109,7 @@ def _packed(layers: Sequence[CouplingLayer], D: int, precision: str, **options) 
 
 
 def _spec(packed: PackedStack, activation: int = 1, inverse: bool = False, precision: str = "exact") -> StackSpec:
-    """Two linear layers or three, scale map "smooth"."""
+    """Two or three linear layers, scale map "smooth"."""
     layout = packed.layout
     sizes = (layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head)
     return StackSpec(*sizes, activation, 2, 0.5, 0.0, False, False, inverse, True, precision)
@@ -170,14 +170,13 @@ def test_B1_and_B2_on_their_own(activation: str) -> None:
 
 
 def _gradients(layers, head=None, cotangents=(True, True), **options) -> Callable[..., tuple[Tensor, ...]]:
-    """A gradient of y and log_det, or of one of them, for fixed random cotangents."""
+    """Gradients of y and log_det, or of one of them, for fixed random cotangents."""
 
     def call(x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         built, new_head = rebuilt(layers, tensors, head)
         settings = {"activation": "silu", "scale_map": ScaleMap(), "precision": "exact", **options}
         outputs = coupling_stack(x, built, log_det=True, head=new_head, **settings)
-        rng = torch.Generator().manual_seed(seeded(1))
-        given = [torch.randn(t.shape, generator=rng).to(t) for t in outputs]
+        given = fixed_cotangents(*outputs)
         outputs, given = zip(
             *[(o, c) for o, c, on in zip(outputs, given, cotangents, strict=True) if on], strict=True
         )
@@ -245,7 +244,7 @@ def test_what_is_not_needed_changes_nothing_else(inverse: bool, maps: str) -> No
     assert nothing is None
     for value, exact in ((dx, exact_dx), (dweights, exact_dweights)):
         assert error(value, exact) <= 1e-6
-    # Gradients of what is padding stay zero, bit by bit.
+    # Gradients of padding stay exactly zero.
     assert not dweights[exact_dweights == 0].any()
 
 

@@ -15,7 +15,14 @@ from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_accurate, assert_within_budget, hostile
-from tests.ops.checks import TURNS, assert_registered, assert_transforms, second_derivatives
+from tests.ops.checks import (
+    TURNS,
+    assert_registered,
+    assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
+    second_derivatives,
+)
 from tests.ops.stacks import (
     NAMES,
     doubled,
@@ -27,18 +34,17 @@ from tests.ops.stacks import (
     rebuilt,
     rounding,
 )
-from tests.seeds import seeded
 
 
 def _run(x: Tensor, layers, **options):
-    """(y, log_det) of the kernel."""
+    """(y, log_det) from the kernel."""
     options = {"activation": "silu", "scale_map": ScaleMap(), "log_det": True, "precision": "exact", **options}
     with lf.backend("triton"), torch.no_grad():
         return coupling_stack(x, layers, **options)
 
 
 def _assert_accurate(x: Tensor, layers, precision: str = "exact", head: AffineMap | None = None, **options) -> None:
-    """Within what rounding costs the same mathematics in fp32 with operands rounded as the mode rounds them."""
+    """Within the rounding of the same formulas in fp32, with operands rounded as the mode rounds them."""
     options = {"activation": "silu", "scale_map": ScaleMap(), **options}
     got = _run(x, layers, precision=precision, head=head, **options)
     wide, wide_head = doubled(layers, head)
@@ -168,7 +174,7 @@ def test_forward_and_inverse_use_bit_identical_shift_and_scale(precision: str, o
     y, forward = _run(x, layers, precision=precision, order=order)
     _, inverse = _run(y, layers, precision=precision, order=order, inverse=True)
     assert torch.equal(forward, -inverse)
-    # A moved half of 0 becomes t (times e^s): undone with another t it would not come back as 0.
+    # A moved half of 0 becomes t (times e^s): inverted with another t it would not return to 0.
     x[:, :5] = 0
     shift, _ = _run(x, layers, precision=precision, order="scale_first")
     back, _ = _run(shift, layers, precision=precision, order="scale_first", inverse=True)
@@ -214,7 +220,7 @@ def test_packed_weights_give_the_same_bits_and_take_no_gradient() -> None:
 
 @pytest.mark.parametrize("n_linear", [1, 2])
 def test_exact_products_keep_every_bit_of_fp32(n_linear: int) -> None:
-    """One kept feature x, one moved feature 0: y_0 = t(x) = w x, where the log-scale's row of weights is zero."""
+    """One kept feature x, one moved feature 0: y_0 = t(x) = w x, since the log-scale's row of weights is zero."""
     for x, w in zip(*factors_of_every_part(), strict=True):
         weights = [torch.stack((w, 0 * w))[:, None]]
         weights += [torch.eye(2, device=DEVICE)] * (n_linear - 1)
@@ -230,10 +236,8 @@ def _outputs_and_gradients(layers, head=None, **options):
         built, new_head = rebuilt(layers, tensors, head)
         settings = {"activation": "silu", "scale_map": ScaleMap(), "precision": "exact", **options}
         y, log_det = coupling_stack(x, built, log_det=True, head=new_head, **settings)
-        rng = torch.Generator().manual_seed(seeded(1))
-        cotangents = [torch.randn(t.shape, generator=rng).to(t) for t in (y, log_det)]
         wanted = [t for t in (x, *tensors) if t.requires_grad]
-        return (y, log_det, *torch.autograd.grad((y, log_det), wanted, cotangents))
+        return (y, log_det, *torch.autograd.grad((y, log_det), wanted, fixed_cotangents(y, log_det)))
 
     return call
 
@@ -347,10 +351,7 @@ def test_functional_transforms() -> None:
 
 
 def test_float64_the_reference_backend_and_larger_sizes_launch_no_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, layers = _x(3, 4), random_layers(4, (8,), 1)
     options = {"activation": "silu", "scale_map": ScaleMap()}
     with lf.backend("triton"):

@@ -17,12 +17,13 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
     squared_sum,
 )
-from tests.seeds import seeded
 
-# An odd number of channels, one pixel, more pixels than a tile takes, no sample, one row.
+# An odd number of channels, one pixel, more pixels than a tile holds, no sample, one row.
 SHAPES = [(2, 3, 1, 1), (1, 1, 33, 32), (0, 4, 3, 3), (1, 3, 1, 9)]
 SIZES = [(1, 1), (3, 3), (2, 2), (4, 1), (1, 9)]
 KINDS = [(False, True), (True, False), *long((False, False), (True, True))]  # (per_sample, transpose)
@@ -37,14 +38,10 @@ def _inputs(
     return [t.to(DEVICE, dtype).requires_grad_() for t in (torch.randn(shape), weight)]
 
 
-def _cotangent(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-
-
 def _output_and_gradients(transpose: bool = False) -> Call:
     def call(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         y = depthwise_conv(x, weight, transpose=transpose)
-        return (y, *torch.autograd.grad(y, (x, weight), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, weight), fixed_cotangents(y)[0]))
 
     return call
 
@@ -109,7 +106,7 @@ def test_strides_of_inputs_and_of_the_incoming_gradient(per_sample: bool, transp
 def test_each_gradient_alone(only: int) -> None:
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         y = depthwise_conv(*tensors)
-        return torch.autograd.grad(y, tensors[only], _cotangent(y))
+        return torch.autograd.grad(y, tensors[only], fixed_cotangents(y)[0])
 
     inputs = _inputs((2, 2, 5, 4), (2, 3))
     assert_within_budget(call, [t.detach().requires_grad_(i == only) for i, t in enumerate(inputs)])
@@ -164,10 +161,7 @@ def test_functional_transforms() -> None:
 
 
 def test_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, weight = (t.detach() for t in _inputs((1, 2, 3, 3), (2, 2)))
     with lf.backend("triton"):
         depthwise_conv(x.double(), weight.double())

@@ -1,6 +1,6 @@
-"""What holds for every op, with all that is optional in it and with none of it.
+"""Properties of every op, with all optional inputs and outputs and with none of them.
 
-torch.compile(fullgraph=True) training and serving, torch.export, and no part of an op in autocast.
+Training and inference under torch.compile(fullgraph=True), torch.export, and no autocast inside an op.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_inductor_compiles_it(name: str) -> None:
 
 
 def _assert_compiles(name: str, backend: str) -> None:
-    """Compiled whole, with and without gradients, the kernels' outputs and gradients are within the budget."""
+    """Compiled without graph breaks, outputs and gradients of the kernels are within the budget."""
     call, inputs = CASES[name].call, drawn(name)
     with lf.backend("reference"):
         wide = [t.detach().double().requires_grad_() for t in inputs]
@@ -56,7 +56,7 @@ def _assert_compiles(name: str, backend: str) -> None:
 
 
 def test_a_gradient_of_log_det_alone() -> None:
-    """torch.compile makes a zero gradient of y then."""
+    """torch.compile then passes a zero gradient for y."""
     call, inputs = CASES["coupling_stack"].call, drawn("coupling_stack")
     torch.compiler.reset()
     with lf.backend("triton"):
@@ -66,7 +66,7 @@ def test_a_gradient_of_log_det_alone() -> None:
 
 
 def test_no_op_and_nothing_optional_is_forgotten() -> None:
-    """Every exported op has a case, and each optional tensor of a raw op, and log_det, is given and left out."""
+    """Every exported op has a case; every optional tensor of a raw op, and log_det, is given and omitted."""
     exported = {name for name in ops.__all__ if isinstance(getattr(ops, name), FunctionType)}
     assert {case.op for case in CASES.values()} == exported
     seen: dict[tuple[str, str], set[bool]] = {}
@@ -85,9 +85,9 @@ def test_no_op_and_nothing_optional_is_forgotten() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_part_of_an_op_is_in_autocast(name: str) -> None:
-    """The raw ops, forward and backward, and a backward that is itself differentiated, have the same bits in it.
+    """Inside autocast raw ops, forward, backward and differentiated backward, give the same bits.
 
-    Of that one x's gradient: what packing in plain torch does in its backward is torch's.
+    Of the last only the gradient of x is compared, since the backward of packing in plain torch is torch's own.
     """
     for op, arguments in _raw_calls(name):
         expected = op(*arguments)
@@ -103,7 +103,7 @@ def test_no_part_of_an_op_is_in_autocast(name: str) -> None:
 
 
 def test_a_raw_op_runs_alone_only_where_nothing_is_differentiated() -> None:
-    """Without gradients there is no autograd function; a tangent is refused and not dropped, under no_grad too."""
+    """Without gradients there is no autograd function; a tangent raises and is not dropped, under no_grad too."""
     x, params = torch.randn(2, 4, device=DEVICE), torch.randn(2, 4, device=DEVICE)
     with lf.backend("triton"), mock.patch.object(torch.autograd.Function, "apply") as applied:
         ops.affine_coupling(x, params, lf.ScaleMap())
@@ -128,7 +128,7 @@ class _Calls(TorchDispatchMode):
 
 
 def _raw_calls(name: str) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The raw ops that a case calls, forward and backward, and what with."""
+    """The raw ops that a case calls, forward and backward, and their arguments."""
     with lf.backend("triton"), _Calls() as calls:
         with_gradients(CASES[name].call)(*drawn(name))
     return calls.made
@@ -150,7 +150,7 @@ class _Op(nn.Module):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_it_exports(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "reference":  # as in a process that does not interpret kernels: a bank is one op there too
+    if backend == "reference":  # as in a process without the interpreter: a bank is one op there too
         for module in ("latent_matmul", "register"):
             monkeypatch.setattr(sys.modules[f"linfast.ops.{module}"], "interpreting", lambda: False)
     call, inputs = CASES[name].call, tuple(t.detach() for t in drawn(name))

@@ -1,4 +1,4 @@
-"""No launcher's grid is longer than a GPU takes: 2^31 - 1 programs on the first axis, 65,535 on the others."""
+"""No grid exceeds the limits of a GPU: 2^31 - 1 programs on the first axis, 65,535 on the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _Kernel:
-    """Notes the grid in a kernel's place, and runs nothing."""
+    """Stands in for a kernel: records the grid, and runs nothing."""
 
     def __init__(self, grids: list[tuple[int, ...]]) -> None:
         self._grids = grids
@@ -23,7 +23,7 @@ class _Kernel:
 
 
 def _wide(*shape: int) -> Tensor:
-    """Of this shape, and one number long."""
+    """A tensor of this shape that holds one number."""
     return torch.zeros(()).expand(shape)
 
 
@@ -56,7 +56,7 @@ def _group_norm_silu() -> tuple[Any, ...]:
     return x, None, None, None, None, mean, mean, x, None, None, 70_000, 1e-5, True, [True] + [False] * 4
 
 
-# op: (arguments of its backward's launcher, and which of them the forward's takes)
+# op: (arguments of the backward's launcher, and which of them the forward's launcher takes)
 _CALLS: dict[str, tuple[Callable[[], tuple[Any, ...]], list[int]]] = {
     "depthwise_conv": (_depthwise_conv, [0, 1, 3]),
     "low_rank": (_low_rank, [0, 1, 2, 6]),
@@ -76,4 +76,4 @@ def test_many_tiles_fit_the_grid(op: str, monkeypatch: pytest.MonkeyPatch) -> No
     getattr(module, f"launch_{op}_backward")(*arguments)
     assert len(grids) >= 2
     assert all(grid[0] < 2**31 and max(grid[1:], default=1) <= 65_535 for grid in grids), grids
-    assert max(grid[0] for grid in grids) > 65_535  # the sizes are those that a second axis does not take
+    assert max(grid[0] for grid in grids) > 65_535  # sizes that exceed the limit of a second axis

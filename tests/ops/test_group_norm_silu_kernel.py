@@ -18,23 +18,24 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
     squared_sum,
 )
-from tests.seeds import seeded
 
 SHAPES = [
     ((3, 8, 5, 7), (1, 2, 8)),
     ((3, 6, 5, 7), (3,)),
     ((9, 7), (7,)),
     ((1, 2), (1,)),
-    ((1, 6, 40, 31), (1, 3, 6)),  # more positions than one tile takes
+    ((1, 6, 40, 31), (1, 3, 6)),  # more positions than one tile holds
     ((2, 3, 1, 1), (1, 3)),
-    ((1, 2, 1, 1), (2,)),  # one value a group
+    ((1, 2, 1, 1), (2,)),  # one value per group
     ((0, 4, 3, 3), (2,)),
     ((4, 6), (1, 3)),
     ((2, 5000), (1,)),
-    ((1, 40000), (2,)),  # more channels than one tile takes
+    ((1, 40000), (2,)),  # more channels than one tile holds
     ((2, 4, 9), (2,)),
     ((1, 4, 3, 4, 5), (4,)),
     ((1, 2, 130, 131), (1, 2)),
@@ -45,20 +46,16 @@ Call = Callable[..., tuple[Tensor, ...]]
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """x, weight, bias, scale, shift; x has a mean that is not small against its spread."""
+    """x, weight, bias, scale, shift; x's mean is not small relative to its spread."""
     shapes = (shape, shape[1:2], shape[1:2], shape[:2], shape[:2])
     values = [torch.randn(s) + offset for s, offset in zip(shapes, (2.0, 1.0, 0.0, 0.0, 0.0), strict=True)]
     return [v.to(DEVICE, dtype).requires_grad_() for v in values]
 
 
-def _cotangent(y: Tensor) -> Tensor:
-    return torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-
-
 def _output_and_gradients(groups: int, activation: bool = True, given: tuple[str, ...] = NAMES[1:]) -> Call:
     def call(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         y = group_norm_silu(x, groups, **dict(zip(given, parameters, strict=True)), activation=activation)
-        return (y, *torch.autograd.grad(y, (x, *parameters), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, *parameters), fixed_cotangents(y)[0]))
 
     return call
 
@@ -87,12 +84,12 @@ def test_half_precision_accumulates_in_fp32(dtype: torch.dtype, shape: tuple[int
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_with_fp32_parameters(dtype: torch.dtype) -> None:
-    """Every rounding but the output's is fp32's: parameter gradients keep fp32 accuracy in every dtype."""
+    """Only the output is rounded below fp32: parameter gradients keep fp32 accuracy in every dtype."""
     x, *parameters = _inputs((2, 8, 5, 7))
     assert_within_budget(_output_and_gradients(2), [x.detach().to(dtype).requires_grad_(), *parameters])
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 20, 15), (1, 2, 130, 131)], ids=["a group a tile", "a walk over tiles"])
+@pytest.mark.parametrize("shape", [(2, 8, 20, 15), (1, 2, 130, 131)], ids=["one group per tile", "several tiles"])
 def test_a_mean_a_thousand_times_the_spread_costs_only_the_inputs_own_digits(shape: tuple[int, ...]) -> None:
     inputs = [(t.detach() + 1000.0 * (i == 0)).requires_grad_() for i, t in enumerate(_inputs(shape))]
     assert_within_budget(_output_and_gradients(2), inputs)
@@ -126,7 +123,7 @@ def test_scale_and_shift_as_halves_of_one_embedding() -> None:
         scale, shift = embedding.chunk(2, dim=1)
         y = group_norm_silu(x, 4, weight.to(x), bias.to(x), scale, shift)
         y = y + group_norm_silu(x, 4, weight.to(x), bias.to(x), scale, shift.mT.contiguous().mT)
-        return (y, *torch.autograd.grad(y, (x, embedding), _cotangent(y)))
+        return (y, *torch.autograd.grad(y, (x, embedding), fixed_cotangents(y)[0]))
 
     assert_within_budget(call, [x, embedding])
 
@@ -136,7 +133,7 @@ def test_scale_and_shift_as_halves_of_one_embedding() -> None:
 def test_each_gradient_alone(only: int, shape: tuple[int, ...]) -> None:
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         y = group_norm_silu(tensors[0], 2, *tensors[1:])
-        return torch.autograd.grad(y, tensors[only], _cotangent(y))
+        return torch.autograd.grad(y, tensors[only], fixed_cotangents(y)[0])
 
     assert_within_budget(call, [t.detach().requires_grad_(i == only) for i, t in enumerate(_inputs(shape))])
 
@@ -204,10 +201,7 @@ def test_functional_transforms() -> None:
 
 
 def test_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x = torch.randn(3, 4, device=DEVICE)
     with lf.backend("triton"):
         group_norm_silu(x.double(), 2)
@@ -237,7 +231,7 @@ def test_errors_name_the_argument_and_the_shape() -> None:
 @pytest.mark.parametrize("op", ["group_norm_silu", "conv2d_fused"])
 @pytest.mark.parametrize("x_requires_grad", [False, True])
 def test_parameters_alone_have_gradients_in_channels_last(op: str, x_requires_grad: bool) -> None:
-    """torch's own group norm ends the process there, so this one is a process of its own."""
+    """torch's group norm crashes the process there, so the test runs in a separate one."""
 
     def gradients(x: Tensor, parameters: list[Tensor], kernel: Tensor) -> tuple[Tensor, ...]:
         with lf.backend("reference"):

@@ -16,9 +16,8 @@ from linfast.precision import PRECISIONS
 from linfast.scale_maps import ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_accurate, assert_within_budget, error, hostile
-from tests.ops.checks import assert_registered, second_derivatives
+from tests.ops.checks import assert_registered, fixed_cotangents, second_derivatives
 from tests.ops.stacks import NAMES, doubled, leaves, plain_stack, random_layers, random_map, rebuilt, rounding
-from tests.seeds import seeded
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -68,7 +67,7 @@ def _assert_accurate(
         assert ("layers" if launch is None else "stack") == path
         y = linearizer_stack(x, g_x, A, g_y, precision=precision)
     truth = _plain(x.double(), _wide(g_x), A.double(), _wide(g_y))
-    rounded = rounding(precision), rounding("exact" if precision == "exact" else "high")  # A has two parts at least
+    rounded = rounding(precision), rounding("exact" if precision == "exact" else "high")  # A has at least two parts
     assert_accurate([y], lambda: [_plain(x, g_x, A, g_y, *rounded)], [truth])
 
 
@@ -147,7 +146,7 @@ def test_the_identity_as_operator_gives_x_back() -> None:
     x, g = _x(20, 6), _network(6, 4)
     with lf.backend("triton"):
         y = linearizer_stack(x, g, torch.ones(6, device=DEVICE), g, precision="fast")
-    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)  # the same shift and scale both ways, even rounded
+    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)  # the same shift and scale in both directions
 
 
 def test_strides_of_x() -> None:
@@ -180,7 +179,7 @@ def test_networks_that_share_no_tile_run_one_after_another(other) -> None:
 
 
 def _call(g_x: CouplingStack, g_y: CouplingStack):
-    """(y, a gradient for every input that wants one); tensors: x, A, g_x's, g_y's."""
+    """(y, a gradient for every input that requires one); tensors: x, A, those of g_x, those of g_y."""
     n = len(leaves(g_x.layers, g_x.head))
 
     def filled(g: CouplingStack, tensors) -> CouplingStack:
@@ -189,8 +188,7 @@ def _call(g_x: CouplingStack, g_y: CouplingStack):
 
     def call(x: Tensor, A: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         y = linearizer_stack(x, filled(g_x, tensors[:n]), A, filled(g_y, tensors[n:]), precision="exact")
-        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-        return (y, *torch.autograd.grad(y, [t for t in (x, A, *tensors) if t.requires_grad], cotangent))
+        return (y, *torch.autograd.grad(y, [t for t in (x, A, *tensors) if t.requires_grad], fixed_cotangents(y)))
 
     return call
 

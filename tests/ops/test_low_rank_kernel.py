@@ -20,12 +20,13 @@ from tests.ops.checks import (
     assert_registered,
     assert_same_bits,
     assert_transforms,
+    fixed_cotangents,
+    refuse_launches,
     second_derivatives,
     squared_sum,
 )
-from tests.seeds import seeded
 
-# (B, N, M, r): odd sizes, one element, a rank past one tile, more rows than one tile and than all splits.
+# (B, N, M, r): odd sizes, one element, a rank above one tile, more rows than one tile and than all splits.
 SIZES = [
     (3, 7, 7, 3),
     (9, 7, 7, 2),
@@ -54,8 +55,7 @@ def _outputs_and_gradients(alpha: float = 0.0):
 
     def call(x: Tensor, U: Tensor, V: Tensor) -> tuple[Tensor, ...]:
         y = low_rank(x, U, V, alpha)
-        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(seeded(1))).to(y)
-        return (y, *torch.autograd.grad(y, (x, U, V), cotangent))
+        return (y, *torch.autograd.grad(y, (x, U, V), fixed_cotangents(y)))
 
     return call
 
@@ -208,11 +208,11 @@ def test_no_matrix_of_n_by_n_is_made(kind: str) -> None:
 
 @pytest.mark.parametrize(("n", "longest"), [(12288, 384), (1000, 500), (12289, 12289)])
 def test_long_sums_of_the_plain_form_are_taken_in_parts(n: int, longest: int) -> None:
-    """Forward and backward, where N has a power of two to part it by."""
+    """Forward and backward, where a power of two divides N."""
     lengths = [1]
 
     class Lengths(TorchDispatchMode):
-        """Keeps how many terms each batched product sums, one after the other."""
+        """Records the number of terms in each batched product."""
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func is torch.ops.aten.bmm.default:
@@ -240,10 +240,7 @@ def test_functional_transforms() -> None:
 
 
 def test_what_launches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: str):
-        raise AssertionError(path)
-
-    monkeypatch.setattr("linfast.ops.register._launcher", refuse)
+    refuse_launches(monkeypatch)
     x, U, V = (t.detach() for t in _inputs((3, 4, 4, 2)))
     with lf.backend("triton"):
         low_rank(x.double(), U.double(), V.double())

@@ -116,7 +116,7 @@ def test_channel_mix_and_latent_matmul() -> None:
 
 @pytest.mark.parametrize(("groups", "activation"), [(0, True), (2, True), (3, False)])
 def test_conv2d_fused_is_its_formula(groups: int, activation: bool) -> None:
-    """Taps written out, the padding's zeros after the activation."""
+    """The taps are written out; the zeros of the padding come after the activation."""
     x, weight, bias, residual = _rand(2, 6, 4, 5), _rand(3, 6, 3, 3), _rand(2, 3), _rand(2, 3, 4, 5)
     scale, offset = (_rand(6), _rand(6)) if groups else (None, None)
     y, _ = ops.conv2d_fused(

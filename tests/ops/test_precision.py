@@ -1,4 +1,4 @@
-"""Which precision mode torch's settings choose, and which path a size takes."""
+"""The precision mode that torch's settings select, and the path of each size."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_half_precision_input_or_autocast_is_fast(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype):
         assert resolve_precision(torch.zeros(1)) == "fast"
         assert resolve_precision(torch.zeros(1), "exact") == "exact"
-        assert half_dtype(torch.zeros(1)) == torch.float16  # the interpreter's stand-in
+        assert half_dtype(torch.zeros(1)) == torch.float16  # the stand-in in the interpreter
 
 
 def test_an_unknown_mode_is_named() -> None:

@@ -1,4 +1,4 @@
-"""Packing: the kernel has the reference's bits, gradients come back to each tensor, and tables are kept."""
+"""Packing: the kernel gives the reference's bits, every tensor gets its gradient, and tables are cached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ D = 7
 
 
 def test_parts_are_packed_whatever_autocasts_type_is() -> None:
-    """torch.stack under autocast refuses a half type that is not autocast's."""
+    """torch.stack under autocast raises for a half type that is not autocast's."""
     network = random_layers(6, (8,), 1, maps="dense")
     with torch.autocast(DEVICE, torch.bfloat16):
         packed = pack_stack(network, 6, inverse=True, precision="high", dtype=torch.float16)
@@ -29,7 +29,7 @@ def test_parts_are_packed_whatever_autocasts_type_is() -> None:
 
 
 def test_parts_of_weights_add_up_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the reference where kernels are interpreted, which cuts bf16 off; the kernel has the reference's bits."""
+    """Checked on the reference, because the interpreter truncates bf16; the kernel gives the reference's bits."""
     monkeypatch.setattr("linfast.ops.register.interpreting", lambda: False)
     layers = random_layers(7, (20, 16), 2)
     for precision, bits in (("fast", 8), ("high", 16), ("exact", 24)):
@@ -64,7 +64,7 @@ def test_the_packing_kernel_has_the_references_bits(precision: str, dtype: torch
 
 
 def _three(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], int]:
-    """The tensors of a stack of two unlike layers with maps and a head, and of an A; how many are the stack's."""
+    """The tensors of a stack of two different layers with maps and a head, and of an A; the stack's number."""
     layers, head = _template()
     tensors = [t.to(dtype).requires_grad_() for t in (*leaves(layers, head), torch.randn(D, D, device=DEVICE))]
     return tensors, len(tensors) - 1
@@ -85,7 +85,7 @@ def _packed(tensors: list[Tensor], n: int) -> list[PackedStack]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
 def test_gradients_are_those_of_plain_indexing(dtype: torch.dtype) -> None:
-    """Of a stack that is packed twice too, for tensors of any strides."""
+    """Also for a stack that is packed twice, and for tensors with any strides."""
     tensors, n = _three(dtype)
     if dtype == torch.float32:
         tensors = [(hostile(t)["every other"] if t.ndim == 2 else t).detach().requires_grad_() for t in tensors]
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_plain_indexing(dtype: torch.dtype) -> None:
 
 
 def test_second_derivatives() -> None:
-    """Packing is linear, and its gradient is: the second one of a square is twice the tensor's cotangent."""
+    """Packing and its gradient are linear: the second derivative of a square is twice the tensor's cotangent."""
     tensors, n = _three()
     (first,) = torch.autograd.grad(_packed(tensors, n)[0].weights.square().sum(), tensors[:1], create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), tensors[:1])

@@ -1,1 +1,1 @@
-"""Training and sampling, killed and going on, for as long as you like: ``python -m tests.soak --minutes 30``."""
+"""Training and sampling, killed and resumed repeatedly: ``python -m tests.soak --minutes 30``."""

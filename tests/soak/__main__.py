@@ -1,9 +1,9 @@
 """``python -m tests.soak --minutes 30``: train, kill, resume, sample, kill, resume, and compare.
 
 Each cycle trains a tiny model through the command line and samples it. Both are killed at random moments (SIGKILL,
-and now and then SIGINT and SIGTERM), meet second processes that want to write the same files, and go on until they
-end by themselves. Their files must then be those of the same commands uninterrupted. Ends at the first difference
-with status 1, and says where the files are.
+and sometimes SIGINT and SIGTERM), meet second processes that try to write the same files, and resume until they
+end by themselves. Their files must then equal those of the same commands uninterrupted. Ends at the first
+difference with status 1, and prints where the files are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=8, help="most a command (default: %(default)s)")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and theirs, ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     folder = Path(tempfile.mkdtemp(prefix="linfast-soak-"))
     soak, start, cycles = Soak(folder, options.seed, options.kills), time.monotonic(), 0
     try:

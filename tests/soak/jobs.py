@@ -1,4 +1,4 @@
-"""The commands that the soak kills, and the files that must come out the same."""
+"""The commands that the soak kills, and the files that must be equal at the end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["TRAININGS", "Job", "differences", "sampling", "training"]
 
-# What a train command is given; each has its own mixture of files and of what a checkpoint holds.
+# The arguments of train commands, with different files and checkpoint contents.
 _SMALL = ["--depth", "2", "--hidden", "16", "--batch", "32", "--checkpoint-every", "5"]
 _ONE_STEP = ["one-step", *_SMALL, "--rank", "2", "--time-hidden", "16", "--steps"]
 TRAININGS = {
@@ -25,14 +25,14 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One command, how it goes on, and its files.
+    """One command, the command that resumes it, and its files.
 
     Attributes:
-        first, again: arguments of linfast, the second for a run that is there to go on with.
-        begun: the file whose existence says so.
+        first, again: arguments of linfast; the second resumes an existing run.
+        begun: the file that exists once the command has begun.
         folder: of the files.
-        files: the files, below the folder, that must be the same in the end.
-        rows: of samples that the record then counts; 0 of a training.
+        files: the files in the folder that must be equal at the end.
+        rows: of samples in the record at the end; 0 for a training.
     """
 
     first: list[str]
@@ -43,7 +43,7 @@ class Job:
     rows: int = 0
 
     def is_done(self) -> bool:
-        """Whether all its work is written, though its process may not have ended."""
+        """Whether all its work is written, even if its process has not ended."""
         if self.rows:
             return self.begun.exists() and json.loads(self.begun.read_text())["done"] == self.rows
         return all((self.folder / file).exists() for file in self.files)
@@ -69,9 +69,9 @@ def sampling(model: Path, folder: Path, count: int) -> Job:
 
 
 def differences(job: Job, whole: Job) -> list[str]:
-    """What is not as in the uninterrupted run, and what should not be there.
+    """The differences from the uninterrupted run, and files that should not exist.
 
-    Files are compared byte for byte; checkpoints, whose archive holds the name of the file that was first
+    Files are compared byte by byte; checkpoints, whose archive contains the name of the file that was first
     written, tensor by tensor and bit for bit.
     """
     found = [f"{name} differs" for name in job.files if not _same(job.folder / name, whole.folder / name)]

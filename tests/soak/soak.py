@@ -19,13 +19,13 @@ __all__ = ["Failed", "Soak"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SIGNALS = {signal.SIGKILL: 6, signal.SIGINT: 1, signal.SIGTERM: 1}  # and how often each
-_SECOND = 0.25  # of the processes meet a second one that wants to write the same files
-_EARLY = 0.25  # of the signals come while Python starts and imports
-_LONGEST = 600  # seconds that a process may take
+_SECOND = 0.25  # share of the processes that meet a second one, which tries to write the same files
+_EARLY = 0.25  # share of the signals that come while Python starts and imports
+_LONGEST = 600  # limit of a process in seconds
 
 
 class Failed(Exception):
-    """Something was lost, differs or ended otherwise than it should."""
+    """Something was lost, differs, or ended in a wrong way."""
 
 
 class Soak:
@@ -34,11 +34,11 @@ class Soak:
     Args:
         folder: to work in.
         seed: of the signals and their times.
-        kills: most signals between two finished commands.
+        kills: the maximum number of signals between two finished commands.
         count: samples of each sampling.
 
     Attributes:
-        done: how often each signal ended a process, and second writers were refused.
+        done: counts of processes that each signal ended, and of refused second writers.
     """
 
     def __init__(self, folder: Path, seed: int, kills: int = 8, count: int = 200_000) -> None:
@@ -49,10 +49,10 @@ class Soak:
         self._log = folder / "log"
 
     def cycle(self, number: int) -> str:
-        """Train and sample with kills; a line that says what was done.
+        """Train and sample with kills; returns a line that reports it.
 
         Raises:
-            Failed: what is wrong, by file.
+            Failed: names the fault and the file.
         """
         name = self.random.choice(list(TRAININGS))
         before = self.done.copy()
@@ -75,16 +75,16 @@ class Soak:
         for _ in range(self.random.randint((self.kills + 1) // 2, self.kills)):
             early = self.random.random() < _EARLY
             number = self.random.choices(list(_SIGNALS), list(_SIGNALS.values()))[0]
-            # Ctrl-C in Python's own first moments, before it runs anything of ours, is Python's to report.
+            # Python itself reports Ctrl-C during its start, before it runs our code.
             after = self.random.uniform(1.0 if number == signal.SIGINT else 0.0, start) if early else None
-            self._signalled(job, number, after, 2 * (end - start) / self.kills)  # most find the work unfinished
+            self._signalled(job, number, after, 2 * (end - start) / self.kills)  # mostly before the work ends
         with self._started(job) as process:
             self._expect(process.wait(_LONGEST), (0,), job)
         if found := differences(job, whole):
             raise Failed(f"{name}: {'; '.join(found)} (compare {job.folder} with {whole.folder})")
 
     def _measured(self, job: Job, name: str) -> tuple[Job, float, float]:
-        """The command uninterrupted, in a folder of its own, and when it began to write and ended."""
+        """Run the command uninterrupted in a separate folder; the times when it began to write and ended."""
         folder = self.folder / f"whole-{len(self._whole)}"
         model = Path(job.first[job.first.index("--checkpoint") + 1]) if job.first[0] == "sample" else None
         whole = training(name, folder) if model is None else sampling(model, folder, self.count)
@@ -95,7 +95,7 @@ class Soak:
         return whole, start, time.monotonic() - begin
 
     def _signalled(self, job: Job, number: int, after: float | None, seconds: float) -> None:
-        """Start the command and send it a signal: after so many seconds, or somewhere in its work."""
+        """Start the command and send it a signal, after this many seconds or somewhere in its work."""
         with self._started(job) as process:
             if after is None:
                 self._until_begun(job, process)
@@ -112,7 +112,7 @@ class Soak:
         self.done[signal.Signals(number).name] += status != 0
 
     def _second_writer(self, job: Job, first: subprocess.Popen[bytes]) -> None:
-        """While the first process stands still in its work, the same command is refused."""
+        """While the first process is stopped during its work, the same command is refused."""
         first.send_signal(signal.SIGSTOP)
         done = job.is_done()
         try:
@@ -127,7 +127,7 @@ class Soak:
             raise Failed(f"a second {' '.join(job.arguments())} ended with {status}: {text}")
 
     def _until_begun(self, job: Job, process: subprocess.Popen[bytes]) -> float:
-        """Wait until this process has begun to write, or has ended; when that was."""
+        """Wait until this process has begun to write or has ended; returns the time."""
         before = _modified(job.begun)
         while process.poll() is None and _modified(job.begun) == before:
             time.sleep(0.05)
@@ -135,7 +135,7 @@ class Soak:
 
     @contextmanager
     def _started(self, job: Job, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-        """The command in a process of its own, which does not outlive the block."""
+        """The command in a separate process, which does not outlive the block."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
         command = [sys.executable, "-m", "linfast.cli", *job.arguments()]
         with open(log or self._log, "wb") as output:
@@ -153,7 +153,7 @@ class Soak:
 
 
 def tally(done: Counter[str]) -> str:
-    """How often each, in words."""
+    """The counts in words."""
     return ", ".join(f"{count} {what}" for what, count in done.items()) or "nothing"
 
 

@@ -1,4 +1,4 @@
-"""The soak sees what it is for; and a short one, with a signal or two."""
+"""The soak detects the faults that it looks for; and a short soak with one or two signals passes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Kernels compiled ahead of time for real GPUs, without one, and what the machine code says."""
+"""Kernels compiled ahead of time for real GPUs, without a GPU, and the figures of their machine code."""

@@ -1,6 +1,6 @@
-"""``python -m tests.static``: compile what changed, keep the tables, print them.
+"""``python -m tests.static``: compile what has changed, update the tables and print them.
 
-``--triton 3.6.0``: that version's table alone; a version that is not installed is put into build/.
+``--triton 3.6.0``: only the table of that version, which is installed into build/ if it is missing.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Spills that are left as they are, with the reason. Everything else must not spill.
+"""The spills that are accepted, with their reasons. Nothing else may spill.
 
-Numbers are bytes of the stack and instructions that reach it, together, as in the tables; a target, a kernel and a
-call each. No GPU was at hand: what is said to be faster is predicted, not measured.
+A number is bytes of the stack plus instructions that access it, as in the tables, for a target, a kernel and a
+call. No GPU was available: statements about speed are predictions, not measurements.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from tests.static.table import Key
 _NEW, _OLD = "3.7.1", "3.6.0"
 
 # The flagship's tile, 128 rows, 8 warps and a layer's weights loaded ahead (kernels/stack_configs.py). Triton 3.6
-# copies the biases asynchronously as well, and 48 bytes of a thread go to the stack: some 26 accesses among 1,500
-# instructions a layer, 2%. Tiles that do not spill in 3.6 are predicted to cost more. 64 rows by 8 warps read each
-# layer's weights twice as often: 2.7 ms of L2 alone where the whole takes 2.5 (docs/roofline.md). 128 rows in two
-# chunks of hidden columns load nothing ahead over a layer's end: some 2,000 cycles of latency a layer, of 5,300.
+# copies the biases asynchronously as well, and 48 bytes per thread go to the stack: some 26 accesses among 1,500
+# instructions per layer, 2%. Tiles that do not spill in 3.6 are predicted to cost more. 64 rows by 8 warps read
+# each layer's weights twice as often: L2 alone takes 2.7 ms where the whole takes 2.5 (docs/roofline.md). 128 rows
+# in two chunks of hidden columns load nothing ahead past the end of a layer: some 2,000 of 5,300 cycles per layer
+# are latency.
 _FLAGSHIP = {
     _OLD: [
         ("sm_90", "_coupling_stack_kernel", "D=64 H=128 fast forward n=3", 74),
@@ -26,8 +27,8 @@ _FLAGSHIP = {
         ("sm_100", "_coupling_stack_kernel", "gradient fast", 46),
     ],
 }
-# At the limit of registers. Below 64 rows comes a tile of 32, which reads the weights twice as often; below 32 none
-# does, and no one launch at all costs more than a few words.
+# At the limit of registers. The next tile below 64 rows has 32, which reads the weights twice as often; below 32
+# there is no tile, and not running in one launch costs more than a few spilled words.
 _FULL = {
     _NEW: [
         ("sm_80", "_linearizer_stack_kernel", "D=128 H=256 fast diagonal", 43),
@@ -39,7 +40,7 @@ _FULL = {
         ("sm_100", "_coupling_stack_kernel", "D=128 H=256 tf32 forward n=3", 12),
     ],
 }
-# A few words and accesses, where ptxas chose 64 to 128 registers of the 255 that there are. Not traced further.
+# A few words and accesses, where ptxas chose 64 to 128 of the 255 registers. The cause was not investigated.
 _FEW_WORDS = {
     _NEW: [
         ("sm_100", "_group_norm_silu_kernel", "16x4096 contiguous fp32", 27),
@@ -64,6 +65,6 @@ _FEW_WORDS = {
 
 
 def allowed(triton: str) -> dict[Key, int]:
-    """The most that a row of this version's table may spill."""
+    """The maximum that a row of this version's table may spill."""
     rows = [row for group in (_FLAGSHIP, _FULL, _FEW_WORDS) for row in group.get(triton, [])]
     return {(kernel, call, target): most for target, kernel, call, most in rows}

@@ -1,7 +1,7 @@
-"""``python -m tests.static.batches``: how many variants of each kernel batches and depths of all sizes compile.
+"""``python -m tests.static.batches``: the number of variants of each kernel over batches and depths of all sizes.
 
-Prints {call: {kernel: [variants of one batch at most, of all batches]}} for a GPU of one kind; a process of its
-own, as tests/static/record.py says.
+Prints {call: {kernel: [maximum for one batch, number for all batches]}} for one kind of GPU; a separate process,
+for the reason in tests/static/record.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TARGET = "sm_90"
 
 
 def variants(call: Callable[[int], None], counts: Iterable[int]) -> dict[str, tuple[int, int]]:
-    """(variants of one count at most, of all counts) by kernel."""
+    """(maximum number of variants for one count, number for all counts) by kernel."""
     one: dict[str, int] = defaultdict(int)
     every: dict[str, set[str]] = defaultdict(set)
     for count in counts:

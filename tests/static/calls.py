@@ -1,4 +1,4 @@
-"""Public ops, forward and backward, as functions of the batch: what is recorded, see tests/static/record.py."""
+"""Public ops, forward and backward, as functions of the batch, which tests/static/record.py records."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _SMOOTH = ScaleMap("smooth")
 
 
 def tensor(*shape: int, dtype: str = "fp32", last: bool = False, grad: bool = True) -> Tensor:
-    """Ones that want a gradient; ``last``: channels innermost."""
+    """Ones that require a gradient; ``last``: channels innermost."""
     made = torch.ones(shape, dtype=_DTYPES[dtype])
     return (made.contiguous(memory_format=torch.channels_last) if last else made).requires_grad_(grad)
 
 
 def both_ways(outputs: Tensor | Sequence[Tensor | None], *inputs: Tensor | None) -> None:
-    """The gradients of the inputs that want one; every output has a contiguous gradient."""
+    """The gradients of the inputs that require one; every output has a contiguous gradient."""
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     outputs = [y for y in outputs if y is not None and y.requires_grad]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
@@ -34,7 +34,7 @@ def both_ways(outputs: Tensor | Sequence[Tensor | None], *inputs: Tensor | None)
 
 
 def _x_and_params(batch: int, channels: int, *shape: int, **options: Any) -> tuple[Tensor, Tensor]:
-    """A coupling's: two parameters for each channel of the first half."""
+    """The inputs of a coupling: two parameters for each channel of the first half."""
     return tensor(batch, channels, *shape, **options), tensor(batch, (channels + 1) // 2 * 2, *shape, **options)
 
 
@@ -120,7 +120,7 @@ def conv2d_fused(
     kernel: int = 3,
     last: bool = True,
 ) -> None:
-    """The second convolution of a residual block, as a block has it, and the next norm's sums."""
+    """The second convolution of a residual block, as in a block, with the statistics of the next norm."""
     x, residual = (tensor(batch, channels, size, size, dtype=dtype, last=last) for _ in range(2))
     weight = tensor(channels, channels, kernel, kernel, dtype=dtype, last=last)
     bias, norm_weight, norm_bias = (tensor(channels, dtype=dtype) for _ in range(3))
@@ -179,7 +179,7 @@ def linearizer(
         both_ways(y, x, A.weight)
 
 
-# At sizes so small that any batch fits: what a batch changes is counted.
+# At sizes so small that any batch fits: only the effect of the batch is counted.
 BATCHED: dict[str, Callable[[int], None]] = {
     "affine_coupling": partial(affine_coupling, shape=(6,)),
     "affine_coupling, inverse": partial(affine_coupling, shape=(6,), inverse=True),
@@ -197,7 +197,7 @@ BATCHED: dict[str, Callable[[int], None]] = {
     "group_norm_silu": partial(group_norm_silu, per_group=2, shape=(4, 4)),
     "group_norm_silu of channels_last": partial(group_norm_silu, per_group=2, shape=(4, 4), last=True),
     "latent_matmul": partial(latent_matmul, n=6, operators=3),
-    "latent_matmul, one a sample": lambda batch: latent_matmul(batch, 6, batch),
+    "latent_matmul, one per sample": lambda batch: latent_matmul(batch, 6, batch),
     "low_rank": partial(low_rank, n=6, rank=2),
     "conv2d_fused": partial(conv2d_fused, channels=8, size=4, precision="high"),
     "coupling_stack": partial(coupling_stack, features=6, hidden=16, n_linear=2, precision="fast"),

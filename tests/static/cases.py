@@ -1,6 +1,6 @@
 """The calls whose launches are compiled: every op at sizes that reach every tile of every table, in every mode.
 
-Half precision, odd sizes and strides are for the targets of _TWO alone; activations and scale maps are compared on
+Half precision, odd sizes and strides are only for the targets of _TWO; activations and scale maps are compared on
 one tile of one target.
 """
 
@@ -28,7 +28,7 @@ _ONE = ("sm_90",)
 
 @dataclass(frozen=True)
 class Case:
-    """A call by name: the batch it is compiled at, and the targets it ships for."""
+    """A named call, with the batch that it is compiled at and the targets that it runs on."""
 
     name: str
     function: partial[None]
@@ -44,7 +44,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """In the order of the table."""
+    """All cases in the order of the table."""
     makers = (
         *(_affine_couplings, _channel_mixes, _coupling_mixes, _depthwise_convs, _group_norms, _latent_matmuls),
         *(_low_ranks, _convs, _stacks, _linearizers, _gradients),
@@ -131,7 +131,7 @@ def _low_ranks() -> Iterator[Case]:
 
 
 def _convs() -> Iterator[Case]:
-    """What ships by itself, and the widest tile, which only backend "triton" asks for."""
+    """The cases that run by default, and the widest tile, which only backend "triton" uses."""
     for channels in (16, 32, 64, 128):
         for mode in [mode for mode, widest in WIDEST.items() if channels <= widest or mode == "tf32"]:
             call = partial(calls.conv2d_fused, channels=channels, size=32, precision=mode)
@@ -164,7 +164,7 @@ def _stack(mode: str, entry: StackEntry, **options: Any) -> partial[None]:
 
 
 def _stacks() -> Iterator[Case]:
-    """Each entry forward with three layers and no maps, the common flow, and inverse at the most it is for."""
+    """Each entry forward with three layers and no maps, the common flow, and inverse at its maximal sizes."""
     for target, mode, entry, sizes in _entries():
         n = min(3, entry.n_linear)
         yield Case(f"{sizes} forward n={n}", _stack(mode, entry, n_linear=n), targets=(target,))
@@ -186,7 +186,7 @@ def _linearizers() -> Iterator[Case]:
 
 
 def _gradients() -> Iterator[Case]:
-    """Of the coupling stack, at its widest and narrowest."""
+    """The backward of the coupling stack, at its widest and narrowest."""
     for mode in ("fast", "tf32", "high", "exact"):
         maps = NO_MAPS if mode == "exact" else DENSE
         targets = tuple(target for target in TARGETS if (target, mode) in CONFIGS)

@@ -1,4 +1,4 @@
-"""Modules of tests.static in a process of their own: without Triton's interpreter, and with no GPU in sight.
+"""Runs modules of tests.static in a separate process, without Triton's interpreter and with no visible GPU.
 
 The tests run under the interpreter, which has no launch path and no compiler; and a bad compilation may abort.
 """
@@ -15,7 +15,7 @@ _LIMIT = 1200  # seconds
 
 
 class ChildFailed(Exception):
-    """What a process wrote last, and what it had printed until then."""
+    """The last error output of a process, and its output until then."""
 
     def __init__(self, module: str, stderr: str, stdout: str) -> None:
         super().__init__(f"{module} failed:\n{stderr[-3000:]}")
@@ -23,13 +23,13 @@ class ChildFailed(Exception):
 
 
 def run(module: str, stdin: str = "", first: Path | None = None, kernels: Path | None = None) -> str:
-    """What ``python -m module`` prints.
+    """The output of ``python -m module``.
 
     Args:
-        module: by its full name.
+        module: its full name.
         stdin: its input.
         first: a folder of packages that hide the installed ones.
-        kernels: the folder of linfast.kernels, if not the checkout's.
+        kernels: the folder of linfast.kernels, if it is not that of the checkout.
 
     Raises:
         ChildFailed: it ended with an error.

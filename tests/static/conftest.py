@@ -1,4 +1,4 @@
-"""The launches of today, recorded once a session."""
+"""The current launches, recorded once per session."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from tests.static.record import Launch
 
 @pytest.fixture(scope="session")
 def now() -> list[Launch]:
-    """What the launchers pass today."""
+    """The current arguments of the launchers."""
     return table.launches()

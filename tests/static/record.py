@@ -1,10 +1,10 @@
-"""What the launchers pass to Triton on a GPU, caught without one: no kernel runs, and none is compiled.
+"""Records what the launchers pass to Triton on a GPU, without a GPU: no kernel runs, and none is compiled.
 
 Triton's own launch path specialises the arguments of ``kernel[grid](...)`` for the target that a stand-in for its
 driver names, and hands types, attributes, constants and options to a stand-in for its compiler, which keeps them.
-Tensors lie on the CPU and say that they are on a GPU. ``python -m tests.static.record`` prints the launches of
-every case of tests/static/cases.py, or of the ops named on stdin, one JSON object a line; a process of its own,
-because Triton's interpreter, which the tests run under, has no launch path.
+Tensors are on the CPU and report that they are on a GPU. ``python -m tests.static.record`` prints the launches of
+every case of tests/static/cases.py, or of the ops named on stdin, one JSON object per line; in a separate process,
+because Triton's interpreter, which the tests use, has no launch path.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ _devices = itertools.count()
 
 @dataclass(frozen=True)
 class Launch:
-    """One compilation: what a launch makes of a kernel's arguments.
+    """One compilation: how a launch specialises a kernel's arguments.
 
     Args:
-        call: the name of the call that made it first; of several of one kernel, with their number.
+        call: the name of the first call that made it, with a number where it launches the kernel several times.
         target: of ``TARGETS``.
         module, kernel: linfast.kernels.<module>.<kernel>.
         signature: each argument's type; "constexpr" for those of ``constants``.
         constants: values by argument.
-        attributes: what else is known of an argument, in Triton's words, such as tt.divisibility.
-        options: of the compiler, where they are not its defaults.
+        attributes: other properties of arguments, in Triton's terms, such as tt.divisibility.
+        options: of the compiler, where they differ from its defaults.
         source: a digest of the kernel and of the functions and constants of linfast that it uses.
     """
 
@@ -69,16 +69,16 @@ class Launch:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides what it compiles to, but Triton."""
+        """A digest of everything that determines the compiled code, except Triton."""
         text = json.dumps({**vars(self), "call": ""}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class _Driver:
-    """What a launch asks of a driver."""
+    """The methods of a driver that a launch calls."""
 
     def __init__(self, target: GPUTarget) -> None:
-        self._target, self._device = target, next(_devices)  # Triton keeps what it compiled by device
+        self._target, self._device = target, next(_devices)  # Triton caches compiled kernels by device
 
     def get_current_device(self) -> int:
         return self._device
@@ -94,7 +94,7 @@ class _Driver:
 
 
 class _Compiled:
-    """What a launch asks of a compiled kernel; it does nothing."""
+    """The interface of a compiled kernel that a launch uses; it does nothing."""
 
     function = packed_metadata = None
 
@@ -107,7 +107,7 @@ class _Compiled:
 
 @contextlib.contextmanager
 def on(target: str, call: str = "") -> Iterator[list[Launch]]:
-    """Inside, tensors say that they are on such a GPU, and launches are kept in this list, each once."""
+    """Inside the block tensors report that they are on such a GPU, and each launch is added once to this list."""
     launches: list[Launch] = []
 
     def compile(src: Any, target: GPUTarget, options: dict[str, Any], **_: Any) -> _Compiled:
@@ -121,7 +121,7 @@ def on(target: str, call: str = "") -> Iterator[list[Launch]]:
         mock.patch.object(triton.compiler, "compile", compile),
         mock.patch.object(stack_configs, "_target", return_value=name),
         lf.backend("triton"),
-        # so that tensors on a CPU reach the launchers
+        # so that the launchers accept tensors on a CPU
         mock.patch.object(dispatch, "interpreting", return_value=True),
         mock.patch.object(register, "interpreting", return_value=True),
         mock.patch.object(torch.Tensor, "is_cuda", True),
@@ -162,12 +162,12 @@ def _default_options(target: str) -> dict[str, Any]:
 
 @functools.cache
 def source_of(kernel: JITFunction[Any]) -> str:
-    """A digest of the kernel and of what it uses of linfast."""
+    """A digest of the kernel and of the parts of linfast that it uses."""
     return hashlib.sha256(json.dumps(_sources(kernel, {})).encode()).hexdigest()[:12]
 
 
 def _sources(function: JITFunction[Any], found: dict[str, str]) -> dict[str, str]:
-    """Text of the function and of the functions and constants of linfast that it names, and those of them."""
+    """The text of the function and, recursively, of linfast's functions and constants that it names."""
     found[f"{function.__module__}.{function.__name__}"] = function.src
     for name in sorted(set(re.findall(r"\w+", function.src))):
         value = function.__globals__.get(name)
@@ -180,7 +180,7 @@ def _sources(function: JITFunction[Any], found: dict[str, str]) -> dict[str, str
 
 
 def main(ops: list[str]) -> None:
-    """Each launch of these ops, or of all, once, under the name of the first call that makes it."""
+    """Print each launch of these ops, or of all, once, with the name of the first call that makes it."""
     from tests.static.cases import all_cases
 
     seen: set[str] = set()

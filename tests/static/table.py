@@ -1,4 +1,4 @@
-"""The kept tables of what every launch compiles to, one for each Triton, and bringing them up to date."""
+"""The tables of compiled launches, one per version of Triton, and their update."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from linfast.tables import aligned
 from tests.static import child
 from tests.static.record import Launch
 
-VERSIONS = ("3.7.1", "3.6.0")  # what constraints.txt pins, and what torch 2.11 brings
+VERSIONS = ("3.7.1", "3.6.0")  # the version in constraints.txt, and that of torch 2.11
 READINGS = ("registers", "spills", "shared", "instructions", "mufu", "wide_loads", "matrix", "async_copies")
 COLUMNS = ("kernel", "call", "target", *READINGS, "digest")
-_AT_ONCE = 24  # compilations a process, which has twenty minutes
+_AT_ONCE = 24  # compilations per process, which has twenty minutes
 
 Row = dict[str, str]
 Key = tuple[str, str, str]
@@ -33,7 +33,7 @@ def installed() -> str:
 
 
 def launches(*ops: str, kernels: Path | None = None) -> list[Launch]:
-    """What the launchers pass today, of all ops or of these; ``kernels``: those of another folder."""
+    """The current launches of all ops or of these; ``kernels``: with kernels from another folder."""
     lines = child.run("tests.static.record", " ".join(ops), kernels=kernels).splitlines()
     return [Launch(**json.loads(line)) for line in lines]
 
@@ -47,7 +47,7 @@ def path(triton: str) -> Path:
 
 
 def kept(triton: str) -> Table:
-    """The table of this version as committed; empty where there is none."""
+    """The committed table of this version; empty where there is none."""
     if not path(triton).exists():
         return {}
     with path(triton).open(newline="") as file:
@@ -55,12 +55,12 @@ def kept(triton: str) -> Table:
 
 
 def stale(table: Table, now: Sequence[Launch]) -> list[Launch]:
-    """Those whose kernel or arguments are not those of the kept row."""
+    """The launches whose kernel or arguments differ from the row in the table."""
     return [launch for launch in now if table.get(key(launch), {}).get("digest") != launch.digest]
 
 
 def compiled(wanted: Sequence[Launch], triton: str | None = None) -> Table:
-    """Rows of these, compiled now in a process of its own, by another Triton than the installed one if named."""
+    """Rows of these launches, compiled now in a separate process, by the named version of Triton if given."""
     text = "".join(json.dumps(vars(launch)) + "\n" for launch in wanted)
     try:
         lines = child.run("tests.static.worker", text, first=_packages(triton)).splitlines()
@@ -77,7 +77,7 @@ def _row(launch: Launch, reading: dict[str, int]) -> Row:
 
 @functools.cache
 def _packages(triton: str | None) -> Path | None:
-    """A folder with this version of Triton, put there if need be; None where it is the installed one."""
+    """A folder with this version of Triton, downloaded if necessary; None where it is the installed one."""
     if triton in (None, installed()):
         return None
     folder = child.ROOT / "build" / f"triton-{triton}"
@@ -88,7 +88,7 @@ def _packages(triton: str | None) -> Path | None:
 
 
 def refresh(triton: str, now: Sequence[Launch]) -> Table:
-    """Keep this version's table with stale rows compiled again and without rows of launches that are gone."""
+    """Update this version's table: compile stale rows again, and remove rows of launches that no longer exist."""
     table = kept(triton)
     old = stale(table, now)
     _packages(triton)
@@ -98,7 +98,7 @@ def refresh(triton: str, now: Sequence[Launch]) -> Table:
         try:
             for done in as_completed(running):
                 table |= done.result()
-                _write(triton, table)  # so that what is done is not lost
+                _write(triton, table)  # so that finished work is not lost
         finally:
             pool.shutdown(cancel_futures=True)
     table = {key(launch): table[key(launch)] for launch in now}

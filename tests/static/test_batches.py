@@ -1,4 +1,4 @@
-"""Batches and depths of all sizes share compiled kernels: what a launch specialises on does not vary with them."""
+"""Batches and depths of all sizes share compiled kernels: no launch specialises on them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tests.static import child
 
 @pytest.fixture(scope="module")
 def variants() -> dict[str, dict[str, tuple[int, int]]]:
-    """(variants of one batch at most, of all batches) of each kernel, by call."""
+    """(maximum number of variants for one batch, number for all batches) of each kernel, by call."""
     return json.loads(child.run("tests.static.batches"))
 
 
 def test_all_batches_compile_at_most_two_variants_of_a_kernel(
     variants: dict[str, dict[str, tuple[int, int]]],
 ) -> None:
-    """Two: the tile may depend on it, and one sample alone may be read in longer runs."""
+    """Two, because the tile may depend on the batch, and a single sample may be read in longer runs."""
     found = {f"{call}: {kernel}": counts for call, of in variants.items() for kernel, counts in of.items()}
     assert {name: counts for name, counts in found.items() if counts[1] > 2 * counts[0]} == {}
 

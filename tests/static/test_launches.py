@@ -1,4 +1,4 @@
-"""Nothing that ships is missing from the recorded launches, and what does not fit its kernel is seen."""
+"""The recorded launches include every kernel and table entry; a launch that does not fit its kernel is found."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_every_entry_of_every_table_is_recorded_where_it_ships(now: list[Launch]
 
 
 def _with(tmp_path: Path, old: str, new: str, file: str = "low_rank.py") -> Path:
-    """A copy of the kernels with another text in one file."""
+    """A copy of the kernels with a replaced text in one file."""
     folder = tmp_path / "kernels"
     shutil.copytree(_KERNELS, folder, ignore=shutil.ignore_patterns("__pycache__"))
     text = (folder / file).read_text()

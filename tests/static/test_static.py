@@ -1,7 +1,7 @@
-"""No launch spills or outgrows its target, and the kept tables are of what is launched today.
+"""No launch spills or exceeds its target, and the tables match the current launches.
 
-The table that is held to the compiler is the installed Triton's; the others are complete and current. One launch of
-each target is compiled at every run, every kernel for every target at a long one.
+The table of the installed Triton is compared with the compiler; the others must be complete and current. One launch
+per target is compiled in every run, and every kernel for every target in a long run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.static.record import TARGETS, Launch
 from tests.static.table import Row, compiled, installed, kept, key, stale
 
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-# Register differences between two compilations of the same source; more is a change to look at.
+# Register differences between two compilations of the same source; a larger one needs attention.
 REGISTER_SLACK = 8
 COUNTED = ("mufu", "wide_loads", "matrix", "async_copies")
 
@@ -45,7 +45,7 @@ def test_shared_memory_fits(rows: tuple[str, list[Row]]) -> None:
 
 
 def test_contiguous_runs_are_read_sixteen_bytes_at_a_time(rows: tuple[str, list[Row]]) -> None:
-    """Not on gfx942 the 512 columns of 15 channels: two for each of 256 lanes, eight bytes, and whole lines."""
+    """Except the 512 columns of 15 channels on gfx942: two per lane for 256 lanes, eight bytes, and whole lines."""
     contiguous = [row for row in rows[1] if "contiguous" in row["call"]]
     contiguous = [row for row in contiguous if row["target"] != "gfx942" or "C=15" not in row["call"]]
     assert contiguous
@@ -53,7 +53,7 @@ def test_contiguous_runs_are_read_sixteen_bytes_at_a_time(rows: tuple[str, list[
 
 
 def test_products_meant_for_matrix_units_run_on_them(now: list[Launch], rows: tuple[str, list[Row]]) -> None:
-    """Products of parts, and of half-precision operands."""
+    """This includes products of parts and of half-precision operands."""
     meant = {key(launch) for launch in now if launch.constants.get("PARTS") or launch.constants.get("HALF")}
     found = [row for row in rows[1] if (row["kernel"], row["call"], row["target"]) in meant]
     assert len(found) == len(meant) > 0
@@ -62,14 +62,14 @@ def test_products_meant_for_matrix_units_run_on_them(now: list[Launch], rows: tu
 
 def test_stacks_load_weights_ahead(rows: tuple[str, list[Row]]) -> None:
     stacks = [row for row in rows[1] if row["kernel"] in ("_coupling_stack_kernel", "_linearizer_stack_kernel")]
-    # gfx942's loads go through registers; 16 hidden units are one chunk.
+    # On gfx942 loads go through registers; 16 hidden units are one chunk.
     stacks = [row for row in stacks if row["target"] != "gfx942" and "narrow" not in row["call"]]
     assert stacks
     assert [row for row in stacks if not int(row["async_copies"])] == []
 
 
 def _assert_as_kept(launches: list[Launch]) -> None:
-    """These compile; and, where a table is of the installed Triton, to its rows."""
+    """These compile and, where there is a table of the installed Triton, match its rows."""
     now, before = compiled(launches), kept(installed())
     if not before:
         pytest.skip(f"they compile; there is no table of Triton {installed()}")
@@ -81,14 +81,14 @@ def _assert_as_kept(launches: list[Launch]) -> None:
 
 
 def _from_smallest(now: list[Launch]) -> list[tuple[Launch, Row]]:
-    """Launches and their kept rows, from the fewest instructions up."""
+    """Launches and their rows in the table, in order of their number of instructions."""
     rows = kept(installed()) or kept(table.VERSIONS[0])
     found = [(launch, rows[key(launch)]) for launch in now if key(launch) in rows]
     return sorted(found, key=lambda pair: int(pair[1]["instructions"]))
 
 
 def test_a_launch_with_every_instruction_compiles_to_its_kept_row(now: list[Launch]) -> None:
-    """Of each target the smallest whose machine code has each kind of instruction that is counted."""
+    """For each target the smallest launch whose machine code has each kind of counted instruction."""
     found: dict[str, Launch] = {}
     for launch, row in _from_smallest(now):
         counted = [name for name in COUNTED if (launch.target, name) != ("gfx942", "async_copies")]  # it has none

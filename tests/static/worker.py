@@ -1,4 +1,4 @@
-"""Compile the launches on stdin, one JSON object a line, and print what the machine code of each says, likewise."""
+"""Compile the launches on stdin, one JSON object per line, and print figures of their machine code likewise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from tests.static.record import TARGETS, Launch, source_of
 
-_MEMORY = 12 << 30  # address space; a compilation that runs away ends instead of the machine
+_MEMORY = 12 << 30  # limit of address space: a runaway compilation ends before the machine runs out of memory
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

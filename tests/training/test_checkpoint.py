@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each is refused in a sentence, and nothing of the trainer has changed."""
+"""Damaged checkpoints: each is refused with a clear error, and the trainer does not change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def _everything(trainer: Trainer) -> list[Any]:
-    """What resuming changes, as values that compare."""
+    """Everything that resuming changes, as comparable values."""
     tensors = [*trainer.objective.state_dict().values(), *trainer.model.state_dict().values()]
     moments = [value for entry in trainer.optimizer.state_dict()["state"].values() for value in entry.values()]
     groups = str(trainer.optimizer.state_dict()["param_groups"])
@@ -168,8 +168,8 @@ def test_damaged_contents_are_refused_before_anything_changes(number: int, whole
 
 @pytest.mark.parametrize("part", ["model", "averaged"])
 @pytest.mark.parametrize("name", ["permutation", "initialized"])
-def test_what_layers_keep_beside_weights_is_not_changed(part: str, name: str, tmp_path: Path) -> None:
-    """A permutation that is none, and an ActNorm that would start anew."""
+def test_attributes_of_layers_are_not_changed(part: str, name: str, tmp_path: Path) -> None:
+    """An invalid permutation, and an ActNorm that would initialise again."""
 
     def trainer() -> Trainer:
         objective = Breaking()
@@ -209,7 +209,7 @@ def test_an_about_that_could_not_be_resumed_is_refused(about: dict[Any, Any]) ->
         Trainer(Breaking(), _SETTINGS, about=about)
 
 
-def test_what_is_said_about_a_run_comes_back(tmp_path: Path) -> None:
+def test_the_description_of_a_run_is_restored(tmp_path: Path) -> None:
     about = {
         "a": np.float64(0.5),
         "b": np.int64(3),
@@ -297,7 +297,7 @@ def test_a_checkpoint_that_is_no_file_is_refused(checkpoint: str) -> None:
         lambda path: save_strips([("", torch.rand(9, 1, 99, 99))], path),
     ],
 )
-def test_a_full_disk_is_said_of_the_file(write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_full_disk_names_the_file(write: Callable[[Path], None], tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("earlier")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""``linfast train``, small: what it writes, what it prints, resuming, and one line for a mistake."""
+"""``linfast train`` on a small model: its files, its output, resuming, and one line for a mistake."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_style(tmp_path: Path, capsys, operators: str) -> None:
     assert styles.names == ("cold", "dark", "warm")
 
 
-def test_resume_goes_on_from_the_checkpoint(tmp_path: Path, capsys) -> None:
+def test_resume_continues_from_the_checkpoint(tmp_path: Path, capsys) -> None:
     small = ("--hidden", "8", "--rank", "2", "--time-hidden", "16")
     assert _train("one-step", tmp_path, *small) == 0
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -112,7 +112,7 @@ def _pictures(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("application", ["one-step", "ign", "style"])
-def test_an_earlier_run_is_replaced_by_leave_alone(application: str, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_an_earlier_run_is_replaced_only_on_request(application: str, tmp_path: Path, capsys, monkeypatch) -> None:
     small = ("--hidden", "8") if application != "style" else ("--width", "4", "--resolution", "8", "--batch", "2")
     if application == "style":
         small += ("--data", str(_pictures(tmp_path / "pictures")))
@@ -150,7 +150,7 @@ def test_the_demo_does_not_replace_its_files(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "figure.png").read_text() == "mine"
 
 
-def test_overwriting_begins_with_nothing_of_the_earlier_run(tmp_path: Path, monkeypatch) -> None:
+def test_overwriting_keeps_nothing_of_the_earlier_run(tmp_path: Path, monkeypatch) -> None:
     assert _train("one-step", tmp_path, "--hidden", "8") == 0
     before = _files(tmp_path)
     for wrong in (("--device", "nowhere"), ("--rank", "65"), ("--resolution", "5"), ("--data", "none.npz")):
@@ -161,7 +161,7 @@ def test_overwriting_begins_with_nothing_of_the_earlier_run(tmp_path: Path, monk
         assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite") == 2
         assert _files(tmp_path) == before
     assert _train("one-step", tmp_path, "--hidden", "8", "--overwrite", "--likelihood", "1e39") == 2
-    assert not list(tmp_path.iterdir())  # no model that is not the checkpoint's
+    assert not list(tmp_path.iterdir())  # only the model of the checkpoint
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_loss_that_blows_up_is_one_line(tmp_path: Path, capsys) -> None:
     assert "step 0: likelihood is" in capsys.readouterr().err
 
 
-def test_the_pages_commands_are_understood_and_their_pictures_are_there() -> None:
+def test_the_commands_of_the_pages_parse_and_their_pictures_exist() -> None:
     for name in ("one_step_training", "ign", "style"):
         text = (_DOCS / f"{name}.md").read_text()
         commands = re.findall(r"^linfast (train .*)$", text.replace("\\\n", ""), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Reading images and pictures: sizes, ranges, what is refused."""
+"""Reading images and pictures: sizes, ranges, and errors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_pictures_are_read_by_name_and_resized(tmp_path: Path) -> None:
 
 
 def _damaged(folder: Path) -> list[Path]:
-    """Files that are no .npz with pictures in it, each in another way."""
+    """Files that are not an .npz with pictures, each for another reason."""
     x = np.zeros((100, 4, 4), np.uint8)
     np.savez_compressed(folder / "whole.npz", x=x)
     np.savez(folder / "plain.npz", x=x)

@@ -1,4 +1,4 @@
-"""Two processes compute what one computes with the whole batch."""
+"""Two processes give the results of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOYS = {"one_step": lambda: one_step(actnorm=True), "idempotent": lambda: idempo
 
 
 def _train() -> dict[str, dict[str, torch.Tensor]]:
-    """The losses of each toy."""
+    """The losses of each toy objective."""
     results = {}
     for name, make in TOYS.items():
         trainer = Trainer(make(), SETTINGS)

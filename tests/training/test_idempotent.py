@@ -1,4 +1,4 @@
-"""The idempotent network's loss: its terms by their formulas, its gradients, and what training keeps true."""
+"""The idempotent network's loss: its terms by their formulas, its gradients, and what holds during training."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _EVERYTHING = TrainSettings(steps=9, batch=8, ema=0.9, checkpoint_every=4, seed=
 
 
 def _state(trainer: Trainer) -> list[torch.Tensor]:
-    """All that training leaves behind: weights, average, optimiser, losses."""
+    """The state after training: weights, average, optimiser, losses."""
     averaged = trainer.model.state_dict().values()
     moments = [value for entry in trainer.optimizer.state_dict()["state"].values() for value in entry.values()]
     return [*trainer.objective.state_dict().values(), *averaged, *moments, *trainer.history.values()]

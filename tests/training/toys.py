@@ -1,4 +1,4 @@
-"""Tiny objectives of each application, seeded, and one whose terms can be told to go wrong."""
+"""Tiny, seeded objectives of each application, and one whose terms can be made to fail."""
 
 from __future__ import annotations
 
