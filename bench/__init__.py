@@ -1,1 +1,1 @@
-"""Benchmarks of linfast, installed as ``linfast.bench``: one case a file in ``cases/``."""
+"""Benchmarks of linfast, installed as ``linfast.bench``: one case per file in ``cases/``."""

@@ -106,7 +106,7 @@ class Trainer:
         self._run = {**asdict(settings), **_checked_about(about or {}, asdict(settings))}
         if self.checkpoint is not None:
             if self.checkpoint.exists() and not self.checkpoint.is_file():
-                raise ValueError(f"checkpoint must be a file; {checkpoint} is none")
+                raise ValueError(f"checkpoint must be a file; {checkpoint} is not one")
             _check_kept(objective.model.state_dict())
         size = self.workers.count
         if settings.batch % size:  # the mean over processes would not be the mean over the batch

@@ -1,1 +1,1 @@
-"""Triton kernels of linfast, installed as ``linfast.kernels``: one file an op. None has run on a GPU yet."""
+"""Triton kernels of linfast, installed as ``linfast.kernels``: one file per op. None has run on a GPU yet."""

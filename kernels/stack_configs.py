@@ -58,17 +58,17 @@ class StackEntry:
 # their way while it runs; 128 rows halve the weights' traffic from L2. A dense map's own loop
 # would stop the loop over layers from loading ahead.
 _WHOLE = StackConfig(rows=128, num_warps=8, chunk=0, layer_stages=2, chunk_stages=1)
-# Chunks of 32 hidden columns: 64 sums a thread at H = 256, past which wgmma spills.
+# Chunks of 32 hidden columns: 64 sums per thread at H = 256, past which wgmma spills.
 _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # fp32 operands are twice as long: with chunks of 32 columns at H = 256 two registers spill.
 _WIDE_16 = StackConfig(rows=64, num_warps=8, chunk=16, layer_stages=1, chunk_stages=2)
-# As _WIDE with half the weights' traffic: at H = 128 a thread has registers to spare for 128 rows.
+# As _WIDE with half the weights' traffic: at H = 128 each thread has registers to spare for 128 rows.
 _TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # 32 rows a product: mma.sync in place of wgmma and tcgen05, a quarter of the registers. For operands
 # in parts, where 64 rows spill 16 to 136 bytes on sm_90 and outgrow sm_100's tensor memory (768
 # columns of 512), and for H = 256 where 64 rows spill.
 _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
-# Four waves of 64 threads, 512 registers a thread.
+# Four waves of 64 threads, 512 registers per thread.
 _CDNA = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
 
 # Tried in order: the first that holds the sizes.

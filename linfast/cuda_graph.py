@@ -31,7 +31,7 @@ class CudaGraph:
         work: what is captured. It is called a few times before; what it reads of the host is read then.
         given: example tensors, which are copied.
         device: a CUDA device.
-        model: a model that the work runs and whose weights are promised still for as long as the graph is used:
+        model: a model that the work runs and that stays frozen for as long as the graph is used:
             weights derived from them are computed once, before the capture.
     """
 

@@ -1,4 +1,4 @@
-"""freeze: weights derived from weights (inverses, folded maps) are kept while a model's weights are promised still.
+"""freeze: weights derived from weights (inverses, folded maps) are kept while a model is frozen.
 
 Outside a freeze they are computed at every call, in the graph: no key can tell whether a weight
 has changed (writes through ``.data`` and fused optimisers leave its ``_version`` as it was).
@@ -103,7 +103,7 @@ def is_kept(module: nn.Module) -> bool:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether the module's parameters and buffers were promised still; traced code asks it of any module."""
+    """Whether the module's parameters and buffers are frozen; in traced code, whether any module's are."""
     if torch.compiler.is_compiling():
         return len(_active) > 0
     return any(module in frozen.modules for frozen in _active[:])

@@ -239,7 +239,7 @@ def _check_finite(key: str, value: Tensor) -> None:
 
 
 def _check_permutations(model: nn.Module) -> None:
-    """Raise where the ``permutation`` of a bijection's features is none."""
+    """Raise where the ``permutation`` of a bijection's features is not a permutation."""
     for path, module in model.named_modules():
         order = getattr(module, "permutation", None)
         if isinstance(module, Bijection) and isinstance(order, Tensor):

@@ -1,4 +1,4 @@
-"""Work on a batch by its rows, so many at a time that what the layers between write stays in cache.
+"""Cuts a long batch into parts of so few rows that what the layers write between them stays in the cache.
 
 A conditioner of H units writes B H values per layer, and reads them again at once. On a CPU they go to memory and
 back unless B is small. Rows do not depend on each other, so b of them at a time give the same result:

@@ -57,7 +57,7 @@ def accelerate(
     Masks and permutations that are written to or replaced later are followed; on a GPU not what is written
     through ``.data``, which torch does not count: accelerate again. Layers that have some (zuko, nflows,
     glasflow, normflows MaskedAffineFlow, FrEIA AllInOneBlock) run their library's own code under torch.compile,
-    torch.export and torch.jit.trace, and where an ensemble under torch.vmap has a mask a model.
+    torch.export and torch.jit.trace, and where an ensemble under torch.vmap has a mask per model.
 
     Args:
         model: an nn.Module, or an object of a known class that holds one, such as the

@@ -179,7 +179,7 @@ def _net(net: Any, x: Tensor, noise_labels: Tensor, class_labels: Any, augment_l
 
 
 def _embedding(net: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, n]; of a known time it is kept while the weights are promised still, and marked for ``_shift``."""
+    """[B, n]; of a known time it is kept while the model is frozen, and marked for ``_shift``."""
 
     def compute() -> Tensor:
         emb = net.map_noise(times).to(dtype).unflatten(1, (2, -1)).flip(1).flatten(1)

@@ -208,7 +208,7 @@ def _nodes(tensors: Iterable[Tensor | None]) -> list[Any]:
 def read_from_outside(
     outputs: Iterable[Tensor | None], inputs: Iterable[Tensor], leaves: Iterable[Tensor], since: int
 ) -> str | None:
-    """What in the outputs' graph needs a gradient and is none of these, in words; None where there is nothing.
+    """A description of what else in the outputs' graph needs a gradient; None where nothing does.
 
     Args:
         inputs: the function's arguments, where the graph may end.

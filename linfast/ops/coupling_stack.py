@@ -71,7 +71,7 @@ def coupling_stack(
         log_det: also return log|det| of what was done, [B], at least fp32.
         precision: "exact", "high", "tf32", "fast"; None as torch is set (``resolve_precision``).
         head: a map before the first layer.
-        packed: ``pack_stack`` of these layers, where their weights are promised still; no
+        packed: ``pack_stack`` of these layers, where their weights are frozen; no
             gradient reaches the layers then.
 
     State, shift, scale and sums are fp32 or wider throughout; y has x's dtype.

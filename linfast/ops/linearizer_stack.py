@@ -53,7 +53,7 @@ def linearizer_stack(
         A: [D_y, D], or a diagonal [D].
         alpha: a number; alpha I + U V^T is so one product, U V^T, and no launch for alpha. 0 unless A is square.
         precision: as for ``coupling_stack``.
-        packed: the weights as ``pack_linearizer`` gives them, where they are promised still.
+        packed: the weights as ``pack_linearizer`` gives them, where they are frozen.
 
     Raises:
         TypeError: an argument of another type.

@@ -182,6 +182,6 @@ def make_pipeline(work: Work, example: Tensor, graph_of: nn.Module | None) -> Pi
         work: from a block of noise to its samples. No gradients are kept.
         example: a block of noise.
         graph_of: the model that the work runs, where it is to be captured in a CUDA graph on a GPU; its
-            weights are then promised still for as long as the pipeline runs.
+            weights are then frozen for as long as the pipeline runs.
     """
     return CudaPipeline(work, example, graph_of) if example.device.type == "cuda" else Pipeline(work)

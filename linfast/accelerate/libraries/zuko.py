@@ -44,7 +44,7 @@ def _plan(lazy: Any, options: Options) -> Plan:
     if univariate is not find_class("zuko.transforms", "MonotonicAffineTransform") or set(named) - {"slope"}:
         raise Unfit(f"univariate {getattr(univariate, '__name__', univariate)}: only the affine one")
     if tuple(map(tuple, lazy.shapes)) != ((), ()):
-        raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale a feature")
+        raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale per feature")
     bound = abs(math.log(named.get("slope", _SLOPE)))
     layout = split_of(lazy.mask), Tail("interleaved", ScaleMap("smooth", bound))
     what = f"affine coupling, smooth, mask {layout[0].kind}"
