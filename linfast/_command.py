@@ -1,6 +1,6 @@
 """What the commands of ``linfast`` share: their parser, their progress, and how they end.
 
-An interruption or an error prints one line on stderr, and a pipe that nobody reads prints nothing. ``linfast/__init__.py``
+An interruption or an error prints one line on stderr; a closed pipe prints nothing. ``linfast/__init__.py``
 imports this module first, so that this holds for the imports after it too.
 """
 

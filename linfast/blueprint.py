@@ -37,7 +37,7 @@ DTYPES = {
         torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
     )
 }  # fmt: skip
-# Python allows 1000 frames. The call of a nested operator takes at most 3, that of another nested module at most 10.
+# Python allows 1000 frames. A call of a nested operator takes at most 3, of another nested module at most 10.
 _FRAMES, _OPERATOR_FRAMES, _MOST_FRAMES = 10, 3, 750
 _MOST_PATHS = 100_000  # from the root to modules, all modules together: state_dict() and to() follow each
 _CALLS, _CALLS_PER_TENSOR = 20_000, 100  # of torch while building; linfast's own modules take up to 15 per tensor
