@@ -59,7 +59,7 @@ def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int |
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.jit.is_tracing():
         return None
     threads = torch.get_num_threads()
-    if x.shape[0] < threads * SHORT:
+    if x.shape[0] < 2 * threads * _SIZES.fewest:
         return None
     found = widths()
     known = [width for width in found if width is not None]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import uses_triton
+from ..dispatch import tensor_of, uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
 from ..rows import Work, by_rows, checks_all_lengths, rows_at_once, rows_in_cache
 from .adapter import Adapter, Draw, Options, Plan
@@ -101,8 +101,9 @@ def couple(
         original: the library's own code, x -> (y, log_det or None).
     """
     sides = [member for member in members if isinstance(member, Side)]
-    if sides[0].full:  # whose mask multiplies x
-        x = x.to(torch.promote_types(x.dtype, next(owner.parameters()).dtype))
+    like = tensor_of(owner)
+    if sides[0].full and like is not None:  # whose mask multiplies x
+        x = x.to(torch.promote_types(x.dtype, like.dtype))
     if uses_triton(x):
         precision = vars(owner)[PLAN].options.precision if PLAN in vars(owner) else None  # restored since
         launch = lone_launch(members, x, precision) if x.ndim == 2 else None
