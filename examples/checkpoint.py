@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from linfast.io import written_whole
-from linfast.sampling.fingerprint import digest
+from linfast.sampling.stream import digest
 
 __all__ = ["check_about", "check_kept", "check_same_model", "read_checkpoint", "write_checkpoint"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from linfast._command import refuse_existing
 from linfast.checks import check_path
 from linfast.dispatch import usable_device, uses_triton
-from linfast.sampling.locked import lock
+from linfast.sampling.outputs import lock
 from linfast.sampling.workers import Workers, process_group
 from linfast.training import Objective
 

@@ -9,10 +9,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from linfast.examples import demo
 
 import linfast as lf
 from linfast.cli import main
+from linfast.examples import demo
 from tests.marks import long
 
 

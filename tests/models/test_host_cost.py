@@ -18,11 +18,11 @@ from unittest import mock
 
 import pytest
 import torch
-from linfast.kernels import stack_configs
 from torch import Tensor
 
 import linfast as lf
 from linfast import dispatch
+from linfast.kernels import stack_configs
 from tests.static import child
 from tests.static.record import on
 

@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         name="stream: a file of other weights is gone on with",
-        file="linfast/sampling/fingerprint.py",
+        file="linfast/sampling/stream.py",
         old='found.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")',
         new="pass",
         breaks="The rows of two models end in one file.",
