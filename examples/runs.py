@@ -20,7 +20,7 @@ from linfast._command import refuse_existing
 from linfast.checks import check_path
 from linfast.dispatch import usable_device, uses_triton
 from linfast.io import save, written_whole
-from linfast.sampling.locked import lock
+from linfast.sampling.outputs import lock
 from linfast.sampling.workers import Workers, process_group
 from linfast.tables import aligned
 from linfast.training import Objective

@@ -26,7 +26,7 @@ from linfast._command import Progress
 from linfast.checks import check_count, check_dense, check_flag, check_kind, check_path
 from linfast.dispatch import check_values, tensors_of
 from linfast.io import written_whole
-from linfast.sampling.fingerprint import digest
+from linfast.sampling.stream import digest
 from linfast.sampling.workers import Workers
 from linfast.training import Objective
 

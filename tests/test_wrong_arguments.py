@@ -94,7 +94,7 @@ def test_a_wrong_value_is_one_line(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("linfast.examples.runs.Output.begin", begun)
-    monkeypatch.setattr("linfast.sampling.stream._run", begun)
+    monkeypatch.setattr("linfast.sampling.stream._blocks", begun)
     command = [there.get(word, word) for word in (*wrong[:-2], *right, *wrong[-2:])]
     try:
         status = main(command)

@@ -14,12 +14,16 @@ B is LowRank where 2 R < N and Dense elsewhere.
 
 from __future__ import annotations
 
+import copy
 import math
+import types
+from inspect import getclosurevars
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..checks import check_number
 from ..dispatch import has_values, uploaded, without_autocast
@@ -37,9 +41,17 @@ from .factored import (
     weighted_columns,
 )
 from .integrate import Schedule, integrate, schedule
-from .working_copy import working_copy
 
-__all__ = ["check_time_dependent", "collapse", "collapse_inverse", "first_floating"]
+__all__ = [
+    "check_initialised",
+    "check_time_dependent",
+    "collapse",
+    "collapse_inverse",
+    "first_floating",
+    "in_eval_mode",
+]
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 # Sides N and R are multiplied in float64 where that takes at most this many operations, some
 # 30 ms on one CPU core, and in the parameters' dtype beyond. float64 leaves one rounding of the
@@ -131,7 +143,7 @@ def _factors(A: Any, columns: int, plan: Schedule) -> Factors:
     scheme, n, like = plan.scheme, A.n_in, first_floating(A)
     flops = 4.0 * n * columns * min(n, columns)
     dtype = torch.float64 if flops <= _WIDE_FLOPS else like.dtype
-    alpha, U, V, weights = working_copy(A, dtype).factors_at(uploaded(plan.times, like.device, torch.float64))
+    alpha, U, V, weights = _copy_of(A, dtype).factors_at(uploaded(plan.times, like.device, torch.float64))
     rank = U.shape[-1]
     if weights is not None:  # all times share U and V
         stages = [[plan.index(i, s) for s in range(len(scheme.c))] for i in range(plan.count)]
@@ -145,7 +157,7 @@ def _factors(A: Any, columns: int, plan: Schedule) -> Factors:
 def _step_unit_vectors(A_t: LatentOperator, plan: Schedule) -> Tensor:
     """B [N, N], float64."""
     eye = torch.eye(A_t.n_in, dtype=torch.float64, device=first_floating(A_t).device)
-    wide = working_copy(A_t, torch.float64)
+    wide = _copy_of(A_t, torch.float64)
     return integrate(lambda z, k: wide(z, plan.times[k]), eye, plan).mT
 
 
@@ -189,3 +201,61 @@ def _frobenius(beta: float, n: int, trace: Tensor, A: Tensor) -> float:
 def _truncated(operator: Leaf, error: float) -> Leaf:
     operator.truncation_error = error
     return operator
+
+
+# What samplers work on. The caller's own modules are never switched to eval mode or given other tensors, not even
+# for a moment: another thread may be training them, and whatever fails in between has nothing to put back.
+
+
+def in_eval_mode(model: _Module) -> _Module:
+    """The model itself where it is in eval mode with all its parts, else a copy that is, of the same tensors.
+
+    Raises:
+        ValueError: a part that cannot be copied, or that is not initialised.
+    """
+    check_initialised(model)
+    return _copy_of(model) if any(module.training for module in model.modules()) else model
+
+
+def check_initialised(model: nn.Module) -> None:
+    """ValueError where a part gets its tensors from its first call: a sampler's would change the caller's model."""
+    for name, module in model.named_modules():
+        if any(map(is_lazy, chain(module.parameters(recurse=False), module.buffers(recurse=False)))):
+            raise ValueError(f"{name} ({type(module).__name__}) is not initialised: call the model once first")
+
+
+def _copy_of(model: _Module, dtype: torch.dtype | None = None) -> _Module:
+    """The model's structure copied and in eval mode, with the model's own tensors.
+
+    Where a dtype is given, the copy's floating-point tensors are in it; gradients reach the model's.
+
+    Raises:
+        ValueError: a part that cannot be copied, such as a lock, or a function that refers to a module by itself.
+    """
+    attributes = chain.from_iterable(list(vars(module).values()) for module in model.modules())
+    memo: dict[int, Any] = {id(value): value for value in attributes if isinstance(value, Tensor)}
+    for tensor in chain(model.parameters(), model.buffers()):
+        memo[id(tensor)] = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        kind = type(model).__name__
+        raise ValueError(
+            f"samplers work on a copy of the {kind}, in eval mode, and it has none ({error}): call f.eval() first"
+        ) from error
+    # Those in plain attributes are in the memo alone, what a TorchScript module consists of in modules() alone.
+    for module in {*copied.modules(), *(part for part in memo.values() if isinstance(part, nn.Module))}:
+        module.training = False
+        for name, value in vars(module).items():
+            if isinstance(value, types.FunctionType) and any(
+                map(_is_of_module, getclosurevars(value).nonlocals.values())
+            ):
+                raise ValueError(
+                    f"{name} of a {type(module).__name__} is a function that refers to a module, and a copy of the "
+                    "model in eval mode would call the original: call f.eval() first"
+                )
+    return copied
+
+
+def _is_of_module(value: object) -> bool:
+    return isinstance(value, nn.Module) or isinstance(getattr(value, "__self__", None), nn.Module)

@@ -22,9 +22,8 @@ from ..dispatch import outside_autocast
 from ..freeze import freeze
 from ..linearizer import Linearizer
 from ..ranges import range_
-from .collapsed import check_time_dependent, collapse, collapse_inverse
+from .collapsed import check_initialised, check_time_dependent, collapse, collapse_inverse, in_eval_mode
 from .integrate import Schedule, integrate, schedule
-from .working_copy import check_initialised, in_eval_mode
 
 __all__ = ["at_work", "generator", "invert", "sample"]
 

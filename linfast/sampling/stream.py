@@ -8,8 +8,11 @@ It depends on the kind of device and, in its last bits, on the number of threads
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType
@@ -21,15 +24,16 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
 from ..dispatch import check_values, tensors_of
+from ..freeze import Frozen
+from ..io import described
 from ..linearizer import Linearizer
-from .collapsed import first_floating
-from .fingerprint import fingerprint
-from .outputs import ArrayOut, NpyFile
+from ..state import is_foreign, settings, slots
+from .collapsed import first_floating, in_eval_mode
+from .outputs import NpyFile, check_array
 from .sampler import at_work, generator
 from .workers import Workers, make_pipeline
-from .working_copy import in_eval_mode
 
-__all__ = ["sample_stream"]
+__all__ = ["digest", "sample_stream"]
 
 _BLOCK = 1024  # rows: wide enough for products at full speed, and 50 MB at the paper's largest size
 
@@ -103,14 +107,21 @@ def sample_stream(
         check_values("f", *tensors_of(f))
     source = _Source.of(f, seed, block_size, noise_shape, (steps, method, stop))
     workers = Workers.current()
+    how = (count, batch_size, progress, cuda_graph)
     if out is None:
-        return _batches(source, count, batch_size, workers, progress, cuda_graph)
-    model = "" if isinstance(out, (np.ndarray, Tensor)) else fingerprint(f)  # as it is before its first call
-    sample = source.probe()
+        return _batches(_blocks(source, workers, 0, None, *how), batch_size)
     if isinstance(out, (np.ndarray, Tensor)):
-        sink = ArrayOut.of(out, count, sample, workers)
-        _run(source, sink, sample, count, batch_size, workers, progress, cuda_graph)
+        if workers.count > 1:
+            raise ValueError("out must be a path or None under torch.distributed: processes share no array")
+        sample = source.probe()
+        check_array(out, count, sample)
+        for start, rows in _blocks(source, workers, 0, sample, *how):
+            if rows is not None:
+                values: Any = rows if isinstance(out, Tensor) else rows.numpy()
+                out[start : start + len(rows)] = values
         return out
+    model = fingerprint(f)  # as it is before its first call
+    sample = source.probe()
     identity = {
         "count": count, "shape": list(sample.shape), "dtype": str(sample.numpy().dtype), "seed": seed,
         **source.identity, "block_size": block_size, "device": source.device.type, "model and weights": model,
@@ -118,7 +129,8 @@ def sample_stream(
     path = os.fsdecode(out)
     with NpyFile(path, identity, workers, overwrite) as file:
         if file.done < count:
-            _run(source, file, sample, count, batch_size, workers, progress, cuda_graph)
+            for start, rows in _blocks(source, workers, file.done, sample, *how):
+                file.commit(start) if rows is None else file.write(start, rows)
     return np.load(path, mmap_mode="r")
 
 
@@ -136,12 +148,7 @@ class _Source:
 
     @classmethod
     def of(
-        cls,
-        f: nn.Module,
-        seed: int,
-        block: int,
-        shape: tuple[int, ...] | None,
-        how: tuple[int, str, float | None],
+        cls, f: nn.Module, seed: int, block: int, shape: tuple[int, ...] | None, how: tuple[int, str, float | None]
     ) -> _Source:
         if not isinstance(f, nn.Module):
             raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
@@ -175,9 +182,8 @@ class _Source:
 
     def samples(self, blocks: Iterator[int], cuda_graph: bool, like: Tensor | None = None) -> Iterator[Tensor]:
         """The blocks' samples in order, on the CPU, each like this one; valid until the next are asked for."""
-        graph_of = self.model if cuda_graph else None
-        pipeline = make_pipeline(self._block_of, self.noise(0), graph_of)
-        for rows in pipeline.run(map(self.noise, blocks)):
+        pipeline = make_pipeline(self._block_of, self.noise(0), self.model if cuda_graph else None)
+        for rows in pipeline(map(self.noise, blocks)):
             like = rows[0] if like is None else like
             if rows.shape[1:] != like.shape or rows.dtype != like.dtype:
                 raise ValueError(
@@ -188,63 +194,92 @@ class _Source:
 
     def _block_of(self, noise: Tensor) -> Tensor:
         """A block of samples, in a dtype that numpy has."""
-        samples = self.model(noise)
+        samples, kind = self.model(noise), type(self.model).__name__
         if not isinstance(samples, Tensor) or samples.layout is not torch.strided or samples.is_meta:
-            what = (
-                f"{samples.layout} on {samples.device}" if isinstance(samples, Tensor) else type(samples).__name__
-            )
+            got = f"{samples.layout} on {samples.device}" if isinstance(samples, Tensor) else type(samples).__name__
             raise TypeError(
-                f"f must return samples as one dense tensor; a {type(self.model).__name__} returned {what}"
+                f"f must return samples as one dense tensor; a {type(self.model).__name__} returned {got}"
             )
         if samples.shape[:1] != (self.block,):
             raise ValueError(
-                f"f must return a sample for each row of noise, [{self.block}, ...] for {tuple(noise.shape)}; a "
-                f"{type(self.model).__name__} returned {tuple(samples.shape)}"
+                f"f must return a sample for each row of noise, [{self.block}, ...] for {tuple(noise.shape)}; "
+                f"a {kind} returned {tuple(samples.shape)}"
             )
         samples = samples.detach().resolve_conj().resolve_neg()
         in_numpy = samples.dtype in (torch.float16, torch.float32, torch.float64)
         return samples if in_numpy or not samples.is_floating_point() else samples.float()
 
 
-def _run(
+def _blocks(
     source: _Source,
-    sink: NpyFile | ArrayOut,
-    sample: Tensor,
+    workers: Workers,
+    done: int,
+    like: Tensor | None,
     count: int,
     batch_size: int,
-    workers: Workers,
     progress: bool | None,
     cuda_graph: bool,
-) -> None:
-    """Write this worker's rows from where the sink is, committing with the others after every round."""
-    rounds = list(workers.rounds(sink.done, count, batch_size, source.block))
-    with at_work(source.model), workers.bar(count, sink.done, progress) as bar:
-        samples = source.samples((b for blocks, _ in rounds for b in blocks), cuda_graph, sample)
+) -> Iterator[tuple[int, Tensor | None]]:
+    """(first row, rows) of each of this worker's blocks; (rows that all have done, None) after each round."""
+    rounds = list(workers.rounds(done, count, batch_size, source.block))
+    frozen = Frozen(source.model)  # entered block by block: the caller's gradients are its own over a yield
+    with torch.no_grad(), frozen:
+        samples = source.samples((b for blocks, _ in rounds for b in blocks), cuda_graph, like)
+    with workers.bar(count, done, progress) as show:
         for blocks, end in rounds:
-            for b in blocks:
-                start = b * source.block
-                sink.write(start, next(samples)[: count - start])
-            sink.commit(end)
-            bar(end)
+            for start in (b * source.block for b in blocks):
+                with torch.no_grad(), frozen:
+                    rows = next(samples)[: count - start]
+                yield start, rows
+            yield end, None
+            show(end)
 
 
-def _batches(
-    source: _Source, count: int, batch_size: int, workers: Workers, progress: bool | None, cuda_graph: bool
-) -> Iterator[Tensor]:
+def _batches(blocks: Iterator[tuple[int, Tensor | None]], batch_size: int) -> Iterator[Tensor]:
     """This worker's rows, ``batch_size`` at a time."""
-    rounds = list(workers.rounds(0, count, batch_size, source.block))
-    with at_work(source.model):
-        samples = source.samples((b for blocks, _ in rounds for b in blocks), cuda_graph)
     waiting: Tensor | None = None
-    with workers.bar(count, 0, progress) as bar:
-        for blocks, end in rounds:
-            for b in blocks:
-                with at_work(source.model):  # not held over a yield: the caller's gradients are its own
-                    rows = next(samples)[: count - b * source.block]
-                    waiting = rows.clone() if waiting is None else torch.cat((waiting, rows))
-                while len(waiting) >= batch_size:
-                    yield waiting[:batch_size].clone()
-                    waiting = waiting[batch_size:]
-            bar(end)
-        if waiting is not None and len(waiting):
-            yield waiting
+    for _, rows in blocks:
+        if rows is None:
+            continue
+        waiting = rows.clone() if waiting is None else torch.cat((waiting, rows))
+        while len(waiting) >= batch_size:
+            yield waiting[:batch_size].clone()
+            waiting = waiting[batch_size:]
+    if waiting is not None and len(waiting):
+        yield waiting
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all that ``linfast.save`` would write of the model, by which a file of samples knows it.
+
+    Every argument of every constructor and every tensor count, and the settings of registered classes, whose code
+    counts by its name; not the device, the train mode and ``requires_grad``. A model that ``save`` cannot describe
+    gets a text that no other call returns.
+    """
+    model = getattr(model, "_orig_mod", model)  # compiled or not
+    try:
+        architecture = json.loads(described(model)[0])["architecture"]
+    except (TypeError, ValueError, AttributeError, RecursionError) as reason:
+        return f"{secrets.token_hex(8)}, cannot be told from another model, for no file can describe it: {reason}"
+    kept = sorted(pair for module in model.modules() if is_foreign(module) for pair in settings(module))
+    tensors = {name: slot.tensor for name, slot in sorted(slots(model).items())}
+    return digest([json.dumps(architecture, sort_keys=True), kept, tensors])
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of tensors, numbers, strings and None, and of lists, tuples and dictionaries of them.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        found = hashlib.sha256(f"tensor {plain.dtype} {tuple(plain.shape)} ".encode())
+        found.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")
+        return found.hexdigest()
+    if isinstance(value, (dict, list, tuple)):
+        kind, items = ("dict", [*value.items()]) if isinstance(value, dict) else ("list", value)
+        return hashlib.sha256(" ".join((kind, *map(digest, items))).encode()).hexdigest()
+    if value is not None and not isinstance(value, (bool, int, float, complex, str, bytes)):
+        raise TypeError(f"a {type(value).__name__} cannot be told from another")
+    return hashlib.sha256(f"{type(value).__name__} {value!r}".encode()).hexdigest()

@@ -1,9 +1,4 @@
-"""Which process computes which blocks, torchrun's process group, and how a block passes through a device.
-
-On a CPU the model is called and that is all. On a GPU the model is captured once as a CUDA graph and replayed; on
-a second stream its samples go to one of two pinned buffers, so that the next block is computed while this one is
-copied and used.
-"""
+"""Which process computes which blocks, torchrun's process group, and how a block passes through a device."""
 
 from __future__ import annotations
 
@@ -13,15 +8,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._command import Progress
 from ..cuda_graph import CudaGraph
 
-__all__ = ["CudaPipeline", "Pipeline", "Workers", "make_pipeline", "process_group"]
+__all__ = ["CudaPipeline", "Workers", "make_pipeline", "process_group"]
 
 Work = Callable[[Tensor], Tensor]
 _Result = TypeVar("_Result")
@@ -72,11 +69,8 @@ class Workers:
     @contextmanager
     def bar(self, total: int, done: int, show: bool | None) -> Iterator[Callable[[int], None]]:
         """A function to call with the rows done so far; it shows them on process 0, where asked for."""
-        from .._command import Progress
-
-        on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        wanted = on_terminal if show is None else show
-        with Progress("sampling", done, total, "sample", wanted and self.rank == 0) as progress:
+        show = sys.stderr is not None and sys.stderr.isatty() if show is None else show
+        with Progress("sampling", done, total, "sample", show and self.rank == 0) as progress:
             yield progress.show
 
 
@@ -121,32 +115,23 @@ def _from_environment(name: str, low: int, high: int, default: str = "") -> int:
     return int(text)
 
 
-class Pipeline:
-    """On a CPU: each block's samples when they are asked for."""
+class CudaPipeline:
+    """Samples of blocks of noise with two blocks in flight: one is computed, one is on its way to the host.
 
-    def __init__(self, work: Work) -> None:
-        self.work = work
-
-    def run(self, noises: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The samples of each block, valid until the next are asked for."""
-        return map(self.work, noises)
-
-
-class CudaPipeline(Pipeline):
-    """Two blocks in flight: one is computed, one is on its way to the host."""
+    The model is captured once as a CUDA graph and replayed; on a second stream its samples go to one of two pinned
+    buffers. Arguments as for ``make_pipeline``.
+    """
 
     depth = 2
 
     def __init__(self, work: Work, example: Tensor, graph_of: nn.Module | None) -> None:
-        if graph_of is None:
-            super().__init__(lambda noise: work(noise).clone())
-        else:
-            super().__init__(CudaGraph(work, [example], example.device, graph_of))
+        captured = None if graph_of is None else CudaGraph(work, [example], example.device, graph_of)
+        self.work: Work = captured or (lambda noise: work(noise).clone())
         self.copy = torch.cuda.Stream(example.device)
         self.host: list[Tensor] = []
         self.turn = 0
 
-    def run(self, noises: Iterator[Tensor]) -> Iterator[Tensor]:
+    def __call__(self, noises: Iterator[Tensor]) -> Iterator[Tensor]:
         in_flight: deque[tuple[int, torch.cuda.Event]] = deque()
         for noise in noises:
             in_flight.append(self.start(noise))
@@ -175,8 +160,10 @@ class CudaPipeline(Pipeline):
         return self.host[slot]
 
 
-def make_pipeline(work: Work, example: Tensor, graph_of: nn.Module | None) -> Pipeline:
-    """The pipeline of the example's device.
+def make_pipeline(
+    work: Work, example: Tensor, graph_of: nn.Module | None
+) -> Callable[[Iterator[Tensor]], Iterator[Tensor]]:
+    """From blocks of noise to their samples, each valid until the next are asked for, on the example's device.
 
     Args:
         work: from a block of noise to its samples. No gradients are kept.
@@ -184,4 +171,4 @@ def make_pipeline(work: Work, example: Tensor, graph_of: nn.Module | None) -> Pi
         graph_of: the model that the work runs, where it is to be captured in a CUDA graph on a GPU; its
             weights are then frozen for as long as the pipeline runs.
     """
-    return CudaPipeline(work, example, graph_of) if example.device.type == "cuda" else Pipeline(work)
+    return CudaPipeline(work, example, graph_of) if example.device.type == "cuda" else partial(map, work)

@@ -12,7 +12,7 @@ import torch
 import linfast as lf
 from linfast.cli import main
 from linfast.sampling import stream
-from linfast.sampling.locked import lock
+from linfast.sampling.outputs import lock
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_files_are_replaced_only_on_request(model: Path, tmp_path: Path, capsys,
     record.unlink()
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("linfast.sampling.command.load", None)  # before any work
+        patch.setattr("linfast.cli.load", None)  # before any work
         assert _sample(model, out) == 2
         error = capsys.readouterr().err
         assert all(word in error for word in (f"{out} exists", "--resume", "--overwrite"))

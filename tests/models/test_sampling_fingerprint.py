@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import linfast as lf
-from linfast.sampling.fingerprint import fingerprint
+from linfast.sampling.stream import fingerprint
 from tests.laws.zoo import perturb
 from tests.models.stream_runs import Map, N, linearizer, rows_of, streamed
 from tests.processes import CONTEXT

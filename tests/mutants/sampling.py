@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         name="stream: a file of other weights is resumed",
-        file="linfast/sampling/fingerprint.py",
+        file="linfast/sampling/stream.py",
         old='found.update(plain.reshape(-1).view(torch.uint8).numpy().data if plain.numel() else b"")',
         new="pass",
         breaks="One file contains the rows of two models.",
