@@ -149,21 +149,24 @@ class ActNorm(ChannelLinear):
         y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()
         if not log_det:
             return y.to(x.dtype), None
-        total = self.log_abs_det() * position_count(x)
+        total = self.log_abs_det(self.numbers()) * position_count(x)
         return y.to(x.dtype), constant_log_det(x, -total if inverse else total)
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
-        own, log_scale = wide(self.bias), wide(self.log_scale)
+    def numbers(self) -> tuple[Tensor, ...]:
+        return self.bias, self.log_scale
+
+    def after(self, numbers: Sequence[Tensor], weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
+        own, log_scale = map(wide, numbers)
         if inverse:
             scale = (-log_scale).exp()
             bias = -own if bias is None else scale * bias - own
         else:
             scale = log_scale.exp()
             bias = scale * (own if bias is None else bias + own)
-        return scale[:, None] * weight, bias
+        return scale[..., None] * weight, bias
 
-    def log_abs_det(self) -> Tensor:
-        return self.log_scale.sum()
+    def log_abs_det(self, numbers: Sequence[Tensor]) -> Tensor:
+        return numbers[1].sum(-1)
 
     def extra_repr(self) -> str:
         return f"features={self.features}"

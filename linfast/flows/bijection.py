@@ -120,17 +120,25 @@ def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
 
 
 class ChannelLinear(Bijection):
-    """A bijection that is one affine map of the channels, the same at every position."""
+    """A bijection that is one affine map of the channels, the same at every position.
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
-        """(W', b') of this layer, or its inverse, after y = weight x + bias; fp32 or wider.
+    The map is computed from the layer's ``numbers``. The maps of N layers of a class whose numbers have equal shapes
+    are computed at once, from their numbers stacked: below, ... stands for nothing, or for N.
+    """
 
-        weight [C, C]; bias [C], None for 0.
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The tensors that the map is made of."""
+        raise NotImplementedError
+
+    def after(self, numbers: Sequence[Tensor], weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
+        """(W', b') of the layer with these numbers, or of its inverse, after y = weight x + bias; fp32 or wider.
+
+        weight [..., C, C]; bias [..., C], None for 0.
         """
         raise NotImplementedError
 
-    def log_abs_det(self) -> Tensor | float:
-        """log|det| of the forward map's C x C matrix."""
+    def log_abs_det(self, numbers: Sequence[Tensor]) -> Tensor | float:
+        """log|det| [...] of the forward map's C x C matrix."""
         return 0.0
 
 

@@ -13,7 +13,7 @@ call, in fp32 or wider and outside autocast. Source: Glow (arXiv 1807.03039).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,28 +33,24 @@ __all__ = ["Householder", "Mix", "Permute", "check_permutation"]
 class _LinearMix(ChannelLinear):
     """y = W x with W, W^{-1} and log|det W| from the subclass."""
 
-    def _wide_weight(self, inverse: bool) -> Tensor:
-        """W or W^{-1}, in fp32 or wider."""
-        raise NotImplementedError
-
-    @property
-    def _factor(self) -> Tensor:
-        """One of its parameters, whose dtype W has."""
+    def _wide_weight(self, numbers: Sequence[Tensor], inverse: bool) -> Tensor:
+        """W or W^{-1}, in fp32 or wider; ``numbers`` start with a parameter."""
         raise NotImplementedError
 
     @outside_autocast
     def _weight(self, inverse: bool) -> Tensor:
-        return derived(self, inverse, lambda: self._wide_weight(inverse).to(self._factor.dtype))
+        numbers = self.numbers()
+        return derived(self, inverse, lambda: self._wide_weight(numbers, inverse).to(numbers[0].dtype))
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
-        matrix = self._wide_weight(inverse)
-        return matrix @ weight, None if bias is None else matrix @ bias
+    def after(self, numbers: Sequence[Tensor], weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
+        matrix = self._wide_weight(numbers, inverse)
+        return matrix @ weight, None if bias is None else (matrix @ bias[..., None])[..., 0]
 
     def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         y = channel_mix(x, self._weight(inverse))
         if not log_det:
             return y, None
-        total = self.log_abs_det() * position_count(x)
+        total = derived(self, "log_abs_det", lambda: self.log_abs_det(self.numbers())) * position_count(x)
         return y, constant_log_det(x, -total if inverse else total)
 
     def extra_repr(self) -> str:
@@ -88,26 +84,27 @@ class Mix(_LinearMix):
         self.upper = nn.Parameter(torch.zeros(features, features))
         self.log_diagonal = nn.Parameter(torch.zeros(features))
 
-    def _wide_weight(self, inverse: bool) -> Tensor:
+    def numbers(self) -> tuple[Tensor, ...]:
         if self.kind == "free":
-            weight = wide(self.weight)
+            return (self.weight,)
+        return self.lower, self.upper, self.log_diagonal, self.permutation
+
+    def _wide_weight(self, numbers: Sequence[Tensor], inverse: bool) -> Tensor:
+        if self.kind == "free":
+            weight = wide(numbers[0])
             return inverse_or_nan(weight) if inverse else weight
-        lower, upper, log_diagonal = wide(self.lower), wide(self.upper), wide(self.log_diagonal)
-        eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-        L, U = lower.tril(-1) + eye, upper.triu(1) + torch.diag(log_diagonal.exp())
+        (lower, upper, log_diagonal), permutation = map(wide, numbers[:3]), numbers[3]
+        eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+        L, U = lower.tril(-1) + eye, upper.triu(1) + torch.diag_embed(log_diagonal.exp())
         if not inverse:
-            return (L @ U)[self.permutation]
-        half = torch.linalg.solve_triangular(L, eye[:, self.permutation], upper=False, unitriangular=True)
+            return torch.take_along_dim(L @ U, permutation[..., None], -2)
+        half = torch.linalg.solve_triangular(L, eye[permutation].mT, upper=False, unitriangular=True)
         return torch.linalg.solve_triangular(U, half, upper=True)
 
-    @property
-    def _factor(self) -> Tensor:
-        return self.weight if self.kind == "free" else self.lower
-
-    def log_abs_det(self) -> Tensor:
+    def log_abs_det(self, numbers: Sequence[Tensor]) -> Tensor:
         if self.kind == "free":
-            return derived(self, "log_abs_det", lambda: torch.linalg.slogdet(wide(self.weight)).logabsdet)
-        return wide(self.log_diagonal).sum()
+            return torch.linalg.slogdet(wide(numbers[0])).logabsdet
+        return wide(numbers[2]).sum(-1)
 
     def extra_repr(self) -> str:
         return f"features={self.features}, kind={self.kind!r}"
@@ -127,16 +124,17 @@ class Householder(_LinearMix):
         self.count = count = check_count("count", count)
         self.vectors = nn.Parameter(torch.randn(count, features))
 
-    def _wide_weight(self, inverse: bool) -> Tensor:
-        vectors = wide(self.vectors)
-        Q = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
-        for v in vectors.unbind(0):
-            Q = Q - (2.0 / v.square().sum()) * torch.outer(Q @ v, v)
-        return Q.mT if inverse else Q
+    def numbers(self) -> tuple[Tensor, ...]:
+        return (self.vectors,)
 
-    @property
-    def _factor(self) -> Tensor:
-        return self.vectors
+    def _wide_weight(self, numbers: Sequence[Tensor], inverse: bool) -> Tensor:
+        """I - V^T T V, with T^{-1} the upper triangle of V V^T and half its diagonal."""
+        V = wide(numbers[0])
+        products = V @ V.mT
+        halved = products.triu() - torch.diag_embed(0.5 * products.diagonal(dim1=-2, dim2=-1))
+        eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
+        Q = eye - V.mT @ torch.linalg.solve_triangular(halved, V, upper=True)
+        return Q.mT if inverse else Q
 
     def extra_repr(self) -> str:
         return f"features={self.features}, count={self.count}"
@@ -171,14 +169,15 @@ class Permute(ChannelLinear):
         self.register_buffer("permutation", order)
 
     def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
-        return x.index_select(1, self._order(inverse)), constant_log_det(x) if log_det else None
+        return x.index_select(1, self.permutation.argsort() if inverse else self.permutation), constant_log_det(x) if log_det else None
 
-    def _order(self, inverse: bool) -> Tensor:
-        return self.permutation.argsort() if inverse else self.permutation
+    def numbers(self) -> tuple[Tensor, ...]:
+        return (self.permutation,)
 
-    def after(self, weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
-        order = self._order(inverse)
-        return weight[order], None if bias is None else bias[order]
+    def after(self, numbers: Sequence[Tensor], weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
+        order = numbers[0].argsort() if inverse else numbers[0]
+        weight = torch.take_along_dim(weight.expand(*order.shape, -1), order[..., None], -2)
+        return weight, None if bias is None else torch.take_along_dim(bias, order, -1)
 
     def extra_repr(self) -> str:
         return f"features={self.features}"

@@ -70,11 +70,7 @@ class OneLaunch:
 
     def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
         y, total = run_packed(x, self.packed, self.spec)
-        if total is not None:
-            for entry in (self.stack.head, *[layer.map for layer in self.stack.layers]):
-                if entry is not None:
-                    total = total - entry.log_abs_det() if inverse else total + entry.log_abs_det()
-        return y, total
+        return y, None if total is None else self.stack.with_maps(total, inverse)
 
 
 @dataclass(eq=False)
@@ -119,24 +115,26 @@ class Folded:
         layers = self.row if self.coupling is None else (self.coupling, *self.row)
         for layer in layers:
             layer._check(name, x, layer.features)
-        weight, bias = derived(self.owner, (inverse, self.row), lambda: fold(self.owner, self.row, inverse))
+        row = [(layer, layer.numbers()) for layer in self.row]
+        weight, bias = derived(self.owner, (inverse, self.row), lambda: fold(self.owner, row, inverse))
         if self.coupling is None:
             y, total = channel_mix(x, weight, bias), None
         else:
             y, total = self.coupling.transform_then_mix(x, context, inverse, log_det, weight, bias)
         if not log_det:
             return y, None
-        of_row = sum(layer.log_abs_det() for layer in self.row) * position_count(x)
+        of_row = derived(self.owner, self.row, lambda: sum(layer.log_abs_det(of_layer) for layer, of_layer in row))
+        of_row = of_row * position_count(x)
         part = constant_log_det(x, -of_row if inverse else of_row)
         return y, part if total is None else total + part
 
 
 @outside_autocast
-def fold(owner: nn.Module, row: Sequence[Any], inverse: bool) -> tuple[Tensor, Tensor | None]:
-    """(W [C, C], b [C] or None for 0) of the row, in the order given, in the parameters' dtype."""
+def fold(owner: nn.Module, row: Sequence[tuple[Any, Sequence[Tensor]]], inverse: bool) -> tuple[Tensor, Tensor | None]:
+    """(W [..., C, C], b [..., C] or None for 0) of layers and their numbers, in this order, in the owner's dtype."""
     like = tensor_of(owner)
     assert like is not None
-    weight, bias = torch.eye(row[0].features, dtype=wide(like).dtype, device=like.device), None
-    for layer in row:
-        weight, bias = layer.after(weight, bias, inverse)
+    weight, bias = torch.eye(row[0][0].features, dtype=wide(like).dtype, device=like.device), None
+    for layer, numbers in row:
+        weight, bias = layer.after(numbers, weight, bias, inverse)
     return weight.to(like.dtype), None if bias is None else bias.to(like.dtype)

@@ -9,7 +9,7 @@ weight. A constant time is folded into the first biases: W [k | e(t)] + b = W_k 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -187,21 +187,40 @@ class FlowStack:
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
         """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-determinants on request."""
         first, activation, *_ = self.couplings[0]
+        head, *maps = self._maps(inverse, log_det)
         layers = [
-            CouplingLayer(
-                known.weights, known.biases, known.layer.layout, self._map(row, inverse, log_det) if row else None
-            )
-            for known, row in zip(self.couplings, self.rows, strict=True)
+            CouplingLayer(known.weights, known.biases, known.layer.layout, entry)
+            for known, entry in zip(self.couplings, maps, strict=True)
         ]
-        head = self._map(self.head, inverse, log_det) if self.head else None
         return CouplingStack(layers, activation, first.scale_map, first.order, first.moves, head)
 
-    def _map(self, row: Sequence[Any], inverse: bool, log_det: bool) -> AffineMap:
+    def _maps(self, inverse: bool, log_det: bool) -> list[AffineMap | None]:
+        """Of the head and the rows; those of rows whose layers are alike at once, so that depth adds no launches."""
+        rows = [self.head, *self.rows]
+        alike: dict[Hashable, list[int]] = {}
+        for i, row in enumerate(rows):
+            kinds = [(type(layer), *(tuple(number.shape) for number in layer.numbers())) for layer in row]
+            alike.setdefault(tuple(kinds), []).append(i)
+        maps: list[AffineMap | None] = [None] * len(rows)
+        for kinds, members in alike.items():
+            made = self._maps_of([rows[i] for i in members], inverse, log_det) if kinds else []
+            for i, entry in zip(members, made, strict=False):
+                maps[i] = entry
+        return maps
+
+    def _maps_of(self, rows: Sequence[Sequence[Any]], inverse: bool, log_det: bool) -> list[AffineMap]:
+        """Of rows whose layers are alike."""
+        row: list[tuple[Any, list[Tensor]]] = []
+        for layers in zip(*rows, strict=True):
+            numbers = zip(*(layer.numbers() for layer in layers), strict=True)
+            row.append((layers[0], [torch.stack(of_all) for of_all in numbers]))
         weight, bias = fold(self.owner, row, False)
-        undo = fold(self.owner, row[::-1], True)[0] if inverse else None
-        if all(type(layer) is ActNorm for layer in row):
-            weight, undo = weight.diagonal(), None if undo is None else undo.diagonal()
-        return AffineMap(weight, bias, undo, sum(layer.log_abs_det() for layer in row) if log_det else None)
+        undo, undo_bias = fold(self.owner, row[::-1], True) if inverse else (None, None)
+        total = sum((a.log_abs_det(of_a) for a, of_a in row), start=weight.new_zeros(len(rows))) if log_det else None
+        if all(type(layer) is ActNorm for layer, _ in row):
+            weight, undo = weight.diagonal(dim1=1, dim2=2), None if undo is None else undo.diagonal(dim1=1, dim2=2)
+        parts = [[None] * len(rows) if t is None else t.unbind() for t in (weight, bias, undo, total, undo_bias)]
+        return [AffineMap(*part) for part in zip(*parts, strict=True)]
 
 
 def stack_of(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:

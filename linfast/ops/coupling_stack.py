@@ -97,12 +97,7 @@ def coupling_stack(
         y, total = _by_layers(x, g, inverse, log_det, precision)
     else:
         y, total = run_packed(x, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
-    if total is None:
-        return y, None
-    for entry in (head, *[layer.map for layer in layers]):
-        if entry is not None:
-            total = total - entry.log_abs_det() if inverse else total + entry.log_abs_det()
-    return y, total
+    return y, None if total is None else g.with_maps(total, inverse)
 
 
 def mlp_coupling(
@@ -288,7 +283,7 @@ def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> Non
 def _check_map(name: str, entry: AffineMap, x: Tensor) -> None:
     check_kind(name, entry, AffineMap)
     D = x.shape[1]
-    allowed: dict[str, list[tuple[int, ...]]] = {"weight": [(D,), (D, D)], "bias": [(D,)], "inverse": []}
+    allowed: dict[str, list[tuple[int, ...]]] = {"weight": [(D,), (D, D)], "bias": [(D,)], "inverse": [], "inverse_bias": [(D,)]}
     for field, shapes in allowed.items():
         tensor = getattr(entry, field)
         if tensor is None and field != "weight":

@@ -40,12 +40,14 @@ class AffineMap(NamedTuple):
         bias: c [D], or None for 0.
         inverse: W^-1 [D, D] where the caller has it; by default computed where it is needed.
         log_det: log|det W|, 0-d, likewise.
+        inverse_bias: d [D] with x = W^-1 y + d, beside ``inverse``, likewise.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     inverse: Tensor | None = None
     log_det: Tensor | None = None
+    inverse_bias: Tensor | None = None
 
     def inverted(self) -> tuple[Tensor, Tensor | None]:
         """(V, d) with V y + d = W^-1 (y - c), outside autocast; NaN where W is singular."""
@@ -56,6 +58,8 @@ class AffineMap(NamedTuple):
         if V is None:
             weight = self.weight.to(_wide(self.weight))
             V = weight.reciprocal() if weight.ndim == 1 else inverse_or_nan(weight)
+        if self.inverse is not None and self.inverse_bias is not None:
+            return V, self.inverse_bias
         if self.bias is None:
             return V, None
         bias = self.bias.to(V.dtype)
@@ -95,6 +99,14 @@ class CouplingStack:
     order: str = "shift_first"
     moves: str = "first"
     head: AffineMap | None = None
+
+    def with_maps(self, log_det: Tensor, inverse: bool) -> Tensor:
+        """log|det| of the couplings [B], and of the maps between them."""
+        maps = [entry for entry in (self.head, *[layer.map for layer in self.layers]) if entry is not None]
+        if not maps:
+            return log_det
+        of_maps = torch.stack([entry.log_abs_det() for entry in maps]).sum()
+        return log_det - of_maps if inverse else log_det + of_maps
 
 
 @dataclass(frozen=True)

@@ -235,8 +235,8 @@ def test_bad_input_is_named_as_before(fold: bool, monkeypatch: pytest.MonkeyPatc
 
 def test_weights_are_folded_outside_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     _plain(monkeypatch, fold=True)
-    row = (_actnorm(), perturb(lf.Mix(4)), _actnorm())
-    owner = nn.ModuleList(row)
+    layers = (_actnorm(), perturb(lf.Mix(4)), _actnorm())
+    owner, row = nn.ModuleList(layers), [(layer, layer.numbers()) for layer in layers]
     with torch.autocast("cpu", torch.bfloat16):
         narrow = segments.fold(owner, row, True)
     for a, b in zip(narrow, segments.fold(owner, row, True), strict=True):

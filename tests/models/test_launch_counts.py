@@ -20,7 +20,10 @@ from linfast.ops import register
 from tests.ops.budget import COMPILED
 
 D, B = 7, 40
-_ALLOCATES = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "lift_fresh"}
+_COMPUTES_NOTHING = {
+    *("empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "detach", "lift_fresh"),
+    *("_unsafe_view", "promote_types"),
+}
 _CAT_AT_ONCE = 128
 
 pytestmark = pytest.mark.skipif(COMPILED, reason="counts what the interpreter launches")
@@ -53,14 +56,14 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace != "linfast" and not func.is_view and name not in _ALLOCATES:
+        if func.namespace != "linfast" and not func.is_view and name not in _COMPUTES_NOTHING:
             count = -(-len(args[0]) // _CAT_AT_ONCE) if name == "cat" else 1
             self.names += [name] * count
         return func(*args, **(kwargs or {}))
 
 
-def _flow(**options: Any) -> lf.Flow:
-    return lf.coupling_flow(D, 8, hidden=(16, 16), **options)
+def _flow(depth: int = 8, **options: Any) -> lf.Flow:
+    return lf.coupling_flow(D, depth, hidden=(16, 16), **options).eval()
 
 
 def _calls() -> dict[str, Callable[[Tensor], Tensor]]:
@@ -88,3 +91,32 @@ def test_an_unfrozen_call_is_four_launches_at_most(name: str, grad: bool, monkey
             call(x)
     assert len(launches.names) <= 4, launches.names
     assert launches.names[-2:-1] == ["_stack_pack_kernel"], launches.names
+
+
+_MAPS: dict[str, tuple[dict[str, Any], int]] = {  # what is between the couplings, and the launches at most
+    "actnorm": ({"actnorm": True}, 21),
+    "lu": ({"mix": "lu"}, 38),
+    "free": ({"mix": "free"}, 19),
+    "householder": ({"mix": "householder"}, 31),
+    "permute": ({"mix": "permute"}, 16),
+    "actnorm, lu": ({"actnorm": True, "mix": "lu"}, 97),
+    "actnorm, householder": ({"actnorm": True, "mix": "householder"}, 83),
+}
+
+
+@pytest.mark.parametrize("name", _MAPS)
+def test_maps_between_the_couplings_take_as_many_launches_at_any_depth(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, at_most = _MAPS[name]
+    counts = []
+    for depth in (4, 8):
+        g, x = _flow(depth, **options), torch.randn(B, D)
+        for call in (g, g.inverse, g.forward_and_log_det, g.inverse_and_log_det):
+            with lf.backend("triton"), torch.no_grad(), monkeypatch.context() as patch:
+                call(x)  # the tables of these shapes are built
+                with Launches(patch) as launches:
+                    call(x)
+            counts.append(len(launches.names))
+    assert counts[:4] == counts[4:]
+    assert max(counts) <= at_most, counts

@@ -25,8 +25,8 @@ MUTANTS = (
     Mutant(
         name="ActNorm: log_det does not count positions",
         file="linfast/flows/actnorm.py",
-        old="total = self.log_abs_det() * position_count(x)",
-        new="total = self.log_abs_det()",
+        old="total = self.log_abs_det(self.numbers()) * position_count(x)",
+        new="total = self.log_abs_det(self.numbers())",
         breaks="An image's log-determinant is a single pixel's.",
         tests=(_LOG_DET,),
     ),
@@ -49,8 +49,8 @@ MUTANTS = (
     Mutant(
         name="Mix: the inverse permutes on the wrong side",
         file="linfast/flows/mix.py",
-        old="torch.linalg.solve_triangular(L, eye[:, self.permutation], upper=False",
-        new="torch.linalg.solve_triangular(L, eye[self.permutation], upper=False",
+        old="torch.linalg.solve_triangular(L, eye[permutation].mT, upper=False",
+        new="torch.linalg.solve_triangular(L, eye[permutation], upper=False",
         breaks="W^-1 has P in place of its transpose.",
         tests=(_INVERSE,),
     ),
@@ -89,9 +89,9 @@ MUTANTS = (
     Mutant(
         name="freeze: W is kept under its inverse's name",
         file="linfast/flows/mix.py",
-        old="return derived(self, inverse, lambda: self._wide_weight(inverse).to(self._factor.dtype))",
-        new='return derived(self, "weight", lambda: self._wide_weight(inverse).to(self._factor.dtype))',
-        breaks="Inside a freeze the second direction uses the matrix of the first.",
+        old="return derived(self, inverse, lambda: self._wide_weight(numbers, inverse).to(numbers[0].dtype))",
+        new='return derived(self, "weight", lambda: self._wide_weight(numbers, inverse).to(numbers[0].dtype))',
+        breaks="Inside a freeze the direction that comes second uses the first one's matrix.",
         tests=(
             f"{_FREEZE}::test_derived_weights_are_computed_once",
             f"{_FREEZE}::test_gradients_of_x_only_use_the_kept_weights",

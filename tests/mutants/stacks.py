@@ -161,9 +161,9 @@ MUTANTS = (
     ),
     Mutant(
         name="coupling_stack: an inverse adds its maps' log_det",
-        file="linfast/ops/coupling_stack.py",
-        old="total = total - entry.log_abs_det() if inverse else total + entry.log_abs_det()",
-        new="total = total + entry.log_abs_det()",
+        file="linfast/ops/stack_weights.py",
+        old="return log_det - of_maps if inverse else log_det + of_maps",
+        new="return log_det + of_maps",
         breaks="The inverse's log-determinant has the maps' share with the wrong sign.",
         tests=(_MAPS,),
     ),
