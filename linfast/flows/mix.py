@@ -169,7 +169,8 @@ class Permute(ChannelLinear):
         self.register_buffer("permutation", order)
 
     def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
-        return x.index_select(1, self.permutation.argsort() if inverse else self.permutation), constant_log_det(x) if log_det else None
+        order = self.permutation.argsort() if inverse else self.permutation
+        return x.index_select(1, order), constant_log_det(x) if log_det else None
 
     def numbers(self) -> tuple[Tensor, ...]:
         return (self.permutation,)

@@ -130,7 +130,9 @@ class Folded:
 
 
 @outside_autocast
-def fold(owner: nn.Module, row: Sequence[tuple[Any, Sequence[Tensor]]], inverse: bool) -> tuple[Tensor, Tensor | None]:
+def fold(
+    owner: nn.Module, row: Sequence[tuple[Any, Sequence[Tensor]]], inverse: bool
+) -> tuple[Tensor, Tensor | None]:
     """(W [..., C, C], b [..., C] or None for 0) of layers and their numbers, in this order, in the owner's dtype."""
     like = tensor_of(owner)
     assert like is not None

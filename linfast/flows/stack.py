@@ -216,7 +216,9 @@ class FlowStack:
             row.append((layers[0], [torch.stack(of_all) for of_all in numbers]))
         weight, bias = fold(self.owner, row, False)
         undo, undo_bias = fold(self.owner, row[::-1], True) if inverse else (None, None)
-        total = sum((a.log_abs_det(of_a) for a, of_a in row), start=weight.new_zeros(len(rows))) if log_det else None
+        total = (
+            sum((a.log_abs_det(of_a) for a, of_a in row), start=weight.new_zeros(len(rows))) if log_det else None
+        )
         if all(type(layer) is ActNorm for layer, _ in row):
             weight, undo = weight.diagonal(dim1=1, dim2=2), None if undo is None else undo.diagonal(dim1=1, dim2=2)
         parts = [[None] * len(rows) if t is None else t.unbind() for t in (weight, bias, undo, total, undo_bias)]

@@ -283,7 +283,12 @@ def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> Non
 def _check_map(name: str, entry: AffineMap, x: Tensor) -> None:
     check_kind(name, entry, AffineMap)
     D = x.shape[1]
-    allowed: dict[str, list[tuple[int, ...]]] = {"weight": [(D,), (D, D)], "bias": [(D,)], "inverse": [], "inverse_bias": [(D,)]}
+    allowed: dict[str, list[tuple[int, ...]]] = {
+        "weight": [(D,), (D, D)],
+        "bias": [(D,)],
+        "inverse": [],
+        "inverse_bias": [(D,)],
+    }
     for field, shapes in allowed.items():
         tensor = getattr(entry, field)
         if tensor is None and field != "weight":

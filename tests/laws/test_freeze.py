@@ -27,7 +27,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Records the direction of each W or W^-1 that is formed from here on."""
     seen: list[bool] = []
     real = lf.Mix._wide_weight
-    monkeypatch.setattr(lf.Mix, "_wide_weight", lambda self, inverse: seen.append(inverse) or real(self, inverse))
+    monkeypatch.setattr(lf.Mix, "_wide_weight", lambda self, *given: seen.append(given[-1]) or real(self, *given))
     return seen
 
 
