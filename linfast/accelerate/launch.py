@@ -78,7 +78,8 @@ class Affine:
 
     def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """(y, log_det, of all samples the same) of a diagonal map on x [B, D, ...]."""
-        scale, shift, _, log_det = self.make(inverse)
+        made = self.make(inverse)
+        scale, shift, log_det = made.weight, made.bias, made.log_det
         assert shift is not None
         assert log_det is not None
         if x.ndim > 2:

@@ -122,8 +122,8 @@ def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
 class ChannelLinear(Bijection):
     """A bijection that is one affine map of the channels, the same at every position.
 
-    The map is computed from the layer's ``numbers``. The maps of N layers of a class whose numbers have equal shapes
-    are computed at once, from their numbers stacked: below, ... stands for nothing, or for N.
+    The map is computed from the layer's ``numbers``. The maps of N layers of one class whose numbers have equal
+    shapes are computed at once, from their numbers stacked: below, ... stands for nothing, or for N.
     """
 
     def numbers(self) -> tuple[Tensor, ...]:

@@ -133,7 +133,7 @@ class Folded:
 def fold(
     owner: nn.Module, row: Sequence[tuple[Any, Sequence[Tensor]]], inverse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(W [..., C, C], b [..., C] or None for 0) of layers and their numbers, in this order, in the owner's dtype."""
+    """(W [..., C, C], b [..., C] or None for 0) of layers and their numbers, in order, in the owner's dtype."""
     like = tensor_of(owner)
     assert like is not None
     weight, bias = torch.eye(row[0][0].features, dtype=wide(like).dtype, device=like.device), None

@@ -195,12 +195,12 @@ class FlowStack:
         return CouplingStack(layers, activation, first.scale_map, first.order, first.moves, head)
 
     def _maps(self, inverse: bool, log_det: bool) -> list[AffineMap | None]:
-        """Of the head and the rows; those of rows whose layers are alike at once, so that depth adds no launches."""
+        """The head's and the rows' maps; rows with layers alike are folded at once, so that depth adds no launches."""
         rows = [self.head, *self.rows]
-        alike: dict[Hashable, list[int]] = {}
+        alike: dict[tuple[Hashable, ...], list[int]] = {}
         for i, row in enumerate(rows):
-            kinds = [(type(layer), *(tuple(number.shape) for number in layer.numbers())) for layer in row]
-            alike.setdefault(tuple(kinds), []).append(i)
+            kinds = tuple((type(layer), *(tuple(number.shape) for number in layer.numbers())) for layer in row)
+            alike.setdefault(kinds, []).append(i)
         maps: list[AffineMap | None] = [None] * len(rows)
         for kinds, members in alike.items():
             made = self._maps_of([rows[i] for i in members], inverse, log_det) if kinds else []
@@ -209,7 +209,7 @@ class FlowStack:
         return maps
 
     def _maps_of(self, rows: Sequence[Sequence[Any]], inverse: bool, log_det: bool) -> list[AffineMap]:
-        """Of rows whose layers are alike."""
+        """The maps of rows whose layers are alike."""
         row: list[tuple[Any, list[Tensor]]] = []
         for layers in zip(*rows, strict=True):
             numbers = zip(*(layer.numbers() for layer in layers), strict=True)
