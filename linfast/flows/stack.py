@@ -9,7 +9,7 @@ weight. A constant time is folded into the first biases: W [k | e(t)] + b = W_k 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -195,9 +195,9 @@ class FlowStack:
         return CouplingStack(layers, activation, first.scale_map, first.order, first.moves, head)
 
     def _maps(self, inverse: bool, log_det: bool) -> list[AffineMap | None]:
-        """The head's and the rows' maps; rows with layers alike are folded at once, so that depth adds no launches."""
+        """The maps of the head and the rows; rows with like layers are folded at once: depth adds no launches."""
         rows = [self.head, *self.rows]
-        alike: dict[tuple[Hashable, ...], list[int]] = {}
+        alike: dict[Any, list[int]] = {}
         for i, row in enumerate(rows):
             kinds = tuple((type(layer), *(tuple(number.shape) for number in layer.numbers())) for layer in row)
             alike.setdefault(kinds, []).append(i)
