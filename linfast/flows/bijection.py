@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import check_dense, check_kind, check_like
 from ..ranges import range_
-from .undo import Cotangents, Outputs, Undone, undo
+from .undo import Context, Made, Outputs, Undone, undo
 
 __all__ = ["Bijection", "ChannelLinear", "Conditioned", "Inverse", "position_count", "same_space", "wide"]
 
@@ -43,26 +43,16 @@ class Bijection(nn.Module):
     def features_out(self) -> int | None:
         return self.features
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         """(g(x) or g^{-1}(x), log|det| of that where asked for and None elsewhere)."""
         raise NotImplementedError
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
         """x with y = ``_transform(x)``, and that step's backward. For layers that have a quicker way than this."""
         return undo(
             lambda x: run(self, x, context, inverse, log_det),
             lambda y: run(self, y, context, not inverse, False)[0],
-            y,
-            cotangents,
-            tensors,
+            made,
             self,
         )
 
@@ -163,7 +153,7 @@ def constant_log_det(x: Tensor, value: Tensor | float = 0.0) -> Tensor:
 class Conditioned(Bijection):
     """A bijection with part of its context fixed. Two of one bijection in equal contexts are one space."""
 
-    def __init__(self, bijection: Bijection, context: Mapping[str, Any]) -> None:
+    def __init__(self, bijection: Bijection, context: Context) -> None:
         super().__init__()
         check_kind("bijection", bijection, Bijection)
         check_kind("context", context, Mapping)
@@ -187,19 +177,11 @@ class Conditioned(Bijection):
     def features_out(self) -> int | None:
         return self.bijection.features_out
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return run(self.bijection, x, {**self.context, **context}, inverse, log_det)
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
-        return self.bijection._undo(y, cotangents, tensors, {**self.context, **context}, inverse, log_det)
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
+        return self.bijection._undo(made, {**self.context, **context}, inverse, log_det)
 
 
 class Inverse(Bijection):
@@ -215,22 +197,14 @@ class Inverse(Bijection):
     def features_out(self) -> int | None:
         return self.bijection.features
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return run(self.bijection, x, context, not inverse, log_det)
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
-        return self.bijection._undo(y, cotangents, tensors, context, not inverse, log_det)
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
+        return self.bijection._undo(made, context, not inverse, log_det)
 
 
-def run(bijection: Bijection, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+def run(bijection: Bijection, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
     """Call the one of the four public methods that is meant; forward through __call__, so that hooks run."""
     if log_det:
         method = bijection.inverse_and_log_det if inverse else bijection.forward_and_log_det

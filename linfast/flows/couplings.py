@@ -9,9 +9,6 @@ x [B, C, ...]; the first half has ceil(C / 2) channels. Sources: NICE (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +18,7 @@ from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, affi
 from ..ops.coupling_mix import coupling_mix
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .bijection import Bijection, constant_log_det
-from .undo import Cotangents, Outputs, Undone, gradients
+from .undo import Context, Cotangents, Made, Outputs, Undone, gradients
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
@@ -43,7 +40,7 @@ class _Coupling(Bijection):
         """The transform of x given the conditioner's output."""
         raise NotImplementedError
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return self._couple(x, self._condition(self._kept(x), context), inverse, log_det)
 
     def _uncouple(
@@ -52,21 +49,13 @@ class _Coupling(Bijection):
         """(x, dx, dparams) with y = ``_couple(x)``, from the gradients of what that returns; dx is fresh memory."""
         raise NotImplementedError
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
         """By one evaluation of the conditioner, which sees the same half in y as in x."""
-        kept = self._kept(y).detach().requires_grad_()
+        kept = self._kept(made.y).detach().requires_grad_()
         with torch.enable_grad():
             params = self._condition(kept, context)
-        x, grad, grad_params = self._uncouple(y, params.detach(), cotangents, inverse)
-        grad_kept, *rest = gradients((params, None), (grad_params, None), (kept, *tensors))
+        x, grad, grad_params = self._uncouple(made.y, params.detach(), made.cotangents, inverse)
+        grad_kept, *rest = gradients([params], [grad_params], (kept, *made.tensors))
         if grad_kept is not None:
             self._kept(grad).add_(grad_kept)
         return x, [grad, *rest]
@@ -75,7 +64,7 @@ class _Coupling(Bijection):
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
         return second if self.moves == "first" else first
 
-    def _condition(self, kept: Tensor, context: Mapping[str, Any]) -> Tensor:
+    def _condition(self, kept: Tensor, context: Context) -> Tensor:
         params = self.conditioner(kept, **context)
         expected = (kept.shape[0], self._outputs * self._moved_channels, *kept.shape[2:])
         if (  # check_tensor's conditions
@@ -154,7 +143,7 @@ class AffineCoupling(_Coupling):
     def transform_then_mix(
         self,
         x: Tensor,
-        context: Mapping[str, Any],
+        context: Context,
         inverse: bool,
         log_det: bool,
         weight: Tensor,

@@ -13,7 +13,7 @@ call, in fp32 or wider and outside autocast. Source: Glow (arXiv 1807.03039).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from ..freeze import derived
 from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
 from .bijection import ChannelLinear, constant_log_det, position_count, wide
-from .undo import Outputs
+from .undo import Context, Outputs
 
 __all__ = ["Householder", "Mix", "Permute", "check_permutation"]
 
@@ -46,7 +46,7 @@ class _LinearMix(ChannelLinear):
         matrix = self._wide_weight(numbers, inverse)
         return matrix @ weight, None if bias is None else (matrix @ bias[..., None])[..., 0]
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         y = channel_mix(x, self._weight(inverse))
         if not log_det:
             return y, None
@@ -168,7 +168,7 @@ class Permute(ChannelLinear):
         self.features = features
         self.register_buffer("permutation", order)
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         order = self.permutation.argsort() if inverse else self.permutation
         return x.index_select(1, order), constant_log_det(x) if log_det else None
 

@@ -37,7 +37,7 @@ from ..checks import check_choice, check_kind, check_tensor
 from ..dispatch import capturing, has_values
 from .drift import DRIFT_BUDGETS, Checksum, DriftGuard, drift_budget
 from .replay import Replay, keeps_a_piece, made_at, now, read_from_outside
-from .undo import Backward, Cotangents, Outputs, Undone, undo
+from .undo import Backward, Context, Cotangents, Made, Outputs, Undone, sum_of, undo
 
 __all__ = ["AUTO_BYTES", "MEMORY_MODES", "Context", "Step", "reversible"]
 
@@ -47,8 +47,6 @@ MEMORY_MODES = ("store", "invert", "auto")
 # "auto" inverts above this many bytes. Below it no machine that such a model is trained on is short of memory, and
 # inverting would cost a third of a step's time for nothing.
 AUTO_BYTES = 2**30
-
-Context = Mapping[str, Any]
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -61,13 +59,13 @@ class Step:
         name: for messages.
         module: whose parameters and buffers it reads.
         forward: (x, context) -> (y, log_det [B] or None).
-        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors]).
+        undo: (``Made``: y, gradients of y and log_det, tensors; context) -> (x, [grad of x, *grads of tensors]).
     """
 
     name: str
     module: nn.Module
     forward: Callable[[Tensor, Context], Outputs]
-    undo: Callable[[Tensor, Cotangents, Sequence[Tensor], Context], Undone]
+    undo: Callable[[Made, Context], Undone]
 
     @classmethod
     def of(
@@ -79,10 +77,8 @@ class Step:
     ) -> Step:
         """A step made of a forward and an inverse (y, context) -> x; its undo runs each once."""
 
-        def undo_step(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
-            return undo(
-                lambda x: forward(x, context), lambda y: inverse(y, context), y, cotangents, tensors, module
-            )
+        def undo_step(made: Made, context: Context) -> Undone:
+            return undo(lambda x: forward(x, context), lambda y: inverse(y, context), made, module)
 
         return cls(name, module, forward, undo_step)
 
@@ -151,13 +147,6 @@ def inverts(memory: str, x: Tensor, stored: float) -> bool:
     return x.dtype in DRIFT_BUDGETS and (memory == "invert" or stored * x.numel() * x.element_size() > AUTO_BYTES)
 
 
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """total + part; one that is None counts as 0."""
-    if total is None or part is None:
-        return part if total is None else total
-    return total + part
-
-
 class _Anchor(torch.autograd.Function):
     """Stands for all that a chain is differentiated by; its backward follows those of the chain's links."""
 
@@ -173,10 +162,10 @@ class _Anchor(torch.autograd.Function):
         x, *given = ctx.saved_tensors  # raises where one was written to since
         noted, chain.noted = chain.noted, {}
         needs = ctx.needs_input_grad[1:]
-        found = [Backward(chain, count, given, needs).run(x, y, grads) for count, (y, grads) in noted.items()]
-        totals = found[0]
-        for more in found[1:]:
-            totals = tuple(_sum(a, b) for a, b in zip(totals, more, strict=True))
+        totals: list[Tensor | None] = [None] * len(needs)
+        for count, (y, cotangents) in noted.items():
+            found = Backward(chain, count, given, needs).run(x, y, cotangents)
+            totals = [*map(sum_of, totals, found)]
         return None, *totals
 
 
@@ -226,7 +215,7 @@ class Chain:
             if before is not None:
                 before(i, x)
             x, part = self.steps[i].forward(x, context)
-            total = _sum(total, part)
+            total = sum_of(total, part)
         return x, total
 
     def run(self, anchor: Tensor, x: Tensor, memory: str) -> Outputs:
@@ -260,8 +249,8 @@ class Chain:
                     self._end(rows)
                     self.guard.stores(step.name, what, memory)
                     y, rest = self.run_steps(range(i + 1, len(self.steps)), out, context)
-                    return y, _sum(_sum(total, part), rest)
-                y, log_det = out.detach(), _sum(log_det, None if part is None else part.detach())
+                    return y, sum_of(sum_of(total, part), rest)
+                y, log_det = out.detach(), sum_of(log_det, None if part is None else part.detach())
                 del start, total, out, part  # and the step's graph with them
         self._end(rows)
         return self._link(len(self.steps), y, log_det, anchor)
@@ -287,7 +276,7 @@ class Chain:
         """RuntimeError where a parameter is no longer the one, or as it was, at the end of the forward."""
         for step, before in zip(self.steps, self.parameters_of, strict=True):
             own = _parameters(step.module)
-            if len(own) != len(before) or any(p is not q for p, q in zip(own, before, strict=True)):
+            if [*map(id, own)] != [*map(id, before)]:
                 raise RuntimeError(
                     f"{step.name}: a parameter was replaced between forward and backward "
                     "(torch.func.functional_call does that); use memory='store'"

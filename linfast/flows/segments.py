@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,16 +29,15 @@ from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..ops.stack_weights import PackedStack
 from .bijection import Bijection, constant_log_det, position_count, run, wide
 from .couplings import AffineCoupling
+from .undo import Context, Outputs
 
 __all__ = ["Couplings", "Folded", "OneLaunch", "Segment", "Single", "fold"]
-
-Outputs = tuple[Tensor, Tensor | None]
 
 
 class Segment(Protocol):
     """Runs some layers of a flow."""
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs: ...
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs: ...
 
 
 # eq=False: Dynamo of torch 2.11 hashes the called object before its fields are set.
@@ -48,7 +47,7 @@ class Single:
 
     layer: Bijection
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return run(self.layer, x, context, inverse, log_det)
 
 
@@ -68,7 +67,7 @@ class OneLaunch:
     packed: PackedStack
     spec: StackSpec
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         y, total = run_packed(x, self.packed, self.spec)
         return y, None if total is None else self.stack.with_maps(total, inverse)
 
@@ -88,7 +87,7 @@ class Couplings:
     features: int
     dtype: torch.dtype
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         if x.ndim == 2 and x.shape[1] == self.features and x.dtype == self.dtype:
             return run_couplings(x, self.couplings, context.get("context"), inverse, log_det)
         total: Tensor | None = None
@@ -110,7 +109,7 @@ class Folded:
     coupling: AffineCoupling | None
     row: tuple[Any, ...]
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         name = "z" if inverse else "x"
         layers = self.row if self.coupling is None else (self.coupling, *self.row)
         for layer in layers:

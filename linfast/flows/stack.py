@@ -9,7 +9,7 @@ weight. A constant time is folded into the first biases: W [k | e(t)] + b = W_k 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from .actnorm import ActNorm
 from .couplings import AffineCoupling
 from .mix import Householder, Mix, Permute
 from .segments import fold
+from .undo import Context
 
 __all__ = [
     "PRODUCTS",
@@ -95,7 +96,7 @@ class Known(NamedTuple):
     context: int
 
 
-def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
+def recognise(layer: Any, x: Tensor, context: Context) -> Known | str:
     """The coupling's current weights, for inputs such as x [B, D] in this context; or why it is not recognised.
 
     It runs at every call. Submodules and parameters are read from the modules' own dicts: ``nn.Module.__getattr__``
@@ -225,7 +226,7 @@ class FlowStack:
         return [AffineMap(*part) for part in zip(*parts, strict=True)]
 
 
-def stack_of(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
+def stack_of(layers: nn.ModuleList, x: Tensor, context: Context) -> FlowStack | str:
     """These layers as a stack for inputs such as x [B, D], whatever will run it; or why they are not a stack."""
     couplings: list[Known] = []
     rows: list[list[Any]] = [[]]
