@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..checks import check_choice, check_kind, check_tensor
 from ..dispatch import capturing, has_values
 from .drift import DRIFT_BUDGETS, Checksum, DriftGuard, drift_budget
-from .replay import Replay, keeps_a_piece, made_at, now, read_from_outside
+from .replay import Replay, keeps_a_piece, read_from_outside
 from .undo import Backward, Context, Cotangents, Made, Outputs, Undone, sum_of, undo
 
 __all__ = ["AUTO_BYTES", "MEMORY_MODES", "Context", "Step", "reversible"]
@@ -189,7 +189,7 @@ class Chain:
     """One call's steps, what they read, and the state that they ran in."""
 
     def __init__(self, steps: Sequence[Step], context: Context, guard: DriftGuard) -> None:
-        self.steps, self.guard, self._context = steps, guard, context
+        self.steps, self.guard = steps, guard
         self.parameters_of = [_parameters(step.module) for step in steps]
         self.parameters = list({id(p): p for parameters in self.parameters_of for p in parameters}.values())
         self._leaves, self._spec = tree_flatten(dict(context))
@@ -233,18 +233,7 @@ class Chain:
                 with torch.no_grad():
                     rows.append(self.checksum.with_norm(y))
                 start, total = self._link(i, y, log_det, anchor) if i else (first.view_as(x), None)
-                own = self.parameters_of[i]
-                with self.replay.noting(step.module, own):
-                    out, part = step.forward(start, context)
-                what = read_from_outside((out, part), (start, *given), own, made_at(start))
-                if memory == "auto" and what is None:
-                    if step.name not in self.guard.kept:
-                        kept = keeps_a_piece((out, part), (start, *given))
-                        out, part = out.detach(), None if part is None else part.detach()
-                        if kept():  # for whoever reads it next, which may be this step
-                            out, part, what = self._again(i, start, given)
-                        self.guard.kept[step.name] = what
-                    what = self.guard.kept[step.name]
+                out, part, what = self._first(i, start, given, context, memory)
                 if what is not None:
                     self._end(rows)
                     self.guard.stores(step.name, what, memory)
@@ -255,13 +244,27 @@ class Chain:
         self._end(rows)
         return self._link(len(self.steps), y, log_det, anchor)
 
-    def _again(self, i: int, start: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, str | None]:
-        """Step i run once more, and what it reads of its first run, in words."""
-        own, since = self.parameters_of[i], now(start)
-        with self.replay.again(own):
-            self.replay.rewind(i)
-            out, part = self.steps[i].forward(start, self.context_of(given))
-        return out, part, read_from_outside((out, part), (start, *given), own, since)
+    def _first(
+        self, i: int, start: Tensor, given: Sequence[Tensor], context: Context, memory: str
+    ) -> tuple[Tensor, Tensor | None, str | None]:
+        """Step i's outputs, and in words what it reads that makes it be stored; None where it can be rebuilt."""
+        step, own, kept_by = self.steps[i], self.parameters_of[i], self.guard.kept
+        with self.replay.noting(step.module, own):
+            out, part = step.forward(start, context)
+        what = read_from_outside((out, part), (start, *given), own)
+        if memory == "invert" or what is not None:
+            return out, part, what
+        if step.name not in kept_by:
+            kept = keeps_a_piece((out, part), (start, *given))
+            out, part = out.detach(), None if part is None else part.detach()
+            if kept():  # for whoever reads it next, which may be this step
+                start = start.view_as(start)  # a newer node: what the first run made is from outside now
+                with self.replay.again(own):
+                    self.replay.rewind(i)
+                    out, part = step.forward(start, context)
+                what = read_from_outside((out, part), (start, *given), own)
+            kept_by[step.name] = what
+        return out, part, kept_by[step.name]
 
     def _link(self, count: int, y: Tensor, log_det: Tensor | None, anchor: Tensor) -> Outputs:
         made = [t.detach() for t in (y, log_det) if t is not None]
@@ -290,8 +293,7 @@ class Chain:
         """The context with these tensors in place of those it came with."""
         tensors = iter(given)
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        context: Mapping[str, Any] = tree_unflatten(leaves, self._spec)
-        return context
+        return dict(tree_unflatten(leaves, self._spec))
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:

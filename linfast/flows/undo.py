@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .drift import drift
-from .replay import Buffers, Generators, put_back
+from .replay import Generators, put_back, watched
 
 if TYPE_CHECKING:
     from .reversible import Chain
@@ -48,11 +48,11 @@ def undo(
     The state is that of the random number generators and of the buffers of ``module``. Where gradients are enabled,
     what the inverse computes has a graph: forward may read what the inverse kept.
     """
-    generators, buffers = Generators([made.y.device]), Buffers(module)
+    generators, written = Generators([made.y.device]), watched([] if module is None else module.modules())
     state = generators.state()
     x = inverse(made.y).detach().requires_grad_()
     generators.set(state)
-    put_back(buffers.written())
+    put_back(written())
     with torch.enable_grad():
         outputs = forward(x)
     return x.detach(), gradients(outputs, made.cotangents, (x, *made.tensors))
@@ -84,9 +84,7 @@ def sum_of(total: Tensor | None, part: Tensor | None) -> Tensor | None:
 
 
 class Backward:
-    """One backward through a chain's first ``count`` steps: (dx, *gradients of the chain's tensors), None where not
-    needed.
-    """
+    """One backward through a chain's first ``count`` steps; a gradient that is not needed is None."""
 
     def __init__(self, chain: Chain, count: int, given: Sequence[Tensor], needs: Sequence[bool]) -> None:
         self.chain, self.count, self.needs_x = chain, count, needs[0]
@@ -103,6 +101,7 @@ class Backward:
         self.first = 0 if self.needs_x else next((i for i in range(count) if self._wanted_of([i])), count)
 
     def run(self, x: Tensor, y: Tensor, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
+        """(dx, *gradients of the chain's tensors)."""
         chain, span = self.chain, range(self.first, self.count)
         chain.check_parameters()
         if not span:
