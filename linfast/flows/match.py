@@ -36,7 +36,7 @@ from ..scale_maps import ScaleMap, log_scale_function
 from .couplings import AffineCoupling
 from .remembered import recall, remember
 from .segments import Couplings, Folded, OneLaunch, Segment, Single
-from .stack import PRODUCTS, is_linear, is_plain, leading, recognise, stack_of
+from .stack import PRODUCTS, is_linear, is_plain, recognise, stack_of
 from .undo import Context, Outputs
 
 __all__ = ["Launch", "match", "mode_for"]
@@ -120,9 +120,10 @@ def _one_launch(
     if isinstance(stack, str):
         return stack
     precision = mode_for(x)
-    tile = config_for(stack.features, stack.hidden, stack.n_linear, precision, target_of(x), stack.maps)
+    sizes = stack.sizes
+    tile = config_for(*sizes, precision, target_of(x), stack.maps)
     if tile is None:
-        return f"D = {stack.features}, H = {stack.hidden} in {precision!r} fit no tile on {target_of(x)}"
+        return f"D = {sizes[0]}, H = {sizes[1]} in {precision!r} fit no tile on {target_of(x)}"
     g, half = stack.weights(inverse, log_det), half_dtype(x)
 
     def pack() -> PackedStack:
@@ -203,11 +204,14 @@ def _folded(owner: nn.ModuleList, layers: list[Any]) -> list[Segment]:
     segments: list[Segment] = []
     while layers:
         coupling = layers[0] if is_plain(layers[0], (AffineCoupling,)) else None
-        row, rest = leading(layers[1:] if coupling else layers)
+        start = end = 1 if coupling else 0
+        while end < len(layers) and is_linear(layers[end]):
+            end += 1
+        row = tuple(layers[start:end])
         if any(isinstance(layer, PRODUCTS) for layer in row) and (coupling or len(row) > 1):
             segments.append(Folded(owner, coupling, row))
-            layers = rest
         else:
             segments.append(Single(layers[0]))
-            layers = layers[1:]
+            end = 1
+        layers = layers[end:]
     return segments

@@ -34,7 +34,6 @@ __all__ = [
     "are_plain",
     "is_linear",
     "is_plain",
-    "leading",
     "recognise",
     "stack_of",
 ]
@@ -69,14 +68,6 @@ def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
 def is_linear(layer: Any) -> bool:
     """Whether the layer is one affine map of the channels and nothing else."""
     return is_plain(layer, _LINEAR) and not (isinstance(layer, ActNorm) and layer.waits_for_data())
-
-
-def leading(layers: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
-    """The channel-linear layers in front, and the rest."""
-    count = 0
-    while count < len(layers) and is_linear(layers[count]):
-        count += 1
-    return tuple(layers[:count]), layers[count:]
 
 
 class Known(NamedTuple):
@@ -121,10 +112,8 @@ def recognise(layer: Any, x: Tensor, context: Context) -> Known | str:
     for linear in linears:
         own = linear._parameters
         if "weight" not in own or "bias" not in own or own["weight"] is None:
-            own = {
-                "weight": linear.weight,
-                "bias": linear.bias,
-            }  # plain attributes, as nn.DataParallel's replicas have
+            # Plain attributes, as nn.DataParallel's replicas have.
+            own = {"weight": linear.weight, "bias": linear.bias}
         weight = own["weight"]
         if type(weight) not in _WHOLE_WEIGHTS:
             return f"its conditioner's weights are {type(weight).__name__}"
@@ -147,43 +136,26 @@ class FlowStack:
 
     Args:
         owner: the module that holds the layers.
-        head: the row of layers before the first coupling.
         couplings: L of them.
-        rows: the row of layers after each coupling.
+        rows: L + 1 rows of layers, row_0 to row_L.
     """
 
     owner: nn.Module
-    head: Sequence[Any]
     couplings: Sequence[Known]
     rows: Sequence[Sequence[Any]]
 
     @property
-    def features(self) -> int:
-        """D."""
-        return self.couplings[0].layer.features
-
-    @property
-    def hidden(self) -> int:
-        """The widest hidden layer; 1 where there is none."""
-        widest = 1
-        for coupling in self.couplings:
-            for weight in coupling.weights[:-1]:
-                widest = max(widest, weight.shape[0])
-        return widest
-
-    @property
-    def n_linear(self) -> int:
-        """Linear layers of a conditioner."""
-        return len(self.couplings[0].weights)
+    def sizes(self) -> tuple[int, int, int]:
+        """D, the widest hidden layer (1 where there is none) and the number of linear layers of a conditioner."""
+        hidden = [weight.shape[0] for known in self.couplings for weight in known.weights[:-1]]
+        first = self.couplings[0]
+        return first.layer.features, max([1, *hidden]), len(first.weights)
 
     @property
     def maps(self) -> int:
         """The densest kind of map between its layers (linfast.kernels.stack_spec)."""
-        kind = NO_MAPS
-        for row in (self.head, *self.rows):
-            for layer in row:
-                kind = max(kind, DIAGONAL if type(layer) is ActNorm else DENSE)
-        return kind
+        kinds = [DIAGONAL if type(layer) is ActNorm else DENSE for row in self.rows for layer in row]
+        return max([NO_MAPS, *kinds])
 
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
         """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-determinants on request."""
@@ -196,15 +168,14 @@ class FlowStack:
         return CouplingStack(layers, activation, first.scale_map, first.order, first.moves, head)
 
     def _maps(self, inverse: bool, log_det: bool) -> list[AffineMap | None]:
-        """The maps of the head and the rows; rows with like layers are folded at once: depth adds no launches."""
-        rows = [self.head, *self.rows]
+        """The maps of the rows; rows with like layers are folded at once: depth adds no launches."""
         alike: dict[Any, list[int]] = {}
-        for i, row in enumerate(rows):
+        for i, row in enumerate(self.rows):
             kinds = tuple((type(layer), *(tuple(number.shape) for number in layer.numbers())) for layer in row)
             alike.setdefault(kinds, []).append(i)
-        maps: list[AffineMap | None] = [None] * len(rows)
+        maps: list[AffineMap | None] = [None] * len(self.rows)
         for kinds, members in alike.items():
-            made = self._maps_of([rows[i] for i in members], inverse, log_det) if kinds else []
+            made = self._maps_of([self.rows[i] for i in members], inverse, log_det) if kinds else []
             for i, entry in zip(members, made, strict=False):
                 maps[i] = entry
         return maps
@@ -248,7 +219,7 @@ def stack_of(layers: nn.ModuleList, x: Tensor, context: Context) -> FlowStack | 
         return "no couplings"
     if not _is_uniform(couplings):
         return "its couplings differ in more than which half moves, or the halves do not move in turn"
-    return FlowStack(layers, rows[0], couplings, rows[1:])
+    return FlowStack(layers, couplings, rows)
 
 
 def _is_uniform(couplings: list[Known]) -> bool:
