@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checks import check_count, check_number
 from ..dispatch import check_values, has_values, read_at_once
 from ..freeze import is_frozen
-from .bijection import ChannelLinear, constant_log_det, position_count, wide
+from .bijection import ChannelLinear, constant_log_det, wide
 from .undo import Context, Made, Outputs, Undone, undo
 
 __all__ = ["ActNorm"]
@@ -137,10 +137,8 @@ class ActNorm(ChannelLinear):
         per_channel = (1, -1) + (1,) * (x.ndim - 2)
         bias, log_scale = self.bias.view(per_channel), self.log_scale.view(per_channel)
         y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()
-        if not log_det:
-            return y.to(x.dtype), None
-        total = self.log_abs_det(self.numbers()) * position_count(x)
-        return y.to(x.dtype), constant_log_det(x, -total if inverse else total)
+        total = constant_log_det(x, self.log_abs_det(self.numbers()), inverse) if log_det else None
+        return y.to(x.dtype), total
 
     def numbers(self) -> tuple[Tensor, ...]:
         return self.bias, self.log_scale
@@ -157,9 +155,6 @@ class ActNorm(ChannelLinear):
 
     def log_abs_det(self, numbers: Sequence[Tensor]) -> Tensor:
         return numbers[1].sum(-1)
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}"
 
 
 def _all_set(flag: Tensor) -> bool:

@@ -98,11 +98,11 @@ def stored_tensors(bijections: Iterable[nn.Module]) -> float:
 
     Each layer keeps 4 of its own width, and 2 of the output width of each of its weights.
     """
-    return sum(4 + 2 * _widths(b) / (getattr(b, "features", None) or 1) for b in bijections)
-
-
-def _widths(module: nn.Module) -> int:
-    return sum(parameter.shape[0] for parameter in module.parameters() if parameter.ndim > 1)
+    total = 0.0
+    for bijection in bijections:
+        widths = sum(parameter.shape[0] for parameter in bijection.parameters() if parameter.ndim > 1)
+        total += 4 + 2 * widths / (getattr(bijection, "features", None) or 1)
+    return total
 
 
 def _step(place: str, bijection: Bijection, inverse: bool, log_det: bool) -> Step:

@@ -21,6 +21,8 @@ class Squeeze(Bijection):
         ValueError: x is not [B, C, H, W] with even H and W.
     """
 
+    _shown = ("features",)
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = check_count("features", features)
@@ -33,9 +35,6 @@ class Squeeze(Bijection):
         if x.ndim != 4 or (not inverse and (x.shape[2] % 2 or x.shape[3] % 2)):
             raise ValueError(f"Squeeze: x must be [B, C, H, W] with even H and W; got {tuple(x.shape)}")
         return _unsqueeze(x) if inverse else _squeeze(x), constant_log_det(x) if log_det else None
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}"
 
 
 def _squeeze(x: Tensor) -> Tensor:
