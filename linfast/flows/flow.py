@@ -69,9 +69,8 @@ class Flow(Bijection):
         if not len(self.bijections):
             return x, constant_log_det(x) if log_det else None
         launch = match(self.bijections, x, context, inverse, log_det)
-        if launch.why is not None and inverts(self.memory, x, self._stored):
-            return launch(x, context, inverse, log_det, run=self._reversibly)
-        return launch(x, context, inverse, log_det)
+        rebuilds = launch.why is not None and inverts(self.memory, x, self._stored)
+        return launch(x, context, inverse, log_det, self._reversibly if rebuilds else None)
 
     def _reversibly(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         steps = [_step(f"bijections[{i}]", b, inverse, log_det) for i, b in enumerate(self.bijections)]  # type: ignore[arg-type]
