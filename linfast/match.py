@@ -105,7 +105,7 @@ def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, A
     if isinstance(stack_y, str):
         return stack_y
     precision, shared, maps = mode_for(x), stack_y is stack_x, max(stack_x.maps, stack_y.maps)
-    sizes = stack_x.features, stack_x.hidden, stack_x.n_linear
+    sizes = stack_x.sizes
     tile = config_for(*sizes, precision, target_of(x), maps, linearizer=True)
     if tile is None:
         return (

@@ -10,7 +10,7 @@ Linearizer is its operator A.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -29,16 +29,10 @@ from .checks import (
     check_time,
 )
 from .dispatch import cat, outside_autocast
-from .ops.activations import ACTIVATIONS
+from .ops.activations import ACTIVATION_NAMES, ACTIVATIONS
 from .ranges import range_
 
-__all__ = ["ACTIVATIONS", "MLP", "ConvNet", "SinusoidalEmbedding", "activation_function"]
-
-
-def activation_function(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of this name: relu, silu, tanh or gelu (exact)."""
-    check_choice("activation", name, tuple(ACTIVATIONS))
-    return ACTIVATIONS[name]
+__all__ = ["MLP", "ConvNet", "SinusoidalEmbedding"]
 
 
 def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
@@ -89,11 +83,11 @@ class SinusoidalEmbedding(nn.Module):
 
 def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) -> Tensor | None:
     """t [1] of a number or a 0-d tensor, [B] of a [B] one; raises where t is not what ``timed`` says."""
-    if not timed or t is None:
-        if not timed and t is None:
-            return None
+    if timed != (t is not None):
         what = "needs t=" if timed else "was built without time_features"
         raise ValueError(f"{name} {what}; got t={t!r}")
+    if t is None:
+        return None
     check_time(t, like, like.shape[0])
     if not isinstance(t, Tensor):  # on a GPU as_tensor would wait for a copy
         return torch.full((1,), t, dtype=like.dtype, device=like.device)
@@ -137,14 +131,11 @@ class MLP(nn.Module):
         zero_last: bool = True,
     ) -> None:
         super().__init__()
-        activation_function(activation)
+        check_choice("activation", activation, ACTIVATION_NAMES)
         check_flag("bias", bias)
         check_flag("zero_last", zero_last)
-        self.n_in, self.n_out, self.hidden = (
-            check_count("n_in", n_in),
-            check_count("n_out", n_out),
-            check_counts("hidden", hidden),
-        )
+        self.n_in, self.n_out = check_count("n_in", n_in), check_count("n_out", n_out)
+        self.hidden = check_counts("hidden", hidden)
         self.activation, self.bias, self.zero_last = activation, bias, zero_last
         self.time_features = time_features = check_time_features(time_features)
         self.context_features = context_features = check_count("context_features", context_features, least=0)
@@ -211,7 +202,7 @@ class ConvNet(nn.Module):
         time_features: int = 0,
     ) -> None:
         super().__init__()
-        activation_function(activation)
+        check_choice("activation", activation, ACTIVATION_NAMES)
         self.channels_in = channels_in = check_count("channels_in", channels_in)
         self.channels_out = channels_out = check_count("channels_out", channels_out)
         self.width = width = check_count("width", width)

@@ -37,9 +37,8 @@ _SIGMOID_SHIFT = 2.0
 
 @dataclass(frozen=True)
 class _Kind:
-    """One map: the id kernels know it by, log-scale, its derivative in r, its inverse, default c and floor."""
+    """One map: log-scale, its derivative in r, its inverse, default c and floor."""
 
-    constexpr_id: int
     log_scale: Callable[[Tensor, float, float], Tensor]
     derivative: Callable[[Tensor, float, float], Tensor]
     inverse: Callable[[Tensor, float, float], Tensor]
@@ -63,49 +62,42 @@ def _softplus_derivative(r: Tensor, c: float, floor: float) -> Tensor:
     return torch.where(value <= c, torch.sigmoid(r) / value, torch.zeros_like(r))
 
 
-_KINDS: dict[str, _Kind] = {
+_KINDS: dict[str, _Kind] = {  # in the order of the numbers by which the kernels know them
     "exp": _Kind(
-        0,
         lambda r, c, floor: r,
         lambda r, c, floor: torch.ones_like(r),
         lambda s, c, floor: s,
     ),
     "clamp": _Kind(
-        1,
         lambda r, c, floor: r.clamp(-c, c),
         lambda r, c, floor: (r.abs() <= c).to(r.dtype),
         lambda s, c, floor: s,
         bound=5.0,
     ),
     "smooth": _Kind(
-        2,
         lambda r, c, floor: r / (1 + r.abs() / c),
         lambda r, c, floor: (1 + r.abs() / c).pow(-2),
         lambda s, c, floor: s / (1 - s.abs() / c),
         bound=0.5,
     ),
     "tanh": _Kind(
-        3,
         lambda r, c, floor: c * torch.tanh(r),
         lambda r, c, floor: c * (1 - torch.tanh(r).square()),
         lambda s, c, floor: torch.atanh(s / c),
         bound=2.0,
     ),
     "arctan": _Kind(
-        4,
         lambda r, c, floor: c * _TWO_OVER_PI * torch.atan(r),
         lambda r, c, floor: c * _TWO_OVER_PI / (1 + r.square()),
         lambda s, c, floor: torch.tan(s / (c * _TWO_OVER_PI)),
         bound=2.0,
     ),
     "sigmoid": _Kind(
-        5,
         _sigmoid_log_scale,
         _sigmoid_derivative,
         lambda s, c, floor: torch.logit(torch.exp(s) - floor) - _SIGMOID_SHIFT,
     ),
     "softplus": _Kind(
-        6,
         lambda r, c, floor: torch.log((F.softplus(r) + floor).clamp(max=c)),
         _softplus_derivative,
         lambda s, c, floor: torch.log(torch.expm1(torch.exp(s) - floor)),
@@ -145,16 +137,14 @@ class ScaleMap:
     @property
     def constexpr_id(self) -> int:
         """The number the kernels know this map by."""
-        return _KINDS[self.kind].constexpr_id
+        return SCALE_MAP_KINDS.index(self.kind)
 
     @property
     def constants(self) -> tuple[float, float]:
         """(c, floor), defaults filled in."""
         kind = _KINDS[self.kind]
-        return (
-            kind.bound if self.bound is None else self.bound,
-            kind.floor if self.floor is None else self.floor,
-        )
+        bound = kind.bound if self.bound is None else self.bound
+        return bound, kind.floor if self.floor is None else self.floor
 
     def log_scale(self, raw: Tensor) -> Tensor:
         """log s(raw), elementwise, in raw's dtype."""

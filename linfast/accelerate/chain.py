@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..dispatch import has_values
 from ..flows.reversible import Step, inverts, reversible
-from ..flows.undo import Cotangents, Outputs, Undone, undo
+from ..flows.undo import Made, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling
 from .fused import Fused, Maps
@@ -64,17 +64,13 @@ class Part:
 
         return Step(self.name, self.module, forward, partial(self._undo, inverse))
 
-    def _undo(
-        self, inverse: bool, y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context
-    ) -> Undone:
-        module = recalling(self.module, self.conditioners, tensors) if self.conditioners else self.module
+    def _undo(self, inverse: bool, made: Made, context: Context) -> Undone:
+        module = recalling(self.module, self.conditioners, made.tensors) if self.conditioners else self.module
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.conditioners):  # which see to their own
             return undo(
                 lambda x: self.run(module, x, context, inverse),
                 lambda y: self.run(module, y, context, not inverse)[0],
-                y,
-                cotangents,
-                tensors,
+                made,
                 None if self.conditioners else self.module,
             )
 

@@ -10,7 +10,7 @@ Linearizer paper's order.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..checks import check_count, check_number
 from ..dispatch import check_values, has_values, read_at_once
 from ..freeze import is_frozen
-from .bijection import ChannelLinear, constant_log_det, position_count, wide
-from .undo import Cotangents, Outputs, Undone, undo
+from .bijection import ChannelLinear, constant_log_det, wide
+from .undo import Context, Made, Outputs, Undone, undo
 
 __all__ = ["ActNorm"]
 
@@ -119,38 +119,26 @@ class ActNorm(ChannelLinear):
         """A copy reads its own buffer."""
         return {**self.__dict__, "_seen": None}
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         if not inverse and (x.shape[0] > 0 or _is_distributed()) and self.waits_for_data():
             self._check_start()
             self.initialize(x)
         return self._affine(x, inverse, log_det)
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
         """By the affine map alone: a replay initialises nothing."""
         return undo(
             lambda x: self._affine(x, inverse, log_det),
             lambda y: self._affine(y, not inverse, False)[0],
-            y,
-            cotangents,
-            tensors,
+            made,
         )
 
     def _affine(self, x: Tensor, inverse: bool, log_det: bool) -> Outputs:
         per_channel = (1, -1) + (1,) * (x.ndim - 2)
         bias, log_scale = self.bias.view(per_channel), self.log_scale.view(per_channel)
         y = x * (-log_scale).exp() - bias if inverse else (x + bias) * log_scale.exp()
-        if not log_det:
-            return y.to(x.dtype), None
-        total = self.log_abs_det(self.numbers()) * position_count(x)
-        return y.to(x.dtype), constant_log_det(x, -total if inverse else total)
+        total = constant_log_det(x, self.log_abs_det(self.numbers()), inverse) if log_det else None
+        return y.to(x.dtype), total
 
     def numbers(self) -> tuple[Tensor, ...]:
         return self.bias, self.log_scale
@@ -167,9 +155,6 @@ class ActNorm(ChannelLinear):
 
     def log_abs_det(self, numbers: Sequence[Tensor]) -> Tensor:
         return numbers[1].sum(-1)
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}"
 
 
 def _all_set(flag: Tensor) -> bool:

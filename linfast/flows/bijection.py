@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from ..checks import check_dense, check_kind, check_like
 from ..ranges import range_
-from .undo import Cotangents, Outputs, Undone, undo
+from .undo import Context, Made, Outputs, Undone, undo
 
-__all__ = ["Bijection", "ChannelLinear", "Conditioned", "Inverse", "position_count", "same_space", "wide"]
-
+__all__ = ["Bijection", "ChannelLinear", "Conditioned", "Inverse", "constant_log_det", "run", "same_space", "wide"]
 
 _TRANSFORMS = {"_transform", "forward", "inverse", "forward_and_log_det", "inverse_and_log_det"}
 
@@ -38,31 +37,22 @@ class Bijection(nn.Module):
 
     features: int | None = None
     shape: tuple[int, ...] | None = None
+    _shown: tuple[str, ...] = ()  # the attributes that repr states
 
     @property
     def features_out(self) -> int | None:
         return self.features
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         """(g(x) or g^{-1}(x), log|det| of that where asked for and None elsewhere)."""
         raise NotImplementedError
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
         """x with y = ``_transform(x)``, and that step's backward. For layers that have a quicker way than this."""
         return undo(
             lambda x: run(self, x, context, inverse, log_det),
             lambda y: run(self, y, context, not inverse, False)[0],
-            y,
-            cotangents,
-            tensors,
+            made,
             self,
         )
 
@@ -99,6 +89,9 @@ class Bijection(nn.Module):
         """This bijection with its context fixed: g.at(t=1.0)(x) is g(x, t=1.0)."""
         return Conditioned(self, context)
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._shown)
+
     def _check(self, name: str, x: Tensor, features: int | None) -> None:
         kind = type(self).__name__
         if torch.compiler.is_compiling():
@@ -126,6 +119,8 @@ class ChannelLinear(Bijection):
     shapes are computed at once, from their numbers stacked: below, ... stands for nothing, or for N.
     """
 
+    _shown: tuple[str, ...] = ("features",)
+
     def numbers(self) -> tuple[Tensor, ...]:
         """The tensors that the map is made of."""
         raise NotImplementedError
@@ -147,23 +142,23 @@ def wide(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-def position_count(x: Tensor) -> int:
-    """The number of positions per channel: 1 for [B, C], H W for [B, C, H, W]."""
-    return x.shape[2:].numel()
+def constant_log_det(x: Tensor, of_position: Tensor | float = 0.0, inverse: bool = False) -> Tensor:
+    """log|det| [B], at least fp32, of a map that is the same for every sample and at every position of x.
 
-
-def constant_log_det(x: Tensor, value: Tensor | float = 0.0) -> Tensor:
-    """The same log|det| for every sample, [B], at least fp32."""
+    There is one position in [B, C], and H W in [B, C, H, W].
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if isinstance(value, Tensor):
-        return value.to(dtype).expand(x.shape[0])
-    return torch.full((x.shape[0],), value, dtype=dtype, device=x.device)
+    total = of_position * x.shape[2:].numel()
+    total = -total if inverse else total
+    if isinstance(total, Tensor):
+        return total.to(dtype).expand(x.shape[0])
+    return torch.full((x.shape[0],), total, dtype=dtype, device=x.device)
 
 
 class Conditioned(Bijection):
     """A bijection with part of its context fixed. Two of one bijection in equal contexts are one space."""
 
-    def __init__(self, bijection: Bijection, context: Mapping[str, Any]) -> None:
+    def __init__(self, bijection: Bijection, context: Context) -> None:
         super().__init__()
         check_kind("bijection", bijection, Bijection)
         check_kind("context", context, Mapping)
@@ -187,19 +182,11 @@ class Conditioned(Bijection):
     def features_out(self) -> int | None:
         return self.bijection.features_out
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return run(self.bijection, x, {**self.context, **context}, inverse, log_det)
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
-        return self.bijection._undo(y, cotangents, tensors, {**self.context, **context}, inverse, log_det)
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
+        return self.bijection._undo(made, {**self.context, **context}, inverse, log_det)
 
 
 class Inverse(Bijection):
@@ -215,22 +202,14 @@ class Inverse(Bijection):
     def features_out(self) -> int | None:
         return self.bijection.features
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return run(self.bijection, x, context, not inverse, log_det)
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
-        return self.bijection._undo(y, cotangents, tensors, context, not inverse, log_det)
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
+        return self.bijection._undo(made, context, not inverse, log_det)
 
 
-def run(bijection: Bijection, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+def run(bijection: Bijection, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
     """Call the one of the four public methods that is meant; forward through __call__, so that hooks run."""
     if log_det:
         method = bijection.inverse_and_log_det if inverse else bijection.forward_and_log_det
@@ -243,12 +222,10 @@ def same_space(g: nn.Module, h: nn.Module) -> bool:
     check_kind("g", g)
     check_kind("h", h)
     if isinstance(g, Conditioned) and isinstance(h, Conditioned):
-        return same_space(g.bijection, h.bijection) and _same_context(g.context, h.context)
+        a, b = g.context, h.context
+        alike = same_space(g.bijection, h.bijection) and a.keys() == b.keys()
+        return alike and all(_same_value(a[key], b[key]) for key in a)
     return g is h
-
-
-def _same_context(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(_same_value(a[key], b[key]) for key in a)
 
 
 def _same_value(a: Any, b: Any) -> bool:

@@ -8,6 +8,7 @@ stack stay within +-2 a half whatever the weights; no data-dependent initialisat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,7 @@ from .mix import Householder, Mix, Permute
 from .squeeze import Squeeze
 from .unet import UNet
 
-__all__ = ["coupling_flow", "default_bound", "image_flow"]
+__all__ = ["coupling_flow", "image_flow"]
 
 _MIXES: dict[str, Callable[[int], Bijection]] = {
     "lu": lambda features: Mix(features, "lu"),
@@ -32,11 +33,6 @@ _MIXES: dict[str, Callable[[int], Bijection]] = {
     "householder": Householder,
     "permute": Permute,
 }
-
-
-def default_bound(depth: int) -> float:
-    """c = min(2, 4 / depth), the largest |log scale| per layer of a default flow of this depth."""
-    return min(2.0, 4.0 / depth)
 
 
 def coupling_flow(
@@ -72,18 +68,9 @@ def coupling_flow(
         ValueError: an option that is not listed here, depth < 1 or features < 2.
     """
     features = check_count("features", features, least=2)
-
-    def conditioner(n_in: int, n_out: int) -> nn.Module:
-        return MLP(
-            n_in,
-            n_out,
-            hidden,
-            activation,
-            time_features=time_features,
-            context_features=context_features,
-        )
-
-    layers = _stack(features, depth, conditioner, coupling, scale_map, order, actnorm, mix, mix_every=1)
+    sizes: dict[str, Any] = {"time_features": time_features, "context_features": context_features}
+    make = partial(MLP, hidden=hidden, activation=activation, **sizes)
+    layers = _stack(features, depth, make, coupling, scale_map, order, actnorm, mix, mix_every=1)
     return Flow(layers, features=features, shape=(features,), memory=memory)
 
 
@@ -128,11 +115,10 @@ def image_flow(
             enough, or an option that is not listed.
     """
     channels = check_count("channels", channels)
-    many = isinstance(resolution, (tuple, list))
-    sides = (
-        check_counts("resolution", resolution, length=2) if many else (check_count("resolution", resolution),) * 2
-    )
-    height, wide = sides
+    if isinstance(resolution, (tuple, list)):
+        height, wide = check_counts("resolution", resolution, length=2)
+    else:
+        height = wide = check_count("resolution", resolution)
     squeeze = channels % 2 == 1
     if squeeze and (height % 2 or wide % 2):
         raise ValueError(f"resolution must be even for an odd number of channels; got {(height, wide)}")
@@ -198,7 +184,7 @@ def _stack(
     if mix is not None:
         check_choice("mix", mix, tuple(_MIXES))
     if scale_map is None:
-        scale_map = ScaleMap("smooth", bound=default_bound(depth))
+        scale_map = ScaleMap("smooth", bound=min(2.0, 4.0 / depth))
     layers: list[Bijection] = []
     for i in range(depth):
         moves = HALVES[i % 2]

@@ -9,9 +9,6 @@ x [B, C, ...]; the first half has ceil(C / 2) channels. Sources: NICE (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +18,7 @@ from ..ops.affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, affi
 from ..ops.coupling_mix import coupling_mix
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .bijection import Bijection, constant_log_det
-from .undo import Cotangents, Outputs, Undone, gradients
+from .undo import Context, Made, Outputs, Undone, gradients
 
 __all__ = ["AdditiveCoupling", "AffineCoupling"]
 
@@ -30,8 +27,9 @@ class _Coupling(Bijection):
     """Shared by both couplings: which half moves, and calling the conditioner on the other."""
 
     _outputs: int  # of the conditioner, for each channel that moves
+    _shown: tuple[str, ...] = ("features", "moves")
 
-    def __init__(self, conditioner: nn.Module, features: int, moves: str) -> None:
+    def __init__(self, conditioner: nn.Module, features: int, moves: str = "first") -> None:
         super().__init__()
         check_kind("conditioner", conditioner)
         check_choice("moves", moves, HALVES)
@@ -43,30 +41,20 @@ class _Coupling(Bijection):
         """The transform of x given the conditioner's output."""
         raise NotImplementedError
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return self._couple(x, self._condition(self._kept(x), context), inverse, log_det)
 
-    def _uncouple(
-        self, y: Tensor, params: Tensor, cotangents: Cotangents, inverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _uncouple(self, made: Made, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(x, dx, dparams) with y = ``_couple(x)``, from the gradients of what that returns; dx is fresh memory."""
         raise NotImplementedError
 
-    def _undo(
-        self,
-        y: Tensor,
-        cotangents: Cotangents,
-        tensors: Sequence[Tensor],
-        context: Mapping[str, Any],
-        inverse: bool,
-        log_det: bool,
-    ) -> Undone:
+    def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
         """By one evaluation of the conditioner, which sees the same half in y as in x."""
-        kept = self._kept(y).detach().requires_grad_()
+        kept = self._kept(made.y).detach().requires_grad_()
         with torch.enable_grad():
             params = self._condition(kept, context)
-        x, grad, grad_params = self._uncouple(y, params.detach(), cotangents, inverse)
-        grad_kept, *rest = gradients((params, None), (grad_params, None), (kept, *tensors))
+        x, grad, grad_params = self._uncouple(made, params.detach(), inverse)
+        grad_kept, *rest = gradients([params], [grad_params], (kept, *made.tensors))
         if grad_kept is not None:
             self._kept(grad).add_(grad_kept)
         return x, [grad, *rest]
@@ -75,9 +63,10 @@ class _Coupling(Bijection):
         first, second = x.split(split_sizes(x.shape[1]), dim=1)
         return second if self.moves == "first" else first
 
-    def _condition(self, kept: Tensor, context: Mapping[str, Any]) -> Tensor:
+    def _condition(self, kept: Tensor, context: Context) -> Tensor:
         params = self.conditioner(kept, **context)
-        expected = (kept.shape[0], self._outputs * self._moved_channels, *kept.shape[2:])
+        moved = split_sizes(self.features or 0)[HALVES.index(self.moves)]
+        expected = (kept.shape[0], self._outputs * moved, *kept.shape[2:])
         if (  # check_tensor's conditions
             not isinstance(params, Tensor)
             or params.dtype not in DTYPES
@@ -92,13 +81,6 @@ class _Coupling(Bijection):
                 f"with moves={self.moves!r}; got {tuple(params.shape)}"
             )
         return params
-
-    @property
-    def _moved_channels(self) -> int:
-        return split_sizes(self.features or 0)[HALVES.index(self.moves)]
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}, moves={self.moves!r}"
 
 
 class AffineCoupling(_Coupling):
@@ -121,6 +103,7 @@ class AffineCoupling(_Coupling):
     """
 
     _outputs = 2
+    _shown = ("features", "moves", "scale_map", "order")
 
     def __init__(
         self,
@@ -145,16 +128,14 @@ class AffineCoupling(_Coupling):
     def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> Outputs:
         return affine_coupling(x, params, self.scale_map, inverse=inverse, log_det=log_det, **self._options)
 
-    def _uncouple(
-        self, y: Tensor, params: Tensor, cotangents: Cotangents, inverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad, grad_log_det = cotangents
+    def _uncouple(self, made: Made, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        y, (grad, grad_log_det), _ = made
         return affine_coupling_undo(y, params, grad, grad_log_det, self.scale_map, inverse=inverse, **self._options)
 
     def transform_then_mix(
         self,
         x: Tensor,
-        context: Mapping[str, Any],
+        context: Context,
         inverse: bool,
         log_det: bool,
         weight: Tensor,
@@ -169,9 +150,6 @@ class AffineCoupling(_Coupling):
     @property
     def _options(self) -> dict[str, str]:
         return {"order": self.order, "layout": self.layout, "moves": self.moves}
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale_map={self.scale_map}, order={self.order!r}"
 
 
 class AdditiveCoupling(_Coupling):
@@ -195,9 +173,7 @@ class AdditiveCoupling(_Coupling):
         y = cat((out, second) if self.moves == "first" else (first, out), dim=1)
         return y, constant_log_det(x) if log_det else None
 
-    def _uncouple(
-        self, y: Tensor, params: Tensor, cotangents: Cotangents, inverse: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad, _ = cotangents
+    def _uncouple(self, made: Made, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+        grad, _ = made.cotangents
         moved = grad.split(split_sizes(grad.shape[1]), dim=1)[HALVES.index(self.moves)]
-        return self._couple(y, params, not inverse, False)[0], grad.clone(), -moved if inverse else moved
+        return self._couple(made.y, params, not inverse, False)[0], grad.clone(), -moved if inverse else moved

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,8 +11,8 @@ from ..checks import check_choice, check_count, check_counts, check_kind
 from .bijection import Bijection, constant_log_det, run
 from .drift import DriftGuard
 from .match import match
-from .reversible import MEMORY_MODES, Context, Step, inverts, reversible
-from .undo import Cotangents, Outputs, Undone
+from .reversible import MEMORY_MODES, Step, inverts, reversible
+from .undo import Context, Outputs
 
 __all__ = ["Flow"]
 
@@ -66,15 +65,14 @@ class Flow(Bijection):
     def features_out(self) -> int | None:
         return self._features_out
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         if not len(self.bijections):
             return x, constant_log_det(x) if log_det else None
         launch = match(self.bijections, x, context, inverse, log_det)
-        if launch.why is not None and inverts(self.memory, x, self._stored):
-            return launch(x, context, inverse, log_det, run=self._reversibly)
-        return launch(x, context, inverse, log_det)
+        rebuilds = launch.why is not None and inverts(self.memory, x, self._stored)
+        return launch(x, context, inverse, log_det, self._reversibly if rebuilds else None)
 
-    def _reversibly(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _reversibly(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         steps = [_step(f"bijections[{i}]", b, inverse, log_det) for i, b in enumerate(self.bijections)]  # type: ignore[arg-type]
         return reversible(steps[::-1] if inverse else steps, x, context, self._guard, self.memory)
 
@@ -99,22 +97,17 @@ def stored_tensors(bijections: Iterable[nn.Module]) -> float:
 
     Each layer keeps 4 of its own width, and 2 of the output width of each of its weights.
     """
-    return sum(4 + 2 * _widths(b) / (getattr(b, "features", None) or 1) for b in bijections)
-
-
-def _widths(module: nn.Module) -> int:
-    return sum(parameter.shape[0] for parameter in module.parameters() if parameter.ndim > 1)
+    total = 0.0
+    for bijection in bijections:
+        widths = sum(parameter.shape[0] for parameter in bijection.parameters() if parameter.ndim > 1)
+        total += 4 + 2 * widths / (getattr(bijection, "features", None) or 1)
+    return total
 
 
 def _step(place: str, bijection: Bijection, inverse: bool, log_det: bool) -> Step:
     # A layer's own undo need not call the layer: a layer with hooks is inverted and run as a whole.
     hooked = bijection._forward_hooks or bijection._forward_pre_hooks or bijection._backward_hooks
     undo_layer = partial(Bijection._undo, bijection) if hooked else bijection._undo
-
-    def forward(x: Tensor, context: Context) -> Outputs:
-        return run(bijection, x, context, inverse, log_det)
-
-    def undo(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
-        return undo_layer(y, cotangents, tensors, context, inverse, log_det)
-
+    forward = partial(run, bijection, inverse=inverse, log_det=log_det)
+    undo = partial(undo_layer, inverse=inverse, log_det=log_det)
     return Step(f"{place} ({type(bijection).__name__})", bijection, forward, undo)

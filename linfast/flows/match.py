@@ -15,7 +15,7 @@ torch the recognised couplings are remembered, frozen or not, until an object th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,9 @@ from ..rows import by_rows, rows_at_once
 from ..scale_maps import ScaleMap, log_scale_function
 from .couplings import AffineCoupling
 from .remembered import recall, remember
-from .segments import Couplings, Folded, OneLaunch, Outputs, Segment, Single
-from .stack import PRODUCTS, is_linear, is_plain, leading, recognise, stack_of
+from .segments import Couplings, Folded, OneLaunch, Segment, Single
+from .stack import PRODUCTS, is_linear, is_plain, recognise, stack_of
+from .undo import Context, Outputs
 
 __all__ = ["Launch", "match", "mode_for"]
 
@@ -54,7 +55,7 @@ class Launch:
     why: str | None
 
     def __call__(
-        self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool, run: Segment | None = None
+        self, x: Tensor, context: Context, inverse: bool, log_det: bool, run: Segment | None = None
     ) -> Outputs:
         """(y, log|det| or None); in plain torch a long batch is cut into parts that fit the cache.
 
@@ -67,7 +68,7 @@ class Launch:
             return run(x, context, inverse, log_det)
         return by_rows(lambda part: run(part, context, inverse, log_det), x, rows)
 
-    def _run(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _run(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         total: Tensor | None = None
         for segment in self.segments:
             x, part = segment(x, context, inverse, log_det)
@@ -85,7 +86,7 @@ class Launch:
         return found
 
 
-def match(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Launch:
+def match(layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Launch:
     """What runs these layers, or their inverse, on x; decided once per kind of input while they are frozen."""
     values = kept_values(layers)
     key = None if values is None else call_key(x, context, inverse, log_det)
@@ -95,7 +96,7 @@ def match(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse:
 
 
 def _decide(
-    layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool, still: bool
+    layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool, still: bool
 ) -> Launch:
     """``still``: whether the weights are frozen."""
     in_order: list[Any] = list(reversed(layers) if inverse else layers)
@@ -109,7 +110,7 @@ def _decide(
 
 
 def _one_launch(
-    layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool, still: bool
+    layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool, still: bool
 ) -> OneLaunch | str:
     """All layers in one kernel, or why not."""
     if x.ndim != 2:
@@ -119,9 +120,10 @@ def _one_launch(
     if isinstance(stack, str):
         return stack
     precision = mode_for(x)
-    tile = config_for(stack.features, stack.hidden, stack.n_linear, precision, target_of(x), stack.maps)
+    sizes = stack.sizes
+    tile = config_for(*sizes, precision, target_of(x), stack.maps)
     if tile is None:
-        return f"D = {stack.features}, H = {stack.hidden} in {precision!r} fit no tile on {target_of(x)}"
+        return f"D = {sizes[0]}, H = {sizes[1]} in {precision!r} fit no tile on {target_of(x)}"
     g, half = stack.weights(inverse, log_det), half_dtype(x)
 
     def pack() -> PackedStack:
@@ -139,7 +141,7 @@ def mode_for(x: Tensor) -> str:
 # Plain torch.
 
 
-def _looped(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> list[Segment]:
+def _looped(layers: nn.ModuleList, x: Tensor, context: Context) -> list[Segment]:
     """Consecutive affine couplings in one loop, and everything else as it is."""
     takes, given = _in_common(x, context), context.get("context")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -160,7 +162,7 @@ def _is_own(coupling: PlainCoupling) -> bool:
     return all(type(t) is nn.Parameter for t in (*coupling.weights, *coupling.biases) if t is not None)
 
 
-def _recognised(layers: Iterable[Any], x: Tensor, context: Mapping[str, Any], takes: bool) -> list[Segment]:
+def _recognised(layers: Iterable[Any], x: Tensor, context: Context, takes: bool) -> list[Segment]:
     """``_looped``, read from the layers; ``takes``: whether the loop knows the inputs of the conditioners."""
     segments: list[Segment] = []
     scale_map: ScaleMap | None = None
@@ -183,7 +185,7 @@ def _recognised(layers: Iterable[Any], x: Tensor, context: Mapping[str, Any], ta
     return segments
 
 
-def _in_common(x: Tensor, context: Mapping[str, Any]) -> bool:
+def _in_common(x: Tensor, context: Context) -> bool:
     """Whether the loop knows the inputs of the conditioners: x, a constant time, a context per sample."""
     given, t = context.get("context"), context.get("t")
     if x.ndim != 2 or not context.keys() <= {"t", "context"} or (isinstance(t, Tensor) and t.ndim > 0):
@@ -202,11 +204,14 @@ def _folded(owner: nn.ModuleList, layers: list[Any]) -> list[Segment]:
     segments: list[Segment] = []
     while layers:
         coupling = layers[0] if is_plain(layers[0], (AffineCoupling,)) else None
-        row, rest = leading(layers[1:] if coupling else layers)
+        start = end = 1 if coupling else 0
+        while end < len(layers) and is_linear(layers[end]):
+            end += 1
+        row = tuple(layers[start:end])
         if any(isinstance(layer, PRODUCTS) for layer in row) and (coupling or len(row) > 1):
             segments.append(Folded(owner, coupling, row))
-            layers = rest
         else:
             segments.append(Single(layers[0]))
-            layers = layers[1:]
+            end = 1
+        layers = layers[end:]
     return segments

@@ -13,7 +13,7 @@ call, in fp32 or wider and outside autocast. Source: Glow (arXiv 1807.03039).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from ..dispatch import outside_autocast
 from ..freeze import derived
 from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
-from .bijection import ChannelLinear, constant_log_det, position_count, wide
-from .undo import Outputs
+from .bijection import ChannelLinear, constant_log_det, wide
+from .undo import Context, Outputs
 
 __all__ = ["Householder", "Mix", "Permute", "check_permutation"]
 
@@ -46,15 +46,12 @@ class _LinearMix(ChannelLinear):
         matrix = self._wide_weight(numbers, inverse)
         return matrix @ weight, None if bias is None else (matrix @ bias[..., None])[..., 0]
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         y = channel_mix(x, self._weight(inverse))
         if not log_det:
             return y, None
-        total = derived(self, "log_abs_det", lambda: self.log_abs_det(self.numbers())) * position_count(x)
-        return y, constant_log_det(x, -total if inverse else total)
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}"
+        of_position = derived(self, "log_abs_det", lambda: self.log_abs_det(self.numbers()))
+        return y, constant_log_det(x, of_position, inverse)
 
 
 class Mix(_LinearMix):
@@ -69,6 +66,7 @@ class Mix(_LinearMix):
             training may make it singular, and its inverse NaN.
     """
 
+    _shown = ("features", "kind")
     permutation: Tensor
 
     def __init__(self, features: int, kind: str = "lu") -> None:
@@ -106,9 +104,6 @@ class Mix(_LinearMix):
             return torch.linalg.slogdet(wide(numbers[0])).logabsdet
         return wide(numbers[2]).sum(-1)
 
-    def extra_repr(self) -> str:
-        return f"features={self.features}, kind={self.kind!r}"
-
 
 class Householder(_LinearMix):
     """y = H_1 ... H_k x over channels, a learned product of k reflections; orthogonal, log|det| = 0.
@@ -117,6 +112,8 @@ class Householder(_LinearMix):
         features: C.
         count: k, at least 1; C reflections reach every orthogonal matrix of that determinant.
     """
+
+    _shown = ("features", "count")
 
     def __init__(self, features: int, count: int = 4) -> None:
         super().__init__()
@@ -135,9 +132,6 @@ class Householder(_LinearMix):
         eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
         Q = eye - V.mT @ torch.linalg.solve_triangular(halved, V, upper=True)
         return Q.mT if inverse else Q
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}, count={self.count}"
 
 
 class Permute(ChannelLinear):
@@ -168,7 +162,7 @@ class Permute(ChannelLinear):
         self.features = features
         self.register_buffer("permutation", order)
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         order = self.permutation.argsort() if inverse else self.permutation
         return x.index_select(1, order), constant_log_det(x) if log_det else None
 
@@ -179,9 +173,6 @@ class Permute(ChannelLinear):
         order = numbers[0].argsort() if inverse else numbers[0]
         weight = torch.take_along_dim(weight.expand(*order.shape, -1), order[..., None], -2)
         return weight, None if bias is None else torch.take_along_dim(bias, order, -1)
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}"
 
 
 def _integers(name: str, values: Any) -> Tensor:

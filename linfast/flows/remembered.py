@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Evidence", "recall", "remember"]
+__all__ = ["Evidence", "recall", "remember", "writes"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
@@ -52,17 +52,13 @@ class Evidence:
         self._sized: list[Any] = [*children, *owned, *settings]
         self._sizes = [*map(len, self._sized)]
         facts: list[tuple[Any, str]] = [(each, name) for each in (*children, *owned) for name in each]
-        facts += [
-            (own, name)
-            for module, own in zip(self._modules, settings, strict=True)
-            if type(module) not in _PLAIN
-            for name in own
-            if name not in _BOOKKEEPING
-        ]
+        for module, own in zip(self._modules, settings, strict=True):
+            if type(module) not in _PLAIN:
+                facts += [(own, name) for name in own if name not in _BOOKKEEPING]
         self._held, self._names = [held for held, _ in facts], [name for _, name in facts]
         self._objects = [*map(getitem, self._held, self._names)]
         self._functions = [(cls, name, getattr(cls, name)) for cls, name in dict.fromkeys(functions)]
-        self._masks = [(mask, _writes(mask), mask.detach().clone()) for mask in masks]
+        self._masks = [(mask, writes(mask), mask.detach().clone()) for mask in masks]
 
     def holds(self) -> bool:
         """Whether it is all as it was."""
@@ -80,13 +76,14 @@ class Evidence:
             same
             and all(getattr(cls, name) is function for cls, name, function in self._functions)
             and all(
-                _writes(mask) == writes and (not mask.is_cpu or torch.equal(mask, value))
-                for mask, writes, value in self._masks
+                writes(mask) == before and (not mask.is_cpu or torch.equal(mask, value))
+                for mask, before, value in self._masks
             )
         )
 
 
-def _writes(tensor: Tensor) -> int:
+def writes(tensor: Tensor) -> int:
+    """How many writes to it torch has counted; it counts none of a tensor made in inference mode."""
     return 0 if tensor.is_inference() else tensor._version
 
 

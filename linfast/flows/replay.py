@@ -6,6 +6,8 @@ import gc
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -13,16 +15,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..dispatch import backend, chosen_backend
+from .remembered import writes
 
 __all__ = [
-    "Buffers",
     "Generators",
     "Replay",
     "keeps_a_piece",
-    "made_at",
-    "now",
     "put_back",
     "read_from_outside",
+    "watched",
 ]
 
 _RandomState = tuple[bytes, ...]
@@ -48,32 +49,22 @@ class Generators:
             torch.cuda.set_rng_state(other, device)
 
 
-class Buffers:
-    """What a module's buffers hold.
+def watched(modules: Iterable[nn.Module]) -> Callable[[], _Values]:
+    """A function that tells which of these modules' buffers were written to or replaced since, and what they held.
 
-    A submodule that has written to one of its buffers, or has replaced one, is taken to have written to them all:
+    A module that has written to one of its buffers, or has replaced one, is taken to have written to them all:
     batch norm's count of batches shows a write that its statistics do not.
     """
-
-    def __init__(self, module: nn.Module | None) -> None:
-        owners = [part._buffers for part in (() if module is None else module.modules())]
-        self._groups = [
-            [(owner, name, b, _writes(b), b.detach().clone()) for name, b in owner.items() if b is not None]
-            for owner in owners
-        ]
-
-    def written(self) -> _Values:
-        """Those written to or replaced since, and what they held."""
-        return [
-            (owner, name, b, value)
-            for group in self._groups
-            if any(owner.get(name) is not b or _writes(b) != writes for owner, name, b, writes, _ in group)
-            for owner, name, b, _, value in group
-        ]
-
-
-def _writes(buffer: Tensor) -> int:
-    return 0 if buffer.is_inference() else buffer._version
+    groups = [
+        [(owner, name, b, writes(b), b.detach().clone()) for name, b in owner.items() if b is not None]
+        for owner in [module._buffers for module in modules]
+    ]
+    return lambda: [
+        (owner, name, b, value)
+        for group in groups
+        if any(owner.get(name) is not b or writes(b) != before for owner, name, b, before, _ in group)
+        for owner, name, b, _, value in group
+    ]
 
 
 def put_back(values: _Values) -> None:
@@ -97,8 +88,9 @@ class Replay:
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         devices = {tensor.device for tensor in inputs}
         self._generators = Generators(devices)
-        self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        # Without its cache: a cast made without a graph must not serve where one is needed.
+        self._autocasts = [
+            partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
             for kind in sorted({"cpu", *(device.type for device in devices)})
         ]
         self._backend = chosen_backend()
@@ -110,21 +102,21 @@ class Replay:
     @contextmanager
     def noting(self, module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
         """Around the first run of the next step: keeps the state before it of what the step changes."""
-        buffers, versions = Buffers(module), [p._version for p in parameters]
+        written_since, versions = watched(module.modules()), [p._version for p in parameters]
         yield
         after = self._generators.state()
         self._random.append(None if after == self._before else self._before)
         self._before = after
-        written = buffers.written()
+        written = written_since()
         self._written.extend(written)
         self._held.append(written if versions == [p._version for p in parameters] else [])
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Autocast as it was, without its cache: a cast made without a graph must not serve where one is needed."""
+        """Autocast as it was."""
         with ExitStack() as stack:
-            for kind, enabled, dtype in self._autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            for each in self._autocasts:
+                stack.enter_context(each())
             yield
 
     @contextmanager
@@ -168,21 +160,7 @@ def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
 # thread numbers the nodes that it makes in rising order.
 
 _REENTRANT = "CheckpointFunctionBackward"  # a reentrant checkpoint makes its graph only in the backward
-
-
-def now(like: Tensor) -> int:
-    """The graph's nodes that this thread makes from here on have this number or a larger one."""
-    return made_at(torch.empty(0, device=like.device, requires_grad=True).view(0))
-
-
-def made_at(tensor: Tensor) -> int:
-    """The number of the tensor's node."""
-    return _number(tensor.grad_fn)
-
-
-def _number(node: Any) -> int:
-    number: int = node._sequence_nr()
-    return number
+_number: Callable[[Any], int] = methodcaller("_sequence_nr")
 
 
 def _walk(outputs: Iterable[Tensor | None], ends: Collection[Any], since: int = 0) -> list[Any]:
@@ -201,21 +179,20 @@ def _walk(outputs: Iterable[Tensor | None], ends: Collection[Any], since: int = 
 
 def _nodes(tensors: Iterable[Tensor | None]) -> list[Any]:
     """The tensors' nodes in the graph; a leaf's is where its gradient is accumulated."""
-    tracked = (tensor for tensor in tensors if tensor is not None and tensor.requires_grad)
-    return [get_gradient_edge(tensor).node if tensor.is_leaf else tensor.grad_fn for tensor in tracked]
+    return [get_gradient_edge(tensor).node for tensor in tensors if tensor is not None and tensor.requires_grad]
 
 
 def read_from_outside(
-    outputs: Iterable[Tensor | None], inputs: Iterable[Tensor], leaves: Iterable[Tensor], since: int
+    outputs: Iterable[Tensor | None], inputs: Sequence[Tensor], leaves: Iterable[Tensor]
 ) -> str | None:
     """A description of what else in the outputs' graph needs a gradient; None where nothing does.
 
     Args:
-        inputs: the function's arguments, where the graph may end.
+        inputs: the function's arguments, where the graph may end. The first one's node was made last before the
+            function ran: older ones belong to another computation.
         leaves: its parameters, where it may end too.
-        since: the number of a node made before the function ran; older ones belong to another computation.
     """
-    known = {id(leaf) for leaf in leaves}
+    known, since = {id(leaf) for leaf in leaves}, _number(inputs[0].grad_fn)
     for node in _walk(outputs, set(_nodes(inputs)), since):
         if not node.next_functions and hasattr(node, "variable"):  # where a leaf's gradient is accumulated
             if id(node.variable) not in known:

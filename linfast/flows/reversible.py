@@ -36,8 +36,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..checks import check_choice, check_kind, check_tensor
 from ..dispatch import capturing, has_values
 from .drift import DRIFT_BUDGETS, Checksum, DriftGuard, drift_budget
-from .replay import Replay, keeps_a_piece, made_at, now, read_from_outside
-from .undo import Backward, Cotangents, Outputs, Undone, undo
+from .replay import Replay, keeps_a_piece, read_from_outside
+from .undo import Backward, Context, Cotangents, Made, Outputs, Undone, sum_of, undo
 
 __all__ = ["AUTO_BYTES", "MEMORY_MODES", "Context", "Step", "reversible"]
 
@@ -47,8 +47,6 @@ MEMORY_MODES = ("store", "invert", "auto")
 # "auto" inverts above this many bytes. Below it no machine that such a model is trained on is short of memory, and
 # inverting would cost a third of a step's time for nothing.
 AUTO_BYTES = 2**30
-
-Context = Mapping[str, Any]
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
@@ -61,13 +59,13 @@ class Step:
         name: for messages.
         module: whose parameters and buffers it reads.
         forward: (x, context) -> (y, log_det [B] or None).
-        undo: (y, gradients of y and log_det, tensors, context) -> (x, [grad of x, *grads of tensors]).
+        undo: (``Made``: y, gradients of y and log_det, tensors; context) -> (x, [grad of x, *grads of tensors]).
     """
 
     name: str
     module: nn.Module
     forward: Callable[[Tensor, Context], Outputs]
-    undo: Callable[[Tensor, Cotangents, Sequence[Tensor], Context], Undone]
+    undo: Callable[[Made, Context], Undone]
 
     @classmethod
     def of(
@@ -79,10 +77,8 @@ class Step:
     ) -> Step:
         """A step made of a forward and an inverse (y, context) -> x; its undo runs each once."""
 
-        def undo_step(y: Tensor, cotangents: Cotangents, tensors: Sequence[Tensor], context: Context) -> Undone:
-            return undo(
-                lambda x: forward(x, context), lambda y: inverse(y, context), y, cotangents, tensors, module
-            )
+        def undo_step(made: Made, context: Context) -> Undone:
+            return undo(lambda x: forward(x, context), lambda y: inverse(y, context), made, module)
 
         return cls(name, module, forward, undo_step)
 
@@ -151,13 +147,6 @@ def inverts(memory: str, x: Tensor, stored: float) -> bool:
     return x.dtype in DRIFT_BUDGETS and (memory == "invert" or stored * x.numel() * x.element_size() > AUTO_BYTES)
 
 
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """total + part; one that is None counts as 0."""
-    if total is None or part is None:
-        return part if total is None else total
-    return total + part
-
-
 class _Anchor(torch.autograd.Function):
     """Stands for all that a chain is differentiated by; its backward follows those of the chain's links."""
 
@@ -173,10 +162,10 @@ class _Anchor(torch.autograd.Function):
         x, *given = ctx.saved_tensors  # raises where one was written to since
         noted, chain.noted = chain.noted, {}
         needs = ctx.needs_input_grad[1:]
-        found = [Backward(chain, count, given, needs).run(x, y, grads) for count, (y, grads) in noted.items()]
-        totals = found[0]
-        for more in found[1:]:
-            totals = tuple(_sum(a, b) for a, b in zip(totals, more, strict=True))
+        totals: list[Tensor | None] = [None] * len(needs)
+        for count, (y, cotangents) in noted.items():
+            found = Backward(chain, count, given, needs).run(x, y, cotangents)
+            totals = [*map(sum_of, totals, found)]
         return None, *totals
 
 
@@ -200,7 +189,7 @@ class Chain:
     """One call's steps, what they read, and the state that they ran in."""
 
     def __init__(self, steps: Sequence[Step], context: Context, guard: DriftGuard) -> None:
-        self.steps, self.guard, self._context = steps, guard, context
+        self.steps, self.guard = steps, guard
         self.parameters_of = [_parameters(step.module) for step in steps]
         self.parameters = list({id(p): p for parameters in self.parameters_of for p in parameters}.values())
         self._leaves, self._spec = tree_flatten(dict(context))
@@ -226,7 +215,7 @@ class Chain:
             if before is not None:
                 before(i, x)
             x, part = self.steps[i].forward(x, context)
-            total = _sum(total, part)
+            total = sum_of(total, part)
         return x, total
 
     def run(self, anchor: Tensor, x: Tensor, memory: str) -> Outputs:
@@ -244,35 +233,38 @@ class Chain:
                 with torch.no_grad():
                     rows.append(self.checksum.with_norm(y))
                 start, total = self._link(i, y, log_det, anchor) if i else (first.view_as(x), None)
-                own = self.parameters_of[i]
-                with self.replay.noting(step.module, own):
-                    out, part = step.forward(start, context)
-                what = read_from_outside((out, part), (start, *given), own, made_at(start))
-                if memory == "auto" and what is None:
-                    if step.name not in self.guard.kept:
-                        kept = keeps_a_piece((out, part), (start, *given))
-                        out, part = out.detach(), None if part is None else part.detach()
-                        if kept():  # for whoever reads it next, which may be this step
-                            out, part, what = self._again(i, start, given)
-                        self.guard.kept[step.name] = what
-                    what = self.guard.kept[step.name]
+                out, part, what = self._first(i, start, given, context, memory)
                 if what is not None:
                     self._end(rows)
                     self.guard.stores(step.name, what, memory)
                     y, rest = self.run_steps(range(i + 1, len(self.steps)), out, context)
-                    return y, _sum(_sum(total, part), rest)
-                y, log_det = out.detach(), _sum(log_det, None if part is None else part.detach())
+                    return y, sum_of(sum_of(total, part), rest)
+                y, log_det = out.detach(), sum_of(log_det, None if part is None else part.detach())
                 del start, total, out, part  # and the step's graph with them
         self._end(rows)
         return self._link(len(self.steps), y, log_det, anchor)
 
-    def _again(self, i: int, start: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, str | None]:
-        """Step i run once more, and what it reads of its first run, in words."""
-        own, since = self.parameters_of[i], now(start)
-        with self.replay.again(own):
-            self.replay.rewind(i)
-            out, part = self.steps[i].forward(start, self.context_of(given))
-        return out, part, read_from_outside((out, part), (start, *given), own, since)
+    def _first(
+        self, i: int, start: Tensor, given: Sequence[Tensor], context: Context, memory: str
+    ) -> tuple[Tensor, Tensor | None, str | None]:
+        """Step i's outputs, and in words what it reads that makes it be stored; None where it can be rebuilt."""
+        step, own, kept_by = self.steps[i], self.parameters_of[i], self.guard.kept
+        with self.replay.noting(step.module, own):
+            out, part = step.forward(start, context)
+        what = read_from_outside((out, part), (start, *given), own)
+        if memory == "invert" or what is not None:
+            return out, part, what
+        if step.name not in kept_by:
+            kept = keeps_a_piece((out, part), (start, *given))
+            out, part = out.detach(), None if part is None else part.detach()
+            if kept():  # for whoever reads it next, which may be this step
+                start = start.view_as(start)  # a newer node: what the first run made is from outside now
+                with self.replay.again(own):
+                    self.replay.rewind(i)
+                    out, part = step.forward(start, context)
+                what = read_from_outside((out, part), (start, *given), own)
+            kept_by[step.name] = what
+        return out, part, kept_by[step.name]
 
     def _link(self, count: int, y: Tensor, log_det: Tensor | None, anchor: Tensor) -> Outputs:
         made = [t.detach() for t in (y, log_det) if t is not None]
@@ -287,7 +279,7 @@ class Chain:
         """RuntimeError where a parameter is no longer the one, or as it was, at the end of the forward."""
         for step, before in zip(self.steps, self.parameters_of, strict=True):
             own = _parameters(step.module)
-            if len(own) != len(before) or any(p is not q for p, q in zip(own, before, strict=True)):
+            if [*map(id, own)] != [*map(id, before)]:
                 raise RuntimeError(
                     f"{step.name}: a parameter was replaced between forward and backward "
                     "(torch.func.functional_call does that); use memory='store'"
@@ -301,8 +293,7 @@ class Chain:
         """The context with these tensors in place of those it came with."""
         tensors = iter(given)
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-        context: Mapping[str, Any] = tree_unflatten(leaves, self._spec)
-        return context
+        return dict(tree_unflatten(leaves, self._spec))
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:

@@ -1,20 +1,13 @@
 """Segments run layers of a flow: each takes (x, context, inverse, log_det) and returns (y, log|det| or None).
 
-    OneLaunch   all layers in one kernel
-    Couplings   affine couplings with MLP conditioners in one loop of plain torch
-    Folded      channel-linear layers as one map, y = W_n(... W_1 x + b_1 ...) + b_n = W x + b, after a coupling
-                where there is one
-    Single      one layer as it is
-
-``linfast.flows.match`` decides which of them run. Folded maps are formed in the graph at every call (or once inside
-``linfast.freeze``), in fp32 or wider and outside autocast; log|det| is the sum over the layers.
+``linfast.flows.match`` decides which of them run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +20,13 @@ from ..ops.channel_mix import channel_mix
 from ..ops.coupling_stack import CouplingStack, run_packed
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..ops.stack_weights import PackedStack
-from .bijection import Bijection, constant_log_det, position_count, run, wide
+from .bijection import Bijection, constant_log_det, run, wide
 from .couplings import AffineCoupling
+from .undo import Context, Outputs
 
 __all__ = ["Couplings", "Folded", "OneLaunch", "Segment", "Single", "fold"]
 
-Outputs = tuple[Tensor, Tensor | None]
-
-
-class Segment(Protocol):
-    """Runs some layers of a flow."""
-
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs: ...
+Segment = Callable[[Tensor, Context, bool, bool], Outputs]
 
 
 # eq=False: Dynamo of torch 2.11 hashes the called object before its fields are set.
@@ -48,7 +36,7 @@ class Single:
 
     layer: Bijection
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return run(self.layer, x, context, inverse, log_det)
 
 
@@ -68,7 +56,7 @@ class OneLaunch:
     packed: PackedStack
     spec: StackSpec
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         y, total = run_packed(x, self.packed, self.spec)
         return y, None if total is None else self.stack.with_maps(total, inverse)
 
@@ -88,7 +76,7 @@ class Couplings:
     features: int
     dtype: torch.dtype
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         if x.ndim == 2 and x.shape[1] == self.features and x.dtype == self.dtype:
             return run_couplings(x, self.couplings, context.get("context"), inverse, log_det)
         total: Tensor | None = None
@@ -102,6 +90,9 @@ class Couplings:
 class Folded:
     """Consecutive channel-linear layers as one map, after a coupling where there is one.
 
+    y = W_n(... W_1 x + b_1 ...) + b_n = W x + b. W and b are formed in the graph at every call (or once inside
+    ``linfast.freeze``), in fp32 or wider and outside autocast; log|det| is the sum over the layers.
+
     Args:
         owner: the module that holds all of them; derived weights are kept for it.
     """
@@ -110,7 +101,7 @@ class Folded:
     coupling: AffineCoupling | None
     row: tuple[Any, ...]
 
-    def __call__(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         name = "z" if inverse else "x"
         layers = self.row if self.coupling is None else (self.coupling, *self.row)
         for layer in layers:
@@ -124,8 +115,7 @@ class Folded:
         if not log_det:
             return y, None
         of_row = derived(self.owner, self.row, lambda: sum(layer.log_abs_det(of_layer) for layer, of_layer in row))
-        of_row = of_row * position_count(x)
-        part = constant_log_det(x, -of_row if inverse else of_row)
+        part = constant_log_det(x, of_row, inverse)
         return y, part if total is None else total + part
 
 

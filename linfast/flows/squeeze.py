@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 
 from ..checks import check_count
 from .bijection import Bijection, constant_log_det
-from .undo import Outputs
+from .undo import Context, Outputs
 
 __all__ = ["Squeeze"]
 
@@ -24,6 +21,8 @@ class Squeeze(Bijection):
         ValueError: x is not [B, C, H, W] with even H and W.
     """
 
+    _shown = ("features",)
+
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = check_count("features", features)
@@ -32,13 +31,10 @@ class Squeeze(Bijection):
     def features_out(self) -> int | None:
         return None if self.features is None else 4 * self.features
 
-    def _transform(self, x: Tensor, context: Mapping[str, Any], inverse: bool, log_det: bool) -> Outputs:
+    def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         if x.ndim != 4 or (not inverse and (x.shape[2] % 2 or x.shape[3] % 2)):
             raise ValueError(f"Squeeze: x must be [B, C, H, W] with even H and W; got {tuple(x.shape)}")
         return _unsqueeze(x) if inverse else _squeeze(x), constant_log_det(x) if log_det else None
-
-    def extra_repr(self) -> str:
-        return f"features={self.features}"
 
 
 def _squeeze(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ weight. A constant time is folded into the first biases: W [k | e(t)] + b = W_k 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from .actnorm import ActNorm
 from .couplings import AffineCoupling
 from .mix import Householder, Mix, Permute
 from .segments import fold
+from .undo import Context
 
 __all__ = [
     "PRODUCTS",
@@ -33,7 +34,6 @@ __all__ = [
     "are_plain",
     "is_linear",
     "is_plain",
-    "leading",
     "recognise",
     "stack_of",
 ]
@@ -70,14 +70,6 @@ def is_linear(layer: Any) -> bool:
     return is_plain(layer, _LINEAR) and not (isinstance(layer, ActNorm) and layer.waits_for_data())
 
 
-def leading(layers: list[Any]) -> tuple[tuple[Any, ...], list[Any]]:
-    """The channel-linear layers in front, and the rest."""
-    count = 0
-    while count < len(layers) and is_linear(layers[count]):
-        count += 1
-    return tuple(layers[:count]), layers[count:]
-
-
 class Known(NamedTuple):
     """An affine coupling whose conditioner is an MLP of known inputs.
 
@@ -95,7 +87,7 @@ class Known(NamedTuple):
     context: int
 
 
-def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
+def recognise(layer: Any, x: Tensor, context: Context) -> Known | str:
     """The coupling's current weights, for inputs such as x [B, D] in this context; or why it is not recognised.
 
     It runs at every call. Submodules and parameters are read from the modules' own dicts: ``nn.Module.__getattr__``
@@ -120,10 +112,8 @@ def recognise(layer: Any, x: Tensor, context: Mapping[str, Any]) -> Known | str:
     for linear in linears:
         own = linear._parameters
         if "weight" not in own or "bias" not in own or own["weight"] is None:
-            own = {
-                "weight": linear.weight,
-                "bias": linear.bias,
-            }  # plain attributes, as nn.DataParallel's replicas have
+            # Plain attributes, as nn.DataParallel's replicas have.
+            own = {"weight": linear.weight, "bias": linear.bias}
         weight = own["weight"]
         if type(weight) not in _WHOLE_WEIGHTS:
             return f"its conditioner's weights are {type(weight).__name__}"
@@ -146,43 +136,26 @@ class FlowStack:
 
     Args:
         owner: the module that holds the layers.
-        head: the row of layers before the first coupling.
         couplings: L of them.
-        rows: the row of layers after each coupling.
+        rows: L + 1 rows of layers, row_0 to row_L.
     """
 
     owner: nn.Module
-    head: Sequence[Any]
     couplings: Sequence[Known]
     rows: Sequence[Sequence[Any]]
 
     @property
-    def features(self) -> int:
-        """D."""
-        return self.couplings[0].layer.features
-
-    @property
-    def hidden(self) -> int:
-        """The widest hidden layer; 1 where there is none."""
-        widest = 1
-        for coupling in self.couplings:
-            for weight in coupling.weights[:-1]:
-                widest = max(widest, weight.shape[0])
-        return widest
-
-    @property
-    def n_linear(self) -> int:
-        """Linear layers of a conditioner."""
-        return len(self.couplings[0].weights)
+    def sizes(self) -> tuple[int, int, int]:
+        """D, the widest hidden layer (1 where there is none) and the number of linear layers of a conditioner."""
+        hidden = [weight.shape[0] for known in self.couplings for weight in known.weights[:-1]]
+        first = self.couplings[0]
+        return first.layer.features, max([1, *hidden]), len(first.weights)
 
     @property
     def maps(self) -> int:
         """The densest kind of map between its layers (linfast.kernels.stack_spec)."""
-        kind = NO_MAPS
-        for row in (self.head, *self.rows):
-            for layer in row:
-                kind = max(kind, DIAGONAL if type(layer) is ActNorm else DENSE)
-        return kind
+        kinds = [DIAGONAL if type(layer) is ActNorm else DENSE for row in self.rows for layer in row]
+        return max([NO_MAPS, *kinds])
 
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
         """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-determinants on request."""
@@ -195,15 +168,14 @@ class FlowStack:
         return CouplingStack(layers, activation, first.scale_map, first.order, first.moves, head)
 
     def _maps(self, inverse: bool, log_det: bool) -> list[AffineMap | None]:
-        """The maps of the head and the rows; rows with like layers are folded at once: depth adds no launches."""
-        rows = [self.head, *self.rows]
+        """The maps of the rows; rows with like layers are folded at once: depth adds no launches."""
         alike: dict[Any, list[int]] = {}
-        for i, row in enumerate(rows):
+        for i, row in enumerate(self.rows):
             kinds = tuple((type(layer), *(tuple(number.shape) for number in layer.numbers())) for layer in row)
             alike.setdefault(kinds, []).append(i)
-        maps: list[AffineMap | None] = [None] * len(rows)
+        maps: list[AffineMap | None] = [None] * len(self.rows)
         for kinds, members in alike.items():
-            made = self._maps_of([rows[i] for i in members], inverse, log_det) if kinds else []
+            made = self._maps_of([self.rows[i] for i in members], inverse, log_det) if kinds else []
             for i, entry in zip(members, made, strict=False):
                 maps[i] = entry
         return maps
@@ -225,7 +197,7 @@ class FlowStack:
         return [AffineMap(*part) for part in zip(*parts, strict=True)]
 
 
-def stack_of(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> FlowStack | str:
+def stack_of(layers: nn.ModuleList, x: Tensor, context: Context) -> FlowStack | str:
     """These layers as a stack for inputs such as x [B, D], whatever will run it; or why they are not a stack."""
     couplings: list[Known] = []
     rows: list[list[Any]] = [[]]
@@ -247,7 +219,7 @@ def stack_of(layers: nn.ModuleList, x: Tensor, context: Mapping[str, Any]) -> Fl
         return "no couplings"
     if not _is_uniform(couplings):
         return "its couplings differ in more than which half moves, or the halves do not move in turn"
-    return FlowStack(layers, rows[0], couplings, rows[1:])
+    return FlowStack(layers, couplings, rows)
 
 
 def _is_uniform(couplings: list[Known]) -> bool:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .drift import drift
-from .replay import Buffers, Generators, put_back
+from .replay import Generators, put_back, watched
 
 if TYPE_CHECKING:
     from .reversible import Chain
 
-__all__ = ["Backward", "Cotangents", "Outputs", "Undone", "gradients", "undo"]
+__all__ = ["Backward", "Context", "Cotangents", "Made", "Outputs", "Undone", "gradients", "sum_of", "undo"]
+
+Context = Mapping[str, Any]
 
 Outputs = tuple[Tensor, Tensor | None]
 """(y, log_det [B] or None)."""
@@ -27,12 +29,18 @@ Undone = tuple[Tensor, list[Tensor | None]]
 """x, and the gradients of x and of the tensors asked for (None for one that is not reached)."""
 
 
+class Made(NamedTuple):
+    """What a step is undone from: its y, the gradients of y and log_det, and the tensors that need a gradient."""
+
+    y: Tensor
+    cotangents: Cotangents
+    tensors: Sequence[Tensor]
+
+
 def undo(
     forward: Callable[[Tensor], Outputs],
     inverse: Callable[[Tensor], Tensor],
-    y: Tensor,
-    cotangents: Cotangents,
-    tensors: Sequence[Tensor],
+    made: Made,
     module: nn.Module | None = None,
 ) -> Undone:
     """x = inverse(y), then forward(x) and its backward: one evaluation of each, both from the same state.
@@ -40,14 +48,14 @@ def undo(
     The state is that of the random number generators and of the buffers of ``module``. Where gradients are enabled,
     what the inverse computes has a graph: forward may read what the inverse kept.
     """
-    generators, buffers = Generators([y.device]), Buffers(module)
+    generators, written = Generators([made.y.device]), watched([] if module is None else module.modules())
     state = generators.state()
-    x = inverse(y).detach().requires_grad_()
+    x = inverse(made.y).detach().requires_grad_()
     generators.set(state)
-    put_back(buffers.written())
+    put_back(written())
     with torch.enable_grad():
         outputs = forward(x)
-    return x.detach(), gradients(outputs, cotangents, (x, *tensors))
+    return x.detach(), gradients(outputs, made.cotangents, (x, *made.tensors))
 
 
 def gradients(
@@ -68,10 +76,15 @@ def gradients(
     return list(torch.autograd.grad(values, inputs, weights, allow_unused=True, create_graph=create_graph))
 
 
+def sum_of(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """total + part; one that is None counts as 0."""
+    if total is None or part is None:
+        return part if total is None else total
+    return total + part
+
+
 class Backward:
-    """One backward through a chain's first ``count`` steps: (dx, *gradients of the chain's tensors), None where not
-    needed.
-    """
+    """One backward through a chain's first ``count`` steps; a gradient that is not needed is None."""
 
     def __init__(self, chain: Chain, count: int, given: Sequence[Tensor], needs: Sequence[bool]) -> None:
         self.chain, self.count, self.needs_x = chain, count, needs[0]
@@ -84,18 +97,16 @@ class Backward:
         needed = zip(self.tensors, needs[1:], strict=True)  # one may have been frozen since the forward
         self._wanted = {id(t) for t, need in needed if need and t.requires_grad}
         self._given = [t for t in given if id(t) in self._wanted]
-        self._sums: dict[int, Tensor] = {}
-        own = chain.parameters_of[:count]
-        reached = (i for i, parameters in enumerate(own) if self._wanted & {id(p) for p in parameters})
-        self.first = 0 if self.needs_x or self._given else next(reached, count)
+        self._sums: dict[int, Tensor | None] = {}
+        self.first = 0 if self.needs_x else next((i for i in range(count) if self._wanted_of([i])), count)
 
     def run(self, x: Tensor, y: Tensor, cotangents: Cotangents) -> tuple[Tensor | None, ...]:
+        """(dx, *gradients of the chain's tensors)."""
         chain, span = self.chain, range(self.first, self.count)
         chain.check_parameters()
         if not span:
             return (None,) * (1 + len(self.tensors))
         with chain.replay.again(chain.parameters):
-            grad: Tensor | None
             if self.create_graph:
                 grad = self._stored(x, range(self.count), cotangents)
             else:
@@ -108,18 +119,17 @@ class Backward:
 
     def _by_inversion(self, y: Tensor, cotangents: Cotangents) -> tuple[Tensor, Tensor]:
         """dx, and the checksums of the rebuilt inputs."""
-        grad: Tensor | None
-        grad, grad_log_det = cotangents
         rows = []
         for i in reversed(range(self.first, self.count)):
             self.chain.replay.rewind(i)
             wanted = self._wanted_of([i])
             with torch.enable_grad():  # what the inverse keeps has gradients, which the forward may need
-                y, (grad, *found) = self.chain.steps[i].undo(y, (grad, grad_log_det), wanted, self.context)
+                y, (grad, *found) = self.chain.steps[i].undo(Made(y, cotangents, wanted), self.context)
             assert grad is not None  # an invertible map reaches its input
+            cotangents = grad, cotangents[1]
             self._add(wanted, found)
             rows.append(self.chain.checksum(y))
-        return grad, torch.stack(rows[::-1])
+        return cotangents[0], torch.stack(rows[::-1])
 
     def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor:
         """dx, from the chain's own input."""
@@ -141,16 +151,13 @@ class Backward:
                 "a chain's forward does not repeat itself: its parameters were written to since, or it "
                 "draws random numbers that are not torch's; use memory='store'"
             )
-        grad, grad_log_det = cotangents
         for start in sorted(starts, reverse=True):
             leaf = starts.pop(start).requires_grad_()
-            found = self._stored(leaf, range(start, min(start + every, n)), (grad, grad_log_det))
-            assert found is not None
-            grad = found
-        return grad
+            cotangents = self._stored(leaf, range(start, min(start + every, n)), cotangents), cotangents[1]
+        return cotangents[0]
 
-    def _stored(self, x: Tensor, span: range, cotangents: Cotangents) -> Tensor | None:
-        """dx of the steps in ``span``, whose graph is stored."""
+    def _stored(self, x: Tensor, span: range, cotangents: Cotangents) -> Any:
+        """dx of the steps in ``span``, whose graph is stored; None where x needs no gradient."""
         with torch.enable_grad():
             outputs = self.chain.run_steps(span, x, self.context, lambda i, _: self.chain.replay.rewind(i))
         wanted = self._wanted_of(span)
@@ -167,6 +174,4 @@ class Backward:
 
     def _add(self, tensors: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
         for tensor, grad in zip(tensors, found, strict=True):
-            if grad is not None:
-                before = self._sums.get(id(tensor))
-                self._sums[id(tensor)] = grad if before is None else before + grad
+            self._sums[id(tensor)] = sum_of(self._sums.get(id(tensor)), grad)

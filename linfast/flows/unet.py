@@ -12,8 +12,7 @@ conditioners of the Linearizer paper's image models (arXiv 2510.08570).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +21,9 @@ from ..checks import check_count, check_counts, check_flag, check_number
 from ..dispatch import autocast_dtype
 from ..freeze import derived
 from ..nets import SinusoidalEmbedding, check_input, check_time_features, time_rows
-from .unet_blocks import ResidualBlock, conv3x3, in_nchw, norm
+from .unet_blocks import ResidualBlock, conv3x3, in_nchw, norm, start
 
 __all__ = ["UNet"]
-
-
-class _Block(NamedTuple):
-    """One residual block of the topology; ``joins``: it reads an encoder output beside its input."""
-
-    channels_in: int
-    channels_out: int
-    resample: str | None
-    attention: bool
-    joins: bool = False
 
 
 class UNet(nn.Module):
@@ -87,18 +76,17 @@ class UNet(nn.Module):
         if not self.channel_mult:
             raise ValueError("channel_mult must hold a level; got none")
 
+        levels = [
+            (width * multiple, self.resolution >> level in self.attention_resolutions)
+            for level, multiple in enumerate(self.channel_mult)
+        ]
         self.stem = conv3x3(channels_in, width)
-        encoder: list[_Block] = []
-        self.encoder = nn.ModuleList()
-        for block in self._encoder_blocks():  # one at a time: ``blocks`` may be 10^9, and fails early
-            encoder.append(block)
-            self.encoder.append(self._block(block))
-        decoder = self._decoder_blocks([width, *(block.channels_out for block in encoder)])
-        self.decoder = nn.ModuleList(self._block(block) for block in decoder)
-        self._joins = tuple(block.joins for block in decoder)
-        self.norm = norm(decoder[-1].channels_out)
-        self.head = conv3x3(decoder[-1].channels_out, channels_out, zero=True)
-        self._shift_sizes = [block.channels_out for block in (*encoder, *decoder)]
+        self.encoder, outputs = self._encoder_of(levels)
+        self.decoder = self._decoder_of(levels, outputs)
+        self._joins = [i >= 2 and block.resample is None for i, block in enumerate(self.decoder)]
+        self.norm = norm(levels[0][0])
+        self.head = conv3x3(levels[0][0], channels_out, zero=True)
+        self._shift_sizes = [block.conv0.out_channels for block in (*self.encoder, *self.decoder)]
         self.time = _time_network(time_features, 4 * width, sum(self._shift_sizes)) if time_features else None
         self._apply(lambda parameter: parameter)  # lays the weights out
 
@@ -111,45 +99,33 @@ class UNet(nn.Module):
 
         return super()._apply(laid_out, recurse)
 
-    def _levels(self) -> list[tuple[int, bool]]:
-        """(channels, whether it has attention) of each level."""
-        return [
-            (self.width * multiple, self.resolution >> level in self.attention_resolutions)
-            for level, multiple in enumerate(self.channel_mult)
-        ]
-
-    def _encoder_blocks(self) -> Iterator[_Block]:
-        current = self.width
-        for level, (channels, attends) in enumerate(self._levels()):
+    def _encoder_of(self, levels: Sequence[tuple[int, bool]]) -> tuple[nn.ModuleList, list[int]]:
+        """The blocks of levels (channels, whether they have attention), and the channels of each output."""
+        blocks, outputs = nn.ModuleList(), [self.width]
+        for level, (channels, attends) in enumerate(levels):
             if level:
-                yield _Block(current, current, "down", False)
+                blocks.append(self._block(outputs[-1], outputs[-1], "down"))
+                outputs.append(outputs[-1])
             for _ in range(self.blocks):
-                yield _Block(current, channels, None, attends)
-                current = channels
+                blocks.append(self._block(outputs[-1], channels, attention=attends))
+                outputs.append(channels)
+        return blocks, outputs
 
-    def _decoder_blocks(self, outputs: list[int]) -> list[_Block]:
-        """Given the channels of each encoder output."""
-        current, levels = outputs[-1], self._levels()
-        decoder = [_Block(current, current, None, True), _Block(current, current, None, False)]
+    def _decoder_of(self, levels: Sequence[tuple[int, bool]], outputs: list[int]) -> nn.ModuleList:
+        current = outputs[-1]
+        blocks = nn.ModuleList([self._block(current, current, attention=True), self._block(current, current)])
         for level, (channels, attends) in reversed(list(enumerate(levels))):
             if level < len(levels) - 1:
-                decoder.append(_Block(current, current, "up", False))
+                blocks.append(self._block(current, current, "up"))
             for i in range(self.blocks + 1):
                 last = i == self.blocks
-                decoder.append(_Block(current + outputs.pop(), channels, None, attends and last, joins=True))
+                blocks.append(self._block(current + outputs.pop(), channels, attention=attends and last))
                 current = channels
-        return decoder
+        return blocks
 
-    def _block(self, block: _Block) -> ResidualBlock:
-        return ResidualBlock(
-            block.channels_in,
-            block.channels_out,
-            block.resample,
-            block.attention,
-            self.dropout,
-            self.nchw_dropout,
-            bias=not self.time_features,
-        )
+    def _block(self, n_in: int, n_out: int, resample: str | None = None, attention: bool = False) -> ResidualBlock:
+        bias = not self.time_features
+        return ResidualBlock(n_in, n_out, resample, attention, self.dropout, self.nchw_dropout, bias)
 
     def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
@@ -194,6 +170,5 @@ def _time_network(features: int, hidden: int, n_out: int) -> nn.Sequential:
     """t [K] -> the biases of all blocks [K, n_out]."""
     layers = [nn.Linear(features, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, n_out)]
     for layer in layers:
-        nn.init.xavier_uniform_(layer.weight)
-        nn.init.zeros_(layer.bias)
+        start(layer, 1.0)
     return nn.Sequential(SinusoidalEmbedding(features), layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])

@@ -34,7 +34,7 @@ from ..ops.group_norm_silu import group_norm_silu
 from .reversible import inverts
 from .stack import is_plain
 
-__all__ = ["EPS", "SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "group_count", "in_nchw", "norm"]
+__all__ = ["EPS", "SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "group_count", "in_nchw", "norm", "start"]
 
 SKIP_SCALE = math.sqrt(0.5)
 EPS = 1e-6
@@ -79,7 +79,7 @@ def norm(channels: int) -> _GroupNorm:
 def conv3x3(channels_in: int, channels_out: int, bias: bool = True, zero: bool = False) -> nn.Conv2d:
     """A zero-padded 3 x 3 convolution: Xavier weights, or zeros; bias 0."""
     conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=bias)
-    _start(conv, 0.0 if zero else 1.0)
+    start(conv, 0.0 if zero else 1.0)
     return conv
 
 
@@ -114,26 +114,26 @@ class ResidualBlock(nn.Module):
         self.skip: nn.Linear | None = None
         if resample or channels_in != channels_out:
             self.skip = nn.Linear(channels_in, channels_out, bias=False)
-            _start(self.skip, SKIP_SCALE)
+            start(self.skip, SKIP_SCALE)
         self.attention = Attention(channels_out) if attention else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         passed_by = (self.norm0, self.norm1, self.conv1)
+        bias = self.conv0.bias if shift is None else shift
         if uses_triton(x) and all(is_plain(layer, (type(layer),)) for layer in passed_by):
-            y = self._fused(x, shift)
+            y = self._fused(x, bias)
             return y if self.attention is None else self.attention(y)
         h = _resampled(self.norm0(x), self.resample)
-        if shift is None or shift.ndim == 1:
-            h = F.conv2d(h, self.conv0.weight, self.conv0.bias if shift is None else shift, padding=1)
+        if bias is None or bias.ndim == 1:
+            h = F.conv2d(h, self.conv0.weight, bias, padding=1)
         else:
-            h = F.conv2d(h, self.conv0.weight, padding=1) + shift[:, :, None, None]
+            h = F.conv2d(h, self.conv0.weight, padding=1) + bias[:, :, None, None]
         h = self.conv1(self._drop(self.norm1(h)))
-        y = self._plus_skip(h, x)
+        y = torch.add(h, x, alpha=SKIP_SCALE) if self.skip is None else self._skipped(x, plus=h)
         return y if self.attention is None else self.attention(y)
 
-    def _fused(self, x: Tensor, shift: Tensor | None) -> Tensor:
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """y before attention, as two ``conv2d_fused``; the first hands the second its norm's statistics."""
-        bias = self.conv0.bias if shift is None else shift
         drops = self.training and self.dropout > 0.0
         next_groups = 0 if drops else self.norm1.num_groups
         if self.resample is None:
@@ -154,20 +154,13 @@ class ResidualBlock(nn.Module):
             return F.dropout(h, self.dropout)
         return h * F.dropout(torch.ones(h.shape, dtype=h.dtype, device=h.device), self.dropout)
 
-    def _plus_skip(self, h: Tensor, x: Tensor) -> Tensor:
-        """h + s P R(x); P, which holds s, before R where R repeats pixels."""
-        if self.skip is None:
-            return torch.add(h, x, alpha=SKIP_SCALE)
-        if self.resample == "up":
-            return h + self._skipped(x)
-        return _mixed(_resampled(x, self.resample), self.skip.weight, plus=h)
-
-    def _skipped(self, x: Tensor) -> Tensor:
-        """s P R(x) where P is a matrix."""
+    def _skipped(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        """s P R(x), and ``plus``; P is a matrix that holds s, and comes before R where R repeats pixels."""
         assert self.skip is not None
-        if self.resample == "up":
-            return _doubled(_mixed(x, self.skip.weight))
-        return _mixed(_resampled(x, self.resample), self.skip.weight)
+        if self.resample != "up":
+            return _mixed(_resampled(x, self.resample), self.skip.weight, plus)
+        y = _doubled(_mixed(x, self.skip.weight))
+        return y if plus is None else plus + y
 
 
 class Attention(nn.Module):
@@ -178,8 +171,8 @@ class Attention(nn.Module):
         self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
-        _start(self.qkv, math.sqrt(0.2))
-        _start(self.out, 0.0)
+        start(self.qkv, math.sqrt(0.2))
+        start(self.out, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
@@ -277,7 +270,8 @@ def _doubled(x: Tensor) -> Tensor:
     return rows.reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
 
 
-def _start(layer: nn.Conv2d | nn.Linear, gain: float) -> None:
+def start(layer: nn.Conv2d | nn.Linear, gain: float) -> None:
+    """Xavier weights times ``gain``, which may be 0; bias 0."""
     nn.init.xavier_uniform_(layer.weight, gain) if gain else nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

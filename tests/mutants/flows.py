@@ -24,9 +24,9 @@ MUTANTS = (
     ),
     Mutant(
         name="ActNorm: log_det does not count positions",
-        file="linfast/flows/actnorm.py",
-        old="total = self.log_abs_det(self.numbers()) * position_count(x)",
-        new="total = self.log_abs_det(self.numbers())",
+        file="linfast/flows/bijection.py",
+        old="total = of_position * x.shape[2:].numel()",
+        new="total = of_position",
         breaks="An image's log-determinant is a single pixel's.",
         tests=(_LOG_DET,),
     ),
@@ -73,7 +73,7 @@ MUTANTS = (
     Mutant(
         name="folding: an inverse row's log_det has the forward's sign",
         file="linfast/flows/segments.py",
-        old="part = constant_log_det(x, -of_row if inverse else of_row)",
+        old="part = constant_log_det(x, of_row, inverse)",
         new="part = constant_log_det(x, of_row)",
         breaks="Folded layers' log-determinants are added where they should be subtracted.",
         tests=(_FOLDED,),
@@ -81,8 +81,8 @@ MUTANTS = (
     Mutant(
         name="builders: the default bound does not shrink with depth",
         file="linfast/flows/builders.py",
-        old="return min(2.0, 4.0 / depth)",
-        new="return 2.0",
+        old="bound=min(2.0, 4.0 / depth)",
+        new="bound=2.0",
         breaks="The log-scales of a deep default flow add up, and it no longer inverts.",
         tests=(f"{_LAWS}::test_default_bound_survives_last_layers_scaled_by_six",),
     ),

@@ -22,7 +22,7 @@ MUTANTS = (
     Mutant(
         name="reversible: a shared layer's earlier gradient is overwritten",
         file="linfast/flows/undo.py",
-        old="self._sums[id(tensor)] = grad if before is None else before + grad",
+        old="self._sums[id(tensor)] = sum_of(self._sums.get(id(tensor)), grad)",
         new="self._sums[id(tensor)] = grad",
         breaks="Only one use of a layer that is used twice counts.",
         tests=(f"{_LAWS}::test_shared_layers_add_their_gradients",),
