@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import CouplingSpec, Tile, Walk, ceil_div, device_guard, like, needs_int64, positions, tile_for, walk
+from .launch import CouplingSpec, Tile, Walk, ceil_div, like, needs_int64, positions, tile_for, walk
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 
 # (widest row in elements, tile). 1024 elements over 128 threads are 8 per thread: two 16-byte
@@ -216,13 +216,12 @@ def launch_affine_coupling(x: Tensor, params: Tensor, *constants: Any) -> tuple[
     path = walk(moved, kept, shift, y_moved, y_kept)
     sizes, programs, n_tiles, tile = _row_grid(path, moved, kept)
     partial = x.new_empty((x.shape[0], sizes[1] * n_tiles) if spec.log_det else (0,), dtype=torch.float32)
-    with device_guard(x):
-        _affine_coupling_kernel[(programs,)](
-            moved, kept, shift, raw, y_moved, y_kept, partial, *sizes,
-            *path.strides(moved), *path.strides(shift), *path.strides(y_moved), spec.bound, spec.floor,
-            LOG_DET=spec.log_det, INT64=needs_int64(x, y, params), ROWS=tile.rows, COLUMNS=tile.columns,
-            num_warps=tile.num_warps, **spec.constexprs,
-        )  # fmt: skip
+    _affine_coupling_kernel[(programs,)](
+        moved, kept, shift, raw, y_moved, y_kept, partial, *sizes,
+        *path.strides(moved), *path.strides(shift), *path.strides(y_moved), spec.bound, spec.floor,
+        LOG_DET=spec.log_det, INT64=needs_int64(x, y, params), ROWS=tile.rows, COLUMNS=tile.columns,
+        num_warps=tile.num_warps, **spec.constexprs,
+    )  # fmt: skip
     if not spec.log_det:
         return y, partial
     return y, partial[:, 0] if partial.shape[1] == 1 else partial.sum(1)
@@ -245,12 +244,11 @@ def launch_affine_coupling_backward(
     path = walk(y_moved, grad_moved, grad_kept, shift, dshift, dx_moved, dx_kept)
     sizes, programs, _, tile = _row_grid(path, grad_moved, grad_kept)
     h = grad if grad_log_det is None else grad_log_det
-    with device_guard(y):
-        _affine_coupling_backward_kernel[(programs,)](
-            y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw, *sizes,
-            *path.strides(y_moved), *path.strides(shift), *path.strides(grad_moved), *path.strides(dx_moved),
-            *path.strides(dshift), h.stride(0), spec.bound, spec.floor,
-            LOG_DET=grad_log_det is not None, INT64=needs_int64(y, params, grad, dx, dparams), ROWS=tile.rows,
-            COLUMNS=tile.columns, num_warps=tile.num_warps, **spec.constexprs,
-        )  # fmt: skip
+    _affine_coupling_backward_kernel[(programs,)](
+        y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw, *sizes,
+        *path.strides(y_moved), *path.strides(shift), *path.strides(grad_moved), *path.strides(dx_moved),
+        *path.strides(dshift), h.stride(0), spec.bound, spec.floor,
+        LOG_DET=grad_log_det is not None, INT64=needs_int64(y, params, grad, dx, dparams), ROWS=tile.rows,
+        COLUMNS=tile.columns, num_warps=tile.num_warps, **spec.constexprs,
+    )  # fmt: skip
     return dx, dparams

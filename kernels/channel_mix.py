@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard, needs_int64, positions, tile_for, with_channels
+from .launch import ceil_div, needs_int64, positions, tile_for, with_channels
 
 
 @dataclass(frozen=True)
@@ -273,16 +273,15 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for(n_out, DOTS)
     (programs,), sizes, options = columns_of(tile, (x, y), (x, y, weight))
     sizes += (*column_strides(x), *weight.stride(), stride_bo, *column_strides(y))
-    with device_guard(x):
-        if unrolled:
-            _channel_mix_unrolled_kernel[(programs,)](
-                x, weight, bias_or_x, y, *sizes, N_IN=n_in, N_OUT=n_out, BIAS=bias is not None, **options
-            )
-        else:
-            _channel_mix_dot_kernel[(programs, ceil_div(n_out, tile.outputs))](
-                x, weight, bias_or_x, y, n_in, n_out, *sizes, HALF=half_precision(x, weight),
-                BIAS=bias is not None, OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
-            )  # fmt: skip
+    if unrolled:
+        _channel_mix_unrolled_kernel[(programs,)](
+            x, weight, bias_or_x, y, *sizes, N_IN=n_in, N_OUT=n_out, BIAS=bias is not None, **options
+        )
+    else:
+        _channel_mix_dot_kernel[(programs, ceil_div(n_out, tile.outputs))](
+            x, weight, bias_or_x, y, n_in, n_out, *sizes, HALF=half_precision(x, weight),
+            BIAS=bias is not None, OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
+        )  # fmt: skip
 
 
 def half_precision(a: Tensor, b: Tensor) -> bool:
@@ -318,9 +317,8 @@ def weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: boo
         return dweight, dbias
     _, sizes, options = columns_of(tile, (x, grad), (x, grad))
     grid = (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
-    with device_guard(x):
-        _channel_mix_weight_kernel[grid](
-            x, grad, dweight, dbias, n_in, n_out, *sizes, n_chunks, *column_strides(x), *column_strides(grad),
-            HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, OUTPUTS=tile.outputs, **options,
-        )  # fmt: skip
+    _channel_mix_weight_kernel[grid](
+        x, grad, dweight, dbias, n_in, n_out, *sizes, n_chunks, *column_strides(x), *column_strides(grad),
+        HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, OUTPUTS=tile.outputs, **options,
+    )  # fmt: skip
     return dweight, dbias

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .conv2d_configs import ConvSpec, ConvTile, choose_tile, n_row_tiles, padded_group, tile_rows_of
 from .group_statistics import group_moments, grouped_channels, launch_group_statistics, store_group_tiles
-from .launch import ceil_div, device_guard, needs_int64, with_channels
+from .launch import ceil_div, needs_int64, with_channels
 from .mlp import activate, activation_form
 from .row_products import Mode, dot
 from .stack_spec import N_PARTS
@@ -178,16 +178,15 @@ def apply_conv(
     column_blocks = 1 if next_groups else ceil_div(n_out, tile.columns)
     norm_weight, norm_bias = (t if t is None else t.contiguous() for t in norm)
     given = [t for t in (x, weight, y, residual) if t is not None]
-    with device_guard(x):
-        _conv2d_fused_kernel[(x.shape[0] * row_tiles, column_blocks)](
-            x, first_tap, bias, norm_weight, norm_bias, residual, tiles, y, mean, rstd, next_tiles,
-            n_in, n_out, height, width, row_tiles, groups, n_tiles, tile_rows_of(n_tiles, height * width),
-            next_groups, weight.shape[2] ** 2, *x.stride(), *(y if residual is None else residual).stride(),
-            *y.stride(), *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], **mode.constexprs,
-            FORM=form, PER_GROUP=per_group, PADDED=padded_group(n_out, next_groups), INT64=needs_int64(*given),
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages,
-            num_warps=warps_of(tile, mode),
-        )  # fmt: skip
+    _conv2d_fused_kernel[(x.shape[0] * row_tiles, column_blocks)](
+        x, first_tap, bias, norm_weight, norm_bias, residual, tiles, y, mean, rstd, next_tiles,
+        n_in, n_out, height, width, row_tiles, groups, n_tiles, tile_rows_of(n_tiles, height * width),
+        next_groups, weight.shape[2] ** 2, *x.stride(), *(y if residual is None else residual).stride(),
+        *y.stride(), *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], **mode.constexprs,
+        FORM=form, PER_GROUP=per_group, PADDED=padded_group(n_out, next_groups), INT64=needs_int64(*given),
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages,
+        num_warps=warps_of(tile, mode),
+    )  # fmt: skip
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from .conv2d_configs import WEIGHT_TILES, ConvSpec, choose_tile, weight_splits
 from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form, warps_of
 from .group_norm_silu import launch_group_norm_silu_backward
-from .launch import ceil_div, device_guard, like, needs_int64
+from .launch import ceil_div, like, needs_int64
 from .row_products import Mode, dot
 
 
@@ -121,11 +121,10 @@ def _weight_gradient(
     row_tiles = ceil_div(height * width, tile.rows)
     splits, steps = weight_splits(batch * row_tiles)
     partial = x.new_empty((splits, k, k, n_out, n_in), dtype=torch.float32)
-    with device_guard(x):
-        _conv2d_weight_kernel[(splits * k * k, ceil_div(n_out, tile.columns), ceil_div(n_in, tile.depth))](
-            x, grad, *(t if t is None else t.contiguous() for t in norm), partial, n_in, n_out, height, width,
-            row_tiles, batch * row_tiles, steps, groups, *x.stride(), *grad.stride(), KERNEL=k, **mode.constexprs,
-            FORM=form, INT64=needs_int64(x, grad, partial), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            STAGES=tile.stages, num_warps=warps_of(tile, mode),
-        )  # fmt: skip
+    _conv2d_weight_kernel[(splits * k * k, ceil_div(n_out, tile.columns), ceil_div(n_in, tile.depth))](
+        x, grad, *(t if t is None else t.contiguous() for t in norm), partial, n_in, n_out, height, width,
+        row_tiles, batch * row_tiles, steps, groups, *x.stride(), *grad.stride(), KERNEL=k, **mode.constexprs,
+        FORM=form, INT64=needs_int64(x, grad, partial), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        STAGES=tile.stages, num_warps=warps_of(tile, mode),
+    )  # fmt: skip
     return dweight.copy_(partial.sum(0).permute(2, 3, 0, 1))

@@ -35,7 +35,7 @@ from .channel_mix import (
     half_precision,
     store_products,
 )
-from .launch import CouplingSpec, device_guard, positions, tile_for, with_channels
+from .launch import CouplingSpec, positions, tile_for, with_channels
 
 # UNROLLED is channel_mix's: u is held as x is there. So are these, but for the columns beside 64 outputs.
 # In half precision ptxas serialises sm_90's wgmma at 64 outputs and more (C7515: two loops add to one sum). Left:
@@ -168,17 +168,16 @@ def launch_coupling_mix(
         spec.bound, spec.floor,
     )  # fmt: skip
     options |= {**spec.constexprs, "LOG_DET": spec.log_det, "GROUP": group, "BIAS": bias is not None}
-    with device_guard(x):
-        if unrolled:
-            _coupling_mix_unrolled_kernel[grid](
-                views, shift, raw, weight, bias_or_x, y_view, partial, *sizes,
-                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
-            )  # fmt: skip
-        else:
-            moved, kept = spec.halves(views)
-            _coupling_mix_dot_kernel[grid](
-                moved, kept, shift, raw, *spec.halves(weight), bias_or_x, y_view, partial,
-                moved.shape[1], kept.shape[1], n_out, *sizes,
-                HALF=half_precision(x, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
-            )  # fmt: skip
+    if unrolled:
+        _coupling_mix_unrolled_kernel[grid](
+            views, shift, raw, weight, bias_or_x, y_view, partial, *sizes,
+            N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
+        )  # fmt: skip
+    else:
+        moved, kept = spec.halves(views)
+        _coupling_mix_dot_kernel[grid](
+            moved, kept, shift, raw, *spec.halves(weight), bias_or_x, y_view, partial,
+            moved.shape[1], kept.shape[1], n_out, *sizes,
+            HALF=half_precision(x, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
+        )  # fmt: skip
     return y, partial.sum(1) if spec.log_det else partial

@@ -38,7 +38,7 @@ from .channel_mix import (
     weighted_sum,
 )
 from .coupling_mix import unrolls
-from .launch import CouplingSpec, device_guard, like, positions, tile_for, with_channels
+from .launch import CouplingSpec, like, positions, tile_for, with_channels
 from .math import couple_backward, log_scale_derivative
 
 # (widest half of C, tile): a half's outputs; both halves are summed at once, so that g is read once.
@@ -198,16 +198,15 @@ def _backward(
         *column_strides(d_view), *column_strides(dshift), spec.bound, spec.floor,
     )  # fmt: skip
     options |= {**spec.constexprs, "LOG_DET": grad_log_det is not None, "KEEP_U": u is not dx}
-    with device_guard(x):
-        if unrolled:
-            _coupling_mix_backward_unrolled_kernel[grid](
-                x_view, shift, raw, weight, g_view, h, d_view, dshift, draw, u_view, *sizes,
-                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
-            )  # fmt: skip
-            return
-        moved, kept = spec.halves(x_view)
-        _coupling_mix_backward_dot_kernel[grid](
-            moved, kept, shift, raw, *spec.halves(weight), g_view, h, *spec.halves(d_view), dshift, draw,
-            *spec.halves(u_view), moved.shape[1], kept.shape[1], n_out, *sizes,
-            HALF=half_precision(grad, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
+    if unrolled:
+        _coupling_mix_backward_unrolled_kernel[grid](
+            x_view, shift, raw, weight, g_view, h, d_view, dshift, draw, u_view, *sizes,
+            N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
         )  # fmt: skip
+        return
+    moved, kept = spec.halves(x_view)
+    _coupling_mix_backward_dot_kernel[grid](
+        moved, kept, shift, raw, *spec.halves(weight), g_view, h, *spec.halves(d_view), dshift, draw,
+        *spec.halves(u_view), moved.shape[1], kept.shape[1], n_out, *sizes,
+        HALF=half_precision(grad, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
+    )  # fmt: skip

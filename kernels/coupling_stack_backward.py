@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .coupling_stack import launch_coupling_stack
-from .launch import ceil_div, device_guard
+from .launch import ceil_div
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 from .mlp import EXACT, activate, activation_derivative
 from .row_products import ADD, MULTIPLY, Mode, launch_linear, launch_outer, n_splits, rows_product, tile_for
@@ -319,11 +319,10 @@ def launch_coupling_stack_backward(
     stack = StackPass(weights, operands, spec, x.is_cuda)
     dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights) if needs_weights else None
     step = stack.rows_at_a_time()
-    with device_guard(x):
-        for start in range(0, x.shape[0], step):
-            run = slice(start, start + step)
-            z = spec.pad(x[run].to(weights.dtype))
-            g = torch.zeros_like(z) if grad is None else spec.pad(grad[run].to(weights.dtype))
-            log_det = None if grad_log_det is None else grad_log_det[run]
-            dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights, needs_x))
+    for start in range(0, x.shape[0], step):
+        run = slice(start, start + step)
+        z = spec.pad(x[run].to(weights.dtype))
+        g = torch.zeros_like(z) if grad is None else spec.pad(grad[run].to(weights.dtype))
+        log_det = None if grad_log_det is None else grad_log_det[run]
+        dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights, needs_x))
     return dx if needs_x else None, dweights, None, None

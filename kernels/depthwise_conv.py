@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile, ceil_div, device_guard, needs_int64, power_of_two
+from .launch import Tile, ceil_div, needs_int64, power_of_two
 
 # (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 per thread:
 # the taps' loads of a row overlap, and 8 accumulators leave the registers free.
@@ -134,12 +134,11 @@ def launch_depthwise_conv(x: Tensor, weight: Tensor, transpose: bool, like: Tens
     kh, kw = weight.shape[-2:]
     tile = choose_tile(channels, height * width, y.stride(1) < y.stride(3))
     n_blocks = ceil_div(channels, tile.rows)
-    with device_guard(x):
-        _depthwise_conv_kernel[(batch * n_blocks * ceil_div(height * width, tile.columns),)](
-            x, weight, y, n_blocks, channels, height, width, kh,
-            *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
-            INT64=needs_int64(x, weight, y), CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
-        )  # fmt: skip
+    _depthwise_conv_kernel[(batch * n_blocks * ceil_div(height * width, tile.columns),)](
+        x, weight, y, n_blocks, channels, height, width, kh,
+        *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
+        INT64=needs_int64(x, weight, y), CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
+    )  # fmt: skip
     return y
 
 
@@ -159,10 +158,9 @@ def _weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, transpose: bool) -
     partial = x.new_empty((batch, channels, kh, kw), dtype=torch.float32)
     tile = choose_tile(channels, height * width, x.stride(1) < x.stride(3))
     n_blocks = ceil_div(channels, tile.rows)
-    with device_guard(x):
-        _depthwise_conv_weight_kernel[(batch * n_blocks, kh * kw)](
-            x, grad, partial, n_blocks, channels, height, width, *x.stride(), *grad.stride(),
-            KH=kh, KW=kw, TRANSPOSE=transpose, INT64=needs_int64(x, grad),
-            CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
-        )  # fmt: skip
+    _depthwise_conv_weight_kernel[(batch * n_blocks, kh * kw)](
+        x, grad, partial, n_blocks, channels, height, width, *x.stride(), *grad.stride(),
+        KH=kh, KW=kw, TRANSPOSE=transpose, INT64=needs_int64(x, grad),
+        CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
+    )  # fmt: skip
     return (partial if weight.ndim == 4 else partial.sum(0)).to(weight.dtype)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNFUSED, Tile, device_guard, needs_int64, positions, power_of_two
+from .launch import UNFUSED, Tile, needs_int64, positions, power_of_two
 from .math import sigmoid
 
 # (elements of a tile, warps), smallest first. A group takes the first that holds all of it, or
@@ -273,12 +273,11 @@ def launch_group_norm_silu(
     if x.numel() == 0:
         return y.view(x.shape), mean, rstd
     parameters, given, strides = _parameters(weight, bias, scale, shift)
-    with device_guard(x):
-        _group_norm_silu_kernel[(x.shape[0] * groups,)](
-            view, *parameters, y, mean, rstd, groups, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
-            ACTIVATION=activation, INT64=needs_int64(view, y, *given),
-            **_shape(view, groups, BUDGETS), **UNFUSED,
-        )  # fmt: skip
+    _group_norm_silu_kernel[(x.shape[0] * groups,)](
+        view, *parameters, y, mean, rstd, groups, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
+        ACTIVATION=activation, INT64=needs_int64(view, y, *given),
+        **_shape(view, groups, BUDGETS), **UNFUSED,
+    )  # fmt: skip
     return y.view(x.shape), mean, rstd
 
 
@@ -298,14 +297,13 @@ def launch_group_norm_silu_backward(
     s1, s2 = (sums(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
         parameters, given, strides = _parameters(weight, bias, scale, shift)
-        with device_guard(x):
-            _group_norm_silu_backward_kernel[(x.shape[0] * groups,)](
-                view, *parameters, mean, rstd, g, dx, s1, s2, groups, view.shape[2],
-                *view.stride(), *g.stride(), *dx.stride(), *strides,
-                ACTIVATION=activation, SUMS=any(needs[1:]), INPUT=needs[0],
-                INT64=needs_int64(view, g, dx, *given), **_shape(view, groups, BACKWARD_BUDGETS),
-                **UNFUSED,
-            )  # fmt: skip
+        _group_norm_silu_backward_kernel[(x.shape[0] * groups,)](
+            view, *parameters, mean, rstd, g, dx, s1, s2, groups, view.shape[2],
+            *view.stride(), *g.stride(), *dx.stride(), *strides,
+            ACTIVATION=activation, SUMS=any(needs[1:]), INPUT=needs[0],
+            INT64=needs_int64(view, g, dx, *given), **_shape(view, groups, BACKWARD_BUDGETS),
+            **UNFUSED,
+        )  # fmt: skip
     gradients = _parameter_gradients(s1, s2, (weight, bias, scale, shift), needs)
     return (dx.view(x.shape) if needs[0] else None, *gradients)
 

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard, needs_int64, tile_for
+from .launch import ceil_div, needs_int64, tile_for
 
 
 @dataclass(frozen=True)
@@ -196,14 +196,13 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
         return y.fill_(float("nan"))
     tile = tile_for(ceil_div(batch, max(n_operators, 1)), TILES)
     last_tile, operator = rows.tiles(tile.rows)
-    with device_guard(z):
-        _bank_kernel[(operator.shape[0], ceil_div(n_out, tile.columns))](
-            z, A, z if bias is None else bias, y, rows.order, rows.start, last_tile, operator,
-            n_operators, n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0),
-            1 if bias is None else bias.stride(0),
-            ADD_Z=alpha != 0.0, BIAS=bias is not None, INT64=needs_int64(z[0], A[0]),
-            ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
-        )  # fmt: skip
+    _bank_kernel[(operator.shape[0], ceil_div(n_out, tile.columns))](
+        z, A, z if bias is None else bias, y, rows.order, rows.start, last_tile, operator,
+        n_operators, n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0),
+        1 if bias is None else bias.stride(0),
+        ADD_Z=alpha != 0.0, BIAS=bias is not None, INT64=needs_int64(z[0], A[0]),
+        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
+    )  # fmt: skip
     return y
 
 
@@ -230,10 +229,9 @@ def launch_latent_matmul_backward(
 def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor) -> Tensor:
     (n_operators, n_out, n_in), tile = A.shape, GRADIENT_TILE
     dA = A.new_empty(A.shape)
-    with device_guard(z):
-        _bank_gradient_kernel[(n_operators, ceil_div(n_out, tile.rows), ceil_div(n_in, tile.columns))](
-            z, grad, dA, rows.order, rows.start, n_out, n_in, *z.stride(), *grad.stride(),
-            INT64=needs_int64(z[0], grad[0], dA[0]),
-            ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
-        )  # fmt: skip
+    _bank_gradient_kernel[(n_operators, ceil_div(n_out, tile.rows), ceil_div(n_in, tile.columns))](
+        z, grad, dA, rows.order, rows.start, n_out, n_in, *z.stride(), *grad.stride(),
+        INT64=needs_int64(z[0], grad[0], dA[0]),
+        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
+    )  # fmt: skip
     return dA

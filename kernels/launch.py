@@ -1,4 +1,4 @@
-"""What every launcher shares: views, tiles, offsets, the device guard.
+"""What every launcher shares: views, tiles, offsets.
 
 An op sees a tensor as [batch, channel, position] with three strides: a vector has one position, and NCHW and
 channels_last differ in strides only. Importing this module, or any kernel, asks nothing of a driver.
@@ -6,10 +6,9 @@ channels_last differ in strides only. Importing this module, or any kernel, asks
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -147,8 +146,3 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A block whose launches go to x's GPU, not to the current one; an empty block for a CPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNFUSED, ceil_div, device_guard, needs_int64, power_of_two, tile_for
+from .launch import UNFUSED, ceil_div, needs_int64, power_of_two, tile_for
 
 
 @dataclass(frozen=True)
@@ -247,12 +247,11 @@ def _project(x: Tensor, factor: Tensor, extra: Tensor | None = None) -> Tensor:
     splits = ceil_div(n_features, split_rows)
     total = splits + (extra is not None)
     partial = x.new_empty((batch, total, rank), dtype=torch.float32)
-    with device_guard(x):
-        _project_kernel[(batch, splits, ceil_div(rank, tile.ranks))](
-            x, factor, partial, n_features, total, split_rows, *x.stride(), *factor.stride(),
-            RANK=rank, DENSE=dense, INT64=needs_int64(x[0], factor[0]),
-            ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
-        )  # fmt: skip
+    _project_kernel[(batch, splits, ceil_div(rank, tile.ranks))](
+        x, factor, partial, n_features, total, split_rows, *x.stride(), *factor.stride(),
+        RANK=rank, DENSE=dense, INT64=needs_int64(x[0], factor[0]),
+        ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
+    )  # fmt: skip
     if extra is not None:
         partial[:, splits] = extra
     return partial
@@ -267,14 +266,13 @@ def launch_low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tens
         return y.copy_(alpha * x) if alpha else y.zero_(), t.zero_()
     tile, (factor, dense), partial = tile_for(rank, TILES), _per_sample(U, batch), _project(x, V)
     n_tiles = ceil_div(n_out, tile.rows)
-    with device_guard(x):
-        _expand_kernel[(batch * n_tiles,)](
-            x, factor, partial, y, t, n_tiles, n_out, partial.shape[1], alpha,
-            *x.stride(), *factor.stride(), *y.stride(),
-            RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0, DENSE=dense,
-            INT64=needs_int64(x[0], factor[0]), ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
-            **UNFUSED,
-        )  # fmt: skip
+    _expand_kernel[(batch * n_tiles,)](
+        x, factor, partial, y, t, n_tiles, n_out, partial.shape[1], alpha,
+        *x.stride(), *factor.stride(), *y.stride(),
+        RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0, DENSE=dense,
+        INT64=needs_int64(x[0], factor[0]), ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
+        **UNFUSED,
+    )  # fmt: skip
     return y, t
 
 
@@ -303,13 +301,12 @@ def launch_low_rank_backward(
         return dx, dU, dV
     tile, (factor, dense) = tile_for(rank, TILES), _per_sample(V, batch)
     n_tiles = ceil_div(max(n_in, n_out), tile.rows)
-    with device_guard(x):
-        _low_rank_backward_kernel[(batch * n_tiles,)](
-            x, factor, t, partial, grad, dx, dU, dV, n_tiles, n_in, n_out, partial.shape[1], alpha,
-            *x.stride(), *factor.stride(), *t.stride(), *grad.stride(),
-            RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0,
-            NEED_X=need_x, NEED_U=need_u, NEED_V=need_v, DENSE=dense,
-            INT64=needs_int64(x[0], factor[0], grad[0]) or max(n_in, n_out) * rank >= 2**31,
-            ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps, **UNFUSED,
-        )  # fmt: skip
+    _low_rank_backward_kernel[(batch * n_tiles,)](
+        x, factor, t, partial, grad, dx, dU, dV, n_tiles, n_in, n_out, partial.shape[1], alpha,
+        *x.stride(), *factor.stride(), *t.stride(), *grad.stride(),
+        RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0,
+        NEED_X=need_x, NEED_U=need_u, NEED_V=need_v, DENSE=dense,
+        INT64=needs_int64(x[0], factor[0], grad[0]) or max(n_in, n_out) * rank >= 2**31,
+        ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps, **UNFUSED,
+    )  # fmt: skip
     return dx, dU, dV

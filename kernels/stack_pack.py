@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard
+from .launch import ceil_div
 from .mlp import split
 from .pack_table import ONE, SHIFT, pack_table
 from .stack_spec import N_PARTS, map_parts
@@ -87,10 +87,9 @@ def launch_stack_pack(
     operands = flat.new_empty(N_PARTS[precision], table.n_operands, dtype=of_matrices)
     of_maps = map_parts(precision) if table.n_map_operands else 0
     map_operands = flat.new_empty((of_maps, table.n_map_operands) if of_maps else 0, dtype=dtype)
-    with device_guard(flat):
-        _stack_pack_kernel[(ceil_div(values.shape[0], TILE.values),)](
-            flat, table.source, table.target, values, operands, map_operands, values.shape[0], operands.stride(0),
-            map_operands.stride(0), shift, OPERANDS=N_PARTS[precision], MAP_OPERANDS=of_maps,
-            VALUES=TILE.values, num_warps=TILE.num_warps,
-        )  # fmt: skip
+    _stack_pack_kernel[(ceil_div(values.shape[0], TILE.values),)](
+        flat, table.source, table.target, values, operands, map_operands, values.shape[0], operands.stride(0),
+        map_operands.stride(0), shift, OPERANDS=N_PARTS[precision], MAP_OPERANDS=of_maps,
+        VALUES=TILE.values, num_warps=TILE.num_warps,
+    )  # fmt: skip
     return values, operands, map_operands

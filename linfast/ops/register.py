@@ -59,13 +59,18 @@ class RawOp:
         RAW_OPS[self.name] = self
         schema = f"{self.name}({', '.join(self.arguments)}) -> ({', '.join(self.outputs)})"
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for device in ("cuda", "cpu"):
-            _LIBRARY.impl(self.name, functools.partial(self._run, device), device.upper())
+        _LIBRARY.impl(self.name, functools.partial(self._run, "cpu"), "CPU")
+        _LIBRARY.impl(self.name, self._run_on_gpu, "CUDA")
         torch.library.register_fake(f"linfast::{self.name}", self._fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
 
     def _fake(self, *arguments: Any) -> Any:
         return _complete(self.fake(*arguments), arguments[0])
+
+    def _run_on_gpu(self, *arguments: Any) -> Any:
+        """Launches go to the GPU that is current, which the first tensor's need not be."""
+        with torch.cuda.device(arguments[0].device):
+            return self._run("cuda", *arguments)
 
     def _run(self, device: str, *arguments: Any) -> Any:
         """The kernel on a GPU and under Triton's interpreter, the reference elsewhere."""
