@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNFUSED, Tile, needs_int64, positions, power_of_two
+from .launch import UNFUSED, needs_int64, positions, power_of_two
 from .math import sigmoid
 
 # (elements of a tile, warps), smallest first. A group takes the first that holds all of it, or
@@ -42,15 +42,17 @@ BUDGETS: tuple[tuple[int, int], ...] = (
 BACKWARD_BUDGETS: tuple[tuple[int, int], ...] = ((1024, 4), (4096, 8), (8192, 16))
 
 
-def choose_tile(budgets: tuple[tuple[int, int], ...], channels: int, count: int, channels_inner: bool) -> Tile:
-    """(channels, positions) of a tile for groups of channels x count."""
+def choose_tile(
+    budgets: tuple[tuple[int, int], ...], channels: int, count: int, channels_inner: bool
+) -> tuple[int, int, int]:
+    """(channels, positions, warps) of a tile for groups of channels x count."""
     rows, columns = power_of_two(channels), power_of_two(count)
     elements, warps = next((b for b in budgets if rows * columns <= b[0]), budgets[-1])
     if channels_inner:
         rows = min(rows, elements)
-        return Tile(rows, min(columns, elements // rows), warps)
+        return rows, min(columns, elements // rows), warps
     columns = min(columns, elements)
-    return Tile(min(rows, elements // columns), columns, warps)
+    return min(rows, elements // columns), columns, warps
 
 
 @triton.jit
@@ -256,10 +258,9 @@ def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], list[T
 def _shape(x: Tensor, groups: int, budgets: tuple[tuple[int, int], ...]) -> dict[str, int]:
     """The constants of a launch on groups of x [B, C, P]."""
     per_group, count = x.shape[1] // groups, x.shape[2]
-    tile = choose_tile(budgets, per_group, count, x.stride(1) < x.stride(2) or count == 1)
-    one_tile = tile.rows >= per_group and tile.columns >= count
-    sizes = {"CHANNELS": tile.rows, "POSITIONS": tile.columns, "num_warps": tile.num_warps}
-    return {"ONE_TILE": one_tile, "PER_GROUP": per_group, **sizes}
+    rows, columns, warps = choose_tile(budgets, per_group, count, x.stride(1) < x.stride(2) or count == 1)
+    sizes = {"PER_GROUP": per_group, "CHANNELS": rows, "POSITIONS": columns, "num_warps": warps}
+    return {"ONE_TILE": rows >= per_group and columns >= count, **sizes}
 
 
 def launch_group_norm_silu(

@@ -27,27 +27,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, needs_int64, tile_for
+from .launch import Tile, ceil_div, needs_int64, tile_for
 
-
-@dataclass(frozen=True)
-class BankTile:
-    """Rows of z by columns of y, ``inner`` summed per step; the warps."""
-
-    rows: int
-    columns: int
-    inner: int
-    num_warps: int
-
-
-# (largest mean number of rows per operator, tile).
-TILES: tuple[tuple[int, BankTile], ...] = (
-    (16, BankTile(rows=16, columns=64, inner=64, num_warps=4)),  # bound by reading A: no wasted rows
+# (largest mean number of rows per operator, tile): ROWS of z by COLUMNS of y, INNER summed per step.
+TILES: tuple[tuple[int, Tile], ...] = (
+    (16, {"ROWS": 16, "COLUMNS": 64, "INNER": 64, "num_warps": 4}),  # bound by reading A: no wasted rows
     # wgmma's 64 rows. 16 sums per thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes).
-    (1 << 62, BankTile(rows=64, columns=64, inner=32, num_warps=8)),
+    (1 << 62, {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}),
 )
-# dA: n_out by n_in, ``inner`` rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
-GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=8)
+# dA: n_out by n_in, INNER rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
+GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}
 RUN = tl.constexpr(8)
 
 
@@ -195,13 +184,12 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
     if n_operators == 0:
         return y.fill_(float("nan"))
     tile = tile_for(ceil_div(batch, max(n_operators, 1)), TILES)
-    last_tile, operator = rows.tiles(tile.rows)
-    _bank_kernel[(operator.shape[0], ceil_div(n_out, tile.columns))](
+    last_tile, operator = rows.tiles(tile["ROWS"])
+    _bank_kernel[(operator.shape[0], ceil_div(n_out, tile["COLUMNS"]))](
         z, A, z if bias is None else bias, y, rows.order, rows.start, last_tile, operator,
         n_operators, n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0),
         1 if bias is None else bias.stride(0),
-        ADD_Z=alpha != 0.0, BIAS=bias is not None, INT64=needs_int64(z[0], A[0]),
-        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
+        ADD_Z=alpha != 0.0, BIAS=bias is not None, INT64=needs_int64(z[0], A[0]), **tile,
     )  # fmt: skip
     return y
 
@@ -229,9 +217,8 @@ def launch_latent_matmul_backward(
 def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor) -> Tensor:
     (n_operators, n_out, n_in), tile = A.shape, GRADIENT_TILE
     dA = A.new_empty(A.shape)
-    _bank_gradient_kernel[(n_operators, ceil_div(n_out, tile.rows), ceil_div(n_in, tile.columns))](
+    _bank_gradient_kernel[(n_operators, ceil_div(n_out, tile["ROWS"]), ceil_div(n_in, tile["COLUMNS"]))](
         z, grad, dA, rows.order, rows.start, n_out, n_in, *z.stride(), *grad.stride(),
-        INT64=needs_int64(z[0], grad[0], dA[0]),
-        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
+        INT64=needs_int64(z[0], grad[0], dA[0]), **tile,
     )  # fmt: skip
     return dA

@@ -6,7 +6,7 @@ channels_last differ in strides only. Importing this module, or any kernel, asks
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar, get_type_hints
 
@@ -15,18 +15,10 @@ from torch import Tensor
 
 _INT32_ELEMENTS = 2**31
 _Tile = TypeVar("_Tile")
+Tile = Mapping[str, int]  # the sizes of a program's tile, which are constants of its kernel, and num_warps
 # For kernels that store sums of products over lanes. In a fused a b + (another lane's product) a lane rounds the
 # other's product and not its own, so that lanes differ in the last bit, and which is stored is not defined.
 UNFUSED = {"enable_fp_fusion": False}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A two-dimensional tile: rows by columns, both powers of two, and its warps."""
-
-    rows: int
-    columns: int
-    num_warps: int
 
 
 class CouplingSpec(NamedTuple):
