@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv2d_configs import WEIGHT_TILES, ConvSpec, choose_tile, weight_splits
-from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form, warps_of
+from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form
 from .group_norm_silu import launch_group_norm_silu_backward
 from .launch import ceil_div, like, needs_int64
 from .row_products import Mode, dot
@@ -117,14 +117,14 @@ def _weight_gradient(
     dweight = torch.empty_like(weight)
     if x.numel() == 0 or n_out == 0:
         return dweight.zero_()
-    tile = choose_tile(max(n_in, n_out), height * width, WEIGHT_TILES)
-    row_tiles = ceil_div(height * width, tile.rows)
+    tile = choose_tile(max(n_in, n_out), height * width, WEIGHT_TILES, mode.parts)
+    row_tiles = ceil_div(height * width, tile["ROWS"])
     splits, steps = weight_splits(batch * row_tiles)
     partial = x.new_empty((splits, k, k, n_out, n_in), dtype=torch.float32)
-    _conv2d_weight_kernel[(splits * k * k, ceil_div(n_out, tile.columns), ceil_div(n_in, tile.depth))](
+    grid = (splits * k * k, ceil_div(n_out, tile["COLUMNS"]), ceil_div(n_in, tile["DEPTH"]))
+    _conv2d_weight_kernel[grid](
         x, grad, *(t if t is None else t.contiguous() for t in norm), partial, n_in, n_out, height, width,
-        row_tiles, batch * row_tiles, steps, groups, *x.stride(), *grad.stride(), KERNEL=k, **mode.constexprs,
-        FORM=form, INT64=needs_int64(x, grad, partial), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-        STAGES=tile.stages, num_warps=warps_of(tile, mode),
+        row_tiles, batch * row_tiles, steps, groups, *x.stride(), *grad.stride(), KERNEL=k, FORM=form,
+        INT64=needs_int64(x, grad, partial), **mode.constexprs, **tile,
     )  # fmt: skip
     return dweight.copy_(partial.sum(0).permute(2, 3, 0, 1))

@@ -42,19 +42,6 @@ BUDGETS: tuple[tuple[int, int], ...] = (
 BACKWARD_BUDGETS: tuple[tuple[int, int], ...] = ((1024, 4), (4096, 8), (8192, 16))
 
 
-def choose_tile(
-    budgets: tuple[tuple[int, int], ...], channels: int, count: int, channels_inner: bool
-) -> tuple[int, int, int]:
-    """(channels, positions, warps) of a tile for groups of channels x count."""
-    rows, columns = power_of_two(channels), power_of_two(count)
-    elements, warps = next((b for b in budgets if rows * columns <= b[0]), budgets[-1])
-    if channels_inner:
-        rows = min(rows, elements)
-        return rows, min(columns, elements // rows), warps
-    columns = min(columns, elements)
-    return min(rows, elements // columns), columns, warps
-
-
 @triton.jit
 def _block(
     c0, p0, count, PER_GROUP: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, INT64: tl.constexpr
@@ -256,9 +243,16 @@ def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], list[T
 
 
 def _shape(x: Tensor, groups: int, budgets: tuple[tuple[int, int], ...]) -> dict[str, int]:
-    """The constants of a launch on groups of x [B, C, P]."""
+    """The constants of a launch on groups of x [B, C, P]: a tile of channels by positions, and what it holds."""
     per_group, count = x.shape[1] // groups, x.shape[2]
-    rows, columns, warps = choose_tile(budgets, per_group, count, x.stride(1) < x.stride(2) or count == 1)
+    rows, columns = power_of_two(per_group), power_of_two(count)
+    elements, warps = next((b for b in budgets if rows * columns <= b[0]), budgets[-1])
+    if x.stride(1) < x.stride(2) or count == 1:  # channels innermost
+        rows = min(rows, elements)
+        columns = min(columns, elements // rows)
+    else:
+        columns = min(columns, elements)
+        rows = min(rows, elements // columns)
     sizes = {"PER_GROUP": per_group, "CHANNELS": rows, "POSITIONS": columns, "num_warps": warps}
     return {"ONE_TILE": rows >= per_group and columns >= count, **sizes}
 

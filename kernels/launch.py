@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, get_type_hints
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 _INT32_ELEMENTS = 2**31
-_Tile = TypeVar("_Tile")
 Tile = Mapping[str, int]  # the sizes of a program's tile, which are constants of its kernel, and num_warps
 # For kernels that store sums of products over lanes. In a fused a b + (another lane's product) a lane rounds the
 # other's product and not its own, so that lanes differ in the last bit, and which is stored is not defined.
@@ -125,7 +124,7 @@ def _extent(tensor: Tensor) -> int:
     return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def tile_for(size: int, table: Sequence[tuple[int, _Tile]]) -> _Tile:
+def tile_for(size: int, table: Sequence[tuple[int, Tile]]) -> Tile:
     """The first tile of a table of (largest size, tile) that is for this size."""
     return next(tile for largest, tile in table if size <= largest)
 

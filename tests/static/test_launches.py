@@ -80,10 +80,10 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
         "_conv2d_weight_kernel": conv2d_configs.WEIGHT_TILES,
     }.items():
         for _, conv in convs:
-            size = {"ROWS": conv.rows, "COLUMNS": conv.columns, "DEPTH": conv.depth, "STAGES": conv.stages}
-            yield _NVIDIA, kernel, {**size, "num_warps": conv.num_warps}
-            if conv.split_warps != conv.num_warps and conv.columns <= conv2d_configs.WIDEST["exact"]:
-                yield _NVIDIA, kernel, {**size, "num_warps": conv.split_warps}
+            size = {name: value for name, value in conv.items() if name != "split_warps"}
+            yield _NVIDIA, kernel, size
+            if "split_warps" in conv and conv["COLUMNS"] <= conv2d_configs.WIDEST["exact"]:
+                yield _NVIDIA, kernel, {**size, "num_warps": conv["split_warps"]}
     for kernel in ("_hidden_kernel", "_coupling_kernel", "_linear_kernel", "_outer_kernel"):
         for parts in (1, 2, 3):
             yield TARGETS, kernel, {**row_products.TILE, "PARTS": parts}
