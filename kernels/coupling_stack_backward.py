@@ -93,24 +93,15 @@ class StackPass:
         return min(ROWS_AT_A_TIME, max(_FEWEST_ROWS, SCRATCH_BYTES // bytes_per_row))
 
 
-@dataclass
 class Scratch:
     """One layer's h_i, act'_i (then d_i) and d_n, and the partial sums of a row of the weights."""
 
-    h: list[Tensor]
-    slopes: list[Tensor]
-    d: Tensor
-    partials: Tensor
-
-    @classmethod
-    def of(cls, z: Tensor, stack: StackPass) -> Scratch:
+    def __init__(self, z: Tensor, stack: StackPass) -> None:
         rows, (*hidden, n_out) = z.shape[0], stack.spec.widths[1:]
-        return cls(
-            [z.new_empty(rows, n, dtype=stack.hidden_dtype) for n in hidden],
-            [z.new_empty(rows, n) for n in hidden],
-            z.new_empty(rows, n_out),
-            z.new_empty(n_splits(rows), stack.spec.row_size),
-        )
+        self.h = [z.new_empty(rows, n, dtype=stack.hidden_dtype) for n in hidden]
+        self.slopes = [z.new_empty(rows, n) for n in hidden]
+        self.d = z.new_empty(rows, n_out)
+        self.partials = z.new_empty(n_splits(rows), stack.spec.row_size)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -299,7 +290,7 @@ def _run_of_rows(
     stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, dweights: Tensor | None, needs_x: bool
 ) -> Tensor:
     """dL/dz [R, 2 P]; g is overwritten. Where it is not needed, what only it needs is left out."""
-    scratch = Scratch.of(z, stack)
+    scratch = Scratch(z, stack)
     inputs = _inputs(stack, z)
     for i, (layer, row) in reversed(list(enumerate(stack.spec.steps(stack.weights)))):
         if layer is None:
