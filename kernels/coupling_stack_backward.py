@@ -211,9 +211,7 @@ def _apply_map(stack: StackPass, z: Tensor, row: int) -> Tensor:
     _, _, matrix, bias = stack.spec.unpack(stack.weights[row])
     if stack.spec.maps != DENSE:
         return torch.addcmul(bias, z, matrix)
-    out = torch.empty_like(z)
-    launch_linear(z, matrix.mT, out, stack.map_mode, bias)
-    return out
+    return launch_linear(z, matrix.mT, torch.empty_like(z), stack.map_mode, bias)
 
 
 def _map_backward(
@@ -230,11 +228,7 @@ def _map_backward(
         dweights[row, at:] += torch.cat(((g * z).sum(0), g.sum(0)))
     if not needs_before:
         return g
-    if not dense:
-        return g * matrix
-    before = torch.empty_like(g)
-    launch_linear(g, matrix, before, stack.map_mode)
-    return before
+    return launch_linear(g, matrix, torch.empty_like(g), stack.map_mode) if dense else g * matrix
 
 
 def _recompute(
@@ -277,8 +271,7 @@ def _coupling_backward(
         if dweights is not None:
             launch_outer(d, inputs[i], scratch.partials, w_at, b_at, mode)
         if i:
-            launch_linear(d, matrices[i], scratch.slopes[i - 1], mode, combine=MULTIPLY)
-            d = scratch.slopes[i - 1]
+            d = launch_linear(d, matrices[i], scratch.slopes[i - 1], mode, combine=MULTIPLY)
         elif needs_kept:
             launch_linear(d, matrices[i], g_kept, mode, combine=ADD)
     if dweights is not None:

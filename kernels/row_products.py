@@ -174,8 +174,8 @@ def tile_for(n_inner: int, n_columns: int) -> dict[str, int]:
 
 def launch_linear(
     x: Tensor, w: Tensor, out: Tensor, mode: Mode, bias: Tensor | None = None, combine: int = SET
-) -> None:
-    """out <- x w + bias, or out + that, or out times that.
+) -> Tensor:
+    """out, which becomes x w + bias, or out + that, or out times that.
 
     x [B, K] and out [B, N] fp32 in rows without gaps between columns; w [K, N] in any strides.
     """
@@ -184,6 +184,7 @@ def launch_linear(
         x, w, out if bias is None else bias, out, x.shape[0], w.shape[0], x.stride(0), *w.stride(), out.stride(0),
         BIAS=bias is not None, COMBINE=combine, **mode.constexprs, **tile,
     )  # fmt: skip
+    return out
 
 
 def launch_outer(d: Tensor, x: Tensor, partials: Tensor, at: int, bias_at: int, mode: Mode) -> None:
