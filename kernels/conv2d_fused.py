@@ -173,13 +173,12 @@ def apply_conv(
     per_group = n_out // next_groups if next_groups else 1
     column_blocks = 1 if next_groups else ceil_div(n_out, tile["COLUMNS"])
     norm_weight, norm_bias = (t if t is None else t.contiguous() for t in norm)
-    given = [t for t in (x, weight, y, residual) if t is not None]
     _conv2d_fused_kernel[(x.shape[0] * row_tiles, column_blocks)](
         x, first_tap, bias, norm_weight, norm_bias, residual, tiles, y, mean, rstd, next_tiles,
         n_in, n_out, height, width, row_tiles, groups, n_tiles, tile_rows_of(n_tiles, height * width),
         next_groups, weight.shape[2] ** 2, *x.stride(), *(y if residual is None else residual).stride(),
         *y.stride(), *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], FORM=form,
-        PER_GROUP=per_group, PADDED=padded_group(n_out, next_groups), INT64=needs_int64(*given),
+        PER_GROUP=per_group, PADDED=padded_group(n_out, next_groups), INT64=needs_int64(x, weight, y, residual),
         **mode.constexprs, **tile,
     )  # fmt: skip
 

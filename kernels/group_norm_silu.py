@@ -232,14 +232,13 @@ def _group_norm_silu_backward_kernel(
                 tl.store(dx_ptr + c * stride_dc + p * stride_dp, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], list[Tensor], tuple[int, int]]:
-    """weight and bias with stride 1, scale and shift with equal strides; those that are given; these strides."""
+def _parameters(*parameters: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """(weight and bias with stride 1, scale and shift with equal strides; these strides)."""
     weight, bias, scale, shift = (t if t is None or t.ndim == 2 else t.contiguous() for t in parameters)
     if scale is not None and shift is not None and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
     strided = shift if scale is None else scale
-    every = [weight, bias, scale, shift]
-    return every, [t for t in every if t is not None], (0, 0) if strided is None else strided.stride()  # type: ignore
+    return (weight, bias, scale, shift), (0, 0) if strided is None else strided.stride()
 
 
 def _shape(x: Tensor, groups: int, budgets: tuple[tuple[int, int], ...]) -> dict[str, int]:
@@ -267,10 +266,10 @@ def launch_group_norm_silu(
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return y.view(x.shape), mean, rstd
-    parameters, given, strides = _parameters(weight, bias, scale, shift)
+    parameters, strides = _parameters(weight, bias, scale, shift)
     _group_norm_silu_kernel[(x.shape[0] * groups,)](
         view, *parameters, y, mean, rstd, groups, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
-        ACTIVATION=activation, INT64=needs_int64(view, y, *given),
+        ACTIVATION=activation, INT64=needs_int64(view, y, *parameters),
         **_shape(view, groups, BUDGETS), **UNFUSED,
     )  # fmt: skip
     return y.view(x.shape), mean, rstd
@@ -291,12 +290,12 @@ def launch_group_norm_silu_backward(
     sums = x.new_zeros if x.numel() == 0 else x.new_empty
     s1, s2 = (sums(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
-        parameters, given, strides = _parameters(weight, bias, scale, shift)
+        parameters, strides = _parameters(weight, bias, scale, shift)
         _group_norm_silu_backward_kernel[(x.shape[0] * groups,)](
             view, *parameters, mean, rstd, g, dx, s1, s2, groups, view.shape[2],
             *view.stride(), *g.stride(), *dx.stride(), *strides,
             ACTIVATION=activation, SUMS=any(needs[1:]), INPUT=needs[0],
-            INT64=needs_int64(view, g, dx, *given), **_shape(view, groups, BACKWARD_BUDGETS),
+            INT64=needs_int64(view, g, dx, *parameters), **_shape(view, groups, BACKWARD_BUDGETS),
             **UNFUSED,
         )  # fmt: skip
     gradients = _parameter_gradients(s1, s2, (weight, bias, scale, shift), needs)

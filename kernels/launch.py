@@ -115,9 +115,9 @@ def with_channels(x: Tensor, channels: int, dtype: torch.dtype | None = None) ->
     return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype)
 
 
-def needs_int64(*tensors: Tensor) -> bool:
+def needs_int64(*tensors: Tensor | None) -> bool:
     """Whether an element of one of them lies 2^31 or more elements from its first."""
-    return any(_extent(tensor) >= _INT32_ELEMENTS for tensor in tensors)
+    return any(tensor is not None and _extent(tensor) >= _INT32_ELEMENTS for tensor in tensors)
 
 
 def _extent(tensor: Tensor) -> int:
