@@ -36,11 +36,12 @@ TILES: dict[bool, Tile] = {
 }
 
 
-def choose_tile(channels: int, pixels: int, channels_inner: bool) -> Tile:
-    """The tile for images of this many channels and pixels."""
-    tile = TILES[channels_inner]
+def choose_tile(x: Tensor) -> tuple[Tile, int]:
+    """(the tile for images laid out as x, how many such blocks of channels a sample has)."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     fewer = {"CHANNELS": power_of_two(channels), "PIXELS": max(power_of_two(pixels), 16)}
-    return {name: min(size, fewer.get(name, size)) for name, size in tile.items()}
+    tile = {name: min(size, fewer.get(name, size)) for name, size in TILES[x.stride(1) < x.stride(3)].items()}
+    return tile, ceil_div(channels, tile["CHANNELS"])
 
 
 @triton.jit
@@ -132,8 +133,7 @@ def launch_depthwise_conv(x: Tensor, weight: Tensor, transpose: bool, like: Tens
         return y
     batch, channels, height, width = x.shape
     kh, kw = weight.shape[-2:]
-    tile = choose_tile(channels, height * width, y.stride(1) < y.stride(3))
-    n_blocks = ceil_div(channels, tile["CHANNELS"])
+    tile, n_blocks = choose_tile(y)
     _depthwise_conv_kernel[(batch * n_blocks * ceil_div(height * width, tile["PIXELS"]),)](
         x, weight, y, n_blocks, channels, height, width, kh,
         *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
@@ -156,8 +156,7 @@ def _weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, transpose: bool) -
     if x.numel() == 0:
         return weight.new_zeros(weight.shape)
     partial = x.new_empty((batch, channels, kh, kw), dtype=torch.float32)
-    tile = choose_tile(channels, height * width, x.stride(1) < x.stride(3))
-    n_blocks = ceil_div(channels, tile["CHANNELS"])
+    tile, n_blocks = choose_tile(x)
     _depthwise_conv_weight_kernel[(batch * n_blocks, kh * kw)](
         x, grad, partial, n_blocks, channels, height, width, *x.stride(), *grad.stride(),
         KH=kh, KW=kw, TRANSPOSE=transpose, INT64=needs_int64(x, grad), **tile,

@@ -20,8 +20,6 @@ and bf16 run on the matrix units with fp32 sums. An index outside [0, K) gives t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -146,19 +144,17 @@ def _bank_gradient_kernel(
     tl.store(da_ptr + at, total.to(da_ptr.dtype.element_ty), mask=wanted)
 
 
-@dataclass(frozen=True)
 class _Rows:
-    """The rows sorted by operator, all on the device; those with an index outside the bank come last, as K."""
+    """The rows sorted by operator, all on the device; those with an index outside the bank come last, as K.
 
-    order: Tensor  # [B] the rows
-    start: Tensor  # [K + 2] where each operator's begin
+    ``order`` [B] holds the rows and ``start`` [K + 2] where each operator's begin.
+    """
 
-    @classmethod
-    def sort(cls, index: Tensor, n_operators: int) -> _Rows:
+    def __init__(self, index: Tensor, n_operators: int) -> None:
         _check_index(index, n_operators)
         key = torch.where((index < 0) | (index >= n_operators), n_operators, index)
-        key, order = key.sort(stable=True)
-        return cls(order, torch.searchsorted(key, torch.arange(n_operators + 2, device=index.device)))
+        key, self.order = key.sort(stable=True)
+        self.start = torch.searchsorted(key, torch.arange(n_operators + 2, device=index.device))
 
     def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
         """(the number of tiles up to and including each operator's, each tile's operator; K + 1 past the last)."""
@@ -198,7 +194,7 @@ def launch_latent_matmul(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | Non
     """y [B, n_out]."""
     if z.shape[0] == 0 or A.shape[1] == 0:
         return z.new_empty((z.shape[0], A.shape[1]))
-    return _product(z, A, _Rows.sort(index, A.shape[0]), bias, alpha)
+    return _product(z, A, _Rows(index, A.shape[0]), bias, alpha)
 
 
 def launch_latent_matmul_backward(
@@ -209,7 +205,7 @@ def launch_latent_matmul_backward(
     dbias = grad.sum(0) if needs[3] else None
     if z.numel() == 0 or grad.numel() == 0 or A.shape[0] == 0:
         return z.new_zeros(z.shape) if needs[0] else None, A.new_zeros(A.shape) if needs[1] else None, None, dbias
-    rows = _Rows.sort(index, A.shape[0])
+    rows = _Rows(index, A.shape[0])
     dz = _product(grad, A.mT, rows, None, alpha) if needs[0] else None
     return dz, _gradient(z, A, rows, grad) if needs[1] else None, None, dbias
 
