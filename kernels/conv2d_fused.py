@@ -193,7 +193,7 @@ def launch_conv2d_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: Tensor | None, tiles: Tensor | None, *constants: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Those of ``empty_outputs``."""
+    """(y, mean, rstd, y's tiles) as ``empty_outputs`` lays them out."""
     spec = ConvSpec(*constants)
     y, mean, rstd, next_tiles = empty_outputs(x, weight, residual, spec)
     if x.numel() == 0 or weight.shape[0] == 0:
