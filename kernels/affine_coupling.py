@@ -28,17 +28,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import CouplingSpec, Tile, Walk, ceil_div, device_guard, like, needs_int64, positions, tile_for, walk
+from .launch import CouplingSpec, Tile, Walk, ceil_div, like, needs_int64, positions, tile_for, walk
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 
 # (widest row in elements, tile). 1024 elements over 128 threads are 8 per thread: two 16-byte
 # loads of each tensor in flight, and 32 registers forward, 44 backward on sm_90 (2048 elements:
 # 56 and 72, half the warps resident).
 TILES: tuple[tuple[int, Tile], ...] = (
-    (16, Tile(rows=64, columns=16, num_warps=4)),  # narrow vectors: many samples per tile
-    (64, Tile(rows=16, columns=64, num_warps=4)),  # D = 128 and below
-    (256, Tile(rows=4, columns=256, num_warps=4)),
-    (1 << 62, Tile(rows=1, columns=1024, num_warps=4)),  # images, wide vectors: one long run
+    (16, {"ROWS": 64, "COLUMNS": 16, "num_warps": 4}),  # narrow vectors: many samples per tile
+    (64, {"ROWS": 16, "COLUMNS": 64, "num_warps": 4}),  # D = 128 and below
+    (256, {"ROWS": 4, "COLUMNS": 256, "num_warps": 4}),
+    (1 << 62, {"ROWS": 1, "COLUMNS": 1024, "num_warps": 4}),  # images, wide vectors: one long run
 )
 
 
@@ -201,8 +201,8 @@ def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...],
     n_outer, inner = max(outer_m, outer_k), max(inner_m, inner_k)
     n_rows, tile = moved.shape[0] * n_outer, tile_for(inner, TILES)
     sizes = (n_rows, n_outer, outer_m, inner_m, outer_k, inner_k)
-    n_tiles = ceil_div(inner, tile.columns)
-    return sizes, ceil_div(n_rows, tile.rows) * n_tiles, n_tiles, tile
+    n_tiles = ceil_div(inner, tile["COLUMNS"])
+    return sizes, ceil_div(n_rows, tile["ROWS"]) * n_tiles, n_tiles, tile
 
 
 def launch_affine_coupling(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
@@ -216,13 +216,11 @@ def launch_affine_coupling(x: Tensor, params: Tensor, *constants: Any) -> tuple[
     path = walk(moved, kept, shift, y_moved, y_kept)
     sizes, programs, n_tiles, tile = _row_grid(path, moved, kept)
     partial = x.new_empty((x.shape[0], sizes[1] * n_tiles) if spec.log_det else (0,), dtype=torch.float32)
-    with device_guard(x):
-        _affine_coupling_kernel[(programs,)](
-            moved, kept, shift, raw, y_moved, y_kept, partial, *sizes,
-            *path.strides(moved), *path.strides(shift), *path.strides(y_moved), spec.bound, spec.floor,
-            LOG_DET=spec.log_det, INT64=needs_int64(x, y, params), ROWS=tile.rows, COLUMNS=tile.columns,
-            num_warps=tile.num_warps, **spec.constexprs,
-        )  # fmt: skip
+    _affine_coupling_kernel[(programs,)](
+        moved, kept, shift, raw, y_moved, y_kept, partial, *sizes,
+        *path.strides(moved), *path.strides(shift), *path.strides(y_moved), spec.bound, spec.floor,
+        LOG_DET=spec.log_det, INT64=needs_int64(x, y, params), **spec.constexprs, **tile,
+    )  # fmt: skip
     if not spec.log_det:
         return y, partial
     return y, partial[:, 0] if partial.shape[1] == 1 else partial.sum(1)
@@ -245,12 +243,10 @@ def launch_affine_coupling_backward(
     path = walk(y_moved, grad_moved, grad_kept, shift, dshift, dx_moved, dx_kept)
     sizes, programs, _, tile = _row_grid(path, grad_moved, grad_kept)
     h = grad if grad_log_det is None else grad_log_det
-    with device_guard(y):
-        _affine_coupling_backward_kernel[(programs,)](
-            y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw, *sizes,
-            *path.strides(y_moved), *path.strides(shift), *path.strides(grad_moved), *path.strides(dx_moved),
-            *path.strides(dshift), h.stride(0), spec.bound, spec.floor,
-            LOG_DET=grad_log_det is not None, INT64=needs_int64(y, params, grad, dx, dparams), ROWS=tile.rows,
-            COLUMNS=tile.columns, num_warps=tile.num_warps, **spec.constexprs,
-        )  # fmt: skip
+    _affine_coupling_backward_kernel[(programs,)](
+        y_moved, shift, raw, grad_moved, grad_kept, h, dx_moved, dx_kept, dshift, draw, *sizes,
+        *path.strides(y_moved), *path.strides(shift), *path.strides(grad_moved), *path.strides(dx_moved),
+        *path.strides(dshift), h.stride(0), spec.bound, spec.floor, LOG_DET=grad_log_det is not None,
+        INT64=needs_int64(y, params, grad, dx, dparams), **spec.constexprs, **tile,
+    )  # fmt: skip
     return dx, dparams

@@ -21,7 +21,6 @@ of RUN chunks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,40 +28,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard, needs_int64, positions, tile_for, with_channels
-
-
-@dataclass(frozen=True)
-class MixTile:
-    """Outputs per program (for dW a square of outputs by inputs), columns, channels per chunk, and warps."""
-
-    outputs: int
-    columns: int
-    depth: int
-    num_warps: int
-
+from .launch import Tile, ceil_div, needs_int64, positions, tile_for, with_channels
 
 # (widest C or O, tile). Four columns per thread is one 16-byte load per channel; all channels of
 # x are held at once, so more columns only where channels are few.
-UNROLLED: tuple[tuple[int, MixTile], ...] = (
-    (4, MixTile(outputs=4, columns=1024, depth=4, num_warps=4)),  # 32 values per thread
-    (15, MixTile(outputs=16, columns=512, depth=16, num_warps=4)),  # up to 60 values per thread
+UNROLLED: tuple[tuple[int, Tile], ...] = (
+    (4, {"COLUMNS": 1024, "num_warps": 4}),  # 32 values per thread
+    (15, {"COLUMNS": 512, "num_warps": 4}),  # up to 60 values per thread
 )
 
-# (widest O, tile). All outputs in one program, so that x is read once; chunks of 16 channels,
+# (widest O, tile). All outputs in one program, so that x is read once; DEPTH, chunks of 16 channels,
 # the least a dot takes, because an fp32 dot holds a chunk of both operands in registers.
-DOTS: tuple[tuple[int, MixTile], ...] = (
-    (16, MixTile(outputs=16, columns=128, depth=16, num_warps=4)),
-    (32, MixTile(outputs=32, columns=64, depth=16, num_warps=4)),  # 128 columns spill on sm_90
-    (64, MixTile(outputs=64, columns=64, depth=16, num_warps=4)),
-    (1 << 62, MixTile(outputs=128, columns=64, depth=16, num_warps=8)),  # wider: more programs
+DOTS: tuple[tuple[int, Tile], ...] = (
+    (16, {"OUTPUTS": 16, "COLUMNS": 128, "DEPTH": 16, "num_warps": 4}),
+    (32, {"OUTPUTS": 32, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),  # 128 columns spill on sm_90
+    (64, {"OUTPUTS": 64, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),
+    (1 << 62, {"OUTPUTS": 128, "COLUMNS": 64, "DEPTH": 16, "num_warps": 8}),  # wider: more programs
 )
 
-# (widest of O and C, tile); a chunk is of columns here, and a square of outputs by inputs.
-WEIGHTS: tuple[tuple[int, MixTile], ...] = (
-    (16, MixTile(outputs=16, columns=64, depth=64, num_warps=4)),
-    (32, MixTile(outputs=32, columns=32, depth=32, num_warps=4)),
-    (1 << 62, MixTile(outputs=64, columns=32, depth=32, num_warps=4)),
+# (widest of O and C, tile): a square of OUTPUTS by as many inputs, in chunks of COLUMNS.
+WEIGHTS: tuple[tuple[int, Tile], ...] = (
+    (16, {"OUTPUTS": 16, "COLUMNS": 64, "num_warps": 4}),
+    (32, {"OUTPUTS": 32, "COLUMNS": 32, "num_warps": 4}),
+    (1 << 62, {"OUTPUTS": 64, "COLUMNS": 32, "num_warps": 4}),
 )
 RUN = tl.constexpr(8)
 SPLITS = 512  # about four programs per multiprocessor; the partials of C = 128 are then 32 MB
@@ -235,15 +223,21 @@ def _channel_mix_weight_kernel(
         tl.store(dbias_ptr + split * n_out + o, dbias, mask=mask)
 
 
+def tile_of(x: Tensor, n_out: int, size: int, dots: Sequence[tuple[int, Tile]]) -> tuple[bool, Tile]:
+    """(whether an unrolled kernel runs, the tile): few channels along runs of positions do; x [B, C, P]."""
+    widest = max(x.shape[1], n_out)
+    unrolled = widest < 16 and x.stride(1) >= column_strides(x)[2]
+    return unrolled, tile_for(widest, UNROLLED) if unrolled else tile_for(size, dots)
+
+
 def columns_of(
-    tile: MixTile, views: Sequence[Tensor], tensors: Sequence[Tensor]
+    tile: Tile, views: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """A launch over the columns of these views [B, C, P] of tensors: its grid, (B, P), and its constants."""
     batch, _, count = views[0].shape
     merged = batch == 1 or count == 1 or all(view.stride(0) == count * view.stride(2) for view in views)
     int64 = columns_need_int64(batch * count, *tensors)
-    options = {"MERGED": merged, "INT64": int64, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
-    return (ceil_div(batch * count, tile.columns),), (batch, count), options
+    return (ceil_div(batch * count, tile["COLUMNS"]),), (batch, count), {"MERGED": merged, "INT64": int64, **tile}
 
 
 def columns_need_int64(n_columns: int, *tensors: Tensor) -> bool:
@@ -269,20 +263,18 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y = W x + bias on [B, C, P] views."""
     n_out, n_in = weight.shape
     bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))
-    unrolled = max(n_in, n_out) < 16 and x.stride(1) >= column_strides(x)[2]
-    tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for(n_out, DOTS)
+    unrolled, tile = tile_of(x, n_out, n_out, DOTS)
     (programs,), sizes, options = columns_of(tile, (x, y), (x, y, weight))
     sizes += (*column_strides(x), *weight.stride(), stride_bo, *column_strides(y))
-    with device_guard(x):
-        if unrolled:
-            _channel_mix_unrolled_kernel[(programs,)](
-                x, weight, bias_or_x, y, *sizes, N_IN=n_in, N_OUT=n_out, BIAS=bias is not None, **options
-            )
-        else:
-            _channel_mix_dot_kernel[(programs, ceil_div(n_out, tile.outputs))](
-                x, weight, bias_or_x, y, n_in, n_out, *sizes, HALF=half_precision(x, weight),
-                BIAS=bias is not None, OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
-            )  # fmt: skip
+    if unrolled:
+        _channel_mix_unrolled_kernel[(programs,)](
+            x, weight, bias_or_x, y, *sizes, N_IN=n_in, N_OUT=n_out, BIAS=bias is not None, **options
+        )
+    else:
+        _channel_mix_dot_kernel[(programs, ceil_div(n_out, tile["OUTPUTS"]))](
+            x, weight, bias_or_x, y, n_in, n_out, *sizes, HALF=half_precision(x, weight), BIAS=bias is not None,
+            **options,
+        )  # fmt: skip
 
 
 def half_precision(a: Tensor, b: Tensor) -> bool:
@@ -309,7 +301,7 @@ def weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: boo
     """fp32 partials [splits, O, C] of dW and [splits, O] of dbias; zeros where there are no columns."""
     n_in, n_out, n_columns = x.shape[1], grad.shape[1], x.shape[0] * x.shape[2]
     tile = tile_for(max(n_in, n_out), WEIGHTS)
-    chunks = ceil_div(n_columns, tile.columns)
+    chunks = ceil_div(n_columns, tile["COLUMNS"])
     n_chunks = max(_CHUNKS_A_SPLIT, ceil_div(chunks, SPLITS))
     splits = ceil_div(chunks, n_chunks)
     dweight = x.new_empty((splits, n_out, n_in) if needs_weight else (0,), dtype=torch.float32)
@@ -317,10 +309,10 @@ def weight_partials(x: Tensor, grad: Tensor, needs_weight: bool, needs_bias: boo
     if splits == 0:
         return dweight, dbias
     _, sizes, options = columns_of(tile, (x, grad), (x, grad))
-    grid = (splits, ceil_div(n_out, tile.outputs), ceil_div(n_in, tile.outputs) if needs_weight else 1)
-    with device_guard(x):
-        _channel_mix_weight_kernel[grid](
-            x, grad, dweight, dbias, n_in, n_out, *sizes, n_chunks, *column_strides(x), *column_strides(grad),
-            HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, OUTPUTS=tile.outputs, **options,
-        )  # fmt: skip
+    of_inputs = ceil_div(n_in, tile["OUTPUTS"]) if needs_weight else 1
+    grid = (splits, ceil_div(n_out, tile["OUTPUTS"]), of_inputs)
+    _channel_mix_weight_kernel[grid](
+        x, grad, dweight, dbias, n_in, n_out, *sizes, n_chunks, *column_strides(x), *column_strides(grad),
+        HALF=half_precision(x, grad), WEIGHT=needs_weight, BIAS=needs_bias, **options,
+    )  # fmt: skip
     return dweight, dbias

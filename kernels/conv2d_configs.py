@@ -20,12 +20,13 @@ epilogue is fused: the same limits. Of gfx942 nothing is known: torch runs there
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from .launch import ceil_div, power_of_two, tile_for
+from .launch import Tile, ceil_div, power_of_two, tile_for, with_channels
 
 
 class ConvSpec(NamedTuple):
@@ -45,37 +46,24 @@ CONV_SCHEMA = (
 )
 
 
-@dataclass(frozen=True)
-class ConvTile:
-    """Positions by output channels of a program, input channels per step, how far loads run ahead, warps.
-
-    ``split_warps``: warps where operands are taken in parts. Of the weight gradient, ``columns`` output by
-    ``depth`` input channels, ``rows`` positions per step.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-    num_warps: int
-    split_warps: int
-
-
-# (widest C_out, tile). All of C_out in one program up to 128, so that a is made k^2 times and no more; 64
-# positions are the least of Hopper's matrix instructions, and small batches of 16 x 16 images still fill the
-# processors. Depth 16, because with 32, or with 128 positions, one target or another spills.
-TILES: tuple[tuple[int, ConvTile], ...] = (
-    (16, ConvTile(rows=64, columns=16, depth=16, stages=2, num_warps=4, split_warps=4)),
-    (32, ConvTile(rows=64, columns=32, depth=16, stages=2, num_warps=4, split_warps=4)),
-    (64, ConvTile(rows=64, columns=64, depth=16, stages=2, num_warps=8, split_warps=4)),
-    (1 << 62, ConvTile(rows=64, columns=128, depth=16, stages=2, num_warps=8, split_warps=8)),
+# (widest C_out, tile): ROWS positions by COLUMNS output channels of a program, DEPTH input channels per step, loads
+# that run STAGES ahead, warps, and other warps where operands are taken in parts. All of C_out in one program up
+# to 128, so that a is made k^2 times and no more; 64 positions are the least of Hopper's matrix instructions, and
+# small batches of 16 x 16 images still fill the processors. Depth 16, because with 32, or with 128 positions, one
+# target or another spills.
+TILES: tuple[tuple[int, Tile], ...] = (
+    (16, {"ROWS": 64, "COLUMNS": 16, "DEPTH": 16, "STAGES": 2, "num_warps": 4}),
+    (32, {"ROWS": 64, "COLUMNS": 32, "DEPTH": 16, "STAGES": 2, "num_warps": 4}),
+    (64, {"ROWS": 64, "COLUMNS": 64, "DEPTH": 16, "STAGES": 2, "num_warps": 8, "split_warps": 4}),
+    (1 << 62, {"ROWS": 64, "COLUMNS": 128, "DEPTH": 16, "STAGES": 2, "num_warps": 8}),
 )
 
-# (widest of C_in and C_out, tile) of the weight gradient: 32 steps of two 16-bit dots, or of four of tf32.
-WEIGHT_TILES: tuple[tuple[int, ConvTile], ...] = (
-    (16, ConvTile(rows=64, columns=16, depth=16, stages=2, num_warps=4, split_warps=4)),
-    (32, ConvTile(rows=32, columns=32, depth=32, stages=2, num_warps=4, split_warps=4)),  # 64 rows spill on sm_100
-    (1 << 62, ConvTile(rows=32, columns=64, depth=64, stages=2, num_warps=8, split_warps=8)),
+# (widest of C_in and C_out, tile) of the weight gradient: COLUMNS output by DEPTH input channels, ROWS positions
+# per step; 32 steps of two 16-bit dots, or of four of tf32.
+WEIGHT_TILES: tuple[tuple[int, Tile], ...] = (
+    (16, {"ROWS": 64, "COLUMNS": 16, "DEPTH": 16, "STAGES": 2, "num_warps": 4}),
+    (32, {"ROWS": 32, "COLUMNS": 32, "DEPTH": 32, "STAGES": 2, "num_warps": 4}),  # 64 rows spill on sm_100
+    (1 << 62, {"ROWS": 32, "COLUMNS": 64, "DEPTH": 64, "STAGES": 2, "num_warps": 8}),
 )
 _SPLITS = 128  # each split has nine taps: 1152 programs, and 4.7 MB of partial sums at C = 32
 _STEPS_A_SPLIT = 8  # fewer would write more partial sums than they read
@@ -93,10 +81,14 @@ def runs_fused(n_in: int, n_out: int, kernel: int, precision: str, target: str |
     return min(n_in, n_out) >= NARROWEST and max(n_in, n_out) <= widest and target in _TARGETS
 
 
-def choose_tile(n_out: int, n_positions: int, table: tuple[tuple[int, ConvTile], ...] = TILES) -> ConvTile:
+def choose_tile(
+    n_out: int, n_positions: int, table: Sequence[tuple[int, Tile]] = TILES, parts: int = 1
+) -> dict[str, int]:
     """The tile of images of this many positions; of the weight gradient, by the wider of C_in and C_out."""
-    tile = tile_for(n_out, table)
-    return replace(tile, rows=min(tile.rows, max(power_of_two(n_positions), 16)))  # 16 rows are a dot's least
+    tile = dict(tile_for(n_out, table))
+    split_warps = tile.pop("split_warps", tile["num_warps"])
+    rows = min(tile["ROWS"], max(power_of_two(n_positions), 16))  # 16 rows are a dot's least
+    return {**tile, "ROWS": rows, "num_warps": tile["num_warps"] if parts == 1 else split_warps}
 
 
 def weight_splits(n_steps: int) -> tuple[int, int]:
@@ -112,12 +104,21 @@ def padded_group(n_channels: int, groups: int) -> int:
 
 def handed_over(n_out: int, groups: int) -> bool:
     """Whether the convolution's programs hold all channels of y's groups, so that they can sum them."""
-    return power_of_two(groups) * padded_group(n_out, groups) <= tile_for(n_out, TILES).columns
+    return power_of_two(groups) * padded_group(n_out, groups) <= tile_for(n_out, TILES)["COLUMNS"]
 
 
 def n_row_tiles(n_out: int, n_positions: int) -> int:
     """Tiles of positions per sample."""
-    return ceil_div(n_positions, choose_tile(n_out, n_positions).rows)
+    return ceil_div(n_positions, choose_tile(n_out, n_positions)["ROWS"])
+
+
+def empty_outputs(x: Tensor, weight: Tensor, residual: Tensor | None, spec: ConvSpec) -> tuple[Tensor, ...]:
+    """(y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2]) of conv2d_fused, empty."""
+    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
+    mean, rstd = (x.new_empty((x.shape[0], spec.groups), dtype=torch.float32) for _ in range(2))
+    tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
+    next_tiles = x.new_empty((x.shape[0], tiles, spec.next_groups, 2), dtype=torch.float32)
+    return with_channels(x, weight.shape[0], dtype), mean, rstd, next_tiles
 
 
 def tile_rows_of(n_tiles: int, n_positions: int) -> int:

@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv2d_configs import ConvSpec, ConvTile, choose_tile, n_row_tiles, padded_group, tile_rows_of
+from .conv2d_configs import ConvSpec, choose_tile, empty_outputs, padded_group, tile_rows_of
 from .group_statistics import group_moments, grouped_channels, launch_group_statistics, store_group_tiles
-from .launch import ceil_div, device_guard, needs_int64, with_channels
+from .launch import ceil_div, needs_int64
 from .mlp import activate, activation_form
 from .row_products import Mode, dot
 from .stack_spec import N_PARTS
@@ -145,10 +145,6 @@ def mode_of(spec: ConvSpec, dtype: torch.dtype) -> Mode:
     return Mode(N_PARTS[spec.precision], torch.float32 if spec.precision == "tf32" else spec.part_dtype)
 
 
-def warps_of(tile: ConvTile, mode: Mode) -> int:
-    return tile.num_warps if mode.parts == 1 else tile.split_warps
-
-
 def silu_form(x: Tensor, spec: ConvSpec) -> int:
     """The form of the SiLU in the prologue; -1 where there is none."""
     return activation_form(x, spec.precision) if spec.activation else -1
@@ -169,25 +165,22 @@ def apply_conv(
     if transpose:
         first_tap, strides = weight[:, :, -1:, -1:], (wc, wo, -wu, -wv)
     (height, width), n_in, n_out = x.shape[2:], x.shape[1], y.shape[1]
-    tile = choose_tile(n_out, height * width)
-    row_tiles = ceil_div(height * width, tile.rows)
+    tile = choose_tile(n_out, height * width, parts=mode.parts)
+    row_tiles = ceil_div(height * width, tile["ROWS"])
     tiles, mean, rstd = moments
     n_tiles, groups = (1, 1) if tiles is None else tiles.shape[1:3]
     next_groups = 0 if next_tiles is None else next_tiles.shape[2]
     per_group = n_out // next_groups if next_groups else 1
-    column_blocks = 1 if next_groups else ceil_div(n_out, tile.columns)
+    column_blocks = 1 if next_groups else ceil_div(n_out, tile["COLUMNS"])
     norm_weight, norm_bias = (t if t is None else t.contiguous() for t in norm)
-    given = [t for t in (x, weight, y, residual) if t is not None]
-    with device_guard(x):
-        _conv2d_fused_kernel[(x.shape[0] * row_tiles, column_blocks)](
-            x, first_tap, bias, norm_weight, norm_bias, residual, tiles, y, mean, rstd, next_tiles,
-            n_in, n_out, height, width, row_tiles, groups, n_tiles, tile_rows_of(n_tiles, height * width),
-            next_groups, weight.shape[2] ** 2, *x.stride(), *(y if residual is None else residual).stride(),
-            *y.stride(), *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], **mode.constexprs,
-            FORM=form, PER_GROUP=per_group, PADDED=padded_group(n_out, next_groups), INT64=needs_int64(*given),
-            ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, STAGES=tile.stages,
-            num_warps=warps_of(tile, mode),
-        )  # fmt: skip
+    _conv2d_fused_kernel[(x.shape[0] * row_tiles, column_blocks)](
+        x, first_tap, bias, norm_weight, norm_bias, residual, tiles, y, mean, rstd, next_tiles,
+        n_in, n_out, height, width, row_tiles, groups, n_tiles, tile_rows_of(n_tiles, height * width),
+        next_groups, weight.shape[2] ** 2, *x.stride(), *(y if residual is None else residual).stride(),
+        *y.stride(), *strides, *_bias_strides(bias), eps, alpha, KERNEL=weight.shape[2], FORM=form,
+        PER_GROUP=per_group, PADDED=padded_group(n_out, next_groups), INT64=needs_int64(x, weight, y, residual),
+        **mode.constexprs, **tile,
+    )  # fmt: skip
 
 
 def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
@@ -199,15 +192,11 @@ def _bias_strides(bias: Tensor | None) -> tuple[int, int]:
 def launch_conv2d_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: Tensor | None, tiles: Tensor | None, *constants: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
-    spec, batch, n_out = ConvSpec(*constants), x.shape[0], weight.shape[0]
-    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-    y = with_channels(x, n_out, dtype)
-    mean, rstd = (x.new_empty((batch, spec.groups), dtype=torch.float32) for _ in range(2))
-    n_tiles = n_row_tiles(n_out, x.shape[2] * x.shape[3])
-    next_tiles = x.new_empty((batch, n_tiles, spec.next_groups, 2), dtype=torch.float32)
-    if x.numel() == 0 or n_out == 0:
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(y, mean, rstd, y's tiles) as ``empty_outputs`` lays them out."""
+    spec = ConvSpec(*constants)
+    y, mean, rstd, next_tiles = empty_outputs(x, weight, residual, spec)
+    if x.numel() == 0 or weight.shape[0] == 0:
         return y, mean, rstd, next_tiles
     if spec.groups and tiles is None:
         tiles = launch_group_statistics(x, spec.groups)

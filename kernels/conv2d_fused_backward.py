@@ -24,10 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv2d_configs import WEIGHT_TILES, ConvSpec, choose_tile, weight_splits
-from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form, warps_of
+from .conv2d_fused import activated, apply_conv, mode_of, norm_of_channels, positions_of, silu_form
 from .group_norm_silu import launch_group_norm_silu_backward
-from .launch import ceil_div, device_guard, like, needs_int64
-from .row_products import Mode, dot
+from .launch import ceil_div, like, needs_int64
+from .row_products import dot
 
 
 @triton.jit(do_not_specialize=["n_steps", "steps_a_split"])
@@ -86,23 +86,20 @@ def launch_conv2d_fused_backward(
     """
     _, _, _, *constants, needs = rest
     spec = ConvSpec(*constants)
-    mode, groups = mode_of(spec, weight.dtype), spec.groups
-    dx, dweight, dbias, dnorm_weight, dnorm_bias = None, None, None, None, None
+    dx, dbias, dnorm_weight, dnorm_bias = None, None, None, None
     if needs[0] or needs[3] or needs[4]:
         dx = like(x)
         if x.numel() and weight.shape[0]:
-            apply_conv(grad, weight, dx, mode, transpose=True)
+            apply_conv(grad, weight, dx, mode_of(spec, weight.dtype), transpose=True)
         else:
             dx.zero_()
-        if groups:
+        if spec.groups:
             dx, dnorm_weight, dnorm_bias, _, _ = launch_group_norm_silu_backward(
                 x, norm_weight, norm_bias, None, None, mean, rstd, dx, None, None, *spec[:3],
                 [needs[0], needs[3], needs[4], False, False],
             )  # fmt: skip
-    if needs[1]:
-        moments = (mean, rstd) if groups else (None, None)
-        arguments = norm_weight, norm_bias, *moments
-        dweight = _weight_gradient(x, weight, grad, arguments, max(groups, 1), silu_form(x, spec), mode)
+    norm = (norm_weight, norm_bias, *((mean, rstd) if spec.groups else (None, None)))
+    dweight = _weight_gradient(x, weight, grad, norm, spec) if needs[1] else None
     if needs[2] and bias is not None:
         dbias = grad.sum((0, 2, 3) if bias.ndim == 1 else (2, 3), dtype=torch.float32).to(bias.dtype)
     dresidual = grad * spec.alpha if needs[5] else None
@@ -110,22 +107,22 @@ def launch_conv2d_fused_backward(
 
 
 def _weight_gradient(
-    x: Tensor, weight: Tensor, grad: Tensor, norm: Sequence[Tensor | None], groups: int, form: int, mode: Mode
+    x: Tensor, weight: Tensor, grad: Tensor, norm: Sequence[Tensor | None], spec: ConvSpec
 ) -> Tensor:
     """dW in weight's layout; ``norm``: w, b, mean and rstd."""
     (batch, n_in, height, width), (n_out, _, k, _) = x.shape, weight.shape
     dweight = torch.empty_like(weight)
     if x.numel() == 0 or n_out == 0:
         return dweight.zero_()
-    tile = choose_tile(max(n_in, n_out), height * width, WEIGHT_TILES)
-    row_tiles = ceil_div(height * width, tile.rows)
+    mode = mode_of(spec, weight.dtype)
+    tile = choose_tile(max(n_in, n_out), height * width, WEIGHT_TILES, mode.parts)
+    row_tiles = ceil_div(height * width, tile["ROWS"])
     splits, steps = weight_splits(batch * row_tiles)
     partial = x.new_empty((splits, k, k, n_out, n_in), dtype=torch.float32)
-    with device_guard(x):
-        _conv2d_weight_kernel[(splits * k * k, ceil_div(n_out, tile.columns), ceil_div(n_in, tile.depth))](
-            x, grad, *(t if t is None else t.contiguous() for t in norm), partial, n_in, n_out, height, width,
-            row_tiles, batch * row_tiles, steps, groups, *x.stride(), *grad.stride(), KERNEL=k, **mode.constexprs,
-            FORM=form, INT64=needs_int64(x, grad, partial), ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
-            STAGES=tile.stages, num_warps=warps_of(tile, mode),
-        )  # fmt: skip
+    grid = (splits * k * k, ceil_div(n_out, tile["COLUMNS"]), ceil_div(n_in, tile["DEPTH"]))
+    _conv2d_weight_kernel[grid](
+        x, grad, *(t if t is None else t.contiguous() for t in norm), partial, n_in, n_out, height, width,
+        row_tiles, batch * row_tiles, steps, max(spec.groups, 1), *x.stride(), *grad.stride(), KERNEL=k,
+        FORM=silu_form(x, spec), INT64=needs_int64(x, grad, partial), **mode.constexprs, **tile,
+    )  # fmt: skip
     return dweight.copy_(partial.sum(0).permute(2, 3, 0, 1))

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from .affine_coupling import load_coupled
 from .channel_mix import (
-    UNROLLED,
-    MixTile,
     column_numbers,
     column_offsets,
     column_strides,
@@ -34,17 +32,18 @@ from .channel_mix import (
     dot_chunk,
     half_precision,
     store_products,
+    tile_of,
 )
-from .launch import CouplingSpec, device_guard, positions, tile_for, with_channels
+from .launch import CouplingSpec, Tile, positions, with_channels
 
-# UNROLLED is channel_mix's: u is held as x is there. So are these, but for the columns beside 64 outputs.
+# Unrolled tiles are channel_mix's: u is held as x is there. So are these, but for the columns beside 64 outputs.
 # In half precision ptxas serialises sm_90's wgmma at 64 outputs and more (C7515: two loops add to one sum). Left:
 # at C = 128 memory takes five times as long as the products (768 bytes, 33 kFLOP per column), by data-sheet rates.
-DOTS: tuple[tuple[int, MixTile], ...] = (
-    (16, MixTile(outputs=16, columns=128, depth=16, num_warps=4)),
-    (32, MixTile(outputs=32, columns=64, depth=16, num_warps=4)),
-    (64, MixTile(outputs=64, columns=32, depth=16, num_warps=4)),  # 64 columns spill on sm_100
-    (1 << 62, MixTile(outputs=128, columns=64, depth=16, num_warps=8)),
+DOTS: tuple[tuple[int, Tile], ...] = (
+    (16, {"OUTPUTS": 16, "COLUMNS": 128, "DEPTH": 16, "num_warps": 4}),
+    (32, {"OUTPUTS": 32, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),
+    (64, {"OUTPUTS": 64, "COLUMNS": 32, "DEPTH": 16, "num_warps": 4}),  # 64 columns spill on sm_100
+    (1 << 62, {"OUTPUTS": 128, "COLUMNS": 64, "DEPTH": 16, "num_warps": 8}),
 )
 
 
@@ -140,11 +139,6 @@ def _coupling_mix_dot_kernel(
         _store_log_det(partial_ptr, sum_log_s, n_columns, INVERSE, GROUP, COLUMNS, INT64)
 
 
-def unrolls(x: Tensor, n_out: int) -> bool:
-    """Few channels along runs of positions; x [B, C, P]."""
-    return max(x.shape[1], n_out) < 16 and x.stride(1) >= column_strides(x)[2]
-
-
 def launch_coupling_mix(
     x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any
 ) -> tuple[Tensor, Tensor]:
@@ -156,10 +150,9 @@ def launch_coupling_mix(
     shift, raw = spec.shift_and_raw(positions(params))
     n_out, n_in = weight.shape
     n_positions = views.shape[2]
-    unrolled = unrolls(views, n_out)
-    tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for(n_out, DOTS)
+    unrolled, tile = tile_of(views, n_out, n_out, DOTS)
     # Columns of a tile that surely lie in one sample: a power of two that divides P.
-    group = min(n_positions & -n_positions, tile.columns)
+    group = min(n_positions & -n_positions, tile["COLUMNS"])
     partial = x.new_empty((x.shape[0], n_positions // group) if spec.log_det else (0,), dtype=torch.float32)
     bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))
     grid, sizes, options = columns_of(tile, (views, shift, y_view), (x, y, params, weight))
@@ -168,17 +161,16 @@ def launch_coupling_mix(
         spec.bound, spec.floor,
     )  # fmt: skip
     options |= {**spec.constexprs, "LOG_DET": spec.log_det, "GROUP": group, "BIAS": bias is not None}
-    with device_guard(x):
-        if unrolled:
-            _coupling_mix_unrolled_kernel[grid](
-                views, shift, raw, weight, bias_or_x, y_view, partial, *sizes,
-                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
-            )  # fmt: skip
-        else:
-            moved, kept = spec.halves(views)
-            _coupling_mix_dot_kernel[grid](
-                moved, kept, shift, raw, *spec.halves(weight), bias_or_x, y_view, partial,
-                moved.shape[1], kept.shape[1], n_out, *sizes,
-                HALF=half_precision(x, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
-            )  # fmt: skip
+    if unrolled:
+        _coupling_mix_unrolled_kernel[grid](
+            views, shift, raw, weight, bias_or_x, y_view, partial, *sizes,
+            N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
+        )  # fmt: skip
+    else:
+        moved, kept = spec.halves(views)
+        _coupling_mix_dot_kernel[grid](
+            moved, kept, shift, raw, *spec.halves(weight), bias_or_x, y_view, partial,
+            moved.shape[1], kept.shape[1], n_out, *sizes,
+            HALF=half_precision(x, weight), **options,
+        )  # fmt: skip
     return y, partial.sum(1) if spec.log_det else partial

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from .affine_coupling import launch_affine_coupling, load_coupled
 from .channel_mix import (
-    UNROLLED,
-    MixTile,
     column_numbers,
     column_offsets,
     column_strides,
@@ -35,17 +33,17 @@ from .channel_mix import (
     half_precision,
     launch_channel_mix_backward,
     load_channels,
+    tile_of,
     weighted_sum,
 )
-from .coupling_mix import unrolls
-from .launch import CouplingSpec, device_guard, like, positions, tile_for, with_channels
+from .launch import CouplingSpec, Tile, like, positions, with_channels
 from .math import couple_backward, log_scale_derivative
 
 # (widest half of C, tile): a half's outputs; both halves are summed at once, so that g is read once.
-BACKWARD_DOTS: tuple[tuple[int, MixTile], ...] = (
-    (16, MixTile(outputs=16, columns=64, depth=16, num_warps=4)),
-    (32, MixTile(outputs=32, columns=64, depth=16, num_warps=4)),
-    (64, MixTile(outputs=64, columns=64, depth=16, num_warps=8)),
+BACKWARD_DOTS: tuple[tuple[int, Tile], ...] = (
+    (16, {"OUTPUTS": 16, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),
+    (32, {"OUTPUTS": 32, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),
+    (64, {"OUTPUTS": 64, "COLUMNS": 64, "DEPTH": 16, "num_warps": 8}),
 )
 
 
@@ -188,8 +186,7 @@ def _backward(
     shift, raw = spec.shift_and_raw(positions(params))
     dshift, draw = spec.shift_and_raw(positions(dparams))
     n_out, n_in = weight.shape
-    unrolled = unrolls(x_view, n_out)
-    tile = tile_for(max(n_in, n_out), UNROLLED) if unrolled else tile_for((n_in + 1) // 2, BACKWARD_DOTS)
+    unrolled, tile = tile_of(x_view, n_out, (n_in + 1) // 2, BACKWARD_DOTS)
     h = grad if grad_log_det is None else grad_log_det
     views = (x_view, shift, g_view, d_view, dshift)
     grid, sizes, options = columns_of(tile, views, (x, params, weight, grad, dx, dparams))
@@ -198,16 +195,15 @@ def _backward(
         *column_strides(d_view), *column_strides(dshift), spec.bound, spec.floor,
     )  # fmt: skip
     options |= {**spec.constexprs, "LOG_DET": grad_log_det is not None, "KEEP_U": u is not dx}
-    with device_guard(x):
-        if unrolled:
-            _coupling_mix_backward_unrolled_kernel[grid](
-                x_view, shift, raw, weight, g_view, h, d_view, dshift, draw, u_view, *sizes,
-                N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
-            )  # fmt: skip
-            return
-        moved, kept = spec.halves(x_view)
-        _coupling_mix_backward_dot_kernel[grid](
-            moved, kept, shift, raw, *spec.halves(weight), g_view, h, *spec.halves(d_view), dshift, draw,
-            *spec.halves(u_view), moved.shape[1], kept.shape[1], n_out, *sizes,
-            HALF=half_precision(grad, weight), OUTPUTS=tile.outputs, DEPTH=tile.depth, **options,
+    if unrolled:
+        _coupling_mix_backward_unrolled_kernel[grid](
+            x_view, shift, raw, weight, g_view, h, d_view, dshift, draw, u_view, *sizes,
+            N_IN=n_in, N_OUT=n_out, MOVES_SECOND=spec.moves_second, **options,
         )  # fmt: skip
+        return
+    moved, kept = spec.halves(x_view)
+    _coupling_mix_backward_dot_kernel[grid](
+        moved, kept, shift, raw, *spec.halves(weight), g_view, h, *spec.halves(d_view), dshift, draw,
+        *spec.halves(u_view), moved.shape[1], kept.shape[1], n_out, *sizes,
+        HALF=half_precision(grad, weight), **options,
+    )  # fmt: skip

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard
+from .launch import ceil_div
 from .math import couple, log_scale
 from .mlp import activation_form, conditioner, product, split
 from .stack_configs import config_for, target_of
@@ -327,10 +327,9 @@ def launch_coupling_stack(
     if x.shape[0] == 0:
         return y, total
     options = stack_options(x, spec)
-    with device_guard(x):
-        _coupling_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](
-            x, y, total, weights, operands, map_operands, x.shape[0], *spec.sizes, spec.n_layers(weights),
-            operands.stride(0), operands.stride(1), map_operands.stride(0), x.stride(0), x.stride(1), y.stride(0),
-            spec.bound, spec.floor, INVERSE=spec.inverse, LOG_DET=spec.log_det, **options,
-        )  # fmt: skip
+    _coupling_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](
+        x, y, total, weights, operands, map_operands, x.shape[0], *spec.sizes, spec.n_layers(weights),
+        operands.stride(0), operands.stride(1), map_operands.stride(0), x.stride(0), x.stride(1), y.stride(0),
+        spec.bound, spec.floor, INVERSE=spec.inverse, LOG_DET=spec.log_det, **options,
+    )  # fmt: skip
     return y, total

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .coupling_stack import launch_coupling_stack
-from .launch import ceil_div, device_guard
+from .launch import ceil_div
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 from .mlp import EXACT, activate, activation_derivative
 from .row_products import ADD, MULTIPLY, Mode, launch_linear, launch_outer, n_splits, rows_product, tile_for
@@ -93,24 +93,15 @@ class StackPass:
         return min(ROWS_AT_A_TIME, max(_FEWEST_ROWS, SCRATCH_BYTES // bytes_per_row))
 
 
-@dataclass
 class Scratch:
     """One layer's h_i, act'_i (then d_i) and d_n, and the partial sums of a row of the weights."""
 
-    h: list[Tensor]
-    slopes: list[Tensor]
-    d: Tensor
-    partials: Tensor
-
-    @classmethod
-    def of(cls, z: Tensor, stack: StackPass) -> Scratch:
+    def __init__(self, z: Tensor, stack: StackPass) -> None:
         rows, (*hidden, n_out) = z.shape[0], stack.spec.widths[1:]
-        return cls(
-            [z.new_empty(rows, n, dtype=stack.hidden_dtype) for n in hidden],
-            [z.new_empty(rows, n) for n in hidden],
-            z.new_empty(rows, n_out),
-            z.new_empty(n_splits(rows), stack.spec.row_size),
-        )
+        self.h = [z.new_empty(rows, n, dtype=stack.hidden_dtype) for n in hidden]
+        self.slopes = [z.new_empty(rows, n) for n in hidden]
+        self.d = z.new_empty(rows, n_out)
+        self.partials = z.new_empty(n_splits(rows), stack.spec.row_size)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -220,9 +211,7 @@ def _apply_map(stack: StackPass, z: Tensor, row: int) -> Tensor:
     _, _, matrix, bias = stack.spec.unpack(stack.weights[row])
     if stack.spec.maps != DENSE:
         return torch.addcmul(bias, z, matrix)
-    out = torch.empty_like(z)
-    launch_linear(z, matrix.mT, out, stack.map_mode, bias)
-    return out
+    return launch_linear(z, matrix.mT, torch.empty_like(z), stack.map_mode, bias)
 
 
 def _map_backward(
@@ -239,11 +228,7 @@ def _map_backward(
         dweights[row, at:] += torch.cat(((g * z).sum(0), g.sum(0)))
     if not needs_before:
         return g
-    if not dense:
-        return g * matrix
-    before = torch.empty_like(g)
-    launch_linear(g, matrix, before, stack.map_mode)
-    return before
+    return launch_linear(g, matrix, torch.empty_like(g), stack.map_mode) if dense else g * matrix
 
 
 def _recompute(
@@ -286,8 +271,7 @@ def _coupling_backward(
         if dweights is not None:
             launch_outer(d, inputs[i], scratch.partials, w_at, b_at, mode)
         if i:
-            launch_linear(d, matrices[i], scratch.slopes[i - 1], mode, combine=MULTIPLY)
-            d = scratch.slopes[i - 1]
+            d = launch_linear(d, matrices[i], scratch.slopes[i - 1], mode, combine=MULTIPLY)
         elif needs_kept:
             launch_linear(d, matrices[i], g_kept, mode, combine=ADD)
     if dweights is not None:
@@ -299,7 +283,7 @@ def _run_of_rows(
     stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, dweights: Tensor | None, needs_x: bool
 ) -> Tensor:
     """dL/dz [R, 2 P]; g is overwritten. Where it is not needed, what only it needs is left out."""
-    scratch = Scratch.of(z, stack)
+    scratch = Scratch(z, stack)
     inputs = _inputs(stack, z)
     for i, (layer, row) in reversed(list(enumerate(stack.spec.steps(stack.weights)))):
         if layer is None:
@@ -319,11 +303,10 @@ def launch_coupling_stack_backward(
     stack = StackPass(weights, operands, spec, x.is_cuda)
     dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights) if needs_weights else None
     step = stack.rows_at_a_time()
-    with device_guard(x):
-        for start in range(0, x.shape[0], step):
-            run = slice(start, start + step)
-            z = spec.pad(x[run].to(weights.dtype))
-            g = torch.zeros_like(z) if grad is None else spec.pad(grad[run].to(weights.dtype))
-            log_det = None if grad_log_det is None else grad_log_det[run]
-            dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights, needs_x))
+    for start in range(0, x.shape[0], step):
+        run = slice(start, start + step)
+        z = spec.pad(x[run].to(weights.dtype))
+        g = torch.zeros_like(z) if grad is None else spec.pad(grad[run].to(weights.dtype))
+        log_det = None if grad_log_det is None else grad_log_det[run]
+        dx[run] = spec.unpad(_run_of_rows(stack, z, g, log_det, dweights, needs_x))
     return dx if needs_x else None, dweights, None, None

@@ -26,21 +26,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Tile, ceil_div, device_guard, needs_int64, power_of_two
+from .launch import Tile, ceil_div, needs_int64, power_of_two
 
 # (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 per thread:
 # the taps' loads of a row overlap, and 8 accumulators leave the registers free.
 TILES: dict[bool, Tile] = {
-    False: Tile(rows=1, columns=1024, num_warps=4),  # NCHW: pixels of one channel
-    True: Tile(rows=32, columns=32, num_warps=4),  # channels_last: 32 channels are one 128-byte line
+    False: {"CHANNELS": 1, "PIXELS": 1024, "num_warps": 4},  # NCHW: pixels of one channel
+    True: {"CHANNELS": 32, "PIXELS": 32, "num_warps": 4},  # channels_last: 32 channels are one 128-byte line
 }
 
 
-def choose_tile(channels: int, pixels: int, channels_inner: bool) -> Tile:
-    """The tile for images of this many channels and pixels."""
-    tile = TILES[channels_inner]
-    rows = min(tile.rows, power_of_two(channels))
-    return Tile(rows, min(tile.columns, max(power_of_two(pixels), 16)), tile.num_warps)
+def choose_tile(x: Tensor) -> tuple[Tile, int]:
+    """(the tile for images laid out as x, blocks of channels per sample)."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    fewer = {"CHANNELS": power_of_two(channels), "PIXELS": max(power_of_two(pixels), 16)}
+    tile = {name: min(size, fewer.get(name, size)) for name, size in TILES[x.stride(1) < x.stride(3)].items()}
+    return tile, ceil_div(channels, tile["CHANNELS"])
 
 
 @triton.jit
@@ -132,14 +133,12 @@ def launch_depthwise_conv(x: Tensor, weight: Tensor, transpose: bool, like: Tens
         return y
     batch, channels, height, width = x.shape
     kh, kw = weight.shape[-2:]
-    tile = choose_tile(channels, height * width, y.stride(1) < y.stride(3))
-    n_blocks = ceil_div(channels, tile.rows)
-    with device_guard(x):
-        _depthwise_conv_kernel[(batch * n_blocks * ceil_div(height * width, tile.columns),)](
-            x, weight, y, n_blocks, channels, height, width, kh,
-            *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
-            INT64=needs_int64(x, weight, y), CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
-        )  # fmt: skip
+    tile, n_blocks = choose_tile(y)
+    _depthwise_conv_kernel[(batch * n_blocks * ceil_div(height * width, tile["PIXELS"]),)](
+        x, weight, y, n_blocks, channels, height, width, kh,
+        *x.stride(), *y.stride(), *_weight_strides(weight), KW=kw, TRANSPOSE=transpose,
+        INT64=needs_int64(x, weight, y), **tile,
+    )  # fmt: skip
     return y
 
 
@@ -157,12 +156,9 @@ def _weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, transpose: bool) -
     if x.numel() == 0:
         return weight.new_zeros(weight.shape)
     partial = x.new_empty((batch, channels, kh, kw), dtype=torch.float32)
-    tile = choose_tile(channels, height * width, x.stride(1) < x.stride(3))
-    n_blocks = ceil_div(channels, tile.rows)
-    with device_guard(x):
-        _depthwise_conv_weight_kernel[(batch * n_blocks, kh * kw)](
-            x, grad, partial, n_blocks, channels, height, width, *x.stride(), *grad.stride(),
-            KH=kh, KW=kw, TRANSPOSE=transpose, INT64=needs_int64(x, grad),
-            CHANNELS=tile.rows, PIXELS=tile.columns, num_warps=tile.num_warps,
-        )  # fmt: skip
+    tile, n_blocks = choose_tile(x)
+    _depthwise_conv_weight_kernel[(batch * n_blocks, kh * kw)](
+        x, grad, partial, n_blocks, channels, height, width, *x.stride(), *grad.stride(),
+        KH=kh, KW=kw, TRANSPOSE=transpose, INT64=needs_int64(x, grad), **tile,
+    )  # fmt: skip
     return (partial if weight.ndim == 4 else partial.sum(0)).to(weight.dtype)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNFUSED, Tile, device_guard, needs_int64, positions, power_of_two
+from .launch import UNFUSED, needs_int64, positions, power_of_two
 from .math import sigmoid
 
 # (elements of a tile, warps), smallest first. A group takes the first that holds all of it, or
@@ -40,17 +40,6 @@ BUDGETS: tuple[tuple[int, int], ...] = (
 )
 # The backward holds x and the gradient: half as many elements per thread.
 BACKWARD_BUDGETS: tuple[tuple[int, int], ...] = ((1024, 4), (4096, 8), (8192, 16))
-
-
-def choose_tile(budgets: tuple[tuple[int, int], ...], channels: int, count: int, channels_inner: bool) -> Tile:
-    """(channels, positions) of a tile for groups of channels x count."""
-    rows, columns = power_of_two(channels), power_of_two(count)
-    elements, warps = next((b for b in budgets if rows * columns <= b[0]), budgets[-1])
-    if channels_inner:
-        rows = min(rows, elements)
-        return Tile(rows, min(columns, elements // rows), warps)
-    columns = min(columns, elements)
-    return Tile(min(rows, elements // columns), columns, warps)
 
 
 @triton.jit
@@ -243,23 +232,28 @@ def _group_norm_silu_backward_kernel(
                 tl.store(dx_ptr + c * stride_dc + p * stride_dp, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _parameters(*parameters: Tensor | None) -> tuple[list[Tensor | None], list[Tensor], tuple[int, int]]:
-    """weight and bias with stride 1, scale and shift with equal strides; those that are given; these strides."""
+def _parameters(*parameters: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
+    """(weight and bias with stride 1, scale and shift with equal strides; these strides)."""
     weight, bias, scale, shift = (t if t is None or t.ndim == 2 else t.contiguous() for t in parameters)
     if scale is not None and shift is not None and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
     strided = shift if scale is None else scale
-    every = [weight, bias, scale, shift]
-    return every, [t for t in every if t is not None], (0, 0) if strided is None else strided.stride()  # type: ignore
+    return (weight, bias, scale, shift), (0, 0) if strided is None else strided.stride()
 
 
 def _shape(x: Tensor, groups: int, budgets: tuple[tuple[int, int], ...]) -> dict[str, int]:
-    """The constants of a launch on groups of x [B, C, P]."""
+    """The constants of a launch on groups of x [B, C, P]: a tile of channels by positions, and what it holds."""
     per_group, count = x.shape[1] // groups, x.shape[2]
-    tile = choose_tile(budgets, per_group, count, x.stride(1) < x.stride(2) or count == 1)
-    one_tile = tile.rows >= per_group and tile.columns >= count
-    sizes = {"CHANNELS": tile.rows, "POSITIONS": tile.columns, "num_warps": tile.num_warps}
-    return {"ONE_TILE": one_tile, "PER_GROUP": per_group, **sizes}
+    rows, columns = power_of_two(per_group), power_of_two(count)
+    elements, warps = next((b for b in budgets if rows * columns <= b[0]), budgets[-1])
+    if x.stride(1) < x.stride(2) or count == 1:  # channels innermost
+        rows = min(rows, elements)
+        columns = min(columns, elements // rows)
+    else:
+        columns = min(columns, elements)
+        rows = min(rows, elements // columns)
+    sizes = {"PER_GROUP": per_group, "CHANNELS": rows, "POSITIONS": columns, "num_warps": warps}
+    return {"ONE_TILE": rows >= per_group and columns >= count, **sizes}
 
 
 def launch_group_norm_silu(
@@ -272,13 +266,12 @@ def launch_group_norm_silu(
     mean, rstd = (x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2))
     if x.numel() == 0:
         return y.view(x.shape), mean, rstd
-    parameters, given, strides = _parameters(weight, bias, scale, shift)
-    with device_guard(x):
-        _group_norm_silu_kernel[(x.shape[0] * groups,)](
-            view, *parameters, y, mean, rstd, groups, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
-            ACTIVATION=activation, INT64=needs_int64(view, y, *given),
-            **_shape(view, groups, BUDGETS), **UNFUSED,
-        )  # fmt: skip
+    parameters, strides = _parameters(weight, bias, scale, shift)
+    _group_norm_silu_kernel[(x.shape[0] * groups,)](
+        view, *parameters, y, mean, rstd, groups, view.shape[2], *view.stride(), *y.stride(), *strides, eps,
+        ACTIVATION=activation, INT64=needs_int64(view, y, *parameters),
+        **_shape(view, groups, BUDGETS), **UNFUSED,
+    )  # fmt: skip
     return y.view(x.shape), mean, rstd
 
 
@@ -297,15 +290,14 @@ def launch_group_norm_silu_backward(
     sums = x.new_zeros if x.numel() == 0 else x.new_empty
     s1, s2 = (sums(x.shape[:2], dtype=torch.float32) for _ in range(2))
     if x.numel() > 0:
-        parameters, given, strides = _parameters(weight, bias, scale, shift)
-        with device_guard(x):
-            _group_norm_silu_backward_kernel[(x.shape[0] * groups,)](
-                view, *parameters, mean, rstd, g, dx, s1, s2, groups, view.shape[2],
-                *view.stride(), *g.stride(), *dx.stride(), *strides,
-                ACTIVATION=activation, SUMS=any(needs[1:]), INPUT=needs[0],
-                INT64=needs_int64(view, g, dx, *given), **_shape(view, groups, BACKWARD_BUDGETS),
-                **UNFUSED,
-            )  # fmt: skip
+        parameters, strides = _parameters(weight, bias, scale, shift)
+        _group_norm_silu_backward_kernel[(x.shape[0] * groups,)](
+            view, *parameters, mean, rstd, g, dx, s1, s2, groups, view.shape[2],
+            *view.stride(), *g.stride(), *dx.stride(), *strides,
+            ACTIVATION=activation, SUMS=any(needs[1:]), INPUT=needs[0],
+            INT64=needs_int64(view, g, dx, *parameters), **_shape(view, groups, BACKWARD_BUDGETS),
+            **UNFUSED,
+        )  # fmt: skip
     gradients = _parameter_gradients(s1, s2, (weight, bias, scale, shift), needs)
     return (dx.view(x.shape) if needs[0] else None, *gradients)
 

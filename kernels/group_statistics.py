@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv2d_configs import padded_group
-from .launch import ceil_div, device_guard, needs_int64, power_of_two
+from .launch import ceil_div, needs_int64, power_of_two
 
 # Elements and warps per tile: 32 elements per thread, and at least one group of columns.
 _ELEMENTS, _WARPS = 8192, 8
@@ -108,9 +108,8 @@ def launch_group_statistics(x: Tensor, groups: int) -> Tensor:
     rows = min(max(_ELEMENTS // columns, 1), power_of_two(height * width))
     n_tiles = ceil_div(height * width, rows)
     tiles = x.new_empty((batch, n_tiles, groups, 2), dtype=torch.float32)
-    with device_guard(x):
-        _group_statistics_kernel[(batch * n_tiles, ceil_div(groups, columns // padded))](
-            x, tiles, groups, height * width, width, n_tiles, *x.stride(), INT64=needs_int64(x), ROWS=rows,
-            COLUMNS=columns, PER_GROUP=channels // groups, PADDED=padded, num_warps=_WARPS,
-        )  # fmt: skip
+    _group_statistics_kernel[(batch * n_tiles, ceil_div(groups, columns // padded))](
+        x, tiles, groups, height * width, width, n_tiles, *x.stride(), INT64=needs_int64(x), ROWS=rows,
+        COLUMNS=columns, PER_GROUP=channels // groups, PADDED=padded, num_warps=_WARPS,
+    )  # fmt: skip
     return tiles

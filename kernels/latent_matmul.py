@@ -20,34 +20,21 @@ and bf16 run on the matrix units with fp32 sums. An index outside [0, K) gives t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard, needs_int64, tile_for
+from .launch import Tile, ceil_div, needs_int64, tile_for
 
-
-@dataclass(frozen=True)
-class BankTile:
-    """Rows of z by columns of y, ``inner`` summed per step; the warps."""
-
-    rows: int
-    columns: int
-    inner: int
-    num_warps: int
-
-
-# (largest mean number of rows per operator, tile).
-TILES: tuple[tuple[int, BankTile], ...] = (
-    (16, BankTile(rows=16, columns=64, inner=64, num_warps=4)),  # bound by reading A: no wasted rows
+# (largest mean number of rows per operator, tile): ROWS of z by COLUMNS of y, INNER summed per step.
+TILES: tuple[tuple[int, Tile], ...] = (
+    (16, {"ROWS": 16, "COLUMNS": 64, "INNER": 64, "num_warps": 4}),  # bound by reading A: no wasted rows
     # wgmma's 64 rows. 16 sums per thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes).
-    (1 << 62, BankTile(rows=64, columns=64, inner=32, num_warps=8)),
+    (1 << 62, {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}),
 )
-# dA: n_out by n_in, ``inner`` rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
-GRADIENT_TILE = BankTile(rows=64, columns=64, inner=32, num_warps=8)
+# dA: n_out by n_in, INNER rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
+GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}
 RUN = tl.constexpr(8)
 
 
@@ -157,19 +144,17 @@ def _bank_gradient_kernel(
     tl.store(da_ptr + at, total.to(da_ptr.dtype.element_ty), mask=wanted)
 
 
-@dataclass(frozen=True)
 class _Rows:
-    """The rows sorted by operator, all on the device; those with an index outside the bank come last, as K."""
+    """The rows sorted by operator, all on the device; those with an index outside the bank come last, as K.
 
-    order: Tensor  # [B] the rows
-    start: Tensor  # [K + 2] where each operator's begin
+    ``order`` [B] holds the rows and ``start`` [K + 2] where each operator's begin.
+    """
 
-    @classmethod
-    def sort(cls, index: Tensor, n_operators: int) -> _Rows:
+    def __init__(self, index: Tensor, n_operators: int) -> None:
         _check_index(index, n_operators)
         key = torch.where((index < 0) | (index >= n_operators), n_operators, index)
-        key, order = key.sort(stable=True)
-        return cls(order, torch.searchsorted(key, torch.arange(n_operators + 2, device=index.device)))
+        key, self.order = key.sort(stable=True)
+        self.start = torch.searchsorted(key, torch.arange(n_operators + 2, device=index.device))
 
     def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
         """(the number of tiles up to and including each operator's, each tile's operator; K + 1 past the last)."""
@@ -195,15 +180,13 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
     if n_operators == 0:
         return y.fill_(float("nan"))
     tile = tile_for(ceil_div(batch, max(n_operators, 1)), TILES)
-    last_tile, operator = rows.tiles(tile.rows)
-    with device_guard(z):
-        _bank_kernel[(operator.shape[0], ceil_div(n_out, tile.columns))](
-            z, A, z if bias is None else bias, y, rows.order, rows.start, last_tile, operator,
-            n_operators, n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0),
-            1 if bias is None else bias.stride(0),
-            ADD_Z=alpha != 0.0, BIAS=bias is not None, INT64=needs_int64(z[0], A[0]),
-            ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
-        )  # fmt: skip
+    last_tile, operator = rows.tiles(tile["ROWS"])
+    _bank_kernel[(operator.shape[0], ceil_div(n_out, tile["COLUMNS"]))](
+        z, A, z if bias is None else bias, y, rows.order, rows.start, last_tile, operator,
+        n_operators, n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0),
+        1 if bias is None else bias.stride(0),
+        ADD_Z=alpha != 0.0, BIAS=bias is not None, INT64=needs_int64(z[0], A[0]), **tile,
+    )  # fmt: skip
     return y
 
 
@@ -211,7 +194,7 @@ def launch_latent_matmul(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | Non
     """y [B, n_out]."""
     if z.shape[0] == 0 or A.shape[1] == 0:
         return z.new_empty((z.shape[0], A.shape[1]))
-    return _product(z, A, _Rows.sort(index, A.shape[0]), bias, alpha)
+    return _product(z, A, _Rows(index, A.shape[0]), bias, alpha)
 
 
 def launch_latent_matmul_backward(
@@ -222,7 +205,7 @@ def launch_latent_matmul_backward(
     dbias = grad.sum(0) if needs[3] else None
     if z.numel() == 0 or grad.numel() == 0 or A.shape[0] == 0:
         return z.new_zeros(z.shape) if needs[0] else None, A.new_zeros(A.shape) if needs[1] else None, None, dbias
-    rows = _Rows.sort(index, A.shape[0])
+    rows = _Rows(index, A.shape[0])
     dz = _product(grad, A.mT, rows, None, alpha) if needs[0] else None
     return dz, _gradient(z, A, rows, grad) if needs[1] else None, None, dbias
 
@@ -230,10 +213,8 @@ def launch_latent_matmul_backward(
 def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor) -> Tensor:
     (n_operators, n_out, n_in), tile = A.shape, GRADIENT_TILE
     dA = A.new_empty(A.shape)
-    with device_guard(z):
-        _bank_gradient_kernel[(n_operators, ceil_div(n_out, tile.rows), ceil_div(n_in, tile.columns))](
-            z, grad, dA, rows.order, rows.start, n_out, n_in, *z.stride(), *grad.stride(),
-            INT64=needs_int64(z[0], grad[0], dA[0]),
-            ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, num_warps=tile.num_warps,
-        )  # fmt: skip
+    _bank_gradient_kernel[(n_operators, ceil_div(n_out, tile["ROWS"]), ceil_div(n_in, tile["COLUMNS"]))](
+        z, grad, dA, rows.order, rows.start, n_out, n_in, *z.stride(), *grad.stride(),
+        INT64=needs_int64(z[0], grad[0], dA[0]), **tile,
+    )  # fmt: skip
     return dA

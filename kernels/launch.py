@@ -1,4 +1,4 @@
-"""What every launcher shares: views, tiles, offsets, the device guard.
+"""What every launcher shares: views, tiles, offsets.
 
 An op sees a tensor as [batch, channel, position] with three strides: a vector has one position, and NCHW and
 channels_last differ in strides only. Importing this module, or any kernel, asks nothing of a driver.
@@ -6,28 +6,18 @@ channels_last differ in strides only. Importing this module, or any kernel, asks
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 _INT32_ELEMENTS = 2**31
-_Tile = TypeVar("_Tile")
+Tile = Mapping[str, int]  # the sizes of a program's tile, which are constants of its kernel, and num_warps
 # For kernels that store sums of products over lanes. In a fused a b + (another lane's product) a lane rounds the
 # other's product and not its own, so that lanes differ in the last bit, and which is stored is not defined.
 UNFUSED = {"enable_fp_fusion": False}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A two-dimensional tile: rows by columns, both powers of two, and its warps."""
-
-    rows: int
-    columns: int
-    num_warps: int
 
 
 class CouplingSpec(NamedTuple):
@@ -125,16 +115,16 @@ def with_channels(x: Tensor, channels: int, dtype: torch.dtype | None = None) ->
     return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype)
 
 
-def needs_int64(*tensors: Tensor) -> bool:
+def needs_int64(*tensors: Tensor | None) -> bool:
     """Whether an element of one of them lies 2^31 or more elements from its first."""
-    return any(_extent(tensor) >= _INT32_ELEMENTS for tensor in tensors)
+    return any(tensor is not None and _extent(tensor) >= _INT32_ELEMENTS for tensor in tensors)
 
 
 def _extent(tensor: Tensor) -> int:
     return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def tile_for(size: int, table: Sequence[tuple[int, _Tile]]) -> _Tile:
+def tile_for(size: int, table: Sequence[tuple[int, Tile]]) -> Tile:
     """The first tile of a table of (largest size, tile) that is for this size."""
     return next(tile for largest, tile in table if size <= largest)
 
@@ -147,8 +137,3 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least n, and at least 1."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def device_guard(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A block whose launches go to x's GPU, not to the current one; an empty block for a CPU."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

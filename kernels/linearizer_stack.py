@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .coupling_stack import apply_map, launch_coupling_stack, load_halves, run_layers, stack_options, store_halves
 from .coupling_stack_backward import launch_coupling_stack_backward
-from .launch import ceil_div, device_guard
+from .launch import ceil_div
 from .stack_spec import specs_of
 
 
@@ -108,14 +108,13 @@ def launch_linearizer_stack(x: Tensor, *arguments: Any) -> Tensor:
     if x.shape[0] == 0:
         return y
     options = stack_options(x, spec_x, spec_y)
-    with device_guard(x):
-        _linearizer_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](
-            x, y, *tensors, x.shape[0], *spec_x.sizes, spec_x.n_layers(weights_x), spec_y.n_layers(weights_y),
-            operands_x.stride(0), operands_x.stride(1), map_operands_x.stride(0), core_operands.stride(0),
-            operands_y.stride(0), operands_y.stride(1), map_operands_y.stride(0),
-            x.stride(0), x.stride(1), y.stride(0), spec_x.bound, spec_x.floor, spec_y.bound, spec_y.floor,
-            DENSE=core_operands.numel() > 0, **options,
-        )  # fmt: skip
+    _linearizer_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](
+        x, y, *tensors, x.shape[0], *spec_x.sizes, spec_x.n_layers(weights_x), spec_y.n_layers(weights_y),
+        operands_x.stride(0), operands_x.stride(1), map_operands_x.stride(0), core_operands.stride(0),
+        operands_y.stride(0), operands_y.stride(1), map_operands_y.stride(0),
+        x.stride(0), x.stride(1), y.stride(0), spec_x.bound, spec_x.floor, spec_y.bound, spec_y.floor,
+        DENSE=core_operands.numel() > 0, **options,
+    )  # fmt: skip
     return y
 
 

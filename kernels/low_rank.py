@@ -20,33 +20,21 @@ linfast.ops.low_rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import UNFUSED, ceil_div, device_guard, needs_int64, power_of_two, tile_for
+from .launch import UNFUSED, Tile, ceil_div, needs_int64, power_of_two, tile_for
 
-
-@dataclass(frozen=True)
-class LowRankTile:
-    """Rows of a factor by columns of it (both powers of two), and the warps."""
-
-    rows: int
-    ranks: int
-    num_warps: int
-
-
-# (largest rank, tile). 2048 elements over 128 threads are 16 per thread: four 16-byte loads in
+# (largest rank, tile of a factor). 2048 elements over 128 threads are 16 per thread: four 16-byte loads in
 # flight and no spill in the backward, which holds four tiles; a higher rank is a loop over 64.
-TILES: tuple[tuple[int, LowRankTile], ...] = (
-    (4, LowRankTile(rows=512, ranks=4, num_warps=4)),
-    (8, LowRankTile(rows=256, ranks=8, num_warps=4)),
-    (16, LowRankTile(rows=128, ranks=16, num_warps=4)),
-    (32, LowRankTile(rows=64, ranks=32, num_warps=4)),
-    (1 << 62, LowRankTile(rows=32, ranks=64, num_warps=4)),
+TILES: tuple[tuple[int, Tile], ...] = (
+    (4, {"ROWS": 512, "RANKS": 4, "num_warps": 4}),
+    (8, {"ROWS": 256, "RANKS": 8, "num_warps": 4}),
+    (16, {"ROWS": 128, "RANKS": 16, "num_warps": 4}),
+    (32, {"ROWS": 64, "RANKS": 32, "num_warps": 4}),
+    (1 << 62, {"ROWS": 32, "RANKS": 64, "num_warps": 4}),
 )
 # Enough programs at batch 2 and N = 12288, few enough that adding the partials up costs nothing.
 MAX_SPLITS = 32
@@ -232,27 +220,26 @@ def _low_rank_backward_kernel(
         tl.store(dx_ptr + b * n_in + n, dx.to(dx_ptr.dtype.element_ty), mask=of_x)
 
 
-def _per_sample(factor: Tensor, batch: int) -> tuple[Tensor, bool]:
-    """(the factor as [B, N, r], shared ones with stride 0; whether its rows are r apart)."""
+def _per_sample(factor: Tensor, batch: int) -> tuple[Tensor, dict[str, int]]:
+    """(the factor as [B, N, r], shared ones with stride 0; the constants of kernels that read it)."""
     factor = factor if factor.ndim == 3 else factor.expand(batch, *factor.shape)
     rank = factor.shape[2]
-    return factor, factor.stride(1) == rank and (factor.stride(2) == 1 or rank == 1)
+    dense = factor.stride(1) == rank and (factor.stride(2) == 1 or rank == 1)
+    return factor, {"RANK": rank, "DENSE": dense, **tile_for(rank, TILES)}
 
 
 def _project(x: Tensor, factor: Tensor, extra: Tensor | None = None) -> Tensor:
     """Partials [B, splits, r] fp32 of factor^T x, and ``extra`` [B, r] as one more of them."""
     (batch, n_features), rank = x.shape, factor.shape[-1]
-    tile, (factor, dense) = tile_for(rank, TILES), _per_sample(factor, batch)
-    split_rows = tile.rows * max(1, ceil_div(ceil_div(n_features, tile.rows), MAX_SPLITS))
+    factor, options = _per_sample(factor, batch)
+    split_rows = options["ROWS"] * max(1, ceil_div(ceil_div(n_features, options["ROWS"]), MAX_SPLITS))
     splits = ceil_div(n_features, split_rows)
     total = splits + (extra is not None)
     partial = x.new_empty((batch, total, rank), dtype=torch.float32)
-    with device_guard(x):
-        _project_kernel[(batch, splits, ceil_div(rank, tile.ranks))](
-            x, factor, partial, n_features, total, split_rows, *x.stride(), *factor.stride(),
-            RANK=rank, DENSE=dense, INT64=needs_int64(x[0], factor[0]),
-            ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
-        )  # fmt: skip
+    _project_kernel[(batch, splits, ceil_div(rank, options["RANKS"]))](
+        x, factor, partial, n_features, total, split_rows, *x.stride(), *factor.stride(),
+        INT64=needs_int64(x[0], factor[0]), **options,
+    )  # fmt: skip
     if extra is not None:
         partial[:, splits] = extra
     return partial
@@ -265,16 +252,14 @@ def launch_low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float) -> tuple[Tens
     t = x.new_empty((batch, rank), dtype=torch.float32)
     if y.numel() == 0 or x.shape[1] == 0 or rank == 0:
         return y.copy_(alpha * x) if alpha else y.zero_(), t.zero_()
-    tile, (factor, dense), partial = tile_for(rank, TILES), _per_sample(U, batch), _project(x, V)
-    n_tiles = ceil_div(n_out, tile.rows)
-    with device_guard(x):
-        _expand_kernel[(batch * n_tiles,)](
-            x, factor, partial, y, t, n_tiles, n_out, partial.shape[1], alpha,
-            *x.stride(), *factor.stride(), *y.stride(),
-            RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0, DENSE=dense,
-            INT64=needs_int64(x[0], factor[0]), ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps,
-            **UNFUSED,
-        )  # fmt: skip
+    (factor, options), partial = _per_sample(U, batch), _project(x, V)
+    n_tiles = ceil_div(n_out, options["ROWS"])
+    _expand_kernel[(batch * n_tiles,)](
+        x, factor, partial, y, t, n_tiles, n_out, partial.shape[1], alpha,
+        *x.stride(), *factor.stride(), *y.stride(),
+        SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0, INT64=needs_int64(x[0], factor[0]),
+        **options, **UNFUSED,
+    )  # fmt: skip
     return y, t
 
 
@@ -301,15 +286,12 @@ def launch_low_rank_backward(
         need_v = False
     if not (need_x or need_u or need_v):
         return dx, dU, dV
-    tile, (factor, dense) = tile_for(rank, TILES), _per_sample(V, batch)
-    n_tiles = ceil_div(max(n_in, n_out), tile.rows)
-    with device_guard(x):
-        _low_rank_backward_kernel[(batch * n_tiles,)](
-            x, factor, t, partial, grad, dx, dU, dV, n_tiles, n_in, n_out, partial.shape[1], alpha,
-            *x.stride(), *factor.stride(), *t.stride(), *grad.stride(),
-            RANK=rank, SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0,
-            NEED_X=need_x, NEED_U=need_u, NEED_V=need_v, DENSE=dense,
-            INT64=needs_int64(x[0], factor[0], grad[0]) or max(n_in, n_out) * rank >= 2**31,
-            ROWS=tile.rows, RANKS=tile.ranks, num_warps=tile.num_warps, **UNFUSED,
-        )  # fmt: skip
+    factor, options = _per_sample(V, batch)
+    n_tiles = ceil_div(max(n_in, n_out), options["ROWS"])
+    _low_rank_backward_kernel[(batch * n_tiles,)](
+        x, factor, t, partial, grad, dx, dU, dV, n_tiles, n_in, n_out, partial.shape[1], alpha,
+        *x.stride(), *factor.stride(), *t.stride(), *grad.stride(),
+        SPLITS=power_of_two(partial.shape[1]), ADD_X=alpha != 0.0, NEED_X=need_x, NEED_U=need_u, NEED_V=need_v,
+        INT64=needs_int64(x[0], factor[0], grad[0]) or max(n_in, n_out) * rank >= 2**31, **options, **UNFUSED,
+    )  # fmt: skip
     return dx, dU, dV

@@ -36,18 +36,8 @@ _ADD = tl.constexpr(ADD)
 _MULTIPLY = tl.constexpr(MULTIPLY)
 
 
-@dataclass(frozen=True)
-class ProductTile:
-    """Rows and columns per program, the depth of a step, how far its loads run ahead, warps."""
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-    num_warps: int
-
-
-TILE = ProductTile(rows=64, columns=64, depth=32, stages=2, num_warps=8)
+# Per program; the depth of a step, and how far its loads run ahead.
+TILE = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
 
 # Rows that a split of d^T x sums at least, and splits at most: 32 of them fill a GPU's processors
 # with the four tiles of [128, 128], and cost 4 MB of partial sums at D = 64, H = 128.
@@ -179,16 +169,13 @@ def _outer_kernel(
 
 def tile_for(n_inner: int, n_columns: int) -> dict[str, int]:
     """TILE for x W with W [n_inner, n_columns], powers of two of at least 16."""
-    return {
-        "ROWS": TILE.rows, "COLUMNS": min(TILE.columns, n_columns), "DEPTH": min(TILE.depth, n_inner),
-        "STAGES": TILE.stages, "num_warps": TILE.num_warps,
-    }  # fmt: skip
+    return {**TILE, "COLUMNS": min(TILE["COLUMNS"], n_columns), "DEPTH": min(TILE["DEPTH"], n_inner)}
 
 
 def launch_linear(
     x: Tensor, w: Tensor, out: Tensor, mode: Mode, bias: Tensor | None = None, combine: int = SET
-) -> None:
-    """out <- x w + bias, or out + that, or out times that.
+) -> Tensor:
+    """out, which becomes x w + bias, or out + that, or out times that.
 
     x [B, K] and out [B, N] fp32 in rows without gaps between columns; w [K, N] in any strides.
     """
@@ -197,12 +184,13 @@ def launch_linear(
         x, w, out if bias is None else bias, out, x.shape[0], w.shape[0], x.stride(0), *w.stride(), out.stride(0),
         BIAS=bias is not None, COMBINE=combine, **mode.constexprs, **tile,
     )  # fmt: skip
+    return out
 
 
 def launch_outer(d: Tensor, x: Tensor, partials: Tensor, at: int, bias_at: int, mode: Mode) -> None:
     """Of the s-th run of rows, partials[s, at:] <- d^T x, row by row; partials[s, bias_at:] <- d's column sums."""
-    tile = tile_for(TILE.depth, x.shape[1]) | {"ROWS": min(TILE.rows, d.shape[1])}
-    rows_a_split = ceil_div(ceil_div(x.shape[0], partials.shape[0]), TILE.depth) * TILE.depth
+    tile = tile_for(TILE["DEPTH"], x.shape[1]) | {"ROWS": min(TILE["ROWS"], d.shape[1])}
+    rows_a_split = ceil_div(ceil_div(x.shape[0], partials.shape[0]), TILE["DEPTH"]) * TILE["DEPTH"]
     grid = d.shape[1] // tile["ROWS"], x.shape[1] // tile["COLUMNS"], partials.shape[0]
     _outer_kernel[grid](
         d, x, partials[:, at:], partials[:, bias_at:], x.shape[0], rows_a_split, x.shape[1], d.stride(0),

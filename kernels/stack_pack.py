@@ -10,14 +10,12 @@ and 2 per part; all of it fits an L2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceil_div, device_guard
+from .launch import ceil_div
 from .mlp import split
 from .pack_table import ONE, SHIFT, pack_table
 from .stack_spec import N_PARTS, map_parts
@@ -26,16 +24,8 @@ _ONE = tl.constexpr(ONE)
 _SHIFT = tl.constexpr(SHIFT)
 
 
-@dataclass(frozen=True)
-class PackTile:
-    """Values per program, and warps."""
-
-    values: int
-    num_warps: int
-
-
 # Four values per thread: the tables and the flat weights are read 16 bytes at a time.
-TILE = PackTile(values=512, num_warps=4)
+TILE = {"VALUES": 512, "num_warps": 4}
 
 
 @triton.jit
@@ -87,10 +77,8 @@ def launch_stack_pack(
     operands = flat.new_empty(N_PARTS[precision], table.n_operands, dtype=of_matrices)
     of_maps = map_parts(precision) if table.n_map_operands else 0
     map_operands = flat.new_empty((of_maps, table.n_map_operands) if of_maps else 0, dtype=dtype)
-    with device_guard(flat):
-        _stack_pack_kernel[(ceil_div(values.shape[0], TILE.values),)](
-            flat, table.source, table.target, values, operands, map_operands, values.shape[0], operands.stride(0),
-            map_operands.stride(0), shift, OPERANDS=N_PARTS[precision], MAP_OPERANDS=of_maps,
-            VALUES=TILE.values, num_warps=TILE.num_warps,
-        )  # fmt: skip
+    _stack_pack_kernel[(ceil_div(values.shape[0], TILE["VALUES"]),)](
+        flat, table.source, table.target, values, operands, map_operands, values.shape[0], operands.stride(0),
+        map_operands.stride(0), shift, OPERANDS=N_PARTS[precision], MAP_OPERANDS=of_maps, **TILE,
+    )  # fmt: skip
     return values, operands, map_operands

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import autocast_dtype, chosen_backend, uses_triton
-from ..kernels.conv2d_configs import CONV_SCHEMA, ConvSpec, handed_over, n_row_tiles, runs_fused, tile_rows_of
-from ..kernels.launch import like, with_channels
+from ..kernels.conv2d_configs import CONV_SCHEMA, ConvSpec, empty_outputs, handed_over, runs_fused, tile_rows_of
+from ..kernels.launch import like
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from .channel_mix import laid_out
@@ -128,36 +128,22 @@ def conv2d_fused_reference(
     residual: Tensor | None, tiles: Tensor | None, *constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The raw op in plain torch: (y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
-    groups, eps, activation, alpha, next_groups, _, _ = ConvSpec(*constants)
-    a = x
-    mean, rstd = (x.new_empty((x.shape[0], 0), dtype=torch.float32) for _ in range(2))
-    if groups:
-        a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, groups, eps, activation)
-        mean, rstd = moments(x, groups, eps)
-    y = _convolved(a.to(weight.dtype), weight, bias, residual, alpha)
-    return laid_out(y, x), mean, rstd, _tiles(y, next_groups)
+    spec, a = ConvSpec(*constants), x
+    _, mean, rstd, next_tiles = empty_outputs(x, weight, residual, spec)
+    if spec.groups:
+        a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, *spec[:3])
+        mean, rstd = moments(x, spec.groups, spec.eps)
+    y = _convolved(a.to(weight.dtype), weight, bias, residual, spec.alpha)
+    return laid_out(y, x), mean, rstd, _tiles(y, *next_tiles.shape[1:3]) if spec.next_groups else next_tiles
 
 
-def _tiles(y: Tensor, groups: int) -> Tensor:
+def _tiles(y: Tensor, tiles: int, groups: int) -> Tensor:
     """(mean, sum of centred squares) [B, tiles, groups, 2] of kernels/group_statistics.py."""
-    batch, n_out, height, width = y.shape
-    tiles = n_row_tiles(n_out, height * width)
-    if groups == 0:
-        return y.new_empty((batch, tiles, 0, 2), dtype=torch.float32)
-    rows = tile_rows_of(tiles, height * width)
-    parts = y.float().reshape(batch, groups, n_out // groups, height * width).split(rows, dim=3)
+    grouped = y.float().unflatten(1, (groups, -1)).flatten(3)
+    parts = grouped.split(tile_rows_of(tiles, grouped.shape[3]), dim=3)
     means = torch.stack([part.mean((2, 3)) for part in parts], 1)
     squares = [(part - part.mean((2, 3), keepdim=True)).square().sum((2, 3)) for part in parts]
     return torch.stack((means, torch.stack(squares, 1)), 3)
-
-
-def _fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    residual, spec = rest[3], ConvSpec(*rest[5:])
-    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
-    mean, rstd = (x.new_empty((x.shape[0], spec.groups), dtype=torch.float32) for _ in range(2))
-    tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
-    sums = x.new_empty((x.shape[0], tiles, spec.next_groups, 2), dtype=torch.float32)
-    return with_channels(x, weight.shape[0], dtype), mean, rstd, sums
 
 
 def _gradients(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
@@ -169,7 +155,7 @@ def _gradients(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor | None, ..
 _conv2d_fused = define_op(
     "conv2d_fused(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? residual, "
     f"Tensor? tiles, {CONV_SCHEMA}) -> (Tensor y, Tensor mean, Tensor rstd, Tensor next_tiles)",
-    _fake,
+    lambda x, weight, *rest: empty_outputs(x, weight, rest[3], ConvSpec(*rest[5:])),
     conv2d_fused_reference,
     saves="x weight bias norm_weight norm_bias mean rstd",
     gradients=_gradients,

@@ -283,18 +283,13 @@ def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> Non
 def _check_map(name: str, entry: AffineMap, x: Tensor) -> None:
     check_kind(name, entry, AffineMap)
     D = x.shape[1]
-    allowed: dict[str, list[tuple[int, ...]]] = {
-        "weight": [(D,), (D, D)],
-        "bias": [(D,)],
-        "inverse": [],
-        "inverse_bias": [(D,)],
-    }
-    for field, shapes in allowed.items():
-        tensor = getattr(entry, field)
-        if tensor is None and field != "weight":
+    for field, tensor in entry._asdict().items():
+        if field == "log_det" or (tensor is None and field != "weight"):
             continue
         check_tensor(f"{name}.{field}", tensor, x)
-        shapes = shapes or [tuple(entry.weight.shape)]
+        shapes: list[tuple[int, ...]] = [(D,), (D, D)] if field == "weight" else [(D,)]
+        if field == "inverse":
+            shapes = [tuple(entry.weight.shape)]
         if tensor.shape not in shapes:
             raise ValueError(
                 f"{name}.{field} must be {' or '.join(map(str, shapes))} for x {tuple(x.shape)}; "

@@ -40,16 +40,14 @@ class RawOp:
 
     Args:
         name: torch.ops.linfast.<name>.
-        arguments: as a schema declares them: "Tensor x", "Tensor? bias", "float bound".
-        outputs: likewise.
+        schema: its arguments and outputs, "(Tensor x, Tensor? bias, float bound) -> Tensor".
         fake: the outputs' shapes, dtypes and strides, for the same arguments.
         reference: the outputs in plain, differentiable torch, none of which aliases an input.
         launch: "module:function" inside linfast.kernels.
     """
 
     name: str
-    arguments: Sequence[str]
-    outputs: Sequence[str]
+    schema: str
     fake: _Function
     reference: _Function
     launch: str
@@ -57,15 +55,19 @@ class RawOp:
     def define(self) -> _Function:
         """Register it and return it."""
         RAW_OPS[self.name] = self
-        schema = f"{self.name}({', '.join(self.arguments)}) -> ({', '.join(self.outputs)})"
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        for device in ("cuda", "cpu"):
-            _LIBRARY.impl(self.name, functools.partial(self._run, device), device.upper())
+        _LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(self.name, functools.partial(self._run, "cpu"), "CPU")
+        _LIBRARY.impl(self.name, self._run_on_gpu, "CUDA")
         torch.library.register_fake(f"linfast::{self.name}", self._fake, lib=_LIBRARY)
         return getattr(torch.ops.linfast, self.name).default
 
     def _fake(self, *arguments: Any) -> Any:
         return _complete(self.fake(*arguments), arguments[0])
+
+    def _run_on_gpu(self, *arguments: Any) -> Any:
+        """Launches go to the GPU that is current, which the first tensor's need not be."""
+        with torch.cuda.device(arguments[0].device):
+            return self._run("cuda", *arguments)
 
     def _run(self, device: str, *arguments: Any) -> Any:
         """The kernel on a GPU and under Triton's interpreter, the reference elsewhere."""
@@ -148,10 +150,9 @@ def define_op(
     plain = backward or _filled(fake_backward, differentiated)
     launch = f"{name}:launch_{name}"
     backward_launch = backward_launch or f"{launch}_backward"
-    run = RawOp(name, inputs, outputs, fake, reference, launch).define()
-    run_backward = RawOp(
-        f"{name}_backward", arguments, ["Tensor"] * n, fake_backward, plain, backward_launch
-    ).define()
+    run = RawOp(name, schema.removeprefix(name), fake, reference, launch).define()
+    of_backward = f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * n)})"
+    run_backward = RawOp(f"{name}_backward", of_backward, fake_backward, plain, backward_launch).define()
 
     class Function(torch.autograd.Function):
         generate_vmap_rule = True

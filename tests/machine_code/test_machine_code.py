@@ -22,10 +22,10 @@ from tests.ops.budget import COMPILED
 
 ROOT = Path(__file__).parent.parent.parent
 
-# The places where launchers query the GPU, which a CPU tensor lacks; all but the guard, the index's check and what
+# The places where launchers query the GPU, which a CPU tensor lacks; all but the index's check and what
 # StackPass.part_dtype is given are in as_on_gpu.
 ASKS_FOR_A_GPU = {
-    ("launch", "device_guard"), ("latent_matmul", "_check_index"), ("mlp", "activation_form"),
+    ("latent_matmul", "_check_index"), ("mlp", "activation_form"),
     ("coupling_stack_backward", "launch_coupling_stack_backward"),
     ("coupling_stack_backward", "part_dtype"),
 }  # fmt: skip

@@ -72,7 +72,7 @@ def test_more_columns_than_one_split(splits: int, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(kernels, "SPLITS", splits)  # 2: more chunks per split than the minimum
     inputs = _inputs((3, 3, 64, 37))
-    assert 8 * kernels.WEIGHTS[0][1].columns * 8 < 3 * 64 * 37
+    assert 8 * kernels.WEIGHTS[0][1]["COLUMNS"] * 8 < 3 * 64 * 37
     assert_within_budget(_outputs_and_gradients, inputs)
 
 

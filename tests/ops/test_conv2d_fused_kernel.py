@@ -242,5 +242,5 @@ def test_where_it_runs() -> None:
     assert not runs_fused(64, 64, 1, "fast", "sm_80")
     assert not runs_fused(64, 64, 3, "exact", "sm_90")
     assert not runs_fused(16, 16, 5, "tf32", "sm_90")
-    assert [choose_tile(16, n).rows for n in (1, 16, 17, 4096)] == [16, 16, 32, 64]
+    assert [choose_tile(16, n)["ROWS"] for n in (1, 16, 17, 4096)] == [16, 16, 32, 64]
     assert [tile_rows_of(n, 99) for n in (1, 2, 4)] == [128, 64, 32]

@@ -131,7 +131,7 @@ def test_B1_and_B2_on_their_own(activation: str) -> None:
     packed = _packed(layer, 7, "exact")
     stack, layout = _stack(packed, ACTIVATION_NAMES.index(activation)), packed.layout
     z, g, grad_log_det = layout.pad(_randn(40, 7)), layout.pad(_randn(40, 7)), _randn(40)
-    scratch, got = Scratch.of(z, stack), g.clone()
+    scratch, got = Scratch(z, stack), g.clone()
     backward._recompute(stack, z, got, grad_log_det, 0, 0, scratch)
 
     w, b, _, _ = layout.unpack(packed.weights[0].double())

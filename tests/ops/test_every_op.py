@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast import ops
-from linfast.ops.register import RAW_OPS
+from linfast.ops.register import RAW_OPS, RawOp
 from tests.marks import long
 from tests.ops.budget import DEVICE, Outputs, assert_within
 from tests.ops.op_cases import CASES, drawn, gradients_of, with_gradients
@@ -112,6 +112,19 @@ def test_a_raw_op_runs_alone_only_where_nothing_is_differentiated() -> None:
         assert not applied.called
     with lf.backend("triton"), torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
         ops.affine_coupling(forward_ad.make_dual(x, x), params, lf.ScaleMap())
+
+
+def test_an_op_runs_on_its_first_tensors_gpu() -> None:
+    """A stand-in for a second GPU: the launcher is called inside torch.cuda.device of the tensor's."""
+    x, events = torch.randn(2, 3), mock.MagicMock()
+    with (
+        mock.patch.object(torch.cuda, "device", events.device),
+        mock.patch.object(RawOp, "_run", events.run),
+    ):
+        RAW_OPS["low_rank"]._run_on_gpu(x)
+    names = [name for name, _, _ in events.mock_calls]
+    assert names == ["device", "device().__enter__", "run", "device().__exit__"]
+    assert events.device.call_args.args == (x.device,)
 
 
 class _Calls(TorchDispatchMode):

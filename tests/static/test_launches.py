@@ -41,30 +41,25 @@ _OF_CONVOLUTIONS = (
 )  # torch's on gfx942
 
 
-def _of_mix(tile: channel_mix.MixTile) -> dict[str, int]:
-    return {"OUTPUTS": tile.outputs, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
-
-
 def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
     """(targets, kernel, constants) of every entry of every table."""
     for _, tile in affine_coupling.TILES:
         for kernel in ("_affine_coupling_kernel", "_affine_coupling_backward_kernel"):
-            yield TARGETS, kernel, {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.num_warps}
+            yield TARGETS, kernel, tile
     for kernel, mixes in {
         "_channel_mix_unrolled_kernel": channel_mix.UNROLLED,
         "_channel_mix_dot_kernel": channel_mix.DOTS,
         "_channel_mix_weight_kernel": channel_mix.WEIGHTS,
-        "_coupling_mix_unrolled_kernel": coupling_mix.UNROLLED,
+        "_coupling_mix_unrolled_kernel": channel_mix.UNROLLED,
         "_coupling_mix_dot_kernel": coupling_mix.DOTS,
-        "_coupling_mix_backward_unrolled_kernel": coupling_mix_backward.UNROLLED,
+        "_coupling_mix_backward_unrolled_kernel": channel_mix.UNROLLED,
         "_coupling_mix_backward_dot_kernel": coupling_mix_backward.BACKWARD_DOTS,
     }.items():
         for _, mix in mixes:
-            unrolled = {"COLUMNS": mix.columns, "num_warps": mix.num_warps}
-            yield TARGETS, kernel, unrolled if "unrolled" in kernel else _of_mix(mix)
+            yield TARGETS, kernel, mix
     for tile in depthwise_conv.TILES.values():
         for kernel in ("_depthwise_conv_kernel", "_depthwise_conv_weight_kernel"):
-            yield TARGETS, kernel, {"CHANNELS": tile.rows, "PIXELS": tile.columns, "num_warps": tile.num_warps}
+            yield TARGETS, kernel, tile
     for kernel, budgets in {
         "_group_norm_silu_kernel": group_norm_silu.BUDGETS,
         "_group_norm_silu_backward_kernel": group_norm_silu.BACKWARD_BUDGETS,
@@ -76,30 +71,23 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
         "_bank_gradient_kernel": [latent_matmul.GRADIENT_TILE],
     }.items():
         for bank in banks:
-            yield TARGETS, kernel, {"ROWS": bank.rows, "COLUMNS": bank.columns, "INNER": bank.inner}
+            yield TARGETS, kernel, bank
     for _, rank in low_rank.TILES:
         for kernel in ("_project_kernel", "_expand_kernel", "_low_rank_backward_kernel"):
-            yield TARGETS, kernel, {"ROWS": rank.rows, "RANKS": rank.ranks, "num_warps": rank.num_warps}
+            yield TARGETS, kernel, rank
     for kernel, convs in {
         "_conv2d_fused_kernel": conv2d_configs.TILES,
         "_conv2d_weight_kernel": conv2d_configs.WEIGHT_TILES,
     }.items():
         for _, conv in convs:
-            size = {"ROWS": conv.rows, "COLUMNS": conv.columns, "DEPTH": conv.depth, "STAGES": conv.stages}
-            yield _NVIDIA, kernel, {**size, "num_warps": conv.num_warps}
-            if conv.split_warps != conv.num_warps and conv.columns <= conv2d_configs.WIDEST["exact"]:
-                yield _NVIDIA, kernel, {**size, "num_warps": conv.split_warps}
-    product = row_products.TILE
+            size = {name: value for name, value in conv.items() if name != "split_warps"}
+            yield _NVIDIA, kernel, size
+            if "split_warps" in conv and conv["COLUMNS"] <= conv2d_configs.WIDEST["exact"]:
+                yield _NVIDIA, kernel, {**size, "num_warps": conv["split_warps"]}
     for kernel in ("_hidden_kernel", "_coupling_kernel", "_linear_kernel", "_outer_kernel"):
         for parts in (1, 2, 3):
-            size = {"ROWS": product.rows, "COLUMNS": product.columns, "DEPTH": product.depth}
-            yield (
-                TARGETS,
-                kernel,
-                {**size, "STAGES": product.stages, "PARTS": parts, "num_warps": product.num_warps},
-            )
-    pack = {"VALUES": stack_pack.TILE.values, "num_warps": stack_pack.TILE.num_warps}
-    yield TARGETS, "_stack_pack_kernel", pack
+            yield TARGETS, kernel, {**row_products.TILE, "PARTS": parts}
+    yield TARGETS, "_stack_pack_kernel", stack_pack.TILE
     yield from _shipped_stacks()
 
 
@@ -157,9 +145,9 @@ def _with(tmp_path: Path, old: str, new: str, file: str = "low_rank.py") -> Path
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("RANK=rank, DENSE=dense,", "RANK=rank,", "missing .*'DENSE'"),
+        ('"DENSE": dense, ', "", "missing .*'DENSE'"),
         *long(
-            ("RANK=rank, DENSE=dense,", "RANKED=rank, DENSE=dense,", "RANK"),
+            ('"RANK": rank, ', '"RANKED": rank, ', "RANK"),
             ("n_features, total, split_rows,", "n_features, split_rows,", "missing|multiple values"),
         ),
     ],
@@ -176,7 +164,7 @@ def test_an_argument_that_does_not_fit_its_kernel_is_an_error(
     [
         ("(batch, total, rank), dtype=torch.float32)", "(batch, total, rank), dtype=torch.float16)"),
         *long(
-            ("LowRankTile(rows=512, ranks=4", "LowRankTile(rows=256, ranks=4"),
+            ('"ROWS": 512, "RANKS": 4', '"ROWS": 256, "RANKS": 4'),
             ("total += factor.to", "total -= factor.to"),
             ("n_features, total, split_rows, *x.stride(),", "n_features, total, split_rows, *x.stride()[::-1],"),
         ),
