@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_dense, check_factor, check_tensor, said_of
-from .operators.spectral import cutoff, decomposed
+from .operators.spectral import decomposed
 
 __all__ = ["InducedSpace", "check_invertible", "decode_latents", "encode"]
 
@@ -132,7 +132,7 @@ class InducedSpace:
         """The nearest points to v [B, ...] in the span of basis [K, ...]; the basis may be dependent."""
         z, spanning = self._encode("v", v), self._encode("basis", basis).flatten(1)
         _, S, Vh = decomposed("basis", lambda: torch.linalg.svd(spanning, full_matrices=False))
-        keep = S[:1] * cutoff(S, max(spanning.shape), None) < S
+        keep = S[:1] * (max(spanning.shape) * torch.finfo(S.dtype).eps) < S
         directions = Vh * keep[:, None]
         return self._decode(((z.flatten(1) @ directions.mT) @ directions).reshape(z.shape))
 

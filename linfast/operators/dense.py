@@ -56,7 +56,7 @@ class Leaf(LatentOperator):
     def _inverse(self, read: bool) -> LatentOperator:
         return self._general()._inverse(read)
 
-    def _pinv(self, rtol: float | None) -> LatentOperator:
+    def _pinv(self, rtol: float) -> LatentOperator:
         return self._general()._pinv(rtol)
 
     def _svd(self) -> SVD:
@@ -139,7 +139,7 @@ class Dense(Leaf):
     def _inverse(self, read: bool) -> Leaf:
         return Dense.of(matrix_inverse(self.weight, "A", read))
 
-    def _pinv(self, rtol: float | None) -> Leaf:
+    def _pinv(self, rtol: float) -> Leaf:
         return Dense.of(torch.linalg.pinv(self.weight, rtol=rtol))
 
     def _svd(self) -> SVD:

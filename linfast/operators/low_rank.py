@@ -24,7 +24,7 @@ from ..dispatch import has_values, outside_autocast
 from ..ops.low_rank import low_rank
 from .base import hold
 from .dense import Leaf
-from .spectral import SVD, Eig, cutoff, largest, matrix_inverse, unless_singular
+from .spectral import SVD, Eig, largest, matrix_inverse, unless_singular
 
 __all__ = ["LowRank"]
 
@@ -170,14 +170,14 @@ class LowRank(Leaf):
         product = ((U.mT @ U) * (V.mT @ V)).sum((-2, -1)).clamp(min=0.0).sqrt()
         return product + self._alpha_size()
 
-    def _pinv(self, rtol: float | None) -> Leaf:
+    def _pinv(self, rtol: float) -> Leaf:
         unread = torch.compiler.is_compiling() or not has_values(self.U)
         if self._is_wide or (unread and not self._is_plain):
             return self._dense()._pinv(rtol)  # which branch below is taken depends on the numbers
         left, core, right = self._thin()
         S = torch.linalg.svdvals(core.detach())
         alpha = self._alpha_size()
-        limit = cutoff(S, max(self.n_out, self.n_in), rtol) * largest(S, alpha)
+        limit = rtol * largest(S, alpha)
         core_pinv = torch.linalg.pinv(core, atol=limit, rtol=torch.zeros_like(limit))
         vanishes = alpha <= limit
         if self._is_plain or bool(vanishes.all()):

@@ -35,12 +35,9 @@ __all__ = [
     "SVD",
     "Decomposable",
     "Eig",
-    "cutoff",
     "decomposed",
-    "inverse_of",
     "largest",
     "matrix_inverse",
-    "pseudo_inverse_values",
     "unless_singular",
 ]
 
@@ -49,13 +46,7 @@ _Result = TypeVar("_Result")
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class _SVDFields(NamedTuple):
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-
-
-class SVD(_SVDFields):
+class SVD(NamedTuple("SVD", [("U", Tensor), ("S", Tensor), ("Vh", Tensor)])):
     """U [..., n_out, k], S [..., k] descending, Vh [..., k, n_in], and ``rest``.
 
     Unpacks as ``U, S, Vh``. A = U diag(S) Vh + rest (I - U U^H); the n - k singular
@@ -78,12 +69,7 @@ class SVD(_SVDFields):
         return dense + self.rest * (eye - self.U @ self.U.mH)
 
 
-class _EigFields(NamedTuple):
-    values: Tensor
-    vectors: Tensor
-
-
-class Eig(_EigFields):
+class Eig(NamedTuple("Eig", [("values", Tensor), ("vectors", Tensor)])):
     """values [..., k] and vectors [..., n, k], both complex; ``rest`` is the eigenvalue of the other n - k."""
 
     rest: float | Tensor | None
@@ -92,11 +78,6 @@ class Eig(_EigFields):
         self = super().__new__(cls, values, vectors)
         self.rest = rest
         return self
-
-
-def cutoff(S: Tensor, n: int, rtol: float | None) -> float:
-    """Relative size below which a singular value counts as zero: rtol, or n times the dtype's epsilon."""
-    return n * torch.finfo(S.dtype).eps if rtol is None else rtol
 
 
 def decomposed(what: str, decompose: Callable[..., _Result], *args: Any) -> _Result:
@@ -112,12 +93,6 @@ def decomposed(what: str, decompose: Callable[..., _Result], *args: Any) -> _Res
 def largest(S: Tensor, rest: Tensor) -> Tensor:
     """The largest singular value [...] of S [..., k], k possibly 0, and the size of the rest."""
     return torch.maximum(S.amax(-1) if S.shape[-1] else S.sum(-1), rest)
-
-
-def pseudo_inverse_values(S: Tensor, limit: Tensor) -> Tensor:
-    """1 / S where S > limit, else 0."""
-    keep = limit < S
-    return torch.where(keep, torch.where(keep, S, torch.ones_like(S)).reciprocal(), torch.zeros_like(S))
 
 
 def matrix_inverse(matrix: Tensor, what: str, read: bool) -> Tensor:
@@ -183,8 +158,9 @@ class Decomposable(nn.Module):
         return inverse
 
     def _inverted(self, read: bool) -> Any:
-        """A^{-1}; ``read``: raise where there is none."""
-        return inverse_of(self.closed(), read)
+        """A^{-1} in A's dtype; ``read``: raise where there is none."""
+        leaf = self.closed()
+        return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
 
     @outside_autocast
     def pinv(self, rtol: float | None = None) -> Any:
@@ -243,11 +219,6 @@ class Decomposable(nn.Module):
     def _check_square(self, what: str) -> None:
         if self.n_out != self.n_in:
             raise ValueError(f"{what} needs a square A; this one is {self.n_out} x {self.n_in}; use pinv()")
-
-
-def inverse_of(leaf: Any, read: bool) -> Any:
-    """The leaf's inverse in its dtype; ``read``: raise where there is none."""
-    return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
 
 
 def _checked_rtol(rtol: float | None, operator: Decomposable) -> float:
