@@ -53,10 +53,6 @@ class LatentOperator(Decomposable):
         """The matrix, [n_out, n_in] or [B, n_out, n_in]."""
         raise NotImplementedError
 
-    def closed(self) -> Leaf:
-        """The structured operator this equals now, differentiable; it may share this one's tensors."""
-        raise NotImplementedError
-
     @property
     def time_dependent(self) -> bool:
         """Whether it needs a time before it can be applied."""
@@ -168,10 +164,8 @@ class Lazy(LatentOperator):
         return self._rebuild(*(part.at(t) for part in self.parts())) if self.time_dependent else self
 
     def _at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
-        if not self.time_dependent:
-            return lambda k: self
         parts = [part._at_each(times) for part in self.parts()]
-        return lambda k: self._rebuild(*(part(k) for part in parts))
+        return lambda k: self._rebuild(*(part(k) for part in parts)) if self.time_dependent else self
 
 
 class Transposed(Lazy):

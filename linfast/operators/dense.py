@@ -115,9 +115,6 @@ class Dense(Leaf):
     def to_dense(self) -> Tensor:
         return self.weight
 
-    def _dense(self) -> Dense:
-        return self
-
     def _transposed(self) -> Leaf:
         return Dense.of(self.weight.mT)
 

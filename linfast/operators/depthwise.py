@@ -109,11 +109,8 @@ class DepthwiseConv(Leaf):
     ) -> None:
         super().__init__()
         channels = check_count("channels", channels)
-        kernel = (
-            check_pair("kernel_size", kernel_size)
-            if isinstance(kernel_size, (tuple, list))
-            else (check_count("kernel_size", kernel_size),) * 2
-        )
+        one = not isinstance(kernel_size, (tuple, list))
+        kernel = (check_count("kernel_size", kernel_size),) * 2 if one else check_pair("kernel_size", kernel_size)
         self.channels, self.kernel_size, self.size = channels, kernel, check_pair("size", size)
         self.n_out = self.n_in = channels * self.size[0] * self.size[1]
         if weight is None:

@@ -52,9 +52,8 @@ class LowRank(Leaf):
         check_tensor("LowRank: U", U)
         check_tensor("LowRank: V", V, U, "U")
         check_factor("LowRank: alpha", alpha, U, "U")
-        hold(self, "alpha", alpha)
-        hold(self, "U", U)
-        hold(self, "V", V)
+        for name, value in (("alpha", alpha), ("U", U), ("V", V)):
+            hold(self, name, value)
         if U.ndim not in (2, 3) or U.ndim != V.ndim or U.shape[-1] != V.shape[-1] or U.shape[:-2] != V.shape[:-2]:
             raise ValueError(
                 f"U and V must be [n, r], or both [B, n, r]; got {tuple(U.shape)} and {tuple(V.shape)}"

@@ -1,5 +1,8 @@
 """Inverses, pseudo-inverses, svd and eig: what every operator answers, and the arithmetic that operators share.
 
+The public methods are here, in ``Decomposable``. The arithmetic of a kind of operator is in the kind's own file, as
+``_inverse``, ``_pinv``, ``_svd``, ``_values`` and ``_eig`` of the Leaf (LowRank's in low_rank.py).
+
 A structured operator acts on all but a few dimensions as one number. Its svd and
 eig then hold only the few, and the number is ``rest``:
 
@@ -20,8 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
-from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +32,10 @@ from torch import Tensor, nn
 from ..checks import check_number
 from ..dispatch import capturing, has_values, outside_autocast, read_at_once, tensors_of
 from ..freeze import derived
+
+if TYPE_CHECKING:
+    from .base import LatentOperator
+    from .dense import Leaf
 
 __all__ = [
     "SVD",
@@ -126,11 +132,11 @@ class Decomposable(nn.Module):
     n_out: int
     n_in: int
 
-    def closed(self) -> Any:
-        """The structured operator that this one equals now."""
+    def closed(self) -> Leaf:
+        """The structured operator this equals now, differentiable; it may share this one's tensors."""
         raise NotImplementedError
 
-    def inverse(self) -> Any:
+    def inverse(self) -> LatentOperator:
         """A^{-1}, a snapshot.
 
         Whether A has one is read from the device at the first call for these weights (linfast.operators.spectral).
@@ -140,7 +146,7 @@ class Decomposable(nn.Module):
         """
         return self._inverse_of(self, None)
 
-    def inverse_at(self, t: float | Tensor | None) -> Any:
+    def inverse_at(self, t: float | Tensor | None) -> LatentOperator:
         """``A.at(t).inverse()``, read at the first call for these weights and a time that is a number."""
         if t is None:
             return derived(self, "inverse", self.inverse)
@@ -148,7 +154,7 @@ class Decomposable(nn.Module):
         return operator.at(t)._inverse_of(self, Tensor if isinstance(t, Tensor) else t)
 
     @outside_autocast
-    def _inverse_of(self, owner: nn.Module, at: Hashable) -> Any:
+    def _inverse_of(self, owner: nn.Module, at: Hashable) -> LatentOperator:
         """A^{-1} of what ``owner`` is at a time, or makes of itself."""
         self._check_square("inverse()")
         read = is_unread(owner, at)
@@ -157,13 +163,13 @@ class Decomposable(nn.Module):
             mark_read(owner, at)
         return inverse
 
-    def _inverted(self, read: bool) -> Any:
+    def _inverted(self, read: bool) -> LatentOperator:
         """A^{-1} in A's dtype; ``read``: raise where there is none."""
         leaf = self.closed()
         return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
 
     @outside_autocast
-    def pinv(self, rtol: float | None = None) -> Any:
+    def pinv(self, rtol: float | None = None) -> LatentOperator:
         """The Moore-Penrose pseudo-inverse A^+, a snapshot.
 
         Singular values up to rtol times the largest count as zero; by default rtol is
@@ -257,9 +263,9 @@ _read: WeakKeyDictionary[nn.Module, tuple[Hashable, set[Hashable]]] = WeakKeyDic
 
 def is_unread(operator: nn.Module, at: Hashable) -> bool:
     """Whether the host still has to read, for these weights, if this operator has an inverse ``at`` this time."""
-    if torch.compiler.is_compiling() or any(capturing(t) or not has_values(t) for t in _tensors(operator)):
+    if torch.compiler.is_compiling() or any(capturing(t) or not has_values(t) for t in tensors_of(operator)):
         return False
-    if all(read_at_once(tensor) for tensor in _tensors(operator)):
+    if all(map(read_at_once, tensors_of(operator))):
         return True
     state, seen = _read.get(operator, (None, ()))
     return state is None or at not in seen or state != _state(operator)
@@ -280,7 +286,7 @@ def check_finite(operator: nn.Module) -> None:
     """ValueError where it has NaN or infinite values, which not every decomposition would show."""
     if not is_unread(operator, "finite") or _state(operator) is None:
         return
-    if not all(bool(tensor.isfinite().all()) for tensor in _tensors(operator)):
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(operator)):
         raise ValueError(f"{type(operator).__name__} has NaN or infinite values: they have no decomposition")
     mark_read(operator, "finite")
 
@@ -289,8 +295,4 @@ def _state(operator: nn.Module) -> Hashable:
     """What changes with the weights, but for writes through ``.data`` and by fused optimisers; None: unknown."""
     if torch._C._functorch.peek_interpreter_stack() is not None:  # a transform's tensors have no memory
         return None
-    return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in _tensors(operator))
-
-
-def _tensors(operator: nn.Module) -> chain[Tensor]:
-    return chain(operator.parameters(), operator.buffers())
+    return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors_of(operator))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_dense, check_number, check_time
-from ..dispatch import tensor_of, uploaded
+from ..dispatch import tensors_of, uploaded
 from ..nets import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator
 from .dense import Leaf
@@ -96,9 +96,7 @@ class TimeOperator(LatentOperator):
     @property
     def _like(self) -> Tensor:
         """A parameter, for its dtype and device."""
-        parameter = tensor_of(self)
-        assert parameter is not None
-        return parameter
+        return next(tensors_of(self))
 
 
 class _LowRankAtAnyTime(TimeOperator):

@@ -16,12 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 
-__all__ = ["METHODS", "Schedule", "Tableau", "integrate", "schedule"]
+__all__ = ["METHODS", "Schedule", "Tableau", "advance", "integrate", "schedule"]
+
+_Array = TypeVar("_Array", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -116,15 +120,16 @@ def integrate(
         slopes: list[Tensor] = []
         for stage, row in enumerate(plan.scheme.a):
             k = plan.index(i, stage)
-            inner = _advance(z, slopes, row, plan.h)
+            inner = advance(z, slopes, row, plan.h)
             slopes.append((apply(inner, k) - inner) / (1.0 - plan.times[k]))
-        z = _advance(z, slopes, plan.scheme.b, plan.h)
+        z = advance(z, slopes, plan.scheme.b, plan.h)
         if on_step is not None:
             on_step(z)
     return z
 
 
-def _advance(z: Tensor, slopes: list[Tensor], weights: tuple[float, ...], h: float) -> Tensor:
+def advance(z: _Array, slopes: list[_Array], weights: tuple[float, ...], h: float) -> _Array:
+    """z + h sum_i weights_i slopes_i, of tensors or of numpy arrays."""
     for weight, slope in zip(weights, slopes, strict=True):
         if weight:
             z = z + (h * weight) * slope
