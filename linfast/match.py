@@ -40,14 +40,7 @@ Part = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class LinearizerLaunch:
-    """A Linearizer's call as one launch.
-
-    Args:
-        g_x: the weights and options of g_x.
-        tile: of the kernel.
-        packed: all weights as the kernel reads them.
-        spec_x, spec_y: descriptions of g_x and of the inverse of g_y for the kernel.
-    """
+    """A Linearizer's call as one launch; spec_x and spec_y describe g_x and the inverse of g_y to the kernel."""
 
     g_x: CouplingStack
     tile: StackConfig

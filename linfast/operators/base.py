@@ -238,9 +238,7 @@ class Sum(Lazy):
 
     def closed(self) -> Leaf:
         left, right = self.left.closed(), self.right.closed()
-        result = left._plus(right)
-        result = right._plus(left) if result is None else result
-        return left._dense()._plus(right) if result is None else result
+        return left._plus(right) or right._plus(left) or left._dense()._plus(right)
 
 
 class Product(Lazy):
@@ -273,15 +271,14 @@ class Product(Lazy):
         return result
 
     def closed(self) -> Leaf:
-        result = self._closed_form()
-        return self.left.closed()._dense()._times(self.right.closed()) if result is None else result
+        return self._closed_form() or self.left.closed()._dense()._times(self.right.closed())
 
     def _inverted(self, read: bool) -> LatentOperator:
         """(A B)^{-1}: of the closed form where there is one, else B^{-1} A^{-1}, kept apart."""
         leaf = self._closed_form()
         if leaf is None and self.left.n_in == self.left.n_out:
             return Product(self.right._inverted(read), self.left._inverted(read))
-        return (self.closed() if leaf is None else leaf)._inverted(read)
+        return (leaf or self.closed())._inverted(read)
 
 
 def _size(operator: LatentOperator) -> str:

@@ -81,8 +81,8 @@ class Piece:
     C: Tensor
 
     @property
-    def end(self) -> int:
-        return self.start + self.C.shape[-1]
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.C.shape[-1])
 
 
 def step_pieces(factors: Factors, plan: Schedule) -> tuple[np.ndarray, Tensor]:
@@ -139,9 +139,9 @@ def fold_factored(factors: Factors, pieces: list[Piece]) -> tuple[float, Tensor]
     """(beta, Q [R, N]) with the product of the pieces = beta I + U^T Q for rows U, Q."""
     U, V = factors.U, factors.V
     beta = pieces[0].scale
-    Q = pieces[0].C.to(V.dtype) @ V[: pieces[0].end]
+    Q = pieces[0].C.to(V.dtype) @ V[pieces[0].rows]
     for piece in pieces[1:]:
-        known, new = Q.shape[0], V[piece.start : piece.end]
+        known, new = Q.shape[0], V[piece.rows]
         inner = (new @ U[:known].mT) @ Q + beta * new
         added = piece.C.to(V.dtype) @ inner
         overlap = known - piece.start
@@ -156,8 +156,7 @@ def fold_dense(factors: Factors, pieces: list[Piece]) -> Tensor:
     U, V = factors.U, factors.V
     B = torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
     for piece in pieces:
-        rows = slice(piece.start, piece.end)
-        B = piece.scale * B + U[rows].mT @ (piece.C.to(V.dtype) @ (V[rows] @ B))
+        B = piece.scale * B + U[piece.rows].mT @ (piece.C.to(V.dtype) @ (V[piece.rows] @ B))
     return B
 
 

@@ -79,9 +79,7 @@ class Schedule:
     @cached_property
     def times(self) -> tuple[float, ...]:
         """The distinct times that the stages look at, ascending."""
-        first = [(i + c) * self.h for i in range(self.count) for c in self.scheme.nodes[: self.scheme.stride]]
-        last = [(self.count - 1 + c) * self.h for c in self.scheme.nodes[self.scheme.stride :]]
-        return tuple(first + last)
+        return tuple(sorted({(i + c) * self.h for i in range(self.count) for c in self.scheme.nodes}))
 
     def index(self, step: int, stage: int) -> int:
         """Which of ``times`` a stage looks at."""
