@@ -98,12 +98,10 @@ def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, A
     if isinstance(stack_y, str):
         return stack_y
     precision, shared, maps = mode_for(x), stack_y is stack_x, max(stack_x.maps, stack_y.maps)
-    sizes = stack_x.features, stack_x.hidden, stack_x.n_linear
-    tile = config_for(*sizes, precision, target_of(x), maps, linearizer=True)
+    D, H = stack_x.features, stack_x.hidden
+    tile = config_for(D, H, stack_x.n_linear, precision, target_of(x), maps, linearizer=True)
     if tile is None:
-        return (
-            f"D = {sizes[0]}, H = {sizes[1]} in {precision!r} fit no tile on {target_of(x)} with g_x and g_y in one"
-        )
+        return f"D = {D}, H = {H} in {precision!r} fit no tile on {target_of(x)} with g_x and g_y in one"
     found = _core(f.A, t)
     if isinstance(found, str):
         return found

@@ -91,9 +91,9 @@ class Diagonal(Leaf):
         return self.diagonal.abs().sort(dim=-1, descending=True).values, 0.0
 
     def _eig(self) -> Eig:
-        complex_dtype = torch.promote_types(self.diagonal.dtype, torch.complex64)
-        eye = torch.eye(self.n, dtype=complex_dtype, device=self.diagonal.device)
-        return Eig(self.diagonal.to(complex_dtype), eye.expand(*self.diagonal.shape, self.n))
+        values = self.diagonal.to(torch.promote_types(self.diagonal.dtype, torch.complex64))
+        eye = torch.eye(self.n, dtype=values.dtype, device=values.device)
+        return Eig(values, eye.expand(*values.shape, self.n))
 
 
 class Projection(LatentOperator):
