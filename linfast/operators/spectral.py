@@ -112,10 +112,9 @@ def matrix_inverse(matrix: Tensor, what: str, read: bool) -> Tensor:
 
 
 def unless_singular(inverse: Tensor, condition: Tensor, what: str, read: bool) -> Tensor:
-    """``inverse``, NaN unless the condition number [...] is below 1 / epsilon.
+    """``inverse``, NaN unless the condition number [...] is below 1 / epsilon; where ``read``, ValueError instead.
 
-    Raises:
-        ValueError: it is not, and ``read``: the host waits to see it. The message names pinv.
+    Reading it, the host waits for the device.
     """
     regular = condition < 1.0 / torch.finfo(condition.dtype).eps
     if read and not bool(regular.all()):

@@ -32,12 +32,9 @@ class TimeFactors(NamedTuple):
     """A_t = alpha I + U_t diag(w_t) V_t^T at T times."""
 
     alpha: float
-    U: Tensor
-    """[T, n, r], or [n, r] where all times share it."""
-    V: Tensor
-    """Like U."""
-    weights: Tensor | None
-    """w [T, r] of shared factors; None: ones."""
+    U: Tensor  # [T, n, r], or [n, r] where all times share it
+    V: Tensor  # like U
+    weights: Tensor | None  # w [T, r] of shared factors; None: ones
 
 
 class TimeOperator(LatentOperator):

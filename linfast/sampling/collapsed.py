@@ -204,11 +204,7 @@ def _plain(value: Tensor, like: Tensor) -> Tensor:
 
 
 def in_eval_mode(model: _Module) -> _Module:
-    """The model itself where it is in eval mode with all its parts, else a copy that is, of the same tensors.
-
-    Raises:
-        ValueError: a part that cannot be copied, or that is not initialised.
-    """
+    """The model itself where it is in eval mode with all its parts, else a copy that is, of the same tensors."""
     check_initialised(model)
     return _copy_of(model) if any(module.training for module in model.modules()) else model
 

@@ -108,11 +108,9 @@ def integrate(
     plan: Schedule,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """z [B, n] after the steps of the latent flow.
+    """z [B, n] after the steps of the latent flow, where ``apply(z, k)`` is A_t z at t = plan.times[k].
 
-    Args:
-        apply: (z, k) -> A_t z at t = plan.times[k].
-        on_step: called with z after each step.
+    ``on_step`` is called with z after each step.
     """
     for i in range(plan.count):
         slopes: list[Tensor] = []
