@@ -8,25 +8,31 @@ Source: Berman, Hallak, Shocher, "Who Said Neural Networks Aren't Linear?", arXi
     f + h, 2 * f                  core  A_f + A_h     needs both g equal
     f ** n                        core  A^n           needs g_x = g_y
     f.T, f.pinv(), f.inverse      core  A^T, A^+, A^{-1}, with g_x and g_y exchanged
-    f.svd()                       singular vectors of A pulled back through g
+    f.svd()                       singular vectors of A pulled back through g:
+
+    f(x) = (+)_i  s_i <x, v_i>_x (.) u_i ,   v_i = g_x^{-1}(right_i),   u_i = g_y^{-1}(left_i)
+
+The v_i are orthonormal in the x side's induced space and the u_i in the y side's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_dense, check_time
+from .checks import check_count, check_dense, check_time, said_of
 from .flows.bijection import same_space
 from .match import match_linearizer
 from .operators.base import LatentOperator
+from .operators.low_rank import LowRank
+from .operators.spectral import SVD
 from .ranges import range_
-from .space import InducedSpace, check_invertible, decode_latents, encode
-from .svd import LinearizerSVD
+from .space import InducedSpace, check_invertible, decode_latents
 
-__all__ = ["Linearizer"]
+__all__ = ["Linearizer", "LinearizerSVD"]
 
 
 class Linearizer(nn.Module):
@@ -100,7 +106,7 @@ class Linearizer(nn.Module):
     def gy(self, y: Tensor, **context: Any) -> Tensor:
         """z = g_y(y)."""
         with range_("gy", self):
-            return encode("y", self.g_y, y, context)
+            return said_of("y", self.g_y, y, **context)
 
     def gx_inverse(self, z: Tensor, **context: Any) -> Tensor:
         """x = g_x^{-1}(z); flat latents are given g_x's shape."""
@@ -123,7 +129,6 @@ class Linearizer(nn.Module):
 
     def at(self, t: float | Tensor) -> Linearizer:
         """f with its operator at time t."""
-        check_time(t)
         return Linearizer(self.g_x, self.A.at(t), self.g_y)
 
     @property
@@ -191,13 +196,64 @@ class Linearizer(nn.Module):
         svd = self.A.svd()
         if svd.S.ndim != 1:
             raise ValueError("f.svd() needs one operator and A holds one per sample: fix a single time, f.at(0.5)")
-        return LinearizerSVD(self.g_x, svd, self.g_y, Linearizer)
+        return LinearizerSVD(self.g_x, svd, self.g_y)
 
     def _check_time(self, t: float | Tensor | None, x: Tensor | None = None) -> None:
         if t is not None:
             check_time(t, x, None if x is None or x.ndim == 0 else x.shape[0])
         elif self.A.time_dependent:
             raise ValueError("A depends on time: pass t=, or use f.at(t)")
+
+
+class LinearizerSVD:
+    """The SVD of f in data space: S [k], and singular vectors ``left`` [k, *shape_y] and ``right`` [k, *shape_x].
+
+    Unpacks as ``left, S, right``. ``operator`` is the latent SVD it comes from, with
+    its ``rest``: the value of every singular value that is not in S.
+    """
+
+    def __init__(self, g_x: nn.Module, operator: SVD, g_y: nn.Module) -> None:
+        self.g_x, self.operator, self.g_y = g_x, operator, g_y
+
+    @property
+    def S(self) -> Tensor:
+        return self.operator.S
+
+    @property
+    def left(self) -> Tensor:
+        """u_i = g_y^{-1}(U[:, i])."""
+        return decode_latents(self.g_y, self.operator.U.mT.contiguous(), {})
+
+    @property
+    def right(self) -> Tensor:
+        """v_i = g_x^{-1}(Vh[i])."""
+        return decode_latents(self.g_x, self.operator.Vh.contiguous(), {})
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.left, self.S, self.right))
+
+    def linearizer(self, rank: int | None = None) -> Linearizer:
+        """The Linearizer rebuilt; with ``rank``, the nearest one of that rank in the induced spaces.
+
+        Raises:
+            ValueError: a negative rank; one that would keep some of the values that equal ``rest``, not all.
+        """
+        return Linearizer(self.g_x, self._operator(rank), self.g_y)
+
+    def _operator(self, rank: int | None) -> LowRank:
+        U, S, Vh = self.operator
+        rest = self.operator.rest
+        if rank is None:  # U diag(S) Vh + rest (I - U U^T)
+            only = isinstance(rest, float) and rest == 0.0
+            return LowRank(rest, U, Vh.mT * S if only else Vh.mT * S - rest * U)
+        rank = check_count("rank", rank, least=0)
+        size = float(torch.as_tensor(rest, dtype=S.dtype).detach().abs())
+        if size and (rank > S.shape[-1] or bool((S[:rank] < size).any())):
+            raise ValueError(
+                f"rank {rank} would keep some of the singular values that all equal {size:.3g} and have "
+                "no preferred vectors"
+            )
+        return LowRank(0.0, U[:, :rank] * S[:rank], Vh[:rank].mT)
 
 
 def _linearizer(value: object, symbol: str) -> Linearizer:

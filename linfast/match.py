@@ -40,14 +40,7 @@ Part = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class LinearizerLaunch:
-    """A Linearizer's call as one launch.
-
-    Args:
-        g_x: the weights and options of g_x.
-        tile: of the kernel.
-        packed: all weights as the kernel reads them.
-        spec_x, spec_y: descriptions of g_x and of the inverse of g_y for the kernel.
-    """
+    """A Linearizer's call as one launch; spec_x and spec_y describe g_x and the inverse of g_y to the kernel."""
 
     g_x: CouplingStack
     tile: StackConfig
@@ -105,12 +98,10 @@ def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, A
     if isinstance(stack_y, str):
         return stack_y
     precision, shared, maps = mode_for(x), stack_y is stack_x, max(stack_x.maps, stack_y.maps)
-    sizes = stack_x.sizes
-    tile = config_for(*sizes, precision, target_of(x), maps, linearizer=True)
+    D, H, n_linear = stack_x.sizes
+    tile = config_for(D, H, n_linear, precision, target_of(x), maps, linearizer=True)
     if tile is None:
-        return (
-            f"D = {sizes[0]}, H = {sizes[1]} in {precision!r} fit no tile on {target_of(x)} with g_x and g_y in one"
-        )
+        return f"D = {D}, H = {H} in {precision!r} fit no tile on {target_of(x)} with g_x and g_y in one"
     found = _core(f.A, t)
     if isinstance(found, str):
         return found

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_dense, check_factor, check_tensor, said_of
-from .operators.spectral import cutoff, decomposed
+from .operators.spectral import decomposed
 
-__all__ = ["InducedSpace", "check_invertible", "decode_latents", "encode"]
+__all__ = ["InducedSpace", "check_invertible", "decode_latents"]
 
 
 def check_invertible(name: str, g: object) -> None:
@@ -26,22 +26,12 @@ def check_invertible(name: str, g: object) -> None:
         raise TypeError(f"{name} must be a Bijection, or have forward and inverse; got {type(g).__name__}")
 
 
-def encode(name: str, g: nn.Module, x: Tensor, context: Mapping[str, Any]) -> Tensor:
-    """g(x); what g finds wrong with x is said of the argument ``name`` that the caller gave."""
-    return said_of(name, g, x, **context)
-
-
 def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
     """g^{-1}(z), with latents given g's sample shape where it has one, which its own latents keep."""
     check_dense("z", z)
-    shape = getattr(g, "shape", None)
-    features_out = getattr(g, "features_out", None)
-    if (
-        shape is not None
-        and z.ndim
-        and z.shape[1:].numel() == torch.Size(shape).numel()
-        and features_out in (None, shape[0])
-    ):
+    shape: Any = getattr(g, "shape", None)
+    as_many = shape is not None and z.ndim and z.shape[1:].numel() == torch.Size(shape).numel()
+    if as_many and getattr(g, "features_out", None) in (None, shape[0]):
         z = z.reshape(z.shape[0], *shape)
     return g.inverse(z, **context)  # type: ignore[operator]
 
@@ -132,12 +122,12 @@ class InducedSpace:
         """The nearest points to v [B, ...] in the span of basis [K, ...]; the basis may be dependent."""
         z, spanning = self._encode("v", v), self._encode("basis", basis).flatten(1)
         _, S, Vh = decomposed("basis", lambda: torch.linalg.svd(spanning, full_matrices=False))
-        keep = S[:1] * cutoff(S, max(spanning.shape), None) < S
+        keep = S[:1] * (max(spanning.shape) * torch.finfo(S.dtype).eps) < S
         directions = Vh * keep[:, None]
         return self._decode(((z.flatten(1) @ directions.mT) @ directions).reshape(z.shape))
 
     def _encode(self, name: str, x: Tensor) -> Tensor:
-        return encode(name, self.g, x, self.context)
+        return said_of(name, self.g, x, **self.context)
 
     def _encode_two(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """g(u) and g(v), of as many rows, or one."""

@@ -15,7 +15,7 @@ the result is dense.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..checks import check_count, check_dense, check_factor, check_like, check_number, check_time
 from ..dispatch import outside_autocast
 from ..ranges import range_
-from .spectral import Decomposable, inverse_of
+from .spectral import Decomposable
 
 if TYPE_CHECKING:
     from .dense import Leaf
@@ -51,10 +51,6 @@ class LatentOperator(Decomposable):
 
     def to_dense(self) -> Tensor:
         """The matrix, [n_out, n_in] or [B, n_out, n_in]."""
-        raise NotImplementedError
-
-    def closed(self) -> Leaf:
-        """The structured operator this equals now, differentiable; it may share this one's tensors."""
         raise NotImplementedError
 
     @property
@@ -84,21 +80,23 @@ class LatentOperator(Decomposable):
                 check_dense("z", z)
                 check_time(t, z, z.shape[0] if z.ndim else None)
                 return self.at(t)(z)
-            return self._apply_checked(z)
+            self._check(z)
+            y = self._product(z.flatten(1), transpose=False)
+            return y.reshape(z.shape) if self.n_out == self.n_in else y
 
-    def _apply_checked(self, z: Tensor) -> Tensor:
+    def _check(self, z: Tensor) -> None:
+        """Raise unless A can be applied to z; a 0-d factor goes with any dtype."""
         kind = type(self).__name__
         if torch.compiler.is_compiling():
             check_dense("z", z)
         else:
-            for tensor in tuple(_tensors(self)) or (None,):
+            own = tuple(x for x in chain(self.parameters(), self.buffers()) if x.ndim and x.is_floating_point())
+            for tensor in own or (None,):
                 check_like(kind, "z", z, tensor)
         if self.time_dependent:
             raise ValueError(f"{kind} depends on time: pass t=, or use A.at(t)")
         if z.ndim < 2 or z.shape[1:].numel() != self.n_in:
             raise ValueError(f"{kind}: z must be [B, {self.n_in}]; got {tuple(z.shape)}")
-        y = self._product(z.flatten(1), transpose=False)
-        return y.reshape(z.shape) if self.n_out == self.n_in else y
 
     @property
     def T(self) -> LatentOperator:
@@ -144,12 +142,14 @@ class LatentOperator(Decomposable):
 class Lazy(LatentOperator):
     """An operator made of others. Its parts stay live; ``closed`` takes the snapshot."""
 
+    _names: tuple[str, ...] = ("left", "right")  # of its parts, in the order of its constructor
     left: LatentOperator
     right: LatentOperator
+    operator: LatentOperator
 
     def parts(self) -> tuple[LatentOperator, ...]:
-        """The operators it is made of, in the order of its constructor."""
-        return self.left, self.right
+        """The operators it is made of."""
+        return tuple(getattr(self, name) for name in self._names)
 
     def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
         """The same of other parts."""
@@ -164,24 +164,19 @@ class Lazy(LatentOperator):
         return self._rebuild(*(part.at(t) for part in self.parts())) if self.time_dependent else self
 
     def _at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
-        if not self.time_dependent:
-            return lambda k: self
         parts = [part._at_each(times) for part in self.parts()]
-        return lambda k: self._rebuild(*(part(k) for part in parts))
+        return lambda k: self._rebuild(*(part(k) for part in parts)) if self.time_dependent else self
 
 
 class Transposed(Lazy):
     """A^T."""
 
-    operator: LatentOperator
+    _names = ("operator",)
 
     def __init__(self, operator: LatentOperator) -> None:
         super().__init__()
         self.operator = operator
         self.n_out, self.n_in = operator.n_in, operator.n_out
-
-    def parts(self) -> tuple[LatentOperator, ...]:
-        return (self.operator,)
 
     @property
     def T(self) -> LatentOperator:
@@ -200,8 +195,8 @@ class Transposed(Lazy):
 class Scaled(Lazy):
     """factor * A, the factor a number or a 0-d tensor."""
 
+    _names = ("operator",)
     factor: float | Tensor
-    operator: LatentOperator
 
     def __init__(self, factor: float | Tensor, operator: LatentOperator) -> None:
         super().__init__()
@@ -211,9 +206,6 @@ class Scaled(Lazy):
         hold(self, "factor", factor)
         self.operator = operator
         self.n_out, self.n_in = operator.n_out, operator.n_in
-
-    def parts(self) -> tuple[LatentOperator, ...]:
-        return (self.operator,)
 
     def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
         return Scaled(self.factor, *parts)
@@ -246,9 +238,7 @@ class Sum(Lazy):
 
     def closed(self) -> Leaf:
         left, right = self.left.closed(), self.right.closed()
-        result = left._plus(right)
-        result = right._plus(left) if result is None else result
-        return left._dense()._plus(right) if result is None else result
+        return left._plus(right) or right._plus(left) or left._dense()._plus(right)
 
 
 class Product(Lazy):
@@ -281,15 +271,14 @@ class Product(Lazy):
         return result
 
     def closed(self) -> Leaf:
-        result = self._closed_form()
-        return self.left.closed()._dense()._times(self.right.closed()) if result is None else result
+        return self._closed_form() or self.left.closed()._dense()._times(self.right.closed())
 
     def _inverted(self, read: bool) -> LatentOperator:
         """(A B)^{-1}: of the closed form where there is one, else B^{-1} A^{-1}, kept apart."""
-        result = self._closed_form()
-        if result is None and self.left.n_in == self.left.n_out:
+        leaf = self._closed_form()
+        if leaf is None and self.left.n_in == self.left.n_out:
             return Product(self.right._inverted(read), self.left._inverted(read))
-        return inverse_of(self.closed() if result is None else result, read)
+        return (leaf or self.closed())._inverted(read)
 
 
 def _size(operator: LatentOperator) -> str:
@@ -298,19 +287,10 @@ def _size(operator: LatentOperator) -> str:
 
 def hold(module: nn.Module, name: str, value: Any) -> None:
     """Keep a Parameter (trained), a tensor as a buffer (saved, moved), a number as it is; checked before."""
-    if isinstance(value, nn.Parameter):
-        module.register_parameter(name, value)
-    elif isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         module.register_buffer(name, value)
     else:
         setattr(module, name, value)
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """The floating-point tensors whose dtype and device inputs must have; a 0-d factor fits any."""
-    for tensor in chain(module.parameters(), module.buffers()):
-        if tensor.ndim and tensor.is_floating_point():
-            yield tensor
 
 
 def _operator(value: object, symbol: str) -> LatentOperator:

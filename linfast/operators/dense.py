@@ -56,7 +56,7 @@ class Leaf(LatentOperator):
     def _inverse(self, read: bool) -> LatentOperator:
         return self._general()._inverse(read)
 
-    def _pinv(self, rtol: float | None) -> LatentOperator:
+    def _pinv(self, rtol: float) -> LatentOperator:
         return self._general()._pinv(rtol)
 
     def _svd(self) -> SVD:
@@ -115,9 +115,6 @@ class Dense(Leaf):
     def to_dense(self) -> Tensor:
         return self.weight
 
-    def _dense(self) -> Dense:
-        return self
-
     def _transposed(self) -> Leaf:
         return Dense.of(self.weight.mT)
 
@@ -139,7 +136,7 @@ class Dense(Leaf):
     def _inverse(self, read: bool) -> Leaf:
         return Dense.of(matrix_inverse(self.weight, "A", read))
 
-    def _pinv(self, rtol: float | None) -> Leaf:
+    def _pinv(self, rtol: float) -> Leaf:
         return Dense.of(torch.linalg.pinv(self.weight, rtol=rtol))
 
     def _svd(self) -> SVD:

@@ -61,10 +61,8 @@ class BlockDiagonal(Leaf):
     def _inverse(self, read: bool) -> Leaf:
         return BlockDiagonal(matrix_inverse(self.blocks, "blocks of A", read))
 
-    def _pinv(self, rtol: float | None) -> Leaf:
-        S = torch.linalg.svdvals(self.blocks.detach())
-        eps = torch.finfo(S.dtype).eps
-        limit = S.max() * (self.n_in * eps if rtol is None else rtol)
+    def _pinv(self, rtol: float) -> Leaf:
+        limit = rtol * torch.linalg.svdvals(self.blocks.detach()).max()
         return BlockDiagonal(torch.linalg.pinv(self.blocks, atol=limit, rtol=torch.zeros_like(limit)))
 
     def _svd(self) -> SVD:
@@ -81,6 +79,7 @@ class BlockDiagonal(Leaf):
 
     def _blocks_of(self, other: Leaf) -> Tensor | None:
         """The other operator in blocks of this one's size; None where it has no such blocks."""
+        other = other._blocks() if isinstance(other, DepthwiseConv) else other
         if isinstance(other, BlockDiagonal) and other.blocks.shape == self.blocks.shape:
             return other.blocks
         if isinstance(other, Diagonal) and not other.batched and other.n == self.n_in:
@@ -110,11 +109,8 @@ class DepthwiseConv(Leaf):
     ) -> None:
         super().__init__()
         channels = check_count("channels", channels)
-        kernel = (
-            check_pair("kernel_size", kernel_size)
-            if isinstance(kernel_size, (tuple, list))
-            else (check_count("kernel_size", kernel_size),) * 2
-        )
+        one = not isinstance(kernel_size, (tuple, list))
+        kernel = (check_count("kernel_size", kernel_size),) * 2 if one else check_pair("kernel_size", kernel_size)
         self.channels, self.kernel_size, self.size = channels, kernel, check_pair("size", size)
         self.n_out = self.n_in = channels * self.size[0] * self.size[1]
         if weight is None:
@@ -162,18 +158,12 @@ class DepthwiseConv(Leaf):
         return self._with(factor * self.weight)
 
     def _plus(self, other: Leaf) -> Leaf | None:
-        if not isinstance(other, (DepthwiseConv, BlockDiagonal, Diagonal)):
-            return None
-        if isinstance(other, DepthwiseConv):
-            if (other.size, other.weight.shape[-3:]) == (self.size, self.weight.shape[-3:]):
-                return self._with(self.weight + other.weight)
-            other = other._blocks()
+        if isinstance(other, DepthwiseConv) and (other.size, other.kernel_size) == (self.size, self.kernel_size):
+            return self._with(self.weight + other.weight)
         return self._blocks()._plus(other)
 
     def _times(self, other: Leaf) -> Leaf | None:
-        if not isinstance(other, (DepthwiseConv, BlockDiagonal, Diagonal)):
-            return None
-        return self._blocks()._times(other._blocks() if isinstance(other, DepthwiseConv) else other)
+        return self._blocks()._times(other)
 
     def _general(self) -> Leaf:
         return self._blocks()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..checks import check_count, check_tensor
 from .base import LatentOperator, hold
 from .dense import Leaf, check_size
-from .spectral import SVD, Eig, cutoff, pseudo_inverse_values, unless_singular
+from .spectral import SVD, Eig, unless_singular
 
 __all__ = ["Diagonal", "Projection"]
 
@@ -75,10 +75,10 @@ class Diagonal(Leaf):
         inverse = self.diagonal.reciprocal()
         return Diagonal.of(unless_singular(inverse, condition, f"A (diagonal [{self.n}])", read))
 
-    def _pinv(self, rtol: float | None) -> Leaf:
+    def _pinv(self, rtol: float) -> Leaf:
         size = self.diagonal.abs()
-        limit = cutoff(size, self.n, rtol) * size.amax(-1, keepdim=True) if self.n else size
-        return Diagonal.of(self.diagonal.sign() * pseudo_inverse_values(size, limit))
+        kept = size > rtol * size.amax(-1, keepdim=True) if self.n else size > 0
+        return Diagonal.of(torch.where(kept, torch.where(kept, self.diagonal, 1.0).reciprocal(), 0.0))
 
     def _svd(self) -> SVD:
         S, order = self.diagonal.abs().sort(dim=-1, descending=True)
@@ -91,9 +91,9 @@ class Diagonal(Leaf):
         return self.diagonal.abs().sort(dim=-1, descending=True).values, 0.0
 
     def _eig(self) -> Eig:
-        complex_dtype = torch.promote_types(self.diagonal.dtype, torch.complex64)
-        eye = torch.eye(self.n, dtype=complex_dtype, device=self.diagonal.device)
-        return Eig(self.diagonal.to(complex_dtype), eye.expand(*self.diagonal.shape, self.n))
+        values = self.diagonal.to(torch.promote_types(self.diagonal.dtype, torch.complex64))
+        eye = torch.eye(self.n, dtype=values.dtype, device=values.device)
+        return Eig(values, eye.expand(*values.shape, self.n))
 
 
 class Projection(LatentOperator):

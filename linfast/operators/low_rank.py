@@ -24,7 +24,7 @@ from ..dispatch import has_values, outside_autocast
 from ..ops.low_rank import low_rank
 from .base import hold
 from .dense import Leaf
-from .spectral import SVD, Eig, cutoff, largest, matrix_inverse, unless_singular
+from .spectral import SVD, Eig, largest, matrix_inverse, unless_singular
 
 __all__ = ["LowRank"]
 
@@ -52,9 +52,8 @@ class LowRank(Leaf):
         check_tensor("LowRank: U", U)
         check_tensor("LowRank: V", V, U, "U")
         check_factor("LowRank: alpha", alpha, U, "U")
-        hold(self, "alpha", alpha)
-        hold(self, "U", U)
-        hold(self, "V", V)
+        for name, value in (("alpha", alpha), ("U", U), ("V", V)):
+            hold(self, name, value)
         if U.ndim not in (2, 3) or U.ndim != V.ndim or U.shape[-1] != V.shape[-1] or U.shape[:-2] != V.shape[:-2]:
             raise ValueError(
                 f"U and V must be [n, r], or both [B, n, r]; got {tuple(U.shape)} and {tuple(V.shape)}"
@@ -170,14 +169,14 @@ class LowRank(Leaf):
         product = ((U.mT @ U) * (V.mT @ V)).sum((-2, -1)).clamp(min=0.0).sqrt()
         return product + self._alpha_size()
 
-    def _pinv(self, rtol: float | None) -> Leaf:
+    def _pinv(self, rtol: float) -> Leaf:
         unread = torch.compiler.is_compiling() or not has_values(self.U)
         if self._is_wide or (unread and not self._is_plain):
             return self._dense()._pinv(rtol)  # which branch below is taken depends on the numbers
         left, core, right = self._thin()
         S = torch.linalg.svdvals(core.detach())
         alpha = self._alpha_size()
-        limit = cutoff(S, max(self.n_out, self.n_in), rtol) * largest(S, alpha)
+        limit = rtol * largest(S, alpha)
         core_pinv = torch.linalg.pinv(core, atol=limit, rtol=torch.zeros_like(limit))
         vanishes = alpha <= limit
         if self._is_plain or bool(vanishes.all()):

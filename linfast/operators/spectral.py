@@ -1,5 +1,8 @@
 """Inverses, pseudo-inverses, svd and eig: what every operator answers, and the arithmetic that operators share.
 
+The public methods are here, in ``Decomposable``. The arithmetic of a kind of operator is in the kind's own file, as
+``_inverse``, ``_pinv``, ``_svd``, ``_values`` and ``_eig`` of the Leaf (LowRank's in low_rank.py).
+
 A structured operator acts on all but a few dimensions as one number. Its svd and
 eig then hold only the few, and the number is ``rest``:
 
@@ -20,8 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable
-from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,16 +33,17 @@ from ..checks import check_number
 from ..dispatch import capturing, has_values, outside_autocast, read_at_once, tensors_of
 from ..freeze import derived
 
+if TYPE_CHECKING:
+    from .base import LatentOperator
+    from .dense import Leaf
+
 __all__ = [
     "SVD",
     "Decomposable",
     "Eig",
-    "cutoff",
     "decomposed",
-    "inverse_of",
     "largest",
     "matrix_inverse",
-    "pseudo_inverse_values",
     "unless_singular",
 ]
 
@@ -49,13 +52,7 @@ _Result = TypeVar("_Result")
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class _SVDFields(NamedTuple):
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-
-
-class SVD(_SVDFields):
+class SVD(NamedTuple("SVD", [("U", Tensor), ("S", Tensor), ("Vh", Tensor)])):
     """U [..., n_out, k], S [..., k] descending, Vh [..., k, n_in], and ``rest``.
 
     Unpacks as ``U, S, Vh``. A = U diag(S) Vh + rest (I - U U^H); the n - k singular
@@ -78,12 +75,7 @@ class SVD(_SVDFields):
         return dense + self.rest * (eye - self.U @ self.U.mH)
 
 
-class _EigFields(NamedTuple):
-    values: Tensor
-    vectors: Tensor
-
-
-class Eig(_EigFields):
+class Eig(NamedTuple("Eig", [("values", Tensor), ("vectors", Tensor)])):
     """values [..., k] and vectors [..., n, k], both complex; ``rest`` is the eigenvalue of the other n - k."""
 
     rest: float | Tensor | None
@@ -92,11 +84,6 @@ class Eig(_EigFields):
         self = super().__new__(cls, values, vectors)
         self.rest = rest
         return self
-
-
-def cutoff(S: Tensor, n: int, rtol: float | None) -> float:
-    """Relative size below which a singular value counts as zero: rtol, or n times the dtype's epsilon."""
-    return n * torch.finfo(S.dtype).eps if rtol is None else rtol
 
 
 def decomposed(what: str, decompose: Callable[..., _Result], *args: Any) -> _Result:
@@ -114,12 +101,6 @@ def largest(S: Tensor, rest: Tensor) -> Tensor:
     return torch.maximum(S.amax(-1) if S.shape[-1] else S.sum(-1), rest)
 
 
-def pseudo_inverse_values(S: Tensor, limit: Tensor) -> Tensor:
-    """1 / S where S > limit, else 0."""
-    keep = limit < S
-    return torch.where(keep, torch.where(keep, S, torch.ones_like(S)).reciprocal(), torch.zeros_like(S))
-
-
 def matrix_inverse(matrix: Tensor, what: str, read: bool) -> Tensor:
     """matrix^{-1} [..., n, n] ``unless_singular``."""
     inverse, info = torch.linalg.inv_ex(matrix)
@@ -131,10 +112,9 @@ def matrix_inverse(matrix: Tensor, what: str, read: bool) -> Tensor:
 
 
 def unless_singular(inverse: Tensor, condition: Tensor, what: str, read: bool) -> Tensor:
-    """``inverse``, NaN unless the condition number [...] is below 1 / epsilon.
+    """``inverse``, NaN unless the condition number [...] is below 1 / epsilon; where ``read``, ValueError instead.
 
-    Raises:
-        ValueError: it is not, and ``read``: the host waits to see it. The message names pinv.
+    Reading it, the host waits for the device.
     """
     regular = condition < 1.0 / torch.finfo(condition.dtype).eps
     if read and not bool(regular.all()):
@@ -151,11 +131,11 @@ class Decomposable(nn.Module):
     n_out: int
     n_in: int
 
-    def closed(self) -> Any:
-        """The structured operator that this one equals now."""
+    def closed(self) -> Leaf:
+        """The structured operator this equals now, differentiable; it may share this one's tensors."""
         raise NotImplementedError
 
-    def inverse(self) -> Any:
+    def inverse(self) -> LatentOperator:
         """A^{-1}, a snapshot.
 
         Whether A has one is read from the device at the first call for these weights (linfast.operators.spectral).
@@ -165,7 +145,7 @@ class Decomposable(nn.Module):
         """
         return self._inverse_of(self, None)
 
-    def inverse_at(self, t: float | Tensor | None) -> Any:
+    def inverse_at(self, t: float | Tensor | None) -> LatentOperator:
         """``A.at(t).inverse()``, read at the first call for these weights and a time that is a number."""
         if t is None:
             return derived(self, "inverse", self.inverse)
@@ -173,7 +153,7 @@ class Decomposable(nn.Module):
         return operator.at(t)._inverse_of(self, Tensor if isinstance(t, Tensor) else t)
 
     @outside_autocast
-    def _inverse_of(self, owner: nn.Module, at: Hashable) -> Any:
+    def _inverse_of(self, owner: nn.Module, at: Hashable) -> LatentOperator:
         """A^{-1} of what ``owner`` is at a time, or makes of itself."""
         self._check_square("inverse()")
         read = is_unread(owner, at)
@@ -182,12 +162,13 @@ class Decomposable(nn.Module):
             mark_read(owner, at)
         return inverse
 
-    def _inverted(self, read: bool) -> Any:
-        """A^{-1}; ``read``: raise where there is none."""
-        return inverse_of(self.closed(), read)
+    def _inverted(self, read: bool) -> LatentOperator:
+        """A^{-1} in A's dtype; ``read``: raise where there is none."""
+        leaf = self.closed()
+        return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
 
     @outside_autocast
-    def pinv(self, rtol: float | None = None) -> Any:
+    def pinv(self, rtol: float | None = None) -> LatentOperator:
         """The Moore-Penrose pseudo-inverse A^+, a snapshot.
 
         Singular values up to rtol times the largest count as zero; by default rtol is
@@ -245,11 +226,6 @@ class Decomposable(nn.Module):
             raise ValueError(f"{what} needs a square A; this one is {self.n_out} x {self.n_in}; use pinv()")
 
 
-def inverse_of(leaf: Any, read: bool) -> Any:
-    """The leaf's inverse in its dtype; ``read``: raise where there is none."""
-    return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
-
-
 def _checked_rtol(rtol: float | None, operator: Decomposable) -> float:
     """rtol, a number of at least 0; by default that of the operator's own dtype, whatever it is decomposed in."""
     if rtol is not None:
@@ -286,9 +262,9 @@ _read: WeakKeyDictionary[nn.Module, tuple[Hashable, set[Hashable]]] = WeakKeyDic
 
 def is_unread(operator: nn.Module, at: Hashable) -> bool:
     """Whether the host still has to read, for these weights, if this operator has an inverse ``at`` this time."""
-    if torch.compiler.is_compiling() or any(capturing(t) or not has_values(t) for t in _tensors(operator)):
+    if torch.compiler.is_compiling() or any(capturing(t) or not has_values(t) for t in tensors_of(operator)):
         return False
-    if all(read_at_once(tensor) for tensor in _tensors(operator)):
+    if all(map(read_at_once, tensors_of(operator))):
         return True
     state, seen = _read.get(operator, (None, ()))
     return state is None or at not in seen or state != _state(operator)
@@ -309,7 +285,7 @@ def check_finite(operator: nn.Module) -> None:
     """ValueError where it has NaN or infinite values, which not every decomposition would show."""
     if not is_unread(operator, "finite") or _state(operator) is None:
         return
-    if not all(bool(tensor.isfinite().all()) for tensor in _tensors(operator)):
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(operator)):
         raise ValueError(f"{type(operator).__name__} has NaN or infinite values: they have no decomposition")
     mark_read(operator, "finite")
 
@@ -318,8 +294,4 @@ def _state(operator: nn.Module) -> Hashable:
     """What changes with the weights, but for writes through ``.data`` and by fused optimisers; None: unknown."""
     if torch._C._functorch.peek_interpreter_stack() is not None:  # a transform's tensors have no memory
         return None
-    return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in _tensors(operator))
-
-
-def _tensors(operator: nn.Module) -> chain[Tensor]:
-    return chain(operator.parameters(), operator.buffers())
+    return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors_of(operator))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_dense, check_number, check_time
-from ..dispatch import tensor_of, uploaded
+from ..dispatch import tensors_of, uploaded
 from ..nets import MLP, SinusoidalEmbedding, check_time_features
 from .base import LatentOperator
 from .dense import Leaf
@@ -32,12 +32,9 @@ class TimeFactors(NamedTuple):
     """A_t = alpha I + U_t diag(w_t) V_t^T at T times."""
 
     alpha: float
-    U: Tensor
-    """[T, n, r], or [n, r] where all times share it."""
-    V: Tensor
-    """Like U."""
-    weights: Tensor | None
-    """w [T, r] of shared factors; None: ones."""
+    U: Tensor  # [T, n, r], or [n, r] where all times share it
+    V: Tensor  # like U
+    weights: Tensor | None  # w [T, r] of shared factors; None: ones
 
 
 class TimeOperator(LatentOperator):
@@ -96,9 +93,7 @@ class TimeOperator(LatentOperator):
     @property
     def _like(self) -> Tensor:
         """A parameter, for its dtype and device."""
-        parameter = tensor_of(self)
-        assert parameter is not None
-        return parameter
+        return next(tensors_of(self))
 
 
 class _LowRankAtAnyTime(TimeOperator):

@@ -97,7 +97,6 @@ def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
 
     Rounded to float32 its entries, the size of steps and more, would cost as many digits of the noise.
     """
-    check_time_dependent(A_t)
     like = first_floating(A_t).double()
     return without_autocast(like.device.type, _collapse, A_t, plan, None, like)._inverse_of(A_t, plan)
 
@@ -166,11 +165,12 @@ def _finish_factored(beta: float, U: Tensor, Q: Tensor, tol: float | None, like:
     if tol is not None:
         with torch.no_grad():
             Y = weighted_columns(U, Q)
-            size = _frobenius(beta, U.shape[1], (U * Q).sum(), Y)
+            # |beta I + A|_F of an A of this trace and norm.
+            size = (U.shape[1] * beta * beta + 2 * beta * float((U * Q).sum()) + float(Y.norm()) ** 2) ** 0.5
             found = range_within(Y, tol * size, widest=U.shape[0] - 1)
         if found is not None:
             L = found[0].to(U.dtype)
-            return _truncated(LowRank(beta, _plain(L, like), _plain(Q.mT @ (U @ L), like)), found[1] / size)
+            return _truncated(beta, L, Q.mT @ (U @ L), found[1] / size, like)
     return LowRank(beta, _plain(U.mT, like), _plain(Q.mT, like))
 
 
@@ -183,8 +183,14 @@ def _finish(B: Tensor, beta: float, tol: float | None, like: Tensor) -> Leaf:
             found = range_within(A.double(), tol * size, widest=(len(B) - 1) // 2)
         if found is not None:
             L = found[0].to(B.dtype)
-            return _truncated(LowRank(beta, _plain(L, like), _plain(A.mT @ L, like)), found[1] / size)
+            return _truncated(beta, L, A.mT @ L, found[1] / size, like)
     return Dense.of(_plain(B, like))
+
+
+def _truncated(beta: float, U: Tensor, V: Tensor, error: float, like: Tensor) -> Leaf:
+    operator = LowRank(beta, _plain(U, like), _plain(V, like))
+    operator.truncation_error = error
+    return operator
 
 
 def _plain(value: Tensor, like: Tensor) -> Tensor:
@@ -193,26 +199,12 @@ def _plain(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _frobenius(beta: float, n: int, trace: Tensor, A: Tensor) -> float:
-    """|beta I + A|_F of an A of this trace and norm."""
-    return (n * beta * beta + 2 * beta * float(trace) + float(A.norm()) ** 2) ** 0.5
-
-
-def _truncated(operator: Leaf, error: float) -> Leaf:
-    operator.truncation_error = error
-    return operator
-
-
 # What samplers work on. The caller's own modules are never switched to eval mode or given other tensors, not even
 # for a moment: another thread may be training them, and whatever fails in between has nothing to put back.
 
 
 def in_eval_mode(model: _Module) -> _Module:
-    """The model itself where it is in eval mode with all its parts, else a copy that is, of the same tensors.
-
-    Raises:
-        ValueError: a part that cannot be copied, or that is not initialised.
-    """
+    """The model itself where it is in eval mode with all its parts, else a copy that is, of the same tensors."""
     check_initialised(model)
     return _copy_of(model) if any(module.training for module in model.modules()) else model
 

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import uploaded
-from .integrate import Schedule
+from .integrate import Schedule, advance
 
 __all__ = [
     "Factors",
@@ -81,8 +81,8 @@ class Piece:
     C: Tensor
 
     @property
-    def end(self) -> int:
-        return self.start + self.C.shape[-1]
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.C.shape[-1])
 
 
 def step_pieces(factors: Factors, plan: Schedule) -> tuple[np.ndarray, Tensor]:
@@ -91,29 +91,17 @@ def step_pieces(factors: Factors, plan: Schedule) -> tuple[np.ndarray, Tensor]:
     S = (windows @ _windows(factors.U, factors, 0, 1, plan.count, factors.width).mT).double()
     one = np.ones((plan.count, 1, 1))
     eye, zero = torch.eye(factors.width, dtype=S.dtype, device=S.device), torch.zeros_like(S)
-    slopes: list[tuple[np.ndarray, Tensor]] = []
+    slopes_a: list[np.ndarray] = []
+    slopes_H: list[Tensor] = []
     for stage, row in enumerate(plan.scheme.a):
-        a, H = _combine(one, zero, slopes, row, plan.h)
+        a, H = advance(one, slopes_a, row, plan.h), advance(zero, slopes_H, row, plan.h)
         W = factors.weights[:, stage, :, None].to(S)
-        rates = _rates(plan, stage)
+        rates = np.array([1.0 / (1.0 - plan.times[plan.index(i, stage)]) for i in range(plan.count)])[:, None, None]
         rate, identity = uploaded(rates, S.device), uploaded(a, S.device) * eye
-        slopes.append((rates * (factors.alpha - 1) * a, rate * ((factors.alpha - 1) * H + W * (identity + S @ H))))
-    scale, C = _combine(one, zero, slopes, plan.scheme.b, plan.h)
-    return scale[:, 0, 0], C
-
-
-def _rates(plan: Schedule, stage: int) -> np.ndarray:
-    """1 / (1 - t) of a stage in every step, [count, 1, 1]."""
-    return np.array([1.0 / (1.0 - plan.times[plan.index(i, stage)]) for i in range(plan.count)])[:, None, None]
-
-
-def _combine(
-    a: np.ndarray, H: Tensor, slopes: list[tuple[np.ndarray, Tensor]], weights: tuple[float, ...], h: float
-) -> tuple[np.ndarray, Tensor]:
-    for weight, (slope_a, slope_H) in zip(weights, slopes, strict=True):
-        if weight:
-            a, H = a + h * weight * slope_a, H + h * weight * slope_H
-    return a, H
+        slopes_a.append(rates * (factors.alpha - 1) * a)
+        slopes_H.append(rate * ((factors.alpha - 1) * H + W * (identity + S @ H)))
+    scale = advance(one, slopes_a, plan.scheme.b, plan.h)
+    return scale[:, 0, 0], advance(zero, slopes_H, plan.scheme.b, plan.h)
 
 
 def multiply_pairs(factors: Factors, scale: np.ndarray, C: Tensor, limit: int | None = None) -> list[Piece]:
@@ -151,9 +139,9 @@ def fold_factored(factors: Factors, pieces: list[Piece]) -> tuple[float, Tensor]
     """(beta, Q [R, N]) with the product of the pieces = beta I + U^T Q for rows U, Q."""
     U, V = factors.U, factors.V
     beta = pieces[0].scale
-    Q = pieces[0].C.to(V.dtype) @ V[: pieces[0].end]
+    Q = pieces[0].C.to(V.dtype) @ V[pieces[0].rows]
     for piece in pieces[1:]:
-        known, new = Q.shape[0], V[piece.start : piece.end]
+        known, new = Q.shape[0], V[piece.rows]
         inner = (new @ U[:known].mT) @ Q + beta * new
         added = piece.C.to(V.dtype) @ inner
         overlap = known - piece.start
@@ -168,8 +156,7 @@ def fold_dense(factors: Factors, pieces: list[Piece]) -> Tensor:
     U, V = factors.U, factors.V
     B = torch.eye(V.shape[1], dtype=V.dtype, device=V.device)
     for piece in pieces:
-        rows = slice(piece.start, piece.end)
-        B = piece.scale * B + U[rows].mT @ (piece.C.to(V.dtype) @ (V[rows] @ B))
+        B = piece.scale * B + U[piece.rows].mT @ (piece.C.to(V.dtype) @ (V[piece.rows] @ B))
     return B
 
 

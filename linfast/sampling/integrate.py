@@ -16,12 +16,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 
-__all__ = ["METHODS", "Schedule", "Tableau", "integrate", "schedule"]
+__all__ = ["METHODS", "Schedule", "Tableau", "advance", "integrate", "schedule"]
+
+_Array = TypeVar("_Array", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -75,9 +79,7 @@ class Schedule:
     @cached_property
     def times(self) -> tuple[float, ...]:
         """The distinct times that the stages look at, ascending."""
-        first = [(i + c) * self.h for i in range(self.count) for c in self.scheme.nodes[: self.scheme.stride]]
-        last = [(self.count - 1 + c) * self.h for c in self.scheme.nodes[self.scheme.stride :]]
-        return tuple(first + last)
+        return tuple(sorted({(i + c) * self.h for i in range(self.count) for c in self.scheme.nodes}))
 
     def index(self, step: int, stage: int) -> int:
         """Which of ``times`` a stage looks at."""
@@ -106,25 +108,24 @@ def integrate(
     plan: Schedule,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """z [B, n] after the steps of the latent flow.
+    """z [B, n] after the steps of the latent flow, where ``apply(z, k)`` is A_t z at t = plan.times[k].
 
-    Args:
-        apply: (z, k) -> A_t z at t = plan.times[k].
-        on_step: called with z after each step.
+    ``on_step`` is called with z after each step.
     """
     for i in range(plan.count):
         slopes: list[Tensor] = []
         for stage, row in enumerate(plan.scheme.a):
             k = plan.index(i, stage)
-            inner = _advance(z, slopes, row, plan.h)
+            inner = advance(z, slopes, row, plan.h)
             slopes.append((apply(inner, k) - inner) / (1.0 - plan.times[k]))
-        z = _advance(z, slopes, plan.scheme.b, plan.h)
+        z = advance(z, slopes, plan.scheme.b, plan.h)
         if on_step is not None:
             on_step(z)
     return z
 
 
-def _advance(z: Tensor, slopes: list[Tensor], weights: tuple[float, ...], h: float) -> Tensor:
+def advance(z: _Array, slopes: list[_Array], weights: tuple[float, ...], h: float) -> _Array:
+    """z + h sum_i weights_i slopes_i, of tensors or of numpy arrays."""
     for weight, slope in zip(weights, slopes, strict=True):
         if weight:
             z = z + (h * weight) * slope

@@ -25,7 +25,7 @@ from ..ranges import range_
 from .collapsed import check_initialised, check_time_dependent, collapse, collapse_inverse, in_eval_mode
 from .integrate import Schedule, integrate, schedule
 
-__all__ = ["at_work", "generator", "invert", "sample"]
+__all__ = ["at_work", "check_over_time", "generator", "invert", "sample"]
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def generator(
         ValueError: as for ``collapse``; g_x or g_y that is not initialised.
     """
     with range_("generator"):
-        _check(f)
+        check_over_time(f)
         for g in (f.g_x, f.g_y):
             check_initialised(g)
         one = Linearizer(f.g_y, collapse(f.A, steps, method, stop, tol), f.g_x)
@@ -79,7 +79,7 @@ def sample(
         ValueError: as for ``collapse``; return_path with one_step.
     """
     with range_("sample"):
-        _check(f)
+        check_over_time(f)
         plan = schedule(method, steps, stop)
         check_dense("noise", noise)
         check_flag("one_step", one_step)
@@ -106,7 +106,7 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop
         ValueError: as for ``collapse``; B without an inverse.
     """
     with range_("invert"):
-        _check(f)
+        check_over_time(f)
         plan = schedule(method, steps, stop)
         A, f = f.A, in_eval_mode(f)
         with at_work(f):
@@ -121,6 +121,7 @@ def _step_by_step(f: Linearizer, z: Tensor, plan: Schedule, on_step: Callable[[T
     return integrate(lambda z, k: at(k)(z), z, plan, on_step)
 
 
-def _check(f: Linearizer) -> None:
+def check_over_time(f: Linearizer) -> None:
+    """Raise unless f is a Linearizer whose A depends on time."""
     check_kind("f", f, Linearizer)
     check_time_dependent(f.A, "f.A")

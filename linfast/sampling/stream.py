@@ -15,6 +15,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -103,19 +104,17 @@ def sample_stream(
     check_flag("overwrite", overwrite)
     if progress is not None:
         check_flag("progress", progress)
-    if isinstance(f, nn.Module):
-        check_values("f", *tensors_of(f))
-    source = _Source.of(f, seed, block_size, noise_shape, (steps, method, stop))
+    source = _Source.of(f, seed, block_size, noise_shape, cuda_graph, steps, method, stop)
     workers = Workers.current()
-    how = (count, batch_size, progress, cuda_graph)
+    blocks = partial(_blocks, source, workers, count, batch_size, progress)
     if out is None:
-        return _batches(_blocks(source, workers, 0, None, *how), batch_size)
+        return _batches(blocks(0, None), batch_size)
     if isinstance(out, (np.ndarray, Tensor)):
         if workers.count > 1:
             raise ValueError("out must be a path or None under torch.distributed: processes share no array")
         sample = source.probe()
         check_array(out, count, sample)
-        for start, rows in _blocks(source, workers, 0, sample, *how):
+        for start, rows in blocks(0, sample):
             if rows is not None:
                 values: Any = rows if isinstance(out, Tensor) else rows.numpy()
                 out[start : start + len(rows)] = values
@@ -129,7 +128,7 @@ def sample_stream(
     path = os.fsdecode(out)
     with NpyFile(path, identity, workers, overwrite) as file:
         if file.done < count:
-            for start, rows in _blocks(source, workers, file.done, sample, *how):
+            for start, rows in blocks(file.done, sample):
                 file.commit(start) if rows is None else file.write(start, rows)
     return np.load(path, mmap_mode="r")
 
@@ -144,14 +143,17 @@ class _Source:
     shape: tuple[int, ...]
     device: torch.device
     dtype: torch.dtype
+    cuda_graph: bool
     identity: dict[str, Any]
 
     @classmethod
     def of(
-        cls, f: nn.Module, seed: int, block: int, shape: tuple[int, ...] | None, how: tuple[int, str, float | None]
+        cls, f: nn.Module, seed: int, block: int, shape: tuple[int, ...] | None, cuda_graph: bool, *how: Any
     ) -> _Source:
+        """``how``: steps, method and stop of an f that depends on time."""
         if not isinstance(f, nn.Module):
             raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
+        check_values("f", *tensors_of(f))
         identity: dict[str, Any] = {}
         like, f = first_floating(f), in_eval_mode(f)
         if isinstance(f, Linearizer):
@@ -167,7 +169,7 @@ class _Source:
         if shape is None:
             raise ValueError(f"noise_shape must be given for a {type(f).__name__}: its noise has no known shape")
         identity["noise_shape"] = [int(size) for size in shape]  # as JSON has them: numpy's are other objects
-        return cls(f, seed, block, tuple(shape), like.device, like.dtype, identity)
+        return cls(f, seed, block, tuple(shape), like.device, like.dtype, cuda_graph, identity)
 
     def noise(self, index: int) -> Tensor:
         """Block ``index``, [block, *shape]."""
@@ -180,9 +182,9 @@ class _Source:
         with at_work(self.model):
             return torch.empty_like(self._block_of(self.noise(0))[0], device="cpu")
 
-    def samples(self, blocks: Iterator[int], cuda_graph: bool, like: Tensor | None = None) -> Iterator[Tensor]:
+    def samples(self, blocks: Iterator[int], like: Tensor | None) -> Iterator[Tensor]:
         """The blocks' samples in order, on the CPU, each like this one; valid until the next are asked for."""
-        pipeline = make_pipeline(self._block_of, self.noise(0), self.model if cuda_graph else None)
+        pipeline = make_pipeline(self._block_of, self.noise(0), self.model if self.cuda_graph else None)
         for rows in pipeline(map(self.noise, blocks)):
             like = rows[0] if like is None else like
             if rows.shape[1:] != like.shape or rows.dtype != like.dtype:
@@ -197,9 +199,7 @@ class _Source:
         samples, kind = self.model(noise), type(self.model).__name__
         if not isinstance(samples, Tensor) or samples.layout is not torch.strided or samples.is_meta:
             got = f"{samples.layout} on {samples.device}" if isinstance(samples, Tensor) else type(samples).__name__
-            raise TypeError(
-                f"f must return samples as one dense tensor; a {type(self.model).__name__} returned {got}"
-            )
+            raise TypeError(f"f must return samples as one dense tensor; a {kind} returned {got}")
         if samples.shape[:1] != (self.block,):
             raise ValueError(
                 f"f must return a sample for each row of noise, [{self.block}, ...] for {tuple(noise.shape)}; "
@@ -211,28 +211,21 @@ class _Source:
 
 
 def _blocks(
-    source: _Source,
-    workers: Workers,
-    done: int,
-    like: Tensor | None,
-    count: int,
-    batch_size: int,
-    progress: bool | None,
-    cuda_graph: bool,
+    source: _Source, workers: Workers, count: int, batch_size: int, progress: bool | None, done: int, like: Any
 ) -> Iterator[tuple[int, Tensor | None]]:
     """(first row, rows) of each of this worker's blocks; (rows that all have done, None) after each round."""
     rounds = list(workers.rounds(done, count, batch_size, source.block))
     frozen = Frozen(source.model)  # entered block by block: the caller's gradients are its own over a yield
     with torch.no_grad(), frozen:
-        samples = source.samples((b for blocks, _ in rounds for b in blocks), cuda_graph, like)
-    with workers.bar(count, done, progress) as show:
+        samples = source.samples((b for blocks, _ in rounds for b in blocks), like)
+    with workers.bar(count, done, progress) as bar:
         for blocks, end in rounds:
             for start in (b * source.block for b in blocks):
                 with torch.no_grad(), frozen:
                     rows = next(samples)[: count - start]
                 yield start, rows
             yield end, None
-            show(end)
+            bar.show(end)
 
 
 def _batches(blocks: Iterator[tuple[int, Tensor | None]], batch_size: int) -> Iterator[Tensor]:

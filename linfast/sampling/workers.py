@@ -66,12 +66,10 @@ class Workers:
             raise message[1]
         return message[0]  # type: ignore[return-value]
 
-    @contextmanager
-    def bar(self, total: int, done: int, show: bool | None) -> Iterator[Callable[[int], None]]:
-        """A function to call with the rows done so far; it shows them on process 0, where asked for."""
+    def bar(self, total: int, done: int, show: bool | None) -> Progress:
+        """How many rows are done, which process 0 shows where asked for, by default on a terminal."""
         show = sys.stderr is not None and sys.stderr.isatty() if show is None else show
-        with Progress("sampling", done, total, "sample", show and self.rank == 0) as progress:
-            yield progress.show
+        return Progress("sampling", done, total, "sample", show and self.rank == 0)
 
 
 @contextmanager
@@ -118,8 +116,8 @@ def _from_environment(name: str, low: int, high: int, default: str = "") -> int:
 class CudaPipeline:
     """Samples of blocks of noise with two blocks in flight: one is computed, one is on its way to the host.
 
-    The model is captured once as a CUDA graph and replayed; on a second stream its samples go to one of two pinned
-    buffers. Arguments as for ``make_pipeline``.
+    The model ``graph_of``, where given, is captured once as a CUDA graph and replayed; its weights are then frozen
+    for as long as the pipeline runs. On a second stream the samples go to one of two pinned buffers.
     """
 
     depth = 2
@@ -163,12 +161,5 @@ class CudaPipeline:
 def make_pipeline(
     work: Work, example: Tensor, graph_of: nn.Module | None
 ) -> Callable[[Iterator[Tensor]], Iterator[Tensor]]:
-    """From blocks of noise to their samples, each valid until the next are asked for, on the example's device.
-
-    Args:
-        work: from a block of noise to its samples. No gradients are kept.
-        example: a block of noise.
-        graph_of: the model that the work runs, where it is to be captured in a CUDA graph on a GPU; its
-            weights are then frozen for as long as the pipeline runs.
-    """
+    """From blocks of noise like the example to their samples, each valid until the next are asked for."""
     return CudaPipeline(work, example, graph_of) if example.device.type == "cuda" else partial(map, work)

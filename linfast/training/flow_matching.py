@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_kind, check_number, said_of
+from ..checks import check_number, said_of
 from ..linearizer import Linearizer
 from ..ranges import range_
-from ..sampling.collapsed import check_time_dependent
+from ..sampling.sampler import check_over_time
 from .objective import DataObjective, check_batch, check_given, check_options, distance_of
 
 __all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]
@@ -77,7 +77,7 @@ def one_step_loss(
         ValueError: a shape, dtype or device that does not go with x_1's.
     """
     with range_("one_step_loss"):
-        _check_model(f)
+        check_over_time(f)
         check_batch("x_1", x_1)
         check_options(distance, latent_noise=latent_noise, likelihood=likelihood)
         check_given("x_1", x_1, x_1.shape, x_0=x_0)
@@ -125,7 +125,7 @@ class OneStepFlowMatching(DataObjective):
         likelihood: float = 0.0,
         dequantise: float = 0.0,
     ) -> None:
-        _check_model(f)
+        check_over_time(f)
         super().__init__(f, data, distance, latent_noise=latent_noise, likelihood=likelihood)
         self.dequantise = check_number("dequantise", dequantise, 0.0)
 
@@ -136,11 +136,6 @@ class OneStepFlowMatching(DataObjective):
             "t": x_1.new_empty(batch).uniform_(generator=rng),
         }
         return drawn | {name: torch.empty_like(x_1).normal_(generator=rng) for name in ("x_0", "e_1", "e_0")}
-
-
-def _check_model(f: Linearizer) -> None:
-    check_kind("f", f, Linearizer)
-    check_time_dependent(f.A, "f.A")
 
 
 def _encode(f: Linearizer, x: Tensor, likelihood: float) -> tuple[Tensor, Tensor]:
