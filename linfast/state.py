@@ -20,7 +20,6 @@ __all__ = [
     "check_rebuilt",
     "compact",
     "is_foreign",
-    "joined",
     "laid_out",
     "match",
     "settings",
@@ -46,7 +45,7 @@ class Slot(NamedTuple):
         return isinstance(self.tensor, nn.Parameter)
 
 
-def joined(path: str, name: str) -> str:
+def _joined(path: str, name: str) -> str:
     """The name of a module's part."""
     return f"{path}.{name}" if path else name
 
@@ -54,7 +53,7 @@ def joined(path: str, name: str) -> str:
 def slots(model: nn.Module) -> dict[str, Slot]:
     """Each parameter and buffer, also those that state_dict() leaves out."""
     return {
-        joined(path, name): Slot(module, name, tensor)
+        _joined(path, name): Slot(module, name, tensor)
         for path, module in model.named_modules()
         for named in (module.named_parameters, module.named_buffers)
         for name, tensor in named(recurse=False, remove_duplicate=False)
@@ -64,9 +63,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 def unique(found: Mapping[str, Slot]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Each tensor once, under its first name, and for its other names the first one.
 
-    Raises:
-        TypeError: a tensor that is no plain dense one of real numbers.
-        ValueError: parameters that share memory and are not one parameter.
+    ValueError where parameters share memory and are not one parameter.
     """
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -123,14 +120,14 @@ def compact(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
         if strides[d] > inner and gaps < _MOST_GAPS:
             gaps, size = gaps + 1, 2 * size
         found[d] = size
-        inner, size = max(inner, strides[d] * shape[d]), size * shape[d]
+        inner, size = max(inner, strides[d] * shape[d]), size * max(shape[d], 1)
     return found
 
 
-def laid_out(value: Tensor, strides: Sequence[int]) -> Tensor:
-    """A copy with ``compact`` strides like these."""
+def laid_out(value: Tensor, strides: Sequence[int], device: torch.device) -> Tensor:
+    """A copy on this device, with ``compact`` strides like these."""
     steps = compact(value.shape, strides)
-    room = torch.empty_strided(value.shape, steps, dtype=value.dtype, device=value.device)
+    room = torch.empty_strided(value.shape, steps, dtype=value.dtype, device=device)
     once = tuple(slice(None if step or n == 0 else 1) for n, step in zip(value.shape, steps, strict=True))
     room[once] = value[once]
     return room
@@ -143,14 +140,14 @@ def shared_modules(model: nn.Module) -> dict[str, str]:
         name: first[id(child)]
         for path, module in model.named_modules()
         for part, child in module._modules.items()
-        if child is not None and not is_described(child) and first[id(child)] != (name := joined(path, part))
+        if child is not None and not is_described(child) and first[id(child)] != (name := _joined(path, part))
     }
 
 
-def share_modules(model: nn.Module, shared: Any) -> None:
+def share_modules(model: nn.Module, shared: Mapping[str, str]) -> None:
     """Put modules under their further names too, as ``shared_modules`` found them."""
     modules = dict(model.named_modules())
-    for name, first in dict(shared).items():
+    for name, first in shared.items():
         path, _, part = name.rpartition(".")
         module, parent = modules[first], modules[path]
         old = parent._modules[part]
@@ -240,7 +237,7 @@ def settings(model: nn.Module) -> Iterator[tuple[str, str]]:
         for name, value in vars(module).items():
             noted = name in _BOOKKEEPING or (name.startswith("_") and not is_foreign(module))
             if not noted and (said := _said(value)) is not None:
-                yield joined(path, name), said
+                yield _joined(path, name), said
 
 
 def _said(value: Any) -> str | None:
