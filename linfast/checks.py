@@ -75,16 +75,12 @@ def check_like(kind: str, name: str, x: Any, parameter: Tensor | None) -> None:
 
     Under autocast float32 and autocast's dtype will do too, except for float64 parameters, which it does not cast.
     """
-    if type(x) not in _PLAIN or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
-        check_tensor(f"{kind}: {name}", x)
-    if parameter is None:
-        return
-    if x.device != parameter.device:
-        raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
-    if x.dtype != parameter.dtype:
-        device = x.device.type
-        on = not x.is_meta and torch.is_autocast_enabled(device)
-        cast = torch.get_autocast_dtype(device) if on else None
+    plain = type(x) in _PLAIN and x.dtype in DTYPES and x.layout is torch.strided and not x.is_nested
+    if not plain or (parameter is not None and x.device != parameter.device):
+        check_tensor(f"{kind}: {name}", x, parameter, "the parameters are")
+    if parameter is not None and x.dtype != parameter.dtype:
+        on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        cast = torch.get_autocast_dtype(x.device.type) if on else None
         if cast is None or parameter.dtype == torch.float64 or x.dtype not in (torch.float32, cast):
             under = "" if cast is None else f" under autocast in {cast}"
             raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}{under}")
