@@ -95,7 +95,7 @@ def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Map
     if why_reference(x) is None:
         yield Choice("f", "part by part", why=f"not one launch: {launch}")
     yield from _bijection("g_x", f.g_x, x, context, False)
-    yield _operator(f.A, x)
+    yield _layer("A", f.A, x)
     yield from _bijection("g_y", f.g_y, x, context, True)
 
 
@@ -134,9 +134,14 @@ def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:
 
 
 def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
-    why, runs, reason = type(layer).__name__, "torch", why_reference(x)
+    kind, reason = type(layer).__name__, why_reference(x)
+    why, runs = kind, "torch"
     if reason is not None:
         why += f": {reason}"
+    elif kind in _OPERATOR_OPS:
+        runs = _OPERATOR_OPS[kind]
+    elif isinstance(layer, LatentOperator):
+        why += ": torch has the best product for it"
     elif isinstance(layer, AffineCoupling):
         runs = f"{_conditioner(layer)}, affine_coupling"
     elif isinstance(layer, (Mix, Householder)) and x.ndim > 2:
@@ -148,10 +153,3 @@ def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
 
 def _conditioner(coupling: AffineCoupling) -> str:
     return "torch products" if isinstance(coupling.conditioner, MLP) else type(coupling.conditioner).__name__
-
-
-def _operator(A: LatentOperator, x: Tensor) -> Choice:
-    kind, reason = type(A).__name__, why_reference(x)
-    if kind not in _OPERATOR_OPS or reason is not None:
-        return Choice("A", "torch", why=f"{kind}: {reason or 'torch has the best product for it'}")
-    return Choice("A", _OPERATOR_OPS[kind], why=kind)
