@@ -77,10 +77,7 @@ def is_described(module: nn.Module) -> bool:
 
 
 def describe(value: Any, seen: dict[int, int], name: str = "the model") -> Any:
-    """A model, or the constructor argument of this name, as JSON; a module seen before becomes a reference to it.
-
-    Whether a file may hold it is ``build``'s to say.
-    """
+    """A model, or the constructor argument of this name, as JSON; a module seen before is a reference to it."""
     if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
         return {"same": seen[id(value)]} if id(value) in seen else _describe_module(value, seen)
     if isinstance(value, (tuple, list, nn.ModuleList)):
@@ -204,8 +201,12 @@ class _Builder:
 
     def _value(self, node: Any, depth: int, name: str) -> Any:
         """The argument of this name."""
+        if isinstance(node, float) and not math.isfinite(node):
+            raise _Refused(f"{name} must be finite; got {node}")
+        if isinstance(node, int) and abs(node) >= 2**63:
+            raise _Refused(f"{name} must be an integer of 64 bits at most")
         if node is None or isinstance(node, (bool, int, float, str)):
-            return _checked_number(node, name)
+            return node
         if not isinstance(node, dict) or not node.keys() & {"class", "same", "tensor", "scale_map", "list", "dict"}:
             raise _Refused(f"unknown entry in the architecture: {name} is {node!r:.60}")
         if "class" in node:
@@ -218,8 +219,7 @@ class _Builder:
         if "tensor" in node:
             return self._tensor(node)
         if "scale_map" in node:
-            numbers = _of_type(dict, node["scale_map"]).items()
-            return ScaleMap(**{key: _checked_number(number, name) for key, number in numbers})
+            return ScaleMap(**self._value({"dict": node["scale_map"]}, depth, name))
         items = dict(enumerate(_of_type(list, node["list"]))) if "list" in node else _of_type(dict, node["dict"])
         built = {}
         for key in items:
@@ -233,24 +233,14 @@ class _Builder:
             raise TypeError(f"tensors of dtype {node['dtype']!r:.60} are not saved")
         if "values" in node:
             value = torch.tensor(node["values"], dtype=dtype, device="cpu")
-            if list(value.shape) != shape and (value.numel() or math.prod(shape)):  # [] is of many empty shapes
-                raise ValueError(f"values of shape {list(value.shape)} for a tensor of {dtype} and {shape}")
-            if value.tolist() != node["values"]:
-                raise ValueError(f"there are values of another type for a tensor of {dtype}")
+            if value.numel() != math.prod(shape) or value.reshape(shape).tolist() != node["values"]:
+                got = f"{node['values']!r:.60}"
+                raise ValueError(f"values of another shape or type for a tensor of {dtype} and {shape}: {got}")
             value = value.reshape(shape)
         else:
             value = torch.empty(shape, dtype=dtype)
         self.given.append(nn.Parameter(value) if node.get("parameter", False) else value)
         return self.given[-1]
-
-
-def _checked_number(value: Any, name: str) -> Any:
-    """value, which may be of another type."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _Refused(f"{name} must be finite; got {value}")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise _Refused(f"{name} must be an integer of 64 bits at most")
-    return value
 
 
 def _of_type(cls: type, value: Any) -> Any:

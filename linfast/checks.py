@@ -97,8 +97,8 @@ def check_count(name: str, n: Any, least: int = 1, most: float = _MOST) -> int:
     return n
 
 
-def check_counts(name: str, values: Any, least: int = 1, length: int | None = None) -> tuple[int, ...]:
-    """A sequence of whole numbers of at least ``least``, ``length`` of them where given, as a tuple."""
+def check_counts(name: str, values: Any, length: int | None = None) -> tuple[int, ...]:
+    """A sequence of whole numbers of at least 1, ``length`` of them where given, as a tuple."""
     what = f"{length} whole numbers" if length is not None else "whole numbers"
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(
@@ -106,7 +106,7 @@ def check_counts(name: str, values: Any, least: int = 1, length: int | None = No
         )
     if length is not None and len(values) != length:
         raise ValueError(f"{name} must hold {what}; got {values!r}")
-    return tuple(check_count(f"each of {name}", value, least) for value in values)
+    return tuple(check_count(f"each of {name}", value) for value in values)
 
 
 def check_number(
