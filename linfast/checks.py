@@ -195,11 +195,10 @@ def check_kind(
         raise TypeError(f"{name} must be {what}; got {_shown(value)}")
 
 
-def check_function(name: str, value: object) -> Callable[..., Any]:
-    """value; TypeError unless it can be called and is no class."""
+def check_function(name: str, value: object) -> None:
+    """Raise TypeError unless value can be called and is no class."""
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be a function; got {_shown(value)}")
-    return value
 
 
 def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any) -> Any:

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from .flows.mix import check_permutation
 
 __all__ = ["load", "register", "save"]
 
-_Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _FORMAT = "linfast-2"
 _LARGEST_HEADER = 40_000_000  # characters; safetensors reads 100 MB, in which quotes are escaped
 _LISTS = ("frozen", "learned", "switched")  # a header's lists of names
@@ -153,7 +152,7 @@ def _header(text: str) -> dict[str, Any]:
     return header
 
 
-def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tuple[nn.Module, dict[str, str]]:
+def _planned(header: dict[str, Any], stored: state.Stored, model: Any = None) -> tuple[nn.Module, dict[str, str]]:
     """The model without numbers, and which tensor goes where; a ``model`` that is to be saved must be like it."""
     try:
         _check_entries(header, stored)
@@ -173,7 +172,7 @@ def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tupl
     return built, filled
 
 
-def _check_entries(header: dict[str, Any], stored: _Stored) -> None:
+def _check_entries(header: dict[str, Any], stored: state.Stored) -> None:
     """Raise unless the header has all its dictionaries and lists, and they are of their types."""
     for name, (kind, item) in _ENTRIES.items():
         entries = header[name]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .blueprint import DTYPES, is_described
 
 __all__ = [
+    "Stored",
     "check_rebuilt",
     "compact",
     "is_foreign",
@@ -29,8 +30,8 @@ __all__ = [
     "unique",
 ]
 
+Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _MOST_GAPS = 2  # each doubles the memory that a tensor takes
-_SHARED = "{} and {} share memory and are two parameters: make them one, or clone one of them"
 
 
 class Slot(NamedTuple):
@@ -61,10 +62,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def unique(found: Mapping[str, Slot]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, under its first name, and for its other names the first one.
-
-    ValueError where parameters share memory and are not one parameter.
-    """
+    """Each tensor once, under its first name, and for its other names the first one."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -73,11 +71,9 @@ def unique(found: Mapping[str, Slot]) -> tuple[dict[str, Tensor], dict[str, str]
         memory = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else id(value)
         if (other := first.setdefault(memory, key)) == key:
             tensors[key] = value.detach()
-            continue
-        aliases[key] = other
-        if found[key].trained and found[other].trained and value is not found[other].tensor:
-            raise ValueError(_SHARED.format(key, other))
-    _check_apart({key: value for key, value in tensors.items() if found[key].trained})
+        else:
+            aliases[key] = other
+    _check_apart(found)
     return tensors, aliases
 
 
@@ -93,17 +89,20 @@ def _check_plain(key: str, module: nn.Module, value: Tensor) -> None:
         raise ValueError(f"{key} of a {kind} is on the meta device and has no values")
 
 
-def _check_apart(parameters: Mapping[str, Tensor]) -> None:
-    """Raise where two parameters are views of overlapping parts of one memory."""
+def _check_apart(found: Mapping[str, Slot]) -> None:
+    """Raise where two parameters are views of one memory that overlap."""
+    parameters = {id(slot.tensor): (key, slot.tensor) for key, slot in found.items() if slot.trained}
     ends: dict[int, tuple[int, str]] = {}  # by storage: up to which address it is taken, and by which parameter
-    for key, value in sorted(parameters.items(), key=lambda item: item[1].data_ptr()):
+    for key, value in sorted(parameters.values(), key=lambda item: item[1].data_ptr()):
         if not value.numel():
             continue
         last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
         end = value.data_ptr() + (last + 1) * value.element_size()
         taken, other = ends.get(storage := value.untyped_storage().data_ptr(), (0, ""))
         if value.data_ptr() < taken:
-            raise ValueError(_SHARED.format(other, key))
+            raise ValueError(
+                f"{other} and {key} share memory and are two parameters: make them one, or clone one of them"
+            )
         ends[storage] = end, key
 
 
@@ -163,12 +162,10 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
     return {key: slot.tensor.shape for key, slot in slots(module).items()}
 
 
-def match(
-    found: Mapping[str, Slot], given: set[int], stored: Mapping[str, tuple[list[int], str]], aliases: dict[str, str]
-) -> dict[str, str]:
+def match(found: Mapping[str, Slot], given: set[int], stored: Stored, aliases: dict[str, str]) -> dict[str, str]:
     """For each slot of a model the tensor of the file that fills it, by ``aliases`` or its own name.
 
-    ``given`` are ids of tensors whose dtype the architecture says, ``stored`` the shapes and dtypes in the file.
+    ``given`` are ids of tensors whose dtype the architecture says.
     ValueError where tensors are missing, left over, or of another shape or kind of dtype.
     """
     filled = {**{name: name for name in stored}, **aliases}
