@@ -18,6 +18,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -28,15 +29,14 @@ from . import flows, operators
 from .linearizer import Linearizer
 from .scale_maps import ScaleMap
 
-__all__ = ["DTYPES", "build", "describe", "is_described", "register", "size_list"]
+__all__ = ["DTYPES", "STORED_AS", "build", "describe", "is_described", "register", "size_list"]
 
-DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float16, torch.bfloat16, torch.float32, torch.float64,
-        torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
-    )
+STORED_AS = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+"""The dtypes that a file may have, by safetensors' names; ``DTYPES`` are they by torch's."""
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_AS.values()}
 # Python allows 1000 frames. A call of a nested operator takes at most 3, of another nested module at most 10.
 _FRAMES, _OPERATOR_FRAMES, _MOST_FRAMES = 10, 3, 750
 _MOST_PATHS = 100_000  # from the root to modules, all modules together: state_dict() and to() follow each
@@ -76,40 +76,34 @@ def is_described(module: nn.Module) -> bool:
     return _CLASSES.get(type(module).__name__) is type(module)
 
 
-def describe(value: Any, seen: dict[int, int], depth: int = 0, name: str = "the model") -> Any:
-    """A model, or the constructor argument of this name, as JSON; a module seen before becomes a reference to it.
-
-    Raises:
-        TypeError: a part whose class or argument cannot be described (see ``register``).
-        ValueError: a number that JSON does not have, or parts too deep inside one another.
-    """
+def describe(value: Any, seen: dict[int, int], name: str = "the model") -> Any:
+    """A model, or the constructor argument of this name, as JSON; a module seen before is a reference to it."""
     if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
-        return {"same": seen[id(value)]} if id(value) in seen else _describe_module(value, seen, depth)
+        return {"same": seen[id(value)]} if id(value) in seen else _describe_module(value, seen)
     if isinstance(value, (tuple, list, nn.ModuleList)):
-        return {"list": [describe(item, seen, depth, name) for item in value]}
+        return {"list": [describe(item, seen, name) for item in value]}
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise TypeError(f"cannot save {name}, a dictionary whose keys are not strings: {list(value)}")
-        return {"dict": {key: describe(item, seen, depth, name) for key, item in value.items()}}
+        return {"dict": {key: describe(item, seen, name) for key, item in value.items()}}
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         described = {"tensor": list(value.shape), "dtype": dtype, "parameter": isinstance(value, nn.Parameter)}
         readable = dtype in DTYPES and value.layout is torch.strided and not value.is_meta
         return described | ({"values": value.tolist()} if readable and not value.is_floating_point() else {})
     if isinstance(value, ScaleMap):
-        return {"scale_map": {key: _checked_number(number, name) for key, number in asdict(value).items()}}
+        return {"scale_map": asdict(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
-        return _checked_number(value, name)
+        return value
     raise TypeError(f"cannot save {name}, an argument of type {type(value).__name__}")
 
 
-def _describe_module(module: nn.Module, seen: dict[int, int], depth: int) -> Any:
+def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
     cls, kind = type(module), type(module).__name__
     if not is_described(module):
         parametrized = hasattr(module, "parametrizations")
         advice = "; remove its parametrizations (torch.nn.utils.parametrize) first" if parametrized else ""
         raise TypeError(f"cannot save a {kind}: register its class with linfast.io.register{advice}")
-    depth = _deeper(depth, cls)
     renamed: Mapping[str, str] = getattr(module, "_config_names", {})
     # Of __init__, not of the class: a module without a constructor of its own takes no arguments.
     own = cls.__init__ is not nn.Module.__init__
@@ -117,26 +111,9 @@ def _describe_module(module: nn.Module, seen: dict[int, int], depth: int) -> Any
     for name in list(inspect.signature(cls.__init__).parameters)[1:] if own else ():
         if not hasattr(module, renamed.get(name, name)):
             raise TypeError(f"cannot save a {kind}: it keeps no attribute {name!r}, an argument of its constructor")
-        arguments[name] = describe(getattr(module, renamed.get(name, name)), seen, depth, f"{kind}: {name}")
+        arguments[name] = describe(getattr(module, renamed.get(name, name)), seen, f"{kind}: {name}")
     seen[id(module)] = len(seen)
     return {"class": kind, "arguments": arguments}
-
-
-def _checked_number(value: Any, name: str) -> Any:
-    """value, which may be of another type; ValueError for a number that a file may not hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}")
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError(f"{name} must be an integer of 64 bits at most")
-    return value
-
-
-def _deeper(depth: int, cls: type) -> int:
-    """The depth inside a module of this class; ValueError where Python could not call it any more."""
-    depth += _OPERATOR_FRAMES if issubclass(cls, operators.LatentOperator) else _FRAMES
-    if depth > _MOST_FRAMES:
-        raise ValueError("its modules lie too deep inside one another")
-    return depth
 
 
 _FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # the last are an LSTM's parameters
@@ -145,23 +122,19 @@ _FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # the last a
 def build(architecture: Any, tensors: int) -> tuple[nn.Module, list[Tensor]]:
     """The model that ``describe`` described, on the meta device, and the tensors that its constructors were given.
 
-    Args:
-        architecture: what ``describe`` returned.
-        tensors: how many the file holds.
-
-    Raises:
-        ValueError: an architecture that names, takes or makes what it may not.
+    ValueError where the architecture names or takes what it may not, or makes far more than a file's ``tensors``.
     """
     builder = _Builder()
     try:
         with torch.device("meta"), _CallLimit(_CALLS + _CALLS_PER_TENSOR * tensors):
             model = builder.module(architecture, 0)
-    except _Refused as error:
-        raise ValueError(str(error)) from error
+    except _Refused:
+        raise
     except Exception as error:  # a constructor raises what it likes at arguments that it was never meant to see
-        why = _first_line(error) if isinstance(error, (ValueError, TypeError)) else f"{error!r:.200}"
+        expected = isinstance(error, (ValueError, TypeError))
+        why = str(error).partition("\n")[0] if expected else f"{error!r:.200}"
         raise ValueError(f"the architecture cannot be built ({why})") from error
-    if _paths(model, {}) > _MOST_PATHS:
+    if next(islice(model.named_modules(remove_duplicate=False), _MOST_PATHS, None), None) is not None:
         raise ValueError(f"the architecture shares modules: more than {_MOST_PATHS} ways lead to them")
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -173,27 +146,14 @@ def build(architecture: Any, tensors: int) -> tuple[nn.Module, list[Tensor]]:
     return model, builder.given
 
 
-def _paths(module: nn.Module, known: dict[nn.Module, int]) -> int:
-    """How many ways lead from a module to those in it, itself among them."""
-    if module not in known:
-        known[module] = 1
-        for child in module._modules.values():  # a sum would take one more of Python's 1000 frames
-            known[module] += 0 if child is None else _paths(child, known)
-    return known[module]
-
-
 def _holds_meta(value: Any) -> bool:
     if isinstance(value, (list, tuple, dict)):
         return any(map(_holds_meta, value.values() if isinstance(value, dict) else value))
     return isinstance(value, Tensor) and value.is_meta
 
 
-class _Refused(Exception):
+class _Refused(ValueError):
     """An error whose message needs nothing added to it."""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 class _CallLimit(TorchFunctionMode):
@@ -224,7 +184,9 @@ class _Builder:
         cls = _CLASSES.get(name) if isinstance(name, str) else None
         if cls is None:
             raise _Refused(f"unknown class {name!r:.60}: register it with linfast.io.register first")
-        depth = _deeper(depth, cls)
+        depth += _OPERATOR_FRAMES if issubclass(cls, operators.LatentOperator) else _FRAMES
+        if depth > _MOST_FRAMES:
+            raise _Refused("its modules lie too deep inside one another")
         arguments = {}
         for key in _of_type(dict, node["arguments"]):  # a comprehension would take one more of Python's 1000 frames
             arguments[key] = self._value(node["arguments"][key], depth, f"{name}: {key}")
@@ -233,13 +195,18 @@ class _Builder:
         except RuntimeError as error:
             if isinstance(error, RecursionError):
                 raise
-            raise _Refused(f"a {name} cannot be constructed on the meta device ({_first_line(error)})") from error
+            why = str(error).partition("\n")[0]
+            raise _Refused(f"a {name} cannot be constructed on the meta device ({why})") from error
         return self.parts[-1]
 
     def _value(self, node: Any, depth: int, name: str) -> Any:
         """The argument of this name."""
+        if isinstance(node, float) and not math.isfinite(node):
+            raise _Refused(f"{name} must be finite; got {node}")
+        if isinstance(node, int) and abs(node) >= 2**63:
+            raise _Refused(f"{name} must be an integer of 64 bits at most")
         if node is None or isinstance(node, (bool, int, float, str)):
-            return _checked_number(node, name)
+            return node
         if not isinstance(node, dict) or not node.keys() & {"class", "same", "tensor", "scale_map", "list", "dict"}:
             raise _Refused(f"unknown entry in the architecture: {name} is {node!r:.60}")
         if "class" in node:
@@ -252,8 +219,7 @@ class _Builder:
         if "tensor" in node:
             return self._tensor(node)
         if "scale_map" in node:
-            numbers = _of_type(dict, node["scale_map"]).items()
-            return ScaleMap(**{key: _checked_number(number, name) for key, number in numbers})
+            return ScaleMap(**self._value({"dict": node["scale_map"]}, depth, name))
         items = dict(enumerate(_of_type(list, node["list"]))) if "list" in node else _of_type(dict, node["dict"])
         built = {}
         for key in items:
@@ -267,10 +233,9 @@ class _Builder:
             raise TypeError(f"tensors of dtype {node['dtype']!r:.60} are not saved")
         if "values" in node:
             value = torch.tensor(node["values"], dtype=dtype, device="cpu")
-            if list(value.shape) != shape and (value.numel() or math.prod(shape)):  # [] is of many empty shapes
-                raise ValueError(f"values of shape {list(value.shape)} for a tensor of {dtype} and {shape}")
-            if value.tolist() != node["values"]:
-                raise ValueError(f"there are values of another type for a tensor of {dtype}")
+            if value.numel() != math.prod(shape) or value.reshape(shape).tolist() != node["values"]:
+                got = f"{node['values']!r:.60}"
+                raise ValueError(f"values of another shape or type for a tensor of {dtype} and {shape}: {got}")
             value = value.reshape(shape)
         else:
             value = torch.empty(shape, dtype=dtype)

@@ -75,16 +75,12 @@ def check_like(kind: str, name: str, x: Any, parameter: Tensor | None) -> None:
 
     Under autocast float32 and autocast's dtype will do too, except for float64 parameters, which it does not cast.
     """
-    if type(x) not in _PLAIN or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
-        check_tensor(f"{kind}: {name}", x)
-    if parameter is None:
-        return
-    if x.device != parameter.device:
-        raise ValueError(f"{kind}: {name} is on {x.device} and the parameters are on {parameter.device}")
-    if x.dtype != parameter.dtype:
-        device = x.device.type
-        on = not x.is_meta and torch.is_autocast_enabled(device)
-        cast = torch.get_autocast_dtype(device) if on else None
+    plain = type(x) in _PLAIN and x.dtype in DTYPES and x.layout is torch.strided and not x.is_nested
+    if not plain or (parameter is not None and x.device != parameter.device):
+        check_tensor(f"{kind}: {name}", x, parameter, "the parameters are")
+    if parameter is not None and x.dtype != parameter.dtype:
+        on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        cast = torch.get_autocast_dtype(x.device.type) if on else None
         if cast is None or parameter.dtype == torch.float64 or x.dtype not in (torch.float32, cast):
             under = "" if cast is None else f" under autocast in {cast}"
             raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}{under}")
@@ -101,8 +97,8 @@ def check_count(name: str, n: Any, least: int = 1, most: float = _MOST) -> int:
     return n
 
 
-def check_counts(name: str, values: Any, least: int = 1, length: int | None = None) -> tuple[int, ...]:
-    """A sequence of whole numbers of at least ``least``, ``length`` of them where given, as a tuple."""
+def check_counts(name: str, values: Any, length: int | None = None) -> tuple[int, ...]:
+    """A sequence of whole numbers of at least 1, ``length`` of them where given, as a tuple."""
     what = f"{length} whole numbers" if length is not None else "whole numbers"
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(
@@ -110,7 +106,7 @@ def check_counts(name: str, values: Any, least: int = 1, length: int | None = No
         )
     if length is not None and len(values) != length:
         raise ValueError(f"{name} must hold {what}; got {values!r}")
-    return tuple(check_count(f"each of {name}", value, least) for value in values)
+    return tuple(check_count(f"each of {name}", value) for value in values)
 
 
 def check_number(
@@ -199,11 +195,10 @@ def check_kind(
         raise TypeError(f"{name} must be {what}; got {_shown(value)}")
 
 
-def check_function(name: str, value: object) -> Callable[..., Any]:
-    """value; TypeError unless it can be called and is no class."""
+def check_function(name: str, value: object) -> None:
+    """Raise TypeError unless value can be called and is no class."""
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be a function; got {_shown(value)}")
-    return value
 
 
 def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any) -> Any:

@@ -6,16 +6,16 @@ and keeps the work and the model's tensors. Weights that ``freeze`` or autocast 
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .dispatch import tensors_of
 from .freeze import Frozen, thawed
 
 __all__ = ["CudaGraph"]
@@ -44,7 +44,7 @@ class CudaGraph:
     ) -> None:
         self._work, self._device = work, device
         self._frozen = None if model is None else Frozen(model)
-        read = () if model is None else itertools.chain(model.parameters(), model.buffers())
+        read = () if model is None else tensors_of(model)
         self._read = [tensor.detach() for tensor in read]
         self._replayed = torch.cuda.Event()
         with _one_capture, torch.cuda.device(device), _nothing_borrowed(self._frozen):
@@ -81,12 +81,10 @@ class CudaGraph:
 def _nothing_borrowed(frozen: Frozen | None) -> Iterator[None]:
     """Inside the block nothing is read that someone else keeps and lets go of."""
     grad, casts_kept = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))  # whose tensors a later call could not write to
-        stack.enter_context(torch.set_grad_enabled(grad))
-        stack.enter_context(thawed())
-        if frozen is not None:
-            stack.enter_context(frozen)
-        stack.callback(torch.set_autocast_cache_enabled, casts_kept)
+    # A later call could not write to tensors of inference mode.
+    with torch.inference_mode(False), torch.set_grad_enabled(grad), thawed(), frozen or nullcontext():
         torch.set_autocast_cache_enabled(False)
-        yield
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(casts_kept)

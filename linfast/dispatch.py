@@ -36,6 +36,7 @@ __all__ = [
     "has_kernels",
     "has_values",
     "interpreting",
+    "inverse_or_nan",
     "matmul_mode",
     "outside_autocast",
     "plain_torch",
@@ -96,8 +97,7 @@ class _State(threading.local):
         self.only_plain = 0
 
 
-_OF_PROCESS = os.environ.get("LINFAST_BACKEND", "auto")
-check_choice("LINFAST_BACKEND", _OF_PROCESS, _CHOICES)
+_OF_PROCESS = check_choice("LINFAST_BACKEND", os.environ.get("LINFAST_BACKEND", "auto"), _CHOICES)
 _state = _State()
 
 
@@ -146,22 +146,16 @@ def chosen_backend() -> str:
 
 
 def uses_triton(*tensors: Tensor) -> bool:
-    """Whether an op on these tensors runs its kernel.
-
-    Raises:
-        RuntimeError: the backend is "triton" and cannot run on these tensors.
-    """
-    device = tensors[0].device
-    if _state.choice == "reference" or (_state.choice == "auto" and not has_kernels(device)):
+    """Whether an op on these tensors runs its kernel; RuntimeError where the backend is "triton" and cannot."""
+    choice, device = _state.choice, tensors[0].device
+    if choice == "reference" or (choice == "auto" and not has_kernels(device)):
         return False
     for tensor in tensors:
         if tensor.dtype not in _KERNEL_DTYPES:
             return False
-    if _state.choice == "auto":
-        return True
-    if not _HAS_TRITON:
+    if choice == "triton" and not _HAS_TRITON:
         raise _CannotRun("backend 'triton' was chosen and triton is not installed")
-    if not tensors[0].is_cuda and not interpreting():
+    if choice == "triton" and not tensors[0].is_cuda and not interpreting():
         raise _CannotRun(
             f"backend 'triton' was chosen on {device}; set TRITON_INTERPRET=1 before starting Python to "
             "interpret the kernels there"
@@ -276,6 +270,12 @@ def check_values(name: str, *tensors: Tensor) -> None:
     """ValueError where one of the argument's tensors holds no numbers."""
     if not all(map(has_values, tensors)):
         raise ValueError(f"{name} is on the meta device, or fake: it holds no numbers")
+
+
+def inverse_or_nan(matrix: Tensor) -> Tensor:
+    """matrix^{-1} [..., n, n], in fp32 or wider; all NaN where it is singular, which torch.linalg.inv waits for."""
+    inverse, info = torch.linalg.inv_ex(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+    return torch.where((info == 0)[..., None, None], inverse, torch.nan)
 
 
 def read_at_once(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import check_tensor
+from .checks import check_kind, check_tensor
 from .dispatch import why_reference
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
@@ -25,12 +25,10 @@ from .linearizer import Linearizer
 from .match import LinearizerLaunch, match_linearizer, unwrap
 from .nets import MLP
 from .operators.base import LatentOperator
-from .ops.coupling_stack import CouplingStack
 from .tables import aligned
 
 __all__ = ["Choice", "Plan", "explain", "plan"]
 
-_TORCH = "torch"
 _OPERATOR_OPS = {"LowRank": "low_rank", "TimeLowRank": "low_rank", "DepthwiseConv": "depthwise_conv"}
 
 
@@ -60,8 +58,7 @@ class Plan:
     choices: tuple[Choice, ...]
 
     def __str__(self) -> str:
-        rows = [tuple(field.name for field in fields(Choice)), *map(astuple, self.choices)]
-        return aligned(rows)
+        return aligned([[field.name for field in fields(Choice)], *map(astuple, self.choices)])
 
 
 def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Plan:
@@ -72,6 +69,7 @@ def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context
         ValueError: t, where A needs one.
     """
     check_tensor("x", x)
+    check_kind("model", model, (Linearizer, Bijection))
     g = model.g_x if isinstance(model, Linearizer) else model
     if isinstance(g, Bijection):
         n_dims = 0 if g.shape is None else 1 + len(g.shape)
@@ -79,9 +77,7 @@ def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context
             raise ValueError(f"x must be [B, {g.features or 'C'}, ...] as the model takes it; got {tuple(x.shape)}")
     if isinstance(model, Linearizer):
         return Plan(tuple(_linearizer(model, x, t, context)))
-    if isinstance(model, Bijection):
-        return Plan(tuple(_bijection("g", model, x, context if t is None else {**context, "t": t}, False)))
-    raise TypeError(f"model must be a Linearizer or a Bijection; got {type(model).__name__}")
+    return Plan(tuple(_bijection("g", model, x, context if t is None else {**context, "t": t}, False)))
 
 
 def explain(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Plan:
@@ -94,13 +90,12 @@ def explain(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **cont
 def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Iterator[Choice]:
     launch = match_linearizer(f, x, t, context)
     if isinstance(launch, LinearizerLaunch):
-        why = "g_x, A and the inverse of g_y in one launch"
-        yield _one_launch("f", "linearizer_stack", launch, launch.g_x, x, why)
+        yield _one_launch("f", launch, x)
         return
     if why_reference(x) is None:
         yield Choice("f", "part by part", why=f"not one launch: {launch}")
     yield from _bijection("g_x", f.g_x, x, context, False)
-    yield _operator(f.A, x)
+    yield _layer("A", f.A, x)
     yield from _bijection("g_y", f.g_y, x, context, True)
 
 
@@ -115,21 +110,21 @@ def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], i
     names = {id(layer): f"{part}.{i}" for i, layer in enumerate(g.bijections)}
     for segment in launch.segments:
         if isinstance(segment, OneLaunch):
-            why = f"{len(segment.stack.layers)} couplings in one launch"
-            yield _one_launch(part, "coupling_stack", segment, segment.stack, x, why)
+            yield _one_launch(part, segment, x)
         elif isinstance(segment, Single):
             yield _layer(names[id(segment.layer)], segment.layer, x)
         elif isinstance(segment, Folded):
             yield _folded(segment, names)
 
 
-def _one_launch(
-    part: str, op: str, launch: OneLaunch | LinearizerLaunch, g: CouplingStack, x: Tensor, why: str
-) -> Choice:
-    tile, spec = launch.tile, launch.spec if isinstance(launch, OneLaunch) else launch.spec_x
+def _one_launch(part: str, launch: OneLaunch | LinearizerLaunch, x: Tensor) -> Choice:
+    if isinstance(launch, OneLaunch):
+        op, g, spec, what = "coupling_stack", launch.stack, launch.spec, f"{len(launch.stack.layers)} couplings"
+    else:
+        op, g, spec, what = "linearizer_stack", launch.g_x, launch.spec_x, "g_x, A and the inverse of g_y"
     hidden = max(weight.shape[0] for layer in g.layers for weight in layer.weights[:-1] or layer.weights)
-    size = f"D = {x.shape[1]}, H = {hidden} fit on {target_of(x)}"
-    return Choice(part, op, f"{tile.rows} rows, {tile.num_warps} warps", spec.precision, f"{why}: {size}")
+    why = f"{what} in one launch: D = {x.shape[1]}, H = {hidden} fit on {target_of(x)}"
+    return Choice(part, op, f"{launch.tile.rows} rows, {launch.tile.num_warps} warps", spec.precision, why)
 
 
 def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:
@@ -139,9 +134,14 @@ def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:
 
 
 def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
-    why, runs, reason = type(layer).__name__, _TORCH, why_reference(x)
+    kind, reason = type(layer).__name__, why_reference(x)
+    why, runs = kind, "torch"
     if reason is not None:
         why += f": {reason}"
+    elif kind in _OPERATOR_OPS:
+        runs = _OPERATOR_OPS[kind]
+    elif isinstance(layer, LatentOperator):
+        why += ": torch has the best product for it"
     elif isinstance(layer, AffineCoupling):
         runs = f"{_conditioner(layer)}, affine_coupling"
     elif isinstance(layer, (Mix, Householder)) and x.ndim > 2:
@@ -153,10 +153,3 @@ def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
 
 def _conditioner(coupling: AffineCoupling) -> str:
     return "torch products" if isinstance(coupling.conditioner, MLP) else type(coupling.conditioner).__name__
-
-
-def _operator(A: LatentOperator, x: Tensor) -> Choice:
-    kind, reason = type(A).__name__, why_reference(x)
-    if kind not in _OPERATOR_OPS or reason is not None:
-        return Choice("A", _TORCH, why=f"{kind}: {reason or 'torch has the best product for it'}")
-    return Choice("A", _OPERATOR_OPS[kind], why=kind)

@@ -97,11 +97,6 @@ def kept(values: Kept, module: nn.Module, key: Hashable, compute: Callable[[], _
     return value
 
 
-def is_kept(module: nn.Module) -> bool:
-    """Whether ``derived`` would keep what is computed for this module now."""
-    return kept_values(module) is not None
-
-
 def is_frozen(module: nn.Module) -> bool:
     """Whether the module's parameters and buffers are frozen; in traced code, whether any module's are."""
     if torch.compiler.is_compiling():

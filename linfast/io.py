@@ -13,42 +13,29 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .blueprint import DTYPES, build, describe, register, size_list
+from . import state
+from .blueprint import DTYPES, STORED_AS, build, describe, register, size_list
 from .checks import check_kind, check_path
 from .dispatch import usable_device
 from .flows.bijection import Bijection
 from .flows.mix import check_permutation
-from .state import (
-    check_rebuilt,
-    compact,
-    joined,
-    laid_out,
-    match,
-    share_modules,
-    shared_modules,
-    slots,
-    unique,
-)
 
 __all__ = ["load", "register", "save"]
 
-_Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _FORMAT = "linfast-2"
 _LARGEST_HEADER = 40_000_000  # characters; safetensors reads 100 MB, in which quotes are escaped
-_STORED = {
-    "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "BOOL": "bool", "U8": "uint8",
-    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
-}  # fmt: skip
-# A header's dictionaries, with the type of their values, and its lists of names.
-_TABLES = {"aliases": str, "strides": list, "shared": str}
-_LISTS = ("frozen", "learned", "switched")
+_LISTS = ("frozen", "learned", "switched")  # a header's lists of names
+# A header's dictionaries and lists, with the type of what they hold.
+_ENTRIES = {"aliases": (dict, str), "strides": (dict, list), "shared": (dict, str)} | dict.fromkeys(
+    _LISTS, (list, str)
+)
 
 
 def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
@@ -57,15 +44,15 @@ def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     TypeError or ValueError for what ``save`` refuses, but for weights that are NaN or infinite.
     """
     architecture = describe(model, {})
-    found = slots(model)
-    tensors, aliases = unique(found)
+    found = state.slots(model)
+    tensors, aliases = state.unique(found)
     modes = {path: module.training for path, module in model.named_modules()}
     text = json.dumps({
         "format": _FORMAT,
         "architecture": architecture,
         "aliases": aliases,
-        "strides": {key: compact(v.shape, v.stride()) for key, v in tensors.items() if not v.is_contiguous()},
-        "shared": shared_modules(model),
+        "strides": {key: state.compact(v.shape, v.stride()) for key, v in tensors.items() if not v.is_contiguous()},
+        "shared": state.shared_modules(model),
         "frozen": [key for key, slot in found.items() if slot.trained and not slot.tensor.requires_grad],
         "learned": [key for key, slot in found.items() if not slot.trained and slot.tensor.requires_grad],
         "switched": [path for path, mode in modes.items() if mode != modes.get(_parent(path), True)],
@@ -97,12 +84,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_kind("model", model)
     try:
         text, tensors = described(model)
-        _check_permutations(model)
-        for key, value in tensors.items():
-            _check_finite(key, value)
+        _check_numbers(model)
     except (RecursionError, ValueError) as error:
-        deep = isinstance(error, RecursionError)
-        why = "its modules lie too deep inside one another" if deep else error
+        why = error if isinstance(error, ValueError) else "its modules lie too deep inside one another"
         raise ValueError(f"cannot save a {type(model).__name__}: {why}") from error
     contiguous = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with written_whole(path) as partial:
@@ -126,10 +110,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise FileNotFoundError(f"{path}: no such file")
     try:
         return _loaded(path, place)
-    except RecursionError as error:
-        raise ValueError(f"{path}: its architecture is nested too deeply") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (RecursionError, ValueError) as error:
+        why = error if isinstance(error, ValueError) else "its architecture is nested too deeply"
+        raise ValueError(f"{path}: {why}") from error
 
 
 def _loaded(path: Path, device: torch.device) -> nn.Module:
@@ -141,21 +124,18 @@ def _loaded(path: Path, device: torch.device) -> nn.Module:
             stored = {}
             for key in file.keys():  # noqa: SIM118
                 part = file.get_slice(key)
-                if (dtype := part.get_dtype()) not in _STORED:
+                if (dtype := part.get_dtype()) not in STORED_AS:
                     raise ValueError(f"{key} is {dtype}; tensors are {', '.join(DTYPES)}")
-                stored[key] = part.get_shape(), _STORED[dtype]
+                stored[key] = part.get_shape(), str(STORED_AS[dtype])[6:]
             model, filled = _planned(header, stored)
             values = {}
             for key in stored:
-                _check_finite(key, value := file.get_tensor(key))
-                strides = header["strides"].get(key)
-                values[key] = (
-                    value.to(device, copy=True) if strides is None else laid_out(value.to(device), strides)
-                )
+                value = file.get_tensor(key)
+                values[key] = state.laid_out(value, header["strides"].get(key, value.stride()), device)
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file ({error})") from error
     _fill(model, filled, values, header)
-    _check_permutations(model)
+    _check_numbers(model)
     model.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # moves nothing: its hooks are run
     return model.to(device)
 
@@ -172,18 +152,18 @@ def _header(text: str) -> dict[str, Any]:
     return header
 
 
-def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tuple[nn.Module, dict[str, str]]:
+def _planned(header: dict[str, Any], stored: state.Stored, model: Any = None) -> tuple[nn.Module, dict[str, str]]:
     """The model without numbers, and which tensor goes where; a ``model`` that is to be saved must be like it."""
     try:
         _check_entries(header, stored)
         built, given = build(header["architecture"], len(stored) + len(header["aliases"]))
-        share_modules(built, header["shared"])
+        state.share_modules(built, header["shared"])
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"the architecture cannot be built ({error!r:.200})") from error
     if model is not None:
-        check_rebuilt(model, built)
-    found = slots(built)
-    filled = match(found, set(map(id, given)), stored, header["aliases"])
+        state.check_rebuilt(model, built)
+    found = state.slots(built)
+    filled = state.match(found, set(map(id, given)), stored, header["aliases"])
     parameters = {key for key, slot in found.items() if slot.trained}
     constants = {key for key in found.keys() - parameters if DTYPES[stored[filled[key]][1]].is_floating_point}
     for name, known in zip(_LISTS, (parameters, constants, dict(built.named_modules())), strict=True):
@@ -192,16 +172,13 @@ def _planned(header: dict[str, Any], stored: _Stored, model: Any = None) -> tupl
     return built, filled
 
 
-def _check_entries(header: dict[str, Any], stored: _Stored) -> None:
-    """Raise unless the header has all its tables and lists, and they are of their types."""
-    for name, item in _TABLES.items():
+def _check_entries(header: dict[str, Any], stored: state.Stored) -> None:
+    """Raise unless the header has all its dictionaries and lists, and they are of their types."""
+    for name, (kind, item) in _ENTRIES.items():
         entries = header[name]
-        if not isinstance(entries, dict) or not all(isinstance(entry, item) for entry in entries.values()):
+        held = entries.values() if isinstance(entries, dict) else entries
+        if not isinstance(entries, kind) or not all(isinstance(entry, item) for entry in held):
             raise TypeError(f"{name} is {entries!r:.60}")
-    for name in _LISTS:
-        names = header[name]
-        if not isinstance(names, list) or not all(isinstance(entry, str) for entry in names):
-            raise TypeError(f"{name} is {names!r:.60}")
     for alias, key in header["aliases"].items():
         if alias in stored or key not in stored:
             raise KeyError(f"{alias}, an alias of {key}")
@@ -215,7 +192,7 @@ def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], h
     parameters: dict[str, nn.Parameter] = {}
     constants: dict[tuple[str, bool], Tensor] = {}
     frozen, learned, switched = (set(header[name]) for name in _LISTS)
-    for name, slot in slots(model).items():
+    for name, slot in state.slots(model).items():
         key, value = filled[name], values[filled[name]]
         if not slot.tensor.is_meta and not torch.equal(value.cpu(), slot.tensor):
             raise ValueError(f"{name} is not what the architecture says it is")
@@ -233,17 +210,13 @@ def _parent(path: str) -> str | None:
     return path.rpartition(".")[0] if path else None
 
 
-def _check_finite(key: str, value: Tensor) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{key} {tuple(value.shape)} has NaN or infinite values")
-
-
-def _check_permutations(model: nn.Module) -> None:
-    """Raise where the ``permutation`` of a bijection's features is not a permutation."""
-    for path, module in model.named_modules():
-        order = getattr(module, "permutation", None)
-        if isinstance(module, Bijection) and isinstance(order, Tensor):
-            check_permutation(order, module.features, joined(path, "permutation"))
+def _check_numbers(model: nn.Module) -> None:
+    """ValueError where a tensor is not finite, or the ``permutation`` of a bijection's features is not one."""
+    for key, (module, name, value) in state.slots(model).items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{key} {tuple(value.shape)} has NaN or infinite values")
+        if name == "permutation" and isinstance(module, Bijection):
+            check_permutation(value, module.features, key)
 
 
 @contextlib.contextmanager
@@ -252,21 +225,16 @@ def written_whole(path: Path) -> Iterator[str]:
 
     The mode is that of the file that it replaces, or of any new file (0666 less the umask). A link stays, and the
     file that it points to is replaced.
-
-    Raises:
-        FileNotFoundError: the folder that it is to be in does not exist.
-        OSError: ``path`` is a folder, a device or the like.
     """
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a file that could be replaced")
-    kept = path.stat().st_mode & 0o777 if path.exists() else None
     partial = path.parent / f"{path.name[:100]}.{secrets.token_hex(8)}.partial"
-    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666 if kept is None else 0o600))
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600 if path.exists() else 0o666))
     try:
-        mode = partial.stat().st_mode & 0o777 if kept is None else kept
+        mode = (path if path.exists() else partial).stat().st_mode & 0o777
         yield str(partial)
         with open(partial, "rb") as written:
             os.fsync(written.fileno())

@@ -38,11 +38,7 @@ _HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def resolve_precision(x: Tensor, requested: str | None = None) -> str:
-    """The mode for an op on x: the one requested, otherwise the table's above.
-
-    Raises:
-        ValueError: a mode of another name.
-    """
+    """The mode for an op on x: the one requested, otherwise the table's above."""
     if requested is not None:
         check_choice("precision", requested, PRECISIONS)
         return requested

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from .blueprint import DTYPES, is_described
 
 __all__ = [
+    "Stored",
     "check_rebuilt",
     "compact",
     "is_foreign",
-    "joined",
     "laid_out",
     "match",
     "settings",
@@ -30,8 +30,8 @@ __all__ = [
     "unique",
 ]
 
+Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _MOST_GAPS = 2  # each doubles the memory that a tensor takes
-_SHARED = "{} and {} share memory and are two parameters: make them one, or clone one of them"
 
 
 class Slot(NamedTuple):
@@ -46,7 +46,7 @@ class Slot(NamedTuple):
         return isinstance(self.tensor, nn.Parameter)
 
 
-def joined(path: str, name: str) -> str:
+def _joined(path: str, name: str) -> str:
     """The name of a module's part."""
     return f"{path}.{name}" if path else name
 
@@ -54,7 +54,7 @@ def joined(path: str, name: str) -> str:
 def slots(model: nn.Module) -> dict[str, Slot]:
     """Each parameter and buffer, also those that state_dict() leaves out."""
     return {
-        joined(path, name): Slot(module, name, tensor)
+        _joined(path, name): Slot(module, name, tensor)
         for path, module in model.named_modules()
         for named in (module.named_parameters, module.named_buffers)
         for name, tensor in named(recurse=False, remove_duplicate=False)
@@ -62,12 +62,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def unique(found: Mapping[str, Slot]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, under its first name, and for its other names the first one.
-
-    Raises:
-        TypeError: a tensor that is no plain dense one of real numbers.
-        ValueError: parameters that share memory and are not one parameter.
-    """
+    """Each tensor once, under its first name, and for its other names the first one."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -76,11 +71,9 @@ def unique(found: Mapping[str, Slot]) -> tuple[dict[str, Tensor], dict[str, str]
         memory = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else id(value)
         if (other := first.setdefault(memory, key)) == key:
             tensors[key] = value.detach()
-            continue
-        aliases[key] = other
-        if found[key].trained and found[other].trained and value is not found[other].tensor:
-            raise ValueError(_SHARED.format(key, other))
-    _check_apart({key: value for key, value in tensors.items() if found[key].trained})
+        else:
+            aliases[key] = other
+    _check_apart(found)
     return tensors, aliases
 
 
@@ -96,17 +89,20 @@ def _check_plain(key: str, module: nn.Module, value: Tensor) -> None:
         raise ValueError(f"{key} of a {kind} is on the meta device and has no values")
 
 
-def _check_apart(parameters: Mapping[str, Tensor]) -> None:
-    """Raise where two parameters are views of overlapping parts of one memory."""
+def _check_apart(found: Mapping[str, Slot]) -> None:
+    """Raise where two parameters are views of one memory that overlap."""
+    parameters = {id(slot.tensor): (key, slot.tensor) for key, slot in found.items() if slot.trained}
     ends: dict[int, tuple[int, str]] = {}  # by storage: up to which address it is taken, and by which parameter
-    for key, value in sorted(parameters.items(), key=lambda item: item[1].data_ptr()):
+    for key, value in sorted(parameters.values(), key=lambda item: item[1].data_ptr()):
         if not value.numel():
             continue
         last = sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
         end = value.data_ptr() + (last + 1) * value.element_size()
         taken, other = ends.get(storage := value.untyped_storage().data_ptr(), (0, ""))
         if value.data_ptr() < taken:
-            raise ValueError(_SHARED.format(other, key))
+            raise ValueError(
+                f"{other} and {key} share memory and are two parameters: make them one, or clone one of them"
+            )
         ends[storage] = end, key
 
 
@@ -123,14 +119,14 @@ def compact(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
         if strides[d] > inner and gaps < _MOST_GAPS:
             gaps, size = gaps + 1, 2 * size
         found[d] = size
-        inner, size = max(inner, strides[d] * shape[d]), size * shape[d]
+        inner, size = max(inner, strides[d] * shape[d]), size * max(shape[d], 1)
     return found
 
 
-def laid_out(value: Tensor, strides: Sequence[int]) -> Tensor:
-    """A copy with ``compact`` strides like these."""
+def laid_out(value: Tensor, strides: Sequence[int], device: torch.device) -> Tensor:
+    """A copy on this device, with ``compact`` strides like these."""
     steps = compact(value.shape, strides)
-    room = torch.empty_strided(value.shape, steps, dtype=value.dtype, device=value.device)
+    room = torch.empty_strided(value.shape, steps, dtype=value.dtype, device=device)
     once = tuple(slice(None if step or n == 0 else 1) for n, step in zip(value.shape, steps, strict=True))
     room[once] = value[once]
     return room
@@ -143,14 +139,14 @@ def shared_modules(model: nn.Module) -> dict[str, str]:
         name: first[id(child)]
         for path, module in model.named_modules()
         for part, child in module._modules.items()
-        if child is not None and not is_described(child) and first[id(child)] != (name := joined(path, part))
+        if child is not None and not is_described(child) and first[id(child)] != (name := _joined(path, part))
     }
 
 
-def share_modules(model: nn.Module, shared: Any) -> None:
+def share_modules(model: nn.Module, shared: Mapping[str, str]) -> None:
     """Put modules under their further names too, as ``shared_modules`` found them."""
     modules = dict(model.named_modules())
-    for name, first in dict(shared).items():
+    for name, first in shared.items():
         path, _, part = name.rpartition(".")
         module, parent = modules[first], modules[path]
         old = parent._modules[part]
@@ -166,12 +162,10 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
     return {key: slot.tensor.shape for key, slot in slots(module).items()}
 
 
-def match(
-    found: Mapping[str, Slot], given: set[int], stored: Mapping[str, tuple[list[int], str]], aliases: dict[str, str]
-) -> dict[str, str]:
+def match(found: Mapping[str, Slot], given: set[int], stored: Stored, aliases: dict[str, str]) -> dict[str, str]:
     """For each slot of a model the tensor of the file that fills it, by ``aliases`` or its own name.
 
-    ``given`` are ids of tensors whose dtype the architecture says, ``stored`` the shapes and dtypes in the file.
+    ``given`` are ids of tensors whose dtype the architecture says.
     ValueError where tensors are missing, left over, or of another shape or kind of dtype.
     """
     filled = {**{name: name for name in stored}, **aliases}
@@ -240,7 +234,7 @@ def settings(model: nn.Module) -> Iterator[tuple[str, str]]:
         for name, value in vars(module).items():
             noted = name in _BOOKKEEPING or (name.startswith("_") and not is_foreign(module))
             if not noted and (said := _said(value)) is not None:
-                yield joined(path, name), said
+                yield _joined(path, name), said
 
 
 def _said(value: Any) -> str | None:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import inverse_or_nan
 from ..flows.undo import Outputs
 from ..freeze import derived
-from ..linalg import inverse_or_nan
 from ..ops.affine_coupling import affine_coupling
 from ..ops.channel_mix import channel_mix
 from ..scale_maps import ScaleMap

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..compat.unet_weights import block_options, block_weights
 from ..dispatch import autocast_dtype
 from ..flows.unet_blocks import in_nchw
-from ..freeze import derived, is_kept
+from ..freeze import derived, kept_values
 from ..ops.group_norm_silu import group_norm_silu
 from .adapter import Adapter, Draw, Options, Plan, Unfit
 from .identity import original_class
@@ -186,7 +186,7 @@ def _embedding(net: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
         return F.silu(net.map_layer1(F.silu(net.map_layer0(emb))))
 
     value = getattr(times, _VALUE, None)
-    if value is None or not is_kept(net):
+    if value is None or kept_values(net) is None:
         return compute()
     key = ("embedding", value, dtype, autocast_dtype(times.device.type))
     return derived(net, key, lambda: _marked(compute(), value))

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count, check_dense
-from ..dispatch import outside_autocast
+from ..dispatch import inverse_or_nan, outside_autocast
 from ..freeze import derived
-from ..linalg import inverse_or_nan
 from ..ops.channel_mix import channel_mix
 from .bijection import ChannelLinear, constant_log_det, wide
 from .undo import Context, Outputs

@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import without_autocast
+from ..dispatch import inverse_or_nan, without_autocast
 from ..kernels.pack_table import ONE, SHIFT, SHIFTED, layouts_of, pack_table, packing_gradient
 from ..kernels.stack_spec import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
-from ..linalg import inverse_or_nan
 from ..scale_maps import ScaleMap
 from .register import define_op
 
