@@ -127,12 +127,10 @@ def coupling_of(side: Side) -> Coupling | None:
     if any(type(t) not in (Tensor, nn.Parameter) for m in mlps for w in m.layers for t in w if t is not None):
         return None
     n_in, n_out = mlps[0].sizes[0], mlps[0].sizes[-1]
-    double = 1 if side.tail.layout in ("pair", "shift") else 2
-    features = n_in if side.full else n_in + n_out // double
+    features = n_in if side.full else n_in + n_out // side.tail.params
     kept, moved = side.split.features_of(features)
-    fits = (n_in, n_out) == (features, features) if side.full else (n_in, n_out) == (len(kept), double * len(moved))
-    fits = fits and side.split.features in (None, features) and bool(moved) and bool(kept)
-    return Coupling(side, mlps, kept, moved) if fits else None
+    fits = (n_in, n_out) == side.widths(features) and side.split.features in (None, features)
+    return Coupling(side, mlps, kept, moved) if fits and kept and moved else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ forward  y = moved * scale + shift         inverse  moved = (y - shift) / scale
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..scale_maps import ScaleMap, log_scale_function
+from .adapter import Unfit
 
-__all__ = ["ADDITIVE", "Params", "Side", "Split", "Tail", "split_of"]
+__all__ = ["ADDITIVE", "Params", "Side", "Split", "Tail", "known_map", "split_of"]
 
 Params = Tensor | tuple[Tensor, Tensor]
 
@@ -96,6 +97,11 @@ class Tail:
     order: str = "scale_first"
 
     @property
+    def params(self) -> int:
+        """A net's outputs per moved feature."""
+        return 1 if self.layout in ("pair", "shift") else 2
+
+    @property
     def log_scale(self) -> Callable[[Tensor], Tensor] | None:
         """From raw to log_scale in plain torch; None where there is no scale."""
         if self.layout == "shift" or self.own is not None:
@@ -117,6 +123,18 @@ ADDITIVE = Tail("shift", ScaleMap("exp"))
 """y = moved + params."""
 
 
+def known_map(
+    name: str, function: Callable[[Tensor], Tensor], known: Mapping[ScaleMap, Callable[[Tensor], Tensor]]
+) -> ScaleMap | None:
+    """The map whose function has the values of the instance's own, of this name, which is often a lambda."""
+    points = torch.linspace(-12, 12, 97, dtype=torch.float64)
+    try:
+        values = function(points)
+        return next((m for m, of in known.items() if torch.allclose(of(points), values, 1e-13, 1e-15)), None)
+    except Exception as error:
+        raise Unfit(f"its {name} raised {type(error).__name__}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Side:
     """One side of a coupling.
@@ -136,3 +154,10 @@ class Side:
     nets: tuple[nn.Module, ...] = ()
     factor: float = 1.0
     full: bool = False
+
+    def widths(self, features: int, extra: int = 0) -> tuple[int, int]:
+        """What its conditioner takes, with so many of a context, and gives, where x has so many features."""
+        if self.full:
+            return features, features
+        kept, moved = self.split.features_of(features)
+        return len(kept) + extra, len(moved) * self.tail.params

@@ -16,7 +16,7 @@ With memory="invert", reverse_kld and reverse_alpha_div store all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...flows.undo import Outputs
-from ...ops.affine_coupling import split_sizes
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
-from ..adapter import Draw, Stub, Unfit
+from ..adapter import Draw, Unfit
 from ..chain import Context, Named, chain_adapter, is_known, per_sample, run_chain
-from ..coupling import coupling_adapter
+from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps
 from ..identity import changed_method, defined_as
 from ..launch import Affine, Index, narrowed
@@ -72,22 +71,15 @@ def _sides(block: Any, layout: None, context: Sequence[Any]) -> list[Side]:
     return [Side(Split("halves", _MOVES[block.flows[0].mode]), tail, net, (net,))]
 
 
-def _stubbed(block: Any, draw: Draw) -> Iterator[tuple[int, ...]]:
-    coupling = block.flows[1]
-    for channels in (6, 5):
-        kept, moved = split_sizes(channels) if block.flows[0].mode == "channel" else split_sizes(channels)[::-1]
-        coupling._modules["param_map"] = Stub(kept, moved * (1 + bool(coupling.scale)), draw)
-        yield from ((3, channels), (2, channels, 4, 3))
-
-
 _BLOCK = coupling_adapter(
     library="normflows",
     where="normflows.flows.affine.coupling",
     name="AffineCouplingBlock",
     find=_find,
-    sides_of=_sides,
+    members=_sides,
+    methods=two_methods(_sides),
     nets=lambda block: (block.flows[1].param_map,),
-    stubbed=_stubbed,
+    shapes=lambda block: ((3, 6), (2, 6, 4, 3), (3, 5), (2, 5, 4, 3)),
     inner=lambda block: tuple(block.flows),
 )
 
@@ -130,22 +122,15 @@ def _run_narrowed(layers: Sequence[Any], parts: Sequence[Callable[[Tensor], Tens
     return torch.nan_to_num(out, torch.nan, torch.nan, torch.nan)
 
 
-def _stubbed_masked(flow: Any, draw: Draw) -> list[tuple[int, ...]]:
-    features = flow.b.shape[1]
-    for name in ("s", "t"):
-        if name in flow._modules:
-            flow._modules[name] = Stub(features, features, draw)
-    return [(3, features)]
-
-
 _MASKED_FLOW = coupling_adapter(
     library="normflows",
     where="normflows.flows.affine.coupling",
     name="MaskedAffineFlow",
     find=_find_masked,
-    sides_of=_sides_masked,
+    members=_sides_masked,
+    methods=two_methods(_sides_masked),
     nets=lambda flow: tuple(flow._modules[name] for name in ("t", "s") if name in flow._modules),
-    stubbed=_stubbed_masked,
+    shapes=lambda flow: ((3, flow.b.shape[1]),),
     masks=lambda flow: (flow.b,),
 )
 
