@@ -13,7 +13,7 @@ replaced (flows/remembered.py) and every mask has the same values: ``Fused.renew
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,10 @@ from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
 from .adapter import Options, Unfit, adapter_for
-from .identity import changed_method, has_global_hook, is_hooked, is_patched, original_class
-from .launch import Affine, Coupling, Index, Launch, Member, coupling_of, launch_of, narrowed
-from .sides import Side
+from .identity import changed_method, defined_as, has_global_hook, is_hooked, is_patched, original_class
+from .launch import Affine, Coupling, Index, Launch, Member, arranged, launch_of, members_of, narrowed
 
-__all__ = ["Fused", "Maps"]
+__all__ = ["Fused", "Maps", "listed"]
 
 Flat = Callable[[Any], Iterable[tuple[str, nn.Module]]]
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
@@ -41,15 +40,40 @@ _NO_CONTEXT: Mapping[str, Any] = {"context": None}
 
 @dataclass(frozen=True)
 class Maps:
-    """The permutations and affine maps of a library.
+    """The classes of a library, or of several, that have an inverse.
 
     Args:
-        known: whether a module is of one of its classes, as the library made it.
-        of: by class name, what such a module is of vectors; None where it runs as it is.
+        library: its name, or their names.
+        methods: of such a class.
+        of: by class name, which permutation or affine map of vectors a module is; None where it runs as it is.
+        others: names of classes that always do.
     """
 
-    known: Callable[[nn.Module], bool]
+    library: tuple[str, ...]
+    methods: tuple[str, ...]
     of: Mapping[str, Callable[[Any], Index | Affine | None]]
+    others: tuple[str, ...] = ()
+
+    def known(self, module: nn.Module) -> bool:
+        """Whether it is of one of these classes, as the library made it."""
+        cls = original_class(module)
+        found = cls.__qualname__ in self.of or cls.__qualname__ in self.others
+        found = found and cls.__module__.partition(".")[0] in self.library
+        return found and changed_method(module, self.methods) is None
+
+
+def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
+    """What names the members that a chain has in a list, and those of the chains of these classes inside it."""
+
+    def flat(chain: Any, where: str = "") -> Iterator[tuple[str, nn.Module]]:
+        for i, member in enumerate(getattr(chain, attribute)):
+            name = f"{where}{attribute}[{i}]"
+            if any(defined_as(member, *cls) for cls in nested):
+                yield from flat(member, f"{name}.")
+            else:
+                yield name, member
+
+    return flat
 
 
 _FEWEST = 2  # couplings
@@ -66,15 +90,9 @@ class _Loop:
         return run_couplings(x, [build() for build in self.couplings], None, inverse, True, self.first)
 
 
-@dataclass(frozen=True, eq=False)
-class _Own:
+def _own(module: nn.Module, run: Any) -> Callable[[Tensor, bool], Outputs]:
     """A member as the library has it."""
-
-    module: nn.Module
-    run: Any
-
-    def __call__(self, x: Tensor, inverse: bool) -> Outputs:
-        return self.run(self.module, x, _NO_CONTEXT, inverse)
+    return lambda x, inverse: run(module, x, _NO_CONTEXT, inverse)
 
 
 class Fused:
@@ -100,7 +118,7 @@ class Fused:
         self._children = chain._modules
         self._evidence = Evidence([chain, *lists], recognised, _functions(recognised), _masks(recognised))
         couplings = [member for member in members if isinstance(member, Coupling)]
-        sizes = {len(coupling.kept) + len(coupling.moved) for coupling in couplings}
+        sizes = {coupling.features for coupling in couplings}
         self.couplings = couplings
         if len(couplings) < _FEWEST or len(sizes) > 1:
             raise Unfit("fewer than two couplings of it are MLP couplings of one width")
@@ -111,10 +129,10 @@ class Fused:
         if run is None and len(couplings) < len(members):
             raise Unfit("not all of its members are MLP couplings")
         self._steps = _loops(members, self.features, run)
-        row_apart = all(not isinstance(step, _Own) or maps.known(step.module) for step in self._steps)
+        row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
         self._widths: list[int | None] = [max(widths) if row_apart else None]
-        self.launch: Launch | None = launch_of(members, self.features)
+        self.launch: Launch | None = launch_of(members)
 
     def describe(self, like: Tensor) -> str:
         """What runs it, for the report."""
@@ -198,39 +216,21 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
         layout = adapter.plan(module, options).layout
     except Unfit:
         return None
-    members: list[Member | None] = [
-        coupling_of(member) if isinstance(member, Side) else member for member in adapter.members(module, layout)
-    ]
-    return None if None in members or not members else members  # type: ignore[return-value]
+    return members_of(adapter.members(module, layout))
 
 
 def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[Any]:
-    """The members as the loop's steps: x as it stands is x[:, order] as the library has it."""
-    order = identity = list(range(features))
+    """The members as the loop's steps."""
     steps: list[Any] = []
-
-    def arrange(wanted: list[int]) -> None:
-        nonlocal order
-        if wanted != order:
-            steps.append(Index([order.index(feature) for feature in wanted]))
-            order = wanted
-
-    for member in members:
-        if isinstance(member, Index):
-            order = [member.index.index(feature) for feature in order]
-        elif isinstance(member, Coupling):
-            if order != member.moved + member.kept:
-                arrange(member.kept + member.moved)
-            moves = int(order != member.moved + member.kept)
+    for member, moves in arranged(members, features, lambda c, order: int(order != c.moved + c.kept)):
+        if isinstance(member, Coupling):
             first = len(member.kept if moves else member.moved)
             if not steps or not isinstance(steps[-1], _Loop) or steps[-1].first != first:
                 steps.append(_Loop([], first))
             steps[-1].couplings.append(_plain(member, moves))
         else:
-            arrange(identity)
             own = member.module if isinstance(member, Affine) else member
-            steps.append(member if own is None else _Own(own, run))
-    arrange(identity)
+            steps.append(member if own is None or isinstance(member, Index) else _own(own, run))
     return steps
 
 

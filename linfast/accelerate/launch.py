@@ -14,7 +14,7 @@ masked columns left out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,18 @@ from .identity import has_global_hook
 from .mlp import MLP, find_mlp
 from .sides import Side, Split
 
-__all__ = ["Affine", "Coupling", "Index", "Launch", "Member", "coupling_of", "launch_of", "lone_launch", "narrowed"]
+__all__ = [
+    "Affine",
+    "Coupling",
+    "Index",
+    "Launch",
+    "Member",
+    "arranged",
+    "launch_of",
+    "lone_launch",
+    "members_of",
+    "narrowed",
+]
 
 _MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
 
@@ -55,6 +66,10 @@ class Coupling:
     mlps: tuple[MLP, ...]
     kept: list[int]
     moved: list[int]
+
+    @property
+    def features(self) -> int:
+        return len(self.kept) + len(self.moved)
 
     @property
     def takes_launch(self) -> bool:
@@ -150,7 +165,7 @@ class Launch:
 
     @property
     def features(self) -> int:
-        return len(self.couplings[0].kept) + len(self.couplings[0].moved)
+        return self.couplings[0].features
 
     def has_tile(self, like: Tensor, precision: str | None) -> bool:
         """Whether like's device, or a GPU where it is a CPU, runs it in one launch."""
@@ -159,9 +174,8 @@ class Launch:
         n_linear, entries = len(self.couplings[0].mlps[0].layers), [entry for row in self.rows for entry in row]
         sizes = [[mlp.sizes[1:-1] for mlp in _apart(coupling)] for coupling in self.couplings]
         widths = [sum(layer) for of_nets in sizes for layer in zip(*of_nets, strict=True)]
-        maps = NO_MAPS
-        if entries:
-            maps = DIAGONAL if all(isinstance(e, Affine) and e.module is None for e in entries) else DENSE
+        diagonal = all(isinstance(entry, Affine) and entry.module is None for entry in entries)
+        maps = NO_MAPS if not entries else DIAGONAL if diagonal else DENSE
         mode, target = mode_on(target_of(like), resolve_precision(like, precision)), target_of(like)
         return config_for(self.features, max((1, *widths)), n_linear, mode, target, maps) is not None
 
@@ -212,79 +226,94 @@ def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: boo
     made = [entry if isinstance(entry, Index) else entry.make(inverse) for entry in row]
     maps = [entry for entry in made if isinstance(entry, AffineMap)]
     log_det = sum((entry.log_abs_det() for entry in maps[1:]), start=maps[0].log_abs_det()) if maps else None
-    wide = torch.promote_types(like.dtype, torch.float32)
     diagonal = len(maps) == len(made) and all(entry.weight.ndim == 1 for entry in maps)
-    weight = torch.ones(features, dtype=wide, device=like.device)
-    weight = weight if diagonal else weight.diag()
-    undo, bias = weight, None
+    times = torch.mul if diagonal else torch.matmul
+
+    def full(weight: Tensor) -> Tensor:
+        return weight if diagonal or weight.ndim == 2 else weight.diag()
+
+    wide = torch.promote_types(like.dtype, torch.float32)
+    weight = undo = full(torch.ones(features, dtype=wide, device=like.device))
+    bias: Tensor | None = None
     for entry in made:
         if isinstance(entry, Index):
             index, _ = entry.on(like.device)
             weight, undo = weight.index_select(0, index), undo.index_select(1, index)
             bias = None if bias is None else bias.index_select(0, index)
             continue
-        times, back = entry.weight, entry.inverted()[0] if inverse else None
-        if times.ndim == 1 and not diagonal:
-            times, back = times.diag(), None if back is None else back.diag()
-        moved = None if bias is None else (times * bias if diagonal else times @ bias)
-        bias = entry.bias if moved is None else moved if entry.bias is None else moved + entry.bias
-        weight = times * weight if diagonal else times @ weight
-        if back is not None:
-            undo = undo * back if diagonal else undo @ back
+        assert entry.bias is not None
+        bias = entry.bias if bias is None else times(full(entry.weight), bias) + entry.bias
+        weight = times(full(entry.weight), weight)
+        if inverse:
+            undo = times(undo, full(entry.inverted()[0]))
     return AffineMap(weight, bias, undo if inverse else None, log_det)
 
 
-def launch_of(members: Sequence[Member], features: int) -> Launch | None:
-    """The members as one launch; None where they are no such stack."""
+def arranged(
+    members: Sequence[Member], features: int, moves_of: Callable[[Coupling, list[int]], int]
+) -> Iterator[tuple[Member, int]]:
+    """(member, which half moves) with the permutations that bring the features to where each member takes them.
+
+    x as it stands is x[:, order] as the library has it; ``moves_of`` gives the half of (coupling, order).
+    """
     order = identity = list(range(features))
-    couplings: list[Coupling] = []
-    rows: list[list[Index | Affine]] = [[]]
-    start = None
-    sizes = split_sizes(features)
-
-    def arrange(wanted: list[int], order: list[int]) -> list[int]:
-        if wanted != order:
-            where = {feature: i for i, feature in enumerate(order)}
-            rows[-1].append(_index(tuple(map(where.__getitem__, wanted))))
-        return wanted
-
-    for member in members:
+    for member in (*members, None):
         if isinstance(member, Index):
             order = [member.index.index(feature) for feature in order]
-        elif isinstance(member, Affine):
-            order = arrange(identity, order)
+            continue
+        moves, wanted = 0, identity
+        if isinstance(member, Coupling):
+            moves = moves_of(member, order)
+            wanted = member.kept + member.moved if moves else member.moved + member.kept
+        if wanted != order:
+            where = {feature: i for i, feature in enumerate(order)}
+            yield _index(tuple(map(where.__getitem__, wanted))), 0
+        order = wanted
+        if member is not None:
+            yield member, moves
+
+
+def launch_of(members: Sequence[Member]) -> Launch | None:
+    """The members, of one width, as one launch; None where they are no such stack."""
+    couplings = [member for member in members if isinstance(member, Coupling)]
+    features, start = couplings[0].features, 0
+    rows: list[list[Index | Affine]] = [[]]
+
+    def in_turn(coupling: Coupling, order: list[int]) -> int:
+        nonlocal start
+        if coupling is couplings[0]:
+            start = int(len(coupling.kept) >= len(coupling.moved) and order != coupling.moved + coupling.kept)
+        return (start + couplings.index(coupling)) % 2
+
+    for member, moves in arranged(members, features, in_turn):
+        if isinstance(member, (Index, Affine)):
             rows[-1].append(member)
-        elif isinstance(member, Coupling):
-            if start is None:
-                start = int(len(member.kept) >= len(member.moved) and order != member.moved + member.kept)
-            moves = (start + len(couplings)) % 2
-            if len(member.moved) != sizes[moves] or not member.takes_launch:
-                return None
-            order = arrange(member.kept + member.moved if moves else member.moved + member.kept, order)
-            couplings.append(member)
+        elif isinstance(member, Coupling) and len(member.moved) == split_sizes(features)[moves]:
             rows.append([])
         else:
             return None
-    arrange(identity, order)
     tails, mlps = [c.side.tail for c in couplings], [c.mlps[0] for c in couplings]
     kinds = {(t.scale_map, t.order, m.activation, len(m.layers)) for t, m in zip(tails, mlps, strict=True)}
-    if len(kinds) != 1 or (tails[0].undoes and len(members) > 1) or any(t.undoes for t in tails[1:]):
+    if len(kinds) != 1 or not all(coupling.takes_launch for coupling in couplings):
+        return None
+    if len(members) > 1 and any(tail.undoes for tail in tails):
         return None
     ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
     if not any(rows[1:-1]) and all(isinstance(entry, Index) for entry in rows[0] + rows[-1]):
         ends, rows = (rows[0], rows[-1]), [[] for _ in rows]
-    return Launch(couplings, rows, HALVES[start or 0], ends)
+    return Launch(couplings, rows, HALVES[start], ends)
 
 
-def lone_launch(members: Sequence[Any], like: Tensor, precision: str | None) -> Launch | None:
+def members_of(found: Sequence[Any]) -> list[Member] | None:
+    """An adapter's sides as couplings, and what is beside them; None where a side is no coupling with MLPs."""
+    members = [coupling_of(member) if isinstance(member, Side) else member for member in found]
+    return members if members and None not in members else None
+
+
+def lone_launch(found: Sequence[Any], like: Tensor, precision: str | None) -> Launch | None:
     """A coupling's sides and maps in one launch, where like's device, or a GPU where it is a CPU, has a tile."""
-    if has_global_hook():
-        return None
-    found: list[Any] = [coupling_of(member) if isinstance(member, Side) else member for member in members]
-    if None in found:
-        return None
-    first = next(member for member in found if isinstance(member, Coupling))
-    launch = launch_of(found, len(first.kept) + len(first.moved))
+    members = None if has_global_hook() else members_of(found)
+    launch = None if members is None else launch_of(members)
     return launch if launch is not None and launch.has_tile(like, precision) else None
 
 

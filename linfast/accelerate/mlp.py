@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,19 +106,22 @@ def _parts(module: object) -> list[Any] | None:
         return None
     if _is(kind, "normflows.nets.mlp", "MLP"):
         return _parts(module._modules.get("net"))
-    for where, activation in (
-        ("nflows.nn.nets.mlp", "_activation"),
-        ("glasflow.nflows.nn.nets.mlp", "_activation"),
-        ("glasflow.nets.mlp", "_activation_fn"),
-    ):
-        if _is(kind, where, "MLP"):
-            return _nflows_parts(module, getattr(module, activation))
+    if kind.__module__ in _NFLOWS and _is(kind, kind.__module__, "MLP"):
+        return _nflows_parts(module, getattr(module, _NFLOWS[kind.__module__]))
     name = _passes_on_to(kind)
     return None if name is None else _parts(module._modules.get(name))
 
 
+_NFLOWS = {
+    "nflows.nn.nets.mlp": "_activation",
+    "glasflow.nflows.nn.nets.mlp": "_activation",
+    "glasflow.nets.mlp": "_activation_fn",
+}
+"""Where nflows and glasflow define their MLPs, and the attributes that hold their activations."""
+
+
 def _nflows_parts(module: Any, activation: Any) -> list[Any] | None:
-    """Of the MLP that nflows and glasflow have: linear layers by name, the activation a function."""
+    """Linear layers by name, the activation a function."""
     if "_output_layer" not in module._modules:  # a check's copy, without its modules
         return None
     dropouts = getattr(module, "_dropout_layers", ())
@@ -151,15 +153,11 @@ def _read_child(forward: Any) -> str | None:
         return None
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
         return None
-    body = [
-        step for step in function.body if not (isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant))
-    ]
-    found = _PASSES_ON.fullmatch(ast.unparse(body[0])) if len(body) == 1 else None
-    own, x = (argument.arg for argument in function.args.args[:2])
-    return found["child"] if found and (found["self"], found["x"]) == (own, x) else None
-
-
-_PASSES_ON = re.compile(r"return (?P<self>\w+)\.(?P<child>\w+)\((?P<x>\w+)\)")
+    own, first = (argument.arg for argument in function.args.args[:2])
+    match [s for s in function.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]:
+        case [ast.Return(ast.Call(ast.Attribute(ast.Name(owner), child), [ast.Name(x)], []))]:
+            return child if (owner, x) == (own, first) else None
+    return None
 
 
 def _is(kind: type, where: str, name: str) -> bool:
@@ -187,13 +185,14 @@ def _is_plain(module: nn.Module) -> bool:
     return "forward" not in own and not any(own[name] for name in HOOKS)
 
 
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether that is also the forward that the class was written with."""
+    return _is_plain(module) and _is_own_forward(type(module))
+
+
 def _layer(part: Any) -> tuple[Tensor, Tensor | None] | None:
     kind = type(part)
-    if (
-        not (kind is nn.Linear or _is(kind, "zuko.nn", "Linear"))
-        or not _is_plain(part)
-        or not _is_own_forward(kind)
-    ):
+    if not (kind is nn.Linear or _is(kind, "zuko.nn", "Linear")) or not _is_untouched(part):
         return None
     weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
     if not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -206,7 +205,7 @@ def _activation(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
         function = _FUNCTIONS.get(part) if callable(part) else None
         return None if function is None else (function, ())
     found = _ACTIVATIONS.get(type(part))
-    if found is None or not _is_plain(part) or not _is_own_forward(type(part)):
+    if found is None or not _is_untouched(part):
         return None
     name, *settings = found
     values = [getattr(part, setting) for setting in settings]

@@ -26,10 +26,8 @@ from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Unfit
 from ..chain import (
     Context,
-    Named,
     Part,
     chain_adapter,
-    is_known,
     nets_of,
     part_of,
     per_sample,
@@ -37,7 +35,7 @@ from ..chain import (
     run_chain,
 )
 from ..coupling import Members, couple, coupling_adapter
-from ..fused import Maps
+from ..fused import Maps, listed
 from ..launch import Affine, Index
 from ..sides import ADDITIVE, Params, Side, Split, Tail, known_map
 
@@ -208,39 +206,39 @@ _ALL_IN_ONE = _adapter(
 
 # SequenceINN
 
-_INVERTIBLE = (
-    "ActNorm",
-    "Fixed1x1Conv",
-    "FixedLinearTransform",
-    "Flatten",
-    "HaarDownsampling",
-    "HaarUpsampling",
-    "IRevNetDownsampling",
-    "IRevNetUpsampling",
-    "PermuteRandom",
-    "Reshape",
-)
-_KEEP_VOLUME = ("NICECouplingBlock", "PermuteRandom")  # whose log-determinant is the number 0
-
-
-def _flat(chain: Any) -> Named:
-    yield from ((f"module_list[{i}]", block) for i, block in enumerate(chain.module_list))
-
-
-def _known(block: Any) -> bool:
-    return is_known(block, "FrEIA", _INVERTIBLE, ("forward",))
-
-
-def _parts(chain: Any) -> list[Part]:
-    return [
-        part_of(name, block, _known(block), partial(_run_part, condition))
-        for (name, block), condition in zip(_flat(chain), chain.conditions, strict=False)
-    ]
+_flat = listed("module_list")
 
 
 def _permutation(block: Any) -> Index | None:
     perm, back = block.perm.tolist(), block.perm_inv.tolist()
     return Index(perm) if [perm[i] for i in back] == [*range(len(perm))] else None
+
+
+_MAPS = Maps(
+    ("FrEIA",),
+    ("forward",),
+    {"PermuteRandom": _permutation},
+    others=(
+        "ActNorm",
+        "Fixed1x1Conv",
+        "FixedLinearTransform",
+        "Flatten",
+        "HaarDownsampling",
+        "HaarUpsampling",
+        "IRevNetDownsampling",
+        "IRevNetUpsampling",
+        "Reshape",
+    ),
+)
+_VOLUME_KEEPING = Maps(("FrEIA",), ("forward",), {}, ("NICECouplingBlock", "PermuteRandom"))
+"""Whose log-determinant is the number 0."""
+
+
+def _parts(chain: Any) -> list[Part]:
+    return [
+        part_of(name, block, _MAPS.known(block), partial(_run_part, condition))
+        for (name, block), condition in zip(_flat(chain), chain.conditions, strict=False)
+    ]
 
 
 def _run_part(condition: int | None, block: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
@@ -255,7 +253,7 @@ def _sequence(chain: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bo
     if outputs is None:
         return chain._linfast_original.forward(chain, x_or_z, c, rev, jac)
     y, log_det = outputs
-    keeps_volume = all(is_known(block, "FrEIA", _KEEP_VOLUME, ("forward",)) for block in chain.module_list)
+    keeps_volume = all(map(_VOLUME_KEEPING.known, chain.module_list))
     return (y,) if chain.force_tuple_output else y, 0.0 if keeps_volume else log_det
 
 
@@ -281,7 +279,7 @@ _SEQUENCE = chain_adapter(
     "SequenceINN",
     _flat,
     partial(_run_part, None),
-    Maps(_known, {"PermuteRandom": _permutation}),
+    _MAPS,
     _parts,
     lambda chain: None if chain.conditions.count(None) == len(chain.conditions) else "it has conditions",
     methods={"forward": _sequence},

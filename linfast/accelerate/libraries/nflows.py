@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...flows.undo import Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Unfit
-from ..chain import Context, Named, chain_adapter, is_known, nets_of, per_sample, put_stubs, run_chain
+from ..chain import Context, chain_adapter, nets_of, per_sample, put_stubs, run_chain
 from ..coupling import coupling_adapter, two_methods
-from ..fused import Maps
-from ..identity import defined_as
+from ..fused import Maps, listed
 from ..launch import Affine, Index
 from ..sides import ADDITIVE, Side, Split, Tail, known_map, split_of
 
@@ -91,34 +90,10 @@ def coupling_of(library: str, where: str, name: str) -> Adapter:
 
 # CompositeTransform
 
-_INVERTIBLE = (
-    "ActNorm",
-    "HouseholderSequence",
-    "IdentityTransform",
-    "LULinear",
-    "NaiveLinear",
-    "OneByOneConvolution",
-    "Permutation",
-    "PointwiseAffineTransform",
-    "QRLinear",
-    "RandomPermutation",
-    "ReversePermutation",
-    "SVDLinear",
-)
 _COMPOSITES = {"nflows": "nflows.transforms.base", "glasflow": "glasflow.nflows.transforms.base"}
 
 
-def _flat(chain: Any, where: str = "") -> Named:
-    for i, transform in enumerate(chain._transforms):
-        name = f"{where}_transforms[{i}]"
-        if any(defined_as(transform, module, "CompositeTransform") for module in _COMPOSITES.values()):
-            yield from _flat(transform, f"{name}.")
-        else:
-            yield name, transform
-
-
-def _known(transform: nn.Module) -> bool:
-    return any(is_known(transform, library, _INVERTIBLE, ("forward", "inverse")) for library in _COMPOSITES)
+_flat = listed("_transforms", *((where, "CompositeTransform") for where in _COMPOSITES.values()))
 
 
 def _permutation(transform: Any) -> Index | None:
@@ -140,14 +115,19 @@ def _lu(transform: Any) -> Affine:
 
 
 _MAPS = Maps(
-    _known,
-    {
-        "ActNorm": _actnorm,
-        "LULinear": _lu,
-        "Permutation": _permutation,
-        "RandomPermutation": _permutation,
-        "ReversePermutation": _permutation,
-    },
+    tuple(_COMPOSITES),
+    ("forward", "inverse"),
+    dict.fromkeys(("Permutation", "RandomPermutation", "ReversePermutation"), _permutation)
+    | {"ActNorm": _actnorm, "LULinear": _lu},
+    others=(
+        "HouseholderSequence",
+        "IdentityTransform",
+        "NaiveLinear",
+        "OneByOneConvolution",
+        "PointwiseAffineTransform",
+        "QRLinear",
+        "SVDLinear",
+    ),
 )
 
 

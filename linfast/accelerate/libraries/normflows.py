@@ -27,9 +27,9 @@ from ...flows.undo import Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Draw, Unfit
-from ..chain import Context, Named, chain_adapter, is_known, per_sample, run_chain
+from ..chain import Context, chain_adapter, per_sample, run_chain
 from ..coupling import coupling_adapter, two_methods
-from ..fused import Maps
+from ..fused import Maps, listed
 from ..identity import changed_method, defined_as
 from ..launch import Affine, Index, narrowed
 from ..mlp import find_mlp
@@ -137,28 +137,7 @@ _MASKED_FLOW = coupling_adapter(
 
 # NormalizingFlow
 
-_INVERTIBLE = (
-    "ActNorm",
-    "AffineConstFlow",
-    "Invertible1x1Conv",
-    "InvertibleAffine",
-    "LULinearPermute",
-    "Permute",
-    "Squeeze",
-)
-
-
-def _flat(chain: Any, where: str = "") -> Named:
-    for i, flow in enumerate(chain.flows):
-        name = f"{where}flows[{i}]"
-        if defined_as(flow, "normflows.flows.affine.glow", "GlowBlock"):
-            yield from _flat(flow, f"{name}.")
-        else:
-            yield name, flow
-
-
-def _known(flow: nn.Module) -> bool:
-    return is_known(flow, "normflows", _INVERTIBLE, ("forward", "inverse"))
+_flat = listed("flows", ("normflows.flows.affine.glow", "GlowBlock"))
 
 
 def _permutation(flow: Any) -> Index | None:
@@ -193,8 +172,10 @@ def _lu_permute(flow: Any) -> Affine:
 
 
 _MAPS = Maps(
-    _known,
+    ("normflows",),
+    ("forward", "inverse"),
     {"ActNorm": _constant, "AffineConstFlow": _constant, "LULinearPermute": _lu_permute, "Permute": _permutation},
+    others=("Invertible1x1Conv", "InvertibleAffine", "Squeeze"),
 )
 
 

@@ -23,9 +23,9 @@ from ...checks import check_kind
 from ...rows import checks_all_lengths
 from ...scale_maps import ScaleMap
 from ..adapter import Draw, Stub, Unfit
-from ..chain import Named, chain_adapter, fused_of
+from ..chain import chain_adapter, fused_of
 from ..coupling import couple, coupling_adapter
-from ..fused import Fused, Maps
+from ..fused import Fused, Maps, listed
 from ..identity import PLAN, find_class, is_patched, original_class
 from ..sides import Side, Split, Tail, split_of
 from ..swap import may_replace, plan_of
@@ -275,17 +275,13 @@ def _together_class() -> type:
     return ComposedTransform
 
 
-def _flat(chain: Any) -> Named:
-    yield from ((f"transforms[{i}]", lazy) for i, lazy in enumerate(chain.transforms))
-
-
 _CHAIN = chain_adapter(
     "zuko",
     "zuko.lazy",
     "LazyComposedTransform",
-    _flat,
+    listed("transforms"),
     None,
-    Maps(lambda lazy: False, {}),
+    Maps((), (), {}),
     methods={"forward": _forward_chain},
     probe=lambda chain, draw: (),
     stored=_STORED,
