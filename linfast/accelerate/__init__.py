@@ -6,7 +6,7 @@ adapter.py          what is known of one class; all adapters by class
 identity.py         whether a module is what its library made of it
 swap.py             changing an object's class, and back
 verify.py           comparing with the original before anything is swapped
-sides.py            one side of a coupling, as a formula
+sides.py            one side of a coupling, as a formula, and the maps between couplings
 coupling.py         what runs a coupling that is in no chain
 chain.py            the adapters of chains; memory="invert", with evaluate_once.py
 fused.py            a chain's couplings in one loop on a CPU, with launch.py in one launch on a GPU

@@ -199,12 +199,9 @@ def _by_tail(side: Side, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     assert tail.scale_map is not None
     assert side.run is not None
     kept, _ = side.split.parts(x.shape[1], x.device)
-    given, layout = side.run(x[:, kept]), tail.layout
-    if isinstance(given, tuple) or layout == "raw_first" or tail.undoes:
-        shift, raw = tail.shift_and_raw(given)
-        params, layout = torch.cat((-shift if tail.undoes else shift, raw), 1), "halves"
-    else:
-        params = given
+    params, layout = side.run(x[:, kept]), tail.layout
+    if isinstance(params, tuple) or layout == "raw_first" or tail.undoes:
+        params, layout = tail.halves(params), "halves"
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, params.dtype))  # as the libraries' own arithmetic does
     view = x
     if alternate:  # [B, D] as two channels of D / 2 positions

@@ -28,11 +28,12 @@ from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
 from .adapter import Options, Unfit, adapter_for
 from .identity import changed_method, defined_as, has_global_hook, is_hooked, is_patched, original_class
-from .launch import Affine, Coupling, Index, Launch, Member, arranged, launch_of, members_of, narrowed
+from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
+from .sides import Affine, Index
 
 __all__ = ["Fused", "Maps", "listed"]
 
-Flat = Callable[[Any], Iterable[tuple[str, nn.Module]]]
+Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
 
 _NO_CONTEXT: Mapping[str, Any] = {"context": None}
@@ -90,7 +91,7 @@ class _Loop:
         return run_couplings(x, [build() for build in self.couplings], None, inverse, True, self.first)
 
 
-def _own(module: nn.Module, run: Any) -> Callable[[Tensor, bool], Outputs]:
+def _own(module: nn.Module | None, run: Any) -> Callable[[Tensor, bool], Outputs]:
     """A member as the library has it."""
     return lambda x, inverse: run(module, x, _NO_CONTEXT, inverse)
 
@@ -107,19 +108,16 @@ class Fused:
     """
 
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
-        self.flat, self._run, self._maps, self._options = flat, run, maps, options
+        self._arguments, self._options = (flat, run, maps, options), options
         members: list[Member] = []
         recognised: list[nn.Module] = []
         for _, module in flat(chain):
             found = _recognise(module, maps, options)
             members += [module] if found is None else found
             recognised += [] if found is None else [module]
-        lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-        self._children = chain._modules
-        self._evidence = Evidence([chain, *lists], recognised, _functions(recognised), _masks(recognised))
-        couplings = [member for member in members if isinstance(member, Coupling)]
+        self._children, self._evidence = chain._modules, _evidence(chain, recognised)
+        self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
-        self.couplings = couplings
         if len(couplings) < _FEWEST or len(sizes) > 1:
             raise Unfit("fewer than two couplings of it are MLP couplings of one width")
         (self.features,) = sizes
@@ -147,7 +145,7 @@ class Fused:
             return self
         try:
             with torch.inference_mode(False):  # which it outlives
-                return Fused(chain, self.flat, self._run, self._maps, self._options)
+                return Fused(chain, *self._arguments)
         except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
             return None
 
@@ -181,22 +179,21 @@ class Fused:
         return x, total
 
 
-def _functions(modules: Iterable[nn.Module]) -> Iterable[tuple[type, str]]:
-    """The methods that these members and the modules inside them run."""
-    for module in modules:
-        adapter = adapter_for(module)
+def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
+    """The methods that these members and the modules inside them run, and the masks' values."""
+    lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    functions: list[tuple[type, str]] = []
+    masks: list[Tensor] = []
+    for module in recognised:
+        adapter, cls = adapter_for(module), original_class(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
-        yield from ((original_class(module), name) for name in names if hasattr(original_class(module), name))
-        yield from ((original_class(inside), "forward") for inside in module.modules())
-
-
-def _masks(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
-    for module in modules:
-        adapter = adapter_for(module)
+        functions += [(cls, name) for name in names if hasattr(cls, name)]
+        functions += [(original_class(inside), "forward") for inside in module.modules()]
         if adapter is None:
-            yield from (*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point()))
+            masks += [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
         elif adapter.masks:
-            yield from adapter.masks(module)
+            masks += adapter.masks(module)
+    return Evidence([chain, *lists], recognised, functions, masks)
 
 
 def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
@@ -228,9 +225,10 @@ def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[An
             if not steps or not isinstance(steps[-1], _Loop) or steps[-1].first != first:
                 steps.append(_Loop([], first))
             steps[-1].couplings.append(_plain(member, moves))
+        elif isinstance(member, Index) or (isinstance(member, Affine) and member.module is None):
+            steps.append(member)
         else:
-            own = member.module if isinstance(member, Affine) else member
-            steps.append(member if own is None or isinstance(member, Index) else _own(own, run))
+            steps.append(_own(member.module if isinstance(member, Affine) else member, run))
     return steps
 
 
@@ -243,10 +241,11 @@ def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
 
     def build() -> PlainCoupling:
         nets = [narrowed(mlp, side.split) if side.full else mlp.layers for mlp in coupling.mlps]
-        (weights, biases), *second = [([w for w, _ in net], [b for _, b in net]) for net in nets]
+        (weights, biases), *others = [([w for w, _ in net], [b for _, b in net]) for net in nets]
+        raw_net = [(weights, biases), *others][-1] if tail.layout == "pair" else None
         return PlainCoupling(
             weights, biases, activation, tail.log_scale, tail.order == "scale_first", tail.layout == "interleaved",
-            moves, tail.layout == "raw_first", second[0] if second else None, side.factor,
+            moves, tail.layout == "raw_first", raw_net, side.factor,
         )  # fmt: skip
 
     if side.full:  # whose columns are chosen at each call

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,12 +32,10 @@ from ..ops.stack_weights import AffineMap, CouplingLayer, PackedStack, StackWeig
 from ..precision import half_dtype, resolve_precision
 from .identity import has_global_hook
 from .mlp import MLP, find_mlp
-from .sides import Side, Split
+from .sides import Affine, Index, Side, Split
 
 __all__ = [
-    "Affine",
     "Coupling",
-    "Index",
     "Launch",
     "Member",
     "arranged",
@@ -58,7 +56,7 @@ class Coupling:
 
     Args:
         side: what moves, and how.
-        mlps: its nets.
+        mlps: its nets; one that gives both the shift and the raw value is there once.
         kept, moved: the features that its conditioner takes and those that move, in the conditioner's order.
     """
 
@@ -80,50 +78,6 @@ class Coupling:
         return known and self.side.tail.scale_map is not None
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """An affine map of all features; ``make`` gives it, with its inverse where that is asked for.
-
-    Args:
-        module: runs it as the library does; None of a diagonal map, which runs as ``make`` gives it.
-    """
-
-    make: Callable[[bool], AffineMap]
-    module: nn.Module | None = None
-
-    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(y, log_det, of all samples the same) of a diagonal map on x [B, D, ...]."""
-        made = self.make(inverse)
-        scale, shift, log_det = made.weight, made.bias, made.log_det
-        assert shift is not None
-        assert log_det is not None
-        if x.ndim > 2:
-            scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
-            log_det = log_det * x.shape[2:].numel()
-        if inverse:
-            return (x - shift) / scale, -log_det
-        return torch.addcmul(shift, x, scale), log_det
-
-
-@dataclass(frozen=True, eq=False)
-class Index:
-    """y = x[:, index]."""
-
-    index: list[int]
-    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The index and that which undoes it."""
-        if device not in self._on:
-            with torch.inference_mode(False):  # which they outlive
-                index = torch.tensor(self.index, device=device)
-                self._on[device] = index, index.argsort()
-        return self._on[device]
-
-    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, None]:
-        return x.index_select(1, self.on(x.device)[inverse]), None
-
-
 @functools.lru_cache(maxsize=1024)
 def _index(features: tuple[int, ...]) -> Index:
     """One object for each permutation: a launch is made at every call, and a GPU is waited for once."""
@@ -136,8 +90,9 @@ Member = Coupling | Index | Affine | nn.Module
 
 def coupling_of(side: Side) -> Coupling | None:
     """The side where its nets are MLPs, and all of their sizes fit."""
-    mlps = tuple(mlp for mlp in map(find_mlp, side.nets) if mlp is not None)
-    if not mlps or len(mlps) < len(side.nets) or len({(m.activation, m.constants, m.sizes) for m in mlps}) > 1:
+    nets = dict.fromkeys(side.nets)
+    mlps = tuple(mlp for mlp in map(find_mlp, nets) if mlp is not None)
+    if not mlps or len(mlps) < len(nets) or len({(m.activation, m.constants, m.sizes) for m in mlps}) > 1:
         return None
     if any(type(t) not in (Tensor, nn.Parameter) for m in mlps for w in m.layers for t in w if t is not None):
         return None
@@ -172,7 +127,7 @@ class Launch:
         if like.dtype == torch.float64:
             return False
         n_linear, entries = len(self.couplings[0].mlps[0].layers), [entry for row in self.rows for entry in row]
-        sizes = [[mlp.sizes[1:-1] for mlp in _apart(coupling)] for coupling in self.couplings]
+        sizes = [[mlp.sizes[1:-1] for mlp in coupling.mlps] for coupling in self.couplings]
         widths = [sum(layer) for of_nets in sizes for layer in zip(*of_nets, strict=True)]
         diagonal = all(isinstance(entry, Affine) and entry.module is None for entry in entries)
         maps = NO_MAPS if not entries else DIAGONAL if diagonal else DENSE
@@ -276,14 +231,14 @@ def arranged(
 def launch_of(members: Sequence[Member]) -> Launch | None:
     """The members, of one width, as one launch; None where they are no such stack."""
     couplings = [member for member in members if isinstance(member, Coupling)]
-    features, start = couplings[0].features, 0
+    features = couplings[0].features
     rows: list[list[Index | Affine]] = [[]]
+    turns: list[int] = []
 
     def in_turn(coupling: Coupling, order: list[int]) -> int:
-        nonlocal start
-        if coupling is couplings[0]:
-            start = int(len(coupling.kept) >= len(coupling.moved) and order != coupling.moved + coupling.kept)
-        return (start + couplings.index(coupling)) % 2
+        first = int(len(coupling.kept) >= len(coupling.moved) and order != coupling.moved + coupling.kept)
+        turns.append(1 - turns[-1] if turns else first)
+        return turns[-1]
 
     for member, moves in arranged(members, features, in_turn):
         if isinstance(member, (Index, Affine)):
@@ -301,12 +256,12 @@ def launch_of(members: Sequence[Member]) -> Launch | None:
     ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
     if not any(rows[1:-1]) and all(isinstance(entry, Index) for entry in rows[0] + rows[-1]):
         ends, rows = (rows[0], rows[-1]), [[] for _ in rows]
-    return Launch(couplings, rows, HALVES[start], ends)
+    return Launch(couplings, rows, HALVES[turns[0]], ends)
 
 
 def members_of(found: Sequence[Any]) -> list[Member] | None:
     """An adapter's sides as couplings, and what is beside them; None where a side is no coupling with MLPs."""
-    members = [coupling_of(member) if isinstance(member, Side) else member for member in found]
+    members: list[Any] = [coupling_of(member) if isinstance(member, Side) else member for member in found]
     return members if members and None not in members else None
 
 
@@ -320,42 +275,26 @@ def lone_launch(found: Sequence[Any], like: Tensor, precision: str | None) -> La
 # The nets as the op's layers.
 
 
-def _apart(coupling: Coupling) -> Sequence[MLP]:
-    """Its nets, one that is used twice once."""
-    return coupling.mlps[:1] if len(set(map(id, coupling.side.nets))) == 1 else coupling.mlps
-
-
 def _arranged(coupling: Coupling) -> CouplingLayer:
     """The nets as one layer of the op."""
     side, tail = coupling.side, coupling.side.tail
-    nets = [narrowed(mlp, side.split) if side.full else list(mlp.layers) for mlp in _apart(coupling)]
-    twice = len(nets) < len(coupling.mlps)
+    nets = [narrowed(mlp, side.split) if side.full else list(mlp.layers) for mlp in coupling.mlps]
     layers = _side_by_side(*nets) if len(nets) == 2 else nets[0]
-    as_given = tail.layout in LAYOUTS or (tail.layout == "pair" and not twice)
+    as_given = tail.layout in LAYOUTS or len(nets) == 2
     layout = "interleaved" if tail.layout == "interleaved" else "halves"
     if not as_given or tail.undoes or side.factor != 1:
-        layers[-1] = _rows(*layers[-1], side, twice)
+        layers[-1] = _rows(*layers[-1], side, len(nets))
         layout = "halves"
     return CouplingLayer([weight for weight, _ in layers], [bias for _, bias in layers], layout)
 
 
-def _rows(weight: Tensor, bias: Tensor | None, side: Side, twice: bool) -> tuple[Tensor, Tensor]:
-    """The last layer with its rows as [shift | raw], times the factor; the shift negated where the op undoes."""
-    tail = side.tail
-    sign = -side.factor if tail.undoes else side.factor
+def _rows(weight: Tensor, bias: Tensor | None, side: Side, nets: int) -> tuple[Tensor, Tensor]:
+    """The last layer with its rows as the op has them, times the factor."""
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    rows = []
-    for tensor in (weight, bias):
-        if tail.layout == "shift":
-            shift, raw = tensor, torch.zeros_like(tensor)
-        elif twice:
-            shift, raw = tensor, tensor
-        else:
-            shift, raw = (part[0] for part in tail.shift_and_raw(tensor[None]))
-        rows.append(
-            torch.cat((shift if sign == 1 else sign * shift, raw if side.factor == 1 else side.factor * raw))
-        )
-    return rows[0], rows[1]
+    given = [tensor[None] for tensor in (weight, bias)]
+    twice = side.tail.layout == "pair" and nets == 1
+    weight, bias = (side.tail.halves((tensor, tensor) if twice else tensor)[0] for tensor in given)
+    return (weight, bias) if side.factor == 1 else (side.factor * weight, side.factor * bias)
 
 
 def _side_by_side(one: Layers, two: Layers) -> Layers:

@@ -1,4 +1,4 @@
-"""One side of an affine coupling: which features move, how, and given what.
+"""One side of an affine coupling: which features move, how, and given what; and the maps between couplings.
 
 forward  y = moved * scale + shift         inverse  moved = (y - shift) / scale
 """
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.stack_weights import AffineMap
 from ..scale_maps import ScaleMap, log_scale_function
 from .adapter import Unfit
 
-__all__ = ["ADDITIVE", "Params", "Side", "Split", "Tail", "known_map", "split_of"]
+__all__ = ["ADDITIVE", "Affine", "Index", "Params", "Side", "Split", "Tail", "known_map", "split_of"]
 
 Params = Tensor | tuple[Tensor, Tensor]
 
@@ -109,14 +110,18 @@ class Tail:
         assert self.scale_map is not None
         return log_scale_function(self.scale_map)
 
-    def shift_and_raw(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Of params [B, 2 moved, ...], or a pair."""
-        if isinstance(params, tuple):
-            return params
-        if self.layout == "interleaved":
-            return params[:, 0::2], params[:, 1::2]
-        first, second = params.chunk(2, 1)
-        return (second, first) if self.layout == "raw_first" else (first, second)
+    def halves(self, params: Params) -> Tensor:
+        """[shift | raw] of params [B, 2 moved, ...], or of a pair; the shift negated where the kernels undo."""
+        if self.layout == "shift":
+            assert isinstance(params, Tensor)
+            shift, raw = params, torch.zeros_like(params)
+        elif isinstance(params, tuple):
+            shift, raw = params
+        elif self.layout == "interleaved":
+            shift, raw = params[:, 0::2], params[:, 1::2]
+        else:
+            shift, raw = params.chunk(2, 1)[:: -1 if self.layout == "raw_first" else 1]
+        return torch.cat((-shift if self.undoes else shift, raw), 1)
 
 
 ADDITIVE = Tail("shift", ScaleMap("exp"))
@@ -161,3 +166,47 @@ class Side:
             return features, features
         kept, moved = self.split.features_of(features)
         return len(kept) + extra, len(moved) * self.tail.params
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """An affine map of all features; ``make`` gives it, with its inverse where that is asked for.
+
+    Args:
+        module: runs it as the library does; None of a diagonal map, which runs as ``make`` gives it.
+    """
+
+    make: Callable[[bool], AffineMap]
+    module: nn.Module | None = None
+
+    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """(y, log_det, of all samples the same) of a diagonal map on x [B, D, ...]."""
+        made = self.make(inverse)
+        scale, shift, log_det = made.weight, made.bias, made.log_det
+        assert shift is not None
+        assert log_det is not None
+        if x.ndim > 2:
+            scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
+            log_det = log_det * x.shape[2:].numel()
+        if inverse:
+            return (x - shift) / scale, -log_det
+        return torch.addcmul(shift, x, scale), log_det
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """y = x[:, index]."""
+
+    index: list[int]
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The index and that which undoes it."""
+        if device not in self._on:
+            with torch.inference_mode(False):  # which they outlive
+                index = torch.tensor(self.index, device=device)
+                self._on[device] = index, index.argsort()
+        return self._on[device]
+
+    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, None]:
+        return x.index_select(1, self.on(x.device)[inverse]), None

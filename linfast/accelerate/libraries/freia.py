@@ -24,25 +24,14 @@ from ...flows.undo import Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Unfit
-from ..chain import (
-    Context,
-    Part,
-    chain_adapter,
-    nets_of,
-    part_of,
-    per_sample,
-    put_stubs,
-    run_chain,
-)
+from ..chain import Context, Part, chain_adapter, nets_of, part_of, per_sample, put_stubs, run_chain
 from ..coupling import Members, couple, coupling_adapter
 from ..fused import Maps, listed
-from ..launch import Affine, Index
-from ..sides import ADDITIVE, Params, Side, Split, Tail, known_map
+from ..sides import ADDITIVE, Affine, Index, Params, Side, Split, Tail, known_map
 
 __all__ = ["ADAPTERS"]
 
 _ATAN = 0.636  # FrEIA's 2 / pi
-_POSITIONS = (2, 3, 2)  # of an input for the check
 
 
 def _adapter(where: str, members: Members, **what: Any) -> Adapter:
@@ -63,6 +52,7 @@ def _adapter(where: str, members: Members, **what: Any) -> Adapter:
         where=f"FrEIA.modules.{where}",
         members=members,
         methods=({"forward": forward}, _both_ways),
+        shapes=lambda block: ((3, block.dims_in[0][0], *(2, 3, 2)[: len(block.dims_in[0]) - 1]),),
         extra=_extra,
         **what,
     )
@@ -85,9 +75,6 @@ def _extra(block: Any) -> int:
 def _check_clamp(block: Any) -> None:
     if not block.clamp > 0:
         raise Unfit(f"its clamp is {block.clamp}: not positive")
-
-
-# The blocks of coupling_layers
 
 
 _BLOCKS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
@@ -140,7 +127,6 @@ def _block(name: str) -> Adapter:
         members,
         name=name,
         find=find,
-        shapes=lambda block: ((3, block.channels, *_POSITIONS[: block.ndims - 1]),),
         nets=lambda block: tuple(getattr(block, net) for _, nets in sides for net in nets),
         settings=("clamp", "f_clamp"),
         assumes=() if len(sides) == 1 else ("_coupling1", "_coupling2"),
@@ -152,22 +138,19 @@ def _block(name: str) -> Adapter:
 _FACTOR = 0.1
 
 
-def _find_all_in_one(block: Any) -> tuple[str, tuple[Index | None, Index]]:
+def _find_all_in_one(block: Any) -> tuple[str, tuple[list[Index], Index]]:
     if block.householder:
         raise Unfit("its permutation is learned: a full matrix")
-    matrix = block.w_perm.flatten(1)
-    ones = (matrix == 1).sum(0), (matrix == 1).sum(1), (matrix != 0).sum(1)
-    if not all(bool((count == 1).all()) for count in ones) or not torch.equal(
-        block.w_perm_inv.flatten(1), matrix.T
-    ):
+    matrix, back = block.w_perm.flatten(1), block.w_perm_inv.flatten(1)
+    eye, post, pre = torch.eye(len(matrix)).to(matrix), matrix.argmax(1), back.argmax(1)
+    if not (torch.equal(back, matrix.T) and torch.equal(matrix, eye[post]) and torch.equal(back, eye[pre])):
         raise Unfit("its permutation is soft: a full matrix")
     _check_clamp(block)
-    pre, post = (Index(w.flatten(1).argmax(1).tolist()) for w in (block.w_perm_inv, block.w_perm))
     what = "GIN coupling" if block.GIN else "affine coupling, tanh, permutation by index"
-    return what, ((pre if block.reverse_pre_permute else None), post)
+    return what, ([Index(pre.tolist())] if block.reverse_pre_permute else [], Index(post.tolist()))
 
 
-def _members_all_in_one(block: Any, layout: tuple[Index | None, Index], c: Sequence[Tensor]) -> list[Any]:
+def _members_all_in_one(block: Any, layout: tuple[list[Index], Index], c: Sequence[Tensor]) -> list[Any]:
     def run(kept: Tensor) -> Tensor:
         params: Tensor = block.subnet(torch.cat([kept, *c], 1) if block.conditional else kept)
         params *= _FACTOR  # in place, as the library does
@@ -188,7 +171,7 @@ def _members_all_in_one(block: Any, layout: tuple[Index | None, Index], c: Seque
     split = Split("halves", "second", block.splits[0], block.in_channels)
     side = Side(split, tail, run, () if block.conditional else (block.subnet,), factor=_FACTOR)
     pre, post = layout
-    return [*([] if pre is None else [pre]), side, Affine(scaling), post]
+    return [*pre, side, Affine(scaling), post]
 
 
 _ALL_IN_ONE = _adapter(
@@ -196,7 +179,6 @@ _ALL_IN_ONE = _adapter(
     _members_all_in_one,
     name="AllInOneBlock",
     find=_find_all_in_one,
-    shapes=lambda block: ((3, block.in_channels, *_POSITIONS[: block.input_rank]),),
     nets=lambda block: (block.subnet,),
     masks=lambda block: (block.w_perm, block.w_perm_inv),
     settings=("clamp", "GIN", "householder", "reverse_pre_permute"),

@@ -23,8 +23,7 @@ from ..adapter import Adapter, Draw, Unfit
 from ..chain import Context, chain_adapter, nets_of, per_sample, put_stubs, run_chain
 from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
-from ..launch import Affine, Index
-from ..sides import ADDITIVE, Side, Split, Tail, known_map, split_of
+from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of
 
 __all__ = ["ADAPTERS", "composite_of", "coupling_of"]
 
@@ -146,16 +145,16 @@ def _chain_method(method: str) -> Callable[..., Any]:
     return run
 
 
+def _both_ways(chain: Any, draw: Draw, *shape: int, context: Tensor | None = None) -> Sequence[Tensor]:
+    return [*chain.forward(draw(*shape), context), *chain.inverse(draw(*shape), context=context)]
+
+
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
-    put_stubs([module for _, module in _flat(chain)], draw)
-    features = next(module.features for _, module in _flat(chain) if hasattr(module, "transform_net"))
-    images = any(type(module).__name__ == "OneByOneConvolution" for _, module in _flat(chain))
-    shape = (4, features, 2, 3) if images else (4, features)
-    return [*chain.forward(draw(*shape), draw(2)), *chain.inverse(draw(*shape), context=draw(2))]
-
-
-def _vectors(chain: Any, draw: Draw, features: int) -> Sequence[Tensor]:
-    return [*chain.forward(draw(4, features)), *chain.inverse(draw(4, features))]
+    members: list[Any] = [module for _, module in _flat(chain)]
+    put_stubs(members, draw)
+    features = next(module.features for module in members if hasattr(module, "transform_net"))
+    images = any(type(module).__name__ == "OneByOneConvolution" for module in members)
+    return _both_ways(chain, draw, 4, features, *((2, 3) if images else ()), context=draw(2))
 
 
 def composite_of(library: str) -> Adapter:
@@ -166,7 +165,7 @@ def composite_of(library: str) -> Adapter:
         _flat,
         _run_part,
         _MAPS,
-        vectors=_vectors,
+        vectors=lambda chain, draw, features: _both_ways(chain, draw, 4, features),
         methods={method: _chain_method(method) for method in ("forward", "inverse")},
         probe=_probe_chain,
         hollow=lambda chain: nets_of(module for _, module in _flat(chain)),

@@ -31,9 +31,9 @@ from ..chain import Context, chain_adapter, per_sample, run_chain
 from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..identity import changed_method, defined_as
-from ..launch import Affine, Index, narrowed
+from ..launch import narrowed
 from ..mlp import find_mlp
-from ..sides import ADDITIVE, Side, Split, Tail, split_of
+from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, split_of
 
 __all__ = ["ADAPTERS"]
 
