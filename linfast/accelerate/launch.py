@@ -45,8 +45,6 @@ __all__ = [
     "narrowed",
 ]
 
-_MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
-
 Layers = list[tuple[Tensor, Tensor | None]]
 
 
@@ -68,14 +66,6 @@ class Coupling:
     @property
     def features(self) -> int:
         return len(self.kept) + len(self.moved)
-
-    @property
-    def takes_launch(self) -> bool:
-        """Whether the op has its formula and conditioner."""
-        mlp = self.mlps[0]
-        known = mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1
-        known = known and mlp.constants in ((), ("none",)) and len(mlp.layers) <= _MAX_LINEAR
-        return known and self.side.tail.scale_map is not None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -247,11 +237,13 @@ def launch_of(members: Sequence[Member]) -> Launch | None:
             rows.append([])
         else:
             return None
-    tails, mlps = [c.side.tail for c in couplings], [c.mlps[0] for c in couplings]
-    kinds = {(t.scale_map, t.order, m.activation, len(m.layers)) for t, m in zip(tails, mlps, strict=True)}
-    if len(kinds) != 1 or not all(coupling.takes_launch for coupling in couplings):
+    parts = [(coupling.side.tail, coupling.mlps[0]) for coupling in couplings]
+    kinds = {(t.scale_map, t.order, m.activation, m.constants, len(m.layers)) for t, m in parts}
+    if len(kinds) > 1 or (len(members) > 1 and any(tail.undoes for tail, _ in parts)):
         return None
-    if len(members) > 1 and any(tail.undoes for tail in tails):
+    tail, mlp = parts[0]
+    known = mlp.constants in ((), ("none",)) and (mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1)
+    if tail.scale_map is None or not known:  # the op has no such formula or conditioner
         return None
     ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
     if not any(rows[1:-1]) and all(isinstance(entry, Index) for entry in rows[0] + rows[-1]):
