@@ -16,7 +16,7 @@ from ..ops.stack_weights import AffineMap
 from ..scale_maps import ScaleMap, log_scale_function
 from .adapter import Unfit
 
-__all__ = ["ADDITIVE", "Affine", "Index", "Params", "Side", "Split", "Tail", "known_map", "split_of"]
+__all__ = ["ADDITIVE", "Affine", "Index", "Params", "Side", "Split", "Tail", "index_of", "known_map", "split_of"]
 
 Params = Tensor | tuple[Tensor, Tensor]
 
@@ -210,3 +210,9 @@ class Index:
 
     def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, None]:
         return x.index_select(1, self.on(x.device)[inverse]), None
+
+
+def index_of(forth: Tensor, back: Tensor) -> Index | None:
+    """A library's permutation, y = x[:, forth] and x = y[:, back]; None where back does not undo it."""
+    index = forth.tolist()
+    return Index(index) if [index[i] for i in back.tolist()] == [*range(len(index))] else None

@@ -27,7 +27,7 @@ from ..adapter import Adapter, Draw, Unfit
 from ..chain import Context, Part, chain_adapter, nets_of, part_of, per_sample, put_stubs, run_chain
 from ..coupling import Members, couple, coupling_adapter
 from ..fused import Maps, listed
-from ..sides import ADDITIVE, Affine, Index, Params, Side, Split, Tail, known_map
+from ..sides import ADDITIVE, Affine, Index, Params, Side, Split, Tail, index_of, known_map
 
 __all__ = ["ADAPTERS"]
 
@@ -189,17 +189,10 @@ _ALL_IN_ONE = _adapter(
 # SequenceINN
 
 _flat = listed("module_list")
-
-
-def _permutation(block: Any) -> Index | None:
-    perm, back = block.perm.tolist(), block.perm_inv.tolist()
-    return Index(perm) if [perm[i] for i in back] == [*range(len(perm))] else None
-
-
 _MAPS = Maps(
     ("FrEIA",),
     ("forward",),
-    {"PermuteRandom": _permutation},
+    {"PermuteRandom": lambda block: index_of(block.perm, block.perm_inv)},
     others=(
         "ActNorm",
         "Fixed1x1Conv",

@@ -16,7 +16,7 @@ With memory="invert", reverse_kld and reverse_alpha_div store all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from ..fused import Maps, listed
 from ..identity import changed_method, defined_as
 from ..launch import narrowed
 from ..mlp import find_mlp
-from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, split_of
+from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
 
 __all__ = ["ADAPTERS"]
 
@@ -144,10 +144,7 @@ def _permutation(flow: Any) -> Index | None:
     if flow.mode == "swap":
         half = flow.num_channels // 2
         return Index([*range(half, flow.num_channels), *range(half)])
-    undone = flow.mode == "shuffle" and torch.equal(
-        flow.perm[flow.inv_perm], torch.arange(len(flow.perm)).to(flow.perm)
-    )
-    return Index(flow.perm.tolist()) if undone else None
+    return index_of(flow.perm, flow.inv_perm) if flow.mode == "shuffle" else None
 
 
 def _constant(flow: Any) -> Affine | None:
@@ -220,13 +217,12 @@ def _sample(chain: Any, num_samples: int = 1) -> tuple[Tensor, Tensor]:
     return z, log_q - log_det
 
 
-def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
-    shape = chain.q0(2)[0].shape
+def _results(chain: Any, draw: Draw, shape: Sequence[int], methods: Iterable[str]) -> list[Tensor]:
     outputs: list[Tensor] = []
-    for method in _CHAIN:
+    for method in methods:
         result = getattr(chain, method)(draw(*shape))
         outputs += result if isinstance(result, tuple) else (result,)
-    return [*outputs, *chain.sample(2)]
+    return outputs
 
 
 _FLOW = chain_adapter(
@@ -236,12 +232,11 @@ _FLOW = chain_adapter(
     _flat,
     _run_part,
     _MAPS,
-    vectors=lambda chain, draw, features: (
-        *chain.forward_and_log_det(draw(4, features)),
-        *chain.inverse_and_log_det(draw(4, features)),
+    vectors=lambda chain, draw, features: _results(
+        chain, draw, (4, features), ("forward_and_log_det", "inverse_and_log_det")
     ),
     methods=_METHODS | {"sample": _sample},
-    probe=_probe_chain,
+    probe=lambda chain, draw: [*_results(chain, draw, chain.q0(2)[0].shape, _CHAIN), *chain.sample(2)],
     tolerance=1e-6,  # the original adds log_dets of float64 up in float32
 )
 
