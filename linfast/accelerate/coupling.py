@@ -62,10 +62,11 @@ def coupling_adapter(
         return _plan(text, module, members(module, layout, ()), options, layout)
 
     def put_stubs(module: Any, sides: Sequence[Side], features: int, draw: Draw) -> None:
-        conditioners = nets(module)
-        each = len(conditioners) // len(sides)
-        widths = [side.widths(features, extra(module)) for side in sides for _ in range(each)]
-        stubs = {id(net): stub(*width, draw) for net, width in zip(conditioners, widths, strict=True)}
+        conditioners, stubs = nets(module), {}
+        for i, net in enumerate(conditioners):
+            side = sides[i * len(sides) // len(conditioners)]
+            n_in, n_out = side.widths(*map(len, side.split.features_of(features)))
+            stubs[id(net)] = stub(n_in + extra(module), n_out, draw)
         for inside in [*module.modules()]:
             inside._modules.update({name: stubs.get(id(child), child) for name, child in inside._modules.items()})
 

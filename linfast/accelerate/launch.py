@@ -89,7 +89,7 @@ def coupling_of(side: Side) -> Coupling | None:
     n_in, n_out = mlps[0].sizes[0], mlps[0].sizes[-1]
     features = n_in if side.full else n_in + n_out // side.tail.params
     kept, moved = side.split.features_of(features)
-    fits = (n_in, n_out) == side.widths(features) and side.split.features in (None, features)
+    fits = (n_in, n_out) == side.widths(len(kept), len(moved)) and side.split.features in (None, features)
     return Coupling(side, mlps, kept, moved) if fits and kept and moved else None
 
 
@@ -226,8 +226,8 @@ def launch_of(members: Sequence[Member]) -> Launch | None:
     turns: list[int] = []
 
     def in_turn(coupling: Coupling, order: list[int]) -> int:
-        first = int(len(coupling.kept) >= len(coupling.moved) and order != coupling.moved + coupling.kept)
-        turns.append(1 - turns[-1] if turns else first)
+        kept, moved = coupling.kept, coupling.moved
+        turns.append(1 - turns[-1] if turns else int(len(kept) >= len(moved) and order != moved + kept))
         return turns[-1]
 
     for member, moves in arranged(members, features, in_turn):

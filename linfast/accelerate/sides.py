@@ -160,12 +160,9 @@ class Side:
     factor: float = 1.0
     full: bool = False
 
-    def widths(self, features: int, extra: int = 0) -> tuple[int, int]:
-        """What its conditioner takes, with so many of a context, and gives, where x has so many features."""
-        if self.full:
-            return features, features
-        kept, moved = self.split.features_of(features)
-        return len(kept) + extra, len(moved) * self.tail.params
+    def widths(self, kept: int, moved: int) -> tuple[int, int]:
+        """What its conditioner takes and gives, where so many features are kept and so many move."""
+        return (kept + moved, kept + moved) if self.full else (kept, moved * self.tail.params)
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,10 +33,9 @@ _OWN = Tail("pair")
 def _tail(block: Any) -> Tail:
     if not _is_affine(block):
         return ADDITIVE
+    adapters = block.Fm, block.Gm
     for name, tail in _TAILS.items():
-        if all(
-            defined_as(a, _WHERE, name) and changed_method(a, ("forward",)) is None for a in (block.Fm, block.Gm)
-        ):
+        if all(defined_as(a, _WHERE, name) and changed_method(a, ("forward",)) is None for a in adapters):
             return tail
     return _OWN
 
@@ -75,7 +74,8 @@ def _sides(block: Any, layout: None, context: Sequence[Any]) -> tuple[Side, Side
 
 
 def _nets(block: Any) -> tuple[nn.Module, ...]:
-    return tuple(side.f if _is_affine(block) and hasattr(side, "f") else side for side in (block.Fm, block.Gm))
+    sides = block.Fm, block.Gm
+    return tuple(getattr(side, "f", side) for side in sides) if _is_affine(block) else sides
 
 
 def _adapter(where: str, name: str) -> Adapter:
