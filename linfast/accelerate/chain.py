@@ -20,7 +20,7 @@ from ..flows.undo import Made, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling
 from .fused import Fused, Maps
-from .identity import PLAN, changed_method, original_class
+from .identity import PLAN, changed_method
 
 __all__ = [
     "Context",
@@ -28,7 +28,6 @@ __all__ = [
     "Part",
     "chain_adapter",
     "fused_of",
-    "is_known",
     "nets_of",
     "part_of",
     "parts_to_invert",
@@ -99,13 +98,6 @@ def run_inverting(instance: Any, parts: Sequence[Part], x: Tensor, context: Cont
     """(y, log_det) of the parts in turn, or of the inverse of that."""
     steps = [part.step(inverse) for part in parts]
     return reversible(steps[::-1] if inverse else steps, x, context, instance._linfast_plan.guard)
-
-
-def is_known(module: nn.Module, library: str, names: Sequence[str], methods: Sequence[str]) -> bool:
-    """Whether it is one of the library's classes with these names, as the library made it."""
-    cls = original_class(module)
-    found = cls.__module__.startswith(f"{library}.") and cls.__qualname__ in names
-    return found and changed_method(module, methods) is None
 
 
 def check_parts(parts: Sequence[Part]) -> None:

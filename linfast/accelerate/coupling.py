@@ -10,7 +10,7 @@ The check before a swap (``verify.py``) runs ``ops.affine_coupling`` wherever it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,37 +19,87 @@ from torch import Tensor, nn
 from ..dispatch import tensor_of, uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
 from ..rows import Work, by_rows, checks_all_lengths, rows_at_once, rows_in_cache
-from .adapter import Adapter, Draw, Options, Plan
+from .adapter import Adapter, Draw, Options, Plan, Stub
 from .identity import PLAN, has_global_hook
 from .launch import lone_launch
 from .mlp import find_mlp
 from .sides import Side
 
-__all__ = ["couple", "coupling_adapter", "coupling_plan"]
+__all__ = ["Members", "Methods", "couple", "coupling_adapter", "two_methods"]
 
 _ORIGINAL = "the original's own code"
+
+
+Members = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
+"""(instance, layout, context) -> its sides, and maps and permutations beside them, as its forward runs them."""
+Methods = tuple[Mapping[str, Callable[..., Any]], Callable[[Any, Draw, tuple[int, ...]], list[Tensor]]]
+"""An adapter's methods, and (copy, draw, shape) -> what they give both ways; stubs are given a context too."""
 
 
 def coupling_adapter(
     *,
     find: Callable[[Any], tuple[str, Any]],
-    sides_of: Callable[[Any, Any, Sequence[Any]], Sequence[Side]],
-    nets: Callable[[Any], Iterable[nn.Module]],
-    stubbed: Callable[[Any, Draw], Iterable[tuple[int, ...]]],
-    context: str = "none",
-    log_det: bool = True,
-    inverse: str = "inverse",
+    members: Members,
+    nets: Callable[[Any], Sequence[nn.Module]],
+    shapes: Callable[[Any], Iterable[tuple[int, ...]]],
+    methods: Methods,
+    extra: Callable[[Any], int] = lambda module: 0,
+    stub: type[Stub] = Stub,
     **what: Any,
 ) -> Adapter:
-    """The adapter of a class of couplings with two methods, (x, context) -> y or (y, log_det [B]).
+    """The adapter of a class of couplings.
 
     Args:
-        find: what an instance is, for the report, and the layout that ``sides_of`` takes; raises Unfit.
-        sides_of: (instance, layout, context) -> its sides, in the order in which its forward runs them.
-        nets: its conditioners.
-        stubbed: (copy, draw) -> shapes of inputs for the check, once stubs are in the conditioners' place.
-        context: what its methods take after x: "none", "one" argument that may be None, or "any" number of them.
-        log_det, inverse: whether its methods return a log-determinant; the name of its inverse.
+        find: what an instance is, for the report, and the layout that ``members`` takes; raises Unfit.
+        nets: its conditioners, as many for each side.
+        shapes: of inputs for the check.
+        extra: channels of a context that its conditioners take beside the kept ones.
+        stub: what stands in the conditioners' place in the check.
+    """
+
+    def plan(module: Any, options: Options) -> Plan:
+        text, layout = find(module)
+        return _plan(text, module, members(module, layout, ()), options, layout)
+
+    def put_stubs(module: Any, sides: Sequence[Side], features: int, draw: Draw) -> None:
+        conditioners, stubs = nets(module), {}
+        for i, net in enumerate(conditioners):
+            side = sides[i * len(sides) // len(conditioners)]
+            n_in, n_out = side.widths(*map(len, side.split.features_of(features)))
+            stubs[id(net)] = stub(n_in + extra(module), n_out, draw)
+        for inside in [*module.modules()]:
+            inside._modules.update({name: stubs.get(id(child), child) for name, child in inside._modules.items()})
+
+    def probe(module: Any, draw: Draw) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        sides, stubbed = _sides(members(module, find(module)[1], ())), 0
+        for shape in shapes(module):
+            features = sides[0].split.features or shape[1]
+            if features != stubbed:
+                put_stubs(module, sides, features, draw)
+                stubbed = features
+            outputs += both_ways(module, draw, shape)
+        return outputs
+
+    replaced, both_ways = methods
+    return Adapter(
+        methods=replaced,
+        plan=plan,
+        probe=probe,
+        conditioners=nets,
+        members=lambda module, layout: members(module, layout, ()),
+        vectors=lambda module, draw, features: both_ways(module, draw, (3, features)),
+        **what,
+    )
+
+
+def two_methods(members: Members, context: str = "none", log_det: bool = True, inverse: str = "inverse") -> Methods:
+    """Of couplings with a forward and an inverse, (x, context) -> y or (y, log_det [B]).
+
+    Args:
+        context: what they take after x: "none", "one" argument that may be None, or "any" number of them.
+        log_det: whether they return a log-determinant.
+        inverse: the name of the inverse.
     """
 
     def method(name: str) -> Callable[..., Any]:
@@ -58,36 +108,24 @@ def coupling_adapter(
                 outputs = getattr(module._linfast_original, name)(module, x, *given)
                 return outputs if log_det else (outputs, None)
 
-            sides = sides_of(module, module._linfast_plan.layout, [c for c in given if c is not None])
-            outputs = couple(module, sides, x, name == inverse, original)
+            found = members(module, module._linfast_plan.layout, [c for c in given if c is not None])
+            outputs = couple(module, found, x, name == inverse, original)
             return outputs if log_det else outputs[0]
 
         takes = {"none": lambda module, x: run(module, x), "any": run}
         return takes.get(context, lambda module, x, context=None: run(module, x, context))
 
-    def run_both(module: Any, draw: Draw, shape: tuple[int, ...], *given: Any) -> list[Tensor]:
-        outputs = module.forward(draw(*shape)), getattr(module, inverse)(draw(*shape), *given)
-        return [t for each in outputs for t in (each if isinstance(each, tuple) else (each,))]
+    def both_ways(module: Any, draw: Draw, shape: tuple[int, ...]) -> list[Tensor]:
+        stubs = context == "one" and any(isinstance(inside, Stub) for inside in module.modules())
+        forth = module.forward(draw(*shape))
+        back = getattr(module, inverse)(draw(*shape), *([draw(2)] if stubs else []))
+        return [t for each in (forth, back) for t in (each if isinstance(each, tuple) else (each,))]
 
-    def probe(module: Any, draw: Draw) -> list[Tensor]:
-        shapes = stubbed(module, draw)
-        return [
-            t for shape in shapes for t in run_both(module, draw, shape, *([draw(2)] if context == "one" else []))
-        ]
+    return {name: method(name) for name in ("forward", inverse)}, both_ways
 
-    def plan(module: Any, options: Options) -> Plan:
-        text, layout = find(module)
-        return coupling_plan(text, module, sides_of(module, layout, ()), options, layout)
 
-    return Adapter(
-        methods={name: method(name) for name in ("forward", inverse)},
-        plan=plan,
-        probe=probe,
-        conditioners=nets,
-        members=lambda module, layout: sides_of(module, layout, ()),
-        vectors=lambda module, draw, features: run_both(module, draw, (3, features)),
-        **what,
-    )
+def _sides(members: Sequence[Any]) -> list[Side]:
+    return [member for member in members if isinstance(member, Side)]
 
 
 def couple(
@@ -100,7 +138,7 @@ def couple(
         members: its sides, and diagonal maps and permutations beside them, as the library's forward runs them.
         original: the library's own code, x -> (y, log_det or None).
     """
-    sides = [member for member in members if isinstance(member, Side)]
+    sides = _sides(members)
     like = tensor_of(owner)
     if sides[0].full and like is not None:  # whose mask multiplies x
         x = x.to(torch.promote_types(x.dtype, like.dtype))
@@ -110,7 +148,7 @@ def couple(
         if launch is not None and launch.features == x.shape[1]:
             y, log_det = launch(owner, x, inverse, precision)
             return y, log_det.to(x.dtype)
-    elif (rows := rows_at_once(x, lambda: [_widest(side) for side in sides])) is not None:
+    elif (rows := rows_at_once(x, lambda: [_widest(sides)])) is not None:
         return by_rows(original, x, rows)
     elif not checks_all_lengths():
         return original(x)
@@ -124,36 +162,26 @@ def couple(
     return x, total
 
 
-def coupling_plan(
-    what: str, owner: nn.Module, members: Sequence[Any], options: Options, layout: Any = None
-) -> Plan:
+def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options, layout: Any) -> Plan:
     """The plan of a coupling that is ``what``; its report says what runs it here and, on a CPU, on a GPU."""
     like = next((p for p in owner.parameters() if p.is_floating_point()), torch.empty(0))
-    sides = [member for member in members if isinstance(member, Side)]
+    sides = _sides(members)
     whole = lone_launch(members, like, options.precision) is not None
     tail = all(_has_tail(side, side.split.features, None) for side in sides)
-    fused, rows = "one launch" if whole else "fused tail" if tail else _ORIGINAL, _least_rows(sides, like)
-    here = _ORIGINAL
-    if rows < math.inf:
+    fused, here = "one launch" if whole else "fused tail" if tail else _ORIGINAL, _ORIGINAL
+    widest = _widest(sides)
+    rows = math.inf if widest is None else 2 * rows_in_cache(widest, like.element_size())
+    if widest is not None:
         here += f", and from {rows * torch.get_num_threads()} rows on as many at a time as fit its cache"
     where = fused if like.is_cuda else f"on a GPU: {fused}; on this CPU: {here}"
     return Plan(f"{what} ({where})", layout=layout, takes_precision=whole, least_rows=rows)
 
 
-def _least_rows(sides: Sequence[Side], like: Tensor) -> float:
-    """From how many rows per thread on a CPU gains by cutting the batch; infinity where it never does."""
-    widths = [_widest(side) for side in sides]
-    known = [width for width in widths if width is not None]
-    if not known or len(known) < len(widths):
-        return math.inf
-    return 2 * rows_in_cache(max(known), like.element_size())
-
-
-def _widest(side: Side) -> int | None:
+def _widest(sides: Sequence[Side]) -> int | None:
     """Values of the nets' widest layer, where they are MLPs of any kind; else None."""
-    if not side.nets or has_global_hook():
+    if has_global_hook() or not all(side.nets for side in sides):
         return None
-    mlps = [find_mlp(net) for net in side.nets]
+    mlps = [find_mlp(net) for side in sides for net in side.nets]
     return None if None in mlps else max(width for mlp in mlps if mlp is not None for width in mlp.sizes)
 
 
@@ -172,12 +200,9 @@ def _by_tail(side: Side, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     assert tail.scale_map is not None
     assert side.run is not None
     kept, _ = side.split.parts(x.shape[1], x.device)
-    given, layout = side.run(x[:, kept]), tail.layout
-    if isinstance(given, tuple) or layout == "raw_first" or tail.undoes:
-        shift, raw = tail.shift_and_raw(given)
-        params, layout = torch.cat((-shift if tail.undoes else shift, raw), 1), "halves"
-    else:
-        params = given
+    params, layout = side.run(x[:, kept]), tail.layout
+    if isinstance(params, tuple) or layout == "raw_first" or tail.undoes:
+        params, layout = tail.halves(params), "halves"
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, params.dtype))  # as the libraries' own arithmetic does
     view = x
     if alternate:  # [B, D] as two channels of D / 2 positions

@@ -13,7 +13,7 @@ replaced (flows/remembered.py) and every mask has the same values: ``Fused.renew
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,13 @@ from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
 from .adapter import Options, Unfit, adapter_for
-from .identity import changed_method, has_global_hook, is_hooked, is_patched, original_class
-from .launch import Affine, Coupling, Index, Launch, Member, coupling_of, launch_of, narrowed
-from .sides import Side
+from .identity import changed_method, defined_as, has_global_hook, is_hooked, is_patched, original_class
+from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
+from .sides import Affine, Index
 
-__all__ = ["Fused", "Maps"]
+__all__ = ["Fused", "Maps", "listed"]
 
-Flat = Callable[[Any], Iterable[tuple[str, nn.Module]]]
+Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
 
 _NO_CONTEXT: Mapping[str, Any] = {"context": None}
@@ -41,15 +41,40 @@ _NO_CONTEXT: Mapping[str, Any] = {"context": None}
 
 @dataclass(frozen=True)
 class Maps:
-    """The permutations and affine maps of a library.
+    """The classes of a library, or of several, that have an inverse.
 
     Args:
-        known: whether a module is of one of its classes, as the library made it.
-        of: by class name, what such a module is of vectors; None where it runs as it is.
+        library: its name, or their names.
+        methods: of such a class.
+        of: by class name, which permutation or affine map of vectors a module is; None where it runs as it is.
+        others: names of classes that always do.
     """
 
-    known: Callable[[nn.Module], bool]
+    library: tuple[str, ...]
+    methods: tuple[str, ...]
     of: Mapping[str, Callable[[Any], Index | Affine | None]]
+    others: tuple[str, ...] = ()
+
+    def known(self, module: nn.Module) -> bool:
+        """Whether it is of one of these classes, as the library made it."""
+        cls = original_class(module)
+        found = cls.__qualname__ in self.of or cls.__qualname__ in self.others
+        found = found and cls.__module__.partition(".")[0] in self.library
+        return found and changed_method(module, self.methods) is None
+
+
+def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
+    """What names the members that a chain has in a list, and those of the chains of these classes inside it."""
+
+    def flat(chain: Any, where: str = "") -> Iterator[tuple[str, nn.Module]]:
+        for i, member in enumerate(getattr(chain, attribute)):
+            name = f"{where}{attribute}[{i}]"
+            if any(defined_as(member, *cls) for cls in nested):
+                yield from flat(member, f"{name}.")
+            else:
+                yield name, member
+
+    return flat
 
 
 _FEWEST = 2  # couplings
@@ -66,15 +91,9 @@ class _Loop:
         return run_couplings(x, [build() for build in self.couplings], None, inverse, True, self.first)
 
 
-@dataclass(frozen=True, eq=False)
-class _Own:
+def _own(module: nn.Module | None, run: Any) -> Callable[[Tensor, bool], Outputs]:
     """A member as the library has it."""
-
-    module: nn.Module
-    run: Any
-
-    def __call__(self, x: Tensor, inverse: bool) -> Outputs:
-        return self.run(self.module, x, _NO_CONTEXT, inverse)
+    return lambda x, inverse: run(module, x, _NO_CONTEXT, inverse)
 
 
 class Fused:
@@ -89,19 +108,16 @@ class Fused:
     """
 
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
-        self.flat, self._run, self._maps, self._options = flat, run, maps, options
+        self._arguments, self._options = (flat, run, maps, options), options
         members: list[Member] = []
         recognised: list[nn.Module] = []
         for _, module in flat(chain):
             found = _recognise(module, maps, options)
             members += [module] if found is None else found
             recognised += [] if found is None else [module]
-        lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-        self._children = chain._modules
-        self._evidence = Evidence([chain, *lists], recognised, _functions(recognised), _masks(recognised))
-        couplings = [member for member in members if isinstance(member, Coupling)]
-        sizes = {len(coupling.kept) + len(coupling.moved) for coupling in couplings}
-        self.couplings = couplings
+        self._children, self._evidence = chain._modules, _evidence(chain, recognised)
+        self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
+        sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
             raise Unfit("fewer than two couplings of it are MLP couplings of one width")
         (self.features,) = sizes
@@ -111,10 +127,10 @@ class Fused:
         if run is None and len(couplings) < len(members):
             raise Unfit("not all of its members are MLP couplings")
         self._steps = _loops(members, self.features, run)
-        row_apart = all(not isinstance(step, _Own) or maps.known(step.module) for step in self._steps)
+        row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
         self._widths: list[int | None] = [max(widths) if row_apart else None]
-        self.launch: Launch | None = launch_of(members, self.features)
+        self.launch: Launch | None = launch_of(members)
 
     def describe(self, like: Tensor) -> str:
         """What runs it, for the report."""
@@ -129,7 +145,7 @@ class Fused:
             return self
         try:
             with torch.inference_mode(False):  # which it outlives
-                return Fused(chain, self.flat, self._run, self._maps, self._options)
+                return Fused(chain, *self._arguments)
         except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
             return None
 
@@ -163,22 +179,21 @@ class Fused:
         return x, total
 
 
-def _functions(modules: Iterable[nn.Module]) -> Iterable[tuple[type, str]]:
-    """The methods that these members and the modules inside them run."""
-    for module in modules:
-        adapter = adapter_for(module)
+def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
+    """The methods that these members and the modules inside them run, and the masks' values."""
+    lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+    functions: list[tuple[type, str]] = []
+    masks: list[Tensor] = []
+    for module in recognised:
+        adapter, cls = adapter_for(module), original_class(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
-        yield from ((original_class(module), name) for name in names if hasattr(original_class(module), name))
-        yield from ((original_class(inside), "forward") for inside in module.modules())
-
-
-def _masks(modules: Iterable[nn.Module]) -> Iterable[Tensor]:
-    for module in modules:
-        adapter = adapter_for(module)
+        functions += [(cls, name) for name in names if hasattr(cls, name)]
+        functions += [(original_class(inside), "forward") for inside in module.modules()]
         if adapter is None:
-            yield from (*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point()))
+            masks += [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
         elif adapter.masks:
-            yield from adapter.masks(module)
+            masks += adapter.masks(module)
+    return Evidence([chain, *lists], recognised, functions, masks)
 
 
 def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
@@ -198,39 +213,22 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
         layout = adapter.plan(module, options).layout
     except Unfit:
         return None
-    members: list[Member | None] = [
-        coupling_of(member) if isinstance(member, Side) else member for member in adapter.members(module, layout)
-    ]
-    return None if None in members or not members else members  # type: ignore[return-value]
+    return members_of(adapter.members(module, layout))
 
 
 def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[Any]:
-    """The members as the loop's steps: x as it stands is x[:, order] as the library has it."""
-    order = identity = list(range(features))
+    """The members as the loop's steps."""
     steps: list[Any] = []
-
-    def arrange(wanted: list[int]) -> None:
-        nonlocal order
-        if wanted != order:
-            steps.append(Index([order.index(feature) for feature in wanted]))
-            order = wanted
-
-    for member in members:
-        if isinstance(member, Index):
-            order = [member.index.index(feature) for feature in order]
-        elif isinstance(member, Coupling):
-            if order != member.moved + member.kept:
-                arrange(member.kept + member.moved)
-            moves = int(order != member.moved + member.kept)
+    for member, moves in arranged(members, features, lambda c, order: int(order != c.moved + c.kept)):
+        if isinstance(member, Coupling):
             first = len(member.kept if moves else member.moved)
             if not steps or not isinstance(steps[-1], _Loop) or steps[-1].first != first:
                 steps.append(_Loop([], first))
             steps[-1].couplings.append(_plain(member, moves))
+        elif isinstance(member, Index) or (isinstance(member, Affine) and member.module is None):
+            steps.append(member)
         else:
-            arrange(identity)
-            own = member.module if isinstance(member, Affine) else member
-            steps.append(member if own is None else _Own(own, run))
-    arrange(identity)
+            steps.append(_own(member.module if isinstance(member, Affine) else member, run))
     return steps
 
 
@@ -243,10 +241,11 @@ def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
 
     def build() -> PlainCoupling:
         nets = [narrowed(mlp, side.split) if side.full else mlp.layers for mlp in coupling.mlps]
-        (weights, biases), *second = [([w for w, _ in net], [b for _, b in net]) for net in nets]
+        (weights, biases), *others = [([w for w, _ in net], [b for _, b in net]) for net in nets]
+        raw_net = [(weights, biases), *others][-1] if tail.layout == "pair" else None
         return PlainCoupling(
             weights, biases, activation, tail.log_scale, tail.order == "scale_first", tail.layout == "interleaved",
-            moves, tail.layout == "raw_first", second[0] if second else None, side.factor,
+            moves, tail.layout == "raw_first", raw_net, side.factor,
         )  # fmt: skip
 
     if side.full:  # whose columns are chosen at each call

@@ -14,8 +14,8 @@ masked columns left out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,11 +32,18 @@ from ..ops.stack_weights import AffineMap, CouplingLayer, PackedStack, StackWeig
 from ..precision import half_dtype, resolve_precision
 from .identity import has_global_hook
 from .mlp import MLP, find_mlp
-from .sides import Side, Split
+from .sides import Affine, Index, Side, Split
 
-__all__ = ["Affine", "Coupling", "Index", "Launch", "Member", "coupling_of", "launch_of", "lone_launch", "narrowed"]
-
-_MAX_LINEAR = 4  # layers of a conditioner that the kernel knows
+__all__ = [
+    "Coupling",
+    "Launch",
+    "Member",
+    "arranged",
+    "launch_of",
+    "lone_launch",
+    "members_of",
+    "narrowed",
+]
 
 Layers = list[tuple[Tensor, Tensor | None]]
 
@@ -47,7 +54,7 @@ class Coupling:
 
     Args:
         side: what moves, and how.
-        mlps: its nets.
+        mlps: its nets; one that gives both the shift and the raw value is there once.
         kept, moved: the features that its conditioner takes and those that move, in the conditioner's order.
     """
 
@@ -57,56 +64,8 @@ class Coupling:
     moved: list[int]
 
     @property
-    def takes_launch(self) -> bool:
-        """Whether the op has its formula and conditioner."""
-        mlp = self.mlps[0]
-        known = mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1
-        known = known and mlp.constants in ((), ("none",)) and len(mlp.layers) <= _MAX_LINEAR
-        return known and self.side.tail.scale_map is not None
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """An affine map of all features; ``make`` gives it, with its inverse where that is asked for.
-
-    Args:
-        module: runs it as the library does; None of a diagonal map, which runs as ``make`` gives it.
-    """
-
-    make: Callable[[bool], AffineMap]
-    module: nn.Module | None = None
-
-    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(y, log_det, of all samples the same) of a diagonal map on x [B, D, ...]."""
-        made = self.make(inverse)
-        scale, shift, log_det = made.weight, made.bias, made.log_det
-        assert shift is not None
-        assert log_det is not None
-        if x.ndim > 2:
-            scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
-            log_det = log_det * x.shape[2:].numel()
-        if inverse:
-            return (x - shift) / scale, -log_det
-        return torch.addcmul(shift, x, scale), log_det
-
-
-@dataclass(frozen=True, eq=False)
-class Index:
-    """y = x[:, index]."""
-
-    index: list[int]
-    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The index and that which undoes it."""
-        if device not in self._on:
-            with torch.inference_mode(False):  # which they outlive
-                index = torch.tensor(self.index, device=device)
-                self._on[device] = index, index.argsort()
-        return self._on[device]
-
-    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, None]:
-        return x.index_select(1, self.on(x.device)[inverse]), None
+    def features(self) -> int:
+        return len(self.kept) + len(self.moved)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,18 +80,17 @@ Member = Coupling | Index | Affine | nn.Module
 
 def coupling_of(side: Side) -> Coupling | None:
     """The side where its nets are MLPs, and all of their sizes fit."""
-    mlps = tuple(mlp for mlp in map(find_mlp, side.nets) if mlp is not None)
-    if not mlps or len(mlps) < len(side.nets) or len({(m.activation, m.constants, m.sizes) for m in mlps}) > 1:
+    nets = dict.fromkeys(side.nets)
+    mlps = tuple(mlp for mlp in map(find_mlp, nets) if mlp is not None)
+    if not mlps or len(mlps) < len(nets) or len({(m.activation, m.constants, m.sizes) for m in mlps}) > 1:
         return None
     if any(type(t) not in (Tensor, nn.Parameter) for m in mlps for w in m.layers for t in w if t is not None):
         return None
     n_in, n_out = mlps[0].sizes[0], mlps[0].sizes[-1]
-    double = 1 if side.tail.layout in ("pair", "shift") else 2
-    features = n_in if side.full else n_in + n_out // double
+    features = n_in if side.full else n_in + n_out // side.tail.params
     kept, moved = side.split.features_of(features)
-    fits = (n_in, n_out) == (features, features) if side.full else (n_in, n_out) == (len(kept), double * len(moved))
-    fits = fits and side.split.features in (None, features) and bool(moved) and bool(kept)
-    return Coupling(side, mlps, kept, moved) if fits else None
+    fits = (n_in, n_out) == side.widths(len(kept), len(moved)) and side.split.features in (None, features)
+    return Coupling(side, mlps, kept, moved) if fits and kept and moved else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,18 +110,17 @@ class Launch:
 
     @property
     def features(self) -> int:
-        return len(self.couplings[0].kept) + len(self.couplings[0].moved)
+        return self.couplings[0].features
 
     def has_tile(self, like: Tensor, precision: str | None) -> bool:
         """Whether like's device, or a GPU where it is a CPU, runs it in one launch."""
         if like.dtype == torch.float64:
             return False
         n_linear, entries = len(self.couplings[0].mlps[0].layers), [entry for row in self.rows for entry in row]
-        sizes = [[mlp.sizes[1:-1] for mlp in _apart(coupling)] for coupling in self.couplings]
+        sizes = [[mlp.sizes[1:-1] for mlp in coupling.mlps] for coupling in self.couplings]
         widths = [sum(layer) for of_nets in sizes for layer in zip(*of_nets, strict=True)]
-        maps = NO_MAPS
-        if entries:
-            maps = DIAGONAL if all(isinstance(e, Affine) and e.module is None for e in entries) else DENSE
+        diagonal = all(isinstance(entry, Affine) and entry.module is None for entry in entries)
+        maps = NO_MAPS if not entries else DIAGONAL if diagonal else DENSE
         mode, target = mode_on(target_of(like), resolve_precision(like, precision)), target_of(like)
         return config_for(self.features, max((1, *widths)), n_linear, mode, target, maps) is not None
 
@@ -214,121 +171,122 @@ def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: boo
     made = [entry if isinstance(entry, Index) else entry.make(inverse) for entry in row]
     maps = [entry for entry in made if isinstance(entry, AffineMap)]
     log_det = sum((entry.log_abs_det() for entry in maps[1:]), start=maps[0].log_abs_det()) if maps else None
-    wide = torch.promote_types(like.dtype, torch.float32)
     diagonal = len(maps) == len(made) and all(entry.weight.ndim == 1 for entry in maps)
-    weight = torch.ones(features, dtype=wide, device=like.device)
-    weight = weight if diagonal else weight.diag()
-    undo, bias = weight, None
+    times = torch.mul if diagonal else torch.matmul
+
+    def full(weight: Tensor) -> Tensor:
+        return weight if diagonal or weight.ndim == 2 else weight.diag()
+
+    wide = torch.promote_types(like.dtype, torch.float32)
+    weight = undo = full(torch.ones(features, dtype=wide, device=like.device))
+    bias: Tensor | None = None
     for entry in made:
         if isinstance(entry, Index):
             index, _ = entry.on(like.device)
             weight, undo = weight.index_select(0, index), undo.index_select(1, index)
             bias = None if bias is None else bias.index_select(0, index)
             continue
-        times, back = entry.weight, entry.inverted()[0] if inverse else None
-        if times.ndim == 1 and not diagonal:
-            times, back = times.diag(), None if back is None else back.diag()
-        moved = None if bias is None else (times * bias if diagonal else times @ bias)
-        bias = entry.bias if moved is None else moved if entry.bias is None else moved + entry.bias
-        weight = times * weight if diagonal else times @ weight
-        if back is not None:
-            undo = undo * back if diagonal else undo @ back
+        assert entry.bias is not None
+        bias = entry.bias if bias is None else times(full(entry.weight), bias) + entry.bias
+        weight = times(full(entry.weight), weight)
+        if inverse:
+            undo = times(undo, full(entry.inverted()[0]))
     return AffineMap(weight, bias, undo if inverse else None, log_det)
 
 
-def launch_of(members: Sequence[Member], features: int) -> Launch | None:
-    """The members as one launch; None where they are no such stack."""
+def arranged(
+    members: Sequence[Member], features: int, moves_of: Callable[[Coupling, list[int]], int]
+) -> Iterator[tuple[Member, int]]:
+    """(member, which half moves) with the permutations that bring the features to where each member takes them.
+
+    x as it stands is x[:, order] as the library has it; ``moves_of`` gives the half of (coupling, order).
+    """
     order = identity = list(range(features))
-    couplings: list[Coupling] = []
-    rows: list[list[Index | Affine]] = [[]]
-    start = None
-    sizes = split_sizes(features)
-
-    def arrange(wanted: list[int], order: list[int]) -> list[int]:
-        if wanted != order:
-            where = {feature: i for i, feature in enumerate(order)}
-            rows[-1].append(_index(tuple(map(where.__getitem__, wanted))))
-        return wanted
-
-    for member in members:
+    for member in (*members, None):
         if isinstance(member, Index):
             order = [member.index.index(feature) for feature in order]
-        elif isinstance(member, Affine):
-            order = arrange(identity, order)
+            continue
+        moves, wanted = 0, identity
+        if isinstance(member, Coupling):
+            moves = moves_of(member, order)
+            wanted = member.kept + member.moved if moves else member.moved + member.kept
+        if wanted != order:
+            where = {feature: i for i, feature in enumerate(order)}
+            yield _index(tuple(map(where.__getitem__, wanted))), 0
+        order = wanted
+        if member is not None:
+            yield member, moves
+
+
+def launch_of(members: Sequence[Member]) -> Launch | None:
+    """The members, of one width, as one launch; None where they are no such stack."""
+    couplings = [member for member in members if isinstance(member, Coupling)]
+    features = couplings[0].features
+    rows: list[list[Index | Affine]] = [[]]
+    turns: list[int] = []
+
+    def in_turn(coupling: Coupling, order: list[int]) -> int:
+        kept, moved = coupling.kept, coupling.moved
+        turns.append(1 - turns[-1] if turns else int(len(kept) >= len(moved) and order != moved + kept))
+        return turns[-1]
+
+    for member, moves in arranged(members, features, in_turn):
+        if isinstance(member, (Index, Affine)):
             rows[-1].append(member)
-        elif isinstance(member, Coupling):
-            if start is None:
-                start = int(len(member.kept) >= len(member.moved) and order != member.moved + member.kept)
-            moves = (start + len(couplings)) % 2
-            if len(member.moved) != sizes[moves] or not member.takes_launch:
-                return None
-            order = arrange(member.kept + member.moved if moves else member.moved + member.kept, order)
-            couplings.append(member)
+        elif isinstance(member, Coupling) and len(member.moved) == split_sizes(features)[moves]:
             rows.append([])
         else:
             return None
-    arrange(identity, order)
-    tails, mlps = [c.side.tail for c in couplings], [c.mlps[0] for c in couplings]
-    kinds = {(t.scale_map, t.order, m.activation, len(m.layers)) for t, m in zip(tails, mlps, strict=True)}
-    if len(kinds) != 1 or (tails[0].undoes and len(members) > 1) or any(t.undoes for t in tails[1:]):
+    parts = [(coupling.side.tail, coupling.mlps[0]) for coupling in couplings]
+    kinds = {(t.scale_map, t.order, m.activation, m.constants, len(m.layers)) for t, m in parts}
+    if len(kinds) > 1 or (len(members) > 1 and any(tail.undoes for tail, _ in parts)):
+        return None
+    tail, mlp = parts[0]
+    known = mlp.constants in ((), ("none",)) and (mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1)
+    if tail.scale_map is None or not known:  # the op has no such formula or conditioner
         return None
     ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
     if not any(rows[1:-1]) and all(isinstance(entry, Index) for entry in rows[0] + rows[-1]):
         ends, rows = (rows[0], rows[-1]), [[] for _ in rows]
-    return Launch(couplings, rows, HALVES[start or 0], ends)
+    return Launch(couplings, rows, HALVES[turns[0]], ends)
 
 
-def lone_launch(members: Sequence[Any], like: Tensor, precision: str | None) -> Launch | None:
+def members_of(found: Sequence[Any]) -> list[Member] | None:
+    """An adapter's sides as couplings, and what is beside them; None where a side is no coupling with MLPs."""
+    members: list[Any] = [coupling_of(member) if isinstance(member, Side) else member for member in found]
+    return members if members and None not in members else None
+
+
+def lone_launch(found: Sequence[Any], like: Tensor, precision: str | None) -> Launch | None:
     """A coupling's sides and maps in one launch, where like's device, or a GPU where it is a CPU, has a tile."""
-    if has_global_hook():
-        return None
-    found: list[Any] = [coupling_of(member) if isinstance(member, Side) else member for member in members]
-    if None in found:
-        return None
-    first = next(member for member in found if isinstance(member, Coupling))
-    launch = launch_of(found, len(first.kept) + len(first.moved))
+    members = None if has_global_hook() else members_of(found)
+    launch = None if members is None else launch_of(members)
     return launch if launch is not None and launch.has_tile(like, precision) else None
 
 
 # The nets as the op's layers.
 
 
-def _apart(coupling: Coupling) -> Sequence[MLP]:
-    """Its nets, one that is used twice once."""
-    return coupling.mlps[:1] if len(set(map(id, coupling.side.nets))) == 1 else coupling.mlps
-
-
 def _arranged(coupling: Coupling) -> CouplingLayer:
     """The nets as one layer of the op."""
     side, tail = coupling.side, coupling.side.tail
-    nets = [narrowed(mlp, side.split) if side.full else list(mlp.layers) for mlp in _apart(coupling)]
-    twice = len(nets) < len(coupling.mlps)
+    nets = [narrowed(mlp, side.split) if side.full else list(mlp.layers) for mlp in coupling.mlps]
     layers = _side_by_side(*nets) if len(nets) == 2 else nets[0]
-    as_given = tail.layout in LAYOUTS or (tail.layout == "pair" and not twice)
+    as_given = tail.layout in LAYOUTS or len(nets) == 2
     layout = "interleaved" if tail.layout == "interleaved" else "halves"
     if not as_given or tail.undoes or side.factor != 1:
-        layers[-1] = _rows(*layers[-1], side, twice)
+        layers[-1] = _rows(*layers[-1], side, len(nets))
         layout = "halves"
     return CouplingLayer([weight for weight, _ in layers], [bias for _, bias in layers], layout)
 
 
-def _rows(weight: Tensor, bias: Tensor | None, side: Side, twice: bool) -> tuple[Tensor, Tensor]:
-    """The last layer with its rows as [shift | raw], times the factor; the shift negated where the op undoes."""
-    tail = side.tail
-    sign = -side.factor if tail.undoes else side.factor
+def _rows(weight: Tensor, bias: Tensor | None, side: Side, nets: int) -> tuple[Tensor, Tensor]:
+    """The last layer with its rows as the op has them, times the factor."""
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    rows = []
-    for tensor in (weight, bias):
-        if tail.layout == "shift":
-            shift, raw = tensor, torch.zeros_like(tensor)
-        elif twice:
-            shift, raw = tensor, tensor
-        else:
-            shift, raw = (part[0] for part in tail.shift_and_raw(tensor[None]))
-        rows.append(
-            torch.cat((shift if sign == 1 else sign * shift, raw if side.factor == 1 else side.factor * raw))
-        )
-    return rows[0], rows[1]
+    given = [tensor[None] for tensor in (weight, bias)]
+    twice = side.tail.layout == "pair" and nets == 1
+    weight, bias = (side.tail.halves((tensor, tensor) if twice else tensor)[0] for tensor in given)
+    return (weight, bias) if side.factor == 1 else (side.factor * weight, side.factor * bias)
 
 
 def _side_by_side(one: Layers, two: Layers) -> Layers:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,32 +93,26 @@ def _parts(module: object) -> list[Any] | None:
     if not isinstance(module, nn.Module) or not _is_plain(module):
         return None
     if kind is nn.Sequential or (_is(kind, "zuko.nn", "MLP") and kind.forward is nn.Sequential.forward):
-        if not _is_own_forward(nn.Sequential):
+        nested = [_parts(c) if type(c) is nn.Sequential else [c] for c in module._modules.values()]
+        if any(found is None for found in nested) or not _forward_of(nn.Sequential).is_own:
             return None
-        parts: list[Any] = []
-        for child in module._modules.values():
-            nested = _parts(child) if type(child) is nn.Sequential else [child]
-            if nested is None:
-                return None
-            parts += nested
-        return parts
-    if not _is_own_forward(kind):
-        return None
-    if _is(kind, "normflows.nets.mlp", "MLP"):
-        return _parts(module._modules.get("net"))
-    for where, activation in (
-        ("nflows.nn.nets.mlp", "_activation"),
-        ("glasflow.nflows.nn.nets.mlp", "_activation"),
-        ("glasflow.nets.mlp", "_activation_fn"),
-    ):
-        if _is(kind, where, "MLP"):
-            return _nflows_parts(module, getattr(module, activation))
-    name = _passes_on_to(kind)
-    return None if name is None else _parts(module._modules.get(name))
+        return [part for found in nested if found is not None for part in found]
+    forward = _forward_of(kind)
+    if forward.is_own and kind.__module__ in _NFLOWS and _is(kind, kind.__module__, "MLP"):
+        return _nflows_parts(module, getattr(module, _NFLOWS[kind.__module__]))
+    return None if forward.child is None else _parts(module._modules.get(forward.child))
+
+
+_NFLOWS = {
+    "nflows.nn.nets.mlp": "_activation",
+    "glasflow.nflows.nn.nets.mlp": "_activation",
+    "glasflow.nets.mlp": "_activation_fn",
+}
+"""Where nflows and glasflow define their MLPs, and the attributes that hold their activations."""
 
 
 def _nflows_parts(module: Any, activation: Any) -> list[Any] | None:
-    """Of the MLP that nflows and glasflow have: linear layers by name, the activation a function."""
+    """Linear layers by name, the activation a function."""
     if "_output_layer" not in module._modules:  # a check's copy, without its modules
         return None
     dropouts = getattr(module, "_dropout_layers", ())
@@ -132,16 +125,33 @@ def _nflows_parts(module: Any, activation: Any) -> list[Any] | None:
     return parts
 
 
-def _passes_on_to(kind: Any) -> str | None:
-    """c, of a class whose forward reads ``return self.c(x)``, x its first argument."""
-    forward = kind.forward
-    if forward not in _PASSED_ON and not torch.compiler.is_compiling():
-        _PASSED_ON[forward] = _read_child(forward)
-    return _PASSED_ON.get(forward)
+class _Forward(NamedTuple):
+    """What is known of a class's forward.
+
+    Args:
+        function: the forward.
+        is_own: whether the class was written with it, in its own body, as far as can be seen.
+        child: c, where such a one reads ``return self.c(x)``, x its first argument.
+    """
+
+    function: Any
+    is_own: bool = False
+    child: str | None = None
 
 
-_PASSED_ON: dict[Any, str | None] = {}
-"""By forward; read before torch.compile, which cannot read a source, by ``accelerate`` itself."""
+_FORWARDS: dict[type, _Forward] = {}
+"""By class; read before torch.compile, which cannot read a source, by ``accelerate`` itself."""
+
+
+def _forward_of(kind: Any) -> _Forward:
+    found = _FORWARDS.get(kind)
+    if found is not None and found.function is kind.forward:
+        return found
+    if torch.compiler.is_compiling():
+        return _Forward(None)
+    is_own = "forward" in vars(kind) and is_own_method(kind, "forward")
+    _FORWARDS[kind] = _Forward(kind.forward, is_own, _read_child(kind.forward) if is_own else None)
+    return _FORWARDS[kind]
 
 
 def _read_child(forward: Any) -> str | None:
@@ -151,34 +161,16 @@ def _read_child(forward: Any) -> str | None:
         return None
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
         return None
-    body = [
-        step for step in function.body if not (isinstance(step, ast.Expr) and isinstance(step.value, ast.Constant))
-    ]
-    found = _PASSES_ON.fullmatch(ast.unparse(body[0])) if len(body) == 1 else None
-    own, x = (argument.arg for argument in function.args.args[:2])
-    return found["child"] if found and (found["self"], found["x"]) == (own, x) else None
-
-
-_PASSES_ON = re.compile(r"return (?P<self>\w+)\.(?P<child>\w+)\((?P<x>\w+)\)")
+    own, first = (argument.arg for argument in function.args.args[:2])
+    match [s for s in function.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]:
+        case [ast.Return(ast.Call(ast.Attribute(ast.Name(owner), child), [ast.Name(x)], []))]:
+            return child if (owner, x) == (own, first) else None
+    return None
 
 
 def _is(kind: type, where: str, name: str) -> bool:
     """Whether this is the class of this name of this imported module."""
     return kind.__name__ == name and kind is find_class(where, name)
-
-
-def _is_own_forward(kind: Any) -> bool:
-    """Whether the class's forward is the function it was written with, in its own body, as far as can be seen."""
-    if _OWN.get(kind) is kind.forward:
-        return True
-    found = not torch.compiler.is_compiling() and "forward" in vars(kind) and is_own_method(kind, "forward")
-    if found:
-        _OWN[kind] = kind.forward
-    return found
-
-
-_OWN: dict[type, Any] = {}
-"""Each class's own forward. Like ``_PASSED_ON`` it is filled outside torch.compile, by ``accelerate`` itself."""
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -187,13 +179,14 @@ def _is_plain(module: nn.Module) -> bool:
     return "forward" not in own and not any(own[name] for name in HOOKS)
 
 
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether that is also the forward that the class was written with."""
+    return _is_plain(module) and _forward_of(type(module)).is_own
+
+
 def _layer(part: Any) -> tuple[Tensor, Tensor | None] | None:
     kind = type(part)
-    if (
-        not (kind is nn.Linear or _is(kind, "zuko.nn", "Linear"))
-        or not _is_plain(part)
-        or not _is_own_forward(kind)
-    ):
+    if not (kind is nn.Linear or _is(kind, "zuko.nn", "Linear")) or not _is_untouched(part):
         return None
     weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
     if not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -206,7 +199,7 @@ def _activation(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
         function = _FUNCTIONS.get(part) if callable(part) else None
         return None if function is None else (function, ())
     found = _ACTIVATIONS.get(type(part))
-    if found is None or not _is_plain(part) or not _is_own_forward(type(part)):
+    if found is None or not _is_untouched(part):
         return None
     name, *settings = found
     values = [getattr(part, setting) for setting in settings]

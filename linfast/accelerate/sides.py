@@ -1,20 +1,22 @@
-"""One side of an affine coupling: which features move, how, and given what.
+"""One side of an affine coupling: which features move, how, and given what; and the maps between couplings.
 
 forward  y = moved * scale + shift         inverse  moved = (y - shift) / scale
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.stack_weights import AffineMap
 from ..scale_maps import ScaleMap, log_scale_function
+from .adapter import Unfit
 
-__all__ = ["ADDITIVE", "Params", "Side", "Split", "Tail", "split_of"]
+__all__ = ["ADDITIVE", "Affine", "Index", "Params", "Side", "Split", "Tail", "index_of", "known_map", "split_of"]
 
 Params = Tensor | tuple[Tensor, Tensor]
 
@@ -96,6 +98,11 @@ class Tail:
     order: str = "scale_first"
 
     @property
+    def params(self) -> int:
+        """A net's outputs per moved feature."""
+        return 1 if self.layout in ("pair", "shift") else 2
+
+    @property
     def log_scale(self) -> Callable[[Tensor], Tensor] | None:
         """From raw to log_scale in plain torch; None where there is no scale."""
         if self.layout == "shift" or self.own is not None:
@@ -103,18 +110,34 @@ class Tail:
         assert self.scale_map is not None
         return log_scale_function(self.scale_map)
 
-    def shift_and_raw(self, params: Params) -> tuple[Tensor, Tensor]:
-        """Of params [B, 2 moved, ...], or a pair."""
-        if isinstance(params, tuple):
-            return params
-        if self.layout == "interleaved":
-            return params[:, 0::2], params[:, 1::2]
-        first, second = params.chunk(2, 1)
-        return (second, first) if self.layout == "raw_first" else (first, second)
+    def halves(self, params: Params) -> Tensor:
+        """[shift | raw] of params [B, 2 moved, ...], or of a pair; the shift negated where the kernels undo."""
+        if self.layout == "shift":
+            assert isinstance(params, Tensor)
+            shift, raw = params, torch.zeros_like(params)
+        elif isinstance(params, tuple):
+            shift, raw = params
+        elif self.layout == "interleaved":
+            shift, raw = params[:, 0::2], params[:, 1::2]
+        else:
+            shift, raw = params.chunk(2, 1)[:: -1 if self.layout == "raw_first" else 1]
+        return torch.cat((-shift if self.undoes else shift, raw), 1)
 
 
 ADDITIVE = Tail("shift", ScaleMap("exp"))
 """y = moved + params."""
+
+
+def known_map(
+    name: str, function: Callable[[Tensor], Tensor], known: Mapping[ScaleMap, Callable[[Tensor], Tensor]]
+) -> ScaleMap | None:
+    """The map whose function has the values of the instance's own, of this name, which is often a lambda."""
+    points = torch.linspace(-12, 12, 97, dtype=torch.float64)
+    try:
+        values = function(points)
+        return next((m for m, of in known.items() if torch.allclose(of(points), values, 1e-13, 1e-15)), None)
+    except Exception as error:
+        raise Unfit(f"its {name} raised {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -136,3 +159,57 @@ class Side:
     nets: tuple[nn.Module, ...] = ()
     factor: float = 1.0
     full: bool = False
+
+    def widths(self, kept: int, moved: int) -> tuple[int, int]:
+        """What its conditioner takes and gives, where so many features are kept and so many move."""
+        return (kept + moved, kept + moved) if self.full else (kept, moved * self.tail.params)
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """An affine map of all features; ``make`` gives it, with its inverse where that is asked for.
+
+    Args:
+        module: runs it as the library does; None of a diagonal map, which runs as ``make`` gives it.
+    """
+
+    make: Callable[[bool], AffineMap]
+    module: nn.Module | None = None
+
+    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """(y, log_det, of all samples the same) of a diagonal map on x [B, D, ...]."""
+        made = self.make(inverse)
+        scale, shift, log_det = made.weight, made.bias, made.log_det
+        assert shift is not None
+        assert log_det is not None
+        if x.ndim > 2:
+            scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
+            log_det = log_det * x.shape[2:].numel()
+        if inverse:
+            return (x - shift) / scale, -log_det
+        return torch.addcmul(shift, x, scale), log_det
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """y = x[:, index]."""
+
+    index: list[int]
+    _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The index and that which undoes it."""
+        if device not in self._on:
+            with torch.inference_mode(False):  # which they outlive
+                index = torch.tensor(self.index, device=device)
+                self._on[device] = index, index.argsort()
+        return self._on[device]
+
+    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, None]:
+        return x.index_select(1, self.on(x.device)[inverse]), None
+
+
+def index_of(forth: Tensor, back: Tensor) -> Index | None:
+    """A library's permutation, y = x[:, forth] and x = y[:, back]; None where back does not undo it."""
+    index = forth.tolist()
+    return Index(index) if [index[i] for i in back.tolist()] == [*range(len(index))] else None

@@ -23,90 +23,58 @@ from torch import Tensor
 from ...flows.undo import Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..chain import (
-    Context,
-    Named,
-    Part,
-    chain_adapter,
-    is_known,
-    nets_of,
-    part_of,
-    per_sample,
-    put_stubs,
-    run_chain,
-)
-from ..coupling import couple, coupling_plan
-from ..fused import Maps
-from ..identity import original_class
-from ..launch import Affine, Index
-from ..sides import ADDITIVE, Params, Side, Split, Tail
+from ..adapter import Adapter, Draw, Unfit
+from ..chain import Context, Part, chain_adapter, nets_of, part_of, per_sample, put_stubs, run_chain
+from ..coupling import Members, couple, coupling_adapter
+from ..fused import Maps, listed
+from ..sides import ADDITIVE, Affine, Index, Params, Side, Split, Tail, index_of, known_map
 
 __all__ = ["ADAPTERS"]
 
 _ATAN = 0.636  # FrEIA's 2 / pi
 
 
-def _scale_map(block: Any) -> ScaleMap | None:
-    """The kernels' map for this clamp; f_clamp is recognised by its values, as it is often a lambda."""
-    points = torch.linspace(-6, 6, 49, dtype=torch.float64)
-    known = (
-        (points.tanh(), ScaleMap("tanh", block.clamp)),
-        (_ATAN * points.atan(), ScaleMap("arctan", block.clamp * _ATAN * math.pi / 2)),
-    )
-    try:
-        values = block.f_clamp(points)
-        return next((m for expected, m in known if torch.allclose(expected, values, 1e-13, 1e-15)), None)
-    except Exception as error:
-        raise Unfit(f"its f_clamp raised {type(error).__name__}: {error}") from error
+def _adapter(where: str, members: Members, **what: Any) -> Adapter:
+    """The adapter of a block: ``coupling_adapter`` with FrEIA's one method."""
 
-
-def _plan(block: Any, options: Options) -> Plan:
-    if _BLOCKS[original_class(block).__name__][0] == "shift":
-        return coupling_plan("additive coupling", block, _sides(block, None, ()), options)
-    if not block.clamp > 0:
-        raise Unfit(f"its clamp is {block.clamp}: not positive")
-    scale_map = _scale_map(block)
-    what = f"affine coupling, {scale_map.kind if scale_map else 'own f_clamp'}"
-    return coupling_plan(what, block, _sides(block, scale_map, ()), options, scale_map)
-
-
-def _sides(block: Any, scale_map: ScaleMap | None, c: Sequence[Tensor]) -> list[Side]:
-    """What moves the first channels, and the second; of the one-sided block the second alone."""
-
-    def side(moves: str, names: tuple[str, ...]) -> Side:
-        nets = tuple(getattr(block, name) for name in names)
-
-        def run(kept: Tensor) -> Params:
-            given = torch.cat([kept, *c], 1) if block.conditional else kept
-            if len(nets) == 1:
-                params: Tensor = nets[0](given)
-                return params
-            raw = nets[1](given)  # in the library's order, as it may draw
-            return nets[0](given), raw
-
-        split = Split("halves", moves, block.split_len1, block.channels)
-        return Side(split, tail, run, () if block.conditional else nets)
-
-    layout, sides = _BLOCKS[original_class(block).__name__]
-    tail = ADDITIVE
-    if layout != "shift":
-        tail = Tail(layout, scale_map, lambda raw: block.clamp * block.f_clamp(raw))
-    return [side(moves, names) for moves, names in sides]
-
-
-def _forward_of(members_of: Callable[[Any, Any, Any], Sequence[Any]]) -> Callable[..., Any]:
     def forward(block: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> tuple[Any, Any]:
         def original(z: Tensor) -> tuple[Tensor, Any]:
             (y,), log_det = block._linfast_original.forward(block, (z,), c, rev, jac)
             return y, log_det if isinstance(log_det, Tensor) else None
 
-        members = members_of(block, block._linfast_plan.layout, c)
-        y, log_det = couple(block, members, x[0], rev, original)
-        keeps_volume = isinstance(members[0], Side) and members[0].tail is ADDITIVE
+        found = members(block, block._linfast_plan.layout, c)
+        y, log_det = couple(block, found, x[0], rev, original)
+        keeps_volume = isinstance(found[0], Side) and found[0].tail is ADDITIVE
         return (y,), 0.0 if keeps_volume else log_det
 
-    return forward
+    return coupling_adapter(
+        library="FrEIA",
+        where=f"FrEIA.modules.{where}",
+        members=members,
+        methods=({"forward": forward}, _both_ways),
+        shapes=lambda block: ((3, block.dims_in[0][0], *(2, 3, 2)[: len(block.dims_in[0]) - 1]),),
+        extra=_extra,
+        **what,
+    )
+
+
+def _both_ways(block: Any, draw: Draw, shape: tuple[int, ...]) -> list[Tensor]:
+    outputs: list[Tensor] = []
+    for rev in (False, True):
+        c = [draw(shape[0], _extra(block), *shape[2:])] if block.conditional else []
+        (y,), log_det = block.forward((draw(*shape),), c, rev=rev)
+        outputs += [y, log_det] if isinstance(log_det, Tensor) else [y]
+    return outputs
+
+
+def _extra(block: Any) -> int:
+    """Channels of its conditions."""
+    return sum(dims[0] for dims in block.dims_c)
+
+
+def _check_clamp(block: Any) -> None:
+    if not block.clamp > 0:
+        raise Unfit(f"its clamp is {block.clamp}: not positive")
 
 
 _BLOCKS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
@@ -118,40 +86,51 @@ _BLOCKS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
 """By class: its outputs' layout; of each side that moves, which half that is and its subnets."""
 
 
-def _adapter(name: str) -> Adapter:
+def _block(name: str) -> Adapter:
     layout, sides = _BLOCKS[name]
-    double = 2 if layout == "raw_first" else 1
 
-    def probe(block: Any, draw: Draw) -> Sequence[Tensor]:
-        for moves, subnets in sides:
-            kept, moved = Split("halves", moves, block.split_len1).features_of(block.channels)
-            for subnet in subnets:
-                block._modules[subnet] = Stub(len(kept) + block.condition_length, double * len(moved), draw)
-        return _both_ways(block, draw, block.channels, block.condition_length, block.ndims - 1)
+    def find(block: Any) -> tuple[str, ScaleMap | None]:
+        if layout == "shift":
+            return "additive coupling", None
+        _check_clamp(block)
+        known: dict[ScaleMap, Callable[[Tensor], Tensor]] = {
+            ScaleMap("tanh", block.clamp): torch.tanh,
+            ScaleMap("arctan", block.clamp * _ATAN * math.pi / 2): lambda raw: _ATAN * raw.atan(),
+        }
+        scale_map = known_map("f_clamp", block.f_clamp, known)
+        return f"affine coupling, {scale_map.kind if scale_map else 'own f_clamp'}", scale_map
 
-    return Adapter(
-        library="FrEIA",
-        where="FrEIA.modules.coupling_layers",
+    def members(block: Any, scale_map: ScaleMap | None, c: Sequence[Tensor]) -> list[Side]:
+        """What moves the first channels, and the second; of the one-sided block the second alone."""
+        tail = ADDITIVE
+        if layout != "shift":
+            tail = Tail(layout, scale_map, lambda raw: block.clamp * block.f_clamp(raw))
+
+        def side(moves: str, names: tuple[str, ...]) -> Side:
+            nets = tuple(getattr(block, name) for name in names)
+
+            def run(kept: Tensor) -> Params:
+                given = torch.cat([kept, *c], 1) if block.conditional else kept
+                if len(nets) == 1:
+                    params: Tensor = nets[0](given)
+                    return params
+                raw = nets[1](given)  # in the library's order, as it may draw
+                return nets[0](given), raw
+
+            split = Split("halves", moves, block.split_len1, block.channels)
+            return Side(split, tail, run, () if block.conditional else nets)
+
+        return [side(moves, names) for moves, names in sides]
+
+    return _adapter(
+        "coupling_layers",
+        members,
         name=name,
-        methods={"forward": _forward_of(_sides)},
-        plan=_plan,
-        probe=probe,
+        find=find,
+        nets=lambda block: tuple(getattr(block, net) for _, nets in sides for net in nets),
         settings=("clamp", "f_clamp"),
         assumes=() if len(sides) == 1 else ("_coupling1", "_coupling2"),
-        conditioners=lambda block: tuple(getattr(block, net) for _, nets in sides for net in nets),
-        members=lambda block, layout: _sides(block, layout, ()),
-        vectors=lambda block, draw, features: _both_ways(block, draw, features, 0, 0),
     )
-
-
-def _both_ways(block: Any, draw: Draw, channels: int, extra: int, positions: int) -> list[Tensor]:
-    shape = (2, 3, 2)[:positions]
-    outputs: list[Tensor] = []
-    for rev in (False, True):
-        c = [draw(3, extra, *shape)] if extra else []
-        (y,), log_det = block.forward((draw(3, channels, *shape),), c, rev=rev)
-        outputs += [y, log_det] if isinstance(log_det, Tensor) else [y]
-    return outputs
 
 
 # AllInOneBlock
@@ -159,24 +138,19 @@ def _both_ways(block: Any, draw: Draw, channels: int, extra: int, positions: int
 _FACTOR = 0.1
 
 
-def _plan_all_in_one(block: Any, options: Options) -> Plan:
+def _find_all_in_one(block: Any) -> tuple[str, tuple[list[Index], Index]]:
     if block.householder:
         raise Unfit("its permutation is learned: a full matrix")
-    matrix = block.w_perm.flatten(1)
-    ones = (matrix == 1).sum(0), (matrix == 1).sum(1), (matrix != 0).sum(1)
-    if not all(bool((count == 1).all()) for count in ones) or not torch.equal(
-        block.w_perm_inv.flatten(1), matrix.T
-    ):
+    matrix, back = block.w_perm.flatten(1), block.w_perm_inv.flatten(1)
+    eye, post, pre = torch.eye(len(matrix)).to(matrix), matrix.argmax(1), back.argmax(1)
+    if not (torch.equal(back, matrix.T) and torch.equal(matrix, eye[post]) and torch.equal(back, eye[pre])):
         raise Unfit("its permutation is soft: a full matrix")
-    if not block.clamp > 0:
-        raise Unfit(f"its clamp is {block.clamp}: not positive")
-    pre, post = (Index(w.flatten(1).argmax(1).tolist()) for w in (block.w_perm_inv, block.w_perm))
-    layout = (pre if block.reverse_pre_permute else None), post
+    _check_clamp(block)
     what = "GIN coupling" if block.GIN else "affine coupling, tanh, permutation by index"
-    return coupling_plan(what, block, _members_all_in_one(block, layout, ()), options, layout)
+    return what, ([Index(pre.tolist())] if block.reverse_pre_permute else [], Index(post.tolist()))
 
 
-def _members_all_in_one(block: Any, layout: tuple[Index | None, Index], c: Sequence[Tensor]) -> list[Any]:
+def _members_all_in_one(block: Any, layout: tuple[list[Index], Index], c: Sequence[Tensor]) -> list[Any]:
     def run(kept: Tensor) -> Tensor:
         params: Tensor = block.subnet(torch.cat([kept, *c], 1) if block.conditional else kept)
         params *= _FACTOR  # in place, as the library does
@@ -197,66 +171,49 @@ def _members_all_in_one(block: Any, layout: tuple[Index | None, Index], c: Seque
     split = Split("halves", "second", block.splits[0], block.in_channels)
     side = Side(split, tail, run, () if block.conditional else (block.subnet,), factor=_FACTOR)
     pre, post = layout
-    return [*([] if pre is None else [pre]), side, Affine(scaling), post]
+    return [*pre, side, Affine(scaling), post]
 
 
-def _probe_all_in_one(block: Any, draw: Draw) -> Sequence[Tensor]:
-    first, second = block.splits
-    block._modules["subnet"] = Stub(first + block.condition_channels, 2 * second, draw)
-    return _both_ways(block, draw, block.in_channels, block.condition_channels, block.input_rank)
-
-
-_ALL_IN_ONE = Adapter(
-    library="FrEIA",
-    where="FrEIA.modules.all_in_one_block",
+_ALL_IN_ONE = _adapter(
+    "all_in_one_block",
+    _members_all_in_one,
     name="AllInOneBlock",
-    methods={"forward": _forward_of(_members_all_in_one)},
-    plan=_plan_all_in_one,
-    probe=_probe_all_in_one,
+    find=_find_all_in_one,
+    nets=lambda block: (block.subnet,),
     masks=lambda block: (block.w_perm, block.w_perm_inv),
     settings=("clamp", "GIN", "householder", "reverse_pre_permute"),
     assumes=("_affine", "_permute", "_pre_permute"),
-    conditioners=lambda block: (block.subnet,),
-    members=lambda block, layout: _members_all_in_one(block, layout, ()),
-    vectors=lambda block, draw, features: _both_ways(block, draw, features, 0, 0),
 )
 
 
 # SequenceINN
 
-_INVERTIBLE = (
-    "ActNorm",
-    "Fixed1x1Conv",
-    "FixedLinearTransform",
-    "Flatten",
-    "HaarDownsampling",
-    "HaarUpsampling",
-    "IRevNetDownsampling",
-    "IRevNetUpsampling",
-    "PermuteRandom",
-    "Reshape",
+_flat = listed("module_list")
+_MAPS = Maps(
+    ("FrEIA",),
+    ("forward",),
+    {"PermuteRandom": lambda block: index_of(block.perm, block.perm_inv)},
+    others=(
+        "ActNorm",
+        "Fixed1x1Conv",
+        "FixedLinearTransform",
+        "Flatten",
+        "HaarDownsampling",
+        "HaarUpsampling",
+        "IRevNetDownsampling",
+        "IRevNetUpsampling",
+        "Reshape",
+    ),
 )
-_KEEP_VOLUME = ("NICECouplingBlock", "PermuteRandom")  # whose log-determinant is the number 0
-
-
-def _flat(chain: Any) -> Named:
-    yield from ((f"module_list[{i}]", block) for i, block in enumerate(chain.module_list))
-
-
-def _known(block: Any) -> bool:
-    return is_known(block, "FrEIA", _INVERTIBLE, ("forward",))
+_VOLUME_KEEPING = Maps(("FrEIA",), ("forward",), {}, ("NICECouplingBlock", "PermuteRandom"))
+"""Whose log-determinant is the number 0."""
 
 
 def _parts(chain: Any) -> list[Part]:
     return [
-        part_of(name, block, _known(block), partial(_run_part, condition))
+        part_of(name, block, _MAPS.known(block), partial(_run_part, condition))
         for (name, block), condition in zip(_flat(chain), chain.conditions, strict=False)
     ]
-
-
-def _permutation(block: Any) -> Index | None:
-    perm, back = block.perm.tolist(), block.perm_inv.tolist()
-    return Index(perm) if [perm[i] for i in back] == [*range(len(perm))] else None
 
 
 def _run_part(condition: int | None, block: Any, x: Tensor, context: Context, inverse: bool) -> Outputs:
@@ -271,7 +228,7 @@ def _sequence(chain: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bo
     if outputs is None:
         return chain._linfast_original.forward(chain, x_or_z, c, rev, jac)
     y, log_det = outputs
-    keeps_volume = all(is_known(block, "FrEIA", _KEEP_VOLUME, ("forward",)) for block in chain.module_list)
+    keeps_volume = all(map(_VOLUME_KEEPING.known, chain.module_list))
     return (y,) if chain.force_tuple_output else y, 0.0 if keeps_volume else log_det
 
 
@@ -297,7 +254,7 @@ _SEQUENCE = chain_adapter(
     "SequenceINN",
     _flat,
     partial(_run_part, None),
-    Maps(_known, {"PermuteRandom": _permutation}),
+    _MAPS,
     _parts,
     lambda chain: None if chain.conditions.count(None) == len(chain.conditions) else "it has conditions",
     methods={"forward": _sequence},
@@ -306,4 +263,4 @@ _SEQUENCE = chain_adapter(
     vectors=lambda chain, draw, features: _both_ways_sequence(chain, [draw(4, features) for _ in range(2)], None),
 )
 
-ADAPTERS = (*(_adapter(name) for name in _BLOCKS), _ALL_IN_ONE, _SEQUENCE)
+ADAPTERS = (*map(_block, _BLOCKS), _ALL_IN_ONE, _SEQUENCE)

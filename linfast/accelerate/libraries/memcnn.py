@@ -14,17 +14,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Stub, Unfit
-from ..coupling import coupling_adapter
+from ..adapter import Adapter, Unfit
+from ..coupling import coupling_adapter, two_methods
 from ..identity import changed_method, defined_as
-from ..sides import ADDITIVE, Side, Split, Tail
+from ..sides import ADDITIVE, Params, Side, Split, Tail
 
 __all__ = ["ADAPTERS"]
 
 _WHERE = "memcnn.models.affine"
-_SIGMOID = Tail("interleaved", ScaleMap("sigmoid"))
-_NAIVE = Tail("pair", ScaleMap("exp"))
+_TAILS = {
+    "AffineAdapterSigmoid": Tail("interleaved", ScaleMap("sigmoid")),
+    "AffineAdapterNaive": Tail("pair", ScaleMap("exp")),
+}
+"""By the class of adapter, whose parameters are its module's outputs."""
 _OWN = Tail("pair")
+
+
+def _tail(block: Any) -> Tail:
+    if not _is_affine(block):
+        return ADDITIVE
+    adapters = block.Fm, block.Gm
+    for name, tail in _TAILS.items():
+        if all(defined_as(a, _WHERE, name) and changed_method(a, ("forward",)) is None for a in adapters):
+            return tail
+    return _OWN
+
+
+def _is_affine(block: Any) -> bool:
+    return defined_as(block, _WHERE, "AffineCoupling")
 
 
 def _find(block: Any) -> tuple[str, None]:
@@ -32,59 +49,33 @@ def _find(block: Any) -> tuple[str, None]:
         raise Unfit("a deprecated implementation that rebuilds its input")
     if block.split_dim != 1:
         raise Unfit(f"split_dim {block.split_dim}: only 1")
-    return (f"affine coupling, {_kind(block)}" if _is_affine(block) else "additive coupling"), None
-
-
-def _is_affine(block: Any) -> bool:
-    return defined_as(block, _WHERE, "AffineCoupling")
-
-
-def _is(adapter: Any, name: str) -> bool:
-    """Whether this is the adapter of this name, whose parameters are its module's outputs."""
-    return defined_as(adapter, _WHERE, name) and changed_method(adapter, ("forward",)) is None
-
-
-def _kind(block: Any) -> str:
-    kinds = {"sigmoid": "AffineAdapterSigmoid", "exp": "AffineAdapterNaive"}
-    return next((k for k, name in kinds.items() if all(_is(a, name) for a in (block.Fm, block.Gm))), "own scale")
+    tail = _tail(block)
+    if tail is _OWN:
+        raise Unfit(f"its adapters are not both {' or '.join(_TAILS)}")
+    assert tail.scale_map is not None
+    return ("additive coupling" if tail is ADDITIVE else f"affine coupling, {tail.scale_map.kind}"), None
 
 
 def _sides(block: Any, layout: None, context: Sequence[Any]) -> tuple[Side, Side]:
-    """What moves the first half, by Fm, and the second, by Gm."""
+    """What moves the first half, by Fm, and the second, by Gm. Adapters that were changed since are not run."""
+    tail = _tail(block)
 
-    def side(adapter: Any, moves: str) -> Side:
-        split = Split("halves", moves)
-        if not _is_affine(block):
-            return Side(split, ADDITIVE, None, (adapter,))
-        if kind == "sigmoid":
-            return Side(split, _SIGMOID, lambda kept: adapter.f(kept.contiguous()), (adapter.f,))
-        if kind == "exp":
-            return Side(split, _NAIVE, lambda kept: (adapter.f(kept.contiguous()),) * 2, (adapter.f,) * 2)
-        return Side(split, _OWN, None)
+    def side(net: Any, moves: str) -> Side:
+        def run(kept: Tensor) -> Params:
+            params = net(kept.contiguous())
+            return (params, params) if tail.layout == "pair" else params
 
-    kind = _kind(block)
-    return side(block.Fm, "first"), side(block.Gm, "second")
+        if tail is _OWN:
+            return Side(Split("halves", moves), tail, None)
+        return Side(Split("halves", moves), tail, run, (net, net) if tail.layout == "pair" else (net,))
 
-
-class _Pair(Stub):
-    def forward(self, x: Tensor, *context: Any, **named: Any) -> Any:
-        shift, raw = super().forward(x).chunk(2, 1)
-        return raw.exp(), shift
-
-
-def _stubbed(block: Any, draw: Draw) -> list[tuple[int, ...]]:
-    double = 1 + _is_affine(block)
-    for side in ("Fm", "Gm"):
-        if _is_affine(block) and block._modules[side].__class__.__name__.startswith("AffineAdapter"):
-            width = 6 if _is(block._modules[side], "AffineAdapterSigmoid") else 3
-            block._modules[side]._modules["f"] = Stub(3, width, draw)
-        else:
-            block._modules[side] = (_Pair if _is_affine(block) else Stub)(3, 3 * double, draw)
-    return [(3, 6), (2, 6, 2, 3)]
+    first, second = _nets(block)
+    return side(first, "first"), side(second, "second")
 
 
 def _nets(block: Any) -> tuple[nn.Module, ...]:
-    return tuple(side.f if _is_affine(block) and hasattr(side, "f") else side for side in (block.Fm, block.Gm))
+    sides = block.Fm, block.Gm
+    return tuple(getattr(side, "f", side) for side in sides) if _is_affine(block) else sides
 
 
 def _adapter(where: str, name: str) -> Adapter:
@@ -93,10 +84,10 @@ def _adapter(where: str, name: str) -> Adapter:
         where=where,
         name=name,
         find=_find,
-        sides_of=_sides,
+        members=_sides,
+        methods=two_methods(_sides, log_det=False),
         nets=_nets,
-        stubbed=_stubbed,
-        log_det=False,
+        shapes=lambda block: ((3, 6), (2, 6, 2, 3)),
         settings=("split_dim", "implementation_fwd", "implementation_bwd"),
         stored="memcnn's InvertibleModuleWrapper rebuilds inputs itself",
     )

@@ -14,18 +14,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...flows.undo import Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Stub, Unfit
-from ..chain import Context, Named, chain_adapter, is_known, nets_of, per_sample, put_stubs, run_chain
-from ..coupling import coupling_adapter
-from ..fused import Maps
-from ..identity import defined_as
-from ..launch import Affine, Index
-from ..sides import ADDITIVE, Side, Split, Tail, split_of
+from ..adapter import Adapter, Draw, Unfit
+from ..chain import Context, chain_adapter, nets_of, per_sample, put_stubs, run_chain
+from ..coupling import coupling_adapter, two_methods
+from ..fused import Maps, listed
+from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of
 
 __all__ = ["ADAPTERS", "composite_of", "coupling_of"]
 
@@ -42,20 +40,6 @@ _KNOWN = {
 }
 
 
-def _tail(transform: Any) -> Tail:
-    """Of glasflow the instance's own function, which is recognised by its values: it is often a lambda."""
-    activation = getattr(transform, "scale_activation", _sigmoid)
-    points = torch.linspace(-12, 12, 97, dtype=torch.float64)
-    try:
-        values = activation(points)
-        known = (
-            name for name, function in _KNOWN.items() if torch.allclose(function(points), values, 1e-13, 1e-15)
-        )
-    except Exception as error:
-        raise Unfit(f"its scale_activation raised {type(error).__name__}: {error}") from error
-    return Tail("halves", next(known, None), lambda raw: activation(raw).log())
-
-
 def _find(transform: Any) -> tuple[str, tuple[Split, Tail]]:
     if transform.unconditional_transform is not None:
         raise Unfit("it has an unconditional transform for the kept features")
@@ -64,26 +48,19 @@ def _find(transform: Any) -> tuple[str, tuple[Split, Tail]]:
     if not torch.equal(passes.nonzero().squeeze(1), transform.identity_features):
         raise Unfit("its features are not in order")
     split = split_of(passes)
-    additive = transform._transform_dim_multiplier() == 1
-    if additive:
-        what, tail = "additive coupling", ADDITIVE
-    else:
-        tail = _tail(transform)
-        kind = tail.scale_map.kind if tail.scale_map is not None else "own scale_activation"
-        what = f"affine coupling, {kind}"
-    return f"{what}, mask {split.kind}", (split, tail)
+    if transform._transform_dim_multiplier() == 1:
+        return f"additive coupling, mask {split.kind}", (split, ADDITIVE)
+    activation = getattr(transform, "scale_activation", _sigmoid)  # glasflow's instances have their own
+    scale_map = known_map("scale_activation", activation, _KNOWN)
+    kind = "own scale_activation" if scale_map is None else scale_map.kind
+    tail = Tail("halves", scale_map, lambda raw: activation(raw).log())
+    return f"affine coupling, {kind}, mask {split.kind}", (split, tail)
 
 
 def _sides(transform: Any, layout: tuple[Split, Tail], context: Sequence[Any]) -> list[Side]:
     net, given = transform.transform_net, context or (None,)
     # The library gives the net contiguous features.
     return [Side(*layout, lambda kept: net(kept.contiguous(), *given), () if context else (net,))]
-
-
-def _stubbed(transform: Any, draw: Draw) -> list[tuple[int, ...]]:
-    width = transform.num_transform_features * transform._transform_dim_multiplier()
-    transform._modules["transform_net"] = Stub(transform.num_identity_features, width, draw)
-    return [(3, transform.features), (2, transform.features, 2, 3)]
 
 
 _ASSUMES = (
@@ -100,10 +77,10 @@ def coupling_of(library: str, where: str, name: str) -> Adapter:
         where=where,
         name=name,
         find=_find,
-        sides_of=_sides,
+        members=_sides,
+        methods=two_methods(_sides, context="one"),
         nets=lambda transform: (transform.transform_net,),
-        stubbed=_stubbed,
-        context="one",
+        shapes=lambda transform: ((3, transform.features), (2, transform.features, 2, 3)),
         masks=lambda transform: (transform.identity_features, transform.transform_features),
         settings=("scale_activation", "unconditional_transform"),
         assumes=_ASSUMES,
@@ -112,34 +89,10 @@ def coupling_of(library: str, where: str, name: str) -> Adapter:
 
 # CompositeTransform
 
-_INVERTIBLE = (
-    "ActNorm",
-    "HouseholderSequence",
-    "IdentityTransform",
-    "LULinear",
-    "NaiveLinear",
-    "OneByOneConvolution",
-    "Permutation",
-    "PointwiseAffineTransform",
-    "QRLinear",
-    "RandomPermutation",
-    "ReversePermutation",
-    "SVDLinear",
-)
 _COMPOSITES = {"nflows": "nflows.transforms.base", "glasflow": "glasflow.nflows.transforms.base"}
 
 
-def _flat(chain: Any, where: str = "") -> Named:
-    for i, transform in enumerate(chain._transforms):
-        name = f"{where}_transforms[{i}]"
-        if any(defined_as(transform, module, "CompositeTransform") for module in _COMPOSITES.values()):
-            yield from _flat(transform, f"{name}.")
-        else:
-            yield name, transform
-
-
-def _known(transform: nn.Module) -> bool:
-    return any(is_known(transform, library, _INVERTIBLE, ("forward", "inverse")) for library in _COMPOSITES)
+_flat = listed("_transforms", *((where, "CompositeTransform") for where in _COMPOSITES.values()))
 
 
 def _permutation(transform: Any) -> Index | None:
@@ -161,14 +114,19 @@ def _lu(transform: Any) -> Affine:
 
 
 _MAPS = Maps(
-    _known,
-    {
-        "ActNorm": _actnorm,
-        "LULinear": _lu,
-        "Permutation": _permutation,
-        "RandomPermutation": _permutation,
-        "ReversePermutation": _permutation,
-    },
+    tuple(_COMPOSITES),
+    ("forward", "inverse"),
+    dict.fromkeys(("Permutation", "RandomPermutation", "ReversePermutation"), _permutation)
+    | {"ActNorm": _actnorm, "LULinear": _lu},
+    others=(
+        "HouseholderSequence",
+        "IdentityTransform",
+        "NaiveLinear",
+        "OneByOneConvolution",
+        "PointwiseAffineTransform",
+        "QRLinear",
+        "SVDLinear",
+    ),
 )
 
 
@@ -187,16 +145,16 @@ def _chain_method(method: str) -> Callable[..., Any]:
     return run
 
 
+def _both_ways(chain: Any, draw: Draw, *shape: int, context: Tensor | None = None) -> Sequence[Tensor]:
+    return [*chain.forward(draw(*shape), context), *chain.inverse(draw(*shape), context=context)]
+
+
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
-    put_stubs([module for _, module in _flat(chain)], draw)
-    features = next(module.features for _, module in _flat(chain) if hasattr(module, "transform_net"))
-    images = any(type(module).__name__ == "OneByOneConvolution" for _, module in _flat(chain))
-    shape = (4, features, 2, 3) if images else (4, features)
-    return [*chain.forward(draw(*shape), draw(2)), *chain.inverse(draw(*shape), context=draw(2))]
-
-
-def _vectors(chain: Any, draw: Draw, features: int) -> Sequence[Tensor]:
-    return [*chain.forward(draw(4, features)), *chain.inverse(draw(4, features))]
+    members: list[Any] = [module for _, module in _flat(chain)]
+    put_stubs(members, draw)
+    features = next(module.features for module in members if hasattr(module, "transform_net"))
+    images = any(type(module).__name__ == "OneByOneConvolution" for module in members)
+    return _both_ways(chain, draw, 4, features, *((2, 3) if images else ()), context=draw(2))
 
 
 def composite_of(library: str) -> Adapter:
@@ -207,7 +165,7 @@ def composite_of(library: str) -> Adapter:
         _flat,
         _run_part,
         _MAPS,
-        vectors=_vectors,
+        vectors=lambda chain, draw, features: _both_ways(chain, draw, 4, features),
         methods={method: _chain_method(method) for method in ("forward", "inverse")},
         probe=_probe_chain,
         hollow=lambda chain: nets_of(module for _, module in _flat(chain)),

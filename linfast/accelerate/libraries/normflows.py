@@ -16,7 +16,7 @@ With memory="invert", reverse_kld and reverse_alpha_div store all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,17 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...flows.undo import Outputs
-from ...ops.affine_coupling import split_sizes
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
-from ..adapter import Draw, Stub, Unfit
-from ..chain import Context, Named, chain_adapter, is_known, per_sample, run_chain
-from ..coupling import coupling_adapter
-from ..fused import Maps
+from ..adapter import Draw, Unfit
+from ..chain import Context, chain_adapter, per_sample, run_chain
+from ..coupling import coupling_adapter, two_methods
+from ..fused import Maps, listed
 from ..identity import changed_method, defined_as
-from ..launch import Affine, Index, narrowed
+from ..launch import narrowed
 from ..mlp import find_mlp
-from ..sides import ADDITIVE, Side, Split, Tail, split_of
+from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
 
 __all__ = ["ADAPTERS"]
 
@@ -72,22 +71,15 @@ def _sides(block: Any, layout: None, context: Sequence[Any]) -> list[Side]:
     return [Side(Split("halves", _MOVES[block.flows[0].mode]), tail, net, (net,))]
 
 
-def _stubbed(block: Any, draw: Draw) -> Iterator[tuple[int, ...]]:
-    coupling = block.flows[1]
-    for channels in (6, 5):
-        kept, moved = split_sizes(channels) if block.flows[0].mode == "channel" else split_sizes(channels)[::-1]
-        coupling._modules["param_map"] = Stub(kept, moved * (1 + bool(coupling.scale)), draw)
-        yield from ((3, channels), (2, channels, 4, 3))
-
-
 _BLOCK = coupling_adapter(
     library="normflows",
     where="normflows.flows.affine.coupling",
     name="AffineCouplingBlock",
     find=_find,
-    sides_of=_sides,
+    members=_sides,
+    methods=two_methods(_sides),
     nets=lambda block: (block.flows[1].param_map,),
-    stubbed=_stubbed,
+    shapes=lambda block: ((3, 6), (2, 6, 4, 3), (3, 5), (2, 5, 4, 3)),
     inner=lambda block: tuple(block.flows),
 )
 
@@ -130,60 +122,29 @@ def _run_narrowed(layers: Sequence[Any], parts: Sequence[Callable[[Tensor], Tens
     return torch.nan_to_num(out, torch.nan, torch.nan, torch.nan)
 
 
-def _stubbed_masked(flow: Any, draw: Draw) -> list[tuple[int, ...]]:
-    features = flow.b.shape[1]
-    for name in ("s", "t"):
-        if name in flow._modules:
-            flow._modules[name] = Stub(features, features, draw)
-    return [(3, features)]
-
-
 _MASKED_FLOW = coupling_adapter(
     library="normflows",
     where="normflows.flows.affine.coupling",
     name="MaskedAffineFlow",
     find=_find_masked,
-    sides_of=_sides_masked,
+    members=_sides_masked,
+    methods=two_methods(_sides_masked),
     nets=lambda flow: tuple(flow._modules[name] for name in ("t", "s") if name in flow._modules),
-    stubbed=_stubbed_masked,
+    shapes=lambda flow: ((3, flow.b.shape[1]),),
     masks=lambda flow: (flow.b,),
 )
 
 
 # NormalizingFlow
 
-_INVERTIBLE = (
-    "ActNorm",
-    "AffineConstFlow",
-    "Invertible1x1Conv",
-    "InvertibleAffine",
-    "LULinearPermute",
-    "Permute",
-    "Squeeze",
-)
-
-
-def _flat(chain: Any, where: str = "") -> Named:
-    for i, flow in enumerate(chain.flows):
-        name = f"{where}flows[{i}]"
-        if defined_as(flow, "normflows.flows.affine.glow", "GlowBlock"):
-            yield from _flat(flow, f"{name}.")
-        else:
-            yield name, flow
-
-
-def _known(flow: nn.Module) -> bool:
-    return is_known(flow, "normflows", _INVERTIBLE, ("forward", "inverse"))
+_flat = listed("flows", ("normflows.flows.affine.glow", "GlowBlock"))
 
 
 def _permutation(flow: Any) -> Index | None:
     if flow.mode == "swap":
         half = flow.num_channels // 2
         return Index([*range(half, flow.num_channels), *range(half)])
-    undone = flow.mode == "shuffle" and torch.equal(
-        flow.perm[flow.inv_perm], torch.arange(len(flow.perm)).to(flow.perm)
-    )
-    return Index(flow.perm.tolist()) if undone else None
+    return index_of(flow.perm, flow.inv_perm) if flow.mode == "shuffle" else None
 
 
 def _constant(flow: Any) -> Affine | None:
@@ -208,8 +169,10 @@ def _lu_permute(flow: Any) -> Affine:
 
 
 _MAPS = Maps(
-    _known,
+    ("normflows",),
+    ("forward", "inverse"),
     {"ActNorm": _constant, "AffineConstFlow": _constant, "LULinearPermute": _lu_permute, "Permute": _permutation},
+    others=("Invertible1x1Conv", "InvertibleAffine", "Squeeze"),
 )
 
 
@@ -254,13 +217,12 @@ def _sample(chain: Any, num_samples: int = 1) -> tuple[Tensor, Tensor]:
     return z, log_q - log_det
 
 
-def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
-    shape = chain.q0(2)[0].shape
+def _results(chain: Any, draw: Draw, shape: Sequence[int], methods: Iterable[str]) -> list[Tensor]:
     outputs: list[Tensor] = []
-    for method in _CHAIN:
+    for method in methods:
         result = getattr(chain, method)(draw(*shape))
         outputs += result if isinstance(result, tuple) else (result,)
-    return [*outputs, *chain.sample(2)]
+    return outputs
 
 
 _FLOW = chain_adapter(
@@ -270,12 +232,11 @@ _FLOW = chain_adapter(
     _flat,
     _run_part,
     _MAPS,
-    vectors=lambda chain, draw, features: (
-        *chain.forward_and_log_det(draw(4, features)),
-        *chain.inverse_and_log_det(draw(4, features)),
+    vectors=lambda chain, draw, features: _results(
+        chain, draw, (4, features), ("forward_and_log_det", "inverse_and_log_det")
     ),
     methods=_METHODS | {"sample": _sample},
-    probe=_probe_chain,
+    probe=lambda chain, draw: [*_results(chain, draw, chain.q0(2)[0].shape, _CHAIN), *chain.sample(2)],
     tolerance=1e-6,  # the original adds log_dets of float64 up in float32
 )
 

@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from ...checks import check_choice, check_flag, check_function, check_kind
-from ...ops.affine_coupling import HALVES, LAYOUTS, ORDERS, split_sizes
+from ...ops.affine_coupling import HALVES, LAYOUTS, ORDERS
 from ...scale_maps import ScaleMap
-from ..adapter import Draw, Stub, Unfit, add
-from ..coupling import coupling_adapter
+from ..adapter import Unfit, add
+from ..coupling import coupling_adapter, two_methods
 from ..sides import Side, Split, Tail
 
 __all__ = ["register_adapter"]
@@ -77,15 +77,9 @@ def register_adapter(
         found = scale_map if isinstance(scale_map, ScaleMap) else scale_map(module)
         return f"affine coupling, {found.kind}", found
 
-    def sides_of(module: Any, found: ScaleMap, context: Sequence[Any]) -> list[Side]:
+    def members(module: Any, found: ScaleMap, context: Sequence[Any]) -> list[Side]:
         net, tail = getattr(module, conditioner), Tail(layout, found, order=order)
         return [Side(Split("halves", moves), tail, lambda kept: net(kept, *context), () if context else (net,))]
-
-    def stubbed(module: Any, draw: Draw) -> list[tuple[int, ...]]:
-        channels = 5 if features is None else getattr(module, features)
-        kept, moved = split_sizes(channels)[:: -1 if moves == "first" else 1]
-        module._modules[conditioner] = Stub(kept, 2 * moved, draw)
-        return [(3, channels)]
 
     add(
         coupling_adapter(
@@ -93,11 +87,9 @@ def register_adapter(
             where=cls,
             name=cls.__qualname__,
             find=find,
-            sides_of=sides_of,
+            members=members,
+            methods=two_methods(members, "any", log_det, inverse),
             nets=lambda module: (getattr(module, conditioner),),
-            stubbed=stubbed,
-            context="any",
-            log_det=log_det,
-            inverse=inverse,
+            shapes=lambda module: ((3, 5 if features is None else getattr(module, features)),),
         )
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +22,10 @@ from torch.distributions import ExpTransform, Transform, constraints
 from ...checks import check_kind
 from ...rows import checks_all_lengths
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from ..chain import Named, chain_adapter, fused_of
-from ..coupling import couple, coupling_plan
-from ..fused import Fused, Maps
+from ..adapter import Draw, Stub, Unfit
+from ..chain import chain_adapter, fused_of
+from ..coupling import couple, coupling_adapter
+from ..fused import Fused, Maps, listed
 from ..identity import PLAN, find_class, is_patched, original_class
 from ..sides import Side, Split, Tail, split_of
 from ..swap import may_replace, plan_of
@@ -36,7 +36,7 @@ _SLOPE = 1e-3
 _STORED = "zuko makes a new Transform, not a module, at every call"
 
 
-def _plan(lazy: Any, options: Options) -> Plan:
+def _find(lazy: Any) -> tuple[str, tuple[Split, Tail]]:
     univariate: Any = lazy.univariate
     named: dict[str, Any] = {}
     if isinstance(univariate, functools.partial) and not univariate.args:
@@ -47,8 +47,7 @@ def _plan(lazy: Any, options: Options) -> Plan:
         raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale per feature")
     bound = abs(math.log(named.get("slope", _SLOPE)))
     layout = split_of(lazy.mask), Tail("interleaved", ScaleMap("smooth", bound))
-    what = f"affine coupling, smooth, mask {layout[0].kind}"
-    return coupling_plan(what, lazy, [_side(lazy, layout)], options, layout)
+    return f"affine coupling, smooth, mask {layout[0].kind}", layout
 
 
 def _side(lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor] | None = None) -> Side:
@@ -159,16 +158,10 @@ def _transform_class() -> type:
     return CouplingTransform
 
 
-def _probe(lazy: Any, draw: Draw) -> Sequence[Tensor]:
-    kept, features = int(lazy.mask.sum()), lazy.mask.numel()
-    extra = lazy.hyper.in_features - kept
-    outputs: list[Tensor] = []
-    lazy._modules["hyper"] = _LastDim(kept + extra, 2 * (features - kept), draw)
-    for batch in ((3,), (2, 3)):
-        c = draw(*batch[-1:], extra) if extra else None
-        outputs += [*lazy.forward(c).call_and_ladj(draw(*batch, features))]
-        outputs += [*lazy.forward(c).inv.call_and_ladj(draw(*batch, features))]
-    return outputs
+def _extra(lazy: Any) -> int:
+    """Features of a context."""
+    width: int = lazy.hyper.weight.shape[1] if isinstance(lazy.hyper, Stub) else lazy.hyper.in_features
+    return width - int(lazy.mask.sum())
 
 
 class _LastDim(Stub):
@@ -178,20 +171,30 @@ class _LastDim(Stub):
         )
 
 
-_COUPLING = Adapter(
+def _both_ways_given(lazy: Any, draw: Draw, shape: tuple[int, ...]) -> list[Tensor]:
+    extra = _extra(lazy)
+    return _both_ways(lazy.forward(draw(shape[-2], extra) if extra else None), draw, shape)
+
+
+def _both_ways(transform: Any, draw: Draw, shape: tuple[int, ...]) -> list[Tensor]:
+    return [*transform.call_and_ladj(draw(*shape)), *transform.inv.call_and_ladj(draw(*shape))]
+
+
+_COUPLING = coupling_adapter(
     library="zuko",
     where="zuko.flows.coupling",
     name="GeneralCouplingTransform",
-    methods={"forward": _forward},
-    plan=_plan,
-    probe=_probe,
+    find=_find,
+    members=lambda lazy, layout, context: (_side(lazy, layout),),
+    nets=lambda lazy: (lazy.hyper,),
+    methods=({"forward": _forward}, _both_ways_given),
+    shapes=lambda lazy: ((3, lazy.mask.numel()), (2, 3, lazy.mask.numel())),
+    extra=_extra,
+    stub=_LastDim,
     masks=lambda lazy: (lazy.mask,),
     settings=("univariate", "shapes"),
     assumes=("meta",),
     decides=True,
-    conditioners=lambda lazy: (lazy.hyper,),
-    members=lambda lazy, layout: (_side(lazy, layout),),
-    vectors=lambda lazy, draw, features: _both_ways(lazy.forward(None), draw, features),
     stored=_STORED,
 )
 
@@ -272,25 +275,17 @@ def _together_class() -> type:
     return ComposedTransform
 
 
-def _flat(chain: Any) -> Named:
-    yield from ((f"transforms[{i}]", lazy) for i, lazy in enumerate(chain.transforms))
-
-
-def _both_ways(transform: Any, draw: Draw, features: int) -> Sequence[Tensor]:
-    return (*transform.call_and_ladj(draw(3, features)), *transform.inv.call_and_ladj(draw(3, features)))
-
-
 _CHAIN = chain_adapter(
     "zuko",
     "zuko.lazy",
     "LazyComposedTransform",
-    _flat,
+    listed("transforms"),
     None,
-    Maps(lambda lazy: False, {}),
+    Maps((), (), {}),
     methods={"forward": _forward_chain},
     probe=lambda chain, draw: (),
     stored=_STORED,
-    vectors=lambda chain, draw, features: _both_ways(chain.forward(None), draw, features),
+    vectors=lambda chain, draw, features: _both_ways(chain.forward(None), draw, (3, features)),
 )
 
 ADAPTERS = (_COUPLING, _CHAIN)
