@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .rounding import DRAWS, allowed_error, drawn, plain_torch, relative_error
-from .timing import Outputs, as_tuple, peak_bytes, ratio, time_interleaved
+from .timing import Outputs, Timing, as_tuple, peak_bytes, ratio, time_interleaved
 
 __all__ = [
     *("CONTROL", "SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "Standard"),
@@ -308,31 +310,26 @@ def measure(case: Case, size: Size, options: Options, budget: float | None = 1.0
             baseline=provider.baseline,
             against=against,
             dtype=str(problem.inputs[0][0].dtype).removeprefix("torch."),
-            error=verdict.error,
-            allowed=verdict.allowed,
-            refused=verdict.refused,
-            first_s=verdict.first_s,
-            bytes=problem.cost.bytes,
-            operations=problem.cost.operations,
             input_bytes=sum(tensor.nbytes for arguments in problem.inputs for tensor in arguments),
+            **vars(verdict),
+            **vars(problem.cost),
         )
         if verdict.refused is None and (timed := timings.get(provider.name)) is not None:
-            p20, p50, p80 = (float(q) for q in np.percentile(timed.ms, (20, 50, 80)))
-            result = replace(
-                result,
-                p20_ms=p20,
-                p50_ms=p50,
-                p80_ms=p80,
-                cpu_ms=float(np.median(timed.cpu_ms)),
-                ratio=None if base is None else ratio(timed.ms, base.ms),
-                cpu_ratio=None if base is None else ratio(timed.cpu_ms, base.cpu_ms),
-                rounds=len(timed.ms),
-                captured=timed.captured,
-                launched_ms=timed.launched_ms,
-                peak_bytes=peak_bytes(provider.call, problem.inputs[0], problem.device),
-            )
+            peak = peak_bytes(provider.call, problem.inputs[0], problem.device)
+            result = replace(result, peak_bytes=peak, **_summary(timed, base))
         results.append(result)
     return results
+
+
+def _summary(timed: Timing, base: Timing | None) -> dict[str, Any]:
+    """The fields of a Result that come from the times of a provider and of the baseline."""
+    p20, p50, p80 = np.percentile(timed.ms, (20, 50, 80)).tolist()
+    return {
+        **{"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "cpu_ms": median(timed.cpu_ms)},
+        "ratio": None if base is None else ratio(timed.ms, base.ms),
+        "cpu_ratio": None if base is None else ratio(timed.cpu_ms, base.cpu_ms),
+        **{"rounds": len(timed.ms), "captured": timed.captured, "launched_ms": timed.launched_ms},
+    }
 
 
 def _standards(problem: Problem) -> dict[str, Standard]:
