@@ -45,6 +45,7 @@ __all__ = ["main", "reference_model", "step", "step_bytes"]
 
 CONFIGS = {"mnist": (1, 32, 32), "celeba": (3, 64, 64)}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
+PARTS = ("compare", "times", "memory", "training", "one-step", "latent")  # the first three of from_reference
 _T, _BATCH, _LIMIT_GIB = 100, 16, 9.0
 _SCALES = {"aux_conv": 0.3, "conv1": 0.5, "proj": 0.5}  # of the last weights of a block, by the end of their name
 
@@ -119,6 +120,19 @@ def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
         print(f"{name:14s} linfast {errors[0]:.1e}   reference in fp32 {errors[1]:.1e}")
 
 
+def _steps(measure: Callable[..., Any], f: Any, ours: Mapping[str, tuple[lf.Flow, Any]], x: Tensor) -> Runs:
+    """``step`` or ``step_bytes`` of the reference's g, and of our flows, storing and inverting."""
+
+    def of_ours(flow: lf.Flow, g: Any, memory: str) -> Any:
+        flow.memory = memory
+        return measure(g, list(flow.parameters()), x)
+
+    runs = {"reference": functools.partial(measure, f.gx, list(f.parameters()), x)}
+    for memory in ("store", "invert"):
+        runs |= {f"{name}, {memory}": functools.partial(of_ours, *g, memory) for name, g in ours.items()}
+    return runs
+
+
 def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
     """Time g's forward, inverse and training step, the last with activations stored and inverted."""
     with torch.no_grad():
@@ -127,14 +141,7 @@ def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
         _say(f"forward, {size}", {n: functools.partial(m.gx, x) for n, m in models.items()}, repeats)
         _say(f"inverse, {size}", {n: functools.partial(m.gx_inverse, z) for n, m in models.items()}, repeats)
     f.train(), h.train()
-
-    def linfast(memory: str) -> None:
-        h.g_x.bijection.memory = memory
-        step(h.gx, list(h.parameters()), x)
-
-    runs = {f"linfast, {memory}": functools.partial(linfast, memory) for memory in ("store", "invert")}
-    reference = functools.partial(step, f.gx, list(f.parameters()), x)
-    _say(f"training step, {size}", {"reference": reference, **runs}, repeats)
+    _say(f"training step, {size}", _steps(step, f, {"linfast": (h.g_x.bijection, h.gx)}, x), repeats)
     f.eval(), h.eval()
 
 
@@ -144,17 +151,12 @@ def _memory(f: Any, h: Any, x: Tensor) -> None:
     own = lf.image_flow(*x.shape[1:3], 4 * LAYERS, **options)  # type: ignore[arg-type, call-arg]
     own(x, t=1.0)
     f.train(), h.train()
-    full = step_bytes(f.gx, list(f.parameters()), x)
-    print(f"peak of a training step, batch {len(x)}, reference: {full / 1e6:.1f} MB")
-    for label, flow, g in (("from_reference", h.g_x.bijection, h.gx), ("image_flow", own, own.at(t=1.0))):
-        for flow.memory in ("store", "invert"):
-            size = step_bytes(g, list(flow.parameters()), x)
-            print(
-                f"    {label}, {flow.memory}: {size / 1e6:.1f} MB, {size / full:.3f} of the reference", flush=True
-            )
-    print(
-        f"    the weights' gradients among it: {sum(p.nbytes for p in own.parameters()) / 1e6:.1f} MB (image_flow)"
-    )
+    ours = {"from_reference": (h.g_x.bijection, h.gx), "image_flow": (own, own.at(t=1.0))}
+    sizes = {name: run() for name, run in _steps(step_bytes, f, ours, x).items()}
+    for name, size in sizes.items():
+        share = f"{size / sizes['reference']:.3f} of the reference"
+        print(f"peak of a training step, batch {len(x)}, {name}: {size / 1e6:.1f} MB, {share}")
+    print(f"the weights' gradients among it: {sum(p.nbytes for p in own.parameters()) / 1e6:.1f} MB (image_flow)")
     f.eval(), h.eval()
 
 
@@ -217,22 +219,16 @@ def _latent() -> None:
     z, t = torch.randn(_BATCH, *CONFIGS["celeba"], requires_grad=True), torch.rand(_BATCH)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (int(_LIMIT_GIB * 2**30), limits[1]))
-    try:
-        for name in ("original", "accelerated"):
-            if name == "accelerated":
-                assert not lf.accelerate(layer).left
-            print(f"latent part, {name}, {_LIMIT_GIB:.0f} GiB of address space: {_try_latent(layer, z, t)}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-def _try_latent(layer: Any, z: Tensor, t: Tensor) -> str:
-    start = time.perf_counter()
-    try:
-        peak = step_bytes(functools.partial(layer, t=t), list(layer.parameters()), z)
-    except (RuntimeError, MemoryError) as error:
-        return str(error).splitlines()[0]
-    return f"{time.perf_counter() - start:.2f} s, peak {peak / 2**20:.0f} MiB"
+    for name in ("original", "accelerated"):
+        assert name == "original" or not lf.accelerate(layer).left
+        start = time.perf_counter()
+        try:
+            peak = step_bytes(functools.partial(layer, t=t), list(layer.parameters()), z)
+            found = f"{time.perf_counter() - start:.2f} s, peak {peak / 2**20:.0f} MiB"
+        except (RuntimeError, MemoryError) as error:
+            found = str(error).splitlines()[0]
+        print(f"latent part, {name}, {_LIMIT_GIB:.0f} GiB of address space: {found}")
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -241,9 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", choices=CONFIGS, default="mnist", help="of what from_reference is measured on")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=7)
-    of_images = ("compare", "times", "memory")
-    of_accelerate = ("training", "one-step", "latent")
-    parser.add_argument("--what", choices=(*of_images, *of_accelerate), nargs="+", default=of_images)
+    parser.add_argument("--what", choices=PARTS, nargs="+", default=PARTS[:3])
     options = parser.parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its start and stop
     torch.set_num_threads(1)
