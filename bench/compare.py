@@ -9,8 +9,7 @@ below 1 / (1 + FLOOR).
 
 A side is this module run as a program. It answers each line of JSON with one line:
 
-    {"build": [case, size], "compile": bool, "device": str}    {"providers": [...], "refused": {...}},
-                                                               or {"missing": why}
+    {"build": [case, size], "compile": bool, "device": str}    {"providers": [...], "refused": {what: why}}
     {"time": provider, "calls": n}                             {"ms": [n times]}
 """
 
@@ -121,21 +120,13 @@ def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[lis
 def _build(sides: Sequence[_Side], name: str, size: Any, args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The providers that both sides have and that are right, and why the others are left out."""
     request = {"build": [name, dict(size)], "compile": args.compile, "device": str(args.device)}
-    answers = dict(zip(("here", "at base"), [side.ask(request) for side in sides], strict=True))
-    missing = [
-        f"{name}: not on both sides, {where}: {answer['missing']}"
-        for where, answer in answers.items()
-        if "missing" in answer
+    here, base = (side.ask(request) for side in sides)
+    notes = [
+        f"{what} {where}: {why}"
+        for where, answer in (("here", here), ("at base", base))
+        for what, why in answer["refused"].items()
     ]
-    if missing:
-        return [], missing
-    refused = [
-        f"{name} {provider}: refused {where}: {why}"
-        for where, answer in answers.items()
-        for provider, why in answer["refused"].items()
-    ]
-    here, base = answers.values()
-    return [provider for provider in here["providers"] if provider in base["providers"]], refused
+    return [provider for provider in here["providers"] if provider in base["providers"]], notes
 
 
 def _ratios(here: _Side, there: _Side, provider: str, reverse: bool) -> list[float]:
@@ -241,9 +232,10 @@ def _built(name: str, size: Any, options: Options) -> tuple[Problem | None, dict
         problem = CASES[name].build(size, options)
         verdicts = judged(problem)
     except Exception as error:  # this version of linfast has no such op, or another signature
-        return None, {"missing": f"{type(error).__name__}: {error}"}
-    refused = {name: verdict.refused for name, verdict in verdicts.items() if verdict.refused is not None}
-    return problem, {"providers": [name for name in verdicts if name not in refused], "refused": refused}
+        missing = {f"{name}: not on both sides,": f"{type(error).__name__}: {error}"}
+        return None, {"providers": [], "refused": missing}
+    refused = {f"{name} {who}: refused": verdict.refused for who, verdict in verdicts.items() if verdict.refused}
+    return problem, {"providers": [who for who in verdicts if not verdicts[who].refused], "refused": refused}
 
 
 if __name__ == "__main__":

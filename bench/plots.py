@@ -45,16 +45,15 @@ def draw(results: Sequence[Result], environment: Environment, folder: str | Path
     timed = [result for result in results if result.p50_ms is not None]
     kept = [result for result in timed if result.peak_bytes]
     where = _where(environment)
-    memory = f"Memory of one call above weights and inputs. {where}"
-    plots: dict[str, Callable[[], Figure | None]] = {
-        "throughput": lambda: _panels(timed, "batch", _samples_per_second, "samples / s", f"Throughput. {where}"),
-        "roofline": lambda: _roofline(timed, environment),
-        "memory": lambda: _panels(kept, "depth", _peak_mib, "peak, MiB", memory),
-    }
-    written = []
+    memory, written = f"Memory of one call above weights and inputs. {where}", list[Path]()
     with pyplot.style.context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "linfast"}):
-        for name, make in plots.items():
-            if (figure := make()) is None:
+        figures = {
+            "throughput": _panels(timed, "batch", _samples_per_second, "samples / s", f"Throughput. {where}"),
+            "roofline": _roofline(timed, environment),
+            "memory": _panels(kept, "depth", _peak_mib, "peak, MiB", memory),
+        }
+        for name, figure in figures.items():
+            if figure is None:
                 continue
             for suffix in ("png", "svg"):
                 written.append(Path(folder) / f"{name}.{suffix}")
