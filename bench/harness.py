@@ -229,27 +229,6 @@ def own_standard(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, .
     return Standard(truths, [allowed] * len(truths[0]))
 
 
-def _shared_standard(problem: Problem) -> Standard:
-    """The float64 outputs for every input, and what rounding the reference allows.
-
-    Raises:
-        ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
-    """
-    inputs, reference, errors = problem.inputs, problem.reference, []
-    if isinstance(reference, float):
-        return own_standard(problem.truth, inputs, reference)
-    truths = own_standard(problem.truth, inputs, 0.0).truth
-    for draw in range(max(DRAWS, len(inputs))):
-        index = draw % len(inputs)
-        outputs = as_tuple(drawn(partial(reference, *inputs[index]), draw))
-        if _shapes(outputs) != _shapes(truths[index]):
-            raise ValueError(f"reference outputs are {_shapes(outputs)}, the truth's {_shapes(truths[index])}")
-        errors.append([relative_error(o, t) for o, t in zip(outputs, truths[index], strict=True)])
-    return Standard(
-        truths, [allowed_error(e, o.dtype) for e, o in zip(zip(*errors, strict=True), outputs, strict=True)]
-    )
-
-
 def judge(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], standard: Standard) -> Verdict:
     """Run a provider on every input and judge what it returns; raising or writing to its inputs is wrong."""
     verdicts: list[Verdict] = []
@@ -333,13 +312,33 @@ def _summary(timed: Timing, base: Timing | None) -> dict[str, Any]:
 
 
 def _standards(problem: Problem) -> dict[str, Standard]:
-    """The standard that each provider is judged by."""
-    shared = _shared_standard(problem)
-    allowed = PEER_FACTOR * max(shared.allowed)
+    """The standard that each provider is judged by.
+
+    Raises:
+        ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
+    """
+    inputs, reference = problem.inputs, problem.reference
+    shared = own_standard(problem.truth, inputs, reference if isinstance(reference, float) else 0.0)
+    if not isinstance(reference, float):
+        shared = replace(shared, allowed=_allowed(reference, inputs, shared.truth))
+    of_peers = PEER_FACTOR * max(shared.allowed)
     return {
-        p.name: shared if p.truth is None else own_standard(p.truth, problem.inputs, allowed)
-        for p in problem.providers
+        p.name: shared if p.truth is None else own_standard(p.truth, inputs, of_peers) for p in problem.providers
     }
+
+
+def _allowed(
+    reference: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], truth: Sequence[tuple[Tensor, ...]]
+) -> list[float]:
+    """What rounding allows each output of the reference: draws over all inputs."""
+    errors = []
+    for draw in range(max(DRAWS, len(inputs))):
+        exact = truth[draw % len(inputs)]
+        outputs = as_tuple(drawn(partial(reference, *inputs[draw % len(inputs)]), draw))
+        if _shapes(outputs) != _shapes(exact):
+            raise ValueError(f"reference outputs are {_shapes(outputs)}, the truth's {_shapes(exact)}")
+        errors.append(list(map(relative_error, outputs, exact)))
+    return [allowed_error(e, o.dtype) for e, o in zip(zip(*errors, strict=True), outputs, strict=True)]
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:
