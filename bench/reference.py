@@ -39,11 +39,13 @@ from torch import Tensor
 
 import linfast as lf
 
+from .rounding import relative_error
 from .timing import peak_bytes, ratio, time_interleaved
 
 __all__ = ["main", "reference_model", "step", "step_bytes"]
 
-CONFIGS = {"mnist": (1, 32, 32), "celeba": (3, 64, 64)}
+MNIST, CELEBA = (1, 32, 32), (3, 64, 64)
+CONFIGS = {"mnist": MNIST, "celeba": CELEBA}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
 PARTS = ("compare", "times", "memory", "training", "one-step", "latent")  # the first three of from_reference
 _T, _BATCH, _LIMIT_GIB = 100, 16, 9.0
@@ -52,7 +54,7 @@ _SCALES = {"aux_conv": 0.3, "conv1": 0.5, "proj": 0.5}  # of the last weights of
 Runs = Mapping[str, Callable[[], Any]]
 
 
-def reference_model(path: str, shape: tuple[int, int, int], as_built: bool = False) -> Any:
+def reference_model(path: str, shape: tuple[int, int, int] = MNIST, as_built: bool = False) -> Any:
     """Its Linearizer with initialised ActNorms; the last weights of its blocks not near zero, or ``as_built``."""
     sys.path.insert(0, path)
     from common.song__unet import creat_song_unet  # type: ignore[import-not-found]
@@ -116,7 +118,7 @@ def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
     ours, own, truth = results(h, x, t), results(f, x, t), results(f.double(), x.double(), t.double())
     f.float()
     for name, value in truth.items():
-        errors = [float((r[name].double() - value).norm() / value.norm()) for r in (ours, own)]
+        errors = [relative_error(result[name], value) for result in (ours, own)]
         print(f"{name:14s} linfast {errors[0]:.1e}   reference in fp32 {errors[1]:.1e}")
 
 
@@ -163,12 +165,12 @@ def _memory(f: Any, h: Any, x: Tensor) -> None:
 # accelerate
 
 
-def _loss(f: Any, x1: Tensor, noise: float = 0.3) -> Tensor:
+def _loss(f: Any, x1: Tensor) -> Tensor:
     """The paper's loss, with MSE in place of LPIPS."""
     x0, t = torch.randn_like(x1), torch.rand(len(x1))
     z0, z1, at = f.gy(x0), f.gx(x1), t[:, None, None, None]
     predicted = f.A((1 - at) * z0 + at * z1, t=t)
-    again = f.gy_inverse(z0 + noise * torch.randn_like(z0)), f.gx_inverse(z1 + noise * torch.randn_like(z1))
+    again = f.gy_inverse(z0 + 0.3 * torch.randn_like(z0)), f.gx_inverse(z1 + 0.3 * torch.randn_like(z1))
     pairs = ((predicted, z1), (again[0], x0), (again[1], x1), (f.gx_inverse(predicted), x1))
     return sum((F.mse_loss(a, b) for a, b in pairs), start=torch.zeros(()))
 
@@ -197,7 +199,7 @@ def _one_step(path: str, model: Any, repeats: int) -> None:
 
     original, ours = (FlowMatcher(copy.deepcopy(model).eval()) for _ in range(2))
     assert not lf.accelerate(ours).left
-    noise = torch.randn(_BATCH, *CONFIGS["mnist"])
+    noise = torch.randn(_BATCH, *MNIST)
     runs = {
         name: functools.partial(m.sample_one_step, noise, "cpu", "rk", _T)
         for name, m in (("original", original), ("accelerated", ours))
@@ -207,16 +209,14 @@ def _one_step(path: str, model: Any, repeats: int) -> None:
     exact = FlowMatcher(copy.deepcopy(model).eval().double()).sample(noise.double(), "cpu", _T, "rk")
     torch.set_default_dtype(torch.float32)
     for name, run in runs.items():
-        error = float((run().double() - exact).norm() / exact.norm())
-        print(f"one step, {name}: {error:.1e} from the {_T}-step sampler in float64")
+        print(f"one step, {name}: {relative_error(run(), exact):.1e} from the {_T}-step sampler in float64")
 
 
 def _latent() -> None:
     from one_step.modules.linear_network import TimeDependentLoRALinearLayer
 
-    n = torch.Size(CONFIGS["celeba"]).numel()
-    layer = TimeDependentLoRALinearLayer(n, RANK, TIME_FEATURES)
-    z, t = torch.randn(_BATCH, *CONFIGS["celeba"], requires_grad=True), torch.rand(_BATCH)
+    z, t = torch.randn(_BATCH, *CELEBA, requires_grad=True), torch.rand(_BATCH)
+    layer = TimeDependentLoRALinearLayer(z[0].numel(), RANK, TIME_FEATURES)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (int(_LIMIT_GIB * 2**30), limits[1]))
     for name in ("original", "accelerated"):
@@ -242,17 +242,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its start and stop
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shape, mnist = CONFIGS[options.config], CONFIGS["mnist"]
-    f = reference_model(options.path, shape)
+    f = reference_model(options.path, shape := CONFIGS[options.config])
     h = lf.from_reference(f)
-    built = reference_model(options.path, mnist, as_built=True)
+    built = reference_model(options.path, as_built=True)
     batches = [torch.randn(batch, *shape) for batch in options.batch]
     parts: Runs = {
         "compare": lambda: _compare(f, h, batches[0][:2], torch.rand(2)),
         "times": lambda: [*map(functools.partial(_times, f, h, options.repeats), batches)],
         "memory": lambda: _memory(f, h, batches[0]),
-        "training": lambda: _training(built, torch.rand(options.batch[-1], *mnist), options.repeats),
-        "one-step": lambda: _one_step(options.path, reference_model(options.path, mnist), options.repeats),
+        "training": lambda: _training(built, torch.rand(options.batch[-1], *MNIST), options.repeats),
+        "one-step": lambda: _one_step(options.path, reference_model(options.path), options.repeats),
         "latent": _latent,
     }
     for name in options.what:
