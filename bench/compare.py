@@ -33,7 +33,7 @@ import torch
 
 import linfast
 
-from .cases import CASES
+from .cases import CASES, sizes
 from .harness import Options, Problem, UsageError, judged
 from .timing import time_interleaved
 
@@ -97,8 +97,6 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[list[Moved], list[str]]:
     """How each provider's time changed from the checkout ``base`` to ``head``, and what could not be compared."""
-    from .run import sizes
-
     ratios: dict[tuple[str, str, str], list[list[float]]] = {}
     notes: list[str] = []
     for replicate in range(REPLICATES):
