@@ -89,17 +89,14 @@ class Call:
             if only is None or stage.name in only:
                 self.run(stage)
         trace = self.given.work / "profile" / "coupling_flow.trace.json.gz"
-        try:
+        with report.noting("trace.json.gz"):
             if trace.exists():
                 shutil.copy(trace, self.given.out / "trace.json.gz")
-        except OSError as error:
-            report.problem(f"cannot write trace.json.gz: {error.strerror}")
         for entry in report.entries.values() if report.tail else ():
             entry.timings.clear()  # the table has them
         report.close()
 
     def _title(self) -> str:
-        """The title, which names the machine; too little free memory is reported as a problem."""
         machine = self.given.machine
         if not machine.on_gpu:
             return f"linfast, a dry run on the CPU ({'as asked' if self.dry else machine.name})"

@@ -91,10 +91,10 @@ class Report:
         self.title, self.problems, self.tail = "starting", list[str](), ""
         self.entries: dict[str, Entry] = {}
         self._length, self._summary = 0, -1
-        with self._noting("summary.txt"):
+        with self.noting("summary.txt"):
             self._summary = os.open(folder / "summary.txt", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         for name in files:
-            with self._noting(name):
+            with self.noting(name):
                 (folder / name).write_bytes(b"")
         self.write()
 
@@ -110,7 +110,7 @@ class Report:
 
     def append(self, name: str, line: str) -> None:
         """A line to one of the files."""
-        with self._noting(name), (self.folder / name).open("a", encoding="utf-8") as file:
+        with self.noting(name), (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(line)
 
     def text(self) -> str:
@@ -125,7 +125,7 @@ class Report:
         if self._summary < 0:
             return
         data = self.text().encode()
-        with self._noting("summary.txt"):
+        with self.noting("summary.txt"):
             os.pwrite(self._summary, data.ljust(self._length, b"\n"), 0)
             self._length = max(self._length, len(data))
 
@@ -133,12 +133,13 @@ class Report:
         """The last summary, cut to its length, here and on the screen."""
         self.write()
         if self._summary >= 0:
-            with self._noting("summary.txt"):
+            with self.noting("summary.txt"):
                 os.ftruncate(self._summary, len(self.text().encode()))
         print(self.text(), end="", flush=True)
 
     @contextlib.contextmanager
-    def _noting(self, name: str) -> Iterator[None]:
+    def noting(self, name: str) -> Iterator[None]:
+        """A context in which an error of this file becomes a problem."""
         try:
             yield
         except OSError as error:
