@@ -36,9 +36,14 @@ from .libraries import LIBRARIES, PEERS, library, peer
 __all__ = ["CASES"]
 
 
-def _flow(size: Size, memory: str = "auto") -> lf.Flow:
+def _architecture(size: Size) -> tuple[int, int, tuple[int, int]]:
+    """Features, couplings, and the widths of their conditioners."""
     n, depth, hidden = ints(size, "D", "depth", "hidden")
-    return seeded(lambda: perturb(lf.coupling_flow(n, depth, (hidden, hidden), memory=memory)))
+    return n, depth, (hidden, hidden)
+
+
+def _flow(size: Size, memory: str = "auto") -> lf.Flow:
+    return seeded(lambda: perturb(lf.coupling_flow(*_architecture(size), memory=memory)))
 
 
 def _cost(size: Size) -> Cost:
@@ -103,12 +108,12 @@ def _coupling_flow(size: Size, options: Options, control: bool = False) -> Probl
     Most peers give a log-determinant with their inverse, needed or not. With ``control`` our flow runs as its users
     run it, with the backend "auto", and a copy of it is among the providers: its time over the flow's is the noise.
     """
-    inverse, (n, depth, hidden) = size["direction"] == INVERSE, ints(size, "D", "depth", "hidden")
-    flow, method = _flow(size).to(options.device), lf.Flow.inverse if inverse else lf.Flow.forward_and_log_det
+    flow, inverse = _flow(size).to(options.device), size["direction"] == INVERSE
+    method = lf.Flow.inverse if inverse else lf.Flow.forward_and_log_det
     rivals = []
     for name in PEERS:
-        if (made := peer(name, n, depth, (hidden, hidden))) is not None:
-            narrow, pick = made[0].to(options.device), made[2 if inverse else 1]
+        if (made := peer(name, *_architecture(size), inverse)) is not None:
+            narrow, pick = made[0].to(options.device), made[1]
             rivals.append(Provider(name, _call(size, narrow, pick), truth=_in_float64(size, narrow, pick)))
     ours = providers(functools.partial(method, flow), options, _timed(size, flow))
     if control:
@@ -156,9 +161,9 @@ _WITHIN, _LOOSELY = 1e-4, 1e-3
 
 def _libraries(size: Size, options: Options) -> Problem:
     """(z, log_det) or (z,), the same backwards, or (loss, *gradients of the weights)."""
-    name, (n, depth, hidden) = str(size["library"]), ints(size, "D", "depth", "hidden")
-    model, forward, inverse = library(name, n, depth, (hidden, hidden))
-    method, model = inverse if size["direction"] == INVERSE else forward, model.to(options.device)
+    name, direction = str(size["library"]), size["direction"]
+    model, method = library(name, *_architecture(size), inverse=direction == INVERSE)
+    model = model.to(options.device)
     models = {"original": model, "accelerated": copy.deepcopy(model), CONTROL: copy.deepcopy(model)}
     lf.accelerate(models["accelerated"])
     calls = {who: _call(size, each, method) for who, each in models.items()}
@@ -168,7 +173,7 @@ def _libraries(size: Size, options: Options) -> Problem:
             torch.compile(functools.partial(method, model), dynamic=False)
         )
     compared = [Provider(who, call, baseline=who == "original") for who, call in calls.items()]
-    allowed = _LOOSELY if size["direction"] == TRAIN or "AllInOneBlock" in name else _WITHIN
+    allowed = _LOOSELY if direction == TRAIN or "AllInOneBlock" in name else _WITHIN
     return _problem(size, options, model, method, compared, allowed)
 
 
@@ -191,8 +196,8 @@ _LIBRARIES = Case(
 
 def _linearizer(size: Size, options: Options) -> Problem:
     """y of standard normal inputs, or with the backward (y, dx, *dweights)."""
-    direction, (batch, n, depth, hidden) = size["direction"], ints(size, "batch", "D", "depth", "hidden")
-    model = seeded(lambda: perturb(lf.Linearizer(lf.coupling_flow(n, depth, (hidden, hidden)), lf.Dense(n))))
+    direction, (batch, n) = size["direction"], ints(size, "batch", "D")
+    model = seeded(lambda: perturb(lf.Linearizer(lf.coupling_flow(*_architecture(size)), lf.Dense(n))))
     model = model.to(options.device)
     method = lf.Linearizer.inverse if direction == INVERSE else lf.Linearizer.forward
     compared = providers(functools.partial(method, model), options, _timed(size, model))
