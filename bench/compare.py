@@ -187,7 +187,6 @@ def _lay_out(tree: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _worktree(checkout: Path, revision: str) -> Iterator[Path]:
-    """A temporary checkout of ``revision``."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         _git(checkout, "worktree", "add", "--quiet", "--detach", str(base), revision)
@@ -210,7 +209,6 @@ def _row(moved: Moved) -> list[str]:
 
 
 def _serve() -> None:
-    """Answer requests until there are no more."""
     problem: Problem | None = None
     for line in sys.stdin:
         request = json.loads(line)

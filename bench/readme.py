@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .plots import draw
+from .plots import NAMES, draw
 from .report import parse, short_table
 
 __all__ = ["main"]
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        plots = (f"![{plot}](docs/bench/{name}/{plot}.png)" for plot in ("throughput", "roofline", "memory"))
+        plots = (f"![{plot}](docs/bench/{name}/{plot}.png)" for plot in NAMES)
         return "\n".join([f"{match[1]}```", short_table(results[name]), "```", "", *plots, match[3]])
 
     after = _BLOCK.sub(block, before)

@@ -17,7 +17,7 @@ from .cases import CASES, sizes, words
 from .compare import run_compare
 from .environment import Environment, ceilings, describe, free_bytes
 from .harness import SCALES, Options, Result, Size, UsageError, measure
-from .plots import draw
+from .plots import NAMES, SUFFIXES, draw
 from .report import json_line, table
 from .trace import run_profile
 
@@ -141,8 +141,7 @@ def _files(args: argparse.Namespace, plots: str | None) -> list[str]:
     if args.profile is not None:
         names = ["kernels.txt", *(f"{case}.trace.json.gz" for case in args.case)]
         return [os.path.join(args.profile, name) for name in names]
-    drawn = [f"{name}.{suffix}" for name in ("throughput", "roofline", "memory") for suffix in ("png", "svg")]
-    files = [] if plots is None else [os.path.join(plots, name) for name in drawn]
+    files = [] if plots is None else [os.path.join(plots, f"{name}.{end}") for name in NAMES for end in SUFFIXES]
     return files if args.json is None or args.json.startswith("/dev/") else [args.json, *files]
 
 
@@ -194,7 +193,6 @@ def parser() -> Parser:
 
 
 def _device(text: str) -> torch.device:
-    """A CPU, or a GPU of this machine."""
     try:
         device = torch.device(text)
     except RuntimeError:

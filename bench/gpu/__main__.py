@@ -41,6 +41,7 @@ class Call:
     def run(self, stage: Stage) -> None:
         """Run the stage until its limit; an error in this script ends that stage alone."""
         entry = self.report.entries[stage.name] = Entry(self.report.seconds())
+        self.report.write()
         try:
             entry.status = self._run(stage, entry)
         except Exception as error:
