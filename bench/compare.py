@@ -9,8 +9,7 @@ below 1 / (1 + FLOOR).
 
 A side is this module run as a program. It answers each line of JSON with one line:
 
-    {"build": [case, size], "compile": bool, "device": str}    {"providers": [...], "refused": {...}},
-                                                               or {"missing": why}
+    {"build": [case, size], "compile": bool, "device": str}    {"providers": [...], "refused": {what: why}}
     {"time": provider, "calls": n}                             {"ms": [n times]}
 """
 
@@ -34,7 +33,7 @@ import torch
 
 import linfast
 
-from .cases import CASES
+from .cases import CASES, sizes
 from .harness import Options, Problem, UsageError, judged
 from .timing import time_interleaved
 
@@ -98,8 +97,6 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[list[Moved], list[str]]:
     """How each provider's time changed from the checkout ``base`` to ``head``, and what could not be compared."""
-    from .run import sizes
-
     ratios: dict[tuple[str, str, str], list[list[float]]] = {}
     notes: list[str] = []
     for replicate in range(REPLICATES):
@@ -121,21 +118,13 @@ def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[lis
 def _build(sides: Sequence[_Side], name: str, size: Any, args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """The providers that both sides have and that are right, and why the others are left out."""
     request = {"build": [name, dict(size)], "compile": args.compile, "device": str(args.device)}
-    answers = dict(zip(("here", "at base"), [side.ask(request) for side in sides], strict=True))
-    missing = [
-        f"{name}: not on both sides, {where}: {answer['missing']}"
-        for where, answer in answers.items()
-        if "missing" in answer
+    here, base = (side.ask(request) for side in sides)
+    notes = [
+        f"{what} {where}: {why}"
+        for where, answer in (("here", here), ("at base", base))
+        for what, why in answer["refused"].items()
     ]
-    if missing:
-        return [], missing
-    refused = [
-        f"{name} {provider}: refused {where}: {why}"
-        for where, answer in answers.items()
-        for provider, why in answer["refused"].items()
-    ]
-    here, base = answers.values()
-    return [provider for provider in here["providers"] if provider in base["providers"]], refused
+    return [provider for provider in here["providers"] if provider in base["providers"]], notes
 
 
 def _ratios(here: _Side, there: _Side, provider: str, reverse: bool) -> list[float]:
@@ -198,7 +187,6 @@ def _lay_out(tree: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _worktree(checkout: Path, revision: str) -> Iterator[Path]:
-    """A temporary checkout of ``revision``."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         _git(checkout, "worktree", "add", "--quiet", "--detach", str(base), revision)
@@ -221,7 +209,6 @@ def _row(moved: Moved) -> list[str]:
 
 
 def _serve() -> None:
-    """Answer requests until there are no more."""
     problem: Problem | None = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -241,9 +228,10 @@ def _built(name: str, size: Any, options: Options) -> tuple[Problem | None, dict
         problem = CASES[name].build(size, options)
         verdicts = judged(problem)
     except Exception as error:  # this version of linfast has no such op, or another signature
-        return None, {"missing": f"{type(error).__name__}: {error}"}
-    refused = {name: verdict.refused for name, verdict in verdicts.items() if verdict.refused is not None}
-    return problem, {"providers": [name for name in verdicts if name not in refused], "refused": refused}
+        missing = {f"{name}: not on both sides,": f"{type(error).__name__}: {error}"}
+        return None, {"providers": [], "refused": missing}
+    refused = {f"{name} {who}: refused": verdict.refused for who, verdict in verdicts.items() if verdict.refused}
+    return problem, {"providers": [who for who in verdicts if not verdicts[who].refused], "refused": refused}
 
 
 if __name__ == "__main__":

@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .rounding import DRAWS, allowed_error, drawn, plain_torch, relative_error
-from .timing import Outputs, as_tuple, peak_bytes, ratio, time_interleaved
+from .timing import Outputs, Timing, as_tuple, peak_bytes, ratio, time_interleaved
 
 __all__ = [
     *("CONTROL", "SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "Standard"),
@@ -227,27 +229,6 @@ def own_standard(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, .
     return Standard(truths, [allowed] * len(truths[0]))
 
 
-def _shared_standard(problem: Problem) -> Standard:
-    """The float64 outputs for every input, and what rounding the reference allows.
-
-    Raises:
-        ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
-    """
-    inputs, reference, errors = problem.inputs, problem.reference, []
-    if isinstance(reference, float):
-        return own_standard(problem.truth, inputs, reference)
-    truths = own_standard(problem.truth, inputs, 0.0).truth
-    for draw in range(max(DRAWS, len(inputs))):
-        index = draw % len(inputs)
-        outputs = as_tuple(drawn(partial(reference, *inputs[index]), draw))
-        if _shapes(outputs) != _shapes(truths[index]):
-            raise ValueError(f"reference outputs are {_shapes(outputs)}, the truth's {_shapes(truths[index])}")
-        errors.append([relative_error(o, t) for o, t in zip(outputs, truths[index], strict=True)])
-    return Standard(
-        truths, [allowed_error(e, o.dtype) for e, o in zip(zip(*errors, strict=True), outputs, strict=True)]
-    )
-
-
 def judge(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], standard: Standard) -> Verdict:
     """Run a provider on every input and judge what it returns; raising or writing to its inputs is wrong."""
     verdicts: list[Verdict] = []
@@ -308,41 +289,56 @@ def measure(case: Case, size: Size, options: Options, budget: float | None = 1.0
             baseline=provider.baseline,
             against=against,
             dtype=str(problem.inputs[0][0].dtype).removeprefix("torch."),
-            error=verdict.error,
-            allowed=verdict.allowed,
-            refused=verdict.refused,
-            first_s=verdict.first_s,
-            bytes=problem.cost.bytes,
-            operations=problem.cost.operations,
             input_bytes=sum(tensor.nbytes for arguments in problem.inputs for tensor in arguments),
+            **vars(verdict),
+            **vars(problem.cost),
         )
         if verdict.refused is None and (timed := timings.get(provider.name)) is not None:
-            p20, p50, p80 = (float(q) for q in np.percentile(timed.ms, (20, 50, 80)))
-            result = replace(
-                result,
-                p20_ms=p20,
-                p50_ms=p50,
-                p80_ms=p80,
-                cpu_ms=float(np.median(timed.cpu_ms)),
-                ratio=None if base is None else ratio(timed.ms, base.ms),
-                cpu_ratio=None if base is None else ratio(timed.cpu_ms, base.cpu_ms),
-                rounds=len(timed.ms),
-                captured=timed.captured,
-                launched_ms=timed.launched_ms,
-                peak_bytes=peak_bytes(provider.call, problem.inputs[0], problem.device),
-            )
+            peak = peak_bytes(provider.call, problem.inputs[0], problem.device)
+            result = replace(result, peak_bytes=peak, **_summary(timed, base))
         results.append(result)
     return results
 
 
-def _standards(problem: Problem) -> dict[str, Standard]:
-    """The standard that each provider is judged by."""
-    shared = _shared_standard(problem)
-    allowed = PEER_FACTOR * max(shared.allowed)
+def _summary(timed: Timing, base: Timing | None) -> dict[str, Any]:
+    """The fields of a Result that come from the times of a provider and of the baseline."""
+    p20, p50, p80 = np.percentile(timed.ms, (20, 50, 80)).tolist()
     return {
-        p.name: shared if p.truth is None else own_standard(p.truth, problem.inputs, allowed)
-        for p in problem.providers
+        **{"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "cpu_ms": median(timed.cpu_ms)},
+        "ratio": None if base is None else ratio(timed.ms, base.ms),
+        "cpu_ratio": None if base is None else ratio(timed.cpu_ms, base.cpu_ms),
+        **{"rounds": len(timed.ms), "captured": timed.captured, "launched_ms": timed.launched_ms},
     }
+
+
+def _standards(problem: Problem) -> dict[str, Standard]:
+    """The standard that each provider is judged by.
+
+    Raises:
+        ValueError: the truth is not in float64, or the reference's outputs differ from it in number or shape.
+    """
+    inputs, reference = problem.inputs, problem.reference
+    shared = own_standard(problem.truth, inputs, reference if isinstance(reference, float) else 0.0)
+    if not isinstance(reference, float):
+        shared = replace(shared, allowed=_allowed(reference, inputs, shared.truth))
+    of_peers = PEER_FACTOR * max(shared.allowed)
+    return {
+        p.name: shared if p.truth is None else own_standard(p.truth, inputs, of_peers) for p in problem.providers
+    }
+
+
+def _allowed(
+    reference: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], truth: Sequence[tuple[Tensor, ...]]
+) -> list[float]:
+    """What rounding allows each output of the reference: draws over all inputs."""
+    errors = []
+    for draw in range(max(DRAWS, len(inputs))):
+        exact = truth[draw % len(inputs)]
+        outputs = as_tuple(drawn(partial(reference, *inputs[draw % len(inputs)]), draw))
+        if _shapes(outputs) != _shapes(exact):
+            raise ValueError(f"reference outputs are {_shapes(outputs)}, the truth's {_shapes(exact)}")
+        errors.append(list(map(relative_error, outputs, exact)))
+    return [allowed_error(e, o.dtype) for e, o in zip(zip(*errors, strict=True), outputs, strict=True)]
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:

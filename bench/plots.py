@@ -13,7 +13,9 @@ from .report import size_in_words
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw"]
+__all__ = ["NAMES", "SUFFIXES", "draw"]
+
+NAMES, SUFFIXES = ("throughput", "roofline", "memory"), ("png", "svg")  # of the files
 
 # A provider looks the same in every plot: a colour that colour-blind readers tell apart (Okabe and Ito), a marker.
 _BLACK, _ORANGE, _GREY = ("#000000", "o"), ("#D55E00", "^"), ("#999999", "D")
@@ -45,18 +47,17 @@ def draw(results: Sequence[Result], environment: Environment, folder: str | Path
     timed = [result for result in results if result.p50_ms is not None]
     kept = [result for result in timed if result.peak_bytes]
     where = _where(environment)
-    memory = f"Memory of one call above weights and inputs. {where}"
-    plots: dict[str, Callable[[], Figure | None]] = {
-        "throughput": lambda: _panels(timed, "batch", _samples_per_second, "samples / s", f"Throughput. {where}"),
-        "roofline": lambda: _roofline(timed, environment),
-        "memory": lambda: _panels(kept, "depth", _peak_mib, "peak, MiB", memory),
-    }
-    written = []
+    memory, written = f"Memory of one call above weights and inputs. {where}", list[Path]()
     with pyplot.style.context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "linfast"}):
-        for name, make in plots.items():
-            if (figure := make()) is None:
+        figures = (
+            _panels(timed, "batch", _samples_per_second, "samples / s", f"Throughput. {where}"),
+            _roofline(timed, environment),
+            _panels(kept, "depth", _peak_mib, "peak, MiB", memory),
+        )
+        for name, figure in zip(NAMES, figures, strict=True):
+            if figure is None:
                 continue
-            for suffix in ("png", "svg"):
+            for suffix in SUFFIXES:
                 written.append(Path(folder) / f"{name}.{suffix}")
                 figure.savefig(written[-1], dpi=150, metadata={"Date": None} if suffix == "svg" else None)
             pyplot.close(figure)

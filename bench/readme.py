@@ -12,12 +12,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .environment import Environment
-from .harness import Result
-from .plots import draw
+from .plots import NAMES, draw
 from .report import parse, short_table
 
-__all__ = ["main", "rewritten"]
+__all__ = ["main"]
 
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w.-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
@@ -30,32 +28,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     readme = args.root / "README.md"
     before = readme.read_text(encoding="utf-8")
-    after = rewritten(before, args.root)
-    if args.check:
-        return int(after != before)
-    readme.write_text(after, encoding="utf-8")
-    for match in _BLOCK.finditer(before):
-        folder = args.root / "docs/bench" / match["name"]
-        folder.mkdir(parents=True, exist_ok=True)
-        parsed = _results(args.root, match["name"])
-        draw([result for result, _ in parsed], parsed[-1][1], folder)
-    return 0
-
-
-def rewritten(readme: str, root: Path) -> str:
-    """The README's text with every block rewritten and everything outside the blocks unchanged."""
+    names = [match["name"] for match in _BLOCK.finditer(before)]
+    lines = {name: (args.root / "bench/results" / f"{name}.jsonl").read_text(encoding="utf-8") for name in names}
+    results = {name: parse(text.splitlines()) for name, text in lines.items()}
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
-        names = ("throughput", "roofline", "memory")
-        plots = "\n".join(f"![{plot}](docs/bench/{name}/{plot}.png)" for plot in names)
-        return f"{match[1]}```\n{short_table(_results(root, name))}\n```\n\n{plots}\n{match[3]}"
+        plots = (f"![{plot}](docs/bench/{name}/{plot}.png)" for plot in NAMES)
+        return "\n".join([f"{match[1]}```", short_table(results[name]), "```", "", *plots, match[3]])
 
-    return _BLOCK.sub(block, readme)
-
-
-def _results(root: Path, name: str) -> list[tuple[Result, Environment]]:
-    return parse((root / "bench/results" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
+    after = _BLOCK.sub(block, before)
+    if args.check:
+        return int(after != before)
+    readme.write_text(after, encoding="utf-8")
+    for name, parsed in results.items():
+        folder = args.root / "docs/bench" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        draw([result for result, _ in parsed], parsed[-1][1], folder)
+    return 0
 
 
 if __name__ == "__main__":

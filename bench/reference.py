@@ -39,19 +39,22 @@ from torch import Tensor
 
 import linfast as lf
 
+from .rounding import relative_error
 from .timing import peak_bytes, ratio, time_interleaved
 
 __all__ = ["main", "reference_model", "step", "step_bytes"]
 
-CONFIGS = {"mnist": (1, 32, 32), "celeba": (3, 64, 64)}
+MNIST, CELEBA = (1, 32, 32), (3, 64, 64)
+CONFIGS = {"mnist": MNIST, "celeba": CELEBA}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
+PARTS = ("compare", "times", "memory", "training", "one-step", "latent")  # the first three of from_reference
 _T, _BATCH, _LIMIT_GIB = 100, 16, 9.0
 _SCALES = {"aux_conv": 0.3, "conv1": 0.5, "proj": 0.5}  # of the last weights of a block, by the end of their name
 
 Runs = Mapping[str, Callable[[], Any]]
 
 
-def reference_model(path: str, shape: tuple[int, int, int], as_built: bool = False) -> Any:
+def reference_model(path: str, shape: tuple[int, int, int] = MNIST, as_built: bool = False) -> Any:
     """Its Linearizer with initialised ActNorms; the last weights of its blocks not near zero, or ``as_built``."""
     sys.path.insert(0, path)
     from common.song__unet import creat_song_unet  # type: ignore[import-not-found]
@@ -115,8 +118,21 @@ def _compare(f: Any, h: Any, x: Tensor, t: Tensor) -> None:
     ours, own, truth = results(h, x, t), results(f, x, t), results(f.double(), x.double(), t.double())
     f.float()
     for name, value in truth.items():
-        errors = [float((r[name].double() - value).norm() / value.norm()) for r in (ours, own)]
+        errors = [relative_error(result[name], value) for result in (ours, own)]
         print(f"{name:14s} linfast {errors[0]:.1e}   reference in fp32 {errors[1]:.1e}")
+
+
+def _steps(measure: Callable[..., Any], f: Any, ours: Mapping[str, tuple[lf.Flow, Any]], x: Tensor) -> Runs:
+    """``step`` or ``step_bytes`` of the reference's g, and of our flows, storing and inverting."""
+
+    def of_ours(flow: lf.Flow, g: Any, memory: str) -> Any:
+        flow.memory = memory
+        return measure(g, list(flow.parameters()), x)
+
+    runs = {"reference": functools.partial(measure, f.gx, list(f.parameters()), x)}
+    for memory in ("store", "invert"):
+        runs |= {f"{name}, {memory}": functools.partial(of_ours, *g, memory) for name, g in ours.items()}
+    return runs
 
 
 def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
@@ -127,14 +143,7 @@ def _times(f: Any, h: Any, repeats: int, x: Tensor) -> None:
         _say(f"forward, {size}", {n: functools.partial(m.gx, x) for n, m in models.items()}, repeats)
         _say(f"inverse, {size}", {n: functools.partial(m.gx_inverse, z) for n, m in models.items()}, repeats)
     f.train(), h.train()
-
-    def linfast(memory: str) -> None:
-        h.g_x.bijection.memory = memory
-        step(h.gx, list(h.parameters()), x)
-
-    runs = {f"linfast, {memory}": functools.partial(linfast, memory) for memory in ("store", "invert")}
-    reference = functools.partial(step, f.gx, list(f.parameters()), x)
-    _say(f"training step, {size}", {"reference": reference, **runs}, repeats)
+    _say(f"training step, {size}", _steps(step, f, {"linfast": (h.g_x.bijection, h.gx)}, x), repeats)
     f.eval(), h.eval()
 
 
@@ -144,29 +153,24 @@ def _memory(f: Any, h: Any, x: Tensor) -> None:
     own = lf.image_flow(*x.shape[1:3], 4 * LAYERS, **options)  # type: ignore[arg-type, call-arg]
     own(x, t=1.0)
     f.train(), h.train()
-    full = step_bytes(f.gx, list(f.parameters()), x)
-    print(f"peak of a training step, batch {len(x)}, reference: {full / 1e6:.1f} MB")
-    for label, flow, g in (("from_reference", h.g_x.bijection, h.gx), ("image_flow", own, own.at(t=1.0))):
-        for flow.memory in ("store", "invert"):
-            size = step_bytes(g, list(flow.parameters()), x)
-            print(
-                f"    {label}, {flow.memory}: {size / 1e6:.1f} MB, {size / full:.3f} of the reference", flush=True
-            )
-    print(
-        f"    the weights' gradients among it: {sum(p.nbytes for p in own.parameters()) / 1e6:.1f} MB (image_flow)"
-    )
+    ours = {"from_reference": (h.g_x.bijection, h.gx), "image_flow": (own, own.at(t=1.0))}
+    sizes = {name: run() for name, run in _steps(step_bytes, f, ours, x).items()}
+    for name, size in sizes.items():
+        share = f"{size / sizes['reference']:.3f} of the reference"
+        print(f"peak of a training step, batch {len(x)}, {name}: {size / 1e6:.1f} MB, {share}")
+    print(f"the weights' gradients among it: {sum(p.nbytes for p in own.parameters()) / 1e6:.1f} MB (image_flow)")
     f.eval(), h.eval()
 
 
 # accelerate
 
 
-def _loss(f: Any, x1: Tensor, noise: float = 0.3) -> Tensor:
+def _loss(f: Any, x1: Tensor) -> Tensor:
     """The paper's loss, with MSE in place of LPIPS."""
     x0, t = torch.randn_like(x1), torch.rand(len(x1))
     z0, z1, at = f.gy(x0), f.gx(x1), t[:, None, None, None]
     predicted = f.A((1 - at) * z0 + at * z1, t=t)
-    again = f.gy_inverse(z0 + noise * torch.randn_like(z0)), f.gx_inverse(z1 + noise * torch.randn_like(z1))
+    again = f.gy_inverse(z0 + 0.3 * torch.randn_like(z0)), f.gx_inverse(z1 + 0.3 * torch.randn_like(z1))
     pairs = ((predicted, z1), (again[0], x0), (again[1], x1), (f.gx_inverse(predicted), x1))
     return sum((F.mse_loss(a, b) for a, b in pairs), start=torch.zeros(()))
 
@@ -195,7 +199,7 @@ def _one_step(path: str, model: Any, repeats: int) -> None:
 
     original, ours = (FlowMatcher(copy.deepcopy(model).eval()) for _ in range(2))
     assert not lf.accelerate(ours).left
-    noise = torch.randn(_BATCH, *CONFIGS["mnist"])
+    noise = torch.randn(_BATCH, *MNIST)
     runs = {
         name: functools.partial(m.sample_one_step, noise, "cpu", "rk", _T)
         for name, m in (("original", original), ("accelerated", ours))
@@ -205,34 +209,26 @@ def _one_step(path: str, model: Any, repeats: int) -> None:
     exact = FlowMatcher(copy.deepcopy(model).eval().double()).sample(noise.double(), "cpu", _T, "rk")
     torch.set_default_dtype(torch.float32)
     for name, run in runs.items():
-        error = float((run().double() - exact).norm() / exact.norm())
-        print(f"one step, {name}: {error:.1e} from the {_T}-step sampler in float64")
+        print(f"one step, {name}: {relative_error(run(), exact):.1e} from the {_T}-step sampler in float64")
 
 
 def _latent() -> None:
     from one_step.modules.linear_network import TimeDependentLoRALinearLayer
 
-    n = torch.Size(CONFIGS["celeba"]).numel()
-    layer = TimeDependentLoRALinearLayer(n, RANK, TIME_FEATURES)
-    z, t = torch.randn(_BATCH, *CONFIGS["celeba"], requires_grad=True), torch.rand(_BATCH)
+    z, t = torch.randn(_BATCH, *CELEBA, requires_grad=True), torch.rand(_BATCH)
+    layer = TimeDependentLoRALinearLayer(z[0].numel(), RANK, TIME_FEATURES)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (int(_LIMIT_GIB * 2**30), limits[1]))
-    try:
-        for name in ("original", "accelerated"):
-            if name == "accelerated":
-                assert not lf.accelerate(layer).left
-            print(f"latent part, {name}, {_LIMIT_GIB:.0f} GiB of address space: {_try_latent(layer, z, t)}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-def _try_latent(layer: Any, z: Tensor, t: Tensor) -> str:
-    start = time.perf_counter()
-    try:
-        peak = step_bytes(functools.partial(layer, t=t), list(layer.parameters()), z)
-    except (RuntimeError, MemoryError) as error:
-        return str(error).splitlines()[0]
-    return f"{time.perf_counter() - start:.2f} s, peak {peak / 2**20:.0f} MiB"
+    for name in ("original", "accelerated"):
+        assert name == "original" or not lf.accelerate(layer).left
+        start = time.perf_counter()
+        try:
+            peak = step_bytes(functools.partial(layer, t=t), list(layer.parameters()), z)
+            found = f"{time.perf_counter() - start:.2f} s, peak {peak / 2**20:.0f} MiB"
+        except (RuntimeError, MemoryError) as error:
+            found = str(error).splitlines()[0]
+        print(f"latent part, {name}, {_LIMIT_GIB:.0f} GiB of address space: {found}")
+    resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -241,24 +237,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", choices=CONFIGS, default="mnist", help="of what from_reference is measured on")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=7)
-    of_images = ("compare", "times", "memory")
-    of_accelerate = ("training", "one-step", "latent")
-    parser.add_argument("--what", choices=(*of_images, *of_accelerate), nargs="+", default=of_images)
+    parser.add_argument("--what", choices=PARTS, nargs="+", default=PARTS[:3])
     options = parser.parse_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler logs its start and stop
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shape, mnist = CONFIGS[options.config], CONFIGS["mnist"]
-    f = reference_model(options.path, shape)
+    f = reference_model(options.path, shape := CONFIGS[options.config])
     h = lf.from_reference(f)
-    built = reference_model(options.path, mnist, as_built=True)
+    built = reference_model(options.path, as_built=True)
     batches = [torch.randn(batch, *shape) for batch in options.batch]
     parts: Runs = {
         "compare": lambda: _compare(f, h, batches[0][:2], torch.rand(2)),
         "times": lambda: [*map(functools.partial(_times, f, h, options.repeats), batches)],
         "memory": lambda: _memory(f, h, batches[0]),
-        "training": lambda: _training(built, torch.rand(options.batch[-1], *mnist), options.repeats),
-        "one-step": lambda: _one_step(options.path, reference_model(options.path, mnist), options.repeats),
+        "training": lambda: _training(built, torch.rand(options.batch[-1], *MNIST), options.repeats),
+        "one-step": lambda: _one_step(options.path, reference_model(options.path), options.repeats),
         "latent": _latent,
     }
     for name in options.what:

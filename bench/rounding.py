@@ -76,18 +76,17 @@ _EXACT = {
 def allowed_errors(
     reference: Callable[[], Sequence[Tensor | None]],
     truth: Sequence[Tensor | None],
-    draws: int = DRAWS,
     operands: Callable[[Tensor], Tensor] | None = None,
 ) -> list[float]:
     """The allowance of each output of ``reference``, by the formula above; 0 where it is None.
 
     Args:
-        reference: plain torch on narrow tensors; called ``draws`` times.
+        reference: plain torch on narrow tensors; called ``DRAWS`` times.
         truth: the same outputs in float64.
         operands: what becomes of the fp32 operands of matrix products.
     """
     errors = []
-    for seed in range(draws):
+    for seed in range(DRAWS):
         outputs = drawn(reference, seed, operands)
         errors.append([relative_error(o, t) for o, t in zip(outputs, truth, strict=True)])
     pairs = zip(zip(*errors, strict=True), outputs, strict=True)

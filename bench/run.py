@@ -13,12 +13,15 @@ import torch
 
 from linfast._command import Parser, refuse_existing
 
-from .cases import CASES
+from .cases import CASES, sizes, words
+from .compare import run_compare
 from .environment import Environment, ceilings, describe, free_bytes
-from .harness import SCALES, Case, Options, Result, Size, UsageError, measure
+from .harness import SCALES, Options, Result, Size, UsageError, measure
+from .plots import NAMES, SUFFIXES, draw
 from .report import json_line, table
+from .trace import run_profile
 
-__all__ = ["main", "parser", "sizes", "too_large"]
+__all__ = ["main", "parser", "too_large"]
 
 _BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
 _PLOTS = "linfast-bench"
@@ -42,15 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not any(sizes(CASES[name], args) for name in args.case):
             raise UsageError(f"--only {args.only}: no size of these cases has it")
         if args.compare is not None:
-            from .compare import run_compare
-
             return run_compare(args)
         plots = None if args.profile else _plots(args)
         if not args.overwrite:
             refuse_existing(_files(args, plots), "--overwrite replaces it")
         if args.profile is not None:
-            from .trace import run_profile
-
             return run_profile(args)
         return _run(args, plots)
     except BrokenPipeError:
@@ -58,18 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, UsageError) as error:
         is_file = isinstance(error, OSError) and error.filename is not None
         arguments.error(f"cannot write {error.filename}: {error.strerror}" if is_file else str(error))  # type: ignore[union-attr]
-
-
-def sizes(case: Case, args: argparse.Namespace) -> list[Size]:
-    """The sizes of the case that are asked for; given batch sizes replace the case's own."""
-    own = case.sizes[args.sizes]
-    asked = own if args.batch is None else [{**size, "batch": batch} for size in own for batch in args.batch]
-    named = [size for size in asked if args.only in _words(size)]
-    return list({tuple(size.items()): size for size in named}.values())
-
-
-def _words(size: Size) -> str:
-    return " ".join(map(str, size.values()))
 
 
 def too_large(size: Size, measured: Sequence[Result], limit: float, device: torch.device) -> str | None:
@@ -111,8 +98,6 @@ def _run(args: argparse.Namespace, plots: str | None) -> int:
     results = _measure_all(args, environment)
     print(table(results, environment))
     if plots is not None:
-        from .plots import draw
-
         for path in draw(results, environment, plots):
             print(f"wrote {path}")
     return int(any(result.refused is not None for result in results))
@@ -125,7 +110,7 @@ def _measure_all(args: argparse.Namespace, environment: Environment) -> list[Res
         case, measured = CASES[name], list[Result]()
         for size in sizes(case, args):
             reason = None if case.every_size else too_large(size, measured, _LIMIT, args.device)
-            new, what = list[Result](), f"{name} {_words(size)}"
+            new, what = list[Result](), f"{name} {words(size)}"
             if reason is None:
                 print(f"measuring {what}", file=sys.stderr, flush=True)
                 try:
@@ -156,8 +141,7 @@ def _files(args: argparse.Namespace, plots: str | None) -> list[str]:
     if args.profile is not None:
         names = ["kernels.txt", *(f"{case}.trace.json.gz" for case in args.case)]
         return [os.path.join(args.profile, name) for name in names]
-    drawn = [f"{name}.{suffix}" for name in ("throughput", "roofline", "memory") for suffix in ("png", "svg")]
-    files = [] if plots is None else [os.path.join(plots, name) for name in drawn]
+    files = [] if plots is None else [os.path.join(plots, f"{name}.{end}") for name in NAMES for end in SUFFIXES]
     return files if args.json is None or args.json.startswith("/dev/") else [args.json, *files]
 
 
@@ -209,7 +193,6 @@ def parser() -> Parser:
 
 
 def _device(text: str) -> torch.device:
-    """A CPU, or a GPU of this machine."""
     try:
         device = torch.device(text)
     except RuntimeError:

@@ -67,7 +67,6 @@ def time_interleaved(
     budget: float = 0.0,
     rounds: int | None = None,
     warmup: int = WARMUP_ROUNDS,
-    capture: bool = True,
 ) -> dict[str, Timing]:
     """Time every call once per round, for ``rounds`` rounds, or for ``budget`` seconds and 5 to 2000 rounds.
 
@@ -76,10 +75,9 @@ def time_interleaved(
 
     Args:
         device: where the calls run; the CPU by default.
-        capture: whether calls on a GPU are captured in a CUDA graph.
     """
     timings = {name: Timing() for name in calls}
-    make = _host_round if device is None or device.type == "cpu" else _cuda_round if capture else _launched_round
+    make = _host_round if device is None or device.type == "cpu" else _cuda_round
     runs = {name: make(call, inputs, timings[name]) for name, call in calls.items()}
     turn, deadline = 0, 0.0
     for round_ in range(-warmup, MAX_ROUNDS if rounds is None else rounds):
@@ -109,11 +107,6 @@ def _host_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing
     return run
 
 
-def _launched_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
-    """One call from the host, from an idle device to an idle device."""
-    return lambda index: _between_events(lambda: call(*inputs[index]))
-
-
 def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing) -> Round:
     """Replays of the captured calls, or, where the capture fails, calls from the host."""
     from linfast.cuda_graph import CudaGraph
@@ -121,7 +114,9 @@ def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing
     def outputs() -> list[tuple[Tensor, ...]]:
         return [as_tuple(cast(Outputs, call(*arguments))) for arguments in inputs]
 
-    launched = _launched_round(call, inputs, timing)
+    def launched(index: int) -> tuple[float, object]:
+        return _between_events(lambda: call(*inputs[index]))
+
     timing.launched_ms = median(launched(turn % len(inputs))[0] for turn in range(LAUNCHED_CALLS))
     try:
         graph = CudaGraph(outputs, (), inputs[0][0].device)

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from linfast.ranges import ranges
 
-from .cases import CASES
+from .cases import CASES, sizes
 from .harness import Case, Options, Problem, Provider, Size
 
 __all__ = ["run_profile"]
@@ -25,8 +25,6 @@ MOST_ROWS = 8
 
 def run_profile(args: argparse.Namespace) -> int:
     """Profile the first size of every case asked for."""
-    from .run import sizes
-
     folder = Path(args.profile)
     folder.mkdir(parents=True, exist_ok=True)
     summaries = []

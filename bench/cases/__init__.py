@@ -4,12 +4,13 @@ Modules are imported when a case of theirs is asked for, so that ``--compare`` s
 that lacks what one of them needs.
 """
 
+import argparse
 import importlib
 from collections.abc import Iterator, Mapping
 
-from ..harness import Case
+from ..harness import Case, Size
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "sizes", "words"]
 
 _MODULES = {
     "ops": (
@@ -35,3 +36,16 @@ class _Cases(Mapping[str, Case]):
 
 
 CASES: Mapping[str, Case] = _Cases()
+
+
+def sizes(case: Case, args: argparse.Namespace) -> list[Size]:
+    """The sizes of the case that are asked for; given batch sizes replace the case's own."""
+    own = case.sizes[args.sizes]
+    asked = own if args.batch is None else [{**size, "batch": batch} for size in own for batch in args.batch]
+    named = [size for size in asked if args.only in words(size)]
+    return list({tuple(size.items()): size for size in named}.values())
+
+
+def words(size: Size) -> str:
+    """The size's values on one line."""
+    return " ".join(map(str, size.values()))

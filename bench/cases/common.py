@@ -132,11 +132,11 @@ def op_case(
     draw: Callable[[Source, Size], tuple[Tensor, ...]],
     op: Callable[[Size], Function],
     operations: Callable[[Size, Tensor], int],
-    sizes: Mapping[str, Sequence[Size]],
     truth: Callable[[Size], Function] | None = None,
     reference: Callable[[Size], Function] | None = None,
     rivals: Callable[[Size, Options], Mapping[str, Function]] = lambda size, options: {},
     baseline: str = "eager",
+    **sizes: Sequence[Size],
 ) -> Case:
     """The case of one op that returns y or (y, log_det), where y has the shape of the first argument.
 
@@ -149,6 +149,7 @@ def op_case(
             the truth.
         rivals: other ways to compute the same, by name.
         baseline: the provider that the others are compared with, where it is there.
+        sizes: at each of the ``SCALES``.
     """
 
     def build(size: Size, options: Options) -> Problem:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,19 @@ from .common import (
     run,
     seeded,
 )  # fmt: skip
-from .libraries import LIBRARIES, PEERS, Run, library, peer
+from .libraries import LIBRARIES, PEERS, library, peer
 
 __all__ = ["CASES"]
 
 
-def _flow(size: Size, memory: str = "auto") -> lf.Flow:
+def _architecture(size: Size) -> tuple[int, int, tuple[int, int]]:
+    """Features, couplings, and the widths of their conditioners."""
     n, depth, hidden = ints(size, "D", "depth", "hidden")
-    return seeded(lambda: perturb(lf.coupling_flow(n, depth, (hidden, hidden), memory=memory)))
+    return n, depth, (hidden, hidden)
+
+
+def _flow(size: Size, memory: str = "auto") -> lf.Flow:
+    return seeded(lambda: perturb(lf.coupling_flow(*_architecture(size), memory=memory)))
 
 
 def _cost(size: Size) -> Cost:
@@ -51,10 +56,47 @@ def _cost(size: Size) -> Cost:
     return Cost(3 * read + 2 * written, 6 * batch * weights)
 
 
-def _run(size: Size, model: nn.Module, function: Function) -> Call:
-    """What is timed of ``function`` of the model, in the size's direction."""
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    return run(str(size["direction"]), weights)(function)
+def _timed(size: Size, model: nn.Module) -> Callable[[Function], Call]:
+    """function of the model -> what is timed of it, in the size's direction."""
+    return run(str(size["direction"]), [weight for weight in model.parameters() if weight.requires_grad])
+
+
+def _call(size: Size, model: nn.Module, method: Function) -> Call:
+    return _timed(size, model)(functools.partial(method, model))
+
+
+def _in_float64(size: Size, model: nn.Module, method: Function) -> Call:
+    """The call of a copy of the model, with float64 as the default dtype too, for zeros that a library creates."""
+    call = _call(size, copy.deepcopy(model).double(), method)
+
+    def exact(*arguments: Tensor) -> tuple[Tensor, ...]:
+        torch.set_default_dtype(torch.float64)
+        try:
+            return call(*arguments)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return exact
+
+
+def _problem(
+    size: Size,
+    options: Options,
+    model: nn.Module,
+    method: Function,
+    compared: Sequence[Provider],
+    allowed: float | None = None,
+    cost: Cost | None = None,
+) -> Problem:
+    """``method(model, x)`` for standard normal x [batch, D]; allowed is a number, or what rounding costs."""
+    source, count = Source(options, size), 2 if size["direction"] == BACKWARD else 1
+    return Problem(
+        inputs=inputs(lambda: tuple(source.normal(count, *ints(size, "batch", "D"))), options),
+        truth=_in_float64(size, model, method),
+        reference=allowed or _call(size, model, method),
+        providers=compared,
+        cost=cost or _cost(size),
+    )
 
 
 # coupling_flow: density, inverse, and the training step by likelihood.
@@ -66,46 +108,20 @@ def _coupling_flow(size: Size, options: Options, control: bool = False) -> Probl
     Most peers give a log-determinant with their inverse, needed or not. With ``control`` our flow runs as its users
     run it, with the backend "auto", and a copy of it is among the providers: its time over the flow's is the noise.
     """
-    inverse, (n, depth, hidden) = size["direction"] == INVERSE, ints(size, "D", "depth", "hidden")
-    source, flow = Source(options, size), _flow(size).to(options.device)
+    flow, inverse = _flow(size).to(options.device), size["direction"] == INVERSE
     method = lf.Flow.inverse if inverse else lf.Flow.forward_and_log_det
-
-    def call(model: lf.Flow) -> Call:
-        return _run(size, model, functools.partial(method, model))
-
     rivals = []
     for name in PEERS:
-        if (made := peer(name, n, depth, (hidden, hidden))) is not None:
-            narrow, pick = made[0].to(options.device), made[2 if inverse else 1]
-            rival = _run(size, narrow, functools.partial(pick, narrow))
-            rivals.append(Provider(name, rival, truth=_in_float64(size, narrow, pick)))
-    ours = providers(functools.partial(method, flow), options, functools.partial(_run, size, flow))
+        if (made := peer(name, *_architecture(size), inverse)) is not None:
+            narrow, pick = made[0].to(options.device), made[1]
+            rivals.append(Provider(name, _call(size, narrow, pick), truth=_in_float64(size, narrow, pick)))
+    ours = providers(functools.partial(method, flow), options, _timed(size, flow))
     if control:
         compiled = [provider for provider in ours[1:] if provider.name != "linfast"]
-        ours = [Provider("linfast", call(flow), baseline=True), *compiled]
-        rivals.insert(len(rivals) // 2, Provider(CONTROL, call(copy.deepcopy(flow))))  # far from ours in the cache
-    return Problem(
-        inputs=inputs(lambda: (source.normal(*ints(size, "batch", "D")),), options),
-        truth=call(copy.deepcopy(flow).double()),
-        reference=call(flow),
-        providers=[*ours, *rivals],
-        cost=_cost(size),
-    )
-
-
-def _in_float64(size: Size, model: nn.Module, pick: Run) -> Call:
-    """The call of a copy of a library's model, with float64 as the default dtype too, for zeros that it creates."""
-    wide = copy.deepcopy(model).double()
-    call = _run(size, wide, functools.partial(pick, wide))
-
-    def exact(x: Tensor) -> tuple[Tensor, ...]:
-        torch.set_default_dtype(torch.float64)
-        try:
-            return call(x)
-        finally:
-            torch.set_default_dtype(torch.float32)
-
-    return exact
+        ours = [Provider("linfast", _call(size, flow, method), baseline=True), *compiled]
+        again = Provider(CONTROL, _call(size, copy.deepcopy(flow), method))
+        rivals.insert(len(rivals) // 2, again)  # far from ours in the cache
+    return _problem(size, options, flow, method, [*ours, *rivals])
 
 
 _BASE: Size = {"direction": FORWARD, "D": 64, "depth": 8, "hidden": 128, "batch": 1024}
@@ -145,26 +161,20 @@ _WITHIN, _LOOSELY = 1e-4, 1e-3
 
 def _libraries(size: Size, options: Options) -> Problem:
     """(z, log_det) or (z,), the same backwards, or (loss, *gradients of the weights)."""
-    source, name = Source(options, size), str(size["library"])
-    n, depth, hidden = ints(size, "D", "depth", "hidden")
-    model, forward, inverse = library(name, n, depth, (hidden, hidden))
-    pick = inverse if size["direction"] == INVERSE else forward
+    name, direction = str(size["library"]), size["direction"]
+    model, method = library(name, *_architecture(size), inverse=direction == INVERSE)
     model = model.to(options.device)
-    fast, again = copy.deepcopy(model), copy.deepcopy(model)
-    lf.accelerate(fast)
-    models = {"original": model, "accelerated": fast, CONTROL: again}
-    calls = {who: _run(size, each, functools.partial(pick, each)) for who, each in models.items()}
+    models = {"original": model, "accelerated": copy.deepcopy(model), CONTROL: copy.deepcopy(model)}
+    lf.accelerate(models["accelerated"])
+    calls = {who: _call(size, each, method) for who, each in models.items()}
     if options.compile:
         torch.compiler.reset()
-        compiled = torch.compile(functools.partial(pick, model), dynamic=False)
-        calls["compiled original"] = _run(size, model, compiled)
-    return Problem(
-        inputs=inputs(lambda: (source.normal(*ints(size, "batch", "D")),), options),
-        truth=_in_float64(size, model, pick),
-        reference=_LOOSELY if size["direction"] == TRAIN or "AllInOneBlock" in name else _WITHIN,
-        providers=[Provider(who, call, baseline=who == "original") for who, call in calls.items()],
-        cost=_cost(size),
-    )
+        calls["compiled original"] = _timed(size, model)(
+            torch.compile(functools.partial(method, model), dynamic=False)
+        )
+    compared = [Provider(who, call, baseline=who == "original") for who, call in calls.items()]
+    allowed = _LOOSELY if direction == TRAIN or "AllInOneBlock" in name else _WITHIN
+    return _problem(size, options, model, method, compared, allowed)
 
 
 _LIBRARY: Size = {"library": "normflows AffineCouplingBlock exp", **_BASE}
@@ -186,22 +196,14 @@ _LIBRARIES = Case(
 
 def _linearizer(size: Size, options: Options) -> Problem:
     """y of standard normal inputs, or with the backward (y, dx, *dweights)."""
-    direction, (batch, n) = str(size["direction"]), ints(size, "batch", "D")
-    depth, hidden = int(size["depth"]), (int(size["hidden"]),) * 2
-    model = seeded(lambda: perturb(lf.Linearizer(lf.coupling_flow(n, depth, hidden), lf.Dense(n))))
+    direction, (batch, n) = size["direction"], ints(size, "batch", "D")
+    model = seeded(lambda: perturb(lf.Linearizer(lf.coupling_flow(*_architecture(size)), lf.Dense(n))))
     model = model.to(options.device)
-    source, exact = Source(options, size), copy.deepcopy(model).double()
-    count = 2 if direction == BACKWARD else 1
     method = lf.Linearizer.inverse if direction == INVERSE else lf.Linearizer.forward
-    call, truth = (run(direction, list(m.parameters())) for m in (model, exact))
+    compared = providers(functools.partial(method, model), options, _timed(size, model))
     one, passes = _cost(size), 3 if direction == BACKWARD else 1
-    return Problem(
-        inputs=inputs(lambda: tuple(source.normal(count, batch, n)), options),
-        truth=truth(functools.partial(method, exact)),
-        reference=call(functools.partial(method, model)),
-        providers=providers(functools.partial(method, model), options, call),
-        cost=Cost(one.bytes + passes * 4 * n * n, 2 * one.operations + passes * 2 * batch * n * n),
-    )
+    cost = Cost(one.bytes + passes * 4 * n * n, 2 * one.operations + passes * 2 * batch * n * n)
+    return _problem(size, options, model, method, compared, cost=cost)
 
 
 _LINEARIZER = Case(
@@ -266,9 +268,7 @@ def _streams(size: Size, options: Options) -> Problem:
     flow, device = _flow(size), options.device
     f = lf.Linearizer(flow, seeded(lambda: perturb(lf.TimeLowRank(n, rank)))).to(device)
     exact = lf.generator(copy.deepcopy(f).double())
-    noise = nn.PReLU(init=1.0).to(
-        device
-    )  # the identity; its parameter says where and in which dtype noise is drawn
+    noise = nn.PReLU(init=1.0).to(device)  # the identity; its parameter says where noise is drawn, in which dtype
 
     def stream(model: nn.Module, captured: bool, seed: Tensor) -> Tensor:
         options = {"noise_shape": (n,), "block_size": block, "cuda_graph": captured, "progress": False}

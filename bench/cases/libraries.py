@@ -154,32 +154,32 @@ PEERS: dict[str, str] = {  # timed beside coupling_flow: affine couplings, as ma
 }
 
 
-def library(name: str, features: int, depth: int, hidden: tuple[int, ...]) -> Model:
-    """The model of this name, with the same weights in every run.
+def library(name: str, features: int, depth: int, hidden: tuple[int, ...], inverse: bool) -> tuple[nn.Module, Run]:
+    """The model of this name, with the same weights in every run, and its function of (model, x).
 
     Raises:
         ImportError: the library is not installed.
     """
-    model, forward, inverse = seeded(lambda: LIBRARIES[name](features, depth, hidden))
+    model, *functions = seeded(lambda: LIBRARIES[name](features, depth, hidden))
     if not name.startswith("glasflow"):  # whose inverse would divide by scales near 0.001
         seeded(lambda: perturb(model))
-    return model, forward, inverse
+    return model, functions[inverse]
 
 
-def peer(name: str, features: int, depth: int, hidden: tuple[int, ...]) -> Model | None:
-    """The model, (model, x) -> (z, log_det) and (model, z) -> (x, ...).
+def peer(
+    name: str, features: int, depth: int, hidden: tuple[int, ...], inverse: bool
+) -> tuple[nn.Module, Run] | None:
+    """The model, and (model, x) -> (z, log_det) or, where it is the inverse, (model, z) -> (x, ...).
 
     None where the library is not installed, or has no such model: an odd number of features, or of couplings
     where a block holds two.
     """
     if features % 2 or (depth % 2 and name == "FrEIA GLOW"):
         return None
-    try:
-        model, forward, inverse = library(PEERS[name], features, depth, hidden)
+    try:  # normflows' forward is from latents to data
+        model, function = library(PEERS[name], features, depth, hidden, inverse != (name == "normflows"))
     except ImportError:
         return None
-    if name == "normflows":  # its forward is from latents to data
-        forward, inverse = inverse, forward
-    if name == "zuko":  # whose inverse computes the log-determinant by a second pass, where it is asked for
-        inverse = lambda m, z: (m().transform.inv(z),)  # noqa: E731
-    return model, forward, inverse
+    if name == "zuko" and inverse:  # which computes the log-determinant by a second pass, where it is asked for
+        return model, lambda m, z: (m().transform.inv(z),)
+    return model, function

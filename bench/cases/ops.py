@@ -6,6 +6,7 @@ Ops are looked up when a case is built, so that ``--compare`` runs the others on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,18 +50,16 @@ _affine_coupling = op_case(
     lambda source, size: (source.normal(*_image(size)), source.normal(*_image(size))),
     _couple,
     lambda size, x: _COUPLING * x.numel() // 2,
-    {
-        "tiny": [{**_VECTOR, "direction": BACKWARD, "batch": 8, "D": 6}],
-        "quick": grid(_VECTOR, batch=(64, 1024, 16384)),
-        "gpu": [
-            *grid(_VECTOR, direction=_BOTH, dtype=_DTYPES, batch=[2**20]),
-            {**_PICTURE, "batch": 4096},
-        ],
-        "full": [
-            *grid(_VECTOR, direction=_BOTH, batch=(2**6, 2**10, 2**14, 2**18, 2**22)),
-            *grid(_PICTURE, direction=(FORWARD, INVERSE)),
-        ],
-    },
+    tiny=[{**_VECTOR, "direction": BACKWARD, "batch": 8, "D": 6}],
+    quick=grid(_VECTOR, batch=(64, 1024, 16384)),
+    gpu=[
+        *grid(_VECTOR, direction=_BOTH, dtype=_DTYPES, batch=[2**20]),
+        {**_PICTURE, "batch": 4096},
+    ],
+    full=[
+        *grid(_VECTOR, direction=_BOTH, batch=(2**6, 2**10, 2**14, 2**18, 2**22)),
+        *grid(_PICTURE, direction=(FORWARD, INVERSE)),
+    ],
 )
 
 
@@ -78,19 +77,22 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 _MIX: Size = {**_FP32, "C": 12, "side": 16, "batch": 64}
-_MIX_SIZES: dict[str, list[Size]] = {
+_MIX_SIZES: dict[str, Any] = {
     "tiny": [{**_MIX, "direction": BACKWARD, "C": 4, "side": 3, "batch": 2}],
     "quick": [_MIX],
     "gpu": grid({**_MIX, "side": 32, "batch": 2048}, direction=_BOTH, C=(4, 12, 64)),
     "full": [*grid(_MIX, direction=(FORWARD, INVERSE, BACKWARD), C=(4, 12, 48)), *grid(_MIX, batch=(2**8, 2**12))],
+}
+_NOT_INVERSE: dict[str, Any] = {
+    scale: [size for size in sizes if size["direction"] != INVERSE] for scale, sizes in _MIX_SIZES.items()
 }
 _channel_mix = op_case(
     "channel_mix",
     _mixed,
     lambda size: ops.channel_mix,
     lambda size, x: 2 * int(size["C"]) * x.numel(),
-    {scale: [size for size in sizes if size["direction"] != INVERSE] for scale, sizes in _MIX_SIZES.items()},
     rivals=lambda size, options: {"conv2d 1x1": _convolve},
+    **_NOT_INVERSE,
 )
 
 
@@ -116,9 +118,9 @@ _coupling_mix = op_case(
     lambda source, size: (source.normal(*_image(size)), *_mixed(source, size)),
     _coupled_and_mixed,
     lambda size, x: (2 * int(size["C"]) + _COUPLING // 2) * x.numel(),
-    _MIX_SIZES,
     truth=_two_ops,
     rivals=lambda size, options: {"two ops": _two_ops(size)} if options.device.type == "cuda" else {},
+    **_MIX_SIZES,
 )
 
 
@@ -158,12 +160,10 @@ _coupling_stack = op_case(
     ),
     _stack,
     lambda size, x: 2 * len(x) * sum(s[0] * s[1] for s in _stack_shapes(size) if len(s) == 2),
-    {
-        "tiny": [{**_STACK, "direction": BACKWARD, "D": 6, "depth": 2, "hidden": 8, "batch": 4}],
-        "quick": [{**_STACK, "batch": 256}],
-        "gpu": [_STACK, *grid({**_STACK, "batch": 2**16}, direction=_BOTH, precision=("exact", "fast"))],
-        "full": grid(_STACK, direction=(FORWARD, INVERSE, BACKWARD), batch=(2**6, 2**10, 2**14)),
-    },
+    tiny=[{**_STACK, "direction": BACKWARD, "D": 6, "depth": 2, "hidden": 8, "batch": 4}],
+    quick=[{**_STACK, "batch": 256}],
+    gpu=[_STACK, *grid({**_STACK, "batch": 2**16}, direction=_BOTH, precision=("exact", "fast"))],
+    full=grid(_STACK, direction=(FORWARD, INVERSE, BACKWARD), batch=(2**6, 2**10, 2**14)),
     truth=lambda size: _stack(size, "exact"),
     reference=_stack,
 )
@@ -197,12 +197,10 @@ _low_rank = op_case(
     _factors,
     lambda size: ops.low_rank,
     lambda size, x: 4 * x.numel() * int(size["r"]),
-    {
-        "tiny": [{"N": 12, "r": 2, "batch": 3}],
-        "quick": [{"N": 512, "r": 8, "batch": 16}],
-        "gpu": [{"N": 1024, "r": 8, "batch": 256}, {"N": 12288, "r": 8, "batch": 128}],
-        "full": [*grid({"N": 1024, "r": 8}, batch=(16, 64, 256, 1024)), {"N": 12288, "r": 8, "batch": 2}],
-    },
+    tiny=[{"N": 12, "r": 2, "batch": 3}],
+    quick=[{"N": 512, "r": 8, "batch": 16}],
+    gpu=[{"N": 1024, "r": 8, "batch": 256}, {"N": 12288, "r": 8, "batch": 128}],
+    full=[*grid({"N": 1024, "r": 8}, batch=(16, 64, 256, 1024)), {"N": 12288, "r": 8, "batch": 2}],
     truth=lambda size: _in_order,
     rivals=_low_rank_rivals,
     baseline="materialised",
@@ -236,15 +234,13 @@ _latent_matmul = op_case(
     _bank,
     lambda size: ops.latent_matmul,
     lambda size, z: 2 * z.numel() * int(size["N"]),
-    {
-        "tiny": [{**_BANK, "direction": BACKWARD, "K": 3, "N": 8, "batch": 5}],
-        "quick": [_ONE, _BANK],
-        "gpu": [
-            {**_ONE, "N": 1024, "batch": 16384},
-            *grid({**_BANK, "N": 256, "batch": 4096}, direction=_BOTH, K=(8, 64)),
-        ],
-        "full": [*grid(_ONE, batch=(2**6, 2**10, 2**14)), *grid(_BANK, direction=_BOTH, K=(2, 8, 64))],
-    },
+    tiny=[{**_BANK, "direction": BACKWARD, "K": 3, "N": 8, "batch": 5}],
+    quick=[_ONE, _BANK],
+    gpu=[
+        {**_ONE, "N": 1024, "batch": 16384},
+        *grid({**_BANK, "N": 256, "batch": 4096}, direction=_BOTH, K=(8, 64)),
+    ],
+    full=[*grid(_ONE, batch=(2**6, 2**10, 2**14)), *grid(_BANK, direction=_BOTH, K=(2, 8, 64))],
     rivals=_latent_rivals,
 )
 
@@ -259,12 +255,10 @@ _depthwise_conv = op_case(
     lambda source, size: (source.normal(*_image(size)), source.normal(*ints(size, "C", "k", "k"))),
     lambda size: ops.depthwise_conv,
     lambda size, x: 2 * int(size["k"]) ** 2 * x.numel(),
-    {
-        "tiny": [{**_DEPTHWISE, "direction": BACKWARD, "C": 2, "side": 6, "k": 3, "batch": 2}],
-        "quick": [_DEPTHWISE],
-        "gpu": grid({**_DEPTHWISE, "C": 64, "batch": 512}, direction=_BOTH, k=(3, 5, 9)),
-        "full": [*grid(_DEPTHWISE, direction=_BOTH, k=(3, 5, 9, 17)), *grid(_DEPTHWISE, batch=(2**8, 2**10))],
-    },
+    tiny=[{**_DEPTHWISE, "direction": BACKWARD, "C": 2, "side": 6, "k": 3, "batch": 2}],
+    quick=[_DEPTHWISE],
+    gpu=grid({**_DEPTHWISE, "C": 64, "batch": 512}, direction=_BOTH, k=(3, 5, 9)),
+    full=[*grid(_DEPTHWISE, direction=_BOTH, k=(3, 5, 9, 17)), *grid(_DEPTHWISE, batch=(2**8, 2**10))],
 )
 
 
@@ -280,12 +274,10 @@ _group_norm_silu = op_case(
     _normed,
     lambda size: lambda x, *rest: ops.group_norm_silu(x, int(size["groups"]), *rest),
     lambda size, x: _GROUP_NORM * x.numel(),
-    {
-        "tiny": [{**_NORM, "direction": BACKWARD, "C": 4, "side": 4, "groups": 2, "batch": 2}],
-        "quick": [_NORM],
-        "gpu": grid({**_NORM, "C": 128, "side": 32, "groups": 32, "batch": 256}, direction=_BOTH, dtype=_DTYPES),
-        "full": [*grid(_NORM, direction=_BOTH, side=(8, 16, 32)), *grid(_NORM, batch=(2**6, 2**10))],
-    },
+    tiny=[{**_NORM, "direction": BACKWARD, "C": 4, "side": 4, "groups": 2, "batch": 2}],
+    quick=[_NORM],
+    gpu=grid({**_NORM, "C": 128, "side": 32, "groups": 32, "batch": 256}, direction=_BOTH, dtype=_DTYPES),
+    full=[*grid(_NORM, direction=_BOTH, side=(8, 16, 32)), *grid(_NORM, batch=(2**6, 2**10))],
 )
 
 
@@ -313,12 +305,10 @@ _fused = op_case(
     _convolved,
     _conv2d_fused,
     lambda size, x: 18 * int(size["C"]) * x.numel(),
-    {
-        "tiny": [{**_CONV, "direction": BACKWARD, "C": 4, "side": 3, "batch": 2}],
-        "quick": [_CONV],
-        "gpu": grid({**_CONV, "batch": 256}, direction=_BOTH, dtype=_DTYPES, C=(16, 64, 128)),
-        "full": [*grid(_CONV, direction=_BOTH, side=(8, 16, 32), C=(16, 64)), *grid(_CONV, batch=(2**6, 2**10))],
-    },
+    tiny=[{**_CONV, "direction": BACKWARD, "C": 4, "side": 3, "batch": 2}],
+    quick=[_CONV],
+    gpu=grid({**_CONV, "batch": 256}, direction=_BOTH, dtype=_DTYPES, C=(16, 64, 128)),
+    full=[*grid(_CONV, direction=_BOTH, side=(8, 16, 32), C=(16, 64)), *grid(_CONV, batch=(2**6, 2**10))],
 )
 
 CASES = [

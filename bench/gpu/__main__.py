@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Call:
     def run(self, stage: Stage) -> None:
         """Run the stage until its limit; an error in this script ends that stage alone."""
         entry = self.report.entries[stage.name] = Entry(self.report.seconds())
+        self.report.write()
         try:
             entry.status = self._run(stage, entry)
         except Exception as error:
@@ -48,15 +50,15 @@ class Call:
 
     def _run(self, stage: Stage, entry: Entry) -> str:
         machine, report = self.given.machine, self.report
-        if problem := stage.problem(machine):
-            report.problem(problem)
+        if stage.problem:
+            report.problem(stage.problem)
         at_once = machine.at_once(stage.most)
-        self.given = Given(machine, machine.share(at_once), self.given.out, self.given.work)
+        self.given = replace(self.given, share=machine.share(at_once))
         jobs = stage.jobs(self.given) if machine.cases or stage.name == "environment" else []
         if not jobs:
             return "nothing to do here" if machine.cases else "nothing to do: the environment is not known"
         seconds = stage.until - report.seconds()
-        failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry))
+        failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry), report.write)
         took = f"{report.seconds() - entry.start:.0f} s"
         reasons = {why: [name for name in failed if failed[name] == why] for why in failed.values()}
         told = "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())
@@ -64,15 +66,14 @@ class Call:
 
     def _take(self, stage: Stage, line: str, entry: Entry) -> None:
         """Write a line of the stage's output to the file it belongs in, and count it in the summary."""
-        with self.report.lock:
-            found = record(line) or {}
-            if "probe" in found:
-                self.given = Given(Machine(**found["probe"]), {}, self.given.out, self.given.work)
-            elif stage.name == "table":
-                self.report.tail += line
-            else:
-                self.report.append("results.jsonl" if "provider" in found else stage.log, line)
-                entry.take(stage.name, line)
+        found = record(line) or {}
+        if "probe" in found:
+            self.given = replace(self.given, machine=Machine(**found["probe"]))
+        elif stage.name == "table":
+            self.report.tail += line
+        else:
+            self.report.append("results.jsonl" if "provider" in found else stage.log, line)
+            entry.take(stage.name, line)
 
     def run_all(self, stages: Sequence[Stage], only: Sequence[str] | None) -> None:
         """Run the first stage, which describes the machine, and the stages that were asked for."""
@@ -89,17 +90,14 @@ class Call:
             if only is None or stage.name in only:
                 self.run(stage)
         trace = self.given.work / "profile" / "coupling_flow.trace.json.gz"
-        try:
+        with report.noting("trace.json.gz"):
             if trace.exists():
                 shutil.copy(trace, self.given.out / "trace.json.gz")
-        except OSError as error:
-            report.problem(f"cannot write trace.json.gz: {error.strerror}")
         for entry in report.entries.values() if report.tail else ():
             entry.timings.clear()  # the table has them
         report.close()
 
     def _title(self) -> str:
-        """The title, which names the machine; too little free memory is reported as a problem."""
         machine = self.given.machine
         if not machine.on_gpu:
             return f"linfast, a dry run on the CPU ({'as asked' if self.dry else machine.name})"

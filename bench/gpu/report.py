@@ -7,7 +7,6 @@ import json
 import os
 import re
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,6 @@ __all__ = ["Entry", "Report", "record"]
 
 MOST_NOTES, MOST_TIMINGS = 25, 60  # lines of a stage in the summary; its log has them all
 _WIDTH = 160
-_EVERY = 1.0  # seconds between two summaries
 
 
 def record(line: str) -> dict[str, Any] | None:
@@ -92,20 +90,13 @@ class Report:
         self.folder, self.start = folder, time.monotonic()
         self.title, self.problems, self.tail = "starting", list[str](), ""
         self.entries: dict[str, Entry] = {}
-        self.lock = threading.RLock()
-        self._length, self._summary, self._closed = 0, -1, threading.Event()
-        with self._noting("summary.txt"):
+        self._length, self._summary = 0, -1
+        with self.noting("summary.txt"):
             self._summary = os.open(folder / "summary.txt", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         for name in files:
-            with self._noting(name):
+            with self.noting(name):
                 (folder / name).write_bytes(b"")
         self.write()
-        threading.Thread(target=self._keep_writing, daemon=True).start()
-
-    def _keep_writing(self) -> None:
-        """The summary anew every second, until the last one."""
-        while not self._closed.wait(_EVERY):
-            self.write()
 
     def seconds(self) -> float:
         """Since the start."""
@@ -113,43 +104,42 @@ class Report:
 
     def problem(self, text: str) -> None:
         """Record and print something that is missing or was left out."""
-        with self.lock:
-            if text not in self.problems:
-                self.problems.append(text)
-                print(text, file=sys.stderr, flush=True)
+        if text not in self.problems:
+            self.problems.append(text)
+            print(text, file=sys.stderr, flush=True)
 
     def append(self, name: str, line: str) -> None:
         """A line to one of the files."""
-        with self.lock, self._noting(name), (self.folder / name).open("a", encoding="utf-8") as file:
+        with self.noting(name), (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(line)
 
     def text(self) -> str:
         """The summary."""
         now = self.seconds()
-        with self.lock:
-            stages = [line for name, entry in self.entries.items() for line in entry.text(name, now)]
-            lines = [f"{self.title}, {now:.0f} s", *self.problems, *stages, self.tail]
+        stages = [line for name, entry in self.entries.items() for line in entry.text(name, now)]
+        lines = [f"{self.title}, {now:.0f} s", *self.problems, *stages, self.tail]
         return "\n".join(lines).rstrip() + "\n"
 
     def write(self) -> None:
         """summary.txt as of now, in place and at once: whoever kills this process finds a whole one."""
-        with self.lock, self._noting("summary.txt"):
-            if self._summary < 0:
-                return
-            data = self.text().encode()
+        if self._summary < 0:
+            return
+        data = self.text().encode()
+        with self.noting("summary.txt"):
             os.pwrite(self._summary, data.ljust(self._length, b"\n"), 0)
             self._length = max(self._length, len(data))
 
     def close(self) -> None:
         """The last summary, cut to its length, here and on the screen."""
-        self._closed.set()
         self.write()
-        with self._noting("summary.txt"), contextlib.suppress(*([OSError] if self._summary < 0 else [])):
-            os.ftruncate(self._summary, len(self.text().encode()))
+        if self._summary >= 0:
+            with self.noting("summary.txt"):
+                os.ftruncate(self._summary, len(self.text().encode()))
         print(self.text(), end="", flush=True)
 
     @contextlib.contextmanager
-    def _noting(self, name: str) -> Iterator[None]:
+    def noting(self, name: str) -> Iterator[None]:
+        """A context in which an error of this file becomes a problem."""
         try:
             yield
         except OSError as error:

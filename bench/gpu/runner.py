@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 __all__ = ["Job", "run_jobs"]
@@ -38,17 +38,32 @@ class Job:
     limit: float = math.inf
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, seconds: float, take: Callable[[str], None]) -> dict[str, str]:
+def run_jobs(
+    jobs: Sequence[Job],
+    at_once: int,
+    seconds: float,
+    take: Callable[[str], None],
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, str]:
     """Run the jobs and say of each that did not end well why.
 
     Args:
         seconds: after which all are killed.
-        take: gets every line they print, from several threads.
+        take: gets every line they print.
+        tick: is called every second. No two calls of ``take`` and ``tick`` overlap.
     """
-    deadline = time.monotonic() + seconds
+    deadline, lock = time.monotonic() + seconds, threading.Lock()
+
+    def take_alone(line: str) -> None:
+        with lock:
+            take(line)
+
     with ThreadPoolExecutor(at_once) as pool:
-        reasons = list(pool.map(lambda job: _run(job, deadline, take), jobs))
-    return {job.name: reason for job, reason in zip(jobs, reasons, strict=True) if reason}
+        ends = {job.name: pool.submit(_run, job, deadline, take_alone) for job in jobs}
+        while wait(ends.values(), timeout=1.0).not_done:
+            with lock:
+                tick()
+    return {name: why for name, end in ends.items() if (why := end.result())}
 
 
 def _run(job: Job, deadline: float, take: Callable[[str], None]) -> str:

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -118,7 +118,7 @@ class Stage:
     log: str
     jobs: Callable[[Given], Sequence[Job]]
     most: int = 1
-    problem: Callable[[Machine], str | None] = field(default=lambda machine: None)
+    problem: str | None = None
 
 
 FILES = (
@@ -146,8 +146,8 @@ def plan(compile: bool) -> list[Stage]:
     ]
 
 
-def _without(tool: str, costs: str) -> Callable[[Machine], str | None]:
-    return lambda machine: None if which(tool) else f"{tool} is missing: no kernel's {costs}"
+def _without(tool: str, costs: str) -> str | None:
+    return None if which(tool) else f"{tool} is missing: no kernel's {costs}"
 
 
 def _module(module: str, *arguments: str) -> list[str]:
