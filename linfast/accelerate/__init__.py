@@ -8,9 +8,7 @@ from .libraries.plain import register_adapter
 from .mlp import MLP, find_mlp
 from .report import Report, Row
 
-for _library in (reference_g, reference_linear, reference_unet):
-    add(*_library.ADAPTERS)
-for _library in (freia, glasflow, memcnn, nflows, normflows, zuko):
+for _library in (reference_g, reference_linear, reference_unet, freia, glasflow, memcnn, nflows, normflows, zuko):
     add(*_library.ADAPTERS)
 
 __all__ = ["DEFECTS", "MLP", "Report", "Row", "accelerate", "find_mlp", "register_adapter", "restore"]

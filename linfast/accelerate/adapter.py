@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flows.drift import DriftGuard
-from .identity import find_class, original_class
+from .identity import find_class, has, original_class
 
 __all__ = [
     "ADAPTERS",
@@ -85,10 +85,13 @@ def _nothing(*arguments: Any) -> tuple[Any, ...]:
 class Adapter:
     """How one class is recognised and what replaces its methods.
 
+    Every class has the first six. ``members`` makes it a coupling, ``chain`` a chain. Only zuko ``decides``, and
+    only the research repository's FlowMatcher has no ``float64``.
+
     Args:
         library: its name, for the report.
-        where: the module that defines the class; the class itself; None for a class that people copy into their
-            own repositories, which ``recognises`` then has to tell from others of the same name.
+        where: the module that defines the class; the class itself; None for a class that people copy into their own
+            repositories, which is recognised wherever it is by its name and ``attributes``.
         name: the class's qualified name.
         methods: name -> function(instance, ...), what the swapped class runs.
         plan: (instance, options) -> Plan; raises Unfit with the reason.
@@ -97,7 +100,7 @@ class Adapter:
             torch.compile, torch.export and torch.jit.trace, and of an ensemble under torch.vmap.
         settings: attributes other than tensors that ``plan`` reads.
         assumes: methods that ``methods`` stand in for without replacing them.
-        recognises: whether an instance has the attributes of the class that is meant.
+        attributes: names that tell an instance of the class that is meant from others of the same name.
         inner: modules that the replaced methods pass by; one with a hook keeps the original running.
         conditioners: modules to report on; the check's copies have them without their weights.
         hollow: more modules whose weights the check does not need.
@@ -122,7 +125,7 @@ class Adapter:
     masks: Callable[[Any], Iterable[Tensor]] | None = None
     settings: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
-    recognises: Callable[[Any], bool] = lambda instance: True
+    attributes: tuple[str, ...] = ()
     inner: Callable[[Any], Iterable[nn.Module]] = _nothing
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
     hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
@@ -209,7 +212,7 @@ def adapter_for(instance: object) -> Adapter | None:
     """The adapter for exactly this instance's class."""
     cls = original_class(instance)
     found = _adapter_of(cls) or ADAPTERS.get((None, cls.__qualname__))
-    return found if found is not None and found.recognises(instance) else None
+    return found if found is not None and has(instance, found.attributes) else None
 
 
 def parent_adapter(instance: object) -> Adapter | None:

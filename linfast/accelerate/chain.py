@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -58,20 +57,19 @@ class Part:
     conditioners: tuple[nn.Module, ...] = ()
 
     def step(self, inverse: bool) -> Step:
-        def forward(x: Tensor, context: Context) -> Outputs:
-            return self.run(self.module, x, context, inverse)
+        def undo_once(made: Made, context: Context) -> Undone:
+            run, run_back = self._both_ways(recalling(self.module, self.conditioners, made.tensors), inverse)
+            with torch.no_grad():  # the conditioners see to their own graphs
+                return undo(lambda x: run(x, context), lambda y: run_back(y, context), made)
 
-        return Step(self.name, self.module, forward, partial(self._undo, inverse))
+        step = Step.of(self.name, self.module, *self._both_ways(self.module, inverse))
+        return replace(step, undo=undo_once) if self.conditioners else step
 
-    def _undo(self, inverse: bool, made: Made, context: Context) -> Undone:
-        module = recalling(self.module, self.conditioners, made.tensors) if self.conditioners else self.module
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.conditioners):  # which see to their own
-            return undo(
-                lambda x: self.run(module, x, context, inverse),
-                lambda y: self.run(module, y, context, not inverse)[0],
-                made,
-                None if self.conditioners else self.module,
-            )
+    def _both_ways(self, module: Any, inverse: bool) -> tuple[Callable[..., Outputs], Callable[..., Tensor]]:
+        return (
+            lambda x, context: self.run(module, x, context, inverse),
+            lambda y, context: self.run(module, y, context, not inverse)[0],
+        )
 
 
 def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) -> list[Part] | None:
@@ -105,15 +103,12 @@ def check_parts(parts: Sequence[Part]) -> None:
     if not any(part.conditioners for part in parts):
         raise Unfit("stored: no coupling of it is known")
     for part in parts:
-        if len(part.conditioners) > 1 and any(_drops(module) for c in part.conditioners for module in c.modules()):
+        modules = [module for net in part.conditioners for module in net.modules()]
+        if len(part.conditioners) > 1 and any(isinstance(m, _DROPOUTS) and m.p > 0 for m in modules):
             raise Unfit(f"stored: the conditioners of its {part.name} drop out, and are undone in another order")
 
 
 _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
-
-
-def _drops(module: nn.Module) -> bool:
-    return isinstance(module, _DROPOUTS) and module.p > 0
 
 
 def per_sample(log_det: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -199,16 +194,15 @@ def chain_adapter(
         why_apart: why the couplings of this chain cannot run together, where they cannot.
     """
 
-    def parts_by_default(chain: Any) -> list[Part]:
+    def find(chain: Any) -> list[Part]:
+        if parts_of is not None:
+            return parts_of(chain)
         assert run_part is not None
         return [part_of(name, module, maps.known(module), run_part) for name, module in flat(chain)]
 
-    find = parts_of or parts_by_default
-
     def plan(chain: Any, options: Options) -> Plan:
         if options.memory == "store":
-            why = why_apart(chain)
-            if why is not None:
+            if (why := why_apart(chain)) is not None:
                 raise Unfit(why)
             fused = Fused(chain, flat, run_part, maps, options)
             like = next(p for p in chain.parameters() if p.is_floating_point())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from .identity import (
     is_hooked,
     is_patched,
     is_sharded,
+    modules_of,
     original_class,
     other_arguments,
 )
@@ -77,30 +78,20 @@ def accelerate(
         TypeError: a model of another kind, or an argument that does not exist.
         ValueError: an option that does not exist or cannot be had here.
     """
-    _check(model, precision, memory, keep_defects, removed)
+    if removed:
+        raise TypeError(
+            f"accelerate() takes no {', '.join(removed)}: compile an accelerated model with torch.compile(model), "
+            "and capture its calls with torch.cuda.graph (docs/accelerate.md shows both)"
+        )
+    _check_model(model)
+    if precision is not None:
+        check_choice("precision", precision, PRECISIONS)
+    check_choice("memory", memory, ("store", "invert"))
+    if not isinstance(keep_defects, (list, tuple, set, frozenset)) or any(d not in DEFECTS for d in keep_defects):
+        raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
     restore(model)
-    options = Options(frozenset(keep_defects), memory, precision)
-    rows: list[Row] = []
-    passed_by: set[int] = set()
-    chained: set[int] = set()
-    checked: dict[Hashable, float] = {}
     try:
-        for path, instance in _objects(model):
-            if id(instance) in passed_by or (id(instance) in chained and _is_chain(instance)):
-                continue
-            row = _try_to_swap(path, instance, options, checked)
-            if row is None:
-                continue
-            if row.swapped and _is_chain(instance):
-                chained |= {id(module) for module in instance.modules()}
-            elif row.swapped:
-                passed_by |= {id(module) for module in instance._linfast_adapter.inner(instance)}
-            if row.swapped and memory == "invert" and id(instance) not in chained:
-                row = _with_note(row, _why_stored(instance))
-            rows.append(row)
-        for _, instance in _objects(model):
-            if isinstance(instance, Swapped) and _is_chain(instance):
-                fused_of(instance)  # whose members have been swapped since
+        rows = _swap_all(model, Options(frozenset(keep_defects), memory, precision))
     except BaseException:
         restore(model)
         raise
@@ -121,13 +112,6 @@ def restore(model: Any) -> None:
             swap_back(instance)
 
 
-_MEMORY = ("store", "invert")
-_REMOVED = (
-    "accelerate() takes no {}: compile an accelerated model with torch.compile(model), "
-    "and capture its calls with torch.cuda.graph (docs/accelerate.md shows both)"
-)
-
-
 def _check_model(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module) and adapter_for(model) is None:
@@ -136,45 +120,63 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model must keep its attributes in a __dict__; {name} has __slots__ alone")
 
 
-def _check(
-    model: Any, precision: str | None, memory: str, keep_defects: Collection[str], removed: Mapping[str, Any]
-) -> None:
-    if removed:
-        raise TypeError(_REMOVED.format(", ".join(removed)))
-    _check_model(model)
-    if precision is not None:
-        check_choice("precision", precision, PRECISIONS)
-    check_choice("memory", memory, _MEMORY)
-    if not isinstance(keep_defects, (list, tuple, set, frozenset)) or any(d not in DEFECTS for d in keep_defects):
-        raise ValueError(f"keep_defects must be a collection of {', '.join(DEFECTS)}; got {keep_defects!r}")
-
-
 def _objects(model: Any) -> Iterator[tuple[str, Any]]:
     """(path, object) of the model, if it is no module, and of every module in it."""
-    if isinstance(model, nn.Module):
-        yield from model.named_modules()
-        return
-    yield "", model
-    for name, value in vars(model).items():
-        if isinstance(value, nn.Module):
-            yield from value.named_modules(prefix=name)
+    if not isinstance(model, nn.Module):
+        yield "", model
+    for path, module in modules_of(model).items():
+        yield from module.named_modules(prefix=path)
 
 
-def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hashable, float]) -> Row | None:
-    """Swap it if it fits; None for a module of no known class. ``checked``: the errors seen, by kind."""
-    adapter = adapter_for(instance)
-    if adapter is None:
-        parent = parent_adapter(instance)
-        if parent is None or (parent.chain and options.memory == "store"):
-            return None
-        name = type(instance).__name__
-        return Row(path, name, None, f"derived from {parent.title}: its maths may differ; see lf.register_adapter")
+def _swap_all(model: Any, options: Options) -> list[Row]:
+    rows: list[Row] = []
+    passed_by: set[int] = set()
+    chained: set[int] = set()
+    checked: dict[Hashable, float] = {}  # the errors seen, by kind
+    for path, instance in _objects(model):
+        adapter = adapter_for(instance)
+        if id(instance) in passed_by or (adapter and adapter.chain and id(instance) in chained):
+            continue
+        if adapter is None:
+            row = _derived(path, instance, options)
+        else:
+            row = _try_to_swap(path, instance, adapter, options, checked)
+        if adapter and row and row.swapped:
+            if adapter.chain:
+                chained |= {id(module) for module in instance.modules()}
+            else:
+                passed_by |= {id(module) for module in adapter.inner(instance)}
+            if options.memory == "invert" and id(instance) not in chained and adapter.conditioners(instance):
+                why = f"stored: {adapter.stored}" if adapter.stored else ""
+                row = replace(row, note="; ".join(filter(None, (row.note, why))))
+        if row:
+            rows.append(row)
+    for _, instance in _objects(model):
+        if isinstance(instance, Swapped) and instance._linfast_adapter.chain:
+            fused_of(instance)  # whose members have been swapped since
+    return rows
+
+
+def _derived(path: str, instance: Any, options: Options) -> Row | None:
+    """Of a module of no known class, and None where no class that it derives from is known."""
+    parent = parent_adapter(instance)
+    if parent is None or (parent.chain and options.memory == "store"):
+        return None
+    note = f"derived from {parent.title}: its maths may differ; see lf.register_adapter"
+    return Row(path, type(instance).__name__, None, note)
+
+
+def _try_to_swap(
+    path: str, instance: Any, adapter: Adapter, options: Options, checked: dict[Hashable, float]
+) -> Row | None:
+    """Swap it if it fits; None where the options give no reason to."""
     if not adapter.wanted(options):
         return None
     what, plan = "", None
     try:
         check_values(instance)
-        what = _describe(instance, adapter)
+        mlps = filter(None, map(find_mlp, adapter.conditioners(instance)))
+        what = " and ".join(dict.fromkeys(map(str, mlps)))
         _check_unchanged(instance, adapter)
         plan = adapter.plan_for(instance, options)
         kind = kind_of(instance, adapter, plan)
@@ -191,20 +193,6 @@ def _try_to_swap(path: str, instance: Any, options: Options, checked: dict[Hasha
         return Row(path, adapter.title, None, why, what)
     swap(instance, adapter, plan)
     return Row(path, adapter.title, plan.runs, plan.note, what, checked[kind], plan.takes_precision)
-
-
-def _is_chain(instance: Any) -> bool:
-    adapter = adapter_for(instance)
-    return adapter is not None and adapter.chain
-
-
-def _why_stored(instance: Any) -> str:
-    adapter: Adapter = instance._linfast_adapter
-    return f"stored: {adapter.stored}" if adapter.stored and adapter.conditioners(instance) else ""
-
-
-def _with_note(row: Row, note: str) -> Row:
-    return replace(row, note="; ".join(part for part in (row.note, note) if part))
 
 
 def _check_unchanged(instance: Any, adapter: Adapter) -> None:
@@ -228,9 +216,3 @@ def _check_unchanged(instance: Any, adapter: Adapter) -> None:
         raise Unfit("a module inside has a hook or a parametrization, which would be passed by")
     if any(is_sharded(module) for module in (instance, *inner)):
         raise Unfit("its parameters are sharded or of another tensor class")
-
-
-def _describe(instance: Any, adapter: Adapter) -> str:
-    """What its conditioners are, where they are MLPs."""
-    found = [find_mlp(module) for module in adapter.conditioners(instance)]
-    return " and ".join(dict.fromkeys(str(mlp) for mlp in found if mlp is not None))

@@ -13,13 +13,13 @@ given the parameters of the nearest kept half.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..flows.undo import gradients
 from .identity import without_hooks
@@ -35,8 +35,7 @@ def recalling(module: nn.Module, conditioners: Iterable[nn.Module], tensors: Seq
         tensors: what else than the arguments the parameters may be gradients by.
     """
     scripted = torch.jit.ScriptModule  # whose attributes are not its dictionary's: evaluated twice
-    replaced = {id(c): _recalling(c, _Calls(tensors)) for c in conditioners if not isinstance(c, scripted)}
-    return _view(module, replaced)
+    return _view(module, {id(c): _recalling(c, tensors) for c in conditioners if not isinstance(c, scripted)})
 
 
 def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
@@ -50,16 +49,14 @@ def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
     return view
 
 
-def _recalling(conditioner: nn.Module, calls: _Calls) -> nn.Module:
-    """An instance of the same class, with all its attributes, whose calls go through ``calls``.
+def _recalling(conditioner: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
+    """An instance of the same class, with all its attributes, whose calls are recalled.
 
     A subclass could do that too, but whatever the class does with its subclasses would be done with that one.
     """
     view: nn.Module = object.__new__(type(conditioner))
     vars(view).update(nn.Module.__getstate__(conditioner))  # without what it was compiled to
-    called = functools.partial(nn.Module.__call__, conditioner)
-    vars(view).update(without_hooks())  # they run inside ``called``
-    vars(view)["forward"] = lambda *arguments, **named: calls.run(called, arguments, named)
+    vars(view).update(without_hooks(), forward=_Calls(conditioner, tensors))  # its hooks run inside these calls
     return view
 
 
@@ -68,47 +65,44 @@ class _Call:
     """One evaluation: the floating-point tensors it was given, and what it returned, with a graph between."""
 
     given: list[Tensor]
-    params: list[Tensor]
-    others: list[Any]
+    outputs: list[Any]
     spec: TreeSpec
 
 
 class _Calls:
-    """The evaluations of one conditioner in one undo."""
+    """The conditioner, and its evaluations in one undo."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = tensors
+    def __init__(self, conditioner: nn.Module, tensors: Sequence[Tensor]) -> None:
+        self._run = functools.partial(nn.Module.__call__, conditioner)
+        self._tensors = tensors
         self._made: list[_Call] = []
 
-    def run(self, function: Callable[..., Any], arguments: Any, named: Any) -> Any:
-        """The function of these arguments, its evaluation kept here or recalled."""
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Its value, whose evaluation is kept here or recalled."""
         leaves, spec = tree_flatten((arguments, named))
-        given = [leaf for leaf in leaves if _differentiable(leaf)]
         if not torch.is_grad_enabled():
-            return self._make(function, leaves, spec)
+            return self._make(leaves, spec)
+        given = [*filter(_differentiable, leaves)]
         call = self._nearest(given)
         if call is None:
-            return function(*arguments, **named)
-        params = iter(_Recall.apply(call, self.tensors, *given, *self.tensors))
-        return tree_unflatten([next(params) if _differentiable(o) else o for o in call.others], call.spec)
+            return self._run(*arguments, **named)
+        params = iter(_Recall.apply(call, self._tensors, *given, *self._tensors))
+        return tree_unflatten([next(params) if _differentiable(o) else o for o in call.outputs], call.spec)
 
-    def _make(self, function: Callable[..., Any], leaves: list[Any], spec: TreeSpec) -> Any:
+    def _make(self, leaves: list[Any], spec: TreeSpec) -> Any:
         """Evaluate, with a graph, which is kept; what is returned has none."""
         own = [leaf.detach().requires_grad_() if _differentiable(leaf) else leaf for leaf in leaves]
         with torch.enable_grad():
             arguments, named = tree_unflatten(own, spec)
-            outputs, spec = tree_flatten(function(*arguments, **named))
-        given = [leaf for leaf in own if _differentiable(leaf)]
-        self._made.append(_Call(given, [o for o in outputs if _differentiable(o)], outputs, spec))
-        return tree_map(_copied, tree_unflatten(outputs, spec))
+            outputs, spec = tree_flatten(self._run(*arguments, **named))
+        self._made.append(_Call([*filter(_differentiable, own)], outputs, spec))
+        return tree_unflatten([_copied(output) for output in outputs], spec)
 
     def _nearest(self, given: list[Tensor]) -> _Call | None:
         """The call that was given most nearly this, taken out; None: there is none of these shapes."""
         shapes = [tensor.shape for tensor in given]
         fitting = [call for call in self._made if [tensor.shape for tensor in call.given] == shapes]
-        if not fitting:
-            return None
-        call = fitting[0]
+        call = next(iter(fitting), None)
         if len(fitting) > 1:  # reads the device; of a single one nothing is to be found out
             call = min(fitting, key=lambda call: _distance(call.given, given))
         self._made = [other for other in self._made if other is not call]
@@ -132,11 +126,11 @@ class _Recall(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, tensors: Sequence[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.call, ctx.tensors = call, tensors
         ctx.set_materialize_grads(False)
-        return tuple(_copied(param) for param in call.params)
+        return tuple(map(_copied, filter(_differentiable, call.outputs)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
-        found = gradients(call.params, grads, (*call.given, *ctx.tensors))
-        call.params, call.given, call.others = [], [], []  # once
+        found = gradients([*filter(_differentiable, call.outputs)], grads, (*call.given, *ctx.tensors))
+        call.outputs, call.given = [], []  # once
         return None, None, *found

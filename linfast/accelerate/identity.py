@@ -15,17 +15,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..dispatch import has_global_hook
+
 __all__ = [
     "HOOKS",
     "PLAN",
     "changed_method",
     "defined_as",
     "find_class",
+    "has",
     "has_global_hook",
     "is_hooked",
     "is_own_method",
     "is_patched",
     "is_sharded",
+    "modules_of",
     "original_class",
     "other_arguments",
     "uncompiled",
@@ -45,8 +49,14 @@ def original_class(module: object) -> type:
 
 def uncompiled(module: Any) -> Any:
     """The module that ``torch.compile`` wrapped, or the module itself."""
-    wrapped = "_orig_mod" in vars(module).get("_modules", ())
-    return module._orig_mod if wrapped else module
+    return vars(module).get("_modules", {}).get("_orig_mod", module)
+
+
+def modules_of(instance: Any) -> dict[str, nn.Module]:
+    """By path, the module itself, or those that an object of another class holds."""
+    if isinstance(instance, nn.Module):
+        return {"": instance}
+    return {name: value for name, value in vars(instance).items() if isinstance(value, nn.Module)}
 
 
 def find_class(module: str, name: str) -> type | None:
@@ -60,6 +70,18 @@ def find_class(module: str, name: str) -> type | None:
 def defined_as(module: object, where: str, name: str) -> bool:
     """Whether the module is an instance of exactly this class of this imported module."""
     return original_class(module) is find_class(where, name)
+
+
+def has(instance: object, names: Iterable[str]) -> bool:
+    """Whether it has all these attributes; one that raises is there: it raises again where it is read."""
+
+    def is_there(name: str) -> bool:
+        try:
+            return hasattr(instance, name)
+        except Exception:
+            return True
+
+    return all(map(is_there, names))
 
 
 def is_patched(instance: object, but: str = "") -> bool:
@@ -84,11 +106,6 @@ def is_hooked(module: nn.Module) -> bool:
 def without_hooks() -> dict[str, Any]:
     """The attributes that hold a module's hooks, all of them empty."""
     return {name: value for name, value in vars(nn.Module()).items() if "hook" in name}
-
-
-def has_global_hook() -> bool:
-    """Whether a hook is registered for every module. torch has no public way to ask."""
-    return nn.modules.module._has_any_global_hook()
 
 
 def is_sharded(module: nn.Module) -> bool:

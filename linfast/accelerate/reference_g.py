@@ -12,13 +12,14 @@ couplings and the 1x1 is one step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compat.from_reference import TIMES, holds_values
 from ..dispatch import inverse_or_nan
 from ..flows.undo import Outputs
 from ..freeze import derived
@@ -27,17 +28,26 @@ from ..ops.channel_mix import channel_mix
 from ..scale_maps import ScaleMap
 from .adapter import Draw, Options, Plan, Stub, Unfit
 from .chain import Part, parts_to_invert, run_inverting
-from .identity import changed_method, original_class
-from .reference_unet import constant_plan, constant_time, has, reference_adapter
+from .identity import changed_method, has, original_class
+from .reference_unet import constant_plan, constant_time, reference_adapter
 
 __all__ = ["ADAPTERS"]
+
+
+def _both_ways(module: Any, draw: Draw, *shape: int, timed: bool = False) -> list[Tensor]:
+    """What its two methods give on drawn inputs, with a drawn time per sample where they take one."""
+    return [run(draw(*shape), *([draw(shape[0])] if timed else [])) for run in (module.forward, module.inverse)]
+
+
+def _two_methods(run: Callable[[Any, Tensor, Any, bool], Tensor]) -> dict[str, Callable[..., Tensor]]:
+    return {"forward": lambda g, x, t: run(g, x, t, False), "inverse": lambda g, y, t: run(g, y, t, True)}
 
 
 # ActNorm
 
 
 def _plan_actnorm(norm: Any, options: Options) -> Plan:
-    loaded = norm.initialized is False and _holds_values(norm)
+    loaded = norm.initialized is False and holds_values(norm)
     if "actnorm_reinit" in options.keep_defects:
         note = "kept: it throws loaded values away at its first batch"
     else:
@@ -48,12 +58,8 @@ def _plan_actnorm(norm: Any, options: Options) -> Plan:
 def _is_initialised(norm: Any) -> bool:
     """Its own flag; values that were loaded, and which a plain bool does not know of, are not initialised over."""
     if norm.initialized is False and "actnorm_reinit" not in norm._linfast_plan.options.keep_defects:
-        norm.initialized = _holds_values(norm)
+        norm.initialized = holds_values(norm)
     return bool(norm.initialized)
-
-
-def _holds_values(norm: Any) -> bool:
-    return bool((norm.bias != 0).any() or (norm.log_scale != 0).any())
 
 
 def _actnorm(norm: Any, x: Tensor) -> Tensor:
@@ -70,10 +76,9 @@ def _actnorm_inverse(norm: Any, y: Tensor) -> Tensor:
 
 
 def _probe_actnorm(norm: Any, draw: Draw) -> Sequence[Tensor]:
-    shape = (3, norm.bias.shape[1], 2, 3)
     if norm.initialized is False:
-        norm.initialized = _holds_values(norm)  # the defect is not compared
-    return [norm.forward(draw(*shape)), norm.inverse(draw(*shape))]
+        norm.initialized = holds_values(norm)  # the defect is not compared
+    return _both_ways(norm, draw, 3, norm.bias.shape[1], 2, 3)
 
 
 # Invertible 1x1
@@ -83,27 +88,18 @@ def _mix_inverse(mix: Any, y: Tensor) -> Tensor:
     return channel_mix(y, derived(mix, "inverse", lambda: inverse_or_nan(mix.W).to(mix.W.dtype)))
 
 
-def _probe_mix(mix: Any, draw: Draw) -> Sequence[Tensor]:
-    shape = (3, len(mix.W), 2, 3)
-    return [mix.forward(draw(*shape)), mix.inverse(draw(*shape))]
-
-
 # Block
 
 
-def _plan_block(block: Any, options: Options) -> Plan:
-    _check_block(block)
-    return Plan("two affine couplings, clamp")
-
-
-def _check_block(block: Any) -> None:
+def _plan_block(block: Any, options: Options | None = None) -> Plan:
     for coupling in (block.F, block.G):
         name = type(coupling).__name__
-        if name != "AffineCoupling" or not has("cond", "clamp")(coupling):
+        if name != "AffineCoupling" or not has(coupling, ("cond", "clamp")):
             raise Unfit(f"its couplings are {name}, not the repository's AffineCoupling")
         changed = changed_method(coupling, ("forward", "inverse", "_shift_log_scale"))
         if changed is not None:
             raise Unfit(f"the {changed} of its AffineCoupling was replaced")
+    return Plan("two affine couplings, clamp")
 
 
 def _run_block(block: Any, x: Tensor, t: Any, inverse: bool) -> Tensor:
@@ -143,59 +139,46 @@ def _stub_conditioners(block: Any, draw: Draw, size: float = 1.5) -> int:
     return 2 * half
 
 
-def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
-    shape = (3, _stub_conditioners(block, draw), 2, 3)
-    return [block.forward(draw(*shape), draw(3)), block.inverse(draw(*shape), draw(3))]
-
-
 # The chain of blocks
 
 
 def _plan_chain(chain: Any, options: Options) -> Plan:
-    _check_chain(chain)
+    _chain_parts(chain)  # raises where they cannot be rebuilt
     return Plan(f"{len(chain.blocks)} blocks, rebuilt in the backward")
 
 
-def _check_chain(chain: Any) -> None:
+def _chain_parts(chain: Any) -> list[Part]:
     if chain.use_squeeze and changed_method(chain.squeeze, ("forward", "inverse")) is not None:
         raise Unfit("stored: its squeeze was replaced")
     for block in chain.blocks:
         if original_class(block).__qualname__ != "InvUnetBlock" or changed_method(block, ("forward", "inverse")):
             raise Unfit(f"stored: its {type(block).__name__} is not the repository's InvUnetBlock")
-        _check_block(block)
+        _plan_block(block)  # raises where it does not fit
+    return [part for i, block in enumerate(chain.blocks) for part in _block_parts(block, f"blocks[{i}].")]
 
 
-def _run_chain(chain: Any, x: Tensor, t: Any, method: str) -> Tensor:
+def _run_chain(chain: Any, x: Tensor, t: Any, inverse: bool) -> Tensor:
     parts = parts_to_invert(chain, x, _chain_parts)
     if parts is None:
-        return getattr(chain._linfast_original, method)(chain, x, t)
+        return getattr(chain._linfast_original, "inverse" if inverse else "forward")(chain, x, t)
     x = chain.squeeze(x) if chain.use_squeeze else x
-    y, _ = run_inverting(chain, parts, x, {"t": t}, method == "inverse")
+    y, _ = run_inverting(chain, parts, x, {"t": t}, inverse)
     return chain.squeeze.inverse(y) if chain.use_squeeze else y
-
-
-def _chain_parts(chain: Any) -> list[Part]:
-    _check_chain(chain)
-    return [part for i, block in enumerate(chain.blocks) for part in _block_parts(block, f"blocks[{i}].")]
 
 
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
     size = 1 / len(chain.blocks)  # of a deep chain of large scales no inverse is exact
     channels, *_ = (_stub_conditioners(block, draw, size) for block in chain.blocks)
-    shape = (2, channels // 4 if chain.use_squeeze else channels, 4, 6)
-    return [chain.forward(draw(*shape), draw(2)), chain.inverse(draw(*shape), draw(2))]
+    return _both_ways(chain, draw, 2, channels // 4 if chain.use_squeeze else channels, 4, 6, timed=True)
 
 
 # g
 
 
-_TIMES = {"gx": 1.0, "gy": 0.0}
-
-
 def _time(x: Tensor, mode: str) -> Tensor:
-    if mode not in _TIMES:
+    if mode not in TIMES:
         raise NotImplementedError(f"No such mode exists: {mode}")
-    return constant_time(_TIMES[mode], x)
+    return constant_time(TIMES[mode], x)
 
 
 class _Invertible(Stub):
@@ -205,53 +188,47 @@ class _Invertible(Stub):
 
 def _probe_g(g: Any, draw: Draw) -> Sequence[Tensor]:
     g._modules["g"] = _Invertible(2, 2, draw)
-    return [run(draw(3, 2, 2, 3), mode=mode) for run in (g.forward, g.inverse) for mode in _TIMES]
+    return [run(draw(3, 2, 2, 3), mode=mode) for run in (g.forward, g.inverse) for mode in TIMES]
 
 
 ADAPTERS = (
     reference_adapter(
-        "ActNorm2d",
-        has("bias", "log_scale", "initialized", "_init"),
+        name="ActNorm2d",
+        attributes=("bias", "log_scale", "initialized", "_init"),
         methods={"forward": _actnorm, "inverse": _actnorm_inverse},
         plan=_plan_actnorm,
         probe=_probe_actnorm,
     ),
     reference_adapter(
-        "Inv1x1Conv",
-        has("W"),
+        name="Inv1x1Conv",
+        attributes=("W",),
         methods={"forward": lambda mix, x: channel_mix(x, mix.W), "inverse": _mix_inverse},
         plan=constant_plan("channel mix"),
-        probe=_probe_mix,
+        probe=lambda mix, draw: _both_ways(mix, draw, 3, len(mix.W), 2, 3),
     ),
     reference_adapter(
-        "InvUnetBlock",
-        has("F", "G", "mix", "actnorm"),
-        methods={
-            "forward": lambda block, X, t: _run_block(block, X, t, inverse=False),
-            "inverse": lambda block, Y, t: _run_block(block, Y, t, inverse=True),
-        },
+        name="InvUnetBlock",
+        attributes=("F", "G", "mix", "actnorm"),
+        methods=_two_methods(_run_block),
         plan=_plan_block,
-        probe=_probe_block,
+        probe=lambda block, draw: _both_ways(block, draw, 3, _stub_conditioners(block, draw), 2, 3, timed=True),
         inner=lambda block: (block.F, block.G),
         conditioners=lambda block: (block.F.cond, block.G.cond),
         stored="",
     ),
     reference_adapter(
-        "InvUnet",
-        has("blocks", "squeeze", "use_squeeze"),
+        name="InvUnet",
+        attributes=("blocks", "squeeze", "use_squeeze"),
         chain=True,
-        methods={
-            "forward": lambda chain, X, t: _run_chain(chain, X, t, "forward"),
-            "inverse": lambda chain, Y, t: _run_chain(chain, Y, t, "inverse"),
-        },
+        methods=_two_methods(_run_chain),
         plan=_plan_chain,
         probe=_probe_chain,
         inner=lambda chain: (*chain.blocks, *(m for block in chain.blocks for m in (block.F, block.G))),
         hollow=lambda chain: tuple(m.cond for block in chain.blocks for m in (block.F, block.G)),
     ),
     reference_adapter(
-        "InverseUnet",
-        has("g", "dim"),
+        name="InverseUnet",
+        attributes=("g", "dim"),
         methods={
             "forward": lambda g, x, **kwargs: g.g(x, _time(x, kwargs["mode"])),
             "inverse": lambda g, x, **kwargs: g.g.inverse(x, _time(x, kwargs["mode"])),

@@ -27,8 +27,8 @@ from ..ops.low_rank import low_rank
 from ..sampling.collapsed import collapse
 from ..sampling.sampler import at_work
 from .adapter import Draw, Options, Plan, Unfit
-from .identity import PLAN, changed_method
-from .reference_unet import constant_plan, has, reference_adapter
+from .identity import PLAN, changed_method, has
+from .reference_unet import constant_plan, reference_adapter
 
 __all__ = ["ADAPTERS"]
 
@@ -36,7 +36,7 @@ __all__ = ["ADAPTERS"]
 # The linear networks
 
 
-_IS_LORA = has("lin1", "lin2", "out_features", "lora_features", "get_lin_t")
+_LORA = ("lin1", "lin2", "out_features", "lora_features", "get_lin_t")
 
 
 def _lora(layer: Any, x: Tensor, **kwargs: Any) -> Tensor:
@@ -91,7 +91,7 @@ class _LayerView(TimeLowRank):
 
 def _plan_matcher(matcher: Any, options: Options) -> Plan:
     layer = getattr(matcher.linearizer, "linear_network", None)
-    if not _IS_LORA(layer):
+    if not has(layer, _LORA):
         raise Unfit(f"its linear network is a {type(layer).__name__}, not the repository's LoRA layer")
     if changed_method(layer, ("get_lin_t",)) is not None:
         raise Unfit("the get_lin_t of its linear network was replaced")
@@ -196,8 +196,8 @@ def _agree(actual: Any, expected: Tensor) -> bool:
 
 ADAPTERS = (
     reference_adapter(
-        "TimeDependentLoRALinearLayer",
-        _IS_LORA,
+        name="TimeDependentLoRALinearLayer",
+        attributes=_LORA,
         methods={"forward": _lora},
         plan=constant_plan("low-rank product"),
         probe=_probe_lora,
@@ -205,8 +205,8 @@ ADAPTERS = (
         assumes=("get_lin_t",),
     ),
     reference_adapter(
-        "LinearKernel",
-        has("lin1", "k", "get_matrix"),
+        name="LinearKernel",
+        attributes=("lin1", "k", "get_matrix"),
         methods={"forward": lambda layer, x, **kwargs: depthwise_conv(x, layer.get_matrix(kwargs["t"]))},
         plan=constant_plan("depthwise convolution"),
         probe=_probe_kernel,
@@ -214,8 +214,8 @@ ADAPTERS = (
         assumes=("get_matrix",),
     ),
     reference_adapter(
-        "FlowMatcher",
-        has("linearizer"),
+        name="FlowMatcher",
+        attributes=("linearizer",),
         methods={"get_sampling_terms": _terms, "sample_one_step": _sample},
         plan=_plan_matcher,
         probe=_probe_matcher,

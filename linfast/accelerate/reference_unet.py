@@ -12,6 +12,7 @@ tensor itself, through code of others that only passes it on, so that no device 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,29 +25,13 @@ from ..flows.unet_blocks import in_nchw
 from ..freeze import derived, kept_values
 from ..ops.group_norm_silu import group_norm_silu
 from .adapter import Adapter, Draw, Options, Plan, Unfit
-from .identity import original_class
+from .identity import has, original_class
 
-__all__ = ["ADAPTERS", "constant_plan", "constant_time", "has", "reference_adapter"]
-
-
-# Adapters of the repository: people copy its classes into their own, so they are recognised by name and attributes
-# wherever they are defined, and then by their values, as all are.
+__all__ = ["ADAPTERS", "constant_plan", "constant_time", "reference_adapter"]
 
 
-def has(*names: str) -> Callable[[Any], bool]:
-    """Whether an instance has all these attributes; one that raises is there: it raises again where it is read."""
-
-    def is_there(instance: Any, name: str) -> bool:
-        try:
-            return hasattr(instance, name)
-        except Exception:
-            return True
-
-    return lambda instance: all(is_there(instance, name) for name in names)
-
-
-def reference_adapter(name: str, recognises: Callable[[Any], bool], **what: Any) -> Adapter:
-    return Adapter(library="reference", where=None, name=name, recognises=recognises, **what)
+reference_adapter = partial(Adapter, library="reference", where=None)
+"""Of one of the repository's classes, which people copy into their own repositories."""
 
 
 def constant_plan(runs: str) -> Callable[[Any, Options], Plan]:
@@ -61,7 +46,7 @@ _VALUE = "_linfast_value"
 
 def constant_time(value: float, x: Tensor) -> Tensor:
     """t [B] for x [B, ...], one number expanded, which ``_first_of`` recognises."""
-    return _marked(torch.full((1,), value, device=x.device), value, x.shape[0])
+    return _marked(torch.full((1,), value, device=x.device).expand(x.shape[0]), value)
 
 
 def _first_of(t: Tensor) -> Tensor:
@@ -71,9 +56,8 @@ def _first_of(t: Tensor) -> Tensor:
     return _marked(t[:1], getattr(t, _VALUE, None))
 
 
-def _marked(t: Tensor, value: float | None, rows: int | None = None) -> Tensor:
-    """``t``, expanded to that many rows, with the number that it was computed from."""
-    t = t if rows is None else t.expand(rows)
+def _marked(t: Tensor, value: float | None) -> Tensor:
+    """``t`` with the number that it was computed from."""
     if value is not None and not torch.compiler.is_compiling():
         setattr(t, _VALUE, value)
     return t
@@ -82,9 +66,7 @@ def _marked(t: Tensor, value: float | None, rows: int | None = None) -> Tensor:
 # One block
 
 
-def _inner(block: Any) -> tuple[nn.Module, ...]:
-    names = ("norm0", "norm1", "norm2", "conv0", "conv1", "skip", "qkv", "proj")
-    return tuple(module for name in names if (module := getattr(block, name, None)) is not None)
+_LAYERS = ("norm0", "norm1", "norm2", "conv0", "conv1", "skip", "qkv", "proj")
 
 
 def _plan_block(block: Any, options: Options) -> Plan:
@@ -131,18 +113,20 @@ def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str 
     return view
 
 
-def _move_off_zero(draw: Draw, *convs: Any) -> None:
-    """Fresh networks end in weights of 1e-5, which would hide what comes before them."""
-    for conv in convs:
-        conv.weight = nn.Parameter(0.3 * draw(*conv.weight.shape).detach())
+def _is_block(layer: nn.Module) -> bool:
+    return original_class(layer).__qualname__ == "UNetBlock"
 
 
-def _last_convs(block: Any) -> tuple[nn.Module, ...]:
-    return (block.conv1, block.proj) if block.num_heads else (block.conv1,)
+def _move_off_zero(draw: Draw, *layers: Any) -> None:
+    """Fresh blocks and networks end in weights of 1e-5, which would hide what comes before them."""
+    for layer in layers:
+        last = (layer.conv1, *([layer.proj] if layer.num_heads else [])) if _is_block(layer) else (layer,)
+        for conv in last:
+            conv.weight = nn.Parameter(0.3 * draw(*conv.weight.shape).detach())
 
 
 def _probe_block(block: Any, draw: Draw) -> Sequence[Tensor]:
-    _move_off_zero(draw, *_last_convs(block))
+    _move_off_zero(draw, block)
     emb = block.affine.in_features
     x = (block.in_channels, 4, 4)
     return [block.forward(draw(2, *x), draw(2, emb)), block.forward(draw(2, *x), draw(1, emb))]
@@ -159,7 +143,7 @@ def _plan_net(net: Any, options: Options) -> Plan:
     ends = norm.endswith("_aux_norm") and conv.endswith("_aux_conv")
     if any("aux" in name for name in (*net.enc, *layers)) or not ends:
         raise Unfit("its encoder or decoder is not the standard one")
-    if not has("num_groups", "eps", "weight", "bias")(net.dec[norm]):
+    if not has(net.dec[norm], ("num_groups", "eps", "weight", "bias")):
         raise Unfit(f"its {type(net.dec[norm]).__name__} is not the repository's GroupNorm")
     return Plan("a time of the whole batch embedded once")
 
@@ -192,13 +176,9 @@ def _embedding(net: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
     return derived(net, key, lambda: _marked(compute(), value))
 
 
-def _is_block(layer: nn.Module) -> bool:
-    return original_class(layer).__qualname__ == "UNetBlock"
-
-
 def _probe_net(net: Any, draw: Draw) -> Sequence[Tensor]:
     layers = [*net.enc.values(), *net.dec.values()]
-    _move_off_zero(draw, layers[-1], *(conv for block in layers if _is_block(block) for conv in _last_convs(block)))
+    _move_off_zero(draw, layers[-1], *filter(_is_block, layers))
     side = 2 ** sum(name.endswith("_down") for name in net.enc)
     x = (2, layers[0].in_channels, 2 * side, side)
     return [net.forward(draw(*x), draw(n), None) for n in (2, 1)]
@@ -208,18 +188,18 @@ _SETTINGS = ("skip_scale", "adaptive_scale", "num_heads", "dropout")
 
 ADAPTERS = (
     reference_adapter(
-        "UNetBlock",
-        has("norm0", "conv0", "affine", "norm1", "conv1", "skip", *_SETTINGS),
+        name="UNetBlock",
+        attributes=("norm0", "conv0", "affine", "norm1", "conv1", "skip", *_SETTINGS),
         methods={"forward": _block},
         plan=_plan_block,
         probe=_probe_block,
         settings=_SETTINGS,
-        inner=_inner,
+        inner=lambda block: [m for name in _LAYERS if (m := getattr(block, name, None)) is not None],
         tolerance=1e-6,  # the original's attention drops to float32
     ),
     reference_adapter(
-        "SongUNet",
-        has("map_noise", "map_layer0", "map_layer1", "map_label", "map_augment", "enc", "dec"),
+        name="SongUNet",
+        attributes=("map_noise", "map_layer0", "map_layer1", "map_label", "map_augment", "enc", "dec"),
         methods={"forward": _net},
         plan=_plan_net,
         probe=_probe_net,

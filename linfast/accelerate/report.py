@@ -8,8 +8,6 @@ from ..tables import aligned
 
 __all__ = ["Report", "Row"]
 
-_HEADER = ("module", "was", "runs", "why not, or notes")
-
 
 @dataclass(frozen=True)
 class Row:
@@ -58,16 +56,13 @@ class Report:
     def __str__(self) -> str:
         if not self.rows:
             return "accelerate: no module of a known library was found; lf.register_adapter adds a class of yours"
-        lines = [_HEADER, *_grouped(self.rows)]
-        total = f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"
-        return "\n".join((aligned(lines, rule=True), total, *self._of_precision()))
-
-    def _of_precision(self) -> list[str]:
-        if self.precision is None:
-            return []
-        reached = sum(row.takes_precision for row in self.swapped)
-        rest = "the products of the others are torch's, in its own settings, or none"
-        return [f"precision {self.precision!r} reaches {reached} of them; {rest}"]
+        table = [("module", "was", "runs", "why not, or notes"), *_grouped(self.rows)]
+        lines = [aligned(table, rule=True), f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"]
+        if self.precision is not None:
+            reached = sum(row.takes_precision for row in self.swapped)
+            rest = "the products of the others are torch's, in its own settings, or none"
+            lines.append(f"precision {self.precision!r} reaches {reached} of them; {rest}")
+        return "\n".join(lines)
 
 
 def _grouped(rows: tuple[Row, ...]) -> list[tuple[str, str, str, str]]:

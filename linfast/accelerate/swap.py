@@ -50,19 +50,16 @@ class Swapped:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         cls, plan = type(self), replace(plan_of(self), guard=DriftGuard())
-        parametrized = "_linfast_original" not in vars(
-            cls
-        )  # torch derived a class from ours, and pickles none such
-        if parametrized:
+        if "_linfast_original" in vars(cls):
+            build, arguments, state, *_ = self.__reduce_ex__(4)
+        else:  # torch derived a class from ours for a parametrization, and pickles none such
             build, arguments = object.__new__, (cls,)
             state = {key: value for key, value in vars(self).items() if key != PLAN}
-        else:
-            build, arguments, state, *_ = self.__reduce_ex__(4)
         copied = build(*copy.deepcopy(arguments, memo))
         memo[id(self)] = copied
         state = copy.deepcopy(state, memo)
         copied.__setstate__(state) if hasattr(copied, "__setstate__") else copied.__dict__.update(state)
-        if parametrized:
+        if isinstance(copied, Swapped):
             vars(copied)[PLAN] = plan
         else:
             swap(copied, self._linfast_adapter, plan)
@@ -111,21 +108,18 @@ def renew_plan(instance: Any) -> bool:
 @functools.cache
 def swapped_class(adapter: Adapter, original: type) -> type:
     """The class that derives from the original and runs the adapter's methods."""
-    method = _deciding if adapter.decides else _method
-    body: dict[str, Any] = {name: method(name, run, adapter, original) for name, run in adapter.methods.items()}
+    body: dict[str, Any] = {name: _method(name, run, adapter, original) for name, run in adapter.methods.items()}
     body |= {"_linfast_original": original, "_linfast_adapter": adapter}
     body |= {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     bases = (Swapped, original)
     return types.new_class(original.__name__, bases, exec_body=lambda namespace: namespace.update(body))
 
 
-def _deciding(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
-    return functools.wraps(getattr(original, name))(run)
-
-
 def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
     """``run``, or the original: of a coupling on a CPU where nothing is gained, or after a change."""
     before = getattr(original, name)
+    if adapter.decides:
+        return functools.wraps(before)(run)
     order, accepted = _arguments(before, run)
     is_coupling = adapter.is_coupling
 

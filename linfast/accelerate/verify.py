@@ -6,7 +6,8 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 from ..dispatch import has_values, plain_torch, uses_triton
 from ..flows.drift import DriftWarning
+from ..flows.undo import gradients
 from ..precision import full_precision, resolve_precision
 from ..rows import all_lengths
 from .adapter import Adapter, Draw, Plan, Unfit
 from .fused import Fused
-from .identity import PLAN, original_class, uncompiled, without_hooks
+from .identity import PLAN, modules_of, original_class, uncompiled, without_hooks
 from .launch import lone_launch
 from .swap import swap
 
-__all__ = ["check_values", "code_of", "difference", "kind_of"]
-
-Probe = Callable[[Any, Draw], Sequence[Tensor]]
+__all__ = ["check_values", "difference", "kind_of"]
 
 _SEED = 20260101
 # Relative L2 of the outputs and gradients of one layer: some hundred roundings.
@@ -48,68 +48,84 @@ def check_values(instance: Any) -> None:
 @torch.inference_mode(False)
 @full_precision()
 def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
-    """Largest relative L2 difference, in float64 and in the instance's own dtype on its own device.
+    """Largest relative L2 difference in the instance's own dtype, on its own device.
 
     Neither the instance nor torch's random state is touched: copies without hooks are run, which
     share no buffer with it. Both compute float32 in full precision, the original in plain torch.
 
     Raises:
-        Unfit: it is larger than allowed, or one of the two raised.
+        Unfit: it is larger than allowed, in this dtype or in float64, or one of the two raised.
     """
-    like = next((t for t in _tensors(instance) if t.is_floating_point()), None)
-    device = torch.device("cpu") if like is None else like.device
-    own = torch.float32 if like is None else like.dtype
-    if isinstance(plan.layout, Fused):
-        return _difference_whole(instance, adapter, plan, like, device, plan.layout.features)
-    hollow = {id(uncompiled(module)) for of in (adapter.conditioners, adapter.hollow) for module in of(instance)}
+    like = next((t for t in _tensors(instance) if t.is_floating_point()), torch.empty(0, dtype=torch.float32))
     worst = 0.0
-    # What a copied class does in the other mode is not known beforehand: it may drop out, say.
-    modes = (None,) if isinstance(adapter.where, str) else (True, False)
-    dtypes = dict.fromkeys((torch.float64, own) if adapter.float64 else (own,))
-    for dtype, training in itertools.product(dtypes, modes):
-        allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * (_CHAIN if adapter.chain else 1))
-        error = _difference(instance, adapter, plan, dtype, device, adapter.probe, hollow, training)
-        if not error <= allowed:
-            raise Unfit(f"it {_how_far(error)} in {str(dtype)[6:]} on a random input")
-        worst = max(error, worst) if dtype == own else worst
-    features = None
-    if adapter.is_coupling and like is not None and uses_triton(like):
-        launch = lone_launch(adapter.members(instance, plan.layout), like, plan.options.precision)
-        features = None if launch is None else launch.features
-    return max(worst, _difference_whole(instance, adapter, plan, like, device, features))
+    for case in _cases(instance, adapter, plan, like):
+        original, copied = (bare_copy(instance, case.dtype, case.hollow) for _ in range(2))
+        if case.training is not None and isinstance(instance, nn.Module):
+            original.train(case.training), copied.train(case.training)
+        with plain_torch():
+            before = _run(original, adapter, case, like.device)
+        swap(copied, adapter, adapter.plan_for(copied, plan.options))
+        after = _run(copied, adapter, case, like.device)
+        if len(before) != len(after):
+            raise Unfit(f"it returns {len(after)} tensors, the original {len(before)}")
+        error = max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
+        if not error <= case.allowed:
+            other = "has other shapes or dtypes than the original, or infinite values,"
+            far = other if error == math.inf else f"differs from the original by {error:.1e}"
+            raise Unfit(f"{case.what} {far}{case.where} on a random input")
+        worst = max(error, worst) if case.dtype == like.dtype else worst
+    return worst
 
 
-def _difference_whole(
-    instance: Any, adapter: Adapter, plan: Plan, like: Tensor | None, device: torch.device, features: int | None
-) -> float:
-    """The same of a layer in one launch, or of a chain together, with its own conditioners.
+@dataclass(frozen=True)
+class _Case:
+    """One comparison: the probe of both copies, and how far apart they may be.
 
-    0 where it does not run so here, which is where there are no features.
+    Args:
+        what, where: for the message where they are further apart.
+        hollow: ids of modules whose weights it does not need.
+        training: which mode it runs in; None is the instance's own.
     """
-    if like is None or features is None:
-        return 0.0
-    error = _difference(
-        instance, adapter, plan, like.dtype, device, lambda copy, draw: adapter.vectors(copy, draw, features), ()
-    )
-    mode = resolve_precision(like, plan.options.precision)
-    allowed = max(_TOLERANCES.get(like.dtype, 0.0), _OF_MODES[mode]) * (_CHAIN if adapter.chain else 1)
-    if not error <= allowed:
+
+    probe: Callable[[Any, Draw], Sequence[Tensor]]
+    dtype: torch.dtype
+    allowed: float
+    what: str
+    where: str = ""
+    hollow: Collection[int] = ()
+    training: bool | None = None
+
+
+def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterator[_Case]:
+    """With stubs as conditioners in both dtypes; with its own, where it then runs in one launch or one loop."""
+    layers = _CHAIN if adapter.chain else 1
+    features = plan.layout.features if isinstance(plan.layout, Fused) else None
+    if features is None:
+        hollow = {id(uncompiled(m)) for of in (adapter.conditioners, adapter.hollow) for m in of(instance)}
+        # What a copied class does in the other mode is not known beforehand: it may drop out, say.
+        modes = (None,) if isinstance(adapter.where, str) else (True, False)
+        dtypes = dict.fromkeys((torch.float64, like.dtype) if adapter.float64 else (like.dtype,))
+        for dtype, training in itertools.product(dtypes, modes):
+            allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * layers)
+            yield _Case(adapter.probe, dtype, allowed, "it", f" in {str(dtype)[6:]}", hollow, training)
+        if adapter.is_coupling and uses_triton(like):
+            launch = lone_launch(adapter.members(instance, plan.layout), like, plan.options.precision)
+            features = None if launch is None else launch.features
+    if features is not None:
+        mode = resolve_precision(like, plan.options.precision)
+        allowed = max(_TOLERANCES.get(like.dtype, 0.0), _OF_MODES[mode]) * layers
         what = "its couplings together" if adapter.chain else "the layer in one launch"
-        raise Unfit(f"{what} {_how_far(error)} on a random input")
-    return error
+        probe = lambda copied, draw: adapter.vectors(copied, draw, features)  # noqa: E731
+        yield _Case(probe, like.dtype, allowed, what)
 
 
 def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:
     """Equal for two instances that run the same code on tensors of the same shapes: one check serves both."""
     own = id(instance) if not isinstance(instance, nn.Module) else None
-    return adapter, code_of(instance), plan.runs, plan.options, own
-
-
-def code_of(instance: Any) -> Hashable:
-    """What decides which code an instance runs, and on tensors of which shapes; its own may move, and its mode."""
-    modules = dict(instance.named_modules()) if isinstance(instance, nn.Module) else {}
-    parts = tuple((path, original_class(m), _settings(m)) for path, m in modules.items())
-    return parts, tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
+    modules = instance.named_modules() if isinstance(instance, nn.Module) else ()
+    parts = tuple((path, original_class(module), _settings(module)) for path, module in modules)
+    tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
+    return adapter, parts, tensors, plan.runs, plan.options, own
 
 
 def _settings(module: nn.Module) -> Hashable:
@@ -122,41 +138,18 @@ def _settings(module: nn.Module) -> Hashable:
     )
 
 
-def _difference(
-    instance: Any,
-    adapter: Adapter,
-    plan: Plan,
-    dtype: torch.dtype,
-    device: torch.device,
-    probe: Probe,
-    hollow: Collection[int],
-    training: bool | None = None,
-) -> float:
-    original, copied = (bare_copy(instance, dtype, hollow) for _ in range(2))
-    if training is not None and isinstance(instance, nn.Module):
-        original.train(training), copied.train(training)
-    with plain_torch():
-        before = _run(original, adapter, probe, dtype, device)
-    swap(copied, adapter, adapter.plan_for(copied, plan.options))
-    after = _run(copied, adapter, probe, dtype, device)
-    if len(before) != len(after):
-        raise Unfit(f"it returns {len(after)} tensors, the original {len(before)}")
-    return max((_relative(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
-
-
-def _run(instance: Any, adapter: Adapter, probe: Probe, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _run(instance: Any, adapter: Adapter, case: _Case, device: torch.device) -> list[Tensor]:
     """The probe's outputs and the gradients of a random sum of them."""
     inputs: list[Tensor] = []
     generator = torch.Generator().manual_seed(_SEED)
 
     def draw(*shape: int) -> Tensor:
-        value = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        value = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, case.dtype)
         inputs.append(value.requires_grad_())
         return value
 
-    devices = [device] if device.type == "cuda" else []
     with (
-        torch.random.fork_rng(devices),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
         all_lengths(),
@@ -165,14 +158,11 @@ def _run(instance: Any, adapter: Adapter, probe: Probe, dtype: torch.dtype, devi
         warnings.simplefilter("error", DriftWarning)  # what strays here had better be stored
         torch.manual_seed(_SEED)
         try:
-            outputs = list(probe(instance, draw))
-            total = sum(
-                ((o.double() * _weights(o)).sum() for o in outputs),
-                start=torch.zeros((), dtype=torch.float64, device=device),
-            )
+            outputs = list(case.probe(instance, draw))
             wanted = inputs + [p for p in _tensors(instance) if p.requires_grad]
-            differentiable = total.requires_grad  # a sampler is not
-            gradients = torch.autograd.grad(total, wanted, allow_unused=True) if differentiable else ()
+            counts = [torch.arange(o.numel(), device=o.device, dtype=torch.float64) for o in outputs]
+            weights = [n.sin().view(o.shape) for n, o in zip(counts, outputs, strict=True)]  # no two alike
+            found = gradients(outputs, weights, wanted)
         except Unfit:
             raise
         except Exception as error:
@@ -182,18 +172,7 @@ def _run(instance: Any, adapter: Adapter, probe: Probe, dtype: torch.dtype, devi
                 ) from error
             what = "the original" if PLAN not in vars(instance) else "what would replace it"
             raise Unfit(f"{what} raised {type(error).__name__} on a random input: {error}") from error
-    return [o.detach() for o in outputs] + [torch.zeros(()) if g is None else g for g in gradients]
-
-
-def _weights(output: Tensor) -> Tensor:
-    """Fixed numbers of the output's shape, no two alike."""
-    return torch.arange(output.numel(), device=output.device, dtype=torch.float64).sin().view(output.shape)
-
-
-def _how_far(error: float) -> str:
-    if error == math.inf:
-        return "has other shapes or dtypes than the original, or infinite values,"
-    return f"differs from the original by {error:.1e}"
+    return [o.detach() for o in outputs] + [torch.zeros(()) if g is None else g for g in found]
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
@@ -204,31 +183,53 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def _tensors(instance: Any) -> Sequence[Tensor]:
-    modules = (
-        [instance]
-        if isinstance(instance, nn.Module)
-        else [v for v in vars(instance).values() if isinstance(v, nn.Module)]
-    )
-    return [t for m in modules for t in itertools.chain(m.parameters(), m.buffers())]
+    return [t for module in modules_of(instance).values() for t in (*module.parameters(), *module.buffers())]
 
 
-def bare_copy(instance: Any, dtype: torch.dtype, hollow: Collection[int] = ()) -> Any:
+def bare_copy(instance: Any, dtype: torch.dtype, hollow: Collection[int]) -> Any:
     """A copy of the original class, without hooks, its tensors in this dtype, that shares nothing with it.
 
-    What was compiled is copied as it was before.
-
-    Args:
-        hollow: ids of modules that are copied without parameters, buffers and modules, and are not run.
+    What was compiled is copied as it was before. Modules whose ids are in ``hollow`` are copied without parameters,
+    buffers and modules, and are not run.
 
     Raises:
         Unfit: it has an attribute that cannot be copied.
     """
     memo: dict[int, Any] = {}
     attributes: list[tuple[Any, dict[str, Any]]] = []
-    _begin(instance, dtype, hollow, memo, attributes)
+    found = [instance]
+    for each in found:  # which grows: all modules and tensors are in ``memo`` before an attribute is copied
+        inside = uncompiled(each)
+        if id(inside) not in memo:
+            memo[id(inside)], own = _begun(inside, dtype, id(inside) in hollow)
+            attributes.append((memo[id(inside)], own))
+            for value in tree_leaves(list(own.values())):
+                if isinstance(value, nn.Module):
+                    found.append(value)
+                elif isinstance(value, Tensor) and id(value) not in memo:
+                    memo[id(value)] = _cast(value, dtype)
+        memo[id(each)] = memo[id(inside)]
     for copied, own in attributes:
         vars(copied).update({name: _deep_copy(name, value, type(copied), memo) for name, value in own.items()})
     return memo[id(instance)]
+
+
+def _begun(instance: Any, dtype: torch.dtype, hollow: bool) -> tuple[Any, dict[str, Any]]:
+    """The copy, and those of the instance's attributes that it is still to have copies of."""
+    if isinstance(instance, torch.jit.ScriptModule):  # whose attributes are not its dictionary's
+        with torch.no_grad():  # else its copy's parameters have a graph
+            script = _deep_copy("the code", instance, type(instance), {}).to(dtype)
+        for parameter, of in zip(script.parameters(), instance.parameters(), strict=True):
+            parameter.requires_grad_(of.requires_grad)
+        return script, {}
+    copied: Any = object.__new__(original_class(instance))
+    is_module = isinstance(instance, nn.Module)
+    state = nn.Module.__getstate__(instance) if is_module else vars(instance)  # without what it was compiled to
+    own = {key: value for key, value in state.items() if key != PLAN} | (without_hooks() if is_module else {})
+    if hollow:
+        vars(copied).update(own, _modules={}, _parameters={}, _buffers={})
+        return copied, {}
+    return copied, own
 
 
 def _deep_copy(name: str, value: Any, of: type, memo: dict[int, Any]) -> Any:
@@ -238,46 +239,7 @@ def _deep_copy(name: str, value: Any, of: type, memo: dict[int, Any]) -> Any:
         raise Unfit(f"{name} of its {of.__name__} cannot be copied for the check: {error}") from error
 
 
-def _begin(
-    instance: Any,
-    dtype: torch.dtype,
-    hollow: Collection[int],
-    memo: dict[int, Any],
-    attributes: list[tuple[Any, dict[str, Any]]],
-) -> None:
-    """The copies of modules and of tensors, into ``memo``; and what their attributes are to be copies of."""
-    if id(instance) in memo:
-        return
-    if isinstance(instance, torch.jit.ScriptModule):  # whose attributes are not its dictionary's
-        with torch.no_grad():  # else its copy's parameters have a graph
-            script = _deep_copy("the code", instance, type(instance), {}).to(dtype)
-        memo[id(instance)] = script
-        for parameter, of in zip(script.parameters(), instance.parameters(), strict=True):
-            parameter.requires_grad_(of.requires_grad)
-        return
-    inside = uncompiled(instance)
-    if inside is not instance:
-        _begin(inside, dtype, hollow, memo, attributes)
-        memo[id(instance)] = memo[id(inside)]
-        return
-    copied: Any = object.__new__(original_class(instance))
-    memo[id(instance)] = copied
-    state = nn.Module.__getstate__(instance) if isinstance(instance, nn.Module) else vars(instance)
-    own = {key: value for key, value in state.items() if key != PLAN}  # without what it was compiled to
-    if isinstance(instance, nn.Module):
-        own |= without_hooks()
-    if id(instance) in hollow:
-        vars(copied).update(own, _modules={}, _parameters={}, _buffers={})
-        return
-    attributes.append((copied, own))
-    for value in tree_leaves(list(own.values())):
-        if isinstance(value, nn.Module):
-            _begin(value, dtype, hollow, memo, attributes)
-        elif isinstance(value, Tensor) and id(value) not in memo:
-            cast = _cast(value, dtype)
-            memo[id(value)] = nn.Parameter(cast, value.requires_grad) if isinstance(value, nn.Parameter) else cast
-
-
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy: what is done to it in place, such as an initialisation, is not done to the original."""
-    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    cast = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return nn.Parameter(cast, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cast

@@ -29,9 +29,10 @@ from ..operators.base import LatentOperator
 from ..scale_maps import ScaleMap
 from .unet_weights import unet_from_reference
 
-__all__ = ["from_reference"]
+__all__ = ["TIMES", "from_reference", "holds_values"]
 
-_GX_TIME, _GY_TIME = 1.0, 0.0
+TIMES = {"gx": 1.0, "gy": 0.0}
+"""At which the two modes of a g run it."""
 
 
 def from_reference(linearizer: nn.Module, memory: str = "auto") -> Linearizer:
@@ -58,7 +59,7 @@ def from_reference(linearizer: nn.Module, memory: str = "auto") -> Linearizer:
     g_x = _flow("net_gx", net_gx, memory)
     g_y = g_x if net_gy is net_gx else _flow("net_gy", net_gy, memory)
     A = _operator(linearizer.linear_network, g_x.shape)
-    return Linearizer(g_x.at(t=_GX_TIME), A, g_y.at(t=_GY_TIME)).train(linearizer.training)
+    return Linearizer(g_x.at(t=TIMES["gx"]), A, g_y.at(t=TIMES["gy"])).train(linearizer.training)
 
 
 def _flow(name: str, network: Any, memory: str) -> Flow:
@@ -83,10 +84,15 @@ def _block(block: Any) -> list[Bijection]:
 
 def _actnorm(actnorm: Any) -> ActNorm:
     result = ActNorm(actnorm.bias.numel()).to(actnorm.bias)
-    trained = bool(actnorm.initialized) or any(bool(p.count_nonzero()) for p in actnorm.parameters())
+    trained = bool(actnorm.initialized) or holds_values(actnorm)
     values = {"bias": actnorm.bias.flatten(), "log_scale": actnorm.log_scale.flatten()}
     result.load_state_dict({**values, "initialized": torch.tensor(trained)})
     return result
+
+
+def holds_values(actnorm: Any) -> bool:
+    """Whether it was trained, which its flag does not say once a state_dict was loaded."""
+    return any(bool(parameter.count_nonzero()) for parameter in (actnorm.bias, actnorm.log_scale))
 
 
 def _coupling(coupling: Any, features: int, moves: str) -> AffineCoupling:

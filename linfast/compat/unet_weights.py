@@ -112,15 +112,13 @@ def unet_from_reference(net: Any) -> UNet:
     mine = [*result.encoder, *result.decoder]
     if theirs != [_own_options(block) for block in mine]:
         raise ValueError("the SongUNet's blocks are not those of a UNet of its levels, widths and attention")
-    shifts = {
-        "weight": torch.cat([block.affine.weight for block in blocks]),
-        "bias": torch.cat([block.affine.bias + block.conv0.bias for block in blocks]),
-    }
     _, first, _, second, _, last = result.time  # type: ignore[misc]
     copies = ((result.stem, stem), (result.norm, norm), (result.head, head))
     for own, layer in (*copies, (first, net.map_layer0), (second, net.map_layer1)):
         own.load_state_dict(dict(_of(layer)))
-    last.load_state_dict(shifts)
+    weight = torch.cat([block.affine.weight for block in blocks])
+    bias = torch.cat([block.affine.bias + block.conv0.bias for block in blocks])
+    last.load_state_dict({"weight": weight, "bias": bias})
     for own, block in zip(mine, blocks, strict=True):
         own.load_state_dict(block_weights(block))
     return result
