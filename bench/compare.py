@@ -37,8 +37,6 @@ from .cases import CASES, sizes
 from .harness import Options, Problem, UsageError, judged
 from .timing import time_interleaved
 
-__all__ = ["Moved", "compare_trees", "interval", "run_compare", "verdict"]
-
 REPLICATES = 3
 PAIRS = 21  # of bursts, in each replicate; the 99% interval of the median is then the 5th to the 17th
 FLOOR = 0.05  # two builds of one program on a busy machine have differed by this much in every replicate

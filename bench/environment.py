@@ -15,8 +15,6 @@ import torch
 
 import linfast
 
-__all__ = ["Environment", "ceilings", "describe", "free_bytes"]
-
 Environment = Mapping[str, str | float | None]
 
 _COPY_BYTES = {"cpu": 2**26, "cuda": 2**31}  # a CPU's calls end within a time slice

@@ -13,8 +13,6 @@ from .report import size_in_words
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NAMES", "SUFFIXES", "draw"]
-
 NAMES, SUFFIXES = ("throughput", "roofline", "memory"), ("png", "svg")  # of the files
 
 # A provider looks the same in every plot: a colour that colour-blind readers tell apart (Okabe and Ito), a marker.

@@ -15,8 +15,6 @@ from pathlib import Path
 from .plots import NAMES, draw
 from .report import parse, short_table
 
-__all__ = ["main"]
-
 _BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w.-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 

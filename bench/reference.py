@@ -42,8 +42,6 @@ import linfast as lf
 from .rounding import relative_error
 from .timing import peak_bytes, ratio, time_interleaved
 
-__all__ = ["main", "reference_model", "step", "step_bytes"]
-
 MNIST, CELEBA = (1, 32, 32), (3, 64, 64)
 CONFIGS = {"mnist": MNIST, "celeba": CELEBA}
 LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each

@@ -17,8 +17,6 @@ from linfast.tables import aligned
 from .environment import Environment
 from .harness import CONTROL, Result
 
-__all__ = ["beside_the_fastest", "json_line", "number", "parse", "shares", "short_table", "size_in_words", "table"]
-
 OURS = ("eager", "torch.compile", "linfast", "linfast compiled", "accelerated")
 _COLUMNS = (
     *("p20 ms", "p50 ms", "p80 ms", "cpu ms", "x base", "x base cpu", "peak MiB", "copy %", "matmul %"),

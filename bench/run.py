@@ -21,8 +21,6 @@ from .plots import NAMES, SUFFIXES, draw
 from .report import json_line, table
 from .trace import run_profile
 
-__all__ = ["main", "parser", "too_large"]
-
 _BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
 _PLOTS = "linfast-bench"
 _CALLS = 25  # of each provider at the least: the check, two rounds to warm up, five timed, memory, float64

@@ -20,8 +20,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-__all__ = ["Outputs", "Timing", "as_tuple", "peak_bytes", "ratio", "time_interleaved"]
-
 WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
 LAUNCHED_CALLS = 11  # for the median of calls that are launched from Python

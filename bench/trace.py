@@ -17,8 +17,6 @@ from linfast.ranges import ranges
 from .cases import CASES, sizes
 from .harness import Case, Options, Problem, Provider, Size
 
-__all__ = ["run_profile"]
-
 CALLS = 3  # profiled, after as many that are not
 MOST_ROWS = 8
 

@@ -20,11 +20,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-__all__ = [
-    "Parser", "Progress", "add_earlier_files", "flush_output", "refuse_existing", "report", "say",
-    "when_interrupted",
-]  # fmt: skip
-
 _LONGEST = 2000  # characters of an error's line
 _PATIENCE = 3.0  # seconds for the last words of an interrupted command
 _BETWEEN_LINES = 5.0  # seconds

@@ -29,8 +29,6 @@ from . import flows, operators
 from .linearizer import Linearizer
 from .scale_maps import ScaleMap
 
-__all__ = ["DTYPES", "STORED_AS", "build", "describe", "is_described", "register", "size_list"]
-
 STORED_AS = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8,
     "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool,

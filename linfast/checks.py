@@ -17,24 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-__all__ = [
-    "DTYPES",
-    "check_choice",
-    "check_count",
-    "check_counts",
-    "check_dense",
-    "check_factor",
-    "check_flag",
-    "check_function",
-    "check_kind",
-    "check_like",
-    "check_number",
-    "check_path",
-    "check_tensor",
-    "check_time",
-    "said_of",
-]
-
 _MOST = 2**31 - 1  # a larger size is a mistake
 _LARGEST = sys.float_info.max
 

@@ -25,8 +25,6 @@ from .sampling.outputs import check_regular
 from .sampling.stream import sample_stream
 from .sampling.workers import Workers, process_group
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.

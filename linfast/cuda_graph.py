@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_map
 from .dispatch import tensors_of
 from .freeze import Frozen, thawed
 
-__all__ = ["CudaGraph"]
-
 _WARM_UP = 3  # calls before a capture: lazy initialisation and autotuning do not belong in it
 _one_capture = threading.RLock()  # captures share the device's random generator
 

@@ -24,34 +24,6 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_kind
 
-__all__ = [
-    "autocast_dtype",
-    "backend",
-    "call_key",
-    "capturing",
-    "cat",
-    "check_values",
-    "chosen_backend",
-    "has_global_hook",
-    "has_kernels",
-    "has_values",
-    "interpreting",
-    "inverse_or_nan",
-    "matmul_mode",
-    "outside_autocast",
-    "plain_torch",
-    "read_at_once",
-    "refuse_kernel",
-    "state_key",
-    "tensor_of",
-    "tensors_of",
-    "uploaded",
-    "usable_device",
-    "uses_triton",
-    "why_reference",
-    "without_autocast",
-]
-
 _CHOICES = ("auto", "triton", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -27,8 +27,6 @@ from .nets import MLP
 from .operators.base import LatentOperator
 from .tables import aligned
 
-__all__ = ["Choice", "Plan", "explain", "plan"]
-
 _OPERATOR_OPS = {"LowRank": "low_rank", "TimeLowRank": "low_rank", "DepthwiseConv": "depthwise_conv"}
 
 

@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["Frozen", "derived", "freeze", "is_frozen", "kept", "kept_values", "thawed"]
-
 _Value = TypeVar("_Value")
 Kept = dict[tuple[nn.Module, Hashable], Any]
 

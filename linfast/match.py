@@ -33,8 +33,6 @@ from .ops.linearizer_stack import PackedLinearizer, pack_linearizer, run_packed
 from .ops.plain_couplings import run_couplings
 from .rows import SHORT
 
-__all__ = ["LinearizerLaunch", "Parts", "match_linearizer", "unwrap"]
-
 Part = Callable[[Tensor], Tensor]
 
 

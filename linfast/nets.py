@@ -32,8 +32,6 @@ from .dispatch import cat, outside_autocast
 from .ops.activations import ACTIVATION_NAMES, ACTIVATIONS
 from .ranges import range_
 
-__all__ = ["MLP", "ConvNet", "SinusoidalEmbedding"]
-
 
 def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
     """Raise unless x is a tensor of the dtype and on the device of the network's first layer."""

@@ -31,8 +31,6 @@ from torch import Tensor
 from .checks import check_choice
 from .dispatch import autocast_dtype, interpreting, matmul_mode
 
-__all__ = ["PRECISIONS", "full_precision", "half_dtype", "resolve_precision"]
-
 PRECISIONS = ("exact", "high", "tf32", "fast")
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 

@@ -19,8 +19,6 @@ from typing import cast
 
 import torch
 
-__all__ = ["range_", "ranges"]
-
 _on = os.environ.get("LINFAST_RANGES", "0") == "1"
 _EMPTY = contextlib.nullcontext()
 

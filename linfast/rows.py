@@ -22,17 +22,6 @@ from torch import Tensor
 
 from .dispatch import chosen_backend
 
-__all__ = [
-    "SHORT",
-    "Work",
-    "all_lengths",
-    "by_rows",
-    "checks_all_lengths",
-    "is_short",
-    "rows_at_once",
-    "rows_in_cache",
-]
-
 Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 

@@ -29,8 +29,6 @@ from torch import Tensor
 
 from .checks import check_choice, check_number, check_tensor
 
-__all__ = ["SCALE_MAP_KINDS", "ScaleMap", "log_scale_function"]
-
 _TWO_OVER_PI = 2.0 / math.pi
 _SIGMOID_SHIFT = 2.0
 

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from .checks import check_dense, check_factor, check_tensor, said_of
 from .operators.spectral import decomposed
 
-__all__ = ["InducedSpace", "check_invertible", "decode_latents"]
-
 
 def check_invertible(name: str, g: object) -> None:
     """Raise unless g can be called and has an inverse."""

@@ -16,20 +16,6 @@ from torch import Tensor, nn
 
 from .blueprint import DTYPES, is_described
 
-__all__ = [
-    "Stored",
-    "check_rebuilt",
-    "compact",
-    "is_foreign",
-    "laid_out",
-    "match",
-    "settings",
-    "share_modules",
-    "shared_modules",
-    "slots",
-    "unique",
-]
-
 Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _MOST_GAPS = 2  # each doubles the memory that a tensor takes
 

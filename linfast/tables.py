@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["aligned"]
-
 
 def aligned(rows: Sequence[Sequence[str]], numeric: int | None = None, rule: bool = False) -> str:
     """The rows, the first of which holds the headings, in columns of equal width.

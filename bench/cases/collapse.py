@@ -13,8 +13,6 @@ from linfast.operators import LatentOperator
 from ..harness import Case, Cost, Options, Problem, Provider, Size
 from .common import grid, ints
 
-__all__ = ["CASES"]
-
 _MOST_DENSE = 4096
 
 

@@ -33,8 +33,6 @@ from .common import (
 )  # fmt: skip
 from .libraries import LIBRARIES, PEERS, library, peer
 
-__all__ = ["CASES"]
-
 
 def _architecture(size: Size) -> tuple[int, int, tuple[int, int]]:
     """Features, couplings, and the widths of their conditioners."""

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from .common import perturb, seeded
 
-__all__ = ["LIBRARIES", "PEERS", "Maker", "Run", "library", "mlp", "peer"]
-
 Run = Callable[[Any, Tensor], Sequence[Tensor]]
 Model = tuple[nn.Module, Run, Run]
 Maker = Callable[[int, int, tuple[int, ...]], Model]

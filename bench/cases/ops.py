@@ -18,8 +18,6 @@ from linfast.scale_maps import ScaleMap
 from ..harness import Options, Size
 from .common import BACKWARD, FORWARD, INVERSE, Function, Source, grid, ints, op_case
 
-__all__ = ["CASES"]
-
 _SMOOTH = ScaleMap("smooth")
 _COUPLING = 8  # operations per moved element: the map 3, exp 1, (x + t) e^s 2, its sum into log_det 1, a negation 1
 _GROUP_NORM = 12  # operations per element: mean and variance 4, normalise 2, two affine maps 4, SiLU 2

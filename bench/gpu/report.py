@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Entry", "Report", "record"]
-
 MOST_NOTES, MOST_TIMINGS = 25, 60  # lines of a stage in the summary; its log has them all
 _WIDTH = 160
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-__all__ = ["Job", "run_jobs"]
-
 _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 

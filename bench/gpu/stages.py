@@ -13,8 +13,6 @@ from shutil import which
 
 from .runner import Job
 
-__all__ = ["FILES", "Given", "Machine", "Stage", "plan"]
-
 PYTHON = os.environ.get("PYTHON", sys.executable)
 TOTAL = 555  # seconds by which the last stage has ended; the call has 570
 MOST_GIB = 60.0  # of the card, all processes together

@@ -15,19 +15,6 @@ from torch import Tensor, nn
 from ..flows.drift import DriftGuard
 from .identity import find_class, has, original_class
 
-__all__ = [
-    "ADAPTERS",
-    "Adapter",
-    "Draw",
-    "Options",
-    "Plan",
-    "Stub",
-    "Unfit",
-    "adapter_for",
-    "add",
-    "parent_adapter",
-]
-
 
 class Unfit(Exception):
     """Why an instance of a recognised class is left alone."""

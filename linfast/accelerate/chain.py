@@ -21,21 +21,6 @@ from .evaluate_once import recalling
 from .fused import Fused, Maps
 from .identity import PLAN, changed_method
 
-__all__ = [
-    "Context",
-    "Named",
-    "Part",
-    "chain_adapter",
-    "fused_of",
-    "nets_of",
-    "part_of",
-    "parts_to_invert",
-    "per_sample",
-    "put_stubs",
-    "run_chain",
-    "run_inverting",
-]
-
 Context = Mapping[str, Any]
 Named = Iterator[tuple[str, nn.Module]]
 

@@ -25,8 +25,6 @@ from .launch import lone_launch
 from .mlp import find_mlp
 from .sides import Side
 
-__all__ = ["Members", "Methods", "couple", "coupling_adapter", "two_methods"]
-
 _ORIGINAL = "the original's own code"
 
 

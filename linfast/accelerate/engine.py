@@ -27,8 +27,6 @@ from .report import Report, Row
 from .swap import Swapped, swap, swap_back
 from .verify import check_values, difference, kind_of
 
-__all__ = ["DEFECTS", "accelerate", "restore"]
-
 DEFECTS = ("actnorm_reinit", "rk_collapse")
 """Known defects of the originals, fixed unless ``keep_defects`` names them.
 

@@ -24,8 +24,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..flows.undo import gradients
 from .identity import without_hooks
 
-__all__ = ["recalling"]
-
 
 def recalling(module: nn.Module, conditioners: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Any:
     """A view of ``module``, sharing all it has, whose conditioners' calls without a graph serve those with one.

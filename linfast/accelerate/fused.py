@@ -31,8 +31,6 @@ from .identity import changed_method, defined_as, has_global_hook, is_hooked, is
 from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
 from .sides import Affine, Index
 
-__all__ = ["Fused", "Maps", "listed"]
-
 Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
 

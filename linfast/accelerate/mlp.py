@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from .identity import HOOKS, find_class, is_own_method
 
-__all__ = ["MLP", "find_mlp"]
-
 # Exact classes only: a subclass may compute something else.
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ReLU: ("relu",),

@@ -31,8 +31,6 @@ from .chain import Part, parts_to_invert, run_inverting
 from .identity import changed_method, has, original_class
 from .reference_unet import constant_plan, constant_time, reference_adapter
 
-__all__ = ["ADAPTERS"]
-
 
 def _both_ways(module: Any, draw: Draw, *shape: int, timed: bool = False) -> list[Tensor]:
     """What its two methods give on drawn inputs, with a drawn time per sample where they take one."""

@@ -30,9 +30,6 @@ from .adapter import Draw, Options, Plan, Unfit
 from .identity import PLAN, changed_method, has
 from .reference_unet import constant_plan, reference_adapter
 
-__all__ = ["ADAPTERS"]
-
-
 # The linear networks
 
 

@@ -27,9 +27,6 @@ from ..ops.group_norm_silu import group_norm_silu
 from .adapter import Adapter, Draw, Options, Plan, Unfit
 from .identity import has, original_class
 
-__all__ = ["ADAPTERS", "constant_plan", "constant_time", "reference_adapter"]
-
-
 reference_adapter = partial(Adapter, library="reference", where=None)
 """Of one of the repository's classes, which people copy into their own repositories."""
 

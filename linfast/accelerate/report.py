@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from ..tables import aligned
 
-__all__ = ["Report", "Row"]
-
 
 @dataclass(frozen=True)
 class Row:

@@ -16,8 +16,6 @@ from ..ops.stack_weights import AffineMap
 from ..scale_maps import ScaleMap, log_scale_function
 from .adapter import Unfit
 
-__all__ = ["ADDITIVE", "Affine", "Index", "Params", "Side", "Split", "Tail", "index_of", "known_map", "split_of"]
-
 Params = Tensor | tuple[Tensor, Tensor]
 
 

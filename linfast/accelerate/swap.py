@@ -25,8 +25,6 @@ from .adapter import Adapter, Plan, Unfit
 from .fused import Fused
 from .identity import PLAN, has_global_hook, is_hooked, is_patched
 
-__all__ = ["Swapped", "may_replace", "plan_of", "renew_plan", "swap", "swap_back", "swapped_class"]
-
 
 class Swapped:
     """Mixed into every swapped class."""

@@ -26,8 +26,6 @@ from .identity import PLAN, modules_of, original_class, uncompiled, without_hook
 from .launch import lone_launch
 from .swap import swap
 
-__all__ = ["check_values", "difference", "kind_of"]
-
 _SEED = 20260101
 # Relative L2 of the outputs and gradients of one layer: some hundred roundings.
 _TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -29,8 +29,6 @@ from ..operators.base import LatentOperator
 from ..scale_maps import ScaleMap
 from .unet_weights import unet_from_reference
 
-__all__ = ["TIMES", "from_reference", "holds_values"]
-
 TIMES = {"gx": 1.0, "gy": 0.0}
 """At which the two modes of a g run it."""
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from ..flows.unet import UNet
 from ..flows.unet_blocks import EPS, SKIP_SCALE, ResidualBlock, group_count
 
-__all__ = ["BlockOptions", "block_options", "block_weights", "unet_from_reference"]
-
 
 class BlockOptions(NamedTuple):
     """The options of ResidualBlock that a UNetBlock is built with."""

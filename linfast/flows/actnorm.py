@@ -23,8 +23,6 @@ from ..freeze import is_frozen
 from .bijection import ChannelLinear, constant_log_det, wide
 from .undo import Context, Made, Outputs, Undone, undo
 
-__all__ = ["ActNorm"]
-
 
 class ActNorm(ChannelLinear):
     """y = (x + bias) exp(log_scale), with bias = -mean and log_scale = -log(std) of the first batch.

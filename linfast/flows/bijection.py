@@ -21,8 +21,6 @@ from ..checks import check_dense, check_kind, check_like
 from ..ranges import range_
 from .undo import Context, Made, Outputs, Undone, undo
 
-__all__ = ["Bijection", "ChannelLinear", "Conditioned", "Inverse", "constant_log_det", "run", "same_space", "wide"]
-
 _TRANSFORMS = {"_transform", "forward", "inverse", "forward_and_log_det", "inverse_and_log_det"}
 
 

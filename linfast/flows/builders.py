@@ -25,8 +25,6 @@ from .mix import Householder, Mix, Permute
 from .squeeze import Squeeze
 from .unet import UNet
 
-__all__ = ["coupling_flow", "image_flow"]
-
 _MIXES: dict[str, Callable[[int], Bijection]] = {
     "lu": lambda features: Mix(features, "lu"),
     "free": lambda features: Mix(features, "free"),

@@ -20,8 +20,6 @@ from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .bijection import Bijection, constant_log_det
 from .undo import Context, Made, Outputs, Undone, gradients
 
-__all__ = ["AdditiveCoupling", "AffineCoupling"]
-
 
 class _Coupling(Bijection):
     """Shared by both couplings: which half moves, and calling the conditioner on the other."""

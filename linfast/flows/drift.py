@@ -19,8 +19,6 @@ from torch import Tensor
 
 from ..dispatch import autocast_dtype, capturing
 
-__all__ = ["DRIFT_BUDGETS", "Checksum", "DriftGuard", "DriftWarning", "drift", "drift_budget"]
-
 # Measured on stacks of 8 to 64 couplings: a drift of d adds about d / 2 to the gradients' relative error.
 DRIFT_BUDGETS: dict[torch.dtype, float] = {
     torch.float32: 1e-5,  # then within 20 times the stored gradients' own error, 4e-7 to 2e-6

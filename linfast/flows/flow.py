@@ -14,8 +14,6 @@ from .match import match
 from .reversible import MEMORY_MODES, Step, inverts, reversible
 from .undo import Context, Outputs
 
-__all__ = ["Flow"]
-
 
 class Flow(Bijection):
     """z = g_n(... g_1(x)); log|det| is the sum over the parts.

@@ -39,8 +39,6 @@ from .segments import Couplings, Folded, OneLaunch, Segment, Single
 from .stack import PRODUCTS, is_linear, is_plain, recognise, stack_of
 from .undo import Context, Outputs
 
-__all__ = ["Launch", "match", "mode_for"]
-
 
 @dataclass(eq=False)
 class Launch:

@@ -26,8 +26,6 @@ from ..ops.channel_mix import channel_mix
 from .bijection import ChannelLinear, constant_log_det, wide
 from .undo import Context, Outputs
 
-__all__ = ["Householder", "Mix", "Permute", "check_permutation"]
-
 
 class _LinearMix(ChannelLinear):
     """y = W x with W, W^{-1} and log|det W| from the subclass."""

@@ -15,8 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Evidence", "recall", "remember", "writes"]
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 # Modules without settings: their parameters and children say all of them.

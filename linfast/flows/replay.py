@@ -17,15 +17,6 @@ from torch.autograd.graph import get_gradient_edge
 from ..dispatch import backend, chosen_backend
 from .remembered import writes
 
-__all__ = [
-    "Generators",
-    "Replay",
-    "keeps_a_piece",
-    "put_back",
-    "read_from_outside",
-    "watched",
-]
-
 _RandomState = tuple[bytes, ...]
 _Values = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]
 """Buffers: the dictionary of the module that has each, its name there, the tensor, and what it held."""

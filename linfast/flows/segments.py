@@ -24,8 +24,6 @@ from .bijection import Bijection, constant_log_det, run, wide
 from .couplings import AffineCoupling
 from .undo import Context, Outputs
 
-__all__ = ["Couplings", "Folded", "OneLaunch", "Segment", "Single", "fold"]
-
 Segment = Callable[[Tensor, Context, bool, bool], Outputs]
 
 

@@ -8,8 +8,6 @@ from ..checks import check_count
 from .bijection import Bijection, constant_log_det
 from .undo import Context, Outputs
 
-__all__ = ["Squeeze"]
-
 
 class Squeeze(Bijection):
     """Each 2 x 2 patch of a channel becomes four channels, in the order (c, row, column).

@@ -27,17 +27,6 @@ from .mix import Householder, Mix, Permute
 from .segments import fold
 from .undo import Context
 
-__all__ = [
-    "PRODUCTS",
-    "FlowStack",
-    "Known",
-    "are_plain",
-    "is_linear",
-    "is_plain",
-    "recognise",
-    "stack_of",
-]
-
 PRODUCTS = (Mix, Householder)
 _LINEAR = (*PRODUCTS, Permute, ActNorm)
 _MOST_LINEAR = 4  # linear layers of a conditioner that the kernel supports

@@ -15,8 +15,6 @@ from .replay import Generators, put_back, watched
 if TYPE_CHECKING:
     from .reversible import Chain
 
-__all__ = ["Backward", "Context", "Cotangents", "Made", "Outputs", "Undone", "gradients", "sum_of", "undo"]
-
 Context = Mapping[str, Any]
 
 Outputs = tuple[Tensor, Tensor | None]

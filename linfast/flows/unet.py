@@ -23,8 +23,6 @@ from ..freeze import derived
 from ..nets import SinusoidalEmbedding, check_input, check_time_features, time_rows
 from .unet_blocks import ResidualBlock, conv3x3, in_nchw, norm, start
 
-__all__ = ["UNet"]
-
 
 class UNet(nn.Module):
     """[B, C_in, H, W] (+ time) -> [B, C_out, H, W].

@@ -34,8 +34,6 @@ from ..ops.group_norm_silu import group_norm_silu
 from .reversible import inverts
 from .stack import is_plain
 
-__all__ = ["EPS", "SKIP_SCALE", "Attention", "ResidualBlock", "conv3x3", "group_count", "in_nchw", "norm", "start"]
-
 SKIP_SCALE = math.sqrt(0.5)
 EPS = 1e-6
 _GROUP_CHANNELS, _MAX_GROUPS = 4, 32

@@ -10,8 +10,6 @@ from ..ops.latent_matmul import latent_matmul
 from .base import LatentOperator, hold
 from .spectral import SVD, Eig, matrix_inverse
 
-__all__ = ["Dense", "Leaf", "check_size"]
-
 
 class Leaf(LatentOperator):
     """An operator that holds its numbers. Supplies the snapshot algebra; by default through Dense."""

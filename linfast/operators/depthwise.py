@@ -17,8 +17,6 @@ from .dense import Leaf
 from .diagonal import Diagonal
 from .spectral import SVD, Eig, matrix_inverse
 
-__all__ = ["BlockDiagonal", "DepthwiseConv", "check_pair"]
-
 
 class BlockDiagonal(Leaf):
     """A = diag(block_1, ..., block_C) on z [B, C m]; blocks [C, m, m]."""

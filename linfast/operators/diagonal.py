@@ -10,8 +10,6 @@ from .base import LatentOperator, hold
 from .dense import Leaf, check_size
 from .spectral import SVD, Eig, unless_singular
 
-__all__ = ["Diagonal", "Projection"]
-
 
 class Diagonal(Leaf):
     """A z = diagonal * z; by default a trained diagonal that starts at one.

@@ -26,8 +26,6 @@ from .base import hold
 from .dense import Leaf
 from .spectral import SVD, Eig, largest, matrix_inverse, unless_singular
 
-__all__ = ["LowRank"]
-
 
 class LowRank(Leaf):
     """A = alpha I + U V^T.

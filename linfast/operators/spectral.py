@@ -37,16 +37,6 @@ if TYPE_CHECKING:
     from .base import LatentOperator
     from .dense import Leaf
 
-__all__ = [
-    "SVD",
-    "Decomposable",
-    "Eig",
-    "decomposed",
-    "largest",
-    "matrix_inverse",
-    "unless_singular",
-]
-
 _Operator = TypeVar("_Operator", bound=nn.Module)
 _Result = TypeVar("_Result")
 _HALF = (torch.float16, torch.bfloat16)

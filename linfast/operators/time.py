@@ -25,8 +25,6 @@ from .dense import Leaf
 from .depthwise import DepthwiseConv, check_pair
 from .low_rank import LowRank
 
-__all__ = ["TimeDepthwiseConv", "TimeDiagonal", "TimeFactors", "TimeLowRank", "TimeOperator"]
-
 
 class TimeFactors(NamedTuple):
     """A_t = alpha I + U_t diag(w_t) V_t^T at T times."""

@@ -21,8 +21,6 @@ from ..dispatch import autocast_dtype, uses_triton
 from ..kernels.launch import with_channels
 from .register import define_op
 
-__all__ = ["channel_mix", "channel_mix_reference", "check_mix", "laid_out"]
-
 
 def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[b, o, p] = sum_c weight[o, c] x[b, c, p] + bias[o].

@@ -28,8 +28,6 @@ from .channel_mix import laid_out
 from .group_norm_silu import group_norm_silu, group_norm_silu_reference, moments
 from .register import define_op
 
-__all__ = ["conv2d_fused"]
-
 
 def conv2d_fused(
     x: Tensor,

@@ -24,8 +24,6 @@ from .affine_coupling import check_coupling, coupled, coupling_constants, raw_co
 from .channel_mix import channel_mix, channel_mix_reference, check_mix, laid_out
 from .register import define_op
 
-__all__ = ["coupling_mix"]
-
 _WIDEST = 128  # all outputs in one program
 _WIDEST_VECTOR = 64  # 64 wide: 8192 multiply-adds on 768 bytes per row
 

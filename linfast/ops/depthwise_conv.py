@@ -17,8 +17,6 @@ from ..checks import check_flag, check_tensor
 from ..dispatch import uses_triton
 from .register import define_op
 
-__all__ = ["depthwise_conv"]
-
 
 def depthwise_conv(x: Tensor, weight: Tensor, *, transpose: bool = False) -> Tensor:
     """Depthwise "same" correlation of x with weight, or its exact transpose.

@@ -23,8 +23,6 @@ from ..dispatch import uses_triton
 from ..kernels.launch import like
 from .register import define_op
 
-__all__ = ["group_norm_silu"]
-
 
 def group_norm_silu(
     x: Tensor,

@@ -24,8 +24,6 @@ from ..checks import check_dense, check_factor, check_tensor
 from ..dispatch import interpreting, uses_triton
 from .register import define_op
 
-__all__ = ["latent_matmul"]
-
 
 def latent_matmul(
     z: Tensor, A: Tensor, index: Tensor | None = None, *, alpha: float | Tensor = 0.0, bias: Tensor | None = None

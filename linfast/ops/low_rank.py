@@ -21,8 +21,6 @@ from ..checks import check_factor, check_tensor
 from ..dispatch import uses_triton
 from .register import define_op
 
-__all__ = ["low_rank"]
-
 _SHORTEST_PART = 256  # of a sum over N
 
 

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from ..dispatch import cat
 
-__all__ = ["PlainCoupling", "run_couplings"]
-
 
 class PlainCoupling(NamedTuple):
     """One coupling.

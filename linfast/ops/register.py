@@ -25,8 +25,6 @@ from torch.autograd import forward_ad
 from ..dispatch import interpreting, refuse_kernel, without_autocast
 from ..ranges import range_
 
-__all__ = ["RAW_OPS", "RawOp", "define_op"]
-
 RAW_OPS: dict[str, RawOp] = {}
 """Every raw op by name."""
 

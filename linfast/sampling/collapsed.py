@@ -42,15 +42,6 @@ from .factored import (
 )
 from .integrate import Schedule, integrate, schedule
 
-__all__ = [
-    "check_initialised",
-    "check_time_dependent",
-    "collapse",
-    "collapse_inverse",
-    "first_floating",
-    "in_eval_mode",
-]
-
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # Sides N and R are multiplied in float64 where that takes at most this many operations, some

@@ -36,17 +36,6 @@ from torch import Tensor
 from ..dispatch import uploaded
 from .integrate import Schedule, advance
 
-__all__ = [
-    "Factors",
-    "Piece",
-    "fold_dense",
-    "fold_factored",
-    "multiply_pairs",
-    "range_within",
-    "step_pieces",
-    "weighted_columns",
-]
-
 # The widest U C V^T that the tree makes. On a CPU 128 columns are enough for products with N-long
 # sides to run at full speed, and the tree's own O(width^3) stays below them; on a GPU launches
 # cost more than arithmetic, and a wide tree has log2 of the launches.

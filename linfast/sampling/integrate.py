@@ -23,8 +23,6 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_number
 
-__all__ = ["METHODS", "Schedule", "Tableau", "advance", "integrate", "schedule"]
-
 _Array = TypeVar("_Array", np.ndarray, Tensor)
 
 

@@ -34,8 +34,6 @@ from torch import Tensor
 from ..io import written_whole
 from .workers import Workers
 
-__all__ = ["NpyFile", "check_array", "check_regular", "lock"]
-
 _SHORT = reprlib.Repr()  # of what a damaged record holds
 _SHORT.maxstring = 300
 

@@ -25,8 +25,6 @@ from ..ranges import range_
 from .collapsed import check_initialised, check_time_dependent, collapse, collapse_inverse, in_eval_mode
 from .integrate import Schedule, integrate, schedule
 
-__all__ = ["at_work", "check_over_time", "generator", "invert", "sample"]
-
 
 @contextmanager
 def at_work(model: nn.Module) -> Iterator[None]:

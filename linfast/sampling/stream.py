@@ -34,8 +34,6 @@ from .outputs import NpyFile, check_array
 from .sampler import at_work, generator
 from .workers import Workers, make_pipeline
 
-__all__ = ["digest", "sample_stream"]
-
 _BLOCK = 1024  # rows: wide enough for products at full speed, and 50 MB at the paper's largest size
 
 

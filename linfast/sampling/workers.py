@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from .._command import Progress
 from ..cuda_graph import CudaGraph
 
-__all__ = ["CudaPipeline", "Workers", "make_pipeline", "process_group"]
-
 Work = Callable[[Tensor], Tensor]
 _Result = TypeVar("_Result")
 

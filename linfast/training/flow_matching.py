@@ -30,8 +30,6 @@ from ..ranges import range_
 from ..sampling.sampler import check_over_time
 from .objective import DataObjective, check_batch, check_given, check_options, distance_of
 
-__all__ = ["FlowMatchingLoss", "OneStepFlowMatching", "one_step_loss"]
-
 
 class FlowMatchingLoss(NamedTuple):
     """The terms, each 0-d, and their sum."""

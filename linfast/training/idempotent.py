@@ -28,8 +28,6 @@ from ..linearizer import Linearizer
 from ..operators import Projection
 from .objective import DataObjective, check_batch, check_given, check_options, distance_of
 
-__all__ = ["IdempotentGeneration", "IdempotentLoss", "idempotent_loss"]
-
 
 class IdempotentLoss(NamedTuple):
     """The weighted terms, each 0-d, and their sum."""

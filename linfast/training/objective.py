@@ -13,8 +13,6 @@ from ..dispatch import check_values
 from ..flows.bijection import Bijection
 from ..linearizer import Linearizer
 
-__all__ = ["Objective"]
-
 
 class Objective(nn.Module):
     """What one application trains: a model, the draw of a batch, and named loss terms.

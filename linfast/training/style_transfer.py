@@ -29,8 +29,6 @@ from ..operators import DepthwiseConv, LatentOperator
 from ..operators.depthwise import check_pair
 from .objective import Objective, distance_of
 
-__all__ = ["GeneratedDepthwise", "ModularStyle", "StyleTransfer"]
-
 
 @register
 class GeneratedDepthwise(nn.Module):

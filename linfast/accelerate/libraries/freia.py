@@ -29,8 +29,6 @@ from ..coupling import Members, couple, coupling_adapter
 from ..fused import Maps, listed
 from ..sides import ADDITIVE, Affine, Index, Params, Side, Split, Tail, index_of, known_map
 
-__all__ = ["ADAPTERS"]
-
 _ATAN = 0.636  # FrEIA's 2 / pi
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .nflows import composite_of, coupling_of
 
-__all__ = ["ADAPTERS"]
-
 ADAPTERS = (
     coupling_of("glasflow", "glasflow.nflows.transforms.coupling", "AffineCouplingTransform"),
     coupling_of("glasflow", "glasflow.nflows.transforms.coupling", "AdditiveCouplingTransform"),

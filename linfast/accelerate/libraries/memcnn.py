@@ -19,8 +19,6 @@ from ..coupling import coupling_adapter, two_methods
 from ..identity import changed_method, defined_as
 from ..sides import ADDITIVE, Params, Side, Split, Tail
 
-__all__ = ["ADAPTERS"]
-
 _WHERE = "memcnn.models.affine"
 _TAILS = {
     "AffineAdapterSigmoid": Tail("interleaved", ScaleMap("sigmoid")),

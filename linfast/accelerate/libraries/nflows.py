@@ -25,8 +25,6 @@ from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of
 
-__all__ = ["ADAPTERS", "composite_of", "coupling_of"]
-
 _FLOOR = 1e-3
 
 

@@ -35,9 +35,6 @@ from ..launch import narrowed
 from ..mlp import find_mlp
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
 
-__all__ = ["ADAPTERS"]
-
-
 _TAILS = {
     "exp": Tail("interleaved", ScaleMap("exp"), lambda s: s),
     "sigmoid": Tail("interleaved", ScaleMap("sigmoid"), lambda s: -F.logsigmoid(s + 2), undoes=True),

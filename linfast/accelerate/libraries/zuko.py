@@ -30,8 +30,6 @@ from ..identity import PLAN, find_class, is_patched, original_class
 from ..sides import Side, Split, Tail, split_of
 from ..swap import may_replace, plan_of
 
-__all__ = ["ADAPTERS"]
-
 _SLOPE = 1e-3
 _STORED = "zuko makes a new Transform, not a module, at every call"
 
