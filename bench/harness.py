@@ -25,11 +25,6 @@ from torch import Tensor
 from .rounding import DRAWS, allowed_error, drawn, plain_torch, relative_error
 from .timing import Outputs, Timing, as_tuple, peak_bytes, ratio, time_interleaved
 
-__all__ = [
-    *("CONTROL", "SCALES", "Case", "Cost", "Options", "Problem", "Provider", "Result", "Size", "Standard"),
-    *("UsageError", "Verdict", "judge", "judged", "measure", "own_standard"),
-]
-
 Size = Mapping[str, int | str]
 SCALES = ("tiny", "quick", "gpu", "full")
 CONTROL = "again"  # a copy of the baseline: its time divided by the baseline's is the noise

@@ -38,11 +38,6 @@ try:
 except ModuleNotFoundError:  # an older commit, on which --compare runs these benchmarks
     from linfast.backend import has_kernels, plain_torch  # type: ignore[import-not-found, no-redef]  # noqa: F401
 
-__all__ = [
-    *("DRAWS", "N_PARTS", "Rounding", "allowed_error", "allowed_errors", "drawn", "operand_rounding"),
-    *("has_kernels", "plain_torch", "relative_error"),
-]
-
 _Outputs = TypeVar("_Outputs")
 
 DRAWS = 6

@@ -28,9 +28,9 @@ from .operators.base import LatentOperator
 from .operators.dense import Dense
 from .operators.diagonal import Diagonal
 from .operators.low_rank import LowRank
-from .ops.coupling_stack import CouplingStack
 from .ops.linearizer_stack import PackedLinearizer, pack_linearizer, run_packed
 from .ops.plain_couplings import run_couplings
+from .ops.stack_weights import CouplingStack
 from .rows import SHORT
 
 Part = Callable[[Tensor], Tensor]

@@ -18,11 +18,6 @@ from ..harness import Case, Cost, Options, Problem, Provider, Size
 from ..rounding import has_kernels
 from ..timing import as_tuple
 
-__all__ = [
-    *("BACKWARD", "FORWARD", "INVERSE", "TRAIN", "Call", "Function", "Source", "grid", "inputs", "ints"),
-    *("op_case", "perturb", "providers", "run", "seeded"),
-]
-
 FORWARD, INVERSE, BACKWARD, TRAIN = "forward", "inverse", "forward+backward", "training step"
 Call = Callable[..., tuple[Tensor, ...]]
 Function = Callable[..., Any]  # of tensors, to Outputs

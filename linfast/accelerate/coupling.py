@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import tensor_of, uses_triton
+from ..dispatch import has_global_hook, tensor_of, uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
 from ..rows import Work, by_rows, checks_all_lengths, rows_at_once, rows_in_cache
 from .adapter import Adapter, Draw, Options, Plan, Stub
-from .identity import PLAN, has_global_hook
+from .identity import PLAN
 from .launch import lone_launch
 from .mlp import find_mlp
 from .sides import Side

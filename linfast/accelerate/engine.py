@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from ..checks import check_choice
+from ..dispatch import has_global_hook
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Unfit, adapter_for, parent_adapter
 from .chain import fused_of
 from .identity import (
     changed_method,
-    has_global_hook,
     is_hooked,
     is_patched,
     is_sharded,

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, uses_triton
+from ..dispatch import autocast_dtype, has_global_hook, uses_triton
 from ..flows.remembered import Evidence
 from ..flows.undo import Outputs
 from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
 from .adapter import Options, Unfit, adapter_for
-from .identity import changed_method, defined_as, has_global_hook, is_hooked, is_patched, original_class
+from .identity import changed_method, defined_as, is_hooked, is_patched, original_class
 from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
 from .sides import Affine, Index
 

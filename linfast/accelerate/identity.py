@@ -15,27 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..dispatch import has_global_hook
-
-__all__ = [
-    "HOOKS",
-    "PLAN",
-    "changed_method",
-    "defined_as",
-    "find_class",
-    "has",
-    "has_global_hook",
-    "is_hooked",
-    "is_own_method",
-    "is_patched",
-    "is_sharded",
-    "modules_of",
-    "original_class",
-    "other_arguments",
-    "uncompiled",
-    "without_hooks",
-]
-
 PLAN = "_linfast_plan"
 """The attribute of a swapped object that holds its Plan."""
 

@@ -21,16 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import without_autocast
+from ..dispatch import has_global_hook, without_autocast
 from ..freeze import derived
 from ..kernels.stack_configs import config_for, mode_on, target_of
 from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
 from ..ops.activations import ACTIVATION_NAMES
 from ..ops.affine_coupling import HALVES, LAYOUTS, split_sizes
-from ..ops.coupling_stack import CouplingStack, run_packed, stack_spec
-from ..ops.stack_weights import AffineMap, CouplingLayer, PackedStack, StackWeights, pack_stacks
+from ..ops.coupling_stack import run_packed, stack_spec
+from ..ops.stack_weights import AffineMap, CouplingLayer, CouplingStack, PackedStack, StackWeights, pack_stacks
 from ..precision import half_dtype, resolve_precision
-from .identity import has_global_hook
 from .mlp import MLP, find_mlp
 from .sides import Affine, Index, Side, Split
 

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from ..dispatch import has_global_hook
 from ..flows.drift import DriftGuard
 from ..rows import is_short
 from .adapter import Adapter, Plan, Unfit
 from .fused import Fused
-from .identity import PLAN, has_global_hook, is_hooked, is_patched
+from .identity import PLAN, is_hooked, is_patched
 
 
 class Swapped:

@@ -17,9 +17,9 @@ from ..freeze import derived
 from ..kernels.stack_configs import StackConfig
 from ..kernels.stack_spec import StackSpec
 from ..ops.channel_mix import channel_mix
-from ..ops.coupling_stack import CouplingStack, run_packed
+from ..ops.coupling_stack import run_packed
 from ..ops.plain_couplings import PlainCoupling, run_couplings
-from ..ops.stack_weights import PackedStack
+from ..ops.stack_weights import CouplingStack, PackedStack
 from .bijection import Bijection, constant_log_det, run, wide
 from .couplings import AffineCoupling
 from .undo import Context, Outputs

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
 from ..nets import MLP
 from ..ops.affine_coupling import HALVES
-from ..ops.coupling_stack import CouplingStack
-from ..ops.stack_weights import AffineMap, CouplingLayer
+from ..ops.stack_weights import AffineMap, CouplingLayer, CouplingStack
 from .actnorm import ActNorm
 from .couplings import AffineCoupling
 from .mix import Householder, Mix, Permute

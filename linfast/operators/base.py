@@ -30,8 +30,6 @@ from .spectral import Decomposable
 if TYPE_CHECKING:
     from .dense import Leaf
 
-__all__ = ["LatentOperator", "Lazy", "Product", "Scaled", "Sum", "Transposed", "hold"]
-
 
 class LatentOperator(Decomposable):
     """A linear map from n_in to n_out latent coordinates.

@@ -4,12 +4,13 @@ from .affine_coupling import affine_coupling
 from .channel_mix import channel_mix
 from .conv2d_fused import conv2d_fused
 from .coupling_mix import coupling_mix
-from .coupling_stack import AffineMap, CouplingLayer, coupling_stack, mlp_coupling
+from .coupling_stack import coupling_stack, mlp_coupling
 from .depthwise_conv import depthwise_conv
 from .group_norm_silu import group_norm_silu
 from .latent_matmul import latent_matmul
-from .linearizer_stack import CouplingStack, linearizer_stack
+from .linearizer_stack import linearizer_stack
 from .low_rank import low_rank
+from .stack_weights import AffineMap, CouplingLayer, CouplingStack
 
 __all__ = [
     "AffineMap",

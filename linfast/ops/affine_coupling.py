@@ -23,11 +23,6 @@ from ..kernels.launch import COUPLING_SCHEMA, CouplingSpec, like
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .register import define_op
 
-__all__ = [
-    *("HALVES", "LAYOUTS", "ORDERS", "affine_coupling", "affine_coupling_undo", "check_coupling", "couple"),
-    *("coupled", "coupling_constants", "raw_coupling_reference", "split_sizes"),
-]
-
 ORDERS = ("shift_first", "scale_first")
 LAYOUTS = ("halves", "interleaved")
 HALVES = ("first", "second")

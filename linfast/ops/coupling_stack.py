@@ -36,11 +36,6 @@ from .affine_coupling import HALVES, LAYOUTS, ORDERS, affine_coupling, couple, s
 from .register import define_op
 from .stack_weights import AffineMap, CouplingLayer, CouplingStack, PackedStack, StackWeights, pack_stacks
 
-__all__ = [
-    *("AffineMap", "CouplingLayer", "CouplingStack", "check", "coupling_stack", "has_tile", "mlp_coupling"),
-    *("raw_forward", "run_packed", "stack_spec"),
-]
-
 _SEQUENCES = (list, tuple, Sequence, nn.ParameterList)
 
 

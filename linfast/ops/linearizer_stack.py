@@ -23,8 +23,6 @@ from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_
 from .register import define_op
 from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
-__all__ = ["CouplingStack", "PackedLinearizer", "linearizer_stack", "pack_linearizer", "run_packed"]
-
 
 @dataclass(frozen=True)
 class PackedLinearizer:

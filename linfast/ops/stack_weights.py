@@ -26,10 +26,6 @@ from ..kernels.stack_spec import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout,
 from ..scale_maps import ScaleMap
 from .register import define_op
 
-__all__ = [
-    *("AffineMap", "CouplingLayer", "CouplingStack", "PackedStack", "StackWeights", "pack_stack", "pack_stacks"),
-]
-
 
 class AffineMap(NamedTuple):
     """x -> W x + c on all features.

@@ -11,7 +11,7 @@ from linfast.kernels.stack_spec import NO_MAPS
 from torch import Tensor
 
 from linfast import ops
-from linfast.ops.linearizer_stack import CouplingStack, linearizer_stack
+from linfast.ops import CouplingStack, linearizer_stack
 from linfast.scale_maps import ScaleMap
 from tests.ops.stacks import NAMES, random_layers, random_map
 
