@@ -34,7 +34,6 @@ from ..dispatch import capturing, has_values, outside_autocast, read_at_once, te
 from ..freeze import derived
 
 if TYPE_CHECKING:
-    from .base import LatentOperator
     from .dense import Leaf
 
 _Operator = TypeVar("_Operator", bound=nn.Module)
@@ -125,7 +124,7 @@ class Decomposable(nn.Module):
         """The structured operator this equals now, differentiable; it may share this one's tensors."""
         raise NotImplementedError
 
-    def inverse(self) -> LatentOperator:
+    def inverse(self) -> Any:
         """A^{-1}, a snapshot.
 
         Whether A has one is read from the device at the first call for these weights (linfast.operators.spectral).
@@ -135,7 +134,7 @@ class Decomposable(nn.Module):
         """
         return self._inverse_of(self, None)
 
-    def inverse_at(self, t: float | Tensor | None) -> LatentOperator:
+    def inverse_at(self, t: float | Tensor | None) -> Any:
         """``A.at(t).inverse()``, read at the first call for these weights and a time that is a number."""
         if t is None:
             return derived(self, "inverse", self.inverse)
@@ -143,7 +142,7 @@ class Decomposable(nn.Module):
         return operator.at(t)._inverse_of(self, Tensor if isinstance(t, Tensor) else t)
 
     @outside_autocast
-    def _inverse_of(self, owner: nn.Module, at: Hashable) -> LatentOperator:
+    def _inverse_of(self, owner: nn.Module, at: Hashable) -> Any:
         """A^{-1} of what ``owner`` is at a time, or makes of itself."""
         self._check_square("inverse()")
         read = is_unread(owner, at)
@@ -152,13 +151,13 @@ class Decomposable(nn.Module):
             mark_read(owner, at)
         return inverse
 
-    def _inverted(self, read: bool) -> LatentOperator:
+    def _inverted(self, read: bool) -> Any:
         """A^{-1} in A's dtype; ``read``: raise where there is none."""
         leaf = self.closed()
         return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
 
     @outside_autocast
-    def pinv(self, rtol: float | None = None) -> LatentOperator:
+    def pinv(self, rtol: float | None = None) -> Any:
         """The Moore-Penrose pseudo-inverse A^+, a snapshot.
 
         Singular values up to rtol times the largest count as zero; by default rtol is
