@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import flows, operators
 from .linearizer import Linearizer
+from .operators import base
 from .scale_maps import ScaleMap
 
 STORED_AS = {
@@ -61,12 +62,11 @@ def register(cls: _Class) -> _Class:
     return cls
 
 
-_ABSTRACT = (flows.Bijection, operators.LatentOperator, operators.base.Lazy)
-register(Linearizer)
-for _package in (flows, operators, operators.base):
-    for _cls in map(vars(_package).get, _package.__all__):
-        if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _cls not in _ABSTRACT:
-            register(_cls)
+_ABSTRACT = (flows.Bijection, operators.LatentOperator)
+_LAZY = (base.Product, base.Scaled, base.Sum, base.Transposed)
+for _cls in (Linearizer, *_LAZY, *(getattr(each, name) for each in (flows, operators) for name in each.__all__)):
+    if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _cls not in _ABSTRACT:
+        register(_cls)
 
 
 def is_described(module: nn.Module) -> bool:
