@@ -142,37 +142,31 @@ class Adapter:
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The plan, with the options and the tensors that it was made from."""
         plan = self.plan(instance, options)
-        return replace(
-            plan,
-            options=options,
-            seen=self._seen(instance),
-            values=tuple(value.detach().clone() for value in self._values(instance)),
-            settings=self.settings_of(instance),
-        )
+        seen, settings, values = self._sources(instance)
+        values = tuple(value.detach().clone() for value in values)
+        return replace(plan, options=options, seen=seen, settings=settings, values=values)
 
     def settings_of(self, instance: Any) -> tuple[Any, ...]:
         """What its ``settings`` are now."""
         return tuple(getattr(instance, name, None) for name in self.settings)
 
-    def _seen(self, instance: Any) -> tuple[tuple[Tensor, int], ...]:
-        """Its own untrained tensors and those of modules passed by, and how often each was written to."""
+    def _sources(self, instance: Any) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
+        """Its untrained tensors and those of modules passed by, with their writes; settings; masks on a CPU."""
         modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
         own = (t for m in modules for t in (*m._buffers.values(), *m._parameters.values()))
         untrained = [t for t in own if t is not None and not t.requires_grad]
-        return tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
-
-    def _values(self, instance: Any) -> tuple[Tensor, ...]:
-        """Its ``masks`` on a CPU. Comparing a GPU's at every call would wait for the device."""
-        return tuple(m for m in self.masks(instance) if m.is_cpu) if self.masks else ()
+        seen = tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
+        # Comparing a GPU's masks at every call would wait for the device.
+        values = tuple(mask for mask in self.masks(instance) if mask.is_cpu) if self.masks else ()
+        return seen, self.settings_of(instance), values
 
     def holds(self, plan: Plan, instance: Any) -> bool:
         """Whether all that the plan was made from is as it was; torch counts no write through ``.data``."""
-        now = self._seen(instance)
-        same = (t is seen and writes == then for (t, writes), (seen, then) in zip(now, plan.seen, strict=False))
-        if len(now) != len(plan.seen) or not all(same) or self.settings_of(instance) != plan.settings:
+        seen, settings, values = self._sources(instance)
+        if (len(seen), settings, len(values)) != (len(plan.seen), plan.settings, len(plan.values)):
             return False
-        values = self._values(instance)
-        return len(values) == len(plan.values) and all(map(torch.equal, values, plan.values))
+        same = (t is then and writes == before for (t, writes), (then, before) in zip(seen, plan.seen, strict=True))
+        return all(same) and all(map(torch.equal, values, plan.values))
 
 
 ADAPTERS: dict[tuple[str | None, str], Adapter] = {}
