@@ -34,16 +34,7 @@ from .identity import has_global_hook
 from .mlp import MLP, find_mlp
 from .sides import Affine, Index, Side, Split
 
-__all__ = [
-    "Coupling",
-    "Launch",
-    "Member",
-    "arranged",
-    "launch_of",
-    "lone_launch",
-    "members_of",
-    "narrowed",
-]
+__all__ = ["Coupling", "Launch", "Member", "arranged", "launch_of", "lone_launch", "members_of", "narrowed"]
 
 Layers = list[tuple[Tensor, Tensor | None]]
 
