@@ -32,6 +32,8 @@ from .operators.spectral import SVD
 from .ranges import range_
 from .space import InducedSpace, check_invertible, decode_latents
 
+__all__ = ["Linearizer", "LinearizerSVD"]
+
 
 class Linearizer(nn.Module):
     """f(x) = g_y^{-1}(A g_x(x)), batches x [B, *shape_x] to [B, *shape_y].

@@ -10,7 +10,7 @@ from typing import Any
 
 MODULES = (
     "linfast", "linfast.ops", "linfast.flows", "linfast.flows.reversible", "linfast.operators", "linfast.sampling",
-    "linfast.training", "linfast.examples.trainer", "linfast.io", "linfast.accelerate",
+    "linfast.training", "linfast.examples.trainer", "linfast.io", "linfast.linearizer", "linfast.accelerate",
     "linfast.compat.linearizer",
 )  # fmt: skip
 OPERATORS = ("__matmul__", "__add__", "__sub__", "__mul__", "__truediv__", "__pow__")
