@@ -1,7 +1,7 @@
-"""What the commands of ``linfast`` share: their parser, their progress, and how they end.
+"""Code that all ``linfast`` commands share: the argument parser, progress output, errors and signals.
 
 An interruption or an error prints one line on stderr; a closed pipe prints nothing. ``linfast/__init__.py``
-imports this module first, so that this holds for the imports after it too.
+imports this module first, so that an interruption or error during the later imports prints one line too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-_LONGEST = 2000  # characters of an error's line
-_PATIENCE = 3.0  # seconds for the last words of an interrupted command
-_BETWEEN_LINES = 5.0  # seconds
+_LONGEST = 2000  # characters of a printed line; the rest is cut off
+_PATIENCE = 3.0  # seconds that an interrupted command has to print its last line before it exits
+_BETWEEN_LINES = 5.0  # seconds between two lines of progress
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,16 +43,16 @@ def add_earlier_files(parser: argparse.ArgumentParser, resume: str, overwrite: s
 def refuse_existing(
     paths: Iterable[str | Path], ways: str = "--resume goes on with that run, --overwrite replaces its files"
 ) -> None:
-    """FileExistsError where one of the paths exists; the message names it and what the user can do."""
+    """Raise FileExistsError if one of the paths exists; the message names the path and the options in ``ways``."""
     for path in paths:
         if os.path.lexists(path):
             raise FileExistsError(f"{path} exists: {ways}")
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
-    """How far a run is, on stderr: a bar on a terminal where tqdm is installed, else a line every few seconds.
+    """Shows progress on stderr: a tqdm bar on a terminal where tqdm is installed, else a line every few seconds.
 
-    A line is ``what``, how many of ``total`` units are done, the seconds, and ``note``, such as the loss.
+    A line states ``what``, the number of ``total`` units done, the elapsed seconds, and ``note``, such as the loss.
     """
 
     def __init__(self, what: str, done: int, total: int, unit: str, enabled: bool = True) -> None:
@@ -82,7 +82,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
 
 
 def say(text: str) -> None:
-    """Print one line on stderr; nothing where nobody reads it."""
+    """Print ``text`` as one line on stderr; print nothing where stderr is missing or closed."""
     if sys.stderr is None:
         return
     line = " ".join(text.split())
@@ -94,9 +94,9 @@ def say(text: str) -> None:
 
 
 def report(name: str, error: BaseException) -> int:
-    """Say in one line that the command of this name failed, and return its exit status.
+    """Print in one line that the command ``name`` failed, and return its exit status.
 
-    The status is 2, or 1 where linfast did not foresee the error; then its class stands before its message.
+    The status is 2 for ValueError, OSError and FloatingPointError. Other errors print their class and return 1.
     """
     foreseen = isinstance(error, (ValueError, OSError, FloatingPointError))
     text = str(error) if foreseen and str(error) else f"{type(error).__name__}: {error}".rstrip(": ")
@@ -107,7 +107,7 @@ def report(name: str, error: BaseException) -> int:
 
 
 def flush_output() -> None:
-    """Flush stdout; where that raises, discard the rest, so that Python's own flush at exit does not raise too."""
+    """Flush stdout. Where that raises, discard the rest, so that Python's flush at exit does not raise again."""
     if sys.stdout is None:
         return
     try:
@@ -126,7 +126,7 @@ _line: Callable[[], str] = lambda: "linfast: interrupted while it started: nothi
 
 
 def when_interrupted(line: Callable[[], str]) -> None:
-    """From now on the command says this when SIGINT (Ctrl-C) or SIGTERM ends it."""
+    """Set the function whose line is printed when SIGINT (Ctrl-C) or SIGTERM ends the command."""
     global _line
     _line = line
 
@@ -134,59 +134,59 @@ def when_interrupted(line: Callable[[], str]) -> None:
 def _is_command() -> bool:
     """Whether this process was started as ``linfast`` or ``python -m linfast...``."""
     program = (getattr(sys, "argv", None) or [""])[0]
-    if program == "-m":  # as long as Python looks for the module
+    if program == "-m":  # argv[0] while Python still looks for the module
         return any(part.removeprefix("-m").split(".")[0] == "linfast" for part in sys.orig_argv[1:])
     return os.path.splitext(os.path.basename(program))[0] == "linfast"
 
 
 def _end_by_signals() -> None:
-    """Let SIGINT and SIGTERM end the process at once, with one line and status 128 + number.
+    """Make SIGINT and SIGTERM end the process at once, with one printed line and status 128 + signal number.
 
-    A thread does it, because the main thread may wait in C (for another process, say), where Python runs no
-    handler. Files are safe: whatever linfast writes appears whole or can be resumed after a ``kill -9``.
+    A thread prints the line and exits, since Python runs no signal handler while the main thread waits in C code,
+    such as for a process. A file that linfast writes appears whole, or can be resumed even after a ``kill -9``.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
-    def stand_still(number: int, frame: FrameType | None) -> None:
+    def wait_for_exit(number: int, frame: FrameType | None) -> None:
         time.sleep(_PATIENCE)
-        os._exit(128 + number)  # where the thread is gone: Python is ending
+        os._exit(128 + number)  # reached where the watching thread is gone, because Python is exiting
 
-    def last_words() -> None:
+    def print_last_line() -> None:
         if os.environ.get("RANK", "0") == "0":  # the first of torchrun's processes
             if sys.stderr is not None and sys.stderr.isatty():
-                print(file=sys.stderr)  # after a progress bar
+                print(file=sys.stderr)  # ends the line of a progress bar
             say(_line())
         flush_output()
 
     def watch() -> None:
         while (number := reader.recv(1)[0]) not in before:
             pass
-        speaker = threading.Thread(target=last_words, daemon=True)
+        speaker = threading.Thread(target=print_last_line, daemon=True)
         speaker.start()
         speaker.join(_PATIENCE)
         os._exit(128 + number)
 
-    def leave_children_alone() -> None:
+    def restore_handlers() -> None:
         signal.set_wakeup_fd(-1)
         for number, handler in before.items():
             signal.signal(number, handler)
 
     ignored = (signal.SIG_IGN, None)  # as nohup and "&" set it
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) not in ignored]
-    before = {number: signal.signal(number, stand_still) for number in numbers}
+    before = {number: signal.signal(number, wait_for_exit) for number in numbers}
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=leave_children_alone)
+        os.register_at_fork(after_in_child=restore_handlers)
     threading.Thread(target=watch, daemon=True).start()
 
 
 if _is_command():
     while (_descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # a closed one of the first three would be the next file's, which then got what is printed
+        pass  # were one of descriptors 0 to 2 closed, the next opened file would get it, and printed text
     os.close(_descriptor)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not be able to show a file's name
+        sys.stdout.reconfigure(errors="backslashreplace")  # the encoding may lack characters of a file's name
     if not sys.flags.dev_mode:
         sys.excepthook = lambda kind, error, trace: os._exit(report("linfast", error))
     if threading.current_thread() is threading.main_thread():

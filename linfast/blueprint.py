@@ -1,15 +1,15 @@
-"""A model's modules as JSON, and the model built again from it on the meta device, without numbers.
+"""Describes a model's modules as JSON, and rebuilds the model from it on the meta device, without values.
 
-A class keeps every argument of its constructor as an attribute of the same name (``_config_names`` renames one that
-would clash): ``describe`` reads the arguments off the modules, and ``build`` calls the constructors with them.
+A class keeps each argument of its constructor as an attribute of the same name (``_config_names`` maps an argument
+to another name). ``describe`` reads these attributes, and ``build`` calls the constructors with their values.
 
-    {"class": name, "arguments": {...}}             a module; {"same": i} is the i-th described one again
-    {"tensor": shape, "dtype": ..., "values": ...}  a tensor; values of integers only, which a constructor may read
+    {"class": name, "arguments": {...}}             a module; {"same": i} refers to the i-th module described before
+    {"tensor": shape, "dtype": ..., "values": ...}  a tensor; values only of integers, for constructors to read
     {"list": [...]}, {"dict": {...}}, {"scale_map": {...}}, and numbers, strings, booleans and null as they are
 
-A file names only classes that linfast has or that ``register`` was given: loading runs no code from the file.
-``build`` limits the depth, the number of paths to shared modules, and the calls of torch, so that constructors make
-about as many tensors as the file holds. Constructors refuse arguments that they cannot take.
+A file may name only linfast's classes and those given to ``register``: loading runs no code from the file.
+``build`` limits the nesting depth, the number of paths to shared modules and the number of torch calls, so that no
+file makes constructors create far more tensors than it holds. Constructors check their arguments.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ STORED_AS = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8,
     "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""The dtypes that a file may have, by safetensors' names; ``DTYPES`` are they by torch's."""
+"""The dtypes that a file may hold, by their names in safetensors; ``DTYPES`` has them by their names in torch."""
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORED_AS.values()}
-# Python allows 1000 frames. A call of a nested operator takes at most 3, of another nested module at most 10.
+# Python allows 1000 frames. Per level of nesting, an operator takes at most 3 frames, another module at most 10.
 _FRAMES, _OPERATOR_FRAMES, _MOST_FRAMES = 10, 3, 750
-_MOST_PATHS = 100_000  # from the root to modules, all modules together: state_dict() and to() follow each
-_CALLS, _CALLS_PER_TENSOR = 20_000, 100  # of torch while building; linfast's own modules take up to 15 per tensor
+_MOST_PATHS = 100_000  # from the root to all modules; state_dict() and to() follow every path
+_CALLS, _CALLS_PER_TENSOR = 20_000, 100  # torch calls of a build; linfast's modules take up to 15 per tensor
 
 _Class = TypeVar("_Class", bound=type)
 _CLASSES: dict[str, type] = {}
@@ -48,11 +48,11 @@ _CLASSES: dict[str, type] = {}
 def register(cls: _Class) -> _Class:
     """Class decorator: let ``save`` and ``load`` handle modules of this class.
 
-    Each constructor argument must be kept as an attribute of the same name. ``load`` runs the constructor on
-    the meta device: it must not read the values of tensors that it makes, and keep them as parameters or buffers.
+    Each constructor argument must be kept as an attribute of the same name. ``load`` runs the constructor on the
+    meta device: it must not read values of tensors that it creates, and must keep them as parameters or buffers.
 
     Raises:
-        TypeError: not a class of modules.
+        TypeError: cls is not a subclass of torch.nn.Module.
         ValueError: another class of this name is registered.
     """
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
@@ -70,12 +70,12 @@ for _cls in (Linearizer, *_LAZY, *(getattr(each, name) for each in (flows, opera
 
 
 def is_described(module: nn.Module) -> bool:
-    """Whether a file says how to construct this module: its class is registered."""
+    """Whether the module's class is registered, so that a file can describe how to construct the module."""
     return _CLASSES.get(type(module).__name__) is type(module)
 
 
 def describe(value: Any, seen: dict[int, int], name: str = "the model") -> Any:
-    """A model, or the constructor argument of this name, as JSON; a module seen before is a reference to it."""
+    """JSON of a model or of its argument ``name``, modules in ``seen`` as references; TypeError if impossible."""
     if isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList):
         return {"same": seen[id(value)]} if id(value) in seen else _describe_module(value, seen)
     if isinstance(value, (tuple, list, nn.ModuleList)):
@@ -103,7 +103,7 @@ def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
         advice = "; remove its parametrizations (torch.nn.utils.parametrize) first" if parametrized else ""
         raise TypeError(f"cannot save a {kind}: register its class with linfast.io.register{advice}")
     renamed: Mapping[str, str] = getattr(module, "_config_names", {})
-    # Of __init__, not of the class: a module without a constructor of its own takes no arguments.
+    # The signature of __init__, not of the class: a module without its own constructor takes no arguments.
     own = cls.__init__ is not nn.Module.__init__
     arguments = {}
     for name in list(inspect.signature(cls.__init__).parameters)[1:] if own else ():
@@ -114,13 +114,13 @@ def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
     return {"class": kind, "arguments": arguments}
 
 
-_FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # the last are an LSTM's parameters
+_FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # filled by ``load``; the last by an LSTM
 
 
 def build(architecture: Any, tensors: int) -> tuple[nn.Module, list[Tensor]]:
-    """The model that ``describe`` described, on the meta device, and the tensors that its constructors were given.
+    """The described model, built on the meta device, and the tensors that its constructors were given.
 
-    ValueError where the architecture names or takes what it may not, or makes far more than a file's ``tensors``.
+    ValueError for unknown classes, invalid arguments, or far more tensors than the file's number of ``tensors``.
     """
     builder = _Builder()
     try:
@@ -128,12 +128,12 @@ def build(architecture: Any, tensors: int) -> tuple[nn.Module, list[Tensor]]:
             model = builder.module(architecture, 0)
     except _Refused:
         raise
-    except Exception as error:  # a constructor raises what it likes at arguments that it was never meant to see
+    except Exception as error:  # a constructor may raise any error for invalid arguments
         expected = isinstance(error, (ValueError, TypeError))
         why = str(error).partition("\n")[0] if expected else f"{error!r:.200}"
         raise ValueError(f"the architecture cannot be built ({why})") from error
     if next(islice(model.named_modules(remove_duplicate=False), _MOST_PATHS, None), None) is not None:
-        raise ValueError(f"the architecture shares modules: more than {_MOST_PATHS} ways lead to them")
+        raise ValueError(f"the architecture shares modules: more than {_MOST_PATHS} paths lead to them")
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in _FILLED and _holds_meta(value):
@@ -151,11 +151,11 @@ def _holds_meta(value: Any) -> bool:
 
 
 class _Refused(ValueError):
-    """An error whose message needs nothing added to it."""
+    """An error with a complete message, which ``build`` passes on unchanged."""
 
 
 class _CallLimit(TorchFunctionMode):
-    """Inside, torch may be called a limited number of times: a size in a file must not make 10^5 layers."""
+    """Limits the torch calls that return a tensor, so that a single number in a file cannot create 10^5 layers."""
 
     def __init__(self, calls: int) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ class _CallLimit(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):  # not what puts a setting back, such as the end of torch.no_grad's block
+        if isinstance(result, Tensor):  # other calls restore settings, as at the end of torch.no_grad
             self.calls -= 1
             if self.calls < 0:
                 raise _Refused("the architecture makes far more tensors than the file holds")
@@ -171,7 +171,7 @@ class _CallLimit(TorchFunctionMode):
 
 
 class _Builder:
-    """Builds what nodes describe; ``parts`` are the modules in the order that they were described in."""
+    """Builds modules from JSON nodes; ``parts``: those built so far; ``given``: tensors among arguments."""
 
     def __init__(self) -> None:
         self.parts: list[nn.Module] = []
@@ -198,7 +198,7 @@ class _Builder:
         return self.parts[-1]
 
     def _value(self, node: Any, depth: int, name: str) -> Any:
-        """The argument of this name."""
+        """The value that the node describes; messages call it ``name``."""
         if isinstance(node, float) and not math.isfinite(node):
             raise _Refused(f"{name} must be finite; got {node}")
         if isinstance(node, int) and abs(node) >= 2**63:
@@ -225,7 +225,7 @@ class _Builder:
         return list(built.values()) if "list" in node else built
 
     def _tensor(self, node: dict[str, Any]) -> Tensor:
-        """A tensor without numbers, or one of integers on the CPU, which a constructor may read."""
+        """A tensor on the meta device, or a tensor of integers on the CPU, which a constructor may read."""
         shape, dtype = size_list(node["tensor"]), DTYPES.get(node["dtype"])
         if dtype is None:
             raise TypeError(f"tensors of dtype {node['dtype']!r:.60} are not saved")
@@ -248,7 +248,7 @@ def _of_type(cls: type, value: Any) -> Any:
 
 
 def size_list(value: Any) -> list[int]:
-    """A list of integers that are not negative; TypeError for anything else."""
+    """The value, a list of integers from 0 to 2^63 - 1; TypeError for anything else."""
     if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
         raise TypeError(f"expected a list of sizes, got {value!r:.60}")
     return value

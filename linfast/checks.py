@@ -1,7 +1,7 @@
-"""Checks of arguments at the heads of functions: each error names the argument and shows what was given.
+"""Argument checks of public functions: each error names the argument and shows the value that was given.
 
-The checks of tensors read what the host knows (type, dtype, device, number of dimensions), never a value, and
-trace under torch.compile.
+Checks of tensors read only what the host knows (type, dtype, device, shape), never values, so they do not wait for
+a GPU. torch.compile can trace them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-_MOST = 2**31 - 1  # a larger size is a mistake
+_MOST = 2**31 - 1  # a larger size is taken for a mistake
 _LARGEST = sys.float_info.max
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-"""The dtypes that are computed in. A float8 tensor is floating point to torch, which has no arithmetic for it."""
+"""The dtypes that linfast computes in. torch calls float8 floating point, but has no arithmetic for it."""
 
 _TIMES = (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def check_dense(name: str, x: object) -> Tensor:
-    """x; TypeError unless it is a tensor with a shape and strides: not sparse, nested, mkldnn or lazy."""
+    """Return x; TypeError unless it is a tensor with a shape and strides: not sparse, nested, mkldnn or lazy."""
     dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
     if not dense or isinstance(x, UninitializedTensorMixin):
         raise TypeError(f"{name} must be a {'dense ' if isinstance(x, Tensor) else ''}tensor; got {_shown(x)}")
@@ -36,11 +36,11 @@ def check_dense(name: str, x: object) -> Tensor:
 
 
 def check_tensor(name: str, x: Any, like: Tensor | None = None, of: str = "x", same_dtype: bool = False) -> None:
-    """TypeError unless x is a dense tensor, ValueError unless it has one of ``DTYPES`` and is where ``like`` is.
+    """TypeError unless x is a dense tensor; ValueError unless its dtype is in ``DTYPES`` and its device like's.
 
-    ``like`` is the argument named ``of``; ``same_dtype``: x must have its dtype too.
+    ``of`` is the name of the argument ``like``. With ``same_dtype``, x must have the dtype of ``like`` too.
     """
-    # The common case is decided here: each call of Python counts.
+    # The common case is tested without a further function call, to save time.
     if type(x) not in _PLAIN or x.dtype not in DTYPES or x.layout is not torch.strided or x.is_nested:
         x = check_dense(name, x)
         if x.dtype not in DTYPES:
@@ -53,9 +53,9 @@ def check_tensor(name: str, x: Any, like: Tensor | None = None, of: str = "x", s
 
 
 def check_like(kind: str, name: str, x: Any, parameter: Tensor | None) -> None:
-    """Raise as ``check_tensor`` does, and unless x has the parameters' device and dtype.
+    """Raise as ``check_tensor`` does; ValueError unless x has the device and dtype of ``parameter``.
 
-    Under autocast float32 and autocast's dtype will do too, except for float64 parameters, which it does not cast.
+    Under autocast x may also be float32 or autocast's dtype, except for float64 parameters, which are not cast.
     """
     plain = type(x) in _PLAIN and x.dtype in DTYPES and x.layout is torch.strided and not x.is_nested
     if not plain or (parameter is not None and x.device != parameter.device):
@@ -69,7 +69,7 @@ def check_like(kind: str, name: str, x: Any, parameter: Tensor | None) -> None:
 
 
 def check_count(name: str, n: Any, least: int = 1, most: float = _MOST) -> int:
-    """n, a whole number from ``least`` to ``most`` (numpy's integers too, no bool), as an int."""
+    """n as an int; raises unless n is an integer (numpy's too, but no bool) from ``least`` to ``most``."""
     if type(n) is not int:
         if isinstance(n, (bool, Tensor)) or not isinstance(n, numbers.Integral):
             raise TypeError(f"{name} must be a whole number; got {_shown(n)}")
@@ -80,7 +80,7 @@ def check_count(name: str, n: Any, least: int = 1, most: float = _MOST) -> int:
 
 
 def check_counts(name: str, values: Any, length: int | None = None) -> tuple[int, ...]:
-    """A sequence of whole numbers of at least 1, ``length`` of them where given, as a tuple."""
+    """The values as a tuple; raises unless they are a sequence of integers >= 1, ``length`` of them where given."""
     what = f"{length} whole numbers" if length is not None else "whole numbers"
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise TypeError(
@@ -100,9 +100,9 @@ def check_number(
     below: bool = False,
     what: str = "a number",
 ) -> float:
-    """A real number from ``least`` (or above it) to ``most`` (or below it), no NaN and no bool, as a float.
+    """The value as a float; raises unless it is a real number from ``least`` to ``most``, no NaN and no bool.
 
-    By default it is finite. ``what``: what else it may be, in words.
+    ``above`` and ``below`` exclude the limits; by default any finite number is valid. ``what``: the types in words.
     """
     if type(value) is not float:
         if isinstance(value, (bool, Tensor)) or not isinstance(value, numbers.Real):
@@ -118,7 +118,7 @@ def check_number(
 
 
 def check_factor(name: str, value: Any, like: Tensor | None = None, of: str = "x") -> None:
-    """Raise unless this is a number or a 0-d tensor that goes with ``like``, the argument named ``of``."""
+    """Raise unless the value is a number or a 0-d tensor, on the meta device just if ``like``, named ``of``, is."""
     if not isinstance(value, Tensor):
         check_number(name, value, what="a number or a 0-d tensor")
         return
@@ -130,7 +130,7 @@ def check_factor(name: str, value: Any, like: Tensor | None = None, of: str = "x
 
 
 def check_time(t: Any, like: Tensor | None = None, rows: int | None = None) -> None:
-    """Raise unless t is a number, or a tensor of real numbers, 0-d or [B]; B is ``rows`` where given."""
+    """Raise unless t is a real number, or a tensor of real numbers, 0-d or [B]; B must be ``rows`` where given."""
     if not isinstance(t, Tensor):
         check_number("t", t)
         return
@@ -144,7 +144,7 @@ def check_time(t: Any, like: Tensor | None = None, rows: int | None = None) -> N
 
 
 def check_path(name: str, path: Any, utf8: bool = False) -> Path:
-    """A file's name as a Path; ValueError for a name that no file has, or, where ``utf8``, that is not UTF-8."""
+    """The path as a Path; ValueError for a name that no file can have, or, with ``utf8``, that is not UTF-8."""
     check_kind(name, path, (str, os.PathLike))
     text = os.fsdecode(path)
     if "\0" in text or (utf8 and any("\ud800" <= letter <= "\udfff" for letter in text)):
@@ -155,7 +155,7 @@ def check_path(name: str, path: Any, utf8: bool = False) -> Path:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
-    """value; ValueError unless it is one of these strings."""
+    """Return value; ValueError unless it is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {_shown(value)}")
     return value
@@ -170,7 +170,7 @@ def check_flag(name: str, value: object) -> None:
 def check_kind(
     name: str, value: object, kind: type | tuple[type, ...] = nn.Module, what: str | None = None
 ) -> None:
-    """Raise TypeError unless value is an instance of this class, or of one of these; ``what``: them in words."""
+    """TypeError unless value is an instance of ``kind``; ``what`` describes the valid types in the message."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         what = " or ".join(map(_with_article, kinds)) if what is None else what
@@ -178,13 +178,13 @@ def check_kind(
 
 
 def check_function(name: str, value: object) -> None:
-    """Raise TypeError unless value can be called and is no class."""
+    """Raise TypeError unless value is callable and not a class."""
     if not callable(value) or isinstance(value, type):
         raise TypeError(f"{name} must be a function; got {_shown(value)}")
 
 
 def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any) -> Any:
-    """``function(x, **keywords)``, whose errors then begin with the caller's argument ``name``."""
+    """``function(x, **keywords)``; its errors get ``name``, the caller's name for x, before the message."""
     check_dense(name, x)
     try:
         return function(x, **keywords)
@@ -199,7 +199,7 @@ def _with_article(kind: type) -> str:
 
 
 def _shown(value: Any) -> str:
-    """What was given, in short: a number or a string as it is, otherwise its type."""
+    """The value for a message: numbers, strings and short sequences in full, tensors by shape, others by type."""
     if value is None or isinstance(value, (bool, int, float, complex)):
         return repr(value)
     if isinstance(value, str):

@@ -29,12 +29,12 @@ from .sampling.workers import Workers, process_group
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    An error is one line on stderr and status 2, or 1 where linfast did not foresee it (``python -X dev`` shows
-    its traceback). SIGINT and SIGTERM end the ``linfast`` process with a line that says what is kept, and status
-    130 or 143; in another program's process a KeyboardInterrupt does.
+    An error prints one line on stderr; the status is 2, or 1 for an unexpected error (``python -X dev`` shows its
+    traceback). SIGINT and SIGTERM end the ``linfast`` process with status 130 or 143, after a line that says which
+    results are saved. In a process of another program, KeyboardInterrupt returns 130 after the same line.
 
     Raises:
-        SystemExit: wrong arguments, 2; --help, 0.
+        SystemExit: with 2 for wrong arguments, with 0 for --help.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = argparse.Namespace(command="", kept=lambda options: "nothing was begun")
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             if arguments[:1] == ["bench"]:
-                options.command, options.kept = "bench", lambda options: "what it printed and wrote so far is whole"
+                options.command, options.kept = "bench", lambda options: "all output so far is complete"
                 from linfast.bench.run import main as bench
 
                 return bench(arguments[1:])
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             flush_output()
     except BrokenPipeError:
-        return 141  # 128 and the number of SIGPIPE, as of any program that a closed pipe ends
+        return 141  # 128 + SIGPIPE, the status of any program that a closed pipe ends
     except KeyboardInterrupt:
         say(interrupted())
         return 130
@@ -87,16 +87,16 @@ def _add_sample(commands: Any) -> None:
     )
     default = "(default: %(default)s)"
     parser.add_argument("--checkpoint", required=True, metavar="F.safetensors", help="written by linfast.save")
-    parser.add_argument("--count", required=True, type=int, help="samples")
+    parser.add_argument("--count", required=True, type=int, help="number of samples")
     parser.add_argument("--out", required=True, metavar="X.npy")
-    parser.add_argument("--batch-size", type=int, default=4096, help=f"samples between commits {default}")
-    parser.add_argument("--steps", type=int, default=100, help=f"sampling steps, collapsed {default}")
+    parser.add_argument("--batch-size", type=int, default=4096, help=f"samples between saves {default}")
+    parser.add_argument("--steps", type=int, default=100, help=f"sampling steps, collapsed into one {default}")
     parser.add_argument("--method", default="rk4", choices=METHODS, help=default)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help=f"cpu, cuda, ... {default}")
     add_earlier_files(
         parser,
-        resume="resume --out; not needed: the same command resumes, and another run's file is refused",
+        resume="resume --out; optional: the same command resumes too; another run's file is refused",
         overwrite="replace another run's --out and its record, once there is room for this run's",
     )
     parser.set_defaults(call=_sample, kept=_kept)
@@ -120,7 +120,7 @@ def _sample(options: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{record}: no record of a run to resume")
     if not options.overwrite and not known:
         refuse_existing([out], f"without a record --resume cannot resume it; {replaces}")
-    with process_group(usable_device(options.device), "gloo") as device:  # only row counts and errors are exchanged
+    with process_group(usable_device(options.device), "gloo") as device:  # for row counts and errors only
         f = load(options.checkpoint, device)
         if not isinstance(f, Linearizer):
             raise ValueError(f"{options.checkpoint} holds a {type(f).__name__}: sample takes a Linearizer")
@@ -136,7 +136,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _done(record: str) -> int | None:
-    """The samples that a record counts; None where it is no run's, or missing."""
+    """The number of samples that a run's record counts as done; None where the file is missing or not a record."""
     try:
         content = json.loads(Path(record).read_bytes())
         return content["done"] if isinstance(content["run"], dict) and type(content["done"]) is int else None
@@ -145,7 +145,7 @@ def _done(record: str) -> int | None:
 
 
 def _kept(options: argparse.Namespace) -> str:
-    """What an interrupted run leaves."""
+    """A line that says how many samples an interrupted run has saved."""
     done = _done(f"{options.out}.json")
     if done is None:
         return "nothing is kept"

@@ -1,7 +1,7 @@
-"""Work captured in a CUDA graph, with all that the graph reads.
+"""A function captured in a CUDA graph, together with the memory that the graph reads.
 
-A graph reads memory by its address, also after it was freed. ``CudaGraph`` therefore owns its inputs and outputs,
-and keeps the work and the model's tensors. Weights that ``freeze`` or autocast keep are computed anew for it.
+A graph reads memory by address, even after the memory was freed. ``CudaGraph`` therefore owns its inputs and
+outputs, and holds the function and the model's tensors. It uses no weights that ``freeze`` or autocast have cached.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch.utils._pytree import tree_map
 from .dispatch import tensors_of
 from .freeze import Frozen, thawed
 
-_WARM_UP = 3  # calls before a capture: lazy initialisation and autotuning do not belong in it
+_WARM_UP = 3  # calls before a capture, so that it records no lazy initialisation or autotuning
 _one_capture = threading.RLock()  # captures share the device's random generator
 
 
 class CudaGraph:
-    """``work(*given)``, captured once and replayed on the current stream; one thread may call it at a time.
+    """``work(*given)``, captured once and replayed on the current stream; only one thread may call it at a time.
 
     Args:
-        work: what is captured. It is called a few times before; what it reads of the host is read then.
+        work: the function. It is called before and during the capture, never by a replay: later changes of host
+            values that it reads have no effect.
         given: example tensors, which are copied.
         device: a CUDA device.
-        model: a model that the work runs and that stays frozen for as long as the graph is used:
-            weights derived from them are computed once, before the capture.
+        model: a model that ``work`` runs, frozen while the graph is in use: its derived weights are computed once.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class CudaGraph:
         read = () if model is None else tensors_of(model)
         self._read = [tensor.detach() for tensor in read]
         self._replayed = torch.cuda.Event()
-        with _one_capture, torch.cuda.device(device), _nothing_borrowed(self._frozen):
+        with _one_capture, torch.cuda.device(device), _without_caches(self._frozen):
             self._given = [tensor.detach().clone() for tensor in given]
             here, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(here)
@@ -54,18 +54,18 @@ class CudaGraph:
                     work(*self._given)
             here.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # What other threads do meanwhile is theirs, and allowed.
+            # "thread_local": other threads may go on using CUDA during the capture.
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 result = work(*self._given)
         self.replay: Callable[[], None] = graph.replay
-        """The work on the tensors of the last call."""
+        """Replays the graph on the tensors of the last call."""
         self.result: Any = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, result)
-        """What the last replay wrote; the next one writes over it."""
+        """The result of the last replay, which the next replay overwrites."""
 
     def __call__(self, *given: Tensor) -> Any:
-        """The work's result on these tensors, of the examples' shapes; tensors in it are the caller's to keep."""
+        """``work(*given)`` for tensors of the examples' shapes; they are copies, which no replay overwrites."""
         stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._replayed)  # a call on another stream used the same memory
+        stream.wait_event(self._replayed)  # a call on another stream may still use the same memory
         with torch.no_grad():
             for static, tensor in zip(self._given, given, strict=True):
                 static.copy_(tensor)
@@ -76,10 +76,10 @@ class CudaGraph:
 
 
 @contextmanager
-def _nothing_borrowed(frozen: Frozen | None) -> Iterator[None]:
-    """Inside the block nothing is read that someone else keeps and lets go of."""
+def _without_caches(frozen: Frozen | None) -> Iterator[None]:
+    """Inside the block, no weight is read that ``freeze`` or autocast has cached before and may free."""
     grad, casts_kept = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-    # A later call could not write to tensors of inference mode.
+    # Later calls could not write to tensors that were made in inference mode.
     with torch.inference_mode(False), torch.set_grad_enabled(grad), thawed(), frozen or nullcontext():
         torch.set_autocast_cache_enabled(False)
         try:

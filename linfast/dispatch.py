@@ -1,11 +1,11 @@
 """The settings that decide how an op runs: backend, autocast, torch's matmul precision and the tensors' device.
 
-The backend is "auto" (Triton on a GPU, plain torch elsewhere), "triton" (or an error with the reason) or
+The backend is "auto" (Triton on a GPU, plain torch elsewhere), "triton" (an error where Triton cannot run) or
 "reference" (plain torch). It is set for a block by ``with linfast.backend("reference"):`` and for a process by the
 environment variable LINFAST_BACKEND. A block affects only its own thread, as with torch.no_grad. An op's
-public function reads the choice once per call, and its backward follows that. float64 always runs in plain torch.
+public function reads the backend once per call, and its backward uses the same. float64 always runs in plain torch.
 
-``state_key(x)`` answers all of this in one call, as a dictionary's key; ``call_key`` adds what else a call has.
+``state_key(x)`` combines these settings into a dictionary key; ``call_key`` adds the shape and context of a call.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def state_key(x: Tensor) -> Hashable:
-    """Two calls with equal keys take the same path: backend, dtype, device, matmul precision and autocast's dtype.
+    """A key of backend, dtype, device, matmul precision and autocast's dtype, which together select an op's code.
 
-    Whether gradients are enabled is not part of it.
+    Whether gradients are enabled is not part of the key.
     """
     return _state.choice, x.dtype, x.device, matmul_mode(), autocast_dtype(x.device.type)
 
@@ -45,7 +45,7 @@ def has_global_hook() -> bool:
 
 
 def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable | None:
-    """All that a decision for x in this context depends on beside the model; None where it is not to be kept."""
+    """A key of all that the code to run depends on, besides the model; None where the choice must not be cached."""
     if has_global_hook() or any(isinstance(value, Tensor) for value in context.values()):
         return None
     return *more, *context.items(), x.shape[1:], state_key(x)
@@ -55,11 +55,11 @@ def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable
 
 
 class _CannotRun(RuntimeError, ValueError):
-    """The requested backend cannot run here: a mistake of the caller, like a wrong name."""
+    """The requested backend cannot run here. This is a ValueError too, as for an unknown name."""
 
 
 class _State(threading.local):
-    """The choice of one thread, and the number of ``plain_torch`` blocks that it is in.
+    """One thread's backend, and the number of ``plain_torch`` blocks that the thread is in.
 
     Dynamo guards on a ``threading.local`` whose attributes are set in each thread; it cannot trace a ContextVar.
     """
@@ -75,11 +75,11 @@ _state = _State()
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside the block on this backend: "auto", "triton" or "reference".
+    """In this thread and block, ops run on "auto" (Triton on a GPU, else plain torch), "triton" or "reference".
 
     Raises:
         ValueError: another name.
-        RuntimeError: a backend that runs kernels, inside ``plain_torch``.
+        RuntimeError: another backend than "reference" inside ``plain_torch``.
     """
     check_choice("backend", name, _CHOICES)
     if name != "reference" and _state.only_plain:
@@ -93,10 +93,10 @@ def backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """Inside the block everything runs in plain torch; the reference side of a comparison is computed in one.
+    """Inside the block every op runs in plain torch. Comparisons compute their reference results in such a block.
 
-    Launching a kernel inside it raises RuntimeError, and so does choosing a backend that runs kernels, so that no
-    kernel is ever compared with itself.
+    Launching a kernel raises RuntimeError, and so does choosing a backend other than "reference": no kernel is ever
+    compared with itself.
     """
     with backend("reference"):
         _state.only_plain += 1
@@ -107,18 +107,18 @@ def plain_torch() -> Iterator[None]:
 
 
 def refuse_kernel(kernel: str) -> None:
-    """Called before every launch; RuntimeError inside ``plain_torch``."""
+    """RuntimeError inside ``plain_torch``; called before each launch of a kernel, with its name."""
     if _state.only_plain:
         raise RuntimeError(f"the kernel of {kernel} was launched inside plain_torch, where no kernel may run")
 
 
 def chosen_backend() -> str:
-    """The current choice, which a backward that runs a forward again must restore."""
+    """This thread's backend, which a backward must restore where it runs a forward again."""
     return _state.choice
 
 
 def uses_triton(*tensors: Tensor) -> bool:
-    """Whether an op on these tensors runs its kernel; RuntimeError where the backend is "triton" and cannot."""
+    """Whether an op on these tensors runs its kernel; RuntimeError where the backend is "triton" and cannot run."""
     choice, device = _state.choice, tensors[0].device
     if choice == "reference" or (choice == "auto" and not has_kernels(device)):
         return False
@@ -167,14 +167,14 @@ def matmul_mode() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "high"
 
 
-# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+# This is all that torch.compiler.assume_constant_result does, but that would import Dynamo.
 matmul_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Autocast rounds the operands of a product, which is right only for activations. Weights that are derived from
 # weights are computed outside autocast: W and a separately rounded W^{-1} are no longer inverses, and torch.linalg
-# has no half-precision routines. The inside of an op, forward and backward, is computed outside it too: its public
-# function has read autocast, and the bits of a backward must not depend on where it is called.
+# has no half-precision routines. The body of an op, forward and backward, runs outside autocast too: its public
+# function has already read autocast's dtype, and the result of a backward must not depend on where it is called.
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
@@ -205,7 +205,7 @@ def outside_autocast(method: _Method) -> _Method:
 
 
 def cat(tensors: tuple[Tensor, ...] | list[Tensor], dim: int = 0) -> Tensor:
-    """torch.cat, which under autocast refuses a half type that is not autocast's."""
+    """torch.cat, also under autocast for a half type other than autocast's, where torch's own raises."""
     if tensors[0].dtype in (torch.float16, torch.bfloat16):
         return without_autocast(tensors[0].device.type, torch.cat, tensors, dim)
     return torch.cat(tensors, dim)
@@ -228,7 +228,7 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def uploaded(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """The host's numbers on a device, as by ``torch.tensor`` but without waiting for a GPU."""
+    """Values of the host as a tensor on ``device``, as by ``torch.tensor`` but without waiting for a GPU."""
     tensor = torch.as_tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -245,18 +245,18 @@ def check_values(name: str, *tensors: Tensor) -> None:
 
 
 def inverse_or_nan(matrix: Tensor) -> Tensor:
-    """matrix^{-1} [..., n, n], in fp32 or wider; all NaN where it is singular, which torch.linalg.inv waits for."""
+    """matrix^{-1} [..., n, n], in fp32 or wider; NaN where singular, so that the host need not wait for a GPU."""
     inverse, info = torch.linalg.inv_ex(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
     return torch.where((info == 0)[..., None, None], inverse, torch.nan)
 
 
 def read_at_once(tensor: Tensor) -> bool:
-    """Whether the host reads this tensor without waiting for a device."""
+    """Whether the host can read this tensor without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
 def capturing(x: Tensor) -> bool:
-    """Whether work on x goes into a CUDA graph."""
+    """Whether operations on x are being captured into a CUDA graph."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 

@@ -1,6 +1,6 @@
-"""explain: what runs for a model and an input, as data: the op, tile and precision of each part, and why.
+"""explain reports which code runs a model on an input: the op, tile and precision of each part, and why.
 
-It asks the same functions that decide at every call (linfast.match, linfast.flows.match), and launches nothing.
+It asks the functions that choose the code of every call (linfast.match, linfast.flows.match). It launches nothing.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Choice:
     Args:
         part: its name in the model.
         runs: the op, or torch.
-        tile: rows per program and its warps, where a table of ours fixes them.
-        precision: of its products (linfast.precision), where it has a mode.
-        why: the reason.
+        tile: rows and warps per program; empty where no tile table of linfast fixes them.
+        precision: the mode of its products (linfast.precision); empty where it has none.
+        why: the reason for this choice.
     """
 
     part: str
@@ -51,7 +51,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices in the order they run; prints as a table."""
+    """The choices in the order in which the parts run; str() gives a table."""
 
     choices: tuple[Choice, ...]
 
@@ -63,8 +63,8 @@ def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context
     """How ``model(x, t=t, **context)`` runs, for a Linearizer or a Bijection.
 
     Raises:
-        TypeError: another model.
-        ValueError: t, where A needs one.
+        TypeError: model is neither, or x is not a tensor.
+        ValueError: x has another shape than the model takes; t is missing where A depends on time.
     """
     check_tensor("x", x)
     check_kind("model", model, (Linearizer, Bijection))
@@ -79,7 +79,7 @@ def plan(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context
 
 
 def explain(model: nn.Module, x: Tensor, t: float | Tensor | None = None, **context: Any) -> Plan:
-    """Print and return ``plan``."""
+    """Print and return ``plan(model, x, t, **context)``, the op, tile and precision of each part, and why."""
     result = plan(model, x, t, **context)
     print(result)
     return result

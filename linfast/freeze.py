@@ -1,6 +1,6 @@
 """freeze: weights derived from weights (inverses, folded maps) are kept while a model is frozen.
 
-Outside a freeze they are computed at every call, in the graph: no key can tell whether a weight
+Outside ``freeze`` they are computed at every call, with gradients: no key could tell whether a weight
 has changed (writes through ``.data`` and fused optimisers leave its ``_version`` as it was).
 """
 
@@ -19,9 +19,9 @@ Kept = dict[tuple[nn.Module, Hashable], Any]
 
 
 class Frozen:
-    """The modules of one promise and what was derived from them: as ``freeze`` while it is entered.
+    """A model's modules and the values derived from their weights. ``with Frozen(model)`` is as ``freeze(model)``.
 
-    What was derived lives as long as this object, and serves the next time that it is entered.
+    The derived values live as long as this object, and are used again when it is entered again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,13 +36,13 @@ class Frozen:
 
 
 class _Thread(threading.local):
-    """The promises that this thread passes by: those from before its block of ``thawed``."""
+    """``thawed``: the frozen models that this thread ignores, from before it entered its ``thawed`` block."""
 
     thawed: tuple[Frozen, ...] = ()
 
 
-# The process's, as the promise is; outermost first, so that a nested freeze adds nothing. Other threads write to
-# it: it is read by a copy.
+# Shared by all threads, as ``freeze`` is. The outermost comes first, so that a nested freeze uses its values. Loops
+# run over a copy, because other threads may change the list.
 _active: list[Frozen] = []
 _thread = _Thread()
 
@@ -52,10 +52,10 @@ def freeze(model: nn.Module) -> Iterator[None]:
     """Inside the block, each derived weight of ``model`` is computed at most once.
 
     The caller promises that inside the block no parameter or buffer of ``model`` changes or moves, and no layer or
-    hook is put in or taken out; an ActNorm that waits for its first batch goes on waiting. What a gradient is
-    wanted of is computed at every call all the same: gradients stay right, and only ``torch.no_grad()`` or
-    parameters that do not require a gradient are faster. What torch.compile, torch.export or a torch.func transform
-    traces is computed at every call too. Blocks nest; what is kept is let go at the end, also after an exception.
+    hook is added or removed; an ActNorm is not initialised inside the block. A derived weight whose gradient is
+    required is still computed at every call: gradients are right, and only calls under ``torch.no_grad()`` or with
+    parameters that require no gradient become faster. It is also computed at every call that torch.compile,
+    torch.export or torch.func traces. Blocks nest; derived weights are freed at the end, also after an exception.
 
     Raises:
         TypeError: model is not a module.
@@ -68,7 +68,7 @@ def freeze(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def thawed() -> Iterator[None]:
-    """In this thread the block is outside what was frozen before: what is made in it sees weights that change."""
+    """In this block, this thread ignores earlier ``freeze`` blocks: derived weights follow changes of weights."""
     before, _thread.thawed = _thread.thawed, tuple(_active)
     try:
         yield
@@ -77,17 +77,16 @@ def thawed() -> Iterator[None]:
 
 
 def derived(module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> _Value:
-    """``compute()``; kept under ``key`` while ``module`` is frozen, unless it is None; outside autograd where kept.
+    """``compute()``. While ``module`` is frozen, the result is cached under ``key``, without a graph, unless None.
 
-    ``compute`` depends on nothing but ``key`` and the parameters and buffers of ``module``, its
-    children's among them.
+    ``compute`` may depend only on ``key`` and on the parameters and buffers of ``module`` and its children.
     """
     values = kept_values(module)
     return compute() if values is None else kept(values, module, key, compute)
 
 
 def kept(values: Kept, module: nn.Module, key: Hashable, compute: Callable[[], _Value]) -> _Value:
-    """``derived`` where ``kept_values(module)`` is not None."""
+    """The value of ``module`` and ``key`` in ``values``, from ``kept_values``; computed and stored if missing."""
     value = values.get((module, key))
     if value is None:
         with torch.inference_mode(False), torch.no_grad():
@@ -96,14 +95,14 @@ def kept(values: Kept, module: nn.Module, key: Hashable, compute: Callable[[], _
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether the module's parameters and buffers are frozen; in traced code, whether any module's are."""
+    """Whether the module's parameters and buffers are frozen; under torch.compile, whether any module's are."""
     if torch.compiler.is_compiling():
         return len(_active) > 0
     return any(module in frozen.modules for frozen in _active[:])
 
 
 def kept_values(module: nn.Module) -> Kept | None:
-    """Where what is computed of this module is kept now; None where it is computed at every call."""
+    """The cache of values derived from this module; None where they must be computed at every call."""
     if torch.compiler.is_compiling() or not _active:
         return None
     for frozen in _active[:]:
@@ -114,6 +113,6 @@ def kept_values(module: nn.Module) -> Kept | None:
 
 def _traced(module: nn.Module) -> bool:
     """Whether a gradient flows to the module's parameters, or a torch.func transform runs."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # its tensors must not outlive it
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # tensors must not outlive their transform
         return True
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())

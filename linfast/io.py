@@ -1,10 +1,10 @@
-"""save and load: weights by safetensors and the architecture as JSON in the file's header, no pickle.
+"""save and load: weights in a safetensors file, the architecture as JSON in its header, no pickle.
 
-``blueprint`` describes modules and builds them again on the meta device: a file's names, shapes and dtypes are
-compared with the model's before anything is read or computed. ``state`` says which tensors a model holds.
+``blueprint`` describes modules and rebuilds them on the meta device: a file's names, shapes and dtypes are compared
+with the model's before any tensor is read or computed. ``state`` lists the tensors of a model.
 
-A loaded tensor lies in memory as the saved one did, a transposed matrix by its columns: the BLAS multiplies numbers
-that lie in another order in another way, and rounds differently.
+A loaded tensor has the memory order of the saved tensor, such as column-major for a transposed matrix: the BLAS
+may round the products of a matrix in another order differently.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .flows.mix import check_permutation
 __all__ = ["load", "register", "save"]
 
 _FORMAT = "linfast-2"
-_LARGEST_HEADER = 40_000_000  # characters; safetensors reads 100 MB, in which quotes are escaped
+_LARGEST_HEADER = 40_000_000  # characters; safetensors reads up to 100 MB, counted with escaped quotes
 _LISTS = ("frozen", "learned", "switched")  # a header's lists of names
 # A header's dictionaries and lists, with the type of what they hold.
 _ENTRIES = {"aliases": (dict, str), "strides": (dict, list), "shared": (dict, str)} | dict.fromkeys(
@@ -39,9 +39,9 @@ _ENTRIES = {"aliases": (dict, str), "strides": (dict, list), "shared": (dict, st
 
 
 def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """What a file of this model holds: its header as JSON, and the model's own tensors by name, each once.
+    """The contents of the model's file: the header as JSON, and the model's tensors by name, each once.
 
-    TypeError or ValueError for what ``save`` refuses, but for weights that are NaN or infinite.
+    TypeError or ValueError as for ``save``, except that NaN and infinite weights are not looked for.
     """
     architecture = describe(model, {})
     found = state.slots(model)
@@ -64,18 +64,18 @@ def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a Linearizer, flow or operator to a safetensors file that ``load`` rebuilds.
+    """Write a Linearizer, flow or operator to a safetensors file that ``load`` reads.
 
-    On the same machine the loaded model computes the same bits. Dtypes, order in memory, what is shared, which
-    parameters and constants require a gradient, and the train or eval mode of each module are kept; a constant that
-    is a view of another tensor becomes a copy. The file appears whole or not at all.
+    On the same machine the loaded model's results are bitwise equal. The file keeps dtypes, memory order, shared
+    modules and tensors, requires_grad of parameters and buffers, and each module's train or eval mode. A buffer
+    that is a view of another tensor becomes a copy. The file appears whole or not at all.
 
     Raises:
         TypeError: a part whose class or argument cannot be described (see ``register``); a part that was changed
             since it was constructed, such as by pruning, parametrizations or hooks.
         ValueError: what ``load`` would refuse: NaN or infinite values, modules that are not initialised; a path
             that is not UTF-8.
-        OSError: no room.
+        OSError: the file cannot be written, as on a full disk.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -97,7 +97,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Any:
-    """The model that ``save`` wrote, on this device, in the dtypes that it was saved in.
+    """Read the model that ``save`` wrote to ``path``, onto ``device``, in the dtypes that it was saved in.
 
     Raises:
         FileNotFoundError: no such file.
@@ -136,7 +136,7 @@ def _loaded(path: Path, device: torch.device) -> nn.Module:
         raise ValueError(f"not a safetensors file ({error})") from error
     _fill(model, filled, values, header)
     _check_numbers(model)
-    model.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # moves nothing: its hooks are run
+    model.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # only to run load hooks
     return model.to(device)
 
 
@@ -153,7 +153,7 @@ def _header(text: str) -> dict[str, Any]:
 
 
 def _planned(header: dict[str, Any], stored: state.Stored, model: Any = None) -> tuple[nn.Module, dict[str, str]]:
-    """The model without numbers, and which tensor goes where; a ``model`` that is to be saved must be like it."""
+    """The model on the meta device, and ``state.match``'s result; when saving, ``model`` must equal that model."""
     try:
         _check_entries(header, stored)
         built, given = build(header["architecture"], len(stored) + len(header["aliases"]))
@@ -173,7 +173,7 @@ def _planned(header: dict[str, Any], stored: state.Stored, model: Any = None) ->
 
 
 def _check_entries(header: dict[str, Any], stored: state.Stored) -> None:
-    """Raise unless the header has all its dictionaries and lists, and they are of their types."""
+    """KeyError, TypeError or IndexError where a dictionary or list of the header is missing or invalid."""
     for name, (kind, item) in _ENTRIES.items():
         entries = header[name]
         held = entries.values() if isinstance(entries, dict) else entries
@@ -188,7 +188,7 @@ def _check_entries(header: dict[str, Any], stored: state.Stored) -> None:
 
 
 def _fill(model: nn.Module, filled: dict[str, str], values: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """Put the tensors in; those under several names are one object, or a parameter and buffers on its memory."""
+    """Put the values into the model; a tensor with several names is one object, or a parameter and views of it."""
     parameters: dict[str, nn.Parameter] = {}
     constants: dict[tuple[str, bool], Tensor] = {}
     frozen, learned, switched = (set(header[name]) for name in _LISTS)
@@ -211,7 +211,7 @@ def _parent(path: str) -> str | None:
 
 
 def _check_numbers(model: nn.Module) -> None:
-    """ValueError where a tensor is not finite, or the ``permutation`` of a bijection's features is not one."""
+    """ValueError where a tensor is not finite, or a bijection's ``permutation`` does not permute its features."""
     for key, (module, name, value) in state.slots(model).items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise ValueError(f"{key} {tuple(value.shape)} has NaN or infinite values")
@@ -221,10 +221,10 @@ def _check_numbers(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[str]:
-    """The name of a file to write, which takes the place of ``path`` where nothing was raised.
+    """Yield the name of a temporary file to write, which replaces ``path`` at the end unless an error was raised.
 
-    The mode is that of the file that it replaces, or of any new file (0666 less the umask). A link stays, and the
-    file that it points to is replaced.
+    It has the mode of the file that it replaces, or of any new file (0666 less the umask). Where ``path`` is a
+    link, the file that it points to is replaced.
     """
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
@@ -243,5 +243,5 @@ def written_whole(path: Path) -> Iterator[str]:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk's names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error  # that of a full disk names no file
         raise

@@ -38,24 +38,24 @@ __all__ = ["Linearizer", "LinearizerSVD"]
 class Linearizer(nn.Module):
     """f(x) = g_y^{-1}(A g_x(x)), batches x [B, *shape_x] to [B, *shape_y].
 
-    Latents are flat [B, n] to A; image latents are flattened on the way in and
-    restored on the way out.
+    A maps flat latents [B, n]: image latents are flattened before A, and A's outputs are
+    reshaped to g_y's sample shape.
 
     Args:
         g_x: a Bijection (or any module with forward and inverse) on the x side.
         A: a LatentOperator that maps g_x's latents to g_y's.
-        g_y: a Bijection on the y side; None shares g_x.
+        g_y: a Bijection on the y side; None means g_x itself.
 
     ``f(x, t=t)`` evaluates a time-dependent A at time t, a number, a 0-d or a [B] tensor;
-    ``f.at(t)`` fixes it. Other keywords go to g_x and g_y (``context=``). To give the
-    two sides different values, fix them: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``.
+    ``f.at(t)`` fixes t. Other keywords, such as ``context=``, go to both g_x and g_y. To
+    give them different values, fix these: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``.
 
     Raises:
         TypeError: A is not a LatentOperator; a g is not a module with an inverse.
-        ValueError: the known size of a g is not A's; x has a wrong feature count, dtype or device.
+        ValueError: A does not fit the sample shape of a g; x has a wrong feature count, dtype or device.
     """
 
-    __array_ufunc__ = None  # as for operators
+    __array_ufunc__ = None  # so that NumPy leaves array * f to f
 
     def __init__(self, g_x: nn.Module, A: LatentOperator, g_y: nn.Module | None = None) -> None:
         super().__init__()
@@ -71,8 +71,8 @@ class Linearizer(nn.Module):
                 )
         self.g_x = g_x
         self.A = A
-        # Registered only where it is another module: with two names, one module's state would be
-        # in state_dict twice, and torch.func.functional_call would leave its arguments in the module.
+        # Registered only where it is another module: under two names, one module's state would be in
+        # state_dict twice, and torch.func.functional_call would not restore the module's parameters.
         self._modules["g_y"] = None if g_y is g_x else g_y
 
     @property
@@ -92,7 +92,7 @@ class Linearizer(nn.Module):
             return self.gy_inverse(self.A(self.gx(x, **context), t=t), **context)
 
     def inverse(self, y: Tensor, t: float | Tensor | None = None, **context: Any) -> Tensor:
-        """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse (``A.inverse``): see ``pinv``."""
+        """f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)). ValueError where A has no inverse: see ``pinv``."""
         with range_("inverse", self):
             check_dense("y", y)
             A_inverse = self._inverse_operator(t, y)
@@ -109,17 +109,17 @@ class Linearizer(nn.Module):
             return said_of("y", self.g_y, y, **context)
 
     def gx_inverse(self, z: Tensor, **context: Any) -> Tensor:
-        """x = g_x^{-1}(z); flat latents are given g_x's shape."""
+        """x = g_x^{-1}(z); flat latents z [B, n] are first reshaped to g_x's sample shape."""
         with range_("gx_inverse", self):
             return decode_latents(self.g_x, z, context)
 
     def gy_inverse(self, z: Tensor, **context: Any) -> Tensor:
-        """y = g_y^{-1}(z); flat latents are given g_y's shape."""
+        """y = g_y^{-1}(z); flat latents z [B, n] are first reshaped to g_y's sample shape."""
         with range_("gy_inverse", self):
             return decode_latents(self.g_y, z, context)
 
     def A_inverse(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
-        """A^{-1} z."""
+        """A^{-1} z for latents z [B, n_out]; ValueError where A has no inverse."""
         check_dense("z", z)
         return self._inverse_operator(t, z)(z)
 
@@ -128,7 +128,7 @@ class Linearizer(nn.Module):
         return self.A.inverse_at(t)
 
     def at(self, t: float | Tensor) -> Linearizer:
-        """f with its operator at time t."""
+        """The Linearizer with A fixed at time t."""
         return Linearizer(self.g_x, self.A.at(t), self.g_y)
 
     @property
@@ -144,7 +144,7 @@ class Linearizer(nn.Module):
     # The algebra.
 
     def __matmul__(self, other: Linearizer) -> Linearizer:
-        """h @ f = h after f."""
+        """(h @ f)(x) = h(f(x)); ValueError unless h.g_x and f.g_y are the same."""
         other = _linearizer(other, "@")
         if not same_space(self.g_x, other.g_y):
             raise ValueError(
@@ -154,7 +154,7 @@ class Linearizer(nn.Module):
         return Linearizer(other.g_x, self.A @ other.A, self.g_y)
 
     def __add__(self, other: Linearizer) -> Linearizer:
-        """(f + h)(x) = f(x) (+) h(x), with the addition of the space on the y side."""
+        """(f + h)(x) = f(x) (+) h(x), the addition of ``space_y``; ValueError unless both share g_x and g_y."""
         other = _linearizer(other, "+")
         for name in ("g_x", "g_y"):
             if not same_space(getattr(self, name), getattr(other, name)):
@@ -176,22 +176,22 @@ class Linearizer(nn.Module):
         return Linearizer(self.g_x, -self.A, self.g_y)
 
     def __pow__(self, n: int) -> Linearizer:
-        """f ** n: n applications as one Linearizer; n < 0 applies the inverse."""
+        """f applied n times; n < 0 applies the inverse. ValueError unless g_x and g_y are the same."""
         if not same_space(self.g_x, self.g_y):
             raise ValueError("f ** n needs g_x and g_y to be the same object in the same context")
         return Linearizer(self.g_x, self.A**n, self.g_y)
 
     @property
     def T(self) -> Linearizer:
-        """The adjoint: <f(x), y>_y = <x, f.T(y)>_x. A live view."""
+        """The adjoint: <f(x), y>_y = <x, f.T(y)>_x. It shares the modules of f."""
         return Linearizer(self.g_y, self.A.T, self.g_x)
 
     def pinv(self, rtol: float | None = None) -> Linearizer:
-        """The Moore-Penrose pseudo-inverse between the induced spaces; rtol as for operators."""
+        """The Moore-Penrose pseudo-inverse between the induced spaces; rtol as in ``A.pinv``."""
         return Linearizer(self.g_y, self.A.pinv(rtol), self.g_x)
 
     def svd(self) -> LinearizerSVD:
-        """Singular values, and singular vectors in data space (see LinearizerSVD)."""
+        """Singular values, and singular vectors in data space. ValueError where A holds one operator per sample."""
         self._check_time(None)
         svd = self.A.svd()
         if svd.S.ndim != 1:
@@ -208,8 +208,8 @@ class Linearizer(nn.Module):
 class LinearizerSVD:
     """The SVD of f in data space: S [k], and singular vectors ``left`` [k, *shape_y] and ``right`` [k, *shape_x].
 
-    Unpacks as ``left, S, right``. ``operator`` is the latent SVD it comes from, with
-    its ``rest``: the value of every singular value that is not in S.
+    Unpacks as ``left, S, right``. ``operator`` is the SVD of A, whose ``rest`` is the value
+    of all singular values that are not in S.
     """
 
     def __init__(self, g_x: nn.Module, operator: SVD, g_y: nn.Module) -> None:
@@ -233,10 +233,10 @@ class LinearizerSVD:
         return iter((self.left, self.S, self.right))
 
     def linearizer(self, rank: int | None = None) -> Linearizer:
-        """The Linearizer rebuilt; with ``rank``, the nearest one of that rank in the induced spaces.
+        """The Linearizer with this SVD; with ``rank``, the nearest Linearizer of that rank in the induced spaces.
 
         Raises:
-            ValueError: a negative rank; one that would keep some of the values that equal ``rest``, not all.
+            ValueError: a negative rank, or one that would keep some but not all singular values equal to ``rest``.
         """
         return Linearizer(self.g_x, self._operator(rank), self.g_y)
 

@@ -53,7 +53,7 @@ class LinearizerLaunch:
 
 @dataclass(eq=False)
 class Parts:
-    """A Linearizer's call part by part, all three decided; for vectors, where no gradient is wanted."""
+    """A Linearizer's call in three parts, each already matched to its code; for vectors, without gradients."""
 
     g_x: Part
     A: Part
@@ -67,7 +67,7 @@ class Parts:
 def match_linearizer(
     f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]
 ) -> LinearizerLaunch | Parts | str:
-    """What runs f(x), or why nothing runs it as a whole; while f is frozen, decided once per kind of input."""
+    """The code that runs f(x) as a whole, or why there is none; cached per kind of input while f is frozen."""
     values = kept_values(f)
     key = None if values is None or isinstance(t, Tensor) else call_key(x, context, t, torch.is_grad_enabled())
     if values is None or key is None:
@@ -129,7 +129,7 @@ def _in_parts(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str,
 
 
 def _part(launch: Launch, context: Mapping[str, Any], inverse: bool) -> Part:
-    """A flow's launch; where it is one loop of couplings, that loop for batches too short to be cut by rows."""
+    """Runs a flow's launch; where it is a single loop of couplings, short batches go to that loop directly."""
     loop = launch.segments[0] if len(launch.segments) == 1 else None
     if not isinstance(loop, Couplings):
         return lambda x: launch(x, context, inverse, False)[0]
@@ -144,7 +144,7 @@ def _part(launch: Launch, context: Mapping[str, Any], inverse: bool) -> Part:
 
 
 def _product(A: LatentOperator, x: Tensor) -> Part:
-    """z -> A z for z like x; a matrix without the checks of its arguments, which the decision has made."""
+    """z -> A z for z of x's dtype and device; a Dense matrix without argument checks, which were made before."""
     if type(A) is Dense and A.weight.ndim == 2 and (A.weight.dtype, A.weight.device) == (x.dtype, x.device):
         return functools.partial(F.linear, weight=A.weight)
     return A

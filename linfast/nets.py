@@ -3,8 +3,8 @@
     MLP      [B, n_in] (+ embedded time, + context) -> [B, n_out]
     ConvNet  [B, C_in, H, W] (+ time) -> [B, C_out, H, W]
 
-The last layer starts at zero, so a new coupling is the identity and a new
-Linearizer is its operator A.
+The last layer starts at zero, so a new coupling is the identity, and a new
+Linearizer of couplings equals its operator A.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from .ranges import range_
 
 
 def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
-    """Raise unless x is a tensor of the dtype and on the device of the network's first layer."""
+    """Raise unless x is a tensor with the dtype and device of the network's first layer."""
     first = next(iter(layers))
-    # A parametrized layer is of another class, and to read its weight computes it.
+    # A parametrized layer has another class, and reading its weight would compute it.
     if type(first) in (nn.Linear, nn.Conv2d) and not torch.compiler.is_compiling():
         check_like(kind, "x", x, first.weight)  # type: ignore[arg-type]
     else:
@@ -44,7 +44,7 @@ def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
 
 
 def check_time_features(features: int, least: int = 0) -> int:
-    """The size of an embedding of time, even and at least 4, as an int; 0 for none where ``least`` is 0."""
+    """``features`` as an int; ValueError unless even and at least 4, or 0 (no embedding) if ``least`` is 0."""
     features = check_count("time_features", features, least)
     if features and (features < 4 or features % 2):
         raise ValueError(
@@ -54,11 +54,11 @@ def check_time_features(features: int, least: int = 0) -> int:
 
 
 class SinusoidalEmbedding(nn.Module):
-    """t [B] -> [sin(t w_k) | cos(t w_k)] [B, features], w_k from 1 down to 1 / max_period, geometric.
+    """t [B] -> [sin(scale t w_k) | cos(scale t w_k)] [B, features], w_k geometric from 1 to 1 / max_period.
 
     Args:
         features: even, at least 4.
-        max_period: 2 pi times this is the longest period; t is multiplied by ``scale`` first.
+        max_period, scale: the longest period in t is 2 pi max_period / scale.
     """
 
     def __init__(self, features: int, max_period: float = 10000.0, scale: float = 1.0) -> None:
@@ -80,7 +80,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) -> Tensor | None:
-    """t [1] of a number or a 0-d tensor, [B] of a [B] one; raises where t is not what ``timed`` says."""
+    """t as a tensor, [1] for a number or a 0-d tensor, else [B]; ValueError unless t is given just if ``timed``."""
     if timed != (t is not None):
         what = "needs t=" if timed else "was built without time_features"
         raise ValueError(f"{name} {what}; got t={t!r}")
@@ -95,26 +95,26 @@ def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) ->
 def embed_time(
     embedding: SinusoidalEmbedding | None, t: float | Tensor | None, like: Tensor, name: str
 ) -> Tensor | None:
-    """[B, features] of a number, a 0-d or a [B] tensor; raises where t and the embedding do not match."""
+    """The embedding [B, features] of t; ValueError where only one of t and ``embedding`` is given."""
     times = time_rows(t, like, embedding is not None, name)
     return None if embedding is None or times is None else embedding(times.expand(like.shape[0]))
 
 
 class MLP(nn.Module):
-    """Linear layers with an activation between: [B, n_in] -> [B, n_out].
+    """Linear layers with activations between them: [B, n_in] -> [B, n_out].
 
     Args:
         n_in, n_out: features in and out.
         hidden: widths of the hidden layers; empty for one linear layer.
         activation: relu, silu, tanh or gelu.
         bias: whether the linear layers have one.
-        time_features: size of a sinusoidal embedding of ``t``, joined to the input; 0 for none.
-        context_features: size of a ``context`` [B, n] joined to the input; 0 for none.
+        time_features: size of a sinusoidal embedding of ``t``, appended to x; 0 for none.
+        context_features: size n of a ``context`` [B, n], appended to the input; 0 for none.
         zero_last: start the last layer at zero.
 
     Raises:
-        ValueError: unknown activation; t or context given to, or missing from, a
-            network that has no, or has, an input for it.
+        ValueError: unknown activation; x of another shape; t or context is missing, or
+            given to a network without an input for it.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class MLP(nn.Module):
 
     @outside_autocast
     def folded(self, t: float | Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
-        """(weights, biases) of the linear layers on x alone, the time t, one for all samples, in the first bias."""
+        """(weights, biases) of an equal network of x alone: the first bias contains t, the same for all samples."""
         layers: list[Any] = list(self.layers)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         time = embed_time(self.embedding, t, weights[0][:1], "MLP")
@@ -181,14 +181,17 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """3x3, 1x1 and 3x3 convolutions with an activation between: [B, C_in, H, W] -> [B, C_out, H, W].
+    """3x3, 1x1 and 3x3 convolutions with activations between them: [B, C_in, H, W] -> [B, C_out, H, W].
 
     Args:
         channels_in, channels_out: C_in and C_out.
         width: channels of the two hidden layers.
         activation: relu, silu, tanh or gelu.
-        time_features: size of a sinusoidal embedding of ``t``, which shifts the first
-            hidden layer; 0 for none.
+        time_features: size of a sinusoidal embedding of ``t``; 0 for none. A linear map of
+            it is added to the first convolution's output.
+
+    Raises:
+        ValueError: unknown activation; x of another shape; t is missing, or not expected.
     """
 
     def __init__(

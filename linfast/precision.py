@@ -13,9 +13,9 @@ By default torch's own settings choose, read at every call:
     "high"                                   tf32 where torch.backends.cuda.matmul allows it, else high
     "medium"                                 fast
 
-so that tf32 is on only where it was asked for: torch's default is "highest". Dynamo guards on whether tf32 is
-allowed and not on "high" against "medium": a graph compiled under one of those two keeps its mode under the
-other. float64 is computed in float64 whatever the mode.
+So tf32 is used only where it was requested: torch's default is "highest". Dynamo guards on whether tf32 is
+allowed, but does not tell "high" from "medium": a graph compiled under one of the two keeps its mode under the
+other. float64 is computed in float64 in every mode.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def resolve_precision(x: Tensor, requested: str | None = None) -> str:
-    """The mode for an op on x: the one requested, otherwise the table's above."""
+    """The mode for an op on x: ``requested``, by default that of the table above. ValueError if unknown."""
     if requested is not None:
         check_choice("precision", requested, PRECISIONS)
         return requested
@@ -52,24 +52,24 @@ _one_at_a_time = threading.RLock()
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside the block torch's float32 products and ours are not rounded to less: for comparing two computations.
+    """Inside the block, float32 products of torch and linfast keep full float32 precision, for comparing results.
 
-    torch's settings belong to the process: other threads compute in full precision meanwhile, and a second thread's
-    block waits for the first one's end. The settings are restored at the end, also after an exception.
+    torch's settings belong to the process: meanwhile other threads compute in full precision too, and a second
+    thread waits until the first has left its block. The settings are restored at the end, also after an exception.
     """
-    backends: Any = torch.backends  # whose stubs do not know of these settings
+    backends: Any = torch.backends  # its type stubs lack these settings
     matmuls = (backends.cuda.matmul, backends.mkldnn.matmul)
     others = (backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.conv, backends.mkldnn.rnn)
     with _one_at_a_time, contextlib.ExitStack() as stack:
-        # The wide ones first: a narrow one that is "none" follows them, and goes on doing so.
+        # General settings first: a specific setting of "none" follows the general one, and is left as it is.
         before = {setting: setting.fp32_precision for setting in (backends, backends.cudnn, *matmuls, *others)}
         for setting, value in before.items():
             if setting.fp32_precision != "ieee":
                 stack.callback(setattr, setting, "fp32_precision", value)
                 setting.fp32_precision = "ieee"
-        older = torch.get_float32_matmul_precision()  # can be read: nothing contradicts it any more
+        older = torch.get_float32_matmul_precision()  # readable now: torch's two interfaces agree
         if older != "highest":
-            for setting in matmuls:  # which the older interface writes to
+            for setting in matmuls:  # set_float32_matmul_precision writes to them
                 stack.callback(setattr, setting, "fp32_precision", before[setting])
             stack.callback(torch.set_float32_matmul_precision, older)
             torch.set_float32_matmul_precision("highest")

@@ -3,9 +3,9 @@
     with linfast.ranges.ranges():  # or LINFAST_RANGES=1 in the environment, for the whole process
         f(x)
 
-A stage runs its body inside ``with range_(name, self):``. Ranges are off by default, and a range then is an empty
+A stage runs its body inside ``with range_(name, self):``. Ranges are off by default: a range is then an empty
 context. While they are on, each is a ``torch.profiler.record_function`` and, where the ``nvtx`` package is
-installed, an NVTX range in the domain "linfast". Code under torch.compile has no Python to mark: there only the
+installed, an NVTX range in the domain "linfast". In code compiled by torch.compile only the
 launches of ops are named. See docs/profiling.md.
 """
 
@@ -25,7 +25,7 @@ _EMPTY = contextlib.nullcontext()
 
 @contextlib.contextmanager
 def ranges(on: bool = True) -> Iterator[None]:
-    """Name ops and stages inside the block, in every thread; ``on=False`` names none."""
+    """Switch ranges on inside the block, or off with ``on=False``, in every thread."""
     global _on
     before, _on = _on, on
     try:
@@ -35,7 +35,7 @@ def ranges(on: bool = True) -> Iterator[None]:
 
 
 def range_(name: str, owner: object = None) -> contextlib.AbstractContextManager[None]:
-    """A range of this name while ranges are on, of "Class.name" where its owner is given; else an empty context."""
+    """A range called ``name``, or "Class.name" by the class of ``owner``; an empty context while ranges are off."""
     if not _on or torch.compiler.is_compiling():
         return _EMPTY
     return _marked(name if owner is None else f"{type(owner).__name__}.{name}")

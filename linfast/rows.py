@@ -1,12 +1,12 @@
-"""Cuts a long batch into parts of so few rows that what the layers write between them stays in the cache.
+"""Cuts a long batch into parts of few rows, so that the activations between the layers stay in a CPU's cache.
 
-A conditioner of H units writes B H values per layer, and reads them again at once. On a CPU they go to memory and
-back unless B is small. Rows do not depend on each other, so b of them at a time give the same result:
+A layer of H units writes B H values, which the next layer reads. On a CPU they travel through main memory unless B
+is small. Rows do not depend on each other, so that computing b rows at a time gives the same result:
 
     [y_1 | ... | y_n] = [f(x_1) | ... | f(x_n)]    x_i [b, ...] of x [B, ...],  b H itemsize ~ 1 MiB per thread
 
-Plain differentiable torch: autograd sums the parts' gradients of the weights. Under torch.compile and
-torch.jit.trace the batch stays whole: the parts would be written out in the graph.
+This is plain differentiable torch: autograd sums the weights' gradients over the parts. Under torch.compile and
+torch.jit.trace the batch is not cut, because the graph would contain the layers once per part.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What fits a core's cache (measured on an AMD EPYC, 1 MiB of L2 per core: docs/accelerate.md)."""
+    """Sizes of parts that fit the cache (measured on an AMD EPYC, 1 MiB of L2 per core: docs/accelerate.md)."""
 
-    bytes: int = 1 << 20  # of the widest layer's output, per thread; half or twice that is within 8%
-    fewest: int = 256  # rows per thread; with fewer, the products and torch's own cost of a call slow down
+    bytes: int = 1 << 20  # of the widest layer's output, per thread; half or twice as many cost up to 8%
+    fewest: int = 256  # rows per thread; with fewer, products are slower and torch's overhead per call is larger
 
 
 _SIZES = _Sizes()
@@ -42,8 +42,8 @@ def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int |
     """How many rows of x [B, ...] to take at a time; None for all at once.
 
     Args:
-        widths: values per row of each layer; a None among them says that its rows may depend on each other. It is
-            called only where x may be long enough.
+        widths: returns the number of values per row for each layer, None for a layer whose rows may depend on each
+            other. It is called only where x is long.
     """
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch.jit.is_tracing():
         return None
@@ -59,7 +59,7 @@ def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int |
 
 
 def rows_in_cache(width: int, size: int) -> int:
-    """How many rows of so many values, each of ``size`` bytes, a thread takes at a time."""
+    """The number of rows that a thread takes at a time, with ``width`` values per row of ``size`` bytes each."""
     return max(_SIZES.fewest, _SIZES.bytes // (width * size))
 
 
@@ -72,7 +72,7 @@ _asked = _Asked()
 
 @contextlib.contextmanager
 def all_lengths() -> Iterator[None]:
-    """Inside the block no batch is short: what runs on long ones runs on all, as a comparison on few rows needs."""
+    """Inside the block no batch counts as short: comparisons on few rows then run the code for long batches."""
     before, _asked.all_lengths = _asked.all_lengths, True
     try:
         yield
@@ -81,21 +81,21 @@ def all_lengths() -> Iterator[None]:
 
 
 def checks_all_lengths() -> bool:
-    """Whether this is inside ``all_lengths``."""
+    """Whether this thread is inside an ``all_lengths`` block."""
     return _asked.all_lengths
 
 
 def is_short(given: Any, least: float) -> bool:
-    """Whether x, or the first of several, is on a CPU and has fewer rows per thread than gain by being cut."""
+    """Whether x, or the first of several inputs, is on a CPU and has fewer than ``least`` rows per thread."""
     x = given[0] if isinstance(given, (tuple, list)) and given else given
     if not isinstance(x, Tensor) or not x.is_cpu or _asked.all_lengths or chosen_backend() == "triton":
         return False
-    if torch.compiler.is_compiling():  # which never cuts, and would keep the comparison
+    if torch.compiler.is_compiling():  # it never cuts, and would guard on the comparison
         return True
     return not x.ndim or x.shape[0] < least * torch.get_num_threads()
 
 
 def by_rows(work: Work, x: Tensor, rows: int) -> tuple[Tensor, Any]:
-    """``work``, (y [b, ...], log_det [b] or None) of b rows, on all rows of x."""
+    """``work``, which returns (y [b, ...], log_det [b] or None), on each b = ``rows`` rows of x, concatenated."""
     ys, log_dets = zip(*[work(part) for part in x.split(rows)], strict=True)
     return torch.cat(ys), None if log_dets[0] is None else torch.cat(log_dets)

@@ -13,7 +13,7 @@
 
 The log-determinant of a coupling is the sum of these values, so each map is
 stated in log space. Round trips of deep stacks stay accurate only while the
-summed log-scales stay moderate: that is what the bound c is for.
+summed log-scales stay moderate, which the bound c ensures.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SIGMOID_SHIFT = 2.0
 
 @dataclass(frozen=True)
 class _Kind:
-    """One map: log-scale, its derivative in r, its inverse, default c and floor."""
+    """Functions of (r or s, c, floor): a log-scale, its derivative in r, its inverse; default c and floor."""
 
     log_scale: Callable[[Tensor, float, float], Tensor]
     derivative: Callable[[Tensor, float, float], Tensor]
@@ -60,7 +60,7 @@ def _softplus_derivative(r: Tensor, c: float, floor: float) -> Tensor:
     return torch.where(value <= c, torch.sigmoid(r) / value, torch.zeros_like(r))
 
 
-_KINDS: dict[str, _Kind] = {  # in the order of the numbers by which the kernels know them
+_KINDS: dict[str, _Kind] = {  # the position of a map is its number in the kernels
     "exp": _Kind(
         lambda r, c, floor: r,
         lambda r, c, floor: torch.ones_like(r),
@@ -109,7 +109,7 @@ SCALE_MAP_KINDS: tuple[str, ...] = tuple(_KINDS)
 
 @dataclass(frozen=True)
 class ScaleMap:
-    """A scale map by name, with its bound c and floor (the table above states each).
+    """A scale map by name, with its bound c and floor; the module's docstring has the formulas.
 
     Args:
         kind: one of ``SCALE_MAP_KINDS``.
@@ -134,7 +134,7 @@ class ScaleMap:
 
     @property
     def constexpr_id(self) -> int:
-        """The number the kernels know this map by."""
+        """The number of this map in the kernels."""
         return SCALE_MAP_KINDS.index(self.kind)
 
     @property
@@ -155,14 +155,14 @@ class ScaleMap:
         return _KINDS[self.kind].derivative(raw, *self.constants)
 
     def inverse(self, log_scale: Tensor) -> Tensor:
-        """The raw value whose log-scale this is; inside the map's open range only."""
+        """The raw value r with log_scale(r) = ``log_scale``, elementwise; only inside the map's open range."""
         check_tensor("log_scale", log_scale)
         return _KINDS[self.kind].inverse(log_scale, *self.constants)
 
 
 @functools.lru_cache
 def log_scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
-    """``scale_map.log_scale`` without its check, for loops that look it up once."""
+    """``scale_map.log_scale`` without its argument check, for use in loops."""
     bound, floor = scale_map.constants
     function: Callable[..., Tensor] = _KINDS[scale_map.kind].log_scale
     return functools.partial(function, c=bound, floor=floor)

@@ -2,8 +2,8 @@
 
     u (+) v = g^{-1}(g(u) + g(v))      a (.) v = g^{-1}(a g(v))      <u, v> = g(u)^T g(v)
 
-It is a Hilbert space with zero g^{-1}(0). Source: arXiv 2510.08570. Vectors are
-batches [B, ...]; keywords go to g as context.
+It is a Hilbert space with zero vector g^{-1}(0). Source: arXiv 2510.08570. Methods take
+batches [B, ...] of vectors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def check_invertible(name: str, g: object) -> None:
 
 
 def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
-    """g^{-1}(z), with latents given g's sample shape where it has one, which its own latents keep."""
+    """g^{-1}(z), z being reshaped to g's sample shape where g has one that its latents share, and sizes agree."""
     check_dense("z", z)
     shape: Any = getattr(g, "shape", None)
     as_many = shape is not None and z.ndim and z.shape[1:].numel() == torch.Size(shape).numel()
@@ -48,12 +48,12 @@ class InducedSpace:
         self.context = context
 
     def add(self, u: Tensor, v: Tensor) -> Tensor:
-        """u (+) v = g^{-1}(g(u) + g(v)), row by row. A batch of one is broadcast."""
+        """u (+) v = g^{-1}(g(u) + g(v)), per sample. A batch of size 1 is broadcast."""
         z, w = self._encode_two(u, v)
         return self._decode(z + w)
 
     def scale(self, a: float | Tensor, v: Tensor) -> Tensor:
-        """a (.) v = g^{-1}(a g(v)); a is a number, 0-d, or one per row [B]."""
+        """a (.) v = g^{-1}(a g(v)); a is a number, a 0-d tensor, or [B], one value per sample."""
         z = self._encode("v", v)
         return self._decode(_per_row("a", a, z) * z)
 
@@ -62,7 +62,7 @@ class InducedSpace:
         return self._decode(-self._encode("v", v))
 
     def zero(self, like: Tensor) -> Tensor:
-        """The zero vector g^{-1}(0), once for each row of ``like``."""
+        """The zero vector g^{-1}(0), as a batch of the size of ``like``."""
         return self._decode(torch.zeros_like(self._encode("like", like)))
 
     def combine(self, weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
@@ -87,37 +87,37 @@ class InducedSpace:
         return self._decode(combined.reshape(-1, *z.shape[1:]))
 
     def interpolate(self, u: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-        """(1 - t) (.) u (+) t (.) v, row by row; t is a number, 0-d, or one per row [B].
+        """(1 - t) (.) u (+) t (.) v, per sample; t is a number, a 0-d tensor, or [B], one value per sample.
 
-        A batch of one is broadcast.
+        A batch u or v of size 1 is broadcast.
         """
         start, end = torch.broadcast_tensors(*self._encode_two(u, v))
         t = _per_row("t", t, start)
         return self._decode((1 - t) * start + t * end)
 
     def mean(self, xs: Tensor) -> Tensor:
-        """The mean g^{-1}(1/B sum_b g(x_b)) of a batch, as a batch of one."""
+        """The mean g^{-1}(1/B sum_b g(x_b)) of a batch, as a batch of size 1; ValueError for B = 0."""
         z = self._encode("xs", xs)
         if z.shape[0] == 0:
             raise ValueError(f"the mean of no vectors is not defined; got xs {tuple(xs.shape)}")
         return self._decode(z.mean(dim=0, keepdim=True))
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
-        """<u, v> = g(u)^T g(v), row by row, [B]."""
+        """<u, v> = g(u)^T g(v) per sample, [B]."""
         z, w = self._encode_two(u, v)
         return (z * w).flatten(1).sum(-1)
 
     def norm(self, v: Tensor) -> Tensor:
-        """|v| = |g(v)|, row by row, [B]."""
+        """|v| = |g(v)| per sample, [B]."""
         return self._encode("v", v).flatten(1).norm(dim=-1)
 
     def distance(self, u: Tensor, v: Tensor) -> Tensor:
-        """|g(u) - g(v)|, row by row, [B]."""
+        """|g(u) - g(v)| per sample, [B]."""
         z, w = self._encode_two(u, v)
         return (z - w).flatten(1).norm(dim=-1)
 
     def project(self, v: Tensor, basis: Tensor) -> Tensor:
-        """The nearest points to v [B, ...] in the span of basis [K, ...]; the basis may be dependent."""
+        """The orthogonal projections of v [B, ...] onto the span of basis [K, ...], which may be dependent."""
         z, spanning = self._encode("v", v), self._encode("basis", basis).flatten(1)
         _, S, Vh = decomposed("basis", lambda: torch.linalg.svd(spanning, full_matrices=False))
         keep = S[:1] * (max(spanning.shape) * torch.finfo(S.dtype).eps) < S
@@ -128,11 +128,11 @@ class InducedSpace:
         return said_of(name, self.g, x, **self.context)
 
     def _encode_two(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """g(u) and g(v), of as many rows, or one."""
+        """g(u) and g(v); ValueError unless their batch sizes are equal or one of them is 1."""
         z, w = self._encode("u", u), self._encode("v", v)
         if z.shape[1:] != w.shape[1:] or (z.shape[0] != w.shape[0] and 1 not in (z.shape[0], w.shape[0])):
             raise ValueError(
-                "u and v must be as many vectors, or one, of one shape; "
+                "u and v must have one sample shape, and equal batch sizes or one of size 1; "
                 f"got u {tuple(u.shape)} and v {tuple(v.shape)}"
             )
         return z, w
@@ -142,7 +142,7 @@ class InducedSpace:
 
 
 def _weights(weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
-    """The weights of a combination as a tensor."""
+    """The weights of a combination as a tensor; ValueError unless they are real numbers."""
     if isinstance(weights, Tensor):
         check_dense("weights", weights)
     try:
@@ -155,7 +155,7 @@ def _weights(weights: Tensor | Sequence[float], vectors: Tensor) -> Tensor:
 
 
 def _per_row(name: str, a: float | Tensor, z: Tensor) -> float | Tensor:
-    """A [B] tensor shaped to scale rows of z, in z's dtype."""
+    """a; where it is a [B] tensor, in z's dtype and reshaped to scale the samples of z."""
     if not isinstance(a, Tensor) or a.ndim == 0:
         check_factor(name, a, z, "the vectors")
         return a

@@ -1,7 +1,7 @@
-"""A model's tensors by name, how they lie in memory and are shared, and which tensor of a file goes where.
+"""A model's tensors by name, their memory layout and sharing, and the tensor of a file for each of them.
 
-Each module counts under its first name only: ``state_dict()`` follows a shared module once per path to it, which is
-2^n times in a chain of n sums of a thing and itself.
+Each module is visited under its first name only: ``state_dict()`` would visit a shared module once per path to it,
+which is 2^n times for A_n = A_{n-1} + A_{n-1}.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from .blueprint import DTYPES, is_described
 
 Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
-_MOST_GAPS = 2  # each doubles the memory that a tensor takes
+_MOST_GAPS = 2  # in a tensor's strides; each doubles the memory that it takes
 
 
 class Slot(NamedTuple):
-    """A place that a module keeps a tensor in."""
+    """A parameter or buffer: its module, its name in the module, and the tensor."""
 
     module: nn.Module
     name: str
@@ -33,12 +33,12 @@ class Slot(NamedTuple):
 
 
 def _joined(path: str, name: str) -> str:
-    """The name of a module's part."""
+    """The full name of the part ``name`` of the module at ``path``."""
     return f"{path}.{name}" if path else name
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
-    """Each parameter and buffer, also those that state_dict() leaves out."""
+    """Each parameter and buffer by its full name, also those that state_dict() leaves out."""
     return {
         _joined(path, name): Slot(module, name, tensor)
         for path, module in model.named_modules()
@@ -48,7 +48,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def unique(found: Mapping[str, Slot]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Each tensor once, under its first name, and for its other names the first one."""
+    """(tensors, aliases): each tensor once, by its first name, and for each further name the first name."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -76,9 +76,9 @@ def _check_plain(key: str, module: nn.Module, value: Tensor) -> None:
 
 
 def _check_apart(found: Mapping[str, Slot]) -> None:
-    """Raise where two parameters are views of one memory that overlap."""
+    """ValueError where two parameters overlap in memory."""
     parameters = {id(slot.tensor): (key, slot.tensor) for key, slot in found.items() if slot.trained}
-    ends: dict[int, tuple[int, str]] = {}  # by storage: up to which address it is taken, and by which parameter
+    ends: dict[int, tuple[int, str]] = {}  # by storage: the end of the last parameter in it, and its name
     for key, value in sorted(parameters.values(), key=lambda item: item[1].data_ptr()):
         if not value.numel():
             continue
@@ -93,10 +93,10 @@ def _check_apart(found: Mapping[str, Slot]) -> None:
 
 
 def compact(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
-    """Strides of the same order in memory, with gaps where these have some, but narrow ones, and at most two.
+    """Strides with the same memory order, in which at most two gaps remain, each shortened to the size before it.
 
-    Whether a matrix has gaps decides how its products are computed and so how they round; their width does not.
-    A dimension of stride 0 keeps it.
+    Whether a matrix has gaps between its rows decides how the BLAS computes and rounds its products; the width of
+    the gaps does not. A stride of 0 stays 0.
     """
     found, inner, size, gaps = [0] * len(shape), 1, 1, 0
     for d in sorted(range(len(shape)), key=lambda d: (strides[d], -d)):
@@ -110,7 +110,7 @@ def compact(shape: Sequence[int], strides: Sequence[int]) -> list[int]:
 
 
 def laid_out(value: Tensor, strides: Sequence[int], device: torch.device) -> Tensor:
-    """A copy on this device, with ``compact`` strides like these."""
+    """A copy of the value on this device, with strides ``compact(value.shape, strides)``."""
     steps = compact(value.shape, strides)
     room = torch.empty_strided(value.shape, steps, dtype=value.dtype, device=device)
     once = tuple(slice(None if step or n == 0 else 1) for n, step in zip(value.shape, steps, strict=True))
@@ -119,7 +119,7 @@ def laid_out(value: Tensor, strides: Sequence[int], device: torch.device) -> Ten
 
 
 def shared_modules(model: nn.Module) -> dict[str, str]:
-    """Further names of modules that the architecture does not describe, by their first names."""
+    """Further name -> first name, for shared modules that the architecture does not describe."""
     first = {id(module): path for path, module in model.named_modules()}
     return {
         name: first[id(child)]
@@ -130,7 +130,7 @@ def shared_modules(model: nn.Module) -> dict[str, str]:
 
 
 def share_modules(model: nn.Module, shared: Mapping[str, str]) -> None:
-    """Put modules under their further names too, as ``shared_modules`` found them."""
+    """Restore the sharing that ``shared_modules`` found; ValueError where two modules cannot be the same."""
     modules = dict(model.named_modules())
     for name, first in shared.items():
         path, _, part = name.rpartition(".")
@@ -149,10 +149,10 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
 
 
 def match(found: Mapping[str, Slot], given: set[int], stored: Stored, aliases: dict[str, str]) -> dict[str, str]:
-    """For each slot of a model the tensor of the file that fills it, by ``aliases`` or its own name.
+    """Slot name -> name of the file's tensor that fills the slot: the same name, or the one in ``aliases``.
 
-    ``given`` are ids of tensors whose dtype the architecture says.
-    ValueError where tensors are missing, left over, or of another shape or kind of dtype.
+    ``given``: ids of tensors whose exact dtype the architecture states; others may be stored in any floating dtype.
+    ValueError where tensors are missing, left over, or of another shape or dtype.
     """
     filled = {**{name: name for name in stored}, **aliases}
     if found.keys() != filled.keys():
@@ -170,11 +170,11 @@ def match(found: Mapping[str, Slot], given: set[int], stored: Stored, aliases: d
 
 
 def is_foreign(module: nn.Module) -> bool:
-    """Whether its class is neither torch's nor linfast's."""
+    """Whether the module's class is neither torch's nor linfast's."""
     return type(module).__module__.partition(".")[0] not in ("torch", "linfast")
 
 
-# Whether a model is what its file would say
+# Whether a model equals the model that its file would rebuild
 
 _ADVICE = (
     "a file says how a model is constructed: undo what was changed since (parametrizations, pruning, spectral or "
@@ -186,7 +186,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.layout, torc
 
 
 def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
-    """TypeError where a model has other modules, tensors, settings or hooks than ``built`` from its description."""
+    """TypeError where ``model`` and ``built``, rebuilt from its description, differ in more than values."""
     for path, module in model.named_modules():
         what = f"cannot save {type(module).__name__}{f' at {path}' if path else ''}: it"
         for name, thing in _HOOKS.items():
@@ -199,7 +199,7 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"{what} keeps an extra state; make it of parameters and buffers")
     mine, theirs = _parts(model), _parts(built) | dict(settings(built))
-    mine |= {name: value for name, value in settings(model) if name in theirs}  # others are notes
+    mine |= {name: value for name, value in settings(model) if name in theirs}  # further attributes are no settings
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             raise TypeError(
@@ -209,13 +209,13 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
 
 
 def _parts(model: nn.Module) -> dict[str, str]:
-    """Each module and its class, and each tensor and whether it is a parameter, in words."""
+    """By full name, the class of each module, and whether each tensor is a parameter or a buffer, in words."""
     kinds = {path or "the model": f"a {type(module).__name__}" for path, module in model.named_modules()}
     return kinds | {key: f"a {'parameter' if slot.trained else 'buffer'}" for key, slot in slots(model).items()}
 
 
 def settings(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """What modules keep beside tensors and modules; for torch's and linfast's own, what is not private."""
+    """(name, value in words) of the modules' other attributes; of torch's and linfast's, the public ones only."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             noted = name in _BOOKKEEPING or (name.startswith("_") and not is_foreign(module))
@@ -224,7 +224,7 @@ def settings(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _said(value: Any) -> str | None:
-    """A setting in words, the same for equal ones; None for what is no setting."""
+    """A setting in words, equal words for equal settings; None for a value that is not a setting."""
     if isinstance(value, (tuple, list, dict)):
         items = [_said(item) for item in (value.items() if isinstance(value, dict) else value)]
         return None if None in items else f"{type(value).__name__}({', '.join(map(str, items))})"

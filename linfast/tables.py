@@ -9,8 +9,8 @@ def aligned(rows: Sequence[Sequence[str]], numeric: int | None = None, rule: boo
     """The rows, the first of which holds the headings, in columns of equal width.
 
     Args:
-        numeric: the first column that is right-aligned, where it has a heading; None for none.
-        rule: dashes below the headings.
+        numeric: from this column on, columns with a heading are right-aligned; None: no column is.
+        rule: whether to draw dashes below the headings.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [numeric is not None and j >= numeric and bool(heading) for j, heading in enumerate(rows[0])]
