@@ -87,10 +87,7 @@ class InducedSpace:
         return self._decode(combined.reshape(-1, *z.shape[1:]))
 
     def interpolate(self, u: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-        """(1 - t) (.) u (+) t (.) v, per sample; t is a number, a 0-d tensor, or [B], one value per sample.
-
-        A batch u or v of size 1 is broadcast.
-        """
+        """(1 - t) (.) u (+) t (.) v, per sample; t is a number, 0-d or [B]. A batch u or v of size 1 is broadcast."""
         start, end = torch.broadcast_tensors(*self._encode_two(u, v))
         t = _per_row("t", t, start)
         return self._decode((1 - t) * start + t * end)

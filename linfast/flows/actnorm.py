@@ -1,10 +1,10 @@
-"""ActNorm: a learned affine map per channel, started from the first batch's statistics.
+"""ActNorm: a learned affine map per channel, initialised from the first batch's statistics.
 
     y = (x + bias) exp(log_scale),   x = y exp(-log_scale) - bias
     log|det| = (positions per channel) * sum(log_scale)
 
-x [B, C, ...]; bias and log_scale [C]. Source: Glow (arXiv 1807.03039), in the
-Linearizer paper's order.
+x [B, C, ...]; bias and log_scale [C]. Source: Glow (arXiv 1807.03039); as in the
+Linearizer paper, the bias is added before the scaling.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from .undo import Context, Made, Outputs, Undone, undo
 class ActNorm(ChannelLinear):
     """y = (x + bias) exp(log_scale), with bias = -mean and log_scale = -log(std) of the first batch.
 
-    The first forward in training mode (or ``initialize``) sets the parameters. The buffer ``initialized`` records
-    that this has happened (0: not yet), so that a model which is loaded, copied or averaged, even with one that was
-    not initialised, is not initialised again. Compiled code sees what was loaded into the buffer; after any other
-    write to it, call the model once uncompiled. Under torch.distributed the statistics are those of all processes'
-    rows. Before the first forward, in eval mode, inside ``linfast.freeze`` or a sampler, and where there are no
-    values, as on the meta device, the layer computes with its parameters as they are; new ones are the identity.
+    The first forward in training mode (or ``initialize``) sets the parameters, and the buffer ``initialized`` to 1
+    (before: 0). A model that is loaded, copied or averaged, even with an uninitialised model, is therefore not
+    initialised again. Compiled code notices a value that was loaded into the buffer; after any other write to it,
+    call the model once uncompiled. Under torch.distributed the statistics are taken over the samples of all
+    processes. In eval mode, inside ``linfast.freeze`` or a sampler, and on the meta device, an uninitialised layer
+    uses its parameters as they are; those of a new layer give the identity.
 
     Args:
         features: C.
-        min_std: smallest standard deviation divided by. A channel that is nearly
-            constant in the first batch would otherwise amplify everything unlike it.
+        min_std: lower bound of the standard deviations. Otherwise a channel that is nearly
+            constant in the first batch would amplify all other values.
 
-    A first batch that replaces weights which are not zero warns (RuntimeWarning).
+    A RuntimeWarning is given where the first batch replaces parameters that are not zero.
 
     Raises:
         ValueError: a first batch with fewer than two values per channel, or non-finite ones.
         RuntimeError: a first batch inside a torch.func transform, torch.func.functional_call or an
-            nn.DataParallel replica, where what it sets would be lost: call the model once before.
+            nn.DataParallel replica, where the new parameters would be lost: call the model once before.
     """
 
     initialized: Tensor
@@ -55,20 +55,20 @@ class ActNorm(ChannelLinear):
         self.min_std = check_number("min_std", min_std, least=0.0, above=True)
         self.bias = nn.Parameter(torch.zeros(features))
         self.log_scale = nn.Parameter(torch.zeros(features))
-        self.register_buffer("initialized", torch.zeros(()))  # no bool: averages are taken of it
+        self.register_buffer("initialized", torch.zeros(()))  # not bool: models are averaged
         self.register_load_state_dict_pre_hook(_mark_loaded)
-        self._seen: tuple[Tensor, int] | None = None  # the buffer and its version, when it was last read to be set
+        self._seen: tuple[Tensor, int] | None = None  # the buffer and its version when it was last read as set
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set bias and log_scale from x [B, C, ...] so that its image has mean 0 and variance 1."""
+        """Set bias and log_scale so that the output for x [B, C, ...] has mean 0 and variance 1 per channel."""
         self._check("x", x, self.features)
         mean, std = _statistics(x)
         bias, log_scale = -mean, -std.clamp(min=self.min_std).log()
-        if torch.compiler.is_compiling():  # whether the buffer is set is seen on the device: it was not read
+        if torch.compiler.is_compiling():  # the device reads the buffer, the host has not
             bias = torch.where(self.initialized != 0, self.bias, bias)
             log_scale = torch.where(self.initialized != 0, self.log_scale, log_scale)
-            self._seen = (self.initialized, -1)  # so that this graph serves once
+            self._seen = (self.initialized, -1)  # so that the next call is compiled without this
         elif not bool(torch.isfinite(std).all()):
             raise ValueError("ActNorm: x of the first batch has non-finite values")
         self.bias.copy_(bias)
@@ -80,16 +80,16 @@ class ActNorm(ChannelLinear):
         return self.training and not is_frozen(self) and not self._is_initialized()
 
     def _is_initialized(self) -> bool:
-        """What the buffer says; where reading is waiting for a device, read again only once it was written to.
+        """Whether the buffer is set. Reading a GPU's buffer waits, so it is read again only after a write to it.
 
-        What is compiled reads nothing: unless it was read to be set before, ``initialize`` is traced.
+        Compiled code reads nothing: unless the buffer was read as set before, ``initialize`` is traced.
         """
         if torch.compiler.is_compiling():
             return self._seen is not None
         flag = self.initialized
-        if not has_values(flag):  # nothing to be said, nor to be set
+        if not has_values(flag):  # there is no value to read or to set
             return True
-        if flag.is_inference():  # whose writes are not counted
+        if flag.is_inference():  # torch does not count writes to it
             return _all_set(flag)
         seen = self._seen is not None and self._seen[0] is flag and self._seen[1] == flag._version
         if not seen or read_at_once(flag):
@@ -97,7 +97,7 @@ class ActNorm(ChannelLinear):
         return self._seen is not None
 
     def _check_start(self) -> None:
-        """Raise where the parameters are another's for the length of a call; warn where they were set before."""
+        """Raise where the parameters are replaced for the length of a call; warn where they are not zero."""
         if torch.compiler.is_compiling():
             return
         if not isinstance(self.bias, nn.Parameter) or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -107,14 +107,14 @@ class ActNorm(ChannelLinear):
             )
         if bool(self.bias.any()) or bool(self.log_scale.any()):
             warnings.warn(
-                "ActNorm: its first batch replaces weights that are not a new one's (moved here without the buffer "
-                "that says so?); to keep them, call initialized.fill_(True)",
+                "ActNorm: its first batch replaces weights that are not zero (copied here without the buffer "
+                "'initialized'?); to keep them, call initialized.fill_(True)",
                 RuntimeWarning,
                 stacklevel=2,
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy reads its own buffer."""
+        """The state of a copy, without ``_seen``: the copy must read its own buffer."""
         return {**self.__dict__, "_seen": None}
 
     def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
@@ -124,7 +124,7 @@ class ActNorm(ChannelLinear):
         return self._affine(x, inverse, log_det)
 
     def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
-        """By the affine map alone: a replay initialises nothing."""
+        """Undoes the affine map alone: a step that runs again must not be initialised again."""
         return undo(
             lambda x: self._affine(x, inverse, log_det),
             lambda y: self._affine(y, not inverse, False)[0],
@@ -156,14 +156,14 @@ class ActNorm(ChannelLinear):
 
 
 def _all_set(flag: Tensor) -> bool:
-    """What the flag says; under torch.func.vmap, whether those of all models that are run at once say so."""
+    """Whether the flag is set; under torch.func.vmap, whether the flags of all batched models are."""
     while torch._C._functorch.is_functorch_wrapped_tensor(flag):
         flag = torch._C._functorch.get_unwrapped(flag)
     return bool(flag.all())
 
 
 def _mark_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
-    """Weights that are loaded without the flag (parameters alone, strict=False) count as initialised."""
+    """Parameters that are loaded without the flag, with strict=False, count as initialised."""
     vars(module)["_seen"] = None
     key = f"{prefix}initialized"
     if key not in state and f"{prefix}log_scale" in state:
@@ -171,7 +171,7 @@ def _mark_loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: o
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [C] over batch and positions, of every process's rows together."""
+    """Mean and standard deviation [C] over positions and samples, those of all processes together."""
     if not torch.compiler.is_compiling():
         check_values("x", x)
     wide = x.detach().transpose(0, 1).flatten(1).double()

@@ -1,12 +1,12 @@
-"""Bijection: what every invertible layer is, and two wrappers around one.
+"""Bijection, the base class of all invertible layers; ChannelLinear; the wrappers Conditioned and Inverse.
 
 A bijection g maps x [B, C, ...] to z of as many elements per sample, and has
 
     forward(x, **context) -> z             forward_and_log_det(x, **context) -> (z, log_det [B])
     inverse(z, **context) -> x             inverse_and_log_det(z, **context) -> (x, log_det [B])
 
-with log_det the log|det| of the Jacobian of what was computed. A layer supplies
-one method, ``_transform``; the four public ones come from here.
+with log_det the log|det| of the Jacobian of the map computed, g or g^{-1}. A subclass
+implements one method, ``_transform``, which the four public methods call.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ class Bijection(nn.Module):
     """Base class. Subclasses set ``features`` and supply ``_transform``.
 
     Attributes:
-        features: channels (dim 1) of x; None where any number will do.
+        features: channels (dim 1) of x; None where any number is valid.
         features_out: channels of z.
         shape: sample shape of x without the batch, where known.
     """
 
     features: int | None = None
     shape: tuple[int, ...] | None = None
-    _shown: tuple[str, ...] = ()  # the attributes that repr states
+    _shown: tuple[str, ...] = ()  # the attributes that repr shows
 
     @property
     def features_out(self) -> int | None:
         return self.features
 
     def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
-        """(g(x) or g^{-1}(x), log|det| of that where asked for and None elsewhere)."""
+        """(y, log|det| [B] of the map, None unless ``log_det``), where y = g(x), or g^{-1}(x) for ``inverse``."""
         raise NotImplementedError
 
     def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
-        """x with y = ``_transform(x)``, and that step's backward. For layers that have a quicker way than this."""
+        """x with ``_transform(x)`` = y, and the gradients of this step. Layers with a faster way override it."""
         return undo(
             lambda x: run(self, x, context, inverse, log_det),
             lambda y: run(self, y, context, not inverse, False)[0],
@@ -56,7 +56,7 @@ class Bijection(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "_undo" not in vars(cls) and vars(cls).keys() & _TRANSFORMS:  # an inherited quicker way is another map's
+        if "_undo" not in vars(cls) and vars(cls).keys() & _TRANSFORMS:  # an inherited override undoes another map
             cls._undo = Bijection._undo  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
@@ -113,18 +113,18 @@ def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
 class ChannelLinear(Bijection):
     """A bijection that is one affine map of the channels, the same at every position.
 
-    The map is computed from the layer's ``numbers``. The maps of N layers of one class whose numbers have equal
-    shapes are computed at once, from their numbers stacked: below, ... stands for nothing, or for N.
+    The map is computed from the tensors ``numbers()``. The maps of N layers of one class whose tensors have equal
+    shapes can be computed at once, from the stacked tensors: below, ... is N then, and empty for a single layer.
     """
 
     _shown: tuple[str, ...] = ("features",)
 
     def numbers(self) -> tuple[Tensor, ...]:
-        """The tensors that the map is made of."""
+        """The tensors that determine the map."""
         raise NotImplementedError
 
     def after(self, numbers: Sequence[Tensor], weight: Tensor, bias: Tensor | None, inverse: bool) -> Outputs:
-        """(W', b') of the layer with these numbers, or of its inverse, after y = weight x + bias; fp32 or wider.
+        """(W', b') with W' x + b' = L(weight x + bias), L this layer or its inverse; in fp32 or wider.
 
         weight [..., C, C]; bias [..., C], None for 0.
         """
@@ -136,12 +136,12 @@ class ChannelLinear(Bijection):
 
 
 def wide(parameter: Tensor) -> Tensor:
-    """In fp32 or wider: solves have no half-precision routines."""
+    """The parameter in fp32 or wider: torch's solves have no half-precision routines."""
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def constant_log_det(x: Tensor, of_position: Tensor | float = 0.0, inverse: bool = False) -> Tensor:
-    """log|det| [B], at least fp32, of a map that is the same for every sample and at every position of x.
+    """log|det| [B], in fp32 or wider, of a map with log|det| ``of_position`` at each position of each sample.
 
     There is one position in [B, C], and H W in [B, C, H, W].
     """
@@ -154,7 +154,7 @@ def constant_log_det(x: Tensor, of_position: Tensor | float = 0.0, inverse: bool
 
 
 class Conditioned(Bijection):
-    """A bijection with part of its context fixed. Two of one bijection in equal contexts are one space."""
+    """A bijection with part of its context fixed. Equal contexts of one bijection give the same vector space."""
 
     def __init__(self, bijection: Bijection, context: Context) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Conditioned(Bijection):
 
     @property
     def context(self) -> dict[str, Any]:
-        """What is fixed: numbers, and tensors that move and are saved with the module."""
+        """The fixed context: numbers, and tensors, which are buffers of this module."""
         return {**self._numbers, **{key: getattr(self, f"context_{key}") for key in self._tensor_keys}}
 
     @property
@@ -188,7 +188,7 @@ class Conditioned(Bijection):
 
 
 class Inverse(Bijection):
-    """The inverse bijection: forward is the given one's inverse. Parameters are shared."""
+    """The inverse of ``bijection``, whose ``inverse`` is this forward. Parameters are shared."""
 
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class Inverse(Bijection):
 
 
 def run(bijection: Bijection, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
-    """Call the one of the four public methods that is meant; forward through __call__, so that hooks run."""
+    """Call the public method for ``inverse`` and ``log_det``; forward by __call__, so that hooks run."""
     if log_det:
         method = bijection.inverse_and_log_det if inverse else bijection.forward_and_log_det
         return method(x, **context)
@@ -227,6 +227,6 @@ def same_space(g: nn.Module, h: nn.Module) -> bool:
 
 
 def _same_value(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):  # copying or moving a module makes two of one
+    if isinstance(a, Tensor) and isinstance(b, Tensor):  # a copied or moved module has copies of a tensor
         return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
     return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)

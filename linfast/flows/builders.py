@@ -1,8 +1,8 @@
 """coupling_flow and image_flow: stacks of couplings with sound defaults.
 
-Defaults: couplings that move the first and the second half in turn; smooth
-log-scales with |log_s| < c = min(2, 4 / depth), so that the log-scales of a whole
-stack stay within +-2 a half whatever the weights; no data-dependent initialisation.
+By default couplings move the first and the second half in turn; log-scales are smooth
+with |log_s| < c = min(2, 4 / depth), so that for an even depth their sum over the couplings
+of each half is within +-2 for any weights; no initialisation depends on data.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def image_flow(
 
     An odd C is squeezed 2 x 2 first and unsqueezed last, so that z has x's shape. The g of the
     paper's MNIST model is ``image_flow(1, 32, depth=8, conditioner="unet", time_features=16)``,
-    but for its ActNorms and its hard clamp of the log-scales.
+    except that the paper's has ActNorms and clamps the log-scales.
 
     Args:
         channels: C.
@@ -102,8 +102,8 @@ def image_flow(
         width: hidden channels of the conditioners.
         activation: of "conv" conditioners; a UNet has SiLU.
         conditioner: "conv", three convolutions (``ConvNet``), or "unet", which sees the whole
-            image (``UNet``). Dropout, 0.1 by default in a UNet, draws another mask at every
-            call in training: ``eval()`` a flow before inverting what it gave.
+            image (``UNet``). In training mode, the dropout of a UNet (0.1 by default) draws a new
+            mask at every call: results can be inverted only in eval mode.
         unet_options: more arguments of ``UNet``: channel_mult, blocks, attention_resolutions
             (counted after the squeeze), dropout, nchw_dropout.
         coupling, scale_map, order, actnorm, mix, time_features, memory: as in ``coupling_flow``.
@@ -140,7 +140,7 @@ def _image_conditioner(
     time_features: int,
     unet_options: Mapping[str, Any] | None,
 ) -> Callable[[int, int], nn.Module]:
-    """(channels in, channels out) -> a conditioner of images of this resolution."""
+    """A function (channels in, channels out) -> conditioner for images of this resolution."""
     check_choice("conditioner", kind, ("conv", "unet"))
     if unet_options is not None:
         check_kind("unet_options", unet_options, Mapping)

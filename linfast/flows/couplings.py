@@ -3,8 +3,8 @@
     affine    y = (m + t) exp(log_s) or m exp(log_s) + t,  (t, raw) = conditioner(kept)
     additive  y = m + t,  t = conditioner(kept)
 
-x [B, C, ...]; the first half has ceil(C / 2) channels. Sources: NICE (arXiv
-1410.8516), RealNVP (1605.08803), the Linearizer paper (2510.08570).
+m is the half of x [B, C, ...] that moves; the first half has ceil(C / 2) channels. Sources:
+NICE (arXiv 1410.8516), RealNVP (1605.08803), the Linearizer paper (2510.08570).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .undo import Context, Made, Outputs, Undone, gradients
 
 
 class _Coupling(Bijection):
-    """Shared by both couplings: which half moves, and calling the conditioner on the other."""
+    """Base class of both couplings: which half moves, and the conditioner's call on the other half."""
 
-    _outputs: int  # of the conditioner, for each channel that moves
+    _outputs: int  # the conditioner's output channels per channel that moves
     _shown: tuple[str, ...] = ("features", "moves")
 
     def __init__(self, conditioner: nn.Module, features: int, moves: str = "first") -> None:
@@ -36,18 +36,18 @@ class _Coupling(Bijection):
         self.moves = moves
 
     def _couple(self, x: Tensor, params: Tensor, inverse: bool, log_det: bool) -> Outputs:
-        """The transform of x given the conditioner's output."""
+        """The transform of x, given the conditioner's output ``params``."""
         raise NotImplementedError
 
     def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         return self._couple(x, self._condition(self._kept(x), context), inverse, log_det)
 
     def _uncouple(self, made: Made, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(x, dx, dparams) with y = ``_couple(x)``, from the gradients of what that returns; dx is fresh memory."""
+        """(x, dx, dparams) with ``_couple(x)`` = y, from the gradients of its outputs; dx is a new tensor."""
         raise NotImplementedError
 
     def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
-        """By one evaluation of the conditioner, which sees the same half in y as in x."""
+        """Evaluates the conditioner once: the half that it reads is equal in x and y."""
         kept = self._kept(made.y).detach().requires_grad_()
         with torch.enable_grad():
             params = self._condition(kept, context)
@@ -86,8 +86,8 @@ class AffineCoupling(_Coupling):
 
     Args:
         conditioner: any module mapping the kept half [B, C_kept, ...] to
-            [B, 2 C_moved, ...]; context keywords are passed on to it. It must be a
-            function: with dropout the inverse is one in eval mode only.
+            [B, 2 C_moved, ...]; context keywords are passed on to it. It must be
+            deterministic: with dropout the coupling is invertible in eval mode only.
         features: C, at least 2.
         moves: which half moves, "first" or "second".
         scale_map: a ScaleMap or a kind's name; by default smooth with |log_s| < 0.5.
@@ -97,7 +97,7 @@ class AffineCoupling(_Coupling):
 
     Raises:
         ValueError: unknown option, wrong feature count, or a conditioner whose
-            output does not fit.
+            output has another shape.
     """
 
     _outputs = 2
@@ -139,7 +139,7 @@ class AffineCoupling(_Coupling):
         weight: Tensor,
         bias: Tensor | None,
     ) -> Outputs:
-        """(weight u + bias over channels, log|det| of u), with u what ``_transform`` returns."""
+        """(weight u + bias over channels, log|det| of x -> u), with u the output of ``_transform``."""
         params = self._condition(self._kept(x), context)
         return coupling_mix(
             x, params, self.scale_map, weight, bias, inverse=inverse, log_det=log_det, **self._options

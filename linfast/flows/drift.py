@@ -1,11 +1,11 @@
-"""How far rebuilt tensors have strayed from the original ones, which are not kept.
+"""Measures how far rebuilt tensors deviate from the original tensors, which are not stored.
 
-Of a tensor X, as a matrix, K random projections p = R (X c) and the norm |X| are kept. The entries of R and c have
-mean 0 and variance 1, so that an error E moves each projection by about |E|, and
+Of a tensor X, as a matrix, K random projections p = R (X c) and the norm |X| are stored. R and c have entries of
+mean 0 and variance 1, so an error E changes each projection by about |E|. With p' the projections of the rebuilt X,
 
     drift = |p' - p| / (sqrt(K) |X|)
 
-estimates the relative L2 error, down to a few roundings, for one read of X.
+estimates its relative L2 error, down to a few roundings, and costs one read of X.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..dispatch import autocast_dtype, capturing
 
 # Measured on stacks of 8 to 64 couplings: a drift of d adds about d / 2 to the gradients' relative error.
 DRIFT_BUDGETS: dict[torch.dtype, float] = {
-    torch.float32: 1e-5,  # then within 20 times the stored gradients' own error, 4e-7 to 2e-6
-    torch.float64: 2e-14,  # the same number of roundings
-    torch.bfloat16: 2e-2,  # then about the stored gradients' own error, 5e-3 to 2e-2
-    torch.float16: 2e-3,  # the same, 8e-4 to 2e-3
+    torch.float32: 1e-5,  # at most 20 times the error of stored activations, 4e-7 to 2e-6
+    torch.float64: 2e-14,  # as many roundings as in float32
+    torch.bfloat16: 2e-2,  # about the error of stored activations, 5e-3 to 2e-2
+    torch.float16: 2e-3,  # likewise, 8e-4 to 2e-3
 }
 
-_PROJECTIONS = 4  # the chance that all four of a true drift d lie below d / 8 is 1 in 10000
+_PROJECTIONS = 4  # of a true drift d, all four are below d / 8 with probability 1e-4
 
 
 def drift_budget(x: Tensor) -> float:
-    """For a network on x: the budget of the dtype that it computes in, which is autocast's where that is on."""
+    """The largest drift allowed to a network on x: that of autocast's dtype if autocast is on, else of x's."""
     rounded = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
     return DRIFT_BUDGETS[x.dtype if rounded is None else rounded]
 
 
 class Checksum:
-    """K random projections of tensors that have as many elements as x, in fp32 or wider."""
+    """K random projections of tensors with the number of elements of x, in fp32 or wider."""
 
     def __init__(self, x: Tensor) -> None:
         self._dtype = torch.promote_types(x.dtype, torch.float32)
@@ -47,51 +47,51 @@ class Checksum:
         self._R = _noise(_PROJECTIONS * rows, x.device).to(self._dtype).reshape(_PROJECTIONS, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[K]"""
+        """The projections [K] of x."""
         return self._R @ (x.detach().to(self._dtype).reshape(-1, len(self._c)) @ self._c)
 
     def with_norm(self, x: Tensor) -> Tensor:
-        """[K + 1]: what ``drift`` compares the projections of a rebuilt x with."""
+        """The projections of the original x and its norm, [K + 1], for ``drift``."""
         return torch.cat((self(x), torch.linalg.vector_norm(x, dtype=self._dtype)[None]))
 
 
 def _noise(n: int, device: torch.device) -> Tensor:
-    """[n] fixed numbers of mean 0, variance 1 and flat spectrum, a chirp's cosine: no generator is moved."""
+    """[n] fixed numbers of mean 0, variance 1 and flat spectrum, from a chirp: no generator advances."""
     index = torch.arange(1, n + 1, dtype=torch.float64, device=device)
     return math.sqrt(2) * torch.cos(math.sqrt(3) * index * index)
 
 
 def drift(rebuilt: Tensor, kept: Tensor) -> Tensor:
-    """[n] relative L2 errors by n tensors' projections, [n, K] and [n, K + 1]; 0 where kept is not finite."""
+    """The drifts [n] of n tensors, from ``rebuilt`` [n, K] and ``kept`` [n, K + 1]; 0 where kept is not finite."""
     moved = (rebuilt - kept[:, :-1]).norm(dim=1) / math.sqrt(_PROJECTIONS)
     relative = moved / kept[:, -1].clamp(min=torch.finfo(kept.dtype).tiny)
     return torch.where(kept.isfinite().all(dim=1), relative, 0.0)
 
 
 class DriftWarning(RuntimeWarning):
-    """Rebuilt activations strayed."""
+    """The drift of rebuilt activations is over budget."""
 
 
 class DriftGuard:
-    """Holds rebuilt tensors to a budget. It warns once of drift, and once of a step that is stored.
+    """Compares the drift of rebuilt tensors with a budget. Warns once of drift, and once of a step that is stored.
 
-    Nothing can be read while a CUDA graph is captured: a flag on the device keeps the worst of all its replays, and
-    ``report`` reads it at the next call outside the graph. Copies of a guard are new ones.
+    The host can read nothing while a CUDA graph is captured: a flag on the device records drift in any replay, and
+    ``report`` reads the flag at the next call outside the graph. A copy of a guard has its initial state.
     """
 
     def __init__(self) -> None:
         self._said: set[str] = set()
-        self.kept: dict[str, str | None] = {}  # step -> what it keeps from one run to the next, in words
-        self._flag: Tensor | None = None  # 1 + the step that strayed, or 0; made ahead of any capture
+        self.kept: dict[str, str | None] = {}  # step -> the tensor that it caches between runs, in words
+        self._flag: Tensor | None = None  # 1 + index of the step over budget, or 0; made before a capture
         self._captured = False
 
     def __reduce__(self) -> tuple[type[DriftGuard], tuple[()]]:
         return DriftGuard, ()
 
     def strayed(self, rebuilt: Tensor, kept: Tensor, budget: float, names: Sequence[str]) -> bool:
-        """Whether a rebuilt input is over budget; row i is step i's, and the last was rebuilt first.
+        """Whether the drift of a step's input is over budget; row i is step i's, and the last was rebuilt first.
 
-        Reads the device once. Under capture it reads nothing and says no.
+        It waits for the device once. During a capture it reads nothing and returns False.
         """
         errors = drift(rebuilt, kept)
         over = ~(errors <= budget)
@@ -114,7 +114,7 @@ class DriftGuard:
         return True
 
     def report(self, x: Tensor, names: Sequence[str]) -> None:
-        """Warn of what the replays of captured graphs have flagged since the last call."""
+        """Warn of drift that replays of captured graphs have flagged since the last call."""
         if capturing(x):
             return
         flag = self._flag_on(x.device)
@@ -128,17 +128,17 @@ class DriftGuard:
             )
 
     def stores(self, name: str, what: str, memory: str) -> None:
-        """Warn once that a step is stored for what it reads; RuntimeError where ``memory`` is "invert"."""
+        """Warn once that a step is stored because it reads ``what``; RuntimeError if ``memory`` is "invert"."""
         reads = (
-            f"{name} reads {what} from outside its arguments, parameters and context, and the gradient that this "
-            "needs would be lost where activations are rebuilt"
+            f"{name} reads {what} from outside its arguments, parameters and context, whose gradient would be lost "
+            "where activations are rebuilt"
         )
         if memory == "invert":
             raise RuntimeError(f"{reads}: pass it as context, make it a parameter, or use memory='store'")
         self.say("reads from outside", f"{reads}: it is stored, and so are the steps after it")
 
     def say(self, about: str, message: str, kind: type[Warning] = RuntimeWarning) -> None:
-        """Warn once about each thing."""
+        """Warn, unless there was a warning about ``about`` before."""
         if about not in self._said:
             self._said.add(about)
             warnings.warn(message, kind, stacklevel=2)

@@ -22,19 +22,19 @@ class Flow(Bijection):
         bijections: g_1 to g_n, applied in this order. An empty list is the identity.
         features: channels of x; by default those of the first layer that states them.
         shape: sample shape of x where it is fixed, such as (C, H, W).
-        memory: what is kept for the backward. "store": every activation. "invert": only x and z; activations
+        memory: what is stored for the backward. "store": every activation. "invert": only x and z; activations
             are rebuilt by inverting, which takes time, and memory does not grow with depth (for exceptions see
             ``linfast.flows.reversible``). "auto": "invert" where storing would take more than a GiB. Where a layer
             reads a tensor from outside (from a closure or a global) that needs a gradient, "auto" stores its
             activations and warns once, and "invert" raises RuntimeError. "auto" also stores those of a layer that
-            keeps tensors made from its parameters for its next call. Where activations are rebuilt, z must not be
+            caches tensors computed from its parameters. Where activations are rebuilt, z must not be
             written to before the backward (RuntimeError).
 
     Context keywords (``t=``, ``context=``) go to every layer; layers without a
     conditioner ignore them.
 
     Raises:
-        TypeError: a part is not a Bijection.
+        TypeError: an element of ``bijections`` is not a Bijection.
         ValueError: neighbours whose feature counts differ; an unknown ``memory``.
     """
 
@@ -103,7 +103,7 @@ def stored_tensors(bijections: Iterable[nn.Module]) -> float:
 
 
 def _step(place: str, bijection: Bijection, inverse: bool, log_det: bool) -> Step:
-    # A layer's own undo need not call the layer: a layer with hooks is inverted and run as a whole.
+    # A layer's own _undo may not run its hooks: a layer with hooks is undone by its public methods.
     hooked = bijection._forward_hooks or bijection._forward_pre_hooks or bijection._backward_hooks
     undo_layer = partial(Bijection._undo, bijection) if hooked else bijection._undo
     forward = partial(run, bijection, inverse=inverse, log_det=log_det)

@@ -7,9 +7,9 @@
 
 Only unmodified layers are replaced: a layer with a hook, a parametrization or sharded weights, a layer of a
 subclass, and an ActNorm that waits for its first batch run as they are. In plain torch folding gains nothing (an
-image flow 4 x 32 x 32 at batch 16 and a vector flow of 64 features at batch 1024, run in turns, took 0.90 to 1.07
-of the time layer by layer, noise included), and layers without a product cost less than one folded map. In plain
-torch the recognised couplings are remembered, frozen or not, until an object that they were read from is replaced
+image flow 4 x 32 x 32 at batch 16 and a vector flow of 64 features at batch 1024 took 0.90 to 1.07 times the time
+of running layer by layer), and layers without a matrix product cost less than a folded map. In plain torch the
+recognised couplings are remembered, frozen or not, until an object from which they were read is replaced
 (``remembered.py``).
 """
 
@@ -45,7 +45,7 @@ class Launch:
     """What runs a flow's layers, or their inverse, on inputs of one kind.
 
     Args:
-        segments: what runs, one after another.
+        segments: the segments, in the order in which they run.
         why: the reason why it is not one launch; None where it is.
     """
 
@@ -58,7 +58,7 @@ class Launch:
         """(y, log|det| or None); in plain torch a long batch is cut into parts that fit the cache.
 
         Args:
-            run: runs in place of the segments and computes the same.
+            run: called in place of the segments; it must compute the same.
         """
         run = self._run if run is None else run
         rows = None if self.why is None else rows_at_once(x, self.widths)
@@ -85,7 +85,7 @@ class Launch:
 
 
 def match(layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Launch:
-    """What runs these layers, or their inverse, on x; decided once per kind of input while they are frozen."""
+    """The launch of these layers, or their inverse, on x; cached per kind of input while they are frozen."""
     values = kept_values(layers)
     key = None if values is None else call_key(x, context, inverse, log_det)
     if values is None or key is None:
@@ -94,25 +94,25 @@ def match(layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log
 
 
 def _decide(
-    layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool, still: bool
+    layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool, frozen: bool
 ) -> Launch:
-    """``still``: whether the weights are frozen."""
+    """``match`` without its cache; ``frozen``: whether the weights are frozen."""
     in_order: list[Any] = list(reversed(layers) if inverse else layers)
     if has_global_hook():
         return Launch([Single(layer) for layer in in_order], "a global module hook is set")
     if not uses_triton(x):
         segments = _looped(layers, x, context)
         return Launch(segments[::-1] if inverse else segments, why_reference(x))
-    launch = _one_launch(layers, x, context, inverse, log_det, still)
+    launch = _one_launch(layers, x, context, inverse, log_det, frozen)
     return Launch(_folded(layers, in_order), launch) if isinstance(launch, str) else Launch([launch], None)
 
 
 def _one_launch(
-    layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool, still: bool
+    layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool, frozen: bool
 ) -> OneLaunch | str:
-    """All layers in one kernel, or why not."""
+    """All layers in one kernel launch, or the reason why they do not run in one."""
     if x.ndim != 2:
-        # No shape in the reason: Dynamo of torch 2.11 cannot follow a tuple that was formatted.
+        # No shape in the reason: Dynamo of torch 2.11 cannot trace the formatting of a tuple.
         return f"x has {x.ndim} dimensions: not a batch of vectors"
     stack = stack_of(layers, x, context)
     if isinstance(stack, str):
@@ -127,7 +127,7 @@ def _one_launch(
     def pack() -> PackedStack:
         return pack_stacks([StackWeights(g.layers, x.shape[1], g.head, inverse)], precision, half)[0]
 
-    packed = derived(layers, ("packed", inverse, precision, half), pack) if still else pack()
+    packed = derived(layers, ("packed", inverse, precision, half), pack) if frozen else pack()
     return OneLaunch(g, tile, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
 
 
@@ -140,10 +140,10 @@ def mode_for(x: Tensor) -> str:
 
 
 def _looped(layers: nn.ModuleList, x: Tensor, context: Context) -> list[Segment]:
-    """Consecutive affine couplings in one loop, and everything else as it is."""
+    """Consecutive affine couplings in one loop, and every other layer on its own."""
     takes, given = _in_common(x, context), context.get("context")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    lasts = takes and context.get("t") is None and not traced  # a time is folded into the weights
+    lasts = takes and context.get("t") is None and not traced  # a time makes new weights
     key = (x.dtype, x.device, given.shape[1:] if lasts and given is not None else None)
     found = recall(layers, key) if lasts else None
     if found is not None:
@@ -156,17 +156,17 @@ def _looped(layers: nn.ModuleList, x: Tensor, context: Context) -> list[Segment]
 
 
 def _is_own(coupling: PlainCoupling) -> bool:
-    """Whether its tensors are parameters: those that torch.func puts in their place must not outlive the call."""
+    """Whether its tensors are parameters: tensors that torch.func puts in their place must not outlive a call."""
     return all(type(t) is nn.Parameter for t in (*coupling.weights, *coupling.biases) if t is not None)
 
 
 def _recognised(layers: Iterable[Any], x: Tensor, context: Context, takes: bool) -> list[Segment]:
-    """``_looped``, read from the layers; ``takes``: whether the loop knows the inputs of the conditioners."""
+    """``_looped``, read from the layers; ``takes``: whether the loop supports the inputs of the conditioners."""
     segments: list[Segment] = []
     scale_map: ScaleMap | None = None
     log_scale: Any = None
     for layer in layers:
-        known = recognise(layer, x, context) if takes else "the loop does not know the inputs of the conditioners"
+        known = recognise(layer, x, context) if takes else "the loop does not support the inputs"
         if isinstance(known, str) or known.weights[0].dtype != x.dtype:
             segments.append(Single(layer))
             continue
@@ -184,7 +184,7 @@ def _recognised(layers: Iterable[Any], x: Tensor, context: Context, takes: bool)
 
 
 def _in_common(x: Tensor, context: Context) -> bool:
-    """Whether the loop knows the inputs of the conditioners: x, a constant time, a context per sample."""
+    """Whether the loop supports the conditioners' inputs: x, a time for all samples, a context per sample."""
     given, t = context.get("context"), context.get("t")
     if x.ndim != 2 or not context.keys() <= {"t", "context"} or (isinstance(t, Tensor) and t.ndim > 0):
         return False
@@ -198,7 +198,7 @@ def _in_common(x: Tensor, context: Context) -> bool:
 
 
 def _folded(owner: nn.ModuleList, layers: list[Any]) -> list[Segment]:
-    """Consecutive channel-linear layers folded, with the coupling before them."""
+    """Consecutive channel-linear layers folded, with the coupling before them if there is one."""
     segments: list[Segment] = []
     while layers:
         coupling = layers[0] if is_plain(layers[0], (AffineCoupling,)) else None

@@ -7,8 +7,8 @@
     Householder  W = H_1 ... H_k, H_i = I - 2 v_i v_i^T / |v_i|^2, orthogonal, log|det| = 0
     Permute      y[:, i] = x[:, permutation[i]], log|det| = 0
 
-x [B, C, ...]. The C x C matrix and its inverse are formed in the graph at every
-call, in fp32 or wider and outside autocast. Source: Glow (arXiv 1807.03039).
+x [B, C, ...]. W or W^{-1} is computed with gradients at every call (once while frozen),
+in fp32 or wider and outside autocast. Source: Glow (arXiv 1807.03039).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _LinearMix(ChannelLinear):
     """y = W x with W, W^{-1} and log|det W| from the subclass."""
 
     def _wide_weight(self, numbers: Sequence[Tensor], inverse: bool) -> Tensor:
-        """W or W^{-1}, in fp32 or wider; ``numbers`` start with a parameter."""
+        """W, or W^{-1} for ``inverse``, in fp32 or wider; the first of ``numbers`` is a parameter."""
         raise NotImplementedError
 
     @outside_autocast
@@ -56,11 +56,11 @@ class Mix(_LinearMix):
 
     Args:
         features: C.
-        kind: "lu" keeps W = P L U, invertible whatever the parameters. It starts as the
-            random permutation P: with L = U = I noise on the factors does least harm (the
-            factors of a rotation, Glow's start, turn 5% noise at C = 64 into a loss of
-            seven digits over eight layers). "free" keeps W, started as a random rotation;
-            training may make it singular, and its inverse NaN.
+        kind: "lu" has the factors of W = P L U, which is invertible for any parameters. W
+            starts as the random permutation P: at L = U = I, noise on the factors does the
+            least harm. (At the factors of a random rotation, Glow's start, 5% noise at C = 64
+            loses seven digits over eight layers.) "free" has W itself, which starts as a
+            random orthogonal matrix; if training makes it singular, its inverse is NaN.
     """
 
     _shown = ("features", "kind")
@@ -107,7 +107,7 @@ class Householder(_LinearMix):
 
     Args:
         features: C.
-        count: k, at least 1; C reflections reach every orthogonal matrix of that determinant.
+        count: k, at least 1; k = C reaches every orthogonal matrix of determinant (-1)^C.
     """
 
     _shown = ("features", "count")
@@ -122,7 +122,7 @@ class Householder(_LinearMix):
         return (self.vectors,)
 
     def _wide_weight(self, numbers: Sequence[Tensor], inverse: bool) -> Tensor:
-        """I - V^T T V, with T^{-1} the upper triangle of V V^T and half its diagonal."""
+        """I - V^T T V, with T^{-1} the strict upper triangle of V V^T plus half its diagonal."""
         V = wide(numbers[0])
         products = V @ V.mT
         halved = products.triu() - torch.diag_embed(0.5 * products.diagonal(dim1=-2, dim2=-1))
@@ -186,7 +186,7 @@ def _integers(name: str, values: Any) -> Tensor:
 
 
 def check_permutation(order: Tensor, features: int | None, name: str = "permutation") -> None:
-    """Raise unless the integers ``order`` are 0 to features - 1 once each; on the meta device, of that shape."""
+    """ValueError unless ``order`` holds 0 to features - 1 once each; on the meta device only shapes are checked."""
     right = order.shape == (features,)
     if right and not order.is_meta:
         right = torch.equal(order.sort().values, torch.arange(len(order), device=order.device))

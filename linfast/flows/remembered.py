@@ -1,8 +1,8 @@
-"""What was recognised of modules, remembered while nothing that it was read from is replaced.
+"""Remembers what was recognised in modules, until an object from which it was read is replaced.
 
-Recognising eight couplings takes a fifth of a call at batch 1. Parameters are remembered as objects, so that writes
-to their values take effect. Each call checks, in loops that run in C, that every module, parameter and option is
-the same object as before, of the same class, without a hook, and with as many attributes.
+Recognising eight couplings takes a fifth of a call's time at batch 1. Parameters are remembered as objects, so that
+writes to their values take effect. Each call checks, in loops that run in C, that every module, parameter and
+option is the same object as before, of the same class, without a hook, and with the same number of attributes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
-# Modules without settings: their parameters and children say all of them.
+# Modules without settings: their parameters and children describe them completely.
 _PLAIN = (nn.Identity, nn.Linear, nn.ModuleList, nn.ReLU, nn.Sequential, nn.SiLU, nn.Sigmoid, nn.Tanh)
 
 
 class Evidence:
-    """What a recognition was read from.
+    """The objects from which something was recognised, and checks that they have not changed.
 
     Args:
-        lists: modules of which only the children are looked at.
-        modules: those of which all is looked at, and all modules inside them.
-        functions: methods of classes, which must stay the same function.
-        masks: tensors whose values must stay the same, on a GPU as far as torch counts the writes to them.
+        lists: modules of which only the children must stay the same.
+        modules: modules that must stay the same in full, with all modules inside them.
+        functions: (class, name of a method) pairs; each method must stay the same function.
+        masks: tensors whose values must stay the same; on a GPU, only writes that torch counts are noticed.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Evidence:
         self._masks = [(mask, writes(mask), mask.detach().clone()) for mask in masks]
 
     def holds(self) -> bool:
-        """Whether it is all as it was."""
+        """Whether all of these objects are unchanged."""
         if (
             any(self._hooks)
             or [*map(type, self._modules)] != self._classes
@@ -81,7 +81,7 @@ class Evidence:
 
 
 def writes(tensor: Tensor) -> int:
-    """How many writes to it torch has counted; it counts none of a tensor made in inference mode."""
+    """The number of writes to the tensor that torch has counted; it counts none to an inference tensor."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -89,7 +89,7 @@ _remembered: WeakKeyDictionary[nn.ModuleList, tuple[Hashable, Evidence, Any]] = 
 
 
 def recall(layers: nn.ModuleList, key: Hashable) -> Any | None:
-    """The value remembered for these layers and this kind of input; None where there is none that still holds."""
+    """The value remembered for these layers and this kind of input; None without one, or where it is outdated."""
     found = _remembered.get(layers)
     if found is None:
         return None
@@ -98,5 +98,5 @@ def recall(layers: nn.ModuleList, key: Hashable) -> Any | None:
 
 
 def remember(layers: nn.ModuleList, couplings: Iterable[nn.Module], key: Hashable, value: Any) -> None:
-    """Keep ``value``, which was read from these couplings among the layers, until something else is remembered."""
+    """Remember ``value``, which was read from these couplings among the layers, in place of any value before."""
     _remembered[layers] = key, Evidence([layers], couplings), value

@@ -1,4 +1,4 @@
-"""Running a step again: the state that it first ran in, and what autograd's graph tells of its first run."""
+"""Runs a step again in the state of its first run, and finds in autograd's graph what the step has read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .remembered import writes
 
 _RandomState = tuple[bytes, ...]
 _Values = list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]]
-"""Buffers: the dictionary of the module that has each, its name there, the tensor, and what it held."""
+"""Buffers: for each its module's dictionary of buffers, its name there, the tensor, and its former values."""
 
 
 class Generators:
@@ -41,10 +41,10 @@ class Generators:
 
 
 def watched(modules: Iterable[nn.Module]) -> Callable[[], _Values]:
-    """A function that tells which of these modules' buffers were written to or replaced since, and what they held.
+    """A function that returns which of these modules' buffers were written to or replaced since, with old values.
 
-    A module that has written to one of its buffers, or has replaced one, is taken to have written to them all:
-    batch norm's count of batches shows a write that its statistics do not.
+    Where one buffer of a module was written to or replaced, all its buffers count as written to: of batch norm's
+    buffers, torch counts the writes to the number of batches, but not those to the statistics.
     """
     groups = [
         [(owner, name, b, writes(b), b.detach().clone()) for name, b in owner.items() if b is not None]
@@ -59,27 +59,27 @@ def watched(modules: Iterable[nn.Module]) -> Callable[[], _Values]:
 
 
 def put_back(values: _Values) -> None:
-    """Make the buffers hold these. They are no new version: whoever reads them again has them as they were."""
+    """Restore these values without a new version of the buffers: a graph that has saved one stays valid."""
     for owner, name, buffer, value in values:
         buffer.data.copy_(value)
         owner[name] = buffer
 
 
 class Replay:
-    """The state that a chain of steps runs in, noted in its first run and restored when its steps run again.
+    """The state in which a chain of steps runs, recorded in its first run and restored when its steps run again.
 
     A step that draws random numbers or writes to buffers (batch norm's statistics, spectral norm's power iteration)
-    runs again from the state of its first run, and the buffers are put back afterwards: nothing is updated twice.
-    A step that writes to its parameters too initialises itself, which it does only once.
+    runs again from the state of its first run. Afterwards the buffers are restored: nothing is updated twice. A
+    step that also writes to its parameters initialises itself: it runs again with its new buffers, to do so once.
 
     Args:
-        inputs: the chain's tensors: random numbers are kept of the CPU and of their CUDA devices.
+        inputs: the chain's tensors; generator states are recorded for the CPU and for the tensors' CUDA devices.
     """
 
     def __init__(self, inputs: Iterable[Tensor]) -> None:
         devices = {tensor.device for tensor in inputs}
         self._generators = Generators(devices)
-        # Without its cache: a cast made without a graph must not serve where one is needed.
+        # Without autocast's cache: a cast made without a graph must not be used where a graph is needed.
         self._autocasts = [
             partial(torch.autocast, kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), False)
             for kind in sorted({"cpu", *(device.type for device in devices)})
@@ -92,7 +92,7 @@ class Replay:
 
     @contextmanager
     def noting(self, module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Around the first run of the next step: keeps the state before it of what the step changes."""
+        """Wraps the first run of the next step: records the earlier states of what it changes."""
         written_since, versions = watched(module.modules()), [p._version for p in parameters]
         yield
         after = self._generators.state()
@@ -104,7 +104,7 @@ class Replay:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Autocast as it was."""
+        """Autocast as in the first run."""
         with ExitStack() as stack:
             for each in self._autocasts:
                 stack.enter_context(each())
@@ -112,7 +112,7 @@ class Replay:
 
     @contextmanager
     def again(self, parameters: Iterable[Tensor]) -> Iterator[None]:
-        """The chain's state but for what ``rewind`` sets for each step; all is put back at the end."""
+        """Steps may run again inside: sets all that ``rewind`` does not set, and restores everything at the end."""
         present = ((owner, name, owner[name]) for owner, name, *_ in self._written)
         kept = [(owner, name, b, b.detach().clone()) for owner, name, b in present if b is not None]
         with ExitStack() as stack:
@@ -125,7 +125,7 @@ class Replay:
             yield
 
     def rewind(self, i: int) -> None:
-        """Before step i runs again: gives it the random numbers and buffers of its first run."""
+        """Before step i runs again: restores the generators and buffers with which it first ran."""
         state = self._random[i]
         if state is not None:
             self._generators.set(state)
@@ -134,7 +134,7 @@ class Replay:
 
 @contextmanager
 def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Turns gradient hooks off: autograd runs them on what the chain's backward returns, and must do so once."""
+    """Disables gradient hooks: autograd must run them only once, on the gradients that the chain returns."""
     hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
     kept = [dict(each) for each in hooks]
     for each in hooks:
@@ -146,16 +146,16 @@ def _silenced(tensors: Iterable[Tensor]) -> Iterator[None]:
             each.update(before)
 
 
-# In the graph of y = f(x, w) every path back from y ends at x, at w, or at a tensor that f read from elsewhere: a
-# closure's, a global's, an attribute that is no parameter. A tensor that needs no gradient is not in the graph. A
-# thread numbers the nodes that it makes in rising order.
+# In the graph of y = f(x, w) every path back from y ends at x, at w, or at a tensor that f read from elsewhere:
+# a closure, a global, or an attribute that is not a parameter. A tensor that needs no gradient is not in the graph.
+# Each thread numbers the nodes that it makes in increasing order.
 
 _REENTRANT = "CheckpointFunctionBackward"  # a reentrant checkpoint makes its graph only in the backward
 _number: Callable[[Any], int] = methodcaller("_sequence_nr")
 
 
 def _walk(outputs: Iterable[Tensor | None], ends: Collection[Any], since: int = 0) -> list[Any]:
-    """The nodes behind the outputs, as far back as the ends, which are left out, and nodes older than ``since``."""
+    """The graph's nodes from the outputs back to ``ends``, which are left out, or to nodes older than ``since``."""
     found: dict[Any, None] = {}
     pending = _nodes(outputs)
     while pending:
@@ -169,19 +169,19 @@ def _walk(outputs: Iterable[Tensor | None], ends: Collection[Any], since: int = 
 
 
 def _nodes(tensors: Iterable[Tensor | None]) -> list[Any]:
-    """The tensors' nodes in the graph; a leaf's is where its gradient is accumulated."""
+    """The tensors' nodes in the graph; for a leaf, the node that accumulates its gradient."""
     return [get_gradient_edge(tensor).node for tensor in tensors if tensor is not None and tensor.requires_grad]
 
 
 def read_from_outside(
     outputs: Iterable[Tensor | None], inputs: Sequence[Tensor], leaves: Iterable[Tensor]
 ) -> str | None:
-    """A description of what else in the outputs' graph needs a gradient; None where nothing does.
+    """Describes a tensor in the outputs' graph that is neither an input nor a leaf; None where there is none.
 
     Args:
-        inputs: the function's arguments, where the graph may end. The first one's node was made last before the
-            function ran: older ones belong to another computation.
-        leaves: its parameters, where it may end too.
+        inputs: the function's arguments, where the graph may end. The node of the first argument was the last made
+            before the function ran: older nodes belong to another computation.
+        leaves: the function's parameters, where the graph may end too.
     """
     known, since = {id(leaf) for leaf in leaves}, _number(inputs[0].grad_fn)
     for node in _walk(outputs, set(_nodes(inputs)), since):
@@ -197,14 +197,14 @@ def read_from_outside(
 
 
 class _Mark:
-    """An object that a node holds for as long as it lives."""
+    """An object that lives as long as the node that holds it."""
 
 
 def keeps_a_piece(outputs: Iterable[Tensor | None], inputs: Iterable[Tensor]) -> Callable[[], bool]:
-    """A function that tells, once the outputs are gone, whether something else holds a part of their graph.
+    """A function that tells, once the outputs are deleted, whether another object holds a part of their graph.
 
-    Only parts that do not depend on an input count: a tensor made of parameters and kept for the next call, as a
-    cache does. A tensor that was left behind for a penalty holds what it was made of as well.
+    Only parts that do not depend on an input count, such as a tensor that was computed from parameters and cached
+    for the next call. A tensor kept for a penalty also holds the part that uses it, and does not count.
     """
     depend = set(_nodes(inputs))
     marks: dict[Any, weakref.ref[_Mark]] = {}

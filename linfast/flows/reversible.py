@@ -1,23 +1,23 @@
 """Training without stored activations: a chain of invertible steps whose inputs are rebuilt in the backward.
 
-The forward keeps the chain's input and output and, for each step, a checksum of its input and what the step changes
-when it runs (random number generators, buffers). The backward goes from the last step to the first, rebuilds each
-step's input from its output, and differentiates the step there:
+The forward stores the chain's input and output and, for each step, a checksum of its input and the states of the
+random number generators and buffers that it changes. The backward goes from the last step to the first, rebuilds
+each step's input from its output, and differentiates the step there:
 
     for step n to 1:   x, dx, dparameters = undo(y, dy);   y, dy = x, dx
 
 Each step runs with the random numbers, buffers, autocast and backend of its first run (``Replay``). The rebuilt
-inputs are compared with their checksums (``drift``). Where one has strayed, the backward is computed once more from
+inputs are compared with their checksums (``drift``). Where one deviates too far, the backward is computed anew from
 the chain's input, with checkpoints every sqrt(n) steps.
 
 A tensor that a step reads from elsewhere than its arguments, parameters and context would lose its gradient. The
-forward therefore runs each step with a graph, looks for such tensors in it (``read_from_outside``), and drops it
+forward therefore runs each step with a graph, looks for such tensors in it (``read_from_outside``), and frees it
 before the next step. Where it finds one, it keeps this graph and those of the later steps. To autograd the chain is
 
     anchor(x, parameters, context)    whose backward returns the gradients of all of them
     x_i = link_i(anchor)              step i's input or the output; its backward notes the gradient of x_i
 
-so that a graph that is kept is connected to the steps before it. Sources: RevNet (arXiv 1707.04585), and
+so that the kept graphs are connected to the steps before them. Sources: RevNet (arXiv 1707.04585), and
 arXiv 1604.06174 for checkpoints.
 """
 
@@ -42,10 +42,10 @@ from .undo import Backward, Context, Cotangents, Made, Outputs, Undone, sum_of, 
 __all__ = ["AUTO_BYTES", "MEMORY_MODES", "Context", "Step", "reversible"]
 
 MEMORY_MODES = ("store", "invert", "auto")
-"""What a flow's backward keeps: every activation, the input and output, or whichever suits their size."""
+"""What a flow stores for its backward: every activation, the input and output, or one of these by size."""
 
-# "auto" inverts above this many bytes. Below it no machine that such a model is trained on is short of memory, and
-# inverting would cost a third of a step's time for nothing.
+# "auto" inverts above this many bytes of activations. With fewer, memory is rarely short, and inverting would only
+# cost a third of a training step's time.
 AUTO_BYTES = 2**30
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -57,7 +57,7 @@ class Step:
 
     Args:
         name: for messages.
-        module: whose parameters and buffers it reads.
+        module: the module whose parameters and buffers it reads.
         forward: (x, context) -> (y, log_det [B] or None).
         undo: (``Made``: y, gradients of y and log_det, tensors; context) -> (x, [grad of x, *grads of tensors]).
     """
@@ -90,33 +90,33 @@ def reversible(
     guard: DriftGuard | None = None,
     memory: str = "invert",
 ) -> Outputs:
-    """(y, log_det): the steps one after another, their log_dets added, undone in the backward.
+    """Applies the steps in order; returns (y, sum of the log_dets). The backward rebuilds their inputs.
 
     Gradients reach x, the steps' parameters and the tensors in ``context``. A step that reads another tensor that
-    needs a gradient (a closure's, a global's, another step's parameter) cannot be rebuilt: memory="auto" stores it
-    and the steps after it, and warns once; "invert" raises. "auto" also stores a step that keeps what its first
-    run made of its parameters and reads that later; with "invert" one step may read it. In the backward a step may
-    read what its inverse kept.
+    needs a gradient (of a closure, a global, or another step's parameters) cannot be rebuilt: memory="auto" stores
+    activations from this step on, and warns once; "invert" raises. "auto" also stores a step that caches tensors
+    computed from its parameters and reads them later; with "invert", one step may read them. In the backward, a
+    step's forward may read tensors that its inverse has cached.
 
-    Until the backward x, y and a few numbers per step are kept, and for a step that draws random numbers or writes
-    to buffers what these were (5 KB for the CPU's generator). y must not be written to. A backward with
-    create_graph=True stores the chain's graph after all.
+    Until the backward x, y and a few numbers per step are stored and, for a step that draws random numbers or
+    writes to buffers, their earlier states (5 KB for the CPU's generator). y must not be written to. A backward
+    with create_graph=True stores the graph of the whole chain.
 
     Plain autograd runs where nothing needs a gradient, where parameters are not nn.Parameters
     (torch.func.functional_call, nn.DataParallel's replicas) or have no shape yet (lazy modules), and where dropout
     is captured into a CUDA graph.
 
     Args:
-        steps: in the order they are applied; each gives a log_det, or none does.
+        steps: in the order in which they are applied; either all return a log_det or none does.
         x: [B, ...], floating point.
         context: passed to every step.
-        guard: this chain's, where it is kept from call to call: it warns once.
+        guard: the chain's guard from call to call, so that it warns only once; None for a new guard.
         memory: "invert" or "auto".
 
     Raises:
-        RuntimeError: with "invert", for a step that reads what cannot be rebuilt. In the backward,
-            where a parameter was replaced or written to since, or where the steps do not repeat themselves, as
-            with random numbers that are not torch's.
+        RuntimeError: with "invert", a step reads another tensor that needs a gradient. In the backward, a parameter
+            was replaced or written to since the forward, or the steps do not repeat their first results, as with
+            random numbers that are not torch's.
     """
     check_kind("steps", steps, Sequence)
     for i, step in enumerate(steps):
@@ -148,12 +148,12 @@ def inverts(memory: str, x: Tensor, stored: float) -> bool:
 
 
 class _Anchor(torch.autograd.Function):
-    """Stands for all that a chain is differentiated by; its backward follows those of the chain's links."""
+    """Stands for all tensors that need a gradient of the chain; its backward runs after those of the links."""
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, x: Tensor, *tensors: Tensor) -> Tensor:
         ctx.chain = chain
-        ctx.save_for_backward(x, *chain.given)  # parameters are not yet what they will be: a step may initialise
+        ctx.save_for_backward(x, *chain.given)  # not the parameters: a step may still initialise them
         return x.new_empty(0)
 
     @staticmethod
@@ -170,7 +170,7 @@ class _Anchor(torch.autograd.Function):
 
 
 class _Link(torch.autograd.Function):
-    """What ``count`` steps made, y and log_det, as a function of the anchor."""
+    """The outputs y and log_det of the first ``count`` steps, as a function of the anchor."""
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, count: int, made: list[Tensor], anchor: Tensor) -> Any:
@@ -186,7 +186,7 @@ class _Link(torch.autograd.Function):
 
 
 class Chain:
-    """One call's steps, what they read, and the state that they ran in."""
+    """The steps of one call, the tensors that they read, and the state in which they ran."""
 
     def __init__(self, steps: Sequence[Step], context: Context, guard: DriftGuard) -> None:
         self.steps, self.guard = steps, guard
@@ -197,7 +197,7 @@ class Chain:
         self.noted: dict[int, tuple[Tensor, Cotangents]] = {}  # during a backward: count -> y, its gradients
 
     def must_store(self, x: Tensor) -> bool:
-        """Whether running the steps again would not repeat their first run."""
+        """Whether activations must be stored, because the steps cannot be run again with the same results."""
         return (
             not has_values(x)
             or not x.numel()
@@ -209,7 +209,7 @@ class Chain:
     def run_steps(
         self, span: Iterable[int], x: Tensor, context: Context, before: Callable[[int, Tensor], None] | None = None
     ) -> Outputs:
-        """These steps' last y and the sum of their log_dets; ``before(i, x)`` is called ahead of step i."""
+        """The last step's y and the sum of these steps' log_dets; ``before(i, x)`` is called before step i."""
         total = None
         for i in span:
             if before is not None:
@@ -219,15 +219,15 @@ class Chain:
         return x, total
 
     def run(self, anchor: Tensor, x: Tensor, memory: str) -> Outputs:
-        """The first run, which notes each step's state and its input's checksum."""
+        """The first run, which records each step's state and the checksum of its input."""
         self.guard.report(x, [step.name for step in self.steps])
         self.replay = Replay((x, *self.parameters, *self.given))
         self.checksum, self.budget = Checksum(x), drift_budget(x)
-        # A tensor of the context that is read by another way than the context is read from outside.
+        # Views: a tensor of the context that a step reads from a closure, say, is read from outside.
         given = [t.view_as(t) if t.requires_grad else t for t in self.given]
         context = self.context_of(given)
         y, log_det, rows = x.detach(), None, []
-        first = x if x.requires_grad else y.requires_grad_()  # so that its graph is what it is in the backward
+        first = x if x.requires_grad else y.requires_grad_()  # so that its graph is the same as in the backward
         with self.replay.autocast():
             for i, step in enumerate(self.steps):
                 with torch.no_grad():
@@ -247,7 +247,7 @@ class Chain:
     def _first(
         self, i: int, start: Tensor, given: Sequence[Tensor], context: Context, memory: str
     ) -> tuple[Tensor, Tensor | None, str | None]:
-        """Step i's outputs, and in words what it reads that makes it be stored; None where it can be rebuilt."""
+        """Step i's outputs and, in words, a tensor for which it must be stored; None if it can be rebuilt."""
         step, own, kept_by = self.steps[i], self.parameters_of[i], self.guard.kept
         with self.replay.noting(step.module, own):
             out, part = step.forward(start, context)
@@ -257,8 +257,8 @@ class Chain:
         if step.name not in kept_by:
             kept = keeps_a_piece((out, part), (start, *given))
             out, part = out.detach(), None if part is None else part.detach()
-            if kept():  # for whoever reads it next, which may be this step
-                start = start.view_as(start)  # a newer node: what the first run made is from outside now
+            if kept():  # a later run may read it, perhaps of this step
+                start = start.view_as(start)  # a newer node: tensors of the first run are now outside
                 with self.replay.again(own):
                     self.replay.rewind(i)
                     out, part = step.forward(start, context)
@@ -276,7 +276,7 @@ class Chain:
         self._versions = {id(p): p._version for p in self.parameters}
 
     def check_parameters(self) -> None:
-        """RuntimeError where a parameter is no longer the one, or as it was, at the end of the forward."""
+        """RuntimeError where a parameter was replaced or written to since the end of the forward."""
         for step, before in zip(self.steps, self.parameters_of, strict=True):
             own = _parameters(step.module)
             if [*map(id, own)] != [*map(id, before)]:
@@ -290,14 +290,14 @@ class Chain:
                 )
 
     def context_of(self, given: Sequence[Tensor]) -> Context:
-        """The context with these tensors in place of those it came with."""
+        """The context with its tensors replaced by ``given``, in order."""
         tensors = iter(given)
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return dict(tree_unflatten(leaves, self._spec))
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
-    """The module's parameters and those of its buffers that need gradients, each as often as it is used."""
+    """The module's parameters and its buffers that need gradients, each as often as it occurs."""
     parts = list(module.modules())
     parameters = [p for part in parts for p in part._parameters.values() if p is not None]
     buffers = (b for part in parts for b in part._buffers.values() if b is not None)

@@ -30,7 +30,7 @@ Segment = Callable[[Tensor, Context, bool, bool], Outputs]
 # eq=False: Dynamo of torch 2.11 hashes the called object before its fields are set.
 @dataclass(eq=False)
 class Single:
-    """One layer as it is."""
+    """One layer, called by its public methods."""
 
     layer: Bijection
 
@@ -44,9 +44,9 @@ class OneLaunch:
 
     Args:
         stack: the layers' weights and options.
-        tile: of the kernel.
+        tile: the kernel's tile.
         packed: the weights as the kernel reads them.
-        spec: the description of the stack for the kernel, with the direction and whether log|det| is wanted.
+        spec: describes the stack to the kernel, with the direction and whether log|det| is computed.
     """
 
     stack: CouplingStack
@@ -66,7 +66,7 @@ class Couplings:
     Args:
         layers: the modules.
         couplings: their weights and options.
-        features, dtype: of the input; with another input the layers themselves raise the error.
+        features, dtype: those of the input; for any other input the layers run instead and raise their errors.
     """
 
     layers: list[AffineCoupling]
@@ -88,11 +88,11 @@ class Couplings:
 class Folded:
     """Consecutive channel-linear layers as one map, after a coupling where there is one.
 
-    y = W_n(... W_1 x + b_1 ...) + b_n = W x + b. W and b are formed in the graph at every call (or once inside
+    y = W_n(... W_1 x + b_1 ...) + b_n = W x + b. W and b are computed with gradients at every call (once inside
     ``linfast.freeze``), in fp32 or wider and outside autocast; log|det| is the sum over the layers.
 
     Args:
-        owner: the module that holds all of them; derived weights are kept for it.
+        owner: the module that holds all of the layers; ``freeze`` caches W and b for it.
     """
 
     owner: nn.Module
@@ -121,7 +121,7 @@ class Folded:
 def fold(
     owner: nn.Module, row: Sequence[tuple[Any, Sequence[Tensor]]], inverse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(W [..., C, C], b [..., C] or None for 0) of layers and their numbers, in order, in the owner's dtype."""
+    """(W [..., C, C], b [..., C] or None for 0) of the layers in order, each with its numbers; owner's dtype."""
     like = tensor_of(owner)
     assert like is not None
     weight, bias = torch.eye(row[0][0].features, dtype=wide(like).dtype, device=like.device), None

@@ -34,7 +34,7 @@ _OWN_INPUT = "its conditioner has a separate input per sample"
 
 
 def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether only the class's own code would run; a parametrization makes a new class."""
+    """Whether the layer is exactly of one of these classes, without hooks; parametrized layers have a new class."""
     return are_plain((layer,), kinds)
 
 
@@ -59,13 +59,13 @@ def is_linear(layer: Any) -> bool:
 
 
 class Known(NamedTuple):
-    """An affine coupling whose conditioner is an MLP of known inputs.
+    """An affine coupling whose conditioner is an MLP with supported inputs.
 
     Args:
         layer: the coupling.
-        activation: of the MLP.
-        weights, biases: of the linear layers, a constant time folded in.
-        context: features of a context per sample that the MLP takes; 0 where it takes none.
+        activation: the MLP's activation.
+        weights, biases: those of its linear layers, a constant time folded in.
+        context: size of the context per sample that the MLP takes; 0 for none.
     """
 
     layer: Any
@@ -124,8 +124,8 @@ class FlowStack:
 
     Args:
         owner: the module that holds the layers.
-        couplings: L of them.
-        rows: L + 1 rows of layers, row_0 to row_L.
+        couplings: the L couplings.
+        rows: the L + 1 rows of channel-linear layers, row_0 to row_L.
     """
 
     owner: nn.Module
@@ -146,7 +146,7 @@ class FlowStack:
         return max([NO_MAPS, *kinds])
 
     def weights(self, inverse: bool, log_det: bool = False) -> CouplingStack:
-        """The layers' weights as ``coupling_stack`` takes them; maps' inverses and log-determinants on request."""
+        """The weights for ``coupling_stack``, with the maps' inverses and log-determinants where asked for."""
         first, activation, *_ = self.couplings[0]
         head, *maps = self._maps(inverse, log_det)
         layers = [
@@ -156,7 +156,7 @@ class FlowStack:
         return CouplingStack(layers, activation, first.scale_map, first.order, first.moves, head)
 
     def _maps(self, inverse: bool, log_det: bool) -> list[AffineMap | None]:
-        """The maps of the rows; rows with like layers are folded at once: depth adds no launches."""
+        """The maps of the rows. Rows with equal kinds of layers are folded at once: depth adds no launches."""
         alike: dict[Any, list[int]] = {}
         for i, row in enumerate(self.rows):
             kinds = tuple((type(layer), *(tuple(number.shape) for number in layer.numbers())) for layer in row)
@@ -169,7 +169,7 @@ class FlowStack:
         return maps
 
     def _maps_of(self, rows: Sequence[Sequence[Any]], inverse: bool, log_det: bool) -> list[AffineMap]:
-        """The maps of rows whose layers are alike."""
+        """The maps of rows that have the same classes of layers, with numbers of the same shapes."""
         row: list[tuple[Any, list[Tensor]]] = []
         for layers in zip(*rows, strict=True):
             numbers = zip(*(layer.numbers() for layer in layers), strict=True)

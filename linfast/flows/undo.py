@@ -1,4 +1,4 @@
-"""Undoing an invertible step y, log_det = step(x), and a chain of such steps, from what they made."""
+"""Undoes an invertible step (y, log_det) = step(x), or a chain of steps: rebuilds x from y, with gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Undone = tuple[Tensor, list[Tensor | None]]
 
 
 class Made(NamedTuple):
-    """What a step is undone from: its y, the gradients of y and log_det, and the tensors that need a gradient."""
+    """Inputs for undoing a step: its y, the gradients of y and log_det, and other tensors that need a gradient."""
 
     y: Tensor
     cotangents: Cotangents
@@ -44,7 +44,7 @@ def undo(
     """x = inverse(y), then forward(x) and its backward: one evaluation of each, both from the same state.
 
     The state is that of the random number generators and of the buffers of ``module``. Where gradients are enabled,
-    what the inverse computes has a graph: forward may read what the inverse kept.
+    the inverse runs with a graph: forward may read tensors that the inverse has cached.
     """
     generators, written = Generators([made.y.device]), watched([] if module is None else module.modules())
     state = generators.state()
@@ -75,7 +75,7 @@ def gradients(
 
 
 def sum_of(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    """total + part; one that is None counts as 0."""
+    """total + part, where None counts as 0."""
     if total is None or part is None:
         return part if total is None else total
     return total + part
@@ -92,7 +92,7 @@ class Backward:
             given = [t.detach().requires_grad_(need) for t, need in zip(given, needs[1 + n :], strict=True)]
         self.context = chain.context_of(given)
         self.tensors = (*chain.parameters, *given)
-        needed = zip(self.tensors, needs[1:], strict=True)  # one may have been frozen since the forward
+        needed = zip(self.tensors, needs[1:], strict=True)  # a tensor may have been frozen since the forward
         self._wanted = {id(t) for t, need in needed if need and t.requires_grad}
         self._given = [t for t in given if id(t) in self._wanted]
         self._sums: dict[int, Tensor | None] = {}
@@ -121,16 +121,16 @@ class Backward:
         for i in reversed(range(self.first, self.count)):
             self.chain.replay.rewind(i)
             wanted = self._wanted_of([i])
-            with torch.enable_grad():  # what the inverse keeps has gradients, which the forward may need
+            with torch.enable_grad():  # the forward may need gradients of tensors that the inverse caches
                 y, (grad, *found) = self.chain.steps[i].undo(Made(y, cotangents, wanted), self.context)
-            assert grad is not None  # an invertible map reaches its input
+            assert grad is not None  # y depends on x in an invertible map
             cotangents = grad, cotangents[1]
             self._add(wanted, found)
             rows.append(self.chain.checksum(y))
         return cotangents[0], torch.stack(rows[::-1])
 
     def _by_checkpoints(self, x: Tensor, cotangents: Cotangents) -> Tensor:
-        """dx, from the chain's own input."""
+        """dx, by running the chain again from its stored input, with checkpoints."""
         chain, n = self.chain, self.count
         every = math.ceil(math.sqrt(n - self.first))
         starts: dict[int, Tensor] = {}
@@ -166,7 +166,7 @@ class Backward:
         return grad
 
     def _wanted_of(self, span: Iterable[int]) -> list[Tensor]:
-        """Those of the steps' parameters and of the context that need a gradient, each once."""
+        """The steps' parameters and the context's tensors that need a gradient, each once."""
         own = (p for i in span for p in self.chain.parameters_of[i])
         return list({id(t): t for t in (*own, *self._given) if id(t) in self._wanted}.values())
 

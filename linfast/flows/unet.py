@@ -1,10 +1,10 @@
 """UNet: a convolutional conditioner that sees the whole image, with a time embedding.
 
-Encoder, from the finest level to the coarsest: a 3 x 3 convolution to ``width`` channels, or a
-block that halves the image; then ``blocks`` residual blocks. Decoder, back up: two blocks at the
-coarsest level (the first with attention), or one that doubles the image; then ``blocks`` + 1, each
-reading the encoder's matching output beside its input. Last, group norm, SiLU and a 3 x 3
-convolution that starts at zero.
+The encoder goes from the finest level to the coarsest. Each level is a 3 x 3 convolution to ``width``
+channels (the first level) or a block that halves the image, then ``blocks`` residual blocks. The
+decoder goes back. Each level is two blocks (the coarsest level; the first block with attention) or a
+block that doubles the image, then ``blocks`` + 1 blocks, which also read the matching output of the
+encoder. Last come group norm, SiLU and a 3 x 3 convolution that starts at zero.
 
 Source: the DDPM++ network of EDM (Karras et al., arXiv 2206.00364); with the defaults, the
 conditioners of the Linearizer paper's image models (arXiv 2510.08570).
@@ -32,19 +32,19 @@ class UNet(nn.Module):
 
     Args:
         channels_in, channels_out: C_in and C_out.
-        resolution: H = W of the images it is meant for: decides which levels have attention.
+        resolution: H = W of the expected images; it decides which levels have attention.
         width: channels at the first level; a multiple of 4.
         channel_mult: channels of each level, in units of ``width``.
         blocks: residual blocks per level.
         attention_resolutions: levels of these resolutions have self-attention.
         dropout: probability; in training only.
         time_features: size of the sinusoidal embedding of ``t``; 0 for none.
-        nchw_dropout: draw dropout masks in the order of contiguous NCHW images, as a network
-            without channels_last does: the same seed then gives the same training. Slower on
-            a GPU; on a CPU always so.
+        nchw_dropout: draw dropout masks in the order of contiguous NCHW images, so that a seed
+            gives the masks that it gives in a network without channels_last. It is slower on a
+            GPU; on a CPU masks are always drawn in this order.
 
     Raises:
-        ValueError: a width that does not divide into groups; x that is not [B, C_in, H, W] or
+        ValueError: a width that does not divide into equal groups; x that is not [B, C_in, H, W] or
             cannot be halved often enough; t given to a network without time, or missing.
     """
 
@@ -86,10 +86,10 @@ class UNet(nn.Module):
         self.head = conv3x3(levels[0][0], channels_out, zero=True)
         self._shift_sizes = [block.conv0.out_channels for block in (*self.encoder, *self.decoder)]
         self.time = _time_network(time_features, 4 * width, sum(self._shift_sizes)) if time_features else None
-        self._apply(lambda parameter: parameter)  # lays the weights out
+        self._apply(lambda parameter: parameter)  # sets the weights' memory format
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UNet:
-        """Weights that move are laid out for where they go: as activations are."""
+        """Weights that move to a device get the memory format that activations have there."""
 
         def laid_out(parameter: Tensor) -> Tensor:
             moved = fn(parameter)

@@ -1,14 +1,14 @@
 """The parts of a UNet: residual blocks with normalisation, resampling, dropout and self-attention.
 
-With s = 1 / sqrt(2), which keeps the variance of a sum of two,
+With s = 1 / sqrt(2), which keeps the variance of a sum of two terms,
 
     block      y = s P R(x) + conv1(drop(silu(norm1(conv0(R(silu(norm0(x)))) + shift))))
     attention  y = s x + W_o softmax(q k^T / sqrt(C)) v,   (q, k, v) = W_qkv norm(x)
 
 x [B, C, H, W]; R averages 2 x 2 pixels, repeats each, or is the identity; P is a 1 x 1
 convolution where C changes or R resamples, else the identity; shift [C] or [B, C] carries
-the time and the bias of conv0. conv1, P and W_o hold EDM's factor s in their weights, and
-conv1's bias that of P: a block ends in one addition.
+the time and the bias of conv0. The weights of conv1, P and W_o include EDM's factor s, and
+conv1's bias includes that of P, so that a block ends in one addition.
 
 Activations are kept in channels_last, in which a 1 x 1 convolution is a matrix product on
 [B H W, C]; on a CPU in NCHW (see ``in_nchw``), in which it is one product per sample.
@@ -42,9 +42,9 @@ _GROUP_CHANNELS, _MAX_GROUPS = 4, 32
 def in_nchw(x: Tensor) -> bool:
     """Whether a UNet keeps its activations in NCHW: in plain torch on a CPU.
 
-    torch's group norm there takes 3 to 4 times as long in channels_last with groups of four
-    channels, more than oneDNN's convolutions and the 1 x 1 products gain by it: measured, a g
-    of the paper's MNIST model runs 7 to 15% faster, and a training step 3 to 10%.
+    There torch's group norm with groups of four channels takes 3 to 4 times as long in
+    channels_last, which costs more than oneDNN's convolutions and the 1 x 1 products gain. In
+    NCHW a g of the paper's MNIST model runs 7 to 15% faster, and a training step 3 to 10%.
     """
     return x.device.type == "cpu" and not uses_triton(x)
 
@@ -56,18 +56,18 @@ class _GroupNorm(nn.GroupNorm):
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, eps=self.eps, activation=activation)
 
     def then(self, x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None]:
-        """The convolution of forward(x): see ``conv2d_fused``."""
+        """The convolution of forward(x) with ``weight``, as one fused op: see ``conv2d_fused``."""
         parameters: dict[str, Any] = {"norm_weight": self.weight, "norm_bias": self.bias}
         return conv2d_fused(x, weight, bias, groups=self.num_groups, eps=self.eps, **parameters, **options)
 
 
 def group_count(channels: int) -> int:
-    """Groups of four channels, at most 32 groups."""
+    """The number of groups, of four channels each where that gives at most 32 groups."""
     return min(_MAX_GROUPS, channels // _GROUP_CHANNELS)
 
 
 def norm(channels: int) -> _GroupNorm:
-    """A norm by ``group_count`` groups."""
+    """A group norm of ``group_count(channels)`` groups; ValueError where they cannot be equal."""
     groups = group_count(channels)
     if groups == 0 or channels % groups:
         raise ValueError(f"{channels} channels do not fall into {groups} groups: make the width a multiple of 4")
@@ -82,7 +82,7 @@ def conv3x3(channels_in: int, channels_out: int, bias: bool = True, zero: bool =
 
 
 class ResidualBlock(nn.Module):
-    """The block above, followed by attention where asked for.
+    """The block of the module's docstring, then self-attention where asked for.
 
     Args:
         channels_in, channels_out: C of x and y.
@@ -90,7 +90,7 @@ class ResidualBlock(nn.Module):
         attention: whether self-attention follows.
         dropout: probability that conv1 reads a zero in training.
         nchw_dropout: see UNet.
-        bias: whether conv0 has a bias of its own; without, ``shift`` has to carry it.
+        bias: whether conv0 has a bias; otherwise ``shift`` must contain it.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class ResidualBlock(nn.Module):
         return y if self.attention is None else self.attention(y)
 
     def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """y before attention, as two ``conv2d_fused``; the first hands the second its norm's statistics."""
+        """y before attention, by two ``conv2d_fused``; the first returns the statistics of the second's norm."""
         drops = self.training and self.dropout > 0.0
         next_groups = 0 if drops else self.norm1.num_groups
         if self.resample is None:
@@ -153,7 +153,7 @@ class ResidualBlock(nn.Module):
         return h * F.dropout(torch.ones(h.shape, dtype=h.dtype, device=h.device), self.dropout)
 
     def _skipped(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """s P R(x), and ``plus``; P is a matrix that holds s, and comes before R where R repeats pixels."""
+        """s P R(x) + ``plus``, with s P the weight of ``skip``, which is applied first where R repeats pixels."""
         assert self.skip is not None
         if self.resample != "up":
             return _mixed(_resampled(x, self.resample), self.skip.weight, plus)
@@ -184,21 +184,21 @@ class Attention(nn.Module):
         return torch.add(as_image(self.out(a), x), x, alpha=SKIP_SCALE)
 
     def _attended(self, rows: Tensor) -> Tensor:
-        """[B, 1, H W, C] of q, k and v side by side [B, H W, 3 C]."""
+        """softmax(q k^T / sqrt(C)) v [B, 1, H W, C] for rows [q | k | v] [B, H W, 3 C]."""
         q, k, v = rows.unsqueeze(1).chunk(3, dim=-1)
-        if inverts("invert", rows, 0.0):  # in eager mode and where nothing but backward() differentiates
+        if inverts("invert", rows, 0.0):  # in eager mode, where only backward() differentiates
             return _Attention.apply(q, k, v)
         return _attention(q, k, v, plain=torch.is_grad_enabled() and not torch.compiler.is_compiling())
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *, plain: bool = False) -> Tensor:
-    """``plain``: by torch's own operations; the fused kernels have no forward and no second derivatives."""
+    """Attention; ``plain``: unfused, because torch's fused kernels have no forward-mode or second derivatives."""
     with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
         return F.scaled_dot_product_attention(q, k, v)
 
 
 class _Attention(torch.autograd.Function):
-    """The fused kernel's first derivatives, whose graph serves one backward; any others are computed again."""
+    """Attention by torch's fused kernel. One backward uses the forward's graph; further backwards recompute it."""
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def _with_graph(given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 
 def _mixed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
-    """weight [C_out, C] times the channels of x, and ``plus``."""
+    """weight [C_out, C] times the channels of x, + ``plus`` where given."""
     if not in_nchw(x):
         rows = pixels(x)
         return as_image(rows @ weight.mT if plus is None else torch.addmm(pixels(plus), rows, weight.mT), x)
@@ -250,7 +250,7 @@ def _resampled(x: Tensor, resample: str | None) -> Tensor:
 
 
 def _halved(x: Tensor) -> Tensor:
-    """The means of 2 x 2 pixels. On a CPU whole rows first, a fifth of avg_pool2d's time."""
+    """The means of 2 x 2 pixels. On a CPU rows are added first, in a fifth of avg_pool2d's time."""
     if not in_nchw(x):
         return F.avg_pool2d(x, 2)
     upper, lower = x.unflatten(2, (-1, 2)).unbind(3)
@@ -259,7 +259,7 @@ def _halved(x: Tensor) -> Tensor:
 
 
 def _doubled(x: Tensor) -> Tensor:
-    """Each pixel four times. Not interpolate: its gradient is made by atomics on a GPU, and slower on a CPU."""
+    """Each pixel as 2 x 2 pixels. F.interpolate's gradient uses atomics on a GPU and is slower on a CPU."""
     if in_nchw(x):
         wide = torch.stack((x, x), dim=4).flatten(3)
         return torch.stack((wide, wide), dim=3).flatten(2, 3)
