@@ -143,7 +143,7 @@ def _end_by_signals() -> None:
     """Make SIGINT and SIGTERM end the process at once, with one printed line and status 128 + signal number.
 
     A thread prints the line and exits, since Python runs no signal handler while the main thread waits in C code,
-    such as for a process. A file that linfast writes appears whole, or can be resumed even after a ``kill -9``.
+    such as for another process. A file that linfast writes appears whole or can be resumed after a ``kill -9``.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)

@@ -114,7 +114,7 @@ def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
     return {"class": kind, "arguments": arguments}
 
 
-_FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # filled by ``load``; the last by an LSTM
+_FILLED = {"_parameters", "_buffers", "_modules", "_flat_weights"}  # filled by ``load``; the last is an LSTM's
 
 
 def build(architecture: Any, tensors: int) -> tuple[nn.Module, list[Tensor]]:

@@ -118,7 +118,7 @@ def check_number(
 
 
 def check_factor(name: str, value: Any, like: Tensor | None = None, of: str = "x") -> None:
-    """Raise unless the value is a number or a 0-d tensor, on the meta device just if ``like``, named ``of``, is."""
+    """Raise unless the value is a number or a 0-d tensor, and on the meta device exactly if ``like`` is."""
     if not isinstance(value, Tensor):
         check_number(name, value, what="a number or a 0-d tensor")
         return

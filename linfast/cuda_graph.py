@@ -63,7 +63,7 @@ class CudaGraph:
         """The result of the last replay, which the next replay overwrites."""
 
     def __call__(self, *given: Tensor) -> Any:
-        """``work(*given)`` for tensors of the examples' shapes; they are copies, which no replay overwrites."""
+        """``work(*given)`` for tensors of the examples' shapes. No later replay overwrites these results."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._replayed)  # a call on another stream may still use the same memory
         with torch.no_grad():

@@ -80,7 +80,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) -> Tensor | None:
-    """t as a tensor, [1] for a number or a 0-d tensor, else [B]; ValueError unless t is given just if ``timed``."""
+    """t as a tensor, [1] for a number or a 0-d tensor, else [B]; ValueError unless ``timed`` is (t is given)."""
     if timed != (t is not None):
         what = "needs t=" if timed else "was built without time_features"
         raise ValueError(f"{name} {what}; got t={t!r}")

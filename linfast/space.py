@@ -25,7 +25,7 @@ def check_invertible(name: str, g: object) -> None:
 
 
 def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tensor:
-    """g^{-1}(z), z being reshaped to g's sample shape where g has one that its latents share, and sizes agree."""
+    """g^{-1}(z), after reshaping z to g's sample shape where g has one, its latents share it, and it fits z."""
     check_dense("z", z)
     shape: Any = getattr(g, "shape", None)
     as_many = shape is not None and z.ndim and z.shape[1:].numel() == torch.Size(shape).numel()
@@ -87,7 +87,7 @@ class InducedSpace:
         return self._decode(combined.reshape(-1, *z.shape[1:]))
 
     def interpolate(self, u: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-        """(1 - t) (.) u (+) t (.) v, per sample; t is a number, 0-d or [B]. A batch u or v of size 1 is broadcast."""
+        """(1 - t) (.) u (+) t (.) v, per sample; t is a number, 0-d or [B]. A batch of size 1 is broadcast."""
         start, end = torch.broadcast_tensors(*self._encode_two(u, v))
         t = _per_row("t", t, start)
         return self._decode((1 - t) * start + t * end)

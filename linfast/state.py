@@ -199,7 +199,7 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise TypeError(f"{what} keeps an extra state; make it of parameters and buffers")
     mine, theirs = _parts(model), _parts(built) | dict(settings(built))
-    mine |= {name: value for name, value in settings(model) if name in theirs}  # further attributes are no settings
+    mine |= {name: value for name, value in settings(model) if name in theirs}  # other attributes are ignored
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             raise TypeError(

@@ -124,7 +124,7 @@ class ActNorm(ChannelLinear):
         return self._affine(x, inverse, log_det)
 
     def _undo(self, made: Made, context: Context, inverse: bool, log_det: bool) -> Undone:
-        """Undoes the affine map alone: a step that runs again must not be initialised again."""
+        """Undoes the affine map alone: running a step again must not initialise the layer again."""
         return undo(
             lambda x: self._affine(x, inverse, log_det),
             lambda y: self._affine(y, not inverse, False)[0],

@@ -21,9 +21,9 @@ from ..dispatch import autocast_dtype, capturing
 
 # Measured on stacks of 8 to 64 couplings: a drift of d adds about d / 2 to the gradients' relative error.
 DRIFT_BUDGETS: dict[torch.dtype, float] = {
-    torch.float32: 1e-5,  # at most 20 times the error of stored activations, 4e-7 to 2e-6
+    torch.float32: 1e-5,  # gradients within 20 times their error by "store", 4e-7 to 2e-6
     torch.float64: 2e-14,  # as many roundings as in float32
-    torch.bfloat16: 2e-2,  # about the error of stored activations, 5e-3 to 2e-2
+    torch.bfloat16: 2e-2,  # gradients within about their error by "store", 5e-3 to 2e-2
     torch.float16: 2e-3,  # likewise, 8e-4 to 2e-3
 }
 
@@ -130,8 +130,8 @@ class DriftGuard:
     def stores(self, name: str, what: str, memory: str) -> None:
         """Warn once that a step is stored because it reads ``what``; RuntimeError if ``memory`` is "invert"."""
         reads = (
-            f"{name} reads {what} from outside its arguments, parameters and context, whose gradient would be lost "
-            "where activations are rebuilt"
+            f"{name} reads {what} from outside its arguments, parameters and context, and its gradient would be "
+            "lost where activations are rebuilt"
         )
         if memory == "invert":
             raise RuntimeError(f"{reads}: pass it as context, make it a parameter, or use memory='store'")

@@ -143,7 +143,7 @@ def _looped(layers: nn.ModuleList, x: Tensor, context: Context) -> list[Segment]
     """Consecutive affine couplings in one loop, and every other layer on its own."""
     takes, given = _in_common(x, context), context.get("context")
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    lasts = takes and context.get("t") is None and not traced  # a time makes new weights
+    lasts = takes and context.get("t") is None and not traced  # a time is folded into new weights
     key = (x.dtype, x.device, given.shape[1:] if lasts and given is not None else None)
     found = recall(layers, key) if lasts else None
     if found is not None:

@@ -1,4 +1,4 @@
-"""Runs a step again in the state of its first run, and finds in autograd's graph what the step has read."""
+"""Runs a step again in the state of its first run, and finds the tensors that it reads in autograd's graph."""
 
 from __future__ import annotations
 

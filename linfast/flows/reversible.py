@@ -95,7 +95,7 @@ def reversible(
     Gradients reach x, the steps' parameters and the tensors in ``context``. A step that reads another tensor that
     needs a gradient (of a closure, a global, or another step's parameters) cannot be rebuilt: memory="auto" stores
     activations from this step on, and warns once; "invert" raises. "auto" also stores a step that caches tensors
-    computed from its parameters and reads them later; with "invert", one step may read them. In the backward, a
+    computed from its parameters and reads them later; with "invert", no other step may read them. In the backward a
     step's forward may read tensors that its inverse has cached.
 
     Until the backward x, y and a few numbers per step are stored and, for a step that draws random numbers or

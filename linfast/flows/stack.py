@@ -34,7 +34,7 @@ _OWN_INPUT = "its conditioner has a separate input per sample"
 
 
 def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether the layer is exactly of one of these classes, without hooks; parametrized layers have a new class."""
+    """Whether the layer's class is one of these and it has no hooks; a parametrized layer has a new class."""
     return are_plain((layer,), kinds)
 
 
