@@ -156,7 +156,7 @@ class AdditiveCoupling(_Coupling):
     Args:
         conditioner: any module mapping [B, C_kept, ...] to [B, C_moved, ...].
         features: C, at least 2.
-        moves: which half moves, "first" or "second".
+        moves: which half moves, "first" or "second". Errors are those of AffineCoupling.
     """
 
     _outputs = 1
