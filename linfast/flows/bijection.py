@@ -140,10 +140,10 @@ def wide(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
-def constant_log_det(x: Tensor, of_position: Tensor | None = None, inverse: bool = False) -> Tensor:
+def constant_log_det(x: Tensor, of_position: Tensor | float = 0.0, inverse: bool = False) -> Tensor:
     """log|det| [B], at least fp32, of a map that is the same for every sample and at every position of x.
 
-    There is one position in [B, C], and H W in [B, C, H, W].
+    There is one position in [B, C], and H W in [B, C, H, W]. ``of_position`` is a tensor, or 0.0.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(of_position, Tensor):  # torch.export would fix a dynamic H or W that is read here
