@@ -7,8 +7,8 @@
                  halves needs none
     one launch   ops.coupling_stack over all members: launch.py
 
-Parameters are read at each call. The members are recognised again only if a module or parameter was replaced
-(flows/remembered.py) or a mask has other values: ``Fused.renewed``.
+Parameters are read at each call. The members are recognised again where a module, parameter, setting or method was
+replaced (flows/remembered.py) or a mask has other values: ``Fused.renewed``.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Launch:
         return self.couplings[0].features
 
     def has_tile(self, like: Tensor, precision: str | None) -> bool:
-        """Whether there is a tile for it on like's device; where that is a CPU, on a GPU."""
+        """Whether there is a tile for this launch on like's device; where that is a CPU, on a GPU."""
         if like.dtype == torch.float64:
             return False
         n_linear, entries = len(self.couplings[0].mlps[0].layers), [entry for row in self.rows for entry in row]

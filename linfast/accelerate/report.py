@@ -58,7 +58,7 @@ class Report:
         lines = [aligned(table, rule=True), f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"]
         if self.precision is not None:
             reached = sum(row.takes_precision for row in self.swapped)
-            rest = "the others have no products or follow torch's own settings"
+            rest = "the products of the others, if any, follow torch's own settings"
             lines.append(f"precision {self.precision!r} reaches {reached} of them; {rest}")
         return "\n".join(lines)
 
