@@ -1,4 +1,4 @@
-"""accelerate: make the modules of existing models run on linfast's ops, in place. Files: docs/design.md."""
+"""accelerate: makes existing models' modules run on linfast's ops, in place. docs/design.md describes the files."""
 
 from . import reference_g, reference_linear, reference_unet
 from .adapter import add

@@ -1,6 +1,6 @@
-"""What is known of one class of one library, and all adapters by the class that they are for.
+"""Adapter, which describes one class of one library, and the registry of all adapters.
 
-An adapter imports no library. Its functions are given the instance and read its attributes at every call.
+An adapter imports no library. Its functions take an instance of the class and read its attributes at every call.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .identity import find_class, has, original_class
 
 
 class Unfit(Exception):
-    """Why an instance of a recognised class is left alone."""
+    """Raised, with the reason, where an instance of a recognised class cannot be swapped."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What ``accelerate`` was asked for."""
+    """The options of ``accelerate``."""
 
     keep_defects: frozenset[str] = frozenset()
     memory: str = "store"
@@ -31,18 +31,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one instance runs. It is made again when a mask or a setting that it was made from has changed.
+    """How one swapped instance runs. It is made again when a mask or a setting that it depends on has changed.
 
     Args:
-        runs: what runs now, for the report.
-        note: for the report: a defect of the original that was fixed or kept.
-        layout: what the replaced methods would otherwise compute at every call.
-        takes_precision: whether what runs has products of its own, which follow ``options.precision``.
-        options: what ``accelerate`` was asked for. This and the following are filled in by the adapter.
-        seen: the tensors that it was made from, and how often each had been written to.
-        values, settings: the masks' values and the settings that it was made from.
-        least_rows: of a coupling: from how many rows per thread on it runs on a CPU; else the original does.
-        guard: of what the instance rebuilds in a backward.
+        runs: the report's description of the code that now runs.
+        note: the report's note on a defect of the original that was fixed or kept.
+        layout: values that the replaced methods need at every call and that are computed once.
+        takes_precision: whether that code has matrix products of its own, which follow ``options.precision``.
+        options: the options of ``accelerate``. ``plan_for`` fills in this field and the next three.
+        seen: the tensors that the plan depends on, each with its version counter at that time.
+        values, settings: the values of masks on a CPU, and the settings, at that time.
+        least_rows: of a coupling: a CPU batch with fewer rows per thread runs the original.
+        guard: measures the error of tensors that the instance rebuilds in a backward, and warns of it.
     """
 
     runs: str
@@ -58,7 +58,7 @@ class Plan:
 
 
 Draw = Callable[..., Tensor]
-"""draw(*shape): standard normal values from a fixed seed, of the check's dtype and device."""
+"""draw(*shape): standard normal values from a fixed seed, in the check's dtype and on its device."""
 
 
 _IN_NO_CHAIN = "it is in no chain of a known class"
@@ -70,36 +70,36 @@ def _nothing(*arguments: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
-    """How one class is recognised and what replaces its methods.
+    """How one class is recognised, and the functions that replace its methods.
 
-    Every class has the first six. ``members`` makes it a coupling, ``chain`` a chain. Only zuko ``decides``, and
-    only the research repository's FlowMatcher has no ``float64``.
+    The first six fields are required. ``members`` makes the class a coupling, ``chain`` a chain. Only zuko's
+    coupling sets ``decides``, and only the research repository's FlowMatcher sets ``float64`` to False.
 
     Args:
-        library: its name, for the report.
-        where: the module that defines the class; the class itself; None for a class that people copy into their own
-            repositories, which is recognised wherever it is by its name and ``attributes``.
+        library: the library's name, for the report.
+        where: the module that defines the class, or the class itself. None for a class that people copy into
+            other repositories: it is recognised in any module, by its name and ``attributes``.
         name: the class's qualified name.
-        methods: name -> function(instance, ...), what the swapped class runs.
+        methods: {name: function(instance, ...)} of the replaced methods.
         plan: (instance, options) -> Plan; raises Unfit with the reason.
-        probe: (copy, draw) -> outputs of its methods on drawn inputs. It may replace the copy's conditioners.
-        masks: tensors whose values ``plan`` reads. Where they cannot be read, the original runs: under
-            torch.compile, torch.export and torch.jit.trace, and of an ensemble under torch.vmap.
-        settings: attributes other than tensors that ``plan`` reads.
-        assumes: methods that ``methods`` stand in for without replacing them.
-        attributes: names that tell an instance of the class that is meant from others of the same name.
-        inner: modules that the replaced methods pass by; one with a hook keeps the original running.
-        conditioners: modules to report on; the check's copies have them without their weights.
-        hollow: more modules whose weights the check does not need.
-        members: of a coupling: (instance, layout) -> its sides, and permutations and diagonal maps between them. On
-            a CPU it then runs the original on short batches.
-        vectors: of a coupling or a chain: (copy, draw, features) -> outputs both ways on vectors, with its own
-            conditioners.
+        probe: (copy, draw) -> the methods' outputs on random inputs. It may replace the copy's conditioners.
+        masks: instance -> tensors whose values ``plan`` reads. Where it cannot read them, the original runs: under
+            torch.compile, torch.export and torch.jit.trace, and for an ensemble under torch.vmap.
+        settings: names of the attributes, other than tensors, that ``plan`` reads.
+        assumes: names of methods that ``methods`` reimplement but do not replace; they must be unmodified.
+        attributes: names of attributes that distinguish the class from unrelated classes of the same name.
+        inner: instance -> submodules whose calls ``methods`` bypass; where one has a hook, the original runs.
+        conditioners: instance -> its conditioners. The report describes them; the check copies them ``emptied``.
+        emptied: instance -> further modules that the check copies without parameters, buffers and submodules.
+        members: of a coupling: (instance, layout) -> its sides, and permutations and diagonal maps between them.
+            A coupling on a CPU runs the original on short batches.
+        vectors: of a coupling or a chain: (copy, draw, features) -> the outputs of both directions on vectors, with
+            the copy's own conditioners.
         decides: whether the replaced methods decide themselves when the original runs.
-        chain: whether the class runs other modules in turn; they then run together, or with memory="invert" are
-            rebuilt in the backward.
-        stored: why a coupling in no chain, or a chain, stores its activations; "" for one that rebuilds its own.
-        tolerance: largest relative L2 difference in float64; larger where the original itself drops to float32.
+        chain: whether the class runs other modules one after another. They then run together, or with
+            memory="invert" their activations are rebuilt in the backward.
+        stored: why memory="invert" stores activations of this chain, or coupling in no chain; "" where it does not.
+        tolerance: largest relative L2 difference in float64; larger where the original itself computes in float32.
         float64: whether the original runs in float64.
     """
 
@@ -115,7 +115,7 @@ class Adapter:
     attributes: tuple[str, ...] = ()
     inner: Callable[[Any], Iterable[nn.Module]] = _nothing
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
-    hollow: Callable[[Any], Iterable[nn.Module]] = _nothing
+    emptied: Callable[[Any], Iterable[nn.Module]] = _nothing
     members: Callable[[Any, Any], Sequence[Any]] = _nothing
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = _nothing
     decides: bool = False
@@ -138,20 +138,20 @@ class Adapter:
             return True
         return self.vectors is not _nothing if options.memory == "store" else self.stored == _IN_NO_CHAIN
 
-    @torch.inference_mode(False)  # the plan is used outside it
+    @torch.inference_mode(False)  # the plan's tensors are also used outside inference mode
     def plan_for(self, instance: Any, options: Options) -> Plan:
-        """The plan, with the options and the tensors that it was made from."""
+        """The instance's plan, with the options, tensors and settings that it depends on."""
         plan = self.plan(instance, options)
         seen, settings, values = self._sources(instance)
         values = tuple(value.detach().clone() for value in values)
         return replace(plan, options=options, seen=seen, settings=settings, values=values)
 
     def settings_of(self, instance: Any) -> tuple[Any, ...]:
-        """What its ``settings`` are now."""
+        """The current values of the instance's ``settings``."""
         return tuple(getattr(instance, name, None) for name in self.settings)
 
     def _sources(self, instance: Any) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
-        """Its untrained tensors and those of modules passed by, with their writes; settings; masks on a CPU."""
+        """(frozen tensors of the instance and ``inner``, with version counters; settings; masks on a CPU)."""
         modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
         own = (t for m in modules for t in (*m._buffers.values(), *m._parameters.values()))
         untrained = [t for t in own if t is not None and not t.requires_grad]
@@ -161,7 +161,7 @@ class Adapter:
         return seen, self.settings_of(instance), values
 
     def holds(self, plan: Plan, instance: Any) -> bool:
-        """Whether all that the plan was made from is as it was; torch counts no write through ``.data``."""
+        """Whether nothing that the plan depends on has changed; on a GPU, writes through ``.data`` go unnoticed."""
         seen, settings, values = self._sources(instance)
         if (len(seen), settings, len(values)) != (len(plan.seen), plan.settings, len(plan.values)):
             return False
@@ -170,18 +170,18 @@ class Adapter:
 
 
 ADAPTERS: dict[tuple[str | None, str], Adapter] = {}
-"""By the class's module, None for a class that people copy, and its qualified name."""
+"""By (the class's module, or None for a class that people copy; the class's qualified name)."""
 
 
 def add(*adapters: Adapter) -> None:
-    """Put adapters into the table; one for the same class is replaced."""
+    """Register adapters. Each replaces an earlier one for the same class."""
     for adapter in adapters:
         where = adapter.where.__module__ if isinstance(adapter.where, type) else adapter.where
         ADAPTERS[where, adapter.name] = adapter
 
 
 def _adapter_of(cls: type) -> Adapter | None:
-    """That of exactly this class object of its module."""
+    """The adapter of exactly this class object, not of another one with the same name."""
     found = ADAPTERS.get((cls.__module__, cls.__qualname__))
     if found is None:
         return None
@@ -202,10 +202,10 @@ def parent_adapter(instance: object) -> Adapter | None:
 
 
 class Stub(nn.Module):
-    """A smooth function of each position's channels, y = size tanh(W x), in a conditioner's place.
+    """Replaces a conditioner by a smooth function of each position's channels, y = size tanh(W x).
 
-    A check with it does not depend on what the conditioner costs, draws or remembers.
-    Arguments after x, where they are tensors, move y by their mean.
+    A check with it does not depend on the conditioner's cost, random numbers or state.
+    The mean of each tensor among the arguments after x is added to y.
     """
 
     def __init__(self, channels_in: int, channels_out: int, draw: Draw, size: float = 1.5) -> None:
@@ -214,5 +214,5 @@ class Stub(nn.Module):
         self.weight = nn.Parameter(draw(channels_out, channels_in).detach())
 
     def forward(self, x: Tensor, *context: Any, **named: Any) -> Tensor:
-        y = self.size * torch.einsum("oc,bc...->bo...", self.weight, x).tanh()  # whose output may be written to
+        y = self.size * torch.einsum("oc,bc...->bo...", self.weight, x).tanh()  # callers may write to y
         return sum((c.to(y).mean() for c in (*context, *named.values()) if isinstance(c, Tensor)), start=y)

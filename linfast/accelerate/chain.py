@@ -1,7 +1,7 @@
-"""Chains of other libraries' steps: their couplings together (``fused.py``), or with memory="invert" rebuilt.
+"""Chains of other libraries: their couplings run together (``fused.py``), or memory="invert" rebuilds activations.
 
-What ``flows.reversible`` rebuilds in the backward is a list of ``Part``s. A part that is a coupling names its
-conditioners, each of which is then evaluated once; of any other part the inverse and the forward run once each.
+A chain to be rebuilt is a list of ``Part``s, which become the steps of ``flows.reversible``. The backward evaluates
+each conditioner of a coupling once (``evaluate_once.py``). Of any other part it runs the inverse and the forward.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Part:
 
     Args:
         name: for messages.
-        module: whose parameters it reads.
+        module: the first argument of ``run``, whose parameters it reads.
         run: (module, x, context, inverse) -> (y, log_det [B] or None).
-        conditioners: of a coupling.
+        conditioners: those of a coupling; empty for any other part.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Part:
 
     def step(self, inverse: bool) -> Step:
         def undo_once(made: Made, context: Context) -> Undone:
-            run, run_back = self._both_ways(recalling(self.module, self.conditioners, made.tensors), inverse)
-            with torch.no_grad():  # the conditioners see to their own graphs
+            run, run_back = self._run_and_run_back(recalling(self.module, self.conditioners, made.tensors), inverse)
+            with torch.no_grad():  # ``recalling`` gives the conditioners graphs of their own
                 return undo(lambda x: run(x, context), lambda y: run_back(y, context), made)
 
-        step = Step.of(self.name, self.module, *self._both_ways(self.module, inverse))
+        step = Step.of(self.name, self.module, *self._run_and_run_back(self.module, inverse))
         return replace(step, undo=undo_once) if self.conditioners else step
 
-    def _both_ways(self, module: Any, inverse: bool) -> tuple[Callable[..., Outputs], Callable[..., Tensor]]:
+    def _run_and_run_back(self, module: Any, inverse: bool) -> tuple[Callable[..., Outputs], Callable[..., Tensor]]:
         return (
             lambda x, context: self.run(module, x, context, inverse),
             lambda y, context: self.run(module, y, context, not inverse)[0],
@@ -58,14 +58,14 @@ class Part:
 
 
 def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) -> list[Part] | None:
-    """The parts of a swapped instance that this call of its method is to rebuild; None: it stores.
+    """The parts of a swapped instance that this call's backward is to rebuild; None where it stores activations.
 
-    They are found at every call: what was put in since ``accelerate``, and cannot be rebuilt, is said once.
+    They are found again at every call. A part added since ``accelerate`` that cannot be rebuilt is warned of once.
     """
     plan = instance._linfast_plan
     if plan.options.memory == "store":
         return None
-    is_replica = getattr(instance, "_is_replica", False)  # nn.DataParallel's, whose weights are no parameters
+    is_replica = getattr(instance, "_is_replica", False)  # of nn.DataParallel: its weights are not parameters
     if not isinstance(x, Tensor) or not has_values(x) or is_replica or not inverts(plan.options.memory, x, 0.0):
         return None
     try:
@@ -78,33 +78,33 @@ def parts_to_invert(instance: Any, x: Any, find: Callable[[Any], list[Part]]) ->
 
 
 def run_inverting(instance: Any, parts: Sequence[Part], x: Tensor, context: Context, inverse: bool) -> Outputs:
-    """(y, log_det) of the parts in turn, or of the inverse of that."""
+    """(y, log_det) of the parts one after another, or of their inverse."""
     steps = [part.step(inverse) for part in parts]
     return reversible(steps[::-1] if inverse else steps, x, context, instance._linfast_plan.guard)
 
 
 def check_parts(parts: Sequence[Part]) -> None:
-    """Raise Unfit where the parts cannot be undone one by one, or there is nothing to gain."""
+    """Raise Unfit where a part cannot be rebuilt, or where none is a coupling, so that little memory is saved."""
     if not any(part.conditioners for part in parts):
-        raise Unfit("stored: no coupling of it is known")
+        raise Unfit("stored: none of its steps is a known coupling")
     for part in parts:
         modules = [module for net in part.conditioners for module in net.modules()]
         if len(part.conditioners) > 1 and any(isinstance(m, _DROPOUTS) and m.p > 0 for m in modules):
-            raise Unfit(f"stored: the conditioners of its {part.name} drop out, and are undone in another order")
+            raise Unfit(f"stored: the conditioners of its {part.name} have dropout, and the backward reorders them")
 
 
 _DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 
 
 def per_sample(log_det: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[B], from what libraries return: a number, one for all samples, or [B]."""
+    """The log-determinant [B] from a library's: a number, a tensor of one value, or [B]."""
     if not isinstance(log_det, Tensor):
         return torch.full((x.shape[0],), log_det, dtype=dtype or x.dtype, device=x.device)
     return log_det.expand(x.shape[0]).to(dtype or log_det.dtype)
 
 
 def part_of(name: str, module: nn.Module, known: bool, run: Callable[..., Outputs]) -> Part:
-    """A step, or Unfit."""
+    """The module as a Part. Raises Unfit where it is not known to be invertible, or a method was replaced."""
     adapter, conditioners = adapter_for(module), tuple(nets_of([module]))
     changed = None if adapter is None else changed_method(module, (*adapter.methods, *adapter.assumes))
     if changed is not None or not (known or conditioners):
@@ -113,13 +113,13 @@ def part_of(name: str, module: nn.Module, known: bool, run: Callable[..., Output
 
 
 def nets_of(members: Iterable[nn.Module]) -> list[nn.Module]:
-    """The conditioners of those that are couplings."""
+    """The conditioners of all couplings among the members."""
     adapters = [(module, adapter_for(module)) for module in members]
     return [net for module, adapter in adapters if adapter is not None for net in adapter.conditioners(module)]
 
 
 def put_stubs(members: Sequence[nn.Module], draw: Draw) -> None:
-    """Stubs in place of a copy's conditioners, as the couplings' own checks have them, with scales near one."""
+    """Replace the conditioners of a copy's couplings by the stubs of their own checks, with scales near one."""
     for member in members:
         adapter = adapter_for(member)
         if adapter is not None and nets_of([member]):
@@ -130,7 +130,7 @@ def put_stubs(members: Sequence[nn.Module], draw: Draw) -> None:
 
 
 def fused_of(chain: Any) -> Fused | None:
-    """What runs a swapped chain's couplings together, as the chain is now; None where nothing does."""
+    """The Fused of a swapped chain, renewed where the chain has changed; None where its members run one by one."""
     plan = vars(chain)[PLAN]
     if not isinstance(plan.layout, Fused):
         return None
@@ -143,7 +143,7 @@ def fused_of(chain: Any) -> Fused | None:
 def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tensor, Tensor] | None:
     """(y, log_det [B]) of a swapped chain; None where the library's own loop is to run.
 
-    Without a context the couplings run together, where the chain was swapped for that.
+    A chain that was swapped with memory="store" runs its couplings together, in calls without a context.
     """
     plan = vars(chain)[PLAN]
     if isinstance(plan.layout, Fused):
@@ -172,11 +172,11 @@ def chain_adapter(
     """The adapter of a chain.
 
     Args:
-        flat: names all members.
-        run_part: runs one of them as the library does; None of a chain that is never rebuilt, of couplings alone.
-        maps: of the library: which members are invertible, and what permutations and affine maps they are.
-        parts_of: the members as parts, where they differ from what ``run_part`` runs; raises Unfit.
-        why_apart: why the couplings of this chain cannot run together, where they cannot.
+        flat: chain -> (name, module) of all members.
+        run_part: runs a member by the library's own code; None for a chain of couplings that is never rebuilt.
+        maps: the library's invertible classes, and the permutations and affine maps that their instances are.
+        parts_of: chain -> its parts, where ``run_part`` alone does not give them; raises Unfit.
+        why_apart: chain -> why its couplings cannot run together, or None.
     """
 
     def find(chain: Any) -> list[Part]:
@@ -191,7 +191,8 @@ def chain_adapter(
                 raise Unfit(why)
             fused = Fused(chain, flat, run_part, maps, options)
             like = next(p for p in chain.parameters() if p.is_floating_point())
-            return Plan(fused.describe(like), layout=fused, takes_precision=fused.launch is not None)
+            one = fused.launch is not None and fused.launch.has_tile(like, options.precision)
+            return Plan(fused.describe(like), layout=fused, takes_precision=one)
         parts = find(chain)
         check_parts(parts)
         return Plan(f"{len(parts)} steps, rebuilt in the backward", layout=find)

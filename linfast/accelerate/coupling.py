@@ -1,8 +1,8 @@
-"""What runs a coupling that is in no chain.
+"""Decides which code runs a coupling outside a chain.
 
-on a GPU   one launch with its MLP conditioners (``launch.py``), else ``ops.affine_coupling`` on what they give
-else       the library's own code; on a CPU a long batch goes through it as many rows at a time as a cache holds
-           (``rows.py``), where the conditioners are MLPs, which see each row alone
+on a GPU   one launch with its MLP conditioners (``launch.py``), else ``ops.affine_coupling`` on their output
+else       the library's own code; on a CPU a long batch is cut into parts of as many rows as fit the cache
+           (``rows.py``), where the conditioners are MLPs, whose rows do not depend on each other
 
 The check before a swap (``verify.py``) runs ``ops.affine_coupling`` wherever it fits, in plain torch on a CPU.
 """
@@ -29,9 +29,9 @@ _ORIGINAL = "the original's own code"
 
 
 Members = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
-"""(instance, layout, context) -> its sides, and maps and permutations beside them, as its forward runs them."""
+"""(instance, layout, context) -> its sides, maps and permutations, in the order in which its forward runs them."""
 Methods = tuple[Mapping[str, Callable[..., Any]], Callable[[Any, Draw, tuple[int, ...]], list[Tensor]]]
-"""An adapter's methods, and (copy, draw, shape) -> what they give both ways; stubs are given a context too."""
+"""An adapter's methods, and (copy, draw, shape) -> their outputs in both directions; stubs also get a context."""
 
 
 def coupling_adapter(
@@ -48,11 +48,12 @@ def coupling_adapter(
     """The adapter of a class of couplings.
 
     Args:
-        find: what an instance is, for the report, and the layout that ``members`` takes; raises Unfit.
-        nets: its conditioners, as many for each side.
-        shapes: of inputs for the check.
-        extra: channels of a context that its conditioners take beside the kept ones.
-        stub: what stands in the conditioners' place in the check.
+        find: instance -> (description for the report, the layout that ``members`` takes); raises Unfit.
+        members, methods: see ``Members`` and ``Methods``; ``two_methods`` makes those of a forward and an inverse.
+        nets: instance -> its conditioners, equally many for each side.
+        shapes: instance -> shapes of inputs for the check.
+        extra: instance -> number of context channels that its conditioners take in addition to the kept channels.
+        stub: the class that replaces the conditioners in the check.
     """
 
     def plan(module: Any, options: Options) -> Plan:
@@ -66,7 +67,9 @@ def coupling_adapter(
             n_in, n_out = side.widths(*map(len, side.split.features_of(features)))
             stubs[id(net)] = stub(n_in + extra(module), n_out, draw)
         for inside in [*module.modules()]:
-            inside._modules.update({name: stubs.get(id(child), child) for name, child in inside._modules.items()})
+            for name, child in [*inside._modules.items()]:
+                if id(child) in stubs:
+                    inside._modules[name] = stubs[id(child)]
 
     def probe(module: Any, draw: Draw) -> list[Tensor]:
         outputs: list[Tensor] = []
@@ -92,10 +95,10 @@ def coupling_adapter(
 
 
 def two_methods(members: Members, context: str = "none", log_det: bool = True, inverse: str = "inverse") -> Methods:
-    """Of couplings with a forward and an inverse, (x, context) -> y or (y, log_det [B]).
+    """The Methods of couplings with a forward and an inverse, (x, context) -> y or (y, log_det [B]).
 
     Args:
-        context: what they take after x: "none", "one" argument that may be None, or "any" number of them.
+        context: the arguments after x: "none", "one" that may be None, or "any" number.
         log_det: whether they return a log-determinant.
         inverse: the name of the inverse.
     """
@@ -129,19 +132,19 @@ def _sides(members: Sequence[Any]) -> list[Side]:
 def couple(
     owner: nn.Module, members: Sequence[Any], x: Tensor, inverse: bool, original: Work
 ) -> tuple[Tensor, Any]:
-    """(y, log_det [B]) of x [B, C, ...].
+    """(y, log_det [B]) of x [B, C, ...] under a swapped coupling, or under its inverse.
 
     Args:
         owner: the swapped module.
-        members: its sides, and diagonal maps and permutations beside them, as the library's forward runs them.
+        members: its sides, diagonal maps and permutations, in the order in which the library's forward runs them.
         original: the library's own code, x -> (y, log_det or None).
     """
     sides = _sides(members)
     like = tensor_of(owner)
-    if sides[0].full and like is not None:  # whose mask multiplies x
+    if sides[0].full and like is not None:  # the library multiplies x by the mask
         x = x.to(torch.promote_types(x.dtype, like.dtype))
     if uses_triton(x):
-        precision = vars(owner)[PLAN].options.precision if PLAN in vars(owner) else None  # restored since
+        precision = vars(owner)[PLAN].options.precision if PLAN in vars(owner) else None  # None: restored since
         launch = lone_launch(members, x, precision) if x.ndim == 2 else None
         if launch is not None and launch.features == x.shape[1]:
             y, log_det = launch(owner, x, inverse, precision)
@@ -161,7 +164,7 @@ def couple(
 
 
 def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options, layout: Any) -> Plan:
-    """The plan of a coupling that is ``what``; its report says what runs it here and, on a CPU, on a GPU."""
+    """The plan of the coupling described by ``what``. It reports which code runs on this device and on a GPU."""
     like = next((p for p in owner.parameters() if p.is_floating_point()), torch.empty(0))
     sides = _sides(members)
     whole = lone_launch(members, like, options.precision) is not None
@@ -176,7 +179,7 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
 
 
 def _widest(sides: Sequence[Side]) -> int | None:
-    """Values of the nets' widest layer, where they are MLPs of any kind; else None."""
+    """Values per row of the nets' widest layer, where all nets are MLPs; else None."""
     if has_global_hook() or not all(side.nets for side in sides):
         return None
     mlps = [find_mlp(net) for side in sides for net in side.nets]
@@ -184,7 +187,7 @@ def _widest(sides: Sequence[Side]) -> int | None:
 
 
 def _has_tail(side: Side, features: int | None, ndim: int | None) -> bool:
-    """Whether the kernel has this tail and split; None: of any number of features, or of dimensions."""
+    """Whether the kernel computes this tail on this split; ``features`` or ``ndim`` None: for some number."""
     split = side.split
     if side.run is None or side.tail.scale_map is None or side.tail.layout == "shift" or split.kind == "gather":
         return False

@@ -1,4 +1,4 @@
-"""accelerate and restore: walking a model, swapping what is recognised, and reporting."""
+"""accelerate and restore: walk over a model, swap the recognised modules and report."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from .swap import Swapped, swap, swap_back
 from .verify import check_values, difference, kind_of
 
 DEFECTS = ("actnorm_reinit", "rk_collapse")
-"""Known defects of the originals, fixed unless ``keep_defects`` names them.
+"""Known defects of the research repository's classes, fixed unless ``keep_defects`` names them.
 
-actnorm_reinit  The reference's ActNorm remembers in a plain bool that it was initialised: one
-                that is loaded from a state_dict throws the loaded values away at its first batch.
-rk_collapse     The reference builds the Runge-Kutta sampling matrix with k3 = k2 and without
-                composing the stages: its one step is not its many steps.
+actnorm_reinit  ActNorm stores in a plain bool whether it was initialised, which a state_dict does not
+                contain. After loading one, it overwrites the loaded values at its first batch.
+rk_collapse     FlowMatcher builds the Runge-Kutta sampling matrix with k3 = k2 and without
+                composing the stages, so that its one step differs from its many steps.
 """
 
 
@@ -46,35 +46,34 @@ def accelerate(
 ) -> Report:
     """Make the modules of known libraries in ``model`` run on linfast's ops, in place.
 
-    The model stays the same object with the same parameters, state_dict keys, hooks and classes
-    for isinstance, and pickles as what it was (a deep copy stays accelerated, ``copy.copy`` gives
-    the original class). Each module is swapped only after its outputs, inverse and gradients on a
-    small random input agree with the original's; a class that is derived from a known one, a
-    patched method, a hook on a module that would be passed by, a lazy module, one on the meta device:
-    it is left alone, and the report says why. Accelerating again starts from the original.
+    The model stays the same object, with the same parameters, state_dict keys and hooks, and isinstance
+    still holds. It pickles as its original classes; a deep copy stays accelerated, ``copy.copy`` gives the
+    original class. A module is swapped only if its outputs, inverse and gradients on a small random input
+    agree with the original's. Subclasses of known classes are left alone, as are modules with a patched
+    method, a hook on a submodule whose call would be bypassed, lazy parameters or tensors on the meta
+    device. The returned report gives the reason. A second call starts from the originals.
 
-    Masks and permutations that are written to or replaced later are followed; on a GPU not what is written
-    through ``.data``, which torch does not count: accelerate again. Layers that have some (zuko, nflows,
-    glasflow, normflows MaskedAffineFlow, FrEIA AllInOneBlock) run their library's own code under torch.compile,
-    torch.export and torch.jit.trace, and where an ensemble under torch.vmap has a mask per model.
+    Later changes of masks and permutations take effect; on a GPU, after a write through ``.data``, which
+    torch does not count, call accelerate again. Layers with masks or permutations (zuko, nflows, glasflow,
+    normflows MaskedAffineFlow, FrEIA AllInOneBlock) run their library's own code under torch.compile,
+    torch.export and torch.jit.trace, and under torch.vmap over an ensemble with one mask per model.
 
     Args:
-        model: an nn.Module, or an object of a known class that holds one, such as the
-            reference repository's FlowMatcher.
-        precision: of the fused kernels' products: "exact", "high", "tf32" or "fast" (linfast.precision);
-            None follows torch's settings. The report says what it reaches: products that are torch's
-            follow torch's own settings.
-        memory: "store": the backward keeps what it needs. "invert": a chain of invertible steps (the
-            reference's g, nflows' CompositeTransform, normflows' NormalizingFlow, FrEIA's SequenceINN)
-            keeps its input and output, and its activations are chained in the backward
-            (linfast.flows.reversible). A chain with a step that is not known to be invertible stores, also
-            where the step was put in later, which is said once. A conditioner that reads a tensor from
-            outside its arguments that needs a gradient is an error at the call (RuntimeError).
+        model: an nn.Module, or an object of a known class that holds modules, such as the research
+            repository's FlowMatcher.
+        precision: of the fused kernels' matrix products: "exact", "high", "tf32" or "fast" (linfast.precision).
+            None follows torch's settings, as torch's products always do. The report counts the modules affected.
+        memory: "store": autograd stores activations. "invert": a chain of invertible layers (the
+            repository's g, nflows' CompositeTransform, normflows' NormalizingFlow, FrEIA's SequenceINN)
+            stores its input and output, and rebuilds its activations in the backward
+            (linfast.flows.reversible). A chain with a layer that is not known to be invertible stores
+            its activations; if the layer was added later, a warning says so once. A call raises RuntimeError
+            if a conditioner reads, from outside its arguments, a tensor that requires a gradient.
         keep_defects: which of ``DEFECTS`` to leave as they are.
 
     Raises:
-        TypeError: a model of another kind, or an argument that does not exist.
-        ValueError: an option that does not exist or cannot be had here.
+        TypeError: ``model`` is neither of the two, or an argument is unknown.
+        ValueError: an option has an unknown value, or ``restore`` raises it.
     """
     if removed:
         raise TypeError(
@@ -97,16 +96,17 @@ def accelerate(
 
 
 def restore(model: Any) -> None:
-    """Undo ``accelerate``: every module runs its library's own code again, on the values it has now.
+    """Undo ``accelerate``: every module runs its library's own code again, with its current parameters.
 
     Raises:
-        ValueError: a swapped module was given another class since, as by a parametrization.
+        TypeError: ``model`` is neither an nn.Module nor an object of a known class.
+        ValueError: the class of a swapped module was changed since, for instance by a parametrization.
     """
     _check_model(model)
     for _, instance in list(_objects(model)):
         if isinstance(instance, Swapped):
             if "_linfast_original" not in vars(type(instance)):
-                raise ValueError(f"{type(instance).__name__} was derived from after accelerate; undo that first")
+                raise ValueError(f"{type(instance).__name__} was subclassed after accelerate; undo that first")
             swap_back(instance)
 
 
@@ -119,7 +119,7 @@ def _check_model(model: Any) -> None:
 
 
 def _objects(model: Any) -> Iterator[tuple[str, Any]]:
-    """(path, object) of the model, if it is no module, and of every module in it."""
+    """(path, object) of the model, where it is not a module itself, and of every module in it."""
     if not isinstance(model, nn.Module):
         yield "", model
     for path, module in modules_of(model).items():
@@ -130,7 +130,7 @@ def _swap_all(model: Any, options: Options) -> list[Row]:
     rows: list[Row] = []
     passed_by: set[int] = set()
     chained: set[int] = set()
-    checked: dict[Hashable, float] = {}  # the errors seen, by kind
+    checked: dict[Hashable, float] = {}  # the checks' errors, by ``kind_of``
     for path, instance in _objects(model):
         adapter = adapter_for(instance)
         if id(instance) in passed_by or (adapter and adapter.chain and id(instance) in chained):
@@ -151,12 +151,12 @@ def _swap_all(model: Any, options: Options) -> list[Row]:
             rows.append(row)
     for _, instance in _objects(model):
         if isinstance(instance, Swapped) and instance._linfast_adapter.chain:
-            fused_of(instance)  # whose members have been swapped since
+            fused_of(instance)  # renews it: its members have been swapped since
     return rows
 
 
 def _derived(path: str, instance: Any, options: Options) -> Row | None:
-    """Of a module of no known class, and None where no class that it derives from is known."""
+    """The row of an instance of an unknown class that derives from a known one; else None."""
     parent = parent_adapter(instance)
     if parent is None or (parent.chain and options.memory == "store"):
         return None
@@ -167,7 +167,7 @@ def _derived(path: str, instance: Any, options: Options) -> Row | None:
 def _try_to_swap(
     path: str, instance: Any, adapter: Adapter, options: Options, checked: dict[Hashable, float]
 ) -> Row | None:
-    """Swap it if it fits; None where the options give no reason to."""
+    """Swap the instance if it fits and passes the check. None where the report needs no row."""
     if not adapter.wanted(options):
         return None
     what, plan = "", None
@@ -181,12 +181,12 @@ def _try_to_swap(
         if kind not in checked:
             checked[kind] = difference(instance, adapter, plan)
     except Unfit as reason:
-        if plan is None and adapter.chain and options.memory == "store":  # its members run one by one
+        if plan is None and adapter.chain and options.memory == "store":  # its members are swapped one by one
             return None
         return Row(path, adapter.title, None, str(reason), what)
     except MemoryError:
         raise
-    except Exception as error:  # of code that is not ours: the rest of the model is accelerated all the same
+    except Exception as error:  # from code that is not ours; the rest of the model is still accelerated
         why = f"it is not built as {adapter.title} is: {type(error).__name__}: {error}"
         return Row(path, adapter.title, None, why, what)
     swap(instance, adapter, plan)
@@ -194,7 +194,7 @@ def _try_to_swap(
 
 
 def _check_unchanged(instance: Any, adapter: Adapter) -> None:
-    """Raise Unfit where this is no longer what its library made."""
+    """Raise Unfit where a method or hook was changed, or the parameters are of another tensor class."""
     changed = changed_method(instance, (*adapter.methods, *adapter.assumes))
     cls = original_class(instance)
     if changed is not None:
@@ -204,13 +204,13 @@ def _check_unchanged(instance: Any, adapter: Adapter) -> None:
         if other_arguments(getattr(cls, name), method):
             raise Unfit(f"its {name} takes other arguments than {adapter.title}'s, or has other defaults")
     if is_patched(instance):
-        raise Unfit("a method was put on it: not the library's own")
+        raise Unfit("an attribute of the instance shadows a method: not the library's own")
     if not isinstance(instance, nn.Module):
         return
     if not adapter.chain and has_global_hook():
-        raise Unfit("a global module hook is registered, which would be passed by: remove it first")
+        raise Unfit("a global module hook is registered, which would be bypassed: remove it first")
     inner = tuple(adapter.inner(instance))
     if any(is_hooked(module) for module in inner):
-        raise Unfit("a module inside has a hook or a parametrization, which would be passed by")
+        raise Unfit("a module inside has a hook or a parametrization, which would be bypassed")
     if any(is_sharded(module) for module in (instance, *inner)):
         raise Unfit("its parameters are sharded or of another tensor class")

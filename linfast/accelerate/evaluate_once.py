@@ -1,13 +1,13 @@
 """Undoing a coupling with each conditioner evaluated once.
 
-A conditioner sees the same half in y as in x. Where y = f(x) is undone, x = f^{-1}(y) runs it, with a graph;
-f(x), which is run again for the gradients, is given the same parameters, and the way back through that graph:
+A coupling does not change its conditioner's input, the kept half. The backward first computes x = f^{-1}(y), which
+evaluates the conditioner with a graph, then f(x) for the gradients, which reuses the parameters and that graph:
 
-    x = f^{-1}(y)      params = c(kept), with a graph from kept' to params
-    y = f(x)           params recalled: d kept += (d params / d kept')^T d params, and the same for the weights
+    x = f^{-1}(y)      params = c(kept'), with a graph from kept', a detached copy of the kept half, to params
+    y = f(x)           the same params: d kept += (d params / d kept')^T d params, and likewise for the weights
 
-Of a conditioner that is called more than once, as one that both sides of a coupling share, each call of f(x) is
-given the parameters of the nearest kept half.
+Where a conditioner is called several times, for instance because both sides of a coupling share it, each call in
+f(x) reuses the call whose kept half is nearest.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .identity import without_hooks
 
 
 def recalling(module: nn.Module, conditioners: Iterable[nn.Module], tensors: Sequence[Tensor]) -> Any:
-    """A view of ``module``, sharing all it has, whose conditioners' calls without a graph serve those with one.
+    """A view of ``module`` with the same tensors, whose conditioners store their calls and reuse them.
 
     Args:
-        conditioners: inside ``module``: any arguments -> params, a tensor or several.
-        tensors: what else than the arguments the parameters may be gradients by.
+        conditioners: modules inside ``module``: any arguments -> params, one tensor or several.
+        tensors: the tensors, other than the arguments, that need gradients.
     """
-    scripted = torch.jit.ScriptModule  # whose attributes are not its dictionary's: evaluated twice
+    scripted = torch.jit.ScriptModule  # its attributes are not in its __dict__: evaluated twice
     return _view(module, {id(c): _recalling(c, tensors) for c in conditioners if not isinstance(c, scripted)})
 
 
@@ -48,19 +48,19 @@ def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
 
 
 def _recalling(conditioner: nn.Module, tensors: Sequence[Tensor]) -> nn.Module:
-    """An instance of the same class, with all its attributes, whose calls are recalled.
+    """An instance of the same class, with the same attributes, whose forward is a ``_Calls``.
 
-    A subclass could do that too, but whatever the class does with its subclasses would be done with that one.
+    A subclass with another forward would also run the class's own code for subclasses, ``__init_subclass__``.
     """
     view: nn.Module = object.__new__(type(conditioner))
-    vars(view).update(nn.Module.__getstate__(conditioner))  # without what it was compiled to
-    vars(view).update(without_hooks(), forward=_Calls(conditioner, tensors))  # its hooks run inside these calls
+    vars(view).update(nn.Module.__getstate__(conditioner))  # without its compiled call
+    vars(view).update(without_hooks(), forward=_Calls(conditioner, tensors))  # _Calls runs the hooks
     return view
 
 
 @dataclass
 class _Call:
-    """One evaluation: the floating-point tensors it was given, and what it returned, with a graph between."""
+    """One evaluation: its floating-point inputs and its outputs, with the graph between them."""
 
     given: list[Tensor]
     outputs: list[Any]
@@ -68,7 +68,7 @@ class _Call:
 
 
 class _Calls:
-    """The conditioner, and its evaluations in one undo."""
+    """Calls the conditioner, and stores its evaluations while one coupling is undone."""
 
     def __init__(self, conditioner: nn.Module, tensors: Sequence[Tensor]) -> None:
         self._run = functools.partial(nn.Module.__call__, conditioner)
@@ -76,7 +76,7 @@ class _Calls:
         self._made: list[_Call] = []
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Its value, whose evaluation is kept here or recalled."""
+        """The conditioner's output. A call under no_grad is stored, one with gradients reuses a stored call."""
         leaves, spec = tree_flatten((arguments, named))
         if not torch.is_grad_enabled():
             return self._make(leaves, spec)
@@ -88,7 +88,7 @@ class _Calls:
         return tree_unflatten([next(params) if _differentiable(o) else o for o in call.outputs], call.spec)
 
     def _make(self, leaves: list[Any], spec: TreeSpec) -> Any:
-        """Evaluate, with a graph, which is kept; what is returned has none."""
+        """Evaluate and store with a graph; return copies of the outputs without it."""
         own = [leaf.detach().requires_grad_() if _differentiable(leaf) else leaf for leaf in leaves]
         with torch.enable_grad():
             arguments, named = tree_unflatten(own, spec)
@@ -97,11 +97,11 @@ class _Calls:
         return tree_unflatten([_copied(output) for output in outputs], spec)
 
     def _nearest(self, given: list[Tensor]) -> _Call | None:
-        """The call that was given most nearly this, taken out; None: there is none of these shapes."""
+        """Remove and return the stored call with the nearest inputs; None where none has these shapes."""
         shapes = [tensor.shape for tensor in given]
         fitting = [call for call in self._made if [tensor.shape for tensor in call.given] == shapes]
         call = next(iter(fitting), None)
-        if len(fitting) > 1:  # reads the device; of a single one nothing is to be found out
+        if len(fitting) > 1:  # only then, as the distances are read from the device
             call = min(fitting, key=lambda call: _distance(call.given, given))
         self._made = [other for other in self._made if other is not call]
         return call
@@ -112,7 +112,7 @@ def _differentiable(leaf: Any) -> bool:
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf  # libraries write to it
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf  # libraries write to their params
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
@@ -130,5 +130,5 @@ class _Recall(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call = ctx.call
         found = gradients([*filter(_differentiable, call.outputs)], grads, (*call.given, *ctx.tensors))
-        call.outputs, call.given = [], []  # once
+        call.outputs, call.given = [], []  # frees the graph
         return None, None, *found

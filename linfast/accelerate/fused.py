@@ -1,14 +1,14 @@
-"""A chain's couplings together: in one launch on a GPU, in one loop of plain torch on a CPU.
+"""The couplings of a chain together: in one launch on a GPU, in one loop of plain torch on a CPU.
 
     member       an affine coupling with MLP conditioners, a permutation, another affine map (an ActNorm, an LU
-                 linear map), or anything else, which runs as the library has it
-    one loop     ops.plain_couplings over each run of couplings. A mask that is not the two halves is a
-                 permutation of the features. Neighbouring permutations are one index, and none is needed where
-                 the halves change places
+                 linear map), or any other module, which runs by the library's own code
+    one loop     ops.plain_couplings over all couplings that follow one another. A mask other than the two halves
+                 becomes a permutation of the features. Neighbouring permutations become one index; swapping the
+                 halves needs none
     one launch   ops.coupling_stack over all members: launch.py
 
-Parameters are read as they are at each call. What was recognised holds while nothing that it was read from is
-replaced (flows/remembered.py) and every mask has the same values: ``Fused.renewed``.
+Parameters are read at each call. The members are recognised again where a module, parameter, setting or method was
+replaced (flows/remembered.py) or a mask has other values: ``Fused.renewed``.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _NO_CONTEXT: Mapping[str, Any] = {"context": None}
 
 @dataclass(frozen=True)
 class Maps:
-    """The classes of a library, or of several, that have an inverse.
+    """The invertible classes of one or several libraries, other than couplings.
 
     Args:
-        library: its name, or their names.
-        methods: of such a class.
-        of: by class name, which permutation or affine map of vectors a module is; None where it runs as it is.
-        others: names of classes that always do.
+        library: names of the packages that define the classes.
+        methods: names of the methods that must be unmodified.
+        of: {class name: module -> its permutation or affine map of vectors, or None to run the library's own code}.
+        others: names of the classes that always run by the library's own code.
     """
 
     library: tuple[str, ...]
@@ -54,7 +54,7 @@ class Maps:
     others: tuple[str, ...] = ()
 
     def known(self, module: nn.Module) -> bool:
-        """Whether it is of one of these classes, as the library made it."""
+        """Whether the module is of one of these classes, with unmodified methods."""
         cls = original_class(module)
         found = cls.__qualname__ in self.of or cls.__qualname__ in self.others
         found = found and cls.__module__.partition(".")[0] in self.library
@@ -62,12 +62,12 @@ class Maps:
 
 
 def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
-    """What names the members that a chain has in a list, and those of the chains of these classes inside it."""
+    """A Flat: the members in a chain's list ``attribute``, and those of chains of the ``nested`` classes in it."""
 
     def flat(chain: Any, where: str = "") -> Iterator[tuple[str, nn.Module]]:
         for i, member in enumerate(getattr(chain, attribute)):
             name = f"{where}{attribute}[{i}]"
-            if any(defined_as(member, *cls) for cls in nested):
+            if nested and any(defined_as(member, *cls) for cls in nested):
                 yield from flat(member, f"{name}.")
             else:
                 yield name, member
@@ -80,7 +80,7 @@ _FEWEST = 2  # couplings
 
 @dataclass(frozen=True, eq=False)
 class _Loop:
-    """Couplings in a loop."""
+    """Couplings that follow one another, run by ops.plain_couplings. ``first`` is the length of the first half."""
 
     couplings: list[Callable[[], PlainCoupling]]
     first: int
@@ -90,19 +90,19 @@ class _Loop:
 
 
 def _own(module: nn.Module | None, run: Any) -> Callable[[Tensor, bool], Outputs]:
-    """A member as the library has it."""
+    """A step of the loop that runs a member by the library's own code."""
     return lambda x, inverse: run(module, x, _NO_CONTEXT, inverse)
 
 
 class Fused:
-    """The members of one chain as they were recognised, and what runs them.
+    """The recognised members of one chain; a call runs them together. Raises Unfit where that is not possible.
 
     Args:
         chain: the instance.
-        flat: names all its members in order.
-        run: runs one of them as the library does; None where no other member may stand between the couplings.
-        maps: of its library.
-        options: what ``accelerate`` was asked for.
+        flat: chain -> (name, module) of its members in order.
+        run: runs a member by the library's own code; None where all members must be couplings.
+        maps: the library's invertible classes.
+        options: the options of ``accelerate``.
     """
 
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
@@ -131,24 +131,24 @@ class Fused:
         self.launch: Launch | None = launch_of(members)
 
     def describe(self, like: Tensor) -> str:
-        """What runs it, for the report."""
+        """The report's description of the code that runs on the device of ``like``."""
         launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
         if like.is_cuda:
             return f"{len(self.couplings)} couplings in one " + ("launch" if launch else "loop")
         return f"{len(self.couplings)} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
 
     def renewed(self, chain: nn.Module) -> Fused | None:
-        """This where it holds, else the chain as it is now; None where nothing of it runs together."""
+        """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
         if self._children is chain._modules and not is_patched(chain) and self._evidence.holds():
             return self
         try:
-            with torch.inference_mode(False):  # which it outlives
+            with torch.inference_mode(False):  # its tensors are used outside too
                 return Fused(chain, *self._arguments)
         except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
             return None
 
     def takes(self, x: Any) -> bool:
-        """Whether this runs x."""
+        """Whether this can run x; if not, the library's own code does."""
         if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         if x.ndim != 2 or x.shape[1] != self.features or x.dtype != self.dtype or has_global_hook():
@@ -158,7 +158,7 @@ class Fused:
         return autocast_dtype(x.device.type) is None
 
     def __call__(self, chain: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(y, log_det [B])."""
+        """(y, log_det [B]) of x [B, D], or of the inverse."""
         if uses_triton(x):
             assert self.launch is not None
             return self.launch(chain, x, inverse, self._options.precision)
@@ -178,7 +178,7 @@ class Fused:
 
 
 def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
-    """The methods that these members and the modules inside them run, and the masks' values."""
+    """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
     lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     functions: list[tuple[type, str]] = []
     masks: list[Tensor] = []
@@ -195,7 +195,7 @@ def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
 
 
 def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
-    """The couplings or the one map that this member is; None where it runs as it is."""
+    """The member as couplings or as one map; None where it runs by the library's own code."""
     adapter = adapter_for(module)
     if is_hooked(module) or has_global_hook():
         return None
@@ -215,7 +215,7 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
 
 
 def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[Any]:
-    """The members as the loop's steps."""
+    """The loop's steps: permutations, maps, couplings that follow one another, and other members."""
     steps: list[Any] = []
     for member, moves in arranged(members, features, lambda c, order: int(order != c.moved + c.kept)):
         if isinstance(member, Coupling):
@@ -231,7 +231,7 @@ def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[An
 
 
 def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
-    """What gives it as the loop takes it, with the parameters as they are."""
+    """A function that returns the coupling with its current parameters, as ops.plain_couplings takes it."""
     side, tail, mlp = coupling.side, coupling.side.tail, coupling.mlps[0]
     activation = mlp.parts[1] if len(mlp.parts) > 1 else torch.relu
     if not mlp.constants:
@@ -246,7 +246,7 @@ def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
             moves, tail.layout == "raw_first", raw_net, side.factor,
         )  # fmt: skip
 
-    if side.full:  # whose columns are chosen at each call
+    if side.full:  # its columns are selected at each call
         return build
     built = build()
     return lambda: built

@@ -1,6 +1,6 @@
-"""Whether a module is what its library made of it, and whether anyone has changed what it does since.
+"""Whether a module is of a known class, and whether hooks, patches or parametrizations change what it computes.
 
-No library is imported: a class is looked up in ``sys.modules``, where its module must be if there is an instance.
+No library is imported: a class is looked up in ``sys.modules``, which contains its module if an instance exists.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def original_class(module: object) -> type:
-    """The module's class, or what it was before ``accelerate``."""
+    """The module's class; of a swapped module, its class before ``accelerate``."""
     return getattr(type(module), "_linfast_original", type(module))
 
 
 def uncompiled(module: Any) -> Any:
     """The module that ``torch.compile`` wrapped, or the module itself."""
-    return vars(module).get("_modules", {}).get("_orig_mod", module)
+    wrapped = "_orig_mod" in vars(module).get("_modules", ())  # a ScriptModule's has no ``get``
+    return module._orig_mod if wrapped else module
 
 
 def modules_of(instance: Any) -> dict[str, nn.Module]:
-    """By path, the module itself, or those that an object of another class holds."""
+    """{path: module}: the module itself, or the modules among the attributes of an object that is not a module."""
     if isinstance(instance, nn.Module):
         return {"": instance}
     return {name: value for name, value in vars(instance).items() if isinstance(value, nn.Module)}
@@ -52,7 +53,7 @@ def defined_as(module: object, where: str, name: str) -> bool:
 
 
 def has(instance: object, names: Iterable[str]) -> bool:
-    """Whether it has all these attributes; one that raises is there: it raises again where it is read."""
+    """Whether it has all these attributes. A property that raises counts: the error is raised where it is read."""
 
     def is_there(name: str) -> bool:
         try:
@@ -64,7 +65,7 @@ def has(instance: object, names: Iterable[str]) -> bool:
 
 
 def is_patched(instance: object, but: str = "") -> bool:
-    """Whether a method of its class, other than ``but``, is shadowed by an attribute of the instance."""
+    """Whether an attribute of the instance shadows a method of its class other than ``but``."""
     cls = original_class(instance)
     for name in vars(instance):
         found = getattr(cls, name, None)
@@ -78,7 +79,7 @@ def is_patched(instance: object, but: str = "") -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling it does more than its class says: hooks, parametrizations, methods on the instance."""
+    """Whether a call runs more than the class's methods: a hook, a parametrization, a method on the instance."""
     return is_patched(module) or any(getattr(module, name) for name in HOOKS) or parametrize.is_parametrized(module)
 
 
@@ -88,7 +89,7 @@ def without_hooks() -> dict[str, Any]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether one of its own parameters is another kind of tensor, such as a DTensor."""
+    """Whether one of its own parameters is of another tensor class, such as DTensor."""
     return any(type(p.data) is not Tensor for p in module.parameters(recurse=False))
 
 
@@ -110,7 +111,7 @@ def other_arguments(method: Callable[..., Any], run: Callable[..., Any]) -> bool
 
 
 def is_own_method(cls: type, name: str) -> bool:
-    """Whether a class still has the function that it was written with, or inherited, under this name."""
+    """Whether the method is still the function that the source of the class, or of a base class, defines."""
     owner = next((base for base in cls.__mro__ if name in vars(base)), None)
     function = None if owner is None else vars(owner)[name]
     if owner is None or not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):

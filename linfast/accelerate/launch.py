@@ -2,13 +2,13 @@
 
     x -> head -> coupling_0 -> map_0 -> ... -> coupling_{L-1} -> map_{L-1}
 
-The kernel moves the halves in turn. A permutation that brings a coupling's kept and moved features there is one
-of the maps, and neighbouring maps are one. A single coupling with m / s + t, given s, undoes (m - t) s: it is the
-kernel's inverse with the shift negated.
+The kernel moves the two halves alternately. Where a coupling moves other features, a permutation brings them to the
+half. Permutations and maps that follow one another are multiplied into one. A single coupling y = m / s + t, where
+the kernel's scale is s, is the inverse of (m - t) s: it runs as the kernel's inverse, with the shift negated.
 
-Weights are brought to the op's form at every call, and kept only inside ``lf.freeze``: [raw | shift] rows are
-swapped, one net's rows used twice, a shift without a raw value is given zeros, two nets are laid side by side and
-masked columns left out.
+Weights are brought into the op's form at every call, and kept only inside ``lf.freeze``. [raw | shift] rows are
+swapped, the rows of a net that gives shift and raw at once are used twice, an additive coupling gets raw values of
+zero, two nets become one block-diagonal net, and columns of masked features are left out.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Coupling:
     """One side of a coupling whose conditioners are MLPs.
 
     Args:
-        side: what moves, and how.
-        mlps: its nets; one that gives both the shift and the raw value is there once.
-        kept, moved: the features that its conditioner takes and those that move, in the conditioner's order.
+        side: which features move, and how.
+        mlps: its nets; a net that gives both the shift and the raw value is listed once.
+        kept, moved: the features that the conditioner takes and those that move, in the conditioner's order.
     """
 
     side: Side
@@ -58,16 +58,16 @@ class Coupling:
 
 @functools.lru_cache(maxsize=1024)
 def _index(features: tuple[int, ...]) -> Index:
-    """One object for each permutation: a launch is made at every call, and a GPU is waited for once."""
+    """One Index per permutation: a new one at every call would be copied to the GPU again and wait for it."""
     return Index([*features])
 
 
 Member = Coupling | Index | Affine | nn.Module
-"""What a member of a chain is; a module runs as it is."""
+"""A member of a chain; a module runs by the library's own code."""
 
 
 def coupling_of(side: Side) -> Coupling | None:
-    """The side where its nets are MLPs, and all of their sizes fit."""
+    """The side as a Coupling; None where a net is not an MLP, or the nets' sizes do not fit."""
     nets = dict.fromkeys(side.nets)
     mlps = tuple(mlp for mlp in map(find_mlp, nets) if mlp is not None)
     if not mlps or len(mlps) < len(nets) or len({(m.activation, m.constants, m.sizes) for m in mlps}) > 1:
@@ -83,11 +83,11 @@ def coupling_of(side: Side) -> Coupling | None:
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """The couplings, and the permutations and maps before the first and after each.
+    """L couplings, with permutations and affine maps before the first and after each, as one launch.
 
     Args:
-        couplings, rows: as above; a row's entries follow one another.
-        moves: the half that the first coupling moves.
+        couplings, rows: L couplings; L + 1 lists of permutations and maps, each applied in order.
+        moves: the half that the first coupling moves, "first" or "second".
         ends: permutations that run outside the launch, before and after it.
     """
 
@@ -101,7 +101,7 @@ class Launch:
         return self.couplings[0].features
 
     def has_tile(self, like: Tensor, precision: str | None) -> bool:
-        """Whether like's device, or a GPU where it is a CPU, runs it in one launch."""
+        """Whether there is a tile for this launch on like's device; where that is a CPU, on a GPU."""
         if like.dtype == torch.float64:
             return False
         n_linear, entries = len(self.couplings[0].mlps[0].layers), [entry for row in self.rows for entry in row]
@@ -113,14 +113,14 @@ class Launch:
         return config_for(self.features, max((1, *widths)), n_linear, mode, target, maps) is not None
 
     def __call__(self, owner: nn.Module, x: Tensor, inverse: bool, precision: str | None) -> tuple[Tensor, Tensor]:
-        """(y, log_det [B])."""
+        """(y, log_det [B]) of x [B, D], or of the inverse."""
         mode, half = mode_on(target_of(x), resolve_precision(x, precision)), half_dtype(x)
         first, last = self.ends[::-1] if inverse else self.ends
         for index in first:
             x = index(x, inverse)[0]
         undone = inverse != self.couplings[0].side.tail.undoes
 
-        maps_undone = undone and any(self.rows)  # couplings are packed alike for both directions
+        maps_undone = undone and any(self.rows)  # without maps both directions share one packing
 
         def pack() -> tuple[CouplingStack, PackedStack]:
             stack = self._stack(maps_undone)
@@ -147,13 +147,13 @@ class Launch:
         ]
         activation, tail = self.couplings[0].mlps[0].activation, self.couplings[0].side.tail
         assert tail.scale_map is not None
-        activation = activation if activation in ACTIVATION_NAMES else "relu"  # of a lone layer
+        activation = activation if activation in ACTIVATION_NAMES else "relu"  # a single layer has none
         order = "shift_first" if tail.undoes else tail.order
         return CouplingStack(layers, activation, tail.scale_map, order, self.moves, head)
 
 
 def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: bool) -> AffineMap | None:
-    """The row as one map: W = W_n ... W_1, its inverse W_1^-1 ... W_n^-1."""
+    """The row as one map, W = W_n ... W_1 and its inverse W_1^-1 ... W_n^-1; None for an empty row."""
     if not row:
         return None
     made = [entry if isinstance(entry, Index) else entry.make(inverse) for entry in row]
@@ -185,9 +185,9 @@ def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: boo
 def arranged(
     members: Sequence[Member], features: int, moves_of: Callable[[Coupling, list[int]], int]
 ) -> Iterator[tuple[Member, int]]:
-    """(member, which half moves) with the permutations that bring the features to where each member takes them.
+    """(member, the half that it moves: 0 or 1), and between members the permutations that they need.
 
-    x as it stands is x[:, order] as the library has it; ``moves_of`` gives the half of (coupling, order).
+    Column i holds the library's feature order[i]; ``moves_of`` (coupling, order) chooses the half.
     """
     order = identity = list(range(features))
     for member in (*members, None):
@@ -207,7 +207,7 @@ def arranged(
 
 
 def launch_of(members: Sequence[Member]) -> Launch | None:
-    """The members, of one width, as one launch; None where they are no such stack."""
+    """The members, which have the same number of features, as one launch; None where the op cannot run them."""
     couplings = [member for member in members if isinstance(member, Coupling)]
     features = couplings[0].features
     rows: list[list[Index | Affine]] = [[]]
@@ -226,11 +226,12 @@ def launch_of(members: Sequence[Member]) -> Launch | None:
         else:
             return None
     parts = [(coupling.side.tail, coupling.mlps[0]) for coupling in couplings]
-    kinds = {(t.scale_map, t.order, m.activation, m.constants, len(m.layers)) for t, m in parts}
+    usual = ((), ("none",))  # constants of the activations that the op has
+    kinds = {(t.scale_map, t.order, m.activation, m.constants in usual, len(m.layers)) for t, m in parts}
     if len(kinds) > 1 or (len(members) > 1 and any(tail.undoes for tail, _ in parts)):
         return None
     tail, mlp = parts[0]
-    known = mlp.constants in ((), ("none",)) and (mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1)
+    known = mlp.constants in usual and (mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1)
     if tail.scale_map is None or not known:  # the op has no such formula or conditioner
         return None
     ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
@@ -240,23 +241,23 @@ def launch_of(members: Sequence[Member]) -> Launch | None:
 
 
 def members_of(found: Sequence[Any]) -> list[Member] | None:
-    """An adapter's sides as couplings, and what is beside them; None where a side is no coupling with MLPs."""
+    """An adapter's members, with each Side as a Coupling; None where a Side has no MLPs that fit."""
     members: list[Any] = [coupling_of(member) if isinstance(member, Side) else member for member in found]
     return members if members and None not in members else None
 
 
 def lone_launch(found: Sequence[Any], like: Tensor, precision: str | None) -> Launch | None:
-    """A coupling's sides and maps in one launch, where like's device, or a GPU where it is a CPU, has a tile."""
+    """The members of a coupling outside a chain as one launch; None where they do not fit one (``has_tile``)."""
     members = None if has_global_hook() else members_of(found)
     launch = None if members is None else launch_of(members)
     return launch if launch is not None and launch.has_tile(like, precision) else None
 
 
-# The nets as the op's layers.
+# The nets as the op's layers
 
 
 def _arranged(coupling: Coupling) -> CouplingLayer:
-    """The nets as one layer of the op."""
+    """The coupling as one layer of the op."""
     side, tail = coupling.side, coupling.side.tail
     nets = [narrowed(mlp, side.split) if side.full else list(mlp.layers) for mlp in coupling.mlps]
     layers = _side_by_side(*nets) if len(nets) == 2 else nets[0]
@@ -269,7 +270,7 @@ def _arranged(coupling: Coupling) -> CouplingLayer:
 
 
 def _rows(weight: Tensor, bias: Tensor | None, side: Side, nets: int) -> tuple[Tensor, Tensor]:
-    """The last layer with its rows as the op has them, times the factor."""
+    """The nets' last layer with its rows in the op's order, times the factor."""
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     given = [tensor[None] for tensor in (weight, bias)]
     twice = side.tail.layout == "pair" and nets == 1
@@ -278,7 +279,7 @@ def _rows(weight: Tensor, bias: Tensor | None, side: Side, nets: int) -> tuple[T
 
 
 def _side_by_side(one: Layers, two: Layers) -> Layers:
-    """One net that gives [one(k) | two(k)]."""
+    """One net that computes [one(kept) | two(kept)]."""
     layers: Layers = []
     for (a, a_bias), (b, b_bias) in zip(one, two, strict=True):
         weight = torch.block_diag(a, b) if layers else torch.cat((a, b))
@@ -288,7 +289,7 @@ def _side_by_side(one: Layers, two: Layers) -> Layers:
 
 
 def narrowed(mlp: MLP, split: Split) -> Layers:
-    """Without the columns of what is zero and the rows of what is not looked at."""
+    """The layers without the first one's columns of moved features (zeros) and the last one's rows of kept ones."""
     layers = list(mlp.layers)
     kept, moved = split.parts(mlp.sizes[0], layers[0][0].device)
     layers[0] = layers[0][0][:, kept], layers[0][1]

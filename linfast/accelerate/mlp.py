@@ -1,7 +1,7 @@
 """Recognising a conditioner as an MLP: linear layers with one activation between them.
 
-It is looked for again at every call that would pass the modules by, so it is quick: by exact
-class and by a glance at each module's own dictionary. A parametrization changes the class.
+Every call that would bypass the conditioner's modules recognises it again, so this is quick: it compares
+classes exactly and reads each module's ``__dict__``. A parametrization is noticed, as it changes the class.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.LeakyReLU: ("leaky_relu", "negative_slope"),
     nn.Softplus: ("softplus", "beta", "threshold"),
 }
-"""Their names here, and the attributes that hold their constants."""
+"""By class: the activation's name in linfast, and the attributes that hold its constants."""
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
@@ -48,9 +48,9 @@ class MLP:
 
     Args:
         layers: (W_i [out, in], b_i [out] or None), the parameters themselves.
-        activation: a's name.
-        constants: a's own numbers: the slope of leaky_relu, alpha of elu, approximate of gelu.
-        parts: what runs in turn: linear layers and activations.
+        activation: the name of a; "none" for a single layer.
+        constants: a's constants, such as the slope of leaky_relu, alpha of elu, approximate of gelu.
+        parts: the linear layers and activations in order.
     """
 
     layers: tuple[tuple[Tensor, Tensor | None], ...]
@@ -70,10 +70,10 @@ class MLP:
 def find_mlp(module: object) -> MLP | None:
     """The MLP that this module is, or None.
 
-    Looked into are nn.Sequential, the MLPs of zuko, normflows, nflows and glasflow, and a module
-    whose forward is nothing but ``return self.net(x)``, as nflows' users write to take a context.
-    Hooks, parametrizations, patched methods, dropout, stacked layers, two kinds of activation or
-    one after the last layer make it None: it is then something else than its weights say.
+    Recognised are nn.Sequential, the MLPs of zuko, normflows, nflows and glasflow, and a module whose
+    forward is only ``return self.net(x)``, as users of nflows write it to accept a context. A hook, a
+    parametrization, a patched method, dropout, stacked (3-d) weights, two kinds of activation or one
+    after the last layer give None, as linear layers and one activation then do not describe the module.
     """
     parts = _parts(module)
     if parts is None or len(parts) % 2 == 0:
@@ -86,7 +86,7 @@ def find_mlp(module: object) -> MLP | None:
 
 
 def _parts(module: object) -> list[Any] | None:
-    """The modules and functions it runs in turn."""
+    """The modules and functions that it runs one after another; None where that is not known."""
     kind: Any = type(module)
     if not isinstance(module, nn.Module) or not _is_plain(module):
         return None
@@ -110,8 +110,8 @@ _NFLOWS = {
 
 
 def _nflows_parts(module: Any, activation: Any) -> list[Any] | None:
-    """Linear layers by name, the activation a function."""
-    if "_output_layer" not in module._modules:  # a check's copy, without its modules
+    """The parts of an nflows MLP: linear layers by attribute name, and the activation, a function."""
+    if "_output_layer" not in module._modules:  # the check's copy, without submodules
         return None
     dropouts = getattr(module, "_dropout_layers", ())
     vectors = len(module._in_shape if hasattr(module, "_in_shape") else module._input_shape) == 1
@@ -124,12 +124,12 @@ def _nflows_parts(module: Any, activation: Any) -> list[Any] | None:
 
 
 class _Forward(NamedTuple):
-    """What is known of a class's forward.
+    """A class's forward, and what its source says.
 
     Args:
         function: the forward.
-        is_own: whether the class was written with it, in its own body, as far as can be seen.
-        child: c, where such a one reads ``return self.c(x)``, x its first argument.
+        is_own: whether it is the function in the class's own body, as far as its name and module tell.
+        child: c, where that function is only ``return self.c(x)`` of its first argument x.
     """
 
     function: Any
@@ -138,7 +138,7 @@ class _Forward(NamedTuple):
 
 
 _FORWARDS: dict[type, _Forward] = {}
-"""By class; read before torch.compile, which cannot read a source, by ``accelerate`` itself."""
+"""By class. ``accelerate`` fills it in, because torch.compile cannot trace the reading of a source."""
 
 
 def _forward_of(kind: Any) -> _Forward:
@@ -148,8 +148,10 @@ def _forward_of(kind: Any) -> _Forward:
     if torch.compiler.is_compiling():
         return _Forward(None)
     is_own = "forward" in vars(kind) and is_own_method(kind, "forward")
-    _FORWARDS[kind] = _Forward(kind.forward, is_own, _read_child(kind.forward) if is_own else None)
-    return _FORWARDS[kind]
+    if not is_own:
+        return _Forward(kind.forward)
+    _FORWARDS[kind] = found = _Forward(kind.forward, True, _read_child(kind.forward))
+    return found
 
 
 def _read_child(forward: Any) -> str | None:
@@ -172,13 +174,13 @@ def _is(kind: type, where: str, name: str) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether calling it is its class's forward and nothing else."""
+    """Whether a call runs its class's forward and nothing else."""
     own = module.__dict__
     return "forward" not in own and not any(own[name] for name in HOOKS)
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    """Whether that is also the forward that the class was written with."""
+    """Whether it ``_is_plain`` and the forward is the one in the class's own body."""
     return _is_plain(module) and _forward_of(type(module)).is_own
 
 

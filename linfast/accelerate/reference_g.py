@@ -3,11 +3,11 @@
     ActNorm   (x + bias) e^log_scale
     1x1       y = W x over channels
     block     ActNorm, then y1 = (x1 + t) e^s with (t, s) = F(x2), y2 likewise of G(y1), then y = W (y1 | y2)
-    chain     an odd channel count squeezed 2 x 2, the blocks, and back
+    chain     where the channel count is odd, a 2 x 2 squeeze; the blocks; where squeezed, the unsqueeze
     g         mode "gx" runs the chain at time 1, "gy" at time 0
 
-With memory="invert" a chain, or a block on its own, is rebuilt in the backward: ActNorm, each of the two
-couplings and the 1x1 is one step.
+With memory="invert" the backward rebuilds the activations of a chain, or of a block outside any chain. ActNorm, the
+two couplings and the 1x1 are one step each.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .reference_unet import constant_plan, constant_time, reference_adapter
 
 
 def _both_ways(module: Any, draw: Draw, *shape: int, timed: bool = False) -> list[Tensor]:
-    """What its two methods give on drawn inputs, with a drawn time per sample where they take one."""
+    """The outputs of the module's two methods on random inputs; with a random time per sample where ``timed``."""
     return [run(draw(*shape), *([draw(shape[0])] if timed else [])) for run in (module.forward, module.inverse)]
 
 
@@ -54,7 +54,7 @@ def _plan_actnorm(norm: Any, options: Options) -> Plan:
 
 
 def _is_initialised(norm: Any) -> bool:
-    """Its own flag; values that were loaded, and which a plain bool does not know of, are not initialised over."""
+    """The norm's flag. Loading a state_dict does not set it, so it is set here where the norm holds values."""
     if norm.initialized is False and "actnorm_reinit" not in norm._linfast_plan.options.keep_defects:
         norm.initialized = holds_values(norm)
     return bool(norm.initialized)
@@ -130,7 +130,7 @@ def _run_coupling(moves: str, coupling: Any, x: Tensor, context: Mapping[str, An
 
 
 def _stub_conditioners(block: Any, draw: Draw, size: float = 1.5) -> int:
-    """Stubs in place of a copy's conditioners; its channels."""
+    """Replace a copy's conditioners by stubs. Returns the block's number of channels."""
     half = len(block.mix.W) // 2
     for coupling in (block.F, block.G):
         coupling._modules["cond"] = Stub(half, 2 * half, draw, size)
@@ -141,7 +141,7 @@ def _stub_conditioners(block: Any, draw: Draw, size: float = 1.5) -> int:
 
 
 def _plan_chain(chain: Any, options: Options) -> Plan:
-    _chain_parts(chain)  # raises where they cannot be rebuilt
+    _chain_parts(chain)  # raises Unfit where one cannot be rebuilt
     return Plan(f"{len(chain.blocks)} blocks, rebuilt in the backward")
 
 
@@ -151,7 +151,7 @@ def _chain_parts(chain: Any) -> list[Part]:
     for block in chain.blocks:
         if original_class(block).__qualname__ != "InvUnetBlock" or changed_method(block, ("forward", "inverse")):
             raise Unfit(f"stored: its {type(block).__name__} is not the repository's InvUnetBlock")
-        _plan_block(block)  # raises where it does not fit
+        _plan_block(block)  # raises Unfit
     return [part for i, block in enumerate(chain.blocks) for part in _block_parts(block, f"blocks[{i}].")]
 
 
@@ -165,7 +165,7 @@ def _run_chain(chain: Any, x: Tensor, t: Any, inverse: bool) -> Tensor:
 
 
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
-    size = 1 / len(chain.blocks)  # of a deep chain of large scales no inverse is exact
+    size = 1 / len(chain.blocks)  # with large scales a deep chain's inverse is inaccurate
     channels, *_ = (_stub_conditioners(block, draw, size) for block in chain.blocks)
     return _both_ways(chain, draw, 2, channels // 4 if chain.use_squeeze else channels, 4, 6, timed=True)
 
@@ -222,7 +222,7 @@ ADAPTERS = (
         plan=_plan_chain,
         probe=_probe_chain,
         inner=lambda chain: (*chain.blocks, *(m for block in chain.blocks for m in (block.F, block.G))),
-        hollow=lambda chain: tuple(m.cond for block in chain.blocks for m in (block.F, block.G)),
+        emptied=lambda chain: tuple(m.cond for block in chain.blocks for m in (block.F, block.G)),
     ),
     reference_adapter(
         name="InverseUnet",
@@ -233,6 +233,6 @@ ADAPTERS = (
         },
         plan=constant_plan("one time for the batch"),
         probe=_probe_g,
-        hollow=lambda g: (g.g,),
+        emptied=lambda g: (g.g,),
     ),
 )

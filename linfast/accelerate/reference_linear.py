@@ -5,10 +5,10 @@
     FlowMatcher    get_sampling_terms(device, T, sampling_method) -> B [N, N], z B the latents after T - 1 steps
                    of size 1 / T;  sample_one_step(...) -> g_x^{-1}(g_y(x) B)
 
-The original FlowMatcher multiplies N x N matrices, one or three per step, and for "rk" leaves out the composition
-of the stages (k3 = k2, and each k taken at the step's start), so that its one step is not its many steps. Here
-``linfast.collapse`` makes all steps one operator, which is exact and stays factored unless B is asked for as a
-matrix. A class of this name whose "rk" is another scheme is left alone.
+The original FlowMatcher multiplies N x N matrices, one or three per step, and for "rk" does not compose the stages
+(k3 = k2, and each k is evaluated at the step's start), so that its one step differs from its many steps. Here
+``linfast.collapse`` composes all steps into one operator, exactly. It stays factored unless the matrix B is
+requested. A class of this name whose "rk" is another scheme is left alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _lora(layer: Any, x: Tensor, **kwargs: Any) -> Tensor:
 
 
 class _OfTime(nn.Module):
-    """tanh(w t + b), [B, n] of t [B]."""
+    """A stub for a network of time: tanh(w t + b), [B, n] of t [B]."""
 
     def __init__(self, n: int, draw: Draw) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _OfTime(nn.Module):
 
 
 def _shrink_lora(layer: Any, draw: Draw, n: int) -> None:
-    """Make this copy of a layer act on n numbers, with stubs: at N = 12288 the original needs gigabytes."""
+    """Shrink a copy of a layer to n features, with stubs: at N = 12288 the original needs gigabytes."""
     layer.out_features, layer.lora_features = n, 2
     layer._modules.update(lin1=_OfTime(2 * n, draw), lin2=_OfTime(2 * n, draw))
 
@@ -76,7 +76,7 @@ _METHODS = {"euler": "euler", "rk": "rk4"}
 
 
 class _LayerView(TimeLowRank):
-    """The LoRA layer as an operator on columns, A_t z = A2(t) (A1(t)^T z); its networks are the layer's."""
+    """The LoRA layer as an operator on columns, A_t z = A2(t) (A1(t)^T z), which shares the layer's networks."""
 
     def __init__(self, layer: Any) -> None:
         LatentOperator.__init__(self)
@@ -98,7 +98,7 @@ def _plan_matcher(matcher: Any, options: Options) -> Plan:
 
 
 def _all_steps(matcher: Any, method: str, T: int) -> LatentOperator | None:
-    """All steps as one operator; None where the original has to run."""
+    """All steps as one operator; None where the original is to run."""
     kept = method == "rk" and "rk_collapse" in matcher._linfast_plan.options.keep_defects
     layer = matcher.linearizer.linear_network
     if method not in _METHODS or T < 2 or kept or "get_lin_t" in vars(layer):
@@ -128,11 +128,11 @@ def _sample(
 
 
 _N, _STEPS, _ROUNDING = 6, 5, 1e-4
-"""Of the check: numbers per sample, steps, and how far float32 may take two ways to one matrix apart."""
+"""Of the check: features, steps, and the relative difference between two ways to compute a matrix in float32."""
 
 
 class _Linearizer(nn.Module):
-    """The parts of a linearizer that the sampler touches, on few numbers per sample."""
+    """The parts of a linearizer that the sampler uses, on a few features."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ def _probe_matcher(matcher: Any, draw: Draw) -> Sequence[Tensor]:
 
 
 def _check_rk(original: Any, x: Tensor) -> None:
-    """Raise Unfit where "rk" is neither the repository's formula nor Runge-Kutta 4: only the first is a defect."""
+    """Raise Unfit where "rk" is neither the repository's formula, the known defect, nor Runge-Kutta 4."""
     layer = original.linearizer.linear_network
     with torch.no_grad():
         try:
@@ -198,7 +198,7 @@ ADAPTERS = (
         methods={"forward": _lora},
         plan=constant_plan("low-rank product"),
         probe=_probe_lora,
-        hollow=lambda layer: (layer.lin1, layer.lin2),
+        emptied=lambda layer: (layer.lin1, layer.lin2),
         assumes=("get_lin_t",),
     ),
     reference_adapter(
@@ -207,7 +207,7 @@ ADAPTERS = (
         methods={"forward": lambda layer, x, **kwargs: depthwise_conv(x, layer.get_matrix(kwargs["t"]))},
         plan=constant_plan("depthwise convolution"),
         probe=_probe_kernel,
-        hollow=lambda layer: (layer.lin1,),
+        emptied=lambda layer: (layer.lin1,),
         assumes=("get_matrix",),
     ),
     reference_adapter(
@@ -216,7 +216,7 @@ ADAPTERS = (
         methods={"get_sampling_terms": _terms, "sample_one_step": _sample},
         plan=_plan_matcher,
         probe=_probe_matcher,
-        hollow=lambda matcher: (
+        emptied=lambda matcher: (
             *(getattr(matcher.linearizer, name) for name in ("net_gx", "net_gy")),
             *(getattr(matcher.linearizer.linear_network, name) for name in ("lin1", "lin2")),
         ),

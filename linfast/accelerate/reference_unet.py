@@ -4,9 +4,9 @@ Each UNetBlock runs as a ``flows.unet_blocks.ResidualBlock`` whose weights are c
 at every call: the formulas, the kernels and the dropout masks are those of ``lf.UNet`` and ``from_reference``.
 A block with an option that ResidualBlock does not have is left alone.
 
-A time that is one number for the whole batch is embedded once. Inside ``linfast.freeze`` a known one, as g's, is
-embedded at the first call only, and so is each block's ``affine`` of the embedding. The number travels on the
-tensor itself, through code of others that only passes it on, so that no device is asked what the tensor holds.
+A time that is one number for the whole batch is embedded once. Where the number is known, as in g,
+``linfast.freeze`` keeps its embedding and each block's ``affine`` of it. The number is an attribute of the time
+tensor, so that it passes through other people's code and need not be read from the device.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .adapter import Adapter, Draw, Options, Plan, Unfit
 from .identity import has, original_class
 
 reference_adapter = partial(Adapter, library="reference", where=None)
-"""Of one of the repository's classes, which people copy into their own repositories."""
+"""An Adapter for one of the repository's classes, which people copy into their own repositories."""
 
 
 def constant_plan(runs: str) -> Callable[[Any, Options], Plan]:
@@ -42,19 +42,19 @@ _VALUE = "_linfast_value"
 
 
 def constant_time(value: float, x: Tensor) -> Tensor:
-    """t [B] for x [B, ...], one number expanded, which ``_first_of`` recognises."""
+    """t [B] for x [B, ...]: one number, expanded with stride 0, by which ``_first_of`` recognises it."""
     return _marked(torch.full((1,), value, device=x.device).expand(x.shape[0]), value)
 
 
 def _first_of(t: Tensor) -> Tensor:
-    """[1], of a t [B] that is one number expanded; any other t as it is."""
+    """t[:1] of a t [B] that is one number expanded; any other t unchanged."""
     if t.ndim != 1 or t.shape[0] < 2 or t.stride(0) != 0:
         return t
     return _marked(t[:1], getattr(t, _VALUE, None))
 
 
 def _marked(t: Tensor, value: float | None) -> Tensor:
-    """``t`` with the number that it was computed from."""
+    """``t``, with the number that it was computed from as an attribute."""
     if value is not None and not torch.compiler.is_compiling():
         setattr(t, _VALUE, value)
     return t
@@ -86,7 +86,7 @@ def _block(block: Any, x: Tensor, emb: Tensor) -> Tensor:
 
 
 def _shift(block: Any, emb: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the first convolution's output: [C] where one time serves the batch, else [B, C]."""
+    """The term added to the first convolution's output: [C] where the batch has one time, else [B, C]."""
 
     def compute() -> Tensor:
         rows = block.affine(emb).to(dtype) + block.conv0.bias.to(dtype)
@@ -99,7 +99,7 @@ def _shift(block: Any, emb: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> Any:
-    """A view of the module with these tensors as its parameters. The module is not changed: threads share it."""
+    """A view of the module with these tensors as its parameters; threads share the module itself, unchanged."""
     view: nn.Module = object.__new__(type(module))
     parameters = {name: p if p is None else tensors[prefix + name] for name, p in module._parameters.items()}
     children = {
@@ -115,7 +115,7 @@ def _is_block(layer: nn.Module) -> bool:
 
 
 def _move_off_zero(draw: Draw, *layers: Any) -> None:
-    """Fresh blocks and networks end in weights of 1e-5, which would hide what comes before them."""
+    """Replace the last weights. Initially they are about 1e-5, which would hide errors of the layers before."""
     for layer in layers:
         last = (layer.conv1, *([layer.proj] if layer.num_heads else [])) if _is_block(layer) else (layer,)
         for conv in last:
@@ -160,7 +160,7 @@ def _net(net: Any, x: Tensor, noise_labels: Tensor, class_labels: Any, augment_l
 
 
 def _embedding(net: Any, times: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, n]; of a known time it is kept while the model is frozen, and marked for ``_shift``."""
+    """The embedding [B, n]. Inside ``freeze`` that of a known time is kept, and marked for ``_shift``."""
 
     def compute() -> Tensor:
         emb = net.map_noise(times).to(dtype).unflatten(1, (2, -1)).flip(1).flatten(1)

@@ -15,10 +15,10 @@ class Row:
         path: its name in the model; "" is the model itself.
         was: library and class.
         runs: what runs now, or None where the module was left alone.
-        note: why it was left alone, or what else is to be known.
-        conditioner: of a coupling: "MLP 32-128-128-64 relu" where it is recognised as one.
-        error: largest relative L2 difference from the original seen in the check.
-        takes_precision: whether it has products that run in the precision asked for.
+        note: why it was left alone, or a remark on what runs.
+        conditioner: of a coupling whose conditioner is a recognised MLP: such as "MLP 32-128-128-64 relu".
+        error: largest relative L2 difference from the original in the check; None where it was left alone.
+        takes_precision: whether it has matrix products that run in the requested precision.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one call of ``accelerate``, in the model's order, and the precision it was asked for."""
+    """The rows of one call of ``accelerate``, in the order of the model's modules, and the requested precision."""
 
     rows: tuple[Row, ...]
     precision: str | None = None
@@ -58,13 +58,13 @@ class Report:
         lines = [aligned(table, rule=True), f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"]
         if self.precision is not None:
             reached = sum(row.takes_precision for row in self.swapped)
-            rest = "the products of the others are torch's, in its own settings, or none"
+            rest = "the products of the others, if any, follow torch's own settings"
             lines.append(f"precision {self.precision!r} reaches {reached} of them; {rest}")
         return "\n".join(lines)
 
 
 def _grouped(rows: tuple[Row, ...]) -> list[tuple[str, str, str, str]]:
-    """One line for all modules that share everything but the path."""
+    """One line for all modules whose rows differ only in the path."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         runs = ", ".join(part for part in (row.runs or "as before", row.conditioner) if part)

@@ -1,4 +1,4 @@
-"""One side of an affine coupling: which features move, how, and given what; and the maps between couplings.
+"""One side of an affine coupling (which features move, the formula, the conditioner); the maps between couplings.
 
 forward  y = moved * scale + shift         inverse  moved = (y - shift) / scale
 """
@@ -21,14 +21,14 @@ Params = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Split:
-    """Which features pass and which are moved.
+    """Which features are kept and which move.
 
     Args:
-        kind: "halves": two runs; "alternate": every other one; "gather": any.
-        moves: "first" or "second": whether the run, or the even-numbered features, that come first are moved.
-        first: "halves": length of the first run; None is half of the features, rounded up.
-        features: how many there are, where that is known beforehand.
-        indices: "gather": the kept and the moved features.
+        kind: "halves": two contiguous parts; "alternate": the even and the odd features; "gather": any two sets.
+        moves: which part moves: "first", which with "alternate" is the even features, or "second".
+        first: of "halves": length of the first part; None is half of the features, rounded up.
+        features: the number of features; None where any number will do.
+        indices: of "gather": the kept and the moved features.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Split:
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def features_of(self, count: int) -> tuple[list[int], list[int]]:
-        """The features of so many that (are kept, move)."""
+        """(kept, moved): the indices of ``count`` features."""
         if self.indices is not None:
             return self.indices
         kept, moved = (list(range(count)[part]) for part in self._slices(count))
@@ -54,18 +54,18 @@ class Split:
         return parts if self.moves == "second" else parts[::-1]
 
     def parts(self, count: int, device: torch.device) -> tuple[Any, Any]:
-        """What a dimension of so many features is indexed with for those that (are kept, move)."""
+        """(kept, moved) as indices of a dimension of ``count`` features: slices, or tensors on the device."""
         if self.indices is None:
             return self._slices(count)
-        if device not in self._on:  # copied there once: a copy at every call would wait for the device
-            with torch.inference_mode(False):  # which they outlive
+        if device not in self._on:  # copied once: a copy at every call would wait for the device
+            with torch.inference_mode(False):  # the indices are used outside too
                 kept, moved = (torch.tensor(part, device=device) for part in self.indices)
                 self._on[device] = kept, moved
         return self._on[device]
 
 
 def split_of(passes: Tensor) -> Split:
-    """The Split of which these features, a bool each, are kept."""
+    """The Split of a mask, bool [features], that is True for the kept features."""
     kept, moved = ([i for i, kept in enumerate(passes.tolist()) if kept == which] for which in (True, False))
     n = len(kept) + len(moved)
     for moves in ("second", "first"):
@@ -82,10 +82,10 @@ class Tail:
 
     Args:
         layout: of the output along dim 1: "halves" [shift | raw], "raw_first" [raw | shift], "interleaved",
-            "shift", which has no scale; "pair": the output is (shift, raw).
-        scale_map: from raw to log_scale, for the kernels; None where they have no such map.
-        own: the same as a function, where the library's own formula is to run in plain torch.
-        undoes: whether the scale is the reciprocal of the kernels': y = m / s + t undoes (m - t) s.
+            "shift" without a scale; "pair" for two outputs (shift, raw).
+        scale_map: the kernels' map from raw to log_scale; None where they have no such map.
+        own: the same map as a function, where the library's own formula is to run in plain torch.
+        undoes: whether the scale is the reciprocal of the kernels': y = m / s + t, the inverse of (m - t) s.
         order: "scale_first" as above, or "shift_first", y = (moved + shift) scale.
     """
 
@@ -109,7 +109,7 @@ class Tail:
         return log_scale_function(self.scale_map)
 
     def halves(self, params: Params) -> Tensor:
-        """[shift | raw] of params [B, 2 moved, ...], or of a pair; the shift negated where the kernels undo."""
+        """[shift | raw] of params [B, 2 moved, ...], or of a pair; the shift is negated where ``undoes``."""
         if self.layout == "shift":
             assert isinstance(params, Tensor)
             shift, raw = params, torch.zeros_like(params)
@@ -118,7 +118,8 @@ class Tail:
         elif self.layout == "interleaved":
             shift, raw = params[:, 0::2], params[:, 1::2]
         else:
-            shift, raw = params.chunk(2, 1)[:: -1 if self.layout == "raw_first" else 1]
+            first, second = params.chunk(2, 1)
+            shift, raw = (second, first) if self.layout == "raw_first" else (first, second)
         return torch.cat((-shift if self.undoes else shift, raw), 1)
 
 
@@ -129,7 +130,7 @@ ADDITIVE = Tail("shift", ScaleMap("exp"))
 def known_map(
     name: str, function: Callable[[Tensor], Tensor], known: Mapping[ScaleMap, Callable[[Tensor], Tensor]]
 ) -> ScaleMap | None:
-    """The map whose function has the values of the instance's own, of this name, which is often a lambda."""
+    """The known map whose values equal those of ``function`` (a lambda cannot be recognised otherwise), or None."""
     points = torch.linspace(-12, 12, 97, dtype=torch.float64)
     try:
         values = function(points)
@@ -143,12 +144,12 @@ class Side:
     """One side of a coupling.
 
     Args:
-        split, tail: what moves, and how.
-        run: the conditioner, of the kept features; None where it is only run as MLPs.
-        nets: the modules that ``run`` runs on the kept features alone: one, or for "pair" the shift's
-            and the raw value's, which may be the same. Empty where there is more to ``run``.
-        factor: what ``run`` multiplies the nets' output by.
-        full: whether the nets take and give all features: those that move as zeros, those that stay for nothing.
+        split, tail: which features move, and how.
+        run: the conditioner, kept features -> params; None where it runs only as MLPs in a kernel or loop.
+        nets: the modules that ``run`` calls on the kept features alone: one, or for "pair" those of the shift
+            and the raw value, which may be the same. Empty where ``run`` does anything else.
+        factor: the factor by which ``run`` multiplies the nets' output.
+        full: whether the nets take all features, the moved ones as zeros, and return all, the kept ones unused.
     """
 
     split: Split
@@ -159,23 +160,23 @@ class Side:
     full: bool = False
 
     def widths(self, kept: int, moved: int) -> tuple[int, int]:
-        """What its conditioner takes and gives, where so many features are kept and so many move."""
+        """(input, output) features of the conditioner, for these numbers of kept and moved features."""
         return (kept + moved, kept + moved) if self.full else (kept, moved * self.tail.params)
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """An affine map of all features; ``make`` gives it, with its inverse where that is asked for.
+    """An affine map of all features; ``make(True)`` gives it with its inverse, ``make(False)`` without.
 
     Args:
-        module: runs it as the library does; None of a diagonal map, which runs as ``make`` gives it.
+        module: runs it by the library's own code; None for a diagonal map, which is a multiply-add.
     """
 
     make: Callable[[bool], AffineMap]
     module: nn.Module | None = None
 
     def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(y, log_det, of all samples the same) of a diagonal map on x [B, D, ...]."""
+        """(y, log_det, one number for all samples) of a diagonal map on x [B, D, ...], or of its inverse."""
         made = self.make(inverse)
         scale, shift, log_det = made.weight, made.bias, made.log_det
         assert shift is not None
@@ -196,9 +197,9 @@ class Index:
     _on: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The index and that which undoes it."""
+        """The index and its inverse permutation, on the device."""
         if device not in self._on:
-            with torch.inference_mode(False):  # which they outlive
+            with torch.inference_mode(False):  # they are used outside too
                 index = torch.tensor(self.index, device=device)
                 self._on[device] = index, index.argsort()
         return self._on[device]
@@ -208,6 +209,6 @@ class Index:
 
 
 def index_of(forth: Tensor, back: Tensor) -> Index | None:
-    """A library's permutation, y = x[:, forth] and x = y[:, back]; None where back does not undo it."""
+    """A library's permutation, y = x[:, forth] and x = y[:, back]; None where back is not the inverse of forth."""
     index = forth.tolist()
     return Index(index) if [index[i] for i in back.tolist()] == [*range(len(index))] else None

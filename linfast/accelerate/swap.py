@@ -1,8 +1,8 @@
-"""Changing an object's class for one that runs an adapter's methods, and back.
+"""Changes an object's class to one that runs an adapter's methods, and back.
 
-The swapped class derives from the original, so isinstance, parameters, buffers, hooks and state_dict keys are what
-they were, and the object is the same object. It pickles as its original class, without its plan. A deep copy stays
-swapped; a shallow copy is the original.
+The swapped class derives from the original, so isinstance, parameters, buffers, hooks and state_dict keys do not
+change, and the object is the same object. It pickles as its original class, without its plan. A deep copy stays
+swapped; a shallow copy has the original class.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .identity import PLAN, is_hooked, is_patched
 
 
 class Swapped:
-    """Mixed into every swapped class."""
+    """The first base class of every swapped class."""
 
     _linfast_original: type
     _linfast_adapter: Adapter
 
     def __init_subclass__(cls, **named: Any) -> None:
-        """The original's own, such as a registry's, is not called for ours."""
+        """Keeps the original's ``__init_subclass__``, such as a registry's, from being called."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As an instance of the original class."""
+        """The object pickled as an instance of the original class."""
         reduced: Any = super().__reduce_ex__(protocol)
         build, arguments, state, *rest = reduced
         arguments = tuple(self._linfast_original if a is type(self) else a for a in arguments)
@@ -51,7 +51,7 @@ class Swapped:
         cls, plan = type(self), replace(plan_of(self), guard=DriftGuard())
         if "_linfast_original" in vars(cls):
             build, arguments, state, *_ = self.__reduce_ex__(4)
-        else:  # torch derived a class from ours for a parametrization, and pickles none such
+        else:  # a class derived by torch for a parametrization, which torch does not pickle
             build, arguments = object.__new__, (cls,)
             state = {key: value for key, value in vars(self).items() if key != PLAN}
         copied = build(*copy.deepcopy(arguments, memo))
@@ -83,15 +83,15 @@ def swap(instance: Any, adapter: Adapter, plan: Plan) -> None:
 
 
 def swap_back(instance: Any) -> None:
-    """Make this object what it was."""
+    """Give a swapped object its original class again."""
     instance.__class__ = instance._linfast_original
     del vars(instance)[PLAN]
 
 
 def renew_plan(instance: Any) -> bool:
-    """Plan again where a mask or a setting was changed; whether the object is to run by its plan."""
+    """Plan again where a mask or a setting was changed. Returns whether the object is to run by its plan."""
     adapter, plan = instance._linfast_adapter, plan_of(instance)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # what is made now serves whatever is written later
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the trace outlives later writes
         return adapter.masks is None and adapter.settings_of(instance) == plan.settings
     try:
         if not adapter.holds(plan, instance):
@@ -115,7 +115,7 @@ def swapped_class(adapter: Adapter, original: type) -> type:
 
 
 def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type) -> Callable[..., Any]:
-    """``run``, or the original: of a coupling on a CPU where nothing is gained, or after a change."""
+    """The method that calls ``run``, or the original: for a coupling's short batch on a CPU, or after a change."""
     before = getattr(original, name)
     if adapter.decides:
         return functools.wraps(before)(run)
@@ -129,7 +129,7 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
         if not may_replace(self, adapter, name) or _is_symbolic((*arguments, *named.values())):
             return before(self, *arguments, **named)
         given = arguments
-        for argument in order[len(given) :]:  # ``run`` has other names for them
+        for argument in order[len(given) :]:  # ``run`` may name them differently
             if argument not in named:
                 break
             given += (named.pop(argument),)
@@ -143,7 +143,7 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
 def _arguments(
     before: Callable[..., Any], run: Callable[..., Any]
 ) -> tuple[tuple[str, ...], frozenset[str] | None]:
-    """What the original takes in order after the instance, and what ``run`` takes by keyword (None: anything)."""
+    """(the original's arguments after the instance, in order; those that ``run`` takes by keyword, None: any)."""
     theirs, ours = ([*inspect.signature(f).parameters.values()] for f in (before, run))
     in_order = itertools.takewhile(lambda p: p.kind is p.POSITIONAL_OR_KEYWORD, theirs[1:])
     any_keyword = any(p.kind is p.VAR_KEYWORD for p in ours)
@@ -152,17 +152,20 @@ def _arguments(
 
 
 def _is_symbolic(arguments: Iterable[Any]) -> bool:
-    """Whether torch.fx is tracing: then it is to see the library's own operations."""
-    each = itertools.chain.from_iterable(a if isinstance(a, (tuple, list)) else (a,) for a in arguments)
-    return any(isinstance(a, torch.fx.Proxy) for a in each)
+    """Whether torch.fx is tracing. It then records the library's own operations."""
+    for argument in arguments:
+        each = argument if isinstance(argument, (tuple, list)) else (argument,)
+        if any(isinstance(a, torch.fx.Proxy) for a in each):
+            return True
+    return False
 
 
 def may_replace(instance: Any, adapter: Adapter, method: str) -> bool:
-    """Whether the adapter's ``method`` does what the original would: the plan holds, no hook or patch is passed by.
+    """Whether the adapter's ``method`` may run: the plan is valid, and it bypasses no hook and no patch.
 
-    Where a hook keeps a chain from being rebuilt in a backward, that is said once.
+    A hook that keeps a chain from being rebuilt in the backward is warned of once.
     """
-    if isinstance(plan_of(instance).layout, Fused):  # which looks for itself
+    if isinstance(plan_of(instance).layout, Fused):  # Fused checks this itself
         return True
     if not renew_plan(instance) or is_patched(instance, but=method):
         return False

@@ -1,4 +1,4 @@
-"""Comparing what would run with the original, on bare copies and random inputs, before anything is swapped."""
+"""Compares linfast's code for a module with the original, on bare copies and random inputs, before the swap."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from .launch import lone_launch
 from .swap import swap
 
 _SEED = 20260101
-# Relative L2 of the outputs and gradients of one layer: some hundred roundings.
+# Relative L2 difference of one layer's outputs and gradients: some hundred roundings.
 _TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Of a layer whose products are in such a mode, whatever the original's are in.
+# The same for a layer whose products run in this precision mode, whatever the original's precision.
 _OF_MODES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fast": 1e-1}
-_CHAIN = 10  # a chain is many layers, and its rebuilt inputs are as far off again
+_CHAIN = 10  # times more for a chain: it has many layers, and rebuilt inputs add an error of the same size
 
 
 def check_values(instance: Any) -> None:
-    """Raise Unfit where there is nothing to compare: of all tensors one without a shape, or without values."""
+    """Raise Unfit where nothing can be compared, because a tensor has no shape (lazy) or no values (meta, fake)."""
     tensors = _tensors(instance)
     if any(is_lazy(t) for t in tensors):
-        raise Unfit("it has lazy modules, which its first call makes: call it once, then accelerate")
+        raise Unfit("it has lazy modules, whose parameters the first call makes: call it once, then accelerate")
     if not all(map(has_values, tensors)):
         raise Unfit("it is on the meta device or fake: without values there is nothing to compare")
 
@@ -48,16 +48,16 @@ def check_values(instance: Any) -> None:
 def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     """Largest relative L2 difference in the instance's own dtype, on its own device.
 
-    Neither the instance nor torch's random state is touched: copies without hooks are run, which
-    share no buffer with it. Both compute float32 in full precision, the original in plain torch.
+    Neither the instance nor torch's random state is changed: two copies run, which have no hooks and
+    share no tensor with it. Both compute float32 in full precision, the original in plain torch.
 
     Raises:
-        Unfit: it is larger than allowed, in this dtype or in float64, or one of the two raised.
+        Unfit: the difference is larger than allowed, in this dtype or in float64, or a copy raised an error.
     """
     like = next((t for t in _tensors(instance) if t.is_floating_point()), torch.empty(0, dtype=torch.float32))
     worst = 0.0
     for case in _cases(instance, adapter, plan, like):
-        original, copied = (bare_copy(instance, case.dtype, case.hollow) for _ in range(2))
+        original, copied = (bare_copy(instance, case.dtype, case.emptied) for _ in range(2))
         if case.training is not None and isinstance(instance, nn.Module):
             original.train(case.training), copied.train(case.training)
         with plain_torch():
@@ -77,12 +77,12 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
 
 @dataclass(frozen=True)
 class _Case:
-    """One comparison: the probe of both copies, and how far apart they may be.
+    """One comparison of two copies: the probe that both run, and the largest relative difference allowed.
 
     Args:
-        what, where: for the message where they are further apart.
-        hollow: ids of modules whose weights it does not need.
-        training: which mode it runs in; None is the instance's own.
+        what, where: parts of the message where the difference is larger.
+        emptied: ids of modules to copy without parameters, buffers and submodules.
+        training: whether the copies run in training mode; None for the instance's own mode.
     """
 
     probe: Callable[[Any, Draw], Sequence[Tensor]]
@@ -90,22 +90,22 @@ class _Case:
     allowed: float
     what: str
     where: str = ""
-    hollow: Collection[int] = ()
+    emptied: Collection[int] = ()
     training: bool | None = None
 
 
 def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterator[_Case]:
-    """With stubs as conditioners in both dtypes; with its own, where it then runs in one launch or one loop."""
+    """With stubs as conditioners, in both dtypes; with its own, where it would run in one launch or one loop."""
     layers = _CHAIN if adapter.chain else 1
     features = plan.layout.features if isinstance(plan.layout, Fused) else None
     if features is None:
-        hollow = {id(uncompiled(m)) for of in (adapter.conditioners, adapter.hollow) for m in of(instance)}
-        # What a copied class does in the other mode is not known beforehand: it may drop out, say.
+        emptied = {id(uncompiled(m)) for of in (adapter.conditioners, adapter.emptied) for m in of(instance)}
+        # A class that people copy may behave differently in the other mode, for instance by dropout.
         modes = (None,) if isinstance(adapter.where, str) else (True, False)
         dtypes = dict.fromkeys((torch.float64, like.dtype) if adapter.float64 else (like.dtype,))
         for dtype, training in itertools.product(dtypes, modes):
             allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * layers)
-            yield _Case(adapter.probe, dtype, allowed, "it", f" in {str(dtype)[6:]}", hollow, training)
+            yield _Case(adapter.probe, dtype, allowed, "it", f" in {str(dtype)[6:]}", emptied, training)
         if adapter.is_coupling and uses_triton(like):
             launch = lone_launch(adapter.members(instance, plan.layout), like, plan.options.precision)
             features = None if launch is None else launch.features
@@ -127,7 +127,7 @@ def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:
 
 
 def _settings(module: nn.Module) -> Hashable:
-    """What its own attributes hold, but for tensors, modules and torch's bookkeeping; others by identity."""
+    """The module's own attributes that are plain values, and those that are functions, by identity."""
     plain = (bool, int, float, str, type(None))
     return tuple(
         (name, value if isinstance(value, plain) else id(value))
@@ -153,22 +153,22 @@ def _run(instance: Any, adapter: Adapter, case: _Case, device: torch.device) -> 
         all_lengths(),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("error", DriftWarning)  # what strays here had better be stored
+        warnings.simplefilter("error", DriftWarning)  # a layer that drifts even here must store
         torch.manual_seed(_SEED)
         try:
             outputs = list(case.probe(instance, draw))
             wanted = inputs + [p for p in _tensors(instance) if p.requires_grad]
             counts = [torch.arange(o.numel(), device=o.device, dtype=torch.float64) for o in outputs]
-            weights = [n.sin().view(o.shape) for n, o in zip(counts, outputs, strict=True)]  # no two alike
+            weights = [n.sin().view(o.shape) for n, o in zip(counts, outputs, strict=True)]  # no two are equal
             found = gradients(outputs, weights, wanted)
         except Unfit:
             raise
         except Exception as error:
             if adapter.where is None:
                 raise Unfit(
-                    f"another class called {adapter.name}: it fails on what fits the repository's"
+                    f"another class called {adapter.name}: it fails on inputs that fit the repository's"
                 ) from error
-            what = "the original" if PLAN not in vars(instance) else "what would replace it"
+            what = "the original" if PLAN not in vars(instance) else "linfast's code"
             raise Unfit(f"{what} raised {type(error).__name__} on a random input: {error}") from error
     return [o.detach() for o in outputs] + [torch.zeros(()) if g is None else g for g in found]
 
@@ -184,22 +184,22 @@ def _tensors(instance: Any) -> Sequence[Tensor]:
     return [t for module in modules_of(instance).values() for t in (*module.parameters(), *module.buffers())]
 
 
-def bare_copy(instance: Any, dtype: torch.dtype, hollow: Collection[int]) -> Any:
-    """A copy of the original class, without hooks, its tensors in this dtype, that shares nothing with it.
+def bare_copy(instance: Any, dtype: torch.dtype, emptied: Collection[int]) -> Any:
+    """A copy of the original class, without hooks, in this dtype, that shares nothing with the instance.
 
-    What was compiled is copied as it was before. Modules whose ids are in ``hollow`` are copied without parameters,
-    buffers and modules, and are not run.
+    A compiled module is copied as before compilation. Modules whose ids are in ``emptied`` are copied without
+    parameters, buffers and submodules, and must not run.
 
     Raises:
-        Unfit: it has an attribute that cannot be copied.
+        Unfit: an attribute cannot be copied.
     """
     memo: dict[int, Any] = {}
     attributes: list[tuple[Any, dict[str, Any]]] = []
     found = [instance]
-    for each in found:  # which grows: all modules and tensors are in ``memo`` before an attribute is copied
+    for each in found:  # grows below: all modules and tensors are in ``memo`` before any attribute is copied
         inside = uncompiled(each)
         if id(inside) not in memo:
-            memo[id(inside)], own = _begun(inside, dtype, id(inside) in hollow)
+            memo[id(inside)], own = _begun(inside, dtype, id(inside) in emptied)
             attributes.append((memo[id(inside)], own))
             for value in tree_leaves(list(own.values())):
                 if isinstance(value, nn.Module):
@@ -212,9 +212,9 @@ def bare_copy(instance: Any, dtype: torch.dtype, hollow: Collection[int]) -> Any
     return memo[id(instance)]
 
 
-def _begun(instance: Any, dtype: torch.dtype, hollow: bool) -> tuple[Any, dict[str, Any]]:
-    """The copy, and those of the instance's attributes that it is still to have copies of."""
-    if isinstance(instance, torch.jit.ScriptModule):  # whose attributes are not its dictionary's
+def _begun(instance: Any, dtype: torch.dtype, emptied: bool) -> tuple[Any, dict[str, Any]]:
+    """The copy, and the attributes of the instance that are still to be copied to it."""
+    if isinstance(instance, torch.jit.ScriptModule):  # its attributes are not in its __dict__
         with torch.no_grad():  # else its copy's parameters have a graph
             script = _deep_copy("the code", instance, type(instance), {}).to(dtype)
         for parameter, of in zip(script.parameters(), instance.parameters(), strict=True):
@@ -222,9 +222,9 @@ def _begun(instance: Any, dtype: torch.dtype, hollow: bool) -> tuple[Any, dict[s
         return script, {}
     copied: Any = object.__new__(original_class(instance))
     is_module = isinstance(instance, nn.Module)
-    state = nn.Module.__getstate__(instance) if is_module else vars(instance)  # without what it was compiled to
+    state = nn.Module.__getstate__(instance) if is_module else vars(instance)  # without its compiled call
     own = {key: value for key, value in state.items() if key != PLAN} | (without_hooks() if is_module else {})
-    if hollow:
+    if emptied:
         vars(copied).update(own, _modules={}, _parameters={}, _buffers={})
         return copied, {}
     return copied, own
@@ -238,6 +238,6 @@ def _deep_copy(name: str, value: Any, of: type, memo: dict[int, Any]) -> Any:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy: what is done to it in place, such as an initialisation, is not done to the original."""
+    """A copy in this dtype, so that writes to it, such as an initialisation, do not reach the original."""
     cast = tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
     return nn.Parameter(cast, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cast

@@ -1,7 +1,7 @@
 """from_reference: a model of the research repository as a linfast Linearizer with the same weights.
 
-The model is read by the names and attributes of its classes. Nothing of the repository is
-imported, and the model is left as it is.
+The parts of the model are recognised by their classes' names and attributes. Nothing of the
+repository is imported, and the model is not changed.
 
     OneStepLinearizer, StyleLinearizer      Linearizer(g.at(t=1.0), A, g.at(t=0.0))
     InverseUnet                             Flow: Squeeze, blocks, Squeeze inverted
@@ -9,8 +9,8 @@ imported, and the model is left as it is.
     TimeDependentLoRALinearLayer            TimeLowRank
     LinearKernel                            TimeDepthwiseConv
 
-Folded into the weights are the block's factor 1 / sqrt(2), the biases that reach one convolution's output,
-and the order of attention's q, k and v channels.
+The new weights include the blocks' factor 1 / sqrt(2), and the sum of all biases that are added to one
+convolution's output. Attention's q, k and v channels are reordered.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from ..scale_maps import ScaleMap
 from .unet_weights import unet_from_reference
 
 TIMES = {"gx": 1.0, "gy": 0.0}
-"""At which the two modes of a g run it."""
+"""The time t of g in each of its two modes."""
 
 
 def from_reference(linearizer: nn.Module, memory: str = "auto") -> Linearizer:
-    """The linfast model with the weights of a reference image model: f(x, t=t) gives the same output.
+    """A linfast Linearizer with the weights of one of the research repository's image models: same f(x, t=t).
 
-    The weights are copied, in the model's dtype and on its device; ActNorms that were trained
-    but do not say so (loading a checkpoint loses the reference's flag) count as initialised.
-    UNets draw dropout masks as the reference does (see ``UNet.nchw_dropout``).
+    The weights are copied, in the model's dtype and on its device. An ActNorm with nonzero values
+    counts as initialised, because loading a checkpoint loses the repository's flag.
+    UNets draw dropout masks as the repository's do (see ``UNet.nchw_dropout``).
 
     Args:
-        linearizer: has ``net_gx``, ``net_gy`` and ``linear_network``, as the repository's
-            OneStepLinearizer has.
-        memory: what g's backward keeps: "store", "invert" or "auto" (see ``Flow``).
+        linearizer: a module with ``net_gx``, ``net_gy`` and ``linear_network``, such as the
+            repository's OneStepLinearizer.
+        memory: what is kept for g's backward: "store", "invert" or "auto" (see ``Flow``).
 
     Raises:
-        TypeError: a part that is not one of the classes above.
-        ValueError: a part built with an option that linfast has no counterpart for; an unknown ``memory``.
+        TypeError: a part is missing, or is not one of the repository's classes for it.
+        ValueError: a part has an option without a counterpart in linfast; an unknown ``memory``.
     """
     for name in ("net_gx", "net_gy", "linear_network"):
         if not isinstance(getattr(linearizer, name, None), nn.Module):
@@ -89,7 +89,7 @@ def _actnorm(actnorm: Any) -> ActNorm:
 
 
 def holds_values(actnorm: Any) -> bool:
-    """Whether it was trained, which its flag does not say once a state_dict was loaded."""
+    """Whether the ActNorm has nonzero values. Its flag does not tell after a state_dict was loaded."""
     return any(bool(parameter.count_nonzero()) for parameter in (actnorm.bias, actnorm.log_scale))
 
 
@@ -105,7 +105,7 @@ def _operator(module: Any, shape: Any) -> LatentOperator:
         first = module.lin1[1]
         sizes = {"time_features": first.in_features, "hidden": first.out_features}
         A: Any = TimeLowRank(module.out_features, module.lora_features, **sizes)
-        pairs = [(A.u_net, module.lin2), (A.v_net, module.lin1)]  # rows times A1 A2^T are columns under A2 A1^T
+        pairs = [(A.u_net, module.lin2), (A.v_net, module.lin1)]  # row z times A1 A2^T is A2 A1^T times column z
     elif _is_a(module, "LinearKernel"):
         channels, *sides = shape
         widths = [layer.in_features for layer in _linears(module.lin1)]

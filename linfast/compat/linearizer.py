@@ -5,14 +5,14 @@ Code written against that repository runs after changing one import,
     from linearizer import G, LinearModule, Linearizer                    # before
     from linfast.compat.linearizer import G, LinearModule, Linearizer     # after
 
-and checkpoints of its state_dict load: the keys start with ``net_gx``, ``net_gy`` and
-``linear_network``. A checkpoint that is a pickle of a whole module, or code that is not
-to be edited at all, finds these classes under the old name once that is set:
+and its state_dict checkpoints load: the keys start with ``net_gx``, ``net_gy`` and
+``linear_network``. To load a pickle of a whole module, or to run code without editing it,
+register this module under the old name:
 
     import linfast.compat.linearizer
     sys.modules["linearizer"] = linfast.compat.linearizer
 
-New code is better served by ``linfast.Linearizer``, whose A is an operator with an algebra.
+New code should use ``linfast.Linearizer``, whose A is an operator with an algebra.
 """
 
 from __future__ import annotations
@@ -61,29 +61,29 @@ class LinearModule(nn.Module):
         raise _not_overridden(self, LinearModule, "forward")
 
     def inverse(self, z: Tensor, **kwargs: Any) -> Tensor:
-        """A^{-1} z; only ``Linearizer.inverse`` and ``A_inverse`` ask for it."""
+        """A^{-1} z; only ``Linearizer.inverse`` and ``A_inverse`` call it."""
         raise _not_overridden(self, LinearModule, "inverse")
 
 
 class Linearizer(nn.Module):
     """f(x) = g_y^{-1}(A g_x(x)), with inverse f^{-1}(y) = g_x^{-1}(A^{-1} g_y(y)).
 
-    ``forward`` and ``inverse`` go through the methods gx, gy, gx_inverse, gy_inverse, A
-    and A_inverse, each of which is given every keyword argument and may be overridden,
-    for instance to call one shared network in two modes.
+    ``forward`` and ``inverse`` call the methods gx, gy, gx_inverse, gy_inverse, A and
+    A_inverse with all keyword arguments. Subclasses may override these, for instance to
+    call one shared network in two modes.
 
     Args:
         gx: a G, or any module with forward and inverse.
         linear_network: a LinearModule, or any module.
         gy: like gx; None shares gx.
 
-    linfast's own parts fit too, and take keywords as in ``linfast.Linearizer``: a
-    LatentOperator takes ``t`` only, a Bijection everything but ``t``. Fix the time of a
-    time-conditioned one: ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``. They have no ``dim``
-    and no ``get_lin_t``: the sampling steps in one are ``linfast.collapse(f.linear_network)``.
+    linfast's own classes work too. As in ``linfast.Linearizer``, a LatentOperator gets only
+    the keyword ``t``, a Bijection all others. Fix the time of a time-conditioned Bijection:
+    ``Linearizer(g.at(t=1.0), A, g.at(t=0.0))``. These classes have no ``dim`` and no
+    ``get_lin_t``; ``linfast.collapse(f.linear_network)`` combines all sampling steps.
 
     Raises:
-        NotImplementedError: a forward or inverse is asked for that a part does not define.
+        NotImplementedError: a call needs a forward or inverse that a part does not define.
     """
 
     def __init__(self, gx: nn.Module, linear_network: nn.Module, gy: nn.Module | None = None) -> None:
@@ -143,7 +143,7 @@ def _decode(argument: str, name: str, g: nn.Module, z: Tensor, kwargs: dict[str,
 
 
 def _bijection_context(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords a Bijection is given: t is the operator's."""
+    """The keywords for a Bijection: all but t, which is the operator's."""
     return {key: value for key, value in kwargs.items() if key != "t"}
 
 

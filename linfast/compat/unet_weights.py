@@ -1,7 +1,7 @@
-"""The research repository's U-Net as linfast's: what its blocks are, and their weights as ours hold them.
+"""Converts the research repository's U-Net to linfast's: its blocks' options, and their weights.
 
-``from_reference`` copies the weights into a UNet of its own; ``accelerate`` reads them anew at every call,
-so that training in place goes on. Both go through ``block_options`` and ``block_weights``.
+``from_reference`` copies the weights into a new UNet. ``accelerate`` converts them at every call, so that
+the original parameters can still be trained. Both use ``block_options`` and ``block_weights``.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class BlockOptions(NamedTuple):
     dropout: float
 
     def empty(self) -> ResidualBlock:
-        """The block on the meta device. The time's shift carries the bias of its first convolution."""
+        """The block on the meta device; its first convolution's bias is part of the time's shift."""
         with torch.device("meta"):
             return ResidualBlock(*self, nchw_dropout=True, bias=False)
 
 
 def block_options(block: Any) -> BlockOptions:
-    """What the block is.
+    """The options of the ResidualBlock that matches this UNetBlock.
 
     Raises:
         ValueError: it has an option that ResidualBlock does not have.
@@ -64,7 +64,7 @@ def is_standard_norm(norm: Any) -> bool:
 
 
 def _averages(conv: Any) -> bool:
-    """Whether it resamples by the filter [1, 1] and before it convolves."""
+    """Whether the convolution resamples with the filter [1, 1], and before it convolves."""
     taps = conv.resample_filter
     return not conv.fused_resample and taps.shape == (1, 1, 2, 2) and bool((taps == 0.25).all())
 

@@ -179,8 +179,8 @@ def read_from_outside(
     """Describes a tensor in the outputs' graph that is neither an input nor a leaf; None where there is none.
 
     Args:
-        inputs: the function's arguments, where the graph may end. The node of the first argument was the last made
-            before the function ran: older nodes belong to another computation.
+        inputs: the function's arguments, where the graph may end. The first must not be a leaf: nodes older than
+            its node belong to another computation.
         leaves: the function's parameters, where the graph may end too.
     """
     known, since = {id(leaf) for leaf in leaves}, _number(inputs[0].grad_fn)

@@ -314,3 +314,22 @@ def test_a_distribution_of_before_keeps_its_masks_and_runs_new_hooks():
     torch.testing.assert_close(distribution.log_prob(x), expected)
     lf.restore(flow)
     torch.testing.assert_close(distribution.log_prob(x), expected)
+
+
+def test_a_scripted_module_beside_the_couplings_changes_nothing():
+    """The dictionary of a ScriptModule's parts has no ``get`` and no ``update``."""
+    model, x = normflows(), torch.randn(32, D)
+    model.q0.scripted = torch.jit.script(nn.Linear(D, D))
+    before = model.log_prob(x)
+    report = lf.accelerate(model)
+    assert "4 couplings in one" in str(report), str(report)
+    torch.testing.assert_close(model.log_prob(x), before)
+
+
+@pytest.mark.parametrize(("n_linear", "reached"), [(3, 3), (6, 0)])
+def test_the_report_counts_a_precision_only_where_one_launch_can_run(n_linear, reached):
+    """No tile takes conditioners of six linear layers, so that their chain never runs as one launch."""
+    nf, widths = require("normflows"), (16,) * (n_linear - 1)
+    flows = [nf.flows.AffineCouplingBlock(mlp(3, D, widths)) for _ in range(2)]
+    report = lf.accelerate(nf.NormalizingFlow(nf.distributions.DiagGaussian(D), flows), precision="fast")
+    assert f"precision 'fast' reaches {reached} of them" in str(report), str(report)

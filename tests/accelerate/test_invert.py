@@ -142,7 +142,7 @@ def test_dropout_in_both_nets_of_a_two_sided_coupling_stores():
         modules.GLOWCouplingBlock, subnet_constructor=lambda i, o: nn.Sequential(nn.Dropout(), nn.Linear(i, o))
     )
     (row,) = lf.accelerate(inn, memory="invert").left
-    assert row.note.startswith("stored: the conditioners of its module_list[0] (GLOWCouplingBlock) drop out")
+    assert row.note.startswith("stored: the conditioners of its module_list[0] (GLOWCouplingBlock) have dropout")
 
 
 def test_drift_is_guarded():

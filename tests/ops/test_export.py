@@ -56,3 +56,23 @@ def _assert_close(got: object, expected: object) -> None:
     pairs = zip(got, expected, strict=True) if isinstance(expected, tuple) else [(got, expected)]  # type: ignore[call-overload]
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class _WithLogDet(nn.Module):
+    def __init__(self, g: lf.Flow) -> None:
+        super().__init__()
+        self.g = g
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.g.forward_and_log_det(x)
+
+
+def test_maps_without_a_volume_change_export_for_images_of_any_size() -> None:
+    """Where log|det| is 0, it must not be multiplied by the number of positions: that fixes H and W."""
+    conditioner = nn.Conv2d(8, 8, 3, padding=1)
+    g = lf.Flow([lf.Squeeze(4), lf.AdditiveCoupling(conditioner, 16), lf.Permute(16)])
+    batch, height, width = (torch.export.Dim(name, min=2, max=32) for name in ("batch", "height", "width"))
+    sizes = {"x": {0: batch, 2: 2 * height, 3: 2 * width}}
+    program = torch.export.export(_WithLogDet(g), (torch.randn(2, 4, 8, 8),), dynamic_shapes=sizes)
+    x = torch.randn(3, 4, 16, 12)
+    _assert_close(program.module()(x), g.forward_and_log_det(x))

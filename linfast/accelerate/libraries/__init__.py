@@ -1,1 +1,1 @@
-"""One file per library: its couplings' formulas, how an instance is recognised, its chain for memory="invert"."""
+"""One file per library: its couplings' formulas, how an instance is recognised, and its chain class."""

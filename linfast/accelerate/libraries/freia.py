@@ -1,13 +1,13 @@
 """FrEIA: the coupling blocks GLOW, RNVP, NICE and one-sided; AllInOneBlock; SequenceINN.
 
     y1 = x1 e^s + t with (s, t) of x2, then y2 = x2 e^s + t with (s, t) of y1;  s = clamp f_clamp(raw)
-    GLOW: one subnet per side gives [raw | t]; RNVP: one for raw and one for t; NICE: t alone, s = 0;
-    one-sided: y2 only, of x1
-    AllInOneBlock: y2 = x2 e^s + t,  (raw, t) = subnet(x1) / 10,  s = clamp tanh(raw), of a GIN block less its mean
-        then, or in reverse first, the learned scale and offset and the permutation
+    GLOW: one subnet per side gives [raw | t]; RNVP: one for raw and one for t; NICE: only t, s = 0;
+    one-sided: only y2, from x1
+    AllInOneBlock: y2 = x2 e^s + t,  (raw, t) = subnet(x1) / 10,  s = clamp tanh(raw), minus its mean with GIN;
+        then a learned scale and offset, and a permutation; with reverse_pre_permute its inverse comes first
     m((x,), c=[...], rev=) -> ((y,), log_det [B])
 
-AllInOneBlock multiplies by its permutation matrix; where that is a hard permutation, it is an index here.
+FrEIA multiplies by AllInOneBlock's permutation matrix; a hard permutation is an index here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _both_ways(block: Any, draw: Draw, shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def _extra(block: Any) -> int:
-    """Channels of its conditions."""
+    """The number of channels of the block's conditions."""
     return sum(dims[0] for dims in block.dims_c)
 
 
@@ -81,7 +81,7 @@ _BLOCKS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
     "AffineCouplingOneSided": ("raw_first", (("second", ("subnet",)),)),
     "NICECouplingBlock": ("shift", (("first", ("F",)), ("second", ("G",)))),
 }
-"""By class: its outputs' layout; of each side that moves, which half that is and its subnets."""
+"""By class: the layout of the subnets' output; per side, the half that moves and its subnets' names."""
 
 
 def _block(name: str) -> Adapter:
@@ -99,7 +99,7 @@ def _block(name: str) -> Adapter:
         return f"affine coupling, {scale_map.kind if scale_map else 'own f_clamp'}", scale_map
 
     def members(block: Any, scale_map: ScaleMap | None, c: Sequence[Tensor]) -> list[Side]:
-        """What moves the first channels, and the second; of the one-sided block the second alone."""
+        """The side that moves the first channels and the one that moves the others; one-sided: only the latter."""
         tail = ADDITIVE
         if layout != "shift":
             tail = Tail(layout, scale_map, lambda raw: block.clamp * block.f_clamp(raw))
@@ -112,7 +112,7 @@ def _block(name: str) -> Adapter:
                 if len(nets) == 1:
                     params: Tensor = nets[0](given)
                     return params
-                raw = nets[1](given)  # in the library's order, as it may draw
+                raw = nets[1](given)  # first, as in the library, for nets that draw random numbers
                 return nets[0](given), raw
 
             split = Split("halves", moves, block.split_len1, block.channels)
@@ -204,7 +204,7 @@ _MAPS = Maps(
     ),
 )
 _VOLUME_KEEPING = Maps(("FrEIA",), ("forward",), {}, ("NICECouplingBlock", "PermuteRandom"))
-"""Whose log-determinant is the number 0."""
+"""The classes whose log-determinant FrEIA returns as the number 0."""
 
 
 def _parts(chain: Any) -> list[Part]:
@@ -257,7 +257,7 @@ _SEQUENCE = chain_adapter(
     lambda chain: None if chain.conditions.count(None) == len(chain.conditions) else "it has conditions",
     methods={"forward": _sequence},
     probe=_probe_sequence,
-    hollow=lambda chain: nets_of(chain.module_list),
+    emptied=lambda chain: nets_of(chain.module_list),
     vectors=lambda chain, draw, features: _both_ways_sequence(chain, [draw(4, features) for _ in range(2)], None),
 )
 

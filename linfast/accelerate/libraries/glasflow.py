@@ -1,4 +1,4 @@
-"""glasflow: its fork of nflows, and its own affine coupling, whose scale function the instance holds."""
+"""glasflow: its fork of nflows, and its own affine coupling, whose instances hold their scale function."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""memcnn: AffineCoupling and AdditiveCoupling, as they are and inside InvertibleModuleWrapper.
+"""memcnn: AffineCoupling and AdditiveCoupling, alone or inside InvertibleModuleWrapper.
 
     y1 = s x1 + t with (s, t) = Fm(x2), then y2 = s x2 + t with (s, t) = Gm(y1);  x -> y
     AffineAdapterSigmoid: s = sigmoid(raw + 2), t and raw interleaved; AffineAdapterNaive: s = e^t
 
-memcnn's wrapper, which keeps no input, stays: it runs these.
+The wrapper, which does not store its input, is not swapped: it runs the swapped couplings.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TAILS = {
     "AffineAdapterSigmoid": Tail("interleaved", ScaleMap("sigmoid")),
     "AffineAdapterNaive": Tail("pair", ScaleMap("exp")),
 }
-"""By the class of adapter, whose parameters are its module's outputs."""
+"""By memcnn's adapter class, which computes s and t from its module's output."""
 _OWN = Tail("pair")
 
 
@@ -55,7 +55,7 @@ def _find(block: Any) -> tuple[str, None]:
 
 
 def _sides(block: Any, layout: None, context: Sequence[Any]) -> tuple[Side, Side]:
-    """What moves the first half, by Fm, and the second, by Gm. Adapters that were changed since are not run."""
+    """The side of Fm, which moves the first half, and that of Gm; no ``run`` where an adapter was changed since."""
     tail = _tail(block)
 
     def side(net: Any, moves: str) -> Side:

@@ -1,10 +1,10 @@
 """nflows and its fork in glasflow: affine and additive coupling transforms.
 
-    forward, data to noise   y = m scale + t,  m where the mask is > 0
+    forward, data to noise   y = m scale + t of the features m whose mask is > 0
     scale = sigmoid(s + 2) + 1e-3 (nflows), or scale_activation(s) (glasflow)
-    params [t | s] of the kept features; (x, context) -> (y, log_det [B])
+    params [t | s] computed from the kept features; (x, context) -> (y, log_det [B])
 
-An alternating mask, both libraries' default, is a pair of slices here, not a gather and a scatter.
+An alternating mask, the default of both libraries, is two strided slices here, not a gather and a scatter.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _find(transform: Any) -> tuple[str, tuple[Split, Tail]]:
     split = split_of(passes)
     if transform._transform_dim_multiplier() == 1:
         return f"additive coupling, mask {split.kind}", (split, ADDITIVE)
-    activation = getattr(transform, "scale_activation", _sigmoid)  # glasflow's instances have their own
+    activation = getattr(transform, "scale_activation", _sigmoid)  # an attribute of glasflow's instances
     scale_map = known_map("scale_activation", activation, _KNOWN)
     kind = "own scale_activation" if scale_map is None else scale_map.kind
     tail = Tail("halves", scale_map, lambda raw: activation(raw).log())
@@ -166,7 +166,7 @@ def composite_of(library: str) -> Adapter:
         vectors=lambda chain, draw, features: _both_ways(chain, draw, 4, features),
         methods={method: _chain_method(method) for method in ("forward", "inverse")},
         probe=_probe_chain,
-        hollow=lambda chain: nets_of(module for _, module in _flat(chain)),
+        emptied=lambda chain: nets_of(module for _, module in _flat(chain)),
     )
 
 

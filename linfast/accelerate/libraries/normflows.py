@@ -1,17 +1,17 @@
-"""normflows: AffineCouplingBlock, and so GlowBlock; MaskedAffineFlow; NormalizingFlow.
+"""normflows: AffineCouplingBlock, also inside GlowBlock; MaskedAffineFlow; NormalizingFlow.
 
-    AffineCouplingBlock, latent to data: its split, coupling and merge are one here
+    AffineCouplingBlock, latent to data: split, coupling and merge, which run as one here
         y = m e^s + t            exp
-        y = m / sigmoid(s+2) + t  sigmoid, a Glow block's
+        y = m / sigmoid(s+2) + t  sigmoid, the default of GlowBlock
         y = m sigmoid(s+2) + t    sigmoid_inv
-        params of the kept half, t and s interleaved; z -> (z, log_det [B])
-    MaskedAffineFlow, its RealNVP and, without s, its NICE layer, latent to data
-        y = b z + (1 - b) (z e^s + t),  s and t two nets of b z, both full width
-        a net's value that is not finite counts as NaN
+        params computed from the kept half, t and s interleaved; z -> (z, log_det [B])
+    MaskedAffineFlow, a RealNVP or, without s, a NICE layer, latent to data
+        y = b z + (1 - b) (z e^s + t),  s and t two nets of b z, both with all features
+        a value of s or t that is not finite becomes NaN
 
-What b zeroes and what 1 - b drops is not computed here: of an MLP the columns that meet zeros and the
-rows that nobody looks at are left out. A kernel gives what e^s gives where s is infinite.
-With memory="invert", reverse_kld and reverse_alpha_div store all the same.
+Values that b sets to zero or that 1 - b drops are not computed here: an MLP runs without its first layer's columns
+of zeros and its last layer's unused rows. The kernels compute e^s, not NaN, where s is infinite.
+With memory="invert", reverse_kld and reverse_alpha_div still store activations.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _sides_masked(flow: Any, split: Split, context: Sequence[Any]) -> list[Side]
 
 
 def _run_narrowed(layers: Sequence[Any], parts: Sequence[Callable[[Tensor], Tensor]], kept: Tensor) -> Tensor:
-    """An MLP with its layers narrowed; ``parts``: what is between its first and its last layer."""
+    """An MLP with narrowed first and last ``layers``; ``parts`` are its modules between these two."""
     (weight, bias), *rest = layers
     out = F.linear(kept, weight, bias)
     for part in parts:
@@ -151,11 +151,11 @@ def _constant(flow: Any) -> Affine | None:
 
 
 def _lu_permute(flow: Any) -> Affine:
-    """Forward is z -> P^-1 L^-1 (z - b)."""
+    """Its forward is z -> P^-1 (L U)^-1 (z - b)."""
 
     def make(inverse: bool) -> AffineMap:
         back = flow.permutation._inverse_permutation
-        lower, upper = flow.linear._create_lower_upper()  # its own weight_inverse calls what torch no longer has
+        lower, upper = flow.linear._create_lower_upper()  # its weight_inverse calls a function that torch removed
         eye = torch.eye(len(back), dtype=lower.dtype, device=lower.device)
         solved = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
         weight = torch.linalg.solve_triangular(upper, solved, upper=True).index_select(0, back)
@@ -186,16 +186,16 @@ _CHAIN: dict[str, tuple[bool, Callable[[Any, Tensor, Tensor], Any]]] = {
     "log_prob": (True, lambda chain, z, log_det: log_det.to(z.dtype) + chain.q0.log_prob(z)),
     "forward_kld": (True, lambda chain, z, log_det: -_default(_default(log_det) + chain.q0.log_prob(z)).mean()),
 }
-"""By method: whether it runs the flows' inverses, and what it returns of (chain, y, log_det)."""
+"""By method: whether it runs the flows' inverses, and (chain, y, log_det) -> its result."""
 
 
 def _default(log_det: Tensor) -> Tensor:
-    """In torch's default dtype, in which the library adds it up where it does not say."""
+    """In torch's default dtype, in which these methods of the library sum log-determinants."""
     return log_det.to(torch.get_default_dtype())
 
 
 def _chain_method(method: str) -> Callable[..., Any]:
-    """Where the couplings run together or are to be rebuilt in the backward; else the library's own."""
+    """The method by ``run_chain``, or by the library's own code where that returns None."""
     inverse, result = _CHAIN[method]
 
     def run(chain: Any, x: Tensor) -> Any:
@@ -234,7 +234,7 @@ _FLOW = chain_adapter(
     ),
     methods=_METHODS | {"sample": _sample},
     probe=lambda chain, draw: [*_results(chain, draw, chain.q0(2)[0].shape, _CHAIN), *chain.sample(2)],
-    tolerance=1e-6,  # the original adds log_dets of float64 up in float32
+    tolerance=1e-6,  # the original sums float64 log-determinants in float32
 )
 
 ADAPTERS = (_BLOCK, _MASKED_FLOW, _FLOW)

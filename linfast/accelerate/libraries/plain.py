@@ -1,7 +1,7 @@
 """register_adapter: affine couplings of a class of your own.
 
-forward(x, *context) splits x along dim 1, has params from the kept half and moves the other;
-inverse undoes it. Both give y, or (y, log_det [B]).
+forward(x, *context) splits x along dim 1, computes params from the kept half and moves the other;
+inverse undoes it. Both return y, or (y, log_det [B]).
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ def register_adapter(
     inverse: str = "inverse",
     features: str | None = None,
 ) -> None:
-    """Teach ``accelerate`` a coupling class: exactly this class, not what derives from it.
+    """Describe a class of affine couplings to ``accelerate``: exactly this class, not its subclasses.
 
-    What is said here is checked: an instance is swapped only if both directions and their
-    gradients agree with its own on a random input.
+    The description is checked: an instance is swapped only if both directions and their gradients
+    agree with its own code on a random input.
 
     Args:
-        cls: forward(x, *context) and the inverse take x [B, C, ...], C split in ceil(C / 2) and
+        cls: forward(x, *context) and the inverse take x [B, C, ...], split it into ceil(C / 2) and
             floor(C / 2) channels, and pass the context on to the conditioner.
-        conditioner: name of the attribute that maps the kept half to params [B, 2 C_moved, ...].
-        scale_map: of params' raw half; a function of the instance where instances differ.
-        order: "shift_first" (m + t) e^s or "scale_first" m e^s + t.
-        layout: of params: "halves" [shift | raw] or "interleaved".
+        conditioner: name of the module attribute that maps the kept half to params [B, 2 C_moved, ...].
+        scale_map: from raw, half of params, to s; a function of the instance where instances differ.
+        order: y = (m + t) e^s of the moved half m is "shift_first", y = m e^s + t is "scale_first".
+        layout: of params: "halves" [t | raw] or "interleaved".
         moves: which half moves, "first" or "second".
-        log_det: whether both directions return (y, log_det) and not y.
+        log_det: whether both directions return (y, log_det [B]); else they return y.
         inverse: name of the inverse method.
-        features: name of the attribute that holds C; None where any C will do.
+        features: name of the attribute that holds C; None where an instance takes any C.
 
     Raises:
-        TypeError: cls is not a class of modules.
-        ValueError: an unknown option.
+        TypeError: cls is not a subclass of nn.Module, or an option is of another type.
+        ValueError: an option has an unknown value, or a name is not that of an attribute or method.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a subclass of nn.Module; got {cls!r}")

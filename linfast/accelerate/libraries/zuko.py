@@ -1,11 +1,11 @@
-"""zuko: GeneralCouplingTransform with the affine univariate transform, and chains of it, so NICE and RealNVP.
+"""zuko: GeneralCouplingTransform with the affine univariate transform, and chains of it, such as NICE and RealNVP.
 
-    y = m e^s + t,  s = raw / (1 + |raw / ln slope|),  m where the mask is False
-    params (t, raw) of (kept, c), interleaved; t(c) -> a Transform on x [..., D]
+    y = m e^s + t,  s = raw / (1 + |raw / ln slope|)  of the features m whose mask is False
+    params (t, raw) computed from (kept, c), interleaved; module(c) -> a Transform on x [..., D]
 
-The transforms that they give have one pass of each conditioner for value and log-determinant, both ways (the
-original's inverse with log-determinant runs it twice). A flow's LazyComposedTransform without a context gives
-one transform that runs all couplings together.
+These transforms evaluate each conditioner once for value and log-determinant, in both directions (zuko's inverse
+with log-determinant evaluates it twice). Without a context c, a flow's LazyComposedTransform returns one transform
+that runs all couplings together.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _find(lazy: Any) -> tuple[str, tuple[Split, Tail]]:
 
 
 def _side(lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor] | None = None) -> Side:
-    """``run``: what gives the parameters where a context goes into them."""
+    """``run``: kept features -> params, where they depend on a context."""
     return Side(*layout, run or lazy.hyper, () if run else (lazy.hyper,))
 
 
@@ -58,7 +58,7 @@ def _is_traced() -> bool:
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
-    """The transform given c; on a CPU it runs zuko's own arithmetic, with one pass each way."""
+    """The transform for c, on a CPU in zuko's own arithmetic, with one conditioner evaluation per direction."""
     own = lazy.mask.is_cpu and not checks_all_lengths()
     if _is_traced() or not (own or may_replace(lazy, _COUPLING, "forward")):
         original: Transform = original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
@@ -69,18 +69,18 @@ def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
 
 @functools.cache
 def _transform_class() -> type:
-    """The transform of one coupling, a zuko CouplingTransform; made when zuko is there."""
+    """The class of one coupling's transform, a subclass of zuko's CouplingTransform; zuko must be imported."""
     base: Any = find_class("zuko.transforms", "CouplingTransform")
     base_of_inverse: Any = type(ExpTransform().inv)
 
     class CouplingTransform(base):
-        """y and log|det| in one pass, and the same for the inverse. ``own``: by zuko's arithmetic."""
+        """y and log|det| from one evaluation, in both directions. ``own``: whether in zuko's arithmetic."""
 
         def __init__(self, lazy: Any, c: Any, layout: Any, own: bool, mask: Any = None) -> None:
             meta = functools.partial(lazy.meta, c)
             if own:
                 super().__init__(meta, lazy.mask if mask is None else mask)
-            else:  # without the features' numbers, for which a GPU would be waited for
+            else:  # without the features' indices, which would wait for the GPU
                 Transform.__init__(self)
                 self.meta = meta
             self._lazy, self._c, self._layout, self._own = lazy, c, layout, own
@@ -113,7 +113,7 @@ def _transform_class() -> type:
             return self._run(x, False, super().call_and_ladj)
 
         def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-            """(x, log|dx / dy|); zuko would run its conditioner twice."""
+            """(x, log|dx / dy|); zuko would evaluate its conditioner twice."""
 
             def own(y: Tensor) -> tuple[Tensor, Tensor]:
                 kept, moved = self.split(y)
@@ -145,7 +145,7 @@ def _transform_class() -> type:
             return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
     class Inverse(base_of_inverse):
-        """The inverse, whose value and log-determinant take one pass too."""
+        """The inverse transform, which evaluates the conditioner once too."""
 
         def __reduce__(self) -> Any:
             return base_of_inverse, (self._inv,)
@@ -157,7 +157,7 @@ def _transform_class() -> type:
 
 
 def _extra(lazy: Any) -> int:
-    """Features of a context."""
+    """The number of features of the context."""
     width: int = lazy.hyper.weight.shape[1] if isinstance(lazy.hyper, Stub) else lazy.hyper.in_features
     return width - int(lazy.mask.sum())
 
@@ -201,7 +201,7 @@ _COUPLING = coupling_adapter(
 
 
 def _forward_chain(chain: Any, c: Tensor | None = None) -> Transform:
-    """The transform given c: all couplings together where there is no c, else zuko's own of each."""
+    """The transform for c: where c is None all couplings together, else zuko's own composition."""
     fused = fused_of(chain) if c is None and not _is_traced() and not is_patched(chain) else None
     if fused is None:
         original: Transform = original_class(chain).forward(chain, c)  # type: ignore[attr-defined]
@@ -212,11 +212,11 @@ def _forward_chain(chain: Any, c: Tensor | None = None) -> Transform:
 
 @functools.cache
 def _together_class() -> type:
-    """All couplings in one transform, a zuko ComposedTransform; made when zuko is there."""
+    """The class of all couplings' transform, a subclass of zuko's ComposedTransform; zuko must be imported."""
     base: Any = find_class("zuko.transforms", "ComposedTransform")
 
     class ComposedTransform(base):
-        """y and log|det| of all couplings together, where the chain is as it was, else by zuko's own transforms."""
+        """y and log|det| of all couplings together; by one transform per coupling where the chain has changed."""
 
         domain = codomain = constraints.real_vector
         bijective = True
@@ -229,7 +229,7 @@ def _together_class() -> type:
 
         @functools.cached_property
         def _apart(self) -> list[Transform]:
-            """One transform per coupling, of the masks that there were when this was made."""
+            """One transform per coupling, with the masks from when this object was made."""
             made = []
             for lazy, coupling in zip(self._couplings, self._fused.couplings, strict=True):
                 mask = torch.zeros_like(lazy.mask)
