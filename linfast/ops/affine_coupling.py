@@ -1,7 +1,6 @@
 """Affine coupling: one half of the channels is scaled and shifted, the other half is copied.
 
-m is the moved half, the half of x along dim 1 that is scaled and shifted. The conditioner outputs the shift t and a
-raw log-scale; log_s = scale_map(raw):
+m is the half of x that is scaled and shifted. The conditioner outputs the shift t and raw; log_s = scale_map(raw):
 
     order "shift_first":  y = (m + t) exp(log_s)      m = y exp(-log_s) - t
     order "scale_first":  y = m exp(log_s) + t        m = (y - t) exp(-log_s)
@@ -45,7 +44,7 @@ def affine_coupling(
     inverse: bool = False,
     log_det: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, log|det| or None): y = (m + t) exp(log_s) or m exp(log_s) + t, or the inverse, on the moved half m of x.
+    """(y, log|det| or None): y = (m + t) exp(log_s) or m exp(log_s) + t, or the inverse, on one half m of x.
 
     Args:
         x: [B, C, ...], C >= 2.

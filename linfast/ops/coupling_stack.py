@@ -245,7 +245,7 @@ _coupling_stack = define_op(
 
 
 def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> None:
-    """Raise TypeError or ValueError unless types, options and shapes fit; of packed layers only the width is read."""
+    """Raise TypeError or ValueError unless types, options and shapes fit; of packed layers only the width."""
     check_tensor("x", x)
     check_kind("layers", g.layers, _SEQUENCES, "a sequence of CouplingLayers")
     for name, choices in (("activation", ACTIVATION_NAMES), ("order", ORDERS), ("moves", HALVES)):
