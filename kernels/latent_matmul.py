@@ -8,10 +8,10 @@ z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and 
 dz is the same product with A transposed (a view) and no bias. Only the inputs are saved.
 
 The rows are sorted by operator (stably, on the device, without the host) and cut into tiles of one operator each.
-The grid has the most tiles there can be, about B / rows + K. A program finds its tile in the running sum of tiles per
-operator, gathers its rows of z and reads A_k in place: A is never gathered to [B, n_out, n_in]. For dA one program
-per operator and tile of A_k adds the operator's rows in order: no atomics, the same bits every time. The error of a
-chain of multiply-adds grows with its length: a new one begins after RUN steps of rows.
+The grid has the most tiles there can be, about B / rows + K. A program finds its tile in the running sum of tiles
+per operator, gathers its rows of z and reads A_k in place: A is never gathered to [B, n_out, n_in]. For dA one
+program per operator and tile of A_k adds the operator's rows in order: no atomics, the same bits every time. The
+error of a chain of multiply-adds grows with its length: a new one begins after RUN steps of rows.
 
 Bytes: z, y and the order once per column of tiles; each A_k once per tile of its rows, so about K n_out n_in + 2 B
 n elements where the rows of an operator fit one tile. fp32 operands are not rounded (input_precision "ieee"); fp16
