@@ -7,8 +7,7 @@ Elements per position, with C channels in and out and C / 2 moved: 3 C for x, pa
 the other move 5 C. The gradients are in coupling_mix_backward.
 
 Columns n = b P + p, and the two kernels, are as in channel_mix; tl.dot sums over the moved half, then the kept
-half, as two ranges of W's columns. Every program computes all outputs, so that no coupling is repeated: C, O <=
-128.
+half, as two ranges of W's columns. To compute no coupling twice, every program has all outputs: C, O <= 128.
 
 The kernel sums log|det| over channels and over groups of columns of one sample (the largest power of two that
 divides P, up to a tile); torch sums over the groups of a sample: no atomics, the same bits every time.

@@ -61,7 +61,7 @@ _WHOLE = StackConfig(rows=128, num_warps=8, chunk=0, layer_stages=2, chunk_stage
 _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # fp32 operands are twice as long: with chunks of 32 columns at H = 256 two registers spill.
 _WIDE_16 = StackConfig(rows=64, num_warps=8, chunk=16, layer_stages=1, chunk_stages=2)
-# As _WIDE with half the traffic of weights: at H = 128 a thread has enough registers for 128 rows.
+# As _WIDE with half the traffic of weights: at H = 128 threads have enough registers for 128 rows.
 _TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # Products of 32 rows: mma.sync in place of wgmma and tcgen05, with a quarter of the registers. For operands in
 # parts, where 64 rows spill 16 to 136 bytes on sm_90 and exceed sm_100's tensor memory (they need 768 columns of
