@@ -9,7 +9,7 @@ x = [first | second]. A layer l moves one half, m, and keeps the other, k; m alt
 |-----------|---------------------------------------------------------------------------------------|
 | reference | a CPU, float64: plain torch, layer by layer                                           |
 | stack     | a GPU, sizes that fit on chip: one launch, linfast.kernels.coupling_stack             |
-| library   | a GPU, larger sizes: torch's products (in torch's precision; for "fast" in half         |
+| library   | a GPU, larger sizes: torch's products (in torch's precision; for "fast" in half       |
 |           | precision), and one kernel per layer for its coupling                                 |
 
 The backward of "stack" saves x and the weights, and recomputes the rest.
