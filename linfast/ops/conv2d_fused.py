@@ -66,7 +66,7 @@ def conv2d_fused(
             torch.backends.cudnn.conv.fp32_precision is "tf32", its default.
 
     Statistics carry no gradient: their part is in the gradient of x. Those of y are None where next_groups is 0,
-    where torch's convolution ran, or where the kernel cannot sum such groups; pass them to the next call as they are.
+    where torch's convolution ran, or where the kernel cannot sum such groups; pass them to the next call as is.
 
     Raises:
         ValueError: shapes or groups do not fit, or the precision is unknown.
