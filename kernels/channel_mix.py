@@ -223,7 +223,10 @@ def _channel_mix_weight_kernel(
 
 
 def tile_of(x: Tensor, n_out: int, size: int, dots: Sequence[tuple[int, Tile]]) -> tuple[bool, Tile]:
-    """(whether the unrolled kernel runs, tile) for x [B, C, P]: it does for few channels that are not innermost."""
+    """(whether the unrolled kernel runs, its tile) for x [B, C, P].
+
+    It runs where channels are few and positions innermost; elsewhere the tile is that of ``dots`` for ``size``.
+    """
     widest = max(x.shape[1], n_out)
     unrolled = widest < 16 and x.stride(1) >= column_strides(x)[2]
     return unrolled, tile_for(widest, UNROLLED) if unrolled else tile_for(size, dots)

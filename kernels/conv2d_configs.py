@@ -84,7 +84,10 @@ def runs_fused(n_in: int, n_out: int, kernel: int, precision: str, target: str |
 def choose_tile(
     n_out: int, n_positions: int, table: Sequence[tuple[int, Tile]] = TILES, parts: int = 1
 ) -> dict[str, int]:
-    """The tile for images of this many positions; for a weight gradient ``n_out`` is the larger of C_in, C_out."""
+    """The tile for images of this many positions; for a weight gradient ``n_out`` is the larger of C_in, C_out.
+
+    An entry's ``split_warps`` is the number of warps where an operand has more than one part.
+    """
     tile = dict(tile_for(n_out, table))
     split_warps = tile.pop("split_warps", tile["num_warps"])
     rows = min(tile["ROWS"], max(power_of_two(n_positions), 16))  # tl.dot takes at least 16 rows
@@ -113,12 +116,16 @@ def n_row_tiles(n_out: int, n_positions: int) -> int:
 
 
 def empty_outputs(x: Tensor, weight: Tensor, residual: Tensor | None, spec: ConvSpec) -> tuple[Tensor, ...]:
-    """Empty (y, x's mean and rstd [B, groups], y's statistics [B, tiles, next_groups, 2]) of conv2d_fused."""
+    """Empty outputs of conv2d_fused: y, followed by ``empty_statistics``."""
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
+    return with_channels(x, weight.shape[0], dtype), *empty_statistics(x, weight.shape[0], spec)
+
+
+def empty_statistics(x: Tensor, n_out: int, spec: ConvSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty (mean and rstd of x [B, groups], statistics of y's tiles [B, tiles, next_groups, 2])."""
     mean, rstd = (x.new_empty((x.shape[0], spec.groups), dtype=torch.float32) for _ in range(2))
-    tiles = n_row_tiles(weight.shape[0], x.shape[2] * x.shape[3])
-    next_tiles = x.new_empty((x.shape[0], tiles, spec.next_groups, 2), dtype=torch.float32)
-    return with_channels(x, weight.shape[0], dtype), mean, rstd, next_tiles
+    tiles = n_row_tiles(n_out, x.shape[2] * x.shape[3])
+    return mean, rstd, x.new_empty((x.shape[0], tiles, spec.next_groups, 2), dtype=torch.float32)
 
 
 def tile_rows_of(n_tiles: int, n_positions: int) -> int:

@@ -39,8 +39,9 @@ TILES: dict[bool, Tile] = {
 def choose_tile(x: Tensor) -> tuple[Tile, int]:
     """(the tile for images of x's shape and strides, blocks of channels per sample)."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    fewer = {"CHANNELS": power_of_two(channels), "PIXELS": max(power_of_two(pixels), 16)}
-    tile = {name: min(size, fewer.get(name, size)) for name, size in TILES[x.stride(1) < x.stride(3)].items()}
+    tile = dict(TILES[x.stride(1) < x.stride(3)])
+    tile["CHANNELS"] = min(tile["CHANNELS"], power_of_two(channels))
+    tile["PIXELS"] = min(tile["PIXELS"], max(power_of_two(pixels), 16))
     return tile, ceil_div(channels, tile["CHANNELS"])
 
 

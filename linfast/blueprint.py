@@ -18,7 +18,6 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +63,8 @@ def register(cls: _Class) -> _Class:
 
 _ABSTRACT = (flows.Bijection, operators.LatentOperator)
 _LAZY = (base.Product, base.Scaled, base.Sum, base.Transposed)
-for _cls in (Linearizer, *_LAZY, *(getattr(each, name) for each in (flows, operators) for name in each.__all__)):
+_named = [getattr(package, name) for package in (flows, operators) for name in package.__all__]
+for _cls in (Linearizer, *_LAZY, *_named):
     if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _cls not in _ABSTRACT:
         register(_cls)
 
@@ -132,7 +132,7 @@ def build(architecture: Any, tensors: int) -> tuple[nn.Module, list[Tensor]]:
         expected = isinstance(error, (ValueError, TypeError))
         why = str(error).partition("\n")[0] if expected else f"{error!r:.200}"
         raise ValueError(f"the architecture cannot be built ({why})") from error
-    if next(islice(model.named_modules(remove_duplicate=False), _MOST_PATHS, None), None) is not None:
+    if _paths(model, {}) > _MOST_PATHS:
         raise ValueError(f"the architecture shares modules: more than {_MOST_PATHS} ways lead to them")
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -142,6 +142,15 @@ def build(architecture: Any, tensors: int) -> tuple[nn.Module, list[Tensor]]:
                     "a parameter nor a buffer: register it as one"
                 )
     return model, builder.given
+
+
+def _paths(module: nn.Module, known: dict[nn.Module, int]) -> int:
+    """How many ways lead from a module to those in it, itself among them."""
+    if module not in known:
+        known[module] = 1
+        for child in module._modules.values():  # a sum would take one more of Python's 1000 frames
+            known[module] += 0 if child is None else _paths(child, known)
+    return known[module]
 
 
 def _holds_meta(value: Any) -> bool:

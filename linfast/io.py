@@ -32,7 +32,7 @@ __all__ = ["load", "register", "save"]
 _FORMAT = "linfast-2"
 _LARGEST_HEADER = 40_000_000  # characters; safetensors reads 100 MB, in which quotes are escaped
 _LISTS = ("frozen", "learned", "switched")  # a header's lists of names
-# A header's dictionaries and lists, with the type of what they hold.
+# The parts of a header: whether each is a dictionary or a list, and the type of its values.
 _ENTRIES = {"aliases": (dict, str), "strides": (dict, list), "shared": (dict, str)} | dict.fromkeys(
     _LISTS, (list, str)
 )
@@ -43,6 +43,13 @@ def described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
 
     TypeError or ValueError for what ``save`` refuses, but for weights that are NaN or infinite.
     """
+    try:
+        return _described(model)
+    except RecursionError as error:
+        raise ValueError("its modules lie too deep inside one another") from error
+
+
+def _described(model: nn.Module) -> tuple[str, dict[str, Tensor]]:
     architecture = describe(model, {})
     found = state.slots(model)
     tensors, aliases = state.unique(found)
@@ -84,10 +91,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_kind("model", model)
     try:
         text, tensors = described(model)
-        _check_numbers(model)
-    except (RecursionError, ValueError) as error:
-        why = error if isinstance(error, ValueError) else "its modules lie too deep inside one another"
-        raise ValueError(f"cannot save a {type(model).__name__}: {why}") from error
+        for key, value in tensors.items():
+            _check_finite(key, value)
+        _check_permutations(model)
+    except ValueError as error:
+        raise ValueError(f"cannot save a {type(model).__name__}: {error}") from error
     contiguous = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with written_whole(path) as partial:
         try:
@@ -126,16 +134,16 @@ def _loaded(path: Path, device: torch.device) -> nn.Module:
                 part = file.get_slice(key)
                 if (dtype := part.get_dtype()) not in STORED_AS:
                     raise ValueError(f"{key} is {dtype}; tensors are {', '.join(DTYPES)}")
-                stored[key] = part.get_shape(), str(STORED_AS[dtype])[6:]
+                stored[key] = part.get_shape(), str(STORED_AS[dtype]).removeprefix("torch.")
             model, filled = _planned(header, stored)
             values = {}
             for key in stored:
-                value = file.get_tensor(key)
+                _check_finite(key, value := file.get_tensor(key))
                 values[key] = state.laid_out(value, header["strides"].get(key, value.stride()), device)
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file ({error})") from error
     _fill(model, filled, values, header)
-    _check_numbers(model)
+    _check_permutations(model)
     model.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # moves nothing: its hooks are run
     return model.to(device)
 
@@ -210,11 +218,14 @@ def _parent(path: str) -> str | None:
     return path.rpartition(".")[0] if path else None
 
 
-def _check_numbers(model: nn.Module) -> None:
-    """ValueError where a tensor is not finite, or the ``permutation`` of a bijection's features is not one."""
+def _check_finite(key: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{key} {tuple(value.shape)} has NaN or infinite values")
+
+
+def _check_permutations(model: nn.Module) -> None:
+    """ValueError where the ``permutation`` of a bijection's features is not a permutation."""
     for key, (module, name, value) in state.slots(model).items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{key} {tuple(value.shape)} has NaN or infinite values")
         if name == "permutation" and isinstance(module, Bijection):
             check_permutation(value, module.features, key)
 

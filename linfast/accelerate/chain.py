@@ -43,14 +43,14 @@ class Part:
 
     def step(self, inverse: bool) -> Step:
         def undo_once(made: Made, context: Context) -> Undone:
-            run, run_back = self._both_ways(recalling(self.module, self.conditioners, made.tensors), inverse)
+            run, run_back = self._run_and_run_back(recalling(self.module, self.conditioners, made.tensors), inverse)
             with torch.no_grad():  # the conditioners see to their own graphs
                 return undo(lambda x: run(x, context), lambda y: run_back(y, context), made)
 
-        step = Step.of(self.name, self.module, *self._both_ways(self.module, inverse))
+        step = Step.of(self.name, self.module, *self._run_and_run_back(self.module, inverse))
         return replace(step, undo=undo_once) if self.conditioners else step
 
-    def _both_ways(self, module: Any, inverse: bool) -> tuple[Callable[..., Outputs], Callable[..., Tensor]]:
+    def _run_and_run_back(self, module: Any, inverse: bool) -> tuple[Callable[..., Outputs], Callable[..., Tensor]]:
         return (
             lambda x, context: self.run(module, x, context, inverse),
             lambda y, context: self.run(module, y, context, not inverse)[0],
@@ -191,7 +191,8 @@ def chain_adapter(
                 raise Unfit(why)
             fused = Fused(chain, flat, run_part, maps, options)
             like = next(p for p in chain.parameters() if p.is_floating_point())
-            return Plan(fused.describe(like), layout=fused, takes_precision=fused.launch is not None)
+            one = fused.launch is not None and fused.launch.has_tile(like, options.precision)
+            return Plan(fused.describe(like), layout=fused, takes_precision=one)
         parts = find(chain)
         check_parts(parts)
         return Plan(f"{len(parts)} steps, rebuilt in the backward", layout=find)

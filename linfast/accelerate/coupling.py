@@ -66,7 +66,9 @@ def coupling_adapter(
             n_in, n_out = side.widths(*map(len, side.split.features_of(features)))
             stubs[id(net)] = stub(n_in + extra(module), n_out, draw)
         for inside in [*module.modules()]:
-            inside._modules.update({name: stubs.get(id(child), child) for name, child in inside._modules.items()})
+            for name, child in [*inside._modules.items()]:
+                if id(child) in stubs:
+                    inside._modules[name] = stubs[id(child)]
 
     def probe(module: Any, draw: Draw) -> list[Tensor]:
         outputs: list[Tensor] = []

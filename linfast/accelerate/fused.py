@@ -67,7 +67,7 @@ def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
     def flat(chain: Any, where: str = "") -> Iterator[tuple[str, nn.Module]]:
         for i, member in enumerate(getattr(chain, attribute)):
             name = f"{where}{attribute}[{i}]"
-            if any(defined_as(member, *cls) for cls in nested):
+            if nested and any(defined_as(member, *cls) for cls in nested):
                 yield from flat(member, f"{name}.")
             else:
                 yield name, member

@@ -28,7 +28,8 @@ def original_class(module: object) -> type:
 
 def uncompiled(module: Any) -> Any:
     """The module that ``torch.compile`` wrapped, or the module itself."""
-    return vars(module).get("_modules", {}).get("_orig_mod", module)
+    wrapped = "_orig_mod" in vars(module).get("_modules", ())  # a ScriptModule's has no ``get``
+    return module._orig_mod if wrapped else module
 
 
 def modules_of(instance: Any) -> dict[str, nn.Module]:

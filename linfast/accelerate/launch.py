@@ -226,11 +226,12 @@ def launch_of(members: Sequence[Member]) -> Launch | None:
         else:
             return None
     parts = [(coupling.side.tail, coupling.mlps[0]) for coupling in couplings]
-    kinds = {(t.scale_map, t.order, m.activation, m.constants, len(m.layers)) for t, m in parts}
+    usual = ((), ("none",))  # constants of the activations that the op has
+    kinds = {(t.scale_map, t.order, m.activation, m.constants in usual, len(m.layers)) for t, m in parts}
     if len(kinds) > 1 or (len(members) > 1 and any(tail.undoes for tail, _ in parts)):
         return None
     tail, mlp = parts[0]
-    known = mlp.constants in ((), ("none",)) and (mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1)
+    known = mlp.constants in usual and (mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1)
     if tail.scale_map is None or not known:  # the op has no such formula or conditioner
         return None
     ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])

@@ -148,8 +148,10 @@ def _forward_of(kind: Any) -> _Forward:
     if torch.compiler.is_compiling():
         return _Forward(None)
     is_own = "forward" in vars(kind) and is_own_method(kind, "forward")
-    _FORWARDS[kind] = _Forward(kind.forward, is_own, _read_child(kind.forward) if is_own else None)
-    return _FORWARDS[kind]
+    if not is_own:
+        return _Forward(kind.forward)
+    _FORWARDS[kind] = found = _Forward(kind.forward, True, _read_child(kind.forward))
+    return found
 
 
 def _read_child(forward: Any) -> str | None:

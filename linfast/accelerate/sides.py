@@ -118,7 +118,8 @@ class Tail:
         elif self.layout == "interleaved":
             shift, raw = params[:, 0::2], params[:, 1::2]
         else:
-            shift, raw = params.chunk(2, 1)[:: -1 if self.layout == "raw_first" else 1]
+            first, second = params.chunk(2, 1)
+            shift, raw = (second, first) if self.layout == "raw_first" else (first, second)
         return torch.cat((-shift if self.undoes else shift, raw), 1)
 
 

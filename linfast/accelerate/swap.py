@@ -153,8 +153,11 @@ def _arguments(
 
 def _is_symbolic(arguments: Iterable[Any]) -> bool:
     """Whether torch.fx is tracing: then it is to see the library's own operations."""
-    each = itertools.chain.from_iterable(a if isinstance(a, (tuple, list)) else (a,) for a in arguments)
-    return any(isinstance(a, torch.fx.Proxy) for a in each)
+    for argument in arguments:
+        each = argument if isinstance(argument, (tuple, list)) else (argument,)
+        if any(isinstance(a, torch.fx.Proxy) for a in each):
+            return True
+    return False
 
 
 def may_replace(instance: Any, adapter: Adapter, method: str) -> bool:

@@ -143,14 +143,13 @@ def wide(parameter: Tensor) -> Tensor:
 def constant_log_det(x: Tensor, of_position: Tensor | float = 0.0, inverse: bool = False) -> Tensor:
     """log|det| [B], at least fp32, of a map that is the same for every sample and at every position of x.
 
-    There is one position in [B, C], and H W in [B, C, H, W].
+    There is one position in [B, C], and H W in [B, C, H, W]. ``of_position`` is a tensor, or 0.0.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if not isinstance(of_position, Tensor):  # torch.export would fix a dynamic H or W that is read here
+        return torch.full((x.shape[0],), 0.0, dtype=dtype, device=x.device)
     total = of_position * x.shape[2:].numel()
-    total = -total if inverse else total
-    if isinstance(total, Tensor):
-        return total.to(dtype).expand(x.shape[0])
-    return torch.full((x.shape[0],), total, dtype=dtype, device=x.device)
+    return (-total if inverse else total).to(dtype).expand(x.shape[0])
 
 
 class Conditioned(Bijection):

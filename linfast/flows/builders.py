@@ -66,8 +66,9 @@ def coupling_flow(
         ValueError: an option that is not listed here, depth < 1 or features < 2.
     """
     features = check_count("features", features, least=2)
-    sizes: dict[str, Any] = {"time_features": time_features, "context_features": context_features}
-    make = partial(MLP, hidden=hidden, activation=activation, **sizes)
+    make = partial(
+        MLP, hidden=hidden, activation=activation, time_features=time_features, context_features=context_features
+    )
     layers = _stack(features, depth, make, coupling, scale_map, order, actnorm, mix, mix_every=1)
     return Flow(layers, features=features, shape=(features,), memory=memory)
 

@@ -179,8 +179,8 @@ def read_from_outside(
     """A description of what else in the outputs' graph needs a gradient; None where nothing does.
 
     Args:
-        inputs: the function's arguments, where the graph may end. The first one's node was made last before the
-            function ran: older ones belong to another computation.
+        inputs: the function's arguments, where the graph may end. The first must not be a leaf: nodes older than
+            its node belong to another computation.
         leaves: its parameters, where it may end too.
     """
     known, since = {id(leaf) for leaf in leaves}, _number(inputs[0].grad_fn)

@@ -59,7 +59,7 @@ class Step:
         name: for messages.
         module: whose parameters and buffers it reads.
         forward: (x, context) -> (y, log_det [B] or None).
-        undo: (``Made``: y, gradients of y and log_det, tensors; context) -> (x, [grad of x, *grads of tensors]).
+        undo: (made, context) -> (x, [grad of x, *grads of made.tensors]); ``made`` is a ``flows.undo.Made``.
     """
 
     name: str
@@ -233,7 +233,7 @@ class Chain:
                 with torch.no_grad():
                     rows.append(self.checksum.with_norm(y))
                 start, total = self._link(i, y, log_det, anchor) if i else (first.view_as(x), None)
-                out, part, what = self._first(i, start, given, context, memory)
+                out, part, what = self._first_run(i, start, given, context, memory)
                 if what is not None:
                     self._end(rows)
                     self.guard.stores(step.name, what, memory)
@@ -244,7 +244,7 @@ class Chain:
         self._end(rows)
         return self._link(len(self.steps), y, log_det, anchor)
 
-    def _first(
+    def _first_run(
         self, i: int, start: Tensor, given: Sequence[Tensor], context: Context, memory: str
     ) -> tuple[Tensor, Tensor | None, str | None]:
         """Step i's outputs, and in words what it reads that makes it be stored; None where it can be rebuilt."""

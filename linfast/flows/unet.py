@@ -81,6 +81,7 @@ class UNet(nn.Module):
         self.stem = conv3x3(channels_in, width)
         self.encoder, outputs = self._encoder_of(levels)
         self.decoder = self._decoder_of(levels, outputs)
+        # Which blocks read an encoder's output: all but the two in the middle and those that resample.
         self._joins = [i >= 2 and block.resample is None for i, block in enumerate(self.decoder)]
         self.norm = norm(levels[0][0])
         self.head = conv3x3(levels[0][0], channels_out, zero=True)
@@ -99,7 +100,10 @@ class UNet(nn.Module):
 
     def _encoder_of(self, levels: Sequence[tuple[int, bool]]) -> tuple[nn.ModuleList, list[int]]:
         """The blocks of levels (channels, whether they have attention), and the channels of each output."""
-        blocks, outputs = nn.ModuleList(), [self.width]
+        blocks, outputs = (
+            nn.ModuleList(),
+            [self.width],
+        )  # made one at a time: ``blocks`` may be 10^9, and fails early
         for level, (channels, attends) in enumerate(levels):
             if level:
                 blocks.append(self._block(outputs[-1], outputs[-1], "down"))

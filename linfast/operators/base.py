@@ -140,14 +140,12 @@ class LatentOperator(Decomposable):
 class Lazy(LatentOperator):
     """An operator made of others. Its parts stay live; ``closed`` takes the snapshot."""
 
-    _names: tuple[str, ...] = ("left", "right")  # of its parts, in the order of its constructor
     left: LatentOperator
     right: LatentOperator
-    operator: LatentOperator
 
     def parts(self) -> tuple[LatentOperator, ...]:
-        """The operators it is made of."""
-        return tuple(getattr(self, name) for name in self._names)
+        """The operators it is made of, in the order of its constructor."""
+        return self.left, self.right
 
     def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
         """The same of other parts."""
@@ -162,19 +160,24 @@ class Lazy(LatentOperator):
         return self._rebuild(*(part.at(t) for part in self.parts())) if self.time_dependent else self
 
     def _at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
+        if not self.time_dependent:
+            return lambda k: self
         parts = [part._at_each(times) for part in self.parts()]
-        return lambda k: self._rebuild(*(part(k) for part in parts)) if self.time_dependent else self
+        return lambda k: self._rebuild(*(part(k) for part in parts))
 
 
 class Transposed(Lazy):
     """A^T."""
 
-    _names = ("operator",)
+    operator: LatentOperator
 
     def __init__(self, operator: LatentOperator) -> None:
         super().__init__()
         self.operator = operator
         self.n_out, self.n_in = operator.n_in, operator.n_out
+
+    def parts(self) -> tuple[LatentOperator, ...]:
+        return (self.operator,)
 
     @property
     def T(self) -> LatentOperator:
@@ -193,7 +196,7 @@ class Transposed(Lazy):
 class Scaled(Lazy):
     """factor * A, the factor a number or a 0-d tensor."""
 
-    _names = ("operator",)
+    operator: LatentOperator
     factor: float | Tensor
 
     def __init__(self, factor: float | Tensor, operator: LatentOperator) -> None:
@@ -204,6 +207,9 @@ class Scaled(Lazy):
         hold(self, "factor", factor)
         self.operator = operator
         self.n_out, self.n_in = operator.n_out, operator.n_in
+
+    def parts(self) -> tuple[LatentOperator, ...]:
+        return (self.operator,)
 
     def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
         return Scaled(self.factor, *parts)

@@ -158,13 +158,16 @@ class DepthwiseConv(Leaf):
     def _plus(self, other: Leaf) -> Leaf | None:
         if isinstance(other, DepthwiseConv) and (other.size, other.kernel_size) == (self.size, self.kernel_size):
             return self._with(self.weight + other.weight)
-        return self._blocks()._plus(other)
+        return self._blocks()._plus(other) if isinstance(other, _BLOCKED) else None
 
     def _times(self, other: Leaf) -> Leaf | None:
-        return self._blocks()._times(other)
+        return self._blocks()._times(other) if isinstance(other, _BLOCKED) else None
 
     def _general(self) -> Leaf:
         return self._blocks()
+
+
+_BLOCKED = (DepthwiseConv, BlockDiagonal, Diagonal)  # what a sum or product with blocks is formed for
 
 
 def check_pair(name: str, value: object) -> tuple[int, int]:

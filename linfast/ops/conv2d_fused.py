@@ -20,7 +20,15 @@ from torch import Tensor
 
 from ..checks import check_count, check_flag, check_number, check_tensor
 from ..dispatch import autocast_dtype, chosen_backend, uses_triton
-from ..kernels.conv2d_configs import CONV_SCHEMA, ConvSpec, empty_outputs, handed_over, runs_fused, tile_rows_of
+from ..kernels.conv2d_configs import (
+    CONV_SCHEMA,
+    ConvSpec,
+    empty_outputs,
+    empty_statistics,
+    handed_over,
+    runs_fused,
+    tile_rows_of,
+)
 from ..kernels.launch import like
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
@@ -126,7 +134,7 @@ def conv2d_fused_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The raw op in plain torch: (y, x's mean and rstd [B, groups], y's statistics [B, tiles, next_groups, 2])."""
     spec, a = ConvSpec(*constants), x
-    _, mean, rstd, next_tiles = empty_outputs(x, weight, residual, spec)
+    mean, rstd, next_tiles = empty_statistics(x, weight.shape[0], spec)
     if spec.groups:
         a = group_norm_silu_reference(x, norm_weight, norm_bias, None, None, *spec[:3])
         mean, rstd = moments(x, spec.groups, spec.eps)

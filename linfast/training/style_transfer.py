@@ -70,8 +70,9 @@ class GeneratedDepthwise(nn.Module):
         index = torch.full((1,), k, dtype=like.dtype, device=like.device)
         size, middle = self.kernel_size, (self.kernel_size - 1) // 2
         weight = self.net(self.embedding(index)).to(like.dtype).reshape(self.channels, size, size)
-        weight[:, middle, middle] += 1.0
-        return DepthwiseConv(self.channels, size, self.size, weight)
+        impulse = torch.zeros_like(weight)
+        impulse[:, middle, middle] = 1.0
+        return DepthwiseConv(self.channels, size, self.size, weight + impulse)
 
 
 @register
