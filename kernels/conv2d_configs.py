@@ -84,10 +84,7 @@ def runs_fused(n_in: int, n_out: int, kernel: int, precision: str, target: str |
 def choose_tile(
     n_out: int, n_positions: int, table: Sequence[tuple[int, Tile]] = TILES, parts: int = 1
 ) -> dict[str, int]:
-    """The tile for images of this many positions; for a weight gradient ``n_out`` is the larger of C_in, C_out.
-
-    An entry's ``split_warps`` is the number of warps where an operand has more than one part.
-    """
+    """The tile for images of this many positions; for a weight gradient ``n_out`` is the larger of C_in, C_out."""
     tile = dict(tile_for(n_out, table))
     split_warps = tile.pop("split_warps", tile["num_warps"])
     rows = min(tile["ROWS"], max(power_of_two(n_positions), 16))  # tl.dot takes at least 16 rows
