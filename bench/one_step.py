@@ -17,14 +17,14 @@ _BATCH = 64
 
 _HEAD = """# One step against many
 
-For random smooth A_t (`TimeLowRank(N, r)`, its default initialisation plus 0.02 randn on every weight)
-and {batch} standard normal latents: the collapsed operator against the multi-step sampler in float64.
+The collapsed operator is compared with the multi-step sampler in float64, for {batch} standard normal latents and
+random smooth A_t: `TimeLowRank(N, r)`, its default initialisation plus 0.02 randn on every weight.
 
-- error: of `collapse` in float64, relative L2
-- dB: peak signal-to-noise ratio of `collapse` in float32, peak = the largest latent
-- formula, dB: the same of the Runge-Kutta formula that the paper's repository collapses with, in
-  float64: k3 = k2, and the stages' matrices added up without composing them
-  (M = I + h/6 (K1 + 4 K2 + K4), K = (A_t - I) / (1 - t)). For euler it is exact.
+- error: relative L2 error of `collapse` in float64
+- dB: peak signal-to-noise ratio of `collapse` in float32, with the largest latent as the peak
+- formula, dB: the same ratio, in float64, for the Runge-Kutta formula by which the paper's repository collapses
+  A_t. It sets k3 = k2 and adds the stages' matrices without composing them (M = I + h/6 (K1 + 4 K2 + K4),
+  K = (A_t - I) / (1 - t)). Its formula for euler is exact.
 
 Made by `python -m linfast.bench.one_step > docs/one_step.md` on {device}.
 """

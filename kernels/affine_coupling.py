@@ -1,22 +1,22 @@
 """Affine coupling on [batch, channel, position]: one pass over x and the parameters, one output.
 
-With the moved half m of x, the kept half k, shift t and raw r, l = scale_map(r):
+m is the moved half of x, k the kept half, t the shift, r the raw log-scale, and l = scale_map(r):
 
     forward   y = (m + t) e^l   or  m e^l + t        inverse   y = m e^-l - t   or  (m - t) e^-l
     log|det| = +sum(l), -sum(l)
 
-Gradients, from the output y and never the input (shift first / scale first), with
-g = dL/dy and h = dL/d log|det|:
+Gradients in terms of the output y (shift first / scale first), so that x need not be saved; g = dL/dy and
+h = dL/d log|det|:
 
     forward   dm = g e^l     dt = dm / g       dl =  g y + h       /  g (y - t) + h
     inverse   dm = g e^-l    dt = -g / -dm     dl = -g (y + t) - h / -g y - h
     dr = dl * dl/dr,  dk = g
 
-so x need not be saved. Bytes per sample in fp32, forward: 4 (C + C + 2 C_m) P for x, y and params, and 4 for the
-log-determinant. Backward: in come y's and g's moved halves, g's kept half and params; out go dx and dparams.
+Bytes per sample in fp32, forward: 4 (C + C + 2 C_m) P for x, y and params, and 4 for log|det|, with C_m moved
+channels and P positions. The backward reads y's moved half, g and params, and writes dx and dparams.
 
-A program takes a tile of rows (batch, outer) by columns (inner) of both halves (see ``launch.Walk``). log|det| is
-summed within a tile and then over a row's tiles by torch: no atomics, the same bits every time.
+A program computes a tile of rows (batch, outer) by columns (inner) of both halves (see ``launch.Walk``). log|det|
+is summed within a row of a tile by the kernel and over these sums by torch: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from torch import Tensor
 from .launch import CouplingSpec, Tile, Walk, ceil_div, like, needs_int64, positions, tile_for, walk
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 
-# (widest row in elements, tile). 1024 elements over 128 threads are 8 per thread: two 16-byte
-# loads of each tensor in flight, and 32 registers forward, 44 backward on sm_90 (2048 elements:
-# 56 and 72, half the warps resident).
+# (widest row in elements, tile). 1024 elements over 128 threads are 8 per thread: two 16-byte loads of each tensor
+# in flight, and 32 registers forward and 44 backward on sm_90. With 2048 elements they are 56 and 72, and half as
+# many warps are resident.
 TILES: tuple[tuple[int, Tile], ...] = (
     (16, {"ROWS": 64, "COLUMNS": 16, "num_warps": 4}),  # narrow vectors: many samples per tile
     (64, {"ROWS": 16, "COLUMNS": 64, "num_warps": 4}),  # D = 128 and below
@@ -206,7 +206,7 @@ def _row_grid(path: Walk, moved: Tensor, kept: Tensor) -> tuple[tuple[int, ...],
 
 
 def launch_affine_coupling(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
-    """(y like x, log_det [B] fp32; [0] where not asked for)."""
+    """(y like x, log|det| [B] fp32; [0] where not requested)."""
     spec, y = CouplingSpec(*constants), like(x)
     if x.numel() == 0:
         return y, x.new_zeros(x.shape[0] if spec.log_det else 0, dtype=torch.float32)

@@ -4,18 +4,17 @@
     dx[b, c, p] = sum_o W[o, c] dy[b, o, p]        the same kernel on W's transpose
     dW[o, c] = sum_{b, p} dy[b, o, p] x[b, c, p],  dbias[o] = sum_{b, p} dy[b, o, p]
 
-The backward keeps W and, for dW, x. Bytes, forward and dx: x and y once, W from the cache; dW: x and dy once, and
+The backward reads W and, for dW, x. Bytes, forward and dx: x and y once, W from the cache; dW: x and dy once, and
 the partial sums, 4 O C bytes per split.
 
-Batch and positions are one axis of columns n = b P + p; where every view merges them (channels_last, one sample,
-one position) the division by P is compiled out. Few channels along runs of positions are a vector per channel, in
-multiply-adds with W's elements as scalars. More channels, or channels innermost, are tl.dot over chunks of
-channels, always [O, C] @ [C, N]: the compiler orders each load along the run that it finds. fp32 products are
-"ieee", so exact; half-precision products run on the matrix units with fp32 sums.
+Batch and positions form one axis of columns n = b P + p; where every view can merge them (channels_last, one
+sample, one position) no division by P is compiled. With few channels and positions innermost, the unrolled kernel
+holds a vector per channel and multiplies it by elements of W as scalars. With more channels, or channels innermost,
+tl.dot sums over chunks of channels, always as [O, C] @ [C, N]; the compiler orders each load along contiguous
+elements. fp32 operands are not rounded ("ieee"); half-precision products run on the matrix units with fp32 sums.
 
-dW splits the columns into at most SPLITS parts, each a partial product that torch sums: no atomics, the same bits
-every time. An fp32 product is one chain of multiply-adds, whose error grows with its length: a split adds up chains
-of RUN chunks.
+For dW the columns are split into at most SPLITS parts, whose partial products torch sums: no atomics, the same bits
+every time. The error of a chain of fp32 multiply-adds grows with its length: a split adds up chains of RUN chunks.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ from torch import Tensor
 
 from .launch import Tile, ceil_div, needs_int64, positions, tile_for, with_channels
 
-# (widest C or O, tile). Four columns per thread is one 16-byte load per channel; all channels of
-# x are held at once, so more columns only where channels are few.
+# (widest C or O, tile). Four columns per thread are one 16-byte load per channel. All channels of x are held at
+# once, so that there are more columns only where channels are few.
 UNROLLED: tuple[tuple[int, Tile], ...] = (
     (4, {"COLUMNS": 1024, "num_warps": 4}),  # 32 values per thread
     (15, {"COLUMNS": 512, "num_warps": 4}),  # up to 60 values per thread
 )
 
-# (widest O, tile). All outputs in one program, so that x is read once; DEPTH, chunks of 16 channels,
-# the least a dot takes, because an fp32 dot holds a chunk of both operands in registers.
+# (widest O, tile). One program computes all outputs, so that x is read once. DEPTH is 16 channels per chunk, the
+# least that tl.dot takes, because an fp32 dot holds a chunk of both operands in registers.
 DOTS: tuple[tuple[int, Tile], ...] = (
     (16, {"OUTPUTS": 16, "COLUMNS": 128, "DEPTH": 16, "num_warps": 4}),
     (32, {"OUTPUTS": 32, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),  # 128 columns spill on sm_90
     (64, {"OUTPUTS": 64, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),
-    (1 << 62, {"OUTPUTS": 128, "COLUMNS": 64, "DEPTH": 16, "num_warps": 8}),  # wider: more programs
+    (1 << 62, {"OUTPUTS": 128, "COLUMNS": 64, "DEPTH": 16, "num_warps": 8}),  # past 128: more programs
 )
 
 # (widest of O and C, tile): a square of OUTPUTS by as many inputs, in chunks of COLUMNS.
@@ -226,7 +225,7 @@ def _channel_mix_weight_kernel(
 def tile_of(x: Tensor, n_out: int, size: int, dots: Sequence[tuple[int, Tile]]) -> tuple[bool, Tile]:
     """(whether the unrolled kernel runs, its tile) for x [B, C, P].
 
-    It runs where channels are few and positions are contiguous; elsewhere ``dots`` has the tile for ``size``.
+    It runs where channels are few and positions innermost; elsewhere the tile is that of ``dots`` for ``size``.
     """
     widest = max(x.shape[1], n_out)
     unrolled = widest < 16 and x.stride(1) >= column_strides(x)[2]
@@ -236,7 +235,7 @@ def tile_of(x: Tensor, n_out: int, size: int, dots: Sequence[tuple[int, Tile]]) 
 def columns_of(
     tile: Tile, views: Sequence[Tensor], tensors: Sequence[Tensor]
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """A launch over the columns of these views [B, C, P] of tensors: its grid, (B, P), and its constants."""
+    """(grid, (B, P), constants) of a launch over the columns of ``views`` [B, C, P] of ``tensors``."""
     batch, _, count = views[0].shape
     merged = batch == 1 or count == 1 or all(view.stride(0) == count * view.stride(2) for view in views)
     int64 = columns_need_int64(batch * count, *tensors)
@@ -249,7 +248,7 @@ def columns_need_int64(n_columns: int, *tensors: Tensor) -> bool:
 
 
 def column_strides(view: Tensor) -> tuple[int, int, int]:
-    """(batch, channel, position) strides; of a vector, its batch stride for its position's."""
+    """(batch, channel, position) strides; for vectors the position's is the batch stride."""
     return view.stride(0), view.stride(1), view.stride(0 if view.shape[2] == 1 else 2)
 
 

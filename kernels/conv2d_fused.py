@@ -1,18 +1,18 @@
-"""A k x k convolution as an implicit matrix product, with the norm before it and the sum after it, [B, C, H, W].
+"""A k x k convolution of [B, C, H, W] as an implicit matrix product, with the norm before it and the sum after it.
 
-With m, r of each group of channels, l = k // 2 and zeros around a (not around x):
+m and r are mean and reciprocal deviation of each group of channels, l = k // 2; a, not x, is padded with zeros:
 
     a[b, c, i, j] = silu((x - m) r w_c + b_c)                    or without the SiLU, or x itself
     y[b, o, i, j] = sum_{c, u, v} W[o, c, u, v] a[b, c, i + u - l, j + v - l] + bias[(b,) o] + alpha z[b, o, i, j]
 
-A program makes ROWS positions of one sample by COLUMNS output channels. It walks C in steps of DEPTH and in each
-the k^2 taps: [ROWS, DEPTH] of a, computed from x as it is loaded, times [DEPTH, COLUMNS] of W, in the modes of
-kernels/mlp.py with fp32 sums. So a is never stored: it is computed once per tap, from x in the L1. m and r come
-from tiles of sums (kernels/group_statistics.py), which each program adds up for its channels; it can write such
-tiles of y's own groups, for the next norm. The transposed convolution of the backward is the same kernel on W with
-its channels swapped and its taps read backwards, both by strides.
+A program computes ROWS positions of one sample by COLUMNS output channels. For every DEPTH input channels and each
+of the k^2 taps it multiplies [ROWS, DEPTH] of a, computed from x as it is loaded, by [DEPTH, COLUMNS] of W, in the
+modes of kernels/mlp.py with fp32 sums. a is never stored, but computed for every tap, from x in L1. m and r are
+computed from statistics of tiles (kernels/group_statistics.py), which each program adds up for its channels; it can
+write such statistics of y for the next norm. The transposed convolution of the backward is the same kernel on W
+with input and output channels swapped and taps reversed, both by strides.
 
-Bytes: x k^2 times from the L1 and about once from memory, W from the L2, z and y once.
+Bytes: x k^2 times from L1 and about once from memory, W from L2, z and y once.
 """
 
 from __future__ import annotations
@@ -139,14 +139,14 @@ def _conv2d_fused_kernel(
 
 
 def mode_of(spec: ConvSpec, dtype: torch.dtype) -> Mode:
-    """Parts of the operands: 16-bit weights are one part of their own type."""
+    """The operands' number of parts and their dtype; 16-bit weights are one part of their own dtype."""
     if dtype != torch.float32:
         return Mode(1, dtype)
     return Mode(N_PARTS[spec.precision], torch.float32 if spec.precision == "tf32" else spec.part_dtype)
 
 
 def silu_form(x: Tensor, spec: ConvSpec) -> int:
-    """The form of the SiLU in the prologue; -1 where there is none."""
+    """The form of the prologue's SiLU (kernels/mlp.py); -1 for no SiLU."""
     return activation_form(x, spec.precision) if spec.activation else -1
 
 
@@ -156,9 +156,10 @@ def apply_conv(
     eps: float = 0.0, form: int = -1, residual: Tensor | None = None, alpha: float = 0.0,
     next_tiles: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """y <- the formula above, or its transpose applied to x.
+    """Write the formula above to y, or the transpose of the convolution applied to x.
 
-    ``norm``: w and b; ``moments``: tiles of sums in, mean and rstd out, or None and no norm.
+    ``norm`` is (w, b). ``moments``: reads the statistics of x, writes mean and rstd; all None for no norm.
+    ``next_tiles`` receives the statistics of y.
     """
     wo, wc, wu, wv = weight.stride()
     first_tap, strides = weight, (wo, wc, wu, wv)
@@ -193,7 +194,7 @@ def launch_conv2d_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: Tensor | None, tiles: Tensor | None, *constants: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(y, mean, rstd, y's tiles) as ``empty_outputs`` lays them out."""
+    """(y, x's mean and rstd, y's statistics), laid out by ``empty_outputs``."""
     spec = ConvSpec(*constants)
     y, mean, rstd, next_tiles = empty_outputs(x, weight, residual, spec)
     if x.numel() == 0 or weight.shape[0] == 0:

@@ -1,16 +1,16 @@
-"""Gradients of conv2d_fused. With g = dL/dy, and a computed again from x (kernels/conv2d_fused.py):
+"""Gradients of conv2d_fused. With g = dL/dy, and a recomputed from x (kernels/conv2d_fused.py):
 
-    da[b, c, i, j] = sum_{o, u, v} W[o, c, u, v] g[b, o, i - u + l, j - v + l]   that kernel, transposed
+    da[b, c, i, j] = sum_{o, u, v} W[o, c, u, v] g[b, o, i - u + l, j - v + l]   the forward's kernel, transposed
     dW[o, c, u, v] = sum_{b, i, j} g[b, o, i, j] a[b, c, i + u - l, j + v - l]
     dx, dw, db     through the norm and SiLU from da: kernels/group_norm_silu.py's backward
     dbias = sum g over positions, and over samples where bias is shared          dz = alpha g
 
-x, W, w, b and the [B, groups] means and standard deviations are saved; neither a nor y is.
+x, W, w, b and the [B, groups] means and reciprocal deviations are saved, but neither a nor y.
 
-dW is a sum over the tiles of positions of all samples, in SPLITS equal runs, each written apart and added up in one
-order: no atomics, the same bits every time. A program takes one tap of one run: [ROWS, C_out] of g, [ROWS, C_in] of
-a, their product over ROWS. Bytes: x and g nine times, mostly from the L2, since the taps of a run follow one
-another in the grid; SPLITS k^2 C_in C_out partial sums, written and read once.
+dW is a sum over the tiles of positions of all samples, split into equal runs. Each run writes a partial sum, and
+these are added in a fixed order: no atomics, the same bits every time. A program computes one tap of one run: the
+product over ROWS of g [ROWS, C_out] and a [ROWS, C_in]. Bytes: x and g k^2 times, mostly from L2, since the taps of
+a run follow one another in the grid; k^2 C_in C_out partial sums per run, written and read once.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ def launch_conv2d_fused_backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     mean: Tensor, rstd: Tensor, grad: Tensor, *rest: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dx, dweight, dbias, dw, db, dresidual and None for the tiles, each like its tensor, or None where not needed.
+    """(dx, dweight, dbias, dw, db, dresidual, None for x's statistics), each like its tensor, None if not needed.
 
-    mean, rstd and y's tiles are functions of x and y that carry no gradient of their own.
+    Gradients of mean, rstd and y's statistics are ignored: no caller differentiates these.
     """
     _, _, _, *constants, needs = rest
     spec = ConvSpec(*constants)

@@ -3,14 +3,14 @@
     u = (m + t) e^l or m e^l + t, or their inverses, on the moved half m; u = x on the kept half k
     y[b, o, p] = sum_c W[o, c] u[b, c, p] + bias[o],   log|det| = +-sum(l) of the coupling
 
-Elements per position, with C channels in and out and C / 2 moved: x, params and y are 3 C; one after the other the
-two ops move 5 C. The gradients are in coupling_mix_backward.
+Elements per position, with C channels in and out and C / 2 moved: 3 C for x, params and y; the two ops one after
+the other move 5 C. The gradients are in coupling_mix_backward.
 
-Columns n = b P + p, and the two kernels, are as in channel_mix; tl.dot takes the moved half and the kept half as
-two ranges of W's columns. Every program holds all outputs, so that nothing is computed twice: C and O up to 128.
+Columns n = b P + p, and the two kernels, are as in channel_mix; tl.dot sums over the moved half, then the kept
+half, as two ranges of W's columns. To compute no coupling twice, every program has all outputs: C, O <= 128.
 
-log|det| is summed over channels and over groups of columns that lie in one sample (the largest power of two that
-divides P, up to a tile), and over a sample's groups by torch: no atomics, the same bits every time.
+The kernel sums log|det| over channels and over groups of columns of one sample (the largest power of two that
+divides P, up to a tile); torch sums over the groups of a sample: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .channel_mix import (
 )
 from .launch import CouplingSpec, Tile, positions, with_channels
 
-# Unrolled tiles are channel_mix's: u is held as x is there. So are these, but for the columns beside 64 outputs.
-# In half precision ptxas serialises sm_90's wgmma at 64 outputs and more (C7515: two loops add to one sum). Left:
-# at C = 128 memory takes five times as long as the products (768 bytes, 33 kFLOP per column), by data-sheet rates.
+# The unrolled kernel has channel_mix's tiles, since it holds u as that one holds x; so has this one, except for the
+# columns at 64 outputs. In half precision ptxas serialises sm_90's wgmma from 64 outputs on (C7515: two loops add
+# to one sum). At C = 128 memory still takes five times as long as the products (768 bytes, 33 kFLOP per column).
 DOTS: tuple[tuple[int, Tile], ...] = (
     (16, {"OUTPUTS": 16, "COLUMNS": 128, "DEPTH": 16, "num_warps": 4}),
     (32, {"OUTPUTS": 32, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),
@@ -142,7 +142,7 @@ def _coupling_mix_dot_kernel(
 def launch_coupling_mix(
     x: Tensor, params: Tensor, weight: Tensor, bias: Tensor | None, *constants: Any
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, O, ...] of x's dtype, log_det [B] fp32; [0] where not asked for)."""
+    """(y [B, O, ...] of x's dtype, log|det| [B] fp32; [0] where not requested)."""
     spec, y = CouplingSpec(*constants), with_channels(x, weight.shape[0])
     if x.numel() == 0:
         return y, x.new_zeros(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
@@ -151,7 +151,7 @@ def launch_coupling_mix(
     n_out, n_in = weight.shape
     n_positions = views.shape[2]
     unrolled, tile = tile_of(views, n_out, n_out, DOTS)
-    # Columns of a tile that surely lie in one sample: a power of two that divides P.
+    # Columns of a tile that always lie in one sample: a power of two that divides P.
     group = min(n_positions & -n_positions, tile["COLUMNS"])
     partial = x.new_empty((x.shape[0], n_positions // group) if spec.log_det else (0,), dtype=torch.float32)
     bias_or_x, stride_bo = (x, 0) if bias is None else (bias, bias.stride(0))

@@ -1,4 +1,4 @@
-"""Gradients of coupling_mix, y = W u + bias of the coupled u; u is computed again from x and never kept.
+"""Gradients of coupling_mix, y = W u + bias; u, the coupling's output, is recomputed from x and not saved.
 
 With g = dL/dy and h = dL/d log|det|:
 
@@ -7,11 +7,11 @@ With g = dL/dy and h = dL/d log|det|:
 
 Elements per position, with C channels in and out and C / 2 moved:
 
-    g, moved x, params in; dx, dparams out                     4.5 C  one after the other 9.5 C
-       dW      + kept x in, u out; channel_mix's kernel on g, u: 3.5 C
+    dx, dparams   read g, moved x, params; write dx, dparams                   4.5 C; the two ops in turn: 9.5 C
+    dW            read kept x, write u; read g and u in channel_mix's kernel   3.5 C more
 
-A second kernel that computed u again for dW would move 3 C in place of those 3.5 C and be a near copy of
-channel_mix's. Where only dW is asked for, u comes from affine_coupling's launch.
+A second kernel that recomputed u for dW would move 3 C in place of these 3.5 C, and nearly duplicate channel_mix's.
+Where only dW is needed, affine_coupling's launch computes u.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .channel_mix import (
 from .launch import CouplingSpec, Tile, like, positions, with_channels
 from .math import couple_backward, log_scale_derivative
 
-# (widest half of C, tile): a half's outputs; both halves are summed at once, so that g is read once.
+# (widest half of C, tile). OUTPUTS are channels of a half; both halves are summed at once, to read g once.
 BACKWARD_DOTS: tuple[tuple[int, Tile], ...] = (
     (16, {"OUTPUTS": 16, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),
     (32, {"OUTPUTS": 32, "COLUMNS": 64, "DEPTH": 16, "num_warps": 4}),
@@ -181,7 +181,7 @@ def _backward(
     x: Tensor, params: Tensor, weight: Tensor, grad: Tensor, grad_log_det: Tensor | None, dx: Tensor,
     dparams: Tensor, u: Tensor, spec: CouplingSpec,
 ) -> None:  # fmt: skip
-    """dx, dparams and, unless it is dx itself, u in dx's strides."""
+    """Write dx, dparams and, unless it is dx itself, u, which has dx's strides."""
     x_view, g_view, d_view, u_view = (positions(t) for t in (x, grad, dx, u))
     shift, raw = spec.shift_and_raw(positions(params))
     dshift, draw = spec.shift_and_raw(positions(dparams))

@@ -1,19 +1,19 @@
-"""A stack of affine couplings with MLP conditioners, and a whole Linearizer, in one launch.
+"""A stack of affine couplings with MLP conditioners in one launch; linearizer_stack.py uses the same layers.
 
-With halves (a, b) of x, the moved half m and the kept half k alternating by layer, and an affine map (W, c) after a
-layer where there is one:
+a and b are the halves of x; one is the moved half m and the other the kept half k, alternating by layer. (W, c) is
+an affine map after a layer, where there is one:
 
     forward, layer l = 0 .. L - 1      (t, r) = MLP_l(k)   m <- couple(m, t, log_s(r))   x <- W_l x + c_l
     inverse, layer l = L - 1 .. 0      x <- V_l x + d_l   (t, r) = MLP_l(k)   m <- uncouple(m, t, log_s(r))
 
-where (V, d), the inverse map, is what an inverse stack was packed with. log|det| of the couplings is +-sum(log_s),
-fp32; that of the maps does not depend on x and is added outside. Shapes: x [B, D], y [B, D] of x's dtype; weights
-as kernels/stack_spec.py lays them out.
+(V, d) is the inverse map, which an inverse stack's weights contain in place of (W, c). log|det| of the couplings is
++-sum(log_s), fp32; that of the maps does not depend on x and is added outside. Shapes: x [B, D], y [B, D] of x's
+dtype; weights as kernels/stack_spec.py lays them out.
 
-A program holds ROWS rows of x as two fp32 halves from the first layer to the last. One iteration is one layer and
-picks the half that moves by parity: swapping the halves instead makes a loop-carried distance of two, which costs
-the asynchronous loads of the weights. Forward and inverse walk the same body, so that shift and log-scale have the
-same bits in both. Bytes: x once in, y once out, log_det; the weights once per program, from the L2.
+A program holds ROWS rows of x as two fp32 halves from the first layer to the last. An iteration is one layer and
+selects the moved half by parity. Swapping the halves instead would carry a dependence over two iterations, and
+Triton would no longer load the weights asynchronously. Forward and inverse share the loop body, so that shift and
+log-scale have the same bits in both. Bytes: x, y and log|det| once; the weights once per program, from L2.
 """
 
 from __future__ import annotations
@@ -290,12 +290,12 @@ def stack_options(x: Tensor, *specs: StackSpec) -> dict[str, Any]:
 
 @functools.lru_cache(256)
 def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict[str, Any]:
-    """Those that the target and the specs decide. Two stacks share all but what ends in _X and _Y."""
+    """The options that depend on target and specs. Two stacks share all options that do not end in _X or _Y."""
     spec, is_linearizer = specs[0], len(specs) == 2
     sizes, maps = (spec.features, spec.hidden, spec.n_linear), max([each.maps for each in specs])
     config = config_for(*sizes, spec.precision, target, maps, is_linearizer)
     if config is None:
-        raise ValueError(f"no one-launch stack for {spec} on {target}")
+        raise ValueError(f"no tile for a launch of {spec} on {target}")
     own: dict[str, int] = {}
     for each, side in zip(specs, ("_X", "_Y") if is_linearizer else ("",), strict=True):
         own |= {
@@ -320,7 +320,7 @@ def reaches_past_int32(x: Tensor, rows: int) -> bool:
 def launch_coupling_stack(
     x: Tensor, weights: Tensor, operands: Tensor, map_operands: Tensor, *constants: Any
 ) -> tuple[Tensor, Tensor]:
-    """(y [B, D] contiguous, log_det [B] fp32 of the couplings; [0] where not asked for)."""
+    """(y [B, D] contiguous, log|det| of the couplings [B] fp32; [0] where not requested)."""
     spec = spec_of(*constants)
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape[0] if spec.log_det else 0, dtype=torch.float32)

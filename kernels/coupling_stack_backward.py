@@ -1,26 +1,26 @@
-"""The coupling stack's gradient: a run of rows at a time, recomputed from x, layer by layer from the last.
+"""Gradients of the coupling stack, computed for one run of rows after another.
 
-Steps, in the order the stack runs them, are maps z' = M z + c and couplings. For each run of rows
+The steps of a stack, maps z' = M z + c and couplings, are first recomputed in order and then differentiated, last
+to first. For each run of rows
 
-    S   every step's input, from x and not by inverting y, so that nothing drifts: the forward's own
-        kernel one layer at a time; a dense map is one product
-    B1  of a coupling, from its input z = [k | m] and g = dL/dz' (h_0 = k, p_i = h_{i-1} W_i^T + b_i):
-        h_i = act(p_i) and act'(p_i) to scratch; in the last product's epilogue (shift, raw) = p_n,
-        (dm, dshift, dlog_s) as kernels/math.py has them, d_n = (dshift_j, dlog_s_j log_s'(raw_j)) in turn;
-        dm takes the place of g's moved half
-    B2  d_i = (d_{i+1} W_{i+1}) act'(p_i), in act's place, down to g's kept half += d_1 W_1
-    W   dW_i = d_i^T h_{i-1}, db_i = sum_b d_i; of a map dM = g^T z, dc = sum_b g, and g <- g M
+    S   every step's input, from x rather than by inverting y, which would add rounding errors: by the forward's
+        kernel, one layer at a time; a dense map is one product
+    B1  for a coupling with input z = [k | m] and g = dL/dz' (h_0 = k, p_i = h_{i-1} W_i^T + b_i):
+        h_i = act(p_i) and act'(p_i) are stored; in the last product's epilogue (shift, raw) = p_n,
+        (dm, dshift, dlog_s) as in kernels/math.py, d_n = dshift_j, dlog_s_j log_s'(raw_j) alternating;
+        dm overwrites g's moved half
+    B2  d_i = (d_{i+1} W_{i+1}) act'(p_i) overwrites act'(p_i), down to d_1; d_1 W_1 is added to g's kept half
+    W   dW_i = d_i^T h_{i-1}, db_i = sum_b d_i; for a map dM = g^T z, dc = sum_b g, and g <- g M
 
-B1 and B2 are one launch per linear layer, each program computing a tile of its rows and columns
-(kernels/row_products.py), so that no size spills: what goes between the layers of a conditioner is stored for W
-anyhow. Activations are exact in every mode. z and g are [R, 2 P] fp32, contiguous, padded with zeros that stay
-zeros.
+B1 and B2 are one launch per linear layer, in which a program computes a tile of rows and columns
+(kernels/row_products.py), so that no size spills; W needs the values between linear layers in memory anyway.
+Activations are exact in every mode. z and g are [R, 2 P] fp32, contiguous, padded with zeros that stay zeros.
 
-Scratch of a run of R rows: every step's input [R, 2 P] fp32; of one layer at a time h_i [R, H], fp32 or in "fast"
-its 16-bit type, act'_i [R, H] and d_n [R, 2 P] fp32, so that db sums what was not rounded: R (8 P (steps + 3) + (n
-- 1) H (4 + w)) bytes, w = 2 in "fast" and 4 else, each written once and read twice at most. A run is as long as
-SCRATCH_BYTES allows, so that this does not grow with B; the weights' partial sums come on top. As operands in
-"fast", gradients are bf16 even where x is fp16, whose range ends at 6e-8.
+Scratch memory for R rows: every step's input [R, 2 P] fp32; for one layer at a time h_i [R, H], fp32 or in "fast"
+its 16-bit dtype, act'_i [R, H] and d_n [R, 2 P] fp32, so that db sums unrounded numbers. They take
+R (8 P (steps + 3) + (n - 1) H (4 + w)) bytes, w = 2 in "fast" and 4 otherwise, and are written once and read at
+most twice. SCRATCH_BYTES limits R, so that they do not grow with B; partial sums of dW_i are extra. In "fast"
+gradients as operands are bf16 even where x is fp16, because fp16 has no numbers below 6e-8.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from .mlp import EXACT, activate, activation_derivative
 from .row_products import ADD, MULTIPLY, Mode, launch_linear, launch_outer, n_splits, rows_product, tile_for
 from .stack_spec import DENSE, N_PARTS, NO_MAPS, StackSpec, map_parts, spec_of
 
-# One step's scratch, 1.8 KB per row in "fast" at D = 64, H = 128, n = 3, stays in an L2 of 40 MB or more.
+# The scratch memory of one step, 1.8 KB per row in "fast" at D = 64, H = 128, n = 3, fits in an L2 of 40 MB.
 ROWS_AT_A_TIME = 16384
-# What a run of rows may take: a deep stack's inputs of steps, 256 B each at D = 64, shorten it.
+# Most scratch memory of a run: the inputs of a deep stack's steps, 256 B per row each at D = 64, shorten runs.
 SCRATCH_BYTES = 2**27
 _FEWEST_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class StackPass:
-    """The op's weights, what they are, and where its kernels run."""
+    """The weights of the op, their spec, and whether its kernels run on a GPU."""
 
     weights: Tensor
     operands: Tensor
@@ -57,14 +57,14 @@ class StackPass:
     on_gpu: bool
 
     def matrices(self, row: int) -> list[Tensor]:
-        """The conditioner's, [out, in]: rounded where there is one part, which is what the forward multiplied."""
+        """The conditioner's matrices, [out, in]; in modes of one part rounded, as in the forward's products."""
         spec, shapes = self.spec, self.spec.matrix_shapes
         held = self.operands[0, row] if N_PARTS[spec.precision] == 1 else self.weights[row, : spec.matrix_size]
         return [m.view(shape) for m, shape in zip(held.split([a * b for a, b in shapes]), shapes, strict=True)]
 
     @property
     def part_dtype(self) -> torch.dtype:
-        """bf16, for its range; under Triton's interpreter, which computes on bf16's bits, tf32 stands in."""
+        """bf16, for its range; fp32, which means tf32, under Triton's interpreter, which has no bf16 arithmetic."""
         return torch.bfloat16 if self.on_gpu else torch.float32
 
     @property
@@ -86,7 +86,7 @@ class StackPass:
         return self.operands.dtype if self.spec.precision == "fast" else torch.float32
 
     def rows_at_a_time(self) -> int:
-        """As many rows as SCRATCH_BYTES hold; see the top of this file."""
+        """The rows of a run, for which SCRATCH_BYTES suffice; see the top of this file."""
         spec, steps = self.spec, len(self.spec.steps(self.weights))
         hidden = (spec.n_linear - 1) * spec.hidden * (4 + self.hidden_dtype.itemsize)
         bytes_per_row = 8 * spec.half * (steps + 3) + hidden
@@ -94,7 +94,7 @@ class StackPass:
 
 
 class Scratch:
-    """One layer's h_i, act'_i (then d_i) and d_n, and the partial sums of a row of the weights."""
+    """Memory for one layer's h_i, act'_i (then d_i) and d_n, and for partial sums of a row of weight gradients."""
 
     def __init__(self, z: Tensor, stack: StackPass) -> None:
         rows, (*hidden, n_out) = z.shape[0], stack.spec.widths[1:]
@@ -193,7 +193,7 @@ def _coupling_kernel(
 
 
 def _inputs(stack: StackPass, z: Tensor) -> list[Tensor]:
-    """S: what goes into each step, [R, 2 P]."""
+    """S: the input of each step, [R, 2 P]."""
     inputs, spec = [z], stack.spec
     of_padded = replace(spec, features=2 * spec.half, maps=NO_MAPS, head=False, log_det=False)
     for layer, row in spec.steps(stack.weights)[:-1]:
@@ -217,7 +217,7 @@ def _apply_map(stack: StackPass, z: Tensor, row: int) -> Tensor:
 def _map_backward(
     stack: StackPass, z: Tensor, g: Tensor, row: int, dweights: Tensor | None, needs_before: bool, scratch: Scratch
 ) -> Tensor:
-    """g before the map, g itself where that is not needed; the map's gradient is added to its row of dweights."""
+    """Gradient of the map's input (g itself if not needed); adds the gradient of the map to its row of dweights."""
     at = stack.spec.map_offset
     _, _, matrix, _ = stack.spec.unpack(stack.weights[row])
     dense = stack.spec.maps == DENSE
@@ -234,7 +234,7 @@ def _map_backward(
 def _recompute(
     stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, layer: int, row: int, scratch: Scratch
 ) -> None:
-    """B1: the conditioner's h and act', d of its output, and d moved in g's moved half."""
+    """B1: writes the conditioner's h_i and act'_i, d_n, and dm over g's moved half."""
     spec = stack.spec
     (kept, moved), (_, grad) = spec.halves(z, layer), spec.halves(g, layer)
     _, biases, _, _ = spec.unpack(stack.weights[row])
@@ -261,11 +261,11 @@ def _coupling_backward(
     stack: StackPass, z: Tensor, g: Tensor, layer: int, row: int, dweights: Tensor | None, needs_kept: bool,
     scratch: Scratch,
 ) -> None:  # fmt: skip
-    """B2 and W after B1: g's kept half, and the conditioner's row of dweights."""
+    """B2 and W, after B1: completes g's kept half, and adds to the conditioner's row of dweights."""
     mode, d = stack.gradient_mode, scratch.d
     kept, g_kept = stack.spec.halves(z, layer)[0], stack.spec.halves(g, layer)[0]
     inputs, matrices = [kept, *scratch.h], stack.matrices(row)
-    w_at, b_at = stack.spec.matrix_size, stack.spec.map_offset  # where the next layer's begin
+    w_at, b_at = stack.spec.matrix_size, stack.spec.map_offset  # where the next matrix and bias begin
     for i in reversed(range(len(matrices))):
         w_at, b_at = w_at - matrices[i].numel(), b_at - len(matrices[i])
         if dweights is not None:
@@ -282,7 +282,7 @@ def _coupling_backward(
 def _run_of_rows(
     stack: StackPass, z: Tensor, g: Tensor, grad_log_det: Tensor | None, dweights: Tensor | None, needs_x: bool
 ) -> Tensor:
-    """dL/dz [R, 2 P]; g is overwritten. Where it is not needed, what only it needs is left out."""
+    """dL/dz [R, 2 P] of one run; overwrites g. Unless ``needs_x``, the work for dL/dz alone is omitted."""
     scratch = Scratch(z, stack)
     inputs = _inputs(stack, z)
     for i, (layer, row) in reversed(list(enumerate(stack.spec.steps(stack.weights)))):
@@ -298,7 +298,7 @@ def launch_coupling_stack_backward(
     x: Tensor, weights: Tensor, operands: Tensor, _: Tensor, grad: Tensor | None, grad_log_det: Tensor | None,
     *constants: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dx, dweights, None, None), None too where not needed; no gradient reaches operands, which are rounded."""
+    """(dx, dweights, None, None), None where not needed; operands are rounded copies, without gradients."""
     spec, (needs_x, needs_weights, _, _) = spec_of(*constants[:-1]), constants[-1]
     stack = StackPass(weights, operands, spec, x.is_cuda)
     dx, dweights = x.new_empty(x.shape), torch.zeros_like(weights) if needs_weights else None

@@ -5,16 +5,16 @@ With l = (k - 1) // 2 in each direction, and zeros outside:
     y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w]      and its transpose
     z[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i - u + l_h, j - v + l_w]
 
-Gradients: dx is the transpose applied to g, and, with + for the correlation and - for its transpose,
+Gradients: dx is the transpose applied to g = dL/dy, and, with + for the correlation and - for its transpose,
 
     dw[b, c, u, v] = sum_{i, j} g[b, c, i, j] x[b, c, i +- (u - l_h), j +- (v - l_w)]
 
-which is summed over b where the kernel is shared. x and w are saved. Bytes: x in and y out, 8 C H W per sample in
-fp32; a program's k^2 reads of x are of one tile and its rim, in the L1.
+summed over b where w is shared. x and w are saved. Bytes: x is read and y written, 8 C H W per sample in fp32; a
+program reads its tile of x and the border around it k^2 times, from L1.
 
-A program takes a tile of one channel of one sample: consecutive threads take pixels of a row, or channels where
-these are innermost. The weight gradient's program walks the tiles of its channels for one tap and writes one number
-per channel: no atomics, the same bits every time.
+A program computes a tile of channels and pixels of one sample; consecutive threads have pixels of a row, or
+channels where these are innermost. For dw a program sums over all pixels for one tap and writes one number per
+channel: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from .launch import Tile, ceil_div, needs_int64, power_of_two
 
-# (channels innermost, tile of channels x pixels). 1024 elements over 128 threads are 8 per thread:
-# the taps' loads of a row overlap, and 8 accumulators leave the registers free.
+# (whether channels are innermost, tile). 1024 elements over 128 threads are 8 per thread: the loads of a row's taps
+# overlap, and 8 sums take few registers.
 TILES: dict[bool, Tile] = {
     False: {"CHANNELS": 1, "PIXELS": 1024, "num_warps": 4},  # NCHW: pixels of one channel
     True: {"CHANNELS": 32, "PIXELS": 32, "num_warps": 4},  # channels_last: 32 channels are one 128-byte line
@@ -37,7 +37,7 @@ TILES: dict[bool, Tile] = {
 
 
 def choose_tile(x: Tensor) -> tuple[Tile, int]:
-    """(the tile for images laid out as x, blocks of channels per sample)."""
+    """(the tile for images of x's shape and strides, blocks of channels per sample)."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     tile = dict(TILES[x.stride(1) < x.stride(3)])
     tile["CHANNELS"] = min(tile["CHANNELS"], power_of_two(channels))
@@ -123,7 +123,7 @@ def _depthwise_conv_weight_kernel(
 
 
 def _weight_strides(weight: Tensor) -> tuple[int, ...]:
-    """(sample, channel, row, column); a shared kernel repeats over samples."""
+    """(sample, channel, row, column) strides; 0 per sample for a shared kernel."""
     return (0, *weight.stride()) if weight.ndim == 3 else weight.stride()
 
 

@@ -11,12 +11,12 @@ S1 = sum(d), S2 = sum(d h), both [B, C], and a = w (1 + s):
     ds = w S2 + b S1                 dw = sum_b (1 + s) S2
     dx = r (a d - sum_c(a S1) / n - h sum_c(a S2) / n)
 
-so x, m and r are saved, and neither h, v nor u. Bytes per sample in fp32, forward: x in, y out, 8 C P; backward: x
-and g in, dx out, 12 C P, and S1, S2 once.
+so x, m and r are saved, but not h, v or u. Bytes per sample in fp32, forward: 8 C P to read x and write y;
+backward: 12 C P to read x and g and write dx, and S1 and S2 once.
 
-A program takes one group of one sample. A group that fits one tile stays in registers, so that it is read once; a
-larger one is read again for the variance and for the output, mostly from the L2. The variance is that of the
-centred values. Sums over the batch are torch's, over what each program wrote: no atomics, the same bits every time.
+A program computes one group of one sample. A group that fits in one tile stays in registers and is read once; a
+larger one is read again for the variance and for the output, mostly from L2. The variance is computed from centred
+values. Torch sums S1 and S2 over the batch: no atomics, the same bits every time.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from torch import Tensor
 from .launch import UNFUSED, needs_int64, positions, power_of_two
 from .math import sigmoid
 
-# (elements of a tile, warps), smallest first. A group takes the first that holds all of it, or
-# walks in tiles of the last.
+# (elements of a tile, warps), smallest first. A group takes the first tile that holds it, else several of the last.
 BUDGETS: tuple[tuple[int, int], ...] = (
     (1024, 4),  # small groups: 8 elements per thread, many programs per SM
     (4096, 8),  # 16 per thread
@@ -233,7 +232,7 @@ def _group_norm_silu_backward_kernel(
 
 
 def _parameters(*parameters: Tensor | None) -> tuple[tuple[Tensor | None, ...], tuple[int, ...]]:
-    """(weight and bias with stride 1, scale and shift with equal strides; these strides)."""
+    """((weight and bias with stride 1, scale and shift with equal strides), the latter's strides)."""
     weight, bias, scale, shift = (t if t is None or t.ndim == 2 else t.contiguous() for t in parameters)
     if scale is not None and shift is not None and scale.stride() != shift.stride():
         scale, shift = scale.contiguous(), shift.contiguous()
@@ -242,7 +241,7 @@ def _parameters(*parameters: Tensor | None) -> tuple[tuple[Tensor | None, ...], 
 
 
 def _shape(x: Tensor, groups: int, budgets: tuple[tuple[int, int], ...]) -> dict[str, int]:
-    """The constants of a launch on groups of x [B, C, P]: a tile of channels by positions, and what it holds."""
+    """A launch's constants for groups of x [B, C, P]: a tile's channels and positions, and if it holds a group."""
     per_group, count = x.shape[1] // groups, x.shape[2]
     rows, columns = power_of_two(per_group), power_of_two(count)
     elements, warps = next((b for b in budgets if rows * columns <= b[0]), budgets[-1])
@@ -280,9 +279,9 @@ def launch_group_norm_silu_backward(
     rstd: Tensor, grad: Tensor | None, grad_mean: Tensor | None, grad_rstd: Tensor | None, groups: int, eps: float,
     activation: bool, needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dx, dweight, dbias, dscale, dshift, each like its tensor, or None where not needed.
+    """(dx, dweight, dbias, dscale, dshift), each like its tensor; None where not needed.
 
-    mean and rstd never leave the op, so that their gradients are None.
+    No caller differentiates mean and rstd, so that their gradients are None.
     """
     view = positions(x)
     g = positions(x.new_zeros(()).expand_as(x) if grad is None else grad)
@@ -305,7 +304,7 @@ def launch_group_norm_silu_backward(
 def _parameter_gradients(
     s1: Tensor, s2: Tensor, parameters: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """dweight, dbias, dscale and dshift from the sums over positions."""
+    """(dweight, dbias, dscale, dshift) from S1 and S2 [B, C]; None where not needed."""
     weight, bias, scale, shift = parameters
     gain = 1.0 if scale is None else 1.0 + scale.float()
     dweight = (s2 * gain).sum(0).to(weight.dtype) if needs[1] and weight is not None else None

@@ -4,10 +4,11 @@ A tile of a group holds n_t values with mean m_t and sum of centred squares q_t;
 
     m = sum_t n_t m_t / n        n var = sum_t q_t + n_t (m_t - m)^2        r = (var + eps)^-1/2
 
-(Chan, Golub and LeVeque), which unlike E[x^2] - E[x]^2 does not cancel where the mean is large against the spread.
-Tiles are [B, tiles, groups, (m_t, q_t)] fp32, each written by one program and added up in their order by what reads
-them: no atomics, the same bits every time. conv2d_fused writes its output's tiles as it makes it; of other tensors
-one pass here does. A group of a tile is padded to a power of two of columns, so that a reshape sums it.
+(Chan, Golub and LeVeque), which unlike E[x^2] - E[x]^2 does not cancel where the mean is much larger than the
+spread. The statistics (m_t, q_t) are [B, tiles, groups, 2] fp32. One program writes a tile's, and their readers add
+them in the order of tiles: no atomics, the same bits every time. conv2d_fused writes those of its output together
+with it; for other tensors the kernel below takes one pass. Groups are padded to a power of two of columns, to be
+summed by a reshape.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .launch import ceil_div, needs_int64, power_of_two
 # Elements and warps per tile: 32 elements per thread, and at least one group of columns.
 _ELEMENTS, _WARPS = 8192, 8
 _COLUMNS = 128
-_TILES = tl.constexpr(16)  # read at once: an image of 32 x 32 has 8
+_TILES = tl.constexpr(16)  # read at once; an image of 32 x 32 has 8 tiles
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def _group_statistics_kernel(
 
 
 def launch_group_statistics(x: Tensor, groups: int) -> Tensor:
-    """m_t and q_t [B, tiles, groups, 2] of x [B, C, H, W], which is not empty."""
+    """(m_t, q_t) as [B, tiles, groups, 2] of x [B, C, H, W], which must not be empty."""
     batch, channels, height, width = x.shape
     padded = padded_group(channels, groups)
     columns = max(padded, min(_COLUMNS, padded * power_of_two(groups)))

@@ -1,21 +1,21 @@
-"""Latent product with a bank of K operators of which each row picks one: a grouped product.
+"""Latent product with a bank of K operators, one of which each row selects: a grouped product.
 
 z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and g = dL/dy:
 
     y_b = A_k z_b + alpha z_b + bias       dz_b = A_k^T g_b + alpha g_b
     dA_k = sum over b with index[b] = k of g_b z_b^T        dbias = sum_b g_b
 
-dz is the same product with A transposed (a view) and no bias. Nothing but the inputs is saved.
+dz is the same product with A transposed (a view) and no bias. Only the inputs are saved.
 
-The rows are sorted by operator (stable, on the device, nothing read by the host) and cut into tiles of one operator
-each: at most B / rows + K of them, which is the grid. A program finds its tile in the running sum of tiles per
-operator, gathers its rows of z through the order and reads A_k in place: A is never gathered to [B, n_out, n_in].
-dA takes one program per operator and tile of it, which adds up that operator's rows in their order: no atomics, the
-same bits every time. RUN steps of rows are one chain of multiply-adds, whose error grows with its length.
+The rows are sorted by operator (stably, on the device, without the host) and cut into tiles of one operator each.
+The grid has the most tiles there can be, about B / rows + K. A program finds its tile in the running sum of tiles
+per operator, gathers its rows of z and reads A_k in place: A is never gathered to [B, n_out, n_in]. For dA one
+program per operator and tile of A_k adds the operator's rows in order: no atomics, the same bits every time. The
+error of a chain of multiply-adds grows with its length: a new one begins after RUN steps of rows.
 
 Bytes: z, y and the order once per column of tiles; each A_k once per tile of its rows, so about K n_out n_in + 2 B
-n elements where the rows of an operator fit one tile. fp32 products are exact fp32 (input_precision "ieee"); fp16
-and bf16 run on the matrix units with fp32 sums. An index outside [0, K) gives that row NaN and adds to no dA.
+n elements where the rows of an operator fit one tile. fp32 operands are not rounded (input_precision "ieee"); fp16
+and bf16 run on the matrix units with fp32 sums. A row whose index is outside [0, K) gives NaN and adds to no dA.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .launch import Tile, ceil_div, needs_int64, tile_for
 # (largest mean number of rows per operator, tile): ROWS of z by COLUMNS of y, INNER summed per step.
 TILES: tuple[tuple[int, Tile], ...] = (
     (16, {"ROWS": 16, "COLUMNS": 64, "INNER": 64, "num_warps": 4}),  # bound by reading A: no wasted rows
-    # wgmma's 64 rows. 16 sums per thread: 32, by 4 warps, spill in fp32 at odd sizes (94 to 181 bytes).
+    # wgmma's 64 rows. A thread has 16 sums; 32, with 4 warps, spill in fp32 at odd sizes (94 to 181 bytes).
     (1 << 62, {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}),
 )
 # dA: n_out by n_in, INNER rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
@@ -145,9 +145,9 @@ def _bank_gradient_kernel(
 
 
 class _Rows:
-    """The rows sorted by operator, all on the device; those with an index outside the bank come last, as K.
+    """The rows sorted by operator, on the device; those with an index outside the bank are last, as operator K.
 
-    ``order`` [B] holds the rows and ``start`` [K + 2] where each operator's begin.
+    ``order`` [B] contains the row numbers, ``start`` [K + 2] where the rows of each operator begin in it.
     """
 
     def __init__(self, index: Tensor, n_operators: int) -> None:
@@ -157,7 +157,7 @@ class _Rows:
         self.start = torch.searchsorted(key, torch.arange(n_operators + 2, device=index.device))
 
     def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
-        """(the number of tiles up to and including each operator's, each tile's operator; K + 1 past the last)."""
+        """(number of tiles up to and including each operator's, operator of each tile or K + 1 past the last)."""
         batch, groups = self.order.shape[0], self.start.shape[0] - 1
         last = ((self.start.diff() + (rows - 1)) // rows).cumsum(0)
         tiles = torch.arange(batch // rows + min(groups, batch), device=last.device)
@@ -165,12 +165,12 @@ class _Rows:
 
 
 def _check_index(index: Tensor, n_operators: int) -> None:
-    """On a CPU only: a GPU's index is not read by the host."""
+    """Raise ValueError for an index outside the bank; on a CPU only, since the host does not read a GPU's index."""
     if index.is_cuda or index.numel() == 0:
         return
     low, high = map(int, index.aminmax())
     if low < 0 or high >= n_operators:
-        raise ValueError(f"index must be in [0, {n_operators}), the number of operators; got {low} to {high}")
+        raise ValueError(f"index must be in [0, {n_operators}), the range of A's operators; got {low} to {high}")
 
 
 def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: float) -> Tensor:

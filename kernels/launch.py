@@ -1,7 +1,7 @@
-"""What every launcher shares: views, tiles, offsets.
+"""Helpers of all launchers: the options of couplings, views, tiles, offsets.
 
-An op sees a tensor as [batch, channel, position] with three strides: a vector has one position, and NCHW and
-channels_last differ in strides only. Importing this module, or any kernel, asks nothing of a driver.
+Kernels address a tensor as [batch, channel, position] with three strides: a vector has one position, and NCHW and
+channels_last differ only in strides. Importing this module, or any kernel's, queries no driver.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 _INT32_ELEMENTS = 2**31
-Tile = Mapping[str, int]  # the sizes of a program's tile, which are constants of its kernel, and num_warps
-# For kernels that store sums of products over lanes. In a fused a b + (another lane's product) a lane rounds the
-# other's product and not its own, so that lanes differ in the last bit, and which is stored is not defined.
+Tile = Mapping[str, int]  # num_warps, and the sizes of a program's tile, which its kernel takes as constants
+# For kernels that store a sum of products over lanes. With multiply and add fused, a lane rounds the other lane's
+# product but not its own. Lanes then differ in the last bit, and it is undefined whose value is stored.
 UNFUSED = {"enable_fp_fusion": False}
 
 
 class CouplingSpec(NamedTuple):
-    """What an affine coupling is but for its tensors: the constants of the raw ops, in their order.
+    """The options of an affine coupling: the constants of the raw ops, in their order.
 
     Args:
-        kind, bound, floor: the scale map's number, c and floor.
+        kind, bound, floor: the scale map's id, its c and its floor.
         scale_first: m e^s + t in place of (m + t) e^s.
-        interleaved: params holds (shift, raw) in turn, in place of [shift | raw].
+        interleaved: params is shift_i, raw_i alternating, in place of [shift | raw].
         moves_second: the second half of the channels moves in place of the first.
-        inverse: undo the coupling.
+        inverse: apply the coupling's inverse.
         log_det: also sum the log-scales.
     """
 
@@ -52,7 +52,7 @@ class CouplingSpec(NamedTuple):
         return parts[::-1] if self.moves_second else parts
 
     def shift_and_raw(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of params along dim 1."""
+        """Views of the shifts and of the raw log-scales in params, along dim 1."""
         if self.interleaved:
             return params[:, 0::2], params[:, 1::2]
         return params[:, : params.shape[1] // 2], params[:, params.shape[1] // 2 :]
@@ -63,10 +63,10 @@ COUPLING_SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type
 
 @dataclass(frozen=True)
 class Walk:
-    """How an elementwise kernel walks [batch, channel, position]: rows of (batch, outer), columns inner.
+    """The order in which elementwise kernels visit [batch, channel, position]: rows (batch, outer), columns inner.
 
-    ``outer`` and ``inner`` are the dimensions (1 channel, 2 position) walked as such, or
-    None and a merged pair: then a sample is one run of channels times positions.
+    ``outer`` and ``inner`` are dimensions, 1 (channel) or 2 (position). Where ``outer`` is None both are merged: a
+    sample is one run of channels times positions, whose stride is that of ``inner``.
     """
 
     outer: int | None
@@ -85,7 +85,7 @@ class Walk:
 
 
 def walk(*views: Tensor) -> Walk:
-    """The walk that reads these views in the longest runs; the first one's layout decides ties."""
+    """The walk with the longest runs in these views; unless all can be merged, the first view decides."""
     if all(_merges(view) for view in views):
         return Walk(None, 2 if views[0].shape[2] > 1 else 1)
     channels_innermost = views[0].stride(1) < views[0].stride(2) or views[0].shape[2] == 1
@@ -104,19 +104,19 @@ def positions(x: Tensor) -> Tensor:
 
 
 def like(x: Tensor) -> Tensor:
-    """Empty, with x's shape and order of channels and positions; the positions are one run."""
+    """An empty tensor of x's shape and memory order, whose positions can be merged into one dimension."""
     return torch.empty_like(positions(x)).view(x.shape)
 
 
 def with_channels(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Empty [B, channels, ...] for x [B, C, ...]: channels innermost where they are in x, else contiguous."""
+    """An empty [B, channels, ...] for x [B, C, ...]: channels innermost where they are in x, else contiguous."""
     if x.stride(1) == 1 and x.stride(-1) != 1:
         return x.new_empty((x.shape[0], *x.shape[2:], channels), dtype=dtype).movedim(-1, 1)
     return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype)
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:
-    """Whether an element of one of them lies 2^31 or more elements from its first."""
+    """Whether an offset within one of the tensors is 2^31 elements or more."""
     return any(tensor is not None and _extent(tensor) >= _INT32_ELEMENTS for tensor in tensors)
 
 
@@ -125,7 +125,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def tile_for(size: int, table: Sequence[tuple[int, Tile]]) -> Tile:
-    """The first tile of a table of (largest size, tile) that is for this size."""
+    """The first tile for this size in a table of (largest size, tile)."""
     return next(tile for largest, tile in table if size <= largest)
 
 

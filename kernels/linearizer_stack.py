@@ -1,12 +1,11 @@
 """A whole Linearizer of coupling stacks in one launch: y = g_y^-1(A g_x(x)), x [B, D] and y [B, D].
 
-Three steps on one tile of rows that never leaves the chip: g_x's layers forward, A (a matrix in parts, or a
-diagonal), g_y's layers in reverse. The layers are kernels/coupling_stack.py's body, called twice; the two stacks
-may be the same tensors. Bytes: x once in, y once out; the weights of both stacks and A once per program, from the
-L2.
+A program holds a tile of rows on chip and applies g_x's layers, A (a matrix in parts, or a diagonal) and the
+inverses of g_y's layers. Both stacks run ``run_layers`` of kernels/coupling_stack.py; they may share tensors.
+Bytes: x and y once; the weights of both stacks and A once per program, from L2.
 
-Gradient, with z = g_x(x), w = A z and v = g_y^-1's vector-Jacobian product at w: dA = v^T z, and dx is g_x's at x
-of A^T v. z and w are computed again.
+Gradients, with z = g_x(x), w = A z and v the vector-Jacobian product of g_y^-1 at w with dL/dy: dA = v^T z (summed
+over samples), and dx is the vector-Jacobian product of g_x at x with A^T v. z and w are recomputed.
 """
 
 from __future__ import annotations
@@ -119,12 +118,12 @@ def launch_linearizer_stack(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def launch_linearizer_stack_backward(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
-    """(dx, dweights_x, -, -, dcore, -, dweights_y, -, -), of the stacks' own kernels; operands have no gradient."""
+    """(dx, dweights_x, None, None, dcore, None, dweights_y, None, None), by the stacks' own backward."""
     stack_x, core, stack_y, grad = arguments[:3], arguments[3], arguments[5:8], arguments[8]
     (spec_x, spec_y), needs = specs_of(arguments[9:-1]), arguments[-1]
     dtype, A = x.dtype, spec_x.core_matrix(core)
     backward: Any = launch_coupling_stack_backward
-    x, grad = x.to(core.dtype), grad.to(core.dtype)  # the one launch holds z and w in fp32, whatever x is
+    x, grad = x.to(core.dtype), grad.to(core.dtype)  # as the one launch, which holds z and w in fp32
     z = launch_coupling_stack(x, *stack_x, *spec_x.constants)[0]
     w = spec_x.apply_core(z, core)
     dw, dweights_y, *none_y = backward(w, *stack_y, grad, None, *spec_y.constants, [True, needs[6], False, False])

@@ -5,17 +5,17 @@ g = dL/dy, h = dL/dt (zero unless t itself is differentiated) and s = U^T g + h 
 
     y = alpha x + U t       dx = alpha g + V s       dU = g t^T       dV = x s^T
 
-so t is all that is saved besides the inputs. Bytes in fp32 per sample, forward: 4 (N + N r + M r + M), and x again
-where alpha is not 0; backward: U, g, V, x and g again in, dx, dU and dV out.
+so that only t is saved besides the inputs. Bytes in fp32 per sample, forward: 4 (N + N r + M r + M), and x again
+where alpha is not 0; the backward reads U, g, V, x and g again, and writes dx, dU and dV.
 
-A reduction over N is split: a program sums its split's tiles in fp32 and writes one partial [r], and the programs
-that read t add the partials in a fixed order: no atomics, the same bits every time. The splits depend on N and r
-only, so that a sample's bits do not depend on the batch.
+A sum over N is split: a program sums the tiles of its split in fp32 and writes a partial sum [r], and the programs
+that read t add these in a fixed order: no atomics, the same bits every time. The splits depend only on N and r, so
+that the bits of a sample do not depend on the batch.
 
 Two kernels make either direction: ``_project_kernel`` for V^T x and U^T g, then ``_expand_kernel`` for y or
-``_low_rank_backward_kernel`` for all three gradients. A shared factor is read with batch stride 0, from the L2; its
-gradient is one torch.mm over the batch, g^T t or x^T s, never [B, N, r]. Both shared does not come here: see
-linfast.ops.low_rank.
+``_low_rank_backward_kernel`` for all three gradients. A shared factor is read with batch stride 0, from L2; its
+gradient is one torch.mm over the batch, g^T t or x^T s, without a tensor [B, N, r]. Where both factors are shared,
+linfast.ops.low_rank runs no kernel.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .launch import UNFUSED, Tile, ceil_div, needs_int64, power_of_two, tile_for
 
-# (largest rank, tile of a factor). 2048 elements over 128 threads are 16 per thread: four 16-byte loads in
-# flight and no spill in the backward, which holds four tiles; a higher rank is a loop over 64.
+# (largest rank, tile of a factor). 2048 elements over 128 threads are 16 per thread: four 16-byte loads in flight,
+# and no spill in the backward, which holds four tiles. Higher ranks are a loop over blocks of 64.
 TILES: tuple[tuple[int, Tile], ...] = (
     (4, {"ROWS": 512, "RANKS": 4, "num_warps": 4}),
     (8, {"ROWS": 256, "RANKS": 8, "num_warps": 4}),
@@ -36,7 +36,7 @@ TILES: tuple[tuple[int, Tile], ...] = (
     (32, {"ROWS": 64, "RANKS": 32, "num_warps": 4}),
     (1 << 62, {"ROWS": 32, "RANKS": 64, "num_warps": 4}),
 )
-# Enough programs at batch 2 and N = 12288, few enough that adding the partials up costs nothing.
+# Enough programs at batch 2 and N = 12288, and so few that adding the partial sums takes negligible time.
 MAX_SPLITS = 32
 
 
@@ -221,7 +221,7 @@ def _low_rank_backward_kernel(
 
 
 def _per_sample(factor: Tensor, batch: int) -> tuple[Tensor, dict[str, int]]:
-    """(the factor as [B, N, r], shared ones with stride 0; the constants of kernels that read it)."""
+    """(the factor as [B, N, r], with batch stride 0 if shared; the constants of kernels that read it)."""
     factor = factor if factor.ndim == 3 else factor.expand(batch, *factor.shape)
     rank = factor.shape[2]
     dense = factor.stride(1) == rank and (factor.stride(2) == 1 or rank == 1)
@@ -229,7 +229,7 @@ def _per_sample(factor: Tensor, batch: int) -> tuple[Tensor, dict[str, int]]:
 
 
 def _project(x: Tensor, factor: Tensor, extra: Tensor | None = None) -> Tensor:
-    """Partials [B, splits, r] fp32 of factor^T x, and ``extra`` [B, r] as one more of them."""
+    """Partial sums [B, splits, r] fp32 of factor^T x; ``extra`` [B, r], if given, is one more of them."""
     (batch, n_features), rank = x.shape, factor.shape[-1]
     factor, options = _per_sample(factor, batch)
     split_rows = options["ROWS"] * max(1, ceil_div(ceil_div(n_features, options["ROWS"]), MAX_SPLITS))

@@ -1,7 +1,7 @@
 """Shared @triton.jit arithmetic, in fp32: scale maps, and the affine coupling and its gradient.
 
-exp2 of a product with log2(e) is one instruction but loses |x| roundings; exp here reduces its argument first and
-loses one. Comparisons, unlike minimum and maximum, keep NaN a NaN, as torch's clamp does.
+exp2(x log2(e)) is one instruction, but errs by |x| roundings; ``exp`` reduces its argument first and errs by one.
+Clamps are comparisons, which unlike tl.minimum and tl.maximum leave NaN unchanged, as torch's clamp does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ LN2_LOW = tl.constexpr(-2.12194440e-4)
 TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 SIGMOID_SHIFT = tl.constexpr(2.0)
 
-# The ids of linfast.scale_maps, which tests hold equal.
+# The ids of linfast.scale_maps; tests check that they agree.
 CLAMP = tl.constexpr(1)
 SMOOTH = tl.constexpr(2)
 TANH = tl.constexpr(3)

@@ -1,7 +1,7 @@
 """A conditioner MLP on a tile of rows, as @triton.jit helpers: products by precision mode, activations.
 
-A product x W^T takes its operands in ``PARTS`` parts of W's element type, each the rounding
-of what the parts before it leave over, and sums in fp32 the products of parts that matter:
+A product x W^T splits its operands into ``PARTS`` parts of W's element type, each the rounding of the remainder
+that the parts before it leave, and sums the significant products of parts in fp32:
 
     PARTS  element  products                                        mode   relative error
     1      fp32     tf32                                            tf32   2^-11
@@ -9,15 +9,14 @@ of what the parts before it leave over, and sums in fp32 the products of parts t
     2      bf16     x0 w0, x0 w1, x1 w0                             high   2^-17
     3      bf16     those, x1 w1, x0 w2, x2 w0                      exact  2^-24
 
-W is split beforehand (kernels/stack_pack.py), so that its parts go from memory to the
-matrix units untouched. The units drop the low 13 bits of an fp32 operand, which errs by twice a
-rounding and always towards zero: tf32 operands are rounded to nearest before, W's when it is packed.
-The units may truncate each partial sum as well: products of parts start from zero, the smallest
-first, and what they come to is added in fp32.
+W is split beforehand (kernels/stack_pack.py), so that its parts go from memory to the matrix units unchanged. The
+units drop the low 13 bits of an fp32 operand, an error of up to twice that of rounding and always towards zero.
+tf32 operands are therefore rounded to nearest first, W when it is packed. The units may also truncate each partial
+sum. Products of parts are therefore summed from zero, smallest first, and that sum is added to the total in fp32.
 
-Activations have three forms: EXACT; FAST and PTX, the same formulas in tanh, which PTX takes
-from NVIDIA's tanh.approx (2^-11 relative, one special-function instruction) and FAST from exp2
-(two). FAST and PTX err by less than tf32 does.
+Activations have three forms. EXACT has the defining formulas; FAST and PTX have formulas in tanh, which PTX
+computes by NVIDIA's tanh.approx (relative error 2^-11, one special-function instruction) and FAST by exp2 (two).
+FAST and PTX err by less than tf32.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from .math import LOG2E, tanh
 
-# The places of linfast.ops.activations.ACTIVATION_NAMES, which a test holds equal.
+# Indices in linfast.ops.activations.ACTIVATION_NAMES; a test checks that they agree.
 RELU = tl.constexpr(0)
 SILU = tl.constexpr(1)
 TANH = tl.constexpr(2)
@@ -256,7 +255,7 @@ def conditioner(
 
 
 def activation_form(x: Tensor, precision: str) -> int:
-    """EXACT, FAST or PTX, on NVIDIA the last of these: a form errs by no more than its mode does."""
+    """EXACT in "exact" and "high"; in "tf32" and "fast" PTX on NVIDIA's GPUs and FAST elsewhere."""
     if precision in ("exact", "high"):
         return 0
     return 2 if x.is_cuda and torch.version.hip is None else 1

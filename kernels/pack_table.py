@@ -1,17 +1,17 @@
-"""Where each packed number comes from, and where it goes: index tables that depend on shapes alone.
+"""Index tables of packing: the source and the target of each packed value. They depend only on shapes.
 
-``rows`` describes the tensors that were flattened one after another, as integers: for each stack
+``rows`` describes the tensors that are flattened one after another, as integers: for each stack
 
     features, n_linear, hidden, maps, head, number of rows         StackLayout's fields
-    of every row but the head's
+    of every row except the head's
         in, out_1, ..., out_n        the widths of its linear layers
         1 or 0, n times              whether each has a bias
-        1 or 0                       whether its output is interleaved, (shift_i, raw_i) in turn
+        1 or 0                       whether its output is shift_i, raw_i alternating
     of every row
-        NO_MAPS, DIAGONAL or DENSE   its map; SHIFTED is DENSE, and a number is added to its diagonal
+        NO_MAPS, DIAGONAL or DENSE   its map; SHIFTED for DENSE with a number added to its diagonal
         1 or 0                       whether the map has a bias
 
-and the tensors of a row are its weights, its biases, its map's weight and its map's bias.
+The tensors of a row are its weights, its biases, its map's weight and its map's bias.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor
 from .stack_spec import DENSE, DIAGONAL, NO_MAPS, StackLayout
 
 ZERO, ONE = -1, -2  # sources of padding, and of the diagonal of a map that is the identity
-SHIFT = 1 << 30  # marks the source of a value to which the number is added
+SHIFT = 1 << 30  # added to the source of a value to which that number is added
 SHIFTED = 3
-# Tables of so many shapes are kept per device: 12 bytes per weight, 2.7 MB at D = 64, H = 128 and 8 layers.
+# The most tables that are cached, at 12 bytes per weight: 2.7 MB at D = 64, H = 128 and 8 layers.
 _KEPT = 32
 _captured: set[PackTable] = set()
 
@@ -39,13 +39,13 @@ class PackTable:
     """Tables of int32 on one device.
 
     Args:
-        source: [N] of each packed value: its place among the flattened tensors, + SHIFT where the number is
-            added; or ZERO or ONE.
-        target: [N] of each packed value: its place t >= 0 among the conditioners' operands, its place -2 - t among
-            the maps' operands, or -1 where it is no operand.
-        inverse: [M] of each flattened number: its place among the packed values.
-        n_operands: operands of conditioners.
-        n_map_operands: operands of dense maps.
+        source: [N], for each packed value: its index in the flattened tensors, + SHIFT where the number is added to
+            it; or ZERO or ONE.
+        target: [N], for each packed value: its index t >= 0 in the conditioners' operands; -2 - t for index t in
+            the maps' operands; -1 where it is no operand.
+        inverse: [M], for each flattened value: its index in the packed values.
+        n_operands: number of the conditioners' operands.
+        n_map_operands: number of the dense maps' operands.
     """
 
     source: Tensor
@@ -70,9 +70,9 @@ def layouts_of(rows: Sequence[int]) -> Iterator[tuple[StackLayout, int, list[lis
 
 
 def pack_table(rows: Sequence[int], device: torch.device) -> PackTable:
-    """The tables of these shapes on this device, built at most once while they are kept.
+    """The tables for these shapes on this device, from a cache.
 
-    One that a CUDA graph captures is kept for good: the graph knows its address alone.
+    Tables that a CUDA graph captures are never freed: the graph holds only their addresses.
     """
     table = _kept(tuple(rows), device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -122,7 +122,7 @@ def _built(rows: tuple[int, ...]) -> PackTable:
 
 
 def _fill(layout: StackLayout, row: Tensor, numbers: list[int], start: int) -> int:
-    """Write a row's sources, which begin at ``start``; where they end."""
+    """Write the sources of a row, whose flattened tensors begin at ``start``; return where they end."""
     matrices, biases, matrix, bias = layout.unpack(row)
     *conditioner, kind, map_has_bias = numbers
     if conditioner:

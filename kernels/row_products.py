@@ -1,16 +1,16 @@
-"""Products with a tall matrix of rows, in the modes of kernels/mlp.py, fp32 sums: what gradients are made of.
+"""Matrix products for gradients, with a tall matrix of rows, in the modes of kernels/mlp.py with fp32 sums.
 
-    rows_product  x W        x [B, K], W [K, N] in any order    per program ROWS rows by COLUMNS columns
+    rows_product  x W        x [B, K], W [K, N] of any strides   per program ROWS rows by COLUMNS columns
     outer         d^T x      d [B, M], x [B, N]                 per program such a tile of [M, N], one split of B
 
-Both split fp32 operands into parts themselves: an operand of a gradient is not known beforehand, and its range (a
-loss divided by the batch) is bf16's, not fp16's. d^T x is a sum over B in SPLITS equal runs, each into a buffer of
-its own, added up in one fixed order: no atomics, the same bits every time. Each run also sums d's columns, which is
-the bias's gradient.
+Both split fp32 operands into parts inside the kernel, because gradients cannot be packed beforehand. Gradients of a
+loss that is divided by the batch size need bf16's range, not fp16's. d^T x is a sum over B in equal runs (splits),
+each in a separate buffer; the buffers are added in a fixed order: no atomics, the same bits every time. Each run
+also sums d's columns, for the gradient of the bias.
 
-Bytes: x N / COLUMNS times and W B / ROWS times, both from the L2; d^T x reads d N / COLUMNS times and x M / ROWS
-times and writes SPLITS M N. A tile is 64 by 64 in steps 32 deep: 16 sums per thread of 256, three parts of each
-operand and the next step's loads, whatever K, N and the mode are. With 128 threads d^T x in bf16 spills on sm_100.
+Bytes: x N / COLUMNS times and W B / ROWS times, both from L2; d^T x reads d N / COLUMNS times and x M / ROWS times
+and writes M N per split. A tile is 64 by 64 in steps of depth 32: each of 256 threads has 16 sums, three parts of
+each operand and the next step's loads, for any K, N and mode. With 128 threads d^T x in bf16 spills on sm_100.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from torch import Tensor
 from .launch import ceil_div
 from .mlp import dot_parts, split
 
-# What a number's type is to a kernel.
+# Ids of dtypes in kernels.
 FP32 = tl.constexpr(0)
 FP16 = tl.constexpr(1)
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# What becomes of what lies where the product goes.
+# How a product changes the output: replaces it, is added to it, multiplies it.
 SET, ADD, MULTIPLY = 0, 1, 2
 _ADD = tl.constexpr(ADD)
 _MULTIPLY = tl.constexpr(MULTIPLY)
 
 
-# Per program; the depth of a step, and how far its loads run ahead.
+# A program's tile, the depth of a step, and the pipeline stages of its loads.
 TILE = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
 
-# Rows that a split of d^T x sums at least, and splits at most: 32 of them fill a GPU's processors
-# with the four tiles of [128, 128], and cost 4 MB of partial sums at D = 64, H = 128.
+# The least rows per split of d^T x, and the most splits. With the four tiles of [128, 128] 32 splits fill a GPU;
+# their partial sums take 4 MB at D = 64, H = 128.
 ROWS_A_SPLIT = 512
 MAX_SPLITS = 32
 
 
 @dataclass(frozen=True)
 class Mode:
-    """Parts and the type of the parts of a product's operands."""
+    """The number of parts of a product's operands, and their dtype, where torch.float32 means tf32."""
 
     parts: int
     dtype: torch.dtype
@@ -175,9 +175,9 @@ def tile_for(n_inner: int, n_columns: int) -> dict[str, int]:
 def launch_linear(
     x: Tensor, w: Tensor, out: Tensor, mode: Mode, bias: Tensor | None = None, combine: int = SET
 ) -> Tensor:
-    """out, which becomes x w + bias, or out + that, or out times that.
+    """Write x w + bias to out, add it to out or multiply out by it, as ``combine`` says; return out.
 
-    x [B, K] and out [B, N] fp32 in rows without gaps between columns; w [K, N] in any strides.
+    x [B, K] and out [B, N] are fp32 with column stride 1; w [K, N] has any strides.
     """
     tile = tile_for(*w.shape)
     _linear_kernel[(ceil_div(x.shape[0], tile["ROWS"]), w.shape[1] // tile["COLUMNS"])](
@@ -188,7 +188,7 @@ def launch_linear(
 
 
 def launch_outer(d: Tensor, x: Tensor, partials: Tensor, at: int, bias_at: int, mode: Mode) -> None:
-    """Of the s-th run of rows, partials[s, at:] <- d^T x, row by row; partials[s, bias_at:] <- d's column sums."""
+    """For each run s of rows write d^T x to partials[s, at:] and d's column sums to partials[s, bias_at:]."""
     tile = tile_for(TILE["DEPTH"], x.shape[1]) | {"ROWS": min(TILE["ROWS"], d.shape[1])}
     rows_a_split = ceil_div(ceil_div(x.shape[0], partials.shape[0]), TILE["DEPTH"]) * TILE["DEPTH"]
     grid = d.shape[1] // tile["ROWS"], x.shape[1] // tile["COLUMNS"], partials.shape[0]
@@ -199,5 +199,5 @@ def launch_outer(d: Tensor, x: Tensor, partials: Tensor, at: int, bias_at: int, 
 
 
 def n_splits(n_rows: int) -> int:
-    """Into how many runs d^T x over this many rows is cut."""
+    """The number of splits of d^T x over this many rows."""
     return min(MAX_SPLITS, ceil_div(n_rows, ROWS_A_SPLIT))

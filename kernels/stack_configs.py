@@ -1,13 +1,12 @@
-"""Which path a coupling stack takes, and its tile: one table by target, precision and size.
+"""Decides by target, precision and size whether a coupling stack is one launch, and with which tile.
 
     stack     one launch for all layers: the rows stay on chip from the first layer to the last
     library   cuBLAS products, each layer's coupling one fused kernel
 
-What decides is registers. A thread holds both halves of its rows in fp32, a hidden layer's
-sums, its parts as operands, and the output's sums: ROWS (2 P + H + 2 P) / threads fp32 values
-beside the operands' 255-register limit; and the weights' chunks lie in shared memory.
-Every entry is compiled for its target in tests/static: shared memory within limits, and no spill but those that
-tests/static/allowed.py says why they are left; Triton 3.6 spills where 3.7 does not.
+Registers are the limit, 255 per thread. A thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both halves of
+its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands. Chunks of
+the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits shared
+memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ class StackConfig:
     """A program's tile.
 
     Args:
-        rows: of x.
-        num_warps: warps.
-        chunk: hidden columns at a time; 0 is all of them.
-        layer_stages: how far the loop over layers loads ahead; 1 where the chunks' loop does.
-        chunk_stages: how far the loop over chunks loads ahead.
+        rows: rows of x per program.
+        num_warps: warps per program.
+        chunk: hidden columns per step; 0 for all.
+        layer_stages: pipeline stages of the loop over layers; 1 where the loop over chunks is pipelined.
+        chunk_stages: pipeline stages of the loop over chunks.
     """
 
     rows: int
@@ -41,7 +40,7 @@ class StackConfig:
 
 @dataclass(frozen=True)
 class StackEntry:
-    """A tile, and the largest D, padded hidden width, number of linear layers and kind of maps it is for.
+    """A tile, and the largest padded D and hidden width, number of linear layers and kind of maps that it supports.
 
     ``linearizer`` says whether a whole Linearizer of such stacks fits one program too.
     """
@@ -54,24 +53,24 @@ class StackEntry:
     linearizer: bool = True
 
 
-# A layer's weights whole in shared memory (57 KB in bf16 at D = 64, H = 128), the next layer's on
-# their way while it runs; 128 rows halve the weights' traffic from L2. A dense map's own loop
-# would stop the loop over layers from loading ahead.
+# All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128) while the next layer's are loaded.
+# 128 rows in place of 64 halve the traffic of weights from L2. Not for dense maps: their own loop would keep Triton
+# from pipelining the loop over layers.
 _WHOLE = StackConfig(rows=128, num_warps=8, chunk=0, layer_stages=2, chunk_stages=1)
 # Chunks of 32 hidden columns: 64 sums per thread at H = 256, past which wgmma spills.
 _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # fp32 operands are twice as long: with chunks of 32 columns at H = 256 two registers spill.
 _WIDE_16 = StackConfig(rows=64, num_warps=8, chunk=16, layer_stages=1, chunk_stages=2)
-# As _WIDE with half the weights' traffic: at H = 128 each thread has registers to spare for 128 rows.
+# As _WIDE with half the traffic of weights: at H = 128 threads have enough registers for 128 rows.
 _TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
-# 32 rows a product: mma.sync in place of wgmma and tcgen05, a quarter of the registers. For operands
-# in parts, where 64 rows spill 16 to 136 bytes on sm_90 and outgrow sm_100's tensor memory (768
-# columns of 512), and for H = 256 where 64 rows spill.
+# Products of 32 rows: mma.sync in place of wgmma and tcgen05, with a quarter of the registers. For operands in
+# parts, where 64 rows spill 16 to 136 bytes on sm_90 and exceed sm_100's tensor memory (they need 768 columns of
+# its 512), and for H = 256 where 64 rows spill.
 _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # Four waves of 64 threads, 512 registers per thread.
 _CDNA = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
 
-# Tried in order: the first that holds the sizes.
+# The first entry that supports the sizes is taken.
 CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_80", "fast"): (
         StackEntry(64, 128, 4, DENSE, _WIDE),
@@ -108,7 +107,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_100", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
     ("gfx942", "fast"): (StackEntry(64, 128, 4, DENSE, _CDNA), StackEntry(128, 256, 3, DIAGONAL, _CDNA)),
     ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA),),
-    # With dense maps, or twice in a Linearizer, four registers spill.
+    # With dense maps, or in a Linearizer, four registers spill.
     ("gfx942", "exact"): (StackEntry(64, 128, 3, DIAGONAL, _CDNA, linearizer=False),),
 }
 
@@ -116,9 +115,9 @@ _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_10
 
 
 def target_of(x: Tensor) -> str | None:
-    """The target whose table x's device uses; None for one that has no table.
+    """The target whose tiles x's device uses; None for a GPU without an entry.
 
-    The interpreter has no target: it runs sm_90's tiles.
+    Without a GPU it is sm_90, whose tiles Triton's interpreter runs.
     """
     return _target(x.device.type, x.device.index)
 
@@ -132,22 +131,22 @@ def _target(kind: str, index: int | None) -> str | None:
     return _TARGETS.get(torch.cuda.get_device_capability(index))
 
 
-# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+# As torch.compiler.assume_constant_result marks it, but without importing Dynamo.
 _target._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def mode_on(target: str | None, precision: str) -> str:
-    """The mode that runs: where the matrix units have no tf32, more than was asked for."""
+    """The mode that runs: "high" in place of "tf32" on gfx942, which has no tf32 tiles."""
     return "high" if precision == "tf32" and target == "gfx942" else precision
 
 
 def config_for(
     D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS, linearizer: bool = False
 ) -> StackConfig | None:
-    """The tile of a one-launch stack; None where there is none.
+    """The tile of a stack in one launch; None where no entry supports these sizes.
 
-    H is the widest hidden layer, maps the densest kind of map between layers; with
-    ``linearizer`` the tile of two such stacks and A in one launch.
+    H is the widest hidden layer, ``maps`` the densest kind of map between layers. With ``linearizer`` it is the
+    tile of two such stacks and A in one launch.
     """
     width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
     for entry in CONFIGS.get((target or "", precision), ()):

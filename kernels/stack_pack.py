@@ -1,11 +1,11 @@
-"""Packing a coupling stack's weights: one gather, and the parts that products take, in one launch.
+"""Packs a coupling stack's weights in one launch: a gather, which also splits operands into parts.
 
     values[p]    0, 1, or flat[source[p]] in fp32, + shift on the diagonal of a Linearizer's A
-    operands     the value in the mode's parts where it belongs to a conditioner's matrix
-    map_operands the value in a map's parts where it belongs to a dense map
+    operands     the values of conditioners' matrices, each in the mode's parts
+    map_operands the values of dense maps, each in a map's parts
 
 The tables and the gradient are in kernels/pack_table.py. Bytes per packed value: 8 of tables, 4 read, 4 written,
-and 2 per part; all of it fits an L2.
+and 2 per part; all of it fits in L2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ONE = tl.constexpr(ONE)
 _SHIFT = tl.constexpr(SHIFT)
 
 
-# Four values per thread: the tables and the flat weights are read 16 bytes at a time.
+# Four values per thread: the tables are read, and the values written, 16 bytes at a time.
 TILE = {"VALUES": 512, "num_warps": 4}
 
 
@@ -70,7 +70,7 @@ def _stack_pack_kernel(
 def launch_stack_pack(
     flat: Tensor, rows: list[int], shift: float, precision: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(values [N] fp32, operands [parts, n], map_operands [parts, m]; [0] where there is no dense map)."""
+    """(values [N] fp32, operands [parts, n], map_operands [parts, m], or [0] without a dense map)."""
     table = pack_table(rows, flat.device)
     of_matrices = torch.float32 if precision == "tf32" else dtype
     values = flat.new_empty(table.source.shape[0], dtype=torch.float32)

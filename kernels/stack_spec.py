@@ -1,17 +1,17 @@
-"""What a coupling stack is, once: sizes and options, and how its weights lie in memory.
+"""StackSpec, which describes a coupling stack: its sizes and options, and the memory layout of its weights.
 
-``StackSpec`` is the one description. Its fields, in their order, are the constants of the raw op: the schema, the
-launchers and the reference are all made of them, so that a new option is one field here.
+Its fields, in their order, are the constants of the raw op. The schema, the launchers and the reference are derived
+from them, so that a new option is one more field.
 
-The weights have one row per layer, every matrix [out, in] padded and contiguous:
+The weights have one row per layer, with every matrix [out, in] padded and contiguous:
 
     W_1 [H, P]  W_2 [H, H] ... W_n [2 P, H]  |  b_1 [H] ... b_n [2 P]  |  map  |  bias of the map [2 P]
 
-with P the padded half and H the padded hidden width; n = 1 has the one matrix [2 P, P], and n = 0 has no
-conditioner. The rows of the last matrix are (shift_i, raw_i) in turn. The map after the layer is nothing, a
-diagonal [2 P] or a matrix [2 P, 2 P], over [first half | padding | second half | padding]. Where the stack has a
-map before its first layer, row 0 holds that map alone. Padding is zeros, which stay zeros through every product,
-activation and coupling.
+P is the padded width of a half, H that of a hidden layer, n the number of linear layers. With n = 1 there is one
+matrix [2 P, P], with n = 0 no conditioner. The rows of the last matrix are shift_i, raw_i alternating. The map
+after the layer is absent, a diagonal [2 P] or a matrix [2 P, 2 P], over the padded halves,
+[first | 0 | second | 0]. If the stack has a map before its first layer (a head), row 0 contains only that map.
+Padding is zeros, which stay zeros through every product, activation and coupling.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from torch import Tensor
 
 NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
 
-# In how many parts a mode's products take their operands.
+# The number of parts into which each mode splits the operands of its products.
 N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
 
 
 def map_parts(precision: str) -> int:
-    """Parts of a dense map's operands: two at least, since a map moves the state itself."""
+    """Parts of a dense map's operands: at least two, because a map multiplies the state itself."""
     return max(N_PARTS[precision], 2)
 
 
 def padded_hidden(hidden: int) -> int:
-    """H, or P of a half: a power of two, at least the 16 that a product of operands sums over."""
+    """The padded width of a hidden layer or a half: a power of two, at least 16, which tl.dot requires."""
     return 1 << max(hidden - 1, 15).bit_length()
 
 
 @dataclass(frozen=True)
 class StackLayout:
-    """Sizes of a stack, and offsets within a row of its weights, which are worked out once.
+    """Sizes of a stack, and offsets within a row of its weights, which are computed once.
 
     Args:
         features: D.
         n_linear: linear layers of each conditioner, 1 to 4; 0 where there are maps alone.
-        hidden: H, padded; anything where n_linear is 1 or 0.
+        hidden: H, padded; not used where n_linear is 1 or 0.
         maps: NO_MAPS, DIAGONAL or DENSE, the densest map of the stack.
         head: whether row 0 is a map before the first layer.
     """
@@ -97,18 +97,18 @@ class StackLayout:
         return torch.cat([half[:, :size] for half, size in zip(halves, self.sizes, strict=True)], dim=1)
 
     def core_matrix(self, core: Tensor) -> Tensor:
-        """The padded A of a Linearizer, [2 P, 2 P] or a diagonal [2 P]; core is a stack of one map, [1, A | 0]."""
+        """A Linearizer's padded A, [2 P, 2 P] or [2 P], from ``core`` [1, A | bias], a stack of one map."""
         width = 2 * self.half
         values = core[0, :-width]
         return values if values.shape[0] == width else values.view(width, width)
 
     def apply_core(self, z: Tensor, core: Tensor) -> Tensor:
-        """A z for z [B, D]; of z's dtype."""
+        """A z for z [B, D], in z's dtype."""
         values, A = self.pad(z.to(core.dtype)), self.core_matrix(core)
         return self.unpad(values * A if A.ndim == 1 else F.linear(values, A)).to(z.dtype)
 
     def n_layers(self, weights: Tensor) -> int:
-        """L of weights [rows, row_size]."""
+        """The number of coupling layers in weights [rows, row_size]."""
         return weights.shape[0] - self.head
 
     def unpack(self, row: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -125,16 +125,16 @@ class StackLayout:
 
 @dataclass(frozen=True)
 class StackSpec(StackLayout):
-    """A coupling stack but for its weights, and what is asked of it.
+    """A coupling stack without its weights, and the options of a call.
 
     Args:
         activation: its number in linfast.ops.activations.ACTIVATION_NAMES, which kernels/mlp.py shares.
-        kind: the scale map's number, ``ScaleMap.constexpr_id``.
+        kind: the scale map's id, ``ScaleMap.constexpr_id``.
         bound: the scale map's c.
         floor: the scale map's floor.
         scale_first: m e^s + t in place of (m + t) e^s.
         moves_second: layer 0 moves the second half in place of the first.
-        inverse: undo the layers, the last one first.
+        inverse: apply the inverses of the layers, last to first.
         log_det: also sum the couplings' log-scales.
         precision: one of linfast.precision.PRECISIONS.
     """
@@ -155,7 +155,7 @@ class StackSpec(StackLayout):
         return tuple([getattr(self, name) for name in _NAMES])
 
     def steps(self, weights: Tensor) -> list[tuple[int | None, int]]:
-        """(layer, or None for a map; row of the weights), in the order they run."""
+        """(layer, or None for a map; row of the weights) of each step, in the order in which they are applied."""
         steps: list[tuple[int | None, int]] = [(None, 0)] if self.head else []
         for layer in range(self.n_layers(weights)):
             row = layer + self.head
@@ -178,7 +178,7 @@ class StackSpec(StackLayout):
 _FIELDS = tuple([field for field in fields(StackSpec) if field.init])
 _NAMES = tuple([field.name for field in _FIELDS])
 N_CONSTANTS = len(_NAMES)
-# For launchers, which see the same constants again and again.
+# Cached, because launchers are called with the same constants many times.
 spec_of = functools.lru_cache(256)(StackSpec)
 
 

@@ -1,4 +1,4 @@
-"""The hot paths as functions: one file per op, plain tensors in and out."""
+"""linfast's ops: functions of plain tensors, one file per op."""
 
 from .affine_coupling import affine_coupling
 from .channel_mix import channel_mix

@@ -1,4 +1,4 @@
-"""Activations of conditioners, and the numbers by which the kernels know them."""
+"""Activation functions of conditioners by name, and their ids in the kernels."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 ACTIVATION_NAMES: tuple[str, ...] = tuple(ACTIVATIONS)
-"""The index of a name is its constexpr id in linfast.kernels.mlp."""
+"""A name's index in this tuple is the activation's constexpr id in linfast.kernels.mlp."""

@@ -1,13 +1,13 @@
 """Affine coupling: one half of the channels is scaled and shifted, the other half is copied.
 
-With the moved half m of x along dim 1, the conditioner's shift t and log_s = scale_map(raw):
+m is the half of x that is scaled and shifted. The conditioner outputs the shift t and raw; log_s = scale_map(raw):
 
     order "shift_first":  y = (m + t) exp(log_s)      m = y exp(-log_s) - t
     order "scale_first":  y = m exp(log_s) + t        m = (y - t) exp(-log_s)
     log|det| = +sum(log_s) forward, -sum(log_s) inverse
 
-The first half of an odd C has ceil(C / 2) channels. On a CPU and in float64 this is plain torch; on a GPU it is one
-kernel in each direction (linfast.kernels.affine_coupling), whose backward keeps y and not x.
+The first half has ceil(C / 2) of the C channels. On a CPU and in float64 the op runs in plain torch; on a GPU each
+direction is one kernel (linfast.kernels.affine_coupling), and y is saved for the backward, not x.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ def affine_coupling(
     inverse: bool = False,
     log_det: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = (m + t) exp(log_s) on the moved half m of x, the other half copied; or its inverse.
+    """(y, log|det| or None): y = (m + t) exp(log_s) or m exp(log_s) + t, or the inverse, on one half m of x.
 
     Args:
         x: [B, C, ...], C >= 2.
         params: [B, 2 C_moved, ...], the conditioner's output: [shift | raw] along
-            dim 1 (layout "halves"), or shift and raw in turn (layout "interleaved").
-        scale_map: turns raw into log_s.
+            dim 1 (layout "halves"), or shift_i, raw_i alternating (layout "interleaved").
+        scale_map: maps raw to log_s.
         order: "shift_first" (the Linearizer paper) or "scale_first" (RealNVP).
-        moves: which half moves, "first" or "second".
-        inverse: undo instead of do.
-        log_det: also return log|det| of what was done, [B], at least fp32.
+        moves: which half is the moved one, "first" or "second".
+        inverse: apply the inverse.
+        log_det: also return log|det| of the map that is applied, [B], in fp32 or wider.
 
-    Shift, scale and the sum are computed in fp32 or wider; y has x's dtype.
+    The other half of x is copied. Shift, scale and log|det| are computed in fp32 or wider; y has x's dtype.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: an unknown option, or params whose shape does not fit x.
+        TypeError: an argument has the wrong type.
+        ValueError: an option is unknown, or the shape of x or params does not fit.
     """
     check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
     return coupled(x, params, scale_map, coupling_constants(scale_map, order, layout, moves, inverse, log_det))
 
 
 def coupled(x: Tensor, params: Tensor, scale_map: ScaleMap, spec: CouplingSpec) -> tuple[Tensor, Tensor | None]:
-    """``affine_coupling`` of arguments that have been checked."""
+    """``affine_coupling`` without checks of the arguments."""
     if not uses_triton(x, params):
         return affine_coupling_reference(x, params, scale_map, spec)
     y, total = _affine_coupling(x, params, *spec)
@@ -97,7 +97,7 @@ def affine_coupling_reference(
 
 
 def couple(value: Tensor, shift: Tensor, log_s: Tensor, order: str, inverse: bool) -> Tensor:
-    """The coupling or its inverse on the moved half."""
+    """The coupling, or its inverse, of the moved half ``value``."""
     scale = (-log_s if inverse else log_s).exp()
     if inverse:
         return value * scale - shift if order == "shift_first" else (value - shift) * scale
@@ -109,10 +109,10 @@ def affine_coupling_undo(
     y: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor | None, scale_map: ScaleMap, *, order: str,
     layout: str, moves: str, inverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x, dx, dparams) where y, log_det = affine_coupling(x, params, ..., inverse=inverse).
+    """The backward from the output: (x, dx, dparams) for y, log_det = affine_coupling(x, params, ...).
 
-    The backward from the output alone, for training that keeps no x: grad and grad_log_det
-    are the gradients of y and log_det, dx (fresh memory) and dparams those of x and params.
+    For training that does not store x. ``grad`` and ``grad_log_det`` are the gradients of y and log_det; dx, in new
+    memory, and dparams are those of x and params.
     """
     spec = coupling_constants(scale_map, order, layout, moves, inverse, grad_log_det is not None)
     if not uses_triton(y, params):
@@ -124,7 +124,7 @@ def affine_coupling_undo(
 def _undo_reference(
     y: Tensor, params: Tensor, grad: Tensor | None, grad_log_det: Tensor | None, *constants: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, dx, dparams) from the output; the formulas are in linfast.kernels.affine_coupling."""
+    """``affine_coupling_undo`` in plain torch; the formulas are in linfast.kernels.affine_coupling."""
     spec = CouplingSpec(*constants)
     scale_map, order = _scale_map(spec), ORDERS[spec.scale_first]
     compute = torch.promote_types(y.dtype, torch.float32)
@@ -146,7 +146,7 @@ def _undo_reference(
 def couple_backward(
     out: Tensor, shift: Tensor, log_s: Tensor, g: Tensor, h: Tensor | float, order: str, inverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d value, d shift, d log_s) from the output; g = dL/dy, h = dL/d log_det."""
+    """Gradients of (value, shift, log_s) from ``out``, the moved half of y; g = dL/d out, h = dL/d log_det."""
     dvalue = g * (-log_s if inverse else log_s).exp()
     if order == "shift_first":
         return (dvalue, -g, -g * (out + shift) - h) if inverse else (dvalue, dvalue, g * out + h)
@@ -156,7 +156,7 @@ def couple_backward(
 def coupling_constants(
     scale_map: ScaleMap, order: str, layout: str, moves: str, inverse: bool, log_det: bool
 ) -> CouplingSpec:
-    """The raw ops' constants from the public functions' options."""
+    """The raw op's constants for these options."""
     flags = (order == "scale_first", layout == "interleaved", moves == "second", inverse, log_det)
     return CouplingSpec(scale_map.constexpr_id, *scale_map.constants, *flags)
 
@@ -166,7 +166,7 @@ def _scale_map(spec: CouplingSpec) -> ScaleMap:
 
 
 def raw_coupling_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor | None]:
-    """``affine_coupling_reference`` from the raw ops' constants."""
+    """``affine_coupling_reference``, given the raw op's constants."""
     spec = CouplingSpec(*constants)
     return affine_coupling_reference(x, params, _scale_map(spec), spec)
 

@@ -1,11 +1,11 @@
-"""Channel mix: y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o], one matrix for every position.
+"""Channel mix, a 1 x 1 convolution: y[b, o, p] = sum_c W[o, c] x[b, c, p] + bias[o] at every position p.
 
-    x                              what runs
-    [B, C]                         F.linear; its sums follow torch's matmul settings
+    x                              runs
+    [B, C]                         F.linear, in torch's precision of products
     [B, C, ...] on a CPU, float64  torch.matmul
     [B, C, ...] on a GPU           linfast.kernels.channel_mix: any strides, exact fp32 products
 
-The inverse of a square W is the same op with W^-1 and -W^-1 bias. The backward keeps x and W.
+For a square W the inverse is the same op with W^-1 and -W^-1 bias. x and W are saved for the backward.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def channel_mix(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         weight: [O, C], any strides.
         bias: [O], or None for 0.
 
-    Under autocast x, weight and bias are cast as torch.matmul casts them.
+    y [B, O, ...] has x's dtype. Autocast casts x, weight and bias as it does for torch.matmul.
 
     Raises:
-        TypeError: an argument that is no tensor.
-        ValueError: weight is not a matrix whose columns match x's channels, or bias not [O].
+        TypeError: an argument is not a tensor.
+        ValueError: x, weight or bias does not have these shapes.
     """
     check_mix(x, weight, bias)
     dtype = autocast_dtype(x.device.type)
@@ -57,7 +57,7 @@ def channel_mix_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 def laid_out(y: Tensor, x: Tensor) -> Tensor:
-    """y in the strides of ``with_channels``; differentiable."""
+    """y, copied where necessary into the strides of ``with_channels``; differentiable."""
     if x.stride(1) == 1 and x.stride(-1) != 1:
         return y.movedim(1, -1).contiguous().movedim(-1, 1)
     return y.contiguous()

@@ -1,13 +1,13 @@
-"""A convolution with the group norm and SiLU before it and the bias and residual after it.
+"""A 2-d convolution, fused with the group norm and SiLU before it and the bias and residual after it.
 
-    where                                     what runs
+    where                                     runs
     CPU, float64                              plain torch
-    GPU, C_in and C_out as in conv2d_configs  linfast.kernels.conv2d_fused: one kernel, and one more for x's
-                                              statistics where they are not given
+    GPU, C_in and C_out as in conv2d_configs  linfast.kernels.conv2d_fused: one kernel, and another for x's
+                                              statistics if they are not given
     GPU, other sizes                          group_norm_silu and torch's convolution
 
-Backend "triton" runs the kernel at any size. The backward keeps x, the parameters and the [B, groups] means and
-standard deviations, and computes the convolution's input again.
+Under backend("triton") the kernel runs at any size. Saved for the backward: x, the parameters and the [B, groups]
+means and reciprocal standard deviations. The convolution's input is recomputed.
 """
 
 from __future__ import annotations
@@ -53,33 +53,32 @@ def conv2d_fused(
     next_groups: int = 0,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = conv(a, weight, padding k // 2) + bias + alpha residual; returned with y's statistics.
+    """(y, statistics of y or None): y = conv(a, weight, padding k // 2) + bias + alpha residual.
 
     a = silu(group_norm(x) norm_weight + norm_bias), without the SiLU where activation is False; a = x where groups
-    is 0. The padding's zeros are a's, not x's. y's dtype is weight's, or residual's where that is wider.
+    is 0. a, not x, is padded with zeros. y's dtype is weight's (autocast's under autocast), or residual's if wider.
 
     Args:
-        x: [B, C_in, H, W], any strides; channels_last is the fast one.
+        x: [B, C_in, H, W], any strides; channels_last is fastest.
         weight: [C_out, C_in, k, k], k odd.
-        bias: [C_out], or [B, C_out] for one per sample.
-        groups: of the norm before the convolution; 0 for none, and then no SiLU.
-        norm_weight, norm_bias: [C_in], the norm's affine map; None is 1 and 0.
+        bias: [C_out], or [B, C_out] for a bias per sample.
+        groups: of channels in the norm before the convolution; 0 for neither norm nor SiLU.
+        norm_weight, norm_bias: [C_in], as nn.GroupNorm's weight and bias; None means 1 and 0.
         eps: added to the norm's variance.
-        activation: False leaves the SiLU out.
-        statistics: x's, in as many groups, as the call that made x returned them; None: computed here.
-        residual: [B, C_out, H, W], added alpha times.
-        next_groups: groups of the norm that will read y; 0 for none.
-        precision: of the kernel's products, "exact", "high", "tf32" or "fast"; None as torch is set: "tf32" where
-            torch.backends.cudnn.conv.fp32_precision lets convolutions (by default it does), else as
-            for other products (linfast.precision).
+        activation: False omits the SiLU.
+        statistics: of x in ``groups`` groups, as returned by the call that computed x; None computes them.
+        residual: [B, C_out, H, W], added with the factor alpha.
+        next_groups: groups of the norm that y is the input of, for the statistics of y; 0 for no statistics.
+        precision: of the kernel's products, "exact", "high", "tf32" or "fast". None: as torch is set
+            (linfast.precision), but "tf32" in place of "exact" and "high" where
+            torch.backends.cudnn.conv.fp32_precision is "tf32", its default.
 
-    Gradients flow through x alone, not through its statistics apart, which are a function of it. y's are
-    None where next_groups is 0, where torch's convolution ran, and for groups that the kernel
-    does not sum; give them on as they are.
+    Statistics carry no gradient: their part is in the gradient of x. Those of y are None where next_groups is 0,
+    where torch's convolution ran, or where the kernel cannot sum such groups; pass them to the next call as is.
 
     Raises:
-        ValueError: shapes or groups that do not fit; a precision of another name.
-        TypeError: x and weight of different dtypes outside autocast.
+        ValueError: shapes or groups do not fit, or the precision is unknown.
+        TypeError: an argument has the wrong type, or x and weight differ in dtype outside autocast.
     """
     check_number("eps", eps, 0.0)
     check_flag("activation", activation)
@@ -115,12 +114,12 @@ def _tf32_convolutions() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
-# What torch.compiler.assume_constant_result does, which would import Dynamo with linfast.
+# As torch.compiler.assume_constant_result marks it, but without importing Dynamo.
 _tf32_convolutions._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _convolved(a: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, alpha: float) -> Tensor:
-    """The convolution and the sum in plain torch."""
+    """conv(a) + bias + alpha residual in plain torch."""
     bias = None if bias is None else bias.to(weight.dtype)
     per_sample = bias is not None and bias.ndim == 2
     y = F.conv2d(a, weight, None if per_sample else bias, padding=weight.shape[2] // 2)
@@ -133,7 +132,7 @@ def conv2d_fused_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
     residual: Tensor | None, tiles: Tensor | None, *constants: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The raw op in plain torch: (y, mean and rstd [B, groups], y's tiles [B, tiles, next_groups, 2])."""
+    """The raw op in plain torch: (y, x's mean and rstd [B, groups], y's statistics [B, tiles, next_groups, 2])."""
     spec, a = ConvSpec(*constants), x
     mean, rstd, next_tiles = empty_statistics(x, weight.shape[0], spec)
     if spec.groups:
@@ -144,7 +143,7 @@ def conv2d_fused_reference(
 
 
 def _tiles(y: Tensor, tiles: int, groups: int) -> Tensor:
-    """(mean, sum of centred squares) [B, tiles, groups, 2] of kernels/group_statistics.py."""
+    """y's statistics (mean, sum of centred squares) [B, tiles, groups, 2]; see kernels/group_statistics.py."""
     grouped = y.float().unflatten(1, (groups, -1)).flatten(3)
     parts = grouped.split(tile_rows_of(tiles, grouped.shape[3]), dim=3)
     means = torch.stack([part.mean((2, 3)) for part in parts], 1)
@@ -188,7 +187,7 @@ def _check(
     if k != k_width or k % 2 == 0:
         raise ValueError(f"weight must be [C_out, C_in, k, k] with k odd; got {tuple(weight.shape)}")
     if x.dtype != weight.dtype and autocast_dtype(x.device.type) is None:
-        raise TypeError(f"x and weight must have one dtype; got x {x.dtype} and weight {weight.dtype}")
+        raise TypeError(f"x and weight must have the same dtype; got x {x.dtype} and weight {weight.dtype}")
     if bias is not None and bias.shape not in ((n_out,), (batch, n_out)):
         raise ValueError(
             f"bias must be [{n_out}] or [{batch}, {n_out}] for weight {tuple(weight.shape)}; "
@@ -208,7 +207,7 @@ def _check(
         statistics.ndim != 4 or statistics.shape[::2] != (batch, groups) or statistics.dtype != torch.float32
     ):
         raise ValueError(
-            f"statistics must be those of x {tuple(x.shape)} in {groups} groups, "
+            f"statistics must be those of x {tuple(x.shape)} for {groups} groups, "
             f"fp32 [{batch}, tiles, {groups}, 2]; got {statistics.dtype} {tuple(statistics.shape)}"
         )
     if residual is not None and residual.shape != (batch, n_out, height, width):

@@ -1,13 +1,13 @@
-"""A coupling and the channel mix after it in one op: x and params are read once and y is written once.
+"""An affine coupling and the channel mix after it as one op, which reads x and params once and writes y once.
 
-    what runs
-    one launch    on a GPU where C, O <= 128
-    two ops       vectors [B, C] with C or O > 64, for which cuBLAS's product is faster: past about 20
-                  multiply-adds per byte the product takes longer than the memory traffic;
-                  C or O > 128; under autocast an x that is not of autocast's dtype
+    runs as       where
+    one launch    on a GPU, C and O <= 128
+    two ops       on a GPU, C or O > 128; or under autocast, x not of autocast's dtype; or vectors [B, C] with C
+                  or O > 64, for which cuBLAS's product is faster: from about 20 FLOP per byte on, the product
+                  takes longer than the memory traffic
     plain torch   on a CPU and in float64
 
-The backward keeps x, params and W, and computes the coupled u again.
+x, params and W are saved for the backward, which recomputes u, the coupling's output.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .affine_coupling import check_coupling, coupled, coupling_constants, raw_co
 from .channel_mix import channel_mix, channel_mix_reference, check_mix, laid_out
 from .register import define_op
 
-_WIDEST = 128  # all outputs in one program
-_WIDEST_VECTOR = 64  # 64 wide: 8192 multiply-adds on 768 bytes per row
+_WIDEST = 128  # one program computes all outputs
+_WIDEST_VECTOR = 64  # at C = O = 64: 8192 FLOP and 768 bytes per row
 
 
 def coupling_mix(
@@ -41,19 +41,19 @@ def coupling_mix(
     inverse: bool = False,
     log_det: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = W u + bias over channels, u = affine_coupling(x, params) or its inverse.
+    """(y, log|det| or None): y = W u + bias over channels, u = affine_coupling(x, params) or its inverse.
 
     Args:
         x: [B, C, ...], C >= 2.
         params, scale_map, order, layout, moves: as in ``affine_coupling``.
         weight: [O, C], any strides.
         bias: [O], or None for 0.
-        inverse: undo the coupling instead of doing it; weight and bias are used as they are.
-        log_det: also return log|det| of the coupling, [B], at least fp32; W's is not in it.
+        inverse: apply the coupling's inverse; weight and bias are used as given.
+        log_det: also return log|det| of the coupling without W's, [B], in fp32 or wider.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: an unknown option, or shapes that do not fit.
+        TypeError: an argument has the wrong type.
+        ValueError: an option is unknown, or shapes do not fit.
     """
     check_coupling(x, params, scale_map, order, layout, moves, inverse, log_det)
     check_mix(x, weight, bias)
@@ -68,7 +68,7 @@ def coupling_mix(
 
 
 def _fuses(x: Tensor, weight: Tensor) -> bool:
-    """Whether the one launch is the path for these; see the module's table."""
+    """Whether one launch computes both; see the table at the top of this file."""
     if autocast_dtype(x.device.type) not in (None, x.dtype):
         return False
     return min(weight.shape) > 0 and max(weight.shape) <= (_WIDEST if x.ndim > 2 else _WIDEST_VECTOR)

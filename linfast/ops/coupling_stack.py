@@ -1,6 +1,6 @@
-"""A stack of affine couplings with MLP conditioners, and maps between them, as one op.
+"""A stack of affine couplings with MLP conditioners, and affine maps between them, as one op.
 
-With x = [first | second], the moved half m, which alternates from layer to layer, and the kept half k:
+x = [first | second]. A layer l moves one half, m, and keeps the other, k; m alternates from layer to layer:
 
     (t, r) = MLP_l(k)    m <- (m + t) exp(log_s(r))  or  m exp(log_s(r)) + t    x <- W_l x + c_l
     log|det| = sum over layers of sum(log_s) + log|det W_l|
@@ -9,10 +9,10 @@ With x = [first | second], the moved half m, which alternates from layer to laye
 |-----------|---------------------------------------------------------------------------------------|
 | reference | a CPU, float64: plain torch, layer by layer                                           |
 | stack     | a GPU, sizes that fit on chip: one launch, linfast.kernels.coupling_stack             |
-| library   | a GPU, larger sizes: torch's products (in torch's precision; in "fast" of half type), |
-|           | and one kernel per layer for its coupling                                             |
+| library   | a GPU, larger sizes: torch's products (in torch's precision; for "fast" in half       |
+|           | precision), and one kernel per layer for its coupling                                 |
 
-The backward keeps x and the weights and computes the rest again, layer by layer.
+The backward of "stack" saves x and the weights, and recomputes the rest.
 """
 
 from __future__ import annotations
@@ -53,27 +53,26 @@ def coupling_stack(
     head: AffineMap | None = None,
     packed: PackedStack | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The layers on x, first to last, or their inverse on x, last to first.
+    """(y, log|det| or None): the layers applied to x, first to last, or their inverses, last to first.
 
     Args:
         x: [B, D], D >= 2, any strides.
-        layers: at least one; all conditioners have as many linear layers.
-        activation: relu, silu, tanh or gelu; exact, but within tf32's error in "tf32" and "fast".
-        scale_map: turns the conditioners' raw outputs into log-scales.
+        layers: at least one; all conditioners have the same number of linear layers.
+        activation: "relu", "silu", "tanh" or "gelu"; kernels err by less than tf32 in "tf32" and "fast".
+        scale_map: maps the conditioners' raw outputs to log-scales s.
         order: "shift_first" (m + t) e^s or "scale_first" m e^s + t.
         moves: the half that layer 0 moves; layer 1 moves the other, and so on.
-        inverse: undo the layers.
-        log_det: also return log|det| of what was done, [B], at least fp32.
-        precision: "exact", "high", "tf32", "fast"; None as torch is set (``resolve_precision``).
-        head: a map before the first layer.
-        packed: ``pack_stack`` of these layers, where their weights are frozen; no
-            gradient reaches the layers then.
+        inverse: apply the inverse of the stack.
+        log_det: also return log|det| of the map that is applied, [B], in fp32 or wider.
+        precision: "exact", "high", "tf32" or "fast"; None: as torch is set (``resolve_precision``).
+        head: an affine map before the first layer.
+        packed: the result of ``pack_stack`` for these layers, to which no gradient then flows.
 
-    State, shift, scale and sums are fp32 or wider throughout; y has x's dtype.
+    The state between layers, shift, scale and sums are fp32 or wider; y has x's dtype.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: an unknown option, or a shape that does not fit, with the shape.
+        TypeError: an argument has the wrong type.
+        ValueError: an option is unknown, or a shape does not fit.
     """
     g = CouplingStack(layers, activation, scale_map, order, moves, head)
     check(x, g, packed)
@@ -109,7 +108,7 @@ def mlp_coupling(
     log_det: bool = False,
     precision: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One coupling with its MLP conditioner: ``coupling_stack`` of one layer."""
+    """``coupling_stack`` of one layer, ``CouplingLayer(weights, biases, layout)``; other options are the same."""
     check_kind("weights", weights, _SEQUENCES, "a sequence of tensors")
     check_kind("biases", biases, _SEQUENCES, "a sequence of tensors or None")
     check_choice("layout", layout, LAYOUTS)
@@ -120,7 +119,7 @@ def mlp_coupling(
 
 
 def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False) -> bool:
-    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps``: the densest kind in it."""
+    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps`` is the densest kind of map."""
     sizes = (layout.features, layout.hidden, layout.n_linear)
     return config_for(*sizes, precision, target_of(x), maps, linearizer) is not None
 
@@ -136,7 +135,7 @@ def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bo
 
 
 def run_packed(x: Tensor, packed: PackedStack, spec: StackSpec) -> tuple[Tensor, Tensor | None]:
-    """The one launch: (y, log_det of the couplings without their maps, or None)."""
+    """Run the one launch: (y, log|det| of the couplings without the maps, or None)."""
     y, total = _coupling_stack(x, *packed.tensors, *spec.constants)
     return y, total if spec.log_det else None
 
@@ -174,7 +173,7 @@ def _condition(h: Tensor, layer: CouplingLayer, activate: Any, half: torch.dtype
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, half: torch.dtype | None) -> Tensor:
-    """x W^T + b; with operands rounded to ``half`` in "fast", on a GPU as a product of that type."""
+    """x W^T + b; operands are rounded to ``half`` unless it is None, and on a GPU multiplied in that dtype."""
     if half is None or x.dtype == torch.float64 or autocast_dtype(x.device.type) is not None:
         return F.linear(x, weight, bias)
     if x.is_cuda:
@@ -183,7 +182,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, half: torch.dtype | 
 
 
 def _apply_map(x: Tensor, entry: AffineMap, inverse: bool) -> Tensor:
-    """The map or its inverse, outside autocast: W and W^-1 rounded separately are no longer inverses."""
+    """The map or its inverse, outside autocast: W and W^-1 rounded separately are not inverses."""
     weight, bias = entry.inverted() if inverse else (entry.weight, entry.bias)
     if weight.ndim == 1:
         return (x * weight if bias is None else x * weight + bias).to(x.dtype)
@@ -193,11 +192,11 @@ def _apply_map(x: Tensor, entry: AffineMap, inverse: bool) -> Tensor:
 def raw_forward(
     x: Tensor, weights: Tensor, operands: Tensor, _map_operands: Tensor, *constants: Any
 ) -> tuple[Tensor, Tensor]:
-    """The raw op in plain, differentiable torch: (y of x's dtype, log_det of the couplings; [0] if not asked for).
+    """The raw op in plain, differentiable torch: (y in x's dtype, log|det| of the couplings; [0] if not requested).
 
-    x [B, D] is held as z [B, 2 P], both halves padded with zeros. In "fast" the operands of the conditioner's
-    products are rounded as the kernel rounds them, and a gradient passes the rounding unchanged; the other modes'
-    rounding is fp32's, or is left to the kernel's budget.
+    x [B, D] is padded to z [B, 2 P], each half with zeros. In "fast" the operands of the conditioner's products are
+    rounded as the kernel rounds them, and gradients pass through the rounding unchanged. The rounding of other
+    modes is not reproduced; tests allow for it.
     """
     spec = StackSpec(*constants)
     z = spec.pad(x.to(weights.dtype))
@@ -246,7 +245,7 @@ _coupling_stack = define_op(
 
 
 def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> None:
-    """Raise TypeError or ValueError unless types, options and shapes fit; of packed layers the width must."""
+    """Raise TypeError or ValueError unless types, options and shapes fit; of packed layers only the width."""
     check_tensor("x", x)
     check_kind("layers", g.layers, _SEQUENCES, "a sequence of CouplingLayers")
     for name, choices in (("activation", ACTIVATION_NAMES), ("order", ORDERS), ("moves", HALVES)):
@@ -260,7 +259,7 @@ def check(x: Tensor, g: CouplingStack, packed: PackedStack | None = None) -> Non
         raise ValueError("layers must hold at least one CouplingLayer")
     if packed is not None:
         if packed.layout.features != x.shape[1]:
-            raise ValueError(f"packed is of {packed.layout.features} features and x is {tuple(x.shape)}")
+            raise ValueError(f"packed has {packed.layout.features} features and x is {tuple(x.shape)}")
         return
     sizes, first = split_sizes(x.shape[1]), HALVES.index(g.moves)
     if g.head is not None:

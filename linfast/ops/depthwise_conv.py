@@ -2,9 +2,9 @@
 
     y[b, c, i, j] = sum_{u, v} w[b, c, u, v] x[b, c, i + u - l_h, j + v - l_w],  l = (k - 1) // 2
 
-The transpose is the same sum with the kernel flipped and the two paddings swapped, which differ where k is even.
-On a CPU and in float64 this is plain torch; on a GPU it is one kernel forward and two backward
-(linfast.kernels.depthwise_conv), which keep x and weight.
+The transpose flips the kernel and swaps the paddings of opposite sides, which differ where k is even. On a CPU and
+in float64 the op runs in plain torch; on a GPU it is one kernel forward and two backward
+(linfast.kernels.depthwise_conv). x and weight are saved for the backward.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .register import define_op
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, *, transpose: bool = False) -> Tensor:
-    """Depthwise "same" correlation of x with weight, or its exact transpose.
+    """y[b, c] = the "same" correlation of x[b, c] with weight[c] or weight[b, c] (formula above), or its transpose.
 
     Args:
         x: [B, C, H, W].
         weight: [C, kh, kw], or [B, C, kh, kw] for one set of kernels per sample.
-        transpose: apply the transposed linear map.
+        transpose: apply the transpose of the linear map x -> y.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: shapes that do not fit together.
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit together.
     """
     _check(x, weight, transpose)
     if uses_triton(x, weight):

@@ -5,8 +5,8 @@
     y = u sigmoid(u)
 
 The order of scale and shift is that of ADM (Dhariwal and Nichol, 2021) and EDM (Karras et al., 2022). On a CPU and
-in float64 this is plain torch; on a GPU it is one kernel in each direction (linfast.kernels.group_norm_silu), whose
-backward keeps x, the means and the standard deviations.
+in float64 the op runs in plain torch; on a GPU it is one kernel forward and one backward
+(linfast.kernels.group_norm_silu). Saved for the backward: x, the parameters, means and reciprocal deviations.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def group_norm_silu(
 
     Args:
         x: [B, C, ...].
-        groups: how many groups the channels fall into; divides C.
-        weight, bias: [C], the affine map of the normalisation; None is 1 and 0.
-        scale, shift: [B, C], of a time embedding; None is 0.
+        groups: number of groups of channels; divides C.
+        weight, bias: [C], as those of nn.GroupNorm; None means 1 and 0.
+        scale, shift: [B, C], from a time embedding; None means 0.
         eps: added to the variance.
-        activation: False leaves the SiLU out.
+        activation: False omits the SiLU.
 
-    Computed in fp32 or wider; y has x's dtype.
+    The op is computed in fp32 or wider; y has x's dtype.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: groups that do not divide C, or a parameter whose shape does not fit x.
+        TypeError: an argument has the wrong type.
+        ValueError: groups do not divide C, or the shape of a parameter does not fit x.
     """
     _check(x, groups, weight, bias, scale, shift)
     check_number("eps", eps, 0.0)
@@ -66,15 +66,15 @@ def group_norm_silu_reference(
 ) -> Tensor:  # fmt: skip
     """``group_norm_silu`` in plain torch."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    if weight is None and bias is not None:  # of this torch's group_norm has no gradient
+    if weight is None and bias is not None:  # torch.group_norm gives no gradient to a bias alone
         weight = torch.ones_like(bias)
     w, b = (None if t is None else t.to(compute) for t in (weight, bias))
-    # Not F.group_norm, which refuses one value per group, whose variance is 0.
+    # Not F.group_norm, which raises an error where a group has one value, so that its variance is 0.
     if w is None or x.device.type != "cpu" or x.is_contiguous() or not torch.is_grad_enabled():
         out = torch.group_norm(x.to(compute), groups, w, b, eps)
     else:
-        # The backward of torch 2.13's group norm writes through a null pointer in channels_last where the
-        # parameters' gradients are asked for and x's is not; autograd.grad may ask so whatever x requires.
+        # In channels_last the backward of torch 2.13's group norm writes through a null pointer if the gradients of
+        # the parameters are requested without x's, which autograd.grad may do even where x requires a gradient.
         out = torch.group_norm(x.to(compute), groups, None, None, eps) * _per_channel(w, x, compute)
         out = out if b is None else out + _per_channel(b, x, compute)
     if scale is not None:
@@ -85,7 +85,7 @@ def group_norm_silu_reference(
 
 
 def _per_channel(parameter: Tensor, x: Tensor, compute: torch.dtype) -> Tensor:
-    """[C] or [B, C] in the compute dtype, to broadcast against x."""
+    """A parameter [C] or [B, C] in the compute dtype, shaped to broadcast against x."""
     return parameter.to(compute).reshape(*parameter.shape, *(1,) * (x.ndim - 2))
 
 
@@ -94,7 +94,7 @@ def _raw_reference(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def moments(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(var + eps), [B, groups] in fp32."""
+    """Mean and 1 / sqrt(var + eps) of each group, [B, groups] in fp32."""
     shape = (x.shape[0], groups, math.prod(x.shape[1:]) // groups)
     grouped = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(shape)
     variance, mean = torch.var_mean(grouped, 2, correction=0)

@@ -1,15 +1,15 @@
-"""Latent product: y_b = A_b z_b for column vectors kept as rows, y = z @ A.mT; optionally + alpha z + bias.
+"""Latent product: y_b = A_b z_b + alpha z_b + bias for each row z_b of z; for one A, y = z @ A.mT + alpha z + bias.
 
 | A                | runs                                                                              |
 |------------------|-----------------------------------------------------------------------------------|
-| one              | F.linear: cuBLAS or MKL, which no kernel beats                                    |
-| one per sample   | bmm: it takes as long as reading A once                                           |
+| shared           | F.linear, that is cuBLAS or MKL: no kernel of ours is faster                      |
+| one per sample   | bmm, which takes as long as reading A once                                        |
 | a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
 |                  | on a CPU and in float64, rows sorted by operator and one product per operator     |
 
-A number alpha and the bias are added inside the bank's kernel; a tensor alpha is added outside it, since reading it
-on the host would wait for the GPU. On a CPU a bank is one op too: how many rows pick an operator depends on the
-data, which would break torch.compile(fullgraph=True).
+The bank's kernel also adds the bias and, for a number alpha, alpha z. A tensor alpha is applied outside it: to read
+its value the host would have to wait for the GPU. On a CPU, too, a bank is one op: the number of rows per operator
+depends on the data, which would break torch.compile(fullgraph=True).
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def latent_matmul(
     Args:
         z: [B, n_in].
         A: [n_out, n_in]; [B, n_out, n_in] for one operator per sample; [K, n_out, n_in] with ``index``.
-        index: [B] int64, the operator of each row. On a GPU it is not read by the host: a row
-            whose index is not in [0, K) comes out NaN, and adds nothing to A's gradient.
+        index: [B] int64, the operator of each row. On a GPU the host does not read it: a row whose index is
+            outside [0, K) gives NaN and does not contribute to A's gradient.
         alpha: a number or a 0-d tensor; n_out = n_in unless it is the number 0.
         bias: [n_out].
 
-    Sums are kept in fp32 or wider; y has z's dtype.
+    Sums are in fp32 or wider; y has z's dtype.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: shapes that do not fit together; on a CPU, an index outside [0, K).
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit together, or, on a CPU, an index is outside [0, K).
     """
     _check(z, A, index, alpha, bias)
     if z.dtype != A.dtype or (bias is not None and bias.dtype != z.dtype):
@@ -55,7 +55,7 @@ def latent_matmul(
         y = y + number * z if number else y
     elif index is None:
         y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
-    elif uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # see the top
+    elif uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # as one op
         y = _bank(z, A, index, bias, number)
     else:
         y = bank_reference(z, A, index, bias, number)
@@ -65,7 +65,7 @@ def latent_matmul(
 def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:
     """``latent_matmul`` of a bank in plain torch: one product per operator, A read in place."""
     if z.shape[0] == 0:
-        return _add(z @ A.sum(0).mT, z, bias, alpha)  # no rows; still a function of all of them
+        return _add(z @ A.sum(0).mT, z, bias, alpha)  # empty, but autograd still connects it to z, A and bias
     if _is_batched(index):
         y = z.new_zeros(z.shape[0], A.shape[1])
         for picked, operator in _picks(index, A):
@@ -78,15 +78,15 @@ def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = No
 
 
 def _sorted_rows(index: Tensor, n_operators: int) -> tuple[Tensor, list[int]]:
-    """(rows sorted by operator, rows of each operator)."""
+    """(row numbers sorted by operator, number of rows of each operator)."""
     low, high = map(int, index.aminmax())
     if low < 0 or high >= n_operators:
-        raise ValueError(f"index must be in [0, {n_operators}), the operators that A holds; got {low} to {high}")
+        raise ValueError(f"index must be in [0, {n_operators}), the range of A's operators; got {low} to {high}")
     return index.argsort(stable=True), index.bincount(minlength=n_operators).tolist()
 
 
 def _is_batched(index: Tensor) -> bool:
-    """Whether vmap runs over the index, whose values may then be used in torch.where alone."""
+    """Whether vmap maps over the index, whose values can then not be read, only used in torch.where."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(index):
         if functorch.is_batchedtensor(index):
@@ -96,7 +96,7 @@ def _is_batched(index: Tensor) -> bool:
 
 
 def _picks(index: Tensor, A: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(the rows that pick it as a mask [B, 1], A_k) for every operator."""
+    """(mask [B, 1] of the rows with index k, A_k) for every operator k."""
     return [((index == k)[:, None], operator) for k, operator in enumerate(A.unbind(0))]
 
 
@@ -108,7 +108,7 @@ def _add(y: Tensor, z: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
 def bank_backward_reference(
     z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
 ) -> tuple[Tensor | None, ...]:
-    """(dz, dA, nothing for the index, dbias); the formulas are in linfast.kernels.latent_matmul."""
+    """(dz, dA, None for the index, dbias); the formulas are in linfast.kernels.latent_matmul."""
     grad = z.new_zeros(z.shape[0], A.shape[1]) if grad is None else grad
     dz = bank_reference(grad, A.mT, index, None, alpha) if needs[0] else None
     dA = _operators_gradient(z, A, index, grad) if needs[1] else None
@@ -160,7 +160,7 @@ def _check(z: Tensor, A: Tensor, index: Tensor | None, alpha: float | Tensor, bi
             )
     elif A.ndim == 3 and A.shape[0] != z.shape[0]:
         raise ValueError(
-            f"A has {A.shape[0]} operators for {z.shape[0]} rows of z, and no index says which is whose"
+            f"A has {A.shape[0]} operators for {z.shape[0]} rows of z: give an index, or one operator per row"
         )
     if not is_zero and A.shape[-2] != A.shape[-1]:
         raise ValueError(f"alpha must be 0 unless A is square; got A {tuple(A.shape)}")

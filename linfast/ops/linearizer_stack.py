@@ -1,7 +1,8 @@
-"""A whole Linearizer of coupling stacks, y = g_y^-1(A g_x(x)), as one op: x is read once and y is written once.
+"""A whole Linearizer of coupling stacks, y = g_y^-1(A g_x(x)), as one op.
 
-Where both stacks fit on the chip with the same tile it is one launch (linfast.kernels.linearizer_stack) after the
-two of packing. Elsewhere g_x's stack, the product with A and g_y's inverse stack run one after another.
+Where a tile fits both stacks, it is one launch (linfast.kernels.linearizer_stack), which reads x once and writes y
+once, after the two launches of packing. Elsewhere g_x's stack, the product with A and the inverse of g_y's stack
+run one after another.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
 @dataclass(frozen=True)
 class PackedLinearizer:
-    """What the one launch reads: g_x, A as a stack of one map, and g_y with its maps inverted."""
+    """The weights that the one launch reads: of g_x, of A as a stack of one map, of g_y with inverted maps."""
 
     g_x: PackedStack
     A: PackedStack
@@ -47,15 +48,15 @@ def linearizer_stack(
 
     Args:
         x: [B, D], any strides.
-        g_x, g_y: the stacks; they may hold the same tensors.
+        g_x, g_y: the stacks, of D and D_y features; they may share tensors.
         A: [D_y, D], or a diagonal [D].
-        alpha: a number; alpha I + U V^T is so one product, U V^T, and no launch for alpha. 0 unless A is square.
+        alpha: a number, 0 unless A is square. alpha I + U V^T needs no launch for alpha I: A = U V^T.
         precision: as for ``coupling_stack``.
-        packed: the weights as ``pack_linearizer`` gives them, where they are frozen.
+        packed: the weights as ``pack_linearizer`` packed them, while they do not change.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: A's shape does not fit x; and as ``coupling_stack``.
+        TypeError: an argument has the wrong type.
+        ValueError: A's shape does not fit x, or a stack is invalid as in ``coupling_stack``.
     """
     check_tensor("x", x)
     check_tensor("A", A, x)
@@ -87,11 +88,11 @@ def pack_linearizer(
     x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, precision: str, alpha: float = 0.0,
     packed: PackedLinearizer | None = None,
 ) -> tuple[PackedLinearizer, StackSpec, StackSpec] | None:  # fmt: skip
-    """What the one launch for inputs such as x needs: weights, g_x's spec and that of g_y's inverse.
+    """(packed weights, g_x's spec, spec of g_y's inverse) for one launch on inputs like x.
 
-    None where there is no such launch: no kernels run, A is not square, the stacks differ in more than their
-    weights and maps, or they fit no tile. ``alpha`` is 0 where A is a diagonal. A stack without maps that is both
-    g_x and g_y is packed once; not so under torch.compile, since Dynamo takes no function that is given one tensor
+    None where no kernel runs, A is not square, the stacks differ in activation, kind of scale map, order or sizes
+    of the conditioners, or no tile fits. ``alpha`` must be 0 where A is a diagonal. A stack without maps that is
+    both g_x and g_y is packed once, except under torch.compile: Dynamo rejects a function that is given one tensor
     twice.
     """
     if A.shape[0] != x.shape[1] or (g_x.activation, g_x.scale_map.kind, g_x.order) != (
@@ -117,7 +118,7 @@ def pack_linearizer(
 
 
 def run_packed(x: Tensor, packed: PackedLinearizer, spec_x: StackSpec, spec_y: StackSpec) -> Tensor:
-    """The one launch."""
+    """Run the one launch: y [B, D]."""
     core, core_operands = packed.A.weights, packed.A.map_operands
     tensors = (x, *packed.g_x.tensors, core, core_operands, *packed.g_y.tensors)
     return _linearizer_stack(*tensors, *spec_x.constants, *spec_y.constants)
@@ -126,7 +127,7 @@ def run_packed(x: Tensor, packed: PackedLinearizer, spec_x: StackSpec, spec_y: S
 def _one_after_another(
     x: Tensor, g_x: CouplingStack, A: Tensor, g_y: CouplingStack, alpha: float, precision: str
 ) -> Tensor:
-    """z and A z are as wide as A, as in one launch; in "fast" x's half type is what products round to anyway."""
+    """As three ops. z and A z are as wide as A, as in one launch; in "fast" the stacks run in x's dtype."""
     wide = torch.promote_types(x.dtype, A.dtype)
     state, A = x.dtype if precision == "fast" else wide, A.to(wide)
     z = _run(x.to(state), g_x, False, precision).to(wide)

@@ -1,13 +1,13 @@
-"""Low-rank product: y = alpha x + U (V^T x), in O(N r) and never through an N x N matrix.
+"""Low-rank product y = alpha x + U (V^T x): O(N r) operations per sample, without an N x N matrix.
 
 | U, V                            | runs                                                                       |
 |---------------------------------|----------------------------------------------------------------------------|
-| both shared by the batch        | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel does better        |
+| both shared by the batch        | (x @ V) @ U^T, two products of cuBLAS or MKL: no kernel of ours is faster  |
 | one or both per sample          | on a GPU linfast.kernels.low_rank, fused                                   |
 | on a CPU, float64, mixed dtypes | plain torch, the same order of products                                    |
 
-A number alpha is added inside the kernel. A tensor alpha is added outside it, in plain torch: reading it on the
-host would wait for the GPU, and the pass over x and y is 3 / (2 r + 2) of the factors' traffic.
+The kernel adds alpha x for a number alpha. For a tensor alpha plain torch adds it: to read its value the host would
+have to wait for the GPU. That extra pass over x and y moves 3 / (2 r + 2) of the bytes that the kernel moves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..checks import check_factor, check_tensor
 from ..dispatch import uses_triton
 from .register import define_op
 
-_SHORTEST_PART = 256  # of a sum over N
+_SHORTEST_PART = 256  # terms of a partial sum over N
 
 
 def low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor = 0.0) -> Tensor:
@@ -33,11 +33,11 @@ def low_rank(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor = 0.0) -> Te
         V: [N, r] or [B, N, r].
         alpha: a number or a 0-d tensor.
 
-    Sums are kept in fp32 or wider; y has x's dtype.
+    Sums are in fp32 or wider; y [B, M] has x's dtype.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: shapes that do not fit together.
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit together.
     """
     _check(x, U, V, alpha)
     number = 0.0 if isinstance(alpha, Tensor) else float(alpha)
@@ -80,10 +80,11 @@ def _expand(t: Tensor, U: Tensor) -> Tensor:
 
 
 def _parts(factor: Tensor) -> int:
-    """In how many parts a sum over N is taken, here and in autograd's backward.
+    """The number of partial sums into which a sum over N is split, here and in autograd's backward.
 
-    A batched product adds one element after the other: at N = 12288 its error is 2e-6, in parts of 384
-    3e-7, for the same time forward and a quarter more with backward. Half precision would round the parts.
+    A batched product adds the terms one after another. At N = 12288 its error is 2e-6; in partial sums of 384 terms
+    it is 3e-7, in the same time forward and 1.25 times the time with the backward. In half precision the sum is not
+    split, because each partial sum would be rounded.
     """
     longest = factor.shape[1] // _SHORTEST_PART if factor.element_size() >= 4 else 0
     return math.gcd(factor.shape[1], 1 << (longest.bit_length() - 1)) if longest > 1 else 1
@@ -126,5 +127,5 @@ def _check(x: Tensor, U: Tensor, V: Tensor, alpha: float | Tensor) -> None:
     plain = isinstance(alpha, (int, float)) and alpha == 0
     if not plain and U.shape[-2] != V.shape[-2]:
         raise ValueError(
-            f"alpha must be 0 when U and V have different N; got U {tuple(U.shape)}, V {tuple(V.shape)}"
+            f"alpha must be 0 unless U and V have as many rows; got U {tuple(U.shape)}, V {tuple(V.shape)}"
         )

@@ -1,14 +1,12 @@
-"""Affine couplings with MLP conditioners, one after another, in plain torch: what a CPU runs.
+"""A chain of affine couplings with MLP conditioners in one loop of plain torch, for CPUs.
 
-    h = act(W_{n-1} ... act(W_1 k + b_1)) W_n + b_n = (shift, raw)      k the half that stays
-    m <- (m + shift) e^s  or  m e^s + shift                             s = scale_map(raw), m the half that moves
+    (shift, raw) = W_n act(W_{n-1} ... act(W_1 k + b_1) ...) + b_n      k is the kept half, m the moved half
+    m <- (m + shift) e^s  or  m e^s + shift                             s = scale_map(raw)
 
-and the inverse. The two halves of x [B, D] are kept apart from the first coupling to the last and joined once,
-and log_s is summed over the features once: a coupling is its products and its elementwise formula, nothing else.
-At a small batch the rest (joining, checking, dispatching to modules) costs more than the arithmetic.
-
-Autograd differentiates it. Under autocast the products are in its dtype; the state, the shift and the scale are in
-fp32 or wider, and the state is rounded to x's dtype after each coupling.
+or the inverse. x [B, D] is split into halves before the first coupling and joined after the last, and log_s is
+summed over the features once. At small batches joins, checks and calls of modules in every coupling would take
+longer than the arithmetic. Gradients are autograd's. Under autocast the products are in its dtype; the state, the
+shift and the scale are in fp32 or wider, and the state is rounded to x's dtype after each coupling.
 """
 
 from __future__ import annotations
@@ -28,14 +26,14 @@ class PlainCoupling(NamedTuple):
 
     Args:
         weights, biases: of the conditioner's linear layers, [out, in] and [out] or None.
-        activation: what runs between them.
-        log_scale: from raw to log_s, elementwise; None where the conditioner gives a shift alone.
+        activation: applied between them.
+        log_scale: maps raw to log_s elementwise; None for an additive coupling, which has no raw.
         scale_first: m e^s + shift in place of (m + shift) e^s.
-        interleaved: the conditioner gives shift and raw in turn, in place of [shift | raw].
+        interleaved: the conditioner's output is shift_i, raw_i alternating, in place of [shift | raw].
         moves: which half moves, 0 or 1.
-        raw_first: the conditioner gives [raw | shift].
-        raw_net: weights and biases of a second conditioner that gives raw; the first then gives the shift alone.
-        factor: what the conditioner's output is multiplied by.
+        raw_first: the conditioner's output is [raw | shift].
+        raw_net: weights and biases of a second conditioner, for raw; the first then computes only the shift.
+        factor: multiplies the (first) conditioner's output.
     """
 
     weights: Sequence[Tensor]
@@ -62,13 +60,13 @@ def run_couplings(
 
     Args:
         x: [B, D].
-        couplings: at least one; those of a coupling's shapes fit, which is the caller's to know.
-        context: [B, C] that every conditioner takes beside the half that stays, or None.
+        couplings: at least one; their shapes are not checked.
+        context: [B, C], appended to every conditioner's input, or None.
         first: features in the first half; None for half of them, rounded up.
     """
     dtype, first = x.dtype, (x.shape[1] + 1) // 2 if first is None else first
     wide = torch.promote_types(dtype, torch.float32)
-    same = dtype == wide  # a cast that changes nothing takes as long as an elementwise operation on a small batch
+    same = dtype == wide  # on a small batch a cast to the same dtype takes as long as an elementwise operation
     halves = list(x.split((first, x.shape[1] - first), dim=1))
     sums: list[Tensor | None] = [None, None]
     for weights, biases, activation, log_scale, scale_first, interleaved, moves, raw_first, raw_net, factor in (
@@ -76,13 +74,13 @@ def run_couplings(
     ):
         kept = h = halves[1 - moves] if context is None else cat((halves[1 - moves], context), dim=1)
         last = len(weights) - 1
-        for i in range(last):  # written out: a call of Python per coupling counts on a small batch
+        for i in range(last):  # _mlp, inlined: at small batches a call per coupling is measurable
             h = activation(F.linear(h, weights[i], biases[i]))
         h = F.linear(h, weights[last], biases[last])
         if h.dtype != wide:
             h = h.to(wide)
         if factor != 1:
-            h = h.mul_(factor)  # which nothing else holds
+            h = h.mul_(factor)  # in place: nothing else refers to h
         m = halves[moves] if same else halves[moves].to(wide)
         if log_scale is None:
             halves[moves] = (m - h if inverse else m + h).to(dtype)

@@ -1,12 +1,13 @@
-"""How an op is registered, the same way for all of them.
+"""Registration of linfast's ops.
 
-``define_op`` makes two raw ops, forward and backward, one autograd function that torch.compile, torch.func and
-opcheck see through. A raw op runs its launcher on a GPU and under Triton's interpreter, and its reference, plain
-torch, elsewhere; the launcher is imported at its first run, so that importing linfast imports no Triton.
+``define_op`` registers two raw ops, forward and backward, and joins them in an autograd function that
+torch.compile, torch.func and opcheck can trace. On a GPU and under Triton's interpreter a raw op runs its launcher,
+elsewhere its reference in plain torch. A launcher is imported when it first runs, so that importing linfast does
+not import Triton.
 
-Autocast is off inside every op, forward and backward. An output that was not asked for is a tensor of shape [0];
-fakes, launchers and references may return None for it. The backward is given None for the gradient of such an
-output, even where torch.compile, which passes a gradient for every output, filled in zeros.
+Autocast is disabled inside every op, forward and backward. An output that was not requested is a tensor of shape
+[0]; fakes, launchers and references may return None for it. As its gradient the backward receives None, also under
+torch.compile, which passes zeros for every output without a gradient.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class RawOp:
     Args:
         name: torch.ops.linfast.<name>.
         schema: its arguments and outputs, "(Tensor x, Tensor? bias, float bound) -> Tensor".
-        fake: the outputs' shapes, dtypes and strides, for the same arguments.
-        reference: the outputs in plain, differentiable torch, none of which aliases an input.
+        fake: returns empty outputs of the right shapes, dtypes and strides, from the same arguments.
+        reference: computes the outputs in plain, differentiable torch; no output aliases an input.
         launch: "module:function" inside linfast.kernels.
     """
 
@@ -51,7 +52,7 @@ class RawOp:
     launch: str
 
     def define(self) -> _Function:
-        """Register it and return it."""
+        """Register the op and return it."""
         RAW_OPS[self.name] = self
         _LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(self.name, functools.partial(self._run, "cpu"), "CPU")
@@ -63,7 +64,7 @@ class RawOp:
         return _complete(self.fake(*arguments), arguments[0])
 
     def _run_on_gpu(self, *arguments: Any) -> Any:
-        """Launches go to the GPU that is current, which the first tensor's need not be."""
+        """Make the first tensor's GPU the current one, to which launches go."""
         with torch.cuda.device(arguments[0].device):
             return self._run("cuda", *arguments)
 
@@ -84,7 +85,7 @@ def _launcher(path: str) -> _Function:
 
 
 def _complete(outputs: Any, like: Tensor) -> Any:
-    """A raw op's outputs, [0] in place of None; one alone is no tuple."""
+    """A raw op's outputs, with [0] in place of None; a single output is not put in a tuple."""
     if isinstance(outputs, Tensor):
         return outputs
     whole = tuple([like.new_empty(0) if output is None else output for output in outputs])
@@ -102,24 +103,24 @@ def define_op(
     backward_launch: str = "",
     has_needs: bool = True,
 ) -> _Function:
-    """One differentiable function of tensors and then constants.
+    """Register an op; return it as a differentiable function of its tensors, followed by its constants.
 
-    The raw op NAME is launched by linfast.kernels.NAME:launch_NAME. NAME_backward takes what is saved, a gradient
-    for each output (None where there is none), the constants and ``needs``, which says of each input tensor whether
-    its gradient is wanted; it returns those gradients. It is launched by NAME:launch_NAME_backward.
+    The raw op NAME is launched by linfast.kernels.NAME:launch_NAME. NAME_backward takes the saved tensors, the
+    gradient of each output or None, the constants and ``needs``: for each input tensor, whether its gradient is
+    required. It returns the gradients of the input tensors and is launched by NAME:launch_NAME_backward.
 
     Args:
         schema: "NAME(Tensor x, Tensor? bias, float bound) -> (Tensor y, Tensor log_det)".
         fake: of the forward; see ``RawOp``.
         reference: of the forward.
         saves: names of the inputs and outputs that the backward is given.
-        gradients: from the backward's arguments to empty tensors as its outputs lie in memory, whatever ``needs``
-            says; by default each saved input's shape, contiguous. A derived backward takes an input that is not
-            saved to be a sum's term, and zero: its shape and dtype are those of its gradient.
-        backward: the backward in plain torch; by default the vector-Jacobian product of ``reference``. The backward
-            of the backward differentiates it.
-        backward_launch: another place of the backward's launcher, "module:function".
-        has_needs: False for a backward that computes all gradients and is not told ``needs``.
+        gradients: maps the backward's arguments to empty tensors laid out as its outputs, whatever ``needs`` says;
+            by default contiguous, in the shapes of the saved inputs. The default backward sets an input that is not
+            saved to zeros of its gradient's shape and dtype, which is right for a term of a sum.
+        backward: the backward in plain torch, which second derivatives differentiate; by default the
+            vector-Jacobian product of ``reference``.
+        backward_launch: the backward's launcher, "module:function", where it is not the one above.
+        has_needs: False for a backward that computes all gradients and takes no ``needs``.
     """
     name, inputs, outputs = _parsed(schema)
     tensors = [argument for argument in inputs if argument.startswith("Tensor")]
@@ -171,15 +172,15 @@ def define_op(
             needs = list(ctx.needs_input_grad[:n])
             given = (None if gradient is None or gradient.shape == (0,) else gradient for gradient in gradients)
             arguments = (*ctx.saved_tensors, *given, *ctx.constants, *([needs] if has_needs else []))
-            if torch.is_grad_enabled():  # create_graph: the gradients are themselves differentiated, in plain torch
+            if torch.is_grad_enabled():  # create_graph: gradients that can be differentiated, in plain torch
                 results = without_autocast(ctx.saved_tensors[0].device.type, differentiated, *arguments)
             else:
                 results = run_backward(*arguments)
             wanted = (r if need else None for r, need in zip(_as_tuple(results), needs, strict=True))
             return (*wanted, *(None for _ in ctx.constants))
 
-    # Where no gradient is asked for, torch.compile calls ``forward`` itself, with a context before the inputs
-    # unless the signature has exactly as many parameters as there are inputs.
+    # Where no gradient is required, torch.compile calls ``forward`` directly, and passes a context before the
+    # inputs unless the signature has exactly as many parameters as there are inputs.
     parameters = [inspect.Parameter(each, inspect.Parameter.POSITIONAL_ONLY) for each in names]
     Function.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     Function.__name__ = Function.__qualname__ = f"linfast_{name}"
@@ -205,9 +206,9 @@ def _name(declared: str) -> str:
 
 
 def _is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether a gradient may be wanted: of these tensors, by a transform of torch.func or in forward mode.
+    """Whether a derivative may be required: for these tensors, by a torch.func transform or in forward mode.
 
-    A raw op alone would drop a tangent without a word; torch's autograd function refuses it.
+    A raw op would silently drop a forward-mode tangent; torch's autograd function raises an error.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return True
@@ -221,7 +222,7 @@ def _is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
 def _derived(
     reference: _Function, fresh: _Function, inputs: list[str], names: list[str], n_tensors: int
 ) -> _Function:
-    """The vector-Jacobian product of a reference of these inputs, from the backward's arguments of these names."""
+    """The default backward, of arguments ``names``: the vector-Jacobian product of ``reference(*inputs)``."""
 
     def pullback(*arguments: Any) -> tuple[Tensor | None, ...]:
         named = dict(zip(names, arguments, strict=True))
@@ -254,7 +255,7 @@ def _derived(
 
 
 def _filled(fake: _Function, pullback: _Function) -> _Function:
-    """The pullback's gradients in the fake's strides and dtypes."""
+    """The pullback, with its gradients copied into the fake's strides and dtypes."""
 
     def run(*arguments: Any) -> tuple[Tensor, ...]:
         outputs = _complete(fake(*arguments), arguments[0])

@@ -1,14 +1,14 @@
-"""Packing a coupling stack's weights for its kernel, in two launches: one torch.cat, and one gather that splits.
+"""Packs a coupling stack's weights for its kernel in two launches: torch.cat, then a gather that also rounds.
 
 All weights, biases and maps of a stack, or of a Linearizer's two stacks and its A, are flattened one after another
-and gathered into rows (linfast.kernels.stack_spec). Beside these fp32 weights, to which the gradients belong, go
-the operands of the products: copies rounded to parts or to tf32 (linfast.kernels.mlp), which have no gradient.
-Packing happens at every call, in the graph, so that gradients reach the layers' own tensors; ``pack_stacks`` is
-separate so that frozen weights are packed once.
+and gathered into rows (linfast.kernels.stack_spec). The results are these fp32 weights, which carry the gradients,
+and the operands of the products: copies rounded to parts or to tf32 (linfast.kernels.mlp), without gradients.
+Weights are packed at every call, inside autograd's graph, so that gradients reach the layers' own tensors.
+``pack_stacks`` is a separate function, so that frozen weights are packed once.
 
-A map between layers moves the state itself, and W and W^-1 rounded separately are no longer inverses: its operands
-have two parts at least, whatever the mode (three in "exact"). Maps whose inverse is wanted are inverted beforehand
-by torch's own launches: a reciprocal per diagonal, a matrix inverse per dense map that comes without one.
+A map between layers multiplies the state itself, and W and W^-1 rounded separately are not inverses. Its operands
+therefore have at least two parts in every mode (three in "exact"). For an inverse stack torch first inverts the
+maps: a reciprocal per diagonal, a matrix inverse per dense map that is given without one.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class AffineMap(NamedTuple):
     Args:
         weight: W [D, D], or its diagonal [D].
         bias: c [D], or None for 0.
-        inverse: W^-1 [D, D] where the caller has it; by default computed where it is needed.
-        log_det: log|det W|, 0-d, likewise.
-        inverse_bias: d [D] with x = W^-1 y + d, beside ``inverse``, likewise.
+        inverse: W^-1, shaped as W; None: computed when it is needed.
+        log_det: log|det W|, 0-d; None: computed when it is needed.
+        inverse_bias: d = -W^-1 c, [D], used only with ``inverse``; None: computed when it is needed.
     """
 
     weight: Tensor
@@ -45,7 +45,7 @@ class AffineMap(NamedTuple):
     inverse_bias: Tensor | None = None
 
     def inverted(self) -> tuple[Tensor, Tensor | None]:
-        """(V, d) with V y + d = W^-1 (y - c), outside autocast; NaN where W is singular."""
+        """(V, d) with V y + d = W^-1 (y - c), outside autocast; NaN or infinite where W is singular."""
         return without_autocast(self.weight.device.type, self._inverted)
 
     def _inverted(self) -> tuple[Tensor, Tensor | None]:
@@ -69,12 +69,12 @@ class AffineMap(NamedTuple):
 
 
 class CouplingLayer(NamedTuple):
-    """One affine coupling with an MLP conditioner, and what follows it.
+    """One affine coupling with an MLP conditioner, and the affine map after it.
 
     Args:
-        weights: of 1 to 4 linear layers, [out, in]: the kept half's width in, twice the moved half's out.
+        weights: of 1 to 4 linear layers, [out, in], from the kept half's width to twice the moved half's.
         biases: [out] or None, one per linear layer.
-        layout: of the output: "halves" [shift | raw] or "interleaved".
+        layout: of the conditioner's output: "halves", [shift | raw], or "interleaved", shift_i, raw_i alternating.
         map: an affine map over all features after the coupling, or None.
     """
 
@@ -86,7 +86,7 @@ class CouplingLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class CouplingStack:
-    """``coupling_stack``'s arguments for one network g."""
+    """A network g: the arguments of ``coupling_stack`` that describe it."""
 
     layers: Sequence[CouplingLayer]
     activation: str
@@ -96,7 +96,7 @@ class CouplingStack:
     head: AffineMap | None = None
 
     def with_maps(self, log_det: Tensor, inverse: bool) -> Tensor:
-        """log|det| of the couplings [B], and of the maps between them."""
+        """log|det| of the whole stack, from ``log_det`` [B] of its couplings."""
         maps = [entry for entry in (self.head, *[layer.map for layer in self.layers]) if entry is not None]
         if not maps:
             return log_det
@@ -109,9 +109,9 @@ class PackedStack:
     """A stack's weights as the kernel reads them.
 
     Args:
-        weights: [rows, row_size] fp32; gradients are of this.
-        operands: [parts, rows, matrix_size], the matrices as products take them.
-        map_operands: [parts, rows, 4 P^2], the dense maps likewise; empty where there are none.
+        weights: [rows, row_size] fp32; gradients flow through this tensor alone.
+        operands: [parts, rows, matrix_size], the conditioners' matrices, rounded for the products.
+        map_operands: [parts, rows, 4 P^2], the dense maps, rounded likewise; empty where there are none.
         layout: sizes and offsets.
     """
 
@@ -127,14 +127,14 @@ class PackedStack:
 
 
 class StackWeights:
-    """Weights that are packed as one stack, and their common layout.
+    """The weights to pack as one stack, and their layout.
 
     Args:
-        layers: of couplings; none for a map alone, which is the head.
+        layers: the couplings; empty for a map alone, which is then the head.
         features: D.
         head: a map before the first layer.
         inverse: pack the maps' inverses.
-        shift: a number that is added to the diagonal of the head's matrix [D, D]; for a map alone.
+        shift: a number to add to the diagonal of the head's matrix [D, D]; only for a map alone.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class StackWeights:
         self.layout = StackLayout(features, n_linear, padded_hidden(hidden), kind, head is not None)
 
     def describe(self, tensors: list[Tensor], numbers: list[int]) -> None:
-        """Append the tensors as they are flattened, and their shapes as linfast.kernels.pack_table reads them."""
+        """Append the tensors to flatten, and their shapes in the format of linfast.kernels.pack_table."""
         layout = self.layout
         numbers += (layout.features, layout.n_linear, layout.hidden, layout.maps, layout.head, len(self.rows))
         for weights, biases, order, entry in self.rows:
@@ -185,17 +185,17 @@ def pack_stack(
     dtype: torch.dtype,
     head: AffineMap | None = None,
 ) -> PackedStack:
-    """The layers' weights as one launch reads them; the maps' inverses where ``inverse``.
+    """The layers' weights, packed for one launch; with the maps' inverses if ``inverse``.
 
-    ``precision`` is one of linfast.precision.PRECISIONS, ``dtype`` what parts are rounded to (``half_dtype``).
+    ``precision`` is one of linfast.precision.PRECISIONS, ``dtype`` that of the parts (``half_dtype``).
     """
     return pack_stacks([StackWeights(layers, features, head, inverse)], precision, dtype)[0]
 
 
 def pack_stacks(stacks: Sequence[StackWeights], precision: str, dtype: torch.dtype) -> list[PackedStack]:
-    """Several stacks in the same two launches; ``precision`` and ``dtype`` as ``pack_stack`` has them.
+    """Several stacks, packed in the same two launches; ``precision`` and ``dtype`` are those of ``pack_stack``.
 
-    At most one of them has a shift.
+    At most one of the stacks may have a shift.
     """
     tensors: list[Tensor] = []
     numbers: list[int] = []
@@ -242,13 +242,13 @@ def _reference(
 
 
 def _placed(values: Tensor, target: Tensor, count: int) -> Tensor:
-    """[count]: the values at their targets; those without one share a last place, which is cut off."""
+    """The values at their targets, [count]; those without a target go to one more place, which is cut off."""
     at = torch.where(target >= 0, target, count).long()
     return values.detach().new_zeros(count + 1).index_copy(0, at, values.detach())[:count]
 
 
 def _tf32(tensor: Tensor) -> Tensor:
-    """To the nearest tf32, ties away from zero, in fp32; NaN and float64 as they are."""
+    """fp32 rounded to the nearest tf32 number, ties away from zero; NaN and other dtypes are unchanged."""
     if tensor.dtype != torch.float32:
         return tensor
     nearest = (tensor.view(torch.int32) + 0x1000) & -0x2000
@@ -256,7 +256,7 @@ def _tf32(tensor: Tensor) -> Tensor:
 
 
 def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """[count, *shape]: the rounding of the tensor, then of what is left over."""
+    """[count, *shape]: the tensor rounded to ``dtype``, then the remainder rounded, and so on."""
     parts, rest = [tensor.to(dtype)], tensor
     for _ in range(count - 1):
         rest = rest - parts[-1].to(rest.dtype)
