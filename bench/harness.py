@@ -118,8 +118,8 @@ class Case:
     """A benchmark: ``build(size, options)``, and its sizes at each scale.
 
     Args:
-        sizes: "tiny" (a check that it runs, seconds), "quick" (two CPU cores, under half a minute), "gpu" (what
-            bench/gpu.sh times) and "full" (smallest first).
+        sizes: "tiny" (checks that the case runs, in seconds), "quick" (under half a minute on two CPU cores), "gpu"
+            (timed by bench/gpu.sh) and "full" (smallest first).
         every_size: whether sizes are measured however long they are expected to take.
     """
 

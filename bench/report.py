@@ -135,7 +135,7 @@ def _cells(result: Result, keys: Sequence[str], launched: bool, environment: Env
 
 
 def short_table(parsed: Sequence[tuple[Result, Environment]]) -> str:
-    """One line per size: the median of each provider, and what share of the ceilings linfast's best reaches."""
+    """One line per size: the median time of each provider, and the shares of the ceilings that linfast reaches."""
     environment = parsed[-1][1]
     groups = _by_size([result for result, _ in parsed])
     providers = [name for name in OURS if any(r.provider == name for r, _ in parsed)]

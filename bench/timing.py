@@ -31,7 +31,7 @@ Round = Callable[[int], tuple[float, object]]
 
 @dataclass
 class Timing:
-    """Milliseconds per call of each round, and what the last call returned for the input ``last_input``.
+    """Milliseconds per call of each round, and the outputs of the last call, which had the input ``last_input``.
 
     Args:
         ms: by the clock.

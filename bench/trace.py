@@ -22,7 +22,7 @@ MOST_ROWS = 8
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    """Profile the first size of every case asked for."""
+    """Profile the first size of every case in ``args.case``; returns 0."""
     folder = Path(args.profile)
     folder.mkdir(parents=True, exist_ok=True)
     summaries = []

@@ -86,7 +86,7 @@ def _problem(
     allowed: float | None = None,
     cost: Cost | None = None,
 ) -> Problem:
-    """``method(model, x)`` for standard normal x [batch, D]; ``allowed`` is by default what rounding costs."""
+    """``method(model, x)`` for standard normal x [batch, D]; ``allowed`` defaults to the allowance for rounding."""
     source, count = Source(options, size), 2 if size["direction"] == BACKWARD else 1
     return Problem(
         inputs=inputs(lambda: tuple(source.normal(count, *ints(size, "batch", "D"))), options),

@@ -142,7 +142,7 @@ LIBRARIES: dict[str, Maker] = {  # by library and class
     "memcnn AffineCoupling sigmoid": _memcnn("AffineCoupling", "AffineAdapterSigmoid"),
     "memcnn AdditiveCoupling": _memcnn("AdditiveCoupling", None),
 }
-PEERS: dict[str, str] = {  # timed beside coupling_flow: affine couplings, as many as it has
+PEERS: dict[str, str] = {  # timed against coupling_flow: as many affine couplings as it has
     "normflows": "normflows AffineCouplingBlock exp",
     "nflows": "nflows AffineCouplingTransform",
     "zuko": "zuko RealNVP",

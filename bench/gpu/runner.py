@@ -24,7 +24,7 @@ class Job:
     """A process to run.
 
     Args:
-        environment: variables to set, beside those of this process.
+        environment: variables to set, in addition to those of this process.
         done: a pattern; a process that has printed a matching line has succeeded, whatever its exit status.
         limit: seconds after which it is killed.
     """

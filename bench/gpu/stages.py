@@ -35,7 +35,7 @@ _SMOKE_DONE = r"\d+ right"
 TEST_SECONDS = 45
 FLOWS = ("coupling_flow", "linearizer")  # timed first: the most important cases
 NEXT = ("libraries", "streams", "coupling_stack", "conv2d_fused")
-NOT_TIMED = ("peers",)  # the libraries beside coupling_flow, at sizes for a CPU
+NOT_TIMED = ("peers",)  # coupling_flow against other libraries, at sizes for a CPU
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
 CASE_SECONDS = 60  # after which the benchmark of one case is stopped
 COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
@@ -160,7 +160,7 @@ def _smoke(given: Given) -> list[Job]:
 
 
 def _tests(given: Given) -> list[Job]:
-    """One pytest, whose processes share this stage's processes and memory."""
+    """One pytest, whose worker processes are all that this stage may run at once."""
     on_gpu, processes = given.machine.on_gpu, str(given.machine.at_once(_AT_ONCE))
     options = ["-p", "tests.gpu.plugin", "--tb=short", "--no-summary", "--no-header"]
     if on_gpu and find_spec("xdist"):

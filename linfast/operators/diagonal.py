@@ -98,7 +98,7 @@ class Projection(LatentOperator):
     """A = diag(round(sigmoid(logits))), which keeps some coordinates and drops the others; A A = A exactly.
 
     The logits [n] are trained, with the gradient of sigmoid(logits) (straight-through). Source: the
-    linear idempotent generative network of arXiv 2510.08570; g stands for its change of basis.
+    linear idempotent generative network of arXiv 2510.08570, whose change of basis is part of g.
 
     Args:
         n: size.

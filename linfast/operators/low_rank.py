@@ -7,7 +7,7 @@ With S = V^T U [r, r], and Q an orthonormal basis of span[U V] (k <= 2 r columns
     inverse   1/alpha I - 1/alpha U (alpha I + S)^{-1} V^T                       (Woodbury)
     svd       alpha (I - Q Q^T) + Q core Q^T, core = alpha I + Q^T U V^T Q: the core's svd, with rest = alpha
     pinv      1/alpha I + Q (core^+ - 1/alpha I) Q^T;  for alpha = 0 from two thin QRs
-    eig       with the thin QR U = Q R: eigenvectors Q X for those X of alpha I + R V^T Q, and rest = alpha
+    eig       with the thin QR U = Q R: (w, Q X) for the eigenpairs (w, X) of alpha I + R V^T Q; rest = alpha
 
 Where alpha is the number 0, A = U V^T may be rectangular, and its products have at most
 its rank. The gradients of svd, eig and pinv pass through the QR of U, V or [U V], whose

@@ -200,7 +200,7 @@ class Decomposable(nn.Module):
 
     @outside_autocast
     def _singular_values(self) -> tuple[Tensor, Tensor, int]:
-        """(S [..., k], the value [] that all other singular values have, or 0 without any, and their number)."""
+        """(S [..., k], the value [] of all singular values that are not in S, or 0, and the number of these)."""
         S, rest = self._decomposed(self.closed(), "_values")
         others = min(self.n_out, self.n_in) - S.shape[-1]
         return S, torch.as_tensor(rest if others else 0.0, dtype=S.dtype, device=S.device).abs(), others

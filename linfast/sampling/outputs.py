@@ -1,4 +1,4 @@
-"""A .npy file that a killed run can resume: rows are committed, and a record beside the file counts them.
+"""A .npy file that can be resumed after a run was killed: rows are committed, and a second file records how many.
 
 The file has its full size from the start and is a valid .npy at any time; rows that are not yet written are zeros.
 The record, ``path`` + ".json", is replaced as a whole, and only after the rows that it counts are on the disk. A
@@ -92,7 +92,7 @@ class NpyFile(AbstractContextManager["NpyFile"]):
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """A context that adds to an OSError what could not be done to the file, and which rows are valid."""
+        """A context that raises an OSError anew, with a message that says what failed and which rows are valid."""
         try:
             yield
         except OSError as error:
