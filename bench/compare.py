@@ -1,11 +1,10 @@
-"""``linfast bench --compare BASE``: two commits in turn, and what moved beyond the noise.
+"""``linfast bench --compare BASE``: times two commits in turn and reports the changes beyond the noise.
 
 Both sides run this checkout's cases: one on linfast as it is here, uncommitted changes included, one on linfast as
-it was at BASE, in a git worktree. Each side is a process; they take turns, one burst of calls each, so that what
-disturbs the machine disturbs both. Pairs of neighbouring bursts give ratios here / BASE. Processes of one program
-differ too (memory layout, hash seeds), so this is done with three fresh pairs of processes, and a provider has
-moved only if each of the three says so: the 99% interval of its median ratio lies wholly above 1 + FLOOR, or wholly
-below 1 / (1 + FLOOR).
+it was at BASE, in a git worktree. Each side is a process. They take turns, one burst of calls each, so that other
+load on the machine slows both. Pairs of neighbouring bursts give ratios here / BASE. Processes of one program
+differ too (memory layout, hash seeds), so this is done with three fresh pairs of processes. A provider is slower
+only if for each pair the 99% interval of its median ratio lies above 1 + FLOOR, faster if below 1 / (1 + FLOOR).
 
 A side is this module run as a program. It answers each line of JSON with one line:
 
@@ -41,12 +40,12 @@ REPLICATES = 3
 PAIRS = 21  # of bursts, in each replicate; the 99% interval of the median is then the 5th to the 17th
 FLOOR = 0.05  # two builds of one program on a busy machine have differed by this much in every replicate
 CONFIDENCE = 0.99
-BURST_MS = 20.0  # of calls; a burst has at least one
+BURST_MS = 20.0  # that the calls of a burst take; it has at least one call
 
 
 @dataclass(frozen=True)
 class Moved:
-    """One provider at one size: its time here over that at BASE, as a median and an interval per replicate."""
+    """The time of a provider at one size here, divided by that at BASE: the median, and intervals per replicate."""
 
     case: str
     size: dict[str, int | str]
@@ -56,7 +55,7 @@ class Moved:
 
     @property
     def verdict(self) -> str:
-        """What ``verdict`` says of the intervals."""
+        """``verdict`` of the intervals."""
         return verdict(self.intervals)
 
 
@@ -94,7 +93,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[list[Moved], list[str]]:
-    """How each provider's time changed from the checkout ``base`` to ``head``, and what could not be compared."""
+    """How each provider's time changed from the checkout ``base`` to ``head``, and notes on omitted providers."""
     ratios: dict[tuple[str, str, str], list[list[float]]] = {}
     notes: list[str] = []
     for replicate in range(REPLICATES):
@@ -114,7 +113,7 @@ def compare_trees(head: Path, base: Path, args: argparse.Namespace) -> tuple[lis
 
 
 def _build(sides: Sequence[_Side], name: str, size: Any, args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The providers that both sides have and that are right, and why the others are left out."""
+    """The providers that both sides have and accept, and notes on why others are left out."""
     request = {"build": [name, dict(size)], "compile": args.compile, "device": str(args.device)}
     here, base = (side.ask(request) for side in sides)
     notes = [
@@ -138,7 +137,7 @@ def _ratios(here: _Side, there: _Side, provider: str, reverse: bool) -> list[flo
 
 
 class _Side:
-    """A worker process on one tree."""
+    """A process that times calls of one checkout."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -173,7 +172,7 @@ def _side(tree: Path) -> Iterator[_Side]:
 
 
 def _lay_out(tree: Path, folder: Path) -> None:
-    """Lay out an importable linfast of the tree's linfast and kernels and the benchmarks of this checkout."""
+    """Link an importable linfast into ``folder``: linfast and kernels of the tree, benchmarks of this checkout."""
     package = folder / "linfast"
     package.mkdir()
     for path in (tree / "linfast").iterdir():

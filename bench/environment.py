@@ -1,4 +1,4 @@
-"""Where and with what a result was measured, and what the machine can do at most."""
+"""The machine, versions and commit of a measurement, and the machine's peak rates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import linfast
 
 Environment = Mapping[str, str | float | None]
 
-_COPY_BYTES = {"cpu": 2**26, "cuda": 2**31}  # a CPU's calls end within a time slice
+_COPY_BYTES = {"cpu": 2**26, "cuda": 2**31}  # on a CPU a call then ends within one time slice
 _MATMUL = {"cpu": {"float32": 512}, "cuda": {"float32": 8192, "bfloat16": 8192}}
 _REPEATS = 25
 
@@ -25,10 +25,10 @@ _REPEATS = 25
 def describe(device: torch.device) -> Environment:
     """Device, versions, torch's thread count, load and the git commit, as fields of a JSON line.
 
-    ``load`` is the machine's load average over one minute before the run (None on Windows): near or above the
-    number of cores, times say little, most of all with several threads. ``clocks`` are as found, never set: those
-    of a GPU, or the mean of the cores, in MHz. ``commit`` ends in "-dirty" where the checkout has uncommitted
-    changes, and is None where linfast does not run from a checkout.
+    ``load`` is the machine's load average over one minute before the run (None on Windows): where it is near or
+    above the number of cores, times are not reliable, least of all with several threads. ``clocks``, in MHz, are
+    those of a GPU, or the mean over CPU cores; they are read, never set. ``commit`` ends in "-dirty" where the
+    checkout has uncommitted changes, and is None where linfast does not run from a checkout.
     """
     checkout = Path(linfast.__file__).resolve().parent.parent
     models, mhz = _lines("/proc/cpuinfo", "model name"), _lines("/proc/cpuinfo", "cpu MHz")
@@ -54,11 +54,11 @@ def describe(device: torch.device) -> Environment:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What a large copy and a large matrix product reach, timed here and now.
+    """The rates of a large copy and a large matrix product, timed now.
 
-    ``copy_bytes_per_s``: bytes read plus bytes written by a copy of a tensor far past the cache; inputs that fit
-    in the cache can pass it. ``matmul_<dtype>_per_s``: operations of an n x n x n product, 2 n^3, with torch's
-    settings as found. Each is the best of many calls: what else runs on the machine lowers no ceiling.
+    ``copy_bytes_per_s``: bytes read plus bytes written by a copy of a tensor much larger than the cache; inputs
+    that fit in the cache can exceed it. ``matmul_<dtype>_per_s``: operations of an n x n x n product, 2 n^3, with
+    torch's settings. Each is the best of many calls, so that other load on the machine does not lower it.
     """
     source = torch.randn(_COPY_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)

@@ -3,10 +3,10 @@
 For each output o of a call, with truth t in float64,
 
     error(o) = |o - t|_2 / |t|_2          (|o|_2 where t is zero)
-    allowed  = what the eager reference's errors come to under the model in ``rounding``, over inputs and draws
+    allowed  = the error of the eager reference under the model in ``rounding``, over inputs and draws
 
 Truth and reference run in plain torch whatever the backend is: neither can be the kernel under test. A provider is
-refused unless every output of every input is within its allowance, and where that is 1 or more: zeros would pass.
+refused unless each output for each input is within its allowance and that is below 1; otherwise zeros would pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PEER_FACTOR = 16  # other scale maps and weights round differently; tf32 and bf1
 
 
 class UsageError(Exception):
-    """What was asked for cannot be done; the message says why."""
+    """A request that cannot be carried out; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Provider:
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that a correct program does in one call.
+    """The least memory traffic and arithmetic of one call of a correct program.
 
     Args:
         bytes: every input and weight read once from memory, every output written once.
-        operations: a multiply-add is two.
+        operations: arithmetic operations; a multiply-add counts as two.
     """
 
     bytes: int
@@ -67,13 +67,13 @@ class Problem:
     """One size of a case.
 
     Args:
-        inputs: argument tuples, all alike in shape and dtype; calls rotate through them. A count that shares no
-            factor with the number of providers gives each provider every one.
-        truth: the outputs in float64; it gets the inputs with floating tensors in float64.
-        reference: the eager computation in the inputs' dtype, in plain torch. What rounding may
-            cost it sets what every provider is allowed. Or a number, which is what every output is allowed.
-        providers: what to compare; exactly one is the baseline.
-        cost: what the shares of the machine's ceilings are counted from.
+        inputs: argument tuples, all alike in shape and dtype; calls rotate through them. Every provider gets every
+            tuple where their number has no common factor with the number of providers.
+        truth: computes the outputs in float64, from inputs whose floating-point tensors are in float64.
+        reference: the eager computation in the inputs' dtype, in plain torch, whose rounding errors set the
+            allowance of every provider; or a number, the allowance of every output.
+        providers: the ways to compare; exactly one is the baseline.
+        cost: the cost of one call, from which shares of the machine's ceilings are computed.
 
     Raises:
         ValueError: no inputs, two providers of one name, or not exactly one baseline.
@@ -102,10 +102,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Options:
-    """What a front end asks of every case: the device, and whether to add torch.compile'd providers.
+    """The options of a run for every case: the device, and whether to add providers under torch.compile.
 
     With ``kernels``, linfast's kernels are among the providers on every device. On a CPU Triton interprets them:
-    they can be checked there, and their time says nothing.
+    they can be checked there, but their time means nothing.
     """
 
     device: torch.device
@@ -118,8 +118,8 @@ class Case:
     """A benchmark: ``build(size, options)``, and its sizes at each scale.
 
     Args:
-        sizes: "tiny" (a check that it runs, seconds), "quick" (two CPU cores, under half a minute), "gpu" (what
-            bench/gpu.sh times) and "full" (smallest first).
+        sizes: "tiny" (checks that the case runs, in seconds), "quick" (under half a minute on two CPU cores), "gpu"
+            (timed by bench/gpu.sh) and "full" (smallest first).
         every_size: whether sizes are measured however long they are expected to take.
     """
 
@@ -131,7 +131,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What one provider did at one size.
+    """The measurement of one provider at one size.
 
     Args:
         against: the name of the baseline.
@@ -177,7 +177,7 @@ class Result:
 class Verdict:
     """The error nearest to (or furthest past) its allowance, and why the provider is refused, if it is.
 
-    ``first_s``: seconds of the first call, which compiles what is to be compiled.
+    ``first_s``: seconds of the first call, compilation included.
     """
 
     error: float | None
@@ -194,7 +194,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Standard:
-    """What is right: ``truth[i]``, the float64 outputs for input i, and ``allowed``, one error per output."""
+    """The right outputs ``truth[i]`` for input i, in float64, and ``allowed``, one relative error per output."""
 
     truth: Sequence[tuple[Tensor, ...]]
     allowed: Sequence[float]
@@ -212,7 +212,7 @@ class Standard:
 
 
 def own_standard(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], allowed: float) -> Standard:
-    """The standard of a provider with outputs of its own: its float64 outputs, one allowance for all.
+    """The standard with the outputs of ``truth`` in float64, and the same allowance for every output.
 
     Raises:
         ValueError: the truth is not in float64.
@@ -225,7 +225,7 @@ def own_standard(truth: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, .
 
 
 def judge(call: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], standard: Standard) -> Verdict:
-    """Run a provider on every input and judge what it returns; raising or writing to its inputs is wrong."""
+    """The verdict on a provider, run on every input; it is refused if it raises or writes to its inputs."""
     verdicts: list[Verdict] = []
     first_s = None
     for index, arguments in enumerate(inputs):
@@ -268,7 +268,7 @@ def measure(case: Case, size: Size, options: Options, budget: float | None = 1.0
     if budget is not None:
         calls = {p.name: p.call for p in problem.providers if verdicts[p.name].refused is None}
         timings = time_interleaved(calls, problem.inputs, problem.device, budget * len(calls))
-    for name, timing in timings.items():  # the check again, on what was timed
+    for name, timing in timings.items():  # check the outputs of the last timed call too
         after = standards[name].verdict(timing.last_input, as_tuple(timing.last_outputs))  # type: ignore[arg-type]
         if after.refused is not None:
             verdicts[name] = replace(after, refused=f"when timed, {after.refused}")
@@ -325,7 +325,7 @@ def _standards(problem: Problem) -> dict[str, Standard]:
 def _allowed(
     reference: Callable[..., Outputs], inputs: Sequence[tuple[Tensor, ...]], truth: Sequence[tuple[Tensor, ...]]
 ) -> list[float]:
-    """What rounding allows each output of the reference: draws over all inputs."""
+    """The allowance of each output, from draws of the reference's rounding error over all inputs."""
     errors = []
     for draw in range(max(DRAWS, len(inputs))):
         exact = truth[draw % len(inputs)]

@@ -1,4 +1,4 @@
-"""The table of docs/one_step.md: one step against many, for every scheme, and the repository's RK formula.
+"""The table of docs/one_step.md: one step against many, for every method, and the reference repository's formula.
 
 python -m linfast.bench.one_step > docs/one_step.md
 """

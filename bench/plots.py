@@ -1,4 +1,4 @@
-"""Plots of a run, PNG and SVG: throughput against batch, a roofline, memory against depth."""
+"""Plots of a run as PNG and SVG: throughput against batch, a roofline, memory against depth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAMES, SUFFIXES = ("throughput", "roofline", "memory"), ("png", "svg")  # of the files
 
-# A provider looks the same in every plot: a colour that colour-blind readers tell apart (Okabe and Ito), a marker.
+# A provider has the same colour, from a palette for colour-blind readers (Okabe and Ito), and marker in every plot.
 _BLACK, _ORANGE, _GREY = ("#000000", "o"), ("#D55E00", "^"), ("#999999", "D")
 _LOOKS = {
     **dict.fromkeys(("eager", "store", "dense"), _BLACK),
@@ -36,7 +36,7 @@ _COMPILED = ("torch.compile", "linfast compiled")
 
 
 def draw(results: Sequence[Result], environment: Environment, folder: str | Path) -> list[Path]:
-    """Write the plots that the results have points for; their paths, PNG and SVG each."""
+    """Write each plot that the results have points for, as PNG and SVG; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,7 +117,7 @@ def _panels(
 
 
 def _roofline(results: Sequence[Result], environment: Environment) -> Figure | None:
-    """The operations per second of linfast, or of eager where that is what linfast runs."""
+    """The roofline with the operations per second of linfast, or of eager where linfast runs eager."""
     from matplotlib import pyplot
 
     copy = environment.get("copy_bytes_per_s")

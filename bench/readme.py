@@ -1,4 +1,4 @@
-"""``python -m linfast.bench.readme``: write the README's figures from bench/results/.
+"""``python -m linfast.bench.readme``: write the benchmark tables and plots of README.md from bench/results/.
 
 Every ``<!-- bench:NAME -->`` ... ``<!-- /bench -->`` in README.md gets the short table of
 bench/results/NAME.jsonl, and links to its plots, which are drawn into docs/bench/NAME/. With

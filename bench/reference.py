@@ -1,4 +1,4 @@
-"""The reference repository's image Linearizer beside ours, on the CPU, in turns in one process and thread.
+"""The reference repository's image Linearizer against ours, on the CPU, called in turn in one process and thread.
 
     python -m linfast.bench.reference PATH --what compare times memory            # lf.from_reference
     python -m linfast.bench.reference PATH --what training one-step latent        # lf.accelerate
@@ -6,17 +6,17 @@
 PATH is a checkout of github.com/assafshocher/Linearizer, which is imported and not changed.
 
 compare     errors of the outputs and of the input's gradient against the reference in float64
-times       forward, inverse and a training step of g. After ``compare`` the allocator has larger thresholds, so
-            that fewer pages fault: that favours the reference, whose attention weights are large
-memory      tensors alive at the peak of a training step of g, at the first batch size
-training    a step of the model as built: its FlowMatcher's loss with MSE for LPIPS, whose weights are not at hand,
-            backward and Adam: time and peak memory of the original, memory="store" and memory="invert"
-one-step    sample_one_step(method="rk", T=100) at batch 16, collapse included: time, and the distance from the
-            multi-step sampler in float64
-latent      z -> A_t z at CelebA's size, N = 12288, r = 8, batch 16, forward and backward, under a limit of the
-            address space: the original makes B matrices of N x N
+times       forward, inverse and a training step of g. ``compare`` raises the allocator's thresholds, so that fewer
+            page faults occur afterwards: that favours the reference, whose attention weights are large
+memory      bytes of tensors at the peak of a training step of g, at the first batch size
+training    a training step of the model as built (its FlowMatcher's loss with MSE instead of LPIPS, the backward,
+            Adam): time and peak memory of the original, memory="store" and memory="invert"
+one-step    sample_one_step(method="rk", T=100) at batch 16, collapse included: its time, and its relative error
+            against the multi-step sampler in float64
+latent      z -> A_t z at CelebA's size, N = 12288, r = 8, batch 16, forward and backward, with limited address
+            space: the original forms B matrices of N x N
 
-Dropout is on while training, and ActNorms are initialised. Except for ``training`` no weight is near zero.
+Dropout is on while training, and ActNorms are initialised. Only ``training`` has weights near zero.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from .timing import peak_bytes, ratio, time_interleaved
 
 MNIST, CELEBA = (1, 32, 32), (3, 64, 64)
 CONFIGS = {"mnist": MNIST, "celeba": CELEBA}
-LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository's is two blocks, of two couplings each
-PARTS = ("compare", "times", "memory", "training", "one-step", "latent")  # the first three of from_reference
+LAYERS, RANK, TIME_FEATURES = 2, 8, 128  # a layer of the repository is two blocks of two couplings each
+PARTS = ("compare", "times", "memory", "training", "one-step", "latent")  # the first three measure from_reference
 _T, _BATCH, _LIMIT_GIB = 100, 16, 9.0
-_SCALES = {"aux_conv": 0.3, "conv1": 0.5, "proj": 0.5}  # of the last weights of a block, by the end of their name
+_SCALES = {"aux_conv": 0.3, "conv1": 0.5, "proj": 0.5}  # of a block's last weights, by name endings
 
 Runs = Mapping[str, Callable[[], Any]]
 
 
 def reference_model(path: str, shape: tuple[int, int, int] = MNIST, as_built: bool = False) -> Any:
-    """Its Linearizer with initialised ActNorms; the last weights of its blocks not near zero, or ``as_built``."""
+    """The repository's Linearizer, ActNorms initialised; unless ``as_built``, no last weights are near zero."""
     sys.path.insert(0, path)
     from common.song__unet import creat_song_unet  # type: ignore[import-not-found]
     from one_step.modules.invertable_network import InverseUnet  # type: ignore[import-not-found]
@@ -80,7 +80,7 @@ def step(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor)
 
 
 def step_bytes(g: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], x: Tensor) -> int:
-    """Bytes of tensors at the peak of a ``step``: the gradients of the weights count, the weights do not."""
+    """Bytes of tensors at the peak of a ``step``, with the gradients of the weights but without the weights."""
     for parameter in parameters:
         parameter.grad = None
     return peak_bytes(lambda x: step(g, parameters, x), (x,), x.device)
@@ -192,7 +192,7 @@ def _training(model: Any, x: Tensor, repeats: int) -> None:
 def _one_step(path: str, model: Any, repeats: int) -> None:
     sys.path.append(f"{path}/one_step")
     for name in ("piq", "matplotlib", "matplotlib.pyplot", "torchvision", "torchvision.transforms"):
-        sys.modules.setdefault(name, mock.MagicMock())  # its training script imports them, this class uses none
+        sys.modules.setdefault(name, mock.MagicMock())  # the script imports them, FlowMatcher needs none
     from one_step.train_one_step import FlowMatcher  # type: ignore[import-not-found]
 
     original, ours = (FlowMatcher(copy.deepcopy(model).eval()) for _ in range(2))
@@ -203,7 +203,7 @@ def _one_step(path: str, model: Any, repeats: int) -> None:
         for name, m in (("original", original), ("accelerated", ours))
     }
     _say(f"one step, batch {_BATCH}", runs, max(2, repeats // 3))
-    torch.set_default_dtype(torch.float64)  # of the times that the repository makes
+    torch.set_default_dtype(torch.float64)  # for times that the repository creates
     exact = FlowMatcher(copy.deepcopy(model).eval().double()).sample(noise.double(), "cpu", _T, "rk")
     torch.set_default_dtype(torch.float32)
     for name, run in runs.items():
@@ -232,7 +232,7 @@ def _latent() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path")
-    parser.add_argument("--config", choices=CONFIGS, default="mnist", help="of what from_reference is measured on")
+    parser.add_argument("--config", choices=CONFIGS, default="mnist", help="images for from_reference")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--what", choices=PARTS, nargs="+", default=PARTS[:3])

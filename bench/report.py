@@ -34,12 +34,12 @@ CPU_NOTE = (
     "neither is timed twice."
 )
 GPU_NOTE = "Times are of CUDA graphs; launched ms: one call launched from Python, ! where that is all there is."
-_CACHE = 2**26  # bytes: past the 50 MB L2 of an H100 and the L3 that a core can count on
+_CACHE = 2**26  # bytes: more than the 50 MB L2 of an H100, and than a core's share of an L3
 _SHORT = {"forward+backward": "f+b", "training step": "train", "float32": "fp32", "bfloat16": "bf16"}
 
 
 def json_line(result: Result, environment: Environment) -> str:
-    """One line of strict JSON: the fields of Result and of the environment. What is not finite is null."""
+    """One line of strict JSON: the fields of Result and of the environment, with null for nan and infinities."""
     record = asdict(result) | {"size": dict(result.size)} | dict(environment)
     for key, value in record.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -61,7 +61,7 @@ def parse(lines: Iterable[str]) -> list[tuple[Result, Environment]]:
 
 
 def shares(result: Result, environment: Environment) -> tuple[float | None, float | None]:
-    """Bytes per second over the copy's, operations per second over the matrix product's; None if not known."""
+    """(bytes per second over those of the copy, operations per second over the matrix product's); None: unknown."""
     ceilings = (environment.get("copy_bytes_per_s"), environment.get(f"matmul_{result.dtype}_per_s"))
     if result.p50_ms is None:
         return None, None
@@ -74,9 +74,9 @@ def shares(result: Result, environment: Environment) -> tuple[float | None, floa
 
 
 def beside_the_fastest(results: Sequence[Result]) -> list[str]:
-    """For each size with providers that are not ours, our fastest over the fastest of the others.
+    """For each size with other libraries, a line with the time of our fastest provider over that of their fastest.
 
-    Both by their ratios to the baseline in the same round, in which drift of the machine cancels.
+    Both times are ratios to the baseline in the same round, in which drift of the machine cancels.
     """
     lines = []
     for of_size in _by_size(results).values():
@@ -94,7 +94,7 @@ def beside_the_fastest(results: Sequence[Result]) -> list[str]:
 
 
 def table(results: Sequence[Result], environment: Environment) -> str:
-    """The environment, one table per case, ours beside the fastest of the others, and what the columns mean."""
+    """The environment, one table per case, our fastest against other libraries, and what the columns mean."""
     about = ", ".join(
         f"{key} {f'{value:.3g}' if isinstance(value, float) else value}"
         for key, value in environment.items()
@@ -135,7 +135,7 @@ def _cells(result: Result, keys: Sequence[str], launched: bool, environment: Env
 
 
 def short_table(parsed: Sequence[tuple[Result, Environment]]) -> str:
-    """One line per size: the median of each provider, and what share of the ceilings linfast's best reaches."""
+    """One line per size: the median time of each provider, and the shares of the ceilings that linfast reaches."""
     environment = parsed[-1][1]
     groups = _by_size([result for result, _ in parsed])
     providers = [name for name in OURS if any(r.provider == name for r, _ in parsed)]

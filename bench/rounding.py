@@ -1,16 +1,16 @@
-"""What rounding may cost a computation: a model of narrow arithmetic that does not depend on the machine's BLAS.
+"""The rounding error that a computation is allowed: a model of narrow arithmetic, the same on every machine.
 
 Under ``Rounding`` every operation of plain torch on fp32, fp16 or bf16 tensors, forward and
-backward, is done in float64, moved by what a floating-point unit may err by, and rounded to
-its dtype. With e = 2^-23 (sums and functions are fp32's in every dtype) and u uniform in
-(-1, 1), drawn anew for each element:
+backward, is computed in float64, changed by a random error of the size that floating-point
+units make, and rounded to its dtype. With e = 2^-23 (sums and functions are computed in
+fp32 for every dtype) and u uniform in (-1, 1), drawn for each element:
 
-    what fits its dtype exactly      stays: copies, views, masks, products with powers of two
+    a result exact in its dtype      unchanged: copies, views, masks, products with powers of two
     + - * / sqrt                     y (1 + e u)
-    a sum of n terms t               y + e/2 sqrt(n) (u |t|_2 + u' y), |t|_2 = sqrt(sum of t^2): one after the
-                                     other in any order errs by less, in parts by much less
-    any other function f             f(x (1 + e/2 u)) (1 + e u): exp2(x log2 e) errs like that; where f mixes
-                                     elements (an inverse, a softmax) both are sqrt(n) times that
+    a sum of n terms t               y + e/2 sqrt(n) (u |t|_2 + u' y), |t|_2 = sqrt(sum of t^2): serial summation
+                                     in any order has a smaller error, summation in parts a much smaller one
+    any other function f             f(x (1 + e/2 u)) (1 + e u), the error of exp2(x log2 e) for exp; where f
+                                     mixes elements (an inverse, a softmax) both errors are sqrt(n) times as large
 
 One pass is one draw of the error; its size is the same on every machine. Several draws
 give the allowance of a kernel's error, in relative L2 against float64:
@@ -20,7 +20,7 @@ give the allowance of a kernel's error, in relative L2 against float64:
 so that an output of one number, whose error is often small by luck, is allowed more than
 one of thousands, whose error is nearly the same in every draw.
 
-A mode whose products round their fp32 operands has its errors drawn with them rounded: ``operand_rounding``.
+For a mode whose products round their fp32 operands, the draws round them too: ``operand_rounding``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _EPS = torch.finfo(torch.float32).eps
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 _aten = torch.ops.aten
-# Linear in each argument: of squared arguments they give the sums of squared terms, of ones the counts.
+# Linear in each argument: for squared arguments they return the sums of squared terms, for ones the counts.
 _SUMS = {
     _aten.sum, _aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.mv, _aten.dot,
     _aten.convolution, _aten.convolution_backward,
@@ -54,14 +54,14 @@ _ARITHMETIC = {
     _aten.add, _aten.sub, _aten.rsub, _aten.mul, _aten.div, _aten.reciprocal, _aten.sqrt,
     _aten.add_, _aten.sub_, _aten.mul_, _aten.div_, _aten.reciprocal_, _aten.sqrt_,
 }  # fmt: skip
-# Which arguments of a matrix product a mode rounds.
+# The arguments of a matrix product that a mode rounds.
 _OPERANDS = {
     _aten.mm: slice(0, 2), _aten.bmm: slice(0, 2), _aten.addmm: slice(1, 3), _aten.baddbmm: slice(1, 3),
     _aten.convolution: slice(0, 2), _aten.convolution_backward: slice(0, 3),
 }  # fmt: skip
-# What each mode of linfast.precision promises, not what the kernels say: a part too few must not widen its budget.
+# The parts that each mode of linfast.precision promises. Not read from the kernels: one with fewer must not pass.
 N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
-# Exact in any dtype, or rounded once by definition. Others that are exact are found to be so.
+# Exact in any dtype, or rounded once by definition. Other exact results are recognised by their values.
 _EXACT = {
     _aten._to_copy, _aten.copy_, _aten.clone, _aten.cat, _aten.neg, _aten.where, _aten.flip, _aten.slice_backward,
     _aten.new_zeros, _aten.zeros_like, _aten.ones_like, _aten.zero_, _aten.fill_,
@@ -78,7 +78,7 @@ def allowed_errors(
     Args:
         reference: plain torch on narrow tensors; called ``DRAWS`` times.
         truth: the same outputs in float64.
-        operands: what becomes of the fp32 operands of matrix products.
+        operands: rounds the fp32 operands of matrix products.
     """
     errors = []
     for seed in range(DRAWS):
@@ -89,10 +89,10 @@ def allowed_errors(
 
 
 def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Callable[[Tensor], Tensor]:
-    """What a mode of linfast.precision makes of an fp32 operand: tf32, or the sum of its parts in ``half``.
+    """The rounding of an fp32 operand in a mode of linfast.precision: to tf32, or to a sum of parts in ``half``.
 
-    Each call rounds on another grid (of t scaled, and scaled back): the same digits would go in every draw, and
-    leave no room for luck. Three parts hold all of fp32, and are left alone.
+    Each call scales t by a random factor, rounds, and scales back. Otherwise all draws would lose the same digits
+    and would not vary. "exact" rounds nothing: three parts represent all of fp32.
     """
 
     def rounded(t: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Call
 def drawn(
     reference: Callable[[], _Outputs], seed: int, operands: Callable[[Tensor], Tensor] | None = None
 ) -> _Outputs:
-    """The outputs of ``reference`` with one draw of the error. A reference that runs a kernel is an error."""
+    """The outputs of ``reference`` with one draw of the error. It raises where ``reference`` runs a kernel."""
     with plain_torch(), Rounding(seed, operands):
         return reference()
 
@@ -138,8 +138,8 @@ def relative_error(value: Tensor | None, truth: Tensor | None) -> float:
 class Rounding(TorchDispatchMode):
     """A context in which plain torch rounds as the model above says, with errors drawn from ``seed``.
 
-    Without a seed nothing is moved: every operation is exact and its result rounded to nearest. ``operands`` is
-    applied to the fp32 operands of matrix products before.
+    Without a seed no error is added: every operation is exact and its result rounded to nearest. ``operands`` is
+    first applied to the fp32 operands of matrix products.
     """
 
     def __init__(self, seed: int | None = None, operands: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -161,7 +161,7 @@ class Rounding(TorchDispatchMode):
             at, args = _OPERANDS[func.overloadpacket], list(args)
             args[at] = [self._operands(t) if t.dtype == torch.float32 else t for t in args[at]]
         wide, wide_kwargs = _map(lambda t: t.to(torch.float64, copy=True), (args, kwargs))
-        outputs = func(*args, **kwargs)  # for its dtypes, and for what it writes in place
+        outputs = func(*args, **kwargs)  # for the dtypes, and to write in place
         values = self._moved(func, wide, wide_kwargs, _leaves(outputs))
         for output, value in zip(_leaves(outputs), values, strict=True):
             if isinstance(output, Tensor) and value is not None:
@@ -268,7 +268,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """The outputs for these arguments, which are not written to even by an in-place operation."""
+    """The outputs for these arguments; an in-place operation writes to copies."""
     if func.overloadpacket.__name__.endswith("_"):  # in place
         args, kwargs = _map(torch.clone, args), _map(torch.clone, kwargs)
     return _leaves(func(*args, **kwargs))

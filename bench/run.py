@@ -23,9 +23,9 @@ from .trace import run_profile
 
 _BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
 _PLOTS = "linfast-bench"
-_CALLS = 25  # of each provider at the least: the check, two rounds to warm up, five timed, memory, float64
+_CALLS = 25  # at least, per provider: the check, two rounds of warm-up, five timed rounds, memory, float64
 _LIMIT = 20.0  # seconds that all calls at one size may take
-_MEMORY_SHARE = 0.5  # of what is free; inputs, float64 outputs and graphs come on top of a call's peak
+_MEMORY_SHARE = 0.5  # of free memory; inputs, float64 outputs and graphs need more than a call's peak
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def too_large(size: Size, measured: Sequence[Result], limit: float, device: torch.device) -> str | None:
-    """Why a size is left out: what the nearest smaller one took, times how much larger this one is.
+    """Why a size is left out, or None: its cost is predicted as that of the nearest smaller size, times its growth.
 
-    A smaller size has the same words and no larger number; it predicts growth in proportion to every number, which
-    is too little for widths and so errs on the side of measuring.
+    A smaller size has the same words and no larger number. Growth is taken as proportional to every number. For
+    widths that is too little, so that a size in doubt is measured.
 
     Args:
         limit: seconds that the least number of calls of all providers may take.

@@ -1,10 +1,10 @@
 """The one timer of the benchmarks, and the peak memory of a call.
 
-Calls run in turn, A B A B ..., and are timed by the clock and by the CPU time of the process.
+Calls run in turn, A B A B ..., and are timed by the clock and by the CPU time of the process. Other work on the
+machine then slows all providers alike, and changes the process's own CPU time least.
 
-Other work on the machine then slows all providers alike, and it changes the process's own CPU time least.
-On a CPU a round is one call of each provider. On a GPU a round is one replay per provider of a CUDA graph that
-holds one call for every input: there are no launch gaps, and between two calls on one input all the others pass
+On a CPU a round is one call of each provider. On a GPU a round is one replay per provider of a CUDA graph with one
+call for every input: there are no gaps between launches, and between two calls on one input all other inputs pass
 through the cache. A provider that cannot be captured is launched from the host, and its result says so.
 """
 
@@ -24,20 +24,20 @@ WARMUP_ROUNDS = 2
 MIN_ROUNDS, MAX_ROUNDS = 5, 2000
 LAUNCHED_CALLS = 11  # for the median of calls that are launched from Python
 
-Outputs = Tensor | Sequence[Tensor]  # of a function that is compared
+Outputs = Tensor | Sequence[Tensor]  # of a provider's function
 Call = Callable[..., object]
 Round = Callable[[int], tuple[float, object]]
 
 
 @dataclass
 class Timing:
-    """Milliseconds per call of each round, and what the last call returned for the input ``last_input``.
+    """Milliseconds per call of each round, and the outputs of the last call, which had the input ``last_input``.
 
     Args:
         ms: by the clock.
         cpu_ms: by the CPU time of the process, all its threads together.
         captured: whether a CUDA graph was timed.
-        launched_ms: where it was, the median of a few calls that are launched one by one from Python.
+        launched_ms: on a GPU, the median of a few calls that are launched one by one from Python.
     """
 
     ms: list[float] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Timing:
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
-    """One tensor or several as a tuple, cut from the graph."""
+    """One tensor or several as a tuple, detached."""
     return tuple(o.detach() for o in ((outputs,) if isinstance(outputs, Tensor) else outputs))
 
 
@@ -68,8 +68,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time every call once per round, for ``rounds`` rounds, or for ``budget`` seconds and 5 to 2000 rounds.
 
-    The inputs rotate from call to call, not from round to round, so that a provider does not find in the cache what
-    the previous one has just read. ``warmup`` untimed rounds come first.
+    The inputs rotate from call to call, not from round to round, so that a provider does not find in the cache the
+    input that the previous provider has just read. ``warmup`` untimed rounds come first.
 
     Args:
         device: where the calls run; the CPU by default.
@@ -126,7 +126,7 @@ def _cuda_round(call: Call, inputs: Sequence[tuple[Tensor, ...]], timing: Timing
 
 
 def _between_events(action: Callable[[], object]) -> tuple[float, object]:
-    """From an event before the first launch to one after the last, on the current stream."""
+    """(milliseconds from before the action's first launch to after its last, by events; the action's result)."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()

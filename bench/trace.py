@@ -1,7 +1,7 @@
-"""``linfast bench --profile DIR``: a Chrome trace per case, and where the time of each provider goes.
+"""``linfast bench --profile DIR``: a Chrome trace per case, and the time of each provider by kernel.
 
 DIR/NAME.trace.json.gz opens in https://ui.perfetto.dev or chrome://tracing. DIR/kernels.txt lists the kernels of
-each provider by time; on a CPU it lists operators. Ranges are on: see docs/profiling.md.
+each provider by time; on a CPU it lists operators. Named ranges are on: see docs/profiling.md.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from linfast.ranges import ranges
 from .cases import CASES, sizes
 from .harness import Case, Options, Problem, Provider, Size
 
-CALLS = 3  # profiled, after as many that are not
+CALLS = 3  # that are profiled, after as many for warm-up
 MOST_ROWS = 8
 
 
 def run_profile(args: argparse.Namespace) -> int:
-    """Profile the first size of every case asked for."""
+    """Profile the first size of every case in ``args.case``; returns 0."""
     folder = Path(args.profile)
     folder.mkdir(parents=True, exist_ok=True)
     summaries = []
@@ -45,7 +45,7 @@ def _profile_case(case: Case, size: Size, options: Options, folder: Path) -> str
                 _call(problem, provider)
     whole.export_chrome_trace(str(folder / f"{case.name}.trace.json.gz"))
     parts = [f"{case.name} {' '.join(f'{key}={value}' for key, value in size.items())}: {CALLS} calls"]
-    for provider in problem.providers:  # apart from each other: a kernel does not say who launched it
+    for provider in problem.providers:  # one at a time: a trace does not say who launched a kernel
         with profile(activities=activities) as one:
             _call(problem, provider)
         table = one.key_averages().table(f"self_{kind}_time_total", row_limit=MOST_ROWS, max_name_column_width=72)

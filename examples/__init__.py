@@ -1,6 +1,6 @@
 """Training of the paper's three applications: the trainer, the commands of ``linfast train``, and the demo.
 
-Each application is one file that builds, trains, measures, draws and saves: ``one_step``, ``ign``, ``style``.
+Each application is one file that builds, trains, measures, plots and saves: ``one_step``, ``ign``, ``style``.
 """
 
 from .commands import run_demo

@@ -1,6 +1,6 @@
-"""``linfast demo`` and ``linfast train``: their arguments.
+"""The arguments of ``linfast demo`` and ``linfast train``.
 
-The demo is ``linfast train one-step`` on small digits, with settings that need no choosing.
+The demo is ``linfast train one-step`` on small digits, with fixed settings.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def add_train(commands: Any) -> None:
     def add(
         name: str, text: str, data: str, model: type, run: Callable[..., Any], **training: float
     ) -> argparse.ArgumentParser:
-        """Add an application, which reads this data; ``training`` are its own defaults of TrainSettings."""
+        """Add an application that reads ``data``; ``training`` replaces defaults of TrainSettings."""
         parser: argparse.ArgumentParser = applications.add_parser(name, help=text)
         parser.add_argument("--data", required=data == _PICTURES, help=data)
         add_options(parser, model)
@@ -91,7 +91,7 @@ def add_train(commands: Any) -> None:
 def _add_run(
     parser: argparse.ArgumentParser, out: str, data: str, call: Callable[[argparse.Namespace], None]
 ) -> None:
-    """Add what says where a run reads and writes, and run ``call`` where all that it needs is installed."""
+    """Add the options for a run's files and device; the command checks its imports and then calls ``call``."""
     parser.add_argument("--out", default=out, help="folder to write to (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
     add_earlier_files(
@@ -114,7 +114,7 @@ def _add_run(
 
 
 def _kept(options: argparse.Namespace) -> str:
-    """What an interrupted run leaves."""
+    """A message that says which checkpoints an interrupted run leaves."""
     folder = Path(options.out)
     found = [str(path) for path in (folder / CHECKPOINT, *sorted(folder.glob(f"*/{CHECKPOINT}"))) if path.exists()]
     if not found:

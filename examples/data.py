@@ -20,12 +20,12 @@ def load_images(path: str | Path | None = None, resolution: int | None = None) -
 
     Args:
         path: an .npz file with ``x``, uint8 [N, side, side]; by default the 1797 digits of scikit-learn, 8 x 8.
-        resolution: the side wanted. A smaller one divides the file's and averages; a larger one pads evenly with
-            -1. By default the file's, averaged down by a whole factor to at most 16.
+        resolution: the side of the images. A smaller one than the file's must divide it, and pixels are averaged; a
+            larger one pads evenly with -1. By default the file's, averaged by an integer factor to at most 16.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file or one without such an ``x``, or a resolution that cannot be had.
+        ValueError: a damaged file, or one without such an ``x``; its side is not a multiple of the resolution.
     """
     if resolution is not None and resolution < 1:
         raise ValueError(f"resolution must be at least 1; got {resolution}")
@@ -62,7 +62,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def held_out(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images to train on, and every tenth, or some 1000 evenly spread, to measure on: files may be sorted."""
+    """(training images, held-out images): every tenth, or about 1000 evenly spread, as files may be sorted."""
     every = max(10, len(images) // _HELD_OUT)
     held = torch.zeros(len(images), dtype=torch.bool)
     held[every - 1 :: every] = True

@@ -56,8 +56,8 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
     """Train once per weight of the denoising term; figure, models and table go to ``run.out``.
 
     Args:
-        denoising: weights of the term that is ours, different to six digits; 0 is the paper's loss. The model and
-            checkpoint of each go to a folder ``denoising-WEIGHT``.
+        denoising: weights of the denoising term, which is not in the paper; they must differ in six digits. The
+            model and checkpoint of each go to a folder ``denoising-WEIGHT``.
 
     Returns the trained networks, or None in all processes but the first; raises what ``runs.trained`` does.
     """
@@ -84,7 +84,7 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
     with trained(run, ["figure.png"], {folder: job(weight) for weight, folder in folders.items()}) as found:
         rows: list[Row] = []
         strips, networks = list(looked_at.items()), []
-        for weight, (f, row) in zip(folders, found):  # noqa: B905  # nothing is found but by the first process
+        for weight, (f, row) in zip(folders, found):  # noqa: B905  # found is empty but in the first process
             assert isinstance(f, Linearizer)
             networks.append(f.cpu())
             name = f"denoising {weight:g}"
@@ -101,7 +101,7 @@ def run_ign(run: Run, model: IdempotentModel, denoising: Sequence[float] = (0.0,
 def measure_ign(
     f: Linearizer, training: Tensor, inputs: dict[str, Tensor], seed: int
 ) -> tuple[list[Row], list[Strip]]:
-    """The table's rows and the figure's strips: idempotency, rank, PCA beside it, a Gaussian's samples."""
+    """The table's rows and the figure's strips: idempotency, rank, a comparison with PCA, samples of a Gaussian."""
     rank = int(f.A.rank())
     rows: list[Row] = [("rank of P", f"{rank} of {f.A.n_in}", None)]
     strips = []
@@ -131,7 +131,7 @@ def principal_projection(data: Tensor, rank: int) -> Callable[[Tensor], Tensor]:
 
 
 def latent_gaussian(f: Linearizer, data: Tensor) -> Callable[[int, int], Tensor]:
-    """Samples g^{-1}(z), where z is drawn from the Gaussian of the data's kept latents P g(x); not in the paper.
+    """Samples g^{-1}(z), where z is drawn from a Gaussian fitted to the latents P g(x) of data; not in the paper.
 
     Args:
         f: a Linearizer around a Projection.

@@ -1,7 +1,7 @@
 """``linfast train one-step``: flow matching whose sampling collapses into one step.
 
-One flow g serves both sides, told apart by a time input (1 for data, 0 for noise), or each side has its own;
-between them stands a time-dependent low-rank A_t.
+Data and noise share one flow g with a time input (1 for data, 0 for noise), or each has its own flow. A_t is a
+TimeLowRank operator.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _path(f: Linearizer, start: Tensor, end: Tensor) -> Tensor:
 
 
 def superposition_error(f: Linearizer, u: Tensor, v: Tensor, a: float = 0.7, b: float = -0.4) -> float:
-    """|f(a u (+) b v) - (a f(u) (+) b f(v))| / |f(a u (+) b v)|, sums and multiples of the induced spaces."""
+    """|f(a u (+) b v) - (a f(u) (+) b f(v))| / |f(a u (+) b v)|, with the operations of the induced spaces."""
     x, y = f.space_x, f.space_y
     mixed = f(x.add(x.scale(a, u), x.scale(b, v)))
     apart = y.add(y.scale(a, f(u)), y.scale(b, f(v)))

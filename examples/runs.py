@@ -1,4 +1,4 @@
-"""What the applications share: where a run reads and writes, its training, and the table and figures at its end."""
+"""Common to the applications: a run's files and device, its training, and the table and figures at its end."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Run:
     device: str = "cpu"
     resume: bool = False  # go on from the checkpoint in ``out``
     overwrite: bool = False  # replace an earlier run's files in ``out``
-    progress: bool = True  # whether to show how far it is
+    progress: bool = True  # show the progress of training
 
     def __post_init__(self) -> None:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
         if not self.out:
             raise ValueError(f"out must name a folder; got {self.out!r}")
-        check_path("out", self.out, utf8=True)  # as the model in it is saved
+        check_path("out", self.out, utf8=True)  # ``save`` needs a path in UTF-8
 
     @property
     def folder(self) -> Path:
@@ -65,15 +65,15 @@ class Run:
 
 
 class Output:
-    """The files that a run writes, by names relative to its folder; a checkpoint lies beside its model.
+    """The files that a run writes, by names relative to its folder; a checkpoint is in the folder of its model.
 
-    It is made before any work, and begun when all that can be checked has been.
+    The constructor refuses existing files before any work; ``begin``, after all other checks, locks the folder.
 
     Raises:
-        FileExistsError: one of the files is there, and neither ``resume`` nor ``overwrite``; or ``resume``, and it
-            is a model without a checkpoint; or something that is not a file has such a name.
-        FileNotFoundError: nothing to resume from.
-        NotADirectoryError: the folder is something else.
+        FileExistsError: one of the files exists without ``resume`` or ``overwrite``; with ``resume``, there is a
+            model without a checkpoint; or one of the names is taken by something that is not a file.
+        FileNotFoundError: with ``resume``, there is no checkpoint.
+        NotADirectoryError: the folder is not a folder.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], resume: bool, overwrite: bool) -> None:
@@ -99,15 +99,15 @@ class Output:
             refuse_existing(self.paths)
 
     def begin(self) -> None:
-        """Take the folder, in the first process alone: from here on files may be written.
+        """Lock the folder, in the first process alone; afterwards files may be written.
 
-        What a killed run left half-written is removed, and with ``overwrite`` all of the earlier run's files.
-        A BlockingIOError says that another run writes there.
+        Half-written files of a killed run are removed, and with ``overwrite`` all files of the earlier run.
+        BlockingIOError where another run has locked the folder.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._locked = os.open(self.folder, os.O_RDONLY)
         lock(self._locked, str(self.folder))  # type: ignore[arg-type]  # a descriptor will do
-        self._refuse_existing()  # another run may have ended meanwhile
+        self._refuse_existing()  # again: another run may have written files meanwhile
         tempfile.TemporaryFile(dir=self.folder).close()
         for path in self.paths:
             for partial in path.parent.glob(f"{path.name}*.partial"):
@@ -116,19 +116,19 @@ class Output:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Unlock the folder."""
         if self._locked is not None:
             os.close(self._locked)
 
 
 def about(model: Any, data: Tensor, **more: object) -> dict[str, Any]:
-    """What makes a run besides its TrainSettings, for its checkpoint: model, loss, and a digest of the data."""
+    """What defines a run besides its TrainSettings, for its checkpoint: model, loss, and a digest of the data."""
     digest = hashlib.sha256(data.contiguous().numpy().data).hexdigest()
     return {**asdict(model), "data": digest, **more}
 
 
 class Job(NamedTuple):
-    """One training of a run: what makes its objective on a device, and what its checkpoint remembers."""
+    """One training of a run: a function that makes its objective on a device, and ``about`` for its checkpoint."""
 
     build: Callable[[torch.device], Objective]
     about: dict[str, Any]
@@ -136,17 +136,17 @@ class Job(NamedTuple):
 
 @contextmanager
 def trained(run: Run, figures: Sequence[str], jobs: Mapping[str, Job]) -> Iterator[list[tuple[nn.Module, Row]]]:
-    """A block that is given each job's trained and saved model with its row of the table; the folder stays locked.
+    """Train and save each job's model; a context with [(model, its row of the table)] and the folder locked.
 
-    Under torchrun the processes train together, and all but the first are given an empty list.
+    Under torchrun the processes train together, and all but the first get an empty list.
 
     Args:
-        figures: files that the block will write to ``run.out``.
+        figures: files that will be written to ``run.out`` inside the context.
         jobs: by the folder of their model and checkpoint, relative to ``run.out``.
 
     Raises:
         ValueError, FileNotFoundError: unusable data, device or options, before any work.
-        FileExistsError: an earlier run's files in ``run.out``, and neither ``resume`` nor ``overwrite``.
+        FileExistsError: ``run.out`` has files of an earlier run, without ``resume`` or ``overwrite``.
         NonFiniteLoss: as for ``Trainer.run``.
     """
     names = [*figures, *(os.path.join(folder, name) for folder in jobs for name in (MODEL, CHECKPOINT))]
@@ -160,14 +160,14 @@ def trained(run: Run, figures: Sequence[str], jobs: Mapping[str, Job]) -> Iterat
 
 
 def _trainer(run: Run, job: Job, device: torch.device, folder: str) -> Trainer:
-    """What trains this job, resumed where asked for, after all checks that can be made before any work."""
+    """The job's Trainer, resumed if ``run.resume``, after all checks that can be made before any work."""
     torch.manual_seed(run.train.seed)
     checkpoint = run.folder / folder / CHECKPOINT
     trainer = Trainer(job.build(device), run.train, checkpoint, job.about)
     if run.resume and checkpoint.exists():
         trainer.resume()
-    uses_triton(next(trainer.objective.model.parameters()))  # raises where a backend cannot run, as does draw
-    trainer.objective.draw(torch.Generator(device), run.train.batch)  # where the data do not fill a batch
+    uses_triton(next(trainer.objective.model.parameters()))  # raises where the backend cannot run
+    trainer.objective.draw(torch.Generator(device), run.train.batch)  # raises for too few data
     return trainer
 
 
@@ -218,7 +218,7 @@ def save_strips(strips: Sequence[Strip], path: Path, dpi: int = 120) -> None:
         filled = F.pad(separated, (0, 0, 0, 0, 0, 0, 0, columns - len(images)), value=1.0)
         picture = (filled.permute(2, 0, 3, 1).flatten(1, 2)[:, :-1] + 1) / 2  # [H, columns (W + 1) - 1, C]
         axis.imshow(picture.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        shown = label.encode(errors="backslashreplace").decode()  # a file's name need be neither text nor a formula
+        shown = label.encode(errors="backslashreplace").decode()  # names of files may not be text, or hold a $
         axis.set_ylabel(shown, rotation=0, ha="right", va="center", fontsize=9, parse_math=False)
         axis.set(xticks=[], yticks=[], frame_on=False)
     with written_whole(path) as partial:

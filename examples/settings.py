@@ -18,7 +18,7 @@ __all__ = ["DEPTH", "SIDE", "WIDTH", "Settings", "add_options", "choice", "picke
 DEPTH, WIDTH, SIDE = 1000, 65_536, 4096  # larger numbers of couplings, units and pixels are mistakes, not models
 
 Check = Callable[[str, Any], Any]
-"""(name, value) -> the value, as Python's own number where it is numpy's; TypeError or ValueError."""
+"""(name, value) -> the value, NumPy's numbers converted to Python's; raises TypeError or ValueError."""
 
 
 def whole(low: int, high: int) -> Check:
@@ -27,12 +27,12 @@ def whole(low: int, high: int) -> Check:
 
 
 def real(high: float = sys.float_info.max, *, above: bool = False, below: bool = False) -> Check:
-    """A finite number from 0 to high; ``above`` and ``below``: neither 0 nor high itself."""
+    """A finite number from 0 to high; ``above`` excludes 0, ``below`` excludes high."""
     return lambda name, value: check_number(name, value, 0.0, high, above, below)
 
 
 def setting(default: Any, text: str, check: Check | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field of a ``Settings`` class; ``MISSING`` as the default: it must be given; None: it may be None."""
+    """A field of a ``Settings`` class. With ``MISSING`` as default it is required, with None it may be None."""
     return field(default=default, metadata={"text": text, "check": check, "choices": choices})
 
 
@@ -45,7 +45,7 @@ class Settings:
     """The base of frozen dataclasses of ``setting`` fields.
 
     Raises:
-        TypeError, ValueError: the first value that is out of its range, by its name.
+        TypeError, ValueError: a value is out of its range; the message names the first.
     """
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ _STRIP = 7  # pictures in an interpolation
 
 @dataclass(frozen=True)
 class StyleModel(Settings):
-    """The model; the content picture's name, and all other pictures in the folder are its styles."""
+    """The model, and the name of the content picture; all other pictures in the folder are its styles."""
 
     resolution: int = setting(128, "side of the pictures, even", whole(2, SIDE))
     content: str = setting("original", "name of the content picture")
@@ -77,7 +77,7 @@ def run_style(run: Run, model: StyleModel) -> ModularStyle | None:
 def measure_style(
     styles: ModularStyle, content: Tensor, targets: Tensor
 ) -> tuple[list[Row], list[Strip], list[Strip]]:
-    """The table's rows, the strips of styles and compositions, and one strip per pair, of its interpolation."""
+    """The table's rows, the strips of styles and compositions, and a strip of interpolations per pair of styles."""
     outputs = {name: styles.style(name)(content) for name in styles.names}
     rows: list[Row] = [
         (f"{name} against its target", f"{psnr(outputs[name], target):.2f} dB PSNR", None)

@@ -1,8 +1,8 @@
-"""Trainer: the loop of every application: Adam under a cosine schedule, checkpoints, torchrun's processes.
+"""Trainer: the training loop of every application: Adam with a cosine schedule, checkpoints, torchrun's processes.
 
-All random numbers of a step come from (seed, step), and every process draws those of the whole batch and keeps its
-own rows. So a resumed run is the uninterrupted one, and several processes compute what one computes with the whole
-batch.
+All random numbers of a step are seeded from (seed, step). Every process draws those of the whole batch and uses
+its own rows. A resumed run therefore gives the result of an uninterrupted one, and several processes give that of
+one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ __all__ = ["NonFiniteLoss", "TrainSettings", "Trainer"]
 
 _FORMAT = "linfast-training-2"
 _GRADIENT = "gradient norm"
-_STEPS, _ROWS, _SEED = 10**9, 2**20, 2**63 - 1  # at most
-_CHECK_EVERY = 20  # steps between looks at the losses: each look waits for the device and for all processes
+_STEPS, _ROWS, _SEED = 10**9, 2**20, 2**63 - 1  # the largest values
+_CHECK_EVERY = 20  # steps between checks of the losses: a check waits for the device and for all processes
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -46,10 +46,10 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """How to train; the rate of Adam rises from 0 during the warm-up and then falls to 0 as a cosine.
+    """How to train. Adam's learning rate rises from 0 during the warm-up, then falls to 0 as half a cosine.
 
     Raises:
-        TypeError, ValueError: a value out of its range, by its name.
+        TypeError, ValueError: a value is out of its range; the message names it.
     """
 
     steps: int = setting(MISSING, "optimiser steps in all", whole(1, _STEPS))
@@ -63,7 +63,7 @@ class TrainSettings(Settings):
     checkpoint_every: int = setting(500, "steps between checkpoints", whole(1, _STEPS))
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear from 0 to the peak during the warm-up, then half a cosine to 0 after the last step."""
+        """The rate at a step: linear from 0 to the peak during the warm-up, then half a cosine to 0 at the end."""
         step = check_count("step", step, 0, self.steps)
         rise = self.warmup * self.steps
         if step < rise:
@@ -75,19 +75,19 @@ class Trainer:
     """Trains ``objective.model`` in place.
 
     Args:
-        objective: on the device to train on.
-        settings: how.
-        checkpoint: file to keep the state in; None for no checkpoints.
-        about: what else makes the run (its data, the weights of its loss), as numbers and strings by name. A
-            checkpoint keeps it with the settings, and a run that is resumed must have the same.
+        objective: the model, data and loss, on the device to train on.
+        settings: steps, batch size, optimiser and more.
+        checkpoint: the file of the training state; None for no checkpoints.
+        about: what else defines the run (its data, the weights of its loss), as numbers and strings by name. It is
+            saved with the settings, and a run that is resumed must have the same.
 
     Raises:
-        TypeError, ValueError: what could not be resumed (a model or an ``about`` that no checkpoint can hold), or
-            a batch that torchrun's processes cannot share equally.
+        TypeError, ValueError: a model or an ``about`` that a checkpoint cannot hold, or a batch that torchrun's
+            processes cannot share equally.
 
     Attributes:
-        history: term -> [steps so far], the losses of each step over the whole batch, and the gradient's norm
-            before clipping.
+        history: for each loss term a tensor [steps so far] of its value over the whole batch, and for "gradient
+            norm" the norm before clipping.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Trainer:
 
     @property
     def model(self) -> nn.Module:
-        """The trained model: the moving average where one is kept."""
+        """The trained model: the moving average of the weights where ``settings.ema`` is not 0."""
         return self.objective.model if self._averaged is None else self._averaged.module
 
     @property
@@ -134,7 +134,7 @@ class Trainer:
         """Train to the last step and return the trained model.
 
         Raises:
-            NonFiniteLoss: a term or the gradient is NaN or infinite; the last checkpoint stays as it was.
+            NonFiniteLoss: a term or the gradient is NaN or infinite; the last checkpoint is not overwritten.
         """
         check_flag("progress", progress)
         check_values("objective.model", *tensors_of(self.objective.model))
@@ -159,8 +159,8 @@ class Trainer:
         """Go on from the checkpoint.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is not one, or damaged, or of another model or settings; nothing has changed then.
+            FileNotFoundError: there is no checkpoint.
+            ValueError: it is not a checkpoint, damaged, or of another model or settings; the trainer is unchanged.
         """
         if self.checkpoint is None:
             raise FileNotFoundError("no checkpoint file was named to resume from")
@@ -183,12 +183,12 @@ class Trainer:
         return next(self.objective.model.parameters()).device
 
     def _one_step(self, compute: nn.Module) -> Tensor:
-        """One optimiser step; the terms of this process and the gradient norm, [terms + 1] in fp64."""
+        """Make one optimiser step; returns this process's terms and the gradient norm, [terms + 1] in float64."""
         settings, device = self.settings, self._device
         self.objective.begin_step(self.step / settings.steps)
         rng = torch.Generator(device).manual_seed(_seed(settings.seed, self.step))
         drawn = {name: value[self._rows] for name, value in self.objective.draw(rng, settings.batch).items()}
-        torch.manual_seed(_seed(settings.seed, self.step, self.workers.rank + 1))  # of dropout and the like
+        torch.manual_seed(_seed(settings.seed, self.step, self.workers.rank + 1))  # for dropout and the like
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             terms = compute(drawn)
         self._terms = (*terms, _GRADIENT)
@@ -237,7 +237,7 @@ def _seed(*key: int) -> int:
 
 
 def _differences(saved: Mapping[str, Any], own: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, the saved value, our own value) of what is not equal; None stands for a missing one."""
+    """(name, the saved value, our own value) of each entry that differs; None stands for a missing value."""
     both = ((name, saved.get(name), own.get(name)) for name in {**own, **saved})
     return (entry for entry in both if entry[1] != entry[2])
 
@@ -246,11 +246,11 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{tuple(value.shape)} {value.dtype}" for name, value in state.items()}
 
 
-# A checkpoint: written whole or not at all, read without running code, compared with its digest before use.
+# Checkpoints are written whole or not at all, read without running code, and compared with their digest before use.
 
 
 def write_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Write a state: tensors, numbers, strings and containers of them; an OSError names the file."""
+    """Write a state of tensors, numbers, strings and containers of them; an OSError names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state, content = {"format": _FORMAT, **state}, io.BytesIO()
     torch.save({**state, "digest": digest(state)}, content)
@@ -275,7 +275,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _checked_about(about: Mapping[str, Any], settings: Container[str]) -> dict[str, Any]:
-    """``about`` with numpy's numbers as Python's own; TypeError or ValueError for what no checkpoint can hold."""
+    """``about`` with NumPy numbers as Python numbers; TypeError or ValueError if no checkpoint can hold it."""
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in about.items()}
     for name, value in plain.items():
         if type(name) is not str or type(value) not in (bool, int, float, str, NoneType):
@@ -290,7 +290,7 @@ def _checked_about(about: Mapping[str, Any], settings: Container[str]) -> dict[s
 
 
 def _check_kept(state: Mapping[str, Any]) -> None:
-    """ValueError unless all of a model's state are dense tensors with values."""
+    """ValueError unless a model's state consists of dense tensors with values."""
     try:
         for name, value in state.items():
             if check_dense(name, value).is_meta:

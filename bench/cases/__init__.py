@@ -1,7 +1,7 @@
-"""Every case. A module here lists its own in ``CASES``; a new one is named here too.
+"""All cases by name. Each module here lists its cases in ``CASES``; ``_MODULES`` names them too.
 
-Modules are imported when a case of theirs is asked for, so that ``--compare`` still runs the others on a commit
-that lacks what one of them needs.
+A module is imported when one of its cases is requested, so that ``--compare`` still runs the others on a commit
+that lacks something that this module needs.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CASES: Mapping[str, Case] = _Cases()
 
 
 def sizes(case: Case, args: argparse.Namespace) -> list[Size]:
-    """The sizes of the case that are asked for; given batch sizes replace the case's own."""
+    """The sizes of the case that the command line selects; its batch sizes, if any, replace the case's own."""
     own = case.sizes[args.sizes]
     asked = own if args.batch is None else [{**size, "batch": batch} for size in own for batch in args.batch]
     named = [size for size in asked if args.only in words(size)]

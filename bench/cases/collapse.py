@@ -1,4 +1,4 @@
-"""All sampling steps in one operator: by the factors, and by products of N x N matrices."""
+"""All sampling steps collapsed into one operator: by low-rank factors, and by products of N x N matrices."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MOST_DENSE = 4096
 
 
 def _build(size: Size, options: Options) -> Problem:
-    """B z for standard normal z, where B is all Runge-Kutta steps.
+    """B z for standard normal z, where B is the operator of all Runge-Kutta steps.
 
-    "dense" forms the matrix of each step, exactly, and makes one N x N product per step: as many as the reference
-    repository, whose formula needs no product to form it and is not exact. Its matrices are left out where they are
-    large: README says what they would take.
+    "dense" forms the exact matrix of each step and multiplies them: one N x N product per step. The reference
+    repository needs as many, but forms its matrices without products, by a formula that is not exact. For large N
+    "dense" is left out: README says how long its products would take.
     """
     batch, n, rank, steps = ints(size, "batch", "N", "r", "steps")
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def _build(size: Size, options: Options) -> Problem:
         truth=lambda z: _step_by_step(wide, z, steps),
         reference=dense or (lambda z: _step_by_step(A, z, steps)),
         providers=[*rivals, Provider("factored", lambda z: lf.collapse(A, steps)(z), baseline=not rivals)],
-        # The factors of all times once and their Gram matrix; z in and out, by the factors of B.
+        # Read the factors of all times and compute their Gram matrix; read and write z, and apply B's factors.
         cost=Cost(8 * (n * width + batch * n), 2 * n * width * width + 4 * batch * n * width),
     )
 
@@ -59,7 +59,7 @@ def _rk4_step(A: LatentOperator, z: Tensor, t: float, h: float) -> Tensor:
 
 
 def _dense(A: LatentOperator, steps: int) -> Tensor:
-    """B^T [N, N]: a step of the unit vectors is the matrix of that step."""
+    """B^T [N, N]: applying a step to the unit vectors gives the transpose of its matrix."""
     eye = torch.eye(A.n_in, device=next(A.parameters()).device)
     B = eye
     for i in range(steps - 1):

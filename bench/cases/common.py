@@ -1,4 +1,4 @@
-"""What cases share: sizes, inputs, the providers of one function, what a call is, and the least that it must do.
+"""Functions that cases share: sizes, inputs, the providers of a function, the calls that are timed, and their cost.
 
 Most cases are one op: ``op_case`` makes them from a function that draws arguments, the op and its operation count.
 """
@@ -31,12 +31,12 @@ def grid(base: Size, **axes: Iterable[int | str]) -> list[Size]:
 
 
 def ints(size: Size, *keys: str) -> tuple[int, ...]:
-    """The size's numbers of these names."""
+    """The numbers of the size with these names."""
     return tuple(int(size[key]) for key in keys)
 
 
 class Source:
-    """Standard normal tensors, drawn on the device: the same numbers in every run."""
+    """Random tensors, drawn on the device; the same in every run."""
 
     def __init__(self, options: Options, size: Size) -> None:
         self.device = options.device
@@ -44,7 +44,7 @@ class Source:
         self.generator = torch.Generator(options.device).manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
-        """A tensor of this shape."""
+        """A standard normal tensor of this shape."""
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
     def below(self, count: int, n: int) -> Tensor:
@@ -53,9 +53,9 @@ class Source:
 
 
 def inputs(draw: Callable[[], tuple[Tensor, ...]], options: Options) -> list[tuple[Tensor, ...]]:
-    """Three argument tuples; on a GPU as many as pass twice through its L2, up to 17.
+    """Three argument tuples; on a GPU enough to fill its L2 cache twice, up to 17.
 
-    Their number is a prime, so that every provider gets every one, however many providers there are.
+    Their number is a prime, so that every provider gets every tuple unless it divides the number of providers.
     """
     first = draw()
     count = 3
@@ -67,9 +67,9 @@ def inputs(draw: Callable[[], tuple[Tensor, ...]], options: Options) -> list[tup
 
 
 def providers(function: Function, options: Options, call: Callable[[Function], Call]) -> list[Provider]:
-    """eager, torch.compile of it, and, where kernels run, linfast and compiled linfast, of ``call(function)``.
+    """Providers of ``call(function)``: eager, torch.compile and, where kernels run, linfast and compiled linfast.
 
-    On a CPU the ops are their eager references: "eager" is linfast, and is not timed twice.
+    On a CPU the ops run their eager references: "eager" is then linfast, which is not timed twice.
     """
     kernels = ["triton"] if options.kernels else ["auto"] if has_kernels(options.device) else []
     if options.compile:
@@ -93,7 +93,7 @@ def _under(backend: str, call: Call) -> Call:
 
 
 def run(direction: str, weights: Sequence[Tensor] = ()) -> Callable[[Function], Call]:
-    """function -> what is timed.
+    """A map from a function to the call that is timed, by direction.
 
     forward, inverse   (*arguments) -> its outputs, without autograd
     forward+backward   (*arguments, v) -> (y, gradients of <y, v> in the floating arguments and the weights)
@@ -143,7 +143,7 @@ def op_case(
         reference: computes them in the measured dtype, from which the allowance for rounding follows; by default
             the truth.
         rivals: other ways to compute the same, by name.
-        baseline: the provider that the others are compared with, where it is there.
+        baseline: the provider that the others are compared with; "eager" where there is no such provider.
         sizes: at each of the ``SCALES``.
     """
 
@@ -181,7 +181,7 @@ def seeded(make: Callable[[], _Made]) -> _Made:
 
 
 def perturb(model: _Module) -> _Module:
-    """Add 0.05 randn to every trained weight: default conditioners end in zeros, which hide what is wrong."""
+    """Add 0.05 randn to every trained weight: default conditioners end in zeros, which would hide errors."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():

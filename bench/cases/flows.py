@@ -1,6 +1,6 @@
-"""Flows and Linearizers on vectors: MLP couplings with two hidden layers, weights 0.05 randn off their defaults.
+"""Flows and Linearizers on vectors: MLP couplings with two hidden layers, 0.05 randn added to all weights.
 
-Peer libraries, where they are installed, run the same architecture with weights and scale maps of their own.
+Peer libraries, where they are installed, run the same architecture with their own weights and scale maps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _flow(size: Size, memory: str = "auto") -> lf.Flow:
 
 
 def _cost(size: Size) -> Cost:
-    """Samples in and out once, the weights once, one multiply-add per weight and sample; thrice with gradients."""
+    """Samples in and out once, weights in once, one multiply-add per weight and sample; thrice with gradients."""
     n, batch, depth, hidden = ints(size, "D", "batch", "depth", "hidden")
     weights = depth * (n // 2 * hidden + hidden * hidden + hidden * n)
     read, written = 4 * (batch * n + weights), 4 * batch * n
@@ -55,7 +55,7 @@ def _cost(size: Size) -> Cost:
 
 
 def _timed(size: Size, model: nn.Module) -> Callable[[Function], Call]:
-    """function of the model -> what is timed of it, in the size's direction."""
+    """A map from a function of the model to the call that is timed, in the size's direction."""
     return run(str(size["direction"]), [weight for weight in model.parameters() if weight.requires_grad])
 
 
@@ -64,7 +64,7 @@ def _call(size: Size, model: nn.Module, method: Function) -> Call:
 
 
 def _in_float64(size: Size, model: nn.Module, method: Function) -> Call:
-    """The call of a copy of the model, with float64 as the default dtype too, for zeros that a library creates."""
+    """The call of a float64 copy of the model; tensors that the library creates are in float64 too."""
     call = _call(size, copy.deepcopy(model).double(), method)
 
     def exact(*arguments: Tensor) -> tuple[Tensor, ...]:
@@ -86,7 +86,7 @@ def _problem(
     allowed: float | None = None,
     cost: Cost | None = None,
 ) -> Problem:
-    """``method(model, x)`` for standard normal x [batch, D]; allowed is a number, or what rounding costs."""
+    """``method(model, x)`` for standard normal x [batch, D]; ``allowed`` defaults to the allowance for rounding."""
     source, count = Source(options, size), 2 if size["direction"] == BACKWARD else 1
     return Problem(
         inputs=inputs(lambda: tuple(source.normal(count, *ints(size, "batch", "D"))), options),
@@ -103,8 +103,8 @@ def _problem(
 def _coupling_flow(size: Size, options: Options, control: bool = False) -> Problem:
     """(z, log_det), (x,), or (loss, *gradients of the weights).
 
-    Most peers give a log-determinant with their inverse, needed or not. With ``control`` our flow runs as its users
-    run it, with the backend "auto", and a copy of it is among the providers: its time over the flow's is the noise.
+    Most peers always compute a log-determinant with their inverse. With ``control`` our flow runs as its users run
+    it, with the backend "auto", and a copy of it is another provider: its time divided by the flow's is the noise.
     """
     flow, inverse = _flow(size).to(options.device), size["direction"] == INVERSE
     method = lf.Flow.inverse if inverse else lf.Flow.forward_and_log_det
@@ -118,7 +118,7 @@ def _coupling_flow(size: Size, options: Options, control: bool = False) -> Probl
         compiled = [provider for provider in ours[1:] if provider.name != "linfast"]
         ours = [Provider("linfast", _call(size, flow, method), baseline=True), *compiled]
         again = Provider(CONTROL, _call(size, copy.deepcopy(flow), method))
-        rivals.insert(len(rivals) // 2, again)  # far from ours in the cache
+        rivals.insert(len(rivals) // 2, again)  # far from ours in turn, for the cache
     return _problem(size, options, flow, method, [*ours, *rivals])
 
 
@@ -143,22 +143,22 @@ _FLOW = Case(
 )
 _AT = grid(_BASE, direction=_DIRECTIONS, batch=(1, 16, 64, 256, 1024))
 _PEERS = Case(
-    "peers",  # at the sizes of one question: is coupling_flow slower than the fastest library?
+    "peers",  # to decide whether coupling_flow is slower than the fastest library
     functools.partial(_coupling_flow, control=True),
     sizes={"tiny": _FLOW.sizes["tiny"], "quick": _AT[2:4], "gpu": _AT[2:4], "full": _AT},
     every_size=True,
 )
 
 
-# What lf.accelerate does to a library's flow, beside the original and a second copy of it.
+# A library's flow after lf.accelerate, against the original and a second copy of the original.
 
-# What outputs may be off, relative to float64. Gradients get more, since a ReLU near zero may take the other
-# branch, and AllInOneBlock, whose log-determinants nearly cancel.
+# Relative errors allowed against float64: more for gradients, since a ReLU near zero may take the other branch,
+# and for AllInOneBlock, whose log-determinants nearly cancel.
 _WITHIN, _LOOSELY = 1e-4, 1e-3
 
 
 def _libraries(size: Size, options: Options) -> Problem:
-    """(z, log_det) or (z,), the same backwards, or (loss, *gradients of the weights)."""
+    """(z, log_det) or (z,), the same for the inverse, or (loss, *gradients of the weights)."""
     name, direction = str(size["library"]), size["direction"]
     model, method = library(name, *_architecture(size), inverse=direction == INVERSE)
     model = model.to(options.device)
@@ -193,7 +193,7 @@ _LIBRARIES = Case(
 
 
 def _linearizer(size: Size, options: Options) -> Problem:
-    """y of standard normal inputs, or with the backward (y, dx, *dweights)."""
+    """y for standard normal inputs, or with the backward (y, dx, *dweights)."""
     direction, (batch, n) = size["direction"], ints(size, "batch", "D")
     model = seeded(lambda: perturb(lf.Linearizer(lf.coupling_flow(*_architecture(size)), lf.Dense(n))))
     model = model.to(options.device)
@@ -216,7 +216,7 @@ _LINEARIZER = Case(
 )
 
 
-# What a flow's backward keeps: a training step with memory="invert" against "store", one flow of each depth.
+# Memory of a flow's backward: a training step with memory="invert" against memory="store", at each depth.
 
 
 def _reversible(size: Size, options: Options) -> Problem:
@@ -257,7 +257,7 @@ _REVERSIBLE = Case(
 )
 
 
-# Rows that ``sample_stream`` writes into memory: its CUDA graph replayed, and each block launched from Python.
+# ``sample_stream`` into a tensor: with its CUDA graph replayed, and with each block launched from Python.
 
 
 def _streams(size: Size, options: Options) -> Problem:
@@ -266,7 +266,7 @@ def _streams(size: Size, options: Options) -> Problem:
     flow, device = _flow(size), options.device
     f = lf.Linearizer(flow, seeded(lambda: perturb(lf.TimeLowRank(n, rank)))).to(device)
     exact = lf.generator(copy.deepcopy(f).double())
-    noise = nn.PReLU(init=1.0).to(device)  # the identity; its parameter says where noise is drawn, in which dtype
+    noise = nn.PReLU(init=1.0).to(device)  # the identity; its parameter sets the noise's device and dtype
 
     def stream(model: nn.Module, captured: bool, seed: Tensor) -> Tensor:
         options = {"noise_shape": (n,), "block_size": block, "cuda_graph": captured, "progress": False}

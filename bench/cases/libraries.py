@@ -1,8 +1,8 @@
 """Coupling flows of other libraries, built as their users build them.
 
-Each maker takes (features, depth, hidden) and returns the model, a function (model, x) -> tensors and one for
-the other direction. Halves or masks are the library's defaults. A two-sided block counts as two of the
-``depth`` couplings. Conditioners are MLPs D/2 - hidden - D with SiLU, or what the library builds by itself.
+Each maker takes (features, depth, hidden) and returns the model, a function (model, x) -> tensors and the same
+function of the other direction. Halves or masks are the library's defaults. A two-sided block counts as two of the
+``depth`` couplings. Conditioners are MLPs D/2 - hidden - D with SiLU, or the library's own default networks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _nflows(name: str) -> Maker:
 
 
 def _glasflow(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
-    """With its own nets: residual, one block of this width."""
+    """RealNVP with the library's residual networks, of one block each."""
     import glasflow
 
     model = glasflow.RealNVP(features, depth, n_neurons=hidden[0], n_blocks_per_transform=1)
@@ -142,7 +142,7 @@ LIBRARIES: dict[str, Maker] = {  # by library and class
     "memcnn AffineCoupling sigmoid": _memcnn("AffineCoupling", "AffineAdapterSigmoid"),
     "memcnn AdditiveCoupling": _memcnn("AdditiveCoupling", None),
 }
-PEERS: dict[str, str] = {  # timed beside coupling_flow: affine couplings, as many as it has
+PEERS: dict[str, str] = {  # timed against coupling_flow: as many affine couplings as it has
     "normflows": "normflows AffineCouplingBlock exp",
     "nflows": "nflows AffineCouplingTransform",
     "zuko": "zuko RealNVP",
@@ -159,7 +159,7 @@ def library(name: str, features: int, depth: int, hidden: tuple[int, ...], inver
         ImportError: the library is not installed.
     """
     model, *functions = seeded(lambda: LIBRARIES[name](features, depth, hidden))
-    if not name.startswith("glasflow"):  # whose inverse would divide by scales near 0.001
+    if not name.startswith("glasflow"):  # its inverse would divide by scales near 0.001
         seeded(lambda: perturb(model))
     return model, functions[inverse]
 
@@ -178,6 +178,6 @@ def peer(
         model, function = library(PEERS[name], features, depth, hidden, inverse != (name == "normflows"))
     except ImportError:
         return None
-    if name == "zuko" and inverse:  # which computes the log-determinant by a second pass, where it is asked for
+    if name == "zuko" and inverse:  # it would compute the log-determinant by a second pass, on request
         return model, lambda m, z: (m().transform.inv(z),)
     return model, function

@@ -19,10 +19,10 @@ from ..harness import Options, Size
 from .common import BACKWARD, FORWARD, INVERSE, Function, Source, grid, ints, op_case
 
 _SMOOTH = ScaleMap("smooth")
-_COUPLING = 8  # operations per moved element: the map 3, exp 1, (x + t) e^s 2, its sum into log_det 1, a negation 1
+_COUPLING = 8  # operations per transformed element: map 3, exp 1, (x + t) e^s 2, sum into log_det 1, negation 1
 _GROUP_NORM = 12  # operations per element: mean and variance 4, normalise 2, two affine maps 4, SiLU 2
 _MOST_GATHERED = 2**28  # elements: 1 GiB in fp32
-_MOST_MATERIALISED = 2**29  # elements of the B matrices: 2 GiB in fp32, a few times over
+_MOST_MATERIALISED = 2**29  # elements of the B matrices: 2 GiB in fp32, of which a call needs a few
 _FP32: Size = {"direction": FORWARD, "dtype": "float32"}
 _DTYPES = ("float32", "bfloat16")
 _BOTH = (FORWARD, BACKWARD)
@@ -33,7 +33,7 @@ def _image(size: Size) -> tuple[int, ...]:
     return (batch, channels, side, side) if side != 1 else (batch, channels)
 
 
-# Affine coupling with its log-determinant: one half of the channels moves by given parameters.
+# Affine coupling with its log-determinant: one half of the channels is transformed by given parameters.
 
 
 def _couple(size: Size) -> Function:
@@ -122,14 +122,14 @@ _coupling_mix = op_case(
 )
 
 
-# A stack of couplings with MLP conditioners as one op, whose weights are packed at every call. What a reference in
-# fp32 allows says nothing of the modes "tf32" and "high", so that only the other two are checked and timed.
+# A stack of couplings with MLP conditioners as one op, whose weights are packed at every call. A reference in fp32
+# gives no allowance for the modes "tf32" and "high", so only "exact" and "fast" are checked and timed.
 
 _N_LINEAR = 3
 
 
 def _stack_shapes(size: Size) -> Sequence[tuple[int, ...]]:
-    """Of the weights and biases of all layers, in turn."""
+    """The shapes of the weights and biases of all layers, in turn."""
     n, depth, hidden = ints(size, "D", "depth", "hidden")
     widths = (n // 2, hidden, hidden, n)
     return depth * [s for i in range(_N_LINEAR) for s in ((widths[i + 1], widths[i]), (widths[i + 1],))]
@@ -176,7 +176,7 @@ def _materialised(x: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 
 def _in_order(x: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """By its formula: no op of ours."""
+    """The formula in plain torch, without linfast's ops."""
     return torch.einsum("br,bnr->bn", torch.einsum("bn,bnr->br", x, V), U)
 
 
@@ -205,8 +205,8 @@ _low_rank = op_case(
 )
 
 
-# Latent product: one A for all rows (K = 0: cuBLAS or MKL, whoever calls it), or a bank of K of which each row
-# picks one.
+# Latent product: one A for all rows (K = 0, where every provider calls cuBLAS or MKL), or a bank of K operators
+# with an index per row.
 
 
 def _bank(source: Source, size: Size) -> tuple[Tensor, ...]:

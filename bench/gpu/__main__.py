@@ -1,4 +1,4 @@
-"""``bench/gpu.sh``: run every stage until its limit, however the previous one ended."""
+"""``bench/gpu.sh``: run every stage until its time limit, even where the previous stage failed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .runner import run_jobs
 from .stages import FILES, MOST_GIB, Given, Machine, Stage, plan
 
 ROOT = Path(__file__).resolve().parents[2]
-# A checkout that is not installed has linfast.kernels and its like only by these links.
+# Where linfast is not installed, linfast.kernels, .bench and .examples exist only through these links.
 FOLDERS = ("kernels", "bench", "examples")
 LINKS = {ROOT / "linfast" / name: Path("..") / name for name in FOLDERS}
 MISSING = {
@@ -32,14 +32,14 @@ MISSING = {
 
 
 class Call:
-    """One run of the stages. ``given`` is what the next stage is made from."""
+    """One run of the stages. ``given`` is the input of the next stage's jobs."""
 
     def __init__(self, out: Path, dry: bool, work: Path) -> None:
         self.report = Report(out, [name for name in FILES if name not in ("summary.txt", "trace.json.gz")])
         self.dry, self.given = dry, Given(Machine(), {}, out, work)
 
     def run(self, stage: Stage) -> None:
-        """Run the stage until its limit; an error in this script ends that stage alone."""
+        """Run the stage until its limit; an error in this script ends only that stage."""
         entry = self.report.entries[stage.name] = Entry(self.report.seconds())
         self.report.write()
         try:
@@ -112,7 +112,7 @@ class Call:
 
 
 def _links_needed() -> list[Path]:
-    """Those without which this checkout's linfast lacks its folders: none where it is installed."""
+    """The links that importing this checkout's folders from linfast needs; none where it is installed."""
     names = [f"linfast.{name}" for name in FOLDERS]
     code = f"import {', '.join(names)}; print({', '.join(f'*{name}.__path__' for name in names)}, sep='\\n')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -122,7 +122,7 @@ def _links_needed() -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 once every stage had its turn; what went wrong in them is in the summary."""
+    """Run the stages and return 0; the summary says what went wrong in them."""
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="See bench/gpu.sh and docs/gpu.md.")
     parser.add_argument("out", type=Path, help="a folder for at most 8 files")
     parser.add_argument("--dry", action="store_true", help="on the CPU, at tiny sizes")
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"cannot make {options.out}: {error.strerror}")
     os.chdir(ROOT)
-    threads = "14" if options.compile else "4"  # of each process: with --compile there is one
+    threads = "14" if options.compile else "4"  # per process; --compile runs one process
     os.environ |= {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": threads}
     if options.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -38,7 +38,7 @@ class Entry:
     timings: list[str] = field(default_factory=list)
 
     def text(self, name: str, now: float) -> list[str]:
-        """Its lines of the summary."""
+        """The stage's lines in the summary."""
         counted = ", ".join(f"{count} {what}" for what, count in self.counts.items())
         status = self.status if self.status != "running" else f"running, {now - self.start:.0f} s"
         lines = [f"{name}: {status}{counted and f': {counted}'}"]
@@ -48,7 +48,7 @@ class Entry:
         return lines
 
     def take(self, stage: str, line: str) -> None:
-        """Count a line of the stage's output, and note it where a reader must see it."""
+        """Count a line of the stage's output; a line that the reader must see becomes a note."""
         if (found := record(line)) is not None:
             self._take_record(found)
         elif counts := re.match(r"\.*COUNTS (\d+) passed, (\d+) failed, (\d+) skipped", line):
@@ -69,20 +69,20 @@ class Entry:
                 self.timings.append(f"{name}: {found['p50_ms']:.4g} ms")
 
     def _count(self, name: str, good: str, bad: str, reason: object) -> bool:
-        """Count it as good, or where there is a reason as bad, and then note why; whether it was good."""
+        """Count a result as good, or with a reason as bad, and note the reason. Returns whether it is good."""
         self.counts[bad if reason else good] += 1
         self.notes += [f"{bad}: {name}: {reason}"] if reason else []
         return not reason
 
 
-_SEEN = {  # lines of a stage's output that a reader must see; of the others what the benchmarks leave out
+_SEEN = {  # lines of a stage's output that become notes; in other stages the sizes that a benchmark leaves out
     "tests": r".{0,7}FAILED |(ERROR|INTERNALERROR|LEFT)\b",
     "memcheck": r".*=========.*(Invalid|Error|Misaligned|Leaked|at \w+_kernel)",
 }
 
 
 class Report:
-    """The folder of a call. What cannot be written is said once, on screen and in the summary; nothing raises."""
+    """The folder of a call. A file that cannot be written is reported once, on screen and in the summary."""
 
     def __init__(self, folder: Path, files: list[str]) -> None:
         self.folder, self.start = folder, time.monotonic()
@@ -97,7 +97,7 @@ class Report:
         self.write()
 
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self.start
 
     def problem(self, text: str) -> None:
@@ -107,19 +107,19 @@ class Report:
             print(text, file=sys.stderr, flush=True)
 
     def append(self, name: str, line: str) -> None:
-        """A line to one of the files."""
+        """Append a line to the file of this name."""
         with self.noting(name), (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(line)
 
     def text(self) -> str:
-        """The summary."""
+        """The text of the summary as of now."""
         now = self.seconds()
         stages = [line for name, entry in self.entries.items() for line in entry.text(name, now)]
         lines = [f"{self.title}, {now:.0f} s", *self.problems, *stages, self.tail]
         return "\n".join(lines).rstrip() + "\n"
 
     def write(self) -> None:
-        """summary.txt as of now, in place and at once: whoever kills this process finds a whole one."""
+        """Rewrite summary.txt in place by one write, so that it is whole whenever this process is killed."""
         if self._summary < 0:
             return
         data = self.text().encode()
@@ -128,7 +128,7 @@ class Report:
             self._length = max(self._length, len(data))
 
     def close(self) -> None:
-        """The last summary, cut to its length, here and on the screen."""
+        """Write the last summary, cut the file to its length, and print it."""
         self.write()
         if self._summary >= 0:
             with self.noting("summary.txt"):
@@ -137,7 +137,7 @@ class Report:
 
     @contextlib.contextmanager
     def noting(self, name: str) -> Iterator[None]:
-        """A context in which an error of this file becomes a problem."""
+        """A context in which an OSError of the file ``name`` is reported as a problem and not raised."""
         try:
             yield
         except OSError as error:

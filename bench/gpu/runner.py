@@ -1,4 +1,4 @@
-"""Run processes side by side until a deadline, pass on their lines, and report how each of them ended."""
+"""Run processes side by side until a deadline, pass on the lines that they print, and say which of them failed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Job:
-    """A process.
+    """A process to run.
 
     Args:
-        environment: what differs from this process's.
-        done: a pattern; a process that has printed a line like it has come to its end, whatever its status.
+        environment: variables to set, in addition to those of this process.
+        done: a pattern; a process that has printed a matching line has succeeded, whatever its exit status.
         limit: seconds after which it is killed.
     """
 
@@ -43,12 +43,12 @@ def run_jobs(
     take: Callable[[str], None],
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, str]:
-    """Run the jobs and say of each that did not end well why.
+    """Run the jobs; returns the name of each job that failed, and why.
 
     Args:
-        seconds: after which all are killed.
-        take: gets every line they print.
-        tick: is called every second. No two calls of ``take`` and ``tick`` overlap.
+        seconds: after which all jobs are killed.
+        take: called with every line that they print.
+        tick: called every second. No two calls of ``take`` and ``tick`` overlap.
     """
     deadline, lock = time.monotonic() + seconds, threading.Lock()
 
@@ -65,7 +65,7 @@ def run_jobs(
 
 
 def _run(job: Job, deadline: float, take: Callable[[str], None]) -> str:
-    """Why the job did not end well; empty where it did."""
+    """Run the job; returns why it failed, or an empty string."""
     seconds, done, late = min(job.limit, deadline - time.monotonic()), False, threading.Event()
     if seconds <= 0:
         return "no time left"

@@ -1,4 +1,4 @@
-"""The stages of a call, in order: what each runs, how much at once, and by when it has ended."""
+"""The stages of a call, in order: the jobs of each, how many run at once, and the time limit."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ TESTS = (
 )
 DRY_SMOKE = ("op:low_rank", "case:coupling_stack", "models")
 DRY_TESTS = ("tests/ops/test_low_rank_kernel.py", "-k", "half_precision or opcheck")
-_LOOKED = r"\d+ right"
+_SMOKE_DONE = r"\d+ right"
 TEST_SECONDS = 45
-FLOWS = ("coupling_flow", "linearizer")  # timed first: what the project is about
+FLOWS = ("coupling_flow", "linearizer")  # timed first: the most important cases
 NEXT = ("libraries", "streams", "coupling_stack", "conv2d_fused")
-NOT_TIMED = ("peers",)  # the libraries beside coupling_flow, at sizes for a CPU
+NOT_TIMED = ("peers",)  # coupling_flow against other libraries, at sizes for a CPU
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
 CASE_SECONDS = 60  # after which the benchmark of one case is stopped
 COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
@@ -43,13 +43,13 @@ COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of e
 
 @dataclass(frozen=True)
 class Machine:
-    """What the first stage found out.
+    """The machine, as the first stage found it.
 
     Args:
         device: "cuda" or "cpu".
         total_gib, free_gib: of the card; 0 without one.
-        capped: whether torch holds a process to its share of the memory.
-        ops, cases: what smoke and the benchmarks know, by name.
+        capped: whether torch limits a process to its share of the memory.
+        ops, cases: the names of the smoke tests and of the benchmark cases.
         kernels: the functions that the sanitizer checks.
     """
 
@@ -88,9 +88,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Given:
-    """What a stage's jobs are made from.
+    """The input of a stage's jobs.
 
-    ``share`` is the environment of each job, ``work`` a temporary folder.
+    ``share`` are environment variables of each job, ``work`` is a temporary folder.
     """
 
     machine: Machine
@@ -106,9 +106,9 @@ class Stage:
     Args:
         until: seconds after the start of the call at which the stage is stopped.
         log: the file its output goes to.
-        jobs: what it runs.
-        most: processes at once.
-        problem: why it does less than it should here.
+        jobs: makes its jobs.
+        most: the most processes at once.
+        problem: why it does less than it should on this machine, if it does.
     """
 
     name: str
@@ -156,11 +156,11 @@ def _smoke(given: Given) -> list[Job]:
     environment = {**given.share, **({} if given.machine.on_gpu else {"TRITON_INTERPRET": "1"})}
     names = [name for name in given.machine.ops if given.machine.on_gpu or name in DRY_SMOKE]
     slowest_first = sorted(names, key=lambda name: ("stack" not in name, "linearizer" not in name))
-    return [Job(name, _module("tests.gpu.smoke", name), environment, done=_LOOKED) for name in slowest_first]
+    return [Job(name, _module("tests.gpu.smoke", name), environment, done=_SMOKE_DONE) for name in slowest_first]
 
 
 def _tests(given: Given) -> list[Job]:
-    """One pytest: its processes share what is this stage's."""
+    """One pytest, whose worker processes are all that this stage may run at once."""
     on_gpu, processes = given.machine.on_gpu, str(given.machine.at_once(_AT_ONCE))
     options = ["-p", "tests.gpu.plugin", "--tb=short", "--no-summary", "--no-header"]
     if on_gpu and find_spec("xdist"):
@@ -171,7 +171,7 @@ def _tests(given: Given) -> list[Job]:
 
 
 def _memcheck(given: Given) -> list[Job]:
-    """Without torch's caching allocator, which would hide reads past a tensor's end."""
+    """compute-sanitizer on each op, without torch's caching allocator, which hides reads past a tensor's end."""
     tool = which("compute-sanitizer")
     if tool is None or not given.machine.on_gpu:
         return []
@@ -184,16 +184,16 @@ def _memcheck(given: Given) -> list[Job]:
 
 
 def _bench(given: Given) -> list[Job]:
-    """In order of worth, each in a process of its own."""
+    """The benchmark cases, the most important first."""
     first = (*FLOWS, *NEXT)
     rest = [case for case in given.machine.cases if case not in (*first, *NOT_TIMED)]
     return _cases(given, (*first, *rest), CASE_SECONDS, "--no-compile")
 
 
 def _cases(given: Given, cases: Sequence[str], limit: float, *options: str) -> list[Job]:
-    """One process per case: one that crashes or hangs costs itself.
+    """One process per case, so that a crash or a hang loses only this case.
 
-    Its last lines explain its columns: without them it broke off, whatever its exit status.
+    A process that has printed its last lines, which explain its columns, has succeeded, whatever its exit status.
     """
     sizes = ["--sizes", "gpu"] if given.machine.on_gpu else ["--sizes", "tiny", "--budget", "0.02"]
     options = ("--device", given.machine.device, *sizes, "--json", "/dev/stdout", *options)

@@ -2,15 +2,15 @@
 
 Column-vector maths on batches of row vectors: A(z) = z @ A.mT for z [B, n_in].
 
-Two kinds of operator:
+Two base classes; Projection and the operators of time.py have neither:
 
-    Leaf   holds numbers: Dense, Diagonal, LowRank, DepthwiseConv, BlockDiagonal (dense.py and the files after it)
-    Lazy   holds operators: A.T, A @ B, A + B, c * A (below), live views of their parts
+    Leaf   holds tensors: Dense, Diagonal, LowRank, DepthwiseConv, BlockDiagonal
+    Lazy   holds operators: A.T, A @ B, A + B, c * A (below); it follows every change of these operators
 
-``closed()`` turns any operator into the Leaf that it equals now. inverse, pinv, svd, eig, ** and norm (spectral.py)
-are asked of that Leaf and computed anew: differentiable snapshots, in the cheapest structure that holds them.
-Leaves say what they are closed under by ``_plus`` and ``_times``; where neither operand knows a closed form,
-the result is dense.
+``closed()`` returns the Leaf that an operator equals now. inverse, pinv, svd, eig, ** and norm (spectral.py) are
+computed from that Leaf at each call. They are differentiable, and keep the Leaf's structure where they can.
+``_plus`` and ``_times`` of a Leaf return a sum or product in closed form, or None; where neither operand has a
+closed form, the result is Dense.
 """
 
 from __future__ import annotations
@@ -34,45 +34,45 @@ if TYPE_CHECKING:
 class LatentOperator(Decomposable):
     """A linear map from n_in to n_out latent coordinates.
 
-    Called as ``A(z)`` with z [B, n_in], or [B, ...] of n_in elements per sample, whose
-    shape is kept where n_out = n_in. ``A(z, t=t)`` is ``A.at(t)(z)``.
+    ``A(z)`` takes z [B, n_in], or [B, ...] with n_in elements per sample. It returns [B, n_out], or
+    the shape of z where n_out = n_in. ``A(z, t=t)`` is ``A.at(t)(z)``.
     """
 
-    __array_ufunc__ = None  # an array times A is A's to answer: NumPy would make an array of operators
-    truncation_error: float = 0.0  # relative, of a recompression: see linfast.collapse(tol=)
+    __array_ufunc__ = None  # so that array * A calls A.__rmul__; NumPy would make an array of operators
+    truncation_error: float = 0.0  # relative Frobenius error of a truncation: see linfast.collapse(tol=)
 
-    # What a kind of operator supplies.
+    # Defined by subclasses.
 
     def _product(self, z: Tensor, transpose: bool) -> Tensor:
-        """A z, or A^T z, for rows z [B, n]."""
+        """A z for rows z [B, n_in], or with ``transpose`` A^T z for rows z [B, n_out]."""
         raise NotImplementedError
 
     def to_dense(self) -> Tensor:
-        """The matrix, [n_out, n_in] or [B, n_out, n_in]."""
+        """The matrix [n_out, n_in], or [B, n_out, n_in] where A holds one operator per sample."""
         raise NotImplementedError
 
     @property
     def time_dependent(self) -> bool:
-        """Whether it needs a time before it can be applied."""
+        """Whether A needs a time before it can be applied."""
         return False
 
     def at(self, t: float | Tensor) -> LatentOperator:
-        """The operator at time t: a number, a 0-d tensor, or [B] for one time per sample."""
+        """The operator at time t. t is a number, a 0-d tensor, or a tensor [B] with one time per sample."""
         check_time(t)
         return self
 
     def _at_each(self, times: Sequence[float]) -> Callable[[int], LatentOperator]:
-        """k -> A at times[k]; what generates A from time is called once for all times."""
+        """The function k -> A.at(times[k]). Networks that compute A from t are called once, for all times."""
         return lambda k: self.at(times[k])
 
     def _factor_columns(self, count: int) -> int | None:
-        """Columns of all the factors that ``factors_at`` gives for ``count`` times; None where it gives none."""
+        """Columns of U (or V) over all ``count`` times in ``factors_at``; None where A has no such method."""
         return None
 
-    # What every operator has.
+    # Common to all operators.
 
     def forward(self, z: Tensor, t: float | Tensor | None = None) -> Tensor:
-        """A z for each row of z; at time t where A depends on one."""
+        """A z per sample, at time t where A is time-dependent; TypeError or ValueError if z or t does not fit."""
         with range_("forward", self):
             if t is not None:
                 check_dense("z", z)
@@ -83,7 +83,7 @@ class LatentOperator(Decomposable):
             return y.reshape(z.shape) if self.n_out == self.n_in else y
 
     def _check(self, z: Tensor) -> None:
-        """Raise unless A can be applied to z; a 0-d factor goes with any dtype."""
+        """Raise unless A can be applied to z; 0-d tensors of A may have another dtype than z."""
         kind = type(self).__name__
         if torch.compiler.is_compiling():
             check_dense("z", z)
@@ -98,7 +98,7 @@ class LatentOperator(Decomposable):
 
     @property
     def T(self) -> LatentOperator:
-        """The transpose, a live view."""
+        """A^T as a view, which follows changes of A."""
         return Transposed(self)
 
     def __matmul__(self, other: LatentOperator) -> LatentOperator:
@@ -116,7 +116,7 @@ class LatentOperator(Decomposable):
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> LatentOperator:
-        if isinstance(divisor, Tensor):  # 1 / tensor, taken now, would not be a live view
+        if isinstance(divisor, Tensor):  # 1 / tensor, computed now, would not follow the tensor
             raise TypeError("an operator is divided by a number; got a tensor; scale it: (1 / a) * A")
         if not check_number("divisor", divisor):
             raise ValueError("divisor must not be 0: an operator is divided by a number")
@@ -127,7 +127,7 @@ class LatentOperator(Decomposable):
 
     @outside_autocast
     def __pow__(self, n: int) -> LatentOperator:
-        """A^n, a snapshot; n < 0 is the inverse's power."""
+        """A^n of A's values now; for n < 0 a power of the inverse. ValueError where A is not square."""
         n = check_count("the exponent", n, least=-(2**31))
         self._check_square("**")
         base = self.inverse() if n < 0 else self
@@ -138,17 +138,17 @@ class LatentOperator(Decomposable):
 
 
 class Lazy(LatentOperator):
-    """An operator made of others. Its parts stay live; ``closed`` takes the snapshot."""
+    """An operator made of other operators. It follows their changes; ``closed`` is its value now."""
 
     left: LatentOperator
     right: LatentOperator
 
     def parts(self) -> tuple[LatentOperator, ...]:
-        """The operators it is made of, in the order of its constructor."""
+        """The operators that this one is made of, in the order of its constructor."""
         return self.left, self.right
 
     def _rebuild(self, *parts: LatentOperator) -> LatentOperator:
-        """The same of other parts."""
+        """The same operation on other parts."""
         return type(self)(*parts)
 
     @property
@@ -194,7 +194,7 @@ class Transposed(Lazy):
 
 
 class Scaled(Lazy):
-    """factor * A, the factor a number or a 0-d tensor."""
+    """factor * A, where the factor is a number or a 0-d tensor."""
 
     operator: LatentOperator
     factor: float | Tensor
@@ -246,7 +246,7 @@ class Sum(Lazy):
 
 
 class Product(Lazy):
-    """A @ B: B first, then A."""
+    """A @ B, which applies B first."""
 
     def __init__(self, left: LatentOperator, right: LatentOperator) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ class Product(Lazy):
         return self._closed_form() or self.left.closed()._dense()._times(self.right.closed())
 
     def _inverted(self, read: bool) -> LatentOperator:
-        """(A B)^{-1}: of the closed form where there is one, else B^{-1} A^{-1}, kept apart."""
+        """(A B)^{-1}, from the closed form of A B where there is one, else as the Product of B^{-1} and A^{-1}."""
         leaf = self._closed_form()
         if leaf is None and self.left.n_in == self.left.n_out:
             return Product(self.right._inverted(read), self.left._inverted(read))
@@ -290,7 +290,7 @@ def _size(operator: LatentOperator) -> str:
 
 
 def hold(module: nn.Module, name: str, value: Any) -> None:
-    """Keep a Parameter (trained), a tensor as a buffer (saved, moved), a number as it is; checked before."""
+    """Set an attribute of the module, without checks. A tensor that is not a Parameter becomes a buffer."""
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
         module.register_buffer(name, value)
     else:

@@ -1,4 +1,4 @@
-"""Leaf: operators that hold numbers, and their algebra. Dense: a matrix, what any of them can be turned into."""
+"""Leaf, the base class of operators that hold tensors, and Dense, the matrix that any operator can become."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .spectral import SVD, Eig, matrix_inverse
 
 
 class Leaf(LatentOperator):
-    """An operator that holds its numbers. Supplies the snapshot algebra; by default through Dense."""
+    """An operator that holds tensors. Powers, inverses and decompositions by default use ``_general()``."""
 
     @property
     def batched(self) -> bool:
@@ -21,7 +21,7 @@ class Leaf(LatentOperator):
 
     @property
     def absorbs(self) -> bool:
-        """Whether its product with any operator keeps its structure."""
+        """Whether its product with any operator, on either side, has its structure."""
         return False
 
     def closed(self) -> Leaf:
@@ -31,7 +31,7 @@ class Leaf(LatentOperator):
         return Dense.of(self.to_dense())
 
     def _general(self) -> Leaf:
-        """The operator in the next more general structure, which powers, inverses and decompositions may need."""
+        """The operator in a more general structure, which computes what this class does not override."""
         return self._dense()
 
     def _transposed(self) -> Leaf:
@@ -61,7 +61,7 @@ class Leaf(LatentOperator):
         return self._general()._svd()
 
     def _values(self) -> tuple[Tensor, float | Tensor]:
-        """S and rest of ``_svd``, where they cost less without the vectors."""
+        """(S, rest) of ``_svd``; overridden where they cost less without the singular vectors."""
         svd = self._svd()
         return svd.S, svd.rest
 
@@ -70,13 +70,12 @@ class Leaf(LatentOperator):
 
 
 class Dense(Leaf):
-    """A z for a matrix ``weight`` [n_out, n_in]; by default trained, and started orthonormal.
+    """A z = weight z, by default with a trained matrix that starts with orthonormal rows or columns.
 
     Args:
-        n_out, n_in: size; n_in is n_out where left out.
-        weight: the matrix, [n_out, n_in] or one per sample [B, n_out, n_in]. A Parameter
-            is trained, any other tensor is a constant. ``Dense.of(weight)`` reads the
-            size off it.
+        n_out, n_in: size; n_in defaults to n_out.
+        weight: the matrix, [n_out, n_in] or one per sample [B, n_out, n_in]. A Parameter is trained,
+            any other tensor is a constant. ``Dense.of(weight)`` takes the size from it.
     """
 
     weight: Tensor
@@ -97,7 +96,7 @@ class Dense(Leaf):
 
     @classmethod
     def of(cls, weight: Tensor) -> Dense:
-        """The operator of this matrix."""
+        """Dense with this matrix, [n_out, n_in] or one per sample [B, n_out, n_in]."""
         check_tensor("weight", weight)
         if weight.ndim < 2:
             raise ValueError(f"weight must be [n_out, n_in] or [B, n_out, n_in]; got {tuple(weight.shape)}")
@@ -125,7 +124,7 @@ class Dense(Leaf):
     def _times(self, other: Leaf) -> Leaf:
         if self.batched or other.batched:
             return Dense.of(self.weight @ other.to_dense())
-        # Rows of A B are B^T applied to rows of A: B stays in its own structure.
+        # The rows of A B are B^T applied to the rows of A, without forming the matrix of B.
         return Dense.of(other._product(self.weight, transpose=True))
 
     def _power(self, n: int) -> Leaf:
@@ -148,7 +147,7 @@ class Dense(Leaf):
 
 
 def check_size(kind: str, name: str, n: object) -> int:
-    """n as an int; raises unless it is a size. A tensor given in its place belongs in ``of``."""
+    """n as an int of at least 0. TypeError for a tensor, which belongs in ``of``, and for any other type."""
     if isinstance(n, Tensor):
         raise TypeError(f"{kind}: {name} is a size; {kind}.of(...) takes the tensor")
     return check_count(f"{kind}: {name}", n, least=0)

@@ -1,7 +1,7 @@
 """DepthwiseConv: one k x k zero-padded "same" correlation per channel. BlockDiagonal: one m x m matrix per channel.
 
-A DepthwiseConv is block diagonal over channels with blocks of H W x H W, so products and inverses of it are
-BlockDiagonal: C (H W)^2 numbers. Apply it at any size; ask for its svd or inverse at small ones.
+A DepthwiseConv is block diagonal over channels, with blocks of H W x H W. Its products, inverses and decompositions
+form these blocks, which are C (H W)^2 numbers: use them for small images only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .spectral import SVD, Eig, matrix_inverse
 
 
 class BlockDiagonal(Leaf):
-    """A = diag(block_1, ..., block_C) on z [B, C m]; blocks [C, m, m]."""
+    """A = diag(block_1, ..., block_C) on z [B, C m]; blocks [C, m, m], trained where they are a Parameter."""
 
     blocks: Tensor
 
@@ -76,7 +76,7 @@ class BlockDiagonal(Leaf):
         return Eig(values.flatten(), torch.block_diag(*vectors))
 
     def _blocks_of(self, other: Leaf) -> Tensor | None:
-        """The other operator in blocks of this one's size; None where it has no such blocks."""
+        """The other operator as blocks [C, m, m] of this one's size; None where it has no such blocks."""
         other = other._blocks() if isinstance(other, DepthwiseConv) else other
         if isinstance(other, BlockDiagonal) and other.blocks.shape == self.blocks.shape:
             return other.blocks
@@ -90,10 +90,10 @@ class DepthwiseConv(Leaf):
 
     Args:
         channels: C.
-        kernel_size: k; the kernel starts as a unit impulse plus noise.
+        kernel_size: k, or (kh, kw).
         size: (H, W) of the latents.
-        weight: [C, kh, kw], or one set per sample [B, C, kh, kw]; a Parameter is trained,
-            any other tensor is a constant.
+        weight: [C, kh, kw], or one set per sample [B, C, kh, kw]. A Parameter is trained, any other tensor
+            is a constant; by default a Parameter that starts as unit impulses plus noise.
     """
 
     weight: Tensor
@@ -132,9 +132,9 @@ class DepthwiseConv(Leaf):
         return depthwise_conv(image, self.weight, transpose=transpose).reshape(z.shape)
 
     def _blocks(self) -> BlockDiagonal:
-        """Per channel, the H W x H W matrix: unit impulses through the channel's kernel."""
+        """The H W x H W matrix of each channel; its columns are the correlations of unit impulses."""
         if self.batched:
-            raise ValueError("the matrix of a DepthwiseConv with one kernel set per sample is not formed")
+            raise ValueError("a DepthwiseConv with one kernel set per sample cannot be converted to a matrix")
         H, W = self.size
         impulses = torch.eye(H * W, dtype=self.weight.dtype, device=self.weight.device).reshape(-1, 1, H, W)
         columns = depthwise_conv(impulses.expand(-1, self.channels, -1, -1), self.weight)
@@ -147,7 +147,7 @@ class DepthwiseConv(Leaf):
         return DepthwiseConv(self.channels, (weight.shape[-2], weight.shape[-1]), self.size, weight)
 
     def _transposed(self) -> Leaf:
-        """Flipped kernel; an even k gains a row and a column of zeros, as its padding is not symmetric."""
+        """The kernel flipped; an even size gains a row or column of zeros, because its padding is not symmetric."""
         flipped = self.weight.flip((-2, -1))
         grow_h, grow_w = (1 - k % 2 for k in self.kernel_size)
         return self._with(F.pad(flipped, (0, grow_w, 0, grow_h)) if grow_h or grow_w else flipped)
@@ -171,6 +171,6 @@ _BLOCKED = (DepthwiseConv, BlockDiagonal, Diagonal)  # what a sum or product wit
 
 
 def check_pair(name: str, value: object) -> tuple[int, int]:
-    """(height, width) of positive integers; raises where it is anything else."""
+    """The value as (height, width), two positive integers; TypeError or ValueError for anything else."""
     height, width = check_counts(name, value, length=2)
     return height, width

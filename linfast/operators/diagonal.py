@@ -12,12 +12,12 @@ from .spectral import SVD, Eig, unless_singular
 
 
 class Diagonal(Leaf):
-    """A z = diagonal * z; by default a trained diagonal that starts at one.
+    """A z = diagonal * z, by default with a trained diagonal that starts as ones.
 
     Args:
         n: size.
-        diagonal: [n], or one per sample [B, n]; a Parameter is trained, any other tensor
-            is a constant. ``Diagonal.of(diagonal)`` reads n off it.
+        diagonal: [n], or one per sample [B, n]. A Parameter is trained, any other tensor
+            is a constant. ``Diagonal.of(diagonal)`` takes n from it.
     """
 
     diagonal: Tensor
@@ -34,7 +34,7 @@ class Diagonal(Leaf):
 
     @classmethod
     def of(cls, diagonal: Tensor) -> Diagonal:
-        """The operator of this diagonal."""
+        """Diagonal with this diagonal, [n] or one per sample [B, n]."""
         check_tensor("diagonal", diagonal)
         if diagonal.ndim < 1:
             raise ValueError("diagonal must be [n] or [B, n]; got ()")
@@ -95,14 +95,14 @@ class Diagonal(Leaf):
 
 
 class Projection(LatentOperator):
-    """A = diag(round(sigmoid(logits))): keeps some coordinates and drops the others; A A = A exactly.
+    """A = diag(round(sigmoid(logits))), which keeps some coordinates and drops the others; A A = A exactly.
 
-    The gradient of the logits is the sigmoid's (straight-through). Source: the linear
-    idempotent generative network of arXiv 2510.08570, whose basis is absorbed in g.
+    The logits [n] are trained, with the gradient of sigmoid(logits) (straight-through). Source: the
+    linear idempotent generative network of arXiv 2510.08570, whose change of basis is part of g.
 
     Args:
         n: size.
-        rank: how many coordinates start kept; None for half.
+        rank: number of coordinates that are kept at the start, the first ones; by default n // 2.
     """
 
     _config_names = {"rank": "initial_rank"}

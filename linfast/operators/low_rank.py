@@ -5,13 +5,13 @@ With S = V^T U [r, r], and Q an orthonormal basis of span[U V] (k <= 2 r columns
     product   (a I + U V^T)(b I + P Q^T) = ab I + [b U | a P + U (V^T P)] [V | Q]^T;  U (B^T V)^T for a = 0
     power     A^m = a_m I + U M_m V^T,  a_{p+q} = a_p a_q,  M_{p+q} = a_p M_q + a_q M_p + M_p S M_q
     inverse   1/alpha I - 1/alpha U (alpha I + S)^{-1} V^T                       (Woodbury)
-    svd       alpha (I - Q Q^T) + Q (alpha I + Q^T U V^T Q) Q^T: the core's svd, rest = alpha
+    svd       alpha (I - Q Q^T) + Q core Q^T, core = alpha I + Q^T U V^T Q: the core's svd, with rest = alpha
     pinv      1/alpha I + Q (core^+ - 1/alpha I) Q^T;  for alpha = 0 from two thin QRs
-    eig       of alpha I + R V^T Q for U = Q R, vectors Q X; the other n - r eigenvalues are alpha
+    eig       with the thin QR U = Q R: (w, Q X) for the eigenpairs (w, X) of alpha I + R V^T Q; rest = alpha
 
-alpha the number 0 makes A = U V^T, which may be rectangular and stays of its rank in
-products. The gradients of svd, eig and pinv go through the QR of U, V or [U V], whose
-columns must be independent for them.
+Where alpha is the number 0, A = U V^T may be rectangular, and its products have at most
+its rank. The gradients of svd, eig and pinv pass through the QR of U, V or [U V], whose
+columns must then be independent.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class LowRank(Leaf):
     Args:
         alpha: a number or a 0-d tensor.
         U: [n, r], or one per sample [B, n, r].
-        V: like U. With alpha the number 0, U and V may differ in n: A is n_out x n_in.
+        V: like U. Where alpha is the number 0, U may be [n_out, r] and V [n_in, r].
 
     Parameters are trained; other tensors are constants.
 
     Raises:
-        ValueError: shapes or dtypes of U and V that do not fit together.
+        ValueError: U and V differ in dtype, r or B; or in n, where alpha is not the number 0.
     """
 
     alpha: float | Tensor
@@ -71,7 +71,7 @@ class LowRank(Leaf):
 
     @property
     def _is_plain(self) -> bool:
-        """Whether A = U V^T: alpha is the number 0. A tensor counts as one that may be trained away from it."""
+        """Whether alpha is the number 0, so that A = U V^T. A tensor does not count: its value may change."""
         return isinstance(self.alpha, (int, float)) and self.alpha == 0
 
     @property
@@ -80,7 +80,7 @@ class LowRank(Leaf):
 
     @property
     def _is_wide(self) -> bool:
-        """Whether span[U V] may be everything: structure no longer pays."""
+        """Whether [U V] has at least as many columns as rows: a dense computation then costs less."""
         return 2 * self.U.shape[-1] >= min(self.n_out, self.n_in)
 
     def _product(self, z: Tensor, transpose: bool) -> Tensor:
@@ -98,7 +98,7 @@ class LowRank(Leaf):
         return square + self.alpha * torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
 
     def _alpha_size(self) -> Tensor:
-        """|alpha|, a constant."""
+        """|alpha| as a 0-d tensor without gradient."""
         return torch.as_tensor(self.alpha, dtype=self.U.dtype, device=self.U.device).detach().abs()
 
     def _transposed(self) -> Leaf:
@@ -150,7 +150,7 @@ class LowRank(Leaf):
 
     def _inverse(self, read: bool) -> Leaf:
         rank = self.U.shape[-1]
-        if rank >= self.n_in:  # alpha need not be an eigenvalue: dividing by it could lose everything
+        if rank >= self.n_in:  # alpha need not be an eigenvalue of A: dividing by it could lose all digits
             return self._dense()._inverse(read)
         if self._is_plain:
             raise ValueError(
@@ -170,7 +170,7 @@ class LowRank(Leaf):
     def _pinv(self, rtol: float) -> Leaf:
         unread = torch.compiler.is_compiling() or not has_values(self.U)
         if self._is_wide or (unread and not self._is_plain):
-            return self._dense()._pinv(rtol)  # which branch below is taken depends on the numbers
+            return self._dense()._pinv(rtol)  # the choice of a branch below would read values
         left, core, right = self._thin()
         S = torch.linalg.svdvals(core.detach())
         alpha = self._alpha_size()
@@ -199,11 +199,11 @@ class LowRank(Leaf):
         return Eig(values, Q.to(X.dtype) @ X, rest=self._rest())
 
     def _rest(self) -> float | Tensor:
-        """The value of A off its factors, apart from the live alpha."""
+        """alpha as the ``rest`` of an svd or eig: a copy that does not follow changes of A."""
         return self.alpha.clone() if isinstance(self.alpha, Tensor) else float(self.alpha)
 
     def _thin(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Orthonormal L, R and a small core with A = L core R^T, plus alpha off span L = span R."""
+        """Orthonormal L, R and a small core with A = L core R^T, or L core L^T + alpha (I - L L^T) where L = R."""
         if self._is_plain:
             Qu, Ru = torch.linalg.qr(self.U)
             Qv, Rv = torch.linalg.qr(self.V)

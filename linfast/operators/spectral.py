@@ -1,22 +1,22 @@
-"""Inverses, pseudo-inverses, svd and eig: what every operator answers, and the arithmetic that operators share.
+"""inverse, pinv, svd, eig, norm and rank of every operator, and the functions that operators share for them.
 
-The public methods are here, in ``Decomposable``. The arithmetic of a kind of operator is in the kind's own file, as
-``_inverse``, ``_pinv``, ``_svd``, ``_values`` and ``_eig`` of the Leaf (LowRank's in low_rank.py).
+The public methods are here, in ``Decomposable``. Each Leaf class has its computations in its own file, as the
+methods ``_inverse``, ``_pinv``, ``_svd``, ``_values`` and ``_eig``.
 
-A structured operator acts on all but a few dimensions as one number. Its svd and
-eig then hold only the few, and the number is ``rest``:
+A LowRank operator multiplies all but k dimensions by one number. Its svd and eig
+hold only the k dimensions, and the number is ``rest``:
 
     svd:  A = U diag(S) Vh + rest (I - U U^H),   U [n, k], S [k], Vh [k, n]
     eig:  A v_i = w_i v_i for i < k, and the other n - k eigenvalues are ``rest``
 
-For a matrix without such structure rest is 0 and the formulas are the usual ones. torch has no decompositions in
-half precision: they are computed in fp32 and rounded.
+For any other operator k = min(n_out, n_in), and rest is 0 (svd) or None (eig). torch has no decompositions in half
+precision: they are computed in fp32 and rounded.
 
-Whether an operator is finite, or has an inverse, is read by the host once for each state of its weights. Reading
-it waits for a GPU and cannot be captured into a CUDA graph, so later inverses go unread; a singular operator is
-seen in any case, because its inverse is NaN. The inverse of a time-dependent operator is read for each time
-that is a number, and once for all times in tensors. Nothing is read while a graph is captured or compiled, or where
-tensors have no values, as on the meta device.
+The checks that an operator is finite and has an inverse read values on the host. On a CPU they are made at every
+call. On a GPU a check waits for the device and cannot be captured into a CUDA graph, so it is made once for each
+state of the weights; the inverse of an operator that is singular is NaN where it is not checked. A time-dependent
+operator is checked once for each time that is a number, and once for all times in tensors. No check is made while
+a graph is captured or compiled, or where tensors have no values, as on the meta device.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class SVD(NamedTuple("SVD", [("U", Tensor), ("S", Tensor), ("Vh", Tensor)])):
 
 
 class Eig(NamedTuple("Eig", [("values", Tensor), ("vectors", Tensor)])):
-    """values [..., k] and vectors [..., n, k], both complex; ``rest`` is the eigenvalue of the other n - k."""
+    """values [..., k] and vectors [..., n, k], complex; the other n - k eigenvalues are ``rest``, None if k = n."""
 
     rest: float | Tensor | None
 
@@ -80,18 +80,18 @@ def decomposed(what: str, decompose: Callable[..., _Result], *args: Any) -> _Res
     try:
         return decompose(*args)
     except RuntimeError as error:
-        if not isinstance(error, torch.linalg.LinAlgError) and "infs or NaNs" not in str(error):  # eig's error
+        if not isinstance(error, torch.linalg.LinAlgError) and "infs or NaNs" not in str(error):  # as eig says
             raise
         raise ValueError(f"{what} has NaN or infinite values, or overflows when it is decomposed") from error
 
 
 def largest(S: Tensor, rest: Tensor) -> Tensor:
-    """The largest singular value [...] of S [..., k], k possibly 0, and the size of the rest."""
+    """The largest singular value [...]: the maximum of S [..., k], where k may be 0, and of ``rest`` >= 0."""
     return torch.maximum(S.amax(-1) if S.shape[-1] else S.sum(-1), rest)
 
 
 def matrix_inverse(matrix: Tensor, what: str, read: bool) -> Tensor:
-    """matrix^{-1} [..., n, n] ``unless_singular``."""
+    """matrix^{-1} [..., n, n]; NaN or a ValueError where it is singular, as in ``unless_singular``."""
     inverse, info = torch.linalg.inv_ex(matrix)
     if matrix.numel() == 0:
         return inverse
@@ -101,9 +101,9 @@ def matrix_inverse(matrix: Tensor, what: str, read: bool) -> Tensor:
 
 
 def unless_singular(inverse: Tensor, condition: Tensor, what: str, read: bool) -> Tensor:
-    """``inverse``, NaN unless the condition number [...] is below 1 / epsilon; where ``read``, ValueError instead.
+    """``inverse``, but NaN where the condition number [...] is 1 / epsilon or more.
 
-    Reading it, the host waits for the device.
+    With ``read`` the host waits for the device, and a ValueError replaces the NaN.
     """
     regular = condition < 1.0 / torch.finfo(condition.dtype).eps
     if read and not bool(regular.all()):
@@ -115,27 +115,27 @@ def unless_singular(inverse: Tensor, condition: Tensor, what: str, read: bool) -
 
 
 class Decomposable(nn.Module):
-    """What an operator answers about itself: every answer is a differentiable snapshot, computed anew."""
+    """Inverses, decompositions, norm and rank of an operator: differentiable, from its values at each call."""
 
     n_out: int
     n_in: int
 
     def closed(self) -> Leaf:
-        """The structured operator this equals now, differentiable; it may share this one's tensors."""
+        """The Leaf that this operator equals now, differentiable; it may share this operator's tensors."""
         raise NotImplementedError
 
     def inverse(self) -> Any:
-        """A^{-1}, a snapshot.
+        """A^{-1} of A's values now.
 
-        Whether A has one is read from the device at the first call for these weights (linfast.operators.spectral).
+        On a GPU only the first call for these weights checks that A is not singular (linfast.operators.spectral).
 
         Raises:
-            ValueError: A is rectangular, or singular where that is read; it is NaN where it is not.
+            ValueError: A is rectangular or time-dependent, or checked and singular; unchecked, the result is NaN.
         """
         return self._inverse_of(self, None)
 
     def inverse_at(self, t: float | Tensor | None) -> Any:
-        """``A.at(t).inverse()``, read at the first call for these weights and a time that is a number."""
+        """``A.at(t).inverse()``, or ``A.inverse()`` where t is None; on a GPU checked once for each number t."""
         if t is None:
             return derived(self, "inverse", self.inverse)
         operator: Any = self
@@ -143,7 +143,7 @@ class Decomposable(nn.Module):
 
     @outside_autocast
     def _inverse_of(self, owner: nn.Module, at: Hashable) -> Any:
-        """A^{-1} of what ``owner`` is at a time, or makes of itself."""
+        """A^{-1}, checked once per (owner, at): the operator that A comes from, and the time or schedule."""
         self._check_square("inverse()")
         read = is_unread(owner, at)
         inverse = self._inverted(read)
@@ -152,13 +152,13 @@ class Decomposable(nn.Module):
         return inverse
 
     def _inverted(self, read: bool) -> Any:
-        """A^{-1} in A's dtype; ``read``: raise where there is none."""
+        """A^{-1} in A's dtype; with ``read``, ValueError where A is singular."""
         leaf = self.closed()
         return cast(in_fp32(leaf)._inverse(read), dtype_of(leaf))
 
     @outside_autocast
     def pinv(self, rtol: float | None = None) -> Any:
-        """The Moore-Penrose pseudo-inverse A^+, a snapshot.
+        """The Moore-Penrose pseudo-inverse A^+, n_in x n_out, of A's values now; ValueError if they are not finite.
 
         Singular values up to rtol times the largest count as zero; by default rtol is
         max(n_out, n_in) times the dtype's epsilon.
@@ -169,19 +169,19 @@ class Decomposable(nn.Module):
 
     @outside_autocast
     def svd(self) -> SVD:
-        """U, S, Vh with A = U diag(S) Vh + rest (I - U U^T); rest is 0 but for LowRank with alpha."""
+        """The ``SVD`` of A, A = U diag(S) Vh + rest (I - U U^T); ValueError where A has NaN or infinite values."""
         leaf = self.closed()
         svd, dtype = self._decomposed(leaf, "_svd"), dtype_of(leaf)
         return SVD(svd.U.to(dtype), svd.S.to(dtype), svd.Vh.to(dtype), svd.rest)
 
     @outside_autocast
     def eig(self) -> Eig:
-        """Eigenvalues and right eigenvectors, complex64 or wider; ``.rest`` is the eigenvalue of the others."""
+        """The ``Eig`` of a square A, complex64 or wider; ValueError for a rectangle, NaN or infinite values."""
         self._check_square("eig()")
         return self._decomposed(self.closed(), "_eig")
 
     def norm(self, ord: float | str = 2) -> Tensor:
-        """Norm from the singular values: 2 (largest; the Lipschitz constant), "fro" or "nuc"."""
+        """The norm [], or [B] of one operator per sample: 2 (spectral: the Lipschitz constant), "fro" or "nuc"."""
         if isinstance(ord, bool) or not isinstance(ord, (int, float, str)) or ord not in (2, "fro", "nuc"):
             raise ValueError(f"ord must be 2, 'fro' or 'nuc'; got {ord!r}")
         S, rest, others = self._singular_values()
@@ -192,7 +192,7 @@ class Decomposable(nn.Module):
         return S.sum(-1) + others * rest
 
     def rank(self, rtol: float | None = None) -> Tensor:
-        """Number of singular values above rtol times the largest (rtol as in ``pinv``)."""
+        """The number of singular values, [] or [B], above rtol times the largest (rtol as in ``pinv``)."""
         rtol = _checked_rtol(rtol, self)
         S, rest, others = self._singular_values()
         limit = largest(S, rest) * rtol
@@ -200,13 +200,13 @@ class Decomposable(nn.Module):
 
     @outside_autocast
     def _singular_values(self) -> tuple[Tensor, Tensor, int]:
-        """S [..., k], and the one value [] that the ``others`` singular values have; 0 where there are none."""
+        """(S [..., k], the value [] of all singular values that are not in S, or 0, and the number of these)."""
         S, rest = self._decomposed(self.closed(), "_values")
         others = min(self.n_out, self.n_in) - S.shape[-1]
         return S, torch.as_tensor(rest if others else 0.0, dtype=S.dtype, device=S.device).abs(), others
 
     def _decomposed(self, leaf: Any, method: str, *args: Any) -> Any:
-        """The method of the Leaf that this is, in fp32 or wider; ValueError where it has NaN or infinite values."""
+        """``leaf.method(*args)`` in fp32 or wider; ValueError where this operator has NaN or infinite values."""
         check_finite(self)
         return decomposed(type(self).__name__, getattr(in_fp32(leaf), method), *args)
 
@@ -216,25 +216,25 @@ class Decomposable(nn.Module):
 
 
 def _checked_rtol(rtol: float | None, operator: Decomposable) -> float:
-    """rtol, a number of at least 0; by default that of the operator's own dtype, whatever it is decomposed in."""
+    """rtol, checked to be at least 0; by default for the operator's dtype, even if it is decomposed in another."""
     if rtol is not None:
         return check_number("rtol", rtol, least=0.0)
     return max(operator.n_out, operator.n_in) * torch.finfo(dtype_of(operator)).eps
 
 
 def dtype_of(operator: nn.Module) -> torch.dtype:
-    """The dtype of the operator's first matrix or vector; a 0-d factor fits any."""
+    """The dtype of the operator's first matrix or vector; 0-d tensors are passed over."""
     found = (t.dtype for t in tensors_of(operator) if t.ndim and t.is_floating_point())
     return next(found, torch.get_default_dtype())
 
 
 def in_fp32(leaf: _Operator) -> _Operator:
-    """The leaf, its numbers in fp32 where they are in half precision; differentiable."""
+    """The leaf, converted to fp32 where it is in half precision; differentiable."""
     return cast(leaf, torch.float32) if dtype_of(leaf) in _HALF else leaf
 
 
 def cast(leaf: _Operator, dtype: torch.dtype) -> _Operator:
-    """The leaf with its numbers in this dtype; itself where they are."""
+    """A copy of the leaf with its tensors in this dtype; the leaf itself where they already are."""
     tensors = dict((*leaf.named_parameters(recurse=False), *leaf.named_buffers(recurse=False)))
     if all(tensor.dtype == dtype for tensor in tensors.values()):
         return leaf
@@ -243,14 +243,14 @@ def cast(leaf: _Operator, dtype: torch.dtype) -> _Operator:
     return other
 
 
-_MOST = 1024  # times that are remembered of one operator
+_MOST = 1024  # checked times that are remembered per operator
 
-# Of each operator the state of its weights, and for which times it was read.
+# For each operator, the state of its weights and the times for which it was checked in that state.
 _read: WeakKeyDictionary[nn.Module, tuple[Hashable, set[Hashable]]] = WeakKeyDictionary()
 
 
 def is_unread(operator: nn.Module, at: Hashable) -> bool:
-    """Whether the host still has to read, for these weights, if this operator has an inverse ``at`` this time."""
+    """Whether the operator must still be checked ``at`` this time: always on a CPU, else once for these weights."""
     if torch.compiler.is_compiling() or any(capturing(t) or not has_values(t) for t in tensors_of(operator)):
         return False
     if all(map(read_at_once, tensors_of(operator))):
@@ -260,7 +260,7 @@ def is_unread(operator: nn.Module, at: Hashable) -> bool:
 
 
 def mark_read(operator: nn.Module, at: Hashable) -> None:
-    """Remember that it has one."""
+    """Remember that the operator passed the check ``at`` this time."""
     state = _state(operator)
     if state is None:
         return
@@ -271,7 +271,7 @@ def mark_read(operator: nn.Module, at: Hashable) -> None:
 
 
 def check_finite(operator: nn.Module) -> None:
-    """ValueError where it has NaN or infinite values, which not every decomposition would show."""
+    """ValueError where the operator has NaN or infinite values: not every decomposition fails on them."""
     if not is_unread(operator, "finite") or _state(operator) is None:
         return
     if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(operator)):
@@ -280,7 +280,7 @@ def check_finite(operator: nn.Module) -> None:
 
 
 def _state(operator: nn.Module) -> Hashable:
-    """What changes with the weights, but for writes through ``.data`` and by fused optimisers; None: unknown."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # a transform's tensors have no memory
+    """A key of the weights, which misses writes through ``.data`` and by fused optimisers; None where unknown."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # tensors in torch.func have no address
         return None
     return tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors_of(operator))

@@ -1,12 +1,12 @@
-"""Operators that depend on time: what they are made of at time t comes from networks of an embedded t.
+"""Operators that depend on time: networks compute their factors or kernels from an embedding of t.
 
     TimeLowRank          A_t = alpha I + U(t) V(t)^T
     TimeDiagonal         A_t = alpha I + U diag(w(t)) V^T
     TimeDepthwiseConv    A_t = one correlation per channel, with kernels that depend on t
 
-A kind says what it generates, ``_generate``, and which operator that makes, ``_made_of``. Where the operator is
-low-rank at every time, ``factors_at(times)`` gives its factors, from which ``collapse`` works, and
-``_factor_columns`` says how many columns they have.
+A subclass defines ``_generate``, which computes tensors from the embedding, and ``_made_of``, which makes the
+operator from them. Where A_t is a LowRank operator, ``factors_at(times)`` returns its factors for ``collapse``,
+and ``_factor_columns`` their number of columns.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class TimeFactors(NamedTuple):
     alpha: float
     U: Tensor  # [T, n, r], or [n, r] where all times share it
     V: Tensor  # like U
-    weights: Tensor | None  # w [T, r] of shared factors; None: ones
+    weights: Tensor | None  # w [T, r] where all times share U and V; None: w = 1
 
 
 class TimeOperator(LatentOperator):
-    """An operator generated from time. ``A_t.at(t)`` is its Leaf at time t; ``A_t(z, t=t)`` applies that.
+    """A square operator that networks compute from t. ``A_t.at(t)`` is a Leaf, which ``A_t(z, t=t)`` applies.
 
     Args:
         n: size.
@@ -50,11 +50,11 @@ class TimeOperator(LatentOperator):
         self.embedding = SinusoidalEmbedding(self.time_features)
 
     def _generate(self, embedded: Tensor) -> tuple[Tensor, ...]:
-        """What A is made of, each [T, ...], from embedded times [T, time_features]."""
+        """The tensors that A_t is made of, each [T, ...], from embedded times [T, time_features]."""
         raise NotImplementedError
 
     def _made_of(self, *generated: Tensor) -> Leaf:
-        """The operator of what was generated, [...] for one time or [B, ...] for one time per sample."""
+        """The operator from generated tensors, [...] for one time or [B, ...] for one time per sample."""
         raise NotImplementedError
 
     @property
@@ -68,14 +68,14 @@ class TimeOperator(LatentOperator):
         raise ValueError(f"{type(self).__name__} depends on time: its algebra is that of A.at(t)")
 
     def _generated_at(self, t: Tensor) -> tuple[Tensor, ...]:
-        """What A is made of at the times t [T]: tensors [T, ...] in the parameters' dtype."""
+        """The tensors that A_t is made of at the times t [T]: each [T, ...], in the parameters' dtype."""
         like = self._like
         check_dense("t", t)
         check_time(t, like)
         if t.ndim != 1:
             raise ValueError(f"t must be [T]; got {tuple(t.shape)}")
         generated = self._generate(self.embedding(t.to(like)))
-        return tuple(part.to(like.dtype) for part in generated)  # autocast rounds what networks return
+        return tuple(part.to(like.dtype) for part in generated)  # under autocast, networks return half precision
 
     def at(self, t: float | Tensor) -> Leaf:
         like = self._like
@@ -90,12 +90,12 @@ class TimeOperator(LatentOperator):
 
     @property
     def _like(self) -> Tensor:
-        """A parameter, for its dtype and device."""
+        """A parameter, read for its dtype and device."""
         return next(tensors_of(self))
 
 
 class _LowRankAtAnyTime(TimeOperator):
-    """What TimeLowRank and TimeDiagonal share: their constructor's arguments."""
+    """The base class of TimeLowRank and TimeDiagonal, with their constructor's arguments."""
 
     _config_names = {"rank": "rank_bound"}
 
@@ -129,7 +129,7 @@ class TimeLowRank(_LowRankAtAnyTime):
 
     def _generator(self) -> MLP:
         net = MLP(self.time_features, self.n * self.rank_bound, (self.hidden, self.hidden), "gelu", zero_last=False)
-        # U V^T z is of z's size when the entries of U and V have variance 1 / sqrt(n r).
+        # With entries of variance 1 / sqrt(n r) in U and V, |U V^T z| is about |z|.
         nn.init.normal_(net.layers[-1].bias, std=(self.n * self.rank_bound) ** -0.25)  # type: ignore[arg-type]
         return net
 
@@ -165,7 +165,7 @@ class TimeDiagonal(_LowRankAtAnyTime):
 
     def __init__(self, n: int, rank: int, alpha: float = 1.0, time_features: int = 64, hidden: int = 256) -> None:
         super().__init__(n, rank, alpha, time_features, hidden)
-        # U diag(w) V^T z is of z's size at most for orthonormal columns and w of size 1.
+        # With orthonormal columns and |w| <= 1, |U diag(w) V^T z| <= |z|.
         self.U = nn.Parameter(nn.init.orthogonal_(torch.empty(self.n, self.rank_bound)))
         self.V = nn.Parameter(nn.init.orthogonal_(torch.empty(self.n, self.rank_bound)))
         self.w_net = MLP(self.time_features, self.rank_bound, (self.hidden, self.hidden), "gelu", zero_last=False)
@@ -186,7 +186,7 @@ class TimeDiagonal(_LowRankAtAnyTime):
 
 
 class TimeDepthwiseConv(TimeOperator):
-    """A_t z = depthwise correlation of z [B, C, H, W] with kernels [C, k, k] that an MLP makes of t.
+    """A_t z = depthwise correlation of z [B, C, H, W] with kernels [C, k, k] that an MLP computes from t.
 
     ``A_t.at(t)`` is a DepthwiseConv for a number, a 0-d or a [B] tensor; ``A_t(z, t=t)`` applies
     it. The kernels start near a unit impulse. Source: style transfer in arXiv 2510.08570, whose t

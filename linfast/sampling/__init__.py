@@ -1,4 +1,4 @@
-"""Sampling with a time-dependent Linearizer: step by step, in one step, back, and at scale."""
+"""Sampling with a time-dependent Linearizer: step by step, in one step, inverted, and in streams of any length."""
 
 from .collapsed import collapse
 from .sampler import generator, invert, sample

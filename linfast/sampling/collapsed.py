@@ -1,15 +1,15 @@
 """collapse: all sampling steps as one operator B, exactly.
 
-Every Runge-Kutta step of the latent flow is linear in z, so their composition is a matrix B:
-the same arithmetic as the multi-step sampler, stage by stage, so that one product with B gives
-what the steps give. Two routes:
+Every Runge-Kutta step of the latent flow is linear in z, so the composition of all steps is a matrix B.
+It is composed stage by stage, without approximation: B z equals the multi-step sampler's result up to
+rounding. There are two ways to compute B:
 
-    A_t = alpha I + U_t V_t^T    by ``A_t.factors_at(times)``, see ``factored``
-    any other A_t                the n unit vectors stepped at once, in float64
+    A_t = alpha I + U_t V_t^T    from ``A_t.factors_at(times)``, see ``factored``
+    any other A_t                by applying the steps to the N unit vectors, in float64
 
-With R columns in all the factors together, R = r (2 steps - 1) for rk4, B = beta I + P Q^T has
-rank R at most. A product with it reads and multiplies 2 N R numbers per sample, with a matrix N^2:
-B is LowRank where 2 R < N and Dense elsewhere.
+Let R be the number of columns of U_t over all distinct times: r (2 count + 1) for count steps of rk4.
+Then B = beta I + P Q^T, where P and Q have R columns. A product with P and Q takes 2 N R multiply-adds per
+sample, one with a matrix takes N^2, so B is LowRank where 2 R < N, and Dense otherwise.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from .integrate import Schedule, integrate, schedule
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-# Sides N and R are multiplied in float64 where that takes at most this many operations, some
-# 30 ms on one CPU core, and in the parameters' dtype beyond. float64 leaves one rounding of the
-# result; float32 adds the rounding of about R / 128 partial sums, as the steps themselves would.
+# Products of factors [R, N] are computed in float64 where they take at most this many operations
+# (about 30 ms on one CPU core), otherwise in the parameters' dtype. In float64 only the result is
+# rounded; float32 adds the rounding of about R / 128 partial sums, as multi-step sampling does.
 _WIDE_FLOPS = 1e9
 
 
@@ -57,19 +57,19 @@ def collapse(
     stop: float | None = None,
     tol: float | None = None,
 ) -> LatentOperator:
-    """B with B z = the sampler's z after all steps; differentiable in A_t's parameters.
+    """The operator B with B z = z after all steps of the sampler; differentiable in A_t's parameters.
 
-    A_t is collapsed as it is in eval mode, on a copy: it is left as it was at any moment, whatever fails.
+    B is computed from a copy of A_t in eval mode, so that A_t itself is never changed, not even by an error.
 
     Args:
-        A_t: a time-dependent operator.
+        A_t: a square, time-dependent operator.
         steps: n; see ``stop``.
         method: "euler", "midpoint", "heun" or "rk4".
         stop: None for n - 1 steps of size 1 / n (the paper's rule), or the time T in (0, 1]
             that n steps of size T / n reach. T = 1 with euler and midpoint only.
-        tol: where given, B is replaced by beta I + P Q^T of the least rank found for which
-            |B' - B|_F <= tol |B|_F, if that is cheaper; the error is ``B.truncation_error``.
-            P is a constant to the gradient.
+        tol: None, or the relative error allowed: the result is then B' = beta I + P Q^T of the least rank
+            found with |B' - B|_F <= tol |B|_F, if B' is cheaper than B. Its ``truncation_error`` is
+            |B' - B|_F / |B|_F, and no gradient flows through P.
 
     Raises:
         ValueError: A_t does not depend on time or is not square, an unknown method, steps < 2,
@@ -84,9 +84,9 @@ def collapse(
 
 
 def collapse_inverse(A_t: LatentOperator, plan: Schedule) -> LatentOperator:
-    """B^{-1} in float64, by Woodbury where B is low-rank.
+    """B^{-1} in float64, by the Woodbury formula where B is LowRank.
 
-    Rounded to float32 its entries, the size of steps and more, would cost as many digits of the noise.
+    Its entries reach the number of steps and more: in float32 the relative error of the noise would grow as much.
     """
     like = first_floating(A_t).double()
     return without_autocast(like.device.type, _collapse, A_t, plan, None, like)._inverse_of(A_t, plan)
@@ -107,7 +107,7 @@ def _collapse(A_t: LatentOperator, plan: Schedule, tol: float | None, like: Tens
 
 
 def check_time_dependent(A_t: object, name: str = "A_t") -> None:
-    """Raise unless this is an operator that depends on time."""
+    """ValueError unless A_t is a square operator that depends on time."""
     if not isinstance(A_t, LatentOperator) or not A_t.time_dependent:
         raise ValueError(f"{name} must be a time-dependent operator, such as TimeLowRank; got {type(A_t).__name__}")
     if A_t.n_out != A_t.n_in:
@@ -129,7 +129,7 @@ def _check_tol(tol: float | None, like: Tensor) -> None:
 
 
 def _factors(A: Any, columns: int, plan: Schedule) -> Factors:
-    """All factors from one call of the generator, as rows [R, N]."""
+    """The factors at all times as rows [R, N], from one call of A's networks."""
     scheme, n, like = plan.scheme, A.n_in, first_floating(A)
     flops = 4.0 * n * columns * min(n, columns)
     dtype = torch.float64 if flops <= _WIDE_FLOPS else like.dtype
@@ -145,18 +145,18 @@ def _factors(A: Any, columns: int, plan: Schedule) -> Factors:
 
 
 def _step_unit_vectors(A_t: LatentOperator, plan: Schedule) -> Tensor:
-    """B [N, N], float64."""
+    """B [N, N] in float64, from the steps of the unit vectors."""
     eye = torch.eye(A_t.n_in, dtype=torch.float64, device=first_floating(A_t).device)
     wide = _copy_of(A_t, torch.float64)
     return integrate(lambda z, k: wide(z, plan.times[k]), eye, plan).mT
 
 
 def _finish_factored(beta: float, U: Tensor, Q: Tensor, tol: float | None, like: Tensor) -> Leaf:
-    """beta I + U^T Q, recompressed where asked."""
+    """beta I + U^T Q, truncated where ``tol`` is given."""
     if tol is not None:
         with torch.no_grad():
             Y = weighted_columns(U, Q)
-            # |beta I + A|_F of an A of this trace and norm.
+            # |beta I + U^T Q|_F, from the trace and the norm of U^T Q.
             size = (U.shape[1] * beta * beta + 2 * beta * float((U * Q).sum()) + float(Y.norm()) ** 2) ** 0.5
             found = range_within(Y, tol * size, widest=U.shape[0] - 1)
         if found is not None:
@@ -166,7 +166,7 @@ def _finish_factored(beta: float, U: Tensor, Q: Tensor, tol: float | None, like:
 
 
 def _finish(B: Tensor, beta: float, tol: float | None, like: Tensor) -> Leaf:
-    """B [N, N] as it is, or recompressed where asked. beta: the identity's share, where known."""
+    """B [N, N] as Dense, or truncated where ``tol`` is given: B - beta I is then replaced by one of lower rank."""
     if tol is not None:
         A = B - beta * torch.eye(len(B), dtype=B.dtype, device=B.device)
         with torch.no_grad():
@@ -185,35 +185,35 @@ def _truncated(beta: float, U: Tensor, V: Tensor, error: float, like: Tensor) ->
 
 
 def _plain(value: Tensor, like: Tensor) -> Tensor:
-    """In the dtype of ``like``, in memory of its own and row by row: as its saved copy lies, to the last bit of
-    a product."""
+    """A contiguous copy in the dtype of ``like``. It has the layout of a loaded file, so that products with both
+    give the same bits."""
     return value.to(like.dtype).clone(memory_format=torch.contiguous_format)
 
 
-# What samplers work on. The caller's own modules are never switched to eval mode or given other tensors, not even
-# for a moment: another thread may be training them, and whatever fails in between has nothing to put back.
+# Copies in eval mode, for samplers. The caller's modules are never switched to eval mode or given other tensors,
+# not even for a moment: another thread may be training them, and after an error nothing has to be restored.
 
 
 def in_eval_mode(model: _Module) -> _Module:
-    """The model itself where it is in eval mode with all its parts, else a copy that is, of the same tensors."""
+    """The model itself where all its modules are in eval mode, else a copy in eval mode that shares its tensors."""
     check_initialised(model)
     return _copy_of(model) if any(module.training for module in model.modules()) else model
 
 
 def check_initialised(model: nn.Module) -> None:
-    """ValueError where a part gets its tensors from its first call: a sampler's would change the caller's model."""
+    """ValueError where a module creates its tensors at its first call: a sampler must not change the model."""
     for name, module in model.named_modules():
         if any(map(is_lazy, chain(module.parameters(recurse=False), module.buffers(recurse=False)))):
             raise ValueError(f"{name} ({type(module).__name__}) is not initialised: call the model once first")
 
 
 def _copy_of(model: _Module, dtype: torch.dtype | None = None) -> _Module:
-    """The model's structure copied and in eval mode, with the model's own tensors.
+    """A copy of the model's modules in eval mode, which shares the model's tensors.
 
-    Where a dtype is given, the copy's floating-point tensors are in it; gradients reach the model's.
+    With a dtype, the copy has the floating-point tensors converted to it, differentiably.
 
     Raises:
-        ValueError: a part that cannot be copied, such as a lock, or a function that refers to a module by itself.
+        ValueError: an attribute that cannot be copied, such as a lock, or a function that refers to a module.
     """
     attributes = chain.from_iterable(list(vars(module).values()) for module in model.modules())
     memo: dict[int, Any] = {id(value): value for value in attributes if isinstance(value, Tensor)}
@@ -224,9 +224,9 @@ def _copy_of(model: _Module, dtype: torch.dtype | None = None) -> _Module:
     except Exception as error:
         kind = type(model).__name__
         raise ValueError(
-            f"samplers work on a copy of the {kind}, in eval mode, and it has none ({error}): call f.eval() first"
+            f"samplers need a copy of the {kind} in eval mode, which cannot be made ({error}): call f.eval() first"
         ) from error
-    # Those in plain attributes are in the memo alone, what a TorchScript module consists of in modules() alone.
+    # Only the memo has modules in plain attributes, and only modules() those inside a TorchScript module.
     for module in {*copied.modules(), *(part for part in memo.values() if isinstance(part, nn.Module))}:
         module.training = False
         for name, value in vars(module).items():

@@ -1,26 +1,26 @@
-"""The steps' product for A_t = alpha I + U_t V_t^T, in factored form.
+"""The product of all steps for A_t = alpha I + U_t V_t^T, in factored form.
 
-Every stage of a step, and so every product of steps, is a I + U C V^T with U, V the factors
-at the times it looks at: only the r x r products V_i^T U_j enter C. Three parts:
+Every stage, step and product of steps is a I + U C V^T. U and V are the factors at the times that it
+uses, which are consecutive: its window. C needs only the r x r products V_i^T U_j. Three parts:
 
-    steps   one step each, all at once: with W the diagonal that picks a stage's factors,
+    steps   all steps at once; with W the diagonal matrix that selects the factors of stage k,
             A_k (a I + U H V^T) = alpha a I + U (alpha H + W (a I + S H)) V^T,   S = V^T U
-    tree    neighbours are multiplied pairwise, all pairs at once, log2(count) times:
+    tree    neighbours are multiplied in pairs, all pairs at once, up to log2(count) times:
             (b I + U' D V'^T)(a I + U C V^T) = ab I + b U C V^T + a U' D V'^T + U' D (V'^T U) C V^T
-    fold    what is left of them, in order, into B = beta I + U Q^T, or into a dense B
+    fold    the remaining pieces are multiplied in order into B = beta I + U Q^T, or into a dense B
 
-C is float64 whatever the parameters are: its products are small. What multiplies the identity depends on alpha
-and the schedule alone, and is worked out on the host: the device is not waited for. A time that two steps share is
-in U and V once: rk4's U has (2 count + 1) r columns. Fixed factors, A_t = alpha I +
-U diag(w_t) V^T, are the same with W = diag(w_t) and all windows alike, and C stays r x r.
+C is in float64 whatever the parameters' dtype is: its products are small. The multiples of I depend on alpha and
+the schedule alone and are computed on the host, without waiting for the device. A time that two steps share is in
+U and V once: rk4's U has (2 count + 1) r columns. Where U and V do not depend on time, A_t = alpha I +
+U diag(w_t) V^T, the formulas hold with W = diag(w_t) and one window for all steps, and C stays r x r.
 
-The product of two windows with N-long sides, V'^T U, is the only work that grows with N.
+Before the fold, only the products of two windows, V^T U and V'^T U, have a cost that grows with N.
 
-``range_within`` recompresses: A = U^T Q (rows U, Q [R, N]) becomes L (A^T L)^T with L [N, k] orthonormal. What is
-lost is A - L L^T A, and its Frobenius norm is measured, not estimated: with the thin QR Q^T = O R, A = Y O^T
-for Y = U^T R^T, and norms of A are those of Y. L is found block by block, each the range of what the blocks
-before it have left of Y, which is subtracted explicitly; then an SVD of L^T Y drops the columns that the
-tolerance can spare. All in float64.
+``range_within`` truncates: A = U^T Q (rows U, Q [R, N]) becomes L (A^T L)^T with L [N, k] orthonormal. The
+Frobenius norm of the error A - L L^T A is computed, not estimated: with the thin QR Q^T = O R, A = Y O^T for
+Y = U^T R^T, and norms of A are those of Y. L is found in blocks. Each block spans the range of what the blocks
+before it left of Y, by a random sketch, and its part is subtracted from Y. An SVD of L^T Y then drops the
+columns that the tolerance allows to drop. All in float64.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from torch import Tensor
 from ..dispatch import uploaded
 from .integrate import Schedule, advance
 
-# The widest U C V^T that the tree makes. On a CPU 128 columns are enough for products with N-long
-# sides to run at full speed, and the tree's own O(width^3) stays below them; on a GPU launches
-# cost more than arithmetic, and a wide tree has log2 of the launches.
+# The largest C [width, width] that the tree makes. On a CPU products along N run at full speed from
+# 128 columns on, and cost more than the tree's own O(width^3). On a GPU launches cost more than
+# arithmetic, and a tree takes log2(count) launches where the fold takes count.
 _TREE_WIDTH = {"cpu": 256, "cuda": 1024}
 
-_BLOCK = 32  # columns found at a time: a product this wide runs at full speed, and few are found in vain
+_BLOCK = 32  # columns of L found at a time: enough for products at full speed, with few in excess
 
 
 @dataclass(frozen=True)
 class Factors:
     """A_t = alpha I + U_t diag(w_t) V_t^T at the distinct times of a schedule.
 
-    Rows of U and V [R, N] are the factors' columns. ``shift`` rows lie between the first of one
-    step and of the next, and ``width`` rows belong to one step: with fixed factors shift is 0.
+    The rows of U and V [R, N] are the factors' columns. Each step uses ``width`` consecutive rows, which
+    start ``shift`` rows after those of the step before; shift is 0 where U and V do not depend on time.
     ``weights`` [count, stages, width] are the diagonals W.
     """
 
@@ -94,9 +94,9 @@ def step_pieces(factors: Factors, plan: Schedule) -> tuple[np.ndarray, Tensor]:
 
 
 def multiply_pairs(factors: Factors, scale: np.ndarray, C: Tensor, limit: int | None = None) -> list[Piece]:
-    """The steps' product as few pieces, in order of time: neighbours multiplied while no wider than ``limit``."""
+    """The steps' product as a few pieces in order of time: neighbours are multiplied up to a width of ``limit``."""
     limit = _TREE_WIDTH.get(C.device.type, 1024) if limit is None else limit
-    done: list[tuple[int, Any, Tensor]] = []  # (start, scale, C) of those without a neighbour
+    done: list[tuple[int, Any, Tensor]] = []  # (start, scale, C) of pieces without a neighbour
     span = 1  # steps in one piece
     while (count := C.shape[0]) > 1 and C.shape[-1] + span * factors.shift <= limit:
         width, shift, pairs = C.shape[-1], span * factors.shift, count // 2
@@ -118,7 +118,7 @@ def multiply_pairs(factors: Factors, scale: np.ndarray, C: Tensor, limit: int | 
 
 
 def _windows(rows: Tensor, factors: Factors, first: int, every: int, count: int, width: int) -> Tensor:
-    """[count, width, N]: the rows from those of step ``first``, of ``every``-th step after it."""
+    """[count, width, N]: ``width`` rows from the first row of each of the steps first, first + every, ..."""
     if factors.shift == 0:
         return rows.expand(count, -1, -1)
     return rows[first * factors.shift :].unfold(0, width, every * factors.shift)[:count].mT
@@ -150,15 +150,15 @@ def fold_dense(factors: Factors, pieces: list[Piece]) -> Tensor:
 
 
 def weighted_columns(U: Tensor, Q: Tensor) -> Tensor:
-    """Y with Y Y^T = A A^T for A = U^T Q: [N, R] of rows U and Q [R, N], float64."""
+    """Y [N, R] with Y Y^T = A A^T for A = U^T Q, where U and Q are [R, N]; in float64."""
     _, R = torch.linalg.qr(Q.double().mT, mode="r")
     return U.double().mT @ R.mT
 
 
 def range_within(Y: Tensor, allowed: float, widest: int) -> tuple[Tensor, float] | None:
-    """Orthonormal L [N, k], k least within the range found, and |Y - L L^T Y|_F <= allowed.
+    """(L, error) with L [N, k] orthonormal and error = |Y - L L^T Y|_F <= ``allowed``.
 
-    None where more than ``widest`` columns would be needed.
+    k is the least in the range found; None where it would exceed ``widest``.
     """
     random = torch.Generator(device=Y.device).manual_seed(0)
     L, rest = Y.new_zeros(Y.shape[0], 0), Y

@@ -6,9 +6,9 @@ A_t predicts the endpoint z_1, so v = (A_t z - z) / (1 - t). Where the steps end
                 (the stop rule of arXiv 2510.08570 and of its repository)
     stop=T      ``steps`` steps of size T / steps, from 0 to T, 0 < T <= 1
 
-At t = 1 the quotient is 0 / 0 on trajectories that end where A_1 says, and has no limit
-on any other; what a stage would see there depends on the stage before it. So T = 1 is for
-methods that look at no stage time of 1: euler, whose last step is A_{1 - h} z, and midpoint.
+At t = 1 the quotient is 0 / 0 where A_1 z = z and infinite elsewhere, so no stage may be
+evaluated there. Hence T = 1 is only for methods without a stage at the end of a step:
+euler, whose last step gives A_{1 - h} z, and midpoint.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _Array = TypeVar("_Array", np.ndarray, Tensor)
 class Tableau:
     """A Butcher tableau: k_i = v(z + h sum_j a_ij k_j, t + c_i h), z' = z + h sum_i b_i k_i.
 
-    Step i looks at times number i stride + node of the steps' distinct times: rk4's stages 2
-    and 3 share one, and its last is the next step's first.
+    All distinct times of the steps are numbered in order; a stage of step i is at number i stride +
+    node. rk4's stages 2 and 3 share a time, and its last stage is at the next step's first time.
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -45,12 +45,12 @@ class Tableau:
 
     @cached_property
     def node_of(self) -> tuple[int, ...]:
-        """Which node each stage looks at."""
+        """The index in ``nodes`` of each stage's c."""
         return tuple(self.nodes.index(c) for c in self.c)
 
     @property
     def stride(self) -> int:
-        """Distinct times from one step's first to the next step's."""
+        """The number of distinct times from the start of a step to that of the next."""
         return len(self.nodes) - (1.0 in self.nodes)
 
 
@@ -76,16 +76,16 @@ class Schedule:
 
     @cached_property
     def times(self) -> tuple[float, ...]:
-        """The distinct times that the stages look at, ascending."""
+        """The distinct times of all stages, ascending."""
         return tuple(sorted({(i + c) * self.h for i in range(self.count) for c in self.scheme.nodes}))
 
     def index(self, step: int, stage: int) -> int:
-        """Which of ``times`` a stage looks at."""
+        """The index in ``times`` of a stage of a step."""
         return step * self.scheme.stride + self.scheme.node_of[stage]
 
 
 def schedule(method: str, steps: int, stop: float | None = None) -> Schedule:
-    """The steps; ValueError for an unknown method, fewer than two steps, or a stop out of its reach."""
+    """The schedule of a method; ValueError for an unknown method, steps < 2, or a stop that it does not allow."""
     check_choice("method", method, tuple(METHODS))
     steps = check_count("steps", steps, least=2)
     scheme = METHODS[method]

@@ -1,15 +1,15 @@
-"""A .npy file that survives a kill: it is filled by commits, beside a record of the run and of the rows done.
+"""A .npy file that can be resumed after a run was killed: rows are committed, and a second file records how many.
 
 The file has its full size from the start and is a valid .npy at any time; rows that are not yet written are zeros.
-The record, ``path`` + ".json", is replaced as a whole, and only after the rows that it counts are on the disk: a
-run that is killed loses at most the rows since its last commit, and computes them again.
+The record, ``path`` + ".json", is replaced as a whole, and only after the rows that it counts are on the disk. A
+run that is killed loses at most the rows since its last commit; the next run computes them again.
 
-One run at a time writes. The operating system locks the file (flock) until the run ends or its process is gone;
+Only one run may write to a file. The operating system locks it (flock) until the run ends or its process is gone;
 under torch.distributed process 0 locks it for all. Where Python has no ``fcntl`` (Windows) nothing is locked. A
 complete file is only read, and not locked.
 
-Rows are written by seek and write, not through a memory map: on a full disk a write fails with an error, a memory
-map with a signal.
+Rows are written by seek and write, not through a memory map: on a full disk a write raises an error, whereas a
+memory map kills the process by a signal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 from ..io import written_whole
 from .workers import Workers
 
-_SHORT = reprlib.Repr()  # of what a damaged record holds
+_SHORT = reprlib.Repr()  # shortens the values of a record in error messages
 _SHORT.maxstring = 300
 
 
@@ -42,15 +42,15 @@ class NpyFile(AbstractContextManager["NpyFile"]):
     """Rows of one run in a .npy file.
 
     Args:
-        path: of the file; created, or resumed.
-        identity: count, shape, dtype, block_size and what else makes the run: a file of another is refused.
-        overwrite: replace such a file instead, and its record, once there is room for this run's.
+        path: the file to create or resume.
+        identity: count, shape, dtype, block_size and all else that defines the run; another run's file is refused.
+        overwrite: replace another run's file instead, and its record, once the disk has space for the new file.
 
     Raises:
-        ValueError: a file or record of another run, or damaged; a link, a folder or another thing that is no file.
+        ValueError: a file or record that is damaged or of another run; a link, a folder or a device in its place.
         FileExistsError: a file without a record.
         BlockingIOError: another run is writing to it.
-        OSError: no room.
+        OSError: the disk has no space.
     """
 
     def __init__(self, path: str, identity: dict[str, Any], workers: Workers, overwrite: bool = False) -> None:
@@ -73,7 +73,7 @@ class NpyFile(AbstractContextManager["NpyFile"]):
         _release(self.file)
 
     def write(self, start: int, rows: Tensor) -> None:
-        """Rows from row ``start``; they count when committed."""
+        """Write ``rows`` [n, *shape] at row ``start``; they count once they are committed."""
         left = np.ascontiguousarray(rows.numpy()).reshape(-1).view(np.uint8).data
         with self._explained("write"):
             self.file.seek(len(self.header) + start * self.row_bytes)
@@ -81,7 +81,7 @@ class NpyFile(AbstractContextManager["NpyFile"]):
                 left = left[self.file.write(left) :]
 
     def commit(self, done: int) -> None:
-        """Record that rows before ``done`` are written, by all workers."""
+        """Record that all workers have written the rows before ``done``."""
         with self._explained("write"):
             os.fsync(self.file.fileno())
             self.workers.wait()
@@ -92,7 +92,7 @@ class NpyFile(AbstractContextManager["NpyFile"]):
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Raise an OSError with what could not be done to the file, and what of it is kept."""
+        """A context that raises an OSError anew, with a message that says what failed and which rows are valid."""
         try:
             yield
         except OSError as error:
@@ -102,7 +102,7 @@ class NpyFile(AbstractContextManager["NpyFile"]):
             raise OSError(error.errno, text) from error
 
     def _open(self) -> int:
-        """Rows already done. Opens the file, to read where it is complete, else to write and locked."""
+        """Open the file, for reading where it is complete, else locked for writing. Returns the rows done."""
         for path in (self.path, self.record_path):
             check_regular(path)
         try:
@@ -121,14 +121,14 @@ class NpyFile(AbstractContextManager["NpyFile"]):
             if not complete:
                 lock(self.file, self.path)
                 self._check_same()
-                done = self._recorded()  # as no other run writes any more
-            return self._begun(done)
+                done = self._recorded()  # again, now that no other run can write
+            return self._checked_or_created(done)
         except BaseException:
             _release(self.file)
             raise
 
-    def _begun(self, done: int | None) -> int:
-        """Rows done, of a file that is what its record says; one that is new or half made is made."""
+    def _checked_or_created(self, done: int | None) -> int:
+        """The rows done of the open file, checked against its record; a new or half-made file is created."""
         size, begins = os.fstat(self.file.fileno()).st_size, self.file.read(len(self.header))
         half = done == 0 and size == self.size and not any(begins)  # killed before its header was written
         if half or (size == 0 and not done):
@@ -146,7 +146,7 @@ class NpyFile(AbstractContextManager["NpyFile"]):
         return done
 
     def _create(self) -> None:
-        """Write the record of nothing, then the file, its room reserved and its header last."""
+        """Write a record of 0 rows, reserve the file's space, and write its header last."""
         try:
             with self._explained("create"):
                 self._record(0)
@@ -159,10 +159,10 @@ class NpyFile(AbstractContextManager["NpyFile"]):
             raise
 
     def _replace(self) -> int:
-        """Put a file of this run without rows, and its record, in the place of another run's."""
+        """Replace the file and record of another run by those of this run, without rows."""
         if os.path.exists(self.path):
             with open(self.path, "rb") as other:
-                lock(other, self.path)  # which raises where another run is writing
+                lock(other, self.path)  # raises where another run is writing
         with self._explained("create"), written_whole(Path(self.path)) as partial:
             with open(partial, "r+b") as file:
                 _reserve(file, self.size)
@@ -172,14 +172,14 @@ class NpyFile(AbstractContextManager["NpyFile"]):
         return 0
 
     def _check_same(self) -> None:
-        """OSError unless the open file is still the one of this name."""
+        """OSError unless ``path`` still names the open file."""
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
                 return
         raise OSError(errno.ESTALE, "the file was moved, removed or replaced meanwhile")
 
     def _recorded(self) -> int | None:
-        """Rows done according to the record, None without one; raises unless it is of this run."""
+        """The rows done by the record, None without a record; ValueError where it is damaged or of another run."""
         try:
             record = json.loads(Path(self.record_path).read_text(encoding="utf-8"))
             done, differ = record["done"], _differences(record["run"], self.identity)
@@ -196,10 +196,10 @@ class NpyFile(AbstractContextManager["NpyFile"]):
         return done
 
     def _record(self, done: int) -> None:
-        """Replace the record as a whole, and put its name on the disk where the system can."""
+        """Replace the record as a whole, and flush its folder to the disk where the system can."""
         with written_whole(Path(self.record_path)) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump({"done": done, "run": self.identity}, file, indent=1)
-        with suppress(OSError):  # Windows opens no folder
+        with suppress(OSError):  # Windows cannot open a folder
             folder = os.open(os.path.dirname(self.record_path) or ".", os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -208,7 +208,7 @@ class NpyFile(AbstractContextManager["NpyFile"]):
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """What two runs differ in; numbers of another type are others."""
+    """The entries in which two runs differ, as text; 1 and 1.0 differ."""
     pairs = ((key, then.get(key, "nothing"), now.get(key, "nothing")) for key in {**then, **now})
     return "; ".join(
         f"{key}: {_SHORT.repr(a)}, now {_SHORT.repr(b)}"
@@ -218,7 +218,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def check_regular(path: str) -> None:
-    """ValueError where there is something that is no file: it is neither followed nor replaced."""
+    """ValueError where the path is a link, a folder, a device or a pipe: none is followed or replaced."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -229,7 +229,7 @@ def check_regular(path: str) -> None:
 
 
 def lock(file: BinaryIO, path: str) -> None:
-    """Lock it until it is released or the process ends; BlockingIOError where it is locked."""
+    """Lock the file until it is released or the process ends; BlockingIOError where it is locked already."""
     try:
         import fcntl
 
@@ -246,13 +246,13 @@ def lock(file: BinaryIO, path: str) -> None:
 
 
 def _opened(path: str, flags: int) -> BinaryIO:
-    """The file, unbuffered; a link is not followed."""
+    """Open the file unbuffered; OSError for a link."""
     handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0), 0o666)
     return open(handle, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
 
 
 def _release(file: BinaryIO) -> None:
-    """Close it; a forked process that has it too keeps no lock."""
+    """Unlock and close the file, so that a forked process that shares it keeps no lock."""
     with suppress(ImportError, OSError):
         import fcntl
 
@@ -261,7 +261,7 @@ def _release(file: BinaryIO) -> None:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Give the file its size, and its room where the system can promise it."""
+    """Set the file's size, and reserve its space on the disk where the system can."""
     file.truncate(size)
     if hasattr(os, "posix_fallocate"):
         try:

@@ -4,8 +4,8 @@ Data lie on the x side and noise on the y side:
 
     sample  y = g_x^{-1}(B g_y(noise))        invert  noise = g_y^{-1}(B^{-1} g_x(y))
 
-B is all the steps of the latent flow (``collapse``). The one-step generator is
-itself a Linearizer, with core B: Linearizer(f.g_y, B, f.g_x).
+B is the operator of all steps of the latent flow (``collapse``). The one-step generator
+is itself a Linearizer: Linearizer(f.g_y, B, f.g_x).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .integrate import Schedule, integrate, schedule
 
 @contextmanager
 def at_work(model: nn.Module) -> Iterator[None]:
-    """What every sampler does its work in: no gradients, derived weights once."""
+    """The context in which samplers evaluate a model: without gradients, and frozen (``freeze``)."""
     with torch.no_grad(), freeze(model):
         yield
 
@@ -36,13 +36,13 @@ def at_work(model: nn.Module) -> Iterator[None]:
 def generator(
     f: Linearizer, steps: int = 100, method: str = "rk4", stop: float | None = None, tol: float | None = None
 ) -> Linearizer:
-    """The one-step generator, noise to data: a Linearizer whose core is ``collapse(f.A, ...)``.
+    """The one-step generator from noise to data, a Linearizer whose A is ``collapse(f.A, ...)``.
 
-    Its g_x and g_y are f's own. It is in train mode where f is, and there dropout drops and a new ActNorm starts
-    with its first noise: call f.eval() first, or use ``sample``.
+    It shares f's g_x and g_y. Where f is in train mode, so is the generator: dropout is active, and a new ActNorm
+    is initialised by the first noise. Call f.eval() first, or use ``sample``.
 
     Raises:
-        ValueError: as for ``collapse``; g_x or g_y that is not initialised.
+        ValueError: as for ``collapse``; g_x or g_y is not initialised.
     """
     with range_("generator"):
         check_over_time(f)
@@ -63,15 +63,15 @@ def sample(
     return_path: bool = False,
     stop: float | None = None,
 ) -> Any:
-    """Data from noise: one product with the collapsed operator, or the steps one by one; f as in eval mode.
+    """Samples from noise: one product with the collapsed operator, or step by step. f is evaluated in eval mode.
 
     Args:
         f: a Linearizer with a time-dependent A, data on the x side, noise on the y side.
         noise: [B, ...], usually standard normal.
         steps, method, stop: as for ``collapse``.
         one_step: collapse the steps first. To sample often, keep ``generator(f)``.
-        return_path: also return the path in data space, [1 + number of steps, B, ...], from
-            the noise's latents to the sample, as (data, path); needs one_step=False.
+        return_path: return (samples, path), where path [1 + number of steps, B, ...] is g_x^{-1} of
+            the latents before the first step and after each step; needs one_step=False.
 
     Raises:
         ValueError: as for ``collapse``; return_path with one_step.
@@ -96,12 +96,12 @@ def sample(
 
 
 def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop: float | None = None) -> Tensor:
-    """The noise that ``sample`` turns into y: g_y^{-1}(B^{-1} g_x(y)), B^{-1} exact and in float64.
+    """The noise [B, ...] from which ``sample`` makes y [B, ...]: g_y^{-1}(B^{-1} g_x(y)), with B^{-1} in float64.
 
-    f computes as in eval mode.
+    f is evaluated in eval mode. ``steps``, ``method`` and ``stop`` are as for ``collapse``.
 
     Raises:
-        ValueError: as for ``collapse``; B without an inverse.
+        ValueError: as for ``collapse``; B is singular.
     """
     with range_("invert"):
         check_over_time(f)
@@ -114,12 +114,12 @@ def invert(f: Linearizer, y: Tensor, steps: int = 100, method: str = "rk4", stop
 
 @outside_autocast
 def _step_by_step(f: Linearizer, z: Tensor, plan: Schedule, on_step: Callable[[Tensor], None] | None) -> Tensor:
-    """In z's dtype: a hundred small increments are lost in bf16."""
+    """z after all steps, without autocast: in bf16 the small increments of many steps are lost."""
     at = f.A._at_each(plan.times)
     return integrate(lambda z, k: at(k)(z), z, plan, on_step)
 
 
 def check_over_time(f: Linearizer) -> None:
-    """Raise unless f is a Linearizer whose A depends on time."""
+    """TypeError unless f is a Linearizer, ValueError unless its A is square and depends on time."""
     check_kind("f", f, Linearizer)
     check_time_dependent(f.A, "f.A")

@@ -1,7 +1,7 @@
 """sample_stream: any number of samples in bounded memory, the same whichever process computes them.
 
-Rows come in blocks of fixed size. The noise of block b is drawn by a generator of its own, seeded from
-(seed, b), and one call of the model computes the whole block: a row does not depend on the batch
+Rows are computed in blocks of fixed size. The noise of block b is drawn by its own generator, seeded from
+(seed, b), and one call of the model computes the whole block. A row therefore does not depend on the batch
 size, on the count, on where an interrupted run stopped, or on how many processes share the work.
 It depends on the kind of device and, in its last bits, on the number of threads.
 """
@@ -34,7 +34,7 @@ from .outputs import NpyFile, check_array
 from .sampler import at_work, generator
 from .workers import Workers, make_pipeline
 
-_BLOCK = 1024  # rows: wide enough for products at full speed, and 50 MB at the paper's largest size
+_BLOCK = 1024  # rows per block: enough for products at full speed, and 50 MB at the paper's largest size
 
 
 def sample_stream(
@@ -58,38 +58,38 @@ def sample_stream(
     Args:
         f: a Linearizer with a time-dependent A, sampled in one step; or any module that maps
             noise [B, *noise_shape] to samples, such as ``generator(f, tol=1e-6)``.
-        count: samples.
-        batch_size: samples of an iterator's batch; between two commits of a file, whole blocks.
+        count: number of samples.
+        batch_size: samples per batch of an iterator; samples per process between two commits of a file, rounded
+            up to whole blocks.
         out: an array or a tensor [count, ...] to fill; the path of a .npy file; or None for an
-            iterator of batches. A file keeps its record beside it, in ``out`` + ".json", and an
-            interrupted run that is started again resumes after its last commit. One run at a time
-            writes to it, where the system can lock files (not on Windows).
-        seed: of the noise.
+            iterator of batches. The file has a record beside it, ``out`` + ".json", and the same call
+            after an interruption resumes after the last commit. The file is locked against other runs,
+            except on Windows.
+        seed: an integer of at least 0, which determines the noise.
         steps, method, stop: as for ``collapse``, where f is time-dependent.
-        noise_shape: a sample of the noise; known for a Linearizer.
-        block_size: rows of a block; other blocks are other samples.
-        progress: whether to show how far it is: a bar on a terminal, where tqdm is installed, a line every
-            few seconds elsewhere; by default on a terminal.
+        noise_shape: the shape of one sample's noise; not needed for a Linearizer.
+        block_size: rows per block. Another block size gives other samples.
+        progress: show a progress bar (with tqdm, on a terminal) or a line every few seconds; by default on a
+            terminal only.
         cuda_graph: on a GPU, capture the model once and replay it.
-        overwrite: replace the file of another run at ``out`` and its record, once there is room for this run's.
+        overwrite: replace another run's file at ``out`` and its record, once the disk has space for the new file.
 
-    f computes as in eval mode. Its weights must not change until the last sample: what is derived from them is
-    computed once. Only the same model resumes a file: the same architecture, constants and tensors. A model that
-    ``save`` cannot describe cannot be told from another, so that none of its files is resumed.
-    Under torch.distributed the blocks are shared out: a file, seen by all processes, is the one
-    that a single process writes; an iterator yields this process's share.
+    f is evaluated in eval mode. Its weights must not change until the last sample, because derived weights are
+    computed once. A file is resumed only by the same model: the same architecture, constants and tensors. A model
+    that ``save`` cannot describe is never recognised as the same. Under torch.distributed the processes share the
+    blocks: they write one file, which all must see, as one process would; an iterator yields its process's rows.
 
     Returns:
         The iterator; ``out``; or the file's rows as a read-only memory map.
 
     Raises:
         ValueError: sizes below 1, an array that does not fit, a file of another run, a damaged record, an ``out``
-            that is a link or no file or cannot be written to, an f without known noise, that is not initialised, or
-            that returns other than a sample for each row of noise.
+            that is a link or no file or cannot be written to, an f whose noise_shape is not known, that is not
+            initialised, or that does not return one sample for each row of noise.
         TypeError: an f that returns no dense tensor.
         FileExistsError: ``out`` exists and has no record.
         BlockingIOError: another run is writing to ``out``.
-        OSError: no room. Rows already committed are kept.
+        OSError: the disk has no space. Rows already committed are kept.
     """
     count, batch_size = check_count("count", count, most=2**62), check_count("batch_size", batch_size)
     block_size, seed = check_count("block_size", block_size), check_count("seed", seed, 0, most=math.inf)
@@ -117,7 +117,7 @@ def sample_stream(
                 values: Any = rows if isinstance(out, Tensor) else rows.numpy()
                 out[start : start + len(rows)] = values
         return out
-    model = fingerprint(f)  # as it is before its first call
+    model = fingerprint(f)  # before f is called, which may change it
     sample = source.probe()
     identity = {
         "count": count, "shape": list(sample.shape), "dtype": str(sample.numpy().dtype), "seed": seed,
@@ -133,7 +133,7 @@ def sample_stream(
 
 @dataclass(frozen=True)
 class _Source:
-    """Noise by the block, and the model that turns it into samples."""
+    """Blocks of noise, and the model that maps them to samples."""
 
     model: nn.Module
     seed: int
@@ -148,7 +148,7 @@ class _Source:
     def of(
         cls, f: nn.Module, seed: int, block: int, shape: tuple[int, ...] | None, cuda_graph: bool, *how: Any
     ) -> _Source:
-        """``how``: steps, method and stop of an f that depends on time."""
+        """The source for f; ``how`` is (steps, method, stop), for an f that depends on time."""
         if not isinstance(f, nn.Module):
             raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
         check_values("f", *tensors_of(f))
@@ -166,22 +166,22 @@ class _Source:
                 identity = {"steps": int(steps), "method": method, "stop": None if stop is None else float(stop)}
         if shape is None:
             raise ValueError(f"noise_shape must be given for a {type(f).__name__}: its noise has no known shape")
-        identity["noise_shape"] = [int(size) for size in shape]  # as JSON has them: numpy's are other objects
+        identity["noise_shape"] = [int(size) for size in shape]  # Python's ints, for JSON
         return cls(f, seed, block, tuple(shape), like.device, like.dtype, cuda_graph, identity)
 
     def noise(self, index: int) -> Tensor:
-        """Block ``index``, [block, *shape]."""
+        """The noise of block ``index``, [block, *shape]."""
         state = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)
         random = torch.Generator(self.device).manual_seed(int(state[0] >> np.uint64(1)))
         return torch.randn(self.block, *self.shape, generator=random, device=self.device, dtype=self.dtype)
 
     def probe(self) -> Tensor:
-        """One sample on the CPU, of which nothing but shape and dtype is read."""
+        """A CPU tensor with the shape and dtype of one sample; its values mean nothing."""
         with at_work(self.model):
             return torch.empty_like(self._block_of(self.noise(0))[0], device="cpu")
 
     def samples(self, blocks: Iterator[int], like: Tensor | None) -> Iterator[Tensor]:
-        """The blocks' samples in order, on the CPU, each like this one; valid until the next are asked for."""
+        """The samples of each block in order, on the CPU, valid until the next block; rows are like ``like``."""
         pipeline = make_pipeline(self._block_of, self.noise(0), self.model if self.cuda_graph else None)
         for rows in pipeline(map(self.noise, blocks)):
             like = rows[0] if like is None else like
@@ -193,7 +193,7 @@ class _Source:
             yield rows
 
     def _block_of(self, noise: Tensor) -> Tensor:
-        """A block of samples, in a dtype that numpy has."""
+        """The samples of a block of noise, in a dtype that numpy has."""
         samples, kind = self.model(noise), type(self.model).__name__
         if not isinstance(samples, Tensor) or samples.layout is not torch.strided or samples.is_meta:
             got = f"{samples.layout} on {samples.device}" if isinstance(samples, Tensor) else type(samples).__name__
@@ -211,9 +211,9 @@ class _Source:
 def _blocks(
     source: _Source, workers: Workers, count: int, batch_size: int, progress: bool | None, done: int, like: Any
 ) -> Iterator[tuple[int, Tensor | None]]:
-    """(first row, rows) of each of this worker's blocks; (rows that all have done, None) after each round."""
+    """(first row, rows) of each block of this process; after each round (number of rows done by all, None)."""
     rounds = list(workers.rounds(done, count, batch_size, source.block))
-    frozen = Frozen(source.model)  # entered block by block: the caller's gradients are its own over a yield
+    frozen = Frozen(source.model)  # entered for each block anew: the caller must not be in its context at a yield
     with torch.no_grad(), frozen:
         samples = source.samples((b for blocks, _ in rounds for b in blocks), like)
     with workers.bar(count, done, progress) as bar:
@@ -227,7 +227,7 @@ def _blocks(
 
 
 def _batches(blocks: Iterator[tuple[int, Tensor | None]], batch_size: int) -> Iterator[Tensor]:
-    """This worker's rows, ``batch_size`` at a time."""
+    """The rows of this process, ``batch_size`` at a time."""
     waiting: Tensor | None = None
     for _, rows in blocks:
         if rows is None:
@@ -241,13 +241,13 @@ def _batches(blocks: Iterator[tuple[int, Tensor | None]], batch_size: int) -> It
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all that ``linfast.save`` would write of the model, by which a file of samples knows it.
+    """SHA-256 of what ``linfast.save`` would write of the model; it identifies the model of a file of samples.
 
-    Every argument of every constructor and every tensor count, and the settings of registered classes, whose code
-    counts by its name; not the device, the train mode and ``requires_grad``. A model that ``save`` cannot describe
-    gets a text that no other call returns.
+    It covers the arguments of all constructors, all tensors, and of registered classes the names and settings, but
+    not their code. Device, train mode and ``requires_grad`` do not count. For a model that ``save`` cannot describe
+    it is a text that no other call returns.
     """
-    model = getattr(model, "_orig_mod", model)  # compiled or not
+    model = getattr(model, "_orig_mod", model)  # the same for a compiled model
     try:
         architecture = json.loads(described(model)[0])["architecture"]
     except (TypeError, ValueError, AttributeError, RecursionError) as reason:

@@ -1,4 +1,4 @@
-"""Which process computes which blocks, torchrun's process group, and how a block passes through a device."""
+"""Which process computes which blocks; torchrun's process group; the pipeline of blocks through a device."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Workers:
 
     @classmethod
     def current(cls) -> Workers:
-        """Those of the default process group, where there is one."""
+        """The processes of torch.distributed's default group; without a group, this process alone."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     def rounds(self, done: int, count: int, batch_size: int, block: int) -> Iterator[tuple[range, int]]:
-        """(this process's blocks, row at which the round ends): what is done is always a prefix."""
+        """(this process's blocks, row at which the round ends); after each round all rows before that are done."""
         each, blocks = -(-batch_size // block), -(-count // block)
         for first in range(-(-done // block), blocks, each * self.count):
             mine = first + self.rank * each
@@ -45,12 +45,12 @@ class Workers:
             yield range(min(mine, blocks), min(mine + each, blocks)), min(end * block, count)
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         if self.count > 1:
             dist.barrier()
 
     def by_first(self, call: Callable[[], _Result]) -> _Result:
-        """call() on process 0; its result, or its error, everywhere."""
+        """call() on process 0; every process returns its result, or raises its OSError or ValueError."""
         if self.count == 1:
             return call()
         message: list[object] = [None, None]
@@ -65,7 +65,7 @@ class Workers:
         return message[0]  # type: ignore[return-value]
 
     def bar(self, total: int, done: int, show: bool | None) -> Progress:
-        """How many rows are done, which process 0 shows where asked for, by default on a terminal."""
+        """The progress of ``total`` rows. Process 0 shows it where ``show``, by default on a terminal only."""
         show = sys.stderr is not None and sys.stderr.isatty() if show is None else show
         return Progress("sampling", done, total, "sample", show and self.rank == 0)
 
@@ -77,7 +77,7 @@ def process_group(device: torch.device, backend: str | None = None) -> Iterator[
     ``backend`` of torch.distributed is by default gloo on a CPU and nccl on GPUs.
 
     Raises:
-        ValueError: WORLD_SIZE and what goes with it are not what torchrun sets.
+        ValueError: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR or MASTER_PORT is not as torchrun sets it.
         ConnectionError: the processes cannot reach one another.
     """
     size = _from_environment("WORLD_SIZE", 1, 2**20, default="1")
@@ -112,10 +112,10 @@ def _from_environment(name: str, low: int, high: int, default: str = "") -> int:
 
 
 class CudaPipeline:
-    """Samples of blocks of noise with two blocks in flight: one is computed, one is on its way to the host.
+    """Samples of blocks of noise, two blocks at a time: while one is computed, the other is copied to the host.
 
     The model ``graph_of``, where given, is captured once as a CUDA graph and replayed; its weights are then frozen
-    for as long as the pipeline runs. On a second stream the samples go to one of two pinned buffers.
+    for as long as the pipeline runs. A second stream copies the samples to one of two pinned buffers.
     """
 
     depth = 2
@@ -137,7 +137,7 @@ class CudaPipeline:
             yield self.finish(in_flight.popleft())
 
     def start(self, noise: Tensor) -> tuple[int, torch.cuda.Event]:
-        samples = self.work(noise)  # nobody else's: nothing writes over it while it is copied
+        samples = self.work(noise)  # a tensor of its own, which no later block overwrites
         if not self.host:
             shape, dtype = samples.shape, samples.dtype
             self.host = [torch.empty(shape, dtype=dtype, pin_memory=True) for _ in range(self.depth)]
@@ -159,5 +159,5 @@ class CudaPipeline:
 def make_pipeline(
     work: Work, example: Tensor, graph_of: nn.Module | None
 ) -> Callable[[Iterator[Tensor]], Iterator[Tensor]]:
-    """From blocks of noise like the example to their samples, each valid until the next are asked for."""
+    """A function from blocks of noise like the example to their samples, each valid until the next is requested."""
     return CudaPipeline(work, example, graph_of) if example.device.type == "cuda" else partial(map, work)

@@ -9,10 +9,10 @@ z_t = (1 - t) z_0 + t z_1, t uniform, A_t learns to predict the endpoint:
     prediction      D(g_x^{-1}(A_t z_t), x_1)        the decoded prediction
     likelihood      w (|z_1|^2 / 2 - log|det dg_x|)  per dimension; ours, not the paper's, and off by default
 
-s is the latent noise, e standard normal, and D a perceptual distance in the paper, by default the mean squared
-error here. The last term is the negative log-likelihood of the data under g_x and a standard normal, up to a
-constant: it keeps the latents spread where a perceptual distance would have helped. Never divide the latent term
-by the variance of z_1: the scale then explodes. Source: arXiv 2510.08570.
+s is the standard deviation of the latent noise, and e is standard normal. D is a perceptual distance in the paper,
+and by default the mean squared error here. The last term is the negative log-likelihood of the data under g_x and a
+standard normal, up to a constant; it keeps the latents spread out, as a perceptual distance does. Do not divide the
+latent term by the variance of z_1: the scale of the latents then diverges. Source: arXiv 2510.08570.
 """
 
 from __future__ import annotations
@@ -57,22 +57,22 @@ def one_step_loss(
     e_1: Tensor | None = None,
     e_0: Tensor | None = None,
 ) -> FlowMatchingLoss:
-    """The terms of one-step flow matching for a batch of data; the formulas are this module's docstring.
+    """The terms of one-step flow matching for a batch of data; their formulas are in this module's docstring.
 
     Args:
         f: a Linearizer with a time-dependent A; data on the x side, noise on the y side.
         x_1: data [B, ...].
-        x_0: noise like x_1; drawn standard normal where left out.
+        x_0: noise like x_1; by default drawn standard normal.
         latent_noise: s, the standard deviation of the noise added to latents before decoding.
         distance: D(decoded, x_1), a 0-d tensor.
-        likelihood: w; needs a g_x with log-determinants. Dequantise the data first.
-        t: times [B] in [0, 1); drawn uniform where left out.
-        e_1, e_0: the noise e of the two reconstructions, of their latents' shapes; drawn standard normal where
-            left out.
+        likelihood: the weight w; where it is not 0, g_x needs log-determinants and the data should be dequantised.
+        t: times [B] in [0, 1); by default drawn uniformly.
+        e_1, e_0: the noise e of the reconstructions of data and noise, in the shapes of z_1 and z_0; by default
+            drawn standard normal.
 
     Raises:
         TypeError: A does not depend on time, or an argument is of another type.
-        ValueError: a shape, dtype or device that does not go with x_1's.
+        ValueError: a shape, dtype or device that does not match x_1's.
     """
     with range_("one_step_loss"):
         check_over_time(f)

@@ -1,16 +1,16 @@
 """The linear idempotent generative network: a Linearizer around a learned Projection.
 
-f = g^{-1} P g with P = diag(round(sigmoid(logits))), so P P = P and f(f(x)) = f(x) for every x, on the data or
-off it, whatever was learned. The losses, with N the size of a sample:
+f = g^{-1} P g with P = diag(round(sigmoid(logits))), so P P = P and f(f(x)) = f(x) for every x and any weights,
+trained or not. The losses, with N the size of a sample:
 
-    reconstruction   D(f(x), x)                                   data stay where they are
+    reconstruction   D(f(x), x)                                   f leaves data unchanged
     rank             w_r rank(P) / N                              straight-through gradient
     isometry         w_i mean_b | |g(x) - g(0)|^2 - |x|^2 | / N
     denoising        w_d D(f(x + s e), x), e standard normal      ours, not the paper's; off by default
 
-In a linear g the rank term keeps a direction while the variance along it is above w_r. In floating point
-f(f(x)) = f(x) holds as far as g inverts: use additive or bounded couplings. Source: arXiv 2510.08570, which trains
-without noise.
+For a linear g the loss keeps a direction where the variance of the data along it is above w_r. In floating point
+f(f(x)) = f(x) holds as precisely as g^{-1} inverts g: use additive or bounded couplings. Source: arXiv 2510.08570,
+which trains without noise.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ def idempotent_loss(
     e: Tensor | None = None,
     distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
 ) -> IdempotentLoss:
-    """The terms for a batch of data x [B, ...]; the formulas are this module's docstring.
+    """The terms for a batch of data x [B, ...]; their formulas are in this module's docstring.
 
     Args:
         f: a Linearizer around a Projection, with one g.
         rank, isometry, denoising: the weights w_r, w_i, w_d.
-        noise: s, the standard deviation of the noise to be projected away.
-        e: noise like x; drawn standard normal where left out.
+        noise: s, the standard deviation of the noise that the denoising term adds.
+        e: noise like x; by default drawn standard normal.
         distance: D(output, x), a 0-d tensor.
 
     Raises:
         TypeError: A is not a Projection, or an argument is of another type.
-        ValueError: a shape, dtype or device that does not go with x's.
+        ValueError: a shape, dtype or device that does not match x's.
     """
     A = _projection(f)
     check_batch("x", x)
@@ -95,14 +95,14 @@ def _projection(f: Linearizer) -> Projection:
 class IdempotentGeneration(DataObjective):
     """``idempotent_loss`` on a set of data.
 
-    The logit of a kept coordinate feels the rank term alone, as g reproduces what the coordinate carries, and that
-    of a dropped one the pull of the reconstruction: near the threshold they alternate. So the projection stops
-    changing after a share of the steps, and g alone is trained from there on.
+    For a kept coordinate, which f reconstructs, only the rank term moves the logit, downwards. For a dropped one
+    the reconstruction moves it upwards, so a logit near the threshold goes back and forth. The projection is
+    therefore fixed after a share of the steps, and only g is trained from then on.
 
     Args:
         f, rank, isometry, denoising, noise, distance: as in ``idempotent_loss``.
         data: [N, ...], on f's device; rows are drawn with replacement.
-        settle: the share of the steps after which the gradient of the logits is zero.
+        settle: the share of the steps, from 0 to 1, after which the gradient of the logits is zero.
     """
 
     _loss, _optional = staticmethod(idempotent_loss), "denoising"

@@ -1,4 +1,4 @@
-"""What an application trains, and what the objectives share: draws of data and checks of their arguments."""
+"""Objective, the base class of what a Trainer trains, and what objectives share: data and argument checks."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from ..linearizer import Linearizer
 
 
 class Objective(nn.Module):
-    """What one application trains: a model, the draw of a batch, and named loss terms.
+    """A training task: a model, the random draw of a batch, and named loss terms.
 
     Attributes:
-        model: what is trained, averaged and returned.
+        model: the module that is trained, averaged and returned.
     """
 
     model: nn.Module
 
     def begin_step(self, progress: float) -> None:
-        """Called before each step with the share of the steps done, in [0, 1), for what changes during training."""
+        """Called before each step with the share of the steps done, in [0, 1); override it to change settings."""
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
         """The data and random numbers of one step for the whole batch, each [batch, ...], from ``rng`` alone."""
         raise NotImplementedError
 
     def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The loss terms, each 0-d and a mean over the rows drawn; their sum is minimised."""
+        """The loss terms by name, each 0-d and a mean over the rows drawn; their sum is minimised."""
         raise NotImplementedError
 
 
 class DataObjective(Objective):
     """A loss of a Linearizer, with its options, on data [N, ...] on the Linearizer's device.
 
-    A subclass names the loss, which returns a NamedTuple of terms, and the term that is left out where the option
-    of its name is 0.
+    A subclass sets ``_loss``, a function that returns a NamedTuple of terms, and ``_optional``, the name of a term
+    that is left out where the option of this name is 0.
     """
 
     _loss: Callable[..., Any]
@@ -78,7 +78,7 @@ def check_batch(name: str, x: Tensor) -> None:
 
 
 def check_given(of: str, x: Tensor, shape: torch.Size, **values: Tensor | None) -> None:
-    """Raise unless each, where given, has this shape, and the dtype and device of x, the argument named ``of``."""
+    """Raise unless each value, None aside, has this shape, and the dtype and device of x, the argument ``of``."""
     for name, value in values.items():
         if value is not None:
             check_tensor(name, value, x, of, same_dtype=True)
@@ -88,7 +88,7 @@ def check_given(of: str, x: Tensor, shape: torch.Size, **values: Tensor | None) 
 
 
 def check_options(distance: object, **numbers: float) -> None:
-    """Raise unless ``distance`` is a function and each number finite and at least 0, by its name."""
+    """Raise unless ``distance`` is a function and each of the numbers is finite and at least 0."""
     check_function("distance", distance)
     for name, value in numbers.items():
         check_number(name, value, 0.0)

@@ -1,13 +1,13 @@
 """Modular style transfer: one g and one operator per style, f_k = g^{-1} A_k g.
 
-Styles are mixed and chained where they are linear:
+Styles are interpolated and composed in the latent space, where they are linear maps:
 
     interpolation   g^{-1} (alpha A_1 + (1 - alpha) A_2) g      alpha = 1 and 0 are the styles themselves
     composition     g^{-1} A_2 A_1 g = f_2 after f_1
 
-Source: arXiv 2510.08570, whose A_k is a depthwise convolution with a generated kernel; any LatentOperator will do.
-The paper's repository gives g another time on each side, where composition has no meaning in data space, and
-interpolates the index k; here the operators are interpolated, as the paper says.
+Source: arXiv 2510.08570, whose A_k is a depthwise convolution with a generated kernel; here A_k may be any
+LatentOperator. The paper's repository gives g a different time on each side, so that g^{-1} A_2 A_1 g is not f_2
+after f_1, and it interpolates the index k; here the operators are interpolated, as in the paper.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from .objective import Objective, distance_of
 
 @register
 class GeneratedDepthwise(nn.Module):
-    """Depthwise kernels made from an index: ``bank[k]`` is a DepthwiseConv.
+    """A sequence of DepthwiseConvs whose kernels an MLP computes from the index: ``bank[k]`` is operator k.
 
-    Its kernel is a unit impulse plus what an MLP makes of k's embedding, so a new style is near the identity.
+    A kernel is a unit impulse plus the MLP's output for the embedding of k, so it starts near the identity.
 
     Args:
         count: number of styles.
@@ -64,7 +64,7 @@ class GeneratedDepthwise(nn.Module):
 
     def __getitem__(self, k: int) -> DepthwiseConv:
         k = check_count("k", k, least=-(2**31))
-        if not 0 <= k < self.count:  # an IndexError ends an iteration
+        if not 0 <= k < self.count:  # IndexError, as it ends a for loop over the sequence
             raise IndexError(f"style {k} of {self.count}")
         like = next(self.net.parameters())
         index = torch.full((1,), k, dtype=like.dtype, device=like.device)
@@ -82,10 +82,10 @@ class ModularStyle(nn.Module):
     Args:
         g: a Bijection on images.
         operators: a GeneratedDepthwise, or one LatentOperator per name.
-        names: of the styles.
+        names: one for each style, all different.
 
     Raises:
-        ValueError: not as many different names as operators; from the methods, a name that is not a style's.
+        ValueError: names repeat or are not as many as the operators; in the methods, a name is unknown.
     """
 
     operators: GeneratedDepthwise | nn.ModuleList
@@ -128,14 +128,14 @@ class ModularStyle(nn.Module):
         return Linearizer(self.g, alpha * A + (1 - alpha) * B)
 
     def compose(self, *names: str) -> Linearizer:
-        """The styles one after another, the first one first."""
+        """g^{-1} A_last ... A_first g: the styles one after another, in the order of their names here."""
         if not names:
             raise ValueError("names must hold at least one style")
         operators = (self._operator("names", name) for name in names)
         return Linearizer(self.g, reduce(lambda A, following: following @ A, operators))
 
     def decode(self, z: Tensor, style: Tensor) -> Tensor:
-        """g^{-1}(A_k z), row b of the latents z [B, C, H, W] with the style of number ``style[b]``."""
+        """g^{-1}(A_k z) for latents z [B, C, H, W], with the style k = ``style[b]`` for row b; int64 [B]."""
         check_tensor("z", z)
         check_dense("style", style)
         if style.dtype != torch.int64 or style.shape != z.shape[:1] or style.device != z.device:
@@ -151,7 +151,7 @@ class ModularStyle(nn.Module):
 
 
 class StyleTransfer(Objective):
-    """D(f_k(content), content in style k), a mean over pairs of a content image and a style.
+    """The loss D(f_k(content), content in style k), a mean over pairs of a content image and a style.
 
     Args:
         model: the styles to train.
@@ -160,7 +160,7 @@ class StyleTransfer(Objective):
         distance: D(output, target), a 0-d tensor.
 
     Raises:
-        ValueError: contents and styled do not match; from ``draw``, a batch of more than the K N pairs.
+        ValueError: contents and styled do not match; in ``draw``, a batch is larger than the K N pairs.
     """
 
     model: ModularStyle
