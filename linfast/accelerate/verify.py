@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from ..dispatch import has_values, plain_torch, uses_triton
 from ..flows.drift import DriftWarning
-from ..flows.undo import gradients
 from ..precision import full_precision, resolve_precision
 from ..rows import all_lengths
 from .adapter import Adapter, Draw, Plan, Unfit
@@ -158,9 +157,11 @@ def _run(instance: Any, adapter: Adapter, case: _Case, device: torch.device) -> 
         try:
             outputs = list(case.probe(instance, draw))
             wanted = inputs + [p for p in _tensors(instance) if p.requires_grad]
-            counts = [torch.arange(o.numel(), device=o.device, dtype=torch.float64) for o in outputs]
-            weights = [n.sin().view(o.shape) for n, o in zip(counts, outputs, strict=True)]  # no two are equal
-            found = gradients(outputs, weights, wanted)
+            # A sum, because torch.autograd.grad with gradients of the outputs imports sympy, which takes a second.
+            total = sum(((o.double() * _weights(o)).sum() for o in outputs), start=torch.zeros((), device=device))
+            found: Sequence[Tensor | None] = [None] * len(wanted)
+            if total.requires_grad:  # a sampler's are not differentiable
+                found = torch.autograd.grad(total, wanted, allow_unused=True)
         except Unfit:
             raise
         except Exception as error:
@@ -171,6 +172,11 @@ def _run(instance: Any, adapter: Adapter, case: _Case, device: torch.device) -> 
             what = "the original" if PLAN not in vars(instance) else "linfast's code"
             raise Unfit(f"{what} raised {type(error).__name__} on a random input: {error}") from error
     return [o.detach() for o in outputs] + [torch.zeros(()) if g is None else g for g in found]
+
+
+def _weights(output: Tensor) -> Tensor:
+    """Fixed numbers of the output's shape, no two of them equal."""
+    return torch.arange(output.numel(), device=output.device, dtype=torch.float64).sin().view(output.shape)
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

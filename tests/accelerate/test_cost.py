@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -51,3 +53,16 @@ def test_no_more_is_written_than_by_the_original(name, direction):
     run, train = inverse if direction == "inverse" else forward, direction == "training"
     before, after = (written(run, each, x, train) for each in (model, fast))
     assert after <= MOST * before, f"{after / before:.3f}"
+
+
+def test_the_check_imports_no_algebra_system():
+    """torch imports sympy, which takes a second, where torch.autograd.grad is given gradients of the outputs."""
+    code = f"""
+import sys
+import linfast as lf
+from linfast.bench.cases.libraries import LIBRARIES
+model = LIBRARIES["normflows MaskedAffineFlow"]({FEATURES}, {DEPTH}, {HIDDEN})[0]
+assert lf.accelerate(model).swapped
+assert "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
