@@ -6,7 +6,7 @@ each conditioner of a coupling once (``evaluate_once.py``). Of any other part it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import has_values
-from ..flows.reversible import Step, inverts, reversible
-from ..flows.undo import Made, Outputs, Undone, undo
+from ..flows.reversible import DROPOUTS, Step, inverts, reversible
+from ..flows.undo import Context, Made, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling
 from .fused import Fused, Maps
 from .identity import PLAN, changed_method
 
-Context = Mapping[str, Any]
 Named = Iterator[tuple[str, nn.Module]]
 
 
@@ -89,11 +88,8 @@ def check_parts(parts: Sequence[Part]) -> None:
         raise Unfit("stored: none of its steps is a known coupling")
     for part in parts:
         modules = [module for net in part.conditioners for module in net.modules()]
-        if len(part.conditioners) > 1 and any(isinstance(m, _DROPOUTS) and m.p > 0 for m in modules):
+        if len(part.conditioners) > 1 and any(isinstance(m, DROPOUTS) and m.p > 0 for m in modules):
             raise Unfit(f"stored: the conditioners of its {part.name} have dropout, and the backward reorders them")
-
-
-_DROPOUTS = nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 
 
 def per_sample(log_det: Any, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..flows.remembered import HOOKS
+
 PLAN = "_linfast_plan"
 """The attribute of a swapped object that holds its Plan."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def original_class(module: object) -> type:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .identity import HOOKS, find_class, is_own_method
+from ..flows.remembered import HOOKS
+from .identity import find_class, is_own_method
 
 # Exact classes only: a subclass may compute something else.
 _ACTIVATIONS: dict[type[nn.Module], tuple[str, ...]] = {

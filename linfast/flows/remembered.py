@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 # Modules without settings: their parameters and children describe them completely.
 _PLAIN = (nn.Identity, nn.Linear, nn.ModuleList, nn.ReLU, nn.Sequential, nn.SiLU, nn.Sigmoid, nn.Tanh)
@@ -41,7 +41,7 @@ class Evidence:
         lists = [*lists]
         self._modules = [inside for module in modules for inside in module.modules()]
         self._classes = [*map(type, self._modules)]
-        self._hooks = [getattr(module, name) for module in self._modules for name in _HOOKS]
+        self._hooks = [getattr(module, name) for module in self._modules for name in HOOKS]
         children = [module._modules for module in lists]
         owned = [
             d for m in self._modules for d in (m._parameters, m._modules, m._buffers) if d or type(m) not in _PLAIN

@@ -48,7 +48,7 @@ MEMORY_MODES = ("store", "invert", "auto")
 # cost a third of a training step's time.
 AUTO_BYTES = 2**30
 
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 @dataclass(frozen=True)
@@ -305,4 +305,4 @@ def _parameters(module: nn.Module) -> list[Tensor]:
 
 
 def _drops(module: nn.Module) -> bool:
-    return isinstance(module, _DROPOUTS) and module.training and module.p > 0
+    return isinstance(module, DROPOUTS) and module.training and module.p > 0

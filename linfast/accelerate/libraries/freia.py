@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...flows.undo import Outputs
+from ...flows.undo import Context, Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Unfit
-from ..chain import Context, Part, chain_adapter, nets_of, part_of, per_sample, put_stubs, run_chain
+from ..chain import Part, chain_adapter, nets_of, part_of, per_sample, put_stubs, run_chain
 from ..coupling import Members, couple, coupling_adapter
 from ..fused import Maps, listed
 from ..sides import ADDITIVE, Affine, Index, Params, Side, Split, Tail, index_of, known_map

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...flows.undo import Outputs
+from ...flows.undo import Context, Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Unfit
-from ..chain import Context, chain_adapter, nets_of, per_sample, put_stubs, run_chain
+from ..chain import chain_adapter, nets_of, per_sample, put_stubs, run_chain
 from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of

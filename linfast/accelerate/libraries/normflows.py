@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...flows.undo import Outputs
+from ...flows.undo import Context, Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
 from ..adapter import Draw, Unfit
-from ..chain import Context, chain_adapter, per_sample, run_chain
+from ..chain import chain_adapter, per_sample, run_chain
 from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..identity import changed_method, defined_as
