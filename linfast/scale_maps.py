@@ -35,13 +35,17 @@ _SIGMOID_SHIFT = 2.0
 
 @dataclass(frozen=True)
 class _Kind:
-    """Functions of (r or s, c, floor): a log-scale, its derivative in r, its inverse; default c and floor."""
+    """Functions of (r or s, c, floor): a log-scale, its derivative in r, its inverse; default c and floor.
+
+    ``scale`` is the scale where it is not the exponential of the log-scale, but the log-scale its logarithm.
+    """
 
     log_scale: Callable[[Tensor, float, float], Tensor]
     derivative: Callable[[Tensor, float, float], Tensor]
     inverse: Callable[[Tensor, float, float], Tensor]
     bound: float = math.inf
     floor: float = 0.0
+    scale: Callable[[Tensor, float, float], Tensor] | None = None
 
 
 def _sigmoid_log_scale(r: Tensor, c: float, floor: float) -> Tensor:
@@ -94,6 +98,7 @@ _KINDS: dict[str, _Kind] = {  # the position of a map is its number in the kerne
         _sigmoid_log_scale,
         _sigmoid_derivative,
         lambda s, c, floor: torch.logit(torch.exp(s) - floor) - _SIGMOID_SHIFT,
+        scale=lambda r, c, floor: torch.sigmoid(r + _SIGMOID_SHIFT) + floor,
     ),
     "softplus": _Kind(
         lambda r, c, floor: torch.log((F.softplus(r) + floor).clamp(max=c)),
@@ -101,6 +106,7 @@ _KINDS: dict[str, _Kind] = {  # the position of a map is its number in the kerne
         lambda s, c, floor: torch.log(torch.expm1(torch.exp(s) - floor)),
         bound=3.0,
         floor=1e-3,
+        scale=lambda r, c, floor: (F.softplus(r) + floor).clamp(max=c),
     ),
 }
 
@@ -166,3 +172,12 @@ def log_scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
     bound, floor = scale_map.constants
     function: Callable[..., Tensor] = _KINDS[scale_map.kind].log_scale
     return functools.partial(function, c=bound, floor=floor)
+
+
+@functools.lru_cache
+def scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
+    """raw -> e^s, which for sigmoid and softplus needs neither a logarithm nor an exponential of one."""
+    kind, (bound, floor) = _KINDS[scale_map.kind], scale_map.constants
+    if kind.scale is not None:
+        return functools.partial(kind.scale, c=bound, floor=floor)
+    return lambda raw: kind.log_scale(raw, bound, floor).exp()

@@ -1,6 +1,7 @@
 """linfast's ops: functions of plain tensors, one file per op."""
 
 from .affine_coupling import affine_coupling
+from .autoregressive_masks import AutoregressiveMasks
 from .channel_mix import channel_mix
 from .conv2d_fused import conv2d_fused
 from .coupling_mix import coupling_mix
@@ -10,10 +11,12 @@ from .group_norm_silu import group_norm_silu
 from .latent_matmul import latent_matmul
 from .linearizer_stack import linearizer_stack
 from .low_rank import low_rank
+from .masked_autoregressive import masked_autoregressive
 from .stack_weights import AffineMap, CouplingLayer, CouplingStack
 
 __all__ = [
     "AffineMap",
+    "AutoregressiveMasks",
     "CouplingLayer",
     "CouplingStack",
     "affine_coupling",
@@ -26,5 +29,6 @@ __all__ = [
     "latent_matmul",
     "linearizer_stack",
     "low_rank",
+    "masked_autoregressive",
     "mlp_coupling",
 ]

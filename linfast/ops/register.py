@@ -42,14 +42,14 @@ class RawOp:
         schema: its arguments and outputs, "(Tensor x, Tensor? bias, float bound) -> Tensor".
         fake: returns empty outputs of the right shapes, dtypes and strides, from the same arguments.
         reference: computes the outputs in plain, differentiable torch; no output aliases an input.
-        launch: "module:function" inside linfast.kernels.
+        launch: "module:function" inside linfast.kernels; None where the reference runs on every device.
     """
 
     name: str
     schema: str
     fake: _Function
     reference: _Function
-    launch: str
+    launch: str | None
 
     def define(self) -> _Function:
         """Register the op and return it."""
@@ -71,7 +71,7 @@ class RawOp:
     def _run(self, device: str, *arguments: Any) -> Any:
         """The kernel on a GPU and under Triton's interpreter, the reference elsewhere."""
         function = self.reference
-        if device == "cuda" or interpreting():
+        if self.launch is not None and (device == "cuda" or interpreting()):
             refuse_kernel(self.name)
             function = _launcher(self.launch)
         with range_(self.name):
@@ -100,7 +100,9 @@ def define_op(
     saves: str,
     gradients: _Function | None = None,
     backward: _Function | None = None,
-    backward_launch: str = "",
+    plain: _Function | None = None,
+    plain_backward: _Function | None = None,
+    backward_launch: str | None = "",
     has_needs: bool = True,
 ) -> _Function:
     """Register an op; return it as a differentiable function of its tensors, followed by its constants.
@@ -119,7 +121,9 @@ def define_op(
             saved to zeros of its gradient's shape and dtype, which is right for a term of a sum.
         backward: the backward in plain torch, which second derivatives differentiate; by default the
             vector-Jacobian product of ``reference``.
-        backward_launch: the backward's launcher, "module:function", where it is not the one above.
+        plain: the forward in plain torch that runs, where a faster one than ``reference`` is not differentiable.
+        plain_backward: the backward in plain torch that runs, likewise; it may return None for the one above.
+        backward_launch: the backward's launcher, "module:function", where it is not the one above; None for none.
         has_needs: False for a backward that computes all gradients and takes no ``needs``.
     """
     name, inputs, outputs = _parsed(schema)
@@ -146,12 +150,17 @@ def define_op(
     differentiated = backward or _derived(
         reference, gradients, names, [_name(argument) for argument in arguments], n
     )
-    plain = backward or _filled(fake_backward, differentiated)
+    general = backward or _filled(fake_backward, differentiated)
+
+    def undifferentiated(*given: Any) -> Any:
+        found = None if plain_backward is None else plain_backward(*given)
+        return general(*given) if found is None else found
+
     launch = f"{name}:launch_{name}"
-    backward_launch = backward_launch or f"{launch}_backward"
-    run = RawOp(name, schema.removeprefix(name), fake, reference, launch).define()
+    backward_launch = f"{launch}_backward" if backward_launch == "" else backward_launch
+    run = RawOp(name, schema.removeprefix(name), fake, plain or reference, launch).define()
     of_backward = f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * n)})"
-    run_backward = RawOp(f"{name}_backward", of_backward, fake_backward, plain, backward_launch).define()
+    run_backward = RawOp(f"{name}_backward", of_backward, fake_backward, undifferentiated, backward_launch).define()
 
     class Function(torch.autograd.Function):
         generate_vmap_rule = True

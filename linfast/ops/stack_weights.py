@@ -237,7 +237,7 @@ def _reference(
     values = torch.where(table.source >= 0, found, 0) + added
     matrices = _placed(values, table.target, table.n_operands)
     maps = _placed(values, -2 - table.target, table.n_map_operands)
-    operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
+    operands = rounded(matrices, precision, dtype)
     return values, operands, _parts(maps, map_parts(precision), dtype) if len(maps) else maps.to(dtype)
 
 
@@ -245,6 +245,11 @@ def _placed(values: Tensor, target: Tensor, count: int) -> Tensor:
     """The values at their targets, [count]; those without a target go to one more place, which is cut off."""
     at = torch.where(target >= 0, target, count).long()
     return values.detach().new_zeros(count + 1).index_copy(0, at, values.detach())[:count]
+
+
+def rounded(matrices: Tensor, precision: str, dtype: torch.dtype) -> Tensor:
+    """[parts, *shape]: the operands of a mode's products, parts of ``dtype`` or tf32 numbers."""
+    return _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
 
 
 def _tf32(tensor: Tensor) -> Tensor:

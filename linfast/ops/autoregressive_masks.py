@@ -1,0 +1,216 @@
+"""AutoregressiveMasks: the degrees of a masked network's units, found from its masks, and the packing of its weights.
+
+    degree(feature) = 1 + the largest degree among the features that its parameters depend on, 1 where there are none
+    degree(unit)    = the largest degree among the features that it depends on, 0 where there are none
+
+Only the masks are read. They may come from any library: random ones, those of a random order of the features, and
+those that let several features have one degree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_count, check_kind
+from ..kernels.masked_spec import GATE, TERM, MaskedSpec, padded
+
+_SEQUENCES = (list, tuple)
+
+
+class AutoregressiveMasks:
+    """The masks of a network whose parameters of feature i depend only on features before i, in some order.
+
+    The network has linear layers 1 .. n. Layer l computes value_l = W_l read_{l-1} + b_l from what the layer before
+    it gives, read_0 = x. A hidden layer gives read_l = activation(value_l), or value_l itself. The last layer's
+    values are the parameters of the features: ``per_feature`` of feature 1, then those of feature 2, and so on.
+
+    Args:
+        masks: of layers 1 .. n, at least two; [out, in] each, True or nonzero where a weight is used.
+        per_feature: parameters per feature: 2 (shift and raw scale), 1 (shift), or those of another transform.
+        activated: for each hidden layer, whether the next layer reads its activation; all by default.
+        adds: for each hidden layer, the number (1 .. n - 1) of an earlier hidden layer of equal size whose value is
+            added to its own: the end of a residual block. 0 for none, the default.
+        raw_first: whether the parameters of a feature are (raw scale, shift), in place of (shift, raw scale).
+
+    Attributes:
+        features: D.
+        degrees: for each layer from 0 to n - 1 the degrees of its units, a list of integers.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: shapes do not fit together, or the parameters of a feature depend on the feature itself.
+    """
+
+    def __init__(
+        self,
+        masks: Sequence[Tensor],
+        per_feature: int = 2,
+        activated: Sequence[bool] | None = None,
+        adds: Sequence[int] | None = None,
+        raw_first: bool = False,
+    ) -> None:
+        _check_masks(masks, per_feature)
+        hidden = len(masks) - 1
+        self.activated = tuple([True] * hidden if activated is None else map(bool, activated))
+        self.adds = tuple([0] * hidden if adds is None else map(int, adds))
+        self.features, self.per_feature, self.raw_first = masks[0].shape[1], per_feature, raw_first
+        for name, given in (("activated", self.activated), ("adds", self.adds)):
+            if len(given) != hidden:
+                raise ValueError(f"{name} must have one entry per hidden layer, {hidden}; got {len(given)}")
+        self.shapes = tuple([(int(mask.shape[0]), int(mask.shape[1])) for mask in masks])
+        for i, source in enumerate(self.adds):
+            if source and not (0 < source <= i and self.shapes[source - 1][0] == self.shapes[i][0]):
+                raise ValueError(f"adds[{i}] must be 0 or an earlier hidden layer of equal size; got {source}")
+        kept = [mask.detach().cpu() != 0 for mask in masks]
+        self.degrees = [list(map(int, layer)) for layer in _degrees(kept, per_feature, self.adds)]
+        self._orders = [torch.tensor(layer).argsort(stable=True) for layer in self.degrees]
+        highest = max(self.degrees[0])
+        for i in range(1, len(masks)):  # units of the highest degree reach no parameter
+            layer = torch.tensor(self.degrees[i])
+            self._orders[i] = self._orders[i][: int((layer < highest).sum())]
+        steps = range(highest + 2)
+        self.cuts = tuple([sum(k < step for k in layer) if i == 0 else sum(k < min(step, highest) for k in layer)
+                           for i, layer in enumerate(self.degrees) for step in steps])  # fmt: skip
+        self._masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._extra_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+        self._kept = kept
+        self._make_tables(kept)
+
+    def masks(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """The masks of layers 1 .. n as numbers 1 and 0, copied once to each device."""
+        if (device, dtype) not in self._masks:
+            with torch.inference_mode(False):  # they are used outside too
+                self._masks[device, dtype] = [mask.to(device, dtype) for mask in self._kept]
+        return self._masks[device, dtype]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The features in the order of their degrees."""
+        return tuple(self._orders[0].tolist())
+
+    def _make_tables(self, masks: Sequence[Tensor]) -> None:
+        """For every packed weight its index among all weights and biases in turn, and 1 or, where masked, 0."""
+        rows = torch.arange(self.shapes[-1][0]).view(self.features, self.per_feature)
+        rows = (rows.flip(1) if self.raw_first else rows)[self._orders[0]].flatten()
+        index, used, of_biases, at = [], [], [], 0
+        for (n_out, n_in), mask, out, into in zip(
+            self.shapes, masks, [*self._orders[1:], rows], self._orders, strict=True
+        ):
+            padding = (0, padded(len(into)) - len(into))
+            index.append(F.pad(at + out[:, None] * n_in + into, padding).flatten())
+            used.append(F.pad(mask[out][:, into], padding).flatten())
+            at += n_out * n_in
+            of_biases.append(at + out)
+            at += n_out
+        self._index = torch.cat([*index, *of_biases])
+        self._used = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
+
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(index, used) on the device, copied once."""
+        if device not in self._tables:
+            with torch.inference_mode(False):  # they are used outside too
+                self._tables[device] = self._index.to(device), self._used.to(device)
+        return self._tables[device]
+
+    def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        """The packed weights of linfast.kernels.masked_spec, differentiable; a masked weight is 0."""
+        parts = []
+        for weight, bias in zip(weights, biases, strict=True):
+            parts.append(weight.reshape(-1))
+            parts.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
+        flat = torch.cat(parts)
+        index, used = self.tables(flat.device)
+        return flat.index_select(0, index) * used
+
+    def pack_extras(
+        self, extras: Sequence[tuple[Tensor | None, Tensor | None]]
+    ) -> tuple[Tensor | None, tuple[int, ...]]:
+        """(all terms and gates in the order of the degrees [B, n], their kinds for MaskedSpec.extras)."""
+        kinds = tuple([TERM * (term is not None) + GATE * (gate is not None) for term, gate in extras])
+        given = [each for pair in extras for each in pair if each is not None]
+        if not given:
+            return None, kinds
+        key = (given[0].device, kinds)
+        if key not in self._extra_tables:
+            at, index = 0, []
+            for order, (n_out, _), kind in zip(self._orders[1:], self.shapes, kinds, strict=False):
+                for _ in range(kind.bit_count()):
+                    index.append(at + order)
+                    at += n_out
+            with torch.inference_mode(False):
+                self._extra_tables[key] = torch.cat(index).to(key[0])
+        return torch.cat(given, 1).index_select(1, self._extra_tables[key]), kinds
+
+    def spec(self, extras: tuple[int, ...], **options: object) -> MaskedSpec:
+        """The MaskedSpec of these masks with a call's options."""
+        flags = tuple(map(int, self.activated))
+        highest = len(self.cuts) // len(self.shapes) - 2
+        return MaskedSpec(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, **options)  # type: ignore[arg-type]
+
+
+def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:
+    check_kind("masks", masks, _SEQUENCES, "a list of tensors")
+    if len(masks) < 2:
+        raise ValueError(f"masks must have at least two layers; got {len(masks)}")
+    check_count("per_feature", per_feature)
+    for i, mask in enumerate(masks):
+        check_kind(f"masks[{i}]", mask, Tensor)
+        if mask.ndim != 2 or 0 in mask.shape:
+            raise ValueError(f"masks[{i}] must be [out, in]; got {tuple(mask.shape)}")
+        if i and mask.shape[1] != masks[i - 1].shape[0]:
+            before = masks[i - 1].shape[0]
+            raise ValueError(f"masks[{i}] must be [out, {before}], as masks[{i - 1}] has {before} rows; "
+                             f"got {tuple(mask.shape)}")  # fmt: skip
+    n_out, features = masks[-1].shape[0], masks[0].shape[1]
+    if n_out != per_feature * features:
+        raise ValueError(
+            f"the last mask must have {per_feature} x {features} rows, for {features} features; got {n_out}"
+        )
+
+
+def _degrees(masks: Sequence[Tensor], per_feature: int, adds: Sequence[int]) -> list[Tensor]:
+    """The degrees of the units of layers 0 .. n - 1."""
+    features = masks[0].shape[1]
+    reached = [torch.eye(features, dtype=torch.float32)]  # [H_l, D]: 1 where the unit depends on the feature
+    for i, mask in enumerate(masks):
+        found = mask.float() @ reached[-1]
+        if i < len(adds) and adds[i]:
+            found = found + reached[adds[i]]
+        reached.append((found > 0).float())
+    needs = reached.pop().view(features, per_feature, features).amax(1) > 0
+    of_features = torch.ones(features, dtype=torch.long)
+    for _ in range(features):
+        raised = torch.where(needs, of_features, 0).amax(1) + 1
+        if torch.equal(raised, of_features):
+            break
+        of_features = raised
+    else:
+        at = int(of_features.argmax())
+        raise ValueError(
+            f"masks are not autoregressive: the parameters of feature {at} depend, through the layers, on feature {at}"
+            if needs[at, at]
+            else f"masks are not autoregressive: feature {at} and another feature depend on each other"
+        )
+    degrees = [of_features, *(torch.where(unit > 0, of_features, 0).amax(1) for unit in reached[1:])]
+    for i in reversed(range(len(adds))):  # what is added is sorted as the sum
+        if adds[i]:
+            degrees[adds[i]] = torch.maximum(degrees[adds[i]], degrees[i + 1])
+    _check_sorted(masks, degrees, adds)
+    return degrees
+
+
+def _check_sorted(masks: Sequence[Tensor], degrees: Sequence[Tensor], adds: Sequence[int]) -> None:
+    """Raise ValueError where raising the degrees of a residual block's units breaks the order of the degrees."""
+    for i, mask in enumerate(masks[:-1]):
+        highest = torch.where(mask, degrees[i], 0).amax(1)
+        if bool((highest > degrees[i + 1]).any()) or (
+            adds[i] and not torch.equal(degrees[adds[i]], degrees[i + 1])
+        ):
+            raise ValueError(
+                f"the degrees of hidden layer {i + 1} do not match those of the residual block's layers"
+            )
