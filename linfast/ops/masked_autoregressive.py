@@ -28,6 +28,7 @@ from torch import Tensor
 from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..dispatch import uses_triton
 from ..kernels.masked_spec import MASKED_SCHEMA, MaskedSpec, masked_spec_of
+from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap, log_scale_function, scale_function
 from .activations import ACTIVATIONS
@@ -90,15 +91,15 @@ def masked_autoregressive(
         return _forward(x, masks, weights, biases, activation, scale_map, order, given, log_det)
     weight = masks.pack(weights, biases) if packed is None else packed
     columns, kinds = masks.pack_extras(given)
-    mode = resolve_precision(x, precision)
+    mode = mode_on(target_of(x), resolve_precision(x, precision))
     kind, bound, floor = (0, 1.0, 0.0) if scale_map is None else (scale_map.constexpr_id, *scale_map.constants)
     spec = masks.spec(
         kinds, activation=_NUMBERS[activation], kind=kind, bound=bound, floor=floor,
         scale_first=order == "scale_first", inverse=inverse, precision=mode,
     )  # fmt: skip
-    operands = (
-        rounded(weight.detach().float(), mode, half_dtype(x)) if uses_triton(x, weight) else weight.new_empty(0)
-    )
+    operands = weight.new_empty(0)
+    if uses_triton(x, weight):
+        operands = rounded(weight.detach()[: spec.n_matrices].float(), mode, half_dtype(x))
     y, total = _masked_autoregressive(x, weight, operands, columns, *spec.constants)
     return y, total if log_det else None
 
