@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_count, check_kind
-from ..kernels.masked_spec import GATE, TERM, MaskedSpec, padded
+from ..kernels.masked_spec import GATE, TERM, MaskedSpec, masked_spec_of, padded
 
 _SEQUENCES = (list, tuple)
 
@@ -78,7 +78,7 @@ class AutoregressiveMasks:
         self._masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._extra_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        self._kept = kept
+        self._kept, self._order = kept, tuple(self._orders[0].tolist())
         self._make_tables(kept)
 
     def masks(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -91,7 +91,7 @@ class AutoregressiveMasks:
     @property
     def order(self) -> tuple[int, ...]:
         """The features in the order of their degrees."""
-        return tuple(self._orders[0].tolist())
+        return self._order
 
     def _make_tables(self, masks: Sequence[Tensor]) -> None:
         """For every packed weight its index among all weights and biases in turn, and 1 or, where masked, 0."""
@@ -146,11 +146,11 @@ class AutoregressiveMasks:
                 self._extra_tables[key] = torch.cat(index).to(key[0])
         return torch.cat(given, 1).index_select(1, self._extra_tables[key]), kinds
 
-    def spec(self, extras: tuple[int, ...], **options: object) -> MaskedSpec:
-        """The MaskedSpec of these masks with a call's options."""
+    def spec(self, extras: tuple[int, ...], *options: object) -> MaskedSpec:
+        """The MaskedSpec of these masks with a call's options, from ``activation`` on."""
         flags = tuple(map(int, self.activated))
         highest = len(self.cuts) // len(self.shapes) - 2
-        return MaskedSpec(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, **options)  # type: ignore[arg-type]
+        return masked_spec_of(highest, self.per_feature, self._order, self.cuts, flags, self.adds, extras, *options)
 
 
 def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:
