@@ -315,6 +315,7 @@ _masked_autoregressive = define_op(
     plain=_plain,
     plain_backward=_walk_back,
     backward_launch=None,
+    is_plain=lambda x, weights, operands, *_: operands.shape[0] == 0,  # packed for no kernel
 )
 
 
