@@ -1,26 +1,26 @@
-"""A masked autoregressive transform, affine or additive, in one launch: forward or inverse, log|det| with it.
+"""A masked autoregressive transform, affine or additive, in one launch: forward or inverse, with its log|det|.
 
-    y_i = x_i e^{s_i} + t_i   or   (x_i + t_i) e^{s_i}        (t_i, r_i) = net_i(x_1 .. x_{i-1}),  s_i = scale_map(r_i)
-    log|det| = sum_i s_i                                      inverse: x_1, then x_2 from x_1, ..; -sum_i s_i
+    y_i = x_i e^{s_i} + t_i   or   (x_i + t_i) e^{s_i}     (t_i, r_i) = net_i(x_1 .. x_{i-1}),  s_i = scale_map(r_i)
+    log|det| = sum_i s_i                                   inverse: x_1, then x_2 from x_1, ..; -sum_i s_i
 
-    value_l = (W_l read_{l-1} + b_l + term_l) gate_l + value_{adds_l}       read_l = activation(value_l) or value_l
+    value_l = (W_l read_{l-1} + b_l + term_l) gate_l + value_{adds_l}      read_l = activation(value_l) or value_l
 
-A program holds ROWS rows of x and runs the steps of a schedule (kernels/masked_schedule.py), one after another: each
-computes UNITS units of one layer from the units that are known, W [UNITS, k] times read [k, ROWS], and stores what
-later steps read. Units are sorted by degree, so that k is the length of a prefix. In the inverse a step has the units
-of one degree. Every W is thus used once, and the inverse takes about the operations of one forward pass: 2 sum_l
-H_l H_{l-1} per row, half of it without the masked blocks. Sizes are run-time numbers: one compilation serves any
+A program holds ROWS rows of x and runs the steps of a schedule (kernels/masked_schedule.py) one after another. Each
+computes UNITS units of one layer, W [UNITS, k] times read [k, ROWS], and stores what later steps read. Units are
+sorted by degree, so that the k units that are needed are the first of their layer. In the inverse the units of a
+step have one degree; every W is used once, and the inverse takes the operations of one forward pass: 2 sum_l H_l
+H_{l-1} per row, about half of which are masked and left out. Sizes are run-time numbers: one compilation serves any
 network.
 
 Shapes: x [B, D] with any strides, y [B, D] of x's dtype, log|det| [B] fp32; weights and operands as in
 kernels/masked_spec.py, operands [parts, ..] rounded as the mode rounds (kernels/mlp.py); extras [B, n_extras].
 
-What a step stores goes to scratch in memory, [parts, units, ROWS] per program, already split into the mode's parts,
-and [units, ROWS] in fp32 where a later layer adds it. Triton cannot index registers or shared memory by a number
-known at run time. A program writes its scratch anew for each of its tiles of rows, so that it stays in L1 and L2, and
-the loop over k is not pipelined: asynchronous copies would bypass L1, and most steps have one or two iterations. All
-threads wait between a store and the loads that need it. Bytes from and to device memory: x, y, extras and log|det|,
-once. From L1 and L2, per row: the parts of every k that a step reads, and per program and tile the weights.
+A step stores into scratch memory, [parts, units, ROWS] per program, already split into the mode's parts, and
+[units, ROWS] in fp32 where a later layer adds it: Triton cannot index registers or shared memory by a number known
+at run time. A program uses its scratch again for each tile of rows, so that it stays in L1 and L2. The loop over k
+is not pipelined: asynchronous copies would bypass L1, and most steps have one or two iterations. All threads wait
+between a store and the loads that need it. Bytes of device memory: x, y, extras and log|det| once. Bytes of L1 and
+L2: per row, the parts of the k units that each step reads, and once those that it writes; per tile, the weights.
 """
 
 from __future__ import annotations
@@ -32,27 +32,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import masked_schedule as schedules
 from .launch import ceil_div, needs_int64
-from .masked_schedule import schedule_of
+from .masked_schedule import LAST, STEP, WAITS, Schedule, schedule_of
 from .masked_spec import ALIGNED, masked_spec_of
-from .math import LOG2E, couple, log_scale, tanh
-from .mlp import EXACT, activate, activation_form, dot_parts, split
+from .masked_steps import columns, hidden, product, store_parts, transform
+from .mlp import activation_form
 from .stack_configs import target_of
 from .stack_spec import N_PARTS
 
-# Indices in linfast.ops.masked_autoregressive.MASKED_ACTIVATIONS, as in kernels/mlp.py; a test checks that they agree.
-ELU = tl.constexpr(4)
-
-_STEP = tl.constexpr(schedules.STEP)
+_STEP = tl.constexpr(STEP)
 _ALIGNED = tl.constexpr(ALIGNED)
-_WAITS = tl.constexpr(schedules.WAITS)
-_LAST = tl.constexpr(schedules.LAST)
-_ACTIVATED = tl.constexpr(schedules.ACTIVATED)
-_KEEPS = tl.constexpr(schedules.KEEPS)
-_ADDS = tl.constexpr(schedules.ADDS)
-_TERMS = tl.constexpr(schedules.TERMS)
-_GATES = tl.constexpr(schedules.GATES)
+_WAITS = tl.constexpr(WAITS)
+_LAST = tl.constexpr(LAST)
 
 
 class Tile(NamedTuple):
@@ -61,127 +52,38 @@ class Tile(NamedTuple):
     Args:
         rows: rows of x per program.
         num_warps: warps per program.
-        inverse_units, forward_units: units per step.
+        units: units per step.
         chunk: columns of W per iteration.
-        programs: on the whole GPU, at most.
-        cache: bytes of L2 for all programs' scratch.
+        processors: multiprocessors of the GPU.
+        cache: bytes of the cache that holds all programs' scratch.
     """
 
     rows: int
     num_warps: int
-    inverse_units: int
-    forward_units: int
+    units: int
     chunk: int
-    programs: int
+    processors: int
     cache: int
 
 
-# 16 units are the fewest that mma.sync computes; a degree rarely has more (H / D units), and a forward has wider blocks.
-# Units are the first dimension of a product and rows the second. The first is below 64, so that it runs on mma.sync:
-# tcgen05 and wgmma would need 64 units. 64 rows by 4 warps: 16 rows per warp, few enough registers for 4 programs per
-# multiprocessor or more, which hide each other's waits: a step's loads depend on the step before.
-_TILE = Tile(rows=64, num_warps=4, inverse_units=16, forward_units=32, chunk=32, programs=0, cache=0)
-# Four programs per multiprocessor, and four fifths of L2 for scratch. sm_80 also stands for GPUs without an entry.
+# A product's dimensions are units and rows. 16 units are the fewest that mma.sync computes; a degree has some H / D
+# units, where wgmma and tcgen05 would compute 64. 64 rows by 4 warps: with 128 rows tf32 spills. Chunks of 32
+# columns: wider ones compute more zeros past the end of a prefix. Four fifths of the cache are for scratch.
 TILES = {
-    "sm_80": _TILE._replace(programs=4 * 108, cache=32 << 20),
-    "sm_90": _TILE._replace(programs=4 * 132, cache=40 << 20),
-    "sm_100": _TILE._replace(programs=4 * 148, cache=100 << 20),
-    # Its L2 has 4 MB on each of eight dies; behind it is a cache of 256 MB.
-    "gfx942": _TILE._replace(programs=4 * 304, cache=200 << 20),
+    "sm_80": Tile(rows=64, num_warps=4, units=16, chunk=32, processors=108, cache=32 << 20),
+    "sm_90": Tile(rows=64, num_warps=4, units=16, chunk=32, processors=132, cache=40 << 20),
+    "sm_100": Tile(rows=64, num_warps=4, units=16, chunk=32, processors=148, cache=100 << 20),
+    # L2 has 4 MB on each of its dies; behind it is a cache of 256 MB.
+    "gfx942": Tile(rows=64, num_warps=4, units=16, chunk=32, processors=304, cache=200 << 20),
 }
+# Programs per multiprocessor, which hide each other's waits, as a step's loads depend on the step before: as many
+# as its registers hold (128 and 168 per thread). All must run at once, as each takes an equal part of the rows.
+PROGRAMS, PROGRAMS_WITH_MORE = 4, 3  # the latter with extras, or values that are added
 
 
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr, FORM: tl.constexpr):
-    """activate, and ELU: e^x - 1 below 0, by tanh where the difference must not cancel."""
-    if ACTIVATION == ELU:
-        if FORM == EXACT:
-            t = tanh(0.5 * x)
-            below = 2.0 * t / (1.0 - t)
-        else:
-            below = tl.exp2(x * LOG2E) - 1.0
-        result = tl.where(x > 0.0, x, below)
-    else:
-        result = activate(x, ACTIVATION, FORM)
-    return result
-
-
-@triton.jit
-def _store_parts(ptr, part_stride, value, inside, PARTS: tl.constexpr):
-    part0, part1, part2 = split(value, ptr.dtype.element_ty, PARTS)
-    tl.store(ptr, part0, mask=inside)
-    if PARTS > 1:
-        tl.store(ptr + part_stride, part1, mask=inside)
-    if PARTS > 2:
-        tl.store(ptr + 2 * part_stride, part2, mask=inside)
-
-
-@triton.jit
-def _load_parts(ptr, part_stride, inside, PARTS: tl.constexpr):
-    part0 = tl.load(ptr, mask=inside, other=0.0)
-    part1 = part0
-    part2 = part0
-    if PARTS > 1:
-        part1 = tl.load(ptr + part_stride, mask=inside, other=0.0)
-    if PARTS > 2:
-        part2 = tl.load(ptr + 2 * part_stride, mask=inside, other=0.0)
-    return part0, part1, part2
-
-
-@triton.jit
-def _product(
-    matrix_ptr,
-    part_stride,
-    row_stride,
-    count,
-    read_ptr,
-    read_part_stride,
-    known,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """W[:count, :known] read[:known], fp32 [UNITS, ROWS]: what lies past ``known`` is not yet written."""
-    n = tl.arange(0, UNITS)
-    r = tl.arange(0, ROWS)
-    total = tl.zeros((UNITS, ROWS), tl.float32)
-    padded = (known + _ALIGNED - 1) // _ALIGNED * _ALIGNED  # so that whole vectors are inside or outside
-    for at in tl.range(0, known, CHUNK, num_stages=1):
-        k = at + tl.arange(0, CHUNK)
-        w0, w1, w2 = _load_parts(
-            matrix_ptr + n[:, None] * row_stride + k[None, :], part_stride,
-            (n < count)[:, None] & (k < padded)[None, :], PARTS,
-        )  # fmt: skip
-        h0, h1, h2 = _load_parts(
-            read_ptr + k[:, None] * ROWS + r[None, :], read_part_stride, (k < known)[:, None], PARTS
-        )
-        total = dot_parts(w0, w1, w2, h0, h1, h2, total, PARTS)
-    return total
-
-
-@triton.jit
-def _extras(extras_ptr, column, count, stride_eb, inside, ROWS: tl.constexpr, UNITS: tl.constexpr):
-    """Terms or gates of a step's units, [UNITS, ROWS] fp32."""
-    n = tl.arange(0, UNITS)
-    r = tl.arange(0, ROWS)
-    at = extras_ptr + r[None, :] * stride_eb + (column + n)[:, None]
-    return tl.load(at, mask=(n < count)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _columns(x_ptr, order_ptr, first, count, stride_b, stride_d, inside, FEATURES: tl.constexpr, INT64: tl.constexpr):
-    """(pointers, mask) [FEATURES, ROWS] of features in the order of their degrees."""
-    f = tl.arange(0, FEATURES)
-    r = tl.arange(0, inside.shape[0])
-    column = tl.load(order_ptr + first + f, mask=f < count, other=0)
-    if INT64:
-        column = column.to(tl.int64)
-        r = r.to(tl.int64)
-    return x_ptr + r[None, :] * stride_b + column[:, None] * stride_d, (f < count)[:, None] & inside[None, :]
-
-
-@triton.jit(do_not_specialize=["n_batch", "n_steps", "n_features", "n_units", "n_values", "part_stride", "stride_eb"])
+@triton.jit(
+    do_not_specialize=["n_batch", "n_steps", "n_features", "n_units", "n_values", "part_stride", "stride_eb"]
+)
 def _masked_autoregressive_kernel(
     x_ptr,
     y_ptr,
@@ -217,7 +119,7 @@ def _masked_autoregressive_kernel(
     PARTS: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    FEATURES: tl.constexpr = UNITS // PER_FEATURE
+    FEATURES: tl.constexpr = 1 if INVERSE else UNITS // PER_FEATURE
     n = tl.arange(0, UNITS)
     f = tl.arange(0, FEATURES)
     r = tl.arange(0, ROWS)
@@ -234,12 +136,11 @@ def _masked_autoregressive_kernel(
         log_det = tl.zeros((ROWS,), tl.float32)
         if not INVERSE:
             for first in tl.range(0, n_features, FEATURES, num_stages=1):
-                at, known = _columns(
-                    x_tile, order_ptr, first, n_features - first, stride_xb, stride_xd, inside, FEATURES, INT64
-                )
-                x = tl.load(at, mask=known, other=0.0).to(tl.float32)
-                into = read_ptr + (first + f)[:, None] * ROWS + r[None, :]
-                _store_parts(into, read_part_stride, x, (first + f < n_features)[:, None], PARTS)
+                left = n_features - first
+                x_at, valid = columns(x_tile, order_ptr, first, left, stride_xb, stride_xd, inside, FEATURES, INT64)
+                x = tl.load(x_at, mask=valid, other=0.0).to(tl.float32)
+                x_read_at = read_ptr + (first + f)[:, None] * ROWS + r[None, :]
+                store_parts(x_read_at, read_part_stride, x, (f < left)[:, None], PARTS)
         for step in tl.range(0, n_steps, num_stages=1):
             step_ptr = table_ptr + step * _STEP
             flags = tl.load(step_ptr)
@@ -252,50 +153,24 @@ def _masked_autoregressive_kernel(
             writes = tl.load(step_ptr + 7)
             if (flags & _WAITS) != 0:
                 tl.debug_barrier()
-            total = _product(
+            total = product(
                 matrix_ptr, part_stride * _ALIGNED, row_stride, count, read_ptr + reads * ROWS, read_part_stride,
                 known, ROWS, UNITS, CHUNK, PARTS,
             )  # fmt: skip
             total += bias[:, None]
             if (flags & _LAST) != 0:
-                features = count // PER_FEATURE
-                at, valid = _columns(
-                    x_tile, order_ptr, writes, features, stride_xb, stride_xd, inside, FEATURES, INT64
-                )
-                into, _ = _columns(y_tile, order_ptr, writes, features, n_features, 1, inside, FEATURES, INT64)
-                x = tl.load(at, mask=valid, other=0.0).to(tl.float32)
-                if PER_FEATURE == 2:
-                    pairs = tl.permute(tl.reshape(total, (FEATURES, 2, ROWS)), (0, 2, 1))
-                    shift, raw = tl.split(pairs)
-                    log_s = log_scale(raw, bound, floor, KIND)
-                    log_det += tl.sum(tl.where(valid, log_s, 0.0), 0)
-                    y = couple(x, shift, log_s, SCALE_FIRST, INVERSE)
-                else:
-                    y = couple(x, total, tl.zeros_like(total), True, INVERSE)
-                tl.store(into, y.to(y_ptr.dtype.element_ty), mask=valid)
-                if INVERSE:
-                    into = read_ptr + (writes + f)[:, None] * ROWS + r[None, :]
-                    _store_parts(into, read_part_stride, y, (f < features)[:, None], PARTS)
+                log_det += transform(
+                    total, x_tile, y_tile, read_ptr, read_part_stride, order_ptr, writes, count // PER_FEATURE,
+                    stride_xb, stride_xd, n_features, bound, floor, inside,
+                    PER_FEATURE, KIND, SCALE_FIRST, INVERSE, ROWS, FEATURES, PARTS, INT64,
+                )  # fmt: skip
             else:
-                computed = (n < count)[:, None]
-                if HAS_EXTRAS:
-                    extras_tile = extras_ptr + start * stride_eb
-                    if (flags & _TERMS) != 0:
-                        column = tl.load(step_ptr + 10)
-                        total += _extras(extras_tile, column, count, stride_eb, inside, ROWS, UNITS)
-                    if (flags & _GATES) != 0:
-                        column = tl.load(step_ptr + 11)
-                        total *= _extras(extras_tile, column, count, stride_eb, inside, ROWS, UNITS)
-                if HAS_ADDS:
-                    at_value = value_ptr + n[:, None] * ROWS + r[None, :]
-                    if (flags & _ADDS) != 0:
-                        total += tl.load(at_value + tl.load(step_ptr + 9) * ROWS, mask=computed, other=0.0)
-                    if (flags & _KEEPS) != 0:
-                        tl.store(at_value + tl.load(step_ptr + 8) * ROWS, total, mask=computed)
-                if (flags & _ACTIVATED) != 0:
-                    total = _activate(total, ACTIVATION, FORM)
-                into = read_ptr + (writes + n)[:, None] * ROWS + r[None, :]
-                _store_parts(into, read_part_stride, total, computed, PARTS)
+                read = hidden(
+                    total, extras_ptr + start * stride_eb, value_ptr, step_ptr, flags, count, stride_eb, inside,
+                    ACTIVATION, FORM, HAS_EXTRAS, HAS_ADDS, ROWS, UNITS,
+                )  # fmt: skip
+                read_at = read_ptr + (writes + n)[:, None] * ROWS + r[None, :]
+                store_parts(read_at, read_part_stride, read, (n < count)[:, None], PARTS)
         tl.store(log_det_ptr + start + r, -log_det if INVERSE else log_det, mask=inside)
         tl.debug_barrier()  # before the next tile's steps write what this one's read
 
@@ -305,17 +180,14 @@ def launch_masked_autoregressive(
 ) -> tuple[Tensor, Tensor]:
     """(y [B, D] contiguous, log|det| [B] fp32)."""
     spec = masked_spec_of(*constants)
+    extras = None if extras is None else extras.contiguous()
     y, log_det = x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.float32)
     if x.shape[0] == 0:
         return y, log_det
     tile = tile_for(x)
-    units = tile.inverse_units if spec.inverse else tile.forward_units
-    schedule = schedule_of(spec, units, x.device)
-    parts = N_PARTS[spec.precision]
-    per_program = schedule.n_units * parts * operands.element_size() + 4 * schedule.n_values
-    programs = min(
-        ceil_div(x.shape[0], tile.rows), max(1, min(tile.programs, tile.cache // (per_program * tile.rows)))
-    )
+    schedule, parts = schedule_of(spec, tile.units, x.device), N_PARTS[spec.precision]
+    programs = _programs(tile, schedule, parts * operands.element_size(), extras is not None)
+    programs = min(programs, ceil_div(x.shape[0], tile.rows))
     read = operands.new_empty(programs, parts, schedule.n_units, tile.rows)
     values = weights.new_empty(programs, schedule.n_values, tile.rows, dtype=torch.float32)
     _masked_autoregressive_kernel[(programs,)](
@@ -325,12 +197,19 @@ def launch_masked_autoregressive(
         spec.bound, spec.floor, PER_FEATURE=spec.per_feature, ACTIVATION=spec.activation,
         FORM=activation_form(x, spec.precision), KIND=spec.kind, SCALE_FIRST=spec.scale_first,
         INVERSE=spec.inverse, HAS_EXTRAS=extras is not None, HAS_ADDS=schedule.n_values > 0, ROWS=tile.rows,
-        UNITS=units, CHUNK=tile.chunk, PARTS=parts, INT64=needs_int64(x[: tile.rows], y[: tile.rows]),
+        UNITS=tile.units, CHUNK=tile.chunk, PARTS=parts, INT64=needs_int64(x[: tile.rows], y[: tile.rows]),
         num_warps=tile.num_warps,
     )  # fmt: skip
     return y, log_det
 
 
 def tile_for(x: Tensor) -> Tile:
-    """The tile on x's GPU."""
-    return TILES.get(target_of(x) or "sm_80", TILES["sm_80"])
+    """The tile on x's GPU; that of sm_80 on a GPU without an entry."""
+    return TILES[target_of(x) or "sm_80"]
+
+
+def _programs(tile: Tile, schedule: Schedule, bytes_per_unit: int, has_extras: bool) -> int:
+    """How many programs run at most: as many as the multiprocessors and the cache hold."""
+    scratch = tile.rows * (schedule.n_units * bytes_per_unit + 4 * schedule.n_values)
+    held = tile.processors * (PROGRAMS_WITH_MORE if has_extras or schedule.n_values else PROGRAMS)
+    return max(1, min(held, tile.cache // scratch))

@@ -18,9 +18,9 @@ before: the units sorted by degree that may reach them. ``STEP`` numbers describ
     term      the column of its first term, and
     gate      of its first gate, among all extras
 
-An inverse takes the degrees 0 .. G in turn: the features of a degree, then its units, layer by layer. Every weight
-that is not masked is used once. A forward takes the layers in turn. After the steps the table holds the features in
-the order of their degrees, D numbers.
+An inverse takes the degrees 0 .. G in turn: the features of a degree, one per step, then its units, layer by layer.
+Every weight that is not masked is used once. A forward takes the layers in turn. After the steps the table holds
+the features in the order of their degrees, D numbers.
 """
 
 from __future__ import annotations
@@ -80,18 +80,19 @@ def _kept(spec: MaskedSpec, units: int, device: torch.device) -> Schedule:
 def _steps(spec: MaskedSpec, units: int) -> Iterator[tuple[int, ...]]:
     written = set() if spec.inverse else {0}  # layers with units that were written since all threads last waited
     for layer, first, end in _ranges(spec):
-        for at in range(first, end, units):
+        width = spec.per_feature if spec.inverse and layer == spec.n_layers else units
+        for at in range(first, end, width):
             source = spec.adds[layer - 1] if layer < spec.n_layers else 0
             waits = layer - 1 in written or source in written - {0}
             if waits:
                 written.clear()
-            yield _step(spec, layer, at, min(units, end - at), waits)
+            yield _step(spec, layer, at, min(width, end - at), waits)
         if end > first:
             written.add(layer % spec.n_layers)
 
 
 def _ranges(spec: MaskedSpec) -> Iterator[tuple[int, int, int]]:
-    """(layer, first unit, end) of units whose steps may follow one another; the last layer's units are parameters."""
+    """(layer, first unit, end) of units that do not read each other; the last layer's units are parameters."""
     n, P, cut = spec.n_layers, spec.per_feature, spec.cut
     if not spec.inverse:
         for layer in range(1, n + 1):
