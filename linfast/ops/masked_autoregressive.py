@@ -27,6 +27,7 @@ from torch import Tensor
 from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..dispatch import uses_triton
 from ..kernels.masked_spec import MASKED_SCHEMA, MaskedSpec, masked_spec_of
+from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap, log_scale_function, scale_function
 from .activations import ACTIVATIONS
@@ -89,13 +90,12 @@ def masked_autoregressive(
         return _forward(x, masks, weights, biases, activation, scale_map, order, given, log_det)
     weight = masks.pack(weights, biases) if packed is None else packed
     columns, kinds = masks.pack_extras(given)
-    mode = resolve_precision(x, precision)
+    mode = mode_on(target_of(x), resolve_precision(x, precision))
     kind, bound, floor = (0, 1.0, 0.0) if scale_map is None else (scale_map.constexpr_id, *scale_map.constants)
     spec = masks.spec(kinds, _NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode)
+    operands = weight.new_empty(0)
     if uses_triton(x, weight):
-        operands = rounded(weight.detach().float(), mode, half_dtype(x))
-    else:
-        operands = weight.new_empty(0)
+        operands = rounded(weight.detach()[: spec.n_matrices].float(), mode, half_dtype(x))
     y, total = _masked_autoregressive(x, weight, operands, columns, *spec.constants)
     return y, total if log_det else None
 
@@ -316,6 +316,7 @@ _masked_autoregressive = define_op(
     plain=_plain,
     plain_backward=_walk_back,
     backward_launch=None,
+    is_plain=lambda x, weights, operands, *_: operands.shape[0] == 0,  # packed for no kernel
 )
 
 
