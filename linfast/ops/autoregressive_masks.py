@@ -39,6 +39,7 @@ class AutoregressiveMasks:
     Attributes:
         features: D.
         degrees: for each layer from 0 to n - 1 the degrees of its units, a list of integers.
+        order: the features in the order of their degrees.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -65,21 +66,29 @@ class AutoregressiveMasks:
         for i, source in enumerate(self.adds):
             if source and not (0 < source <= i and self.shapes[source - 1][0] == self.shapes[i][0]):
                 raise ValueError(f"adds[{i}] must be 0 or an earlier hidden layer of equal size; got {source}")
-        kept = [mask.detach().cpu() != 0 for mask in masks]
-        self.degrees = [list(map(int, layer)) for layer in _degrees(kept, per_feature, self.adds)]
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._extra_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+        self._masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self._kept = [mask.detach().cpu() != 0 for mask in masks]
+        with torch.device("cpu"):  # whatever the default device
+            self._find_degrees(self._kept)
+            self._make_tables(self._kept)
+
+    def __deepcopy__(self, memo: object) -> AutoregressiveMasks:
+        return self  # nothing in it changes
+
+    def _find_degrees(self, kept: Sequence[Tensor]) -> None:
+        """The degrees of all units, their orders, and the cuts of a MaskedSpec."""
+        self.degrees = [layer.tolist() for layer in _degrees(kept, self.per_feature, self.adds)]
         self._orders = [torch.tensor(layer).argsort(stable=True) for layer in self.degrees]
+        self.order = tuple(self._orders[0].tolist())
         highest = max(self.degrees[0])
-        for i in range(1, len(masks)):  # units of the highest degree reach no parameter
+        for i in range(1, len(kept)):  # units of the highest degree reach no parameter
             layer = torch.tensor(self.degrees[i])
             self._orders[i] = self._orders[i][: int((layer < highest).sum())]
         steps = range(highest + 2)
         self.cuts = tuple([sum(k < step for k in layer) if i == 0 else sum(k < min(step, highest) for k in layer)
                            for i, layer in enumerate(self.degrees) for step in steps])  # fmt: skip
-        self._masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._extra_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        self._kept = kept
-        self._make_tables(kept)
 
     def masks(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """The masks of layers 1 .. n as numbers 1 and 0, copied once to each device."""
@@ -87,11 +96,6 @@ class AutoregressiveMasks:
             with torch.inference_mode(False):  # they are used outside too
                 self._masks[device, dtype] = [mask.to(device, dtype) for mask in self._kept]
         return self._masks[device, dtype]
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The features in the order of their degrees."""
-        return tuple(self._orders[0].tolist())
 
     def _make_tables(self, masks: Sequence[Tensor]) -> None:
         """For every packed weight its index among all weights and biases in turn, and 1 or, where masked, 0."""
