@@ -106,7 +106,7 @@ _KINDS: dict[str, _Kind] = {  # the position of a map is its number in the kerne
         lambda s, c, floor: torch.log(torch.expm1(torch.exp(s) - floor)),
         bound=3.0,
         floor=1e-3,
-        scale=lambda r, c, floor: (F.softplus(r) + floor).clamp(max=c),
+        scale=lambda r, c, floor: F.softplus(r) + floor if c == math.inf else (F.softplus(r) + floor).clamp(max=c),
     ),
 }
 

@@ -38,7 +38,10 @@ _FUNCTIONS: dict[Any, str] = {
     F.silu: "silu",
     torch.tanh: "tanh",
     torch.sigmoid: "sigmoid",
+    F.elu: "elu",
+    F.gelu: "gelu",
 }
+_DEFAULTS: dict[str, tuple[float | str, ...]] = {"elu": (1.0,), "gelu": ("none",)}
 
 Part = Callable[[Tensor], Tensor]
 
@@ -84,6 +87,12 @@ def find_mlp(module: object) -> MLP | None:
         return None
     name, constants = activations.pop() if activations else ("none", ())  # type: ignore[misc]
     return MLP(tuple(layer for layer in layers if layer is not None), name, constants, tuple(parts))
+
+
+def name_of_activation(part: Any) -> str | None:
+    """The name of an activation, a function or a module, that has its default constants; else None."""
+    found = _activation(part)
+    return found[0] if found is not None and found[1] in ((), _DEFAULTS.get(found[0])) else None
 
 
 def _parts(module: object) -> list[Any] | None:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_count, check_kind
-from ..kernels.masked_spec import GATE, TERM, MaskedSpec, padded
+from ..kernels.masked_spec import GATE, TERM, MaskedSpec, masked_spec_of, padded
 
 _SEQUENCES = (list, tuple)
+_INVERSE = (0, 0, 1.0, 0.0, True, True, "exact")  # a spec's options in a walk, which reads none of them
 
 
 class AutoregressiveMasks:
@@ -150,11 +151,18 @@ class AutoregressiveMasks:
                 self._extra_tables[key] = torch.cat(index).to(key[0])
         return torch.cat(given, 1).index_select(1, self._extra_tables[key]), kinds
 
-    def spec(self, extras: tuple[int, ...], **options: object) -> MaskedSpec:
-        """The MaskedSpec of these masks with a call's options."""
-        flags = tuple(map(int, self.activated))
+    def sort_norms(self, norms: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor, Tensor] | None]:
+        """(scale, shift), [H_l] each, of the hidden layers as columns in the order of the degrees."""
+        found: list[tuple[Tensor, Tensor] | None] = []
+        for norm, order in zip(norms, self._orders[1:], strict=True):
+            found.append(None if norm is None else (norm[0][order, None], norm[1][order, None]))
+        return found
+
+    def spec(self, extras: tuple[int, ...], *options: object) -> MaskedSpec:
+        """The MaskedSpec of these masks with a call's options, from ``activation`` on; by default for a walk alone."""
+        flags, options = tuple(map(int, self.activated)), options or _INVERSE
         highest = len(self.cuts) // len(self.shapes) - 2
-        return MaskedSpec(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, **options)  # type: ignore[arg-type]
+        return masked_spec_of(highest, self.per_feature, self._order, self.cuts, flags, self.adds, extras, *options)
 
 
 def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:

@@ -17,7 +17,6 @@ well. Second derivatives differentiate D evaluations of the network.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,13 +91,11 @@ def masked_autoregressive(
     columns, kinds = masks.pack_extras(given)
     mode = resolve_precision(x, precision)
     kind, bound, floor = (0, 1.0, 0.0) if scale_map is None else (scale_map.constexpr_id, *scale_map.constants)
-    spec = masks.spec(
-        kinds, activation=_NUMBERS[activation], kind=kind, bound=bound, floor=floor,
-        scale_first=order == "scale_first", inverse=inverse, precision=mode,
-    )  # fmt: skip
-    operands = (
-        rounded(weight.detach().float(), mode, half_dtype(x)) if uses_triton(x, weight) else weight.new_empty(0)
-    )
+    spec = masks.spec(kinds, _NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode)
+    if uses_triton(x, weight):
+        operands = rounded(weight.detach().float(), mode, half_dtype(x))
+    else:
+        operands = weight.new_empty(0)
     y, total = _masked_autoregressive(x, weight, operands, columns, *spec.constants)
     return y, total if log_det else None
 
@@ -170,16 +167,20 @@ def _parameters(params: Tensor, spec: MaskedSpec) -> tuple[Tensor, Tensor, Tenso
     if spec.per_feature == 1:
         zero = torch.zeros_like(params)
         return params, zero + 1, zero
-    shift, raw, scale_map = params[0::2], params[1::2], _scale_map(spec)
-    return shift, scale_function(scale_map)(raw), log_scale_function(scale_map)(raw)
+    scale, log_scale = _scales(spec)
+    return params[0::2], scale(params[1::2]), log_scale(params[1::2])
 
 
-@functools.lru_cache
 def _scale_map(spec: MaskedSpec) -> ScaleMap:
     return ScaleMap(SCALE_MAP_KINDS[spec.kind], spec.bound, spec.floor)
 
 
-def _elementwise(x: Tensor, shift: Tensor, scale: Tensor, scale_first: bool, inverse: bool) -> Tensor:
+def _scales(spec: MaskedSpec) -> tuple[Elementwise, Elementwise]:
+    """Functions from raw to e^s and to s."""
+    return scale_function(_scale_map(spec)), log_scale_function(_scale_map(spec))
+
+
+def _affine(x: Tensor, shift: Tensor, scale: Tensor, scale_first: bool, inverse: bool) -> Tensor:
     if inverse:
         return (x - shift) / scale if scale_first else x / scale - shift
     return torch.addcmul(shift, x, scale) if scale_first else (x + shift) * scale
@@ -194,7 +195,7 @@ def _differentiable(
     out = torch.zeros_like(y) if spec.inverse else y
     for _ in range(spec.degrees if spec.inverse else 1):
         shift, scale, log_s = _parameters(evaluate(net, out)[2], spec)
-        out = _elementwise(y, shift, scale, spec.scale_first, spec.inverse)
+        out = _affine(y, shift, scale, spec.scale_first, spec.inverse)
     total = log_s.sum(0)
     return _unsorted(out, spec, x.dtype), -total if spec.inverse else total
 
@@ -206,19 +207,53 @@ def _plain(
     spec = masked_spec_of(*constants)
     if not spec.inverse:
         return _differentiable(x, weights, operands, extras, *constants)
-    net, y = _network(weights, extras, spec), _sorted(x, spec)
-    scale = None if spec.per_feature == 1 else scale_function(_scale_map(spec))
+    scale, log_scale = (None, None) if spec.per_feature == 1 else _scales(spec)
+    return invert_affine(_network(weights, extras, spec), x, scale, log_scale, spec.scale_first)
+
+
+Elementwise = Callable[[Tensor], Tensor]
+
+
+def invert_affine(
+    net: Network, y: Tensor, scale: Elementwise | None, log_scale: Elementwise | None, scale_first: bool
+) -> tuple[Tensor, Tensor]:
+    """(x [B, D], log|dx / dy| [B]) of an affine transform by a walk, without a graph.
+
+    ``scale`` and ``log_scale`` map raw to e^s and to s; None for an additive transform.
+    """
+    spec, columns = net.spec, _sorted(y, net.spec)
 
     def solve(features: slice, params: Tensor, out: Tensor) -> None:
         if scale is None:
-            torch.sub(y[features], params, out=out)
-        elif spec.scale_first:
-            torch.div(y[features] - params[0::2], scale(params[1::2]), out=out)
+            torch.sub(columns[features], params, out=out)
+        elif scale_first:
+            torch.div(columns[features] - params[0::2], scale(params[1::2]), out=out)
         else:
-            torch.sub(y[features] / scale(params[1::2]), params[0::2], out=out)
+            torch.sub(columns[features] / scale(params[1::2]), params[0::2], out=out)
 
-    found, params = walk(net, x.shape[0], solve)
-    return _unsorted(found, spec, x.dtype), -_parameters(params, spec)[2].sum(0)
+    x, params = walk(net, y.shape[0], solve)
+    total = params.new_zeros(y.shape[0]) if log_scale is None else -log_scale(params[1::2]).sum(0)
+    return _unsorted(x, spec, y.dtype), total
+
+
+def invert_elementwise(
+    net: Network, y: Tensor, inverse: Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """(x [B, D], log|dx / dy| [B]) of any elementwise transform by a walk, without a graph.
+
+    ``inverse`` takes y [B, n] of n features, their parameters [B, n, P] and their indices, and returns x [B, n] and
+    log|dx / dy|, [B, n].
+    """
+    spec, columns, parts = net.spec, _sorted(y, net.spec), []
+
+    def solve(features: slice, params: Tensor, out: Tensor) -> None:
+        of_features = params.unflatten(0, (-1, spec.per_feature)).permute(2, 0, 1)
+        x, part = inverse(columns[features].t(), of_features, list(spec.order[features]))
+        out.copy_(x.t())
+        parts.append(part)
+
+    x, _ = walk(net, y.shape[0], solve)
+    return _unsorted(x, spec, y.dtype), torch.cat(parts, 1).sum(1)
 
 
 def _walk_back(
