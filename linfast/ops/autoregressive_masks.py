@@ -9,13 +9,14 @@ those that let several features have one degree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_count, check_kind
+from ..dispatch import has_values
 from ..kernels.masked_spec import GATE, TERM, MaskedSpec, masked_spec_of, padded
 
 _SEQUENCES = (list, tuple)
@@ -67,9 +68,7 @@ class AutoregressiveMasks:
         for i, source in enumerate(self.adds):
             if source and not (0 < source <= i and self.shapes[source - 1][0] == self.shapes[i][0]):
                 raise ValueError(f"adds[{i}] must be 0 or an earlier hidden layer of equal size; got {source}")
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._extra_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        self._masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self._copies: dict[tuple[Hashable, ...], list[Tensor]] = {}
         self._kept = [mask.detach().cpu() != 0 for mask in masks]
         with torch.device("cpu"):  # whatever the default device
             self._find_degrees(self._kept)
@@ -93,10 +92,7 @@ class AutoregressiveMasks:
 
     def masks(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """The masks of layers 1 .. n as numbers 1 and 0, copied once to each device."""
-        if (device, dtype) not in self._masks:
-            with torch.inference_mode(False):  # they are used outside too
-                self._masks[device, dtype] = [mask.to(device, dtype) for mask in self._kept]
-        return self._masks[device, dtype]
+        return self._on_device(device, "masks", lambda: self._kept, dtype)
 
     def _make_tables(self, masks: Sequence[Tensor]) -> None:
         """For every packed weight its index among all weights and biases in turn, and 1 or, where masked, 0."""
@@ -117,10 +113,8 @@ class AutoregressiveMasks:
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(index, used) on the device, copied once."""
-        if device not in self._tables:
-            with torch.inference_mode(False):  # they are used outside too
-                self._tables[device] = self._index.to(device), self._used.to(device)
-        return self._tables[device]
+        index, used = self._on_device(device, "tables", lambda: [self._index, self._used])
+        return index, used
 
     def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         """The packed weights of linfast.kernels.masked_spec, differentiable; a masked weight is 0."""
@@ -140,16 +134,31 @@ class AutoregressiveMasks:
         given = [each for pair in extras for each in pair if each is not None]
         if not given:
             return None, kinds
-        key = (given[0].device, kinds)
-        if key not in self._extra_tables:
-            at, index = 0, []
-            for order, (n_out, _), kind in zip(self._orders[1:], self.shapes, kinds, strict=False):
-                for _ in range(kind.bit_count()):
-                    index.append(at + order)
-                    at += n_out
-            with torch.inference_mode(False):
-                self._extra_tables[key] = torch.cat(index).to(key[0])
-        return torch.cat(given, 1).index_select(1, self._extra_tables[key]), kinds
+        (index,) = self._on_device(given[0].device, kinds, lambda: [self._extras_index(kinds)])
+        return torch.cat(given, 1).index_select(1, index), kinds
+
+    def _extras_index(self, kinds: tuple[int, ...]) -> Tensor:
+        """The columns of all terms and gates in turn, in the order of the degrees."""
+        at, index = 0, []
+        for order, (n_out, _), kind in zip(self._orders[1:], self.shapes, kinds, strict=False):
+            for _ in range(kind.bit_count()):
+                index.append(at + order)
+                at += n_out
+        return torch.cat(index)
+
+    def _on_device(
+        self, device: torch.device, key: Hashable, make: Callable[[], list[Tensor]], dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """The tensors that ``make`` makes, copied once to each device."""
+        place = (device, dtype, key)
+        if place not in self._copies:
+            with torch.inference_mode(False):  # they are used outside too
+                # Through numpy, because torch's FakeTensorMode takes no tensor that was made outside it.
+                found = [torch.from_numpy(tensor.numpy()).to(device, dtype) for tensor in make()]
+            if not all(map(has_values, found)):
+                return found
+            self._copies[place] = found
+        return self._copies[place]
 
     def sort_norms(self, norms: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor, Tensor] | None]:
         """(scale, shift), [H_l] each, of the hidden layers as columns in the order of the degrees."""
