@@ -10,7 +10,9 @@ those that let several features have one degree.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,7 @@ from ..dispatch import has_values
 from ..kernels.masked_spec import GATE, TERM, MaskedSpec, masked_spec_of, padded
 
 _SEQUENCES = (list, tuple)
+Array = np.ndarray[Any, Any]
 _INVERSE = (0, 0, 1.0, 0.0, True, True, "exact")  # a spec's options in a walk, which reads none of them
 
 
@@ -69,10 +72,10 @@ class AutoregressiveMasks:
             if source and not (0 < source <= i and self.shapes[source - 1][0] == self.shapes[i][0]):
                 raise ValueError(f"adds[{i}] must be 0 or an earlier hidden layer of equal size; got {source}")
         self._copies: dict[tuple[Hashable, ...], list[Tensor]] = {}
-        self._kept = [mask.detach().cpu() != 0 for mask in masks]
+        kept = [mask.detach().cpu() != 0 for mask in masks]
         with torch.device("cpu"):  # whatever the default device
-            self._find_degrees(self._kept)
-            self._make_tables(self._kept)
+            self._find_degrees(kept)
+            self._make_tables(kept)
 
     def __deepcopy__(self, memo: object) -> AutoregressiveMasks:
         return self  # nothing in it changes
@@ -108,12 +111,13 @@ class AutoregressiveMasks:
             at += n_out * n_in
             of_biases.append(at + out)
             at += n_out
-        self._index = torch.cat([*index, *of_biases])
-        self._used = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
+        of_all = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
+        self._tables = [torch.cat([*index, *of_biases]).numpy(), of_all.numpy()]
+        self._kept = [mask.numpy() for mask in masks]
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(index, used) on the device, copied once."""
-        index, used = self._on_device(device, "tables", lambda: [self._index, self._used])
+        index, used = self._on_device(device, "tables", lambda: self._tables)
         return index, used
 
     def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -137,24 +141,26 @@ class AutoregressiveMasks:
         (index,) = self._on_device(given[0].device, kinds, lambda: [self._extras_index(kinds)])
         return torch.cat(given, 1).index_select(1, index), kinds
 
-    def _extras_index(self, kinds: tuple[int, ...]) -> Tensor:
+    def _extras_index(self, kinds: tuple[int, ...]) -> Array:
         """The columns of all terms and gates in turn, in the order of the degrees."""
         at, index = 0, []
         for order, (n_out, _), kind in zip(self._orders[1:], self.shapes, kinds, strict=False):
             for _ in range(kind.bit_count()):
-                index.append(at + order)
+                index.append(at + order.numpy())
                 at += n_out
-        return torch.cat(index)
+        return np.concatenate(index)
 
     def _on_device(
-        self, device: torch.device, key: Hashable, make: Callable[[], list[Tensor]], dtype: torch.dtype | None = None
+        self, device: torch.device, key: Hashable, make: Callable[[], list[Array]], dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """The tensors that ``make`` makes, copied once to each device."""
+        """The arrays that ``make`` returns as tensors, copied once to each device.
+
+        They are arrays because torch's FakeTensorMode takes no tensor that was made outside it.
+        """
         place = (device, dtype, key)
         if place not in self._copies:
             with torch.inference_mode(False):  # they are used outside too
-                # Through numpy, because torch's FakeTensorMode takes no tensor that was made outside it.
-                found = [torch.from_numpy(tensor.numpy()).to(device, dtype) for tensor in make()]
+                found = [torch.from_numpy(array).to(device, dtype) for array in make()]
             if not all(map(has_values, found)):
                 return found
             self._copies[place] = found
@@ -171,7 +177,7 @@ class AutoregressiveMasks:
         """The MaskedSpec of these masks with a call's options, from ``activation`` on; by default for a walk alone."""
         flags, options = tuple(map(int, self.activated)), options or _INVERSE
         highest = len(self.cuts) // len(self.shapes) - 2
-        return masked_spec_of(highest, self.per_feature, self._order, self.cuts, flags, self.adds, extras, *options)
+        return masked_spec_of(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)
 
 
 def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:
