@@ -177,7 +177,8 @@ class AutoregressiveMasks:
         """The MaskedSpec of these masks with a call's options, from ``activation`` on; by default for a walk alone."""
         flags, options = tuple(map(int, self.activated)), options or _INVERSE
         highest = len(self.cuts) // len(self.shapes) - 2
-        return masked_spec_of(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)
+        make: Any = MaskedSpec if torch.compiler.is_compiling() else masked_spec_of  # Dynamo traces no cached class
+        return make(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)  # type: ignore[no-any-return]
 
 
 def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:
