@@ -113,7 +113,7 @@ class AutoregressiveMasks:
             at += n_out
         of_all = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
         self._tables = [torch.cat([*index, *of_biases]).numpy(), of_all.numpy()]
-        self._kept = [mask.numpy() for mask in masks]
+        self._kept, self._sorted_units = [[t.numpy() for t in each] for each in (masks, self._orders[1:])]
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(index, used) on the device, copied once."""
@@ -144,9 +144,9 @@ class AutoregressiveMasks:
     def _extras_index(self, kinds: tuple[int, ...]) -> Array:
         """The columns of all terms and gates in turn, in the order of the degrees."""
         at, index = 0, []
-        for order, (n_out, _), kind in zip(self._orders[1:], self.shapes, kinds, strict=False):
+        for units, (n_out, _), kind in zip(self._sorted_units, self.shapes, kinds, strict=False):
             for _ in range(kind.bit_count()):
-                index.append(at + order.numpy())
+                index.append(at + units)
                 at += n_out
         return np.concatenate(index)
 
