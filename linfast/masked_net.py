@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_counts, check_flag, check_kind, check_like
-from .dispatch import cat
+from .checks import check_choice, check_count, check_counts, check_dense, check_flag, check_kind, check_like
+from .dispatch import cat, check_values, has_values
 from .nets import SinusoidalEmbedding, check_input, check_time_features, embed_time, zero_layer
 from .ops.autoregressive_masks import AutoregressiveMasks
 from .ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_network
@@ -40,12 +40,15 @@ class MaskedMLP(nn.Module):
         time_features: size of a sinusoidal embedding of ``t``; 0 for none.
         context_features: size n of a ``context`` [B, n]; 0 for none. A linear map of the embedded time and the
             context is added to the first hidden layer.
-        feature_order: the features, first to last, a permutation of 0 .. D - 1; None for 0, 1, .., D - 1.
+        feature_order: the features, first to last, a permutation of 0 .. D - 1; None for 0, 1, .., D - 1. It is a
+            buffer, which ``load_state_dict`` sets too.
 
     Raises:
         ValueError: unknown activation; widths that do not fit; not a permutation; x of another shape; t or context is
             missing, of another shape, or given to a network without an input for it.
     """
+
+    feature_order: Tensor
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class MaskedMLP(nn.Module):
         residual: bool = False,
         time_features: int = 0,
         context_features: int = 0,
-        feature_order: Sequence[int] | None = None,
+        feature_order: Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
         self.features, self.per_feature = check_count("features", features), check_count("per_feature", per_feature)
@@ -69,7 +72,8 @@ class MaskedMLP(nn.Module):
             raise ValueError(f"hidden must hold {wanted}; got {self.hidden}")
         self.time_features = check_time_features(time_features)
         self.context_features = check_count("context_features", context_features, least=0)
-        self.feature_order = None if feature_order is None else _permutation(feature_order, self.features)
+        self._order = _permutation(range(self.features) if feature_order is None else feature_order, self.features)
+        self.register_buffer("feature_order", torch.tensor(self._order))
         widths = (self.features, self.hidden[0], *self._rest(), self.per_feature * self.features)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         zero_layer(self.layers[-1])
@@ -77,9 +81,9 @@ class MaskedMLP(nn.Module):
         self.embedding = SinusoidalEmbedding(time_features) if time_features else None
         self.condition = nn.Linear(given, self.hidden[0], bias=False) if given else None
         self._masks: AutoregressiveMasks | None = None
-        self.register_load_state_dict_post_hook(_prepare)
-        if not self.layers[0].weight.is_meta:
-            _prepare(self)
+        self.register_load_state_dict_post_hook(_follow)
+        if not self.feature_order.is_meta:
+            _follow(self)
 
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The parameters [B, per_feature D] for x [B, D]: those of feature 0, then of feature 1, and so on."""
@@ -90,7 +94,7 @@ class MaskedMLP(nn.Module):
     @property
     def masks(self) -> AutoregressiveMasks:
         """The masks of the layers, with the degrees of their units."""
-        if self._masks is None:  # the module was constructed on the meta device, where sizes may be of any size
+        if self._masks is None:  # not made by a constructor on the meta device, where networks may be of any size
             self._masks = self._make_masks()
         return self._masks
 
@@ -125,9 +129,7 @@ class MaskedMLP(nn.Module):
     def _make_masks(self) -> AutoregressiveMasks:
         n, least = self.features, int(self.features > 1 and self.condition is None)
         with torch.device("cpu"):
-            order = range(n) if self.feature_order is None else self.feature_order
-            of_features = torch.empty(n, dtype=torch.long)
-            of_features[torch.tensor(list(order))] = torch.arange(1, n + 1)
+            of_features = 1 + torch.tensor(self._order).argsort()
             degrees = [of_features]
             for width in (self.hidden[0], *self._rest()):
                 degrees.append(least + torch.arange(width) * (n - least) // width)
@@ -137,14 +139,22 @@ class MaskedMLP(nn.Module):
         return AutoregressiveMasks(masks, self.per_feature, adds=blocks)
 
 
-def _prepare(net: MaskedMLP, _: object = None) -> None:
-    """Make the masks: torch.compile cannot trace that."""
+def _follow(net: MaskedMLP, _: object = None) -> None:
+    """Make the masks for the buffer ``feature_order``, now: torch.compile cannot trace that."""
+    if has_values(net.feature_order):
+        order = _permutation(net.feature_order, net.features)
+        if order != net._order:
+            net._order, net._masks = order, None
     _ = net.masks
 
 
 def _permutation(order: Any, features: int) -> tuple[int, ...]:
+    if isinstance(order, Tensor):
+        check_dense("feature_order", order)
+        check_values("feature_order", order)
+        order = order.tolist() if order.ndim == 1 else [order]
     check_kind("feature_order", order, Sequence, "a sequence of integers")
-    found = tuple(check_count("each of feature_order", i, least=0) for i in order)
+    found = tuple([check_count("each of feature_order", i, least=0) for i in order])
     if sorted(found) != list(range(features)):
         raise ValueError(f"feature_order must hold 0 to {features - 1} once each; got {found}")
     return found
