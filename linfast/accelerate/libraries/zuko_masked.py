@@ -23,12 +23,12 @@ from torch.distributions import Transform
 from ...dispatch import has_global_hook
 from ...flows.remembered import Evidence
 from ...ops.autoregressive_masks import AutoregressiveMasks
-from ...ops.masked_autoregressive import Extras
+from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
 from ...scale_maps import log_scale_function, scale_function
 from ..adapter import Adapter, Draw, Options, Plan, Unfit
 from ..identity import PLAN, changed_method, defined_as, find_class, is_hooked, is_patched, original_class
 from ..masked import Affine, InvertFeatures, MaskedInverse
-from ..mlp import activation_of
+from ..mlp import activation_of, name_of_activation
 from ..swap import plan_of
 from .zuko import Inverse, is_traced, univariate_of
 
@@ -164,7 +164,8 @@ def _find(lazy: Any) -> tuple[str, _Walks]:
     classes = original_class(lazy), find_class("zuko.nn", "MaskedLinear"), function if scale_map is not None else None
     watched = [(cls, name) for cls, of in zip(classes, names, strict=True) if cls is not None for name in of]
     evidence = Evidence([lazy], [lazy.hyper], watched, [layer.mask for layer in linear])
-    activation = layers.activation[0] if layers.activation else torch.relu
+    module = layers.activation[0] if layers.activation else torch.relu
+    activation = MASKED_ACTIVATIONS.get(name_of_activation(module) or "", module)
     whole, values = (
         MaskedInverse(masks, weights, activation, transform, extras, None, evidence) for transform in transforms
     )
@@ -241,7 +242,9 @@ def _transform_class() -> type:
             walks = _walks_of(self._lazy)
             if walks is None or not _fits(self._lazy, c, y.shape[-1]):
                 return None
-            batch = y.shape[:-1] if c is None else torch.broadcast_shapes(y.shape[:-1], c.shape[:-1])
+            batch = y.shape[:-1]
+            if c is not None and c.ndim > 1:
+                batch = torch.broadcast_shapes(batch, c.shape[:-1])
             rows = y.expand(*batch, -1).reshape(-1, y.shape[-1])
             found = (walks.whole if log_det else walks.values)(rows, None if c is None else (c, batch))
             return None if found is None else (found[0].reshape(*batch, -1), found[1].reshape(batch))
