@@ -1,196 +1,198 @@
 """zuko: MaskedAutoregressiveTransform, the layer of MAF, NSF, NCSF, SOSPF and BPF.
 
-    y_i = f(x_i; params_i),  params = hyper(cat(x, c)), [P D] of which params_i reads only features before i
-    affine: params (t, raw), y = x e^s + t, s = raw / (1 + |raw / ln slope|);  module(c) -> a Transform on x [..., D]
+    y_i = f(x_i; params_i),  params = hyper(cat(x, c)), of which params_i reads only c and features before i
+    affine: params_i = (t, raw), y = x e^s + t, s = raw / (1 + |raw / ln slope|);  module(c) -> a Transform on x [..., D]
 
-Only the inverse is replaced: zuko evaluates the network ``passes`` times, this walks once over the degrees
-(accelerate.masked). Its log-determinant comes from the same walk. The context enters the first layer alone, by a
-term that is computed once, for the rows of c as they are given.
+Only the inverse is replaced, and its log-determinant. The context enters the first layer alone, by a term that is
+computed for the rows of c as they are given.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
-from ...dispatch import has_global_hook
-from ...flows.remembered import Evidence
-from ...ops.autoregressive_masks import AutoregressiveMasks
 from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
-from ...scale_maps import log_scale_function, scale_function
-from ..adapter import Adapter, Draw, Options, Plan, Unfit
-from ..identity import PLAN, changed_method, defined_as, find_class, is_hooked, is_patched, original_class
-from ..masked import Affine, InvertFeatures, MaskedInverse
+from ...rows import checks_all_lengths
+from ..adapter import Adapter, Draw, Unfit
+from ..identity import changed_method, defined_as, find_class, is_hooked, original_class
+from ..masked import Affine, InvertFeatures, MaskedInverse, Unchanged, find_masks, masked_inverse, plan_masked, redraw
 from ..mlp import activation_of, name_of_activation
-from ..swap import plan_of
 from .zuko import Inverse, is_traced, univariate_of
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a batch: with fewer rows all log-determinants are computed at once, by zuko's own code (not if affine)."""
+
+    short: int = 1024
+
+
+_SIZES = _Sizes()
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a call needs beside y: c, the shape of the batch, and whether the log-determinant."""
+
+    c: Any
+    batch: Size
+    log_det: bool
+
+
 @dataclass(frozen=True, eq=False)
-class _Walks:
-    """The inverse of one instance.
+class _Inverse(MaskedInverse):
+    """``values`` returns x, and 0 in place of the log-determinant; None where that saves nothing."""
 
-    Args:
-        children: the instance's submodules by name, the dictionary itself: another one in a replica.
-        whole: returns x and log|dx / dy|.
-        values: returns x, and anything in place of the second.
-    """
+    values: MaskedInverse | None = None
 
-    children: dict[str, Any]
-    whole: MaskedInverse
-    values: MaskedInverse
+    def __call__(self, y: Tensor, context: _Given) -> tuple[Tensor, Tensor] | None:
+        if context.log_det or self.values is None:
+            return super().__call__(y, context)
+        return self.values(y, context)
+
+
+# The network
 
 
 @dataclass
 class _Layers:
-    """The linear layers of a MaskedMLP; ``activated`` and ``adds`` as in AutoregressiveMasks, but for all layers."""
+    """The linear layers of a MaskedMLP, for each of them what AutoregressiveMasks takes, and the activations."""
 
-    linear: list[Any]
-    activation: list[Any]
-    activated: list[bool]
-    adds: list[int]
+    linears: list[Any] = field(default_factory=list)
+    activated: list[bool] = field(default_factory=list)
+    adds: list[int] = field(default_factory=list)
+    activations: list[nn.Module] = field(default_factory=list)
 
     def add(self, module: Any) -> None:
-        """Append a layer, or what follows the last one."""
+        """Add a module that runs after those before. Raises Unfit."""
         if defined_as(module, "zuko.nn", "MaskedLinear"):
             if module.mask.dtype is not torch.bool:
-                raise Unfit(f"a mask is {module.mask.dtype}, not torch.bool")
-            self.linear.append(module)
+                raise Unfit(f"a mask is {module.mask.dtype}: not zuko's, which are torch.bool")
+            self.linears.append(module)
             self.activated.append(False)
             self.adds.append(0)
-        elif defined_as(module, "zuko.nn", "Residual"):
-            source = len(self.linear)
-            if not source or self.activated[-1] or len(module) != 3:
-                raise Unfit("a residual block is not built as zuko's")
+        elif defined_as(module, "zuko.nn", "Residual") and self.linears and not self.activated[-1]:
+            source = len(self.linears)
             for inside in module:
                 self.add(inside)
+            if len(self.linears) == source or self.activated[-1]:
+                raise Unfit("a residual block does not end in a linear layer")
             self.adds[-1] = source
-        elif self.linear and not self.activated[-1] and activation_of(module) is not None:
-            self.activation.append(module)
+        elif self.linears and not self.activated[-1] and activation_of(module) is not None:
+            self.activations.append(module)
             self.activated[-1] = True
         else:
-            raise Unfit(f"its network contains {type(module).__name__}")
+            raise Unfit(f"its network has a {type(module).__name__} in an unknown place")
 
 
 def _layers_of(net: Any) -> _Layers:
     """Raises Unfit where the network is not zuko's, with one kind of elementwise activation."""
     if not defined_as(net, "zuko.nn", "MaskedMLP"):
-        raise Unfit(f"its network is {type(net).__name__}, not zuko's MaskedMLP")
+        raise Unfit(f"its hyper is a {type(net).__name__}, no MaskedMLP")
     for inside in net.modules():
+        kind = type(inside).__name__
         if is_hooked(inside):
-            raise Unfit("a module inside has a hook or a parametrization, which would be bypassed")
+            raise Unfit(f"a {kind} of its network has a hook or a parametrization, which would be bypassed")
         if changed_method(inside, ("forward",)) is not None:
-            raise Unfit(f"the forward of its {type(inside).__name__} was replaced: not the library's own")
-    layers = _Layers([], [], [], [])
+            raise Unfit(f"the forward of a {kind} of its network was replaced: not the library's own")
+    layers = _Layers()
     for module in net:
         layers.add(module)
-    kinds = {activation_of(module) for module in layers.activation}
-    if len(layers.linear) < 2 or layers.activated[-1] or layers.adds[-1]:
-        raise Unfit("its network does not end in a linear layer after a hidden one")
-    if len(kinds) > 1:
-        raise Unfit("its network has more than one kind of activation")
+    if not layers.linears or layers.activated[-1] or layers.adds[-1]:
+        raise Unfit("its network does not end in a linear layer")
+    if len({activation_of(module) for module in layers.activations}) > 1:
+        raise Unfit("its network has several activations")
     return layers
 
 
-def _masks_of(lazy: Any, layers: _Layers) -> AutoregressiveMasks:
-    """The masks of the features, without the context's columns; raises Unfit where zuko's inverse is not exact."""
-    masks = [layer.mask for layer in layers.linear]
-    features = masks[-1].shape[0] // lazy.total
-    try:
-        found = AutoregressiveMasks(
-            [masks[0][:, :features], *masks[1:]], lazy.total, layers.activated[:-1], layers.adds[:-1]
-        )
-    except ValueError as error:
-        raise Unfit(str(error)) from error
-    if max(found.degrees[0]) > lazy.passes:
-        raise Unfit(f"its inverse needs {max(found.degrees[0])} passes and makes {lazy.passes}")
-    return found
+def _masks_of(lazy: Any) -> list[Tensor]:
+    return [inside.mask for inside in lazy.hyper.modules() if isinstance(getattr(inside, "mask", None), Tensor)]
+
+
+# The elementwise transform
+
+
+def _transforms_of(lazy: Any) -> tuple[str, Affine | InvertFeatures, InvertFeatures | None, tuple[Any, ...]]:
+    """Its description; itself; itself without log-determinant; what of it is ``MaskedInverse.assumed``."""
+    function, scale_map = univariate_of(lazy)
+    if scale_map is not None:
+        return "affine, smooth", Affine.of(scale_map), None, ()
+    name = getattr(function, "__name__", type(function).__name__)
+    if isinstance(function, nn.Module) or not str(getattr(function, "__module__", "")).startswith("zuko."):
+        raise Unfit(f"univariate {name}: only zuko's own that depend on nothing but a feature and its parameters")
+    return name, _elementwise(lazy, True), _elementwise(lazy, False), (function,)
 
 
 def _elementwise(lazy: Any, log_det: bool) -> InvertFeatures:
-    """Inverts the features of one degree by zuko's own transform; without ``log_det`` its second result is 0."""
+    """Inverts some features by zuko's own transform; without ``log_det`` its second result is 0."""
     shapes = [tuple(shape) for shape in lazy.shapes]
+    sizes = [*map(prod, shapes)]
 
     def invert(y: Tensor, params: Tensor, features: Sequence[int]) -> tuple[Tensor, Tensor]:
-        parts = params.contiguous().split([*map(prod, shapes)], -1)
-        transform = lazy.univariate(*(p.reshape(*y.shape, *shape) for p, shape in zip(parts, shapes, strict=True)))
-        if log_det:
-            return transform.inv.call_and_ladj(y)
-        x = transform.inv(y)
-        return x, x.new_zeros(()).expand_as(x)
+        parts = params.contiguous().split(sizes, -1)
+        parts = [part.reshape(*y.shape, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        inverse = lazy.univariate(*parts).inv
+        return inverse.call_and_ladj(y) if log_det else (inverse(y), y.new_zeros(()).expand_as(y))
 
     return invert
 
 
-def _find(lazy: Any) -> tuple[str, _Walks]:
-    """(description for the report, the inverse); raises Unfit."""
+# The inverse
+
+
+def _find(lazy: Any) -> MaskedInverse:
+    """What the instance is; raises Unfit."""
+    if changed_method(lazy, ("meta",)) is not None:
+        raise Unfit("its meta was replaced: not the library's own")
     layers = _layers_of(lazy.hyper)
-    masks, linear = _masks_of(lazy, layers), layers.linear
-    features = masks.features
-    function, scale_map = univariate_of(lazy)
-    text = "affine, smooth"
-    transforms: list[Affine | InvertFeatures]
-    if scale_map is not None:
-        transforms = [Affine(scale_function(scale_map), log_scale_function(scale_map), scale_map)] * 2
-    else:
-        text = getattr(function, "__name__", type(function).__name__)
-        if isinstance(function, nn.Module) or not str(getattr(function, "__module__", "")).startswith("zuko."):
-            raise Unfit(f"univariate {text}: only those of zuko that are formulas of the parameters alone")
-        transforms = [_elementwise(lazy, True), _elementwise(lazy, False)]
-
-    def weights() -> tuple[list[Tensor], list[Tensor | None]]:
-        first, *others = [layer.weight for layer in linear]
-        return [first[:, :features], *others], [layer.bias for layer in linear]
-
-    def extras(given: tuple[Tensor, tuple[int, ...]] | None) -> Extras:
-        """From (c, the shape of the batch)."""
-        rest = ((None, None),) * (len(linear) - 2)
-        if given is None:
-            return ((None, None), *rest)
-        c, batch = given
-        term = c @ (linear[0].weight * linear[0].mask)[:, features:].t()
-        alone = c.numel() == c.shape[-1]
-        term = term.reshape(1, -1) if alone else term.expand(*batch, -1).reshape(-1, term.shape[-1])
-        return ((term, None), *rest)
-
-    names = ("meta", "forward"), ("forward",), ("__init__", "_inverse", "log_abs_det_jacobian")
-    classes = original_class(lazy), find_class("zuko.nn", "MaskedLinear"), function if scale_map is not None else None
-    watched = [(cls, name) for cls, of in zip(classes, names, strict=True) if cls is not None for name in of]
-    evidence = Evidence([lazy], [lazy.hyper], watched, [layer.mask for layer in linear])
-    module = layers.activation[0] if layers.activation else torch.relu
-    activation = MASKED_ACTIVATIONS.get(name_of_activation(module) or "", module)
-    whole, values = (
-        MaskedInverse(masks, weights, activation, transform, extras, None, evidence) for transform in transforms
+    what, transform, values, assumed = _transforms_of(lazy)
+    used = [linear.mask for linear in layers.linears]
+    features = used[-1].shape[0] // lazy.total
+    used[0] = used[0][:, :features]
+    masks = find_masks(used, per_feature=lazy.total, activated=layers.activated[:-1], adds=layers.adds[:-1])
+    if max(masks.degrees[0]) > lazy.passes:
+        raise Unfit(f"its inverse takes {max(masks.degrees[0])} passes and it makes {lazy.passes}: it is not exact")
+    module = layers.activations[0] if layers.activations else torch.relu
+    name = name_of_activation(module)
+    functions = [(type(inside), "forward") for inside in lazy.hyper.modules()] + [(original_class(lazy), "meta")]
+    if isinstance(transform, Affine):
+        functions += [(univariate_of(lazy)[0], name) for name in ("__init__", "_inverse", "log_abs_det_jacobian")]
+    sizes = "-".join(map(str, (features, *(out for out, _ in masks.shapes))))
+    weights, biases = [linear.weight for linear in layers.linears], [linear.bias for linear in layers.linears]
+    found = _Inverse(
+        what=f"{what}; MaskedMLP {sizes} {name or type(module).__name__}{', residual' if any(layers.adds) else ''}",
+        masks=masks,
+        weights=lambda: ([weights[0][:, :features], *weights[1:]], biases),
+        activation=MASKED_ACTIVATIONS.get(name or "", module),
+        transform=transform,
+        extras=lambda given, rows: _extras_of(given, weights[0], layers.linears[0].mask, features, len(weights) - 1),
+        evidence=Unchanged(lazy, functions, _masks_of(lazy)),
+        assumed=assumed,
     )
-    return f"inverse of masked autoregressive {text}: one walk", _Walks(lazy._modules, whole, values)
+    return found if values is None else replace(found, values=replace(found, transform=values))
 
 
-def _plan(lazy: Any, options: Options) -> Plan:
-    text, walks = _find(lazy)
-    return Plan(text, layout=walks)
-
-
-def _walks_of(lazy: Any) -> _Walks | None:
-    """The current walks; None where zuko's own inverse is to run."""
-    if PLAN not in vars(lazy) or has_global_hook() or is_patched(lazy):
+def _extras_of(given: _Given, weight: Tensor, mask: Tensor, features: int, hidden: int) -> Extras | None:
+    """The context's term of the first layer; None where zuko's own code is to run, which may raise an error."""
+    nothing, c = (None, None), given.c
+    width = weight.shape[1] - features
+    if c is None:
+        return None if width else (nothing,) * hidden
+    if width == 0 or type(c) not in (Tensor, nn.Parameter) or c.shape[-1:] != (width,) or c.dtype != weight.dtype:
         return None
-    plan = plan_of(lazy)
-    walks: _Walks = plan.layout
-    same = walks.children is lazy._modules and plan.settings == MASKED.settings_of(lazy)
-    if same and walks.whole.evidence.holds():
-        return walks
-    try:
-        vars(lazy)[PLAN] = plan = MASKED.plan_for(lazy, plan.options)
-    except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
-        return None
-    return plan.layout
+    term = F.linear(c, weight[:, features:] * mask[:, features:])
+    if c.numel() > width:
+        term = term.expand(*given.batch, -1)
+    return ((term.reshape(-1, term.shape[-1]), None), *(nothing,) * (hidden - 1))
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
@@ -214,6 +216,10 @@ def _transform_class() -> type:
             super().__init__(functools.partial(lazy.meta, c), lazy.passes)
             self._lazy, self._c = lazy, c
 
+        @functools.cached_property
+        def _is_affine(self) -> bool:
+            return univariate_of(self._lazy)[1] is not None
+
         @property
         def inv(self) -> Transform:
             return Inverse(self)
@@ -227,88 +233,61 @@ def _transform_class() -> type:
             return super()._inverse(y) if found is None else found[0]
 
         def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-            """(x, log|dx / dy|); zuko would evaluate its network once more."""
+            """(x, log|dx / dy|)."""
             found = self._walk(y, True)
             if found is None:
-                x = super()._inverse(y)
+                x = self._inverse(y)
                 return x, -self.log_abs_det_jacobian(x, y)
             return found
 
         def _walk(self, y: Any, log_det: bool) -> tuple[Tensor, Tensor] | None:
-            """(x, log|dx / dy|) of y [..., D]; None where zuko's own code is to run."""
+            """(x, log|dx / dy|) of y [..., D]; None where zuko's own code is to run, or has the log-determinant."""
             c: Any = self._c
-            if type(y) not in (Tensor, nn.Parameter) or y.ndim == 0 or _is_transformed():
-                return None
-            walks = _walks_of(self._lazy)
-            if walks is None or not _fits(self._lazy, c, y.shape[-1]):
+            if not isinstance(y, Tensor) or y.ndim == 0 or not isinstance(c, (Tensor, type(None))):
                 return None
             batch = y.shape[:-1]
             if c is not None and c.ndim > 1:
                 batch = torch.broadcast_shapes(batch, c.shape[:-1])
+            if log_det and not self._is_affine and batch.numel() < _SIZES.short and not checks_all_lengths():
+                return None
             rows = y.expand(*batch, -1).reshape(-1, y.shape[-1])
-            found = (walks.whole if log_det else walks.values)(rows, None if c is None else (c, batch))
+            found = masked_inverse(self._lazy, _find, rows, _Given(c, batch, log_det))
             return None if found is None else (found[0].reshape(*batch, -1), found[1].reshape(batch))
 
     return AutoregressiveTransform
 
 
-def _is_transformed() -> bool:
-    """Whether the call is traced, or differentiated or batched by other means than a graph."""
-    if is_traced() or torch._C._are_functorch_transforms_active():
-        return True
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def _fits(lazy: Any, c: Any, features: int) -> bool:
-    """Whether the network takes this context beside x."""
-    weight = lazy.hyper[0].weight
-    width = weight.shape[1] - features
-    if c is None:
-        return width == 0
-    return width > 0 and type(c) in (Tensor, nn.Parameter) and c.shape[-1:] == (width,) and c.dtype == weight.dtype
+# The check
 
 
 def _probe(lazy: Any, draw: Draw) -> list[Tensor]:
-    """The inverse with and without gradients, for contexts of one row and of many, with random weights."""
-    layers = _layers_of(lazy.hyper).linear
-    with torch.no_grad():
-        for layer in layers:
-            read = layer.mask.sum(1, keepdim=True).clamp(min=1)
-            layer.weight.copy_(draw(*layer.weight.shape).detach() / read.sqrt())
-            if layer.bias is not None:
-                layer.bias.copy_(draw(*layer.bias.shape).detach() / 2)
-        layers[-1].weight.div_(2)
-    features = layers[-1].mask.shape[0] // lazy.total
-    extra = layers[0].mask.shape[1] - features
-    outputs: list[Tensor] = []
-    for shape, differentiable in (((3,), True), ((2, 3), False)):
-        with torch.set_grad_enabled(differentiable):
-            c = draw(*shape[:1] * differentiable, extra) if extra else None
-            transform, y = lazy.forward(c), draw(*shape, features)
-            outputs += [*transform.inv.call_and_ladj(y), transform.inv(y)]
+    """The inverse for a context of many rows and of one, and where it is ours with a gradient too."""
+    redraw(lazy)
+    found, outputs = _find(lazy), []
+    features = found.masks.features
+    width = lazy.hyper[0].weight.shape[1] - features
+    for batch in ((3,), (2, 3)):
+        c = draw(*batch[: 2 - len(batch)], width) if width else None
+        for differentiable in (False, True)[: 1 + found.has_gradient]:
+            y = draw(*batch, features)
+            with torch.set_grad_enabled(differentiable):
+                inverse = lazy.forward(c).inv
+                outputs += [*inverse.call_and_ladj(y), inverse(y)]
     return outputs
 
 
-def _inside(lazy: Any) -> Iterable[nn.Module]:
-    return lazy.hyper.modules()
-
-
-def _inner_masks(lazy: Any) -> list[Tensor]:
-    return [inside.mask for inside in lazy.hyper.modules() if isinstance(getattr(inside, "mask", None), Tensor)]
-
-
-MASKED = Adapter(
-    library="zuko",
-    where="zuko.flows.autoregressive",
-    name="MaskedAutoregressiveTransform",
-    methods={"forward": _forward},
-    plan=_plan,
-    probe=_probe,
-    masks=_inner_masks,
-    settings=("univariate", "shapes", "total", "passes"),
-    assumes=("meta",),
-    inner=_inside,
-    decides=True,
+ADAPTERS = (
+    Adapter(
+        library="zuko",
+        where="zuko.flows.autoregressive",
+        name="MaskedAutoregressiveTransform",
+        methods={"forward": _forward},
+        plan=lambda lazy, options: plan_masked(lazy, _find),
+        probe=_probe,
+        masks=_masks_of,
+        assumes=("meta",),
+        inner=lambda lazy: lazy.hyper.modules(),
+        decides=True,
+        many_steps=True,
+    ),
 )
-
-ADAPTERS = (MASKED,)
