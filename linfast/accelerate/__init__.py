@@ -8,8 +8,8 @@ from .libraries.plain import register_adapter
 from .mlp import MLP, find_mlp
 from .report import Report, Row
 
-_ALL = (reference_g, reference_linear, reference_unet, freia, glasflow, memcnn, nflows, normflows, zuko, zuko_masked)
-for _library in _ALL:
+for _library in (reference_g, reference_linear, reference_unet, freia, glasflow, memcnn, nflows, normflows, zuko):
     add(*_library.ADAPTERS)
+add(*zuko_masked.ADAPTERS)
 
 __all__ = ["DEFECTS", "MLP", "Report", "Row", "accelerate", "find_mlp", "register_adapter", "restore"]

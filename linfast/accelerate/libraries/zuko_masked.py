@@ -1,7 +1,8 @@
 """zuko: MaskedAutoregressiveTransform, the layer of MAF, NSF, NCSF, SOSPF and BPF.
 
     y_i = f(x_i; params_i),  params = hyper(cat(x, c)), of which params_i reads only c and features before i
-    affine: params_i = (t, raw), y = x e^s + t, s = raw / (1 + |raw / ln slope|);  module(c) -> a Transform on x [..., D]
+    affine: params_i = (t, raw), y = x e^s + t, s = raw / (1 + |raw / ln slope|)
+    module(c) -> a Transform on x [..., D]
 
 Only the inverse is replaced, and its log-determinant. The context enters the first layer alone, by a term that is
 computed for the rows of c as they are given.
@@ -24,16 +25,31 @@ from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
 from ...rows import checks_all_lengths
 from ..adapter import Adapter, Draw, Unfit
 from ..identity import changed_method, defined_as, find_class, is_hooked, original_class
-from ..masked import Affine, InvertFeatures, MaskedInverse, Unchanged, find_masks, masked_inverse, plan_masked, redraw
+from ..masked import (
+    Affine,
+    InvertFeatures,
+    MaskedInverse,
+    Unchanged,
+    find_masks,
+    masked_inverse,
+    plan_masked,
+    redraw,
+)
 from ..mlp import activation_of, name_of_activation
 from .zuko import Inverse, is_traced, univariate_of
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of a batch: with fewer rows all log-determinants are computed at once, by zuko's own code (not if affine)."""
+    """Measured on an AMD EPYC with one thread.
+
+    Args:
+        short: rows of a batch on a CPU. With fewer, zuko's own inverse runs where it makes at most ``few`` passes,
+            and all log-determinants are computed at once, by zuko's own code, where the transform is not affine.
+    """
 
     short: int = 1024
+    few: int = 2
 
 
 _SIZES = _Sizes()
@@ -50,14 +66,12 @@ class _Given:
 
 @dataclass(frozen=True, eq=False)
 class _Inverse(MaskedInverse):
-    """``values`` returns x, and 0 in place of the log-determinant; None where that saves nothing."""
+    """``values`` is the same, with 0 in place of the log-determinant where the walk would compute it."""
 
     values: MaskedInverse | None = None
 
     def __call__(self, y: Tensor, context: _Given) -> tuple[Tensor, Tensor] | None:
-        if context.log_det or self.values is None:
-            return super().__call__(y, context)
-        return self.values(y, context)
+        return super().__call__(y, context) if self.values is None or context.log_det else self.values(y, context)
 
 
 # The network
@@ -121,11 +135,15 @@ def _masks_of(lazy: Any) -> list[Tensor]:
 # The elementwise transform
 
 
-def _transforms_of(lazy: Any) -> tuple[str, Affine | InvertFeatures, InvertFeatures | None, tuple[Any, ...]]:
+_Elementwise = Affine | InvertFeatures
+
+
+def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[Any, ...]]:
     """Its description; itself; itself without log-determinant; what of it is ``MaskedInverse.assumed``."""
     function, scale_map = univariate_of(lazy)
     if scale_map is not None:
-        return "affine, smooth", Affine.of(scale_map), None, ()
+        affine = Affine.of(scale_map)
+        return "affine, smooth", affine, replace(affine, log_scale=None), ()
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, nn.Module) or not str(getattr(function, "__module__", "")).startswith("zuko."):
         raise Unfit(f"univariate {name}: only zuko's own that depend on nothing but a feature and its parameters")
@@ -174,22 +192,22 @@ def _find(lazy: Any) -> MaskedInverse:
         weights=lambda: ([weights[0][:, :features], *weights[1:]], biases),
         activation=MASKED_ACTIVATIONS.get(name or "", module),
         transform=transform,
-        extras=lambda given, rows: _extras_of(given, weights[0], layers.linears[0].mask, features, len(weights) - 1),
+        extras=lambda given, rows: _extras_of(given, layers.linears[0], features, len(weights) - 1),
         evidence=Unchanged(lazy, functions, _masks_of(lazy)),
         assumed=assumed,
     )
-    return found if values is None else replace(found, values=replace(found, transform=values))
+    return replace(found, values=replace(found, transform=values))
 
 
-def _extras_of(given: _Given, weight: Tensor, mask: Tensor, features: int, hidden: int) -> Extras | None:
+def _extras_of(given: _Given, first: Any, features: int, hidden: int) -> Extras | None:
     """The context's term of the first layer; None where zuko's own code is to run, which may raise an error."""
-    nothing, c = (None, None), given.c
+    nothing, c, weight = (None, None), given.c, first.weight
     width = weight.shape[1] - features
     if c is None:
         return None if width else (nothing,) * hidden
     if width == 0 or type(c) not in (Tensor, nn.Parameter) or c.shape[-1:] != (width,) or c.dtype != weight.dtype:
         return None
-    term = F.linear(c, weight[:, features:] * mask[:, features:])
+    term = F.linear(c, weight[:, features:] * first.mask[:, features:])
     if c.numel() > width:
         term = term.expand(*given.batch, -1)
     return ((term.reshape(-1, term.shape[-1]), None), *(nothing,) * (hidden - 1))
@@ -215,10 +233,6 @@ def _transform_class() -> type:
         def __init__(self, lazy: Any, c: Any) -> None:
             super().__init__(functools.partial(lazy.meta, c), lazy.passes)
             self._lazy, self._c = lazy, c
-
-        @functools.cached_property
-        def _is_affine(self) -> bool:
-            return univariate_of(self._lazy)[1] is not None
 
         @property
         def inv(self) -> Transform:
@@ -248,7 +262,8 @@ def _transform_class() -> type:
             batch = y.shape[:-1]
             if c is not None and c.ndim > 1:
                 batch = torch.broadcast_shapes(batch, c.shape[:-1])
-            if log_det and not self._is_affine and batch.numel() < _SIZES.short and not checks_all_lengths():
+            short = y.is_cpu and batch.numel() < _SIZES.short and not checks_all_lengths()
+            if short and (self.passes <= _SIZES.few or (log_det and univariate_of(self._lazy)[1] is None)):
                 return None
             rows = y.expand(*batch, -1).reshape(-1, y.shape[-1])
             found = masked_inverse(self._lazy, _find, rows, _Given(c, batch, log_det))
