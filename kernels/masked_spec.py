@@ -81,6 +81,11 @@ class MaskedSpec:
         )
 
     @property
+    def n_matrices(self) -> int:
+        """The number of packed weights of the matrices, a multiple of ``ALIGNED``; the biases follow."""
+        return self.offsets[self.n_layers]
+
+    @property
     def constants(self) -> tuple[Any, ...]:
         """The fields in their order: the raw op's arguments after its tensors."""
         return tuple([getattr(self, name) for name in _NAMES])
