@@ -46,12 +46,13 @@ class Affine:
     """y = x scale + shift.
 
     Args:
-        scale, log_scale: the library's formulas, raw -> scale and its logarithm.
+        scale, log_scale: the library's formulas, raw -> scale and its logarithm; without ``log_scale`` a walk
+            returns 0 as the log-determinant.
         scale_map: the same map by name, or None where linfast has none.
     """
 
     scale: Elementwise
-    log_scale: Elementwise
+    log_scale: Elementwise | None
     scale_map: ScaleMap | None
 
     @staticmethod
