@@ -1,7 +1,6 @@
-"""Masked autoregressive flows of other libraries, after lf.accelerate and before; tanh, two hidden layers or blocks.
+"""Masked autoregressive transforms of other libraries, before lf.accelerate and after; tanh, two hidden blocks.
 
-"one pass" is the original's other direction, one evaluation of the network: what the accelerated inverse should cost.
-Shows of issue 20 on one thread: OMP_NUM_THREADS=1 linfast bench --case autoregressive --no-compile --device cpu
+"one pass" is the original's other direction, one evaluation of the network: about what the accelerated inverse costs.
 """
 
 from __future__ import annotations
