@@ -139,10 +139,7 @@ class MaskedInverse:
         if extras is None or y.dtype != weights[0].dtype or y.device != weights[0].device:
             return None
         norms = None if self.norms is None else self.norms()
-        pairs = [*extras, *(pair for pair in norms or () if pair is not None)]
-        given = [y, *weights, *(t for t in biases if t is not None)]
-        given += [each for pair in pairs for each in pair if each is not None]
-        if uses_triton(*given) or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+        if uses_triton(y, *weights) or (torch.is_grad_enabled() and _any_requires_grad(y, weights, biases, extras, norms)):
             return self._by_op(y, weights, biases, extras) if self.has_gradient else None
         with torch.no_grad():
             return self._by_walk(y, weights, biases, extras, norms)
@@ -177,6 +174,14 @@ class MaskedInverse:
         return invert_elementwise(net, y, self.transform)
 
 
+def _any_requires_grad(
+    y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], extras: Extras, norms: Norms | None
+) -> bool:
+    pairs = [*extras, *(pair for pair in norms or () if pair is not None)]
+    tensors = (y, *weights, *biases, *(each for pair in pairs for each in pair))
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """Of the check before the swap.
@@ -208,8 +213,9 @@ def masked_inverse(instance: nn.Module, find: Find, y: Any, context: Any) -> tup
         return None
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return None
-    plan = vars(instance).get(PLAN)
-    if plan is None or getattr(instance, "_is_replica", False):  # of nn.DataParallel
+    own = vars(instance)
+    plan = own.get(PLAN)
+    if plan is None or "_is_replica" in own:  # of nn.DataParallel
         return None
     found: MaskedInverse = plan.layout
     if not found.evidence.of(instance):
@@ -218,7 +224,7 @@ def masked_inverse(instance: nn.Module, find: Find, y: Any, context: Any) -> tup
                 found = _find_again(instance, find, found)
         except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
             return None
-        vars(instance)[PLAN] = replace(plan, layout=found)
+        own[PLAN] = replace(plan, layout=found)
     return found(y, context)
 
 
