@@ -174,7 +174,7 @@ class AutoregressiveMasks:
         return found
 
     def spec(self, extras: tuple[int, ...], *options: object) -> MaskedSpec:
-        """The MaskedSpec of these masks with a call's options, ``activation`` and on; by default those of a walk."""
+        """The MaskedSpec of these masks with a call's options, ``activation`` and on; by default a walk's."""
         flags, options = tuple(map(int, self.activated)), options or _INVERSE
         highest = len(self.cuts) // len(self.shapes) - 2
         make: Any = MaskedSpec if torch.compiler.is_compiling() else masked_spec_of  # Dynamo traces no cached class

@@ -135,7 +135,7 @@ Solve = Callable[[slice, Tensor, Tensor], None]
 
 
 def walk(net: Network, batch: int, solve: Solve) -> tuple[Tensor, Tensor]:
-    """(x [D, B], parameters [P D, B]) of the inverse, without a graph; ``solve`` inverts the transform of features."""
+    """(x [D, B], parameters [P D, B]) of the inverse, without a graph; ``solve`` inverts features."""
     spec, matrices, bases = net.spec, net.matrices, net.bases()
     new, sizes = matrices[0].new_empty, spec.sizes
     reads = [new(size, batch) for size in sizes[:-1]]
