@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .nflows import composite_of, coupling_of
+from .nflows import composite_of, coupling_of, layers_of
 
 ADAPTERS = (
     coupling_of("glasflow", "glasflow.nflows.transforms.coupling", "AffineCouplingTransform"),
@@ -10,3 +10,5 @@ ADAPTERS = (
     coupling_of("glasflow", "glasflow.transforms.coupling", "AffineCouplingTransform"),
     composite_of("glasflow"),
 )
+
+LAYERS = layers_of("glasflow")

@@ -24,6 +24,7 @@ from ..chain import chain_adapter, nets_of, per_sample, put_stubs, run_chain
 from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of
+from ..unknown import Layers
 
 _FLOOR = 1e-3
 
@@ -175,3 +176,11 @@ ADAPTERS = (
     coupling_of("nflows", "nflows.transforms.coupling", "AdditiveCouplingTransform"),
     composite_of("nflows"),
 )
+
+
+def layers_of(library: str) -> Layers:
+    others = "BatchNorm", "InverseTransform", "MultiscaleCompositeTransform", "Sigmoid"
+    return Layers(library, _COMPOSITES[library], "Transform", (*_MAPS.names, *others))
+
+
+LAYERS = layers_of("nflows")

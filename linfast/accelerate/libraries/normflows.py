@@ -34,6 +34,7 @@ from ..identity import changed_method, defined_as
 from ..launch import narrowed
 from ..mlp import find_mlp
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
+from ..unknown import Layers
 
 _TAILS = {
     "exp": Tail("interleaved", ScaleMap("exp"), lambda s: s),
@@ -238,3 +239,6 @@ _FLOW = chain_adapter(
 )
 
 ADAPTERS = (_BLOCK, _MASKED_FLOW, _FLOW)
+
+_OTHERS = "CCAffineConst", "Composite", "GlowBlock", "Reverse", "_LULinear"
+LAYERS = Layers("normflows", "normflows.flows.base", "Flow", (*_MAPS.names, *_OTHERS))
