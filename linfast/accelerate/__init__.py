@@ -7,9 +7,12 @@ from .libraries import freia, glasflow, memcnn, nflows, normflows, zuko, zuko_ma
 from .libraries.plain import register_adapter
 from .mlp import MLP, find_mlp
 from .report import Report, Row
+from .unknown import LAYERS
 
 for _library in (reference_g, reference_linear, reference_unet, freia, glasflow, memcnn, nflows, normflows, zuko):
     add(*_library.ADAPTERS)
 add(*zuko_masked.ADAPTERS)
+for _layers in (freia.LAYERS, glasflow.LAYERS, nflows.LAYERS, normflows.LAYERS, zuko.LAYERS):
+    LAYERS[_layers.library] = _layers
 
 __all__ = ["DEFECTS", "MLP", "Report", "Row", "accelerate", "find_mlp", "register_adapter", "restore"]

@@ -25,6 +25,7 @@ from .identity import (
 from .mlp import find_mlp
 from .report import Report, Row
 from .swap import Swapped, swap, swap_back
+from .unknown import unknown_layers
 from .verify import check_values, difference, kind_of
 
 DEFECTS = ("actnorm_reinit", "rk_collapse")
@@ -51,7 +52,8 @@ def accelerate(
     original class. A module is swapped only if its outputs, inverse and gradients on a small random input
     agree with the original's. Subclasses of known classes are left alone, as are modules with a patched
     method, a hook on a submodule whose call would be bypassed, lazy parameters or tensors on the meta
-    device. The returned report gives the reason. A second call starts from the originals.
+    device. The returned report gives the reason, and it counts the layers of these libraries for which linfast
+    has no formula, such as splines. A second call starts from the originals.
 
     Later changes of masks and permutations take effect; on a GPU, after a write through ``.data``, which
     torch does not count, call accelerate again. Layers with masks or permutations (zuko, nflows, glasflow,
@@ -89,10 +91,11 @@ def accelerate(
     restore(model)
     try:
         rows = _swap_all(model, Options(frozenset(keep_defects), memory, precision))
+        unknown = unknown_layers(o for _, o in _objects(model) if isinstance(o, nn.Module))
     except BaseException:
         restore(model)
         raise
-    return Report(tuple(rows), precision)
+    return Report(tuple(rows), precision, unknown)
 
 
 def restore(model: Any) -> None:

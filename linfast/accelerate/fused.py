@@ -53,11 +53,14 @@ class Maps:
     of: Mapping[str, Callable[[Any], Index | Affine | None]]
     others: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.of, *self.others)
+
     def known(self, module: nn.Module) -> bool:
         """Whether the module is of one of these classes, with unmodified methods."""
         cls = original_class(module)
-        found = cls.__qualname__ in self.of or cls.__qualname__ in self.others
-        found = found and cls.__module__.partition(".")[0] in self.library
+        found = cls.__qualname__ in self.names and cls.__module__.partition(".")[0] in self.library
         return found and changed_method(module, self.methods) is None
 
 

@@ -36,10 +36,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of one call of ``accelerate``, in the order of the model's modules, and the requested precision."""
+    """What one call of ``accelerate`` did.
+
+    Args:
+        rows: the modules of known classes, in the model's order.
+        precision: the requested precision.
+        unknown: (library and class, count), such as ("normflows Planar", 8), of the learned layers of known
+            libraries for which linfast has no formula, in the model's order. They run as before. Permutations,
+            linear maps and simple functions of each value do not count, nor do modules inside another layer and
+            classes that the library does not define.
+    """
 
     rows: tuple[Row, ...]
     precision: str | None = None
+    unknown: tuple[tuple[str, int], ...] = ()
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -52,14 +62,21 @@ class Report:
         return tuple(row for row in self.rows if not row.swapped)
 
     def __str__(self) -> str:
-        if not self.rows:
-            return "accelerate: no module of a known library was found; lf.register_adapter adds a class of yours"
-        table = [("module", "was", "runs", "why not, or notes"), *_grouped(self.rows)]
-        lines = [aligned(table, rule=True), f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"]
-        if self.precision is not None:
+        if not self.rows and not self.unknown:
+            none = "no module of a known library was found, other than simple maps"
+            return f"accelerate: {none}; lf.register_adapter adds a class of yours"
+        lines = []
+        if self.rows:
+            table = [("module", "was", "runs", "why not, or notes"), *_grouped(self.rows)]
+            swapped = f"{len(self.swapped)} of {len(self.rows)} recognised modules swapped"
+            lines += [aligned(table, rule=True), swapped]
+        if self.rows and self.precision is not None:
             reached = sum(row.takes_precision for row in self.swapped)
             rest = "the products of the others, if any, follow torch's own settings"
             lines.append(f"precision {self.precision!r} reaches {reached} of them; {rest}")
+        if self.unknown:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.unknown)
+            lines.append(f"left alone, because linfast has no formula for them: {kinds}")
         return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from ..chain import Part, chain_adapter, nets_of, part_of, per_sample, put_stubs
 from ..coupling import Members, couple, coupling_adapter
 from ..fused import Maps, listed
 from ..sides import ADDITIVE, Affine, Index, Params, Side, Split, Tail, index_of, known_map
+from ..unknown import Layers
 
 _ATAN = 0.636  # FrEIA's 2 / pi
 
@@ -262,3 +263,17 @@ _SEQUENCE = chain_adapter(
 )
 
 ADAPTERS = (*map(_block, _BLOCKS), _ALL_IN_ONE, _SEQUENCE)
+
+_OTHERS = (
+    "GraphINN",
+    "HouseholderPerm",
+    "InvAutoAct",
+    "InvAutoActFixed",
+    "InvAutoActTwoSided",
+    "InvAutoConv2D",
+    "InvAutoFC",
+    "LearnedElementwiseScaling",
+    "OrthogonalTransform",
+    "ReversibleGraphNet",
+)
+LAYERS = Layers("FrEIA", "FrEIA.modules.base", "InvertibleModule", (*_MAPS.names, *_OTHERS))

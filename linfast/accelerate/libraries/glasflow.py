@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .nflows import composite_of, coupling_of, masked_of
+from .nflows import composite_of, coupling_of, layers_of, masked_of
 
 ADAPTERS = (
     coupling_of("glasflow", "glasflow.nflows.transforms.coupling", "AffineCouplingTransform"),
@@ -11,3 +11,5 @@ ADAPTERS = (
     composite_of("glasflow"),
     *masked_of("glasflow", "glasflow.nflows"),
 )
+
+LAYERS = layers_of("glasflow")

@@ -27,6 +27,7 @@ from ..fused import Maps, listed
 from ..made import made_adapter, spline_adapter
 from ..masked import Affine as Masked
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of
+from ..unknown import Layers
 
 _FLOOR = 1e-3
 
@@ -212,3 +213,11 @@ ADAPTERS = (
     coupling_of("nflows", "nflows.transforms.coupling", "AdditiveCouplingTransform"),
     composite_of("nflows"),
 )
+
+
+def layers_of(library: str) -> Layers:
+    others = "BatchNorm", "InverseTransform", "MultiscaleCompositeTransform", "Sigmoid"
+    return Layers(library, _COMPOSITES[library], "Transform", (*_MAPS.names, *others))
+
+
+LAYERS = layers_of("nflows")

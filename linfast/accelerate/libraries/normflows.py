@@ -36,6 +36,7 @@ from ..made import made_adapter, spline_adapter
 from ..masked import Affine as Masked
 from ..mlp import find_mlp
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
+from ..unknown import Layers
 
 _TAILS = {
     "exp": Tail("interleaved", ScaleMap("exp"), lambda s: s),
@@ -261,3 +262,6 @@ _AUTOREGRESSIVE = (
 )
 
 ADAPTERS = (_BLOCK, _MASKED_FLOW, *_AUTOREGRESSIVE, _FLOW)
+
+_OTHERS = "CCAffineConst", "Composite", "GlowBlock", "Reverse", "_LULinear"
+LAYERS = Layers("normflows", "normflows.flows.base", "Flow", (*_MAPS.names, *_OTHERS))

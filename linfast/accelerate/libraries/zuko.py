@@ -29,6 +29,7 @@ from ..fused import Fused, Maps, listed
 from ..identity import PLAN, find_class, is_patched, original_class
 from ..sides import Side, Split, Tail, split_of
 from ..swap import may_replace, plan_of
+from ..unknown import Layers
 
 _SLOPE = 1e-3
 _STORED = "zuko makes a new Transform, not a module, at every call"
@@ -293,3 +294,5 @@ _CHAIN = chain_adapter(
 )
 
 ADAPTERS = (_COUPLING, _CHAIN)
+
+LAYERS = Layers("zuko", "zuko.lazy", "LazyTransform", ("LazyInverse", "UnconditionalTransform"))
