@@ -1,8 +1,9 @@
 """Removes useless work from Triton's interpreter, which is two thirds to four fifths of its time on our kernels.
 
 It checks every sum and product of int32 for overflow and, unless debugging, discards the result; it puts its
-own functions into triton.language again at every call of one @triton.jit function by another; and it computes
-the same few types, shapes and dtypes for every value.
+own functions into triton.language again at every call of one @triton.jit function by another; it computes
+the same few types, shapes and dtypes for every value; and it compares shapes as tuples of constexpr, of which it
+makes new ones for each comparison.
 
 Adds what the interpreter lacks: a tf32 product drops the low 13 bits of fp32 operands, as matrix units do.
 """
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 from triton.language import core
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 _put_in, _np_dtype_of, _make_block = interpreter._patch_lang, interpreter._get_np_dtype, core.block_type.__init__
 _exact_dot = interpreter.InterpreterBuilder.create_dot
+_broadcast, _broadcast_to = TritonSemantic.broadcast_impl_value, TritonSemantic.broadcast_impl_shape
 _done: set[Any] = set()  # in this launch: modules by id, and the parts of triton.language that they use
 _builtins: dict[Any, list[tuple[str, Any]]] = {}
 _np_dtypes: dict[str, Any] = {}
@@ -79,6 +82,34 @@ def _tensor(self: Any, handle: Any, type: Any) -> None:
     self.shape, self.numel = _shapes[type.name]
 
 
+def _sizes(value: Any) -> list[int] | None:
+    """The sizes of a block; None for a scalar."""
+    return value.type.shape.values if value.type.is_block() else None
+
+
+def _broadcast_value(self: Any, lhs: Any, rhs: Any) -> Any:
+    """Leave values of one shape as they are, and compare sizes as integers."""
+    left, right = _sizes(lhs), _sizes(rhs)
+    if left == right:
+        return lhs, rhs
+    if left is None or right is None or len(left) != len(right):
+        return _broadcast(self, lhs, rhs)
+    if any(a != b and 1 not in (a, b) for a, b in zip(left, right, strict=True)):
+        return _broadcast(self, lhs, rhs)  # which raises
+    sizes = [b if a == 1 else a for a, b in zip(left, right, strict=True)]
+    return tuple(_spread(self, value, sizes) for value in (lhs, rhs))
+
+
+def _spread(self: Any, value: Any, sizes: list[int]) -> Any:
+    if _sizes(value) == sizes:
+        return value
+    return self.tensor(self.builder.create_broadcast(value.handle, sizes), core.block_type(value.dtype, sizes))
+
+
+def _broadcast_shape(self: Any, value: Any, shape: Any) -> Any:
+    return value if _sizes(value) == list(shape) else _broadcast_to(self, value, shape)
+
+
 def _truncated(operand: Any) -> Any:
     """The operand as tf32 matrix units read it."""
     if operand.data.dtype != np.float32:
@@ -101,3 +132,4 @@ def install() -> None:
     interpreter._patch_lang, interpreter._patch_builtin = _once_a_launch, _patch_builtins
     interpreter._get_np_dtype = _np_dtype
     core.block_type.__init__, core.tensor.__init__ = _block, _tensor
+    TritonSemantic.broadcast_impl_value, TritonSemantic.broadcast_impl_shape = _broadcast_value, _broadcast_shape

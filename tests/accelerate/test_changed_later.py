@@ -63,9 +63,18 @@ def _compiled_once(run, x, c):
     return compiled
 
 
-@pytest.mark.parametrize("once", [_eager, _compiled_once], ids=lambda f: f.__name__[1:])
-@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__[1:])
-@pytest.mark.parametrize("name", MASKED)
+# Every model and every way to write, each of which torch.compile guards in one way.
+COMPILED = zip(MASKED, (_by_data, _replaced, _in_place, _by_data), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "once"),
+    [
+        *((name, write, _eager) for name in MASKED for write in WRITES),
+        *((name, write, _compiled_once) for name, write in COMPILED),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__[1:],
+)
 def test_a_mask_that_is_written_to_is_followed(name, write, once):
     kind = KINDS[name]
     original, (x, c) = Run(kind, make(kind, 0)), inputs(kind, torch.float32)

@@ -42,17 +42,19 @@ def _compiled(run):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_an_accelerated_model_compiles_whole_where_the_original_does(name):
-    """Values in both directions and all gradients."""
+    """Values in both directions and all gradients. The original is compiled only to excuse a failure."""
     kind = KINDS[name]
     original, given = Run(kind, make(kind, 0)), inputs(kind, torch.float32)
-    try:
-        expected = _values_and_gradients(_compiled(original), original, *given)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        pytest.skip(f"the original does not compile whole: {type(error).__name__}")
+    expected = _values_and_gradients(original, original, *given)
     fast = copy.deepcopy(original)
     assert lf.accelerate(fast).swapped
     eager = _values_and_gradients(fast, fast, *given)
-    compiled = _values_and_gradients(_compiled(fast), fast, *given)
+    try:
+        compiled = _values_and_gradients(_compiled(fast), fast, *given)
+    except torch._dynamo.exc.TorchDynamoException:
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+            _values_and_gradients(_compiled(original), original, *given)
+        pytest.skip("the original does not compile whole either")
     for actual, value, before in zip(compiled, eager, expected, strict=True):
         assert relative(actual, value) < 1e-5
         assert relative(actual, before) < 1e-4

@@ -11,13 +11,18 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 import linfast as lf
-from tests.marks import long
 from tests.ops.budget import Call, Outputs, assert_within_budget
 from tests.seeds import seeded
 
 Scalar = Callable[..., Tensor]
-# The direction, and whether shift or scale comes first.
-TURNS = [(True, "shift_first"), (False, "scale_first"), *long((False, "shift_first"), (True, "scale_first"))]
+_ORDERS = ("shift_first", "scale_first")
+
+
+def turned(names: Sequence[str]) -> list[tuple[str, bool, str]]:
+    """Each name in both directions and both orders of shift and scale, of which each pair comes with some name."""
+    return [
+        (name, inverse, _ORDERS[(i + inverse) % 2]) for i, name in enumerate(names) for inverse in (False, True)
+    ]
 
 
 def fixed_cotangents(*outputs: Tensor) -> list[Tensor]:

@@ -13,7 +13,6 @@ from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
 from tests.ops.checks import (
-    TURNS,
     assert_compiles_whole,
     assert_registered,
     assert_same_bits,
@@ -21,6 +20,7 @@ from tests.ops.checks import (
     fixed_cotangents,
     refuse_launches,
     second_derivatives,
+    turned,
 )
 
 SHAPES = [(9, 7), (1, 2), (0, 4), (3, 6, 5, 7), (130, 33), (2, 3, 40, 31), (3, 5000)]
@@ -42,8 +42,7 @@ def _outputs_and_gradients(scale_map: ScaleMap, **options: object):
     return call
 
 
-@pytest.mark.parametrize("kind", SCALE_MAP_KINDS)
-@pytest.mark.parametrize(("inverse", "order"), TURNS)
+@pytest.mark.parametrize(("kind", "inverse", "order"), turned(SCALE_MAP_KINDS))
 def test_every_map_order_and_direction(kind: str, inverse: bool, order: str) -> None:
     """Default bounds and floors and others, with raw values that reach the bounds."""
     for scale_map in (ScaleMap(kind), ScaleMap(kind, bound=0.5, floor=0.0), ScaleMap(kind, bound=0.9, floor=1e-3)):

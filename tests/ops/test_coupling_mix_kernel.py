@@ -15,12 +15,12 @@ from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, assert_within_budget, hostile
 from tests.ops.checks import (
-    TURNS,
     assert_registered,
     assert_same_bits,
     assert_transforms,
     fixed_cotangents,
     second_derivatives,
+    turned,
 )
 
 # Odd sizes, one row, no rows, more columns than a tile, several positions that a power of two divides.
@@ -62,8 +62,7 @@ def _last(x: Tensor) -> Tensor:
     return x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
 
 
-@pytest.mark.parametrize("kind", SCALE_MAP_KINDS)
-@pytest.mark.parametrize(("inverse", "order"), TURNS)
+@pytest.mark.parametrize(("kind", "inverse", "order"), turned(SCALE_MAP_KINDS))
 @pytest.mark.parametrize("channels", [5, *long(18)])
 def test_every_map_order_and_direction(kind: str, inverse: bool, order: str, channels: int) -> None:
     call = _outputs_and_gradients(ScaleMap(kind, floor=1e-3), inverse=inverse, order=order)
