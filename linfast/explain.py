@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from .checks import check_kind, check_tensor
 from .dispatch import why_reference
 from .flows.actnorm import ActNorm
+from .flows.autoregressive import MaskedAutoregressive
 from .flows.bijection import Bijection
 from .flows.couplings import AffineCoupling
 from .flows.flow import Flow
 from .flows.match import match
 from .flows.mix import Householder, Mix
-from .flows.segments import Folded, OneLaunch, Single
+from .flows.segments import Couplings, Folded, OneLaunch, Single
 from .kernels.stack_configs import target_of
 from .linearizer import Linearizer
 from .match import LinearizerLaunch, match_linearizer, unwrap
@@ -99,8 +100,9 @@ def _linearizer(f: Linearizer, x: Tensor, t: float | Tensor | None, context: Map
 
 def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], inverse: bool) -> Iterator[Choice]:
     g, context = unwrap(g, context)
-    if why_reference(x) is not None or not isinstance(g, Flow):
-        yield _layer(part, g, x)
+    masked = isinstance(g, Flow) and any(isinstance(layer, MaskedAutoregressive) for layer in g.bijections)
+    if not isinstance(g, Flow) or (why_reference(x) is not None and not masked):
+        yield _layer(part, g, x, inverse)
         return
     launch = match(g.bijections, x, context, inverse, False)
     if launch.why is not None:
@@ -110,7 +112,9 @@ def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], i
         if isinstance(segment, OneLaunch):
             yield _one_launch(part, segment, x)
         elif isinstance(segment, Single):
-            yield _layer(names[id(segment.layer)], segment.layer, x)
+            yield _layer(names[id(segment.layer)], segment.layer, x, inverse)
+        elif isinstance(segment, Couplings):
+            yield Choice(" + ".join(names[id(layer)] for layer in segment.layers), "torch", why="couplings in one loop")
         elif isinstance(segment, Folded):
             yield _folded(segment, names)
 
@@ -131,10 +135,14 @@ def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:
     return Choice(" + ".join(names[id(layer)] for layer in layers), op, why="folded into one map")
 
 
-def _layer(part: str, layer: nn.Module, x: Tensor) -> Choice:
+def _layer(part: str, layer: nn.Module, x: Tensor, inverse: bool = False) -> Choice:
     kind, reason = type(layer).__name__, why_reference(x)
     why, runs = kind, "torch"
-    if reason is not None:
+    if isinstance(layer, MaskedAutoregressive):
+        steps = f"{max(layer.conditioner.masks.degrees[0])} steps that together use" if inverse else "one pass uses"
+        why += f": {'' if reason is None else f'{reason}; '}{steps} every weight once"
+        runs = "masked_autoregressive" if reason is None else "torch"
+    elif reason is not None:
         why += f": {reason}"
     elif kind in _OPERATOR_OPS:
         runs = _OPERATOR_OPS[kind]

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_counts, check_dense, check_flag, check_kind, check_like
+from .checks import check_choice, check_count, check_counts, check_dense, check_flag, check_kind
 from .dispatch import cat, check_values, has_values
-from .nets import SinusoidalEmbedding, check_input, check_time_features, embed_time, zero_layer
+from .nets import SinusoidalEmbedding, check_context, check_input, check_time_features, embed_time, zero_layer
 from .ops.autoregressive_masks import AutoregressiveMasks
 from .ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_network
 from .ranges import range_
@@ -72,8 +72,11 @@ class MaskedMLP(nn.Module):
             raise ValueError(f"hidden must hold {wanted}; got {self.hidden}")
         self.time_features = check_time_features(time_features)
         self.context_features = check_count("context_features", context_features, least=0)
-        self._order = _permutation(range(self.features) if feature_order is None else feature_order, self.features)
-        self.register_buffer("feature_order", torch.tensor(self._order))
+        self._order: Sequence[int] = range(self.features)
+        if feature_order is not None:
+            self._order = _permutation(feature_order, self.features)
+        found = torch.arange(self.features) if feature_order is None else torch.tensor(self._order)
+        self.register_buffer("feature_order", found)
         widths = (self.features, self.hidden[0], *self._rest(), self.per_feature * self.features)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         zero_layer(self.layers[-1])
@@ -82,8 +85,8 @@ class MaskedMLP(nn.Module):
         self.condition = nn.Linear(given, self.hidden[0], bias=False) if given else None
         self._masks: AutoregressiveMasks | None = None
         self.register_load_state_dict_post_hook(_follow)
-        if not self.feature_order.is_meta:
-            _follow(self)
+        if not found.is_meta:
+            self._masks = self._make_masks()  # now: torch.compile cannot trace it
 
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The parameters [B, per_feature D] for x [B, D]: those of feature 0, then of feature 1, and so on."""
@@ -94,7 +97,7 @@ class MaskedMLP(nn.Module):
     @property
     def masks(self) -> AutoregressiveMasks:
         """The masks of the layers, with the degrees of their units."""
-        if self._masks is None:  # not made by a constructor on the meta device, where networks may be of any size
+        if self._masks is None:  # not made yet by a constructor on the meta device, where a network may be huge
             self._masks = self._make_masks()
         return self._masks
 
@@ -108,13 +111,7 @@ class MaskedMLP(nn.Module):
         check_input("MaskedMLP", x, self.layers)
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"MaskedMLP: x must be [B, {self.features}]; got {tuple(x.shape)}")
-        if (context is None) != (self.context_features == 0):
-            raise ValueError(f"MaskedMLP has context_features={self.context_features}; got context={context!r}")
-        if context is not None:
-            check_like("MaskedMLP", "context", context, x)
-            if context.shape != (x.shape[0], self.context_features):
-                wanted = f"[{x.shape[0]}, {self.context_features}]"
-                raise ValueError(f"context must be {wanted} for x {tuple(x.shape)}; got {tuple(context.shape)}")
+        check_context("MaskedMLP", context, x, self.context_features)
         given = [part for part in (embed_time(self.embedding, t, x, "MaskedMLP"), context) if part is not None]
         term = None if self.condition is None else self.condition(cat(given, dim=-1))
         return ((term, None), *((None, None),) * (len(self.layers) - 2))
@@ -140,10 +137,10 @@ class MaskedMLP(nn.Module):
 
 
 def _follow(net: MaskedMLP, _: object = None) -> None:
-    """Make the masks for the buffer ``feature_order``, now: torch.compile cannot trace that."""
+    """After load_state_dict: make the masks for the buffer ``feature_order``."""
     if has_values(net.feature_order):
         order = _permutation(net.feature_order, net.features)
-        if order != net._order:
+        if order != tuple(net._order):
             net._order, net._masks = order, None
     _ = net.masks
 

@@ -100,6 +100,17 @@ def embed_time(
     return None if embedding is None or times is None else embedding(times.expand(like.shape[0]))
 
 
+def check_context(kind: str, context: Any, x: Tensor, features: int) -> None:
+    """Raise unless the context is [B, features] and like x [B, ...], or None where ``features`` is 0."""
+    if (context is None) != (features == 0):
+        raise ValueError(f"{kind} has context_features={features}; got context={context!r}")
+    if context is not None:
+        check_like(kind, "context", context, x)
+        if context.shape != (x.shape[0], features):
+            wanted = f"[{x.shape[0]}, {features}]"
+            raise ValueError(f"context must be {wanted} for x {tuple(x.shape)}; got {tuple(context.shape)}")
+
+
 class MLP(nn.Module):
     """Linear layers with activations between them: [B, n_in] -> [B, n_out].
 
@@ -169,13 +180,7 @@ class MLP(nn.Module):
         check_input("MLP", x, self.layers)
         if x.ndim != 2 or x.shape[-1] != self.n_in:
             raise ValueError(f"MLP: x must be [B, {self.n_in}]; got {tuple(x.shape)}")
-        if (context is None) != (self.context_features == 0):
-            raise ValueError(f"MLP has context_features={self.context_features}; got context={context!r}")
-        if context is not None:
-            check_like("MLP", "context", context, x)
-            if context.shape != (x.shape[0], self.context_features):
-                wanted = f"[{x.shape[0]}, {self.context_features}]"
-                raise ValueError(f"context must be {wanted} for x {tuple(x.shape)}; got {tuple(context.shape)}")
+        check_context("MLP", context, x, self.context_features)
         time = embed_time(self.embedding, t, x, "MLP")
         return [part for part in (x, time, context) if part is not None]
 

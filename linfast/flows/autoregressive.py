@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import check_choice, check_kind
-from ..freeze import is_frozen, derived
+from ..dispatch import uses_triton
+from ..freeze import derived
 from ..masked_net import MaskedMLP
 from ..ops.affine_coupling import ORDERS
 from ..ops.masked_autoregressive import masked_autoregressive
@@ -25,8 +26,8 @@ class MaskedAutoregressive(Bijection):
     """y_i = x_i e^{s_i} + t_i, or (x_i + t_i) e^{s_i}, with (t_i, s_i) from the features before i; x [B, D].
 
     Args:
-        conditioner: a MaskedMLP, whose ``feature_order`` says which features come before which. Context keywords are
-            passed on to it.
+        conditioner: a MaskedMLP, whose ``feature_order`` says which features come before which. Its weights, masks
+            and inputs ``t`` and ``context`` are read; its forward and its hooks do not run.
         scale_map: a ScaleMap or a kind's name, for a conditioner with two parameters per feature; None for one with
             one, and y = x + t.
         order: "scale_first" x e^s + t; "shift_first" (x + t) e^s.
@@ -57,12 +58,16 @@ class MaskedAutoregressive(Bijection):
         self.conditioner, self.scale_map, self.order = conditioner, scale_map, order
         self.features = conditioner.features
 
+    @property
+    def widths(self) -> list[int]:
+        """The number of values per row of each layer of the conditioner."""
+        return [n_out for n_out, _ in self.conditioner.masks.shapes]
+
     def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         net = self.conditioner
         extras, weights, biases = net.extras(x, **context), *net.tensors()
-        packed = None
-        if inverse and is_frozen(self):
-            packed = derived(self, "packed", lambda: net.masks.pack(weights, biases))
+        packs = inverse or uses_triton(x, *weights)  # elsewhere the weights are masked as they are
+        packed = derived(self, "packed", lambda: net.masks.pack(weights, biases)) if packs else None
         return masked_autoregressive(
             x, net.masks, weights, biases, activation=net.activation, scale_map=self.scale_map, order=self.order,
             extras=extras, inverse=inverse, log_det=log_det, packed=packed,

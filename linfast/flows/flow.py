@@ -8,6 +8,8 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_count, check_counts, check_kind
+from ..dispatch import uses_triton
+from .autoregressive import MaskedAutoregressive
 from .bijection import Bijection, constant_log_det, run
 from .drift import DriftGuard
 from .match import match
@@ -24,7 +26,8 @@ class Flow(Bijection):
         shape: sample shape of x where it is fixed, such as (C, H, W).
         memory: what is stored for the backward. "store": every activation. "invert": only x and z; activations
             are rebuilt by inverting, which takes time, and memory does not grow with depth (for exceptions see
-            ``linfast.flows.reversible``). "auto": "invert" where storing would take more than a GiB. Where a layer
+            ``linfast.flows.reversible``). "auto": "invert" where storing would take more than a GiB, in a flow with
+            masked autoregressive layers, which are slower to invert, more than 8 GiB. Where a layer
             reads a tensor from outside (from a closure or a global) that needs a gradient, "auto" stores its
             activations and warns once, and "invert" raises RuntimeError. "auto" also stores those of a layer that
             caches tensors computed from its parameters. Where activations are rebuilt, z must not be
@@ -56,7 +59,7 @@ class Flow(Bijection):
         self.features, self._features_out = _chain(bijections, features)
         self.bijections = nn.ModuleList(bijections)
         self.shape = None if shape is None else check_counts("shape", shape)
-        self._stored = stored_tensors(self.bijections)
+        self._stored = stored_tensors(self.bijections), stored_tensors(self.bijections, walks=True)
         self._guard = DriftGuard()
 
     @property
@@ -67,7 +70,9 @@ class Flow(Bijection):
         if not len(self.bijections):
             return x, constant_log_det(x) if log_det else None
         launch = match(self.bijections, x, context, inverse, log_det)
-        rebuilds = launch.why is not None and inverts(self.memory, x, self._stored)
+        walks = self._stored[1] < self._stored[0]
+        stored = self._stored[inverse or uses_triton(x)]
+        rebuilds = launch.why is not None and inverts(self.memory, x, stored, walks)
         return launch(x, context, inverse, log_det, self._reversibly if rebuilds else None)
 
     def _reversibly(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
@@ -90,14 +95,16 @@ def _chain(bijections: Iterable[Bijection], features: int | None) -> tuple[int |
     return first, current
 
 
-def stored_tensors(bijections: Iterable[nn.Module]) -> float:
+def stored_tensors(bijections: Iterable[nn.Module], walks: bool = False) -> float:
     """About how many tensors of the input's size autograd keeps for these bijections.
 
-    Each layer keeps 4 of its own width, and 2 of the output width of each of its weights.
+    Each layer keeps 4 of its own width, and 2 of the output width of each of its weights. ``walks``: masked
+    autoregressive layers run as an op that keeps its input and output alone, as their inverses and kernels do.
     """
     total = 0.0
     for bijection in bijections:
-        widths = sum(parameter.shape[0] for parameter in bijection.parameters() if parameter.ndim > 1)
+        own = () if walks and isinstance(bijection, MaskedAutoregressive) else bijection.parameters()
+        widths = sum(parameter.shape[0] for parameter in own if parameter.ndim > 1)
         total += 4 + 2 * widths / (getattr(bijection, "features", None) or 1)
     return total
 

@@ -33,6 +33,7 @@ from ..ops.stack_weights import PackedStack, StackWeights, pack_stacks
 from ..precision import half_dtype, resolve_precision
 from ..rows import by_rows, rows_at_once
 from ..scale_maps import ScaleMap, log_scale_function
+from .autoregressive import MaskedAutoregressive
 from .couplings import AffineCoupling
 from .remembered import recall, remember
 from .segments import Couplings, Folded, OneLaunch, Segment, Single
@@ -61,7 +62,7 @@ class Launch:
             run: called in place of the segments; it must compute the same.
         """
         run = self._run if run is None else run
-        rows = None if self.why is None else rows_at_once(x, self.widths)
+        rows = None if self.why is None else rows_at_once(x, lambda: self.widths(inverse))
         if rows is None:
             return run(x, context, inverse, log_det)
         return by_rows(lambda part: run(part, context, inverse, log_det), x, rows)
@@ -73,12 +74,18 @@ class Launch:
             total = part if total is None or part is None else total + part
         return x, total
 
-    def widths(self) -> list[int | None]:
-        """The number of values per row of each layer; None for a layer whose rows may depend on each other."""
+    def widths(self, inverse: bool) -> list[int | None]:
+        """The number of values per row of each layer; None for a layer that is given the whole batch.
+
+        Its rows may depend on each other, or it is the inverse of a masked autoregressive transform: a walk of many
+        small products, which takes 1.7 to 5 times as long in parts that fit the cache.
+        """
         found: list[int | None] = []
         for segment in self.segments:
             if isinstance(segment, Couplings):
                 found += [segment.features, *[w.shape[0] for c in segment.couplings for w in c.weights]]
+            elif isinstance(segment, Single) and is_plain(segment.layer, (MaskedAutoregressive,)) and not inverse:
+                found += segment.layer.widths
             elif not (isinstance(segment, Single) and is_linear(segment.layer)):
                 found.append(None)
         return found

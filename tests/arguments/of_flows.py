@@ -40,6 +40,34 @@ FLOWS: dict[str, Good] = {
         {"x": "B N", "context": "B C"},
     ),
     "MLP.folded": method(lambda: lf.MLP(2, 4, (4,), time_features=4), "folded", t=0.5),
+    "MaskedMLP": Good(
+        lambda: (
+            lf.MaskedMLP,
+            {
+                "features": 3, "per_feature": 2, "hidden": (4, 4), "activation": "relu", "residual": False,
+                "time_features": 0, "context_features": 0, "feature_order": torch.tensor([2, 0, 1]),
+            },
+        ),
+        {"feature_order": "C"},
+        allowed={"feature_order": {"it as a list"}},
+    ),
+    **{
+        f"MaskedMLP.{name}": Good(
+            lambda name=name: (
+                getattr(lf.MaskedMLP(2, 2, (4,), time_features=4, context_features=3), name),
+                {"x": x(3, 2), "t": 0.5, "context": x(3, 3)},
+            ),
+            {"x": "B N", "context": "B C"},
+        )
+        for name in ("forward", "extras")
+    },
+    "MaskedAutoregressive": made(
+        lf.MaskedAutoregressive, conditioner=lf.MaskedMLP(3, 2, (4,)), scale_map="smooth", order="scale_first"
+    ),
+    "autoregressive_flow": made(
+        lf.autoregressive_flow, features=4, depth=2, hidden=(4, 4), residual=True, feature_order="random",
+        context_features=0, **{k: v for k, v in FLOW.items() if k != "coupling"} | {"order": "scale_first"},
+    ),
     "ConvNet": made(lf.ConvNet, channels_in=2, channels_out=4, width=4, activation="silu", time_features=0),
     "ConvNet.forward": method(
         lambda: lf.ConvNet(2, 4, 4, time_features=4), "__call__", {"x": "b C h w"}, x=x(2, 2, 3, 3), t=0.5

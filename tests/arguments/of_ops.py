@@ -47,7 +47,33 @@ def coupling(name: str) -> Good:
     return Good(make, {"x": "B C P", "params": "B C P", "weight": "O C", "bias": "O"}, "x")
 
 
+MASKS = ([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0, 0.0]] * 2 + [[1.0, 1.0, 1.0]] * 2)
+
+
+def masks() -> list[torch.Tensor]:
+    """Those of 2 features with 3 hidden units."""
+    return [torch.tensor(mask) for mask in MASKS]
+
+
 OPS: dict[str, Good] = {
+    "AutoregressiveMasks": Good(
+        lambda: (
+            ops.AutoregressiveMasks,
+            {"masks": masks(), "per_feature": 2, "activated": [True], "adds": [0], "raw_first": False},
+        )
+    ),
+    "masked_autoregressive": Good(
+        lambda: (
+            ops.masked_autoregressive,
+            {
+                "x": x(4, 2), "masks": ops.AutoregressiveMasks(masks()), "weights": [x(3, 2), x(4, 3)],
+                "biases": [x(3), None], "activation": "elu", "scale_map": lf.ScaleMap(), "order": "scale_first",
+                "extras": [(x(4, 3), None)], "inverse": True, "log_det": True, "precision": None, "packed": None,
+            },
+        ),
+        {"x": "B D"},
+        "x",
+    ),
     "affine_coupling": coupling("affine_coupling"),
     "coupling_mix": coupling("coupling_mix"),
     "channel_mix": Good(
