@@ -146,7 +146,9 @@ def _context_of(net: Any) -> int | None:
 
 def _find(instance: Any, where: str, read: Read, methods: Sequence[str]) -> MaskedInverse:
     """What the instance is; raises Unfit."""
-    net = instance.autoregressive_net
+    net, changed = instance.autoregressive_net, changed_method(instance, methods)
+    if changed is not None:
+        raise Unfit(f"its {changed} was replaced: not the library's own")
     _check_modules(net, where)
     layers, activation = _layers_of(net, where)
     text, transform, assumed = read(instance)

@@ -138,7 +138,9 @@ class MaskedInverse:
         if extras is None or y.dtype != weights[0].dtype or y.device != weights[0].device:
             return None
         norms = None if self.norms is None else self.norms()
-        if uses_triton(y, *weights) or (torch.is_grad_enabled() and _any_requires_grad(y, weights, biases, extras, norms)):
+        if uses_triton(y, *weights) or (
+            torch.is_grad_enabled() and _any_requires_grad(y, weights, biases, extras, norms)
+        ):
             return self._by_op(y, weights, biases, extras) if self.has_gradient else None
         with torch.no_grad():
             return self._by_walk(y, weights, biases, extras, norms)

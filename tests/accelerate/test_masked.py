@@ -19,6 +19,7 @@ from .test_libraries import assert_accurate, assert_close, outputs, relative
 from .test_usable import OPERATIONS, Run, _attempt
 from .zoo import AUTOREGRESSIVE, CONTEXT, FEATURES, inputs, make, require
 
+
 # The interpreted kernel of the op would run here; tests/ops compares it.
 @pytest.fixture(autouse=True)
 def _on_a_cpu() -> Iterator[None]:
@@ -26,21 +27,37 @@ def _on_a_cpu() -> Iterator[None]:
         yield
 
 
-DISTINCT = ("nflows", "nflows residual", "glasflow own scale", "normflows residual", "normflows spline")
+DISTINCT = ("nflows", "nflows residual", "glasflow own scale", "normflows residual", "normflows circular spline")
+
+
+class Walks(list):
+    """The MaskedInverse of each walk, except of those in the check of accelerate."""
+
+    checking = False
 
 
 @pytest.fixture
 def walks(monkeypatch):
-    """A list with one entry for each walk."""
-    found = []
-    walk = masked.MaskedInverse._by_walk
+    found, walk, check = Walks(), masked.MaskedInverse._by_walk, CHECK["difference"]
 
     def counted(self, *arguments):
-        found.append(self)
+        if not found.checking:
+            found.append(self)
         return walk(self, *arguments)
 
+    def uncounted(*arguments):
+        found.checking = True
+        try:
+            return check(*arguments)
+        finally:
+            found.checking = False
+
     monkeypatch.setattr(masked.MaskedInverse, "_by_walk", counted)
+    monkeypatch.setitem(CHECK, "difference", uncounted)
     return found
+
+
+CHECK = lf.accelerate.__globals__
 
 
 def two(name, seed=0):
@@ -76,6 +93,14 @@ def same(fast, model, x, c=None, tolerance=1e-12):
             assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
+def assert_as_accurate(actual, before, truth):
+    """Within 128 roundings, or as far from the truth as the library's own result, which may be the same code."""
+    for ours, theirs, exact in zip(actual, before, truth, strict=True):
+        size, units = exact.norm().clamp(min=1.0), 128 * 2**-24
+        error, allowed = (float((value - exact).norm() / size) for value in (ours, theirs))
+        assert error <= max(allowed, units)
+
+
 @pytest.mark.parametrize("name", AUTOREGRESSIVE)
 def test_values_and_gradients_are_kept(name, walks):
     """Of one model: before accelerate, accelerated, in float64, without a gradient, and restored."""
@@ -84,7 +109,7 @@ def test_values_and_gradients_are_kept(name, walks):
     exact = copy.deepcopy(model).double()
     truth = outputs(kind, exact, torch.float64)
     before = outputs(kind, model, torch.float32)
-    assert_accurate(outputs(kind, fast, torch.float32), truth)
+    assert_as_accurate(outputs(kind, fast, torch.float32), before, truth)
     assert_close(outputs(kind, copy.deepcopy(fast).double(), torch.float64), truth, 1e-12)
     assert not [walk for walk in walks if walk is vars(swapped_of(fast))["_linfast_plan"].layout]
     with torch.no_grad():
@@ -217,8 +242,8 @@ def test_masks_that_were_edited_before_are_compared_or_left():
 
 def test_two_of_one_class_with_other_masks_are_both_compared(monkeypatch):
     compared = []
-    check = lf.accelerate.__globals__["difference"]
-    monkeypatch.setitem(lf.accelerate.__globals__, "difference", lambda *a: compared.append(1) or check(*a))
+    check = CHECK["difference"]
+    monkeypatch.setitem(CHECK, "difference", lambda *a: compared.append(1) or check(*a))
     (one, _), (two, _), (three, _) = affine(), affine(), affine()
     three.autoregressive_net.final_layer.mask[3] = 0
     compared.clear()
