@@ -125,7 +125,7 @@ def test_values_and_gradients_are_kept(name, walks):
 @pytest.mark.parametrize("name", DISTINCT)
 def test_weights_are_loaded_cast_copied_and_pickled(name, walks):
     kind = AUTOREGRESSIVE[name]
-    model, fast = two(name)
+    _, fast = two(name)
     other = make(kind, 1)
     fast.load_state_dict(other.state_dict())
     x, c = (t.detach() for t in inputs(kind, torch.float64))
@@ -221,6 +221,11 @@ def test_masks_that_are_edited_later_are_followed(write, walks):
         write(each.autoregressive_net.initial_layer, "mask", 0 * each.autoregressive_net.initial_layer.mask)
     same(fast, model, x)
     assert len(walks) == 3
+    for each in (model, fast):  # half a weight
+        linear = each.autoregressive_net.final_layer
+        write(linear, "mask", linear.mask / 2)
+    same(fast, model, x)
+    assert len(walks) == 3
     for each in (model, fast):  # no order
         linear = each.autoregressive_net.initial_layer
         write(linear, "mask", linear.mask + 1)
@@ -260,7 +265,8 @@ def _parametrize(module):
 
 
 def _replace_forward(module):
-    module.forward = lambda x, of=type(module).forward: of(module, x) + 1
+    forward = module.forward
+    module.forward = lambda x: forward(x) + 1
 
 
 @pytest.mark.parametrize("change", [_hook, _parametrize, _replace_forward], ids=lambda f: f.__name__[1:])
@@ -363,6 +369,9 @@ def test_other_networks_are_left_alone():
     (row,) = lf.accelerate(circular).left
     assert row.note == "its MADE has a PeriodicFeaturesElementwise"
     model, _ = affine()
+    model.autoregressive_net.final_layer.mask.mul_(0.5)
+    (row,) = lf.accelerate(model).left
+    assert row.note == "its masks have other values than 0 and 1"
     model.autoregressive_net.blocks[0].dropout = nn.AlphaDropout(0.5)
     (row,) = lf.accelerate(model).left
     assert row.note == "its MADE has a AlphaDropout"
