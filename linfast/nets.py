@@ -141,7 +141,7 @@ class MLP(nn.Module):
         widths = (self.n_in + time_features + context_features, *self.hidden, self.n_out)
         self.layers = nn.ModuleList(nn.Linear(a, b, bias=bias) for a, b in pairwise(widths))
         if zero_last:
-            _zero(self.layers[-1])
+            zero_layer(self.layers[-1])
 
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, n_out] for x [B, n_in]."""
@@ -217,7 +217,7 @@ class ConvNet(nn.Module):
         )
         self.embedding = SinusoidalEmbedding(time_features) if time_features else None
         self.time_shift = nn.Linear(time_features, width) if time_features else None
-        _zero(self.layers[-1])
+        zero_layer(self.layers[-1])
 
     def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
@@ -233,6 +233,7 @@ class ConvNet(nn.Module):
             return self.layers[2](activate(self.layers[1](activate(h))))
 
 
-def _zero(layer: nn.Module) -> None:
+def zero_layer(layer: nn.Module) -> None:
+    """Set all parameters of the layer to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)

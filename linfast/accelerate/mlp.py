@@ -38,7 +38,10 @@ _FUNCTIONS: dict[Any, str] = {
     F.silu: "silu",
     torch.tanh: "tanh",
     torch.sigmoid: "sigmoid",
+    F.elu: "elu",
+    F.gelu: "gelu",
 }
+_DEFAULTS: dict[str, tuple[float | str, ...]] = {"elu": (1.0,), "gelu": ("none",)}
 
 Part = Callable[[Tensor], Tensor]
 
@@ -79,11 +82,17 @@ def find_mlp(module: object) -> MLP | None:
     parts = _parts(module)
     if parts is None or len(parts) % 2 == 0:
         return None
-    layers, activations = [_layer(part) for part in parts[::2]], {_activation(part) for part in parts[1::2]}
+    layers, activations = [_layer(part) for part in parts[::2]], {activation_of(part) for part in parts[1::2]}
     if any(layer is None for layer in layers) or None in activations or len(activations) > 1:
         return None
     name, constants = activations.pop() if activations else ("none", ())  # type: ignore[misc]
     return MLP(tuple(layer for layer in layers if layer is not None), name, constants, tuple(parts))
+
+
+def name_of_activation(part: Any) -> str | None:
+    """The name of an activation, a function or a module, that has its default constants; else None."""
+    found = activation_of(part)
+    return found[0] if found is not None and found[1] in ((), _DEFAULTS.get(found[0])) else None
 
 
 def _parts(module: object) -> list[Any] | None:
@@ -195,7 +204,7 @@ def _layer(part: Any) -> tuple[Tensor, Tensor | None] | None:
     return weight, bias if isinstance(bias, Tensor) else None
 
 
-def _activation(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
+def activation_of(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
     if not isinstance(part, nn.Module):
         function = _FUNCTIONS.get(part) if callable(part) else None
         return None if function is None else (function, ())

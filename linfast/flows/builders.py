@@ -1,23 +1,27 @@
-"""coupling_flow and image_flow: stacks of couplings with sound defaults.
+"""coupling_flow, image_flow and autoregressive_flow: stacks of layers with sound defaults.
 
 By default couplings move the first and the second half in turn; log-scales are smooth
 with |log_s| < c = min(2, 4 / depth), so that for an even depth their sum over the couplings
-of each half is within +-2 for any weights; no initialisation depends on data.
+of each half is within +-2 for any weights, and within +-4 in autoregressive_flow, whose layers
+move every feature; no initialisation depends on data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..checks import check_choice, check_count, check_counts, check_flag, check_kind
+from ..masked_net import MaskedMLP
 from ..nets import MLP, ConvNet
 from ..ops.affine_coupling import HALVES, ORDERS, split_sizes
 from ..scale_maps import ScaleMap
 from .actnorm import ActNorm
+from .autoregressive import MaskedAutoregressive
 from .bijection import Bijection, Inverse
 from .couplings import AdditiveCoupling, AffineCoupling
 from .flow import Flow
@@ -69,7 +73,55 @@ def coupling_flow(
     make = partial(
         MLP, hidden=hidden, activation=activation, time_features=time_features, context_features=context_features
     )
-    layers = _stack(features, depth, make, coupling, scale_map, order, actnorm, mix, mix_every=1)
+    couplings = _couplings(features, depth, make, coupling, scale_map, order)
+    layers = _between(features, couplings, actnorm, mix, mix_every=1)
+    return Flow(layers, features=features, shape=(features,), memory=memory)
+
+
+def autoregressive_flow(
+    features: int,
+    depth: int = 5,
+    hidden: Sequence[int] = (64, 64),
+    activation: str = "relu",
+    *,
+    residual: bool = False,
+    feature_order: str = "reverse",
+    scale_map: ScaleMap | str | None = None,
+    order: str = "scale_first",
+    actnorm: bool = False,
+    mix: str | None = None,
+    time_features: int = 0,
+    context_features: int = 0,
+    memory: str = "auto",
+) -> Flow:
+    """A flow on vectors [B, features]: ``depth`` MaskedAutoregressive layers, each conditioned by a MaskedMLP.
+
+    Args:
+        features: D, at least 1.
+        depth: number of layers.
+        hidden, activation, residual: of the conditioners.
+        feature_order: "reverse": 0 .. D - 1 and D - 1 .. 0 in turn; "random": a random order in each layer, from
+            torch's generator of the CPU.
+        scale_map: by default smooth with c = min(2, 4 / depth), as in ``coupling_flow``.
+        order: "scale_first" x e^s + t, or "shift_first" (x + t) e^s.
+        actnorm, mix, time_features, context_features, memory: as in ``coupling_flow``.
+
+    Raises:
+        ValueError: an option that is not listed here, or widths that ``MaskedMLP`` refuses.
+    """
+    features, depth = check_count("features", features), check_count("depth", depth)
+    check_choice("feature_order", feature_order, ("reverse", "random"))
+    check_choice("order", order, ORDERS)
+    scale_map = ScaleMap("smooth", bound=min(2.0, 4.0 / depth)) if scale_map is None else scale_map
+    layers = []
+    for i in range(depth):
+        if feature_order == "random":
+            first_to_last = torch.randperm(features, device="cpu").tolist()
+        else:
+            first_to_last = range(features)[:: -1 if i % 2 else 1]
+        net = MaskedMLP(features, 2, hidden, activation, residual, time_features, context_features, first_to_last)
+        layers.append(MaskedAutoregressive(net, scale_map, order))
+    layers = _between(features, layers, actnorm, mix, mix_every=1)
     return Flow(layers, features=features, shape=(features,), memory=memory)
 
 
@@ -124,7 +176,8 @@ def image_flow(
     features = 4 * channels if squeeze else channels
     seen = (height // 2, wide // 2) if squeeze else (height, wide)
     make = _image_conditioner(conditioner, seen, width, activation, time_features, unet_options)
-    layers = _stack(features, depth, make, coupling, scale_map, order, actnorm, mix, mix_every=2)
+    couplings = _couplings(features, depth, make, coupling, scale_map, order)
+    layers = _between(features, couplings, actnorm, mix, mix_every=2)
     if squeeze:
         layers = [Squeeze(channels), *layers, Inverse(Squeeze(channels))]
     return Flow(layers, features=channels, shape=(channels, height, wide), memory=memory)
@@ -165,35 +218,38 @@ def _image_conditioner(
     return unet
 
 
-def _stack(
+def _couplings(
     features: int,
     depth: int,
     conditioner: Callable[[int, int], nn.Module],
     coupling: str,
     scale_map: ScaleMap | str | None,
     order: str,
-    actnorm: bool,
-    mix: str | None,
-    mix_every: int,
-) -> list[Bijection]:
+) -> Iterator[Bijection]:
     depth = check_count("depth", depth)
     check_choice("coupling", coupling, ("affine", "additive"))
     check_choice("order", order, ORDERS)
-    check_flag("actnorm", actnorm)
-    if mix is not None:
-        check_choice("mix", mix, tuple(_MIXES))
     if scale_map is None:
         scale_map = ScaleMap("smooth", bound=min(2.0, 4.0 / depth))
-    layers: list[Bijection] = []
     for i in range(depth):
         moves = HALVES[i % 2]
         moved, kept = split_sizes(features) if moves == "first" else split_sizes(features)[::-1]
-        if actnorm:
-            layers.append(ActNorm(features))
         if coupling == "affine":
-            layers.append(AffineCoupling(conditioner(kept, 2 * moved), features, moves, scale_map, order))
+            yield AffineCoupling(conditioner(kept, 2 * moved), features, moves, scale_map, order)
         else:
-            layers.append(AdditiveCoupling(conditioner(kept, moved), features, moves))
+            yield AdditiveCoupling(conditioner(kept, moved), features, moves)
+
+
+def _between(
+    features: int, main: Iterable[Bijection], actnorm: bool, mix: str | None, mix_every: int
+) -> list[Bijection]:
+    """The layers with an ActNorm before each and a mix after every ``mix_every`` of them."""
+    check_flag("actnorm", actnorm)
+    if mix is not None:
+        check_choice("mix", mix, tuple(_MIXES))
+    layers: list[Bijection] = []
+    for i, layer in enumerate(main):
+        layers += [ActNorm(features), layer] if actnorm else [layer]
         if mix is not None and (i + 1) % mix_every == 0:
             layers.append(_MIXES[mix](features))
     return layers

@@ -9,16 +9,21 @@ those that let several features have one degree.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_count, check_kind
+from ..dispatch import has_values
 from ..kernels.masked_spec import GATE, TERM, MaskedSpec, masked_spec_of, padded
 
 _SEQUENCES = (list, tuple)
+Array = np.ndarray[Any, Any]
+_INVERSE = (0, 0, 1.0, 0.0, True, True, "exact")  # a spec's options in a walk, which reads none of them
 
 
 class AutoregressiveMasks:
@@ -39,6 +44,7 @@ class AutoregressiveMasks:
     Attributes:
         features: D.
         degrees: for each layer from 0 to n - 1 the degrees of its units, a list of integers.
+        order: the features in the order of their degrees.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -65,33 +71,31 @@ class AutoregressiveMasks:
         for i, source in enumerate(self.adds):
             if source and not (0 < source <= i and self.shapes[source - 1][0] == self.shapes[i][0]):
                 raise ValueError(f"adds[{i}] must be 0 or an earlier hidden layer of equal size; got {source}")
+        self._copies: dict[tuple[Hashable, ...], list[Tensor]] = {}
         kept = [mask.detach().cpu() != 0 for mask in masks]
-        self.degrees = [list(map(int, layer)) for layer in _degrees(kept, per_feature, self.adds)]
+        with torch.device("cpu"):  # whatever the default device
+            self._find_degrees(kept)
+            self._make_tables(kept)
+
+    def __deepcopy__(self, memo: object) -> AutoregressiveMasks:
+        return self  # nothing in it changes
+
+    def _find_degrees(self, kept: Sequence[Tensor]) -> None:
+        """The degrees of all units, their orders, and the cuts of a MaskedSpec."""
+        self.degrees = [layer.tolist() for layer in _degrees(kept, self.per_feature, self.adds)]
         self._orders = [torch.tensor(layer).argsort(stable=True) for layer in self.degrees]
+        self.order = tuple(self._orders[0].tolist())
         highest = max(self.degrees[0])
-        for i in range(1, len(masks)):  # units of the highest degree reach no parameter
+        for i in range(1, len(kept)):  # units of the highest degree reach no parameter
             layer = torch.tensor(self.degrees[i])
             self._orders[i] = self._orders[i][: int((layer < highest).sum())]
         steps = range(highest + 2)
         self.cuts = tuple([sum(k < step for k in layer) if i == 0 else sum(k < min(step, highest) for k in layer)
                            for i, layer in enumerate(self.degrees) for step in steps])  # fmt: skip
-        self._masks: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self._extra_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        self._kept, self._order = kept, tuple(self._orders[0].tolist())
-        self._make_tables(kept)
 
     def masks(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """The masks of layers 1 .. n as numbers 1 and 0, copied once to each device."""
-        if (device, dtype) not in self._masks:
-            with torch.inference_mode(False):  # they are used outside too
-                self._masks[device, dtype] = [mask.to(device, dtype) for mask in self._kept]
-        return self._masks[device, dtype]
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """The features in the order of their degrees."""
-        return self._order
+        return self._on_device(device, "masks", lambda: self._kept, dtype)
 
     def _make_tables(self, masks: Sequence[Tensor]) -> None:
         """For every packed weight its index among all weights and biases in turn, and 1 or, where masked, 0."""
@@ -107,15 +111,14 @@ class AutoregressiveMasks:
             at += n_out * n_in
             of_biases.append(at + out)
             at += n_out
-        self._index = torch.cat([*index, *of_biases])
-        self._used = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
+        of_all = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
+        self._tables = [torch.cat([*index, *of_biases]).numpy(), of_all.numpy()]
+        self._kept, self._sorted_units = [[t.numpy() for t in each] for each in (masks, self._orders[1:])]
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(index, used) on the device, copied once."""
-        if device not in self._tables:
-            with torch.inference_mode(False):  # they are used outside too
-                self._tables[device] = self._index.to(device), self._used.to(device)
-        return self._tables[device]
+        index, used = self._on_device(device, "tables", lambda: self._tables)
+        return index, used
 
     def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         """The packed weights of linfast.kernels.masked_spec, differentiable; a masked weight is 0."""
@@ -135,22 +138,47 @@ class AutoregressiveMasks:
         given = [each for pair in extras for each in pair if each is not None]
         if not given:
             return None, kinds
-        key = (given[0].device, kinds)
-        if key not in self._extra_tables:
-            at, index = 0, []
-            for order, (n_out, _), kind in zip(self._orders[1:], self.shapes, kinds, strict=False):
-                for _ in range(kind.bit_count()):
-                    index.append(at + order)
-                    at += n_out
-            with torch.inference_mode(False):
-                self._extra_tables[key] = torch.cat(index).to(key[0])
-        return torch.cat(given, 1).index_select(1, self._extra_tables[key]), kinds
+        (index,) = self._on_device(given[0].device, kinds, lambda: [self._extras_index(kinds)])
+        return torch.cat(given, 1).index_select(1, index), kinds
+
+    def _extras_index(self, kinds: tuple[int, ...]) -> Array:
+        """The columns of all terms and gates in turn, in the order of the degrees."""
+        at, index = 0, []
+        for units, (n_out, _), kind in zip(self._sorted_units, self.shapes, kinds, strict=False):
+            for _ in range(kind.bit_count()):
+                index.append(at + units)
+                at += n_out
+        return np.concatenate(index)
+
+    def _on_device(
+        self, device: torch.device, key: Hashable, make: Callable[[], list[Array]], dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
+        """The arrays that ``make`` returns as tensors, copied once to each device.
+
+        They are arrays because torch's FakeTensorMode takes no tensor that was made outside it.
+        """
+        place = (device, dtype, key)
+        if place not in self._copies:
+            with torch.inference_mode(False):  # they are used outside too
+                found = [torch.from_numpy(array).to(device, dtype) for array in make()]
+            if not all(map(has_values, found)):
+                return found
+            self._copies[place] = found
+        return self._copies[place]
+
+    def sort_norms(self, norms: Sequence[tuple[Tensor, Tensor] | None]) -> list[tuple[Tensor, Tensor] | None]:
+        """(scale, shift), [H_l] each, of the hidden layers as columns in the order of the degrees."""
+        found: list[tuple[Tensor, Tensor] | None] = []
+        for norm, order in zip(norms, self._orders[1:], strict=True):
+            found.append(None if norm is None else (norm[0][order, None], norm[1][order, None]))
+        return found
 
     def spec(self, extras: tuple[int, ...], *options: object) -> MaskedSpec:
-        """The MaskedSpec of these masks with a call's options, from ``activation`` on."""
-        flags = tuple(map(int, self.activated))
+        """The MaskedSpec of these masks with a call's options, from ``activation`` on; by default for a walk alone."""
+        flags, options = tuple(map(int, self.activated)), options or _INVERSE
         highest = len(self.cuts) // len(self.shapes) - 2
-        return masked_spec_of(highest, self.per_feature, self._order, self.cuts, flags, self.adds, extras, *options)
+        make: Any = MaskedSpec if torch.compiler.is_compiling() else masked_spec_of  # Dynamo traces no cached class
+        return make(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)  # type: ignore[no-any-return]
 
 
 def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:

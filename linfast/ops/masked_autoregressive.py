@@ -273,14 +273,15 @@ def _walk_back(
     of_log_det = 0.0 if grad_log_det is None else grad_log_det
     order = ORDERS[spec.scale_first]
 
-    def pull(features: slice, a: Tensor) -> tuple[Tensor, Tensor]:
-        # y is the input of the inverse; x = ``couple``(y) its output
-        of_y, of_shift, of_log_s = couple_backward(
-            x[features], shift[features], log_s[features], a, of_log_det, order, True
-        )
-        if slope is None:
-            return of_y, of_shift
-        return of_y, torch.stack((of_shift, of_log_s * slope[features]), 1).flatten(0, 1)
+    def gradients(a: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """Of y, shift and s, from ``a``, the gradient of x; the walk's formulas."""
+        return couple_backward(x[rows], shift[rows], log_s[rows], a, of_log_det, order, True)
+
+    def pull(features: slice, a: Tensor, into: Tensor) -> None:
+        _, of_shift, of_log_s = gradients(a, features)
+        into[:: spec.per_feature] = of_shift
+        if slope is not None:
+            torch.mul(of_log_s, slope[features], out=into[1::2])
 
     found = walk_backward(net, evaluated, of_x, pull)
     of_weights = weights.new_zeros(weights.shape, dtype=x.dtype)
@@ -290,7 +291,7 @@ def _walk_back(
         into.copy_(gradient)
     of_extras = [each for pair in found.extras for each in pair if each is not None]
     return (
-        _unsorted(found.y, spec, y.dtype) if needs[0] else None,
+        _unsorted(gradients(found.x)[0], spec, y.dtype) if needs[0] else None,
         of_weights.to(weights.dtype) if needs[1] else None,
         None,
         torch.cat(of_extras).t().to(extras.dtype, memory_format=torch.contiguous_format)

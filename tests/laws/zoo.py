@@ -46,6 +46,13 @@ def _unet_flow(channels: int, **options: object) -> lf.Flow:
     return lf.image_flow(channels, side, width=4, conditioner="unet", unet_options=unet, **options)  # type: ignore[arg-type]
 
 
+def _masked(features: int, scale_map: object = "smooth", order: str = "scale_first", **net: object) -> Bijection:
+    """Its features are in a random order."""
+    net.setdefault("feature_order", torch.randperm(features).tolist())
+    per_feature = 1 if scale_map is None else 2
+    return lf.MaskedAutoregressive(lf.MaskedMLP(features, per_feature, **net), scale_map, order)  # type: ignore[arg-type]
+
+
 Make = Callable[[], Bijection]
 
 # name -> (make, sample shape)
@@ -58,6 +65,13 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "affine-odd-second": (lambda: _affine(7, "second"), (7,)),
     "affine-two": (lambda: _affine(2), (2,)),
     "additive": (lambda: lf.AdditiveCoupling(lf.MLP(3, 4, (16,)), 7), (7,)),
+    "masked-one": (lambda: _masked(1), (1,)),
+    "masked-two": (lambda: _masked(2, order="shift_first"), (2,)),
+    "masked-additive": (lambda: _masked(3, None), (3,)),
+    "masked-softplus": (lambda: _masked(8, "softplus", hidden=(12, 5, 9)), (8,)),
+    "masked-residual": (lambda: _masked(8, "exp", hidden=(16, 16, 16), activation="tanh", residual=True), (8,)),
+    "masked-few-units": (lambda: _masked(33, "tanh", hidden=(8,), activation="elu"), (33,)),
+    "masked-wide": (lambda: _masked(64, activation="gelu"), (64,)),
     "actnorm": (lambda: _initialised(lf.ActNorm(6), 2 + 3 * torch.randn(64, 6)), (6,)),
     "mix-lu": (lambda: lf.Mix(6), (6,)),
     "mix-free": (lambda: lf.Mix(6, "free"), (6,)),
@@ -70,6 +84,10 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "flow-mixed": (lambda: lf.coupling_flow(6, 3, (16,), mix="lu"), (6,)),
     "flow-additive": (lambda: lf.coupling_flow(6, 4, (16,), coupling="additive", mix="householder"), (6,)),
     "flow-permute": (lambda: lf.coupling_flow(5, 4, (16,), "tanh", mix="permute"), (5,)),
+    "flow-masked": (lambda: lf.autoregressive_flow(5, 3, (16, 16), "silu", actnorm=False, mix="lu"), (5,)),
+    "flow-masked-timed": (
+        lambda: lf.autoregressive_flow(3, 2, (16,), "silu", feature_order="random", time_features=8).at(t=0.7), (3,)
+    ),
     "flow-timed": (lambda: lf.coupling_flow(6, 2, (16,), time_features=8).at(t=0.7), (6,)),
 }
 IMAGES: dict[str, tuple[Make, tuple[int, ...]]] = {
