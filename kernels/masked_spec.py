@@ -4,9 +4,9 @@ The features x_1 .. x_D have degrees 1 .. G; features of one degree do not depen
 the largest degree among the features that it depends on, 0 where it depends on none. The parameters of a feature of
 degree d depend only on hidden units of degrees below d. Units of degree G reach no parameter and are dropped.
 
-Layers are numbered from 0, the features, to n, the parameters, P per feature: shift_i, raw_i alternating, or shift_i
-alone. In each layer the units are sorted by degree, so that what a degree reads is a prefix of the layer before. The
-weights of one transform are one vector:
+Layers are numbered from 0, the features, to n, the parameters: P per feature, shift_i and raw_i alternating, or
+shift_i alone. In each layer the units are sorted by degree, so that what a degree reads is a prefix of the layer
+before. The weights of one transform are one vector:
 
     W_1 [H_1, K_0]  W_2 [H_2, K_1] .. W_n [H_n, K_{n-1}]  |  b_1 [H_1] .. b_n [H_n]         H_0 = D, H_n = P D
 
@@ -36,7 +36,7 @@ class MaskedSpec:
         order: [D], the features in the order of their degrees.
         cuts: for each layer from 0 to n - 1 in turn, G + 2 numbers: how many of its units have a degree below 0, 1,
             .. G + 1.
-        activated: [n - 1], per hidden layer: 1 where the next layer reads its activation, 0 where it reads its value.
+        activated: [n - 1], per hidden layer: 1 where the next layer reads its activation, 0 its value.
         adds: [n - 1], per hidden layer: the number of the hidden layer whose value is added to its own; 0 for none.
         extra_kinds: [n - 1], per hidden layer: TERM where a term per sample is added to W h + b, GATE where the
             result is multiplied by a gate per sample, TERM + GATE for both, 0 for neither.

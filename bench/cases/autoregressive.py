@@ -1,6 +1,6 @@
 """Masked autoregressive transforms of other libraries, before lf.accelerate and after; tanh, two hidden blocks.
 
-"one pass" is the original's other direction, one evaluation of the network: about what the accelerated inverse costs.
+"one pass" is the original's other direction, one evaluation of the network: what an inverse should cost.
 """
 
 from __future__ import annotations
