@@ -152,6 +152,11 @@ class Rounding(TorchDispatchMode):
         if func in _STEPS:
             with self:
                 return _STEPS[func](*args, **kwargs)
+        if func.namespace == "linfast" and not func._opname.endswith("_backward"):  # one that runs in plain torch
+            from linfast.ops.register import RAW_OPS
+
+            with self:
+                return RAW_OPS[func._opname]._run("cpu", *args)
         as_it_is = func.is_view or func.overloadpacket in _EXACT or torch.Tag.nondeterministic_seeded in func.tags
         if as_it_is or not any(
             isinstance(t, Tensor) and t.dtype in _NARROW and not t.is_meta for t in _leaves((args, kwargs))

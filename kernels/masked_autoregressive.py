@@ -54,7 +54,8 @@ class Tile(NamedTuple):
         num_warps: warps per program.
         units: units per step.
         chunk: columns of W per iteration.
-        processors: multiprocessors of the GPU.
+        programs: on the whole GPU.
+        programs_with_more: where there are extras, or values that are added.
         cache: bytes of the cache that holds all programs' scratch.
     """
 
@@ -62,23 +63,25 @@ class Tile(NamedTuple):
     num_warps: int
     units: int
     chunk: int
-    processors: int
+    programs: int
+    programs_with_more: int
     cache: int
 
 
 # A product's dimensions are units and rows. 16 units are the fewest that mma.sync computes; a degree has some H / D
 # units, where wgmma and tcgen05 would compute 64. 64 rows by 4 warps: with 128 rows tf32 spills. Chunks of 32
-# columns: wider ones compute more zeros past the end of a prefix. Four fifths of the cache are for scratch.
+# columns: wider ones compute more zeros past the end of a prefix.
+_TILE = Tile(rows=64, num_warps=4, units=16, chunk=32, programs=0, programs_with_more=0, cache=0)
+# Programs of a multiprocessor hide each other's waits, as a step's loads depend on the step before. All programs must
+# run at once, as each takes an equal part of the rows: as many as the registers hold in "exact" (on sm_80 152 per
+# thread, 226 with extras and adds; on sm_90 126 and 164). Four fifths of the cache are for scratch.
 TILES = {
-    "sm_80": Tile(rows=64, num_warps=4, units=16, chunk=32, processors=108, cache=32 << 20),
-    "sm_90": Tile(rows=64, num_warps=4, units=16, chunk=32, processors=132, cache=40 << 20),
-    "sm_100": Tile(rows=64, num_warps=4, units=16, chunk=32, processors=148, cache=100 << 20),
+    "sm_80": _TILE._replace(programs=3 * 108, programs_with_more=2 * 108, cache=32 << 20),
+    "sm_90": _TILE._replace(programs=4 * 132, programs_with_more=3 * 132, cache=40 << 20),
+    "sm_100": _TILE._replace(programs=4 * 148, programs_with_more=3 * 148, cache=100 << 20),
     # L2 has 4 MB on each of its dies; behind it is a cache of 256 MB.
-    "gfx942": Tile(rows=64, num_warps=4, units=16, chunk=32, processors=304, cache=200 << 20),
+    "gfx942": _TILE._replace(programs=4 * 304, programs_with_more=4 * 304, cache=200 << 20),
 }
-# Programs per multiprocessor, which hide each other's waits, as a step's loads depend on the step before: as many
-# as its registers hold (128 and 168 per thread). All must run at once, as each takes an equal part of the rows.
-PROGRAMS, PROGRAMS_WITH_MORE = 4, 3  # the latter with extras, or values that are added
 
 
 @triton.jit(
@@ -211,5 +214,5 @@ def tile_for(x: Tensor) -> Tile:
 def _programs(tile: Tile, schedule: Schedule, bytes_per_unit: int, has_extras: bool) -> int:
     """How many programs run at most: as many as the multiprocessors and the cache hold."""
     scratch = tile.rows * (schedule.n_units * bytes_per_unit + 4 * schedule.n_values)
-    held = tile.processors * (PROGRAMS_WITH_MORE if has_extras or schedule.n_values else PROGRAMS)
+    held = tile.programs_with_more if has_extras or schedule.n_values else tile.programs
     return max(1, min(held, tile.cache // scratch))

@@ -11,6 +11,8 @@ from linfast import ops
 from linfast.ops import CouplingStack
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.machine_code.variants import Case, Outputs
+from tests.ops.made import random_extras, random_made, tensors_of
+from tests.ops.made import rebuilt as rebuilt_made
 from tests.ops.stacks import leaves, random_layers, rebuilt
 
 __all__ = ["all_cases"]
@@ -18,7 +20,7 @@ __all__ = ["all_cases"]
 
 def all_cases() -> list[Case]:
     """The cases of all ops."""
-    parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers)
+    parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers, _masked)
     return [case for part in parts for case in part()]
 
 
@@ -187,3 +189,27 @@ def _linearizers() -> Iterator[Case]:
 
         label = f"{(batch, D)} maps {maps} A {core}"
         yield Case("linearizer_stack", label, inputs, run, smoke=batch == 40, x_alone=True)
+
+
+def _masked() -> Iterator[Case]:
+    for batch, D, hidden, per_feature, residual, activation, kind in (
+        (70, 5, (24, 20), 2, False, "elu", "sigmoid"),
+        (9, 7, (40,), 2, True, "silu", "softplus"),
+        (200, 3, (9,), 1, False, "tanh", None),
+    ):
+        order = [1, 2, 2, 4, 3] if D == 5 else None
+        template = random_made(D, hidden, per_feature, order=order, residual=residual)
+        extras = random_extras(template[0], batch) if residual else None
+
+        def inputs(batch=batch, D=D, template=template, extras=extras) -> list[Tensor]:
+            return [torch.randn(batch, D), *(torch.randn_like(t) * t.std() for t in tensors_of(template, extras))]
+
+        def run(
+            x, *tensors, template=template, extras=extras, activation=activation, kind=kind, **options
+        ) -> Outputs:
+            (masks, weights, biases), given = rebuilt_made(template, tensors, extras)
+            options |= {"activation": activation, "scale_map": kind and ScaleMap(kind), "log_det": True}
+            return ops.masked_autoregressive(x, masks, weights, biases, extras=given, **options)
+
+        label = f"{(batch, D)} hidden {hidden} {activation} {kind}{' residual, extras' if residual else ''}"
+        yield Case("masked_autoregressive", label, inputs, run, smoke=D == 5, x_alone=True)

@@ -14,6 +14,8 @@ from torch import Tensor
 from linfast import ops
 from linfast.scale_maps import ScaleMap
 from tests.ops.budget import DEVICE, Outputs
+from tests.ops.made import Extras, Made, random_extras, random_made, tensors_of
+from tests.ops.made import rebuilt as rebuilt_made
 from tests.ops.stacks import leaves, random_layers, random_map, rebuilt
 
 
@@ -139,6 +141,25 @@ def _linearizer(network: _Network, diagonal: bool) -> Case:
     return Case("linearizer_stack", call, inputs)
 
 
+def _masked(per_feature: int, bias: bool, extras: bool, inverse: bool, log_det: bool) -> Case:
+    def made() -> tuple[Made, Extras | None]:
+        with torch.random.fork_rng(devices=[]):
+            network = random_made(4, (9,) if extras else (9, 8), per_feature, residual=extras, bias=bias)
+            return network, random_extras(network[0], 3) if extras else None
+
+    template, given = made()
+    scale_map = ScaleMap("sigmoid") if per_feature == 2 else None
+
+    def call(x: Tensor, *tensors: Tensor) -> Outputs:
+        (masks, weights, biases), pairs = rebuilt_made(template, tensors, given)
+        return ops.masked_autoregressive(
+            x, masks, weights, biases, activation="elu", scale_map=scale_map, extras=pairs, inverse=inverse,
+            log_det=log_det, precision="exact",
+        )  # fmt: skip
+
+    return Case("masked_autoregressive", call, lambda: [torch.randn(3, 4, device=DEVICE), *tensors_of(*made())])
+
+
 CASES = {
     "affine_coupling": _coupled(inverse=False, log_det=True),
     "affine_coupling, no log_det": _coupled(inverse=True, log_det=False),
@@ -168,6 +189,9 @@ CASES = {
         "low_rank", _tensor(lambda x, U, V: ops.low_rank(x, U, V, 0.5)), _drawn((2, 6), (2, 6, 3), (2, 6, 3))
     ),
     "low_rank, no alpha": Case("low_rank", _tensor(ops.low_rank), _drawn((2, 6), (2, 5, 3), (6, 3))),
+    "masked_autoregressive": _masked(2, bias=True, extras=False, inverse=False, log_det=True),
+    "masked_autoregressive, inverse, extras": _masked(2, bias=True, extras=True, inverse=True, log_det=True),
+    "masked_autoregressive, additive": _masked(1, bias=False, extras=False, inverse=True, log_det=False),
     "mlp_coupling": _one_layer(bias=True, log_det=True),
     "mlp_coupling, neither": _one_layer(bias=False, log_det=False),
 }
