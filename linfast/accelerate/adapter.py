@@ -5,7 +5,7 @@ An adapter imports no library. Its functions take an instance of the class and r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class Plan:
         note: the report's note on a defect of the original that was fixed or kept.
         layout: values that the replaced methods need at every call and that are computed once.
         takes_precision: whether that code has matrix products of its own, which follow ``options.precision``.
+        kind: what else tells its code apart from another instance's; the check runs once for equal ones.
         options: the options of ``accelerate``. ``plan_for`` fills in this field and the next three.
         seen: the tensors that the plan depends on, each with its version counter at that time.
         values, settings: the values of masks on a CPU, and the settings, at that time.
@@ -49,6 +50,7 @@ class Plan:
     note: str = ""
     layout: Any = None
     takes_precision: bool = False
+    kind: Hashable = ()
     options: Options = Options()
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
     values: tuple[Tensor, ...] = field(default=(), compare=False)
@@ -73,7 +75,8 @@ class Adapter:
     """How one class is recognised, and the functions that replace its methods.
 
     The first six fields are required. ``members`` makes the class a coupling, ``chain`` a chain. Only zuko's
-    coupling sets ``decides``, and only the research repository's FlowMatcher sets ``float64`` to False.
+    coupling and masked autoregressive transforms set ``decides``, and only the research repository's FlowMatcher
+    sets ``float64`` to False.
 
     Args:
         library: the library's name, for the report.
@@ -96,6 +99,7 @@ class Adapter:
         vectors: of a coupling or a chain: (copy, draw, features) -> the outputs of both directions on vectors, with
             the copy's own conditioners.
         decides: whether the replaced methods decide themselves when the original runs.
+        many_steps: whether each output is the result of many dependent steps, so that roundings grow as in a chain.
         chain: whether the class runs other modules one after another. They then run together, or with
             memory="invert" their activations are rebuilt in the backward.
         stored: why memory="invert" stores activations of this chain, or coupling in no chain; "" where it does not.
@@ -119,6 +123,7 @@ class Adapter:
     members: Callable[[Any, Any], Sequence[Any]] = _nothing
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = _nothing
     decides: bool = False
+    many_steps: bool = False
     chain: bool = False
     stored: str = _IN_NO_CHAIN
     tolerance: float = 1e-10

@@ -4,35 +4,35 @@
     here      the weights packed in one gather, then each weight used once (linfast.ops.masked_autoregressive)
 
 Only the inverse is replaced: forward is one evaluation of the network, in the library's own code. Where no gradient
-is required, any elementwise transform is inverted by the library's own formula on the features of one degree. Where a
-gradient is required, or on a GPU, the transform must be affine with a known scale map; otherwise the original runs.
+is required, any elementwise transform is inverted by the library's own formula on the features of one degree.
+Where a gradient is required, or on a GPU, the transform must be affine with a known scale map; otherwise the
+original runs. It also runs in training mode where the network has dropout or batch norm, under torch.compile,
+torch.func and autocast, and on inputs that are no batch of vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, uses_triton
+from ..dispatch import autocast_dtype, has_global_hook, uses_triton
 from ..flows.remembered import Evidence
 from ..ops.autoregressive_masks import AutoregressiveMasks
-from ..ops.masked_autoregressive import (
-    MASKED_ACTIVATIONS,
-    Elementwise,
-    Extras,
-    invert_affine,
-    invert_elementwise,
-    masked_autoregressive,
-)
+from ..ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_autoregressive
+from ..ops.masked_plain import Elementwise, invert_affine, invert_elementwise
 from ..ops.masked_walk import Network
-from ..scale_maps import ScaleMap
+from ..scale_maps import ScaleMap, log_scale_function, scale_function
+from .adapter import Adapter, Draw, Plan, Unfit
+from .identity import PLAN
 from .mlp import name_of_activation
 
 Weights = tuple[Sequence[Tensor], Sequence[Tensor | None]]
+Norms = Sequence[tuple[Tensor, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,51 @@ class Affine:
     """y = x scale + shift.
 
     Args:
-        scale, log_scale: the library's formulas, raw -> scale and its logarithm.
+        scale, log_scale: the library's formulas, raw -> scale and its logarithm; without ``log_scale`` a walk
+            returns 0 as the log-determinant.
         scale_map: the same map by name, or None where linfast has none.
     """
 
     scale: Elementwise
-    log_scale: Elementwise
+    log_scale: Elementwise | None
     scale_map: ScaleMap | None
+
+    @staticmethod
+    def of(scale_map: ScaleMap) -> Affine:
+        return Affine(scale_function(scale_map), log_scale_function(scale_map), scale_map)
 
 
 InvertFeatures = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
-"""(y [B, n], parameters [B, n, P], the features' indices) -> (x [B, n], log|dx / dy| [B, n])."""
+"""(y [B, n], parameters [B, n, P], the features' indices) -> (x [B, n], log|dx / dy| [B, n] or its sum [B, 1])."""
+
+
+class Unchanged(Evidence):
+    """Evidence that an instance, and all modules inside it, are as they were when the instance was recognised.
+
+    Args:
+        instance: its own hooks do not count, as they do not run around its inverse.
+        functions: (class, name of a method) pairs; each method must stay the same function.
+        masks: tensors whose values must stay the same.
+    """
+
+    def __init__(self, instance: nn.Module, functions: Iterable[tuple[type, str]], masks: Iterable[Tensor]) -> None:
+        super().__init__([instance], instance.children(), functions, masks)
+        self._instance, self._attributes = instance, _attributes(instance)
+
+    def of(self, instance: nn.Module) -> bool:
+        """Whether this instance is the one that was recognised, and is unchanged."""
+        return self._instance is instance and self.holds()
+
+    def holds(self) -> bool:
+        now = _attributes(self._instance)
+        return len(now) == len(self._attributes) and all(map(is_, now, self._attributes)) and super().holds()
+
+
+_BOOKKEEPING = frozenset(vars(nn.Module())) | {PLAN}
+
+
+def _attributes(instance: nn.Module) -> list[Any]:
+    return [value for name, value in vars(instance).items() if name not in _BOOKKEEPING]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,63 +92,233 @@ class MaskedInverse:
     """The recognised network and elementwise transform of one instance.
 
     Args:
+        what: describes both, for the report.
         masks: of the network.
         weights: returns the current weights and biases.
         activation: of the network, a function of a tensor.
         transform: affine, or how features are inverted.
-        extras: context -> (term, gate) of each hidden layer.
-        norms: returns (scale, shift) [H_l] of each hidden layer's value before its activation, or None for none.
+        extras: (context, B) -> (term, gate) of each hidden layer, [B, H_l], or [1, H_l] where all rows are equal.
+            None where the original is to run.
         evidence: that the modules are as they were when they were recognised.
+        norms: returns (scale, shift) [H_l] of each hidden layer's value before its activation, or None for none.
+        ready: False where the original is to run: in training mode, with dropout or batch norm.
+        assumed: functions that only the check before the swap shows to be elementwise.
     """
 
+    what: str
     masks: AutoregressiveMasks
     weights: Callable[[], Weights]
     activation: Callable[[Tensor], Tensor]
     transform: Affine | InvertFeatures
-    extras: Callable[[Any], Extras]
-    norms: Callable[[], Sequence[tuple[Tensor, Tensor] | None]] | None
-    evidence: Evidence
+    extras: Callable[[Any, int], Extras | None]
+    evidence: Unchanged
+    norms: Callable[[], Norms] | None = None
+    ready: bool = True
+    assumed: tuple[Any, ...] = ()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the op runs where a gradient is required, and on a GPU."""
+        known = isinstance(self.transform, Affine) and self.transform.scale_map is not None
+        known = known and self.norms is None and name_of_activation(self.activation) in MASKED_ACTIVATIONS
+        values = self.masks.features * sum(out * into for out, into in self.masks.shapes)
+        return known and values <= _SIZES.graph
 
     def __call__(self, y: Tensor, context: Any) -> tuple[Tensor, Tensor] | None:
-        """(x [B, D], log|dx / dy| [B]); None where the original is to run."""
-        if type(y) not in (Tensor, nn.Parameter) or y.ndim != 2 or y.shape[1] != self.masks.features:
-            return None
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or autocast_dtype(y.device.type) is not None:
+        """(x [B, D], log|dx / dy| [B]) of y [B, D]; None where the original is to run."""
+        if not self.ready or y.shape[1] != self.masks.features:
             return None
         weights, biases = self.weights()
-        if y.dtype != weights[0].dtype:
+        extras = self.extras(context, y.shape[0])
+        if extras is None or y.dtype != weights[0].dtype or y.device != weights[0].device:
             return None
-        extras = self.extras(context)
-        given = [y, *weights, *(each for pair in extras for each in pair if each is not None)]
-        if uses_triton(*given) or (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
-            return self._by_op(y, weights, biases, extras)
+        norms = None if self.norms is None else self.norms()
+        if uses_triton(y, *weights) or (
+            torch.is_grad_enabled() and _any_requires_grad(y, weights, biases, extras, norms)
+        ):
+            return self._by_op(y, weights, biases, extras) if self.has_gradient else None
         with torch.no_grad():
-            return self._by_walk(y, weights, biases, extras)
+            return self._by_walk(y, weights, biases, extras, norms)
 
     def _by_op(
         self, y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], extras: Extras
-    ) -> tuple[Tensor, Tensor] | None:
-        name = name_of_activation(self.activation)
-        transform = self.transform
-        if name not in MASKED_ACTIVATIONS or self.norms is not None or not isinstance(transform, Affine):
-            return None
-        if transform.scale_map is None:
-            return None
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.transform, Affine)
+        rows = [tuple([None if e is None else e.expand(y.shape[0], -1) for e in pair]) for pair in extras]
         x, log_det = masked_autoregressive(
-            y, self.masks, weights, biases, activation=name, scale_map=transform.scale_map, extras=extras,
-            inverse=True, log_det=True,
-        )  # fmt: skip
+            y, self.masks, weights, biases, activation=str(name_of_activation(self.activation)),
+            scale_map=self.transform.scale_map, extras=rows, inverse=True, log_det=True,
+        )  # type: ignore[arg-type]  # fmt: skip
         assert log_det is not None
         return x, log_det.to(y.dtype)
 
     def _by_walk(
-        self, y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], extras: Extras
+        self,
+        y: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        extras: Extras,
+        norms: Norms | None,
     ) -> tuple[Tensor, Tensor]:
         columns, kinds = self.masks.pack_extras(extras)
         packed, spec = self.masks.pack(weights, biases), self.masks.spec(kinds)
         pairs = spec.split_extras(None if columns is None else columns.t())
-        norms = None if self.norms is None else self.masks.sort_norms(self.norms())
-        net = Network(spec, spec.matrices(packed), spec.biases(packed), pairs, self.activation, norms)
+        found = None if norms is None else self.masks.sort_norms(norms)
+        net = Network(spec, spec.matrices(packed), spec.biases(packed), pairs, self.activation, found)
         if isinstance(self.transform, Affine):
             return invert_affine(net, y, self.transform.scale, self.transform.log_scale, True)
         return invert_elementwise(net, y, self.transform)
+
+
+def _any_requires_grad(
+    y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], extras: Extras, norms: Norms | None
+) -> bool:
+    pairs = [*extras, *(pair for pair in norms or () if pair is not None)]
+    tensors = (y, *weights, *biases, *(each for pair in pairs for each in pair))
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of the check before the swap.
+
+    Args:
+        graph: values in the weights of D evaluations of the network, all of which the original's graph contains
+            (1 GiB in float64). With more, no gradient is compared, and the original runs where one is required.
+        rows: of a batch.
+    """
+
+    graph: int = 2**27
+    rows: int = 3
+
+
+_SIZES = _Sizes()
+
+Find = Callable[[Any], MaskedInverse]
+"""instance -> what it is; raises Unfit with the reason."""
+
+
+def masked_inverse(instance: nn.Module, find: Find, y: Any, context: Any) -> tuple[Tensor, Tensor] | None:
+    """(x [B, D], log|dx / dy| [B]) of a swapped instance; None where the original is to run.
+
+    Its ``Plan.layout`` is a MaskedInverse, which is found again where the instance was changed.
+    """
+    if type(y) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if y.ndim != 2 or autocast_dtype(y.device.type) is not None or has_global_hook():
+        return None
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    own = vars(instance)
+    plan = own.get(PLAN)
+    if plan is None or "_is_replica" in own:  # of nn.DataParallel
+        return None
+    found: MaskedInverse = plan.layout
+    if not found.evidence.of(instance):
+        try:
+            with torch.inference_mode(False):  # its tensors are used outside too
+                found = _find_again(instance, find, found)
+        except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
+            return None
+        own[PLAN] = replace(plan, layout=found)
+    return found(y, context)
+
+
+def _find_again(instance: nn.Module, find: Find, before: MaskedInverse) -> MaskedInverse:
+    """Raises Unfit also where a function has changed that the check has not shown to be elementwise."""
+    found = find(instance)
+    if len(found.assumed) > len(before.assumed) or not all(map(_is_alike, found.assumed, before.assumed)):
+        raise Unfit("it has a function that was not compared with linfast's code")
+    return found
+
+
+def _is_alike(function: Any, before: Any) -> bool:
+    """Whether both are the same function, or modules of one class with equal settings, such as copies."""
+    if function is before or type(function) is not type(before) or not isinstance(function, nn.Module):
+        return function is before
+    return not [*function.modules()][1:] and repr(_attributes(function)) == repr(_attributes(before))
+
+
+def plan_masked(instance: nn.Module, find: Find) -> Plan:
+    """The plan of an instance; raises Unfit."""
+    before = vars(instance).get(PLAN)
+    found = find(instance) if before is None else _find_again(instance, find, before.layout)
+    degrees = max(found.masks.degrees[0])
+    note = "" if found.has_gradient else "where a gradient is required, its own code runs"
+    runs = f"inverse in one walk over {degrees} degree{'s' * (degrees > 1)}, {found.what}"
+    masks = found.masks.masks(torch.device("cpu"), torch.bool)
+    return Plan(runs, note, layout=found, kind=tuple(bytes(mask.flatten().tolist()) for mask in masks))
+
+
+def find_masks(masks: Sequence[Tensor], **what: Any) -> AutoregressiveMasks:
+    """The AutoregressiveMasks; raises Unfit where they are not autoregressive."""
+    try:
+        return AutoregressiveMasks(masks, **what)
+    except ValueError as error:
+        raise Unfit(f"its {error}") from error
+
+
+def redraw(module: nn.Module) -> None:
+    """Give every layer of a copy random values of useful size: new networks are often near zero.
+
+    They are drawn from torch's random state, which the check has seeded.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+        elif isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            own = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+            with torch.no_grad():
+                for tensor in own:
+                    if tensor.is_floating_point():
+                        tensor.uniform_(0.5, 1.5)
+
+
+def masked_adapter(
+    library: str,
+    where: str,
+    name: str,
+    find: Find,
+    masks: Callable[[Any], Iterable[Tensor]],
+    context: Callable[[Any], int | None],
+    domain: Callable[[Any, Tensor], Tensor] = lambda instance, y: y,
+    **what: Any,
+) -> Adapter:
+    """The adapter of a class with an ``inverse(inputs, context=None)``.
+
+    Args:
+        masks: instance -> the masks of its network.
+        context: instance -> how many features its contexts have, None where it takes none.
+        domain: (instance, y) -> y where the inverse is defined.
+    """
+
+    def inverse(instance: Any, inputs: Tensor, context: Any = None) -> Any:
+        outputs = masked_inverse(instance, find, inputs, context)
+        return instance._linfast_original.inverse(instance, inputs, context) if outputs is None else outputs
+
+    def probe(instance: Any, draw: Draw) -> list[Tensor]:
+        redraw(instance.eval())
+        found, outputs, rows = find(instance), [], _SIZES.rows
+        size = context(instance)
+        contexts = [None] if size is None else [None, draw(rows, size), draw(1, size).expand(rows, -1)]
+        for each in contexts:
+            y = domain(instance, draw(rows, found.masks.features))
+            with torch.no_grad():
+                outputs += instance.inverse(y, context=each)
+            if found.has_gradient:
+                outputs += instance.inverse(y, context=each)
+        return outputs
+
+    return Adapter(
+        library=library,
+        where=where,
+        name=name,
+        methods={"inverse": inverse},
+        plan=lambda instance, options: plan_masked(instance, find),
+        probe=probe,
+        masks=masks,
+        inner=lambda instance: [*instance.modules()][1:],
+        decides=True,
+        many_steps=True,
+        **what,
+    )

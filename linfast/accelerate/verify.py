@@ -30,7 +30,8 @@ _SEED = 20260101
 _TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # The same for a layer whose products run in this precision mode, whatever the original's precision.
 _OF_MODES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fast": 1e-1}
-_CHAIN = 10  # times more for a chain: it has many layers, and rebuilt inputs add an error of the same size
+# Times more for many steps, and for a chain: it has many layers, and rebuilt inputs add an error of the same size.
+_CHAIN = 10
 
 
 def check_values(instance: Any) -> None:
@@ -95,7 +96,7 @@ class _Case:
 
 def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterator[_Case]:
     """With stubs as conditioners, in both dtypes; with its own, where it would run in one launch or one loop."""
-    layers = _CHAIN if adapter.chain else 1
+    layers = _CHAIN if adapter.chain or adapter.many_steps else 1
     features = plan.layout.features if isinstance(plan.layout, Fused) else None
     if features is None:
         emptied = {id(uncompiled(m)) for of in (adapter.conditioners, adapter.emptied) for m in of(instance)}
@@ -122,7 +123,7 @@ def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:
     modules = instance.named_modules() if isinstance(instance, nn.Module) else ()
     parts = tuple((path, original_class(module), _settings(module)) for path, module in modules)
     tensors = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in _tensors(instance))
-    return adapter, parts, tensors, plan.runs, plan.options, own
+    return adapter, parts, tensors, plan.runs, plan.kind, plan.options, own
 
 
 def _settings(module: nn.Module) -> Hashable:

@@ -43,6 +43,7 @@ class RawOp:
         fake: returns empty outputs of the right shapes, dtypes and strides, from the same arguments.
         reference: computes the outputs in plain, differentiable torch; no output aliases an input.
         launch: "module:function" inside linfast.kernels; None where the reference runs on every device.
+        is_plain: of the arguments: whether the reference runs for them on every device.
     """
 
     name: str
@@ -50,6 +51,7 @@ class RawOp:
     fake: _Function
     reference: _Function
     launch: str | None
+    is_plain: Callable[..., bool] = lambda *_: False
 
     def define(self) -> _Function:
         """Register the op and return it."""
@@ -71,7 +73,8 @@ class RawOp:
     def _run(self, device: str, *arguments: Any) -> Any:
         """The kernel on a GPU and under Triton's interpreter, the reference elsewhere."""
         function = self.reference
-        if self.launch is not None and (device == "cuda" or interpreting()):
+        with_kernel = self.launch is not None and (device == "cuda" or interpreting())
+        if with_kernel and not self.is_plain(*arguments):
             refuse_kernel(self.name)
             function = _launcher(self.launch)
         with range_(self.name):
@@ -104,6 +107,7 @@ def define_op(
     plain_backward: _Function | None = None,
     backward_launch: str | None = "",
     has_needs: bool = True,
+    is_plain: Callable[..., bool] = lambda *_: False,
 ) -> _Function:
     """Register an op; return it as a differentiable function of its tensors, followed by its constants.
 
@@ -125,6 +129,7 @@ def define_op(
         plain_backward: the backward in plain torch that runs, likewise; it may return None for the one above.
         backward_launch: the backward's launcher, "module:function", where it is not the one above; None for none.
         has_needs: False for a backward that computes all gradients and takes no ``needs``.
+        is_plain: of the forward; see ``RawOp``.
     """
     name, inputs, outputs = _parsed(schema)
     tensors = [argument for argument in inputs if argument.startswith("Tensor")]
@@ -158,7 +163,7 @@ def define_op(
 
     launch = f"{name}:launch_{name}"
     backward_launch = f"{launch}_backward" if backward_launch == "" else backward_launch
-    run = RawOp(name, schema.removeprefix(name), fake, plain or reference, launch).define()
+    run = RawOp(name, schema.removeprefix(name), fake, plain or reference, launch, is_plain).define()
     of_backward = f"({', '.join(arguments)}) -> ({', '.join(['Tensor'] * n)})"
     run_backward = RawOp(f"{name}_backward", of_backward, fake_backward, undifferentiated, backward_launch).define()
 

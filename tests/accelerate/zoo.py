@@ -283,7 +283,9 @@ def _zuko(context: int = CONTEXT, name: str = "RealNVP", **options):
 
 
 def _run_zuko(model, x, c):
-    conditioned = c if model.transform.transforms[0].hyper.in_features > FEATURES // 2 + 1 else None
+    first = model.transform.transforms[0]
+    read = FEATURES if hasattr(first, "passes") else FEATURES // 2 + 1
+    conditioned = c if first.hyper.in_features > read else None
     transform = model(conditioned).transform
     back = transform.inv.call_and_ladj(x)
     return [
@@ -411,10 +413,103 @@ KINDS = {
     "zuko alone": Kind("zuko", _zuko(0), _run_zuko, 2, whole=10, calls=5),
     "zuko NICE": Kind("zuko", _zuko(0, "NICE"), _run_zuko, 2, whole=10, calls=5),
     "zuko random masks": Kind("zuko", _zuko(0, randmask=True), _run_zuko, 2, whole=10, calls=5),
+    "zuko MAF": Kind("zuko", _zuko(name="MAF"), _run_zuko, 2),
+    "zuko MAF random order": Kind("zuko", _zuko(0, "MAF", randperm=True), _run_zuko, 2),
+    "zuko MAF residual": Kind("zuko", _zuko(name="MAF", passes=3, residual=True, activation=nn.ELU), _run_zuko, 2),
+    "zuko NSF": Kind("zuko", _zuko(name="NSF", bins=4), _run_zuko, 2),
     "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2, whole=4),
     "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2, whole=4),
     "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2, whole=4),
     "reference": Kind("reference", reference(1), _run_reference, 19, shape=(1, 8, 8)),
+}
+
+# Masked autoregressive transforms, whose inverse is one walk
+
+
+def _masked(name: str, package: str = "nflows", **options):
+    def build():
+        transforms = require(f"{package}.transforms.autoregressive")
+        return getattr(transforms, f"Masked{name}AutoregressiveTransform")(
+            **{"features": FEATURES, "hidden_features": 16, **options}
+        ).eval()
+
+    return build
+
+
+def _normflows_autoregressive(name: str, **options):
+    def build():
+        flows = require("normflows").flows
+        where = flows.neural_spline.autoregressive if "Piecewise" in name else flows
+        made = getattr(where, name)(**{"features": FEATURES, "hidden_features": 16, **options})
+        return made.eval()
+
+    return build
+
+
+def _normflows_wrapper():
+    flows = require("normflows").flows
+    return flows.AutoregressiveRationalQuadraticSpline(FEATURES, 2, 16, CONTEXT, permute_mask=True).eval()
+
+
+def _run_bounded(model, x, c):
+    return _run_nflows(model, x.sigmoid(), c)
+
+
+_OF_CONTEXT, _FEEDFORWARD = {"context_features": CONTEXT}, {"use_residual_blocks": False}
+AUTOREGRESSIVE = {
+    name: Kind(name.split()[0], build, run, 1)
+    for name, build, run in (
+        ("nflows", _masked("Affine", activation=torch.tanh, **_FEEDFORWARD, **_OF_CONTEXT), _run_nflows),
+        ("nflows residual", _masked("Affine", **_OF_CONTEXT), _run_nflows),
+        ("nflows random masks", _masked("Affine", random_mask=True, **_FEEDFORWARD), _run_nflows_alone),
+        ("nflows batch norm", _masked("Affine", use_batch_norm=True, **_FEEDFORWARD), _run_nflows_alone),
+        ("nflows residual batch norm", _masked("Affine", use_batch_norm=True, **_OF_CONTEXT), _run_nflows),
+        (
+            "nflows leaky relu",
+            _masked("Affine", activation=torch.nn.functional.leaky_relu, num_blocks=1, dropout_probability=0.3),
+            _run_nflows_alone,
+        ),
+        ("nflows no block", _masked("Affine", num_blocks=0, **_FEEDFORWARD), _run_nflows_alone),
+        (
+            "nflows rational-quadratic spline",
+            _masked("PiecewiseRationalQuadratic", tails="linear", tail_bound=2.0, **_OF_CONTEXT),
+            _run_nflows,
+        ),
+        ("nflows spline without tails", _masked("PiecewiseRationalQuadratic", **_OF_CONTEXT), _run_bounded),
+        ("nflows linear spline", _masked("PiecewiseLinear", num_bins=5, **_OF_CONTEXT), _run_bounded),
+        ("nflows quadratic spline", _masked("PiecewiseQuadratic", tails="linear", **_OF_CONTEXT), _run_nflows),
+        ("nflows cubic spline", _masked("PiecewiseCubic", num_bins=5, **_OF_CONTEXT), _run_bounded),
+        ("glasflow", _masked("Affine", "glasflow.nflows", activation=torch.nn.SiLU(), **_OF_CONTEXT), _run_nflows),
+        (
+            "glasflow own scale",
+            _masked("Affine", "glasflow.nflows", scale_activation=lambda raw: 1 + raw.tanh() / 2, **_OF_CONTEXT),
+            _run_nflows,
+        ),
+        (
+            "glasflow spline",
+            _masked("PiecewiseRationalQuadratic", "glasflow.nflows", tails="linear", **_OF_CONTEXT),
+            _run_nflows,
+        ),
+        ("normflows", _normflows_autoregressive("MaskedAffineAutoregressive", **_FEEDFORWARD), _run_nflows_alone),
+        (
+            "normflows residual",
+            _normflows_autoregressive("MaskedAffineAutoregressive", activation=nn.GELU(), **_OF_CONTEXT),
+            _run_nflows,
+        ),
+        (
+            "normflows batch norm",
+            _normflows_autoregressive("MaskedAffineAutoregressive", use_batch_norm=True, **_FEEDFORWARD),
+            _run_nflows_alone,
+        ),
+        (
+            "normflows circular spline",
+            _normflows_autoregressive(
+                "MaskedPiecewiseRationalQuadraticAutoregressive", tails="circular", permute_mask=True
+            ),
+            _run_nflows_alone,
+        ),
+        ("normflows spline", _normflows_wrapper, _run_nflows),
+    )
 }
 
 # Every library, scale map, mask and shape is in at least one of these; the others are other combinations.
@@ -445,6 +540,9 @@ SOME = {
     "zuko",
     "zuko NICE",
     "zuko random masks",
+    "zuko MAF",
+    "zuko MAF residual",
+    "zuko NSF",
     "memcnn sigmoid",
     "memcnn naive",
     "memcnn additive",

@@ -13,6 +13,7 @@ from torch import Tensor
 from linfast import ops
 from linfast.ops import CouplingStack, linearizer_stack
 from linfast.scale_maps import ScaleMap
+from tests.ops.made import random_made
 from tests.ops.stacks import NAMES, random_layers, random_map
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -179,6 +180,28 @@ def linearizer(
         both_ways(y, x, A.weight)
 
 
+def masked_autoregressive(
+    batch: int,
+    features: int,
+    hidden: int,
+    precision: str,
+    *,
+    activation: str = "relu",
+    kind: str | None = "sigmoid",
+    residual: bool = False,
+    extras: bool = False,
+    inverse: bool = False,
+    dtype: str = "fp32",
+) -> None:
+    masks, weights, biases = random_made(features, (hidden, hidden), 1 if kind is None else 2, residual=residual)
+    x = tensor(batch, features, dtype=dtype, grad=False)
+    given = [(tensor(batch, hidden, grad=False),) * 2] * len(masks.activated) if extras else None
+    ops.masked_autoregressive(
+        x, masks, weights, biases, activation=activation, scale_map=kind and ScaleMap(kind), extras=given,
+        inverse=inverse, log_det=True, precision=precision,
+    )  # fmt: skip
+
+
 # At sizes so small that any batch fits: only the effect of the batch is counted.
 BATCHED: dict[str, Callable[[int], None]] = {
     "affine_coupling": partial(affine_coupling, shape=(6,)),
@@ -205,6 +228,10 @@ BATCHED: dict[str, Callable[[int], None]] = {
         coupling_stack, features=6, hidden=16, n_linear=3, precision="exact", maps=2, inverse=True
     ),
     "linearizer_stack": partial(linearizer, features=6, hidden=16, n_linear=2, precision="high"),
+    "masked_autoregressive": partial(masked_autoregressive, features=6, hidden=16, precision="fast"),
+    "masked_autoregressive, inverse, extras": partial(
+        masked_autoregressive, features=6, hidden=16, precision="fast", extras=True, inverse=True
+    ),
 }
 LAYERED: dict[str, Callable[[int], None]] = {
     "coupling_stack": lambda depth: coupling_stack(64, 6, 16, 2, "fast", maps=1, depth=depth),

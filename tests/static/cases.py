@@ -16,6 +16,7 @@ from linfast.kernels.stack_configs import CONFIGS, StackEntry
 from linfast.kernels.stack_spec import DENSE, NO_MAPS
 
 from linfast.ops.activations import ACTIVATION_NAMES
+from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
 from linfast.scale_maps import SCALE_MAP_KINDS
 from tests.ops.stacks import NAMES
 from tests.static import calls
@@ -48,6 +49,7 @@ def all_cases() -> list[Case]:
     makers = (
         *(_affine_couplings, _channel_mixes, _coupling_mixes, _depthwise_convs, _group_norms, _latent_matmuls),
         *(_low_ranks, _convs, _stacks, _linearizers, _gradients),
+        _masked,
     )
     return [case for make in makers for case in make()]
 
@@ -201,3 +203,28 @@ def _gradients() -> Iterator[Case]:
     for kind in SCALE_MAP_KINDS:
         call = partial(widest, kind=kind)
         yield Case(f"gradient {kind} scale", call, targets=_ONE)
+
+
+def _masked() -> Iterator[Case]:
+    """Both directions in every mode; residual blocks, extras and activations on one target."""
+    sizes = {"features": 16, "hidden": 128}
+    for mode in ("fast", "tf32", "high", "exact"):
+        targets = _NVIDIA if mode == "tf32" else TARGETS
+        for inverse in (False, True):
+            call = partial(calls.masked_autoregressive, **sizes, precision=mode, inverse=inverse)
+            yield Case(f"D=16 H=128 {mode} {'inverse' if inverse else 'forward'}", call, targets=targets)
+    whole = {"features": 33, "hidden": 100, "precision": "exact", "residual": True, "extras": True}
+    for inverse in (False, True):
+        call = partial(calls.masked_autoregressive, **whole, inverse=inverse)
+        yield Case(f"D=33 H=100 exact residual {'inverse' if inverse else 'forward'}", call)
+    call = partial(calls.masked_autoregressive, **sizes, precision="fast", inverse=True, dtype="bf16")
+    yield Case("D=16 H=128 fast inverse bf16", call, targets=_TWO)
+    call = partial(calls.masked_autoregressive, **sizes, precision="exact", kind=None, inverse=True)
+    yield Case("D=16 H=128 exact additive", call, targets=_TWO)
+    for name in MASKED_ACTIVATIONS:
+        for mode in ("fast", "exact"):
+            call = partial(calls.masked_autoregressive, **sizes, precision=mode, activation=name, inverse=True)
+            yield Case(f"D=16 H=128 {mode} inverse {name}", call, targets=_ONE)
+    for kind in SCALE_MAP_KINDS:
+        call = partial(calls.masked_autoregressive, **sizes, precision="exact", kind=kind, inverse=True)
+        yield Case(f"D=16 H=128 exact inverse {kind} scale", call, targets=_ONE)

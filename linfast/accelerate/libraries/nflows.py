@@ -9,6 +9,7 @@ An alternating mask, the default of both libraries, is two strided slices here, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from ..adapter import Adapter, Draw, Unfit
 from ..chain import chain_adapter, nets_of, per_sample, put_stubs, run_chain
 from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
+from ..made import made_adapter, spline_adapter
+from ..masked import Affine as Masked
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of
 
 _FLOOR = 1e-3
@@ -170,7 +173,41 @@ def composite_of(library: str) -> Adapter:
     )
 
 
+# Masked autoregressive transforms
+
+
+def _affine(transform: Any) -> tuple[str, Masked, tuple[Any, ...]]:
+    """nflows: softplus(r) + epsilon. glasflow: scale_activation(r), by default the same."""
+    floor, own = transform._epsilon, getattr(transform, "scale_activation", None)
+    plain = ScaleMap("softplus", bound=math.inf, floor=floor)
+    if own is None:
+        return "affine, softplus", Masked.of(plain), ()
+    found = known_map("scale_activation", own, {plain: lambda raw: F.softplus(raw) + floor} | _KNOWN)
+    if found is not None:
+        return f"affine, {found.kind}", Masked.of(found), ()
+    return "affine, own scale_activation", Masked(own, lambda raw: own(raw).log(), None), (own,)
+
+
+def masked_of(library: str, package: str) -> tuple[Adapter, ...]:
+    """The adapters of nflows' masked autoregressive transforms, or of the fork's in another package."""
+    where, made = f"{package}.transforms.autoregressive", f"{package}.transforms.made"
+    affine = made_adapter(
+        library,
+        where,
+        "MaskedAffineAutoregressiveTransform",
+        made,
+        _affine,
+        ("_output_dim_multiplier", "_elementwise_inverse", "_unconstrained_scale_and_shift"),
+    )
+    splines = (
+        spline_adapter(library, where, f"MaskedPiecewise{kind}AutoregressiveTransform", made, kind)
+        for kind in ("Linear", "Quadratic", "Cubic", "RationalQuadratic")
+    )
+    return (affine, *splines)
+
+
 ADAPTERS = (
+    *masked_of("nflows", "nflows"),
     coupling_of("nflows", "nflows.transforms.coupling", "AffineCouplingTransform"),
     coupling_of("nflows", "nflows.transforms.coupling", "AdditiveCouplingTransform"),
     composite_of("nflows"),

@@ -32,6 +32,8 @@ from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..identity import changed_method, defined_as
 from ..launch import narrowed
+from ..made import made_adapter, spline_adapter
+from ..masked import Affine as Masked
 from ..mlp import find_mlp
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
 
@@ -237,4 +239,25 @@ _FLOW = chain_adapter(
     tolerance=1e-6,  # the original sums float64 log-determinants in float32
 )
 
-ADAPTERS = (_BLOCK, _MASKED_FLOW, _FLOW)
+# Masked autoregressive flows
+
+_SIGMOID = ScaleMap("sigmoid", floor=1e-3)
+_AUTOREGRESSIVE = (
+    made_adapter(
+        "normflows",
+        "normflows.flows.affine.autoregressive",
+        "MaskedAffineAutoregressive",
+        "normflows.nets.made",
+        lambda flow: ("affine, sigmoid", Masked.of(_SIGMOID), ()),
+        ("_output_dim_multiplier", "_elementwise_inverse", "_unconstrained_scale_and_shift"),
+    ),
+    spline_adapter(
+        "normflows",
+        "normflows.flows.neural_spline.autoregressive",
+        "MaskedPiecewiseRationalQuadraticAutoregressive",
+        "normflows.nets.made",
+        "RationalQuadratic",
+    ),
+)
+
+ADAPTERS = (_BLOCK, _MASKED_FLOW, *_AUTOREGRESSIVE, _FLOW)
