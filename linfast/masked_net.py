@@ -153,5 +153,6 @@ def _permutation(order: Any, features: int) -> tuple[int, ...]:
     check_kind("feature_order", order, Sequence, "a sequence of integers")
     found = tuple([check_count("each of feature_order", i, least=0) for i in order])
     if sorted(found) != list(range(features)):
-        raise ValueError(f"feature_order must hold 0 to {features - 1} once each; got {found}")
+        last = features - 1
+        raise ValueError(f"feature_order must hold 0 to {last} once each for features = {features}; got {found}")
     return found

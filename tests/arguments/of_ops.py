@@ -60,7 +60,8 @@ OPS: dict[str, Good] = {
         lambda: (
             ops.AutoregressiveMasks,
             {"masks": masks(), "per_feature": 2, "activated": [True], "adds": [0], "raw_first": False},
-        )
+        ),
+        allowed={"activated": {"it with True"}},
     ),
     "masked_autoregressive": Good(
         lambda: (
