@@ -19,7 +19,6 @@ from .test_libraries import assert_accurate, assert_close, outputs, relative
 from .test_usable import OPERATIONS, Run, _attempt
 from .zoo import AUTOREGRESSIVE, CONTEXT, FEATURES, inputs, make, require
 
-
 # The interpreted kernel of the op would run here; tests/ops compares it.
 @pytest.fixture(autouse=True)
 def _on_a_cpu() -> Iterator[None]:
