@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class Launch:
             if isinstance(segment, Couplings):
                 found += [segment.features, *[w.shape[0] for c in segment.couplings for w in c.weights]]
             elif isinstance(segment, Single) and is_plain(segment.layer, (MaskedAutoregressive,)) and not inverse:
-                found += segment.layer.widths
+                found += cast(MaskedAutoregressive, segment.layer).widths
             elif not (isinstance(segment, Single) and is_linear(segment.layer)):
                 found.append(None)
         return found

@@ -184,7 +184,7 @@ class AutoregressiveMasks:
         flags, options = tuple(map(int, self.activated)), options or _INVERSE
         highest = len(self.cuts) // len(self.shapes) - 2
         make: Any = MaskedSpec if torch.compiler.is_compiling() else masked_spec_of  # Dynamo traces no cached class
-        return make(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)  # type: ignore[no-any-return]
+        return make(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)
 
 
 def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:

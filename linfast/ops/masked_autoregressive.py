@@ -200,6 +200,5 @@ def _check_extras(x: Tensor, masks: AutoregressiveMasks, extras: Extras) -> None
             if each is not None:
                 check_tensor(f"the {name} of extras[{i}]", each, x)
                 if each.shape != expected:
-                    raise ValueError(
-                        f"the {name} of extras[{i}] must be {expected} for x {tuple(x.shape)}; got {tuple(each.shape)}"
-                    )
+                    got = f"got {tuple(each.shape)} for x {tuple(x.shape)}"
+                    raise ValueError(f"the {name} of extras[{i}] must be {expected}; {got}")
