@@ -114,7 +114,9 @@ def _bijection(part: str, g: nn.Module, x: Tensor, context: Mapping[str, Any], i
         elif isinstance(segment, Single):
             yield _layer(names[id(segment.layer)], segment.layer, x, inverse)
         elif isinstance(segment, Couplings):
-            yield Choice(" + ".join(names[id(layer)] for layer in segment.layers), "torch", why="couplings in one loop")
+            yield Choice(
+                " + ".join(names[id(layer)] for layer in segment.layers), "torch", why="couplings in one loop"
+            )
         elif isinstance(segment, Folded):
             yield _folded(segment, names)
 

@@ -3,11 +3,13 @@
     h_1 = W_1 x + b_1 + C c,    h_l = W_l act(h_{l-1}) + b_l,    parameters = W_n act(h_{n-1}) + b_n
 
 with every W multiplied by a mask of zeros and ones, so that the parameters of a feature depend only on the features
-before it and on c, the context with the embedded time. ``residual``: h_l = h_{l-1} + W_l' act(W_l act(h_{l-1}) + b_l) + b_l'.
+before it and on c, the context with the embedded time. With ``residual``
+
+    h_l = h_{l-1} + W_l' act(W_l act(h_{l-1}) + b_l) + b_l'
 
 A hidden unit has a degree d and sees the first d features of the order. Degrees rise evenly along a layer from 1 to
-D - 1, from 0 where there is a context, so that the parameters of the first feature depend on it. The last layer starts
-at zero, so a new transform is the identity.
+D - 1, from 0 where there is a context, so that the parameters of the first feature depend on it. The last layer
+starts at zero, so a new transform is the identity.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class MaskedMLP(nn.Module):
             buffer, which ``load_state_dict`` sets too.
 
     Raises:
-        ValueError: unknown activation; widths that do not fit; not a permutation; x of another shape; t or context is
-            missing, of another shape, or given to a network without an input for it.
+        ValueError: unknown activation; widths that do not fit; not a permutation; x of another shape; t or context
+            is missing, of another shape, or given to a network without an input for it.
     """
 
     feature_order: Tensor
@@ -127,9 +129,8 @@ class MaskedMLP(nn.Module):
         n, least = self.features, int(self.features > 1 and self.condition is None)
         with torch.device("cpu"):
             of_features = 1 + torch.tensor(self._order).argsort()
-            degrees = [of_features]
-            for width in (self.hidden[0], *self._rest()):
-                degrees.append(least + torch.arange(width) * (n - least) // width)
+            widths = (self.hidden[0], *self._rest())
+            degrees = [of_features, *(least + torch.arange(width) * (n - least) // width for width in widths)]
             masks = [b[:, None] >= a for a, b in pairwise(degrees)]
             masks.append((of_features[:, None] > degrees[-1]).repeat_interleave(self.per_feature, 0))
         blocks = [0, *(i for k in range(1, len(self.hidden)) for i in (0, 2 * k - 1))] if self.residual else None
@@ -153,5 +154,6 @@ def _permutation(order: Any, features: int) -> tuple[int, ...]:
     check_kind("feature_order", order, Sequence, "a sequence of integers")
     found = tuple([check_count("each of feature_order", i, least=0) for i in order])
     if sorted(found) != list(range(features)):
-        raise ValueError(f"feature_order must hold 0 to {features - 1} once each; got {found}")
+        last = features - 1
+        raise ValueError(f"feature_order must hold 0 to {last} once each for features = {features}; got {found}")
     return found

@@ -68,6 +68,23 @@ def test_a_flow_by_rows_gives_what_it_gives_at_once(memory, direction, monkeypat
         assert (a - b).norm() <= 1e-12 * b.norm()
 
 
+@pytest.mark.parametrize("make", [lf.coupling_flow, lf.autoregressive_flow])
+@pytest.mark.parametrize("memory", ["store", "invert"])
+def test_a_context_is_cut_with_its_rows(make, memory, monkeypatch):
+    g = make(FEATURES, 2, (16, 16), "silu", context_features=3, memory=memory).double()
+    with torch.no_grad():
+        for p in g.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    x, context = torch.randn(BATCH, FEATURES).double(), torch.randn(BATCH, 3).double()
+    expected = values(g, x, "forward_and_log_det", context=context)
+    inverted = g.inverse(x, context=context)
+    monkeypatch.setattr(rows, "_SIZES", FEW)
+    assert longest(g, x, context=context) == 64
+    for a, b in zip(values(g, x, "forward_and_log_det", context=context), expected, strict=True):
+        assert (a - b).norm() <= 1e-12 * b.norm()
+    assert (g.inverse(x, context=context) - inverted).norm() <= 1e-12 * inverted.norm()
+
+
 @pytest.mark.parametrize(("threads", "expected"), [(1, 64), (2, 128)])
 def test_each_thread_has_its_rows(few_at_once, threads, expected):
     torch.set_num_threads(threads)

@@ -1,9 +1,10 @@
 """MaskedAutoregressive: every feature is scaled and shifted by functions of the features before it.
 
-    y_i = x_i e^{s_i} + t_i   or   (x_i + t_i) e^{s_i},   (t_i, r_i) = conditioner(x_1 .. x_{i-1}),  s_i = scale_map(r_i)
+    y_i = x_i e^{s_i} + t_i   or   (x_i + t_i) e^{s_i}
+    (t_i, r_i) = conditioner(x_1 .. x_{i-1}),   s_i = scale_map(r_i),   log|det| = sum_i s_i
 
-The density of a sample takes one evaluation of the conditioner. So does the inverse, which a walk over the features
-computes with every weight used once (linfast.ops.masked_autoregressive).
+The density of a sample takes one evaluation of the conditioner. The inverse walks over the features and uses every
+weight once too (linfast.ops.masked_walk).
 Sources: masked autoregressive flows (arXiv 1705.07057), MADE (1502.03509).
 """
 
@@ -52,9 +53,8 @@ class MaskedAutoregressive(Bijection):
             check_kind("scale_map", scale_map, ScaleMap, "a ScaleMap, its kind or None")
         wanted = 1 if scale_map is None else 2
         if conditioner.per_feature != wanted:
-            raise ValueError(
-                f"conditioner must have per_feature={wanted} for scale_map={scale_map}; got {conditioner.per_feature}"
-            )
+            got = conditioner.per_feature
+            raise ValueError(f"conditioner must have per_feature={wanted} for scale_map={scale_map}; got {got}")
         self.conditioner, self.scale_map, self.order = conditioner, scale_map, order
         self.features = conditioner.features
 

@@ -113,15 +113,14 @@ def autoregressive_flow(
     check_choice("feature_order", feature_order, ("reverse", "random"))
     check_choice("order", order, ORDERS)
     scale_map = ScaleMap("smooth", bound=min(2.0, 4.0 / depth)) if scale_map is None else scale_map
-    layers = []
+    main = []
     for i in range(depth):
+        first_to_last: Sequence[int] = range(features)[:: -1 if i % 2 else 1]
         if feature_order == "random":
             first_to_last = torch.randperm(features, device="cpu").tolist()
-        else:
-            first_to_last = range(features)[:: -1 if i % 2 else 1]
         net = MaskedMLP(features, 2, hidden, activation, residual, time_features, context_features, first_to_last)
-        layers.append(MaskedAutoregressive(net, scale_map, order))
-    layers = _between(features, layers, actnorm, mix, mix_every=1)
+        main.append(MaskedAutoregressive(net, scale_map, order))
+    layers = _between(features, main, actnorm, mix, mix_every=1)
     return Flow(layers, features=features, shape=(features,), memory=memory)
 
 

@@ -15,9 +15,9 @@ recognised couplings are remembered, frozen or not, until an object from which t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,8 @@ class Launch:
         rows = None if self.why is None else rows_at_once(x, lambda: self.widths(inverse))
         if rows is None:
             return run(x, context, inverse, log_det)
-        return by_rows(lambda part: run(part, context, inverse, log_det), x, rows)
+        contexts = _contexts(context, x.shape[0], rows)
+        return by_rows(lambda part: run(part, next(contexts), inverse, log_det), x, rows)
 
     def _run(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         total: Tensor | None = None
@@ -85,10 +86,18 @@ class Launch:
             if isinstance(segment, Couplings):
                 found += [segment.features, *[w.shape[0] for c in segment.couplings for w in c.weights]]
             elif isinstance(segment, Single) and is_plain(segment.layer, (MaskedAutoregressive,)) and not inverse:
-                found += segment.layer.widths
+                found += cast(MaskedAutoregressive, segment.layer).widths
             elif not (isinstance(segment, Single) and is_linear(segment.layer)):
                 found.append(None)
         return found
+
+
+def _contexts(context: Context, batch: int, rows: int) -> Iterator[Context]:
+    """The context of each part of a batch: its tensors [batch, ...] are cut as x is."""
+    cut = {key: value.split(rows) for key, value in context.items()
+           if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch}  # fmt: skip
+    for i in range(-(-batch // rows)):
+        yield {**context, **{key: parts[i] for key, parts in cut.items()}}
 
 
 def match(layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Launch:

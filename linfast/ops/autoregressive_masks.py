@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_count, check_kind
+from ..checks import check_count, check_flag, check_kind
 from ..dispatch import has_values
 from ..kernels.masked_spec import GATE, TERM, MaskedSpec, masked_spec_of, padded
 
@@ -60,13 +60,19 @@ class AutoregressiveMasks:
         raw_first: bool = False,
     ) -> None:
         _check_masks(masks, per_feature)
+        check_flag("raw_first", raw_first)
         hidden = len(masks) - 1
-        self.activated = tuple([True] * hidden if activated is None else map(bool, activated))
-        self.adds = tuple([0] * hidden if adds is None else map(int, adds))
-        self.features, self.per_feature, self.raw_first = masks[0].shape[1], per_feature, raw_first
-        for name, given in (("activated", self.activated), ("adds", self.adds)):
+        activated = [True] * hidden if activated is None else activated
+        adds = [0] * hidden if adds is None else adds
+        for name, given in (("activated", activated), ("adds", adds)):
+            check_kind(name, given, _SEQUENCES, "a list")
             if len(given) != hidden:
                 raise ValueError(f"{name} must have one entry per hidden layer, {hidden}; got {len(given)}")
+        for i, each in enumerate(activated):
+            check_flag(f"activated[{i}]", each)
+        self.activated = tuple(activated)
+        self.adds = tuple([check_count(f"adds[{i}]", each, least=0) for i, each in enumerate(adds)])
+        self.features, self.per_feature, self.raw_first = masks[0].shape[1], per_feature, raw_first
         self.shapes = tuple([(int(mask.shape[0]), int(mask.shape[1])) for mask in masks])
         for i, source in enumerate(self.adds):
             if source and not (0 < source <= i and self.shapes[source - 1][0] == self.shapes[i][0]):
@@ -178,7 +184,7 @@ class AutoregressiveMasks:
         flags, options = tuple(map(int, self.activated)), options or _INVERSE
         highest = len(self.cuts) // len(self.shapes) - 2
         make: Any = MaskedSpec if torch.compiler.is_compiling() else masked_spec_of  # Dynamo traces no cached class
-        return make(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)  # type: ignore[no-any-return]
+        return make(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)
 
 
 def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:

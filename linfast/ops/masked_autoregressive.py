@@ -89,6 +89,9 @@ def masked_autoregressive(
     mode = mode_on(target_of(x), resolve_precision(x, precision))
     kind, bound, floor = (0, 1.0, 0.0) if scale_map is None else (scale_map.constexpr_id, *scale_map.constants)
     spec = masks.spec(kinds, _NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode)
+    check_tensor("packed", weight, x)
+    if weight.shape != (spec.total,):
+        raise ValueError(f"packed must be [{spec.total}], from masks.pack; got {tuple(weight.shape)}")
     operands = weight.new_empty(0)
     if uses_triton(x, weight):
         operands = rounded(weight.detach()[: spec.n_matrices].float(), mode, half_dtype(x))
@@ -146,7 +149,6 @@ _masked_autoregressive = define_op(
     _fake,
     differentiable,
     saves="x weights extras y",
-    gradients=lambda x, weights, extras, *_: (x.new_empty(x.shape), weights, None, extras),
     plain=plain,
     plain_backward=plain_backward,
     backward_launch=None,
@@ -172,6 +174,7 @@ def _check(
             f"scale_map {scale_map} needs {wanted} parameters per feature; the masks have {masks.per_feature}"
         )
     for name, given in (("weights", weights), ("biases", biases)):
+        check_kind(name, given, (list, tuple), "a list of tensors")
         if len(given) != len(masks.shapes):
             raise ValueError(f"{name} must have one entry per layer, {len(masks.shapes)}; got {len(given)}")
     for i, (weight, bias, shape) in enumerate(zip(weights, biases, masks.shapes, strict=True)):
@@ -187,12 +190,15 @@ def _check(
 
 
 def _check_extras(x: Tensor, masks: AutoregressiveMasks, extras: Extras) -> None:
+    check_kind("extras", extras, (list, tuple), "a list of pairs")
     if len(extras) != len(masks.activated):
         raise ValueError(f"extras must have one pair per hidden layer, {len(masks.activated)}; got {len(extras)}")
     for i, pair in enumerate(extras):
+        check_kind(f"extras[{i}]", pair, (list, tuple), "a pair")
         for name, each in zip(("term", "gate"), pair, strict=True):
             expected = (x.shape[0], masks.shapes[i][0])
             if each is not None:
                 check_tensor(f"the {name} of extras[{i}]", each, x)
                 if each.shape != expected:
-                    raise ValueError(f"the {name} of extras[{i}] must be {expected}; got {tuple(each.shape)}")
+                    got = f"got {tuple(each.shape)} for x {tuple(x.shape)}"
+                    raise ValueError(f"the {name} of extras[{i}] must be {expected}; {got}")

@@ -44,8 +44,14 @@ FLOWS: dict[str, Good] = {
         lambda: (
             lf.MaskedMLP,
             {
-                "features": 3, "per_feature": 2, "hidden": (4, 4), "activation": "relu", "residual": False,
-                "time_features": 0, "context_features": 0, "feature_order": torch.tensor([2, 0, 1]),
+                "features": 3,
+                "per_feature": 2,
+                "hidden": (4, 4),
+                "activation": "relu",
+                "residual": False,
+                "time_features": 0,
+                "context_features": 0,
+                "feature_order": torch.tensor([2, 0, 1]),
             },
         ),
         {"feature_order": "C"},
@@ -65,8 +71,14 @@ FLOWS: dict[str, Good] = {
         lf.MaskedAutoregressive, conditioner=lf.MaskedMLP(3, 2, (4,)), scale_map="smooth", order="scale_first"
     ),
     "autoregressive_flow": made(
-        lf.autoregressive_flow, features=4, depth=2, hidden=(4, 4), residual=True, feature_order="random",
-        context_features=0, **{k: v for k, v in FLOW.items() if k != "coupling"} | {"order": "scale_first"},
+        lf.autoregressive_flow,
+        features=4,
+        depth=2,
+        hidden=(4, 4),
+        residual=True,
+        feature_order="random",
+        context_features=0,
+        **{k: v for k, v in FLOW.items() if k != "coupling"} | {"order": "scale_first"},
     ),
     "ConvNet": made(lf.ConvNet, channels_in=2, channels_out=4, width=4, activation="silu", time_features=0),
     "ConvNet.forward": method(

@@ -59,16 +59,25 @@ OPS: dict[str, Good] = {
     "AutoregressiveMasks": Good(
         lambda: (
             ops.AutoregressiveMasks,
-            {"masks": masks(), "per_feature": 2, "activated": [True], "adds": [0], "raw_first": False},
+            {"masks": masks(), "per_feature": 2, "activated": None, "adds": [0], "raw_first": False},
         )
     ),
     "masked_autoregressive": Good(
         lambda: (
             ops.masked_autoregressive,
             {
-                "x": x(4, 2), "masks": ops.AutoregressiveMasks(masks()), "weights": [x(3, 2), x(4, 3)],
-                "biases": [x(3), None], "activation": "elu", "scale_map": lf.ScaleMap(), "order": "scale_first",
-                "extras": [(x(4, 3), None)], "inverse": True, "log_det": True, "precision": None, "packed": None,
+                "x": x(4, 2),
+                "masks": ops.AutoregressiveMasks(masks()),
+                "weights": [x(3, 2), x(4, 3)],
+                "biases": [x(3), None],
+                "activation": "elu",
+                "scale_map": lf.ScaleMap(),
+                "order": "scale_first",
+                "extras": [(x(4, 3), None)],
+                "inverse": True,
+                "log_det": True,
+                "precision": None,
+                "packed": None,
             },
         ),
         {"x": "B D"},

@@ -1,4 +1,4 @@
-"""Masked autoregressive transforms: which parameter depends on what, feature orders, freezing, memory, bad input."""
+"""Masked autoregressive transforms: what a parameter depends on, feature orders, freezing, memory, bad input."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def test_a_new_flow_is_the_identity(features: int) -> None:
     x = torch.randn(3, features)
     g = lf.autoregressive_flow(features, hidden=(8, 8), residual=True, feature_order="random")
     for y, log_det in (g.forward_and_log_det(x), g.inverse_and_log_det(x)):
-        assert torch.equal(y, x) and not log_det.any()
+        assert torch.equal(y, x)
+        assert not log_det.any()
 
 
 def test_layers_alternate_or_draw_their_orders() -> None:
@@ -71,7 +72,8 @@ def test_a_state_dict_carries_the_order() -> None:
     g, h = _flow(feature_order="random"), _flow(feature_order="random")
     h.load_state_dict(g.state_dict())
     x = torch.randn(3, 5).double()
-    assert torch.equal(h(x), g(x)) and torch.equal(h.inverse(x), g.inverse(x))
+    assert torch.equal(h(x), g(x))
+    assert torch.equal(h.inverse(x), g.inverse(x))
     wrong = {key: torch.zeros_like(value) for key, value in g.state_dict().items()}
     with pytest.raises(ValueError, match="feature_order must hold 0 to 4 once each"):
         h.load_state_dict(wrong)
@@ -109,7 +111,8 @@ def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
         expected = g.inverse(x)
         with lf.freeze(g):
             packed.clear()
-            assert torch.equal(g.inverse(x), expected) and torch.equal(g.inverse(x), expected)
+            assert torch.equal(g.inverse(x), expected)
+            assert torch.equal(g.inverse(x), expected)
             assert len(packed) == 2
         perturb(g)
         assert relative(g(g.inverse(x)), x) < 1e-12
@@ -171,7 +174,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
         y, log_det = getattr(narrow, method)(x)
         truth, true_log_det = getattr(wide, method)(x.double())
         assert (y.dtype, log_det.dtype) == (dtype, torch.float32)
-        assert relative(y, truth) < 4 * eps and relative(log_det, true_log_det) < 16 * eps
+        assert relative(y, truth) < 4 * eps
+        assert relative(log_det, true_log_det) < 16 * eps
 
 
 def test_plan_names_what_runs() -> None:
@@ -180,10 +184,12 @@ def test_plan_names_what_runs() -> None:
     with lf.backend("triton"):
         parts = {choice.part: choice for choice in lf.plan(f, x).choices}
     assert parts["g_x.0"].runs == parts["g_y.0"].runs == "masked_autoregressive"
-    assert "one pass" in parts["g_x.0"].why and "5 steps" in parts["g_y.0"].why
+    assert "one pass" in parts["g_x.0"].why
+    assert "5 steps" in parts["g_y.0"].why
     with lf.backend("reference"):
         parts = {choice.part: choice for choice in lf.plan(g, x).choices}
-    assert parts["g.1"].runs == "torch" and "the backend is 'reference'; one pass" in parts["g.1"].why
+    assert parts["g.1"].runs == "torch"
+    assert "the backend is 'reference'; one pass" in parts["g.1"].why
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,8 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "flow-permute": (lambda: lf.coupling_flow(5, 4, (16,), "tanh", mix="permute"), (5,)),
     "flow-masked": (lambda: lf.autoregressive_flow(5, 3, (16, 16), "silu", actnorm=False, mix="lu"), (5,)),
     "flow-masked-timed": (
-        lambda: lf.autoregressive_flow(3, 2, (16,), "silu", feature_order="random", time_features=8).at(t=0.7), (3,)
+        lambda: lf.autoregressive_flow(3, 2, (16,), "silu", feature_order="random", time_features=8).at(t=0.7),
+        (3,),
     ),
     "flow-timed": (lambda: lf.coupling_flow(6, 2, (16,), time_features=8).at(t=0.7), (6,)),
 }

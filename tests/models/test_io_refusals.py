@@ -69,7 +69,7 @@ _UNET = {"channels_in": 1, "channels_out": 2, "resolution": 8}
         (_node("Dense", n_out=10**7), r"weight is \(2, 2\), expected"),
         (_node("Dense", n_out=10**30), "n_out must be an integer of 64 bits"),
         (_node("Householder", features=2, count=10**9), "missing tensors"),
-        (_node("MaskedMLP", features=10**9, hidden=[10**9]), "missing tensors"),
+        (_node("MaskedMLP", features=10**9, hidden={"list": [10**9]}), "missing tensors"),
         (_node("Permute", features=10**9, permutation=None), "missing tensors"),
         (_node("Mix", features=40000, kind="free"), r"weight is \(2, 2\), expected"),
         (_node("MLP", n_in=1, n_out=1, hidden={"list": [1] * 10**5}), "far more tensors"),
