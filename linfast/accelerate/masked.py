@@ -23,14 +23,8 @@ from torch import Tensor, nn
 from ..dispatch import autocast_dtype, has_global_hook, uses_triton
 from ..flows.remembered import Evidence
 from ..ops.autoregressive_masks import AutoregressiveMasks
-from ..ops.masked_autoregressive import (
-    MASKED_ACTIVATIONS,
-    Elementwise,
-    Extras,
-    invert_affine,
-    invert_elementwise,
-    masked_autoregressive,
-)
+from ..ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_autoregressive
+from ..ops.masked_plain import Elementwise, invert_affine, invert_elementwise
 from ..ops.masked_walk import Network
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Plan, Unfit
@@ -46,12 +40,13 @@ class Affine:
     """y = x scale + shift.
 
     Args:
-        scale, log_scale: the library's formulas, raw -> scale and its logarithm.
+        scale, log_scale: the library's formulas, raw -> scale and its logarithm; without ``log_scale`` a walk
+            returns 0 as the log-determinant.
         scale_map: the same map by name, or None where linfast has none.
     """
 
     scale: Elementwise
-    log_scale: Elementwise
+    log_scale: Elementwise | None
     scale_map: ScaleMap | None
 
 

@@ -82,7 +82,7 @@ def find_mlp(module: object) -> MLP | None:
     parts = _parts(module)
     if parts is None or len(parts) % 2 == 0:
         return None
-    layers, activations = [_layer(part) for part in parts[::2]], {_activation(part) for part in parts[1::2]}
+    layers, activations = [_layer(part) for part in parts[::2]], {activation_of(part) for part in parts[1::2]}
     if any(layer is None for layer in layers) or None in activations or len(activations) > 1:
         return None
     name, constants = activations.pop() if activations else ("none", ())  # type: ignore[misc]
@@ -91,7 +91,7 @@ def find_mlp(module: object) -> MLP | None:
 
 def name_of_activation(part: Any) -> str | None:
     """The name of an activation, a function or a module, that has its default constants; else None."""
-    found = _activation(part)
+    found = activation_of(part)
     return found[0] if found is not None and found[1] in ((), _DEFAULTS.get(found[0])) else None
 
 
@@ -204,7 +204,7 @@ def _layer(part: Any) -> tuple[Tensor, Tensor | None] | None:
     return weight, bias if isinstance(bias, Tensor) else None
 
 
-def _activation(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
+def activation_of(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
     if not isinstance(part, nn.Module):
         function = _FUNCTIONS.get(part) if callable(part) else None
         return None if function is None else (function, ())

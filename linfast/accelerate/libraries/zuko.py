@@ -35,17 +35,23 @@ _STORED = "zuko makes a new Transform, not a module, at every call"
 
 
 def _find(lazy: Any) -> tuple[str, tuple[Split, Tail]]:
-    univariate: Any = lazy.univariate
-    named: dict[str, Any] = {}
-    if isinstance(univariate, functools.partial) and not univariate.args:
-        univariate, named = univariate.func, dict(univariate.keywords)
-    if univariate is not find_class("zuko.transforms", "MonotonicAffineTransform") or set(named) - {"slope"}:
-        raise Unfit(f"univariate {getattr(univariate, '__name__', univariate)}: only the affine one")
+    function, scale_map = univariate_of(lazy)
+    if scale_map is None:
+        raise Unfit(f"univariate {getattr(function, '__name__', function)}: only the affine one")
+    layout = split_of(lazy.mask), Tail("interleaved", scale_map)
+    return f"affine coupling, smooth, mask {layout[0].kind}", layout
+
+
+def univariate_of(lazy: Any) -> tuple[Any, ScaleMap | None]:
+    """(the class or function of the univariate transform, its scale map where it is the affine one)."""
+    function, named = lazy.univariate, {}
+    if isinstance(function, functools.partial) and not function.args:
+        function, named = function.func, dict(function.keywords)
+    if function is not find_class("zuko.transforms", "MonotonicAffineTransform") or set(named) - {"slope"}:
+        return function, None
     if tuple(map(tuple, lazy.shapes)) != ((), ()):
         raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale per feature")
-    bound = abs(math.log(named.get("slope", _SLOPE)))
-    layout = split_of(lazy.mask), Tail("interleaved", ScaleMap("smooth", bound))
-    return f"affine coupling, smooth, mask {layout[0].kind}", layout
+    return function, ScaleMap("smooth", abs(math.log(named.get("slope", _SLOPE))))
 
 
 def _side(lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor] | None = None) -> Side:
@@ -53,14 +59,24 @@ def _side(lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor]
     return Side(*layout, run or lazy.hyper, () if run else (lazy.hyper,))
 
 
-def _is_traced() -> bool:
+def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class Inverse(type(ExpTransform().inv)):  # type: ignore[misc]  # torch has no public name for this class
+    """The inverse of a transform that evaluates its network once for value and log-determinant."""
+
+    def __reduce__(self) -> Any:
+        return type(self).__base__, (self._inv,)
+
+    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._inv.inverse_and_ladj(y)
 
 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
     """The transform for c, on a CPU in zuko's own arithmetic, with one conditioner evaluation per direction."""
     own = lazy.mask.is_cpu and not checks_all_lengths()
-    if _is_traced() or not (own or may_replace(lazy, _COUPLING, "forward")):
+    if is_traced() or not (own or may_replace(lazy, _COUPLING, "forward")):
         original: Transform = original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
         return original
     made: Transform = _transform_class()(lazy, c, plan_of(lazy).layout, own)
@@ -71,7 +87,6 @@ def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
 def _transform_class() -> type:
     """The class of one coupling's transform, a subclass of zuko's CouplingTransform; zuko must be imported."""
     base: Any = find_class("zuko.transforms", "CouplingTransform")
-    base_of_inverse: Any = type(ExpTransform().inv)
 
     class CouplingTransform(base):
         """y and log|det| from one evaluation, in both directions. ``own``: whether in zuko's arithmetic."""
@@ -144,15 +159,6 @@ def _transform_class() -> type:
             y, log_det = couple(self._lazy, [side], rows, inverse, own if self._own else whole)
             return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
-    class Inverse(base_of_inverse):
-        """The inverse transform, which evaluates the conditioner once too."""
-
-        def __reduce__(self) -> Any:
-            return base_of_inverse, (self._inv,)
-
-        def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-            return self._inv.inverse_and_ladj(y)
-
     return CouplingTransform
 
 
@@ -202,7 +208,7 @@ _COUPLING = coupling_adapter(
 
 def _forward_chain(chain: Any, c: Tensor | None = None) -> Transform:
     """The transform for c: where c is None all couplings together, else zuko's own composition."""
-    fused = fused_of(chain) if c is None and not _is_traced() and not is_patched(chain) else None
+    fused = fused_of(chain) if c is None and not is_traced() and not is_patched(chain) else None
     if fused is None:
         original: Transform = original_class(chain).forward(chain, c)  # type: ignore[attr-defined]
         return original
