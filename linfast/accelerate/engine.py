@@ -55,9 +55,11 @@ def accelerate(
     device. The returned report gives the reason, and it counts the layers of these libraries for which linfast
     has no formula, such as splines. A second call starts from the originals.
 
+    Of a masked autoregressive transform only the inverse is replaced; docs/accelerate.md says where.
+
     Later changes of masks and permutations take effect; on a GPU, after a write through ``.data``, which
     torch does not count, call accelerate again. Layers with masks or permutations (zuko, nflows, glasflow,
-    normflows MaskedAffineFlow, FrEIA AllInOneBlock) run their library's own code under torch.compile,
+    normflows' masked flows, FrEIA AllInOneBlock) run their library's own code under torch.compile,
     torch.export and torch.jit.trace, and under torch.vmap over an ensemble with one mask per model.
 
     Args:

@@ -165,6 +165,8 @@ def _find(instance: Any, where: str, read: Read, methods: Sequence[str]) -> Mask
         adds=layers.adds,
         raw_first=isinstance(transform, Affine),
     )
+    if masks.features == 1:
+        raise Unfit("it has one feature: its own inverse is one evaluation of the network")
     functions = [(type(module), "forward") for module in net.modules()]
     functions += [(original_class(instance), name) for name in methods]
     known = name_of_activation(activation)

@@ -13,6 +13,7 @@ torch.func and autocast, and on inputs that are no batch of vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
@@ -129,11 +130,10 @@ class MaskedInverse:
         if extras is None or y.dtype != weights[0].dtype or y.device != weights[0].device:
             return None
         norms = None if self.norms is None else self.norms()
-        if uses_triton(y, *weights) or (
-            torch.is_grad_enabled() and _any_requires_grad(y, weights, biases, extras, norms)
-        ):
+        graph = torch.is_grad_enabled()
+        if uses_triton(y, *weights) or (graph and _any_requires_grad(y, weights, biases, extras, norms)):
             return self._by_op(y, weights, biases, extras) if self.has_gradient else None
-        with torch.no_grad():
+        with torch.no_grad() if graph else nullcontext():
             return self._by_walk(y, weights, biases, extras, norms)
 
     def _by_op(

@@ -143,7 +143,7 @@ def test_weights_are_loaded_cast_copied_and_pickled(name, walks):
 
 
 @pytest.mark.parametrize("batch", [0, 1, 7, 1500])
-@pytest.mark.parametrize(("features", "hidden"), [(1, 4), (2, 50), (5, 16), (12, 4)])
+@pytest.mark.parametrize(("features", "hidden"), [(2, 50), (5, 16), (12, 4)])
 def test_sizes(features, hidden, batch, walks):
     model, fast = affine(features, hidden, context_features=CONTEXT)
     x, c = torch.randn(batch, features).double(), torch.randn(batch, CONTEXT).double()
@@ -156,6 +156,13 @@ def test_sizes(features, hidden, batch, walks):
         same(fast, model, x, c)
         same(fast, model, x)
     assert len(walks) == (3 if batch else 1)
+
+
+def test_one_feature_is_left_alone():
+    """The library's own inverse is one evaluation of the network."""
+    transform = require("nflows.transforms").MaskedAffineAutoregressiveTransform(1, 4)
+    (row,) = lf.accelerate(transform).left
+    assert row.note == "it has one feature: its own inverse is one evaluation of the network"
 
 
 def test_the_error_is_no_larger_than_the_librarys():
@@ -452,3 +459,24 @@ def test_tangents_are_not_dropped(walks):
     found = [torch.func.jvp(lambda y, m=m: m.inverse(y)[0], (x,), (torch.ones_like(x),))[1] for m in (fast, model)]
     torch.testing.assert_close(*found)
     assert not walks
+
+
+def test_the_kernel_runs_it(walks):
+    model, fast = affine(3, 8, context_features=CONTEXT)
+    y, c = torch.randn(5, 3), torch.randn(1, CONTEXT).expand(5, -1)
+    with lf.backend("triton"), torch.no_grad():
+        found = fast.inverse(y, c)
+    for actual, expected in zip(found, model.inverse(y, c), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert not walks
+
+
+def test_an_activation_that_writes_to_its_input_is_left_alone_in_residual_blocks():
+    transform = require("normflows").flows.MaskedAffineAutoregressive
+    activation = nn.ReLU(inplace=True)
+    (row,) = lf.accelerate(transform(FEATURES, 16, activation=activation)).left
+    assert row.note == "its activation writes to the input of its residual blocks"
+    model = transform(FEATURES, 16, activation=activation, use_residual_blocks=False).double()
+    fast = copy.deepcopy(model)
+    assert lf.accelerate(fast).swapped
+    same(fast, model, torch.randn(5, FEATURES).double())
