@@ -41,8 +41,8 @@ from .zuko import Inverse, is_traced, univariate_of
 
 @dataclass(frozen=True)
 class _Sizes:
-    """On a CPU, a batch with fewer than ``short`` rows runs zuko's own code where it makes at most ``few`` passes, and
-    for the log-determinant where the transform is not affine (measured on an AMD EPYC with one thread).
+    """On a CPU, a batch with fewer than ``short`` rows runs zuko's own code where it makes at most ``few`` passes,
+    and for the log-determinant where the transform is not affine (measured on an AMD EPYC with one thread).
     """
 
     short: int = 1024
