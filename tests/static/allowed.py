@@ -50,6 +50,7 @@ _FEW_WORDS = {
         ("sm_100", "_outer_kernel", "gradient fast", 14),
         ("sm_100", "_linear_kernel", "gradient fast (2)", 24),
         ("sm_100", "_outer_kernel", "gradient high (2)", 13),
+        ("sm_80", "_masked_autoregressive_kernel", "D=16 H=128 high inverse", 10),
     ],
     _OLD: [
         ("sm_100", "_coupling_mix_dot_kernel", "C=128 contiguous fp32", 10),
