@@ -35,7 +35,7 @@ from torch import Tensor
 from .launch import ceil_div, needs_int64
 from .masked_schedule import LAST, STEP, WAITS, Schedule, schedule_of
 from .masked_spec import ALIGNED, masked_spec_of
-from .masked_steps import columns, hidden, product, store_parts, transform
+from .masked_steps import columns, hidden, invert, product, store_parts, transform
 from .mlp import activation_form
 from .stack_configs import target_of
 from .stack_spec import N_PARTS
@@ -72,9 +72,9 @@ class Tile(NamedTuple):
 # units, where wgmma and tcgen05 would compute 64. 64 rows by 4 warps: with 128 rows tf32 spills. Chunks of 32
 # columns: wider ones compute more zeros past the end of a prefix.
 _TILE = Tile(rows=64, num_warps=4, units=16, chunk=32, programs=0, programs_with_more=0, cache=0)
-# Programs of a multiprocessor hide each other's waits, as a step's loads depend on the step before. All programs must
-# run at once, as each takes an equal part of the rows: as many as the registers hold in "exact" (on sm_80 152 per
-# thread, 226 with extras and adds; on sm_90 126 and 164). Four fifths of the cache are for scratch.
+# Programs of a multiprocessor hide each other's waits, as a step's loads depend on the step before. All programs
+# must run at once, as each takes an equal part of the rows: as many as the registers hold in "exact" (on sm_80 152
+# per thread, 226 with extras and adds; on sm_90 126 and 164). Four fifths of the cache are for scratch.
 TILES = {
     "sm_80": _TILE._replace(programs=3 * 108, programs_with_more=2 * 108, cache=32 << 20),
     "sm_90": _TILE._replace(programs=4 * 132, programs_with_more=3 * 132, cache=40 << 20),
@@ -122,7 +122,7 @@ def _masked_autoregressive_kernel(
     PARTS: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    FEATURES: tl.constexpr = 1 if INVERSE else UNITS // PER_FEATURE
+    FEATURES: tl.constexpr = UNITS // PER_FEATURE
     n = tl.arange(0, UNITS)
     f = tl.arange(0, FEATURES)
     r = tl.arange(0, ROWS)
@@ -162,11 +162,17 @@ def _masked_autoregressive_kernel(
             )  # fmt: skip
             total += bias[:, None]
             if (flags & _LAST) != 0:
-                log_det += transform(
-                    total, x_tile, y_tile, read_ptr, read_part_stride, order_ptr, writes, count // PER_FEATURE,
-                    stride_xb, stride_xd, n_features, bound, floor, inside,
-                    PER_FEATURE, KIND, SCALE_FIRST, INVERSE, ROWS, FEATURES, PARTS, INT64,
-                )  # fmt: skip
+                if INVERSE:
+                    log_det += invert(
+                        total, value_ptr, x_tile, y_tile, read_ptr + writes * ROWS, read_part_stride,
+                        tl.load(order_ptr + writes), stride_xb, stride_xd, n_features, bound, floor, inside,
+                        PER_FEATURE, KIND, SCALE_FIRST, UNITS, PARTS, INT64,
+                    )  # fmt: skip
+                else:
+                    log_det += transform(
+                        total, x_tile, y_tile, order_ptr, writes, count // PER_FEATURE, stride_xb, stride_xd,
+                        n_features, bound, floor, inside, PER_FEATURE, KIND, SCALE_FIRST, FEATURES, INT64,
+                    )  # fmt: skip
             else:
                 read = hidden(
                     total, extras_ptr + start * stride_eb, value_ptr, step_ptr, flags, count, stride_eb, inside,
@@ -174,7 +180,7 @@ def _masked_autoregressive_kernel(
                 )  # fmt: skip
                 read_at = read_ptr + (writes + n)[:, None] * ROWS + r[None, :]
                 store_parts(read_at, read_part_stride, read, (n < count)[:, None], PARTS)
-        tl.store(log_det_ptr + start + r, -log_det if INVERSE else log_det, mask=inside)
+        tl.store(log_det_ptr + start + r, log_det, mask=inside)
         tl.debug_barrier()  # before the next tile's steps write what this one's read
 
 
@@ -189,7 +195,7 @@ def launch_masked_autoregressive(
         return y, log_det
     tile = tile_for(x)
     schedule, parts = schedule_of(spec, tile.units, x.device), N_PARTS[spec.precision]
-    programs = _programs(tile, schedule, parts * operands.element_size(), extras is not None)
+    programs = _programs(tile, schedule, parts * operands.element_size(), extras is not None or any(spec.adds))
     programs = min(programs, ceil_div(x.shape[0], tile.rows))
     read = operands.new_empty(programs, parts, schedule.n_units, tile.rows)
     values = weights.new_empty(programs, schedule.n_values, tile.rows, dtype=torch.float32)
@@ -199,7 +205,7 @@ def launch_masked_autoregressive(
         operands.stride(0) // ALIGNED, x.stride(0), x.stride(1), 0 if extras is None else extras.stride(0),
         spec.bound, spec.floor, PER_FEATURE=spec.per_feature, ACTIVATION=spec.activation,
         FORM=activation_form(x, spec.precision), KIND=spec.kind, SCALE_FIRST=spec.scale_first,
-        INVERSE=spec.inverse, HAS_EXTRAS=extras is not None, HAS_ADDS=schedule.n_values > 0, ROWS=tile.rows,
+        INVERSE=spec.inverse, HAS_EXTRAS=extras is not None, HAS_ADDS=any(spec.adds), ROWS=tile.rows,
         UNITS=tile.units, CHUNK=tile.chunk, PARTS=parts, INT64=needs_int64(x[: tile.rows], y[: tile.rows]),
         num_warps=tile.num_warps,
     )  # fmt: skip
@@ -211,8 +217,8 @@ def tile_for(x: Tensor) -> Tile:
     return TILES[target_of(x) or "sm_80"]
 
 
-def _programs(tile: Tile, schedule: Schedule, bytes_per_unit: int, has_extras: bool) -> int:
+def _programs(tile: Tile, schedule: Schedule, bytes_per_unit: int, has_more: bool) -> int:
     """How many programs run at most: as many as the multiprocessors and the cache hold."""
     scratch = tile.rows * (schedule.n_units * bytes_per_unit + 4 * schedule.n_values)
-    held = tile.programs_with_more if has_extras or schedule.n_values else tile.programs
+    held = tile.programs_with_more if has_more else tile.programs
     return max(1, min(held, tile.cache // scratch))

@@ -13,7 +13,7 @@ before: the units sorted by degree that may reach them. ``STEP`` numbers describ
     bias      where its first bias is in the packed weights
     reads     the first unit of the layer before, counted over the layers 0 .. n - 1 in turn
     writes    its own first unit, counted likewise; the first feature of a LAST step
-    keeps     its first unit, counted over the layers that are added, in turn
+    keeps     its first unit, counted over the layers that are added, in turn, after P parameters of a feature
     adds      the first unit of the value that is added, counted likewise
     term      the column of its first term, and
     gate      of its first gate, among all extras
@@ -48,7 +48,7 @@ class Schedule:
         table: int32, STEP numbers of each step, then the features' order.
         n_steps: the number of steps.
         n_units: units of the layers 0 .. n - 1.
-        n_values: units of the layers whose values are added later.
+        n_values: units of the layers whose values are added later, and P parameters of the feature at hand.
     """
 
     table: Tensor
@@ -83,10 +83,14 @@ def _steps(spec: MaskedSpec, units: int) -> Iterator[tuple[int, ...]]:
         width = spec.per_feature if spec.inverse and layer == spec.n_layers else units
         for at in range(first, end, width):
             source = spec.adds[layer - 1] if layer < spec.n_layers else 0
-            waits = layer - 1 in written or source in written - {0}
+            last = layer == spec.n_layers
+            # Each feature's parameters take the place of the one's before.
+            waits = layer - 1 in written or source in written - {0} or (last and layer in written)
             if waits:
                 written.clear()
             yield _step(spec, layer, at, min(width, end - at), waits)
+            if last and spec.inverse:
+                written.add(layer)
         if end > first:
             written.add(layer % spec.n_layers)
 
@@ -133,8 +137,11 @@ def _step(spec: MaskedSpec, layer: int, at: int, count: int, waits: bool) -> tup
 
 @functools.lru_cache(_KEPT)
 def _slots(spec: MaskedSpec) -> tuple[int, ...]:
-    """For each layer from 0 to n - 1 where its values begin among those that are added later; then their number."""
-    slots = [0]
+    """For each layer from 0 to n - 1 where its values begin among those that are kept; then their number.
+
+    The parameters of the feature that an inverse computes come first.
+    """
+    slots = [spec.per_feature]
     for layer in range(spec.n_layers):
         slots.append(slots[-1] + spec.sizes[layer] * (layer > 0 and layer in spec.adds))
     return tuple(slots)

@@ -5,6 +5,7 @@ Ops are looked up when a case is built, so that ``--compare`` runs the others on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -167,6 +168,72 @@ _coupling_stack = op_case(
 )
 
 
+# A masked autoregressive transform, affine, with two hidden layers; its weights are packed at every call. "D
+# passes" is the usual inverse, which evaluates the network once per feature.
+
+
+@functools.cache
+def _masks(features: int, hidden: int) -> Any:
+    """Degrees 1 .. D, and 1 .. D - 1 in turn for hidden units, as in nflows."""
+    from linfast.ops import AutoregressiveMasks
+
+    of_features, units = torch.arange(1, features + 1), torch.arange(hidden) % max(features - 1, 1) + 1
+    outer = of_features.repeat_interleave(2)[:, None] > units
+    return AutoregressiveMasks([units[:, None] >= of_features, units[:, None] >= units, outer])
+
+
+def _masked(size: Size) -> Function:
+    options: dict[str, Any] = {"activation": "relu", "scale_map": ScaleMap("sigmoid"), "log_det": True}
+    options |= {"inverse": size["direction"] == INVERSE, "precision": str(size["precision"])}
+    masks = _masks(*ints(size, "D", "hidden"))
+
+    def masked(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
+        return ops.masked_autoregressive(x, masks, tensors[::2], tensors[1::2], **options)
+
+    return masked
+
+
+def _passes(size: Size) -> Function:
+    """The formula in plain torch, without linfast's ops."""
+    masks, inverse = _masks(*ints(size, "D", "hidden")), size["direction"] == INVERSE
+
+    def passes(x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        used, y = masks.masks(x.device, x.dtype), torch.zeros_like(x) if inverse else x
+        for _ in range(x.shape[1] if inverse else 1):
+            read = y
+            for i, mask in enumerate(used):
+                read = F.linear(F.relu(read) if i else read, tensors[2 * i] * mask, tensors[2 * i + 1])
+            shift, log_s = read[:, 0::2], ScaleMap("sigmoid").log_scale(read[:, 1::2])
+            y = (x - shift) * (-log_s).exp() if inverse else x * log_s.exp() + shift
+        return y, -log_s.sum(1) if inverse else log_s.sum(1)
+
+    return passes
+
+
+def _masked_shapes(size: Size) -> Sequence[tuple[int, ...]]:
+    """The shapes of the weights and biases of all layers, in turn."""
+    return [each for shape in _masks(*ints(size, "D", "hidden")).shapes for each in (shape, shape[:1])]
+
+
+_MASKED: Size = {"direction": INVERSE, "precision": "exact", "D": 16, "hidden": 128, "batch": 1024}
+_masked_autoregressive = op_case(
+    "masked_autoregressive",
+    lambda source, size: (
+        source.normal(*ints(size, "batch", "D")),
+        *(0.5 * source.normal(*shape) / shape[-1] ** 0.5 for shape in _masked_shapes(size)),
+    ),
+    _masked,
+    lambda size, x: 2 * len(x) * sum(s[0] * s[1] for s in _masked_shapes(size) if len(s) == 2),
+    tiny=[{**_MASKED, "D": 4, "hidden": 8, "batch": 4}],
+    quick=[_MASKED],
+    gpu=grid({**_MASKED, "batch": 2**20}, direction=(FORWARD, INVERSE), precision=("exact", "fast")),
+    full=grid(_MASKED, direction=(FORWARD, INVERSE), batch=(2**6, 2**10, 2**14)),
+    truth=_passes,
+    rivals=lambda size, options: {"D passes": _passes(size)} if size["direction"] == INVERSE else {},
+    baseline="D passes",
+)
+
+
 # The low-rank product y = x V U^T with one pair of factors per sample, forward and backward. "materialised" is the
 # arithmetic of the reference repository's LoRA layer, A = V U^T [B, N, N], and the baseline where its matrices fit.
 
@@ -310,6 +377,6 @@ _fused = op_case(
 )
 
 CASES = [
-    *(_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _low_rank, _latent_matmul),
-    *(_depthwise_conv, _group_norm_silu, _fused),
+    *(_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _masked_autoregressive, _low_rank),
+    *(_latent_matmul, _depthwise_conv, _group_norm_silu, _fused),
 ]

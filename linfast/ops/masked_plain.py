@@ -1,4 +1,4 @@
-"""The raw op masked_autoregressive in plain torch: both directions, and the backward of the inverse.
+"""The raw op masked_autoregressive in plain torch: both directions, and their backward.
 
 x and y are [B, D]. Inside, tensors are [units, B], and the features are in the order of their degrees.
 """
@@ -17,7 +17,7 @@ from ..scale_maps import SCALE_MAP_KINDS, ScaleMap, log_scale_function, scale_fu
 from .activations import ACTIVATIONS
 from .affine_coupling import ORDERS, couple_backward
 from .masked_walk import Network, evaluate, walk
-from .masked_walk_backward import walk_backward
+from .masked_walk_backward import pass_backward, walk_backward
 
 MASKED_ACTIVATIONS = {**ACTIVATIONS, "elu": F.elu}
 """The activations of masked networks; an index in it is the activation's number in the kernel."""
@@ -144,23 +144,22 @@ def invert_elementwise(
 def plain_backward(
     x: Tensor, weights: Tensor, extras: Tensor | None, y: Tensor, grad: Tensor | None, grad_log_det: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor | None, ...] | None:  # fmt: skip
-    """The backward of an inverse in plain torch, without a graph: a walk from the last degree to the first."""
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The backward in plain torch, without a graph; of an inverse, a walk from the last degree to the first."""
     *constants, needs = rest
     spec = masked_spec_of(*constants)
-    if not spec.inverse:
-        return None
-    net, x = _network(weights, extras, spec), _sorted(y, spec)
+    net, x = _network(weights, extras, spec), _sorted(y if spec.inverse else x, spec)
     evaluated = evaluate(net, x)
-    shift, _, log_s = _parameters(evaluated[2], spec)
-    of_x = torch.zeros_like(x) if grad is None else _sorted(grad, spec)
+    shift, scale, log_s = _parameters(evaluated[2], spec)
+    out = x if spec.inverse else _affine(x, shift, scale, spec.scale_first, False)
+    of_out = torch.zeros_like(x) if grad is None else _sorted(grad, spec)
     slope = None if spec.per_feature == 1 else _scale_map(spec).derivative(evaluated[2][1::2])
     of_log_det = 0.0 if grad_log_det is None else grad_log_det
     order = ORDERS[spec.scale_first]
 
     def gradients(a: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """Of y, shift and s, from ``a``, the gradient of x; the walk's formulas."""
-        return couple_backward(x[rows], shift[rows], log_s[rows], a, of_log_det, order, True)
+        """Of the input, shift and s, from the gradient ``a`` of the output; the walk's formulas for an inverse."""
+        return couple_backward(out[rows], shift[rows], log_s[rows], a, of_log_det, order, spec.inverse)
 
     def pull(features: slice, a: Tensor, into: Tensor) -> None:
         _, of_shift, of_log_s = gradients(a, features)
@@ -168,7 +167,14 @@ def plain_backward(
         if slope is not None:
             torch.mul(of_log_s, slope[features], out=into[1::2])
 
-    found = walk_backward(net, evaluated, of_x, pull)
+    if spec.inverse:
+        found = walk_backward(net, evaluated, of_out, pull)
+        of_input = gradients(found.x)[0]
+    else:
+        of_params = torch.empty_like(evaluated[2])
+        pull(slice(None), of_out, of_params)
+        found = pass_backward(net, evaluated, gradients(of_out)[0], of_params)
+        of_input = found.x
     of_weights = weights.new_zeros(weights.shape, dtype=x.dtype)
     for into, gradient in zip(
         (*spec.matrices(of_weights), *spec.biases(of_weights)), (*found.matrices, *found.biases), strict=True
@@ -176,7 +182,7 @@ def plain_backward(
         into.copy_(gradient)
     of_extras = [each for pair in found.extras for each in pair if each is not None]
     return (
-        _unsorted(gradients(found.x)[0], spec, y.dtype) if needs[0] else None,
+        _unsorted(of_input, spec, y.dtype) if needs[0] else None,
         of_weights.to(weights.dtype) if needs[1] else None,
         None,
         torch.cat(of_extras).t().to(extras.dtype, memory_format=torch.contiguous_format)

@@ -11,6 +11,7 @@ after the walk. The network is evaluated once, on x.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,15 @@ class Walked(NamedTuple):
     biases: list[Tensor]
     extras: list[Pair]
 
+
+SLOPES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: (x > 0).to(x.dtype),
+    lambda x: x.sigmoid() * (1 + x * (1 - x.sigmoid())),
+    lambda x: 1 - x.tanh().square(),
+    lambda x: 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x.square()) / (2 * math.pi) ** 0.5,
+    lambda x: x.clamp(max=0).exp(),
+)
+"""The derivatives of MASKED_ACTIVATIONS, in its order. Automatic ones do not work inside a TorchDispatchMode."""
 
 Pull = Callable[[slice, Tensor, Tensor], None]
 """(features, their gradients a [features, B], where to write those of the parameters [P features, B])."""
@@ -63,6 +73,22 @@ def walk_backward(net: Network, evaluated: Evaluated, grad: Tensor, pull: Pull) 
                     pull(rows, of_values[0][rows], of_products[-1][rows_of(spec, n, degree, degree + 1)])
                 else:
                     _complete(net, layer, rows, slopes[layer - 1], of_values, of_products)
+    return Walked(of_values[0], *_of_weights(net, evaluated, of_values[1:], of_products))
+
+
+def pass_backward(net: Network, evaluated: Evaluated, grad: Tensor, of_params: Tensor) -> Walked:
+    """The gradients of ``evaluate(net, x)``, whose result this is; ``grad`` [D, B] is added to that of x."""
+    n, every = net.spec.n_layers, slice(None)
+    of_values = [grad.clone(), *map(torch.zeros_like, evaluated[1])]
+    of_products = [
+        g if gate is None else torch.empty_like(g) for g, (_, gate) in zip(of_values[1:], net.extras, strict=True)
+    ]
+    of_products.append(of_params)
+    for layer in reversed(range(n)):
+        _receive(net, layer, every, every, of_values, of_products)
+        if layer:
+            slope = _slope(net, layer, evaluated[1][layer - 1])
+            _complete(net, layer, every, slope, of_values, of_products)
     return Walked(of_values[0], *_of_weights(net, evaluated, of_values[1:], of_products))
 
 
@@ -104,9 +130,7 @@ def _slope(net: Network, layer: int, value: Tensor) -> Tensor | None:
     """The activation's derivative at a hidden layer's value; None where there is no activation."""
     if not net.spec.activated[layer - 1]:
         return None
-    _, pull = torch.func.vjp(net.activation, value)
-    slope: Tensor = pull(torch.ones_like(value))[0]
-    return slope
+    return SLOPES[net.spec.activation](value)
 
 
 def _of_weights(

@@ -126,7 +126,7 @@ def define_op(
         backward: the backward in plain torch, which second derivatives differentiate; by default the
             vector-Jacobian product of ``reference``.
         plain: the forward in plain torch that runs, where a faster one than ``reference`` is not differentiable.
-        plain_backward: the backward in plain torch that runs, likewise; it may return None for the one above.
+        plain_backward: the backward in plain torch that runs, likewise.
         backward_launch: the backward's launcher, "module:function", where it is not the one above; None for none.
         has_needs: False for a backward that computes all gradients and takes no ``needs``.
         is_plain: of the forward; see ``RawOp``.
@@ -155,11 +155,7 @@ def define_op(
     differentiated = backward or _derived(
         reference, gradients, names, [_name(argument) for argument in arguments], n
     )
-    general = backward or _filled(fake_backward, differentiated)
-
-    def undifferentiated(*given: Any) -> Any:
-        found = None if plain_backward is None else plain_backward(*given)
-        return general(*given) if found is None else found
+    undifferentiated = plain_backward or backward or _filled(fake_backward, differentiated)
 
     launch = f"{name}:launch_{name}"
     backward_launch = f"{launch}_backward" if backward_launch == "" else backward_launch

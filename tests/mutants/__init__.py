@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     accelerate,
+    autoregressive,
     flows,
     images,
     linear_ops,
@@ -33,4 +34,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *sampling.MUTANTS,
     *training.MUTANTS,
     *accelerate.MUTANTS,
+    *autoregressive.MUTANTS,
 )

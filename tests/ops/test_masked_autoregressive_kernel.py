@@ -13,7 +13,8 @@ import linfast as lf
 from linfast.bench.rounding import allowed_errors
 from linfast.kernels import masked_autoregressive as kernels
 from linfast.kernels import masked_schedule, masked_steps, mlp
-from linfast.ops import masked_autoregressive
+from linfast.kernels.masked_spec import ALIGNED, MaskedSpec
+from linfast.ops import AutoregressiveMasks, masked_autoregressive
 from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
 from linfast.precision import PRECISIONS
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
@@ -225,20 +226,49 @@ def test_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.Mo
             _call(made, inverse=inverse)(_x(3, 3), *tensors_of(made))
 
 
-def test_every_weight_is_in_one_step_of_the_inverse() -> None:
-    masks, *_ = random_made(7, (40, 24), order=[2, 1, 4, 3, 3, 6, 5])
-    for inverse in BOTH:
-        spec = masks.spec((0, 0), 0, 1, 1.0, 0.0, True, inverse, "exact")
-        schedule = masked_schedule.schedule_of(spec, 16, torch.device("cpu"))
-        steps = schedule.table[: masked_schedule.STEP * schedule.n_steps].view(-1, masked_schedule.STEP).tolist()
-        seen = torch.zeros(spec.n_matrices, dtype=torch.int)
-        for _, count, known, matrix, stride, *_ in steps:
-            for row in range(count):
-                start = 16 * (matrix + row * stride)
-                seen[start : start + known] += 1
-        used = masks.tables(torch.device("cpu"))[1][: spec.n_matrices]
-        assert int(seen.max()) == 1
-        assert bool((seen[used] == 1).all())
+def _schedule(inverse: bool) -> tuple[AutoregressiveMasks, MaskedSpec, list[list[int]]]:
+    """Of two residual blocks, with two features of degree 3; the steps."""
+    masks, *_ = random_made(7, (40,), order=[2, 1, 4, 3, 3, 6, 5], residual=True)
+    spec = masks.spec((0,) * 5, 0, 1, 1.0, 0.0, True, inverse, "exact")
+    schedule = masked_schedule.schedule_of(spec, 16, torch.device("cpu"))
+    steps = schedule.table[: masked_schedule.STEP * schedule.n_steps].view(-1, masked_schedule.STEP)
+    return masks, spec, steps.tolist()
+
+
+@pytest.mark.parametrize("inverse", BOTH)
+def test_every_weight_is_in_one_step(inverse: bool) -> None:
+    masks, spec, steps = _schedule(inverse)
+    seen = torch.zeros(spec.n_matrices, dtype=torch.int)
+    for _, count, known, matrix, stride, *_ in steps:
+        for row in range(count):
+            start = ALIGNED * (matrix + row * stride)
+            seen[start : start + known] += 1
+    used = masks.tables(torch.device("cpu"))[1][: spec.n_matrices]
+    assert int(seen.max()) == 1
+    assert bool((seen[used] == 1).all())
+
+
+@pytest.mark.parametrize("inverse", BOTH)
+def test_no_step_reads_what_others_wrote_since_all_waited(inverse: bool) -> None:
+    """The interpreter knows no threads, so that a missing wait is not seen there."""
+    _, spec, steps = _schedule(inverse)
+    units, values, done = set() if inverse else set(range(spec.sizes[0])), set(), set()
+    params, waits = False, 0  # whether the place of a feature's parameters is in use
+    for flags, count, known, _, _, _, reads, writes, keeps, adds, *_ in steps:
+        if flags & masked_schedule.WAITS:
+            done |= units
+            units, values, params, waits = set(), set(), False, waits + 1
+        last = bool(flags & masked_schedule.LAST)
+        assert done.issuperset(range(reads, reads + known))
+        assert not (last and params)
+        if flags & masked_schedule.ADDS:
+            assert values.isdisjoint(range(adds, adds + count))
+        if flags & masked_schedule.KEEPS:
+            values |= set(range(keeps, keeps + count))
+        if inverse or not last:
+            units |= set(range(writes, writes + (count // 2 if last else count)))
+        params = inverse and last
+    assert waits < len(steps)
 
 
 def test_kernels_know_the_activations_by_the_same_ids() -> None:

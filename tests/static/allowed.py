@@ -50,6 +50,7 @@ _FEW_WORDS = {
         ("sm_100", "_outer_kernel", "gradient fast", 14),
         ("sm_100", "_linear_kernel", "gradient fast (2)", 24),
         ("sm_100", "_outer_kernel", "gradient high (2)", 13),
+        ("sm_80", "_masked_autoregressive_kernel", "D=16 H=128 high inverse", 10),
     ],
     _OLD: [
         ("sm_100", "_coupling_mix_dot_kernel", "C=128 contiguous fp32", 10),
@@ -60,11 +61,18 @@ _FEW_WORDS = {
         ("sm_80", "_conv2d_fused_kernel", "C=32 exact (2)", 13),
         ("sm_100", "_conv2d_fused_kernel", "C=128 tf32 (2)", 10),
         ("sm_80", "_conv2d_fused_kernel", "C=16 NCHW tf32", 11),
+        *[
+            (target, "_masked_autoregressive_kernel", "D=16 H=128 high inverse", 12)
+            for target in ("sm_90", "sm_100")
+        ],
+        ("sm_80", "_masked_autoregressive_kernel", "D=16 H=128 high inverse", 10),
+        ("sm_90", "_masked_autoregressive_kernel", "D=16 H=128 exact inverse tanh", 22),
     ],
 }
-# Four scalar registers, which go to a lane of a vector register and not to memory.
+# Scalar registers, which go to lanes of a vector register and not to memory.
 _SCALARS = {
     _NEW: [("gfx942", "_masked_autoregressive_kernel", "D=33 H=100 exact residual forward", 4)],
+    _OLD: [("gfx942", "_masked_autoregressive_kernel", "D=33 H=100 exact residual forward", 1)],
 }
 
 

@@ -20,6 +20,7 @@ from linfast.kernels import (
     group_norm_silu,
     latent_matmul,
     low_rank,
+    masked_autoregressive,
     row_products,
     stack_pack,
 )
@@ -88,6 +89,9 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
         for parts in (1, 2, 3):
             yield TARGETS, kernel, {**row_products.TILE, "PARTS": parts}
     yield TARGETS, "_stack_pack_kernel", stack_pack.TILE
+    for target, program in masked_autoregressive.TILES.items():
+        size = {"ROWS": program.rows, "UNITS": program.units, "CHUNK": program.chunk}
+        yield (target,), "_masked_autoregressive_kernel", {**size, "num_warps": program.num_warps}
     yield from _shipped_stacks()
 
 
