@@ -183,6 +183,7 @@ def log_scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
 def scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
     """raw -> e^s, which for sigmoid and softplus needs neither a logarithm nor an exponential of one."""
     kind, (bound, floor) = _KINDS[scale_map.kind], scale_map.constants
-    if kind.scale is not None:
-        return functools.partial(kind.scale, c=bound, floor=floor)
+    function: Callable[..., Tensor] | None = kind.scale
+    if function is not None:
+        return functools.partial(function, c=bound, floor=floor)
     return lambda raw: kind.log_scale(raw, bound, floor).exp()

@@ -23,6 +23,7 @@ from torch.distributions import Transform
 
 from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
 from ...rows import checks_all_lengths
+from ...scale_maps import log_scale_function, scale_function
 from ..adapter import Adapter, Draw, Unfit
 from ..identity import changed_method, defined_as, find_class, is_hooked, is_own_method, original_class
 from ..masked import (
@@ -136,7 +137,7 @@ def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[An
     if scale_map is not None:
         if not all(is_own_method(function, method) for method in _AFFINE):
             raise Unfit("a method of its univariate was replaced: not the library's own")
-        affine = Affine.of(scale_map)
+        affine = Affine(scale_function(scale_map), log_scale_function(scale_map), scale_map)
         return "affine, smooth", affine, replace(affine, log_scale=None), ()
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, nn.Module) or not str(getattr(function, "__module__", "")).startswith("zuko."):
