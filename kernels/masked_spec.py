@@ -1,12 +1,12 @@
 """MaskedSpec, which describes a masked autoregressive transform: its degrees, and the memory layout of its weights.
 
-The features x_1 .. x_D have degrees 1 .. G; features of one degree do not depend on each other. A hidden unit has the
-largest degree among the features that it depends on, 0 where it depends on none. The parameters of a feature of
+The features x_1 .. x_D have degrees 1 .. G; features of one degree do not depend on each other. A hidden unit has
+the largest degree among the features that it depends on, 0 where it depends on none. The parameters of a feature of
 degree d depend only on hidden units of degrees below d. Units of degree G reach no parameter and are dropped.
 
-Layers are numbered from 0, the features, to n, the parameters (P per feature: shift_i, raw_i alternating, or shift_i alone). In
-each layer the units are sorted by degree, so that what a degree reads is a prefix of the layer before. The weights of
-one transform are one vector:
+Layers are numbered from 0, the features, to n, the parameters: P per feature, shift_i and raw_i alternating, or
+shift_i alone. In each layer the units are sorted by degree, so that what a degree reads is a prefix of the layer
+before. The weights of one transform are one vector:
 
     W_1 [H_1, K_0]  W_2 [H_2, K_1] .. W_n [H_n, K_{n-1}]  |  b_1 [H_1] .. b_n [H_n]         H_0 = D, H_n = P D
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field, fields
+from itertools import accumulate, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -35,11 +36,11 @@ class MaskedSpec:
         order: [D], the features in the order of their degrees.
         cuts: for each layer from 0 to n - 1 in turn, G + 2 numbers: how many of its units have a degree below 0, 1,
             .. G + 1.
-        activated: [n - 1], for each hidden layer: 1 where the layer after it reads its activation, 0 for its value.
-        adds: [n - 1], for each hidden layer: the number of the hidden layer whose value is added to its own; 0: none.
-        extra_kinds: [n - 1], for each hidden layer: TERM where a term per sample is added to W h + b, GATE where the
+        activated: [n - 1], per hidden layer: 1 where the next layer reads its activation, 0 its value.
+        adds: [n - 1], per hidden layer: the number of the hidden layer whose value is added to its own; 0 for none.
+        extra_kinds: [n - 1], per hidden layer: TERM where a term per sample is added to W h + b, GATE where the
             result is multiplied by a gate per sample, TERM + GATE for both, 0 for neither.
-        activation: its number in linfast.ops.activations.ACTIVATION_NAMES.
+        activation: its number in linfast.ops.masked_autoregressive.MASKED_ACTIVATIONS.
         kind, bound, floor: the scale map's id, its c and its floor; not used without a scale.
         scale_first: y = x e^s + t in place of (x + t) e^s.
         inverse: apply the inverse.
@@ -62,6 +63,7 @@ class MaskedSpec:
     precision: str
     n_layers: int = field(init=False, compare=False, repr=False)  # n
     sizes: tuple[int, ...] = field(init=False, compare=False, repr=False)  # (H_0, .., H_n)
+    parts: tuple[int, ...] = field(init=False, compare=False, repr=False)  # the lengths of W_1 .. W_n
     offsets: tuple[int, ...] = field(init=False, compare=False, repr=False)  # of W_1 .. W_n, then of b_1 .. b_n
     total: int = field(init=False, compare=False, repr=False)  # the number of packed weights
     n_extras: int = field(init=False, compare=False, repr=False)  # columns of all terms and gates
@@ -70,14 +72,16 @@ class MaskedSpec:
         n, per_layer = len(self.activated) + 1, self.degrees + 2
         sizes = [self.cuts[(layer + 1) * per_layer - 1] for layer in range(n)]
         sizes.append(sizes[0] * self.per_feature)
-        offsets = [0]
-        for before, size in zip(sizes[:-1], sizes[1:], strict=True):
-            offsets.append(offsets[-1] + size * padded(before))
-        for size in sizes[1:]:
-            offsets.append(offsets[-1] + size)
+        parts = [size * padded(before) for before, size in pairwise(sizes)]
+        offsets = [0, *accumulate([*parts, *sizes[1:]])]
         n_extras = sum([size * kind.bit_count() for size, kind in zip(sizes[1:-1], self.extra_kinds, strict=True)])
         vars(self).update(
-            n_layers=n, sizes=tuple(sizes), offsets=tuple(offsets[:-1]), total=offsets[-1], n_extras=n_extras
+            n_layers=n,
+            sizes=tuple(sizes),
+            parts=tuple(parts),
+            offsets=tuple(offsets[:-1]),
+            total=offsets[-1],
+            n_extras=n_extras,
         )
 
     @property
@@ -96,8 +100,10 @@ class MaskedSpec:
 
     def matrices(self, weights: Tensor) -> list[Tensor]:
         """W_1 .. W_n, each [H_l, H_{l-1}]: views of the packed weights."""
-        shapes = zip(self.sizes[1:], self.sizes[:-1], self.offsets, strict=False)
-        return [weights[at : at + n_out * padded(n)].view(n_out, -1)[:, :n] for n_out, n, at in shapes]
+        parts = weights[: self.n_matrices].split(self.parts)
+        return [
+            part.view(n, -1)[:, :n_in] for part, n, n_in in zip(parts, self.sizes[1:], self.sizes, strict=False)
+        ]
 
     def biases(self, weights: Tensor) -> list[Tensor]:
         """b_1 .. b_n: views of the packed weights."""

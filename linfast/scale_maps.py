@@ -59,6 +59,11 @@ def _sigmoid_derivative(r: Tensor, c: float, floor: float) -> Tensor:
     return torch.sigmoid(-r - _SIGMOID_SHIFT) if floor == 0.0 else s * (1 - s) / (s + floor)
 
 
+def _softplus_scale(r: Tensor, c: float, floor: float) -> Tensor:
+    scale = F.softplus(r) + floor
+    return scale if c == math.inf else scale.clamp(max=c)
+
+
 def _softplus_derivative(r: Tensor, c: float, floor: float) -> Tensor:
     value = F.softplus(r) + floor
     return torch.where(value <= c, torch.sigmoid(r) / value, torch.zeros_like(r))
@@ -101,12 +106,12 @@ _KINDS: dict[str, _Kind] = {  # the position of a map is its number in the kerne
         scale=lambda r, c, floor: torch.sigmoid(r + _SIGMOID_SHIFT) + floor,
     ),
     "softplus": _Kind(
-        lambda r, c, floor: torch.log((F.softplus(r) + floor).clamp(max=c)),
+        lambda r, c, floor: torch.log(_softplus_scale(r, c, floor)),
         _softplus_derivative,
         lambda s, c, floor: torch.log(torch.expm1(torch.exp(s) - floor)),
         bound=3.0,
         floor=1e-3,
-        scale=lambda r, c, floor: F.softplus(r) + floor if c == math.inf else (F.softplus(r) + floor).clamp(max=c),
+        scale=_softplus_scale,
     ),
 }
 

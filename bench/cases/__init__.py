@@ -18,6 +18,7 @@ _MODULES = {
         *("depthwise_conv", "group_norm_silu", "conv2d_fused"),
     ),
     "flows": ("coupling_flow", "peers", "libraries", "linearizer", "reversible", "streams"),
+    "autoregressive": ("autoregressive",),
     "collapse": ("collapse",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

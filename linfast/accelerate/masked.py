@@ -23,14 +23,8 @@ from torch import Tensor, nn
 from ..dispatch import autocast_dtype, has_global_hook, uses_triton
 from ..flows.remembered import Evidence
 from ..ops.autoregressive_masks import AutoregressiveMasks
-from ..ops.masked_autoregressive import (
-    MASKED_ACTIVATIONS,
-    Elementwise,
-    Extras,
-    invert_affine,
-    invert_elementwise,
-    masked_autoregressive,
-)
+from ..ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_autoregressive
+from ..ops.masked_plain import Elementwise, invert_affine, invert_elementwise
 from ..ops.masked_walk import Network
 from ..scale_maps import ScaleMap, log_scale_function, scale_function
 from .adapter import Adapter, Draw, Plan, Unfit
@@ -139,7 +133,9 @@ class MaskedInverse:
         if extras is None or y.dtype != weights[0].dtype or y.device != weights[0].device:
             return None
         norms = None if self.norms is None else self.norms()
-        if uses_triton(y, *weights) or (torch.is_grad_enabled() and _any_requires_grad(y, weights, biases, extras, norms)):
+        if uses_triton(y, *weights) or (
+            torch.is_grad_enabled() and _any_requires_grad(y, weights, biases, extras, norms)
+        ):
             return self._by_op(y, weights, biases, extras) if self.has_gradient else None
         with torch.no_grad():
             return self._by_walk(y, weights, biases, extras, norms)

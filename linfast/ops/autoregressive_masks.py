@@ -1,7 +1,7 @@
-"""AutoregressiveMasks: the degrees of a masked network's units, found from its masks, and the packing of its weights.
+"""AutoregressiveMasks: the degrees of a masked network's units, found from its masks; its weights are packed here.
 
-    degree(feature) = 1 + the largest degree among the features that its parameters depend on, 1 where there are none
-    degree(unit)    = the largest degree among the features that it depends on, 0 where there are none
+    degree(feature) = 1 + the largest degree of a feature that its parameters depend on, 1 where there is none
+    degree(unit)    = the largest degree of a feature that it depends on, 0 where there is none
 
 Only the masks are read. They may come from any library: random ones, those of a random order of the features, and
 those that let several features have one degree.
@@ -174,7 +174,7 @@ class AutoregressiveMasks:
         return found
 
     def spec(self, extras: tuple[int, ...], *options: object) -> MaskedSpec:
-        """The MaskedSpec of these masks with a call's options, from ``activation`` on; by default for a walk alone."""
+        """The MaskedSpec of these masks with a call's options, ``activation`` and on; by default a walk's."""
         flags, options = tuple(map(int, self.activated)), options or _INVERSE
         highest = len(self.cuts) // len(self.shapes) - 2
         make: Any = MaskedSpec if torch.compiler.is_compiling() else masked_spec_of  # Dynamo traces no cached class
@@ -219,11 +219,9 @@ def _degrees(masks: Sequence[Tensor], per_feature: int, adds: Sequence[int]) -> 
         of_features = raised
     else:
         at = int(of_features.argmax())
-        raise ValueError(
-            f"masks are not autoregressive: the parameters of feature {at} depend, through the layers, on feature {at}"
-            if needs[at, at]
-            else f"masks are not autoregressive: feature {at} and another feature depend on each other"
-        )
+        of_itself = f"the parameters of feature {at} depend, through the layers, on feature {at}"
+        of_others = f"feature {at} and another feature depend on each other"
+        raise ValueError(f"masks are not autoregressive: {of_itself if needs[at, at] else of_others}")
     degrees = [of_features, *(torch.where(unit > 0, of_features, 0).amax(1) for unit in reached[1:])]
     for i in reversed(range(len(adds))):  # what is added is sorted as the sum
         if adds[i]:

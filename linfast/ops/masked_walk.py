@@ -1,4 +1,4 @@
-"""The inverse of a masked autoregressive transform for about the price of one forward pass, and its gradient.
+"""The inverse of a masked autoregressive transform for about the price of one forward pass.
 
     y_i = x_i e^{s_i} + t_i   or   (x_i + t_i) e^{s_i},   (t_i, r_i) = net_i(x_1 .. x_{i-1}),   s_i = scale_map(r_i)
 
@@ -7,15 +7,6 @@ The usual inverse evaluates the network D times. Here the hidden units are sorte
 these features, then the units of degree d, so that every weight is used once: 2 B sum_l H_l H_{l-1} operations.
 Tensors are [units, B], in which a range of units is contiguous. Degrees are taken in blocks. One product per layer
 gives all that the units of a block read from earlier blocks.
-
-The gradient is the same walk backwards. a_i, the gradient of x_i, is complete once the parameters of all later
-features have been dealt with:
-
-    x e^s + t     dy_i = a_i e^{-s_i}   dt_i = -dy_i   ds_i = -a_i x_i           - dl_i       l = -sum_i s_i
-    (x + t) e^s   dy_i = a_i e^{-s_i}   dt_i = -a_i    ds_i = -a_i (x_i + t_i)   - dl_i
-
-(dt_i, dr_i) then go through the units of lower degrees into a_1 .. a_{i-1}, and the gradient of each W is one product
-after the walk.
 """
 
 from __future__ import annotations
@@ -90,7 +81,7 @@ class _Sizes:
 _SIZES = _Sizes()
 
 
-def _blocks(degrees: int, batch: int) -> Iterator[tuple[int, int]]:
+def blocks(degrees: int, batch: int) -> Iterator[tuple[int, int]]:
     """(first, end) of each block of the degrees 0 .. G."""
     size = 1 if batch < _SIZES.short else _SIZES.many
     for first in range(0, degrees + 1, size):
@@ -98,9 +89,10 @@ def _blocks(degrees: int, batch: int) -> Iterator[tuple[int, int]]:
 
 
 class _Step(NamedTuple):
-    """values_l[rows] = W_l[rows, :stop] read_{l-1}[:stop] + b_l, where ``start`` is None; else += W[.., start:stop] read.
+    """values[rows] = W[rows, :stop] read[:stop] + b; or, unless ``start`` is None, += W[rows, start:stop] read[..].
 
     Args:
+        layer: the layer of W, b and values; ``read`` is what the layer before it gives.
         completes: whether no other step adds to these rows.
         features: those of which the rows are the parameters; None in a hidden layer.
     """
@@ -117,21 +109,21 @@ class _Step(NamedTuple):
 def _steps(spec: MaskedSpec, is_short: bool) -> list[_Step]:
     """The steps of a walk: of each block the products with earlier blocks, then of each degree its own."""
     steps, n = [], spec.n_layers
-    for first, end in _blocks(spec.degrees, 0 if is_short else _SIZES.short):
+    for first, end in blocks(spec.degrees, 0 if is_short else _SIZES.short):
         alone = end - first == 1
         for layer in range(1, 1 if alone else n + 1):
-            rows, stop = _rows(spec, layer, first, end), spec.cut(layer - 1, first)
+            rows, stop = rows_of(spec, layer, first, end), spec.cut(layer - 1, first)
             steps.append(_Step(layer, rows, None, stop, False, None))
         for degree in range(first, end):
             for layer in (n, *range(1, n)):
-                rows, stop = _rows(spec, layer, degree, degree + 1), spec.cut(layer - 1, degree + (layer < n))
+                rows, stop = rows_of(spec, layer, degree, degree + 1), spec.cut(layer - 1, degree + (layer < n))
                 start = None if alone else spec.cut(layer - 1, first)
-                features = _rows(spec, 0, degree, degree + 1) if layer == n else None
+                features = rows_of(spec, 0, degree, degree + 1) if layer == n else None
                 steps.append(_Step(layer, rows, start, stop, True, features))
     return [step for step in steps if step.rows.start < step.rows.stop]
 
 
-def _rows(spec: MaskedSpec, layer: int, first: int, end: int) -> slice:
+def rows_of(spec: MaskedSpec, layer: int, first: int, end: int) -> slice:
     """The rows of a layer with degrees from ``first`` to ``end - 1``; of the parameters, those of such features."""
     if layer == spec.n_layers:
         return slice(spec.per_feature * spec.cut(0, first), spec.per_feature * spec.cut(0, end))
@@ -143,7 +135,7 @@ Solve = Callable[[slice, Tensor, Tensor], None]
 
 
 def walk(net: Network, batch: int, solve: Solve) -> tuple[Tensor, Tensor]:
-    """(x [D, B], parameters [P D, B]) of the inverse; ``solve`` inverts the elementwise transform. Without a graph."""
+    """(x [D, B], parameters [P D, B]) of the inverse, without a graph; ``solve`` inverts features."""
     spec, matrices, bases = net.spec, net.matrices, net.bases()
     new, sizes = matrices[0].new_empty, spec.sizes
     reads = [new(size, batch) for size in sizes[:-1]]
@@ -194,112 +186,3 @@ def evaluate(net: Network, x: Tensor) -> Evaluated:
         values.append(value)
         reads.append(net.read(layer, value))
     return reads, values[1:], torch.addmm(net.biases[-1].unsqueeze(1), net.matrices[-1], reads[-1])
-
-
-class Walked(NamedTuple):
-    """Gradients of the inverse: a [D, B], those of W_1 .. W_n and b_1 .. b_n, (term, gate) of each hidden layer."""
-
-    x: Tensor
-    matrices: list[Tensor]
-    biases: list[Tensor]
-    extras: list[Pair]
-
-
-Pull = Callable[[slice, Tensor, Tensor], None]
-"""(features, their gradients a [features, B], where to write those of the parameters [P features, B])."""
-
-
-def walk_backward(net: Network, evaluated: Evaluated, grad: Tensor, pull: Pull) -> Walked:
-    """The gradients of ``walk``, from ``evaluate(net, x)``; without norms. ``grad`` [D, B] is that of x.
-
-    ``pull`` gives the gradients of the parameters. That of y is left to the caller, who knows a.
-    """
-    spec, values = net.spec, evaluated[1]
-    n, cut = spec.n_layers, spec.cut
-    slopes = [_slope(net, layer, value) for layer, value in enumerate(values, 1)]
-    of_values = [grad.clone(), *map(torch.empty_like, values)]  # a, then those of hidden layers
-    of_products = [
-        g if gate is None else torch.empty_like(g) for g, (_, gate) in zip(of_values[1:], net.extras, strict=True)
-    ]
-    of_products.append(torch.empty_like(evaluated[2]))  # of W_l read + b_l
-    for first, end in reversed([*_blocks(spec.degrees, grad.shape[1])]):
-        later = [_first_row(spec, layer + 1, end - (layer == n - 1)) for layer in range(n)]
-        for layer in range(n):
-            _receive(
-                net,
-                layer,
-                _rows(spec, layer, first, end),
-                slice(later[layer], None),
-                of_values,
-                of_products,
-                layer > 0,
-            )
-        for degree in reversed(range(first, end)):
-            for layer in reversed(range(n)):
-                rows = _rows(spec, layer, degree, degree + 1)
-                if rows.start == rows.stop:
-                    continue
-                near = slice(_first_row(spec, layer + 1, degree), later[layer])
-                _receive(net, layer, rows, near, of_values, of_products, False)
-                if layer == 0:
-                    pull(rows, of_values[0][rows], of_products[-1][_rows(spec, n, degree, degree + 1)])
-                else:
-                    _through(net, layer, rows, slopes[layer - 1], of_values, of_products)
-    return Walked(of_values[0], *_of_weights(net, evaluated, of_values[1:], of_products))
-
-
-def _first_row(spec: MaskedSpec, layer: int, degree: int) -> int:
-    """The first row of a layer that may read units of this degree."""
-    return spec.cut(layer, degree) if layer < spec.n_layers else spec.per_feature * spec.cut(0, degree + 1)
-
-
-def _receive(
-    net: Network, layer: int, rows: slice, readers: slice, of_values: Sequence[Tensor], of_products: Sequence[Tensor],
-    new: bool,
-) -> None:  # fmt: skip
-    """Add to the gradients of these rows of a layer what the readers, rows of the next layer, send back."""
-    into, sent = of_values[layer][rows], of_products[layer][readers]
-    if new:
-        into.zero_()
-    if len(sent) and len(into):
-        into.addmm_(net.matrices[layer][readers, rows].t(), sent)
-
-
-def _through(
-    net: Network, layer: int, rows: slice, slope: Tensor | None, of_values: Sequence[Tensor], of_products: Sequence[Tensor]
-) -> None:  # fmt: skip
-    """Complete the gradient of a hidden layer's value from that of what the next layer reads."""
-    into, gate = of_values[layer][rows], net.extras[layer - 1][1]
-    if slope is not None:
-        into *= slope[rows]
-    for total, source in enumerate(net.spec.adds, 1):
-        if source == layer:
-            into += of_values[total][rows]
-    if gate is not None:
-        torch.mul(into, gate[rows], out=of_products[layer - 1][rows])
-
-
-def _slope(net: Network, layer: int, value: Tensor) -> Tensor | None:
-    """The activation's derivative at a hidden layer's value; None where there is no activation."""
-    if not net.spec.activated[layer - 1]:
-        return None
-    _, pull = torch.func.vjp(net.activation, value)
-    slope: Tensor = pull(torch.ones_like(value))[0]
-    return slope
-
-
-def _of_weights(
-    net: Network, evaluated: Evaluated, of_values: Sequence[Tensor], of_products: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor], list[Pair]]:
-    """The gradients of the matrices, biases and extras."""
-    reads = evaluated[0]
-    matrices = [g @ read.t() for g, read in zip(of_products, reads, strict=True)]
-    biases = [g.sum(1) for g in of_products]
-    extras: list[Pair] = []
-    for i, (term, gate) in enumerate(net.extras):
-        of_gate = None
-        if gate is not None:
-            base = net.biases[i].unsqueeze(1) if term is None else net.biases[i].unsqueeze(1) + term
-            of_gate = of_values[i] * torch.addmm(base, net.matrices[i], reads[i])
-        extras.append((None if term is None else of_products[i], of_gate))
-    return matrices, biases, extras

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast.ops import AutoregressiveMasks, masked_autoregressive
-from linfast.ops.masked_autoregressive import invert_affine
+from linfast.ops.masked_plain import invert_affine
 from linfast.ops.masked_walk import Network, evaluate
 from linfast.scale_maps import ScaleMap
 
