@@ -100,14 +100,14 @@ class MaskedSpec:
 
     def matrices(self, weights: Tensor) -> list[Tensor]:
         """W_1 .. W_n, each [H_l, H_{l-1}]: views of the packed weights."""
-        parts = weights[: self.n_matrices].split(self.parts)
+        parts = weights[: self.n_matrices].split_with_sizes(self.parts)
         return [
             part.view(n, -1)[:, :n_in] for part, n, n_in in zip(parts, self.sizes[1:], self.sizes, strict=False)
         ]
 
     def biases(self, weights: Tensor) -> list[Tensor]:
         """b_1 .. b_n: views of the packed weights."""
-        return list(weights[self.offsets[self.n_layers] :].split(self.sizes[1:]))
+        return list(weights[self.offsets[self.n_layers] :].split_with_sizes(self.sizes[1:]))
 
     def split_extras(self, extras: Tensor | None) -> list[tuple[Tensor | None, Tensor | None]]:
         """(term, gate) of each hidden layer, from all of them along dim 0."""

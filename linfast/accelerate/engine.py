@@ -53,9 +53,11 @@ def accelerate(
     method, a hook on a submodule whose call would be bypassed, lazy parameters or tensors on the meta
     device. The returned report gives the reason. A second call starts from the originals.
 
+    Of a masked autoregressive transform only the inverse is replaced; docs/accelerate.md says where.
+
     Later changes of masks and permutations take effect; on a GPU, after a write through ``.data``, which
     torch does not count, call accelerate again. Layers with masks or permutations (zuko, nflows, glasflow,
-    normflows MaskedAffineFlow, FrEIA AllInOneBlock) run their library's own code under torch.compile,
+    normflows' masked flows, FrEIA AllInOneBlock) run their library's own code under torch.compile,
     torch.export and torch.jit.trace, and under torch.vmap over an ensemble with one mask per model.
 
     Args:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..flows.reversible import DROPOUTS
 from ..ops.masked_autoregressive import Extras
+from ..scale_maps import ScaleMap, scale_function
 from .adapter import Adapter, Unfit
 from .identity import changed_method, defined_as, is_hooked, original_class
 from .masked import (
@@ -34,9 +35,6 @@ from .masked import (
     masked_adapter,
 )
 from .mlp import name_of_activation
-
-Normalisation = Callable[[], tuple[Tensor, Tensor]]
-"""Returns the current (scale, shift) [H] of a batch norm in eval mode."""
 
 
 @dataclass
@@ -94,6 +92,12 @@ def made_adapter(
     )
 
 
+def affine_of(scale_map: ScaleMap) -> Affine:
+    """The affine transform with this scale, whose logarithm is computed from the scale, as in these libraries."""
+    scale = scale_function(scale_map)
+    return Affine(scale, lambda raw: scale(raw).log(), scale_map)
+
+
 def spline_adapter(library: str, where: str, name: str, made: str, kind: str) -> Adapter:
     """The adapter of a class whose method ``_elementwise`` inverts a spline."""
 
@@ -123,7 +127,7 @@ def _spline_of(instance: Any) -> InvertFeatures:
     kind = original_class(instance)
 
     def invert(y: Tensor, params: Tensor, features: list[int]) -> tuple[Tensor, Tensor]:
-        of_features = object.__new__(kind)
+        of_features: Any = object.__new__(kind)
         vars(of_features).update(vars(instance), features=len(features))
         x, log_det = of_features._elementwise_inverse(y, params.reshape(len(y), -1))
         return x, log_det.unsqueeze(1)
@@ -146,7 +150,9 @@ def _context_of(net: Any) -> int | None:
 
 def _find(instance: Any, where: str, read: Read, methods: Sequence[str]) -> MaskedInverse:
     """What the instance is; raises Unfit."""
-    net = instance.autoregressive_net
+    net, changed = instance.autoregressive_net, changed_method(instance, methods)
+    if changed is not None:
+        raise Unfit(f"its {changed} was replaced: not the library's own")
     _check_modules(net, where)
     layers, activation = _layers_of(net, where)
     text, transform, assumed = read(instance)
@@ -159,6 +165,8 @@ def _find(instance: Any, where: str, read: Read, methods: Sequence[str]) -> Mask
         adds=layers.adds,
         raw_first=isinstance(transform, Affine),
     )
+    if masks.features == 1:
+        raise Unfit("it has one feature: its own inverse is one evaluation of the network")
     functions = [(type(module), "forward") for module in net.modules()]
     functions += [(original_class(instance), name) for name in methods]
     known = name_of_activation(activation)
@@ -189,9 +197,9 @@ def _check_modules(net: nn.Module, where: str) -> None:
     """Raise Unfit where the network or a layer is of another class, or its call runs more than its forward."""
     if not defined_as(net, where, "MADE"):
         raise Unfit(f"its autoregressive_net is a {type(net).__name__}, no MADE")
-    activations = {id(each) for each in (net, *net.blocks) for each in [each._modules.get("activation")]}  # type: ignore[union-attr,attr-defined]
+    activations = [each for name, each in net.named_modules() if name.rpartition(".")[2] == "activation"]
     for module in net.modules():
-        kind, is_activation = type(module).__name__, id(module) in activations
+        kind, is_activation = type(module).__name__, module in activations
         known = type(module) in _PLAIN or any(defined_as(module, where, name) for name in _OWN)
         if not (known or is_activation):
             raise Unfit(f"its MADE has a {kind}")
@@ -199,9 +207,7 @@ def _check_modules(net: nn.Module, where: str) -> None:
             raise Unfit(f"a {kind} of its MADE has a hook or a parametrization, which would be bypassed")
         if type(module) is not nn.ModuleList and changed_method(module, ("forward",)) is not None:
             raise Unfit(f"the forward of a {kind} of its MADE was replaced: not the library's own")
-        if is_activation and (
-            isinstance(module, (nn.RReLU, *DROPOUTS)) or [*module.parameters(), *module.buffers()]
-        ):
+        if is_activation and (isinstance(module, _RANDOM) or [*module.parameters(), *module.buffers()]):
             raise Unfit(f"its activation {kind} is random or has tensors")
 
 
@@ -225,7 +231,10 @@ def _layers_of(net: Any, where: str) -> tuple[_Layers, Callable[[Tensor], Tensor
     activation = owners[0].activation if owners else torch.relu
     if any(each.activation is not activation for each in owners):
         raise Unfit("its blocks have several activations")
-    term = (net.context_layer, not gated) if hasattr(net, "context_layer") else None
+    if residual and getattr(activation, "inplace", False):
+        raise Unfit("its activation writes to the input of its residual blocks")
+    context = _context_layer(net)
+    term = None if context is None else (context, not gated)
     found.add(net.initial_layer, bool(residual and blocks) or not (residual or gated), term=term)
     for i, block in enumerate(blocks):
         if residual:
@@ -234,6 +243,8 @@ def _layers_of(net: Any, where: str) -> tuple[_Layers, Callable[[Tensor], Tensor
         found.folded[-1] = _checked(block.batch_norm)
         found.add(block.linear, True)
     found.linears.append(net.final_layer)
+    if not all(defined_as(linear, where, "MaskedLinear") for linear in found.linears):
+        raise Unfit("one of its layers is no MaskedLinear")
     return found, activation
 
 
@@ -243,7 +254,7 @@ _GATED = ("normflows.nets.made",)
 
 def _add_residual(found: _Layers, block: Any, gated: bool, last: bool) -> None:
     first, second = block.linear_layers
-    context = getattr(block, "context_layer", None)
+    context = _context_layer(block)
     norms = block.batch_norm_layers if block.use_batch_norm else (None, None)
     found.norms[-1] = _checked(norms[0])
     at = len(found.activated)
@@ -252,9 +263,17 @@ def _add_residual(found: _Layers, block: Any, gated: bool, last: bool) -> None:
     found.add(second, not last, adds=at, gate=context if gated else None)
 
 
+def _context_layer(owner: Any) -> nn.Linear | None:
+    """The layer of the context that a MADE or a block has."""
+    layer: nn.Linear | None = getattr(owner, "context_layer", None)
+    if layer is not None and type(layer) is not nn.Linear:
+        raise Unfit(f"its context_layer is a {type(layer).__name__}, no Linear")
+    return layer
+
+
 def _checked(norm: nn.BatchNorm1d | None) -> nn.BatchNorm1d | None:
-    if norm is not None and not norm.track_running_stats:
-        raise Unfit("its batch norm has no running statistics")
+    if norm is not None and (type(norm) is not nn.BatchNorm1d or not norm.track_running_stats):
+        raise Unfit("its batch norm is of another kind or has no running statistics")
     return norm
 
 
@@ -311,7 +330,8 @@ def _extras_of(layers: _Layers, activation: Callable[[Tensor], Tensor]) -> Calla
         found = []
         for term, gate in zip(terms, gates, strict=True):
             added = None if term is None else F.linear(context, term[0].weight, term[0].bias)
-            added = activation(added) if term is not None and term[1] else added
+            if term is not None and term[1] and added is not None:
+                added = activation(added)
             found.append((added, None if gate is None else F.linear(context, gate.weight, gate.bias).sigmoid()))
         return found
 

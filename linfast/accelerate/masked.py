@@ -13,6 +13,7 @@ torch.func and autocast, and on inputs that are no batch of vectors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
@@ -26,7 +27,7 @@ from ..ops.autoregressive_masks import AutoregressiveMasks
 from ..ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_autoregressive
 from ..ops.masked_plain import Elementwise, invert_affine, invert_elementwise
 from ..ops.masked_walk import Network
-from ..scale_maps import ScaleMap, log_scale_function, scale_function
+from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Plan, Unfit
 from .identity import PLAN
 from .mlp import name_of_activation
@@ -48,10 +49,6 @@ class Affine:
     scale: Elementwise
     log_scale: Elementwise | None
     scale_map: ScaleMap | None
-
-    @staticmethod
-    def of(scale_map: ScaleMap) -> Affine:
-        return Affine(scale_function(scale_map), log_scale_function(scale_map), scale_map)
 
 
 InvertFeatures = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
@@ -133,22 +130,22 @@ class MaskedInverse:
         if extras is None or y.dtype != weights[0].dtype or y.device != weights[0].device:
             return None
         norms = None if self.norms is None else self.norms()
-        if uses_triton(y, *weights) or (
-            torch.is_grad_enabled() and _any_requires_grad(y, weights, biases, extras, norms)
-        ):
+        graph = torch.is_grad_enabled()
+        if uses_triton(y, *weights) or (graph and _any_requires_grad(y, weights, biases, extras, norms)):
             return self._by_op(y, weights, biases, extras) if self.has_gradient else None
-        with torch.no_grad():
+        with torch.no_grad() if graph else nullcontext():
             return self._by_walk(y, weights, biases, extras, norms)
 
     def _by_op(
         self, y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], extras: Extras
     ) -> tuple[Tensor, Tensor]:
         assert isinstance(self.transform, Affine)
-        rows = [tuple([None if e is None else e.expand(y.shape[0], -1) for e in pair]) for pair in extras]
+        whole = [[None if each is None else each.expand(y.shape[0], -1) for each in pair] for pair in extras]
         x, log_det = masked_autoregressive(
             y, self.masks, weights, biases, activation=str(name_of_activation(self.activation)),
-            scale_map=self.transform.scale_map, extras=rows, inverse=True, log_det=True,
-        )  # type: ignore[arg-type]  # fmt: skip
+            scale_map=self.transform.scale_map, inverse=True, log_det=True,
+            extras=[(term, gate) for term, gate in whole],
+        )  # fmt: skip
         assert log_det is not None
         return x, log_det.to(y.dtype)
 
@@ -218,7 +215,7 @@ def masked_inverse(instance: nn.Module, find: Find, y: Any, context: Any) -> tup
         try:
             with torch.inference_mode(False):  # its tensors are used outside too
                 found = _find_again(instance, find, found)
-        except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
+        except (Unfit, AttributeError, RuntimeError):  # RuntimeError: there are no values to read
             return None
         own[PLAN] = replace(plan, layout=found)
     return found(y, context)
@@ -251,7 +248,10 @@ def plan_masked(instance: nn.Module, find: Find) -> Plan:
 
 
 def find_masks(masks: Sequence[Tensor], **what: Any) -> AutoregressiveMasks:
-    """The AutoregressiveMasks; raises Unfit where they are not autoregressive."""
+    """The AutoregressiveMasks; raises Unfit where they are not autoregressive or not zeros and ones."""
+    for mask in masks:
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise Unfit("its masks have other values than 0 and 1")
     try:
         return AutoregressiveMasks(masks, **what)
     except ValueError as error:

@@ -127,8 +127,8 @@ class AutoregressiveMasks:
             parts.append(weight.reshape(-1))
             parts.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
         flat = torch.cat(parts)
-        index, used = self.tables(flat.device)
-        return flat.index_select(0, index) * used
+        (used,) = self._on_device(flat.device, "used", lambda: self._tables[1:], flat.dtype)  # faster than Booleans
+        return flat.index_select(0, self.tables(flat.device)[0]) * used
 
     def pack_extras(
         self, extras: Sequence[tuple[Tensor | None, Tensor | None]]

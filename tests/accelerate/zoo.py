@@ -498,9 +498,9 @@ AUTOREGRESSIVE = {
         (
             "normflows circular spline",
             _normflows_autoregressive(
-                "MaskedPiecewiseRationalQuadraticAutoregressive", tails="circular", permute_mask=True
+                "MaskedPiecewiseRationalQuadraticAutoregressive", tails="circular", permute_mask=True, **_OF_CONTEXT
             ),
-            _run_nflows_alone,
+            _run_nflows,
         ),
         ("normflows spline", _normflows_wrapper, _run_nflows),
     )

@@ -24,7 +24,7 @@ from ..adapter import Adapter, Draw, Unfit
 from ..chain import chain_adapter, nets_of, per_sample, put_stubs, run_chain
 from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
-from ..made import made_adapter, spline_adapter
+from ..made import affine_of, made_adapter, spline_adapter
 from ..masked import Affine as Masked
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of
 
@@ -181,10 +181,10 @@ def _affine(transform: Any) -> tuple[str, Masked, tuple[Any, ...]]:
     floor, own = transform._epsilon, getattr(transform, "scale_activation", None)
     plain = ScaleMap("softplus", bound=math.inf, floor=floor)
     if own is None:
-        return "affine, softplus", Masked.of(plain), ()
+        return "affine, softplus", affine_of(plain), ()
     found = known_map("scale_activation", own, {plain: lambda raw: F.softplus(raw) + floor} | _KNOWN)
     if found is not None:
-        return f"affine, {found.kind}", Masked.of(found), ()
+        return f"affine, {found.kind}", affine_of(found), ()
     return "affine, own scale_activation", Masked(own, lambda raw: own(raw).log(), None), (own,)
 
 

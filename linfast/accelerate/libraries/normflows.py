@@ -32,8 +32,7 @@ from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..identity import changed_method, defined_as
 from ..launch import narrowed
-from ..made import made_adapter, spline_adapter
-from ..masked import Affine as Masked
+from ..made import affine_of, made_adapter, spline_adapter
 from ..mlp import find_mlp
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
 
@@ -248,7 +247,7 @@ _AUTOREGRESSIVE = (
         "normflows.flows.affine.autoregressive",
         "MaskedAffineAutoregressive",
         "normflows.nets.made",
-        lambda flow: ("affine, sigmoid", Masked.of(_SIGMOID), ()),
+        lambda flow: ("affine, sigmoid", affine_of(_SIGMOID), ()),
         ("_output_dim_multiplier", "_elementwise_inverse", "_unconstrained_scale_and_shift"),
     ),
     spline_adapter(
