@@ -396,8 +396,10 @@ def _networks():
     flow.transform.transforms[0].hyper[1].register_forward_hook(lambda *_: None)
     yield flow, "has a hook"
     flow = zuko.flows.MAF(3, transforms=1, hidden_features=(8,))
-    flow.transform.transforms[0].hyper[0].mask = flow.transform.transforms[0].hyper[0].mask.float()
-    yield flow, "a mask is torch.float32"
+    flow.transform.transforms[0].hyper[0].mask = flow.transform.transforms[0].hyper[0].mask / 2
+    yield flow, "its masks have other values than 0 and 1"
+    leaky = functools.partial(nn.LeakyReLU, 0.1, inplace=True)
+    yield zuko.flows.MAF(3, transforms=1, hidden_features=(8,), activation=leaky), "writes to its input"
     flow = zuko.flows.MAF(3, transforms=1, hidden_features=(8, 8))
     flow.transform.transforms[0].hyper[1] = nn.ELU()
     yield flow, "several activations"

@@ -23,6 +23,7 @@ from torch.distributions import Transform
 
 from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
 from ...rows import checks_all_lengths
+from ...scale_maps import log_scale_function, scale_function
 from ..adapter import Adapter, Draw, Unfit
 from ..identity import changed_method, defined_as, find_class, is_hooked, is_own_method, original_class
 from ..masked import (
@@ -83,8 +84,6 @@ class _Layers:
     def add(self, module: Any) -> None:
         """Add a module that runs after those before. Raises Unfit."""
         if defined_as(module, "zuko.nn", "MaskedLinear"):
-            if module.mask.dtype is not torch.bool:
-                raise Unfit(f"a mask is {module.mask.dtype}: not zuko's, which are torch.bool")
             self.linears.append(module)
             self.activated.append(False)
             self.adds.append(0)
@@ -119,6 +118,10 @@ def _layers_of(net: Any) -> _Layers:
         raise Unfit("its network does not end in a linear layer")
     if len({activation_of(module) for module in layers.activations}) > 1:
         raise Unfit("its network has several activations")
+    if any(
+        getattr(module, "inplace", False) and name_of_activation(module) is None for module in layers.activations
+    ):
+        raise Unfit("its activation writes to its input")
     return layers
 
 
@@ -136,7 +139,7 @@ def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[An
     if scale_map is not None:
         if not all(is_own_method(function, method) for method in _AFFINE):
             raise Unfit("a method of its univariate was replaced: not the library's own")
-        affine = Affine.of(scale_map)
+        affine = Affine(scale_function(scale_map), log_scale_function(scale_map), scale_map)
         return "affine, smooth", affine, replace(affine, log_scale=None), ()
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, nn.Module) or not str(getattr(function, "__module__", "")).startswith("zuko."):
