@@ -283,9 +283,7 @@ def _zuko(context: int = CONTEXT, name: str = "RealNVP", **options):
 
 
 def _run_zuko(model, x, c):
-    first = model.transform.transforms[0]
-    read = FEATURES if hasattr(first, "passes") else FEATURES // 2 + 1
-    conditioned = c if first.hyper.in_features > read else None
+    conditioned = c if model.transform.transforms[0].hyper.in_features > FEATURES // 2 + 1 else None
     transform = model(conditioned).transform
     back = transform.inv.call_and_ladj(x)
     return [
@@ -413,10 +411,6 @@ KINDS = {
     "zuko alone": Kind("zuko", _zuko(0), _run_zuko, 2, whole=10, calls=5),
     "zuko NICE": Kind("zuko", _zuko(0, "NICE"), _run_zuko, 2, whole=10, calls=5),
     "zuko random masks": Kind("zuko", _zuko(0, randmask=True), _run_zuko, 2, whole=10, calls=5),
-    "zuko MAF": Kind("zuko", _zuko(name="MAF"), _run_zuko, 2),
-    "zuko MAF random order": Kind("zuko", _zuko(0, "MAF", randperm=True), _run_zuko, 2),
-    "zuko MAF residual": Kind("zuko", _zuko(name="MAF", passes=3, residual=True, activation=nn.ELU), _run_zuko, 2),
-    "zuko NSF": Kind("zuko", _zuko(name="NSF", bins=4), _run_zuko, 2),
     "memcnn sigmoid": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterSigmoid"), _run_memcnn, 2, whole=4),
     "memcnn naive": Kind("memcnn", _memcnn("AffineCoupling", "AffineAdapterNaive"), _run_memcnn, 2, whole=4),
     "memcnn additive": Kind("memcnn", _memcnn("AdditiveCoupling"), _run_memcnn, 2, whole=4),
@@ -540,9 +534,6 @@ SOME = {
     "zuko",
     "zuko NICE",
     "zuko random masks",
-    "zuko MAF",
-    "zuko MAF residual",
-    "zuko NSF",
     "memcnn sigmoid",
     "memcnn naive",
     "memcnn additive",

@@ -44,7 +44,8 @@ def _find(lazy: Any) -> tuple[str, tuple[Split, Tail]]:
 
 def univariate_of(lazy: Any) -> tuple[Any, ScaleMap | None]:
     """(the class or function of the univariate transform, its scale map where it is the affine one)."""
-    function, named = lazy.univariate, {}
+    function: Any = lazy.univariate
+    named: dict[str, Any] = {}
     if isinstance(function, functools.partial) and not function.args:
         function, named = function.func, dict(function.keywords)
     if function is not find_class("zuko.transforms", "MonotonicAffineTransform") or set(named) - {"slope"}:

@@ -23,8 +23,9 @@ from torch.distributions import Transform
 
 from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
 from ...rows import checks_all_lengths
+from ...scale_maps import log_scale_function, scale_function
 from ..adapter import Adapter, Draw, Unfit
-from ..identity import changed_method, defined_as, find_class, is_hooked, original_class
+from ..identity import changed_method, defined_as, find_class, is_hooked, is_own_method, original_class
 from ..masked import (
     Affine,
     InvertFeatures,
@@ -41,11 +42,8 @@ from .zuko import Inverse, is_traced, univariate_of
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Measured on an AMD EPYC with one thread.
-
-    Args:
-        short: rows of a batch on a CPU. With fewer, zuko's own inverse runs where it makes at most ``few`` passes,
-            and all log-determinants are computed at once, by zuko's own code, where the transform is not affine.
+    """On a CPU, a batch with fewer than ``short`` rows runs zuko's own code where it makes at most ``few`` passes,
+    and for the log-determinant where the transform is not affine (measured on an AMD EPYC with one thread).
     """
 
     short: int = 1024
@@ -74,9 +72,6 @@ class _Inverse(MaskedInverse):
         return super().__call__(y, context) if self.values is None or context.log_det else self.values(y, context)
 
 
-# The network
-
-
 @dataclass
 class _Layers:
     """The linear layers of a MaskedMLP, for each of them what AutoregressiveMasks takes, and the activations."""
@@ -89,8 +84,6 @@ class _Layers:
     def add(self, module: Any) -> None:
         """Add a module that runs after those before. Raises Unfit."""
         if defined_as(module, "zuko.nn", "MaskedLinear"):
-            if module.mask.dtype is not torch.bool:
-                raise Unfit(f"a mask is {module.mask.dtype}: not zuko's, which are torch.bool")
             self.linears.append(module)
             self.activated.append(False)
             self.adds.append(0)
@@ -125,6 +118,10 @@ def _layers_of(net: Any) -> _Layers:
         raise Unfit("its network does not end in a linear layer")
     if len({activation_of(module) for module in layers.activations}) > 1:
         raise Unfit("its network has several activations")
+    if any(
+        getattr(module, "inplace", False) and name_of_activation(module) is None for module in layers.activations
+    ):
+        raise Unfit("its activation writes to its input")
     return layers
 
 
@@ -132,17 +129,17 @@ def _masks_of(lazy: Any) -> list[Tensor]:
     return [inside.mask for inside in lazy.hyper.modules() if isinstance(getattr(inside, "mask", None), Tensor)]
 
 
-# The elementwise transform
-
-
 _Elementwise = Affine | InvertFeatures
+_AFFINE = ("__init__", "_inverse", "log_abs_det_jacobian")  # zuko's methods that ``Affine`` stands for
 
 
 def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[Any, ...]]:
     """Its description; itself; itself without log-determinant; what of it is ``MaskedInverse.assumed``."""
     function, scale_map = univariate_of(lazy)
     if scale_map is not None:
-        affine = Affine.of(scale_map)
+        if not all(is_own_method(function, method) for method in _AFFINE):
+            raise Unfit("a method of its univariate was replaced: not the library's own")
+        affine = Affine(scale_function(scale_map), log_scale_function(scale_map), scale_map)
         return "affine, smooth", affine, replace(affine, log_scale=None), ()
     name = getattr(function, "__name__", type(function).__name__)
     if isinstance(function, nn.Module) or not str(getattr(function, "__module__", "")).startswith("zuko."):
@@ -164,9 +161,6 @@ def _elementwise(lazy: Any, log_det: bool) -> InvertFeatures:
     return invert
 
 
-# The inverse
-
-
 def _find(lazy: Any) -> MaskedInverse:
     """What the instance is; raises Unfit."""
     if changed_method(lazy, ("meta",)) is not None:
@@ -183,7 +177,7 @@ def _find(lazy: Any) -> MaskedInverse:
     name = name_of_activation(module)
     functions = [(type(inside), "forward") for inside in lazy.hyper.modules()] + [(original_class(lazy), "meta")]
     if isinstance(transform, Affine):
-        functions += [(univariate_of(lazy)[0], name) for name in ("__init__", "_inverse", "log_abs_det_jacobian")]
+        functions += [(univariate_of(lazy)[0], method) for method in _AFFINE]
     sizes = "-".join(map(str, (features, *(out for out, _ in masks.shapes))))
     weights, biases = [linear.weight for linear in layers.linears], [linear.bias for linear in layers.linears]
     found = _Inverse(
@@ -255,7 +249,7 @@ def _transform_class() -> type:
             return found
 
         def _walk(self, y: Any, log_det: bool) -> tuple[Tensor, Tensor] | None:
-            """(x, log|dx / dy|) of y [..., D]; None where zuko's own code is to run, or has the log-determinant."""
+            """(x, log|dx / dy|) of y [..., D]; None where zuko's own code is to run."""
             c: Any = self._c
             if not isinstance(y, Tensor) or y.ndim == 0 or not isinstance(c, (Tensor, type(None))):
                 return None
@@ -267,12 +261,9 @@ def _transform_class() -> type:
                 return None
             rows = y.expand(*batch, -1).reshape(-1, y.shape[-1])
             found = masked_inverse(self._lazy, _find, rows, _Given(c, batch, log_det))
-            return None if found is None else (found[0].reshape(*batch, -1), found[1].reshape(batch))
+            return None if found is None else (found[0].reshape(*batch, y.shape[-1]), found[1].reshape(batch))
 
     return AutoregressiveTransform
-
-
-# The check
 
 
 def _probe(lazy: Any, draw: Draw) -> list[Tensor]:
