@@ -453,11 +453,15 @@ def test_it_can_do_what_the_original_can(name, operation):
     assert not any(isinstance(m, Swapped) or "_linfast_plan" in vars(m) for m in fast.modules())
 
 
-def test_tangents_are_not_dropped(walks):
+def test_transforms_of_torch_func_run_the_librarys_code(walks):
     model, fast = (each.double().requires_grad_(False) for each in affine())
     x = torch.randn(5, FEATURES).double()
-    found = [torch.func.jvp(lambda y, m=m: m.inverse(y)[0], (x,), (torch.ones_like(x),))[1] for m in (fast, model)]
-    torch.testing.assert_close(*found)
+    same(fast, model, x)
+    walks.clear()
+    tangents = [torch.func.jvp(m.inverse, (x,), (torch.ones_like(x),))[1] for m in (fast, model)]
+    torch.testing.assert_close(*tangents)
+    rows = [torch.func.vmap(lambda y, m=m: m.inverse(y[None])[0])(x) for m in (fast, model)]
+    torch.testing.assert_close(*rows)
     assert not walks
 
 

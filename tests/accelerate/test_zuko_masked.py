@@ -174,6 +174,16 @@ def test_the_network_is_evaluated_once_for_value_and_log_determinant(monkeypatch
     assert len(walks) == 2
 
 
+def test_a_context_of_one_row_is_evaluated_once(walks):
+    model, fast = two()
+    for context, rows in (((), 1), ((1,), 1), ((5,), 5)):
+        z, c = noise(model, 5, context=context)
+        walks.clear()
+        same(fast, model, z, c)
+        (term, _), *_ = walks[0].extras(zuko_masked._Given(c, z.shape[:-1], True), 5)
+        assert term.shape == (rows, 16)
+
+
 @pytest.mark.parametrize("name", ["MAF", "NSF", "two passes"])
 def test_short_batches(name, monkeypatch, walks):
     """zuko's own code where it makes two passes, and for a spline's log-determinant."""
@@ -182,10 +192,11 @@ def test_short_batches(name, monkeypatch, walks):
     z, c = noise(model, 5)
     walks.clear()
     same(fast, model, z, c)
-    assert len(walks) == (0 if name == "two passes" else 4)
+    kinds = {"MAF": 4, "NSF": 2, "two passes": 0}  # of each transform's walks, with log-determinant or without
+    assert (len(walks), len(set(map(id, walks)))) == (min(4, 2 * kinds[name]), kinds[name])
     walks.clear()
     same(fast, model, *noise(model, zuko_masked._SIZES.short))
-    assert len(walks) == 4
+    assert len(set(map(id, walks))) == len(walks) == 4
 
 
 def test_the_error_is_no_larger_than_the_librarys():
@@ -355,6 +366,17 @@ def test_a_method_of_a_class_that_is_replaced_later(monkeypatch, walks):
     assert not walks
 
 
+def test_another_univariate_of_zuko_was_not_compared(walks):
+    model, fast = two("NSF")
+    z, c = noise(model, 5)
+    walks.clear()
+    for each in (model, fast):
+        for lazy in each.transform.transforms:
+            lazy.univariate = require("zuko").flows.spline.CircularRQSTransform
+    same(fast, model, z, c)
+    assert not walks
+
+
 def test_settings_that_are_changed_later_are_followed(walks):
     model, fast = two()
     z, c = noise(model, 5)
@@ -374,8 +396,10 @@ def _networks():
     flow.transform.transforms[0].hyper[1].register_forward_hook(lambda *_: None)
     yield flow, "has a hook"
     flow = zuko.flows.MAF(3, transforms=1, hidden_features=(8,))
-    flow.transform.transforms[0].hyper[0].mask = flow.transform.transforms[0].hyper[0].mask.float()
-    yield flow, "a mask is torch.float32"
+    flow.transform.transforms[0].hyper[0].mask = flow.transform.transforms[0].hyper[0].mask / 2
+    yield flow, "its masks have other values than 0 and 1"
+    leaky = functools.partial(nn.LeakyReLU, 0.1, inplace=True)
+    yield zuko.flows.MAF(3, transforms=1, hidden_features=(8,), activation=leaky), "writes to its input"
     flow = zuko.flows.MAF(3, transforms=1, hidden_features=(8, 8))
     flow.transform.transforms[0].hyper[1] = nn.ELU()
     yield flow, "several activations"

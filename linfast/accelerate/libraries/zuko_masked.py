@@ -84,8 +84,6 @@ class _Layers:
     def add(self, module: Any) -> None:
         """Add a module that runs after those before. Raises Unfit."""
         if defined_as(module, "zuko.nn", "MaskedLinear"):
-            if module.mask.dtype is not torch.bool:
-                raise Unfit(f"a mask is {module.mask.dtype}: not zuko's, which are torch.bool")
             self.linears.append(module)
             self.activated.append(False)
             self.adds.append(0)
@@ -120,6 +118,10 @@ def _layers_of(net: Any) -> _Layers:
         raise Unfit("its network does not end in a linear layer")
     if len({activation_of(module) for module in layers.activations}) > 1:
         raise Unfit("its network has several activations")
+    if any(
+        getattr(module, "inplace", False) and name_of_activation(module) is None for module in layers.activations
+    ):
+        raise Unfit("its activation writes to its input")
     return layers
 
 
