@@ -26,7 +26,6 @@ def _nflows(library="nflows"):
         [
             shared,
             transforms.InverseTransform(spline(mask, resnet, tails="linear", apply_unconditional_transform=True)),
-            transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(FEATURES, 8),
             transforms.CompositeCDFTransform(transforms.Sigmoid(), transforms.PiecewiseLinearCDF([FEATURES])),
             transforms.Sigmoid(learn_temperature=True),
             transforms.BatchNorm(FEATURES),
@@ -47,7 +46,6 @@ def _glasflow():
 def _of_nflows(library):
     return {
         f"{library} PiecewiseRationalQuadraticCouplingTransform": 2,
-        f"{library} MaskedPiecewiseRationalQuadraticAutoregressiveTransform": 1,
         f"{library} PiecewiseLinearCDF": 1,
     }
 
@@ -62,13 +60,19 @@ def _normflows():
             flows.Reverse(flows.Radial((FEATURES,))),
             flows.Residual(nf.nets.LipschitzMLP([FEATURES, 8, FEATURES])),
             flows.CoupledRationalQuadraticSpline(FEATURES, 1, 8),
-            flows.AutoregressiveRationalQuadraticSpline(FEATURES, 1, 8),
             flows.AffineCouplingBlock(net(FEATURES // 2, FEATURES)),
             flows.ActNorm(FEATURES),
             flows.LULinearPermute(FEATURES),
             flows.Permute(FEATURES),
         ],
     )
+
+
+def _normflows_autoregressive():
+    """Two classes that only run a masked autoregressive transform, which has an adapter."""
+    flows = require("normflows").flows
+    kinds = flows.AutoregressiveRationalQuadraticSpline, flows.CircularAutoregressiveRationalQuadraticSpline
+    return nn.ModuleList([kinds[0](FEATURES, 1, 8), kinds[1](FEATURES, 1, 8, [0])])
 
 
 def _normflows_image():
@@ -114,13 +118,13 @@ MODELS = {
             "normflows Radial": 1,
             "normflows Residual": 1,
             "normflows CoupledRationalQuadraticSpline": 1,
-            "normflows AutoregressiveRationalQuadraticSpline": 1,
         },
     ),
     "normflows image": (_normflows_image, {"normflows AffineCoupling": 1}),
     "FrEIA": (_freia, {"FrEIA GINCouplingBlock": 2, "FrEIA IResNetLayer": 1}),
     "FrEIA splines": (_freia_splines, {"FrEIA RationalQuadraticSpline": 2}),
-    "zuko NSF": (_zuko("NSF"), {"zuko MaskedAutoregressiveTransform": 3}),
+    "zuko NSF": (_zuko("NSF"), {}),
+    "normflows autoregressive": (_normflows_autoregressive, {}),
     "zuko GF": (_zuko("GF"), {"zuko ElementWiseTransform": 3}),
     "zuko NICE": (_zuko("NICE"), {}),
     "memcnn": (KINDS["memcnn sigmoid"].build, {}),

@@ -262,5 +262,6 @@ _AUTOREGRESSIVE = (
 
 ADAPTERS = (_BLOCK, _MASKED_FLOW, *_AUTOREGRESSIVE, _FLOW)
 
-_OTHERS = "CCAffineConst", "Composite", "GlowBlock", "Reverse", "_LULinear"
+_SPLINES = "AutoregressiveRationalQuadraticSpline", "CircularAutoregressiveRationalQuadraticSpline"  # they run one
+_OTHERS = "CCAffineConst", "Composite", "GlowBlock", "Reverse", "_LULinear", *_SPLINES
 LAYERS = Layers("normflows", "normflows.flows.base", "Flow", (*_MAPS.names, *_OTHERS))
