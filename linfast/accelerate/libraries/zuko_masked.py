@@ -42,12 +42,10 @@ from .zuko import Inverse, is_traced, univariate_of
 
 @dataclass(frozen=True)
 class _Sizes:
-    """On a CPU, a batch with fewer than ``short`` rows runs zuko's own code where it makes at most ``few`` passes,
-    and for the log-determinant where the transform is not affine (measured on an AMD EPYC with one thread).
-    """
+    """Rows of a batch on a CPU; with fewer, zuko's own code runs (measured on an AMD EPYC with one thread)."""
 
-    short: int = 1024
-    few: int = 2
+    two_passes: int = 256  # an inverse of at most two passes, without its log-determinant
+    log_det: int = 1024  # the log-determinant alone, where the transform is not affine
 
 
 _SIZES = _Sizes()
@@ -243,10 +241,8 @@ def _transform_class() -> type:
         def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
             """(x, log|dx / dy|)."""
             found = self._walk(y, True)
-            if found is None:
-                x = self._inverse(y)
-                return x, -self.log_abs_det_jacobian(x, y)
-            return found
+            x = self._inverse(y) if found is None else found[0]
+            return found or (x, -self.log_abs_det_jacobian(x, y))
 
         def _walk(self, y: Any, log_det: bool) -> tuple[Tensor, Tensor] | None:
             """(x, log|dx / dy|) of y [..., D]; None where zuko's own code is to run."""
@@ -256,8 +252,11 @@ def _transform_class() -> type:
             batch = y.shape[:-1]
             if c is not None and c.ndim > 1:
                 batch = torch.broadcast_shapes(batch, c.shape[:-1])
-            short = y.is_cpu and batch.numel() < _SIZES.short and not checks_all_lengths()
-            if short and (self.passes <= _SIZES.few or (log_det and univariate_of(self._lazy)[1] is None)):
+            if log_det:
+                least = _SIZES.log_det * (univariate_of(self._lazy)[1] is None)
+            else:
+                least = _SIZES.two_passes * (self.passes <= 2)
+            if y.is_cpu and batch.numel() < least and not checks_all_lengths():
                 return None
             rows = y.expand(*batch, -1).reshape(-1, y.shape[-1])
             found = masked_inverse(self._lazy, _find, rows, _Given(c, batch, log_det))
