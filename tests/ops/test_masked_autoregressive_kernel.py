@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import linfast as lf
 from linfast.bench.rounding import allowed_errors
 from linfast.kernels import masked_autoregressive as kernels
 from linfast.kernels import masked_schedule, masked_steps, mlp
 from linfast.kernels.masked_spec import ALIGNED, MaskedSpec
+from torch import Tensor
+
+import linfast as lf
 from linfast.ops import AutoregressiveMasks, masked_autoregressive
 from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
 from linfast.precision import PRECISIONS
