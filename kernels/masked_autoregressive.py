@@ -141,7 +141,7 @@ def _masked_autoregressive_kernel(
             for first in tl.range(0, n_features, FEATURES, num_stages=1):
                 left = n_features - first
                 x_at, valid = columns(x_tile, order_ptr, first, left, stride_xb, stride_xd, inside, FEATURES, INT64)
-                x = tl.load(x_at, mask=valid, other=0.0).to(tl.float32)
+                x = tl.load(x_at, mask=valid, other=0.0)
                 x_read_at = read_ptr + (first + f)[:, None] * ROWS + r[None, :]
                 store_parts(x_read_at, read_part_stride, x, (f < left)[:, None], PARTS)
         for step in tl.range(0, n_steps, num_stages=1):

@@ -140,13 +140,18 @@ def _fake(
     return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
+def _fake_gradients(x: Tensor, weights: Tensor, extras: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    of_extras = None if extras is None else extras.new_empty(extras.shape)
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), None, of_extras
+
+
 _masked_autoregressive = define_op(
     "masked_autoregressive(Tensor x, Tensor weights, Tensor operands, Tensor? extras, "
     f"{MASKED_SCHEMA}) -> (Tensor y, Tensor log_det)",
     _fake,
     differentiable,
     saves="x weights extras y",
-    gradients=lambda x, weights, extras, *_: (x.new_empty(x.shape), weights, None, extras),
+    gradients=_fake_gradients,
     plain=plain,
     plain_backward=plain_backward,
     backward_launch=None,
