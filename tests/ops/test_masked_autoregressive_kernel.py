@@ -16,6 +16,7 @@ from torch import Tensor
 import linfast as lf
 from linfast.ops import AutoregressiveMasks, masked_autoregressive
 from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
+from linfast.ops.masked_walk_backward import SLOPES
 from linfast.ops.stack_weights import rounded
 from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
@@ -339,3 +340,10 @@ def test_no_step_reads_what_others_wrote_since_all_waited(inverse: bool) -> None
 def test_kernels_know_the_activations_by_the_same_ids() -> None:
     for i, name in enumerate(MASKED_ACTIVATIONS):
         assert getattr(masked_steps if name == "elu" else mlp, name.upper()).value == i
+
+
+def test_derivatives_of_activations_are_automatic_ones() -> None:
+    x = torch.linspace(-4, 4, 80, dtype=torch.float64).requires_grad_()  # without 0
+    for function, slope in zip(MASKED_ACTIVATIONS.values(), SLOPES, strict=True):
+        (expected,) = torch.autograd.grad(function(x).sum(), x)
+        torch.testing.assert_close(slope(x.detach()), expected, rtol=1e-13, atol=1e-13)
