@@ -69,8 +69,8 @@ class Tile(NamedTuple):
 
 
 # A product's dimensions are units and rows. 16 units are the fewest that mma.sync computes; a degree has some H / D
-# units, where wgmma and tcgen05 would compute 64. 64 rows by 4 warps: with 128 rows tf32 spills. Chunks of 32
-# columns: wider ones compute more zeros past the end of a prefix.
+# units, where wgmma and tcgen05 would compute 64. 64 rows by 4 warps: 128 rows need twice the scratch, which then
+# leaves L1, and spill in tf32. Chunks of 32 columns: wider ones compute more zeros past the end of a prefix.
 _TILE = Tile(rows=64, num_warps=4, units=16, chunk=32, programs=0, programs_with_more=0, cache=0)
 # Programs of a multiprocessor hide each other's waits, as a step's loads depend on the step before. All programs
 # must run at once, as each takes an equal part of the rows: as many as the registers hold in "exact" (on sm_80 152
@@ -141,7 +141,7 @@ def _masked_autoregressive_kernel(
             for first in tl.range(0, n_features, FEATURES, num_stages=1):
                 left = n_features - first
                 x_at, valid = columns(x_tile, order_ptr, first, left, stride_xb, stride_xd, inside, FEATURES, INT64)
-                x = tl.load(x_at, mask=valid, other=0.0).to(tl.float32)
+                x = tl.load(x_at, mask=valid, other=0.0)
                 x_read_at = read_ptr + (first + f)[:, None] * ROWS + r[None, :]
                 store_parts(x_read_at, read_part_stride, x, (f < left)[:, None], PARTS)
         for step in tl.range(0, n_steps, num_stages=1):

@@ -43,7 +43,12 @@ def activate(x, ACTIVATION: tl.constexpr, FORM: tl.constexpr):
 
 @triton.jit
 def store_parts(ptr, part_stride, value, inside, PARTS: tl.constexpr):
-    part0, part1, part2 = split(value, ptr.dtype.element_ty, PARTS)
+    if PARTS > 1 and value.dtype == ptr.dtype.element_ty:
+        part0 = value
+        part1 = tl.zeros_like(value)
+        part2 = part1
+    else:
+        part0, part1, part2 = split(value.to(tl.float32), ptr.dtype.element_ty, PARTS)
     tl.store(ptr, part0, mask=inside)
     if PARTS > 1:
         tl.store(ptr + part_stride, part1, mask=inside)

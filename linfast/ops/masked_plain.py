@@ -185,7 +185,5 @@ def plain_backward(
         _unsorted(of_input, spec, y.dtype) if needs[0] else None,
         of_weights.to(weights.dtype) if needs[1] else None,
         None,
-        torch.cat(of_extras).t().to(extras.dtype, memory_format=torch.contiguous_format)
-        if extras is not None and needs[3]
-        else None,
+        torch.cat(of_extras).t().to(extras.dtype).contiguous() if extras is not None and needs[3] else None,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,11 +16,20 @@ from torch import Tensor
 import linfast as lf
 from linfast.ops import AutoregressiveMasks, masked_autoregressive
 from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
-from linfast.precision import PRECISIONS
+from linfast.ops.masked_walk_backward import SLOPES
+from linfast.ops.stack_weights import rounded
+from linfast.precision import PRECISIONS, half_dtype
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, Call, Outputs, assert_within, hostile
-from tests.ops.checks import TURNS, assert_same_bits, fixed_cotangents, refuse_launches
+from tests.ops.checks import (
+    TURNS,
+    assert_registered,
+    assert_same_bits,
+    fixed_cotangents,
+    refuse_launches,
+    second_derivatives,
+)
 from tests.ops.made import Extras, Made, plain_masked, random_extras, random_made, rebuilt, tensors_of
 from tests.ops.stacks import rounding
 
@@ -214,6 +223,63 @@ def test_gradients(activation: str, inverse: bool) -> None:
     _assert_within_budget(got, _with_gradients(_plain(made, extras, **options)), inputs, "exact")
 
 
+@pytest.mark.parametrize("inverse", BOTH)
+def test_opcheck(inverse: bool) -> None:
+    masks, weights, biases = random_made(4, (9, 8))
+    x, packed = _x(3, 4), masks.pack(weights, biases)
+    extras, kinds = masks.pack_extras(random_extras(masks, 3))
+    forward, backward = [], []
+    for given, precision in ((extras, "high"), (None, "tf32")):
+        operands = rounded(packed[: masks.spec((0, 0)).n_matrices], precision, half_dtype(x))
+        constants = masks.spec(
+            kinds if given is not None else (0, 0), 4, 1, 2.0, 0.0, True, inverse, precision
+        ).constants
+        forward.append((x, packed, operands, given, *constants))
+        gradients = (torch.randn_like(x), x.new_ones(3))
+        backward.append((x, packed, given, x, *gradients, *constants, [True, True, False, given is not None]))
+    assert_registered(torch.ops.linfast.masked_autoregressive.default, *forward)
+    assert_registered(torch.ops.linfast.masked_autoregressive_backward.default, *backward)
+
+
+@pytest.mark.parametrize("inverse", BOTH)
+def test_second_derivatives(inverse: bool) -> None:
+    made = random_made(3, (8,))
+    inputs = [t.requires_grad_() for t in (_x(4, 3), *tensors_of(made))]
+
+    def loss(call: Call) -> Call:
+        def total(*tensors: Tensor) -> Tensor:
+            y, log_det = call(*tensors)
+            return y.pow(3).sum() + log_det.square().sum()
+
+        return second_derivatives(total)
+
+    options = {"activation": "tanh", "inverse": inverse}
+    with lf.backend("triton"):
+        got = loss(_call(made, **options))(*inputs)
+    _assert_within_budget(got, loss(_plain(made, **options)), inputs, "exact")
+
+
+def test_functional_transforms() -> None:
+    made = random_made(3, (8,))
+    x, *tensors = _x(3, 3), *tensors_of(made)
+
+    def loss(call: Call) -> Callable[[Tensor], Tensor]:
+        return lambda x: sum(
+            (o.square().sum() for o in call(x, *[t.to(x.dtype) for t in tensors])), x.new_zeros(())
+        )
+
+    def transforms(call: Call) -> Call:
+        one_row = torch.func.vmap(lambda x: torch.func.grad(loss(call))(x[None])[0])
+        return lambda x: [torch.func.grad(loss(call))(x), one_row(x), torch.func.jacrev(loss(call))(x)]
+
+    for inverse in BOTH:
+        with lf.backend("triton"):
+            got = transforms(_call(made, inverse=inverse))(x)
+            with pytest.raises(RuntimeError, match="jvp"):
+                torch.func.jvp(loss(_call(made, inverse=inverse)), (x,), (x,))
+        _assert_within_budget(got, transforms(_plain(made, inverse=inverse)), [x], "exact")
+
+
 def test_float64_and_the_reference_backend_launch_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     made = random_made(3, (8,))
     refuse_launches(monkeypatch)
@@ -274,3 +340,10 @@ def test_no_step_reads_what_others_wrote_since_all_waited(inverse: bool) -> None
 def test_kernels_know_the_activations_by_the_same_ids() -> None:
     for i, name in enumerate(MASKED_ACTIVATIONS):
         assert getattr(masked_steps if name == "elu" else mlp, name.upper()).value == i
+
+
+def test_derivatives_of_activations_are_automatic_ones() -> None:
+    x = torch.linspace(-4, 4, 80, dtype=torch.float64).requires_grad_()  # without 0
+    for function, slope in zip(MASKED_ACTIVATIONS.values(), SLOPES, strict=True):
+        (expected,) = torch.autograd.grad(function(x).sum(), x)
+        torch.testing.assert_close(slope(x.detach()), expected, rtol=1e-13, atol=1e-13)
