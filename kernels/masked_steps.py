@@ -174,7 +174,7 @@ def invert(
 ):
     """Invert one feature by its parameters, the first rows of [UNITS, ROWS]; minus its log-scales [ROWS].
 
-    In the layout of the product a row's parameters are in eight lanes, and each lane would compute four
+    In the product's layout eight lanes hold the parameters of each row, and each lane would compute four
     rows. Through memory a lane has one row: a quarter of the instructions.
     """
     ROWS: tl.constexpr = inside.shape[0]
