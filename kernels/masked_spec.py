@@ -101,9 +101,8 @@ class MaskedSpec:
     def matrices(self, weights: Tensor) -> list[Tensor]:
         """W_1 .. W_n, each [H_l, H_{l-1}]: views of the packed weights."""
         parts = weights[: self.n_matrices].split_with_sizes(self.parts)
-        return [
-            part.view(n, -1)[:, :n_in] for part, n, n_in in zip(parts, self.sizes[1:], self.sizes, strict=False)
-        ]
+        sizes = zip(self.sizes[1:], self.sizes[:-1], strict=True)
+        return [part.view(n, padded(n_in))[:, :n_in] for part, (n, n_in) in zip(parts, sizes, strict=True)]
 
     def biases(self, weights: Tensor) -> list[Tensor]:
         """b_1 .. b_n: views of the packed weights."""

@@ -86,8 +86,9 @@ class MaskedMLP(nn.Module):
         self.embedding = SinusoidalEmbedding(time_features) if time_features else None
         self.condition = nn.Linear(given, self.hidden[0], bias=False) if given else None
         self._masks: AutoregressiveMasks | None = None
+        self._seen: tuple[Tensor, int] = found, _writes(found)  # the buffer that ``_order`` was read from
         self.register_load_state_dict_post_hook(_follow)
-        if not found.is_meta:
+        if has_values(found):
             self._masks = self._make_masks()  # now: torch.compile cannot trace it
 
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
@@ -98,14 +99,27 @@ class MaskedMLP(nn.Module):
 
     @property
     def masks(self) -> AutoregressiveMasks:
-        """The masks of the layers, with the degrees of their units."""
+        """The masks of the layers, with the degrees of their units, for the current values of ``feature_order``."""
+        order = self.feature_order
+        if not torch.compiler.is_compiling() and (order is not self._seen[0] or _writes(order) != self._seen[1]):
+            self._seen = order, _writes(order)
+            if has_values(order) and (found := _permutation(order, self.features)) != tuple(self._order):
+                self._order, self._masks = found, None
         if self._masks is None:  # not made yet by a constructor on the meta device, where a network may be huge
             self._masks = self._make_masks()
         return self._masks
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """(weights, biases) of the layers; the masks are not applied to the weights."""
+        """(weights, biases) of the layers; the masks are not applied to the weights.
+
+        Raises:
+            ValueError: a layer is not an nn.Linear, or has a hook, such as pruning's: it would not run.
+        """
         layers: list[Any] = list(self.layers)
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
+                kind = type(layer).__name__
+                raise ValueError(f"MaskedMLP: layers[{i}] must be an nn.Linear without forward hooks; got {kind}")
         return [layer.weight for layer in layers], [layer.bias for layer in layers]
 
     def extras(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Extras:
@@ -138,12 +152,13 @@ class MaskedMLP(nn.Module):
 
 
 def _follow(net: MaskedMLP, _: object = None) -> None:
-    """After load_state_dict: make the masks for the buffer ``feature_order``."""
-    if has_values(net.feature_order):
-        order = _permutation(net.feature_order, net.features)
-        if order != tuple(net._order):
-            net._order, net._masks = order, None
+    """After load_state_dict: make the masks, which torch.compile cannot trace."""
     _ = net.masks
+
+
+def _writes(tensor: Tensor) -> int:
+    """The number of writes to the tensor that torch has counted; none to an inference tensor, or through ``.data``."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _permutation(order: Any, features: int) -> tuple[int, ...]:

@@ -66,9 +66,13 @@ class MaskedAutoregressive(Bijection):
     def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         net = self.conditioner
         extras, weights, biases = net.extras(x, **context), *net.tensors()
-        packs = inverse or uses_triton(x, *weights)  # elsewhere the weights are masked as they are
-        packed = derived(self, "packed", lambda: net.masks.pack(weights, biases)) if packs else None
+        packed: Tensor | None = None
+        packs = inverse or uses_triton(x, *weights)
+        if packs:
+            packed = derived(self, "packed", lambda: net.masks.pack(weights, biases))
+        else:
+            weights = derived(self, "masked", lambda: net.masks.apply(weights))
         return masked_autoregressive(
             x, net.masks, weights, biases, activation=net.activation, scale_map=self.scale_map, order=self.order,
-            extras=extras, inverse=inverse, log_det=log_det, packed=packed,
+            extras=extras, inverse=inverse, log_det=log_det, packed=packed, masked=not packs,
         )  # fmt: skip

@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_count, check_flag, check_kind
-from ..dispatch import has_values
+from ..checks import check_count, check_dense, check_flag, check_kind
+from ..dispatch import cat, check_values, has_values
 from ..kernels.masked_spec import GATE, TERM, MaskedSpec, masked_spec_of, padded
 
 _SEQUENCES = (list, tuple)
-Array = np.ndarray[Any, Any]
 _INVERSE = (0, 0, 1.0, 0.0, True, True, "exact")  # a spec's options in a walk, which reads none of them
 
 
@@ -78,30 +77,40 @@ class AutoregressiveMasks:
             if source and not (0 < source <= i and self.shapes[source - 1][0] == self.shapes[i][0]):
                 raise ValueError(f"adds[{i}] must be 0 or an earlier hidden layer of equal size; got {source}")
         self._copies: dict[tuple[Hashable, ...], list[Tensor]] = {}
-        kept = [mask.detach().cpu() != 0 for mask in masks]
-        with torch.device("cpu"):  # whatever the default device
+        with torch.inference_mode(False), torch.device("cpu"):  # whatever the mode and the default device
+            kept = [mask.detach().cpu() != 0 for mask in masks]
             self._find_degrees(kept)
             self._make_tables(kept)
 
     def __deepcopy__(self, memo: object) -> AutoregressiveMasks:
         return self  # nothing in it changes
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the copies, whose devices may be others where they are loaded."""
+        return vars(self) | {"_copies": {}}
+
     def _find_degrees(self, kept: Sequence[Tensor]) -> None:
         """The degrees of all units, their orders, and the cuts of a MaskedSpec."""
         self.degrees = [layer.tolist() for layer in _degrees(kept, self.per_feature, self.adds)]
         self._orders = [torch.tensor(layer).argsort(stable=True) for layer in self.degrees]
         self.order = tuple(self._orders[0].tolist())
-        highest = max(self.degrees[0])
-        for i in range(1, len(kept)):  # units of the highest degree reach no parameter
-            layer = torch.tensor(self.degrees[i])
-            self._orders[i] = self._orders[i][: int((layer < highest).sum())]
-        steps = range(highest + 2)
-        self.cuts = tuple([sum(k < step for k in layer) if i == 0 else sum(k < min(step, highest) for k in layer)
-                           for i, layer in enumerate(self.degrees) for step in steps])  # fmt: skip
+        highest, steps, cuts = max(self.degrees[0]), np.arange(max(self.degrees[0]) + 2), []
+        for i, layer in enumerate(self.degrees):
+            below = np.searchsorted(np.sort(layer), steps)
+            if i:  # units of the highest degree reach no parameter
+                below = np.minimum(below, below[highest])
+                self._orders[i] = self._orders[i][: int(below[-1])]
+            cuts += below.tolist()
+        self.cuts = tuple(cuts)
 
     def masks(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """The masks of layers 1 .. n as numbers 1 and 0, copied once to each device."""
         return self._on_device(device, "masks", lambda: self._kept, dtype)
+
+    def apply(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The weights of layers 1 .. n multiplied by their masks."""
+        used = self.masks(weights[0].device, weights[0].dtype)
+        return [weight * mask for weight, mask in zip(weights, used, strict=True)]
 
     def _make_tables(self, masks: Sequence[Tensor]) -> None:
         """For every packed weight its index among all weights and biases in turn, and 1 or, where masked, 0."""
@@ -118,8 +127,8 @@ class AutoregressiveMasks:
             of_biases.append(at + out)
             at += n_out
         of_all = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
-        self._tables = [torch.cat([*index, *of_biases]).numpy(), of_all.numpy()]
-        self._kept, self._sorted_units = [[t.numpy() for t in each] for each in (masks, self._orders[1:])]
+        self._tables = [torch.cat([*index, *of_biases]), of_all]
+        self._kept, self._sorted_units = list(masks), self._orders[1:]
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(index, used) on the device, copied once."""
@@ -132,7 +141,7 @@ class AutoregressiveMasks:
         for weight, bias in zip(weights, biases, strict=True):
             parts.append(weight.reshape(-1))
             parts.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
-        flat = torch.cat(parts)
+        flat = cat(parts)
         (used,) = self._on_device(flat.device, "used", lambda: self._tables[1:], flat.dtype)  # faster than Booleans
         return flat.index_select(0, self.tables(flat.device)[0]) * used
 
@@ -145,28 +154,28 @@ class AutoregressiveMasks:
         if not given:
             return None, kinds
         (index,) = self._on_device(given[0].device, kinds, lambda: [self._extras_index(kinds)])
-        return torch.cat(given, 1).index_select(1, index), kinds
+        return cat(given, 1).index_select(1, index), kinds
 
-    def _extras_index(self, kinds: tuple[int, ...]) -> Array:
-        """The columns of all terms and gates in turn, in the order of the degrees."""
-        at, index = 0, []
+    def _extras_index(self, kinds: tuple[int, ...]) -> Any:
+        """The columns of all terms and gates in turn, in the order of the degrees: a tensor or an array."""
+        at, index, traced = 0, [], torch.compiler.is_dynamo_compiling()
         for units, (n_out, _), kind in zip(self._sorted_units, self.shapes, kinds, strict=False):
             for _ in range(kind.bit_count()):
-                index.append(at + units)
+                index.append(at + (units if traced else units.numpy()))
                 at += n_out
-        return np.concatenate(index)
+        return torch.cat(index) if traced else np.concatenate(index)
 
     def _on_device(
-        self, device: torch.device, key: Hashable, make: Callable[[], list[Array]], dtype: torch.dtype | None = None
+        self, device: torch.device, key: Hashable, make: Callable[[], list[Any]], dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """The arrays that ``make`` returns as tensors, copied once to each device.
-
-        They are arrays because torch's FakeTensorMode takes no tensor that was made outside it.
-        """
+        """The tensors that ``make`` returns, copied once to each device; under torch.compile in its graph."""
+        if torch.compiler.is_dynamo_compiling():
+            return [tensor.to(device, dtype) for tensor in make()]
         place = (device, dtype, key)
         if place not in self._copies:
             with torch.inference_mode(False):  # they are used outside too
-                found = [torch.from_numpy(array).to(device, dtype) for array in make()]
+                # By way of an array, as torch's FakeTensorMode takes no tensor that was made outside it.
+                found = [torch.from_numpy(np.asarray(each)).to(device, dtype) for each in make()]
             if not all(map(has_values, found)):
                 return found
             self._copies[place] = found
@@ -193,7 +202,8 @@ def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:
         raise ValueError(f"masks must have at least two layers; got {len(masks)}")
     check_count("per_feature", per_feature)
     for i, mask in enumerate(masks):
-        check_kind(f"masks[{i}]", mask, Tensor)
+        check_dense(f"masks[{i}]", mask)
+        check_values(f"masks[{i}]", mask)
         if mask.ndim != 2 or 0 in mask.shape:
             raise ValueError(f"masks[{i}] must be [out, in]; got {tuple(mask.shape)}")
         if i and mask.shape[1] != masks[i - 1].shape[0]:
@@ -217,23 +227,31 @@ def _degrees(masks: Sequence[Tensor], per_feature: int, adds: Sequence[int]) -> 
             found = found + reached[adds[i]]
         reached.append((found > 0).float())
     needs = reached.pop().view(features, per_feature, features).amax(1) > 0
-    of_features = torch.ones(features, dtype=torch.long)
-    for _ in range(features):
-        raised = torch.where(needs, of_features, 0).amax(1) + 1
-        if torch.equal(raised, of_features):
-            break
-        of_features = raised
-    else:
-        at = int(of_features.argmax())
-        of_itself = f"the parameters of feature {at} depend, through the layers, on feature {at}"
-        of_others = f"feature {at} and another feature depend on each other"
-        raise ValueError(f"masks are not autoregressive: {of_itself if needs[at, at] else of_others}")
+    of_features, missing, degree = torch.zeros(features, dtype=torch.long), needs.sum(1), 0
+    while bool((ready := (missing == 0) & (of_features == 0)).any()):
+        degree += 1
+        of_features[ready] = degree
+        missing = missing - needs[:, ready].sum(1)
+    if not of_features.all():
+        raise ValueError(f"masks are not autoregressive: {_why_not(needs, of_features == 0)}")
     degrees = [of_features, *(torch.where(unit > 0, of_features, 0).amax(1) for unit in reached[1:])]
     for i in reversed(range(len(adds))):  # what is added is sorted as the sum
         if adds[i]:
             degrees[adds[i]] = torch.maximum(degrees[adds[i]], degrees[i + 1])
     _check_sorted(masks, degrees, adds)
     return degrees
+
+
+def _why_not(needs: Tensor, left: Tensor) -> str:
+    """Which features depend on themselves, among those that are left without a degree."""
+    of_itself = (needs.diagonal() & left).nonzero()
+    if len(of_itself):
+        at = int(of_itself[0])
+        return f"the parameters of feature {at} depend, through the layers, on feature {at}"
+    path = [int(left.nonzero()[0])]
+    while path.count(path[-1]) == 1:  # a feature that is left depends on another one that is left
+        path.append(int((needs[path[-1]] & left).nonzero()[0]))
+    return f"features {' and '.join(map(str, sorted({*path[path.index(path[-1]) :]})))} depend on each other"
 
 
 def _check_sorted(masks: Sequence[Tensor], degrees: Sequence[Tensor], adds: Sequence[int]) -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_flag, check_kind, check_tensor
-from ..dispatch import uses_triton
+from ..dispatch import uses_triton, without_autocast
 from ..kernels.masked_spec import MASKED_SCHEMA
 from ..kernels.stack_configs import mode_on, target_of
 from ..precision import half_dtype, resolve_precision
@@ -55,6 +55,7 @@ def masked_autoregressive(
     log_det: bool = False,
     precision: str | None = None,
     packed: Tensor | None = None,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, log|det| or None) of the transform or of its inverse.
 
@@ -71,6 +72,7 @@ def masked_autoregressive(
         log_det: also return log|det| of the map that is applied, [B], in fp32 or wider.
         precision: of a kernel's products: "exact", "high", "tf32" or "fast"; None: as torch is set.
         packed: ``masks.pack(weights, biases)``, where it was computed before.
+        masked: whether the weights are zero wherever the masks are, so that they need not be multiplied by them.
 
     The state, shift, scale and sums are fp32 or wider; y has x's dtype.
 
@@ -81,12 +83,14 @@ def masked_autoregressive(
     _check(x, masks, weights, biases, activation, scale_map, order, extras)
     check_flag("inverse", inverse)
     check_flag("log_det", log_det)
+    check_flag("masked", masked)
+    mode = mode_on(target_of(x), resolve_precision(x, precision))
     given = extras or ((None, None),) * len(masks.activated)
-    if not (inverse or uses_triton(x, *weights)):
-        return _forward(x, masks, weights, biases, activation, scale_map, order, given, log_det)
+    if not (inverse or uses_triton(x, *weights)):  # outside autocast, as the inverse: both read the same network
+        options = (MASKED_ACTIVATIONS[activation], scale_map, order, given, log_det, masked)
+        return without_autocast(x.device.type, _forward, x, masks, weights, biases, *options)
     weight = masks.pack(weights, biases) if packed is None else packed
     columns, kinds = masks.pack_extras(given)
-    mode = mode_on(target_of(x), resolve_precision(x, precision))
     kind, bound, floor = (0, 1.0, 0.0) if scale_map is None else (scale_map.constexpr_id, *scale_map.constants)
     spec = masks.spec(kinds, _NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode)
     check_tensor("packed", weight, x)
@@ -101,16 +105,17 @@ def masked_autoregressive(
 
 def _forward(
     x: Tensor, masks: AutoregressiveMasks, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    activation: str, scale_map: ScaleMap | None, order: str, extras: Extras, log_det: bool,
+    activate: Callable[[Tensor], Tensor], scale_map: ScaleMap | None, order: str, extras: Extras, log_det: bool,
+    masked: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The transform in plain, differentiable torch."""
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, weights[0].dtype))
-    params = masked_network(x, masks, weights, biases, MASKED_ACTIVATIONS[activation], extras)
+    params = masked_network(x, masks, weights, biases, activate, extras, masked)
     wide = torch.promote_types(params.dtype, torch.float32)
     params = params.to(wide).unflatten(1, (masks.features, masks.per_feature))
     shift = params[..., int(masks.raw_first and scale_map is not None)]
     if scale_map is None:
-        return (x + shift).to(dtype), shift.new_zeros(len(x)) if log_det else None
+        return (x + shift).to(dtype), shift.new_zeros(x.shape[0]) if log_det else None
     raw = params[..., int(not masks.raw_first)]
     scale = scale_function(scale_map)(raw)
     y = torch.addcmul(shift, x, scale) if order == "scale_first" else (x + shift) * scale
@@ -119,13 +124,13 @@ def _forward(
 
 def masked_network(
     x: Tensor, masks: AutoregressiveMasks, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    activate: Callable[[Tensor], Tensor], extras: Extras,
+    activate: Callable[[Tensor], Tensor], extras: Extras, masked: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The parameters [B, P D] in plain, differentiable torch."""
-    used = masks.masks(x.device, weights[0].dtype)
+    """The parameters [B, P D] in plain, differentiable torch; ``masked``: the weights have been masked before."""
+    used = weights if masked else masks.apply(weights)
     values, read = [x], x
-    for i, (weight, mask, bias) in enumerate(zip(weights, used, biases, strict=True)):
-        value = F.linear(read, weight * mask, bias)
+    for i, (weight, bias) in enumerate(zip(used, biases, strict=True)):
+        value = F.linear(read, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if i == len(used) - 1:
             break
         term, gate = extras[i]
@@ -195,6 +200,8 @@ def _check_extras(x: Tensor, masks: AutoregressiveMasks, extras: Extras) -> None
         raise ValueError(f"extras must have one pair per hidden layer, {len(masks.activated)}; got {len(extras)}")
     for i, pair in enumerate(extras):
         check_kind(f"extras[{i}]", pair, (list, tuple), "a pair")
+        if len(pair) != 2:
+            raise ValueError(f"extras[{i}] must be (term, gate); got {len(pair)} entries")
         for name, each in zip(("term", "gate"), pair, strict=True):
             expected = (x.shape[0], masks.shapes[i][0])
             if each is not None:

@@ -81,9 +81,10 @@ def differentiable(
     spec = masked_spec_of(*constants)
     net, y = _network(weights, extras, spec), _sorted(x, spec)
     out = torch.zeros_like(y) if spec.inverse else y
-    for _ in range(spec.degrees if spec.inverse else 1):
-        shift, scale, log_s = _parameters(evaluate(net, out)[2], spec)
-        out = _affine(y, shift, scale, spec.scale_first, spec.inverse)
+    for degree in range(1, spec.degrees + 1) if spec.inverse else (spec.degrees,):
+        known = spec.cut(0, degree + 1)  # features of higher degrees stay 0: their values would not be right yet
+        shift, scale, log_s = _parameters(evaluate(net, out)[2][: known * spec.per_feature], spec)
+        out = torch.cat((_affine(y[:known], shift, scale, spec.scale_first, spec.inverse), out[known:]))
     total = log_s.sum(0)
     return _unsorted(out, spec, x.dtype), -total if spec.inverse else total
 
@@ -93,7 +94,8 @@ def plain(
 ) -> tuple[Tensor, Tensor]:
     """The raw op in plain torch; the inverse walks over the degrees."""
     spec = masked_spec_of(*constants)
-    if not spec.inverse:
+    wants_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, extras))
+    if not spec.inverse or wants_graph:  # the second, where torch.export has kept the op without its backward
         return differentiable(x, weights, operands, extras, *constants)
     scale, log_scale = (None, None) if spec.per_feature == 1 else _scales(spec)
     return invert_affine(_network(weights, extras, spec), x, scale, log_scale, spec.scale_first)

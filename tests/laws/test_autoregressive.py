@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import linfast as lf
 from linfast.flows import reversible as memory
@@ -214,3 +216,62 @@ def test_bad_input_gets_a_clear_error(call: Callable[[], object], message: str) 
 
 def _conditional() -> lf.MaskedAutoregressive:
     return lf.MaskedAutoregressive(lf.MaskedMLP(3, context_features=2))
+
+
+def test_the_order_follows_writes_to_its_buffer():
+    flows = [_random(lf.autoregressive_flow(5, 3, (8, 8), feature_order="random")) for _ in range(2)]
+    x = torch.randn(4, 5)
+    with torch.no_grad():
+        pairs = zip(*(flow.state_dict(keep_vars=True).values() for flow in flows), strict=True)
+        for mine, other in pairs:
+            mine.copy_(other)
+        torch.testing.assert_close(flows[0](x), flows[1](x), rtol=0, atol=0)
+        torch.testing.assert_close(flows[0].inverse(flows[1](x)), x)
+
+
+def test_a_layer_whose_hook_would_not_run_is_refused():
+    g = lf.MaskedAutoregressive(lf.MaskedMLP(3, hidden=(8, 8)))
+    prune.l1_unstructured(g.conditioner.layers[1], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"layers\[1\] must be an nn.Linear without forward hooks"):
+        g(torch.randn(2, 3))
+
+
+def test_both_directions_read_the_same_network_under_autocast():
+    g, x = _random(lf.MaskedAutoregressive(lf.MaskedMLP(5, hidden=(16, 16)))), torch.randn(9, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(g.inverse(g(x)), x)
+
+
+def test_a_gradient_with_a_graph_is_finite_where_the_gradient_is():
+    g = _random(lf.MaskedAutoregressive(lf.MaskedMLP(3, hidden=(8, 8)), scale_map="exp"), 3.0).double()
+    y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    gradients = [torch.autograd.grad(g.inverse(y).sum(), y, create_graph=graph)[0] for graph in (False, True)]
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+    assert gradients[0].isfinite().all()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_of_a_model_that_has_not_run(strict):
+    class Sampler(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g = _random(lf.MaskedAutoregressive(lf.MaskedMLP(3, hidden=(8, 8))))
+
+        def forward(self, z):
+            return self.g.inverse(z)
+
+    model, z = Sampler(), torch.randn(4, 3)
+    exported = torch.export.export(model, (z,), strict=strict).module()
+    torch.testing.assert_close(exported(z), model(z))
+
+
+def test_masks_pickle_without_their_copies_on_devices():
+    g = lf.MaskedAutoregressive(lf.MaskedMLP(3, hidden=(8, 8)))
+    g.inverse(torch.randn(2, 3))
+    assert pickle.loads(pickle.dumps(g)).conditioner.masks._copies == {}
+
+
+def _random(module, size=0.3):
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, 0.0, size)
+    return module

@@ -176,7 +176,7 @@ def test_masks_that_are_not_autoregressive_are_refused():
     with pytest.raises(ValueError, match="feature 0 depend, through the layers, on feature 0"):
         AutoregressiveMasks([ones(4, 1), ones(2, 4)])
     crossed = torch.tensor([[0, 1], [1, 0]])
-    with pytest.raises(ValueError, match=r"not autoregressive: feature . and another feature depend on each other"):
+    with pytest.raises(ValueError, match="not autoregressive: features 0 and 1 depend on each other"):
         AutoregressiveMasks([crossed, torch.eye(2)], per_feature=1)
     with pytest.raises(ValueError, match=r"last mask must have 2 x 3 rows, for 3 features; got 5"):
         AutoregressiveMasks([ones(4, 3), ones(5, 4)])
