@@ -157,7 +157,7 @@ def _follow(net: MaskedMLP, _: object = None) -> None:
 
 
 def _writes(tensor: Tensor) -> int:
-    """The number of writes to the tensor that torch has counted; none to an inference tensor, or through ``.data``."""
+    """The number of writes to the tensor that torch has counted; it counts none to an inference tensor."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -9,7 +9,7 @@ those that let several features have one degree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,8 +86,11 @@ class AutoregressiveMasks:
         return self  # nothing in it changes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the copies, whose devices may be others where they are loaded."""
-        return vars(self) | {"_copies": {}}
+        """Without the copies, whose devices may be others where they are loaded, and without second views."""
+        return vars(self) | {"_copies": {}, "_arrays": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _arrays=_arrays_of(state["_tensors"]))
 
     def _find_degrees(self, kept: Sequence[Tensor]) -> None:
         """The degrees of all units, their orders, and the cuts of a MaskedSpec."""
@@ -105,7 +108,7 @@ class AutoregressiveMasks:
 
     def masks(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """The masks of layers 1 .. n as numbers 1 and 0, copied once to each device."""
-        return self._on_device(device, "masks", lambda: self._kept, dtype)
+        return self._on_device(device, "masks", self._source("masks"), dtype)
 
     def apply(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """The weights of layers 1 .. n multiplied by their masks."""
@@ -127,12 +130,18 @@ class AutoregressiveMasks:
             of_biases.append(at + out)
             at += n_out
         of_all = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
-        self._tables = [torch.cat([*index, *of_biases]), of_all]
-        self._kept, self._sorted_units = list(masks), self._orders[1:]
+        tables = [torch.cat([*index, *of_biases]), of_all]
+        self._tensors = {"masks": list(masks), "tables": tables, "used": [of_all], "units": self._orders[1:]}
+        self._arrays = _arrays_of(self._tensors)
+
+    def _source(self, name: str) -> list[Any]:
+        """Tensors where torch.compile traces the call; elsewhere arrays, as torch.export and FakeTensorMode take no
+        tensor that was made outside them."""
+        return (self._tensors if torch.compiler.is_dynamo_compiling() else self._arrays)[name]
 
     def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(index, used) on the device, copied once."""
-        index, used = self._on_device(device, "tables", lambda: self._tables)
+        index, used = self._on_device(device, "tables", self._source("tables"))
         return index, used
 
     def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -142,7 +151,7 @@ class AutoregressiveMasks:
             parts.append(weight.reshape(-1))
             parts.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
         flat = cat(parts)
-        (used,) = self._on_device(flat.device, "used", lambda: self._tables[1:], flat.dtype)  # faster than Booleans
+        (used,) = self._on_device(flat.device, "used", self._source("used"), flat.dtype)  # faster than Booleans
         return flat.index_select(0, self.tables(flat.device)[0]) * used
 
     def pack_extras(
@@ -153,29 +162,33 @@ class AutoregressiveMasks:
         given = [each for pair in extras for each in pair if each is not None]
         if not given:
             return None, kinds
-        (index,) = self._on_device(given[0].device, kinds, lambda: [self._extras_index(kinds)])
-        return cat(given, 1).index_select(1, index), kinds
+        place = (given[0].device, None, kinds)
+        index = (
+            self._copies[place]
+            if place in self._copies
+            else self._on_device(*place[::2], self._extras_index(kinds))
+        )
+        return cat(given, 1).index_select(1, index[0]), kinds
 
-    def _extras_index(self, kinds: tuple[int, ...]) -> Any:
-        """The columns of all terms and gates in turn, in the order of the degrees: a tensor or an array."""
-        at, index, traced = 0, [], torch.compiler.is_dynamo_compiling()
-        for units, (n_out, _), kind in zip(self._sorted_units, self.shapes, kinds, strict=False):
+    def _extras_index(self, kinds: tuple[int, ...]) -> list[Any]:
+        """The columns of all terms and gates in turn, in the order of the degrees."""
+        at, index = 0, []
+        for units, (n_out, _), kind in zip(self._source("units"), self.shapes, kinds, strict=False):
             for _ in range(kind.bit_count()):
-                index.append(at + (units if traced else units.numpy()))
+                index.append(at + units)
                 at += n_out
-        return torch.cat(index) if traced else np.concatenate(index)
+        return [torch.cat(index) if isinstance(index[0], Tensor) else np.concatenate(index)]
 
     def _on_device(
-        self, device: torch.device, key: Hashable, make: Callable[[], list[Any]], dtype: torch.dtype | None = None
+        self, device: torch.device, key: Hashable, source: list[Any], dtype: torch.dtype | None = None
     ) -> list[Tensor]:
-        """The tensors that ``make`` returns, copied once to each device; under torch.compile in its graph."""
+        """The tensors or arrays of ``source``, copied once to each device; under torch.compile in its graph."""
         if torch.compiler.is_dynamo_compiling():
-            return [tensor.to(device, dtype) for tensor in make()]
+            return [tensor.to(device, dtype) for tensor in source]
         place = (device, dtype, key)
         if place not in self._copies:
             with torch.inference_mode(False):  # they are used outside too
-                # By way of an array, as torch's FakeTensorMode takes no tensor that was made outside it.
-                found = [torch.from_numpy(np.asarray(each)).to(device, dtype) for each in make()]
+                found = [torch.from_numpy(array).to(device, dtype) for array in source]
             if not all(map(has_values, found)):
                 return found
             self._copies[place] = found
@@ -194,6 +207,10 @@ class AutoregressiveMasks:
         highest = len(self.cuts) // len(self.shapes) - 2
         make: Any = MaskedSpec if torch.compiler.is_compiling() else masked_spec_of  # Dynamo traces no cached class
         return make(highest, self.per_feature, self.order, self.cuts, flags, self.adds, extras, *options)
+
+
+def _arrays_of(tensors: dict[str, list[Tensor]]) -> dict[str, list[Any]]:
+    return {name: [t.numpy() for t in each] for name, each in tensors.items()}
 
 
 def _check_masks(masks: Sequence[Tensor], per_feature: int) -> None:

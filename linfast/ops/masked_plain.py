@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.masked_spec import MaskedSpec, masked_spec_of
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap, log_scale_function, scale_function
 from .activations import ACTIVATIONS
-from .affine_coupling import ORDERS, couple_backward
+from .affine_coupling import ORDERS, couple, couple_backward
 from .masked_walk import Network, evaluate, walk
 from .masked_walk_backward import pass_backward, walk_backward
 
@@ -50,13 +50,11 @@ def _is_identity(order: Sequence[int]) -> bool:
     return all(i == at for i, at in enumerate(order))
 
 
-def _parameters(params: Tensor, spec: MaskedSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """(shift, e^s, s) from the parameters [P n, B] of n features; s = 0 without a scale."""
+def _parameters(params: Tensor, spec: MaskedSpec) -> tuple[Tensor, Tensor]:
+    """(shift, s) from the parameters [P n, B] of n features; s = 0 without a scale."""
     if spec.per_feature == 1:
-        zero = torch.zeros_like(params)
-        return params, zero + 1, zero
-    scale, log_scale = _scales(spec)
-    return params[0::2], scale(params[1::2]), log_scale(params[1::2])
+        return params, torch.zeros_like(params)
+    return params[0::2], _scales(spec)[1](params[1::2])
 
 
 def _scale_map(spec: MaskedSpec) -> ScaleMap:
@@ -68,12 +66,6 @@ def _scales(spec: MaskedSpec) -> tuple[Elementwise, Elementwise]:
     return scale_function(_scale_map(spec)), log_scale_function(_scale_map(spec))
 
 
-def _affine(x: Tensor, shift: Tensor, scale: Tensor, scale_first: bool, inverse: bool) -> Tensor:
-    if inverse:
-        return (x - shift) / scale if scale_first else x / scale - shift
-    return torch.addcmul(shift, x, scale) if scale_first else (x + shift) * scale
-
-
 def differentiable(
     x: Tensor, weights: Tensor, operands: Tensor, extras: Tensor | None, *constants: Any
 ) -> tuple[Tensor, Tensor]:
@@ -83,8 +75,8 @@ def differentiable(
     out = torch.zeros_like(y) if spec.inverse else y
     for degree in range(1, spec.degrees + 1) if spec.inverse else (spec.degrees,):
         known = spec.cut(0, degree + 1)  # features of higher degrees stay 0: their values would not be right yet
-        shift, scale, log_s = _parameters(evaluate(net, out)[2][: known * spec.per_feature], spec)
-        out = torch.cat((_affine(y[:known], shift, scale, spec.scale_first, spec.inverse), out[known:]))
+        shift, log_s = _parameters(evaluate(net, out)[2][: known * spec.per_feature], spec)
+        out = torch.cat((couple(y[:known], shift, log_s, ORDERS[spec.scale_first], spec.inverse), out[known:]))
     total = log_s.sum(0)
     return _unsorted(out, spec, x.dtype), -total if spec.inverse else total
 
@@ -152,8 +144,8 @@ def plain_backward(
     spec = masked_spec_of(*constants)
     net, x = _network(weights, extras, spec), _sorted(y if spec.inverse else x, spec)
     evaluated = evaluate(net, x)
-    shift, scale, log_s = _parameters(evaluated[2], spec)
-    out = x if spec.inverse else _affine(x, shift, scale, spec.scale_first, False)
+    shift, log_s = _parameters(evaluated[2], spec)
+    out = x if spec.inverse else couple(x, shift, log_s, ORDERS[spec.scale_first], False)
     of_out = torch.zeros_like(x) if grad is None else _sorted(grad, spec)
     slope = None if spec.per_feature == 1 else _scale_map(spec).derivative(evaluated[2][1::2])
     of_log_det = 0.0 if grad_log_det is None else grad_log_det

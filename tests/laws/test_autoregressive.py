@@ -243,6 +243,7 @@ def test_both_directions_read_the_same_network_under_autocast():
 
 
 def test_a_gradient_with_a_graph_is_finite_where_the_gradient_is():
+    torch.manual_seed(59)  # a pass of the network from x = 0 overflows, the inverse does not
     g = _random(lf.MaskedAutoregressive(lf.MaskedMLP(3, hidden=(8, 8)), scale_map="exp"), 3.0).double()
     y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     gradients = [torch.autograd.grad(g.inverse(y).sum(), y, create_graph=graph)[0] for graph in (False, True)]
@@ -261,8 +262,9 @@ def test_exports_of_a_model_that_has_not_run(strict):
             return self.g.inverse(z)
 
     model, z = Sampler(), torch.randn(4, 3)
-    exported = torch.export.export(model, (z,), strict=strict).module()
-    torch.testing.assert_close(exported(z), model(z))
+    with lf.backend("reference"):
+        exported = torch.export.export(model, (z,), strict=strict).module()
+        torch.testing.assert_close(exported(z), model(z))
 
 
 def test_masks_pickle_without_their_copies_on_devices():
