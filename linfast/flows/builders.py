@@ -112,7 +112,7 @@ def autoregressive_flow(
     features, depth = check_count("features", features), check_count("depth", depth)
     check_choice("feature_order", feature_order, ("reverse", "random"))
     check_choice("order", order, ORDERS)
-    scale_map = ScaleMap("smooth", bound=min(2.0, 4.0 / depth)) if scale_map is None else scale_map
+    scale_map = _default(depth) if scale_map is None else scale_map
     main = []
     for i in range(depth):
         first_to_last: Sequence[int] = range(features)[:: -1 if i % 2 else 1]
@@ -217,6 +217,10 @@ def _image_conditioner(
     return unet
 
 
+def _default(depth: int) -> ScaleMap:
+    return ScaleMap("smooth", bound=min(2.0, 4.0 / depth))
+
+
 def _couplings(
     features: int,
     depth: int,
@@ -228,8 +232,7 @@ def _couplings(
     depth = check_count("depth", depth)
     check_choice("coupling", coupling, ("affine", "additive"))
     check_choice("order", order, ORDERS)
-    if scale_map is None:
-        scale_map = ScaleMap("smooth", bound=min(2.0, 4.0 / depth))
+    scale_map = _default(depth) if scale_map is None else scale_map
     for i in range(depth):
         moves = HALVES[i % 2]
         moved, kept = split_sizes(features) if moves == "first" else split_sizes(features)[::-1]

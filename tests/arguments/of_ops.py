@@ -78,6 +78,7 @@ OPS: dict[str, Good] = {
                 "log_det": True,
                 "precision": None,
                 "packed": None,
+                "masked": False,
             },
         ),
         {"x": "B D"},

@@ -37,7 +37,8 @@ from tests.machine_code.variants import Variant, variants
 TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fp16": 1e-2, "fast": 5e-2, "bf16": 5e-2}
 MOST_ROWS = 2**14  # or pixels of a timed size: several processes share the card, and float64 takes its time
 ON_GPU = torch.cuda.is_available()
-_OTHERS = ("collapse", "reversible", "peers", "libraries", "streams")  # have no kernels of their own
+# They have no kernels of their own.
+_OTHERS = ("autoregressive", "collapse", "reversible", "peers", "libraries", "streams")
 _CASES = tuple(case for case in CASES if case not in _OTHERS)
 NAMES = (
     *(f"op:{name}" for name in dict.fromkeys(case.op for case in all_cases())),

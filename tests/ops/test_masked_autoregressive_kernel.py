@@ -23,12 +23,12 @@ from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, Call, Outputs, assert_within, hostile
 from tests.ops.checks import (
-    TURNS,
     assert_registered,
     assert_same_bits,
     fixed_cotangents,
     refuse_launches,
     second_derivatives,
+    turned,
 )
 from tests.ops.made import Extras, Made, plain_masked, random_extras, random_made, rebuilt, tensors_of
 from tests.ops.stacks import rounding
@@ -90,8 +90,7 @@ def test_every_mode(precision: str, inverse: bool) -> None:
     _assert_accurate(_x(20, 7), random_made(7, (40, 24)), precision, inverse=inverse)
 
 
-@pytest.mark.parametrize("kind", SCALE_MAP_KINDS)
-@pytest.mark.parametrize(("inverse", "order"), TURNS)
+@pytest.mark.parametrize(("kind", "inverse", "order"), turned(SCALE_MAP_KINDS))
 def test_every_scale_map_and_order(kind: str, order: str, inverse: bool) -> None:
     _assert_accurate(_x(60, 3), random_made(3, (16,)), scale_map=ScaleMap(kind), order=order, inverse=inverse)
 
