@@ -374,7 +374,7 @@ def test_other_networks_are_left_alone():
     flows = require("normflows").flows
     circular = flows.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, ind_circ=[1])
     (row,) = lf.accelerate(circular).left
-    assert row.note == "its MADE has a PeriodicFeaturesElementwise"
+    assert row.note == "it preprocesses its inputs, by a PeriodicFeaturesElementwise"
     model, _ = affine()
     model.autoregressive_net.final_layer.mask.mul_(0.5)
     (row,) = lf.accelerate(model).left
