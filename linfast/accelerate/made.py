@@ -11,6 +11,7 @@ multiplies its second layer by a sigmoid of one.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ from .masked import (
     InvertFeatures,
     MaskedInverse,
     Norms,
+    Short,
     Unchanged,
     Weights,
     find_masks,
@@ -124,11 +126,11 @@ _WORDS = {
 
 def _spline_of(instance: Any) -> InvertFeatures:
     """The library's own formula on some features, by an instance that shares all else with this one."""
-    kind = original_class(instance)
+    kind, whole = original_class(instance), weakref.ref(instance)  # which holds this function
 
     def invert(y: Tensor, params: Tensor, features: list[int]) -> tuple[Tensor, Tensor]:
         of_features: Any = object.__new__(kind)
-        vars(of_features).update(vars(instance), features=len(features))
+        vars(of_features).update(vars(whole()), features=len(features))
         x, log_det = of_features._elementwise_inverse(y, params.reshape(len(y), -1))
         return x, log_det.unsqueeze(1)
 
@@ -184,7 +186,20 @@ def _find(instance: Any, where: str, read: Read, methods: Sequence[str]) -> Mask
         norms=_norms_of(layers),
         ready=not any(map(_is_random, net.modules())),
         assumed=(*assumed, *([] if known else [activation])),
+        short=_SHORT,
     )
+
+
+_SHORT: Short = {
+    2: (256, 2048),
+    3: (64, 1024),
+    4: (0, 512),
+    5: (0, 256),
+    6: (0, 128),
+    7: (0, 64),
+    8: (0, 32),
+}
+"""Measured for nflows and normflows on an AMD EPYC, with one thread, 50 hidden units and 1 to 1500 rows."""
 
 
 def _is_random(module: nn.Module) -> bool:
@@ -197,6 +212,8 @@ def _check_modules(net: nn.Module, where: str) -> None:
     """Raise Unfit where the network or a layer is of another class, or its call runs more than its forward."""
     if not defined_as(net, where, "MADE"):
         raise Unfit(f"its autoregressive_net is a {type(net).__name__}, no MADE")
+    if not isinstance(getattr(net, "preprocessing", None), (nn.Identity, type(None))):
+        raise Unfit(f"it preprocesses its inputs, by a {type(net.preprocessing).__name__}")
     activations = [each for name, each in net.named_modules() if name.rpartition(".")[2] == "activation"]
     for module in net.modules():
         kind, is_activation = type(module).__name__, module in activations
@@ -219,8 +236,6 @@ _PLAIN = (nn.Linear, nn.Dropout, nn.BatchNorm1d, nn.ModuleList, nn.Identity)
 def _layers_of(net: Any, where: str) -> tuple[_Layers, Callable[[Tensor], Tensor]]:
     """The layers, and the activation between them."""
     found, gated = _Layers(), where in _GATED
-    if not isinstance(getattr(net, "preprocessing", None), (nn.Identity, type(None))):
-        raise Unfit(f"it preprocesses its inputs, by a {type(net.preprocessing).__name__}")
     blocks = [*net.blocks]
     residual = all(defined_as(block, where, "MaskedResidualBlock") for block in blocks)
     if not residual and not all(defined_as(block, where, "MaskedFeedforwardBlock") for block in blocks):
@@ -325,7 +340,7 @@ def _extras_of(layers: _Layers, activation: Callable[[Tensor], Tensor]) -> Calla
             return nothing
         if type(context) not in (Tensor, nn.Parameter) or context.shape != (rows, size):
             return None
-        if rows > 1 and context.stride(0) == 0:
+        if rows > 1 and context.stride(0) == 0 and not (context.requires_grad and torch.is_grad_enabled()):
             context = context[:1]
         found = []
         for term, gate in zip(terms, gates, strict=True):

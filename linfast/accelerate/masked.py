@@ -12,9 +12,11 @@ torch.func and autocast, and on inputs that are no batch of vectors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any
 
@@ -27,6 +29,7 @@ from ..ops.autoregressive_masks import AutoregressiveMasks
 from ..ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_autoregressive
 from ..ops.masked_plain import Elementwise, invert_affine, invert_elementwise
 from ..ops.masked_walk import Network
+from ..rows import is_short
 from ..scale_maps import ScaleMap
 from .adapter import Adapter, Draw, Plan, Unfit
 from .identity import PLAN
@@ -55,6 +58,10 @@ InvertFeatures = Callable[[Tensor, Tensor, list[int]], tuple[Tensor, Tensor]]
 """(y [B, n], parameters [B, n, P], the features' indices) -> (x [B, n], log|dx / dy| [B, n] or its sum [B, 1])."""
 
 
+Short = Mapping[int, tuple[int, int]]
+"""Degrees -> (rows without a gradient, rows with one): the original runs with fewer per thread of a CPU."""
+
+
 class Unchanged(Evidence):
     """Evidence that an instance, and all modules inside it, are as they were when the instance was recognised.
 
@@ -66,14 +73,15 @@ class Unchanged(Evidence):
 
     def __init__(self, instance: nn.Module, functions: Iterable[tuple[type, str]], masks: Iterable[Tensor]) -> None:
         super().__init__([instance], instance.children(), functions, masks)
-        self._instance, self._attributes = instance, _attributes(instance)
+        self._instance, self._attributes = weakref.ref(instance), _attributes(instance)  # the instance holds this
 
     def of(self, instance: nn.Module) -> bool:
         """Whether this instance is the one that was recognised, and is unchanged."""
-        return self._instance is instance and self.holds()
+        return self._instance() is instance and self.holds()
 
     def holds(self) -> bool:
-        now = _attributes(self._instance)
+        instance = self._instance()
+        now = [] if instance is None else _attributes(instance)
         return len(now) == len(self._attributes) and all(map(is_, now, self._attributes)) and super().holds()
 
 
@@ -100,6 +108,7 @@ class MaskedInverse:
         norms: returns (scale, shift) [H_l] of each hidden layer's value before its activation, or None for none.
         ready: False where the original is to run: in training mode, with dropout or batch norm.
         assumed: functions that only the check before the swap shows to be elementwise.
+        short: the batches for which the original is at least as fast.
     """
 
     what: str
@@ -112,6 +121,12 @@ class MaskedInverse:
     norms: Callable[[], Norms] | None = None
     ready: bool = True
     assumed: tuple[Any, ...] = ()
+    short: Short = field(default_factory=dict)
+
+    @functools.cached_property
+    def degrees(self) -> int:
+        """The number of steps of a walk."""
+        return max(self.masks.degrees[0])
 
     @property
     def has_gradient(self) -> bool:
@@ -121,33 +136,60 @@ class MaskedInverse:
         values = self.masks.features * sum(out * into for out, into in self.masks.shapes)
         return known and values <= _SIZES.graph
 
-    def __call__(self, y: Tensor, context: Any) -> tuple[Tensor, Tensor] | None:
+    def is_short(self, y: Tensor) -> bool:
+        """Whether y has so few rows that the original is at least as fast."""
+        values, graph = self.short.get(self.degrees, (0, 0))
+        if not is_short(y, max(values, graph)):
+            return False
+        needed = torch.is_grad_enabled() and (y.requires_grad or any(w.requires_grad for w in self.weights()[0]))
+        return is_short(y, graph if needed else values)
+
+    def __call__(self, y: Tensor, context: Any, precision: str | None = None) -> tuple[Tensor, Tensor] | None:
         """(x [B, D], log|dx / dy| [B]) of y [B, D]; None where the original is to run."""
         if not self.ready or y.shape[1] != self.masks.features:
             return None
         weights, biases = self.weights()
+        if y.device != weights[0].device or not self._fits(y.dtype, weights, biases):
+            return None
         extras = self.extras(context, y.shape[0])
-        if extras is None or y.dtype != weights[0].dtype or y.device != weights[0].device:
+        if extras is None:
             return None
         norms = None if self.norms is None else self.norms()
         graph = torch.is_grad_enabled()
+        if graph and self.assumed:  # a function may hold tensors that require a gradient
+            return None
         if uses_triton(y, *weights) or (graph and _any_requires_grad(y, weights, biases, extras, norms)):
-            return self._by_op(y, weights, biases, extras) if self.has_gradient else None
+            return self._by_op(y, weights, biases, extras, precision) if self.has_gradient else None
         with torch.no_grad() if graph else nullcontext():
             return self._by_walk(y, weights, biases, extras, norms)
 
+    def _fits(self, dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+        """Whether the weights and biases have the masks' shapes and this dtype."""
+        shapes, given = self.masks.shapes, [bias for bias in biases if bias is not None]
+        return (
+            all([tensor.dtype == dtype for tensor in (*weights, *given)])
+            and all([weight.shape == shape for weight, shape in zip(weights, shapes, strict=True)])
+            and all([b is None or b.shape == shape[:1] for b, shape in zip(biases, shapes, strict=True)])
+        )
+
     def _by_op(
-        self, y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], extras: Extras
+        self,
+        y: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        extras: Extras,
+        precision: str | None,
     ) -> tuple[Tensor, Tensor]:
         assert isinstance(self.transform, Affine)
         whole = [[None if each is None else each.expand(y.shape[0], -1) for each in pair] for pair in extras]
+        graph = torch.is_grad_enabled()  # whose tensors must survive that a caller writes to y or x
         x, log_det = masked_autoregressive(
-            y, self.masks, weights, biases, activation=str(name_of_activation(self.activation)),
+            y.clone() if graph else y, self.masks, weights, biases, activation=str(name_of_activation(self.activation)),
             scale_map=self.transform.scale_map, inverse=True, log_det=True,
-            extras=[(term, gate) for term, gate in whole],
+            extras=[(term, gate) for term, gate in whole], precision=precision,
         )  # fmt: skip
         assert log_det is not None
-        return x, log_det.to(y.dtype)
+        return x.clone() if graph else x, log_det.to(y.dtype)
 
     def _by_walk(
         self,
@@ -181,11 +223,11 @@ class _Sizes:
 
     Args:
         graph: values in the weights of D evaluations of the network, all of which the original's graph contains
-            (1 GiB in float64). With more, no gradient is compared, and the original runs where one is required.
-        rows: of a batch.
+            (128 MiB in float64). With more, no gradient is compared, and the original runs where one is required.
+        rows: of a batch in the check.
     """
 
-    graph: int = 2**27
+    graph: int = 2**24
     rows: int = 3
 
 
@@ -211,14 +253,20 @@ def masked_inverse(instance: nn.Module, find: Find, y: Any, context: Any) -> tup
     if plan is None or "_is_replica" in own:  # of nn.DataParallel
         return None
     found: MaskedInverse = plan.layout
+    if found.is_short(y):
+        return None
     if not found.evidence.of(instance):
         try:
             with torch.inference_mode(False):  # its tensors are used outside too
                 found = _find_again(instance, find, found)
-        except (Unfit, AttributeError, RuntimeError):  # RuntimeError: there are no values to read
+        except _NOT_FOUND:
             return None
         own[PLAN] = replace(plan, layout=found)
-    return found(y, context)
+    return found(y, context, plan.options.precision)
+
+
+_NOT_FOUND = (Unfit, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+"""What recognising a changed instance raises: its parts are other than before, or have no values to read."""
 
 
 def _find_again(instance: nn.Module, find: Find, before: MaskedInverse) -> MaskedInverse:
@@ -240,11 +288,12 @@ def plan_masked(instance: nn.Module, find: Find) -> Plan:
     """The plan of an instance; raises Unfit."""
     before = vars(instance).get(PLAN)
     found = find(instance) if before is None else _find_again(instance, find, before.layout)
-    degrees = max(found.masks.degrees[0])
+    degrees = found.degrees
     note = "" if found.has_gradient else "where a gradient is required, its own code runs"
     runs = f"inverse in one walk over {degrees} degree{'s' * (degrees > 1)}, {found.what}"
     masks = found.masks.masks(torch.device("cpu"), torch.bool)
-    return Plan(runs, note, layout=found, kind=tuple(bytes(mask.flatten().tolist()) for mask in masks))
+    kind = tuple(bytes(mask.flatten().tolist()) for mask in masks)
+    return Plan(runs, note, layout=found, takes_precision=found.has_gradient, kind=kind)
 
 
 def find_masks(masks: Sequence[Tensor], **what: Any) -> AutoregressiveMasks:

@@ -130,10 +130,16 @@ ADDITIVE = Tail("shift", ScaleMap("exp"))
 def known_map(
     name: str, function: Callable[[Tensor], Tensor], known: Mapping[ScaleMap, Callable[[Tensor], Tensor]]
 ) -> ScaleMap | None:
-    """The known map whose values equal those of ``function`` (a lambda cannot be recognised otherwise), or None."""
+    """The known map whose values equal those of ``function`` (a lambda cannot be recognised otherwise), or None.
+
+    A function that holds a learned tensor is no known map, whatever its values are now.
+    """
     points = torch.linspace(-12, 12, 97, dtype=torch.float64)
     try:
-        values = function(points)
+        with torch.enable_grad():
+            values = function(points)
+        if values.requires_grad:
+            return None
         return next((m for m, of in known.items() if torch.allclose(of(points), values, 1e-13, 1e-15)), None)
     except Exception as error:
         raise Unfit(f"its {name} raised {type(error).__name__}: {error}") from error

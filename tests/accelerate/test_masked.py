@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 import linfast as lf
+from linfast import rows
 from linfast.accelerate import masked
 from linfast.accelerate.swap import Swapped
 
@@ -374,7 +377,7 @@ def test_other_networks_are_left_alone():
     flows = require("normflows").flows
     circular = flows.CircularAutoregressiveRationalQuadraticSpline(4, 1, 8, ind_circ=[1])
     (row,) = lf.accelerate(circular).left
-    assert row.note == "its MADE has a PeriodicFeaturesElementwise"
+    assert row.note == "it preprocesses its inputs, by a PeriodicFeaturesElementwise"
     model, _ = affine()
     model.autoregressive_net.final_layer.mask.mul_(0.5)
     (row,) = lf.accelerate(model).left
@@ -484,3 +487,151 @@ def test_an_activation_that_writes_to_its_input_is_left_alone_in_residual_blocks
     fast = copy.deepcopy(model)
     assert lf.accelerate(fast).swapped
     same(fast, model, torch.randn(5, FEATURES).double())
+
+
+def grads(run, *wanted):
+    """The gradients of a sum of the outputs, zeros where there are none."""
+    found = torch.autograd.grad(sum(each.sin().sum() for each in run()), wanted, allow_unused=True)
+    return [torch.zeros(()) if g is None else g for g in found]
+
+
+def test_a_caller_may_write_to_what_it_gave_and_got():
+    model, fast = (each.double() for each in affine())
+    found = []
+    for each in (fast, model):
+        y = torch.ones(5, FEATURES).double()
+        x, log_det = each.inverse(y)
+        y.mul_(2)
+        x.mul_(2)
+        log_det.mul_(2)
+        found.append(grads(lambda x=x, log_det=log_det: (x, log_det), *each.parameters()))
+    assert_close(*found, 1e-11)
+
+
+def test_the_gradient_of_a_context_that_is_a_view_of_one_row():
+    model, fast = (each.double() for each in affine(context_features=CONTEXT))
+    x, found = torch.randn(5, FEATURES).double(), []
+    c = torch.randn(1, CONTEXT).double().requires_grad_()
+    for each in (fast, model):
+        rows = c.expand(5, -1)
+        found.append(grads(lambda each=each, rows=rows: each.inverse(x, rows), rows, c))
+    assert_close(*found, 1e-11)
+
+
+def _learned(alpha):
+    yield affine(activation=lambda h: torch.tanh(alpha * h))
+    transforms = pytest.importorskip("glasflow.nflows.transforms.autoregressive")
+    for scale in (lambda raw: alpha * raw.sigmoid() + 1e-3, lambda raw: (raw * alpha).exp()):
+        model = transforms.MaskedAffineAutoregressiveTransform(FEATURES, 8, scale_activation=scale)
+        fast = copy.deepcopy(model)
+        assert lf.accelerate(fast).swapped
+        yield model, fast
+
+
+def test_a_tensor_that_a_function_holds_keeps_its_gradient(walks):
+    """Also where its values are now those of a map that linfast knows by name, as of exp(raw alpha)."""
+    x, alpha = torch.randn(5, FEATURES).double(), nn.Parameter(torch.ones(()).double())
+    for model, fast in _learned(alpha):
+        found = []
+        for each in (fast.double(), model.double()):
+            each.requires_grad_(False)
+            found.append(grads(lambda each=each: each.inverse(x), alpha))
+        assert_close(*found, 1e-12)
+        with torch.no_grad():
+            alpha.mul_(0.9)
+        walks.clear()
+        same(fast, model, x)
+        assert len(walks) == 1
+
+
+@pytest.mark.parametrize(("features", "least"), [(2, (256, 2048)), (3, (64, 1024)), (9, (0, 0))])
+def test_short_batches_run_the_original(features, least, walks, monkeypatch):
+    model, fast = affine(features)
+    monkeypatch.setattr(rows._asked, "all_lengths", False)
+    op, ours = masked.MaskedInverse._by_op, []
+    monkeypatch.setattr(masked.MaskedInverse, "_by_op", lambda *a: ours.append(1) or op(*a))
+    threads = torch.get_num_threads()
+    for i, graph in enumerate((False, True)):
+        for batch in {1, max(1, least[i] * threads - 1), max(1, least[i] * threads)}:
+            x = torch.randn(batch, features)
+            walks.clear(), ours.clear()
+            with torch.set_grad_enabled(graph):
+                found, expected = fast.inverse(x), model.inverse(x)
+            is_ours = batch >= least[i] * threads
+            assert (len(walks), len(ours)) == (is_ours * (not graph), is_ours * graph)
+            if not is_ours:
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def _another_shape(net):
+    net.initial_layer.weight.data = torch.randn(
+        16, 1
+    ).double()  # the original's product with the mask broadcasts it
+
+
+def _another_dtype(net):
+    net.final_layer.float()
+
+
+def _unhashable(net):
+    for owner in (net, *net.blocks):
+        owner.activation = _Unhashable()
+
+
+def _third_layer(net):
+    net.blocks[0].linear_layers.append(copy.deepcopy(net.blocks[0].linear_layers[0]))
+
+
+class _Unhashable:
+    __hash__ = None
+
+    def __call__(self, h):
+        return torch.tanh(h)
+
+
+@pytest.mark.parametrize("change", [_another_shape, _another_dtype, _unhashable, _third_layer])
+def test_a_network_that_no_longer_fits_runs_the_original(change, walks):
+    model, fast = (each.double() for each in affine(use_residual_blocks=change is _third_layer))
+    x = torch.randn(5, FEATURES).double()
+    found = []
+    for each in (model, fast):
+        torch.manual_seed(0)
+        for owner in _activations(each.autoregressive_net):
+            vars(owner).pop("activation", None)
+            owner.activation = torch.tanh
+        change(each.autoregressive_net)
+        try:
+            with torch.no_grad():
+                found.append(each.inverse(x))
+        except Exception as error:
+            found.append((type(error), str(error)))
+    assert not walks
+    if isinstance(found[0][0], torch.Tensor):
+        assert_close(*found, 0)
+    assert isinstance(found[0][0], torch.Tensor) or found[0] == found[1]
+
+
+def test_the_precision_that_was_asked_for(monkeypatch):
+    model, _ = affine()
+    assert "precision 'high' reaches 1 of them" in str(lf.accelerate(model, precision="high"))
+    asked, op = [], masked.masked_autoregressive
+    monkeypatch.setattr(
+        masked, "masked_autoregressive", lambda *a, **k: asked.append(k["precision"]) or op(*a, **k)
+    )
+    model.inverse(torch.randn(5, FEATURES))
+    assert asked == ["high"]
+    spline = make(AUTOREGRESSIVE["normflows spline"], 0)
+    assert "precision 'high' reaches 0 of them" in str(lf.accelerate(spline, precision="high"))
+
+
+@pytest.mark.parametrize("name", ["nflows", "normflows spline"])
+def test_a_model_is_freed_without_the_collector(name):
+    _, fast = two(name)
+    alive = weakref.ref(swapped_of(fast))
+    gc.collect()
+    gc.disable()
+    try:
+        del fast
+        assert alive() is None
+    finally:
+        gc.enable()

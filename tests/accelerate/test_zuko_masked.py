@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 import linfast as lf
+from linfast import rows
 from linfast.accelerate import masked
 from linfast.accelerate.libraries import zuko_masked
 
@@ -460,3 +463,55 @@ def test_the_report_says_what_runs():
     assert rows[0].was == "zuko MaskedAutoregressiveTransform"
     assert rows[2].runs.startswith("inverse in one walk over 3 degrees, MonotonicRQSTransform; MaskedMLP 6-16-16")
     assert rows[2].note == "where a gradient is required, its own code runs"
+
+
+def test_a_caller_may_write_to_what_it_gave_and_got():
+    model, fast = two("no context")
+    found = []
+    for each in (fast, model):
+        z = torch.ones(5, 5, dtype=torch.float64)
+        x = each(None).transform.inv(z)
+        z.mul_(2)
+        found.append(torch.autograd.grad(x.mul_(2).sin().sum(), [*each.parameters()]))
+    assert_close(*found, 1e-11)
+
+
+def test_short_batches_of_few_features_run_zukos_code(monkeypatch, walks):
+    """Where a gradient is required; without one a walk is faster."""
+    model = require("zuko").flows.MAF(3, transforms=2, hidden_features=(8,)).double()
+    fast = copy.deepcopy(model)
+    assert lf.accelerate(fast).swapped
+    monkeypatch.setattr(zuko_masked, "checks_all_lengths", lambda: False)
+    monkeypatch.setattr(rows._asked, "all_lengths", False)
+    op, ours = masked.MaskedInverse._by_op, []
+    monkeypatch.setattr(masked.MaskedInverse, "_by_op", lambda *a: ours.append(1) or op(*a))
+    for batch, count in ((63, 0), (64, 2)):
+        ours.clear()
+        z = torch.randn(batch * torch.get_num_threads(), 3).double()
+        assert_close([fast().transform.inv(z)], [model().transform.inv(z)], 1e-12)
+        assert len(ours) == count
+        walks.clear()
+        same(fast, model, z, None)
+        assert len(walks) == 4
+
+
+def test_a_slope_that_is_a_tensor_is_left_alone():
+    model = build()
+    learned = nn.Parameter(torch.tensor(0.1))
+    for lazy in model.transform.transforms:
+        lazy.univariate = functools.partial(lazy.univariate, slope=learned)
+    left = lf.accelerate(model).left
+    assert {row.note for row in left} == {"its slope is a Parameter: only a number"}
+
+
+@pytest.mark.parametrize("name", ["MAF", "NSF"])
+def test_a_model_is_freed_without_the_collector(name):
+    _, fast = two(name)
+    alive = weakref.ref(fast.transform.transforms[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del fast
+        assert alive() is None
+    finally:
+        gc.enable()

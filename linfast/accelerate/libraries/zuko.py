@@ -53,7 +53,10 @@ def univariate_of(lazy: Any) -> tuple[Any, ScaleMap | None]:
         return function, None
     if tuple(map(tuple, lazy.shapes)) != ((), ()):
         raise Unfit(f"shapes {lazy.shapes}: only one shift and one scale per feature")
-    return function, ScaleMap("smooth", abs(math.log(named.get("slope", _SLOPE))))
+    slope = named.get("slope", _SLOPE)
+    if not isinstance(slope, (float, int)):
+        raise Unfit(f"its slope is a {type(slope).__name__}: only a number")
+    return function, ScaleMap("smooth", abs(math.log(slope)))
 
 
 def _side(lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor] | None = None) -> Side:
