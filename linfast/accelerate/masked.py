@@ -165,11 +165,11 @@ class MaskedInverse:
 
     def _fits(self, dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
         """Whether the weights and biases have the masks' shapes and this dtype."""
-        shapes, given = self.masks.shapes, [bias for bias in biases if bias is not None]
+        shapes, given = [*self.masks.shapes], [bias for bias in biases if bias is not None]
         return (
-            all([tensor.dtype == dtype for tensor in (*weights, *given)])
-            and all([weight.shape == shape for weight, shape in zip(weights, shapes, strict=True)])
-            and all([b is None or b.shape == shape[:1] for b, shape in zip(biases, shapes, strict=True)])
+            [weight.shape for weight in weights] == shapes
+            and [b.shape for b in given] == [shape[:1] for b, shape in zip(biases, shapes, strict=True) if b is not None]
+            and {tensor.dtype for tensor in (*weights, *given)} == {dtype}
         )
 
     def _by_op(
@@ -183,8 +183,9 @@ class MaskedInverse:
         assert isinstance(self.transform, Affine)
         whole = [[None if each is None else each.expand(y.shape[0], -1) for each in pair] for pair in extras]
         graph = torch.is_grad_enabled()  # whose tensors must survive that a caller writes to y or x
+        y = y.clone() if graph else y
         x, log_det = masked_autoregressive(
-            y.clone() if graph else y, self.masks, weights, biases, activation=str(name_of_activation(self.activation)),
+            y, self.masks, weights, biases, activation=str(name_of_activation(self.activation)),
             scale_map=self.transform.scale_map, inverse=True, log_det=True,
             extras=[(term, gate) for term, gate in whole], precision=precision,
         )  # fmt: skip

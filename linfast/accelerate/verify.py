@@ -105,6 +105,8 @@ def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterato
         dtypes = dict.fromkeys((torch.float64, like.dtype) if adapter.float64 else (like.dtype,))
         for dtype, training in itertools.product(dtypes, modes):
             allowed = max(adapter.tolerance, _TOLERANCES.get(dtype, 0.0) * layers)
+            if adapter.many_steps and plan.takes_precision and dtype == like.dtype and uses_triton(like):
+                allowed = max(allowed, _OF_MODES[resolve_precision(like, plan.options.precision)] * layers)
             yield _Case(adapter.probe, dtype, allowed, "it", f" in {str(dtype)[6:]}", emptied, training)
         if adapter.is_coupling and uses_triton(like):
             launch = lone_launch(adapter.members(instance, plan.layout), like, plan.options.precision)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 import linfast as lf
-from linfast import rows
 from linfast.accelerate import masked
 from linfast.accelerate.libraries import zuko_masked
+from linfast.rows import _asked
 
 from .test_changed_later import WRITES
 from .test_libraries import assert_accurate, assert_close, relative
@@ -482,7 +482,7 @@ def test_short_batches_of_few_features_run_zukos_code(monkeypatch, walks):
     fast = copy.deepcopy(model)
     assert lf.accelerate(fast).swapped
     monkeypatch.setattr(zuko_masked, "checks_all_lengths", lambda: False)
-    monkeypatch.setattr(rows._asked, "all_lengths", False)
+    monkeypatch.setattr(_asked, "all_lengths", False)
     op, ours = masked.MaskedInverse._by_op, []
     monkeypatch.setattr(masked.MaskedInverse, "_by_op", lambda *a: ours.append(1) or op(*a))
     for batch, count in ((63, 0), (64, 2)):

@@ -152,7 +152,8 @@ def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[An
 
 def _elementwise(lazy: Any, log_det: bool) -> InvertFeatures:
     """Inverts some features by zuko's own transform; without ``log_det`` its second result is 0."""
-    univariate, shapes = lazy.univariate, [tuple(shape) for shape in lazy.shapes]  # not the instance, which holds it
+    univariate = lazy.univariate  # not the instance, which holds this function
+    shapes = [tuple(shape) for shape in lazy.shapes]
     sizes = [*map(prod, shapes)]
 
     def invert(y: Tensor, params: Tensor, features: Sequence[int]) -> tuple[Tensor, Tensor]:
