@@ -9,9 +9,9 @@ from .mlp import MLP, find_mlp
 from .report import Report, Row
 from .unknown import LAYERS
 
-for _library in (reference_g, reference_linear, reference_unet, freia, glasflow, memcnn, nflows, normflows, zuko):
+_REFERENCES = (reference_g, reference_linear, reference_unet)
+for _library in (*_REFERENCES, freia, glasflow, memcnn, nflows, normflows, zuko, zuko_masked):
     add(*_library.ADAPTERS)
-add(*zuko_masked.ADAPTERS)
 for _layers in (freia.LAYERS, glasflow.LAYERS, nflows.LAYERS, normflows.LAYERS, zuko.LAYERS):
     LAYERS[_layers.library] = _layers
 

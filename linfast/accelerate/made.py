@@ -28,6 +28,7 @@ from .identity import changed_method, defined_as, is_hooked, original_class
 from .masked import (
     Affine,
     InvertFeatures,
+    Layers,
     MaskedInverse,
     Norms,
     Short,
@@ -40,29 +41,23 @@ from .mlp import name_of_activation
 
 
 @dataclass
-class _Layers:
+class _Layers(Layers):
     """The layers of a MADE in order; the lists have one entry per hidden layer, ``linears`` also the last layer.
 
     Args:
-        activated, adds: as AutoregressiveMasks takes them.
         norms: the batch norm of each layer's value.
         folded: the batch norm that the next layer reads through.
         terms: (linear layer of the context, whether the activation follows) that is added.
         gates: the linear layer of the context whose sigmoid multiplies.
     """
 
-    linears: list[Any] = field(default_factory=list)
-    activated: list[bool] = field(default_factory=list)
-    adds: list[int] = field(default_factory=list)
     norms: list[nn.BatchNorm1d | None] = field(default_factory=list)
     folded: list[nn.BatchNorm1d | None] = field(default_factory=list)
     terms: list[tuple[nn.Linear, bool] | None] = field(default_factory=list)
     gates: list[nn.Linear | None] = field(default_factory=list)
 
     def add(self, linear: Any, activated: bool, adds: int = 0, term: Any = None, gate: Any = None) -> None:
-        self.linears.append(linear)
-        self.activated.append(activated)
-        self.adds.append(adds)
+        self.append(linear, activated, adds)
         self.terms.append(term)
         self.gates.append(gate)
         self.norms.append(None)

@@ -166,11 +166,10 @@ class MaskedInverse:
     def _fits(self, dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
         """Whether the weights and biases have the masks' shapes and this dtype."""
         shapes, given = [*self.masks.shapes], [bias for bias in biases if bias is not None]
-        return (
-            [weight.shape for weight in weights] == shapes
-            and [b.shape for b in given] == [shape[:1] for b, shape in zip(biases, shapes, strict=True) if b is not None]
-            and {tensor.dtype for tensor in (*weights, *given)} == {dtype}
-        )
+        if [weight.shape for weight in weights] != shapes:
+            return False
+        lengths = [shape[:1] for bias, shape in zip(biases, shapes, strict=True) if bias is not None]
+        return [bias.shape for bias in given] == lengths and {t.dtype for t in (*weights, *given)} == {dtype}
 
     def _by_op(
         self,
@@ -306,6 +305,20 @@ def find_masks(masks: Sequence[Tensor], **what: Any) -> AutoregressiveMasks:
         return AutoregressiveMasks(masks, **what)
     except ValueError as error:
         raise Unfit(f"its {error}") from error
+
+
+@dataclass
+class Layers:
+    """The linear layers of a network in order, and for each of them what AutoregressiveMasks takes."""
+
+    linears: list[Any] = field(default_factory=list)
+    activated: list[bool] = field(default_factory=list)
+    adds: list[int] = field(default_factory=list)
+
+    def append(self, linear: Any, activated: bool, adds: int) -> None:
+        self.linears.append(linear)
+        self.activated.append(activated)
+        self.adds.append(adds)
 
 
 def redraw(module: nn.Module) -> None:

@@ -29,6 +29,7 @@ from ..identity import PLAN, changed_method, defined_as, find_class, is_hooked, 
 from ..masked import (
     Affine,
     InvertFeatures,
+    Layers,
     MaskedInverse,
     Short,
     Unchanged,
@@ -76,20 +77,15 @@ class _Inverse(MaskedInverse):
 
 
 @dataclass
-class _Layers:
-    """The linear layers of a MaskedMLP, for each of them what AutoregressiveMasks takes, and the activations."""
+class _Layers(Layers):
+    """The layers of a MaskedMLP, and its activations."""
 
-    linears: list[Any] = field(default_factory=list)
-    activated: list[bool] = field(default_factory=list)
-    adds: list[int] = field(default_factory=list)
     activations: list[nn.Module] = field(default_factory=list)
 
     def add(self, module: Any) -> None:
         """Add a module that runs after those before. Raises Unfit."""
         if defined_as(module, "zuko.nn", "MaskedLinear"):
-            self.linears.append(module)
-            self.activated.append(False)
-            self.adds.append(0)
+            self.append(module, False, 0)
         elif defined_as(module, "zuko.nn", "Residual") and self.linears and not self.activated[-1]:
             source = len(self.linears)
             for inside in module:
