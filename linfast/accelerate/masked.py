@@ -244,16 +244,16 @@ def masked_inverse(instance: nn.Module, find: Find, y: Any, context: Any) -> tup
     """
     if type(y) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    if y.ndim != 2 or autocast_dtype(y.device.type) is not None or has_global_hook():
-        return None
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
-        return None
     own = vars(instance)
     plan = own.get(PLAN)
     if plan is None or "_is_replica" in own:  # of nn.DataParallel
         return None
     found: MaskedInverse = plan.layout
-    if found.is_short(y):
+    if found.is_short(y):  # first, because it is to cost little
+        return None
+    if y.ndim != 2 or autocast_dtype(y.device.type) is not None or has_global_hook():
+        return None
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return None
     if not found.evidence.of(instance):
         try:

@@ -575,6 +575,10 @@ def _another_dtype(net):
     net.final_layer.float()
 
 
+def _another_bias(net):
+    net.final_layer.bias.data = torch.randn(1).double()
+
+
 def _unhashable(net):
     for owner in (net, *net.blocks):
         owner.activation = _Unhashable()
@@ -591,7 +595,7 @@ class _Unhashable:
         return torch.tanh(h)
 
 
-@pytest.mark.parametrize("change", [_another_shape, _another_dtype, _unhashable, _third_layer])
+@pytest.mark.parametrize("change", [_another_shape, _another_bias, _another_dtype, _unhashable, _third_layer])
 def test_a_network_that_no_longer_fits_runs_the_original(change, walks):
     model, fast = (each.double() for each in affine(use_residual_blocks=change is _third_layer))
     x = torch.randn(5, FEATURES).double()
