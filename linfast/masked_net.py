@@ -86,7 +86,7 @@ class MaskedMLP(nn.Module):
         self.embedding = SinusoidalEmbedding(time_features) if time_features else None
         self.condition = nn.Linear(given, self.hidden[0], bias=False) if given else None
         self._masks: AutoregressiveMasks | None = None
-        self._seen: tuple[Tensor, int] = found, _writes(found)  # the buffer that ``_order`` was read from
+        self._seen = _state_of(found)  # of the buffer, when ``_order`` was read from it
         self.register_load_state_dict_post_hook(_follow)
         if has_values(found):
             self._masks = self._make_masks()  # now: torch.compile cannot trace it
@@ -101,8 +101,8 @@ class MaskedMLP(nn.Module):
     def masks(self) -> AutoregressiveMasks:
         """The masks of the layers, with the degrees of their units, for the current values of ``feature_order``."""
         order = self.feature_order
-        if not torch.compiler.is_compiling() and (order is not self._seen[0] or _writes(order) != self._seen[1]):
-            self._seen = order, _writes(order)
+        if not torch.compiler.is_compiling() and self._seen != _state_of(order):
+            self._seen = _state_of(order)
             if has_values(order) and (found := _permutation(order, self.features)) != tuple(self._order):
                 self._order, self._masks = found, None
         if self._masks is None:  # not made yet by a constructor on the meta device, where a network may be huge
@@ -156,9 +156,9 @@ def _follow(net: MaskedMLP, _: object = None) -> None:
     _ = net.masks
 
 
-def _writes(tensor: Tensor) -> int:
-    """The number of writes to the tensor that torch has counted; it counts none to an inference tensor."""
-    return 0 if tensor.is_inference() else tensor._version
+def _state_of(tensor: Tensor) -> tuple[int, int]:
+    """(its identity, the number of writes to it that torch has counted: none to an inference tensor)."""
+    return id(tensor), 0 if tensor.is_inference() else tensor._version
 
 
 def _permutation(order: Any, features: int) -> tuple[int, ...]:
