@@ -28,12 +28,13 @@ from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..dispatch import uses_triton, without_autocast
 from ..kernels.masked_spec import MASKED_SCHEMA
 from ..kernels.stack_configs import mode_on, target_of
+from ..kernels.stack_spec import N_PARTS
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap, log_scale_function, scale_function
 from .affine_coupling import ORDERS
 from .autoregressive_masks import AutoregressiveMasks
 from .masked_plain import MASKED_ACTIVATIONS, differentiable, plain, plain_backward
-from .register import define_op
+from .register import RawOp, define_op
 from .stack_weights import rounded
 
 _NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)}
@@ -98,7 +99,7 @@ def masked_autoregressive(
         raise ValueError(f"packed must be [{spec.total}], from masks.pack; got {tuple(weight.shape)}")
     operands = weight.new_empty(0)
     if uses_triton(x, weight):
-        operands = rounded(weight.detach()[: spec.n_matrices].float(), mode, half_dtype(x))
+        operands = _operands(weight.detach()[: spec.n_matrices], mode, half_dtype(x))
     y, total = _masked_autoregressive(x, weight, operands, columns, *spec.constants)
     return y, total if log_det else None
 
@@ -146,6 +147,21 @@ def _fake(
     x: Tensor, weights: Tensor, operands: Tensor, extras: Tensor | None, *constants: Any
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _fake_operands(matrices: Tensor, precision: str, dtype: torch.dtype) -> Tensor:
+    dtype = torch.float32 if precision == "tf32" else dtype
+    return matrices.new_empty(N_PARTS[precision], matrices.shape[0], dtype=dtype)
+
+
+# An op, because Inductor does not round intermediate values to half precision: the second part would be 0.
+_operands = RawOp(
+    "masked_operands",
+    "(Tensor matrices, str precision, ScalarType dtype) -> Tensor",
+    _fake_operands,
+    lambda matrices, precision, dtype: rounded(matrices.float(), precision, dtype),
+    None,
+).define()
 
 
 _masked_autoregressive = define_op(
