@@ -130,19 +130,14 @@ class AutoregressiveMasks:
             of_biases.append(at + out)
             at += n_out
         of_all = torch.cat([*used, torch.ones(sum(map(len, of_biases)), dtype=torch.bool)])
-        tables = [torch.cat([*index, *of_biases]), of_all]
-        self._tensors = {"masks": list(masks), "tables": tables, "used": [of_all], "units": self._orders[1:]}
+        of_packed = torch.cat([*index, *of_biases])
+        self._tensors = {"masks": list(masks), "index": [of_packed], "used": [of_all], "units": self._orders[1:]}
         self._arrays = _arrays_of(self._tensors)
 
     def _source(self, name: str) -> list[Any]:
         """Tensors where torch.compile traces the call; elsewhere arrays, as torch.export and FakeTensorMode take no
         tensor that was made outside them."""
         return (self._tensors if torch.compiler.is_dynamo_compiling() else self._arrays)[name]
-
-    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(index, used) on the device, copied once."""
-        index, used = self._on_device(device, "tables", self._source("tables"))
-        return index, used
 
     def pack(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
         """The packed weights of linfast.kernels.masked_spec, differentiable; a masked weight is 0."""
@@ -151,8 +146,9 @@ class AutoregressiveMasks:
             parts.append(weight.reshape(-1))
             parts.append(weight.new_zeros(weight.shape[0]) if bias is None else bias)
         flat = cat(parts)
+        (index,) = self._on_device(flat.device, "index", self._source("index"))
         (used,) = self._on_device(flat.device, "used", self._source("used"), flat.dtype)  # faster than Booleans
-        return flat.index_select(0, self.tables(flat.device)[0]) * used
+        return flat.index_select(0, index) * used
 
     def pack_extras(
         self, extras: Sequence[tuple[Tensor | None, Tensor | None]]

@@ -52,11 +52,7 @@ def walk_backward(net: Network, evaluated: Evaluated, grad: Tensor, pull: Pull) 
     spec, values = net.spec, evaluated[1]
     n = spec.n_layers
     slopes = [_slope(net, layer, value) for layer, value in enumerate(values, 1)]
-    of_values = [grad.clone(), *map(torch.zeros_like, values)]  # a, then those of hidden layers
-    of_products = [
-        g if gate is None else torch.empty_like(g) for g, (_, gate) in zip(of_values[1:], net.extras, strict=True)
-    ]
-    of_products.append(torch.empty_like(evaluated[2]))  # of W_l read + b_l
+    of_values, of_products = _received(net, evaluated, grad, torch.empty_like(evaluated[2]))
     for first, end in reversed([*blocks(spec.degrees, grad.shape[1])]):
         later = [_first_row(spec, layer + 1, end - (layer == n - 1)) for layer in range(n)]
         for layer in range(n):
@@ -79,17 +75,22 @@ def walk_backward(net: Network, evaluated: Evaluated, grad: Tensor, pull: Pull) 
 def pass_backward(net: Network, evaluated: Evaluated, grad: Tensor, of_params: Tensor) -> Walked:
     """The gradients of ``evaluate(net, x)``, whose result this is; ``grad`` [D, B] is added to that of x."""
     n, every = net.spec.n_layers, slice(None)
-    of_values = [grad.clone(), *map(torch.zeros_like, evaluated[1])]
-    of_products = [
-        g if gate is None else torch.empty_like(g) for g, (_, gate) in zip(of_values[1:], net.extras, strict=True)
-    ]
-    of_products.append(of_params)
+    of_values, of_products = _received(net, evaluated, grad, of_params)
     for layer in reversed(range(n)):
         _receive(net, layer, every, every, of_values, of_products)
         if layer:
             slope = _slope(net, layer, evaluated[1][layer - 1])
             _complete(net, layer, every, slope, of_values, of_products)
     return Walked(of_values[0], *_of_weights(net, evaluated, of_values[1:], of_products))
+
+
+def _received(
+    net: Network, evaluated: Evaluated, grad: Tensor, of_params: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(those of x and the hidden layers' values, those of each W_l read + b_l): the gradients before a backward."""
+    of_values = [grad.clone(), *map(torch.zeros_like, evaluated[1])]
+    gated = zip(of_values[1:], net.extras, strict=True)
+    return of_values, [*(g if gate is None else torch.empty_like(g) for g, (_, gate) in gated), of_params]
 
 
 def _first_row(spec: MaskedSpec, layer: int, degree: int) -> int:
@@ -144,7 +145,6 @@ def _of_weights(
     for i, (term, gate) in enumerate(net.extras):
         of_gate = None
         if gate is not None:
-            base = net.biases[i].unsqueeze(1) if term is None else net.biases[i].unsqueeze(1) + term
-            of_gate = of_values[i] * torch.addmm(base, net.matrices[i], reads[i])
+            of_gate = of_values[i] * torch.addmm(net.bases()[i], net.matrices[i], reads[i])
         extras.append((None if term is None else of_products[i], of_gate))
     return matrices, biases, extras

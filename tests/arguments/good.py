@@ -21,7 +21,7 @@ _DATA = (
 )
 _PROTOCOL = (
     "ChannelLinear.after _LinearMix.after ActNorm.after Permute.after AffineCoupling.transform_then_mix "
-    "AutoregressiveMasks.apply AutoregressiveMasks.masks AutoregressiveMasks.tables AutoregressiveMasks.pack "
+    "AutoregressiveMasks.apply AutoregressiveMasks.masks AutoregressiveMasks.pack "
     "AutoregressiveMasks.pack_extras AutoregressiveMasks.sort_norms AutoregressiveMasks.spec "
     "ChannelLinear.log_abs_det ActNorm.log_abs_det Mix.log_abs_det CouplingStack.with_maps "
     "Objective.begin_step Objective.draw Objective.forward OneStepFlowMatching.draw DataObjective.forward "
