@@ -12,6 +12,7 @@ from .latent_matmul import latent_matmul
 from .linearizer_stack import linearizer_stack
 from .low_rank import low_rank
 from .masked_autoregressive import masked_autoregressive
+from .rq_spline import rq_spline
 from .stack_weights import AffineMap, CouplingLayer, CouplingStack
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "low_rank",
     "masked_autoregressive",
     "mlp_coupling",
+    "rq_spline",
 ]
