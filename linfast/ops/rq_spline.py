@@ -99,12 +99,20 @@ def rq_spline(
         widths.shape[-1], tails=tails, interval=interval, min_width=min_width, min_height=min_height,
         min_derivative=min_derivative, temperature=temperature, parameters=parameters,
     )  # fmt: skip
-    for name, given, wanted in (("heights", heights, spline.bins), ("derivatives", derivatives, spline.derivatives)):
+    for name, given, wanted in (
+        ("heights", heights, spline.bins),
+        ("derivatives", derivatives, spline.derivatives),
+    ):
         if given.shape[-1] != wanted:
             got = f"{given.shape[-1]} for {spline.bins} widths and tails={tails!r}"
             raise ValueError(f"{name} must have {wanted} values in their last dimension; got {got}")
     rows = max(part.shape[0] for part in (widths, heights, derivatives))
-    params = cat([part.expand(rows, *part.shape[1:]) for part in (widths, heights, derivatives)], -1)
+    planes = x.is_cpu  # each bin is one run in memory, as the plain code takes it
+    parts = [part.expand(rows, *part.shape[1:]) for part in (widths, heights, derivatives)]
+    if planes:
+        params = cat([part.movedim(0, -1).movedim(-2, 0) for part in parts]).movedim(0, -1).movedim(-2, 0)
+    else:
+        params = cat(parts, -1)
     return spline_transform(x, params, spline, inverse, log_det)
 
 

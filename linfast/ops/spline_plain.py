@@ -1,14 +1,16 @@
 """The raw op rq_spline in plain torch for a CPU: forward, inverse and the backward of both.
 
-Inside, values are [D, b] and parameters [D, P, b]: each bin is a plane of contiguous values, so that every
-operation is a long one, and no table is gathered as a whole. b rows are taken at a time, few enough for the cache.
+Inside, values are [D, b] and parameters [D, P, b]: each bin is a plane of contiguous values, so that every operation
+is a long one, and no table is gathered as a whole. b rows are taken at a time, few enough for the cache. With
+A = d_k + t (s - d_k), B = s + t (d_{k+1} - s) and base = s + e q (see ``rq_spline`` for the other names)
 
-The backward, in the notation of ``rq_spline``. Let g = dL/dy and h = dL/d log_det of the forward map. Every partial
-derivative of y and of l = log dy/dx with respect to a parameter p enters as
+    y = y_k + H t A / base      dy/dx = (s / base)^2 M,  M = A + t (B - A)
 
-    forward   g y_p + h l_p        inverse   a y_p + c l_p,  c = -h,  a = -(g + c l_x) / y_x       (then dL/dy = -a)
+The backward: let g = dL/dy and h = dL/d log_det. With l = log dy/dx of the forward map, a parameter p receives
 
-because the inverse x(y, p) has x_p = -y_p / y_x. A raw width of bin j receives, with the fraction f_j of its bin,
+    forward   g y_p + h l_p        inverse   a y_p + c l_p,  c = -h,  a = -(g + c l_x) / y_x,  and dL/dy = -a
+
+because the inverse x(y, p) has x_p = -y_p / y_x. The raw width of bin j receives, with the fractions f of the bins,
 
     f_j (G_x [j < k] + G_w [j = k] - sum_i f_i (G_x [i < k] + G_w [i = k])) L (1 - m_w K) / T
 
@@ -28,85 +30,98 @@ from torch import Tensor
 
 from ..kernels.spline_spec import TAILS, Spline
 
-_AT_ONCE = 1 << 13
-"""Values of x in a part: with 8 bins its planes are 0.8 MiB in fp32 (1 MiB of L2 per core, AMD EPYC)."""
+_AT_ONCE = 1 << 14
+"""Values of x in a part: with 8 bins its planes are 1.5 MiB in fp32. Measured on an AMD EPYC: half as many cost 20%,
+twice as many 15%."""
 
 
 class _Tables(NamedTuple):
-    """The bins of widths (axis 0) and heights (axis 1): their fractions of the interval.
+    """The bins of widths (axis 0) and heights (axis 1).
 
-    fractions, ends [D, 2, K, b or 1]: softmax over the bins, and its cumulative sums.
-    slopes: raw derivatives at all K + 1 knots, [D, K + 1, b or 1]
+    fractions [D, 2, K, b or 1]: softmax over the bins
+    bins [D, 2, 2, K, b or 1]: their sizes, then their starts x_k, y_k
+    slopes [D, K + 1, b or 1]: raw derivatives at all knots
     """
 
     fractions: Tensor
-    ends: Tensor
+    bins: Tensor
     slopes: Tensor
 
 
 class _Bin(NamedTuple):
-    """The bin of each value, all [D, b] or, with both axes, [D, 2, b]; positions are distances from the left end.
+    """The bin of each value: numbers in [D, b], and the formula's common terms.
 
-    below: [D, K, b], 1 for the bins before this one; index: its number, int64 [D, 1, b]
-    fraction, before: of the interval by the softmax: this bin's, and that of all bins before it
-    size, start: width and height; x_k and y_k
-    raw, slopes: derivatives at the bin's two knots, raw and d_k, d_{k+1}
+    index: int64 [D, 1, b]; below [D, K, b]: 1 for the bins before this one
+    raw, slopes [D, 2, b]: derivatives at the bin's two knots, raw and d_k, d_{k+1}
     """
 
     inside: Tensor
-    below: Tensor
     index: Tensor
-    fraction: Tensor
-    before: Tensor
-    size: Tensor
-    start: Tensor
+    below: Tensor
     raw: Tensor
     slopes: Tensor
+    w: Tensor
+    x_k: Tensor
+    h: Tensor
+    y_k: Tensor
+    s: Tensor
+    e: Tensor
     t: Tensor
+    q: Tensor
+    base: Tensor
+    A: Tensor
+    B: Tensor
+    M: Tensor
 
 
 def plain(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor | None]:
     """The raw op in plain torch; not differentiable."""
     spline, inverse, log_det = Spline(*constants[:-2]), constants[-2], constants[-1]
-    wide = torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32)
-    y, total = x.new_empty(x.shape), x.new_empty(x.shape[0] if log_det else 0, dtype=wide)
-    for rows, value, planes in _parts(x, params, wide):
-        found = _find(value, _tables(planes, spline), spline, inverse)
-        s, e, q, base = _terms(found)
+    y, total = x.new_empty(x.shape), x.new_empty(x.shape[0] if log_det else 0, dtype=_wide(x, params))
+    for rows, value, tables, _ in _parts(x, params, spline):
+        found = _find(value, tables, spline, inverse)
         if inverse:
-            out = torch.addcmul(found.start[:, 0], found.t, found.size[:, 0])
+            out = torch.addcmul(found.x_k, found.t, found.w)
         else:
-            top = torch.addcmul(found.t * found.t * s, found.slopes[:, 0], q)
-            out = torch.addcmul(found.start[:, 1], top.div_(base), found.size[:, 1])
-        y[rows] = torch.where(found.inside, out.add_(spline.low), value).t()
+            out = torch.addcdiv(found.y_k, (found.t * found.A).mul_(found.h), found.base)
+        y[rows] = torch.where(found.inside, out, value).t()
         if log_det:
-            ratio = s / base
-            logs = _slope_sum(found, s, q).mul_(ratio).mul_(ratio).log_().mul_(found.inside)
-            total[rows] = logs.sum(0).neg_() if inverse else logs.sum(0)
+            ratio = found.s / found.base
+            logs = ratio.mul_(ratio).mul_(found.M).log_().mul_(found.inside).sum(0)
+            total[rows] = logs.neg_() if inverse else logs
     return y, total
 
 
-def _parts(x: Tensor, params: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows, their values [D, b], their parameters [D, P, b], or [D, P, 1] for all rows) in turn."""
-    columns, planes = x.t(), params.permute(1, 2, 0)
+def _wide(x: Tensor, params: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32)
+
+
+def _parts(x: Tensor, params: Tensor, spline: Spline) -> Iterator[tuple[slice, Tensor, _Tables, Tensor]]:
+    """(rows, their values [D, b], tables, parameters [D, P, b], or [D, P, 1] for all rows) in turn."""
+    columns, planes, wide = x.t(), params.permute(1, 2, 0), _wide(x, params)
     shared = params.shape[0] != x.shape[0]
+    if shared:
+        planes = planes.to(wide)
+        tables = _tables(planes, spline)
     n = max(1, _AT_ONCE // max(1, x.shape[1]))
     for first in range(0, x.shape[0], n):
         rows = slice(first, first + n)
-        part = planes if shared else planes[..., rows]
-        yield rows, columns[:, rows].to(wide).contiguous(), part.to(wide).contiguous()
+        part = planes if shared else planes[..., rows].to(wide)
+        yield rows, columns[:, rows].to(wide).contiguous(), tables if shared else _tables(part, spline), part
 
 
 def _tables(planes: Tensor, spline: Spline) -> _Tables:
-    bins = spline.bins
-    raw = planes[:, : 2 * bins].unflatten(1, (2, bins))
+    bins, (n, _, b) = spline.bins, planes.shape
+    raw = planes[:, : 2 * bins].reshape(n, 2, bins, b)
     if spline.soft_clip:
         raw = raw / _clipper(raw, math.log(spline.min_derivative) / 2)
     if spline.temperature != 1.0:
         raw = raw / spline.temperature
     fractions = torch.softmax(raw, 2)
-    # A product, because cumsum along planes takes twice as long.
-    return _Tables(fractions, torch.matmul(_lower(bins, planes.dtype), fractions), _all_slopes(planes, spline))
+    steps, matrix = _affine(spline, planes.dtype)
+    # One product for both: cumsum along planes takes longer.
+    both = torch.matmul(matrix, fractions) if n * b else fractions.new_empty(n, 2, 2 * bins, b)
+    return _Tables(fractions, both.add_(steps).unflatten(2, (2, bins)), _all_slopes(planes, spline))
 
 
 def _clipper(raw: Tensor, bound: float) -> Tensor:
@@ -115,8 +130,15 @@ def _clipper(raw: Tensor, bound: float) -> Tensor:
 
 
 @functools.lru_cache(64)
-def _lower(bins: int, dtype: torch.dtype) -> Tensor:
-    return torch.ones(bins, bins, dtype=dtype).tril_()
+def _affine(spline: Spline, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(steps [2, 2 K, 1], matrix [2, 2 K, K]) with matrix fractions + steps = sizes, then starts."""
+    bins, length = spline.bins, spline.high - spline.low
+    eye = torch.eye(bins, dtype=torch.float64)
+    before = torch.cat((eye, torch.ones_like(eye).tril(-1)))
+    offset = torch.cat((torch.zeros(bins), torch.full((bins,), spline.low)))[:, None].double()
+    least = [length * fraction for fraction in (spline.min_width, spline.min_height)]
+    steps = torch.stack([before.sum(1, keepdim=True) * size + offset for size in least])
+    return steps.to(dtype), torch.stack([before * (length - bins * size) for size in least]).to(dtype)
 
 
 def _all_slopes(planes: Tensor, spline: Spline) -> Tensor:
@@ -126,52 +148,39 @@ def _all_slopes(planes: Tensor, spline: Spline) -> Tensor:
         return torch.cat((raw, raw[:, :1]), 1)
     if kind == "linear":
         one = 0.0 if spline.soft_clip else math.log(math.expm1(1 - spline.min_derivative))
-        return F.pad(raw, (0, 0, 1, 1), value=one)
+        end = raw.new_full((), one).expand(raw.shape[0], 1, raw.shape[2])
+        return torch.cat((end, raw, end), 1)
     return raw
 
 
 def _find(value: Tensor, tables: _Tables, spline: Spline, inverse: bool) -> _Bin:
-    """The bins of values [D, b], and the positions t in them."""
-    fractions, ends, all_slopes = tables
-    (n, b), bins, length = value.shape, spline.bins, spline.high - spline.low
-    scale, least = _affine(spline, value.dtype)
-    inside = (value >= spline.low) & (value <= spline.high)
-    at = value.clamp(spline.low, spline.high).sub_(spline.low)
+    """The bins of values [D, b], the positions t in them, and the formula's terms."""
+    (n, b), bins, axis = value.shape, spline.bins, int(inverse)
+    at = value.clamp(spline.low, spline.high)
+    inside = at == value
     below = at.new_zeros(n, bins, b)
-    axis = int(inverse)
-    knots = torch.add(_steps(spline, axis, at.dtype), ends[:, axis, :-1], alpha=_scales(spline)[axis])
-    torch.ge(at.unsqueeze(1), knots, out=below[:, :-1])
-    count = below.sum(1)
-    index = count.long().unsqueeze(1)
-    both = index.unsqueeze(1).expand(n, 2, 1, b)
-    fraction = fractions.expand(n, 2, bins, b).gather(2, both).squeeze(2)
-    before = ends.expand(n, 2, bins, b).gather(2, both).squeeze(2).sub_(fraction)
-    size = torch.addcmul(least, fraction, scale)
-    start = torch.addcmul(before * scale, count.unsqueeze(1), least)
-    raw = all_slopes.expand(n, bins + 1, b).gather(1, torch.cat((index, index + 1), 1))
-    found = _Bin(inside, below, index, fraction, before, size, start, raw, _slopes(raw, spline), at)
-    return found._replace(t=_position(found, axis))
-
-
-def _scales(spline: Spline) -> tuple[float, float]:
-    """The lengths, of widths and of heights, that the softmax shares out: L (1 - m K)."""
-    length = spline.high - spline.low
-    return tuple(length * (1 - least * spline.bins) for least in (spline.min_width, spline.min_height))  # type: ignore[return-value]
-
-
-@functools.lru_cache(64)
-def _affine(spline: Spline, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(L (1 - m K), L m) [2, 1]: what fractions are multiplied by, and the least size of a bin."""
-    length = spline.high - spline.low
-    least = [[length * least] for least in (spline.min_width, spline.min_height)]
-    return torch.tensor(_scales(spline), dtype=dtype)[:, None], torch.tensor(least, dtype=dtype)
-
-
-@functools.lru_cache(64)
-def _steps(spline: Spline, axis: int, dtype: torch.dtype) -> Tensor:
-    """[K - 1, 1], the least distances of the inner knots from the left end."""
-    least = (spline.high - spline.low) * (spline.min_width, spline.min_height)[axis]
-    return torch.arange(1, spline.bins, dtype=dtype).mul_(least)[:, None]
+    torch.ge(at.unsqueeze(1), tables.bins[:, axis, 1, 1:], out=below[:, :-1])
+    index = below.sum(1, keepdim=True).long()
+    of_all = index[:, None, None].expand(n, 2, 2, 1, b)
+    w, x_k, h, y_k = tables.bins.expand(n, 2, 2, bins, b).gather(3, of_all).view(n, 4, b).unbind(1)
+    raw = tables.slopes.expand(n, bins + 1, b).gather(1, torch.cat((index, index + 1), 1))
+    slopes = _slopes(raw, spline)
+    d_0, d_1 = slopes.unbind(1)
+    s = h / w
+    e = (d_0 + d_1).sub_(s, alpha=2)
+    if inverse:
+        z = at.sub_(y_k)
+        bent = z * e
+        b_2, c_2 = (h * d_0).sub_(bent), z.mul_(s).mul_(2)  # b and -2 c
+        root = torch.addcmul(b_2 * b_2, bent.addcmul_(h, s - d_0), c_2, value=2).clamp_min_(0).sqrt_()
+        t = c_2.div_(root.add_(b_2))
+    else:
+        t = at.sub_(x_k).div_(w)
+    t.clamp_(0, 1)
+    q = torch.addcmul(t, t, t, value=-1)
+    A, B = torch.lerp(d_0, s, t), torch.lerp(s, d_1, t)
+    base = torch.addcmul(s, e, q)
+    return _Bin(inside, index, below, raw, slopes, w, x_k, h, y_k, s, e, t, q, base, A, B, torch.lerp(A, B, t))
 
 
 def _slopes(raw: Tensor, spline: Spline) -> Tensor:
@@ -181,103 +190,91 @@ def _slopes(raw: Tensor, spline: Spline) -> Tensor:
     return F.softplus(raw).add_(spline.min_derivative)
 
 
-def _position(found: _Bin, axis: int) -> Tensor:
-    """t in [0, 1], of values at distance ``found.t`` from the left end."""
-    rest, (w, h) = found.t - found.start[:, axis], found.size.unbind(1)
-    if axis == 0:
-        return rest.div_(w).clamp_(0, 1)
-    d_0, d_1 = found.slopes.unbind(1)
-    s = h / w
-    bent = (d_0 + d_1).sub_(s, alpha=2).mul_(rest)
-    a, b = torch.addcmul(bent, h, s - d_0), (h * d_0).sub_(bent)
-    c = rest.mul_(s).mul_(2)  # -2 c of the formula
-    root = torch.addcmul(b * b, a, c, value=2).clamp_min_(0).sqrt_()
-    return c.div_(root.add_(b)).clamp_(0, 1)
-
-
-def _terms(found: _Bin) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(s, e, q, s + e q)."""
-    s = found.size[:, 1] / found.size[:, 0]
-    e = (found.slopes[:, 0] + found.slopes[:, 1]).sub_(s, alpha=2)
-    q = torch.addcmul(found.t, found.t, found.t, value=-1)
-    return s, e, q, torch.addcmul(s, e, q)
-
-
-def _slope_sum(found: _Bin, s: Tensor, q: Tensor) -> Tensor:
-    """d_{k+1} t^2 + 2 s q + d_k (1 - t)^2."""
-    rest = 1 - found.t
-    total = torch.addcmul(s * q * 2, found.slopes[:, 0], rest.mul_(rest))
-    return total.addcmul_(found.slopes[:, 1], found.t * found.t)
-
-
 def plain_backward(
     x: Tensor, params: Tensor, grad: Tensor | None, grad_log_det: Tensor | None, *arguments: Any
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and params, which are computed together: ``needs`` is not read."""
+    """The gradients of x and params."""
     *constants, inverse, _, needs = arguments
-    spline = Spline(*constants)
-    wide = torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32)
-    grad_x = x.new_empty(x.shape)
-    grad_planes = params.new_zeros(*params.shape[1:], params.shape[0])
+    spline, wide = Spline(*constants), _wide(x, params)
     shared = params.shape[0] != x.shape[0]
-    for rows, value, planes in _parts(x, params, wide):
-        tables = _tables(planes, spline)
+    grad_x, shape = x.new_empty(x.shape), (*params.shape[1:], params.shape[0])
+    grad_planes = params.new_zeros(shape, dtype=wide) if shared else params.new_empty(shape)
+    for rows, value, tables, planes in _parts(x, params, spline):
         found = _find(value, tables, spline, inverse)
-        zero = torch.zeros_like(value)
-        g = zero if grad is None else grad.t()[:, rows].to(wide)
-        h = zero if grad_log_det is None else grad_log_det[rows].to(wide).expand_as(value)
-        part, of_params = _pulled(found, tables, planes, g, h, spline, inverse)
-        grad_x[rows] = part.t()
-        if shared:
-            grad_planes += of_params.sum(-1, keepdim=True)
-        else:
-            grad_planes[..., rows] = of_params
-    return (grad_x if needs[0] else None), (grad_planes.permute(2, 0, 1) if needs[1] else None)
+        g = None if grad is None else grad.t()[:, rows].to(wide)
+        h = None if grad_log_det is None else grad_log_det[rows].to(wide)
+        of_value, *of_bin = _pulled(found, g, h, inverse)
+        grad_x[rows] = of_value.t()
+        if needs[1]:
+            _add_or_store(grad_planes, rows, shared, found, tables, planes, of_bin, spline)
+    of_params = grad_planes.permute(2, 0, 1).to(params.dtype)
+    return (grad_x if needs[0] else None), (of_params if needs[1] else None)
 
 
 def _pulled(
-    found: _Bin, tables: _Tables, planes: Tensor, g: Tensor, h: Tensor, spline: Spline, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the values [D, b] and of their parameters [D, P, b], from g = dL/dy and h = dL/d log_det."""
-    s, e, q, base = _terms(found)
-    t, (width, height), (d_0, d_1) = found.t, found.size.unbind(1), found.slopes.unbind(1)
+    found: _Bin, g: Tensor | None, h: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the values [D, b], of the bins' starts and sizes and of the slopes, [D, 2, b] each."""
+    inside, w, s, e, t, q, A, B, M = (
+        found.inside, found.w, found.s, found.e, found.t, found.q, found.A, found.B, found.M,
+    )  # fmt: skip
+    over = found.base.reciprocal()
+    y_x = (s * over).square_().mul_(M)
+    half_l_t = ((B - A) / M).sub_((1 - 2 * t).mul_(e).mul_(over))
+    g = torch.zeros_like(t) if g is None else g
+    c = (inside if h is None else inside * h) * (-2.0 if inverse else 2.0)  # of half of l
+    c = torch.zeros_like(t) if h is None else c
+    a = torch.addcdiv(g, c * half_l_t, w).div_(y_x).neg_() if inverse else g
+    a_in = a * inside
+    of_t = (a_in * y_x).mul_(w).addcmul_(c, half_l_t)
+    q_over, straight = q * over, (1 - 2 * q).mul_(over)
+    top = (t * A).mul_(over)  # (y - y_k) / H
+    per = (a_in * found.h).mul_(over)
+    c_over_M = c / M
+    of_s = per * (t * t).addcmul_(top, 1 - 2 * q, value=-1)
+    of_s.add_((1 / s).sub_(straight).mul_(c)).addcmul_(c_over_M, q)
+    of_q = q_over * c
     rest = 1 - t
-    slopes = _slope_sum(found, s, q)
-    top = torch.addcmul(t * t * s, d_0, q)  # y = y_k + H top / base
-    bend = 1 - 2 * t  # dq/dt
-    # l = log dy/dx by t and by what it depends on
-    l_t = ((d_1 * t - d_0 * rest).add_(s * bend).mul_(2) / slopes).sub_(e * bend / base, alpha=2)
-    y_x = (s / base).square_().mul_(slopes)
-    if inverse:
-        a, c = -(g - h * l_t / width) / y_x, -h
-    else:
-        a, c = g, h
-    inside = found.inside
-    a_in, c_in = a * inside, c * inside
-    per = a_in * height / (base * base)
-    of_t = torch.addcmul(c_in * l_t, a_in, y_x * width)
-    two_q = 2 * q
-    of_s = per * (t * t * base - top * (1 - two_q)) + c_in * (2 / s + two_q / slopes - 2 * (1 - two_q) / base)
-    of_d0 = per * q * (base - top) + c_in * (rest * rest / slopes - two_q / base)
-    of_d1 = c_in * (t * t / slopes - two_q / base) - per * q * top
-    of_start = torch.stack((-of_t / width, a_in), 1)
-    of_size = torch.stack((-(of_t * t + of_s * s) / width, a_in * top / base + of_s / width), 1)
-    of_value = torch.where(inside, -a if inverse else of_t / width, g)
+    of_d0 = (per * q).mul_(1 - top).addcmul_(c_over_M, rest.mul_(rest), value=0.5).sub_(of_q)
+    of_d1 = (c_over_M * t).mul_(t).mul_(0.5).sub_(of_q).addcmul_(per * q, top, value=-1)
+    of_value = torch.where(inside, a.neg() if inverse else of_t / w, g)
+    of_start = torch.stack((-of_t / w, a_in), 1)
+    of_size = torch.stack((-(of_t * t).addcmul_(of_s, s) / w, (a_in * top).addcdiv_(of_s, w)), 1)
+    return of_value, of_start, of_size, torch.stack((of_d0, of_d1), 1)
 
-    bins = spline.bins
-    scale = _affine(spline, g.dtype)[0] / spline.temperature
-    of_start, of_size = of_start.mul_(scale), of_size.mul_(scale)
-    mean = (of_start * found.before).addcmul_(of_size, found.fraction)
-    out = planes.new_empty(*found.below.shape[:1], spline.per_feature, found.below.shape[2])
-    sizes = out[:, : 2 * bins].unflatten(1, (2, bins))
-    torch.addcmul(mean.neg_().unsqueeze(2), found.below.unsqueeze(1), of_start.unsqueeze(2), out=sizes)
-    sizes.scatter_add_(2, found.index.unsqueeze(1).expand(-1, 2, -1, -1), of_size.unsqueeze(2))
-    sizes.mul_(tables.fractions)
+
+def _add_or_store(
+    into: Tensor, rows: slice, shared: bool, found: _Bin, tables: _Tables, planes: Tensor, of_bin: list[Tensor],
+    spline: Spline,
+) -> None:  # fmt: skip
+    """The raw parameters' gradients, written to ``into`` [D, P, B], or added up in [D, P, 1]."""
+    bins, (of_start, of_size, of_slopes) = spline.bins, of_bin
+    sizes = _of_sizes(found, tables, of_start, of_size, spline)
     if spline.soft_clip:
-        clipper = _clipper(planes[:, : 2 * bins].unflatten(1, (2, bins)), math.log(spline.min_derivative) / 2)
+        raw = planes[:, : 2 * bins].reshape(sizes.shape[:3] + planes.shape[2:])
+        clipper = _clipper(raw, math.log(spline.min_derivative) / 2)
         sizes.div_(clipper).div_(clipper)
-    out[:, 2 * bins :] = _of_slopes(found, torch.stack((of_d0, of_d1), 1), spline)
-    return of_value, out
+    for first, part in ((0, sizes.flatten(1, 2)), (2 * bins, _of_slopes(found, of_slopes, spline))):
+        planes_of = into[:, first : first + part.shape[1]]
+        if shared:
+            planes_of += part.sum(-1, keepdim=True)
+        else:
+            planes_of[..., rows] = part
+
+
+def _of_sizes(found: _Bin, tables: _Tables, of_start: Tensor, of_size: Tensor, spline: Spline) -> Tensor:
+    """The gradients of the raw widths and heights, [D, 2, K, b]."""
+    (n, _, b), bins, length = of_start.shape, spline.bins, spline.high - spline.low
+    fractions = tables.fractions
+    index = found.index.unsqueeze(1).expand(n, 2, 1, b)
+    scale = [length * (1 - least * bins) / spline.temperature for least in (spline.min_width, spline.min_height)]
+    for axis, factor in enumerate(scale):
+        of_start[:, axis] *= factor
+        of_size[:, axis] *= factor
+    sizes = found.below.unsqueeze(1) * of_start.unsqueeze(2)
+    sizes.scatter_add_(2, index, of_size.unsqueeze(2))
+    sizes.mul_(fractions)
+    return torch.addcmul(sizes, fractions, sizes.sum(2, keepdim=True), value=-1)
 
 
 def _of_slopes(found: _Bin, grad: Tensor, spline: Spline) -> Tensor:
