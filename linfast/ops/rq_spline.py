@@ -13,13 +13,14 @@ In bin k, with t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s and q = t (
 
 Outside the interval y = x. The inverse solves the quadratic equation in t that the first line is:
 
-    a t^2 + b t + c = 0,  z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
+    z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z
+    a t^2 + b t + c = 0,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
 
-With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and heights
-with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
+With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and
+heights with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
 
-Per value the op reads x and P = 2 K + K - 1 (K, K + 1) parameters and writes y, about 4 (P + 2) bytes in fp32. Only x
-(or y) and the parameters are saved: the backward computes the bins again.
+Per value the op reads x and P parameters, P = 2 K + K - 1, K or K + 1, and writes y: about 4 (P + 2) bytes in fp32.
+Only x and the parameters are saved for the backward, which computes the bins again.
 
 | runs      | where                                                                                   |
 |-----------|-----------------------------------------------------------------------------------------|
@@ -148,7 +149,7 @@ _LEAST = 1e-6  # smaller bins or slopes make ratios whose squares overflow in fp
 def spline_transform(
     x: Tensor, params: Tensor, spline: Spline, inverse: bool, log_det: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, log|det| or None) of x [B, ...] by params [B or 1, ..., P] of any strides: widths, heights, derivatives."""
+    """(y, log|det| or None) of x [B, ...], by params [B or 1, ..., P]: widths, heights, derivatives, any strides."""
     flat = x if x.ndim == 2 else x.reshape(x.shape[0], -1)
     params = params if x.ndim == 2 else params.reshape(params.shape[0], flat.shape[1], params.shape[-1])
     constants = (*spline, inverse, log_det)
@@ -233,7 +234,8 @@ def _gradients(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 _rq_spline = define_op(
-    f"rq_spline(Tensor x, Tensor params, {SPLINE_SCHEMA}, bool inverse, bool log_det) -> (Tensor y, Tensor log_det)",
+    f"rq_spline(Tensor x, Tensor params, {SPLINE_SCHEMA}, bool inverse, bool log_det)"
+    " -> (Tensor y, Tensor log_det)",
     _fake,
     rq_spline_reference,
     saves="x params",
