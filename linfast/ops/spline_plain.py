@@ -52,7 +52,7 @@ class _Bin(NamedTuple):
     """The bin of each value: numbers in [D, b], and the formula's common terms.
 
     index: int64 [D, 1, b]; below [D, K, b]: 1 for the bins before this one
-    raw, slopes [D, 2, b]: derivatives at the bin's two knots, raw and d_k, d_{k+1}
+    raw, slopes [D, 2, b]: derivatives at the bin's two knots, raw (with the offset) and d_k, d_{k+1}
     """
 
     inside: Tensor
@@ -147,10 +147,15 @@ def _all_slopes(planes: Tensor, spline: Spline) -> Tensor:
     if kind == "circular":
         return torch.cat((raw, raw[:, :1]), 1)
     if kind == "linear":
-        one = 0.0 if spline.soft_clip else math.log(math.expm1(1 - spline.min_derivative))
+        one = 0.0 if spline.soft_clip else unit_derivative(spline.min_derivative) - spline.offset
         end = raw.new_full((), one).expand(raw.shape[0], 1, raw.shape[2])
         return torch.cat((end, raw, end), 1)
     return raw
+
+
+def unit_derivative(min_derivative: float) -> float:
+    """The raw value w whose derivative min_derivative + softplus(w) is 1."""
+    return math.log(math.expm1(1 - min_derivative))
 
 
 def _find(value: Tensor, tables: _Tables, spline: Spline, inverse: bool) -> _Bin:
@@ -164,6 +169,7 @@ def _find(value: Tensor, tables: _Tables, spline: Spline, inverse: bool) -> _Bin
     of_all = index[:, None, None].expand(n, 2, 2, 1, b)
     w, x_k, h, y_k = tables.bins.expand(n, 2, 2, bins, b).gather(3, of_all).view(n, 4, b).unbind(1)
     raw = tables.slopes.expand(n, bins + 1, b).gather(1, torch.cat((index, index + 1), 1))
+    raw = raw.add_(spline.offset) if spline.offset else raw
     slopes = _slopes(raw, spline)
     d_0, d_1 = slopes.unbind(1)
     s = h / w
