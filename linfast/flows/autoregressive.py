@@ -71,7 +71,7 @@ class MaskedAutoregressive(Bijection):
         self.min_width, self.min_height, self.min_derivative = min_width, min_height, min_derivative
         spline = flow_spline(2 if bins is None else bins, tail_bound, tails, min_width, min_height, min_derivative)
         self.spline: Spline | None = None if bins is None else spline
-        wanted, what = 1 if scale_map is None else 2, f"scale_map={scale_map}"
+        wanted, what = 1 if scale_map is None else 2, f"scale_map={scale_map}, bins=None"
         if bins is not None:
             wanted, what = spline.per_feature, f"bins={bins}, tails={tails!r}"
             self._shown = ("features", "bins", "tail_bound", "tails")
@@ -83,8 +83,9 @@ class MaskedAutoregressive(Bijection):
 
     @property
     def widths(self) -> list[int]:
-        """The number of values per row of each layer of the conditioner."""
-        return [n_out for n_out, _ in self.conditioner.masks.shapes]
+        """The number of values per row of each layer of the conditioner, without the parameters of splines."""
+        widths = [n_out for n_out, _ in self.conditioner.masks.shapes]
+        return widths if self.spline is None else widths[:-1]
 
     def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         net = self.conditioner

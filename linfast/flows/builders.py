@@ -1,6 +1,6 @@
 """coupling_flow, image_flow and autoregressive_flow: stacks of layers with sound defaults.
 
-By default couplings move the first and the second half in turn; log-scales are smooth
+By default transforms are affine, couplings move the first and the second half in turn, and log-scales are smooth
 with |log_s| < c = min(2, 4 / depth), so that for an even depth their sum over the couplings
 of each half is within +-2 for any weights, and within +-4 in autoregressive_flow, whose layers
 move every feature; no initialisation depends on data.
@@ -65,7 +65,7 @@ def coupling_flow(
         hidden, activation: of the conditioner MLPs.
         transform: of the couplings: "affine", "additive", or "spline" (``SplineCoupling``).
         bins, tail_bound: of splines.
-        scale_map: of affine couplings; by default smooth with c = min(2, 4 / depth).
+        scale_map: of affine couplings; by default smooth with c = min(2, 4 / depth). None for splines.
         order: of affine couplings: "shift_first" (x + t) e^s, or "scale_first" x e^s + t.
         actnorm: put an ActNorm before each coupling.
         mix: put a channel mix after each coupling: "lu", "free", "householder" or "permute".
@@ -123,7 +123,7 @@ def autoregressive_flow(
     features, depth = check_count("features", features), check_count("depth", depth)
     check_choice("feature_order", feature_order, ("reverse", "random"))
     check_choice("order", order, ORDERS)
-    per_feature = _per_feature(transform, bins, tail_bound)
+    per_feature = _per_feature(transform, bins, tail_bound, scale_map)
     options: dict[str, Any] = {"scale_map": _default(depth) if scale_map is None else scale_map, "order": order}
     if transform == "additive":
         options["scale_map"] = None
@@ -243,9 +243,11 @@ def _default(depth: int) -> ScaleMap:
     return ScaleMap("smooth", bound=min(2.0, 4.0 / depth))
 
 
-def _per_feature(transform: str, bins: int, tail_bound: float) -> int:
+def _per_feature(transform: str, bins: int, tail_bound: float, scale_map: Any) -> int:
     """The number of parameters of a feature; checks the arguments."""
     check_choice("transform", transform, tuple(_PARAMETERS))
+    if transform == "spline" and scale_map is not None:
+        raise ValueError(f"scale_map must be None for transform='spline', which has none; got {scale_map!r}")
     of_spline = flow_spline(bins, tail_bound).per_feature
     return _PARAMETERS[transform] or of_spline
 
@@ -270,8 +272,8 @@ def _couplings(
             )
         transform = check_choice("coupling", coupling, tuple(_PARAMETERS))
     check_choice("order", order, ORDERS)
+    outputs = _per_feature(transform, bins, tail_bound, scale_map)
     scale_map = _default(depth) if scale_map is None else scale_map
-    outputs = _per_feature(transform, bins, tail_bound)
     make: Callable[..., Bijection] = AdditiveCoupling
     if transform == "affine":
         make = partial(AffineCoupling, scale_map=scale_map, order=order)

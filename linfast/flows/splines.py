@@ -42,8 +42,8 @@ def flow_spline(
 class SplineCoupling(_Coupling):
     """y = S(m; p) on the moved half, a monotonic rational-quadratic spline with parameters p from the other half.
 
-    The spline maps [-tail_bound, tail_bound] to itself in K bins; outside it y = m. With raw widths u, heights v and
-    derivatives w of one value of m (the formula of S is in ``linfast.ops.rq_spline``)
+    The spline maps [-tail_bound, tail_bound] to itself in K bins; outside it y = m. With raw widths u, heights v
+    and derivatives w of one value of m (the formula of S is in ``linfast.ops.rq_spline``)
 
         widths, heights   2 tail_bound (min_width + (1 - K min_width) softmax(u)), and likewise from v
         derivatives       min_derivative + softplus(w + log(exp(1 - min_derivative) - 1)),  1 where w = 0

@@ -46,9 +46,15 @@ def _unet_flow(channels: int, **options: object) -> lf.Flow:
     return lf.image_flow(channels, side, width=4, conditioner="unet", unet_options=unet, **options)  # type: ignore[arg-type]
 
 
-def _masked(features: int, scale_map: object = "smooth", order: str = "scale_first", **options: object) -> Bijection:
+def _masked(
+    features: int, scale_map: object = "smooth", order: str = "scale_first", **options: object
+) -> Bijection:
     """Its features are in a random order."""
-    options = {"feature_order": torch.randperm(features).tolist(), "per_feature": 1 if scale_map is None else 2, **options}
+    options = {
+        "feature_order": torch.randperm(features).tolist(),
+        "per_feature": 1 if scale_map is None else 2,
+        **options,
+    }
     of_spline = {name: options.pop(name) for name in ("bins", "tail_bound", "tails") if name in options}
     net = lf.MaskedMLP(features, **options)  # type: ignore[arg-type]
     return lf.MaskedAutoregressive(net, scale_map, order, **of_spline)  # type: ignore[arg-type]
@@ -103,9 +109,12 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "identity": (lambda: lf.Flow([], features=4), (4,)),
     "inverse": (lambda: lf.Inverse(lf.coupling_flow(6, 2, (16,), mix="lu")), (6,)),
     "flow-mixed": (lambda: lf.coupling_flow(6, 3, (16,), mix="lu"), (6,)),
-    "flow-additive": (lambda: lf.coupling_flow(6, 4, (16,), coupling="additive", mix="householder"), (6,)),
+    "flow-additive": (lambda: lf.coupling_flow(6, 4, (16,), transform="additive", mix="householder"), (6,)),
     "flow-permute": (lambda: lf.coupling_flow(5, 4, (16,), "tanh", mix="permute"), (5,)),
-    "flow-spline": (lambda: lf.coupling_flow(5, 3, (16,), transform="spline", bins=4, mix="lu", actnorm=False), (5,)),
+    "flow-spline": (
+        lambda: lf.coupling_flow(5, 3, (16,), transform="spline", bins=4, mix="lu", actnorm=False),
+        (5,),
+    ),
     "flow-spline-timed": (
         lambda: lf.coupling_flow(6, 2, (16,), transform="spline", tail_bound=2.0, time_features=8).at(t=0.7),
         (6,),
