@@ -13,13 +13,14 @@ In bin k, with t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s and q = t (
 
 where o is 0, or the value by which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The inverse solves the quadratic equation in t that the first line is:
 
-    a t^2 + b t + c = 0,  z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
+    z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z
+    a t^2 + b t + c = 0,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
 
-With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and heights
-with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
+With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and
+heights with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
 
-Per value the op reads x and P = 2 K + K - 1 (K, K + 1) parameters and writes y, about 4 (P + 2) bytes in fp32. Only x
-(or y) and the parameters are saved: the backward computes the bins again.
+Per value the op reads x and P parameters, P = 2 K + K - 1, K or K + 1, and writes y: about 4 (P + 2) bytes in fp32.
+Only x and the parameters are saved for the backward, which computes the bins again.
 
 | runs      | where                                                                                   |
 |-----------|-----------------------------------------------------------------------------------------|
@@ -269,7 +270,8 @@ def _gradients(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 _rq_spline = define_op(
-    f"rq_spline(Tensor x, Tensor params, {SPLINE_SCHEMA}, bool inverse, bool log_det) -> (Tensor y, Tensor log_det)",
+    f"rq_spline(Tensor x, Tensor params, {SPLINE_SCHEMA}, bool inverse, bool log_det)"
+    " -> (Tensor y, Tensor log_det)",
     _fake,
     rq_spline_reference,
     saves="x params",

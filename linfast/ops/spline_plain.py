@@ -1,8 +1,8 @@
 """The raw op rq_spline in plain torch for a CPU: forward, inverse and the backward of both.
 
-Inside, values are [D, b] and parameters [D, P, b]: each bin is a plane of contiguous values, so that every operation
-is a long one, and no table is gathered as a whole. b rows are taken at a time, few enough for the cache. With
-A = d_k + t (s - d_k), B = s + t (d_{k+1} - s) and base = s + e q (see ``rq_spline`` for the other names)
+Inside, values are [D, b] and parameters [D, P, b]: each bin is a plane of contiguous values, so that every
+operation is a long one, and no table is gathered as a whole. b rows are taken at a time, few enough for the cache.
+With A = d_k + t (s - d_k), B = s + t (d_{k+1} - s) and base = s + e q (see ``rq_spline`` for the other names)
 
     y = y_k + H t A / base      dy/dx = (s / base)^2 M,  M = A + t (B - A)
 
@@ -31,8 +31,8 @@ from torch import Tensor
 from ..kernels.spline_spec import TAILS, Spline
 
 _AT_ONCE = 1 << 14
-"""Values of x in a part: with 8 bins its planes are 1.5 MiB in fp32. Measured on an AMD EPYC: half as many cost 20%,
-twice as many 15%."""
+"""Values of x in a part: with 8 bins its planes are 1.5 MiB in fp32. Measured on an AMD EPYC: half as many cost
+20%, twice as many 15%."""
 
 
 class _Tables(NamedTuple):
