@@ -1,4 +1,4 @@
-"""A masked autoregressive transform, affine, additive or a spline: its parameters come from a masked network (MADE).
+"""A masked autoregressive transform, affine, additive or a spline, by the parameters that a masked network gives.
 
     y_i = x_i e^{s_i} + t_i   or   (x_i + t_i) e^{s_i}     (t_i, r_i) = net_i(x_1 .. x_{i-1}), s_i = scale_map(r_i)
     log|det| = sum_i s_i                                   inverse: x_1, then x_2 from x_1, ..

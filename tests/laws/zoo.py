@@ -46,18 +46,13 @@ def _unet_flow(channels: int, **options: object) -> lf.Flow:
     return lf.image_flow(channels, side, width=4, conditioner="unet", unet_options=unet, **options)  # type: ignore[arg-type]
 
 
-def _masked(
-    features: int, scale_map: object = "smooth", order: str = "scale_first", **options: object
-) -> Bijection:
+def _masked(features: int, scale_map: object = "smooth", order: str = "scale_first", **net: object) -> Bijection:
     """Its features are in a random order."""
-    options = {
-        "feature_order": torch.randperm(features).tolist(),
-        "per_feature": 1 if scale_map is None else 2,
-        **options,
-    }
-    of_spline = {name: options.pop(name) for name in ("bins", "tail_bound", "tails") if name in options}
-    net = lf.MaskedMLP(features, **options)  # type: ignore[arg-type]
-    return lf.MaskedAutoregressive(net, scale_map, order, **of_spline)  # type: ignore[arg-type]
+    net.setdefault("feature_order", torch.randperm(features).tolist())
+    net.setdefault("per_feature", 1 if scale_map is None else 2)
+    of_spline = {name: net.pop(name) for name in ("bins", "tail_bound", "tails") if name in net}
+    made = lf.MaskedMLP(features, **net)  # type: ignore[arg-type]
+    return lf.MaskedAutoregressive(made, scale_map, order, **of_spline)  # type: ignore[arg-type]
 
 
 def _spline(features: int, moves: str = "first", **options: object) -> Bijection:
@@ -111,10 +106,7 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "flow-mixed": (lambda: lf.coupling_flow(6, 3, (16,), mix="lu"), (6,)),
     "flow-additive": (lambda: lf.coupling_flow(6, 4, (16,), transform="additive", mix="householder"), (6,)),
     "flow-permute": (lambda: lf.coupling_flow(5, 4, (16,), "tanh", mix="permute"), (5,)),
-    "flow-spline": (
-        lambda: lf.coupling_flow(5, 3, (16,), transform="spline", bins=4, mix="lu", actnorm=False),
-        (5,),
-    ),
+    "flow-spline": (lambda: lf.coupling_flow(5, 3, (16,), transform="spline", bins=4, mix="lu"), (5,)),
     "flow-spline-timed": (
         lambda: lf.coupling_flow(6, 2, (16,), transform="spline", tail_bound=2.0, time_features=8).at(t=0.7),
         (6,),
