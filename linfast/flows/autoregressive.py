@@ -44,7 +44,7 @@ class MaskedAutoregressive(Bijection):
         ValueError: unknown option, or another number of parameters per feature.
     """
 
-    _shown = ("features", "scale_map", "order")
+    _shown: tuple[str, ...] = ("features", "scale_map", "order")
 
     def __init__(
         self,
