@@ -45,7 +45,7 @@ class IdempotentModel(Settings):
 def build_ign(model: IdempotentModel, features: int) -> Linearizer:
     """f = g^{-1} P g on vectors [B, features]."""
     hidden = (model.hidden, model.hidden)
-    g = coupling_flow(features, model.depth, hidden, coupling=model.coupling, mix=model.mix)
+    g = coupling_flow(features, model.depth, hidden, transform=model.coupling, mix=model.mix)
     P = Projection(features, features if model.start_rank is None else model.start_rank)
     with torch.no_grad():
         P.logits.mul_(_START)

@@ -21,6 +21,7 @@ from .flows.flow import Flow
 from .flows.match import match
 from .flows.mix import Householder, Mix
 from .flows.segments import Couplings, Folded, OneLaunch, Single
+from .flows.splines import SplineCoupling
 from .kernels.stack_configs import target_of
 from .linearizer import Linearizer
 from .match import LinearizerLaunch, match_linearizer, unwrap
@@ -143,15 +144,17 @@ def _layer(part: str, layer: nn.Module, x: Tensor, inverse: bool = False) -> Cho
     if isinstance(layer, MaskedAutoregressive):
         steps = f"{max(layer.conditioner.masks.degrees[0])} steps that together use" if inverse else "one pass uses"
         why += f": {'' if reason is None else f'{reason}; '}{steps} every weight once"
-        runs = "masked_autoregressive" if reason is None else "torch"
+        if reason is None:
+            runs = "masked_autoregressive" if layer.spline is None else "torch products, rq_spline"
+            why += "" if layer.spline is None else "; no kernel joins a masked network and splines"
     elif reason is not None:
         why += f": {reason}"
     elif kind in _OPERATOR_OPS:
         runs = _OPERATOR_OPS[kind]
     elif isinstance(layer, LatentOperator):
         why += ": torch has the best product for it"
-    elif isinstance(layer, AffineCoupling):
-        runs = f"{_conditioner(layer)}, affine_coupling"
+    elif isinstance(layer, (AffineCoupling, SplineCoupling)):
+        runs = f"{_conditioner(layer)}, {'affine_coupling' if isinstance(layer, AffineCoupling) else 'rq_spline'}"
     elif isinstance(layer, (Mix, Householder)) and x.ndim > 2:
         runs = "channel_mix"
     elif isinstance(layer, ActNorm) and layer.waits_for_data():
@@ -159,5 +162,5 @@ def _layer(part: str, layer: nn.Module, x: Tensor, inverse: bool = False) -> Cho
     return Choice(part, runs, why=why)
 
 
-def _conditioner(coupling: AffineCoupling) -> str:
+def _conditioner(coupling: AffineCoupling | SplineCoupling) -> str:
     return "torch products" if isinstance(coupling.conditioner, MLP) else type(coupling.conditioner).__name__

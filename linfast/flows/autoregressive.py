@@ -44,7 +44,7 @@ class MaskedAutoregressive(Bijection):
         ValueError: unknown option, or another number of parameters per feature.
     """
 
-    _shown = ("features", "scale_map", "order")
+    _shown: tuple[str, ...] = ("features", "scale_map", "order")
 
     def __init__(
         self,
@@ -69,13 +69,12 @@ class MaskedAutoregressive(Bijection):
             check_kind("scale_map", scale_map, ScaleMap, "a ScaleMap, its kind or None")
         self.bins, self.tail_bound, self.tails = bins, tail_bound, tails
         self.min_width, self.min_height, self.min_derivative = min_width, min_height, min_derivative
-        self.spline: Spline | None = None
-        wanted, what = 1 if scale_map is None else 2, f"scale_map={scale_map}"
+        spline = flow_spline(2 if bins is None else bins, tail_bound, tails, min_width, min_height, min_derivative)
+        self.spline: Spline | None = None if bins is None else spline
+        wanted, what = 1 if scale_map is None else 2, f"scale_map={scale_map}, bins=None"
         if bins is not None:
-            self.spline = flow_spline(
-                bins, tail_bound, min_derivative, tails=tails, min_width=min_width, min_height=min_height
-            )
-            wanted, what = self.spline.per_feature, f"bins={bins}, tails={tails!r}"
+            wanted, what = spline.per_feature, f"bins={bins}, tails={tails!r}"
+            self._shown = ("features", "bins", "tail_bound", "tails")
         if conditioner.per_feature != wanted:
             got = conditioner.per_feature
             raise ValueError(f"conditioner must have per_feature={wanted} for {what}; got {got}")
@@ -84,8 +83,9 @@ class MaskedAutoregressive(Bijection):
 
     @property
     def widths(self) -> list[int]:
-        """The number of values per row of each layer of the conditioner."""
-        return [n_out for n_out, _ in self.conditioner.masks.shapes]
+        """The number of values per row of each layer of the conditioner, without the parameters of splines."""
+        widths = [n_out for n_out, _ in self.conditioner.masks.shapes]
+        return widths if self.spline is None else widths[:-1]
 
     def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         net = self.conditioner

@@ -1,6 +1,6 @@
 """coupling_flow, image_flow and autoregressive_flow: stacks of layers with sound defaults.
 
-By default couplings move the first and the second half in turn; log-scales are smooth
+By default transforms are affine, couplings move the first and the second half in turn, and log-scales are smooth
 with |log_s| < c = min(2, 4 / depth), so that for an even depth their sum over the couplings
 of each half is within +-2 for any weights, and within +-4 in autoregressive_flow, whose layers
 move every feature; no initialisation depends on data.
@@ -26,9 +26,11 @@ from .bijection import Bijection, Inverse
 from .couplings import AdditiveCoupling, AffineCoupling
 from .flow import Flow
 from .mix import Householder, Mix, Permute
+from .splines import SplineCoupling, flow_spline
 from .squeeze import Squeeze
 from .unet import UNet
 
+_PARAMETERS: dict[str, int | None] = {"affine": 2, "additive": 1, "spline": None}  # per feature
 _MIXES: dict[str, Callable[[int], Bijection]] = {
     "lu": lambda features: Mix(features, "lu"),
     "free": lambda features: Mix(features, "free"),
@@ -43,7 +45,9 @@ def coupling_flow(
     hidden: Sequence[int] = (128, 128),
     activation: str = "silu",
     *,
-    coupling: str = "affine",
+    transform: str = "affine",
+    bins: int = 8,
+    tail_bound: float = 3.0,
     scale_map: ScaleMap | str | None = None,
     order: str = "shift_first",
     actnorm: bool = False,
@@ -51,6 +55,7 @@ def coupling_flow(
     time_features: int = 0,
     context_features: int = 0,
     memory: str = "auto",
+    coupling: str | None = None,
 ) -> Flow:
     """A flow on vectors [B, features]: ``depth`` couplings with MLP conditioners.
 
@@ -58,13 +63,15 @@ def coupling_flow(
         features: D, at least 2; an odd D splits unequally.
         depth: number of couplings.
         hidden, activation: of the conditioner MLPs.
-        coupling: "affine" or "additive".
-        scale_map: of affine couplings; by default smooth with c = min(2, 4 / depth).
-        order: "shift_first" (x + t) e^s, or "scale_first" x e^s + t.
+        transform: of the couplings: "affine", "additive", or "spline" (``SplineCoupling``).
+        bins, tail_bound: of splines.
+        scale_map: of affine couplings; by default smooth with c = min(2, 4 / depth). None for splines.
+        order: of affine couplings: "shift_first" (x + t) e^s, or "scale_first" x e^s + t.
         actnorm: put an ActNorm before each coupling.
         mix: put a channel mix after each coupling: "lu", "free", "householder" or "permute".
         time_features, context_features: inputs of the conditioners for ``t`` and ``context``.
         memory: what the backward keeps: "store", "invert" or "auto" (see ``Flow``).
+        coupling: the older name of ``transform``.
 
     Raises:
         ValueError: an option that is not listed here, depth < 1 or features < 2.
@@ -73,7 +80,7 @@ def coupling_flow(
     make = partial(
         MLP, hidden=hidden, activation=activation, time_features=time_features, context_features=context_features
     )
-    couplings = _couplings(features, depth, make, coupling, scale_map, order)
+    couplings = _couplings(features, depth, make, transform, scale_map, order, coupling, bins, tail_bound)
     layers = _between(features, couplings, actnorm, mix, mix_every=1)
     return Flow(layers, features=features, shape=(features,), memory=memory)
 
@@ -86,6 +93,9 @@ def autoregressive_flow(
     *,
     residual: bool = False,
     feature_order: str = "reverse",
+    transform: str = "affine",
+    bins: int = 8,
+    tail_bound: float = 3.0,
     scale_map: ScaleMap | str | None = None,
     order: str = "scale_first",
     actnorm: bool = False,
@@ -102,8 +112,9 @@ def autoregressive_flow(
         hidden, activation, residual: of the conditioners.
         feature_order: "reverse": 0 .. D - 1 and D - 1 .. 0 in turn; "random": a random order in each layer, from
             torch's generator of the CPU.
-        scale_map: by default smooth with c = min(2, 4 / depth), as in ``coupling_flow``.
-        order: "scale_first" x e^s + t, or "shift_first" (x + t) e^s.
+        transform, bins, tail_bound: as in ``coupling_flow``; splines are those of ``SplineCoupling``.
+        scale_map: of affine layers; by default smooth with c = min(2, 4 / depth), as in ``coupling_flow``.
+        order: of affine layers: "scale_first" x e^s + t, or "shift_first" (x + t) e^s.
         actnorm, mix, time_features, context_features, memory: as in ``coupling_flow``.
 
     Raises:
@@ -112,14 +123,19 @@ def autoregressive_flow(
     features, depth = check_count("features", features), check_count("depth", depth)
     check_choice("feature_order", feature_order, ("reverse", "random"))
     check_choice("order", order, ORDERS)
-    scale_map = _default(depth) if scale_map is None else scale_map
+    per_feature = _per_feature(transform, bins, tail_bound, scale_map)
+    options: dict[str, Any] = {"scale_map": _default(depth) if scale_map is None else scale_map, "order": order}
+    if transform == "additive":
+        options["scale_map"] = None
+    elif transform == "spline":
+        options |= {"bins": bins, "tail_bound": tail_bound}
     main = []
     for i in range(depth):
         first_to_last: Sequence[int] = range(features)[:: -1 if i % 2 else 1]
         if feature_order == "random":
             first_to_last = torch.randperm(features, device="cpu").tolist()
-        net = MaskedMLP(features, 2, hidden, activation, residual, time_features, context_features, first_to_last)
-        main.append(MaskedAutoregressive(net, scale_map, order))
+        given = (hidden, activation, residual, time_features, context_features, first_to_last)
+        main.append(MaskedAutoregressive(MaskedMLP(features, per_feature, *given), **options))
     layers = _between(features, main, actnorm, mix, mix_every=1)
     return Flow(layers, features=features, shape=(features,), memory=memory)
 
@@ -133,13 +149,16 @@ def image_flow(
     *,
     conditioner: str = "conv",
     unet_options: Mapping[str, Any] | None = None,
-    coupling: str = "affine",
+    transform: str = "affine",
+    bins: int = 8,
+    tail_bound: float = 3.0,
     scale_map: ScaleMap | str | None = None,
     order: str = "shift_first",
     actnorm: bool = False,
     mix: str | None = "lu",
     time_features: int = 0,
     memory: str = "auto",
+    coupling: str | None = None,
 ) -> Flow:
     """A flow on images [B, C, H, W]: couplings with convolutional conditioners, a 1x1 mix after each pair.
 
@@ -158,7 +177,8 @@ def image_flow(
             mask at every call: results can be inverted only in eval mode.
         unet_options: more arguments of ``UNet``: channel_mult, blocks, attention_resolutions
             (counted after the squeeze), dropout, nchw_dropout.
-        coupling, scale_map, order, actnorm, mix, time_features, memory: as in ``coupling_flow``.
+        transform, bins, tail_bound, scale_map, order, actnorm, mix, time_features, memory, coupling: as in
+            ``coupling_flow``.
 
     Raises:
         ValueError: an odd C at an odd resolution, a resolution that the UNet cannot halve often
@@ -175,7 +195,9 @@ def image_flow(
     features = 4 * channels if squeeze else channels
     seen = (height // 2, wide // 2) if squeeze else (height, wide)
     make = _image_conditioner(conditioner, seen, width, activation, time_features, unet_options)
-    couplings = _couplings(features, depth, make, coupling, scale_map, order)
+    couplings = _couplings(
+        features, depth, make, transform, scale_map, order, coupling, bins, tail_bound, "bins_first"
+    )
     layers = _between(features, couplings, actnorm, mix, mix_every=2)
     if squeeze:
         layers = [Squeeze(channels), *layers, Inverse(Squeeze(channels))]
@@ -221,25 +243,46 @@ def _default(depth: int) -> ScaleMap:
     return ScaleMap("smooth", bound=min(2.0, 4.0 / depth))
 
 
+def _per_feature(transform: str, bins: int, tail_bound: float, scale_map: Any) -> int:
+    """The number of parameters of a feature; checks the arguments."""
+    check_choice("transform", transform, tuple(_PARAMETERS))
+    if transform == "spline" and scale_map is not None:
+        raise ValueError(f"scale_map must be None for transform='spline', which has none; got {scale_map!r}")
+    of_spline = flow_spline(bins, tail_bound).per_feature
+    return _PARAMETERS[transform] or of_spline
+
+
 def _couplings(
     features: int,
     depth: int,
     conditioner: Callable[[int, int], nn.Module],
-    coupling: str,
+    transform: str,
     scale_map: ScaleMap | str | None,
     order: str,
+    coupling: str | None,
+    bins: int,
+    tail_bound: float,
+    layout: str = "features_first",
 ) -> Iterator[Bijection]:
     depth = check_count("depth", depth)
-    check_choice("coupling", coupling, ("affine", "additive"))
+    if coupling is not None:
+        if transform != "affine":
+            raise ValueError(
+                f"coupling is the older name of transform: give one; got {coupling!r} and {transform!r}"
+            )
+        transform = check_choice("coupling", coupling, tuple(_PARAMETERS))
     check_choice("order", order, ORDERS)
+    outputs = _per_feature(transform, bins, tail_bound, scale_map)
     scale_map = _default(depth) if scale_map is None else scale_map
+    make: Callable[..., Bijection] = AdditiveCoupling
+    if transform == "affine":
+        make = partial(AffineCoupling, scale_map=scale_map, order=order)
+    elif transform == "spline":
+        make = partial(SplineCoupling, bins=bins, tail_bound=tail_bound, layout=layout)
     for i in range(depth):
         moves = HALVES[i % 2]
         moved, kept = split_sizes(features) if moves == "first" else split_sizes(features)[::-1]
-        if coupling == "affine":
-            yield AffineCoupling(conditioner(kept, 2 * moved), features, moves, scale_map, order)
-        else:
-            yield AdditiveCoupling(conditioner(kept, moved), features, moves)
+        yield make(conditioner(kept, outputs * moved), features, moves)
 
 
 def _between(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -59,7 +59,11 @@ class Flow(Bijection):
         self.features, self._features_out = _chain(bijections, features)
         self.bijections = nn.ModuleList(bijections)
         self.shape = None if shape is None else check_counts("shape", shape)
-        self._stored = stored_tensors(self.bijections), stored_tensors(self.bijections, walks=True)
+        self._stored = (
+            stored_tensors(self.bijections),
+            stored_tensors(self.bijections, lambda _: True),  # of the inverse
+            stored_tensors(self.bijections, lambda layer: layer.spline is None),  # of the forward in kernels
+        )
         self._guard = DriftGuard()
 
     @property
@@ -71,7 +75,7 @@ class Flow(Bijection):
             return x, constant_log_det(x) if log_det else None
         launch = match(self.bijections, x, context, inverse, log_det)
         walks = self._stored[1] < self._stored[0]
-        stored = self._stored[inverse or uses_triton(x)]
+        stored = self._stored[1 if inverse else 2 * uses_triton(x)]
         rebuilds = launch.why is not None and inverts(self.memory, x, stored, walks)
         return launch(x, context, inverse, log_det, self._reversibly if rebuilds else None)
 
@@ -95,15 +99,18 @@ def _chain(bijections: Iterable[Bijection], features: int | None) -> tuple[int |
     return first, current
 
 
-def stored_tensors(bijections: Iterable[nn.Module], walks: bool = False) -> float:
+def stored_tensors(
+    bijections: Iterable[nn.Module], runs_as_op: Callable[[MaskedAutoregressive], bool] = lambda _: False
+) -> float:
     """About how many tensors of the input's size autograd keeps for these bijections.
 
-    Each layer keeps 4 of its own width, and 2 of the output width of each of its weights. ``walks``: masked
-    autoregressive layers run as an op that keeps its input and output alone, as their inverses and kernels do.
+    Each layer keeps 4 of its own width, and 2 of the output width of each of its weights. ``runs_as_op``: whether a
+    masked autoregressive layer runs as an op that keeps its input and output alone, as inverses and kernels do.
     """
     total = 0.0
     for bijection in bijections:
-        own = () if walks and isinstance(bijection, MaskedAutoregressive) else bijection.parameters()
+        is_op = isinstance(bijection, MaskedAutoregressive) and runs_as_op(bijection)
+        own = () if is_op else bijection.parameters()
         widths = sum(parameter.shape[0] for parameter in own if parameter.ndim > 1)
         total += 4 + 2 * widths / (getattr(bijection, "features", None) or 1)
     return total

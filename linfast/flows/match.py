@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..dispatch import call_key, has_global_hook, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
+from ..nets import MLP
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import stack_spec
@@ -37,7 +38,8 @@ from .autoregressive import MaskedAutoregressive
 from .couplings import AffineCoupling
 from .remembered import recall, remember
 from .segments import Couplings, Folded, OneLaunch, Segment, Single
-from .stack import PRODUCTS, is_linear, is_plain, recognise, stack_of
+from .splines import SplineCoupling
+from .stack import PRODUCTS, are_plain, is_linear, is_plain, recognise, stack_of
 from .undo import Context, Outputs
 
 
@@ -85,11 +87,20 @@ class Launch:
         for segment in self.segments:
             if isinstance(segment, Couplings):
                 found += [segment.features, *[w.shape[0] for c in segment.couplings for w in c.weights]]
-            elif isinstance(segment, Single) and is_plain(segment.layer, (MaskedAutoregressive,)) and not inverse:
-                found += cast(MaskedAutoregressive, segment.layer).widths
-            elif not (isinstance(segment, Single) and is_linear(segment.layer)):
-                found.append(None)
+            else:
+                found += _widths(segment.layer, inverse) if isinstance(segment, Single) else [None]
         return found
+
+
+def _widths(layer: Any, inverse: bool) -> Sequence[int | None]:
+    """``Launch.widths`` of one layer; without the parameters of splines, as their op cuts its own rows."""
+    if is_plain(layer, (MaskedAutoregressive,)) and not inverse:
+        return cast(MaskedAutoregressive, layer).widths
+    if is_plain(layer, (SplineCoupling,)) and are_plain((layer.conditioner,), (MLP,)):
+        linears = list(layer.conditioner.layers)
+        if are_plain(linears, (nn.Linear,)):
+            return [layer.features, *[linear.out_features for linear in linears[:-1]]]
+    return [] if is_linear(layer) else [None]
 
 
 def _contexts(context: Context, batch: int, rows: int) -> Iterator[Context]:

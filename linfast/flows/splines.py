@@ -8,8 +8,6 @@ Source: Neural Spline Flows (arXiv 1906.04032).
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_number
@@ -24,18 +22,28 @@ from .undo import Made, Outputs
 SPLINE_LAYOUTS = ("features_first", "bins_first")
 
 
-def flow_spline(bins: int, tail_bound: float, min_derivative: float, **options: Any) -> Spline:
+def flow_spline(
+    bins: int,
+    tail_bound: float = 3.0,
+    tails: str = "linear",
+    min_width: float = 1e-3,
+    min_height: float = 1e-3,
+    min_derivative: float = 1e-3,
+) -> Spline:
     """The checked options of a flow's spline, which zeros as parameters make the identity."""
     bound = check_number("tail_bound", tail_bound, least=0.0, above=True)
-    spline = spline_of(bins, interval=(-bound, bound), min_derivative=min_derivative, **options)
+    spline = spline_of(
+        bins, interval=(-bound, bound), tails=tails, min_width=min_width, min_height=min_height,
+        min_derivative=min_derivative,
+    )  # fmt: skip
     return spline._replace(offset=unit_derivative(spline.min_derivative))
 
 
 class SplineCoupling(_Coupling):
     """y = S(m; p) on the moved half, a monotonic rational-quadratic spline with parameters p from the other half.
 
-    The spline maps [-tail_bound, tail_bound] to itself in K bins; outside it y = m. With raw widths u, heights v and
-    derivatives w of one value of m (the formula of S is in ``linfast.ops.rq_spline``)
+    The spline maps [-tail_bound, tail_bound] to itself in K bins; outside it y = m. With raw widths u, heights v
+    and derivatives w of one value of m (the formula of S is in ``linfast.ops.rq_spline``)
 
         widths, heights   2 tail_bound (min_width + (1 - K min_width) softmax(u)), and likewise from v
         derivatives       min_derivative + softplus(w + log(exp(1 - min_derivative) - 1)),  1 where w = 0
@@ -80,9 +88,7 @@ class SplineCoupling(_Coupling):
         layout: str = "features_first",
     ) -> None:
         super().__init__(conditioner, features, moves)
-        self.spline = flow_spline(
-            bins, tail_bound, min_derivative, tails=tails, min_width=min_width, min_height=min_height
-        )
+        self.spline = flow_spline(bins, tail_bound, tails, min_width, min_height, min_derivative)
         self.layout = check_choice("layout", layout, SPLINE_LAYOUTS)
         self.bins, self.tail_bound, self.tails = self.spline.bins, self.spline.high, tails
         self.min_width, self.min_height, self.min_derivative = min_width, min_height, min_derivative

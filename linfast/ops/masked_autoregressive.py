@@ -1,4 +1,4 @@
-"""A masked autoregressive transform: affine, additive or a spline, whose parameters a masked network (MADE) computes.
+"""A masked autoregressive transform, affine, additive or a spline, by the parameters that a masked network gives.
 
     y_i = x_i e^{s_i} + t_i   or   (x_i + t_i) e^{s_i}     (t_i, r_i) = net_i(x_1 .. x_{i-1}), s_i = scale_map(r_i)
     log|det| = sum_i s_i                                   inverse: x_1, then x_2 from x_1, ..
@@ -101,8 +101,8 @@ def masked_autoregressive(
     columns, kinds = masks.pack_extras(given)
     kind, bound, floor = (0, 1.0, 0.0) if scale_map is None else (scale_map.constexpr_id, *scale_map.constants)
     numbers = () if spline is None else tuple(map(float, spline))
-    options = (_NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode, numbers)
-    spec = masks.spec(kinds, *options)
+    constants = (_NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode, numbers)
+    spec = masks.spec(kinds, *constants)
     check_tensor("packed", weight, x)
     if weight.shape != (spec.total,):
         raise ValueError(f"packed must be [{spec.total}], from masks.pack; got {tuple(weight.shape)}")
@@ -121,11 +121,11 @@ def _forward(
     """The transform after the network in plain, differentiable torch."""
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, weights[0].dtype))
     params = masked_network(x, masks, weights, biases, activate, extras, masked)
-    wide = torch.promote_types(params.dtype, torch.float32)
-    params = params.to(wide).unflatten(1, (masks.features, masks.per_feature))
+    params = params.unflatten(1, (masks.features, masks.per_feature))
     if spline is not None:
         y, total = spline_transform(x, params, spline, False, log_det)
         return y.to(dtype), total
+    params = params.to(torch.promote_types(params.dtype, torch.float32))
     shift = params[..., int(masks.raw_first and scale_map is not None)]
     if scale_map is None:
         return (x + shift).to(dtype), shift.new_zeros(x.shape[0]) if log_det else None

@@ -11,7 +11,8 @@ In bin k, with t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s and q = t (
     y = y_k + H (s t^2 + d_k q) / (s + e q)
     log dy/dx = log(s^2 (d_{k+1} t^2 + 2 s q + d_k (1 - t)^2) / (s + e q)^2)
 
-where o is 0, or the value by which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The inverse solves the quadratic equation in t that the first line is:
+with o = 0 here, and in flows the value by which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The
+inverse solves the quadratic equation in t that the first line is:
 
     z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z
     a t^2 + b t + c = 0,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
@@ -138,7 +139,15 @@ def spline_of(
     check_number("min_derivative", min_derivative, least=_LEAST, most=1.0, below=True)
     check_number("temperature", temperature, least=0.0, above=True)
     return Spline(
-        bins, low, high, *least.values(), float(min_derivative), float(temperature), TAILS.index(tails), clips, offset
+        bins,
+        low,
+        high,
+        *least.values(),
+        float(min_derivative),
+        float(temperature),
+        TAILS.index(tails),
+        clips,
+        offset,
     )
 
 

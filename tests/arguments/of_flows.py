@@ -16,8 +16,12 @@ def step() -> reversible.Step:
 
 
 FLOW = {
-    "activation": "silu", "coupling": "affine", "scale_map": None, "order": "shift_first", "actnorm": False,
-    "mix": "lu", "time_features": 0, "memory": "auto",
+    "activation": "silu", "transform": "spline", "bins": 4, "tail_bound": 2.0, "scale_map": None,
+    "order": "shift_first", "actnorm": False, "mix": "lu", "time_features": 0, "memory": "auto", "coupling": None,
+}  # fmt: skip
+
+SPLINE = {
+    "bins": 4, "tail_bound": 2.0, "tails": "linear", "min_width": 0.01, "min_height": 0.02, "min_derivative": 0.03,
 }  # fmt: skip
 
 FLOWS: dict[str, Good] = {
@@ -68,7 +72,11 @@ FLOWS: dict[str, Good] = {
         for name in ("forward", "extras")
     },
     "MaskedAutoregressive": made(
-        lf.MaskedAutoregressive, conditioner=lf.MaskedMLP(3, 2, (4,)), scale_map="smooth", order="scale_first"
+        lf.MaskedAutoregressive,
+        conditioner=lf.MaskedMLP(3, 11, (4,)),
+        scale_map="smooth",
+        order="scale_first",
+        **SPLINE,
     ),
     "autoregressive_flow": made(
         lf.autoregressive_flow,
@@ -118,6 +126,14 @@ FLOWS: dict[str, Good] = {
         scale_map="smooth",
         order="shift_first",
         layout="halves",
+    ),
+    "SplineCoupling": made(
+        lf.SplineCoupling,
+        conditioner=lf.MLP(2, 22, (4,)),
+        features=4,
+        moves="first",
+        layout="bins_first",
+        **SPLINE,
     ),
     "Bijection.forward": method(flow, "forward", {"x": "b D"}, x=x(3, 4)),
     "Bijection.inverse": method(flow, "inverse", {"z": "b D"}, z=x(3, 4)),

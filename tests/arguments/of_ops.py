@@ -79,6 +79,7 @@ OPS: dict[str, Good] = {
                 "precision": None,
                 "packed": None,
                 "masked": False,
+                "spline": None,
             },
         ),
         {"x": "B D"},

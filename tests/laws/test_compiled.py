@@ -21,9 +21,19 @@ from tests.ops.budget import DEVICE, Outputs
 from tests.ops.op_cases import gradients_of
 
 BATCH = 3
-SHORT = ("affine-odd-first", "masked-two", "actnorm", "mix-free", "permute", "flow-timed")
+SHORT = ("affine-odd-first", "masked-two", "actnorm", "mix-free", "permute", "flow-timed", "spline")
 # One of each kind, for the long run; others only differ in options.
-KINDS = (*SHORT, "flow-masked-timed", "additive", "mix-lu", "householder", "inverse", "squeeze", "image-flow-even")
+KINDS = (
+    *SHORT,
+    "flow-masked-timed",
+    "masked-spline",
+    "additive",
+    "mix-lu",
+    "householder",
+    "inverse",
+    "squeeze",
+    "image-flow-even",
+)
 
 
 def test_every_exported_bijection_is_compiled() -> None:

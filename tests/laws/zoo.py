@@ -49,8 +49,19 @@ def _unet_flow(channels: int, **options: object) -> lf.Flow:
 def _masked(features: int, scale_map: object = "smooth", order: str = "scale_first", **net: object) -> Bijection:
     """Its features are in a random order."""
     net.setdefault("feature_order", torch.randperm(features).tolist())
-    per_feature = 1 if scale_map is None else 2
-    return lf.MaskedAutoregressive(lf.MaskedMLP(features, per_feature, **net), scale_map, order)  # type: ignore[arg-type]
+    net.setdefault("per_feature", 1 if scale_map is None else 2)
+    of_spline = {name: net.pop(name) for name in ("bins", "tail_bound", "tails") if name in net}
+    made = lf.MaskedMLP(features, **net)  # type: ignore[arg-type]
+    return lf.MaskedAutoregressive(made, scale_map, order, **of_spline)  # type: ignore[arg-type]
+
+
+def _spline(features: int, moves: str = "first", **options: object) -> Bijection:
+    """Its parameters are of the size that training gives them."""
+    first, second = (features + 1) // 2, features // 2
+    moved, kept = (first, second) if moves == "first" else (second, first)
+    parameters = 3 * 5 + ("linear", "circular", "bounded").index(str(options.get("tails", "linear"))) - 1
+    conditioner = perturb(lf.MLP(kept, parameters * moved, (16,)), 0.2)
+    return lf.SplineCoupling(conditioner, features, moves, 5, **options)  # type: ignore[arg-type]
 
 
 Make = Callable[[], Bijection]
@@ -72,6 +83,17 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "masked-residual": (lambda: _masked(8, "exp", hidden=(16, 16, 16), activation="tanh", residual=True), (8,)),
     "masked-few-units": (lambda: _masked(33, "tanh", hidden=(8,), activation="elu"), (33,)),
     "masked-wide": (lambda: _masked(64, activation="gelu"), (64,)),
+    "spline": (lambda: _spline(6), (6,)),
+    "spline-bins-first": (lambda: _spline(6, layout="bins_first"), (6,)),
+    "spline-circular": (lambda: _spline(5, "second", tails="circular", layout="bins_first"), (5,)),
+    "spline-bounded": (lambda: _spline(7, tails="bounded", tail_bound=1.5), (7,)),
+    "spline-two": (lambda: _spline(2, "second", min_width=0.1, min_height=0.05, min_derivative=0.5), (2,)),
+    "masked-spline": (lambda: _masked(5, bins=5, per_feature=14), (5,)),
+    "masked-spline-one": (lambda: _masked(1, bins=4, per_feature=11, tail_bound=1.0), (1,)),
+    "masked-spline-circular": (
+        lambda: _masked(4, bins=3, per_feature=9, tails="circular", hidden=(12, 12), residual=True),
+        (4,),
+    ),
     "actnorm": (lambda: _initialised(lf.ActNorm(6), 2 + 3 * torch.randn(64, 6)), (6,)),
     "mix-lu": (lambda: lf.Mix(6), (6,)),
     "mix-free": (lambda: lf.Mix(6, "free"), (6,)),
@@ -82,8 +104,14 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "identity": (lambda: lf.Flow([], features=4), (4,)),
     "inverse": (lambda: lf.Inverse(lf.coupling_flow(6, 2, (16,), mix="lu")), (6,)),
     "flow-mixed": (lambda: lf.coupling_flow(6, 3, (16,), mix="lu"), (6,)),
-    "flow-additive": (lambda: lf.coupling_flow(6, 4, (16,), coupling="additive", mix="householder"), (6,)),
+    "flow-additive": (lambda: lf.coupling_flow(6, 4, (16,), transform="additive", mix="householder"), (6,)),
     "flow-permute": (lambda: lf.coupling_flow(5, 4, (16,), "tanh", mix="permute"), (5,)),
+    "flow-spline": (lambda: lf.coupling_flow(5, 3, (16,), transform="spline", bins=4, mix="lu"), (5,)),
+    "flow-spline-timed": (
+        lambda: lf.coupling_flow(6, 2, (16,), transform="spline", tail_bound=2.0, time_features=8).at(t=0.7),
+        (6,),
+    ),
+    "flow-masked-spline": (lambda: lf.autoregressive_flow(4, 2, (16,), transform="spline", mix="permute"), (4,)),
     "flow-masked": (lambda: lf.autoregressive_flow(5, 3, (16, 16), "silu", actnorm=False, mix="lu"), (5,)),
     "flow-masked-timed": (
         lambda: lf.autoregressive_flow(3, 2, (16,), "silu", feature_order="random", time_features=8).at(t=0.7),
@@ -93,6 +121,12 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
 }
 IMAGES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "image-affine": (lambda: lf.AffineCoupling(lf.ConvNet(1, 4, 8), 3), (3, 4, 2)),
+    "image-spline": (lambda: lf.SplineCoupling(lf.ConvNet(1, 2 * 11, 8), 3, bins=4), (3, 4, 2)),
+    "image-spline-bounded": (
+        lambda: lf.SplineCoupling(lf.ConvNet(2, 13, 8), 3, "second", 4, tails="bounded", layout="bins_first"),
+        (3, 4, 2),
+    ),
+    "image-flow-spline": (lambda: lf.image_flow(2, 4, 2, 8, transform="spline"), (2, 4, 4)),
     "image-actnorm": (lambda: _initialised(lf.ActNorm(3), 2 + 3 * torch.randn(16, 3, 4, 2)), (3, 4, 2)),
     "image-mix": (lambda: lf.Mix(3), (3, 4, 2)),
     "image-mix-free": (lambda: lf.Mix(3, "free"), (3, 4, 2)),

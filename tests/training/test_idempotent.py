@@ -15,7 +15,7 @@ from .toys import idempotent
 
 
 def _model(n: int = 6, rank: int = 4) -> lf.Linearizer:
-    return lf.Linearizer(perturb(lf.coupling_flow(n, 2, (16,), coupling="additive")), lf.Projection(n, rank))
+    return lf.Linearizer(perturb(lf.coupling_flow(n, 2, (16,), transform="additive")), lf.Projection(n, rank))
 
 
 def test_terms_are_their_formulas() -> None:

@@ -25,7 +25,7 @@ def one_step(actnorm: bool = False) -> OneStepFlowMatching:
 
 def idempotent(**options: float) -> IdempotentGeneration:
     torch.manual_seed(1)
-    f = lf.Linearizer(lf.coupling_flow(6, 2, (16,), coupling="additive"), lf.Projection(6, 4))
+    f = lf.Linearizer(lf.coupling_flow(6, 2, (16,), transform="additive"), lf.Projection(6, 4))
     return IdempotentGeneration(f, torch.randn(50, 6), **options)
 
 
