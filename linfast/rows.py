@@ -12,6 +12,7 @@ torch.jit.trace the batch is not cut, because the graph would contain the layers
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,11 @@ def is_short(given: Any, least: float) -> bool:
     return not x.ndim or x.shape[0] < least * torch.get_num_threads()
 
 
-def by_rows(work: Work, x: Tensor, rows: int) -> tuple[Tensor, Any]:
-    """``work``, which returns (y [b, ...], log_det [b] or None), on each b = ``rows`` rows of x, concatenated."""
-    ys, log_dets = zip(*[work(part) for part in x.split(rows)], strict=True)
+def by_rows(work: Callable[..., Any], x: Tensor, rows: int, *more: Any) -> tuple[Tensor, Any]:
+    """``work``, which returns (y [b, ...], log_det [b] or None), on each b = ``rows`` rows of x, concatenated.
+
+    ``work`` takes these rows, and those of each of ``more``: tensors of as many rows, or None.
+    """
+    parts = [itertools.repeat(None) if each is None else each.split(rows) for each in more]
+    ys, log_dets = zip(*[work(*part) for part in zip(x.split(rows), *parts, strict=False)], strict=True)
     return torch.cat(ys), None if log_dets[0] is None else torch.cat(log_dets)
