@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..dispatch import call_key, has_global_hook, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
+from ..nets import is_plain
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import stack_spec
@@ -37,7 +38,7 @@ from .autoregressive import MaskedAutoregressive
 from .couplings import AffineCoupling
 from .remembered import recall, remember
 from .segments import Couplings, Folded, OneLaunch, Segment, Single
-from .stack import PRODUCTS, is_linear, is_plain, recognise, stack_of
+from .stack import PRODUCTS, is_linear, recognise, stack_of
 from .undo import Context, Outputs
 
 

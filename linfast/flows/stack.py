@@ -9,7 +9,7 @@ weight. A constant time is folded into the first biases: W [k | e(t)] + b = W_k 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
-from ..nets import MLP
+from ..nets import MLP, are_plain, is_plain
 from ..ops.affine_coupling import HALVES
 from ..ops.stack_weights import AffineMap, CouplingLayer, CouplingStack
 from .actnorm import ActNorm
@@ -31,26 +31,6 @@ _LINEAR = (*PRODUCTS, Permute, ActNorm)
 _MOST_LINEAR = 4  # linear layers of a conditioner that the kernel supports
 _WHOLE_WEIGHTS = (torch.Tensor, nn.Parameter)
 _OWN_INPUT = "its conditioner has a separate input per sample"
-
-
-def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether the layer's class is one of these and it has no hooks; a parametrized layer has a new class."""
-    return are_plain((layer,), kinds)
-
-
-def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
-    """``is_plain`` of each of these layers."""
-    for layer in layers:
-        if (
-            type(layer) not in kinds
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-            or "forward" in vars(layer)
-        ):
-            return False
-    return True
 
 
 def is_linear(layer: Any) -> bool:

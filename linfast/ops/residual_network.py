@@ -8,24 +8,24 @@
 x [B, n_in], c [B or 1, n_c], h [B, H], out [B, n_out]. Sources: residual blocks with the activation first (arXiv
 1603.05027), as conditioners of flows (1906.04032), gated by a context (1612.08083).
 
-Nothing is concatenated: [W | V] is one weight, whose parts are multiplied by x and by c, and a gate is multiplied in
-the pass that adds the block's input. The products with a context of one row have one row. Without gradients every
-elementwise step writes where its input was. On a CPU a long batch is computed in parts that fit the cache, unless
+A gate is multiplied in the pass that adds the block's input, without a concatenation. The products with a context
+of one row have one row, and W x + (V c + b) is one product. Without gradients every elementwise step writes where
+its input was, and nothing is concatenated. On a CPU a long batch is computed in parts that fit the cache, unless
 its rows depend on each other (batch statistics) or on the order in which they are computed (dropout).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, cat
-from ..rows import rows_at_once
+from ..rows import one_row, rows_at_once
+from .activations import IN_PLACE
 
 Layer = tuple[Tensor, Tensor | None]
 """The weight [out, in] and the bias [out] or None of a linear layer."""
@@ -66,13 +66,6 @@ class ResidualNetwork(NamedTuple):
 Terms = Sequence[Tensor]
 """V c and C c + d of every block, each [B or 1, H]."""
 
-_IN_PLACE: dict[Any, Callable[[Tensor], Tensor]] = {
-    F.relu: torch.relu_,
-    torch.relu: torch.relu_,
-    torch.tanh: torch.tanh_,
-    F.elu: functools.partial(F.elu, inplace=True),
-    F.silu: functools.partial(F.silu, inplace=True),
-}
 _SAVE_RESULT = (F.relu, torch.relu, torch.tanh, F.elu)  # their derivatives are functions of the result
 
 
@@ -89,14 +82,14 @@ def residual_network(
     Args:
         x: [B, n_in].
         net: the network.
-        context: c [B or 1, n_c], of x's dtype. An expanded row, of stride 0, counts as one row.
+        context: c [B or 1, n_c], of x's dtype (``rows.one_row``).
         terms: ``context_terms(context, net)``, where it was computed before, in place of ``context``.
         transposed: out has strides (1, B): all samples of one output are neighbours in memory, as
             ``linfast.ops.rq_spline`` reads them fastest.
     """
     if terms is None and context is not None:
         context = one_row(context)
-        if context.shape[0] == 1 < x.shape[0]:
+        if context.shape[0] == 1 != x.shape[0]:
             terms, context = context_terms(context, net), None
     rows = rows_at_once(x, lambda: _widths(net))
     if rows is None:
@@ -107,11 +100,6 @@ def residual_network(
         for part, (of_context, *of_terms) in zip(x.split(rows), zip(*cut, strict=False), strict=False)
     ]
     return torch.cat([out.t() for out in outs], dim=1).t() if transposed else torch.cat(outs)
-
-
-def one_row(context: Tensor) -> Tensor:
-    """The context, as one row [1, n_c] where it is one row expanded to all samples, of stride 0."""
-    return context[:1] if context.shape[0] > 1 and context.stride(0) == 0 else context
 
 
 def context_terms(context: Tensor, net: ResidualNetwork) -> Terms:
@@ -156,13 +144,17 @@ def _network(
 ) -> Tensor:
     """``residual_network`` on all rows at once."""
     activation, writes = net.activation, _may_write(x)
-    on_new = _IN_PLACE.get(activation, activation) if writes or activation in _SAVE_RESULT else activation
+    on_new = IN_PLACE.get(activation, activation) if writes or activation in _SAVE_RESULT else activation
     weight, bias = net.first
     gates: Iterator[Tensor] = iter(())
     if terms is not None:
         term, *of_blocks = terms
-        h, gates = F.linear(x, _split(net, weight.shape[1] - x.shape[1])[0], bias), iter(of_blocks)
-        h = h.add_(term) if writes else h + term
+        of_x, gates = _split(net, weight.shape[1] - x.shape[1])[0], iter(of_blocks)
+        if term.shape[0] == 1:
+            h = F.linear(x, of_x, term[0] if bias is None else term[0] + bias)
+        else:
+            h = F.linear(x, of_x, bias)
+            h = h.add_(term) if writes else h + term
     elif context is None:
         h = F.linear(x, weight, bias)
     else:
