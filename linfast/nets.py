@@ -21,6 +21,7 @@ from .checks import check_choice, check_count, check_counts, check_dense, check_
 from .conditioning import SinusoidalEmbedding, check_time_features, conditions, embed_time
 from .dispatch import cat, has_global_hook, outside_autocast
 from .ops.activations import ACTIVATION_NAMES, ACTIVATIONS
+from .ops.plain_couplings import absorb
 from .ranges import range_
 
 
@@ -96,7 +97,7 @@ class MLP(nn.Module):
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         given = conditions("MLP", self.embedding, t, context, weights[0][:1], self.context_features)
         if given is not None:
-            weights[0], biases[0] = _absorb(weights[0], biases[0], given)
+            weights[0], biases[0] = absorb(weights[0], biases[0], given)
         return weights, biases
 
     def _first(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> Tensor:
@@ -109,14 +110,8 @@ class MLP(nn.Module):
         if given is None:
             return layer(x)
         if given.shape[0] == 1 != x.shape[0] and is_plain(layer, (nn.Linear,)) and not has_global_hook():
-            return F.linear(x, *_absorb(layer.weight, layer.bias, given))
+            return F.linear(x, *absorb(layer.weight, layer.bias, given))
         return layer(cat((x, given.expand(x.shape[0], -1)), dim=-1))
-
-
-def _absorb(weight: Tensor, bias: Tensor | None, given: Tensor) -> tuple[Tensor, Tensor]:
-    """(W, V c + b): the layer [W | V], b for one row c [1, n] as a layer of x alone."""
-    of_x, of_given = weight.split((weight.shape[1] - given.shape[1], given.shape[1]), dim=1)
-    return of_x, F.linear(given, of_given, bias)[0]
 
 
 class ConvNet(nn.Module):

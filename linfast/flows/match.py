@@ -201,14 +201,14 @@ def _recognised(layers: Iterable[Any], x: Tensor, context: Context, takes: bool)
 
 
 def _in_common(x: Tensor, context: Context) -> bool:
-    """Whether the loop supports the conditioners' inputs: x, a time for all samples, a context per sample."""
+    """Whether the loop supports the conditioners' inputs: x, a time for all samples, a context [B or 1, C]."""
     given, t = context.get("context"), context.get("t")
     if x.ndim != 2 or not context.keys() <= {"t", "context"} or (isinstance(t, Tensor) and t.ndim > 0):
         return False
     if given is None:
         return True
     alike = isinstance(given, Tensor) and (given.dtype, given.device) == (x.dtype, x.device)
-    return alike and given.ndim == 2 and given.shape[0] == x.shape[0]
+    return alike and given.ndim == 2 and given.shape[0] in (1, x.shape[0])
 
 
 # Kernels, layer by layer.
