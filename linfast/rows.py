@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import chosen_backend
+from .dispatch import chosen_backend, is_transformed
 
 Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -94,6 +94,17 @@ def is_short(given: Any, least: float) -> bool:
     if torch.compiler.is_compiling():  # it never cuts, and would guard on the comparison
         return True
     return not x.ndim or x.shape[0] < least * torch.get_num_threads()
+
+
+def one_row(rows: Tensor) -> Tensor:
+    """Rows [B, C] as [1, C] where one row was expanded to all, with stride 0; others as they are.
+
+    The rows of an expanded tensor that requires a gradient, or is transformed by torch.func, count as different:
+    each has its own gradient. Under torch.compile none is looked for.
+    """
+    if torch.compiler.is_compiling() or rows.shape[0] < 2 or rows.stride(0):
+        return rows
+    return rows if rows.requires_grad or is_transformed() else rows[:1]
 
 
 def by_rows(work: Callable[..., Any], x: Tensor, rows: int, *more: Any) -> tuple[Tensor, Any]:
