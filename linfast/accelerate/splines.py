@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,14 +37,6 @@ _HIDDEN = ("hidden_features", "hidden_channels")
 
 class _Other(Exception):
     """The library's own code is to run."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a plan computes once: which features move, and how many a recognised conditioner's check takes."""
-
-    split: Split
-    features: int | None
 
 
 # The spline of a set of features
@@ -80,7 +71,7 @@ def _apply(
     if params.shape[1:] != (*x.shape[1:], spline.per_feature) or x.dtype != params.dtype:
         raise _Other
     if tails is None:
-        if x.is_cpu and not (x.numel() and float(x.min()) >= 0 and float(x.max()) <= 1):
+        if x.is_cpu and not (x.numel() and all(0 <= end <= 1 for end in x.detach().aminmax())):
             raise _Other
         bound = None
     listed = isinstance(tails, list | tuple)
@@ -97,7 +88,7 @@ def _apply(
 
 
 def _with_ends(params: Tensor, linear: Sequence[bool], spline: Spline) -> Tensor:
-    """params [B, D, 3 K + 1] with a slope of 1 at both ends of linear features, and one slope at those of others."""
+    """params [B, D, 3 K + 1] with slope 1 at both ends of linear features, and equal slopes at those of others."""
     one = math.log(math.expm1(1 - spline.min_derivative))
     planes = params.permute(1, 2, 0)
     first = planes[:, 2 * spline.bins : 2 * spline.bins + 1]
@@ -164,9 +155,9 @@ def _run(transform: Any, x: Any, context: Any, inverse: bool) -> tuple[Tensor, T
     plan = vars(transform)[PLAN]
     if type(x) not in (Tensor, nn.Parameter) or x.ndim not in (2, 4) or x.shape[1] != transform.features:
         return None
-    if autocast_dtype(x.device.type) is not None:
+    if autocast_dtype(x.device.type) is not None or (x.ndim > 2 and isinstance(transform.tail_bound, Tensor)):
         return None
-    split = plan.layout.split
+    split = plan.layout
     kept, moved = split.parts(transform.features, x.device)
     net = _Net(transform.transform_net, x[:, kept], context)
     rows = rows_at_once(x, lambda: net.widths)
@@ -219,6 +210,20 @@ def _find(transform: Any, cdf: tuple[str, str], tails: tuple[Any, ...]) -> tuple
     return f"rational-quadratic spline coupling, {transform.num_bins} bins, {words} tails, mask {split.kind}", split
 
 
+_ROWS = 4  # of a batch in the check
+
+
+def _both_ways(transform: Any, draw: Draw, shape: Sequence[int], context: Tensor | None) -> list[Tensor]:
+    """The outputs of both directions, on values inside the interval and, where there are tails, outside too."""
+    bound = torch.as_tensor(transform.tail_bound).max()
+    outputs: list[Tensor] = []
+    for size in (0.5, 1.5):
+        for run in (transform.forward, transform.inverse):
+            x = draw(_ROWS, *shape)
+            outputs += run(x.sigmoid() if transform.tails is None else x * (size * bound), context)
+    return outputs
+
+
 _ASSUMES = (
     "_transform_dim_multiplier",
     "_piecewise_cdf",
@@ -240,46 +245,46 @@ def spline_coupling(
 
     def plan(transform: Any, options: Options) -> Plan:
         text, split = _find(transform, cdf, tails)
-        return Plan(text, layout=Layout(split, None))
+        known = find_residual(transform.transform_net) or find_mlp(transform.transform_net)
+        return Plan(text, layout=split, vectors=None if known is None else transform.features)
 
-    def method(inverse: bool) -> Callable[..., Any]:
+    def method(name: str) -> Callable[..., Any]:
         def run(transform: Any, inputs: Any, context: Any = None) -> Any:
-            outputs = _run(transform, inputs, context, inverse)
+            outputs = _run(transform, inputs, context, name == "inverse")
             if outputs is not None:
                 return outputs
-            return getattr(transform._linfast_original, "inverse" if inverse else "forward")(
-                transform, inputs, context
-            )
+            return getattr(transform._linfast_original, name)(transform, inputs, context)
 
         return run
-
-    def both_ways(transform: Any, x: Tensor, context: Tensor | None) -> list[Tensor]:
-        return [*transform.forward(x, context), *transform.inverse(x, context)]
 
     def probe(transform: Any, draw: Draw) -> list[Tensor]:
         net, features = transform.transform_net, transform.features
         kept, moved = map(len, _find(transform, cdf, tails)[1].features_of(features))
-        stub = Stub(kept, moved * transform._transform_dim_multiplier(), draw)
+        transform.transform_net = stub = Stub(kept, moved * transform._transform_dim_multiplier(), draw)
         vars(stub).update({name: getattr(net, name) for name in _HIDDEN if hasattr(net, name)})
-        transform.transform_net = stub
-        outputs: list[Tensor] = []
-        for shape in ((4, features),):
-            for size in (0.5, 1.5):
-                x = draw(*shape)
-                x = x.sigmoid() if transform.tails is None else x * size
-                outputs += both_ways(transform, x, draw(2))
-        return outputs
+        own = transform.unconditional_transform
+        images = [own.unnormalized_widths.shape[1:-1]] if own is not None else [(), (2, 3)]
+        if isinstance(transform.tail_bound, Tensor):
+            images = [()]
+        return [t for image in images for t in _both_ways(transform, draw, (features, *image), draw(2))]
+
+    def with_own_net(transform: Any, draw: Draw, features: int) -> list[Tensor]:
+        found = find_residual(transform.transform_net)
+        kept = len(transform.identity_features)
+        size = 0 if found is None else found.network.first[0].shape[1] - kept
+        return _both_ways(transform, draw, (features,), draw(_ROWS, size) if size else None)
 
     return Adapter(
         library=library,
         where=where,
         name=name,
-        methods={"forward": method(False), "inverse": method(True)},
+        methods={name: method(name) for name in ("forward", "inverse")},
         plan=plan,
         probe=probe,
         masks=lambda transform: (transform.identity_features, transform.transform_features),
         assumes=_ASSUMES,
         inner=lambda transform: [m for m in (transform.unconditional_transform,) if m is not None],
         conditioners=lambda transform: (transform.transform_net,),
+        vectors=with_own_net,
         many_steps=True,
     )
