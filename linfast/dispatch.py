@@ -44,6 +44,11 @@ def has_global_hook() -> bool:
     return nn.modules.module._has_any_global_hook()
 
 
+def is_transformed() -> bool:
+    """Whether a transform of torch.func, or a forward-mode derivative, is being computed."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable | None:
     """A key of all that the code to run depends on, besides the model; None where the choice must not be cached."""
     if has_global_hook() or any(isinstance(value, Tensor) for value in context.values()):

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_counts, check_dense, check_flag, check_kind
-from .dispatch import cat, check_values, has_values
-from .nets import SinusoidalEmbedding, check_context, check_input, check_time_features, embed_time, zero_layer
+from .conditioning import SinusoidalEmbedding, check_time_features, conditions
+from .dispatch import check_values, has_values
+from .nets import check_input, linear_of, zero_layer
 from .ops.autoregressive_masks import AutoregressiveMasks
 from .ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_network
 from .ranges import range_
@@ -40,8 +41,8 @@ class MaskedMLP(nn.Module):
         residual: each width after the first, which must equal it, is a block of two layers whose result is added to
             its input, in place of one layer.
         time_features: size of a sinusoidal embedding of ``t``; 0 for none.
-        context_features: size n of a ``context`` [B, n]; 0 for none. A linear map of the embedded time and the
-            context is added to the first hidden layer.
+        context_features: size n of a ``context`` [B, n], or [1, n] for all samples; 0 for none. A linear map of the
+            embedded time and the context is added to the first hidden layer.
         feature_order: the features, first to last, a permutation of 0 .. D - 1; None for 0, 1, .., D - 1. It is a
             buffer, which ``load_state_dict`` sets too.
 
@@ -115,21 +116,16 @@ class MaskedMLP(nn.Module):
         Raises:
             ValueError: a layer is not an nn.Linear, or has a hook, such as pruning's: it would not run.
         """
-        layers: list[Any] = list(self.layers)
-        for i, layer in enumerate(layers):
-            if not isinstance(layer, nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
-                kind = type(layer).__name__
-                raise ValueError(f"MaskedMLP: layers[{i}] must be an nn.Linear without forward hooks; got {kind}")
-        return [layer.weight for layer in layers], [layer.bias for layer in layers]
+        found = [linear_of("MaskedMLP", f"layers[{i}]", layer) for i, layer in enumerate(self.layers)]
+        return [weight for weight, _ in found], [bias for _, bias in found]
 
     def extras(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Extras:
         """What t and context add to the hidden layers, as ``lf.ops.masked_autoregressive`` takes it."""
         check_input("MaskedMLP", x, self.layers)
         if x.ndim != 2 or x.shape[1] != self.features:
             raise ValueError(f"MaskedMLP: x must be [B, {self.features}]; got {tuple(x.shape)}")
-        check_context("MaskedMLP", context, x, self.context_features)
-        given = [part for part in (embed_time(self.embedding, t, x, "MaskedMLP"), context) if part is not None]
-        term = None if self.condition is None else self.condition(cat(given, dim=-1))
+        given = conditions("MaskedMLP", self.embedding, t, context, x, self.context_features)
+        term = None if self.condition is None else self.condition(given).expand(x.shape[0], -1)
         return ((term, None), *((None, None),) * (len(self.layers) - 2))
 
     def extra_repr(self) -> str:

@@ -20,10 +20,11 @@ from .flows.bijection import Conditioned
 from .flows.flow import Flow
 from .flows.match import Launch, match, mode_for
 from .flows.segments import Couplings
-from .flows.stack import FlowStack, are_plain, is_plain, stack_of
+from .flows.stack import FlowStack, stack_of
 from .freeze import kept, kept_values
 from .kernels.stack_configs import StackConfig, config_for, target_of
 from .kernels.stack_spec import StackSpec
+from .nets import are_plain, is_plain
 from .operators.base import LatentOperator
 from .operators.dense import Dense
 from .operators.diagonal import Diagonal

@@ -9,27 +9,19 @@ Linearizer of couplings equals its operator A.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import (
-    check_choice,
-    check_count,
-    check_counts,
-    check_dense,
-    check_flag,
-    check_like,
-    check_number,
-    check_tensor,
-    check_time,
-)
-from .dispatch import cat, outside_autocast
+from .checks import check_choice, check_count, check_counts, check_dense, check_flag, check_like
+from .conditioning import SinusoidalEmbedding, check_time_features, conditions, embed_time
+from .dispatch import cat, has_global_hook, outside_autocast
 from .ops.activations import ACTIVATION_NAMES, ACTIVATIONS
+from .ops.plain_couplings import absorb
 from .ranges import range_
 
 
@@ -43,74 +35,6 @@ def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
         check_dense("x", x)
 
 
-def check_time_features(features: int, least: int = 0) -> int:
-    """``features`` as an int; ValueError unless even and at least 4, or 0 (no embedding) if ``least`` is 0."""
-    features = check_count("time_features", features, least)
-    if features and (features < 4 or features % 2):
-        raise ValueError(
-            f"time_features must be even and at least 4{' or 0' if least == 0 else ''}; got {features}"
-        )
-    return features
-
-
-class SinusoidalEmbedding(nn.Module):
-    """t [B] -> [sin(scale t w_k) | cos(scale t w_k)] [B, features], w_k geometric from 1 to 1 / max_period.
-
-    Args:
-        features: even, at least 4.
-        max_period, scale: the longest period in t is 2 pi max_period / scale.
-    """
-
-    def __init__(self, features: int, max_period: float = 10000.0, scale: float = 1.0) -> None:
-        super().__init__()
-        self.features = check_count("features", features, least=4)
-        if self.features % 2:
-            raise ValueError(f"features must be even and at least 4; got {features}")
-        self.max_period = check_number("max_period", max_period, least=0.0, above=True)
-        self.scale = check_number("scale", scale)
-
-    def forward(self, t: Tensor) -> Tensor:
-        check_tensor("t", t)
-        if t.ndim != 1:
-            raise ValueError(f"t must be [B]; got {tuple(t.shape)}")
-        half = self.features // 2
-        k = torch.arange(half, device=t.device, dtype=t.dtype)
-        angles = (self.scale * t)[:, None] * torch.exp(k * (-math.log(self.max_period) / (half - 1)))
-        return cat((angles.sin(), angles.cos()), dim=-1)
-
-
-def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) -> Tensor | None:
-    """t as a tensor, [1] for a number or a 0-d tensor, else [B]; ValueError unless ``timed`` is (t is given)."""
-    if timed != (t is not None):
-        what = "needs t=" if timed else "was built without time_features"
-        raise ValueError(f"{name} {what}; got t={t!r}")
-    if t is None:
-        return None
-    check_time(t, like, like.shape[0])
-    if not isinstance(t, Tensor):  # on a GPU as_tensor would wait for a copy
-        return torch.full((1,), t, dtype=like.dtype, device=like.device)
-    return t.to(like).reshape(-1)
-
-
-def embed_time(
-    embedding: SinusoidalEmbedding | None, t: float | Tensor | None, like: Tensor, name: str
-) -> Tensor | None:
-    """The embedding [B, features] of t; ValueError where only one of t and ``embedding`` is given."""
-    times = time_rows(t, like, embedding is not None, name)
-    return None if embedding is None or times is None else embedding(times.expand(like.shape[0]))
-
-
-def check_context(kind: str, context: Any, x: Tensor, features: int) -> None:
-    """Raise unless the context is [B, features] and like x [B, ...], or None where ``features`` is 0."""
-    if (context is None) != (features == 0):
-        raise ValueError(f"{kind} has context_features={features}; got context={context!r}")
-    if context is not None:
-        check_like(kind, "context", context, x)
-        if context.shape != (x.shape[0], features):
-            wanted = f"[{x.shape[0]}, {features}]"
-            raise ValueError(f"context must be {wanted} for x {tuple(x.shape)}; got {tuple(context.shape)}")
-
-
 class MLP(nn.Module):
     """Linear layers with activations between them: [B, n_in] -> [B, n_out].
 
@@ -120,7 +44,8 @@ class MLP(nn.Module):
         activation: relu, silu, tanh or gelu.
         bias: whether the linear layers have one.
         time_features: size of a sinusoidal embedding of ``t``, appended to x; 0 for none.
-        context_features: size n of a ``context`` [B, n], appended to the input; 0 for none.
+        context_features: size n of a ``context`` [B, n], or [1, n] for all samples, appended to the input; 0 for
+            none.
         zero_last: start the last layer at zero.
 
     Raises:
@@ -157,32 +82,36 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, n_out] for x [B, n_in]."""
         with range_("forward", self):
-            inputs = self._inputs(x, t, context)
-            h = cat(inputs, dim=-1) if len(inputs) > 1 else inputs[0]
+            h = self._first(x, t, context)
             activate = ACTIVATIONS[self.activation]
-            for layer in self.layers[:-1]:
-                h = activate(layer(h))
-            return self.layers[-1](h)
+            for layer in self.layers[1:]:
+                h = layer(activate(h))
+            return h
 
     @outside_autocast
-    def folded(self, t: float | Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
-        """(weights, biases) of an equal network of x alone: the first bias contains t, the same for all samples."""
+    def folded(
+        self, t: float | Tensor | None = None, context: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """(weights, biases) of an equal network of x alone, for a time and a context [1, C] of all samples."""
         layers: list[Any] = list(self.layers)
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-        time = embed_time(self.embedding, t, weights[0][:1], "MLP")
-        if time is not None:
-            shift = weights[0][:, self.n_in :] @ time[0]
-            weights[0] = weights[0][:, : self.n_in]
-            biases[0] = shift if biases[0] is None else biases[0] + shift
+        given = conditions("MLP", self.embedding, t, context, weights[0][:1], self.context_features)
+        if given is not None:
+            weights[0], biases[0] = absorb(weights[0], biases[0], given)
         return weights, biases
 
-    def _inputs(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> list[Tensor]:
+    def _first(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> Tensor:
+        """The first layer's result, from x, the time and the context."""
         check_input("MLP", x, self.layers)
         if x.ndim != 2 or x.shape[-1] != self.n_in:
             raise ValueError(f"MLP: x must be [B, {self.n_in}]; got {tuple(x.shape)}")
-        check_context("MLP", context, x, self.context_features)
-        time = embed_time(self.embedding, t, x, "MLP")
-        return [part for part in (x, time, context) if part is not None]
+        given = conditions("MLP", self.embedding, t, context, x, self.context_features)
+        layer = self.layers[0]
+        if given is None:
+            return layer(x)
+        if given.shape[0] == 1 != x.shape[0] and is_plain(layer, (nn.Linear,)) and not has_global_hook():
+            return F.linear(x, *absorb(layer.weight, layer.bias, given))
+        return layer(cat((x, given.expand(x.shape[0], -1)), dim=-1))
 
 
 class ConvNet(nn.Module):
@@ -236,6 +165,33 @@ class ConvNet(nn.Module):
             if time is not None and self.time_shift is not None:
                 h = h + self.time_shift(time)[:, :, None, None]
             return self.layers[2](activate(self.layers[1](activate(h))))
+
+
+def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether the layer's class is one of these and it has no hooks; a parametrized layer has a new class."""
+    return are_plain((layer,), kinds)
+
+
+def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
+    """``is_plain`` of each of these layers."""
+    for layer in layers:
+        if (
+            type(layer) not in kinds
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or "forward" in vars(layer)
+        ):
+            return False
+    return True
+
+
+def linear_of(kind: str, name: str, layer: Any) -> tuple[Tensor, Tensor | None]:
+    """The layer's weight and bias; ValueError unless it is an nn.Linear without a hook, which would not run."""
+    if not isinstance(layer, nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError(f"{kind}: {name} must be an nn.Linear without forward hooks; got {type(layer).__name__}")
+    return layer.weight, layer.bias
 
 
 def zero_layer(layer: nn.Module) -> None:

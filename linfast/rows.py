@@ -12,6 +12,7 @@ torch.jit.trace the batch is not cut, because the graph would contain the layers
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import chosen_backend
+from .dispatch import chosen_backend, is_transformed
 
 Work = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -95,7 +96,22 @@ def is_short(given: Any, least: float) -> bool:
     return not x.ndim or x.shape[0] < least * torch.get_num_threads()
 
 
-def by_rows(work: Work, x: Tensor, rows: int) -> tuple[Tensor, Any]:
-    """``work``, which returns (y [b, ...], log_det [b] or None), on each b = ``rows`` rows of x, concatenated."""
-    ys, log_dets = zip(*[work(part) for part in x.split(rows)], strict=True)
+def one_row(rows: Tensor) -> Tensor:
+    """Rows [B, C] as [1, C] where one row was expanded to all, with stride 0; others as they are.
+
+    The rows of an expanded tensor that requires a gradient, or is transformed by torch.func, count as different:
+    each has its own gradient. Under torch.compile none is looked for.
+    """
+    if torch.compiler.is_compiling() or rows.shape[0] < 2 or rows.stride(0):
+        return rows
+    return rows if rows.requires_grad or is_transformed() else rows[:1]
+
+
+def by_rows(work: Callable[..., Any], x: Tensor, rows: int, *more: Any) -> tuple[Tensor, Any]:
+    """``work``, which returns (y [b, ...], log_det [b] or None), on each b = ``rows`` rows of x, concatenated.
+
+    ``work`` takes these rows, and those of each of ``more``: tensors of as many rows, or None.
+    """
+    parts = [itertools.repeat(None) if each is None else each.split(rows) for each in more]
+    ys, log_dets = zip(*[work(*part) for part in zip(x.split(rows), *parts, strict=False)], strict=True)
     return torch.cat(ys), None if log_dets[0] is None else torch.cat(log_dets)

@@ -38,6 +38,7 @@ class Plan:
         note: the report's note on a defect of the original that was fixed or kept.
         layout: values that the replaced methods need at every call and that are computed once.
         takes_precision: whether that code has matrix products of its own, which follow ``options.precision``.
+        vectors: the number of features of the vectors on which the check also runs its own conditioners, if any.
         kind: what else tells its code apart from another instance's; the check runs once for equal ones.
         options: the options of ``accelerate``. ``plan_for`` fills in this field and the next three.
         seen: the tensors that the plan depends on, each with its version counter at that time.
@@ -50,6 +51,7 @@ class Plan:
     note: str = ""
     layout: Any = None
     takes_precision: bool = False
+    vectors: int | None = None
     kind: Hashable = ()
     options: Options = Options()
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)

@@ -188,7 +188,7 @@ def chain_adapter(
             fused = Fused(chain, flat, run_part, maps, options)
             like = next(p for p in chain.parameters() if p.is_floating_point())
             one = fused.launch is not None and fused.launch.has_tile(like, options.precision)
-            return Plan(fused.describe(like), layout=fused, takes_precision=one)
+            return Plan(fused.describe(like), layout=fused, takes_precision=one, vectors=fused.features)
         parts = find(chain)
         check_parts(parts)
         return Plan(f"{len(parts)} steps, rebuilt in the backward", layout=find)

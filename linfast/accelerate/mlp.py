@@ -82,7 +82,7 @@ def find_mlp(module: object) -> MLP | None:
     parts = _parts(module)
     if parts is None or len(parts) % 2 == 0:
         return None
-    layers, activations = [_layer(part) for part in parts[::2]], {activation_of(part) for part in parts[1::2]}
+    layers, activations = [layer_of(part) for part in parts[::2]], {activation_of(part) for part in parts[1::2]}
     if any(layer is None for layer in layers) or None in activations or len(activations) > 1:
         return None
     name, constants = activations.pop() if activations else ("none", ())  # type: ignore[misc]
@@ -100,13 +100,13 @@ def _parts(module: object) -> list[Any] | None:
     kind: Any = type(module)
     if not isinstance(module, nn.Module) or not _is_plain(module):
         return None
-    if kind is nn.Sequential or (_is(kind, "zuko.nn", "MLP") and kind.forward is nn.Sequential.forward):
+    if kind is nn.Sequential or (is_class(kind, "zuko.nn", "MLP") and kind.forward is nn.Sequential.forward):
         nested = [_parts(c) if type(c) is nn.Sequential else [c] for c in module._modules.values()]
         if any(found is None for found in nested) or not _forward_of(nn.Sequential).is_own:
             return None
         return [part for found in nested if found is not None for part in found]
     forward = _forward_of(kind)
-    if forward.is_own and kind.__module__ in _NFLOWS and _is(kind, kind.__module__, "MLP"):
+    if forward.is_own and kind.__module__ in _NFLOWS and is_class(kind, kind.__module__, "MLP"):
         return _nflows_parts(module, getattr(module, _NFLOWS[kind.__module__]))
     return None if forward.child is None else _parts(module._modules.get(forward.child))
 
@@ -178,7 +178,7 @@ def _read_child(forward: Any) -> str | None:
     return None
 
 
-def _is(kind: type, where: str, name: str) -> bool:
+def is_class(kind: type, where: str, name: str) -> bool:
     """Whether this is the class of this name of this imported module."""
     return kind.__name__ == name and kind is find_class(where, name)
 
@@ -189,14 +189,14 @@ def _is_plain(module: nn.Module) -> bool:
     return "forward" not in own and not any(own[name] for name in HOOKS)
 
 
-def _is_untouched(module: nn.Module) -> bool:
+def is_untouched(module: nn.Module) -> bool:
     """Whether it ``_is_plain`` and the forward is the one in the class's own body."""
     return _is_plain(module) and _forward_of(type(module)).is_own
 
 
-def _layer(part: Any) -> tuple[Tensor, Tensor | None] | None:
+def layer_of(part: Any) -> tuple[Tensor, Tensor | None] | None:
     kind = type(part)
-    if not (kind is nn.Linear or _is(kind, "zuko.nn", "Linear")) or not _is_untouched(part):
+    if not (kind is nn.Linear or is_class(kind, "zuko.nn", "Linear")) or not is_untouched(part):
         return None
     weight, bias = part._parameters.get("weight"), part._parameters.get("bias")
     if not isinstance(weight, Tensor) or weight.ndim != 2:
@@ -209,7 +209,7 @@ def activation_of(part: Any) -> tuple[str, tuple[float | str, ...]] | None:
         function = _FUNCTIONS.get(part) if callable(part) else None
         return None if function is None else (function, ())
     found = _ACTIVATIONS.get(type(part))
-    if found is None or not _is_untouched(part):
+    if found is None or not is_untouched(part):
         return None
     name, *settings = found
     values = [getattr(part, setting) for setting in settings]

@@ -76,6 +76,15 @@ def split_of(passes: Tensor) -> Split:
     return Split("gather", features=n, indices=(kept, moved))
 
 
+def split_of_indices(features: int, kept: Tensor, moved: Tensor) -> Split:
+    """The Split of the indices of the kept and of the moved features; raises Unfit where they are not in order."""
+    passes = torch.ones(features, dtype=torch.bool, device=moved.device)
+    passes[moved] = False
+    if not torch.equal(passes.nonzero().squeeze(1), kept):
+        raise Unfit("its features are not in order")
+    return split_of(passes)
+
+
 @dataclass(frozen=True)
 class Tail:
     """How a conditioner's output gives a shift and a scale.

@@ -97,8 +97,11 @@ class _Case:
 def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterator[_Case]:
     """With stubs as conditioners, in both dtypes; with its own, where it would run in one launch or one loop."""
     layers = _CHAIN if adapter.chain or adapter.many_steps else 1
-    features = plan.layout.features if isinstance(plan.layout, Fused) else None
-    if features is None:
+    features, what = (
+        plan.vectors,
+        "its couplings together" if adapter.chain else "the layer with its own conditioner",
+    )
+    if not isinstance(plan.layout, Fused):
         emptied = {id(uncompiled(m)) for of in (adapter.conditioners, adapter.emptied) for m in of(instance)}
         # A class that people copy may behave differently in the other mode, for instance by dropout.
         modes = (None,) if isinstance(adapter.where, str) else (True, False)
@@ -110,11 +113,10 @@ def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterato
             yield _Case(adapter.probe, dtype, allowed, "it", f" in {str(dtype)[6:]}", emptied, training)
         if adapter.is_coupling and uses_triton(like):
             launch = lone_launch(adapter.members(instance, plan.layout), like, plan.options.precision)
-            features = None if launch is None else launch.features
+            features, what = None if launch is None else launch.features, "the layer in one launch"
     if features is not None:
         mode = resolve_precision(like, plan.options.precision)
         allowed = max(_TOLERANCES.get(like.dtype, 0.0), _OF_MODES[mode]) * layers
-        what = "its couplings together" if adapter.chain else "the layer in one launch"
         probe = lambda copied, draw: adapter.vectors(copied, draw, features)  # noqa: E731
         yield _Case(probe, like.dtype, allowed, what)
 

@@ -1,7 +1,9 @@
 """Invertible networks g: bijections, couplings and the flows built of them."""
 
+from ..conditioning import SinusoidalEmbedding
 from ..masked_net import MaskedMLP
-from ..nets import MLP, ConvNet, SinusoidalEmbedding
+from ..nets import MLP, ConvNet
+from ..residual_net import ResidualMLP
 from .actnorm import ActNorm
 from .autoregressive import MaskedAutoregressive
 from .bijection import Bijection, Conditioned, Inverse, same_space
@@ -28,6 +30,7 @@ __all__ = [
     "MaskedMLP",
     "Mix",
     "Permute",
+    "ResidualMLP",
     "SinusoidalEmbedding",
     "SplineCoupling",
     "Squeeze",

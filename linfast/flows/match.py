@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..dispatch import call_key, has_global_hook, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
-from ..nets import MLP
+from ..nets import MLP, are_plain, is_plain
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import stack_spec
@@ -39,7 +39,7 @@ from .couplings import AffineCoupling
 from .remembered import recall, remember
 from .segments import Couplings, Folded, OneLaunch, Segment, Single
 from .splines import SplineCoupling
-from .stack import PRODUCTS, are_plain, is_linear, is_plain, recognise, stack_of
+from .stack import PRODUCTS, is_linear, recognise, stack_of
 from .undo import Context, Outputs
 
 
@@ -211,14 +211,14 @@ def _recognised(layers: Iterable[Any], x: Tensor, context: Context, takes: bool)
 
 
 def _in_common(x: Tensor, context: Context) -> bool:
-    """Whether the loop supports the conditioners' inputs: x, a time for all samples, a context per sample."""
+    """Whether the loop supports the conditioners' inputs: x, a time for all samples, a context [B or 1, C]."""
     given, t = context.get("context"), context.get("t")
     if x.ndim != 2 or not context.keys() <= {"t", "context"} or (isinstance(t, Tensor) and t.ndim > 0):
         return False
     if given is None:
         return True
     alike = isinstance(given, Tensor) and (given.dtype, given.device) == (x.dtype, x.device)
-    return alike and given.ndim == 2 and given.shape[0] == x.shape[0]
+    return alike and given.ndim == 2 and given.shape[0] in (1, x.shape[0])
 
 
 # Kernels, layer by layer.

@@ -34,7 +34,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_choice, check_kind, check_tensor
-from ..dispatch import capturing, has_values
+from ..dispatch import capturing, has_values, is_transformed
 from .drift import DRIFT_BUDGETS, Checksum, DriftGuard, drift_budget
 from .replay import Replay, keeps_a_piece, read_from_outside
 from .undo import Backward, Context, Cotangents, Made, Outputs, Undone, sum_of, undo
@@ -146,7 +146,7 @@ def inverts(memory: str, x: Tensor, stored: float, walks: bool = False) -> bool:
     """
     if memory == "store" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if is_transformed():
         return False
     most = AUTO_BYTES_WITH_WALKS if walks else AUTO_BYTES
     return x.dtype in DRIFT_BUDGETS and (memory == "invert" or stored * x.numel() * x.element_size() > most)

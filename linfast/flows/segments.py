@@ -20,6 +20,7 @@ from ..ops.channel_mix import channel_mix
 from ..ops.coupling_stack import run_packed
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..ops.stack_weights import CouplingStack, PackedStack
+from ..rows import one_row
 from .bijection import Bijection, constant_log_det, run, wide
 from .couplings import AffineCoupling
 from .undo import Context, Outputs
@@ -76,7 +77,8 @@ class Couplings:
 
     def __call__(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         if x.ndim == 2 and x.shape[1] == self.features and x.dtype == self.dtype:
-            return run_couplings(x, self.couplings, context.get("context"), inverse, log_det)
+            given = context.get("context")
+            return run_couplings(x, self.couplings, None if given is None else one_row(given), inverse, log_det)
         total: Tensor | None = None
         for layer in reversed(self.layers) if inverse else self.layers:
             x, part = run(layer, x, context, inverse, log_det)

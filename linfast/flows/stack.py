@@ -4,12 +4,12 @@
 
 on vectors x [B, D], where the halves move in turn, the couplings share scale map and order, and their MLPs share
 activation and depth. Only unmodified layers may be replaced: no hook, no parametrization, no subclass, no sharded
-weight. A constant time is folded into the first biases: W [k | e(t)] + b = W_k k + b'.
+weight. A constant time, and a context of one row, are folded into the first biases: W [k | e(t)] + b = W_k k + b'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
-from ..nets import MLP
+from ..nets import MLP, are_plain, is_plain
 from ..ops.affine_coupling import HALVES
 from ..ops.stack_weights import AffineMap, CouplingLayer, CouplingStack
+from ..rows import one_row
 from .actnorm import ActNorm
 from .couplings import AffineCoupling
 from .mix import Householder, Mix, Permute
@@ -31,26 +32,6 @@ _LINEAR = (*PRODUCTS, Permute, ActNorm)
 _MOST_LINEAR = 4  # linear layers of a conditioner that the kernel supports
 _WHOLE_WEIGHTS = (torch.Tensor, nn.Parameter)
 _OWN_INPUT = "its conditioner has a separate input per sample"
-
-
-def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether the layer's class is one of these and it has no hooks; a parametrized layer has a new class."""
-    return are_plain((layer,), kinds)
-
-
-def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
-    """``is_plain`` of each of these layers."""
-    for layer in layers:
-        if (
-            type(layer) not in kinds
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-            or "forward" in vars(layer)
-        ):
-            return False
-    return True
 
 
 def is_linear(layer: Any) -> bool:
@@ -75,8 +56,10 @@ class Known(NamedTuple):
     context: int
 
 
-def recognise(layer: Any, x: Tensor, context: Context) -> Known | str:
+def recognise(layer: Any, x: Tensor, context: Context, folds: bool = False) -> Known | str:
     """The coupling's current weights, for inputs such as x [B, D] in this context; or why it is not recognised.
+
+    ``folds``: a context of one row is folded into the first bias, as a constant time always is.
 
     It runs at every call. Submodules and parameters are read from the modules' own dicts: ``nn.Module.__getattr__``
     takes a microsecond for each, which is a fifth of a coupling's time at batch 1.
@@ -93,7 +76,8 @@ def recognise(layer: Any, x: Tensor, context: Context) -> Known | str:
     per_sample = isinstance(t, Tensor) and t.ndim > 0
     if mlp.context_features != joined or bool(mlp.time_features) != (t is not None) or per_sample:
         return _OWN_INPUT
-    if mlp.time_features and joined:  # W [k | e(t) | context]: the time is in the middle
+    folds = folds and given is not None and given.dtype == x.dtype and one_row(given).shape[0] == 1
+    if mlp.time_features and joined and not folds:  # W [k | e(t) | context]: the time is in the middle
         return _OWN_INPUT
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
@@ -113,9 +97,9 @@ def recognise(layer: Any, x: Tensor, context: Context) -> Known | str:
     n_in = layer.features - moved + mlp.time_features + joined
     if weights[0].shape[1] != n_in or weights[-1].shape[0] != 2 * moved:
         return "its conditioner does not fit the halves"
-    if t is not None:
-        weights, biases = mlp.folded(t)
-    return Known(layer, mlp.activation, weights, biases, joined)
+    if t is not None or folds:
+        weights, biases = mlp.folded(t, one_row(given) if folds else None)
+    return Known(layer, mlp.activation, weights, biases, 0 if folds else joined)
 
 
 @dataclass(frozen=True)
@@ -193,7 +177,7 @@ def stack_of(layers: nn.ModuleList, x: Tensor, context: Context) -> FlowStack | 
         if type(layer) is not AffineCoupling and is_linear(layer):
             rows[-1].append(layer)
             continue
-        known = recognise(layer, x, context)
+        known = recognise(layer, x, context, folds=True)
         if isinstance(known, str):
             return f"layer {i}: {known}"
         if known.context:

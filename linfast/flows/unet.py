@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_flag, check_number
+from ..conditioning import SinusoidalEmbedding, check_time_features, time_rows
 from ..dispatch import autocast_dtype
 from ..freeze import derived
-from ..nets import SinusoidalEmbedding, check_input, check_time_features, time_rows
+from ..nets import check_input
 from .unet_blocks import ResidualBlock, conv3x3, in_nchw, norm, start
 
 

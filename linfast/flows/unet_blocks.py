@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dispatch import uses_triton
+from ..nets import is_plain
 from ..ops.conv2d_fused import conv2d_fused
 from ..ops.group_norm_silu import group_norm_silu
 from .reversible import inverts
-from .stack import is_plain
 
 SKIP_SCALE = math.sqrt(0.5)
 EPS = 1e-6

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_dense, check_number, check_time
+from ..conditioning import SinusoidalEmbedding, check_time_features
 from ..dispatch import tensors_of, uploaded
-from ..nets import MLP, SinusoidalEmbedding, check_time_features
+from ..nets import MLP
 from .base import LatentOperator
 from .dense import Leaf
 from .depthwise import DepthwiseConv, check_pair

@@ -14,24 +14,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.masked_spec import MaskedSpec
+from .activations import IN_PLACE
 
 Pair = tuple[Tensor | None, Tensor | None]
 Activation = Callable[[Tensor], Tensor]
-
-_IN_PLACE: dict[Any, Activation] = {
-    torch.relu: Tensor.relu_,
-    torch.tanh: Tensor.tanh_,
-    F.relu: Tensor.relu_,
-    F.elu: functools.partial(F.elu, inplace=True),
-    F.silu: functools.partial(F.silu, inplace=True),
-}
 
 
 class Network(NamedTuple):
@@ -142,7 +134,7 @@ def walk(net: Network, batch: int, solve: Solve) -> tuple[Tensor, Tensor]:
     # A layer's value has a tensor of its own only where a later layer adds it.
     values = [new(sizes[i], batch) if i in spec.adds else read for i, read in enumerate(reads[1:], 1)]
     values.append(new(sizes[-1], batch))  # the parameters
-    in_place = _IN_PLACE.get(net.activation)
+    in_place = IN_PLACE.get(net.activation)
     for layer, rows, start, stop, completes, features in _steps(spec, batch < _SIZES.short):
         value, read = values[layer - 1][rows], reads[layer - 1]
         if start is not None:

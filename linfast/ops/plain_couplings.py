@@ -61,18 +61,24 @@ def run_couplings(
     Args:
         x: [B, D].
         couplings: at least one; their shapes are not checked.
-        context: [B, C], appended to every conditioner's input, or None.
+        context: [B, C], or [1, C] for all samples, appended to every conditioner's input; or None.
         first: features in the first half; None for half of them, rounded up.
     """
     dtype, first = x.dtype, (x.shape[1] + 1) // 2 if first is None else first
     wide = torch.promote_types(dtype, torch.float32)
     same = dtype == wide  # on a small batch a cast to the same dtype takes as long as an elementwise operation
     halves = list(x.split((first, x.shape[1] - first), dim=1))
+    one_row = context is not None and context.shape[0] == 1 != x.shape[0]
     sums: list[Tensor | None] = [None, None]
     for weights, biases, activation, log_scale, scale_first, interleaved, moves, raw_first, raw_net, factor in (
         reversed(couplings) if inverse else couplings
     ):
-        kept = h = halves[1 - moves] if context is None else cat((halves[1 - moves], context), dim=1)
+        kept = h = halves[1 - moves]
+        if context is not None and one_row:  # W [k | c] + b = W_k k + (W_c c + b)
+            weights, biases = _absorbed(weights, biases, context)
+            raw_net = None if raw_net is None else _absorbed(*raw_net, context)
+        elif context is not None:
+            kept = h = cat((kept, context), dim=1)
         last = len(weights) - 1
         for i in range(last):  # _mlp, inlined: at small batches a call per coupling is measurable
             h = activation(F.linear(h, weights[i], biases[i]))
@@ -109,6 +115,20 @@ def run_couplings(
     if total is None:
         return y, torch.zeros(x.shape[0], dtype=wide, device=x.device)
     return y, -total if inverse else total
+
+
+def _absorbed(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], context: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """The layers of an equal network without the context [1, C]."""
+    weight, shift = absorb(weights[0], biases[0], context)
+    return (weight, *weights[1:]), (shift, *biases[1:])
+
+
+def absorb(weight: Tensor, bias: Tensor | None, given: Tensor) -> tuple[Tensor, Tensor]:
+    """(W, V c + b): the layer [W | V], b, for one row c [1, n], as a layer of the other inputs alone."""
+    of_x, of_given = weight.split((weight.shape[1] - given.shape[1], given.shape[1]), dim=1)
+    return of_x, F.linear(given, of_given, bias)[0]
 
 
 def _mlp(

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_count, check_dense, check_function, check_kind, check_number, check_tensor
+from ..conditioning import SinusoidalEmbedding
 from ..dispatch import check_values
 from ..flows import MLP, Bijection
 from ..io import register
 from ..linearizer import Linearizer
-from ..nets import SinusoidalEmbedding
 from ..operators import DepthwiseConv, LatentOperator
 from ..operators.depthwise import check_pair
 from .objective import Objective, distance_of

@@ -16,7 +16,7 @@ from .zoo import KINDS, inputs, make, redraw, require, sweep
 
 LIBRARIES = [name for name in KINDS if name != "reference"]  # whose U-Nets take minutes in the interpreter
 # In a new model these differ from the first model's; test_draws_of_the_weights uses other weights.
-RANDOM_STRUCTURE = {"zuko random masks", "FrEIA all in one", "glasflow log2 lu"}
+RANDOM_STRUCTURE = {"zuko random masks", "FrEIA all in one", "glasflow log2 lu", "glasflow NSF"}
 # Run by the kernels: every layer that takes several launches, and of each library one that takes one launch.
 LAUNCHED = {name for name in LIBRARIES if not KINDS[name].whole} | {
     "normflows sigmoid channel_inv",

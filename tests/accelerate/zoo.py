@@ -226,6 +226,60 @@ def _nflows_image():
     )
 
 
+def _spline(masks: str, package: str = "nflows", context: int | None = CONTEXT, build_net=None, **options):
+    """Two spline couplings with residual networks, and an LU map between them."""
+
+    def build():
+        transforms, nets = require(f"{package}.transforms"), require(f"{package}.nn.nets")
+
+        def resnet(n_in, n_out):
+            return nets.ResidualNet(n_in, n_out, hidden_features=16, context_features=context, **net_options)
+
+        named = {"num_bins": 5, "tails": "linear", "tail_bound": 2.0, **options}
+        net_options = named.pop("net", {})
+        kind = transforms.PiecewiseRationalQuadraticCouplingTransform
+        one, two = (kind(mask, build_net or resnet, **named) for mask in _masks(masks))
+        between = [transforms.LULinear(FEATURES)] if named["tails"] else []
+        return transforms.CompositeTransform([one, *between, two]).eval()
+
+    return build
+
+
+def _run_bounded_alone(model, x, c):
+    return _run_nflows_alone(model, x.sigmoid(), c)
+
+
+def _spline_image():
+    coupling = require("nflows.transforms").PiecewiseRationalQuadraticCouplingTransform
+    options = {"num_bins": 4, "tails": "linear", "apply_unconditional_transform": True, "img_shape": [2, 3]}
+    transforms = [coupling(torch.tensor(mask), ConvNet, **options) for mask in ([1, -1] * 2, [0, 1, 1, 0])]
+    return require("nflows.transforms").CompositeTransform(transforms)
+
+
+def _normflows_spline(name: str = "CoupledRationalQuadraticSpline", **options):
+    def build():
+        nf = require("normflows")
+        named = {"num_context_channels": CONTEXT, "num_bins": 5, "activation": nn.ELU, **options}
+        kind = getattr(nf.flows, name)
+        flows = [kind(FEATURES, 2, 16, reverse_mask=reverse, **named) for reverse in (False, True)]
+        base = nf.distributions.DiagGaussian(FEATURES)
+        return nf.ConditionalNormalizingFlow(base, flows)
+
+    return build
+
+
+def _run_normflows_spline(model, x, c):
+    return [*model.forward_and_log_det(x, c), *model.inverse_and_log_det(x, c)]
+
+
+def _glasflow_nsf(**options):
+    def build():
+        nsf = require("glasflow").CouplingNSF
+        return nsf(FEATURES, 2, n_conditional_inputs=CONTEXT, n_neurons=16, **options).eval()
+
+    return build
+
+
 def _run_nflows(model, x, c):
     return [*model(x, c), *model.inverse(x, c)]
 
@@ -391,6 +445,47 @@ KINDS = {
             ("AffineCouplingOneSided", "ATAN", 4),
         )
     },
+    **{
+        f"nflows spline {masks}": Kind("nflows", _spline(masks), _run_nflows, 2)
+        for masks in ("alternate", "halves", "gather")
+    },
+    "nflows spline of all features": Kind(
+        "nflows", _spline("gather", context=None, apply_unconditional_transform=True), _run_nflows_alone, 2
+    ),
+    "nflows spline without tails": Kind(
+        "nflows",
+        _spline("alternate", context=None, tails=None, apply_unconditional_transform=True),
+        _run_bounded_alone,
+        2,
+    ),
+    "nflows spline batch norm": Kind(
+        "nflows", _spline("halves", net={"use_batch_norm": True, "activation": torch.tanh}), _run_nflows, 2
+    ),
+    "nflows spline MLP": Kind(
+        "nflows", _spline("alternate", build_net=lambda i, o: PassesOn(net(i, o))), _run_nflows_alone, 2
+    ),
+    "nflows spline image": Kind("nflows", _spline_image, _run_nflows, 2, shape=(4, 2, 3)),
+    "glasflow NSF": Kind("glasflow", _glasflow_nsf(linear_transform="lu"), _run_glasflow, 2),
+    "glasflow NSF batch norm": Kind(
+        "glasflow",
+        _glasflow_nsf(batch_norm_within_blocks=True, linear_transform="permutation"),
+        _run_glasflow,
+        2,
+    ),
+    "normflows spline": Kind("normflows", _normflows_spline(), _run_normflows_spline, 2),
+    "normflows spline circular": Kind(
+        "normflows", _normflows_spline(tails="circular", tail_bound=2.0), _run_normflows_spline, 2
+    ),
+    "normflows circular spline": Kind(
+        "normflows",
+        _normflows_spline(
+            "CircularCoupledRationalQuadraticSpline",
+            ind_circ=[0, 3],
+            tail_bound=torch.tensor([2.0, 3, 2, 4, 2, 5]),
+        ),
+        _run_normflows_spline,
+        2,
+    ),
     "FrEIA NICE": Kind("FrEIA", _freia("NICECouplingBlock"), _run_freia, 2, whole=4),
     "FrEIA NICE image": Kind(
         "FrEIA", _freia("NICECouplingBlock", (5, 2, 2), 2), _run_freia, 2, shape=(5, 2, 2), context=(2, 2, 2)
@@ -524,6 +619,13 @@ SOME = {
     "nflows image",
     "glasflow log2 lu",
     "glasflow MLP",
+    "nflows spline alternate",
+    "nflows spline of all features",
+    "nflows spline without tails",
+    "nflows spline image",
+    "glasflow NSF batch norm",
+    "normflows spline circular",
+    "normflows circular spline",
     "FrEIA GLOWCouplingBlock SIGMOID",
     "FrEIA RNVPCouplingBlock TANH",
     "FrEIA AffineCouplingOneSided ATAN",

@@ -26,7 +26,8 @@ from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..made import affine_of, made_adapter, spline_adapter
 from ..masked import Affine as Masked
-from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of
+from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of_indices
+from ..splines import spline_coupling
 from ..unknown import Layers
 
 _FLOOR = 1e-3
@@ -45,11 +46,7 @@ _KNOWN = {
 def _find(transform: Any) -> tuple[str, tuple[Split, Tail]]:
     if transform.unconditional_transform is not None:
         raise Unfit("it has an unconditional transform for the kept features")
-    passes = torch.ones(transform.features, dtype=torch.bool, device=transform.transform_features.device)
-    passes[transform.transform_features] = False
-    if not torch.equal(passes.nonzero().squeeze(1), transform.identity_features):
-        raise Unfit("its features are not in order")
-    split = split_of(passes)
+    split = split_of_indices(transform.features, transform.identity_features, transform.transform_features)
     if transform._transform_dim_multiplier() == 1:
         return f"additive coupling, mask {split.kind}", (split, ADDITIVE)
     activation = getattr(transform, "scale_activation", _sigmoid)  # an attribute of glasflow's instances
@@ -86,6 +83,15 @@ def coupling_of(library: str, where: str, name: str) -> Adapter:
         masks=lambda transform: (transform.identity_features, transform.transform_features),
         settings=("scale_activation", "unconditional_transform"),
         assumes=_ASSUMES,
+    )
+
+
+def spline_coupling_of(library: str, package: str) -> Adapter:
+    return spline_coupling(
+        library,
+        f"{package}.transforms.coupling",
+        "PiecewiseRationalQuadraticCouplingTransform",
+        (f"{package}.transforms.nonlinearities", "PiecewiseRationalQuadraticCDF"),
     )
 
 
@@ -211,6 +217,7 @@ ADAPTERS = (
     *masked_of("nflows", "nflows"),
     coupling_of("nflows", "nflows.transforms.coupling", "AffineCouplingTransform"),
     coupling_of("nflows", "nflows.transforms.coupling", "AdditiveCouplingTransform"),
+    spline_coupling_of("nflows", "nflows"),
     composite_of("nflows"),
 )
 

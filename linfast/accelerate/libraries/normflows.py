@@ -35,6 +35,7 @@ from ..launch import narrowed
 from ..made import affine_of, made_adapter, spline_adapter
 from ..mlp import find_mlp
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
+from ..splines import spline_coupling
 from ..unknown import Layers
 
 _TAILS = {
@@ -134,6 +135,17 @@ _MASKED_FLOW = coupling_adapter(
 )
 
 
+# The coupling that CoupledRationalQuadraticSpline and CircularCoupledRationalQuadraticSpline run
+
+_NEURAL_SPLINE = "normflows.flows.neural_spline.coupling"
+_SPLINE_COUPLING = spline_coupling(
+    "normflows",
+    _NEURAL_SPLINE,
+    "PiecewiseRationalQuadraticCoupling",
+    (_NEURAL_SPLINE, "PiecewiseRationalQuadraticCDF"),
+    tails=(None, "linear", "circular"),
+)
+
 # NormalizingFlow
 
 _flat = listed("flows", ("normflows.flows.affine.glow", "GlowBlock"))
@@ -167,11 +179,12 @@ def _lu_permute(flow: Any) -> Affine:
     return Affine(make, flow)
 
 
+_COUPLED = "CoupledRationalQuadraticSpline", "CircularCoupledRationalQuadraticSpline"  # they run a known coupling
 _MAPS = Maps(
     ("normflows",),
     ("forward", "inverse"),
     {"ActNorm": _constant, "AffineConstFlow": _constant, "LULinearPermute": _lu_permute, "Permute": _permutation},
-    others=("Invertible1x1Conv", "InvertibleAffine", "Squeeze"),
+    others=(*_COUPLED, "Invertible1x1Conv", "InvertibleAffine", "Squeeze"),
 )
 
 
@@ -260,7 +273,7 @@ _AUTOREGRESSIVE = (
     ),
 )
 
-ADAPTERS = (_BLOCK, _MASKED_FLOW, *_AUTOREGRESSIVE, _FLOW)
+ADAPTERS = (_BLOCK, _MASKED_FLOW, _SPLINE_COUPLING, *_AUTOREGRESSIVE, _FLOW)
 
 _SPLINES = "AutoregressiveRationalQuadraticSpline", "CircularAutoregressiveRationalQuadraticSpline"  # they run one
 _OTHERS = "CCAffineConst", "Composite", "GlowBlock", "Reverse", "_LULinear", *_SPLINES

@@ -1,0 +1,290 @@
+"""Rational-quadratic spline couplings of nflows, glasflow and normflows: their splines are ``ops.rq_spline``.
+
+    forward, data to noise   y = S(moved; net(kept, context)),  and S(kept; parameters of its own) where it has them
+    raw widths and heights   net / sqrt(the net's hidden_features or hidden_channels)
+
+Only the spline is replaced, so any conditioner will do. On a CPU a conditioner that is an MLP or a ResidualNet is
+computed as one function whose last layer is W h^T, so that each bin is a plane in memory, and a long batch is taken
+in parts of as many rows as fit the cache (``rows.py``).
+
+With a list of tails normflows returns 0, not x, outside the interval; so does this. Where the library raises an
+error outside the interval [0, 1] of a spline without tails, its own code runs on a CPU; on a GPU nothing is read
+from the device, and such values do not change.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import autocast_dtype, cat, has_global_hook
+from ..kernels.spline_spec import Spline
+from ..ops.rq_spline import spline_of, spline_transform
+from ..rows import by_rows, rows_at_once
+from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
+from .identity import PLAN, changed_method, defined_as
+from .mlp import find_mlp
+from .residual import find_residual
+from .sides import Split, split_of_indices
+
+_HIDDEN = ("hidden_features", "hidden_channels")
+
+
+class _Other(Exception):
+    """The library's own code is to run."""
+
+
+# The spline of a set of features
+
+
+def _curve(owner: Any, bins: int, temperature: float) -> Spline:
+    """The spline that the attributes of a coupling or of a PiecewiseRationalQuadraticCDF describe."""
+    tails, bound = owner.tails, owner.tail_bound
+    kind = {None: "bounded"}.get(tails, tails) if isinstance(tails, str | None) else "bounded"
+    high = 1.0 if tails is None or isinstance(bound, Tensor) else bound
+    low = 0.0 if tails is None else -high
+    return _spline(
+        bins, kind, low, high, owner.min_bin_width, owner.min_bin_height, owner.min_derivative, temperature
+    )
+
+
+@functools.lru_cache(256)
+def _spline(
+    bins: int, tails: str, low: float, high: float, width: float, height: float, slope: float, temperature: float
+) -> Spline:
+    return spline_of(
+        bins, tails=tails, interval=(low, high), min_width=width, min_height=height, min_derivative=slope,
+        temperature=temperature, parameters="softmax",
+    )  # fmt: skip
+
+
+def _apply(
+    owner: Any, bins: int, temperature: float, x: Tensor, params: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, log_det [B]) of x [B, ...] by params [B or 1, ..., P]; raises _Other."""
+    spline, tails, bound = _curve(owner, bins, temperature), owner.tails, owner.tail_bound
+    if params.shape[1:] != (*x.shape[1:], spline.per_feature) or x.dtype != params.dtype:
+        raise _Other
+    if tails is None:
+        if x.is_cpu and not (x.numel() and all(0 <= end <= 1 for end in x.detach().aminmax())):
+            raise _Other
+        bound = None
+    listed = isinstance(tails, list | tuple)
+    if listed:
+        params = _with_ends(params, [kind == "linear" for kind in tails], spline)
+    if not listed and not isinstance(bound, Tensor):
+        y, log_det = spline_transform(x, params, spline, inverse, True)
+    else:
+        scale = bound if isinstance(bound, Tensor) else 1.0
+        y, log_det = spline_transform(x / scale, params, spline, inverse, True)
+        y = torch.where((x >= -bound) & (x <= bound), y * scale, 0.0 if listed else x)
+    assert log_det is not None
+    return y, log_det.to(x.dtype)
+
+
+def _with_ends(params: Tensor, linear: Sequence[bool], spline: Spline) -> Tensor:
+    """params [B, D, 3 K + 1] with slope 1 at both ends of linear features, and equal slopes at those of others."""
+    one = math.log(math.expm1(1 - spline.min_derivative))
+    planes = params.permute(1, 2, 0)
+    first = planes[:, 2 * spline.bins : 2 * spline.bins + 1]
+    where = torch.tensor(linear, device=params.device)[:, None, None]
+    ends = torch.where(where, one, first)
+    return cat([planes[:, : 2 * spline.bins], ends, planes[:, 2 * spline.bins + 1 : -1], ends], 1).permute(2, 0, 1)
+
+
+def _own_spline(owner: Any, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(y, log_det) of the kept features x by a PiecewiseRationalQuadraticCDF."""
+    widths = owner.unnormalized_widths
+    params = cat([widths, owner.unnormalized_heights, owner.unnormalized_derivatives], -1)[None]
+    return _apply(owner, widths.shape[-1], 1.0, x, params, inverse)
+
+
+# The conditioner
+
+
+def _temperature(net: Any) -> float:
+    found = next((getattr(net, name) for name in _HIDDEN if hasattr(net, name)), 1)
+    return math.sqrt(found)
+
+
+class _Net:
+    """A conditioner, and whether it is known.
+
+    Args:
+        run: (kept, context) -> params [B, n], by the known conditioner in planes, or by its own call.
+        widths: values per row of its layers; [None] where its rows may depend on each other.
+    """
+
+    def __init__(self, net: Any, kept: Tensor, context: Any) -> None:
+        self.run: Callable[[Tensor, Any], Tensor] = lambda kept, context: net(kept.contiguous(), context)
+        self.widths: list[int | None] = [None]
+        if not kept.is_cpu or kept.ndim != 2 or has_global_hook():
+            return
+        residual = find_residual(net)
+        mlp = find_mlp(net) if residual is None and context is None else None
+        if residual is not None and residual.takes(kept, context):
+            self.run = lambda kept, context: residual(kept, context, True)
+            self.widths = residual.widths
+        elif mlp is not None:
+            self.widths = list(mlp.sizes)
+            (weight, bias), body = mlp.layers[-1], mlp.parts[:-1]
+
+            def run(kept: Tensor, context: Any) -> Tensor:
+                h = functools.reduce(lambda h, part: part(h), body, kept).t()
+                return (weight @ h if bias is None else torch.addmm(bias[:, None], weight, h)).t()
+
+            self.run = run
+
+
+def _bins_last(params: Tensor, x: Tensor) -> Tensor:
+    """A conditioner's output [B, D P, ...] as params [B, D, ..., P] of the moved features x [B, D, ...]."""
+    params = params.reshape(x.shape[0], x.shape[1], -1, *x.shape[2:])
+    return params if x.ndim == 2 else params.movedim(2, -1)
+
+
+# The coupling
+
+
+def _run(transform: Any, x: Any, context: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    """(y, log_det [B]) of x [B, D] or [B, D, H, W]; None where the library's own code is to run."""
+    plan = vars(transform)[PLAN]
+    if type(x) not in (Tensor, nn.Parameter) or x.ndim not in (2, 4) or x.shape[1] != transform.features:
+        return None
+    if autocast_dtype(x.device.type) is not None or (x.ndim > 2 and isinstance(transform.tail_bound, Tensor)):
+        return None
+    split = plan.layout
+    kept, moved = split.parts(transform.features, x.device)
+    net = _Net(transform.transform_net, x[:, kept], context)
+    rows = rows_at_once(x, lambda: net.widths)
+    work = functools.partial(_couple, transform, net.run, kept, moved, inverse)
+    try:
+        return work(x, context) if rows is None else by_rows(work, x, rows, context)
+    except (_Other, ValueError):
+        return None
+
+
+def _couple(
+    transform: Any, net: Callable[[Tensor, Any], Tensor], kept: Any, moved: Any, inverse: bool, x: Tensor,
+    context: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    temperature, own = _temperature(transform.transform_net), transform.unconditional_transform
+    value, given = x[:, moved], x[:, kept]
+    result, of_kept = given, None
+    if own is not None:
+        result, of_kept = _own_spline(own, given, inverse)
+    params = _bins_last(net(result if inverse else given, context), value)
+    found, log_det = _apply(transform, transform.num_bins, temperature, value, params, inverse)
+    y = torch.empty_like(x)
+    y[:, kept] = result
+    y[:, moved] = found
+    return y, log_det if of_kept is None else log_det + of_kept
+
+
+def _find(transform: Any, cdf: tuple[str, str], tails: tuple[Any, ...]) -> tuple[str, Split]:
+    """The description for the report, and which features move; raises Unfit."""
+    split = split_of_indices(transform.features, transform.identity_features, transform.transform_features)
+    own, net = transform.unconditional_transform, transform.transform_net
+    owners = [transform, *([] if own is None else [own])]
+    if own is not None:
+        if not defined_as(own, *cdf):
+            raise Unfit(f"its unconditional transform is a {type(own).__name__}")
+        changed = changed_method(own, ("forward", "inverse", "_spline"))
+        if changed is not None:
+            raise Unfit(f"the {changed} of its unconditional transform was replaced: not the library's own")
+    for owner in owners:
+        if not isinstance(owner.tails, list | tuple) and owner.tails not in tails:
+            raise Unfit(f"its tails are {owner.tails!r}")
+    try:
+        _curve(transform, transform.num_bins, _temperature(net))
+        if own is not None:
+            _curve(own, own.unnormalized_widths.shape[-1], 1.0)
+    except (TypeError, ValueError) as error:
+        raise Unfit(f"its spline: {error}") from error
+    kinds = transform.tails if isinstance(transform.tails, list | tuple) else [transform.tails]
+    words = " and ".join(dict.fromkeys("no" if kind is None else str(kind) for kind in kinds))
+    return f"rational-quadratic spline coupling, {transform.num_bins} bins, {words} tails, mask {split.kind}", split
+
+
+_ROWS = 4  # of a batch in the check
+
+
+def _both_ways(transform: Any, draw: Draw, shape: Sequence[int], context: Tensor | None) -> list[Tensor]:
+    """The outputs of both directions, on values inside the interval and, where there are tails, outside too."""
+    bound = torch.as_tensor(transform.tail_bound).max()
+    outputs: list[Tensor] = []
+    for size in (0.5, 1.5):
+        for run in (transform.forward, transform.inverse):
+            x = draw(_ROWS, *shape)
+            outputs += run(x.sigmoid() if transform.tails is None else x * (size * bound), context)
+    return outputs
+
+
+_ASSUMES = (
+    "_transform_dim_multiplier",
+    "_piecewise_cdf",
+    "_coupling_transform",
+    "_coupling_transform_forward",
+    "_coupling_transform_inverse",
+)
+
+
+def spline_coupling(
+    library: str, where: str, name: str, cdf: tuple[str, str], tails: tuple[Any, ...] = (None, "linear")
+) -> Adapter:
+    """The adapter of a class of spline couplings.
+
+    Args:
+        cdf: where its unconditional transform is defined.
+        tails: those that its spline has, besides a list.
+    """
+
+    def plan(transform: Any, options: Options) -> Plan:
+        text, split = _find(transform, cdf, tails)
+        known = find_residual(transform.transform_net) or find_mlp(transform.transform_net)
+        return Plan(text, layout=split, vectors=None if known is None else transform.features)
+
+    def method(name: str) -> Callable[..., Any]:
+        def run(transform: Any, inputs: Any, context: Any = None) -> Any:
+            outputs = _run(transform, inputs, context, name == "inverse")
+            if outputs is not None:
+                return outputs
+            return getattr(transform._linfast_original, name)(transform, inputs, context)
+
+        return run
+
+    def probe(transform: Any, draw: Draw) -> list[Tensor]:
+        net, features = transform.transform_net, transform.features
+        kept, moved = map(len, _find(transform, cdf, tails)[1].features_of(features))
+        transform.transform_net = stub = Stub(kept, moved * transform._transform_dim_multiplier(), draw)
+        vars(stub).update({name: getattr(net, name) for name in _HIDDEN if hasattr(net, name)})
+        own = transform.unconditional_transform
+        images = [own.unnormalized_widths.shape[1:-1]] if own is not None else [(), (2, 3)]
+        if isinstance(transform.tail_bound, Tensor):
+            images = [()]
+        return [t for image in images for t in _both_ways(transform, draw, (features, *image), draw(2))]
+
+    def with_own_net(transform: Any, draw: Draw, features: int) -> list[Tensor]:
+        found = find_residual(transform.transform_net)
+        kept = len(transform.identity_features)
+        size = 0 if found is None else found.network.first[0].shape[1] - kept
+        return _both_ways(transform, draw, (features,), draw(_ROWS, size) if size else None)
+
+    return Adapter(
+        library=library,
+        where=where,
+        name=name,
+        methods={name: method(name) for name in ("forward", "inverse")},
+        plan=plan,
+        probe=probe,
+        masks=lambda transform: (transform.identity_features, transform.transform_features),
+        assumes=_ASSUMES,
+        inner=lambda transform: [m for m in (transform.unconditional_transform,) if m is not None],
+        conditioners=lambda transform: (transform.transform_net,),
+        vectors=with_own_net,
+        many_steps=True,
+    )
