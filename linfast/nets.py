@@ -23,6 +23,7 @@ from .dispatch import cat, has_global_hook, outside_autocast
 from .ops.activations import ACTIVATION_NAMES, ACTIVATIONS
 from .ops.plain_couplings import absorb
 from .ranges import range_
+from .rows import is_apart
 
 
 def check_input(kind: str, x: Tensor, layers: Iterable[nn.Module]) -> None:
@@ -109,7 +110,7 @@ class MLP(nn.Module):
         layer = self.layers[0]
         if given is None:
             return layer(x)
-        if given.shape[0] == 1 != x.shape[0] and is_plain(layer, (nn.Linear,)) and not has_global_hook():
+        if is_apart(given, x) and is_plain(layer, (nn.Linear,)) and not has_global_hook():
             return F.linear(x, *absorb(layer.weight, layer.bias, given))
         return layer(cat((x, given.expand(x.shape[0], -1)), dim=-1))
 

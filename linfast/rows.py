@@ -32,6 +32,7 @@ class _Sizes:
 
     bytes: int = 1 << 20  # of the widest layer's output, per thread; half or twice as many cost up to 8%
     fewest: int = 256  # rows per thread; with fewer, products are slower and torch's overhead per call is larger
+    apart: int = 512  # rows from which a product with one row apart saves more than its calls cost (8 layers of 64)
 
 
 _SIZES = _Sizes()
@@ -105,6 +106,13 @@ def one_row(rows: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or rows.shape[0] < 2 or rows.stride(0):
         return rows
     return rows if rows.requires_grad or is_transformed() else rows[:1]
+
+
+def is_apart(given: Tensor, x: Tensor) -> bool:
+    """Whether V c + b is computed once, for a row c [1, C], in place of [W | V] [x | c] + b for x [B, ...]."""
+    if given.shape[0] != 1:
+        return False
+    return torch.compiler.is_compiling() or x.shape[0] >= (_SIZES.apart if x.is_cpu else 2)
 
 
 def by_rows(work: Callable[..., Any], x: Tensor, rows: int, *more: Any) -> tuple[Tensor, Any]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import cat
+from ..rows import is_apart
 
 
 class PlainCoupling(NamedTuple):
@@ -68,17 +69,18 @@ def run_couplings(
     wide = torch.promote_types(dtype, torch.float32)
     same = dtype == wide  # on a small batch a cast to the same dtype takes as long as an elementwise operation
     halves = list(x.split((first, x.shape[1] - first), dim=1))
-    one_row = context is not None and context.shape[0] == 1 != x.shape[0]
+    apart = context is not None and is_apart(context, x)
+    joined = None if context is None or apart else context.expand(x.shape[0], -1)
     sums: list[Tensor | None] = [None, None]
     for weights, biases, activation, log_scale, scale_first, interleaved, moves, raw_first, raw_net, factor in (
         reversed(couplings) if inverse else couplings
     ):
         kept = h = halves[1 - moves]
-        if context is not None and one_row:  # W [k | c] + b = W_k k + (W_c c + b)
+        if joined is not None:
+            kept = h = cat((kept, joined), dim=1)
+        elif context is not None:
             weights, biases = _absorbed(weights, biases, context)
             raw_net = None if raw_net is None else _absorbed(*raw_net, context)
-        elif context is not None:
-            kept = h = cat((kept, context), dim=1)
         last = len(weights) - 1
         for i in range(last):  # _mlp, inlined: at small batches a call per coupling is measurable
             h = activation(F.linear(h, weights[i], biases[i]))

@@ -24,6 +24,8 @@ SPLINE = {
     "bins": 4, "tail_bound": 2.0, "tails": "linear", "min_width": 0.01, "min_height": 0.02, "min_derivative": 0.03,
 }  # fmt: skip
 
+ONE_ROW = {"context": {"dimension 0 of size 1"}}
+
 FLOWS: dict[str, Good] = {
     "MLP": made(
         lf.MLP,
@@ -42,8 +44,36 @@ FLOWS: dict[str, Good] = {
             {"x": x(3, 2), "t": 0.5, "context": x(3, 3)},
         ),
         {"x": "B N", "context": "B C"},
+        allowed=ONE_ROW,
     ),
-    "MLP.folded": method(lambda: lf.MLP(2, 4, (4,), time_features=4), "folded", t=0.5),
+    "MLP.folded": Good(
+        lambda: (
+            lf.MLP(2, 4, (4,), time_features=4, context_features=3).folded,
+            {"t": 0.5, "context": x(1, 3)},
+        ),
+        {"context": "R C"},
+    ),
+    "ResidualMLP": made(
+        lf.ResidualMLP,
+        n_in=2,
+        n_out=4,
+        hidden=4,
+        blocks=1,
+        activation="elu",
+        dropout=0.1,
+        batch_norm=True,
+        time_features=0,
+        context_features=0,
+        zero_last=True,
+    ),
+    "ResidualMLP.forward": Good(
+        lambda: (
+            lf.ResidualMLP(2, 4, 4, time_features=4, context_features=3),
+            {"x": x(3, 2), "t": 0.5, "context": x(3, 3), "transposed": False},
+        ),
+        {"x": "B N", "context": "B C"},
+        allowed=ONE_ROW,
+    ),
     "MaskedMLP": Good(
         lambda: (
             lf.MaskedMLP,
@@ -68,6 +98,7 @@ FLOWS: dict[str, Good] = {
                 {"x": x(3, 2), "t": 0.5, "context": x(3, 3)},
             ),
             {"x": "B N", "context": "B C"},
+            allowed=ONE_ROW,
         )
         for name in ("forward", "extras")
     },

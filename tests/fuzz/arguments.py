@@ -123,6 +123,8 @@ CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], dict[str, Any]]] = {
     "AdditiveCoupling": _of(lf.AdditiveCoupling, conditioner=lf.MLP(2, 2, (3,)), features=N, moves="first"),
     "MLP": _of(lf.MLP, n_in=2, n_out=3, hidden=(4,), activation="silu", bias=True, time_features=4,
             context_features=1),
+    "ResidualMLP": _of(lf.ResidualMLP, n_in=2, n_out=3, hidden=4, blocks=1, activation="elu", dropout=0.1,
+            batch_norm=True, time_features=4, context_features=1),
     "ConvNet": _of(lf.ConvNet, channels_in=2, channels_out=3, width=4, activation="silu", time_features=4),
     "Flow": _of(lf.Flow, bijections=[lf.Mix(N)], features=N, shape=(N,), memory="auto"),
     "Inverse": _of(lf.Inverse, bijection=lf.Mix(N)), "InducedSpace": _of(lf.InducedSpace, g=lf.Mix(N)),

@@ -75,6 +75,7 @@ VECTORS: dict[str, tuple[Make, tuple[int, ...]]] = {
     "affine-odd-first": (lambda: _affine(7), (7,)),
     "affine-odd-second": (lambda: _affine(7, "second"), (7,)),
     "affine-two": (lambda: _affine(2), (2,)),
+    "affine-residual": (lambda: lf.AffineCoupling(lf.ResidualMLP(3, 6, 16, activation="silu"), 6), (6,)),
     "additive": (lambda: lf.AdditiveCoupling(lf.MLP(3, 4, (16,)), 7), (7,)),
     "masked-one": (lambda: _masked(1), (1,)),
     "masked-two": (lambda: _masked(2, order="shift_first"), (2,)),
