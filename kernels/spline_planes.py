@@ -13,28 +13,28 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_of(
-    n_rows, n_features, ROWS: tl.constexpr, FEATURES: tl.constexpr, SWAPPED: tl.constexpr, INT64: tl.constexpr
-):
-    """(row, feature and whether they are inside, of each value; the number of the tile's block of rows).
-
-    Features are innermost, or rows where SWAPPED. Tiles are numbered on one axis: a grid's others end at 65,535.
-    """
+def tile_numbers(n_features, FEATURES: tl.constexpr, INT64: tl.constexpr):
+    """(block of rows, tile of features, tiles of features) of this program, on one axis: others end at 65,535."""
     n_tiles = tl.cdiv(n_features, FEATURES)
     block = tl.program_id(0) // n_tiles
-    first = (tl.program_id(0) - block * n_tiles) * FEATURES
+    tile = tl.program_id(0) - block * n_tiles
+    if INT64:
+        block = block.to(tl.int64)
+        tile = tile.to(tl.int64)
+    return block, tile, n_tiles
+
+
+@triton.jit
+def places(block, tile, n_rows, n_features, ROWS: tl.constexpr, FEATURES: tl.constexpr, SWAPPED: tl.constexpr):
+    """(row, feature, whether both exist) of each value; features are innermost, or rows where SWAPPED."""
     i = tl.arange(0, ROWS * FEATURES)
     if SWAPPED:
-        row = i % ROWS
-        feature = i // ROWS
+        row = block * ROWS + i % ROWS
+        feature = tile * FEATURES + i // ROWS
     else:
-        row = i // FEATURES
-        feature = i % FEATURES
-    if INT64:
-        block, row, feature = block.to(tl.int64), row.to(tl.int64), feature.to(tl.int64)
-    row += block * ROWS
-    feature += first
-    return row, feature, (row < n_rows) & (feature < n_features), block
+        row = block * ROWS + i // FEATURES
+        feature = tile * FEATURES + i % FEATURES
+    return row, feature, (row < n_rows) & (feature < n_features)
 
 
 @triton.jit
@@ -51,13 +51,12 @@ def load_planes(
 ):
     """COUNT vectors [N] in fp32, of which ptr [N] points at the first; COUNT is at most 2^LEVELS + 1."""
     planes = ()
-    first: tl.constexpr = 0
+    first: tl.constexpr = (1 << LEVELS) if BINS_LAST else 0
     if BINS_LAST:
         j = tl.arange(0, 1 << LEVELS)[None, :]
         matrix = tl.load(ptr[:, None] + j, mask=inside[:, None] & (j < COUNT), other=0.0)
         planes = _columns(matrix.to(tl.float32), COUNT, LEVELS, N)
-        first = 1 << LEVELS
-    for j in tl.static_range(first, COUNT):
+    for j in tl.static_range(first, COUNT):  # all planes, or the one after a full matrix
         planes = planes + (tl.load(ptr + j * stride, mask=inside, other=0.0).to(tl.float32),)
     return planes
 
@@ -86,12 +85,11 @@ def store_planes(
 ):
     """Write COUNT vectors to where ``load_planes`` reads them."""
     dtype: tl.constexpr = ptr.dtype.element_ty
-    first: tl.constexpr = 0
+    first: tl.constexpr = (1 << LEVELS) if BINS_LAST else 0
     if BINS_LAST:
         j = tl.arange(0, 1 << LEVELS)[None, :]
         matrix = _joined(planes, COUNT, LEVELS, N)
         tl.store(ptr[:, None] + j, matrix.to(dtype), mask=inside[:, None] & (j < COUNT))
-        first = 1 << LEVELS
     for j in tl.static_range(first, COUNT):
         tl.store(ptr + j * stride, planes[j].to(dtype), mask=inside)
 
