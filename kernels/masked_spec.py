@@ -45,6 +45,7 @@ class MaskedSpec:
         scale_first: y = x e^s + t in place of (x + t) e^s.
         inverse: apply the inverse.
         precision: one of linfast.precision.PRECISIONS.
+        spline: the fields of a Spline (linfast.kernels.spline_spec) in place of scale and shift; () for none.
     """
 
     degrees: int
@@ -61,6 +62,7 @@ class MaskedSpec:
     scale_first: bool
     inverse: bool
     precision: str
+    spline: tuple[float, ...] = ()
     n_layers: int = field(init=False, compare=False, repr=False)  # n
     sizes: tuple[int, ...] = field(init=False, compare=False, repr=False)  # (H_0, .., H_n)
     parts: tuple[int, ...] = field(init=False, compare=False, repr=False)  # the lengths of W_1 .. W_n
@@ -124,7 +126,7 @@ class MaskedSpec:
 
 _FIELDS = tuple([field for field in fields(MaskedSpec) if field.init])
 _NAMES = tuple([field.name for field in _FIELDS])
-_TYPES = {"tuple[int, ...]": "int[]"}
+_TYPES = {"tuple[int, ...]": "int[]", "tuple[float, ...]": "float[]"}
 MASKED_SCHEMA = ", ".join(f"{_TYPES.get(str(field.type), field.type)} {field.name}" for field in _FIELDS)
 _spec_of = functools.lru_cache(256)(MaskedSpec)
 

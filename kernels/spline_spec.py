@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, get_type_hints
 
 TAILS = ("linear", "circular", "bounded")
@@ -19,6 +20,7 @@ class Spline(NamedTuple):
         temperature: divides the raw widths and heights.
         tails: an index in ``TAILS``.
         soft_clip: raw values u are bounded smoothly, as u / (1 + |u| / c).
+        offset: added to the raw derivatives of a spline that is not soft-clipped.
     """
 
     bins: int
@@ -30,6 +32,7 @@ class Spline(NamedTuple):
     temperature: float = 1.0
     tails: int = 0
     soft_clip: bool = False
+    offset: float = 0.0
 
     @property
     def derivatives(self) -> int:
@@ -46,4 +49,10 @@ class Spline(NamedTuple):
         return {"BINS": self.bins, "TAILS": self.tails, "SOFT_CLIP": self.soft_clip}
 
 
-SPLINE_SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in get_type_hints(Spline).items())
+_TYPES = get_type_hints(Spline)
+SPLINE_SCHEMA = ", ".join(f"{kind.__name__} {name}" for name, kind in _TYPES.items())
+
+
+def spline_of_numbers(numbers: Sequence[float]) -> Spline:
+    """The Spline whose fields are these numbers, in order."""
+    return Spline(*[kind(number) for kind, number in zip(_TYPES.values(), numbers, strict=True)])

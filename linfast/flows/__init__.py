@@ -9,6 +9,7 @@ from .builders import autoregressive_flow, coupling_flow, image_flow
 from .couplings import AdditiveCoupling, AffineCoupling
 from .flow import Flow
 from .mix import Householder, Mix, Permute
+from .splines import SplineCoupling
 from .squeeze import Squeeze
 from .unet import UNet
 
@@ -28,6 +29,7 @@ __all__ = [
     "Mix",
     "Permute",
     "SinusoidalEmbedding",
+    "SplineCoupling",
     "Squeeze",
     "UNet",
     "autoregressive_flow",

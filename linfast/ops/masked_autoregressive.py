@@ -1,15 +1,17 @@
-"""A masked autoregressive transform, affine or additive, whose parameters a masked network (MADE) computes.
+"""A masked autoregressive transform: affine, additive or a spline, whose parameters a masked network (MADE) computes.
 
     y_i = x_i e^{s_i} + t_i   or   (x_i + t_i) e^{s_i}     (t_i, r_i) = net_i(x_1 .. x_{i-1}), s_i = scale_map(r_i)
     log|det| = sum_i s_i                                   inverse: x_1, then x_2 from x_1, ..
 
-in any order of the features. Sources: MADE (arXiv 1502.03509), masked autoregressive flows (1705.07057).
+in any order of the features; or y_i = S(x_i; net_i(x_1 .. x_{i-1})), S the spline of ``linfast.ops.rq_spline``.
+Sources: MADE (arXiv 1502.03509), masked autoregressive flows (1705.07057).
 
 | runs      | where                                                                                       |
 |-----------|---------------------------------------------------------------------------------------------|
 | reference | a CPU, float64: forward, the network in plain torch; inverse, a walk over the degrees that  |
 |           | uses every weight once (linfast.ops.masked_walk)                                            |
-| kernel    | a GPU: either direction in one launch, linfast.kernels.masked_autoregressive                |
+| kernel    | a GPU: either direction in one launch, linfast.kernels.masked_autoregressive; a spline      |
+|           | runs as above, with one launch for the splines of all features, or of one degree            |
 
 The op saves x, y and the weights for its backward, which evaluates the network once. The gradient of the inverse is
 a walk as well. Second derivatives of the inverse differentiate D evaluations of the network.
@@ -27,6 +29,7 @@ from torch import Tensor
 from ..checks import check_choice, check_flag, check_kind, check_tensor
 from ..dispatch import uses_triton, without_autocast
 from ..kernels.masked_spec import MASKED_SCHEMA
+from ..kernels.spline_spec import Spline
 from ..kernels.stack_configs import mode_on, target_of
 from ..kernels.stack_spec import N_PARTS
 from ..precision import half_dtype, resolve_precision
@@ -35,6 +38,7 @@ from .affine_coupling import ORDERS
 from .autoregressive_masks import AutoregressiveMasks
 from .masked_plain import MASKED_ACTIVATIONS, differentiable, plain, plain_backward
 from .register import RawOp, define_op
+from .rq_spline import spline_transform
 from .stack_weights import rounded
 
 _NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)}
@@ -57,6 +61,7 @@ def masked_autoregressive(
     precision: str | None = None,
     packed: Tensor | None = None,
     masked: bool = False,
+    spline: Spline | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, log|det| or None) of the transform or of its inverse.
 
@@ -74,6 +79,7 @@ def masked_autoregressive(
         precision: of a kernel's products: "exact", "high", "tf32" or "fast"; None: as torch is set.
         packed: ``masks.pack(weights, biases)``, where it was computed before.
         masked: whether the weights are zero wherever the masks are, so that they need not be multiplied by them.
+        spline: a linfast.kernels.spline_spec.Spline in place of scale and shift, where ``scale_map`` is None.
 
     The state, shift, scale and sums are fp32 or wider; y has x's dtype.
 
@@ -81,24 +87,27 @@ def masked_autoregressive(
         TypeError: an argument has the wrong type.
         ValueError: an option is unknown, or a shape does not fit.
     """
-    _check(x, masks, weights, biases, activation, scale_map, order, extras)
+    _check(x, masks, weights, biases, activation, scale_map, order, extras, spline)
     check_flag("inverse", inverse)
     check_flag("log_det", log_det)
     check_flag("masked", masked)
     mode = mode_on(target_of(x), resolve_precision(x, precision))
     given = extras or ((None, None),) * len(masks.activated)
-    if not (inverse or uses_triton(x, *weights)):  # outside autocast, as the inverse: both read the same network
-        options = (MASKED_ACTIVATIONS[activation], scale_map, order, given, log_det, masked)
+    if not inverse and (spline is not None or not uses_triton(x, *weights)):
+        # Outside autocast, as the inverse: both read the same network.
+        options = (MASKED_ACTIVATIONS[activation], scale_map, order, given, log_det, masked, spline)
         return without_autocast(x.device.type, _forward, x, masks, weights, biases, *options)
     weight = masks.pack(weights, biases) if packed is None else packed
     columns, kinds = masks.pack_extras(given)
     kind, bound, floor = (0, 1.0, 0.0) if scale_map is None else (scale_map.constexpr_id, *scale_map.constants)
-    spec = masks.spec(kinds, _NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode)
+    numbers = () if spline is None else tuple(map(float, spline))
+    options = (_NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode, numbers)
+    spec = masks.spec(kinds, *options)
     check_tensor("packed", weight, x)
     if weight.shape != (spec.total,):
         raise ValueError(f"packed must be [{spec.total}], from masks.pack; got {tuple(weight.shape)}")
     operands = weight.new_empty(0)
-    if uses_triton(x, weight):
+    if spline is None and uses_triton(x, weight):
         operands = _operands(weight.detach()[: spec.n_matrices], mode, half_dtype(x))
     y, total = _masked_autoregressive(x, weight, operands, columns, *spec.constants)
     return y, total if log_det else None
@@ -107,13 +116,16 @@ def masked_autoregressive(
 def _forward(
     x: Tensor, masks: AutoregressiveMasks, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
     activate: Callable[[Tensor], Tensor], scale_map: ScaleMap | None, order: str, extras: Extras, log_det: bool,
-    masked: bool,
+    masked: bool, spline: Spline | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The transform in plain, differentiable torch."""
+    """The transform after the network in plain, differentiable torch."""
     dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, weights[0].dtype))
     params = masked_network(x, masks, weights, biases, activate, extras, masked)
     wide = torch.promote_types(params.dtype, torch.float32)
     params = params.to(wide).unflatten(1, (masks.features, masks.per_feature))
+    if spline is not None:
+        y, total = spline_transform(x, params, spline, False, log_det)
+        return y.to(dtype), total
     shift = params[..., int(masks.raw_first and scale_map is not None)]
     if scale_map is None:
         return (x + shift).to(dtype), shift.new_zeros(x.shape[0]) if log_det else None
@@ -179,7 +191,7 @@ _masked_autoregressive = define_op(
 
 def _check(
     x: Tensor, masks: AutoregressiveMasks, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
-    activation: str, scale_map: ScaleMap | None, order: str, extras: Extras | None,
+    activation: str, scale_map: ScaleMap | None, order: str, extras: Extras | None, spline: Spline | None,
 ) -> None:  # fmt: skip
     check_tensor("x", x)
     check_kind("masks", masks, AutoregressiveMasks)
@@ -189,11 +201,14 @@ def _check(
         raise ValueError(f"x must be [B, {masks.features}]; got {tuple(x.shape)}")
     if scale_map is not None:
         check_kind("scale_map", scale_map, ScaleMap)
-    wanted = 1 if scale_map is None else 2
+    wanted, what = 1 if scale_map is None else 2, f"scale_map {scale_map}"
+    if spline is not None:
+        check_kind("spline", spline, Spline)
+        if scale_map is not None:
+            raise ValueError(f"scale_map must be None where spline is given; got {scale_map}")
+        wanted, what = spline.per_feature, f"a spline of {spline.bins} bins"
     if masks.per_feature != wanted:
-        raise ValueError(
-            f"scale_map {scale_map} needs {wanted} parameters per feature; the masks have {masks.per_feature}"
-        )
+        raise ValueError(f"{what} needs {wanted} parameters per feature; the masks have {masks.per_feature}")
     for name, given in (("weights", weights), ("biases", biases)):
         check_kind(name, given, (list, tuple), "a list of tensors")
         if len(given) != len(masks.shapes):

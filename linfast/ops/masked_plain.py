@@ -5,6 +5,7 @@ x and y are [B, D]. Inside, tensors are [units, B], and the features are in the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.masked_spec import MaskedSpec, masked_spec_of
+from ..kernels.spline_spec import Spline, spline_of_numbers
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap, log_scale_function, scale_function
 from .activations import ACTIVATIONS
 from .affine_coupling import ORDERS, couple, couple_backward
 from .masked_walk import Network, evaluate, walk
 from .masked_walk_backward import pass_backward, walk_backward
+from .rq_spline import rq_spline_reference, spline_backward, spline_transform
 
 MASKED_ACTIVATIONS = {**ACTIVATIONS, "elu": F.elu}
 """The activations of masked networks; an index in it is the activation's number in the kernel."""
@@ -72,13 +75,32 @@ def differentiable(
     """The raw op in plain, differentiable torch; the inverse evaluates the network once per degree."""
     spec = masked_spec_of(*constants)
     net, y = _network(weights, extras, spec), _sorted(x, spec)
-    out = torch.zeros_like(y) if spec.inverse else y
+    out, transform = torch.zeros_like(y) if spec.inverse else y, _spline if spec.spline else _affine
     for degree in range(1, spec.degrees + 1) if spec.inverse else (spec.degrees,):
         known = spec.cut(0, degree + 1)  # features of higher degrees stay 0: their values would not be right yet
-        shift, log_s = _parameters(evaluate(net, out)[2][: known * spec.per_feature], spec)
-        out = torch.cat((couple(y[:known], shift, log_s, ORDERS[spec.scale_first], spec.inverse), out[known:]))
+        found, total = transform(y[:known], evaluate(net, out)[2][: known * spec.per_feature], spec)
+        out = torch.cat((found, out[known:]))
+    return _unsorted(out, spec, x.dtype), total
+
+
+def _affine(y: Tensor, params: Tensor, spec: MaskedSpec) -> tuple[Tensor, Tensor]:
+    """(the transform, or its inverse, of features y [n, B], log|det| [B]) by their parameters [P n, B]."""
+    shift, log_s = _parameters(params, spec)
     total = log_s.sum(0)
-    return _unsorted(out, spec, x.dtype), -total if spec.inverse else total
+    return couple(y, shift, log_s, ORDERS[spec.scale_first], spec.inverse), -total if spec.inverse else total
+
+
+def _spline(y: Tensor, params: Tensor, spec: MaskedSpec) -> tuple[Tensor, Tensor]:
+    """``_affine`` of a spline."""
+    spline = spline_of_numbers(spec.spline)
+    out, total = rq_spline_reference(y.t(), _of_values(params, spec), *spline, spec.inverse, True)
+    assert total is not None
+    return out.t(), total
+
+
+def _of_values(params: Tensor, spec: MaskedSpec) -> Tensor:
+    """[B, n, P] from parameters [P n, B]."""
+    return params.unflatten(0, (params.shape[0] // spec.per_feature, spec.per_feature)).permute(2, 0, 1)
 
 
 def plain(
@@ -89,8 +111,17 @@ def plain(
     wants_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, extras))
     if not spec.inverse or wants_graph:  # the second, where torch.export has kept the op without its backward
         return differentiable(x, weights, operands, extras, *constants)
+    net = _network(weights, extras, spec)
+    if spec.spline:
+        return invert_elementwise(net, x, functools.partial(_invert_spline, spline_of_numbers(spec.spline)))
     scale, log_scale = (None, None) if spec.per_feature == 1 else _scales(spec)
-    return invert_affine(_network(weights, extras, spec), x, scale, log_scale, spec.scale_first)
+    return invert_affine(net, x, scale, log_scale, spec.scale_first)
+
+
+def _invert_spline(spline: Spline, y: Tensor, params: Tensor, _: list[int]) -> tuple[Tensor, Tensor]:
+    x, total = spline_transform(y, params, spline, True, True)
+    assert total is not None
+    return x, total[:, None]
 
 
 def invert_affine(
@@ -121,13 +152,12 @@ def invert_elementwise(
     """(x [B, D], log|dx / dy| [B]) of any elementwise transform by a walk, without a graph.
 
     ``inverse`` takes y [B, n] of n features, their parameters [B, n, P] and their indices, and returns x [B, n] and
-    log|dx / dy|, [B, n].
+    log|dx / dy|, [B, n] or its sum [B, 1].
     """
     spec, columns, parts = net.spec, _sorted(y, net.spec), []
 
     def solve(features: slice, params: Tensor, out: Tensor) -> None:
-        of_features = params.unflatten(0, (-1, spec.per_feature)).permute(2, 0, 1)
-        x, part = inverse(columns[features].t(), of_features, list(spec.order[features]))
+        x, part = inverse(columns[features].t(), _of_values(params, spec), list(spec.order[features]))
         out.copy_(x.t())
         parts.append(part)
 
@@ -142,32 +172,21 @@ def plain_backward(
     """The backward in plain torch, without a graph; of an inverse, a walk from the last degree to the first."""
     *constants, needs = rest
     spec = masked_spec_of(*constants)
-    net, x = _network(weights, extras, spec), _sorted(y if spec.inverse else x, spec)
+    net, given = _network(weights, extras, spec), _sorted(x, spec)
+    x = _sorted(y, spec) if spec.inverse else given
     evaluated = evaluate(net, x)
-    shift, log_s = _parameters(evaluated[2], spec)
-    out = x if spec.inverse else couple(x, shift, log_s, ORDERS[spec.scale_first], False)
-    of_out = torch.zeros_like(x) if grad is None else _sorted(grad, spec)
-    slope = None if spec.per_feature == 1 else _scale_map(spec).derivative(evaluated[2][1::2])
-    of_log_det = 0.0 if grad_log_det is None else grad_log_det
-    order = ORDERS[spec.scale_first]
-
-    def gradients(a: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the input, shift and s, from the gradient ``a`` of the output; the walk's formulas for an inverse."""
-        return couple_backward(out[rows], shift[rows], log_s[rows], a, of_log_det, order, spec.inverse)
+    of_out, of_input = torch.zeros_like(x) if grad is None else _sorted(grad, spec), torch.empty_like(x)
+    pull_transform = (_pull_spline if spec.spline else _pull_affine)(given, x, evaluated[2], grad_log_det, spec)
 
     def pull(features: slice, a: Tensor, into: Tensor) -> None:
-        _, of_shift, of_log_s = gradients(a, features)
-        into[:: spec.per_feature] = of_shift
-        if slope is not None:
-            torch.mul(of_log_s, slope[features], out=into[1::2])
+        of_input[features] = pull_transform(features, a, into)
 
     if spec.inverse:
         found = walk_backward(net, evaluated, of_out, pull)
-        of_input = gradients(found.x)[0]
     else:
         of_params = torch.empty_like(evaluated[2])
         pull(slice(None), of_out, of_params)
-        found = pass_backward(net, evaluated, gradients(of_out)[0], of_params)
+        found = pass_backward(net, evaluated, of_input, of_params)
         of_input = found.x
     of_weights = weights.new_zeros(weights.shape, dtype=x.dtype)
     for into, gradient in zip(
@@ -181,3 +200,43 @@ def plain_backward(
         None,
         torch.cat(of_extras).t().to(extras.dtype).contiguous() if extras is not None and needs[3] else None,
     )
+
+
+def _pull_affine(
+    given: Tensor, x: Tensor, params: Tensor, grad_log_det: Tensor | None, spec: MaskedSpec
+) -> Callable[[slice, Tensor, Tensor], Tensor]:
+    """(features, the gradients of their output, where to write those of their parameters) -> those of their input.
+
+    ``given`` is the transform's input, x the network's.
+    """
+    (shift, log_s), order = _parameters(params, spec), ORDERS[spec.scale_first]
+    out = x if spec.inverse else couple(x, shift, log_s, order, False)
+    slope = None if spec.per_feature == 1 else _scale_map(spec).derivative(params[1::2])
+    of_log_det = 0.0 if grad_log_det is None else grad_log_det
+
+    def pull(features: slice, a: Tensor, into: Tensor) -> Tensor:
+        of_value, of_shift, of_log_s = couple_backward(
+            out[features], shift[features], log_s[features], a, of_log_det, order, spec.inverse
+        )
+        into[:: spec.per_feature] = of_shift
+        if slope is not None:
+            torch.mul(of_log_s, slope[features], out=into[1::2])
+        return of_value
+
+    return pull
+
+
+def _pull_spline(
+    given: Tensor, x: Tensor, params: Tensor, grad_log_det: Tensor | None, spec: MaskedSpec
+) -> Callable[[slice, Tensor, Tensor], Tensor]:
+    """``_pull_affine`` of a spline."""
+    spline, of_values = spline_of_numbers(spec.spline), _of_values(params, spec)
+
+    def pull(features: slice, a: Tensor, into: Tensor) -> Tensor:
+        of_value, of_params = spline_backward(
+            given[features].t(), of_values[:, features], a.t(), grad_log_det, spline, spec.inverse
+        )
+        into.copy_(of_params.permute(1, 2, 0).flatten(0, 1))
+        return of_value.t()
+
+    return pull

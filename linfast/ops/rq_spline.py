@@ -4,22 +4,23 @@ K bins divide an interval [l, r] of length L = r - l, in x and in y. Raw paramet
 (derivatives at the knots) of one value x:
 
     W = L (m_w + (1 - m_w K) softmax(u / T))      x_k = l + W_1 + .. + W_k      H and y_k likewise, from v
-    d = m_d + softplus(w)                         1 at both ends with tails "linear", equal there with "circular"
+    d = m_d + softplus(w + o)                     1 at both ends with tails "linear", equal there with "circular"
 
 In bin k, with t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s and q = t (1 - t):
 
     y = y_k + H (s t^2 + d_k q) / (s + e q)
     log dy/dx = log(s^2 (d_{k+1} t^2 + 2 s q + d_k (1 - t)^2) / (s + e q)^2)
 
-Outside the interval y = x. The inverse solves the quadratic equation in t that the first line is:
+where o is 0, or the value by which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The inverse solves the quadratic equation in t that the first line is:
 
-    a t^2 + b t + c = 0,  z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
+    z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z
+    a t^2 + b t + c = 0,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
 
-With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and heights
-with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
+With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and
+heights with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
 
-Per value the op reads x and P = 2 K + K - 1 (K, K + 1) parameters and writes y, about 4 (P + 2) bytes in fp32. Only x
-(or y) and the parameters are saved: the backward computes the bins again.
+Per value the op reads x and P parameters, P = 2 K + K - 1, K or K + 1, and writes y: about 4 (P + 2) bytes in fp32.
+Only x and the parameters are saved for the backward, which computes the bins again.
 
 | runs      | where                                                                                   |
 |-----------|-----------------------------------------------------------------------------------------|
@@ -118,9 +119,9 @@ def rq_spline(
 
 def spline_of(
     bins: int, *, tails: str, interval: tuple[float, float], min_width: float, min_height: float,
-    min_derivative: float, temperature: float, parameters: str,
+    min_derivative: float, temperature: float = 1.0, parameters: str = "softmax", offset: float = 0.0,
 ) -> Spline:  # fmt: skip
-    """The checked options as a Spline."""
+    """The checked options as a Spline; ``offset`` is added to raw derivatives."""
     check_choice("tails", tails, TAILS)
     check_choice("parameters", parameters, PARAMETERS)
     bins = check_count("bins", bins, least=2)
@@ -138,7 +139,7 @@ def spline_of(
     check_number("min_derivative", min_derivative, least=_LEAST, most=1.0, below=True)
     check_number("temperature", temperature, least=0.0, above=True)
     return Spline(
-        bins, low, high, *least.values(), float(min_derivative), float(temperature), TAILS.index(tails), clips
+        bins, low, high, *least.values(), float(min_derivative), float(temperature), TAILS.index(tails), clips, offset
     )
 
 
@@ -149,14 +150,42 @@ def spline_transform(
     x: Tensor, params: Tensor, spline: Spline, inverse: bool, log_det: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, log|det| or None) of x [B, ...] by params [B or 1, ..., P] of any strides: widths, heights, derivatives."""
-    flat = x if x.ndim == 2 else x.reshape(x.shape[0], -1)
-    params = params if x.ndim == 2 else params.reshape(params.shape[0], flat.shape[1], params.shape[-1])
+    flat, params = _flat(x, params)
     constants = (*spline, inverse, log_det)
-    if uses_triton(flat, params) or (x.is_cpu and chosen_backend() != "reference"):
+    if _runs_op(flat, params):
         y, total = _rq_spline(flat, params, *constants)
     else:
         y, total = without_autocast(x.device.type, rq_spline_reference, flat, params, *constants)
     return y.reshape(x.shape), total if log_det else None
+
+
+def spline_backward(
+    x: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor | None, spline: Spline, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x [B, ...] and params [B, ..., P] of ``spline_transform``, from those of y and log|det|."""
+    shapes = x.shape, params.shape
+    x, params = _flat(x, params)
+    grad = grad if grad.ndim == 2 else grad.flatten(1)
+    constants = (*spline, inverse, grad_log_det is not None)
+    if _runs_op(x, params):
+        found = torch.ops.linfast.rq_spline_backward(x, params, grad, grad_log_det, *constants, [True, True])
+    else:
+        given = (grad,) if grad_log_det is None else (grad, grad_log_det)
+        outputs = lambda *tensors: rq_spline_reference(*tensors, *constants)[: len(given)]
+        found = torch.func.vjp(outputs, x, params)[1](given)
+    return found[0].reshape(shapes[0]), found[1].reshape(shapes[1])
+
+
+def _flat(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """x as [B, D] and params as [B or 1, D, P]."""
+    if x.ndim == 2:
+        return x, params
+    flat = x.flatten(1)
+    return flat, params.reshape(params.shape[0], flat.shape[1], params.shape[-1])
+
+
+def _runs_op(x: Tensor, params: Tensor) -> bool:
+    return uses_triton(x, params) or (x.is_cpu and chosen_backend() != "reference")
 
 
 def rq_spline_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor | None]:
@@ -213,7 +242,7 @@ def _slopes(raw: Tensor, spline: Spline) -> Tensor:
     if spline.soft_clip:
         slopes = (raw / (1 + (raw / math.log(spline.min_derivative)).abs())).exp()
     else:
-        slopes = spline.min_derivative + F.softplus(raw)
+        slopes = spline.min_derivative + F.softplus(raw + spline.offset)
     kind = TAILS[spline.tails]
     if kind == "linear":
         return F.pad(slopes, (1, 1), value=1.0)
@@ -233,7 +262,8 @@ def _gradients(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 _rq_spline = define_op(
-    f"rq_spline(Tensor x, Tensor params, {SPLINE_SCHEMA}, bool inverse, bool log_det) -> (Tensor y, Tensor log_det)",
+    f"rq_spline(Tensor x, Tensor params, {SPLINE_SCHEMA}, bool inverse, bool log_det)"
+    " -> (Tensor y, Tensor log_det)",
     _fake,
     rq_spline_reference,
     saves="x params",

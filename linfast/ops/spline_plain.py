@@ -1,8 +1,8 @@
 """The raw op rq_spline in plain torch for a CPU: forward, inverse and the backward of both.
 
-Inside, values are [D, b] and parameters [D, P, b]: each bin is a plane of contiguous values, so that every operation
-is a long one, and no table is gathered as a whole. b rows are taken at a time, few enough for the cache. With
-A = d_k + t (s - d_k), B = s + t (d_{k+1} - s) and base = s + e q (see ``rq_spline`` for the other names)
+Inside, values are [D, b] and parameters [D, P, b]: each bin is a plane of contiguous values, so that every
+operation is a long one, and no table is gathered as a whole. b rows are taken at a time, few enough for the cache.
+With A = d_k + t (s - d_k), B = s + t (d_{k+1} - s) and base = s + e q (see ``rq_spline`` for the other names)
 
     y = y_k + H t A / base      dy/dx = (s / base)^2 M,  M = A + t (B - A)
 
@@ -31,8 +31,8 @@ from torch import Tensor
 from ..kernels.spline_spec import TAILS, Spline
 
 _AT_ONCE = 1 << 14
-"""Values of x in a part: with 8 bins its planes are 1.5 MiB in fp32. Measured on an AMD EPYC: half as many cost 20%,
-twice as many 15%."""
+"""Values of x in a part: with 8 bins its planes are 1.5 MiB in fp32. Measured on an AMD EPYC: half as many cost
+20%, twice as many 15%."""
 
 
 class _Tables(NamedTuple):
@@ -52,7 +52,7 @@ class _Bin(NamedTuple):
     """The bin of each value: numbers in [D, b], and the formula's common terms.
 
     index: int64 [D, 1, b]; below [D, K, b]: 1 for the bins before this one
-    raw, slopes [D, 2, b]: derivatives at the bin's two knots, raw and d_k, d_{k+1}
+    raw, slopes [D, 2, b]: derivatives at the bin's two knots, raw (with the offset) and d_k, d_{k+1}
     """
 
     inside: Tensor
@@ -147,10 +147,15 @@ def _all_slopes(planes: Tensor, spline: Spline) -> Tensor:
     if kind == "circular":
         return torch.cat((raw, raw[:, :1]), 1)
     if kind == "linear":
-        one = 0.0 if spline.soft_clip else math.log(math.expm1(1 - spline.min_derivative))
+        one = 0.0 if spline.soft_clip else unit_derivative(spline.min_derivative) - spline.offset
         end = raw.new_full((), one).expand(raw.shape[0], 1, raw.shape[2])
         return torch.cat((end, raw, end), 1)
     return raw
+
+
+def unit_derivative(min_derivative: float) -> float:
+    """The raw value w whose derivative min_derivative + softplus(w) is 1."""
+    return math.log(math.expm1(1 - min_derivative))
 
 
 def _find(value: Tensor, tables: _Tables, spline: Spline, inverse: bool) -> _Bin:
@@ -164,6 +169,7 @@ def _find(value: Tensor, tables: _Tables, spline: Spline, inverse: bool) -> _Bin
     of_all = index[:, None, None].expand(n, 2, 2, 1, b)
     w, x_k, h, y_k = tables.bins.expand(n, 2, 2, bins, b).gather(3, of_all).view(n, 4, b).unbind(1)
     raw = tables.slopes.expand(n, bins + 1, b).gather(1, torch.cat((index, index + 1), 1))
+    raw = raw.add_(spline.offset) if spline.offset else raw
     slopes = _slopes(raw, spline)
     d_0, d_1 = slopes.unbind(1)
     s = h / w
