@@ -135,7 +135,7 @@ def _affine(spline: Spline, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     bins, length = spline.bins, spline.high - spline.low
     eye = torch.eye(bins, dtype=torch.float64)
     before = torch.cat((eye, torch.ones_like(eye).tril(-1)))
-    offset = torch.cat((torch.zeros(bins), torch.full((bins,), spline.low)))[:, None].double()
+    offset = torch.cat((torch.zeros_like(eye[0]), torch.full_like(eye[0], spline.low)))[:, None]
     least = [length * fraction for fraction in (spline.min_width, spline.min_height)]
     steps = torch.stack([before.sum(1, keepdim=True) * size + offset for size in least])
     return steps.to(dtype), torch.stack([before * (length - bins * size) for size in least]).to(dtype)

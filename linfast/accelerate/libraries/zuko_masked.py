@@ -40,7 +40,7 @@ from ..masked import (
 )
 from ..mlp import activation_of, name_of_activation
 from .zuko import Inverse, is_traced, univariate_of
-from .zuko_spline import SplineTransform, Univariate, find_spline, invert, takes
+from .zuko_spline import SplineTransform, Univariate, broadcast, find_spline, invert, takes
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,11 @@ def _extras_of(given: _Given, first: Any, features: int, hidden: int) -> Extras 
     return ((term.reshape(-1, term.shape[-1]), None), *(nothing,) * (hidden - 1))
 
 
-def _meta(lazy: Any, spline: Univariate | None, c: Tensor | None, x: Tensor) -> Transform:
+def _meta(lazy: Any, c: Tensor | None, x: Tensor) -> Transform:
     """The transform of all features at once, given x: a spline by the op, or zuko's own."""
-    if spline is not None and not is_traced() and changed_method(lazy, ("meta",)) is None:
-        batch = x.shape[:-1] if c is None else torch.broadcast_shapes(x.shape[:-1], c.shape[:-1])
-        graph = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in lazy.parameters()))
-        if takes(x, batch.numel(), graph):
-            given = x if c is None else torch.cat((x.expand(*batch, -1), c.expand(*batch, -1)), -1)
-            return SplineTransform(lazy.hyper(given).unflatten(-1, (-1, lazy.total)), spline)
+    if takes(lazy, c, x) and (spline := find_spline(lazy)) is not None:
+        given = x if c is None else torch.cat(broadcast(x, c), -1)
+        return SplineTransform(lazy.hyper(given).unflatten(-1, (-1, lazy.total)), spline)
     made: Transform = lazy.meta(c, x)
     return made
 
@@ -245,7 +242,7 @@ def _transform_class() -> type:
         """zuko's own, but for the inverse."""
 
         def __init__(self, lazy: Any, c: Any) -> None:
-            super().__init__(functools.partial(_meta, lazy, find_spline(lazy), c), lazy.passes)
+            super().__init__(functools.partial(_meta, lazy, c), lazy.passes)
             self._lazy, self._c = lazy, c
 
         @property

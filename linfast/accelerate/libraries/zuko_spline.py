@@ -3,18 +3,18 @@
     widths, heights = softmax(C(u; c / 2)), slopes = exp(C(v; c)),  C(u; c) = u / (1 + |u / c|), c = -ln slope
     NCSF first maps x to the interval, (x mod 2 pi) - pi
 
-``SplineTransform`` is what ``MaskedAutoregressiveTransform.meta`` returns, the transform of all features at once. zuko's
-own code runs where it is faster: for few values on a CPU.
+``SplineTransform`` is what ``MaskedAutoregressiveTransform.meta`` returns: the transform of all features together.
+zuko's own code runs where it is faster: for few values on a CPU.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from ...dispatch import autocast_dtype
 from ...kernels.spline_spec import Spline
 from ...ops.rq_spline import spline_transform
 from ...rows import checks_all_lengths
-from ..identity import find_class, is_own_method
+from ..identity import changed_method, find_class, is_own_method
+from .zuko import is_traced
 
 
 @dataclass(frozen=True)
@@ -98,19 +99,28 @@ def _shift(x: Tensor, spline: Univariate) -> Tensor:
     return torch.remainder(x, 2 * spline.spline.high) - spline.spline.high
 
 
-def takes(x: Any, rows: int, graph: bool) -> bool:
-    """Whether the op is at least as fast as zuko's own code, and computes all that is asked for.
+def takes(lazy: Any, c: Any, x: Any) -> bool:
+    """Whether the op is at least as fast as zuko's own code, and computes all that is asked for."""
+    if type(x) not in (Tensor, nn.Parameter) or type(c) not in (Tensor, nn.Parameter, NoneType) or x.ndim == 0:
+        return False
+    if x.is_cpu and not checks_all_lengths():
+        values = max(x.numel(), 0 if c is None or c.ndim < 2 else c[..., 0].numel() * x.shape[-1])
+        if values < _FEWEST.graph and (values < _FEWEST.values or _requires_grad(lazy, c, x)):
+            return False
+    if is_traced() or autocast_dtype(x.device.type) is not None or changed_method(lazy, ("meta",)) is not None:
+        return False
+    return not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
 
-    Args:
-        x: [..., D].
-        rows: the number of rows of x and of the context together.
-        graph: whether a gradient is required.
-    """
-    if type(x) not in (Tensor, nn.Parameter) or autocast_dtype(x.device.type) is not None:
-        return False
-    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return False
-    return not x.is_cpu or checks_all_lengths() or rows * x.shape[-1] >= (_FEWEST.graph if graph else _FEWEST.values)
+
+def _requires_grad(lazy: Any, c: Tensor | None, x: Tensor) -> bool:
+    tensors = itertools.chain((x,), () if c is None else (c,), lazy.parameters())
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def broadcast(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, with the same batch dimensions."""
+    batch = torch.broadcast_shapes(x.shape[:-1], c.shape[:-1])
+    return x.expand(*batch, -1), c.expand(*batch, -1)
 
 
 class SplineTransform(Transform):
