@@ -139,7 +139,15 @@ def spline_of(
     check_number("min_derivative", min_derivative, least=_LEAST, most=1.0, below=True)
     check_number("temperature", temperature, least=0.0, above=True)
     return Spline(
-        bins, low, high, *least.values(), float(min_derivative), float(temperature), TAILS.index(tails), clips, offset
+        bins,
+        low,
+        high,
+        *least.values(),
+        float(min_derivative),
+        float(temperature),
+        TAILS.index(tails),
+        clips,
+        offset,
     )
 
 
