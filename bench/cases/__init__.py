@@ -19,6 +19,7 @@ _MODULES = {
     ),
     "flows": ("coupling_flow", "peers", "libraries", "linearizer", "reversible", "streams"),
     "autoregressive": ("autoregressive",),
+    "programs": ("programs",),
     "collapse": ("collapse",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

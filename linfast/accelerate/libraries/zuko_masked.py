@@ -40,6 +40,7 @@ from ..masked import (
 )
 from ..mlp import activation_of, name_of_activation
 from .zuko import Inverse, is_traced, univariate_of
+from .zuko_spline import SplineTransform, Univariate, broadcast, find_spline, invert, takes
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[An
         affine = Affine(scale_function(scale_map), log_scale_function(scale_map), scale_map)
         return "affine, smooth", affine, replace(affine, log_scale=None), ()
     name = getattr(function, "__name__", type(function).__name__)
+    if (spline := find_spline(lazy)) is not None:
+        return name, _invert_spline(spline, True), _invert_spline(spline, False), ()
     if isinstance(function, nn.Module) or not str(getattr(function, "__module__", "")).startswith("zuko."):
         raise Unfit(f"univariate {name}: only zuko's own that depend on nothing but a feature and its parameters")
     return name, _elementwise(lazy, True), _elementwise(lazy, False), (function,)
@@ -159,6 +162,10 @@ def _elementwise(lazy: Any, log_det: bool) -> InvertFeatures:
         return inverse.call_and_ladj(y) if log_det else (inverse(y), y.new_zeros(()).expand_as(y))
 
     return invert
+
+
+def _invert_spline(spline: Univariate, log_det: bool) -> InvertFeatures:
+    return lambda y, params, features: invert(y, params, spline, log_det)
 
 
 def _find(lazy: Any) -> MaskedInverse:
@@ -208,6 +215,15 @@ def _extras_of(given: _Given, first: Any, features: int, hidden: int) -> Extras 
     return ((term.reshape(-1, term.shape[-1]), None), *(nothing,) * (hidden - 1))
 
 
+def _meta(lazy: Any, c: Tensor | None, x: Tensor) -> Transform:
+    """The transform of all features at once, given x: a spline by the op, or zuko's own."""
+    if takes(lazy, c, x) and (spline := find_spline(lazy)) is not None:
+        given = x if c is None else torch.cat(broadcast(x, c), -1)
+        return SplineTransform(lazy.hyper(given).unflatten(-1, (-1, lazy.total)), spline)
+    made: Transform = lazy.meta(c, x)
+    return made
+
+
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
     """The transform for c, whose inverse walks over the degrees."""
     if is_traced():
@@ -226,7 +242,7 @@ def _transform_class() -> type:
         """zuko's own, but for the inverse."""
 
         def __init__(self, lazy: Any, c: Any) -> None:
-            super().__init__(functools.partial(lazy.meta, c), lazy.passes)
+            super().__init__(functools.partial(_meta, lazy, c), lazy.passes)
             self._lazy, self._c = lazy, c
 
         @property
@@ -235,7 +251,7 @@ def _transform_class() -> type:
 
         def __reduce__(self) -> Any:
             """As the library's own, which a process without linfast can load."""
-            return base, (self.meta, self.passes)
+            return base, (functools.partial(self._lazy.meta, self._c), self.passes)
 
         def _inverse(self, y: Tensor) -> Tensor:
             found = self._walk(y, False)
