@@ -41,6 +41,7 @@ from ..masked import (
 from ..mlp import activation_of, name_of_activation
 from .zuko import Inverse, is_traced, univariate_of
 from .zuko_spline import SplineTransform, Univariate, broadcast, find_spline, invert, takes
+from .zuko_spline import functions as functions_of_spline
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,8 @@ def _find(lazy: Any) -> MaskedInverse:
     functions = [(type(inside), "forward") for inside in lazy.hyper.modules()] + [(original_class(lazy), "meta")]
     if isinstance(transform, Affine):
         functions += [(univariate_of(lazy)[0], method) for method in _AFFINE]
+    elif find_spline(lazy) is not None:
+        functions += functions_of_spline()
     sizes = "-".join(map(str, (features, *(out for out, _ in masks.shapes))))
     weights, biases = [linear.weight for linear in layers.linears], [linear.bias for linear in layers.linears]
     found = _Inverse(

@@ -87,6 +87,11 @@ def _is_own(name: str) -> bool:
     return cls is not None and all(is_own_method(cls, method) for method in _METHODS[name])
 
 
+def functions() -> list[tuple[Any, str]]:
+    """zuko's classes and methods that ``Univariate`` stands for."""
+    return [(find_class("zuko.transforms", name), method) for name in _METHODS for method in _METHODS[name]]
+
+
 def invert(y: Tensor, params: Tensor, spline: Univariate, log_det: bool) -> tuple[Tensor, Tensor]:
     """(x [B, n], log|dx / dy| [B, 1], or 0 of it) of y [B, n] by params [B, n, P]."""
     x, total = spline_transform(y, params, spline.spline, True, log_det)
@@ -153,7 +158,7 @@ class SplineTransform(Transform):
         if spline.shifted and not inverse:
             x = _shift(x, spline)
         rows = x.expand(shape).reshape(-1, shape[-1])
-        params = self._params.expand(*shape, -1).reshape(*rows.shape, -1)
+        params = self._params.expand(*shape, -1).reshape(*rows.shape, self._params.shape[-1])
         y, total = spline_transform(rows, params, spline.spline, inverse, log_det)
         if spline.shifted and inverse:
             y = _shift(y, spline)
