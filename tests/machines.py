@@ -5,8 +5,8 @@
     python -m tests.machines --random                 one setting and one seed but 0, as CI takes them
 
 Seed 0, which is pytest's, runs every test; other seeds leave out those that compile, export or check how an op is
-registered, which draw no random numbers. A run fails where a test fails; the matrix also fails where a test exceeds 0.7 of its
-limit, since another machine may be worse (see ``tests.margins`` for what is measured).
+registered, which draw no random numbers. A run fails where a test fails; the matrix also fails where a test exceeds
+0.7 of its limit, since another machine may be worse (see ``tests.margins`` for what is measured).
 """
 
 from __future__ import annotations
