@@ -652,6 +652,5 @@ def sweep(names: Iterable[str], now: Collection[str] = SOME) -> list:
 # (train, steps) of the reference's training.
 TRAINED = [
     pytest.param(True, 6, id="dropout, six steps"),
-    pytest.param(True, 20, id="dropout", marks=pytest.mark.long),
     pytest.param(False, 20, id="no dropout", marks=pytest.mark.long),
 ]

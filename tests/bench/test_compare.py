@@ -142,9 +142,9 @@ def test_a_commit_is_checked_out_compared_with_and_removed(
     assert len(_git(tmp_path, "worktree", "list").splitlines()) == 1, "the worktree of BASE is still there"
 
 
-def _command(checkout: Path) -> subprocess.CompletedProcess[str]:
-    """Two replicates of the smallest case."""
-    code = "import sys; from linfast.bench import compare; compare.REPLICATES = 2\n"
+def _command(checkout: Path, replicates: int) -> subprocess.CompletedProcess[str]:
+    """Replicates of the smallest case."""
+    code = f"import sys; from linfast.bench import compare; compare.REPLICATES = {replicates}\n"
     code += "from linfast.bench.run import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", code, "--compare", "HEAD", "--case", "affine_coupling", *TINY],
@@ -161,11 +161,11 @@ def test_a_commit_equals_itself_and_a_slower_one_is_found(tree: Path) -> None:
     _git(tree, "init", "-q")
     _git(tree, "add", "-A")
     _git(tree, "commit", "-qm", "one")
-    same = _command(tree)
+    same = _command(tree, 2)
     assert same.returncode == 0, same.stderr
     assert same.stdout.splitlines()[-1] == "no change beyond the noise"
     _make_slow(tree)
-    slower = _command(tree)
+    slower = _command(tree, 1)
     assert slower.returncode == 1, slower.stderr
     [row] = [line for line in slower.stdout.splitlines() if line.startswith("affine_coupling")]
     assert row.endswith("slower")

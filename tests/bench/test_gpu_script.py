@@ -41,6 +41,25 @@ case "$*" in
 esac
 """
 
+# The real Python; of the benchmark cases that the probe found it passes on a few.
+FEW = ("affine_coupling", "collapse", "linearizer", "reversible")
+KEEP_FEW = f"""
+import json, sys
+for line in sys.stdin:
+    if line.startswith("{{"):
+        line = json.loads(line)
+        line["probe"]["cases"] = [name for name in line["probe"]["cases"] if name in {FEW}]
+        line = json.dumps(line) + "\\n"
+    print(line, end="")
+"""
+OF_FEW = f"""#!/usr/bin/env bash
+set -o pipefail
+case "$*" in
+    *tests.gpu.probe*) {sys.executable} "$@" | {sys.executable} "$(dirname "$0")/keep_few.py" ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+
 
 @pytest.fixture
 def started(tmp_path: Path):
@@ -100,9 +119,13 @@ def test_every_stage_has_its_turn_and_its_line(started, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_dry_run_of_the_cheap_stages(tmp_path: Path) -> None:
-    """With the real processes, not the stand-in."""
-    command = ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path), "--dry", "--only", "tests,bench,profile,table"]
-    environment = {**os.environ, "PYTHON": sys.executable}
+    """With the real processes, and few cases: .ci/run runs them all, in one process."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    (tmp_path / "keep_few.py").write_text(KEEP_FEW)
+    python.write_text(OF_FEW)
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "bench/gpu.sh"), str(out), "--dry", "--only", "tests,bench,profile,table"]
+    environment = {**os.environ, "PYTHON": str(python)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
     assert done.returncode == 0, done.stderr
     for stage in ("environment", "tests", "bench", "profile", "table"):
@@ -110,10 +133,10 @@ def test_a_dry_run_of_the_cheap_stages(tmp_path: Path) -> None:
     assert "passed, 0 failed" in done.stdout
     assert "refused" not in done.stdout
     first_words = {line.partition(" ")[0] for line in done.stdout.splitlines()}
-    assert {"affine_coupling", "linearizer", "reversible", "collapse"} <= first_words  # the table is whole
+    assert set(FEW) <= first_words  # the table is whole
     assert len(done.stdout) < 12000  # shown in the machine's reply
-    assert 0 < (tmp_path / "trace.json.gz").stat().st_size < 2**24
-    assert len(list(tmp_path.iterdir())) <= 8
+    assert 0 < (out / "trace.json.gz").stat().st_size < 2**24
+    assert len(list(out.iterdir())) <= 8
 
 
 def test_the_tests_of_a_real_call_exist() -> None:

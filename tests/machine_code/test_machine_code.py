@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from tests.machine_code import __main__ as command
 from tests.machine_code.cases import all_cases
 from tests.machine_code.check import outputs_and_gradients
 from tests.machine_code.kernels import SOURCES, entry_kernels
-from tests.machine_code.target import folder
-from tests.machine_code.variants import DTYPES, uncovered, variants
+from tests.machine_code.target import CAPABILITIES, folder
+from tests.machine_code.variants import DTYPES, in_short_run, uncovered, variants
 from tests.ops.budget import COMPILED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,6 +49,19 @@ def test_every_mode_direction_and_dtype_is_run() -> None:
     assert {direction for op, _, _, direction in found if op == "coupling_mix"} == {"forward", "inverse"}
     for op, _, mode, direction in found:
         assert {d for o, d, m, way in found if (o, m, way) == (op, mode, direction)} == set(DTYPES)
+
+
+def test_the_short_run_has_each_pair_of_target_dtype_mode_and_direction() -> None:
+    """Every variant runs on a target. Each pair that an op has on the whole, it has on the targets together."""
+    whole = list(variants(all_cases(), smoke=True))
+    runs = [(v, target) for v in whole for target in CAPABILITIES if in_short_run(v, target)]
+    assert {v.name for v, _ in runs} == {v.name for v in whole}
+    for i, j in itertools.combinations(range(4), 2):
+        found, possible = (
+            {(v.case.op, pair[i], pair[j]) for v, t in chosen for pair in [(t, v.dtype, v.mode, v.direction)]}
+            for chosen in (runs, itertools.product(whole, CAPABILITIES))
+        )
+        assert found == possible
 
 
 @pytest.mark.skipif(COMPILED, reason="records what the interpreter would launch")

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from linfast import ops
 from linfast.precision import PRECISIONS
+from tests.machine_code.target import CAPABILITIES
 
-__all__ = ["DTYPES", "Case", "Outputs", "Variant", "uncovered", "variants"]
+__all__ = ["DTYPES", "Case", "Outputs", "Variant", "in_short_run", "uncovered", "variants"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Outputs = Sequence[Tensor | None]
@@ -77,6 +78,24 @@ def variants(cases: Sequence[Case], smoke: bool) -> Iterator[Variant]:
             for mode in modes if "precision" in has else ("",):
                 for direction in ("forward", "inverse") if "inverse" in has else ("",):
                     yield Variant(case, dtype, mode, direction)
+
+
+def in_short_run(variant: Variant, target: str) -> bool:
+    """Whether the short run contains this variant of a case that it contains.
+
+    An op without directions is run whole on both targets. Of an op with directions one target runs the forward of
+    a dtype and mode, and the other the inverse: so each dtype and each mode is run on each target and in each
+    direction, and each target runs both directions.
+    """
+    if not variant.direction:
+        return True
+    turns = (
+        list(DTYPES).index(variant.dtype),
+        PRECISIONS.index(variant.mode) if variant.mode else 0,
+        variant.direction == "inverse",
+        list(CAPABILITIES).index(target),
+    )
+    return sum(turns) % 2 == 0
 
 
 def uncovered(cases: Sequence[Case], smoke: bool) -> list[str]:

@@ -45,8 +45,9 @@ def test_what_differs_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", list(TRAININGS))
+@pytest.mark.parametrize("name", [name for name in TRAININGS if name != "one-step"])
 def test_a_short_soak(name: str, tmp_path: Path, monkeypatch) -> None:
+    """ "one-step, averaged" keeps all that "one-step" does, and more."""
     monkeypatch.setattr("tests.soak.soak.TRAININGS", {name: TRAININGS[name]})
     soak = Soak(tmp_path, seed=len(name), kills=2, count=50_000)
     assert soak.cycle(1).startswith(name)
