@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import read_at_once
 from ..flows.drift import DriftGuard
 from .identity import find_class, has, original_class
 
@@ -102,6 +103,7 @@ class Adapter:
             the copy's own conditioners.
         decides: whether the replaced methods decide themselves when the original runs.
         many_steps: whether each output is the result of many dependent steps, so that roundings grow as in a chain.
+        is_spline: whether it is a spline coupling, of which a chain's run together.
         chain: whether the class runs other modules one after another. They then run together, or with
             memory="invert" their activations are rebuilt in the backward.
         stored: why memory="invert" stores activations of this chain, or coupling in no chain; "" where it does not.
@@ -126,6 +128,7 @@ class Adapter:
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = _nothing
     decides: bool = False
     many_steps: bool = False
+    is_spline: bool = False
     chain: bool = False
     stored: str = _IN_NO_CHAIN
     tolerance: float = 1e-10
@@ -164,7 +167,7 @@ class Adapter:
         untrained = [t for t in own if t is not None and not t.requires_grad]
         seen = tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
         # Comparing a GPU's masks at every call would wait for the device.
-        values = tuple(mask for mask in self.masks(instance) if mask.is_cpu) if self.masks else ()
+        values = tuple(mask for mask in self.masks(instance) if read_at_once(mask)) if self.masks else ()
         return seen, self.settings_of(instance), values
 
     def holds(self, plan: Plan, instance: Any) -> bool:

@@ -18,8 +18,9 @@ from ..flows.reversible import DROPOUTS, Step, inverts, reversible
 from ..flows.undo import Context, Made, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling
-from .fused import Fused, Maps
+from .fused import Fused, Maps, Together
 from .identity import PLAN, changed_method
+from .spline_chain import SplineChain
 
 Named = Iterator[tuple[str, nn.Module]]
 
@@ -125,10 +126,10 @@ def put_stubs(members: Sequence[nn.Module], draw: Draw) -> None:
                 module.size = 1 / len(members)
 
 
-def fused_of(chain: Any) -> Fused | None:
-    """The Fused of a swapped chain, renewed where the chain has changed; None where its members run one by one."""
+def fused_of(chain: Any) -> Together | None:
+    """The Together of a swapped chain, renewed where the chain has changed; None: its members run one by one."""
     plan = vars(chain)[PLAN]
-    if not isinstance(plan.layout, Fused):
+    if not isinstance(plan.layout, Together):
         return None
     now = plan.layout.renewed(chain)
     if now is not None and now is not plan.layout:
@@ -139,13 +140,12 @@ def fused_of(chain: Any) -> Fused | None:
 def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tensor, Tensor] | None:
     """(y, log_det [B]) of a swapped chain; None where the library's own loop is to run.
 
-    A chain that was swapped with memory="store" runs its couplings together, in calls without a context.
+    A chain that was swapped with memory="store" runs its couplings together, affine ones only without a context.
     """
     plan = vars(chain)[PLAN]
-    if isinstance(plan.layout, Fused):
-        alone = all(value is None for value in context.values()) and plan.layout.takes(x)
-        fused = fused_of(chain) if alone else None
-        return None if fused is None else fused(chain, x, inverse)
+    if isinstance(plan.layout, Together):
+        fused = fused_of(chain) if plan.layout.takes(x, context) else None
+        return None if fused is None else fused(chain, x, inverse, context)
     parts = parts_to_invert(chain, x, plan.layout)
     if parts is None:
         return None
@@ -185,7 +185,12 @@ def chain_adapter(
         if options.memory == "store":
             if (why := why_apart(chain)) is not None:
                 raise Unfit(why)
-            fused = Fused(chain, flat, run_part, maps, options)
+            arguments = chain, flat, run_part, maps, options
+            fused: Together
+            try:
+                fused = Fused(*arguments)
+            except Unfit:
+                fused = SplineChain(*arguments)
             like = next(p for p in chain.parameters() if p.is_floating_point())
             one = fused.launch is not None and fused.launch.has_tile(like, options.precision)
             return Plan(fused.describe(like), layout=fused, takes_precision=one, vectors=fused.features)

@@ -34,7 +34,7 @@ from .sides import Affine, Index
 Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
 
-_NO_CONTEXT: Mapping[str, Any] = {"context": None}
+NO_CONTEXT: Mapping[str, Any] = {"context": None}
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,11 @@ class _Loop:
 
 def _own(module: nn.Module | None, run: Any) -> Callable[[Tensor, bool], Outputs]:
     """A step of the loop that runs a member by the library's own code."""
-    return lambda x, inverse: run(module, x, _NO_CONTEXT, inverse)
+    return lambda x, inverse: run(module, x, NO_CONTEXT, inverse)
 
 
-class Fused:
-    """The recognised members of one chain; a call runs them together. Raises Unfit where that is not possible.
+class Together:
+    """The recognised members of one chain, which a call runs together.
 
     Args:
         chain: the instance.
@@ -108,15 +108,57 @@ class Fused:
         options: the options of ``accelerate``.
     """
 
+    features: int
+    dtype: torch.dtype
+    launch: Launch | None = None
+
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         self._arguments, self._options = (flat, run, maps, options), options
+        self._children, self._evidence = chain._modules, _evidence(chain, ())
+
+    def _remember(self, chain: nn.Module, recognised: Iterable[nn.Module]) -> None:
+        """These members are unchanged until ``renewed`` finds otherwise."""
+        self._children, self._evidence = chain._modules, _evidence(chain, recognised)
+
+    def renewed(self, chain: nn.Module) -> Together | None:
+        """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
+        if self._children is chain._modules and not is_patched(chain) and self._evidence.holds():
+            return self
+        try:
+            with torch.inference_mode(False):  # its tensors are used outside too
+                return type(self)(chain, *self._arguments)
+        except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
+            return None
+
+    def describe(self, like: Tensor) -> str:
+        """The report's description of the code that runs on the device of ``like``."""
+        raise NotImplementedError
+
+    def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
+        """Whether this can run x; if not, the library's own code does."""
+        if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        return x.ndim == 2 and x.shape[1] == self.features and x.dtype == self.dtype and not has_global_hook()
+
+    def __call__(
+        self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        """(y, log_det [B]) of x [B, D], or of the inverse."""
+        raise NotImplementedError
+
+
+class Fused(Together):
+    """Affine couplings with MLPs. Raises Unfit where fewer than two are known."""
+
+    def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
+        super().__init__(chain, flat, run, maps, options)
         members: list[Member] = []
         recognised: list[nn.Module] = []
         for _, module in flat(chain):
-            found = _recognise(module, maps, options)
+            found = recognise(module, maps, options)
             members += [module] if found is None else found
             recognised += [] if found is None else [module]
-        self._children, self._evidence = chain._modules, _evidence(chain, recognised)
+        self._remember(chain, recognised)
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -131,37 +173,24 @@ class Fused:
         row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
         self._widths: list[int | None] = [max(widths) if row_apart else None]
-        self.launch: Launch | None = launch_of(members)
+        self.launch = launch_of(members)
 
     def describe(self, like: Tensor) -> str:
-        """The report's description of the code that runs on the device of ``like``."""
         launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
         if like.is_cuda:
             return f"{len(self.couplings)} couplings in one " + ("launch" if launch else "loop")
         return f"{len(self.couplings)} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
 
-    def renewed(self, chain: nn.Module) -> Fused | None:
-        """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
-        if self._children is chain._modules and not is_patched(chain) and self._evidence.holds():
-            return self
-        try:
-            with torch.inference_mode(False):  # its tensors are used outside too
-                return Fused(chain, *self._arguments)
-        except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
-            return None
-
-    def takes(self, x: Any) -> bool:
-        """Whether this can run x; if not, the library's own code does."""
-        if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        if x.ndim != 2 or x.shape[1] != self.features or x.dtype != self.dtype or has_global_hook():
+    def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
+        if not super().takes(x) or any(value is not None for value in context.values()):
             return False
         if uses_triton(x):
             return self.launch is not None and self.launch.has_tile(x, self._options.precision)
         return autocast_dtype(x.device.type) is None
 
-    def __call__(self, chain: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(y, log_det [B]) of x [B, D], or of the inverse."""
+    def __call__(
+        self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
         if uses_triton(x):
             assert self.launch is not None
             return self.launch(chain, x, inverse, self._options.precision)
@@ -197,7 +226,7 @@ def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
     return Evidence([chain, *lists], recognised, functions, masks)
 
 
-def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
+def recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
     """The member as couplings or as one map; None where it runs by the library's own code."""
     adapter = adapter_for(module)
     if is_hooked(module) or has_global_hook():

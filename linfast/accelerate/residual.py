@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops.activations import ACTIVATIONS
-from ..ops.residual_network import ResidualBlock, ResidualNetwork, residual_network, uses_batch
-from .mlp import activation_of, is_class, is_untouched, layer_of
+from ..ops.residual_network import ResidualBlock, ResidualNetwork, Terms, residual_network, uses_batch
+from .mlp import activation_of, is_class, is_plain, is_untouched, layer_of
 
 _WHERE = ("nflows.nn.nets.resnet", "glasflow.nflows.nn.nets.resnet", "normflows.nets.resnet")
 _PERIODIC = ("normflows.utils.nn", "PeriodicFeaturesElementwise")
@@ -52,9 +52,10 @@ class Residual:
         fits = all(gate is not None and gate[0].shape[1] == features for gate in gates)
         return fits and rows == x.shape[0] and x.shape[1] + features == self.network.first[0].shape[1]
 
-    def __call__(self, x: Tensor, context: Tensor | None, transposed: bool) -> Tensor:
+    def __call__(self, x: Tensor, context: Tensor | None, terms: Terms | None = None) -> Tensor:
+        """The network's output, transposed; ``terms``: those of the context, where they are known."""
         x = x if self.before is None else self.before(x)
-        return residual_network(x, self.network, context, transposed=transposed)
+        return residual_network(x, self.network, context, terms=terms, transposed=True)
 
     def __str__(self) -> str:
         first, last = self.network.first[0], self.network.last[0]
@@ -106,7 +107,14 @@ def _block(block: Any, where: str) -> ResidualBlock | None:
         return None
     if block.use_batch_norm:
         norms = tuple(parts["batch_norm_layers"]._modules.values())
-    if any(type(norm) is not nn.BatchNorm1d or not is_untouched(norm) for norm in norms or ()):
+    if not all(map(_is_batch_norm, norms or ())):
         return None
     dropout = parts["dropout"]
     return ResidualBlock((one, two), norms, gate) if type(dropout) is nn.Dropout and is_untouched(dropout) else None
+
+
+_FORWARD = nn.BatchNorm1d.forward  # which a base class defines
+
+
+def _is_batch_norm(norm: Any) -> bool:
+    return type(norm) is nn.BatchNorm1d and nn.BatchNorm1d.forward is _FORWARD and is_plain(norm)

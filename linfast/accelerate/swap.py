@@ -23,7 +23,7 @@ from ..dispatch import has_global_hook
 from ..flows.drift import DriftGuard
 from ..rows import is_short
 from .adapter import Adapter, Plan, Unfit
-from .fused import Fused
+from .fused import Together
 from .identity import PLAN, is_hooked, is_patched
 
 
@@ -165,7 +165,7 @@ def may_replace(instance: Any, adapter: Adapter, method: str) -> bool:
 
     A hook that keeps a chain from being rebuilt in the backward is warned of once.
     """
-    if isinstance(plan_of(instance).layout, Fused):  # Fused checks this itself
+    if isinstance(plan_of(instance).layout, Together):  # it checks this itself
         return True
     if not renew_plan(instance) or is_patched(instance, but=method):
         return False

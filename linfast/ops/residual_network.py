@@ -121,16 +121,28 @@ def residual_network(
 
 def context_terms(context: Tensor, net: ResidualNetwork, at_once: bool = False) -> Terms:
     """The terms of a context [B or 1, n_c]; ``at_once``: by one product with all the weights that it meets."""
+    if at_once:
+        return terms_at_once(context, [net])[0]
+    of_x, layers = _context_layers(context, net)
+    first, *gates = (F.linear(context, *layer) for layer in layers)
+    return Terms(of_x, first, gates)
+
+
+def terms_at_once(context: Tensor, nets: Sequence[ResidualNetwork]) -> list[Terms]:
+    """The terms of a context [B or 1, n_c] in each of these networks, by one product with all their weights."""
+    of_nets = [_context_layers(context, net) for net in nets]
+    flat = [layer for _, layers in of_nets for layer in layers]
+    weights = [weight for weight, _ in flat]
+    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in flat]
+    found = iter(F.linear(context, cat(weights), cat(biases)).split([len(weight) for weight in weights], dim=1))
+    return [Terms(of_x, next(found), [next(found) for _ in layers[1:]]) for of_x, layers in of_nets]
+
+
+def _context_layers(context: Tensor, net: ResidualNetwork) -> tuple[Tensor, list[Layer]]:
+    """W, and the layers that read the context: (V, b), and (C, d) of every block."""
     weight, bias = net.first
     of_x, of_context = weight.split((weight.shape[1] - context.shape[1], context.shape[1]), dim=1)
-    layers = [(of_context, bias), *(block.gate for block in net.blocks if block.gate is not None)]
-    if not at_once:
-        first, *gates = (F.linear(context, *layer) for layer in layers)
-        return Terms(of_x, first, gates)
-    weights = [weight for weight, _ in layers]
-    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
-    first, *gates = F.linear(context, cat(weights), cat(biases)).split([len(weight) for weight in weights], dim=1)
-    return Terms(of_x, first, gates)
+    return of_x, [(of_context, bias), *(block.gate for block in net.blocks if block.gate is not None)]
 
 
 def uses_batch(norm: nn.BatchNorm1d) -> bool:
