@@ -114,7 +114,7 @@ class SplineChain(Together):
         self._widths: list[int | None] = [self.features, *widths, *([] if alone else [None])]
 
     def describe(self, like: Tensor) -> str:
-        return f"{len(self.couplings)} spline couplings together"
+        return f"{len(self.couplings)} spline couplings in one loop"
 
     def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
         if not super().takes(x) or autocast_dtype(x.device.type) is not None:
