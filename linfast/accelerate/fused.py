@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ..flows.undo import Outputs
 from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
-from .adapter import Options, Unfit, adapter_for
+from .adapter import ORIGINAL, Options, Unfit, adapter_for
 from .identity import changed_method, defined_as, is_hooked, is_patched, original_class
 from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
 from .sides import Affine, Index
@@ -112,11 +113,16 @@ class Fused:
         self._arguments, self._options = (flat, run, maps, options), options
         members: list[Member] = []
         recognised: list[nn.Module] = []
+        masks: list[Tensor] = []
         for _, module in flat(chain):
             found = _recognise(module, maps, options)
-            members += [module] if found is None else found
-            recognised += [] if found is None else [module]
-        self._children, self._evidence = chain._modules, _evidence(chain, recognised)
+            if found is None:
+                members.append(module)
+                continue
+            members += found[0]
+            masks += found[1]
+            recognised.append(module)
+        self._children, self._evidence = chain._modules, _evidence(chain, recognised, masks)
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -136,9 +142,10 @@ class Fused:
     def describe(self, like: Tensor) -> str:
         """The report's description of the code that runs on the device of ``like``."""
         launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
-        if like.is_cuda:
-            return f"{len(self.couplings)} couplings in one " + ("launch" if launch else "loop")
-        return f"{len(self.couplings)} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
+        if uses_triton(like):
+            return f"{len(self.couplings)} couplings in one launch" if launch else ORIGINAL
+        on_gpu = "in one launch" if launch else ORIGINAL
+        return f"{len(self.couplings)} couplings in one loop" + ("" if like.is_cuda else f" (on a GPU: {on_gpu})")
 
     def renewed(self, chain: nn.Module) -> Fused | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
@@ -167,38 +174,40 @@ class Fused:
             return self.launch(chain, x, inverse, self._options.precision)
         rows = rows_at_once(x, lambda: self._widths)
         if rows is None:
-            return self._loop(x, inverse)
-        return by_rows(lambda part: self._loop(part, inverse), x, rows)
-
-    def _loop(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        total: Tensor | None = None
-        for step in reversed(self._steps) if inverse else self._steps:
-            x, part = step(x, inverse)
-            if part is not None:
-                total = part if total is None else total + part
-        assert total is not None
-        return x, total
+            return _loop(self._steps, x, inverse)
+        steps = [  # each map is made once for all parts
+            partial(step.apply, step.make(inverse)) if isinstance(step, Affine) else step for step in self._steps
+        ]
+        return by_rows(lambda part: _loop(steps, part, inverse), x, rows)
 
 
-def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
+def _loop(steps: Sequence[Callable[[Tensor, bool], Outputs]], x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    total: Tensor | None = None
+    for step in reversed(steps) if inverse else steps:
+        x, part = step(x, inverse)
+        if part is not None:
+            total = part if total is None else total + part
+    assert total is not None
+    return x, total
+
+
+def _evidence(chain: nn.Module, recognised: Iterable[nn.Module], masks: Iterable[Tensor]) -> Evidence:
     """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
     lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     functions: list[tuple[type, str]] = []
-    masks: list[Tensor] = []
     for module in recognised:
         adapter, cls = adapter_for(module), original_class(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
         functions += [(cls, name) for name in names if hasattr(cls, name)]
         functions += [(original_class(inside), "forward") for inside in module.modules()]
-        if adapter is None:
-            masks += [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
-        elif adapter.masks:
-            masks += adapter.masks(module)
     return Evidence([chain, *lists], recognised, functions, masks)
 
 
-def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
-    """The member as couplings or as one map; None where it runs by the library's own code."""
+def _recognise(module: nn.Module, maps: Maps, options: Options) -> tuple[list[Member], Iterable[Tensor]] | None:
+    """(the member as couplings or maps, the tensors whose values it was read from), or None.
+
+    None: the member runs by the library's own code.
+    """
     adapter = adapter_for(module)
     if is_hooked(module) or has_global_hook():
         return None
@@ -206,7 +215,8 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
         if adapter is None:
             make = maps.of.get(original_class(module).__qualname__) if maps.known(module) else None
             found = None if make is None or any(map(is_hooked, module.modules())) else make(module)
-            return None if found is None else [found]
+            masks = [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
+            return None if found is None else ([found], masks)
         if not adapter.is_coupling or any(map(is_hooked, adapter.inner(module))):
             return None
         if changed_method(module, (*adapter.methods, *adapter.assumes)) is not None:
@@ -214,7 +224,8 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
         layout = adapter.plan(module, options).layout
     except Unfit:
         return None
-    return members_of(adapter.members(module, layout))
+    members = members_of(adapter.members(module, layout))
+    return None if members is None else (members, adapter.masks_of(module, layout))
 
 
 def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[Any]:
@@ -246,7 +257,7 @@ def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
         raw_net = [(weights, biases), *others][-1] if tail.layout == "pair" else None
         return PlainCoupling(
             weights, biases, activation, tail.log_scale, tail.order == "scale_first", tail.layout == "interleaved",
-            moves, tail.layout == "raw_first", raw_net, side.factor,
+            moves, tail.layout == "raw_first", raw_net, side.factor, tail.keeps_volume,
         )  # fmt: skip
 
     if side.full:  # its columns are selected at each call

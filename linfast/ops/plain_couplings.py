@@ -27,13 +27,14 @@ class PlainCoupling(NamedTuple):
     Args:
         weights, biases: of the conditioner's linear layers, [out, in] and [out] or None.
         activation: applied between them.
-        log_scale: maps raw to log_s elementwise; None for an additive coupling, which has no raw.
+        log_scale: maps raw to log_s; None for an additive coupling, which has no raw.
         scale_first: m e^s + shift in place of (m + shift) e^s.
         interleaved: the conditioner's output is shift_i, raw_i alternating, in place of [shift | raw].
         moves: which half moves, 0 or 1.
         raw_first: the conditioner's output is [raw | shift].
         raw_net: weights and biases of a second conditioner, for raw; the first then computes only the shift.
         factor: multiplies the (first) conditioner's output.
+        keeps_volume: log_s sums to zero over the features, and is not summed.
     """
 
     weights: Sequence[Tensor]
@@ -46,6 +47,7 @@ class PlainCoupling(NamedTuple):
     raw_first: bool = False
     raw_net: tuple[Sequence[Tensor], Sequence[Tensor | None]] | None = None
     factor: float = 1.0
+    keeps_volume: bool = False
 
 
 def run_couplings(
@@ -69,9 +71,9 @@ def run_couplings(
     same = dtype == wide  # on a small batch a cast to the same dtype takes as long as an elementwise operation
     halves = list(x.split((first, x.shape[1] - first), dim=1))
     sums: list[Tensor | None] = [None, None]
-    for weights, biases, activation, log_scale, scale_first, interleaved, moves, raw_first, raw_net, factor in (
-        reversed(couplings) if inverse else couplings
-    ):
+    for (
+        weights, biases, activation, log_scale, scale_first, interleaved, moves, raw_first, raw_net, factor, no_sum
+    ) in reversed(couplings) if inverse else couplings:  # fmt: skip
         kept = h = halves[1 - moves] if context is None else cat((halves[1 - moves], context), dim=1)
         last = len(weights) - 1
         for i in range(last):  # _mlp, inlined: at small batches a call per coupling is measurable
@@ -97,7 +99,7 @@ def run_couplings(
         else:
             m = m * log_s.exp() + shift if scale_first else (m + shift) * log_s.exp()
         halves[moves] = m if same else m.to(dtype)
-        if log_det:
+        if log_det and not no_sum:
             before = sums[moves]
             sums[moves] = log_s if before is None else before + log_s
     y, total = cat(halves, dim=1), None
