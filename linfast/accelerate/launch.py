@@ -189,7 +189,8 @@ def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: boo
 
 
 def _cast(entry: AffineMap, dtype: torch.dtype) -> AffineMap:
-    return AffineMap(*[tensor if tensor is None else tensor.to(dtype) for tensor in entry])
+    given = {name: tensor.to(dtype) for name, tensor in entry._asdict().items() if tensor is not None}
+    return entry._replace(**given)
 
 
 def _after(

@@ -184,12 +184,14 @@ class Affine:
         orthogonal: whether it is an orthogonal matrix, whose log_det is zero and is not given. ``make`` gives it
             without a bias, and both directions with its inverse.
         per_batch: whether to make it takes as long as to apply it to many rows.
+        inverse_of: the orthogonal map whose inverse this is: what its ``make`` has given need not be made again.
     """
 
     make: Callable[[bool], AffineMap]
     module: nn.Module | None = None
     orthogonal: bool = False
     per_batch: bool = False
+    inverse_of: Affine | None = None
 
     @property
     def diagonal(self) -> bool:
@@ -200,22 +202,22 @@ class Affine:
 
         log_det is one number for all samples, or None for zero.
         """
-        return self.apply(self.make(inverse), x, inverse)
+        made = self.make(inverse)
+        return self.apply(made._replace(log_det=made.log_abs_det()) if self.diagonal else made, x, inverse)
 
     def apply(self, made: AffineMap, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor | None]:
-        """``__call__`` with what ``make`` has given, for several batches."""
+        """``__call__`` with what ``make`` has given, and without the log_det that it has not."""
         if self.orthogonal:
             matrix = made.inverse if inverse else made.weight
             assert matrix is not None
             return F.linear(x, matrix) if x.ndim == 2 else channel_mix(x, matrix), None
         scale, shift, log_det = made.weight, made.bias, made.log_det
         assert shift is not None
-        assert log_det is not None
         if x.ndim > 2:
             scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
-            log_det = log_det * x.shape[2:].numel()
+            log_det = None if log_det is None else log_det * x.shape[2:].numel()
         if inverse:
-            return (x - shift) / scale, -log_det
+            return (x - shift) / scale, None if log_det is None else -log_det
         return torch.addcmul(shift, x, scale), log_det
 
 

@@ -183,18 +183,22 @@ def _members_all_in_one(block: Any, layout: tuple[Index, Index] | None, c: Seque
     def scaling(inverse: bool) -> AffineMap:
         offset = block.global_offset.flatten()
         if block.GIN:
-            return AffineMap(torch.ones_like(offset), offset, None, offset.new_zeros(()))
+            return AffineMap(torch.ones_like(offset), offset)
         scale = block.global_scale_activation(block.global_scale).flatten()
-        return AffineMap(scale, offset, None, scale.log().sum())
+        return AffineMap(scale, offset)
 
     scale_map = None if block.GIN else ScaleMap("tanh", block.clamp)
     tail = Tail("raw_first", scale_map, partial(_log_scale, block, torch.tanh, block.GIN))
     split = Split("halves", "second", block.splits[0], block.in_channels)
     side = Side(split, tail, run, () if block.conditional else (block.subnet,), factor=_FACTOR)
-    post, pre = layout or [
-        Affine(partial(_rotation, block, back), orthogonal=True, per_batch=bool(block.householder))
-        for back in (False, True)
-    ]
+    post: Index | Affine
+    pre: Index | Affine
+    if layout is None:
+        per_batch = bool(block.householder)
+        pre = Affine(partial(_rotation, block, True), None, True, per_batch)
+        post = Affine(partial(_rotation, block, False), None, True, per_batch, pre)
+    else:
+        post, pre = layout
     return [*([pre] if block.reverse_pre_permute else []), side, Affine(scaling), post]
 
 
