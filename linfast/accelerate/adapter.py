@@ -65,6 +65,7 @@ Draw = Callable[..., Tensor]
 """draw(*shape): standard normal values from a fixed seed, in the check's dtype and on its device."""
 
 
+ORIGINAL = "the original's own code"  # in reports
 _IN_NO_CHAIN = "it is in no chain of a known class"
 
 
@@ -90,6 +91,7 @@ class Adapter:
         probe: (copy, draw) -> the methods' outputs on random inputs. It may replace the copy's conditioners.
         masks: instance -> tensors whose values ``plan`` reads. Where it cannot read them, the original runs: under
             torch.compile, torch.export and torch.jit.trace, and for an ensemble under torch.vmap.
+        reads_masks: layout -> whether the plan depends on the masks' values.
         settings: names of the attributes, other than tensors, that ``plan`` reads.
         assumes: names of methods that ``methods`` reimplement but do not replace; they must be unmodified.
         attributes: names of attributes that distinguish the class from unrelated classes of the same name.
@@ -116,6 +118,7 @@ class Adapter:
     plan: Callable[[Any, Options], Plan]
     probe: Callable[[Any, Draw], Sequence[Tensor]]
     masks: Callable[[Any], Iterable[Tensor]] | None = None
+    reads_masks: Callable[[Any], bool] = lambda layout: True
     settings: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
@@ -149,7 +152,7 @@ class Adapter:
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The instance's plan, with the options, tensors and settings that it depends on."""
         plan = self.plan(instance, options)
-        seen, settings, values = self._sources(instance)
+        seen, settings, values = self._sources(instance, plan)
         values = tuple(value.detach().clone() for value in values)
         return replace(plan, options=options, seen=seen, settings=settings, values=values)
 
@@ -157,19 +160,25 @@ class Adapter:
         """The current values of the instance's ``settings``."""
         return tuple(getattr(instance, name, None) for name in self.settings)
 
-    def _sources(self, instance: Any) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
+    def masks_of(self, instance: Any, layout: Any) -> tuple[Tensor, ...]:
+        """The masks whose values a plan of this layout depends on."""
+        return tuple(self.masks(instance)) if self.masks and self.reads_masks(layout) else ()
+
+    def _sources(
+        self, instance: Any, plan: Plan
+    ) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
         """(frozen tensors of the instance and ``inner``, with version counters; settings; masks on a CPU)."""
         modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
         own = (t for m in modules for t in (*m._buffers.values(), *m._parameters.values()))
         untrained = [t for t in own if t is not None and not t.requires_grad]
         seen = tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
         # Comparing a GPU's masks at every call would wait for the device.
-        values = tuple(mask for mask in self.masks(instance) if mask.is_cpu) if self.masks else ()
+        values = tuple(mask for mask in self.masks_of(instance, plan.layout) if mask.is_cpu)
         return seen, self.settings_of(instance), values
 
     def holds(self, plan: Plan, instance: Any) -> bool:
         """Whether nothing that the plan depends on has changed; on a GPU, writes through ``.data`` go unnoticed."""
-        seen, settings, values = self._sources(instance)
+        seen, settings, values = self._sources(instance, plan)
         if (len(seen), settings, len(values)) != (len(plan.seen), plan.settings, len(plan.values)):
             return False
         same = (t is then and writes == before for (t, writes), (then, before) in zip(seen, plan.seen, strict=True))

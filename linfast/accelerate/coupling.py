@@ -19,14 +19,11 @@ from torch import Tensor, nn
 from ..dispatch import has_global_hook, tensor_of, uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
 from ..rows import Work, by_rows, checks_all_lengths, rows_at_once, rows_in_cache
-from .adapter import Adapter, Draw, Options, Plan, Stub
+from .adapter import ORIGINAL, Adapter, Draw, Options, Plan, Stub
 from .identity import PLAN
 from .launch import lone_launch
 from .mlp import find_mlp
-from .sides import Side
-
-_ORIGINAL = "the original's own code"
-
+from .sides import Affine, Side
 
 Members = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
 """(instance, layout, context) -> its sides, maps and permutations, in the order in which its forward runs them."""
@@ -149,7 +146,7 @@ def couple(
         if launch is not None and launch.features == x.shape[1]:
             y, log_det = launch(owner, x, inverse, precision)
             return y, log_det.to(x.dtype)
-    elif (rows := rows_at_once(x, lambda: [_widest(sides)])) is not None:
+    elif (rows := rows_at_once(x, lambda: [_widest(members)])) is not None:
         return by_rows(original, x, rows)
     elif not checks_all_lengths():
         return original(x)
@@ -169,8 +166,8 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
     sides = _sides(members)
     whole = lone_launch(members, like, options.precision) is not None
     tail = all(_has_tail(side, side.split.features, None) for side in sides)
-    fused, here = "one launch" if whole else "fused tail" if tail else _ORIGINAL, _ORIGINAL
-    widest = _widest(sides)
+    fused, here = "one launch" if whole else "fused tail" if tail else ORIGINAL, ORIGINAL
+    widest = _widest(members)
     rows = math.inf if widest is None else 2 * rows_in_cache(widest, like.element_size())
     if widest is not None:
         here += f", and from {rows * torch.get_num_threads()} rows on as many at a time as fit its cache"
@@ -178,9 +175,11 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
     return Plan(f"{what} ({where})", layout=layout, takes_precision=whole, least_rows=rows)
 
 
-def _widest(sides: Sequence[Side]) -> int | None:
-    """Values per row of the nets' widest layer, where all nets are MLPs; else None."""
-    if has_global_hook() or not all(side.nets for side in sides):
+def _widest(members: Sequence[Any]) -> int | None:
+    """Values per row of the nets' widest layer, where all nets are MLPs and the batch may be cut; else None."""
+    sides = _sides(members)
+    per_batch = any(isinstance(member, Affine) and member.per_batch for member in members)
+    if per_batch or has_global_hook() or not all(side.nets for side in sides):
         return None
     mlps = [find_mlp(net) for side in sides for net in side.nets]
     return None if None in mlps else max(width for mlp in mlps if mlp is not None for width in mlp.sizes)

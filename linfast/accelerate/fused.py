@@ -2,9 +2,9 @@
 
     member       an affine coupling with MLP conditioners, a permutation, another affine map (an ActNorm, an LU
                  linear map), or any other module, which runs by the library's own code
-    one loop     ops.plain_couplings over all couplings that follow one another. A mask other than the two halves
-                 becomes a permutation of the features. Neighbouring permutations become one index; swapping the
-                 halves needs none
+    one loop     ops.plain_couplings over all couplings of the same halves and what is between them. A mask other
+                 than the two halves becomes a permutation of the features. Neighbouring permutations become one
+                 index; swapping the halves needs none
     one launch   ops.coupling_stack over all members: launch.py
 
 Parameters are read at each call. The members are recognised again where a module, parameter, setting or method was
@@ -13,7 +13,7 @@ replaced (flows/remembered.py) or a mask has other values: ``Fused.renewed``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,19 +22,14 @@ from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, has_global_hook, uses_triton
 from ..flows.remembered import Evidence
-from ..flows.undo import Outputs
-from ..ops.activations import ACTIVATIONS
-from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
-from .adapter import Options, Unfit, adapter_for
+from .adapter import ORIGINAL, Options, Unfit, adapter_for
 from .identity import changed_method, defined_as, is_hooked, is_patched, original_class
-from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
+from .launch import Coupling, Launch, Member, launch_of, members_of
+from .loop import Run, loops_of
 from .sides import Affine, Index
 
 Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
-Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
-
-_NO_CONTEXT: Mapping[str, Any] = {"context": None}
 
 
 @dataclass(frozen=True)
@@ -81,22 +76,6 @@ def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
 _FEWEST = 2  # couplings
 
 
-@dataclass(frozen=True, eq=False)
-class _Loop:
-    """Couplings that follow one another, run by ops.plain_couplings. ``first`` is the length of the first half."""
-
-    couplings: list[Callable[[], PlainCoupling]]
-    first: int
-
-    def __call__(self, x: Tensor, inverse: bool) -> Outputs:
-        return run_couplings(x, [build() for build in self.couplings], None, inverse, True, self.first)
-
-
-def _own(module: nn.Module | None, run: Any) -> Callable[[Tensor, bool], Outputs]:
-    """A step of the loop that runs a member by the library's own code."""
-    return lambda x, inverse: run(module, x, _NO_CONTEXT, inverse)
-
-
 class Fused:
     """The recognised members of one chain; a call runs them together. Raises Unfit where that is not possible.
 
@@ -112,11 +91,16 @@ class Fused:
         self._arguments, self._options = (flat, run, maps, options), options
         members: list[Member] = []
         recognised: list[nn.Module] = []
+        masks: list[Tensor] = []
         for _, module in flat(chain):
             found = _recognise(module, maps, options)
-            members += [module] if found is None else found
-            recognised += [] if found is None else [module]
-        self._children, self._evidence = chain._modules, _evidence(chain, recognised)
+            if found is None:
+                members.append(module)
+                continue
+            members += found[0]
+            masks += found[1]
+            recognised.append(module)
+        self._children, self._evidence = chain._modules, _evidence(chain, recognised, masks)
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -127,7 +111,7 @@ class Fused:
             raise Unfit("its couplings have weights of several dtypes")
         if run is None and len(couplings) < len(members):
             raise Unfit("not all of its members are MLP couplings")
-        self._steps = _loops(members, self.features, run)
+        self._loops = loops_of(members, self.features, run)
         row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
         self._widths: list[int | None] = [max(widths) if row_apart else None]
@@ -136,9 +120,10 @@ class Fused:
     def describe(self, like: Tensor) -> str:
         """The report's description of the code that runs on the device of ``like``."""
         launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
-        if like.is_cuda:
-            return f"{len(self.couplings)} couplings in one " + ("launch" if launch else "loop")
-        return f"{len(self.couplings)} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
+        if uses_triton(like):
+            return f"{len(self.couplings)} couplings in one launch" if launch else ORIGINAL
+        on_gpu = "in one launch" if launch else ORIGINAL
+        return f"{len(self.couplings)} couplings in one loop" + ("" if like.is_cuda else f" (on a GPU: {on_gpu})")
 
     def renewed(self, chain: nn.Module) -> Fused | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
@@ -166,39 +151,40 @@ class Fused:
             assert self.launch is not None
             return self.launch(chain, x, inverse, self._options.precision)
         rows = rows_at_once(x, lambda: self._widths)
-        if rows is None:
-            return self._loop(x, inverse)
-        return by_rows(lambda part: self._loop(part, inverse), x, rows)
+        scales: list[Tensor] = []
+        loops = [loop.made(inverse, scales) for loop in self._loops]  # once for all parts of a long batch
 
-    def _loop(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        total: Tensor | None = None
-        for step in reversed(self._steps) if inverse else self._steps:
-            x, part = step(x, inverse)
-            if part is not None:
-                total = part if total is None else total + part
-        assert total is not None
-        return x, total
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            log_dets: list[Tensor] = []
+            for loop in reversed(loops) if inverse else loops:
+                x, log_det = loop(x)
+                log_dets.append(log_det)
+            return x, sum(log_dets[1:], start=log_dets[0])
+
+        y, log_det = run(x) if rows is None else by_rows(run, x, rows)
+        if scales:
+            of_scales = torch.cat(scales).abs().log().sum()
+            log_det = log_det - of_scales if inverse else log_det + of_scales
+        return y, log_det
 
 
-def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
+def _evidence(chain: nn.Module, recognised: Iterable[nn.Module], masks: Iterable[Tensor]) -> Evidence:
     """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
     lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     functions: list[tuple[type, str]] = []
-    masks: list[Tensor] = []
     for module in recognised:
         adapter, cls = adapter_for(module), original_class(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
         functions += [(cls, name) for name in names if hasattr(cls, name)]
         functions += [(original_class(inside), "forward") for inside in module.modules()]
-        if adapter is None:
-            masks += [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
-        elif adapter.masks:
-            masks += adapter.masks(module)
     return Evidence([chain, *lists], recognised, functions, masks)
 
 
-def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
-    """The member as couplings or as one map; None where it runs by the library's own code."""
+def _recognise(module: nn.Module, maps: Maps, options: Options) -> tuple[list[Member], Iterable[Tensor]] | None:
+    """(the member as couplings or maps, the tensors whose values it was read from), or None.
+
+    None: the member runs by the library's own code.
+    """
     adapter = adapter_for(module)
     if is_hooked(module) or has_global_hook():
         return None
@@ -206,7 +192,8 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
         if adapter is None:
             make = maps.of.get(original_class(module).__qualname__) if maps.known(module) else None
             found = None if make is None or any(map(is_hooked, module.modules())) else make(module)
-            return None if found is None else [found]
+            masks = [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
+            return None if found is None else ([found], masks)
         if not adapter.is_coupling or any(map(is_hooked, adapter.inner(module))):
             return None
         if changed_method(module, (*adapter.methods, *adapter.assumes)) is not None:
@@ -214,42 +201,5 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
         layout = adapter.plan(module, options).layout
     except Unfit:
         return None
-    return members_of(adapter.members(module, layout))
-
-
-def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[Any]:
-    """The loop's steps: permutations, maps, couplings that follow one another, and other members."""
-    steps: list[Any] = []
-    for member, moves in arranged(members, features, lambda c, order: int(order != c.moved + c.kept)):
-        if isinstance(member, Coupling):
-            first = len(member.kept if moves else member.moved)
-            if not steps or not isinstance(steps[-1], _Loop) or steps[-1].first != first:
-                steps.append(_Loop([], first))
-            steps[-1].couplings.append(_plain(member, moves))
-        elif isinstance(member, Index) or (isinstance(member, Affine) and member.module is None):
-            steps.append(member)
-        else:
-            steps.append(_own(member.module if isinstance(member, Affine) else member, run))
-    return steps
-
-
-def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
-    """A function that returns the coupling with its current parameters, as ops.plain_couplings takes it."""
-    side, tail, mlp = coupling.side, coupling.side.tail, coupling.mlps[0]
-    activation = mlp.parts[1] if len(mlp.parts) > 1 else torch.relu
-    if not mlp.constants:
-        activation = ACTIVATIONS.get(mlp.activation, activation)
-
-    def build() -> PlainCoupling:
-        nets = [narrowed(mlp, side.split) if side.full else mlp.layers for mlp in coupling.mlps]
-        (weights, biases), *others = [([w for w, _ in net], [b for _, b in net]) for net in nets]
-        raw_net = [(weights, biases), *others][-1] if tail.layout == "pair" else None
-        return PlainCoupling(
-            weights, biases, activation, tail.log_scale, tail.order == "scale_first", tail.layout == "interleaved",
-            moves, tail.layout == "raw_first", raw_net, side.factor,
-        )  # fmt: skip
-
-    if side.full:  # its columns are selected at each call
-        return build
-    built = build()
-    return lambda: built
+    members = members_of(adapter.members(module, layout))
+    return None if members is None else (members, adapter.masks_of(module, layout))

@@ -100,7 +100,7 @@ def renew_plan(instance: Any) -> bool:
         swap_back(instance)
         return False
     except RuntimeError:  # there are no values to read: on the meta device, or in an ensemble under vmap
-        return adapter.masks is None or all(mask.is_meta for mask in adapter.masks(instance))
+        return all(mask.is_meta for mask in adapter.masks_of(instance, plan.layout))
     return True
 
 

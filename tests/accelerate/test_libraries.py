@@ -23,6 +23,8 @@ LAUNCHED = {name for name in LIBRARIES if not KINDS[name].whole} | {
     "normflows masked gather",
     "nflows Additive MLP gather",
     "FrEIA AffineCouplingOneSided ATAN",
+    "FrEIA all in one soft reverse",
+    "FrEIA all in one learned",
     "zuko random masks",
     "memcnn additive",
 }
@@ -38,6 +40,8 @@ CHECKED = {
     "FrEIA RNVPCouplingBlock TANH",
     "FrEIA NICE",
     "FrEIA all in one",
+    "FrEIA all in one soft",
+    "FrEIA all in one learned reverse",
     "zuko NICE",
     "zuko random masks",
     "memcnn naive",

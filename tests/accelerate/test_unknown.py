@@ -84,9 +84,10 @@ def _normflows_image():
 def _freia():
     frames, modules = require("FrEIA.framework"), require("FrEIA.modules")
     inn = frames.SequenceINN(FEATURES)
-    for name in ("GINCouplingBlock", "GLOWCouplingBlock", "GINCouplingBlock"):
+    for name in ("GINCouplingBlock", "GLOWCouplingBlock"):
         inn.append(getattr(modules, name), subnet_constructor=net)
-    for name in ("IResNetLayer", "ActNorm", "PermuteRandom", "OrthogonalTransform", "InvertibleSigmoid"):
+    passed_by = "ActNorm", "PermuteRandom", "OrthogonalTransform", "InvertibleSigmoid"
+    for name in ("IResNetLayer", *passed_by, "IResNetLayer"):
         inn.append(getattr(modules, name))
     return inn
 
@@ -121,7 +122,7 @@ MODELS = {
         },
     ),
     "normflows image": (_normflows_image, {"normflows AffineCoupling": 1}),
-    "FrEIA": (_freia, {"FrEIA GINCouplingBlock": 2, "FrEIA IResNetLayer": 1}),
+    "FrEIA": (_freia, {"FrEIA IResNetLayer": 2}),
     "FrEIA splines": (_freia_splines, {"FrEIA RationalQuadraticSpline": 2}),
     "zuko NSF": (_zuko("NSF"), {}),
     "normflows autoregressive": (_normflows_autoregressive, {}),
