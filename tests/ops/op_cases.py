@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from linfast import ops
+from linfast.kernels.spline_spec import Spline
 from linfast.scale_maps import ScaleMap
 from tests.ops.budget import DEVICE, Outputs
 from tests.ops.made import Extras, Made, random_extras, random_made, tensors_of
@@ -149,12 +150,13 @@ def _masked(per_feature: int, bias: bool, extras: bool, inverse: bool, log_det: 
 
     template, given = made()
     scale_map = ScaleMap("sigmoid") if per_feature == 2 else None
+    spline = Spline(bins=(per_feature + 1) // 3) if per_feature > 2 else None
 
     def call(x: Tensor, *tensors: Tensor) -> Outputs:
         (masks, weights, biases), pairs = rebuilt_made(template, tensors, given)
         return ops.masked_autoregressive(
             x, masks, weights, biases, activation="elu", scale_map=scale_map, extras=pairs, inverse=inverse,
-            log_det=log_det, precision="exact",
+            log_det=log_det, precision="exact", spline=spline,
         )  # fmt: skip
 
     return Case("masked_autoregressive", call, lambda: [torch.randn(3, 4, device=DEVICE), *tensors_of(*made())])
@@ -192,6 +194,7 @@ CASES = {
     "masked_autoregressive": _masked(2, bias=True, extras=False, inverse=False, log_det=True),
     "masked_autoregressive, inverse, extras": _masked(2, bias=True, extras=True, inverse=True, log_det=True),
     "masked_autoregressive, additive": _masked(1, bias=False, extras=False, inverse=True, log_det=False),
+    "masked_autoregressive, spline": _masked(11, bias=True, extras=True, inverse=True, log_det=True),
     "mlp_coupling": _one_layer(bias=True, log_det=True),
     "mlp_coupling, neither": _one_layer(bias=False, log_det=False),
 }
