@@ -24,6 +24,7 @@ from .identity import (
 )
 from .mlp import find_mlp
 from .report import Report, Row
+from .residual import find_residual
 from .swap import Swapped, swap, swap_back
 from .unknown import unknown_layers
 from .verify import check_values, difference, kind_of
@@ -178,8 +179,8 @@ def _try_to_swap(
     what, plan = "", None
     try:
         check_values(instance)
-        mlps = filter(None, map(find_mlp, adapter.conditioners(instance)))
-        what = " and ".join(dict.fromkeys(map(str, mlps)))
+        known = [find_mlp(net) or find_residual(net) for net in adapter.conditioners(instance)]
+        what = " and ".join(dict.fromkeys(str(net) for net in known if net is not None))
         _check_unchanged(instance, adapter)
         plan = adapter.plan_for(instance, options)
         kind = kind_of(instance, adapter, plan)

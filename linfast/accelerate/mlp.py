@@ -66,6 +66,10 @@ class MLP:
     def sizes(self) -> tuple[int, ...]:
         return (self.layers[0][0].shape[1], *(weight.shape[0] for weight, _ in self.layers))
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.sizes
+
     def __str__(self) -> str:
         constants = "".join(f" {value:g}" if isinstance(value, float) else f" {value}" for value in self.constants)
         return f"MLP {'-'.join(map(str, self.sizes))} {self.activation}{constants}"

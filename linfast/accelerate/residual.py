@@ -33,11 +33,16 @@ class Residual:
     activation: tuple[str, tuple[float | str, ...]]
 
     @property
-    def widths(self) -> list[int | None]:
-        """Values per row of its layers; with None where rows depend on each other or on random numbers."""
+    def sizes(self) -> tuple[int, ...]:
+        """Values per row of its layers."""
+        return self.network.first[0].shape[0], self.network.last[0].shape[0]
+
+    @property
+    def widths(self) -> tuple[int | None, ...]:
+        """The same, with None where rows now depend on each other or on random numbers."""
         norms = [norm for block in self.network.blocks for norm in block.norms or ()]
         mixes = self.network.dropout > 0 or any(map(uses_batch, norms))
-        return [self.network.first[0].shape[0], self.network.last[0].shape[0], *([None] if mixes else [])]
+        return (*self.sizes, None) if mixes else self.sizes
 
     def takes(self, x: Tensor, context: Any) -> bool:
         """Whether the library's code accepts x [B, n] and the context [B, n_c] or None, without an error."""

@@ -167,6 +167,7 @@ class Side:
         run: the conditioner, kept features -> params; None where it runs only as MLPs in a kernel or loop.
         nets: the modules that ``run`` calls on the kept features alone: one, or for "pair" those of the shift
             and the raw value, which may be the same. Empty where ``run`` does anything else.
+        calls: the module that ``run`` calls on the kept features and a context of as many rows.
         factor: the factor by which ``run`` multiplies the nets' output.
         full: whether the nets take all features, the moved ones as zeros, and return all, the kept ones unused.
     """
@@ -175,6 +176,7 @@ class Side:
     tail: Tail
     run: Callable[[Tensor], Params] | None
     nets: tuple[nn.Module, ...] = ()
+    calls: tuple[nn.Module, ...] = ()
     factor: float = 1.0
     full: bool = False
 

@@ -45,12 +45,11 @@ class _Other(Exception):
 def _curve(owner: Any, bins: int, temperature: float) -> Spline:
     """The spline that the attributes of a coupling or of a PiecewiseRationalQuadraticCDF describe."""
     tails, bound = owner.tails, owner.tail_bound
-    kind = {None: "bounded"}.get(tails, tails) if isinstance(tails, str | None) else "bounded"
+    kind = tails if isinstance(tails, str) else "bounded"
     high = 1.0 if tails is None or isinstance(bound, Tensor) else bound
     low = 0.0 if tails is None else -high
-    return _spline(
-        bins, kind, low, high, owner.min_bin_width, owner.min_bin_height, owner.min_derivative, temperature
-    )
+    least = owner.min_bin_width, owner.min_bin_height, owner.min_derivative
+    return _spline(bins, kind, low, high, *least, temperature)
 
 
 @functools.lru_cache(256)
@@ -122,7 +121,7 @@ class _Net:
 
     def __init__(self, net: Any, kept: Tensor, context: Any) -> None:
         self.run: Callable[[Tensor, Any], Tensor] = lambda kept, context: net(kept.contiguous(), context)
-        self.widths: list[int | None] = [None]
+        self.widths: Sequence[int | None] = [None]
         if not kept.is_cpu or kept.ndim != 2 or has_global_hook():
             return
         residual = find_residual(net)
@@ -131,7 +130,7 @@ class _Net:
             self.run = lambda kept, context: residual(kept, context, True)
             self.widths = residual.widths
         elif mlp is not None:
-            self.widths = list(mlp.sizes)
+            self.widths = mlp.widths
             (weight, bias), body = mlp.layers[-1], mlp.parts[:-1]
 
             def run(kept: Tensor, context: Any) -> Tensor:
