@@ -108,12 +108,13 @@ def rq_spline(
         if given.shape[-1] != wanted:
             got = f"{given.shape[-1]} for {spline.bins} widths and tails={tails!r}"
             raise ValueError(f"{name} must have {wanted} values in their last dimension; got {got}")
-    rows = max(part.shape[0] for part in (widths, heights, derivatives))
-    parts = [part.expand(rows, *part.shape[1:]) for part in (widths, heights, derivatives)]
-    if _runs_planes(x, *parts):
-        y, total = _rq_spline_planes(_flat(x), *[_flat(part, 2) for part in parts], *spline, inverse, log_det)
-        return y.reshape(x.shape), total if log_det else None
-    return spline_transform(x, cat(parts, -1), spline, inverse, log_det)
+    parts: list[Tensor] = [widths, heights, derivatives]
+    if not widths.shape[0] == heights.shape[0] == derivatives.shape[0]:
+        parts = [part.expand(x.shape[0], *part.shape[1:]) for part in parts]
+    if not _runs_planes(x, *parts):
+        return spline_transform(x, cat(parts, -1), spline, inverse, log_det)
+    y, total = _rq_spline_planes(_flat(x), *[_flat(part, 2) for part in parts], *spline, inverse, log_det)
+    return _like(y, x), total if log_det else None
 
 
 def spline_of(
@@ -156,7 +157,7 @@ def spline_transform(
         y, total = _rq_spline_planes(flat, params, None, None, *constants)
     else:
         y, total = without_autocast(x.device.type, rq_spline_reference, flat, params, *constants)
-    return y.reshape(x.shape), total if log_det else None
+    return _like(y, x), total if log_det else None
 
 
 def spline_backward(
@@ -184,6 +185,10 @@ def _flat(t: Tensor, kept: int = 1) -> Tensor:
     if t.ndim == kept + 1:
         return t
     return t.reshape(t.shape[0], math.prod(t.shape[1 : t.ndim - kept + 1]), *t.shape[t.ndim - kept + 1 :])
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    return y if x.ndim == 2 else y.reshape(x.shape)
 
 
 def _runs_planes(x: Tensor, *given: Tensor) -> bool:

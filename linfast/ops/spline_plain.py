@@ -48,24 +48,22 @@ class Tables(NamedTuple):
 class Bin(NamedTuple):
     """The bin of each value, [D, b] if not stated otherwise.
 
-    inside: whether the value is in the interval
+    outside: whether the value is outside the interval, or NaN
     below [D, K - 1, b]: 1 for the bins before this one, else 0
     index [2, D, 1, b]: its number, int64
-    fractions, before [2, D, b]: its fraction, and the sum of those of the bins before it
-    starts [2, D, b]: x_k - l and y_k - l
+    fractions, before, sizes, starts [2, D, b]: its fraction, and the sum of those before it; W and H; x_k - l, y_k - l
     raw, slopes [2, D, b]: derivatives at its two knots, raw and d
     """
 
-    inside: Tensor
+    outside: Tensor
     below: Tensor
     index: Tensor
     fractions: Tensor
     before: Tensor
+    sizes: Tensor
     starts: Tensor
     raw: Tensor
     slopes: Tensor
-    W: Tensor
-    H: Tensor
     s: Tensor
     t: Tensor
     p: Tensor
@@ -88,20 +86,20 @@ def plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     y, total = x.new_empty(x.shape), x.new_zeros(x.shape[0] if log_det else 0, dtype=wide)
     for rows, value, tables in parts(x, given, spline, wide):
         found = find(value, tables, spline, inverse)
-        start = found.starts[0 if inverse else 1]
-        out = start.addcmul_(found.W if inverse else found.H, found.t if inverse else found.p).add_(spline.low)
-        y[rows] = torch.where(found.inside, out, value).t()
+        of_out = 0 if inverse else 1
+        part = found.t if inverse else found.p
+        out = found.starts[of_out].addcmul_(found.sizes[of_out], part).add_(spline.low)
+        y[rows] = torch.where(found.outside, value, out).t()
         if log_det:
             logs = (found.s / found.base).square_().mul_(found.M).log_()
-            logs = torch.where(found.inside, logs, 0.0).sum(0)
+            logs = logs.masked_fill_(found.outside, 0).sum(0)
             total[rows] = logs.neg_() if inverse else logs
     return y, total
 
 
-def wide_type(x: Tensor, *given: Tensor | None) -> torch.dtype:
-    """The dtype of all arithmetic: fp32, or wider where a tensor is."""
-    dtypes = [x.dtype, torch.float32, *(each.dtype for each in given if each is not None)]
-    return functools.reduce(torch.promote_types, dtypes)
+def wide_type(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of all arithmetic: fp32, or float64 where a tensor is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def parts(
@@ -183,7 +181,8 @@ def _at_all_knots(raw: Tensor, spline: Spline) -> Tensor:
         return torch.cat((raw, raw[:, :1]), 1)
     if kind == "linear":
         end = 0.0 if spline.soft_clip else unit_derivative(spline.min_derivative) - spline.offset
-        return F.pad(raw, (0, 0, 1, 1), value=end)
+        column = raw.new_full((raw.shape[0], 1, raw.shape[2]), end)
+        return torch.cat((column, raw, column), 1)
     return raw
 
 
@@ -196,7 +195,7 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     """The bins of values [D, b], the positions in them, and the formula's terms."""
     (n, b), bins = value.shape, spline.bins
     at = value.clamp(spline.low, spline.high)
-    inside = at == value
+    outside = at != value
     at.sub_(spline.low)
     scales, least, knots = affine(spline, value.dtype)
     axis, below = int(inverse), at.new_empty(n, bins - 1, b)
@@ -214,7 +213,8 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
         raw.add_(spline.offset)
     slopes = _slopes(raw, spline)
 
-    (W, H), (x_k, y_k), (d_0, d_1) = torch.addcmul(least, fractions, scales).unbind(), starts.unbind(), slopes.unbind()
+    sizes = torch.addcmul(least, fractions, scales)
+    (W, H), (x_k, y_k), (d_0, d_1) = sizes.unbind(), starts.unbind(), slopes.unbind()
     s = H / W
     if inverse:
         p = at.sub_(y_k).div_(H).clamp_(0, 1)
@@ -224,7 +224,7 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     A, B = torch.lerp(d_0, s, t), torch.lerp(s, d_1, t)
     base, M = torch.lerp(B, A, t), torch.lerp(A, B, t)
     p = p if inverse else (t * A).div_(base)
-    return Bin(inside, below, index, fractions, before, starts, raw, slopes, W, H, s, t, p, A, B, base, M)
+    return Bin(outside, below, index, fractions, before, sizes, starts, raw, slopes, s, t, p, A, B, base, M)
 
 
 def _position(p: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> Tensor:
