@@ -11,10 +11,12 @@ In bin k, with t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s and q = t (
     y = y_k + H (s t^2 + d_k q) / (s + e q)
     log dy/dx = log(s^2 (d_{k+1} t^2 + 2 s q + d_k (1 - t)^2) / (s + e q)^2)
 
-where o is 0, or the value by which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The inverse solves the quadratic equation in t that the first line is:
+where o is 0, or the value with which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The inverse,
+from p = (y - y_k) / H, solves a quadratic equation in t:
 
-    z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z
-    a t^2 + b t + c = 0,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
+    m = d_k (1 - p) - d_{k+1} p,  v = 4 s^2 p (1 - p),  r = sqrt(m^2 + v),  t = 2 s p / (2 s p + m + r)
+
+in which m + r = v / (r - m) where m < 0, so that nothing cancels and no root is of a negative number.
 
 With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and
 heights with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
@@ -139,7 +141,15 @@ def spline_of(
     check_number("min_derivative", min_derivative, least=_LEAST, most=1.0, below=True)
     check_number("temperature", temperature, least=0.0, above=True)
     return Spline(
-        bins, low, high, *least.values(), float(min_derivative), float(temperature), TAILS.index(tails), clips, offset
+        bins,
+        low,
+        high,
+        *least.values(),
+        float(min_derivative),
+        float(temperature),
+        TAILS.index(tails),
+        clips,
+        offset,
     )
 
 
@@ -149,7 +159,7 @@ _LEAST = 1e-6  # smaller bins or slopes make ratios whose squares overflow in fp
 def spline_transform(
     x: Tensor, params: Tensor, spline: Spline, inverse: bool, log_det: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, log|det| or None) of x [B, ...], by params [B or 1, ..., P]: widths, heights, derivatives; any strides."""
+    """(y, log|det| or None) of x [B, ...]; params [B or 1, ..., P] are widths, heights and derivatives."""
     flat, params, constants = _flat(x), _flat(params, 2), (*spline, inverse, log_det)
     if uses_triton(flat, params):
         y, total = _rq_spline(flat, params, *constants)
@@ -219,16 +229,15 @@ def rq_spline_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Ten
         )
     )  # fmt: skip
     s = h / w
-    e = d_0 + d_1 - 2 * s
     if inverse:
-        z = value - y_k
-        b, c = h * d_0 - z * e, -s * z
-        discriminant = b * b - 4 * (h * (s - d_0) + z * e) * c
-        t = (2 * c / (-b - discriminant.clamp_min(0).sqrt())).clamp(0, 1)
+        p = ((value - y_k) / h).clamp(0, 1)
+        m, v = d_0 * (1 - p) - d_1 * p, 4 * s * s * p * (1 - p)
+        r = (m * m + v).sqrt() + torch.where(m < 0, -m, m)
+        t = 2 * s * p / (2 * s * p + torch.where(m < 0, v / r, r))
     else:
         t = ((value - x_k) / w).clamp(0, 1)
     q = t * (1 - t)
-    base = s + e * q
+    base = s + (d_0 + d_1 - 2 * s) * q
     out = x_k + t * w if inverse else y_k + h * (s * t * t + d_0 * q) / base
     y = torch.where(inside, out, x.to(wide)).to(x.dtype)
     if not log_det:

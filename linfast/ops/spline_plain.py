@@ -1,4 +1,4 @@
-"""Rational-quadratic splines in plain torch for a CPU, forward and inverse; ``spline_plain_backward`` has the gradients.
+"""Rational-quadratic splines in plain torch for a CPU, in both directions.
 
 Inside, values are [D, b] and parameters of a bin [D, b] too, a plane: each operation is a long one, and no table is
 formed per value. b rows are taken at a time, few enough for the cache. Starts of bins are counted from l, the lower
@@ -9,9 +9,9 @@ end of the interval. Of the bin of each value (names as in ``rq_spline``) the fo
 
 which are sums of positive terms. The inverse, from p = (y - y_k) / H:
 
-    m = d_k (1 - p) - d_{k+1} p    r = sqrt(m^2 + 4 s^2 p (1 - p))    t = 2 s p / (2 s p + m + r)
+    m = d_k (1 - p) - d_{k+1} p    v = 4 s^2 p (1 - p)    r = sqrt(m^2 + v)    t = 2 s p / (2 s p + m + r)
 
-Where m < 0, m + r would cancel; it is 4 s^2 p (1 - p) / (r - m), with which t = (r - m) / (r - m + 2 s (1 - p)).
+where m + r is computed as v / (r - m) if m < 0, so that nothing cancels.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ from torch import Tensor
 
 from ..kernels.spline_spec import TAILS, Spline
 
-_AT_ONCE = 16_000
-"""Values of x in a part, per thread, with 8 bins: their planes are 1.5 MiB in fp32."""
-
-N_OPTIONS = len(Spline._fields)
+_AT_ONCE = 320_000
+"""Bins of all values of x in a part, per thread; with a quarter as many, calls of torch cost a tenth of the time."""
 
 
 class Tables(NamedTuple):
@@ -51,7 +49,8 @@ class Bin(NamedTuple):
     outside: whether the value is outside the interval, or NaN
     below [D, K - 1, b]: 1 for the bins before this one, else 0
     index [2, D, 1, b]: its number, int64
-    fractions, before, sizes, starts [2, D, b]: its fraction, and the sum of those before it; W and H; x_k - l, y_k - l
+    fractions, before [2, D, b]: its fraction, and the sum of those of the bins before it
+    sizes, starts [2, D, b]: W and H; x_k - l and y_k - l
     raw, slopes [2, D, b]: derivatives at its two knots, raw and d
     """
 
@@ -111,7 +110,7 @@ def parts(
         return
     shared = known[0].shape[0] != n_rows
     of_all = _tables(known, spline, wide) if shared else None
-    most = max(1, torch.get_num_threads() * _AT_ONCE * 8 // (features * spline.bins))
+    most = max(1, torch.get_num_threads() * _AT_ONCE // (features * spline.bins))
     n = -(-n_rows // -(-n_rows // most))
     for first in range(0, n_rows, n):
         rows = slice(first, first + n)
@@ -124,28 +123,31 @@ def columns(rows: Tensor, wide: torch.dtype) -> Tensor:
     return rows.to(wide).t().contiguous()
 
 
-def _planes(rows: Tensor, wide: torch.dtype) -> Tensor:
-    """[b, D, n] as [D, n, b] whose rows are contiguous."""
-    rows = rows.to(wide)
-    if rows.stride(0) == 1:
-        return rows.permute(1, 2, 0)
-    if rows.stride(1) < rows.stride(2):
-        return _planes(rows.transpose(1, 2), wide).transpose(0, 1)
-    # As a matrix, which torch transposes in blocks.
-    return rows.reshape(rows.shape[0], -1).t().contiguous().view(*rows.shape[1:], rows.shape[0])
-
-
 def _tables(given: Sequence[Tensor], spline: Spline, wide: torch.dtype) -> Tables:
-    bins, planes = spline.bins, [_planes(each, wide) for each in given]
-    if len(planes) == 1:
-        raw = planes[0][:, : 2 * bins].unflatten(1, (2, bins)).transpose(0, 1)
-        slopes = planes[0][:, 2 * bins :]
+    bins, first = spline.bins, given[0].to(wide)
+    if len(given) == 1:
+        planes = _planes(first)
+        raw, slopes = planes[:, : 2 * bins].unflatten(1, (2, bins)).transpose(0, 1), planes[:, 2 * bins :]
     else:
-        raw, slopes = torch.stack(planes[:2]), planes[2]
+        raw = first.new_empty(2, first.shape[1], bins, first.shape[0])
+        for into, rows in zip(raw, given[:2], strict=True):
+            _planes(rows.to(wide), into)
+        slopes = _planes(given[2].to(wide))
     clipped = raw / clipper(raw, math.log(spline.min_derivative) / 2) if spline.soft_clip else raw
     clipped = clipped if spline.temperature == 1.0 else clipped / spline.temperature
-    fractions = torch.softmax(clipped, 2)
     return Tables(raw, torch.softmax(clipped, 2), _at_all_knots(slopes, spline))
+
+
+def _planes(rows: Tensor, into: Tensor | None = None) -> Tensor:
+    """[b, D, n] as [D, n, b], whose last dimension is contiguous; copied to ``into`` where given."""
+    planes = rows.permute(1, 2, 0)
+    if planes.stride(2) == 1:
+        return planes if into is None else into.copy_(planes)
+    if rows.stride(1) < rows.stride(2) and into is None:
+        return _planes(rows.transpose(1, 2)).transpose(0, 1)
+    into = rows.new_empty(planes.shape) if into is None else into
+    into.view(-1, rows.shape[0]).copy_(rows.reshape(rows.shape[0], -1).t())  # torch transposes a matrix in blocks
+    return into
 
 
 def clipper(raw: Tensor, bound: float) -> Tensor:
@@ -230,12 +232,10 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
 def _position(p: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> Tensor:
     """t, from p = t A / base."""
     rest = 1 - p
-    left, right = 2 * s * p, 2 * s * rest
-    m = (d_0 * rest).addcmul_(d_1, p, value=-1)
-    falls, r = m < 0, (m * m).addcmul_(left, right).sqrt_()
-    r.add_(m.abs_())
-    top = torch.where(falls, r, left)
-    return top / torch.where(falls, right, r).add_(top)
+    m, left = (d_0 * rest).addcmul_(d_1, p, value=-1), (s * p).mul_(2)
+    v = (s * left).mul_(rest).mul_(2)
+    r = torch.addcmul(v, m, m).sqrt_().add_(m.abs())
+    return left / torch.where(m < 0, v.div_(r), r).add_(left)
 
 
 def _slopes(raw: Tensor, spline: Spline) -> Tensor:

@@ -1,4 +1,4 @@
-"""The gradients of rational-quadratic splines in plain torch for a CPU, of both directions; names as in ``spline_plain``.
+"""The gradients of rational-quadratic splines in plain torch for a CPU; names as in ``spline_plain``.
 
 Let g = dL/dy and h = dL/d log_det. With l = log dy/dx of the forward map, a parameter v of the bin receives
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.spline_spec import TAILS, Spline
-from .spline_plain import N_OPTIONS, Bin, Tables, affine, clipper, columns, find, parts, wide_type
+from .spline_plain import Bin, Tables, affine, clipper, columns, find, parts, wide_type
 
 
 class _Pulled(NamedTuple):
@@ -69,14 +69,15 @@ def plain_backward(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
         else:
             _of_sizes(found, tables, pulled, spline, of_sizes[..., rows])
             of_slopes[..., rows] = _of_slopes(found, pulled.slopes, spline)
-    of_tensors = [None if each is None else each.permute(2, 0, 1).to(like.dtype) for each, like in zip(of_given, given)]
+    pairs = zip(of_given, given, strict=True)
+    of_tensors = [None if each is None else each.permute(2, 0, 1).to(like.dtype) for each, like in pairs]
     return tuple([each if need else None for each, need in zip((of_x, *of_tensors), needs, strict=True)])
 
 
 def _buffers(
     given: Sequence[Tensor | None], spline: Spline, wide: torch.dtype, shared: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """For the gradients of sizes [2, D, K, B or 1] and slopes [D, n, B or 1]; of the arguments, as views of them."""
+    """Buffers for the gradients of sizes [2, D, K, B or 1] and slopes [D, n, B or 1]; the arguments' views of them."""
     (rows, features, _), bins = given[0].shape, spline.bins
     new = functools.partial(given[0].new_zeros if shared else given[0].new_empty, dtype=wide)
     if given[1] is None:
@@ -88,10 +89,10 @@ def _buffers(
 
 
 def _pulled(found: Bin, g: Tensor, h: Tensor, inverse: bool) -> _Pulled:
-    s, t, p, A, B, base, M, outside = found.s, found.t, found.p, found.A, found.B, found.base, found.M, found.outside
+    s, t, p, base, M, outside = found.s, found.t, found.p, found.base, found.M, found.outside
     (W, H), (d_0, d_1), rest = found.sizes.unbind(), found.slopes.unbind(), 1 - t
     y_x, both = (s / base).square_().mul_(M), d_0 + d_1
-    half_l_x = both.sub(s, alpha=2).mul_(t - rest).div_(base).add_((B - A).div_(M)).div_(W)
+    half_l_x = both.sub(s, alpha=2).mul_(t - rest).div_(base).add_((found.B - found.A).div_(M)).div_(W)
 
     a, c = g.masked_fill(outside, 0), h.expand_as(t).masked_fill(outside, 0).mul_(-2 if inverse else 2)
     if inverse:
