@@ -23,9 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, cat
+from ..dispatch import autocast_dtype, cat, uses_triton
 from ..rows import one_row, rows_at_once
 from .activations import IN_PLACE
+from .glu_skip import glu_skip
+from .masked_plain import MASKED_ACTIVATIONS
+from .norm_activate import norm_activate
 
 Layer = tuple[Tensor, Tensor | None]
 """The weight [out, in] and the bias [out] or None of a linear layer."""
@@ -63,9 +66,21 @@ class ResidualNetwork(NamedTuple):
     dropout: float = 0.0
 
 
-Terms = Sequence[Tensor]
-"""V c and C c + d of every block, each [B or 1, H]."""
+class Terms(NamedTuple):
+    """What a context adds to a network.
 
+    Args:
+        weight: W, the columns of the first weight that x is multiplied by.
+        first: V c + b, [B or 1, H].
+        gates: C c + d of every block, each [B or 1, H].
+    """
+
+    weight: Tensor
+    first: Tensor
+    gates: Sequence[Tensor]
+
+
+_NAMES = {function: name for name, function in MASKED_ACTIVATIONS.items()} | {torch.relu: "relu", F.tanh: "tanh"}
 _SAVE_RESULT = (F.relu, torch.relu, torch.tanh, F.elu)  # their derivatives are functions of the result
 
 
@@ -89,34 +104,33 @@ def residual_network(
     """
     if terms is None and context is not None:
         context = one_row(context)
-        if context.shape[0] == 1 != x.shape[0]:
-            terms, context = context_terms(context, net), None
+        launches = uses_triton(x, net.first[0])
+        if launches or context.shape[0] == 1 != x.shape[0]:
+            terms, context = context_terms(context, net, at_once=launches), None
     rows = rows_at_once(x, lambda: _widths(net))
     if rows is None:
         return _network(x, net, context, terms, transposed)
-    cut = [_parts(each, x.shape[0], rows) for each in (context, *(() if terms is None else terms))]
-    outs = [
-        _network(part, net, of_context, None if terms is None else of_terms, transposed)
-        for part, (of_context, *of_terms) in zip(x.split(rows), zip(*cut, strict=False), strict=False)
-    ]
+    given = () if terms is None else (terms.first, *terms.gates)
+    cut = [_parts(each, x.shape[0], rows) for each in (context, *given)]
+    outs = []
+    for part, (of_context, *of_terms) in zip(x.split(rows), zip(*cut, strict=False), strict=False):
+        own = None if terms is None else Terms(terms.weight, of_terms[0], of_terms[1:])
+        outs.append(_network(part, net, of_context, own, transposed))
     return torch.cat([out.t() for out in outs], dim=1).t() if transposed else torch.cat(outs)
 
 
-def context_terms(context: Tensor, net: ResidualNetwork) -> Terms:
-    """V c and C c + d of every block, each [B or 1, H]."""
-    return [F.linear(context, weight, bias) for weight, bias in context_layers(net, context.shape[1])]
-
-
-def context_layers(net: ResidualNetwork, features: int) -> list[Layer]:
-    """The layers that read a context of so many features: (V, None), and (C, d) of every block."""
-    return [(_split(net, features)[1], None), *(block.gate for block in net.blocks if block.gate is not None)]
-
-
-def _split(net: ResidualNetwork, features: int) -> tuple[Tensor, Tensor]:
-    """W and V, for a context of so many features."""
-    weight = net.first[0]
-    of_x, of_context = weight.split((weight.shape[1] - features, features), dim=1)
-    return of_x, of_context
+def context_terms(context: Tensor, net: ResidualNetwork, at_once: bool = False) -> Terms:
+    """The terms of a context [B or 1, n_c]; ``at_once``: by one product with all the weights that it meets."""
+    weight, bias = net.first
+    of_x, of_context = weight.split((weight.shape[1] - context.shape[1], context.shape[1]), dim=1)
+    layers = [(of_context, bias), *(block.gate for block in net.blocks if block.gate is not None)]
+    if not at_once:
+        first, *gates = (F.linear(context, *layer) for layer in layers)
+        return Terms(of_x, first, gates)
+    weights = [weight for weight, _ in layers]
+    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
+    first, *gates = F.linear(context, cat(weights), cat(biases)).split([len(weight) for weight in weights], dim=1)
+    return Terms(of_x, first, gates)
 
 
 def uses_batch(norm: nn.BatchNorm1d) -> bool:
@@ -126,7 +140,7 @@ def uses_batch(norm: nn.BatchNorm1d) -> bool:
 
 def _widths(net: ResidualNetwork) -> list[int | None]:
     """Values per row of the layers; None where rows depend on each other, or on random numbers."""
-    mixes = net.dropout > 0 or any(uses_batch(norm) for block in net.blocks for norm in block.norms or ())
+    mixes = net.dropout > 0 or any(map(uses_batch, _norms(net)))
     return [None if mixes else net.first[0].shape[0], net.last[0].shape[0]]
 
 
@@ -143,27 +157,37 @@ def _network(
     x: Tensor, net: ResidualNetwork, context: Tensor | None, terms: Terms | None, transposed: bool
 ) -> Tensor:
     """``residual_network`` on all rows at once."""
-    activation, writes = net.activation, _may_write(x)
-    on_new = IN_PLACE.get(activation, activation) if writes or activation in _SAVE_RESULT else activation
+    writes = _may_write(x)
     weight, bias = net.first
     gates: Iterator[Tensor] = iter(())
     if terms is not None:
-        term, *of_blocks = terms
-        of_x, gates = _split(net, weight.shape[1] - x.shape[1])[0], iter(of_blocks)
-        if term.shape[0] == 1:
-            h = F.linear(x, of_x, term[0] if bias is None else term[0] + bias)
-        else:
-            h = F.linear(x, of_x, bias)
-            h = h.add_(term) if writes else h + term
+        own, term, gates = terms.weight, terms.first, iter(terms.gates)
+        h = F.linear(x, own, term[0]) if term.shape[0] == 1 else torch.addmm(term, x, own.t())
     elif context is None:
         h = F.linear(x, weight, bias)
     else:
+        gates = (F.linear(context, *block.gate) for block in net.blocks if block.gate is not None)
+        n = x.shape[1]
         if writes:
-            of_x, of_context = _split(net, context.shape[1])
-            h = F.linear(x, of_x, bias).addmm_(context, of_context.t())
+            h = F.linear(x, weight[:, :n], bias).addmm_(context, weight[:, n:].t())
         else:  # the gradient of one weight is one product
             h = F.linear(cat((x, context), dim=1), weight, bias)
-        gates = (F.linear(context, *block.gate) for block in net.blocks if block.gate is not None)
+    name = _NAMES.get(net.activation)
+    if name is not None and uses_triton(h, weight, *_norm_tensors(net)) and all(map(_is_known, _norms(net))):
+        h = _fused_blocks(h, net, gates, name)
+    else:
+        h = _plain_blocks(h, net, gates, writes)
+    weight, bias = net.last
+    if not transposed:
+        return F.linear(h, weight, bias)
+    out = weight @ h.t() if bias is None else torch.addmm(bias[:, None], weight, h.t())
+    return out.t()
+
+
+def _plain_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], writes: bool) -> Tensor:
+    """The blocks in plain torch; ``writes``: a step may overwrite its input, and the first h."""
+    activation = net.activation
+    on_new = IN_PLACE.get(activation, activation) if writes or activation in _SAVE_RESULT else activation
     for block in net.blocks:
         norms = block.norms
         r = activation(h) if norms is None else on_new(norms[0](h))
@@ -179,11 +203,66 @@ def _network(
             h = h.addcmul_(r, gate.sigmoid())
         else:
             h = torch.addcmul(h, r, gate.sigmoid())
-    weight, bias = net.last
-    if not transposed:
-        return F.linear(h, weight, bias)
-    out = weight @ h.t() if bias is None else torch.addmm(bias[:, None], weight, h.t())
-    return out.t()
+    return h
+
+
+def _fused_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], activation: str) -> Tensor:
+    """The blocks in five launches each: norm and activation, product, twice; then gate and skip."""
+    counted: list[tuple[nn.BatchNorm1d, Tensor, Tensor]] = []
+
+    def activated(x: Tensor, bias: Tensor | None, norm: nn.BatchNorm1d | None) -> Tensor:
+        if norm is None:
+            return norm_activate(x, activation, bias)[0]
+        of_batch = uses_batch(norm)
+        given = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        y, mean, var = norm_activate(
+            x, activation, bias, norm.weight, norm.bias, *given, of_batch=of_batch, eps=norm.eps
+        )
+        if norm.training and norm.running_mean is not None and mean is not None and var is not None:
+            counted.append((norm, mean, var))
+        return y
+
+    for block in net.blocks:
+        (first, first_bias), (second, second_bias) = block.layers
+        norms = block.norms or (None, None)
+        r = F.linear(activated(h, None, norms[0]), first)
+        r = activated(r, first_bias, norms[1])
+        if net.dropout:
+            r = F.dropout(r, net.dropout, True)
+        gate = next(gates, None)
+        if gate is None:
+            h = h + F.linear(r, second, second_bias)
+        else:
+            h = glu_skip(h, F.linear(r, second), gate, second_bias)
+    if counted:
+        _count(counted)
+    return h
+
+
+def _count(found: Sequence[tuple[nn.BatchNorm1d, Tensor, Tensor]]) -> None:
+    """Update the statistics of these norms, as they do by themselves, all at once for each momentum."""
+    with torch.no_grad():
+        for momentum in {norm.momentum for norm, *_ in found}:
+            mine = [each for each in found if each[0].momentum == momentum]
+            running = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
+            of_batch = [mean for _, mean, _ in mine] + [var for *_, var in mine]
+            # torch documents its operations on lists of tensors under these names.
+            torch._foreach_lerp_(running, [b.to(r) for r, b in zip(running, of_batch, strict=True)], momentum)
+            torch._foreach_add_([norm.num_batches_tracked for norm, *_ in mine], 1)
+
+
+def _norms(net: ResidualNetwork) -> list[nn.BatchNorm1d]:
+    return [norm for block in net.blocks for norm in block.norms or ()]
+
+
+def _norm_tensors(net: ResidualNetwork) -> list[Tensor]:
+    return [t for norm in _norms(net) for t in (norm.weight, norm.running_mean) if t is not None]
+
+
+def _is_known(norm: nn.BatchNorm1d) -> bool:
+    """Whether the kernel computes what this norm does: none of its hooks runs, and torch knows its momentum."""
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    return type(norm) is nn.BatchNorm1d and not hooked and norm.momentum is not None
 
 
 def _may_write(x: Tensor) -> bool:

@@ -181,12 +181,13 @@ def test_the_products_with_one_row_have_one_row(grad: bool) -> None:
 def test_terms_may_be_computed_before() -> None:
     net, x, c = _net(context_features=4), torch.randn(B, N_IN).double(), torch.randn(B, 4).double()
     for given in (c, c[:1]):
-        terms = context_terms(given, net.network())
-        kept = [term.clone() for term in terms]
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                assert relative(residual_network(x, net.network(), terms=terms), net(x, context=given)) < 1e-13
-        assert all(map(torch.equal, terms, kept))
+        for at_once in (False, True):
+            terms = context_terms(given, net.network(), at_once)
+            kept = copy.deepcopy([terms.first.detach(), *(gate.detach() for gate in terms.gates)])
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    assert relative(residual_network(x, net.network(), terms=terms), net(x, context=given)) < 1e-13
+            assert all(map(torch.equal, (terms.first, *terms.gates), kept))
 
 
 FEW = rows._Sizes(bytes=64 * HIDDEN * 8, fewest=8)
