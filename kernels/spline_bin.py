@@ -24,7 +24,7 @@ def _clipper(raw, over_bound):
 
 @triton.jit
 def exponentials(raw, sharpness, over_bound, BINS: tl.constexpr, SOFT_CLIP: tl.constexpr):
-    """(e_j of each bin, 1 / their sum). The exponents are at most 0: exp2's error is then small beside the sum's."""
+    """(e_j of each bin, 1 / their sum)."""
     if SOFT_CLIP:
         clipped = ()
         for j in tl.static_range(BINS):
@@ -44,7 +44,7 @@ def exponentials(raw, sharpness, over_bound, BINS: tl.constexpr, SOFT_CLIP: tl.c
 
 @triton.jit
 def bin_of(value, e_u, over_u, e_v, over_v, knots, bounds, BINS: tl.constexpr, INVERSE: tl.constexpr):
-    """The value's bin: (its number k; its f and the f before it, of widths, of heights; raw derivatives of its knots)."""
+    """(number k of the value's bin; its f and the sum of those before, of widths, of heights; its raw derivatives)."""
     low, least_w, scale_w, least_h, scale_h = bounds
     k = tl.zeros(value.shape, tl.int32)
     e_w, e_h, raw_0, raw_1 = e_u[0], e_v[0], knots[0], knots[1]
@@ -81,9 +81,7 @@ def _slope(raw, min_derivative, over_bound, SOFT_CLIP: tl.constexpr):
 
 
 @triton.jit
-def slopes_of(
-    found, min_derivative, over_bound, BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr
-):
+def slopes_of(found, min_derivative, over_bound, BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr):
     """d_k and d_{k+1}; 1 at the ends of linear tails."""
     d_0 = _slope(found[5], min_derivative, over_bound, SOFT_CLIP)
     d_1 = _slope(found[6], min_derivative, over_bound, SOFT_CLIP)
@@ -138,7 +136,7 @@ def log_slope(terms):
 
 @triton.jit
 def pulled(g, h, inside, terms, INVERSE: tl.constexpr):
-    """The gradients of the value; of the bin's x_k, w, y_k, h; of its d_k, d_{k+1}: from those of y and of log|det|."""
+    """The gradients of the value; of the bin's x_k, w, y_k, h; and of d_k, d_{k+1}, from those of y and log|det|."""
     w, height, s, e, t, q, over_base, A, B, M = terms
     ratio = s * over_base
     y_x = ratio * ratio * M

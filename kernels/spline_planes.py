@@ -1,9 +1,10 @@
-"""Parameters of a spline on a tile of values as @triton.jit helpers: one vector per parameter, a plane.
+"""The parameters of a spline on a tile of values, as @triton.jit helpers: one vector per parameter, a plane.
 
 A tile is ROWS samples by FEATURES features, as one vector of N values. Each thread then has all parameters of its
 value, and sums, maxima and searches over bins need no other thread. Where the parameters of a value are contiguous
-(bins last), a plane would read 4 bytes of each line. A matrix [N, WIDTH] is read instead, whose lines are whole, and
-split into its columns, which moves each number to the thread of its value; gradients are joined and stored likewise.
+(bins last), the lanes of a load would be P numbers apart. A matrix [N, WIDTH] is loaded instead, whose rows are runs
+of memory, and is split into its columns, which moves each number once through shared memory, to the thread of its
+value. Gradients are joined and stored likewise.
 """
 
 from __future__ import annotations
@@ -46,18 +47,29 @@ def swapped(values, OUTER: tl.constexpr, INNER: tl.constexpr, SWAPPED: tl.conste
 
 
 @triton.jit
-def load_planes(
-    ptr, stride, inside, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr, BINS_LAST: tl.constexpr
-):
-    """COUNT vectors [N] in fp32, of which ptr [N] points at the first; COUNT is at most 2^LEVELS + 1."""
+def load_planes(ptr, stride, inside, COUNT: tl.constexpr, LEVELS: tl.constexpr, BINS_LAST: tl.constexpr):
+    """COUNT planes in fp32, of which ptr [N] points at the first; with bins last the first 2^LEVELS as a matrix.
+
+    COUNT is at most 2^LEVELS + 1. All loads are to come before ``planes_of``, whose barriers they cannot pass.
+    """
     planes = ()
     first: tl.constexpr = (1 << LEVELS) if BINS_LAST else 0
     if BINS_LAST:
         j = tl.arange(0, 1 << LEVELS)[None, :]
         matrix = tl.load(ptr[:, None] + j, mask=inside[:, None] & (j < COUNT), other=0.0)
-        planes = _columns(matrix.to(tl.float32), COUNT, LEVELS, N)
-    for j in tl.static_range(first, COUNT):  # all planes, or the one after a full matrix
+        planes = (matrix.to(tl.float32),)
+    for j in tl.static_range(first, COUNT):
         planes = planes + (tl.load(ptr + j * stride, mask=inside, other=0.0).to(tl.float32),)
+    return planes
+
+
+@triton.jit
+def planes_of(loaded, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr, BINS_LAST: tl.constexpr):
+    """The COUNT vectors [N] that ``load_planes`` read."""
+    if BINS_LAST:
+        planes = _columns(loaded[0], COUNT, LEVELS, N) + loaded[1:]
+    else:
+        planes = loaded
     return planes
 
 
