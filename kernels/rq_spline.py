@@ -6,8 +6,8 @@ Parameters u (widths), v (heights), w (derivatives) of a value, K bins of an int
     x_j = l + L m_w j + L (1 - m_w K) (f_0 + .. + f_{j-1})        heights H_j, y_j likewise, from v
     d_j = m_d + softplus(w_j), or exp of a clipped w_j;           1 at both ends of linear tails
 
-The bin k of x is the last with x_k <= x. Only its e, f and w are kept: they are selected while the starts are summed.
-With t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s, q = t (1 - t), base = s + e q, and sums of positive terms
+The bin k of x is the last with x_k <= x. Only its e, f and w are kept: they are selected while starts are summed.
+With t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s, q = t (1 - t), base = s + e q, and sums without a minus
 
     A = d_k (1 - t) + s t    B = s (1 - t) + d_{k+1} t    M = A (1 - t) + B t
     y = y_k + H t A / base    dy/dx = (s / base)^2 M
@@ -28,9 +28,9 @@ Operations at K = 8 on sm_90: 648 instructions for the 32 values of a warp, of t
 (16 exponentials of bins, 5 of two softplus, 6 quotients and logarithms); backward 960 and 35. docs/roofline.md
 predicts that bytes are the limit. The code grows with K: one compilation takes a minute at K = 64, which spills.
 
-A program takes rows x features (see spline_planes.py), all features where D fits. log|det| is summed within a row of
-a tile by the kernel, and over several tiles by torch; likewise the gradients of parameters that all samples share. No
-atomics: the same bits every time.
+A program takes rows x features (see spline_planes.py), all features where D fits. log|det| is summed within a row
+of a tile by the kernel, and over several tiles by torch; likewise the gradients of parameters that all samples share.
+No atomics: the same bits every time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from .spline_bin import (
     slopes_of,
     transformed,
 )
-from .spline_planes import load_planes, places, planes_of, store_planes, swapped, tile_numbers
+from .spline_planes import appended, load_planes, places, planes_of, store_planes, swapped, tile_numbers
 from .spline_spec import Spline
 
 # (most bins, tile). A thread has one value and all its parameters: 56 registers forward and 90 backward at K = 8 on
@@ -85,9 +85,9 @@ def _load_parameters(
     knots = planes_of(knots, N_SLOPES, LEVELS, N, BINS_LAST)
     if TAILS == LINEAR:
         end = tl.zeros_like(u[0])
-        knots = (end,) + knots + (end,)
+        knots = appended(appended((), end) + knots, end)
     elif TAILS == CIRCULAR:
-        knots = knots + (knots[0],)
+        knots = appended(knots, knots[0])
     e_u, over_u = exponentials(u, inv_temperature * LOG2E, over_bound, BINS, SOFT_CLIP)
     e_v, over_v = exponentials(v, inv_temperature * LOG2E, over_bound, BINS, SOFT_CLIP)
     return u, v, e_u, over_u, e_v, over_v, knots

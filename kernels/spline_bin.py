@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .math import exp, sigmoid, softplus
+from .spline_planes import appended
 from .spline_spec import TAILS
 
 LINEAR = tl.constexpr(TAILS.index("linear"))
@@ -28,7 +29,7 @@ def exponentials(raw, sharpness, over_bound, BINS: tl.constexpr, SOFT_CLIP: tl.c
     if SOFT_CLIP:
         clipped = ()
         for j in tl.static_range(BINS):
-            clipped = clipped + (raw[j] / _clipper(raw[j], 2.0 * over_bound),)
+            clipped = appended(clipped, raw[j] / _clipper(raw[j], 2.0 * over_bound))
         raw = clipped
     most = raw[0]
     for j in tl.static_range(1, BINS):
@@ -37,14 +38,14 @@ def exponentials(raw, sharpness, over_bound, BINS: tl.constexpr, SOFT_CLIP: tl.c
     total = tl.zeros_like(most)
     for j in tl.static_range(BINS):
         term = tl.exp2((raw[j] - most) * sharpness)
-        terms = terms + (term,)
+        terms = appended(terms, term)
         total += term
     return terms, 1.0 / total
 
 
 @triton.jit
 def bin_of(value, e_u, over_u, e_v, over_v, knots, bounds, BINS: tl.constexpr, INVERSE: tl.constexpr):
-    """(number k of the value's bin; its f and the sum of those before, of widths, of heights; its raw derivatives)."""
+    """(number k of the value's bin; its f and their sum before it, of widths, heights; its raw derivatives)."""
     low, least_w, scale_w, least_h, scale_h = bounds
     k = tl.zeros(value.shape, tl.int32)
     e_w, e_h, raw_0, raw_1 = e_u[0], e_v[0], knots[0], knots[1]
@@ -136,7 +137,7 @@ def log_slope(terms):
 
 @triton.jit
 def pulled(g, h, inside, terms, INVERSE: tl.constexpr):
-    """The gradients of the value; of the bin's x_k, w, y_k, h; and of d_k, d_{k+1}, from those of y and log|det|."""
+    """The gradients of the value; of the bin's x_k, w, y_k, h; of d_k, d_{k+1}; from those of y and log|det|."""
     w, height, s, e, t, q, over_base, A, B, M = terms
     ratio = s * over_base
     y_x = ratio * ratio * M
@@ -176,7 +177,7 @@ def of_sizes(
         if SOFT_CLIP:
             clipper = _clipper(raw[j], 2.0 * over_bound)
             gradient = gradient / (clipper * clipper)
-        gradients = gradients + (gradient,)
+        gradients = appended(gradients, gradient)
     return gradients
 
 
@@ -194,7 +195,7 @@ def of_slopes(
         gradient = tl.where(k == j, of_0, tl.where(k == j - 1, of_1, 0.0))
         if TAILS == CIRCULAR and j == 0:
             gradient += tl.where(k == BINS - 1, of_1, 0.0)
-        gradients = gradients + (gradient,)
+        gradients = appended(gradients, gradient)
     return gradients
 
 

@@ -1,4 +1,4 @@
-"""rq_spline's kernels against float64: every kind of tails and of parameters, direction, layout, size and stride."""
+"""rq_spline's kernels against float64: every kind of tails and parameters, direction, layout, size and stride."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "shared": lambda p: p[:1].contiguous(),
 }
 BINS = (8, 2, 5)  # all of a matrix's columns, the fewest bins, and fewer than the columns
-# (tails, soft clip, bins, layout, inverse): the default ones alternate over directions, the long ones are the others.
+# (tails, soft clip, bins, layout, inverse): directions alternate in the default ones; the long ones are the others.
 FORMS = [
     (tails, (i + j // 2 + inverse) % 2 == 1, BINS[(i + j) % 3], layout, inverse)
     for i, tails in enumerate(TAILS)
