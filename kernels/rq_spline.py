@@ -29,8 +29,8 @@ Operations at K = 8 on sm_90: 648 instructions for the 32 values of a warp, of t
 predicts that bytes are the limit. The code grows with K: one compilation takes a minute at K = 64, which spills.
 
 A program takes rows x features (see spline_planes.py), all features where D fits. log|det| is summed within a row
-of a tile by the kernel, and over several tiles by torch; likewise the gradients of parameters that all samples share.
-No atomics: the same bits every time.
+of a tile by the kernel, and over several tiles by torch; likewise gradients of parameters that all samples share. No
+atomics: the same bits every time.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def planes_of(loaded, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr
 @triton.jit
 def _columns(matrix, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr):
     """The first columns of a matrix [N, 2^LEVELS]: it is split into even and odd columns, and so on."""
-    parts = (matrix,)
+    parts = appended((), matrix)
     for level in tl.static_range(LEVELS):
         even = ()
         odd = ()
@@ -116,8 +116,8 @@ def store_planes(
 @triton.jit
 def _joined(columns, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr):
     """The matrix [N, 2^LEVELS] of these columns; zeros follow the last one."""
-    parts = ()
-    for i in tl.static_range(1 << LEVELS):
+    parts = appended((), tl.reshape(columns[0], [N, 1]))
+    for i in tl.static_range(1, 1 << LEVELS):
         parts = appended(parts, tl.reshape(columns[i if i < COUNT else 0], [N, 1]))
     for level in tl.static_range(LEVELS):
         joined = ()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from linfast.kernels.spline_spec import TAILS, Spline
 from torch import Tensor
 
 from linfast import ops
-from linfast.kernels.spline_spec import TAILS, Spline
 from linfast.ops import CouplingStack
 from linfast.ops.rq_spline import spline_transform
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
@@ -224,7 +224,7 @@ def _splines() -> Iterator[Case]:
         (9, 5, 8, "linear", False, "bins last"),
         (40, 3, 5, "circular", True, "planes"),
         (7, 11, 10, "bounded", False, "features last"),
-        (30, 6, 8, "linear", True, "shared"),
+        (30, 6, 3, "linear", True, "shared"),
         (3, 130, 2, "linear", False, "bins last"),
     ):
         spline = Spline(bins, tails=TAILS.index(tails), soft_clip=soft_clip)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from linfast.kernels.spline_spec import TAILS, Spline
 from torch import Tensor
 
 import linfast as lf
-from linfast.kernels.spline_spec import TAILS, Spline
 from linfast.ops.rq_spline import spline_transform
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
