@@ -29,8 +29,8 @@ Operations at K = 8 on sm_90: 648 instructions for the 32 values of a warp, of t
 predicts that bytes are the limit. The code grows with K: one compilation takes a minute at K = 64, which spills.
 
 A program takes rows x features (see spline_planes.py), all features where D fits. log|det| is summed within a row
-of a tile by the kernel, and over several tiles by torch; likewise gradients of parameters that all samples share. No
-atomics: the same bits every time.
+of a tile by the kernel, and over several tiles by torch; likewise gradients of parameters that all samples share.
+There are no atomics: the same bits every time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from .spline_bin import (
 from .spline_planes import appended, load_planes, places, planes_of, store_planes, swapped, tile_numbers
 from .spline_spec import Spline
 
-# (most bins, tile). A thread has one value and all its parameters: 56 registers forward and 90 backward at K = 8 on
+# (most bins, tile). A thread has one value and all its parameters: 55 registers forward and 92 backward at K = 8 on
 # sm_90, 90 and 141 at K = 16. There, with 4 warps, the compiler keeps to 128 registers and spills.
 TILES: tuple[tuple[int, Tile], ...] = (
     (8, {"VALUES": 128, "num_warps": 4}),

@@ -115,7 +115,7 @@ def store_planes(
 
 @triton.jit
 def _joined(columns, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr):
-    """The matrix [N, 2^LEVELS] of these columns; zeros follow the last one."""
+    """The matrix [N, 2^LEVELS] that begins with these columns."""
     parts = appended((), tl.reshape(columns[0], [N, 1]))
     for i in tl.static_range(1, 1 << LEVELS):
         parts = appended(parts, tl.reshape(columns[i if i < COUNT else 0], [N, 1]))
