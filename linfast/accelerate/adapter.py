@@ -37,8 +37,10 @@ class Plan:
         runs: the report's description of the code that now runs.
         note: the report's note on a defect of the original that was fixed or kept.
         layout: values that the replaced methods need at every call and that are computed once.
+        fused: the couplings of a chain, or of one module, that run together: a ``fused.Fused``.
         takes_precision: whether that code has matrix products of its own, which follow ``options.precision``.
         kind: what else tells its code apart from another instance's; the check runs once for equal ones.
+        own_settings: names of this instance's attributes on which the plan depends, beside the adapter's ``settings``.
         options: the options of ``accelerate``. ``plan_for`` fills in this field and the next three.
         seen: the tensors that the plan depends on, each with its version counter at that time.
         values, settings: the values of masks on a CPU, and the settings, at that time.
@@ -49,8 +51,10 @@ class Plan:
     runs: str
     note: str = ""
     layout: Any = None
+    fused: Any = None
     takes_precision: bool = False
     kind: Hashable = ()
+    own_settings: tuple[str, ...] = ()
     options: Options = Options()
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
     values: tuple[Tensor, ...] = field(default=(), compare=False)
@@ -96,6 +100,8 @@ class Adapter:
         emptied: instance -> further modules that the check copies without parameters, buffers and submodules.
         members: of a coupling: (instance, layout) -> its sides, and permutations and diagonal maps between them.
             A coupling on a CPU runs the original on short batches.
+        layout: of a coupling: instance -> the layout that ``members`` takes; raises Unfit.
+        copied: (instance, bare copy) -> None: tells the copy what only the instance itself can show.
         vectors: of a coupling or a chain: (copy, draw, features) -> the outputs of both directions on vectors, with
             the copy's own conditioners.
         decides: whether the replaced methods decide themselves when the original runs.
@@ -121,6 +127,8 @@ class Adapter:
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
     emptied: Callable[[Any], Iterable[nn.Module]] = _nothing
     members: Callable[[Any, Any], Sequence[Any]] = _nothing
+    layout: Callable[[Any], Any] = _nothing
+    copied: Callable[[Any, Any], Any] = _nothing
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = _nothing
     decides: bool = False
     many_steps: bool = False
@@ -147,15 +155,15 @@ class Adapter:
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The instance's plan, with the options, tensors and settings that it depends on."""
         plan = self.plan(instance, options)
-        seen, settings, values = self._sources(instance)
+        seen, settings, values = self._sources(instance, plan)
         values = tuple(value.detach().clone() for value in values)
         return replace(plan, options=options, seen=seen, settings=settings, values=values)
 
-    def settings_of(self, instance: Any) -> tuple[Any, ...]:
-        """The current values of the instance's ``settings``."""
-        return tuple(getattr(instance, name, None) for name in self.settings)
+    def settings_of(self, instance: Any, plan: Plan) -> tuple[Any, ...]:
+        """The current values of the settings that the instance's plan depends on."""
+        return tuple(getattr(instance, name, None) for name in (*self.settings, *plan.own_settings))
 
-    def _sources(self, instance: Any) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
+    def _sources(self, instance: Any, plan: Plan) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
         """(frozen tensors of the instance and ``inner``, with version counters; settings; masks on a CPU)."""
         modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
         own = (t for m in modules for t in (*m._buffers.values(), *m._parameters.values()))
@@ -163,11 +171,11 @@ class Adapter:
         seen = tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
         # Comparing a GPU's masks at every call would wait for the device.
         values = tuple(mask for mask in self.masks(instance) if mask.is_cpu) if self.masks else ()
-        return seen, self.settings_of(instance), values
+        return seen, self.settings_of(instance, plan), values
 
     def holds(self, plan: Plan, instance: Any) -> bool:
         """Whether nothing that the plan depends on has changed; on a GPU, writes through ``.data`` go unnoticed."""
-        seen, settings, values = self._sources(instance)
+        seen, settings, values = self._sources(instance, plan)
         if (len(seen), settings, len(values)) != (len(plan.seen), plan.settings, len(plan.values)):
             return False
         same = (t is then and writes == before for (t, writes), (then, before) in zip(seen, plan.seen, strict=True))

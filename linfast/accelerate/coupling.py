@@ -42,7 +42,7 @@ def coupling_adapter(
     shapes: Callable[[Any], Iterable[tuple[int, ...]]],
     methods: Methods,
     extra: Callable[[Any], int] = lambda module: 0,
-    stub: type[Stub] = Stub,
+    stub: Callable[[Any], type[Stub]] = lambda module: Stub,
     **what: Any,
 ) -> Adapter:
     """The adapter of a class of couplings.
@@ -53,7 +53,7 @@ def coupling_adapter(
         nets: instance -> its conditioners, equally many for each side.
         shapes: instance -> shapes of inputs for the check.
         extra: instance -> number of context channels that its conditioners take in addition to the kept channels.
-        stub: the class that replaces the conditioners in the check.
+        stub: instance -> the class that replaces its conditioners in the check.
     """
 
     def plan(module: Any, options: Options) -> Plan:
@@ -61,11 +61,11 @@ def coupling_adapter(
         return _plan(text, module, members(module, layout, ()), options, layout)
 
     def put_stubs(module: Any, sides: Sequence[Side], features: int, draw: Draw) -> None:
-        conditioners, stubs = nets(module), {}
+        conditioners, made, stubs = nets(module), stub(module), {}
         for i, net in enumerate(conditioners):
             side = sides[i * len(sides) // len(conditioners)]
             n_in, n_out = side.widths(*map(len, side.split.features_of(features)))
-            stubs[id(net)] = stub(n_in + extra(module), n_out, draw)
+            stubs[id(net)] = made(n_in + extra(module), n_out, draw)
         for inside in [*module.modules()]:
             for name, child in [*inside._modules.items()]:
                 if id(child) in stubs:
@@ -88,6 +88,7 @@ def coupling_adapter(
         plan=plan,
         probe=probe,
         conditioners=nets,
+        layout=lambda module: find(module)[1],
         members=lambda module, layout: members(module, layout, ()),
         vectors=lambda module, draw, features: both_ways(module, draw, (3, features)),
         **what,

@@ -155,7 +155,7 @@ def _swap_all(model: Any, options: Options) -> list[Row]:
         if row:
             rows.append(row)
     for _, instance in _objects(model):
-        if isinstance(instance, Swapped) and instance._linfast_adapter.chain:
+        if isinstance(instance, Swapped):
             fused_of(instance)  # renews it: its members have been swapped since
     return rows
 
@@ -178,9 +178,9 @@ def _try_to_swap(
     what, plan = "", None
     try:
         check_values(instance)
+        _check_unchanged(instance, adapter)
         mlps = filter(None, map(find_mlp, adapter.conditioners(instance)))
         what = " and ".join(dict.fromkeys(map(str, mlps)))
-        _check_unchanged(instance, adapter)
         plan = adapter.plan_for(instance, options)
         kind = kind_of(instance, adapter, plan)
         if kind not in checked:

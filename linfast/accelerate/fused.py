@@ -26,8 +26,8 @@ from ..flows.undo import Outputs
 from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
-from .adapter import Options, Unfit, adapter_for
-from .identity import changed_method, defined_as, is_hooked, is_patched, original_class
+from .adapter import Options, Plan, Unfit, adapter_for
+from .identity import PLAN, changed_method, defined_as, is_hooked, is_patched, original_class
 from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
 from .sides import Affine, Index
 
@@ -113,7 +113,7 @@ class Fused:
         members: list[Member] = []
         recognised: list[nn.Module] = []
         for _, module in flat(chain):
-            found = _recognise(module, maps, options)
+            found = _recognise(module, maps)
             members += [module] if found is None else found
             recognised += [] if found is None else [module]
         self._children, self._evidence = chain._modules, _evidence(chain, recognised)
@@ -125,7 +125,7 @@ class Fused:
         (self.dtype, *others) = {t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}
         if others:
             raise Unfit("its couplings have weights of several dtypes")
-        if run is None and len(couplings) < len(members):
+        if run is None and not all(isinstance(member, (Coupling, Index)) for member in members):
             raise Unfit("not all of its members are MLP couplings")
         self._steps = _loops(members, self.features, run)
         row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
@@ -133,12 +133,14 @@ class Fused:
         self._widths: list[int | None] = [max(widths) if row_apart else None]
         self.launch: Launch | None = launch_of(members)
 
-    def describe(self, like: Tensor) -> str:
-        """The report's description of the code that runs on the device of ``like``."""
+    def plan(self, chain: nn.Module) -> Plan:
+        """The chain's plan. It reports which code runs on this device and on a GPU."""
+        like = next(p for p in chain.parameters() if p.is_floating_point())
         launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
-        if like.is_cuda:
-            return f"{len(self.couplings)} couplings in one " + ("launch" if launch else "loop")
-        return f"{len(self.couplings)} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
+        runs = f"{len(self.couplings)} couplings in one " + ("launch" if like.is_cuda and launch else "loop")
+        if launch and not like.is_cuda:
+            runs += " (on a GPU: in one launch)"
+        return Plan(runs, fused=self, takes_precision=launch)
 
     def renewed(self, chain: nn.Module) -> Fused | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
@@ -194,10 +196,10 @@ def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
             masks += [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
         elif adapter.masks:
             masks += adapter.masks(module)
-    return Evidence([chain, *lists], recognised, functions, masks)
+    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,))
 
 
-def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
+def _recognise(module: nn.Module, maps: Maps) -> list[Member] | None:
     """The member as couplings or as one map; None where it runs by the library's own code."""
     adapter = adapter_for(module)
     if is_hooked(module) or has_global_hook():
@@ -211,7 +213,7 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] 
             return None
         if changed_method(module, (*adapter.methods, *adapter.assumes)) is not None:
             return None
-        layout = adapter.plan(module, options).layout
+        layout = adapter.layout(module)
     except Unfit:
         return None
     return members_of(adapter.members(module, layout))
