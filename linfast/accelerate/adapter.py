@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..flows.drift import DriftGuard
+from ..flows.remembered import writes
 from .identity import find_class, has, original_class
 
 
@@ -163,12 +164,12 @@ class Adapter:
         """The current values of the settings that the instance's plan depends on."""
         return tuple(getattr(instance, name, None) for name in (*self.settings, *plan.own_settings))
 
-    def _sources(self, instance: Any, plan: Plan) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
+    def _sources(
+        self, instance: Any, plan: Plan
+    ) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
         """(frozen tensors of the instance and ``inner``, with version counters; settings; masks on a CPU)."""
         modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
-        own = (t for m in modules for t in (*m._buffers.values(), *m._parameters.values()))
-        untrained = [t for t in own if t is not None and not t.requires_grad]
-        seen = tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
+        seen = tuple((t, writes(t)) for module in modules for t in untrained(module))
         # Comparing a GPU's masks at every call would wait for the device.
         values = tuple(mask for mask in self.masks(instance) if mask.is_cpu) if self.masks else ()
         return seen, self.settings_of(instance, plan), values
@@ -178,8 +179,14 @@ class Adapter:
         seen, settings, values = self._sources(instance, plan)
         if (len(seen), settings, len(values)) != (len(plan.seen), plan.settings, len(plan.values)):
             return False
-        same = (t is then and writes == before for (t, writes), (then, before) in zip(seen, plan.seen, strict=True))
+        same = (t is then and now == before for (t, now), (then, before) in zip(seen, plan.seen, strict=True))
         return all(same) and all(map(torch.equal, values, plan.values))
+
+
+def untrained(module: nn.Module) -> list[Tensor]:
+    """The module's own buffers and its parameters that require no gradient."""
+    own = (*module._buffers.values(), *module._parameters.values())
+    return [t for t in own if t is not None and not t.requires_grad]
 
 
 ADAPTERS: dict[tuple[str | None, str], Adapter] = {}

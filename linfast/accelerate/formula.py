@@ -203,5 +203,7 @@ def shaped(y: Tensor, output: tuple[Any, Any] | None) -> Any:
 def settings_of(module: nn.Module) -> Iterator[str]:
     """Names of the module's own attributes that are plain values or functions, on which its formula may depend."""
     for name, value in vars(module).items():
-        if name != "training" and (isinstance(value, PLAIN) or (callable(value) and not isinstance(value, nn.Module))):
+        if name != "training" and (
+            isinstance(value, PLAIN) or (callable(value) and not isinstance(value, nn.Module))
+        ):
             yield name

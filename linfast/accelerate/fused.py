@@ -26,7 +26,7 @@ from ..flows.undo import Outputs
 from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
-from .adapter import Options, Plan, Unfit, adapter_for
+from .adapter import Options, Plan, Unfit, adapter_for, untrained
 from .identity import PLAN, changed_method, defined_as, is_hooked, is_patched, original_class
 from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
 from .sides import Affine, Index
@@ -194,8 +194,8 @@ def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
         functions += [(original_class(inside), "forward") for inside in module.modules()]
         if adapter is None:
             masks += [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
-        elif adapter.masks:
-            masks += adapter.masks(module)
+        else:
+            masks += adapter.masks(module) if adapter.masks else untrained(module)
     return Evidence([chain, *lists], recognised, functions, masks, (PLAN,))
 
 

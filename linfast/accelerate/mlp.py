@@ -186,7 +186,10 @@ def _read(forward: Any) -> tuple[str | None, str | None]:
     match [s for s in function.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]:
         case [ast.Return(value)]:
             return _child(value, own, first), _child(_before_chunk(value), own, first)
-        case [ast.Assign([ast.Tuple([ast.Name(a), ast.Name(b)])], value), ast.Return(ast.Tuple([ast.Name(c), ast.Name(d)]))]:
+        case [
+            ast.Assign([ast.Tuple([ast.Name(a), ast.Name(b)])], value),
+            ast.Return(ast.Tuple([ast.Name(c), ast.Name(d)])),
+        ]:
             return None, _child(_before_chunk(value), own, first) if (a, b) == (c, d) and a != b else None
     return None, None
 

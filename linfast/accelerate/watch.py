@@ -160,10 +160,14 @@ def _alone(instance: nn.Module, path: Path) -> _Net:
             continue
         keys = None if isinstance(y, Tensor) else (0, 1) if isinstance(y, (tuple, list)) else tuple(y)
         parts = [y] if keys is None else [y[key] for key in keys]
-        if len(parts) > 2 or any(part.shape != (2, parts[0].shape[1], *positions) for part in parts):
-            raise Unfit(f"its {'.'.join(path)} returns neither a tensor of x's shape nor two of them")
+        if not 0 < len(parts) <= 2 or not all(_is_batch(part, parts[0], positions) for part in parts):
+            raise Unfit(f"its {'.'.join(path)} returns neither a tensor [B, C, ...] nor two of one shape")
         return _Net(path, x.shape[1], parts[0].shape[1], keys, positions)  # type: ignore[arg-type]
     return _Net(path, positions=(_POSITIONS[0],) * (weight.ndim - 2))
+
+
+def _is_batch(part: Any, like: Tensor, positions: tuple[int, ...]) -> bool:
+    return isinstance(part, Tensor) and part.ndim > 1 and part.shape == (2, like.shape[1], *positions)
 
 
 def _features(instance: nn.Module, given: Description, net: _Net, alone: bool) -> list[int]:
@@ -198,6 +202,8 @@ class _Recorder(nn.Module):
         self.stub: Stub | None = None
 
     def forward(self, kept: Tensor, *context: Any, **named: Any) -> Any:
+        if self.net.inputs not in (None, kept.shape[1]):
+            raise ValueError(f"{'.'.join(self.net.path)} takes {self.net.inputs} features, not {kept.shape[1]}")
         both = 2 if self.net.keys is not None else 1
         out = 2 * (self.features - kept.shape[1]) if self.net.outputs is None else both * self.net.outputs
         if self.stub is None:
@@ -258,13 +264,19 @@ class _Watch:
 
     def _differs(self, method: str, error: float) -> None:
         far = f"by {error:.1e}" if error < 1 else "in every order and layout that was tried"
-        raise _unfit(f"its {method}, as described, differs from the original {far} on a random input", error)
+        raise _unfit(
+            f"its {method}, as described, differs from the original {far} on a random input", min(error, 1.0)
+        )
 
     def _ways(self) -> Iterator[tuple[str, str]]:
         """(order, layout) to try."""
         orders = [self.given.order] if self.given.order else ["shift_first", "scale_first"]
         one = self.nets[0].keys is None
-        layouts = [self.given.layout] if self.given.layout else [name for name in _LAYOUTS if one or name != "interleaved"]
+        layouts = (
+            [self.given.layout]
+            if self.given.layout
+            else [name for name in _LAYOUTS if one or name != "interleaved"]
+        )
         return itertools.product(orders, layouts)  # type: ignore[return-value]
 
     def _draw(self) -> Tensor:

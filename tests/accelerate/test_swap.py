@@ -130,7 +130,9 @@ def test_bad_registrations_are_named():
         lf.register_adapter(3, **RIGHT)
     with pytest.raises(ValueError, match="order must be one of shift_first, scale_first; got 'up'"):
         lf.register_adapter(Coupling, **{**RIGHT, "order": "up"})
-    with pytest.raises(ValueError, match="inverse must name a method of Coupling or a flag of its forward; got 'back'"):
+    with pytest.raises(
+        ValueError, match="inverse must name a method of Coupling or a flag of its forward; got 'back'"
+    ):
         lf.register_adapter(Coupling, inverse="back", **RIGHT)
 
 

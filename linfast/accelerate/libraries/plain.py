@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ...checks import check_choice, check_flag, check_function, check_kind
 from ...ops.affine_coupling import HALVES, ORDERS
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Unfit, add
+from ...flows.remembered import writes
+from ..adapter import Adapter, Draw, Options, Plan, Unfit, add, untrained
 from ..chain import run_fused
 from ..coupling import couple, coupling_adapter
 from ..formula import Formula, Parameter, ShapedStub, at, settings_of
@@ -81,7 +82,11 @@ def register_adapter(
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"cls must be a subclass of nn.Module; got {cls!r}")
-    choices: tuple[tuple[str, Any, Any], ...] = (("order", order, ORDERS), ("layout", layout, _LAYOUTS), ("moves", moves, HALVES))
+    choices: tuple[tuple[str, Any, Any], ...] = (
+        ("order", order, ORDERS),
+        ("layout", layout, _LAYOUTS),
+        ("moves", moves, HALVES),
+    )
     for option, value, allowed in choices:
         if value is not None:
             check_choice(option, value, allowed)
@@ -124,9 +129,7 @@ def _methods(cls: type, forward: str | None, inverse: str | None) -> dict[str, t
     flags = [p.name for name in forwards for p in _parameters(cls, name) if isinstance(p.default, bool)]
     inverses = [name for name in those(_INVERSES if inverse is None else (inverse,)) if name not in forwards]
     if not inverses and not (flags if inverse in (None, *forwards) else inverse in flags):
-        raise ValueError(
-            f"inverse must name a method of {cls.__name__} or a flag of its forward; got {inverse!r}"
-        )
+        raise ValueError(f"inverse must name a method of {cls.__name__} or a flag of its forward; got {inverse!r}")
     named = [(name, False) for name in forwards] + [(name, True) for name in inverses]
     return {name: (undoes, _parameters(cls, name)) for name, undoes in named}
 
@@ -171,9 +174,9 @@ class _Taught:
         known = self.found.get(module)
         if known is not None and known[0] is None:  # told to a copy without networks
             return known[1]
-        own = [*module._buffers.values(), *module._parameters.values()]
-        tensors = [(id(t), 0 if t.is_inference() else t._version) for t in own if t is not None and not t.requires_grad]
-        key = [getattr(module, name) for name in settings_of(module)], [*map(id, module.modules())], tensors, self._map(module)
+        settings = [getattr(module, name) for name in settings_of(module)]
+        tensors = [(id(t), writes(t), t.tolist() if t.is_cpu else None) for t in untrained(module)]
+        key = settings, tensors, [*map(id, module.modules())], self._map(module)
         if known is None or known[0] != key:
             self.found[module] = known = key, find_formula(module, self.description, self._map(module))
         return known[1]
