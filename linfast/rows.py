@@ -12,6 +12,7 @@ torch.jit.trace the batch is not cut, because the graph would contain the layers
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,19 @@ class _Sizes:
     """Sizes of parts that fit the cache (measured on an AMD EPYC, 1 MiB of L2 per core: docs/accelerate.md)."""
 
     bytes: int = 1 << 20  # of the widest layer's output, per thread; half or twice as many cost up to 8%
+    weights: int = 32  # of an MLP, per input and output: with fewer, joining the parts takes longer than it saves
     fewest: int = 256  # rows per thread; with fewer, products are slower and torch's overhead per call is larger
 
 
 _SIZES = _Sizes()
 SHORT = 2 * _SIZES.fewest
 """A batch of fewer rows is never cut, whatever the number of threads."""
+
+
+def is_worth_cutting(sizes: Sequence[int]) -> bool:
+    """Whether an MLP with layers of these sizes has enough weights for its inputs and outputs."""
+    weights = sum(a * b for a, b in itertools.pairwise(sizes))
+    return weights >= _SIZES.weights * (sizes[0] + sizes[-1])
 
 
 def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int | None:

@@ -41,7 +41,7 @@ class Plan:
         fused: the couplings of a chain, or of one module, that run together: a ``fused.Fused``.
         takes_precision: whether that code has matrix products of its own, which follow ``options.precision``.
         kind: what else tells its code apart from another instance's; the check runs once for equal ones.
-        own_settings: names of this instance's attributes on which the plan depends, beside the adapter's ``settings``.
+        own_settings: names of this instance's attributes on which the plan depends, beside ``settings``.
         options: the options of ``accelerate``. ``plan_for`` fills in this field and the next three.
         seen: the tensors that the plan depends on, each with its version counter at that time.
         values, settings: the values of masks on a CPU, and the settings, at that time.

@@ -132,14 +132,8 @@ def fused_of(owner: Any) -> Fused | None:
         return None
     now: Fused | None = plan.fused.renewed(owner)
     if now is not None and now is not plan.fused:
-        vars(owner)[PLAN] = replace(plan, fused=now)
+        vars(owner)[PLAN] = replace(plan, fused=now, layout=owner._linfast_adapter.layout(owner))
     return now
-
-
-def run_fused(owner: Any, x: Any, inverse: bool) -> tuple[Tensor, Tensor] | None:
-    """(y, log_det [B]) of the couplings of a swapped module together; None where they cannot run x."""
-    fused = fused_of(owner) if vars(owner)[PLAN].fused.takes(x) else None
-    return None if fused is None else fused(owner, x, inverse)
 
 
 def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tensor, Tensor] | None:
@@ -149,7 +143,9 @@ def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tens
     """
     plan = vars(chain)[PLAN]
     if plan.fused is not None:
-        return run_fused(chain, x, inverse) if all(value is None for value in context.values()) else None
+        alone = all(value is None for value in context.values()) and plan.fused.takes(x)
+        fused = fused_of(chain) if alone else None
+        return None if fused is None else fused(chain, x, inverse)
     parts = parts_to_invert(chain, x, plan.layout)
     if parts is None:
         return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..dispatch import has_global_hook, tensor_of, uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
-from ..rows import Work, by_rows, checks_all_lengths, rows_at_once, rows_in_cache
+from ..rows import Work, by_rows, checks_all_lengths, is_worth_cutting, rows_at_once, rows_in_cache
 from .adapter import Adapter, Draw, Options, Plan, Stub
 from .identity import PLAN
 from .launch import lone_launch
@@ -180,11 +180,12 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
 
 
 def _widest(sides: Sequence[Side]) -> int | None:
-    """Values per row of the nets' widest layer, where all nets are MLPs; else None."""
+    """Values per row of the nets' widest layer, where all nets are MLPs that are worth cutting; else None."""
     if has_global_hook() or not all(side.nets for side in sides):
         return None
     mlps = [find_mlp(net) for side in sides for net in side.nets]
-    return None if None in mlps else max(width for mlp in mlps if mlp is not None for width in mlp.sizes)
+    sizes = [mlp.sizes for mlp in mlps if mlp is not None]
+    return max(map(max, sizes)) if len(sizes) == len(mlps) and all(map(is_worth_cutting, sizes)) else None
 
 
 def _has_tail(side: Side, features: int | None, ndim: int | None) -> bool:

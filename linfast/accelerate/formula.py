@@ -2,7 +2,7 @@
 
     steps      couplings in the order in which the forward runs them: which features move, and their networks
     end        the permutation of the features after the last coupling, if any
-    calls      the replaced methods: which direction each computes, the argument that turns it round, what it returns
+    calls      the replaced methods: the direction that each computes, its flag, and what it returns
 
 Networks are named by their paths in the instance and read again at every call.
 """
@@ -146,6 +146,7 @@ class Formula:
                 return params
             return torch.cat([found[0][key] for key in self.output], 1)
 
+        alone: tuple[nn.Module, ...]
         if len(nets) == 2:
             alone, layout = nets[::-1] if swapped else nets, "pair"
         else:

@@ -88,8 +88,8 @@ class _Loop:
     couplings: list[Callable[[], PlainCoupling]]
     first: int
 
-    def __call__(self, x: Tensor, inverse: bool) -> Outputs:
-        return run_couplings(x, [build() for build in self.couplings], None, inverse, True, self.first)
+    def __call__(self, x: Tensor, inverse: bool, log_det: bool) -> Outputs:
+        return run_couplings(x, [build() for build in self.couplings], None, inverse, log_det, self.first)
 
 
 def _own(module: nn.Module | None, run: Any) -> Callable[[Tensor, bool], Outputs]:
@@ -117,6 +117,7 @@ class Fused:
             members += [module] if found is None else found
             recognised += [] if found is None else [module]
         self._children, self._evidence = chain._modules, _evidence(chain, recognised)
+        self._alone = recognised == [chain]  # the evidence then holds all of its attributes
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -142,9 +143,14 @@ class Fused:
             runs += " (on a GPU: in one launch)"
         return Plan(runs, fused=self, takes_precision=launch)
 
+    @property
+    def permutations(self) -> int:
+        """How many permutations the loop needs."""
+        return sum(isinstance(step, Index) for step in self._steps)
+
     def renewed(self, chain: nn.Module) -> Fused | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
-        if self._children is chain._modules and not is_patched(chain) and self._evidence.holds():
+        if self._children is chain._modules and self._evidence.holds() and (self._alone or not is_patched(chain)):
             return self
         try:
             with torch.inference_mode(False):  # its tensors are used outside too
@@ -164,21 +170,29 @@ class Fused:
 
     def __call__(self, chain: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """(y, log_det [B]) of x [B, D], or of the inverse."""
+        y, log_det = self._run(chain, x, inverse, True)
+        assert log_det is not None
+        return y, log_det
+
+    def value(self, chain: nn.Module, x: Tensor, inverse: bool) -> Tensor:
+        """y alone."""
+        return self._run(chain, x, inverse, False)[0]
+
+    def _run(self, chain: nn.Module, x: Tensor, inverse: bool, log_det: bool) -> Outputs:
         if uses_triton(x):
             assert self.launch is not None
             return self.launch(chain, x, inverse, self._options.precision)
         rows = rows_at_once(x, lambda: self._widths)
         if rows is None:
-            return self._loop(x, inverse)
-        return by_rows(lambda part: self._loop(part, inverse), x, rows)
+            return self._loop(x, inverse, log_det)
+        return by_rows(lambda part: self._loop(part, inverse, log_det), x, rows)
 
-    def _loop(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _loop(self, x: Tensor, inverse: bool, log_det: bool) -> Outputs:
         total: Tensor | None = None
         for step in reversed(self._steps) if inverse else self._steps:
-            x, part = step(x, inverse)
+            x, part = step(x, inverse, log_det) if isinstance(step, _Loop) else step(x, inverse)
             if part is not None:
                 total = part if total is None else total + part
-        assert total is not None
         return x, total
 
 

@@ -164,8 +164,13 @@ def may_replace(instance: Any, adapter: Adapter, method: str) -> bool:
 
     A hook that keeps a chain from being rebuilt in the backward is warned of once.
     """
-    if adapter.chain and plan_of(instance).fused is not None:  # Fused checks this itself
-        return True
+    return plan_of(instance).fused is not None or is_unchanged(
+        instance, adapter, method
+    )  # Fused checks this itself
+
+
+def is_unchanged(instance: Any, adapter: Adapter, method: str) -> bool:
+    """``may_replace`` where the method does not run by a Fused."""
     if not renew_plan(instance) or is_patched(instance, but=method):
         return False
     if not adapter.chain and has_global_hook():

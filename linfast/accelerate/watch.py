@@ -9,8 +9,8 @@ forward then runs once, in float64 and in plain torch, on random x [B, C, ...]:
     output                       y of the formula, for one of the orders and layouts; its columns, permuted
 
 The inverse, the other value of each flag, and a call with a context are then compared with the formula found.
-Whatever the description of the class states is taken as given. The first row's parameters are large, so that a clamp
-shows. Rows are compared one by one.
+Whatever the description of the class states is taken as given. The first row's parameters are large, so that a
+clamp shows. Rows are compared one by one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..dispatch import plain_torch, tensor_of
 from ..rows import all_lengths
-from ..scale_maps import ScaleMap, log_scale_function
+from ..scale_maps import ScaleMap
 from .adapter import Stub, Unfit
 from .formula import Call, Formula, Parameter, Path, Step, at, by_formula, shaped
 from .identity import original_class, uncompiled
@@ -95,11 +95,18 @@ def find_formula(instance: nn.Module, given: Description, scale_map: ScaleMap) -
         torch.manual_seed(_SEED)
         reasons: list[Unfit] = []
         for nets, features in _attempts(instance, given):
-            try:
-                return _Watch(instance, given, scale_map, nets, features, device).formula()
-            except Unfit as reason:
-                reasons.append(reason)
-    raise min(reasons, key=lambda reason: getattr(reason, "far", 2.0)) if reasons else Unfit("it has no networks")
+            found = _attempt(instance, given, scale_map, nets, features, device)
+            if isinstance(found, Formula):
+                return found
+            reasons.append(found)
+    raise min(reasons, key=lambda reason: getattr(reason, "far", 2.0))
+
+
+def _attempt(instance: nn.Module, given: Description, *arguments: Any) -> Formula | Unfit:
+    try:
+        return _Watch(instance, given, *arguments).formula()
+    except Unfit as reason:
+        return reason
 
 
 def _unfit(why: str, far: float) -> Unfit:
@@ -116,6 +123,8 @@ def _attempts(instance: nn.Module, given: Description) -> Iterator[tuple[list[_N
     """(networks, number of features) to try, the most likely first."""
     paths = [path for name in given.nets for path in _listed(instance, name)]
     nets = [_alone(instance, path) for path in paths]
+    if not nets:
+        raise Unfit("its conditioner is a list without networks")
     first = nets[0]
     for features in _features(instance, given, first, alone=True):
         yield nets, features
@@ -162,7 +171,7 @@ def _alone(instance: nn.Module, path: Path) -> _Net:
         parts = [y] if keys is None else [y[key] for key in keys]
         if not 0 < len(parts) <= 2 or not all(_is_batch(part, parts[0], positions) for part in parts):
             raise Unfit(f"its {'.'.join(path)} returns neither a tensor [B, C, ...] nor two of one shape")
-        return _Net(path, x.shape[1], parts[0].shape[1], keys, positions)  # type: ignore[arg-type]
+        return _Net(path, x.shape[1], parts[0].shape[1], keys, positions)
     return _Net(path, positions=(_POSITIONS[0],) * (weight.ndim - 2))
 
 
@@ -277,7 +286,7 @@ class _Watch:
             if self.given.layout
             else [name for name in _LAYOUTS if one or name != "interleaved"]
         )
-        return itertools.product(orders, layouts)  # type: ignore[return-value]
+        return itertools.product(orders, layouts)
 
     def _draw(self) -> Tensor:
         return torch.randn(self.shape, dtype=torch.float64).to(self.device)

@@ -295,7 +295,8 @@ TANH, EXP = ScaleMap("tanh", bound=1.0), ScaleMap("exp")
 SHAPES = {
     "two nets, one named": (
         TwoNets, 8,
-        {"conditioner": "scale_net", "scale_map": TANH, "order": "scale_first", "moves": "second", "inverse": "undo"},
+        {"conditioner": "scale_net", "scale_map": TANH, "order": "scale_first", "moves": "second",
+         "inverse": "undo"},
     ),
     "two nets": (TwoNets, 8, {"conditioner": ("translate_net", "scale_net"), "scale_map": TANH}),
     "two nets, reversed": (TwoNets, 8, {"conditioner": ["scale_net", "translate_net"], "scale_map": TANH}),
@@ -327,7 +328,6 @@ SHAPES = {
     "an attribute's side": (lambda: Flipped(True), 8, {"conditioner": "net", "scale_map": EXP}),
 }  # fmt: skip
 """By name: how a model is made, its features, and the call of register_adapter."""
-ONE_LOOP = {
-    "stack", "stack from the second", "stack of pairs", "even and odd", "five even and odd", "swapping", "reversing",
-    "masks",
-}  # fmt: skip
+ONE_LOOP = (
+    "stack", "stack from the second", "stack of pairs", "even and odd", "five even and odd", "swapping", "masks",
+)  # fmt: skip

@@ -81,8 +81,7 @@ def test_a_registered_class_runs_on_the_op(registered, monkeypatch):
     report = lf.accelerate(model)
     assert [(row.runs, row.conditioner) for row in report.rows] == [
         (
-            "affine coupling, tanh (on a GPU: one launch; on this CPU: the original's own code, and from "
-            "65536 rows on as many at a time as fit its cache)",
+            "affine coupling, tanh (on a GPU: one launch; on this CPU: the original's own code)",
             "MLP 3-8-6 relu",
         )
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,15 +16,17 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_function, check_kind
-from ...ops.affine_coupling import HALVES, ORDERS
-from ...scale_maps import ScaleMap
 from ...flows.remembered import writes
+from ...ops.affine_coupling import HALVES, ORDERS
+from ...rows import SHORT
+from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Options, Plan, Unfit, add, untrained
-from ..chain import run_fused
+from ..chain import fused_of
 from ..coupling import couple, coupling_adapter
 from ..formula import Formula, Parameter, ShapedStub, at, settings_of
 from ..fused import Fused, Maps
-from ..identity import PLAN
+from ..identity import PLAN, original_class
+from ..swap import is_unchanged
 from ..watch import Description, find_formula
 
 __all__ = ["register_adapter"]
@@ -55,7 +57,7 @@ def register_adapter(
     on random inputs. docs/register_adapter.md shows classes of several shapes.
 
     Args:
-        cls: its forward and inverse take x [B, C, ...] and return y, or (y, log_det [B]), where y has the shape of x.
+        cls: its forward and inverse take x [B, C, ...] and return y of the same shape, or (y, log_det [B]).
             Further arguments are a context, which is passed on to the networks, or a flag, a bool that turns the
             direction round. Calls with other arguments run the original.
         conditioner: name of the module attribute that maps the kept features to params [B, 2 C_moved, ...] or to a
@@ -65,8 +67,8 @@ def register_adapter(
             is looked for among the other attributes.
         scale_map: from raw, one half of params, to s; a function of the instance where instances differ.
         order: y = (m + t) e^s of the moved half m is "shift_first", y = m e^s + t is "scale_first".
-        layout: of params: "halves" [t | raw], "raw_first" [raw | t] or "interleaved". Of two outputs or networks, in
-            the order in which they are called: "halves" (t, raw) or "raw_first" (raw, t).
+        layout: of params: "halves" [t | raw], "raw_first" [raw | t] or "interleaved". Of two outputs, or of two
+            networks in the order in which they are called: "halves" (t, raw) or "raw_first" (raw, t).
         moves: which half the first coupling moves, "first" or "second"; of alternating features the even ones are
             "first".
         log_det: whether the forward returns (y, log_det [B]); else it returns y.
@@ -140,6 +142,16 @@ def _parameters(cls: type, name: str) -> tuple[Parameter, ...]:
     return tuple(Parameter(p.name, None if p.default is p.empty else p.default) for p in named)
 
 
+@dataclass(frozen=True)
+class _Fewest:
+    """From where the loop is as fast as a class's own code on a CPU (one thread of an AMD EPYC, batch 1)."""
+
+    networks: int = 4
+    per_permutation: int = 2  # couplings for each permutation in the loop
+    rows: int = SHORT  # per thread, of networks that take all features: their weights are sliced at every call
+
+
+_FEWEST = _Fewest()
 Layout = tuple[Formula, ScaleMap]
 _NO_MAPS = Maps((), (), {})
 
@@ -203,13 +215,19 @@ class _Taught:
     def _plan(self, module: nn.Module, options: Options, made: Adapter) -> Plan:
         """The coupling's plan; where the module holds several couplings with MLPs, they run together."""
         plan = replace(made.plan(module, options), own_settings=tuple(settings_of(module)), kind=self._kind(module))
+        formula, _ = plan.layout
         try:
             fused = Fused(module, lambda stack: iter([("", stack)]), None, _NO_MAPS, options)
         except Unfit:
             return plan
-        together = fused.plan(module)
+        networks, full = len(formula.nets(module)), any(step.full for step in formula.steps)
+        permuted = len(formula.steps) < _FEWEST.per_permutation * fused.permutations
+        if networks < _FEWEST.networks or permuted:
+            return plan
+        together, least = fused.plan(module), _FEWEST.rows if full else 0.0
         runs = f"{self._find(module)[0]}: {together.runs}"
-        return replace(plan, runs=runs, fused=fused, takes_precision=together.takes_precision, least_rows=0.0)
+        takes = together.takes_precision
+        return replace(plan, runs=runs, fused=fused, takes_precision=takes, least_rows=least)
 
     def _kind(self, module: nn.Module) -> str:
         return repr(self._find(module)[1])
@@ -219,24 +237,29 @@ class _Taught:
 
         def run(module: Any, x: Any, *given: Any, **named: Any) -> Any:
             def original(x: Tensor) -> Any:
-                return getattr(module._linfast_original, name)(module, x, *given, **named)
+                return getattr(original_class(module), name)(module, x, *given, **named)
 
             def own(x: Tensor) -> tuple[Tensor, Any]:
                 outputs = original(x)
                 return outputs if isinstance(outputs, tuple) else (outputs, None)
 
-            plan = vars(module)[PLAN]
-            formula, scale_map = plan.layout
+            together = fused_of(module) if vars(module)[PLAN].fused is not None else None
+            formula, scale_map = vars(module)[PLAN].layout
             call = formula.calls.get(name) if formula.takes(x) else None
             asked = None if call is None else call.read(parameters, given, named)
-            if asked is None or (asked[1] and not formula.context):
+            if call is None or asked is None or (asked[1] and not formula.context):
                 return original(x)
-            (turned, context), inverse = asked, undoes != asked[0]
-            outputs = None if plan.fused is None or context else run_fused(module, x, inverse)
-            if outputs is None:
-                outputs = couple(module, formula.members(module, scale_map, context), x, inverse, own)
-            y, log_det = outputs
-            return (y, log_det.to(y.dtype)) if call.log_det[turned] else y
+            turned, context = asked
+            inverse, returns = undoes != turned, call.log_det[turned]
+            if together is not None and not context and together.takes(x):
+                if not returns:
+                    return together.value(module, x, inverse)
+                y, log_det = together(module, x, inverse)
+            elif vars(module)[PLAN].fused is None or is_unchanged(module, module._linfast_adapter, name):
+                y, log_det = couple(module, formula.members(module, scale_map, context), x, inverse, own)
+            else:
+                return original(x)
+            return (y, log_det.to(y.dtype)) if returns and log_det is not None else y
 
         return run
 
