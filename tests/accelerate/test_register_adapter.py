@@ -304,11 +304,19 @@ class Cut(shapes.Flipped):
         return torch.cat((a, (b - t) * (-s).exp()), 1)
 
 
-def test_a_context_that_is_not_passed_on_is_never_lost():
-    lf.register_adapter(Cut, conditioner="net", scale_map=lf.ScaleMap("exp"))
-    model, x = Cut(), torch.randn(3, 8)
+class Added(shapes.Flipped):
+    """A context that is added to the result."""
+
+    def forward(self, x, context=None):
+        return super().forward(x) + (0 if context is None else context.mean())
+
+
+@pytest.mark.parametrize(("cls", "swapped"), [(Cut, False), (Added, True)])
+def test_a_context_that_is_not_passed_on_is_never_lost(cls, swapped):
+    lf.register_adapter(cls, conditioner="net", scale_map=lf.ScaleMap("exp"))
+    model, x = cls(), torch.randn(3, 8)
     fast = copy.deepcopy(model)
-    lf.accelerate(fast)
+    assert bool(lf.accelerate(fast).swapped) == swapped
     with lf.backend("triton"):
         for context in (None, torch.randn(3, 2)):
             torch.testing.assert_close(fast(x, context), model(x, context))

@@ -255,11 +255,12 @@ class _Taught:
                 if not returns:
                     return together.value(module, x, inverse)
                 y, log_det = together(module, x, inverse)
+                log_det = log_det.to(y.dtype)
             elif vars(module)[PLAN].fused is None or is_unchanged(module, module._linfast_adapter, name):
                 y, log_det = couple(module, formula.members(module, scale_map, context), x, inverse, own)
             else:
                 return original(x)
-            return (y, log_det.to(y.dtype)) if returns and log_det is not None else y
+            return (y, log_det) if returns else y
 
         return run
 
