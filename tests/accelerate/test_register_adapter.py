@@ -322,6 +322,14 @@ def test_a_context_that_is_not_passed_on_is_never_lost(cls, swapped):
             torch.testing.assert_close(fast(x, context), model(x, context))
 
 
+@pytest.mark.parametrize("name", ["a flag alone", "pair", "stack", "masks"])
+def test_torch_compile_traces_it_whole(name):
+    model, fast, x = taught(name)
+    method = "encode" if name == "masks" else "forward"
+    compiled = torch.compile(getattr(fast, method), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), getattr(model, method)(x))
+
+
 def test_bad_arguments_are_named():
     good = {"conditioner": "nets", "scale_map": shapes.TANH}
     for change, error, message in (

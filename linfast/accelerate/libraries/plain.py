@@ -243,7 +243,8 @@ class _Taught:
                 outputs = original(x)
                 return outputs if isinstance(outputs, tuple) else (outputs, None)
 
-            together = fused_of(module) if vars(module)[PLAN].fused is not None else None
+            fused = vars(module)[PLAN].fused
+            together = fused_of(module) if fused is not None and fused.takes(x) else None
             formula, scale_map = vars(module)[PLAN].layout
             call = formula.calls.get(name) if formula.takes(x) else None
             asked = None if call is None else call.read(parameters, given, named)
@@ -251,7 +252,7 @@ class _Taught:
                 return original(x)
             turned, context = asked
             inverse, returns = undoes != turned, call.log_det[turned]
-            if together is not None and not context and together.takes(x):
+            if together is not None and not context and (together is fused or together.takes(x)):
                 if not returns:
                     return together.value(module, x, inverse)
                 y, log_det = together(module, x, inverse)
