@@ -125,14 +125,14 @@ def put_stubs(members: Sequence[nn.Module], draw: Draw) -> None:
                 module.size = 1 / len(members)
 
 
-def fused_of(chain: Any) -> Fused | None:
-    """The Fused of a swapped chain, renewed where the chain has changed; None where its members run one by one."""
-    plan = vars(chain)[PLAN]
-    if not isinstance(plan.layout, Fused):
+def fused_of(owner: Any) -> Fused | None:
+    """The Fused of a swapped module, renewed where it has changed; None where its couplings run one by one."""
+    plan = vars(owner)[PLAN]
+    if plan.fused is None:
         return None
-    now = plan.layout.renewed(chain)
-    if now is not None and now is not plan.layout:
-        vars(chain)[PLAN] = replace(plan, layout=now)
+    now: Fused | None = plan.fused.renewed(owner)
+    if now is not None and now is not plan.fused:
+        vars(owner)[PLAN] = replace(plan, fused=now, layout=owner._linfast_adapter.layout(owner))
     return now
 
 
@@ -142,8 +142,8 @@ def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tens
     A chain that was swapped with memory="store" runs its couplings together, in calls without a context.
     """
     plan = vars(chain)[PLAN]
-    if isinstance(plan.layout, Fused):
-        alone = all(value is None for value in context.values()) and plan.layout.takes(x)
+    if plan.fused is not None:
+        alone = all(value is None for value in context.values()) and plan.fused.takes(x)
         fused = fused_of(chain) if alone else None
         return None if fused is None else fused(chain, x, inverse)
     parts = parts_to_invert(chain, x, plan.layout)
@@ -186,9 +186,7 @@ def chain_adapter(
             if (why := why_apart(chain)) is not None:
                 raise Unfit(why)
             fused = Fused(chain, flat, run_part, maps, options)
-            like = next(p for p in chain.parameters() if p.is_floating_point())
-            one = fused.launch is not None and fused.launch.has_tile(like, options.precision)
-            return Plan(fused.describe(like), layout=fused, takes_precision=one, vectors=fused.features)
+            return fused.plan(chain)
         parts = find(chain)
         check_parts(parts)
         return Plan(f"{len(parts)} steps, rebuilt in the backward", layout=find)

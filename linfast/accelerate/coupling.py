@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..dispatch import has_global_hook, tensor_of, uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
-from ..rows import by_rows, checks_all_lengths, rows_at_once, rows_in_cache
+from ..rows import by_rows, checks_all_lengths, is_worth_cutting, rows_at_once, rows_in_cache
 from .adapter import ORIGINAL, Adapter, Draw, Options, Plan, Stub
 from .identity import PLAN
 from .launch import lone_launch
@@ -40,7 +40,7 @@ def coupling_adapter(
     shapes: Callable[[Any], Iterable[tuple[int, ...]]],
     methods: Methods,
     extra: Callable[[Any], int] = lambda module: 0,
-    stub: type[Stub] = Stub,
+    stub: Callable[[Any], type[Stub]] = lambda module: Stub,
     **what: Any,
 ) -> Adapter:
     """The adapter of a class of couplings.
@@ -51,7 +51,7 @@ def coupling_adapter(
         nets: instance -> its conditioners, equally many for each side.
         shapes: instance -> shapes of inputs for the check.
         extra: instance -> number of context channels that its conditioners take in addition to the kept channels.
-        stub: the class that replaces the conditioners in the check.
+        stub: instance -> the class that replaces its conditioners in the check.
     """
 
     def plan(module: Any, options: Options) -> Plan:
@@ -59,11 +59,11 @@ def coupling_adapter(
         return _plan(text, module, members(module, layout, ()), options, layout)
 
     def put_stubs(module: Any, sides: Sequence[Side], features: int, draw: Draw) -> None:
-        conditioners, stubs = nets(module), {}
+        conditioners, made, stubs = nets(module), stub(module), {}
         for i, net in enumerate(conditioners):
             side = sides[i * len(sides) // len(conditioners)]
             n_in, n_out = side.widths(*map(len, side.split.features_of(features)))
-            stubs[id(net)] = stub(n_in + extra(module), n_out, draw)
+            stubs[id(net)] = made(n_in + extra(module), n_out, draw)
         for inside in [*module.modules()]:
             for name, child in [*inside._modules.items()]:
                 if id(child) in stubs:
@@ -86,6 +86,7 @@ def coupling_adapter(
         plan=plan,
         probe=probe,
         conditioners=nets,
+        layout=lambda module: find(module)[1],
         members=lambda module, layout: members(module, layout, ()),
         vectors=lambda module, draw, features: both_ways(module, draw, (3, features)),
         **what,
@@ -183,13 +184,14 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
 
 
 def _known(members: Sequence[Any]) -> list[MLP | Residual]:
-    """The nets, where all are MLPs or residual networks and the batch may be cut; else nothing."""
+    """The nets, where all are MLPs or residual networks that are worth cutting, of rows apart; else nothing."""
     nets = [side.nets or side.calls for side in _sides(members)]
     per_batch = any(isinstance(member, Affine) and member.per_batch for member in members)
     if per_batch or has_global_hook() or not all(nets):
         return []
-    known = [find_mlp(net) or find_residual(net) for each in nets for net in each]
-    return [net for net in known if net is not None] if None not in known else []
+    found = [find_mlp(net) or find_residual(net) for each in nets for net in each]
+    known = [net for net in found if net is not None and is_worth_cutting(net.sizes)]
+    return known if len(known) == len(found) else []
 
 
 def _widths(members: Sequence[Any], x: Tensor, given: Sequence[Any]) -> list[int | None]:

@@ -156,7 +156,7 @@ def _swap_all(model: Any, options: Options) -> list[Row]:
         if row:
             rows.append(row)
     for _, instance in _objects(model):
-        if isinstance(instance, Swapped) and instance._linfast_adapter.chain:
+        if isinstance(instance, Swapped):
             fused_of(instance)  # renews it: its members have been swapped since
     return rows
 
@@ -179,9 +179,9 @@ def _try_to_swap(
     what, plan = "", None
     try:
         check_values(instance)
+        _check_unchanged(instance, adapter)
         known = [find_mlp(net) or find_residual(net) for net in adapter.conditioners(instance)]
         what = " and ".join(dict.fromkeys(str(net) for net in known if net is not None))
-        _check_unchanged(instance, adapter)
         plan = adapter.plan_for(instance, options)
         kind = kind_of(instance, adapter, plan)
         if kind not in checked:

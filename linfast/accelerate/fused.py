@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, has_global_hook, uses_triton
 from ..flows.remembered import Evidence
+from ..flows.undo import Outputs
 from ..rows import by_rows, rows_at_once
-from .adapter import ORIGINAL, Options, Unfit, adapter_for
-from .identity import changed_method, defined_as, is_hooked, is_patched, original_class
+from .adapter import ORIGINAL, Options, Plan, Unfit, adapter_for, untrained
+from .identity import PLAN, changed_method, defined_as, is_hooked, is_patched, original_class
 from .launch import Coupling, Launch, Member, launch_of, members_of
 from .loop import Run, loops_of
 from .sides import Affine, Index
@@ -93,7 +94,7 @@ class Fused:
         recognised: list[nn.Module] = []
         masks: list[Tensor] = []
         for _, module in flat(chain):
-            found = _recognise(module, maps, options)
+            found = _recognise(module, maps)
             if found is None:
                 members.append(module)
                 continue
@@ -101,6 +102,7 @@ class Fused:
             masks += found[1]
             recognised.append(module)
         self._children, self._evidence = chain._modules, _evidence(chain, recognised, masks)
+        self._alone = recognised == [chain]  # the evidence then holds all of its attributes
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -109,7 +111,7 @@ class Fused:
         (self.dtype, *others) = {t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}
         if others:
             raise Unfit("its couplings have weights of several dtypes")
-        if run is None and len(couplings) < len(members):
+        if run is None and not all(isinstance(member, (Coupling, Index)) for member in members):
             raise Unfit("not all of its members are MLP couplings")
         self._loops = loops_of(members, self.features, run)
         row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
@@ -117,17 +119,25 @@ class Fused:
         self._widths: list[int | None] = [max(widths) if row_apart else None]
         self.launch: Launch | None = launch_of(members)
 
-    def describe(self, like: Tensor) -> str:
-        """The report's description of the code that runs on the device of ``like``."""
+    def plan(self, chain: nn.Module) -> Plan:
+        """The chain's plan. It reports which code runs on this device and on a GPU."""
+        like = next(p for p in chain.parameters() if p.is_floating_point())
         launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
+        runs = f"{len(self.couplings)} couplings in one "
         if uses_triton(like):
-            return f"{len(self.couplings)} couplings in one launch" if launch else ORIGINAL
-        on_gpu = "in one launch" if launch else ORIGINAL
-        return f"{len(self.couplings)} couplings in one loop" + ("" if like.is_cuda else f" (on a GPU: {on_gpu})")
+            runs = runs + "launch" if launch else ORIGINAL
+        else:
+            runs += "loop" + ("" if like.is_cuda else f" (on a GPU: {'in one launch' if launch else ORIGINAL})")
+        return Plan(runs, fused=self, takes_precision=launch, vectors=self.features)
+
+    @property
+    def permutations(self) -> int:
+        """How many permutations the loop needs."""
+        return sum(loop.permutations for loop in self._loops)
 
     def renewed(self, chain: nn.Module) -> Fused | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
-        if self._children is chain._modules and not is_patched(chain) and self._evidence.holds():
+        if self._children is chain._modules and self._evidence.holds() and (self._alone or not is_patched(chain)):
             return self
         try:
             with torch.inference_mode(False):  # its tensors are used outside too
@@ -147,25 +157,34 @@ class Fused:
 
     def __call__(self, chain: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """(y, log_det [B]) of x [B, D], or of the inverse."""
+        y, log_det = self._run(chain, x, inverse, True)
+        assert log_det is not None
+        return y, log_det
+
+    def value(self, chain: nn.Module, x: Tensor, inverse: bool) -> Tensor:
+        """y alone."""
+        return self._run(chain, x, inverse, False)[0]
+
+    def _run(self, chain: nn.Module, x: Tensor, inverse: bool, log_det: bool) -> Outputs:
         if uses_triton(x):
             assert self.launch is not None
             return self.launch(chain, x, inverse, self._options.precision)
         rows = rows_at_once(x, lambda: self._widths)
         scales: list[Tensor] = []
-        loops = [loop.made(inverse, scales) for loop in self._loops]  # once for all parts of a long batch
+        loops = [loop.made(inverse, scales, log_det) for loop in self._loops]  # once for all parts of a long batch
 
-        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        def run(x: Tensor) -> Outputs:
             log_dets: list[Tensor] = []
             for loop in reversed(loops) if inverse else loops:
-                x, log_det = loop(x)
-                log_dets.append(log_det)
-            return x, sum(log_dets[1:], start=log_dets[0])
+                x, part = loop(x)
+                log_dets += [] if part is None else [part]
+            return x, sum(log_dets[1:], start=log_dets[0]) if log_det else None
 
-        y, log_det = run(x) if rows is None else by_rows(run, x, rows)
-        if scales:
+        y, total = run(x) if rows is None else by_rows(run, x, rows)
+        if scales and total is not None:
             of_scales = torch.cat(scales).abs().log().sum()
-            log_det = log_det - of_scales if inverse else log_det + of_scales
-        return y, log_det
+            total = total - of_scales if inverse else total + of_scales
+        return y, total
 
 
 def _evidence(chain: nn.Module, recognised: Iterable[nn.Module], masks: Iterable[Tensor]) -> Evidence:
@@ -177,10 +196,10 @@ def _evidence(chain: nn.Module, recognised: Iterable[nn.Module], masks: Iterable
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
         functions += [(cls, name) for name in names if hasattr(cls, name)]
         functions += [(original_class(inside), "forward") for inside in module.modules()]
-    return Evidence([chain, *lists], recognised, functions, masks)
+    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,))
 
 
-def _recognise(module: nn.Module, maps: Maps, options: Options) -> tuple[list[Member], Iterable[Tensor]] | None:
+def _recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:
     """(the member as couplings or maps, the tensors whose values it was read from), or None.
 
     None: the member runs by the library's own code.
@@ -198,8 +217,9 @@ def _recognise(module: nn.Module, maps: Maps, options: Options) -> tuple[list[Me
             return None
         if changed_method(module, (*adapter.methods, *adapter.assumes)) is not None:
             return None
-        layout = adapter.plan(module, options).layout
+        layout = adapter.layout(module)
     except Unfit:
         return None
     members = members_of(adapter.members(module, layout))
-    return None if members is None else (members, adapter.masks_of(module, layout))
+    masks = adapter.masks_of(module, layout) if adapter.masks else untrained(module)
+    return None if members is None else (members, masks)

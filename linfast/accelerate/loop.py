@@ -39,8 +39,13 @@ class Loop:
     members: list[Affine | Callable[[], PlainCoupling | Map]]
     first: int
 
-    def made(self, inverse: bool, scales: list[Tensor]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """x -> (y, log_det [B]) with the current parameters, or the inverse.
+    @property
+    def permutations(self) -> int:
+        """How many of the members are permutations."""
+        return sum(not isinstance(member, Affine) and isinstance(member(), Index) for member in self.members)
+
+    def made(self, inverse: bool, scales: list[Tensor], log_det: bool) -> Callable[[Tensor], Outputs]:
+        """x -> (y, log_det [B] or None) with the current parameters, or the inverse.
 
         The log-determinants of maps that do not give them are left out: their diagonals are added to ``scales``.
         """
@@ -56,12 +61,7 @@ class Loop:
             else:
                 entries.append(member())
 
-        def run(x: Tensor) -> tuple[Tensor, Tensor]:
-            y, log_det = run_couplings(x, entries, None, inverse, True, self.first)
-            assert log_det is not None
-            return y, log_det
-
-        return run
+        return lambda x: run_couplings(x, entries, None, inverse, log_det, self.first)
 
 
 def _turned_back(made: AffineMap | None) -> AffineMap | None:

@@ -23,7 +23,6 @@ from ..dispatch import has_global_hook
 from ..flows.drift import DriftGuard
 from ..rows import is_short
 from .adapter import Adapter, Plan, Unfit
-from .fused import Fused
 from .identity import PLAN, is_hooked, is_patched
 
 
@@ -92,7 +91,7 @@ def renew_plan(instance: Any) -> bool:
     """Plan again where a mask or a setting was changed. Returns whether the object is to run by its plan."""
     adapter, plan = instance._linfast_adapter, plan_of(instance)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the trace outlives later writes
-        return adapter.masks is None and adapter.settings_of(instance) == plan.settings
+        return adapter.masks is None and adapter.settings_of(instance, plan) == plan.settings
     try:
         if not adapter.holds(plan, instance):
             vars(instance)[PLAN] = adapter.plan_for(instance, plan.options)
@@ -165,8 +164,13 @@ def may_replace(instance: Any, adapter: Adapter, method: str) -> bool:
 
     A hook that keeps a chain from being rebuilt in the backward is warned of once.
     """
-    if isinstance(plan_of(instance).layout, Fused):  # Fused checks this itself
-        return True
+    return plan_of(instance).fused is not None or is_unchanged(
+        instance, adapter, method
+    )  # Fused checks this itself
+
+
+def is_unchanged(instance: Any, adapter: Adapter, method: str) -> bool:
+    """``may_replace`` where the method does not run by a Fused."""
     if not renew_plan(instance) or is_patched(instance, but=method):
         return False
     if not adapter.chain and has_global_hook():
