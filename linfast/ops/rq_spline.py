@@ -11,11 +11,12 @@ In bin k, with t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s and q = t (
     y = y_k + H (s t^2 + d_k q) / (s + e q)
     log dy/dx = log(s^2 (d_{k+1} t^2 + 2 s q + d_k (1 - t)^2) / (s + e q)^2)
 
-with o = 0 here, and in flows the value by which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The
-inverse solves the quadratic equation in t that the first line is:
+where o is 0, or the value with which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The inverse,
+from p = (y - y_k) / H, solves a quadratic equation in t:
 
-    z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z
-    a t^2 + b t + c = 0,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
+    m = d_k (1 - p) - d_{k+1} p,  v = 4 s^2 p (1 - p),  r = sqrt(m^2 + v),  t = 2 s p / (2 s p + m + r)
+
+in which m + r = v / (r - m) where m < 0, so that nothing cancels and no root is of a negative number.
 
 With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and
 heights with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
@@ -45,7 +46,8 @@ from ..checks import check_choice, check_count, check_flag, check_kind, check_nu
 from ..dispatch import cat, chosen_backend, uses_triton, without_autocast
 from ..kernels.spline_spec import SPLINE_SCHEMA, TAILS, Spline
 from .register import define_op
-from .spline_plain import plain, plain_backward
+from .spline_plain import plain, wide_type
+from .spline_plain_backward import plain_backward
 
 PARAMETERS = ("softmax", "soft_clip")
 
@@ -108,14 +110,13 @@ def rq_spline(
         if given.shape[-1] != wanted:
             got = f"{given.shape[-1]} for {spline.bins} widths and tails={tails!r}"
             raise ValueError(f"{name} must have {wanted} values in their last dimension; got {got}")
-    rows = max(part.shape[0] for part in (widths, heights, derivatives))
-    planes = x.is_cpu  # each bin is one run in memory, as the plain code takes it
-    parts = [part.expand(rows, *part.shape[1:]) for part in (widths, heights, derivatives)]
-    if planes:
-        params = cat([part.movedim(0, -1).movedim(-2, 0) for part in parts]).movedim(0, -1).movedim(-2, 0)
-    else:
-        params = cat(parts, -1)
-    return spline_transform(x, params, spline, inverse, log_det)
+    parts: list[Tensor] = [widths, heights, derivatives]
+    if not widths.shape[0] == heights.shape[0] == derivatives.shape[0]:
+        parts = [part.expand(x.shape[0], *part.shape[1:]) for part in parts]
+    if not _runs_planes(x, *parts):
+        return spline_transform(x, cat(parts, -1), spline, inverse, log_det)
+    y, total = _rq_spline_planes(_flat(x), *[_flat(part, 2) for part in parts], *spline, inverse, log_det)
+    return _like(y, x), total if log_det else None
 
 
 def spline_of(
@@ -158,49 +159,52 @@ _LEAST = 1e-6  # smaller bins or slopes make ratios whose squares overflow in fp
 def spline_transform(
     x: Tensor, params: Tensor, spline: Spline, inverse: bool, log_det: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, log|det| or None) of x [B, ...] by params [B or 1, ..., P] of any strides: widths, heights, derivatives."""
-    flat, params = _flat(x, params)
-    constants = (*spline, inverse, log_det)
-    if _runs_op(flat, params):
+    """(y, log|det| or None) of x [B, ...]; params [B or 1, ..., P] are widths, heights and derivatives."""
+    flat, params, constants = _flat(x), _flat(params, 2), (*spline, inverse, log_det)
+    if uses_triton(flat, params):
         y, total = _rq_spline(flat, params, *constants)
+    elif _runs_planes(flat, params):
+        y, total = _rq_spline_planes(flat, params, None, None, *constants)
     else:
         y, total = without_autocast(x.device.type, rq_spline_reference, flat, params, *constants)
-    return y.reshape(x.shape), total if log_det else None
+    return _like(y, x), total if log_det else None
 
 
 def spline_backward(
     x: Tensor, params: Tensor, grad: Tensor, grad_log_det: Tensor | None, spline: Spline, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x [B, ...] and params [B, ..., P] of ``spline_transform``, from those of y and log|det|."""
-    shapes = x.shape, params.shape
-    x, params = _flat(x, params)
-    grad = grad if grad.ndim == 2 else grad.flatten(1)
+    flat, of_flat, tensors = _flat(x), _flat(grad), _flat(params, 2)
     constants = (*spline, inverse, grad_log_det is not None)
-    if _runs_op(x, params):
-        found = torch.ops.linfast.rq_spline_backward(x, params, grad, grad_log_det, *constants, [True, True])
-    else:
-        given = (grad,) if grad_log_det is None else (grad, grad_log_det)
-        outputs = lambda *tensors: rq_spline_reference(*tensors, *constants)[: len(given)]
-        found = torch.func.vjp(outputs, x, params)[1](given)
-    return found[0].reshape(shapes[0]), found[1].reshape(shapes[1])
+    if uses_triton(flat, tensors):
+        backward = torch.ops.linfast.rq_spline_backward
+        found = backward(flat, tensors, of_flat, grad_log_det, *constants, [True, True])
+    else:  # on any device, by formula: a derivative of the reference does not work in a TorchDispatchMode
+        needs = [True, True, False, False]
+        found = plain_backward(flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
+    return found[0].reshape(x.shape), found[1].reshape(params.shape)
 
 
-def _flat(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-    """x as [B, D] and params as [B or 1, D, P]."""
-    if x.ndim == 2:
-        return x, params
-    flat = x.flatten(1)
-    return flat, params.reshape(params.shape[0], flat.shape[1], params.shape[-1])
+def _flat(t: Tensor, kept: int = 1) -> Tensor:
+    """[B, ...] as [B, D], or [B, ..., n] as [B, D, n] with ``kept`` 2."""
+    if t.ndim == kept + 1:
+        return t
+    return t.reshape(t.shape[0], math.prod(t.shape[1 : t.ndim - kept + 1]), *t.shape[t.ndim - kept + 1 :])
 
 
-def _runs_op(x: Tensor, params: Tensor) -> bool:
-    return uses_triton(x, params) or (x.is_cpu and chosen_backend() != "reference")
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    return y if x.ndim == 2 else y.reshape(x.shape)
+
+
+def _runs_planes(x: Tensor, *given: Tensor) -> bool:
+    """Whether the code for a CPU runs."""
+    return x.is_cpu and chosen_backend() != "reference" and not uses_triton(x, *given)
 
 
 def rq_spline_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor | None]:
-    """The raw op, for x [B, D] and params [B or 1, D, P], in plain differentiable torch."""
+    """The raw op rq_spline, for x [B, D] and params [B or 1, D, P], in plain differentiable torch."""
     spline, inverse, log_det = Spline(*constants[:-2]), constants[-2], constants[-1]
-    wide = torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32)
+    wide = wide_type(x, params)
     value, params = x.to(wide), params.to(wide).expand(x.shape[0], -1, -1)
     raw_widths, raw_heights, raw_slopes = params.split((spline.bins, spline.bins, spline.derivatives), -1)
     widths = _bins(raw_widths, spline.min_width, spline)
@@ -220,16 +224,15 @@ def rq_spline_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Ten
         )
     )  # fmt: skip
     s = h / w
-    e = d_0 + d_1 - 2 * s
     if inverse:
-        z = value - y_k
-        b, c = h * d_0 - z * e, -s * z
-        discriminant = b * b - 4 * (h * (s - d_0) + z * e) * c
-        t = (2 * c / (-b - discriminant.clamp_min(0).sqrt())).clamp(0, 1)
+        p = ((value - y_k) / h).clamp(0, 1)
+        m, v = d_0 * (1 - p) - d_1 * p, 4 * s * s * p * (1 - p)
+        r = (m * m + v).sqrt() + torch.where(m < 0, -m, m)
+        t = 2 * s * p / (2 * s * p + torch.where(m < 0, v / r, r))
     else:
         t = ((value - x_k) / w).clamp(0, 1)
     q = t * (1 - t)
-    base = s + e * q
+    base = s + (d_0 + d_1 - 2 * s) * q
     out = x_k + t * w if inverse else y_k + h * (s * t * t + d_0 * q) / base
     y = torch.where(inside, out, x.to(wide)).to(x.dtype)
     if not log_det:
@@ -259,15 +262,19 @@ def _slopes(raw: Tensor, spline: Spline) -> Tensor:
 
 
 def _fake(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=wide)
+    return x.new_empty(x.shape), x.new_empty(x.shape[0] if constants[-1] else 0, dtype=wide_type(x, params))
 
 
 def _gradients(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Laid out as the backward returns them: in planes of bins on a CPU, and where they are planes in params."""
-    if x.is_cpu or params.stride(0) == 1:
-        return x.new_empty(x.shape), params.new_empty(*params.shape[1:], params.shape[0]).permute(2, 0, 1)
+    """Laid out as the backward returns them: in planes of bins where they are planes in params."""
+    if params.stride(0) == 1:
+        return x.new_empty(x.shape), _new_planes(params)
     return x.new_empty(x.shape), params.new_empty(params.shape)
+
+
+def _new_planes(params: Tensor) -> Tensor:
+    """Empty, like params [B, D, P], with rows innermost."""
+    return params.new_empty(*params.shape[1:], params.shape[0]).permute(2, 0, 1)
 
 
 _rq_spline = define_op(
@@ -277,6 +284,35 @@ _rq_spline = define_op(
     rq_spline_reference,
     saves="x params",
     gradients=_gradients,
+)
+
+
+def _planes_reference(
+    x: Tensor, params: Tensor, heights: Tensor | None, derivatives: Tensor | None, *constants: Any
+) -> tuple[Tensor, Tensor | None]:
+    params = params if heights is None or derivatives is None else torch.cat((params, heights, derivatives), -1)
+    return rq_spline_reference(x, params, *constants)
+
+
+def _fake_planes(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    total = x.new_empty(x.shape[0] if arguments[-1] else 0, dtype=wide_type(x, *arguments[:3]))
+    return x.new_empty(x.shape), total
+
+
+def _gradients_in_planes(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
+    return x.new_empty(x.shape), *(None if each is None else _new_planes(each) for each in arguments[:3])
+
+
+# On a CPU: params as above, or raw widths in its place, with heights and derivatives.
+_rq_spline_planes = define_op(
+    "rq_spline_planes(Tensor x, Tensor params, Tensor? heights, Tensor? derivatives, "
+    f"{SPLINE_SCHEMA}, bool inverse, bool log_det) -> (Tensor y, Tensor log_det)",
+    _fake_planes,
+    _planes_reference,
+    saves="x params heights derivatives",
+    gradients=_gradients_in_planes,
     plain=plain,
     plain_backward=plain_backward,
+    backward_launch=None,
+    is_plain=lambda *_: True,
 )

@@ -1,27 +1,24 @@
-"""The raw op rq_spline in plain torch for a CPU: forward, inverse and the backward of both.
+"""Rational-quadratic splines in plain torch for a CPU, in both directions.
 
-Inside, values are [D, b] and parameters [D, P, b]: each bin is a plane of contiguous values, so that every
-operation is a long one, and no table is gathered as a whole. b rows are taken at a time, few enough for the cache.
-With A = d_k + t (s - d_k), B = s + t (d_{k+1} - s) and base = s + e q (see ``rq_spline`` for the other names)
+Inside, values are [D, b] and parameters of a bin [D, b] too, a plane: each operation is a long one, and no table is
+formed per value. b rows are taken at a time, few enough for the cache. Starts of bins are counted from l, the lower
+end of the interval. Of the bin of each value (names as in ``rq_spline``) the formulas use
 
-    y = y_k + H t A / base      dy/dx = (s / base)^2 M,  M = A + t (B - A)
+    A = d_k (1 - t) + s t    B = s (1 - t) + d_{k+1} t    base = A t + B (1 - t)    M = A (1 - t) + B t
+    p = t A / base           y = y_k + H p                dy/dx = (s / base)^2 M
 
-The backward: let g = dL/dy and h = dL/d log_det. With l = log dy/dx of the forward map, a parameter p receives
+which are sums of positive terms. The inverse, from p = (y - y_k) / H:
 
-    forward   g y_p + h l_p        inverse   a y_p + c l_p,  c = -h,  a = -(g + c l_x) / y_x,  and dL/dy = -a
+    m = d_k (1 - p) - d_{k+1} p    v = 4 s^2 p (1 - p)    r = sqrt(m^2 + v)    t = 2 s p / (2 s p + m + r)
 
-because the inverse x(y, p) has x_p = -y_p / y_x. The raw width of bin j receives, with the fractions f of the bins,
-
-    f_j (G_x [j < k] + G_w [j = k] - sum_i f_i (G_x [i < k] + G_w [i = k])) L (1 - m_w K) / T
-
-where G_x and G_w are the gradients of the bin's start x_k and of its size.
+where m + r is computed as v / (r - m) if m < 0, so that nothing cancels.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,126 +27,164 @@ from torch import Tensor
 
 from ..kernels.spline_spec import TAILS, Spline
 
-_AT_ONCE = 1 << 14
-"""Values of x in a part: with 8 bins its planes are 1.5 MiB in fp32. Measured on an AMD EPYC: half as many cost
-20%, twice as many 15%."""
+_AT_ONCE = 320_000
+"""Bins of all values of x in a part, per thread; with a quarter as many, calls of torch cost a tenth of the time."""
 
 
-class _Tables(NamedTuple):
-    """The bins of widths (axis 0) and heights (axis 1).
+class Tables(NamedTuple):
+    """The parameters of some rows, in planes; b is 1 where all rows share them.
 
-    fractions [D, 2, K, b or 1]: softmax over the bins
-    bins [D, 2, 2, K, b or 1]: their sizes, then their starts x_k, y_k
-    slopes [D, K + 1, b or 1]: raw derivatives at all knots
+    raw, fractions [2, D, K, b]: raw widths and heights, and their softmax over the bins
+    slopes [D, K + 1, b]: raw derivatives at all knots
     """
 
+    raw: Tensor
     fractions: Tensor
-    bins: Tensor
     slopes: Tensor
 
 
-class _Bin(NamedTuple):
-    """The bin of each value: numbers in [D, b], and the formula's common terms.
+class Bin(NamedTuple):
+    """The bin of each value, [D, b] if not stated otherwise.
 
-    index: int64 [D, 1, b]; below [D, K, b]: 1 for the bins before this one
-    raw, slopes [D, 2, b]: derivatives at the bin's two knots, raw (with the offset) and d_k, d_{k+1}
+    outside: whether the value is outside the interval, or NaN
+    below [D, K - 1, b]: 1 for the bins before this one, else 0
+    index [2, D, 1, b]: its number, int64
+    fractions, before [2, D, b]: its fraction, and the sum of those of the bins before it
+    sizes, starts [2, D, b]: W and H; x_k - l and y_k - l
+    raw, slopes [2, D, b]: derivatives at its two knots, raw and d
     """
 
-    inside: Tensor
-    index: Tensor
+    outside: Tensor
     below: Tensor
+    index: Tensor
+    fractions: Tensor
+    before: Tensor
+    sizes: Tensor
+    starts: Tensor
     raw: Tensor
     slopes: Tensor
-    w: Tensor
-    x_k: Tensor
-    h: Tensor
-    y_k: Tensor
     s: Tensor
-    e: Tensor
     t: Tensor
-    q: Tensor
-    base: Tensor
+    p: Tensor
     A: Tensor
     B: Tensor
+    base: Tensor
     M: Tensor
 
 
-def plain(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor | None]:
-    """The raw op in plain torch; not differentiable."""
-    spline, inverse, log_det = Spline(*constants[:-2]), constants[-2], constants[-1]
-    y, total = x.new_empty(x.shape), x.new_empty(x.shape[0] if log_det else 0, dtype=_wide(x, params))
-    for rows, value, tables, _ in _parts(x, params, spline):
-        found = _find(value, tables, spline, inverse)
-        if inverse:
-            out = torch.addcmul(found.x_k, found.t, found.w)
-        else:
-            out = torch.addcdiv(found.y_k, (found.t * found.A).mul_(found.h), found.base)
-        y[rows] = torch.where(found.inside, out, value).t()
+def plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """(y, log|det|) of x [B, D]; not differentiable.
+
+    Args:
+        x: [B, D].
+        arguments: params [B or 1, D, P], None, None; or raw widths, heights and derivatives. Then the fields of a
+            Spline, inverse and log_det.
+    """
+    given, (*options, inverse, log_det) = arguments[:3], arguments[3:]
+    spline, wide = Spline(*options), wide_type(x, *given)
+    y, total = x.new_empty(x.shape), x.new_zeros(x.shape[0] if log_det else 0, dtype=wide)
+    for rows, value, tables in parts(x, given, spline, wide):
+        found = find(value, tables, spline, inverse)
+        of_out = 0 if inverse else 1
+        part = found.t if inverse else found.p
+        out = found.starts[of_out].addcmul_(found.sizes[of_out], part).add_(spline.low)
+        y[rows] = torch.where(found.outside, value, out).t()
         if log_det:
-            ratio = found.s / found.base
-            logs = ratio.mul_(ratio).mul_(found.M).log_().mul_(found.inside).sum(0)
+            logs = (found.s / found.base).square_().mul_(found.M).log_()
+            logs = logs.masked_fill_(found.outside, 0).sum(0)
             total[rows] = logs.neg_() if inverse else logs
     return y, total
 
 
-def _wide(x: Tensor, params: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, params.dtype), torch.float32)
+def wide_type(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of all arithmetic: fp32, or float64 where a tensor is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _parts(x: Tensor, params: Tensor, spline: Spline) -> Iterator[tuple[slice, Tensor, _Tables, Tensor]]:
-    """(rows, their values [D, b], tables, parameters [D, P, b], or [D, P, 1] for all rows) in turn."""
-    columns, planes, wide = x.t(), params.permute(1, 2, 0), _wide(x, params)
-    shared = params.shape[0] != x.shape[0]
-    if shared:
-        planes = planes.to(wide)
-        tables = _tables(planes, spline)
-    n = max(1, _AT_ONCE // max(1, x.shape[1]))
-    for first in range(0, x.shape[0], n):
+def parts(
+    x: Tensor, given: Sequence[Tensor | None], spline: Spline, wide: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tables]]:
+    """(rows, their values [D, b], their tables), in parts of about as many rows each."""
+    (n_rows, features), known = x.shape, [each for each in given if each is not None]
+    if x.numel() == 0:
+        return
+    shared = known[0].shape[0] != n_rows
+    of_all = _tables(known, spline, wide) if shared else None
+    most = max(1, torch.get_num_threads() * _AT_ONCE // (features * spline.bins))
+    n = -(-n_rows // -(-n_rows // most))
+    for first in range(0, n_rows, n):
         rows = slice(first, first + n)
-        part = planes if shared else planes[..., rows].to(wide)
-        yield rows, columns[:, rows].to(wide).contiguous(), tables if shared else _tables(part, spline), part
+        tables = _tables([each[rows] for each in known], spline, wide) if of_all is None else of_all
+        yield rows, columns(x[rows], wide), tables
 
 
-def _tables(planes: Tensor, spline: Spline) -> _Tables:
-    bins, (n, _, b) = spline.bins, planes.shape
-    raw = planes[:, : 2 * bins].reshape(n, 2, bins, b)
-    if spline.soft_clip:
-        raw = raw / _clipper(raw, math.log(spline.min_derivative) / 2)
-    if spline.temperature != 1.0:
-        raw = raw / spline.temperature
-    fractions = torch.softmax(raw, 2)
-    steps, matrix = _affine(spline, planes.dtype)
-    # One product for both: cumsum along planes takes longer.
-    both = torch.matmul(matrix, fractions) if n * b else fractions.new_empty(n, 2, 2 * bins, b)
-    return _Tables(fractions, both.add_(steps).unflatten(2, (2, bins)), _all_slopes(planes, spline))
+def columns(rows: Tensor, wide: torch.dtype) -> Tensor:
+    """[b, D] as contiguous [D, b]."""
+    return rows.to(wide).t().contiguous()
 
 
-def _clipper(raw: Tensor, bound: float) -> Tensor:
+def _tables(given: Sequence[Tensor], spline: Spline, wide: torch.dtype) -> Tables:
+    bins, first = spline.bins, given[0].to(wide)
+    if len(given) == 1:
+        planes = _planes(first)
+        raw, slopes = planes[:, : 2 * bins].unflatten(1, (2, bins)).transpose(0, 1), planes[:, 2 * bins :]
+    else:
+        raw = first.new_empty(2, first.shape[1], bins, first.shape[0])
+        for into, rows in zip(raw, given[:2], strict=True):
+            _planes(rows.to(wide), into)
+        slopes = _planes(given[2].to(wide))
+    clipped = raw / clipper(raw, math.log(spline.min_derivative) / 2) if spline.soft_clip else raw
+    clipped = clipped if spline.temperature == 1.0 else clipped / spline.temperature
+    return Tables(raw, torch.softmax(clipped, 2), _at_all_knots(slopes, spline))
+
+
+def _planes(rows: Tensor, into: Tensor | None = None) -> Tensor:
+    """[b, D, n] as [D, n, b], whose last dimension is contiguous; copied to ``into`` where given."""
+    planes = rows.permute(1, 2, 0)
+    if planes.stride(2) == 1:
+        return planes if into is None else into.copy_(planes)
+    if rows.stride(1) < rows.stride(2) and into is None:
+        return _planes(rows.transpose(1, 2)).transpose(0, 1)
+    into = rows.new_empty(planes.shape) if into is None else into
+    into.view(-1, rows.shape[0]).copy_(rows.reshape(rows.shape[0], -1).t())  # torch transposes a matrix in blocks
+    return into
+
+
+def clipper(raw: Tensor, bound: float) -> Tensor:
     """1 + |u / c|, which divides u."""
     return raw.abs().div_(abs(bound)).add_(1)
 
 
+class Affine(NamedTuple):
+    """Sizes of bins, scales f + least, from their fractions f; with knots @ f the bins' ends, but the last one's.
+
+    scales, least [2, 1, 1]; knots [2, 1, K - 1, K]; no entry is negative.
+    """
+
+    scales: Tensor
+    least: Tensor
+    knots: Tensor
+
+
 @functools.lru_cache(64)
-def _affine(spline: Spline, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(steps [2, 2 K, 1], matrix [2, 2 K, K]) with matrix fractions + steps = sizes, then starts."""
+def affine(spline: Spline, dtype: torch.dtype, device: torch.device) -> Affine:
+    """How fractions, whose sum is 1, become sizes and knots, counted from l."""
     bins, length = spline.bins, spline.high - spline.low
-    eye = torch.eye(bins, dtype=torch.float64)
-    before = torch.cat((eye, torch.ones_like(eye).tril(-1)))
-    offset = torch.cat((torch.zeros(bins), torch.full((bins,), spline.low)))[:, None].double()
-    least = [length * fraction for fraction in (spline.min_width, spline.min_height)]
-    steps = torch.stack([before.sum(1, keepdim=True) * size + offset for size in least])
-    return steps.to(dtype), torch.stack([before * (length - bins * size) for size in least]).to(dtype)
+    least = torch.tensor((spline.min_width, spline.min_height), dtype=torch.float64).view(2, 1, 1)
+    scales = (1 - least * bins).clamp_min(0)
+    knots = torch.arange(1, bins)[:, None] * least + scales * torch.ones(bins - 1, bins).tril()
+    return Affine(*((each * length).to(device, dtype) for each in (scales, least, knots[:, None])))
 
 
-def _all_slopes(planes: Tensor, spline: Spline) -> Tensor:
+def _at_all_knots(raw: Tensor, spline: Spline) -> Tensor:
     """Raw derivatives at all knots; at the ends of linear tails, the one whose derivative is 1."""
-    raw, kind = planes[:, 2 * spline.bins :], TAILS[spline.tails]
+    kind = TAILS[spline.tails]
     if kind == "circular":
         return torch.cat((raw, raw[:, :1]), 1)
     if kind == "linear":
-        one = 0.0 if spline.soft_clip else unit_derivative(spline.min_derivative) - spline.offset
-        end = raw.new_full((), one).expand(raw.shape[0], 1, raw.shape[2])
-        return torch.cat((end, raw, end), 1)
+        end = 0.0 if spline.soft_clip else unit_derivative(spline.min_derivative) - spline.offset
+        column = raw.new_full((raw.shape[0], 1, raw.shape[2]), end)
+        return torch.cat((column, raw, column), 1)
     return raw
 
 
@@ -158,143 +193,53 @@ def unit_derivative(min_derivative: float) -> float:
     return math.log(math.expm1(1 - min_derivative))
 
 
-def _find(value: Tensor, tables: _Tables, spline: Spline, inverse: bool) -> _Bin:
-    """The bins of values [D, b], the positions t in them, and the formula's terms."""
-    (n, b), bins, axis = value.shape, spline.bins, int(inverse)
+def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
+    """The bins of values [D, b], the positions in them, and the formula's terms."""
+    (n, b), bins = value.shape, spline.bins
     at = value.clamp(spline.low, spline.high)
-    inside = at == value
-    below = at.new_zeros(n, bins, b)
-    torch.ge(at.unsqueeze(1), tables.bins[:, axis, 1, 1:], out=below[:, :-1])
-    index = below.sum(1, keepdim=True).long()
-    of_all = index[:, None, None].expand(n, 2, 2, 1, b)
-    w, x_k, h, y_k = tables.bins.expand(n, 2, 2, bins, b).gather(3, of_all).view(n, 4, b).unbind(1)
-    raw = tables.slopes.expand(n, bins + 1, b).gather(1, torch.cat((index, index + 1), 1))
-    raw = raw.add_(spline.offset) if spline.offset else raw
+    outside = at != value
+    at.sub_(spline.low)
+    scales, least, knots = affine(spline, value.dtype, value.device)
+    axis, below = int(inverse), at.new_empty(n, bins - 1, b)
+    # A product: cumsum along planes takes longer.
+    torch.ge(at.unsqueeze(1), torch.matmul(knots[axis], tables.fractions[axis]), out=below)
+    count = below.sum(1)
+    index = count.long().unsqueeze(1).expand(2, n, 1, b)
+
+    fractions = tables.fractions.expand(2, n, bins, b).gather(2, index).squeeze(2)
+    before = (below * tables.fractions[:, :, :-1]).sum(2)
+    starts = torch.addcmul(count * least, before, scales)
+    of_bins = tables.slopes.unfold(1, bins, 1).permute(1, 0, 3, 2)  # [2, D, K, b]: left and right ends
+    raw = of_bins.expand(2, n, bins, b).gather(2, index).squeeze(2)
+    if not spline.soft_clip and spline.offset:
+        raw.add_(spline.offset)
     slopes = _slopes(raw, spline)
-    d_0, d_1 = slopes.unbind(1)
-    s = h / w
-    e = (d_0 + d_1).sub_(s, alpha=2)
+
+    sizes = torch.addcmul(least, fractions, scales)
+    (W, H), (x_k, y_k), (d_0, d_1) = sizes.unbind(), starts.unbind(), slopes.unbind()
+    s = H / W
     if inverse:
-        z = at.sub_(y_k)
-        bent = z * e
-        b_2, c_2 = (h * d_0).sub_(bent), z.mul_(s).mul_(2)  # b and -2 c
-        root = torch.addcmul(b_2 * b_2, bent.addcmul_(h, s - d_0), c_2, value=2).clamp_min_(0).sqrt_()
-        t = c_2.div_(root.add_(b_2))
+        p = at.sub_(y_k).div_(H).clamp_(0, 1)
+        t = _position(p, s, d_0, d_1)
     else:
-        t = at.sub_(x_k).div_(w)
-    t.clamp_(0, 1)
-    q = torch.addcmul(t, t, t, value=-1)
+        t = at.sub_(x_k).div_(W).clamp_(0, 1)
     A, B = torch.lerp(d_0, s, t), torch.lerp(s, d_1, t)
-    base = torch.addcmul(s, e, q)
-    return _Bin(inside, index, below, raw, slopes, w, x_k, h, y_k, s, e, t, q, base, A, B, torch.lerp(A, B, t))
+    base, M = torch.lerp(B, A, t), torch.lerp(A, B, t)
+    p = p if inverse else (t * A).div_(base)
+    return Bin(outside, below, index, fractions, before, sizes, starts, raw, slopes, s, t, p, A, B, base, M)
+
+
+def _position(p: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> Tensor:
+    """t, from p = t A / base."""
+    rest = 1 - p
+    m, left = (d_0 * rest).addcmul_(d_1, p, value=-1), (s * p).mul_(2)
+    v = (s * left).mul_(rest).mul_(2)
+    r = torch.addcmul(v, m, m).sqrt_().add_(m.abs())
+    return left / torch.where(m < 0, v.div_(r), r).add_(left)
 
 
 def _slopes(raw: Tensor, spline: Spline) -> Tensor:
     """Derivatives from raw ones."""
     if spline.soft_clip:
-        return (raw / _clipper(raw, math.log(spline.min_derivative))).exp_()
+        return (raw / clipper(raw, math.log(spline.min_derivative))).exp_()
     return F.softplus(raw).add_(spline.min_derivative)
-
-
-def plain_backward(
-    x: Tensor, params: Tensor, grad: Tensor | None, grad_log_det: Tensor | None, *arguments: Any
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and params."""
-    *constants, inverse, _, needs = arguments
-    spline, wide = Spline(*constants), _wide(x, params)
-    shared = params.shape[0] != x.shape[0]
-    grad_x, shape = x.new_empty(x.shape), (*params.shape[1:], params.shape[0])
-    grad_planes = params.new_zeros(shape, dtype=wide) if shared else params.new_empty(shape)
-    for rows, value, tables, planes in _parts(x, params, spline):
-        found = _find(value, tables, spline, inverse)
-        g = None if grad is None else grad.t()[:, rows].to(wide)
-        h = None if grad_log_det is None else grad_log_det[rows].to(wide)
-        of_value, *of_bin = _pulled(found, g, h, inverse)
-        grad_x[rows] = of_value.t()
-        if needs[1]:
-            _add_or_store(grad_planes, rows, shared, found, tables, planes, of_bin, spline)
-    of_params = grad_planes.permute(2, 0, 1).to(params.dtype)
-    return (grad_x if needs[0] else None), (of_params if needs[1] else None)
-
-
-def _pulled(
-    found: _Bin, g: Tensor | None, h: Tensor | None, inverse: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the values [D, b], of the bins' starts and sizes and of the slopes, [D, 2, b] each."""
-    inside, w, s, e, t, q, A, B, M = (
-        found.inside, found.w, found.s, found.e, found.t, found.q, found.A, found.B, found.M,
-    )  # fmt: skip
-    over = found.base.reciprocal()
-    y_x = (s * over).square_().mul_(M)
-    half_l_t = ((B - A) / M).sub_((1 - 2 * t).mul_(e).mul_(over))
-    g = torch.zeros_like(t) if g is None else g
-    c = (inside if h is None else inside * h) * (-2.0 if inverse else 2.0)  # of half of l
-    c = torch.zeros_like(t) if h is None else c
-    a = torch.addcdiv(g, c * half_l_t, w).div_(y_x).neg_() if inverse else g
-    a_in = a * inside
-    of_t = (a_in * y_x).mul_(w).addcmul_(c, half_l_t)
-    q_over, straight = q * over, (1 - 2 * q).mul_(over)
-    top = (t * A).mul_(over)  # (y - y_k) / H
-    per = (a_in * found.h).mul_(over)
-    c_over_M = c / M
-    of_s = per * (t * t).addcmul_(top, 1 - 2 * q, value=-1)
-    of_s.add_((1 / s).sub_(straight).mul_(c)).addcmul_(c_over_M, q)
-    of_q = q_over * c
-    rest = 1 - t
-    of_d0 = (per * q).mul_(1 - top).addcmul_(c_over_M, rest.mul_(rest), value=0.5).sub_(of_q)
-    of_d1 = (c_over_M * t).mul_(t).mul_(0.5).sub_(of_q).addcmul_(per * q, top, value=-1)
-    of_value = torch.where(inside, a.neg() if inverse else of_t / w, g)
-    of_start = torch.stack((-of_t / w, a_in), 1)
-    of_size = torch.stack((-(of_t * t).addcmul_(of_s, s) / w, (a_in * top).addcdiv_(of_s, w)), 1)
-    return of_value, of_start, of_size, torch.stack((of_d0, of_d1), 1)
-
-
-def _add_or_store(
-    into: Tensor, rows: slice, shared: bool, found: _Bin, tables: _Tables, planes: Tensor, of_bin: list[Tensor],
-    spline: Spline,
-) -> None:  # fmt: skip
-    """The raw parameters' gradients, written to ``into`` [D, P, B], or added up in [D, P, 1]."""
-    bins, (of_start, of_size, of_slopes) = spline.bins, of_bin
-    sizes = _of_sizes(found, tables, of_start, of_size, spline)
-    if spline.soft_clip:
-        raw = planes[:, : 2 * bins].reshape(sizes.shape[:3] + planes.shape[2:])
-        clipper = _clipper(raw, math.log(spline.min_derivative) / 2)
-        sizes.div_(clipper).div_(clipper)
-    for first, part in ((0, sizes.flatten(1, 2)), (2 * bins, _of_slopes(found, of_slopes, spline))):
-        planes_of = into[:, first : first + part.shape[1]]
-        if shared:
-            planes_of += part.sum(-1, keepdim=True)
-        else:
-            planes_of[..., rows] = part
-
-
-def _of_sizes(found: _Bin, tables: _Tables, of_start: Tensor, of_size: Tensor, spline: Spline) -> Tensor:
-    """The gradients of the raw widths and heights, [D, 2, K, b]."""
-    (n, _, b), bins, length = of_start.shape, spline.bins, spline.high - spline.low
-    fractions = tables.fractions
-    index = found.index.unsqueeze(1).expand(n, 2, 1, b)
-    scale = [length * (1 - least * bins) / spline.temperature for least in (spline.min_width, spline.min_height)]
-    for axis, factor in enumerate(scale):
-        of_start[:, axis] *= factor
-        of_size[:, axis] *= factor
-    sizes = found.below.unsqueeze(1) * of_start.unsqueeze(2)
-    sizes.scatter_add_(2, index, of_size.unsqueeze(2))
-    sizes.mul_(fractions)
-    return torch.addcmul(sizes, fractions, sizes.sum(2, keepdim=True), value=-1)
-
-
-def _of_slopes(found: _Bin, grad: Tensor, spline: Spline) -> Tensor:
-    """The gradients of the raw derivatives, [D, K - 1 .. K + 1, b], from those of d_k and d_{k+1} [D, 2, b]."""
-    if spline.soft_clip:
-        grad = grad * found.slopes / _clipper(found.raw, math.log(spline.min_derivative)).square_()
-    else:
-        grad = grad * found.raw.sigmoid()
-    bins, kind = spline.bins, TAILS[spline.tails]
-    every = grad.new_zeros(grad.shape[0], bins + 1, grad.shape[2])
-    every.scatter_(1, torch.cat((found.index, found.index + 1), 1), grad)
-    if kind == "linear":
-        return every[:, 1:-1]
-    if kind == "circular":
-        every[:, 0] += every[:, -1]
-        return every[:, :-1]
-    return every
