@@ -225,12 +225,12 @@ def rq_spline_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Ten
     )  # fmt: skip
     s = h / w
     if inverse:
-        p = ((value - y_k) / h).clamp(0, 1)
+        p = _within_bin((value - y_k) / h)
         m, v = d_0 * (1 - p) - d_1 * p, 4 * s * s * p * (1 - p)
         r = (m * m + v).sqrt() + torch.where(m < 0, -m, m)
         t = 2 * s * p / (2 * s * p + torch.where(m < 0, v / r, r))
     else:
-        t = ((value - x_k) / w).clamp(0, 1)
+        t = _within_bin((value - x_k) / w)
     q = t * (1 - t)
     base = s + (d_0 + d_1 - 2 * s) * q
     out = x_k + t * w if inverse else y_k + h * (s * t * t + d_0 * q) / base
@@ -239,6 +239,11 @@ def rq_spline_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Ten
         return y, None
     logs = torch.log(s * s * (d_1 * t * t + 2 * s * q + d_0 * (1 - t) ** 2) / (base * base))
     return y, torch.where(inside, -logs if inverse else logs, 0.0).sum(-1)
+
+
+def _within_bin(part: Tensor) -> Tensor:
+    """A position that rounding may have moved out of [0, 1], moved back; its derivative stays 1."""
+    return part + (part.clamp(0, 1) - part).detach()
 
 
 def _bins(raw: Tensor, least: float, spline: Spline) -> Tensor:

@@ -77,7 +77,7 @@ def plain_backward(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
 def _buffers(
     given: Sequence[Tensor | None], spline: Spline, wide: torch.dtype, shared: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """Buffers for the gradients of sizes [2, D, K, B or 1] and slopes [D, n, B or 1]; the arguments' views of them."""
+    """Buffers for gradients of sizes [2, D, K, B or 1] and slopes [D, n, B or 1], and views as the arguments."""
     (rows, features, _), bins = given[0].shape, spline.bins
     new = functools.partial(given[0].new_zeros if shared else given[0].new_empty, dtype=wide)
     if given[1] is None:

@@ -178,6 +178,28 @@ OPS: dict[str, Good] = {
         "z",
         {"index": {"None"}},
     ),
+    "rq_spline": Good(
+        lambda: (
+            ops.rq_spline,
+            {
+                "x": x(3, 2),
+                "widths": x(3, 2, 4),
+                "heights": x(3, 2, 4),
+                "derivatives": x(3, 2, 3),
+                "tails": "linear",
+                "interval": (-2.0, 2.0),
+                "min_width": 1e-3,
+                "min_height": 1e-3,
+                "min_derivative": 1e-3,
+                "temperature": 1.0,
+                "parameters": "softmax",
+                "inverse": True,
+                "log_det": True,
+            },
+        ),
+        {"x": "B D", "widths": "B D K", "heights": "B D K", "derivatives": "B D k"},
+        "x",
+    ),
     "low_rank": Good(
         lambda: (ops.low_rank, {"x": x(3, 4), "U": x(4, 2), "V": x(4, 2), "alpha": 0.5}),
         {"x": "b N", "U": "N R", "V": "N R"},

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from linfast import ops
 from linfast.kernels.spline_spec import Spline
+from linfast.ops.rq_spline import spline_transform
 from linfast.scale_maps import ScaleMap
 from tests.ops.budget import DEVICE, Outputs
 from tests.ops.made import Extras, Made, random_extras, random_made, tensors_of
@@ -162,6 +163,22 @@ def _masked(per_feature: int, bias: bool, extras: bool, inverse: bool, log_det: 
     return Case("masked_autoregressive", call, lambda: [torch.randn(3, 4, device=DEVICE), *tensors_of(*made())])
 
 
+def _splined(rows: int, tails: str, inverse: bool, log_det: bool, planes: bool = False) -> Case:
+    """``planes``: the parameters are one tensor, as ``SplineCoupling`` gives them."""
+    extra = {"linear": -1, "circular": 0, "bounded": 1}[tails]
+    options: dict[str, Any] = {"tails": tails, "interval": (-2.0, 2.5), "inverse": inverse, "log_det": log_det}
+
+    def call(x: Tensor, *raw: Tensor) -> Outputs:
+        return ops.rq_spline(x, *raw, **options)
+
+    def of_one(x: Tensor, params: Tensor) -> Outputs:
+        return spline_transform(x, params, Spline(4), inverse, log_det)
+
+    if planes:
+        return Case("rq_spline", of_one, _drawn((3, 2), (rows, 2, 11)))
+    return Case("rq_spline", call, _drawn((3, 2), (rows, 2, 4), (rows, 2, 4), (rows, 2, 4 + extra)))
+
+
 CASES = {
     "affine_coupling": _coupled(inverse=False, log_det=True),
     "affine_coupling, no log_det": _coupled(inverse=True, log_det=False),
@@ -197,6 +214,10 @@ CASES = {
     "masked_autoregressive, spline": _masked(11, bias=True, extras=True, inverse=True, log_det=True),
     "mlp_coupling": _one_layer(bias=True, log_det=True),
     "mlp_coupling, neither": _one_layer(bias=False, log_det=False),
+    "rq_spline": _splined(3, "linear", inverse=False, log_det=True),
+    "rq_spline, no log_det": _splined(3, "circular", inverse=True, log_det=False),
+    "rq_spline, shared": _splined(1, "bounded", inverse=True, log_det=True),
+    "rq_spline, one tensor": _splined(3, "linear", inverse=True, log_det=True, planes=True),
 }
 
 
