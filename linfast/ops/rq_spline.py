@@ -179,15 +179,9 @@ def spline_backward(
     if uses_triton(flat, tensors):
         backward = torch.ops.linfast.rq_spline_backward
         found = backward(flat, tensors, of_flat, grad_log_det, *constants, [True, True])
-    elif _runs_planes(flat, tensors):
-        found = plain_backward(
-            flat, tensors, None, None, of_flat, grad_log_det, *constants, [True, True, False, False]
-        )
-    else:
-        given = (of_flat,) if grad_log_det is None else (of_flat, grad_log_det)
-        found = torch.func.vjp(lambda *each: rq_spline_reference(*each, *constants)[: len(given)], flat, tensors)[
-            1
-        ](given)
+    else:  # on any device, by formula: a derivative of the reference does not work in a TorchDispatchMode
+        needs = [True, True, False, False]
+        found = plain_backward(flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
     return found[0].reshape(x.shape), found[1].reshape(params.shape)
 
 

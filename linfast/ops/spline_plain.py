@@ -167,13 +167,13 @@ class Affine(NamedTuple):
 
 
 @functools.lru_cache(64)
-def affine(spline: Spline, dtype: torch.dtype) -> Affine:
+def affine(spline: Spline, dtype: torch.dtype, device: torch.device) -> Affine:
     """How fractions, whose sum is 1, become sizes and knots, counted from l."""
     bins, length = spline.bins, spline.high - spline.low
     least = torch.tensor((spline.min_width, spline.min_height), dtype=torch.float64).view(2, 1, 1)
     scales = (1 - least * bins).clamp_min(0)
     knots = torch.arange(1, bins)[:, None] * least + scales * torch.ones(bins - 1, bins).tril()
-    return Affine(*((each * length).to(dtype) for each in (scales, least, knots[:, None])))
+    return Affine(*((each * length).to(device, dtype) for each in (scales, least, knots[:, None])))
 
 
 def _at_all_knots(raw: Tensor, spline: Spline) -> Tensor:
@@ -199,7 +199,7 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     at = value.clamp(spline.low, spline.high)
     outside = at != value
     at.sub_(spline.low)
-    scales, least, knots = affine(spline, value.dtype)
+    scales, least, knots = affine(spline, value.dtype, value.device)
     axis, below = int(inverse), at.new_empty(n, bins - 1, b)
     # A product: cumsum along planes takes longer.
     torch.ge(at.unsqueeze(1), torch.matmul(knots[axis], tables.fractions[axis]), out=below)

@@ -49,10 +49,15 @@ def _coupling(g: Any, x: Tensor, inverse: bool, context: dict[str, Any]) -> tupl
         return torch.cat(halves, 1), x.new_zeros(len(x))
     n = halves[m].shape[1]
     if isinstance(g, lf.SplineCoupling):
-        sizes = (n, -1) if g.layout == "features_first" else (-1, n)
-        raw = params.unflatten(1, sizes).movedim(2 if g.layout == "features_first" else 1, 0)
-        halves[m], logs = _spline(g, halves[m], raw, inverse)
-        return torch.cat(halves, 1), logs.flatten(1).sum(1)
+        at, sizes = (2, (n, -1)) if g.layout == "features_first" else (1, (-1, n))
+        raw = params.unflatten(1, sizes).movedim(at, -1)
+        widths, heights, slopes = raw[..., : g.bins], raw[..., g.bins : 2 * g.bins], raw[..., 2 * g.bins :]
+        slopes = slopes + math.log(math.expm1(1 - g.min_derivative))
+        interval = (-g.tail_bound, g.tail_bound)
+        halves[m], total = plain_spline(
+            halves[m], widths, heights, slopes, g.tails, interval, g.min_derivative, 1.0, "softmax", inverse
+        )
+        return torch.cat(halves, 1), total
     shift, raw = (params[:, :n], params[:, n:]) if g.layout == "halves" else (params[:, ::2], params[:, 1::2])
     log_s = log_scale(g.scale_map, raw)
     if g.order == "shift_first":
@@ -61,35 +66,6 @@ def _coupling(g: Any, x: Tensor, inverse: bool, context: dict[str, Any]) -> tupl
         halves[m] = (halves[m] - shift) * torch.exp(-log_s) if inverse else halves[m] * torch.exp(log_s) + shift
     total = log_s.flatten(1).sum(1)
     return torch.cat(halves, 1), -total if inverse else total
-
-
-def _spline(g: Any, v: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(values, log derivatives) of v by the raw parameters [P, *v.shape], tails "linear", bin by bin."""
-    K, bound, least = g.bins, g.tail_bound, g.min_derivative
-    W = 2 * bound * (g.min_width + (1 - K * g.min_width) * raw[:K].softmax(0))
-    H = 2 * bound * (g.min_height + (1 - K * g.min_height) * raw[K : 2 * K].softmax(0))
-    one = torch.ones_like(raw[:1])
-    d = torch.cat((one, least + F.softplus(raw[2 * K :] + math.log(math.expm1(1 - least))), one))
-    x_k, y_k = (torch.cat((0 * one, sizes.cumsum(0))) - bound for sizes in (W, H))
-    out, logs = v, torch.zeros_like(v)
-    for k in range(K):
-        low, size = (y_k, H) if inverse else (x_k, W)
-        end = bound if k == K - 1 else low[k + 1]
-        here = (v >= (-bound if k == 0 else low[k])) & (v < end if k < K - 1 else v <= end)
-        s, e = H[k] / W[k], d[k] + d[k + 1] - 2 * H[k] / W[k]
-        z = torch.where(here, v - low[k], 0.5 * size[k])
-        if inverse:
-            b, c = H[k] * d[k] - z * e, -s * z
-            root = (b * b - 4 * (H[k] * (s - d[k]) + z * e) * c).clamp(min=0).sqrt()
-            t = (2 * c / (-b - root)).clamp(0, 1)
-            value = x_k[k] + W[k] * t
-        else:
-            t = (z / W[k]).clamp(0, 1)
-            value = y_k[k] + H[k] * (s * t * t + d[k] * t * (1 - t)) / (s + e * t * (1 - t))
-        top = s * s * (d[k + 1] * t * t + 2 * s * t * (1 - t) + d[k] * (1 - t) ** 2)
-        slope = torch.log(top / (s + e * t * (1 - t)) ** 2)
-        out, logs = torch.where(here, value, out), torch.where(here, -slope if inverse else slope, logs)
-    return out, logs
 
 
 def log_scale(scale_map: lf.ScaleMap, r: Tensor) -> Tensor:
