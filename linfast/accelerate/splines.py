@@ -28,6 +28,7 @@ from ..ops.rq_spline import spline_of, spline_transform
 from ..rows import by_rows, rows_at_once
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from .identity import PLAN, changed_method, defined_as
+from .masked import redraw
 from .mlp import find_mlp
 from .residual import find_residual
 from .sides import Split, split_of_indices
@@ -178,9 +179,10 @@ def _couple(
         result, of_kept = _own_spline(own, given, inverse)
     params = _bins_last(net(result if inverse else given, context), value)
     found, log_det = _apply(transform, transform.num_bins, temperature, value, params, inverse)
-    y = torch.empty_like(x)
-    y[:, kept] = result
+    y = x.clone()
     y[:, moved] = found
+    if own is not None:
+        y[:, kept] = result
     return y, log_det if of_kept is None else log_det + of_kept
 
 
@@ -210,6 +212,15 @@ def _find(transform: Any, cdf: tuple[str, str], tails: tuple[Any, ...]) -> tuple
 
 
 _ROWS = 4  # of a batch in the check
+
+
+def _redraw(transform: Any) -> None:
+    """Random parameters for a copy: a new one is the identity, with log-determinants that are only roundings."""
+    redraw(transform)
+    own = transform.unconditional_transform
+    with torch.no_grad():
+        for parameter in () if own is None else own.parameters():
+            parameter.normal_()
 
 
 def _both_ways(transform: Any, draw: Draw, shape: Sequence[int], context: Tensor | None) -> list[Tensor]:
@@ -261,6 +272,7 @@ def spline_coupling(
         kept, moved = map(len, _find(transform, cdf, tails)[1].features_of(features))
         transform.transform_net = stub = Stub(kept, moved * transform._transform_dim_multiplier(), draw)
         vars(stub).update({name: getattr(net, name) for name in _HIDDEN if hasattr(net, name)})
+        _redraw(transform)
         own = transform.unconditional_transform
         images = [own.unnormalized_widths.shape[1:-1]] if own is not None else [(), (2, 3)]
         if isinstance(transform.tail_bound, Tensor):
@@ -270,6 +282,7 @@ def spline_coupling(
     def with_own_net(transform: Any, draw: Draw, features: int) -> list[Tensor]:
         found = find_residual(transform.transform_net)
         kept = len(transform.identity_features)
+        _redraw(transform)
         size = 0 if found is None else found.network.first[0].shape[1] - kept
         return _both_ways(transform, draw, (features,), draw(_ROWS, size) if size else None)
 

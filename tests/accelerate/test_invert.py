@@ -25,8 +25,11 @@ CHAINS = [
     "nflows image",
     "glasflow",
     "glasflow log2 lu",
+    "nflows spline alternate",
+    "nflows spline of all features",
+    "glasflow NSF",
 ]
-CHAINS += [name for name in KINDS if name.startswith(("normflows", "FrEIA"))]
+CHAINS += [name for name in KINDS if name.startswith(("normflows", "FrEIA")) and "spline" not in name]
 
 
 # Two blocks: the input of the first is rebuilt from the input of the second.
