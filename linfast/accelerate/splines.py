@@ -212,6 +212,8 @@ def _find(transform: Any, cdf: tuple[str, str], tails: tuple[Any, ...]) -> tuple
 
 
 _ROWS = 4  # of a batch in the check
+_LEAST_ROWS = (64, 192)
+"""Without and with autograd. Measured with nflows, glasflow and normflows on an AMD EPYC, one thread."""
 
 
 def _redraw(transform: Any) -> None:
@@ -256,7 +258,10 @@ def spline_coupling(
     def plan(transform: Any, options: Options) -> Plan:
         text, split = _find(transform, cdf, tails)
         known = find_residual(transform.transform_net) or find_mlp(transform.transform_net)
-        return Plan(text, layout=split, vectors=None if known is None else transform.features)
+        text += " (on a CPU from {} rows per thread on, from {} with gradients)".format(*_LEAST_ROWS)
+        return Plan(
+            text, layout=split, vectors=None if known is None else transform.features, least_rows=_LEAST_ROWS
+        )
 
     def method(name: str) -> Callable[..., Any]:
         def run(transform: Any, inputs: Any, context: Any = None) -> Any:
