@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..dispatch import autocast_dtype, cat, has_global_hook
 from ..kernels.spline_spec import Spline
@@ -76,7 +77,7 @@ def _apply(
         bound = None
     listed = isinstance(tails, list | tuple)
     if listed:
-        params = _with_ends(params, [kind == "linear" for kind in tails], spline)
+        params = _with_ends(params, _linear(tuple(tails), params.device), spline)
     if not listed and not isinstance(bound, Tensor):
         y, log_det = spline_transform(x, params, spline, inverse, True)
     else:
@@ -87,14 +88,20 @@ def _apply(
     return y, log_det.to(x.dtype)
 
 
-def _with_ends(params: Tensor, linear: Sequence[bool], spline: Spline) -> Tensor:
+@functools.lru_cache(64)
+@torch.inference_mode(False)  # it is used outside too
+def _linear(tails: tuple[str, ...], device: torch.device) -> Tensor:
+    """Which features have linear tails, [D, 1, 1]. Copied to the device once: a copy at every call would wait."""
+    return torch.tensor([kind == "linear" for kind in tails], device=device)[:, None, None]
+
+
+def _with_ends(params: Tensor, linear: Tensor, spline: Spline) -> Tensor:
     """params [B, D, 3 K + 1] with slope 1 at both ends of linear features, and equal slopes at those of others."""
     one = math.log(math.expm1(1 - spline.min_derivative))
     planes = params.permute(1, 2, 0)
-    first = planes[:, 2 * spline.bins : 2 * spline.bins + 1]
-    where = torch.tensor(linear, device=params.device)[:, None, None]
-    ends = torch.where(where, one, first)
-    return cat([planes[:, : 2 * spline.bins], ends, planes[:, 2 * spline.bins + 1 : -1], ends], 1).permute(2, 0, 1)
+    sizes, first, inner, _ = planes.split((2 * spline.bins, 1, spline.bins - 1, 1), 1)
+    ends = torch.where(linear, one, first)
+    return cat([sizes, ends, inner, ends], 1).permute(2, 0, 1)
 
 
 def _own_spline(owner: Any, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -155,7 +162,9 @@ def _run(transform: Any, x: Any, context: Any, inverse: bool) -> tuple[Tensor, T
     plan = vars(transform)[PLAN]
     if type(x) not in (Tensor, nn.Parameter) or x.ndim not in (2, 4) or x.shape[1] != transform.features:
         return None
-    if autocast_dtype(x.device.type) is not None or (x.ndim > 2 and isinstance(transform.tail_bound, Tensor)):
+    if autocast_dtype(x.device.type) is not None or forward_ad._current_level >= 0:
+        return None
+    if x.ndim > 2 and isinstance(transform.tail_bound, Tensor):
         return None
     split = plan.layout
     kept, moved = split.parts(transform.features, x.device)
