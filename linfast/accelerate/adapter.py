@@ -46,7 +46,7 @@ class Plan:
         options: the options of ``accelerate``. ``plan_for`` fills in this field and the next three.
         seen: the tensors that the plan depends on, each with its version counter at that time.
         values, settings: the values of masks on a CPU, and the settings, at that time.
-        least_rows: of a coupling: a CPU batch with fewer rows per thread runs the original.
+        least_rows: a CPU batch of fewer rows per thread runs the original; without and with gradients enabled.
         guard: measures the error of tensors that the instance rebuilds in a backward, and warns of it.
     """
 
@@ -62,7 +62,7 @@ class Plan:
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
     values: tuple[Tensor, ...] = field(default=(), compare=False)
     settings: tuple[Any, ...] = field(default=(), compare=False)
-    least_rows: float = field(default=0.0, compare=False)
+    least_rows: tuple[float, float] = field(default=(0.0, 0.0), compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
 
 
@@ -104,7 +104,6 @@ class Adapter:
         conditioners: instance -> its conditioners. The report describes them; the check copies them ``emptied``.
         emptied: instance -> further modules that the check copies without parameters, buffers and submodules.
         members: of a coupling: (instance, layout) -> its sides, and permutations and diagonal maps between them.
-            A coupling on a CPU runs the original on short batches.
         layout: of a coupling: instance -> the layout that ``members`` takes; raises Unfit.
         copied: (instance, bare copy) -> None: tells the copy what only the instance itself can show.
         vectors: of a coupling or a chain: (copy, draw, features) -> the outputs of both directions on vectors, with

@@ -180,7 +180,7 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
     if known:
         here += f", and from {rows * torch.get_num_threads()} rows on as many at a time as fit its cache"
     where = fused if like.is_cuda else f"on a GPU: {fused}; on this CPU: {here}"
-    return Plan(f"{what} ({where})", layout=layout, takes_precision=whole, least_rows=rows)
+    return Plan(f"{what} ({where})", layout=layout, takes_precision=whole, least_rows=(rows, rows))
 
 
 def _known(members: Sequence[Any]) -> list[MLP | Residual]:

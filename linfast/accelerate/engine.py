@@ -54,7 +54,7 @@ def accelerate(
     agree with the original's. Subclasses of known classes are left alone, as are modules with a patched
     method, a hook on a submodule whose call would be bypassed, lazy parameters or tensors on the meta
     device. The returned report gives the reason, and it counts the layers of these libraries for which linfast
-    has no formula, such as splines. A second call starts from the originals.
+    has no formula, such as planar flows. A second call starts from the originals.
 
     Of a masked autoregressive transform only the inverse is replaced; docs/accelerate.md says where.
 

@@ -110,7 +110,7 @@ def name_of_activation(part: Any) -> str | None:
 def _parts(module: object) -> list[Any] | None:
     """The modules and functions that it runs one after another; None where that is not known."""
     kind: Any = type(module)
-    if not isinstance(module, nn.Module) or not _is_plain(module):
+    if not isinstance(module, nn.Module) or not is_plain(module):
         return None
     if kind is nn.Sequential or (is_class(kind, "zuko.nn", "MLP") and kind.forward is nn.Sequential.forward):
         nested = [_parts(c) if type(c) is nn.Sequential else [c] for c in module._modules.values()]
@@ -224,15 +224,15 @@ def is_class(kind: type, where: str, name: str) -> bool:
     return kind.__name__ == name and kind is find_class(where, name)
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether a call runs its class's forward and nothing else."""
     own = module.__dict__
     return "forward" not in own and not any(own[name] for name in HOOKS)
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether it ``_is_plain`` and the forward is the one in the class's own body."""
-    return _is_plain(module) and _forward_of(type(module)).is_own
+    """Whether it ``is_plain`` and the forward is the one in the class's own body."""
+    return is_plain(module) and _forward_of(type(module)).is_own
 
 
 def layer_of(part: Any) -> tuple[Tensor, Tensor | None] | None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..ops.activations import ACTIVATIONS
 from ..ops.residual_network import ResidualBlock, ResidualNetwork, residual_network, uses_batch
-from .mlp import activation_of, is_class, is_untouched, layer_of
+from .identity import is_own_method
+from .mlp import activation_of, is_class, is_plain, is_untouched, layer_of
 
 _WHERE = ("nflows.nn.nets.resnet", "glasflow.nflows.nn.nets.resnet", "normflows.nets.resnet")
 _PERIODIC = ("normflows.utils.nn", "PeriodicFeaturesElementwise")
@@ -111,7 +112,11 @@ def _block(block: Any, where: str) -> ResidualBlock | None:
         return None
     if block.use_batch_norm:
         norms = tuple(parts["batch_norm_layers"]._modules.values())
-    if any(type(norm) is not nn.BatchNorm1d or not is_untouched(norm) for norm in norms or ()):
+    if norms is not None and not (is_own_method(nn.BatchNorm1d, "forward") and all(map(_is_batch_norm, norms))):
         return None
     dropout = parts["dropout"]
     return ResidualBlock((one, two), norms, gate) if type(dropout) is nn.Dropout and is_untouched(dropout) else None
+
+
+def _is_batch_norm(norm: Any) -> bool:
+    return type(norm) is nn.BatchNorm1d and is_plain(norm)

@@ -119,11 +119,11 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
     if adapter.decides:
         return functools.wraps(before)(run)
     order, accepted = _arguments(before, run)
-    is_coupling = adapter.is_coupling
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        if is_coupling and arguments and is_short(arguments[0], vars(self)[PLAN].least_rows):
+        least = vars(self)[PLAN].least_rows[torch.is_grad_enabled()]
+        if least and arguments and is_short(arguments[0], least):
             return before(self, *arguments, **named)
         if not may_replace(self, adapter, name) or _is_symbolic((*arguments, *named.values())):
             return before(self, *arguments, **named)

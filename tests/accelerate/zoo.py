@@ -259,17 +259,12 @@ def _spline_image():
 def _normflows_spline(name: str = "CoupledRationalQuadraticSpline", **options):
     def build():
         nf = require("normflows")
-        named = {"num_context_channels": CONTEXT, "num_bins": 5, "activation": nn.ELU, **options}
+        named = {"num_bins": 5, "activation": nn.ELU, **options}
         kind = getattr(nf.flows, name)
         flows = [kind(FEATURES, 2, 16, reverse_mask=reverse, **named) for reverse in (False, True)]
-        base = nf.distributions.DiagGaussian(FEATURES)
-        return nf.ConditionalNormalizingFlow(base, flows)
+        return nf.NormalizingFlow(nf.distributions.DiagGaussian(FEATURES), flows)
 
     return build
-
-
-def _run_normflows_spline(model, x, c):
-    return [*model.forward_and_log_det(x, c), *model.inverse_and_log_det(x, c)]
 
 
 def _glasflow_nsf(**options):
@@ -477,9 +472,9 @@ KINDS = {
         _run_glasflow,
         2,
     ),
-    "normflows spline": Kind("normflows", _normflows_spline(), _run_normflows_spline, 2),
+    "normflows spline": Kind("normflows", _normflows_spline(), _run_normflows, 2),
     "normflows spline circular": Kind(
-        "normflows", _normflows_spline(tails="circular", tail_bound=2.0), _run_normflows_spline, 2
+        "normflows", _normflows_spline(tails="circular", tail_bound=2.0), _run_normflows, 2
     ),
     "normflows circular spline": Kind(
         "normflows",
@@ -488,7 +483,7 @@ KINDS = {
             ind_circ=[0, 3],
             tail_bound=torch.tensor([2.0, 3, 2, 4, 2, 5]),
         ),
-        _run_normflows_spline,
+        _run_normflows,
         2,
     ),
     "FrEIA NICE": Kind("FrEIA", _freia("NICECouplingBlock"), _run_freia, 2, whole=4),
