@@ -97,6 +97,8 @@ def rq_spline(
         check_tensor(name, given, x)
         if given.ndim != x.ndim + 1 or given.shape[1:-1] != x.shape[1:] or given.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"{name} must be {(*x.shape, '.')} for x {tuple(x.shape)}; got {tuple(given.shape)}")
+    if widths.shape[-1] < 2:
+        raise ValueError(f"widths must have at least 2 values in their last dimension; got {tuple(widths.shape)}")
     check_flag("inverse", inverse)
     check_flag("log_det", log_det)
     spline = spline_of(
