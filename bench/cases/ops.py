@@ -434,6 +434,6 @@ _fused = op_case(
 )
 
 CASES = [
-    *(_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _masked_autoregressive, _rq_spline, _low_rank),
-    *(_latent_matmul, _depthwise_conv, _group_norm_silu, _fused),
+    *(_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _masked_autoregressive, _rq_spline),
+    *(_low_rank, _latent_matmul, _depthwise_conv, _group_norm_silu, _fused),
 ]

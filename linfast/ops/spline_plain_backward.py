@@ -53,7 +53,7 @@ def plain_backward(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
     *options, inverse, _, needs = arguments[5:]
     spline, wide = Spline(*options), wide_type(x, *given)
     of_x, shared = x.new_empty(x.shape), given[0].shape[0] != x.shape[0]
-    of_sizes, of_slopes, of_given = _buffers(given, spline, wide, shared)
+    of_sizes, of_slopes, of_given = _buffers(given[0], given[1] is None, spline, wide, shared)
     for rows, value, tables in parts(x, given, spline, wide):
         found = find(value, tables, spline, inverse)
         g = torch.zeros_like(value) if grad is None else columns(grad[rows], wide)
@@ -75,15 +75,15 @@ def plain_backward(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
 
 
 def _buffers(
-    given: Sequence[Tensor | None], spline: Spline, wide: torch.dtype, shared: bool
+    params: Tensor, whole: bool, spline: Spline, wide: torch.dtype, shared: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Buffers for gradients of sizes [2, D, K, B or 1] and slopes [D, n, B or 1], and views as the arguments."""
-    (rows, features, _), bins = given[0].shape, spline.bins
-    new = functools.partial(given[0].new_zeros if shared else given[0].new_empty, dtype=wide)
-    if given[1] is None:
-        whole = new((features, spline.per_feature, rows))
-        sizes = whole[:, : 2 * bins].unflatten(1, (2, bins)).transpose(0, 1)
-        return sizes, whole[:, 2 * bins :], (whole, None, None)
+    (rows, features, _), bins = params.shape, spline.bins
+    new = functools.partial(params.new_zeros if shared else params.new_empty, dtype=wide)
+    if whole:
+        every = new((features, spline.per_feature, rows))
+        sizes = every[:, : 2 * bins].unflatten(1, (2, bins)).transpose(0, 1)
+        return sizes, every[:, 2 * bins :], (every, None, None)
     sizes, slopes = new((2, features, bins, rows)), new((features, spline.derivatives, rows))
     return sizes, slopes, (*sizes.unbind(), slopes)
 
@@ -127,7 +127,7 @@ def _of_sizes(found: Bin, tables: Tables, pulled: _Pulled, spline: Spline, out: 
     of_size, of_start, rest = (each.unsqueeze(2) for each in (of_size.add_(rest), of_start, rest))
     torch.addcmul(rest, found.below, of_start, out=out[:, :, :-1])
     out[:, :, -1:] = rest
-    out.scatter_(2, found.index, of_size).mul_(tables.fractions)
+    out.scatter_(2, found.number, of_size).mul_(tables.fractions)
     if spline.soft_clip:
         out.div_(clipper(tables.raw, math.log(spline.min_derivative) / 2).square_())
     return out
@@ -139,7 +139,7 @@ def _of_slopes(found: Bin, of_ends: Tensor, spline: Spline) -> Tensor:
         of_ends.mul_(found.slopes).div_(clipper(found.raw, math.log(spline.min_derivative)).square_())
     else:
         of_ends.mul_(found.raw.sigmoid())
-    index, (_, n, b) = found.index[0], of_ends.shape
+    index, (_, n, b) = found.number[0], of_ends.shape
     every = of_ends.new_zeros(n, spline.bins + 1, b)
     every[:, :-1].scatter_(1, index, of_ends[0].unsqueeze(1))
     every[:, 1:].scatter_(1, index, of_ends[1].unsqueeze(1))

@@ -185,7 +185,7 @@ def knots(raw: Tensor, least: float) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(35))
 def test_extreme_parameters(seed: int) -> None:
-    """Raw values to 1e4; x on knots, at the ends and just outside: all is finite, monotonic, undone by the inverse."""
+    """Raw values to 1e4; x on knots, at ends and just outside: all is finite, monotonic, undone by the inverse."""
     least, K = 1e-6, (2, 5, 8, 16)[seed % 4]
     options: dict[str, Any] = {"min_width": least, "min_height": least, "min_derivative": least}
     for parameters, tails in [(p, t) for p, every in EXTREMES.items() for t in every]:
