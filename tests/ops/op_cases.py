@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from linfast.kernels.spline_spec import Spline
 from torch import Tensor
 
 from linfast import ops
-from linfast.kernels.spline_spec import Spline
 from linfast.ops.rq_spline import spline_transform
 from linfast.scale_maps import ScaleMap
 from tests.ops.budget import DEVICE, Outputs

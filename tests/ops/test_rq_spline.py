@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from linfast.bench.rounding import relative_error
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import linfast as lf
-from linfast.bench.rounding import relative_error
 from linfast.ops import rq_spline, spline_plain
 from tests.ops.budget import Outputs, assert_accurate
 from tests.ops.op_cases import gradients_of
