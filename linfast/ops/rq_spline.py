@@ -182,9 +182,9 @@ def spline_backward(
         backward = torch.ops.linfast.rq_spline_backward
         found = backward(flat, tensors, of_flat, grad_log_det, *constants, [True, True])
     elif _runs_planes(flat, tensors):
-        found = plain_backward(
-            flat, tensors, None, None, of_flat, grad_log_det, *constants, [True, True, False, False]
-        )
+        backward = torch.ops.linfast.rq_spline_planes_backward
+        needs = [True, True, False, False]
+        found = backward(flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
     else:
         given = (of_flat,) if grad_log_det is None else (of_flat, grad_log_det)
         found = torch.func.vjp(lambda *each: rq_spline_reference(*each, *constants)[: len(given)], flat, tensors)[
@@ -307,6 +307,12 @@ def _planes_reference(
     return rq_spline_reference(x, params, *constants)
 
 
+def _plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *arguments[:3])):
+        return _planes_reference(x, *arguments)  # torch.export has kept the op without its backward
+    return plain(x, *arguments)
+
+
 def _fake_planes(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     total = x.new_empty(x.shape[0] if arguments[-1] else 0, dtype=wide_type(x, *arguments[:3]))
     return x.new_empty(x.shape), total
@@ -324,7 +330,7 @@ _rq_spline_planes = define_op(
     _planes_reference,
     saves="x params heights derivatives",
     gradients=_gradients_in_planes,
-    plain=plain,
+    plain=_plain,
     plain_backward=plain_backward,
     backward_launch=None,
     is_plain=lambda *_: True,

@@ -83,17 +83,28 @@ def plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     given, (*options, inverse, log_det) = arguments[:3], arguments[3:]
     spline, wide = Spline(*options), wide_type(x, *given)
     y, total = x.new_empty(x.shape), x.new_zeros(x.shape[0] if log_det else 0, dtype=wide)
-    for rows, value, tables in parts(x, given, spline, wide):
-        found = find(value, tables, spline, inverse)
-        of_out = 0 if inverse else 1
-        part = found.t if inverse else found.p
-        out = found.starts[of_out].addcmul_(found.sizes[of_out], part).add_(spline.low)
-        y[rows] = torch.where(found.outside, value, out).t()
-        if log_det:
-            logs = (found.s / found.base).square_().mul_(found.M).log_()
-            logs = logs.masked_fill_(found.outside, 0).sum(0)
-            total[rows] = logs.neg_() if inverse else logs
+    with torch.inference_mode():  # calls of torch take a tenth less
+        for rows, value, tables in parts(x, given, spline, wide):
+            out, logs = _transformed(value, tables, spline, inverse, log_det)
+            y[rows] = out.t()
+            if log_det:
+                total[rows] = logs
     return y, total
+
+
+def _transformed(
+    value: Tensor, tables: Tables, spline: Spline, inverse: bool, log_det: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y [D, b], log|det| [b] or None)."""
+    found = find(value, tables, spline, inverse)
+    of_out = 0 if inverse else 1
+    part = found.t if inverse else found.p
+    out = found.starts[of_out].addcmul_(found.sizes[of_out], part).add_(spline.low)
+    out = torch.where(found.outside, value, out)
+    if not log_det:
+        return out, None
+    logs = (found.s / found.base).square_().mul_(found.M).log_().masked_fill_(found.outside, 0).sum(0)
+    return out, logs.neg_() if inverse else logs
 
 
 def wide_type(*tensors: Tensor | None) -> torch.dtype:

@@ -53,21 +53,22 @@ def plain_backward(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
     spline, wide = Spline(*options), wide_type(x, *given)
     of_x, shared = x.new_empty(x.shape), given[0].shape[0] != x.shape[0]
     of_sizes, of_slopes, of_given = _buffers(given[0], given[1] is None, spline, wide, shared)
-    for rows, value, tables in parts(x, given, spline, wide):
-        found = find(value, tables, spline, inverse)
-        g = torch.zeros_like(value) if grad is None else columns(grad[rows], wide)
-        h = value.new_zeros(()) if grad_log_det is None else grad_log_det[rows].to(wide)
-        pulled = _pulled(found, g, h, inverse)
-        of_x[rows] = pulled.value.t()
-        if not any(needs[1:]):
-            continue
-        if shared:
-            part = value.new_empty(*of_sizes.shape[:-1], value.shape[-1])
-            of_sizes += _of_sizes(found, tables, pulled, spline, part).sum(-1, keepdim=True)
-            of_slopes += _of_slopes(found, pulled.slopes, spline).sum(-1, keepdim=True)
-        else:
-            _of_sizes(found, tables, pulled, spline, of_sizes[..., rows])
-            of_slopes[..., rows] = _of_slopes(found, pulled.slopes, spline)
+    with torch.inference_mode():  # calls of torch take a tenth less
+        for rows, value, tables in parts(x, given, spline, wide):
+            found = find(value, tables, spline, inverse)
+            g = torch.zeros_like(value) if grad is None else columns(grad[rows], wide)
+            h = value.new_zeros(()) if grad_log_det is None else grad_log_det[rows].to(wide)
+            pulled = _pulled(found, g, h, inverse)
+            of_x[rows] = pulled.value.t()
+            if not any(needs[1:]):
+                continue
+            if shared:
+                part = value.new_empty(*of_sizes.shape[:-1], value.shape[-1])
+                of_sizes += _of_sizes(found, tables, pulled, spline, part).sum(-1, keepdim=True)
+                of_slopes += _of_slopes(found, pulled.slopes, spline).sum(-1, keepdim=True)
+            else:
+                _of_sizes(found, tables, pulled, spline, of_sizes[..., rows])
+                of_slopes[..., rows] = _of_slopes(found, pulled.slopes, spline)
     pairs = zip(of_given, given, strict=True)
     of_tensors = [None if each is None else each.permute(2, 0, 1).to(like.dtype) for each, like in pairs]
     return tuple([each if need else None for each, need in zip((of_x, *of_tensors), needs, strict=True)])

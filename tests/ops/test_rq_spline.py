@@ -390,6 +390,20 @@ def test_compiled_with_batches_of_any_size() -> None:
         torch.testing.assert_close(gradients_of(got, tensors), gradients_of(expected, tensors))
 
 
+def test_an_exported_program_has_gradients() -> None:
+    class Splined(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Outputs:
+            return rq_spline(*tensors, log_det=True)
+
+    tensors = drawn(4, 3, 5)
+    with torch.no_grad():
+        program = torch.export.export(Splined(), tuple(tensors)).module()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    outputs = program(*leaves)
+    for got, expected in zip((*outputs, *gradients_of(outputs, leaves)), splined(*tensors), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_autocast_changes_nothing() -> None:
     tensors = [t.float() for t in drawn(20, 3, 4)]
     expected = splined(*tensors)
