@@ -97,6 +97,8 @@ def rq_spline(
         check_tensor(name, given, x)
         if given.ndim != x.ndim + 1 or given.shape[1:-1] != x.shape[1:] or given.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"{name} must be {(*x.shape, '.')} for x {tuple(x.shape)}; got {tuple(given.shape)}")
+    if widths.shape[-1] < 2:
+        raise ValueError(f"widths must have at least 2 values in their last dimension; got {tuple(widths.shape)}")
     check_flag("inverse", inverse)
     check_flag("log_det", log_det)
     spline = spline_of(
@@ -179,9 +181,11 @@ def spline_backward(
     if uses_triton(flat, tensors):
         backward = torch.ops.linfast.rq_spline_backward
         found = backward(flat, tensors, of_flat, grad_log_det, *constants, [True, True])
-    else:  # on any device, by formula: a derivative of the reference does not work in a TorchDispatchMode
+    else:
         needs = [True, True, False, False]
-        found = plain_backward(flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
+        # Elsewhere by formula too: a derivative of the reference does not work in a TorchDispatchMode.
+        run = torch.ops.linfast.rq_spline_planes_backward if _runs_planes(flat, tensors) else plain_backward
+        found = run(flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
     return found[0].reshape(x.shape), found[1].reshape(params.shape)
 
 
@@ -299,6 +303,12 @@ def _planes_reference(
     return rq_spline_reference(x, params, *constants)
 
 
+def _plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *arguments[:3])):
+        return _planes_reference(x, *arguments)  # torch.export has kept the op without its backward
+    return plain(x, *arguments)
+
+
 def _fake_planes(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     total = x.new_empty(x.shape[0] if arguments[-1] else 0, dtype=wide_type(x, *arguments[:3]))
     return x.new_empty(x.shape), total
@@ -316,7 +326,7 @@ _rq_spline_planes = define_op(
     _planes_reference,
     saves="x params heights derivatives",
     gradients=_gradients_in_planes,
-    plain=plain,
+    plain=_plain,
     plain_backward=plain_backward,
     backward_launch=None,
     is_plain=lambda *_: True,

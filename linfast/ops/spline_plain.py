@@ -48,7 +48,7 @@ class Bin(NamedTuple):
 
     outside: whether the value is outside the interval, or NaN
     below [D, K - 1, b]: 1 for the bins before this one, else 0
-    index [2, D, 1, b]: its number, int64
+    number [2, D, 1, b]: its number, int64
     fractions, before [2, D, b]: its fraction, and the sum of those of the bins before it
     sizes, starts [2, D, b]: W and H; x_k - l and y_k - l
     raw, slopes [2, D, b]: derivatives at its two knots, raw and d
@@ -56,7 +56,7 @@ class Bin(NamedTuple):
 
     outside: Tensor
     below: Tensor
-    index: Tensor
+    number: Tensor
     fractions: Tensor
     before: Tensor
     sizes: Tensor
@@ -83,17 +83,28 @@ def plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     given, (*options, inverse, log_det) = arguments[:3], arguments[3:]
     spline, wide = Spline(*options), wide_type(x, *given)
     y, total = x.new_empty(x.shape), x.new_zeros(x.shape[0] if log_det else 0, dtype=wide)
-    for rows, value, tables in parts(x, given, spline, wide):
-        found = find(value, tables, spline, inverse)
-        of_out = 0 if inverse else 1
-        part = found.t if inverse else found.p
-        out = found.starts[of_out].addcmul_(found.sizes[of_out], part).add_(spline.low)
-        y[rows] = torch.where(found.outside, value, out).t()
-        if log_det:
-            logs = (found.s / found.base).square_().mul_(found.M).log_()
-            logs = logs.masked_fill_(found.outside, 0).sum(0)
-            total[rows] = logs.neg_() if inverse else logs
+    with torch.inference_mode():  # calls of torch take a tenth less
+        for rows, value, tables in parts(x, given, spline, wide):
+            out, logs = _transformed(value, tables, spline, inverse, log_det)
+            y[rows] = out.t()
+            if log_det:
+                total[rows] = logs
     return y, total
+
+
+def _transformed(
+    value: Tensor, tables: Tables, spline: Spline, inverse: bool, log_det: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y [D, b], log|det| [b] or None)."""
+    found = find(value, tables, spline, inverse)
+    of_out = 0 if inverse else 1
+    part = found.t if inverse else found.p
+    out = found.starts[of_out].addcmul_(found.sizes[of_out], part).add_(spline.low)
+    out = torch.where(found.outside, value, out)
+    if not log_det:
+        return out, None
+    logs = (found.s / found.base).square_().mul_(found.M).log_().masked_fill_(found.outside, 0).sum(0)
+    return out, logs.neg_() if inverse else logs
 
 
 def wide_type(*tensors: Tensor | None) -> torch.dtype:
@@ -204,13 +215,13 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     # A product: cumsum along planes takes longer.
     torch.ge(at.unsqueeze(1), torch.matmul(knots[axis], tables.fractions[axis]), out=below)
     count = below.sum(1)
-    index = count.long().unsqueeze(1).expand(2, n, 1, b)
+    number = count.long().unsqueeze(1).expand(2, n, 1, b)
 
-    fractions = tables.fractions.expand(2, n, bins, b).gather(2, index).squeeze(2)
+    fractions = tables.fractions.expand(2, n, bins, b).gather(2, number).squeeze(2)
     before = (below * tables.fractions[:, :, :-1]).sum(2)
     starts = torch.addcmul(count * least, before, scales)
     of_bins = tables.slopes.unfold(1, bins, 1).permute(1, 0, 3, 2)  # [2, D, K, b]: left and right ends
-    raw = of_bins.expand(2, n, bins, b).gather(2, index).squeeze(2)
+    raw = of_bins.expand(2, n, bins, b).gather(2, number).squeeze(2)
     if not spline.soft_clip and spline.offset:
         raw.add_(spline.offset)
     slopes = _slopes(raw, spline)
@@ -226,7 +237,7 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     A, B = torch.lerp(d_0, s, t), torch.lerp(s, d_1, t)
     base, M = torch.lerp(B, A, t), torch.lerp(A, B, t)
     p = p if inverse else (t * A).div_(base)
-    return Bin(outside, below, index, fractions, before, sizes, starts, raw, slopes, s, t, p, A, B, base, M)
+    return Bin(outside, below, number, fractions, before, sizes, starts, raw, slopes, s, t, p, A, B, base, M)
 
 
 def _position(p: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from linfast.bench.rounding import relative_error
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import linfast as lf
-from linfast.bench.rounding import relative_error
 from linfast.ops import rq_spline, spline_plain
 from tests.ops.budget import Outputs, assert_accurate
 from tests.ops.op_cases import gradients_of
@@ -185,7 +185,7 @@ def knots(raw: Tensor, least: float) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(35))
 def test_extreme_parameters(seed: int) -> None:
-    """Raw values to 1e4; x on knots, at the ends and just outside: all is finite, monotonic, undone by the inverse."""
+    """Raw values to 1e4; x on knots, at ends and just outside: all is finite, monotonic, undone by the inverse."""
     least, K = 1e-6, (2, 5, 8, 16)[seed % 4]
     options: dict[str, Any] = {"min_width": least, "min_height": least, "min_derivative": least}
     for parameters, tails in [(p, t) for p, every in EXTREMES.items() for t in every]:
@@ -388,6 +388,20 @@ def test_compiled_with_batches_of_any_size() -> None:
         got, expected = compiled(*tensors), with_log_det(*tensors)
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(gradients_of(got, tensors), gradients_of(expected, tensors))
+
+
+def test_an_exported_program_has_gradients() -> None:
+    class Splined(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> Outputs:
+            return rq_spline(*tensors, log_det=True)
+
+    tensors = drawn(4, 3, 5)
+    with torch.no_grad():
+        program = torch.export.export(Splined(), tuple(tensors)).module()
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    outputs = program(*leaves)
+    for got, expected in zip((*outputs, *gradients_of(outputs, leaves)), splined(*tensors), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_autocast_changes_nothing() -> None:
