@@ -1,4 +1,4 @@
-"""The rational-quadratic spline of x [B, D] by params [B or 1, D, P]: one launch each way, and one for all gradients.
+"""The rational-quadratic spline of x [B, D] by params [B or 1, D, P]: one launch each way, one for all gradients.
 
 Parameters u (widths), v (heights), w (derivatives) of a value, K bins of an interval [l, r] of length L. In base 2:
 
@@ -6,27 +6,31 @@ Parameters u (widths), v (heights), w (derivatives) of a value, K bins of an int
     x_j = l + L m_w j + L (1 - m_w K) (f_0 + .. + f_{j-1})        heights H_j, y_j likewise, from v
     d_j = m_d + softplus(w_j), or exp of a clipped w_j;           1 at both ends of linear tails
 
-The bin k of x is the last with x_k <= x; only its e, f, w are kept, picked by selects while the starts are summed. With
-t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s, q = t (1 - t), base = s + e q, and sums of positive terms
+The bin k of x is the last with x_k <= x. Only its e, f and w are kept: they are selected while starts are summed.
+With t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s, q = t (1 - t), base = s + e q, and sums without a minus
 
     A = d_k (1 - t) + s t    B = s (1 - t) + d_{k+1} t    M = A (1 - t) + B t
     y = y_k + H t A / base    dy/dx = (s / base)^2 M
 
-The inverse, z = y - y_k: t = 2 s z / (b + sqrt(b^2 + 4 a s z)), a = H (s - d_k) + z e, b = H d_k - z e. t is clamped to
-[0, 1] and the root's argument at 0, so that rounding makes no NaN.
+The inverse, with z = y - y_k, b = H d_k - z e and a = H s - b, takes the form whose sums do not cancel:
 
-The backward computes the bin again, from x or y and the parameters, which alone are saved. linfast/ops/spline_plain.py
-derives its formulas; the raw width of bin j receives, with the gradients G_x of the bin's start and G_w of its size,
+    t = 2 s z / (b + r) where b >= 0, else (r - b) / (2 a),  r = sqrt(b^2 + 4 a s z)
+
+t is clamped to [0, 1] and the root's argument at 0, so that rounding makes no NaN.
+
+The backward computes the bin again, from x or y and the parameters, which alone are saved. The formulas are derived
+in linfast/ops/spline_plain.py. With the gradients G_x of the bin's start and G_w of its size, raw width j receives
 
     f_j (G_x [j < k] + G_w [j = k] - S) L (1 - m_w K) / T,    S = G_x (f_0 + .. + f_{k-1}) + G_w f_k
 
-Bytes per value in fp32: forward 4 (P + 2), P = 3 K - 1 with linear tails: 100 at K = 8; backward 4 (2 P + 3). Operations
-forward: about 22 a bin, of which 2 are exponentials on the special function unit, and 120 for the bin that was found.
-docs/roofline.md predicts that bytes are the limit.
+Bytes per value in fp32: forward 4 (P + 2), P = 3 K - 1 with linear tails: 100 at K = 8; backward 4 (2 P + 3): 196.
+Operations at K = 8 on sm_90: 648 instructions for the 32 values of a warp, of them 27 on the special function unit
+(16 exponentials of bins, 5 of two softplus, 6 quotients and logarithms); backward 960 and 35. docs/roofline.md
+predicts that bytes are the limit. The code grows with K: one compilation takes a minute at K = 64, which spills.
 
-A program takes rows x features (see spline_planes.py), all features where D fits. log|det| is summed within a row of a
-tile by the kernel and over several tiles by torch, and so are the gradients of parameters that all samples share: no
-atomics, the same bits every time.
+A program takes rows x features (see spline_planes.py), all features where D fits. log|det| is summed within a row
+of a tile by the kernel, and over several tiles by torch; likewise gradients of parameters that all samples share.
+There are no atomics: the same bits every time.
 """
 
 from __future__ import annotations
@@ -53,10 +57,10 @@ from .spline_bin import (
     slopes_of,
     transformed,
 )
-from .spline_planes import load_planes, places, store_planes, swapped, tile_numbers
+from .spline_planes import appended, load_planes, places, planes_of, store_planes, swapped, tile_numbers
 from .spline_spec import Spline
 
-# (most bins, tile). A thread has one value and all its parameters: 56 registers forward and 90 backward at K = 8 on
+# (most bins, tile). A thread has one value and all its parameters: 55 registers forward and 92 backward at K = 8 on
 # sm_90, 90 and 141 at K = 16. There, with 4 warps, the compiler keeps to 128 registers and spills.
 TILES: tuple[tuple[int, Tile], ...] = (
     (8, {"VALUES": 128, "num_warps": 4}),
@@ -70,17 +74,20 @@ def _load_parameters(
     BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr,
     BINS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """(raw widths, raw heights; e of widths, 1 / their sum; e of heights, 1 / their sum; raw derivatives of all knots)."""
+    """(raw widths, raw heights; e and 1 / their sum, of widths, of heights; raw derivatives at all knots)."""
     N_SLOPES: tl.constexpr = BINS - 1 + TAILS
     step = 1 if BINS_LAST else stride
-    u = load_planes(ptr, step, inside, BINS, LEVELS, N, BINS_LAST)
-    v = load_planes(ptr + BINS * step, step, inside, BINS, LEVELS, N, BINS_LAST)
-    knots = load_planes(ptr + 2 * BINS * step, step, inside, N_SLOPES, LEVELS, N, BINS_LAST)
+    u = load_planes(ptr, step, inside, BINS, LEVELS, BINS_LAST)
+    v = load_planes(ptr + BINS * step, step, inside, BINS, LEVELS, BINS_LAST)
+    knots = load_planes(ptr + 2 * BINS * step, step, inside, N_SLOPES, LEVELS, BINS_LAST)
+    u = planes_of(u, BINS, LEVELS, N, BINS_LAST)
+    v = planes_of(v, BINS, LEVELS, N, BINS_LAST)
+    knots = planes_of(knots, N_SLOPES, LEVELS, N, BINS_LAST)
     if TAILS == LINEAR:
         end = tl.zeros_like(u[0])
-        knots = (end,) + knots + (end,)
+        knots = appended(appended((), end) + knots, end)
     elif TAILS == CIRCULAR:
-        knots = knots + (knots[0],)
+        knots = appended(knots, knots[0])
     e_u, over_u = exponentials(u, inv_temperature * LOG2E, over_bound, BINS, SOFT_CLIP)
     e_v, over_v = exponentials(v, inv_temperature * LOG2E, over_bound, BINS, SOFT_CLIP)
     return u, v, e_u, over_u, e_v, over_v, knots
@@ -141,7 +148,9 @@ def _store_gradients(
         store_planes(ptr, step, planes, there, COUNT, LEVELS, ROWS * FEATURES, BINS_LAST)
 
 
-@triton.jit(do_not_specialize=["n_rows", "stride_pb", "stride_pd", "stride_pk", "stride_qb", "stride_qd", "stride_qk"])
+@triton.jit(
+    do_not_specialize=["n_rows", "stride_pb", "stride_pd", "stride_pk", "stride_qb", "stride_qd", "stride_qk"]
+)
 def _rq_spline_backward_kernel(
     x_ptr, params_ptr, grad_ptr, grad_log_det_ptr, dx_ptr, dparams_ptr, n_rows, n_features,
     stride_xb, stride_xd, stride_pb, stride_pd, stride_pk, stride_gb, stride_gd, stride_h,

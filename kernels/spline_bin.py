@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .math import exp, sigmoid, softplus
+from .spline_planes import appended
 from .spline_spec import TAILS
 
 LINEAR = tl.constexpr(TAILS.index("linear"))
@@ -24,11 +25,11 @@ def _clipper(raw, over_bound):
 
 @triton.jit
 def exponentials(raw, sharpness, over_bound, BINS: tl.constexpr, SOFT_CLIP: tl.constexpr):
-    """(e_j of each bin, 1 / their sum). The exponents are at most 0: exp2's error is then small beside the sum's."""
+    """(e_j of each bin, 1 / their sum)."""
     if SOFT_CLIP:
         clipped = ()
         for j in tl.static_range(BINS):
-            clipped = clipped + (raw[j] / _clipper(raw[j], 2.0 * over_bound),)
+            clipped = appended(clipped, raw[j] / _clipper(raw[j], 2.0 * over_bound))
         raw = clipped
     most = raw[0]
     for j in tl.static_range(1, BINS):
@@ -37,14 +38,14 @@ def exponentials(raw, sharpness, over_bound, BINS: tl.constexpr, SOFT_CLIP: tl.c
     total = tl.zeros_like(most)
     for j in tl.static_range(BINS):
         term = tl.exp2((raw[j] - most) * sharpness)
-        terms = terms + (term,)
+        terms = appended(terms, term)
         total += term
     return terms, 1.0 / total
 
 
 @triton.jit
 def bin_of(value, e_u, over_u, e_v, over_v, knots, bounds, BINS: tl.constexpr, INVERSE: tl.constexpr):
-    """The value's bin: (its number k; its f and the f before it, of widths, of heights; raw derivatives of its knots)."""
+    """(number k of the value's bin; its f and their sum before it, of widths, heights; its raw derivatives)."""
     low, least_w, scale_w, least_h, scale_h = bounds
     k = tl.zeros(value.shape, tl.int32)
     e_w, e_h, raw_0, raw_1 = e_u[0], e_v[0], knots[0], knots[1]
@@ -81,9 +82,7 @@ def _slope(raw, min_derivative, over_bound, SOFT_CLIP: tl.constexpr):
 
 
 @triton.jit
-def slopes_of(
-    found, min_derivative, over_bound, BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr
-):
+def slopes_of(found, min_derivative, over_bound, BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr):
     """d_k and d_{k+1}; 1 at the ends of linear tails."""
     d_0 = _slope(found[5], min_derivative, over_bound, SOFT_CLIP)
     d_1 = _slope(found[6], min_derivative, over_bound, SOFT_CLIP)
@@ -138,7 +137,7 @@ def log_slope(terms):
 
 @triton.jit
 def pulled(g, h, inside, terms, INVERSE: tl.constexpr):
-    """The gradients of the value; of the bin's x_k, w, y_k, h; of its d_k, d_{k+1}: from those of y and of log|det|."""
+    """The gradients of the value; of the bin's x_k, w, y_k, h; of d_k, d_{k+1}; from those of y and log|det|."""
     w, height, s, e, t, q, over_base, A, B, M = terms
     ratio = s * over_base
     y_x = ratio * ratio * M
@@ -178,7 +177,7 @@ def of_sizes(
         if SOFT_CLIP:
             clipper = _clipper(raw[j], 2.0 * over_bound)
             gradient = gradient / (clipper * clipper)
-        gradients = gradients + (gradient,)
+        gradients = appended(gradients, gradient)
     return gradients
 
 
@@ -196,7 +195,7 @@ def of_slopes(
         gradient = tl.where(k == j, of_0, tl.where(k == j - 1, of_1, 0.0))
         if TAILS == CIRCULAR and j == 0:
             gradient += tl.where(k == BINS - 1, of_1, 0.0)
-        gradients = gradients + (gradient,)
+        gradients = appended(gradients, gradient)
     return gradients
 
 

@@ -1,15 +1,18 @@
-"""Parameters of a spline on a tile of values as @triton.jit helpers: one vector per parameter, a plane.
+"""The parameters of a spline on a tile of values, as @triton.jit helpers: one vector per parameter, a plane.
 
 A tile is ROWS samples by FEATURES features, as one vector of N values. Each thread then has all parameters of its
 value, and sums, maxima and searches over bins need no other thread. Where the parameters of a value are contiguous
-(bins last), a plane would read 4 bytes of each line. A matrix [N, WIDTH] is read instead, whose lines are whole, and
-split into its columns, which moves each number to the thread of its value; gradients are joined and stored likewise.
+(bins last), the lanes of a load would be P numbers apart. A matrix [N, WIDTH] is loaded instead, whose rows are
+contiguous, and is split into its columns, which moves each number once through shared memory, to the thread of its
+value. Gradients are joined and stored likewise.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .channel_mix import load_channels
 
 
 @triton.jit
@@ -46,36 +49,52 @@ def swapped(values, OUTER: tl.constexpr, INNER: tl.constexpr, SWAPPED: tl.conste
 
 
 @triton.jit
-def load_planes(
-    ptr, stride, inside, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr, BINS_LAST: tl.constexpr
-):
-    """COUNT vectors [N] in fp32, of which ptr [N] points at the first; COUNT is at most 2^LEVELS + 1."""
-    planes = ()
-    first: tl.constexpr = (1 << LEVELS) if BINS_LAST else 0
+def appended(values, value):
+    """A tuple with one more value."""
+    return values + (value,)  # noqa: RUF005 (Triton has no starred tuples)
+
+
+@triton.jit
+def load_planes(ptr, stride, inside, COUNT: tl.constexpr, LEVELS: tl.constexpr, BINS_LAST: tl.constexpr):
+    """COUNT planes in fp32, of which ptr [N] points at the first; with bins last the first 2^LEVELS as a matrix.
+
+    COUNT is at most 2^LEVELS + 1. All loads are to come before ``planes_of``, whose barriers they cannot pass.
+    """
     if BINS_LAST:
         j = tl.arange(0, 1 << LEVELS)[None, :]
         matrix = tl.load(ptr[:, None] + j, mask=inside[:, None] & (j < COUNT), other=0.0)
-        planes = _columns(matrix.to(tl.float32), COUNT, LEVELS, N)
-    for j in tl.static_range(first, COUNT):  # all planes, or the one after a full matrix
-        planes = planes + (tl.load(ptr + j * stride, mask=inside, other=0.0).to(tl.float32),)
+        last = load_channels(ptr + (1 << LEVELS), 1, inside, COUNT - (1 << LEVELS))
+        planes = appended((), matrix.to(tl.float32)) + last
+    else:
+        planes = load_channels(ptr, stride, inside, COUNT)
+    return planes
+
+
+@triton.jit
+def planes_of(loaded, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr, BINS_LAST: tl.constexpr):
+    """The COUNT vectors [N] that ``load_planes`` read."""
+    if BINS_LAST:
+        planes = _columns(loaded[0], COUNT, LEVELS, N) + loaded[1:]
+    else:
+        planes = loaded
     return planes
 
 
 @triton.jit
 def _columns(matrix, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr):
     """The first columns of a matrix [N, 2^LEVELS]: it is split into even and odd columns, and so on."""
-    parts = (matrix,)
+    parts = appended((), matrix)
     for level in tl.static_range(LEVELS):
         even = ()
         odd = ()
         for i in tl.static_range(1 << level):
             a, b = tl.split(tl.reshape(parts[i], [N, 1 << (LEVELS - level - 1), 2]))
-            even = even + (a,)
-            odd = odd + (b,)
+            even = appended(even, a)
+            odd = appended(odd, b)
         parts = even + odd
     columns = ()
     for i in tl.static_range(COUNT if COUNT < (1 << LEVELS) else 1 << LEVELS):
-        columns = columns + (tl.reshape(parts[i], [N]),)
+        columns = appended(columns, tl.reshape(parts[i], [N]))
     return columns
 
 
@@ -96,14 +115,14 @@ def store_planes(
 
 @triton.jit
 def _joined(columns, COUNT: tl.constexpr, LEVELS: tl.constexpr, N: tl.constexpr):
-    """The matrix [N, 2^LEVELS] of these columns; zeros follow the last one."""
-    parts = ()
-    for i in tl.static_range(1 << LEVELS):
-        parts = parts + (tl.reshape(columns[i if i < COUNT else 0], [N, 1]),)
+    """The matrix [N, 2^LEVELS] that begins with these columns."""
+    parts = appended((), tl.reshape(columns[0], [N, 1]))
+    for i in tl.static_range(1, 1 << LEVELS):
+        parts = appended(parts, tl.reshape(columns[i if i < COUNT else 0], [N, 1]))
     for level in tl.static_range(LEVELS):
         joined = ()
         for i in tl.static_range(1 << (LEVELS - level - 1)):
             pair = tl.join(parts[i], parts[i + (1 << (LEVELS - level - 1))])
-            joined = joined + (tl.reshape(pair, [N, 1 << (level + 1)]),)
+            joined = appended(joined, tl.reshape(pair, [N, 1 << (level + 1)]))
         parts = joined
     return parts[0]

@@ -35,7 +35,7 @@ class MaskedMLP(nn.Module):
 
     Args:
         features: D.
-        per_feature: parameters per feature: 2, shift and raw scale, or 1, shift.
+        per_feature: parameters per feature: 2, shift and raw scale; 1, shift; or those of a spline.
         hidden: widths of the hidden layers, at least one.
         activation: relu, silu, tanh, gelu or elu.
         residual: each width after the first, which must equal it, is a block of two layers whose result is added to

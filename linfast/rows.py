@@ -31,6 +31,7 @@ class _Sizes:
     """Sizes of parts that fit the cache (measured on an AMD EPYC, 1 MiB of L2 per core: docs/accelerate.md)."""
 
     bytes: int = 1 << 20  # of the widest layer's output, per thread; half or twice as many cost up to 8%
+    weights: int = 32  # of an MLP, per input and output: with fewer, joining the parts takes longer than it saves
     fewest: int = 256  # rows per thread; with fewer, products are slower and torch's overhead per call is larger
     apart: int = 512  # rows from which a product with one row apart saves more than its calls cost (8 layers of 64)
 
@@ -38,6 +39,12 @@ class _Sizes:
 _SIZES = _Sizes()
 SHORT = 2 * _SIZES.fewest
 """A batch of fewer rows is never cut, whatever the number of threads."""
+
+
+def is_worth_cutting(sizes: Sequence[int]) -> bool:
+    """Whether an MLP with layers of these sizes has enough weights for its inputs and outputs."""
+    weights = sum(a * b for a, b in itertools.pairwise(sizes))
+    return weights >= _SIZES.weights * (sizes[0] + sizes[-1])
 
 
 def rows_at_once(x: Tensor, widths: Callable[[], Sequence[int | None]]) -> int | None:

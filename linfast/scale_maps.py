@@ -175,6 +175,8 @@ class ScaleMap:
 def log_scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
     """``scale_map.log_scale`` without its argument check, for use in loops."""
     bound, floor = scale_map.constants
+    if scale_map.kind == "tanh" and bound == 1:
+        return torch.tanh
     function: Callable[..., Tensor] = _KINDS[scale_map.kind].log_scale
     return functools.partial(function, c=bound, floor=floor)
 

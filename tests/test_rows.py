@@ -13,7 +13,7 @@ import linfast as lf
 from linfast import rows
 
 FEATURES, BATCH = 6, 517  # the last part is shorter
-FEW = rows._Sizes(bytes=64 * 16 * 8, fewest=8)  # 64 rows at a time of layers 16 wide in fp64
+FEW = rows._Sizes(bytes=64 * 16 * 8, weights=0, fewest=8)  # 64 rows at a time of layers 16 wide in fp64
 
 
 @pytest.fixture

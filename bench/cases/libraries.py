@@ -73,6 +73,39 @@ def _nflows(name: str) -> Maker:
     return make
 
 
+def _nflows_spline(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
+    """As sbi builds its ``nsf``, without a context and without the linear maps between the couplings."""
+    import nflows.transforms as transforms
+    from nflows.nn.nets import ResidualNet
+
+    coupling = functools.partial(
+        transforms.PiecewiseRationalQuadraticCouplingTransform,
+        transform_net_create_fn=lambda i, o: ResidualNet(i, o, hidden_features=hidden[0]),
+        num_bins=10,
+        tails="linear",
+        tail_bound=3.0,
+    )
+    masks = [torch.arange(features).add(i).remainder(2) for i in range(depth)]
+    couplings = [coupling(mask) for mask in masks]
+    return transforms.CompositeTransform(couplings).eval(), lambda m, x: m(x), lambda m, x: m.inverse(x)
+
+
+def _normflows_spline(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
+    import normflows as nf
+
+    kind = functools.partial(nf.flows.CoupledRationalQuadraticSpline, features, 2, hidden[0])
+    flows = [kind(reverse_mask=i % 2 == 1) for i in range(depth)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(features, trainable=False), flows)
+    return model, lambda m, x: m.inverse_and_log_det(x), lambda m, x: m.forward_and_log_det(x)
+
+
+def _glasflow_spline(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
+    import glasflow
+
+    model = glasflow.CouplingNSF(features, depth, n_neurons=hidden[0])
+    return model.eval(), lambda m, x: m.forward(x), lambda m, x: m.inverse(x)
+
+
 def _glasflow(features: int, depth: int, hidden: tuple[int, ...]) -> Model:
     """RealNVP with the library's residual networks, of one block each."""
     import glasflow
@@ -133,6 +166,9 @@ LIBRARIES: dict[str, Maker] = {  # by library and class
     "nflows AffineCouplingTransform": _nflows("AffineCouplingTransform"),
     "nflows AdditiveCouplingTransform": _nflows("AdditiveCouplingTransform"),
     "glasflow RealNVP": _glasflow,
+    "nflows PiecewiseRationalQuadraticCouplingTransform": _nflows_spline,
+    "normflows CoupledRationalQuadraticSpline": _normflows_spline,
+    "glasflow CouplingNSF": _glasflow_spline,
     "FrEIA GLOWCouplingBlock": _freia("GLOWCouplingBlock", 2),
     "FrEIA RNVPCouplingBlock": _freia("RNVPCouplingBlock", 2),
     "FrEIA NICECouplingBlock": _freia("NICECouplingBlock", 2),

@@ -6,6 +6,7 @@ Ops are looked up when a case is built, so that ``--compare`` runs the others on
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import linfast as lf
 from linfast import ops
 from linfast.scale_maps import ScaleMap
 
@@ -234,6 +236,62 @@ _masked_autoregressive = op_case(
 )
 
 
+# The rational-quadratic spline with linear tails, by parameters [B, D, 3 K - 1] as a network returns them. nflows'
+# function takes views of them. "planes" is what linfast runs on a CPU.
+
+_SPLINE_BIN, _SPLINE_FOUND = 22, 120  # operations per bin, and for the bin that a value is in
+
+
+def _spline(size: Size) -> Function:
+    from linfast.kernels.spline_spec import Spline
+
+    from linfast.ops.rq_spline import spline_transform
+
+    spline, inverse = Spline(int(size["K"])), size["direction"] == INVERSE
+    return lambda x, params: spline_transform(x, params, spline, inverse, True)
+
+
+def _other_splines(size: Size, options: Options) -> Mapping[str, Function]:
+    (K,), inverse, found = ints(size, "K"), size["direction"] == INVERSE, {}
+
+    def in_planes(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        with lf.backend("auto"):
+            return _spline(size)(x, params)
+
+    def of_nflows(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline as spline
+
+        y, logs = spline(x, *params.split((K, K, K - 1), -1), inverse=inverse, tail_bound=3.0)
+        return y, logs.sum(1)
+
+    if options.device.type == "cpu":
+        found["planes"] = in_planes
+    if importlib.util.find_spec("nflows") is not None:
+        found["nflows"] = of_nflows
+    return found
+
+
+_SPLINE: Size = {**_FP32, "D": 8, "K": 8, "batch": 4096}
+_rq_spline = op_case(
+    "rq_spline",
+    lambda source, size: (
+        source.normal(*ints(size, "batch", "D")),
+        source.normal(*ints(size, "batch", "D"), 3 * int(size["K"]) - 1),
+    ),
+    _spline,
+    lambda size, x: (_SPLINE_BIN * int(size["K"]) + _SPLINE_FOUND) * x.numel(),
+    tiny=[{**_SPLINE, "direction": BACKWARD, "D": 2, "K": 3, "batch": 5}],
+    quick=[_SPLINE],
+    gpu=[
+        *grid({**_SPLINE, "batch": 2**16}, direction=(FORWARD, INVERSE, BACKWARD), dtype=_DTYPES),
+        {**_SPLINE, "batch": 8192},
+    ],
+    full=grid(_SPLINE, direction=(FORWARD, INVERSE, BACKWARD), batch=(2**6, 2**9, 2**12, 2**16)),
+    rivals=_other_splines,
+    baseline="nflows",
+)
+
+
 # The low-rank product y = x V U^T with one pair of factors per sample, forward and backward. "materialised" is the
 # arithmetic of the reference repository's LoRA layer, A = V U^T [B, N, N], and the baseline where its matrices fit.
 
@@ -377,6 +435,6 @@ _fused = op_case(
 )
 
 CASES = [
-    *(_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _masked_autoregressive, _low_rank),
-    *(_latent_matmul, _depthwise_conv, _group_norm_silu, _fused),
+    *(_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _masked_autoregressive, _rq_spline),
+    *(_low_rank, _latent_matmul, _depthwise_conv, _group_norm_silu, _fused),
 ]

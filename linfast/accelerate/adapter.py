@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..dispatch import read_at_once
 from ..flows.drift import DriftGuard
+from ..flows.remembered import writes
 from .identity import find_class, has, original_class
 
 
@@ -38,27 +39,31 @@ class Plan:
         runs: the report's description of the code that now runs.
         note: the report's note on a defect of the original that was fixed or kept.
         layout: values that the replaced methods need at every call and that are computed once.
+        fused: the couplings of a chain, or of one module, that run together: a ``fused.Fused``.
         takes_precision: whether that code has matrix products of its own, which follow ``options.precision``.
         vectors: the number of features of the vectors on which the check also runs its own conditioners, if any.
         kind: what else tells its code apart from another instance's; the check runs once for equal ones.
+        own_settings: names of this instance's attributes on which the plan depends, beside ``settings``.
         options: the options of ``accelerate``. ``plan_for`` fills in this field and the next three.
         seen: the tensors that the plan depends on, each with its version counter at that time.
         values, settings: the values of masks on a CPU, and the settings, at that time.
-        least_rows: of a coupling: a CPU batch with fewer rows per thread runs the original.
+        least_rows: a CPU batch of fewer rows per thread runs the original; without and with gradients enabled.
         guard: measures the error of tensors that the instance rebuilds in a backward, and warns of it.
     """
 
     runs: str
     note: str = ""
     layout: Any = None
+    fused: Any = None
     takes_precision: bool = False
     vectors: int | None = None
     kind: Hashable = ()
+    own_settings: tuple[str, ...] = ()
     options: Options = Options()
     seen: tuple[tuple[Tensor, int], ...] = field(default=(), compare=False)
     values: tuple[Tensor, ...] = field(default=(), compare=False)
     settings: tuple[Any, ...] = field(default=(), compare=False)
-    least_rows: float = field(default=0.0, compare=False)
+    least_rows: tuple[float, float] = field(default=(0.0, 0.0), compare=False)
     guard: DriftGuard = field(default_factory=DriftGuard, compare=False)
 
 
@@ -66,6 +71,7 @@ Draw = Callable[..., Tensor]
 """draw(*shape): standard normal values from a fixed seed, in the check's dtype and on its device."""
 
 
+ORIGINAL = "the original's own code"  # in reports
 _IN_NO_CHAIN = "it is in no chain of a known class"
 
 
@@ -91,6 +97,7 @@ class Adapter:
         probe: (copy, draw) -> the methods' outputs on random inputs. It may replace the copy's conditioners.
         masks: instance -> tensors whose values ``plan`` reads. Where it cannot read them, the original runs: under
             torch.compile, torch.export and torch.jit.trace, and for an ensemble under torch.vmap.
+        reads_masks: layout -> whether the plan depends on the masks' values.
         settings: names of the attributes, other than tensors, that ``plan`` reads.
         assumes: names of methods that ``methods`` reimplement but do not replace; they must be unmodified.
         attributes: names of attributes that distinguish the class from unrelated classes of the same name.
@@ -98,7 +105,8 @@ class Adapter:
         conditioners: instance -> its conditioners. The report describes them; the check copies them ``emptied``.
         emptied: instance -> further modules that the check copies without parameters, buffers and submodules.
         members: of a coupling: (instance, layout) -> its sides, and permutations and diagonal maps between them.
-            A coupling on a CPU runs the original on short batches.
+        layout: of a coupling: instance -> the layout that ``members`` takes; raises Unfit.
+        copied: (instance, bare copy) -> None: tells the copy what only the instance itself can show.
         vectors: of a coupling or a chain: (copy, draw, features) -> the outputs of both directions on vectors, with
             the copy's own conditioners.
         decides: whether the replaced methods decide themselves when the original runs.
@@ -118,6 +126,7 @@ class Adapter:
     plan: Callable[[Any, Options], Plan]
     probe: Callable[[Any, Draw], Sequence[Tensor]]
     masks: Callable[[Any], Iterable[Tensor]] | None = None
+    reads_masks: Callable[[Any], bool] = lambda layout: True
     settings: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
@@ -125,6 +134,8 @@ class Adapter:
     conditioners: Callable[[Any], Iterable[nn.Module]] = _nothing
     emptied: Callable[[Any], Iterable[nn.Module]] = _nothing
     members: Callable[[Any, Any], Sequence[Any]] = _nothing
+    layout: Callable[[Any], Any] = _nothing
+    copied: Callable[[Any, Any], Any] = _nothing
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = _nothing
     decides: bool = False
     many_steps: bool = False
@@ -152,31 +163,41 @@ class Adapter:
     def plan_for(self, instance: Any, options: Options) -> Plan:
         """The instance's plan, with the options, tensors and settings that it depends on."""
         plan = self.plan(instance, options)
-        seen, settings, values = self._sources(instance)
+        seen, settings, values = self._sources(instance, plan)
         values = tuple(value.detach().clone() for value in values)
         return replace(plan, options=options, seen=seen, settings=settings, values=values)
 
-    def settings_of(self, instance: Any) -> tuple[Any, ...]:
-        """The current values of the instance's ``settings``."""
-        return tuple(getattr(instance, name, None) for name in self.settings)
+    def settings_of(self, instance: Any, plan: Plan) -> tuple[Any, ...]:
+        """The current values of the settings that the instance's plan depends on."""
+        return tuple(getattr(instance, name, None) for name in (*self.settings, *plan.own_settings))
 
-    def _sources(self, instance: Any) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
+    def masks_of(self, instance: Any, layout: Any) -> tuple[Tensor, ...]:
+        """The masks whose values a plan of this layout depends on."""
+        return tuple(self.masks(instance)) if self.masks and self.reads_masks(layout) else ()
+
+    def _sources(
+        self, instance: Any, plan: Plan
+    ) -> tuple[tuple[tuple[Tensor, int], ...], tuple[Any, ...], tuple[Tensor, ...]]:
         """(frozen tensors of the instance and ``inner``, with version counters; settings; masks on a CPU)."""
         modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
-        own = (t for m in modules for t in (*m._buffers.values(), *m._parameters.values()))
-        untrained = [t for t in own if t is not None and not t.requires_grad]
-        seen = tuple((t, 0 if t.is_inference() else t._version) for t in untrained)
+        seen = tuple((t, writes(t)) for module in modules for t in untrained(module))
         # Comparing a GPU's masks at every call would wait for the device.
-        values = tuple(mask for mask in self.masks(instance) if read_at_once(mask)) if self.masks else ()
-        return seen, self.settings_of(instance), values
+        values = tuple(mask for mask in self.masks_of(instance, plan.layout) if read_at_once(mask))
+        return seen, self.settings_of(instance, plan), values
 
     def holds(self, plan: Plan, instance: Any) -> bool:
         """Whether nothing that the plan depends on has changed; on a GPU, writes through ``.data`` go unnoticed."""
-        seen, settings, values = self._sources(instance)
+        seen, settings, values = self._sources(instance, plan)
         if (len(seen), settings, len(values)) != (len(plan.seen), plan.settings, len(plan.values)):
             return False
-        same = (t is then and writes == before for (t, writes), (then, before) in zip(seen, plan.seen, strict=True))
+        same = (t is then and now == before for (t, now), (then, before) in zip(seen, plan.seen, strict=True))
         return all(same) and all(map(torch.equal, values, plan.values))
+
+
+def untrained(module: nn.Module) -> list[Tensor]:
+    """The module's own buffers and its parameters that require no gradient."""
+    own = (*module._buffers.values(), *module._parameters.values())
+    return [t for t in own if t is not None and not t.requires_grad]
 
 
 ADAPTERS: dict[tuple[str | None, str], Adapter] = {}

@@ -126,14 +126,14 @@ def put_stubs(members: Sequence[nn.Module], draw: Draw) -> None:
                 module.size = 1 / len(members)
 
 
-def fused_of(chain: Any) -> Together | None:
-    """The Together of a swapped chain, renewed where the chain has changed; None: its members run one by one."""
-    plan = vars(chain)[PLAN]
-    if not isinstance(plan.layout, Together):
+def fused_of(owner: Any) -> Together | None:
+    """The Together of a swapped module, renewed where it has changed; None where its couplings run one by one."""
+    plan = vars(owner)[PLAN]
+    if plan.fused is None:
         return None
-    now = plan.layout.renewed(chain)
-    if now is not None and now is not plan.layout:
-        vars(chain)[PLAN] = replace(plan, layout=now)
+    now: Together | None = plan.fused.renewed(owner)
+    if now is not None and now is not plan.fused:
+        vars(owner)[PLAN] = replace(plan, fused=now, layout=owner._linfast_adapter.layout(owner))
     return now
 
 
@@ -143,8 +143,8 @@ def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tens
     A chain that was swapped with memory="store" runs its couplings together, affine ones only without a context.
     """
     plan = vars(chain)[PLAN]
-    if isinstance(plan.layout, Together):
-        fused = fused_of(chain) if plan.layout.takes(x, context) else None
+    if plan.fused is not None:
+        fused = fused_of(chain) if plan.fused.takes(x, context) else None
         return None if fused is None else fused(chain, x, inverse, context)
     parts = parts_to_invert(chain, x, plan.layout)
     if parts is None:
@@ -186,14 +186,10 @@ def chain_adapter(
             if (why := why_apart(chain)) is not None:
                 raise Unfit(why)
             arguments = chain, flat, run_part, maps, options
-            fused: Together
             try:
-                fused = Fused(*arguments)
+                return Fused(*arguments).plan(chain)
             except Unfit:
-                fused = SplineChain(*arguments)
-            like = next(p for p in chain.parameters() if p.is_floating_point())
-            one = fused.launch is not None and fused.launch.has_tile(like, options.precision)
-            return Plan(fused.describe(like), layout=fused, takes_precision=one, vectors=fused.features)
+                return SplineChain(*arguments).plan(chain)
         parts = find(chain)
         check_parts(parts)
         return Plan(f"{len(parts)} steps, rebuilt in the backward", layout=find)

@@ -2,7 +2,7 @@
 
 on a GPU   one launch with its MLP conditioners (``launch.py``), else ``ops.affine_coupling`` on their output
 else       the library's own code; on a CPU a long batch is cut into parts of as many rows as fit the cache
-           (``rows.py``), where the conditioners are MLPs, whose rows do not depend on each other
+           (``rows.py``), where the conditioners are MLPs or ResidualNets, whose rows do not depend on each other
 
 The check before a swap (``verify.py``) runs ``ops.affine_coupling`` wherever it fits, in plain torch on a CPU.
 """
@@ -18,15 +18,13 @@ from torch import Tensor, nn
 
 from ..dispatch import has_global_hook, tensor_of, uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
-from ..rows import Work, by_rows, checks_all_lengths, rows_at_once, rows_in_cache
-from .adapter import Adapter, Draw, Options, Plan, Stub
+from ..rows import by_rows, checks_all_lengths, is_worth_cutting, rows_at_once, rows_in_cache
+from .adapter import ORIGINAL, Adapter, Draw, Options, Plan, Stub
 from .identity import PLAN
 from .launch import lone_launch
-from .mlp import find_mlp
-from .sides import Side
-
-_ORIGINAL = "the original's own code"
-
+from .mlp import MLP, find_mlp
+from .residual import Residual, find_residual
+from .sides import Affine, Side
 
 Members = Callable[[Any, Any, Sequence[Any]], Sequence[Any]]
 """(instance, layout, context) -> its sides, maps and permutations, in the order in which its forward runs them."""
@@ -42,7 +40,7 @@ def coupling_adapter(
     shapes: Callable[[Any], Iterable[tuple[int, ...]]],
     methods: Methods,
     extra: Callable[[Any], int] = lambda module: 0,
-    stub: type[Stub] = Stub,
+    stub: Callable[[Any], type[Stub]] = lambda module: Stub,
     **what: Any,
 ) -> Adapter:
     """The adapter of a class of couplings.
@@ -53,7 +51,7 @@ def coupling_adapter(
         nets: instance -> its conditioners, equally many for each side.
         shapes: instance -> shapes of inputs for the check.
         extra: instance -> number of context channels that its conditioners take in addition to the kept channels.
-        stub: the class that replaces the conditioners in the check.
+        stub: instance -> the class that replaces its conditioners in the check.
     """
 
     def plan(module: Any, options: Options) -> Plan:
@@ -61,11 +59,11 @@ def coupling_adapter(
         return _plan(text, module, members(module, layout, ()), options, layout)
 
     def put_stubs(module: Any, sides: Sequence[Side], features: int, draw: Draw) -> None:
-        conditioners, stubs = nets(module), {}
+        conditioners, made, stubs = nets(module), stub(module), {}
         for i, net in enumerate(conditioners):
             side = sides[i * len(sides) // len(conditioners)]
             n_in, n_out = side.widths(*map(len, side.split.features_of(features)))
-            stubs[id(net)] = stub(n_in + extra(module), n_out, draw)
+            stubs[id(net)] = made(n_in + extra(module), n_out, draw)
         for inside in [*module.modules()]:
             for name, child in [*inside._modules.items()]:
                 if id(child) in stubs:
@@ -88,6 +86,7 @@ def coupling_adapter(
         plan=plan,
         probe=probe,
         conditioners=nets,
+        layout=lambda module: find(module)[1],
         members=lambda module, layout: members(module, layout, ()),
         vectors=lambda module, draw, features: both_ways(module, draw, (3, features)),
         **what,
@@ -105,12 +104,12 @@ def two_methods(members: Members, context: str = "none", log_det: bool = True, i
 
     def method(name: str) -> Callable[..., Any]:
         def run(module: Any, x: Tensor, *given: Any) -> Any:
-            def original(x: Tensor) -> tuple[Tensor, Any]:
+            def original(x: Tensor, *given: Any) -> tuple[Tensor, Any]:
                 outputs = getattr(module._linfast_original, name)(module, x, *given)
                 return outputs if log_det else (outputs, None)
 
             found = members(module, module._linfast_plan.layout, [c for c in given if c is not None])
-            outputs = couple(module, found, x, name == inverse, original)
+            outputs = couple(module, found, x, name == inverse, original, given)
             return outputs if log_det else outputs[0]
 
         takes = {"none": lambda module, x: run(module, x), "any": run}
@@ -130,14 +129,16 @@ def _sides(members: Sequence[Any]) -> list[Side]:
 
 
 def couple(
-    owner: nn.Module, members: Sequence[Any], x: Tensor, inverse: bool, original: Work
-) -> tuple[Tensor, Any]:
+    owner: nn.Module, members: Sequence[Any], x: Tensor, inverse: bool, original: Callable[..., Any],
+    given: Sequence[Any] = (),
+) -> tuple[Tensor, Any]:  # fmt: skip
     """(y, log_det [B]) of x [B, C, ...] under a swapped coupling, or under its inverse.
 
     Args:
         owner: the swapped module.
         members: its sides, diagonal maps and permutations, in the order in which the library's forward runs them.
-        original: the library's own code, x -> (y, log_det or None).
+        original: the library's own code, (x, *given) -> (y, log_det or None).
+        given: its other arguments: contexts of as many rows as x, or None.
     """
     sides = _sides(members)
     like = tensor_of(owner)
@@ -149,12 +150,12 @@ def couple(
         if launch is not None and launch.features == x.shape[1]:
             y, log_det = launch(owner, x, inverse, precision)
             return y, log_det.to(x.dtype)
-    elif (rows := rows_at_once(x, lambda: [_widest(sides)])) is not None:
-        return by_rows(original, x, rows)
+    elif (rows := rows_at_once(x, lambda: _widths(members, x, given))) is not None:
+        return by_rows(original, x, rows, *given)
     elif not checks_all_lengths():
-        return original(x)
+        return original(x, *given)
     if not all(_has_tail(side, x.shape[1], x.ndim) for side in sides):
-        return original(x)
+        return original(x, *given)
     total: Tensor | None = None
     for member in reversed(members) if inverse else members:
         x, log_det = _by_tail(member, x, inverse) if isinstance(member, Side) else member(x, inverse)
@@ -169,21 +170,35 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
     sides = _sides(members)
     whole = lone_launch(members, like, options.precision) is not None
     tail = all(_has_tail(side, side.split.features, None) for side in sides)
-    fused, here = "one launch" if whole else "fused tail" if tail else _ORIGINAL, _ORIGINAL
-    widest = _widest(sides)
-    rows = math.inf if widest is None else 2 * rows_in_cache(widest, like.element_size())
-    if widest is not None:
+    fused, here = "one launch" if whole else "fused tail" if tail else ORIGINAL, ORIGINAL
+    known = _known(members)
+    rows = (
+        2 * rows_in_cache(max(size for net in known for size in net.sizes), like.element_size())
+        if known
+        else math.inf
+    )
+    if known:
         here += f", and from {rows * torch.get_num_threads()} rows on as many at a time as fit its cache"
     where = fused if like.is_cuda else f"on a GPU: {fused}; on this CPU: {here}"
-    return Plan(f"{what} ({where})", layout=layout, takes_precision=whole, least_rows=rows)
+    return Plan(f"{what} ({where})", layout=layout, takes_precision=whole, least_rows=(rows, rows))
 
 
-def _widest(sides: Sequence[Side]) -> int | None:
-    """Values per row of the nets' widest layer, where all nets are MLPs; else None."""
-    if has_global_hook() or not all(side.nets for side in sides):
-        return None
-    mlps = [find_mlp(net) for side in sides for net in side.nets]
-    return None if None in mlps else max(width for mlp in mlps if mlp is not None for width in mlp.sizes)
+def _known(members: Sequence[Any]) -> list[MLP | Residual]:
+    """The nets, where all are MLPs or residual networks that are worth cutting, of rows apart; else nothing."""
+    nets = [side.nets or side.calls for side in _sides(members)]
+    per_batch = any(isinstance(member, Affine) and member.per_batch for member in members)
+    if per_batch or has_global_hook() or not all(nets):
+        return []
+    found = [find_mlp(net) or find_residual(net) for each in nets for net in each]
+    known = [net for net in found if net is not None and is_worth_cutting(net.sizes)]
+    return known if len(known) == len(found) else []
+
+
+def _widths(members: Sequence[Any], x: Tensor, given: Sequence[Any]) -> list[int | None]:
+    """Values per row of the nets' layers; [None] where the rows of x may depend on each other."""
+    if not all(each is None or (isinstance(each, Tensor) and each.shape[:1] == x.shape[:1]) for each in given):
+        return [None]
+    return [width for net in _known(members) for width in net.widths] or [None]
 
 
 def _has_tail(side: Side, features: int | None, ndim: int | None) -> bool:

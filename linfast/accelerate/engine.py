@@ -24,6 +24,7 @@ from .identity import (
 )
 from .mlp import find_mlp
 from .report import Report, Row
+from .residual import find_residual
 from .swap import Swapped, swap, swap_back
 from .unknown import unknown_layers
 from .verify import check_values, difference, kind_of
@@ -53,7 +54,7 @@ def accelerate(
     agree with the original's. Subclasses of known classes are left alone, as are modules with a patched
     method, a hook on a submodule whose call would be bypassed, lazy parameters or tensors on the meta
     device. The returned report gives the reason, and it counts the layers of these libraries for which linfast
-    has no formula, such as splines. A second call starts from the originals.
+    has no formula, such as planar flows. A second call starts from the originals.
 
     Of a masked autoregressive transform only the inverse is replaced; docs/accelerate.md says where.
 
@@ -155,7 +156,7 @@ def _swap_all(model: Any, options: Options) -> list[Row]:
         if row:
             rows.append(row)
     for _, instance in _objects(model):
-        if isinstance(instance, Swapped) and instance._linfast_adapter.chain:
+        if isinstance(instance, Swapped):
             fused_of(instance)  # renews it: its members have been swapped since
     return rows
 
@@ -178,9 +179,9 @@ def _try_to_swap(
     what, plan = "", None
     try:
         check_values(instance)
-        mlps = filter(None, map(find_mlp, adapter.conditioners(instance)))
-        what = " and ".join(dict.fromkeys(map(str, mlps)))
         _check_unchanged(instance, adapter)
+        known = [find_mlp(net) or find_residual(net) for net in adapter.conditioners(instance)]
+        what = " and ".join(dict.fromkeys(str(net) for net in known if net is not None))
         plan = adapter.plan_for(instance, options)
         kind = kind_of(instance, adapter, plan)
         if kind not in checked:

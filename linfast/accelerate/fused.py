@@ -2,20 +2,20 @@
 
     member       an affine coupling with MLP conditioners, a permutation, another affine map (an ActNorm, an LU
                  linear map), or any other module, which runs by the library's own code
-    one loop     ops.plain_couplings over all couplings that follow one another. A mask other than the two halves
-                 becomes a permutation of the features. Neighbouring permutations become one index; swapping the
-                 halves needs none
+    one loop     ops.plain_couplings over all couplings of the same halves and what is between them. A mask other
+                 than the two halves becomes a permutation of the features. Neighbouring permutations become one
+                 index; swapping the halves needs none
     one launch   ops.coupling_stack over all members: launch.py
 
 Parameters are read at each call. The members are recognised again where a module, parameter, setting or method was
-replaced (flows/remembered.py) or a mask has other values: ``Fused.renewed``.
+replaced (flows/remembered.py) or a mask has other values: ``Together.renewed``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,14 @@ from torch import Tensor, nn
 from ..dispatch import autocast_dtype, has_global_hook, uses_triton
 from ..flows.remembered import Evidence
 from ..flows.undo import Outputs
-from ..ops.activations import ACTIVATIONS
-from ..ops.plain_couplings import PlainCoupling, run_couplings
 from ..rows import by_rows, rows_at_once
-from .adapter import Options, Unfit, adapter_for
-from .identity import changed_method, defined_as, is_hooked, is_patched, original_class
-from .launch import Coupling, Launch, Member, arranged, launch_of, members_of, narrowed
+from .adapter import ORIGINAL, Options, Plan, Unfit, adapter_for, untrained
+from .identity import PLAN, changed_method, defined_as, is_hooked, is_patched, original_class
+from .launch import Coupling, Launch, Member, launch_of, members_of
+from .loop import NO_CONTEXT, Run, loops_of
 from .sides import Affine, Index
 
 Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
-Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
-
-NO_CONTEXT: Mapping[str, Any] = {"context": None}
 
 
 @dataclass(frozen=True)
@@ -81,22 +77,6 @@ def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
 _FEWEST = 2  # couplings
 
 
-@dataclass(frozen=True, eq=False)
-class _Loop:
-    """Couplings that follow one another, run by ops.plain_couplings. ``first`` is the length of the first half."""
-
-    couplings: list[Callable[[], PlainCoupling]]
-    first: int
-
-    def __call__(self, x: Tensor, inverse: bool) -> Outputs:
-        return run_couplings(x, [build() for build in self.couplings], None, inverse, True, self.first)
-
-
-def _own(module: nn.Module | None, run: Any) -> Callable[[Tensor, bool], Outputs]:
-    """A step of the loop that runs a member by the library's own code."""
-    return lambda x, inverse: run(module, x, NO_CONTEXT, inverse)
-
-
 class Together:
     """The recognised members of one chain, which a call runs together.
 
@@ -110,29 +90,29 @@ class Together:
 
     features: int
     dtype: torch.dtype
-    launch: Launch | None = None
+    _alone = False
 
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         self._arguments, self._options = (flat, run, maps, options), options
-        self._children, self._evidence = chain._modules, _evidence(chain, ())
 
-    def _remember(self, chain: nn.Module, recognised: Iterable[nn.Module]) -> None:
-        """These members are unchanged until ``renewed`` finds otherwise."""
-        self._children, self._evidence = chain._modules, _evidence(chain, recognised)
+    def _remember(self, chain: nn.Module, recognised: Sequence[nn.Module], masks: Iterable[Tensor]) -> None:
+        """What was recognised holds until ``renewed`` finds a change of these members or of their masks' values."""
+        self._children, self._evidence = chain._modules, _evidence(chain, recognised, masks)
+        self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
 
-    def renewed(self, chain: nn.Module) -> Together | None:
+    def plan(self, chain: nn.Module) -> Plan:
+        """The chain's plan. It reports which code runs on this device and on a GPU."""
+        raise NotImplementedError
+
+    def renewed(self, chain: nn.Module) -> Self | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
-        if self._children is chain._modules and not is_patched(chain) and self._evidence.holds():
+        if self._children is chain._modules and self._evidence.holds() and (self._alone or not is_patched(chain)):
             return self
         try:
             with torch.inference_mode(False):  # its tensors are used outside too
                 return type(self)(chain, *self._arguments)
         except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
             return None
-
-    def describe(self, like: Tensor) -> str:
-        """The report's description of the code that runs on the device of ``like``."""
-        raise NotImplementedError
 
     def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
         """Whether this can run x; if not, the library's own code does."""
@@ -154,11 +134,16 @@ class Fused(Together):
         super().__init__(chain, flat, run, maps, options)
         members: list[Member] = []
         recognised: list[nn.Module] = []
+        masks: list[Tensor] = []
         for _, module in flat(chain):
-            found = recognise(module, maps, options)
-            members += [module] if found is None else found
-            recognised += [] if found is None else [module]
-        self._remember(chain, recognised)
+            found = recognise(module, maps)
+            if found is None:
+                members.append(module)
+                continue
+            members += found[0]
+            masks += found[1]
+            recognised.append(module)
+        self._remember(chain, recognised, masks)
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -167,19 +152,28 @@ class Fused(Together):
         (self.dtype, *others) = {t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}
         if others:
             raise Unfit("its couplings have weights of several dtypes")
-        if run is None and len(couplings) < len(members):
+        if run is None and not all(isinstance(member, (Coupling, Index)) for member in members):
             raise Unfit("not all of its members are MLP couplings")
-        self._steps = _loops(members, self.features, run)
+        self._loops = loops_of(members, self.features, run)
         row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
         self._widths: list[int | None] = [max(widths) if row_apart else None]
-        self.launch = launch_of(members)
+        self.launch: Launch | None = launch_of(members)
 
-    def describe(self, like: Tensor) -> str:
+    def plan(self, chain: nn.Module) -> Plan:
+        like = next(p for p in chain.parameters() if p.is_floating_point())
         launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
-        if like.is_cuda:
-            return f"{len(self.couplings)} couplings in one " + ("launch" if launch else "loop")
-        return f"{len(self.couplings)} couplings in one loop" + (" (on a GPU: in one launch)" if launch else "")
+        runs = f"{len(self.couplings)} couplings in one "
+        if uses_triton(like):
+            runs = runs + "launch" if launch else ORIGINAL
+        else:
+            runs += "loop" + ("" if like.is_cuda else f" (on a GPU: {'in one launch' if launch else ORIGINAL})")
+        return Plan(runs, fused=self, takes_precision=launch, vectors=self.features)
+
+    @property
+    def permutations(self) -> int:
+        """How many permutations the loop needs."""
+        return sum(loop.permutations for loop in self._loops)
 
     def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
         if not super().takes(x) or any(value is not None for value in context.values()):
@@ -191,43 +185,53 @@ class Fused(Together):
     def __call__(
         self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
     ) -> tuple[Tensor, Tensor]:
+        y, log_det = self._run(chain, x, inverse, True)
+        assert log_det is not None
+        return y, log_det
+
+    def value(self, chain: nn.Module, x: Tensor, inverse: bool) -> Tensor:
+        """y alone."""
+        return self._run(chain, x, inverse, False)[0]
+
+    def _run(self, chain: nn.Module, x: Tensor, inverse: bool, log_det: bool) -> Outputs:
         if uses_triton(x):
             assert self.launch is not None
             return self.launch(chain, x, inverse, self._options.precision)
         rows = rows_at_once(x, lambda: self._widths)
-        if rows is None:
-            return self._loop(x, inverse)
-        return by_rows(lambda part: self._loop(part, inverse), x, rows)
+        scales: list[Tensor] = []
+        loops = [loop.made(inverse, scales, log_det) for loop in self._loops]  # once for all parts of a long batch
 
-    def _loop(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        total: Tensor | None = None
-        for step in reversed(self._steps) if inverse else self._steps:
-            x, part = step(x, inverse)
-            if part is not None:
-                total = part if total is None else total + part
-        assert total is not None
-        return x, total
+        def run(x: Tensor) -> Outputs:
+            log_dets: list[Tensor] = []
+            for loop in reversed(loops) if inverse else loops:
+                x, part = loop(x)
+                log_dets += [] if part is None else [part]
+            return x, sum(log_dets[1:], start=log_dets[0]) if log_det else None
+
+        y, total = run(x) if rows is None else by_rows(run, x, rows)
+        if scales and total is not None:
+            of_scales = torch.cat(scales).abs().log().sum()
+            total = total - of_scales if inverse else total + of_scales
+        return y, total
 
 
-def _evidence(chain: nn.Module, recognised: Iterable[nn.Module]) -> Evidence:
+def _evidence(chain: nn.Module, recognised: Iterable[nn.Module], masks: Iterable[Tensor]) -> Evidence:
     """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
     lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     functions: list[tuple[type, str]] = []
-    masks: list[Tensor] = []
     for module in recognised:
         adapter, cls = adapter_for(module), original_class(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
         functions += [(cls, name) for name in names if hasattr(cls, name)]
         functions += [(original_class(inside), "forward") for inside in module.modules()]
-        if adapter is None:
-            masks += [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
-        elif adapter.masks:
-            masks += adapter.masks(module)
-    return Evidence([chain, *lists], recognised, functions, masks)
+    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,))
 
 
-def recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] | None:
-    """The member as couplings or as one map; None where it runs by the library's own code."""
+def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:
+    """(the member as couplings or maps, the tensors whose values it was read from), or None.
+
+    None: the member runs by the library's own code.
+    """
     adapter = adapter_for(module)
     if is_hooked(module) or has_global_hook():
         return None
@@ -235,50 +239,15 @@ def recognise(module: nn.Module, maps: Maps, options: Options) -> list[Member] |
         if adapter is None:
             make = maps.of.get(original_class(module).__qualname__) if maps.known(module) else None
             found = None if make is None or any(map(is_hooked, module.modules())) else make(module)
-            return None if found is None else [found]
+            masks = [*module.buffers(), *(p for p in module.parameters() if not p.is_floating_point())]
+            return None if found is None else ([found], masks)
         if not adapter.is_coupling or any(map(is_hooked, adapter.inner(module))):
             return None
         if changed_method(module, (*adapter.methods, *adapter.assumes)) is not None:
             return None
-        layout = adapter.plan(module, options).layout
+        layout = adapter.layout(module)
     except Unfit:
         return None
-    return members_of(adapter.members(module, layout))
-
-
-def _loops(members: Sequence[Member], features: int, run: Run | None) -> list[Any]:
-    """The loop's steps: permutations, maps, couplings that follow one another, and other members."""
-    steps: list[Any] = []
-    for member, moves in arranged(members, features, lambda c, order: int(order != c.moved + c.kept)):
-        if isinstance(member, Coupling):
-            first = len(member.kept if moves else member.moved)
-            if not steps or not isinstance(steps[-1], _Loop) or steps[-1].first != first:
-                steps.append(_Loop([], first))
-            steps[-1].couplings.append(_plain(member, moves))
-        elif isinstance(member, Index) or (isinstance(member, Affine) and member.module is None):
-            steps.append(member)
-        else:
-            steps.append(_own(member.module if isinstance(member, Affine) else member, run))
-    return steps
-
-
-def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:
-    """A function that returns the coupling with its current parameters, as ops.plain_couplings takes it."""
-    side, tail, mlp = coupling.side, coupling.side.tail, coupling.mlps[0]
-    activation = mlp.parts[1] if len(mlp.parts) > 1 else torch.relu
-    if not mlp.constants:
-        activation = ACTIVATIONS.get(mlp.activation, activation)
-
-    def build() -> PlainCoupling:
-        nets = [narrowed(mlp, side.split) if side.full else mlp.layers for mlp in coupling.mlps]
-        (weights, biases), *others = [([w for w, _ in net], [b for _, b in net]) for net in nets]
-        raw_net = [(weights, biases), *others][-1] if tail.layout == "pair" else None
-        return PlainCoupling(
-            weights, biases, activation, tail.log_scale, tail.order == "scale_first", tail.layout == "interleaved",
-            moves, tail.layout == "raw_first", raw_net, side.factor,
-        )  # fmt: skip
-
-    if side.full:  # its columns are selected at each call
-        return build
-    built = build()
-    return lambda: built
+    members = members_of(adapter.members(module, layout))
+    masks = adapter.masks_of(module, layout) if adapter.masks else untrained(module)
+    return None if members is None else (members, masks)

@@ -107,7 +107,7 @@ class Launch:
         n_linear, entries = len(self.couplings[0].mlps[0].layers), [entry for row in self.rows for entry in row]
         sizes = [[mlp.sizes[1:-1] for mlp in coupling.mlps] for coupling in self.couplings]
         widths = [sum(layer) for of_nets in sizes for layer in zip(*of_nets, strict=True)]
-        diagonal = all(isinstance(entry, Affine) and entry.module is None for entry in entries)
+        diagonal = all(isinstance(entry, Affine) and entry.diagonal for entry in entries)
         maps = NO_MAPS if not entries else DIAGONAL if diagonal else DENSE
         mode, target = mode_on(target_of(like), resolve_precision(like, precision)), target_of(like)
         return config_for(self.features, max((1, *widths)), n_linear, mode, target, maps) is not None
@@ -156,30 +156,50 @@ def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: boo
     """The row as one map, W = W_n ... W_1 and its inverse W_1^-1 ... W_n^-1; None for an empty row."""
     if not row:
         return None
-    made = [entry if isinstance(entry, Index) else entry.make(inverse) for entry in row]
+    wide = torch.promote_types(like.dtype, torch.float32)
+    made = [entry if isinstance(entry, Index) else _cast(entry.make(inverse), wide) for entry in row]
     maps = [entry for entry in made if isinstance(entry, AffineMap)]
-    log_det = sum((entry.log_abs_det() for entry in maps[1:]), start=maps[0].log_abs_det()) if maps else None
+    log_dets = [
+        found.log_abs_det()
+        for entry, found in zip(row, made, strict=True)
+        if isinstance(found, AffineMap) and not (isinstance(entry, Affine) and entry.orthogonal)
+    ]
     diagonal = len(maps) == len(made) and all(entry.weight.ndim == 1 for entry in maps)
     times = torch.mul if diagonal else torch.matmul
 
     def full(weight: Tensor) -> Tensor:
         return weight if diagonal or weight.ndim == 2 else weight.diag()
 
-    wide = torch.promote_types(like.dtype, torch.float32)
     weight = undo = full(torch.ones(features, dtype=wide, device=like.device))
     bias: Tensor | None = None
+    undo_bias: Tensor | None = None
     for entry in made:
         if isinstance(entry, Index):
             index, _ = entry.on(like.device)
             weight, undo = weight.index_select(0, index), undo.index_select(1, index)
             bias = None if bias is None else bias.index_select(0, index)
             continue
-        assert entry.bias is not None
-        bias = entry.bias if bias is None else times(full(entry.weight), bias) + entry.bias
-        weight = times(full(entry.weight), weight)
+        matrix = full(entry.weight)
+        bias, weight = _after(matrix, bias, entry.bias, times), times(matrix, weight)
         if inverse:
-            undo = times(undo, full(entry.inverted()[0]))
-    return AffineMap(weight, bias, undo if inverse else None, log_det)
+            back, back_bias = entry.inverted()
+            undo_bias, undo = _after(undo, back_bias, undo_bias, times), times(undo, full(back))
+    log_det = sum(log_dets[1:], start=log_dets[0]) if log_dets else None
+    return AffineMap(weight, bias, undo if inverse else None, log_det, undo_bias)
+
+
+def _cast(entry: AffineMap, dtype: torch.dtype) -> AffineMap:
+    given = {name: tensor.to(dtype) for name, tensor in entry._asdict().items() if tensor is not None}
+    return entry._replace(**given)
+
+
+def _after(
+    weight: Tensor, bias: Tensor | None, added: Tensor | None, times: Callable[..., Tensor]
+) -> Tensor | None:
+    """weight bias + added, where None is zero."""
+    if bias is None:
+        return added
+    return times(weight, bias) if added is None else times(weight, bias) + added
 
 
 def arranged(

@@ -66,6 +66,10 @@ class MLP:
     def sizes(self) -> tuple[int, ...]:
         return (self.layers[0][0].shape[1], *(weight.shape[0] for weight, _ in self.layers))
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.sizes
+
     def __str__(self) -> str:
         constants = "".join(f" {value:g}" if isinstance(value, float) else f" {value}" for value in self.constants)
         return f"MLP {'-'.join(map(str, self.sizes))} {self.activation}{constants}"
@@ -87,6 +91,14 @@ def find_mlp(module: object) -> MLP | None:
         return None
     name, constants = activations.pop() if activations else ("none", ())  # type: ignore[misc]
     return MLP(tuple(layer for layer in layers if layer is not None), name, constants, tuple(parts))
+
+
+def find_halved_mlp(module: object) -> nn.Module | None:
+    """The MLP c in a module whose forward is only ``return self.c(x).chunk(2, 1)``; None of any other module."""
+    if not isinstance(module, nn.Module) or not is_plain(module):
+        return None
+    child = module._modules.get(_forward_of(type(module)).halved or "")
+    return None if child is None or find_mlp(child) is None else child
 
 
 def name_of_activation(part: Any) -> str | None:
@@ -140,11 +152,13 @@ class _Forward(NamedTuple):
         function: the forward.
         is_own: whether it is the function in the class's own body, as far as its name and module tell.
         child: c, where that function is only ``return self.c(x)`` of its first argument x.
+        halved: c, where it is only ``return self.c(x).chunk(2, 1)``, or the same in two statements.
     """
 
     function: Any
     is_own: bool = False
     child: str | None = None
+    halved: str | None = None
 
 
 _FORWARDS: dict[type, _Forward] = {}
@@ -160,22 +174,49 @@ def _forward_of(kind: Any) -> _Forward:
     is_own = "forward" in vars(kind) and is_own_method(kind, "forward")
     if not is_own:
         return _Forward(kind.forward)
-    _FORWARDS[kind] = found = _Forward(kind.forward, True, _read_child(kind.forward))
+    _FORWARDS[kind] = found = _Forward(kind.forward, True, *_read(kind.forward))
     return found
 
 
-def _read_child(forward: Any) -> str | None:
+def _read(forward: Any) -> tuple[str | None, str | None]:
+    """(child, halved) of the function, as in ``_Forward``."""
     try:
         (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):
-        return None
+        return None, None
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
-        return None
+        return None, None
     own, first = (argument.arg for argument in function.args.args[:2])
     match [s for s in function.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]:
-        case [ast.Return(ast.Call(ast.Attribute(ast.Name(owner), child), [ast.Name(x)], []))]:
+        case [ast.Return(value)]:
+            return _child(value, own, first), _child(_before_chunk(value), own, first)
+        case [
+            ast.Assign([ast.Tuple([ast.Name(a), ast.Name(b)])], value),
+            ast.Return(ast.Tuple([ast.Name(c), ast.Name(d)])),
+        ]:
+            return None, _child(_before_chunk(value), own, first) if (a, b) == (c, d) and a != b else None
+    return None, None
+
+
+def _child(value: ast.expr | None, own: str, first: str) -> str | None:
+    """c, where the expression is ``own.c(first)``."""
+    match value:
+        case ast.Call(ast.Attribute(ast.Name(owner), child), [ast.Name(x)], []):
             return child if (owner, x) == (own, first) else None
     return None
+
+
+def _before_chunk(value: ast.expr | None) -> ast.expr | None:
+    """e, where the expression is ``e.chunk(2, dim)`` or ``torch.chunk(e, 2, dim)`` with dim 1 or -1."""
+    match value:
+        case ast.Call(ast.Attribute(ast.Name("torch"), "chunk"), [inside, *rest], named):
+            pass
+        case ast.Call(ast.Attribute(inside, "chunk"), rest, named):
+            pass
+        case _:
+            return None
+    given = [ast.unparse(argument) for argument in rest] + [f"{k.arg}={ast.unparse(k.value)}" for k in named]
+    return inside if given in (["2", dim] for dim in ("1", "-1", "dim=1", "dim=-1")) else None
 
 
 def is_class(kind: type, where: str, name: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.activations import ACTIVATIONS
 from ..ops.residual_network import ResidualBlock, ResidualNetwork, Terms, residual_network, uses_batch
+from .identity import is_own_method
 from .mlp import activation_of, is_class, is_plain, is_untouched, layer_of
 
 _WHERE = ("nflows.nn.nets.resnet", "glasflow.nflows.nn.nets.resnet", "normflows.nets.resnet")
@@ -33,11 +34,16 @@ class Residual:
     activation: tuple[str, tuple[float | str, ...]]
 
     @property
-    def widths(self) -> list[int | None]:
-        """Values per row of its layers; with None where rows depend on each other or on random numbers."""
+    def sizes(self) -> tuple[int, ...]:
+        """Values per row of its layers."""
+        return self.network.first[0].shape[0], self.network.last[0].shape[0]
+
+    @property
+    def widths(self) -> tuple[int | None, ...]:
+        """The same, with None where rows now depend on each other or on random numbers."""
         norms = [norm for block in self.network.blocks for norm in block.norms or ()]
         mixes = self.network.dropout > 0 or any(map(uses_batch, norms))
-        return [self.network.first[0].shape[0], self.network.last[0].shape[0], *([None] if mixes else [])]
+        return (*self.sizes, None) if mixes else self.sizes
 
     def takes(self, x: Tensor, context: Any) -> bool:
         """Whether the library's code accepts x [B, n] and the context [B, n_c] or None, without an error."""
@@ -107,14 +113,11 @@ def _block(block: Any, where: str) -> ResidualBlock | None:
         return None
     if block.use_batch_norm:
         norms = tuple(parts["batch_norm_layers"]._modules.values())
-    if not all(map(_is_batch_norm, norms or ())):
+    if norms is not None and not (is_own_method(nn.BatchNorm1d, "forward") and all(map(_is_batch_norm, norms))):
         return None
     dropout = parts["dropout"]
     return ResidualBlock((one, two), norms, gate) if type(dropout) is nn.Dropout and is_untouched(dropout) else None
 
 
-_FORWARD = nn.BatchNorm1d.forward  # which a base class defines
-
-
 def _is_batch_norm(norm: Any) -> bool:
-    return type(norm) is nn.BatchNorm1d and nn.BatchNorm1d.forward is _FORWARD and is_plain(norm)
+    return type(norm) is nn.BatchNorm1d and is_plain(norm)

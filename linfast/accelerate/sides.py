@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.channel_mix import channel_mix
 from ..ops.stack_weights import AffineMap
 from ..scale_maps import ScaleMap, log_scale_function
 from .adapter import Unfit
@@ -95,6 +97,7 @@ class Tail:
         scale_map: the kernels' map from raw to log_scale; None where they have no such map.
         own: the same map as a function, where the library's own formula is to run in plain torch.
         undoes: whether the scale is the reciprocal of the kernels': y = m / s + t, the inverse of (m - t) s.
+        keeps_volume: whether log_scale sums to zero, so that it is not summed.
         order: "scale_first" as above, or "shift_first", y = (moved + shift) scale.
     """
 
@@ -103,6 +106,7 @@ class Tail:
     own: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
     undoes: bool = False
     order: str = "scale_first"
+    keeps_volume: bool = False
 
     @property
     def params(self) -> int:
@@ -132,7 +136,7 @@ class Tail:
         return torch.cat((-shift if self.undoes else shift, raw), 1)
 
 
-ADDITIVE = Tail("shift", ScaleMap("exp"))
+ADDITIVE = Tail("shift", ScaleMap("exp"), keeps_volume=True)
 """y = moved + params."""
 
 
@@ -163,6 +167,7 @@ class Side:
         run: the conditioner, kept features -> params; None where it runs only as MLPs in a kernel or loop.
         nets: the modules that ``run`` calls on the kept features alone: one, or for "pair" those of the shift
             and the raw value, which may be the same. Empty where ``run`` does anything else.
+        calls: the module that ``run`` calls on the kept features and a context of as many rows.
         factor: the factor by which ``run`` multiplies the nets' output.
         full: whether the nets take all features, the moved ones as zeros, and return all, the kept ones unused.
     """
@@ -171,6 +176,7 @@ class Side:
     tail: Tail
     run: Callable[[Tensor], Params] | None
     nets: tuple[nn.Module, ...] = ()
+    calls: tuple[nn.Module, ...] = ()
     factor: float = 1.0
     full: bool = False
 
@@ -184,23 +190,45 @@ class Affine:
     """An affine map of all features; ``make(True)`` gives it with its inverse, ``make(False)`` without.
 
     Args:
-        module: runs it by the library's own code; None for a diagonal map, which is a multiply-add.
+        module: runs it by the library's own code; None for a diagonal map, which is a multiply-add, and for an
+            orthogonal matrix.
+        orthogonal: whether it is an orthogonal matrix, whose log_det is zero and is not given. ``make`` gives it
+            without a bias, and both directions with its inverse.
+        per_batch: whether to make it takes as long as to apply it to many rows.
+        inverse_of: the orthogonal map whose inverse this is: what its ``make`` has given need not be made again.
     """
 
     make: Callable[[bool], AffineMap]
     module: nn.Module | None = None
+    orthogonal: bool = False
+    per_batch: bool = False
+    inverse_of: Affine | None = None
 
-    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(y, log_det, one number for all samples) of a diagonal map on x [B, D, ...], or of its inverse."""
+    @property
+    def diagonal(self) -> bool:
+        return self.module is None and not self.orthogonal
+
+    def __call__(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor | None]:
+        """(y, log_det) of x [B, D, ...], or of the inverse, where the map has no module.
+
+        log_det is one number for all samples, or None for zero.
+        """
         made = self.make(inverse)
+        return self.apply(made._replace(log_det=made.log_abs_det()) if self.diagonal else made, x, inverse)
+
+    def apply(self, made: AffineMap, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor | None]:
+        """``__call__`` with what ``make`` has given, and without the log_det that it has not."""
+        if self.orthogonal:
+            matrix = made.inverse if inverse else made.weight
+            assert matrix is not None
+            return F.linear(x, matrix) if x.ndim == 2 else channel_mix(x, matrix), None
         scale, shift, log_det = made.weight, made.bias, made.log_det
         assert shift is not None
-        assert log_det is not None
         if x.ndim > 2:
             scale, shift = (t.view(-1, *[1] * (x.ndim - 2)) for t in (scale, shift))
-            log_det = log_det * x.shape[2:].numel()
+            log_det = None if log_det is None else log_det * x.shape[2:].numel()
         if inverse:
-            return (x - shift) / scale, -log_det
+            return (x - shift) / scale, None if log_det is None else -log_det
         return torch.addcmul(shift, x, scale), log_det
 
 

@@ -13,7 +13,7 @@ many rows as fit the cache.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from ..dispatch import autocast_dtype, cat, has_global_hook, uses_triton
 from ..freeze import derived
 from ..ops.residual_network import Terms, terms_at_once
 from ..rows import by_rows, one_row, rows_at_once
-from .adapter import Options, Unfit, adapter_for
-from .fused import NO_CONTEXT, Flat, Maps, Run, Together, recognise
+from .adapter import Options, Plan, Unfit, adapter_for
+from .fused import Flat, Maps, Together, recognise
 from .identity import changed_method, is_hooked
+from .loop import NO_CONTEXT, Run
 from .lu_maps import LUMap, LUMaps
 from .mlp import MLP, find_mlp
 from .residual import Residual, find_residual
@@ -95,11 +96,13 @@ class SplineChain(Together):
         super().__init__(chain, flat, run, maps, options)
         members: list[Any] = []
         recognised: list[nn.Module] = []
+        masks: list[Tensor] = []
         for _, module in flat(chain):
-            found = _recognised(module, maps, options)
-            members.append(_Own(module) if found is None else found)
+            found = _recognised(module, maps)
+            members.append(_Own(module) if found is None else found[0])
             recognised += [] if found is None else [module]
-        self._remember(chain, recognised)
+            masks += [] if found is None else found[1]
+        self._remember(chain, recognised, masks)
         self._run = run
         self.couplings = couplings = [member for member in members if isinstance(member, _Spline)]
         sizes = {coupling.features for coupling in couplings}
@@ -113,8 +116,8 @@ class SplineChain(Together):
         widths = [width for coupling in couplings for width in coupling.widths]
         self._widths: list[int | None] = [self.features, *widths, *([] if alone else [None])]
 
-    def describe(self, like: Tensor) -> str:
-        return f"{len(self.couplings)} spline couplings in one loop"
+    def plan(self, chain: nn.Module) -> Plan:
+        return Plan(f"{len(self.couplings)} spline couplings in one loop", fused=self, vectors=self.features)
 
     def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
         if not super().takes(x) or autocast_dtype(x.device.type) is not None:
@@ -162,20 +165,22 @@ class SplineChain(Together):
         return x, torch.stack(log_dets).sum(0)
 
 
-def _recognised(module: nn.Module, maps: Maps, options: Options) -> _Spline | Index | Triangular | None:
-    """The member as a step; None where it runs by the library's own code."""
+def _recognised(module: nn.Module, maps: Maps) -> tuple[_Spline | Index | Triangular, Iterable[Tensor]] | None:
+    """(the member as a step, the tensors whose values it was read from); None: the library's own code runs it."""
     adapter = adapter_for(module)
     if adapter is None:
-        found = recognise(module, maps, options)
-        (member,) = found or (None,)
-        return member if isinstance(member, (Index, Triangular)) else None
+        found = recognise(module, maps)
+        if found is None or not isinstance(found[0][0], Index | Triangular):
+            return None
+        return found[0][0], found[1]
     inside = [module, *adapter.inner(module)]
     if not adapter.is_spline or has_global_hook() or any(map(is_hooked, inside)):
         return None
     if changed_method(module, (*adapter.methods, *adapter.assumes)) is not None:
         return None
     try:
-        return _spline(module, adapter.plan(module, options).layout)
+        layout = adapter.layout(module)
+        return _spline(module, layout), adapter.masks_of(module, layout)
     except Unfit:
         return None
 

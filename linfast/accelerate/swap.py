@@ -23,7 +23,6 @@ from ..dispatch import has_global_hook
 from ..flows.drift import DriftGuard
 from ..rows import is_short
 from .adapter import Adapter, Plan, Unfit
-from .fused import Together
 from .identity import PLAN, is_hooked, is_patched
 
 
@@ -92,7 +91,7 @@ def renew_plan(instance: Any) -> bool:
     """Plan again where a mask or a setting was changed. Returns whether the object is to run by its plan."""
     adapter, plan = instance._linfast_adapter, plan_of(instance)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the trace outlives later writes
-        return adapter.masks is None and adapter.settings_of(instance) == plan.settings
+        return adapter.masks is None and adapter.settings_of(instance, plan) == plan.settings
     try:
         if not adapter.holds(plan, instance):
             vars(instance)[PLAN] = adapter.plan_for(instance, plan.options)
@@ -100,7 +99,7 @@ def renew_plan(instance: Any) -> bool:
         swap_back(instance)
         return False
     except RuntimeError:  # there are no values to read: on the meta device, or in an ensemble under vmap
-        return adapter.masks is None or all(mask.is_meta for mask in adapter.masks(instance))
+        return all(mask.is_meta for mask in adapter.masks_of(instance, plan.layout))
     return True
 
 
@@ -120,11 +119,11 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
     if adapter.decides:
         return functools.wraps(before)(run)
     order, accepted = _arguments(before, run)
-    is_coupling = adapter.is_coupling
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        if is_coupling and arguments and is_short(arguments[0], vars(self)[PLAN].least_rows):
+        least = vars(self)[PLAN].least_rows[torch.is_grad_enabled()]
+        if least and arguments and is_short(arguments[0], least):
             return before(self, *arguments, **named)
         if not may_replace(self, adapter, name) or _is_symbolic((*arguments, *named.values())):
             return before(self, *arguments, **named)
@@ -165,8 +164,13 @@ def may_replace(instance: Any, adapter: Adapter, method: str) -> bool:
 
     A hook that keeps a chain from being rebuilt in the backward is warned of once.
     """
-    if isinstance(plan_of(instance).layout, Together):  # it checks this itself
-        return True
+    return plan_of(instance).fused is not None or is_unchanged(
+        instance, adapter, method
+    )  # Fused checks this itself
+
+
+def is_unchanged(instance: Any, adapter: Adapter, method: str) -> bool:
+    """``may_replace`` where the method does not run by a Fused."""
     if not renew_plan(instance) or is_patched(instance, but=method):
         return False
     if not adapter.chain and has_global_hook():

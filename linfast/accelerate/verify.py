@@ -20,7 +20,6 @@ from ..flows.drift import DriftWarning
 from ..precision import full_precision, resolve_precision
 from ..rows import all_lengths
 from .adapter import Adapter, Draw, Plan, Unfit
-from .fused import Together
 from .identity import PLAN, modules_of, original_class, uncompiled, without_hooks
 from .launch import lone_launch
 from .swap import swap
@@ -58,6 +57,7 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
     worst = 0.0
     for case in _cases(instance, adapter, plan, like):
         original, copied = (bare_copy(instance, case.dtype, case.emptied) for _ in range(2))
+        adapter.copied(instance, original), adapter.copied(instance, copied)
         if case.training is not None and isinstance(instance, nn.Module):
             original.train(case.training), copied.train(case.training)
         with plain_torch():
@@ -84,7 +84,7 @@ class _Case:
         what, where: parts of the message where the difference is larger.
         emptied: ids of modules to copy without parameters, buffers and submodules.
         training: whether the copies run in training mode; None for the instance's own mode.
-        least: as a part of the largest output's or gradient's size, the least size to which a difference is relative.
+        least: the least size to which a difference is relative, as a part of the largest output's or gradient's.
     """
 
     probe: Callable[[Any, Draw], Sequence[Tensor]]
@@ -103,12 +103,10 @@ _LEAST_OF_NETS = 1e-2
 
 def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterator[_Case]:
     """With stubs as conditioners, in both dtypes; with its own, where it would run in one launch or one loop."""
-    layers = _CHAIN if adapter.chain or adapter.many_steps else 1
-    features, what = (
-        plan.vectors,
-        "its couplings together" if adapter.chain else "the layer with its own conditioner",
-    )
-    if not isinstance(plan.layout, Together):
+    layers = _CHAIN if plan.fused is not None or adapter.chain or adapter.many_steps else 1
+    features = plan.vectors
+    what = "its couplings together" if plan.fused is not None else "the layer with its own conditioner"
+    if plan.fused is None or adapter.is_coupling:
         emptied = {id(uncompiled(m)) for of in (adapter.conditioners, adapter.emptied) for m in of(instance)}
         # A class that people copy may behave differently in the other mode, for instance by dropout.
         modes = (None,) if isinstance(adapter.where, str) else (True, False)
@@ -118,7 +116,7 @@ def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterato
             if adapter.many_steps and plan.takes_precision and dtype == like.dtype and uses_triton(like):
                 allowed = max(allowed, _OF_MODES[resolve_precision(like, plan.options.precision)] * layers)
             yield _Case(adapter.probe, dtype, allowed, "it", f" in {str(dtype)[6:]}", emptied, training)
-        if adapter.is_coupling and uses_triton(like):
+        if features is None and adapter.is_coupling and uses_triton(like):
             launch = lone_launch(adapter.members(instance, plan.layout), like, plan.options.precision)
             features, what = None if launch is None else launch.features, "the layer in one launch"
     if features is not None:

@@ -122,13 +122,20 @@ class Householder(_LinearMix):
         return (self.vectors,)
 
     def _wide_weight(self, numbers: Sequence[Tensor], inverse: bool) -> Tensor:
-        """I - V^T T V, with T^{-1} the strict upper triangle of V V^T plus half its diagonal."""
         V = wide(numbers[0])
-        products = V @ V.mT
-        halved = products.triu() - torch.diag_embed(0.5 * products.diagonal(dim1=-2, dim2=-1))
         eye = torch.eye(V.shape[-1], dtype=V.dtype, device=V.device)
-        Q = eye - V.mT @ torch.linalg.solve_triangular(halved, V, upper=True)
+        Q = eye - V.mT @ reflections(V)
         return Q.mT if inverse else Q
+
+
+def reflections(vectors: Tensor) -> Tensor:
+    """T V with H_1 ... H_k = I - V^T T V, for the vectors V [..., k, C] of k reflections.
+
+    T^{-1} is the strict upper triangle of V V^T plus half its diagonal.
+    """
+    products = vectors @ vectors.mT
+    halved = products.triu() - torch.diag_embed(0.5 * products.diagonal(dim1=-2, dim2=-1))
+    return torch.linalg.solve_triangular(halved, vectors, upper=True)
 
 
 class Permute(ChannelLinear):

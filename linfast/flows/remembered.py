@@ -7,7 +7,7 @@ option is the same object as before, of the same class, without a hook, and with
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from operator import getitem, is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,6 +31,7 @@ class Evidence:
         modules: modules that must stay the same in full, with all modules inside them.
         functions: (class, name of a method) pairs; each method must stay the same function.
         masks: tensors whose values must stay the same; on a GPU, only writes that torch counts are noticed.
+        but: names of attributes of ``modules`` that may change.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Evidence:
         modules: Iterable[nn.Module],
         functions: Iterable[tuple[type, str]] = (),
         masks: Iterable[Tensor] = (),
+        but: Collection[str] = (),
     ) -> None:
         lists = [*lists]
         self._modules = [inside for module in modules for inside in module.modules()]
@@ -54,7 +56,7 @@ class Evidence:
         facts: list[tuple[Any, str]] = [(each, name) for each in (*children, *owned) for name in each]
         for module, own in zip(self._modules, settings, strict=True):
             if type(module) not in _PLAIN:
-                facts += [(own, name) for name in own if name not in _BOOKKEEPING]
+                facts += [(own, name) for name in own if name not in _BOOKKEEPING and name not in but]
         self._held, self._names = [held for held, _ in facts], [name for _, name in facts]
         self._objects = [*map(getitem, self._held, self._names)]
         self._functions = [(cls, name, getattr(cls, name)) for cls, name in dict.fromkeys(functions)]

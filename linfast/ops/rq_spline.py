@@ -11,11 +11,12 @@ In bin k, with t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s and q = t (
     y = y_k + H (s t^2 + d_k q) / (s + e q)
     log dy/dx = log(s^2 (d_{k+1} t^2 + 2 s q + d_k (1 - t)^2) / (s + e q)^2)
 
-with o = 0 here, and in flows the value by which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The
-inverse solves the quadratic equation in t that the first line is:
+where o is 0, or the value with which w = 0 gives d = 1 (flows.splines). Outside the interval y = x. The inverse,
+from p = (y - y_k) / H, solves a quadratic equation in t:
 
-    z = y - y_k,  a = H (s - d_k) + z e,  b = H d_k - z e,  c = -s z
-    a t^2 + b t + c = 0,  t = 2 c / (-b - sqrt(b^2 - 4 a c))
+    m = d_k (1 - p) - d_{k+1} p,  v = 4 s^2 p (1 - p),  r = sqrt(m^2 + v),  t = 2 s p / (2 s p + m + r)
+
+in which m + r = v / (r - m) where m < 0, so that nothing cancels and no root is of a negative number.
 
 With ``parameters="soft_clip"`` u, v and w are first bounded smoothly, C(u; c) = u / (1 + |u| / c): widths and
 heights with c = log(1 / m_d) / 2, and d = exp(C(w; log(1 / m_d))).
@@ -96,6 +97,8 @@ def rq_spline(
         check_tensor(name, given, x)
         if given.ndim != x.ndim + 1 or given.shape[1:-1] != x.shape[1:] or given.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"{name} must be {(*x.shape, '.')} for x {tuple(x.shape)}; got {tuple(given.shape)}")
+    if widths.shape[-1] < 2:
+        raise ValueError(f"widths must have at least 2 values in their last dimension; got {tuple(widths.shape)}")
     check_flag("inverse", inverse)
     check_flag("log_det", log_det)
     spline = spline_of(
@@ -109,12 +112,13 @@ def rq_spline(
         if given.shape[-1] != wanted:
             got = f"{given.shape[-1]} for {spline.bins} widths and tails={tails!r}"
             raise ValueError(f"{name} must have {wanted} values in their last dimension; got {got}")
-    rows = max(part.shape[0] for part in (widths, heights, derivatives))
-    parts = [part.expand(rows, *part.shape[1:]) for part in (widths, heights, derivatives)]
-    if _runs_planes(x, *parts):
-        y, total = _rq_spline_planes(_flat(x), *[_flat(part, 2) for part in parts], *spline, inverse, log_det)
-        return y.reshape(x.shape), total if log_det else None
-    return spline_transform(x, cat(parts, -1), spline, inverse, log_det)
+    parts: list[Tensor] = [widths, heights, derivatives]
+    if not widths.shape[0] == heights.shape[0] == derivatives.shape[0]:
+        parts = [part.expand(x.shape[0], *part.shape[1:]) for part in parts]
+    if not _runs_planes(x, *parts):
+        return spline_transform(x, cat(parts, -1), spline, inverse, log_det)
+    y, total = _rq_spline_planes(_flat(x), *[_flat(part, 2) for part in parts], *spline, inverse, log_det)
+    return _like(y, x), total if log_det else None
 
 
 def spline_of(
@@ -157,7 +161,7 @@ _LEAST = 1e-6  # smaller bins or slopes make ratios whose squares overflow in fp
 def spline_transform(
     x: Tensor, params: Tensor, spline: Spline, inverse: bool, log_det: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, log|det| or None) of x [B, ...], by params [B or 1, ..., P]: widths, heights, derivatives; any strides."""
+    """(y, log|det| or None) of x [B, ...]; params [B or 1, ..., P] are widths, heights and derivatives."""
     flat, params, constants = _flat(x), _flat(params, 2), (*spline, inverse, log_det)
     if uses_triton(flat, params):
         y, total = _rq_spline(flat, params, *constants)
@@ -165,7 +169,7 @@ def spline_transform(
         y, total = _rq_spline_planes(flat, params, None, None, *constants)
     else:
         y, total = without_autocast(x.device.type, rq_spline_reference, flat, params, *constants)
-    return y.reshape(x.shape), total if log_det else None
+    return _like(y, x), total if log_det else None
 
 
 def spline_backward(
@@ -177,14 +181,11 @@ def spline_backward(
     if uses_triton(flat, tensors):
         backward = torch.ops.linfast.rq_spline_backward
         found = backward(flat, tensors, of_flat, grad_log_det, *constants, [True, True])
-    elif _runs_planes(flat, tensors):
-        found = plain_backward(
-            flat, tensors, None, None, of_flat, grad_log_det, *constants, [True, True, False, False]
-        )
     else:
-        given = (of_flat,) if grad_log_det is None else (of_flat, grad_log_det)
-        outputs = lambda *each: rq_spline_reference(*each, *constants)[: len(given)]
-        found = torch.func.vjp(outputs, flat, tensors)[1](given)
+        needs = [True, True, False, False]
+        # Elsewhere by formula too: a derivative of the reference does not work in a TorchDispatchMode.
+        run = torch.ops.linfast.rq_spline_planes_backward if _runs_planes(flat, tensors) else plain_backward
+        found = run(flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
     return found[0].reshape(x.shape), found[1].reshape(params.shape)
 
 
@@ -193,6 +194,10 @@ def _flat(t: Tensor, kept: int = 1) -> Tensor:
     if t.ndim == kept + 1:
         return t
     return t.reshape(t.shape[0], math.prod(t.shape[1 : t.ndim - kept + 1]), *t.shape[t.ndim - kept + 1 :])
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    return y if x.ndim == 2 else y.reshape(x.shape)
 
 
 def _runs_planes(x: Tensor, *given: Tensor) -> bool:
@@ -223,22 +228,26 @@ def rq_spline_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Ten
         )
     )  # fmt: skip
     s = h / w
-    e = d_0 + d_1 - 2 * s
     if inverse:
-        z = value - y_k
-        b, c = h * d_0 - z * e, -s * z
-        discriminant = b * b - 4 * (h * (s - d_0) + z * e) * c
-        t = (2 * c / (-b - discriminant.clamp_min(0).sqrt())).clamp(0, 1)
+        p = _within_bin((value - y_k) / h)
+        m, v = d_0 * (1 - p) - d_1 * p, 4 * s * s * p * (1 - p)
+        r = (m * m + v).sqrt() + torch.where(m < 0, -m, m)
+        t = 2 * s * p / (2 * s * p + torch.where(m < 0, v / r, r))
     else:
-        t = ((value - x_k) / w).clamp(0, 1)
+        t = _within_bin((value - x_k) / w)
     q = t * (1 - t)
-    base = s + e * q
+    base = s + (d_0 + d_1 - 2 * s) * q
     out = x_k + t * w if inverse else y_k + h * (s * t * t + d_0 * q) / base
     y = torch.where(inside, out, x.to(wide)).to(x.dtype)
     if not log_det:
         return y, None
     logs = torch.log(s * s * (d_1 * t * t + 2 * s * q + d_0 * (1 - t) ** 2) / (base * base))
     return y, torch.where(inside, -logs if inverse else logs, 0.0).sum(-1)
+
+
+def _within_bin(part: Tensor) -> Tensor:
+    """A position that rounding may have moved out of [0, 1], moved back; its derivative stays 1."""
+    return part + (part.clamp(0, 1) - part).detach()
 
 
 def _bins(raw: Tensor, least: float, spline: Spline) -> Tensor:
@@ -294,6 +303,12 @@ def _planes_reference(
     return rq_spline_reference(x, params, *constants)
 
 
+def _plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *arguments[:3])):
+        return _planes_reference(x, *arguments)  # torch.export has kept the op without its backward
+    return plain(x, *arguments)
+
+
 def _fake_planes(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     total = x.new_empty(x.shape[0] if arguments[-1] else 0, dtype=wide_type(x, *arguments[:3]))
     return x.new_empty(x.shape), total
@@ -311,7 +326,7 @@ _rq_spline_planes = define_op(
     _planes_reference,
     saves="x params heights derivatives",
     gradients=_gradients_in_planes,
-    plain=plain,
+    plain=_plain,
     plain_backward=plain_backward,
     backward_launch=None,
     is_plain=lambda *_: True,

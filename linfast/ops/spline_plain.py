@@ -1,4 +1,4 @@
-"""Rational-quadratic splines in plain torch for a CPU, forward and inverse; ``spline_plain_backward`` has the gradients.
+"""Rational-quadratic splines in plain torch for a CPU, in both directions.
 
 Inside, values are [D, b] and parameters of a bin [D, b] too, a plane: each operation is a long one, and no table is
 formed per value. b rows are taken at a time, few enough for the cache. Starts of bins are counted from l, the lower
@@ -9,9 +9,9 @@ end of the interval. Of the bin of each value (names as in ``rq_spline``) the fo
 
 which are sums of positive terms. The inverse, from p = (y - y_k) / H:
 
-    m = d_k (1 - p) - d_{k+1} p    r = sqrt(m^2 + 4 s^2 p (1 - p))    t = 2 s p / (2 s p + m + r)
+    m = d_k (1 - p) - d_{k+1} p    v = 4 s^2 p (1 - p)    r = sqrt(m^2 + v)    t = 2 s p / (2 s p + m + r)
 
-Where m < 0, m + r would cancel; it is 4 s^2 p (1 - p) / (r - m), with which t = (r - m) / (r - m + 2 s (1 - p)).
+where m + r is computed as v / (r - m) if m < 0, so that nothing cancels.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ from torch import Tensor
 
 from ..kernels.spline_spec import TAILS, Spline
 
-_AT_ONCE = 16_000
-"""Values of x in a part, per thread, with 8 bins: their planes are 1.5 MiB in fp32."""
-
-N_OPTIONS = len(Spline._fields)
+_AT_ONCE = 320_000
+"""Bins of all values of x in a part, per thread. With a quarter as many, torch's calls cost a tenth more."""
 
 
 class Tables(NamedTuple):
@@ -48,24 +46,23 @@ class Tables(NamedTuple):
 class Bin(NamedTuple):
     """The bin of each value, [D, b] if not stated otherwise.
 
-    inside: whether the value is in the interval
+    outside: whether the value is outside the interval, or NaN
     below [D, K - 1, b]: 1 for the bins before this one, else 0
-    index [2, D, 1, b]: its number, int64
+    number [2, D, 1, b]: its number, int64
     fractions, before [2, D, b]: its fraction, and the sum of those of the bins before it
-    starts [2, D, b]: x_k - l and y_k - l
+    sizes, starts [2, D, b]: W and H; x_k - l and y_k - l
     raw, slopes [2, D, b]: derivatives at its two knots, raw and d
     """
 
-    inside: Tensor
+    outside: Tensor
     below: Tensor
-    index: Tensor
+    number: Tensor
     fractions: Tensor
     before: Tensor
+    sizes: Tensor
     starts: Tensor
     raw: Tensor
     slopes: Tensor
-    W: Tensor
-    H: Tensor
     s: Tensor
     t: Tensor
     p: Tensor
@@ -86,22 +83,33 @@ def plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     given, (*options, inverse, log_det) = arguments[:3], arguments[3:]
     spline, wide = Spline(*options), wide_type(x, *given)
     y, total = x.new_empty(x.shape), x.new_zeros(x.shape[0] if log_det else 0, dtype=wide)
-    for rows, value, tables in parts(x, given, spline, wide):
-        found = find(value, tables, spline, inverse)
-        start = found.starts[0 if inverse else 1]
-        out = start.addcmul_(found.W if inverse else found.H, found.t if inverse else found.p).add_(spline.low)
-        y[rows] = torch.where(found.inside, out, value).t()
-        if log_det:
-            logs = (found.s / found.base).square_().mul_(found.M).log_()
-            logs = torch.where(found.inside, logs, 0.0).sum(0)
-            total[rows] = logs.neg_() if inverse else logs
+    with torch.inference_mode():  # calls of torch take a tenth less
+        for rows, value, tables in parts(x, given, spline, wide):
+            out, logs = _transformed(value, tables, spline, inverse, log_det)
+            y[rows] = out.t()
+            if log_det:
+                total[rows] = logs
     return y, total
 
 
-def wide_type(x: Tensor, *given: Tensor | None) -> torch.dtype:
-    """The dtype of all arithmetic: fp32, or wider where a tensor is."""
-    dtypes = [x.dtype, torch.float32, *(each.dtype for each in given if each is not None)]
-    return functools.reduce(torch.promote_types, dtypes)
+def _transformed(
+    value: Tensor, tables: Tables, spline: Spline, inverse: bool, log_det: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y [D, b], log|det| [b] or None)."""
+    found = find(value, tables, spline, inverse)
+    of_out = 0 if inverse else 1
+    part = found.t if inverse else found.p
+    out = found.starts[of_out].addcmul_(found.sizes[of_out], part).add_(spline.low)
+    out = torch.where(found.outside, value, out)
+    if not log_det:
+        return out, None
+    logs = (found.s / found.base).square_().mul_(found.M).log_().masked_fill_(found.outside, 0).sum(0)
+    return out, logs.neg_() if inverse else logs
+
+
+def wide_type(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of all arithmetic: fp32, or float64 where a tensor is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def parts(
@@ -113,7 +121,7 @@ def parts(
         return
     shared = known[0].shape[0] != n_rows
     of_all = _tables(known, spline, wide) if shared else None
-    most = max(1, torch.get_num_threads() * _AT_ONCE * 8 // (features * spline.bins))
+    most = max(1, torch.get_num_threads() * _AT_ONCE // (features * spline.bins))
     n = -(-n_rows // -(-n_rows // most))
     for first in range(0, n_rows, n):
         rows = slice(first, first + n)
@@ -126,28 +134,31 @@ def columns(rows: Tensor, wide: torch.dtype) -> Tensor:
     return rows.to(wide).t().contiguous()
 
 
-def _planes(rows: Tensor, wide: torch.dtype) -> Tensor:
-    """[b, D, n] as [D, n, b] whose rows are contiguous."""
-    rows = rows.to(wide)
-    if rows.stride(0) == 1:
-        return rows.permute(1, 2, 0)
-    if rows.stride(1) < rows.stride(2):
-        return _planes(rows.transpose(1, 2), wide).transpose(0, 1)
-    # As a matrix, which torch transposes in blocks.
-    return rows.reshape(rows.shape[0], -1).t().contiguous().view(*rows.shape[1:], rows.shape[0])
-
-
 def _tables(given: Sequence[Tensor], spline: Spline, wide: torch.dtype) -> Tables:
-    bins, planes = spline.bins, [_planes(each, wide) for each in given]
-    if len(planes) == 1:
-        raw = planes[0][:, : 2 * bins].unflatten(1, (2, bins)).transpose(0, 1)
-        slopes = planes[0][:, 2 * bins :]
+    bins, first = spline.bins, given[0].to(wide)
+    if len(given) == 1:
+        planes = _planes(first)
+        raw, slopes = planes[:, : 2 * bins].unflatten(1, (2, bins)).transpose(0, 1), planes[:, 2 * bins :]
     else:
-        raw, slopes = torch.stack(planes[:2]), planes[2]
+        raw = first.new_empty(2, first.shape[1], bins, first.shape[0])
+        for into, rows in zip(raw, given[:2], strict=True):
+            _planes(rows.to(wide), into)
+        slopes = _planes(given[2].to(wide))
     clipped = raw / clipper(raw, math.log(spline.min_derivative) / 2) if spline.soft_clip else raw
     clipped = clipped if spline.temperature == 1.0 else clipped / spline.temperature
-    fractions = torch.softmax(clipped, 2)
     return Tables(raw, torch.softmax(clipped, 2), _at_all_knots(slopes, spline))
+
+
+def _planes(rows: Tensor, into: Tensor | None = None) -> Tensor:
+    """[b, D, n] as [D, n, b], whose last dimension is contiguous; copied to ``into`` where given."""
+    planes = rows.permute(1, 2, 0)
+    if planes.stride(2) == 1:
+        return planes if into is None else into.copy_(planes)
+    if rows.stride(1) < rows.stride(2) and into is None:
+        return _planes(rows.transpose(1, 2)).transpose(0, 1)
+    into = rows.new_empty(planes.shape) if into is None else into
+    into.view(-1, rows.shape[0]).copy_(rows.reshape(rows.shape[0], -1).t())  # torch transposes a matrix in blocks
+    return into
 
 
 def clipper(raw: Tensor, bound: float) -> Tensor:
@@ -167,13 +178,13 @@ class Affine(NamedTuple):
 
 
 @functools.lru_cache(64)
-def affine(spline: Spline, dtype: torch.dtype) -> Affine:
+def affine(spline: Spline, dtype: torch.dtype, device: torch.device) -> Affine:
     """How fractions, whose sum is 1, become sizes and knots, counted from l."""
     bins, length = spline.bins, spline.high - spline.low
     least = torch.tensor((spline.min_width, spline.min_height), dtype=torch.float64).view(2, 1, 1)
     scales = (1 - least * bins).clamp_min(0)
     knots = torch.arange(1, bins)[:, None] * least + scales * torch.ones(bins - 1, bins).tril()
-    return Affine(*((each * length).to(dtype) for each in (scales, least, knots[:, None])))
+    return Affine(*((each * length).to(device, dtype) for each in (scales, least, knots[:, None])))
 
 
 def _at_all_knots(raw: Tensor, spline: Spline) -> Tensor:
@@ -183,7 +194,8 @@ def _at_all_knots(raw: Tensor, spline: Spline) -> Tensor:
         return torch.cat((raw, raw[:, :1]), 1)
     if kind == "linear":
         end = 0.0 if spline.soft_clip else unit_derivative(spline.min_derivative) - spline.offset
-        return F.pad(raw, (0, 0, 1, 1), value=end)
+        column = raw.new_full((raw.shape[0], 1, raw.shape[2]), end)
+        return torch.cat((column, raw, column), 1)
     return raw
 
 
@@ -196,25 +208,26 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     """The bins of values [D, b], the positions in them, and the formula's terms."""
     (n, b), bins = value.shape, spline.bins
     at = value.clamp(spline.low, spline.high)
-    inside = at == value
+    outside = at != value
     at.sub_(spline.low)
-    scales, least, knots = affine(spline, value.dtype)
+    scales, least, knots = affine(spline, value.dtype, value.device)
     axis, below = int(inverse), at.new_empty(n, bins - 1, b)
     # A product: cumsum along planes takes longer.
     torch.ge(at.unsqueeze(1), torch.matmul(knots[axis], tables.fractions[axis]), out=below)
     count = below.sum(1)
-    index = count.long().unsqueeze(1).expand(2, n, 1, b)
+    number = count.long().unsqueeze(1).expand(2, n, 1, b)
 
-    fractions = tables.fractions.expand(2, n, bins, b).gather(2, index).squeeze(2)
+    fractions = tables.fractions.expand(2, n, bins, b).gather(2, number).squeeze(2)
     before = (below * tables.fractions[:, :, :-1]).sum(2)
     starts = torch.addcmul(count * least, before, scales)
     of_bins = tables.slopes.unfold(1, bins, 1).permute(1, 0, 3, 2)  # [2, D, K, b]: left and right ends
-    raw = of_bins.expand(2, n, bins, b).gather(2, index).squeeze(2)
+    raw = of_bins.expand(2, n, bins, b).gather(2, number).squeeze(2)
     if not spline.soft_clip and spline.offset:
         raw.add_(spline.offset)
     slopes = _slopes(raw, spline)
 
-    (W, H), (x_k, y_k), (d_0, d_1) = torch.addcmul(least, fractions, scales).unbind(), starts.unbind(), slopes.unbind()
+    sizes = torch.addcmul(least, fractions, scales)
+    (W, H), (x_k, y_k), (d_0, d_1) = sizes.unbind(), starts.unbind(), slopes.unbind()
     s = H / W
     if inverse:
         p = at.sub_(y_k).div_(H).clamp_(0, 1)
@@ -224,18 +237,16 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     A, B = torch.lerp(d_0, s, t), torch.lerp(s, d_1, t)
     base, M = torch.lerp(B, A, t), torch.lerp(A, B, t)
     p = p if inverse else (t * A).div_(base)
-    return Bin(inside, below, index, fractions, before, starts, raw, slopes, W, H, s, t, p, A, B, base, M)
+    return Bin(outside, below, number, fractions, before, sizes, starts, raw, slopes, s, t, p, A, B, base, M)
 
 
 def _position(p: Tensor, s: Tensor, d_0: Tensor, d_1: Tensor) -> Tensor:
     """t, from p = t A / base."""
     rest = 1 - p
-    left, right = 2 * s * p, 2 * s * rest
-    m = (d_0 * rest).addcmul_(d_1, p, value=-1)
-    falls, r = m < 0, (m * m).addcmul_(left, right).sqrt_()
-    r.add_(m.abs_())
-    top = torch.where(falls, r, left)
-    return top / torch.where(falls, right, r).add_(top)
+    m, left = (d_0 * rest).addcmul_(d_1, p, value=-1), (s * p).mul_(2)
+    v = (s * left).mul_(rest).mul_(2)
+    r = torch.addcmul(v, m, m).sqrt_().add_(m.abs())
+    return left / torch.where(m < 0, v.div_(r), r).add_(left)
 
 
 def _slopes(raw: Tensor, spline: Spline) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from linfast.bench.cases.libraries import mlp
@@ -70,6 +71,20 @@ def freia():
     return model
 
 
+def freia_matrices():
+    """Blocks with a rotation, a learned one, both also in front, and a permutation."""
+    frames, blocks = require("FrEIA.framework"), require("FrEIA.modules")
+    model = frames.SequenceINN(D)
+    soft, learned, front = (
+        {"permute_soft": True},
+        {"learned_householder_permutation": 2},
+        {"reverse_permutation": True},
+    )
+    for options in (soft | front, learned | front, {}, soft | learned):
+        model.append(blocks.AllInOneBlock, subnet_constructor=lambda i, o: mlp(i, o, (16, 16)), **options)
+    return model
+
+
 def zuko():
     return require("zuko").flows.RealNVP(D, transforms=4, hidden_features=(16, 16), randmask=True)
 
@@ -119,6 +134,7 @@ def assert_alike(fast, model, x, tolerance=1e-5):
 
 def both(build, **options):
     torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  # from which FrEIA draws its permutations
     model = build()
     fast = copy.deepcopy(model)
     report = lf.accelerate(fast, **options)
@@ -142,7 +158,8 @@ def runs_together(fast, x):
     return bool(calls)
 
 
-BUILDS = pytest.mark.parametrize("build", [nflows, normflows, freia, zuko])
+ROUNDED = {freia_matrices: 1e-4}  # gradients of reflections, in which large terms cancel
+BUILDS = pytest.mark.parametrize("build", [nflows, normflows, freia, freia_matrices, zuko])
 
 
 @BUILDS
@@ -177,7 +194,7 @@ def test_an_optimiser_step_and_a_write_through_data_are_seen(build):
         optimiser.zero_grad()
         next(each.parameters()).data.mul_(1.5)
     assert runs_together(fast, batch())
-    assert_alike(fast, model, batch())
+    assert_alike(fast, model, batch(), ROUNDED.get(build, 1e-5))
 
 
 @BUILDS
@@ -206,7 +223,7 @@ def test_modules_and_parameters_replaced_later_are_run(build):
         linear = next(m for m in members[0].modules() if type(m).__name__ == "Linear")
         linear.weight = nn.Parameter(torch.randn_like(linear.weight))
         members.append(copy.deepcopy(members[0]))
-        if build is freia:
+        if build in (freia, freia_matrices):
             each.conditions.append(None)
     assert_alike(fast, model, batch(), 1e-4)
 
@@ -262,7 +279,7 @@ def test_ensembles_and_functional_calls(build):
     run = torch.func.functional_call
     if build is not zuko:  # whose call gives a distribution
         torch.testing.assert_close(run(fast, other, (x,)), run(model, other, (x,)), rtol=1e-4, atol=1e-4)
-    assert_alike(fast, model, batch())
+    assert_alike(fast, model, batch(), ROUNDED.get(build, 1e-5))
 
 
 @BUILDS
@@ -294,7 +311,7 @@ def test_a_block_without_volume_change_is_in_the_loop_and_in_no_launch():
         )
     fast = copy.deepcopy(model)
     (row, *_) = lf.accelerate(fast).rows
-    assert row.runs == "4 couplings in one loop"
+    assert row.runs == "4 couplings in one loop (on a GPU: the original's own code)"
     assert runs_together(fast, batch())
     assert_alike(fast, model, batch())
     assert all(row.path for row in lf.accelerate(other).rows)

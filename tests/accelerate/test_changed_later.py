@@ -158,9 +158,9 @@ def test_a_setting_that_is_changed_later_is_followed(name):
     for actual, expected in zip(kind.run(fast, *x), kind.run(original, *x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
     if "FrEIA" in name:
-        followed = [c.side.tail.scale_map for c in fast._linfast_plan.layout.couplings]
+        followed = [c.side.tail.scale_map for c in fast._linfast_plan.fused.couplings]
         lf.accelerate(fast)  # what kernels, which run on a GPU, are given
-        assert followed == [c.side.tail.scale_map for c in fast._linfast_plan.layout.couplings]
+        assert followed == [c.side.tail.scale_map for c in fast._linfast_plan.fused.couplings]
 
 
 def test_a_setting_changed_since_a_compilation_is_followed(monkeypatch):

@@ -25,8 +25,16 @@ CHAINS = [
     "nflows image",
     "glasflow",
     "glasflow log2 lu",
+    "nflows spline alternate",
+    "nflows spline of all features",
+    "glasflow NSF",
 ]
-CHAINS += [name for name in KINDS if name.startswith(("normflows", "FrEIA"))]
+_STORED = (" soft", "spline")
+CHAINS += [
+    name
+    for name in KINDS
+    if name.startswith(("normflows", "FrEIA")) and not any(each in name for each in _STORED)
+]
 
 
 # Two blocks: the input of the first is rebuilt from the input of the second.

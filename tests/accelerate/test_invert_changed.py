@@ -151,7 +151,7 @@ def test_an_embedding_read_from_outside_is_refused():
 
 
 def _append_unknown(inn):
-    inn.append(require("FrEIA.modules").GINCouplingBlock, subnet_constructor=net)
+    inn.append(require("FrEIA.modules").LearnedElementwiseScaling)
 
 
 def _append_known(inn):
@@ -185,7 +185,7 @@ def _patch(inn):
 
 
 STORED = {
-    _append_unknown: "GINCouplingBlock is not known to be invertible",
+    _append_unknown: "LearnedElementwiseScaling is not known to be invertible",
     _patch: "GLOWCouplingBlock has a hook or a method of its own",
 }
 CHANGES = (

@@ -15,7 +15,9 @@ import linfast as lf
 COUPLINGS = 4
 MOST_CALLS = 5  # per replaced method of a coupling, beside those of the library
 DECIDES = 18  # of zuko's, whose transform is ours
-TOGETHER = [name for name in LIBRARIES if not name.startswith(("glasflow", "memcnn"))]  # whose chain is one loop
+SPLINES = [name for name in LIBRARIES if "Quadratic" in name or "NSF" in name]
+AFFINE = [name for name in LIBRARIES if name not in SPLINES]
+TOGETHER = [name for name in AFFINE if not name.startswith(("glasflow", "memcnn"))]  # whose chain is one loop
 MASKS = 14  # operations of a coupling with masks: comparing its masks, and slicing the weights of two nets
 
 
@@ -90,7 +92,7 @@ def test_a_short_batch_runs_the_originals_own_operations(name):
             torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", AFFINE)
 def test_a_long_batch_is_cut_where_the_report_says_so(name):
     model, fast, (run, _) = _models(name)
     x = torch.randn(4 * 2048 * torch.get_num_threads(), 64)
@@ -105,6 +107,18 @@ def test_a_long_batch_is_cut_where_the_report_says_so(name):
     report = str(lf.accelerate(fast))
     cuts = name in TOGETHER or "as many at a time as fit its cache" in report
     assert products[1] == products[0] * (4 if cuts else 1)
+
+
+@pytest.mark.parametrize("name", SPLINES)
+def test_a_spline_coupling_runs_the_op_from_the_rows_of_the_report_on(name):
+    _, fast, (run, _) = _models(name)
+    assert "from 64 rows per thread on, from 192 with gradients" in lf.accelerate(fast).rows[0].runs
+    threads = torch.get_num_threads()
+    for gradients, least in ((False, 64), (True, 192)):
+        for rows, runs in ((least * threads - 1, False), (least * threads, True)):
+            with torch.set_grad_enabled(gradients), _Operations() as mode:
+                run(fast, torch.randn(rows, 64))
+            assert ("linfast::rq_spline" in mode.names) == runs
 
 
 def test_the_report_says_what_runs_on_this_cpu():

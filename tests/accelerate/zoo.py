@@ -259,17 +259,12 @@ def _spline_image():
 def _normflows_spline(name: str = "CoupledRationalQuadraticSpline", **options):
     def build():
         nf = require("normflows")
-        named = {"num_context_channels": CONTEXT, "num_bins": 5, "activation": nn.ELU, **options}
+        named = {"num_bins": 5, "activation": nn.ELU, **options}
         kind = getattr(nf.flows, name)
         flows = [kind(FEATURES, 2, 16, reverse_mask=reverse, **named) for reverse in (False, True)]
-        base = nf.distributions.DiagGaussian(FEATURES)
-        return nf.ConditionalNormalizingFlow(base, flows)
+        return nf.NormalizingFlow(nf.distributions.DiagGaussian(FEATURES), flows)
 
     return build
-
-
-def _run_normflows_spline(model, x, c):
-    return [*model.forward_and_log_det(x, c), *model.inverse_and_log_det(x, c)]
 
 
 def _glasflow_nsf(**options):
@@ -321,7 +316,11 @@ def _freia(name: str, shape: tuple[int, ...] = (FEATURES,), context: int = 0, **
 
 def _run_freia(model, x, c):
     condition = [c] if model.conditions and model.conditions[0] is not None else None
-    values = (*model(x, c=condition), *model(x, c=condition, rev=True))
+    (y, log_det), (back, log_det_back) = model(x, c=condition), model(x, c=condition, rev=True)
+    values = y, 1 + log_det, back, 1 + log_det_back  # a log-det of zero may be rounding errors alone
+    for block in model:
+        if getattr(block, "householder", 0):
+            block.w_perm = block.w_perm_inv = None  # FrEIA leaves tensors with a graph, which cannot be copied
     return [v if isinstance(v, Tensor) else x.new_tensor(v) for v in values]  # a log-det may be a float
 
 
@@ -441,6 +440,7 @@ KINDS = {
         for name, clamp, whole in (
             ("GLOWCouplingBlock", "ATAN", 4),
             ("GLOWCouplingBlock", "SIGMOID", 0),
+            ("GINCouplingBlock", "ATAN", 0),
             ("RNVPCouplingBlock", "TANH", 4),
             ("AffineCouplingOneSided", "ATAN", 4),
         )
@@ -472,9 +472,9 @@ KINDS = {
         _run_glasflow,
         2,
     ),
-    "normflows spline": Kind("normflows", _normflows_spline(), _run_normflows_spline, 2),
+    "normflows spline": Kind("normflows", _normflows_spline(), _run_normflows, 2),
     "normflows spline circular": Kind(
-        "normflows", _normflows_spline(tails="circular", tail_bound=2.0), _run_normflows_spline, 2
+        "normflows", _normflows_spline(tails="circular", tail_bound=2.0), _run_normflows, 2
     ),
     "normflows circular spline": Kind(
         "normflows",
@@ -483,7 +483,7 @@ KINDS = {
             ind_circ=[0, 3],
             tail_bound=torch.tensor([2.0, 3, 2, 4, 2, 5]),
         ),
-        _run_normflows_spline,
+        _run_normflows,
         2,
     ),
     "FrEIA NICE": Kind("FrEIA", _freia("NICECouplingBlock"), _run_freia, 2, whole=4),
@@ -501,6 +501,29 @@ KINDS = {
         _run_freia,
         2,
         shape=(5, 2, 2),
+    ),
+    **{
+        f"FrEIA all in one {name}": Kind("FrEIA", _freia("AllInOneBlock", **options), _run_freia, 2, whole=whole)
+        for name, whole, options in (
+            ("soft", 4, {"permute_soft": True}),
+            ("soft reverse", 4, {"permute_soft": True, "reverse_permutation": True}),
+            ("soft GIN", 0, {"permute_soft": True, "gin_block": True}),
+            ("learned", 4, {"learned_householder_permutation": 2, "global_affine_type": "EXP"}),
+            ("learned reverse", 4, {"learned_householder_permutation": 1, "reverse_permutation": True}),
+        )
+    },
+    "FrEIA all in one soft conditional": Kind(
+        "FrEIA",
+        _freia("AllInOneBlock", context=CONTEXT, permute_soft=True, reverse_permutation=True),
+        _run_freia,
+        2,
+    ),
+    "FrEIA all in one learned image": Kind(
+        "FrEIA",
+        _freia("AllInOneBlock", (4, 2, 2), learned_householder_permutation=2, reverse_permutation=True),
+        _run_freia,
+        2,
+        shape=(4, 2, 2),
     ),
     "zuko": Kind("zuko", _zuko(), _run_zuko, 2),
     "zuko alone": Kind("zuko", _zuko(0), _run_zuko, 2, whole=10, calls=5),
@@ -633,6 +656,12 @@ SOME = {
     "FrEIA GLOW image",
     "FrEIA all in one",
     "FrEIA all in one conditional",
+    "FrEIA GINCouplingBlock ATAN",
+    "FrEIA all in one soft reverse",
+    "FrEIA all in one soft GIN",
+    "FrEIA all in one soft conditional",
+    "FrEIA all in one learned",
+    "FrEIA all in one learned image",
     "zuko",
     "zuko NICE",
     "zuko random masks",

@@ -152,7 +152,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "an array times a Linearizer": (lambda: np.ones((2, 2)) * linearizer(), "factor must be"),
     "an array after an operator": (lambda: np.ones((4, 4)) @ lf.Dense(4), "unsupported operand"),
     "no conditioner's name": (taught(conditioner=""), "conditioner must name an attribute"),
-    "a path for a name": (taught(conditioner="net.0"), "conditioner must name an attribute"),
+    "a file's path for a name": (taught(conditioner="net/0"), "conditioner must name an attribute"),
     "two names": (taught(features="a b"), "features must name an attribute"),
     "a class of maps": (taught(scale_map=lf.ScaleMap), "scale_map must be a function"),
     "forward as its inverse": (taught(inverse="forward"), "inverse must name a method"),

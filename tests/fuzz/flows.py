@@ -38,7 +38,7 @@ _SCALE_MAPS = st.none() | st.sampled_from(SCALE_MAP_KINDS)
 _MIXES = st.sampled_from([None, "lu", "free", "householder", "permute"])
 _LAYERS = ("affine", "additive", "actnorm", "lu", "free", "householder", "permute", "inverse affine", "flow")
 _SHARED = {
-    "coupling": st.sampled_from(["affine", "affine", "additive"]),
+    "coupling": st.sampled_from(["affine", "affine", "additive", "spline"]),
     "scale_map": _SCALE_MAPS,
     "order": st.sampled_from(["shift_first", "scale_first"]),
     "actnorm": st.booleans(),
@@ -90,6 +90,12 @@ def build(made: dict[str, Any]) -> tuple[nn.Module, tuple[int, ...]]:
     """The flow of a recipe in float64, its ActNorms initialised, and the shape of a sample."""
     torch.manual_seed(made["seed"])
     options = {k: made[k] for k in _SHARED if k in made and k not in ("std", "seed")}
+    if options.get("coupling") == "spline":
+        options |= {
+            "scale_map": None,
+            "bins": 2 + made["seed"] % 7,
+            "tail_bound": (0.5, 1.0, 3.0)[made["seed"] % 3],
+        }
     if made["make"] == "coupling_flow":
         own = ("features", "depth", "hidden", "activation", "time_features", "context_features")
         g: nn.Module = lf.coupling_flow(**{k: made[k] for k in own}, **options)

@@ -14,7 +14,7 @@ from linfast import ops
 from tests.ops.stacks import leaves, plain_stack, random_layers, random_map, rebuilt
 
 from .drawing import drawn
-from .plain import log_scale
+from .plain import log_scale, plain_spline
 
 __all__ = ["OPS", "Case", "make"]
 
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 OPS = (
     "affine_coupling", "channel_mix", "conv2d_fused", "coupling_mix", "coupling_stack", "depthwise_conv",
-    "group_norm_silu", "latent_matmul", "linearizer_stack", "low_rank", "mlp_coupling",
+    "group_norm_silu", "latent_matmul", "linearizer_stack", "low_rank", "mlp_coupling", "rq_spline",
 )  # fmt: skip
 
 
@@ -290,3 +290,16 @@ def _linearizer_stack(r: dict[str, Any]) -> Case:
         return plain_stack(z, sides[1][0], activation, scale_map, head=sides[1][1], inverse=True, **plain)[0]
 
     return Case(call, formula, [drawn(r["seed"] + 1, r["batch"], D), A, *tensors, *(1.01 * t for t in tensors)])
+
+
+def _rq_spline(r: dict[str, Any]) -> Case:
+    K, extra, tails = 2 + r["rank"], r["depth"] - 2, ("linear", "circular", "bounded")[r["depth"] - 1]
+    shape = (r["channels"], *r["positions"])
+    lead = (1 if r["other"] else r["batch"], *shape)
+    tensors = [2 * _image(r, r["batch"], r["channels"])]
+    tensors += [drawn(r["seed"] + i, *lead, n) for i, n in enumerate((K, K, K + extra), 1)]
+    options = {"tails": tails, "interval": (-2.0, 2.5), "min_derivative": 0.01, "inverse": r["inverse"]}
+    options |= {"temperature": 1.5, "parameters": "soft_clip" if r["flag"] else "softmax"}
+    return Case(
+        lambda *t: ops.rq_spline(*t, **options, log_det=True), lambda *t: plain_spline(*t, **options), tensors
+    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import linfast as lf
 from linfast.flows import Conditioned
 
-__all__ = ["log_scale", "plain_flow"]
+__all__ = ["log_scale", "plain_flow", "plain_spline"]
 
 _ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu}
 
@@ -32,7 +32,7 @@ def plain_flow(g: nn.Module, x: Tensor, inverse: bool, context: dict[str, Any]) 
             x, log_det = plain_flow(layer, x, inverse, context)
             total = total + log_det
         return x, total
-    if isinstance(g, (lf.AffineCoupling, lf.AdditiveCoupling)):
+    if isinstance(g, (lf.AffineCoupling, lf.AdditiveCoupling, lf.SplineCoupling)):
         return _coupling(g, x, inverse, context)
     if isinstance(g, lf.Squeeze):
         return _squeeze(x, inverse), x.new_zeros(len(x))
@@ -48,6 +48,16 @@ def _coupling(g: Any, x: Tensor, inverse: bool, context: dict[str, Any]) -> tupl
         halves[m] = halves[m] - params if inverse else halves[m] + params
         return torch.cat(halves, 1), x.new_zeros(len(x))
     n = halves[m].shape[1]
+    if isinstance(g, lf.SplineCoupling):
+        at, sizes = (2, (n, -1)) if g.layout == "features_first" else (1, (-1, n))
+        raw = params.unflatten(1, sizes).movedim(at, -1)
+        widths, heights, slopes = raw[..., : g.bins], raw[..., g.bins : 2 * g.bins], raw[..., 2 * g.bins :]
+        slopes = slopes + math.log(math.expm1(1 - g.min_derivative))
+        interval = (-g.tail_bound, g.tail_bound)
+        halves[m], total = plain_spline(
+            halves[m], widths, heights, slopes, g.tails, interval, g.min_derivative, 1.0, "softmax", inverse
+        )
+        return torch.cat(halves, 1), total
     shift, raw = (params[:, :n], params[:, n:]) if g.layout == "halves" else (params[:, ::2], params[:, 1::2])
     log_s = log_scale(g.scale_map, raw)
     if g.order == "shift_first":
@@ -127,3 +137,47 @@ def _squeeze(x: Tensor, inverse: bool) -> Tensor:
         return y
     parts = [x[:, :, i // 2 :: 2, i % 2 :: 2] for i in range(4)]
     return torch.stack(parts, 2).flatten(1, 2)
+
+
+def plain_spline(
+    x: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, tails: str, interval: tuple[float, float],
+    min_derivative: float, temperature: float, parameters: str, inverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y, log|det|) of a rational-quadratic spline, bin by bin; its least width and height are 0.001."""
+    low, high = interval
+    K, least = widths.shape[-1], 0.001
+    if parameters == "soft_clip":
+        c, least = -math.log(min_derivative), 0.0
+        widths, heights = (u / (1 + 2 * u.abs() / c) for u in (widths, heights))
+        slopes = (slopes / (1 + slopes.abs() / c)).exp()
+    else:
+        slopes = min_derivative + (1 + slopes.exp()).log()
+    ends = slopes[..., :1] if tails == "circular" else torch.ones_like(widths[..., :1])
+    slopes = {"linear": [ends, slopes, ends], "circular": [slopes, ends], "bounded": [slopes]}[tails]
+    d = torch.cat(slopes, -1).unbind(-1)
+    knots = []
+    for raw in (widths, heights):
+        e = ((raw - raw.amax(-1, keepdim=True)) / temperature).exp()
+        sizes = (high - low) * (least + (1 - least * K) * e / e.sum(-1, keepdim=True))
+        knots.append([low + sizes[..., :k].sum(-1) for k in range(K + 1)])
+    y, logs = x + 0.0, torch.zeros_like(x)
+    inside = (x >= low) & (x <= high)
+    for k in range(K):
+        (x_0, x_1), (y_0, y_1) = (of[k : k + 2] for of in knots)
+        s = (y_1 - y_0) / (x_1 - x_0)
+        start, end = (y_0, y_1) if inverse else (x_0, x_1)
+        here = inside & (x >= start) & ((x < end) if k < K - 1 else True)
+        value = torch.where(here, x, start)
+        if inverse:
+            z, bend = value - y_0, d[k] + d[k + 1] - 2 * s
+            b = (y_1 - y_0) * d[k] - z * bend
+            root = (b * b + 4 * ((y_1 - y_0) * (s - d[k]) + z * bend) * s * z).sqrt()
+            t = 2 * s * z / (b + root)
+        else:
+            t = (value - x_0) / (x_1 - x_0)
+        under = s + (d[k] + d[k + 1] - 2 * s) * t * (1 - t)
+        slope = s**2 * (d[k + 1] * t**2 + 2 * s * t * (1 - t) + d[k] * (1 - t) ** 2) / under**2
+        there = y_0 + (y_1 - y_0) * (s * t**2 + d[k] * t * (1 - t)) / under
+        y = torch.where(here, x_0 + t * (x_1 - x_0) if inverse else there, y)
+        logs = torch.where(here, -slope.log() if inverse else slope.log(), logs)
+    return y, logs.flatten(1).sum(1)

@@ -202,7 +202,10 @@ def test_plan_names_what_runs() -> None:
         (lambda: lf.MaskedMLP(3, feature_order=[0, 1, 1]), "feature_order must hold 0 to 2 once each"),
         (lambda: lf.MaskedAutoregressive(lf.MLP(3, 6)), "conditioner must be a MaskedMLP; got MLP"),
         (lambda: lf.MaskedAutoregressive(lf.MaskedMLP(3, 1)), "conditioner must have per_feature=2 .*; got 1"),
-        (lambda: lf.MaskedAutoregressive(lf.MaskedMLP(3), None), "per_feature=1 for scale_map=None, bins=None; got 2"),
+        (
+            lambda: lf.MaskedAutoregressive(lf.MaskedMLP(3), None),
+            "per_feature=1 for scale_map=None, bins=None; got 2",
+        ),
         (lambda: _conditional()(torch.ones(2, 3)), "context_features=2; got context=None"),
         (lambda: _conditional()(torch.ones(2, 3), context=torch.ones(2, 3)), r"context must be \[2, 2\]"),
         (lambda: _conditional().inverse(torch.ones(2, 3), context=torch.ones(3, 2)), r"context must be \[2, 2\]"),

@@ -275,6 +275,14 @@ def test_builders_make_what_they_are_told(transform: str) -> None:
     torch.testing.assert_close(masked(x), x)
 
 
+def test_builders_pass_the_options_of_splines_on() -> None:
+    given: dict[str, Any] = {"transform": "spline", "bins": 5, "tail_bound": 2.0}
+    for g in (lf.coupling_flow(4, **given), lf.image_flow(2, 4, **given), lf.autoregressive_flow(4, **given)):
+        layer = g.bijections[0]
+        assert (layer.bins, layer.tail_bound) == (5, 2.0)
+        assert (layer.spline.bins, layer.spline.low, layer.spline.high) == (5, -2.0, 2.0)
+
+
 def test_plan_names_what_runs() -> None:
     coupling = lf.coupling_flow(5, 2, transform="spline").to(DEVICE)
     masked = lf.autoregressive_flow(5, 1, transform="spline").to(DEVICE)

@@ -11,6 +11,7 @@ _INVERSE = f"{_LAWS}::test_inverse_undoes_forward_and_forward_undoes_inverse"
 _LOG_DET = f"{_LAWS}::test_log_det_is_that_of_the_jacobian"
 _ACTNORM = "tests/laws/test_actnorm.py"
 _FOLDED = "tests/laws/test_fusion.py::test_a_folded_flow_is_the_flow"
+_SPLINES = "tests/laws/test_splines.py"
 _FREEZE = "tests/laws/test_freeze.py"
 
 MUTANTS = (
@@ -85,6 +86,30 @@ MUTANTS = (
         new="bound=2.0",
         breaks="The log-scales of a deep default flow add up, and it no longer inverts.",
         tests=(f"{_LAWS}::test_default_bound_survives_last_layers_scaled_by_six",),
+    ),
+    Mutant(
+        name="splines: zeros are not the identity",
+        file="linfast/flows/splines.py",
+        old="spline._replace(offset=unit_derivative(spline.min_derivative))",
+        new="spline",
+        breaks="A new spline flow is not the identity.",
+        tests=(f"{_SPLINES}::test_a_new_layer_is_the_identity",),
+    ),
+    Mutant(
+        name="splines: rebuilding in the backward mixes up the layouts' gradients",
+        file="linfast/flows/splines.py",
+        old="movedim(-1, 2 if self.layout",
+        new="movedim(-1, 1 if self.layout",
+        breaks="The conditioner's gradients are those of other parameters.",
+        tests=(f"{_SPLINES}::test_rebuilt_activations_give_the_gradients_of_stored_ones",),
+    ),
+    Mutant(
+        name="masked splines: the inverse's backward loses log_det",
+        file="linfast/ops/masked_plain.py",
+        old="a.t(), grad_log_det, spline",
+        new="a.t(), None, spline",
+        breaks="The gradient of the log-determinant of a sample is dropped.",
+        tests=(f"{_SPLINES}::test_the_gradient_of_a_masked_inverse_is_that_of_an_unrolled_one",),
     ),
     Mutant(
         name="freeze: W is kept under its inverse's name",

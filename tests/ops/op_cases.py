@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from linfast.kernels.spline_spec import Spline
 from torch import Tensor
 
 from linfast import ops
+from linfast.ops.rq_spline import spline_transform
 from linfast.scale_maps import ScaleMap
 from tests.ops.budget import DEVICE, Outputs
 from tests.ops.made import Extras, Made, random_extras, random_made, tensors_of
@@ -149,15 +151,32 @@ def _masked(per_feature: int, bias: bool, extras: bool, inverse: bool, log_det: 
 
     template, given = made()
     scale_map = ScaleMap("sigmoid") if per_feature == 2 else None
+    spline = Spline(bins=(per_feature + 1) // 3) if per_feature > 2 else None
 
     def call(x: Tensor, *tensors: Tensor) -> Outputs:
         (masks, weights, biases), pairs = rebuilt_made(template, tensors, given)
         return ops.masked_autoregressive(
             x, masks, weights, biases, activation="elu", scale_map=scale_map, extras=pairs, inverse=inverse,
-            log_det=log_det, precision="exact",
+            log_det=log_det, precision="exact", spline=spline,
         )  # fmt: skip
 
     return Case("masked_autoregressive", call, lambda: [torch.randn(3, 4, device=DEVICE), *tensors_of(*made())])
+
+
+def _splined(rows: int, tails: str, inverse: bool, log_det: bool, planes: bool = False) -> Case:
+    """``planes``: the parameters are one tensor, as ``SplineCoupling`` gives them."""
+    extra = {"linear": -1, "circular": 0, "bounded": 1}[tails]
+    options: dict[str, Any] = {"tails": tails, "interval": (-2.0, 2.5), "inverse": inverse, "log_det": log_det}
+
+    def call(x: Tensor, *raw: Tensor) -> Outputs:
+        return ops.rq_spline(x, *raw, **options)
+
+    def of_one(x: Tensor, params: Tensor) -> Outputs:
+        return spline_transform(x, params, Spline(4), inverse, log_det)
+
+    if planes:
+        return Case("rq_spline", of_one, _drawn((3, 2), (rows, 2, 11)))
+    return Case("rq_spline", call, _drawn((3, 2), (rows, 2, 4), (rows, 2, 4), (rows, 2, 4 + extra)))
 
 
 CASES = {
@@ -192,8 +211,13 @@ CASES = {
     "masked_autoregressive": _masked(2, bias=True, extras=False, inverse=False, log_det=True),
     "masked_autoregressive, inverse, extras": _masked(2, bias=True, extras=True, inverse=True, log_det=True),
     "masked_autoregressive, additive": _masked(1, bias=False, extras=False, inverse=True, log_det=False),
+    "masked_autoregressive, spline": _masked(11, bias=True, extras=True, inverse=True, log_det=True),
     "mlp_coupling": _one_layer(bias=True, log_det=True),
     "mlp_coupling, neither": _one_layer(bias=False, log_det=False),
+    "rq_spline": _splined(3, "linear", inverse=False, log_det=True),
+    "rq_spline, no log_det": _splined(3, "circular", inverse=True, log_det=False),
+    "rq_spline, shared": _splined(1, "bounded", inverse=True, log_det=True),
+    "rq_spline, one tensor": _splined(3, "linear", inverse=True, log_det=True, planes=True),
 }
 
 

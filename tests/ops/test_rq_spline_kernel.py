@@ -1,4 +1,4 @@
-"""rq_spline's kernels against float64: every kind of tails and of parameters, direction, layout, size and stride."""
+"""rq_spline's kernels against float64: every kind of tails and parameters, direction, layout, size and stride."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from linfast.kernels.spline_spec import TAILS, Spline
 from torch import Tensor
 
 import linfast as lf
-from linfast.kernels.spline_spec import TAILS, Spline
 from linfast.ops.rq_spline import spline_transform
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
@@ -30,7 +30,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "shared": lambda p: p[:1].contiguous(),
 }
 BINS = (8, 2, 5)  # all of a matrix's columns, the fewest bins, and fewer than the columns
-# (tails, soft clip, bins, layout, inverse): the default ones alternate over directions, the long ones are the others.
+# (tails, soft clip, bins, layout, inverse): directions alternate in the default ones; the long ones are the others.
 FORMS = [
     (tails, (i + j // 2 + inverse) % 2 == 1, BINS[(i + j) % 3], layout, inverse)
     for i, tails in enumerate(TAILS)
@@ -183,6 +183,18 @@ def test_nothing_is_nan_and_the_map_is_monotone(tails: str, size: float) -> None
         assert torch.equal(y[outside], x[outside])
         if size == 1.0:  # a slope of 1e4 makes a rounded knot a large error
             torch.testing.assert_close(y[ends], x[ends])
+
+
+def test_the_inverse_is_accurate_where_a_bin_ends_steeply() -> None:
+    """There b + sqrt(b^2 + 4 a s z), the denominator of the usual form, loses the digits of 1e4."""
+    spline = Spline(2, tails=TAILS.index("bounded"))
+    params = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1e4], device=DEVICE).expand(1, 1, -1)
+    y = torch.linspace(0.1, 3, 50, device=DEVICE)[:, None]
+    with lf.backend("triton"):
+        x, _ = spline_transform(y, params, spline, True, False)
+    with lf.backend("reference"):
+        truth, _ = spline_transform(y.double(), params.double(), spline, True, False)
+    assert float((x - truth).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

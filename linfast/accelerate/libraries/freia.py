@@ -1,13 +1,15 @@
-"""FrEIA: the coupling blocks GLOW, RNVP, NICE and one-sided; AllInOneBlock; SequenceINN.
+"""FrEIA: the coupling blocks GLOW, GIN, RNVP, NICE and one-sided; AllInOneBlock; SequenceINN.
 
     y1 = x1 e^s + t with (s, t) of x2, then y2 = x2 e^s + t with (s, t) of y1;  s = clamp f_clamp(raw)
-    GLOW: one subnet per side gives [raw | t]; RNVP: one for raw and one for t; NICE: only t, s = 0;
-    one-sided: only y2, from x1
+    GLOW: one subnet per side gives [raw | t]; GIN: the same, with s minus its mean over the features;
+    RNVP: one for raw and one for t; NICE: only t, s = 0; one-sided: only y2, from x1
     AllInOneBlock: y2 = x2 e^s + t,  (raw, t) = subnet(x1) / 10,  s = clamp tanh(raw), minus its mean with GIN;
-        then a learned scale and offset, and a permutation; with reverse_pre_permute its inverse comes first
+        then a learned scale and offset, and R; with reverse_pre_permute R^-1 comes first
+        R = w_perm, a permutation or any matrix, or w_0 H_1 ... H_k with learned reflections H_i
     m((x,), c=[...], rev=) -> ((y,), log_det [B])
 
-FrEIA multiplies by AllInOneBlock's permutation matrix; a hard permutation is an index here.
+FrEIA multiplies by R; a permutation is an index here. FrEIA stores the learned R in w_perm at every call, and
+reads it nowhere else; here w_perm keeps its value.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...flows.mix import reflections
 from ...flows.undo import Context, Outputs
 from ...ops.stack_weights import AffineMap
 from ...scale_maps import ScaleMap
@@ -43,7 +46,7 @@ def _adapter(where: str, members: Members, **what: Any) -> Adapter:
 
         found = members(block, block._linfast_plan.layout, c)
         y, log_det = couple(block, found, x[0], rev, original)
-        keeps_volume = isinstance(found[0], Side) and found[0].tail is ADDITIVE
+        keeps_volume = isinstance(found[0], Side) and found[0].tail.keeps_volume
         return (y,), 0.0 if keeps_volume else log_det
 
     return coupling_adapter(
@@ -76,8 +79,15 @@ def _check_clamp(block: Any) -> None:
         raise Unfit(f"its clamp is {block.clamp}: not positive")
 
 
+def _log_scale(block: Any, f_clamp: Callable[[Tensor], Tensor], gin: bool, raw: Tensor) -> Tensor:
+    """s = clamp f_clamp(raw), minus its mean over the features for ``gin``."""
+    s: Tensor = block.clamp * f_clamp(raw)
+    return s - s.mean(1, keepdim=True) if gin else s
+
+
 _BLOCKS: dict[str, tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]] = {
     "GLOWCouplingBlock": ("raw_first", (("first", ("subnet2",)), ("second", ("subnet1",)))),
+    "GINCouplingBlock": ("raw_first", (("first", ("subnet2",)), ("second", ("subnet1",)))),
     "RNVPCouplingBlock": ("pair", (("first", ("subnet_t2", "subnet_s2")), ("second", ("subnet_t1", "subnet_s1")))),
     "AffineCouplingOneSided": ("raw_first", (("second", ("subnet",)),)),
     "NICECouplingBlock": ("shift", (("first", ("F",)), ("second", ("G",)))),
@@ -92,6 +102,8 @@ def _block(name: str) -> Adapter:
         if layout == "shift":
             return "additive coupling", None
         _check_clamp(block)
+        if name == "GINCouplingBlock":
+            return "GIN coupling", None
         known: dict[ScaleMap, Callable[[Tensor], Tensor]] = {
             ScaleMap("tanh", block.clamp): torch.tanh,
             ScaleMap("arctan", block.clamp * _ATAN * math.pi / 2): lambda raw: _ATAN * raw.atan(),
@@ -103,7 +115,8 @@ def _block(name: str) -> Adapter:
         """The side that moves the first channels and the one that moves the others; one-sided: only the latter."""
         tail = ADDITIVE
         if layout != "shift":
-            tail = Tail(layout, scale_map, lambda raw: block.clamp * block.f_clamp(raw))
+            gin = name == "GINCouplingBlock"
+            tail = Tail(layout, scale_map, partial(_log_scale, block, block.f_clamp, gin), keeps_volume=gin)
 
         def side(moves: str, names: tuple[str, ...]) -> Side:
             nets = tuple(getattr(block, name) for name in names)
@@ -137,40 +150,56 @@ def _block(name: str) -> Adapter:
 _FACTOR = 0.1
 
 
-def _find_all_in_one(block: Any) -> tuple[str, tuple[list[Index], Index]]:
+def _find_all_in_one(block: Any) -> tuple[str, tuple[Index, Index] | None]:
+    """(description, R and its inverse as indices; None where R is another matrix)."""
+    _check_clamp(block)
+    what = "GIN coupling" if block.GIN else "affine coupling, tanh"
     if block.householder:
-        raise Unfit("its permutation is learned: a full matrix")
+        return f"{what}, learned permutation", None
     matrix, back = block.w_perm.flatten(1), block.w_perm_inv.flatten(1)
     eye, post, pre = torch.eye(len(matrix)).to(matrix), matrix.argmax(1), back.argmax(1)
     if not (torch.equal(back, matrix.T) and torch.equal(matrix, eye[post]) and torch.equal(back, eye[pre])):
-        raise Unfit("its permutation is soft: a full matrix")
-    _check_clamp(block)
-    what = "GIN coupling" if block.GIN else "affine coupling, tanh, permutation by index"
-    return what, ([Index(pre.tolist())] if block.reverse_pre_permute else [], Index(post.tolist()))
+        return f"{what}, permutation by a matrix", None
+    return f"{what}, permutation by index", (Index(post.tolist()), Index(pre.tolist()))
 
 
-def _members_all_in_one(block: Any, layout: tuple[list[Index], Index], c: Sequence[Tensor]) -> list[Any]:
+def _rotation(block: Any, back: bool, inverse: bool) -> AffineMap:
+    """R, or R^-1 where ``back``."""
+    if block.householder:
+        vectors = block.vk_householder
+        matrix = torch.addmm(block.w_0, block.w_0 @ vectors.mT, reflections(vectors), alpha=-1)
+        undo = matrix.mT
+    else:
+        matrix, undo = block.w_perm.flatten(1), block.w_perm_inv.flatten(1)
+    return AffineMap(undo, None, matrix) if back else AffineMap(matrix, None, undo)
+
+
+def _members_all_in_one(block: Any, layout: tuple[Index, Index] | None, c: Sequence[Tensor]) -> list[Any]:
     def run(kept: Tensor) -> Tensor:
         params: Tensor = block.subnet(torch.cat([kept, *c], 1) if block.conditional else kept)
         params *= _FACTOR  # in place, as the library does
         return params
 
-    def log_scale(raw: Tensor) -> Tensor:
-        s: Tensor = block.clamp * raw.tanh()
-        return s - s.mean(1, keepdim=True) if block.GIN else s
-
     def scaling(inverse: bool) -> AffineMap:
         offset = block.global_offset.flatten()
         if block.GIN:
-            return AffineMap(torch.ones_like(offset), offset, None, offset.new_zeros(()))
+            return AffineMap(torch.ones_like(offset), offset)
         scale = block.global_scale_activation(block.global_scale).flatten()
-        return AffineMap(scale, offset, None, scale.log().sum())
+        return AffineMap(scale, offset)
 
-    tail = Tail("raw_first", None if block.GIN else ScaleMap("tanh", block.clamp), log_scale)
+    scale_map = None if block.GIN else ScaleMap("tanh", block.clamp)
+    tail = Tail("raw_first", scale_map, partial(_log_scale, block, torch.tanh, block.GIN))
     split = Split("halves", "second", block.splits[0], block.in_channels)
     side = Side(split, tail, run, () if block.conditional else (block.subnet,), factor=_FACTOR)
-    pre, post = layout
-    return [*pre, side, Affine(scaling), post]
+    post: Index | Affine
+    pre: Index | Affine
+    if layout is None:
+        per_batch = bool(block.householder)
+        pre = Affine(partial(_rotation, block, True), None, True, per_batch)
+        post = Affine(partial(_rotation, block, False), None, True, per_batch, pre)
+    else:
+        post, pre = layout
+    return [*([pre] if block.reverse_pre_permute else []), side, Affine(scaling), post]
 
 
 _ALL_IN_ONE = _adapter(
@@ -180,8 +209,9 @@ _ALL_IN_ONE = _adapter(
     find=_find_all_in_one,
     nets=lambda block: (block.subnet,),
     masks=lambda block: (block.w_perm, block.w_perm_inv),
+    reads_masks=lambda layout: layout is not None,
     settings=("clamp", "GIN", "householder", "reverse_pre_permute"),
-    assumes=("_affine", "_permute", "_pre_permute"),
+    assumes=("_affine", "_construct_householder_permutation", "_permute", "_pre_permute"),
 )
 
 
@@ -204,7 +234,7 @@ _MAPS = Maps(
         "Reshape",
     ),
 )
-_VOLUME_KEEPING = Maps(("FrEIA",), ("forward",), {}, ("NICECouplingBlock", "PermuteRandom"))
+_VOLUME_KEEPING = Maps(("FrEIA",), ("forward",), {}, ("GINCouplingBlock", "NICECouplingBlock", "PermuteRandom"))
 """The classes whose log-determinant FrEIA returns as the number 0."""
 
 
@@ -235,7 +265,7 @@ def _both_ways_sequence(chain: Any, draws: Sequence[Tensor], c: Sequence[Tensor]
     outputs: list[Tensor] = []
     for x, rev in zip(draws, (False, True), strict=True):
         y, log_det = chain.forward(x, c, rev=rev)
-        outputs += [*(y if isinstance(y, tuple) else (y,)), torch.as_tensor(log_det)]
+        outputs += [*(y if isinstance(y, tuple) else (y,)), 1 + torch.as_tensor(log_det)]  # GIN's is rounding alone
     return outputs
 
 

@@ -59,7 +59,7 @@ def _find(transform: Any) -> tuple[str, tuple[Split, Tail]]:
 def _sides(transform: Any, layout: tuple[Split, Tail], context: Sequence[Any]) -> list[Side]:
     net, given = transform.transform_net, context or (None,)
     # The library gives the net contiguous features.
-    return [Side(*layout, lambda kept: net(kept.contiguous(), *given), () if context else (net,))]
+    return [Side(*layout, lambda kept: net(kept.contiguous(), *given), () if context else (net,), (net,))]
 
 
 _ASSUMES = (

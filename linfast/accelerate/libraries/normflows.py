@@ -179,12 +179,11 @@ def _lu_permute(flow: Any) -> Affine:
     return Affine(make, flow)
 
 
-_COUPLED = "CoupledRationalQuadraticSpline", "CircularCoupledRationalQuadraticSpline"  # they run a known coupling
 _MAPS = Maps(
     ("normflows",),
     ("forward", "inverse"),
     {"ActNorm": _constant, "AffineConstFlow": _constant, "LULinearPermute": _lu_permute, "Permute": _permutation},
-    others=(*_COUPLED, "Invertible1x1Conv", "InvertibleAffine", "Squeeze"),
+    others=("Invertible1x1Conv", "InvertibleAffine", "Squeeze"),
 )
 
 
@@ -275,6 +274,7 @@ _AUTOREGRESSIVE = (
 
 ADAPTERS = (_BLOCK, _MASKED_FLOW, _SPLINE_COUPLING, *_AUTOREGRESSIVE, _FLOW)
 
-_SPLINES = "AutoregressiveRationalQuadraticSpline", "CircularAutoregressiveRationalQuadraticSpline"  # they run one
+_KINDS = "Coupled", "CircularCoupled", "Autoregressive", "CircularAutoregressive"
+_SPLINES = tuple(f"{kind}RationalQuadraticSpline" for kind in _KINDS)  # they run a module that has an adapter
 _OTHERS = "CCAffineConst", "Composite", "GlowBlock", "Reverse", "_LULinear", *_SPLINES
 LAYERS = Layers("normflows", "normflows.flows.base", "Flow", (*_MAPS.names, *_OTHERS))

@@ -1,0 +1,435 @@
+"""Finds the ``Formula`` of an instance of a registered class by watching its own code run.
+
+The networks of a bare copy are replaced by random smooth functions that record every call (``_Recorder``). The
+forward then runs once, in float64 and in plain torch, on random x [B, C, ...]:
+
+    input of a network           the kept features of a coupling: its columns are columns of the coupling's input
+    networks with equal inputs   the shift's and the raw value's, of one coupling
+    order of the calls           order of the couplings
+    output                       y of the formula, for one of the orders and layouts; its columns, permuted
+
+The inverse, the other value of each flag, and a call with a context are then compared with the formula found.
+Whatever the description of the class states is taken as given. The first row's parameters are large, so that a
+clamp shows. Rows are compared one by one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import plain_torch, tensor_of
+from ..rows import all_lengths
+from ..scale_maps import ScaleMap
+from .adapter import Stub, Unfit
+from .formula import Call, Formula, Parameter, Path, Step, at, by_formula, shaped
+from .identity import original_class, uncompiled
+from .sides import Index, Split, split_of
+from .verify import bare_copy
+
+_SEED = 20260102
+_ROWS = 3
+_SIZES = (8.0, 1.5, 1.5)  # of the parameters, by row
+_CLOSE = 1e-9  # relative L2 difference in float64 of one row
+_UNKNOWN_FEATURES = (5, 6)  # tried where neither the class nor its networks say how many there are
+_POSITIONS = (4, 16)  # per dimension after the channels
+_LAYOUTS = ("halves", "raw_first", "interleaved")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the user says of a class; None is found out.
+
+    Args:
+        nets: names of the attributes that hold the networks.
+        order, layout, moves, log_det, features: see ``register_adapter``.
+        methods: by name, whether it is to compute the inverse, and its arguments after x; forwards come first.
+    """
+
+    nets: tuple[Path, ...]
+    order: str | None
+    layout: str | None
+    moves: str | None
+    log_det: bool | None
+    features: str | None
+    methods: Mapping[str, tuple[bool, tuple[Parameter, ...]]]
+
+
+@dataclass(frozen=True)
+class _Net:
+    """What one network does when it is called alone.
+
+    Args:
+        path: in the instance.
+        inputs, outputs: channels; of a pair, outputs of each.
+        keys: of its two outputs, as ``Formula.output``; None for one tensor.
+        positions: the dimensions after the channels.
+    """
+
+    path: Path
+    inputs: int | None = None
+    outputs: int | None = None
+    keys: tuple[Any, Any] | None = None
+    positions: tuple[int, ...] = ()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def find_formula(instance: nn.Module, given: Description, scale_map: ScaleMap) -> Formula:
+    """The formula of the instance. Raises Unfit, with the reason, where there is none that it agrees with."""
+    device = tensor_of(instance).device if tensor_of(instance) is not None else torch.device("cpu")  # type: ignore[union-attr]
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+        all_lengths(),
+        plain_torch(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(_SEED)
+        reasons: list[Unfit] = []
+        for nets, features in _attempts(instance, given):
+            found = _attempt(instance, given, scale_map, nets, features, device)
+            if isinstance(found, Formula):
+                return found
+            reasons.append(found)
+    raise min(reasons, key=lambda reason: getattr(reason, "far", 2.0))
+
+
+def _attempt(instance: nn.Module, given: Description, *arguments: Any) -> Formula | Unfit:
+    try:
+        return _Watch(instance, given, *arguments).formula()
+    except Unfit as reason:
+        return reason
+
+
+def _unfit(why: str, far: float) -> Unfit:
+    """An Unfit; of those of all attempts, the one with the least ``far`` is reported."""
+    reason = Unfit(why)
+    reason.far = far  # type: ignore[attr-defined]
+    return reason
+
+
+# Which networks there are, and how many features
+
+
+def _attempts(instance: nn.Module, given: Description) -> Iterator[tuple[list[_Net], int]]:
+    """(networks, number of features) to try, the most likely first."""
+    paths = [path for name in given.nets for path in _listed(instance, name)]
+    nets = [_alone(instance, path) for path in paths]
+    if not nets:
+        raise Unfit("its conditioner is a list without networks")
+    first = nets[0]
+    for features in _features(instance, given, first, alone=True):
+        yield nets, features
+    if len(given.nets) > 1 or first.outputs is None or first.keys is not None:
+        return
+    for name in instance._modules:  # the class may have a second network per coupling that was not named
+        others = [] if (name,) in given.nets else _listed(instance, (name,), must=False)
+        if len(others) == len(nets):
+            found = [_alone(instance, path) for path in others]
+            if [(n.inputs, n.outputs) for n in found] == [(n.inputs, n.outputs) for n in nets]:
+                for features in _features(instance, given, first, alone=False):
+                    yield [*nets, *found], features
+
+
+def _listed(instance: nn.Module, path: Path, must: bool = True) -> list[Path]:
+    """Paths of the networks at this path: itself, or those in the ModuleList or ModuleDict there."""
+    found: Any = instance
+    for name in path:
+        found = found._modules.get(name) if isinstance(found, nn.Module) else None
+    if not isinstance(found, nn.Module):
+        if must:
+            raise Unfit(f"its {'.'.join(path)} is not a module")
+        return []
+    if not isinstance(found, (nn.ModuleList, nn.ModuleDict)):
+        return [path]
+    return [inside for name in found._modules for inside in _listed(instance, (*path, name), must)]
+
+
+def _alone(instance: nn.Module, path: Path) -> _Net:
+    """The network's channels and outputs, from a call of a copy of it by itself, if that is possible."""
+    net = at(instance, path)
+    weight = next((p for p in net.parameters() if p.ndim > 1), None)
+    if weight is None:
+        return _Net(path)
+    alone = bare_copy(net, weight.dtype, ()).eval()
+    for size in _POSITIONS if weight.ndim > 2 else (1,):
+        positions = (size,) * (weight.ndim - 2)
+        x = torch.randn(2, weight.shape[1], *positions, dtype=weight.dtype, device=weight.device)
+        try:
+            y = alone(x)
+        except Exception:  # it may need a context
+            continue
+        keys = None if isinstance(y, Tensor) else (0, 1) if isinstance(y, (tuple, list)) else tuple(y)
+        parts = [y] if keys is None else [y[key] for key in keys]
+        if not 0 < len(parts) <= 2 or not all(_is_batch(part, parts[0], positions) for part in parts):
+            raise Unfit(f"its {'.'.join(path)} returns neither a tensor [B, C, ...] nor two of one shape")
+        return _Net(path, x.shape[1], parts[0].shape[1], keys, positions)
+    return _Net(path, positions=(_POSITIONS[0],) * (weight.ndim - 2))
+
+
+def _is_batch(part: Any, like: Tensor, positions: tuple[int, ...]) -> bool:
+    return isinstance(part, Tensor) and part.ndim > 1 and part.shape == (2, like.shape[1], *positions)
+
+
+def _features(instance: nn.Module, given: Description, net: _Net, alone: bool) -> list[int]:
+    """Numbers of features to try. ``alone``: whether the network may give the shift and the raw value at once."""
+    if given.features is not None:
+        return [getattr(instance, given.features)]
+    if net.inputs is None or net.outputs is None:
+        return [*_UNKNOWN_FEATURES]
+    at_once = [net.inputs + net.outputs // 2] if alone and net.keys is None and net.outputs % 2 == 0 else []
+    return [*at_once, net.inputs + net.outputs, net.inputs]
+
+
+# Watching
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of a network: its index, input, context and output [first | second]."""
+
+    net: int
+    kept: Tensor
+    context: tuple[Any, ...]
+    output: Tensor
+
+
+class _Recorder(nn.Module):
+    """Replaces a network by a ``Stub`` with as many outputs, and records its calls."""
+
+    def __init__(self, index: int, net: _Net, features: int, log: list[_Seen]) -> None:
+        super().__init__()
+        self.index, self.net, self.features, self.log = index, net, features, log
+        self.stub: Stub | None = None
+
+    def forward(self, kept: Tensor, *context: Any, **named: Any) -> Any:
+        if self.net.inputs not in (None, kept.shape[1]):
+            raise ValueError(f"{'.'.join(self.net.path)} takes {self.net.inputs} features, not {kept.shape[1]}")
+        both = 2 if self.net.keys is not None else 1
+        out = 2 * (self.features - kept.shape[1]) if self.net.outputs is None else both * self.net.outputs
+        if self.stub is None:
+            draw: Callable[..., Tensor] = lambda *shape: torch.randn(*shape).to(kept)  # noqa: E731
+            sizes = torch.tensor(_SIZES).to(kept).view(-1, *[1] * (kept.ndim - 1))
+            self.stub = Stub(kept.shape[1], out, draw, sizes)  # type: ignore[arg-type]
+        y = self.stub(kept, *context, **named)
+        self.log.append(_Seen(self.index, kept.clone(), (*context, *named.values()), y.clone()))
+        return shaped(y, self.net.keys)
+
+
+class _Watch:
+    """One attempt, with these networks and this number of features."""
+
+    def __init__(
+        self,
+        instance: nn.Module,
+        given: Description,
+        scale_map: ScaleMap,
+        nets: list[_Net],
+        features: int,
+        device: torch.device,
+    ) -> None:
+        self.given, self.scale_map, self.nets, self.device = given, scale_map, nets, device
+        self.log: list[_Seen] = []
+        self.shape = (_ROWS, features, *nets[0].positions)
+        originals = [at(instance, net.path) for net in nets]
+        self.copy: Any = bare_copy(instance, torch.float64, {id(uncompiled(net)) for net in originals})
+        self.others = _others(instance, originals)
+        recorders = {
+            id(at(self.copy, net.path)): _Recorder(i, net, features, self.log) for i, net in enumerate(nets)
+        }
+        for inside in [*self.copy.modules()]:
+            for name, child in [*inside._modules.items()]:
+                if id(child) in recorders:
+                    inside._modules[name] = recorders[id(child)]
+
+    def formula(self) -> Formula:
+        names = [*self.given.methods]
+        forward, x = names[0], self._draw()
+        y, log_det = self._call(forward, x)
+        if self.given.log_det is not None and self.given.log_det != (log_det is not None):
+            returned = "no log-determinant" if log_det is None else "a log-determinant"
+            raise _unfit(f"log_det is {self.given.log_det}, but the original's {forward} returns {returned}", 1.0)
+        seen = [*self.log]
+        if not seen:
+            raise Unfit(f"the original's {forward} does not call the networks named as its conditioner")
+        found = [self._replayed(x, y, log_det, seen, *how) for how in self._ways()]
+        error, formula = min(found, key=lambda each: each[0])
+        if not error <= _CLOSE or formula is None:
+            self._differs(forward, error)
+        assert formula is not None
+        calls = {name: call for name in names if (call := self._compared(name, formula)) is not None}
+        if not any(call.inverse or call.flag for call in calls.values()):
+            self._differs(" or ".join(name for name in names if self.given.methods[name][0]) or forward, 1.0)
+        context = self._passes_context(forward, formula)
+        return replace(formula, calls=calls, context=context, others=self.others)
+
+    def _differs(self, method: str, error: float) -> None:
+        far = f"by {error:.1e}" if error < 1 else "in every order and layout that was tried"
+        raise _unfit(
+            f"its {method}, as described, differs from the original {far} on a random input", min(error, 1.0)
+        )
+
+    def _ways(self) -> Iterator[tuple[str, str]]:
+        """(order, layout) to try."""
+        orders = [self.given.order] if self.given.order else ["shift_first", "scale_first"]
+        one = self.nets[0].keys is None
+        layouts = (
+            [self.given.layout]
+            if self.given.layout
+            else [name for name in _LAYOUTS if one or name != "interleaved"]
+        )
+        return itertools.product(orders, layouts)
+
+    def _draw(self) -> Tensor:
+        return torch.randn(self.shape, dtype=torch.float64).to(self.device)
+
+    def _call(
+        self, method: str, x: Tensor, *arguments: Any, named: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(y, log_det or None) of the copy's method; the log holds the calls of the networks in it."""
+        self.log.clear()
+        try:
+            found = getattr(original_class(self.copy), method)(self.copy, x.clone(), *arguments, **(named or {}))
+        except Exception as error:
+            raise _unfit(f"the original raised {type(error).__name__} on a random input: {error}", 1.5) from error
+        y, log_det = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            raise _unfit(f"the original's {method} returns no tensor of its input's shape", 1.5)
+        return y, log_det
+
+    def _replayed(
+        self, x: Tensor, y: Tensor, log_det: Any, seen: Sequence[_Seen], order: str, layout: str
+    ) -> tuple[float, Formula | None]:
+        """(error, formula) with this order and layout."""
+        steps: list[Step] = []
+        state, features, sized = x, x.shape[1], self.nets[0].outputs is not None or self.given.features is not None
+        for group in _groups(seen):
+            kept, full = _columns(group[0].kept, state)
+            moved = [i for i in range(features) if i not in kept]
+            moved = moved[::-1] if kept != sorted(kept) and kept == sorted(kept, reverse=True) else moved
+            outputs = group[0].output.shape[1] * len(group)
+            if not kept or not moved or len(group) > 2 or outputs != 2 * (features if full else len(moved)):
+                return 1.0, None
+            split = _split(kept, moved, features, sized)
+            if self.given.moves and not steps and split.kind != "gather" and split.moves != self.given.moves:
+                return 1.0, None
+            steps.append(Step(tuple(self.nets[call.net].path for call in group), split, full))
+            part = Formula(self.shape, sized, (steps[-1],), layout, order, self.nets[group[0].net].keys)
+            state, _ = by_formula(part.members(self.copy, self.scale_map), state, False)
+        index, _ = _columns(y, state)
+        if len(index) < features:
+            return max(_error(state, y), 2 * _CLOSE), None
+        end = None if index == [*range(features)] else Index(index)
+        formula = Formula(self.shape, sized, tuple(steps), layout, order, self.nets[seen[0].net].keys, end)
+        return self._error(formula, x, y, log_det), formula
+
+    def _error(self, formula: Formula, x: Tensor, y: Tensor, log_det: Any, inverse: bool = False,
+               context: Sequence[Any] = ()) -> float:  # fmt: skip
+        """Largest difference of the formula's result from the original's (y, log_det)."""
+        ours, total = by_formula(formula.members(self.copy, self.scale_map, context), x, inverse)
+        error = _error(ours, y)
+        if log_det is None:
+            return error
+        if not isinstance(log_det, Tensor) or log_det.shape != total.shape:
+            return 1.0
+        return max(error, float((total - log_det).abs().max() / total.abs().max().clamp(min=1)))
+
+    def _compared(self, name: str, formula: Formula) -> Call | None:
+        """What the method computes; None where that is neither the formula nor its inverse."""
+        inverse, parameters = self.given.methods[name]
+        found = self._agrees(name, formula, inverse)
+        if found is None:
+            return None
+        for parameter in parameters:
+            if isinstance(parameter.default, bool):
+                turned = self._agrees(name, formula, not inverse, {parameter.name: not parameter.default})
+                if turned is not None:
+                    return Call(inverse, (found, turned), parameter.name)
+        return Call(inverse, (found, found))
+
+    def _agrees(
+        self, name: str, formula: Formula, inverse: bool, named: Mapping[str, Any] | None = None
+    ) -> bool | None:
+        """Whether the method returns a log-determinant too; None where it differs from the formula."""
+        x = self._draw()
+        try:
+            y, log_det = self._call(name, x, named=named)
+        except Unfit:
+            return None
+        close = self._error(formula, x, y, log_det, inverse) <= _CLOSE
+        return log_det is not None if close else None
+
+    def _passes_context(self, name: str, formula: Formula) -> bool:
+        """Whether an argument after x, which is no flag, is passed on to every network as it is."""
+        x, context = self._draw(), torch.randn(_ROWS, 2, dtype=torch.float64).to(self.device)
+        try:
+            y, log_det = self._call(name, x, context)
+        except Unfit:
+            return False
+        if not all(len(call.context) == 1 and call.context[0] is context for call in self.log):
+            return False
+        return self._error(formula, x, y, log_det, context=[context]) <= _CLOSE
+
+
+def _others(instance: nn.Module, nets: Sequence[nn.Module]) -> tuple[Path, ...]:
+    """Paths of the submodules that are neither lists nor part of a network."""
+    inside = {id(module) for net in nets for module in net.modules()}
+    return tuple(
+        tuple(path.split("."))
+        for path, module in instance.named_modules()
+        if path and id(module) not in inside and not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    )
+
+
+def _groups(seen: Sequence[_Seen]) -> list[list[_Seen]]:
+    """The calls of each coupling: those that follow one another with one input; a repeated call counts once."""
+    groups: list[list[_Seen]] = []
+    for call in seen:
+        same = groups and torch.equal(groups[-1][0].kept, call.kept) if groups else False
+        if not same:
+            groups.append([call])
+        elif all(call.net != other.net for other in groups[-1]):
+            groups[-1].append(call)
+    return groups
+
+
+def _columns(given: Tensor, state: Tensor) -> tuple[list[int], bool]:
+    """(columns of the state that are the given columns, whether the others among the given ones are zeros)."""
+    size = state.flatten(2).norm(dim=(0, 2)) if state.ndim > 2 else state.norm(dim=0)
+    found, zeros = [], 0
+    for column in given.unbind(1):
+        if not column.any():
+            zeros += 1
+            continue
+        gap = (state - column.unsqueeze(1)).flatten(2).norm(dim=(0, 2)) if state.ndim > 2 else None
+        gap = (state - column.unsqueeze(1)).norm(dim=0) if gap is None else gap
+        best = int((gap / size).argmin())
+        if not gap[best] <= _CLOSE * size[best] or best in found:
+            return [], False
+        found.append(best)
+    full = zeros > 0 and given.shape[1] == state.shape[1]
+    return (found, full) if full or not zeros else ([], False)
+
+
+def _split(kept: list[int], moved: list[int], features: int, sized: bool) -> Split:
+    if kept != sorted(kept):
+        return Split("gather", features=features, indices=(kept, moved))
+    passes = torch.zeros(features, dtype=torch.bool)
+    passes[kept] = True
+    split = split_of(passes)
+    return split if sized or split.kind == "gather" else replace(split, first=None, features=None)
+
+
+def _error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest relative L2 difference of a row."""
+    gap, size = ((t.flatten(1)).norm(dim=1) for t in (ours - theirs, theirs))
+    error = float((gap / size).max())
+    return error if error == error else 1.0
