@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class Together:
         """The chain's plan. It reports which code runs on this device and on a GPU."""
         raise NotImplementedError
 
-    def renewed(self, chain: nn.Module) -> Self | None:
+    def renewed(self, chain: nn.Module) -> Together | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
         if self._children is chain._modules and self._evidence.holds() and (self._alone or not is_patched(chain)):
             return self
@@ -126,6 +126,10 @@ class Together:
     ) -> tuple[Tensor, Tensor]:
         """(y, log_det [B]) of x [B, D], or of the inverse."""
         raise NotImplementedError
+
+    def value(self, chain: nn.Module, x: Tensor, inverse: bool) -> Tensor:
+        """y alone."""
+        return self(chain, x, inverse)[0]
 
 
 class Fused(Together):
@@ -191,7 +195,6 @@ class Fused(Together):
         return y, log_det
 
     def value(self, chain: nn.Module, x: Tensor, inverse: bool) -> Tensor:
-        """y alone."""
         return self._run(chain, x, inverse, False)[0]
 
     def _run(self, chain: nn.Module, x: Tensor, inverse: bool, log_det: bool) -> Outputs:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, cat, has_global_hook, uses_triton
+from ..dispatch import autocast_dtype, cat, has_global_hook, is_transformed, uses_triton
 from ..freeze import derived
 from ..ops.residual_network import Terms, terms_at_once
 from ..rows import by_rows, one_row, rows_at_once
@@ -51,8 +51,8 @@ class _Spline:
         return len(self.kept) + len(self.moved)
 
     @property
-    def widths(self) -> list[int | None]:
-        return self.net.widths if isinstance(self.net, Residual) else [*self.net.sizes]
+    def widths(self) -> Sequence[int | None]:
+        return self.net.widths
 
     def takes(self, x: Tensor, context: Any) -> bool:
         """Whether the library's code accepts these, without an error."""
@@ -123,7 +123,7 @@ class SplineChain(Together):
         return Plan(f"{len(self.couplings)} spline couplings in one loop", fused=self, vectors=self.features)
 
     def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
-        if not super().takes(x) or autocast_dtype(x.device.type) is not None:
+        if not super().takes(x) or autocast_dtype(x.device.type) is not None or is_transformed():
             return False
         return all(coupling.takes(x, context["context"]) for coupling in self.couplings)
 
@@ -151,7 +151,7 @@ class SplineChain(Together):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(y, the couplings' log_det [B]) of rows x."""
         log_dets: list[Tensor] = []
-        of_maps, of_couplings = (iter(each[::-1] if inverse else each) for each in (maps, terms))
+        of_maps, of_couplings = iter(maps[::-1] if inverse else maps), iter(terms[::-1] if inverse else terms)
         for step in reversed(self._steps) if inverse else self._steps:
             log_det = None
             if isinstance(step, Index):
