@@ -237,6 +237,7 @@ def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Ten
     None: the member runs by the library's own code.
     """
     adapter = adapter_for(module)
+    masks: Iterable[Tensor]
     if is_hooked(module) or has_global_hook():
         return None
     try:

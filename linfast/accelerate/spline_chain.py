@@ -206,7 +206,7 @@ def _arranged(members: Sequence[Any], features: int) -> Iterator[_Step]:
             if last is None:
                 yield Index(index)
             else:
-                last.rows = [last.rows[i] for i in index]
+                last.rows = index
         order, last = wanted, None
         if member is not None:
             yield member

@@ -195,7 +195,7 @@ def _relative(actual: Tensor, expected: Tensor, least: float) -> float:
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         return math.inf
     error, size = (actual.double() - expected.double()).norm(), expected.double().norm()
-    return float(error / size.clamp_min(least)) if size > 0 or least > 0 else float(error)
+    return float(error / size.clamp_min(least)) if size > 0 else float(error)
 
 
 def _tensors(instance: Any) -> Sequence[Tensor]:
