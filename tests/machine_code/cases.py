@@ -9,6 +9,7 @@ from torch import Tensor
 
 from linfast import ops
 from linfast.ops import CouplingStack
+from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.machine_code.variants import Case, Outputs
 from tests.ops.made import random_extras, random_made, tensors_of
@@ -20,7 +21,7 @@ __all__ = ["all_cases"]
 
 def all_cases() -> list[Case]:
     """The cases of all ops."""
-    parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers, _masked)
+    parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers, _masked, _residual_blocks)
     return [case for part in parts for case in part()]
 
 
@@ -215,3 +216,27 @@ def _masked() -> Iterator[Case]:
         label = f"{(batch, D)} hidden {hidden} {activation} {kind}{' residual, extras' if residual else ''}"
         # The backward of an inverse reads y as it was returned, also in half precision: so must the reference's.
         yield Case("masked_autoregressive", label, inputs, run, smoke=D == 5)
+
+
+def _residual_blocks() -> Iterator[Case]:
+    for i, activation in enumerate(MASKED_ACTIVATIONS):
+        for shape in ((9, 7), (300, 33)):
+            for norm in ("none", "given", "batch"):
+
+                def activate(
+                    x: Tensor, bias: Tensor, *parameters: Tensor, norm: str = norm, activation: str = activation
+                ) -> Outputs:
+                    given = {} if norm != "given" else {"mean": torch.ones_like(bias), "var": torch.ones_like(bias)}
+                    of_batch = norm == "batch"
+                    return [ops.norm_activate(x, activation, bias, *parameters, **given, of_batch=of_batch)[0]]
+
+                inputs = _randn(shape, *((shape[1],) for _ in range(1 if norm == "none" else 3)))
+                label = f"{shape} {activation} {norm}"
+                yield Case("norm_activate", label, inputs, activate, smoke=shape[0] == 300 and i in (1, 4))
+    for shape, rows in (((9, 7), 9), ((300, 33), 300), ((300, 33), 1)):
+
+        def gate(h: Tensor, r: Tensor, g: Tensor, b: Tensor) -> Outputs:
+            return [ops.glu_skip(h, r, g, b)]
+
+        inputs = _randn(shape, shape, (rows, shape[1]), shape[1:])
+        yield Case("glu_skip", f"{shape} gate {rows}", inputs, gate, smoke=shape[0] == 300)
