@@ -241,5 +241,5 @@ def test_errors_name_the_argument_and_the_shape() -> None:
         norm_activate(x[:1], "relu", of_batch=True)
     with pytest.raises(ValueError, match=r"gate must be \[3, 4\] or \[1, 4\] for h \(3, 4\); got \(2, 4\)"):
         glu_skip(x, x, x[:2])
-    with pytest.raises(ValueError, match="r is torch.float64 and h torch.float32"):
+    with pytest.raises(ValueError, match=r"r is torch.float64 and h torch.float32"):
         glu_skip(x, x.double(), x)
