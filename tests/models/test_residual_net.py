@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast import rows
-from linfast.ops.residual_network import context_terms, residual_network
+from linfast.ops.residual_network import all_context_terms, context_terms, residual_network
 from tests.laws.zoo import perturb, relative
 from tests.ops.budget import DEVICE
 
@@ -214,7 +214,9 @@ def test_terms_may_be_computed_before() -> None:
     net, x, c = _net(context_features=4), torch.randn(B, N_IN).double(), torch.randn(B, 4).double()
     for given in (c, c[:1]):
         for at_once in (False, True):
-            terms = context_terms(given, net.network(), at_once)
+            (terms,) = (
+                all_context_terms(given, [net.network()]) if at_once else [context_terms(given, net.network())]
+            )
             kept = copy.deepcopy([terms.first.detach(), *(gate.detach() for gate in terms.gates)])
             for grad in (True, False):
                 with torch.set_grad_enabled(grad):
