@@ -39,11 +39,13 @@ GIVEN, OF_BATCH = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def columns_of(width, COLUMNS: tl.constexpr, INT64: tl.constexpr):
-    """(the columns [1, COLUMNS] of this program, which of them exist)."""
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+def part_of(width, rows_each, COLUMNS: tl.constexpr, INT64: tl.constexpr):
+    """(the columns [1, COLUMNS] of this program, which of them exist, its first row)."""
+    blocks = tl.cdiv(width, COLUMNS)
+    at = tl.program_id(0)
+    c = at % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     c = c.to(tl.int64) if INT64 else c
-    return c, c < width
+    return c, c < width, at // blocks * rows_each
 
 
 @triton.jit
@@ -87,8 +89,7 @@ def _norm_activate_kernel(
     rows_each, stride_xb, stride_xc, stride_yb, stride_yc, eps, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c, is_column = columns_of(width, COLUMNS, INT64)
-    first = tl.program_id(1) * rows_each
+    c, is_column, first = part_of(width, rows_each, COLUMNS, INT64)
     last = tl.minimum(first + rows_each, batch)
     bias = load_columns(bias_ptr, c, is_column, 0.0)
     x_ptr += c * stride_xc
@@ -147,8 +148,7 @@ def _norm_activate_backward_kernel(
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr, INPUT: tl.constexpr, INT64: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c, is_column = columns_of(width, COLUMNS, INT64)
-    first = tl.program_id(1) * rows_each
+    c, is_column, first = part_of(width, rows_each, COLUMNS, INT64)
     last = tl.minimum(first + rows_each, batch)
     bias = load_columns(bias_ptr, c, is_column, 0.0)
     mean = load_columns(mean_ptr, c, is_column, 0.0)
@@ -192,11 +192,11 @@ def _norm_activate_backward_kernel(
             tl.store(dx_ptr + b * stride_db, d.to(dx_ptr.dtype.element_ty), mask=is_row & is_column)
 
 
-def grid_of(x: Tensor, sums: bool) -> tuple[tuple[int, int], int, dict[str, int]]:
+def grid_of(x: Tensor, sums: bool) -> tuple[tuple[int], int, dict[str, int]]:
     """(grid, rows per program, tile) for x [B, H]; ``sums``: a program takes all rows of its columns."""
     tile = SUMMING if sums else ELEMENTWISE
     rows = max(x.shape[0], 1) if sums else tile["ROWS"]
-    return (ceil_div(x.shape[1], tile["COLUMNS"]), ceil_div(x.shape[0], rows)), rows, tile
+    return (ceil_div(x.shape[1], tile["COLUMNS"]) * ceil_div(x.shape[0], rows),), rows, tile
 
 
 def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:

@@ -48,11 +48,12 @@ def glu_skip(h: Tensor, r: Tensor, gate: Tensor, bias: Tensor | None = None) -> 
     return (_glu_skip if runs else glu_skip_reference)(h, r, bias, gate)
 
 
-def glu_skip_reference(h: Tensor, r: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """``glu_skip`` in plain torch."""
-    compute = torch.promote_types(h.dtype, torch.float32)
+def glu_skip_reference(h: Tensor | None, r: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    """``glu_skip`` in plain torch; h is None, for 0, in a backward that does not need its gradient."""
+    dtype, compute = r.dtype, torch.promote_types(r.dtype, torch.float32)
     r = r.to(compute) if bias is None else r.to(compute) + bias.to(compute)
-    return torch.addcmul(h.to(compute), r, gate.to(compute).sigmoid()).to(h.dtype)
+    s = gate.to(compute).sigmoid()
+    return (r * s if h is None else torch.addcmul(h.to(compute), r, s)).to(dtype)
 
 
 def _gradients(r: Tensor, bias: Tensor | None, gate: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -120,6 +120,8 @@ def _check(x: Tensor, activation: str, parameters: Sequence[Tensor | None], of_b
     *_, mean, var = parameters
     if (mean is None) != (var is None) or (of_batch and mean is not None):
         raise ValueError("mean and var must be given together, and without of_batch")
+    if mean is None and not of_batch and not (parameters[1] is None and parameters[2] is None):
+        raise ValueError("weight and shift are those of a norm: give mean and var, or of_batch")
     if of_batch and x.shape[0] < 2:
         got = tuple(x.shape)
         raise ValueError(f"x: Expected more than 1 value per channel when training, got input size {got}")

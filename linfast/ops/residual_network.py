@@ -106,7 +106,8 @@ def residual_network(
         context = one_row(context)
         launches = uses_triton(x, net.first[0])
         if launches or context.shape[0] == 1 != x.shape[0]:
-            terms, context = context_terms(context, net, at_once=launches), None
+            terms = all_context_terms(context, [net])[0] if launches else context_terms(context, net)
+            context = None
     rows = rows_at_once(x, lambda: _widths(net))
     if rows is None:
         return _network(x, net, context, terms, transposed)
@@ -119,18 +120,39 @@ def residual_network(
     return torch.cat([out.t() for out in outs], dim=1).t() if transposed else torch.cat(outs)
 
 
-def context_terms(context: Tensor, net: ResidualNetwork, at_once: bool = False) -> Terms:
-    """The terms of a context [B or 1, n_c]; ``at_once``: by one product with all the weights that it meets."""
-    weight, bias = net.first
-    of_x, of_context = weight.split((weight.shape[1] - context.shape[1], context.shape[1]), dim=1)
-    layers = [(of_context, bias), *(block.gate for block in net.blocks if block.gate is not None)]
-    if not at_once:
-        first, *gates = (F.linear(context, *layer) for layer in layers)
-        return Terms(of_x, first, gates)
-    weights = [weight for weight, _ in layers]
-    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
-    first, *gates = F.linear(context, cat(weights), cat(biases)).split([len(weight) for weight in weights], dim=1)
+def context_terms(context: Tensor, net: ResidualNetwork) -> Terms:
+    """The terms of a context [B or 1, n_c]."""
+    of_x, layers = _context_layers(net, context.shape[1])
+    first, *gates = (F.linear(context, *layer) for layer in layers)
     return Terms(of_x, first, gates)
+
+
+def all_context_terms(
+    context: Tensor, nets: Sequence[ResidualNetwork], packed: tuple[Tensor, Tensor] | None = None
+) -> list[Terms]:
+    """The terms of several networks by one product; ``packed``: ``pack_context(nets, n_c)``."""
+    found = [_context_layers(net, context.shape[1]) for net in nets]
+    layers = [layer for _, of_net in found for layer in of_net]
+    weight, bias = _as_one(layers) if packed is None else packed
+    parts = iter(F.linear(context, weight, bias).split([len(weight) for weight, _ in layers], dim=1))
+    return [Terms(of_x, next(parts), [next(parts) for _ in of_net[1:]]) for of_x, of_net in found]
+
+
+def pack_context(nets: Sequence[ResidualNetwork], features: int) -> tuple[Tensor, Tensor]:
+    """The weights of these networks that a context of so many features meets, and their biases, as one layer."""
+    return _as_one([layer for net in nets for layer in _context_layers(net, features)[1]])
+
+
+def _as_one(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
+    return cat([weight for weight, _ in layers]), cat(biases)
+
+
+def _context_layers(net: ResidualNetwork, features: int) -> tuple[Tensor, list[Layer]]:
+    """W, and the layers that read the context: (V, b), then (C, d) of every block."""
+    weight, bias = net.first
+    of_x, of_context = weight.split((weight.shape[1] - features, features), dim=1)
+    return of_x, [(of_context, bias), *(block.gate for block in net.blocks if block.gate is not None)]
 
 
 def uses_batch(norm: nn.BatchNorm1d) -> bool:
