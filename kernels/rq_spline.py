@@ -61,7 +61,7 @@ from .spline_planes import appended, load_planes, places, planes_of, store_plane
 from .spline_spec import Spline
 
 # (most bins, tile). A thread has one value and all its parameters: 55 registers forward and 92 backward at K = 8 on
-# sm_90, 90 and 141 at K = 16. There, with 4 warps, the compiler keeps to 128 registers and spills.
+# sm_90, 80 and 128 at K = 16. There, with 4 warps, the backward spills.
 TILES: tuple[tuple[int, Tile], ...] = (
     (8, {"VALUES": 128, "num_warps": 4}),
     (1 << 62, {"VALUES": 64, "num_warps": 2}),
