@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_flag, check_kind, check_number, check_tensor
-from ..dispatch import cat, chosen_backend, uses_triton, without_autocast
+from ..dispatch import cat, chosen_backend, interpreting, uses_triton, without_autocast
 from ..kernels.spline_spec import SPLINE_SCHEMA, TAILS, Spline
 from .register import define_op
 from .spline_plain import plain, plain_backward
@@ -227,7 +227,7 @@ def _fake(x: Tensor, params: Tensor, *constants: Any) -> tuple[Tensor, Tensor]:
 
 def _gradients(x: Tensor, params: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """Laid out as the backward returns them: in planes of bins on a CPU, and where they are planes in params."""
-    if x.is_cpu or params.stride(0) == 1:
+    if (x.is_cpu and not interpreting()) or params.stride(0) == 1:
         return x.new_empty(x.shape), params.new_empty(*params.shape[1:], params.shape[0]).permute(2, 0, 1)
     return x.new_empty(x.shape), params.new_empty(params.shape)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from linfast.kernels.spline_spec import Spline
 from torch import Tensor
 
 
@@ -56,12 +57,18 @@ def _group_norm_silu() -> tuple[Any, ...]:
     return x, None, None, None, None, mean, mean, x, None, None, 70_000, 1e-5, True, [True] + [False] * 4
 
 
+def _rq_spline() -> tuple[Any, ...]:
+    x, options = _wide(9_000_000, 1), (*Spline(2), False, True)
+    return x, torch.zeros(1, 1, 5), x, _wide(9_000_000), *options, [True, True]
+
+
 # op: (arguments of the backward's launcher, and which of them the forward's launcher takes)
 _CALLS: dict[str, tuple[Callable[[], tuple[Any, ...]], list[int]]] = {
     "depthwise_conv": (_depthwise_conv, [0, 1, 3]),
     "low_rank": (_low_rank, [0, 1, 2, 6]),
     "affine_coupling": (_affine_coupling, [0, 1, *range(4, 12)]),
     "group_norm_silu": (_group_norm_silu, [*range(5), 10, 11, 12]),
+    "rq_spline": (_rq_spline, [0, 1, *range(4, 15)]),
 }
 
 
