@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from linfast.kernels.spline_spec import TAILS, Spline
 from torch import Tensor
 
 from linfast import ops
 from linfast.ops import CouplingStack
+from linfast.ops.rq_spline import spline_transform
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.machine_code.variants import Case, Outputs
 from tests.ops.made import random_extras, random_made, tensors_of
@@ -20,7 +22,7 @@ __all__ = ["all_cases"]
 
 def all_cases() -> list[Case]:
     """The cases of all ops."""
-    parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers, _masked)
+    parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers, _masked, _splines)
     return [case for part in parts for case in part()]
 
 
@@ -215,3 +217,23 @@ def _masked() -> Iterator[Case]:
         label = f"{(batch, D)} hidden {hidden} {activation} {kind}{' residual, extras' if residual else ''}"
         # The backward of an inverse reads y as it was returned, also in half precision: so must the reference's.
         yield Case("masked_autoregressive", label, inputs, run, smoke=D == 5)
+
+
+def _splines() -> Iterator[Case]:
+    for batch, features, bins, tails, soft_clip, layout in (
+        (9, 5, 8, "linear", False, "bins last"),
+        (40, 3, 5, "circular", True, "planes"),
+        (7, 11, 10, "bounded", False, "features last"),
+        (30, 6, 3, "linear", True, "shared"),
+        (3, 130, 2, "linear", False, "bins last"),
+    ):
+        spline = Spline(bins, tails=TAILS.index(tails), soft_clip=soft_clip)
+        innermost = {"planes": 0, "features last": 1}.get(layout, 2)
+
+        def transform(x: Tensor, p: Tensor, inverse: bool, spline=spline, innermost=innermost) -> Outputs:
+            p = p.transpose(innermost, 2).contiguous().transpose(innermost, 2)
+            return spline_transform(x, p, spline, inverse, True)
+
+        inputs = _randn((batch, features), (1 if layout == "shared" else batch, features, spline.per_feature))
+        label = f"{(batch, features)} bins {bins} {tails}{' soft clip' if soft_clip else ''} {layout}"
+        yield Case("rq_spline", label, inputs, transform, smoke=features in (5, 3, 6))

@@ -14,6 +14,7 @@ from . import (
     pointwise,
     reversible,
     sampling,
+    splines,
     stacks,
     training,
 )
@@ -35,4 +36,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *training.MUTANTS,
     *accelerate.MUTANTS,
     *autoregressive.MUTANTS,
+    *splines.MUTANTS,
 )

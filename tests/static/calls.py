@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from linfast.kernels.spline_spec import TAILS, Spline
 from linfast.kernels.stack_spec import NO_MAPS
 from torch import Tensor
 
 from linfast import ops
 from linfast.ops import CouplingStack, linearizer_stack
+from linfast.ops.rq_spline import spline_transform
 from linfast.scale_maps import ScaleMap
 from tests.ops.made import random_made
 from tests.ops.stacks import NAMES, random_layers, random_map
@@ -202,6 +204,26 @@ def masked_autoregressive(
     )  # fmt: skip
 
 
+def rq_spline(
+    batch: int,
+    features: int = 8,
+    bins: int = 8,
+    layout: tuple[int, int, int] = (0, 1, 2),
+    dtype: str = "fp32",
+    tails: str = "linear",
+    soft_clip: bool = False,
+    shared: bool = False,
+    inverse: bool = False,
+) -> None:
+    """layout: the dimensions (sample, feature, parameter) of the parameters, from outermost to innermost."""
+    spline = Spline(bins, tails=TAILS.index(tails), soft_clip=soft_clip)
+    sizes = (1 if shared else batch, features, spline.per_feature)
+    params = tensor(*(sizes[i] for i in layout), dtype=dtype, grad=False)
+    params = params.permute([layout.index(i) for i in range(3)]).requires_grad_()
+    x = tensor(batch, features, dtype=dtype)
+    both_ways(spline_transform(x, params, spline, inverse, True), x, params)
+
+
 # At sizes so small that any batch fits: only the effect of the batch is counted.
 BATCHED: dict[str, Callable[[int], None]] = {
     "affine_coupling": partial(affine_coupling, shape=(6,)),
@@ -232,6 +254,9 @@ BATCHED: dict[str, Callable[[int], None]] = {
     "masked_autoregressive, inverse, extras": partial(
         masked_autoregressive, features=6, hidden=16, precision="fast", extras=True, inverse=True
     ),
+    "rq_spline": rq_spline,
+    "rq_spline of planes, inverse": partial(rq_spline, layout=(2, 1, 0), inverse=True),
+    "rq_spline, shared": partial(rq_spline, shared=True),
 }
 LAYERED: dict[str, Callable[[int], None]] = {
     "coupling_stack": lambda depth: coupling_stack(64, 6, 16, 2, "fast", maps=1, depth=depth),

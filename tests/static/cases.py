@@ -49,7 +49,7 @@ def all_cases() -> list[Case]:
     makers = (
         *(_affine_couplings, _channel_mixes, _coupling_mixes, _depthwise_convs, _group_norms, _latent_matmuls),
         *(_low_ranks, _convs, _stacks, _linearizers, _gradients),
-        _masked,
+        *(_masked, _splines),
     )
     return [case for make in makers for case in make()]
 
@@ -228,3 +228,18 @@ def _masked() -> Iterator[Case]:
     for kind in SCALE_MAP_KINDS:
         call = partial(calls.masked_autoregressive, **sizes, precision="exact", kind=kind, inverse=True)
         yield Case(f"D=16 H=128 exact inverse {kind} scale", call, targets=_ONE)
+
+
+def _splines() -> Iterator[Case]:
+    """Both tiles, in each layout and direction."""
+    for bins in (8, 16):
+        yield Case(f"K={bins} fp32", partial(calls.rq_spline, bins=bins))
+    yield Case("K=8 inverse fp32", partial(calls.rq_spline, inverse=True))
+    yield Case("K=8 planes fp32", partial(calls.rq_spline, layout=(2, 1, 0)))
+    yield Case("K=8 features last fp32", partial(calls.rq_spline, layout=(0, 2, 1)), targets=_TWO)
+    yield Case("K=8 shared fp32", partial(calls.rq_spline, shared=True))
+    yield Case("K=8 D=300 fp32", partial(calls.rq_spline, features=300), targets=_TWO)
+    yield Case("K=8 bf16", partial(calls.rq_spline, dtype="bf16"), targets=_TWO)
+    yield Case("K=10 circular fp32", partial(calls.rq_spline, bins=10, tails="circular"), targets=_TWO)
+    call = partial(calls.rq_spline, tails="bounded", soft_clip=True, inverse=True)
+    yield Case("K=8 bounded soft clip inverse fp32", call, targets=_TWO)

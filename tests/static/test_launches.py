@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from linfast.kernels import (
     low_rank,
     masked_autoregressive,
     row_products,
+    rq_spline,
     stack_pack,
 )
 from linfast.kernels.stack_configs import CONFIGS
@@ -92,6 +94,9 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
     for target, program in masked_autoregressive.TILES.items():
         size = {"ROWS": program.rows, "UNITS": program.units, "CHUNK": program.chunk}
         yield (target,), "_masked_autoregressive_kernel", {**size, "num_warps": program.num_warps}
+    for _, spline in rq_spline.TILES:
+        for kernel in ("_rq_spline_kernel", "_rq_spline_backward_kernel"):
+            yield TARGETS, kernel, {"ROWS x FEATURES": spline["VALUES"], "num_warps": spline["num_warps"]}
     yield from _shipped_stacks()
 
 
@@ -112,8 +117,8 @@ def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
 
 def _has(launch: Launch, constants: dict[str, Any]) -> bool:
     known = {"num_warps": launch.options.get("num_warps", 4), **launch.constants}
-    if "CHANNELS x POSITIONS" in constants:
-        known["CHANNELS x POSITIONS"] = known["CHANNELS"] * known["POSITIONS"]
+    for product in [name for name in constants if " x " in name]:
+        known[product] = math.prod(known[name] for name in product.split(" x "))
     return all(known.get(name) == value for name, value in constants.items())
 
 
