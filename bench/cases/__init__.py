@@ -15,7 +15,7 @@ __all__ = ["CASES", "sizes", "words"]
 _MODULES = {
     "ops": (
         *("affine_coupling", "channel_mix", "coupling_mix", "coupling_stack", "low_rank", "latent_matmul"),
-        *("depthwise_conv", "group_norm_silu", "conv2d_fused", "masked_autoregressive"),
+        *("depthwise_conv", "group_norm_silu", "conv2d_fused", "masked_autoregressive", "rq_spline"),
     ),
     "flows": ("coupling_flow", "peers", "libraries", "linearizer", "reversible", "streams"),
     "autoregressive": ("autoregressive",),

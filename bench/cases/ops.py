@@ -234,6 +234,37 @@ _masked_autoregressive = op_case(
 )
 
 
+# The rational-quadratic spline with linear tails, by parameters [B, D, 3 K - 1] as a network returns them.
+
+_SPLINE_BIN, _SPLINE_FOUND = 22, 120  # operations per bin, and for the bin that a value is in
+
+
+def _spline(size: Size) -> Function:
+    from linfast.ops.rq_spline import Spline, spline_transform
+
+    spline, inverse = Spline(int(size["K"])), size["direction"] == INVERSE
+    return lambda x, params: spline_transform(x, params, spline, inverse, True)
+
+
+_SPLINE: Size = {**_FP32, "D": 8, "K": 8, "batch": 4096}
+_rq_spline = op_case(
+    "rq_spline",
+    lambda source, size: (
+        source.normal(*ints(size, "batch", "D")),
+        source.normal(*ints(size, "batch", "D"), 3 * int(size["K"]) - 1),
+    ),
+    _spline,
+    lambda size, x: (_SPLINE_BIN * int(size["K"]) + _SPLINE_FOUND) * x.numel(),
+    tiny=[{**_SPLINE, "direction": BACKWARD, "D": 2, "K": 3, "batch": 5}],
+    quick=[_SPLINE],
+    gpu=[
+        *grid({**_SPLINE, "batch": 2**16}, direction=(FORWARD, INVERSE, BACKWARD), dtype=_DTYPES),
+        {**_SPLINE, "batch": 8192},
+    ],
+    full=grid(_SPLINE, direction=(FORWARD, INVERSE, BACKWARD), batch=(2**9, 2**12, 2**16)),
+)
+
+
 # The low-rank product y = x V U^T with one pair of factors per sample, forward and backward. "materialised" is the
 # arithmetic of the reference repository's LoRA layer, A = V U^T [B, N, N], and the baseline where its matrices fit.
 
@@ -378,5 +409,5 @@ _fused = op_case(
 
 CASES = [
     *(_affine_coupling, _channel_mix, _coupling_mix, _coupling_stack, _masked_autoregressive, _low_rank),
-    *(_latent_matmul, _depthwise_conv, _group_norm_silu, _fused),
+    *(_latent_matmul, _depthwise_conv, _group_norm_silu, _fused, _rq_spline),
 ]
