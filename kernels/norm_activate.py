@@ -206,7 +206,7 @@ def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
 def launch_norm_activate(
     x: Tensor, bias: Tensor | None, weight: Tensor | None, shift: Tensor | None, mean: Tensor | None,
     var: Tensor | None, norm: int, eps: float, activation: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(y like x, mean and unbiased variance [H] fp32 of the batch, or None)."""
     y, parameters = torch.empty_like(x), _contiguous(bias, weight, shift, mean, var)
     of_batch = norm == OF_BATCH.value

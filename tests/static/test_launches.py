@@ -18,10 +18,10 @@ from linfast.kernels import (
     coupling_mix_backward,
     depthwise_conv,
     group_norm_silu,
-    norm_activate,
     latent_matmul,
     low_rank,
     masked_autoregressive,
+    norm_activate,
     row_products,
     stack_pack,
 )
