@@ -24,7 +24,7 @@ from .math import sigmoid
 from .norm_activate import grid_of, load_columns, part_of, rows_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows_each"])
 def _glu_skip_kernel(
     h_ptr, r_ptr, bias_ptr, gate_ptr, out_ptr, batch, width, rows_each, stride_hb, stride_hc, stride_rb, stride_rc,
     stride_gb, stride_gc, stride_ob, stride_oc, INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -39,7 +39,7 @@ def _glu_skip_kernel(
     tl.store(out_ptr + b * stride_ob + c * stride_oc, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows_each"])
 def _glu_skip_backward_kernel(
     r_ptr, bias_ptr, gate_ptr, grad_ptr, dh_ptr, dr_ptr, dbias_ptr, dgate_ptr, batch, width, rows_each, stride_rb,
     stride_rc, stride_gb, stride_gc, stride_db, stride_dc, stride_hb, stride_hc, stride_rgb, stride_rgc, stride_ggb,

@@ -83,7 +83,7 @@ def _slope(u, ACTIVATION: tl.constexpr):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows_each"])
 def _norm_activate_kernel(
     x_ptr, bias_ptr, weight_ptr, shift_ptr, given_mean_ptr, given_var_ptr, y_ptr, mean_ptr, var_ptr, batch, width,
     rows_each, stride_xb, stride_xc, stride_yb, stride_yc, eps, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -141,7 +141,7 @@ def _d_and_h(
     return tl.where(inside, grad * _slope(u, ACTIVATION), 0.0), h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows_each"])
 def _norm_activate_backward_kernel(
     x_ptr, bias_ptr, weight_ptr, shift_ptr, mean_ptr, var_ptr, grad_ptr, dx_ptr, dbias_ptr, dweight_ptr, dshift_ptr,
     batch, width, rows_each, stride_xb, stride_xc, stride_gb, stride_gc, stride_db, stride_dc, eps,
@@ -206,7 +206,7 @@ def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
 def launch_norm_activate(
     x: Tensor, bias: Tensor | None, weight: Tensor | None, shift: Tensor | None, mean: Tensor | None,
     var: Tensor | None, norm: int, eps: float, activation: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(y like x, mean and unbiased variance [H] fp32 of the batch, or None)."""
     y, parameters = torch.empty_like(x), _contiguous(bias, weight, shift, mean, var)
     of_batch = norm == OF_BATCH.value

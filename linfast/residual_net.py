@@ -164,7 +164,8 @@ class ResidualMLP(nn.Module):
             ValueError: a layer is not an nn.Linear, or has a hook, such as pruning's: it would not run.
         """
         blocks = []
-        for i, block in enumerate(self.blocks):
+        layers: list[Any] = list(self.blocks)
+        for i, block in enumerate(layers):
             first, second = (linear_of("ResidualMLP", f"blocks[{i}].layers[{j}]", block.layers[j]) for j in (0, 1))
             gate = None if block.gate is None else linear_of("ResidualMLP", f"blocks[{i}].gate", block.gate)
             norms: Any = tuple(block.norms) or None

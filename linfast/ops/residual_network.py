@@ -17,7 +17,7 @@ its rows depend on each other (batch statistics) or on the order in which they a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -266,11 +266,13 @@ def _count(found: Sequence[tuple[nn.BatchNorm1d, Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for momentum in {norm.momentum for norm, *_ in found}:
             mine = [each for each in found if each[0].momentum == momentum]
-            running = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
+            running: list[Any] = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
             of_batch = [mean for _, mean, _ in mine] + [var for *_, var in mine]
+            of_batch = [b.to(r.dtype) for r, b in zip(running, of_batch, strict=True)]
+            counts: list[Any] = [norm.num_batches_tracked for norm, *_ in mine]
             # torch documents its operations on lists of tensors under these names.
-            torch._foreach_lerp_(running, [b.to(r) for r, b in zip(running, of_batch, strict=True)], momentum)
-            torch._foreach_add_([norm.num_batches_tracked for norm, *_ in mine], 1)
+            torch._foreach_lerp_(running, of_batch, 0.0 if momentum is None else momentum)
+            torch._foreach_add_(counts, 1)
 
 
 def _norms(net: ResidualNetwork) -> list[nn.BatchNorm1d]:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from linfast.kernels import norm_activate as kernels
 from torch import Tensor
 
 import linfast as lf
-from linfast.kernels import norm_activate as kernels
 from linfast.ops import glu_skip, norm_activate
 from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
 from linfast.ops.norm_activate import NORMS
