@@ -85,7 +85,7 @@ def forbidden() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in _METHODS:
             stack.enter_context(mock.patch.object(Tensor, name, _raising(name)))
-        for place in ("flows.actnorm", "operators.spectral"):
+        for place in ("flows.actnorm", "operators.spectral", "flows.remembered", "accelerate.adapter"):
             stack.enter_context(mock.patch(f"linfast.{place}.read_at_once", return_value=False))
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", _launched(GridExecutor.__call__)))
         stack.enter_context(_Forbidden())

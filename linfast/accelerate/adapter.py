@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import read_at_once
 from ..flows.drift import DriftGuard
 from ..flows.remembered import writes
 from .identity import find_class, has, original_class
@@ -110,6 +111,7 @@ class Adapter:
             the copy's own conditioners.
         decides: whether the replaced methods decide themselves when the original runs.
         many_steps: whether each output is the result of many dependent steps, so that roundings grow as in a chain.
+        is_spline: whether it is a spline coupling, of which a chain's run together.
         chain: whether the class runs other modules one after another. They then run together, or with
             memory="invert" their activations are rebuilt in the backward.
         stored: why memory="invert" stores activations of this chain, or coupling in no chain; "" where it does not.
@@ -137,6 +139,7 @@ class Adapter:
     vectors: Callable[[Any, Draw, int], Sequence[Tensor]] = _nothing
     decides: bool = False
     many_steps: bool = False
+    is_spline: bool = False
     chain: bool = False
     stored: str = _IN_NO_CHAIN
     tolerance: float = 1e-10
@@ -179,7 +182,7 @@ class Adapter:
         modules = (instance, *self.inner(instance)) if isinstance(instance, nn.Module) else ()
         seen = tuple((t, writes(t)) for module in modules for t in untrained(module))
         # Comparing a GPU's masks at every call would wait for the device.
-        values = tuple(mask for mask in self.masks_of(instance, plan.layout) if mask.is_cpu)
+        values = tuple(mask for mask in self.masks_of(instance, plan.layout) if read_at_once(mask))
         return seen, self.settings_of(instance, plan), values
 
     def holds(self, plan: Plan, instance: Any) -> bool:

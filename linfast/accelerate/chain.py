@@ -18,8 +18,9 @@ from ..flows.reversible import DROPOUTS, Step, inverts, reversible
 from ..flows.undo import Context, Made, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling
-from .fused import Fused, Maps
+from .fused import Fused, Maps, Together
 from .identity import PLAN, changed_method
+from .spline_chain import SplineChain
 
 Named = Iterator[tuple[str, nn.Module]]
 
@@ -125,12 +126,12 @@ def put_stubs(members: Sequence[nn.Module], draw: Draw) -> None:
                 module.size = 1 / len(members)
 
 
-def fused_of(owner: Any) -> Fused | None:
-    """The Fused of a swapped module, renewed where it has changed; None where its couplings run one by one."""
+def fused_of(owner: Any) -> Together | None:
+    """The Together of a swapped module, renewed where it has changed; None where its couplings run one by one."""
     plan = vars(owner)[PLAN]
     if plan.fused is None:
         return None
-    now: Fused | None = plan.fused.renewed(owner)
+    now: Together | None = plan.fused.renewed(owner)
     if now is not None and now is not plan.fused:
         vars(owner)[PLAN] = replace(plan, fused=now, layout=owner._linfast_adapter.layout(owner))
     return now
@@ -139,13 +140,12 @@ def fused_of(owner: Any) -> Fused | None:
 def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tensor, Tensor] | None:
     """(y, log_det [B]) of a swapped chain; None where the library's own loop is to run.
 
-    A chain that was swapped with memory="store" runs its couplings together, in calls without a context.
+    A chain that was swapped with memory="store" runs its couplings together, affine ones only without a context.
     """
     plan = vars(chain)[PLAN]
     if plan.fused is not None:
-        alone = all(value is None for value in context.values()) and plan.fused.takes(x)
-        fused = fused_of(chain) if alone else None
-        return None if fused is None else fused(chain, x, inverse)
+        fused = fused_of(chain) if plan.fused.takes(x, context) else None
+        return None if fused is None else fused(chain, x, inverse, context)
     parts = parts_to_invert(chain, x, plan.layout)
     if parts is None:
         return None
@@ -185,8 +185,11 @@ def chain_adapter(
         if options.memory == "store":
             if (why := why_apart(chain)) is not None:
                 raise Unfit(why)
-            fused = Fused(chain, flat, run_part, maps, options)
-            return fused.plan(chain)
+            arguments = chain, flat, run_part, maps, options
+            try:
+                return Fused(*arguments).plan(chain)
+            except Unfit:
+                return SplineChain(*arguments).plan(chain)
         parts = find(chain)
         check_parts(parts)
         return Plan(f"{len(parts)} steps, rebuilt in the backward", layout=find)

@@ -8,14 +8,14 @@
     one launch   ops.coupling_stack over all members: launch.py
 
 Parameters are read at each call. The members are recognised again where a module, parameter, setting or method was
-replaced (flows/remembered.py) or a mask has other values: ``Fused.renewed``.
+replaced (flows/remembered.py) or a mask has other values: ``Together.renewed``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ..rows import by_rows, rows_at_once
 from .adapter import ORIGINAL, Options, Plan, Unfit, adapter_for, untrained
 from .identity import PLAN, changed_method, defined_as, is_hooked, is_patched, original_class
 from .launch import Coupling, Launch, Member, launch_of, members_of
-from .loop import Run, loops_of
+from .loop import NO_CONTEXT, Run, loops_of
 from .sides import Affine, Index
 
 Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
@@ -77,8 +77,8 @@ def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
 _FEWEST = 2  # couplings
 
 
-class Fused:
-    """The recognised members of one chain; a call runs them together. Raises Unfit where that is not possible.
+class Together:
+    """The recognised members of one chain, which a call runs together.
 
     Args:
         chain: the instance.
@@ -88,21 +88,62 @@ class Fused:
         options: the options of ``accelerate``.
     """
 
+    features: int
+    dtype: torch.dtype
+    _alone = False
+
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         self._arguments, self._options = (flat, run, maps, options), options
+
+    def _remember(self, chain: nn.Module, recognised: Sequence[nn.Module], masks: Iterable[Tensor]) -> None:
+        """What was recognised holds until ``renewed`` finds a change of these members or of their masks' values."""
+        self._children, self._evidence = chain._modules, _evidence(chain, recognised, masks)
+        self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
+
+    def plan(self, chain: nn.Module) -> Plan:
+        """The chain's plan. It reports which code runs on this device and on a GPU."""
+        raise NotImplementedError
+
+    def renewed(self, chain: nn.Module) -> Self | None:
+        """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
+        if self._children is chain._modules and self._evidence.holds() and (self._alone or not is_patched(chain)):
+            return self
+        try:
+            with torch.inference_mode(False):  # its tensors are used outside too
+                return type(self)(chain, *self._arguments)
+        except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
+            return None
+
+    def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
+        """Whether this can run x; if not, the library's own code does."""
+        if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        return x.ndim == 2 and x.shape[1] == self.features and x.dtype == self.dtype and not has_global_hook()
+
+    def __call__(
+        self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
+        """(y, log_det [B]) of x [B, D], or of the inverse."""
+        raise NotImplementedError
+
+
+class Fused(Together):
+    """Affine couplings with MLPs. Raises Unfit where fewer than two are known."""
+
+    def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
+        super().__init__(chain, flat, run, maps, options)
         members: list[Member] = []
         recognised: list[nn.Module] = []
         masks: list[Tensor] = []
         for _, module in flat(chain):
-            found = _recognise(module, maps)
+            found = recognise(module, maps)
             if found is None:
                 members.append(module)
                 continue
             members += found[0]
             masks += found[1]
             recognised.append(module)
-        self._children, self._evidence = chain._modules, _evidence(chain, recognised, masks)
-        self._alone = recognised == [chain]  # the evidence then holds all of its attributes
+        self._remember(chain, recognised, masks)
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -120,7 +161,6 @@ class Fused:
         self.launch: Launch | None = launch_of(members)
 
     def plan(self, chain: nn.Module) -> Plan:
-        """The chain's plan. It reports which code runs on this device and on a GPU."""
         like = next(p for p in chain.parameters() if p.is_floating_point())
         launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
         runs = f"{len(self.couplings)} couplings in one "
@@ -135,28 +175,16 @@ class Fused:
         """How many permutations the loop needs."""
         return sum(loop.permutations for loop in self._loops)
 
-    def renewed(self, chain: nn.Module) -> Fused | None:
-        """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
-        if self._children is chain._modules and self._evidence.holds() and (self._alone or not is_patched(chain)):
-            return self
-        try:
-            with torch.inference_mode(False):  # its tensors are used outside too
-                return Fused(chain, *self._arguments)
-        except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
-            return None
-
-    def takes(self, x: Any) -> bool:
-        """Whether this can run x; if not, the library's own code does."""
-        if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        if x.ndim != 2 or x.shape[1] != self.features or x.dtype != self.dtype or has_global_hook():
+    def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
+        if not super().takes(x) or any(value is not None for value in context.values()):
             return False
         if uses_triton(x):
             return self.launch is not None and self.launch.has_tile(x, self._options.precision)
         return autocast_dtype(x.device.type) is None
 
-    def __call__(self, chain: nn.Module, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        """(y, log_det [B]) of x [B, D], or of the inverse."""
+    def __call__(
+        self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
+    ) -> tuple[Tensor, Tensor]:
         y, log_det = self._run(chain, x, inverse, True)
         assert log_det is not None
         return y, log_det
@@ -199,7 +227,7 @@ def _evidence(chain: nn.Module, recognised: Iterable[nn.Module], masks: Iterable
     return Evidence([chain, *lists], recognised, functions, masks, (PLAN,))
 
 
-def _recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:
+def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:
     """(the member as couplings or maps, the tensors whose values it was read from), or None.
 
     None: the member runs by the library's own code.

@@ -24,7 +24,7 @@ from .sides import Affine, Index
 
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]
 
-_NO_CONTEXT: Mapping[str, Any] = {"context": None}
+NO_CONTEXT: Mapping[str, Any] = {"context": None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ def loops_of(members: Sequence[Member], features: int, run: Run | None) -> list[
 
 def _own(module: nn.Module | None, run: Any) -> Map:
     """A step of the loop that runs a member by the library's own code."""
-    return lambda x, inverse: run(module, x, _NO_CONTEXT, inverse)
+    return lambda x, inverse: run(module, x, NO_CONTEXT, inverse)
 
 
 def _plain(coupling: Coupling, moves: int) -> Callable[[], PlainCoupling]:

@@ -95,7 +95,7 @@ def find_mlp(module: object) -> MLP | None:
 
 def find_halved_mlp(module: object) -> nn.Module | None:
     """The MLP c in a module whose forward is only ``return self.c(x).chunk(2, 1)``; None of any other module."""
-    if not isinstance(module, nn.Module) or not _is_plain(module):
+    if not isinstance(module, nn.Module) or not is_plain(module):
         return None
     child = module._modules.get(_forward_of(type(module)).halved or "")
     return None if child is None or find_mlp(child) is None else child

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..ops.activations import ACTIVATIONS
-from ..ops.residual_network import ResidualBlock, ResidualNetwork, residual_network, uses_batch
+from ..ops.residual_network import ResidualBlock, ResidualNetwork, Terms, residual_network, uses_batch
 from .identity import is_own_method
 from .mlp import activation_of, is_class, is_plain, is_untouched, layer_of
 
@@ -58,9 +58,10 @@ class Residual:
         fits = all(gate is not None and gate[0].shape[1] == features for gate in gates)
         return fits and rows == x.shape[0] and x.shape[1] + features == self.network.first[0].shape[1]
 
-    def __call__(self, x: Tensor, context: Tensor | None, transposed: bool) -> Tensor:
+    def __call__(self, x: Tensor, context: Tensor | None, terms: Terms | None = None) -> Tensor:
+        """The network's output, transposed; ``terms``: those of the context, where they are known."""
         x = x if self.before is None else self.before(x)
-        return residual_network(x, self.network, context, transposed=transposed)
+        return residual_network(x, self.network, context, terms=terms, transposed=True)
 
     def __str__(self) -> str:
         first, last = self.network.first[0], self.network.last[0]

@@ -233,6 +233,11 @@ class Affine:
 
 
 @dataclass(frozen=True, eq=False)
+class Triangular(Affine):
+    """An nflows LULinear, ``module``, whose factors can be taken from its entries (``lu_maps.py``)."""
+
+
+@dataclass(frozen=True, eq=False)
 class Index:
     """y = x[:, index]."""
 

@@ -30,7 +30,7 @@ from ..rows import by_rows, rows_at_once
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from .identity import PLAN, changed_method, defined_as
 from .masked import redraw
-from .mlp import find_mlp
+from .mlp import MLP, find_mlp
 from .residual import find_residual
 from .sides import Split, split_of_indices
 
@@ -130,22 +130,21 @@ class _Net:
     def __init__(self, net: Any, kept: Tensor, context: Any) -> None:
         self.run: Callable[[Tensor, Any], Tensor] = lambda kept, context: net(kept.contiguous(), context)
         self.widths: Sequence[int | None] = [None]
-        if not kept.is_cpu or kept.ndim != 2 or has_global_hook():
+        if kept.ndim != 2 or has_global_hook():
             return
         residual = find_residual(net)
         mlp = find_mlp(net) if residual is None and context is None else None
         if residual is not None and residual.takes(kept, context):
-            self.run = lambda kept, context: residual(kept, context, True)
-            self.widths = residual.widths
+            self.run, self.widths = residual, residual.widths
         elif mlp is not None:
-            self.widths = mlp.widths
-            (weight, bias), body = mlp.layers[-1], mlp.parts[:-1]
+            self.run, self.widths = functools.partial(in_planes, mlp), mlp.widths
 
-            def run(kept: Tensor, context: Any) -> Tensor:
-                h = functools.reduce(lambda h, part: part(h), body, kept).t()
-                return (weight @ h if bias is None else torch.addmm(bias[:, None], weight, h)).t()
 
-            self.run = run
+def in_planes(mlp: MLP, kept: Tensor, context: None = None) -> Tensor:
+    """The MLP's output [B, n], transposed in memory."""
+    (weight, bias), body = mlp.layers[-1], mlp.parts[:-1]
+    h = functools.reduce(lambda h, part: part(h), body, kept).t()
+    return (weight @ h if bias is None else torch.addmm(bias[:, None], weight, h)).t()
 
 
 def _bins_last(params: Tensor, x: Tensor) -> Tensor:
@@ -181,18 +180,25 @@ def _couple(
     transform: Any, net: Callable[[Tensor, Any], Tensor], kept: Any, moved: Any, inverse: bool, x: Tensor,
     context: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    result, found, log_det = couple(transform, net, x[:, kept], x[:, moved], inverse, context)
+    y = x.clone()
+    y[:, moved] = found
+    if transform.unconditional_transform is not None:
+        y[:, kept] = result
+    return y, log_det
+
+
+def couple(
+    transform: Any, net: Callable[[Tensor, Any], Tensor], given: Tensor, value: Tensor, inverse: bool, context: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the kept features, the moved ones, log_det [B]) from those that are given."""
     temperature, own = _temperature(transform.transform_net), transform.unconditional_transform
-    value, given = x[:, moved], x[:, kept]
     result, of_kept = given, None
     if own is not None:
         result, of_kept = _own_spline(own, given, inverse)
     params = _bins_last(net(result if inverse else given, context), value)
     found, log_det = _apply(transform, transform.num_bins, temperature, value, params, inverse)
-    y = x.clone()
-    y[:, moved] = found
-    if own is not None:
-        y[:, kept] = result
-    return y, log_det if of_kept is None else log_det + of_kept
+    return result, found, log_det if of_kept is None else log_det + of_kept
 
 
 def _find(transform: Any, cdf: tuple[str, str], tails: tuple[Any, ...]) -> tuple[str, Split]:
@@ -218,6 +224,12 @@ def _find(transform: Any, cdf: tuple[str, str], tails: tuple[Any, ...]) -> tuple
     kinds = transform.tails if isinstance(transform.tails, list | tuple) else [transform.tails]
     words = " and ".join(dict.fromkeys("no" if kind is None else str(kind) for kind in kinds))
     return f"rational-quadratic spline coupling, {transform.num_bins} bins, {words} tails, mask {split.kind}", split
+
+
+def context_size(transform: Any) -> int:
+    """The number of features of the context that a known conditioner takes; 0 for none."""
+    found = find_residual(transform.transform_net)
+    return 0 if found is None else found.network.first[0].shape[1] - len(transform.identity_features)
 
 
 _ROWS = 4  # of a batch in the check
@@ -294,10 +306,8 @@ def spline_coupling(
         return [t for image in images for t in _both_ways(transform, draw, (features, *image), draw(2))]
 
     def with_own_net(transform: Any, draw: Draw, features: int) -> list[Tensor]:
-        found = find_residual(transform.transform_net)
-        kept = len(transform.identity_features)
+        size = context_size(transform)
         _redraw(transform)
-        size = 0 if found is None else found.network.first[0].shape[1] - kept
         return _both_ways(transform, draw, (features,), draw(_ROWS, size) if size else None)
 
     return Adapter(
@@ -306,6 +316,7 @@ def spline_coupling(
         name=name,
         methods={name: method(name) for name in ("forward", "inverse")},
         plan=plan,
+        layout=lambda transform: _find(transform, cdf, tails)[1],
         probe=probe,
         masks=lambda transform: (transform.identity_features, transform.transform_features),
         assumes=_ASSUMES,
@@ -313,4 +324,5 @@ def spline_coupling(
         conditioners=lambda transform: (transform.transform_net,),
         vectors=with_own_net,
         many_steps=True,
+        is_spline=True,
     )

@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import read_at_once
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 # Modules without settings: their parameters and children describe them completely.
@@ -76,7 +78,7 @@ class Evidence:
             same
             and all(getattr(cls, name) is function for cls, name, function in self._functions)
             and all(
-                writes(mask) == before and (not mask.is_cpu or torch.equal(mask, value))
+                writes(mask) == before and (not read_at_once(mask) or torch.equal(mask, value))
                 for mask, before, value in self._masks
             )
         )

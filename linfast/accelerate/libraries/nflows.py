@@ -26,8 +26,8 @@ from ..coupling import coupling_adapter, two_methods
 from ..fused import Maps, listed
 from ..made import affine_of, made_adapter, spline_adapter
 from ..masked import Affine as Masked
-from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, known_map, split_of_indices
-from ..splines import spline_coupling
+from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, Triangular, known_map, split_of_indices
+from ..splines import context_size, spline_coupling
 from ..unknown import Layers
 
 _FLOOR = 1e-3
@@ -118,7 +118,8 @@ def _lu(transform: Any) -> Affine:
         undo = transform.weight_inverse() if inverse else None
         return AffineMap(transform.weight(), transform.bias, undo, transform.logabsdet())
 
-    return Affine(make, transform)
+    cached = transform.using_cache and not transform.training
+    return Affine(make, transform) if cached else Triangular(make, transform)
 
 
 _MAPS = Maps(
@@ -157,6 +158,11 @@ def _both_ways(chain: Any, draw: Draw, *shape: int, context: Tensor | None = Non
     return [*chain.forward(draw(*shape), context), *chain.inverse(draw(*shape), context=context)]
 
 
+def _on_vectors(chain: Any, draw: Draw, features: int) -> Sequence[Tensor]:
+    size = max([0, *(context_size(module) for _, module in _flat(chain) if hasattr(module, "transform_net"))])
+    return _both_ways(chain, draw, 4, features, context=draw(4, size) if size else None)
+
+
 def _probe_chain(chain: Any, draw: Draw) -> Sequence[Tensor]:
     members: list[Any] = [module for _, module in _flat(chain)]
     put_stubs(members, draw)
@@ -173,7 +179,7 @@ def composite_of(library: str) -> Adapter:
         _flat,
         _run_part,
         _MAPS,
-        vectors=lambda chain, draw, features: _both_ways(chain, draw, 4, features),
+        vectors=_on_vectors,
         methods={method: _chain_method(method) for method in ("forward", "inverse")},
         probe=_probe_chain,
         emptied=lambda chain: nets_of(module for _, module in _flat(chain)),
