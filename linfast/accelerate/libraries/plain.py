@@ -227,7 +227,7 @@ class _Taught:
         together, least = fused.plan(module), _FEWEST.rows if full else 0.0
         runs = f"{self._find(module)[0]}: {together.runs}"
         takes = together.takes_precision
-        return replace(plan, runs=runs, fused=fused, takes_precision=takes, least_rows=least)
+        return replace(plan, runs=runs, fused=fused, takes_precision=takes, least_rows=(least, least))
 
     def _kind(self, module: nn.Module) -> str:
         return repr(self._find(module)[1])
