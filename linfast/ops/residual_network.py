@@ -195,7 +195,7 @@ def _network(
         else:  # the gradient of one weight is one product
             h = F.linear(cat((x, context), dim=1), weight, bias)
     name = _NAMES.get(net.activation)
-    if name is not None and uses_triton(h, weight, *_norm_tensors(net)) and all(map(_is_known, _norms(net))):
+    if name is not None and uses_triton(h, weight) and all(map(_is_known, _norms(net))):
         h = _fused_blocks(h, net, gates, name)
     else:
         h = _plain_blocks(h, net, gates, writes)
@@ -279,14 +279,16 @@ def _norms(net: ResidualNetwork) -> list[nn.BatchNorm1d]:
     return [norm for block in net.blocks for norm in block.norms or ()]
 
 
-def _norm_tensors(net: ResidualNetwork) -> list[Tensor]:
-    return [t for norm in _norms(net) for t in (norm.weight, norm.running_mean) if t is not None]
-
-
 def _is_known(norm: nn.BatchNorm1d) -> bool:
     """Whether the kernel computes what this norm does: none of its hooks runs, and torch knows its momentum."""
     hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return type(norm) is nn.BatchNorm1d and not hooked and norm.momentum is not None
+    tensors = [t for t in (norm.weight, norm.running_mean) if t is not None]
+    return (
+        type(norm) is nn.BatchNorm1d
+        and not hooked
+        and norm.momentum is not None
+        and (not tensors or uses_triton(*tensors))
+    )
 
 
 def _may_write(x: Tensor) -> bool:
