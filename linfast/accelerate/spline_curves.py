@@ -3,8 +3,8 @@
     tails                  interval           derivatives
     None                   [0, 1]             K + 1
     "linear", "circular"   [-bound, bound]    K - 1, K
-    a list (normflows)     the same           K + 1: both ends of linear features are replaced by 1, and the last one
-                                              of circular features by the first
+    a list (normflows)     the same           K + 1: both ends of linear features are replaced by 1, and the last
+                                              one of circular features by the first
 
 A bound per feature scales x and y: y = b S(x / b), whose derivative is that of S. With a list y = 0 outside.
 """
