@@ -90,6 +90,7 @@ class Together:
 
     features: int
     dtype: torch.dtype
+    compared_in: torch.dtype | None = None  # by the check; None: in the weights' dtype
     _alone = False
 
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:

@@ -92,6 +92,9 @@ _Step = LUMap | Index | _Spline | _Own
 class SplineChain(Together):
     """The members of a chain of spline couplings. Raises Unfit where fewer than two are known."""
 
+    # In float32 the roundings of 30 couplings with batch norm, on a few rows, are as large as a small mistake.
+    compared_in = torch.float64
+
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         super().__init__(chain, flat, run, maps, options)
         members: list[Any] = []

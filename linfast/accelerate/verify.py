@@ -72,7 +72,7 @@ def difference(instance: Any, adapter: Adapter, plan: Plan) -> float:
             other = "has other shapes or dtypes than the original, or infinite values,"
             far = other if error == math.inf else f"differs from the original by {error:.1e}"
             raise Unfit(f"{case.what} {far}{case.where} on a random input")
-        worst = max(error, worst) if case.dtype == like.dtype else worst
+        worst = max(error, worst) if case.dtype == like.dtype or plan.fused is not None else worst
     return worst
 
 
@@ -120,10 +120,12 @@ def _cases(instance: Any, adapter: Adapter, plan: Plan, like: Tensor) -> Iterato
             launch = lone_launch(adapter.members(instance, plan.layout), like, plan.options.precision)
             features, what = None if launch is None else launch.features, "the layer in one launch"
     if features is not None:
-        mode = resolve_precision(like, plan.options.precision)
-        allowed = max(_TOLERANCES.get(like.dtype, 0.0), _OF_MODES[mode]) * layers
         probe = lambda copied, draw: adapter.vectors(copied, draw, features)  # noqa: E731
-        yield _Case(probe, like.dtype, allowed, what, least=_LEAST_OF_NETS)
+        dtype, allowed = getattr(plan.fused, "compared_in", None), adapter.tolerance
+        if dtype is None:
+            mode, dtype = resolve_precision(like, plan.options.precision), like.dtype
+            allowed = max(_TOLERANCES.get(dtype, 0.0), _OF_MODES[mode]) * layers
+        yield _Case(probe, dtype, allowed, what, least=_LEAST_OF_NETS)
 
 
 def kind_of(instance: Any, adapter: Adapter, plan: Plan) -> Hashable:

@@ -1,0 +1,166 @@
+"""Chains of spline couplings run as a whole: every order of their members, later changes, copies, and restore."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import linfast as lf
+from linfast.accelerate.spline_chain import SplineChain
+
+from .zoo import redraw, require
+
+D, CONTEXT, BATCH = 6, 3, 7
+
+
+def _spline(mask: str = "alternate", context: int | None = CONTEXT, **net) -> nn.Module:
+    transforms, nets = require("nflows.transforms"), require("nflows.nn.nets")
+    of = {"alternate": [1, 0] * 3, "halves": [0, 0, 0, 1, 1, 1], "gather": [1, 1, 0, 1, 0, 1]}[mask]
+    return transforms.PiecewiseRationalQuadraticCouplingTransform(
+        torch.tensor(of), lambda i, o: nets.ResidualNet(i, o, 8, context, **net), 4, "linear", 3.0,
+        apply_unconditional_transform=mask == "halves",
+    )  # fmt: skip
+
+
+def _lu(**options) -> nn.Module:
+    return require("nflows.transforms").LULinear(D, identity_init=False, **options)
+
+
+def _permutation() -> nn.Module:
+    return require("nflows.transforms").RandomPermutation(D)
+
+
+_CHAINS: dict[str, Callable[[], list[nn.Module]]] = {
+    "dingo": lambda: [
+        _permutation(), _lu(), _spline("gather", use_batch_norm=True, activation=F.elu), _permutation(), _lu(),
+        _spline(use_batch_norm=True, activation=F.elu), _permutation(), _lu(),
+    ],
+    "no map": lambda: [_spline("halves"), _spline("gather"), _spline()],
+    "permutations alone": lambda: [_permutation(), _spline("gather"), _permutation(), _permutation(), _spline()],
+    "maps in a row": lambda: [_lu(), _permutation(), _lu(), _spline("gather"), _lu(), _permutation(), _spline()],
+    "another member": lambda: [
+        _lu(), require("nflows.transforms").PointwiseAffineTransform(0.5, 2.0), _spline(), _permutation(),
+        require("nflows.transforms").HouseholderSequence(D, 2), _permutation(), _spline("gather"),
+    ],
+    "a cached map": lambda: [_lu(using_cache=True), _spline(), _lu(), _spline()],
+}  # fmt: skip
+
+
+def _model(name: str) -> nn.Module:
+    torch.manual_seed(1)
+    model = require("nflows.transforms").CompositeTransform(_CHAINS[name]())
+    redraw(model, model.state_dict(), 0)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def _float64() -> Iterator[None]:
+    """A cached map's inverse, in the library, is of the default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def _outputs(model: nn.Module, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Of both directions, with all gradients, and the buffers after it."""
+    generator = torch.Generator().manual_seed(3)
+    x, c = (torch.randn(BATCH, n, generator=generator).to(dtype).requires_grad_() for n in (D, CONTEXT))
+    found = [*model(x, c)] + ([*model.inverse(x, c)] if dtype == torch.float64 else [])
+    total = sum((t * torch.arange(t.numel()).view(t.shape).cos()).sum() for t in found)
+    return [*found, *torch.autograd.grad(total, [x, c, *model.parameters()]), *(b.clone() for b in model.buffers())]
+
+
+def _is_close(found: list[Tensor], wanted: list[Tensor], least: float) -> bool:
+    largest = max(float(t.double().norm()) for t in wanted)
+    return all(
+        float((a.double() - b.double()).norm()) <= least * max(float(b.double().norm()), 1e-2 * largest)
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def _runs_whole(model: nn.Module) -> bool:
+    with mock.patch.object(SplineChain, "__call__", side_effect=SplineChain.__call__, autospec=True) as seen:
+        model(torch.randn(BATCH, D), torch.randn(BATCH, CONTEXT))
+    return seen.called
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", _CHAINS)
+def test_outputs_and_gradients_are_the_librarys(name: str, training: bool) -> None:
+    model = _model(name).train(training)
+    original = copy.deepcopy(model)
+    lf.accelerate(model)
+    assert _is_close(_outputs(model), _outputs(original), 1e-12)
+    assert _runs_whole(model)
+    copied = copy.deepcopy(model.train().train(training))  # which empties a map's cache
+    again = copy.deepcopy(copied)
+    assert _is_close(_outputs(copied), _outputs(again), 0.0)
+    assert _runs_whole(copied)
+    lf.restore(model)
+    assert not _runs_whole(model)
+
+
+@pytest.mark.parametrize("name", ["dingo", "no map"])
+def test_in_float32_the_error_is_the_librarys(name: str) -> None:
+    model = _model(name).float()
+    exact, original = copy.deepcopy(model).double(), copy.deepcopy(model)
+    lf.accelerate(model)
+    wanted = _outputs(exact)[:2]
+    assert _is_close(_outputs(model, torch.float32)[:2], wanted, 2e-6)
+    assert _is_close(_outputs(original, torch.float32)[:2], wanted, 2e-6)
+
+
+_CHANGES: dict[str, tuple[Callable[[nn.Module], object], bool]] = {  # and whether the chain then still runs whole
+    "a permutation's values": (lambda m: m._transforms[0]._permutation.copy_(torch.arange(D).flip(0)), True),
+    "a map's entries": (lambda m: m._transforms[1].lower_entries.data.mul_(2), True),
+    "a conditioner": (
+        lambda m: setattr(m._transforms[2], "transform_net", _spline("gather").transform_net), True,
+    ),
+    "a bound": (lambda m: setattr(m._transforms[2], "tail_bound", 2.0), True),
+    "the eps of a map": (lambda m: setattr(m._transforms[1], "eps", 0.1), False),
+    "a member": (lambda m: m._transforms.append(_lu()), True),
+    "the mode": (lambda m: m.eval(), True),
+    "a hook": (lambda m: m._transforms[2].transform_net.register_forward_hook(lambda *_: None), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_later_changes_are_followed(change: str) -> None:
+    model = _model("dingo")
+    original = copy.deepcopy(model)
+    lf.accelerate(model)
+    assert _runs_whole(model), "before the change"
+    run, whole = _CHANGES[change]
+    torch.manual_seed(4)
+    with torch.no_grad():
+        run(model)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        run(original)
+    model.load_state_dict(original.state_dict())
+    assert _is_close(_outputs(model), _outputs(original), 1e-12)
+    assert _runs_whole(model) == whole
+
+
+def test_a_context_of_one_row_expanded_is_multiplied_once() -> None:
+    model = _model("no map")
+    original = copy.deepcopy(model)
+    lf.accelerate(model)
+    x, c = torch.randn(2000, D), torch.randn(1, CONTEXT).expand(2000, -1)
+    with torch.no_grad():
+        assert _is_close([*model(x, c)], [*original(x, c)], 1e-12)
+        assert _is_close([*model.inverse(x, c)], [*original.inverse(x, c)], 1e-12)
+
+
+def test_a_long_batch_in_parts_is_the_whole_one() -> None:
+    model = _model("maps in a row")
+    original = copy.deepcopy(model)
+    lf.accelerate(model)
+    x, c = torch.randn(6000, D), torch.randn(6000, CONTEXT)
+    assert _is_close([*model(x, c)], [*original(x, c)], 1e-12)
