@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class Together:
         """The chain's plan. It reports which code runs on this device and on a GPU."""
         raise NotImplementedError
 
-    def renewed(self, chain: nn.Module) -> Self | None:
+    def renewed(self, chain: nn.Module) -> Together | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
         if self._children is chain._modules and self._evidence.holds() and (self._alone or not is_patched(chain)):
             return self
@@ -250,5 +250,6 @@ def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Ten
     except Unfit:
         return None
     members = members_of(adapter.members(module, layout))
-    masks = adapter.masks_of(module, layout) if adapter.masks else untrained(module)
-    return None if members is None else (members, masks)
+    if members is None:
+        return None
+    return members, adapter.masks_of(module, layout) if adapter.masks else untrained(module)

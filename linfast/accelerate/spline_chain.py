@@ -52,7 +52,7 @@ class _Spline:
 
     @property
     def widths(self) -> list[int | None]:
-        return self.net.widths if isinstance(self.net, Residual) else [*self.net.sizes]
+        return [*self.net.widths]
 
     def takes(self, x: Tensor, context: Any) -> bool:
         """Whether the library's code accepts these, without an error."""
@@ -151,7 +151,7 @@ class SplineChain(Together):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(y, the couplings' log_det [B]) of rows x."""
         log_dets: list[Tensor] = []
-        of_maps, of_couplings = (iter(each[::-1] if inverse else each) for each in (maps, terms))
+        of_maps, of_couplings = iter(maps[::-1] if inverse else maps), iter(terms[::-1] if inverse else terms)
         for step in reversed(self._steps) if inverse else self._steps:
             log_det = None
             if isinstance(step, Index):

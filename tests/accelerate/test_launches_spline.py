@@ -7,7 +7,6 @@ norm and a context (bench/cases/programs.py). Counts do not depend on the width,
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections import Counter
 from collections.abc import Callable
 from unittest import mock

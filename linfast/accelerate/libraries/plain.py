@@ -244,7 +244,7 @@ class _Taught:
                 return outputs if isinstance(outputs, tuple) else (outputs, None)
 
             fused = vars(module)[PLAN].fused
-            together = fused_of(module) if fused is not None and fused.takes(x) else None
+            together: Any = fused_of(module) if fused is not None and fused.takes(x) else None
             formula, scale_map = vars(module)[PLAN].layout
             call = formula.calls.get(name) if formula.takes(x) else None
             asked = None if call is None else call.read(parameters, given, named)
