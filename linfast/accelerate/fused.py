@@ -127,6 +127,10 @@ class Together:
         """(y, log_det [B]) of x [B, D], or of the inverse."""
         raise NotImplementedError
 
+    def value(self, chain: nn.Module, x: Tensor, inverse: bool) -> Tensor:
+        """y alone."""
+        return self(chain, x, inverse)[0]
+
 
 class Fused(Together):
     """Affine couplings with MLPs. Raises Unfit where fewer than two are known."""
@@ -191,7 +195,6 @@ class Fused(Together):
         return y, log_det
 
     def value(self, chain: nn.Module, x: Tensor, inverse: bool) -> Tensor:
-        """y alone."""
         return self._run(chain, x, inverse, False)[0]
 
     def _run(self, chain: nn.Module, x: Tensor, inverse: bool, log_det: bool) -> Outputs:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, cat, has_global_hook, uses_triton
+from ..dispatch import autocast_dtype, cat, has_global_hook, is_transformed, uses_triton
 from ..freeze import derived
 from ..ops.residual_network import Terms, all_context_terms
 from ..rows import by_rows, one_row, rows_at_once
@@ -51,8 +51,8 @@ class _Spline:
         return len(self.kept) + len(self.moved)
 
     @property
-    def widths(self) -> list[int | None]:
-        return [*self.net.widths]
+    def widths(self) -> Sequence[int | None]:
+        return self.net.widths
 
     def takes(self, x: Tensor, context: Any) -> bool:
         """Whether the library's code accepts these, without an error."""
@@ -123,7 +123,7 @@ class SplineChain(Together):
         return Plan(f"{len(self.couplings)} spline couplings in one loop", fused=self, vectors=self.features)
 
     def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
-        if not super().takes(x) or autocast_dtype(x.device.type) is not None:
+        if not super().takes(x) or autocast_dtype(x.device.type) is not None or is_transformed():
             return False
         return all(coupling.takes(x, context["context"]) for coupling in self.couplings)
 
