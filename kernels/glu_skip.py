@@ -21,16 +21,16 @@ from torch import Tensor
 
 from .launch import UNFUSED, needs_int64
 from .math import sigmoid
-from .norm_activate import columns_of, grid_of, load_columns, rows_at
+from .norm_activate import grid_of, load_columns, part_of, rows_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows_each"])
 def _glu_skip_kernel(
     h_ptr, r_ptr, bias_ptr, gate_ptr, out_ptr, batch, width, rows_each, stride_hb, stride_hc, stride_rb, stride_rc,
     stride_gb, stride_gc, stride_ob, stride_oc, INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c, is_column = columns_of(width, COLUMNS, INT64)
-    b, is_row = rows_at(tl.program_id(1) * rows_each, batch, ROWS, INT64)
+    c, is_column, first = part_of(width, rows_each, COLUMNS, INT64)
+    b, is_row = rows_at(first, batch, ROWS, INT64)
     inside = is_row & is_column
     h = tl.load(h_ptr + b * stride_hb + c * stride_hc, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(r_ptr + b * stride_rb + c * stride_rc, mask=inside, other=0.0).to(tl.float32)
@@ -39,14 +39,13 @@ def _glu_skip_kernel(
     tl.store(out_ptr + b * stride_ob + c * stride_oc, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows_each"])
 def _glu_skip_backward_kernel(
     r_ptr, bias_ptr, gate_ptr, grad_ptr, dh_ptr, dr_ptr, dbias_ptr, dgate_ptr, batch, width, rows_each, stride_rb,
     stride_rc, stride_gb, stride_gc, stride_db, stride_dc, stride_hb, stride_hc, stride_rgb, stride_rgc, stride_ggb,
     stride_ggc, ONE_GATE: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c, is_column = columns_of(width, COLUMNS, INT64)
-    first = tl.program_id(1) * rows_each
+    c, is_column, first = part_of(width, rows_each, COLUMNS, INT64)
     bias = load_columns(bias_ptr, c, is_column, 0.0)
     sum_r = tl.zeros((1, COLUMNS), tl.float32)
     sum_g = tl.zeros((1, COLUMNS), tl.float32)

@@ -39,11 +39,13 @@ GIVEN, OF_BATCH = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def columns_of(width, COLUMNS: tl.constexpr, INT64: tl.constexpr):
-    """(the columns [1, COLUMNS] of this program, which of them exist)."""
-    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+def part_of(width, rows_each, COLUMNS: tl.constexpr, INT64: tl.constexpr):
+    """(the columns [1, COLUMNS] of this program, which of them exist, its first row)."""
+    blocks = tl.cdiv(width, COLUMNS)
+    at = tl.program_id(0)
+    c = at % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     c = c.to(tl.int64) if INT64 else c
-    return c, c < width
+    return c, c < width, at // blocks * rows_each
 
 
 @triton.jit
@@ -81,14 +83,13 @@ def _slope(u, ACTIVATION: tl.constexpr):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows_each"])
 def _norm_activate_kernel(
     x_ptr, bias_ptr, weight_ptr, shift_ptr, given_mean_ptr, given_var_ptr, y_ptr, mean_ptr, var_ptr, batch, width,
     rows_each, stride_xb, stride_xc, stride_yb, stride_yc, eps, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c, is_column = columns_of(width, COLUMNS, INT64)
-    first = tl.program_id(1) * rows_each
+    c, is_column, first = part_of(width, rows_each, COLUMNS, INT64)
     last = tl.minimum(first + rows_each, batch)
     bias = load_columns(bias_ptr, c, is_column, 0.0)
     x_ptr += c * stride_xc
@@ -140,15 +141,14 @@ def _d_and_h(
     return tl.where(inside, grad * _slope(u, ACTIVATION), 0.0), h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "rows_each"])
 def _norm_activate_backward_kernel(
     x_ptr, bias_ptr, weight_ptr, shift_ptr, mean_ptr, var_ptr, grad_ptr, dx_ptr, dbias_ptr, dweight_ptr, dshift_ptr,
     batch, width, rows_each, stride_xb, stride_xc, stride_gb, stride_gc, stride_db, stride_dc, eps,
     NORM: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr, INPUT: tl.constexpr, INT64: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c, is_column = columns_of(width, COLUMNS, INT64)
-    first = tl.program_id(1) * rows_each
+    c, is_column, first = part_of(width, rows_each, COLUMNS, INT64)
     last = tl.minimum(first + rows_each, batch)
     bias = load_columns(bias_ptr, c, is_column, 0.0)
     mean = load_columns(mean_ptr, c, is_column, 0.0)
@@ -192,11 +192,11 @@ def _norm_activate_backward_kernel(
             tl.store(dx_ptr + b * stride_db, d.to(dx_ptr.dtype.element_ty), mask=is_row & is_column)
 
 
-def grid_of(x: Tensor, sums: bool) -> tuple[tuple[int, int], int, dict[str, int]]:
+def grid_of(x: Tensor, sums: bool) -> tuple[tuple[int], int, dict[str, int]]:
     """(grid, rows per program, tile) for x [B, H]; ``sums``: a program takes all rows of its columns."""
     tile = SUMMING if sums else ELEMENTWISE
     rows = max(x.shape[0], 1) if sums else tile["ROWS"]
-    return (ceil_div(x.shape[1], tile["COLUMNS"]), ceil_div(x.shape[0], rows)), rows, tile
+    return (ceil_div(x.shape[1], tile["COLUMNS"]) * ceil_div(x.shape[0], rows),), rows, tile
 
 
 def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
@@ -206,7 +206,7 @@ def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
 def launch_norm_activate(
     x: Tensor, bias: Tensor | None, weight: Tensor | None, shift: Tensor | None, mean: Tensor | None,
     var: Tensor | None, norm: int, eps: float, activation: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(y like x, mean and unbiased variance [H] fp32 of the batch, or None)."""
     y, parameters = torch.empty_like(x), _contiguous(bias, weight, shift, mean, var)
     of_batch = norm == OF_BATCH.value

@@ -4,7 +4,7 @@ Parameters u (widths), v (heights), w (derivatives) of a value, K bins of an int
 
     e_j = 2^((u_j - max u) log2(e) / T)     f_j = e_j / sum e     W_j = L (m_w + (1 - m_w K) f_j)
     x_j = l + L m_w j + L (1 - m_w K) (f_0 + .. + f_{j-1})        heights H_j, y_j likewise, from v
-    d_j = m_d + softplus(w_j), or exp of a clipped w_j;           1 at both ends of linear tails
+    d_j = m_d + softplus(w_j + offset), or exp of a clipped w_j;  1 at both ends of linear tails
 
 The bin k of x is the last with x_k <= x. Only its e, f and w are kept: they are selected while starts are summed.
 With t = (x - x_k) / W, s = H / W, e = d_k + d_{k+1} - 2 s, q = t (1 - t), base = s + e q, and sums without a minus
@@ -61,7 +61,7 @@ from .spline_planes import appended, load_planes, places, planes_of, store_plane
 from .spline_spec import Spline
 
 # (most bins, tile). A thread has one value and all its parameters: 55 registers forward and 92 backward at K = 8 on
-# sm_90, 90 and 141 at K = 16. There, with 4 warps, the compiler keeps to 128 registers and spills.
+# sm_90, 80 and 128 at K = 16. There, with 4 warps, the backward spills.
 TILES: tuple[tuple[int, Tile], ...] = (
     (8, {"VALUES": 128, "num_warps": 4}),
     (1 << 62, {"VALUES": 64, "num_warps": 2}),
@@ -103,7 +103,7 @@ def _clamped(x, low, high):
 def _rq_spline_kernel(
     x_ptr, params_ptr, y_ptr, partial_ptr, n_rows, n_features,
     stride_xb, stride_xd, stride_pb, stride_pd, stride_pk,
-    low, high, least_w, scale_w, least_h, scale_h, min_derivative, inv_temperature, over_bound,
+    low, high, least_w, scale_w, least_h, scale_h, min_derivative, inv_temperature, over_bound, offset,
     BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr, LEVELS: tl.constexpr,
     INVERSE: tl.constexpr, LOG_DET: tl.constexpr, BINS_LAST: tl.constexpr, SWAPPED: tl.constexpr,
     INT64: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr,
@@ -120,7 +120,8 @@ def _rq_spline_kernel(
     )
     value, inside = _clamped(swapped(x, ROWS, FEATURES, SWAPPED), low, high)
     found = bin_of(value, e_u, over_u, e_v, over_v, knots, bounds, BINS, INVERSE)
-    slopes = slopes_of(found, min_derivative, over_bound, BINS, TAILS, SOFT_CLIP)
+    options = min_derivative, over_bound, offset
+    slopes = slopes_of(found, options, BINS, TAILS, SOFT_CLIP)
     out, terms = transformed(value, found, slopes, bounds, INVERSE)
     _, inside_x = _clamped(x, low, high)
     y = tl.where(inside_x, swapped(out, FEATURES, ROWS, SWAPPED), x)
@@ -155,7 +156,7 @@ def _rq_spline_backward_kernel(
     x_ptr, params_ptr, grad_ptr, grad_log_det_ptr, dx_ptr, dparams_ptr, n_rows, n_features,
     stride_xb, stride_xd, stride_pb, stride_pd, stride_pk, stride_gb, stride_gd, stride_h,
     stride_qb, stride_qd, stride_qk,
-    low, high, least_w, scale_w, least_h, scale_h, min_derivative, inv_temperature, over_bound,
+    low, high, least_w, scale_w, least_h, scale_h, min_derivative, inv_temperature, over_bound, offset,
     BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr, LEVELS: tl.constexpr,
     INVERSE: tl.constexpr, GRAD: tl.constexpr, LOG_DET: tl.constexpr, OF_X: tl.constexpr, OF_PARAMS: tl.constexpr,
     SHARED: tl.constexpr, BINS_LAST: tl.constexpr, GRADIENTS_LAST: tl.constexpr, SWAPPED: tl.constexpr,
@@ -179,7 +180,8 @@ def _rq_spline_backward_kernel(
     )
     value, inside = _clamped(swapped(x, ROWS, FEATURES, SWAPPED), low, high)
     found = bin_of(value, e_u, over_u, e_v, over_v, knots, bounds, BINS, INVERSE)
-    slopes = slopes_of(found, min_derivative, over_bound, BINS, TAILS, SOFT_CLIP)
+    options = min_derivative, over_bound, offset
+    slopes = slopes_of(found, options, BINS, TAILS, SOFT_CLIP)
     _, terms = transformed(value, found, slopes, bounds, INVERSE)
     of_x, of_x_k, of_w, of_y_k, of_h, of_d_0, of_d_1 = pulled(
         swapped(g, ROWS, FEATURES, SWAPPED), h, inside, terms, INVERSE
@@ -203,7 +205,7 @@ def _rq_spline_backward_kernel(
         )
         at += BINS * step
         _store_gradients(at, step, of_v, p_there, BINS, LEVELS, GRADIENTS_LAST, SHARED, ROWS, FEATURES)
-        of_raw = of_slopes(found, slopes, of_d_0, of_d_1, over_bound, BINS, TAILS, SOFT_CLIP)
+        of_raw = of_slopes(found, slopes, of_d_0, of_d_1, options, BINS, TAILS, SOFT_CLIP)
         at += BINS * step
         N_SLOPES: tl.constexpr = BINS - 1 + TAILS
         _store_gradients(at, step, of_raw, p_there, N_SLOPES, LEVELS, GRADIENTS_LAST, SHARED, ROWS, FEATURES)
@@ -243,7 +245,8 @@ def _prepared(x: Tensor, params: Tensor, spline: Spline, inverse: bool) -> _Laun
         **spline.constexprs, "LEVELS": power_of_two(spline.bins).bit_length() - 1, "INVERSE": inverse,
         "BINS_LAST": stride_k == 1, "SWAPPED": 0 < stride_b < stride_d and params.shape[0] > 1, **tile,
     }  # fmt: skip
-    scalars = (spline.low, spline.high, *sizes, spline.min_derivative, 1 / spline.temperature, over_bound)
+    of_slope = (spline.min_derivative, 1 / spline.temperature, over_bound, spline.offset)
+    scalars = (spline.low, spline.high, *sizes, *of_slope)
     return _Launch(ceil_div(rows, tile["ROWS"]) * n_tiles, n_tiles, scalars, constants)
 
 

@@ -72,20 +72,21 @@ def bin_of(value, e_u, over_u, e_v, over_v, knots, bounds, BINS: tl.constexpr, I
 
 
 @triton.jit
-def _slope(raw, min_derivative, over_bound, SOFT_CLIP: tl.constexpr):
-    """A derivative from a raw one."""
+def _slope(raw, options, SOFT_CLIP: tl.constexpr):
+    """A derivative from a raw one; options: the least one, 1 / c, and the number that is added to raw ones."""
+    min_derivative, over_bound, offset = options
     if SOFT_CLIP:
         slope = exp(raw / _clipper(raw, over_bound))
     else:
-        slope = min_derivative + softplus(raw)
+        slope = min_derivative + softplus(raw + offset)
     return slope
 
 
 @triton.jit
-def slopes_of(found, min_derivative, over_bound, BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr):
+def slopes_of(found, options, BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr):
     """d_k and d_{k+1}; 1 at the ends of linear tails."""
-    d_0 = _slope(found[5], min_derivative, over_bound, SOFT_CLIP)
-    d_1 = _slope(found[6], min_derivative, over_bound, SOFT_CLIP)
+    d_0 = _slope(found[5], options, SOFT_CLIP)
+    d_1 = _slope(found[6], options, SOFT_CLIP)
     if TAILS == LINEAR:
         d_0 = tl.where(found[0] == 0, 1.0, d_0)
         d_1 = tl.where(found[0] == BINS - 1, 1.0, d_1)
@@ -183,12 +184,12 @@ def of_sizes(
 
 @triton.jit
 def of_slopes(
-    found, slopes, of_d_0, of_d_1, over_bound, BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr
+    found, slopes, of_d_0, of_d_1, options, BINS: tl.constexpr, TAILS: tl.constexpr, SOFT_CLIP: tl.constexpr
 ):
     """The gradients of all raw derivatives, from those of d_k and d_{k+1}."""
     k = found[0]
-    of_0 = of_d_0 * _slope_derivative(found[5], slopes[0], over_bound, SOFT_CLIP)
-    of_1 = of_d_1 * _slope_derivative(found[6], slopes[1], over_bound, SOFT_CLIP)
+    of_0 = of_d_0 * _slope_derivative(found[5], slopes[0], options, SOFT_CLIP)
+    of_1 = of_d_1 * _slope_derivative(found[6], slopes[1], options, SOFT_CLIP)
     first: tl.constexpr = 1 if TAILS == LINEAR else 0
     gradients = ()
     for j in tl.static_range(first, first + BINS - 1 + TAILS):
@@ -200,11 +201,12 @@ def of_slopes(
 
 
 @triton.jit
-def _slope_derivative(raw, slope, over_bound, SOFT_CLIP: tl.constexpr):
+def _slope_derivative(raw, slope, options, SOFT_CLIP: tl.constexpr):
     """The derivative of ``_slope``."""
+    _, over_bound, offset = options
     if SOFT_CLIP:
         clipper = _clipper(raw, over_bound)
         derivative = slope / (clipper * clipper)
     else:
-        derivative = sigmoid(raw)
+        derivative = sigmoid(raw + offset)
     return derivative

@@ -107,7 +107,7 @@ class MLP(nn.Module):
         if x.ndim != 2 or x.shape[-1] != self.n_in:
             raise ValueError(f"MLP: x must be [B, {self.n_in}]; got {tuple(x.shape)}")
         given = conditions("MLP", self.embedding, t, context, x, self.context_features)
-        layer = self.layers[0]
+        layer: Any = self.layers[0]
         if given is None:
             return layer(x)
         if is_apart(given, x) and is_plain(layer, (nn.Linear,)) and not has_global_hook():

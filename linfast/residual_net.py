@@ -9,21 +9,66 @@ evaluates it.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_flag, check_number
 from .conditioning import SinusoidalEmbedding, check_time_features, conditions
+from .freeze import derived, kept_values
 from .nets import check_input, linear_of, zero_layer
 from .ops.masked_autoregressive import MASKED_ACTIVATIONS
-from .ops.residual_network import ResidualBlock, ResidualNetwork, residual_network
+from .ops.residual_network import (
+    ResidualBlock,
+    ResidualNetwork,
+    Terms,
+    all_context_terms,
+    pack_context,
+    residual_network,
+)
 from .ranges import range_
+from .rows import one_row
 
 _NORM_EPS = 1e-3  # of batch norm: as in nflows, whose networks then have the same formula
 _SMALL = (
     1e-3  # a block's second layer starts with weights in [-1e-3, 1e-3], so that the block is nearly the identity
 )
+
+
+class _Thread(threading.local):
+    """The context whose products are shared in a ``shared_context`` block of this thread, and these products."""
+
+    def __init__(self) -> None:
+        self.context: Tensor | None = None
+        self.terms: dict[nn.Module, Terms] = {}
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def shared_context(owner: nn.Module, nets: Sequence[ResidualMLP], context: Tensor) -> Iterator[None]:
+    """In the block these networks take their products with this very ``context`` from one product with all weights.
+
+    Networks for another size of context, or with a time, take their own. While ``owner``, which holds the networks,
+    is frozen (``freeze``), the joined weights are kept.
+    """
+    size = context.shape[1] if context.ndim == 2 else 0
+    mine = [net for net in nets if net.context_features == size and not net.time_features]
+    networks, before = [net.network() for net in mine], (_thread.context, _thread.terms)
+    if len(mine) > 1:
+        packed = None
+        if kept_values(owner) is not None:
+            packed = derived(owner, ("context", size, *mine), lambda: pack_context(networks, size))
+        terms = all_context_terms(one_row(context), networks, packed)
+        _thread.context, _thread.terms = context, dict(zip(mine, terms, strict=True))
+    try:
+        yield
+    finally:
+        _thread.context, _thread.terms = before
 
 
 class _Block(nn.Module):
@@ -109,7 +154,8 @@ class ResidualMLP(nn.Module):
             if x.ndim != 2 or x.shape[1] != self.n_in:
                 raise ValueError(f"ResidualMLP: x must be [B, {self.n_in}]; got {tuple(x.shape)}")
             given = conditions("ResidualMLP", self.embedding, t, context, x, self.context_features)
-            return residual_network(x, self.network(), given, transposed=transposed)
+            terms = _thread.terms.get(self) if context is not None and context is _thread.context else None
+            return residual_network(x, self.network(), given, terms=terms, transposed=transposed)
 
     def network(self) -> ResidualNetwork:
         """The weights and options, as ``linfast.ops.residual_network`` takes them.
@@ -118,7 +164,8 @@ class ResidualMLP(nn.Module):
             ValueError: a layer is not an nn.Linear, or has a hook, such as pruning's: it would not run.
         """
         blocks = []
-        for i, block in enumerate(self.blocks):
+        layers: list[Any] = list(self.blocks)
+        for i, block in enumerate(layers):
             first, second = (linear_of("ResidualMLP", f"blocks[{i}].layers[{j}]", block.layers[j]) for j in (0, 1))
             gate = None if block.gate is None else linear_of("ResidualMLP", f"blocks[{i}].gate", block.gate)
             norms: Any = tuple(block.norms) or None

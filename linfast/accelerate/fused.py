@@ -254,5 +254,6 @@ def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Ten
     except Unfit:
         return None
     members = members_of(adapter.members(module, layout))
-    masks = adapter.masks_of(module, layout) if adapter.masks else untrained(module)
-    return None if members is None else (members, masks)
+    if members is None:
+        return None
+    return members, adapter.masks_of(module, layout) if adapter.masks else untrained(module)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, cat, has_global_hook, is_transformed, uses_triton
 from ..freeze import derived
-from ..ops.residual_network import Terms, terms_at_once
+from ..ops.residual_network import Terms, all_context_terms
 from ..rows import by_rows, one_row, rows_at_once
 from .adapter import Options, Plan, Unfit, adapter_for
 from .fused import Flat, Maps, Together, recognise
@@ -136,7 +136,7 @@ class SplineChain(Together):
         terms: Sequence[Terms | None] = [None] * len(self.couplings)
         # All terms at once take as much memory as a training step keeps of them anyway.
         if given is not None and (given.shape[0] == 1 or (torch.is_grad_enabled() and uses_triton(x))):
-            terms = terms_at_once(given, [c.net.network for c in self.couplings if isinstance(c.net, Residual)])
+            terms = all_context_terms(given, [c.net.network for c in self.couplings if isinstance(c.net, Residual)])
         work = functools.partial(self._steps_on, maps, terms, inverse)
         rows = rows_at_once(x, lambda: self._widths)
         if rows is None or (terms[0] is not None and given.shape[0] > 1):

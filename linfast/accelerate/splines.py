@@ -23,9 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..dispatch import autocast_dtype, cat, has_global_hook
-from ..kernels.spline_spec import Spline
-from ..ops.rq_spline import spline_of, spline_transform
+from ..dispatch import autocast_dtype
 from ..rows import by_rows, rows_at_once
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
 from .identity import PLAN, changed_method, defined_as
@@ -33,82 +31,9 @@ from .masked import redraw
 from .mlp import MLP, find_mlp
 from .residual import find_residual
 from .sides import Split, split_of_indices
+from .spline_curves import Other, apply_own_spline, apply_spline, curve_of
 
 _HIDDEN = ("hidden_features", "hidden_channels")
-
-
-class _Other(Exception):
-    """The library's own code is to run."""
-
-
-# The spline of a set of features
-
-
-def _curve(owner: Any, bins: int, temperature: float) -> Spline:
-    """The spline that the attributes of a coupling or of a PiecewiseRationalQuadraticCDF describe."""
-    tails, bound = owner.tails, owner.tail_bound
-    kind = tails if isinstance(tails, str) else "bounded"
-    high = 1.0 if tails is None or isinstance(bound, Tensor) else bound
-    low = 0.0 if tails is None else -high
-    least = owner.min_bin_width, owner.min_bin_height, owner.min_derivative
-    return _spline(bins, kind, low, high, *least, temperature)
-
-
-@functools.lru_cache(256)
-def _spline(
-    bins: int, tails: str, low: float, high: float, width: float, height: float, slope: float, temperature: float
-) -> Spline:
-    return spline_of(
-        bins, tails=tails, interval=(low, high), min_width=width, min_height=height, min_derivative=slope,
-        temperature=temperature, parameters="softmax",
-    )  # fmt: skip
-
-
-def _apply(
-    owner: Any, bins: int, temperature: float, x: Tensor, params: Tensor, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """(y, log_det [B]) of x [B, ...] by params [B or 1, ..., P]; raises _Other."""
-    spline, tails, bound = _curve(owner, bins, temperature), owner.tails, owner.tail_bound
-    if params.shape[1:] != (*x.shape[1:], spline.per_feature) or x.dtype != params.dtype:
-        raise _Other
-    if tails is None:
-        if x.is_cpu and not (x.numel() and all(0 <= end <= 1 for end in x.detach().aminmax())):
-            raise _Other
-        bound = None
-    listed = isinstance(tails, list | tuple)
-    if listed:
-        params = _with_ends(params, _linear(tuple(tails), params.device), spline)
-    if not listed and not isinstance(bound, Tensor):
-        y, log_det = spline_transform(x, params, spline, inverse, True)
-    else:
-        scale = bound if isinstance(bound, Tensor) else 1.0
-        y, log_det = spline_transform(x / scale, params, spline, inverse, True)
-        y = torch.where((x >= -bound) & (x <= bound), y * scale, 0.0 if listed else x)
-    assert log_det is not None
-    return y, log_det.to(x.dtype)
-
-
-@functools.lru_cache(64)
-@torch.inference_mode(False)  # it is used outside too
-def _linear(tails: tuple[str, ...], device: torch.device) -> Tensor:
-    """Which features have linear tails, [D, 1, 1]. Copied to the device once: a copy at every call would wait."""
-    return torch.tensor([kind == "linear" for kind in tails], device=device)[:, None, None]
-
-
-def _with_ends(params: Tensor, linear: Tensor, spline: Spline) -> Tensor:
-    """params [B, D, 3 K + 1] with slope 1 at both ends of linear features, and equal slopes at those of others."""
-    one = math.log(math.expm1(1 - spline.min_derivative))
-    planes = params.permute(1, 2, 0)
-    sizes, first, inner, _ = planes.split((2 * spline.bins, 1, spline.bins - 1, 1), 1)
-    ends = torch.where(linear, one, first)
-    return cat([sizes, ends, inner, ends], 1).permute(2, 0, 1)
-
-
-def _own_spline(owner: Any, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(y, log_det) of the kept features x by a PiecewiseRationalQuadraticCDF."""
-    widths = owner.unnormalized_widths
-    params = cat([widths, owner.unnormalized_heights, owner.unnormalized_derivatives], -1)[None]
-    return _apply(owner, widths.shape[-1], 1.0, x, params, inverse)
 
 
 # The conditioner
@@ -130,7 +55,7 @@ class _Net:
     def __init__(self, net: Any, kept: Tensor, context: Any) -> None:
         self.run: Callable[[Tensor, Any], Tensor] = lambda kept, context: net(kept.contiguous(), context)
         self.widths: Sequence[int | None] = [None]
-        if kept.ndim != 2 or has_global_hook():
+        if kept.ndim != 2:
             return
         residual = find_residual(net)
         mlp = find_mlp(net) if residual is None and context is None else None
@@ -172,7 +97,7 @@ def _run(transform: Any, x: Any, context: Any, inverse: bool) -> tuple[Tensor, T
     work = functools.partial(_couple, transform, net.run, kept, moved, inverse)
     try:
         return work(x, context) if rows is None else by_rows(work, x, rows, context)
-    except (_Other, ValueError):
+    except (Other, ValueError):
         return None
 
 
@@ -195,9 +120,9 @@ def couple(
     temperature, own = _temperature(transform.transform_net), transform.unconditional_transform
     result, of_kept = given, None
     if own is not None:
-        result, of_kept = _own_spline(own, given, inverse)
+        result, of_kept = apply_own_spline(own, given, inverse)
     params = _bins_last(net(result if inverse else given, context), value)
-    found, log_det = _apply(transform, transform.num_bins, temperature, value, params, inverse)
+    found, log_det = apply_spline(transform, transform.num_bins, temperature, value, params, inverse)
     return result, found, log_det if of_kept is None else log_det + of_kept
 
 
@@ -216,9 +141,9 @@ def _find(transform: Any, cdf: tuple[str, str], tails: tuple[Any, ...]) -> tuple
         if not isinstance(owner.tails, list | tuple) and owner.tails not in tails:
             raise Unfit(f"its tails are {owner.tails!r}")
     try:
-        _curve(transform, transform.num_bins, _temperature(net))
+        curve_of(transform, transform.num_bins, _temperature(net))
         if own is not None:
-            _curve(own, own.unnormalized_widths.shape[-1], 1.0)
+            curve_of(own, own.unnormalized_widths.shape[-1], 1.0)
     except (TypeError, ValueError) as error:
         raise Unfit(f"its spline: {error}") from error
     kinds = transform.tails if isinstance(transform.tails, list | tuple) else [transform.tails]

@@ -32,6 +32,7 @@ from ..ops.coupling_stack import stack_spec
 from ..ops.plain_couplings import PlainCoupling
 from ..ops.stack_weights import PackedStack, StackWeights, pack_stacks
 from ..precision import half_dtype, resolve_precision
+from ..residual_net import ResidualMLP, shared_context
 from ..rows import by_rows, rows_at_once
 from ..scale_maps import ScaleMap, log_scale_function
 from .autoregressive import MaskedAutoregressive
@@ -47,11 +48,15 @@ from .undo import Context, Outputs
 class Launch:
     """What runs a flow's layers, or their inverse, on inputs of one kind.
 
+    Where kernels run, the products of a context with the weights of all ResidualMLPs are one product.
+
     Args:
+        layers: the flow's layers.
         segments: the segments, in the order in which they run.
         why: the reason why it is not one launch; None where it is.
     """
 
+    layers: nn.ModuleList
     segments: Sequence[Segment]
     why: str | None
 
@@ -71,6 +76,14 @@ class Launch:
         return by_rows(lambda part: run(part, next(contexts), inverse, log_det), x, rows)
 
     def _run(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
+        given = context.get("context")
+        if not isinstance(given, Tensor) or torch.compiler.is_compiling() or not uses_triton(x):
+            return self._run_segments(x, context, inverse, log_det)
+        nets = [layer._modules.get("conditioner") for layer in self.layers]
+        with shared_context(self.layers, [net for net in nets if type(net) is ResidualMLP], given):
+            return self._run_segments(x, context, inverse, log_det)
+
+    def _run_segments(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         total: Tensor | None = None
         for segment in self.segments:
             x, part = segment(x, context, inverse, log_det)
@@ -126,12 +139,14 @@ def _decide(
     """``match`` without its cache; ``frozen``: whether the weights are frozen."""
     in_order: list[Any] = list(reversed(layers) if inverse else layers)
     if has_global_hook():
-        return Launch([Single(layer) for layer in in_order], "a global module hook is set")
+        return Launch(layers, [Single(layer) for layer in in_order], "a global module hook is set")
     if not uses_triton(x):
         segments = _looped(layers, x, context)
-        return Launch(segments[::-1] if inverse else segments, why_reference(x))
+        return Launch(layers, segments[::-1] if inverse else segments, why_reference(x))
     launch = _one_launch(layers, x, context, inverse, log_det, frozen)
-    return Launch(_folded(layers, in_order), launch) if isinstance(launch, str) else Launch([launch], None)
+    if isinstance(launch, str):
+        return Launch(layers, _folded(layers, in_order), launch)
+    return Launch(layers, [launch], None)
 
 
 def _one_launch(

@@ -98,7 +98,7 @@ def recognise(layer: Any, x: Tensor, context: Context, folds: bool = False) -> K
     if weights[0].shape[1] != n_in or weights[-1].shape[0] != 2 * moved:
         return "its conditioner does not fit the halves"
     if t is not None or folds:
-        weights, biases = mlp.folded(t, one_row(given) if folds else None)
+        weights, biases = mlp.folded(t, one_row(given) if folds and given is not None else None)
     return Known(layer, mlp.activation, weights, biases, 0 if folds else joined)
 
 

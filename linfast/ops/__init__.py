@@ -7,11 +7,13 @@ from .conv2d_fused import conv2d_fused
 from .coupling_mix import coupling_mix
 from .coupling_stack import coupling_stack, mlp_coupling
 from .depthwise_conv import depthwise_conv
+from .glu_skip import glu_skip
 from .group_norm_silu import group_norm_silu
 from .latent_matmul import latent_matmul
 from .linearizer_stack import linearizer_stack
 from .low_rank import low_rank
 from .masked_autoregressive import masked_autoregressive
+from .norm_activate import norm_activate
 from .rq_spline import rq_spline
 from .stack_weights import AffineMap, CouplingLayer, CouplingStack
 
@@ -26,11 +28,13 @@ __all__ = [
     "coupling_mix",
     "coupling_stack",
     "depthwise_conv",
+    "glu_skip",
     "group_norm_silu",
     "latent_matmul",
     "linearizer_stack",
     "low_rank",
     "masked_autoregressive",
     "mlp_coupling",
+    "norm_activate",
     "rq_spline",
 ]

@@ -35,24 +35,27 @@ def glu_skip(h: Tensor, r: Tensor, gate: Tensor, bias: Tensor | None = None) -> 
     if h.ndim != 2:
         raise ValueError(f"h must be [B, H]; got {tuple(h.shape)}")
     rows, width = h.shape
-    for name, tensor, fits in (
-        ("r", r, ((rows, width),)), ("gate", gate, ((rows, width), (1, width))), ("bias", bias, ((width,),)),
-    ):  # fmt: skip
-        if tensor is None and name == "bias":
-            continue
-        check_tensor(name, tensor, h, "h", same_dtype=name == "r")
-        if tensor.shape not in fits:
-            wanted = " or ".join(str(list(shape)) for shape in fits)
-            raise ValueError(f"{name} must be {wanted} for h {tuple(h.shape)}; got {tuple(tensor.shape)}")
+    _check("r", r, h, (rows, width))
+    _check("gate", gate, h, (rows, width), (1, width))
+    if bias is not None:
+        _check("bias", bias, h, (width,))
     runs = uses_triton(h, r, gate, *([] if bias is None else [bias]))
     return (_glu_skip if runs else glu_skip_reference)(h, r, bias, gate)
 
 
-def glu_skip_reference(h: Tensor, r: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """``glu_skip`` in plain torch."""
-    compute = torch.promote_types(h.dtype, torch.float32)
+def _check(name: str, tensor: Tensor, h: Tensor, *shapes: tuple[int, ...]) -> None:
+    check_tensor(name, tensor, h, "h", same_dtype=name == "r")
+    if tensor.shape not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name} must be {wanted} for h {tuple(h.shape)}; got {tuple(tensor.shape)}")
+
+
+def glu_skip_reference(h: Tensor | None, r: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    """``glu_skip`` in plain torch; h is None, for 0, in a backward that does not need its gradient."""
+    dtype, compute = r.dtype, torch.promote_types(r.dtype, torch.float32)
     r = r.to(compute) if bias is None else r.to(compute) + bias.to(compute)
-    return torch.addcmul(h.to(compute), r, gate.to(compute).sigmoid()).to(h.dtype)
+    s = gate.to(compute).sigmoid()
+    return (r * s if h is None else torch.addcmul(h.to(compute), r, s)).to(dtype)
 
 
 def _gradients(r: Tensor, bias: Tensor | None, gate: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -62,8 +62,9 @@ def norm_activate(
     constants = norm, eps, _NUMBERS[activation]
     fixed = not any(t is not None and t.requires_grad for t in (mean, var))
     runs = uses_triton(*(t for t in given if t is not None)) and fixed
-    y, found, spread = (_norm_activate if runs else norm_activate_reference)(*given, *constants)
-    return (y, found.detach(), spread.detach()) if of_batch else (y, None, None)
+    run: Any = _norm_activate if runs else norm_activate_reference
+    y, of_rows, spread = run(*given, *constants)
+    return (y, of_rows.detach(), spread.detach()) if of_batch else (y, None, None)
 
 
 def norm_activate_reference(
@@ -73,7 +74,8 @@ def norm_activate_reference(
     """``norm_activate`` in plain torch."""
     compute = torch.promote_types(x.dtype, torch.float32)
     bias, weight, shift, mean, var = (t if t is None else t.to(compute) for t in (bias, weight, shift, mean, var))
-    u, found = x.to(compute), (None, None)
+    found: tuple[Tensor | None, Tensor | None] = None, None
+    u = x.to(compute)
     u = u if bias is None else u + bias
     if norm == NORMS.index("of the batch"):
         var, mean = torch.var_mean(u, 0, correction=0)
@@ -85,7 +87,7 @@ def norm_activate_reference(
     return _FUNCTIONS[activation](u).to(x.dtype), *found
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
     of_batch = rest[5] == NORMS.index("of the batch")
     found = [x.new_empty(x.shape[1], dtype=torch.float32) if of_batch else None for _ in range(2)]
     return torch.empty_like(x), *found
@@ -120,6 +122,8 @@ def _check(x: Tensor, activation: str, parameters: Sequence[Tensor | None], of_b
     *_, mean, var = parameters
     if (mean is None) != (var is None) or (of_batch and mean is not None):
         raise ValueError("mean and var must be given together, and without of_batch")
+    if mean is None and not of_batch and not (parameters[1] is None and parameters[2] is None):
+        raise ValueError("weight and shift are those of a norm: give mean and var, or of_batch")
     if of_batch and x.shape[0] < 2:
         got = tuple(x.shape)
         raise ValueError(f"x: Expected more than 1 value per channel when training, got input size {got}")

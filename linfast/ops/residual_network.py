@@ -17,7 +17,7 @@ its rows depend on each other (batch statistics) or on the order in which they a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,8 @@ def residual_network(
         context = one_row(context)
         launches = uses_triton(x, net.first[0])
         if launches or context.shape[0] == 1 != x.shape[0]:
-            terms, context = context_terms(context, net, at_once=launches), None
+            terms = all_context_terms(context, [net])[0] if launches else context_terms(context, net)
+            context = None
     rows = rows_at_once(x, lambda: _widths(net))
     if rows is None:
         return _network(x, net, context, terms, transposed)
@@ -119,29 +120,38 @@ def residual_network(
     return torch.cat([out.t() for out in outs], dim=1).t() if transposed else torch.cat(outs)
 
 
-def context_terms(context: Tensor, net: ResidualNetwork, at_once: bool = False) -> Terms:
-    """The terms of a context [B or 1, n_c]; ``at_once``: by one product with all the weights that it meets."""
-    if at_once:
-        return terms_at_once(context, [net])[0]
-    of_x, layers = _context_layers(context, net)
+def context_terms(context: Tensor, net: ResidualNetwork) -> Terms:
+    """The terms of a context [B or 1, n_c]."""
+    of_x, layers = _context_layers(net, context.shape[1])
     first, *gates = (F.linear(context, *layer) for layer in layers)
     return Terms(of_x, first, gates)
 
 
-def terms_at_once(context: Tensor, nets: Sequence[ResidualNetwork]) -> list[Terms]:
-    """The terms of a context [B or 1, n_c] in each of these networks, by one product with all their weights."""
-    of_nets = [_context_layers(context, net) for net in nets]
-    flat = [layer for _, layers in of_nets for layer in layers]
-    weights = [weight for weight, _ in flat]
-    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in flat]
-    found = iter(F.linear(context, cat(weights), cat(biases)).split([len(weight) for weight in weights], dim=1))
-    return [Terms(of_x, next(found), [next(found) for _ in layers[1:]]) for of_x, layers in of_nets]
+def all_context_terms(
+    context: Tensor, nets: Sequence[ResidualNetwork], packed: tuple[Tensor, Tensor] | None = None
+) -> list[Terms]:
+    """The terms of several networks by one product; ``packed``: ``pack_context(nets, n_c)``."""
+    found = [_context_layers(net, context.shape[1]) for net in nets]
+    layers = [layer for _, of_net in found for layer in of_net]
+    weight, bias = _as_one(layers) if packed is None else packed
+    parts = iter(F.linear(context, weight, bias).split([len(weight) for weight, _ in layers], dim=1))
+    return [Terms(of_x, next(parts), [next(parts) for _ in of_net[1:]]) for of_x, of_net in found]
 
 
-def _context_layers(context: Tensor, net: ResidualNetwork) -> tuple[Tensor, list[Layer]]:
-    """W, and the layers that read the context: (V, b), and (C, d) of every block."""
+def pack_context(nets: Sequence[ResidualNetwork], features: int) -> tuple[Tensor, Tensor]:
+    """The weights of these networks that a context of so many features meets, and their biases, as one layer."""
+    return _as_one([layer for net in nets for layer in _context_layers(net, features)[1]])
+
+
+def _as_one(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+    biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in layers]
+    return cat([weight for weight, _ in layers]), cat(biases)
+
+
+def _context_layers(net: ResidualNetwork, features: int) -> tuple[Tensor, list[Layer]]:
+    """W, and the layers that read the context: (V, b), then (C, d) of every block."""
     weight, bias = net.first
-    of_x, of_context = weight.split((weight.shape[1] - context.shape[1], context.shape[1]), dim=1)
+    of_x, of_context = weight.split((weight.shape[1] - features, features), dim=1)
     return of_x, [(of_context, bias), *(block.gate for block in net.blocks if block.gate is not None)]
 
 
@@ -185,7 +195,7 @@ def _network(
         else:  # the gradient of one weight is one product
             h = F.linear(cat((x, context), dim=1), weight, bias)
     name = _NAMES.get(net.activation)
-    if name is not None and uses_triton(h, weight, *_norm_tensors(net)) and all(map(_is_known, _norms(net))):
+    if name is not None and uses_triton(h, weight) and all(map(_is_known, _norms(net))):
         h = _fused_blocks(h, net, gates, name)
     else:
         h = _plain_blocks(h, net, gates, writes)
@@ -256,25 +266,29 @@ def _count(found: Sequence[tuple[nn.BatchNorm1d, Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for momentum in {norm.momentum for norm, *_ in found}:
             mine = [each for each in found if each[0].momentum == momentum]
-            running = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
+            running: list[Any] = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
             of_batch = [mean for _, mean, _ in mine] + [var for *_, var in mine]
+            of_batch = [b.to(r.dtype) for r, b in zip(running, of_batch, strict=True)]
+            counts: list[Any] = [norm.num_batches_tracked for norm, *_ in mine]
             # torch documents its operations on lists of tensors under these names.
-            torch._foreach_lerp_(running, [b.to(r) for r, b in zip(running, of_batch, strict=True)], momentum)
-            torch._foreach_add_([norm.num_batches_tracked for norm, *_ in mine], 1)
+            torch._foreach_lerp_(running, of_batch, 0.0 if momentum is None else momentum)
+            torch._foreach_add_(counts, 1)
 
 
 def _norms(net: ResidualNetwork) -> list[nn.BatchNorm1d]:
     return [norm for block in net.blocks for norm in block.norms or ()]
 
 
-def _norm_tensors(net: ResidualNetwork) -> list[Tensor]:
-    return [t for norm in _norms(net) for t in (norm.weight, norm.running_mean) if t is not None]
-
-
 def _is_known(norm: nn.BatchNorm1d) -> bool:
     """Whether the kernel computes what this norm does: none of its hooks runs, and torch knows its momentum."""
     hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return type(norm) is nn.BatchNorm1d and not hooked and norm.momentum is not None
+    tensors = [t for t in (norm.weight, norm.running_mean) if t is not None]
+    return (
+        type(norm) is nn.BatchNorm1d
+        and not hooked
+        and norm.momentum is not None
+        and (not tensors or uses_triton(*tensors))
+    )
 
 
 def _may_write(x: Tensor) -> bool:

@@ -87,7 +87,7 @@ def plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         for rows, value, tables in parts(x, given, spline, wide):
             out, logs = _transformed(value, tables, spline, inverse, log_det)
             y[rows] = out.t()
-            if log_det:
+            if logs is not None:
                 total[rows] = logs
     return y, total
 

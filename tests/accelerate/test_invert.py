@@ -31,9 +31,7 @@ CHAINS = [
 ]
 _STORED = (" soft", "spline")
 CHAINS += [
-    name
-    for name in KINDS
-    if name.startswith(("normflows", "FrEIA")) and not any(each in name for each in _STORED)
+    name for name in KINDS if name.startswith(("normflows", "FrEIA")) and not any(each in name for each in _STORED)
 ]
 
 

@@ -146,6 +146,30 @@ OPS: dict[str, Good] = {
         "x",
         {"weight": {"one rank more in front"}},
     ),
+    "glu_skip": Good(
+        lambda: (ops.glu_skip, {"h": x(3, 4), "r": x(3, 4), "gate": x(3, 4), "bias": x(4)}),
+        {"h": "B C", "r": "B C", "gate": "B C", "bias": "C"},
+        "h",
+        {"gate": {"dimension 0 of size 1"}},
+    ),
+    "norm_activate": Good(
+        lambda: (
+            ops.norm_activate,
+            {
+                "x": x(3, 4),
+                "activation": "elu",
+                "bias": x(4),
+                "weight": x(4),
+                "shift": x(4),
+                "mean": x(4),
+                "var": x(4).exp(),
+                "of_batch": False,
+                "eps": 1e-5,
+            },
+        ),
+        {"x": "b C", "bias": "C", "weight": "C", "shift": "C", "mean": "C", "var": "C"},
+        "x",
+    ),
     "group_norm_silu": Good(
         lambda: (
             ops.group_norm_silu,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import linfast as lf
@@ -123,3 +126,44 @@ def test_other_sizes_are_refused(name: str, shape: tuple[int, ...]) -> None:
     g, _ = _flow(name)
     with pytest.raises(ValueError, match=r"context must be \[40, 3\] or \[1, 3\] .*got "):
         g(torch.randn(B, D).double(), context=torch.ones(shape).double())
+
+
+@pytest.mark.skipif(COMPILED, reason="counts what the interpreter launches")
+@pytest.mark.parametrize("batch", [1, B])
+def test_where_kernels_run_a_context_meets_the_weights_of_a_flow_in_one_product(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nets = [lf.ResidualMLP(3, 6, 8, 3, activation="elu", context_features=5) for _ in range(4)]
+    g = perturb(lf.Flow([lf.AffineCoupling(n, D, ("first", "second")[i % 2]) for i, n in enumerate(nets)]), 0.2)
+    x, context = torch.randn(B, D), torch.randn(batch, 5)
+    wide = copy.deepcopy(g).double()
+    leaf, truth_leaf = context.clone().requires_grad_(), context.double().requires_grad_()
+    y, truth = g_of(g, x, leaf), wide(x.double(), context=truth_leaf)
+    found = torch.autograd.grad(y.sin().sum(), [leaf, *g.parameters()])
+    expected = torch.autograd.grad(truth.sin().sum(), [truth_leaf, *wide.parameters()])
+    for got, value in zip((y, *found), (truth, *expected), strict=True):
+        assert relative(got, value) < 1e-4
+    seen: list[int] = []
+    product = F.linear
+    monkeypatch.setattr(F, "linear", lambda a, *rest: seen.append(a.shape[1]) or product(a, *rest))
+    for frozen in (False, True):
+        with torch.no_grad(), lf.freeze(g) if frozen else contextlib.nullcontext():
+            for again in range(2):
+                seen.clear()
+                assert relative(g_of(g, x, context), truth) < 1e-5
+                assert seen.count(5) == 1
+                if not frozen and again:
+                    perturb(g.bijections[1], 0.1, seed=1)  # weights are read anew
+                    truth = g_of(copy.deepcopy(g).double(), x.double(), context.double())
+    g.bijections[2].register_forward_pre_hook(  # what a hook gives a layer is what the layer uses
+        lambda layer, given, named: (given, {"context": named["context"] + 1}), with_kwargs=True
+    )
+    changed = copy.deepcopy(g).double()
+    with torch.no_grad():
+        assert relative(g_of(g, x, context), changed(x.double(), context=context.double())) < 1e-5
+        assert relative(g_of(g, x, context), truth) > 1e-3
+
+
+def g_of(g: lf.Flow, x: Tensor, context: Tensor) -> Tensor:
+    with lf.backend("triton"):
+        return g(x, context=context)

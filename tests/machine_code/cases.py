@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linfast import ops
 from linfast.ops import CouplingStack
+from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
 from linfast.ops.rq_spline import spline_transform
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.machine_code.variants import Case, Outputs
@@ -22,7 +23,10 @@ __all__ = ["all_cases"]
 
 def all_cases() -> list[Case]:
     """The cases of all ops."""
-    parts = (_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers, _masked, _splines)
+    parts = (
+        *(_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers, _masked, _splines),
+        _residual_blocks,
+    )
     return [case for part in parts for case in part()]
 
 
@@ -237,3 +241,27 @@ def _splines() -> Iterator[Case]:
         inputs = _randn((batch, features), (1 if layout == "shared" else batch, features, spline.per_feature))
         label = f"{(batch, features)} bins {bins} {tails}{' soft clip' if soft_clip else ''} {layout}"
         yield Case("rq_spline", label, inputs, transform, smoke=features in (5, 3, 6))
+
+
+def _residual_blocks() -> Iterator[Case]:
+    for i, activation in enumerate(MASKED_ACTIVATIONS):
+        for shape in ((9, 7), (300, 33)):
+            for norm in ("none", "given", "batch"):
+
+                def activate(
+                    x: Tensor, bias: Tensor, *parameters: Tensor, norm: str = norm, activation: str = activation
+                ) -> Outputs:
+                    given = {} if norm != "given" else {"mean": torch.ones_like(bias), "var": torch.ones_like(bias)}
+                    of_batch = norm == "batch"
+                    return [ops.norm_activate(x, activation, bias, *parameters, **given, of_batch=of_batch)[0]]
+
+                inputs = _randn(shape, *((shape[1],) for _ in range(1 if norm == "none" else 3)))
+                label = f"{shape} {activation} {norm}"
+                yield Case("norm_activate", label, inputs, activate, smoke=shape[0] == 300 and i in (1, 4))
+    for shape, rows in (((9, 7), 9), ((300, 33), 300), ((300, 33), 1)):
+
+        def gate(h: Tensor, r: Tensor, g: Tensor, b: Tensor) -> Outputs:
+            return [ops.glu_skip(h, r, g, b)]
+
+        inputs = _randn(shape, shape, (rows, shape[1]), shape[1:])
+        yield Case("glu_skip", f"{shape} gate {rows}", inputs, gate, smoke=shape[0] == 300)

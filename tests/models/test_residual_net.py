@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast import rows
-from linfast.ops.residual_network import context_terms, residual_network
+from linfast.ops.residual_network import all_context_terms, context_terms, residual_network
 from tests.laws.zoo import perturb, relative
+from tests.ops.budget import DEVICE
 
 B, N_IN, N_OUT, HIDDEN = 7, 3, 5, 8
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -52,7 +53,7 @@ def _formula(net: lf.ResidualMLP, x: Tensor, t: Tensor | None, context: Tensor |
     """The formula of the class's docstring, with every input joined; it updates the statistics."""
     activate, training = ACTIVATE[net.activation], net.training
     parts = [] if t is None else [net.embedding(t)]
-    parts += [] if context is None else [context]
+    parts += [] if context is None else [context.expand(len(x), -1)]
     given = torch.cat(parts, 1) if parts else None
     h = F.linear(x if given is None else torch.cat([x, given], 1), net.first.weight, net.first.bias)
     for block in net.blocks:
@@ -135,6 +136,37 @@ def test_it_is_the_residual_network_of_nflows(
         assert "num_batches" not in key or value == 2
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_give_the_formula_its_gradients_and_statistics(kind: str, one_row: bool, training: bool) -> None:
+    net = _net(**{**KINDS[kind], "dropout": 0.0}).float().to(DEVICE).train(training)
+    x, given = torch.randn(20, N_IN, device=DEVICE), _given(net, 20, torch.float32)
+    given = {k: None if v is None else v.to(DEVICE) for k, v in given.items()}
+    if one_row and given["context"] is not None:
+        given["context"] = given["context"][:1]
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = copy.deepcopy(net).to(dtype)
+        cast = {k: None if v is None else v.to(dtype) for k, v in given.items()}
+        with lf.backend("triton"):
+            y = model(x.to(dtype), **cast) if dtype == torch.float32 else _formula(model, x.to(dtype), **cast)
+            gradients = torch.autograd.grad(y.sin().sum(), [*model.parameters()])
+        if dtype == torch.float32 and training:
+            assert all(
+                norm.num_batches_tracked == 1 for norm in model.modules() if isinstance(norm, nn.BatchNorm1d)
+            )
+        found.append([y, *gradients, *(b for b in model.buffers() if b.is_floating_point())])
+    for got, expected in zip(*found, strict=True):  # the gradient of a bias before batch norm is 0 or rounding
+        assert relative(got, expected) < 1e-4 or (got - expected).abs().max() < 1e-4
+    unknown = _net(batch_norm=True, activation="relu").float().to(DEVICE)
+    called: list[int] = []
+    unknown.blocks[0].norms[0].register_forward_hook(lambda *_: called.append(1))
+    with lf.backend("triton"):
+        unknown(x)
+    assert called == [1]
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("kind", ["context", "both, batch norm"])
 def test_a_context_of_one_row_is_that_row_for_every_sample(kind: str, grad: bool) -> None:
@@ -182,7 +214,9 @@ def test_terms_may_be_computed_before() -> None:
     net, x, c = _net(context_features=4), torch.randn(B, N_IN).double(), torch.randn(B, 4).double()
     for given in (c, c[:1]):
         for at_once in (False, True):
-            terms = context_terms(given, net.network(), at_once)
+            (terms,) = (
+                all_context_terms(given, [net.network()]) if at_once else [context_terms(given, net.network())]
+            )
             kept = copy.deepcopy([terms.first.detach(), *(gate.detach() for gate in terms.gates)])
             for grad in (True, False):
                 with torch.set_grad_enabled(grad):

@@ -73,6 +73,17 @@ def _normed(*names: str) -> Case:
     return Case("group_norm_silu", call, _drawn((2, 4, 3, 2), *(shapes[name] for name in names)))
 
 
+def _activated(*names: str, of_batch: bool = False, given: bool = False) -> Case:
+    """Statistics that are given are constants: a kernel has no gradients for them."""
+
+    def call(x: Tensor, *parameters: Tensor) -> Outputs:
+        statistics = {"mean": x.new_ones(5), "var": x.new_full((5,), 2.0)} if given else {}
+        named = dict(zip(names, parameters, strict=True))
+        return ops.norm_activate(x, "elu", **named, **statistics, of_batch=of_batch)[:1]
+
+    return Case("norm_activate", call, _drawn((6, 5), *((5,) for _ in names)))
+
+
 def _picked(n: int, bias: bool) -> Case:
     def call(z: Tensor, A: Tensor, *rest: Tensor) -> Outputs:
         index = torch.tensor([1, 0, 1], device=z.device)
@@ -197,6 +208,8 @@ CASES = {
     "coupling_stack, bare": _stack(_Network(4, bias=False, moves="second"), inverse=False, log_det=False),
     "depthwise_conv": Case("depthwise_conv", _tensor(ops.depthwise_conv), _drawn((2, 3, 5, 4), (2, 3, 3, 3))),
     "depthwise_conv, shared": Case("depthwise_conv", _tensor(ops.depthwise_conv), _drawn((2, 3, 5, 4), (3, 3, 3))),
+    "glu_skip": Case("glu_skip", _tensor(ops.glu_skip), _drawn((3, 5), (3, 5), (3, 5), (5,))),
+    "glu_skip, one row": Case("glu_skip", _tensor(ops.glu_skip), _drawn((3, 5), (3, 5), (1, 5))),
     "group_norm_silu": _normed("weight", "bias", "scale", "shift"),
     "group_norm_silu, bias": _normed("bias"),
     "group_norm_silu, bare": _normed(),
@@ -212,6 +225,9 @@ CASES = {
     "masked_autoregressive, inverse, extras": _masked(2, bias=True, extras=True, inverse=True, log_det=True),
     "masked_autoregressive, additive": _masked(1, bias=False, extras=False, inverse=True, log_det=False),
     "masked_autoregressive, spline": _masked(11, bias=True, extras=True, inverse=True, log_det=True),
+    "norm_activate": _activated("bias", "weight", "shift", of_batch=True),
+    "norm_activate, given": _activated("bias", "weight", "shift", given=True),
+    "norm_activate, bare": _activated(),
     "mlp_coupling": _one_layer(bias=True, log_det=True),
     "mlp_coupling, neither": _one_layer(bias=False, log_det=False),
     "rq_spline": _splined(3, "linear", inverse=False, log_det=True),

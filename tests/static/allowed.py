@@ -67,6 +67,7 @@ _FEW_WORDS = {
         ],
         ("sm_80", "_masked_autoregressive_kernel", "D=16 H=128 high inverse", 10),
         ("sm_90", "_masked_autoregressive_kernel", "D=16 H=128 exact inverse tanh", 22),
+        ("sm_90", "_rq_spline_backward_kernel", "K=10 circular fp32", 10),
     ],
 }
 # Scalar registers, which go to lanes of a vector register and not to memory.

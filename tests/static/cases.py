@@ -49,7 +49,7 @@ def all_cases() -> list[Case]:
     makers = (
         *(_affine_couplings, _channel_mixes, _coupling_mixes, _depthwise_convs, _group_norms, _latent_matmuls),
         *(_low_ranks, _convs, _stacks, _linearizers, _gradients),
-        *(_masked, _splines),
+        *(_masked, _splines, _residual_blocks),
     )
     return [case for make in makers for case in make()]
 
@@ -114,6 +114,18 @@ def _group_norms() -> Iterator[Case]:
         calls.group_norm_silu, per_group=16, shape=(64, 64), affine=False, embedded=False, activation=False
     )
     yield Case("16x4096 plain fp32", call, targets=_TWO)
+
+
+def _residual_blocks() -> Iterator[Case]:
+    for dtype in ("fp32", "bf16"):
+        yield Case(f"x512 {dtype}", partial(calls.norm_activate, width=512, dtype=dtype), 64)
+        yield Case(f"x512 {dtype}", partial(calls.glu_skip, width=512, dtype=dtype), 64)
+    call = partial(calls.norm_activate, width=512, of_batch=False, frozen=True)
+    yield Case("x512 given fp32", call, 64)
+    call = partial(calls.norm_activate, width=51, of_batch=False, normed=False, activation="gelu")
+    yield Case("x51 gelu fp32", call, 64, _TWO)
+    yield Case("x512 no gradients of parameters fp32", partial(calls.glu_skip, width=512, frozen=True), 64)
+    yield Case("x51 one gate fp32", partial(calls.glu_skip, width=51, rows=1), 64, _TWO)
 
 
 def _latent_matmuls() -> Iterator[Case]:

@@ -227,7 +227,7 @@ class _Taught:
         together, least = fused.plan(module), _FEWEST.rows if full else 0.0
         runs = f"{self._find(module)[0]}: {together.runs}"
         takes = together.takes_precision
-        return replace(plan, runs=runs, fused=fused, takes_precision=takes, least_rows=least)
+        return replace(plan, runs=runs, fused=fused, takes_precision=takes, least_rows=(least, least))
 
     def _kind(self, module: nn.Module) -> str:
         return repr(self._find(module)[1])
@@ -244,7 +244,7 @@ class _Taught:
                 return outputs if isinstance(outputs, tuple) else (outputs, None)
 
             fused = vars(module)[PLAN].fused
-            together = fused_of(module) if fused is not None and fused.takes(x) else None
+            together: Any = fused_of(module) if fused is not None and fused.takes(x) else None
             formula, scale_map = vars(module)[PLAN].layout
             call = formula.calls.get(name) if formula.takes(x) else None
             asked = None if call is None else call.read(parameters, given, named)

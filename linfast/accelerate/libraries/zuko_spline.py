@@ -54,7 +54,8 @@ class Univariate:
 
 def find_spline(lazy: Any) -> Univariate | None:
     """The spline that a lazy transform applies to every feature; None where it applies another transform."""
-    function, named = lazy.univariate, {}
+    function: Any = lazy.univariate
+    named: dict[str, Any] = {}
     if isinstance(function, functools.partial) and not function.args:
         function, named = function.func, dict(function.keywords)
     shifted = _is_circular(function)
