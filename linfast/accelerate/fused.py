@@ -98,7 +98,11 @@ class Together:
 
     def _remember(self, chain: nn.Module, recognised: Sequence[nn.Module], masks: Iterable[Tensor]) -> None:
         """What was recognised holds until ``renewed`` finds a change of these members or of their masks' values."""
-        self._children, self._evidence = chain._modules, _evidence(chain, recognised, masks)
+        containers = [*_containers(chain)]
+        self._inside = [each for each in containers[1:] if not isinstance(each, nn.ModuleList | nn.Sequential)]
+        if any(map(is_hooked, self._inside)):
+            raise Unfit("a chain inside it has a hook or a method of its own")
+        self._children, self._evidence = chain._modules, _evidence(containers, recognised, masks)
         self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
 
     def plan(self, chain: nn.Module) -> Plan:
@@ -107,7 +111,8 @@ class Together:
 
     def renewed(self, chain: nn.Module) -> Together | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
-        if self._children is chain._modules and self._evidence.holds() and (self._alone or not is_patched(chain)):
+        same = self._children is chain._modules and self._evidence.holds() and not any(map(is_hooked, self._inside))
+        if same and (self._alone or not is_patched(chain)):
             return self
         try:
             with torch.inference_mode(False):  # its tensors are used outside too
@@ -219,16 +224,26 @@ class Fused(Together):
         return y, total
 
 
-def _evidence(chain: nn.Module, recognised: Iterable[nn.Module], masks: Iterable[Tensor]) -> Evidence:
+def _containers(chain: nn.Module) -> Iterator[nn.Module]:
+    """The chain, its lists of members, and the chains in them, of which ``listed`` gives the members."""
+    yield chain
+    for inside in chain._modules.values():
+        adapter = None if inside is None else adapter_for(inside)
+        if isinstance(inside, nn.ModuleList | nn.Sequential) or (adapter is not None and adapter.chain):
+            yield from _containers(inside)
+
+
+def _evidence(
+    containers: Iterable[nn.Module], recognised: Iterable[nn.Module], masks: Iterable[Tensor]
+) -> Evidence:
     """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
-    lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
     functions: list[tuple[type, str]] = []
     for module in recognised:
         adapter, cls = adapter_for(module), original_class(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
         functions += [(cls, name) for name in names if hasattr(cls, name)]
         functions += [(original_class(inside), "forward") for inside in module.modules()]
-    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,))
+    return Evidence(containers, recognised, functions, masks, (PLAN,))
 
 
 def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:

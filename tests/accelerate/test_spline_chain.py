@@ -43,6 +43,9 @@ _CHAINS: dict[str, Callable[[], list[nn.Module]]] = {
     ],
     "no map": lambda: [_spline("halves"), _spline("gather"), _spline()],
     "permutations alone": lambda: [_permutation(), _spline("gather"), _permutation(), _permutation(), _spline()],
+    "a chain inside": lambda: [
+        require("nflows.transforms").CompositeTransform([_permutation(), _lu()]), _spline("gather"), _spline(),
+    ],
     "maps in a row": lambda: [_lu(), _permutation(), _lu(), _spline("gather"), _lu(), _permutation(), _spline()],
     "another member": lambda: [
         _lu(), require("nflows.transforms").PointwiseAffineTransform(0.5, 2.0), _spline(), _permutation(),
@@ -164,3 +167,19 @@ def test_a_long_batch_in_parts_is_the_whole_one() -> None:
     lf.accelerate(model)
     x, c = torch.randn(6000, D), torch.randn(6000, CONTEXT)
     assert _is_close([*model(x, c)], [*original(x, c)], 1e-12)
+
+
+def test_changes_of_a_chain_inside_are_followed() -> None:
+    model = _model("a chain inside")
+    lf.accelerate(model)
+    inside = model._transforms[0]
+    assert _runs_whole(model)
+    inside._transforms.append(_lu())
+    original = copy.deepcopy(model)
+    lf.restore(original)
+    assert _is_close(_outputs(model), _outputs(original), 1e-12)
+    assert _runs_whole(model)
+    called: list[nn.Module] = []
+    inside.register_forward_hook(lambda module, *_: called.append(module))
+    assert not _runs_whole(model)
+    assert called == [inside]
