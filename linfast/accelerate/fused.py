@@ -227,8 +227,8 @@ class Fused(Together):
 def _containers(chain: nn.Module) -> Iterator[nn.Module]:
     """The chain, its lists of members, and the chains in them, of which ``listed`` gives the members."""
     yield chain
-    for inside in chain._modules.values():
-        adapter = None if inside is None else adapter_for(inside)
+    for inside in chain.children():
+        adapter = adapter_for(inside)
         if isinstance(inside, nn.ModuleList | nn.Sequential) or (adapter is not None and adapter.chain):
             yield from _containers(inside)
 
