@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import linfast as lf
 from linfast import rows
@@ -96,6 +97,23 @@ def test_batches_of_none_and_one_and_a_frozen_flow(name: str) -> None:
         expected = [g(x, context=c, **rest) for c in (row, other)]
         with lf.freeze(g):
             assert all(torch.equal(g(x, context=c, **rest), y) for c, y in zip((row, other), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("tracer", ["torch.jit.trace", "make_fx"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_trace_with_an_expanded_context_keeps_a_row_per_sample(name: str, tracer: str) -> None:
+    g, rest = _flow(name)
+    g.requires_grad_(False)
+    x, row, contexts = torch.randn(B, D).double(), torch.randn(1, C).double(), torch.randn(B, C).double()
+
+    def run(x: Tensor, context: Tensor) -> Tensor:
+        return g(x, context=context, **rest)
+
+    with torch.no_grad():
+        example = x, row.expand(B, -1)
+        traced = make_fx(run)(*example) if tracer == "make_fx" else torch.jit.trace(run, example, check_trace=False)
+        assert relative(traced(x, contexts), run(x, contexts)) < 1e-12
 
 
 def test_a_linearizer_and_its_samplers_take_a_row() -> None:
