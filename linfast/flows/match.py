@@ -169,7 +169,8 @@ def _one_launch(
     def pack() -> PackedStack:
         return pack_stacks([StackWeights(g.layers, x.shape[1], g.head, inverse)], precision, half)[0]
 
-    packed = derived(layers, ("packed", inverse, precision, half), pack) if frozen else pack()
+    key = "packed", inverse, precision, half, *context.items()  # a time is folded into the weights
+    packed = derived(layers, key, pack) if frozen else pack()
     return OneLaunch(g, tile, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
 
 
