@@ -189,9 +189,14 @@ def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
 
 
 def linear_of(kind: str, name: str, layer: Any) -> tuple[Tensor, Tensor | None]:
-    """The layer's weight and bias; ValueError unless it is an nn.Linear without a hook, which would not run."""
-    if not isinstance(layer, nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
-        raise ValueError(f"{kind}: {name} must be an nn.Linear without forward hooks; got {type(layer).__name__}")
+    """The layer's weight and bias; ValueError unless a call of it would compute nn.Linear's result and no more.
+
+    A hook, and a forward of a subclass or of this instance, would not run. A parametrization does.
+    """
+    own = not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward
+    if own or not is_plain(layer, (type(layer),)):
+        wanted = "an nn.Linear without hooks and without a forward of its own"
+        raise ValueError(f"{kind}: {name} must be {wanted}; got {type(layer).__name__}")
     return layer.weight, layer.bias
 
 

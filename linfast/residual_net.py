@@ -161,7 +161,7 @@ class ResidualMLP(nn.Module):
         """The weights and options, as ``linfast.ops.residual_network`` takes them.
 
         Raises:
-            ValueError: a layer is not an nn.Linear, or has a hook, such as pruning's: it would not run.
+            ValueError: a layer is not an nn.Linear, or has a hook (such as pruning's) or a forward of its own: it would not run.
         """
         blocks = []
         layers: list[Any] = list(self.blocks)

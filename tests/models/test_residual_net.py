@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
@@ -358,11 +358,46 @@ def test_a_new_network_is_zero_and_its_blocks_are_nearly_the_identity() -> None:
     assert relative(net(x), net.last(net.first(x))) < 0.1
 
 
-def test_a_layer_whose_hook_would_not_run_is_refused() -> None:
-    net = lf.ResidualMLP(N_IN, N_OUT)
-    prune.l1_unstructured(net.blocks[1].layers[0], "weight", 0.5)
-    with pytest.raises(ValueError, match=r"blocks\[1\].layers\[0\] must be an nn.Linear without forward hooks"):
+class _Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+        lambda layer: setattr(layer, "__class__", _Shifted),
+        lambda layer: setattr(layer, "forward", lambda x: x + 1),
+    ],
+    ids=["pruned", "forward hook", "backward hook", "backward pre hook", "subclass", "instance"],
+)
+def test_a_layer_whose_hook_or_forward_would_not_run_is_refused(change: Callable[[nn.Linear], object]) -> None:
+    net, masked = lf.ResidualMLP(N_IN, N_OUT), lf.MaskedMLP(N_IN, 2, (HIDDEN,))
+    change(net.blocks[1].layers[0])
+    change(masked.layers[1])
+    message = "must be an nn.Linear without hooks and without a forward of its own"
+    with pytest.raises(ValueError, match=rf"ResidualMLP: blocks\[1\].layers\[0\] {message}"):
         net(torch.ones(B, N_IN))
+    with pytest.raises(ValueError, match=rf"MaskedMLP: layers\[1\] {message}"):
+        masked(torch.ones(B, N_IN))
+
+
+def test_a_parametrized_layer_is_used() -> None:
+    net, x = _net(), torch.randn(B, N_IN).double()
+    doubled = copy.deepcopy(net)
+    with torch.no_grad():
+        doubled.blocks[0].layers[1].weight.mul_(2)
+    parametrize.register_parametrization(net.blocks[0].layers[1], "weight", _Double())
+    assert relative(net(x), doubled(x)) < 1e-13
+
+
+class _Double(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
 
 
 @pytest.mark.parametrize(
