@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_flag, check_number
+from .checks import check_choice, check_count, check_flag, check_kind, check_number
 from .conditioning import SinusoidalEmbedding, check_time_features, conditions
 from .freeze import derived, kept_values
 from .nets import check_input, linear_of, zero_layer
@@ -161,7 +161,8 @@ class ResidualMLP(nn.Module):
         """The weights and options, as ``linfast.ops.residual_network`` takes them.
 
         Raises:
-            ValueError: a layer is not an nn.Linear, or has a hook (such as pruning's) or a forward of its own: it would not run.
+            TypeError: a norm is neither an nn.BatchNorm1d nor an nn.SyncBatchNorm.
+            ValueError: a layer is not an nn.Linear, or has a hook (such as pruning's) or its own forward.
         """
         blocks = []
         layers: list[Any] = list(self.blocks)
@@ -169,6 +170,8 @@ class ResidualMLP(nn.Module):
             first, second = (linear_of("ResidualMLP", f"blocks[{i}].layers[{j}]", block.layers[j]) for j in (0, 1))
             gate = None if block.gate is None else linear_of("ResidualMLP", f"blocks[{i}].gate", block.gate)
             norms: Any = tuple(block.norms) or None
+            for j, norm in enumerate(block.norms):
+                check_kind(f"ResidualMLP: blocks[{i}].norms[{j}]", norm, (nn.BatchNorm1d, nn.SyncBatchNorm))
             blocks.append(ResidualBlock((first, second), norms, gate))
         first, last = linear_of("ResidualMLP", "first", self.first), linear_of("ResidualMLP", "last", self.last)
         dropout = self.dropout if self.training else 0.0

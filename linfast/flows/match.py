@@ -22,10 +22,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import call_key, has_global_hook, uses_triton, why_reference
+from ..dispatch import are_plain, call_key, has_global_hook, is_plain, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
-from ..nets import MLP, are_plain, is_plain
+from ..nets import MLP
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import stack_spec

@@ -268,6 +268,40 @@ def test_inputs_are_not_written_to() -> None:
     assert all(torch.equal(v, before[2][k]) for k, v in net.state_dict().items())
 
 
+@pytest.mark.parametrize("every_module", [False, True], ids=["of the norm", "of every module"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_hook_runs_and_what_it_keeps_is_not_overwritten(grad: bool, backend: str, every_module: bool) -> None:
+    net = _net(batch_norm=True, activation="relu").float().to(DEVICE)
+    x, norm, kept, gradients = torch.randn(B, N_IN, device=DEVICE), net.blocks[1].norms[0], [], []
+
+    def keep(module: nn.Module, given: Any, y: Tensor) -> None:
+        if module is norm:
+            kept.extend((t, t.detach().clone()) for t in (*given, y))
+
+    def keep_gradient(module: nn.Module, _: Any, given: Any) -> None:
+        gradients.extend(given if module is norm else ())
+
+    if every_module:
+        handles = [
+            nn.modules.module.register_module_forward_hook(keep),
+            nn.modules.module.register_module_full_backward_hook(keep_gradient),
+        ]
+    else:
+        handles = [norm.register_forward_hook(keep), norm.register_full_backward_hook(keep_gradient)]
+    try:
+        with lf.backend(backend), torch.set_grad_enabled(grad):
+            y = net(x)
+            if grad:
+                y.sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(kept) == 2
+    assert all(torch.equal(tensor, before) for tensor, before in kept)
+    assert len(gradients) == grad
+
+
 def test_copies_files_and_a_model_without_values(tmp_path: Path) -> None:
     net = _net(**KINDS["both, batch norm"]).eval()
     x, given = torch.randn(B, N_IN).double(), _given(net)
@@ -411,6 +445,8 @@ class _Double(nn.Module):
         (lambda: _conditional(torch.ones(3, 2)), r"context must be \[4, 2\] or \[1, 2\] .*got \(3, 2\)"),
         (lambda: _conditional(torch.ones(2)), r"context must be \[4, 2\] or \[1, 2\] .*got \(2,\)"),
         (lambda: _conditional(torch.ones(1, 3)), r"context must be \[4, 2\] or \[1, 2\] .*got \(1, 3\)"),
+        (lambda: _with_norm(nn.Identity()), r"blocks\[1\].norms\[0\] must be a BatchNorm1d .*got"),
+        (lambda: _with_norm(nn.LayerNorm(8)), r"blocks\[1\].norms\[0\] must be a BatchNorm1d .*got"),
         (lambda: _conditional(None), "ResidualMLP has context_features=2; got context=None"),
     ],
 )
@@ -421,3 +457,9 @@ def test_bad_input_gets_a_clear_error(call: Callable[[], object], message: str) 
 
 def _conditional(context: Tensor | None) -> Tensor:
     return lf.ResidualMLP(3, 4, context_features=2)(torch.ones(4, 3), context=context)
+
+
+def _with_norm(norm: nn.Module) -> Tensor:
+    net = _net(batch_norm=True)
+    net.blocks[1].norms[0] = norm
+    return net(torch.ones(B, N_IN).double())
