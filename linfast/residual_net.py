@@ -53,12 +53,16 @@ _thread = _Thread()
 def shared_context(owner: nn.Module, nets: Sequence[ResidualMLP], context: Tensor) -> Iterator[None]:
     """In the block these networks take their products with this very ``context`` from one product with all weights.
 
-    Networks for another size of context, or with a time, take their own. While ``owner``, which holds the networks,
-    is frozen (``freeze``), the joined weights are kept.
+    Networks for another size, dtype or device of context, or with a time, take their own. While ``owner``, which
+    holds the networks, is frozen (``freeze``), the joined weights are kept.
+
+    Args:
+        context: [B or 1, C].
     """
-    size = context.shape[1] if context.ndim == 2 else 0
-    mine = [net for net in nets if net.context_features == size and not net.time_features]
-    networks, before = [net.network() for net in mine], (_thread.context, _thread.terms)
+    size, kind = context.shape[1], (context.dtype, context.device)
+    found = {net: net.network() for net in nets if net.context_features == size and not net.time_features}
+    mine = {net: own for net, own in found.items() if (own.first[0].dtype, own.first[0].device) == kind}
+    networks, before = list(mine.values()), (_thread.context, _thread.terms)
     if len(mine) > 1:
         packed = None
         if kept_values(owner) is not None:

@@ -77,10 +77,11 @@ class Launch:
 
     def _run(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         given = context.get("context")
-        if not isinstance(given, Tensor) or torch.compiler.is_compiling() or not uses_triton(x):
+        if given is None or torch.compiler.is_compiling() or not uses_triton(x) or not _in_common(x, context):
             return self._run_segments(x, context, inverse, log_det)
-        nets = [layer._modules.get("conditioner") for layer in self.layers]
-        with shared_context(self.layers, [net for net in nets if type(net) is ResidualMLP], given):
+        # A layer or network with a forward of its own may call it again later, as a checkpoint does in the backward.
+        nets = [layer._modules.get("conditioner") for layer in self.layers if is_plain(layer, (type(layer),))]
+        with shared_context(self.layers, [net for net in nets if is_plain(net, (ResidualMLP,))], given):
             return self._run_segments(x, context, inverse, log_det)
 
     def _run_segments(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
@@ -227,7 +228,7 @@ def _recognised(layers: Iterable[Any], x: Tensor, context: Context, takes: bool)
 
 
 def _in_common(x: Tensor, context: Context) -> bool:
-    """Whether the loop supports the conditioners' inputs: x, a time for all samples, a context [B or 1, C]."""
+    """Whether the conditioners' inputs are x, a time for all samples, and a context [B or 1, C] like x."""
     given, t = context.get("context"), context.get("t")
     if x.ndim != 2 or not context.keys() <= {"t", "context"} or (isinstance(t, Tensor) and t.ndim > 0):
         return False
