@@ -79,8 +79,9 @@ class Launch:
         given = context.get("context")
         if given is None or torch.compiler.is_compiling() or not uses_triton(x) or not _in_common(x, context):
             return self._run_segments(x, context, inverse, log_det)
-        # A layer or network with a forward of its own may call it again later, as a checkpoint does in the backward.
-        nets = [layer._modules.get("conditioner") for layer in self.layers if is_plain(layer, (type(layer),))]
+        # A layer or network with its own forward may call it again later, as a checkpoint does in the backward.
+        plain = [layer for layer in self.layers if is_plain(layer, (type(layer),))]
+        nets: list[Any] = [layer._modules.get("conditioner") for layer in plain]
         with shared_context(self.layers, [net for net in nets if is_plain(net, (ResidualMLP,))], given):
             return self._run_segments(x, context, inverse, log_det)
 
