@@ -15,7 +15,7 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -42,6 +42,26 @@ def state_key(x: Tensor) -> Hashable:
 def has_global_hook() -> bool:
     """Whether a hook is set that runs around every module's call."""
     return nn.modules.module._has_any_global_hook()
+
+
+def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether the layer's class is one of these and it has no hooks; a parametrized layer has a new class."""
+    return are_plain((layer,), kinds)
+
+
+def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
+    """``is_plain`` of each of these layers."""
+    for layer in layers:
+        if (
+            type(layer) not in kinds
+            or layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+            or "forward" in vars(layer)
+        ):
+            return False
+    return True
 
 
 def is_transformed() -> bool:

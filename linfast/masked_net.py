@@ -114,7 +114,7 @@ class MaskedMLP(nn.Module):
         """(weights, biases) of the layers; the masks are not applied to the weights.
 
         Raises:
-            ValueError: a layer is not an nn.Linear, or has a hook, such as pruning's: it would not run.
+            ValueError: a layer is not an nn.Linear, or has a hook (such as pruning's) or its own forward.
         """
         found = [linear_of("MaskedMLP", f"layers[{i}]", layer) for i, layer in enumerate(self.layers)]
         return [weight for weight, _ in found], [bias for _, bias in found]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import call_key, has_global_hook, outside_autocast, why_reference
+from .dispatch import are_plain, call_key, has_global_hook, is_plain, outside_autocast, why_reference
 from .flows.bijection import Conditioned
 from .flows.flow import Flow
 from .flows.match import Launch, match, mode_for
@@ -24,7 +24,6 @@ from .flows.stack import FlowStack, stack_of
 from .freeze import kept, kept_values
 from .kernels.stack_configs import StackConfig, config_for, target_of
 from .kernels.stack_spec import StackSpec
-from .nets import are_plain, is_plain
 from .operators.base import LatentOperator
 from .operators.dense import Dense
 from .operators.diagonal import Diagonal

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_counts, check_dense, check_flag, check_like
 from .conditioning import SinusoidalEmbedding, check_time_features, conditions, embed_time
-from .dispatch import cat, has_global_hook, outside_autocast
+from .dispatch import cat, has_global_hook, is_plain, outside_autocast
 from .ops.activations import ACTIVATION_NAMES, ACTIVATIONS
 from .ops.plain_couplings import absorb
 from .ranges import range_
@@ -168,30 +168,15 @@ class ConvNet(nn.Module):
             return self.layers[2](activate(self.layers[1](activate(h))))
 
 
-def is_plain(layer: Any, kinds: tuple[type, ...]) -> bool:
-    """Whether the layer's class is one of these and it has no hooks; a parametrized layer has a new class."""
-    return are_plain((layer,), kinds)
-
-
-def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
-    """``is_plain`` of each of these layers."""
-    for layer in layers:
-        if (
-            type(layer) not in kinds
-            or layer._forward_hooks
-            or layer._forward_pre_hooks
-            or layer._backward_hooks
-            or layer._backward_pre_hooks
-            or "forward" in vars(layer)
-        ):
-            return False
-    return True
-
-
 def linear_of(kind: str, name: str, layer: Any) -> tuple[Tensor, Tensor | None]:
-    """The layer's weight and bias; ValueError unless it is an nn.Linear without a hook, which would not run."""
-    if not isinstance(layer, nn.Linear) or layer._forward_hooks or layer._forward_pre_hooks:
-        raise ValueError(f"{kind}: {name} must be an nn.Linear without forward hooks; got {type(layer).__name__}")
+    """The layer's weight and bias; ValueError unless a call of it would compute nn.Linear's result and no more.
+
+    A hook, and a forward of a subclass or of this instance, would not run. A parametrization does.
+    """
+    own = not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward
+    if own or not is_plain(layer, (type(layer),)):
+        wanted = "an nn.Linear without hooks and without a forward of its own"
+        raise ValueError(f"{kind}: {name} must be {wanted}; got {type(layer).__name__}")
     return layer.weight, layer.bias
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checks import check_choice, check_count, check_flag, check_number
+from .checks import check_choice, check_count, check_flag, check_kind, check_number
 from .conditioning import SinusoidalEmbedding, check_time_features, conditions
 from .freeze import derived, kept_values
 from .nets import check_input, linear_of, zero_layer
@@ -53,12 +53,16 @@ _thread = _Thread()
 def shared_context(owner: nn.Module, nets: Sequence[ResidualMLP], context: Tensor) -> Iterator[None]:
     """In the block these networks take their products with this very ``context`` from one product with all weights.
 
-    Networks for another size of context, or with a time, take their own. While ``owner``, which holds the networks,
-    is frozen (``freeze``), the joined weights are kept.
+    Networks for another size, dtype or device of context, or with a time, take their own. While ``owner``, which
+    holds the networks, is frozen (``freeze``), the joined weights are kept.
+
+    Args:
+        context: [B or 1, C].
     """
-    size = context.shape[1] if context.ndim == 2 else 0
-    mine = [net for net in nets if net.context_features == size and not net.time_features]
-    networks, before = [net.network() for net in mine], (_thread.context, _thread.terms)
+    size, kind = context.shape[1], (context.dtype, context.device)
+    found = {net: net.network() for net in nets if net.context_features == size and not net.time_features}
+    mine = {net: own for net, own in found.items() if (own.first[0].dtype, own.first[0].device) == kind}
+    networks, before = list(mine.values()), (_thread.context, _thread.terms)
     if len(mine) > 1:
         packed = None
         if kept_values(owner) is not None:
@@ -161,7 +165,8 @@ class ResidualMLP(nn.Module):
         """The weights and options, as ``linfast.ops.residual_network`` takes them.
 
         Raises:
-            ValueError: a layer is not an nn.Linear, or has a hook, such as pruning's: it would not run.
+            TypeError: a norm is neither an nn.BatchNorm1d nor an nn.SyncBatchNorm.
+            ValueError: a layer is not an nn.Linear, or has a hook (such as pruning's) or its own forward.
         """
         blocks = []
         layers: list[Any] = list(self.blocks)
@@ -169,6 +174,8 @@ class ResidualMLP(nn.Module):
             first, second = (linear_of("ResidualMLP", f"blocks[{i}].layers[{j}]", block.layers[j]) for j in (0, 1))
             gate = None if block.gate is None else linear_of("ResidualMLP", f"blocks[{i}].gate", block.gate)
             norms: Any = tuple(block.norms) or None
+            for j, norm in enumerate(block.norms):
+                check_kind(f"ResidualMLP: blocks[{i}].norms[{j}]", norm, (nn.BatchNorm1d, nn.SyncBatchNorm))
             blocks.append(ResidualBlock((first, second), norms, gate))
         first, last = linear_of("ResidualMLP", "first", self.first), linear_of("ResidualMLP", "last", self.last)
         dropout = self.dropout if self.training else 0.0

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .dispatch import chosen_backend, is_transformed
 
@@ -108,9 +109,12 @@ def one_row(rows: Tensor) -> Tensor:
     """Rows [B, C] as [1, C] where one row was expanded to all, with stride 0; others as they are.
 
     The rows of an expanded tensor that requires a gradient, or is transformed by torch.func, count as different:
-    each has its own gradient. Under torch.compile none is looked for.
+    each has its own gradient. Under torch.compile, torch.jit.trace and make_fx none is looked for, because the
+    program must be right for every context.
     """
     if torch.compiler.is_compiling() or rows.shape[0] < 2 or rows.stride(0):
+        return rows
+    if torch.jit.is_tracing() or get_proxy_mode() is not None:
         return rows
     return rows if rows.requires_grad or is_transformed() else rows[:1]
 

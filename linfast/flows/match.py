@@ -22,10 +22,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import call_key, has_global_hook, uses_triton, why_reference
+from ..dispatch import are_plain, call_key, has_global_hook, is_plain, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import config_for, mode_on, target_of
-from ..nets import MLP, are_plain, is_plain
+from ..nets import MLP
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import stack_spec
@@ -77,10 +77,12 @@ class Launch:
 
     def _run(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         given = context.get("context")
-        if not isinstance(given, Tensor) or torch.compiler.is_compiling() or not uses_triton(x):
+        if given is None or torch.compiler.is_compiling() or not uses_triton(x) or not _in_common(x, context):
             return self._run_segments(x, context, inverse, log_det)
-        nets = [layer._modules.get("conditioner") for layer in self.layers]
-        with shared_context(self.layers, [net for net in nets if type(net) is ResidualMLP], given):
+        # A layer or network with its own forward may call it again later, as a checkpoint does in the backward.
+        plain = [layer for layer in self.layers if is_plain(layer, (type(layer),))]
+        nets: list[Any] = [layer._modules.get("conditioner") for layer in plain]
+        with shared_context(self.layers, [net for net in nets if is_plain(net, (ResidualMLP,))], given):
             return self._run_segments(x, context, inverse, log_det)
 
     def _run_segments(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
@@ -169,7 +171,8 @@ def _one_launch(
     def pack() -> PackedStack:
         return pack_stacks([StackWeights(g.layers, x.shape[1], g.head, inverse)], precision, half)[0]
 
-    packed = derived(layers, ("packed", inverse, precision, half), pack) if frozen else pack()
+    key = "packed", inverse, precision, half, *context.items()  # a time is folded into the weights
+    packed = derived(layers, key, pack) if frozen else pack()
     return OneLaunch(g, tile, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
 
 
@@ -226,7 +229,7 @@ def _recognised(layers: Iterable[Any], x: Tensor, context: Context, takes: bool)
 
 
 def _in_common(x: Tensor, context: Context) -> bool:
-    """Whether the loop supports the conditioners' inputs: x, a time for all samples, a context [B or 1, C]."""
+    """Whether the conditioners' inputs are x, a time for all samples, and a context [B or 1, C] like x."""
     given, t = context.get("context"), context.get("t")
     if x.ndim != 2 or not context.keys() <= {"t", "context"} or (isinstance(t, Tensor) and t.ndim > 0):
         return False

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import are_plain, is_plain
 from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
-from ..nets import MLP, are_plain, is_plain
+from ..nets import MLP
 from ..ops.affine_coupling import HALVES
 from ..ops.stack_weights import AffineMap, CouplingLayer, CouplingStack
 from ..rows import one_row

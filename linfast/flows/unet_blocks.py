@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..dispatch import uses_triton
-from ..nets import is_plain
+from ..dispatch import is_plain, uses_triton
 from ..ops.conv2d_fused import conv2d_fused
 from ..ops.group_norm_silu import group_norm_silu
 from .reversible import inverts

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, cat, uses_triton
+from ..dispatch import are_plain, autocast_dtype, cat, has_global_hook, uses_triton
 from ..rows import one_row, rows_at_once
 from .activations import IN_PLACE
 from .glu_skip import glu_skip
@@ -179,7 +179,9 @@ def _network(
     x: Tensor, net: ResidualNetwork, context: Tensor | None, terms: Terms | None, transposed: bool
 ) -> Tensor:
     """``residual_network`` on all rows at once."""
-    writes = _may_write(x)
+    norms = _norms(net)
+    plain = are_plain(norms, (nn.BatchNorm1d,)) and not has_global_hook()  # a hook may keep what a norm is given
+    writes = plain and _may_write(x)
     weight, bias = net.first
     gates: Iterator[Tensor] = iter(())
     if terms is not None:
@@ -195,10 +197,10 @@ def _network(
         else:  # the gradient of one weight is one product
             h = F.linear(cat((x, context), dim=1), weight, bias)
     name = _NAMES.get(net.activation)
-    if name is not None and uses_triton(h, weight) and all(map(_is_known, _norms(net))):
+    if name is not None and plain and uses_triton(h, weight) and all(map(_is_known, norms)):
         h = _fused_blocks(h, net, gates, name)
     else:
-        h = _plain_blocks(h, net, gates, writes)
+        h = _plain_blocks(h, net, gates, writes, plain)
     weight, bias = net.last
     if not transposed:
         return F.linear(h, weight, bias)
@@ -206,10 +208,14 @@ def _network(
     return out.t()
 
 
-def _plain_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], writes: bool) -> Tensor:
-    """The blocks in plain torch; ``writes``: a step may overwrite its input, and the first h."""
+def _plain_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], writes: bool, plain: bool) -> Tensor:
+    """The blocks in plain torch; ``writes``: a step may overwrite its input, and the first h.
+
+    ``plain``: no hook sees the result of a norm, which an activation may then overwrite.
+    """
     activation = net.activation
-    on_new = IN_PLACE.get(activation, activation) if writes or activation in _SAVE_RESULT else activation
+    in_place = writes or (plain and activation in _SAVE_RESULT)
+    on_new = IN_PLACE.get(activation, activation) if in_place else activation
     for block in net.blocks:
         norms = block.norms
         r = activation(h) if norms is None else on_new(norms[0](h))
@@ -280,15 +286,9 @@ def _norms(net: ResidualNetwork) -> list[nn.BatchNorm1d]:
 
 
 def _is_known(norm: nn.BatchNorm1d) -> bool:
-    """Whether the kernel computes what this norm does: none of its hooks runs, and torch knows its momentum."""
-    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    """Whether the kernel computes what this norm does, if no hook is set: its dtypes and its momentum are known."""
     tensors = [t for t in (norm.weight, norm.running_mean) if t is not None]
-    return (
-        type(norm) is nn.BatchNorm1d
-        and not hooked
-        and norm.momentum is not None
-        and (not tensors or uses_triton(*tensors))
-    )
+    return norm.momentum is not None and (not tensors or uses_triton(*tensors))
 
 
 def _may_write(x: Tensor) -> bool:

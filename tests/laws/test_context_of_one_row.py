@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
 import linfast as lf
 from linfast import rows
 from tests.laws.zoo import perturb, relative
-from tests.ops.budget import COMPILED
+from tests.ops.budget import COMPILED, DEVICE
 
 D, C, B = 6, 3, 40
 
@@ -98,6 +101,23 @@ def test_batches_of_none_and_one_and_a_frozen_flow(name: str) -> None:
             assert all(torch.equal(g(x, context=c, **rest), y) for c, y in zip((row, other), expected, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("tracer", ["torch.jit.trace", "make_fx"])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_trace_with_an_expanded_context_keeps_a_row_per_sample(name: str, tracer: str) -> None:
+    g, rest = _flow(name)
+    g.requires_grad_(False)
+    x, row, contexts = torch.randn(B, D).double(), torch.randn(1, C).double(), torch.randn(B, C).double()
+
+    def run(x: Tensor, context: Tensor) -> Tensor:
+        return g(x, context=context, **rest)
+
+    with torch.no_grad():
+        example = x, row.expand(B, -1)
+        traced = make_fx(run)(*example) if tracer == "make_fx" else torch.jit.trace(run, example, check_trace=False)
+        assert relative(traced(x, contexts), run(x, contexts)) < 1e-12
+
+
 def test_a_linearizer_and_its_samplers_take_a_row() -> None:
     g, x = perturb(lf.coupling_flow(D, 2, (8,), context_features=C), 0.2), torch.randn(B, D)
     row = torch.randn(1, C)
@@ -114,10 +134,19 @@ def test_a_linearizer_and_its_samplers_take_a_row() -> None:
 def test_a_coupling_stack_with_a_row_is_one_launch() -> None:
     g, x = perturb(lf.coupling_flow(D, 4, (8,), context_features=C), 0.2), torch.randn(B, D)
     row = torch.randn(1, C)
-    with lf.backend("triton"), torch.no_grad():
-        plan = lf.plan(g, x, context=row)
-        assert "coupling_stack" in str(plan)
-        assert relative(g(x, context=row), g.double()(x.double(), context=row.double())) < 1e-5
+    wide = copy.deepcopy(g).double()
+    leaves, wide_leaves = ([t.requires_grad_() for t in given] for given in ((x, row), (x.double(), row.double())))
+    truth = wide(wide_leaves[0], context=wide_leaves[1])
+    expected = torch.autograd.grad(truth.sin().sum(), [*wide_leaves, *wide.parameters()])
+    with lf.backend("triton"):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                assert "coupling_stack" in str(lf.plan(g, x, context=row))
+                y = g(x, context=row)
+            assert relative(y, truth) < 1e-5
+        found = torch.autograd.grad(y.sin().sum(), [*leaves, *g.parameters()])
+    for got, value in zip(found, expected, strict=True):
+        assert relative(got, value) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["couplings", "masked", "residual"])
@@ -162,6 +191,44 @@ def test_where_kernels_run_a_context_meets_the_weights_of_a_flow_in_one_product(
     with torch.no_grad():
         assert relative(g_of(g, x, context), changed(x.double(), context=context.double())) < 1e-5
         assert relative(g_of(g, x, context), truth) > 1e-3
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (torch.ones(B, C).double(), "ResidualMLP: context is torch.float64 and the parameters are torch.float32"),
+        (torch.ones(1, C).half(), "ResidualMLP: context is torch.float16 and the parameters are torch.float32"),
+        (torch.ones(B, C, device="meta"), "ResidualMLP: context is on meta and the parameters are on"),
+        (torch.ones(2, C), r"context must be \[40, 3\] or \[1, 3\] .*got \(2, 3\)"),
+        (torch.ones(B), r"context must be \[40, 3\] or \[1, 3\] .*got \(40,\)"),
+    ],
+    ids=["double", "half", "meta", "rows", "vector"],
+)
+def test_a_context_unlike_the_parameters_is_refused(backend: str, context: Tensor, message: str) -> None:
+    g, x = _residual().to(DEVICE), torch.ones(B, D, device=DEVICE)
+    context = context if context.is_meta else context.to(DEVICE)
+    with lf.backend(backend), pytest.raises(ValueError, match=message):
+        g(x, context=context)
+    if context.dtype == torch.float16:
+        with lf.backend(backend), pytest.raises(ValueError, match=r"x is torch\.float16 and the parameters are"):
+            g(x.half(), context=context)
+
+
+@pytest.mark.parametrize("of", ["conditioner", "coupling"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_checkpointed_part_computes_its_own_products(backend: str, of: str) -> None:
+    g = perturb(_residual(), 0.2).to(DEVICE)
+    x, context, found = torch.randn(B, D, device=DEVICE), torch.randn(B, C, device=DEVICE), []
+    for checkpointed in (False, True):
+        for layer in g.bijections if checkpointed else ():
+            part = layer if of == "coupling" else layer.conditioner
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
+        with lf.backend(backend):
+            y = g(x, context=context)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), [*g.parameters()])])
+    for got, expected in zip(*found, strict=True):
+        assert relative(got, expected) < 1e-4
 
 
 def g_of(g: lf.Flow, x: Tensor, context: Tensor) -> Tensor:

@@ -70,6 +70,20 @@ def test_flow_runs_as_one_stack(name: str) -> None:
     _within_budget(flow, both_ways, x)  # type: ignore[arg-type]
 
 
+def test_a_frozen_flow_has_the_weights_of_each_time() -> None:
+    """A time is folded into the weights that a freeze keeps."""
+    g, x = _flow(time_features=8), torch.randn(B, D, device=DEVICE)
+    f = lf.Linearizer(g.at(t=0.3), lf.Dense(D).to(DEVICE), g.at(t=0.7))
+
+    def outputs(f: lf.Linearizer, x: Tensor) -> list[Tensor]:
+        g = f.g_x.bijection
+        with torch.no_grad(), lf.freeze(f):
+            ys = [call(x, t=t) for call in (g, g.inverse) for t in (0.3, 0.7)]
+            return [*ys, f.g_y(x), f.g_x(x), f(x), f.g_y.inverse(x), f.g_x.inverse(x)]
+
+    _within_budget(f, outputs, x)  # type: ignore[arg-type]
+
+
 def _linearizers() -> dict[str, tuple[lf.Linearizer, float | None]]:
     g, h, timed = _flow(mix="lu"), _flow(2), _flow(2, time_features=8)
     return {

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
@@ -213,6 +213,8 @@ def test_the_products_with_one_row_have_one_row(grad: bool) -> None:
 def test_terms_may_be_computed_before() -> None:
     net, x, c = _net(context_features=4), torch.randn(B, N_IN).double(), torch.randn(B, 4).double()
     for given in (c, c[:1]):
+        with torch.no_grad():  # the network that is given the context of every sample
+            expected = net(x, context=given.repeat(B // len(given), 1))
         for at_once in (False, True):
             (terms,) = (
                 all_context_terms(given, [net.network()]) if at_once else [context_terms(given, net.network())]
@@ -220,7 +222,7 @@ def test_terms_may_be_computed_before() -> None:
             kept = copy.deepcopy([terms.first.detach(), *(gate.detach() for gate in terms.gates)])
             for grad in (True, False):
                 with torch.set_grad_enabled(grad):
-                    assert relative(residual_network(x, net.network(), terms=terms), net(x, context=given)) < 1e-13
+                    assert relative(residual_network(x, net.network(), terms=terms), expected) < 1e-13
             assert all(map(torch.equal, (terms.first, *terms.gates), kept))
 
 
@@ -266,6 +268,40 @@ def test_inputs_are_not_written_to() -> None:
     assert torch.equal(x, before[0])
     assert torch.equal(c, before[1])
     assert all(torch.equal(v, before[2][k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("every_module", [False, True], ids=["of the norm", "of every module"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_hook_runs_and_what_it_keeps_is_not_overwritten(grad: bool, backend: str, every_module: bool) -> None:
+    net = _net(batch_norm=True, activation="relu").float().to(DEVICE)
+    x, norm, kept, gradients = torch.randn(B, N_IN, device=DEVICE), net.blocks[1].norms[0], [], []
+
+    def keep(module: nn.Module, given: Any, y: Tensor) -> None:
+        if module is norm:
+            kept.extend((t, t.detach().clone()) for t in (*given, y))
+
+    def keep_gradient(module: nn.Module, _: Any, given: Any) -> None:
+        gradients.extend(given if module is norm else ())
+
+    if every_module:
+        handles = [
+            nn.modules.module.register_module_forward_hook(keep),
+            nn.modules.module.register_module_full_backward_hook(keep_gradient),
+        ]
+    else:
+        handles = [norm.register_forward_hook(keep), norm.register_full_backward_hook(keep_gradient)]
+    try:
+        with lf.backend(backend), torch.set_grad_enabled(grad):
+            y = net(x)
+            if grad:
+                y.sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(kept) == 2
+    assert all(torch.equal(tensor, before) for tensor, before in kept)
+    assert len(gradients) == grad
 
 
 def test_copies_files_and_a_model_without_values(tmp_path: Path) -> None:
@@ -358,11 +394,46 @@ def test_a_new_network_is_zero_and_its_blocks_are_nearly_the_identity() -> None:
     assert relative(net(x), net.last(net.first(x))) < 0.1
 
 
-def test_a_layer_whose_hook_would_not_run_is_refused() -> None:
-    net = lf.ResidualMLP(N_IN, N_OUT)
-    prune.l1_unstructured(net.blocks[1].layers[0], "weight", 0.5)
-    with pytest.raises(ValueError, match=r"blocks\[1\].layers\[0\] must be an nn.Linear without forward hooks"):
+class _Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+        lambda layer: setattr(layer, "__class__", _Shifted),
+        lambda layer: setattr(layer, "forward", lambda x: x + 1),
+    ],
+    ids=["pruned", "forward hook", "backward hook", "backward pre hook", "subclass", "instance"],
+)
+def test_a_layer_whose_hook_or_forward_would_not_run_is_refused(change: Callable[[nn.Linear], object]) -> None:
+    net, masked = lf.ResidualMLP(N_IN, N_OUT), lf.MaskedMLP(N_IN, 2, (HIDDEN,))
+    change(net.blocks[1].layers[0])
+    change(masked.layers[1])
+    message = "must be an nn.Linear without hooks and without a forward of its own"
+    with pytest.raises(ValueError, match=rf"ResidualMLP: blocks\[1\].layers\[0\] {message}"):
         net(torch.ones(B, N_IN))
+    with pytest.raises(ValueError, match=rf"MaskedMLP: layers\[1\] {message}"):
+        masked(torch.ones(B, N_IN))
+
+
+def test_a_parametrized_layer_is_used() -> None:
+    net, x = _net(), torch.randn(B, N_IN).double()
+    doubled = copy.deepcopy(net)
+    with torch.no_grad():
+        doubled.blocks[0].layers[1].weight.mul_(2)
+    parametrize.register_parametrization(net.blocks[0].layers[1], "weight", _Double())
+    assert relative(net(x), doubled(x)) < 1e-13
+
+
+class _Double(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
 
 
 @pytest.mark.parametrize(
@@ -376,6 +447,8 @@ def test_a_layer_whose_hook_would_not_run_is_refused() -> None:
         (lambda: _conditional(torch.ones(3, 2)), r"context must be \[4, 2\] or \[1, 2\] .*got \(3, 2\)"),
         (lambda: _conditional(torch.ones(2)), r"context must be \[4, 2\] or \[1, 2\] .*got \(2,\)"),
         (lambda: _conditional(torch.ones(1, 3)), r"context must be \[4, 2\] or \[1, 2\] .*got \(1, 3\)"),
+        (lambda: _with_norm(nn.Identity()), r"blocks\[1\].norms\[0\] must be a BatchNorm1d .*got"),
+        (lambda: _with_norm(nn.LayerNorm(8)), r"blocks\[1\].norms\[0\] must be a BatchNorm1d .*got"),
         (lambda: _conditional(None), "ResidualMLP has context_features=2; got context=None"),
     ],
 )
@@ -386,3 +459,9 @@ def test_bad_input_gets_a_clear_error(call: Callable[[], object], message: str) 
 
 def _conditional(context: Tensor | None) -> Tensor:
     return lf.ResidualMLP(3, 4, context_features=2)(torch.ones(4, 3), context=context)
+
+
+def _with_norm(norm: nn.Module) -> Tensor:
+    net = _net(batch_norm=True)
+    net.blocks[1].norms[0] = norm
+    return net(torch.ones(B, N_IN).double())
