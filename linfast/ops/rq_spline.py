@@ -185,7 +185,8 @@ def spline_backward(
         needs = [True, True, False, False]
         # Elsewhere by formula too: a derivative of the reference does not work in a TorchDispatchMode.
         run = torch.ops.linfast.rq_spline_planes_backward if _runs_planes(flat, tensors) else plain_backward
-        found = run(flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
+        given = (flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
+        found = without_autocast(x.device.type, run, *given)
     return found[0].reshape(x.shape), found[1].reshape(params.shape)
 
 

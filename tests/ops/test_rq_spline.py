@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import linfast as lf
+from linfast.kernels.spline_spec import Spline
 from linfast.ops import rq_spline, spline_plain
-from tests.ops.budget import Outputs, assert_accurate
+from linfast.ops.rq_spline import spline_backward
+from tests.ops.budget import DEVICE, Outputs, assert_accurate
 from tests.ops.op_cases import gradients_of
 
 TAILS = {"linear": -1, "circular": 0, "bounded": 1}
@@ -404,12 +406,19 @@ def test_an_exported_program_has_gradients() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_autocast_changes_nothing() -> None:
-    tensors = [t.float() for t in drawn(20, 3, 4)]
-    expected = splined(*tensors)
-    with torch.autocast("cpu", torch.bfloat16):
-        for value, exact in zip(splined(*tensors), expected, strict=True):
-            assert torch.equal(value, exact)
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_autocast_changes_nothing(backend: str) -> None:
+    x, *raw = (t.float().to(DEVICE) for t in drawn(300, 3, 4))
+    params, grads = torch.cat(raw, -1), (torch.ones_like(x), torch.ones(300, device=DEVICE))
+
+    def outputs() -> Outputs:
+        return (*splined(x, *raw), *spline_backward(x, params, *grads, Spline(4), False))
+
+    with lf.backend(backend):
+        expected = outputs()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            for value, exact in zip(outputs(), expected, strict=True):
+                assert torch.equal(value, exact)
 
 
 def test_forward_mode_raises() -> None:
@@ -423,8 +432,6 @@ def test_meta_tensors_and_opcheck() -> None:
     y, logs = rq_spline(*(t.to("meta") for t in (x, *raw)), log_det=True)
     assert y.is_meta
     assert (y.shape, logs.shape, logs.dtype) == (x.shape, (3,), torch.float32)
-    from linfast.ops.rq_spline import Spline
-
     op, planes = torch.ops.linfast.rq_spline_planes.default, torch.cat(raw, -1).detach()
     for inverse in (False, True):
         torch.library.opcheck(op, (x.detach(), planes, None, None, *Spline(4), inverse, True))
