@@ -14,6 +14,7 @@ import pytest
 import torch
 from linfast.bench.rounding import relative_error
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import linfast as lf
@@ -436,3 +437,15 @@ def test_meta_tensors_and_opcheck() -> None:
     for inverse in (False, True):
         torch.library.opcheck(op, (x.detach(), planes, None, None, *Spline(4), inverse, True))
         torch.library.opcheck(op, (*(t.detach() for t in (x, *raw)), *Spline(4), inverse, False))
+
+
+def test_what_is_kept_between_calls_holds_numbers() -> None:
+    x, params = torch.randn(5, 3), torch.randn(5, 3, 11)
+    spline = Spline(4, high=3.125)  # no other test keeps it
+    with lf.backend("reference"):
+        for _ in range(2):
+            with FakeTensorMode() as mode:
+                tensors = [mode.from_tensor(t) for t in (x, params)]
+                grads = spline_backward(*tensors, tensors[0], None, spline, False)
+                assert [g.shape for g in grads] == [x.shape, params.shape]
+            assert all(bool(g.isfinite().all()) for g in spline_backward(x, params, x, None, spline, False))
