@@ -54,7 +54,8 @@ def norm_activate(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an option is unknown; a shape does not fit x; a batch of one row is to normalise itself.
+        ValueError: an option is unknown; a shape does not fit x; a batch of fewer than two rows is to normalise
+            itself.
     """
     norm = _check(x, activation, (bias, weight, shift, mean, var), of_batch)
     check_number("eps", eps, 0.0)

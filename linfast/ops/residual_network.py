@@ -195,7 +195,8 @@ def _network(
         else:  # the gradient of one weight is one product
             h = F.linear(cat((x, context), dim=1), weight, bias)
     name = _NAMES.get(net.activation)
-    if name is not None and uses_triton(h, weight) and all(map(_is_known, _norms(net))):
+    # A batch of no rows is torch's, which counts it and leaves the statistics alone.
+    if name is not None and x.shape[0] and uses_triton(h, weight) and all(map(_is_known, _norms(net))):
         h = _fused_blocks(h, net, gates, name)
     else:
         h = _plain_blocks(h, net, gates, writes)

@@ -351,6 +351,17 @@ def test_batches_of_none_and_of_one() -> None:
         _net(batch_norm=True)(torch.ones(1, N_IN).double())
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_no_samples_leave_the_statistics_of_batch_norm_as_torch_does(backend: str) -> None:
+    net = _net(batch_norm=True).float().to(DEVICE)
+    before = {k: v.clone() for k, v in net.named_buffers() if v.is_floating_point()}
+    with lf.backend(backend):
+        assert net(torch.ones(0, N_IN, device=DEVICE)).shape == (0, N_OUT)
+    after = dict(net.named_buffers())
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert all(v == 1 for k, v in after.items() if "num_batches" in k)
+
+
 def test_a_new_network_is_zero_and_its_blocks_are_nearly_the_identity() -> None:
     x, net = torch.randn(B, N_IN), lf.ResidualMLP(N_IN, N_OUT, 32, 4)
     assert not net(x).any()
