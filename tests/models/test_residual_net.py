@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast import rows
+from linfast.flows import reversible
 from linfast.ops.residual_network import all_context_terms, context_terms, residual_network
 from tests.laws.zoo import perturb, relative
 from tests.ops.budget import DEVICE
@@ -349,6 +350,17 @@ def test_batches_of_none_and_of_one() -> None:
     assert _net(context_features=4)(torch.ones(0, N_IN).double(), context=torch.ones(1, 4).double()).shape[0] == 0
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         _net(batch_norm=True)(torch.ones(1, N_IN).double())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_captured_graph_with_dropout_stores(
+    training: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = lf.Flow([lf.AffineCoupling(_net_for(2, dropout=dropout), N_IN)], memory="invert").train(training)
+    monkeypatch.setattr(reversible, "capturing", lambda _: True)  # a replay draws other numbers than the capture
+    made_by = flow(torch.randn(B, N_IN)).grad_fn
+    assert ("_Link" in type(made_by).__name__) == (not (training and dropout))
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
