@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from linfast.bench.rounding import relative_error
+from linfast.kernels.spline_spec import Spline
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import linfast as lf
-from linfast.kernels.spline_spec import Spline
 from linfast.ops import rq_spline, spline_plain
 from linfast.ops.rq_spline import spline_backward
 from tests.ops.budget import DEVICE, Outputs, assert_accurate
