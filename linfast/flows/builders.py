@@ -251,7 +251,7 @@ def _per_feature(transform: str, bins: int, tail_bound: float, scale_map: Any, o
     if transform == "spline":
         unused = {"scale_map": (scale_map, None), "order": (order, usual_order)}
     for name, (value, usual) in unused.items():
-        if value != usual:
+        if value is not None if usual is None else value != usual:
             raise ValueError(f"{name} must be {usual!r} for transform={transform!r}, which has none; got {value!r}")
     return _PARAMETERS[transform] or of_spline
 
