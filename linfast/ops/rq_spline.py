@@ -144,7 +144,7 @@ def spline_of(
     sizes = {"min_width": min_width, "min_height": min_height, "temperature": temperature}
     for name, value in sizes.items() if clips else ():
         usual = Spline._field_defaults[name]
-        if value != usual:
+        if check_number(name, value) != usual:
             raise ValueError(f"{name} must be {usual} for parameters='soft_clip', which has none; got {value!r}")
     least = {
         name: 0.0 if clips else check_number(name, value, least=_LEAST, most=1.0 / bins)

@@ -113,11 +113,15 @@ def test_a_linearizer_and_its_samplers_take_a_row() -> None:
 @pytest.mark.skipif(COMPILED, reason="counts what the interpreter launches")
 def test_a_coupling_stack_with_a_row_is_one_launch() -> None:
     g, x = perturb(lf.coupling_flow(D, 4, (8,), context_features=C), 0.2), torch.randn(B, D)
-    row = torch.randn(1, C)
-    with lf.backend("triton"), torch.no_grad():
-        plan = lf.plan(g, x, context=row)
-        assert "coupling_stack" in str(plan)
-        assert relative(g(x, context=row), g.double()(x.double(), context=row.double())) < 1e-5
+    row, wide = torch.randn(1, C), copy.deepcopy(g).double()
+    expected = _values(wide, "forward_and_log_det", x.double(), row.double().expand(B, -1), {})  # type: ignore[arg-type]
+    with lf.backend("triton"):
+        found = _values(g, "forward_and_log_det", x, row, {})  # type: ignore[arg-type]
+        with torch.no_grad():
+            assert "coupling_stack" in str(lf.plan(g, x, context=row))
+            found[0] = g(x, context=row)
+    for got, value in zip(found, expected, strict=True):
+        assert relative(got, value) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["couplings", "masked", "residual"])

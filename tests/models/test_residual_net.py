@@ -211,18 +211,19 @@ def test_the_products_with_one_row_have_one_row(grad: bool) -> None:
         assert seen.rows == [1] * 5
 
 
-def test_terms_may_be_computed_before() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_terms_may_be_computed_before(few: bool, at_once: bool) -> None:
     net, x, c = _net(context_features=4), torch.randn(B, N_IN).double(), torch.randn(B, 4).double()
-    for given in (c, c[:1]):
-        for at_once in (False, True):
-            (terms,) = (
-                all_context_terms(given, [net.network()]) if at_once else [context_terms(given, net.network())]
-            )
-            kept = copy.deepcopy([terms.first.detach(), *(gate.detach() for gate in terms.gates)])
-            for grad in (True, False):
-                with torch.set_grad_enabled(grad):
-                    assert relative(residual_network(x, net.network(), terms=terms), net(x, context=given)) < 1e-13
-            assert all(map(torch.equal, (terms.first, *terms.gates), kept))
+    given = c[:1] if few else c
+    expected = _formula(net, x, None, given.expand(B, -1).clone())
+    network = net.network()
+    terms = all_context_terms(given, [network])[0] if at_once else context_terms(given, network)
+    kept = copy.deepcopy([terms.first.detach(), *(gate.detach() for gate in terms.gates)])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert relative(residual_network(x, network, terms=terms), expected) < 1e-13
+    assert all(map(torch.equal, (terms.first, *terms.gates), kept))
 
 
 FEW = rows._Sizes(bytes=64 * HIDDEN * 8, fewest=8)
