@@ -4,8 +4,8 @@ The features x_1 .. x_D have degrees 1 .. G; features of one degree do not depen
 the largest degree among the features that it depends on, 0 where it depends on none. The parameters of a feature of
 degree d depend only on hidden units of degrees below d. Units of degree G reach no parameter and are dropped.
 
-Layers are numbered from 0, the features, to n, the parameters: P per feature, shift_i and raw_i alternating, or
-shift_i alone. In each layer the units are sorted by degree, so that what a degree reads is a prefix of the layer
+Layers are numbered from 0, the features, to n, the parameters: P per feature, shift_i and raw_i alternating,
+shift_i alone, or the raw widths, heights and derivatives of a spline of K bins: P = 3 K - 1 to 3 K + 1. In each layer the units are sorted by degree, so that what a degree reads is a prefix of the layer
 before. The weights of one transform are one vector:
 
     W_1 [H_1, K_0]  W_2 [H_2, K_1] .. W_n [H_n, K_{n-1}]  |  b_1 [H_1] .. b_n [H_n]         H_0 = D, H_n = P D
@@ -32,7 +32,7 @@ class MaskedSpec:
 
     Args:
         degrees: G.
-        per_feature: P, parameters per feature: 2 (shift, raw), or 1 (shift) without a scale.
+        per_feature: P, parameters per feature: 2 (shift, raw), 1 (shift) without a scale, or those of a spline.
         order: [D], the features in the order of their degrees.
         cuts: for each layer from 0 to n - 1 in turn, G + 2 numbers: how many of its units have a degree below 0, 1,
             .. G + 1.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import has_values
-from ..flows.reversible import DROPOUTS, Step, inverts, reversible
+from ..flows.reversible import Step, drops, inverts, reversible
 from ..flows.undo import Context, Made, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling
@@ -89,7 +89,7 @@ def check_parts(parts: Sequence[Part]) -> None:
         raise Unfit("stored: none of its steps is a known coupling")
     for part in parts:
         modules = [module for net in part.conditioners for module in net.modules()]
-        if len(part.conditioners) > 1 and any(isinstance(m, DROPOUTS) and m.p > 0 for m in modules):
+        if len(part.conditioners) > 1 and any(map(drops, modules)):
             raise Unfit(f"stored: the conditioners of its {part.name} have dropout, and the backward reorders them")
 
 

@@ -11,6 +11,8 @@ Sources: masked autoregressive flows (arXiv 1705.07057), MADE (1502.03509), neur
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..checks import check_choice, check_kind
@@ -24,6 +26,11 @@ from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .bijection import Bijection
 from .splines import flow_spline
 from .undo import Context, Outputs
+
+# What layers lack that were pickled before there were splines.
+_BEFORE_SPLINES = {"spline": None, "bins": None, "tail_bound": 3.0, "tails": "linear"} | dict.fromkeys(
+    ("min_width", "min_height", "min_derivative"), 1e-3
+)
 
 
 class MaskedAutoregressive(Bijection):
@@ -80,6 +87,9 @@ class MaskedAutoregressive(Bijection):
             raise ValueError(f"conditioner must have per_feature={wanted} for {what}; got {got}")
         self.conditioner, self.scale_map, self.order = conditioner, scale_map, order
         self.features = conditioner.features
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**_BEFORE_SPLINES, **state})
 
     @property
     def widths(self) -> list[int]:

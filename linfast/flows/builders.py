@@ -74,7 +74,7 @@ def coupling_flow(
         coupling: the older name of ``transform``.
 
     Raises:
-        ValueError: an option that is not listed here, depth < 1 or features < 2.
+        ValueError: an option that is not listed here or not used by the transform, depth < 1 or features < 2.
     """
     features = check_count("features", features, least=2)
     make = partial(
@@ -118,12 +118,11 @@ def autoregressive_flow(
         actnorm, mix, time_features, context_features, memory: as in ``coupling_flow``.
 
     Raises:
-        ValueError: an option that is not listed here, or widths that ``MaskedMLP`` refuses.
+        ValueError: an option that is not listed here or not used by the transform, or widths that ``MaskedMLP`` refuses.
     """
     features, depth = check_count("features", features), check_count("depth", depth)
     check_choice("feature_order", feature_order, ("reverse", "random"))
-    check_choice("order", order, ORDERS)
-    per_feature = _per_feature(transform, bins, tail_bound, scale_map)
+    per_feature = _per_feature(transform, bins, tail_bound, scale_map, order, "scale_first")
     options: dict[str, Any] = {"scale_map": _default(depth) if scale_map is None else scale_map, "order": order}
     if transform == "additive":
         options["scale_map"] = None
@@ -182,7 +181,7 @@ def image_flow(
 
     Raises:
         ValueError: an odd C at an odd resolution, a resolution that the UNet cannot halve often
-            enough, or an option that is not listed.
+            enough, or an option that is not listed or not used by the transform.
     """
     channels = check_count("channels", channels)
     if isinstance(resolution, (tuple, list)):
@@ -243,12 +242,17 @@ def _default(depth: int) -> ScaleMap:
     return ScaleMap("smooth", bound=min(2.0, 4.0 / depth))
 
 
-def _per_feature(transform: str, bins: int, tail_bound: float, scale_map: Any) -> int:
+def _per_feature(transform: str, bins: int, tail_bound: float, scale_map: Any, order: str, usual_order: str) -> int:
     """The number of parameters of a feature; checks the arguments."""
     check_choice("transform", transform, tuple(_PARAMETERS))
-    if transform == "spline" and scale_map is not None:
-        raise ValueError(f"scale_map must be None for transform='spline', which has none; got {scale_map!r}")
+    check_choice("order", order, ORDERS)
     of_spline = flow_spline(bins, tail_bound).per_feature
+    unused: dict[str, tuple[Any, Any]] = {"bins": (bins, 8), "tail_bound": (tail_bound, 3.0)}
+    if transform == "spline":
+        unused = {"scale_map": (scale_map, None), "order": (order, usual_order)}
+    for name, (value, usual) in unused.items():
+        if value is not None if usual is None else value != usual:
+            raise ValueError(f"{name} must be {usual!r} for transform={transform!r}, which has none; got {value!r}")
     return _PARAMETERS[transform] or of_spline
 
 
@@ -271,8 +275,7 @@ def _couplings(
                 f"coupling is the older name of transform: give one; got {coupling!r} and {transform!r}"
             )
         transform = check_choice("coupling", coupling, tuple(_PARAMETERS))
-    check_choice("order", order, ORDERS)
-    outputs = _per_feature(transform, bins, tail_bound, scale_map)
+    outputs = _per_feature(transform, bins, tail_bound, scale_map, order, "shift_first")
     scale_map = _default(depth) if scale_map is None else scale_map
     make: Callable[..., Bijection] = AdditiveCoupling
     if transform == "affine":

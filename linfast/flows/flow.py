@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,12 +60,12 @@ class Flow(Bijection):
         self.features, self._features_out = _chain(bijections, features)
         self.bijections = nn.ModuleList(bijections)
         self.shape = None if shape is None else check_counts("shape", shape)
-        self._stored = (
-            stored_tensors(self.bijections),
-            stored_tensors(self.bijections, lambda _: True),  # of the inverse
-            stored_tensors(self.bijections, lambda layer: layer.spline is None),  # of the forward in kernels
-        )
+        self._stored = _stored(self.bijections)
         self._guard = DriftGuard()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stored = _stored(self.bijections)  # earlier versions kept fewer numbers
 
     @property
     def features_out(self) -> int | None:
@@ -114,6 +115,15 @@ def stored_tensors(
         widths = sum(parameter.shape[0] for parameter in own if parameter.ndim > 1)
         total += 4 + 2 * widths / (getattr(bijection, "features", None) or 1)
     return total
+
+
+def _stored(bijections: Iterable[nn.Module]) -> tuple[float, float, float]:
+    """``stored_tensors`` of the forward, of the inverse, and of the forward in kernels."""
+    return (
+        stored_tensors(bijections),
+        stored_tensors(bijections, lambda _: True),
+        stored_tensors(bijections, lambda layer: layer.spline is None),
+    )
 
 
 def _step(place: str, bijection: Bijection, inverse: bool, log_det: bool) -> Step:

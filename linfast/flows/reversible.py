@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..checks import check_choice, check_kind, check_tensor
 from ..dispatch import capturing, has_values, is_transformed
+from ..residual_net import ResidualMLP
 from .drift import DRIFT_BUDGETS, Checksum, DriftGuard, drift_budget
 from .replay import Replay, keeps_a_piece, read_from_outside
 from .undo import Backward, Context, Cotangents, Made, Outputs, Undone, sum_of, undo
@@ -208,7 +209,7 @@ class Chain:
             or not x.numel()
             or any(not isinstance(p, nn.Parameter) or is_lazy(p) for p in self.parameters)
             or any(getattr(step.module, "_is_replica", False) for step in self.steps)
-            or (capturing(x) and any(_drops(m) for step in self.steps for m in step.module.modules()))
+            or (capturing(x) and any(m.training and drops(m) for step in self.steps for m in step.module.modules()))
         )
 
     def run_steps(
@@ -309,5 +310,8 @@ def _parameters(module: nn.Module) -> list[Tensor]:
     return parameters + [b for b in buffers if b.requires_grad]
 
 
-def _drops(module: nn.Module) -> bool:
-    return isinstance(module, DROPOUTS) and module.training and module.p > 0
+def drops(module: nn.Module) -> bool:
+    """Whether it drops elements in training, by itself and not by a module that it holds."""
+    if isinstance(module, ResidualMLP):
+        return module.dropout > 0
+    return isinstance(module, DROPOUTS) and module.p > 0

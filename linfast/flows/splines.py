@@ -14,7 +14,7 @@ from ..checks import check_choice, check_number
 from ..dispatch import cat
 from ..kernels.spline_spec import Spline
 from ..ops.affine_coupling import HALVES, split_sizes
-from ..ops.rq_spline import spline_backward, spline_of, spline_transform
+from ..ops.rq_spline import MOST_BOUND, spline_backward, spline_of, spline_transform
 from ..ops.spline_plain import unit_derivative
 from .couplings import _Coupling
 from .undo import Made, Outputs
@@ -31,7 +31,7 @@ def flow_spline(
     min_derivative: float = 1e-3,
 ) -> Spline:
     """The checked options of a flow's spline, which zeros as parameters make the identity."""
-    bound = check_number("tail_bound", tail_bound, least=0.0, above=True)
+    bound = check_number("tail_bound", tail_bound, 0.0, MOST_BOUND, above=True)
     spline = spline_of(
         bins, interval=(-bound, bound), tails=tails, min_width=min_width, min_height=min_height,
         min_derivative=min_derivative,
@@ -58,7 +58,8 @@ class SplineCoupling(_Coupling):
         features: C, at least 2.
         moves: which half moves, "first" or "second".
         bins: K, at least 2.
-        tail_bound: half the length of the interval.
+        tail_bound: half the length of the interval, at most 1e6; values that differ by less than eps tail_bound are
+            the same.
         tails: "linear", derivatives 1 at both ends; "circular", for angles, equal ones, P = 3 K; "bounded", any,
             P = 3 K + 1, for data within the interval, as S then has kinks at its ends.
         min_width, min_height: least size of a bin as a fraction of the interval, at most 1 / K.

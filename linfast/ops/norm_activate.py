@@ -9,6 +9,7 @@ pass of its own for its bias. Saved for the backward: x, the parameters and the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,16 +49,17 @@ def norm_activate(
         weight, shift: [H], of the norm; None for 1 and 0.
         mean, var: [H], what normalises. Both None, and no ``of_batch``: no norm. They have no gradient in a kernel.
         of_batch: normalise by the statistics of the batch, which the second and third result are.
-        eps: added to the variance.
+        eps: added to the variance; at least 0, with ``of_batch`` above 0, as in torch.
 
-    The op is computed in fp32 or wider; y has x's dtype. No gradient flows through the returned statistics.
+    The op is computed in fp32, or in float64 where an argument is; y has x's dtype. No gradient flows through the returned statistics.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an option is unknown; a shape does not fit x; a batch of one row is to normalise itself.
+        ValueError: an option is unknown; a shape does not fit x; a batch of fewer than two rows is to normalise
+            itself.
     """
     norm = _check(x, activation, (bias, weight, shift, mean, var), of_batch)
-    check_number("eps", eps, 0.0)
+    check_number("eps", eps, 0.0, above=of_batch)
     given = (x, bias, weight, shift, mean, var)
     constants = norm, eps, _NUMBERS[activation]
     fixed = not any(t is not None and t.requires_grad for t in (mean, var))
@@ -72,7 +74,8 @@ def norm_activate_reference(
     var: Tensor | None, norm: int, eps: float, activation: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """``norm_activate`` in plain torch."""
-    compute = torch.promote_types(x.dtype, torch.float32)
+    given = [t.dtype for t in (x, bias, weight, shift, mean, var) if t is not None]
+    compute = functools.reduce(torch.promote_types, given, torch.float32)
     bias, weight, shift, mean, var = (t if t is None else t.to(compute) for t in (bias, weight, shift, mean, var))
     found: tuple[Tensor | None, Tensor | None] = None, None
     u = x.to(compute)

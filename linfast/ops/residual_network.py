@@ -197,7 +197,8 @@ def _network(
         else:  # the gradient of one weight is one product
             h = F.linear(cat((x, context), dim=1), weight, bias)
     name = _NAMES.get(net.activation)
-    if name is not None and plain and uses_triton(h, weight) and all(map(_is_known, norms)):
+    # A batch of no rows is torch's, which counts it and leaves the statistics alone.
+    if name is not None and x.shape[0] and plain and uses_triton(h, weight) and all(map(_is_known, norms)):
         h = _fused_blocks(h, net, gates, name)
     else:
         h = _plain_blocks(h, net, gates, writes, plain)

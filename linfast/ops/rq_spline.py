@@ -77,26 +77,31 @@ def rq_spline(
         derivatives: [B, ..., K - 1], raw, at the inner knots. With tails "circular" K, the first one at both ends;
             with tails "bounded" K + 1.
         tails: "linear", "circular" or "bounded". In every case y = x outside the interval, in fp32 or wider.
-        interval: (l, r), which the spline maps to itself.
+        interval: (l, r), which the spline maps to itself, from -1e6 to 1e6. Positions are counted from l: values
+            that differ by less than eps max(|l|, |r|) are the same.
         min_width, min_height: least size of a bin as a fraction of the interval, at most 1 / K.
         min_derivative: least derivative at a knot.
-        temperature: T, which divides the raw widths and heights; nflows takes the root of a network's width.
-        parameters: "softmax", or "soft_clip" as in zuko, whose min_width and min_height are 0.
+        temperature: T, at least 1e-6, which divides the raw widths and heights; nflows takes the root of a network's
+            width.
+        parameters: "softmax", or "soft_clip" as in zuko, which has no least sizes and no temperature.
         inverse: apply the inverse.
         log_det: also return log|det| of the map that is applied, [B], in fp32 or wider.
 
-    y has x's dtype and is contiguous; all arithmetic is fp32 or wider. From finite arguments no result and no
-    gradient is NaN.
+    y has x's dtype and is contiguous; all arithmetic is fp32 or wider. From finite x and raw values within +-1e8 no
+    result and no gradient is NaN.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: an option is unknown, or a shape does not fit.
+        ValueError: an option is unknown, out of its range, or not used with these parameters; a shape does not fit.
     """
     check_tensor("x", x)
+    if x.ndim < 1:
+        raise ValueError("x must be [B, ...]; got ()")
     for name, given in (("widths", widths), ("heights", heights), ("derivatives", derivatives)):
         check_tensor(name, given, x)
         if given.ndim != x.ndim + 1 or given.shape[1:-1] != x.shape[1:] or given.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"{name} must be {(*x.shape, '.')} for x {tuple(x.shape)}; got {tuple(given.shape)}")
+            shape = ", ".join([f"{x.shape[0]} or 1", *map(str, x.shape[1:]), _LAST[name]])
+            raise ValueError(f"{name} must be [{shape}] for x {tuple(x.shape)}; got {tuple(given.shape)}")
     if widths.shape[-1] < 2:
         raise ValueError(f"widths must have at least 2 values in their last dimension; got {tuple(widths.shape)}")
     check_flag("inverse", inverse)
@@ -132,16 +137,21 @@ def spline_of(
     check_kind("interval", interval, (tuple, list), "a pair of numbers")
     if len(interval) != 2:
         raise ValueError(f"interval must be (l, r); got {interval}")
-    low, high = (check_number("each of interval", end) for end in interval)
+    low, high = (check_number("each of interval", end, -MOST_BOUND, MOST_BOUND) for end in interval)
     if not low < high:
         raise ValueError(f"interval must be (l, r) with l < r; got {interval}")
     clips = parameters == "soft_clip"
+    sizes = {"min_width": min_width, "min_height": min_height, "temperature": temperature}
+    for name, value in sizes.items() if clips else ():
+        usual = Spline._field_defaults[name]
+        if check_number(name, value) != usual:
+            raise ValueError(f"{name} must be {usual} for parameters='soft_clip', which has none; got {value!r}")
     least = {
         name: 0.0 if clips else check_number(name, value, least=_LEAST, most=1.0 / bins)
         for name, value in (("min_width", min_width), ("min_height", min_height))
     }
     check_number("min_derivative", min_derivative, least=_LEAST, most=1.0, below=True)
-    check_number("temperature", temperature, least=0.0, above=True)
+    check_number("temperature", temperature, least=_LEAST)
     return Spline(
         bins,
         low,
@@ -156,6 +166,8 @@ def spline_of(
 
 
 _LEAST = 1e-6  # smaller bins or slopes make ratios whose squares overflow in fp32
+MOST_BOUND = 1e6  # of an interval: beyond it fp32 hardly resolves x
+_LAST = {"widths": "K", "heights": "K", "derivatives": "K - 1 to K + 1"}
 
 
 def spline_transform(
@@ -185,7 +197,8 @@ def spline_backward(
         needs = [True, True, False, False]
         # Elsewhere by formula too: a derivative of the reference does not work in a TorchDispatchMode.
         run = torch.ops.linfast.rq_spline_planes_backward if _runs_planes(flat, tensors) else plain_backward
-        found = run(flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
+        given = (flat, tensors, None, None, of_flat, grad_log_det, *constants, needs)
+        found = without_autocast(x.device.type, run, *given)
     return found[0].reshape(x.shape), found[1].reshape(params.shape)
 
 

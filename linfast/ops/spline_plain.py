@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import has_values
 from ..kernels.spline_spec import TAILS, Spline
 
 _AT_ONCE = 320_000
@@ -177,9 +178,14 @@ class Affine(NamedTuple):
     knots: Tensor
 
 
+def affine(spline: Spline, like: Tensor) -> Affine:
+    """How fractions, whose sum is 1, become sizes and knots, counted from l, for tensors like this one."""
+    make = _affine if has_values(like) else _affine.__wrapped__  # a fake tensor must not be kept
+    return make(spline, like.dtype, like.device)
+
+
 @functools.lru_cache(64)
-def affine(spline: Spline, dtype: torch.dtype, device: torch.device) -> Affine:
-    """How fractions, whose sum is 1, become sizes and knots, counted from l."""
+def _affine(spline: Spline, dtype: torch.dtype, device: torch.device) -> Affine:
     bins, length = spline.bins, spline.high - spline.low
     least = torch.tensor((spline.min_width, spline.min_height), dtype=torch.float64).view(2, 1, 1)
     scales = (1 - least * bins).clamp_min(0)
@@ -210,7 +216,7 @@ def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     at = value.clamp(spline.low, spline.high)
     outside = at != value
     at.sub_(spline.low)
-    scales, least, knots = affine(spline, value.dtype, value.device)
+    scales, least, knots = affine(spline, value)
     axis, below = int(inverse), at.new_empty(n, bins - 1, b)
     # A product: cumsum along planes takes longer.
     torch.ge(at.unsqueeze(1), torch.matmul(knots[axis], tables.fractions[axis]), out=below)

@@ -121,7 +121,7 @@ def _pulled(found: Bin, g: Tensor, h: Tensor, inverse: bool) -> _Pulled:
 
 def _of_sizes(found: Bin, tables: Tables, pulled: _Pulled, spline: Spline, out: Tensor) -> Tensor:
     """The gradients of the raw widths and heights, written to ``out`` [2, D, K, b]."""
-    scales = affine(spline, out.dtype, out.device).scales / spline.temperature
+    scales = affine(spline, out).scales / spline.temperature
     of_start, of_size = pulled.starts.mul_(scales), pulled.sizes.mul_(scales)
     rest = (of_start * found.before).addcmul_(of_size, found.fractions).neg_()
     of_size, of_start, rest = (each.unsqueeze(2) for each in (of_size.add_(rest), of_start, rest))

@@ -49,7 +49,7 @@ def rq_spline_reference(x: Tensor, params: Tensor, *constants: Any) -> tuple[Ten
     y = torch.where(inside, out, x.to(wide)).to(x.dtype)
     if not log_det:
         return y, None
-    logs = torch.log(s * s * (d_1 * t * t + 2 * s * q + d_0 * (1 - t) ** 2) / (base * base))
+    logs = 2 * torch.log(s / base) + torch.log(d_1 * t * t + 2 * s * q + d_0 * (1 - t) ** 2)
     return y, torch.where(inside, -logs if inverse else logs, 0.0).sum(-1)
 
 

@@ -299,7 +299,8 @@ def _rq_spline(r: dict[str, Any]) -> Case:
     tensors = [2 * _image(r, r["batch"], r["channels"])]
     tensors += [drawn(r["seed"] + i, *lead, n) for i, n in enumerate((K, K, K + extra), 1)]
     options = {"tails": tails, "interval": (-2.0, 2.5), "min_derivative": 0.01, "inverse": r["inverse"]}
-    options |= {"temperature": 1.5, "parameters": "soft_clip" if r["flag"] else "softmax"}
+    options |= {"temperature": 1.0, "parameters": "soft_clip"} if r["flag"] else {"temperature": 1.5}
+    options.setdefault("parameters", "softmax")
     return Case(
         lambda *t: ops.rq_spline(*t, **options, log_det=True), lambda *t: plain_spline(*t, **options), tensors
     )

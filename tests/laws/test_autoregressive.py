@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,3 +273,22 @@ def _random(module, size=0.3):
     for parameter in module.parameters():
         nn.init.normal_(parameter, 0.0, size)
     return module
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_module_pickled_before_there_were_splines_runs(kept: int, tmp_path: Path) -> None:
+    g, x = perturb(lf.autoregressive_flow(4, 2, (8,)), 0.3), torch.randn(5, 4)
+    old = copy.deepcopy(g)
+    for layer in old.bijections:
+        for name in ("spline", "bins", "tail_bound", "tails", "min_width", "min_height", "min_derivative"):
+            del vars(layer)[name]
+    vars(old)["_stored"] = old._stored[:kept]
+    if not kept:
+        del old._stored
+    old = pickle.loads(pickle.dumps(old))
+    for backend in ("auto", "triton"):
+        with lf.backend(backend):
+            assert torch.equal(old.to(DEVICE)(x.to(DEVICE)), g.to(DEVICE)(x.to(DEVICE)))
+    assert torch.equal(old.inverse(x.to(DEVICE)), g.inverse(x.to(DEVICE)))
+    lf.save(old, tmp_path / "old.safetensors")
+    assert repr(old) == repr(g)

@@ -283,6 +283,30 @@ def test_builders_pass_the_options_of_splines_on() -> None:
         assert (layer.spline.bins, layer.spline.low, layer.spline.high) == (5, -2.0, 2.0)
 
 
+def test_builders_refuse_options_of_other_transforms() -> None:
+    spline: dict[str, Any] = {"transform": "spline"}
+    calls: list[tuple[Callable[[], lf.Flow], str]] = [
+        (
+            lambda: lf.coupling_flow(4, order="scale_first", **spline),
+            "order must be 'shift_first' for transform='sp",
+        ),
+        (
+            lambda: lf.image_flow(2, 4, order="scale_first", **spline),
+            "order must be 'shift_first' for transform='sp",
+        ),
+        (
+            lambda: lf.autoregressive_flow(4, order="shift_first", **spline),
+            "order must be 'scale_first' for transf",
+        ),
+        (lambda: lf.coupling_flow(4, scale_map="tanh", **spline), "scale_map must be None for transform='spline'"),
+        (lambda: lf.coupling_flow(4, bins=5), "bins must be 8 for transform='affine'"),
+        (lambda: lf.autoregressive_flow(4, tail_bound=2.0), "tail_bound must be 3.0 for transform='affine'"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_plan_names_what_runs() -> None:
     coupling = lf.coupling_flow(5, 2, transform="spline").to(DEVICE)
     masked = lf.autoregressive_flow(5, 1, transform="spline").to(DEVICE)

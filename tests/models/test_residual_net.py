@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import linfast as lf
 from linfast import rows
+from linfast.flows import reversible
 from linfast.ops.residual_network import all_context_terms, context_terms, residual_network
 from tests.laws.zoo import perturb, relative
 from tests.ops.budget import DEVICE
@@ -210,7 +211,9 @@ def test_the_products_with_one_row_have_one_row(grad: bool) -> None:
         assert seen.rows == [1] * 5
 
 
-def test_terms_may_be_computed_before() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_terms_may_be_computed_before(few: bool, at_once: bool) -> None:
     net, x, c = _net(context_features=4), torch.randn(B, N_IN).double(), torch.randn(B, 4).double()
     for given in (c, c[:1]):
         with torch.no_grad():  # the network that is given the context of every sample
@@ -385,6 +388,28 @@ def test_batches_of_none_and_of_one() -> None:
     assert _net(context_features=4)(torch.ones(0, N_IN).double(), context=torch.ones(1, 4).double()).shape[0] == 0
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         _net(batch_norm=True)(torch.ones(1, N_IN).double())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_captured_graph_with_dropout_stores(
+    training: bool, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = lf.Flow([lf.AffineCoupling(_net_for(2, dropout=dropout), N_IN)], memory="invert").train(training)
+    monkeypatch.setattr(reversible, "capturing", lambda _: True)  # a replay draws other numbers than the capture
+    made_by = flow(torch.randn(B, N_IN)).grad_fn
+    assert ("_Link" in type(made_by).__name__) == (not (training and dropout))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_no_samples_leave_the_statistics_of_batch_norm_as_torch_does(backend: str) -> None:
+    net = _net(batch_norm=True).float().to(DEVICE)
+    before = {k: v.clone() for k, v in net.named_buffers() if v.is_floating_point()}
+    with lf.backend(backend):
+        assert net(torch.ones(0, N_IN, device=DEVICE)).shape == (0, N_OUT)
+    after = dict(net.named_buffers())
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert all(v == 1 for k, v in after.items() if "num_batches" in k)
 
 
 def test_a_new_network_is_zero_and_its_blocks_are_nearly_the_identity() -> None:

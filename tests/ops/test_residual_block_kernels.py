@@ -125,6 +125,18 @@ def test_it_is_torchs_batch_norm() -> None:
         torch.testing.assert_close(got, value)
 
 
+@pytest.mark.parametrize("wide", ["bias", "weight", "shift", "mean", "var"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_a_float64_parameter_is_not_rounded(backend: str, wide: str) -> None:
+    x = torch.randn(5, 3, device=DEVICE)
+    given = {name: torch.rand(3, device=DEVICE) + 0.5 for name in ("bias", "weight", "shift", "mean", "var")}
+    given[wide] = given[wide].double() + 1e-9
+    exact = {name: t.double() for name, t in given.items()}
+    with lf.backend(backend):
+        y = norm_activate(x, "silu", **given)[0]
+    assert torch.equal(y, norm_activate(x.double(), "silu", **exact)[0].float())
+
+
 def test_numbers_are_those_of_the_kernels() -> None:
     assert (NORMS.index("given"), NORMS.index("of the batch")) == (kernels.GIVEN.value, kernels.OF_BATCH.value)
 
@@ -239,6 +251,8 @@ def test_errors_name_the_argument_and_the_shape() -> None:
         norm_activate(x, "relu", mean=torch.ones(4))
     with pytest.raises(ValueError, match="x: Expected more than 1 value per channel"):
         norm_activate(x[:1], "relu", of_batch=True)
+    with pytest.raises(ValueError, match="eps must be a finite number above 0; got 0.0"):
+        norm_activate(x, "relu", of_batch=True, eps=0.0)
     with pytest.raises(ValueError, match=r"gate must be \[3, 4\] or \[1, 4\] for h \(3, 4\); got \(2, 4\)"):
         glu_skip(x, x, x[:2])
     with pytest.raises(ValueError, match=r"r is torch.float64 and h torch.float32"):

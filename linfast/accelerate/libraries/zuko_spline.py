@@ -23,7 +23,7 @@ from torch.distributions import Transform, constraints
 
 from ...dispatch import autocast_dtype
 from ...kernels.spline_spec import Spline
-from ...ops.rq_spline import spline_transform
+from ...ops.rq_spline import MOST_BOUND, spline_transform
 from ...rows import checks_all_lengths
 from ..identity import changed_method, find_class, is_own_method
 from .zuko import is_traced
@@ -64,7 +64,9 @@ def find_spline(lazy: Any) -> Univariate | None:
     if set(named) - ({"slope"} if shifted else {"slope", "bound"}) or not all(map(_is_own, _METHODS)):
         return None
     slope, bound = named.get("slope", 1e-3), math.pi if shifted else named.get("bound", 5.0)
-    if not all(type(value) in (int, float) for value in (slope, bound)) or not (1e-6 <= slope < 1 and bound > 0):
+    if not all(type(value) in (int, float) for value in (slope, bound)) or not (
+        1e-6 <= slope < 1 and 0 < bound <= MOST_BOUND
+    ):
         return None
     shapes = [tuple(shape) for shape in lazy.shapes]
     bins = shapes[0][0] if shapes and shapes[0] else 0
