@@ -13,6 +13,7 @@ replaced (flows/remembered.py) or a mask has other values: ``Together.renewed``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,7 @@ def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
 
 
 _FEWEST = 2  # couplings
+_CALLED = "forward", "inverse"  # the methods of a nested chain that its own chain would call
 
 
 class Together:
@@ -98,7 +100,11 @@ class Together:
 
     def _remember(self, chain: nn.Module, recognised: Sequence[nn.Module], masks: Iterable[Tensor]) -> None:
         """What was recognised holds until ``renewed`` finds a change of these members or of their masks' values."""
-        self._children, self._evidence = chain._modules, _evidence(chain, recognised, masks)
+        nested = [*_nested(chain, [module for _, module in self._arguments[0](chain)])]
+        for module in nested:
+            if is_hooked(module) or changed_method(module, _CALLED) is not None:
+                raise Unfit(f"its nested {type(module).__name__} has a hook or a replaced method")
+        self._children, self._evidence = chain._modules, _evidence(chain, nested, recognised, masks)
         self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
 
     def plan(self, chain: nn.Module) -> Plan:
@@ -219,16 +225,32 @@ class Fused(Together):
         return y, total
 
 
-def _evidence(chain: nn.Module, recognised: Iterable[nn.Module], masks: Iterable[Tensor]) -> Evidence:
+def _lists(chain: nn.Module) -> list[nn.Module]:
+    return [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+
+
+def _nested(chain: nn.Module, members: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The chains inside the chain that are not members themselves, but whose members are."""
+    if any(chain is member for member in members):
+        return
+    for each in itertools.chain.from_iterable(_lists(chain)):
+        if not any(each is member for member in members):
+            yield each
+            yield from _nested(each, members)
+
+
+def _evidence(
+    chain: nn.Module, nested: Sequence[nn.Module], recognised: Iterable[nn.Module], masks: Iterable[Tensor]
+) -> Evidence:
     """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
-    lists = [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
-    functions: list[tuple[type, str]] = []
+    lists = [*_lists(chain), *itertools.chain.from_iterable(map(_lists, nested))]
+    functions = [(original_class(module), name) for module in nested for name in _CALLED]
     for module in recognised:
         adapter, cls = adapter_for(module), original_class(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
         functions += [(cls, name) for name in names if hasattr(cls, name)]
         functions += [(original_class(inside), "forward") for inside in module.modules()]
-    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,))
+    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,), nested)
 
 
 def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:

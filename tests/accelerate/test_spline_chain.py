@@ -164,3 +164,55 @@ def test_a_long_batch_in_parts_is_the_whole_one() -> None:
     lf.accelerate(model)
     x, c = torch.randn(6000, D), torch.randn(6000, CONTEXT)
     assert _is_close([*model(x, c)], [*original(x, c)], 1e-12)
+
+
+def _nested(kind: str) -> nn.Module:
+    """Two chains inside a chain, of spline couplings, or of affine ones with MLPs."""
+    transforms = require("nflows.transforms")
+    couplings = [_spline(mask, None) for mask in ("alternate", "gather")]
+    if kind == "affine":
+        make = transforms.AffineCouplingTransform
+        couplings = [make(torch.tensor([i, 1 - i] * 3), lambda i, o: _MLP(i, o)) for i in (0, 1)]
+    halves = [[_permutation(), couplings[0]], [_lu(), couplings[1]]]
+    torch.manual_seed(1)
+    model = transforms.CompositeTransform([transforms.CompositeTransform(half) for half in halves])
+    redraw(model, model.state_dict(), 0)
+    return model
+
+
+class _MLP(nn.Module):
+    def __init__(self, n_in: int, n_out: int, width: int = 8) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(n_in, width), nn.ReLU(), nn.Linear(width, n_out))
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        return self.net(x)
+
+
+def _of_nested(model: nn.Module) -> nn.Module:
+    return model._transforms[0]
+
+
+_NESTED_CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a hook": lambda m: m.register_forward_hook(lambda module, given, found: (found[0] * 2, found[1])),
+    "its forward": lambda m: setattr(m, "forward", lambda x, context=None: (x * 2, x[:, 0])),
+    "a member replaced": lambda m: m._transforms.__setitem__(0, require("nflows.transforms").ReversePermutation(D)),
+    "a member appended": lambda m: m._transforms.append(require("nflows.transforms").ReversePermutation(D)),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before accelerate", "after it"])
+@pytest.mark.parametrize("change", _NESTED_CHANGES)
+@pytest.mark.parametrize("kind", ["spline", "affine"])
+def test_changes_of_a_nested_chain_are_followed(kind: str, change: str, first: bool) -> None:
+    model = _nested(kind)
+    original, x = copy.deepcopy(model), torch.randn(128, D)
+    if first:
+        _NESTED_CHANGES[change](_of_nested(model))
+    report = lf.accelerate(model)
+    assert report.swapped
+    assert _is_close([*model(x)], [*original(x)], 1e-12) != first
+    if not first:
+        _NESTED_CHANGES[change](_of_nested(model))
+    _NESTED_CHANGES[change](_of_nested(original))
+    assert _is_close([*model(x)], [*original(x)], 1e-12)
