@@ -43,12 +43,14 @@ class Maps:
         methods: names of the methods that must be unmodified.
         of: {class name: module -> its permutation or affine map of vectors, or None to run the library's own code}.
         others: names of the classes that always run by the library's own code.
+        initialises: whether a module's next call may set its parameters from the batch, as an ActNorm's first does.
     """
 
     library: tuple[str, ...]
     methods: tuple[str, ...]
     of: Mapping[str, Callable[[Any], Index | Affine | None]]
     others: tuple[str, ...] = ()
+    initialises: Callable[[Any], bool] = lambda module: False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,6 +61,10 @@ class Maps:
         cls = original_class(module)
         found = cls.__qualname__ in self.names and cls.__module__.partition(".")[0] in self.library
         return found and changed_method(module, self.methods) is None
+
+    def rows_apart(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether no row that the next call of these modules gets changes the result of another."""
+        return all(self.known(module) and not self.initialises(module) for module in modules)
 
 
 def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
@@ -166,9 +172,9 @@ class Fused(Together):
         if run is None and not all(isinstance(member, (Coupling, Index)) for member in members):
             raise Unfit("not all of its members are MLP couplings")
         self._loops = loops_of(members, self.features, run)
-        row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
+        self._own = [member for member in members if isinstance(member, nn.Module)]
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
-        self._widths: list[int | None] = [max(widths) if row_apart else None]
+        self._most = max(widths)
         self.launch: Launch | None = launch_of(members)
 
     def plan(self, chain: nn.Module) -> Plan:
@@ -207,7 +213,7 @@ class Fused(Together):
         if uses_triton(x):
             assert self.launch is not None
             return self.launch(chain, x, inverse, self._options.precision)
-        rows = rows_at_once(x, lambda: self._widths)
+        rows = rows_at_once(x, lambda: [self._most if self._arguments[2].rows_apart(self._own) else None])
         scales: list[Tensor] = []
         loops = [loop.made(inverse, scales, log_det) for loop in self._loops]  # once for all parts of a long batch
 

@@ -115,9 +115,9 @@ class SplineChain(Together):
         (self.features,), (self.dtype,) = sizes, dtypes
         self._steps = [*_arranged(members, self.features)]
         self._maps = LUMaps([step for step in self._steps if isinstance(step, LUMap)], self.features)
-        alone = all(maps.known(step.module) for step in self._steps if isinstance(step, _Own))
+        self._own = [step.module for step in self._steps if isinstance(step, _Own)]
         widths = [width for coupling in couplings for width in coupling.widths]
-        self._widths: list[int | None] = [self.features, *widths, *([] if alone else [None])]
+        self._widths: list[int | None] = [self.features, *widths]
 
     def plan(self, chain: nn.Module) -> Plan:
         return Plan(f"{len(self.couplings)} spline couplings in one loop", fused=self, vectors=self.features)
@@ -138,7 +138,7 @@ class SplineChain(Together):
         if given is not None and (given.shape[0] == 1 or (torch.is_grad_enabled() and uses_triton(x))):
             terms = all_context_terms(given, [c.net.network for c in self.couplings if isinstance(c.net, Residual)])
         work = functools.partial(self._steps_on, maps, terms, inverse)
-        rows = rows_at_once(x, lambda: self._widths)
+        rows = rows_at_once(x, lambda: self._widths if self._arguments[2].rows_apart(self._own) else [None])
         if rows is None or (terms[0] is not None and given.shape[0] > 1):
             y, total = work(x, context["context"])
         else:

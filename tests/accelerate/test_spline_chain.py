@@ -216,3 +216,20 @@ def test_changes_of_a_nested_chain_are_followed(kind: str, change: str, first: b
         _NESTED_CHANGES[change](_of_nested(model))
     _NESTED_CHANGES[change](_of_nested(original))
     assert _is_close([*model(x)], [*original(x)], 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["spline", "affine"])
+def test_an_actnorm_is_initialised_on_a_whole_long_batch(kind: str) -> None:
+    transforms = require("nflows.transforms")
+    couplings = [_spline(mask, None) for mask in ("alternate", "gather")]
+    if kind == "affine":
+        make = transforms.AffineCouplingTransform
+        couplings = [make(torch.tensor([i, 1 - i] * 3), lambda i, o: _MLP(i, o, 512)) for i in (0, 1)]
+    model = transforms.CompositeTransform([couplings[0], transforms.ActNorm(D), couplings[1]])
+    x = torch.randn(6000, D) * torch.linspace(0, 3, 6000)[:, None]
+    original = copy.deepcopy(model)
+    lf.accelerate(model)
+    for each in (model, original):
+        each(x)
+    assert original._transforms[1].initialized
+    assert _is_close([*model.state_dict().values()], [*original.state_dict().values()], 1e-12)
