@@ -97,7 +97,8 @@ class Together:
     """
 
     features: int
-    dtype: torch.dtype
+    first: nn.Module  # a coupling
+    like: Tensor  # its first weight, whose dtype may change
     compared_in: torch.dtype | None = None  # by the check; None: in the weights' dtype
     _alone = False
 
@@ -131,7 +132,9 @@ class Together:
         """Whether this can run x; if not, the library's own code does."""
         if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        return x.ndim == 2 and x.shape[1] == self.features and x.dtype == self.dtype and not has_global_hook()
+        if x.ndim != 2 or x.shape[1] != self.features or has_global_hook():
+            return False
+        return x.dtype == self.like.dtype or x.dtype == like_of(self.first).dtype  # where its weight was replaced
 
     def __call__(
         self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
@@ -166,8 +169,9 @@ class Fused(Together):
         if len(couplings) < _FEWEST or len(sizes) > 1:
             raise Unfit("fewer than two couplings of it are MLP couplings of one width")
         (self.features,) = sizes
-        (self.dtype, *others) = {t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}
-        if others:
+        self.first = next(module for module in recognised if adapter_for(module) is not None)
+        self.like = like_of(self.first)
+        if len({t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}) > 1:
             raise Unfit("its couplings have weights of several dtypes")
         if run is None and not all(isinstance(member, (Coupling, Index)) for member in members):
             raise Unfit("not all of its members are MLP couplings")
@@ -229,6 +233,10 @@ class Fused(Together):
             of_scales = torch.cat(scales).abs().log().sum()
             total = total - of_scales if inverse else total + of_scales
         return y, total
+
+
+def like_of(coupling: nn.Module) -> Tensor:
+    return next(coupling.parameters())
 
 
 def _lists(chain: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import linfast as lf
+from linfast.accelerate.fused import Fused
 from linfast.accelerate.spline_chain import SplineChain
 
 from .zoo import redraw, require
@@ -233,3 +234,35 @@ def test_an_actnorm_is_initialised_on_a_whole_long_batch(kind: str) -> None:
         each(x)
     assert original._transforms[1].initialized
     assert _is_close([*model.state_dict().values()], [*original.state_dict().values()], 1e-12)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", ["spline", "affine"])
+def test_another_dtype_later_runs_whole_too(kind: str, assign: bool) -> None:
+    model = _nested(kind).float()
+    wanted = copy.deepcopy(model).double()
+    lf.accelerate(model)
+    if assign:
+        model.load_state_dict(wanted.state_dict(), assign=True)
+    else:
+        model.double()
+    x = torch.randn(128, D)
+    runs = SplineChain if kind == "spline" else Fused
+    with mock.patch.object(runs, "__call__", side_effect=runs.__call__, autospec=True) as seen:
+        found = model(x)
+    assert seen.called
+    assert _is_close([*found], [*wanted(x)], 1e-12)
+
+
+def test_a_chain_of_normflows_runs_whole() -> None:
+    """Of couplings that take no context, in a class that gives none."""
+    nf, parts = require("normflows"), require("normflows.flows.neural_spline.coupling")
+    nets, make = require("normflows.nets"), parts.PiecewiseRationalQuadraticCoupling
+    torch.manual_seed(1)
+    flows = [make(torch.tensor([i, 1 - i] * 3), lambda i, o: nets.ResidualNet(i, o, 8), 4, "linear", 3.0) for i in (0, 1)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(D), flows)
+    redraw(model, model.state_dict(), 0)
+    original, x = copy.deepcopy(model), torch.randn(128, D)
+    lf.accelerate(model)
+    for method in ("forward_and_log_det", "inverse_and_log_det"):
+        assert _is_close([*getattr(model, method)(x)], [*getattr(original, method)(x)], 1e-12)
