@@ -13,6 +13,7 @@ replaced (flows/remembered.py) or a mask has other values: ``Together.renewed``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +43,14 @@ class Maps:
         methods: names of the methods that must be unmodified.
         of: {class name: module -> its permutation or affine map of vectors, or None to run the library's own code}.
         others: names of the classes that always run by the library's own code.
+        initialises: whether a module's next call may set its parameters from the batch, as an ActNorm's first does.
     """
 
     library: tuple[str, ...]
     methods: tuple[str, ...]
     of: Mapping[str, Callable[[Any], Index | Affine | None]]
     others: tuple[str, ...] = ()
+    initialises: Callable[[Any], bool] = lambda module: False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,6 +61,10 @@ class Maps:
         cls = original_class(module)
         found = cls.__qualname__ in self.names and cls.__module__.partition(".")[0] in self.library
         return found and changed_method(module, self.methods) is None
+
+    def rows_apart(self, modules: Iterable[nn.Module]) -> bool:
+        """Whether no row that the next call of these modules gets changes the result of another."""
+        return all(self.known(module) and not self.initialises(module) for module in modules)
 
 
 def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
@@ -75,6 +82,7 @@ def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
 
 
 _FEWEST = 2  # couplings
+_CALLED = "forward", "inverse"  # the methods of a nested chain that its own chain would call
 
 
 class Together:
@@ -89,7 +97,8 @@ class Together:
     """
 
     features: int
-    dtype: torch.dtype
+    first: nn.Module  # a coupling
+    like: Tensor  # its first weight, whose dtype may change
     compared_in: torch.dtype | None = None  # by the check; None: in the weights' dtype
     _alone = False
 
@@ -98,11 +107,11 @@ class Together:
 
     def _remember(self, chain: nn.Module, recognised: Sequence[nn.Module], masks: Iterable[Tensor]) -> None:
         """What was recognised holds until ``renewed`` finds a change of these members or of their masks' values."""
-        containers = [*_containers(chain)]
-        self._inside = [each for each in containers[1:] if not isinstance(each, nn.ModuleList | nn.Sequential)]
-        if any(map(is_hooked, self._inside)):
-            raise Unfit("a chain inside it has a hook or a method of its own")
-        self._children, self._evidence = chain._modules, _evidence(containers, recognised, masks)
+        nested = [*_nested(chain, [module for _, module in self._arguments[0](chain)])]
+        for module in nested:
+            if is_hooked(module) or changed_method(module, _CALLED) is not None:
+                raise Unfit(f"its nested {type(module).__name__} has a hook or a replaced method")
+        self._children, self._evidence = chain._modules, _evidence(chain, nested, recognised, masks)
         self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
 
     def plan(self, chain: nn.Module) -> Plan:
@@ -111,7 +120,7 @@ class Together:
 
     def renewed(self, chain: nn.Module) -> Together | None:
         """This object where the chain is unchanged, else a new one; None where its members cannot run together."""
-        same = self._children is chain._modules and self._evidence.holds() and not any(map(is_hooked, self._inside))
+        same = self._children is chain._modules and self._evidence.holds()
         if same and (self._alone or not is_patched(chain)):
             return self
         try:
@@ -124,7 +133,9 @@ class Together:
         """Whether this can run x; if not, the library's own code does."""
         if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        return x.ndim == 2 and x.shape[1] == self.features and x.dtype == self.dtype and not has_global_hook()
+        if x.ndim != 2 or x.shape[1] != self.features or has_global_hook():
+            return False
+        return x.dtype == self.like.dtype or x.dtype == like_of(self.first).dtype  # where its weight was replaced
 
     def __call__(
         self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
@@ -159,15 +170,16 @@ class Fused(Together):
         if len(couplings) < _FEWEST or len(sizes) > 1:
             raise Unfit("fewer than two couplings of it are MLP couplings of one width")
         (self.features,) = sizes
-        (self.dtype, *others) = {t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}
-        if others:
+        self.first = next(module for module in recognised if adapter_for(module) is not None)
+        self.like = like_of(self.first)
+        if len({t.dtype for c in couplings for m in c.mlps for w in m.layers for t in w[:1]}) > 1:
             raise Unfit("its couplings have weights of several dtypes")
         if run is None and not all(isinstance(member, (Coupling, Index)) for member in members):
             raise Unfit("not all of its members are MLP couplings")
         self._loops = loops_of(members, self.features, run)
-        row_apart = all(maps.known(member) for member in members if isinstance(member, nn.Module))
+        self._own = [member for member in members if isinstance(member, nn.Module)]
         widths = [self.features, *[size for c in couplings for m in c.mlps for size in m.sizes]]
-        self._widths: list[int | None] = [max(widths) if row_apart else None]
+        self._most = max(widths)
         self.launch: Launch | None = launch_of(members)
 
     def plan(self, chain: nn.Module) -> Plan:
@@ -206,7 +218,7 @@ class Fused(Together):
         if uses_triton(x):
             assert self.launch is not None
             return self.launch(chain, x, inverse, self._options.precision)
-        rows = rows_at_once(x, lambda: self._widths)
+        rows = rows_at_once(x, lambda: [self._most if self._arguments[2].rows_apart(self._own) else None])
         scales: list[Tensor] = []
         loops = [loop.made(inverse, scales, log_det) for loop in self._loops]  # once for all parts of a long batch
 
@@ -224,26 +236,36 @@ class Fused(Together):
         return y, total
 
 
-def _containers(chain: nn.Module) -> Iterator[nn.Module]:
-    """The chain, its lists of members, and the chains in them, of which ``listed`` gives the members."""
-    yield chain
-    for inside in chain.children():
-        adapter = adapter_for(inside)
-        if isinstance(inside, nn.ModuleList | nn.Sequential) or (adapter is not None and adapter.chain):
-            yield from _containers(inside)
+def like_of(coupling: nn.Module) -> Tensor:
+    return next(coupling.parameters())
+
+
+def _lists(chain: nn.Module) -> list[nn.Module]:
+    return [m for m in chain._modules.values() if isinstance(m, (nn.ModuleList, nn.Sequential))]
+
+
+def _nested(chain: nn.Module, members: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The chains inside the chain that are not members themselves, but whose members are."""
+    if any(chain is member for member in members):
+        return
+    for each in itertools.chain.from_iterable(_lists(chain)):
+        if not any(each is member for member in members):
+            yield each
+            yield from _nested(each, members)
 
 
 def _evidence(
-    containers: Iterable[nn.Module], recognised: Iterable[nn.Module], masks: Iterable[Tensor]
+    chain: nn.Module, nested: Sequence[nn.Module], recognised: Iterable[nn.Module], masks: Iterable[Tensor]
 ) -> Evidence:
     """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
-    functions: list[tuple[type, str]] = []
+    lists = [*_lists(chain), *itertools.chain.from_iterable(map(_lists, nested))]
+    functions = [(original_class(module), name) for module in nested for name in _CALLED]
     for module in recognised:
         adapter, cls = adapter_for(module), original_class(module)
         names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
         functions += [(cls, name) for name in names if hasattr(cls, name)]
         functions += [(original_class(inside), "forward") for inside in module.modules()]
-    return Evidence(containers, recognised, functions, masks, (PLAN,))
+    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,), nested)
 
 
 def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:

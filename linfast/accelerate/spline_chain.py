@@ -25,7 +25,7 @@ from ..freeze import derived
 from ..ops.residual_network import Terms, all_context_terms
 from ..rows import by_rows, one_row, rows_at_once
 from .adapter import Options, Plan, Unfit, adapter_for
-from .fused import Flat, Maps, Together, recognise
+from .fused import Flat, Maps, Together, like_of, recognise
 from .identity import changed_method, is_hooked
 from .loop import NO_CONTEXT, Run
 from .lu_maps import LUMap, LUMaps
@@ -112,12 +112,13 @@ class SplineChain(Together):
         dtypes = {weight.dtype for coupling in couplings for weight in coupling.transform.parameters()}
         if len(couplings) < _FEWEST or len(sizes) > 1 or len(dtypes) > 1 or run is None:
             raise Unfit("fewer than two couplings of it are spline couplings of one width")
-        (self.features,), (self.dtype,) = sizes, dtypes
+        (self.features,), self.first = sizes, couplings[0].transform
+        self.like = like_of(self.first)
         self._steps = [*_arranged(members, self.features)]
         self._maps = LUMaps([step for step in self._steps if isinstance(step, LUMap)], self.features)
-        alone = all(maps.known(step.module) for step in self._steps if isinstance(step, _Own))
+        self._own = [step.module for step in self._steps if isinstance(step, _Own)]
         widths = [width for coupling in couplings for width in coupling.widths]
-        self._widths: list[int | None] = [self.features, *widths, *([] if alone else [None])]
+        self._widths: list[int | None] = [self.features, *widths]
 
     def plan(self, chain: nn.Module) -> Plan:
         return Plan(f"{len(self.couplings)} spline couplings in one loop", fused=self, vectors=self.features)
@@ -125,24 +126,24 @@ class SplineChain(Together):
     def takes(self, x: Any, context: Mapping[str, Any] = NO_CONTEXT) -> bool:
         if not super().takes(x) or autocast_dtype(x.device.type) is not None or is_transformed():
             return False
-        return all(coupling.takes(x, context["context"]) for coupling in self.couplings)
+        return all(coupling.takes(x, context.get("context")) for coupling in self.couplings)
 
     def __call__(
         self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
     ) -> tuple[Tensor, Tensor]:
         maps, log_det = derived(chain, ("maps", inverse), functools.partial(self._maps, x, inverse))
-        given = context["context"]
+        given = context.get("context")
         given = given if given is None else one_row(given)
         terms: Sequence[Terms | None] = [None] * len(self.couplings)
         # All terms at once take as much memory as a training step keeps of them anyway.
         if given is not None and (given.shape[0] == 1 or (torch.is_grad_enabled() and uses_triton(x))):
             terms = all_context_terms(given, [c.net.network for c in self.couplings if isinstance(c.net, Residual)])
         work = functools.partial(self._steps_on, maps, terms, inverse)
-        rows = rows_at_once(x, lambda: self._widths)
+        rows = rows_at_once(x, lambda: self._widths if self._arguments[2].rows_apart(self._own) else [None])
         if rows is None or (terms[0] is not None and given.shape[0] > 1):
-            y, total = work(x, context["context"])
+            y, total = work(x, context.get("context"))
         else:
-            y, total = by_rows(work, x, rows, context["context"])
+            y, total = by_rows(work, x, rows, context.get("context"))
         return y, total if log_det is None else total + log_det
 
     def _steps_on(

@@ -47,17 +47,22 @@ def _spline(
     )  # fmt: skip
 
 
-def apply_spline(
-    owner: Any, bins: int, temperature: float, x: Tensor, params: Tensor, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """(y, log_det [B]) of x [B, ...] by params [B or 1, ..., P]; raises Other."""
-    spline, tails, bound = curve_of(owner, bins, temperature), owner.tails, owner.tail_bound
+def curve_for(owner: Any, bins: int, temperature: float, x: Tensor) -> Spline:
+    """The spline that is to run on x; raises Other where its options, or x without tails, are the library's."""
+    try:
+        spline = curve_of(owner, bins, temperature)
+    except ValueError as error:
+        raise Other from error
+    if owner.tails is None and x.is_cpu and not (x.numel() and all(0 <= end <= 1 for end in x.detach().aminmax())):
+        raise Other
+    return spline
+
+
+def apply_spline(owner: Any, spline: Spline, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(y, log_det [B]) of x [B, ...] by params [B or 1, ..., P]; raises Other where they do not fit x."""
+    tails, bound = owner.tails, None if owner.tails is None else owner.tail_bound
     if params.shape[1:] != (*x.shape[1:], spline.per_feature) or x.dtype != params.dtype:
         raise Other
-    if tails is None:
-        if x.is_cpu and not (x.numel() and all(0 <= end <= 1 for end in x.detach().aminmax())):
-            raise Other
-        bound = None
     listed = isinstance(tails, list | tuple)
     if listed:
         params = _with_ends(params, _linear(tuple(tails), params.device), spline)
@@ -91,4 +96,4 @@ def apply_own_spline(owner: Any, x: Tensor, inverse: bool) -> tuple[Tensor, Tens
     """(y, log_det) of the kept features x by a PiecewiseRationalQuadraticCDF."""
     widths = owner.unnormalized_widths
     params = cat([widths, owner.unnormalized_heights, owner.unnormalized_derivatives], -1)[None]
-    return apply_spline(owner, widths.shape[-1], 1.0, x, params, inverse)
+    return apply_spline(owner, curve_for(owner, widths.shape[-1], 1.0, x), x, params, inverse)

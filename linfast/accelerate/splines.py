@@ -31,7 +31,7 @@ from .masked import redraw
 from .mlp import MLP, find_mlp
 from .residual import find_residual
 from .sides import Split, split_of_indices
-from .spline_curves import Other, apply_own_spline, apply_spline, curve_of
+from .spline_curves import Other, apply_own_spline, apply_spline, curve_for, curve_of
 
 _HIDDEN = ("hidden_features", "hidden_channels")
 
@@ -97,7 +97,7 @@ def _run(transform: Any, x: Any, context: Any, inverse: bool) -> tuple[Tensor, T
     work = functools.partial(_couple, transform, net.run, kept, moved, inverse)
     try:
         return work(x, context) if rows is None else by_rows(work, x, rows, context)
-    except (Other, ValueError):
+    except Other:
         return None
 
 
@@ -116,13 +116,16 @@ def _couple(
 def couple(
     transform: Any, net: Callable[[Tensor, Any], Tensor], given: Tensor, value: Tensor, inverse: bool, context: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the kept features, the moved ones, log_det [B]) from those that are given."""
-    temperature, own = _temperature(transform.transform_net), transform.unconditional_transform
-    result, of_kept = given, None
+    """(the kept features, the moved ones, log_det [B]) from those that are given; raises Other.
+
+    All values are checked before the conditioner runs: where the library's own code runs, it runs there.
+    """
+    own, result, of_kept = transform.unconditional_transform, given, None
+    spline = curve_for(transform, transform.num_bins, _temperature(transform.transform_net), value)
     if own is not None:
         result, of_kept = apply_own_spline(own, given, inverse)
     params = _bins_last(net(result if inverse else given, context), value)
-    found, log_det = apply_spline(transform, transform.num_bins, temperature, value, params, inverse)
+    found, log_det = apply_spline(transform, spline, value, params, inverse)
     return result, found, log_det if of_kept is None else log_det + of_kept
 
 

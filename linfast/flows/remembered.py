@@ -7,7 +7,7 @@ option is the same object as before, of the same class, without a hook, and with
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from operator import getitem, is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ class Evidence:
         functions: (class, name of a method) pairs; each method must stay the same function.
         masks: tensors whose values must stay the same; on a GPU, only writes that torch counts are noticed.
         but: names of attributes of ``modules`` that may change.
+        nested: modules whose children, hooks and number of attributes must stay the same.
     """
 
     def __init__(
@@ -41,17 +42,18 @@ class Evidence:
         functions: Iterable[tuple[type, str]] = (),
         masks: Iterable[Tensor] = (),
         but: Collection[str] = (),
+        nested: Sequence[nn.Module] = (),
     ) -> None:
-        lists = [*lists]
+        lists = [*lists, *nested]
         self._modules = [inside for module in modules for inside in module.modules()]
         self._classes = [*map(type, self._modules)]
-        self._hooks = [getattr(module, name) for module in self._modules for name in HOOKS]
+        self._hooks = [getattr(module, name) for module in (*self._modules, *nested) for name in HOOKS]
         children = [module._modules for module in lists]
         owned = [
             d for m in self._modules for d in (m._parameters, m._modules, m._buffers) if d or type(m) not in _PLAIN
         ]
         settings = [vars(module) for module in self._modules]
-        self._sized: list[Any] = [*children, *owned, *settings]
+        self._sized: list[Any] = [*children, *owned, *settings, *map(vars, nested)]
         self._sizes = [*map(len, self._sized)]
         facts: list[tuple[Any, str]] = [(each, name) for each in (*children, *owned) for name in each]
         for module, own in zip(self._modules, settings, strict=True):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import linfast as lf
+from linfast.accelerate.fused import Fused
 from linfast.accelerate.spline_chain import SplineChain
 
 from .zoo import redraw, require
@@ -183,3 +184,102 @@ def test_changes_of_a_chain_inside_are_followed() -> None:
     inside.register_forward_hook(lambda module, *_: called.append(module))
     assert not _runs_whole(model)
     assert called == [inside]
+def _nested(kind: str) -> nn.Module:
+    """Two chains inside a chain, of spline couplings, or of affine ones with MLPs."""
+    transforms = require("nflows.transforms")
+    couplings = [_spline(mask, None) for mask in ("alternate", "gather")]
+    if kind == "affine":
+        make = transforms.AffineCouplingTransform
+        couplings = [make(torch.tensor([i, 1 - i] * 3), lambda i, o: _MLP(i, o)) for i in (0, 1)]
+    halves = [[_permutation(), couplings[0]], [_lu(), couplings[1]]]
+    torch.manual_seed(1)
+    model = transforms.CompositeTransform([transforms.CompositeTransform(half) for half in halves])
+    redraw(model, model.state_dict(), 0)
+    return model
+
+
+class _MLP(nn.Module):
+    def __init__(self, n_in: int, n_out: int, width: int = 8) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(n_in, width), nn.ReLU(), nn.Linear(width, n_out))
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        return self.net(x)
+
+
+def _of_nested(model: nn.Module) -> nn.Module:
+    return model._transforms[0]
+
+
+_NESTED_CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a hook": lambda m: m.register_forward_hook(lambda module, given, found: (found[0] * 2, found[1])),
+    "its forward": lambda m: setattr(m, "forward", lambda x, context=None: (x * 2, x[:, 0])),
+    "a member replaced": lambda m: m._transforms.__setitem__(0, require("nflows.transforms").ReversePermutation(D)),
+    "a member appended": lambda m: m._transforms.append(require("nflows.transforms").ReversePermutation(D)),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before accelerate", "after it"])
+@pytest.mark.parametrize("change", _NESTED_CHANGES)
+@pytest.mark.parametrize("kind", ["spline", "affine"])
+def test_changes_of_a_nested_chain_are_followed(kind: str, change: str, first: bool) -> None:
+    model = _nested(kind)
+    original, x = copy.deepcopy(model), torch.randn(128, D)
+    if first:
+        _NESTED_CHANGES[change](_of_nested(model))
+    report = lf.accelerate(model)
+    assert report.swapped
+    assert _is_close([*model(x)], [*original(x)], 1e-12) != first
+    if not first:
+        _NESTED_CHANGES[change](_of_nested(model))
+    _NESTED_CHANGES[change](_of_nested(original))
+    assert _is_close([*model(x)], [*original(x)], 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["spline", "affine"])
+def test_an_actnorm_is_initialised_on_a_whole_long_batch(kind: str) -> None:
+    transforms = require("nflows.transforms")
+    couplings = [_spline(mask, None) for mask in ("alternate", "gather")]
+    if kind == "affine":
+        make = transforms.AffineCouplingTransform
+        couplings = [make(torch.tensor([i, 1 - i] * 3), lambda i, o: _MLP(i, o, 512)) for i in (0, 1)]
+    model = transforms.CompositeTransform([couplings[0], transforms.ActNorm(D), couplings[1]])
+    x = torch.randn(6000, D) * torch.linspace(0, 3, 6000)[:, None]
+    original = copy.deepcopy(model)
+    lf.accelerate(model)
+    for each in (model, original):
+        each(x)
+    assert original._transforms[1].initialized
+    assert _is_close([*model.state_dict().values()], [*original.state_dict().values()], 1e-12)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", ["spline", "affine"])
+def test_another_dtype_later_runs_whole_too(kind: str, assign: bool) -> None:
+    model = _nested(kind).float()
+    wanted = copy.deepcopy(model).double()
+    lf.accelerate(model)
+    if assign:
+        model.load_state_dict(wanted.state_dict(), assign=True)
+    else:
+        model.double()
+    x = torch.randn(128, D)
+    runs = SplineChain if kind == "spline" else Fused
+    with mock.patch.object(runs, "__call__", side_effect=runs.__call__, autospec=True) as seen:
+        found = model(x)
+    assert seen.called
+    assert _is_close([*found], [*wanted(x)], 1e-12)
+
+
+def test_a_chain_of_normflows_runs_whole() -> None:
+    """Of couplings that take no context, in a class that gives none."""
+    nf, parts = require("normflows"), require("normflows.flows.neural_spline.coupling")
+    nets, make = require("normflows.nets"), parts.PiecewiseRationalQuadraticCoupling
+    torch.manual_seed(1)
+    flows = [make(torch.tensor([i, 1 - i] * 3), lambda i, o: nets.ResidualNet(i, o, 8), 4, "linear", 3.0) for i in (0, 1)]
+    model = nf.NormalizingFlow(nf.distributions.DiagGaussian(D), flows)
+    redraw(model, model.state_dict(), 0)
+    original, x = copy.deepcopy(model), torch.randn(128, D)
+    lf.accelerate(model)
+    for method in ("forward_and_log_det", "inverse_and_log_det"):
+        assert _is_close([*getattr(model, method)(x)], [*getattr(original, method)(x)], 1e-12)

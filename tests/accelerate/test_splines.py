@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -88,7 +89,9 @@ def test_twenty_draws_of_weights_and_inputs(name):
             outputs(kind, fast, torch.float32, seed), outputs(kind, model, torch.float32, seed), exact, strict=True
         ):
             assert relative(actual, truth) <= 2 * relative(own, truth) + 2e-6
-        assert_close(outputs(kind, fast.double(), torch.float64, seed), exact, 1e-12)
+        fast = copy.deepcopy(model).double()
+        assert not lf.accelerate(fast).left
+        assert_close(outputs(kind, fast, torch.float64, seed), exact, 1e-12)
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e4])
@@ -122,6 +125,41 @@ def test_outside_the_domain_the_library_raises_its_own_error(package, far):
                 original(wrong, c)
             with pytest.raises(type(theirs.value)):
                 run(wrong, c)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("feature", [0, 1], ids=["kept", "moved"])
+def test_outside_the_domain_the_network_runs_no_second_time(own, feature):
+    net = resnet_of(use_batch_norm=True)
+    model, fast, _ = coupling(net, tails=None, apply_unconditional_transform=own)
+    x = values()[0].sigmoid()
+    x[3, feature] = 1.1
+    for each in (model, fast):
+        with contextlib.suppress(Exception):
+            each.train()(x)
+    assert_same([*fast.buffers()], [*model.buffers()])
+
+
+def test_an_error_of_the_network_is_raised_at_once():
+    model, fast, _ = coupling(lambda n_in, n_out: _Refuses(n_in, n_out))
+    for each in (model, fast):
+        with pytest.raises(ValueError, match="refused"):
+            each(values()[0])
+    assert fast.transform_net.calls == model.transform_net.calls == 1
+
+
+class _Refuses(nn.Module):
+    """Raises an error at its first call."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.linear, self.hidden_features, self.calls = nn.Linear(n_in, n_out), 16, 0
+
+    def forward(self, x, context=None):
+        self.calls += 1
+        if self.calls == 1:
+            raise ValueError("refused")
+        return self.linear(x)
 
 
 def test_without_rows_it_does_as_the_library():

@@ -233,6 +233,7 @@ _MAPS = Maps(
         "IRevNetUpsampling",
         "Reshape",
     ),
+    initialises=lambda block: getattr(block, "init_on_next_batch", False),
 )
 _VOLUME_KEEPING = Maps(("FrEIA",), ("forward",), {}, ("GINCouplingBlock", "NICECouplingBlock", "PermuteRandom"))
 """The classes whose log-determinant FrEIA returns as the number 0."""

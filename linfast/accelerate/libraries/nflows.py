@@ -136,6 +136,7 @@ _MAPS = Maps(
         "QRLinear",
         "SVDLinear",
     ),
+    initialises=lambda module: module.training and not getattr(module, "initialized", True),
 )
 
 

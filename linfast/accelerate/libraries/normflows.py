@@ -184,6 +184,7 @@ _MAPS = Maps(
     ("forward", "inverse"),
     {"ActNorm": _constant, "AffineConstFlow": _constant, "LULinearPermute": _lu_permute, "Permute": _permutation},
     others=("Invertible1x1Conv", "InvertibleAffine", "Squeeze"),
+    initialises=lambda flow: not getattr(flow, "data_dep_init_done", True),
 )
 
 
