@@ -300,6 +300,8 @@ class _Watch:
             found = getattr(original_class(self.copy), method)(self.copy, x.clone(), *arguments, **(named or {}))
         except Exception as error:
             raise _unfit(f"the original raised {type(error).__name__} on a random input: {error}", 1.5) from error
+        if isinstance(found, tuple) and type(found) is not tuple:
+            raise _unfit(f"the original's {method} returns a {type(found).__name__}, not a tensor or a tuple", 1.5)
         y, log_det = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             raise _unfit(f"the original's {method} returns no tensor of its input's shape", 1.5)

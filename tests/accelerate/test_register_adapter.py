@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -228,6 +229,16 @@ class Learned(shapes.Stack):
         return self.size * s, t
 
 
+class Result(NamedTuple):
+    z: torch.Tensor
+    log_det: torch.Tensor
+
+
+class Named(shapes.EvenOdd):
+    def encode(self, x):
+        return Result(*super().encode(x))
+
+
 @pytest.mark.parametrize(
     ("cls", "how", "why"),
     [
@@ -243,6 +254,7 @@ class Learned(shapes.Stack):
         (shapes.Stack, {"conditioner": "net", "scale_map": shapes.TANH}, "its net is not a module"),
         (shapes.Stack, {"conditioner": "nets", "scale_map": shapes.TANH, "log_det": True}, "log_det is True"),
         (shapes.TwoNets, {"conditioner": "scale_net", "scale_map": shapes.EXP, "inverse": "undo"}, "differs"),
+        (Named, {"conditioner": "couplings", "scale_map": lf.ScaleMap("tanh")}, "forward returns a Result"),
     ],
 )
 def test_what_disagrees_is_left_alone(cls, how, why):
