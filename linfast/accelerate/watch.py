@@ -220,7 +220,7 @@ class _Recorder(nn.Module):
             sizes = torch.tensor(_SIZES).to(kept).view(-1, *[1] * (kept.ndim - 1))
             self.stub = Stub(kept.shape[1], out, draw, sizes)  # type: ignore[arg-type]
         y = self.stub(kept, *context, **named)
-        self.log.append(_Seen(self.index, kept.clone(), (*context, *named.values()), y.clone()))
+        self.log.append(_Seen(self.index, kept.clone(), (*context, *named.items()), y.clone()))
         return shaped(y, self.net.keys)
 
 
@@ -268,8 +268,7 @@ class _Watch:
         calls = {name: call for name in names if (call := self._compared(name, formula)) is not None}
         if not any(call.inverse or call.flag for call in calls.values()):
             self._differs(" or ".join(name for name in names if self.given.methods[name][0]) or forward, 1.0)
-        context = self._passes_context(forward, formula)
-        return replace(formula, calls=calls, context=context, others=self.others)
+        return replace(formula, calls=calls, others=self.others)
 
     def _differs(self, method: str, error: float) -> None:
         far = f"by {error:.1e}" if error < 1 else "in every order and layout that was tried"
@@ -291,13 +290,11 @@ class _Watch:
     def _draw(self) -> Tensor:
         return torch.randn(self.shape, dtype=torch.float64).to(self.device)
 
-    def _call(
-        self, method: str, x: Tensor, *arguments: Any, named: Mapping[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _call(self, method: str, x: Tensor, named: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, log_det or None) of the copy's method; the log holds the calls of the networks in it."""
         self.log.clear()
         try:
-            found = getattr(original_class(self.copy), method)(self.copy, x.clone(), *arguments, **(named or {}))
+            found = getattr(original_class(self.copy), method)(self.copy, x.clone(), **(named or {}))
         except Exception as error:
             raise _unfit(f"the original raised {type(error).__name__} on a random input: {error}", 1.5) from error
         if isinstance(found, tuple) and type(found) is not tuple:
@@ -352,10 +349,12 @@ class _Watch:
             return None
         for parameter in parameters:
             if isinstance(parameter.default, bool):
-                turned = self._agrees(name, formula, not inverse, {parameter.name: not parameter.default})
+                other = {parameter.name: not parameter.default}
+                turned = self._agrees(name, formula, not inverse, other)
                 if turned is not None:
-                    return Call(inverse, (found, turned), parameter.name)
-        return Call(inverse, (found, found))
+                    context = self._context(name, formula, [(inverse, {}), (not inverse, other)])
+                    return Call(inverse, (found, turned), parameter.name, context)
+        return Call(inverse, (found, found), context=self._context(name, formula, [(inverse, {})]))
 
     def _agrees(
         self, name: str, formula: Formula, inverse: bool, named: Mapping[str, Any] | None = None
@@ -369,16 +368,21 @@ class _Watch:
         close = self._error(formula, x, y, log_det, inverse) <= _CLOSE
         return log_det is not None if close else None
 
-    def _passes_context(self, name: str, formula: Formula) -> bool:
-        """Whether an argument after x, which is no flag, is passed on to every network as it is."""
-        x, context = self._draw(), torch.randn(_ROWS, 2, dtype=torch.float64).to(self.device)
+    def _context(self, name: str, formula: Formula, ways: Sequence[tuple[bool, Mapping[str, Any]]]) -> str | None:
+        """The argument that is passed on to every network as it is, for each of (inverse, flag)."""
+        others = [p.name for p in self.given.methods[name][1] if p.default is None]
+        passed = (each for each in others if all(self._passes(name, formula, each, *way) for way in ways))
+        return next(passed, None)
+
+    def _passes(self, name: str, formula: Formula, argument: str, inverse: bool, flag: Mapping[str, Any]) -> bool:
+        x, context = self._draw(), torch.randn(self.shape[0], 2, dtype=torch.float64).to(self.device)
         try:
-            y, log_det = self._call(name, x, context)
+            y, log_det = self._call(name, x, named={argument: context, **flag})
         except Unfit:
             return False
         if not all(len(call.context) == 1 and call.context[0] is context for call in self.log):
             return False
-        return self._error(formula, x, y, log_det, context=[context]) <= _CLOSE
+        return self._error(formula, x, y, log_det, inverse, [context]) <= _CLOSE
 
 
 def _others(instance: nn.Module, nets: Sequence[nn.Module]) -> tuple[Path, ...]:

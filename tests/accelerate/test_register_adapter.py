@@ -334,6 +334,51 @@ def test_a_context_that_is_not_passed_on_is_never_lost(cls, swapped):
             torch.testing.assert_close(fast(x, context), model(x, context))
 
 
+class Joined(nn.Module):
+    """A network that joins the context, zeros without one, to the kept features."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = shapes.mlp(6, 8)
+
+    def forward(self, kept, context=None):
+        context = kept.new_zeros(len(kept), 2) if context is None else context
+        return self.net(torch.cat((kept, context), 1))
+
+
+class Noisy(nn.Module):
+    """Two arguments after x: noise, which is added to the result, and a context, which the network gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Joined()
+
+    def forward(self, x, noise=None, context=None):
+        a, b = x.chunk(2, 1)
+        t, s = self.net(a, context).chunk(2, 1)
+        return torch.cat((a, b * s.exp() + t), 1) + (0 if noise is None else noise[:, :1])
+
+    def inverse(self, y, context=None):
+        a, b = y.chunk(2, 1)
+        t, s = self.net(a, context).chunk(2, 1)
+        return torch.cat((a, (b - t) * (-s).exp()), 1)
+
+
+def test_only_the_context_reaches_the_networks():
+    lf.register_adapter(Noisy, conditioner="net", scale_map=lf.ScaleMap("exp"))
+    model, x, noise, context = Noisy(), torch.randn(3, 8), torch.randn(3, 2), torch.randn(3, 2)
+    fast = copy.deepcopy(model)
+    assert lf.accelerate(fast).swapped
+    with lf.backend("triton"):
+        for arguments in ((), (noise,), (None, context), (noise, context)):
+            with Launches() as seen:
+                torch.testing.assert_close(fast(x, *arguments), model(x, *arguments))
+            assert bool(seen.counts) == (arguments in ((), (None, context)))
+        with Launches() as seen:
+            torch.testing.assert_close(fast.inverse(x, context), model.inverse(x, context))
+        assert seen.counts
+
+
 @pytest.mark.parametrize("name", ["a flag alone", "pair", "stack", "masks"])
 def test_torch_compile_traces_it_whole(name):
     model, fast, x = taught(name)

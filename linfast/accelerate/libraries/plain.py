@@ -248,7 +248,7 @@ class _Taught:
             formula, scale_map = vars(module)[PLAN].layout
             call = formula.calls.get(name) if formula.takes(x) else None
             asked = None if call is None else call.read(parameters, given, named)
-            if call is None or asked is None or (asked[1] and not formula.context):
+            if call is None or asked is None:
                 return original(x)
             turned, context = asked
             inverse, returns = undoes != turned, call.log_det[turned]
