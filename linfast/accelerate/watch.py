@@ -9,8 +9,9 @@ forward then runs once, in float64 and in plain torch, on random x [B, C, ...]:
     output                       y of the formula, for one of the orders and layouts; its columns, permuted
 
 The inverse, the other value of each flag, and a call with a context are then compared with the formula found.
-Whatever the description of the class states is taken as given. The first row's parameters are large, so that a
-clamp shows. Rows are compared one by one.
+Whatever the description of the class states is taken as given. The first row's parameters are large, in two further
+rows those of each network are larger, so that a clamp shows, and in the last row x is large. Rows are compared one
+by one.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from .sides import Index, Split, split_of
 from .verify import bare_copy
 
 _SEED = 20260102
-_ROWS = 3
 _SIZES = (8.0, 1.5, 1.5)  # of the parameters, by row
+_LARGE = (60.0, -60.0)  # of one network's parameters, in two rows of its own
+_FAR = 50.0  # times x, in one more row
 _CLOSE = 1e-9  # relative L2 difference in float64 of one row
 _UNKNOWN_FEATURES = (5, 6)  # tried where neither the class nor its networks say how many there are
 _POSITIONS = (4, 16)  # per dimension after the channels
@@ -205,9 +207,9 @@ class _Seen:
 class _Recorder(nn.Module):
     """Replaces a network by a ``Stub`` with as many outputs, and records its calls."""
 
-    def __init__(self, index: int, net: _Net, features: int, log: list[_Seen]) -> None:
+    def __init__(self, index: int, net: _Net, features: int, log: list[_Seen], sizes: Sequence[float]) -> None:
         super().__init__()
-        self.index, self.net, self.features, self.log = index, net, features, log
+        self.index, self.net, self.features, self.log, self.sizes = index, net, features, log, sizes
         self.stub: Stub | None = None
 
     def forward(self, kept: Tensor, *context: Any, **named: Any) -> Any:
@@ -217,7 +219,7 @@ class _Recorder(nn.Module):
         out = 2 * (self.features - kept.shape[1]) if self.net.outputs is None else both * self.net.outputs
         if self.stub is None:
             draw: Callable[..., Tensor] = lambda *shape: torch.randn(*shape).to(kept)  # noqa: E731
-            sizes = torch.tensor(_SIZES).to(kept).view(-1, *[1] * (kept.ndim - 1))
+            sizes = torch.tensor(self.sizes).to(kept).view(-1, *[1] * (kept.ndim - 1))
             self.stub = Stub(kept.shape[1], out, draw, sizes)  # type: ignore[arg-type]
         y = self.stub(kept, *context, **named)
         self.log.append(_Seen(self.index, kept.clone(), (*context, *named.items()), y.clone()))
@@ -238,17 +240,25 @@ class _Watch:
     ) -> None:
         self.given, self.scale_map, self.nets, self.device = given, scale_map, nets, device
         self.log: list[_Seen] = []
-        self.shape = (_ROWS, features, *nets[0].positions)
+        by_net = [self._sizes(i, len(nets)) for i in range(len(nets))]
+        self.shape = (len(by_net[0]), features, *nets[0].positions)
         originals = [at(instance, net.path) for net in nets]
         self.copy: Any = bare_copy(instance, torch.float64, {id(uncompiled(net)) for net in originals})
         self.others = _others(instance, originals)
         recorders = {
-            id(at(self.copy, net.path)): _Recorder(i, net, features, self.log) for i, net in enumerate(nets)
+            id(at(self.copy, net.path)): _Recorder(i, net, features, self.log, by_net[i])
+            for i, net in enumerate(nets)
         }
         for inside in [*self.copy.modules()]:
             for name, child in [*inside._modules.items()]:
                 if id(child) in recorders:
                     inside._modules[name] = recorders[id(child)]
+
+    @staticmethod
+    def _sizes(index: int, count: int) -> list[float]:
+        """Of one network's parameters, by row."""
+        large = [_LARGE if i == index else _SIZES[-1:] * 2 for i in range(count)]
+        return [*_SIZES, *itertools.chain(*large), _SIZES[-1]]
 
     def formula(self) -> Formula:
         names = [*self.given.methods]
@@ -288,7 +298,9 @@ class _Watch:
         return itertools.product(orders, layouts)
 
     def _draw(self) -> Tensor:
-        return torch.randn(self.shape, dtype=torch.float64).to(self.device)
+        x = torch.randn(self.shape, dtype=torch.float64)
+        x[-1] *= _FAR
+        return x.to(self.device)
 
     def _call(self, method: str, x: Tensor, named: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, log_det or None) of the copy's method; the log holds the calls of the networks in it."""

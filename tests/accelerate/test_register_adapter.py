@@ -239,6 +239,25 @@ class Named(shapes.EvenOdd):
         return Result(*super().encode(x))
 
 
+class WideClamp(shapes.Stack):
+    def params(self, net, kept):
+        s, t = net(kept).chunk(2, 1)
+        return s.clamp(self.least, self.most), t
+
+    least, most = -10, 10
+
+
+class UpperClamp(WideClamp):
+    least, most = None, 50
+
+
+class FarIdentity(shapes.Stack):
+    """Rows with a large feature pass unchanged."""
+
+    def forward(self, x):
+        return torch.where((x.abs() > 20).any(1, keepdim=True), x, super().forward(x))
+
+
 @pytest.mark.parametrize(
     ("cls", "how", "why"),
     [
@@ -254,6 +273,9 @@ class Named(shapes.EvenOdd):
         (shapes.Stack, {"conditioner": "net", "scale_map": shapes.TANH}, "its net is not a module"),
         (shapes.Stack, {"conditioner": "nets", "scale_map": shapes.TANH, "log_det": True}, "log_det is True"),
         (shapes.TwoNets, {"conditioner": "scale_net", "scale_map": shapes.EXP, "inverse": "undo"}, "differs"),
+        (WideClamp, {"conditioner": "nets", "scale_map": shapes.EXP}, "differs from the original"),
+        (UpperClamp, {"conditioner": "nets", "scale_map": shapes.EXP}, "differs from the original"),
+        (FarIdentity, {"conditioner": "nets", "scale_map": shapes.TANH}, "differs from the original"),
         (Named, {"conditioner": "couplings", "scale_map": lf.ScaleMap("tanh")}, "forward returns a Result"),
     ],
 )
