@@ -98,6 +98,7 @@ class Formula:
         order: "shift_first" or "scale_first".
         output: what one network returns: None for a tensor, else the keys of its two outputs: (0, 1) in a tuple.
         others: paths of the other submodules, whose calls are bypassed.
+        constant: whether the instance's own state is plain values and functions: ``OwnState.constant``.
     """
 
     shape: tuple[int, ...]
@@ -109,6 +110,7 @@ class Formula:
     end: Index | None = None
     calls: Mapping[str, Call] = ()  # type: ignore[assignment]
     others: tuple[Path, ...] = ()
+    constant: bool = False
 
     def takes(self, x: Any) -> bool:
         """Whether x has as many dimensions and features as the input on which the formula was found."""

@@ -31,6 +31,7 @@ from ..scale_maps import ScaleMap
 from .adapter import Stub, Unfit
 from .formula import Call, Formula, Parameter, Path, Step, at, by_formula, shaped
 from .identity import original_class, uncompiled
+from .own_state import OwnState
 from .sides import Index, Split, split_of
 from .verify import bare_copy
 
@@ -109,6 +110,12 @@ def _attempt(instance: nn.Module, given: Description, *arguments: Any) -> Formul
         return _Watch(instance, given, *arguments).formula()
     except Unfit as reason:
         return reason
+
+
+class _Writes(Unfit):
+    """A method has effects beside its outputs."""
+
+    far = 0.0
 
 
 def _unfit(why: str, far: float) -> Unfit:
@@ -305,10 +312,13 @@ class _Watch:
     def _call(self, method: str, x: Tensor, named: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, log_det or None) of the copy's method; the log holds the calls of the networks in it."""
         self.log.clear()
+        state, given = OwnState(self.copy, [at(self.copy, net.path) for net in self.nets]), x.clone()
         try:
-            found = getattr(original_class(self.copy), method)(self.copy, x.clone(), **(named or {}))
+            found = getattr(original_class(self.copy), method)(self.copy, given, **(named or {}))
         except Exception as error:
             raise _unfit(f"the original raised {type(error).__name__} on a random input: {error}", 1.5) from error
+        if not state.holds() or not torch.equal(given, x):
+            raise _Writes(f"the original's {method} writes to the instance or to its input, which would be lost")
         if isinstance(found, tuple) and type(found) is not tuple:
             raise _unfit(f"the original's {method} returns a {type(found).__name__}, not a tensor or a tuple", 1.5)
         y, log_det = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
@@ -375,6 +385,8 @@ class _Watch:
         x = self._draw()
         try:
             y, log_det = self._call(name, x, named=named)
+        except _Writes:
+            raise
         except Unfit:
             return None
         close = self._error(formula, x, y, log_det, inverse) <= _CLOSE
