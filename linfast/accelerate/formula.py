@@ -41,16 +41,20 @@ class Call:
         inverse: whether it computes the inverse.
         log_det: whether it returns (y, log_det [B]), else y; of the flag's default and of its other value.
         flag: name of the bool argument whose other value turns the direction round; None without one.
+        context: name of the argument that is passed on to every network as it is; None without one.
     """
 
     inverse: bool
     log_det: tuple[bool, bool]
     flag: str | None = None
+    context: str | None = None
 
     def read(
         self, parameters: Sequence[Parameter], given: Sequence[Any], named: Mapping[str, Any]
     ) -> tuple[bool, list[Any]] | None:
         """(whether the direction is turned round, context) of the arguments after x; None: the original runs."""
+        if len(given) > len(parameters) or not {p.name for p in parameters[len(given) :]}.issuperset(named):
+            return None
         turned, context = False, []
         pairs = [*zip(parameters, given, strict=False)]
         pairs += [(parameter, named[parameter.name]) for parameter in parameters if parameter.name in named]
@@ -59,12 +63,11 @@ class Call:
                 turned = value != parameter.default
             elif isinstance(value, PLAIN) and type(value) is type(parameter.default) and value == parameter.default:
                 continue
-            elif parameter.default is not None or value is None or parameter.name in named:
-                return None
-            else:
+            elif parameter.name == self.context and isinstance(value, Tensor):
                 context.append(value)
-        context += [value for value in given[len(parameters) :] if value is not None]
-        return None if len(pairs) < min(len(given), len(parameters)) + len(named) else (turned, context)
+            else:
+                return None
+        return turned, context
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ class Formula:
             (shift, raw), or "raw_first".
         order: "shift_first" or "scale_first".
         output: what one network returns: None for a tensor, else the keys of its two outputs: (0, 1) in a tuple.
-        context: whether further arguments are passed on to the networks.
         others: paths of the other submodules, whose calls are bypassed.
+        constant: whether the instance's own state is plain values and functions: ``OwnState.constant``.
     """
 
     shape: tuple[int, ...]
@@ -106,8 +109,8 @@ class Formula:
     output: tuple[Any, Any] | None = None
     end: Index | None = None
     calls: Mapping[str, Call] = ()  # type: ignore[assignment]
-    context: bool = False
     others: tuple[Path, ...] = ()
+    constant: bool = False
 
     def takes(self, x: Any) -> bool:
         """Whether x has as many dimensions and features as the input on which the formula was found."""

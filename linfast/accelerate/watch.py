@@ -9,8 +9,9 @@ forward then runs once, in float64 and in plain torch, on random x [B, C, ...]:
     output                       y of the formula, for one of the orders and layouts; its columns, permuted
 
 The inverse, the other value of each flag, and a call with a context are then compared with the formula found.
-Whatever the description of the class states is taken as given. The first row's parameters are large, so that a
-clamp shows. Rows are compared one by one.
+Whatever the description of the class states is taken as given. The first row's parameters are large, in two further
+rows those of each network are larger, so that a clamp shows, and in the last row x is large. Rows are compared one
+by one.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from ..scale_maps import ScaleMap
 from .adapter import Stub, Unfit
 from .formula import Call, Formula, Parameter, Path, Step, at, by_formula, shaped
 from .identity import original_class, uncompiled
+from .own_state import OwnState
 from .sides import Index, Split, split_of
 from .verify import bare_copy
 
 _SEED = 20260102
-_ROWS = 3
 _SIZES = (8.0, 1.5, 1.5)  # of the parameters, by row
+_LARGE = (60.0, -60.0)  # of one network's parameters, in two rows of its own
+_FAR = 50.0  # times x, in one more row
 _CLOSE = 1e-9  # relative L2 difference in float64 of one row
 _UNKNOWN_FEATURES = (5, 6)  # tried where neither the class nor its networks say how many there are
 _POSITIONS = (4, 16)  # per dimension after the channels
@@ -107,6 +110,12 @@ def _attempt(instance: nn.Module, given: Description, *arguments: Any) -> Formul
         return _Watch(instance, given, *arguments).formula()
     except Unfit as reason:
         return reason
+
+
+class _Writes(Unfit):
+    """A method has effects beside its outputs."""
+
+    far = 0.0
 
 
 def _unfit(why: str, far: float) -> Unfit:
@@ -205,9 +214,9 @@ class _Seen:
 class _Recorder(nn.Module):
     """Replaces a network by a ``Stub`` with as many outputs, and records its calls."""
 
-    def __init__(self, index: int, net: _Net, features: int, log: list[_Seen]) -> None:
+    def __init__(self, index: int, net: _Net, features: int, log: list[_Seen], sizes: Sequence[float]) -> None:
         super().__init__()
-        self.index, self.net, self.features, self.log = index, net, features, log
+        self.index, self.net, self.features, self.log, self.sizes = index, net, features, log, sizes
         self.stub: Stub | None = None
 
     def forward(self, kept: Tensor, *context: Any, **named: Any) -> Any:
@@ -217,10 +226,10 @@ class _Recorder(nn.Module):
         out = 2 * (self.features - kept.shape[1]) if self.net.outputs is None else both * self.net.outputs
         if self.stub is None:
             draw: Callable[..., Tensor] = lambda *shape: torch.randn(*shape).to(kept)  # noqa: E731
-            sizes = torch.tensor(_SIZES).to(kept).view(-1, *[1] * (kept.ndim - 1))
+            sizes = torch.tensor(self.sizes).to(kept).view(-1, *[1] * (kept.ndim - 1))
             self.stub = Stub(kept.shape[1], out, draw, sizes)  # type: ignore[arg-type]
         y = self.stub(kept, *context, **named)
-        self.log.append(_Seen(self.index, kept.clone(), (*context, *named.values()), y.clone()))
+        self.log.append(_Seen(self.index, kept.clone(), (*context, *named.items()), y.clone()))
         return shaped(y, self.net.keys)
 
 
@@ -238,17 +247,25 @@ class _Watch:
     ) -> None:
         self.given, self.scale_map, self.nets, self.device = given, scale_map, nets, device
         self.log: list[_Seen] = []
-        self.shape = (_ROWS, features, *nets[0].positions)
+        by_net = [self._sizes(i, len(nets)) for i in range(len(nets))]
+        self.shape = (len(by_net[0]), features, *nets[0].positions)
         originals = [at(instance, net.path) for net in nets]
         self.copy: Any = bare_copy(instance, torch.float64, {id(uncompiled(net)) for net in originals})
         self.others = _others(instance, originals)
         recorders = {
-            id(at(self.copy, net.path)): _Recorder(i, net, features, self.log) for i, net in enumerate(nets)
+            id(at(self.copy, net.path)): _Recorder(i, net, features, self.log, by_net[i])
+            for i, net in enumerate(nets)
         }
         for inside in [*self.copy.modules()]:
             for name, child in [*inside._modules.items()]:
                 if id(child) in recorders:
                     inside._modules[name] = recorders[id(child)]
+
+    @staticmethod
+    def _sizes(index: int, count: int) -> list[float]:
+        """Of one network's parameters, by row."""
+        large = [_LARGE if i == index else _SIZES[-1:] * 2 for i in range(count)]
+        return [*_SIZES, *itertools.chain(*large), _SIZES[-1]]
 
     def formula(self) -> Formula:
         names = [*self.given.methods]
@@ -268,8 +285,7 @@ class _Watch:
         calls = {name: call for name in names if (call := self._compared(name, formula)) is not None}
         if not any(call.inverse or call.flag for call in calls.values()):
             self._differs(" or ".join(name for name in names if self.given.methods[name][0]) or forward, 1.0)
-        context = self._passes_context(forward, formula)
-        return replace(formula, calls=calls, context=context, others=self.others)
+        return replace(formula, calls=calls, others=self.others)
 
     def _differs(self, method: str, error: float) -> None:
         far = f"by {error:.1e}" if error < 1 else "in every order and layout that was tried"
@@ -289,17 +305,22 @@ class _Watch:
         return itertools.product(orders, layouts)
 
     def _draw(self) -> Tensor:
-        return torch.randn(self.shape, dtype=torch.float64).to(self.device)
+        x = torch.randn(self.shape, dtype=torch.float64)
+        x[-1] *= _FAR
+        return x.to(self.device)
 
-    def _call(
-        self, method: str, x: Tensor, *arguments: Any, named: Mapping[str, Any] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _call(self, method: str, x: Tensor, named: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor | None]:
         """(y, log_det or None) of the copy's method; the log holds the calls of the networks in it."""
         self.log.clear()
+        state, given = OwnState(self.copy, [at(self.copy, net.path) for net in self.nets]), x.clone()
         try:
-            found = getattr(original_class(self.copy), method)(self.copy, x.clone(), *arguments, **(named or {}))
+            found = getattr(original_class(self.copy), method)(self.copy, given, **(named or {}))
         except Exception as error:
             raise _unfit(f"the original raised {type(error).__name__} on a random input: {error}", 1.5) from error
+        if not state.holds() or not torch.equal(given, x):
+            raise _Writes(f"the original's {method} writes to the instance or to its input, which would be lost")
+        if isinstance(found, tuple) and type(found) is not tuple:
+            raise _unfit(f"the original's {method} returns a {type(found).__name__}, not a tensor or a tuple", 1.5)
         y, log_det = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             raise _unfit(f"the original's {method} returns no tensor of its input's shape", 1.5)
@@ -350,10 +371,12 @@ class _Watch:
             return None
         for parameter in parameters:
             if isinstance(parameter.default, bool):
-                turned = self._agrees(name, formula, not inverse, {parameter.name: not parameter.default})
+                other = {parameter.name: not parameter.default}
+                turned = self._agrees(name, formula, not inverse, other)
                 if turned is not None:
-                    return Call(inverse, (found, turned), parameter.name)
-        return Call(inverse, (found, found))
+                    context = self._context(name, formula, [(inverse, {}), (not inverse, other)])
+                    return Call(inverse, (found, turned), parameter.name, context)
+        return Call(inverse, (found, found), context=self._context(name, formula, [(inverse, {})]))
 
     def _agrees(
         self, name: str, formula: Formula, inverse: bool, named: Mapping[str, Any] | None = None
@@ -362,21 +385,28 @@ class _Watch:
         x = self._draw()
         try:
             y, log_det = self._call(name, x, named=named)
+        except _Writes:
+            raise
         except Unfit:
             return None
         close = self._error(formula, x, y, log_det, inverse) <= _CLOSE
         return log_det is not None if close else None
 
-    def _passes_context(self, name: str, formula: Formula) -> bool:
-        """Whether an argument after x, which is no flag, is passed on to every network as it is."""
-        x, context = self._draw(), torch.randn(_ROWS, 2, dtype=torch.float64).to(self.device)
+    def _context(self, name: str, formula: Formula, ways: Sequence[tuple[bool, Mapping[str, Any]]]) -> str | None:
+        """The argument that is passed on to every network as it is, for each of (inverse, flag)."""
+        others = [p.name for p in self.given.methods[name][1] if p.default is None]
+        passed = (each for each in others if all(self._passes(name, formula, each, *way) for way in ways))
+        return next(passed, None)
+
+    def _passes(self, name: str, formula: Formula, argument: str, inverse: bool, flag: Mapping[str, Any]) -> bool:
+        x, context = self._draw(), torch.randn(self.shape[0], 2, dtype=torch.float64).to(self.device)
         try:
-            y, log_det = self._call(name, x, context)
+            y, log_det = self._call(name, x, named={argument: context, **flag})
         except Unfit:
             return False
         if not all(len(call.context) == 1 and call.context[0] is context for call in self.log):
             return False
-        return self._error(formula, x, y, log_det, context=[context]) <= _CLOSE
+        return self._error(formula, x, y, log_det, inverse, [context]) <= _CLOSE
 
 
 def _others(instance: nn.Module, nets: Sequence[nn.Module]) -> tuple[Path, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -156,6 +158,106 @@ def test_a_setting_and_a_mask_that_are_changed_later():
     assert_same(model, fast, x)
 
 
+class Gain(nn.Module):
+    """Its settings are of every form in which modules hold them."""
+
+    power = 1.0
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.register_buffer("gain", torch.ones(8))
+        self.frozen = nn.Parameter(torch.ones(8), requires_grad=False) if frozen else None
+        self.tensor, self.options = torch.ones(8), SimpleNamespace(gain=1.0, nested={"gains": [1.0]})
+
+    def factor(self):
+        factor = self.gain * self.tensor * self.options.gain * self.options.nested["gains"][0] * self.power
+        return factor if self.frozen is None else factor * self.frozen
+
+
+class WithGain(shapes.Stack):
+    def __init__(self, frozen=True):
+        super().__init__()
+        self.gain, self.order = Gain(frozen), [*range(8)]
+
+    def forward(self, x):
+        return (super().forward(x) * self.gain.factor())[:, self.order]
+
+    def inverse(self, y):
+        return super().inverse(y[:, torch.tensor(self.order).argsort()] / self.gain.factor())
+
+
+CHANGES = {
+    "a buffer of a submodule": lambda model: model.gain.gain.fill_(2.0),
+    "its data": lambda model: model.gain.gain.data.fill_(2.0),
+    "a frozen parameter": lambda model: model.gain.frozen.data.fill_(2.0),
+    "a tensor": lambda model: model.gain.tensor.mul_(2.0),
+    "another tensor": lambda model: setattr(model.gain, "tensor", torch.full((8,), 2.0)),
+    "a namespace": lambda model: setattr(model.gain.options, "gain", 2.0),
+    "a list in a dict": lambda model: model.gain.options.nested["gains"].__setitem__(0, 2.0),
+    "a list": lambda model: model.order.reverse(),
+    "an attribute that shadows the class's": lambda model: setattr(model.gain, "power", 2.0),
+    "loaded": lambda model: model.load_state_dict(model.state_dict() | {"gain.gain": torch.full((8,), 2.0)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_state_outside_the_networks_that_is_changed_later(change):
+    """The changed instance is no formula of couplings, or another one."""
+    lf.register_adapter(WithGain, conditioner="nets", scale_map=shapes.TANH)
+    model, x = WithGain(), torch.randn(5, 8)
+    fast = copy.deepcopy(model)
+    assert lf.accelerate(fast).swapped
+    with lf.backend("triton"), Launches() as seen:
+        assert_same(model, fast, x, 1e-5)
+    assert seen.counts
+    for each in (model, fast):
+        CHANGES[change](each)
+    with lf.backend("triton"):
+        assert_same(model, fast, x, 1e-5)
+
+
+def test_a_frozen_parameter_that_is_trained_later():
+    lf.register_adapter(WithGain, conditioner="nets", scale_map=shapes.TANH)
+    model, x = WithGain(), torch.randn(5, 8)
+    fast = copy.deepcopy(model)
+    assert lf.accelerate(fast).swapped
+    for each in (model, fast):
+        each.gain.frozen.requires_grad_()
+    assert_same(model, fast, x)
+
+
+@pytest.mark.parametrize(("name", "value"), [("power", 2.0), ("factor", lambda self: 2 * self.gain)])
+def test_a_class_that_is_changed_later(name, value, monkeypatch):
+    lf.register_adapter(WithGain, conditioner="nets", scale_map=shapes.TANH)
+    model, x = WithGain(), torch.randn(5, 8)
+    fast = copy.deepcopy(model)
+    assert lf.accelerate(fast).swapped
+    monkeypatch.setattr(Gain, name, value)
+    assert_same(model, fast, x)
+
+
+def test_an_attribute_whose_changes_could_not_be_seen():
+    lf.register_adapter(WithGain, conditioner="nets", scale_map=shapes.TANH)
+    model = WithGain()
+    model.gain.numbers = torch.Generator()
+    report = lf.accelerate(model)
+    assert "numbers" in report.left[0].note, report
+    del model.gain.numbers
+    model.unregistered = [nn.Linear(2, 2)]
+    report = lf.accelerate(model)
+    assert "changes of its unregistered, a Linear, could not be seen" in report.left[0].note, report
+
+
+def test_unchanged_state_is_compared_and_not_looked_for_again(monkeypatch):
+    lf.register_adapter(WithGain, conditioner="nets", scale_map=shapes.TANH)
+    model, x = WithGain(), torch.randn(5, 8)
+    assert lf.accelerate(model).swapped
+    from linfast.accelerate.libraries import plain
+
+    monkeypatch.setattr(plain, "find_formula", None)
+    model(x), model.eval()(x)
+
+
 def test_instances_of_one_class_that_differ():
     lf.register_adapter(shapes.Flipped, conditioner="net", scale_map=lf.ScaleMap("exp"))
     model = nn.Sequential(shapes.Flipped(), shapes.Flipped(True), shapes.Flipped())
@@ -228,6 +330,59 @@ class Learned(shapes.Stack):
         return self.size * s, t
 
 
+class Result(NamedTuple):
+    z: torch.Tensor
+    log_det: torch.Tensor
+
+
+class Named(shapes.EvenOdd):
+    def encode(self, x):
+        return Result(*super().encode(x))
+
+
+class WideClamp(shapes.Stack):
+    def params(self, net, kept):
+        s, t = net(kept).chunk(2, 1)
+        return s.clamp(self.least, self.most), t
+
+    least, most = -10, 10
+
+
+class UpperClamp(WideClamp):
+    least, most = None, 50
+
+
+class FarIdentity(shapes.Stack):
+    """Rows with a large feature pass unchanged."""
+
+    def forward(self, x):
+        return torch.where((x.abs() > 20).any(1, keepdim=True), x, super().forward(x))
+
+
+class Stores(shapes.EvenOdd):
+    def forward(self, x):
+        y, self.log_det = super().forward(x)
+        return y
+
+
+class Counts(shapes.Stack):
+    calls = 0
+
+    def inverse(self, y):
+        self.calls += 1
+        return super().inverse(y)
+
+
+class CountsInABuffer(shapes.Stack):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
     ("cls", "how", "why"),
     [
@@ -243,6 +398,13 @@ class Learned(shapes.Stack):
         (shapes.Stack, {"conditioner": "net", "scale_map": shapes.TANH}, "its net is not a module"),
         (shapes.Stack, {"conditioner": "nets", "scale_map": shapes.TANH, "log_det": True}, "log_det is True"),
         (shapes.TwoNets, {"conditioner": "scale_net", "scale_map": shapes.EXP, "inverse": "undo"}, "differs"),
+        (WideClamp, {"conditioner": "nets", "scale_map": shapes.EXP}, "differs from the original"),
+        (UpperClamp, {"conditioner": "nets", "scale_map": shapes.EXP}, "differs from the original"),
+        (FarIdentity, {"conditioner": "nets", "scale_map": shapes.TANH}, "differs from the original"),
+        (Stores, {"conditioner": "couplings", "scale_map": lf.ScaleMap("tanh")}, "forward writes to the instance"),
+        (Counts, {"conditioner": "nets", "scale_map": shapes.TANH}, "inverse writes to the instance"),
+        (CountsInABuffer, {"conditioner": "nets", "scale_map": shapes.TANH}, "forward writes to the instance"),
+        (Named, {"conditioner": "couplings", "scale_map": lf.ScaleMap("tanh")}, "forward returns a Result"),
     ],
 )
 def test_what_disagrees_is_left_alone(cls, how, why):
@@ -320,6 +482,51 @@ def test_a_context_that_is_not_passed_on_is_never_lost(cls, swapped):
     with lf.backend("triton"):
         for context in (None, torch.randn(3, 2)):
             torch.testing.assert_close(fast(x, context), model(x, context))
+
+
+class Joined(nn.Module):
+    """A network that joins the context, zeros without one, to the kept features."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = shapes.mlp(6, 8)
+
+    def forward(self, kept, context=None):
+        context = kept.new_zeros(len(kept), 2) if context is None else context
+        return self.net(torch.cat((kept, context), 1))
+
+
+class Noisy(nn.Module):
+    """Two arguments after x: noise, which is added to the result, and a context, which the network gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Joined()
+
+    def forward(self, x, noise=None, context=None):
+        a, b = x.chunk(2, 1)
+        t, s = self.net(a, context).chunk(2, 1)
+        return torch.cat((a, b * s.exp() + t), 1) + (0 if noise is None else noise[:, :1])
+
+    def inverse(self, y, context=None):
+        a, b = y.chunk(2, 1)
+        t, s = self.net(a, context).chunk(2, 1)
+        return torch.cat((a, (b - t) * (-s).exp()), 1)
+
+
+def test_only_the_context_reaches_the_networks():
+    lf.register_adapter(Noisy, conditioner="net", scale_map=lf.ScaleMap("exp"))
+    model, x, noise, context = Noisy(), torch.randn(3, 8), torch.randn(3, 2), torch.randn(3, 2)
+    fast = copy.deepcopy(model)
+    assert lf.accelerate(fast).swapped
+    with lf.backend("triton"):
+        for arguments in ((), (noise,), (None, context), (noise, context)):
+            with Launches() as seen:
+                torch.testing.assert_close(fast(x, *arguments), model(x, *arguments))
+            assert bool(seen.counts) == (arguments in ((), (None, context)))
+        with Launches() as seen:
+            torch.testing.assert_close(fast.inverse(x, context), model.inverse(x, context))
+        assert seen.counts
 
 
 @pytest.mark.parametrize("name", ["a flag alone", "pair", "stack", "masks"])

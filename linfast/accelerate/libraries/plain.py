@@ -13,19 +13,20 @@ from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ...checks import check_choice, check_flag, check_function, check_kind
-from ...flows.remembered import writes
 from ...ops.affine_coupling import HALVES, ORDERS
 from ...rows import SHORT
 from ...scale_maps import ScaleMap
-from ..adapter import Adapter, Draw, Options, Plan, Unfit, add, untrained
+from ..adapter import Adapter, Draw, Options, Plan, Unfit, add
 from ..chain import fused_of
 from ..coupling import couple, coupling_adapter
 from ..formula import Formula, Parameter, ShapedStub, at, settings_of
 from ..fused import Fused, Maps
 from ..identity import PLAN, original_class
+from ..own_state import OwnState
 from ..swap import is_unchanged
 from ..watch import Description, find_formula
 
@@ -156,6 +157,18 @@ Layout = tuple[Formula, ScaleMap]
 _NO_MAPS = Maps((), (), {})
 
 
+@dataclass(frozen=True)
+class _Found:
+    """An instance's formula, or why it has none, and what it depends on; without a state it was told to a copy."""
+
+    state: OwnState | None
+    scale_map: ScaleMap
+    formula: Formula | str
+
+    def holds(self, scale_map: ScaleMap) -> bool:
+        return self.state is None or (scale_map == self.scale_map and self.state.holds())
+
+
 class _Taught:
     """A registered class: how its instances are described, found and run."""
 
@@ -163,7 +176,7 @@ class _Taught:
         self, cls: type[nn.Module], description: Description, scale_map: ScaleMap | Callable[[Any], ScaleMap]
     ) -> None:
         self.cls, self.description, self.scale_map = cls, description, scale_map
-        self.found: WeakKeyDictionary[nn.Module, tuple[Any, Formula]] = WeakKeyDictionary()
+        self.found: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
     def adapter(self) -> Adapter:
         made = coupling_adapter(
@@ -184,14 +197,36 @@ class _Taught:
     def _formula(self, module: nn.Module) -> Formula:
         """The instance's formula, found again where something that it may depend on has changed."""
         known = self.found.get(module)
-        if known is not None and known[0] is None:  # told to a copy without networks
-            return known[1]
-        settings = [getattr(module, name) for name in settings_of(module)]
-        tensors = [(id(t), writes(t), t.tolist() if t.is_cpu else None) for t in untrained(module)]
-        key = settings, tensors, [*map(id, module.modules())], self._map(module)
-        if known is None or known[0] != key:
-            self.found[module] = known = key, find_formula(module, self.description, self._map(module))
-        return known[1]
+        if known is None or not known.holds(self._map(module)):
+            self.found[module] = known = self._look(module)
+        if isinstance(known.formula, str):
+            raise Unfit(known.formula)
+        return known.formula
+
+    def _look(self, module: nn.Module) -> _Found:
+        scale_map = self._map(module)
+        try:
+            formula = find_formula(module, self.description, scale_map)
+            state = OwnState(module, formula.nets(module))
+            if PLAN in vars(module) and state.trained:  # the check before the swap has not seen its gradient
+                raise Unfit("a parameter outside its networks requires a gradient")
+        except Unfit as reason:
+            if PLAN not in vars(module):
+                raise
+            return _Found(OwnState(module, ()), scale_map, str(reason))
+        return _Found(state, scale_map, replace(formula, constant=state.constant))
+
+    def _renewed(self, module: Any) -> bool:
+        """Plan again where the instance's own state has changed. Returns whether it is to run by its plan."""
+        plan = vars(module)[PLAN]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # the trace outlives later changes
+            return bool(plan.layout[0].constant)
+        try:
+            if self._formula(module) is not plan.layout[0]:
+                vars(module)[PLAN] = module._linfast_adapter.plan_for(module, plan.options)
+        except (Unfit, RuntimeError):  # RuntimeError: there are no values to read
+            return False
+        return True
 
     def _map(self, module: nn.Module) -> ScaleMap:
         return self.scale_map if isinstance(self.scale_map, ScaleMap) else self.scale_map(module)
@@ -202,7 +237,7 @@ class _Taught:
         return f"{several}, {found.kind}", (formula, found)
 
     def _tell(self, module: nn.Module, copied: nn.Module) -> None:
-        self.found[copied] = None, self._formula(module)
+        self.found[copied] = _Found(None, self._map(module), self._formula(module))
 
     def _stub(self, module: nn.Module) -> type[ShapedStub]:
         return type("_Stub", (ShapedStub,), {"output": self._formula(module).output})
@@ -243,12 +278,15 @@ class _Taught:
                 outputs = original(x)
                 return outputs if isinstance(outputs, tuple) else (outputs, None)
 
+            checked = vars(module)[PLAN].fused is None
+            if not self._renewed(module):
+                return original(x)
             fused = vars(module)[PLAN].fused
             together: Any = fused_of(module) if fused is not None and fused.takes(x) else None
             formula, scale_map = vars(module)[PLAN].layout
             call = formula.calls.get(name) if formula.takes(x) else None
             asked = None if call is None else call.read(parameters, given, named)
-            if call is None or asked is None or (asked[1] and not formula.context):
+            if call is None or asked is None:
                 return original(x)
             turned, context = asked
             inverse, returns = undoes != turned, call.log_det[turned]
@@ -257,7 +295,7 @@ class _Taught:
                     return together.value(module, x, inverse)
                 y, log_det = together(module, x, inverse)
                 log_det = log_det.to(y.dtype)
-            elif vars(module)[PLAN].fused is None or is_unchanged(module, module._linfast_adapter, name):
+            elif checked or is_unchanged(module, module._linfast_adapter, name):
                 y, log_det = couple(module, formula.members(module, scale_map, context), x, inverse, own)
             else:
                 return original(x)
