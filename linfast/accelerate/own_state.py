@@ -111,14 +111,16 @@ class OwnState:
         if [*map(len, self._sized)] != self._sizes:
             return False
         try:
-            same = _same([*map(getitem, self._held, self._names)], self._values)
+            if not all(map(is_, map(getitem, self._held, self._names), self._values)) and not _same(
+                map(getitem, self._held, self._names), self._values
+            ):
+                return False
         except KeyError:
             return False
         return (
-            same
-            and all(len(series) == len(items) and _same(series, items) for series, items in self._series)
+            all(len(series) == len(items) and _same(series, items) for series, items in self._series)
             and all(tensor.requires_grad is before for tensor, before in self._required)
-            and self._evidence.holds()
+            and (not self._tensors or self._evidence.holds())
         )
 
 
@@ -128,6 +130,5 @@ def _has_slots(value: Any) -> bool:
 
 def _same(now: Iterable[Any], before: Iterable[Any]) -> bool:
     """Whether these are the same objects, or equal plain values of one type."""
-    return all(map(is_, now, before)) or all(
-        a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b) for a, b in zip(now, before, strict=True)
-    )
+    pairs = zip(now, before, strict=True)
+    return all(a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b) for a, b in pairs)

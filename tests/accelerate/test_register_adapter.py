@@ -537,6 +537,15 @@ def test_torch_compile_traces_it_whole(name):
     torch.testing.assert_close(compiled(x), getattr(model, method)(x))
 
 
+def test_a_mask_that_is_changed_after_torch_compile():
+    model, fast, x = taught("masks")
+    compiled = torch.compile(fast.encode, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model.encode(x))
+    for each in (model, fast):
+        each.mask.data.copy_(1 - each.mask)
+    torch.testing.assert_close(compiled(x), model.encode(x))
+
+
 def test_bad_arguments_are_named():
     good = {"conditioner": "nets", "scale_map": shapes.TANH}
     for change, error, message in (
