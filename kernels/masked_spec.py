@@ -5,8 +5,9 @@ the largest degree among the features that it depends on, 0 where it depends on 
 degree d depend only on hidden units of degrees below d. Units of degree G reach no parameter and are dropped.
 
 Layers are numbered from 0, the features, to n, the parameters: P per feature, shift_i and raw_i alternating,
-shift_i alone, or the raw widths, heights and derivatives of a spline of K bins: P = 3 K - 1 to 3 K + 1. In each layer the units are sorted by degree, so that what a degree reads is a prefix of the layer
-before. The weights of one transform are one vector:
+shift_i alone, or the raw widths, heights and derivatives of a spline of K bins: P = 3 K - 1 to 3 K + 1. In each
+layer the units are sorted by degree, so that what a degree reads is a prefix of the layer before. The
+weights of one transform are one vector:
 
     W_1 [H_1, K_0]  W_2 [H_2, K_1] .. W_n [H_n, K_{n-1}]  |  b_1 [H_1] .. b_n [H_n]         H_0 = D, H_n = P D
 

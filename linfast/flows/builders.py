@@ -118,7 +118,8 @@ def autoregressive_flow(
         actnorm, mix, time_features, context_features, memory: as in ``coupling_flow``.
 
     Raises:
-        ValueError: an option that is not listed here or not used by the transform, or widths that ``MaskedMLP`` refuses.
+        ValueError: an option that is not listed here or not used by the transform, or widths that ``MaskedMLP``
+            refuses.
     """
     features, depth = check_count("features", features), check_count("depth", depth)
     check_choice("feature_order", feature_order, ("reverse", "random"))

@@ -51,7 +51,8 @@ def norm_activate(
         of_batch: normalise by the statistics of the batch, which the second and third result are.
         eps: added to the variance; at least 0, with ``of_batch`` above 0, as in torch.
 
-    The op is computed in fp32, or in float64 where an argument is; y has x's dtype. No gradient flows through the returned statistics.
+    The op is computed in fp32, or in float64 where an argument is; y has x's dtype. No gradient flows through
+    the returned statistics.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -81,8 +81,8 @@ def rq_spline(
             that differ by less than eps max(|l|, |r|) are the same.
         min_width, min_height: least size of a bin as a fraction of the interval, at most 1 / K.
         min_derivative: least derivative at a knot.
-        temperature: T, at least 1e-6, which divides the raw widths and heights; nflows takes the root of a network's
-            width.
+        temperature: T, at least 1e-6, which divides the raw widths and heights; nflows takes the root of a
+            network's width.
         parameters: "softmax", or "soft_clip" as in zuko, which has no least sizes and no temperature.
         inverse: apply the inverse.
         log_det: also return log|det| of the map that is applied, [B], in fp32 or wider.

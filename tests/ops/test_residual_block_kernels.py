@@ -251,7 +251,7 @@ def test_errors_name_the_argument_and_the_shape() -> None:
         norm_activate(x, "relu", mean=torch.ones(4))
     with pytest.raises(ValueError, match="x: Expected more than 1 value per channel"):
         norm_activate(x[:1], "relu", of_batch=True)
-    with pytest.raises(ValueError, match="eps must be a finite number above 0; got 0.0"):
+    with pytest.raises(ValueError, match="eps must be a finite number above 0"):
         norm_activate(x, "relu", of_batch=True, eps=0.0)
     with pytest.raises(ValueError, match=r"gate must be \[3, 4\] or \[1, 4\] for h \(3, 4\); got \(2, 4\)"):
         glu_skip(x, x, x[:2])
