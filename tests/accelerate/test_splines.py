@@ -47,9 +47,9 @@ def coupling(net=None, package="nflows", context=CONTEXT, **options):
     return model, fast, lf.accelerate(fast)
 
 
-def resnet_of(**options):
+def resnet_of(hidden=16, **options):
     nets = require("nflows.nn.nets")
-    return lambda n_in, n_out: nets.ResidualNet(n_in, n_out, hidden_features=16, **options)
+    return lambda n_in, n_out: nets.ResidualNet(n_in, n_out, hidden, **options)
 
 
 def values(batch=LONG, dtype=torch.float32):
@@ -223,10 +223,11 @@ def test_long_batches_are_cut_with_their_contexts(monkeypatch, train):
 def test_an_affine_coupling_with_a_residual_network_is_cut_too(monkeypatch):
     transforms = require("nflows.transforms")
     mask = torch.arange(FEATURES) % 2
-    model = transforms.AffineCouplingTransform(mask, resnet_of(context_features=CONTEXT, dropout_probability=0.5))
+    net = resnet_of(context_features=CONTEXT, dropout_probability=0.5, hidden=128)
+    model = transforms.AffineCouplingTransform(mask, net)
     fast = copy.deepcopy(model.eval())
     (row,) = lf.accelerate(fast).rows
-    assert row.conditioner == "ResidualNet 6-16x2-6 relu"
+    assert row.conditioner == "ResidualNet 6-128x2-6 relu"
     assert "as many at a time as fit its cache" in row.runs
     x, c = values(4 * LONG)
     expected = both_ways(model, x, c)
@@ -330,8 +331,8 @@ def test_other_activations_run_the_librarys_own_network(options):
     model, fast, report = coupling(resnet_of(**options))
     assert report.swapped
     assert find_residual(fast.transform_net) is None
-    x, _ = values()
-    assert_close(both_ways(fast, x), both_ways(model, x), 2e-6)
+    x, _ = values(dtype=torch.float64)
+    assert_close(both_ways(fast.double(), x), both_ways(model.double(), x), 1e-12)
 
 
 def test_a_subclass_of_the_network_is_not_taken_for_it():
@@ -343,8 +344,8 @@ def test_a_subclass_of_the_network_is_not_taken_for_it():
 
     model, fast, _ = coupling(lambda n_in, n_out: Twice(n_in, n_out, hidden_features=16))
     assert find_residual(fast.transform_net) is None
-    x, _ = values()
-    assert_close(both_ways(fast, x), both_ways(model, x), 2e-6)
+    x, _ = values(dtype=torch.float64)
+    assert_close(both_ways(fast.double(), x), both_ways(model.double(), x), 1e-12)
 
 
 def test_networks_of_all_three_libraries_are_recognised():
