@@ -184,6 +184,8 @@ def test_changes_of_a_chain_inside_are_followed() -> None:
     inside.register_forward_hook(lambda module, *_: called.append(module))
     assert not _runs_whole(model)
     assert called == [inside]
+
+
 def _nested(kind: str) -> nn.Module:
     """Two chains inside a chain, of spline couplings, or of affine ones with MLPs."""
     transforms = require("nflows.transforms")
@@ -276,7 +278,9 @@ def test_a_chain_of_normflows_runs_whole() -> None:
     nf, parts = require("normflows"), require("normflows.flows.neural_spline.coupling")
     nets, make = require("normflows.nets"), parts.PiecewiseRationalQuadraticCoupling
     torch.manual_seed(1)
-    flows = [make(torch.tensor([i, 1 - i] * 3), lambda i, o: nets.ResidualNet(i, o, 8), 4, "linear", 3.0) for i in (0, 1)]
+    flows = [
+        make(torch.tensor([i, 1 - i] * 3), lambda i, o: nets.ResidualNet(i, o, 8), 4, "linear", 3.0) for i in (0, 1)
+    ]
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(D), flows)
     redraw(model, model.state_dict(), 0)
     original, x = copy.deepcopy(model), torch.randn(128, D)
