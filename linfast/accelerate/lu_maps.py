@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..dispatch import cat, uploaded
 from .adapter import Unfit
+from .spline_curves import Other
 
 
 @dataclass(eq=False)
@@ -31,7 +32,9 @@ class LUMap:
 
 @dataclass(frozen=True, eq=False)
 class LUMaps:
-    """All LU maps of a chain; a call gives their weights [D, D] and biases, or their inverses', and log|det|."""
+    """All LU maps of a chain; a call gives their weights [D, D] and biases, or their inverses', and log|det|.
+
+    Raises Other where a tensor is not of the dtype of x: the library's own code then runs, or raises its error."""
 
     steps: list[LUMap]
     features: int
@@ -51,10 +54,13 @@ class LUMaps:
         raw = cat([module.unconstrained_upper_diag for module in modules])
         diagonal = F.softplus(raw) + modules[0].eps
         entries = [entry for module in modules for entry in (module.lower_entries, module.upper_entries)]
+        biases = [module.bias for module in modules]
+        if any(tensor.dtype != x.dtype for tensor in (raw, *entries, *biases)):
+            raise Other
         factors, of_biases, of_inverse = self._on(x.device, inverse)
         source = cat([raw.new_zeros(1), raw.new_ones(1), *entries, diagonal])
         lower, upper = source.index_select(0, factors).view(2, n, d, d).unbind()
-        biases = cat([module.bias for module in modules]).index_select(0, of_biases).view(n, d)
+        biases = cat(biases).index_select(0, of_biases).view(n, d)
         log_det = diagonal.log().sum()
         if not inverse:
             return [*zip(torch.bmm(lower, upper).unbind(), biases.unbind(), strict=True)], log_det

@@ -22,6 +22,9 @@ from ..dispatch import cat
 from ..kernels.spline_spec import Spline
 from ..ops.rq_spline import spline_of, spline_transform
 
+CURVE_METHODS = "forward", "inverse", "_spline"
+"""The methods of a PiecewiseRationalQuadraticCDF that must be the library's own."""
+
 
 class Other(Exception):
     """The library's own code is to run."""
