@@ -252,7 +252,7 @@ def _nested(chain: nn.Module, members: Sequence[nn.Module]) -> Iterator[nn.Modul
     """The chains inside the chain that are not members themselves, but whose members are."""
     if any(chain is member for member in members):
         return
-    for each in itertools.chain.from_iterable(_lists(chain)):
+    for each in itertools.chain.from_iterable(held.children() for held in _lists(chain)):
         if not any(each is member for member in members):
             yield each
             yield from _nested(each, members)
