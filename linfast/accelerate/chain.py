@@ -21,6 +21,7 @@ from .evaluate_once import recalling
 from .fused import Fused, Maps, Together
 from .identity import PLAN, changed_method
 from .spline_chain import SplineChain
+from .spline_curves import Other
 
 Named = Iterator[tuple[str, nn.Module]]
 
@@ -145,7 +146,10 @@ def run_chain(chain: Any, x: Any, context: Context, inverse: bool) -> tuple[Tens
     plan = vars(chain)[PLAN]
     if plan.fused is not None:
         fused = fused_of(chain) if plan.fused.takes(x, context) else None
-        return None if fused is None else fused(chain, x, inverse, context)
+        try:
+            return None if fused is None else fused(chain, x, inverse, context)
+        except Other:
+            return None
     parts = parts_to_invert(chain, x, plan.layout)
     if parts is None:
         return None

@@ -190,7 +190,7 @@ def _known(members: Sequence[Any]) -> list[MLP | Residual]:
     if per_batch or has_global_hook() or not all(nets):
         return []
     found = [find_mlp(net) or find_residual(net) for each in nets for net in each]
-    known = [net for net in found if net is not None and is_worth_cutting(net.sizes)]
+    known = [net for net in found if isinstance(net, Residual) or (net is not None and is_worth_cutting(net.sizes))]
     return known if len(known) == len(found) else []
 
 

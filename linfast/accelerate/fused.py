@@ -30,6 +30,7 @@ from .identity import PLAN, changed_method, defined_as, is_hooked, is_patched, o
 from .launch import Coupling, Launch, Member, launch_of, members_of
 from .loop import NO_CONTEXT, Run, loops_of
 from .sides import Affine, Index
+from .spline_curves import CURVE_METHODS
 
 Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
 
@@ -40,7 +41,7 @@ class Maps:
 
     Args:
         library: names of the packages that define the classes.
-        methods: names of the methods that must be unmodified.
+        methods: names of the methods and properties that must be unmodified in the classes that have them.
         of: {class name: module -> its permutation or affine map of vectors, or None to run the library's own code}.
         others: names of the classes that always run by the library's own code.
         initialises: whether a module's next call may set its parameters from the batch, as an ActNorm's first does.
@@ -60,7 +61,10 @@ class Maps:
         """Whether the module is of one of these classes, with unmodified methods."""
         cls = original_class(module)
         found = cls.__qualname__ in self.names and cls.__module__.partition(".")[0] in self.library
-        return found and changed_method(module, self.methods) is None
+        return found and changed_method(module, self.methods_of(cls)) is None
+
+    def methods_of(self, cls: type) -> list[str]:
+        return [name for name in self.methods if hasattr(cls, name)]
 
     def rows_apart(self, modules: Iterable[nn.Module]) -> bool:
         """Whether no row that the next call of these modules gets changes the result of another."""
@@ -111,7 +115,8 @@ class Together:
         for module in nested:
             if is_hooked(module) or changed_method(module, _CALLED) is not None:
                 raise Unfit(f"its nested {type(module).__name__} has a hook or a replaced method")
-        self._children, self._evidence = chain._modules, _evidence(chain, nested, recognised, masks)
+        self._children, maps = chain._modules, self._arguments[2]
+        self._evidence = _evidence(chain, nested, recognised, masks, maps)
         self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
 
     def plan(self, chain: nn.Module) -> Plan:
@@ -248,23 +253,25 @@ def _nested(chain: nn.Module, members: Sequence[nn.Module]) -> Iterator[nn.Modul
     """The chains inside the chain that are not members themselves, but whose members are."""
     if any(chain is member for member in members):
         return
-    for each in itertools.chain.from_iterable(_lists(chain)):
+    for each in itertools.chain.from_iterable(held.children() for held in _lists(chain)):
         if not any(each is member for member in members):
             yield each
             yield from _nested(each, members)
 
 
 def _evidence(
-    chain: nn.Module, nested: Sequence[nn.Module], recognised: Iterable[nn.Module], masks: Iterable[Tensor]
-) -> Evidence:
+    chain: nn.Module, nested: Sequence[nn.Module], recognised: Iterable[nn.Module], masks: Iterable[Tensor],
+    maps: Maps,
+) -> Evidence:  # fmt: skip
     """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
     lists = [*_lists(chain), *itertools.chain.from_iterable(map(_lists, nested))]
     functions = [(original_class(module), name) for module in nested for name in _CALLED]
     for module in recognised:
         adapter, cls = adapter_for(module), original_class(module)
-        names = ("forward", "inverse") if adapter is None else (*adapter.methods, *adapter.assumes)
+        names = maps.methods if adapter is None else (*adapter.methods, *adapter.assumes)
         functions += [(cls, name) for name in names if hasattr(cls, name)]
-        functions += [(original_class(inside), "forward") for inside in module.modules()]
+        inner = {original_class(inside) for inside in module.modules()}
+        functions += [(inside, name) for inside in inner for name in CURVE_METHODS if hasattr(inside, name)]
     return Evidence([chain, *lists], recognised, functions, masks, (PLAN,), nested)
 
 

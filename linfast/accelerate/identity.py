@@ -5,6 +5,7 @@ No library is imported: a class is looked up in ``sys.modules``, which contains 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
@@ -114,9 +115,20 @@ def is_own_method(cls: type, name: str) -> bool:
     """Whether the method is still the function that the source of the class, or of a base class, defines."""
     owner = next((base for base in cls.__mro__ if name in vars(base)), None)
     function = None if owner is None else vars(owner)[name]
+    function = function.fget if isinstance(function, property) else function
     if owner is None or not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
         return False
     return (function.__module__, function.__qualname__) == (owner.__module__, f"{owner.__qualname__}.{name}")
+
+
+@functools.lru_cache(256)
+def _are_own(cls: type, names: tuple[str, ...], functions: tuple[Any, ...]) -> bool:
+    return all(is_own_method(cls, name) for name in names)
+
+
+def has_own(cls: type, names: tuple[str, ...]) -> bool:
+    """Whether these methods of the class are its source's; found again only where one of them was replaced."""
+    return _are_own(cls, names, tuple([getattr(cls, name, None) for name in names]))
 
 
 def changed_method(instance: object, methods: Iterable[str]) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..dispatch import cat, uploaded
 from .adapter import Unfit
+from .spline_curves import Other
 
 
 @dataclass(eq=False)
@@ -31,7 +32,9 @@ class LUMap:
 
 @dataclass(frozen=True, eq=False)
 class LUMaps:
-    """All LU maps of a chain; a call gives their weights [D, D] and biases, or their inverses', and log|det|."""
+    """All LU maps of a chain; a call gives their weights [D, D] and biases, or their inverses', and log|det|.
+
+    Raises Other where a tensor is not of the dtype of x: the library's own code then runs, or raises its error."""
 
     steps: list[LUMap]
     features: int
@@ -51,10 +54,13 @@ class LUMaps:
         raw = cat([module.unconstrained_upper_diag for module in modules])
         diagonal = F.softplus(raw) + modules[0].eps
         entries = [entry for module in modules for entry in (module.lower_entries, module.upper_entries)]
+        shifts = [module.bias for module in modules]
+        if any(tensor.dtype != x.dtype for tensor in (raw, *entries, *shifts)):
+            raise Other
         factors, of_biases, of_inverse = self._on(x.device, inverse)
         source = cat([raw.new_zeros(1), raw.new_ones(1), *entries, diagonal])
         lower, upper = source.index_select(0, factors).view(2, n, d, d).unbind()
-        biases = cat([module.bias for module in modules]).index_select(0, of_biases).view(n, d)
+        biases = cat(shifts).index_select(0, of_biases).view(n, d)
         log_det = diagonal.log().sum()
         if not inverse:
             return [*zip(torch.bmm(lower, upper).unbind(), biases.unbind(), strict=True)], log_det
@@ -62,8 +68,8 @@ class LUMaps:
         undone = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
         undone = torch.linalg.solve_triangular(upper, undone, upper=True)
         weights = undone.flatten().index_select(0, of_inverse).view(n, d, d)
-        shifts = torch.bmm(weights, -biases[..., None]).squeeze(-1)
-        return [*zip(weights.unbind(), shifts.unbind(), strict=True)], -log_det
+        back = torch.bmm(weights, -biases[..., None]).squeeze(-1)
+        return [*zip(weights.unbind(), back.unbind(), strict=True)], -log_det
 
     def _on(self, device: torch.device, inverse: bool) -> tuple[Tensor, ...]:
         """The tables on the device: copied once, because a copy at every call would wait for it."""

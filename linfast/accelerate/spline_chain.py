@@ -132,7 +132,7 @@ class SplineChain(Together):
         self, chain: nn.Module, x: Tensor, inverse: bool, context: Mapping[str, Any] = NO_CONTEXT
     ) -> tuple[Tensor, Tensor]:
         maps, log_det = derived(chain, ("maps", inverse), functools.partial(self._maps, x, inverse))
-        given = context.get("context")
+        given: Any = context.get("context")
         given = given if given is None else one_row(given)
         terms: Sequence[Terms | None] = [None] * len(self.couplings)
         # All terms at once take as much memory as a training step keeps of them anyway.

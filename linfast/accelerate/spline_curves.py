@@ -22,6 +22,9 @@ from ..dispatch import cat
 from ..kernels.spline_spec import Spline
 from ..ops.rq_spline import spline_of, spline_transform
 
+CURVE_METHODS = "forward", "inverse", "_spline"
+"""The methods of a PiecewiseRationalQuadraticCDF that must be the library's own."""
+
 
 class Other(Exception):
     """The library's own code is to run."""
@@ -60,7 +63,8 @@ def curve_for(owner: Any, bins: int, temperature: float, x: Tensor) -> Spline:
 
 def apply_spline(owner: Any, spline: Spline, x: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     """(y, log_det [B]) of x [B, ...] by params [B or 1, ..., P]; raises Other where they do not fit x."""
-    tails, bound = owner.tails, None if owner.tails is None else owner.tail_bound
+    tails: Any = owner.tails
+    bound: Any = None if tails is None else owner.tail_bound
     if params.shape[1:] != (*x.shape[1:], spline.per_feature) or x.dtype != params.dtype:
         raise Other
     listed = isinstance(tails, list | tuple)

@@ -26,12 +26,12 @@ from torch.autograd import forward_ad
 from ..dispatch import autocast_dtype
 from ..rows import by_rows, rows_at_once
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit
-from .identity import PLAN, changed_method, defined_as
+from .identity import PLAN, changed_method, defined_as, has_own, original_class
 from .masked import redraw
 from .mlp import MLP, find_mlp
 from .residual import find_residual
 from .sides import Split, split_of_indices
-from .spline_curves import Other, apply_own_spline, apply_spline, curve_for, curve_of
+from .spline_curves import CURVE_METHODS, Other, apply_own_spline, apply_spline, curve_for, curve_of
 
 _HIDDEN = ("hidden_features", "hidden_channels")
 
@@ -90,6 +90,12 @@ def _run(transform: Any, x: Any, context: Any, inverse: bool) -> tuple[Tensor, T
         return None
     if x.ndim > 2 and isinstance(transform.tail_bound, Tensor):
         return None
+    own = transform.unconditional_transform
+    if not torch.compiler.is_compiling() and not (
+        has_own(original_class(transform), _ASSUMES)
+        and (own is None or has_own(original_class(own), CURVE_METHODS))
+    ):
+        return None
     split = plan.layout
     kept, moved = split.parts(transform.features, x.device)
     net = _Net(transform.transform_net, x[:, kept], context)
@@ -137,7 +143,7 @@ def _find(transform: Any, cdf: tuple[str, str], tails: tuple[Any, ...]) -> tuple
     if own is not None:
         if not defined_as(own, *cdf):
             raise Unfit(f"its unconditional transform is a {type(own).__name__}")
-        changed = changed_method(own, ("forward", "inverse", "_spline"))
+        changed = changed_method(own, CURVE_METHODS)
         if changed is not None:
             raise Unfit(f"the {changed} of its unconditional transform was replaced: not the library's own")
     for owner in owners:
@@ -247,6 +253,7 @@ def spline_coupling(
         layout=lambda transform: _find(transform, cdf, tails)[1],
         probe=probe,
         masks=lambda transform: (transform.identity_features, transform.transform_features),
+        settings=("unconditional_transform", "tails"),
         assumes=_ASSUMES,
         inner=lambda transform: [m for m in (transform.unconditional_transform,) if m is not None],
         conditioners=lambda transform: (transform.transform_net,),

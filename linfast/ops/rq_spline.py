@@ -88,7 +88,7 @@ def rq_spline(
         log_det: also return log|det| of the map that is applied, [B], in fp32 or wider.
 
     y has x's dtype and is contiguous; all arithmetic is fp32 or wider. From finite x and raw values within +-1e8 no
-    result and no gradient is NaN.
+    result and no gradient is NaN. On a CPU a NaN in x is a value outside: y has it, all else is finite.
 
     Raises:
         TypeError: an argument has the wrong type.

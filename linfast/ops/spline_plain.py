@@ -213,7 +213,7 @@ def unit_derivative(min_derivative: float) -> float:
 def find(value: Tensor, tables: Tables, spline: Spline, inverse: bool) -> Bin:
     """The bins of values [D, b], the positions in them, and the formula's terms."""
     (n, b), bins = value.shape, spline.bins
-    at = value.clamp(spline.low, spline.high)
+    at = value.clamp(spline.low, spline.high).nan_to_num_(spline.low)  # so that no term is NaN
     outside = at != value
     at.sub_(spline.low)
     scales, least, knots = affine(spline, value)

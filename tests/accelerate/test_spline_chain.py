@@ -284,6 +284,66 @@ def test_a_chain_of_normflows_runs_whole() -> None:
     model = nf.NormalizingFlow(nf.distributions.DiagGaussian(D), flows)
     redraw(model, model.state_dict(), 0)
     original, x = copy.deepcopy(model), torch.randn(128, D)
-    lf.accelerate(model)
+    assert "in one loop" in str(lf.accelerate(model))
     for method in ("forward_and_log_det", "inverse_and_log_det"):
         assert _is_close([*getattr(model, method)(x)], [*getattr(original, method)(x)], 1e-12)
+
+
+def _doubled(self, x, *more, **named):
+    return 2 * x, x[:, 0]
+
+
+_PATCHES = {
+    "CDF forward": ("nonlinearities.PiecewiseRationalQuadraticCDF", "forward", _doubled),
+    "CDF inverse": ("nonlinearities.PiecewiseRationalQuadraticCDF", "inverse", _doubled),
+    "CDF spline": ("nonlinearities.PiecewiseRationalQuadraticCDF", "_spline", _doubled),
+    "coupling": (
+        "coupling.PiecewiseRationalQuadraticCouplingTransform", "_piecewise_cdf",
+        lambda s, x, p, inverse=False: (2 * x, x),
+    ),
+    "LU factors": ("lu.LULinear", "_create_lower_upper", lambda s: (torch.eye(D), 2 * torch.eye(D))),
+    "LU forward": ("lu.LULinear", "forward_no_cache", _doubled),
+    "LU inverse": ("lu.LULinear", "inverse_no_cache", _doubled),
+    "LU diagonal": ("lu.LULinear", "upper_diag", property(lambda s: 1 + s.unconstrained_upper_diag**2)),
+    "LU log_det": ("lu.LULinear", "logabsdet", lambda s: s.bias.sum()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("patch", _PATCHES)
+@pytest.mark.parametrize("alone", [True, False])
+def test_methods_replaced_on_a_class_are_followed(patch: str, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    transforms = require("nflows.transforms")
+    torch.manual_seed(1)
+    members = [_lu(), _spline("halves", None), _lu(), _spline("halves", None)]
+    model = members[1] if alone else transforms.CompositeTransform(members)
+    redraw(model, model.state_dict(), 0)
+    original, x = copy.deepcopy(model), torch.randn(512, D)
+    lf.accelerate(model)
+    for each in (model, original):
+        each(x)
+    where, method, other = _PATCHES[patch]
+    module, _, cls = where.partition(".")
+    monkeypatch.setattr(getattr(require(f"nflows.transforms.{module}"), cls), method, other)
+    for each in (lambda m: m(x), lambda m: m.inverse(x)):
+        assert _is_close([*each(model)], [*each(original)], 1e-12)
+
+
+def test_a_map_of_another_dtype_fails_as_in_the_library() -> None:
+    model = _model("maps in a row")
+    original = copy.deepcopy(model)
+    lf.accelerate(model)
+    for each in (model, original):
+        each._transforms[0].float()
+        with pytest.raises(RuntimeError, match="dtype"):
+            each(torch.randn(BATCH, D), torch.randn(BATCH, CONTEXT))
+
+
+def test_another_transform_of_the_kept_features_is_followed() -> None:
+    model = _spline("halves", None)
+    original, x = copy.deepcopy(model), torch.randn(512, D)
+    lf.accelerate(model)
+    model(x)
+    other = require("nflows.transforms").LULinear(D // 2, identity_init=False)
+    for each in (model, original):
+        each.unconditional_transform = other
+    assert _is_close([*model(x)], [*original(x)], 1e-12)

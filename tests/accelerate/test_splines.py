@@ -47,9 +47,9 @@ def coupling(net=None, package="nflows", context=CONTEXT, **options):
     return model, fast, lf.accelerate(fast)
 
 
-def resnet_of(hidden=16, **options):
+def resnet_of(**options):
     nets = require("nflows.nn.nets")
-    return lambda n_in, n_out: nets.ResidualNet(n_in, n_out, hidden, **options)
+    return lambda n_in, n_out: nets.ResidualNet(n_in, n_out, hidden_features=16, **options)
 
 
 def values(batch=LONG, dtype=torch.float32):
@@ -223,11 +223,11 @@ def test_long_batches_are_cut_with_their_contexts(monkeypatch, train):
 def test_an_affine_coupling_with_a_residual_network_is_cut_too(monkeypatch):
     transforms = require("nflows.transforms")
     mask = torch.arange(FEATURES) % 2
-    net = resnet_of(context_features=CONTEXT, dropout_probability=0.5, hidden=128)
+    net = resnet_of(context_features=CONTEXT, dropout_probability=0.5)
     model = transforms.AffineCouplingTransform(mask, net)
     fast = copy.deepcopy(model.eval())
     (row,) = lf.accelerate(fast).rows
-    assert row.conditioner == "ResidualNet 6-128x2-6 relu"
+    assert row.conditioner == "ResidualNet 6-16x2-6 relu"
     assert "as many at a time as fit its cache" in row.runs
     x, c = values(4 * LONG)
     expected = both_ways(model, x, c)

@@ -410,6 +410,17 @@ def test_values_that_are_not_finite_stay_in_their_row() -> None:
     assert torch.equal(got[0][[2, 3], [1, 0]], x[[2, 3], [1, 0]])
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradients_beside_a_nan_are_finite(inverse: bool) -> None:
+    x, *raw = (t.float() for t in drawn(5, 2, 4))
+    x[1, 0] = float("nan")
+    given = [t.requires_grad_() for t in (x, *raw)]
+    y, logs = rq_spline(*given, inverse=inverse, log_det=True)
+    found = torch.autograd.grad(y.nan_to_num().sum() + logs.sum(), given)
+    assert all(bool(gradient.isfinite().all()) for gradient in found)
+    assert all(not gradient[1, 0].any() for gradient in found)
+
+
 # torch's transforms
 
 

@@ -124,7 +124,15 @@ def _lu(transform: Any) -> Affine:
 
 _MAPS = Maps(
     tuple(_COMPOSITES),
-    ("forward", "inverse"),
+    (
+        "forward",
+        "inverse",
+        "forward_no_cache",
+        "inverse_no_cache",
+        "_create_lower_upper",
+        "upper_diag",
+        "logabsdet",
+    ),
     dict.fromkeys(("Permutation", "RandomPermutation", "ReversePermutation"), _permutation)
     | {"ActNorm": _actnorm, "LULinear": _lu},
     others=(
