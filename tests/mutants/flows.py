@@ -66,8 +66,8 @@ MUTANTS = (
     Mutant(
         name="Flow: an inverse runs its layers first to last",
         file="linfast/flows/match.py",
-        old="return Launch(segments[::-1] if inverse else segments, why_reference(x))",
-        new="return Launch(segments, why_reference(x))",
+        old="return Launch(layers, segments[::-1] if inverse else segments, why_reference(x))",
+        new="return Launch(layers, segments, why_reference(x))",
         breaks="The inverse starts with the first layer.",
         tests=(_INVERSE,),
     ),
