@@ -71,6 +71,12 @@ def assert_close(actual, expected, tolerance):
     assert max(errors) <= tolerance, errors
 
 
+def assert_close_in_float64(kind, actual, expected):
+    """normflows sums the log-determinants of a chain, the outputs 1 and 3, in float32 whatever the dtype."""
+    for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert relative(a, b) <= (1e-6 if kind.library == "normflows" and i in (1, 3) else 1e-12), i
+
+
 def assert_same(actual, expected):
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -97,7 +103,7 @@ def test_outputs_log_dets_inverses_and_gradients_are_kept(name, seed):
     alone = [row for row in report.swapped if "couplings in one" not in row.runs]
     assert (len(alone), len(report.left)) == (kind.swapped, 0), str(report)
     assert_accurate(outputs(kind, model, torch.float32, seed), exact)
-    assert_close(outputs(kind, model.double(), torch.float64, seed), exact, 1e-12)
+    assert_close_in_float64(kind, outputs(kind, model.double(), torch.float64, seed), exact)
     lf.restore(model.float())
     assert_same(outputs(kind, model, torch.float32, seed), before)
 
@@ -129,7 +135,7 @@ def test_draws_of_the_weights(name):
             each.train(seed % 2 == 0)
         exact = outputs(kind, copy.deepcopy(model).double(), torch.float64, seed)
         assert_accurate(outputs(kind, fast, torch.float32, seed), exact)
-        assert_close(outputs(kind, copy.deepcopy(fast).double(), torch.float64, seed), exact, 1e-12)
+        assert_close_in_float64(kind, outputs(kind, copy.deepcopy(fast).double(), torch.float64, seed), exact)
     assert [type(m) for m in fast.modules()] != [type(m) for m in model.modules()]
 
 
