@@ -163,7 +163,7 @@ CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], dict[str, Any]]] = {
             shift=_x()),
     "ops.glu_skip": _of(ops.glu_skip, h=_x(), r=_x(), gate=_x(), bias=_x(N)),
     "ops.norm_activate": _of(ops.norm_activate, x=_x(), activation="elu", bias=_x(N), weight=_x(N), shift=_x(N),
-            eps=1e-5),
+            of_batch=True, eps=1e-5),
     "ops.latent_matmul": _of(ops.latent_matmul, z=_x(), A=_x(2, N, N), index=torch.tensor([0, 1, 1]), alpha=0.5,
             bias=_x(N)),
     "ops.low_rank": _of(ops.low_rank, x=_x(), U=_x(N, 2), V=_x(N, 2), alpha=0.5),
