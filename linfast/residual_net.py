@@ -33,9 +33,8 @@ from .ranges import range_
 from .rows import one_row
 
 _NORM_EPS = 1e-3  # of batch norm: as in nflows, whose networks then have the same formula
-_SMALL = (
-    1e-3  # a block's second layer starts with weights in [-1e-3, 1e-3], so that the block is nearly the identity
-)
+# A block's second layer starts with weights in [-1e-3, 1e-3], so that the block is nearly the identity.
+_SMALL = 1e-3
 
 
 class _Thread(threading.local):

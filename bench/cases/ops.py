@@ -19,6 +19,7 @@ from linfast import ops
 from linfast.scale_maps import ScaleMap
 
 from ..harness import Options, Size
+from ..rounding import has_kernels
 from .common import BACKWARD, FORWARD, INVERSE, Function, Source, grid, ints, op_case
 
 _SMOOTH = ScaleMap("smooth")
@@ -237,14 +238,13 @@ _masked_autoregressive = op_case(
 
 
 # The rational-quadratic spline with linear tails, by parameters [B, D, 3 K - 1] as a network returns them. nflows'
-# function takes views of them. "planes" is what linfast runs on a CPU.
+# function takes views of them. On a CPU "linfast" is the code in planes, and "eager" the reference.
 
 _SPLINE_BIN, _SPLINE_FOUND = 22, 120  # operations per bin, and for the bin that a value is in
 
 
 def _spline(size: Size) -> Function:
     from linfast.kernels.spline_spec import Spline
-
     from linfast.ops.rq_spline import spline_transform
 
     spline, inverse = Spline(int(size["K"])), size["direction"] == INVERSE
@@ -264,8 +264,8 @@ def _other_splines(size: Size, options: Options) -> Mapping[str, Function]:
         y, logs = spline(x, *params.split((K, K, K - 1), -1), inverse=inverse, tail_bound=3.0)
         return y, logs.sum(1)
 
-    if options.device.type == "cpu":
-        found["planes"] = in_planes
+    if options.device.type == "cpu" and not (options.kernels or has_kernels(options.device)):
+        found["linfast"] = in_planes
     if importlib.util.find_spec("nflows") is not None:
         found["nflows"] = of_nflows
     return found

@@ -34,7 +34,8 @@ class LUMap:
 class LUMaps:
     """All LU maps of a chain; a call gives their weights [D, D] and biases, or their inverses', and log|det|.
 
-    Raises Other where a tensor is not of the dtype of x: the library's own code then runs, or raises its error."""
+    Raises Other where a tensor is not of the dtype of x: the library's own code then runs, or raises its error.
+    """
 
     steps: list[LUMap]
     features: int

@@ -3,11 +3,11 @@
     library   D evaluations of the network, each of which multiplies its weights by its masks
     here      the weights packed in one gather, then each weight used once (linfast.ops.masked_autoregressive)
 
-Only the inverse is replaced: forward is one evaluation of the network, in the library's own code. Where no gradient
-is required, any elementwise transform is inverted by the library's own formula on the features of one degree.
-Where a gradient is required, or on a GPU, the transform must be affine with a known scale map; otherwise the
-original runs. It also runs in training mode where the network has dropout or batch norm, under torch.compile,
-torch.func and autocast, and on inputs that are no batch of vectors.
+Only the inverse is replaced: forward is one evaluation of the network, in the library's own code (zuko's splines:
+``libraries/zuko_spline.py``). Where no gradient is required, any elementwise transform is inverted by the
+library's own formula on the features of one degree. Where a gradient is required, or on a GPU, the transform must
+be affine with a known scale map; otherwise the original runs. It also runs in training mode where the network has
+dropout or batch norm, under torch.compile, torch.func and autocast, and on inputs that are no batch of vectors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, has_global_hook, uses_triton
+from ..dispatch import autocast_dtype, has_global_hook, is_transformed, uses_triton
 from ..flows.remembered import Evidence
 from ..ops.autoregressive_masks import AutoregressiveMasks
 from ..ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_autoregressive
@@ -251,9 +251,7 @@ def masked_inverse(instance: nn.Module, find: Find, y: Any, context: Any) -> tup
     found: MaskedInverse = plan.layout
     if found.is_short(y):  # first, because it is to cost little
         return None
-    if y.ndim != 2 or autocast_dtype(y.device.type) is not None or has_global_hook():
-        return None
-    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+    if y.ndim != 2 or autocast_dtype(y.device.type) is not None or has_global_hook() or is_transformed():
         return None
     if not found.evidence.of(instance):
         try:

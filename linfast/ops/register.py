@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..dispatch import interpreting, refuse_kernel, without_autocast
+from ..dispatch import interpreting, is_transformed, refuse_kernel, without_autocast
 from ..ranges import range_
 
 RAW_OPS: dict[str, RawOp] = {}
@@ -220,7 +219,7 @@ def _is_differentiated(tensors: Sequence[Tensor | None]) -> bool:
 
     A raw op would silently drop a forward-mode tangent; torch's autograd function raises an error.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return True
     if torch.is_grad_enabled():
         for tensor in tensors:

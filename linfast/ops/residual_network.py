@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import are_plain, autocast_dtype, cat, has_global_hook, uses_triton
+from ..dispatch import are_plain, autocast_dtype, cat, has_global_hook, is_transformed, uses_triton
 from ..rows import one_row, rows_at_once
 from .activations import IN_PLACE
 from .glu_skip import glu_skip
@@ -299,5 +299,5 @@ def _may_write(x: Tensor) -> bool:
         or torch.is_grad_enabled()
         or torch.jit.is_tracing()
         or autocast_dtype(x.device.type) is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or is_transformed()
     )

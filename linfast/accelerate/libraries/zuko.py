@@ -43,12 +43,16 @@ def _find(lazy: Any) -> tuple[str, tuple[Split, Tail]]:
     return f"affine coupling, smooth, mask {layout[0].kind}", layout
 
 
+def named_options(function: Any) -> tuple[Any, dict[str, Any]]:
+    """(the function inside a functools.partial with keywords alone, these keywords); else itself and none."""
+    if isinstance(function, functools.partial) and not function.args:
+        return function.func, dict(function.keywords)
+    return function, {}
+
+
 def univariate_of(lazy: Any) -> tuple[Any, ScaleMap | None]:
     """(the class or function of the univariate transform, its scale map where it is the affine one)."""
-    function: Any = lazy.univariate
-    named: dict[str, Any] = {}
-    if isinstance(function, functools.partial) and not function.args:
-        function, named = function.func, dict(function.keywords)
+    function, named = named_options(lazy.univariate)
     if function is not find_class("zuko.transforms", "MonotonicAffineTransform") or set(named) - {"slope"}:
         return function, None
     if tuple(map(tuple, lazy.shapes)) != ((), ()):

@@ -4,8 +4,9 @@
     affine: params_i = (t, raw), y = x e^s + t, s = raw / (1 + |raw / ln slope|)
     module(c) -> a Transform on x [..., D]
 
-Only the inverse is replaced, and its log-determinant. The context enters the first layer alone, by a term that is
-computed for the rows of c as they are given.
+Only the inverse is replaced, and its log-determinant; of rational-quadratic splines the evaluation too
+(``zuko_spline.py``). The context enters the first layer alone, by a term that is computed for the
+rows of c as they are given.
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ from ..masked import (
 )
 from ..mlp import activation_of, name_of_activation
 from .zuko import Inverse, is_traced, univariate_of
-from .zuko_spline import SplineTransform, Univariate, broadcast, find_spline, invert, takes
-from .zuko_spline import functions as functions_of_spline
+from .zuko_spline import SplineTransform, Univariate, broadcast, find_spline, invert, methods_of_splines, takes
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _find(lazy: Any) -> MaskedInverse:
     if isinstance(transform, Affine):
         functions += [(univariate_of(lazy)[0], method) for method in _AFFINE]
     elif find_spline(lazy) is not None:
-        functions += functions_of_spline()
+        functions += methods_of_splines()
     sizes = "-".join(map(str, (features, *(out for out, _ in masks.shapes))))
     weights, biases = [linear.weight for linear in layers.linears], [linear.bias for linear in layers.linears]
     found = _Inverse(
@@ -242,7 +242,7 @@ def _transform_class() -> type:
     base: Any = find_class("zuko.transforms", "AutoregressiveTransform")
 
     class AutoregressiveTransform(base):
-        """zuko's own, but for the inverse."""
+        """zuko's own, but for the inverse and the evaluation of splines."""
 
         def __init__(self, lazy: Any, c: Any) -> None:
             super().__init__(functools.partial(_meta, lazy, c), lazy.passes)

@@ -9,7 +9,6 @@ zuko's own code runs where it is faster: for few values on a CPU.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import sys
@@ -21,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ...dispatch import autocast_dtype
+from ...dispatch import autocast_dtype, is_transformed
 from ...kernels.spline_spec import Spline
 from ...ops.rq_spline import MOST_BOUND, spline_transform
 from ...rows import checks_all_lengths
 from ..identity import changed_method, find_class, is_own_method
-from .zuko import is_traced
+from .zuko import is_traced, named_options
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,7 @@ class Univariate:
 
 def find_spline(lazy: Any) -> Univariate | None:
     """The spline that a lazy transform applies to every feature; None where it applies another transform."""
-    function: Any = lazy.univariate
-    named: dict[str, Any] = {}
-    if isinstance(function, functools.partial) and not function.args:
-        function, named = function.func, dict(function.keywords)
+    function, named = named_options(lazy.univariate)
     shifted = _is_circular(function)
     if not (shifted or function is find_class("zuko.transforms", "MonotonicRQSTransform")):
         return None
@@ -90,21 +86,26 @@ def _is_own(name: str) -> bool:
     return cls is not None and all(is_own_method(cls, method) for method in _METHODS[name])
 
 
-def functions() -> list[tuple[Any, str]]:
+def methods_of_splines() -> list[tuple[Any, str]]:
     """zuko's classes and methods that ``Univariate`` stands for."""
     return [(find_class("zuko.transforms", name), method) for name in _METHODS for method in _METHODS[name]]
 
 
 def invert(y: Tensor, params: Tensor, spline: Univariate, log_det: bool) -> tuple[Tensor, Tensor]:
     """(x [B, n], log|dx / dy| [B, 1], or 0 of it) of y [B, n] by params [B, n, P]."""
-    x, total = spline_transform(y, params, spline.spline, True, log_det)
-    if spline.shifted:
-        x = _shift(x, spline)
+    x, total = _transform(y, params, spline, True, log_det)
     return x, (y.new_zeros(()).expand(len(y)) if total is None else total.to(y.dtype)).unsqueeze(1)
 
 
-def _shift(x: Tensor, spline: Univariate) -> Tensor:
-    return torch.remainder(x, 2 * spline.spline.high) - spline.spline.high
+def _transform(
+    x: Tensor, params: Tensor, spline: Univariate, inverse: bool, log_det: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y, log|det| [B] or None) of x [B, n] by params [B, n, P]."""
+    bound = spline.spline.high
+    if spline.shifted and not inverse:
+        x = torch.remainder(x, 2 * bound) - bound
+    y, total = spline_transform(x, params, spline.spline, inverse, log_det)
+    return torch.remainder(y, 2 * bound) - bound if spline.shifted and inverse else y, total
 
 
 def takes(lazy: Any, c: Any, x: Any) -> bool:
@@ -115,9 +116,9 @@ def takes(lazy: Any, c: Any, x: Any) -> bool:
         values = max(x.numel(), 0 if c is None or c.ndim < 2 else c[..., 0].numel() * x.shape[-1])
         if values < _FEWEST.graph and (values < _FEWEST.values or _requires_grad(lazy, c, x)):
             return False
-    if is_traced() or autocast_dtype(x.device.type) is not None or changed_method(lazy, ("meta",)) is not None:
+    if is_traced() or is_transformed() or autocast_dtype(x.device.type) is not None:
         return False
-    return not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
+    return changed_method(lazy, ("meta",)) is None
 
 
 def _requires_grad(lazy: Any, c: Tensor | None, x: Tensor) -> bool:
@@ -157,12 +158,8 @@ class SplineTransform(Transform):
         return y, total.to(y.dtype)
 
     def _by_op(self, x: Tensor, inverse: bool, log_det: bool) -> tuple[Tensor, Tensor | None]:
-        shape, spline = torch.broadcast_shapes(x.shape, self._params.shape[:-1]), self._spline
-        if spline.shifted and not inverse:
-            x = _shift(x, spline)
+        shape = torch.broadcast_shapes(x.shape, self._params.shape[:-1])
         rows = x.expand(shape).reshape(-1, shape[-1])
         params = self._params.expand(*shape, -1).reshape(*rows.shape, self._params.shape[-1])
-        y, total = spline_transform(rows, params, spline.spline, inverse, log_det)
-        if spline.shifted and inverse:
-            y = _shift(y, spline)
+        y, total = _transform(rows, params, self._spline, inverse, log_det)
         return y.reshape(shape), None if total is None else total.reshape(shape[:-1])
