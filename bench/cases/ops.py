@@ -19,7 +19,7 @@ from linfast import ops
 from linfast.scale_maps import ScaleMap
 
 from ..harness import Options, Size
-from ..rounding import has_kernels
+from . import common
 from .common import BACKWARD, FORWARD, INVERSE, Function, Source, grid, ints, op_case
 
 _SMOOTH = ScaleMap("smooth")
@@ -264,7 +264,7 @@ def _other_splines(size: Size, options: Options) -> Mapping[str, Function]:
         y, logs = spline(x, *params.split((K, K, K - 1), -1), inverse=inverse, tail_bound=3.0)
         return y, logs.sum(1)
 
-    if options.device.type == "cpu" and not (options.kernels or has_kernels(options.device)):
+    if options.device.type == "cpu" and not (options.kernels or common.has_kernels(options.device)):
         found["linfast"] = in_planes
     if importlib.util.find_spec("nflows") is not None:
         found["nflows"] = of_nflows
