@@ -91,6 +91,7 @@ def build(made: dict[str, Any]) -> tuple[nn.Module, tuple[int, ...]]:
     torch.manual_seed(made["seed"])
     options = {k: made[k] for k in _SHARED if k in made and k not in ("std", "seed")}
     if options.get("coupling") == "spline":
+        del options["order"]
         options |= {
             "scale_map": None,
             "bins": 2 + made["seed"] % 7,
