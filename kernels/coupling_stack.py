@@ -28,9 +28,9 @@ from torch import Tensor
 
 from .launch import ceil_div
 from .math import couple, log_scale
-from .mlp import activation_form, conditioner, product, split
+from .mlp import activation_form, conditioner, operand, product
 from .stack_configs import config_for, target_of
-from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
+from .stack_spec import MAP_PARTS, STACK_PARTS, StackSpec, spec_of
 
 
 @triton.jit
@@ -51,16 +51,19 @@ def apply_map(
     if DENSE:
         WIDTH: tl.constexpr = 2 * HALF
         dtype: tl.constexpr = operands_ptr.dtype.element_ty
+        SCALED: tl.constexpr = PARTS == 2 and dtype == tl.float16
         bias_ptr = values_ptr + WIDTH * WIDTH
-        a0, a1, a2 = split(a, dtype, PARTS)
-        b0, b1, b2 = split(b, dtype, PARTS)
+        a0, a1, a2, a_unscale = operand(a, dtype, PARTS)
+        b0, b1, b2, b_unscale = operand(b, dtype, PARTS)
         first = a
         second = b
         # A loop, so that one half's products are done before the other's weights take registers.
         for half in tl.range(0, 2, num_stages=1):
             w = operands_ptr + (half * HALF + i)[None, :] * WIDTH + i[:, None]
-            out = product(a0, a1, a2, w, part_stride, tl.zeros((ROWS, HALF), tl.float32), PARTS)
-            out = product(b0, b1, b2, w + HALF, part_stride, out, PARTS)
+            out = product(a0, a1, a2, a_unscale, w, part_stride, tl.zeros((ROWS, HALF), tl.float32), PARTS)
+            out = product(b0, b1, b2, b_unscale, w + HALF, part_stride, out, PARTS)
+            if SCALED:
+                out *= tl.load(bias_ptr + WIDTH + half * HALF + i)[None, :]
             first = tl.where(half == 0, out, first)
             second = tl.where(half == 1, out, second)
     else:
@@ -113,6 +116,7 @@ def run_layers(
     """(a, b, log_det) after every layer; see the top of this file."""
     MAP_SIZE: tl.constexpr = 4 * HALF * HALF
     DENSE: tl.constexpr = MAPS == 2
+    SCALES_OFFSET: tl.constexpr = ROW_SIZE - (N_LINEAR - 1) * HIDDEN - 2 * HALF
     log_det = tl.zeros((ROWS,), tl.float32)
     if HEAD and not INVERSE:
         a, b = apply_map(
@@ -135,7 +139,7 @@ def run_layers(
         moved = tl.where(moves_first, a, b)
         shift, raw = conditioner(
             kept, operands_ptr + row * row_stride, part_stride, row_ptr + MATRIX_SIZE,
-            N_LINEAR, ROWS, HALF, HIDDEN, CHUNK, CHUNK_STAGES, PARTS, ACTIVATION, FORM,
+            row_ptr + SCALES_OFFSET, N_LINEAR, ROWS, HALF, HIDDEN, CHUNK, CHUNK_STAGES, PARTS, ACTIVATION, FORM,
         )  # fmt: skip
         log_s = log_scale(raw, bound, floor, KIND)
         if LOG_DET:
@@ -304,8 +308,8 @@ def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict
         }  # fmt: skip
     return {
         **own, "N_LINEAR": spec.n_linear, "MATRIX_SIZE": spec.matrix_size, "MAP_OFFSET": spec.map_offset,
-        "HALF": spec.half, "HIDDEN": spec.hidden, "PARTS": N_PARTS[spec.precision],
-        "MAP_PARTS": map_parts(spec.precision), "ACTIVATION": spec.activation, "KIND": spec.kind,
+        "HALF": spec.half, "HIDDEN": spec.hidden, "PARTS": STACK_PARTS[spec.precision],
+        "MAP_PARTS": MAP_PARTS, "ACTIVATION": spec.activation, "KIND": spec.kind,
         "SCALE_FIRST": spec.scale_first, "ROWS": config.rows, "num_warps": config.num_warps,
         "CHUNK": min(config.chunk or spec.hidden, spec.hidden), "LAYER_STAGES": config.layer_stages,
         "CHUNK_STAGES": config.chunk_stages,

@@ -133,8 +133,28 @@ def split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS: tl.constexpr):
-    """total + x w, both in parts."""
+def scale_of(largest):
+    """(s, 1 / s) with s a power of two: s largest lies in [2^14, 2^15), or below where largest < 2^-112."""
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
+    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr, PARTS: tl.constexpr):
+    """(x0, x1, x2, unscale): x [R, K] in parts, scaled per row where they are, and 1 / scale [R, 1], otherwise 1."""
+    if PARTS == 2 and dtype == tl.float16:
+        scale, unscale = scale_of(tl.max(tl.abs(x), 1))
+        x0, x1, x2 = split(x * scale[:, None], dtype, PARTS)
+        unscale = unscale[:, None]
+    else:
+        x0, x1, x2 = split(x, dtype, PARTS)
+        unscale = 1.0
+    return x0, x1, x2, unscale
+
+
+@triton.jit
+def dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS: tl.constexpr, unscale=1.0):
+    """total + unscale x w, both in parts."""
     if PARTS == 1:
         total = tl.dot(x0, w0, total, input_precision="tf32")
     else:
@@ -146,13 +166,13 @@ def dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS: tl.constexpr):
         else:
             out = tl.dot(x0, w1, input_precision="tf32")
         out = tl.dot(x1, w0, out, input_precision="tf32")
-        total += tl.dot(x0, w0, out, input_precision="tf32")
+        total += tl.dot(x0, w0, out, input_precision="tf32") * unscale
     return total
 
 
 @triton.jit
-def product(x0, x1, x2, w, part_stride, total, PARTS: tl.constexpr):
-    """total + x W^T, fp32: x [R, K] in parts, w pointers [K, N] to W's first part."""
+def product(x0, x1, x2, unscale, w, part_stride, total, PARTS: tl.constexpr):
+    """total + x W^T, fp32: x [R, K] as ``operand`` gives it, w pointers [K, N] to W's first part."""
     w0 = tl.load(w)
     w1 = w0
     w2 = w0
@@ -160,19 +180,37 @@ def product(x0, x1, x2, w, part_stride, total, PARTS: tl.constexpr):
         w1 = tl.load(w + part_stride)
     if PARTS > 2:
         w2 = tl.load(w + 2 * part_stride)
-    return dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS)
+    return dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS, unscale)
 
 
 @triton.jit
 def _linear(
-    x, w_ptr, part_stride, b_ptr, ROWS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr
+    x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr
 ):
     """x W^T + b: W [N, K]."""
     n = tl.arange(0, N)
     k = tl.arange(0, K)
-    x0, x1, x2 = split(x, w_ptr.dtype.element_ty, PARTS)
-    total = tl.zeros((ROWS, N), tl.float32) + tl.load(b_ptr + n)[None, :]
-    return product(x0, x1, x2, w_ptr + n[None, :] * K + k[:, None], part_stride, total, PARTS)
+    SCALED: tl.constexpr = PARTS == 2 and w_ptr.dtype.element_ty == tl.float16
+    x0, x1, x2, unscale = operand(x, w_ptr.dtype.element_ty, PARTS)
+    total = _begun(b_ptr + n, ROWS, N, SCALED)
+    total = product(x0, x1, x2, unscale, w_ptr + n[None, :] * K + k[:, None], part_stride, total, PARTS)
+    return _ended(total, b_ptr + n, scale_ptr + n, SCALED)
+
+
+@triton.jit
+def _begun(b_ptr, ROWS: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr):
+    """What a sum begins with: the bias; 0 where the sum is yet to be multiplied by W's scale."""
+    total = tl.zeros((ROWS, N), tl.float32)
+    if not SCALED:
+        total += tl.load(b_ptr)[None, :]
+    return total
+
+
+@triton.jit
+def _ended(total, b_ptr, scale_ptr, SCALED: tl.constexpr):
+    if SCALED:
+        total = total * tl.load(scale_ptr)[None, :] + tl.load(b_ptr)[None, :]
+    return total
 
 
 @triton.jit
@@ -181,6 +219,7 @@ def _linear_pair(
     w_ptr,
     part_stride,
     b_ptr,
+    scale_ptr,
     ROWS: tl.constexpr,
     K: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -196,17 +235,19 @@ def _linear_pair(
     k = tl.arange(0, K)
     c = tl.arange(0, CHUNK)
     dtype: tl.constexpr = w_ptr.dtype.element_ty
-    x0, x1, x2 = split(x, dtype, PARTS)
-    total = tl.zeros((ROWS, N), tl.float32) + tl.load(b_ptr + HIDDEN + n)[None, :]
+    SCALED: tl.constexpr = PARTS == 2 and dtype == tl.float16
+    x0, x1, x2, x_unscale = operand(x, dtype, PARTS)
+    total = _begun(b_ptr + HIDDEN + n, ROWS, N, SCALED)
     second_ptr = w_ptr + HIDDEN * K
     for first in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
-        h = tl.zeros((ROWS, CHUNK), tl.float32) + tl.load(b_ptr + first + c)[None, :]
-        h = product(x0, x1, x2, w_ptr + (first + c)[None, :] * K + k[:, None], part_stride, h, PARTS)
-        h0, h1, h2 = split(activate(h, ACTIVATION, FORM), dtype, PARTS)
-        total = product(
-            h0, h1, h2, second_ptr + n[None, :] * HIDDEN + (first + c)[:, None], part_stride, total, PARTS
-        )
-    return total
+        at = first + c
+        h = _begun(b_ptr + at, ROWS, CHUNK, SCALED)
+        h = product(x0, x1, x2, x_unscale, w_ptr + at[None, :] * K + k[:, None], part_stride, h, PARTS)
+        h = activate(_ended(h, b_ptr + at, scale_ptr + at, SCALED), ACTIVATION, FORM)
+        h0, h1, h2, unscale = operand(h, dtype, PARTS)
+        w = second_ptr + n[None, :] * HIDDEN + at[:, None]
+        total = product(h0, h1, h2, unscale, w, part_stride, total, PARTS)
+    return _ended(total, b_ptr + HIDDEN + n, scale_ptr + HIDDEN + n, SCALED)
 
 
 @triton.jit
@@ -215,6 +256,7 @@ def conditioner(
     w_ptr,
     part_stride,
     b_ptr,
+    scale_ptr,
     N_LINEAR: tl.constexpr,
     ROWS: tl.constexpr,
     HALF: tl.constexpr,
@@ -233,23 +275,24 @@ def conditioner(
     """
     OUT: tl.constexpr = 2 * HALF
     if N_LINEAR == 1:
-        out = _linear(x, w_ptr, part_stride, b_ptr, ROWS, HALF, OUT, PARTS)
+        out = _linear(x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, OUT, PARTS)
     elif N_LINEAR == 2:
         out = _linear_pair(
-            x, w_ptr, part_stride, b_ptr, ROWS, HALF, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
+            x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
         )
     else:
         h = _linear_pair(
-            x, w_ptr, part_stride, b_ptr, ROWS, HALF, HIDDEN, HIDDEN, CHUNK, STAGES, PARTS, ACTIVATION, FORM
+            x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, HIDDEN, HIDDEN, CHUNK, STAGES, PARTS, ACTIVATION, FORM
         )
         h = activate(h, ACTIVATION, FORM)
         w_ptr += HIDDEN * HALF + HIDDEN * HIDDEN
         b_ptr += 2 * HIDDEN
+        scale_ptr += 2 * HIDDEN
         if N_LINEAR == 3:
-            out = _linear(h, w_ptr, part_stride, b_ptr, ROWS, HIDDEN, OUT, PARTS)
+            out = _linear(h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, OUT, PARTS)
         else:
             out = _linear_pair(
-                h, w_ptr, part_stride, b_ptr, ROWS, HIDDEN, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
+                h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
             )
     return tl.split(tl.reshape(out, (ROWS, HALF, 2)))
 

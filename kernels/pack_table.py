@@ -44,6 +44,9 @@ class PackTable:
         target: [N], for each packed value: its index t >= 0 in the conditioners' operands; -2 - t for index t in
             the maps' operands; -1 where it is no operand.
         inverse: [M], for each flattened value: its index in the packed values.
+        runs: [R, 3], runs of packed values: where each begins, its length, and the index of its scale or -1. A row
+            of a matrix is one run and has a scale. Scales are in no run.
+        longest: the largest length of a run, a power of two.
         n_operands: number of the conditioners' operands.
         n_map_operands: number of the dense maps' operands.
     """
@@ -51,6 +54,8 @@ class PackTable:
     source: Tensor
     target: Tensor
     inverse: Tensor
+    runs: Tensor
+    longest: int
     n_operands: int
     n_map_operands: int
 
@@ -93,13 +98,13 @@ def packing_gradient(
 def _kept(rows: tuple[int, ...], device: torch.device) -> PackTable:
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         table = _built(rows)
-    moved = {name: getattr(table, name).to(device) for name in ("source", "target", "inverse")}
+    moved = {name: getattr(table, name).to(device) for name in ("source", "target", "inverse", "runs")}
     return replace(table, **moved)
 
 
 def _built(rows: tuple[int, ...]) -> PackTable:
-    sources, targets = [], []
-    n_flat = n_operands = n_map_operands = 0
+    sources, targets, runs = [], [], []
+    n_flat = n_operands = n_map_operands = n_values = 0
     for layout, count, described in layouts_of(rows):
         source = torch.full((count, layout.row_size), ZERO, dtype=torch.int32)
         target = torch.full_like(source, -1)
@@ -112,13 +117,35 @@ def _built(rows: tuple[int, ...]) -> PackTable:
             at = slice(layout.map_offset, layout.map_offset + layout.map_size)
             target[:, at] = -2 - _run(n_map_operands, (count, layout.map_size))
             n_map_operands += count * layout.map_size
+        for row in range(count):
+            runs += _runs(layout, n_values + row * layout.row_size)
+        n_values += source.numel()
         sources.append(source.flatten())
         targets.append(target.flatten())
     source = torch.cat(sources)
     places = torch.arange(source.shape[0], dtype=torch.int32)[source >= 0]
     inverse = torch.empty(n_flat, dtype=torch.int32)
     inverse[(source[source >= 0] % SHIFT).long()] = places
-    return PackTable(source, torch.cat(targets), inverse, n_operands, n_map_operands)
+    of_runs = torch.tensor(runs, dtype=torch.int32)
+    longest = int(of_runs[:, 1].max())
+    return PackTable(source, torch.cat(targets), inverse, of_runs, longest, n_operands, n_map_operands)
+
+
+def _runs(layout: StackLayout, start: int) -> Iterator[tuple[int, int, int]]:
+    """The runs of a row of weights that begins at ``start``: (begin, length, index of the scale or -1)."""
+    width, end = 2 * layout.half, start + layout.row_size
+    at, scale = start, end - sum(layout.widths[1:])
+    for n_out, n_in in layout.matrix_shapes:
+        for _ in range(n_out):
+            yield at, n_in, scale
+            at, scale = at + n_in, scale + 1
+    if layout.maps == DENSE:
+        matrix, scales = start + layout.map_offset, start + layout.scales_offset
+        yield from ((matrix + i * width, width, scales + i) for i in range(width))
+    rest = [*range(at, start + layout.map_offset, layout.half)]
+    first = layout.map_offset + (layout.map_size if layout.maps == DENSE else 0)
+    rest += [*range(start + first, start + layout.scales_offset, layout.half)]
+    yield from ((begin, layout.half, -1) for begin in rest)
 
 
 def _fill(layout: StackLayout, row: Tensor, numbers: list[int], start: int) -> int:

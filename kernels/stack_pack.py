@@ -1,11 +1,12 @@
 """Packs a coupling stack's weights in one launch: a gather, which also splits operands into parts.
 
-    values[p]    0, 1, or flat[source[p]] in fp32, + shift on the diagonal of a Linearizer's A
+    values[p]    0, 1, or flat[source[p]] in fp32, + shift on the diagonal of a Linearizer's A; or a scale
     operands     the values of conditioners' matrices, each in the mode's parts
     map_operands the values of dense maps, each in a map's parts
 
-The tables and the gradient are in kernels/pack_table.py. Bytes per packed value: 8 of tables, 4 read, 4 written,
-and 2 per part; all of it fits in L2.
+Two parts of fp16 are parts of s W_ij, s a power of two for each row i of a matrix W (kernels/mlp.py); the values
+then contain 1 / s. A row of a matrix is a run; a program packs several runs. The tables and the gradient are in
+kernels/pack_table.py. Bytes per packed value: 8 of tables, 4 read, 4 written, and 2 per part; all of it fits in L2.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div
-from .mlp import split
+from .mlp import scale_of, split
 from .pack_table import ONE, SHIFT, pack_table
-from .stack_spec import N_PARTS, map_parts
+from .stack_spec import MAP_PARTS, STACK_PARTS, operand_dtypes
 
 _ONE = tl.constexpr(ONE)
 _SHIFT = tl.constexpr(SHIFT)
 
 
-# Four values per thread: the tables are read, and the values written, 16 bytes at a time.
-TILE = {"VALUES": 512, "num_warps": 4}
+# Values per program, 16 per thread: rows of matrices are read and written 16 bytes at a time.
+TILE = {"VALUES": 2048, "num_warps": 4}
 
 
 @triton.jit
@@ -38,33 +39,55 @@ def _store_parts(ptr, part_stride, value, inside, PARTS: tl.constexpr):
         tl.store(ptr + 2 * part_stride, part2, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_values"])
+@triton.jit(do_not_specialize=["n_runs"])
 def _stack_pack_kernel(
     flat_ptr,
     source_ptr,
     target_ptr,
+    runs_ptr,
     values_ptr,
     operands_ptr,
     map_operands_ptr,
-    n_values,
+    n_runs,
     part_stride,
     map_part_stride,
     shift,
     OPERANDS: tl.constexpr,
     MAP_OPERANDS: tl.constexpr,
-    VALUES: tl.constexpr,
+    RUNS: tl.constexpr,
+    LONGEST: tl.constexpr,
 ):
-    p = tl.program_id(0) * VALUES + tl.arange(0, VALUES)
-    inside = p < n_values
+    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
+    runs_ptr += 3 * run
+    begin = tl.load(runs_ptr, mask=run < n_runs, other=0)
+    length = tl.load(runs_ptr + 1, mask=run < n_runs, other=0)
+    scale_at = tl.load(runs_ptr + 2, mask=run < n_runs, other=-1)
+    i = tl.arange(0, LONGEST)
+    p = begin[:, None] + i[None, :]
+    inside = i[None, :] < length[:, None]
     source = tl.load(source_ptr + p, mask=inside, other=-1)
     target = tl.load(target_ptr + p, mask=inside, other=-1)
     shifted = source >= _SHIFT
     value = tl.load(flat_ptr + tl.where(shifted, source - _SHIFT, source), mask=source >= 0, other=0.0)
     value = tl.where(source == _ONE, 1.0, value.to(tl.float32) + tl.where(shifted, shift, 0.0))
     tl.store(values_ptr + p, value, mask=inside)
-    _store_parts(operands_ptr + target, part_stride, value, target >= 0, OPERANDS)
+    scale, unscale = scale_of(tl.max(tl.abs(value), 1))
+    scaled = value * scale[:, None]
+    of_map = tl.max((target < -1).to(tl.int32), 1) > 0
+    used = tl.full((RUNS,), False, tl.int1)
+    if OPERANDS == 2 and operands_ptr.dtype.element_ty == tl.float16:
+        _store_parts(operands_ptr + target, part_stride, scaled, target >= 0, OPERANDS)
+        used = ~of_map
+    else:
+        _store_parts(operands_ptr + target, part_stride, value, target >= 0, OPERANDS)
     if MAP_OPERANDS:
-        _store_parts(map_operands_ptr + (-2 - target), map_part_stride, value, target <= -2, MAP_OPERANDS)
+        map_operands_ptr += -2 - target
+        if MAP_OPERANDS == 2 and map_operands_ptr.dtype.element_ty == tl.float16:
+            _store_parts(map_operands_ptr, map_part_stride, scaled, target < -1, MAP_OPERANDS)
+            used |= of_map
+        else:
+            _store_parts(map_operands_ptr, map_part_stride, value, target < -1, MAP_OPERANDS)
+    tl.store(values_ptr + scale_at, tl.where(used, unscale, 1.0), mask=scale_at >= 0)
 
 
 def launch_stack_pack(
@@ -72,13 +95,15 @@ def launch_stack_pack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values [N] fp32, operands [parts, n], map_operands [parts, m], or [0] without a dense map)."""
     table = pack_table(rows, flat.device)
-    of_matrices = torch.float32 if precision == "tf32" else dtype
+    of_matrices, of_maps = operand_dtypes(precision, dtype)
     values = flat.new_empty(table.source.shape[0], dtype=torch.float32)
-    operands = flat.new_empty(N_PARTS[precision], table.n_operands, dtype=of_matrices)
-    of_maps = map_parts(precision) if table.n_map_operands else 0
-    map_operands = flat.new_empty((of_maps, table.n_map_operands) if of_maps else 0, dtype=dtype)
-    _stack_pack_kernel[(ceil_div(values.shape[0], TILE["VALUES"]),)](
-        flat, table.source, table.target, values, operands, map_operands, values.shape[0], operands.stride(0),
-        map_operands.stride(0), shift, OPERANDS=N_PARTS[precision], MAP_OPERANDS=of_maps, **TILE,
+    operands = flat.new_empty(STACK_PARTS[precision], table.n_operands, dtype=of_matrices)
+    map_parts = MAP_PARTS if table.n_map_operands else 0
+    map_operands = flat.new_empty((map_parts, table.n_map_operands) if map_parts else 0, dtype=of_maps)
+    n_runs, runs_per_program = table.runs.shape[0], TILE["VALUES"] // table.longest
+    _stack_pack_kernel[(ceil_div(n_runs, runs_per_program),)](
+        flat, table.source, table.target, table.runs, values, operands, map_operands, n_runs, operands.stride(0),
+        map_operands.stride(0), shift, OPERANDS=STACK_PARTS[precision], MAP_OPERANDS=map_parts,
+        RUNS=runs_per_program, LONGEST=table.longest, num_warps=TILE["num_warps"],
     )  # fmt: skip
     return values, operands, map_operands

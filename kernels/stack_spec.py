@@ -29,11 +29,26 @@ NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
 
 # The number of parts into which each mode splits the operands of its products.
 N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
+# As packed for a stack: its "exact" has two parts of fp16 with a scale per row (kernels/mlp.py).
+STACK_PARTS = {**N_PARTS, "exact": 2}
+# Of a dense map's operands in every mode: a map multiplies the state itself.
+MAP_PARTS = 2
 
 
 def map_parts(precision: str) -> int:
-    """Parts of a dense map's operands: at least two, because a map multiplies the state itself."""
-    return max(N_PARTS[precision], 2)
+    """Parts of a dense map's operands in gradients."""
+    return max(N_PARTS[precision], MAP_PARTS)
+
+
+def operand_dtypes(precision: str, half: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+    """(the packed operands' dtype of conditioners, that of dense maps); ``half`` is that of "fast"."""
+    half = torch.float16 if precision == "exact" else half
+    return torch.float32 if precision == "tf32" else half, half
+
+
+def has_scales(parts: int, dtype: torch.dtype) -> bool:
+    """Whether so many parts of this type are scaled, row by row (kernels/mlp.py)."""
+    return parts == 2 and dtype == torch.float16
 
 
 def padded_hidden(hidden: int) -> int:
@@ -66,6 +81,7 @@ class StackLayout:
     map_shape: tuple[int, ...] = field(init=False, compare=False, repr=False)  # of a row's map, without its bias
     map_size: int = field(init=False, compare=False, repr=False)
     map_offset: int = field(init=False, compare=False, repr=False)  # where a row's map begins
+    scales_offset: int = field(init=False, compare=False, repr=False)  # where the scales of operands begin
     row_size: int = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -74,6 +90,7 @@ class StackLayout:
         shapes = tuple(zip(widths[1:], widths[:-1], strict=True))
         matrix_size = sum([n_out * n_in for n_out, n_in in shapes])
         map_offset, map_size = matrix_size + sum(widths[1:]), (0, 2 * half, 4 * half * half)[self.maps]
+        scales_offset = map_offset + map_size + (2 * half if self.maps else 0)
         vars(self).update(
             half=half,
             sizes=((self.features + 1) // 2, self.features // 2),
@@ -83,7 +100,8 @@ class StackLayout:
             map_shape=((0,), (2 * half,), (2 * half, 2 * half))[self.maps],
             map_size=map_size,
             map_offset=map_offset,
-            row_size=map_offset + map_size + (2 * half if self.maps else 0),
+            scales_offset=scales_offset,
+            row_size=scales_offset + (2 * half if self.maps == DENSE else 0) + sum(widths[1:]),
         )
 
     def pad(self, x: Tensor) -> Tensor:
@@ -99,8 +117,9 @@ class StackLayout:
     def core_matrix(self, core: Tensor) -> Tensor:
         """A Linearizer's padded A, [2 P, 2 P] or [2 P], from ``core`` [1, A | bias], a stack of one map."""
         width = 2 * self.half
-        values = core[0, :-width]
-        return values if values.shape[0] == width else values.view(width, width)
+        if core.shape[1] == 2 * width:  # the diagonal and the bias
+            return core[0, :width]
+        return core[0, : width * width].view(width, width)
 
     def apply_core(self, z: Tensor, core: Tensor) -> Tensor:
         """A z for z [B, D], in z's dtype."""
@@ -116,7 +135,7 @@ class StackLayout:
         shapes = [*self.matrix_shapes, *((n,) for n in self.widths[1:])]
         if self.maps:
             shapes += [self.map_shape, (2 * self.half,)]
-        parts = row.split([torch.Size(shape).numel() for shape in shapes])
+        parts = row[: self.scales_offset].split([torch.Size(shape).numel() for shape in shapes])
         views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         n = self.n_linear
         empty = row.new_empty(0)

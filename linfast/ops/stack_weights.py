@@ -13,7 +13,7 @@ maps: a reciprocal per diagonal, a matrix inverse per dense map that is given wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,19 @@ import torch
 from torch import Tensor
 
 from ..dispatch import inverse_or_nan, without_autocast
-from ..kernels.pack_table import ONE, SHIFT, SHIFTED, layouts_of, pack_table, packing_gradient
-from ..kernels.stack_spec import DENSE, DIAGONAL, N_PARTS, NO_MAPS, StackLayout, map_parts, padded_hidden
+from ..kernels.pack_table import ONE, SHIFT, SHIFTED, PackTable, layouts_of, pack_table, packing_gradient
+from ..kernels.stack_spec import (
+    DENSE,
+    DIAGONAL,
+    MAP_PARTS,
+    N_PARTS,
+    NO_MAPS,
+    STACK_PARTS,
+    StackLayout,
+    has_scales,
+    operand_dtypes,
+    padded_hidden,
+)
 from ..scale_maps import ScaleMap
 from .register import define_op
 
@@ -235,21 +246,43 @@ def _reference(
     found = flat.to(_wide(flat)).index_select(0, table.source.clamp(min=0) % SHIFT)
     added = torch.where(table.source >= SHIFT, shift, (table.source == ONE).to(found.dtype))
     values = torch.where(table.source >= 0, found, 0) + added
-    matrices = _placed(values, table.target, table.n_operands)
-    maps = _placed(values, -2 - table.target, table.n_map_operands)
-    operands = rounded(matrices, precision, dtype)
-    return values, operands, _parts(maps, map_parts(precision), dtype) if len(maps) else maps.to(dtype)
+    of_matrices, of_maps = operand_dtypes(precision, dtype)
+    scaled, inverses = _scaled(values.detach(), table, of_matrices, of_maps, STACK_PARTS[precision])
+    matrices = _placed(scaled, table.target, table.n_operands)
+    maps = _placed(scaled, -2 - table.target, table.n_map_operands)
+    operands = rounded(matrices, precision, of_matrices, STACK_PARTS)
+    return values + inverses, operands, _parts(maps, MAP_PARTS, of_maps) if len(maps) else maps.to(of_maps)
+
+
+def _scaled(
+    values: Tensor, table: PackTable, of_matrices: torch.dtype, of_maps: torch.dtype, parts: int
+) -> tuple[Tensor, Tensor]:
+    """(the values times their scales, the scales' inverses in their places), both [N]; see kernels/mlp.py."""
+    begin, length, place = table.runs.long().unbind(1)
+    run = torch.arange(len(begin), device=values.device).repeat_interleave(length)
+    p = torch.arange(len(run), device=values.device) + (begin - length.cumsum(0) + length)[run]
+    largest = values.new_zeros(len(begin)).scatter_reduce(0, run, values[p].abs(), "amax")
+    exponent = torch.where(largest.isfinite(), largest.frexp().exponent, 129).clamp(min=-111)
+    exponent = torch.where(largest == 0, -111, exponent)
+    used = torch.where(
+        table.target[begin] < -1, has_scales(MAP_PARTS, of_maps), has_scales(parts, of_matrices)
+    )
+    scale = torch.where(used & (place >= 0), torch.ldexp(values.new_ones(()), 15 - exponent), 1)
+    scaled, inverses, has_place = values.clone(), torch.zeros_like(values), place >= 0
+    scaled[p] *= scale[run]
+    inverses[place[has_place]] = scale[has_place].reciprocal()
+    return scaled, inverses
 
 
 def _placed(values: Tensor, target: Tensor, count: int) -> Tensor:
     """The values at their targets, [count]; those without a target go to one more place, which is cut off."""
     at = torch.where(target >= 0, target, count).long()
-    return values.detach().new_zeros(count + 1).index_copy(0, at, values.detach())[:count]
+    return values.new_zeros(count + 1).index_copy(0, at, values)[:count]
 
 
-def rounded(matrices: Tensor, precision: str, dtype: torch.dtype) -> Tensor:
+def rounded(matrices: Tensor, precision: str, dtype: torch.dtype, parts: Mapping[str, int] = N_PARTS) -> Tensor:
     """[parts, *shape]: the operands of a mode's products, parts of ``dtype`` or tf32 numbers."""
-    return _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype)
+    return _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, parts[precision], dtype)
 
 
 def _tf32(tensor: Tensor) -> Tensor:
@@ -277,11 +310,12 @@ def _fake(
         n_values += count * layout.row_size
         n_operands += count * layout.matrix_size
         n_map_operands += count * layout.map_size if layout.maps == DENSE else 0
-    shape = (map_parts(precision), n_map_operands) if n_map_operands else (0,)
+    shape = (MAP_PARTS, n_map_operands) if n_map_operands else (0,)
+    of_matrices, of_maps = operand_dtypes(precision, dtype)
     return (
         flat.new_empty(n_values, dtype=_wide(flat)),
-        flat.new_empty(N_PARTS[precision], n_operands, dtype=torch.float32 if precision == "tf32" else dtype),
-        flat.new_empty(shape, dtype=dtype),
+        flat.new_empty(STACK_PARTS[precision], n_operands, dtype=of_matrices),
+        flat.new_empty(shape, dtype=of_maps),
     )
 
 
