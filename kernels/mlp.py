@@ -3,11 +3,18 @@
 A product x W^T splits its operands into ``PARTS`` parts of W's element type, each the rounding of the remainder
 that the parts before it leave, and sums the significant products of parts in fp32:
 
-    PARTS  element  products                                        mode   relative error
-    1      fp32     tf32                                            tf32   2^-11
-    1      bf16     x0 w0                                           fast   2^-9
-    2      bf16     x0 w0, x0 w1, x1 w0                             high   2^-17
-    3      bf16     those, x1 w1, x0 w2, x2 w0                      exact  2^-24
+    PARTS  element        products                                  mode                 relative error
+    1      fp32           tf32                                      tf32                 2^-11
+    1      bf16           x0 w0                                     fast                 2^-9
+    2      bf16           x0 w0, x0 w1, x1 w0                       high                 2^-17
+    2      fp16, scaled   the same                                  exact, of stacks     2^-22
+    3      bf16           those, x1 w1, x0 w2, x2 w0                exact, of other ops  2^-24
+
+Scaled operands (Ootomo and Yokota, arXiv 2203.03341) are parts of s x, where s is a power of two for each row of x,
+and for each row of W, that brings the largest value of the row to [2^14, 2^15); x1 holds the remainder times 2^11.
+With them x is represented to 2^-23 where |x| is within 2^-28 of the row's largest, elsewhere to 2^-50 of that: as
+accurate as fp32, unless all of a row's values of that size meet weights that are smaller than the row's others by 2^-26 or
+more. Every finite row has a scale. Two parts of fp16 are always scaled; W's scales are packed after the biases and maps (kernels/stack_spec.py).
 
 W is split beforehand (kernels/stack_pack.py), so that its parts go from memory to the matrix units unchanged. The
 units drop the low 13 bits of an fp32 operand, an error of up to twice that of rounding and always towards zero.
@@ -27,12 +34,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .math import LOG2E, tanh
+from .stack_spec import LOW
 
 # Indices in linfast.ops.activations.ACTIVATION_NAMES; a test checks that they agree.
 RELU = tl.constexpr(0)
 SILU = tl.constexpr(1)
 TANH = tl.constexpr(2)
 GELU = tl.constexpr(3)
+
+_LOW = tl.constexpr(LOW)
 
 EXACT = tl.constexpr(0)
 FAST = tl.constexpr(1)
@@ -140,11 +150,19 @@ def scale_of(largest):
 
 
 @triton.jit
+def scaled_parts(x):
+    """(x0, x1) in fp16: x = x0 + x1 / LOW, for x that is scaled to fp16's range."""
+    x0 = x.to(tl.float16)
+    return x0, ((x - x0.to(tl.float32)) * _LOW).to(tl.float16)
+
+
+@triton.jit
 def operand(x, dtype: tl.constexpr, PARTS: tl.constexpr):
-    """(x0, x1, x2, unscale): x [R, K] in parts, scaled per row where they are, and 1 / scale [R, 1], otherwise 1."""
+    """(x0, x1, x2, unscale): x [R, K] in parts; if they are scaled, 1 / scale of each row [R, 1], otherwise 1."""
     if PARTS == 2 and dtype == tl.float16:
         scale, unscale = scale_of(tl.max(tl.abs(x), 1))
-        x0, x1, x2 = split(x * scale[:, None], dtype, PARTS)
+        x0, x1 = scaled_parts(x * scale[:, None])
+        x2 = x0
         unscale = unscale[:, None]
     else:
         x0, x1, x2 = split(x, dtype, PARTS)
@@ -153,8 +171,8 @@ def operand(x, dtype: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS: tl.constexpr, unscale=1.0):
-    """total + unscale x w, both in parts."""
+def dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS: tl.constexpr):
+    """total + x w, both in parts."""
     if PARTS == 1:
         total = tl.dot(x0, w0, total, input_precision="tf32")
     else:
@@ -166,7 +184,7 @@ def dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS: tl.constexpr, unscale=1.0):
         else:
             out = tl.dot(x0, w1, input_precision="tf32")
         out = tl.dot(x1, w0, out, input_precision="tf32")
-        total += tl.dot(x0, w0, out, input_precision="tf32") * unscale
+        total += tl.dot(x0, w0, out, input_precision="tf32")
     return total
 
 
@@ -180,7 +198,12 @@ def product(x0, x1, x2, unscale, w, part_stride, total, PARTS: tl.constexpr):
         w1 = tl.load(w + part_stride)
     if PARTS > 2:
         w2 = tl.load(w + 2 * part_stride)
-    return dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS, unscale)
+    if PARTS == 2 and x0.dtype == tl.float16:
+        low = tl.dot(x1, w0, tl.dot(x0, w1)) * (1.0 / _LOW)
+        total += tl.dot(x0, w0, low) * unscale
+    else:
+        total = dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS)
+    return total
 
 
 @triton.jit

@@ -53,9 +53,9 @@ class StackEntry:
     linearizer: bool = True
 
 
-# All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128) while the next layer's are loaded.
-# 128 rows in place of 64 halve the traffic of weights from L2. Not for dense maps: their own loop would keep Triton
-# from pipelining the loop over layers.
+# All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128, 115 KB in two parts) while the next
+# layer's are loaded; two parts fill all of it. 128 rows in place of 64 halve the traffic of weights from L2. Not for
+# dense maps: their own loop would keep Triton from pipelining the loop over layers.
 _WHOLE = StackConfig(rows=128, num_warps=8, chunk=0, layer_stages=2, chunk_stages=1)
 # Chunks of 32 hidden columns: 64 sums per thread at H = 256, past which wgmma spills.
 _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
@@ -63,12 +63,22 @@ _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages
 _WIDE_16 = StackConfig(rows=64, num_warps=8, chunk=16, layer_stages=1, chunk_stages=2)
 # As _WIDE with half the traffic of weights: at H = 128 threads have enough registers for 128 rows.
 _TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
-# Products of 32 rows: mma.sync in place of wgmma and tcgen05, with a quarter of the registers. For operands in
-# parts, where 64 rows spill 16 to 136 bytes on sm_90 and exceed sm_100's tensor memory (they need 768 columns of
-# its 512), and for H = 256 where 64 rows spill.
+# Products of 32 rows: mma.sync in place of wgmma and tcgen05, with a quarter of the registers. Where 64 rows spill, or
+# where operands in two parts exceed sm_100's tensor memory.
 _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
-# Four waves of 64 threads, 512 registers per thread.
-_CDNA = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
+# Four warps: on mma.sync eight share 32 columns of a chunk in such a way that each product is made twice.
+_FOUR_WARPS = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
+_NARROW_FOUR = StackConfig(rows=32, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
+# On gfx942 they are waves of 64 threads, with 512 registers per thread.
+_CDNA = _FOUR_WARPS
+
+# Operands in two parts: "high", and "exact" with scales.
+_TWO_PARTS_80 = (StackEntry(64, 128, 3, DIAGONAL, _FOUR_WARPS), StackEntry(64, 128, 4, DENSE, _NARROW_FOUR))
+_TWO_PARTS_90 = (StackEntry(64, 128, 3, DIAGONAL, _WHOLE), StackEntry(64, 128, 4, DENSE, _TALL))
+_TWO_PARTS_100 = (
+    StackEntry(64, 128, 3, DIAGONAL, _WIDE, linearizer=False),
+    StackEntry(64, 128, 4, DENSE, _NARROW),
+)
 
 # The first entry that supports the sizes is taken.
 CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
@@ -78,8 +88,8 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
     ("sm_80", "tf32"): (StackEntry(64, 128, 4, DENSE, _WIDE), StackEntry(128, 256, 4, DENSE, _NARROW)),
-    ("sm_80", "high"): (StackEntry(64, 128, 4, DENSE, _NARROW),),
-    ("sm_80", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
+    ("sm_80", "high"): _TWO_PARTS_80,
+    ("sm_80", "exact"): _TWO_PARTS_80,
     ("sm_90", "fast"): (
         StackEntry(64, 128, 4, DIAGONAL, _WHOLE),
         StackEntry(64, 128, 4, DENSE, _WIDE),
@@ -92,8 +102,8 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
         StackEntry(128, 256, 3, NO_MAPS, _WIDE_16, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
-    ("sm_90", "high"): (StackEntry(64, 128, 4, DENSE, _NARROW),),
-    ("sm_90", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
+    ("sm_90", "high"): _TWO_PARTS_90,
+    ("sm_90", "exact"): _TWO_PARTS_90,
     ("sm_100", "fast"): (
         StackEntry(64, 128, 4, DIAGONAL, _WHOLE),
         StackEntry(64, 128, 4, DENSE, _WIDE, linearizer=False),
@@ -103,12 +113,11 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
         StackEntry(64, 128, 3, DENSE, _WIDE, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
-    ("sm_100", "high"): (StackEntry(64, 128, 4, DENSE, _NARROW),),
-    ("sm_100", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
+    ("sm_100", "high"): _TWO_PARTS_100,
+    ("sm_100", "exact"): _TWO_PARTS_100,
     ("gfx942", "fast"): (StackEntry(64, 128, 4, DENSE, _CDNA), StackEntry(128, 256, 3, DIAGONAL, _CDNA)),
     ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA),),
-    # With dense maps, or in a Linearizer, four registers spill.
-    ("gfx942", "exact"): (StackEntry(64, 128, 3, DIAGONAL, _CDNA, linearizer=False),),
+    ("gfx942", "exact"): (StackEntry(64, 128, 4, DENSE, _CDNA),),
 }
 
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}

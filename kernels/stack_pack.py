@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div
-from .mlp import scale_of, split
+from .mlp import scale_of, scaled_parts, split
 from .pack_table import ONE, SHIFT, pack_table
 from .stack_spec import MAP_PARTS, STACK_PARTS, operand_dtypes
 
@@ -30,8 +30,12 @@ TILE = {"VALUES": 2048, "num_warps": 4}
 
 
 @triton.jit
-def _store_parts(ptr, part_stride, value, inside, PARTS: tl.constexpr):
-    part0, part1, part2 = split(value, ptr.dtype.element_ty, PARTS)
+def _store_parts(ptr, part_stride, value, inside, PARTS: tl.constexpr, SCALED: tl.constexpr):
+    if SCALED:
+        part0, part1 = scaled_parts(value)
+        part2 = part0
+    else:
+        part0, part1, part2 = split(value, ptr.dtype.element_ty, PARTS)
     tl.store(ptr, part0, mask=inside)
     if PARTS > 1:
         tl.store(ptr + part_stride, part1, mask=inside)
@@ -72,22 +76,19 @@ def _stack_pack_kernel(
     value = tl.where(source == _ONE, 1.0, value.to(tl.float32) + tl.where(shifted, shift, 0.0))
     tl.store(values_ptr + p, value, mask=inside)
     scale, unscale = scale_of(tl.max(tl.abs(value), 1))
-    scaled = value * scale[:, None]
     of_map = tl.max((target < -1).to(tl.int32), 1) > 0
-    used = tl.full((RUNS,), False, tl.int1)
-    if OPERANDS == 2 and operands_ptr.dtype.element_ty == tl.float16:
-        _store_parts(operands_ptr + target, part_stride, scaled, target >= 0, OPERANDS)
-        used = ~of_map
-    else:
-        _store_parts(operands_ptr + target, part_stride, value, target >= 0, OPERANDS)
+    SCALED: tl.constexpr = OPERANDS == 2 and operands_ptr.dtype.element_ty == tl.float16
+    MAP_SCALED: tl.constexpr = MAP_OPERANDS == 2 and map_operands_ptr.dtype.element_ty == tl.float16
+    if MAP_SCALED and not SCALED:
+        unscale = tl.where(of_map, unscale, 1.0)
+    elif not SCALED:
+        unscale = tl.full((RUNS,), 1.0, tl.float32)
+    scaled = value * scale[:, None]
+    _store_parts(operands_ptr + target, part_stride, scaled if SCALED else value, target >= 0, OPERANDS, SCALED)
     if MAP_OPERANDS:
-        map_operands_ptr += -2 - target
-        if MAP_OPERANDS == 2 and map_operands_ptr.dtype.element_ty == tl.float16:
-            _store_parts(map_operands_ptr, map_part_stride, scaled, target < -1, MAP_OPERANDS)
-            used |= of_map
-        else:
-            _store_parts(map_operands_ptr, map_part_stride, value, target < -1, MAP_OPERANDS)
-    tl.store(values_ptr + scale_at, tl.where(used, unscale, 1.0), mask=scale_at >= 0)
+        scaled = scaled if MAP_SCALED else value
+        _store_parts(map_operands_ptr + (-2 - target), map_part_stride, scaled, target < -1, MAP_OPERANDS, MAP_SCALED)
+    tl.store(values_ptr + scale_at, unscale, mask=scale_at >= 0)
 
 
 def launch_stack_pack(

@@ -31,6 +31,8 @@ NO_MAPS, DIAGONAL, DENSE = 0, 1, 2
 N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
 # As packed for a stack: its "exact" has two parts of fp16 with a scale per row (kernels/mlp.py).
 STACK_PARTS = {**N_PARTS, "exact": 2}
+# By how much the low part of such operands is larger than the remainder that it holds.
+LOW = 2.0**11
 # Of a dense map's operands in every mode: a map multiplies the state itself.
 MAP_PARTS = 2
 
@@ -46,7 +48,7 @@ def operand_dtypes(precision: str, half: torch.dtype) -> tuple[torch.dtype, torc
     return torch.float32 if precision == "tf32" else half, half
 
 
-def has_scales(parts: int, dtype: torch.dtype) -> bool:
+def is_scaled(parts: int, dtype: torch.dtype) -> bool:
     """Whether so many parts of this type are scaled, row by row (kernels/mlp.py)."""
     return parts == 2 and dtype == torch.float16
 

@@ -13,7 +13,7 @@ maps: a reciprocal per diagonal, a matrix inverse per dense map that is given wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,12 +25,13 @@ from ..kernels.pack_table import ONE, SHIFT, SHIFTED, PackTable, layouts_of, pac
 from ..kernels.stack_spec import (
     DENSE,
     DIAGONAL,
+    LOW,
     MAP_PARTS,
     N_PARTS,
     NO_MAPS,
     STACK_PARTS,
     StackLayout,
-    has_scales,
+    is_scaled,
     operand_dtypes,
     padded_hidden,
 )
@@ -247,15 +248,15 @@ def _reference(
     added = torch.where(table.source >= SHIFT, shift, (table.source == ONE).to(found.dtype))
     values = torch.where(table.source >= 0, found, 0) + added
     of_matrices, of_maps = operand_dtypes(precision, dtype)
-    scaled, inverses = _scaled(values.detach(), table, of_matrices, of_maps, STACK_PARTS[precision])
+    scaled, inverses = _scaled(values.detach(), table, STACK_PARTS[precision], of_matrices, of_maps)
     matrices = _placed(scaled, table.target, table.n_operands)
     maps = _placed(scaled, -2 - table.target, table.n_map_operands)
-    operands = rounded(matrices, precision, of_matrices, STACK_PARTS)
+    operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, STACK_PARTS[precision], of_matrices)
     return values + inverses, operands, _parts(maps, MAP_PARTS, of_maps) if len(maps) else maps.to(of_maps)
 
 
 def _scaled(
-    values: Tensor, table: PackTable, of_matrices: torch.dtype, of_maps: torch.dtype, parts: int
+    values: Tensor, table: PackTable, parts: int, of_matrices: torch.dtype, of_maps: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(the values times their scales, the scales' inverses in their places), both [N]; see kernels/mlp.py."""
     begin, length, place = table.runs.long().unbind(1)
@@ -264,9 +265,7 @@ def _scaled(
     largest = values.new_zeros(len(begin)).scatter_reduce(0, run, values[p].abs(), "amax")
     exponent = torch.where(largest.isfinite(), largest.frexp().exponent, 129).clamp(min=-111)
     exponent = torch.where(largest == 0, -111, exponent)
-    used = torch.where(
-        table.target[begin] < -1, has_scales(MAP_PARTS, of_maps), has_scales(parts, of_matrices)
-    )
+    used = torch.where(table.target[begin] < -1, is_scaled(MAP_PARTS, of_maps), is_scaled(parts, of_matrices))
     scale = torch.where(used & (place >= 0), torch.ldexp(values.new_ones(()), 15 - exponent), 1)
     scaled, inverses, has_place = values.clone(), torch.zeros_like(values), place >= 0
     scaled[p] *= scale[run]
@@ -280,9 +279,9 @@ def _placed(values: Tensor, target: Tensor, count: int) -> Tensor:
     return values.new_zeros(count + 1).index_copy(0, at, values)[:count]
 
 
-def rounded(matrices: Tensor, precision: str, dtype: torch.dtype, parts: Mapping[str, int] = N_PARTS) -> Tensor:
+def rounded(matrices: Tensor, precision: str, dtype: torch.dtype) -> Tensor:
     """[parts, *shape]: the operands of a mode's products, parts of ``dtype`` or tf32 numbers."""
-    return _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, parts[precision], dtype)
+    return _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, N_PARTS[precision], dtype, 1.0)
 
 
 def _tf32(tensor: Tensor) -> Tensor:
@@ -293,11 +292,13 @@ def _tf32(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isnan(), tensor, nearest.view(torch.float32))
 
 
-def _parts(tensor: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """[count, *shape]: the tensor rounded to ``dtype``, then the remainder rounded, and so on."""
+def _parts(tensor: Tensor, count: int, dtype: torch.dtype, low: float | None = None) -> Tensor:
+    """[count, *shape]: the tensor rounded to ``dtype``, then the remainder times ``low`` rounded, and so on."""
+    if low is None:
+        low = LOW if is_scaled(count, dtype) else 1.0
     parts, rest = [tensor.to(dtype)], tensor
     for _ in range(count - 1):
-        rest = rest - parts[-1].to(rest.dtype)
+        rest = (rest - parts[-1].to(rest.dtype)) * low
         parts.append(rest.to(dtype))
     return without_autocast(tensor.device.type, torch.stack, parts)
 

@@ -35,27 +35,29 @@ def test_parts_of_weights_add_up_to_them(monkeypatch: pytest.MonkeyPatch) -> Non
     for precision, bits in (("fast", 8), ("high", 16), ("exact", 23)):
         packed = pack_stack(layers, 7, inverse=False, precision=precision, dtype=torch.bfloat16)
         matrices = packed.weights[:, : packed.layout.matrix_size].double()
-        left = (packed.operands.double().sum(0) * _unscale(packed) - matrices).abs()
+        left = (_packed_values(packed, scaled=precision == "exact") - matrices).abs()
         assert bool((left <= 2.0**-bits * matrices.abs()).all())
 
 
-def _unscale(packed: PackedStack) -> Tensor:
-    """[rows, matrix_size]: by what each operand is to be multiplied."""
-    layout = packed.layout
+def _packed_values(packed: PackedStack, scaled: bool = True) -> Tensor:
+    """[rows, matrix_size]: the weights that the operands stand for."""
+    layout, parts = packed.layout, packed.operands.double()
+    if not scaled:
+        return parts.sum(0)
     scales = packed.weights[:, layout.row_size - sum(layout.widths[1:]) :]
     lengths = torch.tensor([n_in for n_out, n_in in layout.matrix_shapes for _ in range(n_out)])
-    return scales.repeat_interleave(lengths.to(scales.device), dim=1)
+    return (parts[0] + parts[1] / 2048) * scales.repeat_interleave(lengths.to(scales.device), dim=1)
 
 
 @pytest.mark.parametrize("size", [1e-35, 1e-20, 1.0, 1e20, 1e35])
 def test_scaled_parts_of_a_row_err_by_its_largest_weight(size: float) -> None:
-    """Two parts of fp16 hold 22 bits of what is within 2^-13 of a row's largest, and the rest to 2^-39 of that."""
+    """Two parts of fp16 hold 23 bits of what is within 2^-28 of a row's largest, and the rest to 2^-50 of that."""
     W = (size * torch.randn(32, 16, dtype=torch.float64).mul(3).exp()).float().clamp(max=3e38)
     packed = pack_stack([CouplingLayer([W], [None])], 32, inverse=False, precision="exact", dtype=HALF)
     matrices = packed.weights[:, : packed.layout.matrix_size].double()
-    left = (packed.operands.double().sum(0) * _unscale(packed) - matrices).abs()
+    left = (_packed_values(packed) - matrices).abs()
     largest = matrices.view(-1, 16).abs().amax(1).repeat_interleave(16).view_as(matrices)
-    assert bool((left <= 2.0**-23 * matrices.abs() + 2.0**-39 * largest).all())
+    assert bool((left <= 2.0**-23 * matrices.abs() + 2.0**-50 * largest).all())
     assert bool(packed.operands.isfinite().all())
 
 
