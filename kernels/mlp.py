@@ -189,6 +189,13 @@ def dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS: tl.constexpr):
 
 
 @triton.jit
+def dot_scaled(x0, x1, unscale, w0, w1, total):
+    """total + unscale (x w), both in two scaled parts; w's scale is the caller's."""
+    low = tl.dot(x1, w0, tl.dot(x0, w1)) * (1.0 / _LOW)
+    return total + tl.dot(x0, w0, low) * unscale
+
+
+@triton.jit
 def product(x0, x1, x2, unscale, w, part_stride, total, PARTS: tl.constexpr):
     """total + x W^T, fp32: x [R, K] as ``operand`` gives it, w pointers [K, N] to W's first part."""
     w0 = tl.load(w)
@@ -199,8 +206,7 @@ def product(x0, x1, x2, unscale, w, part_stride, total, PARTS: tl.constexpr):
     if PARTS > 2:
         w2 = tl.load(w + 2 * part_stride)
     if PARTS == 2 and x0.dtype == tl.float16:
-        low = tl.dot(x1, w0, tl.dot(x0, w1)) * (1.0 / _LOW)
-        total += tl.dot(x0, w0, low) * unscale
+        total = dot_scaled(x0, x1, unscale, w0, w1, total)
     else:
         total = dot_parts(x0, x1, x2, w0, w1, w2, total, PARTS)
     return total

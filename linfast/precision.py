@@ -2,6 +2,7 @@
 
     mode    operands                                  relative error of a product
     exact   fp32, as three bf16 parts, six products   2^-24: fp32 accuracy
+            in stacks as two scaled fp16 parts, three 2^-22: fp32 accuracy (limits: linfast/kernels/mlp.py)
     high    fp32, as two bf16 parts, three products   2^-17
     tf32    tf32                                      2^-11
     fast    bf16 (fp16 where the input or autocast is) 2^-9

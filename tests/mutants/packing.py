@@ -23,12 +23,20 @@ MUTANTS = (
     Mutant(
         name="packing: each part is the whole weight less only the part before it",
         file="linfast/ops/stack_weights.py",
-        old="rest = rest - parts[-1].to(rest.dtype)",
-        new="rest = tensor - parts[-1].to(rest.dtype)",
+        old="rest = (rest - parts[-1].to(rest.dtype)) * low",
+        new="rest = (tensor - parts[-1].to(rest.dtype)) * low",
         breaks="The third of three parts is the weight itself again, less the second.",
+        tests=("tests/ops/test_masked_autoregressive_kernel.py::test_every_mode",),
+    ),
+    Mutant(
+        name="packing kernel: the scale of a row is that of the row before it",
+        file="kernels/pack_table.py",
+        old="at, scale = at + n_in, scale + 1",
+        new="at, scale = at + n_in, scale + (at > start)",
+        breaks="A row of weights is multiplied by its neighbour's power of two.",
         tests=(
             "tests/ops/test_stack_pack.py::test_parts_of_weights_add_up_to_them",
-            "tests/ops/test_stack_pack.py::test_the_packing_kernel_has_the_references_bits",
+            f"{_FORWARD}::test_every_activation",
         ),
     ),
     Mutant(

@@ -28,7 +28,7 @@ from linfast.kernels import (
     stack_pack,
 )
 from linfast.kernels.stack_configs import CONFIGS
-from linfast.kernels.stack_spec import N_PARTS
+from linfast.kernels.stack_spec import STACK_PARTS
 
 from tests.marks import long
 from tests.static import table
@@ -95,7 +95,8 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
     for kernel in ("_hidden_kernel", "_coupling_kernel", "_linear_kernel", "_outer_kernel"):
         for parts in (1, 2, 3):
             yield TARGETS, kernel, {**row_products.TILE, "PARTS": parts}
-    yield TARGETS, "_stack_pack_kernel", stack_pack.TILE
+    packing = {"RUNS x LONGEST": stack_pack.TILE["VALUES"], "num_warps": stack_pack.TILE["num_warps"]}
+    yield TARGETS, "_stack_pack_kernel", packing
     for target, program in masked_autoregressive.TILES.items():
         size = {"ROWS": program.rows, "UNITS": program.units, "CHUNK": program.chunk}
         yield (target,), "_masked_autoregressive_kernel", {**size, "num_warps": program.num_warps}
@@ -110,7 +111,7 @@ def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
         for entry in entries:
             config = entry.config
             constants = {
-                "HALF": entry.features // 2, "HIDDEN": entry.hidden, "PARTS": N_PARTS[mode], "ROWS": config.rows,
+                "HALF": entry.features // 2, "HIDDEN": entry.hidden, "PARTS": STACK_PARTS[mode], "ROWS": config.rows,
                 "CHUNK": config.chunk or entry.hidden, "LAYER_STAGES": config.layer_stages,
                 "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
             }  # fmt: skip
