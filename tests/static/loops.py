@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _SOURCE = re.compile(r'\s*//## File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(?P<name>[\w.]+)(?P<operands>[^;]*)")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<if>@!?\w+\s+)?(?P<name>[\w.]+)(?P<operands>[^;]*)")
 _KINDS = {
     "mufu": r"MUFU\b",
     "matrix": r"(HGMMA|HMMA|UTCHMMA)\b",
@@ -35,7 +35,7 @@ _KINDS = {
     "shared": r"(LDS|LDSM|STS|STSM)\b",
     "local": r"(LDL|STL)\b",
 }
-COUNTS = ("instructions", *_KINDS, "products", "bytes")
+COUNTS = ("instructions", *_KINDS, "products", "bytes", "shared_bytes")
 
 
 @dataclass
@@ -46,7 +46,8 @@ class Loop:
         source: the text of the Python loop.
         trips: its iterations; None where they are not constant.
         own: counts (COUNTS) of an iteration without its inner loops. products: multiply-adds on matrix units, a
-            warp's share. bytes: asked of global memory by a thread, conditions taken as true.
+            warp's share. bytes: asked of global memory by a thread, conditions taken as true. shared_bytes: read
+            and written in shared memory by a thread; matrix units read it besides.
         inner: the loops in it.
     """
 
@@ -99,7 +100,7 @@ def loops(sass: str, constants: Mapping[str, Any]) -> Loop:
             start = _branch_target(match, labels)
             if start is not None and start < len(counts):  # not the endless loop after a kernel's end
                 ends[start] = (len(counts), source)
-            counts.append(_counts(match["name"]))
+            counts.append(_counts(match["name"], never=(match["if"] or "").startswith("@!PT")))
     kernel = Loop("", 1)
     _fill(kernel, 0, len(counts), counts, ends, constants)
     return kernel
@@ -129,17 +130,29 @@ def _fill(
             at += 1
 
 
-def _counts(name: str) -> Counter[str]:
-    counts = Counter({kind: 1 for kind, pattern in _KINDS.items() if re.match(pattern, name)})
-    counts["instructions"] = 1
+def _counts(name: str, never: bool) -> Counter[str]:
+    """Of one instruction; one that is ``never`` executed is issued all the same."""
+    counts = Counter({"instructions": 1})
+    if never:
+        return counts
+    counts.update(kind for kind, pattern in _KINDS.items() if re.match(pattern, name))
     if shape := re.match(r"HMMA\.16(8)(\d+)\b", name):
         counts["products"] = 16 * math.prod(map(int, shape.groups()))
     elif shape := re.match(r"HGMMA\.64x(\d+)x(\d+)\b", name):  # of four warps
         counts["products"] = 64 // 4 * math.prod(map(int, shape.groups()))
     if re.match(r"LDG(STS)?\b", name):
-        width = re.search(r"\.(128|64|[US]16|[US]8)\b", name)
-        counts["bytes"] = int(width[1].strip("US")) // 8 if width else 4
+        counts["bytes"] = _width(name)
+    if counts["shared"]:
+        counts["shared_bytes"] = _width(name)
     return counts
+
+
+def _width(name: str) -> int:
+    """The bytes that a thread reads or writes."""
+    if match := re.search(r"\.M88(?:\.([24]))?$", name):  # one to four matrices of 8 x 8 values of 16 bits
+        return 4 * int(match[1] or 1)
+    width = re.search(r"\.(128|64|[US]16|[US]8)\b", name)
+    return int(width[1].strip("US")) // 8 if width else 4
 
 
 def _trips(source: str, constants: Mapping[str, Any]) -> int | None:
