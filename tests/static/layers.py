@@ -1,7 +1,12 @@
 """``python -m tests.static.layers``: compile the flagship's launches, update layers.tsv and print it.
 
-A row is a launch with figures of its loop over layers (tests/static/loops.py) per row of x and layer, the mean where
-a launch has several such loops; ``around`` are instructions per row outside these loops, all layers together.
+A row is a launch with figures of its loop over layers (tests/static/loops.py), the mean where there are several:
+
+    instructions, mufu, products, wgmma (those of products on wgmma), shared_bytes, bytes, local    per row and layer
+    waits      how often a layer waits for weights that it copies asynchronously
+    beside     instructions of a warp that run while such a copy is under way
+    weights    bytes of a layer's weights, which every program reads
+    around     instructions per row outside the loop over layers
 """
 
 from __future__ import annotations
@@ -10,7 +15,9 @@ import argparse
 import csv
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from linfast.tables import aligned
 from tests.static import child, table
@@ -18,10 +25,13 @@ from tests.static.loops import Loop, loop_of
 from tests.static.record import Launch
 
 PATH = Path(__file__).parent / "layers.tsv"
-PER_LAYER = ("instructions", "mufu", "matrix", "products", "shared_bytes", "bytes", "local")
+PER_LAYER = ("instructions", "mufu", "products", "wgmma", "shared_bytes", "bytes", "local")
+OF_LAYER = ("waits", "beside", "weights")
 COLUMNS = (
-    "triton", "call", "target", "rows", "warps", "registers", "shared", "spills", *PER_LAYER, "around", "digest"
+    "triton", "call", "target", "rows", "warps", "registers", "shared", "spills", *PER_LAYER, *OF_LAYER, "type",
+    "around", "digest",
 )  # fmt: skip
+_ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 Row = dict[str, str]
 
@@ -34,25 +44,45 @@ def launches() -> list[Launch]:
 
 def compiled(wanted: list[Launch], triton: str) -> list[Row]:
     """Rows of these launches, compiled by this version of Triton."""
-    rows = []
-    for launch, reading in zip(wanted, table.readings(wanted, triton), strict=True):
-        size, warps = launch.constants["ROWS"], launch.options.get("num_warps", 4)
-        kernel = loop_of(reading["loops"])
-        layer, around = _layer(kernel), _around(kernel)
-        figures = {name: layer[name] * warps / size for name in PER_LAYER}
-        figures |= {name: figures[name] * 32 for name in ("shared_bytes", "bytes")}  # of a warp's threads
-        figures["around"] = around["instructions"] * warps / size
-        row = {name: f"{value:.4g}" for name, value in figures.items()}
-        row |= {name: str(reading[name]) for name in ("registers", "shared", "spills")}
-        head = {"triton": triton, "call": launch.call, "target": launch.target, "rows": str(size)}
-        rows.append({**head, "warps": str(warps), **row, "digest": launch.digest})
-    return rows
+    return [_row(*pair, triton) for pair in zip(wanted, table.readings(wanted, triton), strict=True)]
 
 
-def _layer(kernel: Loop) -> Counter[str]:
-    """The mean of the loops over layers; where there is none the kernel is one layer."""
-    loops = [loop.total() for _, loop in kernel.walk() if "n_layers" in loop.source] or [kernel.total()]
-    return Counter({name: sum(loop[name] for loop in loops) / len(loops) for name in PER_LAYER})  # type: ignore[misc]
+def _row(launch: Launch, reading: dict[str, Any], triton: str) -> Row:
+    kernel = loop_of(reading["loops"])
+    rows, warps, kind = launch.constants["ROWS"], launch.options.get("num_warps", 4), _type(launch)
+    layers = [_of_layer(loop) for loop in _layers(kernel)]
+    figures = {name: sum(layer[name] for layer in layers) / len(layers) for name in (*PER_LAYER, "waits", "beside")}
+    for name in PER_LAYER:
+        figures[name] *= warps / rows
+    for name in ("shared_bytes", "bytes"):
+        figures[name] *= 32  # threads of a warp
+    figures |= {"weights": _weights(launch, kind), "around": _around(kernel)["instructions"] * warps / rows}
+    return {
+        "triton": triton, "call": launch.call, "target": launch.target, "rows": str(rows), "warps": str(warps),
+        **{name: str(reading[name]) for name in ("registers", "shared", "spills")},
+        **{name: f"{value:.4g}" if value < 1e4 else f"{value:.0f}" for name, value in figures.items()},
+        "type": kind, "digest": launch.digest,
+    }  # fmt: skip
+
+
+def _layers(kernel: Loop) -> list[Loop]:
+    return [loop for _, loop in kernel.walk() if "n_layers" in loop.source]
+
+
+def _of_layer(layer: Loop) -> Counter[str]:
+    copies = list(_copies(layer, 1))
+    waits = sum(times for times, _ in copies)
+    total = layer.total()
+    total["waits"], total["beside"] = waits, sum(n * beside for n, beside in copies) // max(waits, 1)
+    return total
+
+
+def _copies(loop: Loop, times: int) -> Iterator[tuple[int, int]]:
+    """(how often in a layer, instructions beside) of each place where weights are copied."""
+    if loop.own["copies"]:
+        yield times, loop.own["beside"]
+    for inner in loop.inner:
+        yield from _copies(inner, times * (inner.trips or 1))
 
 
 def _around(kernel: Loop) -> Counter[str]:
@@ -62,6 +92,20 @@ def _around(kernel: Loop) -> Counter[str]:
         if loop.trips is not None:
             total.update({name: n * loop.trips for name, n in loop.total().items()})
     return total
+
+
+def _type(launch: Launch) -> str:
+    """Of the operands of products."""
+    pointer = next(kind for name, kind in launch.signature.items() if name.startswith("operands"))
+    return pointer.removeprefix("*")
+
+
+def _weights(launch: Launch, kind: str) -> int:
+    """Bytes of a layer's matrices, in parts, and of its biases in fp32; for the halves of x as they are padded."""
+    half, hidden, n = (launch.constants[name] for name in ("HALF", "HIDDEN", "N_LINEAR"))
+    widths = [half, *[hidden] * (n - 1), 2 * half]
+    elements = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    return elements * launch.constants["PARTS"] * _ITEMSIZE[kind] + 4 * sum(widths[1:])
 
 
 def kept() -> list[Row]:

@@ -30,12 +30,13 @@ _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?P<if>@!?\w+\s+)?(?P<name>[
 _KINDS = {
     "mufu": r"MUFU\b",
     "matrix": r"(HGMMA|HMMA|UTCHMMA)\b",
+    "wgmma": r"HGMMA\b",
     "copies": r"(LDGSTS|UTMALDG)\b",
     "loads": r"LDG\b",
     "shared": r"(LDS|LDSM|STS|STSM)\b",
     "local": r"(LDL|STL)\b",
 }
-COUNTS = ("instructions", *_KINDS, "products", "bytes", "shared_bytes")
+COUNTS = ("instructions", *_KINDS, "products", "bytes", "shared_bytes", "beside")
 
 
 @dataclass
@@ -47,7 +48,9 @@ class Loop:
         trips: its iterations; None where they are not constant.
         own: counts (COUNTS) of an iteration without its inner loops. products: multiply-adds on matrix units, a
             warp's share. bytes: asked of global memory by a thread, conditions taken as true. shared_bytes: read
-            and written in shared memory by a thread; matrix units read it besides.
+            and written in shared memory by a thread; matrix units read it besides. beside: instructions after the
+            first asynchronous copy, which run while it is under way; with those of another iteration where the
+            wait for copies leaves some of them under way.
         inner: the loops in it.
     """
 
@@ -100,7 +103,7 @@ def loops(sass: str, constants: Mapping[str, Any]) -> Loop:
             start = _branch_target(match, labels)
             if start is not None and start < len(counts):  # not the endless loop after a kernel's end
                 ends[start] = (len(counts), source)
-            counts.append(_counts(match["name"], never=(match["if"] or "").startswith("@!PT")))
+            counts.append(_counts(match["name"], match["operands"], (match["if"] or "").startswith("@!PT")))
     kernel = Loop("", 1)
     _fill(kernel, 0, len(counts), counts, ends, constants)
     return kernel
@@ -127,10 +130,14 @@ def _fill(
             at = last + 1
         else:
             loop.own.update(counts[at])
+            if loop.own["copies"] and not loop.inner:
+                loop.own["beside"] += 1
             at += 1
+    if loop.own.pop("ahead", 0) and loop.own["beside"]:
+        loop.own["beside"] += loop.own["instructions"]
 
 
-def _counts(name: str, never: bool) -> Counter[str]:
+def _counts(name: str, operands: str, never: bool) -> Counter[str]:
     """Of one instruction; one that is ``never`` executed is issued all the same."""
     counts = Counter({"instructions": 1})
     if never:
@@ -144,6 +151,8 @@ def _counts(name: str, never: bool) -> Counter[str]:
         counts["bytes"] = _width(name)
     if counts["shared"]:
         counts["shared_bytes"] = _width(name)
+    if name == "DEPBAR.LE" and re.search(r"SB0, 0x[1-9a-f]", operands):
+        counts["ahead"] = 1
     return counts
 
 
