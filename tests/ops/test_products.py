@@ -1,4 +1,4 @@
-"""The product of kernels/mlp.py alone: y = x W^T by mode, against float64, at sizes and values that are hard for parts.
+"""The product of kernels/mlp.py alone, y = x W^T, against float64: by mode, at values that are hard for parts.
 
 An error is relative to sum_k |x_ik W_jk|, to which the errors of fp32 are proportional: large features that weights
 cancel, or huge rows beside tiny ones, do not hide the error of others.
@@ -113,7 +113,9 @@ def test_exact_is_as_accurate_as_fp32(make: Callable[[int], tuple[Tensor, Tensor
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize(("mode", "unit"), [("high", 2.0**-17), ("tf32", 2.0**-11), ("fast", 2.0**-9)])
-def test_other_modes_err_by_their_unit(mode: str, unit: float, make: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+def test_other_modes_err_by_their_unit(
+    mode: str, unit: float, make: Callable[[int], tuple[Tensor, Tensor]]
+) -> None:
     for K in (32, 1024):
         x, W = make(K)
         assert error_of(product(x, W, mode), x, W) <= unit

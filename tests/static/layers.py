@@ -2,7 +2,7 @@
 
 A row is a launch with figures of its loop over layers (tests/static/loops.py), the mean where there are several:
 
-    instructions, mufu, products, wgmma (those of products on wgmma), shared_bytes, bytes, local    per row and layer
+    instructions, mufu, matrix and of these wgmma, products, shared_bytes, bytes, local    per row and layer
     waits      how often a layer waits for weights that it copies asynchronously
     beside     instructions of a warp that run while such a copy is under way
     weights    bytes of a layer's weights, which every program reads
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from tests.static.loops import Loop, loop_of
 from tests.static.record import Launch
 
 PATH = Path(__file__).parent / "layers.tsv"
-PER_LAYER = ("instructions", "mufu", "products", "wgmma", "shared_bytes", "bytes", "local")
+PER_LAYER = ("instructions", "mufu", "matrix", "wgmma", "products", "shared_bytes", "bytes", "local")
 OF_LAYER = ("waits", "beside", "weights")
 COLUMNS = (
     "triton", "call", "target", "rows", "warps", "registers", "shared", "spills", *PER_LAYER, *OF_LAYER, "type",
@@ -37,9 +38,9 @@ Row = dict[str, str]
 
 
 def launches() -> list[Launch]:
-    """The current launches of tests/static/flagship.py, without those that pack weights."""
+    """The current launches of tests/static/flagship.py that run all layers."""
     made = [Launch(**json.loads(line)) for line in child.run("tests.static.flagship").splitlines()]
-    return [launch for launch in made if "ROWS" in launch.constants]
+    return [launch for launch in made if launch.kernel.endswith("_stack_kernel")]
 
 
 def compiled(wanted: list[Launch], triton: str) -> list[Row]:
@@ -80,7 +81,7 @@ def _of_layer(layer: Loop) -> Counter[str]:
 def _copies(loop: Loop, times: int) -> Iterator[tuple[int, int]]:
     """(how often in a layer, instructions beside) of each place where weights are copied."""
     if loop.own["copies"]:
-        yield times, loop.own["beside"]
+        yield times, loop.beside
     for inner in loop.inner:
         yield from _copies(inner, times * (inner.trips or 1))
 
@@ -104,7 +105,7 @@ def _weights(launch: Launch, kind: str) -> int:
     """Bytes of a layer's matrices, in parts, and of its biases in fp32; for the halves of x as they are padded."""
     half, hidden, n = (launch.constants[name] for name in ("HALF", "HIDDEN", "N_LINEAR"))
     widths = [half, *[hidden] * (n - 1), 2 * half]
-    elements = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    elements = sum(a * b for a, b in itertools.pairwise(widths))
     return elements * launch.constants["PARTS"] * _ITEMSIZE[kind] + 4 * sum(widths[1:])
 
 

@@ -36,7 +36,7 @@ _KINDS = {
     "shared": r"(LDS|LDSM|STS|STSM)\b",
     "local": r"(LDL|STL)\b",
 }
-COUNTS = ("instructions", *_KINDS, "products", "bytes", "shared_bytes", "beside")
+COUNTS = ("instructions", *_KINDS, "products", "bytes", "shared_bytes")
 
 
 @dataclass
@@ -48,16 +48,17 @@ class Loop:
         trips: its iterations; None where they are not constant.
         own: counts (COUNTS) of an iteration without its inner loops. products: multiply-adds on matrix units, a
             warp's share. bytes: asked of global memory by a thread, conditions taken as true. shared_bytes: read
-            and written in shared memory by a thread; matrix units read it besides. beside: instructions after the
-            first asynchronous copy, which run while it is under way; with those of another iteration where the
-            wait for copies leaves some of them under way.
+            and written in shared memory by a thread; matrix units read it besides.
         inner: the loops in it.
+        beside: instructions after the first asynchronous copy, up to an inner loop, which run while it is under
+            way; and those of another iteration where the wait for copies leaves some of them under way.
     """
 
     source: str
     trips: int | None
     own: Counter[str] = field(default_factory=Counter)
     inner: list[Loop] = field(default_factory=list)
+    beside: int = 0
 
     def total(self) -> Counter[str]:
         """Counts of one iteration with all iterations of the inner loops.
@@ -85,7 +86,8 @@ class Loop:
 
 
 def loop_of(plain: Mapping[str, Any]) -> Loop:
-    return Loop(plain["source"], plain["trips"], Counter(plain["own"]), [loop_of(inner) for inner in plain["inner"]])
+    inner = [loop_of(each) for each in plain["inner"]]
+    return Loop(plain["source"], plain["trips"], Counter(plain["own"]), inner, plain["beside"])
 
 
 def loops(sass: str, constants: Mapping[str, Any]) -> Loop:
@@ -129,12 +131,11 @@ def _fill(
             loop.inner.append(inner)
             at = last + 1
         else:
+            loop.beside += loop.own["copies"] > 0 and not loop.inner
             loop.own.update(counts[at])
-            if loop.own["copies"] and not loop.inner:
-                loop.own["beside"] += 1
             at += 1
-    if loop.own.pop("ahead", 0) and loop.own["beside"]:
-        loop.own["beside"] += loop.own["instructions"]
+    if loop.own.pop("ahead", 0) and loop.own["copies"]:
+        loop.beside += loop.own["instructions"]
 
 
 def _counts(name: str, operands: str, never: bool) -> Counter[str]:
@@ -167,18 +168,20 @@ def _width(name: str) -> int:
 def _trips(source: str, constants: Mapping[str, Any]) -> int | None:
     """The iterations of ``for i in tl.range(...)``."""
     try:
-        statement = ast.parse(f"{source} pass").body[0]
-        bounds = [eval(ast.unparse(bound), {}, dict(constants)) for bound in statement.iter.args]  # type: ignore[attr-defined]  # noqa: S307
-    except (SyntaxError, AttributeError, NameError, IndexError):
-        return None
-    return len(range(*bounds))
+        match ast.parse(f"{source} pass").body:
+            case [ast.For(iter=ast.Call(args=bounds))]:
+                return len(range(*(eval(ast.unparse(bound), {}, dict(constants)) for bound in bounds)))
+    except (SyntaxError, NameError):
+        pass
+    return None
 
 
 def rows(kernel: Loop) -> Iterable[tuple[str, ...]]:
     """Lines of a table: each loop's source, iterations and counts of an iteration without its inner loops."""
     for depth, loop in kernel.walk():
         trips = "n" if loop.trips is None else str(loop.trips)
-        yield "  " * depth + (loop.source or "kernel"), trips, *(str(loop.own[name]) for name in COUNTS)
+        counts = (str(loop.own[name]) for name in COUNTS)
+        yield "  " * depth + (loop.source or "kernel"), trips, *counts, str(loop.beside)
 
 
 def main() -> None:
@@ -199,7 +202,7 @@ def main() -> None:
             print(f"{launch.kernel}, {launch.call}, {launch.target}:", end=" ")
             print(", ".join(f"{name} {reading[name]}" for name in ("registers", "spills", "shared")), end=", ")
             print(f"{launch.options.get('num_warps', 4)} warps, ROWS {launch.constants.get('ROWS')}")
-            print(aligned([("loop", "trips", *COUNTS), *rows(kernel)]), flush=True)
+            print(aligned([("loop", "trips", *COUNTS, "beside"), *rows(kernel)]), flush=True)
             print(per_row_and_layer(kernel, launch.constants, launch.options) or "", "\n")
 
 
@@ -213,7 +216,7 @@ def per_row_and_layer(kernel: Loop, constants: Mapping[str, Any], options: Mappi
     said = []
     for loop in layers:
         total = loop.total()
-        said.append(", ".join(f"{name} {total[name] * share:.4g}" for name in COUNTS[:-1]))
+        said.append(", ".join(f"{name} {total[name] * share:.4g}" for name in COUNTS))
     return "warp instructions per row and layer: " + "; ".join(said)
 
 

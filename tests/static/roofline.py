@@ -1,176 +1,157 @@
-"""``python -m tests.static.roofline``: the tables of docs/roofline.md, from layers.tsv; ``--write`` puts them there.
+"""``python -m tests.static.roofline``: the tables of docs/roofline.md; ``--write`` puts them there.
 
-A model of time. An iteration of the loop over layers has a bound for each unit of a multiprocessor, in clocks of one
-program, with n the counts of layers.tsv per row and layer, and all rows of the program:
-
-    issue     n instructions / 4           four schedulers, an instruction of a warp each per clock
-    MUFU      32 n mufu / 16               sixteen special functions per clock
-    matrix    2 n products / rate          mma.sync at 0.6 of the rate that was measured with wgmma; tf32 at half
-    shared    n bytes / 128                bytes per clock, and of operands that wgmma reads there, once for 64 rows
-    L2        weights / rate               the multiprocessor's share of L2's rate, at most 64 bytes per clock
-
-The floor is the largest of them, or device memory's time for x and y. The prediction adds what one program cannot do at
-once: matrix units and the other units are at work in turn, so that half of the shorter one's time is added to the
-longer one's; and where weights are copied, what is left of LATENCY and of the copy once the instructions beside it have
-run. With P programs on a multiprocessor at once, a P-th of both is added. A launch begins after START.
-
-Programs run on SMs multiprocessors, in ceil(programs / SMs) rounds. The share of one half, LATENCY, START and mma.sync's
-rate are assumptions; other rates are data sheets' or were measured by others. All modes and sizes have the same model.
+Stacks of couplings are predicted by tests/static/model.py. Latent products have bytes and operations alone: each
+tensor once from and to device memory at 0.9 of its rate, and the products of parts by mma.sync, or multiply-adds.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from tests.static.flagship import MODES
 from tests.static.layers import Row, kept
+from tests.static.model import FLAGSHIP, H100, H200, MMA_SYNC, START, Gpu, Prediction, at_a_time, eager
 
 PAGE = Path(__file__).parents[2] / "docs" / "roofline.md"
-LATENCY = 500  # clocks until the first bytes from a busy L2
-START = 3e-6  # seconds: a launch, and the first access to memory
-MMA_SYNC = 0.6
-MODES = ("fast", "tf32", "high", "exact")
-LAYERS = 16
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Rates per second: bytes of memory and L2, and operations of a product in bf16 by wgmma."""
-
-    name: str
-    memory: float
-    sms: int = 132
-    clock: float = 1.755e9
-    l2: float = 5.5e12
-    bf16: float = 790e12
-    shared: int = 233_472  # bytes of a multiprocessor
-    registers: int = 65_536
+def chosen(call: str, batch: int = FLAGSHIP, triton: str = "3.7.1", target: str = "sm_90") -> Row:
+    """The row of a call of tests/static/flagship.py for this batch."""
+    rows = {
+        int(row["call"].rpartition(" B=")[2]): row
+        for row in kept()
+        if (row["triton"], row["target"]) == (triton, target) and row["call"].startswith(f"{call} B=")
+    }
+    return rows[max([size for size in rows if size <= batch], default=min(rows))]
 
 
-H100, H200 = Gpu("H100", 3.35e12), Gpu("H200", 4.8e12)
+def predicted(mode: str, batch: int = FLAGSHIP, gpu: Gpu = H100, triton: str = "3.7.1") -> Prediction:
+    """Of the flagship Linearizer."""
+    return Prediction(chosen(f"linearizer {mode} D=64", batch, triton), gpu, batch)
 
 
-class Prediction:
-    """Seconds that a launch takes, and why.
-
-    Args:
-        row: of layers.tsv.
-        gpu: where.
-        batch: rows of x.
-        layers: in all.
-        bytes_per_row: of x and y in device memory.
-    """
-
-    def __init__(self, row: Row, gpu: Gpu, batch: int, layers: int = LAYERS, bytes_per_row: int = 512) -> None:
-        n, rows, warps = {k: float(row[k]) for k in row.keys() - {"triton", "call", "target", "type", "digest"}}, *(
-            int(row[k]) for k in ("rows", "warps")
-        )
-        programs = math.ceil(batch / rows)
-        active, rounds = min(programs, gpu.sms), math.ceil(programs / gpu.sms)
-        self.resident = min(rounds, _fit(row, gpu))
-        schedulers, wgmma, itemsize = min(4, warps), n["wgmma"] > 0, 4 if row["type"] == "fp32" else 2
-        rate = gpu.bf16 / gpu.sms / gpu.clock * 2 / itemsize * (1 if wgmma else MMA_SYNC)
-        operands = n["products"] / 64 * itemsize if wgmma else 0
-        l2 = min(64, gpu.l2 / gpu.clock / active)
-        clocks = {
-            "issue": n["instructions"] * rows / schedulers,
-            "MUFU": n["mufu"] * rows * 32 / 16,
-            "matrix": 2 * n["products"] * rows / rate,
-            "shared": (n["shared_bytes"] + operands) * rows / 128,
-            "L2": n["weights"] / l2,
-        }
-        others, matrix = max(clocks["issue"], clocks["MUFU"]), max(clocks["matrix"], clocks["shared"])
-        in_turn = min(others, matrix) / 2
-        beside = n["beside"] * warps / schedulers
-        waiting = n["waits"] * max(0, LATENCY + n["weights"] / n["waits"] / 64 - beside)
-        layer = max(max(others, matrix) + (in_turn + waiting) / self.resident, clocks["L2"])
-        per_clock = rounds * layers / gpu.clock
-        around = rounds * n["around"] * rows / schedulers / gpu.clock
-        self.bounds = {"memory": batch * bytes_per_row / gpu.memory} | {k: v * per_clock for k, v in clocks.items()}
-        self.waiting = waiting / self.resident * per_clock
-        self.floor = max(self.bounds.values())
-        self.time = START + max(self.bounds["memory"], layer * per_clock + around)
-
-    @property
-    def held_by(self) -> str:
-        """The largest two of the bounds and of the waiting, the larger one first."""
-        parts = self.bounds | {"waiting": self.waiting}
-        return ", ".join(sorted(parts, key=parts.__getitem__, reverse=True)[:2])
-
-
-def _fit(row: Row, gpu: Gpu) -> int:
-    """Programs that fit a multiprocessor at once."""
-    threads, registers = 32 * int(row["warps"]), -(-int(row["registers"]) // 8) * 8
-    return min(gpu.registers // (registers * threads), gpu.shared // (int(row["shared"]) + 1024), 2048 // threads)
-
-
-def chosen(call: str, triton: str = "3.7.1", target: str = "sm_90") -> Row:
-    """The row of a call of tests/static/flagship.py."""
-    (row,) = [r for r in kept() if (r["call"], r["triton"], r["target"]) == (call, triton, target)]
-    return row
-
-
-def _milliseconds(seconds: float) -> str:
+def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2g}" if seconds < 9.95e-3 else f"{1e3 * seconds:.0f}"
 
 
-def _markdown(head: str, rows: Iterable[Iterable[str]]) -> str:
-    lines = [head, re.sub(r"[^|]+", "---", head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def _table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head.split(", "), *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head.split(", ")), *lines[1:]])
 
 
 def counts() -> str:
-    def cells(mode: str) -> Iterable[str]:
-        new, old = chosen(f"linearizer {mode}"), chosen(f"linearizer {mode}", "3.6.0")
-        fits = str(_fit(new, H100))
-        yield from (mode, f"{new['rows']} rows, {new['warps']} warps, {fits}", "wgmma" if float(new["wgmma"]) else "mma.sync")
-        yield from (f"{new[name]} / {old[name]}" for name in ("instructions", "registers", "spills"))
-        yield from (new[name] for name in ("mufu", "products", "shared_bytes", "weights", "waits", "beside"))
+    """What is counted, per mode: under Triton 3.7.1, and where they differ under 3.6."""
+
+    def cells(mode: str) -> Iterator[str]:
+        rows = [chosen(f"linearizer {mode} D=64", triton=triton) for triton in ("3.7.1", "3.6.0")]
+        row = rows[0]
+        yield from (mode, row["rows"], row["warps"], str(at_a_time(row, H100)))
+        yield "wgmma" if float(row["wgmma"]) else "mma.sync"
+        for name in ("instructions", "matrix", "registers", "spills"):
+            yield " / ".join(dict.fromkeys(each[name] for each in rows))
+        yield from (row[name] for name in ("mufu", "products", "shared_bytes", "weights", "waits", "beside"))
 
     head = (
-        "| mode | rows and warps of a program, programs at once | products by | instructions | registers | spills | MUFU | multiply-adds "
-        "| bytes of shared memory | bytes of weights | waits | instructions beside one |"
-    )  # fmt: skip
-    return _markdown(head, map(cells, MODES))
+        "mode, rows, warps, programs at once, products by, instructions, matrix instructions, registers, spills, "
+        "MUFU, multiply-adds, bytes of shared memory, bytes of weights, waits, instructions beside"
+    )
+    return _table(head, map(cells, MODES))
 
 
 def flagship() -> str:
-    def cells(mode: str) -> Iterable[str]:
-        there = Prediction(chosen(f"linearizer {mode}"), H100, 1 << 20)
+    """Bounds and prediction, per mode, in milliseconds."""
+
+    def cells(mode: str) -> Iterator[str]:
+        here = predicted(mode)
         yield mode
-        yield from (_milliseconds(there.bounds[k]) for k in ("memory", "L2", "matrix", "shared", "MUFU", "issue"))
-        yield from (_milliseconds(there.waiting), _milliseconds(there.floor), f"**{_milliseconds(there.time)}**")
-        yield _milliseconds(Prediction(chosen(f"linearizer {mode}", "3.6.0"), H100, 1 << 20).time)
-        yield from (there.held_by, "not measured yet")
+        yield from (_ms(here.bounds[k]) for k in ("memory", "L2", "matrix", "shared", "MUFU", "issue"))
+        yield from (_ms(here.waiting), _ms(here.floor), f"**{_ms(here.time)}**")
+        yield from (_ms(predicted(mode, triton="3.6.0").time), here.held_by)
+        yield from (_ms(eager(mode, H100, compiled)) for compiled in (False, True))
+        yield from (f"{eager(mode, H100) / here.time:.1f}", "not measured yet")
 
     head = (
-        "| mode | memory | L2 | matrix | shared | MUFU | issue | waiting | floor | prediction | under Triton 3.6 "
-        "| held by | measured |"
-    )  # fmt: skip
-    return _markdown(head, map(cells, MODES))
+        "mode, memory, L2, matrix, shared, MUFU, issue, waiting, floor, prediction, Triton 3.6, held by, eager, "
+        "compiled, times eager, measured"
+    )
+    return _table(head, map(cells, MODES))
 
 
 def batches() -> str:
-    def cells(batch: int) -> Iterable[str]:
+    """Predictions by batch, in milliseconds."""
+
+    def cells(batch: int) -> Iterator[str]:
         yield f"{batch:,}"
-        yield from (_milliseconds(Prediction(chosen(f"linearizer {mode}"), H100, batch).time) for mode in MODES)
+        yield from (_ms(predicted(mode, batch).time) for mode in MODES)
         yield "not measured yet"
 
-    return _markdown("| B | fast | tf32 | high | exact | measured |", map(cells, (1, 64, 256, 1024, 1 << 14, 1 << 17, 1 << 20, 1 << 22)))
+    sizes = (1, 64, 256, 1024, 4096, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
+    return _table(f"B, {', '.join(MODES)}, measured", map(cells, sizes))
 
 
-TABLES: dict[str, Callable[[], str]] = {"counts": counts, "flagship": flagship, "batches": batches}
+def large() -> str:
+    """D = 128, H = 256 in one launch, where it fits."""
+
+    def cells(mode: str) -> Iterator[str]:
+        row = chosen(f"linearizer {mode} D=128")
+        here = Prediction(row, H100, FLAGSHIP, bytes_per_row=1024)
+        yield from (mode, row["rows"], row["instructions"], row["spills"])
+        yield from (_ms(here.bounds[k]) for k in ("memory", "L2", "matrix", "shared", "issue"))
+        yield from (_ms(here.waiting), _ms(here.floor), f"**{_ms(here.time)}**", here.held_by, "not measured yet")
+
+    head = (
+        "mode, rows, instructions, spills, memory, L2, matrix, shared, issue, waiting, floor, prediction, held by, "
+        "measured"
+    )
+    return _table(head, map(cells, ("fast", "tf32")))
+
+
+# Bytes and operations in fp32 of one call, and whether products run on matrix units.
+def _latent_ops() -> Iterator[tuple[str, float, float, bool]]:
+    for K in (8, 64):
+        B, N = 4096, 256
+        yield f"latent_matmul, K = {K}, N = {N}, B = {B}", 4 * (2 * B * N + K * N * N), 2 * B * N * N, True
+    yield f"latent_matmul, an operator per sample, N = {N}, B = {B}", 4 * B * (2 * N + N * N), 2 * B * N * N, False
+    for N, B in ((1024, 256), (12288, 128)):
+        yield f"low_rank, r = 8, N = {N}, B = {B}", 4 * B * N * (2 + 2 * 8), 4 * B * N * 8, False
+    for k in (3, 9):
+        values = 512 * 64 * 32 * 32
+        yield f"depthwise_conv, {k} x {k}, 64 channels of 32 x 32, B = 512", 8 * values, 2 * k * k * values, False
+
+
+def latent() -> str:
+    """Latent operators, in microseconds."""
+
+    def cells(name: str, size: float, flop: float, matrix: bool) -> Iterator[str]:
+        def times(gpu: Gpu) -> tuple[float, float]:
+            rate = gpu.bf16 * MMA_SYNC / 6 if matrix else gpu.sms * 128 * 2 * gpu.clock
+            return size / gpu.memory / 0.9, flop / rate
+
+        yield from (name, f"{size / 1e6:.3g}", f"{flop / 1e9:.2g}")
+        yield from (f"{1e6 * part:.2g}" for part in times(H100))
+        yield " / ".join(f"{1e6 * (START + max(times(gpu))):.2g}" for gpu in (H100, H200))
+        yield from ("memory" if times(H100)[0] > times(H100)[1] else "arithmetic", "not measured yet")
+
+    head = "op, MB, GFLOP, memory, arithmetic, prediction H100 / H200, held by, measured"
+    return _table(head, (cells(*op) for op in _latent_ops()))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "counts": counts, "flagship": flagship, "batches": batches, "large": large,
+    "latent": latent,
+}  # fmt: skip
 
 
 def with_tables(page: str) -> str:
     """The page with each table between <!-- NAME --> and <!-- --> made anew."""
-    for name, table in TABLES.items():
-        page = re.sub(f"(<!-- {name} -->\n).*?(\n<!-- -->)", lambda m, t=table: m[1] + t() + m[2], page, flags=re.S)
-    return page
+
+    def anew(found: re.Match[str]) -> str:
+        return f"<!-- {found[1]} -->\n{TABLES[found[1]]()}\n<!-- -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- -->", anew, page, flags=re.DOTALL)
 
 
 def main() -> None:

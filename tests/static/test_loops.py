@@ -8,6 +8,7 @@ import pytest
 
 from tests.static.loops import Loop, loop_of, loops, per_row_and_layer
 
+_WAIT = "        /*0030*/                   DEPBAR.LE SB0, {} ;"
 _PYTHON = """\
 for layer in tl.range(0, n_layers, num_stages=2):
     for first in tl.range(0, HIDDEN, CHUNK):
@@ -63,10 +64,18 @@ def test_the_tree_is_that_of_the_python_loops(kernel: Loop) -> None:
 def test_an_iteration_counts_inner_loops_with_all_their_iterations(kernel: Loop) -> None:
     (layer,) = kernel.inner
     assert layer.total() == {
-        "instructions": 4 + 4 * 5 + 2 * 2, "mufu": 1, "local": 1, "matrix": 4 + 2, "shared": 4, "copies": 4,
-        "products": 4 * 16 * 8 * 16 + 2 * 64 // 4 * 32 * 16, "bytes": 4 * 16, "shared_bytes": 4 * 16,
+        "instructions": 4 + 4 * 5 + 2 * 2, "mufu": 1, "local": 1, "matrix": 4 + 2, "wgmma": 2, "shared": 4,
+        "copies": 4, "products": 4 * 16 * 8 * 16 + 2 * 64 // 4 * 32 * 16, "bytes": 4 * 16, "shared_bytes": 4 * 16,
     }  # fmt: skip
-    assert loop_of(layer.plain()).total() == layer.total()
+    assert loop_of(layer.plain()) == layer
+
+
+@pytest.mark.parametrize(("left", "beside"), [("0x0", 1), ("0x3", 1 + 6)])
+def test_copies_that_are_left_under_way_have_another_iteration(tmp_path: Path, left: str, beside: int) -> None:
+    """The branch runs beside the copy; with a wait that leaves three copies, so does the next iteration."""
+    sass = _SASS.replace(".L_x_2:", f".L_x_2:\n{_WAIT.format(left)}")
+    layer = loops(sass.format(file=tmp_path / "none"), {}).inner[0]
+    assert [loop.beside for loop in (layer, *layer.inner)] == [0, beside, 0]
 
 
 def test_counts_per_row_and_layer(kernel: Loop) -> None:
