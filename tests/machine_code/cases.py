@@ -161,6 +161,7 @@ def _stacks() -> Iterator[Case]:
 
         label = f"{(batch, D)} hidden {hidden} depth {depth} maps {maps} {activation} {kind}"
         yield Case("coupling_stack", label, inputs, run, smoke=maps == "dense", x_alone=True)
+    yield _hard_values()
     layer = random_layers(7, (16, 16), 1)
 
     def one(x: Tensor, *tensors: Tensor, **options) -> Outputs:
@@ -172,6 +173,29 @@ def _stacks() -> Iterator[Case]:
         return [torch.randn(20, 7), *leaves(random_layers(7, (16, 16), 1))]
 
     yield Case("mlp_coupling", "(20, 7) hidden (16, 16)", inputs_of_one, one, smoke=True, x_alone=True)
+
+
+def _hard_values() -> Case:
+    """Rows of x from 1e-20 to 1e20, and weights of Student's t with 1.5 degrees of freedom, which has no variance.
+
+    Rows are scaled by powers of two, exactly, and results back, so that every row counts in an error.
+    """
+    batch, D, hidden = 64, 33, (128,)
+    scale = 2.0 ** torch.linspace(-66, 66, batch).round()[:, None]
+    template = random_layers(D, hidden, 2, bias=False)
+
+    def inputs() -> list[Tensor]:
+        t = torch.distributions.StudentT(1.5)
+        return [torch.randn(batch, D), *(t.sample(w.shape) / w.shape[1] ** 0.5 for w in leaves(template))]
+
+    def run(x: Tensor, *tensors: Tensor, **options) -> Outputs:
+        layers, _ = rebuilt(template, tensors)
+        options |= {"activation": "silu", "scale_map": ScaleMap(), "log_det": True}
+        y, log_det = ops.coupling_stack(x * scale.to(x), layers, **options)
+        return [y / scale.to(x), log_det]
+
+    label = f"{(batch, D)} hidden {hidden} depth 2 rows from 1e-20 to 1e20, heavy-tailed weights"
+    return Case("coupling_stack", label, inputs, run, smoke=True, x_alone=True, dtypes=("fp32",))
 
 
 def _linearizers() -> Iterator[Case]:

@@ -1,6 +1,7 @@
 """``python -m pytest -p tests.machine_code.plugin tests/ops/...`` runs kernel tests on machine code.
 
-PTX_CAPABILITY is 80 or 90, PTX_CACHE a folder for compiled code; a report of the emulator fails the test.
+PTX_CAPABILITY is 80 or 90, PTX_CACHE a folder for compiled code, PTX_MMA exact or hardware: how tensor cores sum.
+A report of the emulator fails the test.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tests.machine_code.target import as_on_gpu, emulator
 
 _launch = emulator("launch")
 _CAPABILITY = int(os.environ.get("PTX_CAPABILITY", "80"))
+emulator("numerics").settings.mma = os.environ.get("PTX_MMA", "exact")
 _STACK = pytest.StashKey[contextlib.ExitStack]()
 
 

@@ -35,6 +35,7 @@ class Case:
         smoke: whether it is in the short run.
         x_alone: weights and intermediate values stay fp32 beside a half-precision x; else all are cast.
         cancels: a gradient that is zero is a difference of terms that many times as large as the largest output.
+        dtypes: those in which x can be.
     """
 
     op: str
@@ -44,6 +45,7 @@ class Case:
     smoke: bool = False
     x_alone: bool = False
     cancels: float = 1.0
+    dtypes: Sequence[str] = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def variants(cases: Sequence[Case], smoke: bool) -> Iterator[Variant]:
     """Every dtype, mode and direction of the cases; in the short run only "fast" where x is 16 bits wide."""
     for case in cases:
         has = _parameters(case.op)
-        for dtype in DTYPES if case.smoke or not smoke else ():
+        for dtype in case.dtypes if case.smoke or not smoke else ():
             modes = ("fast",) if smoke and dtype != "fp32" else PRECISIONS
             for mode in modes if "precision" in has else ("",):
                 for direction in ("forward", "inverse") if "inverse" in has else ("",):

@@ -16,9 +16,9 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -32,6 +32,9 @@ from triton.runtime import JITFunction, driver
 import linfast as lf
 from linfast import dispatch
 from linfast.ops import register
+
+if TYPE_CHECKING:
+    from tests.static.cases import Case
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -179,17 +182,22 @@ def _sources(function: JITFunction[Any], found: dict[str, str]) -> dict[str, str
     return found
 
 
-def main(ops: list[str]) -> None:
-    """Print each launch of these ops, or of all, once, with the name of the first call that makes it."""
-    from tests.static.cases import all_cases
-
+def show(cases: Iterable[Case]) -> None:
+    """Print each launch of these cases once, with the name of the first that makes it, as JSON."""
     seen: set[str] = set()
-    for case in [case for case in all_cases() if not ops or case.op in ops]:
+    for case in cases:
         for target in case.targets:
             for launch in recorded(case.run, target, case.name):
                 if launch.digest not in seen:
                     seen.add(launch.digest)
                     print(json.dumps(vars(launch)))
+
+
+def main(ops: list[str]) -> None:
+    """Print the launches of these ops, or of all."""
+    from tests.static.cases import all_cases
+
+    show(case for case in all_cases() if not ops or case.op in ops)
 
 
 if __name__ == "__main__":

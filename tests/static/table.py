@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from linfast.tables import aligned
 from tests.static import child
@@ -59,18 +60,24 @@ def stale(table: Table, now: Sequence[Launch]) -> list[Launch]:
     return [launch for launch in now if table.get(key(launch), {}).get("digest") != launch.digest]
 
 
-def compiled(wanted: Sequence[Launch], triton: str | None = None) -> Table:
-    """Rows of these launches, compiled now in a separate process, by the named version of Triton if given."""
+def readings(wanted: Sequence[Launch], triton: str | None = None) -> list[dict[str, Any]]:
+    """Figures of these launches, compiled now in a separate process, by the named version of Triton if given."""
     text = "".join(json.dumps(vars(launch)) + "\n" for launch in wanted)
     try:
         lines = child.run("tests.static.worker", text, first=_packages(triton)).splitlines()
     except child.ChildFailed as failed:
         stopped = wanted[len(failed.stdout.splitlines())]
         raise RuntimeError(f"{key(stopped)} did not compile: {failed}") from failed
-    return {key(launch): _row(launch, json.loads(line)) for launch, line in zip(wanted, lines, strict=True)}
+    return [json.loads(line) for line in lines]
 
 
-def _row(launch: Launch, reading: dict[str, int]) -> Row:
+def compiled(wanted: Sequence[Launch], triton: str | None = None) -> Table:
+    """Rows of these launches; see ``readings``."""
+    read = readings(wanted, triton)
+    return {key(launch): _row(launch, each) for launch, each in zip(wanted, read, strict=True)}
+
+
+def _row(launch: Launch, reading: dict[str, Any]) -> Row:
     names = dict(zip(COLUMNS, key(launch), strict=False))
     return {**names, **{name: str(reading[name]) for name in READINGS}, "digest": launch.digest}
 

@@ -15,6 +15,7 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
+from tests.static.loops import loops
 from tests.static.record import TARGETS, Launch, source_of
 
 _MEMORY = 12 << 30  # limit of address space: a runaway compilation ends before the machine runs out of memory
@@ -34,16 +35,19 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
         attrs={at[name]: value for name, value in launch.attributes.items()},
     )
     compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
-    read = _read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amdgcn(compiled.asm["amdgcn"])
+    if "cubin" in compiled.asm:
+        read = _read_cubin(compiled.asm["cubin"], launch.constants)
+    else:
+        read = _read_amdgcn(compiled.asm["amdgcn"])
     return {**read, "shared": compiled.metadata.shared}
 
 
-def _read_cubin(cubin: bytes) -> dict[str, Any]:
+def _read_cubin(cubin: bytes, constants: dict[str, Any]) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        sass = _run("nvdisasm", "-c", file.name)
+        sass = _run("nvdisasm", "-c", "-g", file.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     return {
         "registers": registers,
@@ -53,6 +57,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\.(?:\w+\.)*128\b", sass)),
         "matrix": len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", sass)),
         "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass)),
+        "loops": loops(sass, constants).plain(),
     }
 
 
