@@ -137,11 +137,11 @@ def run_layers(
             kept, operands_ptr + row * row_stride, part_stride, row_ptr + MATRIX_SIZE,
             N_LINEAR, ROWS, HALF, HIDDEN, CHUNK, CHUNK_STAGES, PARTS, ACTIVATION, FORM,
         )  # fmt: skip
-        log_s = log_scale(raw, bound, floor, KIND)
+        log_s = log_scale(raw, bound, floor, KIND, FORM)
         if LOG_DET:
             inside = tl.arange(0, HALF) < tl.where(moves_first, n_first, n_second)
             log_det += tl.sum(tl.where(inside[None, :], log_s, 0.0), 1)
-        moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE)
+        moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE, FORM)
         a = tl.where(moves_first, moved, kept)
         b = tl.where(moves_first, kept, moved)
         if MAPS and not INVERSE:

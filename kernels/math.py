@@ -9,6 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Forms of a formula: the accurate one, and the ones of "tf32" and "fast", in Triton's operations or NVIDIA's.
+EXACT = tl.constexpr(0)
+FAST = tl.constexpr(1)
+PTX = tl.constexpr(2)
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in 12 bits: its product with n is exact
 LN2_LOW = tl.constexpr(-2.12194440e-4)
@@ -25,12 +30,32 @@ SOFTPLUS = tl.constexpr(6)
 
 
 @triton.jit
-def exp(x):
+def exp(x, FORM: tl.constexpr = EXACT):
     """2^n e^r with x = n ln 2 + r and 0 <= r < ln 2 (Cody and Waite): about one rounding for any x."""
-    n = tl.floor(x * LOG2E)
-    n = tl.where(n < -150.0, -150.0, tl.where(n > 127.0, 127.0, n))
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    return tl.exp2(r * LOG2E) * tl.exp2(n)
+    if FORM == EXACT:
+        n = tl.floor(x * LOG2E)
+        n = tl.where(n < -150.0, -150.0, tl.where(n > 127.0, 127.0, n))
+        r = (x - n * LN2_HIGH) - n * LN2_LOW
+        result = tl.exp2(r * LOG2E) * tl.exp2(n)
+    elif FORM == PTX:
+        result = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2E], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.exp2(x * LOG2E)
+    return result
+
+
+@triton.jit
+def reciprocal(x, FORM: tl.constexpr):
+    """1 / x; in PTX one instruction, which errs by one rounding and is 0 where |x| > 2^126."""
+    if FORM == PTX:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = 1.0 / x
+    return result
 
 
 @triton.jit
@@ -77,12 +102,15 @@ def atan(x):
 
 
 @triton.jit
-def log_scale(raw, bound, floor, KIND: tl.constexpr):
+def log_scale(raw, bound, floor, KIND: tl.constexpr, FORM: tl.constexpr = EXACT):
     """log s(raw); see linfast.scale_maps for each kind's formula."""
     if KIND == CLAMP:
         result = tl.where(raw > bound, bound, tl.where(raw < -bound, -bound, raw))
     elif KIND == SMOOTH:
-        result = raw / (1.0 + tl.abs(raw) / bound)
+        if FORM == EXACT:
+            result = raw / (1.0 + tl.abs(raw) / bound)
+        else:
+            result = raw * reciprocal(1.0 + tl.abs(raw) * (1.0 / bound), FORM)
     elif KIND == TANH:
         result = bound * tanh(raw)
     elif KIND == ARCTAN:
@@ -123,18 +151,18 @@ def log_scale_derivative(raw, bound, floor, KIND: tl.constexpr):
 
 
 @triton.jit
-def couple(value, shift, log_s, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr):
+def couple(value, shift, log_s, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, FORM: tl.constexpr = EXACT):
     """The coupling or its inverse on the moved half."""
     if INVERSE:
         if SCALE_FIRST:
-            out = (value - shift) * exp(-log_s)
+            out = (value - shift) * exp(-log_s, FORM)
         else:
-            out = value * exp(-log_s) - shift
+            out = value * exp(-log_s, FORM) - shift
     else:
         if SCALE_FIRST:
-            out = value * exp(log_s) + shift
+            out = value * exp(log_s, FORM) + shift
         else:
-            out = (value + shift) * exp(log_s)
+            out = (value + shift) * exp(log_s, FORM)
     return out
 
 

@@ -26,17 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import LOG2E, tanh
+from .math import EXACT, LOG2E, PTX, tanh
 
 # Indices in linfast.ops.activations.ACTIVATION_NAMES; a test checks that they agree.
 RELU = tl.constexpr(0)
 SILU = tl.constexpr(1)
 TANH = tl.constexpr(2)
 GELU = tl.constexpr(3)
-
-EXACT = tl.constexpr(0)
-FAST = tl.constexpr(1)
-PTX = tl.constexpr(2)
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
