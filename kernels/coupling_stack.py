@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .launch import ceil_div
 from .math import couple, log_scale
-from .mlp import activation_form, conditioner, product, split
+from .mlp import activation_form, conditioner, load_vector, product, split
 from .stack_configs import config_for, target_of
 from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
 
@@ -45,6 +45,7 @@ def apply_map(
     DENSE: tl.constexpr,
     BIAS: tl.constexpr,
     PARTS: tl.constexpr,
+    AHEAD: tl.constexpr = False,
 ):
     """[a | b] -> W [a | b] + c: a matrix from its parts, or a diagonal; values_ptr is the map in fp32, then c."""
     i = tl.arange(0, HALF)
@@ -65,11 +66,11 @@ def apply_map(
             second = tl.where(half == 1, out, second)
     else:
         bias_ptr = values_ptr + 2 * HALF
-        first = a * tl.load(values_ptr + i)[None, :]
-        second = b * tl.load(values_ptr + HALF + i)[None, :]
+        first = a * load_vector(values_ptr, HALF, AHEAD)[None, :]
+        second = b * load_vector(values_ptr + HALF, HALF, AHEAD)[None, :]
     if BIAS:
-        first += tl.load(bias_ptr + i)[None, :]
-        second += tl.load(bias_ptr + HALF + i)[None, :]
+        first += load_vector(bias_ptr, HALF, AHEAD)[None, :]
+        second += load_vector(bias_ptr + HALF, HALF, AHEAD)[None, :]
     return first, second
 
 
@@ -113,6 +114,7 @@ def run_layers(
     """(a, b, log_det) after every layer; see the top of this file."""
     MAP_SIZE: tl.constexpr = 4 * HALF * HALF
     DENSE: tl.constexpr = MAPS == 2
+    AHEAD: tl.constexpr = LAYER_STAGES > 1 and not DENSE
     log_det = tl.zeros((ROWS,), tl.float32)
     if HEAD and not INVERSE:
         a, b = apply_map(
@@ -128,7 +130,7 @@ def run_layers(
         if MAPS and INVERSE:
             a, b = apply_map(
                 a, b, map_operands_ptr + row * MAP_SIZE, map_part_stride, row_ptr + MAP_OFFSET,
-                ROWS, HALF, DENSE, True, MAP_PARTS,
+                ROWS, HALF, DENSE, True, MAP_PARTS, AHEAD,
             )  # fmt: skip
         moves_first = (layer + MOVES_SECOND) % 2 == 0
         kept = tl.where(moves_first, b, a)
@@ -147,7 +149,7 @@ def run_layers(
         if MAPS and not INVERSE:
             a, b = apply_map(
                 a, b, map_operands_ptr + row * MAP_SIZE, map_part_stride, row_ptr + MAP_OFFSET,
-                ROWS, HALF, DENSE, True, MAP_PARTS,
+                ROWS, HALF, DENSE, True, MAP_PARTS, AHEAD,
             )  # fmt: skip
     if HEAD and INVERSE:
         a, b = apply_map(

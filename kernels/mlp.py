@@ -34,6 +34,8 @@ SILU = tl.constexpr(1)
 TANH = tl.constexpr(2)
 GELU = tl.constexpr(3)
 
+_THREADS = tl.constexpr(256)  # of the largest program of a coupling stack: 8 warps, or 4 of 64 threads
+
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
 
@@ -160,14 +162,37 @@ def product(x0, x1, x2, w, part_stride, total, PARTS: tl.constexpr):
 
 
 @triton.jit
+def load_vector(ptr, N: tl.constexpr, AHEAD: tl.constexpr):
+    """[N] contiguous numbers, one for each column of a tile; AHEAD: in a pipelined loop over layers.
+
+    Triton lets every thread load all its own columns where there are fewer numbers than threads. In a pipelined
+    loop each number then becomes a copy to shared memory in version 3.6: 40 per thread and layer for the biases of
+    D = 64, H = 128. There, repeats make the numbers as many as the threads, so that one copy serves.
+    """
+    values = tl.load(ptr + tl.arange(0, max(N, _THREADS) if AHEAD else N) % N)
+    for _ in tl.static_range(4):  # N is at least 16
+        if values.shape[0] > N:
+            values, _ = tl.split(tl.trans(tl.reshape(values, (2, values.shape[0] // 2))))
+    return values
+
+
+@triton.jit
 def _linear(
-    x, w_ptr, part_stride, b_ptr, ROWS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr
+    x,
+    w_ptr,
+    part_stride,
+    b_ptr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """x W^T + b: W [N, K]."""
     n = tl.arange(0, N)
     k = tl.arange(0, K)
     x0, x1, x2 = split(x, w_ptr.dtype.element_ty, PARTS)
-    total = tl.zeros((ROWS, N), tl.float32) + tl.load(b_ptr + n)[None, :]
+    total = tl.broadcast_to(load_vector(b_ptr, N, AHEAD)[None, :], (ROWS, N))
     return product(x0, x1, x2, w_ptr + n[None, :] * K + k[:, None], part_stride, total, PARTS)
 
 
@@ -193,10 +218,10 @@ def _linear_pair(
     c = tl.arange(0, CHUNK)
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     x0, x1, x2 = split(x, dtype, PARTS)
-    total = tl.zeros((ROWS, N), tl.float32) + tl.load(b_ptr + HIDDEN + n)[None, :]
+    total = tl.broadcast_to(load_vector(b_ptr + HIDDEN, N, STAGES == 1)[None, :], (ROWS, N))
     second_ptr = w_ptr + HIDDEN * K
     for first in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
-        h = tl.zeros((ROWS, CHUNK), tl.float32) + tl.load(b_ptr + first + c)[None, :]
+        h = tl.broadcast_to(load_vector(b_ptr + first, CHUNK, STAGES == 1)[None, :], (ROWS, CHUNK))
         h = product(x0, x1, x2, w_ptr + (first + c)[None, :] * K + k[:, None], part_stride, h, PARTS)
         h0, h1, h2 = split(activate(h, ACTIVATION, FORM), dtype, PARTS)
         total = product(
@@ -229,7 +254,7 @@ def conditioner(
     """
     OUT: tl.constexpr = 2 * HALF
     if N_LINEAR == 1:
-        out = _linear(x, w_ptr, part_stride, b_ptr, ROWS, HALF, OUT, PARTS)
+        out = _linear(x, w_ptr, part_stride, b_ptr, ROWS, HALF, OUT, PARTS, STAGES == 1)
     elif N_LINEAR == 2:
         out = _linear_pair(
             x, w_ptr, part_stride, b_ptr, ROWS, HALF, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
@@ -242,7 +267,7 @@ def conditioner(
         w_ptr += HIDDEN * HALF + HIDDEN * HIDDEN
         b_ptr += 2 * HIDDEN
         if N_LINEAR == 3:
-            out = _linear(h, w_ptr, part_stride, b_ptr, ROWS, HIDDEN, OUT, PARTS)
+            out = _linear(h, w_ptr, part_stride, b_ptr, ROWS, HIDDEN, OUT, PARTS, STAGES == 1)
         else:
             out = _linear_pair(
                 h, w_ptr, part_stride, b_ptr, ROWS, HIDDEN, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
