@@ -29,7 +29,7 @@ from torch import Tensor
 from .launch import ceil_div
 from .math import couple, log_scale
 from .mlp import activation_form, conditioner, load_vector, product, split
-from .stack_configs import config_for, target_of
+from .stack_configs import StackConfig, StackEntry, entry_for, target_of
 from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
 
 
@@ -285,18 +285,25 @@ def _coupling_stack_kernel(
 
 def stack_options(x: Tensor, *specs: StackSpec) -> dict[str, Any]:
     """Constexpr arguments and num_warps of a launch of one stack, or of a Linearizer's two."""
-    options = _options_without_x(target_of(x), specs)
+    target = target_of(x)
+    entry, of_tiles = _options_without_x(target, specs)
+    options = of_tiles[entry.config_of(x.shape[0], target)]
     form, int64 = activation_form(x, specs[0].precision), reaches_past_int32(x, options["ROWS"])
     return {**options, "FORM": form, "INT64": int64}
 
 
 @functools.lru_cache(256)
-def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict[str, Any]:
-    """The options that depend on target and specs. Two stacks share all options that do not end in _X or _Y."""
+def _options_without_x(
+    target: str | None, specs: tuple[StackSpec, ...]
+) -> tuple[StackEntry, dict[StackConfig, dict[str, Any]]]:
+    """The entry for target and specs, and the options of each of its tiles that depend on nothing else.
+
+    Two stacks share all options that do not end in _X or _Y.
+    """
     spec, is_linearizer = specs[0], len(specs) == 2
     sizes, maps = (spec.features, spec.hidden, spec.n_linear), max([each.maps for each in specs])
-    config = config_for(*sizes, spec.precision, target, maps, is_linearizer)
-    if config is None:
+    entry = entry_for(*sizes, spec.precision, target, maps, is_linearizer)
+    if entry is None:
         raise ValueError(f"no tile for a launch of {spec} on {target}")
     own: dict[str, int] = {}
     for each, side in zip(specs, ("_X", "_Y") if is_linearizer else ("",), strict=True):
@@ -304,13 +311,19 @@ def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict
             f"MOVES_SECOND{side}": int(each.moves_second), f"MAPS{side}": each.maps, f"HEAD{side}": int(each.head),
             f"ROW_SIZE{side}": each.row_size,
         }  # fmt: skip
-    return {
-        **own, "N_LINEAR": spec.n_linear, "MATRIX_SIZE": spec.matrix_size, "MAP_OFFSET": spec.map_offset,
+    own |= {
+        "N_LINEAR": spec.n_linear, "MATRIX_SIZE": spec.matrix_size, "MAP_OFFSET": spec.map_offset,
         "HALF": spec.half, "HIDDEN": spec.hidden, "PARTS": N_PARTS[spec.precision],
         "MAP_PARTS": map_parts(spec.precision), "ACTIVATION": spec.activation, "KIND": spec.kind,
-        "SCALE_FIRST": spec.scale_first, "ROWS": config.rows, "num_warps": config.num_warps,
-        "CHUNK": min(config.chunk or spec.hidden, spec.hidden), "LAYER_STAGES": config.layer_stages,
-        "CHUNK_STAGES": config.chunk_stages,
+        "SCALE_FIRST": spec.scale_first,
+    }  # fmt: skip
+    return entry, {config: {**own, **_of_tile(config, spec)} for config in (*entry.smaller, entry.config)}
+
+
+def _of_tile(config: StackConfig, spec: StackSpec) -> dict[str, int]:
+    return {
+        "ROWS": config.rows, "num_warps": config.num_warps, "CHUNK": min(config.chunk or spec.hidden, spec.hidden),
+        "LAYER_STAGES": config.layer_stages, "CHUNK_STAGES": config.chunk_stages,
     }  # fmt: skip
 
 

@@ -38,11 +38,33 @@ class StackConfig:
     chunk_stages: int
 
 
+# Of an A100, an H100 or H200, a B200 and an MI300X.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+# Tiles for small batches. Their limit is the time of one program, whose layers depend on each other, and not how
+# often L2 is read: N programs read a layer in N 57 KB / 3.1 KB per clock, which is 2,400 clocks for one program on
+# each of 132 multiprocessors. Clocks per layer in "fast" are those of a model (docs/roofline.md) of the compiled loop:
+#
+#     rows            16      64     128
+#     clocks       2,700   3,400   4,800
+#     batches     <= 2,112  <= 8,448   more        on 132 multiprocessors
+#     time        16 layers x clocks x ceil(programs / multiprocessors) / 1.755 GHz
+#
+# 32 rows take 3,100 clocks, too near 64 rows for one more compilation. 4 warps: each warp reads all rows' operands from
+# shared memory, so that 8 warps read them twice as often. Three stages: with mma.sync two have one buffer, which is
+# not filled before the layer that uses it ends.
+_FEW_WHOLE = StackConfig(rows=16, num_warps=4, chunk=0, layer_stages=3, chunk_stages=1)
+_HALF_WHOLE = StackConfig(rows=64, num_warps=4, chunk=0, layer_stages=2, chunk_stages=1)
+# Where the loop over layers is not pipelined: chunks of 64 columns wait for L2 half as often as chunks of 32.
+_FEW = StackConfig(rows=16, num_warps=4, chunk=64, layer_stages=1, chunk_stages=2)
+
+
 @dataclass(frozen=True)
 class StackEntry:
     """A tile, and the largest padded D and hidden width, number of linear layers and kind of maps that it supports.
 
-    ``linearizer`` says whether a whole Linearizer of such stacks fits one program too.
+    ``linearizer`` says whether a whole Linearizer of such stacks fits one program too. ``smaller`` are tiles of
+    fewer rows, fewest first, for batches that would leave multiprocessors without a program.
     """
 
     features: int
@@ -51,6 +73,14 @@ class StackEntry:
     maps: int
     config: StackConfig
     linearizer: bool = True
+    smaller: tuple[StackConfig, ...] = (_FEW,)
+
+    def config_of(self, batch: int, target: str | None) -> StackConfig:
+        """The tile of the fewest rows that makes at most one program per multiprocessor; ``config`` if none does."""
+        for config in self.smaller:
+            if batch <= config.rows * MULTIPROCESSORS.get(target or "", 0):
+                return config
+        return self.config
 
 
 # All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128) while the next layer's are loaded.
@@ -81,13 +111,13 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_80", "high"): (StackEntry(64, 128, 4, DENSE, _NARROW),),
     ("sm_80", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
     ("sm_90", "fast"): (
-        StackEntry(64, 128, 4, DIAGONAL, _WHOLE),
+        StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 4, DIAGONAL, _WIDE),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
     ("sm_90", "tf32"): (
-        StackEntry(64, 128, 3, DIAGONAL, _TALL),
+        StackEntry(64, 128, 3, DIAGONAL, _TALL, smaller=(_FEW, _WIDE)),
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 3, NO_MAPS, _WIDE_16, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
@@ -95,7 +125,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_90", "high"): (StackEntry(64, 128, 4, DENSE, _NARROW),),
     ("sm_90", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
     ("sm_100", "fast"): (
-        StackEntry(64, 128, 4, DIAGONAL, _WHOLE),
+        StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
         StackEntry(64, 128, 4, DENSE, _WIDE, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
@@ -140,17 +170,17 @@ def mode_on(target: str | None, precision: str) -> str:
     return "high" if precision == "tf32" and target == "gfx942" else precision
 
 
-def config_for(
+def entry_for(
     D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS, linearizer: bool = False
-) -> StackConfig | None:
-    """The tile of a stack in one launch; None where no entry supports these sizes.
+) -> StackEntry | None:
+    """The tiles of a stack in one launch; None where no entry supports these sizes.
 
-    H is the widest hidden layer, ``maps`` the densest kind of map between layers. With ``linearizer`` it is the
-    tile of two such stacks and A in one launch.
+    H is the widest hidden layer, ``maps`` the densest kind of map between layers. With ``linearizer`` they are the
+    tiles of two such stacks and A in one launch.
     """
     width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
     for entry in CONFIGS.get((target or "", precision), ()):
         fits = width <= entry.features and hidden <= entry.hidden and n_linear <= entry.n_linear
         if fits and maps <= entry.maps and (entry.linearizer or not linearizer):
-            return entry.config
+            return entry
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linfast.kernels.stack_configs import CONFIGS, config_for, mode_on
+from linfast.kernels.stack_configs import CONFIGS, entry_for, mode_on
 from linfast.kernels.stack_spec import DIAGONAL
 
 from linfast.precision import PRECISIONS, half_dtype, resolve_precision
@@ -64,20 +64,20 @@ def test_compiled_code_follows_the_setting() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_one_launch_on_sm_90(precision: str) -> None:
-    assert config_for(64, 128, 3, precision, "sm_90") is not None
-    assert config_for(2, 8, 1, precision, "sm_90") is not None
-    assert config_for(63, 100, 2, precision, "sm_90", DIAGONAL) is not None
-    wide = config_for(128, 256, 3, precision, "sm_90") is not None
+    assert entry_for(64, 128, 3, precision, "sm_90") is not None
+    assert entry_for(2, 8, 1, precision, "sm_90") is not None
+    assert entry_for(63, 100, 2, precision, "sm_90", DIAGONAL) is not None
+    wide = entry_for(128, 256, 3, precision, "sm_90") is not None
     assert wide == (precision in ("fast", "tf32"))
-    assert config_for(130, 256, 3, precision, "sm_90") is None
-    assert config_for(1024, 1024, 3, precision, "sm_90") is None
-    assert config_for(64, 128, 3, precision, None) is None
+    assert entry_for(130, 256, 3, precision, "sm_90") is None
+    assert entry_for(1024, 1024, 3, precision, "sm_90") is None
+    assert entry_for(64, 128, 3, precision, None) is None
 
 
 def test_every_target_has_every_mode_it_can_run() -> None:
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         for precision in PRECISIONS:
-            assert config_for(64, 128, 3, mode_on(target, precision), target, DIAGONAL) is not None
+            assert entry_for(64, 128, 3, mode_on(target, precision), target, DIAGONAL) is not None
     assert mode_on("gfx942", "tf32") == "high"
     assert mode_on("sm_90", "tf32") == "tf32"
     assert ("gfx942", "tf32") not in CONFIGS
