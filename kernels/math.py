@@ -31,7 +31,7 @@ SOFTPLUS = tl.constexpr(6)
 
 @triton.jit
 def exp(x, FORM: tl.constexpr = EXACT):
-    """2^n e^r with x = n ln 2 + r and 0 <= r < ln 2 (Cody and Waite): about one rounding for any x."""
+    """e^x; EXACT: 2^n e^r with x = n ln 2 + r and 0 <= r < ln 2 (Cody and Waite), about one rounding for any x."""
     if FORM == EXACT:
         n = tl.floor(x * LOG2E)
         n = tl.where(n < -150.0, -150.0, tl.where(n > 127.0, 127.0, n))
@@ -47,53 +47,54 @@ def exp(x, FORM: tl.constexpr = EXACT):
 
 
 @triton.jit
-def reciprocal(x, FORM: tl.constexpr):
-    """1 / x; in PTX one instruction, which errs by one rounding and is 0 where |x| > 2^126."""
+def divide(x, y, FORM: tl.constexpr = EXACT):
+    """x / y; PTX: errs by two roundings, and is 0 where |y| exceeds 2^126."""
     if FORM == PTX:
-        result = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        result = x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        result = 1.0 / x
+        result = x / y
     return result
 
 
 @triton.jit
-def log1p_exp_minus(x):
+def log1p_exp_minus(x, FORM: tl.constexpr = EXACT):
     """log(1 + exp(-x)) for x >= 0, exact where exp(-x) is below 1's resolution."""
-    u = exp(-x)
+    u = exp(-x, FORM)
     w = 1.0 + u
-    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.where(w == 1.0, u, tl.log(w) * divide(u, tl.where(w == 1.0, 1.0, w - 1.0), FORM))
 
 
 @triton.jit
-def softplus(x):
-    return tl.where(x > 0.0, x, 0.0) + log1p_exp_minus(tl.abs(x))
+def softplus(x, FORM: tl.constexpr = EXACT):
+    return tl.where(x > 0.0, x, 0.0) + log1p_exp_minus(tl.abs(x), FORM)
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + exp(-x))
+def sigmoid(x, FORM: tl.constexpr = EXACT):
+    return divide(1.0, 1.0 + exp(-x, FORM), FORM)
 
 
 @triton.jit
-def tanh(x):
+def tanh(x, FORM: tl.constexpr = EXACT):
     """Cephes' single-precision tanh: a polynomial below 0.625, where the quotient would cancel."""
     a = tl.abs(x)
     z = x * x
     p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
     near = (p - 3.33332819422e-1) * z * x + x
-    far = 1.0 - 2.0 / (exp(2.0 * a) + 1.0)
+    far = 1.0 - divide(2.0, exp(2.0 * a, FORM) + 1.0, FORM)
     return tl.where(a < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
-def atan(x):
+def atan(x, FORM: tl.constexpr = EXACT):
     """Cephes' single-precision arctangent: reduced to [-tan(pi/8), tan(pi/8)], then a polynomial."""
     a = tl.abs(x)
     high = a > 2.414213562373095
     middle = (a > 0.4142135623730950) & (a <= 2.414213562373095)
-    reduced = tl.where(high, -1.0 / tl.where(high, a, 1.0), tl.where(middle, (a - 1.0) / (a + 1.0), a))
+    above, below = tl.where(high, -1.0, a - 1.0), tl.where(high, a, a + 1.0)
+    reduced = tl.where(high | middle, divide(above, below, FORM), a)
     offset = tl.where(high, 1.5707963267948966, tl.where(middle, 0.7853981633974483, 0.0))
     z = reduced * reduced
     p = ((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1
@@ -107,19 +108,16 @@ def log_scale(raw, bound, floor, KIND: tl.constexpr, FORM: tl.constexpr = EXACT)
     if KIND == CLAMP:
         result = tl.where(raw > bound, bound, tl.where(raw < -bound, -bound, raw))
     elif KIND == SMOOTH:
-        if FORM == EXACT:
-            result = raw / (1.0 + tl.abs(raw) / bound)
-        else:
-            result = raw * reciprocal(1.0 + tl.abs(raw) * (1.0 / bound), FORM)
+        result = divide(raw, 1.0 + divide(tl.abs(raw), bound, FORM), FORM)
     elif KIND == TANH:
-        result = bound * tanh(raw)
+        result = bound * tanh(raw, FORM)
     elif KIND == ARCTAN:
-        result = bound * TWO_OVER_PI * atan(raw)
+        result = bound * TWO_OVER_PI * atan(raw, FORM)
     elif KIND == SIGMOID:
         shifted = raw + SIGMOID_SHIFT
-        result = tl.where(floor == 0.0, -softplus(-shifted), tl.log(sigmoid(shifted) + floor))
+        result = tl.where(floor == 0.0, -softplus(-shifted, FORM), tl.log(sigmoid(shifted, FORM) + floor))
     elif KIND == SOFTPLUS:
-        value = softplus(raw) + floor
+        value = softplus(raw, FORM) + floor
         result = tl.log(tl.where(value > bound, bound, value))
     else:
         result = raw

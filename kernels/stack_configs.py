@@ -41,22 +41,26 @@ class StackConfig:
 # Of an A100, an H100 or H200, a B200 and an MI300X.
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
-# Tiles for small batches. Their limit is the time of one program, whose layers depend on each other, and not how
-# often L2 is read: N programs read a layer in N 57 KB / 3.1 KB per clock, which is 2,400 clocks for one program on
-# each of 132 multiprocessors. Clocks per layer in "fast" are those of a model (docs/roofline.md) of the compiled loop:
+# Tiles for small batches: fewer rows per program, so that more multiprocessors work. Then one program's chain of
+# layers is the time, and not how often L2 is read: N programs read a layer in N 57 KB / 3.1 KB per clock, which is
+# 2,400 clocks for 132. In "fast" at D = 64, H = 128 on an H100, by a model of the compiled loop (docs/roofline.md):
 #
-#     rows            16      64     128
-#     clocks       2,700   3,400   4,800
-#     batches     <= 2,112  <= 8,448   more        on 132 multiprocessors
-#     time        16 layers x clocks x ceil(programs / multiprocessors) / 1.755 GHz
+#     rows                  16       64      128
+#     clocks per layer   2,700    3,400    4,800
+#     batches         <= 2,112 <= 8,448     more
+#     seconds         layers x clocks x ceil(programs / multiprocessors) / 1.755e9
 #
-# 32 rows take 3,100 clocks, too near 64 rows for one more compilation. 4 warps: each warp reads all rows' operands from
-# shared memory, so that 8 warps read them twice as often. Three stages: with mma.sync two have one buffer, which is
-# not filled before the layer that uses it ends.
+# 32 rows take 3,100 clocks, too near 64 rows to be worth one more kernel to compile.
+#
+# A layer's weights are loaded while the layer before runs. With mma.sync that takes three stages: two have one buffer,
+# which is filled only after its layer. 4 warps rather than 8: every warp reads all rows' operands from shared memory.
 _FEW_WHOLE = StackConfig(rows=16, num_warps=4, chunk=0, layer_stages=3, chunk_stages=1)
 _HALF_WHOLE = StackConfig(rows=64, num_warps=4, chunk=0, layer_stages=2, chunk_stages=1)
-# Where the loop over layers is not pipelined: chunks of 64 columns wait for L2 half as often as chunks of 32.
-_FEW = StackConfig(rows=16, num_warps=4, chunk=64, layer_stages=1, chunk_stages=2)
+# Elsewhere chunks are loaded ahead: of 64 columns, so that a layer waits for L2 half as often as with 32. With 4 warps
+# H = 256 spills.
+_FEW = StackConfig(rows=16, num_warps=8, chunk=64, layer_stages=1, chunk_stages=2)
+# 8 waves of 64 threads would leave 256 registers per thread, and spill.
+_CDNA_FEW = StackConfig(rows=16, num_warps=4, chunk=64, layer_stages=1, chunk_stages=2)
 
 
 @dataclass(frozen=True)
@@ -135,10 +139,13 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ),
     ("sm_100", "high"): (StackEntry(64, 128, 4, DENSE, _NARROW),),
     ("sm_100", "exact"): (StackEntry(64, 128, 3, DENSE, _NARROW),),
-    ("gfx942", "fast"): (StackEntry(64, 128, 4, DENSE, _CDNA), StackEntry(128, 256, 3, DIAGONAL, _CDNA)),
-    ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA),),
+    ("gfx942", "fast"): (
+        StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),
+        StackEntry(128, 256, 3, DIAGONAL, _CDNA, smaller=(_CDNA_FEW,)),
+    ),
+    ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),),
     # With dense maps, or in a Linearizer, four registers spill.
-    ("gfx942", "exact"): (StackEntry(64, 128, 3, DIAGONAL, _CDNA, linearizer=False),),
+    ("gfx942", "exact"): (StackEntry(64, 128, 3, DIAGONAL, _CDNA, False, (_CDNA_FEW,)),),
 }
 
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
