@@ -28,8 +28,8 @@ from torch import Tensor
 
 from .launch import ceil_div
 from .math import couple, log_scale
-from .mlp import activation_form, conditioner, operand, product
-from .stack_configs import config_for, target_of
+from .mlp import activation_form, conditioner, load_vector, operand, product
+from .stack_configs import StackConfig, StackEntry, entry_for, target_of
 from .stack_spec import MAP_PARTS, STACK_PARTS, StackSpec, spec_of
 
 
@@ -45,6 +45,7 @@ def apply_map(
     DENSE: tl.constexpr,
     BIAS: tl.constexpr,
     PARTS: tl.constexpr,
+    AHEAD: tl.constexpr = False,
 ):
     """[a | b] -> W [a | b] + c: a matrix from its parts, or a diagonal; values_ptr is the map in fp32, then c."""
     i = tl.arange(0, HALF)
@@ -68,11 +69,11 @@ def apply_map(
             second = tl.where(half == 1, out, second)
     else:
         bias_ptr = values_ptr + 2 * HALF
-        first = a * tl.load(values_ptr + i)[None, :]
-        second = b * tl.load(values_ptr + HALF + i)[None, :]
+        first = a * load_vector(values_ptr, HALF, AHEAD)[None, :]
+        second = b * load_vector(values_ptr + HALF, HALF, AHEAD)[None, :]
     if BIAS:
-        first += tl.load(bias_ptr + i)[None, :]
-        second += tl.load(bias_ptr + HALF + i)[None, :]
+        first += load_vector(bias_ptr, HALF, AHEAD)[None, :]
+        second += load_vector(bias_ptr + HALF, HALF, AHEAD)[None, :]
     return first, second
 
 
@@ -117,6 +118,7 @@ def run_layers(
     MAP_SIZE: tl.constexpr = 4 * HALF * HALF
     DENSE: tl.constexpr = MAPS == 2
     SCALES_OFFSET: tl.constexpr = ROW_SIZE - (N_LINEAR - 1) * HIDDEN - 2 * HALF
+    AHEAD: tl.constexpr = LAYER_STAGES > 1 and not DENSE
     log_det = tl.zeros((ROWS,), tl.float32)
     if HEAD and not INVERSE:
         a, b = apply_map(
@@ -132,7 +134,7 @@ def run_layers(
         if MAPS and INVERSE:
             a, b = apply_map(
                 a, b, map_operands_ptr + row * MAP_SIZE, map_part_stride, row_ptr + MAP_OFFSET,
-                ROWS, HALF, DENSE, True, MAP_PARTS,
+                ROWS, HALF, DENSE, True, MAP_PARTS, AHEAD,
             )  # fmt: skip
         moves_first = (layer + MOVES_SECOND) % 2 == 0
         kept = tl.where(moves_first, b, a)
@@ -141,17 +143,17 @@ def run_layers(
             kept, operands_ptr + row * row_stride, part_stride, row_ptr + MATRIX_SIZE,
             row_ptr + SCALES_OFFSET, N_LINEAR, ROWS, HALF, HIDDEN, CHUNK, CHUNK_STAGES, PARTS, ACTIVATION, FORM,
         )  # fmt: skip
-        log_s = log_scale(raw, bound, floor, KIND)
+        log_s = log_scale(raw, bound, floor, KIND, FORM)
         if LOG_DET:
             inside = tl.arange(0, HALF) < tl.where(moves_first, n_first, n_second)
             log_det += tl.sum(tl.where(inside[None, :], log_s, 0.0), 1)
-        moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE)
+        moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE, FORM)
         a = tl.where(moves_first, moved, kept)
         b = tl.where(moves_first, kept, moved)
         if MAPS and not INVERSE:
             a, b = apply_map(
                 a, b, map_operands_ptr + row * MAP_SIZE, map_part_stride, row_ptr + MAP_OFFSET,
-                ROWS, HALF, DENSE, True, MAP_PARTS,
+                ROWS, HALF, DENSE, True, MAP_PARTS, AHEAD,
             )  # fmt: skip
     if HEAD and INVERSE:
         a, b = apply_map(
@@ -287,18 +289,25 @@ def _coupling_stack_kernel(
 
 def stack_options(x: Tensor, *specs: StackSpec) -> dict[str, Any]:
     """Constexpr arguments and num_warps of a launch of one stack, or of a Linearizer's two."""
-    options = _options_without_x(target_of(x), specs)
+    target = target_of(x)
+    entry, of_tiles = _options_without_x(target, specs)
+    options = of_tiles[entry.config_of(x.shape[0], target)]
     form, int64 = activation_form(x, specs[0].precision), reaches_past_int32(x, options["ROWS"])
     return {**options, "FORM": form, "INT64": int64}
 
 
 @functools.lru_cache(256)
-def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict[str, Any]:
-    """The options that depend on target and specs. Two stacks share all options that do not end in _X or _Y."""
+def _options_without_x(
+    target: str | None, specs: tuple[StackSpec, ...]
+) -> tuple[StackEntry, dict[StackConfig, dict[str, Any]]]:
+    """The entry for target and specs, and the options of each of its tiles that depend on nothing else.
+
+    Two stacks share all options that do not end in _X or _Y.
+    """
     spec, is_linearizer = specs[0], len(specs) == 2
     sizes, maps = (spec.features, spec.hidden, spec.n_linear), max([each.maps for each in specs])
-    config = config_for(*sizes, spec.precision, target, maps, is_linearizer)
-    if config is None:
+    entry = entry_for(*sizes, spec.precision, target, maps, is_linearizer)
+    if entry is None:
         raise ValueError(f"no tile for a launch of {spec} on {target}")
     own: dict[str, int] = {}
     for each, side in zip(specs, ("_X", "_Y") if is_linearizer else ("",), strict=True):
@@ -306,13 +315,19 @@ def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict
             f"MOVES_SECOND{side}": int(each.moves_second), f"MAPS{side}": each.maps, f"HEAD{side}": int(each.head),
             f"ROW_SIZE{side}": each.row_size,
         }  # fmt: skip
-    return {
-        **own, "N_LINEAR": spec.n_linear, "MATRIX_SIZE": spec.matrix_size, "MAP_OFFSET": spec.map_offset,
+    own |= {
+        "N_LINEAR": spec.n_linear, "MATRIX_SIZE": spec.matrix_size, "MAP_OFFSET": spec.map_offset,
         "HALF": spec.half, "HIDDEN": spec.hidden, "PARTS": STACK_PARTS[spec.precision],
         "MAP_PARTS": MAP_PARTS, "ACTIVATION": spec.activation, "KIND": spec.kind,
-        "SCALE_FIRST": spec.scale_first, "ROWS": config.rows, "num_warps": config.num_warps,
-        "CHUNK": min(config.chunk or spec.hidden, spec.hidden), "LAYER_STAGES": config.layer_stages,
-        "CHUNK_STAGES": config.chunk_stages,
+        "SCALE_FIRST": spec.scale_first,
+    }  # fmt: skip
+    return entry, {config: {**own, **_of_tile(config, spec)} for config in (*entry.smaller, entry.config)}
+
+
+def _of_tile(config: StackConfig, spec: StackSpec) -> dict[str, int]:
+    return {
+        "ROWS": config.rows, "num_warps": config.num_warps, "CHUNK": min(config.chunk or spec.hidden, spec.hidden),
+        "LAYER_STAGES": config.layer_stages, "CHUNK_STAGES": config.chunk_stages,
     }  # fmt: skip
 
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Forms of a formula: the accurate one, and the ones of "tf32" and "fast", in Triton's operations or NVIDIA's.
+EXACT = tl.constexpr(0)
+FAST = tl.constexpr(1)
+PTX = tl.constexpr(2)
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in 12 bits: its product with n is exact
 LN2_LOW = tl.constexpr(-2.12194440e-4)
@@ -25,50 +30,72 @@ SOFTPLUS = tl.constexpr(6)
 
 
 @triton.jit
-def exp(x):
-    """2^n e^r with x = n ln 2 + r and 0 <= r < ln 2 (Cody and Waite): about one rounding for any x."""
-    n = tl.floor(x * LOG2E)
-    n = tl.where(n < -150.0, -150.0, tl.where(n > 127.0, 127.0, n))
-    r = (x - n * LN2_HIGH) - n * LN2_LOW
-    return tl.exp2(r * LOG2E) * tl.exp2(n)
+def exp(x, FORM: tl.constexpr = EXACT):
+    """e^x; EXACT: 2^n e^r with x = n ln 2 + r and 0 <= r < ln 2 (Cody and Waite), about one rounding for any x."""
+    if FORM == EXACT:
+        n = tl.floor(x * LOG2E)
+        n = tl.where(n < -150.0, -150.0, tl.where(n > 127.0, 127.0, n))
+        r = (x - n * LN2_HIGH) - n * LN2_LOW
+        result = tl.exp2(r * LOG2E) * tl.exp2(n)
+    elif FORM == PTX:
+        result = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2E], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.exp2(x * LOG2E)
+    return result
 
 
 @triton.jit
-def log1p_exp_minus(x):
+def divide(x, y, FORM: tl.constexpr = EXACT):
+    """x / y; PTX: errs by two roundings, and is 0 where |y| exceeds 2^126."""
+    if FORM == PTX:
+        result = x * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = x / y
+    return result
+
+
+@triton.jit
+def log1p_exp_minus(x, FORM: tl.constexpr = EXACT):
     """log(1 + exp(-x)) for x >= 0, exact where exp(-x) is below 1's resolution."""
-    u = exp(-x)
+    u = exp(-x, FORM)
     w = 1.0 + u
-    return tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.where(w == 1.0, u, tl.log(w) * divide(u, tl.where(w == 1.0, 1.0, w - 1.0), FORM))
 
 
 @triton.jit
-def softplus(x):
-    return tl.where(x > 0.0, x, 0.0) + log1p_exp_minus(tl.abs(x))
+def softplus(x, FORM: tl.constexpr = EXACT):
+    return tl.where(x > 0.0, x, 0.0) + log1p_exp_minus(tl.abs(x), FORM)
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + exp(-x))
+def sigmoid(x, FORM: tl.constexpr = EXACT):
+    return divide(1.0, 1.0 + exp(-x, FORM), FORM)
 
 
 @triton.jit
-def tanh(x):
+def tanh(x, FORM: tl.constexpr = EXACT):
     """Cephes' single-precision tanh: a polynomial below 0.625, where the quotient would cancel."""
     a = tl.abs(x)
     z = x * x
     p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
     near = (p - 3.33332819422e-1) * z * x + x
-    far = 1.0 - 2.0 / (tl.exp2(a * (2.0 * LOG2E)) + 1.0)  # the roundings of exp2 count e^-2a times
+    # The roundings of exp2 count e^-2a times.
+    far = 1.0 - divide(2.0, tl.exp2(a * (2.0 * LOG2E)) + 1.0, FORM)
     return tl.where(a < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
-def atan(x):
+def atan(x, FORM: tl.constexpr = EXACT):
     """Cephes' single-precision arctangent: reduced to [-tan(pi/8), tan(pi/8)], then a polynomial."""
     a = tl.abs(x)
     high = a > 2.414213562373095
     middle = (a > 0.4142135623730950) & (a <= 2.414213562373095)
-    reduced = tl.where(high, -1.0 / tl.where(high, a, 1.0), tl.where(middle, (a - 1.0) / (a + 1.0), a))
+    above, below = tl.where(high, -1.0, a - 1.0), tl.where(high, a, a + 1.0)
+    reduced = tl.where(high | middle, divide(above, below, FORM), a)
     offset = tl.where(high, 1.5707963267948966, tl.where(middle, 0.7853981633974483, 0.0))
     z = reduced * reduced
     p = ((8.05374449538e-2 * z - 1.38776856032e-1) * z + 1.99777106478e-1) * z - 3.33329491539e-1
@@ -77,21 +104,21 @@ def atan(x):
 
 
 @triton.jit
-def log_scale(raw, bound, floor, KIND: tl.constexpr):
+def log_scale(raw, bound, floor, KIND: tl.constexpr, FORM: tl.constexpr = EXACT):
     """log s(raw); see linfast.scale_maps for each kind's formula."""
     if KIND == CLAMP:
         result = tl.where(raw > bound, bound, tl.where(raw < -bound, -bound, raw))
     elif KIND == SMOOTH:
-        result = raw / (1.0 + tl.abs(raw) / bound)
+        result = divide(raw, 1.0 + divide(tl.abs(raw), bound, FORM), FORM)
     elif KIND == TANH:
-        result = bound * tanh(raw)
+        result = bound * tanh(raw, FORM)
     elif KIND == ARCTAN:
-        result = bound * TWO_OVER_PI * atan(raw)
+        result = bound * TWO_OVER_PI * atan(raw, FORM)
     elif KIND == SIGMOID:
         shifted = raw + SIGMOID_SHIFT
-        result = tl.where(floor == 0.0, -softplus(-shifted), tl.log(sigmoid(shifted) + floor))
+        result = tl.where(floor == 0.0, -softplus(-shifted, FORM), tl.log(sigmoid(shifted, FORM) + floor))
     elif KIND == SOFTPLUS:
-        value = softplus(raw) + floor
+        value = softplus(raw, FORM) + floor
         result = tl.log(tl.where(value > bound, bound, value))
     else:
         result = raw
@@ -123,18 +150,18 @@ def log_scale_derivative(raw, bound, floor, KIND: tl.constexpr):
 
 
 @triton.jit
-def couple(value, shift, log_s, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr):
+def couple(value, shift, log_s, SCALE_FIRST: tl.constexpr, INVERSE: tl.constexpr, FORM: tl.constexpr = EXACT):
     """The coupling or its inverse on the moved half."""
     if INVERSE:
         if SCALE_FIRST:
-            out = (value - shift) * exp(-log_s)
+            out = (value - shift) * exp(-log_s, FORM)
         else:
-            out = value * exp(-log_s) - shift
+            out = value * exp(-log_s, FORM) - shift
     else:
         if SCALE_FIRST:
-            out = value * exp(log_s) + shift
+            out = value * exp(log_s, FORM) + shift
         else:
-            out = (value + shift) * exp(log_s)
+            out = (value + shift) * exp(log_s, FORM)
     return out
 
 

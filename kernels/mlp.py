@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import LOG2E, tanh
+from .math import EXACT, LOG2E, PTX, tanh
 from .stack_spec import LOW
 
 # Indices in linfast.ops.activations.ACTIVATION_NAMES; a test checks that they agree.
@@ -43,10 +43,7 @@ TANH = tl.constexpr(2)
 GELU = tl.constexpr(3)
 
 _LOW = tl.constexpr(LOW)
-
-EXACT = tl.constexpr(0)
-FAST = tl.constexpr(1)
-PTX = tl.constexpr(2)
+_THREADS = tl.constexpr(256)  # of the largest program of a coupling stack: 8 warps, or 4 of 64 threads
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_HALF_OVER_PI = tl.constexpr(0.3989422804014327)
@@ -213,32 +210,58 @@ def product(x0, x1, x2, unscale, w, part_stride, total, PARTS: tl.constexpr):
 
 
 @triton.jit
+def load_vector(ptr, N: tl.constexpr, AHEAD: tl.constexpr):
+    """[N] contiguous numbers, one for each column of a tile; AHEAD: in a pipelined loop over layers.
+
+    Triton lets every thread load all its own columns where there are fewer numbers than threads. In a pipelined
+    loop each number then becomes a copy to shared memory in version 3.6: 40 per thread and layer for the biases of
+    D = 64, H = 128. There, repeats make the numbers as many as the threads, so that one copy serves.
+    """
+    values = tl.load(ptr + tl.arange(0, max(N, _THREADS) if AHEAD else N) % N)
+    for _ in tl.static_range(4):  # N is at least 16
+        if values.shape[0] > N:
+            values, _ = tl.split(tl.trans(tl.reshape(values, (2, values.shape[0] // 2))))
+    return values
+
+
+@triton.jit
 def _linear(
-    x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS: tl.constexpr, K: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr
+    x,
+    w_ptr,
+    part_stride,
+    b_ptr,
+    scale_ptr,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """x W^T + b: W [N, K]."""
     n = tl.arange(0, N)
     k = tl.arange(0, K)
     SCALED: tl.constexpr = PARTS == 2 and w_ptr.dtype.element_ty == tl.float16
     x0, x1, x2, unscale = operand(x, w_ptr.dtype.element_ty, PARTS)
-    total = _begun(b_ptr + n, ROWS, N, SCALED)
+    total = _begun(b_ptr, ROWS, N, SCALED, AHEAD)
     total = product(x0, x1, x2, unscale, w_ptr + n[None, :] * K + k[:, None], part_stride, total, PARTS)
-    return _ended(total, b_ptr + n, scale_ptr + n, SCALED)
+    return _ended(total, b_ptr, scale_ptr, N, SCALED, AHEAD)
 
 
 @triton.jit
-def _begun(b_ptr, ROWS: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr):
-    """What a sum begins with: the bias; 0 where the sum is yet to be multiplied by W's scale."""
-    total = tl.zeros((ROWS, N), tl.float32)
-    if not SCALED:
-        total += tl.load(b_ptr)[None, :]
+def _begun(b_ptr, ROWS: tl.constexpr, N: tl.constexpr, SCALED: tl.constexpr, AHEAD: tl.constexpr):
+    """What a sum begins with: the bias; 0 where the sum is yet to be multiplied by W's scales."""
+    if SCALED:
+        total = tl.zeros((ROWS, N), tl.float32)
+    else:
+        total = tl.broadcast_to(load_vector(b_ptr, N, AHEAD)[None, :], (ROWS, N))
     return total
 
 
 @triton.jit
-def _ended(total, b_ptr, scale_ptr, SCALED: tl.constexpr):
+def _ended(total, b_ptr, scale_ptr, N: tl.constexpr, SCALED: tl.constexpr, AHEAD: tl.constexpr):
+    """The sum as ``_begun`` began it, with W's scales and the bias."""
     if SCALED:
-        total = total * tl.load(scale_ptr)[None, :] + tl.load(b_ptr)[None, :]
+        total = total * load_vector(scale_ptr, N, AHEAD)[None, :] + load_vector(b_ptr, N, AHEAD)[None, :]
     return total
 
 
@@ -266,17 +289,19 @@ def _linear_pair(
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     SCALED: tl.constexpr = PARTS == 2 and dtype == tl.float16
     x0, x1, x2, x_unscale = operand(x, dtype, PARTS)
-    total = _begun(b_ptr + HIDDEN + n, ROWS, N, SCALED)
+    AHEAD: tl.constexpr = STAGES == 1
+    total = _begun(b_ptr + HIDDEN, ROWS, N, SCALED, AHEAD)
     second_ptr = w_ptr + HIDDEN * K
     for first in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
         at = first + c
-        h = _begun(b_ptr + at, ROWS, CHUNK, SCALED)
+        h = _begun(b_ptr + first, ROWS, CHUNK, SCALED, AHEAD)
         h = product(x0, x1, x2, x_unscale, w_ptr + at[None, :] * K + k[:, None], part_stride, h, PARTS)
-        h = activate(_ended(h, b_ptr + at, scale_ptr + at, SCALED), ACTIVATION, FORM)
+        h = _ended(h, b_ptr + first, scale_ptr + first, CHUNK, SCALED, AHEAD)
+        h = activate(h, ACTIVATION, FORM)
         h0, h1, h2, unscale = operand(h, dtype, PARTS)
         w = second_ptr + n[None, :] * HIDDEN + at[:, None]
         total = product(h0, h1, h2, unscale, w, part_stride, total, PARTS)
-    return _ended(total, b_ptr + HIDDEN + n, scale_ptr + HIDDEN + n, SCALED)
+    return _ended(total, b_ptr + HIDDEN, scale_ptr + HIDDEN, N, SCALED, AHEAD)
 
 
 @triton.jit
@@ -304,7 +329,7 @@ def conditioner(
     """
     OUT: tl.constexpr = 2 * HALF
     if N_LINEAR == 1:
-        out = _linear(x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, OUT, PARTS)
+        out = _linear(x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, OUT, PARTS, STAGES == 1)
     elif N_LINEAR == 2:
         out = _linear_pair(
             x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
@@ -318,7 +343,7 @@ def conditioner(
         b_ptr += 2 * HIDDEN
         scale_ptr += 2 * HIDDEN
         if N_LINEAR == 3:
-            out = _linear(h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, OUT, PARTS)
+            out = _linear(h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, OUT, PARTS, STAGES == 1)
         else:
             out = _linear_pair(
                 h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM

@@ -38,11 +38,37 @@ class StackConfig:
     chunk_stages: int
 
 
+# Of an A100, an H100 or H200, a B200 and an MI300X.
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+# Tiles for small batches: fewer rows per program, so that more multiprocessors work. Then one program's chain of
+# layers is the time, and not how often L2 is read: N programs read a layer in N 57 KB / 3.1 KB per clock, which is
+# 2,400 clocks for 132. In "fast" at D = 64, H = 128 on an H100, by a model of the compiled loop (docs/roofline.md):
+#
+#     rows                  16       64      128
+#     clocks per layer   2,700    3,400    4,800
+#     batches         <= 2,112 <= 8,448     more
+#     seconds         layers x clocks x ceil(programs / multiprocessors) / 1.755e9
+#
+# 32 rows take 3,100 clocks, too near 64 rows to be worth one more kernel to compile.
+#
+# A layer's weights are loaded while the layer before runs. With mma.sync that takes three stages: two have one buffer,
+# which is filled only after its layer. 4 warps rather than 8: every warp reads all rows' operands from shared memory.
+_FEW_WHOLE = StackConfig(rows=16, num_warps=4, chunk=0, layer_stages=3, chunk_stages=1)
+_HALF_WHOLE = StackConfig(rows=64, num_warps=4, chunk=0, layer_stages=2, chunk_stages=1)
+# Elsewhere chunks are loaded ahead: of 64 columns, so that a layer waits for L2 half as often as with 32. With 4 warps
+# H = 256 spills.
+_FEW = StackConfig(rows=16, num_warps=8, chunk=64, layer_stages=1, chunk_stages=2)
+# 8 waves of 64 threads would leave 256 registers per thread, and spill.
+_CDNA_FEW = StackConfig(rows=16, num_warps=4, chunk=64, layer_stages=1, chunk_stages=2)
+
+
 @dataclass(frozen=True)
 class StackEntry:
     """A tile, and the largest padded D and hidden width, number of linear layers and kind of maps that it supports.
 
-    ``linearizer`` says whether a whole Linearizer of such stacks fits one program too.
+    ``linearizer`` says whether a whole Linearizer of such stacks fits one program too. ``smaller`` are tiles of
+    fewer rows, fewest first, for batches that would leave multiprocessors without a program.
     """
 
     features: int
@@ -51,6 +77,14 @@ class StackEntry:
     maps: int
     config: StackConfig
     linearizer: bool = True
+    smaller: tuple[StackConfig, ...] = (_FEW,)
+
+    def config_of(self, batch: int, target: str | None) -> StackConfig:
+        """The tile of the fewest rows that makes at most one program per multiprocessor; ``config`` if none does."""
+        for config in self.smaller:
+            if batch <= config.rows * MULTIPROCESSORS.get(target or "", 0):
+                return config
+        return self.config
 
 
 # All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128, 115 KB in two parts) while the next
@@ -74,7 +108,10 @@ _CDNA = _FOUR_WARPS
 
 # Operands in two parts: "high", and "exact" with scales.
 _TWO_PARTS_80 = (StackEntry(64, 128, 3, DIAGONAL, _FOUR_WARPS), StackEntry(64, 128, 4, DENSE, _NARROW_FOUR))
-_TWO_PARTS_90 = (StackEntry(64, 128, 3, DIAGONAL, _WHOLE), StackEntry(64, 128, 4, DENSE, _TALL))
+_TWO_PARTS_90 = (
+    StackEntry(64, 128, 3, DIAGONAL, _WHOLE, smaller=(_FEW, _FOUR_WARPS)),
+    StackEntry(64, 128, 4, DENSE, _TALL, smaller=(_FEW, _NARROW)),
+)
 _TWO_PARTS_100 = (
     StackEntry(64, 128, 3, DIAGONAL, _WIDE, linearizer=False),
     StackEntry(64, 128, 4, DENSE, _NARROW),
@@ -91,13 +128,13 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_80", "high"): _TWO_PARTS_80,
     ("sm_80", "exact"): _TWO_PARTS_80,
     ("sm_90", "fast"): (
-        StackEntry(64, 128, 4, DIAGONAL, _WHOLE),
+        StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 4, DIAGONAL, _WIDE),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
     ("sm_90", "tf32"): (
-        StackEntry(64, 128, 3, DIAGONAL, _TALL),
+        StackEntry(64, 128, 3, DIAGONAL, _TALL, smaller=(_FEW, _WIDE)),
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 3, NO_MAPS, _WIDE_16, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
@@ -105,7 +142,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_90", "high"): _TWO_PARTS_90,
     ("sm_90", "exact"): _TWO_PARTS_90,
     ("sm_100", "fast"): (
-        StackEntry(64, 128, 4, DIAGONAL, _WHOLE),
+        StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
         StackEntry(64, 128, 4, DENSE, _WIDE, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
@@ -115,9 +152,12 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ),
     ("sm_100", "high"): _TWO_PARTS_100,
     ("sm_100", "exact"): _TWO_PARTS_100,
-    ("gfx942", "fast"): (StackEntry(64, 128, 4, DENSE, _CDNA), StackEntry(128, 256, 3, DIAGONAL, _CDNA)),
-    ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA),),
-    ("gfx942", "exact"): (StackEntry(64, 128, 4, DENSE, _CDNA),),
+    ("gfx942", "fast"): (
+        StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),
+        StackEntry(128, 256, 3, DIAGONAL, _CDNA, smaller=(_CDNA_FEW,)),
+    ),
+    ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),),
+    ("gfx942", "exact"): (StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),),
 }
 
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
@@ -149,17 +189,17 @@ def mode_on(target: str | None, precision: str) -> str:
     return "high" if precision == "tf32" and target == "gfx942" else precision
 
 
-def config_for(
+def entry_for(
     D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS, linearizer: bool = False
-) -> StackConfig | None:
-    """The tile of a stack in one launch; None where no entry supports these sizes.
+) -> StackEntry | None:
+    """The tiles of a stack in one launch; None where no entry supports these sizes.
 
-    H is the widest hidden layer, ``maps`` the densest kind of map between layers. With ``linearizer`` it is the
-    tile of two such stacks and A in one launch.
+    H is the widest hidden layer, ``maps`` the densest kind of map between layers. With ``linearizer`` they are the
+    tiles of two such stacks and A in one launch.
     """
     width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
     for entry in CONFIGS.get((target or "", precision), ()):
         fits = width <= entry.features and hidden <= entry.hidden and n_linear <= entry.n_linear
         if fits and maps <= entry.maps and (entry.linearizer or not linearizer):
-            return entry.config
+            return entry
     return None

@@ -128,8 +128,10 @@ def _one_launch(part: str, launch: OneLaunch | LinearizerLaunch, x: Tensor) -> C
     else:
         op, g, spec, what = "linearizer_stack", launch.g_x, launch.spec_x, "g_x, A and the inverse of g_y"
     hidden = max(weight.shape[0] for layer in g.layers for weight in layer.weights[:-1] or layer.weights)
-    why = f"{what} in one launch: D = {x.shape[1]}, H = {hidden} fit on {target_of(x)}"
-    return Choice(part, op, f"{launch.tile.rows} rows, {launch.tile.num_warps} warps", spec.precision, why)
+    target = target_of(x)
+    why = f"{what} in one launch: D = {x.shape[1]}, H = {hidden} fit on {target}"
+    tile = launch.tiles.config_of(x.shape[0], target)
+    return Choice(part, op, f"{tile.rows} rows, {tile.num_warps} warps", spec.precision, why)
 
 
 def _folded(segment: Folded, names: Mapping[int, str]) -> Choice:

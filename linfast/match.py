@@ -22,7 +22,7 @@ from .flows.match import Launch, match, mode_for
 from .flows.segments import Couplings
 from .flows.stack import FlowStack, stack_of
 from .freeze import kept, kept_values
-from .kernels.stack_configs import StackConfig, config_for, target_of
+from .kernels.stack_configs import StackEntry, entry_for, target_of
 from .kernels.stack_spec import StackSpec
 from .operators.base import LatentOperator
 from .operators.dense import Dense
@@ -41,7 +41,7 @@ class LinearizerLaunch:
     """A Linearizer's call as one launch; spec_x and spec_y describe g_x and the inverse of g_y to the kernel."""
 
     g_x: CouplingStack
-    tile: StackConfig
+    tiles: StackEntry
     packed: PackedLinearizer
     spec_x: StackSpec
     spec_y: StackSpec
@@ -97,8 +97,8 @@ def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, A
         return stack_y
     precision, shared, maps = mode_for(x), stack_y is stack_x, max(stack_x.maps, stack_y.maps)
     D, H, n_linear = stack_x.sizes
-    tile = config_for(D, H, n_linear, precision, target_of(x), maps, linearizer=True)
-    if tile is None:
+    tiles = entry_for(D, H, n_linear, precision, target_of(x), maps, linearizer=True)
+    if tiles is None:
         return f"D = {D}, H = {H} in {precision!r} fit no tile on {target_of(x)} with g_x and g_y in one"
     found = _core(f.A, t)
     if isinstance(found, str):
@@ -111,7 +111,7 @@ def _as_one(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, A
     launch = pack_linearizer(x, g_x, core, g_y, precision, alpha)
     if launch is None:
         return "g_x and g_y differ in more than their weights, or A is not square"
-    return LinearizerLaunch(g_x, tile, *launch)
+    return LinearizerLaunch(g_x, tiles, *launch)
 
 
 def _in_parts(f: Any, x: Tensor, t: float | Tensor | None, context: Mapping[str, Any]) -> Parts | None:

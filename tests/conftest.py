@@ -13,6 +13,8 @@ import torch
 
 pytest.register_assert_rewrite("tests.ops.budget", "tests.ops.stacks")
 
+from linfast.kernels import stack_configs  # noqa: E402
+
 from tests.seeds import seeded  # noqa: E402
 
 # A shell's background jobs ignore it, and so would all processes that tests start and interrupt.
@@ -39,6 +41,13 @@ def _reproducible_and_poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _one_multiprocessor(monkeypatch):
+    """Batches of at most 16, at most 64 and more rows run on the tiles that a GPU runs thousands of rows on."""
+    for target in stack_configs.MULTIPROCESSORS:
+        monkeypatch.setitem(stack_configs.MULTIPROCESSORS, target, 1)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..dispatch import has_global_hook, without_autocast
 from ..freeze import derived
-from ..kernels.stack_configs import config_for, mode_on, target_of
+from ..kernels.stack_configs import entry_for, mode_on, target_of
 from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
 from ..ops.activations import ACTIVATION_NAMES
 from ..ops.affine_coupling import HALVES, LAYOUTS, split_sizes
@@ -110,7 +110,7 @@ class Launch:
         diagonal = all(isinstance(entry, Affine) and entry.diagonal for entry in entries)
         maps = NO_MAPS if not entries else DIAGONAL if diagonal else DENSE
         mode, target = mode_on(target_of(like), resolve_precision(like, precision)), target_of(like)
-        return config_for(self.features, max((1, *widths)), n_linear, mode, target, maps) is not None
+        return entry_for(self.features, max((1, *widths)), n_linear, mode, target, maps) is not None
 
     def __call__(self, owner: nn.Module, x: Tensor, inverse: bool, precision: str | None) -> tuple[Tensor, Tensor]:
         """(y, log_det [B]) of x [B, D], or of the inverse."""

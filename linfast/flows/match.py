@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..dispatch import are_plain, call_key, has_global_hook, is_plain, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
-from ..kernels.stack_configs import config_for, mode_on, target_of
+from ..kernels.stack_configs import entry_for, mode_on, target_of
 from ..nets import MLP
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
@@ -163,8 +163,8 @@ def _one_launch(
         return stack
     precision = mode_for(x)
     sizes = stack.sizes
-    tile = config_for(*sizes, precision, target_of(x), stack.maps)
-    if tile is None:
+    tiles = entry_for(*sizes, precision, target_of(x), stack.maps)
+    if tiles is None:
         return f"D = {sizes[0]}, H = {sizes[1]} in {precision!r} fit no tile on {target_of(x)}"
     g, half = stack.weights(inverse, log_det), half_dtype(x)
 
@@ -173,7 +173,7 @@ def _one_launch(
 
     key = "packed", inverse, precision, half, *context.items()  # a time is folded into the weights
     packed = derived(layers, key, pack) if frozen else pack()
-    return OneLaunch(g, tile, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
+    return OneLaunch(g, tiles, packed, stack_spec(g, packed.layout, inverse, log_det, precision))
 
 
 def mode_for(x: Tensor) -> str:

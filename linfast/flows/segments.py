@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..dispatch import outside_autocast, tensor_of
 from ..freeze import derived
-from ..kernels.stack_configs import StackConfig
+from ..kernels.stack_configs import StackEntry
 from ..kernels.stack_spec import StackSpec
 from ..ops.channel_mix import channel_mix
 from ..ops.coupling_stack import run_packed
@@ -45,13 +45,13 @@ class OneLaunch:
 
     Args:
         stack: the layers' weights and options.
-        tile: the kernel's tile.
+        tiles: the kernel's tiles.
         packed: the weights as the kernel reads them.
         spec: describes the stack to the kernel, with the direction and whether log|det| is computed.
     """
 
     stack: CouplingStack
-    tile: StackConfig
+    tiles: StackEntry
     packed: PackedStack
     spec: StackSpec
 

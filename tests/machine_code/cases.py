@@ -146,7 +146,9 @@ def _stacks() -> Iterator[Case]:
         (40, 10, (24, 16), 2, "dense", "gelu", "tanh"),
         (70, 33, (40,), 2, "diagonal", "tanh", "sigmoid"),
         (9, 7, (), 2, "none", "relu", "softplus"),
+        (16, 33, (128, 128), 2, "diagonal", "silu", "smooth"),
         (20, 33, (128, 128), 1, "none", "silu", "smooth"),
+        (70, 33, (128, 128), 1, "none", "silu", "smooth"),
     ):
 
         def inputs(batch=batch, D=D, hidden=hidden, depth=depth, maps=maps) -> list[Tensor]:

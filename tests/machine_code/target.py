@@ -69,6 +69,8 @@ def as_on_gpu(target: str) -> Iterator[None]:
         patches.enter_context(mock.patch.object(batch, "array", _or_nonsense(batch.array)))
         for name, value in choices.items():
             patches.enter_context(mock.patch(name, value))
+        # One multiprocessor, so that small batches run on all tiles.
+        patches.enter_context(mock.patch.dict("linfast.kernels.stack_configs.MULTIPROCESSORS", {target: 1}))
         yield
 
 

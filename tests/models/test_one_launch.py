@@ -242,6 +242,8 @@ def test_plan_says_what_runs() -> None:
         (whole,) = lf.plan(f, x).choices
         assert (whole.part, whole.runs, whole.precision) == ("f", "linearizer_stack", "exact")
         assert "32 rows" in whole.tile
+        (whole,) = lf.plan(f, x[:3]).choices
+        assert "16 rows" in whole.tile
         parts = {
             choice.part: choice.runs
             for choice in lf.plan(_flow(mix="lu", context_features=3), x, context=x[:, :3]).choices

@@ -64,8 +64,8 @@ MUTANTS = (
     Mutant(
         name="math: exp is a polynomial of degree six",
         file="kernels/math.py",
-        old="return tl.exp2(r * LOG2E) * tl.exp2(n)",
-        new="return (1.0 + r * (1.0 + r / 2 * (1.0 + r / 3 * (1.0 + r / 4 * (1.0 + r / 5 * (1.0 + r / 6))))))"
+        old="result = tl.exp2(r * LOG2E) * tl.exp2(n)",
+        new="result = (1.0 + r * (1.0 + r / 2 * (1.0 + r / 3 * (1.0 + r / 4 * (1.0 + r / 5 * (1.0 + r / 6))))))"
         " * tl.exp2(n)",
         breaks="The scale is wrong by up to 1e-5, some hundred roundings.",
         tests=(_MAPS,),

@@ -30,8 +30,8 @@ MUTANTS = (
     Mutant(
         name="coupling_stack kernel: the state keeps twenty bits between layers",
         file="kernels/coupling_stack.py",
-        old="moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE)",
-        new="moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE)\n"
+        old="moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE, FORM)",
+        new="moved = couple(moved, shift, log_s, SCALE_FIRST, INVERSE, FORM)\n"
         "        moved = (moved.to(tl.int32, bitcast=True) & -8).to(tl.float32, bitcast=True)",
         breaks="Each coupling cuts the last three bits off what it moves.",
         tests=(f"{_FORWARD}::test_every_depth",),
@@ -45,10 +45,26 @@ MUTANTS = (
         tests=(f"{_FORWARD}::test_every_activation",),
     ),
     Mutant(
+        name="stack tiles: small batches take the tile of large ones",
+        file="kernels/stack_configs.py",
+        old="if batch <= config.rows * MULTIPROCESSORS.get(target or \"\", 0):",
+        new="if batch < 0:",
+        breaks="A batch of 1,024 rows runs on 8 of 132 multiprocessors.",
+        tests=("tests/ops/test_precision.py::test_small_batches_get_tiles_of_fewer_rows",),
+    ),
+    Mutant(
+        name="math: fast mode's exponential is of half the argument",
+        file="kernels/math.py",
+        old="result = tl.exp2(x * LOG2E)",
+        new="result = tl.exp2(x * (0.5 * LOG2E))",
+        breaks="The scale is the square root of what it should be in tf32 and fast.",
+        tests=(f"{_FORWARD}::test_every_scale_map_and_order",),
+    ),
+    Mutant(
         name="mlp: a pair's second bias is its first",
         file="kernels/mlp.py",
-        old="return _ended(total, b_ptr + HIDDEN + n, scale_ptr + HIDDEN + n, SCALED)",
-        new="return _ended(total, b_ptr + n, scale_ptr + HIDDEN + n, SCALED)",
+        old="return _ended(total, b_ptr + HIDDEN, scale_ptr + HIDDEN, N, SCALED, AHEAD)",
+        new="return _ended(total, b_ptr, scale_ptr + HIDDEN, N, SCALED, AHEAD)",
         breaks="The second layer of a pair is given the first one's bias.",
         tests=(f"{_FORWARD}::test_every_activation",),
     ),

@@ -109,7 +109,21 @@ def test_maps_between_layers_and_before_the_first(maps: str, head: str, inverse:
 
 @pytest.mark.parametrize(("kind", "inverse", "order"), turned(SCALE_MAP_KINDS))
 def test_every_scale_map_and_order(kind: str, inverse: bool, order: str) -> None:
-    _assert_accurate(_x(60, 5), random_layers(5, (16,), 2), scale_map=ScaleMap(kind), order=order, inverse=inverse)
+    x, layers = _x(60, 5), random_layers(5, (16,), 2)
+    for precision in ("exact", "fast"):
+        _assert_accurate(x, layers, precision, scale_map=ScaleMap(kind), order=order, inverse=inverse)
+
+
+@pytest.mark.parametrize("kind", SCALE_MAP_KINDS)
+@pytest.mark.parametrize("precision", ["tf32", "fast"])
+def test_the_scale_and_the_inverses_scale_cancel(kind: str, precision: str) -> None:
+    """Conditioners without weights: only e^s e^-s and the shift's rounding separate a round trip from the input."""
+    layers = [layer._replace(weights=[0 * w for w in layer.weights]) for layer in random_layers(6, (16,), 4)]
+    x, scale_map = _x(20, 6), ScaleMap(kind)
+    y, log_det = _run(x, layers, precision=precision, scale_map=scale_map)
+    back, _ = _run(y, layers, precision=precision, scale_map=scale_map, inverse=True)
+    growth = 4 * (8 + log_det.abs().max())  # of each rounding by 4 layers, and roundings of exp2's argument
+    assert float((back - x).abs().max()) <= growth * torch.finfo(torch.float32).eps * float(y.abs().max())
 
 
 @pytest.mark.parametrize("moves", ["first", "second"])

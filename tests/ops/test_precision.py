@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linfast.kernels.stack_configs import CONFIGS, config_for, mode_on
+from linfast.kernels.stack_configs import CONFIGS, MULTIPROCESSORS, entry_for, mode_on
 from linfast.kernels.stack_spec import DIAGONAL
 
 from linfast.precision import PRECISIONS, half_dtype, resolve_precision
@@ -64,20 +64,35 @@ def test_compiled_code_follows_the_setting() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_one_launch_on_sm_90(precision: str) -> None:
-    assert config_for(64, 128, 3, precision, "sm_90") is not None
-    assert config_for(2, 8, 1, precision, "sm_90") is not None
-    assert config_for(63, 100, 2, precision, "sm_90", DIAGONAL) is not None
-    wide = config_for(128, 256, 3, precision, "sm_90") is not None
+    assert entry_for(64, 128, 3, precision, "sm_90") is not None
+    assert entry_for(2, 8, 1, precision, "sm_90") is not None
+    assert entry_for(63, 100, 2, precision, "sm_90", DIAGONAL) is not None
+    wide = entry_for(128, 256, 3, precision, "sm_90") is not None
     assert wide == (precision in ("fast", "tf32"))
-    assert config_for(130, 256, 3, precision, "sm_90") is None
-    assert config_for(1024, 1024, 3, precision, "sm_90") is None
-    assert config_for(64, 128, 3, precision, None) is None
+    assert entry_for(130, 256, 3, precision, "sm_90") is None
+    assert entry_for(1024, 1024, 3, precision, "sm_90") is None
+    assert entry_for(64, 128, 3, precision, None) is None
+
+
+def test_small_batches_get_tiles_of_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewest rows that make at most one program per multiprocessor."""
+    monkeypatch.setitem(MULTIPROCESSORS, "sm_90", 132)
+    entry = entry_for(64, 128, 3, "fast", "sm_90", DIAGONAL, linearizer=True)
+    assert entry is not None
+    batches = (1, 2112, 2113, 8448, 8449, 1 << 22)
+    assert [entry.config_of(batch, "sm_90").rows for batch in batches] == [16, 16, 64, 64, 128, 128]
+    for (target, _), entries in CONFIGS.items():
+        for entry in entries:
+            rows = [config.rows for config in (*entry.smaller, entry.config)]
+            assert rows == sorted(set(rows)), "fewest first, each another number"
+            assert [entry.config_of(most * MULTIPROCESSORS[target], target).rows for most in rows] == rows
+            assert entry.config_of(1 << 22, target) == entry.config
 
 
 def test_every_target_has_every_mode_it_can_run() -> None:
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         for precision in PRECISIONS:
-            assert config_for(64, 128, 3, mode_on(target, precision), target, DIAGONAL) is not None
+            assert entry_for(64, 128, 3, mode_on(target, precision), target, DIAGONAL) is not None
     assert mode_on("gfx942", "tf32") == "high"
     assert mode_on("sm_90", "tf32") == "tf32"
     assert ("gfx942", "tf32") not in CONFIGS

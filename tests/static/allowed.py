@@ -10,20 +10,11 @@ from tests.static.table import Key
 
 _NEW, _OLD = "3.7.1", "3.6.0"
 
-# The flagship's tile, 128 rows, 8 warps and a layer's weights loaded ahead (kernels/stack_configs.py). Triton 3.6
-# copies the biases asynchronously as well, and 48 bytes per thread go to the stack: some 26 accesses among 1,500
-# instructions per layer, 2%. Tiles that do not spill in 3.6 are predicted to cost more. 64 rows by 8 warps read
-# each layer's weights twice as often: L2 alone takes 2.7 ms where the whole takes 2.5 (docs/roofline.md). 128 rows
-# in two chunks of hidden columns load nothing ahead past the end of a layer: some 2,000 of 5,300 cycles per layer
-# are latency.
+# Four words per thread and fewer, of a tile that holds as many weights and registers as there are.
 _FLAGSHIP = {
+    _NEW: [("sm_90", "_coupling_stack_kernel", "D=128 H=256 fast 16 rows forward n=3", 10)],
     _OLD: [
-        ("sm_90", "_coupling_stack_kernel", "D=64 H=128 fast forward n=3", 74),
-        ("sm_90", "_coupling_stack_kernel", "D=64 H=128 fast inverse n=4 diagonal", 94),
-        ("sm_90", "_coupling_stack_kernel", "D=64 H=128 fast relu", 74),
-        ("sm_90", "_coupling_stack_kernel", "D=64 H=128 fast tanh", 74),
-        ("sm_90", "_linearizer_stack_kernel", "D=64 H=128 fast diagonal", 141),
-        ("sm_100", "_coupling_stack_kernel", "D=64 H=128 fast inverse n=4 diagonal", 10),
+        ("sm_90", "_coupling_stack_kernel", "D=64 H=128 fast 64 rows inverse n=4 diagonal", 12),
         ("sm_100", "_coupling_stack_kernel", "gradient fast", 46),
     ],
 }

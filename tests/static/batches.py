@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from tests.static.calls import BATCHED, LAYERED
 from tests.static.record import recorded
 
-BATCHES = (1, 2, 31, 1000, 1024, 65_536)
+BATCHES = (1, 2, 31, 1000, 1024, 4096, 65_536)
 DEPTHS = (1, 2, 3, 16)
 _TARGET = "sm_90"
 

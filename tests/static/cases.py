@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from linfast.kernels.conv2d_configs import WIDEST
-from linfast.kernels.stack_configs import CONFIGS, StackEntry
+from linfast.kernels.stack_configs import CONFIGS, MULTIPROCESSORS, StackEntry
 from linfast.kernels.stack_spec import DENSE, NO_MAPS
 
 from linfast.ops.activations import ACTIVATION_NAMES
@@ -25,6 +25,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _NVIDIA = TARGETS[:3]
 _TWO = ("sm_80", "sm_90")
 _ONE = ("sm_90",)
+_FULL = 1 << 16  # a batch for which every target has a program for each multiprocessor, whatever the tile
 
 
 @dataclass(frozen=True)
@@ -159,11 +160,15 @@ def _convs() -> Iterator[Case]:
     yield Case("C=64 bf16", call, targets=_TWO)
 
 
-def _entries() -> Iterator[tuple[str, str, StackEntry, str]]:
-    """(target, mode, entry, its sizes in words)."""
+def _tiles() -> Iterator[tuple[str, str, StackEntry, str, int]]:
+    """(target, mode, entry, its sizes in words, a batch) for each tile of each entry; small batches are named."""
     for (target, mode), entries in CONFIGS.items():
         for entry in entries:
-            yield target, mode, entry, f"D={entry.features} H={entry.hidden} {mode}"
+            batch, sizes = 8, f"D={entry.features} H={entry.hidden} {mode}"
+            for config in entry.smaller:
+                yield target, mode, entry, f"{sizes} {config.rows} rows", batch
+                batch = config.rows * MULTIPROCESSORS[target] + 1
+            yield target, mode, entry, sizes, batch
 
 
 def _stack(mode: str, entry: StackEntry, **options: Any) -> partial[None]:
@@ -178,25 +183,25 @@ def _stack(mode: str, entry: StackEntry, **options: Any) -> partial[None]:
 
 
 def _stacks() -> Iterator[Case]:
-    """Each entry forward with three layers and no maps, the common flow, and inverse at its maximal sizes."""
-    for target, mode, entry, sizes in _entries():
+    """Each tile forward with three layers and no maps, the common flow, and inverse at its maximal sizes."""
+    for target, mode, entry, sizes, batch in _tiles():
         n = min(3, entry.n_linear)
-        yield Case(f"{sizes} forward n={n}", _stack(mode, entry, n_linear=n), targets=(target,))
+        yield Case(f"{sizes} forward n={n}", _stack(mode, entry, n_linear=n), batch, (target,))
         most = {"n_linear": entry.n_linear, "maps": entry.maps}
         name = f"{sizes} inverse n={entry.n_linear} {NAMES[entry.maps]}"
-        yield Case(name, _stack(mode, entry, **most, inverse=True), targets=(target,))
+        yield Case(name, _stack(mode, entry, **most, inverse=True), batch, (target,))
     for mode in ("fast", "exact"):
         for name in ACTIVATION_NAMES:
             call = _stack(mode, CONFIGS["sm_90", mode][0], n_linear=3, activation=name)
-            yield Case(f"D=64 H=128 {mode} {name}", call, targets=_ONE)
+            yield Case(f"D=64 H=128 {mode} {name}", call, _FULL, _ONE)
 
 
 def _linearizers() -> Iterator[Case]:
-    for target, mode, entry, sizes in _entries():
+    for target, mode, entry, sizes, batch in _tiles():
         if entry.linearizer:
             options = {"n_linear": min(3, entry.n_linear), "maps": entry.maps, "precision": mode, "backward": False}
             call = partial(calls.linearizer, features=entry.features, hidden=entry.hidden, **options)
-            yield Case(f"{sizes} {NAMES[entry.maps]}", call, targets=(target,))
+            yield Case(f"{sizes} {NAMES[entry.maps]}", call, batch, (target,))
 
 
 def _gradients() -> Iterator[Case]:

@@ -108,11 +108,10 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
 
 def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
     for (target, mode), entries in CONFIGS.items():
-        for entry in entries:
-            config = entry.config
+        for entry, config in [(entry, each) for entry in entries for each in (*entry.smaller, entry.config)]:
             constants = {
                 "HALF": entry.features // 2, "HIDDEN": entry.hidden, "PARTS": STACK_PARTS[mode], "ROWS": config.rows,
-                "CHUNK": config.chunk or entry.hidden, "LAYER_STAGES": config.layer_stages,
+                "CHUNK": min(config.chunk or entry.hidden, entry.hidden), "LAYER_STAGES": config.layer_stages,
                 "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
             }  # fmt: skip
             most = {"N_LINEAR": entry.n_linear, "MAPS": entry.maps}
