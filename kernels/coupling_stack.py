@@ -118,7 +118,7 @@ def run_layers(
     MAP_SIZE: tl.constexpr = 4 * HALF * HALF
     DENSE: tl.constexpr = MAPS == 2
     SCALES_OFFSET: tl.constexpr = ROW_SIZE - (N_LINEAR - 1) * HIDDEN - 2 * HALF
-    AHEAD: tl.constexpr = LAYER_STAGES > 1 and not DENSE
+    AHEAD: tl.constexpr = LAYER_STAGES > 1 and PARTS == 1 and not DENSE
     log_det = tl.zeros((ROWS,), tl.float32)
     if HEAD and not INVERSE:
         a, b = apply_map(

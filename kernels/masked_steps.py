@@ -11,8 +11,8 @@ import triton.language as tl
 
 from . import masked_schedule as schedules
 from .masked_spec import ALIGNED
-from .math import LOG2E, couple, log_scale, tanh
-from .mlp import EXACT, dot_parts, split
+from .math import EXACT_PTX, LOG2E, couple, log_scale, tanh
+from .mlp import dot_parts, split
 from .mlp import activate as _activate
 
 # Its index in linfast.ops.masked_autoregressive.MASKED_ACTIVATIONS; a test checks that all agree.
@@ -30,7 +30,7 @@ _GATES = tl.constexpr(schedules.GATES)
 def activate(x, ACTIVATION: tl.constexpr, FORM: tl.constexpr):
     """An activation of kernels/mlp.py, or ELU: e^x - 1 below 0, by tanh where the difference must not cancel."""
     if ACTIVATION == ELU:
-        if FORM == EXACT:
+        if FORM <= EXACT_PTX:
             t = tanh(0.5 * x)
             below = 2.0 * t / (1.0 - t)
         else:

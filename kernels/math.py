@@ -9,10 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Forms of a formula: the accurate one, and the ones of "tf32" and "fast", in Triton's operations or NVIDIA's.
+# Forms of a formula: accurate, or as "tf32" and "fast" allow; in Triton's operations or with NVIDIA's instructions.
 EXACT = tl.constexpr(0)
-FAST = tl.constexpr(1)
-PTX = tl.constexpr(2)
+EXACT_PTX = tl.constexpr(1)
+FAST = tl.constexpr(2)
+PTX = tl.constexpr(3)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693359375)  # ln 2 in 12 bits: its product with n is exact
@@ -31,8 +32,8 @@ SOFTPLUS = tl.constexpr(6)
 
 @triton.jit
 def exp(x, FORM: tl.constexpr = EXACT):
-    """e^x; EXACT: 2^n e^r with x = n ln 2 + r and 0 <= r < ln 2 (Cody and Waite), about one rounding for any x."""
-    if FORM == EXACT:
+    """e^x; accurate: 2^n e^r with x = n ln 2 + r and 0 <= r < ln 2 (Cody and Waite), about one rounding for any x."""
+    if FORM <= EXACT_PTX:
         n = tl.floor(x * LOG2E)
         n = tl.where(n < -150.0, -150.0, tl.where(n > 127.0, 127.0, n))
         r = (x - n * LN2_HIGH) - n * LN2_LOW
@@ -48,8 +49,8 @@ def exp(x, FORM: tl.constexpr = EXACT):
 
 @triton.jit
 def divide(x, y, FORM: tl.constexpr = EXACT):
-    """x / y; PTX: errs by two roundings, and is 0 where |y| exceeds 2^126."""
-    if FORM == PTX:
+    """x / y to two roundings; NVIDIA's reciprocal is 0 where |y| exceeds 2^126."""
+    if FORM == EXACT_PTX or FORM == PTX:
         result = x * tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
         )

@@ -21,7 +21,7 @@ units drop the low 13 bits of an fp32 operand, an error of up to twice that of r
 tf32 operands are therefore rounded to nearest first, W when it is packed. The units may also truncate each partial
 sum. Products of parts are therefore summed from zero, smallest first, and that sum is added to the total in fp32.
 
-Activations have three forms. EXACT has the defining formulas; FAST and PTX have formulas in tanh, which PTX
+Activations have four forms. EXACT and EXACT_PTX have the defining formulas; FAST and PTX have formulas in tanh, which PTX
 computes by NVIDIA's tanh.approx (relative error 2^-11, one special-function instruction) and FAST by exp2 (two).
 FAST and PTX err by less than tf32.
 """
@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import EXACT, LOG2E, PTX, tanh
+from .math import EXACT, EXACT_PTX, FAST, LOG2E, PTX, divide, tanh
 from .stack_spec import LOW
 
 # Indices in linfast.ops.activations.ACTIVATION_NAMES; a test checks that they agree.
@@ -71,18 +71,18 @@ def activate(x, ACTIVATION: tl.constexpr, FORM: tl.constexpr):
     if ACTIVATION == RELU:
         result = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == SILU:
-        if FORM == EXACT:
-            result = x / (1.0 + tl.exp2(x * -LOG2E))
+        if FORM <= EXACT_PTX:
+            result = divide(x, 1.0 + tl.exp2(x * -LOG2E), FORM)
         else:
             half = 0.5 * x
             result = half + half * _tanh_fast(half, FORM)
     elif ACTIVATION == TANH:
-        if FORM == EXACT:
-            result = tanh(x)
+        if FORM <= EXACT_PTX:
+            result = tanh(x, FORM)
         else:
             result = _tanh_fast(x, FORM)
     else:
-        if FORM == EXACT:
+        if FORM <= EXACT_PTX:
             result = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
         else:
             z = tl.minimum(x * x, 36.0)  # past |x| = 6 tanh u is 1
@@ -215,7 +215,8 @@ def load_vector(ptr, N: tl.constexpr, AHEAD: tl.constexpr):
 
     Triton lets every thread load all its own columns where there are fewer numbers than threads. In a pipelined
     loop each number then becomes a copy to shared memory in version 3.6: 40 per thread and layer for the biases of
-    D = 64, H = 128. There, repeats make the numbers as many as the threads, so that one copy serves.
+    D = 64, H = 128. There, repeats make the numbers as many as the threads, so that one copy serves. Operands in two
+    parts leave no shared memory for repeats.
     """
     values = tl.load(ptr + tl.arange(0, max(N, _THREADS) if AHEAD else N) % N)
     for _ in tl.static_range(4):  # N is at least 16
@@ -289,7 +290,7 @@ def _linear_pair(
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     SCALED: tl.constexpr = PARTS == 2 and dtype == tl.float16
     x0, x1, x2, x_unscale = operand(x, dtype, PARTS)
-    AHEAD: tl.constexpr = STAGES == 1
+    AHEAD: tl.constexpr = STAGES == 1 and PARTS == 1
     total = _begun(b_ptr + HIDDEN, ROWS, N, SCALED, AHEAD)
     second_ptr = w_ptr + HIDDEN * K
     for first in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
@@ -329,7 +330,7 @@ def conditioner(
     """
     OUT: tl.constexpr = 2 * HALF
     if N_LINEAR == 1:
-        out = _linear(x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, OUT, PARTS, STAGES == 1)
+        out = _linear(x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, OUT, PARTS, STAGES == 1 and PARTS == 1)
     elif N_LINEAR == 2:
         out = _linear_pair(
             x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
@@ -343,7 +344,7 @@ def conditioner(
         b_ptr += 2 * HIDDEN
         scale_ptr += 2 * HIDDEN
         if N_LINEAR == 3:
-            out = _linear(h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, OUT, PARTS, STAGES == 1)
+            out = _linear(h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, OUT, PARTS, STAGES == 1 and PARTS == 1)
         else:
             out = _linear_pair(
                 h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
@@ -352,7 +353,6 @@ def conditioner(
 
 
 def activation_form(x: Tensor, precision: str) -> int:
-    """EXACT in "exact" and "high"; in "tf32" and "fast" PTX on NVIDIA's GPUs and FAST elsewhere."""
-    if precision in ("exact", "high"):
-        return 0
-    return 2 if x.is_cuda and torch.version.hip is None else 1
+    """EXACT in "exact" and "high", FAST in "tf32" and "fast"; on NVIDIA's GPUs EXACT_PTX and PTX."""
+    nvidia = x.is_cuda and torch.version.hip is None
+    return (0 if precision in ("exact", "high") else 2) + int(nvidia)
