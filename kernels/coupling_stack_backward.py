@@ -1,11 +1,13 @@
-"""Gradients of the coupling stack in one launch, and one sum over programs.
+"""Gradients of the coupling stack in one launch, and one sum over the programs.
+
+TODO
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,13 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ceil_div
-from .row_products import Mode
+from .row_products import TYPES, Mode
 from .stack_backward_tiles import coupling_backward, coupling_forward, load_tile, map_step, store_tile
-from .stack_spec import DENSE, N_PARTS, StackSpec, map_parts, spec_of
+from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
 
+# A program's tile: its rows, the columns of a product, the depth of a step and the stages of its loads.
+# 128 rows: the weights' partial sums are read and written once per tile. 64 columns by 8 warps: 32 sums per thread,
+# beside the parts of the operands; with more registers would spill.
+LARGE = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
+# Where a tile of 128 rows for every multiprocessor would leave some of them idle.
+SMALL = {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 4}
+# Programs per multiprocessor: as many as fit in its registers at 255 per thread.
+PROGRAMS = {8: 1, 4: 2}
+
+# The most tiles of a run, and the scratch memory of all programs.
+TILES_A_RUN = 8
 SCRATCH_BYTES = 2**30
-TILES = {m: (128, 64, 8, 32, 2) for m in ("fast", "tf32", "high", "exact")}
-SMALL = 32
 
 
 @triton.jit(do_not_specialize=["n_batch", "n_steps", "run"])
@@ -39,8 +50,8 @@ def _coupling_stack_backward_kernel(
     h_ptr += program * (ROWS * (half + (N_LINEAR - 1) * hidden))
     slope_ptr += program * (ROWS * (N_LINEAR - 1) * hidden)
     d_ptr += program * (ROWS * (width + (N_LINEAR - 1) * hidden))
-    n_runs = tl.cdiv(n_batch, run)
-    for turn in tl.range(0, tl.cdiv(n_runs - tl.program_id(0), tl.num_programs(0)), num_stages=1, disable_licm=True):
+    turns = tl.cdiv(tl.cdiv(n_batch, run) - tl.program_id(0), tl.num_programs(0))
+    for turn in tl.range(0, turns, num_stages=1, disable_licm=True):
         start = (program + turn * tl.num_programs(0)) * run
         n_tiles = tl.cdiv(tl.minimum(n_batch - start, run), ROWS).to(tl.int32)
         for tile in tl.range(0, n_tiles, num_stages=1, disable_licm=True):
@@ -61,9 +72,14 @@ def _coupling_stack_backward_kernel(
             needs_before = is_backward
             if dx_ptr is None:
                 needs_before = is_backward & (step > 0)
-            gradient_ptr = None if partials_ptr is None else partials_ptr + program * partials_stride + row.to(tl.int64) * row_size
-            bias_gradient_ptr = None if gradient_ptr is None else gradient_ptr + matrix_size
-            map_gradient_ptr = None if gradient_ptr is None else gradient_ptr + map_offset
+            if partials_ptr is None:
+                gradient_ptr = None
+                bias_gradient_ptr = None
+                map_gradient_ptr = None
+            else:
+                gradient_ptr = partials_ptr + program * partials_stride + row.to(tl.int64) * row_size
+                bias_gradient_ptr = gradient_ptr + matrix_size
+                map_gradient_ptr = gradient_ptr + map_offset
             for tile in tl.range(0, n_tiles, num_stages=1, disable_licm=True):
                 again = (turn > 0) | (tile > 0)
                 first = start + tile * ROWS
@@ -74,17 +90,17 @@ def _coupling_stack_backward_kernel(
                     is_map = place % 2 == 1
                     if is_map:
                         map_step(
-                            z_ptr, z_row, next_row, row_ptr + map_offset, map_gradient_ptr, half, is_backward, needs_before,
-                            again, MAPS == 2, ROWS, COLUMNS, DEPTH, STAGES, MAP_PARTS, MAP_TYPE,
+                            z_ptr, z_row, next_row, row_ptr + map_offset, map_gradient_ptr, half, is_backward,
+                            needs_before, again, MAPS == 2, ROWS, COLUMNS, DEPTH, STAGES, MAP_PARTS, MAP_TYPE,
                         )  # fmt: skip
                 if not is_map:
                     moves_first = (layer + MOVES_SECOND) % 2 == 0
                     moved = tl.where(moves_first, 0, half)
                     coupling_forward(
-                        z_ptr, z_row, next_row, w_ptr, row_ptr + matrix_size, h_ptr, slope_ptr, d_ptr, bias_gradient_ptr,
-                        grad_log_det_ptr, stride_log_det, first, n_batch, half, hidden, moved,
-                        tl.where(moves_first, n_first, n_second),
-                        is_backward, again, bound, floor, N_LINEAR, ACTIVATION, KIND, SCALE_FIRST, INVERSE,
+                        z_ptr, z_row, next_row, w_ptr, row_ptr + matrix_size, h_ptr, slope_ptr, d_ptr,
+                        bias_gradient_ptr, grad_log_det_ptr, stride_log_det, first, n_batch, half, hidden, moved,
+                        tl.where(moves_first, n_first, n_second), is_backward, again, bound, floor,
+                        N_LINEAR, ACTIVATION, KIND, SCALE_FIRST, INVERSE,
                         ROWS, COLUMNS, KEPT, DEPTH, STAGES, PARTS, TYPE,
                     )  # fmt: skip
                     if is_backward:
@@ -96,9 +112,7 @@ def _coupling_stack_backward_kernel(
         if dx_ptr is not None:
             for tile in tl.range(0, n_tiles, num_stages=1, disable_licm=True):
                 first = start + tile * ROWS
-                store_tile(
-                    dx_ptr, z_ptr, tile * ROWS, first, n_batch, n_first, n_second, half, ROWS, COLUMNS
-                )
+                store_tile(dx_ptr, z_ptr, tile * ROWS, first, n_batch, n_first, n_second, half, ROWS, COLUMNS)
         tl.debug_barrier()  # before the next run overwrites what other threads read
 
 
@@ -110,6 +124,11 @@ class StackPass:
     operands: Tensor
     spec: StackSpec
     on_gpu: bool
+
+    @property
+    def matrices(self) -> Tensor:
+        """The conditioners' matrices, a row per layer; in modes of one part rounded, as in the forward."""
+        return self.operands[0] if N_PARTS[self.spec.precision] == 1 else self.weights
 
     @property
     def part_dtype(self) -> torch.dtype:
@@ -131,52 +150,84 @@ class StackPass:
         return Mode(map_parts(self.spec.precision), self.part_dtype)
 
     @property
-    def hidden_dtype(self) -> torch.dtype:
-        return self.operands.dtype if self.spec.precision == "fast" else torch.float32
+    def scratch_dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+        """Of h, act' and d: in "fast" those of the operands, and fp16 for act', which lies between -0.2 and 1.2."""
+        if self.spec.precision != "fast":
+            return torch.float32, torch.float32, torch.float32
+        return self.operands.dtype, torch.float16, self.gradient_mode.dtype
 
 
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 2
+class Grid(NamedTuple):
+    """How the rows are shared among programs.
+
+    Args:
+        tile: a program's tile.
+        programs: how many run.
+        run: rows that a program takes through the whole stack before it takes others, a multiple of the tile's.
+    """
+
+    tile: dict[str, int]
+    programs: int
+    run: int
+
+
+def grid_of(batch: int, stack: StackPass, multiprocessors: int) -> Grid:
+    """Few programs or short runs where SCRATCH_BYTES requires it; see the top of this file."""
+    spec, layers = stack.spec, stack.spec.n_linear - 1
+    tile = LARGE if batch >= LARGE["ROWS"] * multiprocessors else SMALL
+    rows = tile["ROWS"]
+    programs = min(ceil_div(batch, rows), PROGRAMS[tile["num_warps"]] * multiprocessors)
+    h, slope, d = [dtype.itemsize for dtype in stack.scratch_dtypes]
+    of_layer = h * spec.half + 2 * d * spec.half + (h + slope + d) * layers * spec.hidden
+    of_tile = 8 * rows * spec.half * (len(spec.steps(stack.weights)) + 1)
+    fixed = 4 * stack.weights.numel() + rows * of_layer
+    tiles = min(TILES_A_RUN, ceil_div(ceil_div(batch, rows), programs))
+    tiles = max(1, min(tiles, (SCRATCH_BYTES // programs - fixed) // of_tile))
+    programs = max(1, min(programs, SCRATCH_BYTES // (fixed + tiles * of_tile)))
+    return Grid(tile, min(programs, ceil_div(batch, tiles * rows)), tiles * rows)
+
+
+@functools.lru_cache(64)
+def _multiprocessors(kind: str, index: int | None) -> int:
+    """Those of the GPU; two under Triton's interpreter."""
+    return torch.cuda.get_device_properties(index).multi_processor_count if kind == "cuda" else 2
 
 
 def launch_coupling_stack_backward(
     x: Tensor, weights: Tensor, operands: Tensor, _: Tensor, grad: Tensor | None, grad_log_det: Tensor | None,
     *constants: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """(dx, dweights, None, None), None where not needed; operands are rounded copies, without gradients."""
     spec, (needs_x, needs_weights, _, _) = spec_of(*constants[:-1]), constants[-1]
-    stack = StackPass(weights, operands, spec, x.is_cuda)
     dx = x.new_empty(x.shape) if needs_x else None
-    rows, columns, warps, depth, stages = TILES[spec.precision]
-    columns = min(columns, *spec.widths[1:])
-    programs = _multiprocessors(x.device)
-    n_steps, width, layers = len(spec.steps(weights)), 2 * spec.half, spec.n_linear - 1
-    run = min(ceil_div(ceil_div(x.shape[0], programs), rows), max(1, SCRATCH_BYTES // (4 * programs * (n_steps + 1) * rows * width))) * rows
-    programs = ceil_div(x.shape[0], run)
-    if programs == 0:
+    if x.shape[0] == 0:
         return dx, torch.zeros_like(weights) if needs_weights else None, None, None
-    z = weights.new_empty(programs, n_steps + 1, run, width)
-    fast = spec.precision == "fast"
-    h = weights.new_empty(programs, rows * (spec.half + layers * spec.hidden), dtype=stack.hidden_dtype)
-    slopes = weights.new_empty(programs, rows * layers * spec.hidden, dtype=torch.float16 if fast else torch.float32)
-    d = weights.new_empty(programs, rows * (width + layers * spec.hidden), dtype=stack.part_dtype if fast else torch.float32)
+    stack, n_steps = StackPass(weights, operands, spec, x.is_cuda), len(spec.steps(weights))
+    tile, programs, run = grid_of(x.shape[0], stack, _multiprocessors(x.device.type, x.device.index))
+    rows, hidden, matrices = tile["ROWS"], (spec.n_linear - 1) * spec.hidden, stack.matrices
+    sizes = spec.half + hidden, hidden, 2 * spec.half + hidden
+    scratch = [
+        weights.new_empty(programs, rows * size, dtype=dtype)
+        for size, dtype in zip(sizes, stack.scratch_dtypes, strict=True)
+    ]
+    z = weights.new_empty(programs, n_steps + 1, run, 2 * spec.half)
     partials = weights.new_empty(programs, *weights.shape) if needs_weights else None
-    matrices = operands[0] if N_PARTS[spec.precision] == 1 else weights
-    mode, gradients, maps = stack.forward_mode.constexprs, stack.gradient_mode, stack.map_mode
+    columns = min(tile["COLUMNS"], *spec.widths[1:])
+    forward, gradients, maps = stack.forward_mode, stack.gradient_mode, stack.map_mode
     _coupling_stack_backward_kernel[(programs,)](
-        x, grad, grad_log_det, dx, weights, matrices, z, h, slopes, d, partials,
-        x.shape[0], run, *spec.sizes, n_steps, spec.half, spec.hidden, spec.row_size, matrices.stride(0),
-        spec.matrix_size, spec.map_offset, weights.numel(), *x.stride(), *(grad.stride() if grad is not None else (0, 0)),
-        grad_log_det.stride(0) if grad_log_det is not None else 0, spec.bound, spec.floor,
-        N_LINEAR=spec.n_linear, ACTIVATION=spec.activation, KIND=spec.kind, SCALE_FIRST=spec.scale_first,
+        x, grad, grad_log_det, dx, weights, matrices, z, *scratch, partials, x.shape[0], run, *spec.sizes, n_steps,
+        spec.half, spec.hidden, spec.row_size, matrices.stride(0), spec.matrix_size, spec.map_offset,
+        weights.numel(), *x.stride(), *((0, 0) if grad is None else grad.stride()),
+        0 if grad_log_det is None else grad_log_det.stride(0), spec.bound, spec.floor, N_LINEAR=spec.n_linear,
+        ACTIVATION=spec.activation, KIND=spec.kind, SCALE_FIRST=spec.scale_first,
         MOVES_SECOND=int(spec.moves_second), INVERSE=spec.inverse, MAPS=spec.maps, HEAD=int(spec.head),
-        ROWS=rows, COLUMNS=columns, KEPT=min(columns, spec.half),
-        DEPTH=min(depth, spec.half), STAGES=stages, **mode, D_TYPE=gradients.constexprs["TYPE"],
-        MAP_PARTS=maps.parts, MAP_TYPE=maps.constexprs["TYPE"], num_warps=warps,
+        PARTS=forward.parts, TYPE=TYPES[forward.dtype], D_TYPE=TYPES[gradients.dtype], MAP_PARTS=maps.parts,
+        MAP_TYPE=TYPES[maps.dtype],
+        **{**tile, "COLUMNS": columns, "KEPT": min(columns, spec.half), "DEPTH": min(tile["DEPTH"], *spec.widths)},
     )  # fmt: skip
-    dweights = None
-    if partials is not None:
-        dweights = partials.sum(0)
-        if spec.head:
-            dweights[0, : spec.map_offset] = 0
+    if partials is None:
+        return dx, None, None, None
+    dweights = partials.sum(0)
+    if spec.head:
+        dweights[0, : spec.map_offset] = 0.0  # a head has no conditioner
     return dx, dweights, None, None

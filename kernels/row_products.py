@@ -64,3 +64,32 @@ def tile_product(
             w = tl.load(w_at)
         total = dot(x, w, total, PARTS, TYPE)
     return total
+
+
+@triton.jit
+def add_to(at, value, again):
+    """Add to what earlier tiles of rows left at these addresses, where there were any."""
+    tl.store(at, tl.load(at, mask=again, other=0.0) + value)
+
+
+@triton.jit
+def add_outer(
+    d_ptr, n_out, x_ptr, n_in, gradient_ptr, again, N_ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add d^T x [n_out, n_in] of N_ROWS rows to a weight's gradient."""
+    n = tl.arange(0, TILE)
+    across = tl.cdiv(n_in, TILE)
+    for tile in tl.range(0, (n_out // TILE) * across, num_stages=1, disable_licm=True):
+        row = tile // across * TILE
+        column = tile % across * TILE
+        total = tile_product(
+            d_ptr + row, 1, n_out, x_ptr + column, n_in, 1, N_ROWS, n_in,
+            TILE, TILE, DEPTH, STAGES, PARTS, TYPE, MASKED,
+        )  # fmt: skip
+        at = gradient_ptr + (row + n)[:, None] * n_in + (column + n)[None, :]
+        if MASKED:
+            inside = (n < n_in)[None, :]
+            tl.store(at, tl.load(at, mask=inside & again, other=0.0) + total, mask=inside)
+        else:
+            add_to(at, total, again)

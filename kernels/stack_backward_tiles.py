@@ -1,7 +1,14 @@
-"""The phases of the coupling stack's backward on a tile of rows, as @triton.jit helpers.
+"""The steps of the coupling stack's backward on a tile of rows, as @triton.jit helpers.
 
-Every phase is products of tiles out of a program's scratch memory (kernels/row_products.py), and ends with a
-barrier, because its threads read what others of the program wrote in the phase before.
+A step is a few phases: products of tiles out of a program's scratch memory (kernels/row_products.py) that write to
+it. Each phase ends with a barrier, because its threads read what others of the program wrote in the phase before.
+There are three loops with products of a conditioner, x W^T, d W and d^T x, each over all its layers: every further
+one would take registers for its addresses in shared memory. For the same reason loops are not left by what does
+not change in them (``disable_licm``): hoisted out of all loops, the addresses of all phases would be held at once.
+
+z [steps + 1, run, 2 P] holds the inputs of all steps of a run of rows, and past the last one dL/dy. In the backward
+the gradient at a step's input takes the place of that input. Layer i = 0 .. n - 1 of a conditioner has its input at
+h_i, h_0 = k [ROWS, P] and then [ROWS, H]; its gradient d_i and the slopes act'(p_i) are after those of layer i - 1.
 """
 
 from __future__ import annotations
@@ -11,13 +18,7 @@ import triton.language as tl
 
 from .math import couple, couple_backward, log_scale, log_scale_derivative
 from .mlp import EXACT, activate, activation_derivative
-from .row_products import tile_product
-
-
-@triton.jit
-def _add(at, value, mask):
-    """Add to what earlier tiles of rows left at these addresses; the first tile finds nothing there."""
-    tl.store(at, tl.load(at, mask=mask, other=0.0) + value)
+from .row_products import add_outer, add_to, tile_product
 
 
 @triton.jit
@@ -25,7 +26,10 @@ def _tile_of_x(
     x_ptr, start, column, n_batch, n_first, n_second, half, stride_b, stride_d,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(pointers, rows and columns that exist) of a tile of x [B, D] as [first | 0 | second | 0]; past B its last row."""
+    """(pointers, rows that exist, columns that exist) of a tile of x [B, D] as [first | 0 | second | 0].
+
+    The pointers of rows past B are those of the last row.
+    """
     row = start + tl.arange(0, ROWS)
     j = column + tl.arange(0, COLUMNS)
     i = tl.where(j < half, j, j - half)
@@ -74,29 +78,6 @@ def store_tile(
 
 
 @triton.jit
-def _add_outer(
-    d_ptr, n_out, x_ptr, n_in, gradient_ptr, again, N_ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-    STAGES: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Add d^T x [n_out, n_in] of N_ROWS rows to a weight's gradient."""
-    n = tl.arange(0, TILE)
-    across = tl.cdiv(n_in, TILE)
-    for tile in tl.range(0, (n_out // TILE) * across, num_stages=1, disable_licm=True):
-        row = tile // across * TILE
-        column = tile % across * TILE
-        total = tile_product(
-            d_ptr + row, 1, n_out, x_ptr + column, n_in, 1, N_ROWS, n_in,
-            TILE, TILE, DEPTH, STAGES, PARTS, TYPE, MASKED,
-        )  # fmt: skip
-        at = gradient_ptr + (row + n)[:, None] * n_in + (column + n)[None, :]
-        if MASKED:
-            mask = (n < n_in)[None, :]
-            tl.store(at, tl.load(at, mask=mask & again, other=0.0) + total, mask=mask)
-        else:
-            _add(at, total, again)
-
-
-@triton.jit
 def coupling_forward(
     z_ptr, z_row, next_row, w_ptr, bias_ptr, h_ptr, slope_ptr, d_ptr, bias_gradient_ptr, grad_log_det_ptr,
     stride_log_det, start, n_batch, half, hidden, moved, n_moved, is_backward, again, bound, floor,
@@ -104,7 +85,7 @@ def coupling_forward(
     INVERSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """The coupling z -> next; or, in the backward, h, act', d of the last layer and the moved half of z's gradient."""
+    """The coupling: rows of z at next_row from those at z_row. In the backward h, act', d_n, and dm in place of m."""
     FEATURES: tl.constexpr = COLUMNS // 2
     width = 2 * half
     kept = half - moved
@@ -149,7 +130,7 @@ def coupling_forward(
                     d_at = d_ptr + ROWS * i * hidden + r[:, None] * width + (column + n)[None, :]
                     tl.store(d_at, d.to(d_ptr.dtype.element_ty))
                     if bias_gradient_ptr is not None:
-                        _add(bias_gradient_ptr + i * hidden + column + n, tl.sum(d, 0), again)
+                        add_to(bias_gradient_ptr + i * hidden + column + n, tl.sum(d, 0), again)
                 else:
                     tl.store(there + moved, value)
                     tl.store(there + kept, tl.load(here + kept))
@@ -168,7 +149,7 @@ def coupling_backward(
     N_LINEAR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the conditioner's weights, and of the kept half of z."""
+    """d_i and the gradients of the conditioner's weights, and dk in place of k."""
     MASKED: tl.constexpr = KEPT < COLUMNS
     width = 2 * half
     kept = half - moved
@@ -191,14 +172,14 @@ def coupling_backward(
                     d *= tl.load(slope_ptr + at).to(tl.float32)
                     tl.store(d_ptr + at, d.to(d_ptr.dtype.element_ty))
                     if bias_gradient_ptr is not None:
-                        _add(bias_gradient_ptr + (i - 1) * hidden + column + n, tl.sum(d, 0), again)
+                        add_to(bias_gradient_ptr + (i - 1) * hidden + column + n, tl.sum(d, 0), again)
                 else:
                     here = z_ptr + kept + (z_row + r)[:, None] * width + (column + n)[None, :]
                     there = z_ptr + kept + (next_row + r)[:, None] * width + (column + n)[None, :]
                     mask = (n < half)[None, :]
                     tl.store(here, d + tl.load(there, mask=mask, other=0.0), mask=mask)
         if gradient_ptr is not None:
-            _add_outer(
+            add_outer(
                 d_at, n_out, h_ptr + ROWS * input_at, n_in, gradient_ptr + hidden * input_at, again,
                 ROWS, COLUMNS, DEPTH, STAGES, PARTS, TYPE, MASKED,
             )  # fmt: skip
@@ -211,7 +192,7 @@ def map_step(
     DENSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """next = M z + c; or, in the backward, the gradients of M, c and z."""
+    """The map: rows of z at next_row from those at z_row. In the backward dM, dc, and dz in place of z."""
     width = 2 * half
     r = tl.arange(0, ROWS)
     n = tl.arange(0, COLUMNS)
@@ -222,9 +203,9 @@ def map_step(
         if is_backward:
             grad = tl.load(there)
             if gradient_ptr is not None:
-                _add(gradient_ptr + bias_at + column + n, tl.sum(grad, 0), again)
+                add_to(gradient_ptr + bias_at + column + n, tl.sum(grad, 0), again)
                 if not DENSE:
-                    _add(gradient_ptr + column + n, tl.sum(grad * tl.load(here), 0), again)
+                    add_to(gradient_ptr + column + n, tl.sum(grad * tl.load(here), 0), again)
             if not DENSE:
                 tl.store(here, grad * tl.load(map_ptr + column + n)[None, :])
         else:
@@ -239,10 +220,10 @@ def map_step(
             tl.store(there, value + c)
     if DENSE and is_backward:
         if gradient_ptr is not None:
-            _add_outer(
+            add_outer(
                 z_ptr + next_row * width, width, z_ptr + z_row * width, width, gradient_ptr, again,
                 ROWS, COLUMNS, DEPTH, STAGES, PARTS, TYPE, False,
-            )
+            )  # fmt: skip
         tl.debug_barrier()
         if needs_before:
             for column in tl.range(0, width, COLUMNS, num_stages=1, disable_licm=True):
