@@ -26,10 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coupling_layers import launch_layers
 from .launch import ceil_div
 from .math import couple, log_scale
 from .mlp import activation_form, conditioner, product, split
-from .stack_configs import config_for, target_of
+from .stack_configs import LayersConfig, config_for, target_of, tile_of
 from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
 
 
@@ -325,6 +326,10 @@ def launch_coupling_stack(
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
     if x.shape[0] == 0:
+        return y, total
+    config = tile_of(spec.features, spec.hidden, spec.n_linear, spec.precision, target_of(x), spec.maps)
+    if isinstance(config, LayersConfig):
+        launch_layers(x, y, total, weights, operands, spec, config, reaches_past_int32(x, config.rows))
         return y, total
     options = stack_options(x, spec)
     _coupling_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](

@@ -70,6 +70,24 @@ _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stag
 # Four waves of 64 threads, 512 registers per thread.
 _CDNA = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
 
+@dataclass(frozen=True)
+class LayersConfig:
+    """A program's tile in kernels/coupling_layers.py, where every linear layer is a launch.
+
+    Args:
+        rows, columns: of a layer's output per program.
+        depth: columns of its input per step.
+        stages: pipeline stages of the loop over steps.
+        num_warps: warps per program.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    num_warps: int
+
+
 # The first entry that supports the sizes is taken.
 CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_80", "fast"): (
@@ -110,6 +128,16 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     # With dense maps, or in a Linearizer, four registers spill.
     ("gfx942", "exact"): (StackEntry(64, 128, 3, DIAGONAL, _CDNA, linearizer=False),),
 }
+
+# The widest padded D and hidden layer that run layer by layer.
+WIDEST_LAYERS = (256, 512)
+_PARTS_TILE = LayersConfig(rows=128, columns=128, depth=32, stages=3, num_warps=8)
+_HALF_TILE = LayersConfig(rows=128, columns=128, depth=64, stages=3, num_warps=8)
+LAYERS: dict[tuple[str, str], LayersConfig] = {
+    (target, mode): _HALF_TILE if mode == "fast" else _PARTS_TILE
+    for target in ("sm_80", "sm_90", "sm_100")
+    for mode in ("fast", "tf32", "high", "exact")
+} | {("gfx942", mode): LayersConfig(128, 128, 32, 2, 4) for mode in ("fast", "high")}
 
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
@@ -154,3 +182,20 @@ def config_for(
         if fits and maps <= entry.maps and (entry.linearizer or not linearizer):
             return entry.config
     return None
+
+
+def layers_for(
+    D: int, H: int, precision: str, target: str | None, maps: int = NO_MAPS
+) -> LayersConfig | None:
+    """The tile of a stack that runs layer by layer; None where no fused kernel runs it. Arguments: ``config_for``."""
+    width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
+    fits = width <= WIDEST_LAYERS[0] and hidden <= WIDEST_LAYERS[1] and maps == NO_MAPS
+    return LAYERS.get((target or "", precision)) if fits else None
+
+
+def tile_of(
+    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS
+) -> StackConfig | LayersConfig | None:
+    """The tile of a stack's kernels: of one launch where there is one, else of a launch per linear layer, or None."""
+    one = config_for(D, H, n_linear, precision, target, maps)
+    return layers_for(D, H, precision, target, maps) if one is None else one

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
 from ..dispatch import autocast_dtype, uses_triton, without_autocast
-from ..kernels.stack_configs import config_for, mode_on, target_of
+from ..kernels.stack_configs import config_for, mode_on, target_of, tile_of
 from ..kernels.stack_spec import DENSE, StackLayout, StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
@@ -121,7 +121,9 @@ def mlp_coupling(
 def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False) -> bool:
     """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps`` is the densest kind of map."""
     sizes = (layout.features, layout.hidden, layout.n_linear)
-    return config_for(*sizes, precision, target_of(x), maps, linearizer) is not None
+    if linearizer:
+        return config_for(*sizes, precision, target_of(x), maps, linearizer) is not None
+    return tile_of(*sizes, precision, target_of(x), maps) is not None
 
 
 def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:

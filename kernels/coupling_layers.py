@@ -1,0 +1,237 @@
+"""A coupling stack layer by layer, for conditioners that are too wide for one program to hold a row of them.
+
+For a coupling with kept half k [B, K], moved half m [B, M] and an MLP of n linear layers, one launch each:
+
+    _layer_kernel            h_1 = act(k W_1^T + b_1), h_i = act(h_{i-1} W_i^T + b_i)       [B, H], i < n
+    _layer_coupling_kernel   (t, r) = h_{n-1} W_n^T + b_n   m <- couple(m, t, log_s(r))     log|det| += sum(log_s)
+
+A program computes a tile of rows and columns in steps of DEPTH, and applies activation or coupling to its sums in
+registers. Weights are those of kernels/coupling_stack.py, split into the mode's parts beforehand; k and h are split
+as they are loaded. Columns of W_n alternate between shift_i and raw_i, so that a tile has whole features. The halves
+are read in place from x, until a layer has written them to y: layer 0 writes one half, layer 1 the other. A program
+adds its features' log-scales to its own column of ``sums`` [column tiles, B], in the order of the launches: the same
+input gives the same bits. h is [R, H], fp32, or in "fast" of the operands' 16-bit dtype, for runs of R rows.
+
+Bytes per row and layer: 4 K + 8 M + 2 (n - 1) H w, w = 2 in "fast" and 4 otherwise. The library path moves
+4 (n - 1) H w + 4 K + 2 M w + 4 (2 D + 2 M) ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ceil_div
+from .math import couple, log_scale
+from .mlp import activate, activation_form, product, split
+from .stack_configs import LayersConfig
+from .stack_spec import N_PARTS, StackSpec
+
+# Rows whose hidden layers are in memory at once: 2 GB of them in fp32 at H = 512.
+ROWS_AT_A_TIME = 2**18
+
+
+@triton.jit
+def _linear_tile(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    start,
+    n_rows,
+    n_inner,
+    column,
+    part_stride,
+    stride_xb,
+    stride_xk,
+    stride_w,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    """x W^T + b, fp32: rows from ``start`` and COLUMNS columns from ``column`` on."""
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    r = tl.arange(0, ROWS)
+    k = tl.arange(0, DEPTH)
+    n = column + tl.arange(0, COLUMNS)
+    inside = (r < n_rows - start)[:, None]
+    x_ptr += start * stride_xb
+    w_ptr += n[None, :] * stride_w
+    if INT64:
+        r = r.to(tl.int64)
+        k = k.to(tl.int64)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in tl.range(0, n_inner, DEPTH, num_stages=STAGES):
+        at = first + k
+        mask = inside & (at < n_inner)[None, :]
+        x = tl.load(x_ptr + r[:, None] * stride_xb + at[None, :] * stride_xk, mask=mask, other=0.0)
+        if x.dtype != dtype:
+            x = x.to(tl.float32)
+        x0, x1, x2 = split(x, dtype, PARTS)
+        total = product(x0, x1, x2, w_ptr + at[:, None], part_stride, total, PARTS)
+    return total + tl.load(bias_ptr + n)[None, :]
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _layer_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    n_rows,
+    n_inner,
+    n_tiles,
+    part_stride,
+    stride_xb,
+    stride_xk,
+    stride_w,
+    h_ptr,
+    stride_h,
+    ACTIVATION: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    start = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS
+    column = tl.program_id(0) % n_tiles * COLUMNS
+    h = _linear_tile(
+        x_ptr, w_ptr, bias_ptr, start, n_rows, n_inner, column, part_stride, stride_xb, stride_xk, stride_w,
+        ROWS, COLUMNS, DEPTH, STAGES, PARTS, INT64,
+    )  # fmt: skip
+    h = activate(h, ACTIVATION, FORM).to(h_ptr.dtype.element_ty)
+    r = tl.arange(0, ROWS)
+    n = column + tl.arange(0, COLUMNS)
+    tl.store(h_ptr + start * stride_h + r[:, None] * stride_h + n[None, :], h, mask=(r < n_rows - start)[:, None])
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _layer_coupling_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    n_rows,
+    n_inner,
+    n_tiles,
+    part_stride,
+    stride_xb,
+    stride_xk,
+    stride_w,
+    moved_ptr,
+    out_ptr,
+    sums_ptr,
+    n_moved,
+    stride_mb,
+    stride_mk,
+    stride_ob,
+    stride_sums,
+    bound,
+    floor,
+    KIND: tl.constexpr,
+    SCALE_FIRST: tl.constexpr,
+    INVERSE: tl.constexpr,
+    LOG_DET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
+    INT64: tl.constexpr,
+):
+    FEATURES: tl.constexpr = COLUMNS // 2
+    start = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS
+    tile = tl.program_id(0) % n_tiles
+    params = _linear_tile(
+        x_ptr, w_ptr, bias_ptr, start, n_rows, n_inner, tile * COLUMNS, part_stride, stride_xb, stride_xk, stride_w,
+        ROWS, COLUMNS, DEPTH, STAGES, PARTS, INT64,
+    )  # fmt: skip
+    shift, raw = tl.split(tl.reshape(params, (ROWS, FEATURES, 2)))
+    log_s = log_scale(raw, bound, floor, KIND)
+    r = tl.arange(0, ROWS)
+    i = tile * FEATURES + tl.arange(0, FEATURES)
+    moves = (i < n_moved)[None, :]
+    exists = r < n_rows - start
+    if LOG_DET:
+        sums_ptr += tile * stride_sums + start + r
+        before = tl.load(sums_ptr, mask=exists)
+        of_tile = tl.sum(tl.where(moves, log_s, 0.0), 1)
+        tl.store(sums_ptr, before - of_tile if INVERSE else before + of_tile, mask=exists)
+    if INT64:
+        r = r.to(tl.int64)
+        i = i.to(tl.int64)
+    inside = exists[:, None] & moves
+    at = moved_ptr + start * stride_mb + r[:, None] * stride_mb + i[None, :] * stride_mk
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    value = couple(value, shift, log_s, SCALE_FIRST, INVERSE)
+    tl.store(out_ptr + start * stride_ob + r[:, None] * stride_ob + i[None, :], value, mask=inside)
+
+
+def launch_layers(
+    x: Tensor, y: Tensor, log_det: Tensor, weights: Tensor, operands: Tensor, spec: StackSpec, config: LayersConfig,
+    int64: bool,
+) -> None:  # fmt: skip
+    """Write y [B, D] and, unless it is [0], log|det| [B]; ``spec`` has no maps."""
+    for start in range(0, x.shape[0], ROWS_AT_A_TIME):
+        run = slice(start, start + ROWS_AT_A_TIME)
+        _run_of_rows(x[run], y[run], log_det[run], weights, operands, spec, config, int64)
+
+
+def _run_of_rows(
+    x: Tensor, y: Tensor, log_det: Tensor, weights: Tensor, operands: Tensor, spec: StackSpec, config: LayersConfig,
+    int64: bool,
+) -> None:  # fmt: skip
+    n_rows, parts = x.shape[0], {"PARTS": N_PARTS[spec.precision], "INT64": int64}
+    state = y if y.dtype == torch.float32 else torch.empty_like(y, dtype=torch.float32)
+    halves, written = list(x.split(spec.sizes, dim=1)), state.split(spec.sizes, dim=1)
+    dtype = operands.dtype if spec.precision == "fast" else torch.float32
+    hidden = [x.new_empty(n_rows, spec.hidden, dtype=dtype) for _ in range(min(spec.n_linear - 1, 2))]
+    most_tiles = 2 * spec.half // _tile(spec.matrix_shapes[-1], config)["COLUMNS"]
+    sums = weights.new_zeros(most_tiles, len(log_det))
+    for layer, row in spec.steps(weights):
+        moved = 0 if spec.moves_first(layer) else 1
+        h, value, out = halves[1 - moved], halves[moved], written[moved]
+        matrices, biases = spec.matrices(operands[0, row]), spec.unpack(weights[row])[1]
+        for i, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
+            tile, is_last = _tile(matrix.shape, config), i == spec.n_linear - 1
+            n_tiles = ceil_div(2 * out.shape[1] if is_last else matrix.shape[0], tile["COLUMNS"])
+            grid = (ceil_div(n_rows, tile["ROWS"]) * n_tiles,)
+            product_of = (
+                h, matrix, bias, n_rows, h.shape[1], n_tiles, operands.stride(0), *h.stride(), matrix.stride(0)
+            )  # fmt: skip
+            if is_last:
+                _layer_coupling_kernel[grid](
+                    *product_of, value, out, sums, out.shape[1], *value.stride(), out.stride(0), sums.stride(0),
+                    spec.bound, spec.floor, KIND=spec.kind, SCALE_FIRST=spec.scale_first, INVERSE=spec.inverse,
+                    LOG_DET=spec.log_det, **parts, **tile,
+                )  # fmt: skip
+                continue
+            _layer_kernel[grid](
+                *product_of, hidden[i % 2], hidden[i % 2].stride(0), ACTIVATION=spec.activation,
+                FORM=activation_form(x, spec.precision), **parts, **tile,
+            )  # fmt: skip
+            h = hidden[i % 2]
+        halves[moved] = out
+    for half, own in zip(halves, written, strict=True):
+        if half is not own:  # one coupling moves only one half
+            own.copy_(half)
+    if state is not y:
+        y.copy_(state)
+    if spec.log_det:
+        torch.sum(sums, 0, out=log_det)
+
+
+def _tile(shape: Sequence[int], config: LayersConfig) -> dict[str, int]:
+    """The tile for W [out, in], whose padded sizes it divides."""
+    return {
+        "ROWS": config.rows, "COLUMNS": math.gcd(config.columns, shape[0]),
+        "DEPTH": math.gcd(config.depth, shape[1]), "STAGES": config.stages, "num_warps": config.num_warps,
+    }  # fmt: skip
