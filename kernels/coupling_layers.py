@@ -114,7 +114,7 @@ def _layer_kernel(
     tl.store(h_ptr + start * stride_h + r[:, None] * stride_h + n[None, :], h, mask=(r < n_rows - start)[:, None])
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "stride_sums"])
 def _layer_coupling_kernel(
     x_ptr,
     w_ptr,
@@ -194,14 +194,14 @@ def _run_of_rows(
     halves, written = list(x.split(spec.sizes, dim=1)), state.split(spec.sizes, dim=1)
     dtype = operands.dtype if spec.precision == "fast" else torch.float32
     hidden = [x.new_empty(n_rows, spec.hidden, dtype=dtype) for _ in range(min(spec.n_linear - 1, 2))]
-    most_tiles = 2 * spec.half // _tile(spec.matrix_shapes[-1], config)["COLUMNS"]
-    sums = weights.new_zeros(most_tiles, len(log_det))
+    sums = weights.new_zeros(2 * spec.half // _tile(spec.matrix_shapes[-1], config.last_columns, config)["COLUMNS"], len(log_det))
     for layer, row in spec.steps(weights):
         moved = 0 if spec.moves_first(layer) else 1
         h, value, out = halves[1 - moved], halves[moved], written[moved]
         matrices, biases = spec.matrices(operands[0, row]), spec.unpack(weights[row])[1]
         for i, (matrix, bias) in enumerate(zip(matrices, biases, strict=True)):
-            tile, is_last = _tile(matrix.shape, config), i == spec.n_linear - 1
+            is_last = i == spec.n_linear - 1
+            tile = _tile(matrix.shape, config.last_columns if is_last else config.columns, config)
             n_tiles = ceil_div(2 * out.shape[1] if is_last else matrix.shape[0], tile["COLUMNS"])
             grid = (ceil_div(n_rows, tile["ROWS"]) * n_tiles,)
             product_of = (
@@ -229,9 +229,9 @@ def _run_of_rows(
         torch.sum(sums, 0, out=log_det)
 
 
-def _tile(shape: Sequence[int], config: LayersConfig) -> dict[str, int]:
+def _tile(shape: Sequence[int], columns: int, config: LayersConfig) -> dict[str, int]:
     """The tile for W [out, in], whose padded sizes it divides."""
     return {
-        "ROWS": config.rows, "COLUMNS": math.gcd(config.columns, shape[0]),
+        "ROWS": config.rows, "COLUMNS": math.gcd(columns, shape[0]),
         "DEPTH": math.gcd(config.depth, shape[1]), "STAGES": config.stages, "num_warps": config.num_warps,
     }  # fmt: skip

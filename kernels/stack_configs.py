@@ -1,9 +1,10 @@
-"""Decides by target, precision and size whether a coupling stack is one launch, and with which tile.
+"""Decides by target, precision and size which kernels run a coupling stack, and with which tile.
 
     stack     one launch for all layers: the rows stay on chip from the first layer to the last
+    layers    one launch for each linear layer: a product with its activation, or with the coupling
     library   cuBLAS products, each layer's coupling one fused kernel
 
-Registers are the limit, 255 per thread. A thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both halves of
+Registers are the limit of a stack, 255 per thread. A thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both halves of
 its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands. Chunks of
 the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits shared
 memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
@@ -53,6 +54,27 @@ class StackEntry:
     linearizer: bool = True
 
 
+@dataclass(frozen=True)
+class LayersConfig:
+    """A program's tile where each linear layer is a launch.
+
+    Args:
+        columns: of a hidden layer's output per program.
+        last_columns: of the last layer's output per program.
+        depth: columns of a layer's input per step.
+        stages: pipeline stages of the loop over steps.
+        rows: rows of x per program.
+        num_warps: warps per program.
+    """
+
+    columns: int
+    last_columns: int
+    depth: int
+    stages: int = 3
+    rows: int = 128
+    num_warps: int = 8
+
+
 # All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128) while the next layer's are loaded.
 # 128 rows in place of 64 halve the traffic of weights from L2. Not for dense maps: their own loop would keep Triton
 # from pipelining the loop over layers.
@@ -69,24 +91,6 @@ _TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stage
 _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # Four waves of 64 threads, 512 registers per thread.
 _CDNA = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
-
-@dataclass(frozen=True)
-class LayersConfig:
-    """A program's tile in kernels/coupling_layers.py, where every linear layer is a launch.
-
-    Args:
-        rows, columns: of a layer's output per program.
-        depth: columns of its input per step.
-        stages: pipeline stages of the loop over steps.
-        num_warps: warps per program.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-    num_warps: int
-
 
 # The first entry that supports the sizes is taken.
 CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
@@ -129,15 +133,38 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("gfx942", "exact"): (StackEntry(64, 128, 3, DIAGONAL, _CDNA, linearizer=False),),
 }
 
-# The widest padded D and hidden layer that run layer by layer.
+# Of operands in parts a thread holds two sums of a tile and the parts of x: 207 to 222 registers at 128 columns.
+_PARTS = LayersConfig(columns=128, last_columns=128, depth=32)
+# 256 columns read x half as often from L2, which is the limit (kernels/coupling_layers.py). A coupling's epilogue
+# holds shift, log-scale and the moved half at once, and spills 96 to 659 bytes at 256 columns.
+_ONE_PART = LayersConfig(columns=256, last_columns=128, depth=64)
+_TF32 = LayersConfig(columns=256, last_columns=128, depth=32)
+# mma.sync and a larger share of L2's rate than of memory's: 256 columns gain nothing.
+_AMPERE = LayersConfig(columns=128, last_columns=128, depth=64)
+# Six products at 128 columns exceed tensor memory: they need 768 of its 512 columns.
+_TENSOR_MEMORY = LayersConfig(columns=64, last_columns=64, depth=32)
+_CDNA_LAYERS = LayersConfig(columns=128, last_columns=128, depth=32, stages=2)
+
+# The widest padded D and hidden layer that run layer by layer. By counts (kernels/coupling_layers.py) this takes less
+# time than the library in every mode of every target, except for "exact" on gfx942: its fp32 matrix units, 163
+# TFLOP/s, take as long as six bf16 products.
 WIDEST_LAYERS = (256, 512)
-_PARTS_TILE = LayersConfig(rows=128, columns=128, depth=32, stages=3, num_warps=8)
-_HALF_TILE = LayersConfig(rows=128, columns=128, depth=64, stages=3, num_warps=8)
 LAYERS: dict[tuple[str, str], LayersConfig] = {
-    (target, mode): _HALF_TILE if mode == "fast" else _PARTS_TILE
-    for target in ("sm_80", "sm_90", "sm_100")
-    for mode in ("fast", "tf32", "high", "exact")
-} | {("gfx942", mode): LayersConfig(128, 128, 32, 2, 4) for mode in ("fast", "high")}
+    ("sm_80", "fast"): _AMPERE,
+    ("sm_80", "tf32"): _PARTS,
+    ("sm_80", "high"): _PARTS,
+    ("sm_80", "exact"): _PARTS,
+    ("sm_90", "fast"): _ONE_PART,
+    ("sm_90", "tf32"): _TF32,
+    ("sm_90", "high"): _PARTS,
+    ("sm_90", "exact"): _PARTS,
+    ("sm_100", "fast"): _ONE_PART,
+    ("sm_100", "tf32"): _TF32,
+    ("sm_100", "high"): _PARTS,
+    ("sm_100", "exact"): _TENSOR_MEMORY,
+    ("gfx942", "fast"): _CDNA_LAYERS,
+    ("gfx942", "high"): _CDNA_LAYERS,
+}
 
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
