@@ -147,6 +147,7 @@ def _stacks() -> Iterator[Case]:
         (70, 33, (40,), 2, "diagonal", "tanh", "sigmoid"),
         (9, 7, (), 2, "none", "relu", "softplus"),
         (20, 33, (128, 128), 1, "none", "silu", "smooth"),
+        (5, 9, (260,), 1, "none", "silu", "tanh"),
     ):
 
         def inputs(batch=batch, D=D, hidden=hidden, depth=depth, maps=maps) -> list[Tensor]:
@@ -160,7 +161,7 @@ def _stacks() -> Iterator[Case]:
             return ops.coupling_stack(x, layers, **options)
 
         label = f"{(batch, D)} hidden {hidden} depth {depth} maps {maps} {activation} {kind}"
-        yield Case("coupling_stack", label, inputs, run, smoke=maps == "dense", x_alone=True)
+        yield Case("coupling_stack", label, inputs, run, smoke=maps == "dense" or 260 in hidden, x_alone=True)
     layer = random_layers(7, (16, 16), 1)
 
     def one(x: Tensor, *tensors: Tensor, **options) -> Outputs:
