@@ -4,9 +4,9 @@
     layers    one launch for each linear layer: a product with its activation, or with the coupling
     library   cuBLAS products, each layer's coupling one fused kernel
 
-Registers are the limit of a stack, 255 per thread. A thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both halves of
-its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands. Chunks of
-the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits shared
+Registers are the limit, 255 per thread. In a stack a thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both
+halves of its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands.
+Chunks of the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits shared
 memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
 """
 
@@ -146,8 +146,9 @@ _TENSOR_MEMORY = LayersConfig(columns=64, last_columns=64, depth=32)
 _CDNA_LAYERS = LayersConfig(columns=128, last_columns=128, depth=32, stages=2)
 
 # The widest padded D and hidden layer that run layer by layer. By counts (kernels/coupling_layers.py) this takes less
-# time than the library in every mode of every target, except for "exact" on gfx942: its fp32 matrix units, 163
-# TFLOP/s, take as long as six bf16 products.
+# time than the library at large batches, except for "exact" on gfx942, whose fp32 matrix units, 163 TFLOP/s, take
+# no longer than six bf16 products, and for "tf32" on sm_100, where L2 alone takes 3.0 ms and the library 2.8. In
+# "fast" there both take 1.6, and fused launches are fewer.
 WIDEST_LAYERS = (256, 512)
 LAYERS: dict[tuple[str, str], LayersConfig] = {
     ("sm_80", "fast"): _AMPERE,
@@ -159,7 +160,6 @@ LAYERS: dict[tuple[str, str], LayersConfig] = {
     ("sm_90", "high"): _PARTS,
     ("sm_90", "exact"): _PARTS,
     ("sm_100", "fast"): _ONE_PART,
-    ("sm_100", "tf32"): _TF32,
     ("sm_100", "high"): _PARTS,
     ("sm_100", "exact"): _TENSOR_MEMORY,
     ("gfx942", "fast"): _CDNA_LAYERS,
@@ -211,10 +211,8 @@ def config_for(
     return None
 
 
-def layers_for(
-    D: int, H: int, precision: str, target: str | None, maps: int = NO_MAPS
-) -> LayersConfig | None:
-    """The tile of a stack that runs layer by layer; None where no fused kernel runs it. Arguments: ``config_for``."""
+def layers_for(D: int, H: int, precision: str, target: str | None, maps: int = NO_MAPS) -> LayersConfig | None:
+    """The tile of a stack that runs layer by layer, or None; arguments as in ``config_for``."""
     width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
     fits = width <= WIDEST_LAYERS[0] and hidden <= WIDEST_LAYERS[1] and maps == NO_MAPS
     return LAYERS.get((target or "", precision)) if fits else None
@@ -223,6 +221,6 @@ def layers_for(
 def tile_of(
     D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS
 ) -> StackConfig | LayersConfig | None:
-    """The tile of a stack's kernels: of one launch where there is one, else of a launch per linear layer, or None."""
+    """The tile of one launch where there is one, else that of a launch per linear layer, or None for the library."""
     one = config_for(D, H, n_linear, precision, target, maps)
     return layers_for(D, H, precision, target, maps) if one is None else one

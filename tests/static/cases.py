@@ -198,7 +198,9 @@ def _layers() -> Iterator[Case]:
     for target, mode in LAYERS:
         name = f"D={WIDEST_LAYERS[0]} H={WIDEST_LAYERS[1]} {mode}"
         yield Case(f"{name} forward n=3", partial(most, n_linear=3, precision=mode), targets=(target,))
-        yield Case(f"{name} inverse n=1", partial(most, n_linear=1, precision=mode, inverse=True), targets=(target,))
+        yield Case(
+            f"{name} inverse n=1", partial(most, n_linear=1, precision=mode, inverse=True), targets=(target,)
+        )
     for mode in ("fast", "exact"):
         for features, hidden in ((131, 260), (6, 300)):
             odd = partial(call, features=features, hidden=hidden, n_linear=2, precision=mode)
@@ -208,7 +210,9 @@ def _layers() -> Iterator[Case]:
             wide = partial(most, n_linear=3, precision=mode, activation=name)
             yield Case(f"D={WIDEST_LAYERS[0]} H={WIDEST_LAYERS[1]} {mode} {name}", wide, targets=_ONE)
     for kind in SCALE_MAP_KINDS:
-        yield Case(f"layers exact {kind} scale", partial(most, n_linear=3, precision="exact", kind=kind), targets=_ONE)
+        yield Case(
+            f"layers exact {kind} scale", partial(most, n_linear=3, precision="exact", kind=kind), targets=_ONE
+        )
     yield Case("layers fast bf16", partial(most, n_linear=3, precision="fast", dtype="bf16"), targets=_TWO)
 
 
