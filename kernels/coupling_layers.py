@@ -7,10 +7,10 @@ For a coupling with kept half k [B, K], moved half m [B, M] and an MLP of n line
 
 A program computes a tile of rows and columns in steps of DEPTH, and applies activation or coupling to its sums in
 registers. Weights are packed as for kernels/coupling_stack.py, split into the mode's parts; k and h are split as
-they are loaded. The rows of W_n are shift_i, raw_i in turn, so that a tile has whole features. The state is fp32, in
-y or in a copy of a 16-bit x; a half of an fp32 x is read from x until a layer has written it to y. A program adds
-its log-scales to its own row of ``sums`` [column tiles, B]: launches run in order, and the same input gives the same
-bits. h is fp32, in "fast" of the operands' 16-bit dtype, and is in memory for ROWS_AT_A_TIME rows.
+they are loaded. The rows of W_n are shift_i, raw_i in turn, so that a tile has whole features. The state is fp32,
+in y or in a copy of a 16-bit x; a half of an fp32 x is read from x until a layer has written it to y. A program
+adds its log-scales to its own row of ``sums`` [column tiles, B]: launches run in order, and the same input gives
+the same bits. h is fp32, in "fast" of the operands' 16-bit dtype, and is in memory for ROWS_AT_A_TIME rows.
 
 Bytes per row: n - 1 times h is written and read, k is read, m read and written. The library path (torch's products,
 activations and affine_coupling, one after another) moves twice as many. For D = 256, H = 512, n = 3 and B = 2^20,

@@ -6,8 +6,8 @@
 
 Registers are the limit, 255 per thread. In a stack a thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both
 halves of its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands.
-Chunks of the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits shared
-memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
+Chunks of the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits
+shared memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ _AMPERE = LayersConfig(columns=128, last_columns=128, depth=64)
 _TENSOR_MEMORY = LayersConfig(columns=64, last_columns=64, depth=32)
 _CDNA_LAYERS = LayersConfig(columns=128, last_columns=128, depth=32, stages=2)
 
-# The widest padded D and hidden layer that run layer by layer. By counts (kernels/coupling_layers.py) this takes less
-# time than the library at large batches, except for "exact" on gfx942, whose fp32 matrix units, 163 TFLOP/s, take
-# no longer than six bf16 products, and for "tf32" on sm_100, where L2 alone takes 3.0 ms and the library 2.8. In
-# "fast" there both take 1.6, and fused launches are fewer.
+# The widest padded D and hidden layer that run layer by layer. By counts (kernels/coupling_layers.py) this takes
+# less time than the library at large batches, except for "exact" on gfx942, whose fp32 matrix units, 163 TFLOP/s,
+# take no longer than six bf16 products, and for "tf32" on sm_100, where L2 alone takes 3.0 ms and the library 2.8.
+# In "fast" there both take 1.6, and fused launches are fewer.
 WIDEST_LAYERS = (256, 512)
 LAYERS: dict[tuple[str, str], LayersConfig] = {
     ("sm_80", "fast"): _AMPERE,
@@ -221,6 +221,6 @@ def layers_for(D: int, H: int, precision: str, target: str | None, maps: int = N
 def tile_of(
     D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS
 ) -> StackConfig | LayersConfig | None:
-    """The tile of one launch where there is one, else that of a launch per linear layer, or None for the library."""
+    """The tile of one launch, where there is none that of a launch per linear layer, or None for the library."""
     one = config_for(D, H, n_linear, precision, target, maps)
     return layers_for(D, H, precision, target, maps) if one is None else one
