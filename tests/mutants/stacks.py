@@ -8,6 +8,7 @@ __all__ = ["MUTANTS"]
 
 _FORWARD = "tests/ops/test_coupling_stack_kernel.py"
 _BACKWARD = "tests/ops/test_coupling_stack_backward.py"
+_LAYERS = "tests/ops/test_coupling_layers_kernel.py"
 _MAPS = f"{_FORWARD}::test_maps_between_layers_and_before_the_first"
 
 MUTANTS = (
@@ -43,6 +44,30 @@ MUTANTS = (
         new='if precision in ("exact", "high"):\n        return 1',
         breaks="gelu is off by 2.6e-5, tf32's error, where fp32 accuracy is promised.",
         tests=(f"{_FORWARD}::test_every_activation",),
+    ),
+    Mutant(
+        name="coupling_layers: padding counts in log_det",
+        file="kernels/coupling_layers.py",
+        old="of_tile = tl.sum(tl.where(moves, log_s, 0.0), 1)",
+        new="of_tile = tl.sum(log_s, 1)",
+        breaks="A scale map that is not 0 at 0 adds to the log-determinant for every padded feature.",
+        tests=(f"{_LAYERS}::test_every_scale_map_and_order",),
+    ),
+    Mutant(
+        name="coupling_layers: a half that no layer moves is not copied",
+        file="kernels/coupling_layers.py",
+        old="            own.copy_(half)",
+        new="            pass",
+        breaks="The kept half of a stack of one layer is what was in memory.",
+        tests=(f"{_LAYERS}::test_every_depth_of_a_conditioner",),
+    ),
+    Mutant(
+        name="coupling_layers: layers after the second read x",
+        file="kernels/coupling_layers.py",
+        old="        halves[moved] = out\n",
+        new="",
+        breaks="A layer's input is x's half, as it was before earlier layers.",
+        tests=(f"{_LAYERS}::test_every_mode_and_direction",),
     ),
     Mutant(
         name="mlp: a pair's second bias is its first",
