@@ -26,10 +26,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .coupling_layers import launch_layers
 from .launch import ceil_div
 from .math import couple, log_scale
 from .mlp import activation_form, conditioner, load_vector, operand, product
-from .stack_configs import StackConfig, StackEntry, entry_for, target_of
+from .stack_configs import LayersConfig, StackConfig, StackEntry, entry_for, target_of, tiles_for
 from .stack_spec import MAP_PARTS, STACK_PARTS, StackSpec, spec_of
 
 
@@ -344,6 +345,10 @@ def launch_coupling_stack(
     y = x.new_empty(x.shape)
     total = x.new_empty(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
     if x.shape[0] == 0:
+        return y, total
+    tiles = tiles_for(spec.features, spec.hidden, spec.n_linear, spec.precision, target_of(x), spec.maps)
+    if isinstance(tiles, LayersConfig):
+        launch_layers(x, y, total, weights, operands, spec, tiles, reaches_past_int32(x, tiles.rows))
         return y, total
     options = stack_options(x, spec)
     _coupling_stack_kernel[(ceil_div(x.shape[0], options["ROWS"]),)](

@@ -228,6 +228,7 @@ def launch_coupling_stack_backward(
     if partials is None:
         return dx, None, None, None
     dweights = partials.sum(0)
+    dweights[:, spec.scales_offset :] = 0.0  # no program writes there
     if spec.head:
         dweights[0, : spec.map_offset] = 0.0  # a head has no conditioner
     return dx, dweights, None, None

@@ -50,7 +50,7 @@ def exp(x, FORM: tl.constexpr = EXACT):
 @triton.jit
 def divide(x, y, FORM: tl.constexpr = EXACT):
     """x / y to two roundings; NVIDIA's reciprocal is 0 where |y| exceeds 2^126."""
-    if FORM == EXACT_PTX or FORM == PTX:
+    if FORM % 2 == EXACT_PTX:  # the forms with NVIDIA's instructions are odd
         result = x * tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], dtype=tl.float32, is_pure=True, pack=1
         )

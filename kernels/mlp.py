@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import EXACT, EXACT_PTX, FAST, LOG2E, PTX, divide, tanh
+from .math import EXACT_PTX, LOG2E, PTX, divide, tanh
 from .stack_spec import LOW
 
 # Indices in linfast.ops.activations.ACTIVATION_NAMES; a test checks that they agree.
@@ -157,8 +157,8 @@ def scaled_parts(x):
 def operand(x, dtype: tl.constexpr, PARTS: tl.constexpr):
     """(x0, x1, x2, unscale): x [R, K] in parts; if they are scaled, 1 / scale of each row [R, 1], otherwise 1."""
     if PARTS == 2 and dtype == tl.float16:
-        scale, unscale = scale_of(tl.max(tl.abs(x), 1))
-        x0, x1 = scaled_parts(x * scale[:, None])
+        scale, unscale = scale_of(tl.max(tl.abs(x), 1).to(tl.float32))
+        x0, x1 = scaled_parts(x.to(tl.float32) * scale[:, None])
         x2 = x0
         unscale = unscale[:, None]
     else:

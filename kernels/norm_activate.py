@@ -26,8 +26,8 @@ from torch import Tensor
 
 from .launch import UNFUSED, ceil_div, needs_int64
 from .masked_steps import ELU, activate
-from .math import exp
-from .mlp import EXACT, activation_derivative
+from .math import EXACT, exp
+from .mlp import activation_derivative
 
 # A program that sums over all rows takes few columns, so that 512 columns occupy 64 processors; 8 columns of fp32
 # are one sector of memory. A program that takes one tile of rows reads whole lines.

@@ -16,8 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .math import couple, couple_backward, log_scale, log_scale_derivative
-from .mlp import EXACT, activate, activation_derivative
+from .math import EXACT, couple, couple_backward, log_scale, log_scale_derivative
+from .mlp import activate, activation_derivative
 from .row_products import add_outer, add_to, tile_product
 
 

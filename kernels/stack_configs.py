@@ -1,12 +1,13 @@
-"""Decides by target, precision and size whether a coupling stack is one launch, and with which tile.
+"""Decides by target, precision and size which kernels run a coupling stack, and with which tile.
 
     stack     one launch for all layers: the rows stay on chip from the first layer to the last
+    layers    one launch for each linear layer: a product with its activation, or with the coupling
     library   cuBLAS products, each layer's coupling one fused kernel
 
-Registers are the limit, 255 per thread. A thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both halves of
-its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands. Chunks of
-the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits shared
-memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
+Registers are the limit, 255 per thread. In a stack a thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both
+halves of its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands.
+Chunks of the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits
+shared memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
 """
 
 from __future__ import annotations
@@ -87,6 +88,31 @@ class StackEntry:
         return self.config
 
 
+@dataclass(frozen=True)
+class LayersConfig:
+    """A program's tile where each linear layer is a launch, at every batch.
+
+    Args:
+        columns: of a hidden layer's output per program.
+        last_columns: of the last layer's output per program.
+        depth: columns of a layer's input per step.
+        stages: pipeline stages of the loop over steps.
+        rows: rows of x per program.
+        num_warps: warps per program.
+    """
+
+    columns: int
+    last_columns: int
+    depth: int
+    stages: int = 3
+    rows: int = 128
+    num_warps: int = 8
+
+    def config_of(self, batch: int, target: str | None) -> LayersConfig:
+        """As StackEntry's."""
+        return self
+
+
 # All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128, 115 KB in two parts) while the next
 # layer's are loaded; two parts fill all of it. 128 rows in place of 64 halve the traffic of weights from L2. Not for
 # dense maps: their own loop would keep Triton from pipelining the loop over layers.
@@ -160,6 +186,37 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("gfx942", "exact"): (StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),),
 }
 
+# Of operands in parts a thread holds two sums of a tile and the parts of x: 207 to 222 registers at 128 columns.
+_PARTS = LayersConfig(columns=128, last_columns=128, depth=32)
+# 256 columns read x half as often from L2, which is the limit (kernels/coupling_layers.py). A coupling's epilogue
+# holds shift, log-scale and the moved half at once, and spills 96 to 659 bytes at 256 columns.
+_ONE_PART = LayersConfig(columns=256, last_columns=128, depth=64)
+_TF32 = LayersConfig(columns=256, last_columns=128, depth=32)
+# mma.sync and a larger share of L2's rate than of memory's: 256 columns gain nothing.
+_AMPERE = LayersConfig(columns=128, last_columns=128, depth=64)
+_CDNA_LAYERS = LayersConfig(columns=128, last_columns=128, depth=32, stages=2)
+
+# The widest padded D and hidden layer that run layer by layer. By counts (kernels/coupling_layers.py) this takes
+# less time than the library at large batches, except for "tf32" on sm_100, where L2 alone takes 3.0 ms and the library
+# 2.8. In "fast" there both take 1.6, and fused launches are fewer.
+WIDEST_LAYERS = (256, 512)
+LAYERS: dict[tuple[str, str], LayersConfig] = {
+    ("sm_80", "fast"): _AMPERE,
+    ("sm_80", "tf32"): _PARTS,
+    ("sm_80", "high"): _PARTS,
+    ("sm_80", "exact"): _PARTS,
+    ("sm_90", "fast"): _ONE_PART,
+    ("sm_90", "tf32"): _TF32,
+    ("sm_90", "high"): _PARTS,
+    ("sm_90", "exact"): _PARTS,
+    ("sm_100", "fast"): _ONE_PART,
+    ("sm_100", "high"): _PARTS,
+    ("sm_100", "exact"): _PARTS,
+    ("gfx942", "fast"): _CDNA_LAYERS,
+    ("gfx942", "high"): _CDNA_LAYERS,
+    ("gfx942", "exact"): _CDNA_LAYERS,
+}
+
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 
@@ -203,3 +260,15 @@ def entry_for(
         if fits and maps <= entry.maps and (entry.linearizer or not linearizer):
             return entry
     return None
+
+
+def tiles_for(
+    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS
+) -> StackEntry | LayersConfig | None:
+    """The tiles of one launch, where there are none that of a launch per linear layer, or None for the library."""
+    one = entry_for(D, H, n_linear, precision, target, maps)
+    if one is not None:
+        return one
+    width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
+    fits = width <= WIDEST_LAYERS[0] and hidden <= WIDEST_LAYERS[1] and maps == NO_MAPS
+    return LAYERS.get((target or "", precision)) if fits else None

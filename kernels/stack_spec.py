@@ -54,8 +54,12 @@ def is_scaled(parts: int, dtype: torch.dtype) -> bool:
 
 
 def padded_hidden(hidden: int) -> int:
-    """The padded width of a hidden layer or a half: a power of two, at least 16, which tl.dot requires."""
-    return 1 << max(hidden - 1, 15).bit_length()
+    """The padded width of a hidden layer or a half, a multiple of any tile of it.
+
+    It is a power of two, at least 16, which tl.dot requires; past 256, the widest layer that one program holds
+    (kernels/stack_configs.py), a multiple of 64.
+    """
+    return -(-hidden // 64) * 64 if hidden > 256 else 1 << max(hidden - 1, 15).bit_length()
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,18 @@ class StackLayout:
         values, A = self.pad(z.to(core.dtype)), self.core_matrix(core)
         return self.unpad(values * A if A.ndim == 1 else F.linear(values, A)).to(z.dtype)
 
+    def scales(self, row: Tensor) -> tuple[Tensor, ...]:
+        """What each matrix's operands are to be multiplied by, row by row: views of one row [row_size]."""
+        return row[self.row_size - sum(self.widths[1:]) :].split(self.widths[1:])
+
     def n_layers(self, weights: Tensor) -> int:
         """The number of coupling layers in weights [rows, row_size]."""
         return weights.shape[0] - self.head
+
+    def matrices(self, row: Tensor) -> list[Tensor]:
+        """The conditioner's matrices [out, in] in a row of operands [matrix_size]: views."""
+        parts = row.split([n_out * n_in for n_out, n_in in self.matrix_shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.matrix_shapes, strict=True)]
 
     def unpack(self, row: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """(matrices, biases, map, bias of the map): views of one row [row_size]."""

@@ -134,10 +134,15 @@ _FLOW = Case(
             *grid(_BASE, batch=(64, 256, 1024)),
             *grid({**_BASE, "direction": TRAIN, "batch": 128}, depth=(2, 4, 8)),
         ],
-        "gpu": [*grid(_BASE, batch=(1024, 2**18)), *grid({**_BASE, "batch": 2**16}, direction=(INVERSE, TRAIN))],
+        "gpu": [
+            *grid(_BASE, batch=(1024, 2**18)),
+            *grid({**_BASE, "batch": 2**16}, direction=(INVERSE, TRAIN)),
+            {**_BASE, "D": 256, "hidden": 512, "batch": 2**16},
+        ],
         "full": [
             *grid(_BASE, direction=_DIRECTIONS, batch=(2**6, 2**10, 2**14, 2**18, 2**22)),
             *grid(_BASE, direction=_DIRECTIONS, depth=(2, 32)),
+            *grid({**_BASE, "D": 256, "hidden": 512, "batch": 2**16}, direction=_DIRECTIONS),
         ],
     },
 )

@@ -168,9 +168,10 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
     """The plan of the coupling described by ``what``. It reports which code runs on this device and on a GPU."""
     like = next((p for p in owner.parameters() if p.is_floating_point()), torch.empty(0))
     sides = _sides(members)
-    whole = lone_launch(members, like, options.precision) is not None
+    whole = lone_launch(members, like, options.precision)
     tail = all(_has_tail(side, side.split.features, None) for side in sides)
-    fused, here = "one launch" if whole else "fused tail" if tail else ORIGINAL, ORIGINAL
+    words = None if whole is None else whole.in_words(like, options.precision)
+    fused, here = words or ("fused tail" if tail else ORIGINAL), ORIGINAL
     known = _known(members)
     rows = (
         2 * rows_in_cache(max(size for net in known for size in net.sizes), like.element_size())
@@ -180,7 +181,7 @@ def _plan(what: str, owner: nn.Module, members: Sequence[Any], options: Options,
     if known:
         here += f", and from {rows * torch.get_num_threads()} rows on as many at a time as fit its cache"
     where = fused if like.is_cuda else f"on a GPU: {fused}; on this CPU: {here}"
-    return Plan(f"{what} ({where})", layout=layout, takes_precision=whole, least_rows=(rows, rows))
+    return Plan(f"{what} ({where})", layout=layout, takes_precision=whole is not None, least_rows=(rows, rows))
 
 
 def _known(members: Sequence[Any]) -> list[MLP | Residual]:

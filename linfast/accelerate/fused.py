@@ -189,13 +189,13 @@ class Fused(Together):
 
     def plan(self, chain: nn.Module) -> Plan:
         like = next(p for p in chain.parameters() if p.is_floating_point())
-        launch = self.launch is not None and self.launch.has_tile(like, self._options.precision)
-        runs = f"{len(self.couplings)} couplings in one "
+        launch = None if self.launch is None else self.launch.in_words(like, self._options.precision)
+        runs = f"{len(self.couplings)} couplings in "
         if uses_triton(like):
-            runs = runs + "launch" if launch else ORIGINAL
+            runs = runs + launch if launch else ORIGINAL
         else:
-            runs += "loop" + ("" if like.is_cuda else f" (on a GPU: {'in one launch' if launch else ORIGINAL})")
-        return Plan(runs, fused=self, takes_precision=launch, vectors=self.features)
+            runs += "one loop" + ("" if like.is_cuda else f" (on a GPU: {f'in {launch}' if launch else ORIGINAL})")
+        return Plan(runs, fused=self, takes_precision=launch is not None, vectors=self.features)
 
     @property
     def permutations(self) -> int:
@@ -206,7 +206,7 @@ class Fused(Together):
         if not super().takes(x) or any(value is not None for value in context.values()):
             return False
         if uses_triton(x):
-            return self.launch is not None and self.launch.has_tile(x, self._options.precision)
+            return self.launch is not None and self.launch.tiles(x, self._options.precision) is not None
         return autocast_dtype(x.device.type) is None
 
     def __call__(

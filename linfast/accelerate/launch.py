@@ -1,4 +1,4 @@
-"""Couplings with MLP conditioners, and the maps between them, as one launch of ``ops.coupling_stack``.
+"""Couplings with MLP conditioners, and the maps between them, as one call of ``ops.coupling_stack``.
 
     x -> head -> coupling_0 -> map_0 -> ... -> coupling_{L-1} -> map_{L-1}
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..dispatch import has_global_hook, without_autocast
 from ..freeze import derived
-from ..kernels.stack_configs import entry_for, mode_on, target_of
+from ..kernels.stack_configs import LayersConfig, StackEntry, mode_on, target_of, tiles_for
 from ..kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
 from ..ops.activations import ACTIVATION_NAMES
 from ..ops.affine_coupling import HALVES, LAYOUTS, split_sizes
@@ -100,17 +100,24 @@ class Launch:
     def features(self) -> int:
         return self.couplings[0].features
 
-    def has_tile(self, like: Tensor, precision: str | None) -> bool:
-        """Whether there is a tile for this launch on like's device; where that is a CPU, on a GPU."""
+    def tiles(self, like: Tensor, precision: str | None) -> StackEntry | LayersConfig | None:
+        """The tiles for this launch on like's device, or None; where that is a CPU, on a GPU."""
         if like.dtype == torch.float64:
-            return False
+            return None
         n_linear, entries = len(self.couplings[0].mlps[0].layers), [entry for row in self.rows for entry in row]
         sizes = [[mlp.sizes[1:-1] for mlp in coupling.mlps] for coupling in self.couplings]
         widths = [sum(layer) for of_nets in sizes for layer in zip(*of_nets, strict=True)]
         diagonal = all(isinstance(entry, Affine) and entry.diagonal for entry in entries)
         maps = NO_MAPS if not entries else DIAGONAL if diagonal else DENSE
         mode, target = mode_on(target_of(like), resolve_precision(like, precision)), target_of(like)
-        return entry_for(self.features, max((1, *widths)), n_linear, mode, target, maps) is not None
+        return tiles_for(self.features, max((1, *widths)), n_linear, mode, target, maps)
+
+    def in_words(self, like: Tensor, precision: str | None) -> str | None:
+        """What runs where ``tiles`` is not None."""
+        tiles = self.tiles(like, precision)
+        if tiles is None:
+            return None
+        return "one launch" if isinstance(tiles, StackEntry) else "one launch per linear layer"
 
     def __call__(self, owner: nn.Module, x: Tensor, inverse: bool, precision: str | None) -> tuple[Tensor, Tensor]:
         """(y, log_det [B]) of x [B, D], or of the inverse."""
@@ -267,10 +274,10 @@ def members_of(found: Sequence[Any]) -> list[Member] | None:
 
 
 def lone_launch(found: Sequence[Any], like: Tensor, precision: str | None) -> Launch | None:
-    """The members of a coupling outside a chain as one launch; None where they do not fit one (``has_tile``)."""
+    """The members of a coupling outside a chain as one launch; None where no tile fits (``Launch.tiles``)."""
     members = None if has_global_hook() else members_of(found)
     launch = None if members is None else launch_of(members)
-    return launch if launch is not None and launch.has_tile(like, precision) else None
+    return launch if launch is not None and launch.tiles(like, precision) is not None else None
 
 
 # The nets as the op's layers

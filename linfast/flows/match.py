@@ -1,6 +1,6 @@
 """Decides which code runs a flow's layers, once per kind of input while the flow is frozen.
 
-    kernels run, and the layers are a stack that fits on chip   one launch                                OneLaunch
+    kernels run, and the layers are a stack with a tile   one launch, or one per linear layer             OneLaunch
     kernels run, otherwise   consecutive channel-linear layers folded, with a coupling before them if any     Folded
     plain torch              affine couplings with MLP conditioners in one loop                            Couplings
     anything else            the layer itself                                                                 Single
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..dispatch import are_plain, call_key, has_global_hook, is_plain, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
-from ..kernels.stack_configs import entry_for, mode_on, target_of
+from ..kernels.stack_configs import mode_on, target_of, tiles_for
+from ..kernels.stack_spec import NO_MAPS
 from ..nets import MLP
 from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
@@ -154,7 +155,7 @@ def _decide(
 def _one_launch(
     layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool, frozen: bool
 ) -> OneLaunch | str:
-    """All layers in one kernel launch, or the reason why they do not run in one."""
+    """All layers in one op, or the reason why they do not run in one."""
     if x.ndim != 2:
         # No shape in the reason: Dynamo of torch 2.11 cannot trace the formatting of a tuple.
         return f"x has {x.ndim} dimensions: not a batch of vectors"
@@ -163,9 +164,10 @@ def _one_launch(
         return stack
     precision = mode_for(x)
     sizes = stack.sizes
-    tiles = entry_for(*sizes, precision, target_of(x), stack.maps)
+    tiles = tiles_for(*sizes, precision, target_of(x), stack.maps)
     if tiles is None:
-        return f"D = {sizes[0]}, H = {sizes[1]} in {precision!r} fit no tile on {target_of(x)}"
+        maps = "" if stack.maps == NO_MAPS else " with maps between couplings"
+        return f"D = {sizes[0]}, H = {sizes[1]} in {precision!r}{maps} fit no tile on {target_of(x)}"
     g, half = stack.weights(inverse, log_det), half_dtype(x)
 
     def pack() -> PackedStack:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..dispatch import outside_autocast, tensor_of
 from ..freeze import derived
-from ..kernels.stack_configs import StackEntry
+from ..kernels.stack_configs import LayersConfig, StackEntry
 from ..kernels.stack_spec import StackSpec
 from ..ops.channel_mix import channel_mix
 from ..ops.coupling_stack import run_packed
@@ -41,17 +41,17 @@ class Single:
 
 @dataclass(eq=False)
 class OneLaunch:
-    """All layers of a flow in one kernel.
+    """All layers of a flow in one op: one launch, or one for each linear layer.
 
     Args:
         stack: the layers' weights and options.
-        tiles: the kernel's tiles.
-        packed: the weights as the kernel reads them.
-        spec: describes the stack to the kernel, with the direction and whether log|det| is computed.
+        tiles: the kernels' tiles.
+        packed: the weights as the kernels read them.
+        spec: describes the stack to the kernels, with the direction and whether log|det| is computed.
     """
 
     stack: CouplingStack
-    tiles: StackEntry
+    tiles: StackEntry | LayersConfig
     packed: PackedStack
     spec: StackSpec
 

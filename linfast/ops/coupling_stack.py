@@ -9,10 +9,12 @@ x = [first | second]. A layer l moves one half, m, and keeps the other, k; m alt
 |-----------|---------------------------------------------------------------------------------------|
 | reference | a CPU, float64: plain torch, layer by layer                                           |
 | stack     | a GPU, sizes that fit on chip: one launch, linfast.kernels.coupling_stack             |
-| library   | a GPU, larger sizes: torch's products (in torch's precision; for "fast" in half       |
+| layers    | a GPU, larger sizes without maps: one launch for each linear layer, with its          |
+|           | activation or the coupling, linfast.kernels.coupling_layers                           |
+| library   | a GPU, otherwise: torch's products (in torch's precision; for "fast" in half          |
 |           | precision), and one kernel per layer for its coupling                                 |
 
-The backward of "stack" saves x and the weights, and recomputes the rest.
+The backward of "stack" and "layers" saves x and the weights, and recomputes the rest.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
 from ..dispatch import autocast_dtype, uses_triton, without_autocast
-from ..kernels.stack_configs import entry_for, mode_on, target_of
+from ..kernels.stack_configs import entry_for, mode_on, target_of, tiles_for
 from ..kernels.stack_spec import DENSE, StackLayout, StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
@@ -119,9 +121,11 @@ def mlp_coupling(
 
 
 def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False) -> bool:
-    """Whether a stack, or a Linearizer of two, is one launch on x's device; ``maps`` is the densest kind of map."""
+    """Whether fused kernels run a stack, or one launch a Linearizer of two; ``maps`` is the densest kind of map."""
     sizes = (layout.features, layout.hidden, layout.n_linear)
-    return entry_for(*sizes, precision, target_of(x), maps, linearizer) is not None
+    if linearizer:
+        return entry_for(*sizes, precision, target_of(x), maps, linearizer) is not None
+    return tiles_for(*sizes, precision, target_of(x), maps) is not None
 
 
 def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:
@@ -135,7 +139,7 @@ def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bo
 
 
 def run_packed(x: Tensor, packed: PackedStack, spec: StackSpec) -> tuple[Tensor, Tensor | None]:
-    """Run the one launch: (y, log|det| of the couplings without the maps, or None)."""
+    """Run the fused kernels: (y, log|det| of the couplings without the maps, or None)."""
     y, total = _coupling_stack(x, *packed.tensors, *spec.constants)
     return y, total if spec.log_det else None
 

@@ -149,6 +149,7 @@ def _stacks() -> Iterator[Case]:
         (16, 33, (128, 128), 2, "diagonal", "silu", "smooth"),
         (20, 33, (128, 128), 1, "none", "silu", "smooth"),
         (70, 33, (128, 128), 1, "none", "silu", "smooth"),
+        (5, 9, (260,), 1, "none", "silu", "tanh"),
     ):
 
         def inputs(batch=batch, D=D, hidden=hidden, depth=depth, maps=maps) -> list[Tensor]:
@@ -162,7 +163,7 @@ def _stacks() -> Iterator[Case]:
             return ops.coupling_stack(x, layers, **options)
 
         label = f"{(batch, D)} hidden {hidden} depth {depth} maps {maps} {activation} {kind}"
-        yield Case("coupling_stack", label, inputs, run, smoke=maps == "dense", x_alone=True)
+        yield Case("coupling_stack", label, inputs, run, smoke=maps == "dense" or 260 in hidden, x_alone=True)
     yield _hard_values()
     layer = random_layers(7, (16, 16), 1)
 

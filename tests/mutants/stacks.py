@@ -8,6 +8,7 @@ __all__ = ["MUTANTS"]
 
 _FORWARD = "tests/ops/test_coupling_stack_kernel.py"
 _BACKWARD = "tests/ops/test_coupling_stack_backward.py"
+_LAYERS = "tests/ops/test_coupling_layers_kernel.py"
 _MAPS = f"{_FORWARD}::test_maps_between_layers_and_before_the_first"
 
 MUTANTS = (
@@ -61,6 +62,30 @@ MUTANTS = (
         tests=(f"{_FORWARD}::test_every_scale_map_and_order",),
     ),
     Mutant(
+        name="coupling_layers: padding counts in log_det",
+        file="kernels/coupling_layers.py",
+        old="of_tile = tl.sum(tl.where(moves, log_s, 0.0), 1)",
+        new="of_tile = tl.sum(log_s, 1)",
+        breaks="A scale map that is not 0 at 0 adds to the log-determinant for every padded feature.",
+        tests=(f"{_LAYERS}::test_every_scale_map_and_order",),
+    ),
+    Mutant(
+        name="coupling_layers: a half that no layer moves is not copied",
+        file="kernels/coupling_layers.py",
+        old="            own.copy_(half)",
+        new="            pass",
+        breaks="The kept half of a stack of one layer is what was in memory.",
+        tests=(f"{_LAYERS}::test_every_depth_of_a_conditioner",),
+    ),
+    Mutant(
+        name="coupling_layers: layers after the second read x",
+        file="kernels/coupling_layers.py",
+        old="        halves[moved] = out\n",
+        new="",
+        breaks="A layer's input is x's half, as it was before earlier layers.",
+        tests=(f"{_LAYERS}::test_every_mode_and_direction",),
+    ),
+    Mutant(
         name="mlp: a pair's second bias is its first",
         file="kernels/mlp.py",
         old="return _ended(total, b_ptr + HIDDEN, scale_ptr + HIDDEN, N, SCALED, AHEAD)",
@@ -106,8 +131,8 @@ MUTANTS = (
     Mutant(
         name="mlp: an operand's scale is that of its first row",
         file="kernels/mlp.py",
-        old="scale, unscale = scale_of(tl.max(tl.abs(x), 1))",
-        new="scale, unscale = scale_of(tl.max(tl.abs(x), 1) * 0.0 + tl.max(tl.abs(x)))",
+        old="scale, unscale = scale_of(tl.max(tl.abs(x), 1).to(tl.float32))",
+        new="scale, unscale = scale_of((tl.max(tl.abs(x), 1) * 0.0 + tl.max(tl.abs(x))).to(tl.float32))",
         breaks="Small rows beside large ones have no digits left.",
         tests=("tests/ops/test_products.py::test_two_scaled_parts_are_as_accurate_as_fp32",),
     ),

@@ -372,7 +372,7 @@ def test_float64_the_reference_backend_and_larger_sizes_launch_no_stack(monkeypa
         with pytest.raises(AssertionError, match="stack_pack:launch"):
             coupling_stack(x, layers, **options)
         with pytest.raises(AssertionError, match="affine_coupling:launch"):
-            coupling_stack(x, random_layers(4, (512,), 1), **options)
+            coupling_stack(x, random_layers(4, (600,), 1), **options)
     with lf.backend("reference"):
         coupling_stack(x, layers, **options)
 

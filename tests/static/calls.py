@@ -268,6 +268,9 @@ BATCHED: dict[str, Callable[[int], None]] = {
     "low_rank": partial(low_rank, n=6, rank=2),
     "conv2d_fused": partial(conv2d_fused, channels=8, size=4, precision="high"),
     "coupling_stack": partial(coupling_stack, features=6, hidden=16, n_linear=2, precision="fast"),
+    "coupling_stack, layer by layer": partial(
+        coupling_stack, features=6, hidden=300, n_linear=3, precision="fast", backward=False
+    ),
     "coupling_stack, inverse, dense maps": partial(
         coupling_stack, features=6, hidden=16, n_linear=3, precision="exact", maps=2, inverse=True
     ),
@@ -282,5 +285,8 @@ BATCHED: dict[str, Callable[[int], None]] = {
 }
 LAYERED: dict[str, Callable[[int], None]] = {
     "coupling_stack": lambda depth: coupling_stack(64, 6, 16, 2, "fast", maps=1, depth=depth),
+    "coupling_stack, layer by layer": lambda depth: coupling_stack(
+        64, 6, 300, 2, "fast", depth=depth, backward=False
+    ),
     "linearizer_stack": lambda depth: linearizer(64, 6, 16, 2, "fast", depth=depth),
 }

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from linfast.kernels.conv2d_configs import WIDEST
-from linfast.kernels.stack_configs import CONFIGS, MULTIPROCESSORS, StackEntry
+from linfast.kernels.stack_configs import CONFIGS, LAYERS, MULTIPROCESSORS, WIDEST_LAYERS, StackEntry
 from linfast.kernels.stack_spec import DENSE, NO_MAPS
 
 from linfast.ops.activations import ACTIVATION_NAMES
@@ -49,7 +49,7 @@ def all_cases() -> list[Case]:
     """All cases in the order of the table."""
     makers = (
         *(_affine_couplings, _channel_mixes, _coupling_mixes, _depthwise_convs, _group_norms, _latent_matmuls),
-        *(_low_ranks, _convs, _stacks, _linearizers, _gradients),
+        *(_low_ranks, _convs, _stacks, _layers, _linearizers, _gradients),
         *(_masked, _splines, _residual_blocks),
     )
     return [case for make in makers for case in make()]
@@ -194,6 +194,31 @@ def _stacks() -> Iterator[Case]:
         for name in ACTIVATION_NAMES:
             call = _stack(mode, CONFIGS["sm_90", mode][0], n_linear=3, activation=name)
             yield Case(f"D=64 H=128 {mode} {name}", call, _FULL, _ONE)
+
+
+def _layers() -> Iterator[Case]:
+    """Layer by layer: each tile whole, and in both directions; other sizes and types on some targets."""
+    call = partial(calls.coupling_stack, backward=False)
+    most = partial(call, features=WIDEST_LAYERS[0], hidden=WIDEST_LAYERS[1])
+    for target, mode in LAYERS:
+        name = f"D={WIDEST_LAYERS[0]} H={WIDEST_LAYERS[1]} {mode}"
+        yield Case(f"{name} forward n=3", partial(most, n_linear=3, precision=mode), targets=(target,))
+        yield Case(
+            f"{name} inverse n=1", partial(most, n_linear=1, precision=mode, inverse=True), targets=(target,)
+        )
+    for mode in ("fast", "exact"):
+        for features, hidden in ((131, 260), (6, 300)):
+            odd = partial(call, features=features, hidden=hidden, n_linear=2, precision=mode)
+            narrow = " narrow" if features < 16 else ""
+            yield Case(f"D={features} H={hidden} {mode}{narrow}", odd, targets=_TWO)
+        for name in ACTIVATION_NAMES:
+            wide = partial(most, n_linear=3, precision=mode, activation=name)
+            yield Case(f"D={WIDEST_LAYERS[0]} H={WIDEST_LAYERS[1]} {mode} {name}", wide, targets=_ONE)
+    for kind in SCALE_MAP_KINDS:
+        yield Case(
+            f"layers exact {kind} scale", partial(most, n_linear=3, precision="exact", kind=kind), targets=_ONE
+        )
+    yield Case("layers fast bf16", partial(most, n_linear=3, precision="fast", dtype="bf16"), targets=_TWO)
 
 
 def _linearizers() -> Iterator[Case]:

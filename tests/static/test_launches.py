@@ -27,7 +27,7 @@ from linfast.kernels import (
     rq_spline,
     stack_pack,
 )
-from linfast.kernels.stack_configs import CONFIGS
+from linfast.kernels.stack_configs import CONFIGS, LAYERS
 from linfast.kernels.stack_spec import STACK_PARTS
 
 from tests.marks import long
@@ -104,11 +104,12 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
         for kernel in ("_rq_spline_kernel", "_rq_spline_backward_kernel"):
             yield TARGETS, kernel, {"ROWS x FEATURES": spline["VALUES"], "num_warps": spline["num_warps"]}
     yield from _shipped_stacks()
+    yield from _shipped_layers()
 
 
 def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
     for (target, mode), entries in CONFIGS.items():
-        for entry, config in [(entry, each) for entry in entries for each in (*entry.smaller, entry.config)]:
+        for entry, config in [(each, tile) for each in entries for tile in (*each.smaller, each.config)]:
             constants = {
                 "HALF": entry.features // 2, "HIDDEN": entry.hidden, "PARTS": STACK_PARTS[mode], "ROWS": config.rows,
                 "CHUNK": min(config.chunk or entry.hidden, entry.hidden), "LAYER_STAGES": config.layer_stages,
@@ -118,6 +119,16 @@ def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
             yield (target,), "_coupling_stack_kernel", {**constants, **most}
             if entry.linearizer:
                 yield (target,), "_linearizer_stack_kernel", {**constants, "MAPS_X": entry.maps}
+
+
+def _shipped_layers() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
+    for (target, mode), config in LAYERS.items():
+        constants = {
+            "ROWS": config.rows, "DEPTH": config.depth, "STAGES": config.stages, "PARTS": STACK_PARTS[mode],
+            "num_warps": config.num_warps,
+        }  # fmt: skip
+        yield (target,), "_layer_kernel", {**constants, "COLUMNS": config.columns}
+        yield (target,), "_layer_coupling_kernel", {**constants, "COLUMNS": config.last_columns}
 
 
 def _has(launch: Launch, constants: dict[str, Any]) -> bool:

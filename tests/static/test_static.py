@@ -61,7 +61,8 @@ def test_products_meant_for_matrix_units_run_on_them(now: list[Launch], rows: tu
 
 
 def test_stacks_load_weights_ahead(rows: tuple[str, list[Row]]) -> None:
-    stacks = [row for row in rows[1] if row["kernel"] in ("_coupling_stack_kernel", "_linearizer_stack_kernel")]
+    kernels = ("_coupling_stack_kernel", "_linearizer_stack_kernel", "_layer_kernel", "_layer_coupling_kernel")
+    stacks = [row for row in rows[1] if row["kernel"] in kernels]
     # On gfx942 loads go through registers; 16 hidden units are one chunk.
     stacks = [row for row in stacks if row["target"] != "gfx942" and "narrow" not in row["call"]]
     assert stacks
