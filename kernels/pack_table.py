@@ -46,7 +46,7 @@ class PackTable:
         inverse: [M], for each flattened value: its index in the packed values.
         runs: [R, 3], runs of packed values: where each begins, its length, and the index of its scale or -1. A row
             of a matrix is one run and has a scale. Scales are in no run.
-        longest: the largest length of a run, a power of two.
+        longest: the largest length of a run, rounded up to a power of two.
         n_operands: number of the conditioners' operands.
         n_map_operands: number of the dense maps' operands.
     """
@@ -127,7 +127,7 @@ def _built(rows: tuple[int, ...]) -> PackTable:
     inverse = torch.empty(n_flat, dtype=torch.int32)
     inverse[(source[source >= 0] % SHIFT).long()] = places
     of_runs = torch.tensor(runs, dtype=torch.int32)
-    longest = int(of_runs[:, 1].max())
+    longest = 1 << (int(of_runs[:, 1].max()) - 1).bit_length()
     return PackTable(source, torch.cat(targets), inverse, of_runs, longest, n_operands, n_map_operands)
 
 
@@ -142,10 +142,10 @@ def _runs(layout: StackLayout, start: int) -> Iterator[tuple[int, int, int]]:
     if layout.maps == DENSE:
         matrix, scales = start + layout.map_offset, start + layout.scales_offset
         yield from ((matrix + i * width, width, scales + i) for i in range(width))
-    rest = [*range(at, start + layout.map_offset, layout.half)]
-    first = layout.map_offset + (layout.map_size if layout.maps == DENSE else 0)
-    rest += [*range(start + first, start + layout.scales_offset, layout.half)]
-    yield from ((begin, layout.half, -1) for begin in rest)
+    after = layout.map_offset + (layout.map_size if layout.maps == DENSE else 0)
+    rest = ((layout.matrix_size, layout.map_offset), (after, layout.scales_offset))
+    for first, last in rest:
+        yield from ((start + at, min(layout.half, last - at), -1) for at in range(first, last, layout.half))
 
 
 def _fill(layout: StackLayout, row: Tensor, numbers: list[int], start: int) -> int:

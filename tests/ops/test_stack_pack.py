@@ -44,7 +44,7 @@ def _packed_values(packed: PackedStack, scaled: bool = True) -> Tensor:
     layout, parts = packed.layout, packed.operands.double()
     if not scaled:
         return parts.sum(0)
-    scales = packed.weights[:, layout.row_size - sum(layout.widths[1:]) :]
+    scales = torch.stack([torch.cat(layout.scales(row)) for row in packed.weights])
     lengths = torch.tensor([n_in for n_out, n_in in layout.matrix_shapes for _ in range(n_out)])
     return (parts[0] + parts[1] / 2048) * scales.repeat_interleave(lengths.to(scales.device), dim=1)
 
@@ -83,6 +83,17 @@ def test_the_packing_kernel_has_the_references_bits(precision: str, dtype: torch
         for value, exact in zip(a.tensors, b.tensors, strict=True):
             assert value.dtype == exact.dtype
             assert torch.equal(value, exact)
+
+
+def test_hidden_layers_narrower_than_half_of_x_have_their_own_scales() -> None:
+    """No run of other values reaches into the scales after it."""
+    stacks = [StackWeights(random_layers(70, (16,), 2), 70)]
+    (got,) = pack_stacks(stacks, "exact", HALF)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack_weights, "_stack_pack", stack_weights._reference)
+        (expected,) = pack_stacks(stacks, "exact", HALF)
+    assert torch.equal(got.weights, expected.weights)
+    assert all(bool((scales > 0).all()) for row in got.weights for scales in got.layout.scales(row))
 
 
 def _three(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], int]:
