@@ -112,8 +112,8 @@ def eager(mode: str, gpu: Gpu, fused: bool = False, D: int = 64, H: int = 128) -
     """Seconds of FLAGSHIP rows in plain torch, layer by layer, with device memory at 0.9 of its rate.
 
     Per row and layer the products read and write 3 D / 2 + 4 H numbers, activations 4 H, and the coupling 21 D / 2:
-    the bound of the scales, exp, multiplication, addition, and concatenation. ``fused``: the coupling as one kernel,
-    4 D, as by torch.compile or on the library path. Products run at 50 TFLOP/s in fp32, also in "high".
+    the bound of the scales, exp, multiplication, addition, and concatenation. ``fused``: the coupling as one
+    kernel, 4 D, as by torch.compile or on the library path. Products run at 50 TFLOP/s in fp32, also in "high".
     """
     rate = {"fast": gpu.bf16, "tf32": gpu.bf16 / 2}.get(mode, 50e12)
     per_number = LAYERS * FLAGSHIP * (2 if mode == "fast" else 4) / gpu.memory / 0.9
