@@ -6,7 +6,8 @@
     python -m tests.machine_code --write               keeps the table in docs/machine_code.md
 
 Prints one line per variant: its largest error over its allowance, that output's error and allowance, and what the
-sanitizers report. One process per target. Needs the folder ../shared/tools/ptx beside the checkout, or LINFAST_PTX.
+sanitizers report. Tensor cores sum as they were measured to, truncating, or with --mma exact round each sum once.
+One process per target. Needs the folder ../shared/tools/ptx beside the checkout, or LINFAST_PTX.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--only", default="", help="variants whose name has this in it")
     options.add_argument("--target", choices=CAPABILITIES, action="append", help="default: each in a process")
     options.add_argument("--worst", action="store_true", help="approximate instructions at their documented bounds")
-    options.add_argument("--mma", choices=("exact", "hardware"), default="exact", help="how tensor cores sum")
+    options.add_argument("--mma", choices=("exact", "hardware"), default="hardware", help="how tensor cores sum")
     options.add_argument("--write", action="store_true", help="keep the table in docs/machine_code.md")
     options.add_argument("--results", type=Path, help="a JSON file for what the last --target came to")
     return options

@@ -54,6 +54,8 @@ H100, H200 = Gpu("H100", 3.35e12), Gpu("H200", 4.8e12)
 class Prediction:
     """The seconds that a launch takes, and why: ``bounds`` by unit, ``waiting``, ``floor`` and ``time``.
 
+    ``held_by`` names the two largest parts of ``time``, the larger one first.
+
     Args:
         row: of layers.tsv.
         gpu: a GPU of the row's target.
@@ -70,22 +72,21 @@ class Prediction:
         n = {name: float(row[name]) for name in ("instructions", "mufu", "products", "shared_bytes", "around")}
         clocks, weights = _clocks(row, n, rows, schedulers, gpu), float(row["weights"])
         clocks["L2"] = weights / min(64, gpu.l2 / gpu.clock / active)
-        others, matrix = max(clocks["issue"], clocks["MUFU"]), max(clocks["matrix"], clocks["shared"])
+        groups = [max(pair, key=clocks.__getitem__) for pair in (("issue", "MUFU"), ("matrix", "shared"))]
+        longer, shorter = sorted(groups, key=clocks.__getitem__, reverse=True)
         waits, beside = float(row["waits"]), float(row["beside"]) * warps / schedulers
         waiting = waits * max(0, LATENCY + weights / max(waits, 1) / 64 - beside)
-        busy = max(others, matrix) + (IN_TURN * min(others, matrix) + waiting) / at_once
+        parts = {longer: clocks[longer], shorter: IN_TURN * clocks[shorter] / at_once, "waiting": waiting / at_once}
         seconds = rounds * layers / gpu.clock  # per clock of a layer
         self.bounds = {"memory": batch * bytes_per_row / gpu.memory} | {k: v * seconds for k, v in clocks.items()}
-        self.waiting = waiting / at_once * seconds
+        self.waiting = parts["waiting"] * seconds
         self.floor = max(self.bounds.values())
         around = rounds * n["around"] * rows / schedulers / gpu.clock
-        self.time = START + max(self.bounds["memory"], max(busy, clocks["L2"]) * seconds + around)
-
-    @property
-    def held_by(self) -> str:
-        """The two longest of the bounds and of the waiting, the longer one first."""
-        parts = self.bounds | {"waiting": self.waiting}
-        return ", ".join(sorted(parts, key=parts.__getitem__, reverse=True)[:2])
+        in_turn = sum(parts.values()) * seconds
+        self.time = START + max(self.bounds["memory"], max(in_turn, self.bounds["L2"]) + around)
+        transfer = max(("memory", "L2"), key=self.bounds.__getitem__)
+        largest = sorted(parts, key=parts.__getitem__, reverse=True)[:2]
+        self.held_by = transfer if self.bounds[transfer] > in_turn else ", ".join(largest)
 
 
 def _clocks(row: Row, n: dict[str, float], rows: int, schedulers: int, gpu: Gpu) -> dict[str, float]:
@@ -107,14 +108,15 @@ def at_a_time(row: Row, gpu: Gpu) -> int:
     return min(gpu.registers // (registers * threads), gpu.shared // (int(row["shared"]) + 1024), 2048 // threads)
 
 
-def eager(mode: str, gpu: Gpu, compiled: bool = False) -> float:
-    """Seconds of the flagship in plain torch, layer by layer, numbers in memory at 0.9 of its rate.
+def eager(mode: str, gpu: Gpu, fused: bool = False, D: int = 64, H: int = 128) -> float:
+    """Seconds of FLAGSHIP rows in plain torch, layer by layer, with device memory at 0.9 of its rate.
 
-    Per row and layer the products read and write 608 numbers, and elementwise kernels 1,184: the activations 512,
-    the bound of the scales, exp, multiplication and addition 544, and concatenation 128. torch.compile fuses the
-    latter two, which leaves 768. Products run at 50 TFLOP/s in fp32, which "high" is compared with too.
+    Per row and layer the products read and write 3 D / 2 + 4 H numbers, activations 4 H, and the coupling 21 D / 2:
+    the bound of the scales, exp, multiplication, addition, and concatenation. ``fused``: the coupling as one
+    kernel, 4 D, as by torch.compile or on the library path. Products run at 50 TFLOP/s in fp32, also in "high".
     """
-    itemsize = 2 if mode == "fast" else 4
     rate = {"fast": gpu.bf16, "tf32": gpu.bf16 / 2}.get(mode, 50e12)
-    flop, per_number = LAYERS * 2 * 28_672 * FLAGSHIP, LAYERS * FLAGSHIP * itemsize / gpu.memory / 0.9
-    return max(flop / rate, 608 * per_number) + (768 if compiled else 1184) * per_number
+    per_number = LAYERS * FLAGSHIP * (2 if mode == "fast" else 4) / gpu.memory / 0.9
+    multiply_adds = D * H // 2 + H * H + H * D
+    products = max(2 * multiply_adds * LAYERS * FLAGSHIP / rate, (3 * D / 2 + 4 * H) * per_number)
+    return products + (4 * H + (4 if fused else 10.5) * D) * per_number

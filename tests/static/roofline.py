@@ -34,7 +34,11 @@ def predicted(mode: str, batch: int = FLAGSHIP, gpu: Gpu = H100, triton: str = "
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g}" if seconds < 9.95e-3 else f"{1e3 * seconds:.0f}"
+    return f"{1e3 * seconds:.2g}" if seconds < 9.95e-3 else f"{1e3 * seconds:,.0f}"
+
+
+def _us(seconds: float) -> str:
+    return _ms(1e3 * seconds)
 
 
 def _table(head: str, rows: Iterable[Iterable[str]]) -> str:
@@ -62,22 +66,28 @@ def counts() -> str:
 
 
 def flagship() -> str:
-    """Bounds and prediction, per mode, in milliseconds."""
+    """Floor and prediction per mode, in milliseconds, beside estimates of plain torch."""
+
+    def cells(mode: str) -> Iterator[str]:
+        here, old = predicted(mode), predicted(mode, triton="3.6.0")
+        yield from (mode, _ms(here.floor), f"**{_ms(here.time)}**", _ms(old.time), here.held_by)
+        for plain in (eager(mode, H100), eager(mode, H100, fused=True)):
+            yield f"{_ms(plain)} ({plain / here.time:.1f} times)"
+        yield "not measured yet"
+
+    head = "mode, floor, prediction, under Triton 3.6, held by, eager, torch.compile, measured"
+    return _table(head, map(cells, MODES))
+
+
+def bounds() -> str:
+    """The time of each unit per mode, in milliseconds."""
+    units = ("memory", "L2", "matrix", "shared", "MUFU", "issue")
 
     def cells(mode: str) -> Iterator[str]:
         here = predicted(mode)
-        yield mode
-        yield from (_ms(here.bounds[k]) for k in ("memory", "L2", "matrix", "shared", "MUFU", "issue"))
-        yield from (_ms(here.waiting), _ms(here.floor), f"**{_ms(here.time)}**")
-        yield from (_ms(predicted(mode, triton="3.6.0").time), here.held_by)
-        yield from (_ms(eager(mode, H100, compiled)) for compiled in (False, True))
-        yield from (f"{eager(mode, H100) / here.time:.1f}", "not measured yet")
+        yield from (mode, *(_ms(here.bounds[unit]) for unit in units), _ms(here.waiting))
 
-    head = (
-        "mode, memory, L2, matrix, shared, MUFU, issue, waiting, floor, prediction, Triton 3.6, held by, eager, "
-        "compiled, times eager, measured"
-    )
-    return _table(head, map(cells, MODES))
+    return _table(f"mode, {', '.join(units)}, waiting", map(cells, MODES))
 
 
 def batches() -> str:
@@ -100,11 +110,12 @@ def large() -> str:
         here = Prediction(row, H100, FLAGSHIP, bytes_per_row=1024)
         yield from (mode, row["rows"], row["instructions"], row["spills"])
         yield from (_ms(here.bounds[k]) for k in ("memory", "L2", "matrix", "shared", "issue"))
-        yield from (_ms(here.waiting), _ms(here.floor), f"**{_ms(here.time)}**", here.held_by, "not measured yet")
+        yield from (_ms(here.waiting), _ms(here.floor), f"**{_ms(here.time)}**", here.held_by)
+        yield from (_ms(eager(mode, H100, fused=True, D=128, H=256)), "not measured yet")
 
     head = (
         "mode, rows, instructions, spills, memory, L2, matrix, shared, issue, waiting, floor, prediction, held by, "
-        "measured"
+        "library, measured"
     )
     return _table(head, map(cells, ("fast", "tf32")))
 
@@ -130,9 +141,9 @@ def latent() -> str:
             rate = gpu.bf16 * MMA_SYNC / 6 if matrix else gpu.sms * 128 * 2 * gpu.clock
             return size / gpu.memory / 0.9, flop / rate
 
-        yield from (name, f"{size / 1e6:.3g}", f"{flop / 1e9:.2g}")
-        yield from (f"{1e6 * part:.2g}" for part in times(H100))
-        yield " / ".join(f"{1e6 * (START + max(times(gpu))):.2g}" for gpu in (H100, H200))
+        yield from (name, f"{size / 1e6:,.0f}", f"{flop / 1e9:.2g}")
+        yield from (_us(part) for part in times(H100))
+        yield " / ".join(_us(START + max(times(gpu))) for gpu in (H100, H200))
         yield from ("memory" if times(H100)[0] > times(H100)[1] else "arithmetic", "not measured yet")
 
     head = "op, MB, GFLOP, memory, arithmetic, prediction H100 / H200, held by, measured"
@@ -140,7 +151,7 @@ def latent() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "counts": counts, "flagship": flagship, "batches": batches, "large": large,
+    "counts": counts, "flagship": flagship, "bounds": bounds, "batches": batches, "large": large,
     "latent": latent,
 }  # fmt: skip
 
