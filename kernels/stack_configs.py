@@ -46,7 +46,7 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # 2,400 clocks for 132. In "fast" at D = 64, H = 128 on an H100, by a model of the compiled loop (docs/roofline.md):
 #
 #     rows                  16       64      128
-#     clocks per layer   2,700    3,400    4,800
+#     clocks per layer   2,200    3,400    4,900
 #     batches         <= 2,112 <= 8,448     more
 #     seconds         layers x clocks x ceil(programs / multiprocessors) / 1.755e9
 #
