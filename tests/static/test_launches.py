@@ -107,7 +107,7 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
 
 def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
     for (target, mode), entries in CONFIGS.items():
-        for entry, config in [(entry, each) for entry in entries for each in (*entry.smaller, entry.config)]:
+        for entry, config in [(e, config) for e in entries for config in (*e.smaller, e.config)]:
             constants = {
                 "HALF": entry.features // 2, "HIDDEN": entry.hidden, "PARTS": N_PARTS[mode], "ROWS": config.rows,
                 "CHUNK": min(config.chunk or entry.hidden, entry.hidden), "LAYER_STAGES": config.layer_stages,
