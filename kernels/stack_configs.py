@@ -5,9 +5,10 @@
 
 Registers are the limit, 255 per thread. A thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both halves of
 its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands. Chunks of
-the weights lie in shared memory. A small batch gets a tile of fewer rows, so that more multiprocessors have work; the
-last bits of a row's result may depend on the tile. tests/static compiles every entry for its target and checks that it fits shared
-memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
+the weights lie in shared memory. A small batch gets a tile of fewer rows, so that more multiprocessors have work;
+the last bits of a row's result may depend on the tile. tests/static compiles every entry for its target and checks
+that it fits shared memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton
+3.6 and 3.7.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # 32 rows take 3,100 clocks, too near 64 rows to be worth one more kernel to compile.
 #
 # A layer's weights are loaded while the layer before runs. With mma.sync that takes three stages: two have one
-# buffer, which is filled only after its layer. 4 warps, not 8: every warp reads all rows' operands from shared memory.
+# buffer, which is filled only after its layer. 4 warps, not 8: each warp reads all rows' operands from shared
+# memory.
 _FEW_WHOLE = StackConfig(rows=16, num_warps=4, chunk=0, layer_stages=3, chunk_stages=1)
 _HALF_WHOLE = StackConfig(rows=64, num_warps=4, chunk=0, layer_stages=2, chunk_stages=1)
 # Elsewhere chunks are loaded ahead: of 64 columns, so that a layer waits for L2 half as often as with 32. With 4
