@@ -211,7 +211,7 @@ def product(x0, x1, x2, unscale, w, part_stride, total, PARTS: tl.constexpr):
 
 @triton.jit
 def load_vector(ptr, N: tl.constexpr, AHEAD: tl.constexpr):
-    """[N] contiguous numbers, one for each column of a tile; AHEAD: in a pipelined loop over layers.
+    """[N] contiguous numbers, one per column of a tile; AHEAD: in a pipelined loop over layers.
 
     Triton lets every thread load all its own columns where there are fewer numbers than threads. In a pipelined
     loop each number then becomes a copy to shared memory in version 3.6: 40 per thread and layer for the biases of

@@ -6,8 +6,10 @@
 
 Registers are the limit, 255 per thread. In a stack a thread holds ROWS (2 P + H + 2 P) / threads fp32 values: both
 halves of its rows, the sums of a hidden layer and those of the output; and the hidden layer's parts as operands.
-Chunks of the weights lie in shared memory. tests/static compiles every entry for its target and checks that it fits
-shared memory and spills no registers, except as tests/static/allowed.py lists with reasons for Triton 3.6 and 3.7.
+Chunks of the weights lie in shared memory. A small batch gets a tile of fewer rows, so that more multiprocessors
+have work; the last bits of a row's result may depend on the tile. tests/static compiles every entry for its target
+and checks that it fits shared memory and spills no registers, except as tests/static/allowed.py lists with reasons
+for Triton 3.6 and 3.7.
 """
 
 from __future__ import annotations
@@ -47,18 +49,19 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # 2,400 clocks for 132. In "fast" at D = 64, H = 128 on an H100, by a model of the compiled loop (docs/roofline.md):
 #
 #     rows                  16       64      128
-#     clocks per layer   2,700    3,400    4,800
+#     clocks per layer   2,200    3,400    4,900
 #     batches         <= 2,112 <= 8,448     more
 #     seconds         layers x clocks x ceil(programs / multiprocessors) / 1.755e9
 #
 # 32 rows take 3,100 clocks, too near 64 rows to be worth one more kernel to compile.
 #
-# A layer's weights are loaded while the layer before runs. With mma.sync that takes three stages: two have one buffer,
-# which is filled only after its layer. 4 warps rather than 8: every warp reads all rows' operands from shared memory.
+# A layer's weights are loaded while the layer before runs. With mma.sync that takes three stages: two have one
+# buffer, which is filled only after its layer. 4 warps, not 8: each warp reads all rows' operands from shared
+# memory.
 _FEW_WHOLE = StackConfig(rows=16, num_warps=4, chunk=0, layer_stages=3, chunk_stages=1)
 _HALF_WHOLE = StackConfig(rows=64, num_warps=4, chunk=0, layer_stages=2, chunk_stages=1)
-# Elsewhere chunks are loaded ahead: of 64 columns, so that a layer waits for L2 half as often as with 32. With 4 warps
-# H = 256 spills.
+# Elsewhere chunks are loaded ahead: of 64 columns, so that a layer waits for L2 half as often as with 32. With 4
+# warps H = 256 spills.
 _FEW = StackConfig(rows=16, num_warps=8, chunk=64, layer_stages=1, chunk_stages=2)
 # 8 waves of 64 threads would leave 256 registers per thread, and spill.
 _CDNA_FEW = StackConfig(rows=16, num_warps=4, chunk=64, layer_stages=1, chunk_stages=2)
@@ -81,7 +84,7 @@ class StackEntry:
     smaller: tuple[StackConfig, ...] = (_FEW,)
 
     def config_of(self, batch: int, target: str | None) -> StackConfig:
-        """The tile of the fewest rows that makes at most one program per multiprocessor; ``config`` if none does."""
+        """The tile of the fewest rows with at most one program per multiprocessor; ``config`` where none has."""
         for config in self.smaller:
             if batch <= config.rows * MULTIPROCESSORS.get(target or "", 0):
                 return config

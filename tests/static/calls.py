@@ -274,7 +274,7 @@ BATCHED: dict[str, Callable[[int], None]] = {
     "coupling_stack, inverse, dense maps": partial(
         coupling_stack, features=6, hidden=16, n_linear=3, precision="exact", maps=2, inverse=True
     ),
-    "linearizer_stack": partial(linearizer, features=6, hidden=16, n_linear=2, precision="high"),
+    "linearizer_stack": partial(linearizer, features=6, hidden=16, n_linear=2, precision="fast"),
     "masked_autoregressive": partial(masked_autoregressive, features=6, hidden=16, precision="fast"),
     "masked_autoregressive, inverse, extras": partial(
         masked_autoregressive, features=6, hidden=16, precision="fast", extras=True, inverse=True
