@@ -48,7 +48,7 @@ def load_tile(
     r = tl.arange(0, ROWS)
     n = tl.arange(0, COLUMNS)
     for column in tl.range(0, 2 * half, COLUMNS, num_stages=1, disable_licm=True):
-        x_at, _, known = _tile_of_x(
+        x_at, inside, known = _tile_of_x(
             x_ptr, start, column, n_batch, n_first, n_second, half, stride_xb, stride_xd, ROWS, COLUMNS
         )
         x = tl.load(x_at, mask=known, other=0.0).to(tl.float32)
@@ -126,7 +126,6 @@ def coupling_forward(
                     )
                     tl.store(here + moved, d_value)
                     d = tl.interleave(d_shift, d_log_s * log_scale_derivative(raw, bound, floor, KIND))
-                    d = tl.where((start + r < n_batch)[:, None], d, 0.0)
                     d_at = d_ptr + ROWS * i * hidden + r[:, None] * width + (column + n)[None, :]
                     tl.store(d_at, d.to(d_ptr.dtype.element_ty))
                     if bias_gradient_ptr is not None:

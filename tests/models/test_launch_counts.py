@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import linfast as lf
+from linfast.ops.stack_weights import pack_stack
 from tests.launch_counts import Launches
 from tests.ops.budget import COMPILED
+from tests.ops.stacks import random_layers
 
 D, B = 7, 40
 
@@ -63,6 +65,23 @@ def test_a_residual_block_is_thirteen_launches(
                 loss.backward()
         counts.append((len(names), len(launches.names)))
     assert (counts[1][0] - counts[0][0], counts[1][1] - counts[0][1]) == (3 * forward, 3 * backward)
+
+
+@pytest.mark.parametrize("maps", ["none", "dense"])
+def test_the_backward_of_a_stack_is_two_launches_for_any_batch_and_depth(
+    maps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("linfast.kernels.coupling_stack_backward._multiprocessors", lambda *_: 132)
+    launches, backward = Launches(monkeypatch), torch.ops.linfast.coupling_stack_backward.default
+    for depth in (2, 8):
+        layers = random_layers(D, (16, 16), depth, maps=maps)
+        packed = pack_stack(layers, D, inverse=False, precision="exact", dtype=torch.float16)
+        constants = (D, 3, 16, packed.layout.maps, False, 1, 2, 0.5, 0.0, False, False, False, True, "exact")
+        for batch in (B, 2**20):
+            x, grad_log_det = torch.ones(1, D).expand(batch, D), torch.ones(1).expand(batch)
+            needs = [True, True, False, False]
+            names = launches.of(lambda x: backward(x, *packed.tensors, x, grad_log_det, *constants, needs), x)  # noqa: B023
+            assert names == ["_coupling_stack_backward_kernel", "sum"]
 
 
 _MAPS: dict[str, tuple[dict[str, Any], int]] = {  # what is between the couplings, and the launches at most

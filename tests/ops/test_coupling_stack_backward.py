@@ -1,4 +1,4 @@
-"""The coupling stack's gradient kernels against float64: products, B1, B2, weights, chunks, needed gradients.
+"""The coupling stack's gradient kernel against float64: products, tiles, runs, programs, needed gradients.
 
 Gradients of the public op over activations, scale maps, sizes and layouts are in
 test_coupling_stack_kernel.py; in the interpreter parts of gradients are tf32 in place of bf16 numbers,
@@ -14,17 +14,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from linfast.bench.rounding import N_PARTS
 from linfast.kernels import coupling_stack_backward as backward
-from linfast.kernels import row_products
-from linfast.kernels.coupling_stack_backward import Scratch, StackPass
-from linfast.kernels.row_products import ADD, MULTIPLY, SET, Mode, launch_linear, launch_outer, n_splits
+from linfast.kernels.coupling_stack_backward import LARGE, SCRATCH_BYTES, SMALL, TILES_A_RUN, StackPass, grid_of
+from linfast.kernels.row_products import Mode, add_outer, tile_product
 from linfast.kernels.stack_spec import StackSpec
 from torch import Tensor
 
 import linfast as lf
 from linfast.ops import CouplingLayer, coupling_stack
-from linfast.ops.activations import ACTIVATION_NAMES, ACTIVATIONS
+from linfast.ops.activations import ACTIVATION_NAMES
 from linfast.ops.register import RAW_OPS
 from linfast.ops.stack_weights import PackedStack, pack_stack
 from linfast.precision import PRECISIONS, half_dtype
@@ -56,26 +57,54 @@ def _randn(*shape: int) -> Tensor:
     return torch.randn(shape).to(DEVICE)
 
 
+@triton.jit
+def _product_kernel(
+    x_ptr, w_ptr, out_ptr, n_inner, n_columns, stride_wk, stride_wn, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+    PARTS: tl.constexpr, TYPE: tl.constexpr,
+):  # fmt: skip
+    r = tl.arange(0, 32)
+    n = tl.arange(0, COLUMNS)
+    out = tile_product(
+        x_ptr, n_inner, 1, w_ptr, stride_wk, stride_wn, n_inner, n_columns, 32, COLUMNS, 16, 2, PARTS, TYPE, MASKED
+    )
+    tl.store(out_ptr + r[:, None] * COLUMNS + n[None, :], out)
+
+
+@triton.jit
+def _outer_kernel(
+    d_ptr, x_ptr, out_ptr, n_out, n_in, n_tiles, N_ROWS: tl.constexpr, MASKED: tl.constexpr, PARTS: tl.constexpr,
+    TYPE: tl.constexpr,
+):  # fmt: skip
+    for tile in range(n_tiles):
+        add_outer(
+            d_ptr + tile * N_ROWS * n_out, n_out, x_ptr + tile * N_ROWS * n_in, n_in, out_ptr, tile > 0,
+            N_ROWS, 32, 16, 2, PARTS, TYPE, MASKED,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
 @pytest.mark.parametrize("name", MODES)
-@pytest.mark.parametrize("combine", [SET, ADD, MULTIPLY])
+@pytest.mark.parametrize("columns", [16, 32])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_products_of_rows(name: str, combine: int, transposed: bool) -> None:
+def test_products_of_tiles(name: str, columns: int, transposed: bool) -> None:
     mode, allowed = MODES[name]
-    x, w, bias, before = _randn(70, 64), _randn(64, 128), _randn(128), _randn(70, 256)
+    x, w = _randn(32, 64), _randn(64, columns)
     w = w.mT.contiguous().mT if transposed else w
-    out = before.clone()
-    launch_linear(x, w, out[:, 128:], mode, bias, combine)
-    exact, wide = x.double() @ w.double() + bias.double(), before[:, 128:].double()
-    expected = {SET: exact, ADD: exact + wide, MULTIPLY: exact * wide}[combine]
-    assert error(out[:, 128:], expected) <= allowed
-    assert torch.equal(out[:, :128], before[:, :128])
+    out = x.new_full((32, 32), float("nan"))
+    _product_kernel[(1,)](x, w, out, 64, columns, *w.stride(), COLUMNS=32, MASKED=columns < 32, **mode.constexprs)
+    assert error(out[:, :columns], x.double() @ w.double()) <= allowed
+    assert not out[:, columns:].any()
 
 
 def test_three_parts_keep_every_bit_of_fp32() -> None:
     x, w = factors_of_every_part()
-    out = x.new_empty(3, 16)
-    launch_linear(F.pad(x[:, None], (0, 15)), F.pad(w[None], (0, 13, 0, 15)), out, Mode(3, HALF))
-    assert torch.equal(out[:, :3].diagonal(), x * w)
+    out = x.new_empty(32, 16)
+    rows, columns = F.pad(x[:, None], (0, 15, 0, 32 - len(x))), F.pad(w[None], (0, 13, 0, 15))
+    mode = Mode(3, HALF)
+    _product_kernel[(1,)](
+        rows, columns, out, 16, 16, *columns.stride(), COLUMNS=16, MASKED=False, **mode.constexprs
+    )
+    assert torch.equal(out[:3, :3].diagonal(), x * w)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -87,21 +116,14 @@ def test_products_have_the_parts_that_the_mode_promises(precision: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODES)
-@pytest.mark.parametrize(("rows", "splits"), [(1, 1), (70, 1), (70, 2), (200, 4), (33, 3)])
-def test_sums_over_rows(name: str, rows: int, splits: int) -> None:
+@pytest.mark.parametrize(("n_in", "tiles"), [(16, 1), (64, 1), (16, 3), (64, 2)])
+def test_sums_over_rows(name: str, n_in: int, tiles: int) -> None:
     mode, allowed = MODES[name]
-    d, x = _randn(rows, 32), _randn(rows, 128)
-    partials = x.new_full((splits, 16 * 64 + 32 * 128 + 32), float("nan"))
-    launch_outer(d, x[:, 16:80], partials, 32, 32 + 32 * 64, mode)
-    total = partials.double().sum(0)
-    assert error(total[32 : 32 + 32 * 64], (d.double().mT @ x[:, 16:80].double()).flatten()) <= allowed
-    assert error(total[32 + 32 * 64 : 64 + 32 * 64], d.double().sum(0)) <= 5e-7
-    assert total[:32].isnan().all()
-    assert total[64 + 32 * 64 :].isnan().all()
-
-
-def test_splits_grow_with_the_rows_up_to_a_limit() -> None:
-    assert [n_splits(n) for n in (1, 512, 513, 10**6)] == [1, 1, 2, row_products.MAX_SPLITS]
+    d, x = _randn(32 * tiles, 64), _randn(32 * tiles, n_in)
+    out = x.new_full((64 * n_in + 16,), float("nan"))
+    _outer_kernel[(1,)](d, x, out, 64, n_in, tiles, N_ROWS=32, MASKED=n_in < 32, **mode.constexprs)
+    assert error(out[:-16], (d.double().mT @ x.double()).flatten()) <= allowed
+    assert out[-16:].isnan().all()
 
 
 def _packed(layers: Sequence[CouplingLayer], D: int, precision: str, **options) -> PackedStack:
@@ -120,53 +142,12 @@ def _stack(packed: PackedStack, activation: int = 1, precision: str = "exact") -
     return StackPass(packed.weights, packed.operands, _spec(packed, activation, precision=precision), False)
 
 
-def derivative(activation: str, x: Tensor) -> Tensor:
-    """d activation / dx, elementwise, by autograd."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(ACTIVATIONS[activation](x).sum(), x)[0]
-
-
 @pytest.mark.parametrize("activation", ACTIVATION_NAMES)
-def test_B1_and_B2_on_their_own(activation: str) -> None:
-    layer = random_layers(7, (16, 16), 1)
-    packed = _packed(layer, 7, "exact")
-    stack, layout = _stack(packed, ACTIVATION_NAMES.index(activation)), packed.layout
-    z, g, grad_log_det = layout.pad(_randn(40, 7)), layout.pad(_randn(40, 7)), _randn(40)
-    scratch, got = Scratch(z, stack), g.clone()
-    backward._recompute(stack, z, got, grad_log_det, 0, 0, scratch)
-
-    w, b, _, _ = layout.unpack(packed.weights[0].double())
-    kept, moved = z.double()[:, 16:], z.double()[:, :16].requires_grad_()
-    p1 = kept @ w[0].mT + b[0]
-    p2 = ACTIVATIONS[activation](p1) @ w[1].mT + b[1]
-    d3 = (ACTIVATIONS[activation](p2) @ w[2].mT + b[2]).requires_grad_()
-    shift, raw = d3.unflatten(1, (-1, 2)).unbind(2)
-    log_s = ScaleMap().log_scale(raw)
-    loss = ((moved + shift) * log_s.exp() * g.double()[:, :16]).sum()
-    loss = loss + (grad_log_det.double()[:, None] * log_s[:, :4]).sum()
-    dmoved, d3 = torch.autograd.grad(loss, (moved, d3))
-    for value, exact in (
-        (scratch.h[0], ACTIVATIONS[activation](p1)),
-        (scratch.h[1], ACTIVATIONS[activation](p2)),
-        (scratch.slopes[0], derivative(activation, p1)),
-        (scratch.slopes[1], derivative(activation, p2)),
-        (scratch.d, d3),
-        (got[:, :16], dmoved),
-    ):
-        assert error(value, exact) <= 1e-6
-    assert torch.equal(got[:, 16:], g[:, 16:])
-
-    dweights = torch.zeros_like(packed.weights)
-    backward._coupling_backward(stack, z, got, 0, 0, dweights, True, scratch)
-    d2 = d3 @ w[2] * derivative(activation, p2)
-    d1 = d2 @ w[1] * derivative(activation, p1)
-    for value, exact in (
-        (scratch.slopes[1], d2),
-        (scratch.slopes[0], d1),
-        (got[:, 16:], g.double()[:, 16:] + d1 @ w[0]),
-        (dweights[0, : 16 * 16], (d1.mT @ kept).flatten()),
-        (dweights[0, layout.matrix_size : layout.matrix_size + 16], d1.sum(0)),
-    ):
+def test_every_activation(activation: str) -> None:
+    packed = _packed(random_layers(7, (16, 16), 2), 7, "exact")
+    index = ACTIVATION_NAMES.index(activation)
+    got, expected = _launch(_randn(40, 7), packed, _randn(40, 7), _randn(40), (True, True), activation=index)
+    for value, exact in zip(got, expected, strict=True):
         assert error(value, exact) <= 1e-6
 
 
@@ -216,9 +197,13 @@ def test_one_output_alone(cotangents: tuple[bool, bool]) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("maps", ["dense", *long("diagonal")])
-def test_runs_of_rows_and_splits_add_up(precision: str, maps: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backward, "ROWS_AT_A_TIME", 96)
-    monkeypatch.setattr(row_products, "ROWS_A_SPLIT", 40)
+@pytest.mark.parametrize(("multiprocessors", "tiles"), [(2, 2), (1, 1)])
+def test_tiles_runs_and_programs_add_up(
+    precision: str, maps: str, multiprocessors: int, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three programs with a run of two tiles of 32 rows each; one program with two runs of a tile of 128 rows."""
+    monkeypatch.setattr(backward, "_multiprocessors", lambda *_: multiprocessors)
+    monkeypatch.setattr(backward, "TILES_A_RUN", tiles)
     layers = random_layers(6, (16,), 2, maps=maps)
     inputs = [t.requires_grad_() for t in (_randn(150, 6), *leaves(layers))]
     assert_within_budget(_gradients(layers, precision=precision), inputs, rounding(precision))
@@ -258,6 +243,27 @@ def test_few_rows(batch: int) -> None:
         assert error(value, exact) <= 1e-6
 
 
+def test_rows_past_the_batch_do_not_overflow() -> None:
+    """A row of zeros would give e^200 here, whose product with a gradient of zero is not a number."""
+    layers = random_layers(6, (), 2)
+    for layer in layers:
+        layer.weights[0].fill_(-20.0 / 3)
+        layer.biases[0].fill_(200.0)
+    x = 10 + 0.01 * _randn(9, 6)
+    packed = _packed(layers, 6, "exact")
+    spec = replace(_spec(packed), kind=0, scale_first=True)
+    arguments, rest = (x, *packed.tensors, _randn(9, 6), _randn(9)), (*spec.constants, [True, True, False, False])
+    for value in backward.launch_coupling_stack_backward(*arguments, *rest)[:2]:
+        assert value.isfinite().all()
+
+
+def test_the_gradient_of_a_head_has_no_conditioner() -> None:
+    packed = _packed(random_layers(6, (16,), 1, maps="dense"), 6, "exact", head=random_map(6, "dense"))
+    (_, dweights), (_, exact) = _launch(_randn(9, 6), packed, _randn(9, 6), _randn(9), (True, True))
+    assert error(dweights, exact) <= 1e-6
+    assert not dweights[exact == 0].any()
+
+
 def test_strides_of_every_incoming_gradient() -> None:
     packed = _packed(random_layers(7, (16,), 1), 7, "exact")
     x, grad, h = _randn(9, 7), _randn(9, 7), _randn(9)
@@ -269,21 +275,35 @@ def test_strides_of_every_incoming_gradient() -> None:
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast", *long("high", "tf32")])
-def test_the_same_input_gives_the_same_bits(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_products, "ROWS_A_SPLIT", 40)
+def test_the_same_input_gives_the_same_bits(precision: str) -> None:
     packed = _packed(random_layers(6, (16, 16), 2, maps="dense"), 6, precision)
     x, grad, h = _randn(100, 6), _randn(100, 6), _randn(100)
     (first, _), (second, _) = (_launch(x, packed, grad, h, (True, True), precision=precision) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_the_grid_covers_the_rows_and_fills_the_gpu() -> None:
+    stack = _stack(_packed(random_layers(64, (128, 128), 8), 64, "exact"))
+    for batch in (1, 31, 1000, 2**14, 2**17 + 1, 2**20):
+        tile, programs, run = grid_of(batch, stack, 132)
+        assert run % tile["ROWS"] == 0
+        assert run * (programs - 1) < batch  # no program without rows
+        assert programs * tile["ROWS"] >= min(batch, 132 * 32)  # no idle multiprocessor beside one with two tiles
+    assert grid_of(2**20, stack, 132) == (LARGE, 132, 128 * TILES_A_RUN)
+    assert grid_of(1000, stack, 132) == (SMALL, 32, 32)
+
+
 def test_scratch_does_not_grow_with_the_batch() -> None:
     shallow = _packed(random_layers(64, (128, 128), 4), 64, "exact")
-    deep = replace(shallow, weights=shallow.weights.repeat(16, 1))  # the number of layers is that of rows
-    assert _stack(shallow).rows_at_a_time() == backward.ROWS_AT_A_TIME
-    rows = _stack(deep).rows_at_a_time()
-    assert backward._FEWEST_ROWS < rows < backward.ROWS_AT_A_TIME
-    assert rows * 64 * 4 * 64 < backward.SCRATCH_BYTES
+    deep = replace(shallow, weights=shallow.weights.repeat(8, 1))  # the number of layers is that of rows
+    wide = replace(deep, weights=deep.weights.repeat(16, 1))
+    for packed, short, few in ((shallow, False, False), (deep, True, False), (wide, True, True)):
+        _, programs, run = grid_of(2**20, _stack(packed), 132)
+        assert (run < 128 * TILES_A_RUN, programs < 132) == (short, few)
+        steps, per_row = len(packed.weights), 4 * (32 + 64 + 3 * 2 * 128)  # h_0, d_n; h, act' and d of two layers
+        z, partials = 4 * 64 * (steps + 1) * run, 4 * packed.weights.numel()
+        assert programs * (z + partials + 128 * per_row) <= SCRATCH_BYTES
+        assert grid_of(2**24, _stack(packed), 132)[1:] == (programs, run)
 
 
 def test_half_precision_gradients_are_those_of_the_state_in_fp32() -> None:

@@ -38,9 +38,6 @@ _FEW_WORDS = {
         ("sm_100", "_conv2d_fused_kernel", "C=32 tf32", 11),
         ("sm_80", "_conv2d_fused_kernel", "C=32 high (2)", 13),
         ("sm_80", "_conv2d_fused_kernel", "C=32 exact (2)", 24),
-        ("sm_100", "_outer_kernel", "gradient fast", 14),
-        ("sm_100", "_linear_kernel", "gradient fast (2)", 24),
-        ("sm_100", "_outer_kernel", "gradient high (2)", 13),
         ("sm_80", "_masked_autoregressive_kernel", "D=16 H=128 high inverse", 10),
     ],
     _OLD: [

@@ -26,6 +26,7 @@ _NVIDIA = TARGETS[:3]
 _TWO = ("sm_80", "sm_90")
 _ONE = ("sm_90",)
 _FULL = 1 << 16  # a batch for which every target has a program for each multiprocessor, whatever the tile
+_MANY = 1024  # rows: enough for the backward's larger tile, on the multiprocessors that record.py stands for
 
 
 @dataclass(frozen=True)
@@ -230,21 +231,26 @@ def _linearizers() -> Iterator[Case]:
 
 
 def _gradients() -> Iterator[Case]:
-    """The backward of the coupling stack, at its widest and narrowest."""
+    """The backward of the coupling stack on both its tiles, at its widest and narrowest."""
     for mode in ("fast", "tf32", "high", "exact"):
         maps = NO_MAPS if mode == "exact" else DENSE
         targets = tuple(target for target in TARGETS if (target, mode) in CONFIGS)
         widest = partial(calls.coupling_stack, features=64, hidden=128, n_linear=3, precision=mode, maps=maps)
-        yield Case(f"gradient {mode}", widest, targets=targets)
+        yield Case(f"gradient {mode}", widest, _MANY, targets)
+        yield Case(f"gradient {mode}, few rows", widest, targets=targets)
     exact = {"n_linear": 3, "precision": "exact"}
     yield Case("gradient exact narrow", partial(calls.coupling_stack, features=6, hidden=16, **exact), targets=_TWO)
-    widest = partial(calls.coupling_stack, features=64, hidden=128, depth=1, **exact)
+    widest = partial(calls.coupling_stack, features=64, hidden=128, **exact)
+    yield Case("gradient exact dense", partial(widest, maps=DENSE), _MANY, _TWO)
+    for n_linear in (1, 2, 4):
+        call = partial(calls.coupling_stack, features=64, hidden=128, n_linear=n_linear, precision="exact")
+        yield Case(f"gradient exact n={n_linear}", call, _MANY, _ONE)
     for name in ACTIVATION_NAMES:
         call = partial(widest, activation=name)
-        yield Case(f"gradient {name}", call, targets=_ONE)
+        yield Case(f"gradient {name}", call, _MANY, _ONE)
     for kind in SCALE_MAP_KINDS:
         call = partial(widest, kind=kind)
-        yield Case(f"gradient {kind} scale", call, targets=_ONE)
+        yield Case(f"gradient {kind} scale", call, _MANY, _ONE)
 
 
 def _masked() -> Iterator[Case]:

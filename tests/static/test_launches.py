@@ -17,13 +17,13 @@ from linfast.kernels import (
     conv2d_configs,
     coupling_mix,
     coupling_mix_backward,
+    coupling_stack_backward,
     depthwise_conv,
     group_norm_silu,
     latent_matmul,
     low_rank,
     masked_autoregressive,
     norm_activate,
-    row_products,
     rq_spline,
     stack_pack,
 )
@@ -92,9 +92,9 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
             yield _NVIDIA, kernel, size
             if "split_warps" in conv and conv["COLUMNS"] <= conv2d_configs.WIDEST["exact"]:
                 yield _NVIDIA, kernel, {**size, "num_warps": conv["split_warps"]}
-    for kernel in ("_hidden_kernel", "_coupling_kernel", "_linear_kernel", "_outer_kernel"):
+    for tile in (coupling_stack_backward.LARGE, coupling_stack_backward.SMALL):
         for parts in (1, 2, 3):
-            yield TARGETS, kernel, {**row_products.TILE, "PARTS": parts}
+            yield TARGETS, "_coupling_stack_backward_kernel", {**tile, "PARTS": parts}
     packing = {"RUNS x LONGEST": stack_pack.TILE["VALUES"], "num_warps": stack_pack.TILE["num_warps"]}
     yield TARGETS, "_stack_pack_kernel", packing
     for target, program in masked_autoregressive.TILES.items():
