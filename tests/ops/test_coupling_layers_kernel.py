@@ -6,7 +6,7 @@ import pytest
 import torch
 from linfast.kernels import coupling_layers, stack_configs
 from linfast.kernels import coupling_stack as kernels
-from linfast.kernels.stack_configs import WIDEST_LAYERS, LayersConfig, StackConfig, config_for, tile_of
+from linfast.kernels.stack_configs import LARGEST_LAYERS, LayersConfig, StackConfig, config_for, tile_of
 from linfast.kernels.stack_spec import DENSE, DIAGONAL
 
 import linfast as lf
@@ -52,10 +52,11 @@ def test_gradients_of_large_sizes(precision: str) -> None:
 def test_which_sizes_run_layer_by_layer() -> None:
     assert isinstance(tile_of(64, 128, 3, "exact", "sm_90"), StackConfig)
     for target, mode in stack_configs.CONFIGS:
-        found = tile_of(*WIDEST_LAYERS, 4, mode, target)
+        found = tile_of(*LARGEST_LAYERS, mode, target)
         assert isinstance(found, LayersConfig) == ((target, mode) not in (("gfx942", "exact"), ("sm_100", "tf32")))
-        assert tile_of(WIDEST_LAYERS[0] + 1, 512, 3, mode, target) is None
-        assert tile_of(256, WIDEST_LAYERS[1] + 1, 3, mode, target) is None
+        for i, most in enumerate(LARGEST_LAYERS):
+            too_large = (*LARGEST_LAYERS[:i], most + 1, *LARGEST_LAYERS[i + 1 :])
+            assert tile_of(*too_large, mode, target) is None
         assert tile_of(256, 512, 3, mode, target, DIAGONAL) is None
         assert tile_of(256, 512, 3, mode, target, DENSE) is None
     assert config_for(256, 512, 3, "fast", "sm_90", linearizer=True) is None
