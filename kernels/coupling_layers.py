@@ -176,19 +176,19 @@ def _layer_coupling_kernel(
     i = tile * FEATURES + tl.arange(0, FEATURES)
     moves = (i < n_moved)[None, :]
     exists = r < n_rows - start
-    if LOG_DET:
-        sums_ptr += tile * stride_sums + start + r
-        before = tl.load(sums_ptr, mask=exists)
-        of_tile = tl.sum(tl.where(moves, log_s, 0.0), 1)
-        tl.store(sums_ptr, before - of_tile if INVERSE else before + of_tile, mask=exists)
     if INT64:
         r = r.to(tl.int64)
         i = i.to(tl.int64)
     inside = exists[:, None] & moves
     at = moved_ptr + start * stride_mb + r[:, None] * stride_mb + i[None, :] * stride_mk
-    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(at, mask=inside, other=0.0)
     value = couple(value, shift, log_s, SCALE_FIRST, INVERSE, FORM)
     tl.store(out_ptr + start * stride_ob + r[:, None] * stride_ob + i[None, :], value, mask=inside)
+    if LOG_DET:
+        sums_ptr += tile * stride_sums + start + r
+        before = tl.load(sums_ptr, mask=exists)
+        of_tile = tl.sum(tl.where(moves, log_s, 0.0), 1)
+        tl.store(sums_ptr, before - of_tile if INVERSE else before + of_tile, mask=exists)
 
 
 def launch_layers(

@@ -143,7 +143,9 @@ def split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
 def scale_of(largest):
     """(s, 1 / s) with s a power of two: s largest lies in [2^14, 2^15), or below where largest < 2^-112."""
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
-    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(
+        tl.float32, bitcast=True
+    )
 
 
 @triton.jit
@@ -337,17 +339,45 @@ def conditioner(
         )
     else:
         h = _linear_pair(
-            x, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HALF, HIDDEN, HIDDEN, CHUNK, STAGES, PARTS, ACTIVATION, FORM
+            x,
+            w_ptr,
+            part_stride,
+            b_ptr,
+            scale_ptr,
+            ROWS,
+            HALF,
+            HIDDEN,
+            HIDDEN,
+            CHUNK,
+            STAGES,
+            PARTS,
+            ACTIVATION,
+            FORM,
         )
         h = activate(h, ACTIVATION, FORM)
         w_ptr += HIDDEN * HALF + HIDDEN * HIDDEN
         b_ptr += 2 * HIDDEN
         scale_ptr += 2 * HIDDEN
         if N_LINEAR == 3:
-            out = _linear(h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, OUT, PARTS, STAGES == 1 and PARTS == 1)
+            out = _linear(
+                h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, OUT, PARTS, STAGES == 1 and PARTS == 1
+            )
         else:
             out = _linear_pair(
-                h, w_ptr, part_stride, b_ptr, scale_ptr, ROWS, HIDDEN, HIDDEN, OUT, CHUNK, STAGES, PARTS, ACTIVATION, FORM
+                h,
+                w_ptr,
+                part_stride,
+                b_ptr,
+                scale_ptr,
+                ROWS,
+                HIDDEN,
+                HIDDEN,
+                OUT,
+                CHUNK,
+                STAGES,
+                PARTS,
+                ACTIVATION,
+                FORM,
             )
     return tl.split(tl.reshape(out, (ROWS, HALF, 2)))
 

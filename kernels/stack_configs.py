@@ -199,10 +199,10 @@ _TF32 = LayersConfig(columns=256, last_columns=128, depth=32)
 _AMPERE = LayersConfig(columns=128, last_columns=128, depth=64)
 _CDNA_LAYERS = LayersConfig(columns=128, last_columns=128, depth=32, stages=2)
 
-# The widest padded D and hidden layer that run layer by layer. By counts (kernels/coupling_layers.py) this takes
-# less time than the library at large batches, except for "tf32" on sm_100, where L2 alone takes 3.0 ms and the library
-# 2.8. In "fast" there both take 1.6, and fused launches are fewer.
-WIDEST_LAYERS = (256, 512)
+# The largest padded D, hidden width and number of linear layers that run layer by layer. By the counts in
+# kernels/coupling_layers.py this takes less time than the library at large batches, except for "tf32" on sm_100, where
+# L2 alone takes 3.0 ms and the library 2.8. In "fast" there both take 1.6, and fused launches are fewer.
+LARGEST_LAYERS = (256, 512, 4)
 LAYERS: dict[tuple[str, str], LayersConfig] = {
     ("sm_80", "fast"): _AMPERE,
     ("sm_80", "tf32"): _PARTS,
@@ -272,6 +272,6 @@ def tiles_for(
     one = entry_for(D, H, n_linear, precision, target, maps)
     if one is not None:
         return one
-    width, hidden = 2 * padded_hidden((D + 1) // 2), padded_hidden(H)
-    fits = width <= WIDEST_LAYERS[0] and hidden <= WIDEST_LAYERS[1] and maps == NO_MAPS
+    sizes = (2 * padded_hidden((D + 1) // 2), padded_hidden(H), n_linear)
+    fits = all(size <= most for size, most in zip(sizes, LARGEST_LAYERS, strict=True)) and maps == NO_MAPS
     return LAYERS.get((target or "", precision)) if fits else None

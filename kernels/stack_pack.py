@@ -87,7 +87,9 @@ def _stack_pack_kernel(
     _store_parts(operands_ptr + target, part_stride, scaled if SCALED else value, target >= 0, OPERANDS, SCALED)
     if MAP_OPERANDS:
         scaled = scaled if MAP_SCALED else value
-        _store_parts(map_operands_ptr + (-2 - target), map_part_stride, scaled, target < -1, MAP_OPERANDS, MAP_SCALED)
+        _store_parts(
+            map_operands_ptr + (-2 - target), map_part_stride, scaled, target < -1, MAP_OPERANDS, MAP_SCALED
+        )
     tl.store(values_ptr + scale_at, unscale, mask=scale_at >= 0)
 
 

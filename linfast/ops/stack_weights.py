@@ -251,7 +251,9 @@ def _reference(
     scaled, inverses = _scaled(values.detach(), table, STACK_PARTS[precision], of_matrices, of_maps)
     matrices = _placed(scaled, table.target, table.n_operands)
     maps = _placed(scaled, -2 - table.target, table.n_map_operands)
-    operands = _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, STACK_PARTS[precision], of_matrices)
+    operands = (
+        _tf32(matrices)[None] if precision == "tf32" else _parts(matrices, STACK_PARTS[precision], of_matrices)
+    )
     return values + inverses, operands, _parts(maps, MAP_PARTS, of_maps) if len(maps) else maps.to(of_maps)
 
 

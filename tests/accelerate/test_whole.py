@@ -167,8 +167,7 @@ NOT_WHOLE = {
     "slope": lambda: mlp(3, 6, activation=nn.LeakyReLU),
     "tanh's GELU": lambda: mlp(3, 6, activation=lambda: nn.GELU("tanh")),
     "too many layers": lambda: mlp(3, 6, 5),
-    "too many in this precision": lambda: mlp(3, 6, 4),
-    "too wide": lambda: mlp(3, 6, width=300),
+    "too wide": lambda: mlp(3, 6, width=600),
 }
 
 
@@ -177,6 +176,13 @@ def test_what_is_no_such_mlp_runs_by_itself(name):
     model = Coupling(net=NOT_WHOLE[name]())
     assert_taken(model, torch.randn(4, 6), 0)
     assert "on a GPU: fused tail" in lf.accelerate(model).rows[0].runs
+
+
+@pytest.mark.parametrize("net", [{"width": 300, "depth": 2}, {"depth": 4}])
+def test_what_is_too_large_for_one_launch_takes_one_per_linear_layer(net):
+    model = Coupling(net=mlp(3, 6, **net))
+    assert_taken(model, torch.randn(4, 6), 2)
+    assert "on a GPU: one launch per linear layer" in lf.accelerate(model).rows[0].runs
 
 
 def test_a_context_runs_the_conditioner():

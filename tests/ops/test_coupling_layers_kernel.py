@@ -6,7 +6,7 @@ import pytest
 import torch
 from linfast.kernels import coupling_layers, stack_configs
 from linfast.kernels import coupling_stack as kernels
-from linfast.kernels.stack_configs import WIDEST_LAYERS, LayersConfig, StackEntry, entry_for, tiles_for
+from linfast.kernels.stack_configs import LARGEST_LAYERS, LayersConfig, StackEntry, entry_for, tiles_for
 from linfast.kernels.stack_spec import DENSE, DIAGONAL
 
 import linfast as lf
@@ -52,10 +52,11 @@ def test_gradients_of_large_sizes(precision: str) -> None:
 def test_which_sizes_run_layer_by_layer() -> None:
     assert isinstance(tiles_for(64, 128, 3, "exact", "sm_90"), StackEntry)
     for target, mode in stack_configs.CONFIGS:
-        found = tiles_for(*WIDEST_LAYERS, 4, mode, target)
+        found = tiles_for(*LARGEST_LAYERS, mode, target)
         assert isinstance(found, LayersConfig) == ((target, mode) != ("sm_100", "tf32"))
-        assert tiles_for(WIDEST_LAYERS[0] + 1, 512, 3, mode, target) is None
-        assert tiles_for(256, WIDEST_LAYERS[1] + 1, 3, mode, target) is None
+        for i, most in enumerate(LARGEST_LAYERS):
+            too_large = (*LARGEST_LAYERS[:i], most + 1, *LARGEST_LAYERS[i + 1 :])
+            assert tiles_for(*too_large, mode, target) is None
         assert tiles_for(256, 512, 3, mode, target, DIAGONAL) is None
         assert tiles_for(256, 512, 3, mode, target, DENSE) is None
     assert entry_for(256, 512, 3, "fast", "sm_90", linearizer=True) is None

@@ -173,7 +173,9 @@ def test_two_scaled_parts_keep_what_is_not_finite(value: float) -> None:
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize(("mode", "unit"), [("high", 2.0**-17), ("tf32", 2.0**-11), ("fast", 2.0**-9)])
-def test_other_modes_err_by_their_unit(mode: str, unit: float, make: Callable[[int], tuple[Tensor, Tensor]]) -> None:
+def test_other_modes_err_by_their_unit(
+    mode: str, unit: float, make: Callable[[int], tuple[Tensor, Tensor]]
+) -> None:
     for K in (32, 1024):
         x, W = make(K)
         assert error_of(product(x, W, mode), x, W) <= unit

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from linfast.kernels.conv2d_configs import WIDEST
-from linfast.kernels.stack_configs import CONFIGS, LAYERS, MULTIPROCESSORS, WIDEST_LAYERS, StackEntry
+from linfast.kernels.stack_configs import CONFIGS, LARGEST_LAYERS, LAYERS, MULTIPROCESSORS, StackEntry
 from linfast.kernels.stack_spec import DENSE, NO_MAPS
 
 from linfast.ops.activations import ACTIVATION_NAMES
@@ -200,9 +200,9 @@ def _stacks() -> Iterator[Case]:
 def _layers() -> Iterator[Case]:
     """Layer by layer: each tile whole, and in both directions; other sizes and types on some targets."""
     call = partial(calls.coupling_stack, backward=False)
-    most = partial(call, features=WIDEST_LAYERS[0], hidden=WIDEST_LAYERS[1])
+    most = partial(call, features=LARGEST_LAYERS[0], hidden=LARGEST_LAYERS[1])
     for target, mode in LAYERS:
-        name = f"D={WIDEST_LAYERS[0]} H={WIDEST_LAYERS[1]} {mode}"
+        name = f"D={LARGEST_LAYERS[0]} H={LARGEST_LAYERS[1]} {mode}"
         yield Case(f"{name} forward n=3", partial(most, n_linear=3, precision=mode), targets=(target,))
         yield Case(
             f"{name} inverse n=1", partial(most, n_linear=1, precision=mode, inverse=True), targets=(target,)
@@ -214,7 +214,7 @@ def _layers() -> Iterator[Case]:
             yield Case(f"D={features} H={hidden} {mode}{narrow}", odd, targets=_TWO)
         for name in ACTIVATION_NAMES:
             wide = partial(most, n_linear=3, precision=mode, activation=name)
-            yield Case(f"D={WIDEST_LAYERS[0]} H={WIDEST_LAYERS[1]} {mode} {name}", wide, targets=_ONE)
+            yield Case(f"D={LARGEST_LAYERS[0]} H={LARGEST_LAYERS[1]} {mode} {name}", wide, targets=_ONE)
     for kind in SCALE_MAP_KINDS:
         yield Case(
             f"layers exact {kind} scale", partial(most, n_linear=3, precision="exact", kind=kind), targets=_ONE
