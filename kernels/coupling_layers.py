@@ -119,8 +119,8 @@ def _layer_kernel(
     start = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS
     column = tl.program_id(0) % n_tiles * COLUMNS
     h = _linear_tile(
-        x_ptr, w_ptr, bias_ptr, scale_ptr, start, n_rows, n_inner, column, part_stride, stride_xb, stride_xk, stride_w,
-        ROWS, COLUMNS, DEPTH, STAGES, PARTS, INT64,
+        x_ptr, w_ptr, bias_ptr, scale_ptr, start, n_rows, n_inner, column, part_stride, stride_xb, stride_xk,
+        stride_w, ROWS, COLUMNS, DEPTH, STAGES, PARTS, INT64,
     )  # fmt: skip
     h = activate(h, ACTIVATION, FORM).to(h_ptr.dtype.element_ty)
     r = tl.arange(0, ROWS)
@@ -167,8 +167,8 @@ def _layer_coupling_kernel(
     start = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS
     tile = tl.program_id(0) % n_tiles
     params = _linear_tile(
-        x_ptr, w_ptr, bias_ptr, scale_ptr, start, n_rows, n_inner, tile * COLUMNS, part_stride, stride_xb, stride_xk, stride_w,
-        ROWS, COLUMNS, DEPTH, STAGES, PARTS, INT64,
+        x_ptr, w_ptr, bias_ptr, scale_ptr, start, n_rows, n_inner, tile * COLUMNS, part_stride, stride_xb, stride_xk,
+        stride_w, ROWS, COLUMNS, DEPTH, STAGES, PARTS, INT64,
     )  # fmt: skip
     shift, raw = tl.split(tl.reshape(params, (ROWS, FEATURES, 2)))
     log_s = log_scale(raw, bound, floor, KIND, FORM)
@@ -225,13 +225,14 @@ def _run_of_rows(
             n_tiles = ceil_div(2 * out.shape[1] if is_last else matrix.shape[0], tile["COLUMNS"])
             grid = (ceil_div(n_rows, tile["ROWS"]) * n_tiles,)
             product_of = (
-                h, matrix, bias, scale, n_rows, h.shape[1], n_tiles, operands.stride(0), *h.stride(), matrix.stride(0)
+                h, matrix, bias, scale, n_rows, h.shape[1], n_tiles, operands.stride(0), *h.stride(),
+                matrix.stride(0),
             )  # fmt: skip
             if is_last:
                 _layer_coupling_kernel[grid](
                     *product_of, value, out, sums, out.shape[1], *value.stride(), out.stride(0), sums.stride(0),
-                    spec.bound, spec.floor, FORM=form, KIND=spec.kind, SCALE_FIRST=spec.scale_first, INVERSE=spec.inverse,
-                    LOG_DET=spec.log_det, **parts, **tile,
+                    spec.bound, spec.floor, FORM=form, KIND=spec.kind, SCALE_FIRST=spec.scale_first,
+                    INVERSE=spec.inverse, LOG_DET=spec.log_det, **parts, **tile,
                 )  # fmt: skip
                 continue
             _layer_kernel[grid](

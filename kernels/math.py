@@ -35,7 +35,7 @@ SOFTPLUS = tl.constexpr(6)
 
 @triton.jit
 def exp(x, FORM: tl.constexpr = EXACT):
-    """e^x; accurate: 2^n e^r with x = n ln 2 + r and 0 <= r < ln 2 (Cody and Waite), about one rounding for any x."""
+    """e^x; accurate: 2^n e^r, x = n ln 2 + r, 0 <= r < ln 2 (Cody and Waite), about one rounding for any x."""
     if FORM <= EXACT_PTX:
         n = tl.floor(x * LOG2E)
         n = tl.where(n < -150.0, -150.0, tl.where(n > 127.0, 127.0, n))

@@ -12,18 +12,19 @@ that the parts before it leave, and sums the significant products of parts in fp
 
 Scaled operands (Ootomo and Yokota, arXiv 2203.03341) are parts of s x, where s is a power of two for each row of x,
 and for each row of W, that brings the largest value of the row to [2^14, 2^15); x1 holds the remainder times 2^11.
-With them x is represented to 2^-23 where |x| is within 2^-28 of the row's largest, elsewhere to 2^-50 of that: as
-accurate as fp32, unless all of a row's values of that size meet weights that are smaller than the row's others by 2^-26 or
-more. Every finite row has a scale. Two parts of fp16 are always scaled; W's scales are packed after the biases and maps (kernels/stack_spec.py).
+With them x is represented to 2^-23 where |x| is within 2^-28 of the row's largest, elsewhere to 2^-50 of that: a sum
+is as accurate as one in fp32, unless the weights of the row's largest values are 2^-26 of others or less. Every
+finite row has a scale. Two parts of fp16 are always scaled; W's scales are packed with its biases
+(kernels/stack_spec.py).
 
 W is split beforehand (kernels/stack_pack.py), so that its parts go from memory to the matrix units unchanged. The
 units drop the low 13 bits of an fp32 operand, an error of up to twice that of rounding and always towards zero.
 tf32 operands are therefore rounded to nearest first, W when it is packed. The units may also truncate each partial
 sum. Products of parts are therefore summed from zero, smallest first, and that sum is added to the total in fp32.
 
-Activations have four forms. EXACT and EXACT_PTX have the defining formulas; FAST and PTX have formulas in tanh, which PTX
-computes by NVIDIA's tanh.approx (relative error 2^-11, one special-function instruction) and FAST by exp2 (two).
-FAST and PTX err by less than tf32.
+Activations have four forms (kernels/math.py). EXACT and EXACT_PTX have the defining formulas, EXACT_PTX with
+NVIDIA's reciprocal; FAST and PTX have formulas in tanh, which PTX computes by tanh.approx (relative error 2^-11, one
+special-function instruction) and FAST by exp2 (two). FAST and PTX err by less than tf32.
 """
 
 from __future__ import annotations
@@ -217,8 +218,8 @@ def load_vector(ptr, N: tl.constexpr, AHEAD: tl.constexpr):
 
     Triton lets every thread load all its own columns where there are fewer numbers than threads. In a pipelined
     loop each number then becomes a copy to shared memory in version 3.6: 40 per thread and layer for the biases of
-    D = 64, H = 128. There, repeats make the numbers as many as the threads, so that one copy serves. Operands in two
-    parts leave no shared memory for repeats.
+    D = 64, H = 128. There, repeats make the numbers as many as the threads, so that one copy serves. Operands in
+    two parts leave no shared memory for repeats.
     """
     values = tl.load(ptr + tl.arange(0, max(N, _THREADS) if AHEAD else N) % N)
     for _ in tl.static_range(4):  # N is at least 16

@@ -85,7 +85,7 @@ def coupling_forward(
     INVERSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """The coupling: rows of z at next_row from those at z_row. In the backward h, act', d_n, and dm in place of m."""
+    """The coupling: rows of z at next_row from those at z_row; in the backward h, act', d_n, and dm for m."""
     FEATURES: tl.constexpr = COLUMNS // 2
     width = 2 * half
     kept = half - moved

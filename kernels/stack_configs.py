@@ -116,9 +116,9 @@ class LayersConfig:
         return self
 
 
-# All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128, 115 KB in two parts) while the next
-# layer's are loaded; two parts fill all of it. 128 rows in place of 64 halve the traffic of weights from L2. Not for
-# dense maps: their own loop would keep Triton from pipelining the loop over layers.
+# All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128, 115 KB in two parts) while the
+# next layer's are loaded; two parts fill all of it. 128 rows in place of 64 halve the traffic of weights from L2.
+# Not for dense maps: their own loop would keep Triton from pipelining the loop over layers.
 _WHOLE = StackConfig(rows=128, num_warps=8, chunk=0, layer_stages=2, chunk_stages=1)
 # Chunks of 32 hidden columns: 64 sums per thread at H = 256, past which wgmma spills.
 _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
@@ -126,8 +126,8 @@ _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages
 _WIDE_16 = StackConfig(rows=64, num_warps=8, chunk=16, layer_stages=1, chunk_stages=2)
 # As _WIDE with half the traffic of weights: at H = 128 threads have enough registers for 128 rows.
 _TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
-# Products of 32 rows: mma.sync in place of wgmma and tcgen05, with a quarter of the registers. Where 64 rows spill, or
-# where operands in two parts exceed sm_100's tensor memory.
+# Products of 32 rows: mma.sync in place of wgmma and tcgen05, with a quarter of the registers. Where 64 rows spill,
+# or where operands in two parts exceed sm_100's tensor memory.
 _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # Four warps: on mma.sync eight share 32 columns of a chunk in such a way that each product is made twice.
 _FOUR_WARPS = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
@@ -200,8 +200,8 @@ _AMPERE = LayersConfig(columns=128, last_columns=128, depth=64)
 _CDNA_LAYERS = LayersConfig(columns=128, last_columns=128, depth=32, stages=2)
 
 # The largest padded D, hidden width and number of linear layers that run layer by layer. By the counts in
-# kernels/coupling_layers.py this takes less time than the library at large batches, except for "tf32" on sm_100, where
-# L2 alone takes 3.0 ms and the library 2.8. In "fast" there both take 1.6, and fused launches are fewer.
+# kernels/coupling_layers.py this takes less time than the library at large batches, except for "tf32" on sm_100,
+# where L2 alone takes 3.0 ms and the library 2.8. In "fast" there both take 1.6, and fused launches are fewer.
 LARGEST_LAYERS = (256, 512, 4)
 LAYERS: dict[tuple[str, str], LayersConfig] = {
     ("sm_80", "fast"): _AMPERE,

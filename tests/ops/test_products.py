@@ -1,4 +1,4 @@
-"""The product of kernels/mlp.py alone: y = x W^T by mode, against float64, at sizes and values that are hard for parts.
+"""The product of kernels/mlp.py alone, y = x W^T, against float64: by mode, at values that are hard for parts.
 
 An error is relative to sum_k |x_ik W_jk|, to which the errors of fp32 are proportional: large features that weights
 cancel, or huge rows beside tiny ones, do not hide the error of others.
