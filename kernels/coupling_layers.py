@@ -167,8 +167,8 @@ def _layer_coupling_kernel(
     start = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS
     tile = tl.program_id(0) % n_tiles
     params = _linear_tile(
-        x_ptr, w_ptr, bias_ptr, scale_ptr, start, n_rows, n_inner, tile * COLUMNS, part_stride, stride_xb, stride_xk,
-        stride_w, ROWS, COLUMNS, DEPTH, STAGES, PARTS, INT64,
+        x_ptr, w_ptr, bias_ptr, scale_ptr, start, n_rows, n_inner, tile * COLUMNS, part_stride, stride_xb,
+        stride_xk, stride_w, ROWS, COLUMNS, DEPTH, STAGES, PARTS, INT64,
     )  # fmt: skip
     shift, raw = tl.split(tl.reshape(params, (ROWS, FEATURES, 2)))
     log_s = log_scale(raw, bound, floor, KIND, FORM)

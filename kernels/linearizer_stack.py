@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -133,6 +134,8 @@ def launch_linearizer_stack_backward(x: Tensor, *arguments: Any) -> tuple[Tensor
     else:
         dA, dz = (padded_dw.mT @ padded_z).flatten(), padded_dw @ A
     dcore = torch.cat((dA, padded_dw.sum(0)))[None] if needs[4] else None
+    if dcore is not None:
+        dcore = F.pad(dcore, (0, core.shape[1] - dcore.shape[1]))  # the scales
     dz = spec_x.unpad(dz)
     dx, dweights_x, *none_x = backward(x, *stack_x, dz, None, *spec_x.constants, [needs[0], needs[1], False, False])
     return dx if dx is None else dx.to(dtype), dweights_x, *none_x, dcore, None, dweights_y, *none_y

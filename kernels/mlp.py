@@ -12,8 +12,8 @@ that the parts before it leave, and sums the significant products of parts in fp
 
 Scaled operands (Ootomo and Yokota, arXiv 2203.03341) are parts of s x, where s is a power of two for each row of x,
 and for each row of W, that brings the largest value of the row to [2^14, 2^15); x1 holds the remainder times 2^11.
-With them x is represented to 2^-23 where |x| is within 2^-28 of the row's largest, elsewhere to 2^-50 of that: a sum
-is as accurate as one in fp32, unless the weights of the row's largest values are 2^-26 of others or less. Every
+With them x is represented to 2^-23 where |x| is within 2^-28 of the row's largest, elsewhere to 2^-50 of that: a
+sum is as accurate as one in fp32, unless the weights of the row's largest values are 2^-26 of others or less. Every
 finite row has a scale. Two parts of fp16 are always scaled; W's scales are packed with its biases
 (kernels/stack_spec.py).
 
@@ -23,8 +23,8 @@ tf32 operands are therefore rounded to nearest first, W when it is packed. The u
 sum. Products of parts are therefore summed from zero, smallest first, and that sum is added to the total in fp32.
 
 Activations have four forms (kernels/math.py). EXACT and EXACT_PTX have the defining formulas, EXACT_PTX with
-NVIDIA's reciprocal; FAST and PTX have formulas in tanh, which PTX computes by tanh.approx (relative error 2^-11, one
-special-function instruction) and FAST by exp2 (two). FAST and PTX err by less than tf32.
+NVIDIA's reciprocal; FAST and PTX have formulas in tanh, which PTX computes by tanh.approx (relative error 2^-11,
+one special-function instruction) and FAST by exp2 (two). FAST and PTX err by less than tf32.
 """
 
 from __future__ import annotations

@@ -112,8 +112,8 @@ def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
         for entry, config in [(each, tile) for each in entries for tile in (*each.smaller, each.config)]:
             constants = {
                 "HALF": entry.features // 2, "HIDDEN": entry.hidden, "PARTS": STACK_PARTS[mode],
-                "ROWS": config.rows, "CHUNK": min(config.chunk or entry.hidden, entry.hidden), "LAYER_STAGES": config.layer_stages,
-                "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
+                "ROWS": config.rows, "CHUNK": min(config.chunk or entry.hidden, entry.hidden),
+                "LAYER_STAGES": config.layer_stages, "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
             }  # fmt: skip
             most = {"N_LINEAR": entry.n_linear, "MAPS": entry.maps}
             yield (target,), "_coupling_stack_kernel", {**constants, **most}
