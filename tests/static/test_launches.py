@@ -113,7 +113,8 @@ def _shipped_stacks() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
             constants = {
                 "HALF": entry.features // 2, "HIDDEN": entry.hidden, "PARTS": STACK_PARTS[mode],
                 "ROWS": config.rows, "CHUNK": min(config.chunk or entry.hidden, entry.hidden),
-                "LAYER_STAGES": config.layer_stages, "CHUNK_STAGES": config.chunk_stages, "num_warps": config.num_warps,
+                "LAYER_STAGES": config.layer_stages, "CHUNK_STAGES": config.chunk_stages,
+                "num_warps": config.num_warps,
             }  # fmt: skip
             most = {"N_LINEAR": entry.n_linear, "MAPS": entry.maps}
             yield (target,), "_coupling_stack_kernel", {**constants, **most}
