@@ -19,14 +19,12 @@ from .row_products import TYPES, Mode
 from .stack_backward_tiles import coupling_backward, coupling_forward, load_tile, map_step, store_tile
 from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
 
-# A program's tile: its rows, the columns of a product, the depth of a step and the stages of its loads.
-# 128 rows: the weights' partial sums are read and written once per tile. 64 columns by 8 warps: 32 sums per thread,
-# beside the parts of the operands; with more registers would spill.
+# A program's tile: its rows, the columns of a product, the depth of a step and the stages of its loads. Eight warps
+# leave 255 registers per thread to the one program of a multiprocessor; with four, small tiles spill on sm_100. 128
+# rows, because the weights and their partial sums pass through L2 once per tile. 64 columns: 32 sums per thread.
 LARGE = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
 # Where a tile of 128 rows for every multiprocessor would leave some of them idle.
-SMALL = {"ROWS": 32, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 4}
-# Programs per multiprocessor: as many as fit in its registers at 255 per thread.
-PROGRAMS = {8: 1, 4: 2}
+SMALL = {**LARGE, "ROWS": 32}
 
 # The most tiles of a run, and the scratch memory of all programs.
 TILES_A_RUN = 8
@@ -176,7 +174,7 @@ def grid_of(batch: int, stack: StackPass, multiprocessors: int) -> Grid:
     spec, layers = stack.spec, stack.spec.n_linear - 1
     tile = LARGE if batch >= LARGE["ROWS"] * multiprocessors else SMALL
     rows = tile["ROWS"]
-    programs = min(ceil_div(batch, rows), PROGRAMS[tile["num_warps"]] * multiprocessors)
+    programs = min(ceil_div(batch, rows), multiprocessors)
     h, slope, d = [dtype.itemsize for dtype in stack.scratch_dtypes]
     of_layer = h * spec.half + 2 * d * spec.half + (h + slope + d) * layers * spec.hidden
     of_tile = 8 * rows * spec.half * (len(spec.steps(stack.weights)) + 1)

@@ -147,6 +147,7 @@ def _stacks() -> Iterator[Case]:
         (70, 33, (40,), 2, "diagonal", "tanh", "sigmoid"),
         (9, 7, (), 2, "none", "relu", "softplus"),
         (20, 33, (128, 128), 1, "none", "silu", "smooth"),
+        (260, 33, (64, 64), 1, "none", "silu", "smooth"),  # the backward's larger tile
     ):
 
         def inputs(batch=batch, D=D, hidden=hidden, depth=depth, maps=maps) -> list[Tensor]:
