@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from linfast.bench.rounding import N_PARTS
 from linfast.kernels import coupling_stack_backward as backward
-from linfast.kernels.coupling_stack_backward import LARGE, SCRATCH_BYTES, SMALL, TILES_A_RUN, StackPass, grid_of
+from linfast.kernels import stack_backward_grid
 from linfast.kernels.launch import ceil_div
 from linfast.kernels.row_products import Mode, add_outer, tile_product
+from linfast.kernels.stack_backward_grid import LARGE, SCRATCH_BYTES, SMALL, TILES_A_RUN, StackPass, grid_of
 from linfast.kernels.stack_spec import StackSpec
 from torch import Tensor
 
@@ -203,8 +204,8 @@ def test_tiles_runs_and_programs_add_up(
     precision: str, maps: str, multiprocessors: int, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two programs with runs of two tiles of 32 rows each, one run more than programs; one program with two runs of a tile of 128 rows."""
-    monkeypatch.setattr(backward, "_multiprocessors", lambda *_: multiprocessors)
-    monkeypatch.setattr(backward, "TILES_A_RUN", tiles)
+    monkeypatch.setattr(backward, "multiprocessors", lambda *_: multiprocessors)
+    monkeypatch.setattr(stack_backward_grid, "TILES_A_RUN", tiles)
     layers = random_layers(6, (16,), 2, maps=maps)
     inputs = [t.requires_grad_() for t in (_randn(150, 6), *leaves(layers))]
     assert_within_budget(_gradients(layers, precision=precision), inputs, rounding(precision))
