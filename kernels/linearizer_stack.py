@@ -126,9 +126,10 @@ def launch_linearizer_stack_backward(x: Tensor, *arguments: Any) -> tuple[Tensor
     backward: Any = launch_coupling_stack_backward
     x, grad = x.to(core.dtype), grad.to(core.dtype)  # as the one launch, which holds z and w in fp32
     z = launch_coupling_stack(x, *stack_x, *spec_x.constants)[0]
-    w = spec_x.apply_core(z, core)
+    padded_z = spec_x.pad(z)
+    w = spec_x.unpad(padded_z * A if A.ndim == 1 else padded_z @ A.mT)
     dw, dweights_y, *none_y = backward(w, *stack_y, grad, None, *spec_y.constants, [True, needs[6], False, False])
-    padded_z, padded_dw = spec_x.pad(z), spec_x.pad(dw)
+    padded_dw = spec_x.pad(dw)
     if A.ndim == 1:
         dA, dz = (padded_dw * padded_z).sum(0), padded_dw * A
     else:

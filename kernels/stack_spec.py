@@ -111,12 +111,16 @@ class StackLayout:
         )
 
     def pad(self, x: Tensor) -> Tensor:
-        """[B, D] -> [B, 2 P]: zeros after each half."""
+        """[B, D] -> [B, 2 P]: zeros after each half; x itself where there is nothing to add."""
+        if x.shape[1] == 2 * self.half:
+            return x
         halves = x.split(self.sizes, dim=1)
         return torch.cat([F.pad(half, (0, self.half - half.shape[1])) for half in halves], dim=1)
 
     def unpad(self, z: Tensor) -> Tensor:
-        """[B, 2 P] -> [B, D]."""
+        """[B, 2 P] -> [B, D]; z itself where nothing is removed."""
+        if self.features == 2 * self.half:
+            return z
         halves = z.split(self.half, dim=1)
         return torch.cat([half[:, :size] for half, size in zip(halves, self.sizes, strict=True)], dim=1)
 

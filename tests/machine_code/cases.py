@@ -150,6 +150,7 @@ def _stacks() -> Iterator[Case]:
         (20, 33, (128, 128), 1, "none", "silu", "smooth"),
         (70, 33, (128, 128), 1, "none", "silu", "smooth"),
         (5, 9, (260,), 1, "none", "silu", "tanh"),
+        (260, 33, (64, 64), 1, "none", "silu", "smooth"),  # the backward's larger tile
     ):
 
         def inputs(batch=batch, D=D, hidden=hidden, depth=depth, maps=maps) -> list[Tensor]:

@@ -60,7 +60,7 @@ def as_on_gpu(target: str) -> Iterator[None]:
     choices: dict[str, Any] = {
         "linfast.precision.interpreting": lambda: False,
         "linfast.kernels.stack_configs._target": _constant(target),
-        "linfast.kernels.coupling_stack_backward.StackPass.part_dtype": property(lambda self: torch.bfloat16),
+        "linfast.kernels.stack_backward_grid.StackPass.part_dtype": property(lambda self: torch.bfloat16),
     }
     for module in ("coupling_stack", "coupling_layers", "conv2d_fused"):
         choices[f"linfast.kernels.{module}.activation_form"] = _activation_form

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent.parent
 ASKS_FOR_A_GPU = {
     ("latent_matmul", "_check_index"), ("mlp", "activation_form"),
     ("coupling_stack_backward", "launch_coupling_stack_backward"),
-    ("coupling_stack_backward", "part_dtype"),
+    ("stack_backward_grid", "part_dtype"),
 }  # fmt: skip
 
 

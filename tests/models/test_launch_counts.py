@@ -71,7 +71,7 @@ def test_a_residual_block_is_thirteen_launches(
 def test_the_backward_of_a_stack_is_two_launches_for_any_batch_and_depth(
     maps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("linfast.kernels.coupling_stack_backward._multiprocessors", lambda *_: 132)
+    monkeypatch.setattr("linfast.kernels.coupling_stack_backward.multiprocessors", lambda *_: 132)
     launches, backward = Launches(monkeypatch), torch.ops.linfast.coupling_stack_backward.default
     for depth in (2, 8):
         layers = random_layers(D, (16, 16), depth, maps=maps)

@@ -245,7 +245,7 @@ MUTANTS = (
     ),
     Mutant(
         name="stack pass: an exact gradient's products have one part",
-        file="kernels/coupling_stack_backward.py",
+        file="kernels/stack_backward_grid.py",
         old='return Mode(N_PARTS[precision], torch.float32 if precision == "tf32" else self.part_dtype)',
         new='return Mode(1, torch.float32 if precision == "tf32" else self.part_dtype)',
         breaks="On a GPU exact mode's gradients have bf16's accuracy.",

@@ -18,8 +18,10 @@ import triton
 import triton.language as tl
 from linfast.bench.rounding import N_PARTS
 from linfast.kernels import coupling_stack_backward as backward
-from linfast.kernels.coupling_stack_backward import LARGE, SCRATCH_BYTES, SMALL, TILES_A_RUN, StackPass, grid_of
+from linfast.kernels import stack_backward_grid
+from linfast.kernels.launch import ceil_div
 from linfast.kernels.row_products import Mode, add_outer, tile_product
+from linfast.kernels.stack_backward_grid import LARGE, SCRATCH_BYTES, SMALL, TILES_A_RUN, StackPass, grid_of
 from linfast.kernels.stack_spec import StackSpec
 from torch import Tensor
 
@@ -201,9 +203,9 @@ def test_one_output_alone(cotangents: tuple[bool, bool]) -> None:
 def test_tiles_runs_and_programs_add_up(
     precision: str, maps: str, multiprocessors: int, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three programs with a run of two tiles of 32 rows each; one program with two runs of a tile of 128 rows."""
-    monkeypatch.setattr(backward, "_multiprocessors", lambda *_: multiprocessors)
-    monkeypatch.setattr(backward, "TILES_A_RUN", tiles)
+    """Two programs with runs of two tiles of 32 rows each, one run more than programs; one program with two runs of a tile of 128 rows."""
+    monkeypatch.setattr(backward, "multiprocessors", lambda *_: multiprocessors)
+    monkeypatch.setattr(stack_backward_grid, "TILES_A_RUN", tiles)
     layers = random_layers(6, (16,), 2, maps=maps)
     inputs = [t.requires_grad_() for t in (_randn(150, 6), *leaves(layers))]
     assert_within_budget(_gradients(layers, precision=precision), inputs, rounding(precision))
@@ -286,9 +288,10 @@ def test_the_grid_covers_the_rows_and_fills_the_gpu() -> None:
     stack = _stack(_packed(random_layers(64, (128, 128), 8), 64, "exact"))
     for batch in (1, 31, 1000, 2**14, 2**17 + 1, 2**20):
         tile, programs, run = grid_of(batch, stack, 132)
+        tiles, runs = ceil_div(batch, tile["ROWS"]), ceil_div(batch, run)
         assert run % tile["ROWS"] == 0
-        assert run * (programs - 1) < batch  # no program without rows
-        assert programs * tile["ROWS"] >= min(batch, 132 * 32)  # no idle multiprocessor beside one with two tiles
+        assert programs <= runs  # no program without rows
+        assert ceil_div(runs, programs) * run <= 1.05 * ceil_div(tiles, 132) * tile["ROWS"]  # equal shares
     assert grid_of(2**20, stack, 132) == (LARGE, 132, 128 * TILES_A_RUN)
     assert grid_of(1000, stack, 132) == (SMALL, 32, 32)
 

@@ -285,7 +285,7 @@ def test_gradients_in_every_mode(precision: str) -> None:
 
 @pytest.mark.parametrize("batch", [0, 150])
 def test_gradients_of_other_batches(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("linfast.kernels.coupling_stack_backward.TILES_A_RUN", 1)
+    monkeypatch.setattr("linfast.kernels.stack_backward_grid.TILES_A_RUN", 1)
     layers = random_layers(6, (16,), 2)
     assert_within_budget(
         _outputs_and_gradients(layers), [t.requires_grad_() for t in (_x(batch, 6), *leaves(layers))]

@@ -17,7 +17,6 @@ from linfast.kernels import (
     conv2d_configs,
     coupling_mix,
     coupling_mix_backward,
-    coupling_stack_backward,
     depthwise_conv,
     group_norm_silu,
     latent_matmul,
@@ -25,6 +24,7 @@ from linfast.kernels import (
     masked_autoregressive,
     norm_activate,
     rq_spline,
+    stack_backward_grid,
     stack_pack,
 )
 from linfast.kernels.stack_configs import CONFIGS, LAYERS
@@ -92,7 +92,7 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
             yield _NVIDIA, kernel, size
             if "split_warps" in conv and conv["COLUMNS"] <= conv2d_configs.WIDEST["exact"]:
                 yield _NVIDIA, kernel, {**size, "num_warps": conv["split_warps"]}
-    for tile in (coupling_stack_backward.LARGE, coupling_stack_backward.SMALL):
+    for tile in (stack_backward_grid.LARGE, stack_backward_grid.SMALL):
         for parts in (1, 2, 3):
             yield TARGETS, "_coupling_stack_backward_kernel", {**tile, "PARTS": parts}
     packing = {"RUNS x LONGEST": stack_pack.TILE["VALUES"], "num_warps": stack_pack.TILE["num_warps"]}
