@@ -51,7 +51,7 @@ class Loop:
             and written in shared memory by a thread; matrix units read it besides.
         inner: the loops in it.
         beside: instructions after the first asynchronous copy, up to an inner loop, which run while it is under
-            way; and those of another iteration where the wait for copies leaves some of them under way.
+            way; and those of the iterations whose copies a wait leaves under way.
     """
 
     source: str
@@ -134,8 +134,8 @@ def _fill(
             loop.beside += loop.own["copies"] > 0 and not loop.inner
             loop.own.update(counts[at])
             at += 1
-    if loop.own.pop("ahead", 0) and loop.own["copies"]:
-        loop.beside += loop.own["instructions"]
+    ahead = loop.own.pop("left", 0) // max(loop.own.pop("groups", 0), 1)  # iterations
+    loop.beside += ahead * loop.own["instructions"] if loop.own["copies"] else 0
 
 
 def _counts(name: str, operands: str, never: bool) -> Counter[str]:
@@ -152,8 +152,9 @@ def _counts(name: str, operands: str, never: bool) -> Counter[str]:
         counts["bytes"] = _width(name)
     if counts["shared"]:
         counts["shared_bytes"] = _width(name)
-    if name == "DEPBAR.LE" and re.search(r"SB0, 0x[1-9a-f]", operands):
-        counts["ahead"] = 1
+    if match := re.search(r"SB0, 0x([0-9a-f]+)", operands) if name == "DEPBAR.LE" else None:
+        counts["left"] = int(match[1], 16)  # groups of copies that a wait leaves under way
+    counts["groups"] = int(name == "LDGDEPBAR")
     return counts
 
 

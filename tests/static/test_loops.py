@@ -8,7 +8,7 @@ import pytest
 
 from tests.static.loops import Loop, loop_of, loops, per_row_and_layer
 
-_WAIT = "        /*0030*/                   DEPBAR.LE SB0, {} ;"
+_WAIT = "        /*0030*/                   DEPBAR.LE SB0, {} ;\n        /*0030*/                   LDGDEPBAR ;"
 _PYTHON = """\
 for layer in tl.range(0, n_layers, num_stages=2):
     for first in tl.range(0, HIDDEN, CHUNK):
@@ -70,9 +70,9 @@ def test_an_iteration_counts_inner_loops_with_all_their_iterations(kernel: Loop)
     assert loop_of(layer.plain()) == layer
 
 
-@pytest.mark.parametrize(("left", "beside"), [("0x0", 1), ("0x3", 1 + 6)])
-def test_copies_that_are_left_under_way_have_another_iteration(tmp_path: Path, left: str, beside: int) -> None:
-    """The branch runs beside the copy; with a wait that leaves three copies, so does the next iteration."""
+@pytest.mark.parametrize(("left", "beside"), [("0x0", 1), ("0x1", 1 + 7), ("0x2", 1 + 14)])
+def test_copies_that_are_left_under_way_have_more_iterations(tmp_path: Path, left: str, beside: int) -> None:
+    """The branch runs beside the copy, and so do the iterations whose group of copies the wait leaves."""
     sass = _SASS.replace(".L_x_2:", f".L_x_2:\n{_WAIT.format(left)}")
     layer = loops(sass.format(file=tmp_path / "none"), {}).inner[0]
     assert [loop.beside for loop in (layer, *layer.inner)] == [0, beside, 0]
