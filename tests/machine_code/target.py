@@ -60,6 +60,7 @@ def as_on_gpu(target: str) -> Iterator[None]:
     choices: dict[str, Any] = {
         "linfast.precision.interpreting": lambda: False,
         "linfast.kernels.stack_configs._target": _constant(target),
+        "linfast.kernels.latent_matmul.ELEMENTS_ALONE": 1000,  # so that its cases run row by row and in tiles
         "linfast.kernels.coupling_stack_backward.StackPass.part_dtype": property(lambda self: torch.bfloat16),
     }
     for module in ("coupling_stack", "conv2d_fused"):
