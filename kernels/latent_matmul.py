@@ -8,7 +8,7 @@ z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and 
 dz is the same product with A transposed (a view) and no bias. Only the inputs are saved.
 
 A call of at most ELEMENTS_ALONE elements of A over all rows runs row by row: a program reads its row's operator and
-sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. It is one launch, a sort ten.
+sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. One launch, where a sort is some ten.
 
 Else rows are sorted by operator (stably, on the device, without the host) and cut into tiles. A program runs one
 operator of a tile, at most B / ROWS + K in all. It gathers rows of z and reads A_k in place: A is never gathered to
@@ -34,16 +34,12 @@ from .row_products import Mode, dot
 
 # The most elements of A, over all rows, to read row by row: 134 MB in fp32, 25 us at the rate of an H100's L2.
 ELEMENTS_ALONE = 2**25
-ROW_TILE = {
-    "COLUMNS": 64,
-    "INNER": 32,
-    "num_warps": 4,
-}  # 8 KB per program in flight, 10 programs per multiprocessor
+ROW_TILE = {"COLUMNS": 64, "INNER": 32, "num_warps": 4}  # 8 KB in flight; ten programs per multiprocessor
 
 # (largest number of rows per operator, tile): ROWS of z by COLUMNS of y, INNER summed per step.
 TILES: tuple[tuple[int, Tile], ...] = (
     (16, {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 4}),  # bound by reading A: no wasted rows
-    # The most rows without spills: 238 of 255 registers for three parts at odd sizes.
+    # The most rows without spills: for three parts at odd sizes sm_80 needs all 255 registers.
     (1 << 62, {"ROWS": 128, "COLUMNS": 64, "INNER": 32, "num_warps": 8}),
 )
 # Rows are counted as if there were so many operators: fewer rows per program where programs are few.
@@ -95,21 +91,21 @@ def _bank_kernel(
     ADD_Z: tl.constexpr, BIAS: tl.constexpr, INT64: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """One operator's rows of a tile by COLUMNS of y; grid (row tiles + operators + 1, column tiles).
+    """One operator's rows of a tile by COLUMNS of y; grid (row tiles + K + 1, column tiles).
 
-    The first programs run the operator that a tile begins with. The others each run an operator that begins inside
-    a tile, as far as that tile; operator K stands for the rows past the bank.
+    The first programs run the operator that a tile begins with, the others one that begins inside a tile, as far as
+    that tile. Operator K stands for the rows past the bank.
     """
-    tile = tl.program_id(0)
+    tile = tl.program_id(0).to(tl.int64)
     n_tiles = tl.cdiv(n_rows, ROWS)
     if tile < n_tiles:
         operator = tl.load(key_ptr + tile * ROWS).to(tl.int64)
     else:
-        operator = (tile - n_tiles).to(tl.int64)
+        operator = tile - n_tiles
         begin = tl.load(start_ptr + operator)
         if (begin % ROWS == 0) | (begin == tl.load(start_ptr + operator + 1)):
             return
-        tile = (begin // ROWS).to(tl.int32)
+        tile = begin // ROWS
     position = tile * ROWS + tl.arange(0, ROWS)
     inside = position < n_rows
     mine = inside & (tl.load(key_ptr + position, mask=inside, other=0) == operator)
@@ -118,8 +114,7 @@ def _bank_kernel(
     m = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     if INT64:
-        m = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        inner = inner.to(tl.int64)
+        m, inner = m.to(tl.int64), inner.to(tl.int64)
     wanted = (m < n_out)[None, :]
     known = (operator >= 0) & (operator < n_operators)
     a_ptr += tl.where(known, operator, 0) * stride_ak
@@ -130,6 +125,8 @@ def _bank_kernel(
         at = n[:, None] * stride_an + m[None, :] * stride_am
         a = tl.load(a_ptr + at, mask=(n < n_in)[:, None] & wanted, other=0.0)
         total = dot(z, a, total, PARTS, TYPE)
+    # Read again: held in registers through the loop, the numbers spill on sm_80.
+    b = tl.load(order_ptr + position, mask=inside, other=0)[:, None]
     if ADD_Z:
         z = tl.load(z_ptr + b * stride_zb + m[None, :] * stride_zn, mask=mine & wanted, other=0.0)
         total += alpha * z.to(tl.float32)
@@ -152,8 +149,7 @@ def _bank_gradient_kernel(
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     if INT64:
-        m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        n = n.to(tl.int64)
+        m, n = m.to(tl.int64), n.to(tl.int64)
     begin, end = tl.load(start_ptr + k), tl.load(start_ptr + k + 1)
     share = tl.cdiv(end - begin, n_splits)
     begin += split * share
@@ -216,14 +212,11 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
     sizes = (n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0), 1 if bias is None else bias.stride(0))
     options = {"ADD_Z": alpha != 0.0, "BIAS": bias is not None, "INT64": needs_int64(z[0], A[0])}
     if batch * n_out * n_in <= ELEMENTS_ALONE:
-        n_tiles = ceil_div(n_out, ROW_TILE["COLUMNS"])
-        _row_kernel[(batch * n_tiles,)](
-            *tensors, rows.index.contiguous(), n_operators, n_tiles, *sizes, **options, **ROW_TILE
-        )
+        index, n_tiles = rows.index.contiguous(), ceil_div(n_out, ROW_TILE["COLUMNS"])
+        _row_kernel[(batch * n_tiles,)](*tensors, index, n_operators, n_tiles, *sizes, **options, **ROW_TILE)
         return y
     key, order = rows.by_operator
-    per_operator = ceil_div(batch, max(n_operators, FEWEST_TILES))
-    tile = tile_for(per_operator, TILES)
+    tile = tile_for(ceil_div(batch, max(n_operators, FEWEST_TILES)), TILES)
     _bank_kernel[(ceil_div(batch, tile["ROWS"]) + n_operators + 1, ceil_div(n_out, tile["COLUMNS"]))](
         *tensors, order, key, rows.start, batch, n_operators, *sizes, **options, **mode.constexprs, **tile
     )
