@@ -147,6 +147,14 @@ MUTANTS = (
         tests=(f"{_CONV}::test_every_size", f"{_CONV}::test_every_shape"),
     ),
     Mutant(
+        name="depthwise_conv backward: a program writes taps past the end of a row of the kernel",
+        file="kernels/depthwise_conv.py",
+        old="(c < n_channels) & (first + v < KW))",
+        new="c < n_channels)",
+        breaks="The first taps of the next row are those of columns that the kernel does not have.",
+        tests=(f"{_CONV}::test_rows_of_taps_in_several_programs",),
+    ),
+    Mutant(
         name="depthwise_conv backward: a shared kernel's gradient lacks the last sample",
         file="kernels/depthwise_conv.py",
         old="partial.sum(0)).to(weight.dtype)",
