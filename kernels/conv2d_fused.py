@@ -30,7 +30,6 @@ from .group_statistics import group_moments, grouped_channels, launch_group_stat
 from .launch import ceil_div, needs_int64
 from .mlp import activate, activation_form
 from .row_products import Mode, dot
-from .stack_spec import N_PARTS
 
 _SILU = tl.constexpr(1)
 _PLAIN = tl.constexpr(-1)
@@ -140,9 +139,7 @@ def _conv2d_fused_kernel(
 
 def mode_of(spec: ConvSpec, dtype: torch.dtype) -> Mode:
     """The operands' number of parts and their dtype; 16-bit weights are one part of their own dtype."""
-    if dtype != torch.float32:
-        return Mode(1, dtype)
-    return Mode(N_PARTS[spec.precision], torch.float32 if spec.precision == "tf32" else spec.part_dtype)
+    return Mode.of(dtype, spec.precision, spec.part_dtype)
 
 
 def silu_form(x: Tensor, spec: ConvSpec) -> int:

@@ -13,8 +13,8 @@ summed over b where w is shared. x and w are saved. Bytes: x is read and y writt
 program reads its tile of x and the border around it k^2 times, from L1.
 
 A program computes a tile of channels and pixels of one sample; consecutive threads have pixels of a row, or
-channels where these are innermost. For dw a program sums over all pixels for one tap and writes one number per
-channel: no atomics, the same bits every time.
+channels where these are innermost. For dw a program sums over all pixels for the taps of a row, up to MOST_TAPS,
+and writes one number per tap and channel: no atomics, the same bits every time. x and g are read once per row of w.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TILES: dict[bool, Tile] = {
     False: {"CHANNELS": 1, "PIXELS": 1024, "num_warps": 4},  # NCHW: pixels of one channel
     True: {"CHANNELS": 32, "PIXELS": 32, "num_warps": 4},  # channels_last: 32 channels are one 128-byte line
 }
+MOST_TAPS = 9  # of dw per program, each 8 sums per thread: g is read once for all of them, and x from L1
 
 
 def choose_tile(x: Tensor) -> tuple[Tile, int]:
@@ -100,26 +101,36 @@ def _depthwise_conv_kernel(
 def _depthwise_conv_weight_kernel(
     x_ptr, grad_ptr, partial_ptr, n_blocks, n_channels, height, width,
     stride_xb, stride_xc, stride_xh, stride_xw, stride_gb, stride_gc, stride_gh, stride_gw,
-    KH: tl.constexpr, KW: tl.constexpr, TRANSPOSE: tl.constexpr, INT64: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, TRANSPOSE: tl.constexpr, INT64: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
+    """TAPS taps of a row of the kernel, for a block of a sample's channels; grid (B blocks, KH cdiv(KW, TAPS))."""
     b, c = _channels(tl.program_id(0), n_blocks, n_channels, CHANNELS, INT64)
-    u = tl.program_id(1) // KW
-    v = tl.program_id(1) - u * KW
+    RUNS: tl.constexpr = (KW + TAPS - 1) // TAPS
+    u = tl.program_id(1) // RUNS
+    first = (tl.program_id(1) - u * RUNS) * TAPS
     sign = -1 if TRANSPOSE else 1
-    acc = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    sums = ()
+    for _ in tl.static_range(TAPS):
+        sums = sums + (tl.zeros((CHANNELS, PIXELS), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for start in range(0, height * width, PIXELS):
         i, j = _pixels(start, width, PIXELS, INT64)
-        inside = (c < n_channels) & (i < height)
         row = i + sign * (u - (KH - 1) // 2)
-        column = j + sign * (v - (KW - 1) // 2)
-        there = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        x_at = b * stride_xb + c * stride_xc + row * stride_xh + column * stride_xw
+        inside = (c < n_channels) & (i < height)
         g_at = b * stride_gb + c * stride_gc + i * stride_gh + j * stride_gw
-        x = tl.load(x_ptr + x_at, mask=there, other=0.0).to(tl.float32)
-        acc += x * tl.load(grad_ptr + g_at, mask=there, other=0.0).to(tl.float32)
-    at = (b * n_channels + c) * (KH * KW) + tl.program_id(1)
-    tl.store(partial_ptr + at, tl.sum(acc, 1)[:, None], mask=c < n_channels)
+        grad = tl.load(grad_ptr + g_at, mask=inside, other=0.0).to(tl.float32)
+        inside &= (row >= 0) & (row < height)
+        new = ()
+        for v in tl.static_range(TAPS):
+            column = j + sign * (first + v - (KW - 1) // 2)
+            x_at = b * stride_xb + c * stride_xc + row * stride_xh + column * stride_xw
+            x = tl.load(x_ptr + x_at, mask=inside & (column >= 0) & (column < width), other=0.0)
+            new = new + (sums[v] + x.to(tl.float32) * grad,)  # type: ignore[assignment]  # noqa: RUF005
+        sums = new
+    at = (b * n_channels + c) * (KH * KW) + u * KW + first
+    for v in tl.static_range(TAPS):
+        total = tl.sum(sums[v], 1)[:, None]
+        tl.store(partial_ptr + at + v, total, mask=(c < n_channels) & (first + v < KW))
 
 
 def _weight_strides(weight: Tensor) -> tuple[int, ...]:
@@ -158,8 +169,9 @@ def _weight_gradient(x: Tensor, weight: Tensor, grad: Tensor, transpose: bool) -
         return weight.new_zeros(weight.shape)
     partial = x.new_empty((batch, channels, kh, kw), dtype=torch.float32)
     tile, n_blocks = choose_tile(x)
-    _depthwise_conv_weight_kernel[(batch * n_blocks, kh * kw)](
+    taps = ceil_div(kw, ceil_div(kw, MOST_TAPS))
+    _depthwise_conv_weight_kernel[(batch * n_blocks, kh * ceil_div(kw, taps))](
         x, grad, partial, n_blocks, channels, height, width, *x.stride(), *grad.stride(),
-        KH=kh, KW=kw, TRANSPOSE=transpose, INT64=needs_int64(x, grad), **tile,
+        KH=kh, KW=kw, TAPS=taps, TRANSPOSE=transpose, INT64=needs_int64(x, grad), **tile,
     )  # fmt: skip
     return (partial if weight.ndim == 4 else partial.sum(0)).to(weight.dtype)

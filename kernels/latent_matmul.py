@@ -7,18 +7,22 @@ z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and 
 
 dz is the same product with A transposed (a view) and no bias. Only the inputs are saved.
 
-The rows are sorted by operator (stably, on the device, without the host) and cut into tiles of one operator each.
-The grid has the most tiles there can be, about B / rows + K. A program finds its tile in the running sum of tiles
-per operator, gathers its rows of z and reads A_k in place: A is never gathered to [B, n_out, n_in]. For dA one
-program per operator and tile of A_k adds the operator's rows in order: no atomics, the same bits every time. The
-error of a chain of multiply-adds grows with its length: a new one begins after RUN steps of rows.
+A call of at most ELEMENTS_ALONE elements of A over all rows runs row by row: a program reads its row's operator and
+sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. One launch, where a sort is some ten.
 
-Bytes: z, y and the order once per column of tiles; each A_k once per tile of its rows, so about K n_out n_in + 2 B
-n elements where the rows of an operator fit one tile. fp32 operands are not rounded (input_precision "ieee"); fp16
-and bf16 run on the matrix units with fp32 sums. A row whose index is outside [0, K) gives NaN and adds to no dA.
+Else rows are sorted by operator (stably, on the device, without the host) and cut into tiles. A program runs one
+operator of a tile, at most B / ROWS + K in all. It gathers rows of z and reads A_k in place: A is never gathered to
+[B, n_out, n_in]. Bytes: each A_k once per tile of its rows, z and the order once per column of tiles, and y. For dA
+a program adds the rows of one operator and split in order, for one tile of A_k, and torch adds the splits: no
+atomics, the same bits every time. A chain of sums errs more the longer it is: one ends after RUN steps.
+
+Products of tiles are in parts as in kernels/mlp.py, fp32 operands as the mode says, fp16 and bf16 as they are, with
+fp32 sums. A row whose index is outside [0, K) gives NaN and adds to no dA.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -26,105 +30,130 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Tile, ceil_div, needs_int64, tile_for
+from .row_products import Mode, dot
 
-# (largest mean number of rows per operator, tile): ROWS of z by COLUMNS of y, INNER summed per step.
+# The most elements of A, over all rows, to read row by row: 134 MB in fp32, 25 us at the rate of an H100's L2.
+ELEMENTS_ALONE = 2**25
+ROW_TILE = {"COLUMNS": 64, "INNER": 32, "num_warps": 4}  # 8 KB in flight; ten programs per multiprocessor
+
+# (largest number of rows per operator, tile): ROWS of z by COLUMNS of y, INNER summed per step.
 TILES: tuple[tuple[int, Tile], ...] = (
-    (16, {"ROWS": 16, "COLUMNS": 64, "INNER": 64, "num_warps": 4}),  # bound by reading A: no wasted rows
-    # wgmma's 64 rows. A thread has 16 sums; 32, with 4 warps, spill in fp32 at odd sizes (94 to 181 bytes).
-    (1 << 62, {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}),
+    (16, {"ROWS": 16, "COLUMNS": 64, "INNER": 32, "num_warps": 4}),  # bound by reading A: no wasted rows
+    # The most rows without spills: for three parts at odd sizes sm_80 needs all 255 registers.
+    (1 << 62, {"ROWS": 128, "COLUMNS": 64, "INNER": 32, "num_warps": 8}),
 )
+# Rows are counted as if there were so many operators: fewer rows per program where programs are few.
+FEWEST_TILES = 64
 # dA: n_out by n_in, INNER rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
 GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}
+ROWS_A_SPLIT, MAX_SPLITS = 512, 32  # the fewest rows of an operator per split on average, and the most splits
 RUN = tl.constexpr(8)
+SHORT_KEYS = 2**15 - 1  # operators that int16 can number, with one past them: a sort takes a quarter of its passes
 
 
 @triton.jit(do_not_specialize=["n_operators"])
+def _row_kernel(
+    z_ptr, a_ptr, bias_ptr, y_ptr, index_ptr, n_operators, n_tiles, n_out, n_in, alpha,
+    stride_zb, stride_zn, stride_ak, stride_am, stride_an, stride_yb, stride_bias,
+    ADD_Z: tl.constexpr, BIAS: tl.constexpr, INT64: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS of y for one row; grid (B column tiles)."""
+    row = tl.program_id(0) // n_tiles
+    b = row.to(tl.int64)
+    m = (tl.program_id(0) - row * n_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inner = tl.arange(0, INNER)
+    if INT64:
+        m, inner = m.to(tl.int64), inner.to(tl.int64)
+    operator = tl.load(index_ptr + b)
+    known = (operator >= 0) & (operator < n_operators)
+    wanted = m < n_out
+    z_ptr += b * stride_zb
+    a_ptr += tl.where(known, operator, 0) * stride_ak
+    products = tl.zeros((COLUMNS, INNER), tl.float32)
+    for first in range(0, n_in, INNER):
+        n = first + inner
+        z = tl.load(z_ptr + n * stride_zn, mask=n < n_in, other=0.0)
+        at = m[:, None] * stride_am + n[None, :] * stride_an
+        a = tl.load(a_ptr + at, mask=wanted[:, None] & (n < n_in)[None, :], other=0.0)
+        products += a.to(tl.float32) * z.to(tl.float32)[None, :]
+    y = tl.where(known, tl.sum(products, 1), float("nan"))
+    if ADD_Z:
+        y += alpha * tl.load(z_ptr + m * stride_zn, mask=wanted, other=0.0).to(tl.float32)
+    if BIAS:
+        y += tl.load(bias_ptr + m * stride_bias, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(y_ptr + b * stride_yb + m, y.to(y_ptr.dtype.element_ty), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_operators"])
 def _bank_kernel(
-    z_ptr,
-    a_ptr,
-    bias_ptr,
-    y_ptr,
-    order_ptr,
-    start_ptr,
-    last_tile_ptr,
-    operator_ptr,
-    n_operators,
-    n_out,
-    n_in,
-    alpha,
-    stride_zb,
-    stride_zn,
-    stride_ak,
-    stride_am,
-    stride_an,
-    stride_yb,
-    stride_bias,
-    ADD_Z: tl.constexpr,
-    BIAS: tl.constexpr,
-    INT64: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """One tile of one operator's rows by COLUMNS of y; grid (tiles, column tiles)."""
-    operator = tl.load(operator_ptr + tl.program_id(0))
-    if operator > n_operators:  # past the last tile
-        return
-    begin, end = tl.load(start_ptr + operator), tl.load(start_ptr + operator + 1)
-    last_tile = tl.load(last_tile_ptr + operator)
-    n_tiles = (end - begin + ROWS - 1) // ROWS
-    position = begin + (tl.program_id(0) - (last_tile - n_tiles)) * ROWS + tl.arange(0, ROWS)
-    inside = (position < end)[:, None]
-    b = tl.load(order_ptr + position, mask=position < end, other=0)[:, None]
+    z_ptr, a_ptr, bias_ptr, y_ptr, order_ptr, key_ptr, start_ptr, n_rows, n_operators, n_out, n_in, alpha,
+    stride_zb, stride_zn, stride_ak, stride_am, stride_an, stride_yb, stride_bias,
+    ADD_Z: tl.constexpr, BIAS: tl.constexpr, INT64: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """One operator's rows of a tile by COLUMNS of y; grid (row tiles + K + 1, column tiles).
+
+    The first programs run the operator that a tile begins with, the others one that begins inside a tile, as far as
+    that tile. Operator K stands for the rows past the bank.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    n_tiles = tl.cdiv(n_rows, ROWS)
+    if tile < n_tiles:
+        operator = tl.load(key_ptr + tile * ROWS).to(tl.int64)
+    else:
+        operator = tile - n_tiles
+        begin = tl.load(start_ptr + operator)
+        if (begin % ROWS == 0) | (begin == tl.load(start_ptr + operator + 1)):
+            return
+        tile = begin // ROWS
+    position = tile * ROWS + tl.arange(0, ROWS)
+    inside = position < n_rows
+    mine = inside & (tl.load(key_ptr + position, mask=inside, other=0) == operator)
+    b = tl.load(order_ptr + position, mask=mine, other=0)[:, None]
+    mine = mine[:, None]
     m = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inner = tl.arange(0, INNER)
     if INT64:
-        m = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-        inner = inner.to(tl.int64)
+        m, inner = m.to(tl.int64), inner.to(tl.int64)
     wanted = (m < n_out)[None, :]
-    a_ptr += tl.minimum(operator, n_operators - 1) * stride_ak
+    known = (operator >= 0) & (operator < n_operators)
+    a_ptr += tl.where(known, operator, 0) * stride_ak
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, n_in, INNER):
         n = first + inner
-        z = tl.load(z_ptr + b * stride_zb + n[None, :] * stride_zn, mask=inside & (n < n_in)[None, :], other=0.0)
+        z = tl.load(z_ptr + b * stride_zb + n[None, :] * stride_zn, mask=mine & (n < n_in)[None, :], other=0.0)
         at = n[:, None] * stride_an + m[None, :] * stride_am
         a = tl.load(a_ptr + at, mask=(n < n_in)[:, None] & wanted, other=0.0)
-        total = tl.dot(z, a, total, input_precision="ieee")
+        total = dot(z, a, total, PARTS, TYPE)
+    # Read again: held in registers through the loop, the numbers spill on sm_80.
+    b = tl.load(order_ptr + position, mask=inside, other=0)[:, None]
     if ADD_Z:
-        z = tl.load(z_ptr + b * stride_zb + m[None, :] * stride_zn, mask=inside & wanted, other=0.0)
+        z = tl.load(z_ptr + b * stride_zb + m[None, :] * stride_zn, mask=mine & wanted, other=0.0)
         total += alpha * z.to(tl.float32)
     if BIAS:
         total += tl.load(bias_ptr + m * stride_bias, mask=m < n_out, other=0.0).to(tl.float32)[None, :]
-    total = tl.where(operator == n_operators, float("nan"), total)  # an index outside the bank
-    tl.store(y_ptr + b * stride_yb + m[None, :], total.to(y_ptr.dtype.element_ty), mask=inside & wanted)
+    total = tl.where(known, total, float("nan"))
+    tl.store(y_ptr + b * stride_yb + m[None, :], total.to(y_ptr.dtype.element_ty), mask=mine & wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_splits"])
 def _bank_gradient_kernel(
-    z_ptr,
-    grad_ptr,
-    da_ptr,
-    order_ptr,
-    start_ptr,
-    n_out,
-    n_in,
-    stride_zb,
-    stride_zn,
-    stride_gb,
-    stride_gn,
-    INT64: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """dA[k, ROWS of n_out, COLUMNS of n_in], contiguous; grid (K, row tiles, column tiles)."""
-    k = tl.program_id(0).to(tl.int64)
+    z_ptr, grad_ptr, da_ptr, order_ptr, start_ptr, n_out, n_in, n_splits,
+    stride_zb, stride_zn, stride_gb, stride_gn,
+    INT64: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """dA[k, split, ROWS of n_out, COLUMNS of n_in], contiguous; grid (K splits, row tiles, column tiles)."""
+    k = tl.program_id(0).to(tl.int64) // n_splits
+    split = tl.program_id(0) - k * n_splits
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     if INT64:
-        m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        n = n.to(tl.int64)
+        m, n = m.to(tl.int64), n.to(tl.int64)
     begin, end = tl.load(start_ptr + k), tl.load(start_ptr + k + 1)
+    share = tl.cdiv(end - begin, n_splits)
+    begin += split * share
+    end = tl.minimum(begin + share, end)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     n_rows = (end - begin).to(tl.int32)
     for start in range(0, n_rows, RUN * INNER):
@@ -137,31 +166,31 @@ def _bank_gradient_kernel(
             grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
             at = b[:, None] * stride_zb + n[None, :] * stride_zn
             z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
-            run = tl.dot(grad, z, run, input_precision="ieee")
+            run = dot(grad, z, run, PARTS, TYPE)
         total += run
-    at = k * n_out * n_in + m[:, None] * n_in + n[None, :]
+    at = tl.program_id(0).to(tl.int64) * n_out * n_in + m[:, None] * n_in + n[None, :]
     wanted = (m < n_out)[:, None] & (n < n_in)[None, :]
     tl.store(da_ptr + at, total.to(da_ptr.dtype.element_ty), mask=wanted)
 
 
 class _Rows:
-    """The rows sorted by operator, on the device; those with an index outside the bank are last, as operator K.
-
-    ``order`` [B] contains the row numbers, ``start`` [K + 2] where the rows of each operator begin in it.
-    """
+    """The rows of a call, sorted by operator when that is first needed."""
 
     def __init__(self, index: Tensor, n_operators: int) -> None:
         _check_index(index, n_operators)
-        key = torch.where((index < 0) | (index >= n_operators), n_operators, index)
-        key, self.order = key.sort(stable=True)
-        self.start = torch.searchsorted(key, torch.arange(n_operators + 2, device=index.device))
+        self.index, self.n_operators = index, n_operators
 
-    def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
-        """(number of tiles up to and including each operator's, operator of each tile or K + 1 past the last)."""
-        batch, groups = self.order.shape[0], self.start.shape[0] - 1
-        last = ((self.start.diff() + (rows - 1)) // rows).cumsum(0)
-        tiles = torch.arange(batch // rows + min(groups, batch), device=last.device)
-        return last, torch.searchsorted(last, tiles, right=True)
+    @functools.cached_property
+    def by_operator(self) -> tuple[Tensor, Tensor]:
+        """(operators in order, -1 or K outside the bank; their rows)."""
+        key = self.index.clamp(-1, self.n_operators)
+        return key.to(torch.int16 if self.n_operators < SHORT_KEYS else torch.int64).sort(stable=True)
+
+    @functools.cached_property
+    def start(self) -> Tensor:
+        """[K + 2]: where the rows of operator 0 to K + 1 begin in this order."""
+        key, _ = self.by_operator
+        return torch.searchsorted(key, torch.arange(self.n_operators + 2, dtype=key.dtype, device=key.device))
 
 
 def _check_index(index: Tensor, n_operators: int) -> None:
@@ -173,48 +202,56 @@ def _check_index(index: Tensor, n_operators: int) -> None:
         raise ValueError(f"index must be in [0, {n_operators}), the range of A's operators; got {low} to {high}")
 
 
-def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: float) -> Tensor:
+def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: float, mode: Mode) -> Tensor:
     """y [B, n_out], contiguous."""
     (batch, n_in), (n_operators, n_out) = z.shape, A.shape[:2]
     y = z.new_empty((batch, n_out))
     if n_operators == 0:
         return y.fill_(float("nan"))
-    tile = tile_for(ceil_div(batch, max(n_operators, 1)), TILES)
-    last_tile, operator = rows.tiles(tile["ROWS"])
-    _bank_kernel[(operator.shape[0], ceil_div(n_out, tile["COLUMNS"]))](
-        z, A, z if bias is None else bias, y, rows.order, rows.start, last_tile, operator,
-        n_operators, n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0),
-        1 if bias is None else bias.stride(0),
-        ADD_Z=alpha != 0.0, BIAS=bias is not None, INT64=needs_int64(z[0], A[0]), **tile,
-    )  # fmt: skip
+    tensors = (z, A, z if bias is None else bias, y)
+    sizes = (n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0), 1 if bias is None else bias.stride(0))
+    options = {"ADD_Z": alpha != 0.0, "BIAS": bias is not None, "INT64": needs_int64(z[0], A[0])}
+    if batch * n_out * n_in <= ELEMENTS_ALONE:
+        index, n_tiles = rows.index.contiguous(), ceil_div(n_out, ROW_TILE["COLUMNS"])
+        _row_kernel[(batch * n_tiles,)](*tensors, index, n_operators, n_tiles, *sizes, **options, **ROW_TILE)
+        return y
+    key, order = rows.by_operator
+    tile = tile_for(ceil_div(batch, max(n_operators, FEWEST_TILES)), TILES)
+    _bank_kernel[(ceil_div(batch, tile["ROWS"]) + n_operators + 1, ceil_div(n_out, tile["COLUMNS"]))](
+        *tensors, order, key, rows.start, batch, n_operators, *sizes, **options, **mode.constexprs, **tile
+    )
     return y
 
 
-def launch_latent_matmul(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+def launch_latent_matmul(
+    z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float, precision: str, part_dtype: torch.dtype
+) -> Tensor:
     """y [B, n_out]."""
     if z.shape[0] == 0 or A.shape[1] == 0:
         return z.new_empty((z.shape[0], A.shape[1]))
-    return _product(z, A, _Rows(index, A.shape[0]), bias, alpha)
+    return _product(z, A, _Rows(index, A.shape[0]), bias, alpha, Mode.of(z.dtype, precision, part_dtype))
 
 
 def launch_latent_matmul_backward(
-    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
-) -> tuple[Tensor | None, ...]:
+    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, precision: str, part_dtype: torch.dtype,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dz, dA, None for the index, dbias), contiguous; None where not needed. A gradient that is None is zero."""
     grad = z.new_zeros(()).expand(z.shape[0], A.shape[1]) if grad is None else grad
     dbias = grad.sum(0) if needs[3] else None
     if z.numel() == 0 or grad.numel() == 0 or A.shape[0] == 0:
         return z.new_zeros(z.shape) if needs[0] else None, A.new_zeros(A.shape) if needs[1] else None, None, dbias
-    rows = _Rows(index, A.shape[0])
-    dz = _product(grad, A.mT, rows, None, alpha) if needs[0] else None
-    return dz, _gradient(z, A, rows, grad) if needs[1] else None, None, dbias
+    rows, mode = _Rows(index, A.shape[0]), Mode.of(z.dtype, precision, part_dtype)
+    dz = _product(grad, A.mT, rows, None, alpha, mode) if needs[0] else None
+    return dz, _gradient(z, A, rows, grad, mode) if needs[1] else None, None, dbias
 
 
-def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor) -> Tensor:
+def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor, mode: Mode) -> Tensor:
     (n_operators, n_out, n_in), tile = A.shape, GRADIENT_TILE
-    dA = A.new_empty(A.shape)
-    _bank_gradient_kernel[(n_operators, ceil_div(n_out, tile["ROWS"]), ceil_div(n_in, tile["COLUMNS"]))](
-        z, grad, dA, rows.order, rows.start, n_out, n_in, *z.stride(), *grad.stride(),
-        INT64=needs_int64(z[0], grad[0], dA[0]), **tile,
+    splits = min(max(z.shape[0] // (n_operators * ROWS_A_SPLIT), 1), MAX_SPLITS)
+    dA = A.new_empty((n_operators, splits, n_out, n_in), dtype=A.dtype if splits == 1 else torch.float32)
+    _bank_gradient_kernel[(n_operators * splits, ceil_div(n_out, tile["ROWS"]), ceil_div(n_in, tile["COLUMNS"]))](
+        z, grad, dA, rows.by_operator[1], rows.start, n_out, n_in, splits, *z.stride(), *grad.stride(),
+        INT64=needs_int64(z[0], grad[0], dA[0, 0]), **mode.constexprs, **tile,
     )  # fmt: skip
-    return dA
+    return dA[:, 0] if splits == 1 else dA.sum(1).to(A.dtype)

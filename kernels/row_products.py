@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .mlp import dot_parts, split
+from .stack_spec import N_PARTS
 
 # Ids of dtypes in kernels.
 FP32 = tl.constexpr(0)
@@ -26,6 +27,13 @@ class Mode:
 
     parts: int
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, precision: str, part_dtype: torch.dtype) -> Mode:
+        """For operands of this dtype: 16-bit ones are one part as they are, fp32 ones are cut as the mode says."""
+        if dtype != torch.float32:
+            return cls(1, dtype)
+        return cls(N_PARTS[precision], torch.float32 if precision == "tf32" else part_dtype)
 
     @property
     def constexprs(self) -> dict[str, int]:

@@ -84,3 +84,13 @@ def half_dtype(x: Tensor) -> torch.dtype:
     """
     fp16 = torch.float16 in (x.dtype, autocast_dtype(x.device.type)) or interpreting()
     return torch.float16 if fp16 else torch.bfloat16
+
+
+def part_dtype(x: Tensor, precision: str) -> torch.dtype:
+    """The type of an operand's parts: ``half_dtype`` in "fast", else bf16 for its range.
+
+    In Triton's interpreter fp32, which means tf32, stands for bf16 outside "fast".
+    """
+    if precision == "fast":
+        return half_dtype(x)
+    return torch.float32 if interpreting() else torch.bfloat16

@@ -22,11 +22,19 @@ from torch import Tensor
 
 from ..checks import check_dense, check_factor, check_tensor
 from ..dispatch import interpreting, uses_triton
+from ..kernels.stack_configs import mode_on, target_of
+from ..precision import part_dtype, resolve_precision
 from .register import define_op
 
 
 def latent_matmul(
-    z: Tensor, A: Tensor, index: Tensor | None = None, *, alpha: float | Tensor = 0.0, bias: Tensor | None = None
+    z: Tensor,
+    A: Tensor,
+    index: Tensor | None = None,
+    *,
+    alpha: float | Tensor = 0.0,
+    bias: Tensor | None = None,
+    precision: str | None = None,
 ) -> Tensor:
     """y_b = A_b z_b + alpha z_b + bias, with A_b = A, A[b] or A[index[b]].
 
@@ -37,17 +45,25 @@ def latent_matmul(
             outside [0, K) gives NaN and does not contribute to A's gradient.
         alpha: a number or a 0-d tensor; n_out = n_in unless it is the number 0.
         bias: [n_out].
+        precision: of a bank's products on a GPU, "exact", "high", "tf32" or "fast"; None: as torch is set
+            (linfast.precision). Other products are torch's own, in torch's precision.
 
     Sums are in fp32 or wider; y has z's dtype.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes do not fit together, or, on a CPU, an index is outside [0, K).
+        ValueError: shapes do not fit together, the precision is unknown or given without an index, or, on a CPU,
+            an index is outside [0, K).
     """
     _check(z, A, index, alpha, bias)
+    if precision is not None and index is None:
+        raise ValueError(
+            f"precision must be None without an index, where torch's own products run; got {precision!r}"
+        )
+    mode = mode_on(target_of(z), resolve_precision(z, precision))
     if z.dtype != A.dtype or (bias is not None and bias.dtype != z.dtype):
         wide = torch.promote_types(z.dtype, A.dtype if bias is None else torch.promote_types(A.dtype, bias.dtype))
-        given = {"alpha": alpha, "bias": None if bias is None else bias.to(wide)}
+        given = {"alpha": alpha, "bias": None if bias is None else bias.to(wide), "precision": precision}
         return latent_matmul(z.to(wide), A.to(wide), index, **given).to(z.dtype)  # type: ignore[arg-type]
     number = 0.0 if isinstance(alpha, Tensor) else float(alpha)
     if index is None and A.ndim == 2:
@@ -56,13 +72,15 @@ def latent_matmul(
     elif index is None:
         y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
     elif uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # as one op
-        y = _bank(z, A, index, bias, number)
+        y = _bank(z, A, index, bias, number, mode, part_dtype(z, mode))
     else:
         y = bank_reference(z, A, index, bias, number)
     return alpha * z + y if isinstance(alpha, Tensor) else y
 
 
-def bank_reference(z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+def bank_reference(
+    z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None = None, alpha: float = 0.0, *_: Any
+) -> Tensor:
     """``latent_matmul`` of a bank in plain torch: one product per operator, A read in place."""
     if z.shape[0] == 0:
         return _add(z @ A.sum(0).mT, z, bias, alpha)  # empty, but autograd still connects it to z, A and bias
@@ -106,9 +124,10 @@ def _add(y: Tensor, z: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
 
 
 def bank_backward_reference(
-    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, needs: list[bool]
+    z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, *rest: Any
 ) -> tuple[Tensor | None, ...]:
     """(dz, dA, None for the index, dbias); the formulas are in linfast.kernels.latent_matmul."""
+    needs = rest[-1]
     grad = z.new_zeros(z.shape[0], A.shape[1]) if grad is None else grad
     dz = bank_reference(grad, A.mT, index, None, alpha) if needs[0] else None
     dA = _operators_gradient(z, A, index, grad) if needs[1] else None
@@ -130,7 +149,8 @@ def _gradients(z: Tensor, A: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 _bank = define_op(
-    "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha) -> Tensor",
+    "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha, str precision, "
+    "ScalarType part_dtype) -> Tensor",
     lambda z, A, *_: z.new_empty(z.shape[0], A.shape[1]),
     bank_reference,
     saves="z A index",

@@ -196,11 +196,11 @@ OPS: dict[str, Good] = {
                 "index": torch.tensor([1, 0, 1]),
                 "alpha": 0.5,
                 "bias": x(4),
+                "precision": "exact",
             },
         ),
         {"z": "B N", "A": "k N N", "index": "B", "bias": "N"},
         "z",
-        {"index": {"None"}},
     ),
     "rq_spline": Good(
         lambda: (

@@ -165,7 +165,7 @@ CALLS: dict[str, tuple[Callable[[], Callable[..., Any]], dict[str, Any]]] = {
     "ops.norm_activate": _of(ops.norm_activate, x=_x(), activation="elu", bias=_x(N), weight=_x(N), shift=_x(N),
             of_batch=True, eps=1e-5),
     "ops.latent_matmul": _of(ops.latent_matmul, z=_x(), A=_x(2, N, N), index=torch.tensor([0, 1, 1]), alpha=0.5,
-            bias=_x(N)),
+            bias=_x(N), precision="exact"),
     "ops.low_rank": _of(ops.low_rank, x=_x(), U=_x(N, 2), V=_x(N, 2), alpha=0.5),
     "ops.conv2d_fused": _of(ops.conv2d_fused, x=_x(B, N, 3, 3), weight=_x(2, N, 3, 3), bias=_x(2), groups=2,
             norm_weight=_x(N), norm_bias=_x(N), residual=_x(B, 2, 3, 3), alpha=1.0, precision="exact"),

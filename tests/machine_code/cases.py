@@ -91,11 +91,11 @@ def _products() -> Iterator[Case]:
     for batch, count, n_out, n_in in ((9, 3, 7, 5), (200, 3, 70, 33), (40, 2, 66, 66)):
         index = torch.randint(count, (batch,), generator=torch.Generator().manual_seed(batch))
 
-        def pick(z: Tensor, A: Tensor, b: Tensor, index: Tensor = index) -> Outputs:
-            return [ops.latent_matmul(z, A, index.to(z.device), bias=b)]
+        def pick(z: Tensor, A: Tensor, b: Tensor, precision: str, index: Tensor = index) -> Outputs:
+            return [ops.latent_matmul(z, A, index.to(z.device), bias=b, precision=precision)]
 
         inputs = _randn((batch, n_in), (count, n_out, n_in), (n_out,))
-        yield Case("latent_matmul", f"{(batch, count, n_out, n_in)}", inputs, pick, smoke=batch == 40)
+        yield Case("latent_matmul", f"{(batch, count, n_out, n_in)}", inputs, pick, smoke=batch < 200)
 
 
 def _norms() -> Iterator[Case]:

@@ -61,6 +61,7 @@ def as_on_gpu(target: str) -> Iterator[None]:
         "linfast.precision.interpreting": lambda: False,
         "linfast.kernels.stack_configs._target": _constant(target),
         "linfast.kernels.stack_backward_grid.StackPass.part_dtype": property(lambda self: torch.bfloat16),
+        "linfast.kernels.latent_matmul.ELEMENTS_ALONE": 1000,  # so that its cases run row by row and in tiles
     }
     for module in ("coupling_stack", "coupling_layers", "conv2d_fused"):
         choices[f"linfast.kernels.{module}.activation_form"] = _activation_form

@@ -107,8 +107,8 @@ MUTANTS = (
     Mutant(
         name="conv2d_fused: exact mode has two parts",
         file="kernels/conv2d_fused.py",
-        old="return Mode(N_PARTS[spec.precision],",
-        new="return Mode(min(2, N_PARTS[spec.precision]),",
+        old="return Mode.of(dtype, spec.precision, spec.part_dtype)",
+        new='return Mode.of(dtype, {"exact": "high"}.get(spec.precision, spec.precision), spec.part_dtype)',
         breaks="exact mode computes what high mode promises.",
         tests=(f"{_CONV}::test_exact_products_keep_every_bit_of_fp32",),
     ),

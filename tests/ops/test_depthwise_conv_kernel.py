@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import linfast.kernels.depthwise_conv as kernels
 import pytest
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ def test_every_size(size: tuple[int, int], per_sample: bool, transpose: bool) ->
 @pytest.mark.parametrize(("per_sample", "transpose"), KINDS)
 def test_every_shape(shape: tuple[int, ...], size: tuple[int, int], per_sample: bool, transpose: bool) -> None:
     assert_within_budget(_output_and_gradients(transpose), _inputs(shape, size, per_sample))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_rows_of_taps_in_several_programs(transpose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program of a row has one tap in place of two."""
+    monkeypatch.setattr(kernels, "MOST_TAPS", 2)
+    assert_within_budget(_output_and_gradients(transpose), _inputs((2, 2, 5, 4), (3, 3)))
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -131,8 +139,6 @@ def test_the_transpose_is_the_adjoint() -> None:
 def test_int64_offsets_and_a_second_run_give_the_same_bits(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import linfast.kernels.depthwise_conv as kernels
-
     assert_same_bits(_output_and_gradients(), _inputs(shape, (2, 3)), monkeypatch, kernels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linfast.kernels.latent_matmul as kernels
 import pytest
 import torch
 from linfast.bench.timing import peak_bytes
@@ -9,6 +10,8 @@ from torch import Tensor
 
 import linfast as lf
 from linfast.ops import latent_matmul
+from linfast.precision import PRECISIONS
+from tests.launch_counts import Launches
 from tests.marks import long
 from tests.ops.budget import DEVICE, HALF_DTYPES, assert_within_budget, hostile
 from tests.ops.checks import (
@@ -21,6 +24,7 @@ from tests.ops.checks import (
     second_derivatives,
     squared_sum,
 )
+from tests.ops.stacks import rounding
 
 # (B, K, n_out, n_in): all 1, more operators than rows, both tiles, more rows and columns than one tile.
 SIZES = [(1, 1, 1, 1), (9, 3, 7, 5), (3, 11, 5, 7), (200, 3, 70, 33), (130, 1, 33, 70), (40, 2, 66, 66)]
@@ -36,11 +40,19 @@ def _inputs(
     return index, [torch.randn(shape).to(DEVICE, dtype).requires_grad_() for shape in shapes]
 
 
-def _outputs_and_gradients(index: Tensor, alpha: float = 0.0):
+@pytest.fixture(params=["row by row", "in tiles"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the kernels run; tests are too small to be in tiles by themselves."""
+    if request.param == "in tiles":
+        monkeypatch.setattr(kernels, "ELEMENTS_ALONE", -1)
+    return request.param
+
+
+def _outputs_and_gradients(index: Tensor, alpha: float = 0.0, **options: str):
     """(y, dz, dA, dbias) for a fixed random cotangent."""
 
     def call(z: Tensor, A: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        y = latent_matmul(z, A, index, alpha=alpha, bias=bias)
+        y = latent_matmul(z, A, index, alpha=alpha, bias=bias, **options)
         return (y, *torch.autograd.grad(y, [z, A] if bias is None else [z, A, bias], fixed_cotangents(y)))
 
     return call
@@ -90,6 +102,59 @@ def test_strides_of_inputs_and_of_the_incoming_gradient() -> None:
         assert_within_budget(call, strided)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_mode(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row a mode has no effect. In tiles the operands are rounded as it says, and no more than that."""
+    index, inputs = _inputs((90, 2, 70, 33))
+    assert_within_budget(_outputs_and_gradients(index, precision=precision), inputs, operands=rounding(precision))
+    monkeypatch.setattr(kernels, "ELEMENTS_ALONE", -1)
+    z, A, _ = inputs
+    with lf.backend("triton"), torch.no_grad():
+        got = latent_matmul(z, A, index, precision=precision)
+    truth = torch.einsum("bn,bmn->bm", z.double(), A.double()[index])
+    error = float((got - truth).detach().norm() / truth.norm())
+    least = {"exact": 0.0, "high": 0.0, "tf32": 2.0**-14, "fast": 2.0**-14}[precision]
+    assert least <= error < 32 * max(least, 2.0**-24)
+
+
+def test_torch_chooses_the_mode(way: str) -> None:
+    index, (z, A, _) = _inputs((90, 2, 70, 33))
+    before = torch.get_float32_matmul_precision()
+    with lf.backend("triton"), torch.no_grad():
+        exact, fast = (latent_matmul(z, A, index, precision=precision) for precision in ("exact", "fast"))
+        assert torch.equal(exact, fast) == (way == "row by row")
+        assert torch.equal(latent_matmul(z, A, index), exact)
+        torch.set_float32_matmul_precision("medium")
+        try:
+            assert torch.equal(latent_matmul(z, A, index), fast)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+def test_gradients_in_several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than an operator has rows, and fewer."""
+    monkeypatch.setattr(kernels, "ROWS_A_SPLIT", 3)
+    for picks in ([0, 2] * 10 + [1], [1] * 90):
+        _, inputs = _inputs((len(picks), 3, 6, 5))
+        assert_within_budget(_outputs_and_gradients(torch.tensor(picks, device=DEVICE)), inputs)
+
+
+def test_more_operators_than_a_short_key_can_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SHORT_KEYS", 3)
+    index, inputs = _inputs((40, 5, 2, 3))
+    assert_within_budget(_outputs_and_gradients(index), inputs)
+
+
+def test_what_is_launched(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Besides a cast of the index, which is no launch where Launches counts: it may return its argument."""
+    index, (z, A, bias) = _inputs((90, 2, 6, 6))
+    monkeypatch.setattr(kernels, "_check_index", lambda *_: None)  # as on a GPU
+    tiles = ["clamp", "sort", "arange", "searchsorted", "_bank_kernel"]
+    with lf.backend("triton"), torch.no_grad():
+        names = Launches(monkeypatch).of(lambda z: latent_matmul(z, A, index, alpha=0.5, bias=bias), z)
+    assert names == (["_row_kernel"] if way == "row by row" else tiles)
+
+
 @pytest.mark.parametrize("only", [0, 1, 2])
 def test_each_gradient_alone(only: int) -> None:
     index, inputs = _inputs((9, 3, 5, 5))
@@ -106,7 +171,7 @@ def test_gradients_that_are_not_needed_are_not_computed() -> None:
     index, (z, A, _) = _inputs((9, 3, 5, 5))
     run = torch.ops.linfast.latent_matmul_backward.default
     with torch.no_grad():
-        got = run(z, A, index, z, 0.0, [False, True, False, False])
+        got = run(z, A, index, z, 0.0, "exact", torch.float16, [False, True, False, False])
     assert [tuple(g.shape) for g in got] == [(0,), (3, 5, 5), (0,), (0,)]
 
 
@@ -141,16 +206,12 @@ def test_second_derivatives_are_the_references() -> None:
 
 
 def test_the_same_bits_twice_and_with_int64_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    import linfast.kernels.latent_matmul as kernels
-
     index, inputs = _inputs((100, 3, 66, 66))
     assert_same_bits(_outputs_and_gradients(index, 0.5), inputs, monkeypatch, kernels)
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])
 def test_an_index_outside_the_bank(monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
-    import linfast.kernels.latent_matmul as kernels
-
     index, (z, A, _) = _inputs((5, 3, 4, 4))
     index[2] = wrong
     for name in ("triton", "reference") if DEVICE == "cpu" else ():
@@ -168,9 +229,10 @@ def test_an_index_outside_the_bank(monkeypatch: pytest.MonkeyPatch, wrong: int) 
 def test_opcheck(bias: bool, alpha: float) -> None:
     index, inputs = _inputs((7, 3, 5, 5))
     z, A, b = (t.detach() for t in inputs)
-    assert_registered(torch.ops.linfast.latent_matmul.default, (z, A, index, b if bias else None, alpha))
+    given = (alpha, "exact", torch.float16)
+    assert_registered(torch.ops.linfast.latent_matmul.default, (z, A, index, b if bias else None, *given))
     needs = [[i in (None, j) and j != 2 for j in range(4)] for i in (None, 0, 1, 3)]
-    calls = [(z, A, index, torch.randn_like(z), alpha, needed) for needed in needs]
+    calls = [(z, A, index, torch.randn_like(z), *given, needed) for needed in needs]
     assert_registered(torch.ops.linfast.latent_matmul_backward.default, *calls)
 
 
@@ -248,6 +310,8 @@ def test_without_the_interpreter_a_cpu_bank_is_one_op_in_plain_torch(monkeypatch
         ({"bias": torch.zeros(4)}, r"bias must be \[5\] .* got \(4,\)"),
         ({"z": torch.zeros(3, 5)}, r"z must be \[B, n_in\]"),
         ({"index": None}, "A has 2 operators for 3 rows of z"),
+        ({"precision": "double"}, "precision must be one of"),
+        ({"index": None, "A": torch.zeros(5, 4), "precision": "fast"}, "precision must be None without an index"),
     ],
 )
 def test_shapes_that_do_not_fit_are_clear_errors(change: dict[str, Tensor], message: str) -> None:

@@ -118,10 +118,10 @@ def glu_skip(batch: int, width: int, dtype: str = "fp32", rows: int | None = Non
     both_ways(ops.glu_skip(h, r, gate, bias), h, r, gate, bias)
 
 
-def latent_matmul(batch: int, n: int, operators: int, dtype: str = "fp32") -> None:
+def latent_matmul(batch: int, n: int, operators: int, dtype: str = "fp32", precision: str | None = None) -> None:
     z, A, bias = (tensor(*shape, dtype=dtype) for shape in ((batch, n), (operators, n, n), (n,)))
     index = torch.arange(batch) % operators
-    both_ways(ops.latent_matmul(z, A, index, alpha=0.5, bias=bias), z, A, bias)
+    both_ways(ops.latent_matmul(z, A, index, alpha=0.5, bias=bias, precision=precision), z, A, bias)
 
 
 def low_rank(batch: int, n: int, rank: int, dtype: str = "fp32", dense: bool = True) -> None:

@@ -17,6 +17,7 @@ from linfast.kernels.stack_spec import DENSE, NO_MAPS
 
 from linfast.ops.activations import ACTIVATION_NAMES
 from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
+from linfast.precision import PRECISIONS
 from linfast.scale_maps import SCALE_MAP_KINDS
 from tests.ops.stacks import NAMES
 from tests.static import calls
@@ -131,11 +132,14 @@ def _residual_blocks() -> Iterator[Case]:
 
 
 def _latent_matmuls() -> Iterator[Case]:
-    for rows in (8, 100):  # of an operator
-        for dtype in ("fp32", "bf16"):
-            call = partial(calls.latent_matmul, n=64, operators=4, dtype=dtype)
-            yield Case(f"{rows} rows {'contiguous ' if dtype == 'fp32' else ''}{dtype}", call, 4 * rows)
-        yield Case(f"{rows} rows n=51 fp32", partial(calls.latent_matmul, n=51, operators=4), 4 * rows, _TWO)
+    for kind, batch, operators in (("row by row", 32, 4), ("few rows", 16_384, 1024), ("many rows", 16_384, 4)):
+        call = partial(calls.latent_matmul, n=64, operators=operators)
+        for mode in PRECISIONS if batch > 32 else ("exact",):
+            yield Case(f"{kind} contiguous {mode} fp32", partial(call, precision=mode), batch)
+        yield Case(f"{kind} bf16", partial(call, dtype="bf16"), batch)
+        for mode in ("exact", "tf32") if batch > 32 else ("exact",):
+            odd = partial(calls.latent_matmul, n=51, operators=operators, precision=mode)
+            yield Case(f"{kind} n=51 {mode} fp32", odd, batch, _TWO)
 
 
 def _low_ranks() -> Iterator[Case]:

@@ -77,6 +77,7 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
     for kernel, banks in {
         "_bank_kernel": [bank for _, bank in latent_matmul.TILES],
         "_bank_gradient_kernel": [latent_matmul.GRADIENT_TILE],
+        "_row_kernel": [latent_matmul.ROW_TILE],
     }.items():
         for bank in banks:
             yield TARGETS, kernel, bank
