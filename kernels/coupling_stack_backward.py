@@ -11,9 +11,9 @@ to first. For a run of rows, a tile of it at a time
         dW_i += d_i^T h_{i-1}, db_i += sum_b d_i; for a map dM += g^T z, dc += sum_b g, and g <- g M
 
 A program has its own scratch memory and its own sums of the weights' gradients: no atomics, the same bits every
-time. It takes a run of tiles through one step after another, so that the step's weights and sums stay in L2 from one
-tile to the next, and then its next run. Rows past B repeat the last one, with a gradient of 0. Activations are exact
-in every mode. In "fast" gradients as operands are bf16 even where x is fp16, which has no numbers below 6e-8.
+time. It takes a run of tiles through one step after another, so that a step's weights and sums stay in L2 from one
+tile to the next, and then its next run. Rows past B repeat the last one, with a gradient of 0. Activations are
+exact in every mode. In "fast" gradients as operands are bf16 even where x is fp16, which has no numbers below 6e-8.
 
 D = 64, H = 128, n = 3, depth 8, B = 2^20 on an H100; counted in the compiled code, not measured:
 
@@ -26,8 +26,8 @@ D = 64, H = 128, n = 3, depth 8, B = 2^20 on an H100; counted in the compiled co
     issue: instructions per warp, tile of 128 rows and layer         15,000: 8.5 ms  35,000: 20 ms
     prediction                                                       25 ms           42 ms
 
-L2 is the limit: every h_i, act'_i and d_i passes through it, and in tiles of 64 columns twice or more. Few rows wait
-for one phase after another: 23 products per layer, about 0.7 us each, 0.13 ms.
+L2 is the limit: every h_i, act'_i and d_i passes through it, and in tiles of 64 columns twice or more. Few rows
+wait for one phase after another: 23 products per layer, about 0.7 us each, 0.13 ms.
 """
 
 from __future__ import annotations

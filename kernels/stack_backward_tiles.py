@@ -148,7 +148,7 @@ def coupling_backward(
     N_LINEAR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """d_i and the gradients of the conditioner's weights, and dk in place of k."""
+    """d_i, the gradients of the conditioner's weights, and dk for k."""
     MASKED: tl.constexpr = KEPT < COLUMNS
     width = 2 * half
     kept = half - moved
@@ -191,7 +191,7 @@ def map_step(
     DENSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr,
 ):  # fmt: skip
-    """The map: rows of z at next_row from those at z_row. In the backward dM, dc, and dz in place of z."""
+    """The map: rows of z at next_row from those at z_row. In the backward dM, dc, and dz for z."""
     width = 2 * half
     r = tl.arange(0, ROWS)
     n = tl.arange(0, COLUMNS)

@@ -203,7 +203,7 @@ def test_one_output_alone(cotangents: tuple[bool, bool]) -> None:
 def test_tiles_runs_and_programs_add_up(
     precision: str, maps: str, multiprocessors: int, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two programs with runs of two tiles of 32 rows each, one run more than programs; one program with two runs of a tile of 128 rows."""
+    """Three runs of two tiles of 32 rows on two programs; two runs of one tile of 128 rows on one program."""
     monkeypatch.setattr(backward, "multiprocessors", lambda *_: multiprocessors)
     monkeypatch.setattr(stack_backward_grid, "TILES_A_RUN", tiles)
     layers = random_layers(6, (16,), 2, maps=maps)
