@@ -18,9 +18,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-__all__ = ["CAPABILITIES", "as_on_gpu", "emulator", "folder"]
+__all__ = ["CAPABILITIES", "ELEMENTS_ALONE", "as_on_gpu", "emulator", "folder"]
 
 CAPABILITIES = {"sm_80": 80, "sm_90": 90}
+ELEMENTS_ALONE = 1000  # latent_matmul's limit: one of its cases runs row by row, the others in tiles
 _CHECKOUT = Path(__file__).parent.parent.parent
 
 
@@ -61,7 +62,7 @@ def as_on_gpu(target: str) -> Iterator[None]:
         "linfast.precision.interpreting": lambda: False,
         "linfast.kernels.stack_configs._target": _constant(target),
         "linfast.kernels.stack_backward_grid.StackPass.part_dtype": property(lambda self: torch.bfloat16),
-        "linfast.kernels.latent_matmul.ELEMENTS_ALONE": 1000,  # so that its cases run row by row and in tiles
+        "linfast.kernels.latent_matmul.ELEMENTS_ALONE": ELEMENTS_ALONE,
     }
     for module in ("coupling_stack", "coupling_layers", "conv2d_fused"):
         choices[f"linfast.kernels.{module}.activation_form"] = _activation_form
