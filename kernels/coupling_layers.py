@@ -207,6 +207,7 @@ def _run_of_rows(
     last = _tile(spec.matrix_shapes[-1], config.last_columns, config)
     sums = weights.new_zeros(2 * spec.half // last["COLUMNS"], len(log_det))
     for layer, row in spec.steps(weights):
+        assert layer is not None  # a map
         moved = 0 if spec.moves_first(layer) else 1
         h, value, out = halves[1 - moved], halves[moved], written[moved]
         matrices, biases = spec.matrices(operands[0, row]), spec.unpack(weights[row])[1]
