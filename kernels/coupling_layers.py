@@ -198,8 +198,9 @@ def _run_of_rows(
     x: Tensor, y: Tensor, log_det: Tensor, weights: Tensor, operands: Tensor, spec: StackSpec, config: LayersConfig,
     int64: bool,
 ) -> None:  # fmt: skip
-    n_rows, parts = x.shape[0], {"PARTS": N_PARTS[spec.precision], "INT64": int64}
-    state = y if x.dtype == torch.float32 else x.to(torch.float32)
+    n_rows, form = x.shape[0], activation_form(x, spec.precision)
+    parts = {"PARTS": N_PARTS[spec.precision], "INT64": int64}
+    state = y if x.dtype == torch.float32 else x.to(torch.float32, memory_format=torch.contiguous_format)
     written = state.split(spec.sizes, dim=1)
     halves = list(x.split(spec.sizes, dim=1) if state is y else written)
     dtype = operands.dtype if spec.precision == "fast" else torch.float32
@@ -227,8 +228,8 @@ def _run_of_rows(
                 )  # fmt: skip
                 continue
             _layer_kernel[grid](
-                *product_of, hidden[i % 2], hidden[i % 2].stride(0), ACTIVATION=spec.activation,
-                FORM=activation_form(x, spec.precision), **parts, **tile,
+                *product_of, hidden[i % 2], hidden[i % 2].stride(0), ACTIVATION=spec.activation, FORM=form,
+                **parts, **tile,
             )  # fmt: skip
             h = hidden[i % 2]
         halves[moved] = out

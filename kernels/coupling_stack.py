@@ -30,7 +30,7 @@ from .coupling_layers import launch_layers
 from .launch import ceil_div
 from .math import couple, log_scale
 from .mlp import activation_form, conditioner, product, split
-from .stack_configs import LayersConfig, config_for, target_of, tile_of
+from .stack_configs import LayersConfig, StackConfig, config_for, target_of, tile_of
 from .stack_spec import N_PARTS, StackSpec, map_parts, spec_of
 
 
@@ -313,6 +313,11 @@ def _options_without_x(target: str | None, specs: tuple[StackSpec, ...]) -> dict
     }  # fmt: skip
 
 
+@functools.lru_cache(256)
+def _config(target: str | None, spec: StackSpec) -> StackConfig | LayersConfig | None:
+    return tile_of(spec.features, spec.hidden, spec.n_linear, spec.precision, target, spec.maps)
+
+
 def reaches_past_int32(x: Tensor, rows: int) -> bool:
     """Whether an offset within a tile of this many rows exceeds int32."""
     return rows * x.stride(0) + x.shape[1] * x.stride(1) >= 2**31
@@ -327,7 +332,7 @@ def launch_coupling_stack(
     total = x.new_empty(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
     if x.shape[0] == 0:
         return y, total
-    config = tile_of(spec.features, spec.hidden, spec.n_linear, spec.precision, target_of(x), spec.maps)
+    config = _config(target_of(x), spec)
     if isinstance(config, LayersConfig):
         launch_layers(x, y, total, weights, operands, spec, config, reaches_past_int32(x, config.rows))
         return y, total
