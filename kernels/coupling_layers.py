@@ -205,16 +205,17 @@ def _run_of_rows(
     x: Tensor, y: Tensor, log_det: Tensor, weights: Tensor, operands: Tensor, spec: StackSpec, config: LayersConfig,
     int64: bool,
 ) -> None:  # fmt: skip
-    n_rows, parts = x.shape[0], {"PARTS": STACK_PARTS[spec.precision], "INT64": int64}
-    state = y if x.dtype == torch.float32 else x.to(torch.float32)
+    n_rows, form = x.shape[0], activation_form(x, spec.precision)
+    parts = {"PARTS": STACK_PARTS[spec.precision], "INT64": int64}
+    state = y if x.dtype == torch.float32 else x.to(torch.float32, memory_format=torch.contiguous_format)
     written = state.split(spec.sizes, dim=1)
     halves = list(x.split(spec.sizes, dim=1) if state is y else written)
-    form = activation_form(x, spec.precision)
     dtype = operands.dtype if spec.precision == "fast" else torch.float32
     hidden = [x.new_empty(n_rows, spec.hidden, dtype=dtype) for _ in range(min(spec.n_linear - 1, 2))]
     last = _tile(spec.matrix_shapes[-1], config.last_columns, config)
     sums = weights.new_zeros(2 * spec.half // last["COLUMNS"], len(log_det))
     for layer, row in spec.steps(weights):
+        assert layer is not None  # a map
         moved = 0 if spec.moves_first(layer) else 1
         h, value, out = halves[1 - moved], halves[moved], written[moved]
         matrices, biases = spec.matrices(operands[0, row]), spec.unpack(weights[row])[1]
@@ -236,8 +237,8 @@ def _run_of_rows(
                 )  # fmt: skip
                 continue
             _layer_kernel[grid](
-                *product_of, hidden[i % 2], hidden[i % 2].stride(0), ACTIVATION=spec.activation,
-                FORM=form, **parts, **tile,
+                *product_of, hidden[i % 2], hidden[i % 2].stride(0), ACTIVATION=spec.activation, FORM=form,
+                **parts, **tile,
             )  # fmt: skip
             h = hidden[i % 2]
         halves[moved] = out

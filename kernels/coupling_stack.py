@@ -332,6 +332,11 @@ def _of_tile(config: StackConfig, spec: StackSpec) -> dict[str, int]:
     }  # fmt: skip
 
 
+@functools.lru_cache(256)
+def _tiles(target: str | None, spec: StackSpec) -> StackEntry | LayersConfig | None:
+    return tiles_for(spec.features, spec.hidden, spec.n_linear, spec.precision, target, spec.maps)
+
+
 def reaches_past_int32(x: Tensor, rows: int) -> bool:
     """Whether an offset within a tile of this many rows exceeds int32."""
     return rows * x.stride(0) + x.shape[1] * x.stride(1) >= 2**31
@@ -346,7 +351,7 @@ def launch_coupling_stack(
     total = x.new_empty(x.shape[0] if spec.log_det else 0, dtype=torch.float32)
     if x.shape[0] == 0:
         return y, total
-    tiles = tiles_for(spec.features, spec.hidden, spec.n_linear, spec.precision, target_of(x), spec.maps)
+    tiles = _tiles(target_of(x), spec)
     if isinstance(tiles, LayersConfig):
         launch_layers(x, y, total, weights, operands, spec, tiles, reaches_past_int32(x, tiles.rows))
         return y, total

@@ -27,6 +27,7 @@ _D, _HIDDEN, _ROWS = 37, (24, 70), 20  # half 32 and hidden 128 when padded: two
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stack runs layer by layer, in tiles so small that small sizes have several."""
+    monkeypatch.setattr(kernels, "_config", kernels._config.__wrapped__)  # which keeps what it finds
     monkeypatch.setattr(stack_configs, "CONFIGS", {})
     monkeypatch.setattr(stack_configs, "LAYERS", {("sm_90", mode): _SMALL for mode in PRECISIONS})
 
@@ -134,6 +135,9 @@ def test_half_precision_keeps_the_state_in_fp32(dtype: torch.dtype, depth: int) 
     assert (y.dtype, log_det.dtype) == (dtype, torch.float32)
     expected, _ = _run(x.float(), layers, precision="exact")
     assert torch.equal(y, expected.to(dtype))
+    for name, strided in hostile(x).items():
+        same = y[:1].expand(y.shape) if name == "expanded" else y
+        assert torch.equal(_run(strided, layers, precision="exact")[0], same), name
 
 
 @pytest.mark.usefixtures("small")
