@@ -27,7 +27,7 @@ _D, _HIDDEN, _ROWS = 37, (24, 70), 20  # half 32 and hidden 128 when padded: two
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stack runs layer by layer, in tiles so small that small sizes have several."""
-    monkeypatch.setattr(kernels, "_config", kernels._config.__wrapped__)  # which keeps what it finds
+    monkeypatch.setattr(kernels, "_tiles", kernels._tiles.__wrapped__)  # which keeps what it finds
     monkeypatch.setattr(stack_configs, "CONFIGS", {})
     monkeypatch.setattr(stack_configs, "LAYERS", {("sm_90", mode): _SMALL for mode in PRECISIONS})
 
