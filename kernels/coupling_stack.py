@@ -183,6 +183,7 @@ def _halves_at(
     i = tl.arange(0, HALF)
     inside = (r < n_batch - start)[:, None]
     if INT64:
+        r = r.to(tl.int64)
         i = i.to(tl.int64)
     x_ptr += start * stride_b
     first = x_ptr + r[:, None] * stride_b + i[None, :] * stride_d
