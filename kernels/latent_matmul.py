@@ -14,7 +14,7 @@ Else rows are sorted by operator (stably, on the device, without the host) and c
 operator of a tile, at most B / ROWS + K in all. It gathers rows of z and reads A_k in place: A is never gathered to
 [B, n_out, n_in]. Bytes: each A_k once per tile of its rows, z and the order once per column of tiles, and y. For dA
 a program adds the rows of one operator and split in order, for one tile of A_k, and torch adds the splits: no
-atomics, the same bits every time. A chain of sums errs more the longer it is: one ends after RUN steps.
+atomics, the same bits every time.
 
 Products of tiles are in parts as in kernels/mlp.py, fp32 operands as the mode says, fp16 and bf16 as they are, with
 fp32 sums. A row whose index is outside [0, K) gives NaN and adds to no dA.
@@ -47,7 +47,6 @@ FEWEST_TILES = 64
 # dA: n_out by n_in, INNER rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
 GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}
 ROWS_A_SPLIT, MAX_SPLITS = 512, 32  # the fewest rows of an operator per split on average, and the most splits
-RUN = tl.constexpr(8)
 SHORT_KEYS = 2**15 - 1  # operators that int16 can number, with one past them: a sort takes a quarter of its passes
 
 
@@ -156,18 +155,18 @@ def _bank_gradient_kernel(
     end = tl.minimum(begin + share, end)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     n_rows = (end - begin).to(tl.int32)
-    for start in range(0, n_rows, RUN * INNER):
-        run = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in range(start, tl.minimum(start + RUN * INNER, n_rows), INNER):
-            position = begin + first + tl.arange(0, INNER)
-            inside = position < end
-            b = tl.load(order_ptr + position, mask=inside, other=0)
-            at = b[None, :] * stride_gb + m[:, None] * stride_gn
-            grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
-            at = b[:, None] * stride_zb + n[None, :] * stride_zn
-            z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
-            run = dot(grad, z, run, PARTS, TYPE)
-        total += run
+    for first in range(0, n_rows, INNER):
+        position = begin + first + tl.arange(0, INNER)
+        inside = position < end
+        b = tl.load(order_ptr + position, mask=inside, other=0)
+        at = b[None, :] * stride_gb + m[:, None] * stride_gn
+        grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
+        at = b[:, None] * stride_zb + n[None, :] * stride_zn
+        z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
+        if PARTS == 1:  # a sum of its own: matrix units may truncate each step of a long one
+            total += dot(grad, z, tl.zeros((ROWS, COLUMNS), tl.float32), PARTS, TYPE)
+        else:
+            total = dot(grad, z, total, PARTS, TYPE)
     at = tl.program_id(0).to(tl.int64) * n_out * n_in + m[:, None] * n_in + n[None, :]
     wanted = (m < n_out)[:, None] & (n < n_in)[None, :]
     tl.store(da_ptr + at, total.to(da_ptr.dtype.element_ty), mask=wanted)

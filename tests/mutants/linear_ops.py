@@ -147,11 +147,11 @@ MUTANTS = (
         tests=(f"{_CONV}::test_every_size", f"{_CONV}::test_every_shape"),
     ),
     Mutant(
-        name="depthwise_conv backward: a program writes taps past the end of a row of the kernel",
+        name="depthwise_conv backward: every program of a row computes the row's first taps",
         file="kernels/depthwise_conv.py",
-        old="(c < n_channels) & (first + v < KW))",
-        new="c < n_channels)",
-        breaks="The first taps of the next row are those of columns that the kernel does not have.",
+        old="column = j + sign * (first + v - (KW - 1) // 2)",
+        new="column = j + sign * (v - (KW - 1) // 2)",
+        breaks="With more taps in a row than a program computes, the others are copies of the first ones.",
         tests=(f"{_CONV}::test_rows_of_taps_in_several_programs",),
     ),
     Mutant(
