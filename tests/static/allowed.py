@@ -76,6 +76,8 @@ _SCALARS = {
         ("gfx942", _BACKWARD, "gradient exact, few rows", 36),
         ("gfx942", _BACKWARD, "gradient fast", 40),
         ("gfx942", _BACKWARD, "gradient high", 47),
+        ("gfx942", _BACKWARD, "gradient fast, few rows", 34),
+        ("gfx942", _BACKWARD, "gradient high, few rows", 35),
     ],
     _OLD: [
         ("gfx942", "_masked_autoregressive_kernel", "D=33 H=100 exact residual forward", 1),
@@ -83,6 +85,8 @@ _SCALARS = {
         ("gfx942", _BACKWARD, "gradient exact, few rows", 35),
         ("gfx942", _BACKWARD, "gradient fast", 34),
         ("gfx942", _BACKWARD, "gradient high", 38),
+        ("gfx942", _BACKWARD, "gradient fast, few rows", 32),
+        ("gfx942", _BACKWARD, "gradient high, few rows", 35),
     ],
 }
 # A few words that are read once for each step of the stack, and not in the loops over tiles (seen in the code).
