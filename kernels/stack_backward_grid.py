@@ -1,7 +1,7 @@
 """How the coupling stack's backward runs: the modes of its products, its tiles, programs and runs of rows.
 
-Bytes of scratch memory, for tiles of ROWS rows, runs of R rows, N = n - 1 hidden layers, and w_h, w_s and w_d bytes per
-number of h, act' and d, which are 2 in "fast" and else 4:
+Bytes of scratch memory, for tiles of ROWS rows, runs of R rows, N = n - 1 hidden layers, and w_h, w_s and w_d bytes
+per number of h, act' and d, which are 2 in "fast" and else 4:
 
     per program    4 numel(weights) + ROWS (w_h P + w_d 2 P + (w_h + w_s + w_d) N H) + 8 P R (steps + 1)
 

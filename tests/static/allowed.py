@@ -98,5 +98,6 @@ _ONCE_A_STEP = {
 
 def allowed(triton: str) -> dict[Key, int]:
     """The maximum that a row of this version's table may spill."""
-    rows = [row for group in (_FLAGSHIP, _FULL, _FEW_WORDS, _SCALARS, _ONCE_A_STEP) for row in group.get(triton, [])]
+    groups = (_FLAGSHIP, _FULL, _FEW_WORDS, _SCALARS, _ONCE_A_STEP)
+    rows = [row for group in groups for row in group.get(triton, [])]
     return {(kernel, call, target): most for target, kernel, call, most in rows}
