@@ -273,11 +273,16 @@ def entry_for(
 
 
 def tiles_for(
-    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS
-) -> StackEntry | LayersConfig | None:
-    """The tiles of one launch, where there are none that of a launch per linear layer, or None for the library."""
+    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS,
+    gradients: bool = False,
+) -> StackEntry | LayersConfig | None:  # fmt: skip
+    """The tiles of one launch, where there are none that of a launch per linear layer, or None for the library.
+
+    The library also where ``gradients`` are required: each program of the fused backward holds gradients of all
+    weights, which leaves memory for few programs at the sizes that run layer by layer.
+    """
     one = entry_for(D, H, n_linear, precision, target, maps)
-    if one is not None:
+    if one is not None or gradients:
         return one
     sizes = (2 * padded_hidden((D + 1) // 2), padded_hidden(H), n_linear)
     fits = all(size <= most for size, most in zip(sizes, LARGEST_LAYERS, strict=True)) and maps == NO_MAPS
