@@ -199,12 +199,15 @@ def test_gradients(inverse: bool) -> None:
 def test_a_flow_says_which_path_it_takes_and_why() -> None:
     x, large = _x(2, 131), lf.coupling_flow(131, 2, hidden=(260, 260))
     with lf.backend("triton"):
+        trained = str(lf.plan(large, x))
+    with lf.backend("triton"), torch.no_grad():
         (layers,) = lf.plan(large, x).choices
         wider = str(lf.plan(lf.coupling_flow(131, 2, hidden=(600,)), x))
         maps = str(lf.plan(lf.coupling_flow(131, 2, hidden=(260,), mix="lu"), x))
         parts = lf.plan(lf.Linearizer(large, lf.Dense(131)), x).choices
     assert (layers.runs, layers.tile, layers.precision) == ("coupling_stack", "128 rows, 8 warps", "exact")
     assert "one launch per linear layer: D = 131, H = 260 are too large for a single one on sm_90" in layers.why
+    assert "D = 131, H = 260 in 'exact' with gradients fit no tile on sm_90" in trained
     assert "D = 131, H = 600 in 'exact' fit no tile on sm_90" in wider
     assert "D = 131, H = 260 in 'exact' with maps between couplings fit no tile on sm_90" in maps
     assert [part.runs for part in parts] == ["part by part", "coupling_stack", "torch", "coupling_stack"]
