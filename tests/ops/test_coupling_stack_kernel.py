@@ -75,9 +75,9 @@ def test_every_direction_and_conditioner_depth(n_linear: int, inverse: bool, act
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("activation", ["silu", "tanh"])
-def test_every_mode(precision: str, activation: str) -> None:
-    _assert_accurate(_x(20, 10), random_layers(10, (24, 16), 3), precision, activation=activation)
+@pytest.mark.parametrize(("batch", "activation"), [(70, "silu"), (20, "tanh")])  # 70: sm_90's tile of 128 rows
+def test_every_mode(precision: str, batch: int, activation: str) -> None:
+    _assert_accurate(_x(batch, 10), random_layers(10, (24, 16), 3), precision, activation=activation)
 
 
 @pytest.mark.parametrize(
