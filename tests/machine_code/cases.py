@@ -184,8 +184,9 @@ def _hard_values() -> Case:
     """Rows of x from 1e-20 to 1e20, and weights of Student's t with 1.5 degrees of freedom, which has no variance.
 
     Rows are scaled by powers of two, exactly, and results back, so that every row counts in an error. The modes are
-    those of two parts. In one part a conditioner's output of a thousand is off by ten, and gradients depend on whether
-    it is near 0, where the scale map is steep: the allowance's own draws of their errors lie between 0.01 and 9.
+    those of two parts. In one part a conditioner's output of a thousand is off by ten, and gradients depend on
+    whether it is near 0, where the scale map is steep: the allowance's own draws of their errors lie between 0.01
+    and 9.
     """
     batch, D, hidden = 66, 33, (128,)  # more than 64 rows: sm_90's tile of 128
     scale = 2.0 ** torch.linspace(-66, 66, batch).round()[:, None]

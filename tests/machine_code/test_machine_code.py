@@ -66,7 +66,7 @@ def test_the_short_run_has_each_pair_of_target_dtype_mode_and_direction() -> Non
 
 @pytest.mark.skipif(COMPILED, reason="records what the interpreter would launch")
 def test_the_short_run_has_every_kernel_and_dtype_and_the_shipped_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches are recorded and do not run. The tile is sm_90's of 128 rows, with its loop over layers pipelined."""
+    """Launches are recorded and do not run. The tile is sm_90's of 128 rows whose layers are pipelined."""
     monkeypatch.setattr("linfast.kernels.latent_matmul.ELEMENTS_ALONE", ELEMENTS_ALONE)
     launched: dict[str, set[str]] = {}
     shipped: set[tuple[str, str]] = set()
