@@ -214,8 +214,8 @@ MUTANTS = (
     Mutant(
         name="coupling_stack backward: a bias' gradient is that of the last tile of rows",
         file="kernels/row_products.py",
-        old="tl.store(at, tl.load(at, mask=again, other=0.0) + value)",
-        new="tl.store(at, value)",
+        old="total = tl.load(at, mask=again, other=0.0) + value",
+        new="total = value",
         breaks="Sums over earlier tiles of rows are overwritten.",
         tests=(f"{_BACKWARD}::test_tiles_runs_and_programs_add_up",),
     ),
