@@ -104,17 +104,21 @@ def test_strides_of_inputs_and_of_the_incoming_gradient() -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_mode(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row by row a mode has no effect. In tiles the operands are rounded as it says, and no more than that."""
+    """Row by row a mode has no effect. In tiles the operands are rounded as it says, and no more than that.
+
+    In Triton's interpreter bf16 parts are fp16 or tf32, which err less: the limits are those of bf16.
+    """
     index, inputs = _inputs((90, 2, 70, 33))
     assert_within_budget(_outputs_and_gradients(index, precision=precision), inputs, operands=rounding(precision))
     monkeypatch.setattr(kernels, "ELEMENTS_ALONE", -1)
     z, A, _ = inputs
     with lf.backend("triton"), torch.no_grad():
         got = latent_matmul(z, A, index, precision=precision)
-    truth = torch.einsum("bn,bmn->bm", z.double(), A.double()[index])
-    error = float((got - truth).detach().norm() / truth.norm())
-    least = {"exact": 0.0, "high": 0.0, "tf32": 2.0**-14, "fast": 2.0**-14}[precision]
-    assert least <= error < 32 * max(least, 2.0**-24)
+        truth = torch.einsum("bn,bmn->bm", z.double(), A.double()[index])
+    error = float((got - truth).norm() / truth.norm())
+    limits = {"exact": (0, 2**-19), "high": (0, 2**-16), "tf32": (2**-14, 2**-10), "fast": (2**-14, 2**-7.5)}
+    least, most = limits[precision]
+    assert least <= error < most
 
 
 def test_torch_chooses_the_mode(way: str) -> None:
