@@ -40,8 +40,8 @@ _FULL = {
         ("sm_100", "_coupling_stack_kernel", "D=128 H=256 tf32 forward n=3", 12),
     ],
 }
-# 128 rows in three parts at odd sizes, where each of the 24 loads per step has its own address. 64 rows do not spill,
-# and read the bank twice as often on every GPU.
+# 128 rows in three parts at odd sizes, where each of the 24 loads per step has its own address. 64 rows do not
+# spill, and read the bank twice as often on every GPU.
 _BANK = [
     ("sm_80", "_bank_kernel", "many rows n=51 exact fp32", 10),
     ("sm_80", "_bank_kernel", "many rows n=51 exact fp32 (2)", 30),
