@@ -47,6 +47,9 @@ FEWEST_TILES = 64
 # dA: n_out by n_in, INNER rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
 GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}
 ROWS_A_SPLIT, MAX_SPLITS = 512, 32  # the fewest rows of an operator per split on average, and the most splits
+# In one part the matrix units may truncate each step of a sum: after RUN steps it is added to the total in fp32.
+# (Triton turns total + dot(x, w, 0) into dot(x, w, total): a sum of its own needs a loop of its own.)
+RUN = tl.constexpr(8)
 SHORT_KEYS = 2**15 - 1  # operators that int16 can number, with one past them: a sort takes a quarter of its passes
 
 
@@ -155,18 +158,22 @@ def _bank_gradient_kernel(
     end = tl.minimum(begin + share, end)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     n_rows = (end - begin).to(tl.int32)
-    for first in range(0, n_rows, INNER):
-        position = begin + first + tl.arange(0, INNER)
-        inside = position < end
-        b = tl.load(order_ptr + position, mask=inside, other=0)
-        at = b[None, :] * stride_gb + m[:, None] * stride_gn
-        grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
-        at = b[:, None] * stride_zb + n[None, :] * stride_zn
-        z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
-        if PARTS == 1:  # a sum of its own: matrix units may truncate each step of a long one
-            total += dot(grad, z, tl.zeros((ROWS, COLUMNS), tl.float32), PARTS, TYPE)
-        else:
-            total = dot(grad, z, total, PARTS, TYPE)
+    for start in range(0, n_rows, RUN * INNER):
+        run = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(start, tl.minimum(start + RUN * INNER, n_rows), INNER):
+            position = begin + first + tl.arange(0, INNER)
+            inside = position < end
+            b = tl.load(order_ptr + position, mask=inside, other=0)
+            at = b[None, :] * stride_gb + m[:, None] * stride_gn
+            grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
+            at = b[:, None] * stride_zb + n[None, :] * stride_zn
+            z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
+            if PARTS == 1:
+                run = dot(grad, z, run, PARTS, TYPE)
+            else:  # each step is summed from zero by itself
+                total = dot(grad, z, total, PARTS, TYPE)
+        if PARTS == 1:
+            total += run
     at = tl.program_id(0).to(tl.int64) * n_out * n_in + m[:, None] * n_in + n[None, :]
     wanted = (m < n_out)[:, None] & (n < n_in)[None, :]
     tl.store(da_ptr + at, total.to(da_ptr.dtype.element_ty), mask=wanted)

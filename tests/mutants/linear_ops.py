@@ -94,6 +94,14 @@ MUTANTS = (
         tests=(f"{_BANK}::test_gradients_in_several_splits",),
     ),
     Mutant(
+        name="latent_matmul kernel: dA in one part is one long sum of the matrix units",
+        file="kernels/latent_matmul.py",
+        old="run = dot(grad, z, run, PARTS, TYPE)",
+        new="total = dot(grad, z, total, PARTS, TYPE)",
+        breaks="Units that truncate each step lose bits of up to 32,768 rows.",
+        tests=(f"{_BANK}::test_long_sums_of_one_part_are_runs_from_zero",),
+    ),
+    Mutant(
         name="latent_matmul: a bank always runs in torch's default mode",
         file="linfast/ops/latent_matmul.py",
         old="mode = mode_on(target_of(z), resolve_precision(z, precision))",

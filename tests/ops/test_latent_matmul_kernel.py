@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import linfast.kernels.latent_matmul as kernels
 import pytest
 import torch
@@ -137,6 +142,39 @@ def test_gradients_in_several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     for picks in ([0, 2] * 10 + [1], [1] * 90):
         _, inputs = _inputs((len(picks), 3, 6, 5))
         assert_within_budget(_outputs_and_gradients(torch.tensor(picks, device=DEVICE)), inputs)
+
+
+COMPILES = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from linfast.kernels.latent_matmul import GRADIENT_TILE, _bank_gradient_kernel as kernel
+tile = dict(GRADIENT_TILE)
+options = {"num_warps": tile.pop("num_warps")}
+constants = {"INT64": False, "PARTS": 1, "TYPE": int(sys.argv[1]), **tile}
+types = {"z_ptr": "*fp32", "grad_ptr": "*fp32", "da_ptr": "*fp32", "order_ptr": "*i64", "start_ptr": "*i64"}
+signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+at = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+source = ASTSource(fn=kernel, signature=signature, constexprs=at)
+print(compile(source, target=GPUTarget("cuda", 80, 32), options=options).asm["ttir"])
+"""
+
+
+@pytest.mark.parametrize("type_id", [0, 2])
+def test_long_sums_of_one_part_are_runs_from_zero(type_id: int) -> None:
+    """Matrix units may truncate each step of a sum, so the innermost loop's sum is short and starts from zero.
+
+    The compiler may merge a run with the total, which no result of the interpreter shows.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILES, str(type_id)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    loops = re.findall(r"scf\.for .*", done.stdout)
+    (dot,) = re.findall(r"= tt\.dot %\w+, %\w+, (%\w+)", done.stdout)
+    assert len(loops) == 2
+    (start,) = re.findall(rf"{dot} = (%\w+)", loops[1])
+    assert re.search(rf"{start} = arith\.constant dense<0\.0", done.stdout)
 
 
 def test_more_operators_than_a_short_key_can_number(monkeypatch: pytest.MonkeyPatch) -> None:
