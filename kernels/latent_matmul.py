@@ -230,9 +230,10 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
 
 
 def launch_latent_matmul(
-    z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float, precision: str, part_dtype: torch.dtype
-) -> Tensor:
-    """y [B, n_out]."""
+    z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float, precision: str, part_dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y [B, n_out]; gradient_dtype is for the backward."""
     if z.shape[0] == 0 or A.shape[1] == 0:
         return z.new_empty((z.shape[0], A.shape[1]))
     return _product(z, A, _Rows(index, A.shape[0]), bias, alpha, Mode.of(z.dtype, precision, part_dtype))
@@ -240,14 +241,17 @@ def launch_latent_matmul(
 
 def launch_latent_matmul_backward(
     z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, precision: str, part_dtype: torch.dtype,
-    needs: list[bool],
+    gradient_dtype: torch.dtype, needs: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dz, dA, None for the index, dbias), contiguous; None where not needed. A gradient that is None is zero."""
+    """(dz, dA, None for the index, dbias), contiguous; None where not needed. A gradient that is None is zero.
+
+    The parts of fp32 operands are gradient_dtype: in fp16, as part_dtype may be, small gradients would become zero.
+    """
     grad = z.new_zeros(()).expand(z.shape[0], A.shape[1]) if grad is None else grad
     dbias = grad.sum(0) if needs[3] else None
     if z.numel() == 0 or grad.numel() == 0 or A.shape[0] == 0:
         return z.new_zeros(z.shape) if needs[0] else None, A.new_zeros(A.shape) if needs[1] else None, None, dbias
-    rows, mode = _Rows(index, A.shape[0]), Mode.of(z.dtype, precision, part_dtype)
+    rows, mode = _Rows(index, A.shape[0]), Mode.of(z.dtype, precision, gradient_dtype)
     dz = _product(grad, A.mT, rows, None, alpha, mode) if needs[0] else None
     return dz, _gradient(z, A, rows, grad, mode) if needs[1] else None, None, dbias
 

@@ -48,7 +48,8 @@ def latent_matmul(
         precision: of a bank's products on a GPU, "exact", "high", "tf32" or "fast"; None: as torch is set
             (linfast.precision). Other products are torch's own, in torch's precision.
 
-    Sums are in fp32 or wider; y has z's dtype.
+    Sums are in fp32 or wider; y has z's dtype. A bank's gradients of fp32 tensors are not rounded to fp16, whose
+    range is too small for them: under autocast to fp16 their operands are bf16.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -72,7 +73,7 @@ def latent_matmul(
     elif index is None:
         y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
     elif uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # as one op
-        y = _bank(z, A, index, bias, number, mode, part_dtype(z, mode))
+        y = _bank(z, A, index, bias, number, mode, part_dtype(z, mode), part_dtype(z, "exact"))
     else:
         y = bank_reference(z, A, index, bias, number)
     return alpha * z + y if isinstance(alpha, Tensor) else y
@@ -150,7 +151,7 @@ def _gradients(z: Tensor, A: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _bank = define_op(
     "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha, str precision, "
-    "ScalarType part_dtype) -> Tensor",
+    "ScalarType part_dtype, ScalarType gradient_dtype) -> Tensor",
     lambda z, A, *_: z.new_empty(z.shape[0], A.shape[1]),
     bank_reference,
     saves="z A index",

@@ -102,6 +102,14 @@ MUTANTS = (
         tests=(f"{_BANK}::test_long_sums_of_one_part_are_runs_from_zero",),
     ),
     Mutant(
+        name="latent_matmul backward: operands of gradients are rounded to the forward's type",
+        file="kernels/latent_matmul.py",
+        old="Mode.of(z.dtype, precision, gradient_dtype)",
+        new="Mode.of(z.dtype, precision, part_dtype)",
+        breaks="Under autocast to fp16 a gradient below 2^-25 is zero.",
+        tests=(f"{_BANK}::test_fp32_gradients_have_the_range_of_bf16",),
+    ),
+    Mutant(
         name="latent_matmul: a bank always runs in torch's default mode",
         file="linfast/ops/latent_matmul.py",
         old="mode = mode_on(target_of(z), resolve_precision(z, precision))",

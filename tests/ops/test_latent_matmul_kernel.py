@@ -122,6 +122,18 @@ def test_every_mode(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert least <= error < 32 * max(least, 2.0**-24)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_fp32_gradients_have_the_range_of_bf16(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a loss that is a mean, under autocast to fp16: a gradient 2^-40 times as large is that, bit for bit."""
+    monkeypatch.setattr("linfast.precision.autocast_dtype", lambda device: torch.float16)
+    index, (z, A, _) = _inputs((90, 2, 7, 5))
+    with lf.backend("triton"):
+        y = latent_matmul(z, A, index, precision=precision)
+        grad = torch.randn_like(y)
+        whole, small = (torch.autograd.grad(y, (z, A), c * grad, retain_graph=True) for c in (1.0, 2.0**-40))
+    assert all(w.any() and torch.equal(w * 2.0**-40, s) for w, s in zip(whole, small, strict=True))
+
+
 def test_torch_chooses_the_mode(way: str) -> None:
     index, (z, A, _) = _inputs((90, 2, 70, 33))
     before = torch.get_float32_matmul_precision()
@@ -209,7 +221,7 @@ def test_gradients_that_are_not_needed_are_not_computed() -> None:
     index, (z, A, _) = _inputs((9, 3, 5, 5))
     run = torch.ops.linfast.latent_matmul_backward.default
     with torch.no_grad():
-        got = run(z, A, index, z, 0.0, "exact", torch.float16, [False, True, False, False])
+        got = run(z, A, index, z, 0.0, "exact", torch.float16, torch.float32, [False, True, False, False])
     assert [tuple(g.shape) for g in got] == [(0,), (3, 5, 5), (0,), (0,)]
 
 
@@ -267,7 +279,7 @@ def test_an_index_outside_the_bank(monkeypatch: pytest.MonkeyPatch, wrong: int) 
 def test_opcheck(bias: bool, alpha: float) -> None:
     index, inputs = _inputs((7, 3, 5, 5))
     z, A, b = (t.detach() for t in inputs)
-    given = (alpha, "exact", torch.float16)
+    given = (alpha, "exact", torch.float16, torch.float32)
     assert_registered(torch.ops.linfast.latent_matmul.default, (z, A, index, b if bias else None, *given))
     needs = [[i in (None, j) and j != 2 for j in range(4)] for i in (None, 0, 1, 3)]
     calls = [(z, A, index, torch.randn_like(z), *given, needed) for needed in needs]
