@@ -46,7 +46,8 @@ TILES: tuple[tuple[int, Tile], ...] = (
 FEWEST_TILES = 64
 # dA: n_out by n_in, INNER rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
 GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}
-ROWS_A_SPLIT, MAX_SPLITS = 512, 32  # the fewest rows of an operator per split on average, and the most splits
+ROWS_A_SPLIT = 512  # the fewest rows of an operator per split, on average
+PROGRAMS = 512  # the most with splits: some four per multiprocessor of an H100, and at most 8 MB of sums to add
 # In one part the matrix units may truncate each step of a sum: after RUN steps it is added to the total in fp32.
 # (Triton turns total + dot(x, w, 0) into dot(x, w, total): a sum of its own needs a loop of its own.)
 RUN = tl.constexpr(8)
@@ -256,9 +257,15 @@ def launch_latent_matmul_backward(
     return dz, _gradient(z, A, rows, grad, mode) if needs[1] else None, None, dbias
 
 
+def _n_splits(batch: int, n_operators: int, n_out: int, n_in: int) -> int:
+    """The number of runs of rows in which dA is summed, as ROWS_A_SPLIT and PROGRAMS say."""
+    tiles = ceil_div(n_out, GRADIENT_TILE["ROWS"]) * ceil_div(n_in, GRADIENT_TILE["COLUMNS"])
+    return max(min(batch // (n_operators * ROWS_A_SPLIT), PROGRAMS // (n_operators * tiles)), 1)
+
+
 def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor, mode: Mode) -> Tensor:
     (n_operators, n_out, n_in), tile = A.shape, GRADIENT_TILE
-    splits = min(max(z.shape[0] // (n_operators * ROWS_A_SPLIT), 1), MAX_SPLITS)
+    splits = _n_splits(z.shape[0], *A.shape)
     dA = A.new_empty((n_operators, splits, n_out, n_in), dtype=A.dtype if splits == 1 else torch.float32)
     _bank_gradient_kernel[(n_operators * splits, ceil_div(n_out, tile["ROWS"]), ceil_div(n_in, tile["COLUMNS"]))](
         z, grad, dA, rows.by_operator[1], rows.start, n_out, n_in, splits, *z.stride(), *grad.stride(),

@@ -98,7 +98,7 @@ MUTANTS = (
         file="kernels/latent_matmul.py",
         old="run = dot(grad, z, run, PARTS, TYPE)",
         new="total = dot(grad, z, total, PARTS, TYPE)",
-        breaks="Units that truncate each step lose bits of up to 32,768 rows.",
+        breaks="Units that truncate each step lose bits of hundreds of steps.",
         tests=(f"{_BANK}::test_long_sums_of_one_part_are_runs_from_zero",),
     ),
     Mutant(
@@ -108,6 +108,14 @@ MUTANTS = (
         new="Mode.of(z.dtype, precision, part_dtype)",
         breaks="Under autocast to fp16 a gradient below 2^-25 is zero.",
         tests=(f"{_BANK}::test_fp32_gradients_have_the_range_of_bf16",),
+    ),
+    Mutant(
+        name="latent_matmul backward: a large operator's gradient has as many splits as a small one's",
+        file="kernels/latent_matmul.py",
+        old="PROGRAMS // (n_operators * tiles)",
+        new="PROGRAMS // n_operators",
+        breaks="A gradient of 64 MB has 2 GB of sums to add.",
+        tests=(f"{_BANK}::test_splits_fill_a_gpu_and_take_little_memory",),
     ),
     Mutant(
         name="latent_matmul: a bank always runs in torch's default mode",

@@ -156,6 +156,20 @@ def test_gradients_in_several_splits(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_within_budget(_outputs_and_gradients(torch.tensor(picks, device=DEVICE)), inputs)
 
 
+@pytest.mark.parametrize(
+    ("batch", "n_operators", "n_out", "n_in", "splits"),
+    [
+        (16_384, 1, 64, 64, 32), (10**6, 1, 64, 64, 512), (16_384, 1, 4096, 4096, 1), (16_384, 2, 1024, 512, 2),
+        (16_384, 1024, 64, 64, 1), (100, 1, 64, 64, 1),
+    ],
+)  # fmt: skip
+def test_splits_fill_a_gpu_and_take_little_memory(
+    batch: int, n_operators: int, n_out: int, n_in: int, splits: int
+) -> None:
+    assert kernels._n_splits(batch, n_operators, n_out, n_in) == splits
+    assert splits == 1 or splits * n_operators * n_out * n_in * 4 <= 2**23
+
+
 COMPILES = """
 import sys
 from triton.backends.compiler import GPUTarget
