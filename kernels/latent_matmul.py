@@ -7,8 +7,8 @@ z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and 
 
 dz is the same product with A transposed (a view) and no bias. Only the inputs are saved.
 
-A call of at most ELEMENTS_ALONE elements of A over all rows runs row by row: a program reads its row's operator and
-sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. One launch, where a sort is some ten.
+A call of at most ELEMENTS_ALONE elements of A over all rows, padded to whole tiles, runs row by row: a program reads
+its row's operator and sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. One launch, where a sort is some ten.
 
 Else rows are sorted by operator (stably, on the device, without the host) and cut into tiles. A program runs one
 operator of a tile, at most B / ROWS + K in all. It gathers rows of z and reads A_k in place: A is never gathered to
@@ -32,7 +32,7 @@ from torch import Tensor
 from .launch import Tile, ceil_div, needs_int64, tile_for
 from .row_products import Mode, dot
 
-# The most elements of A, over all rows, to read row by row: 134 MB in fp32, 25 us at the rate of an H100's L2.
+# The most elements of A, over all rows and padded to ROW_TILE, to read row by row: 134 MB in fp32, 25 us at the rate of an H100's L2.
 ELEMENTS_ALONE = 2**25
 ROW_TILE = {"COLUMNS": 64, "INNER": 32, "num_warps": 4}  # 8 KB in flight; ten programs per multiprocessor
 
@@ -218,8 +218,10 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
     tensors = (z, A, z if bias is None else bias, y)
     sizes = (n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0), 1 if bias is None else bias.stride(0))
     options = {"ADD_Z": alpha != 0.0, "BIAS": bias is not None, "INT64": needs_int64(z[0], A[0])}
-    if batch * n_out * n_in <= ELEMENTS_ALONE:
-        index, n_tiles = rows.index.contiguous(), ceil_div(n_out, ROW_TILE["COLUMNS"])
+    n_tiles = ceil_div(n_out, ROW_TILE["COLUMNS"])
+    padded = n_tiles * ROW_TILE["COLUMNS"] * ceil_div(n_in, ROW_TILE["INNER"]) * ROW_TILE["INNER"]
+    if batch * padded <= ELEMENTS_ALONE:
+        index = rows.index.contiguous()
         _row_kernel[(batch * n_tiles,)](*tensors, index, n_operators, n_tiles, *sizes, **options, **ROW_TILE)
         return y
     key, order = rows.by_operator

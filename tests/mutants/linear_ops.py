@@ -118,6 +118,14 @@ MUTANTS = (
         tests=(f"{_BANK}::test_splits_fill_a_gpu_and_take_little_memory",),
     ),
     Mutant(
+        name="latent_matmul: padding is not counted where rows are read one by one",
+        file="kernels/latent_matmul.py",
+        old="if batch * padded <= ELEMENTS_ALONE:",
+        new="if batch * n_out * n_in <= ELEMENTS_ALONE:",
+        breaks="Two million rows of four features take two million programs, 99% of whose work is masked.",
+        tests=(f"{_BANK}::test_row_by_row_padding_counts",),
+    ),
+    Mutant(
         name="latent_matmul: a bank always runs in torch's default mode",
         file="linfast/ops/latent_matmul.py",
         old="mode = mode_on(target_of(z), resolve_precision(z, precision))",

@@ -219,6 +219,18 @@ def test_what_is_launched(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == (["_row_kernel"] if way == "row by row" else tiles)
 
 
+@pytest.mark.parametrize(
+    ("batch", "n", "kernel"), [(64, 33, "_row_kernel"), (65, 33, "_bank_kernel"), (65, 4, "_row_kernel")]
+)
+def test_row_by_row_padding_counts(batch: int, n: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program takes as long for a tile of which little is needed: 33 by 33 takes as long as 64 by 64."""
+    monkeypatch.setattr(kernels, "ELEMENTS_ALONE", 64 * 64 * 64)
+    index, (z, A, _) = _inputs((batch, 2, n, n))
+    with lf.backend("triton"), torch.no_grad():
+        names = Launches(monkeypatch).of(lambda z: latent_matmul(z, A, index), z)
+    assert kernel in names
+
+
 @pytest.mark.parametrize("only", [0, 1, 2])
 def test_each_gradient_alone(only: int) -> None:
     index, inputs = _inputs((9, 3, 5, 5))
