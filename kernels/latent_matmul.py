@@ -7,8 +7,9 @@ z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and 
 
 dz is the same product with A transposed (a view) and no bias. Only the inputs are saved.
 
-A call of at most ELEMENTS_ALONE elements of A over all rows, padded to whole tiles, runs row by row: a program reads
-its row's operator and sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. One launch, where a sort is some ten.
+A call of at most ELEMENTS_ALONE elements of A over all rows, padded to whole tiles, runs row by row: a program
+reads its row's operator and sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. One
+launch, where a sort is some ten.
 
 Else rows are sorted by operator (stably, on the device, without the host) and cut into tiles. A program runs one
 operator of a tile, at most B / ROWS + K in all. It gathers rows of z and reads A_k in place: A is never gathered to
@@ -32,7 +33,8 @@ from torch import Tensor
 from .launch import Tile, ceil_div, needs_int64, tile_for
 from .row_products import Mode, dot
 
-# The most elements of A, over all rows and padded to ROW_TILE, to read row by row: 134 MB in fp32, 25 us at the rate of an H100's L2.
+# The most elements of A to read row by row, over all rows and padded to ROW_TILE: 134 MB in fp32, 25 us at the
+# rate of an H100's L2.
 ELEMENTS_ALONE = 2**25
 ROW_TILE = {"COLUMNS": 64, "INNER": 32, "num_warps": 4}  # 8 KB in flight; ten programs per multiprocessor
 
