@@ -5,7 +5,8 @@
 | shared           | F.linear, that is cuBLAS or MKL: no kernel of ours is faster                      |
 | one per sample   | bmm, which takes as long as reading A once                                        |
 | a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
-|                  | on a CPU and in float64, rows sorted by operator and one product per operator     |
+|                  | on a CPU, in float64 and on AMD's GPUs other than gfx942, rows sorted by operator |
+|                  | and one product per operator                                                      |
 
 The bank's kernel also adds the bias and, for a number alpha, alpha z. A tensor alpha is applied outside it: to read
 its value the host would have to wait for the GPU. On a CPU, too, a bank is one op: the number of rows per operator
@@ -41,19 +42,20 @@ def latent_matmul(
     Args:
         z: [B, n_in].
         A: [n_out, n_in]; [B, n_out, n_in] for one operator per sample; [K, n_out, n_in] with ``index``.
-        index: [B] int64, the operator of each row. On a GPU the host does not read it: a row whose index is
-            outside [0, K) gives NaN and does not contribute to A's gradient.
+        index: [B] int64, the operator of each row. On a GPU the kernel's host does not read it: a row whose index
+            is outside [0, K) gives NaN and does not contribute to A's gradient. Plain torch reads it, and so does an
+            AMD GPU other than gfx942, for which Triton cannot compile the kernel: it always runs plain torch.
         alpha: a number or a 0-d tensor; n_out = n_in unless it is the number 0.
         bias: [n_out].
         precision: of a bank's products on a GPU, "exact", "high", "tf32" or "fast"; None: as torch is set
-            (linfast.precision). Other products are torch's own, in torch's precision.
+            (linfast.precision). Other products, those in plain torch too, are torch's own, in torch's precision.
 
     Sums are in fp32 or wider; y has z's dtype. A bank's gradients of fp32 tensors are not rounded to fp16, whose
     range is too small for them: under autocast to fp16 their operands are bf16.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes do not fit together, the precision is unknown or given without an index, or, on a CPU,
+        ValueError: shapes do not fit together, the precision is unknown or given without an index, or, in plain torch,
             an index is outside [0, K).
     """
     _check(z, A, index, alpha, bias)
@@ -72,11 +74,16 @@ def latent_matmul(
         y = y + number * z if number else y
     elif index is None:
         y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
-    elif uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # as one op
+    elif (uses_triton(z, A) and _compiles_for(z)) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # as one op
         y = _bank(z, A, index, bias, number, mode, part_dtype(z, mode), part_dtype(z, "exact"))
     else:
         y = bank_reference(z, A, index, bias, number)
     return alpha * z + y if isinstance(alpha, Tensor) else y
+
+
+def _compiles_for(z: Tensor) -> bool:
+    """Whether the bank's kernels compile for z's GPU: Triton has products in tf32 on gfx942 alone of AMD's GPUs."""
+    return torch.version.hip is None or target_of(z) is not None
 
 
 def bank_reference(

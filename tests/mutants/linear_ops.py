@@ -126,6 +126,14 @@ MUTANTS = (
         tests=(f"{_BANK}::test_row_by_row_padding_counts",),
     ),
     Mutant(
+        name="latent_matmul: kernels run on every AMD GPU",
+        file="linfast/ops/latent_matmul.py",
+        old="return torch.version.hip is None or target_of(z) is not None",
+        new="return True",
+        breaks="Triton cannot compile them for a GPU other than gfx942.",
+        tests=(f"{_BANK}::test_amd_gpus_without_tf32_run_plain_torch",),
+    ),
+    Mutant(
         name="latent_matmul: a bank always runs in torch's default mode",
         file="linfast/ops/latent_matmul.py",
         old="mode = mode_on(target_of(z), resolve_precision(z, precision))",

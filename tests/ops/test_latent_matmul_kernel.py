@@ -362,6 +362,20 @@ def test_what_launches_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         latent_matmul(z, A, index)
 
 
+@pytest.mark.parametrize("target", [None, "gfx942"])
+def test_amd_gpus_without_tf32_run_plain_torch(target: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_launches(monkeypatch)
+    index, (z, A, _) = _inputs((9, 3, 5, 5))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr("linfast.kernels.stack_configs._target", lambda *_: target)
+    with lf.backend("triton"):
+        if target is None:
+            torch.testing.assert_close(latent_matmul(z, A, index), torch.einsum("bn,bmn->bm", z, A[index]))
+        else:
+            with pytest.raises(AssertionError, match="latent_matmul:launch"):
+                latent_matmul(z, A, index)
+
+
 def test_without_the_interpreter_a_cpu_bank_is_one_op_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     index, inputs = _inputs((7, 3, 5, 5), torch.float64)
