@@ -42,9 +42,9 @@ def latent_matmul(
     Args:
         z: [B, n_in].
         A: [n_out, n_in]; [B, n_out, n_in] for one operator per sample; [K, n_out, n_in] with ``index``.
-        index: [B] int64, the operator of each row. On a GPU the kernel's host does not read it: a row whose index
-            is outside [0, K) gives NaN and does not contribute to A's gradient. Plain torch reads it, and so does an
-            AMD GPU other than gfx942, for which Triton cannot compile the kernel: it always runs plain torch.
+        index: [B] int64, the operator of each row. The host does not read it for the kernel: a row whose index is
+            outside [0, K) gives NaN and does not contribute to A's gradient. It does in plain torch, which also
+            AMD's GPUs other than gfx942 run, for which Triton cannot compile the kernel.
         alpha: a number or a 0-d tensor; n_out = n_in unless it is the number 0.
         bias: [n_out].
         precision: of a bank's products on a GPU, "exact", "high", "tf32" or "fast"; None: as torch is set
@@ -55,8 +55,8 @@ def latent_matmul(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes do not fit together, the precision is unknown or given without an index, or, in plain torch,
-            an index is outside [0, K).
+        ValueError: shapes do not fit together, the precision is unknown or given without an index, or, in plain
+            torch and on a CPU, an index is outside [0, K).
     """
     _check(z, A, index, alpha, bias)
     if precision is not None and index is None:
@@ -74,16 +74,21 @@ def latent_matmul(
         y = y + number * z if number else y
     elif index is None:
         y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
-    elif (uses_triton(z, A) and _compiles_for(z)) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # as one op
+    elif _is_one_op(z, A):
         y = _bank(z, A, index, bias, number, mode, part_dtype(z, mode), part_dtype(z, "exact"))
     else:
         y = bank_reference(z, A, index, bias, number)
     return alpha * z + y if isinstance(alpha, Tensor) else y
 
 
-def _compiles_for(z: Tensor) -> bool:
-    """Whether the bank's kernels compile for z's GPU: Triton has products in tf32 on gfx942 alone of AMD's GPUs."""
-    return torch.version.hip is None or target_of(z) is not None
+def _is_one_op(z: Tensor, A: Tensor) -> bool:
+    """Whether a bank is one op: where its kernels run, on a CPU without the interpreter, and on the meta device.
+
+    Of AMD's GPUs Triton has products in tf32, and therefore compiles the kernels, for gfx942 only.
+    """
+    if uses_triton(z, A):
+        return torch.version.hip is None or target_of(z) is not None
+    return z.is_meta or (z.device.type == "cpu" and not interpreting())
 
 
 def bank_reference(
