@@ -103,7 +103,8 @@ def _kept(rows: tuple[int, ...], device: torch.device) -> PackTable:
 
 
 def _built(rows: tuple[int, ...]) -> PackTable:
-    sources, targets, runs = [], [], []
+    sources, targets = [], []
+    runs: list[tuple[int, int, int]] = []
     n_flat = n_operands = n_map_operands = n_values = 0
     for layout, count, described in layouts_of(rows):
         source = torch.full((count, layout.row_size), ZERO, dtype=torch.int32)
