@@ -45,8 +45,8 @@ class StackConfig:
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 # Tiles for small batches: fewer rows per program, so that more multiprocessors work. Then one program's chain of
-# layers is the time, and not how often L2 is read: each program reads a layer's 57 KB, and L2 gives 3.1 KB per clock,
-# so that 132 programs need 2,500 clocks. In "fast" at D = 64, H = 128 on an H100, by the model of docs/roofline.md:
+# layers is the time, and not how often L2 is read: each program reads a layer's 57 KB, at 3.1 KB per clock for all
+# of them together, 2,500 clocks for 132. In "fast" at D = 64, H = 128 on an H100, by the model of docs/roofline.md:
 #
 #     rows                            16       64      128
 #     clocks per layer             2,000    3,000    4,600

@@ -156,10 +156,10 @@ class LatentOp(NamedTuple):
     instructions: float = 0.0
 
 
-# Instructions per warp are those of loops of the kernels compiled for sm_90 by Triton 3.7.1 (tests/static/loops.py).
+# Instructions per warp are of kernels compiled for sm_90 by Triton 3.7.1, as tests/static/loops.py counts them.
 def _bank(K: int, N: int, B: int) -> LatentOp:
-    """Rows sorted by operator: at most B / rows + K tiles, each with all of its columns, of six products of parts."""
-    few = B <= 16 * max(K, 64)
+    """Rows sorted by operator: at most B / rows + K tiles, counted as full, in six products of parts."""
+    few = 16 * max(K, 64) >= B
     rows, warps, around, step, rate = (16, 4, 427, 357, MMA_SYNC) if few else (128, 8, 945, 335, 1.0)
     tiles, columns = B / rows + K, N // 64
     return LatentOp(
@@ -182,8 +182,8 @@ def _latent_ops() -> Iterator[LatentOp]:
     yield LatentOp(f"A per sample (cuBLAS), N = {N}, B = {B:,}", 1, 4 * B * N * (N + 2), 2 * B * N * N)
     B, N, K = 8192, 64, 8
     yield LatentOp(
-        f"latent_matmul, K = {K}, N = {N}, B = {B:,}: row by row", 1, 8 * B * N + 4 * K * N * N, 2 * B * N * N, l2=4 * B * N * (N + 2),
-        instructions=4 * B * (192 + N // 32 * 56),
+        f"latent_matmul, K = {K}, N = {N}, B = {B:,}: row by row", 1, 8 * B * N + 4 * K * N * N,
+        2 * B * N * N, l2=4 * B * N * (N + 2), instructions=4 * B * (192 + N // 32 * 56),
     )  # fmt: skip
     for K, N, B in ((16, 64, 1 << 20), (16, 512, 1 << 16), (4096, 128, 1 << 14)):
         yield _bank(K, N, B)
@@ -192,11 +192,11 @@ def _latent_ops() -> Iterator[LatentOp]:
         yield LatentOp(
             f"low_rank, r = 8, N = {N:,}, B = {B}", 2, 19 * 4 * B * N, 4 * B * N * 8, instructions=instructions
         )
-    for k, step in ((3, 193), (9, 360)):
+    for k, around, step in ((3, 311, 193), (9, 376, 360)):
         images, values = 512 * 64, 512 * 64 * 32 * 32
         yield LatentOp(
             f"depthwise_conv, {k} x {k}, 64 channels of 32 x 32, B = 512", 1, 8 * values, 2 * k * k * values,
-            instructions=4 * images * ({3: 311, 9: 376}[k] + k * step),
+            instructions=4 * images * (around + k * step),
         )  # fmt: skip
 
 
