@@ -142,11 +142,10 @@ def split(x, dtype: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def scale_of(largest):
-    """(s, 1 / s) with s a power of two: s largest lies in [2^14, 2^15), or below where largest < 2^-112."""
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 15)
-    return ((268 - exponent) << 23).to(tl.float32, bitcast=True), ((exponent - 14) << 23).to(
-        tl.float32, bitcast=True
-    )
+    """(s, 2^-14 / s), s a power of two: s largest lies in [2^14, 2^15), or below where largest < 2^-98."""
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 29)
+    scale = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    return scale, ((exponent - 28) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -158,7 +157,10 @@ def scaled_parts(x):
 
 @triton.jit
 def operand(x, dtype: tl.constexpr, PARTS: tl.constexpr):
-    """(x0, x1, x2, unscale): x [R, K] in parts; if they are scaled, 1 / scale of each row [R, 1], otherwise 1."""
+    """(x0, x1, x2, unscale): x [R, K] in parts; if they are scaled, 2^-14 / scale of each row [R, 1], otherwise 1.
+
+    W's packed scales have 2^14 in return, so that sums overflow before them only where fp32's own nearly do.
+    """
     if PARTS == 2 and dtype == tl.float16:
         scale, unscale = scale_of(tl.max(tl.abs(x), 1).to(tl.float32))
         x0, x1 = scaled_parts(x.to(tl.float32) * scale[:, None])

@@ -1,7 +1,7 @@
 """How the coupling stack's backward runs: the modes of its products, its tiles, programs and runs of rows.
 
-Bytes of scratch memory, for tiles of ROWS rows, runs of R rows, N = n - 1 hidden layers, and w_h, w_s and w_d bytes per
-number of h, act' and d, which are 2 in "fast" and else 4:
+Bytes of scratch memory, for tiles of ROWS rows, runs of R rows, N = n - 1 hidden layers, and w_h, w_s and w_d bytes
+per number of h, act' and d, which are 2 in "fast" and else 4:
 
     per program    4 numel(weights) + ROWS (w_h P + w_d 2 P + (w_h + w_s + w_d) N H) + 8 P R (steps + 1)
 
@@ -27,6 +27,9 @@ from .stack_spec import N_PARTS, StackSpec, map_parts
 LARGE = {"ROWS": 128, "COLUMNS": 64, "DEPTH": 32, "STAGES": 2, "num_warps": 8}
 # Where a tile of 128 rows for every multiprocessor would leave some of them idle.
 SMALL = {**LARGE, "ROWS": 32}
+# Four stages where they do not spill: with two a step's operands are waited for with nothing beside. Not for narrow
+# networks, whose products are one step.
+STAGES = {"sm_90": 4, "sm_100": 4}
 
 # The most tiles of a run, and the scratch memory of all programs.
 TILES_A_RUN = 8
@@ -88,10 +91,12 @@ class Grid(NamedTuple):
     run: int
 
 
-def grid_of(batch: int, stack: StackPass, multiprocessors: int) -> Grid:
+def grid_of(batch: int, stack: StackPass, multiprocessors: int, target: str | None = None) -> Grid:
     """Few programs or short runs where SCRATCH_BYTES requires it; see the top of this file."""
     spec, layers = stack.spec, stack.spec.n_linear - 1
     tile = LARGE if batch >= LARGE["ROWS"] * multiprocessors else SMALL
+    if min(spec.widths) >= tile["DEPTH"]:
+        tile = {**tile, "STAGES": STAGES.get(target or "", tile["STAGES"])}
     rows = tile["ROWS"]
     programs = min(ceil_div(batch, rows), multiprocessors)
     h, slope, d = [dtype.itemsize for dtype in stack.scratch_dtypes]

@@ -61,6 +61,7 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # memory.
 _FEW_WHOLE = StackConfig(rows=16, num_warps=4, chunk=0, layer_stages=3, chunk_stages=1)
 _HALF_WHOLE = StackConfig(rows=64, num_warps=4, chunk=0, layer_stages=2, chunk_stages=1)
+_HALF_AHEAD = StackConfig(rows=64, num_warps=4, chunk=0, layer_stages=3, chunk_stages=1)
 # Elsewhere chunks are loaded ahead: of 64 columns, so that a layer waits for L2 half as often as with 32. With 4
 # warps H = 256 spills.
 _FEW = StackConfig(rows=16, num_warps=8, chunk=64, layer_stages=1, chunk_stages=2)
@@ -121,12 +122,16 @@ class LayersConfig:
 # next layer's are loaded; two parts fill all of it. 128 rows in place of 64 halve the traffic of weights from L2.
 # Not for dense maps: their own loop would keep Triton from pipelining the loop over layers.
 _WHOLE = StackConfig(rows=128, num_warps=8, chunk=0, layer_stages=2, chunk_stages=1)
+# With two stages Triton copies the next layer's weights after this one's last product and waits for them at once;
+# with three they have a whole layer's time. Three layers of bf16 weights fit up to n = 3.
+_AHEAD = StackConfig(rows=128, num_warps=8, chunk=0, layer_stages=3, chunk_stages=1)
 # Chunks of 32 hidden columns: 64 sums per thread at H = 256, past which wgmma spills.
 _WIDE = StackConfig(rows=64, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
 # fp32 operands are twice as long: with chunks of 32 columns at H = 256 two registers spill.
 _WIDE_16 = StackConfig(rows=64, num_warps=8, chunk=16, layer_stages=1, chunk_stages=2)
-# As _WIDE with half the traffic of weights: at H = 128 threads have enough registers for 128 rows.
-_TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
+# As _WIDE with half the traffic of weights, and a chunk's time to load the next: at H = 128 threads have enough
+# registers for 128 rows, and shared memory is enough for three stages.
+_TALL = StackConfig(rows=128, num_warps=8, chunk=32, layer_stages=1, chunk_stages=3)
 # Products of 32 rows: mma.sync in place of wgmma and tcgen05, with a quarter of the registers. Where 64 rows spill,
 # or where operands in two parts exceed sm_100's tensor memory.
 _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stages=2)
@@ -158,6 +163,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_80", "high"): _TWO_PARTS_80,
     ("sm_80", "exact"): _TWO_PARTS_80,
     ("sm_90", "fast"): (
+        StackEntry(64, 128, 3, DIAGONAL, _AHEAD, smaller=(_FEW_WHOLE, _HALF_AHEAD)),
         StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 4, DIAGONAL, _WIDE),
@@ -172,6 +178,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_90", "high"): _TWO_PARTS_90,
     ("sm_90", "exact"): _TWO_PARTS_90,
     ("sm_100", "fast"): (
+        StackEntry(64, 128, 3, DIAGONAL, _AHEAD, smaller=(_FEW_WHOLE, _HALF_AHEAD)),
         StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
         StackEntry(64, 128, 4, DENSE, _WIDE, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
@@ -267,11 +274,16 @@ def entry_for(
 
 
 def tiles_for(
-    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS
-) -> StackEntry | LayersConfig | None:
-    """The tiles of one launch, where there are none that of a launch per linear layer, or None for the library."""
+    D: int, H: int, n_linear: int, precision: str, target: str | None, maps: int = NO_MAPS,
+    gradients: bool = False,
+) -> StackEntry | LayersConfig | None:  # fmt: skip
+    """The tiles of one launch, where there are none that of a launch per linear layer, or None for the library.
+
+    The library also where ``gradients`` are required: each program of the fused backward holds gradients of all
+    weights, which leaves memory for few programs at the sizes that run layer by layer.
+    """
     one = entry_for(D, H, n_linear, precision, target, maps)
-    if one is not None:
+    if one is not None or gradients:
         return one
     sizes = (2 * padded_hidden((D + 1) // 2), padded_hidden(H), n_linear)
     fits = all(size <= most for size, most in zip(sizes, LARGEST_LAYERS, strict=True)) and maps == NO_MAPS

@@ -5,7 +5,7 @@
     map_operands the values of dense maps, each in a map's parts
 
 Two parts of fp16 are parts of s W_ij, s a power of two for each row i of a matrix W (kernels/mlp.py); the values
-then contain 1 / s. A row of a matrix is a run; a program packs several runs. The tables and the gradient are in
+then contain 2^14 / s. A row of a matrix is a run; a program packs several runs. The tables and the gradient are in
 kernels/pack_table.py. Bytes per packed value: 8 of tables, 4 read, 4 written, and 2 per part; all of it fits in L2.
 """
 
@@ -76,6 +76,7 @@ def _stack_pack_kernel(
     value = tl.where(source == _ONE, 1.0, value.to(tl.float32) + tl.where(shifted, shift, 0.0))
     tl.store(values_ptr + p, value, mask=inside)
     scale, unscale = scale_of(tl.max(tl.abs(value), 1))
+    unscale *= 268435456.0  # 2^28: 2^14 / s from 2^-14 / s
     of_map = tl.max((target < -1).to(tl.int32), 1) > 0
     SCALED: tl.constexpr = OPERANDS == 2 and operands_ptr.dtype.element_ty == tl.float16
     MAP_SCALED: tl.constexpr = MAP_OPERANDS == 2 and map_operands_ptr.dtype.element_ty == tl.float16
@@ -103,7 +104,7 @@ def launch_stack_pack(
     operands = flat.new_empty(STACK_PARTS[precision], table.n_operands, dtype=of_matrices)
     map_parts = MAP_PARTS if table.n_map_operands else 0
     map_operands = flat.new_empty((map_parts, table.n_map_operands) if map_parts else 0, dtype=of_maps)
-    n_runs, runs_per_program = table.runs.shape[0], TILE["VALUES"] // table.longest
+    n_runs, runs_per_program = table.runs.shape[0], max(TILE["VALUES"] // table.longest, 1)
     _stack_pack_kernel[(ceil_div(n_runs, runs_per_program),)](
         flat, table.source, table.target, table.runs, values, operands, map_operands, n_runs, operands.stride(0),
         map_operands.stride(0), shift, OPERANDS=STACK_PARTS[precision], MAP_OPERANDS=map_parts,

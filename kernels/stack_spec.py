@@ -6,6 +6,7 @@ from them, so that a new option is one more field.
 The weights have one row per layer, with every matrix [out, in] padded and contiguous:
 
     W_1 [H, P]  W_2 [H, H] ... W_n [2 P, H]  |  b_1 [H] ... b_n [2 P]  |  map  |  bias of the map [2 P]
+    |  scales of a dense map's rows [2 P]  |  scales of the matrices' rows [H] ... [2 P]
 
 P is the padded width of a half, H that of a hidden layer, n the number of linear layers. With n = 1 there is one
 matrix [2 P, P], with n = 0 no conditioner. The rows of the last matrix are shift_i, raw_i alternating. The map
@@ -125,7 +126,7 @@ class StackLayout:
         return torch.cat([half[:, :size] for half, size in zip(halves, self.sizes, strict=True)], dim=1)
 
     def core_matrix(self, core: Tensor) -> Tensor:
-        """A Linearizer's padded A, [2 P, 2 P] or [2 P], from ``core`` [1, A | bias], a stack of one map."""
+        """A Linearizer's padded A, [2 P, 2 P] or [2 P], from ``core`` [1, A | bias | scales], one map's stack."""
         width = 2 * self.half
         if core.shape[1] == 2 * width:  # the diagonal and the bias
             return core[0, :width]

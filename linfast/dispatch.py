@@ -76,6 +76,11 @@ def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable
     return *more, *context.items(), x.shape[1:], state_key(x)
 
 
+def records_gradients(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 # The backend
 
 

@@ -8,10 +8,11 @@
     tf32    tf32                                      2^-11
     fast    bf16 (fp16 where the input or autocast is) 2^-9
 
-The scale of two fp16 parts is a power of two for each row of an operand, so that values of any size are represented.
-A row's values that are 2^-28 of its largest, or smaller, lose digits; that shows only where the weights of the large
-values are 2^-26 of the others or less (linfast/kernels/mlp.py). A stack's gradients have three bf16 parts. Two parts of
-fp16 are scaled in every mode: in "high" for fp16 input, and in Triton's interpreter, which has no bf16.
+The scale of two fp16 parts is a power of two for each row of an operand, so that values of any size are
+represented. A row's values that are 2^-28 of its largest, or smaller, lose digits; that shows only where the
+weights of the large values are 2^-26 of the others or less (linfast/kernels/mlp.py). A stack's gradients have three
+bf16 parts. Two parts of fp16 are scaled in every mode: in "high" for fp16 input, and in Triton's interpreter, which
+has no bf16.
 
 By default torch's own settings choose, read at every call:
 

@@ -146,7 +146,7 @@ def couple(
         x = x.to(torch.promote_types(x.dtype, like.dtype))
     if uses_triton(x):
         precision = vars(owner)[PLAN].options.precision if PLAN in vars(owner) else None  # None: restored since
-        launch = lone_launch(members, x, precision) if x.ndim == 2 else None
+        launch = lone_launch(members, x, precision, torch.is_grad_enabled()) if x.ndim == 2 else None
         if launch is not None and launch.features == x.shape[1]:
             y, log_det = launch(owner, x, inverse, precision)
             return y, log_det.to(x.dtype)

@@ -206,7 +206,8 @@ class Fused(Together):
         if not super().takes(x) or any(value is not None for value in context.values()):
             return False
         if uses_triton(x):
-            return self.launch is not None and self.launch.tiles(x, self._options.precision) is not None
+            precision, gradients = self._options.precision, torch.is_grad_enabled()
+            return self.launch is not None and self.launch.tiles(x, precision, gradients) is not None
         return autocast_dtype(x.device.type) is None
 
     def __call__(

@@ -100,7 +100,9 @@ class Launch:
     def features(self) -> int:
         return self.couplings[0].features
 
-    def tiles(self, like: Tensor, precision: str | None) -> StackEntry | LayersConfig | None:
+    def tiles(
+        self, like: Tensor, precision: str | None, gradients: bool = False
+    ) -> StackEntry | LayersConfig | None:
         """The tiles for this launch on like's device, or None; where that is a CPU, on a GPU."""
         if like.dtype == torch.float64:
             return None
@@ -110,7 +112,7 @@ class Launch:
         diagonal = all(isinstance(entry, Affine) and entry.diagonal for entry in entries)
         maps = NO_MAPS if not entries else DIAGONAL if diagonal else DENSE
         mode, target = mode_on(target_of(like), resolve_precision(like, precision)), target_of(like)
-        return tiles_for(self.features, max((1, *widths)), n_linear, mode, target, maps)
+        return tiles_for(self.features, max((1, *widths)), n_linear, mode, target, maps, gradients)
 
     def in_words(self, like: Tensor, precision: str | None) -> str | None:
         """What runs where ``tiles`` is not None."""
@@ -273,11 +275,13 @@ def members_of(found: Sequence[Any]) -> list[Member] | None:
     return members if members and None not in members else None
 
 
-def lone_launch(found: Sequence[Any], like: Tensor, precision: str | None) -> Launch | None:
+def lone_launch(
+    found: Sequence[Any], like: Tensor, precision: str | None, gradients: bool = False
+) -> Launch | None:
     """The members of a coupling outside a chain as one launch; None where no tile fits (``Launch.tiles``)."""
     members = None if has_global_hook() else members_of(found)
     launch = None if members is None else launch_of(members)
-    return launch if launch is not None and launch.tiles(like, precision) is not None else None
+    return launch if launch is not None and launch.tiles(like, precision, gradients) is not None else None
 
 
 # The nets as the op's layers

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import are_plain, call_key, has_global_hook, is_plain, uses_triton, why_reference
+from ..dispatch import are_plain, call_key, has_global_hook, is_plain, records_gradients, uses_triton, why_reference
 from ..freeze import derived, kept, kept_values
 from ..kernels.stack_configs import mode_on, target_of, tiles_for
 from ..kernels.stack_spec import NO_MAPS
@@ -130,7 +130,8 @@ def _contexts(context: Context, batch: int, rows: int) -> Iterator[Context]:
 def match(layers: nn.ModuleList, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Launch:
     """The launch of these layers, or their inverse, on x; cached per kind of input while they are frozen."""
     values = kept_values(layers)
-    key = None if values is None else call_key(x, context, inverse, log_det)
+    grad = torch.is_grad_enabled(), x.requires_grad
+    key = None if values is None else call_key(x, context, inverse, log_det, *grad)
     if values is None or key is None:
         return _decide(layers, x, context, inverse, log_det, False)
     return kept(values, layers, key, lambda: _decide(layers, x, context, inverse, log_det, True))
@@ -164,10 +165,12 @@ def _one_launch(
         return stack
     precision = mode_for(x)
     sizes = stack.sizes
-    tiles = tiles_for(*sizes, precision, target_of(x), stack.maps)
+    gradients = records_gradients(x, *layers.parameters())
+    tiles = tiles_for(*sizes, precision, target_of(x), stack.maps, gradients)
     if tiles is None:
         maps = "" if stack.maps == NO_MAPS else " with maps between couplings"
-        return f"D = {sizes[0]}, H = {sizes[1]} in {precision!r}{maps} fit no tile on {target_of(x)}"
+        where = f"{maps} with gradients" if gradients else maps
+        return f"D = {sizes[0]}, H = {sizes[1]} in {precision!r}{where} fit no tile on {target_of(x)}"
     g, half = stack.weights(inverse, log_det), half_dtype(x)
 
     def pack() -> PackedStack:

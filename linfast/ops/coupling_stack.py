@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
-from ..dispatch import autocast_dtype, uses_triton, without_autocast
+from ..dispatch import autocast_dtype, records_gradients, uses_triton, without_autocast
 from ..kernels.stack_configs import entry_for, mode_on, target_of, tiles_for
 from ..kernels.stack_spec import DENSE, StackLayout, StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
@@ -83,7 +83,9 @@ def coupling_stack(
     precision = mode_on(target_of(x), resolve_precision(x, precision))
     if uses_triton(x, *layers[0].weights):
         weights = StackWeights(layers, x.shape[1], head, inverse)
-        if not has_tile(x, weights.layout, weights.layout.maps, precision):
+        tensors = [t for layer in layers for t in (*layer.weights, *layer.biases)]
+        gradients = records_gradients(x, *tensors)
+        if not has_tile(x, weights.layout, weights.layout.maps, precision, gradients=gradients):
             packed = None
         elif packed is None:
             (packed,) = pack_stacks([weights], precision, half_dtype(x))
@@ -120,12 +122,17 @@ def mlp_coupling(
     )  # fmt: skip
 
 
-def has_tile(x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False) -> bool:
-    """Whether fused kernels run a stack, or one launch a Linearizer of two; ``maps`` is the densest kind of map."""
+def has_tile(
+    x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False, gradients: bool = False
+) -> bool:
+    """Whether fused kernels run a stack, or one launch a Linearizer of two; ``maps`` is the densest kind of map.
+
+    ``gradients``: whether a stack's are required, which matters for sizes past one launch.
+    """
     sizes = (layout.features, layout.hidden, layout.n_linear)
     if linearizer:
         return entry_for(*sizes, precision, target_of(x), maps, linearizer) is not None
-    return tiles_for(*sizes, precision, target_of(x), maps) is not None
+    return tiles_for(*sizes, precision, target_of(x), maps, gradients) is not None
 
 
 def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:

@@ -7,7 +7,7 @@ Weights are packed at every call, inside autograd's graph, so that gradients rea
 ``pack_stacks`` is a separate function, so that frozen weights are packed once.
 
 A map between layers multiplies the state itself, and W and W^-1 rounded separately are not inverses. Its operands
-therefore have at least two parts in every mode (three in "exact"). For an inverse stack torch first inverts the
+therefore have two parts in every mode. For an inverse stack torch first inverts the
 maps: a reciprocal per diagonal, a matrix inverse per dense map that is given without one.
 """
 
@@ -260,18 +260,20 @@ def _reference(
 def _scaled(
     values: Tensor, table: PackTable, parts: int, of_matrices: torch.dtype, of_maps: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """(the values times their scales, the scales' inverses in their places), both [N]; see kernels/mlp.py."""
+    """(the values times their scales s, 2^14 / s in the scales' places), both [N]; see kernels/mlp.py."""
+    if values.dtype == torch.float64:  # no kernel reads them
+        return values, torch.zeros_like(values)
     begin, length, place = table.runs.long().unbind(1)
     run = torch.arange(len(begin), device=values.device).repeat_interleave(length)
     p = torch.arange(len(run), device=values.device) + (begin - length.cumsum(0) + length)[run]
     largest = values.new_zeros(len(begin)).scatter_reduce(0, run, values[p].abs(), "amax")
-    exponent = torch.where(largest.isfinite(), largest.frexp().exponent, 129).clamp(min=-111)
-    exponent = torch.where(largest == 0, -111, exponent)
+    exponent = torch.where(largest.isfinite(), largest.frexp().exponent, 129).clamp(min=-97)
+    exponent = torch.where(largest == 0, -97, exponent)
     used = torch.where(table.target[begin] < -1, is_scaled(MAP_PARTS, of_maps), is_scaled(parts, of_matrices))
     scale = torch.where(used & (place >= 0), torch.ldexp(values.new_ones(()), 15 - exponent), 1)
     scaled, inverses, has_place = values.clone(), torch.zeros_like(values), place >= 0
     scaled[p] *= scale[run]
-    inverses[place[has_place]] = scale[has_place].reciprocal()
+    inverses[place[has_place]] = torch.where(used, 2.0**14 / scale, 1)[has_place]
     return scaled, inverses
 
 

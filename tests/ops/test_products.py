@@ -59,7 +59,7 @@ def scaled_product(x: Tensor, W: Tensor) -> Tensor:
     y, K = x.new_empty(ROWS, COLUMNS), x.shape[1]
     scale = torch.ldexp(torch.ones(COLUMNS, device=DEVICE), 15 - W.abs().amax(1).frexp().exponent)
     _scaled_product_kernel[(1,)](x, W * scale[:, None], y, K, ROWS=ROWS, COLUMNS=COLUMNS, CHUNK=min(K, 128))
-    return y / scale
+    return y * (2.0**14 / scale)
 
 
 def product(x: Tensor, W: Tensor, mode: str) -> Tensor:

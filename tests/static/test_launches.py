@@ -95,7 +95,9 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
                 yield _NVIDIA, kernel, {**size, "num_warps": conv["split_warps"]}
     for tile in (stack_backward_grid.LARGE, stack_backward_grid.SMALL):
         for parts in (1, 2, 3):
-            yield TARGETS, "_coupling_stack_backward_kernel", {**tile, "PARTS": parts}
+            for target in TARGETS:
+                stages = stack_backward_grid.STAGES.get(target, tile["STAGES"])
+                yield (target,), "_coupling_stack_backward_kernel", {**tile, "STAGES": stages, "PARTS": parts}
     packing = {"RUNS x LONGEST": stack_pack.TILE["VALUES"], "num_warps": stack_pack.TILE["num_warps"]}
     yield TARGETS, "_stack_pack_kernel", packing
     for target, program in masked_autoregressive.TILES.items():
