@@ -49,12 +49,13 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 # of them together, 2,500 clocks for 132. In "fast" at D = 64, H = 128 on an H100, by the model of docs/roofline.md:
 #
 #     rows                            16       64      128
-#     clocks per layer             2,000    3,000    4,600
-#     of 132 programs              2,500    3,000    4,600
+#     clocks per layer             2,000    2,000    3,600
+#     of 132 programs              2,500    2,500    3,600
 #     batches                   <= 2,112 <= 8,448     more
-#     milliseconds, 16 layers      0.026    0.031    0.046, per round of 132 programs; one program of 16 rows 0.022
+#     milliseconds, 16 layers      0.022    0.022    0.037
+#     of 132 programs              0.026    0.026    0.037
 #
-# 32 rows would take 2,500 clocks: 5 us less at 2,113 to 4,224 rows, not worth one more kernel to compile.
+# With three stages 64 rows take no longer than 16 or 32. With two, for n = 4, they take 3,000 clocks.
 #
 # A layer's weights are loaded while the layer before runs. With mma.sync that takes three stages: two have one
 # buffer, which is filled only after its layer. 4 warps, not 8: each warp reads all rows' operands from shared
