@@ -92,7 +92,8 @@ def operand_rounding(precision: str, half: torch.dtype = torch.bfloat16) -> Call
     """The rounding of an fp32 operand in a mode of linfast.precision: to tf32, or to a sum of parts in ``half``.
 
     Each call scales t by a random factor, rounds, and scales back. Otherwise all draws would lose the same digits
-    and would not vary. "exact" rounds nothing: three parts represent all of fp32.
+    and would not vary. "exact" rounds nothing: its error is fp32's own, whether its operands are three bf16 parts,
+    which represent all of fp32, or, in stacks, two scaled fp16 parts, which keep 22 bits.
     """
 
     def rounded(t: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ z [B, n_in], A [K, n_out, n_in], index [B], y [B, n_out]. With k = index[b] and 
 
 dz is the same product with A transposed (a view) and no bias. Only the inputs are saved.
 
-A call of at most ELEMENTS_ALONE elements of A over all rows runs row by row: a program reads its row's operator and
-sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. One launch, where a sort is some ten.
+A call of at most ELEMENTS_ALONE elements of A over all rows, padded to whole tiles, runs row by row: a program
+reads its row's operator and sums in fp32. Bytes: n_out n_in elements per row, from L2 where the bank fits. One
+launch, where a sort is some ten.
 
 Else rows are sorted by operator (stably, on the device, without the host) and cut into tiles. A program runs one
 operator of a tile, at most B / ROWS + K in all. It gathers rows of z and reads A_k in place: A is never gathered to
@@ -32,7 +33,8 @@ from torch import Tensor
 from .launch import Tile, ceil_div, needs_int64, tile_for
 from .row_products import Mode, dot
 
-# The most elements of A, over all rows, to read row by row: 134 MB in fp32, 25 us at the rate of an H100's L2.
+# The most elements of A to read row by row, over all rows and padded to ROW_TILE: 134 MB in fp32, 25 us at the
+# rate of an H100's L2.
 ELEMENTS_ALONE = 2**25
 ROW_TILE = {"COLUMNS": 64, "INNER": 32, "num_warps": 4}  # 8 KB in flight; ten programs per multiprocessor
 
@@ -46,7 +48,11 @@ TILES: tuple[tuple[int, Tile], ...] = (
 FEWEST_TILES = 64
 # dA: n_out by n_in, INNER rows of the batch per step. With 4 warps Triton 3.6 spills in fp32 at odd sizes.
 GRADIENT_TILE = {"ROWS": 64, "COLUMNS": 64, "INNER": 32, "num_warps": 8}
-ROWS_A_SPLIT, MAX_SPLITS = 512, 32  # the fewest rows of an operator per split on average, and the most splits
+ROWS_A_SPLIT = 512  # the fewest rows of an operator per split, on average
+PROGRAMS = 512  # the most with splits: some four per multiprocessor of an H100, and at most 8 MB of sums to add
+# In one part the matrix units may truncate each step of a sum: after RUN steps it is added to the total in fp32.
+# (Triton turns total + dot(x, w, 0) into dot(x, w, total): a sum of its own needs a loop of its own.)
+RUN = tl.constexpr(8)
 SHORT_KEYS = 2**15 - 1  # operators that int16 can number, with one past them: a sort takes a quarter of its passes
 
 
@@ -155,18 +161,22 @@ def _bank_gradient_kernel(
     end = tl.minimum(begin + share, end)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     n_rows = (end - begin).to(tl.int32)
-    for first in range(0, n_rows, INNER):
-        position = begin + first + tl.arange(0, INNER)
-        inside = position < end
-        b = tl.load(order_ptr + position, mask=inside, other=0)
-        at = b[None, :] * stride_gb + m[:, None] * stride_gn
-        grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
-        at = b[:, None] * stride_zb + n[None, :] * stride_zn
-        z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
-        if PARTS == 1:  # a sum of its own: matrix units may truncate each step of a long one
-            total += dot(grad, z, tl.zeros((ROWS, COLUMNS), tl.float32), PARTS, TYPE)
-        else:
-            total = dot(grad, z, total, PARTS, TYPE)
+    for start in range(0, n_rows, RUN * INNER):
+        run = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(start, tl.minimum(start + RUN * INNER, n_rows), INNER):
+            position = begin + first + tl.arange(0, INNER)
+            inside = position < end
+            b = tl.load(order_ptr + position, mask=inside, other=0)
+            at = b[None, :] * stride_gb + m[:, None] * stride_gn
+            grad = tl.load(grad_ptr + at, mask=inside[None, :] & (m < n_out)[:, None], other=0.0)
+            at = b[:, None] * stride_zb + n[None, :] * stride_zn
+            z = tl.load(z_ptr + at, mask=inside[:, None] & (n < n_in)[None, :], other=0.0)
+            if PARTS == 1:
+                run = dot(grad, z, run, PARTS, TYPE)
+            else:  # each step is summed from zero by itself
+                total = dot(grad, z, total, PARTS, TYPE)
+        if PARTS == 1:
+            total += run
     at = tl.program_id(0).to(tl.int64) * n_out * n_in + m[:, None] * n_in + n[None, :]
     wanted = (m < n_out)[:, None] & (n < n_in)[None, :]
     tl.store(da_ptr + at, total.to(da_ptr.dtype.element_ty), mask=wanted)
@@ -210,8 +220,10 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
     tensors = (z, A, z if bias is None else bias, y)
     sizes = (n_out, n_in, alpha, *z.stride(), *A.stride(), y.stride(0), 1 if bias is None else bias.stride(0))
     options = {"ADD_Z": alpha != 0.0, "BIAS": bias is not None, "INT64": needs_int64(z[0], A[0])}
-    if batch * n_out * n_in <= ELEMENTS_ALONE:
-        index, n_tiles = rows.index.contiguous(), ceil_div(n_out, ROW_TILE["COLUMNS"])
+    n_tiles = ceil_div(n_out, ROW_TILE["COLUMNS"])
+    padded = n_tiles * ROW_TILE["COLUMNS"] * ceil_div(n_in, ROW_TILE["INNER"]) * ROW_TILE["INNER"]
+    if batch * padded <= ELEMENTS_ALONE:
+        index = rows.index.contiguous()
         _row_kernel[(batch * n_tiles,)](*tensors, index, n_operators, n_tiles, *sizes, **options, **ROW_TILE)
         return y
     key, order = rows.by_operator
@@ -223,9 +235,10 @@ def _product(z: Tensor, A: Tensor, rows: _Rows, bias: Tensor | None, alpha: floa
 
 
 def launch_latent_matmul(
-    z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float, precision: str, part_dtype: torch.dtype
-) -> Tensor:
-    """y [B, n_out]."""
+    z: Tensor, A: Tensor, index: Tensor, bias: Tensor | None, alpha: float, precision: str, part_dtype: torch.dtype,
+    gradient_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """y [B, n_out]; gradient_dtype is for the backward."""
     if z.shape[0] == 0 or A.shape[1] == 0:
         return z.new_empty((z.shape[0], A.shape[1]))
     return _product(z, A, _Rows(index, A.shape[0]), bias, alpha, Mode.of(z.dtype, precision, part_dtype))
@@ -233,21 +246,30 @@ def launch_latent_matmul(
 
 def launch_latent_matmul_backward(
     z: Tensor, A: Tensor, index: Tensor, grad: Tensor | None, alpha: float, precision: str, part_dtype: torch.dtype,
-    needs: list[bool],
+    gradient_dtype: torch.dtype, needs: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dz, dA, None for the index, dbias), contiguous; None where not needed. A gradient that is None is zero."""
+    """(dz, dA, None for the index, dbias), contiguous; None where not needed. A gradient that is None is zero.
+
+    The parts of fp32 operands are gradient_dtype: in fp16, as part_dtype may be, small gradients would become zero.
+    """
     grad = z.new_zeros(()).expand(z.shape[0], A.shape[1]) if grad is None else grad
     dbias = grad.sum(0) if needs[3] else None
     if z.numel() == 0 or grad.numel() == 0 or A.shape[0] == 0:
         return z.new_zeros(z.shape) if needs[0] else None, A.new_zeros(A.shape) if needs[1] else None, None, dbias
-    rows, mode = _Rows(index, A.shape[0]), Mode.of(z.dtype, precision, part_dtype)
+    rows, mode = _Rows(index, A.shape[0]), Mode.of(z.dtype, precision, gradient_dtype)
     dz = _product(grad, A.mT, rows, None, alpha, mode) if needs[0] else None
     return dz, _gradient(z, A, rows, grad, mode) if needs[1] else None, None, dbias
 
 
+def _n_splits(batch: int, n_operators: int, n_out: int, n_in: int) -> int:
+    """The number of runs of rows in which dA is summed, as ROWS_A_SPLIT and PROGRAMS say."""
+    tiles = ceil_div(n_out, GRADIENT_TILE["ROWS"]) * ceil_div(n_in, GRADIENT_TILE["COLUMNS"])
+    return max(min(batch // (n_operators * ROWS_A_SPLIT), PROGRAMS // (n_operators * tiles)), 1)
+
+
 def _gradient(z: Tensor, A: Tensor, rows: _Rows, grad: Tensor, mode: Mode) -> Tensor:
     (n_operators, n_out, n_in), tile = A.shape, GRADIENT_TILE
-    splits = min(max(z.shape[0] // (n_operators * ROWS_A_SPLIT), 1), MAX_SPLITS)
+    splits = _n_splits(z.shape[0], *A.shape)
     dA = A.new_empty((n_operators, splits, n_out, n_in), dtype=A.dtype if splits == 1 else torch.float32)
     _bank_gradient_kernel[(n_operators * splits, ceil_div(n_out, tile["ROWS"]), ceil_div(n_in, tile["COLUMNS"]))](
         z, grad, dA, rows.by_operator[1], rows.start, n_out, n_in, splits, *z.stride(), *grad.stride(),

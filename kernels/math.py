@@ -2,9 +2,9 @@
 
 exp2(x log2(e)) is one instruction, but errs by |x| roundings; ``exp`` reduces its argument first and errs by one.
 Functions take a FORM: EXACT, the default, and EXACT_PTX are accurate; FAST and PTX are for modes whose products
-err by more, "tf32" and "fast". There exp is exp2(x log2(e)) and flushes results below 2^-126 to zero; an exponential
-and its inverse then cancel to within 2 |x| + 4 roundings. EXACT_PTX and PTX divide by NVIDIA's approximate
-reciprocal.
+err by more, "tf32" and "fast". There exp is exp2(x log2(e)) and flushes results below 2^-126 to zero; an
+exponential and its inverse then cancel to within 2 |x| + 4 roundings. EXACT_PTX and PTX divide by NVIDIA's
+approximate reciprocal.
 Clamps are comparisons, which unlike tl.minimum and tl.maximum leave NaN unchanged, as torch's clamp does.
 """
 

@@ -77,7 +77,10 @@ def tile_product(
 @triton.jit
 def add_to(at, value, again):
     """Add to what earlier tiles of rows left at these addresses, where there were any."""
-    tl.store(at, tl.load(at, mask=again, other=0.0) + value)
+    total = tl.load(at, mask=again, other=0.0) + value
+    if len(value.shape) == 1:  # every warp loads a vector, and one stores it
+        tl.debug_barrier()
+    tl.store(at, total)
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def _stack_pack_kernel(
     tl.store(values_ptr + p, value, mask=inside)
     scale, unscale = scale_of(tl.max(tl.abs(value), 1))
     unscale *= 268435456.0  # 2^28: 2^14 / s from 2^-14 / s
-    of_map = tl.max((target < -1).to(tl.int32), 1) > 0
+    of_map = tl.max((target < -1).to(tl.float32), 1) > 0
     SCALED: tl.constexpr = OPERANDS == 2 and operands_ptr.dtype.element_ty == tl.float16
     MAP_SCALED: tl.constexpr = MAP_OPERANDS == 2 and map_operands_ptr.dtype.element_ty == tl.float16
     if MAP_SCALED and not SCALED:

@@ -215,8 +215,11 @@ _LINEARIZER = Case(
     sizes={
         "tiny": [{"direction": BACKWARD, **_TINY}],
         "quick": grid({**_BASE, "batch": 256}, direction=(INVERSE, BACKWARD)),
-        "gpu": [*grid({**_BASE, "batch": 65536}, direction=(FORWARD, INVERSE, BACKWARD)), _BASE],
-        "full": grid(_BASE, direction=(FORWARD, INVERSE, BACKWARD), batch=(2**6, 2**10, 2**14, 2**18)),
+        "gpu": [
+            *grid({**_BASE, "batch": 2**16}, direction=(FORWARD, INVERSE, BACKWARD)),
+            *grid(_BASE, batch=(2**6, 2**10, 2**20)),
+        ],
+        "full": grid(_BASE, direction=(FORWARD, INVERSE, BACKWARD), batch=(2**6, 2**10, 2**14, 2**18, 2**20)),
     },
 )
 

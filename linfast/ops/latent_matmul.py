@@ -5,7 +5,8 @@
 | shared           | F.linear, that is cuBLAS or MKL: no kernel of ours is faster                      |
 | one per sample   | bmm, which takes as long as reading A once                                        |
 | a bank and index | on a GPU linfast.kernels.latent_matmul, a grouped product that never gathers A;   |
-|                  | on a CPU and in float64, rows sorted by operator and one product per operator     |
+|                  | on a CPU, in float64 and on AMD's GPUs other than gfx942, rows sorted by operator |
+|                  | and one product per operator                                                      |
 
 The bank's kernel also adds the bias and, for a number alpha, alpha z. A tensor alpha is applied outside it: to read
 its value the host would have to wait for the GPU. On a CPU, too, a bank is one op: the number of rows per operator
@@ -41,19 +42,21 @@ def latent_matmul(
     Args:
         z: [B, n_in].
         A: [n_out, n_in]; [B, n_out, n_in] for one operator per sample; [K, n_out, n_in] with ``index``.
-        index: [B] int64, the operator of each row. On a GPU the host does not read it: a row whose index is
-            outside [0, K) gives NaN and does not contribute to A's gradient.
+        index: [B] int64, the operator of each row. The host does not read it for the kernel: a row whose index is
+            outside [0, K) gives NaN and does not contribute to A's gradient. It does in plain torch, which also
+            AMD's GPUs other than gfx942 run, for which Triton cannot compile the kernel.
         alpha: a number or a 0-d tensor; n_out = n_in unless it is the number 0.
         bias: [n_out].
         precision: of a bank's products on a GPU, "exact", "high", "tf32" or "fast"; None: as torch is set
-            (linfast.precision). Other products are torch's own, in torch's precision.
+            (linfast.precision). Other products, those in plain torch too, are torch's own, in torch's precision.
 
-    Sums are in fp32 or wider; y has z's dtype.
+    Sums are in fp32 or wider; y has z's dtype. A bank's gradients of fp32 tensors are not rounded to fp16, whose
+    range is too small for them: under autocast to fp16 their operands are bf16.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: shapes do not fit together, the precision is unknown or given without an index, or, on a CPU,
-            an index is outside [0, K).
+        ValueError: shapes do not fit together, the precision is unknown or given without an index, or, in plain
+            torch and on a CPU, an index is outside [0, K).
     """
     _check(z, A, index, alpha, bias)
     if precision is not None and index is None:
@@ -71,11 +74,21 @@ def latent_matmul(
         y = y + number * z if number else y
     elif index is None:
         y = _add(torch.einsum("bn,bmn->bm", z, A), z, bias, number)
-    elif uses_triton(z, A) or z.is_meta or (z.device.type == "cpu" and not interpreting()):  # as one op
-        y = _bank(z, A, index, bias, number, mode, part_dtype(z, mode))
+    elif _is_one_op(z, A):
+        y = _bank(z, A, index, bias, number, mode, part_dtype(z, mode), part_dtype(z, "exact"))
     else:
         y = bank_reference(z, A, index, bias, number)
     return alpha * z + y if isinstance(alpha, Tensor) else y
+
+
+def _is_one_op(z: Tensor, A: Tensor) -> bool:
+    """Whether a bank is one op: where its kernels run, on a CPU without the interpreter, and on the meta device.
+
+    Of AMD's GPUs Triton has products in tf32, and therefore compiles the kernels, for gfx942 only.
+    """
+    if uses_triton(z, A):
+        return torch.version.hip is None or target_of(z) is not None
+    return z.is_meta or (z.device.type == "cpu" and not interpreting())
 
 
 def bank_reference(
@@ -150,7 +163,7 @@ def _gradients(z: Tensor, A: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 _bank = define_op(
     "latent_matmul(Tensor z, Tensor A, Tensor index, Tensor? bias, float alpha, str precision, "
-    "ScalarType part_dtype) -> Tensor",
+    "ScalarType part_dtype, ScalarType gradient_dtype) -> Tensor",
     lambda z, A, *_: z.new_empty(z.shape[0], A.shape[1]),
     bank_reference,
     saves="z A index",

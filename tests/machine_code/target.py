@@ -21,7 +21,7 @@ import torch
 __all__ = ["CAPABILITIES", "ELEMENTS_ALONE", "as_on_gpu", "emulator", "folder"]
 
 CAPABILITIES = {"sm_80": 80, "sm_90": 90}
-ELEMENTS_ALONE = 1000  # latent_matmul's limit: one of its cases runs row by row, the others in tiles
+ELEMENTS_ALONE = 20_000  # latent_matmul's limit: one of its cases runs row by row, the others in tiles
 _CHECKOUT = Path(__file__).parent.parent.parent
 
 

@@ -18,7 +18,7 @@ from tests.machine_code.cases import all_cases
 from tests.machine_code.check import outputs_and_gradients
 from tests.machine_code.kernels import SOURCES, entry_kernels
 from tests.machine_code.target import CAPABILITIES, ELEMENTS_ALONE, folder
-from tests.machine_code.variants import DTYPES, in_short_run, uncovered, variants
+from tests.machine_code.variants import DTYPES, Variant, in_short_run, uncovered, variants
 from tests.ops.budget import COMPILED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -65,19 +65,24 @@ def test_the_short_run_has_each_pair_of_target_dtype_mode_and_direction() -> Non
 
 
 @pytest.mark.skipif(COMPILED, reason="records what the interpreter would launch")
-def test_the_short_run_launches_every_kernel_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches are recorded and do not run."""
+def test_the_short_run_has_every_kernel_and_dtype_and_the_shipped_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are recorded and do not run. The tile is sm_90's of 128 rows whose layers are pipelined."""
     monkeypatch.setattr("linfast.kernels.latent_matmul.ELEMENTS_ALONE", ELEMENTS_ALONE)
     launched: dict[str, set[str]] = {}
+    shipped: set[tuple[str, str]] = set()
     for variant in variants(all_cases(), smoke=True):
 
-        def record(launch, *_: object, dtype: str = variant.dtype, **__: object) -> None:
-            launched.setdefault(launch.fn.__name__, set()).add(dtype)
+        def record(launch, *_: object, variant: Variant = variant, **constants: object) -> None:
+            launched.setdefault(launch.fn.__name__, set()).add(variant.dtype)
+            if constants.get("ROWS") == 128 and constants.get("LAYER_STAGES") == 2:
+                shipped.add((launch.fn.__name__, variant.mode))
 
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)
         with lf.backend("triton"):
             outputs_and_gradients(variant)
     assert launched == {name: set(DTYPES) for name in entry_kernels()}
+    stacks = ("_coupling_stack_kernel", "_linearizer_stack_kernel")
+    assert shipped >= set(itertools.product(stacks, ("exact", "high", "fast")))
 
 
 def test_launchers_ask_for_a_gpu_where_it_is_known() -> None:

@@ -36,6 +36,7 @@ class Case:
         x_alone: weights and intermediate values stay fp32 beside a half-precision x; else all are cast.
         cancels: a gradient that is zero is a difference of terms that many times as large as the largest output.
         dtypes: those in which x can be.
+        modes: those that run, where the op has modes.
     """
 
     op: str
@@ -46,6 +47,7 @@ class Case:
     x_alone: bool = False
     cancels: float = 1.0
     dtypes: Sequence[str] = tuple(DTYPES)
+    modes: Sequence[str] = PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def variants(cases: Sequence[Case], smoke: bool) -> Iterator[Variant]:
     for case in cases:
         has = _parameters(case.op)
         for dtype in case.dtypes if case.smoke or not smoke else ():
-            modes = ("fast",) if smoke and dtype != "fp32" else PRECISIONS
+            modes = ("fast",) if smoke and dtype != "fp32" else case.modes
             for mode in modes if "precision" in has else ("",):
                 for direction in ("forward", "inverse") if "inverse" in has else ("",):
                     yield Variant(case, dtype, mode, direction)

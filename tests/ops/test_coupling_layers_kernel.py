@@ -1,11 +1,13 @@
-"""The coupling stack layer by layer against float64: shipped tiles at large sizes, and small tiles for the rest."""
+"""The coupling stack layer by layer against float64: shipped tiles at large sizes, and small tiles for the rest.
+
+What test_coupling_stack_kernel.py tests "each way" is tested there.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from linfast.kernels import coupling_layers, stack_configs
-from linfast.kernels import coupling_stack as kernels
 from linfast.kernels.stack_configs import LARGEST_LAYERS, LayersConfig, StackEntry, entry_for, tiles_for
 from linfast.kernels.stack_spec import DENSE, DIAGONAL
 
@@ -15,21 +17,17 @@ from linfast.precision import PRECISIONS
 from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.launch_counts import Launches
 from tests.marks import long
-from tests.ops.budget import COMPILED, HALF_DTYPES, assert_within_budget, hostile
+from tests.ops.budget import COMPILED, HALF_DTYPES, assert_within_budget
 from tests.ops.checks import turned
 from tests.ops.stacks import leaves, random_layers, rounding
-from tests.ops.test_coupling_stack_kernel import _assert_accurate, _outputs_and_gradients, _run, _x
+from tests.ops.test_coupling_stack_kernel import _assert_accurate, _outputs_and_gradients, _run, _x, layer_by_layer
 
-_SMALL = LayersConfig(columns=64, last_columns=32, depth=16, rows=16, stages=2, num_warps=4)
 _D, _HIDDEN, _ROWS = 37, (24, 70), 20  # half 32 and hidden 128 when padded: two tiles of each, the rest masked
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every stack runs layer by layer, in tiles so small that small sizes have several."""
-    monkeypatch.setattr(kernels, "_tiles", kernels._tiles.__wrapped__)  # which keeps what it finds
-    monkeypatch.setattr(stack_configs, "CONFIGS", {})
-    monkeypatch.setattr(stack_configs, "LAYERS", {("sm_90", mode): _SMALL for mode in PRECISIONS})
+    layer_by_layer(monkeypatch)
 
 
 # The shipped tiles. A GPU's own tile runs there; in the interpreter, that of sm_90.
@@ -111,72 +109,12 @@ def test_every_depth_of_a_conditioner(n_linear: int, moves: str, layout: str, bi
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("batch", [0, 1, 150])
-def test_every_batch(batch: int, precision: str) -> None:
-    _assert_accurate(_x(batch, 6), random_layers(6, (16,), 2), precision)
-
-
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF_DTYPES])
 def test_runs_of_rows_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x, layers = _x(100, 7).to(dtype), random_layers(7, (16, 16), 2)
     whole = _run(x, layers)
     monkeypatch.setattr(coupling_layers, "ROWS_AT_A_TIME", 48)
     assert all(torch.equal(a, b) for a, b in zip(whole, _run(x, layers), strict=True))
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("dtype", HALF_DTYPES)
-@pytest.mark.parametrize("depth", [1, 8])
-def test_half_precision_keeps_the_state_in_fp32(dtype: torch.dtype, depth: int) -> None:
-    x, layers = _x(20, 6).to(dtype), random_layers(6, (16,), depth)
-    y, log_det = _run(x, layers, precision="exact")
-    assert (y.dtype, log_det.dtype) == (dtype, torch.float32)
-    expected, _ = _run(x.float(), layers, precision="exact")
-    assert torch.equal(y, expected.to(dtype))
-    for name, strided in hostile(x).items():
-        same = y[:1].expand(y.shape) if name == "expanded" else y
-        assert torch.equal(_run(strided, layers, precision="exact")[0], same), name
-
-
-@pytest.mark.usefixtures("small")
-def test_strides_of_x_which_is_not_written() -> None:
-    layers = random_layers(7, (16,), 2)
-    for strided in hostile(_x(9, 7)).values():
-        before = strided.clone()
-        _assert_accurate(strided, layers)
-        assert torch.equal(strided, before)
-
-
-@pytest.mark.usefixtures("small")
-def test_int64_offsets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, layers = _x(40, 7).mT.contiguous().mT, random_layers(7, (16,), 2)
-    narrow = _run(x, layers)
-    monkeypatch.setattr(kernels, "reaches_past_int32", lambda *_: True)
-    assert all(torch.equal(a, b) for a, b in zip(narrow, _run(x, layers), strict=True))
-
-
-@pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("order", ["shift_first", "scale_first"])
-def test_forward_and_inverse_use_bit_identical_shift_and_scale(precision: str, order: str) -> None:
-    x, layers = _x(40, 10), random_layers(10, (24, 16), 1)
-    y, forward = _run(x, layers, precision=precision, order=order)
-    back, inverse = _run(y, layers, precision=precision, order=order, inverse=True)
-    assert torch.equal(forward, -inverse)
-    torch.testing.assert_close(back, x)
-
-
-@pytest.mark.usefixtures("small")
-def test_nan_stays_in_its_row_and_is_not_lost() -> None:
-    x, layers = _x(4, 6), random_layers(6, (16,), 2)
-    x[1, 5] = float("nan")
-    for activation in ACTIVATION_NAMES:
-        y, log_det = _run(x, layers, activation=activation)
-        assert y[1].isnan().any()
-        assert log_det[1].isnan()
-        assert not y[[0, 2, 3]].isnan().any()
 
 
 @pytest.mark.usefixtures("small")
@@ -199,12 +137,15 @@ def test_gradients(inverse: bool) -> None:
 def test_a_flow_says_which_path_it_takes_and_why() -> None:
     x, large = _x(2, 131), lf.coupling_flow(131, 2, hidden=(260, 260))
     with lf.backend("triton"):
+        trained = str(lf.plan(large, x))
+    with lf.backend("triton"), torch.no_grad():
         (layers,) = lf.plan(large, x).choices
         wider = str(lf.plan(lf.coupling_flow(131, 2, hidden=(600,)), x))
         maps = str(lf.plan(lf.coupling_flow(131, 2, hidden=(260,), mix="lu"), x))
         parts = lf.plan(lf.Linearizer(large, lf.Dense(131)), x).choices
     assert (layers.runs, layers.tile, layers.precision) == ("coupling_stack", "128 rows, 8 warps", "exact")
     assert "one launch per linear layer: D = 131, H = 260 are too large for a single one on sm_90" in layers.why
+    assert "D = 131, H = 260 in 'exact' with gradients fit no tile on sm_90" in trained
     assert "D = 131, H = 600 in 'exact' fit no tile on sm_90" in wider
     assert "D = 131, H = 260 in 'exact' with maps between couplings fit no tile on sm_90" in maps
     assert [part.runs for part in parts] == ["part by part", "coupling_stack", "torch", "coupling_stack"]

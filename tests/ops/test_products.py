@@ -2,6 +2,9 @@
 
 An error is relative to sum_k |x_ik W_jk|, to which the errors of fp32 are proportional: large features that weights
 cancel, or huge rows beside tiny ones, do not hide the error of others.
+
+Triton's interpreter has no bf16 arithmetic: there "high" and "fast" are computed in parts of tf32, which err less
+than bf16. Only machine code, on a GPU or in tests.machine_code, tests the limits of these modes.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ _FULL = {
         ("sm_80", "_coupling_stack_kernel", "D=64 H=128 tf32 inverse n=4 dense", 12),
     ],
 }
-# 128 rows in three parts at sizes that no load can be widened for: each of 24 loads per step has its own address.
-# 64 rows do not spill, and read the bank twice as often on every GPU.
+# 128 rows in three parts at odd sizes, where each of the 24 loads per step has its own address. 64 rows do not
+# spill, and read the bank twice as often on every GPU.
 _BANK = [
     ("sm_80", "_bank_kernel", "many rows n=51 exact fp32", 10),
     ("sm_80", "_bank_kernel", "many rows n=51 exact fp32 (2)", 30),

@@ -13,7 +13,7 @@ from typing import Any
 
 from linfast.kernels.conv2d_configs import WIDEST
 from linfast.kernels.stack_configs import CONFIGS, LARGEST_LAYERS, LAYERS, MULTIPROCESSORS, StackEntry
-from linfast.kernels.stack_spec import DENSE, NO_MAPS
+from linfast.kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
 
 from linfast.ops.activations import ACTIVATION_NAMES
 from linfast.ops.masked_autoregressive import MASKED_ACTIVATIONS
@@ -232,6 +232,8 @@ def _linearizers() -> Iterator[Case]:
             options = {"n_linear": min(3, entry.n_linear), "maps": entry.maps, "precision": mode, "backward": False}
             call = partial(calls.linearizer, features=entry.features, hidden=entry.hidden, **options)
             yield Case(f"{sizes} {NAMES[entry.maps]}", call, batch, (target,))
+            if (target, entry.hidden, entry.maps) == ("sm_90", 128, DIAGONAL):  # a flow without mixes: no maps
+                yield Case(f"{sizes} no maps", partial(call, maps=NO_MAPS), batch, (target,))
 
 
 def _gradients() -> Iterator[Case]:

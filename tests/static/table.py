@@ -60,9 +60,11 @@ def stale(table: Table, now: Sequence[Launch]) -> list[Launch]:
     return [launch for launch in now if table.get(key(launch), {}).get("digest") != launch.digest]
 
 
-def readings(wanted: Sequence[Launch], triton: str | None = None) -> list[dict[str, Any]]:
+def readings(
+    wanted: Sequence[Launch], triton: str | None = None, with_loops: bool = True
+) -> list[dict[str, Any]]:
     """Figures of these launches, compiled now in a separate process, by the named version of Triton if given."""
-    text = "".join(json.dumps(vars(launch)) + "\n" for launch in wanted)
+    text = "".join(json.dumps({**vars(launch), "with_loops": with_loops}) + "\n" for launch in wanted)
     try:
         lines = child.run("tests.static.worker", text, first=_packages(triton)).splitlines()
     except child.ChildFailed as failed:
@@ -73,7 +75,7 @@ def readings(wanted: Sequence[Launch], triton: str | None = None) -> list[dict[s
 
 def compiled(wanted: Sequence[Launch], triton: str | None = None) -> Table:
     """Rows of these launches; see ``readings``."""
-    read = readings(wanted, triton)
+    read = readings(wanted, triton, with_loops=False)
     return {key(launch): _row(launch, each) for launch, each in zip(wanted, read, strict=True)}
 
 

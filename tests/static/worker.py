@@ -22,8 +22,8 @@ _MEMORY = 12 << 30  # limit of address space: a runaway compilation ends before 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def compile_launch(launch: Launch) -> dict[str, Any]:
-    """Registers, spills, shared memory and instruction counts of one compiled kernel."""
+def compile_launch(launch: Launch, with_loops: bool) -> dict[str, Any]:
+    """Registers, spills, shared memory and instruction counts of one compiled kernel, and its loops if asked."""
     kernel = getattr(importlib.import_module(f"linfast.kernels.{launch.module}"), launch.kernel)
     if source_of(kernel) != launch.source:
         raise RuntimeError(f"{launch.kernel} is not the one that was recorded")
@@ -36,20 +36,22 @@ def compile_launch(launch: Launch) -> dict[str, Any]:
     )
     compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
     if "cubin" in compiled.asm:
-        read = _read_cubin(compiled.asm["cubin"], launch.constants)
+        read = _read_cubin(compiled.asm["cubin"], launch.constants if with_loops else None)
     else:
         read = _read_amdgcn(compiled.asm["amdgcn"])
     return {**read, "shared": compiled.metadata.shared}
 
 
-def _read_cubin(cubin: bytes, constants: dict[str, Any]) -> dict[str, Any]:
+def _read_cubin(cubin: bytes, constants: dict[str, Any] | None) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        sass = _run("nvdisasm", "-c", "-g", file.name)
+        sass = _run("nvdisasm", "-c", *(() if constants is None else ("-g",)), file.name)  # -g takes long
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    read = {} if constants is None else {"loops": loops(sass, constants).plain()}
     return {
+        **read,
         "registers": registers,
         "spills": stack + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/", sass)),
@@ -57,7 +59,6 @@ def _read_cubin(cubin: bytes, constants: dict[str, Any]) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"\bLDG(?:STS)?\.E\.(?:\w+\.)*128\b", sass)),
         "matrix": len(re.findall(r"\b(?:HGMMA|HMMA|UTCHMMA)\b", sass)),
         "async_copies": len(re.findall(r"\b(?:LDGSTS|UTMALDG)\b", sass)),
-        "loops": loops(sass, constants).plain(),
     }
 
 
@@ -84,4 +85,6 @@ def _run(tool: str, *arguments: str) -> str:
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     for line in sys.stdin:
-        print(json.dumps(compile_launch(Launch(**json.loads(line)))), flush=True)
+        fields = json.loads(line)
+        with_loops = fields.pop("with_loops")
+        print(json.dumps(compile_launch(Launch(**fields), with_loops)), flush=True)
