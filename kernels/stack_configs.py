@@ -45,15 +45,17 @@ class StackConfig:
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 # Tiles for small batches: fewer rows per program, so that more multiprocessors work. Then one program's chain of
-# layers is the time, and not how often L2 is read: N programs read a layer in N 57 KB / 3.1 KB per clock, which is
-# 2,400 clocks for 132. In "fast" at D = 64, H = 128 on an H100, by a model of the compiled loop (docs/roofline.md):
+# layers is the time, and not how often L2 is read: each program reads a layer's 57 KB, at 3.1 KB per clock for all
+# of them together, 2,500 clocks for 132. In "fast" at D = 64, H = 128 on an H100, by the model of docs/roofline.md:
 #
-#     rows                  16       64      128
-#     clocks per layer   2,200    3,400    4,900
-#     batches         <= 2,112 <= 8,448     more
-#     seconds         layers x clocks x ceil(programs / multiprocessors) / 1.755e9
+#     rows                            16       64      128
+#     clocks per layer             2,000    2,000    3,600
+#     of 132 programs              2,500    2,500    3,600
+#     batches                   <= 2,112 <= 8,448     more
+#     milliseconds, 16 layers      0.022    0.022    0.037
+#     of 132 programs              0.026    0.026    0.037
 #
-# 32 rows take 3,100 clocks, too near 64 rows to be worth one more kernel to compile.
+# With three stages 64 rows take no longer than 16 or 32. With two, for n = 4, they take 3,000 clocks.
 #
 # A layer's weights are loaded while the layer before runs. With mma.sync that takes three stages: two have one
 # buffer, which is filled only after its layer. 4 warps, not 8: each warp reads all rows' operands from shared

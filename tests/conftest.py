@@ -45,7 +45,11 @@ def _reproducible_and_poisoned():
 
 @pytest.fixture(autouse=True)
 def _one_multiprocessor(monkeypatch):
-    """Batches of at most 16, at most 64 and more rows run on the tiles that a GPU runs thousands of rows on."""
+    """Tiles as on a GPU with one multiprocessor, so that small batches run on all of them.
+
+    At most 16 rows run on the tile of 16 rows, then on one of 32 or 64 rows, where the entry has one, as many as it
+    holds. More run on the entry's full tile, on which a GPU runs thousands of rows.
+    """
     for target in stack_configs.MULTIPROCESSORS:
         monkeypatch.setitem(stack_configs.MULTIPROCESSORS, target, 1)
 

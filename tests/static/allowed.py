@@ -12,7 +12,7 @@ _NEW, _OLD = "3.7.1", "3.6.0"
 _BACKWARD = "_coupling_stack_backward_kernel"
 
 # Tiles for small batches. ptxas gives threads 128 of their 255 registers, so that two programs would fit a
-# multiprocessor. 32 rows, which do not spill, take longer than these few words (by a model of the loop, twice).
+# multiprocessor. 32 rows do not spill, but a program then takes up to twice as long, by a model of the loop.
 _SMALL = {
     _NEW: [
         ("sm_90", "_coupling_stack_kernel", "D=128 H=256 fast 16 rows forward n=3", 10),

@@ -1,7 +1,8 @@
 """``python -m tests.static.roofline``: the tables of docs/roofline.md; ``--write`` puts them there.
 
-Stacks of couplings are predicted by tests/static/model.py. Latent products have bytes and operations alone: each
-tensor once from and to device memory at 0.9 of its rate, and the products of parts by mma.sync, or multiply-adds.
+Stacks of couplings are predicted by tests/static/model.py. A latent product takes START for each launch, one after
+another, and the largest of: each tensor once from and to device memory at 0.9 of its rate; L2; and products and
+issue, of which half of the shorter is added to the longer.
 """
 
 from __future__ import annotations
@@ -10,10 +11,23 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.static.flagship import MODES
 from tests.static.layers import Row, kept
-from tests.static.model import FLAGSHIP, H100, H200, MMA_SYNC, START, Gpu, Prediction, at_a_time, eager
+from tests.static.model import (
+    FLAGSHIP,
+    FP32,
+    H100,
+    H200,
+    IN_TURN,
+    MMA_SYNC,
+    START,
+    Gpu,
+    Prediction,
+    at_a_time,
+    eager,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "roofline.md"
 
@@ -120,34 +134,95 @@ def large() -> str:
     return _table(head, map(cells, ("fast", "tf32")))
 
 
-# Bytes and operations in fp32 of one call, and whether products run on matrix units.
-def _latent_ops() -> Iterator[tuple[str, float, float, bool]]:
-    for K in (8, 64):
-        B, N = 4096, 256
-        yield f"latent_matmul, K = {K}, N = {N}, B = {B}", 4 * (2 * B * N + K * N * N), 2 * B * N * N, True
-    yield f"latent_matmul, an operator per sample, N = {N}, B = {B}", 4 * B * (2 * N + N * N), 2 * B * N * N, False
-    for N, B in ((1024, 256), (12288, 128)):
-        yield f"low_rank, r = 8, N = {N}, B = {B}", 4 * B * N * (2 + 2 * 8), 4 * B * N * 8, False
-    for k in (3, 9):
-        values = 512 * 64 * 32 * 32
-        yield f"depthwise_conv, {k} x {k}, 64 channels of 32 x 32, B = 512", 8 * values, 2 * k * k * values, False
+class LatentOp(NamedTuple):
+    """Counts of one call in fp32, "exact".
+
+    Args:
+        name: the op and its sizes.
+        launches: kernels, one after another.
+        memory: bytes of device memory, each tensor once.
+        flop: operations, without those that parts or partly filled tiles add.
+        products: seconds of matrix units, or of cuBLAS. Other operations are in ``instructions``.
+        l2: bytes read and written through L2, where that is more.
+        instructions: of warps.
+    """
+
+    name: str
+    launches: int
+    memory: float
+    flop: float
+    products: float = 0.0
+    l2: float = 0.0
+    instructions: float = 0.0
+
+
+# Instructions per warp are of kernels compiled for sm_90 by Triton 3.7.1, as tests/static/loops.py counts them.
+def _bank(K: int, N: int, B: int) -> LatentOp:
+    """Rows sorted by operator: at most B / rows + K tiles, counted as full, in six products of parts."""
+    few = 16 * max(K, 64) >= B
+    rows, warps, around, step, rate = (16, 4, 427, 357, MMA_SYNC) if few else (128, 8, 945, 335, 1.0)
+    tiles, columns = B / rows + K, N // 64
+    return LatentOp(
+        f"latent_matmul, K = {K:,}, N = {N}, B = {B:,}",
+        launches=5 + 6,  # of which a sort is 6
+        memory=8 * B * N + 4 * K * N * N + 94 * B,  # 94 bytes: the sort and its order
+        flop=2 * B * N * N,
+        products=6 * 2 * rows * tiles * N * N / (rate * H100.bf16),
+        l2=4 * (tiles * N * N + columns * B * N + B * N),
+        instructions=warps * tiles * columns * (around + N // 32 * step),
+    )
+
+
+def _latent_ops() -> Iterator[LatentOp]:
+    B, N = 1 << 20, 64
+    flop = 2 * B * N * N
+    yield LatentOp(f"shared A (cuBLAS), N = {N}, B = {B:,}", 1, 8 * B * N, flop, products=flop / FP32)
+    yield LatentOp(f"Diagonal (torch), N = {N}, B = {B:,}", 1, 8 * B * N, B * N)
+    B, N = 1024, 512
+    yield LatentOp(f"A per sample (cuBLAS), N = {N}, B = {B:,}", 1, 4 * B * N * (N + 2), 2 * B * N * N)
+    B, N, K = 8192, 64, 8
+    yield LatentOp(
+        f"latent_matmul, K = {K}, N = {N}, B = {B:,}: row by row", 1, 8 * B * N + 4 * K * N * N,
+        2 * B * N * N, l2=4 * B * N * (N + 2), instructions=4 * B * (192 + N // 32 * 56),
+    )  # fmt: skip
+    for K, N, B in ((16, 64, 1 << 20), (16, 512, 1 << 16), (4096, 128, 1 << 14)):
+        yield _bank(K, N, B)
+    for N, B, splits, tiles in ((1024, 256, 4, 1), (12288, 128, 24, 2)):
+        instructions = 4 * B * (splits * (174 + tiles * 66) + N // 256 * 232)
+        yield LatentOp(
+            f"low_rank, r = 8, N = {N:,}, B = {B}", 2, 19 * 4 * B * N, 4 * B * N * 8, instructions=instructions
+        )
+    for k, around, step in ((3, 311, 193), (9, 376, 360)):
+        images, values = 512 * 64, 512 * 64 * 32 * 32
+        yield LatentOp(
+            f"depthwise_conv, {k} x {k}, 64 channels of 32 x 32, B = 512", 1, 8 * values, 2 * k * k * values,
+            instructions=4 * images * (around + k * step),
+        )  # fmt: skip
 
 
 def latent() -> str:
     """Latent operators, in microseconds."""
 
-    def cells(name: str, size: float, flop: float, matrix: bool) -> Iterator[str]:
-        def times(gpu: Gpu) -> tuple[float, float]:
-            rate = gpu.bf16 * MMA_SYNC / 6 if matrix else gpu.sms * 128 * 2 * gpu.clock
-            return size / gpu.memory / 0.9, flop / rate
+    def cells(op: LatentOp) -> Iterator[str]:
+        issue = op.instructions / (4 * H100.sms * H100.clock)
+        on_chip = max(op.products, issue) + IN_TURN * min(op.products, issue)
+        parts = {
+            "memory": op.memory / H100.memory / 0.9,
+            "L2": op.l2 / H100.l2,
+            "products": op.products,
+            "issue": issue,
+        }
+        yield from (op.name, str(op.launches), f"{op.memory / 1e6:,.0f}", f"{op.flop / 1e9:.2g}")
+        yield from (_us(part) if part else "" for part in parts.values())
+        times = [max(op.memory / gpu.memory / 0.9, parts["L2"], on_chip) for gpu in (H100, H200)]
+        yield " / ".join(_us(START * op.launches + time) for time in times)
+        of_units = sorted({"products": op.products, "issue": issue}.items(), key=lambda part: -part[1])
+        held = {name: parts[name] for name in ("memory", "L2")}
+        held |= {", ".join(name for name, part in of_units if part): on_chip}
+        yield from (max(held, key=held.__getitem__), "not measured yet")
 
-        yield from (name, f"{size / 1e6:,.0f}", f"{flop / 1e9:.2g}")
-        yield from (_us(part) for part in times(H100))
-        yield " / ".join(_us(START + max(times(gpu))) for gpu in (H100, H200))
-        yield from ("memory" if times(H100)[0] > times(H100)[1] else "arithmetic", "not measured yet")
-
-    head = "op, MB, GFLOP, memory, arithmetic, prediction H100 / H200, held by, measured"
-    return _table(head, (cells(*op) for op in _latent_ops()))
+    head = "op, launches, MB, GFLOP, memory, L2, products, issue, prediction H100 / H200, held by, measured"
+    return _table(head, map(cells, _latent_ops()))
 
 
 TABLES: dict[str, Callable[[], str]] = {
