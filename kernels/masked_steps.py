@@ -12,8 +12,8 @@ import triton.language as tl
 from . import masked_schedule as schedules
 from .masked_spec import ALIGNED
 from .math import EXACT_PTX, LOG2E, couple, log_scale, tanh
-from .mlp import dot_parts, split
 from .mlp import activate as _activate
+from .mlp import dot_parts, split
 
 # Its index in linfast.ops.masked_autoregressive.MASKED_ACTIVATIONS; a test checks that all agree.
 ELU = tl.constexpr(4)

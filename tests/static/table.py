@@ -60,9 +60,7 @@ def stale(table: Table, now: Sequence[Launch]) -> list[Launch]:
     return [launch for launch in now if table.get(key(launch), {}).get("digest") != launch.digest]
 
 
-def readings(
-    wanted: Sequence[Launch], triton: str | None = None, with_loops: bool = True
-) -> list[dict[str, Any]]:
+def readings(wanted: Sequence[Launch], triton: str | None = None, with_loops: bool = True) -> list[dict[str, Any]]:
     """Figures of these launches, compiled now in a separate process, by the named version of Triton if given."""
     text = "".join(json.dumps({**vars(launch), "with_loops": with_loops}) + "\n" for launch in wanted)
     try:
