@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from linfast.kernels.conv2d_configs import WIDEST
-from linfast.kernels.stack_configs import CONFIGS, LARGEST_LAYERS, LAYERS, MULTIPROCESSORS, StackEntry
+from linfast.kernels.stack_configs import CONFIGS, LARGEST_LAYERS, LAYERS, MULTIPROCESSORS, StackEntry, entry_for
 from linfast.kernels.stack_spec import DENSE, DIAGONAL, NO_MAPS
 
 from linfast.ops.activations import ACTIVATION_NAMES
@@ -229,10 +229,17 @@ def _layers() -> Iterator[Case]:
 def _linearizers() -> Iterator[Case]:
     for target, mode, entry, sizes, batch in _tiles():
         if entry.linearizer:
-            options = {"n_linear": min(3, entry.n_linear), "maps": entry.maps, "precision": mode, "backward": False}
+            taken = entry_for(entry.features, entry.hidden, 3, mode, target, entry.maps, linearizer=True)
+            n = 3 if taken is entry else entry.n_linear
+            sizes = sizes if n == 3 else f"{sizes} n={n}"
+            options = {"n_linear": n, "maps": entry.maps, "precision": mode, "backward": False}
             call = partial(calls.linearizer, features=entry.features, hidden=entry.hidden, **options)
             yield Case(f"{sizes} {NAMES[entry.maps]}", call, batch, (target,))
-            if (target, entry.hidden, entry.maps) == ("sm_90", 128, DIAGONAL):  # a flow without mixes: no maps
+            if n == 3 and (target, entry.hidden, entry.maps) == (
+                "sm_90",
+                128,
+                DIAGONAL,
+            ):  # a flow without mixes: no maps
                 yield Case(f"{sizes} no maps", partial(call, maps=NO_MAPS), batch, (target,))
 
 

@@ -63,8 +63,9 @@ def test_products_meant_for_matrix_units_run_on_them(now: list[Launch], rows: tu
 def test_stacks_load_weights_ahead(rows: tuple[str, list[Row]]) -> None:
     kernels = ("_coupling_stack_kernel", "_linearizer_stack_kernel", "_layer_kernel", "_layer_coupling_kernel")
     stacks = [row for row in rows[1] if row["kernel"] in kernels]
-    # On gfx942 loads go through registers; 16 hidden units are one chunk.
+    # On gfx942 loads go through registers; 16 hidden units are one chunk, and a few rows' one product has none.
     stacks = [row for row in stacks if row["target"] != "gfx942" and "narrow" not in row["call"]]
+    stacks = [row for row in stacks if not row["call"].startswith("gradient") or "n=1" not in row["call"]]
     assert stacks
     assert [row for row in stacks if not int(row["async_copies"])] == []
 
