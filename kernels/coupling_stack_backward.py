@@ -1,4 +1,4 @@
-"""Gradients of the coupling stack for all rows and layers in one launch, and one sum over the programs.
+"""Gradients of the coupling stack for all rows and layers in one launch, then a sum over the programs.
 
 The steps of a stack, maps z' = M z + c and couplings, are first recomputed in order and then differentiated, last
 to first. For a run of rows, a tile of it at a time

@@ -74,7 +74,7 @@ def test_the_short_run_has_every_kernel_and_dtype_and_the_shipped_tile(monkeypat
 
         def record(launch, *_: object, variant: Variant = variant, **constants: object) -> None:
             launched.setdefault(launch.fn.__name__, set()).add(variant.dtype)
-            if constants.get("ROWS") == 128 and constants.get("LAYER_STAGES") == 2:
+            if constants.get("ROWS") == 128 and constants.get("LAYER_STAGES", 1) > 1:
                 shipped.add((launch.fn.__name__, variant.mode))
 
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)

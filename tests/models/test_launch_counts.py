@@ -68,7 +68,7 @@ def test_a_residual_block_is_thirteen_launches(
 
 
 @pytest.mark.parametrize("maps", ["none", "dense"])
-def test_the_backward_of_a_stack_is_two_launches_for_any_batch_and_depth(
+def test_the_backward_of_a_stack_is_three_launches_for_any_batch_and_depth(
     maps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("linfast.kernels.coupling_stack_backward.multiprocessors", lambda *_: 132)
@@ -81,7 +81,7 @@ def test_the_backward_of_a_stack_is_two_launches_for_any_batch_and_depth(
             x, grad_log_det = torch.ones(1, D).expand(batch, D), torch.ones(1).expand(batch)
             needs = [True, True, False, False]
             names = launches.of(lambda x: backward(x, *packed.tensors, x, grad_log_det, *constants, needs), x)  # noqa: B023
-            assert names == ["_coupling_stack_backward_kernel", "sum"]
+            assert names == ["_coupling_stack_backward_kernel", "sum", "fill_"]  # zeros for the scales
 
 
 _MAPS: dict[str, tuple[dict[str, Any], int]] = {  # what is between the couplings, and the launches at most

@@ -241,7 +241,7 @@ def test_plan_says_what_runs() -> None:
     with lf.backend("triton"):
         (whole,) = lf.plan(f, x).choices
         assert (whole.part, whole.runs, whole.precision) == ("f", "linearizer_stack", "exact")
-        assert "32 rows" in whole.tile
+        assert "64 rows" in whole.tile
         (whole,) = lf.plan(f, x[:3]).choices
         assert "16 rows" in whole.tile
         parts = {
