@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -44,14 +45,15 @@ def _reproducible_and_poisoned():
 
 
 @pytest.fixture(autouse=True)
-def _one_multiprocessor(monkeypatch):
+def _one_multiprocessor():
     """Tiles as on a GPU with one multiprocessor, so that small batches run on all of them.
 
     At most 16 rows run on the tile of 16 rows, then on one of 32 or 64 rows, where the entry has one, as many as it
     holds. More run on the entry's full tile, on which a GPU runs thousands of rows.
     """
-    for target in stack_configs.MULTIPROCESSORS:
-        monkeypatch.setitem(stack_configs.MULTIPROCESSORS, target, 1)
+    # Not by the test's own monkeypatch: made before other fixtures, it would undo what a test sets after they end.
+    with mock.patch.dict(stack_configs.MULTIPROCESSORS, dict.fromkeys(stack_configs.MULTIPROCESSORS, 1)):
+        yield
 
 
 @pytest.fixture
