@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .launch import ceil_div
 from .row_products import Mode
-from .stack_spec import N_PARTS, StackSpec, map_parts
+from .stack_spec import MAP_PARTS, N_PARTS, StackSpec
 
 # A program's tile: its rows, the columns of a product, the depth of a step and the stages of its loads. Eight warps
 # leave 255 registers per thread to the one program of a multiprocessor; with four, small tiles spill on sm_100. 128
@@ -67,7 +67,7 @@ class StackPass:
 
     @property
     def map_mode(self) -> Mode:
-        return Mode(map_parts(self.spec.precision), self.part_dtype)
+        return Mode(max(N_PARTS[self.spec.precision], MAP_PARTS), self.part_dtype)
 
     @property
     def scratch_dtypes(self) -> tuple[torch.dtype, torch.dtype, torch.dtype]:

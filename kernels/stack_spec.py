@@ -34,13 +34,8 @@ N_PARTS = {"exact": 3, "high": 2, "tf32": 1, "fast": 1}
 STACK_PARTS = {**N_PARTS, "exact": 2}
 # By how much the low part of such operands is larger than the remainder that it holds.
 LOW = 2.0**11
-# Of a dense map's operands in every mode: a map multiplies the state itself.
+# Of a dense map's operands in every mode, at least: a map multiplies the state itself.
 MAP_PARTS = 2
-
-
-def map_parts(precision: str) -> int:
-    """Parts of a dense map's operands in gradients."""
-    return max(N_PARTS[precision], MAP_PARTS)
 
 
 def operand_dtypes(precision: str, half: torch.dtype) -> tuple[torch.dtype, torch.dtype]:

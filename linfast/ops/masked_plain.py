@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import records_gradients
 from ..kernels.masked_spec import MaskedSpec, masked_spec_of
 from ..kernels.spline_spec import Spline, spline_of_numbers
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap, log_scale_function, scale_function
@@ -108,8 +109,8 @@ def plain(
 ) -> tuple[Tensor, Tensor]:
     """The raw op in plain torch; the inverse walks over the degrees."""
     spec = masked_spec_of(*constants)
-    wants_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, extras))
-    if not spec.inverse or wants_graph:  # the second, where torch.export has kept the op without its backward
+    # Gradients are recorded here where torch.export has kept the op without its backward.
+    if not spec.inverse or records_gradients(x, weights, extras):
         return differentiable(x, weights, operands, extras, *constants)
     net = _network(weights, extras, spec)
     if spec.spline:

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_flag, check_kind, check_number, check_tensor
-from ..dispatch import cat, chosen_backend, uses_triton, without_autocast
+from ..dispatch import cat, chosen_backend, records_gradients, uses_triton, without_autocast
 from ..kernels.spline_spec import SPLINE_SCHEMA, TAILS, Spline
 from .register import define_op
 from .spline_plain import plain, wide_type
@@ -252,7 +252,7 @@ def _planes_reference(
 
 
 def _plain(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *arguments[:3])):
+    if records_gradients(x, *arguments[:3]):
         return _planes_reference(x, *arguments)  # torch.export has kept the op without its backward
     return plain(x, *arguments)
 
