@@ -1,0 +1,180 @@
+"""The code of README.md and of every page in docs/ runs, and the API reference has every public name.
+
+The ```python blocks of a page run in order, in one namespace and in an empty directory; those with >>> are doctests.
+A comment before a block says otherwise: ``<!-- needs: NAME -->`` runs it only where that package can be imported (a
+failure where LINFAST_REQUIRE_PEERS is set), and ``<!-- not run: REASON -->`` never. Of ```bash blocks the ``linfast``
+commands are parsed, and not run. tests/test_readme.py runs the doctests of README.md.
+"""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import linfast as lf
+from linfast import cli, training
+from linfast.accelerate import adapter
+from linfast.bench import run as bench
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+_FENCED = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_MARKED = re.compile(r"<!-- (needs|not run): *([^\n]*?) *-->\s*\Z")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its text without indentation, the line of its first line, and its marker, such as needs."""
+
+    language: str
+    text: str
+    line: int
+    mark: str
+    argument: str
+
+    @property
+    def doctests(self) -> bool:
+        return self.text.lstrip().startswith(">>>")
+
+
+def blocks(page: str) -> Iterator[Block]:
+    for found in _FENCED.finditer(page):
+        indent, language, text = found.groups()
+        mark, argument = (marked := _MARKED.search(page[: found.start()])) and marked.groups() or ("", "")
+        assert argument or not mark, f"<!-- {mark}: --> does not say {'why' if mark == 'not run' else 'what'}"
+        text = re.sub(rf"^{indent}", "", text, flags=re.MULTILINE)
+        yield Block(language, text, page.count("\n", 0, found.start()) + 2, mark, argument)
+
+
+def execute(page: str, path: Path, doctests: bool = True) -> list[str]:
+    """Run a page's python blocks. The result says which blocks were left out because a package is not installed."""
+    module = ModuleType(f"page_{path.stem}")  # in sys.modules, as dataclasses and pickle require
+    sys.modules[module.__name__] = module
+    left_out = []
+    try:
+        for block in blocks(page):
+            if block.language != "python" or block.mark == "not run" or (block.doctests and not doctests):
+                continue
+            if block.mark == "needs" and find_spec(block.argument) is None:
+                left_out.append(f"line {block.line} needs {block.argument}")
+            elif block.doctests:
+                _compare(block, module, path)
+            else:  # empty lines before it, so that a traceback names the lines of the page
+                exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), vars(module))
+    finally:
+        del sys.modules[module.__name__]
+    return left_out
+
+
+def _compare(block: Block, module: ModuleType, path: Path) -> None:
+    example = doctest.DocTestParser().get_doctest(block.text, {}, path.name, str(path), block.line - 1)
+    example.globs = vars(module)
+    said: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=said.append, clear_globs=False)
+    assert not result.failed, "".join(said)
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """The arguments of each ``linfast`` command in a page's bash blocks."""
+    for block in blocks(page):
+        if block.language == "bash" and block.mark != "not run":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = list(shlex.shlex(line, posix=True, punctuation_chars=True))
+                words = words if len(words) < 2 else _without_settings(words)
+                if words and Path(words[0]).name == "linfast":
+                    yield words[1:]
+                elif "linfast.cli" in words:  # python -m linfast.cli
+                    yield words[words.index("linfast.cli") + 1 :]
+
+
+def _without_settings(words: list[str]) -> list[str]:
+    """Words up to a pipe or another operator, without the variables set before the command."""
+    end = next((i for i, word in enumerate(words) if set(word) <= set("|&;<>()")), len(words))
+    start = next((i for i, word in enumerate(words) if "=" not in word), end)
+    return words[start:end]
+
+
+def parse(arguments: list[str]) -> None:
+    if arguments[:1] == ["bench"]:
+        bench.parser().parse_args(arguments[1:])
+    else:
+        cli._parser().parse_args(arguments)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty directory, a registry of adapters of its own, no window, and torch as it is outside the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr(adapter, "ADAPTERS", dict(adapter.ADAPTERS))
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_of_a_page_runs(name: str, alone: None) -> None:
+    page = (ROOT / name).read_text()
+    left_out = execute(page, ROOT / name, doctests=name != "README.md")
+    for arguments in commands(page):
+        parse(arguments)
+    if left_out:
+        assert not os.environ.get("LINFAST_REQUIRE_PEERS"), f"{name}: {left_out}"
+        warnings.warn(f"{name}: not run, {', '.join(left_out)}", stacklevel=1)
+
+
+def test_pages_are_found_and_run(alone: None) -> None:
+    """Names pass from block to block; pages, plain blocks, doctests and commands are found at all."""
+    assert len(PAGES) > 15
+    page = "```python\nx = 1\n```\ntext\n```python\n>>> x\n1\n>>> y = x + 1\n```\n- list\n\n  ```python\n  assert y == 2\n  ```\n"
+    assert execute(page, Path("page.md")) == []
+    assert execute("<!-- needs: nowhere_to_be_found -->\n```python\n1 / 0\n```\n", Path("page.md")) == [
+        "line 3 needs nowhere_to_be_found"
+    ]
+    assert execute("<!-- not run: divides by zero -->\n```python\n1 / 0\n```\n", Path("page.md")) == []
+    shell = "```bash\nA=1 .venv/bin/linfast demo \\\n  --seed 3 | tee out\npip install linfast\npython -m linfast.cli info\n```\n"
+    assert list(commands(shell)) == [["demo", "--seed", "3"], ["info"]]
+
+
+@pytest.mark.parametrize(
+    ("page", "error"),
+    [
+        ("```python\n1 / 0\n```\n", ZeroDivisionError),
+        ("```python\n>>> 1 + 1\n3\n```\n", AssertionError),
+        ("<!-- not run: -->\n```python\n1 / 0\n```\n", AssertionError),
+        ("```python\nx = 1\n```\n<!-- needs: torch -->\n```python\ny\n```\n", NameError),
+    ],
+)
+def test_a_block_that_fails_is_noticed(page: str, error: type[Exception], alone: None) -> None:
+    with pytest.raises(error):
+        execute(page, Path("page.md"))
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--nothing"], ["bench", "--nothing"], ["nothing"]])
+def test_a_command_that_does_not_exist_is_noticed(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """A directive ``::: linfast.NAME``, or one of a module whose option ``members`` lists names."""
+    listed = []
+    for path in ROOT.glob("docs/reference/*.md"):
+        for found in re.finditer(r"^::: (linfast(?:\.ops|\.training)?)\.(.*)\n((?: +.*\n)*)", path.read_text(), re.M):
+            package, name, options = found.groups()
+            members = re.search(r"members: \[(.*)\]", options)
+            names = members.group(1).split(", ") if members else [name.rpartition(".")[2]]
+            listed += [f"{package}.{name}" for name in names]
+    public = {"linfast": set(lf.__all__) - {"ops", "__version__"}, "linfast.ops": lf.ops.__all__}
+    public |= {"linfast.training": training.__all__}
+    assert sorted(listed) == sorted(f"{package}.{name}" for package in public for name in public[package])
