@@ -110,6 +110,10 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: another name.
         RuntimeError: another backend than "reference" inside ``plain_torch``.
+
+    Examples:
+        >>> with lf.backend("reference"):
+        ...     y = lf.Dense(8)(torch.randn(5, 8))
     """
     check_choice("backend", name, _CHOICES)
     if name != "reference" and _state.only_plain:

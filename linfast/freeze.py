@@ -59,6 +59,11 @@ def freeze(model: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: model is not a module.
+
+    Examples:
+        >>> g = lf.coupling_flow(features=8)
+        >>> with torch.no_grad(), lf.freeze(g):
+        ...     batches = [g.inverse(torch.randn(5, 8)) for _ in range(3)]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")

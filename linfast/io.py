@@ -83,6 +83,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: what ``load`` would refuse: NaN or infinite values, modules that are not initialised; a path
             that is not UTF-8.
         OSError: the file cannot be written, as on a full disk.
+
+    Examples:
+        >>> g = lf.coupling_flow(features=8)
+        >>> lf.save(g, "g.safetensors")
+        >>> g = lf.load("g.safetensors")
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

@@ -1,19 +1,4 @@
-"""Linearizer: f(x) = g_y^{-1}(A g_x(x)), a network that is a linear map between two vector spaces.
-
-Source: Berman, Hallak, Shocher, "Who Said Neural Networks Aren't Linear?", arXiv
-2510.08570. g_x induces a vector space on the x side and g_y one on the y side (see
-``InducedSpace``); between them f is exactly linear, so its algebra is A's:
-
-    (h @ f)(x) = h(f(x))          core  A_h A_f       needs h.g_x = f.g_y
-    f + h, 2 * f                  core  A_f + A_h     needs both g equal
-    f ** n                        core  A^n           needs g_x = g_y
-    f.T, f.pinv(), f.inverse      core  A^T, A^+, A^{-1}, with g_x and g_y exchanged
-    f.svd()                       singular vectors of A pulled back through g:
-
-    f(x) = (+)_i  s_i <x, v_i>_x (.) u_i ,   v_i = g_x^{-1}(right_i),   u_i = g_y^{-1}(left_i)
-
-The v_i are orthonormal in the x side's induced space and the u_i in the y side's.
-"""
+"""Linearizer: f(x) = g_y^{-1}(A g_x(x)), a network that is a linear map between two vector spaces."""
 
 from __future__ import annotations
 
@@ -38,8 +23,17 @@ __all__ = ["Linearizer", "LinearizerSVD"]
 class Linearizer(nn.Module):
     """f(x) = g_y^{-1}(A g_x(x)), batches x [B, *shape_x] to [B, *shape_y].
 
+    g_x induces a vector space on the x side and g_y one on the y side (see ``InducedSpace``). Between them f is
+    exactly linear, so its algebra is A's, and the results are Linearizers:
+
+        h @ f          h(f(x))                      where f.g_y is h.g_x
+        f + h, 2 * f   A_f + A_h, 2 A_f             where both share g_x and g_y
+        f ** n         A^n                          where g_x is g_y
+        f.T, f.pinv()  A^T, A^+                     from the y side to the x side
+
     A maps flat latents [B, n]: image latents are flattened before A, and A's outputs are
-    reshaped to g_y's sample shape.
+    reshaped to g_y's sample shape. Source: Berman, Hallak, Shocher, "Who Said Neural Networks Aren't Linear?"
+    (arXiv 2510.08570).
 
     Args:
         g_x: a Bijection (or any module with forward and inverse) on the x side.
@@ -53,6 +47,14 @@ class Linearizer(nn.Module):
     Raises:
         TypeError: A is not a LatentOperator; a g is not a module with an inverse.
         ValueError: A does not fit the sample shape of a g; x has a wrong feature count, dtype or device.
+
+    Examples:
+        >>> g = lf.coupling_flow(features=8)
+        >>> f = lf.Linearizer(g, lf.Dense(8))
+        >>> x = torch.randn(5, 8)
+        >>> torch.allclose((f @ f)(x), f(f(x)), atol=1e-4)
+        True
+        >>> left, S, right = f.svd()
     """
 
     __array_ufunc__ = None  # so that NumPy leaves array * f to f
@@ -183,7 +185,7 @@ class Linearizer(nn.Module):
 
     @property
     def T(self) -> Linearizer:
-        """The adjoint: <f(x), y>_y = <x, f.T(y)>_x. It shares the modules of f."""
+        """The adjoint: ``<f(x), y>_y = <x, f.T(y)>_x``. It shares the modules of f."""
         return Linearizer(self.g_y, self.A.T, self.g_x)
 
     def pinv(self, rtol: float | None = None) -> Linearizer:

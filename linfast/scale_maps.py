@@ -1,20 +1,4 @@
-"""Scale maps: how an affine coupling turns its conditioner's raw output r into a log-scale.
-
-    scale = exp(log_scale(r)),  elementwise, any shape
-
-    kind       log_scale(r)                        range               used by
-    exp        r                                   unbounded           RealNVP, normflows
-    clamp      min(max(r, -c), c)                  [-c, c]             the Linearizer paper (c = 5)
-    smooth     r / (1 + |r| / c)                   (-c, c)             linfast's default, zuko (c = ln 1000)
-    tanh       c tanh(r)                           (-c, c)             FrEIA
-    arctan     c (2 / pi) atan(r)                  (-c, c)             FrEIA's GLOW
-    sigmoid    log(sigmoid(r + 2) + floor)         (log floor, ~0]     normflows, nflows (floor = 1e-3)
-    softplus   log(min(softplus(r) + floor, c))    [log floor, log c]  glasflow (floor = 1e-3, c = 3)
-
-The log-determinant of a coupling is the sum of these values, so each map is
-stated in log space. Round trips of deep stacks stay accurate only while the
-summed log-scales stay moderate, which the bound c ensures.
-"""
+"""Scale maps: how an affine coupling turns its conditioner's raw output r into a log-scale."""
 
 from __future__ import annotations
 
@@ -120,10 +104,23 @@ SCALE_MAP_KINDS: tuple[str, ...] = tuple(_KINDS)
 
 @dataclass(frozen=True)
 class ScaleMap:
-    """A scale map by name, with its bound c and floor; the module's docstring has the formulas.
+    """How an affine coupling turns its conditioner's raw output r into a scale, exp(log_scale(r)), elementwise.
+
+    | kind | log_scale(r) | range | used by |
+    |---|---|---|---|
+    | exp | r | unbounded | RealNVP, normflows |
+    | clamp | min(max(r, -c), c) | -c to c | the Linearizer paper (c = 5) |
+    | smooth | r / (1 + abs(r) / c) | -c to c | linfast's default, zuko (c = ln 1000) |
+    | tanh | c tanh(r) | -c to c | FrEIA |
+    | arctan | c (2 / pi) atan(r) | -c to c | FrEIA's GLOW |
+    | sigmoid | log(sigmoid(r + 2) + floor) | log floor to about 0 | normflows, nflows (floor = 1e-3) |
+    | softplus | log(min(softplus(r) + floor, c)) | log floor to log c | glasflow (floor = 1e-3, c = 3) |
+
+    The log-determinant of a coupling is the sum of these values. Round trips of deep stacks stay accurate only while
+    the summed log-scales stay moderate, which the bound c ensures.
 
     Args:
-        kind: one of ``SCALE_MAP_KINDS``.
+        kind: a name from the table.
         bound: c, the largest |log scale| (softplus: the largest scale); positive.
             By default clamp 5, smooth 0.5, tanh 2, arctan 2, softplus 3.
         floor: the smallest scale of sigmoid (by default 0) and softplus (1e-3).

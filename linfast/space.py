@@ -1,10 +1,4 @@
-"""InducedSpace: the vector space that an invertible g induces on its inputs.
-
-    u (+) v = g^{-1}(g(u) + g(v))      a (.) v = g^{-1}(a g(v))      <u, v> = g(u)^T g(v)
-
-It is a Hilbert space with zero vector g^{-1}(0). Source: arXiv 2510.08570. Methods take
-batches [B, ...] of vectors.
-"""
+"""InducedSpace: the vector space that an invertible g induces on its inputs."""
 
 from __future__ import annotations
 
@@ -35,7 +29,12 @@ def decode_latents(g: nn.Module, z: Tensor, context: Mapping[str, Any]) -> Tenso
 
 
 class InducedSpace:
-    """Vector-space operations through g.
+    """The vector space that g induces on its inputs, by computing with g(v) in place of v.
+
+        u (+) v = g^{-1}(g(u) + g(v))      a (.) v = g^{-1}(a g(v))      <u, v> = g(u)^T g(v)
+
+    It is a Hilbert space with zero vector g^{-1}(0). Methods take batches [B, ...] of vectors. Source: arXiv
+    2510.08570.
 
     Args:
         g: a Bijection, or any module with forward and inverse.
@@ -100,7 +99,7 @@ class InducedSpace:
         return self._decode(z.mean(dim=0, keepdim=True))
 
     def inner(self, u: Tensor, v: Tensor) -> Tensor:
-        """<u, v> = g(u)^T g(v) per sample, [B]."""
+        """``<u, v> = g(u)^T g(v)`` per sample, [B]."""
         z, w = self._encode_two(u, v)
         return (z * w).flatten(1).sum(-1)
 

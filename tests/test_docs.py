@@ -1,4 +1,4 @@
-"""The code of README.md and of every page in docs/ runs, and the API reference has every public name.
+"""The code of README.md, of the pages in docs/ and of public docstrings runs; the API reference has every public name.
 
 The ```python blocks of a page run in order, in one namespace and in an empty directory; those with >>> are doctests.
 A comment before a block says otherwise: ``<!-- needs: NAME -->`` runs it only where that package can be imported (a
@@ -9,6 +9,7 @@ commands are parsed, and not run. tests/test_readme.py runs the doctests of READ
 from __future__ import annotations
 
 import doctest
+import inspect
 import os
 import re
 import shlex
@@ -166,15 +167,30 @@ def test_a_command_that_does_not_exist_is_noticed(arguments: list[str]) -> None:
         parse(arguments)
 
 
+PUBLIC = {"linfast": set(lf.__all__) - {"ops", "__version__"}, "linfast.ops": lf.ops.__all__}
+PUBLIC |= {"linfast.training": training.__all__}
+EXAMPLES = {
+    f"{package}.{name}": text
+    for package, names in PUBLIC.items()
+    for name in sorted(names)
+    if ">>> " in (text := inspect.getdoc(getattr(sys.modules[package], name)) or "")
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_a_docstring_run(name: str, alone: None) -> None:
+    page = ModuleType("docstring")
+    vars(page).update(torch=torch, lf=lf)
+    _compare(Block("python", EXAMPLES[name], 1, "", ""), page, Path(name))
+
+
 def test_the_reference_has_every_public_name() -> None:
     """A directive ``::: linfast.NAME``, or one of a module whose option ``members`` lists names."""
     listed = []
     for path in ROOT.glob("docs/reference/*.md"):
         for found in re.finditer(r"^::: (linfast(?:\.ops|\.training)?)\.(.*)\n((?: +.*\n)*)", path.read_text(), re.M):
             package, name, options = found.groups()
-            members = re.search(r"members: \[(.*)\]", options)
+            members = re.search(r" members: \[(.*)\]", options)
             names = members.group(1).split(", ") if members else [name.rpartition(".")[2]]
             listed += [f"{package}.{name}" for name in names]
-    public = {"linfast": set(lf.__all__) - {"ops", "__version__"}, "linfast.ops": lf.ops.__all__}
-    public |= {"linfast.training": training.__all__}
-    assert sorted(listed) == sorted(f"{package}.{name}" for package in public for name in public[package])
+    assert sorted(listed) == sorted(f"{package}.{name}" for package in PUBLIC for name in PUBLIC[package])

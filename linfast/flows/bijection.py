@@ -1,13 +1,4 @@
-"""Bijection, the base class of all invertible layers; ChannelLinear; the wrappers Conditioned and Inverse.
-
-A bijection g maps x [B, C, ...] to z of as many elements per sample, and has
-
-    forward(x, **context) -> z             forward_and_log_det(x, **context) -> (z, log_det [B])
-    inverse(z, **context) -> x             inverse_and_log_det(z, **context) -> (x, log_det [B])
-
-with log_det the log|det| of the Jacobian of the map computed, g or g^{-1}. A subclass
-implements one method, ``_transform``, which the four public methods call.
-"""
+"""Bijection, the base class of all invertible layers; ChannelLinear; the wrappers Conditioned and Inverse."""
 
 from __future__ import annotations
 
@@ -25,7 +16,10 @@ _TRANSFORMS = {"_transform", "forward", "inverse", "forward_and_log_det", "inver
 
 
 class Bijection(nn.Module):
-    """Base class. Subclasses set ``features`` and supply ``_transform``.
+    """An invertible map g of data x [B, C, ...] to noise z of as many elements per sample: the base class.
+
+    Context keywords, ``t=`` and ``context=``, go to the conditioners. A subclass sets ``features`` and implements one
+    method, ``_transform``, which the four public methods call.
 
     Attributes:
         features: channels (dim 1) of x; None where any number is valid.
@@ -187,7 +181,11 @@ class Conditioned(Bijection):
 
 
 class Inverse(Bijection):
-    """The inverse of ``bijection``, whose ``inverse`` is this forward. Parameters are shared."""
+    """The inverse of a bijection: forward is its inverse, and inverse its forward. Parameters are shared.
+
+    Args:
+        bijection: g; this module is g^{-1}.
+    """
 
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()

@@ -75,6 +75,10 @@ def coupling_flow(
 
     Raises:
         ValueError: an option that is not listed here or not used by the transform, depth < 1 or features < 2.
+
+    Examples:
+        >>> g = lf.coupling_flow(features=8, depth=4, hidden=(64, 64), context_features=3)
+        >>> z, log_det = g.forward_and_log_det(torch.randn(5, 8), context=torch.randn(5, 3))
     """
     features = check_count("features", features, least=2)
     make = partial(
@@ -120,6 +124,10 @@ def autoregressive_flow(
     Raises:
         ValueError: an option that is not listed here or not used by the transform, or widths that ``MaskedMLP``
             refuses.
+
+    Examples:
+        >>> g = lf.autoregressive_flow(features=6, depth=5, hidden=(64, 64))
+        >>> x = g.inverse(torch.randn(5, 6))                        # about the price of one pass
     """
     features, depth = check_count("features", features), check_count("depth", depth)
     check_choice("feature_order", feature_order, ("reverse", "random"))

@@ -39,6 +39,11 @@ class LowRank(Leaf):
 
     Raises:
         ValueError: U and V differ in dtype, r or B; or in n, where alpha is not the number 0.
+
+    Examples:
+        >>> A = lf.LowRank(0.5, 0.1 * torch.randn(64, 4), torch.randn(64, 4))
+        >>> A.inverse()                                         # by the Woodbury identity
+        LowRank(64 x 64)
     """
 
     alpha: float | Tensor

@@ -38,11 +38,22 @@ def generator(
 ) -> Linearizer:
     """The one-step generator from noise to data, a Linearizer whose A is ``collapse(f.A, ...)``.
 
+    Args:
+        f: a Linearizer with a time-dependent A, data on the x side, noise on the y side.
+        steps, method, stop, tol: as for ``collapse``.
+
     It shares f's g_x and g_y. Where f is in train mode, so is the generator: dropout is active, and a new ActNorm
     is initialised by the first noise. Call f.eval() first, or use ``sample``.
 
     Raises:
         ValueError: as for ``collapse``; g_x or g_y is not initialised.
+
+    Examples:
+        >>> g = lf.coupling_flow(8, time_features=16)
+        >>> f = lf.Linearizer(g.at(t=1.0), lf.TimeLowRank(8, rank=2), g.at(t=0.0))
+        >>> one = lf.generator(f)
+        >>> one(torch.randn(5, 8)).shape
+        torch.Size([5, 8])
     """
     with range_("generator"):
         check_over_time(f)
