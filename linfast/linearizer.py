@@ -193,7 +193,13 @@ class Linearizer(nn.Module):
         return Linearizer(self.g_y, self.A.pinv(rtol), self.g_x)
 
     def svd(self) -> LinearizerSVD:
-        """Singular values, and singular vectors in data space. ValueError where A holds one operator per sample."""
+        """Singular values S [k], and orthonormal singular vectors ``left`` and ``right`` [k, ...] in data space.
+
+        ``left, S, right = f.svd()`` give f(x) as the sum over i, in the y side's space, of ``S_i <x, right_i> left_i``.
+
+        Raises:
+            ValueError: A depends on time, or holds one operator per sample.
+        """
         self._check_time(None)
         svd = self.A.svd()
         if svd.S.ndim != 1:
