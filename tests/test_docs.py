@@ -1,9 +1,9 @@
-"""The code of README.md, of the pages in docs/ and of public docstrings runs; the API reference has every public name.
+"""The code of the pages in docs/ and of public docstrings runs; the API reference has every public name.
 
 The ```python blocks of a page run in order, in one namespace and in an empty directory; those with >>> are doctests.
 A comment before a block says otherwise: ``<!-- needs: NAME -->`` runs it only where that package can be imported (a
 failure where LINFAST_REQUIRE_PEERS is set), and ``<!-- not run: REASON -->`` never. Of ```bash blocks the ``linfast``
-commands are parsed, and not run. tests/test_readme.py runs the doctests of README.md.
+commands are parsed, and not run. tests/test_readme.py runs the code of README.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from linfast.accelerate import adapter
 from linfast.bench import run as bench
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(str(path.relative_to(ROOT)) for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+PAGES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
 _FENCED = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _MARKED = re.compile(r"<!-- (needs|not run): *([^\n]*?) *-->\s*\Z")
 
@@ -59,14 +59,14 @@ def blocks(page: str) -> Iterator[Block]:
         yield Block(language, text, page.count("\n", 0, found.start()) + 2, mark, argument)
 
 
-def execute(page: str, path: Path, doctests: bool = True) -> list[str]:
+def execute(page: str, path: Path) -> list[str]:
     """Run a page's python blocks. The result says which blocks were left out because a package is not installed."""
     module = ModuleType(f"page_{path.stem}")  # in sys.modules, as dataclasses and pickle require
     sys.modules[module.__name__] = module
     left_out = []
     try:
         for block in blocks(page):
-            if block.language != "python" or block.mark == "not run" or (block.doctests and not doctests):
+            if block.language != "python" or block.mark == "not run":
                 continue
             if block.mark == "needs" and find_spec(block.argument) is None:
                 left_out.append(f"line {block.line} needs {block.argument}")
@@ -123,12 +123,15 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("name", [*PAGES, "README.md"])
+def test_the_commands_of_a_page_exist(name: str) -> None:
+    for arguments in commands((ROOT / name).read_text()):
+        parse(arguments)
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_the_code_of_a_page_runs(name: str, alone: None) -> None:
-    page = (ROOT / name).read_text()
-    left_out = execute(page, ROOT / name, doctests=name != "README.md")
-    for arguments in commands(page):
-        parse(arguments)
+    left_out = execute((ROOT / name).read_text(), ROOT / name)
     if left_out:
         assert not os.environ.get("LINFAST_REQUIRE_PEERS"), f"{name}: {left_out}"
         warnings.warn(f"{name}: not run, {', '.join(left_out)}", stacklevel=1)

@@ -1,0 +1,50 @@
+"""A hook of mkdocs: every notebook in examples/notebooks becomes a page, with the outputs that are stored in the file.
+
+docs/examples.md links to the notebooks in the checkout; on the site these links lead to the pages.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for path in sorted(Path(config.config_file_path).parent.glob("examples/notebooks/*.ipynb")):
+        pictures: list[bytes] = []
+        text = "\n\n".join(_parts(json.loads(path.read_text()), path.stem, pictures))
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        files.append(File.generated(config, f"notebooks/{path.name}", content=path.read_text()))
+        for i, picture in enumerate(pictures):
+            files.append(File.generated(config, f"notebooks/{path.stem}_{i}.png", content=picture))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    return re.sub(r"\]\(\.\./examples/notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", markdown)
+
+
+def _parts(notebook: dict[str, Any], name: str, pictures: list[bytes]) -> Iterator[str]:
+    """The notebook as Markdown, part by part; ``pictures`` receives the PNGs."""
+    for i, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "markdown":
+            yield "".join(cell["source"])
+        elif source := "".join(cell["source"]):
+            yield f"```python\n{source}\n```"
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                yield f"![output of the cell above]({name}_{len(pictures)}.png)"
+                pictures.append(base64.b64decode("".join(data["image/png"])))
+            elif text := "".join(data.get("text/plain", output.get("text", ()))):
+                if output.get("name") != "stderr":  # progress bars
+                    yield f"```text\n{text.rstrip()}\n```"
+        if i == 0:
+            yield f"[Download this notebook]({name}.ipynb)"
